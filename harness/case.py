@@ -1,0 +1,248 @@
+"""The records of a run and their JSON: cases, estimates, plans, results.
+
+Records carry names, not objects, so that an old result stays readable after a table changes. Quantities carry their unit
+in the name (`_bytes`, `_s`, `_tok_s`, `_j`); bytes are ints.
+
+History of the format of a result (`SCHEMA`):
+
+1. 2026-11: first.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+SCHEMA = 1
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Frozen, keyword-only, strict when decoded."""
+
+
+class Outcome(str, Enum):
+    """How a case ended."""
+
+    OK = "ok"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+    UNSUPPORTED = "unsupported"
+    SKIPPED = "skipped"
+
+
+class Verdict(str, Enum):
+    """What the plan says of a case before it runs."""
+
+    FITS = "fits"
+    TIGHT = "tight"
+    TOO_BIG = "too_big"
+    INVALID = "invalid"
+    UNAVAILABLE = "unavailable"
+    UNKNOWN = "unknown"
+
+
+class Workload(Record, frozen=True, kw_only=True):
+    """What every case is asked to do: `batch` prompts of `prompt_tokens`, `new_tokens` each, `repeats` warm rounds."""
+
+    prompt_tokens: int = 64
+    new_tokens: int = 32
+    batch: int = 1
+    repeats: int = 3
+
+
+class Case(Record, frozen=True, kw_only=True):
+    """One way of loading one model, by names."""
+
+    model: str
+    precision: str
+    placement: str
+    workload: Workload = Workload()
+
+    @property
+    def id(self) -> str:
+        """`model/precision/placement`."""
+        return f"{self.model}/{self.precision}/{self.placement}"
+
+
+class Tier(Record, frozen=True, kw_only=True):
+    """One place bytes can live. `limit_bytes` is what a container or the user allows; unknown figures are None."""
+
+    name: str
+    kind: str
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+    limit_bytes: int | None = None
+    bytes_per_s: float | None = None
+    model: str | None = None
+    compute_capability: str | None = None
+
+    @property
+    def capacity_bytes(self) -> int | None:
+        """What a case may use: the least of what is free and what is allowed."""
+        known = [size for size in (self.free_bytes, self.limit_bytes) if size is not None]
+        return min(known, default=self.total_bytes)
+
+
+class Machine(Record, frozen=True, kw_only=True):
+    """The tiers of a machine, fastest first, and what else describes it."""
+
+    name: str
+    tiers: tuple[Tier, ...]
+    cpu: str | None = None
+    cores: int | None = None
+    system: str | None = None
+    driver: str | None = None
+
+    @property
+    def gpus(self) -> tuple[Tier, ...]:
+        return tuple(tier for tier in self.tiers if tier.kind == "gpu")
+
+    def tier(self, name: str) -> Tier | None:
+        """Return the tier called `name`, such as "gpu:0", "cpu" or "disk"."""
+        return next((tier for tier in self.tiers if tier.name == name), None)
+
+
+class Span(Record, frozen=True, kw_only=True):
+    """An estimate with its interval."""
+
+    low: float
+    best: float
+    high: float
+
+
+class TierEstimate(Record, frozen=True, kw_only=True):
+    """Bytes that a case is expected to use in one tier; `allocated` is what torch reports, `peak` what nvidia-smi shows."""
+
+    weights_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    overhead_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
+    load_peak_bytes: int
+    low_bytes: int
+    high_bytes: int
+    capacity_bytes: int | None
+
+
+class Estimate(Record, frozen=True, kw_only=True):
+    """What the planner expects of a case."""
+
+    tiers: dict[str, TierEstimate]
+    load_s: Span
+    first_token_s: Span
+    decode_tok_s: Span
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """One case, decided: whether it can work here, and the code that loads it.
+
+    `code` is Python that leaves the loaded model in the name `model`; it expects the model's id or directory in `MODEL`
+    (`harness.plan.script` prints it whole). `max_memory` and `device_map` are what that code passes on.
+    """
+
+    case: Case
+    verdict: Verdict
+    why: str | None = None
+    code: str | None = None
+    device_map: str | dict[str, str | int] | None = None
+    max_memory: dict[str, int] | None = None
+    estimate: Estimate | None = None
+
+
+class Phase(Record, frozen=True, kw_only=True):
+    """One phase of a case on the timeline, with the exact peaks that kernel and torch kept for it.
+
+    `name` is import, load, cold, warm or score. `ram_peak_bytes` is the kernel's high-water mark (sampled on systems that
+    keep none: `sampled`); `vram` maps a tier's name to torch's peak of allocated and of reserved bytes.
+    """
+
+    name: str
+    start_s: float
+    end_s: float
+    ram_peak_bytes: int | None = None
+    ram_anon_bytes: int | None = None
+    sampled: bool = False
+    vram_peak_bytes: dict[str, int] = {}
+    vram_reserved_bytes: dict[str, int] = {}
+
+
+class Timeline(Record, frozen=True, kw_only=True):
+    """Memory of the worker over time, as the parent sampled it; all columns have the length of `t_s`."""
+
+    t_s: list[float] = []
+    ram_bytes: list[int] = []
+    ram_anon_bytes: list[int] = []
+    vram_bytes: dict[str, list[int]] = {}
+
+
+class Answer(Record, frozen=True, kw_only=True):
+    """One short question of the probe and what the model said."""
+
+    question: str
+    answer: str
+    correct: bool
+
+
+class Quality(Record, frozen=True, kw_only=True):
+    """What the probe found. `reference` is the id of the case that the agreement is measured against."""
+
+    probe: str
+    verdict: str
+    why: str
+    reference: str | None = None
+    answers: list[Answer] = []
+
+
+class Loaded(Record, frozen=True, kw_only=True):
+    """What really was loaded: bytes of the parameters by dtype (all, and those of Linear weights) and by tier."""
+
+    model_class: str
+    dtype_bytes: dict[str, int]
+    linear_dtype_bytes: dict[str, int]
+    tier_bytes: dict[str, int]
+    device_map: dict[str, str]
+
+
+class Result(Record, frozen=True, kw_only=True):
+    """What one case showed. One line of `results.jsonl`."""
+
+    schema: int = SCHEMA
+    id: str
+    run: str
+    at: str
+    case: Case
+    weights: str
+    machine: Machine
+    verdict: Verdict
+    outcome: Outcome
+    stage: str
+    why: str | None = None
+    metrics: dict[str, float] = {}
+    samples: dict[str, list[float]] = {}
+    noisy: dict[str, str] = {}
+    phases: list[Phase] = []
+    timeline: Timeline | None = None
+    estimate: Estimate | None = None
+    loaded: Loaded | None = None
+    device_map: dict[str, str] | None = None
+    quality: Quality | None = None
+    checks: dict[str, str] = {}
+    code: str | None = None
+    command: str | None = None
+    environment: dict[str, str] = {}
+    log_tail: str = ""
+
+
+def encode(record: Record) -> bytes:
+    """Write a record as one line of JSON, without the newline."""
+    return msgspec.json.encode(record)
+
+
+def to_builtins(record: Record) -> dict[str, Any]:
+    """Turn a record into plain dicts, lists and strings."""
+    plain: dict[str, Any] = msgspec.to_builtins(record)
+    return plain

@@ -1,0 +1,124 @@
+"""The messages between the parent and the worker: one JSON object a line, both ways.
+
+The parent sends a request and waits; the worker answers it with `Done` or `Failed`, after any number of `Entered` events.
+Each answer carries the figures of the phases it ran. Times are seconds of the machine-wide monotonic clock
+(`time.monotonic`), so that the parent can lay them over its own samples.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from harness.case import Answer, Loaded, Phase, Record
+
+
+class Message(Record, frozen=True, kw_only=True, tag_field="kind"):
+    """A line on the pipe."""
+
+
+class Load(Message, frozen=True, kw_only=True, tag="load"):
+    """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code."""
+
+    model: str
+    code: str
+    imports: tuple[str, ...] = ()
+    tokenizer: bool = True
+    trust_remote_code: bool = False
+
+
+class Generate(Message, frozen=True, kw_only=True, tag="generate"):
+    """Generate exactly `new_tokens` greedy tokens from each of `batch` prompts of `prompt_tokens`, once."""
+
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    phase: str = "warm"
+
+
+class Score(Message, frozen=True, kw_only=True, tag="score"):
+    """Run the quality probe. `keep` is a file to write this model's predictions to, `reference` one to compare with."""
+
+    keep: str | None = None
+    reference: str | None = None
+
+
+class Stop(Message, frozen=True, kw_only=True, tag="stop"):
+    """Exit."""
+
+
+Request = Load | Generate | Score | Stop
+
+
+class Entered(Message, frozen=True, kw_only=True, tag="entered"):
+    """A phase began."""
+
+    phase: str
+    at_s: float
+
+
+class LoadDone(Message, frozen=True, kw_only=True, tag="loaded"):
+    """The model is loaded.
+
+    `seconds` holds import_s, tokenizer_s, load_s and, where they can be told apart, weights_s and dispatch_s.
+    """
+
+    seconds: dict[str, float]
+    loaded: Loaded
+    phases: list[Phase]
+
+
+class GenerateDone(Message, frozen=True, kw_only=True, tag="generated"):
+    """One round. `token_s` holds the times of the tokens since the call; `text` is the first prompt's continuation."""
+
+    token_s: list[float]
+    total_s: float
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    text: str
+    phases: list[Phase]
+    energy_j: float | None = None
+
+
+class ScoreDone(Message, frozen=True, kw_only=True, tag="scored"):
+    """What the probe measured: summed negative log-likelihood in nats over `positions`, agreement with the reference, answers."""
+
+    nll: float
+    positions: int
+    finite: bool
+    agree: int | None
+    kl: float | None
+    answers: list[Answer]
+    phases: list[Phase]
+
+
+class Failed(Message, frozen=True, kw_only=True, tag="failed"):
+    """A request failed. `types` are the names of the exception's classes, the most derived first."""
+
+    phase: str
+    types: tuple[str, ...]
+    message: str
+    traceback: str
+    phases: list[Phase] = []
+
+
+Answered = LoadDone | GenerateDone | ScoreDone | Failed
+Event = Entered | LoadDone | GenerateDone | ScoreDone | Failed
+
+_REQUESTS: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_EVENTS: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+
+
+def encode(message: Message) -> bytes:
+    """Write a message as one line, with its newline."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+def decode_request(line: bytes) -> Request:
+    """Read a line that the parent sent. Raises msgspec.DecodeError."""
+    return _REQUESTS.decode(line)
+
+
+def decode_event(line: bytes) -> Event:
+    """Read a line that the worker sent. Raises msgspec.DecodeError."""
+    return _EVENTS.decode(line)
