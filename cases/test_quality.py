@@ -1,0 +1,14 @@
+"""The weights that were just timed must still speak sense."""
+
+import pytest
+
+from harness.runner import Run
+
+pytestmark = pytest.mark.stage(3)
+
+
+def test_quality(loaded: Run) -> None:
+    loaded.score()
+    quality = loaded.quality()
+    assert quality is not None
+    assert quality.verdict != "broken", quality.why

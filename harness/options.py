@@ -1,0 +1,200 @@
+"""OPTIONS: everything a run can be told, declared once.
+
+Each value comes from the default, then `[tool.fitmatrix]` of pyproject.toml, then the command line; `Options.origin` says
+which. The pytest plugin adds the options from this table and hands back what was given; it knows none of them by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.case import Record
+from harness.catalog import DEFAULT
+from harness.errors import UsageError, did_you_mean
+from harness.placement import PLACEMENTS
+from harness.precision import PRECISIONS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Option(Record, frozen=True, kw_only=True):
+    """One row. `parse` turns the text of one value into the value; `repeat` collects several; `switch` takes none."""
+
+    name: str
+    help: str
+    parse: Callable[[str], Any] = str
+    default: Any = None
+    metavar: str | None = None
+    repeat: bool = False
+    switch: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("-", "_")
+
+
+def _from_table(table: Mapping[str, Any], what: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in table:
+            raise UsageError(f"unknown {what} {text!r}: {did_you_mean(text, table)}")
+        return text
+
+    return parse
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise UsageError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise UsageError(f"{value} is too small: at least {least}")
+        return value
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a number of seconds") from None
+    if not 0 < value < 1e9:
+        raise UsageError(f"{text!r} is out of range: more than 0 seconds")
+    return value
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise UsageError("an empty name")
+    return text
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        name="model",
+        help=f"a model to run: a catalog name, a hub id or a directory (repeatable; default {DEFAULT})",
+        parse=_text,
+        repeat=True,
+        default=(DEFAULT,),
+        metavar="MODEL",
+    ),
+    Option(
+        name="precision",
+        help=f"how to hold the weights: {', '.join(PRECISIONS)} (repeatable; default all)",
+        parse=_from_table(PRECISIONS, "precision"),
+        repeat=True,
+        default=tuple(PRECISIONS),
+        metavar="NAME",
+    ),
+    Option(
+        name="placement",
+        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all)",
+        parse=_from_table(PLACEMENTS, "placement"),
+        repeat=True,
+        default=tuple(PLACEMENTS),
+        metavar="NAME",
+    ),
+    Option(name="prompt-tokens", help="tokens of each prompt (default 64)", parse=_at_least(1), default=64, metavar="N"),
+    Option(name="new-tokens", help="tokens to generate from each prompt (default 32)", parse=_at_least(2), default=32, metavar="N"),
+    Option(name="batch", help="prompts generated from at once (default 1)", parse=_at_least(1), default=1, metavar="N"),
+    Option(name="repeats", help="warm rounds, after one cold round (default 3)", parse=_at_least(1), default=3, metavar="N"),
+    Option(name="case-timeout", help="seconds that one case may take (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
+    Option(
+        name="results",
+        help="directory to append results.jsonl to (default fitmatrix-results)",
+        parse=Path,
+        default=Path("fitmatrix-results"),
+        metavar="DIR",
+    ),
+    Option(name="html", help="where to write the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
+    Option(name="run-all", help="also run what the plan expects to fail", switch=True, default=False),
+    Option(name="fail-on-oom", help="let running out of memory fail the test", switch=True, default=False),
+)
+
+_BY_KEY = {option.key: option for option in OPTIONS}
+
+
+class Options:
+    """The values of one run, as attributes named like the options, and where each came from."""
+
+    def __init__(self, *, config: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None) -> None:
+        """Take `[tool.fitmatrix]` as it was read and what the command line gave (None: not given).
+
+        Raises:
+            UsageError: an unknown key or a value that cannot be.
+        """
+        self.origin: dict[str, str] = {}
+        self._values: dict[str, Any] = {option.key: option.default for option in OPTIONS}
+        self._take({key.replace("-", "_"): value for key, value in (config or {}).items()}, "[tool.fitmatrix]")
+        self._take({key: value for key, value in (given or {}).items() if value is not None}, "command line")
+
+    def _take(self, values: Mapping[str, Any], origin: str) -> None:
+        for key, value in values.items():
+            option = _BY_KEY.get(key)
+            if option is None:
+                raise UsageError(f"{origin}: unknown option {key!r}: {did_you_mean(key, _BY_KEY)}")
+            try:
+                self._values[key] = _parsed(option, value)
+            except UsageError as error:
+                raise UsageError(f"{option.flag} ({origin}): {error}") from None
+            self.origin[key] = origin
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_values"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def command(self) -> str:
+        """Return the options of the command line that repeats this run, those of single cases left out."""
+        skip = {"model", "precision", "placement", "results", "html"}
+        words: list[str] = []
+        for option in OPTIONS:
+            value = self._values[option.key]
+            if option.key not in skip and value != option.default:
+                words += [option.flag] if option.switch else [option.flag, str(value)]
+        return " ".join(words)
+
+
+def _parsed(option: Option, value: Any) -> Any:
+    if option.switch:
+        if not isinstance(value, bool):
+            raise UsageError(f"{value!r} is neither true nor false")
+        return value
+    if option.repeat:
+        several: Iterable[Any] = [value] if isinstance(value, str) else value
+        return tuple(dict.fromkeys(option.parse(str(one)) for one in several))
+    if isinstance(value, (list, dict, bool)):
+        raise UsageError(f"{value!r} is not one value")
+    return option.parse(str(value))
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """Return `[tool.fitmatrix]` of `root`/pyproject.toml, or nothing where there is none.
+
+    Raises:
+        UsageError: the file is not TOML.
+    """
+    path = root / "pyproject.toml"
+    if not path.is_file():
+        return {}
+    try:
+        tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from None
+    table = tools.get("fitmatrix", {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: [tool.fitmatrix] is not a table")
+    return table

@@ -1,0 +1,114 @@
+"""From what is known of the end of a case to its outcome: one table, read from the top."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable
+
+from harness.case import Outcome, Record
+from harness.protocol import Failed
+from harness.units import format_seconds
+
+
+class Evidence(Record, frozen=True, kw_only=True):
+    """What is known of an end.
+
+    `failed` is the worker's own report, `exit_code` that of its process (negative: the signal), `ended_by` the reason why we
+    ended it ("timeout", "interrupt", "protocol") or None, `oom_kills` how many processes the kernel killed for want of memory
+    meanwhile, `log_tail` the last of its output.
+    """
+
+    phase: str
+    failed: Failed | None = None
+    exit_code: int | None = None
+    ended_by: str | None = None
+    oom_kills: int = 0
+    limit_s: float | None = None
+    log_tail: str = ""
+
+
+_OOM_TYPES = {"OutOfMemoryError", "MemoryError"}
+# Words of CUDA, cuBLAS, cuDNN, torch's CPU allocator, libstdc++ and the kernel (ENOMEM) for memory that is not there.
+_OOM_WORDS = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: (?:can't allocate|not enough) memory|std::bad_alloc|Cannot allocate memory",
+)
+_UNSUPPORTED_TYPES = {"ImportError", "NotImplementedError"}
+_UNSUPPORTED_WORDS = re.compile(r"not supported|does not support|unsupported|does not recognize this architecture", re.IGNORECASE)
+_SIGNALS = {
+    "SIGILL": "illegal instruction: a library was built for another processor",
+    "SIGSEGV": "segmentation fault",
+    "SIGABRT": "aborted",
+    "SIGBUS": "bus error",
+    "SIGFPE": "arithmetic fault",
+}
+
+
+def _signal(evidence: Evidence) -> str | None:
+    if evidence.exit_code is None or evidence.exit_code >= 0:
+        return None
+    try:
+        return signal.Signals(-evidence.exit_code).name
+    except ValueError:
+        return f"signal {-evidence.exit_code}"
+
+
+def _said(evidence: Evidence) -> str:
+    failed = evidence.failed
+    if failed is None:
+        return ""
+    lines = [line.strip() for line in failed.message.splitlines() if line.strip()]
+    return f"{failed.types[0] if failed.types else 'error'}: {' '.join(lines)[:600] or 'no message'}"
+
+
+def _raised(evidence: Evidence, types: set[str], words: re.Pattern[str]) -> bool:
+    failed = evidence.failed
+    return failed is not None and (not types.isdisjoint(failed.types) or bool(words.search(failed.message)))
+
+
+def _aborted_for_memory(evidence: Evidence) -> bool:
+    return _signal(evidence) == "SIGABRT" and bool(_OOM_WORDS.search(evidence.log_tail))
+
+
+Row = tuple[Callable[[Evidence], bool], Outcome, Callable[[Evidence], str]]
+
+TABLE: tuple[Row, ...] = (
+    (
+        lambda e: e.ended_by == "timeout",
+        Outcome.TIMEOUT,
+        lambda e: f"{e.phase} was not done after {format_seconds(e.limit_s or 0)} (--case-timeout)",
+    ),
+    (lambda e: e.ended_by == "protocol", Outcome.CRASH, lambda e: f"the worker spoke nonsense during {e.phase}"),
+    (lambda e: _raised(e, _OOM_TYPES, _OOM_WORDS), Outcome.OOM, lambda e: f"out of memory during {e.phase}: {_said(e)}"),
+    (
+        lambda e: _signal(e) == "SIGKILL" and e.oom_kills > 0,
+        Outcome.OOM,
+        lambda e: f"out of memory during {e.phase}: the kernel killed the process",
+    ),
+    (
+        _aborted_for_memory,
+        Outcome.OOM,
+        lambda e: f"out of memory during {e.phase}: a library aborted because it could not allocate",
+    ),
+    (
+        lambda e: _raised(e, _UNSUPPORTED_TYPES, _UNSUPPORTED_WORDS),
+        Outcome.UNSUPPORTED,
+        lambda e: f"not supported, says the library during {e.phase}: {_said(e)}",
+    ),
+    (lambda e: e.failed is not None, Outcome.CRASH, lambda e: f"{e.phase} failed: {_said(e)}"),
+    (
+        lambda e: _signal(e) is not None,
+        Outcome.CRASH,
+        lambda e: f"the process died during {e.phase}: {_SIGNALS.get(_signal(e) or '', 'killed from outside')} ({_signal(e)})",
+    ),
+    (lambda _: True, Outcome.CRASH, lambda e: f"the process ended during {e.phase} with exit code {e.exit_code}"),
+)
+
+
+def classify(evidence: Evidence) -> tuple[Outcome, str]:
+    """Return the outcome and one sentence that says why; the first row that applies decides."""
+    for applies, outcome, why in TABLE:
+        if applies(evidence):
+            return outcome, why(evidence)
+    raise AssertionError("the last row applies to everything")

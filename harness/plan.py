@@ -1,0 +1,187 @@
+"""Cases x machine -> plans: what can work here, and the code that loads it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from harness.case import Case, Machine, Plan, Verdict
+from harness.catalog import Source
+from harness.checkpoint import Checkpoint
+from harness.placement import PLACEMENTS, Placement
+from harness.precision import PRECISIONS, Precision
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def gate(case: Case, machine: Machine) -> tuple[Verdict, str] | None:
+    """Return the verdict and reason of a case that cannot run, from the tables alone; None if it may.
+
+    What cannot work anywhere is invalid; what this machine or its packages lack is unavailable.
+    """
+    precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+    for trait in placement.traits:
+        if trait in precision.refuses:
+            return Verdict.INVALID, precision.refuses[trait]
+    if placement.needs_gpu and not machine.gpus:
+        return Verdict.UNAVAILABLE, "needs a GPU, and this machine has none that NVML knows"
+    for package in precision.needs:
+        if importlib.util.find_spec(package) is None:
+            return Verdict.UNAVAILABLE, f"needs the package {package}: pip install {package}"
+    return _too_old(precision, placement, machine)
+
+
+def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tuple[Verdict, str] | None:
+    if placement.devices[0] != "gpu" or not machine.gpus:
+        return None
+    least = precision.min_compute_capability
+    for gpu in machine.gpus:
+        if gpu.compute_capability is not None and float(gpu.compute_capability) < least:
+            have = f"{gpu.model or gpu.name} has {gpu.compute_capability}"
+            return Verdict.UNAVAILABLE, f"{precision.name} needs compute capability {least}, and {have}"
+    return None
+
+
+class Sizes:
+    """Bytes of a checkpoint's weights in one 16- or 32-bit dtype: the largest tensor outside the blocks, and the blocks."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+        blocks: dict[str, int] = defaultdict(int)
+        outside = [0]
+        for tensor in checkpoint.tensors:
+            count = 1
+            for size in tensor.shape:
+                count *= size
+            block = _BLOCK.search(tensor.name)
+            if block:
+                blocks[tensor.name[: block.end() - 1]] += count * _DTYPE_BYTES[dtype]
+            else:
+                outside.append(count * _DTYPE_BYTES[dtype])
+        self.outside_bytes, self.blocks_bytes = max(outside), sum(blocks.values())
+        # The placement algorithm keeps room for the largest layer on every device from which it spills to the disk.
+        self.room_bytes = max(self.outside_bytes, max(blocks.values(), default=0))
+
+
+def _spill_to_cpu(sizes: Sizes, machine: Machine) -> dict[str, int]:
+    """Let about 60 % of the blocks live on the first GPU, less where three quarters of it do not hold them; the rest in RAM."""
+    wanted = sizes.outside_bytes + sizes.blocks_bytes * 6 // 10 + sizes.room_bytes
+    gpu, cpu = machine.gpus[0], machine.tier("cpu")
+    return {
+        gpu.name: min(wanted, (gpu.capacity_bytes or wanted) * 3 // 4),
+        "cpu": (cpu.capacity_bytes if cpu else None) or 1 << 40,
+    }
+
+
+def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
+    """Let the fast tiers hold the embedding and half of the blocks between them; the other half stays on the disk."""
+    if not machine.gpus:
+        return {"cpu": sizes.outside_bytes + sizes.blocks_bytes // 2 + sizes.room_bytes}
+    gpu = machine.gpus[0]
+    wanted = sizes.outside_bytes + sizes.blocks_bytes // 4 + sizes.room_bytes
+    return {
+        gpu.name: min(wanted, (gpu.capacity_bytes or wanted) * 3 // 4),
+        "cpu": sizes.blocks_bytes // 4 + sizes.room_bytes,
+    }
+
+
+LIMITS: Mapping[str, Callable[[Sizes, Machine], dict[str, int]]] = {
+    "spill-to-cpu": _spill_to_cpu,
+    "spill-to-disk": _spill_to_disk,
+}
+
+
+def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
+    """Plan one case. Without a checkpoint (not fetched yet) a case that needs its sizes has no code."""
+    refused = gate(case, machine)
+    if refused:
+        return Plan(case=case, verdict=refused[0], why=refused[1])
+    precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+    on_gpu = placement.devices[0] == "gpu" and machine.gpus
+    dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
+    max_memory = None
+    if placement.limits:
+        if checkpoint is None:
+            return Plan(case=case, verdict=Verdict.UNKNOWN)
+        max_memory = LIMITS[placement.limits](Sizes(checkpoint, dtype), machine)
+    return Plan(
+        case=case,
+        verdict=Verdict.UNKNOWN,
+        code=loading_code(precision, placement, dtype, max_memory),
+        max_memory=max_memory,
+    )
+
+
+def loading_code(precision: Precision, placement: Placement, dtype: str, max_memory: Mapping[str, int] | None) -> str:
+    """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text."""
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if precision.quantization is not None:
+        arguments["quantization_config"] = _quantization(precision.quantization, dtype)
+    arguments |= placement.arguments()
+    if max_memory is not None:
+        arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
+    if placement.call == "load_checkpoint_and_dispatch":
+        return _dispatch_code(arguments)
+    lines = ["from transformers import AutoModelForCausalLM", "", "model = AutoModelForCausalLM.from_pretrained("]
+    lines += ["    MODEL,", *_written(arguments), ")"]
+    if placement.call == "to":
+        lines.append('model = model.to("cuda")')
+    return "\n".join(lines) + "\n"
+
+
+def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    given = dict(config)
+    if given.get("load_in_4bit"):
+        given["bnb_4bit_compute_dtype"] = dtype
+    return given
+
+
+def _dispatch_code(arguments: Mapping[str, Any]) -> str:
+    dtype = arguments["dtype"]
+    lines = [
+        "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
+        "from transformers import AutoConfig, AutoModelForCausalLM",
+        "",
+        "config = AutoConfig.from_pretrained(MODEL)",
+        "with init_empty_weights():",
+        f"    model = AutoModelForCausalLM.from_config(config, dtype={dtype!r})",
+        "model.tie_weights()",
+        "model = load_checkpoint_and_dispatch(",
+        "    model,",
+        "    MODEL,",
+        *_written(arguments),
+        "    no_split_module_classes=model._no_split_modules,",
+        ")",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _written(arguments: Mapping[str, Any]) -> list[str]:
+    return [f"    {name}={_literal(value)}," for name, value in arguments.items()]
+
+
+def _literal(value: Any) -> str:
+    """Write a value as Python with double quotes."""
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _device(tier: str) -> str | int:
+    return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
+
+
+def code_head(source: Source, placement: str) -> str:
+    """Write the lines before the loading code: where MODEL comes from, without naming anybody's directories."""
+    if source.kind == "directory":
+        return f"MODEL = {_literal(source.name)}  # the directory of the model\n"
+    if source.hub_id is None:
+        return f"from harness.catalog import fetch\n\nMODEL = fetch({_literal(source.name)})\n"
+    if PLACEMENTS[placement].call == "load_checkpoint_and_dispatch":
+        return f"from huggingface_hub import snapshot_download\n\nMODEL = snapshot_download({_literal(source.hub_id)})\n"
+    return f"MODEL = {_literal(source.hub_id)}\n"

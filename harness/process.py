@@ -1,0 +1,202 @@
+"""One worker process: start it, ask it, end it with everything it started.
+
+On Linux the worker is forked by a fork server that has torch, transformers and the model's classes imported, so a case
+costs no import time and shares nothing else; elsewhere it is spawned. It leads a process group of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import re
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+
+from harness import protocol
+from harness.errors import WorkerError
+from harness.protocol import Entered, Event, Request
+
+WorkerMain = Callable[[Connection, str, str], None]
+
+_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+_PRELOAD = ("harness.worker.preload", "harness.worker.main")
+_RESIDENCY = "harness.worker.residency"  # last: it records which pages the imports have touched
+_GRACE_S = 2.0
+_LOG_MOST, _LOG_KEEP = 4 << 20, 32 << 10
+_ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def warm_up(modules: Sequence[str] = ()) -> None:
+    """Start the fork server, importing `modules` besides torch and transformers; returns at once.
+
+    The imports go on in the background; the first worker waits for them. Does nothing where processes are spawned, or when
+    the fork server runs already.
+    """
+    if _METHOD != "forkserver":
+        return
+    multiprocessing.set_forkserver_preload([*_PRELOAD, *modules, _RESIDENCY])
+    with _import_path(), _no_main():
+        multiprocessing.forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _import_path() -> Iterator[None]:
+    """Let the fork server find this package: CPython before 3.12 does not hand it our sys.path."""
+    before = os.environ.get("PYTHONPATH")
+    here = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(part for part in (here, before) if part)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Hide the main script while a process starts: multiprocessing would import it (pytest) again in the child."""
+    real = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = real
+
+
+def torch_worker(pipe: Connection, log: str, scratch: str) -> None:
+    """Be the real worker. Imported by name, in the child only: the parent never imports torch."""
+    importlib.import_module("harness.worker.main").main(pipe, log, scratch)
+
+
+class Ended(Exception):
+    """The worker ended, or was ended, before it answered. `ended_by` says who did it: None is not us."""
+
+    def __init__(self, *, exit_code: int | None, ended_by: str | None) -> None:
+        super().__init__(f"worker ended with {exit_code} ({ended_by})")
+        self.exit_code, self.ended_by = exit_code, ended_by
+
+
+class Worker:
+    """A child process that speaks `harness.protocol`. `phase` is the last phase that it entered."""
+
+    def __init__(self, main: WorkerMain, *, log: Path, scratch: Path) -> None:
+        context = multiprocessing.get_context(_METHOD)
+        self._pipe, theirs = context.Pipe()
+        self.log, self.phase, self.entered_s = log, "start", time.monotonic()
+        log.touch()
+        # mypy: the stubs of get_context(str) know no Process
+        self._process = context.Process(  # type: ignore[attr-defined]
+            target=main, args=(theirs, str(log), str(scratch)), name="fitmatrix worker", daemon=True
+        )
+        with _import_path(), _no_main():
+            self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return int(self._process.pid or 0)
+
+    def ask(self, request: Request, *, until_s: float) -> Event:
+        """Send a request and wait for its answer, blocking, at most until the monotonic clock shows `until_s`.
+
+        Raises:
+            Ended: the process died, or the time is over and it was killed.
+            WorkerError: it sent something that is no message; it was killed.
+        """
+        try:
+            self._pipe.send_bytes(protocol.encode(request))
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._dead() from None
+        while True:
+            event = self._next(until_s)
+            if not isinstance(event, Entered):
+                return event
+            self.phase, self.entered_s = event.phase, event.at_s
+
+    def _next(self, until_s: float) -> Event:
+        left = until_s - time.monotonic()
+        ready = multiprocessing.connection.wait([self._pipe, self._process.sentinel], timeout=max(left, 0))
+        if self._pipe in ready:
+            try:
+                line = self._pipe.recv_bytes()
+            except (EOFError, ConnectionResetError):
+                raise self._dead() from None
+            return self._decode(line)
+        if ready:
+            raise self._dead()
+        self.kill()
+        raise Ended(exit_code=self._process.exitcode, ended_by="timeout")
+
+    def _decode(self, line: bytes) -> Event:
+        try:
+            return protocol.decode_event(line)
+        except msgspec.DecodeError as error:
+            self.kill()
+            raise WorkerError(f"the worker sent {line[:80]!r}, which is no message: {error}") from None
+
+    def _dead(self) -> Ended:
+        self._process.join(_GRACE_S)
+        if self._process.is_alive():  # it closed the pipe and stays
+            self.kill()
+        return Ended(exit_code=self._process.exitcode, ended_by=None)
+
+    def stop(self) -> None:
+        """End the worker: politely first, then by force; whatever it started goes with it."""
+        if self._process.is_alive():
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._pipe.send_bytes(protocol.encode(protocol.Stop()))
+            self._process.join(_GRACE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the worker's process group, and wait for the worker."""
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)  # the worker made itself the leader of a group
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def log_tail(self) -> str:
+        """Return the last lines of what the worker printed, without colours and progress bars' repeats."""
+        with self.log.open("rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - _LOG_KEEP, 0))
+            data = file.read()
+        lines = [line.rsplit(b"\r", 1)[-1].rstrip() for line in _ANSI.sub(b"", data).split(b"\n")]
+        return "\n".join(_unrepeated(line.decode("utf-8", "replace") for line in lines if line))
+
+    def trim_log(self) -> None:
+        """Keep the log file bounded; the worker appends, so it goes on at the new end."""
+        if self.log.stat().st_size <= _LOG_MOST:
+            return
+        with self.log.open("r+b") as file:
+            file.seek(-_LOG_KEEP, os.SEEK_END)
+            tail = file.read()
+            file.truncate(0)
+            file.seek(0)
+            file.write(tail)
+
+
+def _unrepeated(lines: Iterator[str], most: int = 60) -> list[str]:
+    """Collapse runs of the same line (bitsandbytes warns once per layer and token) and keep the last `most`."""
+    kept: list[tuple[str, int]] = []
+    for line in lines:
+        if kept and kept[-1][0] == line:
+            kept[-1] = (line, kept[-1][1] + 1)
+        else:
+            kept.append((line, 1))
+    return [line if count == 1 else f"{line} [{count} times]" for line, count in kept[-most:]]

@@ -1,0 +1,1 @@
+"""The page that shows results: `page` renders it, `view` decides what it says, `charts` draws."""

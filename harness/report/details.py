@@ -1,0 +1,114 @@
+"""What stands behind a cell: the figures beside their prediction, the phases, where the modules lie, the answers, the code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from harness import units
+from harness.case import Phase, Result
+from harness.report import charts
+from harness.report.figures import Compared, Figure, compared, known
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase: its name, how long it took and its peaks."""
+
+    name: str
+    seconds: Figure
+    peaks: tuple[Figure | None, ...]
+    sampled: bool
+
+
+@dataclass(frozen=True)
+class Map:
+    """Where the modules lie, as loaded or as planned."""
+
+    loaded: bool
+    strip: Markup
+    groups: tuple[charts.Group, ...]
+
+
+@dataclass(frozen=True)
+class Details:
+    """The details of one case."""
+
+    figures: tuple[Compared, ...]
+    chart: Markup | None
+    lines: tuple[tuple[str, str], ...]
+    columns: tuple[str, ...]
+    phases: tuple[Row, ...]
+    map: Map | None
+    held: tuple[tuple[str, tuple[Figure, ...]], ...]
+
+
+def details(result: Result, *, points: int) -> Details:
+    """Arrange what is known of one case; the chart takes at most `points` points a line."""
+    gpus = sorted({tier for phase in result.phases for tier in phase.vram_peak_bytes})
+    columns = [label for label in _peak_labels(gpus) if any(_peak(phase, label) is not None for phase in result.phases)]
+    return Details(
+        figures=tuple(compared(result)),
+        chart=charts.timeline(result.timeline, result.phases, points=points),
+        lines=_lines(result),
+        columns=tuple(columns),
+        phases=tuple(_row(phase, columns) for phase in result.phases),
+        map=_map(result),
+        held=_held(result),
+    )
+
+
+def _peak_labels(gpus: Sequence[str]) -> list[str]:
+    return ["peak RAM", "anonymous RAM", *(f"peak {gpu}" for gpu in gpus), *(f"reserved {gpu}" for gpu in gpus)]
+
+
+def _peak(phase: Phase, label: str) -> int | None:
+    what, _, where = label.partition(" ")
+    if where == "RAM":
+        return phase.ram_peak_bytes if what == "peak" else phase.ram_anon_bytes
+    return (phase.vram_peak_bytes if what == "peak" else phase.vram_reserved_bytes).get(where)
+
+
+def _row(phase: Phase, columns: Sequence[str]) -> Row:
+    took = phase.end_s - phase.start_s
+    seconds = known("", "took", took, units.format_seconds(took))
+    return Row(phase.name, seconds, tuple(_size(label, _peak(phase, label)) for label in columns), phase.sampled)
+
+
+def _size(label: str, size: int | None) -> Figure | None:
+    return None if size is None else known("", label, size, units.format_size(size))
+
+
+def _lines(result: Result) -> tuple[tuple[str, str], ...]:
+    """Name the lines of the chart with the classes of their colours, for the legend."""
+    found = [(line.look, line.name) for line in charts.series(result.timeline)] if result.timeline else []
+    peaks = [("peak", "exact peak of a phase")] if any(phase.ram_peak_bytes for phase in result.phases) else []
+    return tuple(found + peaks)
+
+
+def _map(result: Result) -> Map | None:
+    loaded = result.loaded.device_map if result.loaded else None
+    device_map = loaded or result.device_map
+    if not device_map:
+        return None
+    found = charts.groups(device_map)
+    return Map(loaded=bool(loaded), strip=charts.strip(found), groups=tuple(found))
+
+
+def _held(result: Result) -> tuple[tuple[str, tuple[Figure, ...]], ...]:
+    """List what was really loaded: bytes by tier, by dtype, and by dtype of the Linear weights."""
+    if not result.loaded:
+        return ()
+    tables = {
+        "by tier": result.loaded.tier_bytes,
+        "by dtype": result.loaded.dtype_bytes,
+        "Linear weights": result.loaded.linear_dtype_bytes,
+    }
+    shown = [(title, tuple(_held_figure(n, size) for n, size in sizes.items())) for title, sizes in tables.items() if sizes]
+    return tuple(shown)
+
+
+def _held_figure(name: str, size: int) -> Figure:
+    return known("", name, size, units.format_size(size))

@@ -1,0 +1,116 @@
+"""Results as one HTML page: a single file that loads nothing, readable without scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from harness.case import Result
+from harness.errors import StoreError
+from harness.metrics import METRICS
+from harness.report import charts, view
+from harness.report.figures import surprise
+from harness.report.text import plural, visible
+
+_TEMPLATES = Path(__file__).parent / "templates"
+# All charts of a page share this many points, so that a page of 500 cases stays small.
+_POINTS_OF_A_PAGE = 24_000
+_FEWEST_POINTS = 60
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page says of itself: how much was measured, how often the plan was wrong, what was set aside."""
+
+    shown: int
+    read: int
+    runs: int
+    newest: str
+    false_fits: int
+    false_refusals: int
+    noisy: int
+    problems: tuple[str, ...]
+
+
+def render(results: Sequence[Result], *, title: str | None = None, problems: Sequence[str] = ()) -> str:
+    """Render results as one page.
+
+    Args:
+        results: in the order of the file; the last one of a case counts.
+        title: the page's title; by default the model and the machine.
+        problems: what could not be read from the store, one sentence each.
+    """
+    points = min(charts.POINTS, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
+    found = view.blocks(results, points=points)
+    measured = {key for result in results for key in result.metrics}
+    return _template().render(
+        title=title or _title(found),
+        blocks=found,
+        how=[(key, entry) for key, entry in METRICS.items() if key in measured],
+        facts=_facts(results, problems),
+    )
+
+
+def write(path: Path, html: str) -> None:
+    """Write a page whole or not at all, making its folder if need be.
+
+    Raises:
+        StoreError: the file cannot be written there.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(html, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise StoreError(path, f"the page cannot be written: {error.strerror}. Give another file with --html") from error
+
+
+def _title(found: Sequence[view.Block]) -> str:
+    return f"{found[0].model} on {found[0].machine.name}" if len(found) == 1 else "What fits where"
+
+
+def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
+    shown = view.newest(results)
+    surprises = [surprise(result) for result in shown]
+    return Facts(
+        shown=len(shown),
+        read=len(results),
+        runs=len({result.run for result in results}),
+        newest=max((result.at for result in results), default=""),
+        false_fits=surprises.count("false fit"),
+        false_refusals=surprises.count("false refusal"),
+        noisy=sum(len(result.noisy) for result in shown),
+        problems=tuple(problems),
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters["plural"] = plural
+    for name in ("style.css", "page.js"):
+        # These two are ours and hold no text of a result, so they go in as they are.
+        environment.globals[name.replace(".", "_")] = Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
+    return environment.get_template("page.html.j2")
+
+
+def _shown(value: object) -> object:
+    """Spell out what cannot be seen in every text that a template writes."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,0 +1,32 @@
+"""Text from a model, a log or a name, made safe to look at: what cannot be seen is spelled out."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Colours and cursor moves of a terminal say nothing on a page.
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_JOINERS = "\u200c\u200d"
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def visible(text: str) -> str:
+    """Spell out control, format and bidi characters; keep line breaks, tabs and the joiners that scripts and emoji need."""
+    if text.isascii() and text.isprintable():
+        return text
+    text = _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
+    return "".join(_spelled(char) for char in text)
+
+
+def _spelled(char: str) -> str:
+    if char in "\n\t" or char in _JOINERS or unicodedata.category(char) not in _HIDDEN:
+        return char
+    if char < " ":
+        return chr(0x2400 + ord(char))
+    return f"‹U+{ord(char):04X}›"
+
+
+def plural(count: int, noun: str) -> str:
+    """Write "1 case" or "3 cases"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

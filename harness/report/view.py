@@ -1,0 +1,318 @@
+"""What the page says, decided before it is laid out: blocks, matrices, cells, the recommendation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from harness import units
+from harness.case import Machine, Outcome, Result, Tier, Workload
+from harness.placement import PLACEMENTS
+from harness.precision import PRECISIONS
+from harness.report.details import Details, details
+from harness.report.figures import (
+    DASH,
+    PLANNED,
+    STATUSES,
+    Figure,
+    Memory,
+    Status,
+    faults,
+    known,
+    memory,
+    metric,
+    ran,
+    status,
+    surprise,
+)
+from harness.report.text import plural
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One case in the matrix. `anchor` leads to its details."""
+
+    result: Result
+    anchor: str
+    status: Status
+    memory: Memory | None
+    ready: Figure
+    speed: Figure
+    quality: str
+    planned: str
+    surprise: str
+    faults: tuple[str, ...]
+    ran: bool
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The head of a row or a column: the name to type and what it means."""
+
+    name: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Placements that nothing here can use, in one line."""
+
+    text: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Precision by placement for one workload; a cell is None where there is no result."""
+
+    caption: str
+    columns: tuple[Heading, ...]
+    rows: tuple[tuple[Heading, tuple[Cell | None, ...]], ...]
+    folds: tuple[Fold, ...]
+    counts: tuple[tuple[Status, int], ...]
+    best: Cell | None
+    best_title: str
+    least: Cell | None
+    nearest: Cell | None
+    sentence: str
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells that are shown, row by row."""
+        return tuple(cell for _, row in self.rows for cell in row if cell)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tier of a machine as the page shows it."""
+
+    name: str
+    model: str
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One model on one machine; the first matrix is of the workload with the most cases."""
+
+    anchor: str
+    model: str
+    machine: Machine
+    matrices: tuple[Matrix, ...]
+    details: Mapping[str, Details]
+    tiers: tuple[Place, ...]
+    facts: tuple[tuple[str, str], ...]
+    synthetic: bool
+
+
+def newest(results: Iterable[Result]) -> list[Result]:
+    """Keep the last result of every case on every machine, in file order."""
+    kept: dict[tuple[str, str, str, str, Workload], Result] = {}
+    for result in results:
+        case = result.case
+        key = (result.machine.name, case.model, case.precision, case.placement, case.workload)
+        kept.pop(key, None)
+        kept[key] = result
+    return list(kept.values())
+
+
+def recommend(results: Iterable[Result]) -> Result | None:
+    """Pick the fastest case that works soundly, else the fastest with degraded answers or a failed check; never a broken one."""
+    usable = [result for result in results if result.outcome is Outcome.OK and _quality(result) != "broken"]
+    return max(usable, key=lambda result: (_sound(result), result.metrics.get("decode_tok_s", 0.0)), default=None)
+
+
+def _sound(result: Result) -> bool:
+    return result.outcome is Outcome.OK and _quality(result) not in ("degraded", "broken") and not faults(result)
+
+
+def blocks(results: Sequence[Result], *, points: int) -> list[Block]:
+    """Arrange results as one block per machine and model, in the order of their first appearance in the file."""
+    by_place: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        by_place.setdefault((result.machine.name, result.case.model), [])
+    for result in newest(results):
+        by_place[(result.machine.name, result.case.model)].append(result)
+    anchors = Anchors()
+    return [_block(found, anchors, points) for found in by_place.values()]
+
+
+class Anchors:
+    """Hands out fragment names: plain letters only, and never the same twice."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, int] = {}
+
+    def give(self, name: str) -> str:
+        plain = re.sub(r"[^A-Za-z0-9_.+-]+", "-", name)[:120]
+        self._given[plain] = count = self._given.get(plain, 0) + 1
+        return plain if count == 1 else f"{plain}~{count}"
+
+
+def _block(results: Sequence[Result], anchors: Anchors, points: int) -> Block:
+    last = results[-1]
+    anchor = anchors.give(f"block-{last.case.model}-{last.machine.name}")
+    cells = [_cell(result, anchors.give(f"case-{result.case.id}")) for result in results]
+    by_workload: dict[Workload, list[Cell]] = {}
+    for cell in cells:
+        by_workload.setdefault(cell.result.case.workload, []).append(cell)
+    largest_first = sorted(by_workload.items(), key=lambda item: -len(item[1]))
+    return Block(
+        anchor=anchor,
+        model=last.case.model,
+        machine=last.machine,
+        matrices=tuple(_matrix(workload, found) for workload, found in largest_first),
+        details={cell.anchor: details(cell.result, points=points) for cell in cells},
+        tiers=tuple(_place(tier) for tier in last.machine.tiers),
+        facts=(*_facts(last.machine), *_versions(results)),
+        synthetic=any(result.weights == "synthetic" for result in results),
+    )
+
+
+def _cell(result: Result, anchor: str) -> Cell:
+    return Cell(
+        result=result,
+        anchor=anchor,
+        status=status(result),
+        memory=memory(result),
+        ready=metric(result, "ready_s"),
+        speed=metric(result, "decode_tok_s"),
+        quality=_quality(result).replace("_", " "),
+        planned=PLANNED[result.verdict],
+        surprise=surprise(result),
+        faults=tuple(faults(result)),
+        ran=ran(result),
+    )
+
+
+def _quality(result: Result) -> str:
+    return result.quality.verdict if result.quality else ""
+
+
+def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
+    best = recommend(cell.result for cell in cells)
+    placed = {(cell.result.case.precision, cell.result.case.placement): _marked(cell, best) for cell in cells}
+    rows = ordered({row for row, _ in placed}, PRECISIONS)
+    columns = ordered({column for _, column in placed}, PLACEMENTS)
+    folded = [name for name in columns if _all_unavailable(cell for (_, at), cell in placed.items() if at == name)]
+    shown = [name for name in columns if name not in folded]
+    used = [row for row in rows if any((row, name) in placed for name in shown)]
+    marked = list(placed.values())
+    chosen = next((cell for cell in marked if cell.best), None)
+    return Matrix(
+        caption=_caption(workload),
+        columns=tuple(Heading(name, _placement_title(name)) for name in shown),
+        rows=tuple((_row_heading(row), tuple(placed.get((row, name)) for name in shown)) for row in used),
+        folds=tuple(_folds(folded, placed)),
+        counts=_counts(marked),
+        best=chosen,
+        best_title=_placement_title(chosen.result.case.placement) if chosen else "",
+        least=_least(marked, chosen),
+        nearest=None if chosen else _nearest(marked),
+        sentence=_sentence(marked),
+    )
+
+
+def _marked(cell: Cell, best: Result | None) -> Cell:
+    return replace(cell, best=cell.result is best)
+
+
+def ordered(names: set[str], table: Mapping[str, object]) -> list[str]:
+    """Put names in the order of their table, unknown ones last."""
+    return [name for name in table if name in names] + sorted(names - table.keys())
+
+
+def _placement_title(name: str) -> str:
+    return PLACEMENTS[name].title if name in PLACEMENTS else ""
+
+
+def _row_heading(name: str) -> Heading:
+    return Heading(name, PRECISIONS[name].title if name in PRECISIONS else "")
+
+
+def _caption(workload: Workload) -> str:
+    return (
+        f"{plural(workload.prompt_tokens, 'token')} in, {workload.new_tokens:,} out, batch {workload.batch}, "
+        f"{plural(workload.repeats, 'warm round')}"
+    )
+
+
+def _all_unavailable(cells: Iterable[Cell]) -> bool:
+    return all(cell.status.look == "unavailable" for cell in cells)
+
+
+def _folds(names: Sequence[str], placed: Mapping[tuple[str, str], Cell]) -> Iterable[Fold]:
+    by_reason: dict[str, list[str]] = {}
+    for name in names:
+        no_gpu = name in PLACEMENTS and PLACEMENTS[name].needs_gpu
+        no_gpu = no_gpu and not any(cell.result.machine.gpus for (_, at), cell in placed.items() if at == name)
+        by_reason.setdefault("a GPU" if no_gpu else "", []).append(name)
+    for reason, group in by_reason.items():
+        verb = ("needs" if len(group) == 1 else "need") + " a GPU" if reason else "cannot be had here"
+        cells = [placed[row, at] for at in group for row in ordered({r for r, c in placed if c == at}, PRECISIONS)]
+        yield Fold(f"{plural(len(group), 'placement')} {verb}: {', '.join(group)}", tuple(cells))
+
+
+def _counts(cells: Sequence[Cell]) -> tuple[tuple[Status, int], ...]:
+    found = [(entry, sum(cell.status == entry for cell in cells)) for entry in STATUSES]
+    return tuple((entry, count) for entry, count in found if count)
+
+
+def _least(cells: Sequence[Cell], best: Cell | None) -> Cell | None:
+    """Find the sound case that takes clearly less of the same memory than the best one."""
+    if not best or not best.memory:
+        return None
+    limit, kind = float(best.memory.peak.value) * 0.9, best.memory.kind
+    sound = [cell for cell in cells if _sound(cell.result)]
+    smaller = [(float(c.memory.peak.value), c) for c in sound if c.memory and c.memory.kind == kind]
+    return min((pair for pair in smaller if pair[0] < limit), key=lambda pair: pair[0], default=(0.0, None))[1]
+
+
+def _nearest(cells: Sequence[Cell]) -> Cell | None:
+    short = [cell for cell in cells if cell.status.look == "too-big" and cell.memory and cell.memory.capacity]
+    return min(short, key=lambda cell: cell.memory.share if cell.memory else 0.0, default=None)
+
+
+def _sentence(cells: Sequence[Cell]) -> str:
+    """Say in words that nothing can be recommended, and how the cases ended."""
+    broken = sum(cell.status.look == "works" for cell in cells)
+    if broken:
+        return f"{plural(broken, 'case')} can be loaded here, but the answers are broken."
+    ends = [f"{count:,} {entry.word}" for entry, count in _counts(cells)]
+    return f"None of the {plural(len(cells), 'case')} works here: {', '.join(ends)}."
+
+
+def _place(tier: Tier) -> Place:
+    speed = None if tier.bytes_per_s is None else f"{units.format_size(tier.bytes_per_s)}/s"
+    figures = (
+        _size("total", tier.total_bytes, "not known"),
+        _size("free", tier.free_bytes, "not known"),
+        _size("limit", tier.limit_bytes, "no limit is set"),
+        known("", "speed", tier.bytes_per_s, speed) if tier.bytes_per_s and speed else _none("not known"),
+    )
+    return Place(tier.name, tier.model or "", figures)
+
+
+def _size(label: str, size: int | None, why: str) -> Figure:
+    return _none(why) if size is None else known("", label, size, units.format_size(size))
+
+
+def _none(why: str) -> Figure:
+    return Figure(key="", label="", text=DASH, why=why)
+
+
+def _facts(machine: Machine) -> tuple[tuple[str, str], ...]:
+    cores = None if machine.cores is None else str(machine.cores)
+    facts = {"CPU": machine.cpu, "cores": cores, "system": machine.system, "driver": machine.driver}
+    return tuple((name, value) for name, value in facts.items() if value)
+
+
+def _versions(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:
+    """List the environment of a block, newest value first where runs differ."""
+    found: dict[str, dict[str, None]] = {}
+    for result in reversed(results):
+        for name, value in result.environment.items():
+            found.setdefault(name, {})[value] = None
+    return tuple((name, ", ".join(values)) for name, values in found.items())

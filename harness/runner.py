@@ -1,0 +1,273 @@
+"""Run one case in a worker of its own, watch it, and turn what happened into a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+
+from harness import figures, quality, verify
+from harness.case import Machine, Outcome, Phase, Plan, Quality, Result, Verdict
+from harness.errors import WorkerError
+from harness.meters import Gpus, Sample, Sampler, oom_kills
+from harness.outcome import Evidence, classify
+from harness.precision import PRECISIONS
+from harness.process import Ended, Worker, WorkerMain
+from harness.protocol import Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
+
+LiveLine = Callable[["Run", Sample], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all cases of a run share. `worker_main` is the worker's program; tests put a scripted one in its place."""
+
+    run: str
+    machine: Machine
+    environment: Mapping[str, str]
+    scratch: Path
+    worker_main: WorkerMain
+    timeout_s: float
+    gpus: Gpus | None = None
+    on_sample: LiveLine | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model of a case: where its files are, whether its weights are real, and what its predictions are compared with."""
+
+    location: Path
+    weights: str = "real"
+    tokenizer: bool = True
+    code_head: str = ""
+    command: str = ""
+    reference: quality.Reference | None = None
+    reference_file: Path | None = None
+    keep_file: Path | None = None
+
+
+class CaseEnded(Exception):
+    """The case came to an end before it could be measured; its result says how."""
+
+    def __init__(self, outcome: Outcome, why: str) -> None:
+        super().__init__(why)
+        self.outcome, self.why = outcome, why
+
+
+class Run:
+    """One case: load, generate, score, in this order and as far as asked; `finish` gives the result."""
+
+    def __init__(self, plan: Plan, subject: Subject, setting: Setting) -> None:
+        if plan.code is None:
+            raise ValueError(f"{plan.case.id} has no loading code")
+        self.plan, self.subject, self.setting = plan, subject, setting
+        self.loaded: LoadDone | None = None
+        self.cold: GenerateDone | None = None
+        self.warm: list[GenerateDone] = []
+        self.scored: ScoreDone | None = None
+        self.checks: dict[str, str] = {}
+        self.ended: CaseEnded | None = None
+        self._phases: list[Phase] = []
+        self._begun_s = time.monotonic()
+        self._deadline_s = self._begun_s + setting.timeout_s
+        self._at = datetime.now(timezone.utc)
+        self._oom_kills, self._log, self._traceback = oom_kills(), "", ""
+        self._directory = TemporaryDirectory(prefix="case-", dir=setting.scratch, ignore_cleanup_errors=True)
+        self._worker = Worker(setting.worker_main, log=Path(self._directory.name) / "log", scratch=Path(self._directory.name))
+        self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._watch,))
+        self._sampler.start()
+
+    def _watch(self, sample: Sample) -> None:
+        self._worker.trim_log()
+        if self.setting.on_sample:
+            self.setting.on_sample(self, sample)
+
+    @property
+    def phase(self) -> str:
+        """The phase that the worker is in."""
+        return self._worker.phase
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the case began."""
+        return time.monotonic() - self._begun_s
+
+    def load(self) -> LoadDone:
+        """Load the model, once; later calls return what the first one found. Raises CaseEnded."""
+        if self.loaded is None:
+            plan = self.plan
+            request = Load(
+                model=str(self.subject.location),
+                code=plan.code or "",
+                imports=PRECISIONS[plan.case.precision].needs,
+                tokenizer=self.subject.tokenizer,
+            )
+            done = self._ask(request)
+            assert isinstance(done, LoadDone)
+            self.loaded, self.checks = done, verify.checks(plan, done.loaded)
+        return self.loaded
+
+    def first_round(self) -> GenerateDone:
+        """Generate once, cold; later calls return what the first one found. Raises CaseEnded."""
+        self.load()
+        if self.cold is None:
+            self.cold = self._generate("cold")
+        return self.cold
+
+    def round(self) -> GenerateDone:
+        """Generate once more, warm. Raises CaseEnded."""
+        self.first_round()
+        done = self._generate("warm")
+        self.warm.append(done)
+        return done
+
+    def _generate(self, phase: str) -> GenerateDone:
+        load = self.plan.case.workload
+        energy = self.setting.gpus.energy_j() if self.setting.gpus else None
+        done = self._ask(Generate(prompt_tokens=load.prompt_tokens, new_tokens=load.new_tokens, batch=load.batch, phase=phase))
+        assert isinstance(done, GenerateDone)
+        if energy is not None and self.setting.gpus and (now := self.setting.gpus.energy_j()) is not None:
+            done = msgspec.structs.replace(done, energy_j=now - energy)
+        return done
+
+    def score(self) -> ScoreDone:
+        """Run the quality probe, once. Raises CaseEnded."""
+        self.load()
+        if self.scored is None:
+            keep, reference = self.subject.keep_file, self.subject.reference_file
+            done = self._ask(Score(keep=str(keep) if keep else None, reference=str(reference) if reference else None))
+            assert isinstance(done, ScoreDone)
+            self.scored = done
+        return self.scored
+
+    def quality(self) -> Quality | None:
+        """Judge what the probe found, if it ran."""
+        if self.scored is None:
+            return None
+        subject = self.subject
+        return quality.judge(
+            self.scored,
+            real_weights=subject.weights == "real",
+            reference=subject.reference,
+            is_reference=subject.keep_file is not None,
+        )
+
+    def _ask(self, request: Request) -> Event:
+        if self.ended is not None:
+            raise self.ended
+        try:
+            event = self._worker.ask(request, until_s=self._deadline_s)
+        except Ended as end:
+            raise self._end(ended_by=end.ended_by, exit_code=end.exit_code) from None
+        except WorkerError as error:
+            raise self._end(ended_by="protocol", note=str(error)) from None
+        if isinstance(event, Failed):
+            self._phases += event.phases
+            raise self._end(failed=event)
+        assert isinstance(event, (LoadDone, GenerateDone, ScoreDone))
+        self._phases += event.phases
+        return event
+
+    def _end(
+        self, *, failed: Failed | None = None, ended_by: str | None = None, exit_code: int | None = None, note: str | None = None
+    ) -> CaseEnded:
+        evidence = Evidence(
+            phase=failed.phase if failed else self._worker.phase,
+            failed=failed,
+            exit_code=exit_code,
+            ended_by=ended_by,
+            oom_kills=oom_kills() - self._oom_kills,
+            limit_s=self.setting.timeout_s,
+            log_tail=self._worker.log_tail(),
+        )
+        outcome, why = classify(evidence)
+        self.ended = CaseEnded(outcome, f"{why}: {note}" if note else why)
+        self._traceback = failed.traceback if failed else ""
+        return self.ended
+
+    def result(self) -> Result:
+        """Return what the case has shown so far."""
+        raw = figures.samples(self.warm) if self.warm else {}
+        return Result(
+            **_common(self.plan, self.subject, self.setting, self._at),
+            outcome=self.ended.outcome if self.ended else Outcome.OK,
+            stage=self._worker.phase if self.ended else "done",
+            why=self.ended.why if self.ended else None,
+            metrics=self.metrics(),
+            samples=raw,
+            noisy=figures.noise(raw),
+            phases=[self._placed(phase) for phase in self._phases],
+            timeline=self._sampler.timeline(self._begun_s),
+            loaded=self.loaded.loaded if self.loaded else None,
+            device_map=self.loaded.loaded.device_map if self.loaded else None,
+            quality=self.quality(),
+            checks=self.checks,
+            log_tail=f"{self._log}\n{self._traceback}".strip(),
+        )
+
+    def finish(self) -> Result:
+        """End the worker, remove its files, and return the result."""
+        self._sampler.stop()
+        self._worker.stop()
+        self._log = self._worker.log_tail()
+        self._directory.cleanup()
+        return self.result()
+
+    def _placed(self, phase: Phase) -> Phase:
+        """Complete a phase from the samples where the system keeps no exact peak, and count its time from the case's begin."""
+        return Phase(
+            name=phase.name,
+            start_s=round(phase.start_s - self._begun_s, 4),
+            end_s=round(phase.end_s - self._begun_s, 4),
+            ram_peak_bytes=self._sampled(phase).ram_bytes if phase.sampled else phase.ram_peak_bytes,
+            ram_anon_bytes=max(self._sampled(phase).anon_bytes, phase.ram_anon_bytes or 0),
+            sampled=phase.sampled,
+            vram_peak_bytes=phase.vram_peak_bytes,
+            vram_reserved_bytes=phase.vram_reserved_bytes,
+        )
+
+    def _sampled(self, phase: Phase) -> Sample:
+        top = self._sampler.peak(phase.start_s, phase.end_s)
+        anon = phase.ram_anon_bytes or 0
+        return top or Sample(at_s=phase.end_s, ram_bytes=anon, anon_bytes=anon, vram_bytes={})
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of what was measured so far, by the keys of METRICS."""
+        found = figures.of_load(self.loaded) if self.loaded else {}
+        found |= figures.of_rounds(self.cold, self.warm) | figures.of_phases([self._placed(phase) for phase in self._phases])
+        found |= figures.ready(found)
+        counted = [self._sampled(phase) for phase in self._phases if phase.name in figures.GENERATING]
+        process = [size for sample in counted for size in sample.vram_bytes.values()]
+        if process:
+            found["vram_process_peak_bytes"] = max(process)
+        if self.scored:
+            found |= quality.metrics_of(self.scored, real_weights=self.subject.weights == "real")
+        return found
+
+
+def not_run(plan: Plan, subject: Subject, setting: Setting) -> Result:
+    """Return the result of a case that is not run, from its plan."""
+    outcome = Outcome.UNSUPPORTED if plan.verdict is Verdict.INVALID else Outcome.SKIPPED
+    return Result(**_common(plan, subject, setting, datetime.now(timezone.utc)), outcome=outcome, stage="plan", why=plan.why)
+
+
+def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dict[str, Any]:
+    return {
+        "id": plan.case.id,
+        "run": setting.run,
+        "at": at.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "case": plan.case,
+        "weights": subject.weights,
+        "machine": setting.machine,
+        "verdict": plan.verdict,
+        "estimate": plan.estimate,
+        "code": f"{subject.code_head}{plan.code}" if plan.code else None,
+        "command": subject.command or None,
+        "environment": dict(setting.environment),
+    }

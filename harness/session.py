@@ -1,0 +1,209 @@
+"""One run from end to end: probe the machine, plan the cases, run them, append the results, render the page."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from harness import catalog, checkpoint, machine, plan, process, runner
+from harness.case import Case, Machine, Plan, Result, Verdict, Workload
+from harness.catalog import Source
+from harness.errors import UsageError
+from harness.meters import Gpus
+from harness.options import Options
+from harness.placement import PLACEMENTS
+from harness.precision import PRECISIONS
+from harness.process import WorkerMain
+from harness.quality import Reference, reference_of
+from harness.report import page
+from harness.runner import LiveLine, Run, Setting, Subject
+from harness.store import Store
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
+
+
+class Session:
+    """All state of a run. The plugin asks it, and it asks everything else."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.sources = _resolved(options.model)
+        self.results: list[Result] = []
+        self.store = Store(options.results)
+        self.html = options.html or options.results / "index.html"
+        self.on_sample: LiveLine | None = None
+        self.worker_main: WorkerMain | None = None
+        self.page: Path | None = None
+        self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+        self._locations: dict[str, Path] = {}
+        self._checkpoints: dict[str, checkpoint.Checkpoint] = {}
+        self._references: dict[str, tuple[Reference, Path]] = {}
+
+    @cached_property
+    def machine(self) -> Machine:
+        """This machine, probed once."""
+        return machine.probe(scratch=Path(self._scratch.name))
+
+    @cached_property
+    def _scratch(self) -> TemporaryDirectory[str]:
+        return TemporaryDirectory(prefix="fitmatrix-", ignore_cleanup_errors=True)
+
+    @cached_property
+    def setting(self) -> Setting:
+        """What all cases share."""
+        gpus = Gpus() if self.machine.gpus else None
+        return Setting(
+            run=self.run_id,
+            machine=self.machine,
+            environment=machine.versions(),
+            scratch=Path(self._scratch.name),
+            worker_main=self.worker_main or process.torch_worker,
+            timeout_s=self.options.case_timeout,
+            gpus=gpus,
+            on_sample=self.on_sample,
+        )
+
+    def cases(self) -> list[Case]:
+        """Return model x precision x placement in the order they run: the widest precision first, as the reference."""
+        load = Workload(
+            prompt_tokens=self.options.prompt_tokens,
+            new_tokens=self.options.new_tokens,
+            batch=self.options.batch,
+            repeats=self.options.repeats,
+        )
+        return [
+            Case(model=name, precision=precision, placement=placement, workload=load)
+            for name in self.sources
+            for precision in _in_order(self.options.precision, PRECISIONS)
+            for placement in _in_order(self.options.placement, PLACEMENTS)
+        ]
+
+    def prepare(self, cases: Sequence[Case]) -> None:
+        """Have everything at hand that the cases need, before the first is measured: store, models, worker.
+
+        Raises:
+            UsageError, CheckpointError, StoreError: something is missing; nothing was measured.
+        """
+        self.store.prepare()
+        _prepare_page(self.html)
+        runnable = sorted({case.model for case in cases if plan.gate(case, self.machine) is None})
+        with catalog.show_progress() as progress:
+            for name in runnable:
+                self._locations[name] = catalog.fetch(self.sources[name], progress=progress)
+        for name in runnable:
+            self._checkpoints[name] = checkpoint.read(self._locations[name])
+        if self.worker_main is None and runnable:
+            process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
+
+    def plan(self, case: Case) -> Plan:
+        """Plan one case."""
+        return plan.decide(case, self.machine, self._checkpoints.get(case.model))
+
+    def subject(self, case: Case) -> Subject:
+        """Return the model of a case and what its predictions are compared with."""
+        source = self.sources[case.model]
+        reference = self._references.get(case.model)
+        location = self._locations.get(case.model, Path(source.location))
+        return Subject(
+            location=location,
+            tokenizer=_has_tokenizer(location),
+            code_head=plan.code_head(source, case.placement),
+            command=self._command(case),
+            reference=reference[0] if reference else None,
+            reference_file=reference[1] if reference else None,
+            keep_file=None if reference else Path(self._scratch.name) / f"reference-{len(self._references)}.npy",
+        )
+
+    def _command(self, case: Case) -> str:
+        model = _sayable(self.sources[case.model])
+        words = ["pytest", "cases/", "--model", model, "--precision", case.precision, "--placement", case.placement]
+        return f"{shlex.join(words)} {self.options.command()}".strip()
+
+    def start(self, decided: Plan) -> Run | None:
+        """Start a case, or record why it is not run and return None."""
+        if decided.verdict in _RUNNABLE or (self.options.run_all and decided.code is not None):
+            return Run(decided, self.subject(decided.case), self.setting)
+        self._record(runner.not_run(decided, self.subject(decided.case), self.setting))
+        return None
+
+    def finish(self, run: Run) -> Result:
+        """End a case and append its result."""
+        result = run.finish()
+        kept = run.subject.keep_file
+        if kept is not None and (reference := reference_of(result)) is not None:
+            self._references[result.case.model] = (reference, kept)
+        self._record(result)
+        return result
+
+    def _record(self, result: Result) -> None:
+        self.store.append(result)
+        self.results.append(result)
+
+    def render(self) -> Path | None:
+        """Write the page from everything in the store, if this run added to it."""
+        if not self.results:
+            return None
+        results, problems = self.store.read()
+        page.write(self.html, page.render(results, problems=[str(problem) for problem in problems]))
+        self.page = self.html
+        return self.page
+
+    def close(self) -> None:
+        """Remove what the run left on the disk; the fork server ends with this process."""
+        if "setting" in self.__dict__ and self.setting.gpus is not None:
+            self.setting.gpus.close()
+        if "_scratch" in self.__dict__:
+            self._scratch.cleanup()
+
+
+def _resolved(models: Sequence[str]) -> dict[str, Source]:
+    """Resolve models to sources by name; two directories of one name could not be told apart in the results."""
+    sources: dict[str, Source] = {}
+    for source in map(catalog.resolve, models):
+        other = sources.setdefault(source.name, source)
+        if other.location != source.location:
+            raise UsageError(f"two models are called {source.name!r}: {other.location} and {source.location}; rename a directory")
+    return sources
+
+
+def _sayable(source: Source) -> str:
+    """Write the model for a command: a directory as seen from here, or by its name alone where that would name others."""
+    place = Path(source.location)
+    if source.kind != "directory" or not place.is_relative_to(Path.cwd()):
+        return source.name
+    return f"./{place.relative_to(Path.cwd())}"
+
+
+def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:
+    return [name for name in table if name in names]
+
+
+def _modeling_module(read: checkpoint.Checkpoint) -> str:
+    """Name transformers' module of the model's classes, which the first from_pretrained would import."""
+    kind = str(read.config.get("model_type", "")).replace("-", "_")
+    return f"transformers.models.{kind}.modeling_{kind}"
+
+
+def _has_tokenizer(location: Path) -> bool:
+    return any((location / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _prepare_page(path: Path) -> None:
+    """Make the page's directory before anything is measured.
+
+    Raises:
+        UsageError: the page could not be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--html {path}: its directory cannot be made: {error.strerror}") from None
+    if path.is_dir():
+        raise UsageError(f"--html {path} is a directory; name a file, such as {path / 'index.html'}")

@@ -1,0 +1,126 @@
+"""The child process: takes requests from the pipe, one at a time, and answers each with its own figures."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from harness import meters, protocol
+from harness.case import Phase
+from harness.worker import model, residency, score
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(pipe: Connection, log: str, scratch: str) -> None:
+    """Serve requests until told to stop or until the parent is gone."""
+    _settle(log, scratch)
+    Server(pipe).serve()
+    # Nothing is left to save, and tearing torch down takes longer than a short case.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _settle(log: str, scratch: str) -> None:
+    """Become a process group of our own that dies with its parent and writes into its log and scratch directory."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for standard in (1, 2):
+        os.dup2(output, standard)
+    os.close(output)
+    os.chdir(scratch)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")  # when memory ends, this process goes first
+        residency.replay()
+
+
+class Server:
+    """The loop: one request, its phases, one answer."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._phases: list[Phase] = []
+        self._phase = "start"
+        self._model: model.Model | None = None
+
+    def serve(self) -> None:
+        while True:
+            try:
+                request = protocol.decode_request(self._pipe.recv_bytes())
+            except EOFError:
+                return
+            if isinstance(request, protocol.Stop):
+                return
+            self._phases = []
+            self._send(self._answer(request))
+
+    def _send(self, event: protocol.Message) -> None:
+        self._pipe.send_bytes(protocol.encode(event))
+
+    def _answer(self, request: protocol.Request) -> protocol.Event:
+        try:
+            return self._do(request)
+        except Exception as error:  # noqa: BLE001 the boundary of the process: whatever a library raises is a result
+            return protocol.Failed(
+                phase=self._phase,
+                types=tuple(kind.__name__ for kind in type(error).__mro__ if kind not in (Exception, BaseException, object)),
+                message=str(error)[:20_000],
+                traceback=traceback.format_exc()[-20_000:],
+                phases=self._phases,
+            )
+
+    def _do(self, request: protocol.Request) -> protocol.Event:
+        if isinstance(request, protocol.Load):
+            self._model, seconds = model.load(request, self.phase)
+            return protocol.LoadDone(seconds=seconds, loaded=model.inspect(self._model), phases=self._phases)
+        if self._model is None:
+            raise RuntimeError("nothing is loaded")
+        if isinstance(request, protocol.Generate):
+            with self.phase(request.phase):
+                done = model.generate(self._model, request)
+            return protocol.GenerateDone(**done, phases=self._phases)
+        if isinstance(request, protocol.Score):
+            with self.phase("score"):
+                scored = score.score(self._model, request)
+            return protocol.ScoreDone(**scored, phases=self._phases)
+        raise RuntimeError(f"no such request: {request!r}")
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announce a phase, and keep its times and exact peaks, also when it fails."""
+        self._phase = name
+        exact = meters.reset_peak()
+        model.reset_vram_peaks()
+        start = time.monotonic()
+        self._send(protocol.Entered(phase=name, at_s=start))
+        try:
+            yield
+            model.synchronize()
+        finally:
+            end = time.monotonic()
+            allocated, reserved = model.vram_peaks()
+            self._phases.append(
+                Phase(
+                    name=name,
+                    start_s=start,
+                    end_s=end,
+                    ram_peak_bytes=meters.peak_bytes() if exact else None,
+                    ram_anon_bytes=meters.memory(os.getpid()).anon_bytes,
+                    sampled=not exact,
+                    vram_peak_bytes=allocated,
+                    vram_reserved_bytes=reserved,
+                )
+            )

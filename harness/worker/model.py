@@ -1,0 +1,246 @@
+"""Load, look at and generate with one model, the way a user would."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import accelerate.big_modeling
+import torch
+import transformers.modeling_utils
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.pytorch_utils import Conv1D
+
+from harness import quality
+from harness.case import Loaded
+from harness.protocol import Generate, Load
+
+PhaseContext = Callable[[str], AbstractContextManager[None]]
+
+
+class Model:
+    """A loaded model, its tokenizer (None: prompts are token ids) and the device that its inputs go to."""
+
+    def __init__(self, module: PreTrainedModel, tokenizer: Any) -> None:
+        self.module, self.tokenizer = module, tokenizer
+        self.device_map = {name: str(place) for name, place in getattr(module, "hf_device_map", {}).items()}
+        self.device = self._input_device()
+        self._prompt: list[int] | None = None
+
+    def _input_device(self) -> torch.device:
+        """Return the first GPU of the device map, else the CPU: accelerate's hooks take inputs from there."""
+        places = [place for place in getattr(self.module, "hf_device_map", {}).values() if place not in ("cpu", "disk")]
+        if places:
+            first = min(places, key=str)
+            return torch.device("cuda", first) if isinstance(first, int) else torch.device(first)
+        device = next(self.module.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def prompt(self, length: int) -> list[int]:
+        """Return `length` token ids: real text where there is a tokenizer, else ids from all over the vocabulary."""
+        if self._prompt is None:
+            if self.tokenizer is not None:
+                self._prompt = list(self.tokenizer(quality.prompt_text())["input_ids"])
+            else:
+                size = self.module.config.get_text_config().vocab_size
+                self._prompt = [(index * 7919 + 11) % size for index in range(4096)]
+        times = -(-length // len(self._prompt))
+        return (self._prompt * times)[:length]
+
+
+def synchronize() -> None:
+    """Wait for the GPUs, if any were used: a clock read before that measures nothing."""
+    if torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
+
+
+def reset_vram_peaks() -> None:
+    """Begin torch's peaks of allocated and reserved memory anew on every GPU."""
+    if torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+
+
+def vram_peaks() -> tuple[dict[str, int], dict[str, int]]:
+    """Return torch's peaks of allocated and of reserved bytes by tier; empty without a GPU in use."""
+    if not torch.cuda.is_initialized():
+        return {}, {}
+    tiers = range(torch.cuda.device_count())
+    return (
+        {f"gpu:{index}": torch.cuda.max_memory_allocated(index) for index in tiers},
+        {f"gpu:{index}": torch.cuda.max_memory_reserved(index) for index in tiers},
+    )
+
+
+def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:
+    """Import, load the tokenizer, and run the loading code; return the model and the seconds of each."""
+    seconds: dict[str, float] = {}
+    if request.imports:
+        with phase("import"), _timed(seconds, "import_s"):
+            for name in request.imports:
+                importlib.import_module(name)
+    tokenizer = None
+    if request.tokenizer:
+        with phase("tokenizer"), _timed(seconds, "tokenizer_s"):
+            tokenizer = AutoTokenizer.from_pretrained(request.model, trust_remote_code=request.trust_remote_code)
+    program = compile(request.code, "<loading code>", "exec")
+    names: dict[str, Any] = {"MODEL": request.model}
+    with phase("load"), _parts_timed(seconds), _timed(seconds, "load_s"):
+        exec(program, names)  # our own code, from harness.plan: what is measured is what is printed
+    return Model(names["model"].eval(), tokenizer), seconds
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    synchronize()
+    seconds[key] = time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _parts_timed(seconds: dict[str, float]) -> Iterator[None]:
+    """Time the libraries' own steps inside the loading code: reading weights, and placing modules with hooks."""
+    with (
+        _clocked(transformers.modeling_utils.PreTrainedModel, "_load_pretrained_model", seconds, "weights_s"),
+        _clocked(transformers.modeling_utils, "accelerate_dispatch", seconds, "dispatch_s"),
+        _clocked(accelerate.big_modeling, "load_checkpoint_in_model", seconds, "weights_s"),
+        _clocked(accelerate.big_modeling, "dispatch_model", seconds, "dispatch_s"),
+        _clocked(torch.nn.Module, "to", seconds, "dispatch_s"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _clocked(owner: Any, name: str, seconds: dict[str, float], key: str) -> Iterator[None]:
+    """Add the time spent in the outermost call of `owner.name` to `seconds[key]`; a version without it has no such figure."""
+    original = owner.__dict__.get(name)
+    if original is None:
+        yield
+        return
+    function = original.__func__ if isinstance(original, (classmethod, staticmethod)) else original
+    depth = 0
+
+    def clocked(*args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        depth, start = depth + 1, time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            depth -= 1
+            if depth == 0:
+                seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
+
+    setattr(owner, name, type(original)(clocked) if isinstance(original, (classmethod, staticmethod)) else clocked)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def inspect(model: Model) -> Loaded:
+    """Count what really was loaded: bytes of the parameters by dtype and by tier, and of the Linear weights by dtype."""
+    by_dtype: dict[str, int] = defaultdict(int)
+    by_tier: dict[str, int] = defaultdict(int)
+    for name, parameter in model.module.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        by_dtype[_dtype(parameter)] += size
+        by_tier[_tier(name, parameter, model.device_map)] += size
+    return Loaded(
+        model_class=type(model.module).__name__,
+        dtype_bytes=dict(by_dtype),
+        linear_dtype_bytes=_linear_bytes(model.module),
+        tier_bytes=dict(by_tier),
+        device_map=model.device_map or {"": _place(model.device)},
+    )
+
+
+def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
+    """Sum the weights of the Linear modules by dtype, without the output embedding, which quantisers leave alone."""
+    by_dtype: dict[str, int] = defaultdict(int)
+    head = module.get_output_embeddings()
+    for part in module.modules():
+        if isinstance(part, (torch.nn.Linear, Conv1D)) and part is not head:
+            weight = part.weight
+            by_dtype[_dtype(weight)] += weight.numel() * weight.element_size()
+    return dict(by_dtype)
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _place(device: torch.device) -> str:
+    return f"gpu:{device.index or 0}" if device.type == "cuda" else device.type
+
+
+def _tier(name: str, parameter: torch.Tensor, device_map: dict[str, str]) -> str:
+    """Name the tier of a parameter; accelerate leaves what it offloads on the meta device, and the device map tells."""
+    if parameter.device.type != "meta":
+        return _place(parameter.device)
+    prefixes = [prefix for prefix in device_map if not prefix or name == prefix or name.startswith(prefix + ".")]
+    place = device_map[max(prefixes, key=len)] if prefixes else "meta"
+    return f"gpu:{place}" if place.isdecimal() else place
+
+
+class Clock(BaseStreamer):
+    """Note when each token is there: generate hands every token over on the CPU, so the device has finished it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:  # noqa: ARG002 the streamer's interface
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: Model, request: Generate) -> dict[str, Any]:
+    """Generate exactly `new_tokens` greedy tokens from `batch` equal prompts; return the fields of GenerateDone."""
+    ids = torch.tensor([model.prompt(request.prompt_tokens)] * request.batch, device=model.device)
+    mask = torch.ones_like(ids)
+    clock = Clock()
+    synchronize()
+    start = time.perf_counter()
+    output = model.module.generate(  # type: ignore[operator]  # transformers' stubs take the mixin's method for a tensor
+        ids,
+        attention_mask=mask,
+        streamer=clock,
+        do_sample=False,
+        num_beams=1,
+        min_new_tokens=request.new_tokens,
+        max_new_tokens=request.new_tokens,
+        pad_token_id=pad_id(model),
+    )
+    synchronize()
+    total = time.perf_counter() - start
+    new = output[0, ids.shape[1] :].tolist()
+    return {
+        "token_s": [moment - start for moment in clock.times],
+        "total_s": total,
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        "batch": output.shape[0],
+        "text": model.tokenizer.decode(new, skip_special_tokens=True) if model.tokenizer is not None else "",
+    }
+
+
+def pad_id(model: Model) -> int:
+    """Return a token id to pad with: the tokenizer's, else an end-of-text id, else 0."""
+    if model.tokenizer is not None and model.tokenizer.pad_token_id is not None:
+        return int(model.tokenizer.pad_token_id)
+    end = model.module.generation_config.eos_token_id
+    if isinstance(end, list):
+        end = end[0] if end else None
+    return int(end) if end is not None else 0

@@ -1,0 +1,207 @@
+"""The page in a real browser: what a reader sees, clicks and types, and what hostile text cannot do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from selenium.common.exceptions import NoAlertPresentException
+from selenium.webdriver import Chrome, Keys
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+
+from harness.case import Answer, Quality, Result
+from harness.metrics import format_metric
+from harness.report import page
+
+pytestmark = pytest.mark.browser
+
+GOLDEN = Path(__file__).parents[1] / "data/results-v1.jsonl"
+SCRIPT = "<script>window.owned = 1; alert('owned')</script><img src=x onerror='window.owned = 1'>"
+LONG = "x" * 10_000
+Open = Callable[..., Chrome]
+
+
+@pytest.fixture(scope="module")
+def results() -> list[Result]:
+    return [msgspec.json.decode(line, type=Result) for line in GOLDEN.read_bytes().splitlines()]
+
+
+@pytest.fixture
+def show(browser: Chrome, tmp_path: Path) -> Open:
+    """Write results as a page and open it, `width` pixels wide."""
+
+    def opened(results: list[Result], width: int = 1280) -> Chrome:
+        file = tmp_path / "page.html"
+        page.write(file, page.render(results))
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        for name in ("browser", "performance"):
+            logged(browser, name)
+        browser.get(file.as_uri())
+        return browser
+
+    return opened
+
+
+def cell(browser: Chrome, precision: str, placement: str) -> WebElement:
+    """Find a cell of the first matrix by the heads of its row and column."""
+    table = browser.find_element(By.CSS_SELECTOR, "table.matrix")
+    columns = [head.text.splitlines()[0] for head in table.find_elements(By.CSS_SELECTOR, "thead th")]
+    rows = [row for row in table.find_elements(By.CSS_SELECTOR, "tbody tr") if row.text.split()[0] == precision]
+    return rows[0].find_elements(By.CSS_SELECTOR, "td")[columns.index(placement)]
+
+
+def case_of(results: list[Result], case: str) -> Result:
+    return next(result for result in reversed(results) if result.case.id == case)
+
+
+def test_a_cell_says_the_figures_of_its_record(show: Open, results: list[Result]) -> None:
+    browser = show(results)
+    for placement, memory in (("direct", "vram_peak_bytes"), ("cpu", "ram_peak_bytes")):
+        metrics = case_of(results, f"chatglm-6b/int4/{placement}").metrics
+        shown = cell(browser, "int4", placement)
+        assert shown.text.splitlines()[0] == "works"
+        for key in (memory, "ready_s", "decode_tok_s"):
+            figure = shown.find_element(By.CSS_SELECTOR, f"data[data-key={key}]")
+            assert float(figure.get_attribute("value") or "nan") == metrics[key]
+            assert figure.text == format_metric(key, metrics[key])
+
+
+def test_the_bar_is_as_long_as_the_peak_is_of_the_capacity(show: Open, results: list[Result]) -> None:
+    shown = cell(show(results), "int4", "direct")
+    track, filled = (shown.find_element(By.CSS_SELECTOR, f".bar .{name}").rect["width"] for name in ("track", "all"))
+    result = case_of(results, "chatglm-6b/int4/direct")
+    gpu = result.machine.tier("gpu:0")
+    assert gpu
+    assert gpu.capacity_bytes
+    assert filled / track == pytest.approx(result.metrics["vram_peak_bytes"] / gpu.capacity_bytes, abs=0.01)
+
+
+def test_a_click_on_a_cell_opens_its_details(show: Open, results: list[Result]) -> None:
+    browser = show(results)
+    details = browser.find_element(By.ID, "case-chatglm-6b-bf16-direct")
+    assert not details.get_attribute("open")
+    for _ in range(2):  # a second click on the same cell opens them again, although it changes no hash
+        cell(browser, "bf16", "direct").click()
+        assert details.get_attribute("open")
+        assert "CUDA out of memory" in details.text
+        details.find_element(By.CSS_SELECTOR, "summary").click()
+        assert not details.get_attribute("open")
+
+
+def test_the_keyboard_alone_opens_and_closes_details(show: Open, results: list[Result]) -> None:
+    browser = show(results)
+    details = browser.find_element(By.ID, "case-chatglm-6b-fp16-disk")
+    cell(browser, "fp16", "disk").find_element(By.CSS_SELECTOR, "a").send_keys(Keys.ENTER)
+    assert details.get_attribute("open")
+    focused = browser.switch_to.active_element
+    assert focused.tag_name == "summary"
+    focused.send_keys(Keys.ENTER)
+    assert not details.get_attribute("open")
+
+
+def test_a_folded_case_opens_by_its_address(show: Open, results: list[Result]) -> None:
+    browser = show([result for result in results if not result.machine.gpus])
+    folded = browser.find_element(By.ID, "case-smollm2-135m-fp32-direct")
+    assert not folded.is_displayed()
+    browser.execute_script("location.hash = 'case-smollm2-135m-fp32-direct'")
+    browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
+    assert "this machine has no GPU" in folded.text
+
+
+def test_without_scripts_a_cell_leads_to_details_that_open(show: Open, browser: Chrome, results: list[Result]) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        show(results)
+        cell(browser, "fp16", "disk").find_element(By.CSS_SELECTOR, "a").send_keys(Keys.ENTER)
+        assert browser.current_url.endswith("#case-chatglm-6b-fp16-disk")
+        browser.find_element(By.CSS_SELECTOR, "#case-chatglm-6b-fp16-disk summary").send_keys(Keys.ENTER)
+        assert "Loading code" in browser.find_element(By.ID, "case-chatglm-6b-fp16-disk").text
+        assert not any(button.is_displayed() for button in browser.find_elements(By.CSS_SELECTOR, "button"))
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_the_copy_button_copies_the_code_as_it_is(show: Open, results: list[Result]) -> None:
+    browser = show(results)
+    browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    button = browser.find_element(By.CSS_SELECTOR, ".answer button.copy")
+    button.click()
+    browser.execute_async_script("setTimeout(arguments[0], 100)")
+    assert button.text == "copied"
+    read = "navigator.clipboard.readText().then(arguments[0], () => arguments[0]('refused'))"
+    assert browser.execute_async_script(read) == case_of(results, "chatglm-6b/int4/direct").code
+
+
+def hostile(result: Result) -> Result:
+    """Put scripts, marks of direction and endless lines wherever a model, a log or a user may write."""
+    asked = Answer(question=SCRIPT, answer=f"\u202egnp.exe {LONG}\x07", correct=False)
+    return msgspec.structs.replace(
+        result,
+        case=msgspec.structs.replace(result.case, model=f"{SCRIPT}\u202e"),
+        machine=msgspec.structs.replace(result.machine, name=f'"><{SCRIPT}'),
+        why=f"{SCRIPT} {LONG}",
+        quality=Quality(probe=SCRIPT, verdict="intact", why=LONG, reference=LONG, answers=[asked]),
+        checks={SCRIPT: LONG},
+        noisy={"decode_tok_s": f'" onmouseover="window.owned = 1" {SCRIPT}'},
+        device_map={f"{SCRIPT}.{LONG}": SCRIPT},
+        loaded=None,
+        code=f"</code></pre>{SCRIPT}\n{LONG}",
+        command=f"{SCRIPT} {LONG}",
+        environment={SCRIPT: LONG},
+        log_tail=f"</pre>{SCRIPT}\n{LONG}\x1b[31m\u2067",
+    )
+
+
+@pytest.fixture
+def attacked(results: list[Result]) -> list[Result]:
+    return [hostile(case_of(results, f"chatglm-6b/{case}")) for case in ("int4/direct", "bf16/direct", "int4/disk")]
+
+
+def test_hostile_text_stays_text(show: Open, attacked: list[Result]) -> None:
+    browser = show(attacked)
+    for details in browser.find_elements(By.TAG_NAME, "details"):
+        browser.execute_script("arguments[0].open = true", details)
+    with pytest.raises(NoAlertPresentException):
+        _ = browser.switch_to.alert.text
+    assert browser.execute_script("return window.owned") is None
+    assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
+    assert not browser.find_elements(By.CSS_SELECTOR, "img, [onerror], [onmouseover]")
+    shown = browser.find_element(By.TAG_NAME, "main").text
+    assert SCRIPT in shown
+    assert not set(shown) & set("\u202e\u2067\x07\x1b")
+    assert "‹U+202E›gnp.exe" in shown
+
+
+def test_nothing_makes_a_narrow_page_scroll_sideways(show: Open, results: list[Result], attacked: list[Result]) -> None:
+    for shown in (results, attacked):
+        browser = show(shown, width=360)
+        script = "document.querySelectorAll('details').forEach((part) => (part.open = true))"
+        browser.execute_script(script)
+        widths = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth, innerWidth]"
+        scrolled, visible, window = browser.execute_script(widths)
+        assert scrolled <= visible
+        assert window == 360
+
+
+def test_the_page_asks_nobody_for_anything_and_logs_no_error(show: Open, results: list[Result], attacked: list[Result]) -> None:
+    for shown in (results, attacked):
+        browser = show(shown)
+        cell(browser, "int4", "direct").find_element(By.CSS_SELECTOR, "a").send_keys(Keys.ENTER)
+        assert [entry for entry in logged(browser, "browser") if entry["level"] == "SEVERE"] == []
+        assert [url for url in requested(browser) if url != "data:,"] == [browser.current_url.partition("#")[0]]
+
+
+def requested(browser: Chrome) -> list[str]:
+    """Return the addresses that the page asked for since it was opened."""
+    events = [json.loads(entry["message"])["message"] for entry in logged(browser, "performance")]
+    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+
+
+def logged(browser: Chrome, name: str) -> list[dict[str, Any]]:
+    """Take what a log gathered since it was last taken."""
+    entries: list[dict[str, Any]] = browser.get_log(name)  # type: ignore[no-untyped-call]
+    return entries
