@@ -1,0 +1,163 @@
+"""What the harness costs, as ratios within one run: isolation, accuracy against a plain script, the parent's own CPU time.
+
+Run by `tox run -e bench` on a quiet machine; the limits are those that the README states.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from harness import catalog, checkpoint, machine, process
+from harness.case import Case, Plan, Workload
+from harness.plan import decide
+from harness.runner import Run, Setting, Subject
+from harness.units import format_share
+
+PLAIN = Path(__file__).parent / "plain.py"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+WORK = Workload(prompt_tokens=64, new_tokens=64, repeats=5)
+
+
+@pytest.fixture(scope="session")
+def location() -> Path:
+    return catalog.fetch(catalog.DEFAULT)
+
+
+@pytest.fixture(scope="session")
+def setting() -> Iterator[Setting]:
+    process.warm_up(["transformers.models.llama.modeling_llama"])
+    with TemporaryDirectory(prefix="bench-") as scratch:
+        yield Setting(
+            run="bench",
+            machine=machine.probe(),
+            environment=machine.versions(),
+            scratch=Path(scratch),
+            worker_main=process.torch_worker,
+            timeout_s=600,
+        )
+
+
+def planned(location: Path, setting: Setting, precision: str) -> Plan:
+    case = Case(model=catalog.DEFAULT, precision=precision, placement="cpu", workload=WORK)
+    return decide(case, setting.machine, checkpoint.read(location))
+
+
+def plain(location: Path, precision: str, rounds: int = WORK.repeats) -> dict[str, list[float]]:
+    command = [sys.executable, str(PLAIN), str(location), DTYPES[precision]]
+    words = map(str, (WORK.prompt_tokens, WORK.new_tokens, rounds))
+    done = subprocess.run([*command, *words], check=True, capture_output=True, text=True)
+    found: dict[str, list[float]] = json.loads(done.stdout)
+    return found
+
+
+def test_isolation_costs_at_most_a_tenth_of_a_second(benchmark: BenchmarkFixture, location: Path, setting: Setting) -> None:
+    """Wall time of a case that only loads, less the time its own phases took."""
+    plan = planned(location, setting, "bf16")
+
+    def case() -> float:
+        begun = time.perf_counter()
+        run = Run(plan, Subject(location=location), setting)
+        run.load()
+        result = run.finish()
+        return time.perf_counter() - begun - sum(phase.end_s - phase.start_s for phase in result.phases)
+
+    case()  # the first one waits for the fork server's imports
+    costs: list[float] = []
+    benchmark.pedantic(lambda: costs.append(case()), rounds=10)
+    benchmark.extra_info["isolation_s"] = statistics.median(costs)
+    print(f"\nisolation: {statistics.median(costs):.3f} s a case (limit 0.1)")
+    assert statistics.median(costs) <= 0.1
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_agrees_with_a_plain_script(benchmark: BenchmarkFixture, location: Path, setting: Setting, precision: str) -> None:
+    """Peak RAM within 2 %, decode speed within 5 %; the two take turns, so that a slow spell of the machine hits both."""
+    plan = planned(location, setting, precision)
+    pairs: list[tuple[float, float]] = []
+
+    def pair() -> None:
+        script = plain(location, precision)
+        run = Run(plan, Subject(location=location), setting)
+        for _ in range(WORK.repeats):
+            run.round()
+        metrics = run.finish().metrics
+        memory = metrics["ram_peak_bytes"] / script["ram_peak_bytes"]  # type: ignore[operator]
+        pairs.append((memory, metrics["decode_tok_s"] / statistics.median(script["decode_tok_s"])))
+
+    benchmark.pedantic(pair, rounds=5)
+    memory, decode = (statistics.median(column) for column in zip(*pairs, strict=True))
+    benchmark.extra_info.update(memory_ratio=memory, decode_ratio=decode)
+    print(f"\n{precision} against a plain script: peak RAM x {memory:.4f} (limit 2 %), decode x {decode:.3f} (limit 5 %)")
+    assert abs(memory - 1) <= 0.02
+    assert abs(decode - 1) <= 0.05
+
+
+def test_parent_uses_at_most_a_hundredth_of_a_core(benchmark: BenchmarkFixture, location: Path, setting: Setting) -> None:
+    run = Run(planned(location, setting, "bf16"), Subject(location=location), setting)
+    run.first_round()
+    shares: list[float] = []
+
+    def rounds() -> None:
+        cpu, wall = time.process_time(), time.perf_counter()
+        run.round()
+        shares.append((time.process_time() - cpu) / (time.perf_counter() - wall))
+
+    benchmark.pedantic(rounds, rounds=WORK.repeats)
+    run.finish()
+    share = statistics.median(shares)
+    benchmark.extra_info["parent_share"] = share
+    print(f"\nparent and sampler: {format_share(share)} of a core (limit 1 %)")
+    assert share <= 0.01
+
+
+def measured(tmp_path: Path, *options: str) -> tuple[float, list[dict[str, object]]]:
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "cases", "-q", "--benchmark-enable", "--results", str(tmp_path), *options]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    wall = time.perf_counter() - begun
+    return wall, [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+
+
+def test_three_precisions_within_a_minute(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    """fp32, bf16 and fp16 on the CPU, five rounds of 64 tokens each, memory and probe included; and 1.25 x plain code."""
+    found: list[tuple[float, float]] = []
+
+    def once() -> None:
+        directory = tmp_path / str(len(found))
+        options = [word for name in DTYPES for word in ("--precision", name)]
+        options += ["--placement", "cpu", "--prompt-tokens", "64", "--new-tokens", "64", "--repeats", "5"]
+        wall, results = measured(directory, *options)
+        assert [result["outcome"] for result in results] == ["ok"] * 3
+        phases = [phase for result in results for phase in result["phases"]]  # type: ignore[attr-defined]
+        found.append((wall, sum(phase["end_s"] - phase["start_s"] for phase in phases)))
+
+    benchmark.pedantic(once, rounds=1)
+    wall, work = found[0]
+    benchmark.extra_info.update(wall_s=wall, work_s=work, ratio=wall / work)
+    print(f"\nthree precisions: {wall:.1f} s (limit 60), {wall / work:.2f} x its loads, rounds and probes (limit 1.25)")
+    assert wall <= 60
+    assert wall / work <= 1.25
+
+
+def test_whole_default_matrix(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    found: list[tuple[float, int]] = []
+
+    def once() -> None:
+        wall, results = measured(tmp_path)
+        found.append((wall, sum(result["outcome"] == "ok" for result in results)))
+
+    benchmark.pedantic(once, rounds=1)
+    wall, ran = found[0]
+    benchmark.extra_info.update(wall_s=wall, cases=ran)
+    print(f"\nthe default matrix: {ran} cases in {wall:.1f} s (limit 150)")
+    assert wall <= 150

@@ -1,0 +1,13 @@
+"""Tests that need a CUDA device; without one they are skipped."""
+
+import pytest
+
+from harness import machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if machine.probe().gpus:
+        return
+    for item in items:
+        if item.path.is_relative_to(__file__.rsplit("/", 1)[0]):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,86 @@
+"""Every placement that uses a GPU, for real: loaded where it says, in the precision it says, and measured there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import store
+from harness.case import Outcome, Result
+from harness.placement import PLACEMENTS
+from harness.precision import PRECISIONS
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+PLACED = [row.name for row in PLACEMENTS.values() if "gpu" in row.devices]
+POSSIBLE = [
+    (precision.name, placement)
+    for precision in PRECISIONS.values()
+    for placement in PLACED
+    if not any(trait in precision.refuses for trait in PLACEMENTS[placement].traits)
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Result]:
+    directory = tmp_path_factory.mktemp("results")
+    options = [word for name in PLACED for word in ("--placement", name)]
+    command = [sys.executable, "-m", "pytest", "cases", "-q", "--results", str(directory), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (directory / store.NAME).exists(), done.stdout + done.stderr
+    found, problems = store.Store(directory).read()
+    assert not problems
+    return {(result.case.precision, result.case.placement): result for result in found}
+
+
+def get(results: dict[tuple[str, str], Result], precision: str, placement: str) -> Result:
+    result = results[precision, placement]
+    if result.outcome is Outcome.SKIPPED:
+        pytest.skip(str(result.why))
+    assert result.outcome is Outcome.OK, f"{result.why}\n{result.log_tail}"
+    return result
+
+
+@pytest.mark.parametrize(("precision", "placement"), POSSIBLE)
+def test_loads_where_and_as_asked(results: dict[tuple[str, str], Result], precision: str, placement: str) -> None:
+    result = get(results, precision, placement)
+    assert result.loaded is not None
+    assert set(result.checks.values()) == {"ok"}
+    assert result.loaded.tier_bytes.get("gpu:0", 0) > 0
+
+
+@pytest.mark.parametrize(("precision", "placement"), POSSIBLE)
+def test_vram_is_measured_and_holds_the_weights(results: dict[tuple[str, str], Result], precision: str, placement: str) -> None:
+    result = get(results, precision, placement)
+    assert result.loaded is not None
+    assert result.metrics["vram_peak_bytes"] >= result.loaded.tier_bytes["gpu:0"]
+    assert result.metrics["load_vram_peak_bytes"] <= result.metrics["vram_peak_bytes"] * 1.5
+    if "vram_process_peak_bytes" in result.metrics:  # NVML does not see into every container
+        assert result.metrics["vram_process_peak_bytes"] > result.loaded.tier_bytes["gpu:0"]
+
+
+@pytest.mark.parametrize(("precision", "placement"), POSSIBLE)
+def test_answers_are_sound(results: dict[tuple[str, str], Result], precision: str, placement: str) -> None:
+    result = get(results, precision, placement)
+    assert result.quality is not None
+    assert result.quality.verdict != "broken", result.quality.why
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_direct_keeps_no_copy_in_ram(results: dict[tuple[str, str], Result], precision: str) -> None:
+    direct, moved = get(results, precision, "direct"), get(results, precision, "ram-to-gpu")
+    assert direct.loaded is not None
+    weights = sum(direct.loaded.dtype_bytes.values())
+    assert direct.metrics["ram_anon_peak_bytes"] < moved.metrics["ram_peak_bytes"] + weights / 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("placement", "other"), [("gpu+cpu", "cpu"), ("disk", "disk")])
+def test_spills_where_it_says(results: dict[tuple[str, str], Result], precision: str, placement: str, other: str) -> None:
+    loaded = get(results, precision, placement).loaded
+    assert loaded is not None
+    assert loaded.tier_bytes.get(other, 0) > 0

@@ -1,0 +1,167 @@
+"""The worker's own work, on a tiny real model: load by the printed code, count, time tokens, score."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from harness import meters
+from harness.placement import PLACEMENTS
+from harness.plan import loading_code
+from harness.precision import PRECISIONS
+from harness.protocol import Generate, Load, Score
+from harness.worker import model as work
+from harness.worker import residency, score
+from harness.worker.model import Model
+
+VOCABULARY = 96
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of a few hundred kB, without a tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    directory = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+class Phases:
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.names.append(name)
+        yield
+
+
+def load(directory: Path, precision: str, placement: str = "cpu", **limits: int) -> tuple[Model, dict[str, float], Phases]:
+    row = PRECISIONS[precision]
+    code = loading_code(row, PLACEMENTS[placement], row.dtype, limits or None)
+    phases = Phases()
+    loaded, seconds = work.load(Load(model=str(directory), code=code, imports=row.needs, tokenizer=False), phases)
+    return loaded, seconds, phases
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path) -> Model:
+    return load(tiny, "fp32")[0]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_takes_effect_on_the_cpu(tiny: Path, precision: str) -> None:
+    found = work.inspect(load(tiny, precision)[0])
+    assert set(found.linear_dtype_bytes) == {PRECISIONS[precision].holds}
+    assert found.tier_bytes.keys() == {"cpu"}
+    assert found.model_class == "LlamaForCausalLM"
+
+
+def test_tied_weights_count_once(loaded: Model) -> None:
+    total = sum(work.inspect(loaded).dtype_bytes.values())
+    assert total == sum(parameter.numel() for parameter in loaded.module.parameters()) * 4
+
+
+def test_steps_of_loading_are_timed_apart(tiny: Path) -> None:
+    _, seconds, phases = load(tiny, "int8")
+    assert phases.names == ["import", "load"]
+    assert 0 < seconds["weights_s"] <= seconds["load_s"]
+
+
+def test_libraries_are_left_as_they_were(tiny: Path) -> None:
+    before = torch.nn.Module.to
+    load(tiny, "fp32")
+    assert torch.nn.Module.to is before
+
+
+def test_dispatch_times_its_placing(tiny: Path) -> None:
+    found, seconds, _ = load(tiny, "bf16", "dispatch")
+    assert seconds["weights_s"] > 0
+    assert seconds["dispatch_s"] > 0
+    assert set(work.inspect(found).linear_dtype_bytes) == {"bfloat16"}
+
+
+def test_disk_placement_leaves_blocks_on_the_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    embedding, block = VOCABULARY * 64 * 2, 64 * 64 * 2 * 2
+    found = work.inspect(load(tiny, "bf16", "disk", cpu=embedding * 2 + block * 6)[0])
+    assert found.tier_bytes["disk"] > 0
+    assert found.tier_bytes["cpu"] > 0
+    assert "disk" in found.device_map.values()
+
+
+@pytest.mark.parametrize(("prompt_tokens", "new_tokens", "batch"), [(5, 7, 1), (300, 3, 2), (1, 2, 3)])
+def test_generates_exactly_what_was_asked(loaded: Model, prompt_tokens: int, new_tokens: int, batch: int) -> None:
+    done = work.generate(loaded, Generate(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch))
+    assert done["prompt_tokens"] == prompt_tokens
+    assert done["new_tokens"] == new_tokens == len(done["token_s"])
+    assert done["batch"] == batch
+    assert done["token_s"] == sorted(done["token_s"])
+    assert 0 < done["token_s"][0] < done["token_s"][-1] <= done["total_s"]
+
+
+def test_prompts_without_a_tokenizer_are_ids_of_the_vocabulary(loaded: Model) -> None:
+    ids = loaded.prompt(200)
+    assert len(ids) == 200
+    assert len(set(ids)) > VOCABULARY / 2
+    assert all(0 <= token < VOCABULARY for token in ids)
+
+
+def test_a_model_agrees_with_itself(loaded: Model, tmp_path: Path) -> None:
+    kept = tmp_path / "reference.npy"
+    first = score.score(loaded, Score(keep=str(kept)))
+    again = score.score(loaded, Score(reference=str(kept)))
+    assert first["agree"] is None
+    assert again["agree"] == again["positions"] == first["positions"]
+    assert again["kl"] == pytest.approx(0, abs=1e-3)
+    assert np.load(kept).shape == (first["positions"], VOCABULARY)
+
+
+def test_likelihood_is_that_of_torch(loaded: Model) -> None:
+    ids = torch.tensor([loaded.prompt(64)])
+    with torch.inference_mode():
+        loss = loaded.module(ids, labels=ids).loss
+    done = score.score(loaded, Score())
+    assert done["nll"] / done["positions"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_another_model_disagrees(loaded: Model, tiny: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "reference.npy"
+    score.score(loaded, Score(keep=str(kept)))
+    other, _, _ = load(tiny, "fp32")
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.normal_()
+    done = score.score(other, Score(reference=str(kept)))
+    assert done["agree"] < done["positions"]
+    assert done["kl"] > 0.1
+
+
+def test_broken_weights_are_not_finite(tiny: Path) -> None:
+    broken, _, _ = load(tiny, "fp32")
+    with torch.no_grad():
+        next(broken.module.parameters()).fill_(float("nan"))
+    assert score.score(broken, Score())["finite"] is False
+
+
+@pytest.mark.skipif(not meters.LINUX, reason="pagemap is Linux's")
+def test_replay_maps_pages_that_were_present() -> None:
+    runs = residency.resident_runs()
+    assert sum(length for _, length in runs) > 10 << 20  # torch alone is more
+    residency.replay()
