@@ -131,9 +131,13 @@ def read(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: no weights there, or files that are unreadable, incomplete or hostile.
     """
-    if path.is_file():
+    try:
+        is_file, is_directory = path.is_file(), path.is_dir()
+    except OSError as error:  # a name that is too long, for one
+        raise CheckpointError(quote(str(path)), f"is no path ({error.strerror}): check it") from error
+    if is_file:
         return _read(Directory(path.parent), path.name, str(path))
-    if path.is_dir():
+    if is_directory:
         return _read(Directory(path), None, str(path))
     raise CheckpointError(path, "is neither a directory nor a file: check the path")
 
@@ -206,10 +210,8 @@ def _weight_files(folder: Folder, file: str | None) -> list[str]:
     if folder.size(file) is None:
         raise UsageError(f"{folder.where} has no file {file!r}: {did_you_mean(file, folder.names())}")
     split = _SPLIT.fullmatch(file)
-    if not split:
-        return [file]
-    count = int(split["count"])
-    return _present(folder, [f"{split['stem']}-{part:05d}-of-{split['count']}.gguf" for part in range(1, count + 1)], file)
+    parts = [f"{split['stem']}-{part:05}-of-{split['count']}.gguf" for part in range(1, int(split["count"]) + 1)] if split else []
+    return _present(folder, parts, file) if file in parts else [file]
 
 
 def _only_gguf(folder: Folder) -> str:

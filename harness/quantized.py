@@ -33,7 +33,7 @@ def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None
         words = [method if isinstance(method, str) and method.isprintable() and len(method) <= 40 else "unknown method"]
         words += [_bitsandbytes(settings)] if method == "bitsandbytes" else []
         return _sentence(words, _bits(settings), settings.get("group_size", settings.get("q_group_size")))
-    if _positive(config.get("wbits")):
+    if 0 < _positive(config.get("wbits")) < 16:  # MOSS in float16 says 32
         return _sentence(["gptq"], config["wbits"], config.get("groupsize"))
     if _positive(config.get("quantization_bit")):
         return _sentence(["chatglm"], config["quantization_bit"], None)

@@ -140,6 +140,8 @@ def test_a_gguf_in_parts_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(CheckpointError, match="1 of 2 shards are missing: 'm-00002-of-00002"):
         read(tmp_path / "m-00001-of-00002.gguf")
+    for name in ("z-00000-of-00000.gguf", "z-00007-of-00002.gguf"):
+        assert len(read(small_gguf(tmp_path / name)).files) == 1
 
 
 def test_shared_bytes_count_once_and_repeated_ones_twice(tmp_path: Path) -> None:
@@ -178,7 +180,8 @@ def test_a_hub_cache_is_a_directory_of_links(model: Path, tmp_path: Path) -> Non
             "compressed-tensors 4-bit",
         ),
         ({"wbits": 4, "groupsize": 128}, "gptq 4-bit, groups of 128"),
-        ({"wbits": 32, "groupsize": -1}, "gptq 32-bit"),
+        ({"wbits": 8, "groupsize": -1}, "gptq 8-bit"),
+        ({"wbits": 32, "groupsize": 128}, None),
         ({"quantization_bit": 4}, "chatglm 4-bit"),
         ({"quantization_bit": 0}, None),
         ({"quantization_config": {}}, None),
@@ -317,8 +320,9 @@ def test_an_architecture_that_is_no_name_is_passed_over(model: Path, architectur
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="neither a directory nor a file"):
-        read(tmp_path / "nowhere")
+    for name in ("nowhere", "x" * 5000, "nul\0"):
+        with pytest.raises(CheckpointError, match=r"neither a directory nor a file|is no path"):
+            read(tmp_path / name)
     write_config(tmp_path)
     with pytest.raises(CheckpointError, match=r"has no weights: model\.safetensors, .* it has 'config\.json'"):
         read(tmp_path)

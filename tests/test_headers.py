@@ -118,6 +118,7 @@ def test_safetensors_of_a_few_bytes(tmp_path: Path, size: int) -> None:
         ("{", b"", "cannot be understood"),
         ('{"\\ud800": 1}', b"", "cannot be understood"),
         ('{"a":' + "[" * 100_000, b"", "cannot be understood"),
+        ('{"a":[' + "1," * 1_500_000 + "1]}", b"", "more tensors than a file can hold"),
     ],
 )
 def test_safetensors_that_contradicts_itself(tmp_path: Path, entries: Any, data: bytes, message: str) -> None:
