@@ -1,0 +1,116 @@
+"""A model hub on loopback: one directory per repository, ranged reads, and a count of the bytes that left it."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+COMMIT = "c" * 40
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves ROOT/OWNER/NAME/FILE as files of the model OWNER/NAME. What is in a repository's name decides how it behaves:
+
+    gated (403), broken (503), wholesale (ranges are ignored), elsewhere (files redirect to another host, as to a CDN),
+    garbled (an answer that is no JSON).
+    """
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root = root
+        self.requests: list[tuple[str, str, int]] = []
+        self.leaked_tokens: list[str] = []
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def sent(self) -> int:
+        """Return the bytes of file contents sent so far."""
+        return sum(length for _, _, length in self.requests)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if "broken" in path and "resolve" in path:
+            return self.answer(503, b"later")
+        if "gated" in path and ("resolve" in path or "closed" in path):
+            return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        if model := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/([^/]+))?", path):
+            return self.model_info(model[1], model[3])
+        if file := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            return self.resolve(file[1], file[2])
+        if file := re.fullmatch(r"/elsewhere/(.+)", path):
+            self.server.leaked_tokens += [self.headers["Authorization"]] if self.headers["Authorization"] else []
+            return self.send_file(self.server.root / file[1])
+        return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def model_info(self, name: str, revision: str | None) -> None:
+        folder = self.server.root / name
+        if "garbled" in name:
+            return self.answer(200, b"<html>Please log in")
+        if not folder.is_dir():
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if revision not in (None, "main", COMMIT):
+            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        siblings = [{"rfilename": path.relative_to(folder).as_posix(), "size": path.stat().st_size} for path in files]
+        return self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+
+    def resolve(self, name: str, file: str) -> None:
+        path = self.server.root / name / file
+        if not path.is_file():
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        if "elsewhere" in name:
+            port = self.server.server_port
+            return self.answer(302, b"", {"Location": f"http://localhost:{port}/elsewhere/{name}/{file}"})
+        return self.send_file(path)
+
+    def send_file(self, path: Path) -> None:
+        data = path.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
+        if not wanted or "wholesale" in str(path):
+            return self.answer(200, data, file=path)
+        first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
+        return self.answer(206, data[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(data)}"}, file=path)
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, file: Path | None = None) -> None:
+        if file is not None:
+            self.server.requests.append((file.name, self.headers["Range"] or "", len(body)))
+        try:
+            self.send_response(status)
+            for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+        except (BrokenPipeError, ConnectionResetError):  # the reader had enough of a whole file
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Keep quiet."""
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[HubServer]:
+    server = HubServer(root)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
