@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from gguf_files import small_gguf
-from hub_server import COMMIT, HubServer, serving
 
 from harness.checkpoint import Checkpoint, Tensor, read
 from harness.errors import CheckpointError, UsageError
+from tests.gguf_files import small_gguf
+from tests.hub_server import COMMIT, HubServer, serving
 
 ROOT = Path(__file__).parent.parent
 

@@ -25,7 +25,6 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from gguf_files import small_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +34,7 @@ from harness.files import Cursor, LocalFile
 from harness.gguf_header import TYPES, read_gguf
 from harness.headers import BITS, Tensor, read_config, read_index, read_safetensors
 from harness.pickles import OPERATIONS
+from tests.gguf_files import small_gguf
 
 Reader = Callable[[LocalFile], Any]
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness import meters
 from harness.placement import PLACEMENTS
 from harness.plan import loading_code
 from harness.precision import PRECISIONS
 from harness.protocol import Generate, Load, Score
+from harness.quality import PROBE
 from harness.worker import model as work
 from harness.worker import residency, score
 from harness.worker.model import Model
@@ -38,7 +43,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
     )
     directory = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def speaking(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tokenizer of single characters."""
+    directory = tmp_path_factory.mktemp("speaking")
+    shutil.copytree(tiny, directory, dirs_exist_ok=True)
+    characters = {chr(32 + index): index for index in range(VOCABULARY - 1)} | {"?unknown": VOCABULARY - 1}
+    tokenizer = Tokenizer(WordLevel(characters, unk_token="?unknown"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?unknown", eos_token=" ").save_pretrained(directory)
     return directory
 
 
@@ -52,11 +69,13 @@ class Phases:
         yield
 
 
-def load(directory: Path, precision: str, placement: str = "cpu", **limits: int) -> tuple[Model, dict[str, float], Phases]:
+def load(
+    directory: Path, precision: str, placement: str = "cpu", *, tokenizer: bool = False, **limits: int
+) -> tuple[Model, dict[str, float], Phases]:
     row = PRECISIONS[precision]
     code = loading_code(row, PLACEMENTS[placement], row.dtype, limits or None)
     phases = Phases()
-    loaded, seconds = work.load(Load(model=str(directory), code=code, imports=row.needs, tokenizer=False), phases)
+    loaded, seconds = work.load(Load(model=str(directory), code=code, imports=row.needs, tokenizer=tokenizer), phases)
     return loaded, seconds, phases
 
 
@@ -123,28 +142,43 @@ def test_prompts_without_a_tokenizer_are_ids_of_the_vocabulary(loaded: Model) ->
     assert all(0 <= token < VOCABULARY for token in ids)
 
 
-def test_a_model_agrees_with_itself(loaded: Model, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def speaker(speaking: Path) -> Model:
+    return load(speaking, "fp32", tokenizer=True)[0]
+
+
+def test_a_model_agrees_with_itself(speaker: Model, tmp_path: Path) -> None:
     kept = tmp_path / "reference.npy"
-    first = score.score(loaded, Score(keep=str(kept)))
-    again = score.score(loaded, Score(reference=str(kept)))
+    first = score.score(speaker, Score(keep=str(kept)))
+    again = score.score(speaker, Score(reference=str(kept)))
     assert first["agree"] is None
     assert again["agree"] == again["positions"] == first["positions"]
     assert again["kl"] == pytest.approx(0, abs=1e-3)
     assert np.load(kept).shape == (first["positions"], VOCABULARY)
 
 
-def test_likelihood_is_that_of_torch(loaded: Model) -> None:
-    ids = torch.tensor([loaded.prompt(64)])
-    with torch.inference_mode():
-        loss = loaded.module(ids, labels=ids).loss
-    done = score.score(loaded, Score())
-    assert done["nll"] / done["positions"] == pytest.approx(float(loss), rel=1e-4)
+def test_likelihood_is_that_of_torch(speaker: Model) -> None:
+    loss, positions = 0.0, 0
+    for passage in PROBE.passages:
+        ids = torch.tensor([speaker.tokenizer(passage.text)["input_ids"]])
+        with torch.inference_mode():
+            loss += float(speaker.module(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        positions += ids.shape[1] - 1
+    done = score.score(speaker, Score())
+    assert done["positions"] == positions
+    assert done["nll"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_another_model_disagrees(loaded: Model, tiny: Path, tmp_path: Path) -> None:
+def test_every_question_gets_an_answer(speaker: Model) -> None:
+    answers = score.score(speaker, Score())["answers"]
+    assert [answer.question for answer in answers] == [question.prompt for question in PROBE.questions]
+    assert not any(answer.correct for answer in answers)
+
+
+def test_another_model_disagrees(speaker: Model, speaking: Path, tmp_path: Path) -> None:
     kept = tmp_path / "reference.npy"
-    score.score(loaded, Score(keep=str(kept)))
-    other, _, _ = load(tiny, "fp32")
+    score.score(speaker, Score(keep=str(kept)))
+    other, _, _ = load(speaking, "fp32", tokenizer=True)
     with torch.no_grad():
         for parameter in other.module.parameters():
             parameter.normal_()
@@ -153,11 +187,21 @@ def test_another_model_disagrees(loaded: Model, tiny: Path, tmp_path: Path) -> N
     assert done["kl"] > 0.1
 
 
-def test_broken_weights_are_not_finite(tiny: Path) -> None:
-    broken, _, _ = load(tiny, "fp32")
-    with torch.no_grad():
-        next(broken.module.parameters()).fill_(float("nan"))
-    assert score.score(broken, Score())["finite"] is False
+@pytest.mark.parametrize("broken", [False, True])
+def test_without_a_tokenizer_only_finiteness_is_told(tiny: Path, broken: bool) -> None:
+    found, _, _ = load(tiny, "fp32")
+    if broken:
+        with torch.no_grad():
+            next(found.module.parameters()).fill_(float("nan"))
+    done = score.score(found, Score())
+    assert done["finite"] is not broken
+    assert (done["positions"], done["answers"]) == (0, [])
+
+
+def test_equal_favourites_agree() -> None:
+    ours = torch.log_softmax(torch.tensor([[3.0, 3.0, 0.0], [0.0, 1.0, 2.0]]), dim=-1)
+    theirs = np.array([[-1.0, -0.5, -3.0], [-0.1, -3.0, -3.0]], dtype=np.float16)
+    assert score._compare(ours, theirs)[0] == 1
 
 
 @pytest.mark.skipif(not meters.LINUX, reason="pagemap is Linux's")

@@ -22,7 +22,7 @@ Predictions = npt.NDArray[np.float16]
 
 
 def score(model: Model, request: Score) -> dict[str, Any]:
-    """Return the fields of ScoreDone.
+    """Return the fields of ScoreDone. Without a tokenizer no text can be scored: only whether the logits are finite.
 
     Next-token log-probabilities [positions, vocabulary] are computed in float32 and kept as float16: their error, below
     0.01 nat at a probability of e**-16, is far under what any quantisation does.
@@ -44,6 +44,8 @@ def score(model: Model, request: Score) -> dict[str, Any]:
     if request.keep:
         _write(Path(request.keep), kept)
     compared = reference is not None and positions > 0
+    if model.tokenizer is None:
+        nll, positions = 0.0, 0
     return {
         "nll": nll if math.isfinite(nll) else 0.0,
         "positions": positions,
@@ -71,8 +73,13 @@ def _log_probabilities(model: Model, ids: list[int]) -> torch.Tensor:
 def _compare(logp: torch.Tensor, reference: Predictions) -> tuple[int, float]:
     """Return how many positions have the reference's most likely token, and the summed KL(reference || this) in nats."""
     theirs = torch.from_numpy(np.asarray(reference, dtype=np.float32)).to(logp.device)
-    same = int((logp.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
-    return same, float((theirs.exp() * (theirs - logp)).sum(dtype=torch.float64))
+    # Logits in bfloat16 and a reference in float16 have exact ties; either's favourite counts if the other has none better.
+    same = _is_favourite(theirs.argmax(dim=-1), logp) | _is_favourite(logp.argmax(dim=-1), theirs)
+    return int(same.sum()), float((theirs.exp() * (theirs - logp)).sum(dtype=torch.float64))
+
+
+def _is_favourite(tokens: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
+    return logp.gather(1, tokens[:, None])[:, 0] == logp.amax(dim=-1)
 
 
 def _write(path: Path, kept: list[Predictions]) -> None:
