@@ -281,5 +281,5 @@ def _run_worker(config: Mapping[str, Any]) -> bytes:
         raise UsageError(f"{what}: transformers did not build it in {BUILD_S:.0f} s") from None
     if done.returncode != 0:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise UsageError(f"{what}: {last}")
+        raise UsageError(f"{what}: {last.strip().removeprefix('ValueError: ')}")
     return done.stdout

@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,16 @@ def build(config: Mapping[str, Any]) -> Skeleton:
         ValueError: transformers has no class for this config, nor is it described in `harness.worker.written`.
     """
     native = _translate(config)
-    if native["model_type"] in WRITTEN and not _registered(native["model_type"]):
-        with torch.device("meta"):
-            return _of_written(WRITTEN[native["model_type"]](native).to(torch.bfloat16))
-    return _of_model(_construct(native))
-
-
-def _registered(model_type: str) -> bool:
-    """Say whether transformers, or our own native architectures, know this type."""
+    kind = str(native.get("model_type"))
     if find_spec("harness.models") is not None:
-        __import__("harness.models")
-    return model_type in transformers.CONFIG_MAPPING
+        import_module("harness.models")  # registers our own native architectures
+    if kind in transformers.CONFIG_MAPPING:
+        return _of_model(_construct(native))
+    if kind not in WRITTEN:
+        raise ValueError(f"transformers {transformers.__version__} has no class for it")
+    with torch.device("meta"):
+        model = WRITTEN[kind](native)
+    return _of_written(model.to(torch.bfloat16))
 
 
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _of_model(model: Any) -> Skeleton:
         layers=tuple(kinds.index(layer) for layer in attention),
         hidden_size=config.hidden_size,
         intermediate_size=_first(config, "intermediate_size", "n_inner") or 4 * config.hidden_size,
-        heads=config.num_attention_heads,
+        heads=_first(config, "num_attention_heads") or 0,
         vocab_size=config.vocab_size,
         experts=_first(config, "num_local_experts", "num_experts", "n_routed_experts") or 0,
         experts_per_token=_first(config, "num_experts_per_tok") or 0,
@@ -139,7 +139,14 @@ def _of_written(model: Written) -> Skeleton:
 
 
 def _first(config: Any, *names: str) -> int | None:
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    for name in names:
+        try:
+            value: int | None = getattr(config, name, None)
+        except RuntimeError:  # a config that varies by layer refuses to name one value
+            continue
+        if value is not None:
+            return value
+    return None
 
 
 def _not_converted(model: nn.Module, tied: Mapping[str, str], head: nn.Module | None) -> set[str]:
@@ -151,9 +158,23 @@ def _not_converted(model: nn.Module, tied: Mapping[str, str], head: nn.Module | 
 
 def _attention(model: Any) -> list[Attention]:
     """Push one token through the empty model and look at the shapes that its KV cache took."""
-    with torch.no_grad():
-        cache = model(input_ids=torch.ones((1, 1), dtype=torch.long, device="meta"), use_cache=True).past_key_values
-    return [_layer(layer, model.config.get_text_config()) for layer in getattr(cache, "layers", ())]
+    config = model.config.get_text_config()
+    token = torch.ones((1, 1), dtype=torch.long, device="meta")
+    for decoder in (model, model.get_decoder()):
+        try:
+            with torch.no_grad():
+                out = decoder(input_ids=token, use_cache=True)
+        except (RuntimeError, TypeError, ValueError):
+            continue  # multimodal models look at values, and a meta tensor has none; their text model does without
+        cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
+        return [_layer(layer, config) for layer in getattr(cache, "layers", ())]
+    return [_of_config(config)] * config.num_hidden_layers
+
+
+def _of_config(config: Any) -> Attention:
+    width = _first(config, "head_dim") or config.hidden_size // config.num_attention_heads
+    heads = _first(config, "num_key_value_heads") or config.num_attention_heads
+    return Attention(heads=heads, key_dim=width, value_dim=width, window=_first(config, "sliding_window"))
 
 
 def _layer(layer: Any, config: Any) -> Attention:
@@ -213,7 +234,9 @@ class _Packer:
     def _tensors(self, module: nn.Module, prefix: str) -> Iterator[Tensor]:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             # A parameter that two modules share is stored once; a tied one is named twice, and `tied` says so.
-            if id(parameter) not in self.seen or f"{prefix}{name}" in self.tied:
+            if f"{prefix}{name}" in self.tied:
+                yield self._tensor(prefix, name, parameter, "parameter")
+            elif id(parameter) not in self.seen:
                 self.seen.add(id(parameter))
                 yield self._tensor(prefix, name, parameter, "parameter")
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
