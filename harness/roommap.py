@@ -7,8 +7,9 @@ the first GPU keeps room for what running them there copies at once: one Linear,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from harness.case import Record
 from harness.devicemap import Bytes, Device, device_of, infer, measure, merge
@@ -78,7 +79,7 @@ def recommend(
         kv_bytes=cached,
         blocks=sum(part.block for part in parts),
         blocks_off=sum(part.block for part in _off(placed)),
-        why=_compare(placed, _placed_by(auto, parts)) + _shortage(_placed_by(eager, parts), room),
+        why=_compare(placed, _placed_by(auto, parts), room) + _against_whole(_placed_by(eager, parts), room),
     )
 
 
@@ -113,21 +114,48 @@ def _pieces(module: Module) -> Iterable[Module]:
 
 
 def _place(parts: list[_Part], room: Mapping[Device, int]) -> _Placed:
-    """Spill as few of the last blocks as can be, and what is not a block only after all of them."""
+    """Keep as many bytes as can be on the GPUs (without any: in RAM), leaving out the first ones where that helps."""
     gpus = [device for device in room if device != "cpu"]
+    sets = [gpus[first:] for first in range(len(gpus))] + [[]]
+    best: _Placed = dict.fromkeys(parts, "disk")
+    least = float("inf")
+    for some, order in product(sets, _orders(parts)):
+        placed = _spill_first(parts, order, room, some)
+        if placed and _bytes_away(placed, bool(gpus)) < least:
+            best, least = placed, _bytes_away(placed, bool(gpus))
+        if least == 0:
+            break
+    return best
+
+
+def _bytes_away(placed: _Placed, has_gpu: bool) -> Bytes:
+    away = _SPILL if has_gpu else ("disk",)
+    return sum(part.weights for part, device in placed.items() if device in away)
+
+
+def _orders(parts: list[_Part]) -> Iterator[list[_Part]]:
+    """List orders to spill in: the blocks from the last, before or after the largest of what else there is."""
+    blocks = [part for part in reversed(parts) if part.block]
+    others = [part for part in reversed(parts) if not part.block]
+    large = sorted(others, key=lambda part: -part.weights)[:2]
+    for first in ([], *([part] for part in large), large):
+        yield [*first, *blocks, *(part for part in others if part not in first)]
+
+
+def _spill_first(parts: list[_Part], order: list[_Part], room: Mapping[Device, int], gpus: list[Device]) -> _Placed | None:
+    """Spill as few as can be in this order; None if these GPUs, or the first of them, would only pass weights through."""
     near = gpus or ["cpu"]
-    order = sorted(range(len(parts)), key=lambda i: (not parts[i].block, -i))
-    for count in range(len(parts) + 1):
-        spilled = [parts[i] for i in sorted(order[:count])]
+    blocks = sum(part.block for part in parts)
+    for count in range(len(order) + 1):
+        spilled = [part for part in parts if part in order[:count]]
         free = {device: room.get(device, 0) for device in near}
         free[near[0]] -= sum(part.kv for part in spilled) + _largest(spilled)
         kept = _fill({part: part.weights + part.kv for part in parts if part not in spilled}, free)
-        if kept is not None and (not gpus or gpus[0] in kept.values()):
+        useful = kept and gpus[0] in kept.values() and (not blocks or any(part.block for part in kept)) if gpus else True
+        if kept is not None and useful:
             placed = kept | _spill(spilled, room["cpu"] if gpus and "cpu" in room else 0)
             return {part: placed[part] for part in parts}
-    if gpus:  # The first cannot even hold one part beside what it would have to run.
-        return _place(parts, {device: size for device, size in room.items() if device != gpus[0]})
-    return dict.fromkeys(parts, "disk")
+    return None
 
 
 def _largest(parts: Iterable[_Part]) -> int:
@@ -135,18 +163,17 @@ def _largest(parts: Iterable[_Part]) -> int:
 
 
 def _fill(parts: Mapping[_Part, Bytes], free: Mapping[Device, Bytes]) -> _Placed | None:
-    """Pour parts of these sizes into devices in order, never going back; None if they do not fit."""
+    """Pour parts of these sizes into devices in order, back into earlier ones when the later are full; None if they do not fit."""
     placed: _Placed = {}
-    devices = iter(free.items())
-    device, left = next(devices)
+    left = dict(free)
+    devices = list(free)
     for part, size in parts.items():
-        while size > left:
-            following = next(devices, None)
-            if following is None:
-                return None
-            device, left = following
-        left -= size
+        device = next((device for device in devices if size <= left[device]), None)
+        if device is None:
+            return None
+        left[device] -= size
         placed[part] = device
+        devices = devices[devices.index(device) :] + devices[: devices.index(device)]
     return placed
 
 
@@ -182,17 +209,21 @@ def _off(placed: _Placed) -> list[_Part]:
     return [part for part, device in placed.items() if device in _SPILL]
 
 
-def _compare(ours: _Placed, auto: _Placed) -> str:
+def _compare(ours: _Placed, auto: _Placed, room: Mapping[Device, int]) -> str:
     here, there = _off(ours), _off(auto)
+    if {*room} <= {"cpu"}:
+        return "There is no GPU."
     if len(here) == len(ours):
-        return "No GPU holds any of it."
+        return "No GPU can hold a block beside what inference needs."
     if not here and not there:
         return "All of it is on the GPU."
     total = sum(part.block for part in ours)
-    said = f"Off the GPU: {_name(here, total)}"
-    if sum(part.weights for part in here) < sum(part.weights for part in there):
-        return f"{said}; auto, told to leave the same room for inference, has {_name(there, total)} there."
-    return f"{said}; auto, told to leave the same room for inference, has as much there."
+    said = f"Off the GPU: {_name(here, total)}; auto, told to leave the same room for inference, has"
+    more = sum(part.weights for part in here) - sum(part.weights for part in there)
+    if more == 0:
+        return f"{said} as much there."
+    short = _shortage(auto, room) if more > 0 else ""
+    return f"{said} {_name(there, total)} there{short and ', and would leave it ' + short}."
 
 
 def _name(parts: list[_Part], total: int) -> str:
@@ -205,14 +236,17 @@ def _name(parts: list[_Part], total: int) -> str:
     return f"{', '.join(names)} ({format_size(sum(part.weights for part in parts))})"
 
 
-def _shortage(auto: _Placed, room: Mapping[Device, int]) -> str:
-    """Say where auto, given everything, would leave too little for inference."""
-    needs = {device: size - room.get(device, 0) for device, size in _needs(auto).items() if device not in _SPILL}
+def _against_whole(auto: _Placed, room: Mapping[Device, int]) -> str:
+    short = _shortage(auto, room)
+    return f" Given the whole budget, auto would leave inference {short}." if short else ""
+
+
+def _shortage(placed: _Placed, room: Mapping[Device, int]) -> str:
+    """Say how much too little a map leaves for inference on the worst GPU; nothing if it leaves enough."""
+    needs = {device: size - room.get(device, 0) for device, size in _needs(placed).items() if device not in _SPILL}
     device, short = max(needs.items(), key=lambda item: item[1], default=("", 0))
-    if short <= 0:
-        return ""
     name = f"gpu:{device}" if isinstance(device, int) else device
-    return f" Given the whole budget, auto would leave inference {format_size(short)} short on {name}."
+    return f"{format_size(short)} short on {name}" if short > 0 else ""
 
 
 def _needs(placed: _Placed) -> dict[Device, int]:
