@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import harness
+from harness.commands import plan
 from harness.errors import HarnessError
 
 Command = Callable[[argparse.Namespace], int]
@@ -94,5 +95,6 @@ def _hardware(given: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "hardware": ("Show where bytes can live on this machine.", _hardware_arguments, _hardware),
+    "plan": (plan.HELP, plan.add_arguments, plan.run),
     "report": ("Render the page from the results of a directory.", _report_arguments, _report),
 }

@@ -1,0 +1,196 @@
+"""What is known of a model before it is loaded or even downloaded: its skeleton, how its files hold it, its context length.
+
+Sources, best first: the headers of files that are here; the catalog that is shipped; headers read from the hub by ranged requests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import skeleton
+from harness.case import Record
+from harness.errors import UsageError
+from harness.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from harness.catalog import Source
+    from harness.checkpoint import Checkpoint
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "n_ctx")
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Packed(Record, frozen=True, kw_only=True):
+    """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", its bits and group (0: whole columns)."""
+
+    title: str
+    bits: int
+    group: int
+
+
+class Blueprint(Record, frozen=True, kw_only=True):
+    """A model to be planned.
+
+    `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantised already and
+    whose headers were read. `note` says what the plan rests on where that is less than a skeleton from transformers.
+    """
+
+    name: str
+    source: str
+    skeleton: Skeleton
+    stored: dict[str, int]
+    checkpoint_bytes: int
+    context_length: int | None = None
+    file_format: str = "safetensors"
+    packed: Packed | None = None
+    tensor_bytes: int | None = None
+    tokenizer: bool = True
+    note: str | None = None
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of most of the bytes in the files."""
+        return max(self.stored, key=lambda dtype: self.stored[dtype], default="float16")
+
+    @property
+    def rough(self) -> bool:
+        """Whether the skeleton was only guessed from tensors."""
+        return self.skeleton.source == "tensors"
+
+
+def draw(source: Source) -> Blueprint:
+    """Find out what can be known of a model without loading or downloading its weights.
+
+    Raises:
+        UsageError: it is neither here nor in the catalog, and the hub does not tell.
+        CheckpointError: its files are damaged, or its config does not say enough.
+    """
+    here = _local(source)
+    if here is not None:
+        from harness import checkpoint
+
+        return of_checkpoint(source.name, str(here) if source.kind == "directory" else source.location, checkpoint.read(here), here)
+    known = _in_catalog(source)
+    if known is not None:
+        return _of_catalog(source, known)
+    if source.hub_id is None:
+        raise UsageError(
+            f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once, or name a directory"
+        )
+    from harness import checkpoint
+
+    return of_checkpoint(source.name, source.location, checkpoint.read_hub(source.hub_id), None)
+
+
+def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> Blueprint:
+    """Draw the blueprint of a checkpoint whose headers were read."""
+    found, note = _skeleton_of(read)
+    packed = _packed(read.config, read.quantization)
+    return Blueprint(
+        name=name,
+        source=where,
+        skeleton=found,
+        stored=read.dtype_bytes,
+        checkpoint_bytes=read.bytes,
+        context_length=read.context_length,
+        file_format=read.files[0].format if read.files else "safetensors",
+        packed=packed,
+        tensor_bytes=read.bytes if packed else None,
+        tokenizer=directory is None or any((directory / file).is_file() for file in _TOKENIZER_FILES),
+        note=note,
+    )
+
+
+def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None]:
+    """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors."""
+    from harness.catalog import cache_dir
+    from harness.sketch import sketch
+
+    known = skeleton.shipped(read.config) if read.config else None
+    if known is not None:
+        return known, None
+    why = "torch and transformers are not installed"
+    if read.config.get("model_type") and all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        try:
+            return skeleton.build(read.config, cache_dir()), None
+        except UsageError as error:
+            why = str(error)
+    return sketch(read), f"planned from its tensors, less surely: {why}"
+
+
+def _local(source: Source) -> Path | None:
+    """Return where the files are, if they are on this machine; huggingface_hub is not imported for a model its cache lacks."""
+    from harness import catalog
+
+    if source.hub_id is not None and not _hub_folder(source.hub_id).is_dir():
+        return None
+    return catalog.cached(source)
+
+
+def _hub_folder(hub_id: str) -> Path:
+    """Return the folder that huggingface_hub would keep a model in (its HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME)."""
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(cache).expanduser() / f"models--{hub_id.replace('/', '--')}"
+
+
+def _in_catalog(source: Source) -> str | None:
+    try:
+        return skeleton.hub_id(source.hub_id or source.name)
+    except UsageError:
+        return None
+
+
+def _of_catalog(source: Source, known: str) -> Blueprint:
+    entry = skeleton.catalog()[known]
+    shape = skeleton.named(known)
+    dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
+    packed = _packed(entry.config, None)
+    size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
+    return Blueprint(
+        name=source.name,
+        source=known,
+        skeleton=shape,
+        stored={dtype: size},
+        checkpoint_bytes=size,
+        context_length=_context(entry.config),
+        packed=packed,
+    )
+
+
+def _context(config: Mapping[str, Any]) -> int | None:
+    inner = (config, *(value for value in config.values() if isinstance(value, dict)))
+    return next((int(found[key]) for found in inner for key in _CONTEXT if type(found.get(key)) is int), None)
+
+
+def _packed(config: Mapping[str, Any], said: str | None) -> Packed | None:
+    """Read from a config how its weights are quantised already."""
+    from harness.quantized import describe
+
+    title = said or describe(config, ())
+    if title is None:
+        return None
+    bits = re.search(r"(\d+)-bit", title)
+    group = re.search(r"groups of (\d+)", title)
+    return Packed(title=title, bits=int(bits[1]) if bits else 4, group=int(group[1]) if group else 0)
+
+
+def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
+    """Count a GPTQ checkpoint: packed weights, zeros and 16-bit scales by group, an order of int32; the rest in 16 bits."""
+    total = 0.0
+    for weight in shape.weights:
+        if weight.tied_to or weight.tensor.kind == "unsaved":
+            continue
+        if not weight.quantises or len(weight.tensor.shape) != 2:
+            total += weight.elements * 2
+            continue
+        rows, columns = weight.tensor.shape
+        groups = -(-columns // packed.group) if packed.group else 1
+        total += weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4
+    return int(total)
