@@ -57,23 +57,19 @@ def memory(count: Count, machine: Machine) -> dict[str, TierEstimate]:
 
 def effort(count: Count, precision: str) -> Effort:
     """Count what a case does: bytes to read, weights to multiply, tensors to open."""
-    skeleton, held = count.skeleton, count.held
-    parts = count.parts()
-    quantised = sum(weight.elements for weight in skeleton.weights if weight.quantises) if held.quantizer else 0
-    on_gpu = sum(size for name, size in count.weights.items() if name.startswith("gpu"))
-    widths = {weight.path: weight.elements / size for weight in skeleton.weights if (size := count.sizes[weight.path])}
+    inventory, here = count.inventory, count.sums.get("cpu")
     return Effort(
         device=device_of(count.weights),
         precision=precision,
-        quantizer=held.quantizer or ("int4" if held.packed_bits else None),
+        quantizer=count.held.quantizer or ("int4" if count.held.packed_bits else None),
         read=count.read,
-        layers=len(skeleton.layers),
-        parameters=int(sum(size * widths.get(path, 0.0) for path, size in count.per_token.items())),
-        tensors=sum(weight.tensor.kind != "unsaved" for weight in skeleton.weights),
+        layers=len(count.skeleton.layers),
+        parameters=inventory.parameters,
+        tensors=inventory.tensors,
         checkpoint_bytes=count.blueprint.checkpoint_bytes,
-        copied_bytes=parts["cpu"].copied,
-        quantised=quantised,
-        to_gpu_bytes=on_gpu,
+        copied_bytes=int(here.made) if here else 0,
+        quantised=int(inventory.total.quantised / 2),
+        to_gpu_bytes=sum(count.weights[gpu] for gpu in count.gpus),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from harness.case import Machine
-from harness.devicemap import Device, device_of, infer
+from harness.devicemap import Device, infer
 from harness.placement import Placement
-from harness.skeleton import Skeleton
+from harness.skeleton import Module, Skeleton
 
 # What nobody told us the size of is taken as endless for the map; the verdict says that it is unknown.
 _ENDLESS = 1 << 50
@@ -53,10 +53,19 @@ def tier(device: Device) -> str:
     return f"gpu:{device}" if isinstance(device, int) else device
 
 
-def tiers(skeleton: Skeleton, placed: Mapping[str, Device]) -> dict[str, str]:
-    """Return the tier of every tensor. What a map leaves out (buffers beside split modules) stays in the RAM."""
-    cut = {path: tier(found) for path, found in placed.items()}
-    if set(cut) == {""}:
-        return dict.fromkeys((weight.path for weight in skeleton.weights), cut[""])
-    found = {weight.path: device_of(placed, weight.tied_to or weight.path) for weight in skeleton.weights}
-    return {path: "cpu" if place is None else tier(place) for path, place in found.items()}
+def tiers(skeleton: Skeleton, placed: Mapping[str, Device]) -> dict[str, str] | str:
+    """Return the tier of every tensor, or the one tier of all. What a map leaves out (buffers beside split modules) is in RAM."""
+    homes = set(placed.values())
+    if len(homes) == 1 and "" in placed:
+        return tier(homes.pop())
+    found: dict[str, str] = {}
+    _visit(skeleton.root, {path: tier(place) for path, place in placed.items()}, "cpu", found)
+    return found | {name: found[source] for name, source in skeleton.tied.items() if source in found}
+
+
+def _visit(module: Module, placed: Mapping[str, str], above: str, found: dict[str, str]) -> None:
+    here = placed.get(module.path, above)
+    for weight in module.weights:
+        found[weight.path] = placed.get(weight.path, here)
+    for child in module.children:
+        _visit(child, placed, here, found)

@@ -68,17 +68,42 @@ def _cached(kind: Attention, tokens: int) -> int:
     return kind.per_token * kept + kind.state
 
 
-def activation_bytes(skeleton: Skeleton, load: Workload, kept: Kept, device: str) -> int:
-    """Return the most that a forward pass holds beside weights and cache: of prefill, whose tensors are as long as the prompt.
+class Prefill:
+    """What a forward pass over the prompt holds beside weights and cache; what does not depend on the workload is counted once.
 
     A layer peaks in its MLP: input, residual, norm and output (4 x hidden), and what gate, up and their product hold (3 x
     intermediate; without a gate 2 x, or more where GELU is written out). Eager attention holds all its scores, which may be more.
     """
-    tokens = load.batch * load.prompt_tokens
-    layer = tokens * (4 * skeleton.hidden_size + mlp_widths(skeleton)) * kept.element_bytes
-    if skeleton.model_type in EAGER:
-        layer = max(layer, tokens * 4 * skeleton.hidden_size * kept.element_bytes + _scores(skeleton, load, kept.element_bytes))
-    return max(layer + _unpacked(skeleton, load, kept, device), logits_bytes(skeleton, load, kept.element_bytes))
+
+    def __init__(self, skeleton: Skeleton, kept: Kept, device: str) -> None:
+        self.hidden, self.vocabulary, self.heads = skeleton.hidden_size, skeleton.vocab_size, skeleton.heads
+        self.inner, self.eager = mlp_widths(skeleton), skeleton.model_type in EAGER
+        self.element = kept.element_bytes
+        linears = [weight.tensor.shape for weight in skeleton.weights if weight.quantises and len(weight.tensor.shape) == 2]
+        packed = kept.quantizer is not None or kept.packed_bits is not None
+        in_int8 = kept.quantizer == "int8" and device == "gpu"
+        # int8 on a GPU: the input in int8 and the product in int32. Else one Linear is unpacked to the dtype.
+        self.per_token = max((4 * rows + columns for rows, columns in linears), default=0) if in_int8 else 0
+        self.unpacked = (
+            max((rows * columns for rows, columns in linears), default=0) * self.element if packed and not in_int8 else 0
+        )
+
+    def bytes(self, load: Workload) -> int:
+        """Return the most that a pass holds at once."""
+        tokens = load.batch * load.prompt_tokens
+        inputs = tokens * 4 * self.hidden * self.element
+        layer = inputs + tokens * self.inner * self.element
+        if self.eager:
+            layer = max(layer, inputs + self._scores(load))
+        return max(layer + self.unpacked + tokens * self.per_token, self.logits(load))
+
+    def _scores(self, load: Workload) -> int:
+        """Count attention written out: scores in the dtype, their softmax in float32 and its copy in the dtype."""
+        return load.batch * self.heads * load.prompt_tokens**2 * (4 + 2 * self.element)
+
+    def logits(self, load: Workload) -> int:
+        """Count the logits of the last token of each sequence (transformers 4.45 and later), and generate's two float32 copies."""
+        return load.batch * self.vocabulary * (self.element + 2 * 4)
 
 
 def mlp_widths(skeleton: Skeleton) -> int:
@@ -108,37 +133,6 @@ def is_gated(skeleton: Skeleton) -> bool:
         rows = [child.tensors[0].shape[0] for child in children if child.linear == "linear" and child.tensors]
         found = max(found, rows.count(inner) + 2 * rows.count(2 * inner))
     return found > 1
-
-
-def _scores(skeleton: Skeleton, load: Workload, element_bytes: int) -> int:
-    """Count attention written out: scores in the dtype, their softmax in float32 and its copy in the dtype."""
-    return load.batch * skeleton.heads * load.prompt_tokens**2 * (4 + 2 * element_bytes)
-
-
-def _unpacked(skeleton: Skeleton, load: Workload, kept: Kept, device: str) -> int:
-    """Count what multiplying with quantised weights needs.
-
-    4 bits: one Linear unpacked to the dtype, unless a GPU multiplies a single token, which its kernel does in place. int8 on a
-    GPU: the input in int8 and the product in int32; on a processor: one Linear unpacked.
-    """
-    if kept.quantizer is None and kept.packed_bits is None:
-        return 0
-    linears = [weight for weight in skeleton.weights if weight.quantises and len(weight.tensor.shape) == 2]
-    largest = max((weight.elements for weight in linears), default=0)
-    tokens = load.batch * load.prompt_tokens
-    if kept.quantizer == "int8" and device == "gpu":
-        return tokens * max((4 * weight.tensor.shape[0] + weight.tensor.shape[1] for weight in linears), default=0)
-    return largest * kept.element_bytes
-
-
-def logits_bytes(skeleton: Skeleton, load: Workload, element_bytes: int) -> int:
-    """Count the logits of the last token of each sequence (transformers 4.45 and later), and generate's two float32 copies."""
-    return load.batch * skeleton.vocab_size * (element_bytes + 2 * 4)
-
-
-def largest_module(skeleton: Skeleton, sizes: Mapping[str, int]) -> int:
-    """Return the bytes of the largest module's own tensors, which is what accelerate copies at once."""
-    return max((sum(sizes[weight.path] for weight in module.weights) for module in skeleton.root.walk()), default=0)
 
 
 def read_per_token(skeleton: Skeleton, sizes: Mapping[str, int]) -> dict[str, float]:

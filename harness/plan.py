@@ -6,7 +6,7 @@ import importlib.util
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.case import Case, Machine, Plan, Verdict
@@ -15,7 +15,7 @@ from harness.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from harness.catalog import Source
-    from harness.checkpoint import Checkpoint, Tensor
+    from harness.checkpoint import Checkpoint
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -57,13 +57,19 @@ class Named(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Stock(NamedTuple):
+    """The tensors of a model of which there is no checkpoint."""
+
+    tensors: Sequence[Named]
+
+
 class Sizes:
     """Bytes of a model's weights in one 16- or 32-bit dtype: the largest tensor outside the blocks, and the blocks."""
 
-    def __init__(self, tensors: Iterable[Tensor | Named], dtype: str) -> None:
+    def __init__(self, weights: Checkpoint | Stock, dtype: str) -> None:
         blocks: dict[str, int] = defaultdict(int)
         outside = [0]
-        for tensor in tensors:
+        for tensor in weights.tensors:
             count = math.prod(tensor.shape)
             block = _BLOCK.search(tensor.name)
             if block:
@@ -115,7 +121,7 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     if placement.limits:
         if checkpoint is None:
             return Plan(case=case, verdict=Verdict.UNKNOWN)
-        max_memory = LIMITS[placement.limits](Sizes(checkpoint.tensors, dtype), machine)
+        max_memory = LIMITS[placement.limits](Sizes(checkpoint, dtype), machine)
     return Plan(
         case=case,
         verdict=Verdict.UNKNOWN,

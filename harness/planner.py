@@ -12,9 +12,10 @@ from harness.blueprint import Blueprint
 from harness.calibration import Calibration, Constant
 from harness.case import Case, Estimate, Machine, Plan, TierEstimate, Verdict, Workload
 from harness.devicemap import Device
+from harness.inventory import Inventory
 from harness.memory_cost import Kept
 from harness.placement import PLACEMENTS, Placement
-from harness.plan import Named, Sizes
+from harness.plan import Named, Sizes, Stock
 from harness.precision import PRECISIONS, Precision
 from harness.tier_cost import Count
 from harness.units import format_gib, significant
@@ -33,12 +34,13 @@ class Planner:
         self.blueprint, self.machine, self.here = blueprint, machine, here
         self.constants = constants or calibration.default()
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
+        self._inventories: dict[Kept, Inventory] = {}
         self.counts: dict[str, Count] = {}
 
     @cached_property
-    def _named(self) -> list[Named]:
+    def _stock(self) -> Stock:
         weights = self.blueprint.skeleton.weights
-        return [Named(weight.path, weight.tensor.shape) for weight in weights if not weight.tied_to]
+        return Stock([Named(weight.path, weight.tensor.shape) for weight in weights if not weight.tied_to])
 
     def plans(self, cases: Sequence[Case]) -> list[Plan]:
         """Plan the cases; what is too big says what to try instead, of these cases."""
@@ -53,7 +55,7 @@ class Planner:
         precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
-        limits = plan.LIMITS[placement.limits](Sizes(self._named, dtype), self.machine) if placement.limits else None
+        limits = plan.LIMITS[placement.limits](Sizes(self._stock, dtype), self.machine) if placement.limits else None
         placed = self._map(placement, held, limits)
         count = self._count(case, held, placed)
         expected = cost.estimate(count, case.precision, self.machine)
@@ -85,10 +87,15 @@ class Planner:
             self._maps[key] = layout.device_map(skeleton, placement, held.dtype, held.quantizer, self.machine, limits)
         return self._maps[key]
 
+    def _inventory(self, held: Kept) -> Inventory:
+        if held not in self._inventories:
+            self._inventories[held] = Inventory(self.blueprint, held)
+        return self._inventories[held]
+
     def _count(self, case: Case, held: Kept, placed: Mapping[str, Device]) -> Count:
         tiers = layout.tiers(self.blueprint.skeleton, placed)
         through_ram = PLACEMENTS[case.placement].call == "to"
-        count = Count(self.blueprint, held, tiers, case.workload, self.constants, through_ram)
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram)
         self.counts[case.id] = count
         return count
 

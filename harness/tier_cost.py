@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from copy import copy
 from functools import cached_property
 
 from harness import memory_cost
-from harness.blueprint import Blueprint
 from harness.calibration import Bytes, Calibration
 from harness.case import Record, Workload
-from harness.devicemap import DTYPE_BYTES
-from harness.memory_cost import Kept
-from harness.skeleton import Module, Skeleton, Weight
-
-# Formats whose tensors transformers maps into memory instead of reading them.
-MAPPED = ("safetensors", "bin")
+from harness.inventory import Inventory, Sums
 
 
 class Parts(Record, frozen=True, kw_only=True):
@@ -41,23 +35,28 @@ class Parts(Record, frozen=True, kw_only=True):
 
 
 class Count:
-    """One case, counted: a model held in one way, laid out over tiers, and asked for one workload."""
+    """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
+
+    `tiers` is the tier of each tensor, or the one tier of all. `through_ram` says that everything is loaded there first.
+    """
 
     def __init__(
         self,
-        blueprint: Blueprint,
-        held: Kept,
-        tiers: dict[str, str],
+        inventory: Inventory,
+        tiers: Mapping[str, str] | str,
         load: Workload,
         calibration: Calibration,
         through_ram: bool = False,
     ) -> None:
+        self.inventory, self.tiers, self.work, self.calibration = inventory, tiers, load, calibration
         self.through_ram = through_ram
-        self.blueprint, self.held, self.tiers, self.work, self.calibration = blueprint, held, tiers, load, calibration
-        self.skeleton: Skeleton = blueprint.skeleton
-        self.sizes = memory_cost.weight_bytes(self.skeleton, held)
-        self.per_token = memory_cost.read_per_token(self.skeleton, self.sizes)
-        self.gpus = sorted({tier for tier in tiers.values() if tier.startswith("gpu")})
+        self.held, self.skeleton, self.blueprint = inventory.held, inventory.skeleton, inventory.blueprint
+        self.sums = inventory.by_tier(tiers)
+        self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
+        self.read = {tier: sums.read for tier, sums in self.sums.items() if sums.read}
+        self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
+        # The device that computes what lies on no GPU.
+        self.main = self.gpus[0] if self.gpus else "cpu"
 
     def longer(self, load: Workload) -> Count:
         """Return the same case with another workload; what does not depend on it is not counted again."""
@@ -66,41 +65,25 @@ class Count:
         other.__dict__.pop("kv", None)
         return other
 
-    @property
-    def main(self) -> str:
-        """The device that computes what lies on no GPU."""
-        return self.gpus[0] if self.gpus else "cpu"
-
-    @cached_property
-    def weights(self) -> dict[str, int]:
-        """Bytes of the weights by tier."""
-        total: dict[str, int] = defaultdict(int)
-        for path, size in self.sizes.items():
-            total[self.tiers[path]] += size
-        return {tier: size for tier, size in total.items() if size}
-
-    @cached_property
-    def read(self) -> dict[str, float]:
-        """Bytes that one token reads, by tier."""
-        total: dict[str, float] = defaultdict(float)
-        for path, size in self.per_token.items():
-            total[self.tiers[path]] += size
-        return {tier: size for tier, size in total.items() if size}
-
     @cached_property
     def kv(self) -> dict[str, int]:
         """KV cache at the end of the workload, by the device that its layer runs on."""
         tokens = self.work.prompt_tokens + self.work.new_tokens - 1  # the last token is never fed back
         layers = memory_cost.kv_bytes(self.skeleton, tokens, self.work.batch, self.held.element_bytes)
+        if isinstance(self.tiers, str):
+            return {self.main: sum(layers)}
         total: dict[str, int] = defaultdict(int)
-        for size, tier in zip(layers, self._layer_tiers(len(layers)), strict=True):
-            total[tier if tier.startswith("gpu") else self.main] += size
+        for size, tier in zip(layers, self._homes, strict=True):
+            total[tier] += size
         return dict(total)
 
-    def _layer_tiers(self, count: int) -> list[str]:
-        """Return the tier of each layer: of the first tensor of each block that is not split."""
-        blocks = [self.tiers[path] for path in _first_tensors(self.skeleton.root)]
-        return [blocks[index * len(blocks) // count] if blocks else self.main for index in range(count)]
+    @cached_property
+    def _homes(self) -> list[str]:
+        """Where each layer runs: on the tier of its block, or on the first GPU if that is none."""
+        assert not isinstance(self.tiers, str)
+        blocks, count = [self.tiers[path] for path in self.inventory.layers], len(self.skeleton.layers)
+        homes = [blocks[index * len(blocks) // count] if blocks else self.main for index in range(count)]
+        return [tier if tier.startswith("gpu") else self.main for tier in homes]
 
     def parts(self) -> dict[str, Parts]:
         """Return the terms of every tier that takes part; the RAM always does."""
@@ -112,65 +95,53 @@ class Count:
 
     def _on_gpu(self, name: str) -> Parts:
         constant, kv = self.calibration, self.kv.get(name, 0)
-        runs = memory_cost.activation_bytes(self.skeleton, self.work, self.held, "gpu")
-        fixed = memory_cost.logits_bytes(self.skeleton, self.work, self.held.element_bytes)
-        brought = self._brought() if name == self.main else 0
-        activation = constant["gpu_activation_share"].amount(runs) + _exact(brought)
-        process = constant["gpu_context_bytes"].amount() + constant["gpu_workspace_bytes"].amount()
+        runs = self.inventory.gpu_prefill.bytes(self.work)
         return Parts(
-            weights=self.weights.get(name, 0),
+            weights=self.weights[name],
             kv=kv,
-            activation=activation,
-            overhead=process + constant["gpu_fragmentation_share"].amount(kv + runs + fixed),
-            loading=self._in_flight(),
+            activation=constant["gpu_activation_share"].amount(runs) + _exact(self._brought if name == self.main else 0),
+            overhead=self._on_card + constant["gpu_fragmentation_share"].amount(kv + runs),
+            loading=self._in_flight(name),
         )
 
+    @cached_property
+    def _on_card(self) -> Bytes:
+        return self.calibration["gpu_context_bytes"].amount() + self.calibration["gpu_workspace_bytes"].amount()
+
+    @cached_property
     def _brought(self) -> int:
-        """Return what accelerate copies to the GPU at once of what lies elsewhere: one module's tensors."""
-        away = {path: 0 if self.tiers[path].startswith("gpu") else size for path, size in self.sizes.items()}
-        return memory_cost.largest_module(self.skeleton, away)
+        """What accelerate copies to the GPU at once of what lies elsewhere: one module's tensors."""
+        tiers = self.tiers
+        if isinstance(tiers, str):
+            return 0
+        return max((size for path, size in self.inventory.modules if not tiers[path].startswith("gpu")), default=0)
 
-    def _in_flight(self) -> Bytes:
+    def _in_flight(self, name: str) -> Bytes:
         """Return what lies on the GPU only while loading: 16-bit copies of what is quantised there. Casts are made in the RAM."""
-        copies = max((w.elements * 2 for w in self.skeleton.weights if w.quantises), default=0) if self.held.quantizer else 0
-        largest = max(self.sizes.values(), default=0)
-        return Bytes(best=2.0 * copies, high=max(4.0 * copies, largest))
-
-    def _changes(self, weight: Weight) -> bool:
-        """Say whether loading makes something else of a stored tensor than a view of the file."""
-        quantised = self.held.quantizer is not None and weight.quantises
-        other = self.held.dtype != self.blueprint.stored_dtype or weight.tensor.fp32 is not None
-        return quantised or other or self.blueprint.file_format not in MAPPED
+        copy_bytes = self.inventory.largest_copy if self.sums[name].quantised else 0
+        return Bytes(best=2.0 * copy_bytes, high=max(4.0 * copy_bytes, self.inventory.largest))
 
     def _in_ram(self) -> Parts:
-        here = [weight for weight in self.skeleton.weights if self.tiers[weight.path] == "cpu"]
-        copied = sum(self.sizes[weight.path] for weight in here if self._changes(weight))
-        views = [weight for weight in here if not self._changes(weight) and weight.tensor.kind != "unsaved"]
-        read = int(sum(self.per_token.get(weight.path, 0) for weight in views))
-        runs = 0 if self.gpus else memory_cost.activation_bytes(self.skeleton, self.work, self.held, "cpu")
+        here = self.sums.get("cpu") or Sums()
+        # Weights on a GPU are read from the file as well, which leaves its pages resident while loading.
+        file = here.made_from + sum(self.sums[gpu].stored for gpu in self.gpus)
+        runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work)
         return Parts(
             weights=self.weights.get("cpu", 0),
-            copied=copied,
+            copied=int(here.made),
             # Tensors that stay views keep the whole file mapped, and with it the pages that were read to make the others.
-            mapped=read + self._copied_from() if views else 0,
-            read=read,
+            mapped=int(here.viewed_read + file) if here.viewed else 0,
+            read=int(here.viewed_read),
             kv=self.kv.get("cpu", 0),
             activation=self.calibration["cpu_activation_share"].amount(runs),
-            overhead=self._process(),
+            overhead=self._process,
             heap=self._heap(here),
-            libraries=self._libraries(),
-            loading=_exact(sum(self.sizes[w.path] for w in self.skeleton.weights if self._changes(w)) if self.through_ram else 0),
-            loading_mapped=self._copied_from(),
+            libraries=self._libraries,
+            loading=_exact(self.inventory.total.made if self.through_ram else 0),
+            loading_mapped=int(file),
         )
 
-    def _copied_from(self) -> int:
-        """Return the bytes of the file that are read to make something else of them, in the RAM or on a GPU."""
-        if self.held.packed_bits is not None:
-            return self.blueprint.checkpoint_bytes if self.gpus else 0
-        width = DTYPE_BYTES.get(self.blueprint.stored_dtype, 2)
-        made = (w for w in self.skeleton.weights if self._changes(w) or self.tiers[w.path].startswith("gpu"))
-        return sum(weight.elements * width for weight in made if not weight.tied_to and weight.tensor.kind != "unsaved")
-
+    @cached_property
     def _process(self) -> Bytes:
         constant = self.calibration
         total = constant["ram_import_anon_bytes"].amount()
@@ -180,29 +151,19 @@ class Count:
             total += constant["ram_tokenizer_bytes_per_token"].amount(self.skeleton.vocab_size)
         return total + constant["ram_cuda_bytes"].amount() if self.gpus else total
 
+    @cached_property
     def _libraries(self) -> Bytes:
         total = self.calibration["ram_import_file_bytes"].amount()
         return total + self.calibration["ram_cuda_file_bytes"].amount() if self.gpus else total
 
-    def _heap(self, here: Iterable[Weight]) -> Bytes:
+    def _heap(self, here: Sums) -> Bytes:
         """Return what the heap keeps of the 16-bit copies that quantising on the processor makes and frees again."""
-        if not self.held.quantizer or self.gpus:
+        if not here.quantised or self.gpus:
             return Bytes()
-        copies = sum(weight.elements * 2 for weight in here if weight.quantises)
         share, most = (self.calibration[f"heap_{what}_{self.held.quantizer}"] for what in ("share", "most_bytes"))
-        return Bytes(
-            low=min(share.low * copies, most.low),
-            best=min(share.best * copies, most.best),
-            high=min(share.high * copies, most.high),
-        )
+        low, best, high = (min(getattr(share, end) * here.quantised, getattr(most, end)) for end in ("low", "best", "high"))
+        return Bytes(low=low, best=best, high=high)
 
 
 def _exact(size: float) -> Bytes:
     return Bytes(low=size, best=size, high=size)
-
-
-def _first_tensors(module: Module) -> list[str]:
-    """Return the path of one tensor of each block that a device map keeps whole, in order."""
-    if module.whole:
-        return next(([weight.path] for part in module.walk() for weight in part.weights), [])
-    return [path for child in module.children for path in _first_tensors(child)]

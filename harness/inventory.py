@@ -1,0 +1,130 @@
+"""A model held in one way, counted once: what every placement of it adds up by tier."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from harness import memory_cost
+from harness.blueprint import Blueprint
+from harness.devicemap import DTYPE_BYTES
+from harness.memory_cost import Kept
+from harness.skeleton import Module, Weight
+
+# Formats whose tensors transformers maps into memory instead of reading them.
+MAPPED = ("safetensors", "bin")
+
+
+@dataclass(slots=True)
+class Sums:
+    """Bytes of tensors: as held; read by one token; made anew while loading; still pages of the file, and those of them that a
+    token reads; the stored form of all, and of those that are made anew; 16-bit copies of what is quantised."""
+
+    held: float = 0
+    read: float = 0
+    made: float = 0
+    viewed: float = 0
+    viewed_read: float = 0
+    stored: float = 0
+    made_from: float = 0
+    quantised: float = 0
+
+    def add(self, other: Sums) -> None:
+        for name in _NAMES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+_NAMES = tuple(field.name for field in fields(Sums))
+
+
+class Inventory:
+    """The tensors of a model under one `Kept`, in order of the modules."""
+
+    def __init__(self, blueprint: Blueprint, held: Kept) -> None:
+        self.blueprint, self.held, self.skeleton = blueprint, held, blueprint.skeleton
+        self.sizes = memory_cost.weight_bytes(self.skeleton, held)
+        self.per_token = memory_cost.read_per_token(self.skeleton, self.sizes)
+        self.stored_dtype = blueprint.stored_dtype
+        self.rows = [(weight.path, self._sums(weight)) for weight in self.skeleton.weights]
+        self.layers = _first_tensors(self.skeleton.root)
+        self.modules = self._modules()
+        self.gpu_prefill = memory_cost.Prefill(self.skeleton, held, "gpu")
+        self.cpu_prefill = memory_cost.Prefill(self.skeleton, held, "cpu")
+        self.tensors = sum(weight.tensor.kind != "unsaved" for weight in self.skeleton.weights)
+
+    @cached_property
+    def total(self) -> Sums:
+        """All rows together."""
+        total = Sums()
+        for _, sums in self.rows:
+            total.add(sums)
+        return total
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many weights a token is multiplied with."""
+        found = 0.0
+        for weight in self.skeleton.weights:
+            size = self.sizes[weight.path]
+            found += weight.elements * self.per_token.get(weight.path, 0.0) / size if size else 0.0
+        return int(found)
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest tensor as held."""
+        return max(self.sizes.values(), default=0)
+
+    @cached_property
+    def largest_copy(self) -> int:
+        """Bytes of the largest 16-bit copy that quantising makes."""
+        return int(max((sums.quantised for _, sums in self.rows), default=0))
+
+    def by_tier(self, tiers: Mapping[str, str] | str) -> dict[str, Sums]:
+        """Add the rows up by the tier of each tensor, or take all for one tier."""
+        if isinstance(tiers, str):
+            return {tiers: self.total}
+        found: dict[str, Sums] = defaultdict(Sums)
+        for path, sums in self.rows:
+            found[tiers[path]].add(sums)
+        return dict(found)
+
+    def _sums(self, weight: Weight) -> Sums:
+        size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
+        makes = self._makes(weight)
+        in_file = not weight.tied_to and weight.tensor.kind != "unsaved"
+        stored = weight.elements * DTYPE_BYTES.get(self.stored_dtype, 2) if in_file and self.held.packed_bits is None else size
+        view = not makes and weight.tensor.kind != "unsaved"
+        return Sums(
+            held=size,
+            read=read,
+            made=size if makes else 0,
+            viewed=size if view else 0,
+            viewed_read=read if view else 0,
+            stored=stored if in_file else 0,
+            made_from=stored if in_file and makes else 0,
+            quantised=weight.elements * 2 if self.held.quantizer and weight.quantises else 0,
+        )
+
+    def _makes(self, weight: Weight) -> bool:
+        """Say whether loading makes something else of a stored tensor than a view of the file."""
+        quantised = self.held.quantizer is not None and weight.quantises
+        other = self.held.dtype != self.stored_dtype or weight.tensor.fp32 is not None
+        return quantised or (other and self.held.packed_bits is None) or self.blueprint.file_format not in MAPPED
+
+    def _modules(self) -> list[tuple[str, int]]:
+        """List each module with tensors of its own: the path of the first, and the bytes of all."""
+        own = (
+            (module.weights, sum(self.sizes[w.path] for w in module.weights))
+            for module in self.skeleton.root.walk()
+            if module.weights
+        )
+        return [(weights[0].path, size) for weights, size in own]
+
+
+def _first_tensors(module: Module) -> list[str]:
+    """Return the path of one tensor of each block that a device map keeps whole, in order."""
+    if module.whole:
+        return next(([part.weights[0].path] for part in module.walk() if part.weights), [])
+    return [path for child in module.children for path in _first_tensors(child)]
