@@ -202,7 +202,6 @@ class _Pour:
         elif _splits(item):
             self._put_back([*_parts(item), *self.queue])
         else:
-            self.used[device] += room
             self.at += 1
             self.queue.insert(0, item)
 

@@ -36,7 +36,10 @@ MODELS = (
     "gpt2",
     "opt",
 )
-BUILT: dict[str, dict[str, Any]] = {"gpt2": {"model_type": "gpt2"}, "opt": {"model_type": "opt", "num_hidden_layers": 4}}
+BUILT: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2"},
+    "opt": {"model_type": "opt", "num_hidden_layers": 4},
+}
 PRECISIONS = (("bfloat16", None), ("float16", "int8"), ("bfloat16", "int4"), ("float32", None))
 
 
@@ -98,6 +101,24 @@ def test_map_is_transformers_own(name: str, dtype: str, quantizer: str | None, t
             expected = theirs._get_device_map(model, strategy, dict(memory), found)
             got = infer(ours, strategy=strategy, dtype=dtype, quantizer=quantizer, max_memory=memory)
             assert got == expected, f"{strategy} {memory}"
+
+
+def test_module_that_holds_a_weight_tied_to_an_earlier_one_is_split() -> None:
+    from harness.worker import skeleton as worker
+    from harness.worker.written import ChatGLMForConditionalGeneration
+
+    torch, theirs = imported("torch"), imported("transformers.integrations.accelerate")
+    sizes = {"hidden_size": 64, "inner_hidden_size": 256, "num_layers": 4, "num_attention_heads": 4, "vocab_size": 128}
+    with torch.device("meta"):
+        model: Any = ChatGLMForConditionalGeneration({"model_type": "chatglm", **sizes}).to(torch.bfloat16)
+    model.add_module("transformer", model._modules.pop("transformer"))  # behind the head
+    model.all_tied_weights_keys, model._no_split_modules = model.tied, {model.no_split}
+    ours = worker._of_written(model)
+    assert [child.path for child in ours.root.children] == ["lm_head", "transformer"]
+    for memory in budgets(measure(ours, "bfloat16")[""], "head first", 24):
+        for strategy in STRATEGIES:
+            expected = theirs._get_device_map(model, strategy, dict(memory), None)
+            assert infer(ours, strategy=strategy, max_memory=memory) == expected, f"{strategy} {memory}"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
