@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 from harness import memory_cost
@@ -32,11 +32,15 @@ class Sums:
     quantised: float = 0
 
     def add(self, other: Sums) -> None:
-        for name in _NAMES:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-_NAMES = tuple(field.name for field in fields(Sums))
+        """Add another sum to this one, field by field; a loop over their names takes three times as long."""
+        self.held += other.held
+        self.read += other.read
+        self.made += other.made
+        self.viewed += other.viewed
+        self.viewed_read += other.viewed_read
+        self.stored += other.stored
+        self.made_from += other.made_from
+        self.quantised += other.quantised
 
 
 class Inventory:
@@ -115,12 +119,8 @@ class Inventory:
 
     def _modules(self) -> list[tuple[str, int]]:
         """List each module with tensors of its own: the path of the first, and the bytes of all."""
-        own = (
-            (module.weights, sum(self.sizes[w.path] for w in module.weights))
-            for module in self.skeleton.root.walk()
-            if module.weights
-        )
-        return [(weights[0].path, size) for weights, size in own]
+        sizes, owners = self.sizes, (module.weights for module in self.skeleton.root.walk() if module.weights)
+        return [(weights[0].path, sum(sizes[weight.path] for weight in weights)) for weights in owners]
 
 
 def _first_tensors(module: Module) -> list[str]:

@@ -84,9 +84,8 @@ class Prefill:
         in_int8 = kept.quantizer == "int8" and device == "gpu"
         # int8 on a GPU: the input in int8 and the product in int32. Else one Linear is unpacked to the dtype.
         self.per_token = max((4 * rows + columns for rows, columns in linears), default=0) if in_int8 else 0
-        self.unpacked = (
-            max((rows * columns for rows, columns in linears), default=0) * self.element if packed and not in_int8 else 0
-        )
+        largest = max((rows * columns for rows, columns in linears), default=0)
+        self.unpacked = largest * self.element if packed and not in_int8 else 0
 
     def bytes(self, load: Workload) -> int:
         """Return the most that a pass holds at once."""

@@ -6,8 +6,11 @@ Weights beside the GPU need no special case: their path is the link, or the disk
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from harness.calibration import FIRST_TOKEN, LOAD, TOKEN, Calibration, Constant
 from harness.case import Machine, Record, Span, Tier, Workload
+from harness.profiles import Gpu, known_gpu
 
 PICKS = ("low", "best", "high")
 
@@ -55,6 +58,15 @@ def seconds(
 
 def _span(values: list[float]) -> Span:
     return Span(low=values[0], best=values[1], high=values[2])
+
+
+@lru_cache(maxsize=64)
+def _look_up(model: str, total_bytes: int | None) -> Gpu | None:
+    return known_gpu(model, total_bytes)
+
+
+def _card(tier: Tier | None) -> Gpu | None:
+    return _look_up(tier.model, tier.total_bytes) if tier is not None and tier.model else None
 
 
 class _Clock:
@@ -119,18 +131,14 @@ class _Clock:
         return 0.0 if cached else size / self._disk(pick)
 
     def _link(self, pick: str) -> float:
-        from harness.profiles import known_gpu
-
-        card = known_gpu(self.gpu.model, self.gpu.total_bytes) if self.gpu and self.gpu.model else None
+        card = _card(self.gpu)
         sheet = card.pcie_bytes_per_s if card else None
         return (sheet or self._rate("link_bytes_per_s", pick)) * self._rate("link_share", pick)
 
     def _flops(self, pick: str) -> float:
-        from harness.profiles import known_gpu
-
         if self.gpu is None:
             return (self.machine.cores or 4) * self._rate("cpu_flops_per_core", pick)
-        card = known_gpu(self.gpu.model, self.gpu.total_bytes) if self.gpu.model else None
+        card = _card(self.gpu)
         sheet = card.fp16_flops if card else None
         if sheet is None:
             sheet = self._known(self.gpu, "gpu_bytes_per_s", pick) * self._rate("gpu_flops_per_byte", pick)
