@@ -67,13 +67,13 @@ def measure(skeleton: Skeleton, dtype: str, quantizer: str | None = None) -> dic
     """Count bytes as transformers does for a device map: path of every module and tensor -> bytes."""
     plain, quantised = DTYPE_BYTES[dtype], QUANTIZER_BYTES[quantizer] if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
-    for module in skeleton.root.walk():
+    for module in skeleton.modules:
         sizes[module.path] = 0
         for weight in module.weights:
             fixed = weight.tensor.dtype
             width = quantised if quantised is not None and weight.quantises else DTYPE_BYTES[fixed] if fixed else plain
             sizes[weight.path] = 0 if weight.tied_to else weight.elements * width
-    for module in reversed(list(skeleton.root.walk())):  # children before parents
+    for module in reversed(skeleton.modules):  # children before parents
         sizes[module.path] = sum(sizes[path] for path in _inside(module))
     return sizes
 
@@ -138,8 +138,8 @@ def _in_order(budgets: Mapping[Device, int]) -> dict[Device, Bytes]:
 
 def _largest_share(skeleton: Skeleton, sizes: Mapping[str, Bytes]) -> Bytes:
     """Return the size of the largest block that is not split, or of the largest set of tensors of one module."""
-    owned = [sum(sizes[weight.path] for weight in module.weights) for module in skeleton.root.walk() if module.path]
-    return max([sizes[module.path] for module in skeleton.root.walk() if module.whole] + owned, default=0)
+    owned = [sum(sizes[weight.path] for weight in module.weights) for module in skeleton.modules if module.path]
+    return max([sizes[module.path] for module in skeleton.modules if module.whole] + owned, default=0)
 
 
 def _balance(

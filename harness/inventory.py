@@ -119,7 +119,7 @@ class Inventory:
 
     def _modules(self) -> list[tuple[str, int]]:
         """List each module with tensors of its own: the path of the first, and the bytes of all."""
-        sizes, owners = self.sizes, (module.weights for module in self.skeleton.root.walk() if module.weights)
+        sizes, owners = self.sizes, (module.weights for module in self.skeleton.modules if module.weights)
         return [(weights[0].path, sum(sizes[weight.path] for weight in weights)) for weights in owners]
 
 

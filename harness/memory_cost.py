@@ -142,7 +142,7 @@ def read_per_token(skeleton: Skeleton, sizes: Mapping[str, int]) -> dict[str, fl
 def _read(skeleton: Skeleton, sizes: Mapping[str, int]) -> Iterator[tuple[str, float]]:
     shared = set(skeleton.tied.values())
     chosen = skeleton.experts_per_token / skeleton.experts if skeleton.experts else 1.0
-    for module in skeleton.root.walk():
+    for module in skeleton.modules:
         embedding = "Embedding" in module.block.class_name and "Rotary" not in module.block.class_name
         for weight in module.weights:
             if embedding and weight.path not in shared:

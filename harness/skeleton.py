@@ -158,9 +158,14 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
         return self._expand("", self.blocks[-1])
 
     @cached_property
+    def modules(self) -> tuple[Module, ...]:
+        """All modules, parents first; walking the tree takes longer than most of what is done with it."""
+        return tuple(self.root.walk())
+
+    @cached_property
     def weights(self) -> tuple[Weight, ...]:
         """All tensors, parameters and buffers, in the order of the modules."""
-        return tuple(weight for module in self.root.walk() for weight in module.weights)
+        return tuple(weight for module in self.modules for weight in module.weights)
 
     @cached_property
     def parameters(self) -> int:
