@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     command: Command = given.command
     try:
-        return command(given)
+        status = command(given)
+        sys.stdout.flush()
+        return status
     except HarnessError as error:
         print(f"fitmatrix: {error}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
+        # Python flushes standard output once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
@@ -89,7 +93,10 @@ def _hardware(given: argparse.Namespace) -> int:
     for tier in probed.tiers:
         sizes = (tier.total_bytes, tier.free_bytes, tier.limit_bytes)
         table.add_row(tier.name, tier.model or "", *("" if size is None else format_size(size) for size in sizes))
-    rich.console.Console().print(table)
+    console = rich.console.Console()
+    with console.capture() as shown:  # printed by us: rich has an exit status of its own for a broken pipe
+        console.print(table)
+    print(shown.get(), end="")
     return 0
 
 

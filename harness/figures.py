@@ -24,11 +24,14 @@ def of_load(done: LoadDone) -> dict[str, float]:
 
 
 def samples(rounds: Sequence[GenerateDone]) -> dict[str, list[float]]:
-    """Return the raw samples of the warm rounds, one a round, and the times between all their tokens."""
+    """Return the raw samples of the warm rounds, one a round, and the times between all their tokens.
+
+    A round that stopped at its first token has no speed of decoding.
+    """
     return {
         "warm_first_token_s": [done.token_s[0] for done in rounds],
         "prefill_tok_s": [done.prompt_tokens * done.batch / done.token_s[0] for done in rounds],
-        "decode_tok_s": [decode_tok_s(done) for done in rounds],
+        "decode_tok_s": [decode_tok_s(done) for done in rounds if len(done.token_s) > 1],
         "token_s": [later - earlier for done in rounds for earlier, later in pairwise(done.token_s)],
         "round_s": [done.total_s for done in rounds],
     }
@@ -49,9 +52,10 @@ def of_rounds(cold: GenerateDone | None, warm: Sequence[GenerateDone]) -> dict[s
         return figures
     raw = samples(warm)
     for key in ("warm_first_token_s", "prefill_tok_s", "decode_tok_s"):
-        figures[key] = statistics.median(raw[key])
-    tokens = sorted(raw["token_s"])
-    figures["token_p50_s"] = statistics.median(tokens)
+        if raw[key]:
+            figures[key] = statistics.median(raw[key])
+    if tokens := sorted(raw["token_s"]):
+        figures["token_p50_s"] = statistics.median(tokens)
     if len(tokens) >= _P95_NEEDS:
         figures["token_p95_s"] = tokens[math.ceil(0.95 * len(tokens)) - 1]
     energy = [done.energy_j for done in warm if done.energy_j is not None]

@@ -2,55 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
 
 from harness.meters import Sample
 from harness.units import format_size
 
 if TYPE_CHECKING:
-    from _pytest._io import TerminalWriter
-
     from harness.runner import Run
 
 _EVERY_S = 0.25
+# Make sure of a line below (IND scrolls where there is none), save the cursor, go there, erase; afterwards restore it.
+# So the terminal's own output goes on where it was, wherever that is.
+_BELOW, _BACK = "\x1bD\x1b[A\x1b7\x1b[B\r\x1b[2K", "\x1b8"
 
 
 class LiveLine:
-    """Called with every sample; draws at most four times a second, and only on a terminal."""
+    """Called with every sample, from the sampler's thread; draws at most four times a second, while shown, on a terminal only.
 
-    def __init__(self, terminal: TerminalWriter, total: int) -> None:
-        self._terminal, self._total = terminal, total
-        self._drawn_s = 0.0
+    It writes to the terminal past pytest, which captures file descriptors while a test runs.
+    """
+
+    def __init__(self, stream: TextIO, total: int) -> None:
+        self._terminal = os.dup(stream.fileno()) if stream.isatty() else None
+        self._total = total
+        self._drawn_s, self._is_shown, self._is_drawn = 0.0, False, False
         self._seen: list[str] = []
-        self._on = bool(getattr(terminal._file, "isatty", lambda: False)())
+        self._lock = threading.Lock()
 
     def __call__(self, run: Run, sample: Sample) -> None:
-        now = time.monotonic()
-        if not self._on or now - self._drawn_s < _EVERY_S:
-            return
-        self._drawn_s = now
         if run.plan.case.id not in self._seen:
             self._seen.append(run.plan.case.id)
-        self._draw(line(run, sample, len(self._seen), self._total))
+        now = time.monotonic()
+        if now - self._drawn_s < _EVERY_S:
+            return
+        with self._lock:
+            if self._is_shown:
+                self._drawn_s, self._is_drawn = now, True
+                self._draw(line(run, sample, len(self._seen), self._total))
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Draw meanwhile, and leave nothing behind: what comes after may write to the terminal."""
+        with self._lock:
+            self._is_shown = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_shown = False
+                if self._is_drawn:
+                    self._draw("")
+                    self._is_drawn = False
 
     def _draw(self, text: str) -> None:
-        """Draw below the current line and come back: the terminal's own progress stays where it is."""
-        width, column = self._terminal.fullwidth, self._terminal.width_of_current_line
-        self._terminal._file.write(f"\n\r\x1b[K{text[: width - 1]}\x1b[A\r" + (f"\x1b[{column}C" if column else ""))
-        self._terminal._file.flush()
+        if self._terminal is None:
+            return
+        try:
+            width = os.get_terminal_size(self._terminal).columns or 80
+            os.write(self._terminal, f"{_BELOW}{text[: width - 1]}{_BACK}".encode())
+        except OSError:  # the terminal is gone, and the run goes on without it
+            self.close()
 
-    def clear(self) -> None:
-        """Remove the line."""
-        if self._on and self._drawn_s:
-            self._draw("")
+    def close(self) -> None:
+        """Draw no more."""
+        if self._terminal is not None:
+            os.close(self._terminal)
+            self._terminal = None
 
 
 def line(run: Run, sample: Sample, number: int, total: int) -> str:
     """Return e.g. ``chatglm-6b/int8/direct  3/14  warm 2/5  00:41  gpu:0 8.10 GiB  RAM 1.20 GiB``."""
-    phase = run.phase
+    phase, repeats = run.phase, run.plan.case.workload.repeats
     if phase == "warm":
-        phase = f"warm {len(run.warm) + 1}/{run.plan.case.workload.repeats}"
+        phase = f"warm {min(len(run.warm) + 1, repeats)}/{repeats}"
     seconds = int(run.seconds)
     memory = [f"{tier} {format_size(size)}" for tier, size in sorted(sample.vram_bytes.items())]
     memory.append(f"RAM {format_size(sample.ram_bytes)}")

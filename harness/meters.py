@@ -178,16 +178,16 @@ class Sampler:
 
     def _keep(self, sample: Sample) -> None:
         with self._lock:
-            last = self._samples[-1] if self._taken % self._stride else None
-            self._taken += 1
-            if last is None:
-                self._samples.append(sample)
-            else:
-                self._samples[-1] = _maxima(last, sample)
-            if len(self._samples) >= self._most:
+            begins = self._taken % self._stride == 0
+            if begins and len(self._samples) == self._most:
                 pairs = zip(self._samples[::2], self._samples[1::2], strict=True)
                 self._samples = [_maxima(first, second) for first, second in pairs]
-                self._stride, self._taken = self._stride * 2, len(self._samples) * self._stride * 2
+                self._stride *= 2
+            if begins:
+                self._samples.append(sample)
+            else:
+                self._samples[-1] = _maxima(self._samples[-1], sample)
+            self._taken += 1
 
     def peak(self, start_s: float, end_s: float) -> Sample | None:
         """Return the maxima of the samples between two moments, or None where there is none."""

@@ -7,7 +7,7 @@ which. The pytest plugin adds the options from this table and hands back what wa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,9 @@ def _parsed(option: Option, value: Any) -> Any:
             raise UsageError(f"{value!r} is neither true nor false")
         return value
     if option.repeat:
-        several: Iterable[Any] = [value] if isinstance(value, str) else value
+        several = [value] if isinstance(value, str) else value
+        if not isinstance(several, (list, tuple)):
+            raise UsageError(f"{value!r} is neither a name nor a list of names")
         return tuple(dict.fromkeys(option.parse(str(one)) for one in several))
     if isinstance(value, (list, dict, bool)):
         raise UsageError(f"{value!r} is not one value")
@@ -192,9 +194,9 @@ def read_config(root: Path) -> dict[str, Any]:
         return {}
     try:
         tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from None
-    table = tools.get("fitmatrix", {})
+    table = tools.get("fitmatrix", {}) if isinstance(tools, dict) else tools
     if not isinstance(table, dict):
         raise UsageError(f"{path}: [tool.fitmatrix] is not a table")
     return table

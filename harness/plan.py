@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 from collections import defaultdict
@@ -43,7 +44,8 @@ def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tu
     if placement.devices[0] != "gpu" or not machine.gpus:
         return None
     least = precision.min_compute_capability
-    for gpu in machine.gpus:
+    uses_all = placement.device_map == "auto" and placement.limits is None
+    for gpu in machine.gpus if uses_all else machine.gpus[:1]:
         if gpu.compute_capability is not None and float(gpu.compute_capability) < least:
             have = f"{gpu.model or gpu.name} has {gpu.compute_capability}"
             return Verdict.UNAVAILABLE, f"{precision.name} needs compute capability {least}, and {have}"
@@ -162,7 +164,7 @@ def _dispatch_code(arguments: Mapping[str, Any]) -> str:
         "",
         "config = AutoConfig.from_pretrained(MODEL)",
         "with init_empty_weights():",
-        f"    model = AutoModelForCausalLM.from_config(config, dtype={dtype!r})",
+        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)})",
         "model.tie_weights()",
         "model = load_checkpoint_and_dispatch(",
         "    model,",
@@ -179,9 +181,9 @@ def _written(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _literal(value: Any) -> str:
-    """Write a value as Python with double quotes."""
+    """Write a value as Python with double quotes; JSON escapes a string as Python reads it."""
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
     return repr(value)
@@ -213,9 +215,9 @@ def script(head: str, one: Plan) -> str:
 def code_head(source: Source, placement: str) -> str:
     """Write the lines before the loading code: where MODEL comes from, without naming anybody's directories."""
     if source.kind == "directory":
-        return f"MODEL = {_literal(source.name)}  # the directory of the model\n"
+        return f"MODEL = {_literal(source.name)}  # the directory of the model\n\n"
     if source.hub_id is None:
-        return f"from harness.catalog import fetch\n\nMODEL = fetch({_literal(source.name)})\n"
+        return f"from harness.catalog import fetch\n\nMODEL = fetch({_literal(source.name)})\n\n"
     if PLACEMENTS[placement].call == "load_checkpoint_and_dispatch":
-        return f"from huggingface_hub import snapshot_download\n\nMODEL = snapshot_download({_literal(source.hub_id)})\n"
-    return f"MODEL = {_literal(source.hub_id)}\n"
+        return f"from huggingface_hub import snapshot_download\n\nMODEL = snapshot_download({_literal(source.hub_id)})\n\n"
+    return f"MODEL = {_literal(source.hub_id)}\n\n"

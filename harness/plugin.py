@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from harness.runner import CaseEnded, Run
 from harness.session import Session
 
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
+_LIVE: pytest.StashKey[LiveLine] = pytest.StashKey()
 
 # What a test shows whose case ended: category of the summary, letter and word. The others fail or are skipped as usual.
 _STATUS = {Outcome.OOM: ("oom", "M", "OOM"), Outcome.TIMEOUT: ("timeout", "T", "TIMEOUT")}
@@ -60,6 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     stable = sorted((items[index] for index in places), key=lambda item: (order[found[item].id], _stage(item)))
     for index, item in zip(places, stable, strict=True):
         items[index] = item
+        # No mistake of the test: the case ended before there was a round to time.
+        item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all"))
 
 
 def _stage(item: pytest.Item) -> int:
@@ -70,22 +74,38 @@ def _stage(item: pytest.Item) -> int:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Fetch models and start the fork server before the first case; a user's mistake ends the run here."""
+    config = session.config
     cases = [case for item in session.items if (case := _case_of(item)) is not None]
-    if not cases or session.config.option.collectonly:
+    if not cases or config.option.collectonly or hasattr(config, "workerinput"):
         return
-    ours = session.config.stash[SESSION]
+    if session.testsfailed and not config.option.continue_on_collection_errors:
+        return  # pytest ends the run
+    ours = config.stash[SESSION]
     try:
-        _refuse_xdist(session.config)
-        if ours.on_sample is None:
-            ours.on_sample = LiveLine(session.config.get_terminal_writer(), total=len({case.id for case in cases}))
         ours.prepare(cases)
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from None
+    # Only between tests is the terminal where it seems to be; during them pytest captures its file descriptor.
+    live = LiveLine(config.get_terminal_writer()._file, total=len({case.id for case in cases}))
+    ours.on_sample = config.stash[_LIVE] = live
 
 
-def _refuse_xdist(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput") or getattr(config.option, "numprocesses", None):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """Refuse to measure cases side by side. pytest-xdist calls this in the one process that may still say so."""
+    cases = node.config.stash[SESSION].cases()
+    if any(f"/{case.precision}/{case.placement}" in name for name in ids for case in cases):
         raise pytest.UsageError("cases cannot be measured side by side: run pytest cases/ without -n (pytest-xdist)")
+
+
+def _show_live(item: pytest.Item) -> Generator[None, object, object]:
+    """Show the live line while a test works; between its steps the terminal is pytest's."""
+    live = item.config.stash.get(_LIVE, None)
+    with live.shown() if live else nullcontext():
+        return (yield)
+
+
+pytest_runtest_setup = pytest_runtest_call = pytest_runtest_teardown = pytest.hookimpl(wrapper=True)(_show_live)
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +153,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Turn the end of a case into the test's outcome: what does not fit is a finding, not a failure."""
     report = yield
+    if call.excinfo is not None and isinstance(call.excinfo.value, HarnessError) and _case_of(item) is not None:
+        report.longrepr = str(call.excinfo.value)
     if call.excinfo is None or not isinstance(call.excinfo.value, CaseEnded):
         return report
     ended, session = call.excinfo.value, item.config.stash[SESSION]
@@ -141,7 +163,8 @@ def pytest_runtest_makereport(
     if finding and not (ended.outcome is Outcome.OOM and session.options.fail_on_oom):
         report.outcome = "skipped"
         report.longrepr = (str(item.path), (item.location[1] or 0) + 1, str(ended))
-    report.user_properties.append(("outcome", ended.outcome.value))
+    for properties in (report.user_properties, item.user_properties):  # of this step, and of those to come, which JUnit XML takes
+        properties.append(("outcome", ended.outcome.value))
     return report
 
 
@@ -154,11 +177,17 @@ def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
     """Render the page once everything is measured; its name is the last line of the run."""
-    yield
     ours = session.config.stash[SESSION]
-    ours.close()
+    stops_between_tests = session.shouldstop or session.shouldfail
+    ours.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED and not stops_between_tests
+    try:
+        yield
+    finally:
+        if live := session.config.stash.get(_LIVE, None):
+            live.close()
+        ours.close()
     try:
         page = ours.render()
     except HarnessError as error:

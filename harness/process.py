@@ -11,15 +11,18 @@ import importlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -34,6 +37,7 @@ _PRELOAD = ("harness.worker.preload", "harness.worker.main")
 _RESIDENCY = "harness.worker.residency"  # last: it records which pages the imports have touched
 _GRACE_S = 2.0
 _LOG_MOST, _LOG_KEEP = 4 << 20, 32 << 10
+_MESSAGE_MOST = 64 << 20  # what claims to be longer was written to the pipe by somebody else
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -46,8 +50,24 @@ def warm_up(modules: Sequence[str] = ()) -> None:
     if _METHOD != "forkserver":
         return
     multiprocessing.set_forkserver_preload([*_PRELOAD, *modules, _RESIDENCY])
-    with _import_path(), _no_main():
+    _start_fork_server()
+
+
+def _start_fork_server() -> None:
+    """Start the fork server unless it runs."""
+    with _import_path(), _no_main(), _deaf():
         multiprocessing.forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Block SIGINT: what is started meanwhile never hears Ctrl-C, which is this process's to handle, and hears of it after."""
+    multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGINT when it starts, so it must run already
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -76,6 +96,23 @@ def _no_main() -> Iterator[None]:
         sys.modules["__main__"] = real
 
 
+def _child(main: WorkerMain, pipe: Connection, log: str, scratch: str) -> None:
+    """Run `main` in the new process."""
+    _let_go_of_fork_server()
+    main(pipe, log, scratch)
+
+
+def _let_go_of_fork_server() -> None:
+    """Close the pipe that keeps the fork server alive as long as anybody holds it.
+
+    So it ends with the parent, and takes along a worker that is too busy to see the parent's end (PR_SET_PDEATHSIG).
+    """
+    server: Any = multiprocessing.forkserver._forkserver
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
+
+
 def torch_worker(pipe: Connection, log: str, scratch: str) -> None:
     """Be the real worker. Imported by name, in the child only: the parent never imports torch."""
     importlib.import_module("harness.worker.main").main(pipe, log, scratch)
@@ -96,14 +133,22 @@ class Worker:
         context = multiprocessing.get_context(_METHOD)
         self._pipe, theirs = context.Pipe()
         self.log, self.phase, self.entered_s = log, "start", time.monotonic()
+        self._ended_by: str | None = None
         log.touch()
         # mypy: the stubs of get_context(str) know no Process
         self._process = context.Process(  # type: ignore[attr-defined]
-            target=main, args=(theirs, str(log), str(scratch)), name="fitmatrix worker", daemon=True
+            target=_child, args=(main, theirs, str(log), str(scratch)), name="fitmatrix worker", daemon=True
         )
-        with _import_path(), _no_main():
-            self._process.start()
-        theirs.close()
+        try:
+            if _METHOD == "forkserver":
+                _start_fork_server()
+            with _import_path(), _no_main():
+                self._process.start()
+        except BaseException:
+            self._pipe.close()  # a worker that began nevertheless sees the end of its pipe
+            raise
+        finally:
+            theirs.close()
 
     @property
     def pid(self) -> int:
@@ -117,28 +162,47 @@ class Worker:
             WorkerError: it sent something that is no message; it was killed.
         """
         try:
+            self._send(request)
+            while isinstance(event := self._next(until_s), Entered):
+                self.phase, self.entered_s = event.phase, event.at_s
+        except KeyboardInterrupt:  # nobody waits for the answer any more
+            self.kill()
+            raise
+        return event
+
+    def _send(self, request: Request) -> None:
+        try:
             self._pipe.send_bytes(protocol.encode(request))
         except (BrokenPipeError, ConnectionResetError):
             raise self._dead() from None
-        while True:
-            event = self._next(until_s)
-            if not isinstance(event, Entered):
-                return event
-            self.phase, self.entered_s = event.phase, event.at_s
 
     def _next(self, until_s: float) -> Event:
-        left = until_s - time.monotonic()
-        ready = multiprocessing.connection.wait([self._pipe, self._process.sentinel], timeout=max(left, 0))
+        left = max(until_s - time.monotonic(), 0)
+        ready = multiprocessing.connection.wait([self._pipe, self._process.sentinel], timeout=left)
         if self._pipe in ready:
-            try:
-                line = self._pipe.recv_bytes()
-            except (EOFError, ConnectionResetError):
+            return self._decode(self._receive(until_s))
+        if not ready:
+            self._time_over()
+        raise self._dead()
+
+    def _receive(self, until_s: float) -> bytes:
+        """Read the message that has begun to arrive; a worker that stops in the middle of it is killed when the time is over."""
+        watchdog = threading.Timer(max(until_s - time.monotonic(), _GRACE_S), self._time_over)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            return self._pipe.recv_bytes(_MESSAGE_MOST)
+        except (EOFError, OSError) as error:
+            if self._pipe.readable:  # the length was fine, so it ended, perhaps in the middle of the message
                 raise self._dead() from None
-            return self._decode(line)
-        if ready:
-            raise self._dead()
-        self.kill()
-        raise Ended(exit_code=self._process.exitcode, ended_by="timeout")
+            self.kill()
+            raise WorkerError(f"the worker's pipe carries what is no message: {error}") from None
+        finally:
+            watchdog.cancel()
+
+    def _time_over(self) -> None:
+        self._ended_by = "timeout"
+        self._process.kill()
 
     def _decode(self, line: bytes) -> Event:
         try:
@@ -150,16 +214,19 @@ class Worker:
     def _dead(self) -> Ended:
         self._process.join(_GRACE_S)
         if self._process.is_alive():  # it closed the pipe and stays
-            self.kill()
-        return Ended(exit_code=self._process.exitcode, ended_by=None)
+            self._ended_by = "protocol"
+        self.kill()
+        return Ended(exit_code=self._process.exitcode, ended_by=self._ended_by)
 
     def stop(self) -> None:
         """End the worker: politely first, then by force; whatever it started goes with it."""
-        if self._process.is_alive():
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._pipe.send_bytes(protocol.encode(protocol.Stop()))
-            self._process.join(_GRACE_S)
-        self.kill()
+        try:
+            if self._process.is_alive():
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self._pipe.send_bytes(protocol.encode(protocol.Stop()))
+                self._process.join(_GRACE_S)
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """Kill the worker's process group, and wait for the worker."""
@@ -173,9 +240,12 @@ class Worker:
 
     def log_tail(self) -> str:
         """Return the last lines of what the worker printed, without colours and progress bars' repeats."""
-        with self.log.open("rb") as file:
-            file.seek(max(os.fstat(file.fileno()).st_size - _LOG_KEEP, 0))
-            data = file.read()
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(os.fstat(file.fileno()).st_size - _LOG_KEEP, 0))
+                data = file.read()
+        except FileNotFoundError:  # code of the model may have removed it
+            return ""
         lines = [line.rsplit(b"\r", 1)[-1].rstrip() for line in _ANSI.sub(b"", data).split(b"\n")]
         return "\n".join(_unrepeated(line.decode("utf-8", "replace") for line in lines if line))
 

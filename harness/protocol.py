@@ -7,9 +7,13 @@ Each answer carries the figures of the phases it ran. Times are seconds of the m
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
 from harness.case import Answer, Loaded, Phase, Record
+
+T = TypeVar("T")
 
 
 class Message(Record, frozen=True, kw_only=True, tag_field="kind"):
@@ -116,9 +120,16 @@ def encode(message: Message) -> bytes:
 
 def decode_request(line: bytes) -> Request:
     """Read a line that the parent sent. Raises msgspec.DecodeError."""
-    return _REQUESTS.decode(line)
+    return _decoded(_REQUESTS, line)
 
 
 def decode_event(line: bytes) -> Event:
     """Read a line that the worker sent. Raises msgspec.DecodeError."""
-    return _EVENTS.decode(line)
+    return _decoded(_EVENTS, line)
+
+
+def _decoded(decoder: msgspec.json.Decoder[T], line: bytes) -> T:
+    try:
+        return decoder.decode(line)
+    except UnicodeDecodeError as error:  # msgspec lets it through
+        raise msgspec.DecodeError(str(error)) from None

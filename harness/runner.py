@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -79,12 +80,18 @@ class Run:
         self._at = datetime.now(timezone.utc)
         self._oom_kills, self._log, self._traceback = oom_kills(), "", ""
         self._directory = TemporaryDirectory(prefix="case-", dir=setting.scratch, ignore_cleanup_errors=True)
-        self._worker = Worker(setting.worker_main, log=Path(self._directory.name) / "log", scratch=Path(self._directory.name))
-        self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._watch,))
-        self._sampler.start()
+        scratch = Path(self._directory.name)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._directory.cleanup)
+            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch)
+            undo.callback(self._worker.kill)
+            self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._watch,))
+            self._sampler.start()
+            undo.pop_all()
 
     def _watch(self, sample: Sample) -> None:
-        self._worker.trim_log()
+        with contextlib.suppress(OSError):  # code of the model may have removed the log
+            self._worker.trim_log()
         if self.setting.on_sample:
             self.setting.on_sample(self, sample)
 
@@ -132,6 +139,8 @@ class Run:
         energy = self.setting.gpus.energy_j() if self.setting.gpus else None
         done = self._ask(Generate(prompt_tokens=load.prompt_tokens, new_tokens=load.new_tokens, batch=load.batch, phase=phase))
         assert isinstance(done, GenerateDone)
+        if not done.token_s:
+            raise self._end(ended_by="protocol", note=f"it timed none of {load.new_tokens} tokens")
         if energy is not None and self.setting.gpus and (now := self.setting.gpus.energy_j()) is not None:
             done = msgspec.structs.replace(done, energy_j=now - energy)
         return done
@@ -213,10 +222,12 @@ class Run:
 
     def finish(self) -> Result:
         """End the worker, remove its files, and return the result."""
-        self._sampler.stop()
-        self._worker.stop()
-        self._log = self._worker.log_tail()
-        self._directory.cleanup()
+        try:
+            self._sampler.stop()
+            self._worker.stop()
+            self._log = self._worker.log_tail()
+        finally:
+            self._directory.cleanup()
         return self.result()
 
     def _placed(self, phase: Phase) -> Phase:

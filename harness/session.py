@@ -41,6 +41,7 @@ class Session:
         self.on_sample: LiveLine | None = None
         self.worker_main: WorkerMain | None = None
         self.page: Path | None = None
+        self.interrupted = False
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._locations: dict[str, Path] = {}
         self._checkpoints: dict[str, checkpoint.Checkpoint] = {}
@@ -134,8 +135,10 @@ class Session:
         return None
 
     def finish(self, run: Run) -> Result:
-        """End a case and append its result."""
+        """End a case and append its result; one that the user interrupted leaves none, so that an older result stays the newest."""
         result = run.finish()
+        if self.interrupted:
+            return result
         kept = run.subject.keep_file
         if kept is not None and (reference := reference_of(result)) is not None:
             self._references[result.case.model] = (reference, kept)

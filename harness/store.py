@@ -102,8 +102,9 @@ def read(path: Path) -> tuple[list[Result], list[StoreError]]:
             continue
         try:
             results.append(decode(line))
-        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-            problems.append(StoreError(path, f"not a result, set aside: {error}", number))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            words = repr(str(error))[1:-1][:300]  # it may quote the line, and that may hold anything
+            problems.append(StoreError(path, f"not a result, set aside: {words}", number))
         except _TooNew as error:
             problems.append(StoreError(path, str(error), number))
     return results, problems
@@ -117,7 +118,7 @@ def decode(line: bytes) -> Result:
     """Read one line of any schema up to ours.
 
     Raises:
-        msgspec.DecodeError, msgspec.ValidationError: not a result.
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: not a result.
     """
     plain = _LINES.decode(line)
     schema = plain.get("schema")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from harness.errors import UsageError
@@ -32,23 +33,18 @@ def parse_size(text: str) -> int:
     if binary and not prefix:
         raise UsageError(f"{text!r} is not a size: write for example 8GiB, 512MiB or 12GB")
     factor = _DECIMAL[prefix] if prefix and unit and not binary else _BINARY[prefix]
-    size = int(float(number) * factor)
-    if not 0 < size < 1 << 60:
+    size = float(number) * factor
+    if not 1 <= size < 1 << 60:
         raise UsageError(f"{text!r} is out of range: a size is more than 0 and less than 1 EiB")
-    return size
+    return int(size)
 
 
 def significant(value: float, digits: int = 3) -> str:
     """Write a number with `digits` significant digits, without exponent: 0.0123, 1.23, 123, 12,300."""
-    if value == 0:
-        return "0"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    if whole:
-        return f"{value:,.{max(digits - whole, 0)}f}"
-    zeros = 0
-    while abs(value) * 10 ** (zeros + 1) < 1 and zeros < 12:
-        zeros += 1
-    return f"{value:.{zeros + digits}f}"
+    if value == 0 or not math.isfinite(value):
+        return f"{value or 0:.0f}"
+    power = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of ten, after rounding: 9.999 is written as 10.0
+    return f"{value:,.{min(max(digits - 1 - power, 0), 15)}f}"
 
 
 def format_gib(size: float) -> str:

