@@ -11,13 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import catalog, checkpoint, machine, plan, process, runner
+from harness import blueprint, calibration, catalog, checkpoint, machine, plan, process, runner
+from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
 from harness.catalog import Source
 from harness.errors import UsageError
 from harness.meters import Gpus
 from harness.options import Options
 from harness.placement import PLACEMENTS
+from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
 from harness.quality import Reference, reference_of
@@ -45,6 +47,7 @@ class Session:
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._locations: dict[str, Path] = {}
         self._checkpoints: dict[str, checkpoint.Checkpoint] = {}
+        self._plans: dict[str, Plan] = {}
         self._references: dict[str, tuple[Reference, Path]] = {}
 
     @cached_property
@@ -104,8 +107,22 @@ class Session:
             process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
 
     def plan(self, case: Case) -> Plan:
-        """Plan one case."""
-        return plan.decide(case, self.machine, self._checkpoints.get(case.model))
+        """Plan one case, and with the first of a model all of its cases: what is too big names one that fits."""
+        read = self._checkpoints.get(case.model)
+        if read is None:
+            return plan.decide(case, self.machine, None)
+        if case.id not in self._plans:
+            source, location = self.sources[case.model], self._locations[case.model]
+            drawn = blueprint.of_checkpoint(case.model, source.location, read, location)
+            cases = [one for one in self.cases() if one.model == case.model]
+            made = Planner(drawn, self.machine, constants=self._calibration).plans(cases)
+            self._plans |= {one.case.id: one for one in made}
+        return self._plans[case.id]
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        """The constants, corrected by what earlier runs on this machine left in the store."""
+        return calibration.correct(self.store.read()[0], self.machine)
 
     def subject(self, case: Case) -> Subject:
         """Return the model of a case and what its predictions are compared with."""
