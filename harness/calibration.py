@@ -106,10 +106,11 @@ def _same(one: Machine, other: Machine) -> bool:
 
 
 def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float]]:
+    # The median token rather than the mean speed: another process that took the machine for a moment is no property of it.
     measured = {
         LOAD: result.metrics.get("load_s"),
         FIRST_TOKEN: result.metrics.get("first_token_s"),
-        TOKEN: result.case.workload.batch / result.metrics["decode_tok_s"] if result.metrics.get("decode_tok_s") else None,
+        TOKEN: result.metrics.get("token_p50_s"),
     }
     estimated = {
         LOAD: estimate.load_s.best,

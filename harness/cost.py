@@ -62,6 +62,7 @@ def effort(count: Count, precision: str) -> Effort:
         device=device_of(count.weights),
         precision=precision,
         quantizer=count.held.quantizer or ("int4" if count.held.packed_bits else None),
+        dtype=count.held.dtype,
         read=count.read,
         layers=len(count.skeleton.layers),
         parameters=inventory.parameters,

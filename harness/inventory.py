@@ -15,21 +15,28 @@ from harness.skeleton import Module, Weight
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
+# glibc's largest threshold (M_MMAP_THRESHOLD, 32 MiB): what is larger is given back as soon as it is freed.
+HEAP_LIMIT = 32 << 20
 
 
 @dataclass(slots=True)
 class Sums:
-    """Bytes of tensors: as held; read by one token; made anew while loading; still pages of the file, and those of them that a
-    token reads; the stored form of all, and of those that are made anew; 16-bit copies of what is quantised."""
+    """Bytes of tensors.
+
+    `held` in memory; `read` by one token; `made` anew while loading; `viewed`, still pages of the file, and of them `viewed_used`,
+    which some token reads in full. `stored` in the file, `made_from` of what is made anew. `quantised` in 16 bits, `kept_copies`
+    of that what the heap may keep.
+    """
 
     held: float = 0
     read: float = 0
     made: float = 0
     viewed: float = 0
-    viewed_read: float = 0
+    viewed_used: float = 0
     stored: float = 0
     made_from: float = 0
     quantised: float = 0
+    kept_copies: float = 0
 
     def add(self, other: Sums) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -37,10 +44,11 @@ class Sums:
         self.read += other.read
         self.made += other.made
         self.viewed += other.viewed
-        self.viewed_read += other.viewed_read
+        self.viewed_used += other.viewed_used
         self.stored += other.stored
         self.made_from += other.made_from
         self.quantised += other.quantised
+        self.kept_copies += other.kept_copies
 
 
 class Inventory:
@@ -99,16 +107,18 @@ class Inventory:
         makes = self._makes(weight)
         in_file = not weight.tied_to and weight.tensor.kind != "unsaved"
         stored = weight.elements * DTYPE_BYTES.get(self.stored_dtype, 2) if in_file and self.held.packed_bits is None else size
+        copies = weight.elements * 2 if self.held.quantizer and weight.quantises else 0
         view = not makes and weight.tensor.kind != "unsaved"
         return Sums(
             held=size,
             read=read,
             made=size if makes else 0,
             viewed=size if view else 0,
-            viewed_read=read if view else 0,
+            viewed_used=size if view and weight.path in self.per_token else 0,
             stored=stored if in_file else 0,
             made_from=stored if in_file and makes else 0,
-            quantised=weight.elements * 2 if self.held.quantizer and weight.quantises else 0,
+            quantised=copies,
+            kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
         )
 
     def _makes(self, weight: Weight) -> bool:

@@ -25,6 +25,7 @@ class Effort(Record, frozen=True, kw_only=True):
     device: str
     precision: str
     quantizer: str | None
+    dtype: str
     read: dict[str, float]
     layers: int
     parameters: int
@@ -79,14 +80,14 @@ class _Clock:
 
     def load(self, pick: str) -> float:
         """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantise, send."""
-        effort, on = self.effort, "gpu" if self.gpu else "cpu"
+        effort, on = self.effort, "gpu" if self.gpu else f"cpu{self.suffix}"
         wanted = effort.checkpoint_bytes if effort.copied_bytes or effort.quantised or effort.to_gpu_bytes else 0
         return (
             self._cost("load_s", pick)
             + effort.tensors * self._cost("load_s_per_tensor", pick)
             + self._from_disk(wanted, pick)
             + effort.copied_bytes / self._rate("cast_bytes_per_s", pick)
-            + effort.quantised / self._rate(f"quantise_elements_per_s_{on}", pick)
+            + (effort.quantised / self._rate(f"quantise_elements_per_s_{on}", pick) if effort.quantised else 0.0)
             + (effort.to_gpu_bytes / self._link(pick) if self.gpu else 0.0)
         )
 
@@ -118,7 +119,9 @@ class _Clock:
         return tier.bytes_per_s if tier is not None and tier.bytes_per_s else self._rate(constant, pick)
 
     def _ram(self, pick: str) -> float:
-        return self._known(self.machine.tier("cpu"), "ram_bytes_per_s", pick) * self._rate("ram_bandwidth_share", pick)
+        kind = self.effort.quantizer or ("fp32" if self.effort.dtype == "float32" else "16bit")
+        known = self._known(self.machine.tier("cpu"), "ram_bytes_per_s", pick)
+        return known * self._rate(f"ram_bandwidth_share_{kind}", pick)
 
     def _disk(self, pick: str) -> float:
         return self._known(self.machine.tier("disk"), "disk_bytes_per_s", pick)

@@ -12,6 +12,9 @@ from harness.calibration import Bytes, Calibration
 from harness.case import Record, Workload
 from harness.inventory import Inventory, Sums
 
+# The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
+PAGE_BYTES = 1 << 20
+
 
 class Parts(Record, frozen=True, kw_only=True):
     """The terms of one tier.
@@ -124,14 +127,15 @@ class Count:
     def _in_ram(self) -> Parts:
         here = self.sums.get("cpu") or Sums()
         # Weights on a GPU are read from the file as well, which leaves its pages resident while loading.
+        touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
         file = here.made_from + sum(self.sums[gpu].stored for gpu in self.gpus)
         runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work)
         return Parts(
             weights=self.weights.get("cpu", 0),
             copied=int(here.made),
             # Tensors that stay views keep the whole file mapped, and with it the pages that were read to make the others.
-            mapped=int(here.viewed_read + file) if here.viewed else 0,
-            read=int(here.viewed_read),
+            mapped=int(touched + file) if here.viewed else 0,
+            read=int(here.viewed_used),
             kv=self.kv.get("cpu", 0),
             activation=self.calibration["cpu_activation_share"].amount(runs),
             overhead=self._process,
@@ -157,12 +161,18 @@ class Count:
         return total + self.calibration["ram_cuda_file_bytes"].amount() if self.gpus else total
 
     def _heap(self, here: Sums) -> Bytes:
-        """Return what the heap keeps of the 16-bit copies that quantising on the processor makes and frees again."""
+        """Return what the heap keeps of the copies that quantising on the processor makes and frees again.
+
+        What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
+        them, but for those large enough to be mapped one by one.
+        """
         if not here.quantised or self.gpus:
             return Bytes()
-        share, most = (self.calibration[f"heap_{what}_{self.held.quantizer}"] for what in ("share", "most_bytes"))
-        low, best, high = (min(getattr(share, end) * here.quantised, getattr(most, end)) for end in ("low", "best", "high"))
-        return Bytes(low=low, best=best, high=high)
+        return self.calibration[f"heap_share_{self.held.quantizer}"].amount(here.kept_copies)
+
+    def _rows_touched(self) -> int:
+        """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
+        return (self.work.prompt_tokens + self.work.new_tokens) * PAGE_BYTES
 
 
 def _exact(size: float) -> Bytes:
