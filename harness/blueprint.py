@@ -9,8 +9,11 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from harness import skeleton
 from harness.case import Record
@@ -27,11 +30,24 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Packed(Record, frozen=True, kw_only=True):
-    """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", its bits and group (0: whole columns)."""
+    """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", its bits and group (0: whole columns).
+
+    `unpacks`: transformers makes 16-bit weights of it on loading, where the package for its kernels is not there (mxfp4).
+    """
 
     title: str
     bits: int
     group: int
+    unpacks: bool = False
+
+
+class Stored(Record, frozen=True, kw_only=True):
+    """How a model lies on the hub where its config does not tell: a row of `data/stored.toml`."""
+
+    bytes: int
+    origin: str
+    dtype: str | None = None
+    format: str = "safetensors"
 
 
 class Blueprint(Record, frozen=True, kw_only=True):
@@ -101,7 +117,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         context_length=read.context_length,
         file_format=read.files[0].format if read.files else "safetensors",
         packed=packed,
-        tensor_bytes=read.bytes if packed else None,
+        tensor_bytes=read.bytes if packed and not packed.unpacks else None,
         tokenizer=directory is None or any((directory / file).is_file() for file in _TOKENIZER_FILES),
         note=note,
     )
@@ -152,16 +168,23 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
     shape = skeleton.named(known)
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = _packed(entry.config, None)
+    published = _published().get(known)
     size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
     return Blueprint(
         name=source.name,
         source=known,
         skeleton=shape,
-        stored={dtype: size},
-        checkpoint_bytes=size,
+        stored={published.dtype if published and published.dtype else dtype: size},
+        checkpoint_bytes=published.bytes if published else size,
         context_length=_context(entry.config),
+        file_format=published.format if published else "safetensors",
         packed=packed,
     )
+
+
+@lru_cache(maxsize=1)
+def _published() -> Mapping[str, Stored]:
+    return msgspec.toml.decode((skeleton.DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
 
 
 def _context(config: Mapping[str, Any]) -> int | None:
@@ -178,19 +201,25 @@ def _packed(config: Mapping[str, Any], said: str | None) -> Packed | None:
         return None
     bits = re.search(r"(\d+)-bit", title)
     group = re.search(r"groups of (\d+)", title)
-    return Packed(title=title, bits=int(bits[1]) if bits else 4, group=int(group[1]) if group else 0)
+    unpacks = title.startswith("mxfp4")
+    return Packed(title=title, bits=int(bits[1]) if bits else 4, group=int(group[1]) if group else 0, unpacks=unpacks)
 
 
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
-    """Count a GPTQ checkpoint: packed weights, zeros and 16-bit scales by group, an order of int32; the rest in 16 bits."""
+    """Count a GPTQ checkpoint: packed weights, zeros and 16-bit scales by group, an order of int32; the rest in 16 bits.
+
+    Of mxfp4 the experts, whose weights are stacked: 4 bits and 8 for each 32.
+    """
     total = 0.0
     for weight in shape.weights:
         if weight.tied_to or weight.tensor.kind == "unsaved":
             continue
-        if not weight.quantises or len(weight.tensor.shape) != 2:
+        if packed.unpacks and len(weight.tensor.shape) == 3:
+            total += weight.elements * (4 + 8 / 32) / 8
+        elif packed.unpacks or not weight.quantises or len(weight.tensor.shape) != 2:
             total += weight.elements * 2
-            continue
-        rows, columns = weight.tensor.shape
-        groups = -(-columns // packed.group) if packed.group else 1
-        total += weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4
+        else:
+            rows, columns = weight.tensor.shape
+            groups = -(-columns // packed.group) if packed.group else 1
+            total += weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4
     return int(total)

@@ -73,9 +73,19 @@ def resolve(model: str) -> Source:
         return Source(name=directory.name or str(directory), kind="directory", location=str(directory))
     if _HUB_ID.fullmatch(model):
         return Source(name=model, kind="hub", location=model, hub_id=model)
-    raise UsageError(
-        f"unknown model {model!r} (a catalog name, a directory, or a hub id such as org/name): {did_you_mean(model, CATALOG)}"
-    )
+    short = _short_names()
+    if model.casefold() in short:
+        known = short[model.casefold()]
+        return Source(name=model.casefold(), kind="catalog", location=known, hub_id=known)
+    names = did_you_mean(model, [*CATALOG, *short])
+    raise UsageError(f"unknown model {model!r} (a catalog name, a directory, or a hub id such as org/name): {names}")
+
+
+def _short_names() -> dict[str, str]:
+    """Return the hub ids of the models whose skeletons are shipped, by the last part of their names in lower case."""
+    from harness import skeleton
+
+    return {full.casefold().rpartition("/")[2]: full for full in skeleton.catalog()}
 
 
 def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_code: bool = False) -> Path:

@@ -25,7 +25,7 @@ ROUGH_SHARE, KNOWN_SHARE = 0.10, 0.005
 
 def kept(precision: Precision, dtype: str, blueprint: Blueprint) -> Kept:
     """Say how this precision holds this model: one that is quantised already stays so."""
-    if blueprint.packed is not None:
+    if blueprint.packed is not None and not blueprint.packed.unpacks:
         return Kept(dtype=dtype, packed_bits=packed_bits(blueprint))
     settings = precision.quantization or {}
     quantizer = "int4" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else None
