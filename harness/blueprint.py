@@ -174,12 +174,18 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
         name=source.name,
         source=known,
         skeleton=shape,
-        stored={published.dtype if published and published.dtype else dtype: size},
+        stored={_stored_dtype(dtype, published, packed): size},
         checkpoint_bytes=published.bytes if published else size,
         context_length=_context(entry.config),
         file_format=published.format if published else "safetensors",
         packed=packed,
     )
+
+
+def _stored_dtype(said: str, published: Stored | None, packed: Packed | None) -> str:
+    if packed is not None and packed.unpacks:
+        return "uint8"
+    return published.dtype if published is not None and published.dtype else said
 
 
 @lru_cache(maxsize=1)

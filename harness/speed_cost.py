@@ -108,7 +108,7 @@ class _Clock:
     def _path(self, tier: str, pick: str) -> float:
         """Return the bytes per second from a tier to what computes."""
         if tier == "disk":
-            return self._disk(pick)
+            return self._rate("page_cache_bytes_per_s", pick) if self._is_cached(self.effort.read[tier], pick) else self._disk(pick)
         if tier == "cpu":
             return self._link(pick) if self.gpu else self._ram(pick)
         found = self.machine.tier(tier)
@@ -128,10 +128,12 @@ class _Clock:
 
     def _from_disk(self, size: int, pick: str) -> float:
         """Charge reading files: from the page cache where they fit there, from the disk at the high end."""
+        return 0.0 if self._is_cached(size, pick) else size / self._disk(pick)
+
+    def _is_cached(self, size: float, pick: str) -> bool:
         cpu = self.machine.tier("cpu")
         room = (cpu.capacity_bytes if cpu else None) or 0
-        cached = pick == "low" or (pick == "best" and size * 2 < room)
-        return 0.0 if cached else size / self._disk(pick)
+        return pick == "low" or (pick == "best" and size * 2 < room)
 
     def _link(self, pick: str) -> float:
         card = _card(self.gpu)

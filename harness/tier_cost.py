@@ -60,6 +60,7 @@ class Count:
         self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
         # The device that computes what lies on no GPU.
         self.main = self.gpus[0] if self.gpus else "cpu"
+        self._copied_at_once: dict[tuple[str, ...], int] = {}
 
     def longer(self, load: Workload) -> Count:
         """Return the same case with another workload; what does not depend on it is not counted again."""
@@ -102,7 +103,8 @@ class Count:
         return Parts(
             weights=self.weights[name],
             kv=kv,
-            activation=constant["gpu_activation_share"].amount(runs) + _exact(self._brought if name == self.main else 0),
+            activation=constant["gpu_activation_share"].amount(runs)
+            + _exact(self._brought(("cpu", "disk")) if name == self.main else 0),
             overhead=self._on_card + constant["gpu_fragmentation_share"].amount(kv + runs),
             loading=self._in_flight(name),
         )
@@ -111,13 +113,15 @@ class Count:
     def _on_card(self) -> Bytes:
         return self.calibration["gpu_context_bytes"].amount() + self.calibration["gpu_workspace_bytes"].amount()
 
-    @cached_property
-    def _brought(self) -> int:
-        """What accelerate copies to the GPU at once of what lies elsewhere: one module's tensors."""
-        tiers = self.tiers
-        if isinstance(tiers, str):
-            return 0
-        return max((size for path, size in self.inventory.modules if not tiers[path].startswith("gpu")), default=0)
+    def _brought(self, homes: tuple[str, ...]) -> int:
+        """Return what accelerate copies at once of what lies in these tiers: one module's tensors."""
+        if homes not in self._copied_at_once:
+            if not self.weights.keys() & set(homes):
+                return 0
+            tiers = self.tiers
+            sizes = (size for path, size in self.inventory.modules if (tiers if isinstance(tiers, str) else tiers[path]) in homes)
+            self._copied_at_once[homes] = max(sizes, default=0)
+        return self._copied_at_once[homes]
 
     def _in_flight(self, name: str) -> Bytes:
         """Return what lies on the GPU only while loading: 16-bit copies of what is quantised there. Casts are made in the RAM."""
@@ -128,7 +132,9 @@ class Count:
         here = self.sums.get("cpu") or Sums()
         # Weights on a GPU are read from the file as well, which leaves its pages resident while loading.
         touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
-        file = here.made_from + sum(self.sums[gpu].stored for gpu in self.gpus)
+        away = self.sums.get("disk") or Sums()
+        # So are tensors that are cast and written anew to the offload folder.
+        file = here.made_from + away.made_from + sum(self.sums[gpu].stored for gpu in self.gpus)
         runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work)
         return Parts(
             weights=self.weights.get("cpu", 0),
@@ -137,9 +143,10 @@ class Count:
             mapped=int(touched + file) if here.viewed else 0,
             read=int(here.viewed_used),
             kv=self.kv.get("cpu", 0),
-            activation=self.calibration["cpu_activation_share"].amount(runs),
+            # What lies on the disk passes through the RAM, wherever it is computed.
+            activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(self._brought(("disk",))),
             overhead=self._process,
-            heap=self._heap(here),
+            heap=self._heap(here) + self.calibration["heap_share_disk"].amount(away.made),
             libraries=self._libraries,
             loading=_exact(self.inventory.total.made if self.through_ram else 0),
             loading_mapped=int(file),
