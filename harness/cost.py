@@ -136,7 +136,7 @@ def _moments(parts: Parts, end: str, rough: float) -> dict[str, float]:
     return {
         "load_anon": load_anon,
         "run_anon": run_anon,
-        "load": load_anon + libraries * 0.8 + parts.loading_mapped * doubt,
+        "load": load_anon + libraries * 0.95 + parts.loading_mapped * doubt,
         "run": run_anon + libraries + parts.mapped * doubt,
         # The file may be dropped while copies are made of it, but not the pages that every token reads.
         "needed": max(load_anon, run_anon + parts.read * doubt) + libraries,

@@ -100,11 +100,12 @@ class Count:
     def _on_gpu(self, name: str) -> Parts:
         constant, kv = self.calibration, self.kv.get(name, 0)
         runs = self.inventory.gpu_prefill.bytes(self.work)
+        brought = self._brought(("cpu", "disk")) if name == self.main else 0
         return Parts(
             weights=self.weights[name],
             kv=kv,
             activation=constant["gpu_activation_share"].amount(runs)
-            + _exact(self._brought(("cpu", "disk")) if name == self.main else 0),
+            + _exact(brought),
             overhead=self._on_card + constant["gpu_fragmentation_share"].amount(kv + runs),
             loading=self._in_flight(name),
         )
