@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import harness
+from harness.commands import hardware
 from harness.errors import HarnessError
 
 Command = Callable[[argparse.Namespace], int]
@@ -66,33 +67,7 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
-def _hardware_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _hardware(given: argparse.Namespace) -> int:
-    import msgspec
-    import rich.console
-    import rich.table
-
-    from harness import machine
-    from harness.units import format_size
-
-    probed = machine.probe()
-    if given.json:
-        print(msgspec.json.encode(probed).decode())
-        return 0
-    table = rich.table.Table(title=probed.name, title_justify="left", box=None)
-    for heading in ("tier", "device", "total", "free", "limit"):
-        table.add_column(heading, justify="left" if heading in ("tier", "device") else "right")
-    for tier in probed.tiers:
-        sizes = (tier.total_bytes, tier.free_bytes, tier.limit_bytes)
-        table.add_row(tier.name, tier.model or "", *("" if size is None else format_size(size) for size in sizes))
-    rich.console.Console().print(table)
-    return 0
-
-
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
-    "hardware": ("Show where bytes can live on this machine.", _hardware_arguments, _hardware),
+    "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
     "report": ("Render the page from the results of a directory.", _report_arguments, _report),
 }
