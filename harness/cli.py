@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import harness
-from harness.commands import hardware
+from harness.commands import hardware, inspect
 from harness.errors import HarnessError
 
 Command = Callable[[argparse.Namespace], int]
@@ -69,5 +69,6 @@ def _report(given: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
+    "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
     "report": ("Render the page from the results of a directory.", _report_arguments, _report),
 }
