@@ -105,4 +105,4 @@ def explain(tie: Tie, size: str = "") -> str:
     if tie.how == "repeated":
         return f"{' and '.join(rest)} repeats {first}: {size} stored twice"
     others = f"{', '.join(rest[:3])}{f' and {len(rest) - 3} more' if len(rest) > 3 else ''}"
-    return f"{others} shares the bytes of {first}"
+    return f"{others} {'share' if len(rest) > 1 else 'shares'} the bytes of {first}"

@@ -77,6 +77,8 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
 
 def _path(model: str) -> Path | None:
     """Return the path that `model` is, in full; None where nothing is there."""
+    if not model:  # it would be the directory one stands in
+        return None
     try:
         path = Path(model).expanduser()
         # A file stays where it is named: behind the links of a hub cache it has no ending any more.
