@@ -68,7 +68,10 @@ class Case(Record, frozen=True, kw_only=True):
 
 
 class Tier(Record, frozen=True, kw_only=True):
-    """One place bytes can live. `limit_bytes` is what a container or the user allows; unknown figures are None."""
+    """One place bytes can live. `limit_bytes` is what a container or the user allows; unknown figures are None.
+
+    `bytes_per_s` is how fast it is read where it is, `link_bytes_per_s` how fast the RAM's bytes reach it.
+    """
 
     name: str
     kind: str
@@ -76,6 +79,7 @@ class Tier(Record, frozen=True, kw_only=True):
     free_bytes: int | None = None
     limit_bytes: int | None = None
     bytes_per_s: float | None = None
+    link_bytes_per_s: float | None = None
     model: str | None = None
     compute_capability: str | None = None
 

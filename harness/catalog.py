@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
@@ -74,10 +75,10 @@ def resolve(model: str) -> Source:
     if _HUB_ID.fullmatch(model):
         return Source(name=model, kind="hub", location=model, hub_id=model)
     short = _short_names()
-    if model.casefold() in short:
-        known = short[model.casefold()]
-        return Source(name=model.casefold(), kind="catalog", location=known, hub_id=known)
-    names = did_you_mean(model, [*CATALOG, *short])
+    if model in short:
+        return Source(name=model, kind="catalog", location=short[model], hub_id=short[model])
+    resembles = [bool(difflib.get_close_matches(model.casefold()[:96], names)) for names in (CATALOG, short)]
+    names = did_you_mean(model, short if resembles == [False, True] else CATALOG)
     raise UsageError(f"unknown model {model!r} (a catalog name, a directory, or a hub id such as org/name): {names}")
 
 

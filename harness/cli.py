@@ -6,10 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import harness
-from harness.commands import plan
+from harness.commands import hardware, inspect, plan, report
 from harness.errors import HarnessError
 
 Command = Callable[[argparse.Namespace], int]
@@ -53,55 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="directory with a results.jsonl")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the page (default DIR/index.html)")
-
-
-def _report(given: argparse.Namespace) -> int:
-    from harness.report import page
-    from harness.store import Store
-
-    results, problems = Store(given.directory).read()
-    for problem in problems:
-        print(f"fitmatrix: {problem}", file=sys.stderr)
-    html = given.html or given.directory / "index.html"
-    page.write(html, page.render(results, problems=[str(problem) for problem in problems]))
-    print(f"page: {html}")
-    return 0
-
-
-def _hardware_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _hardware(given: argparse.Namespace) -> int:
-    import msgspec
-    import rich.console
-    import rich.table
-
-    from harness import machine
-    from harness.units import format_size
-
-    probed = machine.probe()
-    if given.json:
-        print(msgspec.json.encode(probed).decode())
-        return 0
-    table = rich.table.Table(title=probed.name, title_justify="left", box=None)
-    for heading in ("tier", "device", "total", "free", "limit"):
-        table.add_column(heading, justify="left" if heading in ("tier", "device") else "right")
-    for tier in probed.tiers:
-        sizes = (tier.total_bytes, tier.free_bytes, tier.limit_bytes)
-        table.add_row(tier.name, tier.model or "", *("" if size is None else format_size(size) for size in sizes))
-    console = rich.console.Console()
-    with console.capture() as shown:  # printed by us: rich has an exit status of its own for a broken pipe
-        console.print(table)
-    print(shown.get(), end="")
-    return 0
-
-
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
-    "hardware": ("Show where bytes can live on this machine.", _hardware_arguments, _hardware),
+    "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
+    "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
     "plan": (plan.HELP, plan.add_arguments, plan.run),
-    "report": ("Render the page from the results of a directory.", _report_arguments, _report),
+    "report": (report.HELP, report.add_arguments, report.run),
 }

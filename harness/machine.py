@@ -131,6 +131,7 @@ def _gpu_tiers(library: Any, vram_bytes: int | None) -> Iterator[Tier]:
             free_bytes=free,
             limit_bytes=vram_bytes,
             bytes_per_s=known.bytes_per_s if known else None,
+            link_bytes_per_s=_link(library, f"gpu:{index}", card).bytes_per_s,
             model=model,
             compute_capability="{}.{}".format(*capability) if capability else None,
         )

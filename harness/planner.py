@@ -10,7 +10,8 @@ import msgspec
 from harness import calibration, cost, layout, plan
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration, Constant
-from harness.case import Case, Estimate, Machine, Plan, TierEstimate, Verdict, Workload
+from harness.case import Case, Estimate, Machine, Plan, Record, TierEstimate, Verdict, Workload
+from harness.catalog import Source
 from harness.devicemap import Device
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
@@ -175,7 +176,8 @@ def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:
     """Add to a plan that is too big which other precision or placement would do."""
     if one.verdict is not Verdict.TOO_BIG or one.why is None:
         return one
-    good = [other.case for other in others if other.verdict in GOOD and other.case.model == one.case.model]
+    order = sorted(others, key=lambda other: other.verdict is not Verdict.FITS)
+    good = [other.case for other in order if other.verdict in GOOD and other.case.model == one.case.model]
     precision = next((case.precision for case in good if case.placement == one.case.placement), None)
     placement = next((case.placement for case in good if case.precision == one.case.precision), None)
     words = [f"--precision {precision}"] * bool(precision) + [f"--placement {placement}"] * bool(placement)
@@ -189,6 +191,27 @@ def recommend(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
         return None
     best = max(fitting, key=_worth)
     return best, _reason(best, fitting)
+
+
+class Advice(Record, frozen=True, kw_only=True):
+    """The plans of one model, which of them is best, and why."""
+
+    source: Source
+    planner: Planner
+    plans: list[Plan]
+    best: Plan | None
+    reason: str
+
+    @property
+    def blueprint(self) -> Blueprint:
+        return self.planner.blueprint
+
+
+def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Advice:
+    """Plan the cases of one model and choose the best."""
+    plans = planner.plans(cases)
+    best, reason = recommend(plans) or (None, "nothing fits")
+    return Advice(source=source, planner=planner, plans=plans, best=best, reason=reason)
 
 
 def _worth(one: Plan) -> tuple[float, int]:

@@ -173,6 +173,7 @@ def _gpu_tier(name: str, text: str) -> Tier:
         total_bytes=total,
         free_bytes=total - reserve(total),
         bytes_per_s=gpu.bytes_per_s,
+        link_bytes_per_s=gpu.pcie_bytes_per_s,
         model=gpu.name,
         compute_capability=gpu.compute_capability,
     )

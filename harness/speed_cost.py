@@ -136,8 +136,7 @@ class _Clock:
         return pick == "low" or (pick == "best" and size * 2 < room)
 
     def _link(self, pick: str) -> float:
-        card = _card(self.gpu)
-        sheet = card.pcie_bytes_per_s if card else None
+        sheet = self.gpu.link_bytes_per_s if self.gpu else None
         return (sheet or self._rate("link_bytes_per_s", pick)) * self._rate("link_share", pick)
 
     def _flops(self, pick: str) -> float:

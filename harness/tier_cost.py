@@ -104,8 +104,7 @@ class Count:
         return Parts(
             weights=self.weights[name],
             kv=kv,
-            activation=constant["gpu_activation_share"].amount(runs)
-            + _exact(brought),
+            activation=constant["gpu_activation_share"].amount(runs) + _exact(brought),
             overhead=self._on_card + constant["gpu_fragmentation_share"].amount(kv + runs),
             loading=self._in_flight(name),
         )

@@ -79,3 +79,16 @@ def format_rate(tokens_per_second: float) -> str:
 def format_share(share: float) -> str:
     """Write a share of one as a percentage: 98.5 %."""
     return f"{share * 100:.1f} %"
+
+
+def format_bandwidth(bytes_per_s: float) -> str:
+    """Write bytes per second in decimal GB/s, as the makers of cards and disks do: 360 GB/s, 0.512 GB/s."""
+    return f"{significant(bytes_per_s / 1e9)} GB/s"
+
+
+def format_count(count: int) -> str:
+    """Write a number of parameters: 6.17 B, 135 M, 35,136."""
+    for letter, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if count >= factor:
+            return f"{significant(count / factor)} {letter}"
+    return f"{count:,}"

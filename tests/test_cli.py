@@ -7,14 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 import harness
 from harness import cli
-from harness.case import Machine, encode
+from harness.case import encode
 from harness.cli import COMMANDS, build_parser, main
-from harness.machine import probe
 from harness.store import NAME
 from tests.builders import GOLDEN, result
 
@@ -129,26 +127,6 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(tmp_path: Path, found: list
     assert err.decode().startswith(f"fitmatrix: {tmp_path}")
     assert said in err.decode()
     assert err.count(b"\n") == 1
-
-
-# hardware
-
-
-def test_hardware_as_json_is_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["hardware", "--json"]) == 0
-    shown = capsys.readouterr()
-    found, here = msgspec.json.decode(shown.out, type=Machine), probe()
-    assert shown.out.count("\n") == 1
-    assert (found.name, found.cpu, found.cores, found.system) == (here.name, here.cpu, here.cores, here.system)
-    assert [(tier.name, tier.total_bytes) for tier in found.tiers] == [(tier.name, tier.total_bytes) for tier in here.tiers]
-
-
-def test_hardware_is_a_table_of_the_tiers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["hardware"]) == 0
-    out = capsys.readouterr().out
-    for tier in probe().tiers:
-        assert tier.name in out
-    assert "GiB" in out
 
 
 # How it ends

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness import commands
 from harness.errors import UsageError, did_you_mean
 from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS
@@ -13,8 +14,9 @@ from harness.units import parse_size
 
 if TYPE_CHECKING:
     from harness.blueprint import Blueprint
+    from harness.calibration import Calibration
     from harness.case import Case, Machine, Plan, Workload
-    from harness.planner import Planner
+    from harness.planner import Advice
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
 
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         UsageError, CheckpointError: the request or a model is wrong; exit status 2.
     """
     from harness import blueprint, catalog
+    from harness.planner import Planner, advise
 
     precisions = _names(args.precision, PRECISIONS, "--precision")
     placements = _names(args.placement, PLACEMENTS, "--placement")
@@ -75,32 +78,13 @@ def run(args: argparse.Namespace) -> int:
     if asked and (len(args.models) > 1 or args.json):
         raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
     constants = _constants(args, machine) if here else None
-    answers = []
+    advices = []
     for source in [catalog.resolve(model) for model in args.models]:
-        from harness.planner import Planner
-
         drawn = blueprint.draw(source)
         planner = Planner(drawn, machine, here=here, constants=constants)
         cases = _cases(drawn, precisions, placements, load, asked)
-        answers.append(Answer(source, planner, cases))
-    return _print(answers, args, machine, load)
-
-
-class Answer:
-    """The plans of one model, the one recommended, and why."""
-
-    def __init__(self, source: Any, planner: Planner, cases: Sequence[Case]) -> None:
-        from harness.planner import recommend
-
-        self.source, self.planner = source, planner
-        self.plans = planner.plans(cases)
-        found = recommend(self.plans)
-        self.best: Plan | None = found[0] if found else None
-        self.reason = found[1] if found else "nothing fits"
-
-    @property
-    def blueprint(self) -> Blueprint:
-        return self.planner.blueprint
+        advices.append(advise(source, planner, cases))
+    return _print(advices, args, machine, load)
 
 
 def workload(args: argparse.Namespace) -> Workload:
@@ -141,7 +125,7 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
     return machine.probe(), True
 
 
-def _constants(args: argparse.Namespace, machine: Machine) -> Any:
+def _constants(args: argparse.Namespace, machine: Machine) -> Calibration:
     """Return the calibration by earlier results of this machine, the plain one where there are none."""
     from pathlib import Path
 
@@ -199,38 +183,36 @@ def _cases(
     return [Case(model=drawn.name, precision=precision, placement=placement, workload=load) for precision, placement in pairs]
 
 
-def _print(answers: Sequence[Answer], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
+def _print(advices: Sequence[Advice], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
     if args.json:
-        import msgspec
-
-        objects = [as_json(answer, machine, load) for answer in answers]
-        whole = objects[0] if len(objects) == 1 else {"schema": SCHEMA, "models": objects}
-        print(msgspec.json.encode(whole).decode())
+        objects = [as_json(advice, machine, load) for advice in advices]
+        commands.print_json(objects[0] if len(objects) == 1 else {"schema": SCHEMA, "models": objects})
     elif args.code:
-        _print_code(answers[0])
+        _print_code(advices[0])
     else:
-        from harness.commands import plan_table
+        from harness.report import plans
 
-        plan_table.show(answers, machine, load, explain=bool(args.explain))
-    return FITS if all(answer.best for answer in answers) else NOTHING_FITS
+        if args.explain:
+            plans.explain(advices[0])
+        else:
+            plans.show(advices, machine, load)
+    return FITS if all(advice.best for advice in advices) else NOTHING_FITS
 
 
-def _print_code(answer: Answer) -> None:
+def _print_code(advice: Advice) -> None:
     from harness import plan
     from harness.planner import GOOD
 
-    one = answer.plans[0]
+    one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    script = plan.script(plan.code_head(answer.source, one.case.placement), one)
+    script = plan.script(plan.code_head(advice.source, one.case.placement), one)
     print(script if one.verdict in GOOD else f"# {one.why}\n{script}", end="")
 
 
-def as_json(answer: Answer, machine: Machine, load: Workload) -> dict[str, Any]:
+def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
     """Return the object that the contract of the command line describes."""
-    import msgspec
-
-    drawn = answer.blueprint
+    drawn = advice.blueprint
     keys = ("name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s")
     return {
         "schema": SCHEMA,
@@ -243,13 +225,13 @@ def as_json(answer: Answer, machine: Machine, load: Workload) -> dict[str, Any]:
             "context_length": drawn.context_length,
         },
         "machine": {"name": machine.name, "tiers": [{key: getattr(tier, key) for key in keys} for tier in machine.tiers]},
-        "workload": msgspec.to_builtins({key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")}),
-        "plans": [_plan_json(answer, one) for one in answer.plans],
-        "recommended": answer.best.case.id if answer.best else None,
+        "workload": {key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")},
+        "plans": [_plan_json(advice, one) for one in advice.plans],
+        "recommended": advice.best.case.id if advice.best else None,
     }
 
 
-def _plan_json(answer: Answer, one: Plan) -> dict[str, Any]:
+def _plan_json(advice: Advice, one: Plan) -> dict[str, Any]:
     from harness import plan
 
     expected = one.estimate
@@ -268,6 +250,6 @@ def _plan_json(answer: Answer, one: Plan) -> dict[str, Any]:
         **spans,
         "device_map": one.device_map,
         "max_memory": one.max_memory,
-        "max_context_tokens": answer.planner.max_context(one),
-        "code": plan.code_head(answer.source, one.case.placement) + one.code if one.code else None,
+        "max_context_tokens": advice.planner.max_context(one),
+        "code": plan.code_head(advice.source, one.case.placement) + one.code if one.code else None,
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from harness import units
 from harness.case import Result
 from harness.errors import StoreError
 from harness.metrics import METRICS
@@ -50,7 +51,7 @@ def render(results: Sequence[Result], *, title: str | None = None, problems: Seq
     points = min(charts.POINTS, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
     found = view.blocks(results, points=points)
     measured = {key for result in results for key in result.metrics}
-    return _template().render(
+    return template("page.html.j2").render(
         title=title or _title(found),
         blocks=found,
         how=[(key, entry) for key, entry in METRICS.items() if key in measured],
@@ -95,7 +96,8 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """Return one of our templates, all of which share their parts, their style and how they write text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -104,11 +106,11 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters["plural"] = plural
-    for name in ("style.css", "page.js"):
+    environment.filters.update(plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
+    for file in ("style.css", "page.js"):
         # These two are ours and hold no text of a result, so they go in as they are.
-        environment.globals[name.replace(".", "_")] = Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
-    return environment.get_template("page.html.j2")
+        environment.globals[file.replace(".", "_")] = Markup((_TEMPLATES / file).read_text(encoding="utf-8"))
+    return environment.get_template(name)
 
 
 def _shown(value: object) -> object:
