@@ -38,9 +38,10 @@ FLOORS = (
     ("plan", "process", "store"),
     ("runner",),
     # showing and tying together
-    ("report", "report.text", "live"),
+    ("report", "report.text"),
     ("report.charts",),
     ("report.figures",),
+    ("live",),
     ("report.details",),
     ("report.view",),
     ("report.page", "report.terminal"),
