@@ -19,6 +19,7 @@ from harness import skeleton
 from harness.case import Record
 from harness.errors import UsageError
 from harness.skeleton import Skeleton
+from harness.units import format_count
 
 if TYPE_CHECKING:
     from harness.catalog import Source
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "n_ctx")
+_MOST_MISSING = 0.02
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -106,7 +108,10 @@ def draw(source: Source) -> Blueprint:
 
 def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> Blueprint:
     """Draw the blueprint of a checkpoint whose headers were read."""
+    if read.files and read.files[0].format == "gguf":
+        raise UsageError(f"{name} is GGUF, which these placements do not load: plan the safetensors that it was made from")
     found, note = _skeleton_of(read)
+    _check_same(read, found)
     packed = _packed(read.config, read.quantization)
     return Blueprint(
         name=name,
@@ -121,6 +126,30 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         tokenizer=directory is None or any((directory / file).is_file() for file in _TOKENIZER_FILES),
         note=note,
     )
+
+
+def _check_same(read: Checkpoint, found: Skeleton) -> None:
+    """Check that a config describes the weights beside it: shapes of tensors of the same name, and that hardly any is missing.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    from harness.errors import CheckpointError
+
+    if read.quantization is not None:
+        return
+    stored = {tensor.name: tensor.shape for tensor in read.tensors}
+    wanted = {weight.path: weight for weight in found.weights if weight.tensor.kind == "parameter" and not weight.tied_to}
+    said = "use the config.json that belongs to the weights"
+    for path in stored.keys() & wanted.keys():
+        if stored[path] != wanted[path].tensor.shape:
+            what = f"makes {path} {list(wanted[path].tensor.shape)}, and the files hold {list(stored[path])}"
+            raise CheckpointError(f"{read.path}/config.json", f"{what}: {said}")
+    known = sum(weight.elements for path, weight in wanted.items() if path in stored)
+    # Old names that transformers renames on loading are no fault, so most must be known by name before the rest counts as missing.
+    if 0.5 * found.parameters < known < (1 - _MOST_MISSING) * found.parameters:
+        what = f"describes {format_count(found.parameters)} parameters, and the files hold {format_count(known)} of them"
+        raise CheckpointError(f"{read.path}/config.json", f"{what}: {said}")
 
 
 def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None]:

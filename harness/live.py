@@ -1,4 +1,4 @@
-"""One live line under the terminal's own: which case runs, in which phase, for how long, with how much memory."""
+"""What the terminal says of cases: a live line under its own while one runs, and a line of figures when it is done."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
+from harness.case import Outcome, Result
 from harness.meters import Sample
+from harness.metrics import format_metric
+from harness.report.figures import status
 from harness.units import format_size
 
 if TYPE_CHECKING:
     from harness.runner import Run
 
 _EVERY_S = 0.25
+_SUMMARY = (("vram_peak_bytes", " VRAM"), ("ram_peak_bytes", " RAM"), ("decode_tok_s", ""))
 # Make sure of a line below (IND scrolls where there is none), save the cursor, go there, erase; afterwards restore it.
 # So the terminal's own output goes on where it was, wherever that is.
 _BELOW, _BACK = "\x1bD\x1b[A\x1b7\x1b[B\r\x1b[2K", "\x1b8"
@@ -84,3 +88,22 @@ def line(run: Run, sample: Sample, number: int, total: int) -> str:
     memory = [f"{tier} {format_size(size)}" for tier, size in sorted(sample.vram_bytes.items())]
     memory.append(f"RAM {format_size(sample.ram_bytes)}")
     return "  ".join([run.plan.case.id, f"{number}/{total}", phase, f"{seconds // 60:02d}:{seconds % 60:02d}", *memory])
+
+
+def summary(result: Result) -> str:
+    """Return what a case showed in one line, e.g. ``works  8.10 GiB VRAM  1.20 GiB RAM  23.1 tokens/s  intact``."""
+    word = status(result).word
+    if result.outcome is not Outcome.OK:
+        return f"{word}: {result.why}" if result.why else word
+    shown = [word]
+    for key, text in (
+        ("vram_peak_bytes", "{} VRAM"),
+        ("ram_peak_bytes", "{} RAM"),
+        ("ready_s", "ready {}"),
+        ("decode_tok_s", "{}"),
+    ):
+        if key in result.metrics:
+            shown.append(text.format(format_metric(key, result.metrics[key])))
+    if result.quality is not None:
+        shown.append(result.quality.verdict)
+    return "  ".join(shown + (["noisy"] if result.noisy else []))

@@ -33,7 +33,7 @@ def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str]
         if trait in precision.refuses:
             return Verdict.INVALID, precision.refuses[trait]
     if placement.needs_gpu and not machine.gpus:
-        return Verdict.UNAVAILABLE, "needs a GPU, and this machine has none that NVML knows"
+        return Verdict.UNAVAILABLE, "needs a GPU, and NVML knows none here"
     for package in precision.needs if here else ():
         if importlib.util.find_spec(package) is None:
             return Verdict.UNAVAILABLE, f"needs the package {package}: pip install {package}"

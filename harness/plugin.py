@@ -11,7 +11,7 @@ from _pytest.terminal import TerminalReporter
 
 from harness.case import Case, Machine, Outcome, Plan, Result, Verdict
 from harness.errors import HarnessError
-from harness.live import LiveLine
+from harness.live import LiveLine, summary
 from harness.options import OPTIONS, Options, read_config
 from harness.runner import CaseEnded, Run
 from harness.session import Session
@@ -85,9 +85,51 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         ours.prepare(cases)
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from None
+    _write_by_case(session)
     # Only between tests is the terminal where it seems to be; during them pytest captures its file descriptor.
-    live = LiveLine(config.get_terminal_writer()._file, total=len({case.id for case in cases}))
-    ours.on_sample = config.stash[_LIVE] = live
+    if config.pluginmanager.has_plugin("terminalreporter"):
+        live = LiveLine(config.get_terminal_writer()._file, total=len({case.id for case in cases}))
+        ours.on_sample = config.stash[_LIVE] = live
+
+
+def _write_by_case(session: pytest.Session) -> None:
+    """Let the terminal show a line a case, its tests' letters between its name and its figures; -v and -q stay as they are."""
+    reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and reporter.verbosity == 0:
+        reporter.showfspath = False
+        session.config.pluginmanager.register(_ByCase(session, reporter), "fitmatrix-by-case")
+
+
+class _ByCase:
+    """The hooks that begin and end the line of a case."""
+
+    def __init__(self, session: pytest.Session, reporter: TerminalReporter) -> None:
+        cases = [(item.nodeid, case) for item in session.items if (case := _case_of(item)) is not None]
+        self._ours, self._reporter = session.config.stash[SESSION], reporter
+        self._cases = dict(cases)
+        self._first = {case: nodeid for nodeid, case in reversed(cases)}
+        self._last = {case: nodeid for nodeid, case in cases}
+        self._width = max(len(case.id) for case in self._last)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        case = self._cases.get(nodeid)
+        if case is not None and self._first[case] == nodeid:
+            self._end_line()
+            self._reporter.write(f"{case.id:<{self._width}}  ")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        case = self._cases.get(nodeid)
+        if case is None or self._last[case] != nodeid or (result := self._ours.shown(case)) is None:
+            return
+        text, width = summary(result), self._reporter._tw.fullwidth - self._reporter._tw.width_of_current_line - 3
+        self._reporter.write(f"  {text if len(text) <= width else text[: width - 1] + '…'}")
+        self._end_line()
+
+    def _end_line(self) -> None:
+        if self._reporter._tw.width_of_current_line:
+            self._reporter.write("\n")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ from typing import Any
 import msgspec
 
 from harness import protocol
-from harness.errors import WorkerError
+from harness.errors import UsageError, WorkerError
 from harness.protocol import Entered, Event, Request
 
 WorkerMain = Callable[[Connection, str, str], None]
@@ -46,6 +47,9 @@ def warm_up(modules: Sequence[str] = ()) -> None:
 
     The imports go on in the background; the first worker waits for them. Does nothing where processes are spawned, or when
     the fork server runs already.
+
+    Raises:
+        UsageError: there is no place for the fork server's socket.
     """
     if _METHOD != "forkserver":
         return
@@ -54,9 +58,13 @@ def warm_up(modules: Sequence[str] = ()) -> None:
 
 
 def _start_fork_server() -> None:
-    """Start the fork server unless it runs."""
-    with _import_path(), _no_main(), _deaf():
-        multiprocessing.forkserver.ensure_running()
+    """Start the fork server unless it runs. Raises UsageError: there is no place for its socket."""
+    try:
+        with _import_path(), _no_main(), _deaf():
+            multiprocessing.forkserver.ensure_running()
+    except OSError as error:
+        place = multiprocessing.util.get_temp_dir()
+        raise UsageError(f"no process can be started: {error} in {place}; set TMPDIR to a short path on a local disk") from None
 
 
 @contextlib.contextmanager
@@ -98,6 +106,8 @@ def _no_main() -> Iterator[None]:
 
 def _child(main: WorkerMain, pipe: Connection, log: str, scratch: str) -> None:
     """Run `main` in the new process."""
+    if not Path(log).exists():
+        return  # Ctrl-C while the fork server was busy importing: the parent has given the case up
     _let_go_of_fork_server()
     main(pipe, log, scratch)
 

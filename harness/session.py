@@ -43,6 +43,7 @@ class Session:
         self.on_sample: LiveLine | None = None
         self.worker_main: WorkerMain | None = None
         self.page: Path | None = None
+        self.current: Run | None = None
         self.interrupted = False
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._locations: dict[str, Path] = {}
@@ -147,7 +148,8 @@ class Session:
     def start(self, decided: Plan) -> Run | None:
         """Start a case, or record why it is not run and return None."""
         if decided.verdict in _RUNNABLE or (self.options.run_all and decided.code is not None):
-            return Run(decided, self.subject(decided.case), self.setting)
+            self.current = Run(decided, self.subject(decided.case), self.setting)
+            return self.current
         self._record(runner.not_run(decided, self.subject(decided.case), self.setting))
         return None
 
@@ -161,6 +163,12 @@ class Session:
             self._references[result.case.model] = (reference, kept)
         self._record(result)
         return result
+
+    def shown(self, case: Case) -> Result | None:
+        """Return what a case has shown so far, None before it began."""
+        if self.current is not None and self.current.plan.case == case:
+            return self.current.result()
+        return next((result for result in reversed(self.results) if result.case == case), None)
 
     def _record(self, result: Result) -> None:
         self.store.append(result)

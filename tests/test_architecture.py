@@ -48,9 +48,10 @@ FLOORS = (
     ("cost",),
     ("planner",),
     # showing and tying together
-    ("report", "report.text", "live"),
+    ("report", "report.text"),
     ("report.charts",),
     ("report.figures",),
+    ("live",),
     ("report.details",),
     ("report.view",),
     ("report.page", "report.terminal"),

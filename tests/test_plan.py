@@ -105,7 +105,7 @@ def test_what_can_work_on_which_machine(name: str) -> None:
 @pytest.mark.parametrize(
     ("on", "names", "said"),
     [
-        (NO_GPU, ("bf16", "direct"), "needs a GPU, and this machine has none that NVML knows"),
+        (NO_GPU, ("bf16", "direct"), "needs a GPU, and NVML knows none here"),
         (PASCAL, ("int8", "direct"), "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
         (AMPERE, ("int8", "gpu+cpu"), "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU"),
         (AMPERE, ("int4", "dispatch"), "load_checkpoint_and_dispatch places weights as they are stored and does not quantise them"),

@@ -192,6 +192,22 @@ def test_a_program_that_cannot_be_sent_leaves_nothing(start: Start) -> None:
     assert psutil.Process().num_fds() <= before
 
 
+def test_socket_path_that_is_too_long_is_told_in_one_sentence(tmp_path: Path) -> None:
+    scratch = tmp_path / ("x" * 80)
+    scratch.mkdir()
+    body = """
+try:
+    process.Worker(scripted.worker("ok"), log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
+except process.UsageError as error:
+    print(error)
+"""
+    with run_script(body, tmp_path, TMPDIR=str(scratch)) as parent:
+        said = parent.communicate(timeout=LONG_S)[0]
+    assert "AF_UNIX path too long" in said
+    assert "set TMPDIR to a short path" in said
+    assert "Traceback" not in said
+
+
 # Interrupts
 
 
@@ -226,12 +242,12 @@ def until_s():
 """
 
 
-def run_script(body: str, scratch: Path) -> subprocess.Popen[str]:
+def run_script(body: str, scratch: Path, **environment: str) -> subprocess.Popen[str]:
     """Run a parent of its own, the leader of its own process group."""
     (scratch / "parent.py").write_text(SCRIPT.format(body=body))
     return subprocess.Popen(
         [sys.executable, str(scratch / "parent.py"), str(scratch)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{scratch}", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -251,6 +267,28 @@ worker.stop()
 """
     with run_script(body, tmp_path) as parent:
         assert "LoadDone [True]" in parent.communicate(timeout=LONG_S)[0]
+
+
+def test_worker_that_begins_after_the_parent_gave_it_up_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(1)\n")
+    body = """
+import multiprocessing, tempfile
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+multiprocessing.set_forkserver_preload(["slow_to_import"])
+with tempfile.TemporaryDirectory() as scratch:
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        process.Worker(scripted.worker("ok"), log=Path(scratch) / "log", scratch=Path(scratch))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+time.sleep(1.5)
+"""
+    with run_script(body, tmp_path) as parent:
+        assert parent.communicate(timeout=LONG_S)[0] == "interrupted\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -206,8 +206,19 @@ def _print_code(advice: Advice) -> None:
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    script = plan.script(plan.code_head(advice.source, one.case.placement), one)
+    script = plan.script(_head(advice, one), one)
     print(script if one.verdict in GOOD else f"# {one.why}\n{script}", end="")
+
+
+def _head(advice: Advice, one: Plan) -> str:
+    """Write where the model is; this code is for the user alone and may name a directory, which results must not."""
+    from msgspec.structs import replace
+
+    from harness import plan
+
+    source = advice.source
+    named = replace(source, name=source.location) if source.kind == "directory" else source
+    return plan.code_head(named, one.case.placement)
 
 
 def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
@@ -232,8 +243,6 @@ def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
 
 
 def _plan_json(advice: Advice, one: Plan) -> dict[str, Any]:
-    from harness import plan
-
     expected = one.estimate
     spans = {
         key: {end: getattr(getattr(expected, key), end) for end in ("low", "best", "high")} if expected else None
@@ -251,5 +260,5 @@ def _plan_json(advice: Advice, one: Plan) -> dict[str, Any]:
         "device_map": one.device_map,
         "max_memory": one.max_memory,
         "max_context_tokens": advice.planner.max_context(one),
-        "code": plan.code_head(advice.source, one.case.placement) + one.code if one.code else None,
+        "code": _head(advice, one) + one.code if one.code else None,
     }

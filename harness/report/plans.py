@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -117,13 +119,22 @@ def _conclusion(advice: Advice, load: Workload) -> str:
     best = advice.best
     if best is None:
         return f"Nothing fits. {planned}"
-    name, case = advice.blueprint.name, f"{best.case.precision}/{best.case.placement}"
+    name, case = _sayable(advice), f"{best.case.precision}/{best.case.placement}"
     context = advice.planner.max_context(best)
     room = f" It holds a context of up to {context:,} tokens." if context else ""
     return (
         f"Best: {case}: {advice.reason}.{room} {planned}\n"
         f"To load it:   fitmatrix plan {name} --code {case}\nTo prove it:  pytest cases/ --model {name}"
     )
+
+
+def _sayable(advice: Advice) -> str:
+    """Write the model as an argument of a command: a directory by its path from here."""
+    source = advice.source
+    if source.kind != "directory":
+        return source.name
+    place = Path(source.location)
+    return shlex.quote(f"./{place.relative_to(Path.cwd())}" if place.is_relative_to(Path.cwd()) else source.location)
 
 
 def _terms(expected: Estimate) -> Table:

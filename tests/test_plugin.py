@@ -1,0 +1,526 @@
+"""`pytest cases/` as its user sees it: options, order, letters, exit statuses, files and last words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness import process, store
+from harness.case import Outcome, Result
+from harness.metrics import format_metric
+from harness.options import OPTIONS
+from tests import scripted
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = """
+[tool.pytest.ini_options]
+addopts = ["-p", "pytest_benchmark.plugin"]
+markers = ["stage(n): the order of the tests of one case"]
+"""
+FAST = ("--new-tokens", "3", "--repeats", "2", "--case-timeout", "60")
+CONFTEST = """
+import pytest
+
+pytest_plugins = ["harness.plugin"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    from harness.plugin import SESSION
+    from tests import builders, scripted
+
+    config.stash[SESSION].worker_main = scripted.by_model
+    config.stash[SESSION].machine = builders.machine(ram_bytes=480 << 20)  # so little that no plan promises anything
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fork_server() -> Iterator[None]:
+    with scripted.own_fork_server():
+        yield
+
+
+@dataclass
+class Project:
+    """A directory with cases/, a model `tiny` whose workers behave as told, and a pytest to run there."""
+
+    pytester: pytest.Pytester
+
+    @property
+    def path(self) -> Path:
+        return self.pytester.path
+
+    def behave(self, **behaviours: str) -> None:
+        """Say what the worker does, by precision."""
+        shutil.rmtree(self.path / "tiny", ignore_errors=True)
+        scripted.write_model(self.path / "tiny", **behaviours)
+
+    def words(self, *words: str, precisions: str = "fp32", placement: str = "cpu") -> list[str]:
+        """Return a command line: cases of `tiny`, cheap ones."""
+        options = [part for name in precisions.split() for part in ("--precision", name)]
+        return ["cases", "--model", "tiny", "--placement", placement, *options, *FAST, *words]
+
+    def run(self, *words: str, precisions: str = "fp32", placement: str = "cpu") -> pytest.RunResult:
+        return self.pytester.runpytest_inprocess(*self.words(*words, precisions=precisions, placement=placement))
+
+    def raw(self, *words: str) -> pytest.RunResult:
+        return self.pytester.runpytest_inprocess(*words)
+
+    @property
+    def results(self) -> list[Result]:
+        results, problems = store.read(self.path / "fitmatrix-results/results.jsonl")
+        assert not problems
+        return results
+
+    @property
+    def outcomes(self) -> dict[str, Outcome]:
+        return {result.case.precision: result.outcome for result in self.results}
+
+    @property
+    def has_results(self) -> bool:
+        return (self.path / "fitmatrix-results").exists()
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing hypothesis takes longer than a test
+    monkeypatch.setattr(process, "_GRACE_S", 0.5)
+    shutil.copytree(ROOT / "cases", pytester.path / "cases", ignore=shutil.ignore_patterns("__pycache__"))
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyprojecttoml(PYPROJECT)
+    project = Project(pytester)
+    project.behave()
+    yield project
+    assert not scripted.workers()
+
+
+def usage_error(done: pytest.RunResult) -> str:
+    """Return the one sentence of a run that was refused."""
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert "Traceback" not in done.stdout.str() + done.stderr.str()
+    (sentence,) = [line for line in done.errlines if line.startswith("ERROR: ")]
+    return sentence
+
+
+# Options
+
+
+def test_help_shows_every_option(project: Project) -> None:
+    shown = project.raw("--help").stdout.str()
+    assert [option.flag for option in OPTIONS if f"  {option.flag}" not in shown] == []
+    assert "fp32, bf16, fp16, int8, int4" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--precision", "int5"), "--precision (command line): unknown precision 'int5': did you mean 'int8' or 'int4'?"),
+        (("--placement", "cpus"), "--placement (command line): unknown placement 'cpus': did you mean 'cpu'"),
+        (("--model", "smollm2-135"), "unknown model 'smollm2-135'"),
+        (("--model", "./tinny"), "no directory './tinny'"),
+        (("--new-tokens", "one"), "--new-tokens (command line): 'one' is not a whole number"),
+        (("--case-timeout", "0"), "--case-timeout (command line): '0' is out of range"),
+    ],
+)
+def test_a_wrong_option_is_told_in_one_sentence(project: Project, words: tuple[str, ...], sentence: str) -> None:
+    assert sentence in usage_error(project.raw("cases", *words))
+    assert not project.has_results
+
+
+def test_a_wrong_option_suggests_the_nearest_name(project: Project) -> None:
+    assert "did you mean 'smollm2-135m'" in usage_error(project.raw("cases", "--model", "smollm2-135"))
+
+
+def test_options_come_from_pyproject_too(project: Project) -> None:
+    with (project.path / "pyproject.toml").open("a") as file:
+        file.write('\n[tool.fitmatrix]\nmodel = "tiny"\nprecision = ["bf16", "fp16"]\nplacement = "cpu"\nnew-tokens = 4\n')
+    shown = project.raw("cases", "--collect-only", "-q", "-k", "load").stdout
+    shown.fnmatch_lines(["*test_load[[]tiny/bf16/cpu[]]", "*test_load[[]tiny/fp16/cpu[]]"])
+    assert project.raw("cases", "--precision", "fp16", "-k", "load").ret == 0
+    assert [(result.id, result.case.workload.new_tokens) for result in project.results] == [("tiny/fp16/cpu", 4)]
+
+
+def test_unknown_key_in_pyproject_is_told_in_one_sentence(project: Project) -> None:
+    with (project.path / "pyproject.toml").open("a") as file:
+        file.write('\n[tool.fitmatrix]\nprecission = "fp32"\n')
+    assert "[tool.fitmatrix]: unknown option 'precission': did you mean 'precision'?" in usage_error(project.raw("cases"))
+
+
+@pytest.mark.parametrize("option", ["--results", "--html"])
+def test_output_that_cannot_be_written_is_refused_before_anything_runs(project: Project, option: str) -> None:
+    (project.path / "file").write_text("in the way")
+    assert "file/inside" in usage_error(project.run(option, "file/inside"))
+    assert not project.has_results or not project.results
+
+
+def test_damaged_model_is_refused_before_anything_runs(project: Project) -> None:
+    (project.path / "tiny/model.safetensors").write_bytes(b"\xff" * 16)
+    assert "model.safetensors" in usage_error(project.run())
+    assert not project.results
+
+
+# Which tests run, and in which order
+
+
+def test_all_tests_of_a_case_run_together_in_the_order_of_their_stages(project: Project) -> None:
+    done = project.run("--collect-only", "-q", precisions="bf16 fp32")
+    names = [line.split("::")[1] for line in done.outlines if "::" in line]
+    stages = ("load", "speed", "quality", "memory")
+    assert names == [f"test_{stage}[tiny/{precision}/cpu]" for precision in ("fp32", "bf16") for stage in stages]
+
+
+def test_collecting_starts_nothing(project: Project) -> None:
+    done = project.raw("cases", "--collect-only", "-q", "--model", "nobody/nothing")
+    assert done.ret == 0
+    assert not scripted.workers()
+    assert not project.has_results
+    done.stdout.no_fnmatch_line("*page:*")
+
+
+def test_a_choice_of_tests_measures_what_they_need(project: Project) -> None:
+    done = project.run("-k", "quality and bf16", precisions="fp32 bf16")
+    done.assert_outcomes(passed=1, deselected=7)
+    (result,) = project.results
+    assert result.id == "tiny/bf16/cpu"
+    assert {phase.name for phase in result.phases} == {"import", "load", "score"}
+
+
+def test_other_tests_are_left_alone(project: Project) -> None:
+    project.pytester.makepyfile(test_mine="def test_it():\n    pass\n")
+    done = project.raw("test_mine.py")
+    done.assert_outcomes(passed=1)
+    done.stdout.no_fnmatch_line("*page:*")
+    assert not project.has_results
+
+
+def test_other_tests_keep_their_place_among_the_cases(project: Project) -> None:
+    project.pytester.makepyfile(test_mine="def test_it():\n    pass\n")
+    done = project.pytester.runpytest_inprocess("test_mine.py", *project.words("-k", "it or load", "-v", precisions="fp32 bf16"))
+    done.stdout.fnmatch_lines(["test_mine.py::test_it PASSED*", "*test_load*fp32*PASSED*", "*test_load*bf16*PASSED*"])
+
+
+def test_collection_error_ends_the_run_before_anything_is_fetched(project: Project) -> None:
+    (project.path / "cases/test_broken.py").write_text("import nothing_of_this_name\n")
+    done = project.run()
+    assert done.ret == pytest.ExitCode.INTERRUPTED
+    assert not project.has_results
+
+
+def test_first_failure_can_end_the_run(project: Project) -> None:
+    project.behave(fp32="bug")
+    done = project.run("-x", precisions="fp32 bf16")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    assert project.outcomes == {"fp32": Outcome.CRASH}
+
+
+# What the outcomes look like
+
+
+def test_everything_works(project: Project) -> None:
+    done = project.run(precisions="fp32 bf16")
+    done.assert_outcomes(passed=8)
+    assert done.ret == 0
+    assert project.outcomes == {"fp32": Outcome.OK, "bf16": Outcome.OK}
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "letter", "counted", "outcome"),
+    [
+        ("bad_alloc", "M", "1 oom", Outcome.OOM),
+        ("cuda_oom_in_load", "M", "1 oom", Outcome.OOM),
+        ("hang_in_load", "T", "1 timeout", Outcome.TIMEOUT),
+        ("import_error", "s", "4 skipped", Outcome.UNSUPPORTED),
+    ],
+)
+def test_what_does_not_fit_is_a_finding_and_no_failure(
+    project: Project, behaviour: str, letter: str, counted: str, outcome: Outcome
+) -> None:
+    project.behave(fp32=behaviour)
+    done = project.run("--case-timeout", "1")
+    assert done.ret == 0
+    done.stdout.fnmatch_lines([f"tiny/fp32/cpu  {letter}sss  *", f"*{counted}*"])
+    assert project.outcomes == {"fp32": outcome}
+
+
+def test_running_out_of_memory_fails_where_the_plan_promised_that_it_fits(project: Project) -> None:
+    project.pytester.makeconftest(CONFTEST.replace("480 << 20", "16 << 30"))
+    project.behave(fp32="bad_alloc")
+    done = project.run()
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines(["*out of memory during load*; the plan said that it fits"])
+    assert [(result.verdict.value, result.outcome) for result in project.results] == [("fits", Outcome.OOM)]
+
+
+def test_what_the_plan_finds_too_big_is_not_run_unless_asked_to(project: Project) -> None:
+    project.pytester.makeconftest(CONFTEST.replace("480 << 20", "100 << 20"))
+    assert project.run().ret == 0
+    skipped = project.results[0]
+    assert (skipped.verdict.value, skipped.outcome, skipped.stage) == ("too_big", Outcome.SKIPPED, "plan")
+    assert skipped.estimate is not None
+    assert skipped.why is not None
+    assert skipped.why.startswith("too big for cpu: needs ")
+    project.run("--run-all")
+    assert project.results[1].outcome is Outcome.OK
+
+
+@pytest.mark.parametrize("behaviour", ["cuda_oom_in_cold", "cuda_oom_in_warm"])
+def test_oom_under_way_is_told_where_it_happened(project: Project, behaviour: str) -> None:
+    project.behave(fp32=behaviour)
+    done = project.run("-W", "error")
+    assert done.ret == 0
+    done.stdout.fnmatch_lines(["tiny/fp32/cpu  .Mss  *", "*1 passed, 2 skipped, 1 oom*"])
+
+
+def test_lines_of_cases_stand_in_columns_and_fit_the_terminal(project: Project) -> None:
+    project.behave(bf16="bad_alloc")
+    done = project.run("--placement", "direct", precisions="fp32 bf16")
+    lines = [line for line in done.outlines if line.startswith("tiny/")]
+    assert len(lines) == 4
+    done.stdout.fnmatch_lines(
+        [
+            "tiny/fp32/direct  ssss  *needs a GPU*",
+            "tiny/fp32/cpu     ....  works  *  intact",
+            "tiny/bf16/direct  ssss  *needs a GPU*",
+            "tiny/bf16/cpu     Msss  out of memory*",
+        ],
+        consecutive=True,
+    )
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_line_a_case_with_its_figures(project: Project) -> None:
+    done = project.run(precisions="fp32 bf16")
+    lines = [line for line in done.outlines if line.startswith("tiny/")]
+    assert [line.split()[:3] for line in lines] == [["tiny/fp32/cpu", "....", "works"], ["tiny/bf16/cpu", "....", "works"]]
+    for line, result in zip(lines, project.results, strict=True):
+        assert format_metric("ram_peak_bytes", result.metrics["ram_peak_bytes"]) in line
+
+
+def test_words_instead_of_letters(project: Project) -> None:
+    project.behave(fp32="bad_alloc", bf16="hang_in_load")
+    done = project.run("-v", "--case-timeout", "1", precisions="fp32 bf16")
+    done.stdout.fnmatch_lines(["*test_load*fp32*OOM (out of mem*", "*test_load*bf16*TIMEOUT (load was *"])
+
+
+def test_out_of_memory_fails_the_test_when_asked_to(project: Project) -> None:
+    project.behave(fp32="bad_alloc")
+    done = project.run("--fail-on-oom")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines(["*out of memory during load: a library aborted*"])
+    assert project.outcomes == {"fp32": Outcome.OOM}
+
+
+@pytest.mark.parametrize("behaviour", ["segfault", "killed", "bug", "exit", "nonsense", "no_tokens"])
+def test_crash_fails_the_test_and_the_run_goes_on(project: Project, behaviour: str) -> None:
+    project.behave(fp32=behaviour)
+    done = project.run(precisions="fp32 bf16")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    assert project.outcomes == {"fp32": Outcome.CRASH, "bf16": Outcome.OK}
+    why = str(project.results[0].why)
+    assert sum(line == why for line in done.outlines) == 1
+    assert "harness/" not in done.stdout.str()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "test", "sentence"),
+    [
+        ("without_effect", "test_load", "fp32 did not take effect: 0*"),
+        ("fewer_tokens", "test_speed", "assert 2 == 3"),
+        ("nan", "test_quality", "NaN or infinity among the predictions"),
+    ],
+)
+def test_a_surprise_fails_its_test_alone(project: Project, behaviour: str, test: str, sentence: str) -> None:
+    project.behave(fp32=behaviour)
+    done = project.run()
+    done.assert_outcomes(passed=3, failed=1)
+    done.stdout.fnmatch_lines([f"E *{sentence}", f"FAILED cases/{test}.py::{test}[[]tiny/fp32/cpu[]]*"])
+    assert project.outcomes == {"fp32": Outcome.OK}
+
+
+def test_what_cannot_work_here_is_skipped_with_its_reason_and_has_a_result(project: Project) -> None:
+    done = project.run("-rs", placement="direct")
+    done.assert_outcomes(skipped=4)
+    done.stdout.fnmatch_lines(["SKIPPED*unavailable: needs a GPU*"])
+    assert project.outcomes == {"fp32": Outcome.SKIPPED}
+    done = project.run("-rs", precisions="int4", placement="disk")
+    done.stdout.fnmatch_lines(["SKIPPED*invalid: transformers refuses bitsandbytes weights*"])
+    assert project.outcomes["int4"] is Outcome.UNSUPPORTED
+
+
+def test_run_all_runs_what_the_plan_expects_to_fail(project: Project) -> None:
+    with (project.path / "conftest.py").open("a") as file:
+        file.write(
+            """
+    from msgspec.structs import replace
+    from harness.case import Verdict
+
+    plan = config.stash[SESSION].plan
+    config.stash[SESSION].plan = lambda case: replace(plan(case), verdict=Verdict.TOO_BIG, why="too big for cpu")
+"""
+        )
+    project.run("-rs").stdout.fnmatch_lines(["SKIPPED*too_big: too big for cpu"])
+    project.run("--run-all").assert_outcomes(passed=4)
+    assert [result.outcome for result in project.results] == [Outcome.SKIPPED, Outcome.OK]
+
+
+# What is left behind
+
+
+@pytest.mark.parametrize("words", [(), ("-q",), ("-v",), ("-x",), ("--junit-xml", "junit.xml"), ("-p", "no:cacheprovider")])
+def test_last_line_names_the_page(project: Project, words: tuple[str, ...]) -> None:
+    done = project.run(*words, "-k", "load")
+    assert [line for line in done.outlines if line][-1] == "page: fitmatrix-results/index.html"
+    assert "tiny/fp32/cpu" in (project.path / "fitmatrix-results/index.html").read_text()
+
+
+def test_results_and_page_go_where_they_are_told_to(project: Project) -> None:
+    done = project.run("--results", "there", "--html", "page.html", "-k", "load")
+    done.stdout.fnmatch_lines(["1 results in there/results.jsonl", "page: page.html"])
+    assert (project.path / "page.html").is_file()
+    assert not project.has_results
+
+
+def test_later_runs_add_to_the_results(project: Project) -> None:
+    project.run("-k", "load")
+    project.run("-k", "load", precisions="bf16")
+    assert [result.case.precision for result in project.results] == ["fp32", "bf16"]
+    page = (project.path / "fitmatrix-results/index.html").read_text()
+    assert "tiny/fp32/cpu" in page
+    assert "tiny/bf16/cpu" in page
+
+
+def test_junit_xml_has_reasons_and_outcomes(project: Project) -> None:
+    project.behave(fp32="bad_alloc", bf16="bug")
+    project.run("--junit-xml", "junit.xml", "-k", "load", precisions="fp32 bf16")
+    cases = {case.get("name"): case for case in ElementTree.parse(project.path / "junit.xml").iter("testcase")}
+    oom, crash = cases["test_load[tiny/fp32/cpu]"], cases["test_load[tiny/bf16/cpu]"]
+    skipped = oom.find("skipped")
+    assert skipped is not None
+    assert str(skipped.get("message")).startswith("out of memory during load")
+    assert [one.get("value") for one in oom.iter("property")] == ["oom"]
+    assert [one.get("value") for one in crash.iter("property")] == ["crash"]
+    assert crash.find("error") is not None or crash.find("failure") is not None
+
+
+def test_benchmark_json_has_every_case_with_its_rounds(project: Project) -> None:
+    project.run("--benchmark-json", "benchmark.json", "--repeats", "4", precisions="fp32 bf16")
+    found = json.loads((project.path / "benchmark.json").read_text())["benchmarks"]
+    assert [one["name"] for one in found] == ["test_speed[tiny/fp32/cpu]", "test_speed[tiny/bf16/cpu]"]
+    assert {one["stats"]["rounds"] for one in found} == {4}
+    assert {one["group"] for one in found} == {"tiny"}
+    assert all(one["extra_info"]["decode_tok_s"] > 0 for one in found)
+
+
+def test_result_that_cannot_be_written_is_told_in_one_sentence(project: Project) -> None:
+    with (project.path / "conftest.py").open("a") as file:
+        file.write(
+            """
+
+@pytest.fixture(autouse=True)
+def full(request, plan):
+    from pathlib import Path
+    from harness.plugin import SESSION
+
+    request.config.stash[SESSION].store.path = Path("tiny/config.json/results.jsonl")
+"""
+        )
+    done = project.run("-k", "load", precisions="fp32 bf16")
+    assert done.ret != 0
+    assert "cannot append the result of tiny/fp32/cpu" in done.stdout.str()
+    assert "Traceback" not in done.stdout.str() + done.stderr.str()
+    assert "harness/" not in done.stdout.str()
+
+
+def test_page_that_cannot_be_written_in_the_end_is_told_in_one_sentence(project: Project) -> None:
+    (project.path / "cases/test_mean.py").write_text(
+        "from pathlib import Path\n\n\ndef test_mean(loaded):\n    Path('page.html').mkdir()\n"
+    )
+    assert "page.html" in usage_error(project.run("--html", "page.html", "-k", "mean"))
+    assert project.outcomes == {"fp32": Outcome.OK}
+
+
+def test_no_terminal_is_needed(project: Project) -> None:
+    assert project.run("-p", "no:terminal", "-k", "load").ret == 0
+    assert project.outcomes == {"fp32": Outcome.OK}
+
+
+# Processes
+
+
+@pytest.mark.parametrize("words", [("-n", "2"), ("-n", "1", "--dist", "loadfile")])
+def test_cases_are_not_measured_side_by_side(project: Project, words: tuple[str, ...]) -> None:
+    done = project.pytester.runpytest_subprocess("-p", "xdist", *project.words(*words))
+    assert "cases cannot be measured side by side: run pytest cases/ without -n" in usage_error(done)
+    assert not project.has_results
+
+
+def test_other_tests_may_run_side_by_side(project: Project) -> None:
+    project.pytester.makepyfile(test_mine="def test_it():\n    pass\n")
+    done = project.pytester.runpytest_subprocess("-p", "xdist", "-n", "2", "test_mine.py")
+    done.assert_outcomes(passed=1)
+
+
+def test_the_parent_has_no_torch(project: Project) -> None:
+    with (project.path / "conftest.py").open("a") as file:
+        file.write(
+            "\n\ndef pytest_unconfigure(config):\n    import sys\n    print('torch in the parent:', 'torch' in sys.modules)\n"
+        )
+    done = project.pytester.runpytest_subprocess(*project.words("-k", "load"))
+    done.stdout.fnmatch_lines(["torch in the parent: False"])
+    assert "torch is imported: False" in project.results[0].log_tail
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_keeps_what_is_finished_and_leaves_no_process(
+    project: Project, number: signal.Signals, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Ctrl-C reaches all processes of the terminal's group, and the parent puts things in order; the others it cannot hear."""
+    project.behave(bf16="grandchild_hangs" if number is signal.SIGINT else "hang_in_load")
+    scratch = tmp_path_factory.mktemp("t")  # the path of a socket must be short
+    with running(project, scratch, precisions="fp32 bf16 fp16") as run:
+        wait_for_hanging(scratch)
+        started = psutil.Process(run.pid).children(recursive=True)
+        os.killpg(run.pid, number) if number is signal.SIGINT else run.send_signal(number)
+        output = run.communicate(timeout=60)[0]
+    assert len(started) >= 2
+    assert all(scripted.ends(process) for process in started)
+    assert project.outcomes == {"fp32": Outcome.OK}
+    if number is signal.SIGINT:
+        assert run.returncode == pytest.ExitCode.INTERRUPTED
+        assert output.rstrip().splitlines()[-1] == "page: fitmatrix-results/index.html"
+        assert "tiny/fp32/cpu" in (project.path / "fitmatrix-results/index.html").read_text()
+        assert "Traceback" not in output
+        assert not list(scratch.glob("fitmatrix-*"))
+
+
+def running(project: Project, scratch: Path, precisions: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", *project.words(precisions=precisions)],
+        cwd=project.path,
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_hanging(scratch: Path) -> None:
+    until_s = time.monotonic() + 60
+    while not any("hanging" in log.read_text() for log in scratch.glob("fitmatrix-*/case-*/log")):
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
