@@ -141,8 +141,8 @@ def _check_same(read: Checkpoint, found: Skeleton) -> None:
     stored = {tensor.name: tensor.shape for tensor in read.tensors}
     wanted = {weight.path: weight for weight in found.weights if weight.tensor.kind == "parameter" and not weight.tied_to}
     said = "use the config.json that belongs to the weights"
-    for path in stored.keys() & wanted.keys():
-        if stored[path] != wanted[path].tensor.shape:
+    for path in wanted:
+        if path in stored and stored[path] != wanted[path].tensor.shape:
             what = f"makes {path} {list(wanted[path].tensor.shape)}, and the files hold {list(stored[path])}"
             raise CheckpointError(f"{read.path}/config.json", f"{what}: {said}")
     known = sum(weight.elements for path, weight in wanted.items() if path in stored)

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness import blueprint, calibration, catalog, checkpoint, machine, plan, process, runner
+from harness.blueprint import Blueprint
 from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
 from harness.catalog import Source
@@ -48,6 +49,7 @@ class Session:
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._locations: dict[str, Path] = {}
         self._checkpoints: dict[str, checkpoint.Checkpoint] = {}
+        self._blueprints: dict[str, Blueprint] = {}
         self._plans: dict[str, Plan] = {}
         self._references: dict[str, tuple[Reference, Path]] = {}
 
@@ -104,6 +106,7 @@ class Session:
                 self._locations[name] = catalog.fetch(self.sources[name], progress=progress)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name])
+            self._blueprint(name)
         if self.worker_main is None and runnable:
             process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
 
@@ -113,12 +116,17 @@ class Session:
         if read is None:
             return plan.decide(case, self.machine, None)
         if case.id not in self._plans:
-            source, location = self.sources[case.model], self._locations[case.model]
-            drawn = blueprint.of_checkpoint(case.model, source.location, read, location)
             cases = [one for one in self.cases() if one.model == case.model]
-            made = Planner(drawn, self.machine, constants=self._calibration).plans(cases)
+            made = Planner(self._blueprint(case.model), self.machine, constants=self._calibration).plans(cases)
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
+
+    def _blueprint(self, name: str) -> Blueprint:
+        """Draw the blueprint of a model that is here, once; an architecture that is new takes transformers some seconds."""
+        if name not in self._blueprints:
+            read, location = self._checkpoints[name], self._locations[name]
+            self._blueprints[name] = blueprint.of_checkpoint(name, self.sources[name].location, read, location)
+        return self._blueprints[name]
 
     @cached_property
     def _calibration(self) -> Calibration:

@@ -12,14 +12,17 @@ from harness.blueprint import Blueprint
 from harness.calibration import default
 from harness.case import Case, Machine, Plan, Tier, TierEstimate, Verdict, Workload
 from harness.checkpoint import read
+from harness.errors import CheckpointError
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
 from harness.placement import PLACEMENTS
 from harness.planner import GOOD, Planner, recommend
 from harness.precision import PRECISIONS
 from harness.profiles import profile
+from harness.skeleton import catalog as known
 from harness.tier_cost import Count
 from harness.units import GIB, MIB
+from tests.checkpoint_files import write_safetensors
 
 CHATGLM = blueprint.draw(catalog.resolve("chatglm-6b"))
 RTX_3060 = profile(["RTX 3060 12GB"], ram=32 * GIB)
@@ -230,8 +233,6 @@ def test_the_largest_context_is_where_it_stops_to_fit() -> None:
 
 
 def test_an_unknown_architecture_is_planned_from_its_tensors_and_says_so(tmp_path: Path) -> None:
-    from tests.checkpoint_files import write_safetensors
-
     hidden, layers, vocabulary = 64, 3, 1000
     shapes = {"tok.embed_tokens.weight": (vocabulary, hidden), "norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
     for layer in range(layers):
@@ -251,6 +252,15 @@ def test_an_unknown_architecture_is_planned_from_its_tensors_and_says_so(tmp_pat
     linear = layers * hidden * (3 * hidden + 256)
     assert sum(weight.elements for weight in found.weights if weight.quantises) == linear
     assert sum(memory_cost.kv_bytes(found, 10, 1, 2)) == layers * 10 * 2 * hidden * 2
+
+
+def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "model.safetensors", {"model.norm.weight": (64,), "model.embed_tokens.weight": (1000, 64)})
+    (tmp_path / "config.json").write_text(json.dumps(known()["HuggingFaceTB/SmolLM2-135M-Instruct"].config))
+    with pytest.raises(
+        CheckpointError, match="config.json: makes model.embed_tokens.weight .49152, 576., and the files hold .1000, 64."
+    ):
+        blueprint.of_checkpoint("odd", str(tmp_path), read(tmp_path), tmp_path)
 
 
 def test_a_machine_is_described_by_its_tiers() -> None:

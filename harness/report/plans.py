@@ -134,7 +134,10 @@ def _sayable(advice: Advice) -> str:
     if source.kind != "directory":
         return source.name
     place = Path(source.location)
-    return shlex.quote(f"./{place.relative_to(Path.cwd())}" if place.is_relative_to(Path.cwd()) else source.location)
+    if not place.is_relative_to(Path.cwd()):
+        return shlex.quote(source.location)
+    inside = place.relative_to(Path.cwd())
+    return shlex.quote(f"./{inside}") if inside.parts else "."
 
 
 def _terms(expected: Estimate) -> Table:

@@ -89,7 +89,7 @@ def _construct(config: Mapping[str, Any]) -> Any:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         read = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(read, dtype=torch.bfloat16).eval()  # type: ignore[no-untyped-call]
+        return AutoModelForCausalLM.from_config(read, dtype=torch.bfloat16).eval()
 
 
 def _of_model(model: Any) -> Skeleton:
