@@ -48,9 +48,9 @@ class Workload(Record, frozen=True, kw_only=True):
     """What every case is asked to do: `batch` prompts of `prompt_tokens`, `new_tokens` each, `repeats` warm rounds."""
 
     prompt_tokens: int = 64
-    new_tokens: int = 32
+    new_tokens: int = 16
     batch: int = 1
-    repeats: int = 3
+    repeats: int = 5
 
 
 class Case(Record, frozen=True, kw_only=True):

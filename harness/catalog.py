@@ -146,12 +146,21 @@ def _directory(model: str) -> Path | None:
     except (OSError, RuntimeError) as error:
         raise UsageError(f"{model!r} cannot be read: {error}") from error
     if exists and is_directory:
-        return path.resolve()
+        return _named_in_utf8(path.resolve())
     if exists:
         raise UsageError(f"{model!r} is a file: give the directory that holds it and its config.json")
     if model.startswith((".", "~", "/", os.sep)):
         raise UsageError(f"no directory {model!r}: give one with config.json and weights, a hub id, or one of {', '.join(CATALOG)}")
     return None
+
+
+def _named_in_utf8(path: Path) -> Path:
+    """Return the path; results are JSON, which cannot hold a name that is no text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{str(path)!r} has a name that is not UTF-8: rename it") from None
+    return path
 
 
 def _choose_weights(names: Iterable[str]) -> str | None:

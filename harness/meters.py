@@ -62,7 +62,7 @@ def _statm(path: str) -> Memory:
         fields = Path(path).read_bytes().split()
     except FileNotFoundError:
         raise ProcessLookupError(path) from None
-    if len(fields) < 3:
+    if len(fields) < 3 or fields[0] == b"0":  # a process that has ended and waits to be reaped has no memory
         raise ProcessLookupError(path)
     resident, shared = int(fields[1]), int(fields[2])
     return Memory(ram_bytes=resident * _PAGE, anon_bytes=max(resident - shared, 0) * _PAGE)

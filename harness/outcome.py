@@ -15,7 +15,7 @@ class Evidence(Record, frozen=True, kw_only=True):
     """What is known of an end.
 
     `failed` is the worker's own report, `exit_code` that of its process (negative: the signal), `ended_by` the reason why we
-    ended it ("timeout", "interrupt", "protocol") or None, `oom_kills` how many processes the kernel killed for want of memory
+    ended it ("timeout", "protocol") or None, `oom_kills` how many processes the kernel killed for want of memory
     meanwhile, `log_tail` the last of its output.
     """
 

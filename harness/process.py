@@ -106,7 +106,7 @@ def _no_main() -> Iterator[None]:
 
 def _child(main: WorkerMain, pipe: Connection, log: str, scratch: str) -> None:
     """Run `main` in the new process."""
-    if not Path(log).exists():
+    if not Path(scratch).is_dir():
         return  # Ctrl-C while the fork server was busy importing: the parent has given the case up
     _let_go_of_fork_server()
     main(pipe, log, scratch)

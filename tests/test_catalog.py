@@ -145,6 +145,14 @@ def test_the_catalog_says_where_each_model_is() -> None:
         assert entry.hub is None or catalog.resolve(entry.hub).kind == "hub"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_a_directory_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / os.fsdecode(b"model-\xff")
+    directory.mkdir()
+    with pytest.raises(UsageError, match="is not UTF-8: rename it"):
+        catalog.resolve(str(directory))
+
+
 def test_a_name_of_the_catalog_wins_over_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / catalog.DEFAULT, "config.json", "model.safetensors")

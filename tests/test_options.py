@@ -21,7 +21,7 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "precision": ('["int4"]', ("int4",), ["bf16", "fp16"], ("bf16", "fp16")),
     "placement": ('["gpu+cpu", "cpu"]', ("gpu+cpu", "cpu"), ["direct"], ("direct",)),
     "prompt-tokens": ("128", 128, "256", 256),
-    "new-tokens": ("8", 8, "16", 16),
+    "new-tokens": ("8", 8, "48", 48),
     "batch": ("2", 2, "4", 4),
     "repeats": ("5", 5, "7", 7),
     "case-timeout": ("60", 60.0, "90.5", 90.5),

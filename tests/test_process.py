@@ -292,13 +292,14 @@ time.sleep(1.5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_busy_worker_dies_with_its_parent(tmp_path: Path, number: signal.Signals) -> None:
+def test_busy_worker_dies_with_its_parent(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, number: signal.Signals) -> None:
     body = """
 worker = process.Worker(scripted.worker("hang_in_load"), log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
 print(worker.pid, flush=True)
 worker.ask(Load(model="tiny", code=""), until_s=until_s())
 """
-    with run_script(body, tmp_path) as parent:
+    # What multiprocessing leaves when its process is killed; the path of a socket must be short.
+    with run_script(body, tmp_path, TMPDIR=str(tmp_path_factory.mktemp("t"))) as parent:
         assert parent.stdout is not None
         worker = psutil.Process(int(parent.stdout.readline()))
         while "hanging" not in (tmp_path / "log").read_text():

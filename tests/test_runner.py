@@ -361,6 +361,7 @@ def test_a_case_that_cannot_begin_leaves_nothing(bench: Bench, monkeypatch: pyte
 
 def test_log_that_the_model_s_code_removes_does_no_harm(bench: Bench, recwarn: pytest.WarningsRecorder) -> None:
     run = bench.start("slow")
+    run.load()
     for log in bench.scratch.rglob("log"):
         log.unlink()
     result = go_through(run).finish()

@@ -47,6 +47,11 @@ def _settle(log: str, scratch: str) -> None:
         residency.replay()
 
 
+def _text(said: str) -> str:
+    """Replace what has no UTF-8, such as the undecodable part of a path that a library quotes."""
+    return said.encode("utf-8", "replace").decode("utf-8")
+
+
 class Server:
     """The loop: one request, its phases, one answer."""
 
@@ -77,8 +82,8 @@ class Server:
             return protocol.Failed(
                 phase=self._phase,
                 types=tuple(kind.__name__ for kind in type(error).__mro__ if kind not in (Exception, BaseException, object)),
-                message=str(error)[:20_000],
-                traceback=traceback.format_exc()[-20_000:],
+                message=_text(str(error)[:20_000]),
+                traceback=_text(traceback.format_exc()[-20_000:]),
                 phases=self._phases,
             )
 
