@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
@@ -225,7 +226,7 @@ def test_the_largest_context_is_where_it_stops_to_fit() -> None:
     assert most is not None
     assert 4096 < most < 131072
     for context, fits in ((most, True), (most + 200, False)):
-        longer = asked.plan(case("bf16/direct", drawn, prompt_tokens=context - 32))
+        longer = asked.plan(case("bf16/direct", drawn, prompt_tokens=context - Workload().new_tokens))
         assert (longer.verdict in GOOD) == fits
 
 
@@ -257,9 +258,7 @@ def test_an_unknown_architecture_is_planned_from_its_tensors_and_says_so(tmp_pat
 def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "model.safetensors", {"model.norm.weight": (64,), "model.embed_tokens.weight": (1000, 64)})
     (tmp_path / "config.json").write_text(json.dumps(known()["HuggingFaceTB/SmolLM2-135M-Instruct"].config))
-    with pytest.raises(
-        CheckpointError, match="config.json: makes model.embed_tokens.weight .49152, 576., and the files hold .1000, 64."
-    ):
+    with pytest.raises(CheckpointError, match=r"makes model\.embed_tokens\.weight"):
         blueprint.of_checkpoint("odd", str(tmp_path), read(tmp_path), tmp_path)
 
 

@@ -65,7 +65,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
         "checkpoint_bytes": 13_416_906_785,
         "context_length": 2048,
     }
-    assert found["workload"] == {"prompt_tokens": 64, "new_tokens": 32, "batch": 1}
+    assert found["workload"] == {"prompt_tokens": 64, "new_tokens": 16, "batch": 1}
     assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]
     assert found["machine"]["tiers"][0].keys() == {"name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s"}
     assert len(found["plans"]) == len(PRECISIONS) * len(PLACEMENTS)
@@ -147,7 +147,7 @@ def test_nothing_fits_is_exit_status_1(say: Said) -> None:
         (["chatglm-6b", "--precision", "int44"], "--precision: no 'int44': did you mean 'int4'"),
         (["chatglm-6b", "--placement", "gpu"], "--placement: no 'gpu'"),
         (["chatglm-6b", "--prompt-tokens", "0"], "--prompt-tokens '0': a whole number, at least 1"),
-        (["chatglm-6b", "--context", "20"], "--context 20 has no room for a prompt beside 32 new tokens"),
+        (["chatglm-6b", "--context", "10"], "--context 10 has no room for a prompt beside 16 new tokens"),
         (["chatglm-6b", "--context", "200", "--prompt-tokens", "9"], "give one of them"),
         (["chatglm-6b", "--code", "int8"], "no case 'int8'"),
         (["chatglm-6b", "--code", "int8/direct", "--json"], "--code and --explain are about one case"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness import commands
+from harness.case import Workload
 from harness.errors import UsageError, did_you_mean
 from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS
@@ -15,14 +16,14 @@ from harness.units import parse_size
 if TYPE_CHECKING:
     from harness.blueprint import Blueprint
     from harness.calibration import Calibration
-    from harness.case import Case, Machine, Plan, Workload
+    from harness.case import Case, Machine, Plan
     from harness.planner import Advice
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
 
 FITS, NOTHING_FITS = 0, 1
 SCHEMA = 1
-_PROMPT, _NEW = 64, 32
+_USUAL = Workload()
 _TIER_KEYS = (
     "weights_bytes",
     "kv_bytes",
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disk", metavar="SIZE", help="plan for a machine with so much free disk space")
     add("--precision", action="append", metavar="NAME", help=f"only this: {', '.join(PRECISIONS)} (repeatable)")
     add("--placement", action="append", metavar="NAME", help=f"only this: {', '.join(PLACEMENTS)} (repeatable)")
-    add("--prompt-tokens", metavar="N", help=f"tokens of each prompt (default {_PROMPT})")
-    add("--new-tokens", metavar="N", help=f"tokens to generate from each prompt (default {_NEW})")
+    add("--prompt-tokens", metavar="N", help=f"tokens of each prompt (default {_USUAL.prompt_tokens})")
+    add("--new-tokens", metavar="N", help=f"tokens to generate from each prompt (default {_USUAL.new_tokens})")
     add("--batch", metavar="N", help="prompts generated from at once (default 1)")
     add("--context", metavar="N", help="plan for so many tokens, prompt and answer together")
     add("--code", metavar="CASE", help="print a script that loads and generates, for a case such as int8/direct")
@@ -93,10 +94,8 @@ def workload(args: argparse.Namespace) -> Workload:
     Raises:
         UsageError: a number is none, too small, or --context leaves no room for a prompt.
     """
-    from harness.case import Workload
-
-    new = _count(args.new_tokens, "--new-tokens", 2, _NEW)
-    prompt = _count(args.prompt_tokens, "--prompt-tokens", 1, _PROMPT)
+    new = _count(args.new_tokens, "--new-tokens", 2, _USUAL.new_tokens)
+    prompt = _count(args.prompt_tokens, "--prompt-tokens", 1, _USUAL.prompt_tokens)
     if args.context is not None:
         if args.prompt_tokens is not None:
             raise UsageError("--context and --prompt-tokens both say how long the prompt is: give one of them")
