@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.anatomy import kind_of, ties
-from harness.checkpoint import CONTEXT_KEYS, INNER_CONFIGS, INNER_KEYS, Checkpoint
+from harness.checkpoint import INNER_CONFIGS, INNER_KEYS, Checkpoint
 from harness.skeleton import Attention, Block, Child, Skeleton, Tensor
 
 SOURCE = "tensors"
@@ -101,8 +101,3 @@ def _draw(class_name: str, tree: _Tree, blocks: list[Block]) -> int:
     if block not in blocks:
         blocks.append(block)
     return blocks.index(block)
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Return the most tokens the config promises, None where it does not say."""
-    return _first(config, CONTEXT_KEYS) or _first(_language(config), CONTEXT_KEYS)
