@@ -21,6 +21,8 @@ from harness.tier_cost import Count, Parts
 
 # By how much the weights of a model may differ that was planned from tensors alone, and of one whose skeleton is known.
 ROUGH_SHARE, KNOWN_SHARE = 0.10, 0.005
+# How often a token passes over the cache: transformers appends by copying it (read, write), then attention reads it.
+_CACHE_PASSES = 3
 
 
 def kept(precision: Precision, dtype: str, blueprint: Blueprint) -> Kept:
@@ -63,7 +65,9 @@ def effort(count: Count, precision: str) -> Effort:
         precision=precision,
         quantizer=count.held.quantizer or ("int4" if count.held.packed_bits else None),
         dtype=count.held.dtype,
-        read=count.read,
+        read={
+            tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0) for tier in count.read.keys() | count.kv.keys()
+        },
         layers=len(count.skeleton.layers),
         parameters=inventory.parameters,
         tensors=inventory.tensors,
