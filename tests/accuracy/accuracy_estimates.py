@@ -37,6 +37,16 @@ PACKED = {"BF16": None, "GPTQ-Int8": 8 + 24 / 128, "GPTQ-Int4": 4 + 20 / 128, "A
 WORK = Workload(prompt_tokens=64, new_tokens=16, repeats=2)
 
 
+# accelerate's command asks the hub before it looks at a directory; it is let off that.
+PEER = """
+import sys
+from accelerate.commands import estimate
+
+estimate.verify_on_hub = lambda *_: True
+estimate.estimate_command(estimate.estimate_command_parser().parse_args([sys.argv[1], "--library_name", "transformers"]))
+"""
+
+
 def spread(errors: Sequence[float]) -> tuple[float, float]:
     """Return the median and the 90th percentile of the errors' sizes."""
     sizes = sorted(map(abs, errors))
@@ -189,10 +199,9 @@ def test_speed_after_one_calibration_run(
 def test_planning_is_quick(figures: list[Figure], models: dict[str, Path]) -> None:
     ours = _shortest([sys.executable, "-m", "harness", "plan", "chatglm-6b"])
     local = _shortest([sys.executable, "-m", "harness", "plan", str(models[catalog.DEFAULT])])
-    command = [str(Path(sys.executable).with_name("accelerate")), "estimate-memory", str(models[catalog.DEFAULT])]
-    theirs = _shortest([*command, "--library_name", "transformers"], times=1)
+    theirs = _shortest([sys.executable, "-c", PEER, str(models[catalog.DEFAULT])])
     figures.append(Figure(what="fitmatrix plan chatglm-6b, a process", rows=3, found=format_seconds(ours), wanted="0.3 s"))
-    figures.append(Figure(what="times as fast as accelerate estimate-memory", rows=1, found=f"{theirs / local:.0f}", wanted="15"))
+    figures.append(Figure(what="times as fast as accelerate estimate-memory", rows=3, found=f"{theirs / local:.0f}", wanted="15"))
     start = time.perf_counter()
     for name in known():
         drawn = blueprint.draw(catalog.resolve(name))

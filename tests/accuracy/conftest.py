@@ -29,6 +29,7 @@ def figures(request: pytest.FixtureRequest) -> Iterator[list[Figure]]:
     found: list[Figure] = []
     yield found
     if found and not request.config.option.keyword:
+        REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text(report(found), encoding="utf-8")
 
 
