@@ -39,10 +39,10 @@ WORK = Workload(prompt_tokens=64, new_tokens=16, repeats=2)
 
 # accelerate's command asks the hub before it looks at a directory; it is let off that.
 PEER = """
-import sys
+import sys, types
 from accelerate.commands import estimate
 
-estimate.verify_on_hub = lambda *_: True
+estimate.verify_on_hub = lambda *_: types.SimpleNamespace(config={})
 estimate.estimate_command(estimate.estimate_command_parser().parse_args([sys.argv[1], "--library_name", "transformers"]))
 """
 
@@ -210,7 +210,7 @@ def test_planning_is_quick(figures: list[Figure], models: dict[str, Path]) -> No
     seconds = time.perf_counter() - start
     what = "all models of the catalog on three GPUs"
     figures.append(Figure(what=what, rows=len(known()), found=format_seconds(seconds), wanted="2 s"))
-    assert theirs / local > 10
+    assert theirs / local > 12
 
 
 def _shortest(command: Sequence[str], times: int = 3) -> float:
