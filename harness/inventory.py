@@ -25,7 +25,7 @@ class Sums:
 
     `held` in memory; `read` by one token; `made` anew while loading; `viewed`, still pages of the file, and of them `viewed_used`,
     which some token reads in full. `stored` in the file, `made_from` of what is made anew. `quantised` in 16 bits, `kept_copies`
-    of that what the heap may keep.
+    of that what the heap may keep, as of the parts of what is `stacked`.
     """
 
     held: float = 0
@@ -37,6 +37,7 @@ class Sums:
     made_from: float = 0
     quantised: float = 0
     kept_copies: float = 0
+    stacked: float = 0
 
     def add(self, other: Sums) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -49,6 +50,7 @@ class Sums:
         self.made_from += other.made_from
         self.quantised += other.quantised
         self.kept_copies += other.kept_copies
+        self.stacked += other.stacked
 
 
 class Inventory:
@@ -118,14 +120,32 @@ class Inventory:
             stored=stored if in_file else 0,
             made_from=stored if in_file and makes else 0,
             quantised=copies,
+            stacked=self._parts_kept(weight, size),
             kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
         )
 
     def _makes(self, weight: Weight) -> bool:
-        """Say whether loading makes something else of a stored tensor than a view of the file."""
-        quantised = self.held.quantizer is not None and weight.quantises
+        """Say whether loading makes something else of a stored tensor than a view of the file: other bits, or a stack."""
+        if self.held.quantizer is not None and weight.quantises:
+            return True
+        return self._casts(weight) or self._stacks(weight) or self.blueprint.file_format not in MAPPED
+
+    def _casts(self, weight: Weight) -> bool:
         other = self.held.dtype != self.stored_dtype or weight.tensor.fp32 is not None
-        return quantised or (other and self.held.packed_bits is None) or self.blueprint.file_format not in MAPPED
+        return other and self.held.packed_bits is None
+
+    def _stacks(self, weight: Weight) -> bool:
+        """Say whether transformers stacks a tensor from what files hold expert by expert; GPT-OSS's files have the stacks."""
+        return len(weight.tensor.shape) == 3 and "experts" in weight.path and self.skeleton.model_type != "gpt_oss"
+
+    def _parts_kept(self, weight: Weight, size: int) -> float:
+        """Return what the heap may keep of the experts that a stack is made from: their casts, else what joining two takes.
+
+        Several threads cast ahead of what stacks, except when weights are quantised.
+        """
+        if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
+            return 0.0
+        return size if self._casts(weight) and self.held.quantizer is None else size / 3
 
     def _modules(self) -> list[tuple[str, int]]:
         """List each module with tensors of its own: the path of the first, and the bytes of all."""

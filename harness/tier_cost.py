@@ -173,9 +173,10 @@ class Count:
         What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
         them, but for those large enough to be mapped one by one.
         """
+        total = self.calibration["heap_share_stack"].amount(here.stacked)
         if not here.quantised or self.gpus:
-            return Bytes()
-        return self.calibration[f"heap_share_{self.held.quantizer}"].amount(here.kept_copies)
+            return total
+        return total + self.calibration[f"heap_share_{self.held.quantizer}"].amount(here.kept_copies)
 
     def _rows_touched(self) -> int:
         """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
