@@ -118,7 +118,12 @@ class Span(Record, frozen=True, kw_only=True):
 
 
 class TierEstimate(Record, frozen=True, kw_only=True):
-    """Bytes that a case is expected to use in one tier; `allocated` is what torch reports, `peak` what nvidia-smi shows."""
+    """Bytes that a case is expected to use in one tier; `allocated` is what torch reports, `peak` what nvidia-smi shows.
+
+    `low` to `high` is the interval of `peak`. In the RAM, `peak` counts every resident page; `anon` and `load_anon` are the part
+    of the peak and of the load peak that the kernel cannot drop. `needed` is what the verdict holds against `capacity`: what cannot
+    be dropped and the mapped weights that every token reads.
+    """
 
     weights_bytes: int
     kv_bytes: int
@@ -130,15 +135,20 @@ class TierEstimate(Record, frozen=True, kw_only=True):
     low_bytes: int
     high_bytes: int
     capacity_bytes: int | None
+    anon_bytes: int = 0
+    load_anon_bytes: int = 0
+    needed_bytes: int = 0
+    needed_high_bytes: int = 0
 
 
 class Estimate(Record, frozen=True, kw_only=True):
-    """What the planner expects of a case."""
+    """What the planner expects of a case. `corrections` are the factors that results of this machine put into the seconds."""
 
     tiers: dict[str, TierEstimate]
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
+    corrections: dict[str, float] = {}
 
 
 class Plan(Record, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
@@ -73,9 +74,19 @@ def resolve(model: str) -> Source:
         return Source(name=directory.name or str(directory), kind="directory", location=str(directory))
     if _HUB_ID.fullmatch(model):
         return Source(name=model, kind="hub", location=model, hub_id=model)
-    raise UsageError(
-        f"unknown model {model!r} (a catalog name, a directory, or a hub id such as org/name): {did_you_mean(model, CATALOG)}"
-    )
+    short = _short_names()
+    if model in short:
+        return Source(name=model, kind="catalog", location=short[model], hub_id=short[model])
+    resembles = [bool(difflib.get_close_matches(model.casefold()[:96], names)) for names in (CATALOG, short)]
+    names = did_you_mean(model, short if resembles == [False, True] else CATALOG)
+    raise UsageError(f"unknown model {model!r} (a catalog name, a directory, or a hub id such as org/name): {names}")
+
+
+def _short_names() -> dict[str, str]:
+    """Return the hub ids of the models whose skeletons are shipped, by the last part of their names in lower case."""
+    from harness import skeleton
+
+    return {full.casefold().rpartition("/")[2]: full for full in skeleton.catalog()}
 
 
 def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_code: bool = False) -> Path:

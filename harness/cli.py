@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import harness
-from harness.commands import hardware, inspect, report
+from harness.commands import hardware, inspect, plan, report
 from harness.errors import HarnessError
 
 Command = Callable[[argparse.Namespace], int]
@@ -55,5 +55,6 @@ def build_parser() -> argparse.ArgumentParser:
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
     "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
+    "plan": (plan.HELP, plan.add_arguments, plan.run),
     "report": (report.HELP, report.add_arguments, report.run),
 }

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.case import Case, Machine, Plan, Verdict
-from harness.catalog import Source
-from harness.checkpoint import Checkpoint
 from harness.placement import PLACEMENTS, Placement
 from harness.precision import PRECISIONS, Precision
+
+if TYPE_CHECKING:
+    from harness.catalog import Source
+    from harness.checkpoint import Checkpoint
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def gate(case: Case, machine: Machine) -> tuple[Verdict, str] | None:
+def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str] | None:
     """Return the verdict and reason of a case that cannot run, from the tables alone; None if it may.
 
-    What cannot work anywhere is invalid; what this machine or its packages lack is unavailable.
+    What cannot work anywhere is invalid; what this machine or its packages lack is unavailable. `here` is False for a machine that
+    was only described: what is installed on this one says nothing about it.
     """
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
     for trait in placement.traits:
@@ -30,7 +34,7 @@ def gate(case: Case, machine: Machine) -> tuple[Verdict, str] | None:
             return Verdict.INVALID, precision.refuses[trait]
     if placement.needs_gpu and not machine.gpus:
         return Verdict.UNAVAILABLE, "needs a GPU, and NVML knows none here"
-    for package in precision.needs:
+    for package in precision.needs if here else ():
         if importlib.util.find_spec(package) is None:
             return Verdict.UNAVAILABLE, f"needs the package {package}: pip install {package}"
     return _too_old(precision, placement, machine)
@@ -48,16 +52,27 @@ def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tu
     return None
 
 
-class Sizes:
-    """Bytes of a checkpoint's weights in one 16- or 32-bit dtype: the largest tensor outside the blocks, and the blocks."""
+class Named(NamedTuple):
+    """A tensor by name and shape."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+    name: str
+    shape: tuple[int, ...]
+
+
+class Stock(NamedTuple):
+    """The tensors of a model of which there is no checkpoint."""
+
+    tensors: Sequence[Named]
+
+
+class Sizes:
+    """Bytes of a model's weights in one 16- or 32-bit dtype: the largest tensor outside the blocks, and the blocks."""
+
+    def __init__(self, weights: Checkpoint | Stock, dtype: str) -> None:
         blocks: dict[str, int] = defaultdict(int)
         outside = [0]
-        for tensor in checkpoint.tensors:
-            count = 1
-            for size in tensor.shape:
-                count *= size
+        for tensor in weights.tensors:
+            count = math.prod(tensor.shape)
             block = _BLOCK.search(tensor.name)
             if block:
                 blocks[tensor.name[: block.end() - 1]] += count * _DTYPE_BYTES[dtype]
@@ -176,6 +191,25 @@ def _literal(value: Any) -> str:
 
 def _device(tier: str) -> str | int:
     return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
+
+
+def script(head: str, one: Plan) -> str:
+    """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
+
+    Needs the plan's `code`. Inputs go to the first GPU where there is one in the plan, where accelerate's hooks take them.
+    """
+    load = one.case.workload
+    places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
+    device = "cuda" if any(str(place).startswith("gpu") for place in places) else "cpu"
+    lines = [
+        "from transformers import AutoTokenizer",
+        "",
+        "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+        f'inputs = tokenizer(["The capital of France is"] * {load.batch}, return_tensors="pt").to("{device}")',
+        f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
+        "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
+    ]
+    return f"{head}{one.code}\n" + "\n".join(lines) + "\n"
 
 
 def code_head(source: Source, placement: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from harness.case import Case, Machine, Outcome, Plan, Result
+from harness.case import Case, Machine, Outcome, Plan, Result, Verdict
 from harness.errors import HarnessError
 from harness.live import LiveLine, summary
 from harness.options import OPTIONS, Options, read_config
@@ -202,12 +202,21 @@ def pytest_runtest_makereport(
     ended, session = call.excinfo.value, item.config.stash[SESSION]
     report.longrepr = str(ended)
     finding = ended.outcome in (Outcome.OOM, Outcome.TIMEOUT, Outcome.UNSUPPORTED)
+    if ended.outcome is Outcome.OOM and _was_to_fit(item):
+        finding = False
+        report.longrepr = f"{ended}; the plan said that it fits"
     if finding and not (ended.outcome is Outcome.OOM and session.options.fail_on_oom):
         report.outcome = "skipped"
         report.longrepr = (str(item.path), (item.location[1] or 0) + 1, str(ended))
     for properties in (report.user_properties, item.user_properties):  # of this step, and of those to come, which JUnit XML takes
         properties.append(("outcome", ended.outcome.value))
     return report
+
+
+def _was_to_fit(item: pytest.Item) -> bool:
+    """Say whether the plan of an item's case promised that it fits: then running out of memory is a surprise."""
+    case = _case_of(item)
+    return case is not None and item.config.stash[SESSION].plan(case).verdict is Verdict.FITS
 
 
 def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -> tuple[str, str, Any] | None:

@@ -11,13 +11,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import catalog, checkpoint, machine, plan, process, runner
+from harness import blueprint, calibration, catalog, checkpoint, machine, plan, process, runner
+from harness.blueprint import Blueprint
+from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
 from harness.catalog import Source
 from harness.errors import UsageError
 from harness.meters import Gpus
 from harness.options import Options
 from harness.placement import PLACEMENTS
+from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
 from harness.quality import Reference, reference_of
@@ -46,6 +49,8 @@ class Session:
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._locations: dict[str, Path] = {}
         self._checkpoints: dict[str, checkpoint.Checkpoint] = {}
+        self._blueprints: dict[str, Blueprint] = {}
+        self._plans: dict[str, Plan] = {}
         self._references: dict[str, tuple[Reference, Path]] = {}
 
     @cached_property
@@ -101,12 +106,32 @@ class Session:
                 self._locations[name] = catalog.fetch(self.sources[name], progress=progress)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name])
+            self._blueprint(name)
         if self.worker_main is None and runnable:
             process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
 
     def plan(self, case: Case) -> Plan:
-        """Plan one case."""
-        return plan.decide(case, self.machine, self._checkpoints.get(case.model))
+        """Plan one case, and with the first of a model all of its cases: what is too big names one that fits."""
+        read = self._checkpoints.get(case.model)
+        if read is None:
+            return plan.decide(case, self.machine, None)
+        if case.id not in self._plans:
+            cases = [one for one in self.cases() if one.model == case.model]
+            made = Planner(self._blueprint(case.model), self.machine, constants=self._calibration).plans(cases)
+            self._plans |= {one.case.id: one for one in made}
+        return self._plans[case.id]
+
+    def _blueprint(self, name: str) -> Blueprint:
+        """Draw the blueprint of a model that is here, once; an architecture that is new takes transformers some seconds."""
+        if name not in self._blueprints:
+            read, location = self._checkpoints[name], self._locations[name]
+            self._blueprints[name] = blueprint.of_checkpoint(name, self.sources[name].location, read, location)
+        return self._blueprints[name]
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        """The constants, corrected by what earlier runs on this machine left in the store."""
+        return calibration.correct(self.store.read()[0], self.machine)
 
     def subject(self, case: Case) -> Subject:
         """Return the model of a case and what its predictions are compared with."""

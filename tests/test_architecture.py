@@ -29,6 +29,9 @@ FLOORS = (
     ("bin_header", "quantized"),
     ("checkpoint",),
     ("anatomy",),
+    ("skeleton",),
+    ("devicemap", "sketch"),
+    ("roommap",),
     ("inspection",),
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "quality", "figures"),
@@ -37,6 +40,13 @@ FLOORS = (
     ("outcome", "verify"),
     ("plan", "process", "store"),
     ("runner",),
+    # what a case costs
+    ("calibration", "blueprint", "layout"),
+    ("memory_cost", "speed_cost"),
+    ("inventory",),
+    ("tier_cost",),
+    ("cost",),
+    ("planner",),
     # showing and tying together
     ("report", "report.text"),
     ("report.charts",),
@@ -45,16 +55,17 @@ FLOORS = (
     ("report.details",),
     ("report.view",),
     ("report.page", "report.terminal"),
-    ("report.treemap",),
+    ("report.treemap", "report.plans"),
     ("session",),
     ("commands",),
-    ("commands.hardware", "commands.inspect", "commands.report"),
+    ("commands.hardware", "commands.inspect", "commands.plan", "commands.report"),
     ("plugin", "cli"),
     ("__main__",),
 )
 # The child process stands beside the house: it takes from the lower floors, and nobody takes from it.
 WORKER = (
-    ("worker", "worker.preload", "worker.residency", "worker.convert"),
+    ("worker", "worker.preload", "worker.residency", "worker.convert", "worker.written"),
+    ("worker.skeleton",),
     ("worker.model",),
     ("worker.score",),
     ("worker.main",),

@@ -19,8 +19,8 @@ from tests import builders
 from tests.builders import machine, result
 
 RECORDS = [each for each in vars(records).values() if isinstance(each, type) and issubclass(each, Record) and each is not Record]
-# Numbers that count things have no unit; max_memory is what transformers calls it.
-NO_UNIT = {"prompt_tokens", "new_tokens", "batch", "repeats", "cores", "schema", "max_memory"}
+# Numbers that count things have no unit; max_memory is what transformers calls it, corrections are ratios.
+NO_UNIT = {"prompt_tokens", "new_tokens", "batch", "repeats", "cores", "schema", "max_memory", "corrections"}
 UNITS = ("_bytes", "_s", "_tok_s", "_j")
 
 

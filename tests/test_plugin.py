@@ -42,7 +42,7 @@ def pytest_configure(config):
     from tests import builders, scripted
 
     config.stash[SESSION].worker_main = scripted.by_model
-    config.stash[SESSION].machine = builders.machine()
+    config.stash[SESSION].machine = builders.machine(ram_bytes=480 << 20)  # so little that no plan promises anything
 """
 
 
@@ -254,6 +254,27 @@ def test_what_does_not_fit_is_a_finding_and_no_failure(
     assert done.ret == 0
     done.stdout.fnmatch_lines([f"tiny/fp32/cpu  {letter}sss  *", f"*{counted}*"])
     assert project.outcomes == {"fp32": outcome}
+
+
+def test_running_out_of_memory_fails_where_the_plan_promised_that_it_fits(project: Project) -> None:
+    project.pytester.makeconftest(CONFTEST.replace("480 << 20", "16 << 30"))
+    project.behave(fp32="bad_alloc")
+    done = project.run()
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines(["*out of memory during load*; the plan said that it fits"])
+    assert [(result.verdict.value, result.outcome) for result in project.results] == [("fits", Outcome.OOM)]
+
+
+def test_what_the_plan_finds_too_big_is_not_run_unless_asked_to(project: Project) -> None:
+    project.pytester.makeconftest(CONFTEST.replace("480 << 20", "100 << 20"))
+    assert project.run().ret == 0
+    skipped = project.results[0]
+    assert (skipped.verdict.value, skipped.outcome, skipped.stage) == ("too_big", Outcome.SKIPPED, "plan")
+    assert skipped.estimate is not None
+    assert skipped.why is not None
+    assert skipped.why.startswith("too big for cpu: needs ")
+    project.run("--run-all")
+    assert project.results[1].outcome is Outcome.OK
 
 
 @pytest.mark.parametrize("behaviour", ["cuda_oom_in_cold", "cuda_oom_in_warm"])

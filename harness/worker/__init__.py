@@ -1,0 +1,1 @@
+"""What runs in a process of its own: the only place, with `harness.models`, that imports torch and transformers."""

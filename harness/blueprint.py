@@ -1,0 +1,260 @@
+"""What is known of a model before it is loaded or even downloaded: its skeleton, how its files hold it, its context length.
+
+Sources, best first: the headers of files that are here; the catalog that is shipped; headers read from the hub by ranged requests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from harness import skeleton
+from harness.case import Record
+from harness.errors import UsageError
+from harness.skeleton import Skeleton
+from harness.units import format_count
+
+if TYPE_CHECKING:
+    from harness.catalog import Source
+    from harness.checkpoint import Checkpoint
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "n_ctx")
+_MOST_MISSING = 0.02
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Packed(Record, frozen=True, kw_only=True):
+    """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", its bits and group (0: whole columns).
+
+    `unpacks`: transformers makes 16-bit weights of it on loading, where the package for its kernels is not there (mxfp4).
+    """
+
+    title: str
+    bits: int
+    group: int
+    unpacks: bool = False
+
+
+class Stored(Record, frozen=True, kw_only=True):
+    """How a model lies on the hub where its config does not tell: a row of `data/stored.toml`."""
+
+    bytes: int
+    origin: str
+    dtype: str | None = None
+    format: str = "safetensors"
+
+
+class Blueprint(Record, frozen=True, kw_only=True):
+    """A model to be planned.
+
+    `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantised already and
+    whose headers were read. `note` says what the plan rests on where that is less than a skeleton from transformers.
+    """
+
+    name: str
+    source: str
+    skeleton: Skeleton
+    stored: dict[str, int]
+    checkpoint_bytes: int
+    context_length: int | None = None
+    file_format: str = "safetensors"
+    packed: Packed | None = None
+    tensor_bytes: int | None = None
+    tokenizer: bool = True
+    note: str | None = None
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of most of the bytes in the files."""
+        return max(self.stored, key=lambda dtype: self.stored[dtype], default="float16")
+
+    @property
+    def rough(self) -> bool:
+        """Whether the skeleton was only guessed from tensors."""
+        return self.skeleton.source == "tensors"
+
+
+def draw(source: Source) -> Blueprint:
+    """Find out what can be known of a model without loading or downloading its weights.
+
+    Raises:
+        UsageError: it is neither here nor in the catalog, and the hub does not tell.
+        CheckpointError: its files are damaged, or its config does not say enough.
+    """
+    here = _local(source)
+    if here is not None:
+        from harness import checkpoint
+
+        return of_checkpoint(source.name, str(here) if source.kind == "directory" else source.location, checkpoint.read(here), here)
+    known = _in_catalog(source)
+    if known is not None:
+        return _of_catalog(source, known)
+    if source.hub_id is None:
+        raise UsageError(
+            f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once, or name a directory"
+        )
+    from harness import checkpoint
+
+    return of_checkpoint(source.name, source.location, checkpoint.read_hub(source.hub_id), None)
+
+
+def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> Blueprint:
+    """Draw the blueprint of a checkpoint whose headers were read."""
+    if read.files and read.files[0].format == "gguf":
+        raise UsageError(f"{name} is GGUF, which these placements do not load: plan the safetensors that it was made from")
+    found, note = _skeleton_of(read)
+    _check_same(read, found)
+    packed = _packed(read.config, read.quantization)
+    return Blueprint(
+        name=name,
+        source=where,
+        skeleton=found,
+        stored=read.dtype_bytes,
+        checkpoint_bytes=read.bytes,
+        context_length=read.context_length,
+        file_format=read.files[0].format if read.files else "safetensors",
+        packed=packed,
+        tensor_bytes=read.bytes if packed and not packed.unpacks else None,
+        tokenizer=directory is None or any((directory / file).is_file() for file in _TOKENIZER_FILES),
+        note=note,
+    )
+
+
+def _check_same(read: Checkpoint, found: Skeleton) -> None:
+    """Check that a config describes the weights beside it: shapes of tensors of the same name, and that hardly any is missing.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    from harness.errors import CheckpointError
+
+    if read.quantization is not None:
+        return
+    stored = {tensor.name: tensor.shape for tensor in read.tensors}
+    wanted = {weight.path: weight for weight in found.weights if weight.tensor.kind == "parameter" and not weight.tied_to}
+    said = "use the config.json that belongs to the weights"
+    for path in wanted:
+        if path in stored and stored[path] != wanted[path].tensor.shape:
+            what = f"makes {path} {list(wanted[path].tensor.shape)}, and the files hold {list(stored[path])}"
+            raise CheckpointError(f"{read.path}/config.json", f"{what}: {said}")
+    # Some names are old ones that transformers renames on loading, so the sum decides.
+    if wanted.keys() & stored.keys() and read.parameters < (1 - _MOST_MISSING) * found.parameters:
+        held = format_count(read.parameters)
+        what = f"describes {format_count(found.parameters)} parameters, and the files hold {held}"
+        raise CheckpointError(f"{read.path}/config.json", f"{what}: {said}")
+
+
+def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None]:
+    """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors."""
+    from harness.catalog import cache_dir
+    from harness.sketch import sketch
+
+    known = skeleton.shipped(read.config) if read.config else None
+    if known is not None:
+        return known, None
+    why = "torch and transformers are not installed"
+    if read.config.get("model_type") and all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        try:
+            return skeleton.build(read.config, cache_dir()), None
+        except UsageError as error:
+            why = str(error)
+    return sketch(read), f"planned from its tensors, less surely: {why}"
+
+
+def _local(source: Source) -> Path | None:
+    """Return where the files are, if they are on this machine; huggingface_hub is not imported for a model its cache lacks."""
+    from harness import catalog
+
+    if source.hub_id is not None and not _hub_folder(source.hub_id).is_dir():
+        return None
+    return catalog.cached(source)
+
+
+def _hub_folder(hub_id: str) -> Path:
+    """Return the folder that huggingface_hub would keep a model in (its HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME)."""
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(cache).expanduser() / f"models--{hub_id.replace('/', '--')}"
+
+
+def _in_catalog(source: Source) -> str | None:
+    try:
+        return skeleton.hub_id(source.hub_id or source.name)
+    except UsageError:
+        return None
+
+
+def _of_catalog(source: Source, known: str) -> Blueprint:
+    entry = skeleton.catalog()[known]
+    shape = skeleton.named(known)
+    dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
+    packed = _packed(entry.config, None)
+    published = _published().get(known)
+    size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
+    return Blueprint(
+        name=source.name,
+        source=known,
+        skeleton=shape,
+        stored={_stored_dtype(dtype, published, packed): size},
+        checkpoint_bytes=published.bytes if published else size,
+        context_length=_context(entry.config),
+        file_format=published.format if published else "safetensors",
+        packed=packed,
+    )
+
+
+def _stored_dtype(said: str, published: Stored | None, packed: Packed | None) -> str:
+    if packed is not None and packed.unpacks:
+        return "uint8"
+    return published.dtype if published is not None and published.dtype else said
+
+
+@lru_cache(maxsize=1)
+def _published() -> Mapping[str, Stored]:
+    return msgspec.toml.decode((skeleton.DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
+
+
+def _context(config: Mapping[str, Any]) -> int | None:
+    inner = (config, *(value for value in config.values() if isinstance(value, dict)))
+    return next((int(found[key]) for found in inner for key in _CONTEXT if type(found.get(key)) is int), None)
+
+
+def _packed(config: Mapping[str, Any], said: str | None) -> Packed | None:
+    """Read from a config how its weights are quantised already."""
+    from harness.quantized import describe
+
+    title = said or describe(config, ())
+    if title is None:
+        return None
+    bits = re.search(r"(\d+)-bit", title)
+    group = re.search(r"groups of (\d+)", title)
+    unpacks = title.startswith("mxfp4")
+    return Packed(title=title, bits=int(bits[1]) if bits else 4, group=int(group[1]) if group else 0, unpacks=unpacks)
+
+
+def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
+    """Count a GPTQ checkpoint: packed weights, zeros and 16-bit scales by group, an order of int32; the rest in 16 bits.
+
+    Of mxfp4 the experts, whose weights are stacked: 4 bits and 8 for each 32.
+    """
+    total = 0.0
+    for weight in shape.weights:
+        if weight.tied_to or weight.tensor.kind == "unsaved":
+            continue
+        if packed.unpacks and len(weight.tensor.shape) == 3:
+            total += weight.elements * (4 + 8 / 32) / 8
+        elif packed.unpacks or not weight.quantises or len(weight.tensor.shape) != 2:
+            total += weight.elements * 2
+        else:
+            rows, columns = weight.tensor.shape
+            groups = -(-columns // packed.group) if packed.group else 1
+            total += weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4
+    return int(total)

@@ -1,0 +1,130 @@
+"""Constants of the cost model with their origin, and how results of this machine correct them.
+
+What physics does not give stands in `data/calibration.toml`. `correct` compares what earlier results measured with what was
+estimated for them before any correction, by figure, kind of device and precision; the cost model multiplies by the median ratio.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+
+from harness.case import Estimate, Machine, Outcome, Record, Result
+
+# A ratio beyond this is another kind of trouble (a busy machine, swapping), not a property of the machine.
+BOUND = 16.0
+# What a corrected figure may still be off by, with one result and with many.
+SPREAD_ONE, SPREAD_MANY = 1.35, 1.2
+
+LOAD, FIRST_TOKEN, TOKEN = "load", "first_token", "token"
+
+
+class Bytes(Record, frozen=True, kw_only=True):
+    """An amount with its interval."""
+
+    low: float = 0.0
+    best: float = 0.0
+    high: float = 0.0
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(low=self.low + other.low, best=self.best + other.best, high=self.high + other.high)
+
+
+class Constant(Record, frozen=True, kw_only=True):
+    """A figure with its interval and where it comes from."""
+
+    best: float
+    low: float
+    high: float
+    origin: str
+
+    def amount(self, factor: float = 1.0) -> Bytes:
+        """Return the constant, times something, with its interval."""
+        return Bytes(low=self.low * factor, best=self.best * factor, high=self.high * factor)
+
+
+class Ratio(Record, frozen=True, kw_only=True):
+    """Measured over estimated seconds: the median of `results`, and the interval that a corrected figure keeps."""
+
+    best: float
+    low: float
+    high: float
+    results: int
+
+
+class Calibration(Record, frozen=True, kw_only=True):
+    """The constants, and the ratios that this machine's results gave, by "figure/device/precision"."""
+
+    constants: dict[str, Constant]
+    ratios: dict[str, Ratio] = {}
+
+    def __getitem__(self, name: str) -> Constant:
+        return self.constants[name]
+
+    def ratio(self, figure: str, device: str, precision: str) -> Ratio | None:
+        """Return the correction of a figure, None where no result gives one."""
+        return self.ratios.get(f"{figure}/{device}/{precision}")
+
+
+@lru_cache(maxsize=1)
+def default() -> Calibration:
+    """Read the constants that come with the package."""
+    text = (Path(__file__).parent / "data/calibration.toml").read_bytes()
+    return Calibration(constants=msgspec.toml.decode(text, type=dict[str, Constant]))
+
+
+def correct(results: Iterable[Result], machine: Machine | None = None, base: Calibration | None = None) -> Calibration:
+    """Return the constants with the ratios that `results` show: those of `machine` alone, if it is given.
+
+    Only cases that ran to their end and carry an estimate count. A correction that was already in an estimate is taken out again,
+    so that it does not matter in which order results came.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for result in results:
+        if result.outcome is Outcome.OK and result.estimate and (machine is None or _same(result.machine, machine)):
+            for key, ratio in _ratios(result, result.estimate):
+                found[key].append(ratio)
+    base = base or default()
+    return msgspec.structs.replace(base, ratios={key: _summary(values) for key, values in found.items()})
+
+
+def device_of(tiers: Mapping[str, object]) -> str:
+    """Name the kind of device that computes: "gpu" where any tier is one, and "spill" where weights lie beside it as well."""
+    gpu = any(name.startswith("gpu") for name in tiers)
+    spills = "disk" in tiers or (gpu and "cpu" in tiers)
+    return ("gpu+spill" if spills else "gpu") if gpu else ("cpu+disk" if spills else "cpu")
+
+
+def _same(one: Machine, other: Machine) -> bool:
+    """Say whether two machines are one kind: processor, cores and cards; what is free may differ."""
+    return (one.cpu, one.cores, [gpu.model for gpu in one.gpus]) == (other.cpu, other.cores, [gpu.model for gpu in other.gpus])
+
+
+def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float]]:
+    # The median token rather than the mean speed: another process that took the machine for a moment is no property of it.
+    measured = {
+        LOAD: result.metrics.get("load_s"),
+        FIRST_TOKEN: result.metrics.get("first_token_s"),
+        TOKEN: result.metrics.get("token_p50_s"),
+    }
+    estimated = {
+        LOAD: estimate.load_s.best,
+        FIRST_TOKEN: estimate.first_token_s.best,
+        TOKEN: result.case.workload.batch / estimate.decode_tok_s.best if estimate.decode_tok_s.best else 0.0,
+    }
+    device = device_of({name: tier for name, tier in estimate.tiers.items() if tier.weights_bytes})
+    for figure, seconds in measured.items():
+        if seconds and estimated[figure]:
+            plain = estimated[figure] / estimate.corrections.get(figure, 1.0)
+            yield f"{figure}/{device}/{result.case.precision}", min(max(seconds / plain, 1 / BOUND), BOUND)
+
+
+def _summary(ratios: list[float]) -> Ratio:
+    middle = statistics.median(ratios)
+    spread = SPREAD_MANY if len(ratios) > 2 else SPREAD_ONE
+    return Ratio(best=middle, low=min(*ratios, middle / spread), high=max(*ratios, middle * spread), results=len(ratios))

@@ -1,0 +1,263 @@
+"""`fitmatrix plan MODEL...`: what fits, how fast it would run, and the code that loads it; nothing is loaded or downloaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness import commands
+from harness.case import Workload
+from harness.errors import UsageError, did_you_mean
+from harness.placement import PLACEMENTS
+from harness.precision import PRECISIONS
+from harness.units import parse_size
+
+if TYPE_CHECKING:
+    from harness.blueprint import Blueprint
+    from harness.calibration import Calibration
+    from harness.case import Case, Machine, Plan
+    from harness.planner import Advice
+
+HELP = "Say which ways of loading a model fit, before loading or even downloading it."
+
+FITS, NOTHING_FITS = 0, 1
+SCHEMA = 1
+_USUAL = Workload()
+_TIER_KEYS = (
+    "weights_bytes",
+    "kv_bytes",
+    "activation_bytes",
+    "overhead_bytes",
+    "allocated_bytes",
+    "peak_bytes",
+    "load_peak_bytes",
+    "low_bytes",
+    "high_bytes",
+    "capacity_bytes",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="a catalog name, a hub id or a directory")
+    add(
+        "--gpu",
+        action="append",
+        metavar="NAME|SIZE",
+        help='plan for a machine with this card, "RTX 3060 12GB" or 8GiB (repeatable)',
+    )
+    add("--ram", metavar="SIZE", help="plan for a machine with so much RAM")
+    add("--disk", metavar="SIZE", help="plan for a machine with so much free disk space")
+    add("--precision", action="append", metavar="NAME", help=f"only this: {', '.join(PRECISIONS)} (repeatable)")
+    add("--placement", action="append", metavar="NAME", help=f"only this: {', '.join(PLACEMENTS)} (repeatable)")
+    add("--prompt-tokens", metavar="N", help=f"tokens of each prompt (default {_USUAL.prompt_tokens})")
+    add("--new-tokens", metavar="N", help=f"tokens to generate from each prompt (default {_USUAL.new_tokens})")
+    add("--batch", metavar="N", help="prompts generated from at once (default 1)")
+    add("--context", metavar="N", help="plan for so many tokens, prompt and answer together")
+    add("--code", metavar="CASE", help="print a script that loads and generates, for a case such as int8/direct")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--explain", metavar="CASE", help="show every term of a case such as int8/direct")
+    add("--results", metavar="DIR", help="correct the seconds by results of this machine in DIR (default fitmatrix-results)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan the models. Returns 0 if something fits for each model, 1 if nothing does for one.
+
+    Raises:
+        UsageError, CheckpointError: the request or a model is wrong; exit status 2.
+    """
+    from harness import blueprint, catalog
+    from harness.planner import Planner, advise
+
+    precisions = _names(args.precision, PRECISIONS, "--precision")
+    placements = _names(args.placement, PLACEMENTS, "--placement")
+    load = workload(args)
+    machine, here = described(args)
+    asked = [_asked_case(text) for text in (args.code, args.explain) if text]
+    if asked and (len(args.models) > 1 or args.json):
+        raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
+    constants = _constants(args, machine) if here else None
+    advices = []
+    for source in [catalog.resolve(model) for model in args.models]:
+        drawn = blueprint.draw(source)
+        planner = Planner(drawn, machine, here=here, constants=constants)
+        cases = _cases(drawn, precisions, placements, load, asked)
+        advices.append(advise(source, planner, cases))
+    return _print(advices, args, machine, load)
+
+
+def workload(args: argparse.Namespace) -> Workload:
+    """Return the workload that the options describe.
+
+    Raises:
+        UsageError: a number is none, too small, or --context leaves no room for a prompt.
+    """
+    new = _count(args.new_tokens, "--new-tokens", 2, _USUAL.new_tokens)
+    prompt = _count(args.prompt_tokens, "--prompt-tokens", 1, _USUAL.prompt_tokens)
+    if args.context is not None:
+        if args.prompt_tokens is not None:
+            raise UsageError("--context and --prompt-tokens both say how long the prompt is: give one of them")
+        context = _count(args.context, "--context", 3, 0)
+        if context <= new:
+            raise UsageError(
+                f"--context {context} has no room for a prompt beside {new} new tokens: raise it or lower --new-tokens"
+            )
+        prompt = context - new
+    return Workload(prompt_tokens=prompt, new_tokens=new, batch=_count(args.batch, "--batch", 1, 1))
+
+
+def described(args: argparse.Namespace) -> tuple[Machine, bool]:
+    """Return the machine to plan for, and whether it is this one.
+
+    Raises:
+        UsageError: no such card, or not a size.
+    """
+    if args.gpu or args.ram or args.disk:
+        from harness.profiles import profile
+
+        ram, disk = (_size(value, flag) for value, flag in ((args.ram, "--ram"), (args.disk, "--disk")))
+        return profile(args.gpu or [], ram=ram, disk=disk), False
+    from harness import machine
+
+    return machine.probe(), True
+
+
+def _constants(args: argparse.Namespace, machine: Machine) -> Calibration:
+    """Return the calibration by earlier results of this machine, the plain one where there are none."""
+    from pathlib import Path
+
+    from harness import calibration
+
+    directory = Path(args.results or "fitmatrix-results")
+    if not (directory / "results.jsonl").is_file():
+        if args.results:
+            raise UsageError(f"--results {directory}: no results.jsonl there")
+        return calibration.default()
+    from harness.store import Store
+
+    return calibration.correct(Store(directory).read()[0], machine)
+
+
+def _count(text: str | None, flag: str, least: int, default: int) -> int:
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdecimal() or not least <= int(text) < 1 << 31:
+        raise UsageError(f"{flag} {text!r}: a whole number, at least {least}")
+    return int(text)
+
+
+def _size(text: str | None, flag: str) -> int | None:
+    try:
+        return parse_size(text) if text is not None else None
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def _names(given: Sequence[str] | None, table: Any, flag: str) -> list[str]:
+    for name in given or ():
+        if name not in table:
+            raise UsageError(f"{flag}: no {name!r}: {did_you_mean(name, table)}")
+    return [name for name in table if not given or name in given]
+
+
+def _asked_case(text: str) -> tuple[str, str]:
+    """Split a case, "int8/direct" or a whole id, into precision and placement."""
+    precision, _, placement = text.rpartition("/")
+    precision = precision.rpartition("/")[2]
+    if precision not in PRECISIONS:
+        raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(precision, PRECISIONS)}")
+    if placement not in PLACEMENTS:
+        raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(placement, PLACEMENTS)}")
+    return precision, placement
+
+
+def _cases(
+    drawn: Blueprint, precisions: Sequence[str], placements: Sequence[str], load: Workload, asked: Sequence[tuple[str, str]]
+) -> list[Case]:
+    from harness.case import Case
+
+    pairs = asked or [(precision, placement) for precision in precisions for placement in placements]
+    return [Case(model=drawn.name, precision=precision, placement=placement, workload=load) for precision, placement in pairs]
+
+
+def _print(advices: Sequence[Advice], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
+    if args.json:
+        objects = [as_json(advice, machine, load) for advice in advices]
+        commands.print_json(objects[0] if len(objects) == 1 else {"schema": SCHEMA, "models": objects})
+    elif args.code:
+        _print_code(advices[0])
+    else:
+        from harness.report import plans
+
+        if args.explain:
+            plans.explain(advices[0])
+        else:
+            plans.show(advices, machine, load)
+    return FITS if all(advice.best for advice in advices) else NOTHING_FITS
+
+
+def _print_code(advice: Advice) -> None:
+    from harness import plan
+    from harness.planner import GOOD
+
+    one = advice.plans[0]
+    if one.code is None:
+        raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
+    script = plan.script(_head(advice, one), one)
+    print(script if one.verdict in GOOD else f"# {one.why}\n{script}", end="")
+
+
+def _head(advice: Advice, one: Plan) -> str:
+    """Write where the model is; this code is for the user alone and may name a directory, which results must not."""
+    from msgspec.structs import replace
+
+    from harness import plan
+
+    source = advice.source
+    named = replace(source, name=source.location) if source.kind == "directory" else source
+    return plan.code_head(named, one.case.placement)
+
+
+def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
+    """Return the object that the contract of the command line describes."""
+    drawn = advice.blueprint
+    keys = ("name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s")
+    return {
+        "schema": SCHEMA,
+        "model": {
+            "name": drawn.name,
+            "source": drawn.source,
+            "architecture": drawn.skeleton.model_class,
+            "parameters": drawn.skeleton.parameters,
+            "checkpoint_bytes": drawn.checkpoint_bytes,
+            "context_length": drawn.context_length,
+        },
+        "machine": {"name": machine.name, "tiers": [{key: getattr(tier, key) for key in keys} for tier in machine.tiers]},
+        "workload": {key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")},
+        "plans": [_plan_json(advice, one) for one in advice.plans],
+        "recommended": advice.best.case.id if advice.best else None,
+    }
+
+
+def _plan_json(advice: Advice, one: Plan) -> dict[str, Any]:
+    expected = one.estimate
+    spans = {
+        key: {end: getattr(getattr(expected, key), end) for end in ("low", "best", "high")} if expected else None
+        for key in ("load_s", "first_token_s", "decode_tok_s")
+    }
+    tiers = expected.tiers.items() if expected else ()
+    return {
+        "case": one.case.id,
+        "precision": one.case.precision,
+        "placement": one.case.placement,
+        "verdict": one.verdict.value,
+        "why": one.why,
+        "tiers": {name: {key: getattr(tier, key) for key in _TIER_KEYS} for name, tier in tiers},
+        **spans,
+        "device_map": one.device_map,
+        "max_memory": one.max_memory,
+        "max_context_tokens": advice.planner.max_context(one),
+        "code": _head(advice, one) + one.code if one.code else None,
+    }

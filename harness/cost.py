@@ -1,0 +1,147 @@
+"""What a case costs: bytes by tier and seconds, as an Estimate with intervals.
+
+What a term means:
+
+- weights: bytes as held, tensor by tensor, where the device map puts them (`memory_cost.weight_bytes`)
+- KV cache: at the end of the workload, where the layers run
+- activations: the most that a forward pass holds beside the two
+- overhead: the process itself: CUDA context and what the allocator keeps; in the RAM the imports, the tokenizer, the heap
+- load peak: the most while loading; in the RAM the pages of the file count where copies are made from them
+"""
+
+from __future__ import annotations
+
+from harness.blueprint import Blueprint
+from harness.calibration import device_of
+from harness.case import Estimate, Machine, Tier, TierEstimate
+from harness.memory_cost import Kept
+from harness.precision import Precision
+from harness.speed_cost import Effort, seconds
+from harness.tier_cost import Count, Parts
+
+# By how much the weights of a model may differ that was planned from tensors alone, and of one whose skeleton is known.
+ROUGH_SHARE, KNOWN_SHARE = 0.10, 0.005
+# How often a token passes over the cache: transformers appends by copying it (read, write), then attention reads it.
+_CACHE_PASSES = 3
+
+
+def kept(precision: Precision, dtype: str, blueprint: Blueprint) -> Kept:
+    """Say how this precision holds this model: one that is quantised already stays so."""
+    if blueprint.packed is not None and not blueprint.packed.unpacks:
+        return Kept(dtype=dtype, packed_bits=packed_bits(blueprint))
+    settings = precision.quantization or {}
+    quantizer = "int4" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else None
+    return Kept(dtype=dtype, quantizer=quantizer)
+
+
+def packed_bits(blueprint: Blueprint) -> float:
+    """Return bits per quantised weight, scales and zeros included: from the headers where they were read, else from the scheme."""
+    packed, weights = blueprint.packed, [w for w in blueprint.skeleton.weights if not w.tied_to and w.tensor.kind != "unsaved"]
+    assert packed is not None
+    quantised = sum(weight.elements for weight in weights if weight.quantises)
+    if blueprint.tensor_bytes is not None and quantised:
+        plain = sum(weight.elements * 2 for weight in weights if not weight.quantises)
+        return max(8.0 * (blueprint.tensor_bytes - plain) / quantised, 1.0)
+    return packed.bits + ((16 + packed.bits) / packed.group if packed.group else 0.0)
+
+
+def estimate(count: Count, precision: str, machine: Machine) -> Estimate:
+    """Return what a case is expected to need, tier by tier, and how fast it runs."""
+    tiers = memory(count, machine)
+    load_s, first_token_s, decode_tok_s, corrections = seconds(effort(count, precision), count.work, machine, count.calibration)
+    return Estimate(tiers=tiers, load_s=load_s, first_token_s=first_token_s, decode_tok_s=decode_tok_s, corrections=corrections)
+
+
+def memory(count: Count, machine: Machine) -> dict[str, TierEstimate]:
+    """Return the bytes that a case is expected to need, by tier."""
+    return {name: _tier(parts, machine.tier(name), count) for name, parts in count.parts().items()}
+
+
+def effort(count: Count, precision: str) -> Effort:
+    """Count what a case does: bytes to read, weights to multiply, tensors to open."""
+    inventory, here = count.inventory, count.sums.get("cpu")
+    return Effort(
+        device=device_of(count.weights),
+        precision=precision,
+        quantizer=count.held.quantizer or ("int4" if count.held.packed_bits else None),
+        dtype=count.held.dtype,
+        read={
+            tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0) for tier in count.read.keys() | count.kv.keys()
+        },
+        layers=len(count.skeleton.layers),
+        parameters=inventory.parameters,
+        tensors=inventory.tensors,
+        checkpoint_bytes=count.blueprint.checkpoint_bytes,
+        copied_bytes=int(here.made) if here else 0,
+        quantised=int(inventory.total.quantised / 2),
+        to_gpu_bytes=sum(count.weights[gpu] for gpu in count.gpus),
+    )
+
+
+def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
+    rough = ROUGH_SHARE if count.blueprint.rough else KNOWN_SHARE
+    capacity = tier.capacity_bytes if tier else None
+    if tier is not None and tier.kind == "cpu":
+        return _ram(parts, capacity, rough)
+    run = parts.weights + parts.kv + parts.activation.best
+    best = max(run, parts.weights + parts.loading.best) + parts.overhead.best
+    low = parts.weights * (1 - rough) + parts.kv + parts.activation.low + parts.overhead.low
+    high = max(parts.kv + parts.activation.high, parts.loading.high) + parts.weights * (1 + rough) + parts.overhead.high
+    return TierEstimate(
+        weights_bytes=parts.weights,
+        kv_bytes=parts.kv,
+        activation_bytes=int(parts.activation.best),
+        overhead_bytes=int(parts.overhead.best),
+        allocated_bytes=int(run),
+        peak_bytes=int(best),
+        load_peak_bytes=int(parts.weights + parts.loading.best + parts.overhead.best),
+        low_bytes=int(min(low, best)),
+        high_bytes=int(max(high, best)),
+        capacity_bytes=capacity,
+        needed_bytes=int(best),
+        needed_high_bytes=int(max(high, best)),
+    )
+
+
+def _ram(parts: Parts, capacity: int | None, rough: float) -> TierEstimate:
+    """Put the terms of the RAM together: the anonymous part, and with it pages of files, once loading and once generating."""
+    low, best, high = (_moments(parts, end, rough) for end in ("low", "best", "high"))
+    return TierEstimate(
+        weights_bytes=parts.weights,
+        kv_bytes=parts.kv,
+        activation_bytes=int(parts.activation.best),
+        overhead_bytes=int(parts.overhead.best + parts.heap.best + parts.libraries.best),
+        allocated_bytes=int(parts.weights + parts.kv + parts.activation.best),
+        peak_bytes=_resident(max(best["load"], best["run"]), best["needed"], capacity),
+        load_peak_bytes=_resident(best["load"], best["load_anon"], capacity),
+        low_bytes=_resident(max(low["load_anon"], low["run"]), low["needed"], capacity),
+        high_bytes=_resident(max(high["load"], high["run"]), high["needed"], capacity),
+        capacity_bytes=capacity,
+        anon_bytes=int(max(best["load_anon"], best["run_anon"])),
+        load_anon_bytes=int(best["load_anon"]),
+        needed_bytes=int(best["needed"]),
+        needed_high_bytes=int(high["needed"]),
+    )
+
+
+def _resident(size: float, needed: float, capacity: int | None) -> int:
+    """Return what stays resident: where memory is short the kernel drops pages of files, down to what is needed."""
+    return int(size if capacity is None else min(size, max(needed, capacity)))
+
+
+def _moments(parts: Parts, end: str, rough: float) -> dict[str, float]:
+    """Return the RAM at one end of the intervals: while loading and generating, all of it and the anonymous part."""
+    overhead, heap, libraries, activation = (
+        float(getattr(part, end)) for part in (parts.overhead, parts.heap, parts.libraries, parts.activation)
+    )
+    doubt = {"low": 1 - rough, "best": 1.0, "high": 1 + rough}[end]
+    held = overhead + parts.copied * doubt + heap
+    load_anon, run_anon = held + parts.loading.best * doubt, held + parts.kv + activation
+    return {
+        "load_anon": load_anon,
+        "run_anon": run_anon,
+        "load": load_anon + libraries * 0.95 + parts.loading_mapped * doubt,
+        "run": run_anon + libraries + parts.mapped * doubt,
+        # The file may be dropped while copies are made of it, but not the pages that every token reads.
+        "needed": max(load_anon, run_anon + parts.read * doubt) + libraries,
+    }

@@ -1,0 +1,274 @@
+"""The device map that transformers would infer, module for module, without torch. `harness.roommap` recommends a better one.
+
+`infer` gives what `from_pretrained(device_map="auto" | "balanced" | "balanced_low_0" | "sequential", max_memory=...)` gives in
+transformers 5: its walk, its sizes (tied weights once, every buffer, bool as one byte), its margins. Where its result looks odd,
+the oddity is kept; the comments name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from harness.errors import UsageError, did_you_mean
+from harness.skeleton import Module, Skeleton, Weight
+from harness.units import parse_size
+
+Device = int | str
+Bytes = float  # whole, or halves: a 4-bit weight is counted as half a byte per element
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+# What transformers counts per element of a weight that bitsandbytes quantises: no scales.
+QUANTIZER_BYTES: Mapping[str, float] = {"int8": 1, "int4": 0.5}
+# The part of the memory that transformers uses: of the only GPU and of the RAM when no `max_memory` is given; of everything
+# once more under bitsandbytes, for what quantising needs.
+_MARGIN = 0.9
+
+
+def infer(
+    skeleton: Skeleton,
+    *,
+    strategy: str = "auto",
+    dtype: str = "bfloat16",
+    quantizer: str | None = None,
+    max_memory: Mapping[Device, int | str] | None = None,
+    free: Mapping[Device, int] | None = None,
+) -> dict[str, Device]:
+    """Return the device map that transformers infers.
+
+    `quantizer` is None, "int8" or "int4" (bitsandbytes). `max_memory` is what the user passes: sizes by device number, "mps", "cpu"
+    or "disk"; without "cpu" it spills to the disk. If it is None, `free` says what the machine has, and transformers' margins
+    apply.
+
+    Raises:
+        UsageError: an unknown strategy, device or size; "balanced_low_0" without GPU 0.
+    """
+    if strategy not in STRATEGIES:
+        raise UsageError(f"no device map strategy {strategy!r}: {did_you_mean(strategy, STRATEGIES)}")
+    sizes = measure(skeleton, dtype, quantizer)
+    budgets = _budgets(skeleton, sizes, strategy, max_memory, free or {})
+    if quantizer is not None:
+        budgets = {device: size * _MARGIN for device, size in budgets.items()}
+    return merge(_Pour(skeleton, sizes, budgets).run())
+
+
+def measure(skeleton: Skeleton, dtype: str, quantizer: str | None = None) -> dict[str, Bytes]:
+    """Count bytes as transformers does for a device map: path of every module and tensor -> bytes."""
+    plain, quantised = DTYPE_BYTES[dtype], QUANTIZER_BYTES[quantizer] if quantizer is not None else None
+    sizes: dict[str, Bytes] = {}
+    for module in skeleton.modules:
+        sizes[module.path] = 0
+        for weight in module.weights:
+            fixed = weight.tensor.dtype
+            width = quantised if quantised is not None and weight.quantises else DTYPE_BYTES[fixed] if fixed else plain
+            sizes[weight.path] = 0 if weight.tied_to else weight.elements * width
+    for module in reversed(skeleton.modules):  # children before parents
+        sizes[module.path] = sum(sizes[path] for path in _inside(module))
+    return sizes
+
+
+def _inside(module: Module) -> list[str]:
+    return [weight.path for weight in module.weights] + [child.path for child in module.children]
+
+
+def merge(placed: Mapping[str, Device], path: str = "") -> dict[str, Device]:
+    """Write every module whose parts share a device as one entry."""
+    if len(placed) > 1 and len(set(placed.values())) == 1:
+        return {path: next(iter(placed.values()))}
+    depth = path.count(".") + 2 if path else 1
+    groups: dict[str, dict[str, Device]] = {}
+    for name, device in placed.items():
+        groups.setdefault(".".join(name.split(".")[:depth]), {})[name] = device
+    merged: dict[str, Device] = {}
+    for name, group in groups.items():
+        merged |= group if name in group else merge(group, name)
+    return merged
+
+
+def device_of(device_map: Mapping[str, Device], path: str) -> Device | None:
+    """Return the device that a map gives to a module or tensor, by the closest entry at or above it; None if it has none."""
+    while path and path not in device_map:
+        path = path.rpartition(".")[0]
+    return device_map.get(path)
+
+
+def _budgets(
+    skeleton: Skeleton,
+    sizes: Mapping[str, Bytes],
+    strategy: str,
+    max_memory: Mapping[Device, int | str] | None,
+    free: Mapping[Device, int],
+) -> dict[Device, Bytes]:
+    given = free if max_memory is None else max_memory
+    budgets = _in_order({device: parse_size(size) if isinstance(size, str) else size for device, size in given.items()})
+    if max_memory is None and "cpu" in budgets:
+        budgets["cpu"] *= _MARGIN
+    accelerators = [device for device, size in budgets.items() if device not in ("cpu", "disk") and size > 0]
+    if strategy == "sequential" or not accelerators:
+        return budgets
+    if len(accelerators) == 1 and max_memory is None:
+        # The first numbered device, even if it is another that has room.
+        number = next((device for device in budgets if isinstance(device, int)), None)
+        if number is not None:
+            budgets[number] *= _MARGIN
+    low_zero = strategy == "balanced_low_0" and len(accelerators) > 1
+    return _balance(budgets, sizes, _largest_share(skeleton, sizes), len(accelerators), low_zero)
+
+
+def _in_order(budgets: Mapping[Device, int]) -> dict[Device, Bytes]:
+    """Sort devices as they are filled: GPUs by number, then mps, cpu, disk."""
+    numbers = sorted(device for device in budgets if isinstance(device, int))
+    order = [*numbers, *(name for name in ("mps", "cpu", "disk") if name in budgets)]
+    unknown = [device for device in budgets if device not in order]
+    if unknown:
+        raise UsageError(f"max_memory names {unknown[0]!r}: a device is a GPU's number, 'mps', 'cpu' or 'disk'")
+    return {device: budgets[device] for device in order}
+
+
+def _largest_share(skeleton: Skeleton, sizes: Mapping[str, Bytes]) -> Bytes:
+    """Return the size of the largest block that is not split, or of the largest set of tensors of one module."""
+    owned = [sum(sizes[weight.path] for weight in module.weights) for module in skeleton.modules if module.path]
+    return max([sizes[module.path] for module in skeleton.modules if module.whole] + owned, default=0)
+
+
+def _balance(
+    budgets: dict[Device, Bytes], sizes: Mapping[str, Bytes], largest: Bytes, count: int, low_zero: bool
+) -> dict[Device, Bytes]:
+    """Cap every GPU but the last at an even share and a margin, for a block never fits exactly."""
+    share = sizes[""] // (count - 1 if low_zero else count) + int(1.25 * largest)
+    numbers = [device for device, size in budgets.items() if isinstance(device, int) and size > 0]
+    for number in numbers[:-1]:
+        if not (low_zero and number == 0):
+            budgets[number] = min(share, budgets[number])
+    if low_zero:
+        try:
+            others = sum(budgets[number] for number in range(1, count))
+            budgets[0] = min(max(0, sizes[""] - others), budgets[0])
+        except KeyError as missing:
+            raise UsageError(f"balanced_low_0 needs GPUs numbered from 0: max_memory lacks {missing}") from None
+    return budgets
+
+
+Item = Module | Weight
+
+
+class _Pour:
+    """The walk: take the next part, put it on the current device, else split it, else go on to the next device."""
+
+    def __init__(self, skeleton: Skeleton, sizes: Mapping[str, Bytes], budgets: Mapping[Device, Bytes]) -> None:
+        self.sizes = sizes
+        self.budgets = budgets
+        sources = dict.fromkeys(skeleton.tied.values())
+        self.tied = [sorted([name for name, to in skeleton.tied.items() if to == source] + [source]) for source in sources]
+        self.devices: list[Device] = [*budgets] if "disk" in budgets else [*budgets, "disk"]
+        self.at = 0
+        self.used: dict[Device, Bytes] = dict.fromkeys(self.devices, 0)
+        self.placed: dict[str, Device] = {}
+        gpus = [device for device in self.devices if device not in ("cpu", "disk")]
+        # Devices that keep room for the largest part, to bring it back from where it was offloaded to.
+        self.roomy: set[Device] = {"mps"} if "mps" in gpus else {*gpus[:1], "cpu"}
+        self.queue: list[Item] = [*_direct(skeleton.root), *skeleton.root.children, *_direct(skeleton.root, buffers=True)]
+        self.room, self.largest = self._find_largest(self.queue)
+
+    def run(self) -> dict[str, Device]:
+        """Place everything; return path -> device, not merged."""
+        while self.queue:
+            self._step(self.queue.pop(0))
+        return self.placed
+
+    def _step(self, item: Item) -> None:
+        self._forget(item)
+        partners = self._partners(item)
+        device = self.devices[self.at]
+        room = self.room if device in self.roomy else 0
+        limit = float("inf") if device == "disk" else self.budgets[device] - room
+        alone = self.used[device] + self.sizes[item.path]
+        together = alone + sum(self.sizes[partner.path] for partner in partners)
+        if together <= limit:
+            self._put([item, *partners], device, together)
+        elif alone <= limit and self._split_one(partners):
+            self.queue.insert(0, item)
+        elif _splits(item):
+            self._put_back([*_parts(item), *self.queue])
+        else:
+            self.at += 1
+            self.queue.insert(0, item)
+
+    def _put(self, items: list[Item], device: Device, used: Bytes) -> None:
+        self.used[device] = used
+        self.placed |= {item.path: device for item in items}
+        self.queue = [item for item in self.queue if item.path not in self.placed]
+
+    def _put_back(self, queue: list[Item]) -> None:
+        self.queue = queue
+        self.room, self.largest = self._find_largest(item for item in queue if isinstance(item, Module))
+
+    def _split_one(self, partners: list[Item]) -> bool:
+        """Split the first partner that can be, in its place; say whether there was one."""
+        for partner in partners:
+            if _splits(partner):
+                place = self.queue.index(partner)
+                self._put_back([*self.queue[:place], *_parts(partner), *self.queue[place + 1 :]])
+                return True
+        return False
+
+    def _partners(self, item: Item) -> list[Item]:
+        """Find the parts in the queue that hold weights tied to one inside `item`, and must go where it goes."""
+        found: dict[str, Item] = {}
+        for group in self.tied:
+            outside = [name for name in group if not _within(name, item.path)]
+            if len(outside) < len(group):
+                for name in outside:
+                    holder = next((other for other in self.queue if name.startswith(f"{other.path}.")), None)
+                    if holder is not None:
+                        found[holder.path] = holder
+        return list(found.values())
+
+    def _forget(self, item: Item) -> None:
+        """Look for the next largest parts once those known are past. One that is put back has been forgotten all the same."""
+        self.largest = [name for name in self.largest if name != item.path and not name.startswith(f"{item.path}.")]
+        if not self.largest:
+            self.room, self.largest = self._find_largest(other for other in self.queue if isinstance(other, Module))
+
+    def _find_largest(self, items: Iterable[Item]) -> tuple[Bytes, list[str]]:
+        leaves = [leaf.path for item in items for leaf in _leaves(item)]
+        most = max((self.sizes[path] for path in leaves), default=0)
+        return most, [path for path in leaves if self.sizes[path] == most]
+
+
+def _within(name: str, path: str) -> bool:
+    # Anywhere, not only at the start: transformers' own test.
+    return f"{path}." in f"{name}."
+
+
+def _splits(item: Item) -> bool:
+    return isinstance(item, Module) and bool(item.children) and not item.whole
+
+
+def _parts(item: Item) -> list[Item]:
+    """Split a module. Its own buffers are left out, and so are never placed."""
+    return [*_direct(item), *item.children] if isinstance(item, Module) else []
+
+
+def _direct(module: Module, buffers: bool = False) -> list[Weight]:
+    return [weight for weight in module.weights if (weight.tensor.kind != "parameter") == buffers]
+
+
+def _leaves(item: Item) -> Iterable[Item]:
+    """Visit the parts that are not split: whole blocks, modules without children, bare tensors."""
+    if not isinstance(item, Module) or not _splits(item):
+        yield item
+    else:
+        for child in item.children:
+            yield from _leaves(child)

@@ -1,0 +1,160 @@
+"""A model held in one way, counted once: what every placement of it adds up by tier."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness import memory_cost
+from harness.blueprint import Blueprint
+from harness.devicemap import DTYPE_BYTES
+from harness.memory_cost import Kept
+from harness.skeleton import Module, Weight
+
+# Formats whose tensors transformers maps into memory instead of reading them.
+MAPPED = ("safetensors", "bin")
+# glibc's largest threshold (M_MMAP_THRESHOLD, 32 MiB): what is larger is given back as soon as it is freed.
+HEAP_LIMIT = 32 << 20
+
+
+@dataclass(slots=True)
+class Sums:
+    """Bytes of tensors.
+
+    `held` in memory; `read` by one token; `made` anew while loading; `viewed`, still pages of the file, and of them `viewed_used`,
+    which some token reads in full. `stored` in the file, `made_from` of what is made anew. `quantised` in 16 bits, `kept_copies`
+    of that what the heap may keep, as of the parts of what is `stacked`.
+    """
+
+    held: float = 0
+    read: float = 0
+    made: float = 0
+    viewed: float = 0
+    viewed_used: float = 0
+    stored: float = 0
+    made_from: float = 0
+    quantised: float = 0
+    kept_copies: float = 0
+    stacked: float = 0
+
+    def add(self, other: Sums) -> None:
+        """Add another sum to this one, field by field; a loop over their names takes three times as long."""
+        self.held += other.held
+        self.read += other.read
+        self.made += other.made
+        self.viewed += other.viewed
+        self.viewed_used += other.viewed_used
+        self.stored += other.stored
+        self.made_from += other.made_from
+        self.quantised += other.quantised
+        self.kept_copies += other.kept_copies
+        self.stacked += other.stacked
+
+
+class Inventory:
+    """The tensors of a model under one `Kept`, in order of the modules."""
+
+    def __init__(self, blueprint: Blueprint, held: Kept) -> None:
+        self.blueprint, self.held, self.skeleton = blueprint, held, blueprint.skeleton
+        self.sizes = memory_cost.weight_bytes(self.skeleton, held)
+        self.per_token = memory_cost.read_per_token(self.skeleton, self.sizes)
+        self.stored_dtype = blueprint.stored_dtype
+        self.rows = [(weight.path, self._sums(weight)) for weight in self.skeleton.weights]
+        self.layers = _first_tensors(self.skeleton.root)
+        self.modules = self._modules()
+        self.gpu_prefill = memory_cost.Prefill(self.skeleton, held, "gpu")
+        self.cpu_prefill = memory_cost.Prefill(self.skeleton, held, "cpu")
+        self.tensors = sum(weight.tensor.kind != "unsaved" for weight in self.skeleton.weights)
+
+    @cached_property
+    def total(self) -> Sums:
+        """All rows together."""
+        total = Sums()
+        for _, sums in self.rows:
+            total.add(sums)
+        return total
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many weights a token is multiplied with."""
+        found = 0.0
+        for weight in self.skeleton.weights:
+            size = self.sizes[weight.path]
+            found += weight.elements * self.per_token.get(weight.path, 0.0) / size if size else 0.0
+        return int(found)
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest tensor as held."""
+        return max(self.sizes.values(), default=0)
+
+    @cached_property
+    def largest_copy(self) -> int:
+        """Bytes of the largest 16-bit copy that quantising makes."""
+        return int(max((sums.quantised for _, sums in self.rows), default=0))
+
+    def by_tier(self, tiers: Mapping[str, str] | str) -> dict[str, Sums]:
+        """Add the rows up by the tier of each tensor, or take all for one tier."""
+        if isinstance(tiers, str):
+            return {tiers: self.total}
+        found: dict[str, Sums] = defaultdict(Sums)
+        for path, sums in self.rows:
+            found[tiers[path]].add(sums)
+        return dict(found)
+
+    def _sums(self, weight: Weight) -> Sums:
+        size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
+        makes = self._makes(weight)
+        in_file = not weight.tied_to and weight.tensor.kind != "unsaved"
+        stored = weight.elements * DTYPE_BYTES.get(self.stored_dtype, 2) if in_file and self.held.packed_bits is None else size
+        copies = weight.elements * 2 if self.held.quantizer and weight.quantises else 0
+        view = not makes and weight.tensor.kind != "unsaved"
+        return Sums(
+            held=size,
+            read=read,
+            made=size if makes else 0,
+            viewed=size if view else 0,
+            viewed_used=size if view and weight.path in self.per_token else 0,
+            stored=stored if in_file else 0,
+            made_from=stored if in_file and makes else 0,
+            quantised=copies,
+            stacked=self._parts_kept(weight, size),
+            kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
+        )
+
+    def _makes(self, weight: Weight) -> bool:
+        """Say whether loading makes something else of a stored tensor than a view of the file: other bits, or a stack."""
+        if self.held.quantizer is not None and weight.quantises:
+            return True
+        return self._casts(weight) or self._stacks(weight) or self.blueprint.file_format not in MAPPED
+
+    def _casts(self, weight: Weight) -> bool:
+        other = self.held.dtype != self.stored_dtype or weight.tensor.fp32 is not None
+        return other and self.held.packed_bits is None
+
+    def _stacks(self, weight: Weight) -> bool:
+        """Say whether transformers stacks a tensor from what files hold expert by expert; GPT-OSS's files have the stacks."""
+        return len(weight.tensor.shape) == 3 and "experts" in weight.path and self.skeleton.model_type != "gpt_oss"
+
+    def _parts_kept(self, weight: Weight, size: int) -> float:
+        """Return what the heap may keep of the experts that a stack is made from: their casts, else what joining two takes.
+
+        Several threads cast ahead of what stacks, except when weights are quantised.
+        """
+        if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
+            return 0.0
+        return size if self._casts(weight) and self.held.quantizer is None else size / 3
+
+    def _modules(self) -> list[tuple[str, int]]:
+        """List each module with tensors of its own: the path of the first, and the bytes of all."""
+        sizes, owners = self.sizes, (module.weights for module in self.skeleton.modules if module.weights)
+        return [(weights[0].path, sum(sizes[weight.path] for weight in weights)) for weights in owners]
+
+
+def _first_tensors(module: Module) -> list[str]:
+    """Return the path of one tensor of each block that a device map keeps whole, in order."""
+    if module.whole:
+        return next(([part.weights[0].path] for part in module.walk() if part.weights), [])
+    return [path for child in module.children for path in _first_tensors(child)]

@@ -1,0 +1,71 @@
+"""Where a case puts every tensor, as the libraries decide it: the device map of its call, and the tier of each path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from harness.case import Machine
+from harness.devicemap import Device, infer
+from harness.placement import Placement
+from harness.skeleton import Module, Skeleton
+
+# What nobody told us the size of is taken as endless for the map; the verdict says that it is unknown.
+_ENDLESS = 1 << 50
+# transformers leaves a tenth of the RAM alone where no max_memory is given; accelerate's own dispatch takes all of it.
+_TRANSFORMERS_SHARE = 0.9
+
+
+def device_map(
+    skeleton: Skeleton,
+    placement: Placement,
+    dtype: str,
+    quantizer: str | None,
+    machine: Machine,
+    max_memory: Mapping[str, int] | None,
+) -> dict[str, Device]:
+    """Return the map that this placement's call ends up with: module -> number of a GPU, "cpu" or "disk"."""
+    if placement.call == "to":
+        return {"": 0}
+    if not isinstance(placement.device_map, str):
+        return dict(placement.device_map or {"": "cpu"})
+    if max_memory is not None:
+        given: dict[Device, int | str] = {device(tier): size for tier, size in max_memory.items()}
+        return infer(skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, max_memory=given)
+    return infer(skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, free=_free(placement, machine))
+
+
+def _free(placement: Placement, machine: Machine) -> dict[Device, int]:
+    free: dict[Device, int] = {
+        device(tier.name): tier.capacity_bytes or _ENDLESS for tier in machine.tiers if tier.kind in ("gpu", "cpu")
+    }
+    if placement.call == "load_checkpoint_and_dispatch" and "cpu" in free:
+        free["cpu"] = int(free["cpu"] / _TRANSFORMERS_SHARE)
+    return free
+
+
+def device(tier: str) -> Device:
+    """Turn a tier's name into what the libraries call it: "gpu:0" is 0."""
+    return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
+
+
+def tier(device: Device) -> str:
+    """Turn a device of a map into the name of its tier."""
+    return f"gpu:{device}" if isinstance(device, int) else device
+
+
+def tiers(skeleton: Skeleton, placed: Mapping[str, Device]) -> dict[str, str] | str:
+    """Return the tier of every tensor, or the one tier of all. What a map leaves out (buffers beside split modules) is in RAM."""
+    homes = set(placed.values())
+    if len(homes) == 1 and "" in placed:
+        return tier(homes.pop())
+    found: dict[str, str] = {}
+    _visit(skeleton.root, {path: tier(place) for path, place in placed.items()}, "cpu", found)
+    return found | {name: found[source] for name, source in skeleton.tied.items() if source in found}
+
+
+def _visit(module: Module, placed: Mapping[str, str], above: str, found: dict[str, str]) -> None:
+    here = placed.get(module.path, above)
+    for weight in module.weights:
+        found[weight.path] = placed.get(weight.path, here)
+    for child in module.children:
+        _visit(child, placed, here, found)

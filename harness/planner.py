@@ -1,0 +1,236 @@
+"""Plans of one model on one machine: estimate and verdict of every case, what to try instead, and which way is best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+
+import msgspec
+
+from harness import calibration, cost, layout, plan
+from harness.blueprint import Blueprint
+from harness.calibration import Calibration, Constant
+from harness.case import Case, Estimate, Machine, Plan, Record, TierEstimate, Verdict, Workload
+from harness.catalog import Source
+from harness.devicemap import Device
+from harness.inventory import Inventory
+from harness.memory_cost import Kept
+from harness.placement import PLACEMENTS, Placement
+from harness.plan import Named, Sizes, Stock
+from harness.precision import PRECISIONS, Precision
+from harness.tier_cost import Count
+from harness.units import format_gib, significant
+
+GOOD = (Verdict.FITS, Verdict.TIGHT)
+# How much of the answers' worth a precision keeps, as far as a general rule can say; more than 16 bits give nothing back.
+_KEEPS: Mapping[str, float] = {"fp32": 0.99, "bf16": 1.0, "fp16": 0.995, "int8": 0.97, "int4": 0.85}
+# At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
+_HALF_TOK_S = 3.0
+
+
+class Planner:
+    """Plans cases of one model on one machine; what they share is counted once."""
+
+    def __init__(self, blueprint: Blueprint, machine: Machine, *, here: bool = True, constants: Calibration | None = None) -> None:
+        self.blueprint, self.machine, self.here = blueprint, machine, here
+        self.constants = constants or calibration.default()
+        self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
+        self._inventories: dict[Kept, Inventory] = {}
+        self.counts: dict[str, Count] = {}
+
+    @cached_property
+    def _stock(self) -> Stock:
+        weights = self.blueprint.skeleton.weights
+        return Stock([Named(weight.path, weight.tensor.shape) for weight in weights if not weight.tied_to])
+
+    def plans(self, cases: Sequence[Case]) -> list[Plan]:
+        """Plan the cases; what is too big says what to try instead, of these cases."""
+        found = [self.plan(case) for case in cases]
+        return [_with_hint(one, found) for one in found]
+
+    def plan(self, case: Case) -> Plan:
+        """Plan one case."""
+        refused = plan.gate(case, self.machine, self.here) or self._refused(case)
+        if refused:
+            return Plan(case=case, verdict=refused[0], why=refused[1])
+        precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+        dtype = self._dtype(precision, placement)
+        held = cost.kept(precision, dtype, self.blueprint)
+        limits = plan.LIMITS[placement.limits](Sizes(self._stock, dtype), self.machine) if placement.limits else None
+        placed = self._map(placement, held, limits)
+        count = self._count(case, held, placed)
+        expected = cost.estimate(count, case.precision, self.machine)
+        verdict, why = self._judge(case, expected, count)
+        return Plan(
+            case=case,
+            verdict=verdict,
+            why=why,
+            code=plan.loading_code(precision, placement, dtype, limits),
+            device_map={path: layout.tier(place) for path, place in placed.items()},
+            max_memory=limits,
+            estimate=expected,
+        )
+
+    def _dtype(self, precision: Precision, placement: Placement) -> str:
+        on_gpu = placement.devices[0] == "gpu" and self.machine.gpus
+        return precision.dtype_on(self.machine.gpus[0].compute_capability if on_gpu else None)
+
+    def _refused(self, case: Case) -> tuple[Verdict, str] | None:
+        packed = self.blueprint.packed
+        if packed is not None and PRECISIONS[case.precision].quantization is not None:
+            return Verdict.INVALID, f"the checkpoint is quantised already ({packed.title}): load it with --precision bf16 or fp16"
+        return None
+
+    def _map(self, placement: Placement, held: Kept, limits: Mapping[str, int] | None) -> dict[str, Device]:
+        key = (placement.name, held.element_bytes, held.quantizer)
+        if key not in self._maps:
+            skeleton = self.blueprint.skeleton
+            self._maps[key] = layout.device_map(skeleton, placement, held.dtype, held.quantizer, self.machine, limits)
+        return self._maps[key]
+
+    def _inventory(self, held: Kept) -> Inventory:
+        if held not in self._inventories:
+            self._inventories[held] = Inventory(self.blueprint, held)
+        return self._inventories[held]
+
+    def _count(self, case: Case, held: Kept, placed: Mapping[str, Device]) -> Count:
+        tiers = layout.tiers(self.blueprint.skeleton, placed)
+        through_ram = PLACEMENTS[case.placement].call == "to"
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram)
+        self.counts[case.id] = count
+        return count
+
+    def _judge(self, case: Case, expected: Estimate, count: Count) -> tuple[Verdict, str | None]:
+        precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+        spilled = [tier for tier in count.weights if tier == "disk" or (tier == "cpu" and count.gpus)]
+        if spilled and "spills" in precision.refuses:
+            return (
+                Verdict.TOO_BIG,
+                f"too big for {placement.name}: weights would lie on {' and '.join(spilled)}; {precision.refuses['spills']}",
+            )
+        unknown = [
+            name
+            for name, tier in expected.tiers.items()
+            if tier.capacity_bytes is None and name in count.weights and name != "disk"
+        ]
+        if unknown:
+            option = "--ram SIZE" if unknown[0] == "cpu" else "--gpu SIZE"
+            return Verdict.UNAVAILABLE, f"nobody told how much memory {unknown[0]} has: add {option}"
+        tight = None
+        for name, tier in expected.tiers.items():
+            if tier.capacity_bytes is None or name == "disk":
+                continue
+            if tier.needed_bytes > tier.capacity_bytes:
+                return Verdict.TOO_BIG, f"too big for {name}: needs {_needs(tier)}, free {format_gib(tier.capacity_bytes)}."
+            if tier.needed_high_bytes > tier.capacity_bytes:
+                most, free = format_gib(tier.needed_high_bytes), format_gib(tier.capacity_bytes)
+                tight = f"tight on {name}: needs {_needs(tier)}, up to {most} at worst, free {free}."
+        return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
+
+    def used(self, one: Plan) -> dict[str, Constant]:
+        """Return the constants that a plan rests on: those of its kind of device."""
+        gpu = any(name.startswith("gpu") for name in (one.estimate.tiers if one.estimate else ()))
+        other = ("cpu_", "ram_bytes", "ram_bandwidth") if gpu else ("gpu_", "host_", "link_", "ram_cuda")
+        return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(other)}
+
+    def max_context(self, one: Plan) -> int | None:
+        """Return the most tokens, prompt and answer together, with which a plan still fits; at most what the model knows.
+
+        None where the plan does not fit at all or no limit is known.
+        """
+        count = self.counts.get(one.case.id)
+        if one.estimate is None or count is None or one.verdict not in GOOD:
+            return None
+        most = self.blueprint.context_length or 1 << 20
+        new = one.case.workload.new_tokens
+        least = new + 1
+        if not self._holds(count, one.case.workload, least):
+            return None
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if self._holds(count, one.case.workload, middle) else (least, middle - 1)
+        return least
+
+    def _holds(self, count: Count, load: Workload, context: int) -> bool:
+        """Say whether so many tokens fit, best as the estimate is."""
+        longer = count.longer(msgspec.structs.replace(load, prompt_tokens=max(1, context - load.new_tokens)))
+        for name, tier in cost.memory(longer, self.machine).items():
+            if tier.capacity_bytes is not None and name != "disk" and tier.needed_bytes > tier.capacity_bytes:
+                return False
+        return True
+
+
+def _needs(tier: TierEstimate) -> str:
+    """Write what a tier needs and of what: "16.1 GiB (weights 14.9, KV 0.7, overhead 0.5)"."""
+    terms = {
+        "weights": tier.weights_bytes,
+        "KV": tier.kv_bytes,
+        "activations": tier.activation_bytes,
+        "overhead": tier.overhead_bytes,
+    }
+    said = ", ".join(f"{name} {format_gib(size)}" for name, size in terms.items() if size * 100 > tier.needed_bytes)
+    return f"{format_gib(tier.needed_bytes)} GiB ({said})"
+
+
+def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:
+    """Add to a plan that is too big which other precision or placement would do."""
+    if one.verdict is not Verdict.TOO_BIG or one.why is None:
+        return one
+    order = sorted(others, key=lambda other: other.verdict is not Verdict.FITS)
+    good = [other.case for other in order if other.verdict in GOOD and other.case.model == one.case.model]
+    precision = next((case.precision for case in good if case.placement == one.case.placement), None)
+    placement = next((case.placement for case in good if case.precision == one.case.precision), None)
+    words = [f"--precision {precision}"] * bool(precision) + [f"--placement {placement}"] * bool(placement)
+    return msgspec.structs.replace(one, why=f"{one.why} Try {' or '.join(words)}.") if words else one
+
+
+def recommend(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
+    """Return the best way to load and why: what surely fits, then speed weighed with how well answers keep; None if none fits."""
+    fitting = [one for one in plans if one.verdict is Verdict.FITS] or [one for one in plans if one.verdict is Verdict.TIGHT]
+    if not fitting:
+        return None
+    best = max(fitting, key=_worth)
+    return best, _reason(best, fitting)
+
+
+class Advice(Record, frozen=True, kw_only=True):
+    """The plans of one model, which of them is best, and why."""
+
+    source: Source
+    planner: Planner
+    plans: list[Plan]
+    best: Plan | None
+    reason: str
+
+    @property
+    def blueprint(self) -> Blueprint:
+        return self.planner.blueprint
+
+
+def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Advice:
+    """Plan the cases of one model and choose the best."""
+    plans = planner.plans(cases)
+    best, reason = recommend(plans) or (None, "nothing fits")
+    return Advice(source=source, planner=planner, plans=plans, best=best, reason=reason)
+
+
+def _worth(one: Plan) -> tuple[float, int]:
+    assert one.estimate is not None
+    speed = one.estimate.decode_tok_s.best
+    order = ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
+    return round(_KEEPS.get(one.case.precision, 0.9) * speed / (speed + _HALF_TOK_S), 4), -order
+
+
+def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
+    assert best.estimate is not None
+    if best.verdict is Verdict.TIGHT:
+        return "nothing fits with room to spare; this comes closest"
+    bits = min(PRECISIONS[best.case.precision].bits, 16)
+    wider = [one for one in fitting if PRECISIONS[one.case.precision].bits > bits]
+    if not wider or bits == 16:
+        return "nothing that fits keeps more of the answers, and nothing as good is faster"
+    rival = max(wider, key=_worth)
+    assert rival.estimate is not None
+    times = best.estimate.decode_tok_s.best / rival.estimate.decode_tok_s.best
+    name = f"{rival.case.precision}/{rival.case.placement}"
+    return f"{significant(times, 2)} times as fast as {name}, which is worth the bits it gives up"

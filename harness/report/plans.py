@@ -1,0 +1,167 @@
+"""Plans in the terminal: a table of precision x placement, the reasons, the recommendation; or every term of one case."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from harness.case import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict, Workload
+from harness.planner import Advice
+from harness.report import terminal
+from harness.units import format_bandwidth, format_count, format_gib, format_seconds, significant
+
+# Colour supports the word and never stands for it (Okabe and Ito).
+COLOURS = {Verdict.FITS: "#009e73", Verdict.TIGHT: "#e69f00", Verdict.TOO_BIG: "#d55e00"}
+_SHORT = 4
+
+TERMS = (
+    ("weights", "weights_bytes"),
+    ("KV cache", "kv_bytes"),
+    ("activations", "activation_bytes"),
+    ("overhead", "overhead_bytes"),
+    ("allocated, as torch says", "allocated_bytes"),
+    ("peak", "peak_bytes"),
+    ("  at least", "low_bytes"),
+    ("  at most", "high_bytes"),
+    ("peak while loading", "load_peak_bytes"),
+    ("must fit", "needed_bytes"),
+    ("  at most", "needed_high_bytes"),
+    ("capacity", "capacity_bytes"),
+)
+
+
+def show(advices: Sequence[Advice], machine: Machine, load: Workload) -> None:
+    """Print the machine, and for each model a table, why what does not fit does not, and what to do."""
+    parts: list[RenderableType] = [Text(_machine_line(machine))]
+    for advice in advices:
+        parts += [terminal.title(_headline(advice)), _table(advice, machine)]
+        reasons = "\n".join(_reasons(advice.plans))
+        parts += [Text(text) for text in (advice.blueprint.note, reasons, _conclusion(advice, load)) if text]
+    terminal.show(*parts)
+
+
+def explain(advice: Advice) -> None:
+    """Print every term of the one case of `advice`, with its interval, and the constants that it rests on."""
+    one = advice.plans[0]
+    parts: list[RenderableType] = [terminal.title(f"{one.case.id}: {_word(one)}"), *([Text(one.why)] if one.why else [])]
+    if one.estimate is not None:
+        parts += [_terms(one.estimate), terminal.facts(_seconds(one.estimate)), _constants(advice, one)]
+    terminal.show(*parts)
+
+
+def _word(one: Plan) -> str:
+    return one.verdict.value.replace("_", " ")
+
+
+def _headline(advice: Advice) -> str:
+    drawn = advice.blueprint
+    context = f", context {drawn.context_length:,}" if drawn.context_length else ""
+    return f"{drawn.name}: {format_count(drawn.skeleton.parameters)} parameters, {len(drawn.skeleton.layers)} blocks{context}"
+
+
+def _machine_line(machine: Machine) -> str:
+    return "   ".join(_tier_line(tier) for tier in machine.tiers if tier.kind in ("gpu", "cpu"))
+
+
+def _tier_line(tier: Tier) -> str:
+    name = "RAM" if tier.kind == "cpu" else tier.model or tier.name
+    speed = f", {format_bandwidth(tier.bytes_per_s)}" if tier.bytes_per_s else ""
+    free = f"{format_gib(tier.capacity_bytes)} GiB free" if tier.capacity_bytes is not None else "size unknown"
+    return f"{name}: {free}{speed}"
+
+
+def _table(advice: Advice, machine: Machine) -> Table:
+    """Draw a row for each case that can be; figures are what must fit, best and at most, in GiB."""
+    tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu")]
+    heads = [f"{'RAM' if tier.kind == 'cpu' else tier.name}\nof {_gib(tier.capacity_bytes)}" for tier in tiers]
+    table = terminal.table("precision", "placement", "verdict", *heads, "ready", "tokens/s", "", left=3)
+    for one in advice.plans:
+        if one.estimate is not None:
+            amounts = [_amount(one.estimate.tiers.get(tier.name)) for tier in tiers]
+            mark = "<-" if one is advice.best else ""
+            verdict = Text(_word(one), style=COLOURS.get(one.verdict, ""))
+            table.add_row(one.case.precision, one.case.placement, verdict, *amounts, *_speed(one, one.estimate), mark)
+    return table
+
+
+def _amount(tier: TierEstimate | None) -> str:
+    return f"{format_gib(tier.needed_bytes)}-{format_gib(tier.needed_high_bytes)}" if tier else ""
+
+
+def _speed(one: Plan, expected: Estimate) -> tuple[str, str]:
+    if one.verdict not in (Verdict.FITS, Verdict.TIGHT):
+        return "", ""
+    return format_seconds(expected.load_s.best + expected.first_token_s.best), _range(expected.decode_tok_s)
+
+
+def _range(span: Span) -> str:
+    return f"{significant(span.low, 2)}-{significant(span.high, 2)}"
+
+
+def _reasons(plans: Sequence[Plan]) -> Iterator[str]:
+    """Say each reason once, with the cases that it is about."""
+    reasons: dict[str, list[str]] = {}
+    for one in plans:
+        if one.verdict is not Verdict.FITS and one.why:
+            reasons.setdefault(one.why, []).append(f"{one.case.precision}/{one.case.placement}")
+    for why, cases in reasons.items():
+        more = f" and {len(cases) - _SHORT} more" if len(cases) > _SHORT else ""
+        yield f"{', '.join(cases[:_SHORT])}{more}: {why}"
+
+
+def _conclusion(advice: Advice, load: Workload) -> str:
+    planned = f"Estimates for {load.prompt_tokens} + {load.new_tokens} tokens, batch {load.batch}."
+    best = advice.best
+    if best is None:
+        return f"Nothing fits. {planned}"
+    name, case = _sayable(advice), f"{best.case.precision}/{best.case.placement}"
+    context = advice.planner.max_context(best)
+    room = f" It holds a context of up to {context:,} tokens." if context else ""
+    return (
+        f"Best: {case}: {advice.reason}.{room} {planned}\n"
+        f"To load it:   fitmatrix plan {name} --code {case}\nTo prove it:  pytest cases/ --model {name}"
+    )
+
+
+def _sayable(advice: Advice) -> str:
+    """Write the model as an argument of a command: a directory by its path from here."""
+    source = advice.source
+    if source.kind != "directory":
+        return source.name
+    place = Path(source.location)
+    if not place.is_relative_to(Path.cwd()):
+        return shlex.quote(source.location)
+    inside = place.relative_to(Path.cwd())
+    return shlex.quote(f"./{inside}") if inside.parts else "."
+
+
+def _terms(expected: Estimate) -> Table:
+    table = terminal.table("GiB", *expected.tiers)
+    for label, key in TERMS:
+        table.add_row(label, *(_gib(getattr(tier, key)) for tier in expected.tiers.values()))
+    return table
+
+
+def _seconds(expected: Estimate) -> Iterator[tuple[str, str]]:
+    spans = {"load": expected.load_s, "first token": expected.first_token_s, "decode": expected.decode_tok_s}
+    for label, span in spans.items():
+        unit = "tokens/s" if label == "decode" else "s"
+        yield label, f"{significant(span.best)} {unit}, {significant(span.low)} to {significant(span.high)}"
+    for figure, factor in expected.corrections.items():
+        yield "corrected", f"{figure} by {significant(factor)}, from results of this machine"
+
+
+def _constants(advice: Advice, one: Plan) -> Table:
+    used = advice.planner.used(one)
+    return terminal.facts(
+        (name, f"{found.best:g}, {found.low:g} to {found.high:g}. {found.origin}") for name, found in used.items()
+    )
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else format_gib(size)

@@ -1,0 +1,159 @@
+"""Seconds of a case: to load, to the first token, per token. Every byte is charged with the path it takes to what computes.
+
+A token takes max(layers x host cost, bytes / speed of their path) on a GPU, whose host runs ahead, and their sum on a processor.
+Weights beside the GPU need no special case: their path is the link, or the disk.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from harness.calibration import FIRST_TOKEN, LOAD, TOKEN, Calibration, Constant
+from harness.case import Machine, Record, Span, Tier, Workload
+from harness.profiles import Gpu, known_gpu
+
+PICKS = ("low", "best", "high")
+
+
+class Effort(Record, frozen=True, kw_only=True):
+    """What a case does, counted.
+
+    `read` are the bytes by tier that one token reads. `parameters` are those that a token is multiplied with. `copied_bytes` are
+    written anew while loading, `quantised` weights quantised; `checkpoint_bytes` come from the disk.
+    """
+
+    device: str
+    precision: str
+    quantizer: str | None
+    dtype: str
+    read: dict[str, float]
+    layers: int
+    parameters: int
+    tensors: int
+    checkpoint_bytes: int
+    copied_bytes: int
+    quantised: int
+    to_gpu_bytes: int
+
+
+def seconds(
+    effort: Effort, load: Workload, machine: Machine, calibration: Calibration
+) -> tuple[Span, Span, Span, dict[str, float]]:
+    """Return load seconds, seconds to the first token, tokens/s, and the corrections that are in them."""
+    clock = _Clock(effort, load, machine, calibration)
+    spans = {
+        LOAD: [clock.load(pick) for pick in PICKS],
+        FIRST_TOKEN: [clock.first_token(pick) for pick in PICKS],
+        TOKEN: [clock.token(pick) for pick in PICKS],
+    }
+    corrections = {}
+    for figure, values in spans.items():
+        ratio = calibration.ratio(figure, effort.device, effort.precision)
+        if ratio is not None:
+            best = values[1]
+            spans[figure] = [best * ratio.low, best * ratio.best, best * ratio.high]
+            corrections[figure] = ratio.best
+    slow_to_fast = [load.batch / value for value in reversed(spans[TOKEN])]
+    return _span(spans[LOAD]), _span(spans[FIRST_TOKEN]), _span(slow_to_fast), corrections
+
+
+def _span(values: list[float]) -> Span:
+    return Span(low=values[0], best=values[1], high=values[2])
+
+
+@lru_cache(maxsize=64)
+def _look_up(model: str, total_bytes: int | None) -> Gpu | None:
+    return known_gpu(model, total_bytes)
+
+
+def _card(tier: Tier | None) -> Gpu | None:
+    return _look_up(tier.model, tier.total_bytes) if tier is not None and tier.model else None
+
+
+class _Clock:
+    """One case's arithmetic at the low, best or high end: slow constants make the high end of seconds."""
+
+    def __init__(self, effort: Effort, load: Workload, machine: Machine, calibration: Calibration) -> None:
+        self.effort, self.work, self.machine, self.calibration = effort, load, machine, calibration
+        self.gpu = next((tier for tier in machine.gpus if tier.name in effort.read), None)
+        self.suffix = f"_{effort.quantizer}" if effort.quantizer else ""
+
+    def load(self, pick: str) -> float:
+        """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantise, send."""
+        effort, on = self.effort, "gpu" if self.gpu else f"cpu{self.suffix}"
+        wanted = effort.checkpoint_bytes if effort.copied_bytes or effort.quantised or effort.to_gpu_bytes else 0
+        return (
+            self._cost("load_s", pick)
+            + effort.tensors * self._cost("load_s_per_tensor", pick)
+            + self._from_disk(wanted, pick)
+            + effort.copied_bytes / self._rate("cast_bytes_per_s", pick)
+            + (effort.quantised / self._rate(f"quantise_elements_per_s_{on}", pick) if effort.quantised else 0.0)
+            + (effort.to_gpu_bytes / self._link(pick) if self.gpu else 0.0)
+        )
+
+    def first_token(self, pick: str) -> float:
+        """Bring what is still on the disk, compute the prompt, and one pass over the weights."""
+        tokens = self.work.batch * self.work.prompt_tokens
+        flops = 2.0 * self.effort.parameters * tokens
+        mapped = 0 if self.gpu or self.effort.copied_bytes or self.effort.quantised else self.effort.checkpoint_bytes
+        return self._cost("first_token_s", pick) + flops / self._flops(pick) + self.token(pick) + self._from_disk(mapped, pick)
+
+    def token(self, pick: str) -> float:
+        effort = self.effort
+        kind = "host" if self.gpu else "cpu"
+        host = effort.layers * self._cost(f"{kind}_s_per_layer{self.suffix}", pick)
+        moved = sum(size / self._path(name, pick) for name, size in effort.read.items())
+        return max(host, moved) if self.gpu else host + moved
+
+    def _path(self, tier: str, pick: str) -> float:
+        """Return the bytes per second from a tier to what computes."""
+        if tier == "disk":
+            return self._rate("page_cache_bytes_per_s", pick) if self._is_cached(self.effort.read[tier], pick) else self._disk(pick)
+        if tier == "cpu":
+            return self._link(pick) if self.gpu else self._ram(pick)
+        found = self.machine.tier(tier)
+        share = "gpu_bandwidth_share" + ("_quantised" if self.effort.quantizer else "")
+        return self._known(found, "gpu_bytes_per_s", pick) * self._rate(share, pick)
+
+    def _known(self, tier: Tier | None, constant: str, pick: str) -> float:
+        return tier.bytes_per_s if tier is not None and tier.bytes_per_s else self._rate(constant, pick)
+
+    def _ram(self, pick: str) -> float:
+        kind = self.effort.quantizer or ("fp32" if self.effort.dtype == "float32" else "16bit")
+        known = self._known(self.machine.tier("cpu"), "ram_bytes_per_s", pick)
+        return known * self._rate(f"ram_bandwidth_share_{kind}", pick)
+
+    def _disk(self, pick: str) -> float:
+        return self._known(self.machine.tier("disk"), "disk_bytes_per_s", pick)
+
+    def _from_disk(self, size: int, pick: str) -> float:
+        """Charge reading files: from the page cache where they fit there, from the disk at the high end."""
+        return 0.0 if self._is_cached(size, pick) else size / self._disk(pick)
+
+    def _is_cached(self, size: float, pick: str) -> bool:
+        cpu = self.machine.tier("cpu")
+        room = (cpu.capacity_bytes if cpu else None) or 0
+        return pick == "low" or (pick == "best" and size * 2 < room)
+
+    def _link(self, pick: str) -> float:
+        sheet = self.gpu.link_bytes_per_s if self.gpu else None
+        return (sheet or self._rate("link_bytes_per_s", pick)) * self._rate("link_share", pick)
+
+    def _flops(self, pick: str) -> float:
+        if self.gpu is None:
+            return (self.machine.cores or 4) * self._rate("cpu_flops_per_core", pick)
+        card = _card(self.gpu)
+        sheet = card.fp16_flops if card else None
+        if sheet is None:
+            sheet = self._known(self.gpu, "gpu_bytes_per_s", pick) * self._rate("gpu_flops_per_byte", pick)
+        return sheet * self._rate("gpu_flops_share", pick)
+
+    def _cost(self, name: str, pick: str) -> float:
+        return float(getattr(self._constant(name), pick))
+
+    def _rate(self, name: str, pick: str) -> float:
+        """Return a speed: the high end of the seconds is at its low end."""
+        return float(getattr(self._constant(name), {"low": "high", "best": "best", "high": "low"}[pick]))
+
+    def _constant(self, name: str) -> Constant:
+        return self.calibration[name]

@@ -1,0 +1,187 @@
+"""The terms of a case, tier by tier: what lies on a GPU, what in the RAM, what the process itself takes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import copy
+from functools import cached_property
+
+from harness import memory_cost
+from harness.calibration import Bytes, Calibration
+from harness.case import Record, Workload
+from harness.inventory import Inventory, Sums
+
+# The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
+PAGE_BYTES = 1 << 20
+
+
+class Parts(Record, frozen=True, kw_only=True):
+    """The terms of one tier.
+
+    Of the weights in the RAM `copied` are anonymous; `mapped` are pages of the file that stay resident and `read` those that every
+    token reads. `overhead` and `heap` are anonymous, `libraries` pages of files. `loading` is needed only while loading, as is the
+    part of the file that is read then, `loading_mapped`.
+    """
+
+    weights: int = 0
+    copied: int = 0
+    mapped: int = 0
+    read: int = 0
+    kv: int = 0
+    activation: Bytes = Bytes()
+    overhead: Bytes = Bytes()
+    heap: Bytes = Bytes()
+    libraries: Bytes = Bytes()
+    loading: Bytes = Bytes()
+    loading_mapped: int = 0
+
+
+class Count:
+    """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
+
+    `tiers` is the tier of each tensor, or the one tier of all. `through_ram` says that everything is loaded there first.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        tiers: Mapping[str, str] | str,
+        load: Workload,
+        calibration: Calibration,
+        through_ram: bool = False,
+    ) -> None:
+        self.inventory, self.tiers, self.work, self.calibration = inventory, tiers, load, calibration
+        self.through_ram = through_ram
+        self.held, self.skeleton, self.blueprint = inventory.held, inventory.skeleton, inventory.blueprint
+        self.sums = inventory.by_tier(tiers)
+        self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
+        self.read = {tier: sums.read for tier, sums in self.sums.items() if sums.read}
+        self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
+        # The device that computes what lies on no GPU.
+        self.main = self.gpus[0] if self.gpus else "cpu"
+        self._copied_at_once: dict[tuple[str, ...], int] = {}
+
+    def longer(self, load: Workload) -> Count:
+        """Return the same case with another workload; what does not depend on it is not counted again."""
+        other = copy(self)
+        other.work = load
+        other.__dict__.pop("kv", None)
+        return other
+
+    @cached_property
+    def kv(self) -> dict[str, int]:
+        """KV cache at the end of the workload, by the device that its layer runs on."""
+        tokens = self.work.prompt_tokens + self.work.new_tokens - 1  # the last token is never fed back
+        layers = memory_cost.kv_bytes(self.skeleton, tokens, self.work.batch, self.held.element_bytes)
+        if isinstance(self.tiers, str):
+            return {self.main: sum(layers)}
+        total: dict[str, int] = defaultdict(int)
+        for size, tier in zip(layers, self._homes, strict=True):
+            total[tier] += size
+        return dict(total)
+
+    @cached_property
+    def _homes(self) -> list[str]:
+        """Where each layer runs: on the tier of its block, or on the first GPU if that is none."""
+        assert not isinstance(self.tiers, str)
+        blocks, count = [self.tiers[path] for path in self.inventory.layers], len(self.skeleton.layers)
+        homes = [blocks[index * len(blocks) // count] if blocks else self.main for index in range(count)]
+        return [tier if tier.startswith("gpu") else self.main for tier in homes]
+
+    def parts(self) -> dict[str, Parts]:
+        """Return the terms of every tier that takes part; the RAM always does."""
+        found = {name: self._on_gpu(name) for name in self.gpus}
+        found["cpu"] = self._in_ram()
+        if "disk" in self.weights:
+            found["disk"] = Parts(weights=self.weights["disk"])
+        return found
+
+    def _on_gpu(self, name: str) -> Parts:
+        constant, kv = self.calibration, self.kv.get(name, 0)
+        runs = self.inventory.gpu_prefill.bytes(self.work)
+        brought = self._brought(("cpu", "disk")) if name == self.main else 0
+        return Parts(
+            weights=self.weights[name],
+            kv=kv,
+            activation=constant["gpu_activation_share"].amount(runs) + _exact(brought),
+            overhead=self._on_card + constant["gpu_fragmentation_share"].amount(kv + runs),
+            loading=self._in_flight(name),
+        )
+
+    @cached_property
+    def _on_card(self) -> Bytes:
+        return self.calibration["gpu_context_bytes"].amount() + self.calibration["gpu_workspace_bytes"].amount()
+
+    def _brought(self, homes: tuple[str, ...]) -> int:
+        """Return what accelerate copies at once of what lies in these tiers: one module's tensors."""
+        if homes not in self._copied_at_once:
+            if not self.weights.keys() & set(homes):
+                return 0
+            tiers = self.tiers
+            sizes = (size for path, size in self.inventory.modules if (tiers if isinstance(tiers, str) else tiers[path]) in homes)
+            self._copied_at_once[homes] = max(sizes, default=0)
+        return self._copied_at_once[homes]
+
+    def _in_flight(self, name: str) -> Bytes:
+        """Return what lies on the GPU only while loading: 16-bit copies of what is quantised there. Casts are made in the RAM."""
+        copy_bytes = self.inventory.largest_copy if self.sums[name].quantised else 0
+        return Bytes(best=2.0 * copy_bytes, high=max(4.0 * copy_bytes, self.inventory.largest))
+
+    def _in_ram(self) -> Parts:
+        here = self.sums.get("cpu") or Sums()
+        # Weights on a GPU are read from the file as well, which leaves its pages resident while loading.
+        touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
+        away = self.sums.get("disk") or Sums()
+        # So are tensors that are cast and written anew to the offload folder.
+        file = here.made_from + away.made_from + sum(self.sums[gpu].stored for gpu in self.gpus)
+        runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work)
+        return Parts(
+            weights=self.weights.get("cpu", 0),
+            copied=int(here.made),
+            # Tensors that stay views keep the whole file mapped, and with it the pages that were read to make the others.
+            mapped=int(touched + file) if here.viewed else 0,
+            read=int(here.viewed_used),
+            kv=self.kv.get("cpu", 0),
+            # What lies on the disk passes through the RAM, wherever it is computed.
+            activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(self._brought(("disk",))),
+            overhead=self._process,
+            heap=self._heap(here) + self.calibration["heap_share_disk"].amount(away.made),
+            libraries=self._libraries,
+            loading=_exact(self.inventory.total.made if self.through_ram else 0),
+            loading_mapped=int(file),
+        )
+
+    @cached_property
+    def _process(self) -> Bytes:
+        constant = self.calibration
+        total = constant["ram_import_anon_bytes"].amount()
+        if self.held.quantizer:
+            total += constant["ram_bitsandbytes_bytes"].amount()
+        if self.blueprint.tokenizer:
+            total += constant["ram_tokenizer_bytes_per_token"].amount(self.skeleton.vocab_size)
+        return total + constant["ram_cuda_bytes"].amount() if self.gpus else total
+
+    @cached_property
+    def _libraries(self) -> Bytes:
+        total = self.calibration["ram_import_file_bytes"].amount()
+        return total + self.calibration["ram_cuda_file_bytes"].amount() if self.gpus else total
+
+    def _heap(self, here: Sums) -> Bytes:
+        """Return what the heap keeps of the copies that quantising on the processor makes and frees again.
+
+        What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
+        them, but for those large enough to be mapped one by one.
+        """
+        total = self.calibration["heap_share_stack"].amount(here.stacked)
+        if not here.quantised or self.gpus:
+            return total
+        return total + self.calibration[f"heap_share_{self.held.quantizer}"].amount(here.kept_copies)
+
+    def _rows_touched(self) -> int:
+        """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
+        return (self.work.prompt_tokens + self.work.new_tokens) * PAGE_BYTES
+
+
+def _exact(size: float) -> Bytes:
+    return Bytes(low=size, best=size, high=size)

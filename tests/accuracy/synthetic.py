@@ -1,0 +1,66 @@
+"""Make models of random weights and different shape: `python synthetic.py DIRECTORY NAME`. A process of its own, for its memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CodeGenConfig,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
+
+# name -> dtype of the file, shape. Tied and untied heads, biases, grouped heads, explicit head_dim, experts; 0.16 to 1.1 B.
+MODELS: dict[str, tuple[torch.dtype, type[PretrainedConfig], dict[str, Any]]] = {
+    "neox": (
+        torch.bfloat16,
+        GPTNeoXConfig,
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 50304},
+    ),
+    "gemma2": (
+        torch.float32,
+        Gemma2Config,
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 64000},
+    ),
+    "moe": (
+        torch.bfloat16,
+        Qwen3MoeConfig,
+        {"hidden_size": 768, "intermediate_size": 2048, "moe_intermediate_size": 384, "num_hidden_layers": 10,
+         "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4,
+         "vocab_size": 50000},
+    ),
+    "codegen": (torch.float16, CodeGenConfig, {"n_embd": 1024, "n_layer": 20, "n_head": 16, "rotary_dim": 32, "vocab_size": 51200}),
+    "qwen2": (
+        torch.bfloat16,
+        Qwen2Config,
+        {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+         "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    ),
+    "llama": (
+        torch.bfloat16,
+        LlamaConfig,
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+         "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False},
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    directory, name = sys.argv[1:]
+    dtype, config, sizes = MODELS[name]
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(Path(directory) / name)
+
+
+if __name__ == "__main__":
+    main()

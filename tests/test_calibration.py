@@ -1,0 +1,93 @@
+"""Constants with an origin, and what results of this machine make of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from harness.calibration import BOUND, correct, default, device_of
+from harness.case import Case, Estimate, Machine, Outcome, Result, Span, TierEstimate
+from harness.units import GIB
+from tests import builders
+
+HERE = builders.machine()
+
+
+def estimate(tok_s: float = 10.0, corrections: dict[str, float] | None = None) -> Estimate:
+    tier = TierEstimate(
+        weights_bytes=GIB,
+        kv_bytes=0,
+        activation_bytes=0,
+        overhead_bytes=0,
+        allocated_bytes=GIB,
+        peak_bytes=GIB,
+        load_peak_bytes=GIB,
+        low_bytes=GIB,
+        high_bytes=GIB,
+        capacity_bytes=None,
+    )
+    return Estimate(
+        tiers={"cpu": tier},
+        load_s=Span(low=1, best=2, high=4),
+        first_token_s=Span(low=0.5, best=1, high=2),
+        decode_tok_s=Span(low=tok_s / 2, best=tok_s, high=tok_s * 2),
+        corrections=corrections or {},
+    )
+
+
+def ran(token_s: float = 0.05, *, expected: Estimate | None = None, of: Case | None = None, machine: Machine = HERE) -> Result:
+    metrics = {"load_s": 4.0, "first_token_s": 0.5, "token_p50_s": token_s}
+    return builders.result(of, metrics=metrics, estimate=expected or estimate(), machine=machine)
+
+
+def test_every_constant_has_an_interval_and_an_origin() -> None:
+    for name, constant in default().constants.items():
+        assert constant.low <= constant.best <= constant.high, name
+        assert re.match(r"(measured|published|estimate|torch)[:, ]", constant.origin), name
+
+
+def test_results_give_the_ratio_of_measured_and_estimated() -> None:
+    found = correct([ran()])
+    key = ("cpu", "bf16")
+    ratios = [found.ratio(figure, *key) for figure in ("load", "first_token", "token")]
+    assert [round(ratio.best, 3) for ratio in ratios if ratio] == [2.0, 0.5, 0.5]
+    assert found.ratio("token", "cpu", "int8") is None
+
+
+def test_the_median_counts_and_the_interval_holds_all() -> None:
+    found = correct([ran(seconds) for seconds in (0.04, 0.05, 0.2)]).ratio("token", "cpu", "bf16")
+    assert found is not None
+    assert (found.best, found.results) == (0.5, 3)
+    assert found.low <= 0.4
+    assert found.high >= 2.0
+
+
+def test_a_correction_is_not_applied_twice() -> None:
+    """The second run was estimated with the first one's ratio; both must give the same."""
+    first = correct([ran()]).ratio("token", "cpu", "bf16")
+    assert first is not None
+    corrected = estimate(tok_s=10.0 / first.best, corrections={"token": first.best})
+    again = correct([ran(expected=corrected)]).ratio("token", "cpu", "bf16")
+    assert again is not None
+    assert again.best == pytest.approx(first.best)
+
+
+def test_only_what_ran_here_and_to_its_end_counts() -> None:
+    other = builders.machine(builders.gpu())
+    failed = builders.result(outcome=Outcome.OOM, estimate=estimate(), metrics={"token_p50_s": 1.0})
+    assert correct([failed, ran(machine=other), builders.result()], HERE).ratios == {}
+
+
+def test_a_machine_that_was_busy_does_not_spoil_everything() -> None:
+    found = correct([ran(1e6)]).ratio("token", "cpu", "bf16")
+    assert found is not None
+    assert found.best == BOUND
+
+
+KINDS = [("cpu", "cpu"), ("gpu:0", "gpu"), ("gpu:0 gpu:1", "gpu"), ("gpu:0 cpu", "gpu+spill"), ("cpu disk", "cpu+disk")]
+
+
+@pytest.mark.parametrize(("tiers", "device"), KINDS)
+def test_what_computes_and_what_is_read_decide_the_kind(tiers: str, device: str) -> None:
+    assert device_of(dict.fromkeys(tiers.split(), 1)) == device

