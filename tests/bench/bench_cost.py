@@ -98,7 +98,7 @@ def test_agrees_with_a_plain_script(
         memory = metrics["ram_peak_bytes"] / script["ram_peak_bytes"]  # type: ignore[operator]
         pairs.append((memory, metrics["decode_tok_s"] / statistics.median(script["decode_tok_s"])))
 
-    benchmark.pedantic(pair, rounds=5)
+    benchmark.pedantic(pair, rounds=3)
     memory, decode = (statistics.median(column) for column in zip(*pairs, strict=True))
     figures.append(Figure(what=f"{precision}: peak RAM against a plain script", measured=f"{memory - 1:+.2%}", limit="2 %"))
     figures.append(Figure(what=f"{precision}: decode tokens/s against it", measured=f"{decode - 1:+.2%}", limit="5 %"))
