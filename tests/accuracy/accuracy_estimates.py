@@ -19,6 +19,7 @@ from harness import blueprint, calibration, catalog, checkpoint, cost, machine, 
 from harness.case import Case, Machine, Outcome, Plan, Result, Verdict, Workload
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
+from harness.metrics import METRICS
 from harness.placement import PLACEMENTS
 from harness.planner import Planner
 from harness.precision import PRECISIONS
@@ -27,6 +28,7 @@ from harness.runner import Run, Setting, Subject
 from harness.skeleton import catalog as known
 from harness.tier_cost import Count
 from harness.units import GIB, format_seconds, format_share
+from tests.accuracy.chart import Pair
 from tests.accuracy.conftest import Figure
 
 HERE = Path(__file__).parent
@@ -134,21 +136,26 @@ def _run(plan: Plan, location: Path, setting: Setting) -> Result:
     return run.finish()
 
 
-def _errors(results: Sequence[Result], key: str, *, quantised: bool) -> list[float]:
+def _pairs(results: Sequence[Result], key: str, *, quantised: bool) -> list[Pair]:
     found = []
     for result in results:
         assert result.estimate is not None
         tier = result.estimate.tiers["cpu"]
         estimated = tier.load_peak_bytes if key == "load_ram_peak_bytes" else tier.anon_bytes if "anon" in key else tier.peak_bytes
         if (PRECISIONS[result.case.precision].quantization is not None) == quantised:
-            found.append(estimated / result.metrics[key] - 1)
+            label = METRICS[key].label
+            found.append(Pair(case=result.id, figure=label, estimated=estimated, measured=result.metrics[key]))
     return found
 
 
 @pytest.mark.parametrize("key", ["load_ram_peak_bytes", "ram_peak_bytes", "ram_anon_peak_bytes"])
 @pytest.mark.parametrize(("quantised", "median", "most"), [(False, 0.05, 0.10), (True, 0.10, 0.20)])
-def test_ram_here(results: list[Result], figures: list[Figure], key: str, quantised: bool, median: float, most: float) -> None:
-    errors = _errors(results, key, quantised=quantised)
+def test_ram_here(
+    results: list[Result], figures: list[Figure], pairs: list[Pair], key: str, quantised: bool, median: float, most: float
+) -> None:
+    found = _pairs(results, key, quantised=quantised)
+    pairs += found
+    errors = [pair.estimated / pair.measured - 1 for pair in found]
     which = "int8 and int4" if quantised else "fp32, bf16, fp16"
     wanted = f"median {median:.0%}, 90th {most:.0%}".replace("%", " %")
     figures.append(Figure(what=f"{key}, {which}", rows=len(errors), found=said(errors), wanted=wanted))
@@ -173,7 +180,7 @@ def test_no_promise_is_broken(results: list[Result], figures: list[Figure]) -> N
 
 
 def test_speed_after_one_calibration_run(
-    results: list[Result], figures: list[Figure], here: Machine, models: dict[str, Path]
+    results: list[Result], figures: list[Figure], pairs: list[Pair], here: Machine, models: dict[str, Path]
 ) -> None:
     """The default model calibrates; the others are predicted."""
     run = [result for result in results if result.case.model == catalog.DEFAULT]
@@ -185,7 +192,9 @@ def test_speed_after_one_calibration_run(
             drawn = blueprint.of_checkpoint(result.case.model, str(location), checkpoint.read(location), location)
             estimate = Planner(drawn, here, constants=constants).plan(result.case).estimate
             assert estimate is not None
-            errors.append(estimate.decode_tok_s.best * result.metrics["token_p50_s"] - 1)
+            measured, said_before = 1 / result.metrics["token_p50_s"], estimate.decode_tok_s.best
+            pairs.append(Pair(case=result.id, figure="decode, tokens/s", estimated=said_before, measured=measured))
+            errors.append(said_before / measured - 1)
     near = sum(abs(error) <= 0.3 for error in errors) / len(errors)
     figures.append(
         Figure(what="decode tokens/s after calibration, within 30 %", rows=len(errors), found=format_share(near), wanted="90 %")

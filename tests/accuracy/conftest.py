@@ -10,6 +10,9 @@ import pytest
 
 from harness import machine
 from harness.case import Record
+from harness.units import GIB
+from tests.accuracy import chart
+from tests.accuracy.chart import Pair
 
 REPORT = Path(__file__).parents[2] / "reports" / "accuracy.md"
 
@@ -31,6 +34,41 @@ def figures(request: pytest.FixtureRequest) -> Iterator[list[Figure]]:
     if found and not request.config.option.keyword:
         REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text(report(found), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def pairs(request: pytest.FixtureRequest) -> Iterator[list[Pair]]:
+    """Estimated and measured values, case by case: the charts beside the report, and its last table."""
+    found: list[Pair] = []
+    yield found
+    if found and not request.config.option.keyword:
+        for name, unit, scale in (("memory", "GiB", float(GIB)), ("speed", "tokens/s", 1.0)):
+            chosen = [pair for pair in found if ("tokens/s" in pair.figure) == (name == "speed")]
+            chart.write(REPORT.with_name(f"accuracy-{name}.svg"), chosen, unit, scale)
+        with REPORT.open("a", encoding="utf-8") as file:
+            file.write(details(found))
+
+
+def details(found: list[Pair]) -> str:
+    """List every case with estimated / measured."""
+    figures = list(dict.fromkeys(pair.figure for pair in found))
+    by_case: dict[str, dict[str, float]] = {}
+    for pair in found:
+        by_case.setdefault(pair.case, {})[pair.figure] = pair.estimated / pair.measured
+    lines = [
+        "",
+        "![memory](accuracy-memory.svg) ![speed](accuracy-speed.svg)",
+        "",
+        "Estimated / measured, case by case:",
+        "",
+        f"| case | {' | '.join(figures)} |",
+        "|---" * (len(figures) + 1) + "|",
+        *(
+            f"| {case} | {' | '.join(f'{ratios[name]:.2f}' if name in ratios else '' for name in figures)} |"
+            for case, ratios in by_case.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def report(found: list[Figure]) -> str:
