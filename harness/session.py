@@ -106,9 +106,10 @@ class Session:
                 self._locations[name] = catalog.fetch(self.sources[name], progress=progress)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name])
-            self._blueprint(name)
         if self.worker_main is None and runnable:
             process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
+        for name in runnable:
+            self._blueprint(name)
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all of its cases: what is too big names one that fits."""

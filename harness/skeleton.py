@@ -35,7 +35,7 @@ _SHAPELESS = frozenset((
     "eos_token_id", "gmask_token_id", "hidden_act", "hidden_activation", "hidden_dropout", "initializer_range",
     "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "mask_token_id", "output_router_logits", "pad_token_id",
     "pretraining_tp", "quantization_config", "resid_pdrop", "rms_norm_eps", "rope_local_base_freq", "rope_theta",
-    "rotary_emb_base", "router_aux_loss_coef", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    "rotary_emb_base", "router_aux_loss_coef", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
 ))
 # Where positions are computed, the context length has no tensor.
 _ROTARY = frozenset((
@@ -198,8 +198,21 @@ def fingerprint(config: Mapping[str, Any]) -> str:
         ignored.add("max_position_embeddings")
     if config.get("use_sliding_window") is False:
         ignored |= {"sliding_window", "max_window_layers"}
+    if "partial_rotary_factor" not in (config.get("rope_parameters") or {}):
+        ignored.add("rope_parameters")
+    if _has_default_heads(config):
+        ignored.add("head_dim")
     kept = {key: value for key, value in config.items() if key not in ignored}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _has_default_heads(config: Mapping[str, Any]) -> bool:
+    """Tell whether a written head_dim says no more than its absence: transformers writes it into the configs that it saves."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    is_divided = (
+        config.get("model_type") in ("llama", "mistral") and isinstance(hidden, int) and isinstance(heads, int) and heads > 0
+    )
+    return is_divided and config.get("head_dim") == hidden // heads
 
 
 class Entry(Record, frozen=True, kw_only=True):

@@ -60,7 +60,8 @@ def test_int4_takes_less_than_bf16(results: dict[str, Result]) -> None:
 
 def test_disk_really_uses_the_disk(results: dict[str, Result]) -> None:
     assert results["bf16/disk"].metrics["disk_bytes"] > 0
-    assert results["bf16/disk"].metrics["top1_agreement"] > 0.99 or results["bf16/disk"].quality is not None
+    # The disk came first, so the RAM is compared with it: the same weights must predict the same tokens.
+    assert results["bf16/cpu"].metrics["top1_agreement"] > 0.99
 
 
 def test_what_cannot_work_is_known_without_loading(results: dict[str, Result]) -> None:
