@@ -210,10 +210,9 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 def _has_default_heads(config: Mapping[str, Any]) -> bool:
     """Tell whether a written head_dim says no more than its absence: transformers writes it into the configs that it saves."""
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    is_divided = (
-        config.get("model_type") in ("llama", "mistral") and isinstance(hidden, int) and isinstance(heads, int) and heads > 0
-    )
-    return is_divided and config.get("head_dim") == hidden // heads
+    if config.get("model_type") not in ("llama", "mistral") or not isinstance(hidden, int) or not isinstance(heads, int):
+        return False
+    return heads > 0 and config.get("head_dim") == hidden // heads
 
 
 class Entry(Record, frozen=True, kw_only=True):
