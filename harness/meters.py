@@ -6,7 +6,7 @@ Elsewhere the peak is the highest sample, and is marked as sampled.
 
 from __future__ import annotations
 
-import os
+import mmap
 import sys
 import threading
 import time
@@ -20,7 +20,7 @@ from harness import nvml
 from harness.case import Record, Timeline
 
 LINUX = sys.platform == "linux"
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+_PAGE = mmap.PAGESIZE
 _RESET_PEAK = "5"  # proc(5): writing 5 to clear_refs sets the peak of resident memory to its current value
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import array
 import ctypes
-import os
+import mmap
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_PAGE = mmap.PAGESIZE
 _PRESENT = 1 << 63
 _MADV_POPULATE_READ = 22
 
