@@ -27,26 +27,23 @@ class Figure(Record, frozen=True, kw_only=True):
 
 
 @pytest.fixture(scope="session")
-def figures(request: pytest.FixtureRequest) -> Iterator[list[Figure]]:
-    """A list to add to; the report is written unless only some were chosen with -k."""
+def figures(request: pytest.FixtureRequest, pairs: list[Pair]) -> Iterator[list[Figure]]:
+    """A list to add to; report and charts are written unless only some were chosen with -k."""
     found: list[Figure] = []
     yield found
-    if found and not request.config.option.keyword:
-        REPORT.parent.mkdir(exist_ok=True)
-        REPORT.write_text(report(found), encoding="utf-8")
+    if not found or request.config.option.keyword:
+        return
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(report(found) + details(pairs), encoding="utf-8")
+    for name, unit, scale in (("memory", "GiB", float(GIB)), ("speed", "tokens/s", 1.0)):
+        chosen = [pair for pair in pairs if ("tokens/s" in pair.figure) == (name == "speed")]
+        chart.write(REPORT.with_name(f"accuracy-{name}.svg"), chosen, unit, scale)
 
 
 @pytest.fixture(scope="session")
-def pairs(request: pytest.FixtureRequest) -> Iterator[list[Pair]]:
-    """Estimated and measured values, case by case: the charts beside the report, and its last table."""
-    found: list[Pair] = []
-    yield found
-    if found and not request.config.option.keyword:
-        for name, unit, scale in (("memory", "GiB", float(GIB)), ("speed", "tokens/s", 1.0)):
-            chosen = [pair for pair in found if ("tokens/s" in pair.figure) == (name == "speed")]
-            chart.write(REPORT.with_name(f"accuracy-{name}.svg"), chosen, unit, scale)
-        with REPORT.open("a", encoding="utf-8") as file:
-            file.write(details(found))
+def pairs() -> list[Pair]:
+    """Estimated and measured values, case by case: for the charts beside the report, and for its last table."""
+    return []
 
 
 def details(found: list[Pair]) -> str:
