@@ -18,6 +18,10 @@ from harness.case import Estimate, Machine, Outcome, Record, Result
 
 # A ratio beyond this is another kind of trouble (a busy machine, swapping), not a property of the machine.
 BOUND = 16.0
+# Less than this of what is left of a token beside its bytes says that the bandwidth was underrated, not the processor.
+_FASTEST = 0.25
+# Where less than this share of a token is left beside its bytes, the result tells nothing of the rest.
+_TELLING = 0.2
 # What a corrected figure may still be off by, with one result and with many.
 SPREAD_ONE, SPREAD_MANY = 1.35, 1.2
 
@@ -120,8 +124,12 @@ def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float]]:
     device = device_of({name: tier for name, tier in estimate.tiers.items() if tier.weights_bytes})
     for figure, seconds in measured.items():
         if seconds and estimated[figure]:
-            plain = estimated[figure] / estimate.corrections.get(figure, 1.0)
-            yield f"{figure}/{device}/{result.case.precision}", min(max(seconds / plain, 1 / BOUND), BOUND)
+            fixed = estimate.fixed_token_s if figure == TOKEN else 0.0
+            plain = (estimated[figure] - fixed) / estimate.corrections.get(figure, 1.0)
+            if plain < _TELLING * (plain + fixed):
+                continue
+            least = _FASTEST if fixed else 1 / BOUND
+            yield f"{figure}/{device}/{result.case.precision}", min(max((seconds - fixed) / plain, least), BOUND)
 
 
 def _summary(ratios: list[float]) -> Ratio:

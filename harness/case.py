@@ -142,13 +142,18 @@ class TierEstimate(Record, frozen=True, kw_only=True):
 
 
 class Estimate(Record, frozen=True, kw_only=True):
-    """What the planner expects of a case. `corrections` are the factors that results of this machine put into the seconds."""
+    """What the planner expects of a case.
+
+    `corrections` are the factors that results of this machine put into the seconds; of a token's seconds they leave `fixed_token_s`
+    as it is, the bytes that it reads over the bandwidth that was measured.
+    """
 
     tiers: dict[str, TierEstimate]
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
     corrections: dict[str, float] = {}
+    fixed_token_s: float = 0.0
 
 
 class Plan(Record, frozen=True, kw_only=True):

@@ -48,8 +48,15 @@ def packed_bits(blueprint: Blueprint) -> float:
 def estimate(count: Count, precision: str, machine: Machine) -> Estimate:
     """Return what a case is expected to need, tier by tier, and how fast it runs."""
     tiers = memory(count, machine)
-    load_s, first_token_s, decode_tok_s, corrections = seconds(effort(count, precision), count.work, machine, count.calibration)
-    return Estimate(tiers=tiers, load_s=load_s, first_token_s=first_token_s, decode_tok_s=decode_tok_s, corrections=corrections)
+    spent = seconds(effort(count, precision), count.work, machine, count.calibration)
+    return Estimate(
+        tiers=tiers,
+        load_s=spent.load_s,
+        first_token_s=spent.first_token_s,
+        decode_tok_s=spent.decode_tok_s,
+        corrections=spent.corrections,
+        fixed_token_s=spent.fixed_token_s,
+    )
 
 
 def memory(count: Count, machine: Machine) -> dict[str, TierEstimate]:

@@ -36,11 +36,24 @@ class Effort(Record, frozen=True, kw_only=True):
     to_gpu_bytes: int
 
 
-def seconds(
-    effort: Effort, load: Workload, machine: Machine, calibration: Calibration
-) -> tuple[Span, Span, Span, dict[str, float]]:
-    """Return load seconds, seconds to the first token, tokens/s, and the corrections that are in them."""
+class Seconds(Record, frozen=True, kw_only=True):
+    """The fields of an Estimate that say how long."""
+
+    load_s: Span
+    first_token_s: Span
+    decode_tok_s: Span
+    corrections: dict[str, float]
+    fixed_token_s: float
+
+
+def seconds(effort: Effort, load: Workload, machine: Machine, calibration: Calibration) -> Seconds:
+    """Return load seconds, seconds to the first token, tokens/s, and what of them results of this machine corrected.
+
+    The correction of a token is one of the processor, not of the memory: a small model that calibrates spends its time between
+    the Linears, and would make a large one, which waits for its weights, too fast or too slow.
+    """
     clock = _Clock(effort, load, machine, calibration)
+    fixed = {TOKEN: clock.fixed()}
     spans = {
         LOAD: [clock.load(pick) for pick in PICKS],
         FIRST_TOKEN: [clock.first_token(pick) for pick in PICKS],
@@ -50,11 +63,17 @@ def seconds(
     for figure, values in spans.items():
         ratio = calibration.ratio(figure, effort.device, effort.precision)
         if ratio is not None:
-            best = values[1]
-            spans[figure] = [best * ratio.low, best * ratio.best, best * ratio.high]
+            kept = fixed.get(figure, 0.0)
+            best = kept + (values[1] - kept) * ratio.best
+            spans[figure] = [best * ratio.low / ratio.best, best, best * ratio.high / ratio.best]
             corrections[figure] = ratio.best
-    slow_to_fast = [load.batch / value for value in reversed(spans[TOKEN])]
-    return _span(spans[LOAD]), _span(spans[FIRST_TOKEN]), _span(slow_to_fast), corrections
+    return Seconds(
+        load_s=_span(spans[LOAD]),
+        first_token_s=_span(spans[FIRST_TOKEN]),
+        decode_tok_s=_span([load.batch / value for value in reversed(spans[TOKEN])]),
+        corrections=corrections,
+        fixed_token_s=fixed[TOKEN],
+    )
 
 
 def _span(values: list[float]) -> Span:
@@ -102,8 +121,16 @@ class _Clock:
         effort = self.effort
         kind = "host" if self.gpu else "cpu"
         host = effort.layers * self._cost(f"{kind}_s_per_layer{self.suffix}", pick)
-        moved = sum(size / self._path(name, pick) for name, size in effort.read.items())
-        return max(host, moved) if self.gpu else host + moved
+        return max(host, self._moved(pick)) if self.gpu else host + self._moved(pick)
+
+    def fixed(self) -> float:
+        """Return what of a token's seconds is settled: reading the RAM at a measured bandwidth."""
+        cpu = self.machine.tier("cpu")
+        is_measured = cpu is not None and cpu.bytes_per_s and self.effort.read.keys() == {"cpu"}
+        return self._moved("best") if is_measured and not self.gpu else 0.0
+
+    def _moved(self, pick: str) -> float:
+        return sum(size / self._path(name, pick) for name, size in self.effort.read.items())
 
     def _path(self, tier: str, pick: str) -> float:
         """Return the bytes per second from a tier to what computes."""
@@ -119,7 +146,7 @@ class _Clock:
         return tier.bytes_per_s if tier is not None and tier.bytes_per_s else self._rate(constant, pick)
 
     def _ram(self, pick: str) -> float:
-        kind = self.effort.quantizer or ("fp32" if self.effort.dtype == "float32" else "16bit")
+        kind = self.effort.quantizer or self.effort.dtype
         known = self._known(self.machine.tier("cpu"), "ram_bytes_per_s", pick)
         return known * self._rate(f"ram_bandwidth_share_{kind}", pick)
 

@@ -14,7 +14,7 @@ from tests import builders
 HERE = builders.machine()
 
 
-def estimate(tok_s: float = 10.0, corrections: dict[str, float] | None = None) -> Estimate:
+def estimate(tok_s: float = 10.0, corrections: dict[str, float] | None = None, fixed_token_s: float = 0.0) -> Estimate:
     tier = TierEstimate(
         weights_bytes=GIB,
         kv_bytes=0,
@@ -33,6 +33,7 @@ def estimate(tok_s: float = 10.0, corrections: dict[str, float] | None = None) -
         first_token_s=Span(low=0.5, best=1, high=2),
         decode_tok_s=Span(low=tok_s / 2, best=tok_s, high=tok_s * 2),
         corrections=corrections or {},
+        fixed_token_s=fixed_token_s,
     )
 
 
@@ -71,6 +72,18 @@ def test_a_correction_is_not_applied_twice() -> None:
     again = correct([ran(expected=corrected)]).ratio("token", "cpu", "bf16")
     assert again is not None
     assert again.best == pytest.approx(first.best)
+
+
+@pytest.mark.parametrize(("measured", "ratio"), [(0.07, 0.5), (0.1, 1.0), (0.16, 2.0), (0.03, 0.25)])
+def test_reading_at_a_measured_bandwidth_is_not_corrected(measured: float, ratio: float) -> None:
+    """Of 0.1 s a token 0.04 are settled; all that was measured more or less belongs to the other 0.06."""
+    found = correct([ran(measured, expected=estimate(fixed_token_s=0.04))]).ratio("token", "cpu", "bf16")
+    assert found is not None
+    assert found.best == pytest.approx(ratio)
+
+
+def test_a_token_that_is_nearly_all_reading_tells_nothing_of_the_rest() -> None:
+    assert correct([ran(expected=estimate(fixed_token_s=0.09))]).ratio("token", "cpu", "bf16") is None
 
 
 def test_only_what_ran_here_and_to_its_end_counts() -> None:
