@@ -11,6 +11,7 @@ What a term means:
 
 from __future__ import annotations
 
+from harness import memory_cost
 from harness.blueprint import Blueprint
 from harness.calibration import device_of
 from harness.case import Estimate, Machine, Tier, TierEstimate
@@ -28,21 +29,30 @@ _CACHE_PASSES = 3
 def kept(precision: Precision, dtype: str, blueprint: Blueprint) -> Kept:
     """Say how this precision holds this model: one that is quantised already stays so."""
     if blueprint.packed is not None and not blueprint.packed.unpacks:
-        return Kept(dtype=dtype, packed_bits=packed_bits(blueprint))
+        bits, experts = packed_bits(blueprint)
+        return Kept(dtype=dtype, packed_bits=bits, packed_experts=experts)
     settings = precision.quantization or {}
     quantizer = "int4" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else None
-    return Kept(dtype=dtype, quantizer=quantizer)
+    return Kept(dtype=dtype, quantizer=quantizer, nested=settings.get("bnb_4bit_use_double_quant", False))
 
 
-def packed_bits(blueprint: Blueprint) -> float:
-    """Return bits per quantised weight, scales and zeros included: from the headers where they were read, else from the scheme."""
+def packed_bits(blueprint: Blueprint) -> tuple[float, bool]:
+    """Return bits per quantised weight, scales and zeros included, and whether stacked experts are quantised as well.
+
+    From the headers where they were read: the experts are if the files are too small to hold them in 16 bits. Else from the scheme.
+    """
     packed, weights = blueprint.packed, [w for w in blueprint.skeleton.weights if not w.tied_to and w.tensor.kind != "unsaved"]
     assert packed is not None
     quantised = sum(weight.elements for weight in weights if weight.quantises)
-    if blueprint.tensor_bytes is not None and quantised:
-        plain = sum(weight.elements * 2 for weight in weights if not weight.quantises)
-        return max(8.0 * (blueprint.tensor_bytes - plain) / quantised, 1.0)
-    return packed.bits + ((16 + packed.bits) / packed.group if packed.group else 0.0)
+    experts = sum(weight.elements for weight in weights if memory_cost.is_stacked(weight))
+    plain = 2 * (sum(weight.elements for weight in weights) - quantised)
+    if blueprint.tensor_bytes is None or not quantised + experts:
+        return packed.bits + ((16 + packed.bits) / packed.group if packed.group else 0.0), bool(experts)
+    if experts and blueprint.tensor_bytes < plain:
+        plain, quantised = plain - 2 * experts, quantised + experts
+    else:
+        experts = 0
+    return max(8.0 * (blueprint.tensor_bytes - plain) / max(quantised, 1), 1.0), bool(experts)
 
 
 def estimate(count: Count, precision: str, machine: Machine) -> Estimate:

@@ -136,7 +136,7 @@ class Inventory:
 
     def _stacks(self, weight: Weight) -> bool:
         """Say whether transformers stacks a tensor from what files hold expert by expert; GPT-OSS's files have the stacks."""
-        return len(weight.tensor.shape) == 3 and "experts" in weight.path and self.skeleton.model_type != "gpt_oss"
+        return memory_cost.is_stacked(weight) and self.skeleton.model_type != "gpt_oss"
 
     def _parts_kept(self, weight: Weight, size: int) -> float:
         """Return what the heap may keep of the experts that a stack is made from: their casts, else what joining two takes.

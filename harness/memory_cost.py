@@ -8,9 +8,12 @@ from harness.case import Record, Workload
 from harness.devicemap import DTYPE_BYTES
 from harness.skeleton import Attention, Skeleton, Tensor, Weight
 
-# bitsandbytes: one float32 scale for 64 weights of nf4, one float32 for each row of LLM.int8, 16 float32 of code book a module.
+# bitsandbytes: one float32 scale for 64 weights of nf4 or fp4, one for each output of LLM.int8, 16 float32 of code book a module.
+# Nested, the scales are bytes, with a float32 for 256 of them, one for the module, and a code book of their own of 256 float32.
 NF4_BLOCK = 64
 NF4_CODE_BYTES = 64
+NESTED_BLOCK = 256
+NESTED_CODE_BYTES = 1024
 
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
 EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))
@@ -19,11 +22,17 @@ PLAIN_GELU = frozenset(("codegen", "gptj", "gpt2", "gpt_neo", "phi", "chatglm"))
 
 
 class Kept(Record, frozen=True, kw_only=True):
-    """How the weights of a case are held: dtype of what is not quantised, and bitsandbytes' scheme, "int8", "int4" or None."""
+    """How the weights of a case are held: dtype of what is not quantised, and bitsandbytes' scheme, "int8", "int4" or None.
+
+    `nested`: the scales of int4 are quantised as well ("double quantisation"). `packed_bits` a weight, scales included, are those
+    of a checkpoint that is quantised already, and with `packed_experts` of its stacked experts too.
+    """
 
     dtype: str
     quantizer: str | None = None
+    nested: bool = False
     packed_bits: float | None = None
+    packed_experts: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -33,21 +42,34 @@ class Kept(Record, frozen=True, kw_only=True):
 def weight_bytes(skeleton: Skeleton, kept: Kept) -> dict[str, int]:
     """Return the bytes of every tensor by path, tied ones 0, buffers included.
 
-    int8: a byte a weight and a float32 a row (LLM.int8's SCB); int4: half a byte and a float32 for 64 weights (nf4's absmax),
-    a code book a module. Biases, norms, embeddings and the head keep the dtype.
+    int8: a byte a weight and a float32 an output (LLM.int8's SCB); int4: half a byte and a float32 for 64 weights (absmax of nf4
+    or fp4), a code book a module. Biases, norms, embeddings, stacked experts and the head keep the dtype.
     """
-    return {weight.path: 0 if weight.tied_to else _held(weight, kept) for weight in skeleton.weights}
+    return {
+        weight.path: 0 if weight.tied_to else _held(weight, kept, module.block.linear == "conv1d")
+        for module in skeleton.modules
+        for weight in module.weights
+    }
 
 
-def _held(weight: Weight, kept: Kept) -> int:
+def _held(weight: Weight, kept: Kept, transposed: bool) -> int:
     tensor, elements = weight.tensor, weight.elements
-    if not weight.quantises or (kept.quantizer is None and kept.packed_bits is None):
-        return elements * _width(tensor, kept.dtype)
-    if kept.packed_bits is not None:
+    if kept.packed_bits is not None and (weight.quantises or (kept.packed_experts and is_stacked(weight))):
         return int(elements * kept.packed_bits / 8)
+    if not weight.quantises or kept.quantizer is None:
+        return elements * _width(tensor, kept.dtype)
     if kept.quantizer == "int8":
-        return elements + 4 * tensor.shape[0]
-    return -(-elements // 2) + 4 * -(-elements // NF4_BLOCK) + NF4_CODE_BYTES
+        return elements + 4 * tensor.shape[1 if transposed else 0]
+    return -(-elements // 2) + _scales(-(-elements // NF4_BLOCK), kept.nested) + NF4_CODE_BYTES
+
+
+def _scales(blocks: int, nested: bool) -> int:
+    return blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + NESTED_CODE_BYTES if nested else 4 * blocks
+
+
+def is_stacked(weight: Weight) -> bool:
+    """Say whether a tensor holds the weights of all experts of a layer, as transformers 5 stacks them."""
+    return len(weight.tensor.shape) == 3 and "experts" in weight.path
 
 
 def _width(tensor: Tensor, dtype: str) -> int:

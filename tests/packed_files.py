@@ -1,0 +1,73 @@
+"""Checkpoints that are quantised already: GPTQ's layout written as hollow files of any size, and what the planner makes of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import blueprint, checkpoint, cost, memory_cost, skeleton
+from harness.blueprint import Blueprint
+from harness.precision import PRECISIONS
+from harness.skeleton import Skeleton
+
+
+def drawn(folder: Path) -> Blueprint:
+    """Draw the blueprint of a checkpoint from its headers."""
+    return blueprint.of_checkpoint("packed", "packed", checkpoint.read(folder), folder)
+
+
+def estimated(one: Blueprint, precision: str = "fp16", *, saved: bool = True) -> int:
+    """Return the bytes of weights that the planner counts; with `saved` without buffers, such as masks, that no file holds."""
+    kept = cost.kept(PRECISIONS[precision], PRECISIONS[precision].dtype, one)
+    sizes = memory_cost.weight_bytes(one.skeleton, kept)
+    return sum(sizes[weight.path] for weight in one.skeleton.weights if not saved or weight.tensor.kind != "unsaved")
+
+
+def gptq_layout(built: Skeleton, bits: int, group: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Lay a model out as GPTQ does: every Linear but the head packed along its inputs, each expert by itself."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for weight in built.weights:
+        shape = weight.tensor.shape
+        if weight.tied_to or weight.tensor.kind == "unsaved":
+            continue
+        if memory_cost.is_stacked(weight):
+            halves = 2 if weight.path.endswith("gate_up_proj") else 1
+            parts = [f"{weight.path}.{expert}.w{half}" for expert in range(shape[0]) for half in range(halves)]
+            outputs, inputs = shape[1] // halves, shape[2]
+        elif weight.quantises:
+            parts, (outputs, inputs) = [weight.path.removesuffix(".weight")], shape
+        else:
+            tensors[weight.path] = ("F16", shape)
+            continue
+        for part in parts:
+            groups = -(-inputs // group)
+            tensors[f"{part}.qweight"] = ("I32", (inputs * bits // 32, outputs))
+            tensors[f"{part}.qzeros"] = ("I32", (groups, outputs * bits // 32))
+            tensors[f"{part}.scales"] = ("F16", (groups, outputs))
+            tensors[f"{part}.g_idx"] = ("I32", (inputs,))
+    return tensors
+
+
+def write_hollow(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Write a safetensors file whose data is a hole, of any size; return the bytes of its tensors."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * (4 if dtype == "I32" else 2)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def write_gptq(folder: Path, name: str, bits: int, group: int) -> int:
+    """Write a model of the catalog as GPTQ leaves it; return the bytes of its tensors."""
+    config: dict[str, Any] = dict(skeleton.catalog()[skeleton.hub_id(name)].config)
+    config["quantization_config"] = {"quant_method": "gptq", "bits": bits, "group_size": group}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return write_hollow(folder / "model.safetensors", gptq_layout(skeleton.named(name), bits, group))

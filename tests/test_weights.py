@@ -1,0 +1,109 @@
+"""The estimate of weights against what a loaded model really holds, and what files hold that are quantised already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import transformers
+
+from harness import blueprint, catalog, checkpoint, memory_cost, skeleton
+from harness.memory_cost import Kept
+from harness.precision import PRECISIONS
+from harness.skeleton import Skeleton
+from harness.worker import skeleton as worker
+from tests import small_models
+from tests.gguf_files import GGUF_KINDS, small_gguf_of
+from tests.packed_files import drawn, estimated, write_gptq
+from tests.small_models import MODELS, WAYS
+
+NEAR = 0.005
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars out of the output."""
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Skeleton]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, small_models.save(request.param, folder)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_those_of_the_loaded_model(saved: tuple[Path, Skeleton], way: str) -> None:
+    folder, built = saved
+    held = small_models.held_bytes(small_models.load(folder, WAYS[way]))
+    assert small_models.estimated(built, WAYS[way]) == pytest.approx(held, rel=NEAR)
+
+
+def test_models_are_small_and_of_every_kind() -> None:
+    built = {name: worker.build({"model_type": name, **MODELS[name]}) for name in MODELS}
+    assert max(one.parameters for one in built.values()) * 2 < 30e6
+    blocks = {name: {block.linear for block in one.blocks} for name, one in built.items()}
+    assert "conv1d" in blocks["gpt2"]
+    assert len(built) >= 12
+    assert {bool(one.tied) for one in built.values()} == {True, False}
+    assert sum(bool(one.experts) for one in built.values()) >= 5
+    assert sum(attention.expanded is not None for one in built.values() for attention in one.attention) >= 2
+
+
+# ---- quantised already -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 128), (4, 32)])
+@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct", "qwen2.5-0.5b-instruct", "codegen-2b-mono", "mixtral-8x7b-instruct-v0.1"])
+def test_a_gptq_checkpoint_takes_what_its_file_holds(name: str, bits: int, group: int, tmp_path: Path) -> None:
+    stored = write_gptq(tmp_path, name, bits, group)
+    assert estimated(drawn(tmp_path)) == pytest.approx(stored, rel=NEAR)
+
+
+@pytest.mark.parametrize("name", ["moss-moon-003-sft-int4", "moss-moon-003-sft-int8"])
+def test_a_quantised_model_of_the_catalog_takes_what_the_hub_holds(name: str) -> None:
+    one = blueprint.draw(catalog.resolve(name))
+    assert estimated(one) == pytest.approx(one.checkpoint_bytes, rel=NEAR)
+
+
+@pytest.mark.parametrize("way", ["int8", "int4", "fp4", "nf4 nested"])
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v2"])
+def test_what_bitsandbytes_saved_is_held_as_it_was(name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
+    small_models.save(name, tmp_path / "plain")
+    model: Any = small_models.load(tmp_path / "plain", WAYS[way])
+    model.save_pretrained(tmp_path / "packed")
+    one = drawn(tmp_path / "packed")
+    assert one.packed is not None
+    held = small_models.held_bytes(small_models.load(tmp_path / "packed", PRECISIONS["bf16"]))
+    assert estimated(one, "bf16", saved=False) == pytest.approx(held, rel=NEAR)
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+def test_a_gguf_file_holds_what_its_header_says(kind: str, tmp_path: Path) -> None:
+    path, stored = small_gguf_of(tmp_path, gguf.GGMLQuantizationType[kind])
+    assert checkpoint.read(path).bytes == stored
+
+
+# ---- arithmetic of one tensor -----------------------------------------------------------------------------------------------
+
+
+def test_int8_has_a_scale_for_each_output_of_a_transposed_weight() -> None:
+    built = worker.build({"model_type": "gpt2", **MODELS["gpt2"]})
+    sizes = memory_cost.weight_bytes(built, Kept(dtype="float16", quantizer="int8"))
+    assert sizes["transformer.h.0.mlp.c_fc.weight"] == 256 * 1024 + 4 * 1024
+    assert sizes["transformer.h.0.mlp.c_proj.weight"] == 256 * 1024 + 4 * 256
+
+
+def test_nesting_saves_most_of_the_scales() -> None:
+    """QLoRA's paper: 0.373 bits a parameter."""
+    built = skeleton.named("llama-2-7b-hf")
+    ways = (Kept(dtype="bfloat16", quantizer="int4", nested=nested) for nested in (False, True))
+    plain, nested = (sum(memory_cost.weight_bytes(built, kept).values()) for kept in ways)
+    linear = sum(weight.elements for weight in built.weights if weight.quantises)
+    assert (plain - nested) * 8 / linear == pytest.approx(0.373, abs=0.001)
