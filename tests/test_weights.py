@@ -20,7 +20,9 @@ from tests.gguf_files import GGUF_KINDS, small_gguf_of
 from tests.packed_files import drawn, estimated, write_gptq
 from tests.small_models import MODELS, WAYS
 
+# What is promised, and what is so: in small models 0.5 % would hide float32 norms and the scales of int8.
 NEAR = 0.005
+EXACT = 0.0001
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +43,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_weights_are_those_of_the_loaded_model(saved: tuple[Path, Skeleton], way: str) -> None:
     folder, built = saved
     held = small_models.held_bytes(small_models.load(folder, WAYS[way]))
-    assert small_models.estimated(built, WAYS[way]) == pytest.approx(held, rel=NEAR)
+    assert small_models.estimated(built, WAYS[way]) == pytest.approx(held, rel=EXACT)
 
 
 def test_models_are_small_and_of_every_kind() -> None:
