@@ -27,7 +27,8 @@ CASES = [
 ]
 # Appended to a program: the most that its process ever had resident, in kB.
 PEAK = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
-# How far an estimate may be off where nothing is quantised; what the heap keeps of quantising varies from run to run.
+# How far an estimate may be off where nothing is quantised or passes through the RAM from the disk: what the heap keeps of that
+# varies from run to run.
 NEAR = 0.15
 
 pytestmark = pytest.mark.skipif(not meters.LINUX, reason="VmHWM is Linux's")
@@ -65,12 +66,12 @@ def test_printed_code_runs_in_the_memory_that_was_estimated(case: str, plans: di
     said, peak = run(fitmatrix("--code", case), tmp_path)
     expected = plan["tiers"]["cpu"]
     assert expected["low_bytes"] <= peak <= expected["high_bytes"]
+    assert said.startswith(PROMPT)
+    assert len(said) > len(PROMPT)
     if PRECISIONS[plan["precision"]].quantization is None:
         assert said.startswith(f"{PROMPT} Paris")
-        assert peak == pytest.approx(expected["peak_bytes"], rel=NEAR)
-    else:
-        assert said.startswith(PROMPT)
-        assert len(said) > len(PROMPT)
+        if "spills" not in PLACEMENTS[plan["placement"]].traits:
+            assert peak == pytest.approx(expected["peak_bytes"], rel=NEAR)
 
 
 def test_what_needs_no_gpu_fits_here(plans: dict[str, dict[str, Any]]) -> None:
