@@ -30,7 +30,7 @@ PHASE = Phase(name="load", start_s=1.25, end_s=2.5, ram_peak_bytes=2**40, vram_p
 REQUESTS = (
     Load(model="/models/tiny", code="model = 1\n", imports=("bitsandbytes",), tokenizer=False, trust_remote_code=True),
     Generate(prompt_tokens=64, new_tokens=32, batch=2, phase="cold"),
-    Score(keep="/tmp/a.npy", reference=None),
+    Score(keep="/scratch/a.npy", reference=None),
     Stop(),
 )
 EVENTS = (
