@@ -29,7 +29,7 @@ from harness.skeleton import catalog as known
 from harness.tier_cost import Count
 from harness.units import GIB, format_seconds, format_share
 from tests.accuracy.chart import Pair
-from tests.accuracy.conftest import Figure
+from tests.reporting import Figure
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE.parent / "data" / "published_figures.csv"

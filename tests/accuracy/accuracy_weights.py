@@ -16,9 +16,9 @@ from harness.skeleton import Skeleton
 from harness.units import format_share
 from harness.worker import skeleton as worker
 from tests import small_models
-from tests.accuracy.conftest import Figure
 from tests.gguf_files import GGUF_KINDS, small_gguf_of
 from tests.packed_files import drawn, estimated, write_gptq
+from tests.reporting import Figure
 from tests.small_models import MODELS, WAYS
 
 NEAR = 0.005

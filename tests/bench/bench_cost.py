@@ -21,7 +21,7 @@ from harness import catalog, checkpoint, machine, process
 from harness.case import Case, Plan, Workload
 from harness.plan import decide
 from harness.runner import Run, Setting, Subject
-from tests.bench.conftest import Figure
+from tests.reporting import Figure
 
 PLAIN = Path(__file__).parent / "plain.py"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -77,7 +77,7 @@ def test_isolation_costs_at_most_a_tenth_of_a_second(
     costs: list[float] = []
     benchmark.pedantic(lambda: costs.append(case()), rounds=10)
     measured = f"{statistics.median(costs):.3f} s"
-    figures.append(Figure(what="isolation, a case after the first", measured=measured, limit="0.1 s"))
+    figures.append(Figure(what="isolation, a case after the first", found=measured, wanted="0.1 s"))
     assert statistics.median(costs) <= 0.1
 
 
@@ -100,8 +100,8 @@ def test_agrees_with_a_plain_script(
 
     benchmark.pedantic(pair, rounds=3)
     memory, decode = (statistics.median(column) for column in zip(*pairs, strict=True))
-    figures.append(Figure(what=f"{precision}: peak RAM against a plain script", measured=f"{memory - 1:+.2%}", limit="2 %"))
-    figures.append(Figure(what=f"{precision}: decode tokens/s against it", measured=f"{decode - 1:+.2%}", limit="5 %"))
+    figures.append(Figure(what=f"{precision}: peak RAM against a plain script", found=f"{memory - 1:+.2%}", wanted="2 %"))
+    figures.append(Figure(what=f"{precision}: decode tokens/s against it", found=f"{decode - 1:+.2%}", wanted="5 %"))
     assert abs(memory - 1) <= 0.02
     assert abs(decode - 1) <= 0.05
 
@@ -121,7 +121,7 @@ def test_parent_uses_at_most_a_hundredth_of_a_core(
     benchmark.pedantic(rounds, rounds=WORK.repeats)
     run.finish()
     share = statistics.median(shares)
-    figures.append(Figure(what="parent and sampler while a phase is timed", measured=f"{share:.2%} of a core", limit="1 %"))
+    figures.append(Figure(what="parent and sampler while a phase is timed", found=f"{share:.2%} of a core", wanted="1 %"))
     assert share <= 0.01
 
 
@@ -149,8 +149,8 @@ def test_three_precisions_within_a_minute(benchmark: BenchmarkFixture, figures: 
     benchmark.pedantic(once, rounds=1)
     wall, work = found[0]
     what = "fp32, bf16, fp16 on cpu, 5 rounds of 64 + 64 tokens, memory and probe"
-    figures.append(Figure(what=what, measured=f"{wall:.1f} s", limit="60 s"))
-    figures.append(Figure(what="the same against its loads, rounds and probes", measured=f"x {wall / work:.2f}", limit="x 1.25"))
+    figures.append(Figure(what=what, found=f"{wall:.1f} s", wanted="60 s"))
+    figures.append(Figure(what="the same against its loads, rounds and probes", found=f"x {wall / work:.2f}", wanted="x 1.25"))
     assert wall <= 60
     assert wall / work <= 1.25
 
@@ -164,5 +164,5 @@ def test_whole_default_matrix(benchmark: BenchmarkFixture, figures: list[Figure]
 
     benchmark.pedantic(once, rounds=1)
     wall, ran = found[0]
-    figures.append(Figure(what=f"the default matrix, {ran} cases", measured=f"{wall:.0f} s", limit="150 s"))
+    figures.append(Figure(what=f"the default matrix, {ran} cases", found=f"{wall:.0f} s", wanted="150 s"))
     assert wall <= 150
