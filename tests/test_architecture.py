@@ -198,9 +198,7 @@ def test_the_worker_stands_on_the_lower_floors_only() -> None:
     allowed = set(chain.from_iterable(WORKER_STANDS_ON))
     of_worker = [(found, name) for found, name in OURS if place(found.by, BESIDE)]
     wrong = [
-        str(found)
-        for found, name in of_worker
-        if (floor(name) >= floor(found.by) if place(name, BESIDE) else name not in allowed)
+        str(found) for found, name in of_worker if (floor(name) >= floor(found.by) if place(name, BESIDE) else name not in allowed)
     ]
     assert of_worker
     assert not wrong
