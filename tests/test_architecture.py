@@ -34,7 +34,7 @@ FLOORS = (
     ("roommap",),
     ("inspection",),
     # machines, models by name, measuring
-    ("bandwidth", "profiles", "cache", "meters", "quality", "figures"),
+    ("bandwidth", "profiles", "cache", "meters", "quality", "figures", "tensor_files"),
     ("machine", "catalog"),
     ("options",),
     ("outcome", "verify"),
@@ -42,6 +42,7 @@ FLOORS = (
     ("runner",),
     # what a case costs
     ("calibration", "blueprint", "layout"),
+    ("synth",),
     ("memory_cost", "speed_cost"),
     ("inventory",),
     ("tier_cost",),
@@ -58,7 +59,7 @@ FLOORS = (
     ("report.treemap", "report.plans"),
     ("session",),
     ("commands",),
-    ("commands.hardware", "commands.inspect", "commands.plan", "commands.report"),
+    ("commands.hardware", "commands.inspect", "commands.plan", "commands.report", "commands.synth"),
     ("plugin", "cli"),
     ("__main__",),
 )
@@ -84,7 +85,7 @@ DOORS = {
     "bitsandbytes": {"worker"},
     "gguf": {"worker"},
     "safetensors": {"worker"},
-    "numpy": {"worker", "bandwidth"},
+    "numpy": {"worker", "bandwidth", "synth"},
     "tqdm": {"worker", "catalog"},
     "pytest": {"plugin"},
     "_pytest": {"plugin"},
