@@ -30,7 +30,7 @@ FLOORS = (
     ("checkpoint",),
     ("anatomy",),
     ("skeleton",),
-    ("devicemap", "sketch"),
+    ("devicemap", "sketch", "training"),
     ("roommap",),
     ("inspection",),
     # machines, models by name, measuring
