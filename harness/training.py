@@ -1,9 +1,9 @@
 """What training with DeepSpeed's ZeRO would take: its own estimates, in bytes for each GPU and for each node's RAM.
 
 The arithmetic is that of DeepSpeed's `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs`
-(commit edaa722; stage_1_and_2.py and stage3.py): parameters, gradients and Adam's states in mixed precision. Activations,
-buffers of communication and fragmentation come on top. For ZeRO-2 without offloading, DeepSpeed's document (docs/code-docs/source/memory.rst)
-says 4 bytes a parameter on each GPU where its code says 2 and 18, not 16, shared among them; this follows the code.
+(commit edaa722; stage_1_and_2.py and stage3.py): parameters, gradients and Adam's states in mixed precision. Activations, buffers
+of communication and fragmentation come on top. For ZeRO-2 without offloading, DeepSpeed's document (memory.rst) says 4 bytes a
+parameter on each GPU where its code says 2, and 16 shared among them where its code says 18; this follows the code.
 """
 
 from __future__ import annotations
