@@ -65,7 +65,7 @@ FLOORS = (
 )
 # The child process, with our own architectures, stands beside the house: it takes from the lower floors, and nobody takes from it.
 WORKER = (
-    ("models.chatglm2", "models.packed"),
+    ("models.chatglm2", "models.packed", "models.tokenization_chatglm"),
     ("models.chatglm", "models.moss"),
     ("models",),
     ("worker", "worker.preload", "worker.residency", "worker.convert", "worker.written"),

@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from harness.models.chatglm import ChatGLMConfig, ChatGLMForCausalLM, ChatGLMModel
 from harness.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM, register_names
 from harness.models.moss import MossConfig, MossForCausalLM
+from harness.models.tokenization_chatglm import ChatGLMTokenizer
 
 __all__ = [
     "ChatGLM2Config",
@@ -20,6 +21,7 @@ __all__ = [
     "ChatGLMConfig",
     "ChatGLMForCausalLM",
     "ChatGLMModel",
+    "ChatGLMTokenizer",
     "MossConfig",
     "MossForCausalLM",
 ]
@@ -34,6 +36,7 @@ def _register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
     AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)
+    AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
     register_names()
 
 
