@@ -19,7 +19,8 @@ BLANKS = ["<n>", "<|tab|>", *(f"<|blank_{count}|>" for count in range(2, 81))]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chatglm")
-    text = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "你好，世界", "今天天气很好"]
+    text = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"]
+    text += ["你好，世界", "今天天气很好"]
     (folder / "corpus").write_text("\n".join(text * 20), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.Train(
         input=str(folder / "corpus"), model_prefix=str(folder / "ice_text"), vocab_size=240, pad_id=3, bos_id=-1, eos_id=1, unk_id=0,
