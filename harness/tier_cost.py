@@ -40,7 +40,7 @@ class Parts(Record, frozen=True, kw_only=True):
 class Count:
     """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
 
-    `tiers` is the tier of each tensor, or the one tier of all. `through_ram` says that everything is loaded there first.
+    `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first.
     """
 
     def __init__(
