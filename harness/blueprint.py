@@ -154,18 +154,19 @@ def _check_same(read: Checkpoint, found: Skeleton) -> None:
 
 def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None]:
     """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors."""
-    from harness.catalog import cache_dir
-    from harness.sketch import sketch
-
     known = skeleton.shipped(read.config) if read.config else None
     if known is not None:
         return known, None
     why = "torch and transformers are not installed"
     if read.config.get("model_type") and all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        from harness.catalog import cache_dir
+
         try:
             return skeleton.build(read.config, cache_dir()), None
         except UsageError as error:
             why = str(error)
+    from harness.sketch import sketch
+
     return sketch(read), f"planned from its tensors, less surely: {why}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -245,7 +244,7 @@ def _quiet() -> Iterator[None]:
     from huggingface_hub.utils import logging as hub_logging
 
     level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity(logging.ERROR)
+    hub_logging.set_verbosity_error()
     try:
         yield
     finally:

@@ -104,7 +104,8 @@ class Inventory:
         """The path of each piece, and the bytes of its largest module's own tensors."""
         sizes = self.sizes
         most = {
-            kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.walk()) for kind in self.skeleton.kinds
+            kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.walk())
+            for kind in self.skeleton.kinds
         }
         return [(piece.path, most[piece.like]) for piece in self.skeleton.pieces]
 

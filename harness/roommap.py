@@ -60,8 +60,9 @@ def recommend(
     """Fill the devices so that what inference needs is left, and say how the map differs from "auto".
 
     `budgets` are bytes that may be used in all, GPUs in order of preference; what fits nowhere goes to the disk. `weights` are the
-    bytes of each tensor by path, in the first piece of each kind (default: as `devicemap.measure` counts them). `kv_bytes` is the KV cache of each layer, which
-    lies where the layer runs; what spills runs on the first GPU. `reserve` is what else must stay free: activations, context.
+    bytes of each tensor by path, in the first piece of each kind (default: as `devicemap.measure` counts them). `kv_bytes` is the
+    KV cache of each layer, which lies where the layer runs; what spills runs on the first GPU. `reserve` is what else must stay
+    free: activations, context.
     """
     kept_free = reserve or {}
     room = {device: size - kept_free.get(device, 0) for device, size in budgets.items() if device != "disk"}

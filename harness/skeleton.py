@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,8 +104,7 @@ class Attention(Record, frozen=True, kw_only=True, omit_defaults=True):
         return self.heads * (self.key_dim + self.value_dim)
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """A tensor at its place. `quantises`: bitsandbytes would hold it in fewer bits. `tied_to` names the weight that it shares."""
 
     path: str
@@ -235,9 +233,7 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
     @cached_property
     def tally(self) -> tuple[tuple[Weight, int], ...]:
         """Every tensor of the first piece of each kind, and how many there are like it."""
-        return tuple(
-            (weight, count) for kind, count in self.kinds.items() for module in kind.walk() for weight in module.weights
-        )
+        return tuple((weight, count) for kind, count in self.kinds.items() for module in kind.walk() for weight in module.weights)
 
     @cached_property
     def frame(self) -> tuple[Module, ...]:
