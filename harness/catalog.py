@@ -241,10 +241,12 @@ def _download(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep huggingface_hub from logging each attempt; what comes of them is said once."""
+    import logging
+
     from huggingface_hub.utils import logging as hub_logging
 
     level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -144,7 +144,8 @@ def _largest_share(skeleton: Skeleton, sizes: Mapping[str, Bytes]) -> Bytes:
     around = [_owned(module, sizes) for module in skeleton.frame if module.path]
     beside = {weight.path for module in skeleton.frame for weight in module.weights}
     inside = [_owned(module, sizes) for kind in skeleton.kinds if kind.path not in beside for module in kind.walk() if module.path]
-    return max([sizes[kind.path] for kind in skeleton.kinds if kind.whole] + around + inside, default=0)
+    whole = [sizes[module.path] for module in (*skeleton.frame, *skeleton.kinds) if module.whole]
+    return max(whole + around + inside, default=0)
 
 
 def _balance(

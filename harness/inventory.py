@@ -100,14 +100,14 @@ class Inventory:
         return max((self._copied(weight) for weight, _ in self.skeleton.tally), default=0)
 
     @cached_property
-    def modules(self) -> list[tuple[str, int]]:
-        """The path of each piece, and the bytes of its largest module's own tensors."""
-        sizes = self.sizes
-        most = {
-            kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.walk())
-            for kind in self.skeleton.kinds
-        }
-        return [(piece.path, most[piece.like]) for piece in self.skeleton.pieces]
+    def at_once(self) -> dict[str, int]:
+        """By the path of each piece the bytes of its largest module's own tensors; those beside modules count at their first."""
+        sizes, kinds = self.sizes, self.skeleton.kinds
+        most = {kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.walk()) for kind in kinds}
+        found = {piece.path: most[piece.like] for piece in self.skeleton.pieces}
+        for beside in (module.weights for module in self.skeleton.frame if module.weights):
+            found[beside[0].path] = sum(found[weight.path] for weight in beside)
+        return found
 
     def by_tier(self, tiers: Mapping[str, str] | str) -> dict[str, Sums]:
         """Add the rows up by the tier of each piece, or take all for one tier."""

@@ -53,14 +53,14 @@ def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tu
 
 
 class Named(NamedTuple):
-    """A tensor, or a block, by name and shape."""
+    """A tensor by name and shape."""
 
     name: str
     shape: tuple[int, ...]
 
 
 class Stock(NamedTuple):
-    """What a model holds of which there is no checkpoint."""
+    """The tensors of a model of which there is no checkpoint."""
 
     tensors: Sequence[Named]
 

@@ -41,13 +41,10 @@ class Planner:
 
     @cached_property
     def _stock(self) -> Stock:
-        """The tensors outside the blocks, and each block as one."""
-        found = []
-        for path, whole, like in self.blueprint.skeleton.pieces:
-            inside = [(w.path.removeprefix(like.path), w.elements) for m in like.walk() for w in m.weights if not w.tied_to]
-            parts = [(".", sum(elements for _, elements in inside))] if whole else inside
-            found += [Named(f"{path}{name}", (elements,)) for name, elements in parts]
-        return Stock(found)
+        pieces = self.blueprint.skeleton.pieces
+        inside = {like: [w for module in like.walk() for w in module.weights if not w.tied_to] for _, _, like in pieces}
+        named = ((f"{path}{w.path.removeprefix(like.path)}", w.tensor.shape) for path, _, like in pieces for w in inside[like])
+        return Stock([Named(name, shape) for name, shape in named])
 
     def _sizes(self, dtype: str) -> Sizes:
         if dtype not in self._by_dtype:

@@ -139,8 +139,8 @@ class Module:
 
     @cached_property
     def splits(self) -> bool:
-        """Whether a device map may put its parts on different devices."""
-        return bool(self.block.children) and not self.whole
+        """Whether a device map may put its parts on different devices; it always looks into the root."""
+        return bool(self.block.children) and not (self.whole and self.path)
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
@@ -215,13 +215,14 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """All that a device map places, in order."""
+        """All that a device map places, in order. Blocks and tensors are compared by identity: repeated ones are one object."""
         first: dict[tuple[object, ...], Module] = {}
         ends = [f"{name}." for names in self.tied.items() for name in names]
         found = []
         for module in _pieces(self.root):
             tied = any(end.startswith(f"{module.path}.") for end in ends)
-            key = (module.path,) if tied else (_NUMBER.sub("", module.path), id(module.block))
+            alike = (_NUMBER.sub("", module.path), id(module.block), *(id(weight.tensor) for weight in module.weights))
+            key = (module.path,) if tied else alike
             found.append(Piece(module.path, module.whole, first.setdefault(key, module)))
         return tuple(found)
 

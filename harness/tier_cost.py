@@ -119,7 +119,9 @@ class Count:
             if not self.weights.keys() & set(homes):
                 return 0
             tiers = self.tiers
-            sizes = (size for path, size in self.inventory.modules if (tiers if isinstance(tiers, str) else tiers[path]) in homes)
+            sizes = (
+                size for path, size in self.inventory.at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes
+            )
             self._copied_at_once[homes] = max(sizes, default=0)
         return self._copied_at_once[homes]
 

@@ -105,6 +105,16 @@ def test_pieces_with_tied_weights_are_like_no_other() -> None:
     assert (plain.parameters, tied.parameters) == (128, 96)
 
 
+def test_tensors_beside_modules_are_told_apart_by_more_than_their_numbers() -> None:
+    scales = (skeleton.Tensor(name="scale1", shape=(8,)), skeleton.Tensor(name="scale2", shape=(4,)))
+    norm = skeleton.Block(class_name="Norm", tensors=(skeleton.Tensor(name="weight", shape=(8,)),))
+    part = skeleton.Block(class_name="Part", tensors=scales, children=(skeleton.Child(name="norm", block=0),))
+    root = skeleton.Block(class_name="Model", children=(skeleton.Child(name="0", block=1, count=3),))
+    model = msgspec.structs.replace(skeleton.named("phi-2"), blocks=(norm, part, root))
+    assert [(weight.path, count) for weight, count in model.tally] == [("0.scale1", 3), ("0.scale2", 3), ("0.norm.weight", 3)]
+    assert model.parameters == 60
+
+
 def test_float32_parts_of_half_models_are_marked() -> None:
     kept = {weight.path for weight in skeleton.named("gpt-oss-20b").weights if weight.tensor.fp32}
     assert "model.norm.weight" in kept
