@@ -23,8 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text += ["你好，世界", "今天天气很好"]
     (folder / "corpus").write_text("\n".join(text * 20), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.Train(
-        input=str(folder / "corpus"), model_prefix=str(folder / "ice_text"), vocab_size=240, pad_id=3, bos_id=-1, eos_id=1, unk_id=0,
-        user_defined_symbols=[*SPECIAL, *BLANKS], hard_vocab_limit=False, minloglevel=2, remove_extra_whitespaces=False,
+        input=str(folder / "corpus"), model_prefix=str(folder / "ice_text"), vocab_size=240, pad_id=3, bos_id=-1, eos_id=1,
+        unk_id=0, user_defined_symbols=[*SPECIAL, *BLANKS], hard_vocab_limit=False, minloglevel=2, remove_extra_whitespaces=False,
         normalization_rule_name="identity",
     )  # fmt: skip
     config = {"model_type": "chatglm", "hidden_size": 64, "num_attention_heads": 4, "num_layers": 2, "inner_hidden_size": 64}
