@@ -61,6 +61,9 @@ class Inventory:
         self.sizes = memory_cost.weight_bytes(self.skeleton, held)
         self.per_token = memory_cost.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = blueprint.stored_dtype
+        # Bytes of the file for each weight: the blocks of a GGUF hold less than a byte each.
+        packed = blueprint.checkpoint_bytes / max(1, self.skeleton.parameters)
+        self.stored_width = packed if blueprint.gguf else DTYPE_BYTES.get(self.stored_dtype, 2)
         self.rows = [(weight.path, self._sums(weight)) for weight in self.skeleton.weights]
         self.layers = _first_tensors(self.skeleton.root)
         self.modules = self._modules()
@@ -108,7 +111,7 @@ class Inventory:
         size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
         makes = self._makes(weight)
         in_file = not weight.tied_to and weight.tensor.kind != "unsaved"
-        stored = weight.elements * DTYPE_BYTES.get(self.stored_dtype, 2) if in_file and self.held.packed_bits is None else size
+        stored = int(weight.elements * self.stored_width) if in_file and self.held.packed_bits is None else size
         copies = weight.elements * 2 if self.held.quantizer and weight.quantises else 0
         view = not makes and weight.tensor.kind != "unsaved"
         return Sums(

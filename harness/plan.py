@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.case import Case, Machine, Plan, Verdict
-from harness.placement import PLACEMENTS, Placement
+from harness.placement import PLACEMENTS, ROOM, Placement
 from harness.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str]
     for trait in placement.traits:
         if trait in precision.refuses:
             return Verdict.INVALID, precision.refuses[trait]
+    if placement.without_gpu and not machine.gpus:
+        return Verdict.UNAVAILABLE, f"without a GPU it is the same as {placement.without_gpu}"
     if placement.needs_gpu and not machine.gpus:
         return Verdict.UNAVAILABLE, "needs a GPU, and NVML knows none here"
     for package in precision.needs if here else ():
@@ -120,9 +122,9 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
     max_memory = None
-    if placement.limits:
-        if checkpoint is None:
-            return Plan(case=case, verdict=Verdict.UNKNOWN)
+    if checkpoint is None and (placement.limits or placement.device_map == ROOM):
+        return Plan(case=case, verdict=Verdict.UNKNOWN)
+    if placement.limits and checkpoint is not None:
         max_memory = LIMITS[placement.limits](Sizes(checkpoint, dtype), machine)
     return Plan(
         case=case,
@@ -132,12 +134,31 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     )
 
 
-def loading_code(precision: Precision, placement: Placement, dtype: str, max_memory: Mapping[str, int] | None) -> str:
-    """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text."""
-    arguments: dict[str, Any] = {"dtype": dtype}
-    if precision.quantization is not None:
+def loading_code(
+    precision: Precision,
+    placement: Placement,
+    dtype: str,
+    max_memory: Mapping[str, int] | None,
+    *,
+    device_map: Mapping[str, str] | None = None,
+    gguf_file: str | None = None,
+) -> str:
+    """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
+
+    `device_map` gives tiers by module, for a placement whose map is computed here.
+    Of a GGUF file every precision but its own asks for the weights unpacked: transformers' default depends on the machine.
+    """
+    arguments: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    arguments["dtype"] = dtype
+    if gguf_file and precision.stored is None:
+        arguments["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+    elif precision.quantization is not None:
         arguments["quantization_config"] = _quantization(precision.quantization, dtype)
     arguments |= placement.arguments()
+    if placement.device_map == ROOM:
+        assert device_map is not None, "its code cannot be written without the map"
+        arguments["device_map"] = {path: _device(tier) for path, tier in device_map.items()}
+        arguments |= {"offload_folder": "offload"} if "disk" in device_map.values() else {}
     if max_memory is not None:
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
     if placement.call == "load_checkpoint_and_dispatch":
@@ -193,10 +214,10 @@ def _device(tier: str) -> str | int:
     return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
 
 
-def script(head: str, one: Plan) -> str:
+def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
 
-    Needs the plan's `code`. Inputs go to the first GPU where there is one in the plan, where accelerate's hooks take them.
+    Needs the plan's `code`. A GGUF file holds its tokenizer. Inputs go to the first GPU where there is one in the plan, where accelerate's hooks take them.
     """
     load = one.case.workload
     places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
@@ -204,7 +225,7 @@ def script(head: str, one: Plan) -> str:
     lines = [
         "from transformers import AutoTokenizer",
         "",
-        "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{f', gguf_file={_literal(gguf_file)}' if gguf_file else ''})",
         f'inputs = tokenizer(["The capital of France is"] * {load.batch}, return_tensors="pt").to("{device}")',
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
