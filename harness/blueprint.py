@@ -57,15 +57,15 @@ GGUF_REFUSES = {
 class Gguf(Record, frozen=True, kw_only=True):
     """What loading a GGUF file depends on.
 
-    `elements` are those of each tensor in the order of the file, in which they are unpacked; `values` those of the long arrays of
-    its metadata, the vocabulary. `packed_bits` is the mean width of the weights that are stored in blocks, 0 where none is.
+    `elements` are those of each tensor in the order of the file, in which they are unpacked; `strings` the entries of its
+    vocabulary and merges. `packed_bits` is the mean width of the weights that are stored in blocks, 0 where none is.
     `unloadable` says why transformers cannot load it.
     """
 
     file: str
     architecture: str
     elements: tuple[int, ...]
-    values: int
+    strings: int
     packed_bits: float
     unloadable: str | None = None
 
@@ -206,7 +206,7 @@ def _gguf(read: Checkpoint, why: str | None) -> Gguf:
         file=read.files[0].name,
         architecture=read.architecture or "unknown",
         elements=tuple(math.prod(tensor.shape) for tensor in read.tensors),
-        values=sum(int(value["count"]) for value in arrays),
+        strings=sum(int(value["count"]) for value in arrays if value["type"] == "string"),
         packed_bits=8 * sum(tensor.bytes for tensor in blocks) / weights if weights else 0.0,
         unloadable=why,
     )

@@ -148,7 +148,11 @@ def cached(model: Source | str) -> Path | None:
 
 
 def check_directory(path: Path) -> None:
-    """Check by name that `path` holds a config and all of its weights, or a GGUF file. Raises CheckpointError, naming what is missing."""
+    """Check by name that `path` holds a config and all of its weights, or a GGUF file.
+
+    Raises:
+        CheckpointError: it names what is missing.
+    """
     try:
         names = {file.name for file in path.iterdir() if file.is_file()}
     except OSError as error:
@@ -172,7 +176,11 @@ def _wheel(source: Source) -> cache.Wheel:
 
 
 def _directory(model: str) -> Path | None:
-    """Return the directory or GGUF file that `model` is a path of, None if it is no path. Raises UsageError: none that can be used."""
+    """Return the directory or GGUF file that `model` is a path of, None if it is no path.
+
+    Raises:
+        UsageError: there is none that can be used.
+    """
     try:
         path = Path(model).expanduser()
         exists, is_directory = bool(model) and path.exists(), path.is_dir()

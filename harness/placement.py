@@ -7,7 +7,6 @@ from typing import Any
 
 from harness.case import Record
 
-
 # A device map that we compute (`harness.roommap`) and print in full; transformers knows no such word.
 ROOM = "room"
 
@@ -16,8 +15,8 @@ class Placement(Record, frozen=True, kw_only=True):
     """One row of the table.
 
     `call` is the way of loading: "from_pretrained", "load_checkpoint_and_dispatch", or "to" (load in RAM, then move).
-    `device_map` is passed on as it is, but for ROOM. `limits` names the rule that computes `max_memory` (`harness.plan.LIMITS`): None
-    passes none. `traits` are what a precision may refuse. `devices` are where the weights may end up, best first.
+    `device_map` is passed on as it is, but for ROOM. `limits` names the rule that computes `max_memory` (`harness.plan.LIMITS`):
+    None passes none. `traits` are what a precision may refuse. `devices` are where the weights may end up, best first.
     `without_gpu` names the placement that it is the same as where there is no GPU: it is no case of its own there.
     """
 

@@ -66,7 +66,7 @@ class Planner:
         count = self._count(case, held, placed)
         expected = cost.estimate(count, case.precision, self.machine)
         verdict, why = self._judge(case, expected, count)
-        tiers = {path: layout.tier(place) for path, place in placed.items()}
+        tiers: dict[str, str | int] = {path: layout.tier(place) for path, place in placed.items()}
         return Plan(
             case=case,
             verdict=verdict,
@@ -189,8 +189,8 @@ class Planner:
         """Return the constants that a plan rests on: those of its kind of device."""
         gpu = any(name.startswith("gpu") for name in (one.estimate.tiers if one.estimate else ()))
         other = ("cpu_", "ram_bytes", "ram_bandwidth") if gpu else ("gpu_", "host_", "link_", "ram_cuda")
-        other += () if self.blueprint.gguf else ("gguf_",)
-        return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(other)}
+        foreign = other if self.blueprint.gguf else (*other, "gguf_")
+        return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(foreign)}
 
     def max_context(self, one: Plan) -> int | None:
         """Return the most tokens, prompt and answer together, with which a plan still fits; at most what the model knows.

@@ -84,7 +84,8 @@ _ROWS = (
         needs=("kernels",),
         min_compute_capability=7.5,
         refuses={
-            "ram": "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor: use bf16, fp16 or fp32",
+            "ram": "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor: load it with "
+            "--precision bf16, fp16 or fp32",
         },
         stored="gguf",
     ),

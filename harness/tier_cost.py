@@ -182,7 +182,7 @@ class Count:
             left = width * (total - done)
             ends = {end: max(getattr(most, end), getattr(copies, end) * elements - left) for end in ("low", "best", "high")}
             most, done = Bytes(**ends), done + elements
-        return most + self.calibration["gguf_bytes_per_value"].amount(gguf.values)
+        return most + self.calibration["gguf_bytes_per_string"].amount(gguf.strings)
 
     def _heap(self, here: Sums) -> Bytes:
         """Return what the heap keeps of the copies that quantising on the processor makes and frees again.

@@ -64,7 +64,7 @@ FLOORS = (
 )
 # The child process stands beside the house: it takes from the lower floors, and nobody takes from it.
 WORKER = (
-    ("worker", "worker.preload", "worker.residency", "worker.convert", "worker.written"),
+    ("worker", "worker.preload", "worker.residency", "worker.convert", "worker.written", "worker.gguf_config"),
     ("worker.skeleton",),
     ("worker.model",),
     ("worker.score",),

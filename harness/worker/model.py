@@ -172,7 +172,7 @@ def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
     head = module.get_output_embeddings()
     for part in module.modules():
         if (isinstance(part, (torch.nn.Linear, Conv1D)) or type(part).__name__ == "GgufLinear") and part is not head:
-            weight = part.weight
+            weight = part.get_parameter("weight")
             by_dtype[_dtype(weight)] += weight.numel() * weight.element_size()
     return dict(by_dtype)
 
