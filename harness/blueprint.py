@@ -19,9 +19,8 @@ import msgspec
 from harness import skeleton
 from harness.case import Record
 from harness.errors import UsageError
-from harness.gguf_header import PACKED_ARCHITECTURES
 from harness.placement import Placement
-from harness.precision import Precision
+from harness.precision import PACKED_ARCHITECTURES, Precision
 from harness.skeleton import Skeleton
 from harness.units import format_count
 

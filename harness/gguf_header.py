@@ -61,9 +61,6 @@ TYPES: Mapping[int, tuple[str, int, int]] = {
     41: ("q1_0", 128, 18),
 }
 
-# Those whose weights transformers 5.23 can keep in their blocks (`transformers.integrations.gguf`, GGUF_ARCHS).
-PACKED_ARCHITECTURES = frozenset(("lfm2", "qwen35", "qwen35moe"))
-
 BLOCK_TYPES = frozenset(name for name, elements, _ in TYPES.values() if elements > 1)
 
 # GGUF's number of a value type -> layout in `struct`

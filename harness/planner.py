@@ -104,8 +104,8 @@ class Planner:
     def _recommendation(self, case: Case, held: Kept) -> Recommendation:
         """Map the model so that every tier keeps what the worst case takes beside weights and KV cache.
 
-        What a GPU is short of after all, because loading takes more than generating, is kept free in another try; twice as much
-        in the next, for only whole blocks leave it.
+        What a GPU is short of after all, because loading takes more than generating, is kept free in another try; four times as
+        much in the next, for only whole blocks leave it.
         """
         load, skeleton = case.workload, self.blueprint.skeleton
         key = (held.element_bytes, held.quantizer, held.packed_bits, load)
@@ -131,7 +131,7 @@ class Planner:
             short = {name: max(0, tiers[name].needed_high_bytes - capacities[name]) for name in gpus}
             if not any(short.values()):
                 break
-            reserve |= {layout.device(name): reserve[layout.device(name)] + (size << attempt) for name, size in short.items()}
+            reserve |= {layout.device(name): reserve[layout.device(name)] + size * 4**attempt for name, size in short.items()}
         self._recommended[key] = draw(reserve=reserve)
         return self._recommended[key]
 

@@ -39,6 +39,9 @@ class Precision(Record, frozen=True, kw_only=True):
         return self.dtype_before_cc80 if old and self.dtype_before_cc80 else self.dtype
 
 
+# GGUF's names of the architectures whose blocks transformers 5.23 can keep (its `integrations.gguf`, GGUF_ARCHS).
+PACKED_ARCHITECTURES = frozenset(("lfm2", "qwen35", "qwen35moe"))
+
 _BNB_REFUSES = {
     "spills": "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU, or on the disk at all "
     '("Some modules are dispatched on the CPU or the disk")',

@@ -20,10 +20,9 @@ from harness import blueprint, checkpoint, cost, memory_cost, meters, plan, skel
 from harness.blueprint import Blueprint
 from harness.case import Plan, Verdict
 from harness.errors import UsageError
-from harness.gguf_header import PACKED_ARCHITECTURES
 from harness.placement import PLACEMENTS
 from harness.planner import Planner
-from harness.precision import PRECISIONS
+from harness.precision import PACKED_ARCHITECTURES, PRECISIONS
 from harness.protocol import Load
 from harness.worker import model as work
 from harness.worker import skeleton as worker

@@ -16,7 +16,8 @@ import gguf
 import numpy as np
 from transformers import AutoConfig
 
-from harness.gguf_header import PACKED_ARCHITECTURES, TYPES
+from harness.gguf_header import TYPES
+from harness.precision import PACKED_ARCHITECTURES
 
 # transformers takes the size of a vocabulary from the length of this array; what is in it does not matter.
 _VOCABULARY = "tokenizer.ggml.tokens"
