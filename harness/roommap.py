@@ -149,11 +149,18 @@ def _spill_first(parts: list[_Part], order: list[_Part], room: Mapping[Device, i
     """Spill as few as can be in this order; None if these GPUs, or the first of them, would only pass weights through."""
     near = gpus or ["cpu"]
     blocks = sum(part.block for part in parts)
+    wanted: Bytes = sum(part.weights for part in parts)  # what stays, KV cache of all, and the copy of what does not
+    wanted += sum(part.kv for part in parts)
+    most, largest = sum(room.get(device, 0) for device in near), 0
     for count in range(len(order) + 1):
+        if count:
+            wanted, largest = wanted - order[count - 1].weights, max(largest, int(order[count - 1].largest))
+        if wanted + largest > most:
+            continue  # no need to pour: that is too much for all of them together
         away = set(order[:count])
         spilled = [part for part in parts if part in away]
         free = {device: room.get(device, 0) for device in near}
-        free[near[0]] -= sum(part.kv for part in spilled) + _largest(spilled)
+        free[near[0]] -= sum(part.kv for part in spilled) + largest
         kept = _fill({part: part.weights + part.kv for part in parts if part not in away}, free)
         useful = kept and gpus[0] in kept.values() and (not blocks or any(part.block for part in kept)) if gpus else True
         if kept is not None and useful:

@@ -16,10 +16,10 @@ from transformers.integrations.gguf import kernels
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 
-from harness import blueprint, checkpoint, cost, memory_cost, meters, plan, skeleton, verify
+from harness import blueprint, catalog, checkpoint, cost, memory_cost, meters, plan, skeleton, store, verify
 from harness.blueprint import Blueprint
-from harness.case import Plan, Verdict
-from harness.errors import UsageError
+from harness.case import Outcome, Plan, Verdict
+from harness.errors import CheckpointError, UsageError
 from harness.placement import PLACEMENTS
 from harness.planner import Planner
 from harness.precision import PACKED_ARCHITECTURES, PRECISIONS
@@ -206,3 +206,49 @@ def test_parts_of_a_split_file_are_to_be_joined(tmp_path: Path) -> None:
     planned = Planner(one, machine()).plan(case("bf16", "cpu"))
     assert planned.verdict is Verdict.INVALID
     assert planned.why == "it is split into 2 files, and transformers loads one: join them with llama-gguf-split --merge"
+
+
+# ---- which file ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_file_of_several_is_named_by_its_path_or_by_an_option(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_llama(tmp_path / f"{name}.gguf")
+    with pytest.raises(CheckpointError, match=r"has 2 GGUF files; name one, by its path or --file: 'a\.gguf', 'b\.gguf'$"):
+        blueprint.draw(catalog.resolve(str(tmp_path)))
+    sources = [catalog.resolve(str(tmp_path), "b.gguf"), catalog.resolve(str(tmp_path / "b.gguf"))]
+    assert sources[0] == sources[1]
+    assert sources[0].name == "b"
+    assert blueprint.draw(sources[0]).gguf_file == "b.gguf"
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "said"),
+    [
+        (".", "c.gguf", "has no file 'c.gguf': did you mean 'a.gguf'"),
+        (".", "model.safetensors", "--file 'model.safetensors' is no GGUF file: leave it out"),
+        ("a.gguf", "a.gguf", "a is neither a directory nor on the hub, leave it out"),
+        (catalog.DEFAULT, "a.gguf", "smollm2-135m is neither a directory nor on the hub, leave it out"),
+        ("b.gguf", None, "no file 'b.gguf': check the path; a GGUF file on the hub is its repository and --file"),
+    ],
+)
+def test_a_file_that_cannot_be(model: str, file: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_llama(tmp_path / "a.gguf")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as raised:
+        catalog.resolve(model, file)
+    assert said in str(raised.value)
+
+
+def test_a_run_loads_it_and_leaves_out_no_precision_of_its_own(tmp_path: Path) -> None:
+    model, results = write_llama(tmp_path / "tiny.gguf"), tmp_path / "results"
+    options = ["--model", str(model), "--placement", "cpu", "--new-tokens", "2", "--repeats", "1", "--results", str(results)]
+    command = [sys.executable, "-m", "pytest", "cases/test_load.py", "-q", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = {result.case.precision: result for result in store.Store(results).read()[0]}
+    assert set(found) == set(PRECISIONS), done.stdout + done.stderr
+    assert {name for name, one in found.items() if one.outcome is Outcome.OK} == {"fp32", "bf16", "fp16"}
+    assert set(found["bf16"].checks.values()) == {verify.OK}
+    assert found["bf16"].code is not None
+    assert 'gguf_file="tiny.gguf"' in found["bf16"].code
+    assert found["int4"].outcome is Outcome.UNSUPPORTED
