@@ -95,10 +95,11 @@ class Planner:
         return None
 
     def _map(self, placement: Placement, held: Kept, limits: Mapping[str, int] | None) -> dict[str, Device]:
-        key = (placement.name, held.element_bytes, held.quantizer)
+        key = (placement.name, held.element_bytes, held.quantizer, held.packed_embeddings)
         if key not in self._maps:
             skeleton = self.blueprint.skeleton
-            self._maps[key] = layout.device_map(skeleton, placement, held.dtype, held.quantizer, self.machine, limits)
+            packed = self._inventory(held).sizes if held.packed_embeddings else None
+            self._maps[key] = layout.device_map(skeleton, placement, held.dtype, held.quantizer, self.machine, limits, packed)
         return self._maps[key]
 
     def _recommendation(self, case: Case, held: Kept) -> Recommendation:

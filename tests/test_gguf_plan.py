@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.integrations.accelerate import compute_module_sizes
 from transformers.integrations.gguf import kernels
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
@@ -19,6 +20,7 @@ from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from harness import blueprint, catalog, checkpoint, cost, memory_cost, meters, plan, skeleton, store, verify
 from harness.blueprint import Blueprint
 from harness.case import Outcome, Plan, Verdict
+from harness.devicemap import measure
 from harness.errors import CheckpointError, UsageError
 from harness.placement import PLACEMENTS
 from harness.planner import Planner
@@ -145,6 +147,17 @@ def test_blocks_that_were_unpacked_after_all_are_told(tmp_path: Path) -> None:
     found = work.inspect(loaded(one, tmp_path, "gguf"))
     said = verify.checks(Plan(case=case("gguf", "cpu"), verdict=Verdict.UNKNOWN), found)["precision"]
     assert said.startswith("gguf did not take effect: 0.0 % of the Linear weights are uint8 (float32 ")
+
+
+@pytest.mark.usefixtures("ggml")
+def test_a_map_counts_what_stays_in_blocks_as_transformers_does(tmp_path: Path) -> None:
+    """transformers puts the packed modules in their places before it infers a map."""
+    one = drawn(write_lfm2(tmp_path / "model.gguf"))
+    row = PRECISIONS["gguf"]
+    sizes = memory_cost.weight_bytes(one.skeleton, cost.kept(row, row.dtype, one))
+    real = compute_module_sizes(loaded(one, tmp_path, "gguf").module)[0]
+    for path in ("model.layers.0", "model.layers.1", "model.embed_tokens"):
+        assert measure(one.skeleton, "float32", weights=sizes)[path] == pytest.approx(real[path], rel=NEAR)
 
 
 def test_the_architectures_that_stay_packed_are_those_of_transformers() -> None:
