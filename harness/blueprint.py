@@ -240,8 +240,6 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, str | None]:
 
     With it a note that says so, and why transformers could not build it where it was asked.
     """
-    from harness.sketch import sketch
-
     is_gguf = read.files[0].format == "gguf"
     known = skeleton.shipped(read.config) if read.config and not is_gguf else None
     if known is not None:
@@ -254,6 +252,8 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, str | None]:
             return _built(read, is_gguf), None, None
         except UsageError as error:
             why = refused = str(error)
+    from harness.sketch import sketch
+
     return sketch(read), f"planned from its tensors, less surely: {why}", refused
 
 
@@ -342,15 +342,15 @@ def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
     Of mxfp4 the experts, whose weights are stacked: 4 bits and 8 for each 32.
     """
     total = 0.0
-    for weight in shape.weights:
+    for weight, count in shape.tally:
         if weight.tied_to or weight.tensor.kind == "unsaved":
             continue
         if packed.unpacks and len(weight.tensor.shape) == 3:
-            total += weight.elements * (4 + 8 / 32) / 8
+            total += count * weight.elements * (4 + 8 / 32) / 8
         elif packed.unpacks or not weight.quantises or len(weight.tensor.shape) != 2:
-            total += weight.elements * 2
+            total += count * weight.elements * 2
         else:
             rows, columns = weight.tensor.shape
             groups = -(-columns // packed.group) if packed.group else 1
-            total += weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4
+            total += count * (weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4)
     return int(total)
