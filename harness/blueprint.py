@@ -20,7 +20,7 @@ from harness import skeleton
 from harness.case import Record
 from harness.errors import UsageError
 from harness.placement import Placement
-from harness.precision import PACKED_ARCHITECTURES, Precision
+from harness.precision import PACKED_ARCHITECTURES, Precision, row_of
 from harness.skeleton import Skeleton
 from harness.units import format_count
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "n_ctx")
 _MOST_MISSING = 0.02
+# The model types that `harness.models` registers.
+OUR_ARCHITECTURES = frozenset(("chatglm", "moss"))
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -44,6 +46,20 @@ class Packed(Record, frozen=True, kw_only=True):
     bits: int
     group: int
     unpacks: bool = False
+
+    @property
+    def precision(self) -> str | None:
+        """The row of PRECISIONS that it is, None where there is none, or it is unpacked."""
+        row = None if self.unpacks else row_of(self.title)
+        return row.name if row else None
+
+    def refusal(self, precision: Precision) -> str | None:
+        """Say why it is not held this way, None if it is: it stays what it is, and without a row of its own runs as plain ones."""
+        if self.precision is not None and precision.name != self.precision:
+            return f"the checkpoint is quantised already ({self.title}): load it with --precision {self.precision}"
+        if self.precision is None and precision.quantises:
+            return f"the checkpoint is quantised already ({self.title}): load it with --precision bf16 or fp16"
+        return None
 
 
 # What transformers says, or would say, of a GGUF file beside a placement's call or trait.
@@ -85,9 +101,9 @@ class Gguf(Record, frozen=True, kw_only=True):
         refused = next((GGUF_REFUSES[trait] for trait in placement.traits if trait in GGUF_REFUSES), None)
         if refused is not None:
             return refused
-        if precision.stored != "gguf" and precision.quantization is not None:
+        if precision.quantises:
             return "transformers quantises no GGUF file anew: load it with --precision bf16, fp16 or fp32"
-        if precision.stored == "gguf" and not self.packs:
+        if precision.only == "GGUF" and not self.packs:
             if not self.packed_bits:
                 return "no tensor of the file is in blocks: load it with --precision bf16, fp16 or fp32"
             known = ", ".join(sorted(PACKED_ARCHITECTURES))
@@ -115,7 +131,7 @@ class Stored(Record, frozen=True, kw_only=True):
 
 
 class Blueprint(Record, frozen=True, kw_only=True):
-    """A model to be planned.
+    """A model to be planned; `ours` says that `harness.models` has its architecture and transformers has not.
 
     `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantised already and
     whose headers were read. `note` says what the plan rests on where that is less than a skeleton from transformers.
@@ -133,11 +149,17 @@ class Blueprint(Record, frozen=True, kw_only=True):
     tokenizer: bool = True
     note: str | None = None
     gguf: Gguf | None = None
+    ours: bool = False
 
     @property
     def gguf_file(self) -> str | None:
         """The name of the GGUF file, which loaders must be told."""
         return self.gguf.file if self.gguf else None
+
+    @property
+    def stored_as(self) -> str | None:
+        """How it is quantised already (`quantized.describe`); None where it is not, or is unpacked on loading."""
+        return "gguf" if self.gguf else self.packed.title if self.packed and not self.packed.unpacks else None
 
     @property
     def stored_dtype(self) -> str:
@@ -194,6 +216,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         tokenizer=directory is None or _has_tokenizer(read, directory),
         note=note,
         gguf=gguf,
+        ours=_is_ours(read.config),
     )
 
 
@@ -314,7 +337,12 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
         context_length=_context(entry.config),
         file_format=stored.format if stored else "safetensors",
         packed=packed,
+        ours=_is_ours(entry.config),
     )
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in OUR_ARCHITECTURES
 
 
 def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> str:

@@ -222,7 +222,7 @@ class Quality(Record, frozen=True, kw_only=True):
 
 
 class Loaded(Record, frozen=True, kw_only=True):
-    """What really was loaded: bytes of the parameters by dtype (all, and those of Linear weights) and by tier."""
+    """What really was loaded: bytes by dtype, those of Linear weights by dtype or scheme ("nf4"), and bytes by tier."""
 
     model_class: str
     dtype_bytes: dict[str, int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -108,14 +109,43 @@ def _short_names() -> dict[str, str]:
     return {full.casefold().rpartition("/")[2]: full for full in skeleton.catalog()}
 
 
-def stored_format(source: Source) -> str | None:
-    """Return "gguf" for what is known to be one without reading it; None for anything else."""
+def stored_as(source: Source) -> str | None:
+    """Say how a model is quantised already (`quantized.describe`, "gguf" for short), from its config; None where it is not.
+
+    The config is that of the files here, of the catalog, or of the hub; None as well where none can be had.
+    """
+    from harness.quantized import describe
+
     if source.file is not None:
         return "gguf"
-    if source.kind != "directory":
+    here = cached(source)
+    names = {path.name for path in here.iterdir()} if here is not None else set()
+    if here is not None and _choose_weights(names) is None and any(name.endswith(GGUF) for name in names):
+        return "gguf"
+    config = _config(source, here)
+    title = describe(config, ()) if config is not None else None
+    # transformers unpacks it, where the package for its kernels is not there.
+    return None if title is None or title.startswith("mxfp4") else title
+
+
+def _config(source: Source, here: Path | None) -> dict[str, Any] | None:
+    from harness import hub, skeleton
+
+    try:
+        if here is not None:
+            text = (here / "config.json").read_bytes()
+        elif source.hub_id in skeleton.catalog():
+            return dict(skeleton.catalog()[source.hub_id].config)
+        elif source.hub_id is not None:
+            with hub.connected():
+                file = hub.Repository(source.hub_id).open("config.json")
+                text = file.read(0, file.size)
+        else:
+            return None
+        config = json.loads(text)
+    except (OSError, ValueError, KeyError, UsageError, CheckpointError):  # whoever fetches or reads it says what is wrong
         return None
-    names = {path.name for path in Path(source.location).iterdir()}
-    return "gguf" if _choose_weights(names) is None and any(name.endswith(GGUF) for name in names) else None
+    return config if isinstance(config, dict) else None
 
 
 def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_code: bool = False) -> Path:

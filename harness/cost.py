@@ -17,6 +17,7 @@ from harness.calibration import device_of
 from harness.case import Estimate, Machine, Tier, TierEstimate
 from harness.memory_cost import Kept
 from harness.precision import Precision
+from harness.schemes import SCHEMES
 from harness.speed_cost import Effort, seconds
 from harness.tier_cost import Count, Parts
 
@@ -29,14 +30,12 @@ _CACHE_PASSES = 3
 def kept(precision: Precision, dtype: str, blueprint: Blueprint) -> Kept:
     """Say how this precision holds this model: one that is quantised already stays so, but for a GGUF file that is unpacked."""
     if blueprint.gguf is not None:
-        bits = blueprint.gguf.packed_bits if precision.stored == "gguf" else None
+        bits = blueprint.gguf.packed_bits if precision.only == "GGUF" else None
         return Kept(dtype=dtype, packed_bits=bits, packed_experts=bits is not None, packed_embeddings=bits is not None)
     if blueprint.packed is not None and not blueprint.packed.unpacks:
         bits, experts = packed_bits(blueprint)
         return Kept(dtype=dtype, packed_bits=bits, packed_experts=experts)
-    settings = precision.quantization or {}
-    quantizer = "int4" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else None
-    return Kept(dtype=dtype, quantizer=quantizer, nested=settings.get("bnb_4bit_use_double_quant", False))
+    return Kept(dtype=dtype, quantizer=precision.scheme)
 
 
 def packed_bits(blueprint: Blueprint) -> tuple[float, bool]:
@@ -89,7 +88,7 @@ def effort(count: Count, precision: str) -> Effort:
     return Effort(
         device=device_of(count.weights),
         precision=precision,
-        quantizer=count.held.quantizer or ("int4" if count.held.packed_bits else None),
+        like=like(count.held),
         dtype=count.held.dtype,
         read={
             # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
@@ -106,6 +105,13 @@ def effort(count: Count, precision: str) -> Effort:
         quantised=int(inventory.total.quantised / 2),
         to_gpu_bytes=sum(count.weights[gpu] for gpu in count.gpus),
     )
+
+
+def like(held: Kept) -> str | None:
+    """Name the constants of speed that were measured for what is held; None where nothing is quantised."""
+    if held.packed_bits:
+        return "int8" if held.packed_bits > 6 else "int4"
+    return SCHEMES[held.quantizer].like if held.quantizer else None
 
 
 def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from harness.errors import UsageError, did_you_mean
+from harness.schemes import SCHEMES
 from harness.skeleton import Module, Skeleton, Weight
 from harness.units import parse_size
 
@@ -29,10 +30,8 @@ DTYPE_BYTES: Mapping[str, int] = {
     "uint8": 1,
     "bool": 1,
 }
-# What transformers counts per element of a weight that bitsandbytes quantises: no scales.
-QUANTIZER_BYTES: Mapping[str, float] = {"int8": 1, "int4": 0.5}
 # The part of the memory that transformers uses: of the only GPU and of the RAM when no `max_memory` is given; of everything
-# once more under bitsandbytes, for what quantising needs.
+# once more where a quantiser is at work, for what that needs.
 _MARGIN = 0.9
 
 
@@ -48,7 +47,7 @@ def infer(
 ) -> dict[str, Device]:
     """Return the device map that transformers infers.
 
-    `quantizer` is None, "int8" or "int4" (bitsandbytes). `max_memory` is what the user passes: sizes by device number, "mps", "cpu"
+    `quantizer` is None or a row of SCHEMES. `max_memory` is what the user passes: sizes by device number, "mps", "cpu"
     or "disk"; without "cpu" it spills to the disk. If it is None, `free` says what the machine has, and transformers' margins
     apply. `weights` are the bytes of tensors by path, for modules that transformers replaces before it infers: packed GGUF.
 
@@ -71,7 +70,7 @@ def measure(
 
     The tensors inside a piece are there for the first of each kind, as they are in `weights`, bytes that are known already.
     """
-    plain, quantised = DTYPE_BYTES[dtype], QUANTIZER_BYTES[quantizer] if quantizer is not None else None
+    plain, quantised = DTYPE_BYTES[dtype], SCHEMES[quantizer].counted if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
     for weight, _ in skeleton.tally:
         fixed = weight.tensor.dtype

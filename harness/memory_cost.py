@@ -6,14 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from harness.case import Record, Workload
 from harness.devicemap import DTYPE_BYTES
+from harness.schemes import SCHEMES
 from harness.skeleton import Attention, Block, Module, Skeleton, Tensor, Weight
-
-# bitsandbytes: one float32 scale for 64 weights of nf4 or fp4, one for each output of LLM.int8, 16 float32 of code book a module.
-# Nested, the scales are bytes, with a float32 for 256 of them, one for the module, and a code book of their own of 256 float32.
-NF4_BLOCK = 64
-NF4_CODE_BYTES = 64
-NESTED_BLOCK = 256
-NESTED_CODE_BYTES = 1024
 
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
 EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))
@@ -22,16 +16,14 @@ PLAIN_GELU = frozenset(("codegen", "moss", "gptj", "gpt2", "gpt_neo", "phi"))
 
 
 class Kept(Record, frozen=True, kw_only=True):
-    """How the weights of a case are held: dtype of what is not quantised, and bitsandbytes' scheme, "int8", "int4" or None.
+    """How the weights of a case are held: dtype of what is not quantised, and the row of SCHEMES that quantises on loading, or None.
 
-    `nested`: the scales of int4 are quantised as well ("double quantisation"). `packed_bits` a weight, scales included, are those
-    of a checkpoint that is quantised already, and with `packed_experts` of its stacked experts too, with `packed_embeddings` of
+    `packed_bits` a weight, scales included, are those of a checkpoint that is quantised already, and with `packed_experts` of its stacked experts too, with `packed_embeddings` of
     its embedding and head.
     """
 
     dtype: str
     quantizer: str | None = None
-    nested: bool = False
     packed_bits: float | None = None
     packed_experts: bool = False
     packed_embeddings: bool = False
@@ -49,8 +41,7 @@ def weight_bytes(skeleton: Skeleton, kept: Kept) -> dict[str, int]:
 def module_bytes(module: Module, kept: Kept) -> dict[str, int]:
     """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
 
-    int8: a byte a weight and a float32 an output (LLM.int8's SCB); int4: half a byte and a float32 for 64 weights (absmax of nf4
-    or fp4), a code book a module. Biases, norms, embeddings, stacked experts and the head keep the dtype.
+    What a scheme quantises takes its bytes, scales included. Biases, norms, embeddings, stacked experts and the head keep the dtype.
     """
     return {
         weight.path: 0 if weight.tied_to else _held(weight, kept, inside.block)
@@ -63,11 +54,15 @@ def _held(weight: Weight, kept: Kept, owner: Block) -> int:
     tensor, elements = weight.tensor, weight.elements
     if kept.packed_bits is not None and _is_packed(weight, kept, owner):
         return int(elements * kept.packed_bits / 8)
-    if not weight.quantises or kept.quantizer is None:
+    if not narrows(weight, kept.quantizer, owner) or kept.quantizer is None:
         return elements * _width(tensor, kept.dtype)
-    if kept.quantizer == "int8":
-        return elements + 4 * tensor.shape[1 if owner.linear == "conv1d" else 0]
-    return -(-elements // 2) + _scales(-(-elements // NF4_BLOCK), kept.nested) + NF4_CODE_BYTES
+    outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
+    return SCHEMES[kept.quantizer].size(outputs, inputs, kept.element_bytes)
+
+
+def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
+    """Say whether a scheme quantises a weight of this block: all take Linear, some GPT-2's Conv1D."""
+    return quantizer is not None and weight.quantises and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)
 
 
 def _is_packed(weight: Weight, kept: Kept, owner: Block) -> bool:
@@ -75,10 +70,6 @@ def _is_packed(weight: Weight, kept: Kept, owner: Block) -> bool:
         return True
     looks_up = "Embedding" in owner.class_name or owner.linear is not None
     return kept.packed_embeddings and looks_up and len(weight.tensor.shape) == 2
-
-
-def _scales(blocks: int, nested: bool) -> int:
-    return blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + NESTED_CODE_BYTES if nested else 4 * blocks
 
 
 def is_stacked(weight: Weight) -> bool:

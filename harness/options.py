@@ -15,7 +15,7 @@ from harness.case import Record
 from harness.catalog import DEFAULT
 from harness.errors import UsageError, did_you_mean
 from harness.placement import PLACEMENTS
-from harness.precision import PRECISIONS
+from harness.precision import ALL, PRECISIONS, USUAL
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,7 +24,7 @@ else:
 
 
 class Option(Record, frozen=True, kw_only=True):
-    """One row. `parse` turns the text of one value into the value; `repeat` collects several; `switch` takes none."""
+    """One row. `parse` turns the text of one value into the value; `repeat` collects several, and `all` means `every`; `switch` takes none."""
 
     name: str
     help: str
@@ -32,6 +32,7 @@ class Option(Record, frozen=True, kw_only=True):
     default: Any = None
     metavar: str | None = None
     repeat: bool = False
+    every: tuple[str, ...] = ()
     switch: bool = False
 
     @property
@@ -92,10 +93,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="precision",
-        help=f"how to hold the weights: {', '.join(PRECISIONS)} (repeatable; default all that the checkpoint allows)",
+        help=f"how to hold the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(USUAL)}, "
+        "or what a quantised checkpoint is)",
         parse=_from_table(PRECISIONS, "precision"),
         repeat=True,
-        default=tuple(PRECISIONS),
+        every=tuple(PRECISIONS),
+        default=USUAL,
         metavar="NAME",
     ),
     Option(
@@ -177,7 +180,8 @@ def _parsed(option: Option, value: Any) -> Any:
         several = [value] if isinstance(value, str) else value
         if not isinstance(several, (list, tuple)):
             raise UsageError(f"{value!r} is neither a name nor a list of names")
-        return tuple(dict.fromkeys(option.parse(str(one)) for one in several))
+        names = (option.every if option.every and one == ALL else (option.parse(str(one)),) for one in several)
+        return tuple(dict.fromkeys(name for group in names for name in group))
     if isinstance(value, (list, dict, bool)):
         raise UsageError(f"{value!r} is not one value")
     return option.parse(str(value))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.case import Case, Machine, Plan, Verdict
 from harness.placement import PLACEMENTS, ROOM, Placement
-from harness.precision import PRECISIONS, Precision
+from harness.precision import PRECISIONS, Config, Precision
 
 if TYPE_CHECKING:
     from harness.catalog import Source
@@ -29,6 +29,8 @@ def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str]
     was only described: what is installed on this one says nothing about it.
     """
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+    if precision.never:
+        return Verdict.INVALID, precision.never
     # Without a GPU what may use one lies in RAM alone.
     for trait in placement.traits if machine.gpus or placement.needs_gpu else (*placement.traits, "ram"):
         if trait in precision.refuses:
@@ -37,10 +39,18 @@ def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str]
         return Verdict.UNAVAILABLE, f"without a GPU it is the same as {placement.without_gpu}"
     if placement.needs_gpu and not machine.gpus:
         return Verdict.UNAVAILABLE, "needs a GPU, and NVML knows none here"
-    for package in precision.needs if here else ():
-        if importlib.util.find_spec(package) is None:
-            return Verdict.UNAVAILABLE, f"needs the package {package}: pip install {package}"
+    missing = [package for package in precision.needs if here and not _is_installed(package)]
+    if missing:
+        what = f"fitmatrix[{precision.extra}]" if precision.extra else missing[0]
+        return Verdict.UNAVAILABLE, f"needs the package {missing[0]}: pip install {what}"
     return _too_old(precision, placement, machine)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tuple[Verdict, str] | None:
@@ -130,7 +140,7 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     return Plan(
         case=case,
         verdict=Verdict.UNKNOWN,
-        code=loading_code(precision, placement, dtype, max_memory),
+        code=loading_code(precision, placement, dtype, max_memory, on_gpu=bool(on_gpu)),
         max_memory=max_memory,
     )
 
@@ -143,18 +153,23 @@ def loading_code(
     *,
     device_map: Mapping[str, str | int] | None = None,
     gguf_file: str | None = None,
+    stored: bool = False,
+    ours: bool = False,
+    on_gpu: bool = False,
 ) -> str:
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
     `device_map` gives tiers by module, for a placement whose map is computed here.
+    What is `stored` quantised is loaded as it is, without a config; `ours` are the architectures of `harness.models`.
     Of a GGUF file a precision that quantises nothing asks for the weights unpacked: transformers' default depends on the machine.
     """
     arguments: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     arguments["dtype"] = dtype
+    config = None if stored else precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
     if gguf_file and precision.quantization is None:
         arguments["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
-    elif precision.quantization is not None:
-        arguments["quantization_config"] = _quantization(precision.quantization, dtype)
+    elif config is not None:
+        arguments["quantization_config"] = config if isinstance(config, Config) else _quantization(config, dtype)
     arguments |= placement.arguments()
     if placement.device_map == ROOM:
         assert device_map is not None, "its code cannot be written without the map"
@@ -162,10 +177,11 @@ def loading_code(
         arguments |= {"offload_folder": "offload"} if "disk" in device_map.values() else {}
     if max_memory is not None:
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
+    imports = ["import harness.models  # registers architectures that transformers lacks"] if ours else []
     if placement.call == "load_checkpoint_and_dispatch":
-        return _dispatch_code(arguments)
-    lines = ["from transformers import AutoModelForCausalLM", "", "model = AutoModelForCausalLM.from_pretrained("]
-    lines += ["    MODEL,", *_written(arguments), ")"]
+        return "\n".join(imports + _dispatch_code(arguments)) + "\n"
+    imports += _imports("from transformers import AutoModelForCausalLM", *(config.imports if isinstance(config, Config) else ()))
+    lines = [*imports, "", "model = AutoModelForCausalLM.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
     if placement.call == "to":
         lines.append('model = model.to("cuda")')
     return "\n".join(lines) + "\n"
@@ -178,9 +194,18 @@ def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return given
 
 
-def _dispatch_code(arguments: Mapping[str, Any]) -> str:
+def _imports(*lines: str) -> list[str]:
+    """Sort import lines by module, and join those from one module."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for line in lines:
+        module, _, name = line.removeprefix("from ").partition(" import ")
+        names[module].add(name)
+    return [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
+
+
+def _dispatch_code(arguments: Mapping[str, Any]) -> list[str]:
     dtype = arguments["dtype"]
-    lines = [
+    return [
         "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
         "from transformers import AutoConfig, AutoModelForCausalLM",
         "",
@@ -195,7 +220,6 @@ def _dispatch_code(arguments: Mapping[str, Any]) -> str:
         "    no_split_module_classes=model._no_split_modules,",
         ")",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _written(arguments: Mapping[str, Any]) -> list[str]:
@@ -204,6 +228,8 @@ def _written(arguments: Mapping[str, Any]) -> list[str]:
 
 def _literal(value: Any) -> str:
     """Write a value as Python with double quotes; JSON escapes a string as Python reads it."""
+    if isinstance(value, Config):
+        return value.expression
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):

@@ -23,8 +23,6 @@ from harness.tier_cost import Count
 from harness.units import format_gib, significant
 
 GOOD = (Verdict.FITS, Verdict.TIGHT)
-# How much of the answers' worth a precision keeps, as far as a general rule can say; more than 16 bits give nothing back.
-_KEEPS: Mapping[str, float] = {"fp32": 0.99, "bf16": 1.0, "fp16": 0.995, "int8": 0.97, "int4": 0.85}
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
 # How often our device map is drawn anew with more room; mostly once; a block may be larger than what is short.
@@ -79,7 +77,17 @@ class Planner:
             case=case,
             verdict=verdict,
             why=why or (ours.why if ours else None),
-            code=plan.loading_code(precision, placement, dtype, limits, device_map=tiers, gguf_file=self.blueprint.gguf_file),
+            code=plan.loading_code(
+                precision,
+                placement,
+                dtype,
+                limits,
+                device_map=tiers,
+                gguf_file=self.blueprint.gguf_file,
+                stored=self.blueprint.packed is not None,
+                ours=self.blueprint.ours,
+                on_gpu=any(tier.startswith("gpu") for tier in count.weights),
+            ),
             device_map=tiers,
             max_memory=limits,
             estimate=expected,
@@ -92,15 +100,14 @@ class Planner:
     def _refused(self, case: Case) -> tuple[Verdict, str] | None:
         """Return why this checkpoint cannot be loaded that way, wherever it is."""
         precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
+        why = None
         if gguf is not None:
             why = gguf.refusal(precision, PLACEMENTS[case.placement])
-            return (Verdict.INVALID, why) if why else None
-        if precision.stored is not None:
-            held = self.blueprint.file_format
-            return Verdict.INVALID, f"only a {precision.stored.upper()} file is held this way, and this checkpoint is {held}"
-        if packed is not None and precision.quantization is not None:
-            return Verdict.INVALID, f"the checkpoint is quantised already ({packed.title}): load it with --precision bf16 or fp16"
-        return None
+        elif packed is not None:
+            why = packed.refusal(precision)
+        elif precision.only is not None:
+            why = f"needs a {precision.only} checkpoint, and this one is {self.blueprint.stored_dtype}"
+        return (Verdict.INVALID, why) if why else None
 
     def _map(self, placement: Placement, held: Kept, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, held.element_bytes, held.quantizer, held.packed_embeddings)
@@ -286,7 +293,7 @@ def _worth(one: Plan) -> tuple[float, int]:
     assert one.estimate is not None
     speed = one.estimate.decode_tok_s.best
     order = ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
-    return round(_KEEPS.get(one.case.precision, 0.9) * speed / (speed + _HALF_TOK_S), 4), -order
+    return round(PRECISIONS[one.case.precision].keeps * speed / (speed + _HALF_TOK_S), 4), -order
 
 
 def _reason(best: Plan, fitting: Sequence[Plan]) -> str:

@@ -36,6 +36,7 @@ def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None
         method = settings.get("quant_method")
         words = [method if isinstance(method, str) and method.isprintable() and len(method) <= 40 else "unknown method"]
         words += [_bitsandbytes(settings)] if method == "bitsandbytes" else []
+        words += [_torchao(settings)] if method == "torchao" else []
         return _sentence(words, _bits(settings), settings.get("group_size", settings.get("q_group_size")))
     if 0 < _positive(config.get("wbits")) < 16:  # MOSS in float16 says 32
         return _sentence(["gptq"], config["wbits"], config.get("groupsize"))
@@ -79,7 +80,16 @@ def _bitsandbytes(settings: Mapping[str, Any]) -> str:
     if settings.get("load_in_8bit") is True:
         return "8-bit"
     kind = settings.get("bnb_4bit_quant_type")
-    return f"4-bit {kind}" if kind in ("nf4", "fp4") else "4-bit"
+    nested = ", nested" if settings.get("bnb_4bit_use_double_quant") is True else ""
+    return f"4-bit {kind}{nested}" if kind in ("nf4", "fp4") else "4-bit"
+
+
+def _torchao(settings: Mapping[str, Any]) -> str:
+    """Name the class of torchao's config, as `TorchAoConfig.to_dict` writes it."""
+    given = settings.get("quant_type")
+    inner = given.get("default") if isinstance(given, dict) else None
+    kind = inner.get("_type") if isinstance(inner, dict) else None
+    return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 60 else "of unknown type"
 
 
 def _positive(value: Any) -> int:

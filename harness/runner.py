@@ -41,12 +41,13 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The model of a case: where its files are, whether its weights are real, and what its predictions are compared with."""
+    """The model of a case: where its files are, whether its weights are real, whether `harness.models` has its architecture, and what its predictions are compared with."""
 
     location: Path
     weights: str = "real"
     tokenizer: bool = True
     gguf_file: str | None = None
+    ours: bool = False
     code_head: str = ""
     command: str = ""
     reference: quality.Reference | None = None
@@ -113,7 +114,7 @@ class Run:
             request = Load(
                 model=str(self.subject.location),
                 code=plan.code or "",
-                imports=PRECISIONS[plan.case.precision].needs,
+                imports=(*PRECISIONS[plan.case.precision].needs, *(["harness.models"] if self.subject.ours else [])),
                 tokenizer=self.subject.tokenizer,
                 gguf_file=self.subject.gguf_file,
             )

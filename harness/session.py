@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import blueprint, calibration, catalog, checkpoint, machine, plan, process, runner
+from harness import blueprint, calibration, catalog, checkpoint, machine, plan, precision, process, runner
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
@@ -98,12 +98,10 @@ class Session:
         return wanted if "placement" in self.options.origin else distinct(wanted, bool(self.machine.gpus))
 
     def _precisions(self, model: str) -> list[str]:
-        """Return the precisions asked for; unless the user named them, without those that need a checkpoint of another format."""
-        wanted = _in_order(self.options.precision, PRECISIONS)
+        """Return the precisions asked for; unless the user named them, the usual ones, or what a quantised checkpoint is."""
         if "precision" in self.options.origin:
-            return wanted
-        stored = catalog.stored_format(self.sources[model]) or "safetensors"
-        return [name for name in wanted if PRECISIONS[name].holds_format(stored)]
+            return _in_order(self.options.precision, PRECISIONS)
+        return precision.usual(catalog.stored_as(self.sources[model]))
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Have everything at hand that the cases need, before the first is measured: store, models, worker.
@@ -156,6 +154,7 @@ class Session:
             location=location,
             tokenizer=drawn.tokenizer if drawn else False,
             gguf_file=drawn.gguf_file if drawn else None,
+            ours=drawn.ours if drawn else False,
             code_head=plan.code_head(source, case.placement),
             command=self._command(case),
             reference=reference[0] if reference else None,

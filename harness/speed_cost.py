@@ -20,14 +20,15 @@ _SPEED_AT = {"low": "high", "best": "best", "high": "low"}
 class Effort(Record, frozen=True, kw_only=True):
     """What a case does, counted.
 
-    `read` are the bytes by tier that one token reads. `parameters` are those that a token is multiplied with. `copied_bytes` are
+    `read` are the bytes by tier that one token reads. `like` names the constants of what is
+    quantised. `parameters` are those that a token is multiplied with. `copied_bytes` are
     written anew while loading, `quantised` weights quantised; `checkpoint_bytes` come from the disk. Of a GGUF `unpacked` weights
     are made from its blocks and `vocabulary` strings of its metadata read one by one.
     """
 
     device: str
     precision: str
-    quantizer: str | None
+    like: str | None
     dtype: str
     read: dict[str, float]
     layers: int
@@ -100,7 +101,7 @@ class _Clock:
     def __init__(self, effort: Effort, load: Workload, machine: Machine, calibration: Calibration) -> None:
         self.effort, self.work, self.machine, self.calibration = effort, load, machine, calibration
         self.gpu = next((tier for tier in machine.gpus if tier.name in effort.read), None)
-        self.suffix = f"_{effort.quantizer}" if effort.quantizer else ""
+        self.suffix = f"_{effort.like}" if effort.like else ""
 
     def load(self, pick: str) -> float:
         """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantise, send."""
@@ -146,14 +147,14 @@ class _Clock:
         if tier == "cpu":
             return self._link(pick) if self.gpu else self._ram(pick)
         found = self.machine.tier(tier)
-        share = "gpu_bandwidth_share" + ("_quantised" if self.effort.quantizer else "")
+        share = "gpu_bandwidth_share" + ("_quantised" if self.effort.like else "")
         return self._known(found, "gpu_bytes_per_s", pick) * self._rate(share, pick)
 
     def _known(self, tier: Tier | None, constant: str, pick: str) -> float:
         return tier.bytes_per_s if tier is not None and tier.bytes_per_s else self._rate(constant, pick)
 
     def _ram(self, pick: str) -> float:
-        kind = self.effort.quantizer or self.effort.dtype
+        kind = self.effort.like or self.effort.dtype
         known = self._known(self.machine.tier("cpu"), "ram_bytes_per_s", pick)
         return known * self._rate(f"ram_bandwidth_share_{kind}", pick)
 

@@ -11,6 +11,7 @@ from harness import memory_cost
 from harness.calibration import Bytes, Calibration
 from harness.case import Record, Workload
 from harness.inventory import Inventory, Sums
+from harness.schemes import SCHEMES
 
 # The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
 PAGE_BYTES = 1 << 20
@@ -158,7 +159,7 @@ class Count:
         constant = self.calibration
         total = constant["ram_import_anon_bytes"].amount()
         if self.held.quantizer:
-            total += constant["ram_bitsandbytes_bytes"].amount()
+            total += constant[f"ram_{SCHEMES[self.held.quantizer].library}_bytes"].amount()
         if self.blueprint.tokenizer:
             total += constant["ram_tokenizer_bytes_per_token"].amount(self.skeleton.vocab_size)
         return total + constant["ram_cuda_bytes"].amount() if self.gpus else total
@@ -195,7 +196,7 @@ class Count:
         total = self.calibration["heap_share_stack"].amount(here.stacked)
         if not here.quantised or self.gpus:
             return total
-        return total + self.calibration[f"heap_share_{self.held.quantizer}"].amount(here.kept_copies)
+        return total + self.calibration[f"heap_share_{SCHEMES[self.held.quantizer].like}"].amount(here.kept_copies)
 
     def _rows_touched(self) -> int:
         """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""

@@ -10,7 +10,7 @@ from harness import commands
 from harness.case import Workload
 from harness.errors import UsageError, did_you_mean
 from harness.placement import PLACEMENTS, distinct
-from harness.precision import PRECISIONS
+from harness.precision import ALL, PRECISIONS, usual
 from harness.units import parse_size
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--ram", metavar="SIZE", help="plan for a machine with so much RAM")
     add("--disk", metavar="SIZE", help="plan for a machine with so much free disk space")
-    add("--precision", action="append", metavar="NAME", help=f"only this: {', '.join(PRECISIONS)} (repeatable)")
+    add("--precision", action="append", metavar="NAME", help=f"only this: {', '.join(PRECISIONS)}, or all (repeatable)")
     add("--placement", action="append", metavar="NAME", help=f"only this: {', '.join(PLACEMENTS)} (repeatable)")
     add("--prompt-tokens", metavar="N", help=f"tokens of each prompt (default {_USUAL.prompt_tokens})")
     add("--new-tokens", metavar="N", help=f"tokens to generate from each prompt (default {_USUAL.new_tokens})")
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from harness import blueprint, catalog
     from harness.planner import Planner, advise
 
-    precisions = _names(args.precision, PRECISIONS, "--precision")
+    asked_precisions = list(PRECISIONS) if ALL in (args.precision or ()) else args.precision
+    precisions = _names(asked_precisions, PRECISIONS, "--precision")
     placements = _names(args.placement, PLACEMENTS, "--placement")
     load = workload(args)
     machine, here = described(args)
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     for source in [catalog.resolve(model, args.file) for model in args.models]:
         drawn = blueprint.draw(source)
         planner = Planner(drawn, machine, here=here, constants=constants)
-        chosen = precisions if args.precision else [name for name in precisions if PRECISIONS[name].holds_format(drawn.file_format)]
+        chosen = precisions if args.precision else usual(drawn.stored_as)
         places = placements if args.placement else distinct(placements, bool(machine.gpus))
         cases = _cases(drawn, chosen, places, load, asked)
         advices.append(advise(source, planner, cases))

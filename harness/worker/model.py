@@ -157,13 +157,14 @@ def _clocked(owner: Any, name: str, seconds: dict[str, float], key: str) -> Iter
 
 
 def inspect(model: Model) -> Loaded:
-    """Count what really was loaded: bytes of the parameters by dtype and by tier, and of the Linear weights by dtype."""
+    """Count what really was loaded: bytes of the tensors by dtype and by tier, and of the Linear weights by dtype or scheme."""
     by_dtype: dict[str, int] = defaultdict(int)
     by_tier: dict[str, int] = defaultdict(int)
-    for name, parameter in model.module.named_parameters():
-        size = parameter.numel() * parameter.element_size()
-        by_dtype[_dtype(parameter)] += size
-        by_tier[_tier(name, parameter, model.device_map)] += size
+    for name, whole in _weights(model.module):
+        for part in _plain(whole):
+            size = part.numel() * part.element_size()
+            by_dtype[_dtype(part)] += size
+            by_tier[_tier(name, part, model.device_map)] += size
     return Loaded(
         model_class=type(model.module).__name__,
         dtype_bytes=dict(by_dtype),
@@ -173,18 +174,49 @@ def inspect(model: Model) -> Loaded:
     )
 
 
+def _weights(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all parameters, and of modules that pack their weights the buffers too: that is where GPTQ's are."""
+    yield from module.named_parameters()
+    for path, part in module.named_modules():
+        if isinstance(getattr(part, "qweight", None), torch.Tensor):
+            yield from ((f"{path}.{name}", buffer) for name, buffer in part.named_buffers(recurse=False))
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Take a subclass of torch.Tensor apart, as torchao and quanto hold weights: values, scales, zero points."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
+
+
 def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
     """Sum the weights of the Linear modules by dtype, without the output embedding, which quantisers leave alone.
 
-    What replaces a Linear of a packed GGUF is none of torch's, and is known by its name: earlier versions have no such class.
+    Scales are no weights. What replaces a Linear may be none of torch's, and is known by what it multiplies.
     """
     by_dtype: dict[str, int] = defaultdict(int)
     head = module.get_output_embeddings()
     for part in module.modules():
-        if (isinstance(part, (torch.nn.Linear, Conv1D)) or type(part).__name__ == "GgufLinear") and part is not head:
-            weight = part.get_parameter("weight")
-            by_dtype[_dtype(weight)] += weight.numel() * weight.element_size()
+        if (isinstance(part, (torch.nn.Linear, Conv1D)) or hasattr(part, "in_features")) and part is not head:
+            weight = part.qweight if hasattr(part, "qweight") else part.get_parameter("weight")
+            values = max(_plain(weight), key=lambda tensor: tensor.nbytes)
+            by_dtype[_scheme(weight) or _dtype(values)] += values.numel() * values.element_size()
     return dict(by_dtype)
+
+
+def _scheme(weight: torch.Tensor) -> str | None:
+    """Name the scheme of a weight where its dtype would not tell: what bitsandbytes, quanto and torchao say of it."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return f"{state.quant_type} nested" if state.nested else str(state.quant_type)
+    quanto = getattr(weight, "qtype", None)
+    if quanto is not None:
+        return str(quanto.name)
+    if getattr(weight, "act_quant_kwargs", None) is not None:
+        return "int8 dynamic"
+    return "int4" if type(weight).__name__.startswith("Int4") else None
 
 
 def _dtype(tensor: torch.Tensor) -> str:
