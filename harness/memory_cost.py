@@ -11,6 +11,8 @@ from harness.skeleton import Attention, Block, Module, Skeleton, Tensor, Weight
 
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
 EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))
+# Classes derived from torch's Linear: some quantisers take them for one, others take exactly Linear.
+DERIVED_LINEARS = frozenset(("FalconLinear",))
 # What GELU's formula in Python holds at once beside its input, in widths of the MLP: gelu_new of these classes.
 PLAIN_GELU = frozenset(("codegen", "moss", "gptj", "gpt2", "gpt_neo", "phi"))
 
@@ -61,8 +63,12 @@ def _held(weight: Weight, kept: Kept, owner: Block) -> int:
 
 
 def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
-    """Say whether a scheme quantises a weight of this block: all take Linear, some GPT-2's Conv1D."""
-    return quantizer is not None and weight.quantises and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)
+    """Say whether a scheme quantises a weight of this block: all take Linear, bitsandbytes GPT-2's Conv1D, others what is derived."""
+    if quantizer is None:
+        return False
+    if owner.class_name in DERIVED_LINEARS:
+        return SCHEMES[quantizer].derived and len(weight.tensor.shape) == 2
+    return weight.quantises and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)
 
 
 def _is_packed(weight: Weight, kept: Kept, owner: Block) -> bool:

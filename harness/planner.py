@@ -19,6 +19,7 @@ from harness.placement import PLACEMENTS, ROOM, Placement
 from harness.plan import Named, Sizes, Stock
 from harness.precision import PRECISIONS, Precision
 from harness.roommap import Recommendation
+from harness.schemes import SCHEMES, Scheme
 from harness.tier_cost import Count
 from harness.units import format_gib, significant
 
@@ -105,9 +106,19 @@ class Planner:
             why = gguf.refusal(precision, PLACEMENTS[case.placement])
         elif packed is not None:
             why = packed.refusal(precision)
+        elif precision.scheme is not None and not self.machine.gpus:
+            why = self._unpackable(SCHEMES[precision.scheme])
         elif precision.only is not None:
-            why = f"needs a {precision.only} checkpoint, and this one is {self.blueprint.stored_dtype}"
+            why = f"needs {_a(precision.only)} checkpoint, and this one is {self.blueprint.stored_dtype}"
         return (Verdict.INVALID, why) if why else None
+
+    def _unpackable(self, scheme: Scheme) -> str | None:
+        """Say which weight a scheme cannot pack for a processor; transformers would end with an error of torch's."""
+        for weight, _ in self.blueprint.skeleton.tally:
+            if weight.quantises and weight.tensor.shape[0] % scheme.rows:
+                outputs = weight.tensor.shape[0]
+                return f"{scheme.library} packs 4 bits for processors in {scheme.rows} outputs, and {weight.path} has {outputs}"
+        return None
 
     def _map(self, placement: Placement, held: Kept, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, held.element_bytes, held.quantizer, held.packed_embeddings)
@@ -315,3 +326,7 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     times = best.estimate.decode_tok_s.best / rival.estimate.decode_tok_s.best
     name = f"{rival.case.precision}/{rival.case.placement}"
     return f"{significant(times, 2)} times as fast as {name}, which is worth the bits it gives up"
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIO' else 'a'} {noun}"

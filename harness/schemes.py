@@ -27,8 +27,9 @@ class Scheme(Record, frozen=True, kw_only=True):
     """One row of the table.
 
     `size` counts the bytes of a weight. `counted` is what transformers counts for an element when it infers a device map.
-    `like` names the constants of speed and heap that were measured for it (`data/calibration.toml`). `transposes`: GPT-2's Conv1D
-    is quantised as well as Linear.
+    `like` names the constants of speed and heap that were measured for it, `library` those of its import (`data/calibration.toml`).
+    `conv1d`: GPT-2's Conv1D is quantised as well as Linear, `derived`: and what is derived from Linear. On a processor the outputs
+    must be a multiple of `rows`.
     """
 
     size: Size
@@ -36,6 +37,8 @@ class Scheme(Record, frozen=True, kw_only=True):
     like: str
     library: str
     conv1d: bool = False
+    derived: bool = False
+    rows: int = 1
 
 
 def _int8(outputs: int, inputs: int, _: int) -> int:
@@ -88,10 +91,10 @@ SCHEMES: Mapping[str, Scheme] = {
     "int4": Scheme(size=_nf4, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
     "fp4": Scheme(size=_nf4, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
     "nf4-dq": Scheme(size=_nested, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
-    "torchao-int8": Scheme(size=_torchao_int8, counted=1, like="torchao_int8", library="torchao"),
-    "torchao-int8-dynamic": Scheme(size=_torchao_int8, counted=1, like="torchao_dynamic", library="torchao"),
-    "torchao-int4": Scheme(size=_torchao_int4, counted=0.5, like="torchao_int4", library="torchao"),
-    "quanto-int8": Scheme(size=_quanto_int8, counted=1, like="quanto_int8", library="quanto"),
-    "quanto-int4": Scheme(size=_quanto_int4, counted=0.5, like="quanto_int4", library="quanto"),
+    "torchao-int8": Scheme(size=_torchao_int8, counted=1, like="torchao_int8", library="torchao", derived=True),
+    "torchao-int8-dynamic": Scheme(size=_torchao_int8, counted=1, like="torchao_dynamic", library="torchao", derived=True),
+    "torchao-int4": Scheme(size=_torchao_int4, counted=0.5, like="torchao_int4", library="torchao", derived=True, rows=16),
+    "quanto-int8": Scheme(size=_quanto_int8, counted=1, like="quanto_int8", library="quanto", derived=True),
+    "quanto-int4": Scheme(size=_quanto_int4, counted=0.5, like="quanto_int4", library="quanto", derived=True, rows=16),
     "fp8": Scheme(size=_fp8, counted=1, like="int8", library="bitsandbytes"),
 }

@@ -8,19 +8,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from msgspec.structs import replace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness import cost, memory_cost
 from harness.blueprint import Blueprint
 from harness.placement import PLACEMENTS
-from harness.plan import loading_code
+from harness.plan import gate, loading_code
 from harness.precision import PRECISIONS, Precision
 from harness.protocol import Load
 from harness.skeleton import Skeleton
 from harness.worker import model as work
 from harness.worker import skeleton as worker
+from tests.builders import case, machine
 
 _USUAL = {"vocab_size": 1500, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 8}
 _GROUPED = {**_USUAL, "num_key_value_heads": 2}
@@ -62,16 +63,9 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 
-def _variant(name: str, **settings: Any) -> Precision:
-    row = PRECISIONS["int4"]
-    return replace(row, name=name, quantization={**(row.quantization or {}), **settings})
-
-
-# Every way of holding weights that can be loaded here: the table's, and bitsandbytes' other schemes of 4 bits.
+# Every way of holding weights that makes something of these models in RAM, where its packages are installed.
 WAYS: Mapping[str, Precision] = {
-    **PRECISIONS,
-    "fp4": _variant("fp4", bnb_4bit_quant_type="fp4"),
-    "nf4 nested": _variant("nf4 nested", bnb_4bit_use_double_quant=True),
+    name: row for name, row in PRECISIONS.items() if row.only is None and gate(case(name, "cpu"), machine(), here=False) is None
 }
 
 
@@ -84,7 +78,9 @@ def save(name: str, folder: Path) -> Skeleton:
 
 
 def load(folder: Path, way: Precision) -> PreTrainedModel:
-    """Load in RAM by the code that `plan` prints."""
+    """Load in RAM by the code that `plan` prints; skip the test where a package is missing."""
+    for module in way.needs:
+        pytest.importorskip(module)
     code = loading_code(way, PLACEMENTS["cpu"], way.dtype, None)
     request = Load(model=str(folder), code=code, imports=way.needs, tokenizer=False)
     loaded, _ = work.load(request, lambda _: contextlib.nullcontext())
@@ -113,7 +109,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     for tensor in (*model.parameters(), *model.buffers()):
-        yield tensor
+        yield from work.plain(tensor)
         state = getattr(tensor, "quant_state", None)
         owners = (tensor, state, getattr(state, "state2", None))
         hung = (getattr(owner, name, None) for owner in owners for name in ("CB", "SCB", "absmax", "code", "offset"))

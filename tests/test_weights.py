@@ -13,6 +13,7 @@ import transformers
 from harness import blueprint, catalog, checkpoint, memory_cost, skeleton
 from harness.memory_cost import Kept
 from harness.precision import PRECISIONS
+from harness.schemes import SCHEMES
 from harness.skeleton import Skeleton
 from harness.worker import skeleton as worker
 from tests import small_models
@@ -42,6 +43,9 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_are_those_of_the_loaded_model(saved: tuple[Path, Skeleton], way: str) -> None:
     folder, built = saved
+    rows = SCHEMES[WAYS[way].scheme or "int8"].rows
+    if any(weight.quantises and weight.tensor.shape[0] % rows for weight in built.weights):
+        pytest.skip(f"a weight whose outputs are no multiple of {rows} is not packed for processors: the planner says so")
     held = small_models.held_bytes(small_models.load(folder, WAYS[way]))
     assert small_models.estimated(built, WAYS[way]) == pytest.approx(held, rel=EXACT)
 
@@ -73,7 +77,7 @@ def test_a_quantised_model_of_the_catalog_takes_what_the_hub_holds(name: str) ->
     assert estimated(one) == pytest.approx(one.checkpoint_bytes, rel=NEAR)
 
 
-@pytest.mark.parametrize("way", ["int8", "int4", "fp4", "nf4 nested"])
+@pytest.mark.parametrize("way", ["int8", "int4", "fp4", "nf4-dq"])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v2"])
 def test_what_bitsandbytes_saved_is_held_as_it_was(name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
@@ -105,7 +109,7 @@ def test_int8_has_a_scale_for_each_output_of_a_transposed_weight() -> None:
 def test_nesting_saves_most_of_the_scales() -> None:
     """QLoRA's paper: 0.373 bits a parameter."""
     built = skeleton.named("llama-2-7b-hf")
-    ways = (Kept(dtype="bfloat16", quantizer="int4", nested=nested) for nested in (False, True))
+    ways = (Kept(dtype="bfloat16", quantizer=way) for way in ("int4", "nf4-dq"))
     plain, nested = (sum(memory_cost.weight_bytes(built, kept).values()) for kept in ways)
     linear = sum(weight.elements for weight in built.weights if weight.quantises)
     assert (plain - nested) * 8 / linear == pytest.approx(0.373, abs=0.001)

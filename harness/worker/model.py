@@ -161,7 +161,7 @@ def inspect(model: Model) -> Loaded:
     by_dtype: dict[str, int] = defaultdict(int)
     by_tier: dict[str, int] = defaultdict(int)
     for name, whole in _weights(model.module):
-        for part in _plain(whole):
+        for part in plain(whole):
             size = part.numel() * part.element_size()
             by_dtype[_dtype(part)] += size
             by_tier[_tier(name, part, model.device_map)] += size
@@ -182,13 +182,13 @@ def _weights(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((f"{path}.{name}", buffer) for name, buffer in part.named_buffers(recurse=False))
 
 
-def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Take a subclass of torch.Tensor apart, as torchao and quanto hold weights: values, scales, zero points."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, name))
+        yield from plain(getattr(tensor, name))
 
 
 def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
@@ -201,7 +201,7 @@ def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
     for part in module.modules():
         if (isinstance(part, (torch.nn.Linear, Conv1D)) or hasattr(part, "in_features")) and part is not head:
             weight = part.qweight if hasattr(part, "qweight") else part.get_parameter("weight")
-            values = max(_plain(weight), key=lambda tensor: tensor.nbytes)
+            values = max(plain(weight), key=lambda tensor: tensor.nbytes)
             by_dtype[_scheme(weight) or _dtype(values)] += values.numel() * values.element_size()
     return dict(by_dtype)
 

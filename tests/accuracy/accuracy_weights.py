@@ -74,7 +74,7 @@ def test_weights_of_full_size_models(figures: list[Figure]) -> None:
     assert not any(parameters)
 
 
-@pytest.mark.parametrize("way", [way for way, row in WAYS.items() if row.quantization])
+@pytest.mark.parametrize("way", [way for way, row in WAYS.items() if row.needs == ("bitsandbytes",)])
 def test_weights_that_bitsandbytes_saved(
     way: str, saved: dict[str, tuple[Path, Skeleton]], figures: list[Figure], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
