@@ -27,16 +27,21 @@ from typing import Any
 
 import msgspec
 
-from harness import protocol
+from harness import descendants, protocol
 from harness.errors import UsageError, WorkerError
+from harness.patience import Patience
 from harness.protocol import Entered, Event, Request
 
 WorkerMain = Callable[[Connection, str, str], None]
 
 _METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+_KEEPER = "harness.worker.keeper"  # first: what it does holds while the others are imported
 _PRELOAD = ("harness.worker.preload", "harness.worker.main")
 _RESIDENCY = "harness.worker.residency"  # last: it records which pages the imports have touched
 _GRACE_S = 2.0
+_START_S = 600.0  # the first worker waits for the fork server's imports
+# What ends a run comes to all processes of a terminal or a job; the parent alone puts things in order.
+_PARENTS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)}
 _LOG_MOST, _LOG_KEEP = 4 << 20, 32 << 10
 _MESSAGE_MOST = 64 << 20  # what claims to be longer was written to the pipe by somebody else
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -53,8 +58,49 @@ def warm_up(modules: Sequence[str] = ()) -> None:
     """
     if _METHOD != "forkserver":
         return
-    multiprocessing.set_forkserver_preload([*_PRELOAD, *modules, _RESIDENCY])
+    preload(*_PRELOAD, *modules, _RESIDENCY)
     _start_fork_server()
+
+
+def preload(*modules: str) -> None:
+    """Let the fork server import these, and its keeper, when it starts."""
+    multiprocessing.set_forkserver_preload([_KEEPER, *modules])
+
+
+def live_in(home: Path) -> None:
+    """Let the socket of the fork server lie in `home`; one that runs already stays where it is."""
+    if _fork_server()._forkserver_pid is None:
+        multiprocessing.process.current_process()._config["tempdir"] = str(home)  # type: ignore[attr-defined]
+
+
+def cool_down(home: Path) -> None:
+    """End the fork server that lives in `home`, with all that is below it."""
+    config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    if config.get("tempdir") != str(home):
+        return
+    del config["tempdir"]
+    _kill_fork_server()
+    if _fork_server()._forkserver_pid is not None:
+        with contextlib.suppress(OSError):  # it was waited for already, or its socket is gone
+            _fork_server()._stop()
+
+
+def _fork_server() -> Any:
+    return multiprocessing.forkserver._forkserver
+
+
+def _fork_server_is_dead() -> bool:
+    """Say whether a fork server was started and has ended; whoever waits for it still can."""
+    pid = _fork_server()._forkserver_pid
+    return pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _kill_fork_server() -> None:
+    pid = _fork_server()._forkserver_pid
+    if pid is not None:
+        descendants.kill_below(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # SIGKILL ends a stopped process as well
 
 
 def _start_fork_server() -> None:
@@ -69,9 +115,9 @@ def _start_fork_server() -> None:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Block SIGINT: what is started meanwhile never hears Ctrl-C, which is this process's to handle, and hears of it after."""
+    """Block the signals that end a run: what is started meanwhile never hears them, and this process hears of them after."""
     multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGINT when it starts, so it must run already
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
     try:
         yield
     finally:
@@ -109,6 +155,8 @@ def _child(main: WorkerMain, pipe: Connection, log: str, scratch: str) -> None:
     if not Path(scratch).is_dir():
         return  # Ctrl-C while the fork server was busy importing: the parent has given the case up
     _let_go_of_fork_server()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS - {signal.SIGINT})  # the fork server is deaf to them
     main(pipe, log, scratch)
 
 
@@ -117,7 +165,7 @@ def _let_go_of_fork_server() -> None:
 
     So it ends with the parent, and takes along a worker that is too busy to see the parent's end (PR_SET_PDEATHSIG).
     """
-    server: Any = multiprocessing.forkserver._forkserver
+    server = _fork_server()
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None
@@ -136,45 +184,72 @@ class Ended(Exception):
         self.exit_code, self.ended_by = exit_code, ended_by
 
 
+def _started(main: WorkerMain, log: Path, scratch: Path) -> tuple[Connection, Any]:
+    """Start a process; return the parent's end of its pipe, and the process.
+
+    Raises:
+        EOFError, ConnectionError: the fork server is gone, or did not answer in time and was killed.
+    """
+    context = multiprocessing.get_context(_METHOD)
+    pipe, theirs = context.Pipe()
+    # mypy: the stubs of get_context(str) know no Process
+    process = context.Process(  # type: ignore[attr-defined]
+        target=_child, args=(main, theirs, str(log), str(scratch)), name="fitmatrix worker", daemon=True
+    )
+    try:
+        if _METHOD == "forkserver":
+            _start_fork_server()
+        with _import_path(), _no_main(), _watchdog(_START_S, _kill_fork_server):
+            process.start()
+    except BaseException:
+        pipe.close()  # a worker that began nevertheless sees the end of its pipe
+        raise
+    finally:
+        theirs.close()
+    return pipe, process
+
+
+@contextlib.contextmanager
+def _watchdog(seconds: float, act: Callable[[], object]) -> Iterator[None]:
+    """Act if the block takes longer: what it waits for in the kernel takes no limit of time."""
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Worker:
     """A child process that speaks `harness.protocol`. `phase` is the last phase that it entered."""
 
     def __init__(self, main: WorkerMain, *, log: Path, scratch: Path) -> None:
-        context = multiprocessing.get_context(_METHOD)
-        self._pipe, theirs = context.Pipe()
         self.log, self.phase, self.entered_s = log, "start", time.monotonic()
         self._ended_by: str | None = None
         log.touch()
-        # mypy: the stubs of get_context(str) know no Process
-        self._process = context.Process(  # type: ignore[attr-defined]
-            target=_child, args=(main, theirs, str(log), str(scratch)), name="fitmatrix worker", daemon=True
-        )
         try:
-            if _METHOD == "forkserver":
-                _start_fork_server()
-            with _import_path(), _no_main():
-                self._process.start()
-        except BaseException:
-            self._pipe.close()  # a worker that began nevertheless sees the end of its pipe
-            raise
-        finally:
-            theirs.close()
+            self._pipe, self._process = _started(main, log, scratch)
+        except (EOFError, ConnectionError):  # the fork server was killed: another one takes its place
+            self._pipe, self._process = _started(main, log, scratch)
 
     @property
     def pid(self) -> int:
         return int(self._process.pid or 0)
 
-    def ask(self, request: Request, *, until_s: float) -> Event:
-        """Send a request and wait for its answer, blocking, at most until the monotonic clock shows `until_s`.
+    def ask(self, request: Request, patience: Patience) -> Event:
+        """Send a request and wait for its answer, blocking, as long as patience lasts.
 
         Raises:
             Ended: the process died, or the time is over and it was killed.
             WorkerError: it sent something that is no message; it was killed.
         """
         try:
+            patience.begin_phase()
             self._send(request)
-            while isinstance(event := self._next(until_s), Entered):
+            while isinstance(event := self._next(patience), Entered):
                 self.phase, self.entered_s = event.phase, event.at_s
+                patience.begin_phase()
         except KeyboardInterrupt:  # nobody waits for the answer any more
             self.kill()
             raise
@@ -186,32 +261,28 @@ class Worker:
         except (BrokenPipeError, ConnectionResetError):
             raise self._dead() from None
 
-    def _next(self, until_s: float) -> Event:
-        left = max(until_s - time.monotonic(), 0)
-        ready = multiprocessing.connection.wait([self._pipe, self._process.sentinel], timeout=left)
+    def _next(self, patience: Patience) -> Event:
+        look_at = [self._pipe, self._process.sentinel]
+        ready = patience.wait(lambda most_s: multiprocessing.connection.wait(look_at, timeout=most_s))
         if self._pipe in ready:
-            return self._decode(self._receive(until_s))
+            return self._decode(self._receive(patience))
         if not ready:
-            self._time_over()
+            self._time_over(patience.reached)
         raise self._dead()
 
-    def _receive(self, until_s: float) -> bytes:
+    def _receive(self, patience: Patience) -> bytes:
         """Read the message that has begun to arrive; a worker that stops in the middle of it is killed when the time is over."""
-        watchdog = threading.Timer(max(until_s - time.monotonic(), _GRACE_S), self._time_over)
-        watchdog.daemon = True
-        watchdog.start()
         try:
-            return self._pipe.recv_bytes(_MESSAGE_MOST)
+            with _watchdog(max(patience.left_s, _GRACE_S), lambda: self._time_over(patience.reached)):
+                return self._pipe.recv_bytes(_MESSAGE_MOST)
         except (EOFError, OSError) as error:
             if self._pipe.readable:  # the length was fine, so it ended, perhaps in the middle of the message
                 raise self._dead() from None
             self.kill()
             raise WorkerError(f"the worker's pipe carries what is no message: {error}") from None
-        finally:
-            watchdog.cancel()
 
-    def _time_over(self) -> None:
-        self._ended_by = "timeout"
+    def _time_over(self, limit: str) -> None:
+        self._ended_by = limit
         self._process.kill()
 
     def _decode(self, line: bytes) -> Event:
@@ -223,8 +294,10 @@ class Worker:
 
     def _dead(self) -> Ended:
         self._process.join(_GRACE_S)
-        if self._process.is_alive():  # it closed the pipe and stays
+        if self._process.is_alive() and self._ended_by is None:  # it closed the pipe and stays
             self._ended_by = "protocol"
+        if self._ended_by is None and _fork_server_is_dead():
+            self._ended_by = "fork server"
         self.kill()
         return Ended(exit_code=self._process.exitcode, ended_by=self._ended_by)
 
@@ -239,13 +312,17 @@ class Worker:
             self.kill()
 
     def kill(self) -> None:
-        """Kill the worker's process group, and wait for the worker."""
+        """Kill the worker's process group and whatever else it started, and wait for the worker."""
+        descendants.kill_below(self.pid)
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)  # the worker made itself the leader of a group
         if self._process.is_alive():
             self._process.kill()
-        self._process.join()
+        self._process.join(_GRACE_S)
+        if self._process.is_alive():  # the fork server, which would tell of the end, is stopped
+            _kill_fork_server()
+        _end_strays()
         self._pipe.close()
 
     def log_tail(self) -> str:
@@ -269,6 +346,17 @@ class Worker:
             file.truncate(0)
             file.seek(0)
             file.write(tail)
+
+
+def _end_strays() -> None:
+    """End what workers that are gone have left: the fork server has adopted it (`harness.worker.keeper`)."""
+    server = _fork_server()._forkserver_pid
+    if server is not None:
+        workers = {child.pid for child in multiprocessing.active_children()}
+        for stray in set(descendants.children(server)) - workers:
+            descendants.kill_below(stray)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(stray, signal.SIGKILL)
 
 
 def _unrepeated(lines: Iterator[str], most: int = 60) -> list[str]:

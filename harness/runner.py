@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -18,6 +19,7 @@ from harness.case import Machine, Outcome, Phase, Plan, Quality, Result, Verdict
 from harness.errors import WorkerError
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
+from harness.patience import Patience
 from harness.precision import PRECISIONS
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
@@ -35,6 +37,7 @@ class Setting:
     scratch: Path
     worker_main: WorkerMain
     timeout_s: float
+    phase_timeout_s: float = math.inf
     gpus: Gpus | None = None
     on_sample: LiveLine | None = None
 
@@ -76,7 +79,7 @@ class Run:
         self.ended: CaseEnded | None = None
         self._phases: list[Phase] = []
         self._begun_s = time.monotonic()
-        self._deadline_s = self._begun_s + setting.timeout_s
+        self._patience = Patience(case_s=setting.timeout_s, phase_s=setting.phase_timeout_s)
         self._at = datetime.now(timezone.utc)
         self._oom_kills, self._log, self._traceback = oom_kills(), "", ""
         self._directory = TemporaryDirectory(prefix="case-", dir=setting.scratch, ignore_cleanup_errors=True)
@@ -171,7 +174,7 @@ class Run:
         if self.ended is not None:
             raise self.ended
         try:
-            event = self._worker.ask(request, until_s=self._deadline_s)
+            event = self._worker.ask(request, self._patience)
         except Ended as end:
             raise self._end(ended_by=end.ended_by, exit_code=end.exit_code) from None
         except WorkerError as error:
@@ -192,7 +195,7 @@ class Run:
             exit_code=exit_code,
             ended_by=ended_by,
             oom_kills=oom_kills() - self._oom_kills,
-            limit_s=self.setting.timeout_s,
+            limit_s=self._patience.limit_s(ended_by),
             log_tail=self._worker.log_tail(),
         )
         outcome, why = classify(evidence)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import secrets
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import blueprint, calibration, catalog, checkpoint, machine, plan, process, runner
+import msgspec
+
+from harness import blueprint, calibration, catalog, checkpoint, machine, plan, planner, process, runner
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
 from harness.catalog import Source
 from harness.errors import UsageError
+from harness.interrupts import Interrupts
 from harness.meters import Gpus
 from harness.options import Options
 from harness.placement import PLACEMENTS
@@ -26,6 +29,7 @@ from harness.process import WorkerMain
 from harness.quality import Reference, reference_of
 from harness.report import page
 from harness.runner import LiveLine, Run, Setting, Subject
+from harness.scratch import Scratch
 from harness.store import Store
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -45,6 +49,7 @@ class Session:
         self.worker_main: WorkerMain | None = None
         self.page: Path | None = None
         self.current: Run | None = None
+        self.interrupts = Interrupts()
         self.interrupted = False
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._locations: dict[str, Path] = {}
@@ -56,11 +61,11 @@ class Session:
     @cached_property
     def machine(self) -> Machine:
         """This machine, probed once."""
-        return machine.probe(scratch=Path(self._scratch.name))
+        return machine.probe(scratch=self._scratch.path)
 
     @cached_property
-    def _scratch(self) -> TemporaryDirectory[str]:
-        return TemporaryDirectory(prefix="fitmatrix-", ignore_cleanup_errors=True)
+    def _scratch(self) -> Scratch:
+        return Scratch()
 
     @cached_property
     def setting(self) -> Setting:
@@ -70,9 +75,10 @@ class Session:
             run=self.run_id,
             machine=self.machine,
             environment=machine.versions(),
-            scratch=Path(self._scratch.name),
+            scratch=self._scratch.path,
             worker_main=self.worker_main or process.torch_worker,
             timeout_s=self.options.case_timeout,
+            phase_timeout_s=self.options.phase_timeout,
             gpus=gpus,
             on_sample=self.on_sample,
         )
@@ -106,6 +112,7 @@ class Session:
                 self._locations[name] = catalog.fetch(self.sources[name], progress=progress)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name])
+        process.live_in(self._scratch.path)
         if self.worker_main is None and runnable:
             process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
         for name in runnable:
@@ -146,7 +153,7 @@ class Session:
             command=self._command(case),
             reference=reference[0] if reference else None,
             reference_file=reference[1] if reference else None,
-            keep_file=None if reference else Path(self._scratch.name) / f"reference-{len(self._references)}.npy",
+            keep_file=None if reference else self._scratch.path / f"reference-{len(self._references)}.npy",
         )
 
     def _command(self, case: Case) -> str:
@@ -156,21 +163,31 @@ class Session:
 
     def start(self, decided: Plan) -> Run | None:
         """Start a case, or record why it is not run and return None."""
+        decided = self._held_against_disk(decided)
         if decided.verdict in _RUNNABLE or (self.options.run_all and decided.code is not None):
             self.current = Run(decided, self.subject(decided.case), self.setting)
             return self.current
         self._record(runner.not_run(decided, self.subject(decided.case), self.setting))
         return None
 
+    def _held_against_disk(self, decided: Plan) -> Plan:
+        """Plan again what is free for offloaded weights by now: models were fetched since the probe, and others write as well."""
+        short = planner.short_of_disk(decided.estimate, shutil.disk_usage(self._scratch.path).free)
+        if short is None or decided.verdict not in _RUNNABLE:
+            return decided
+        return msgspec.structs.replace(decided, verdict=Verdict.TOO_BIG, why=short)
+
     def finish(self, run: Run) -> Result:
         """End a case and append its result; one that the user interrupted leaves none, so that an older result stays the newest."""
-        result = run.finish()
-        if self.interrupted:
-            return result
-        kept = run.subject.keep_file
-        if kept is not None and (reference := reference_of(result)) is not None:
-            self._references[result.case.model] = (reference, kept)
-        self._record(result)
+        with self.interrupts.held():  # what was measured is kept, whatever comes meanwhile
+            self.current = None
+            result = run.finish()
+            if self.interrupted:
+                return result
+            kept = run.subject.keep_file
+            if kept is not None and (reference := reference_of(result)) is not None:
+                self._references[result.case.model] = (reference, kept)
+            self._record(result)
         return result
 
     def shown(self, case: Case) -> Result | None:
@@ -193,11 +210,12 @@ class Session:
         return self.page
 
     def close(self) -> None:
-        """Remove what the run left on the disk; the fork server ends with this process."""
+        """End what still runs, and remove what the run left on the disk."""
         if "setting" in self.__dict__ and self.setting.gpus is not None:
             self.setting.gpus.close()
         if "_scratch" in self.__dict__:
-            self._scratch.cleanup()
+            process.cool_down(self._scratch.path)
+            self._scratch.remove()
 
 
 def _resolved(models: Sequence[str]) -> dict[str, Source]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from harness import protocol
+from harness import process, protocol
 from harness.case import Answer, Loaded, Phase
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
@@ -359,11 +359,12 @@ def own_fork_server() -> Iterator[None]:
     """
     server: Any = multiprocessing.forkserver._forkserver
     server._stop()
-    server.set_forkserver_preload([__name__])
+    process.preload(__name__)
+    process._start_fork_server()  # before any session: a session ends the fork server that it started
     yield
     left = psutil.Process(server._forkserver_pid).children(recursive=True) if server._forkserver_pid else []
-    for process in left:
-        process.kill()
+    for one in left:
+        one.kill()
     server._stop()
     assert not left
 
@@ -372,23 +373,31 @@ def workers() -> list[psutil.Process]:
     """Return the processes that the fork server of this process has started and that still run."""
     server: Any = multiprocessing.forkserver._forkserver
     pid = server._forkserver_pid
-    return [process for process in psutil.Process(pid).children() if process.is_running()] if pid else []
+    return [one for one in psutil.Process(pid).children() if one.is_running()] if pid else []
 
 
-def runs(process: psutil.Process) -> bool:
+def runs(one: psutil.Process) -> bool:
     """Say whether a process lives; one that nobody has asked after yet does not."""
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return bool(one.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
-def ends(process: psutil.Process, within_s: float = 60.0) -> bool:
+def ends(one: psutil.Process, within_s: float = 60.0) -> bool:
     """Wait for the kernel to end a process that was killed."""
     until_s = time.monotonic() + within_s
-    while runs(process) and time.monotonic() < until_s:
+    while runs(one) and time.monotonic() < until_s:
         time.sleep(0.01)
-    return not runs(process)
+    return not runs(one)
+
+
+def has_ended(pid: int, within_s: float = 60.0) -> bool:
+    """Wait for the kernel to end a process that may have gone already."""
+    try:
+        return ends(psutil.Process(pid), within_s)
+    except psutil.NoSuchProcess:
+        return True
 
 
 # The model

@@ -16,6 +16,7 @@ import pytest
 
 from harness import process
 from harness.errors import WorkerError
+from harness.patience import Patience
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
 from harness.units import MIB
@@ -56,12 +57,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def ask(worker: Worker, request: Request, limit_s: float = LONG_S) -> object:
-    return worker.ask(request, until_s=time.monotonic() + limit_s)
+    return worker.ask(request, Patience(case_s=limit_s))
 
 
-def grandchild(worker: Worker) -> psutil.Process:
+def grandchild(worker: Worker) -> int:
     words = worker.log_tail().split()
-    return psutil.Process(int(words[words.index("grandchild") + 1]))
+    return int(words[words.index("grandchild") + 1])
 
 
 # Conversation
@@ -168,9 +169,8 @@ def test_what_the_worker_started_goes_with_it(start: Start, behaviour: str) -> N
     worker = start(behaviour)
     with contextlib.suppress(Ended):
         ask(worker, LOAD, SHORT_S if "hangs" in behaviour else LONG_S)
-    started = grandchild(worker)
     worker.stop()
-    assert scripted.ends(started)
+    assert scripted.has_ended(grandchild(worker))
 
 
 @pytest.mark.parametrize("behaviour", ["ok", "killed", "hang_in_cold"])
@@ -232,11 +232,11 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from harness import process
+from harness.patience import Patience
 from harness.protocol import Load
 from tests import scripted
 
-def until_s():
-    return time.monotonic() + 60
+LONG = Patience(case_s=60)
 
 {body}
 """
@@ -262,7 +262,7 @@ heard = []
 signal.signal(signal.SIGINT, lambda *_: heard.append(True))
 worker = process.Worker({main}, log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
 os.killpg(0, signal.SIGINT)
-print(type(worker.ask(Load(model="tiny", code=""), until_s=until_s())).__name__, heard)
+print(type(worker.ask(Load(model="tiny", code=""), LONG)).__name__, heard)
 worker.stop()
 """
     with run_script(body, tmp_path) as parent:
@@ -296,7 +296,7 @@ def test_busy_worker_dies_with_its_parent(tmp_path: Path, tmp_path_factory: pyte
     body = """
 worker = process.Worker(scripted.worker("hang_in_load"), log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
 print(worker.pid, flush=True)
-worker.ask(Load(model="tiny", code=""), until_s=until_s())
+worker.ask(Load(model="tiny", code=""), LONG)
 """
     # What multiprocessing leaves when its process is killed; the path of a socket must be short.
     with run_script(body, tmp_path, TMPDIR=str(tmp_path_factory.mktemp("t"))) as parent:
