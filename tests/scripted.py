@@ -217,6 +217,10 @@ def pause(_: Player) -> None:
     time.sleep(0.5)
 
 
+def breathe(_: Player) -> None:
+    time.sleep(0.06)
+
+
 def leave(_: Player) -> None:
     os._exit(3)
 
@@ -280,6 +284,7 @@ def score_nan(player: Player, request: protocol.Request) -> Message:
 BEHAVIOURS: Mapping[str, Mapping[str, Step]] = {
     "ok": {},
     "slow": dict.fromkeys(("load", "cold", "warm", "score"), do(pause)),
+    "brisk": dict.fromkeys(("load", "cold", "warm", "score"), do(breathe)),
     "cuda_oom_in_load": {"load": fail("OutOfMemoryError", "RuntimeError", message=CUDA_OOM)},
     "cuda_oom_in_cold": {"cold": fail("OutOfMemoryError", "RuntimeError", message=CUDA_OOM)},
     "cuda_oom_in_warm": {"warm": fail("OutOfMemoryError", "RuntimeError", message=CUDA_OOM)},
