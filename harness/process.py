@@ -68,21 +68,26 @@ def preload(*modules: str) -> None:
 
 
 def live_in(home: Path) -> None:
-    """Let the socket of the fork server lie in `home`; one that runs already stays where it is."""
+    """Let the fork server's socket and its temporary files lie in `home`; one that runs already stays where it is."""
     if _fork_server()._forkserver_pid is None:
-        multiprocessing.process.current_process()._config["tempdir"] = str(home)  # type: ignore[attr-defined]
+        _config()["tempdir"] = str(home)
 
 
 def cool_down(home: Path) -> None:
     """End the fork server that lives in `home`, with all that is below it."""
-    config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
-    if config.get("tempdir") != str(home):
+    if _config().get("tempdir") != str(home):
         return
-    del config["tempdir"]
+    del _config()["tempdir"]
     _kill_fork_server()
     if _fork_server()._forkserver_pid is not None:
         with contextlib.suppress(OSError):  # it was waited for already, or its socket is gone
             _fork_server()._stop()
+
+
+def _config() -> dict[str, Any]:
+    """Return what multiprocessing keeps of this process; `tempdir` is where its sockets go."""
+    config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    return config
 
 
 def _fork_server() -> Any:
@@ -106,7 +111,7 @@ def _kill_fork_server() -> None:
 def _start_fork_server() -> None:
     """Start the fork server unless it runs. Raises UsageError: there is no place for its socket."""
     try:
-        with _import_path(), _no_main(), _deaf():
+        with _environment(), _no_main(), _deaf():
             multiprocessing.forkserver.ensure_running()
     except OSError as error:
         place = multiprocessing.util.get_temp_dir()
@@ -125,18 +130,25 @@ def _deaf() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _import_path() -> Iterator[None]:
-    """Let the fork server find this package: CPython before 3.12 does not hand it our sys.path."""
-    before = os.environ.get("PYTHONPATH")
+def _environment() -> Iterator[None]:
+    """Let the fork server find this package, as CPython before 3.12 does not hand it our sys.path, and keep its files at home.
+
+    Importing torch makes a folder for temporary files.
+    """
     here = str(Path(__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(part for part in (here, before) if part)
+    settings = {"PYTHONPATH": os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)}
+    if home := _config().get("tempdir"):
+        settings["TMPDIR"] = home
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -199,7 +211,7 @@ def _started(main: WorkerMain, log: Path, scratch: Path) -> tuple[Connection, An
     try:
         if _METHOD == "forkserver":
             _start_fork_server()
-        with _import_path(), _no_main(), _watchdog(_START_S, _kill_fork_server):
+        with _environment(), _no_main(), _watchdog(_START_S, _kill_fork_server):
             process.start()
     except BaseException:
         pipe.close()  # a worker that began nevertheless sees the end of its pipe

@@ -33,6 +33,14 @@ class Scratch:
             self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True)
             self.path = Path(self._folder.name)
             self._lock = _locked_anew(self.path / _LOCK)
+            if self._lock is None:
+                self._folder.cleanup()
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     def remove(self) -> None:
         """Remove the folder and all that is in it; safe to call twice."""
@@ -65,10 +73,16 @@ def _in_ram(folder: Path) -> bool:
 
 
 def sweep(parent: Path | None = None) -> None:
-    """Remove the folders of runs that have ended; one that is locked, or is not ours, is left alone."""
+    """Remove the folders of runs that have ended; one that is locked, or is not ours, is left alone.
+
+    Called within such a folder it is those beside it, itself among them.
+    """
     if sys.platform == "win32":
         return
-    for lock in (parent or place()).glob(f"{_PREFIX}*/{_LOCK}"):
+    parent = parent or place()
+    if (parent / _LOCK).exists():
+        parent = parent.parent
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
         with contextlib.suppress(OSError), _held(lock):
             if lock.parent.lstat().st_uid == os.geteuid() and not lock.parent.is_symlink():
                 _remove(lock)

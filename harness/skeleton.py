@@ -24,6 +24,7 @@ import msgspec
 
 from harness.case import Record
 from harness.errors import UsageError, did_you_mean
+from harness.scratch import Scratch
 
 DATA = Path(__file__).parent / "data"
 BUILD_S = 300.0
@@ -294,7 +295,9 @@ def _run_worker(config: Mapping[str, Any]) -> bytes:
     # `-m` looks in the current directory first: not the user's, which may hold anything, but the one this package lies in.
     home = DATA.parent.parent
     try:
-        done = subprocess.run(command, input=text, capture_output=True, timeout=BUILD_S, check=False, cwd=home)
+        with Scratch() as scratch:  # importing torch makes a folder for temporary files
+            settings = {**os.environ, "TMPDIR": str(scratch)}
+            done = subprocess.run(command, input=text, capture_output=True, timeout=BUILD_S, check=False, cwd=home, env=settings)
     except subprocess.TimeoutExpired:
         raise UsageError(f"{what}: transformers did not build it in {BUILD_S:.0f} s") from None
     if done.returncode != 0:

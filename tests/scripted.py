@@ -230,6 +230,12 @@ def start_grandchild(_: Player) -> None:
     print(f"grandchild {subprocess.Popen(['sleep', '600']).pid}", flush=True)
 
 
+def start_grandchild_apart(_: Player) -> None:
+    """Start one that leaves for a session of its own, and whose parent is gone."""
+    code = "import os, subprocess; print('grandchild', subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+    subprocess.run([sys.executable, "-c", code], start_new_session=True, check=True)
+
+
 def make_noise(_: Player) -> None:
     """Print some megabytes in every way that libraries do, with bytes that are no text."""
     for _round in range(3):
@@ -311,6 +317,8 @@ BEHAVIOURS: Mapping[str, Mapping[str, Step]] = {
     "no_tokens": {"warm": generate_none},
     "nan": {"score": score_nan},
     "grandchild": {"load": do(start_grandchild)},
+    "grandchild_apart": {"load": do(start_grandchild_apart)},
+    "grandchild_apart_killed": {"load": do(start_grandchild_apart, send_signal(signal.SIGKILL))},
     "grandchild_killed": {"load": do(start_grandchild, send_signal(signal.SIGKILL))},
     "grandchild_hangs": {"load": do(start_grandchild, hang)},
 }
@@ -357,14 +365,14 @@ def _settle(log: str, scratch: str) -> None:
 
 
 @contextlib.contextmanager
-def own_fork_server() -> Iterator[None]:
-    """Fork the workers from a server that has nothing but this module imported, and leave none to tests that want torch in it.
+def own_fork_server(*preload: str) -> Iterator[None]:
+    """Fork the workers from a server that has only this module imported, or others; leave none to tests that want torch in it.
 
     Workers that a test forgot are killed and told of.
     """
     server: Any = multiprocessing.forkserver._forkserver
     server._stop()
-    process.preload(__name__)
+    process.preload(*(preload or (__name__,)))
     process._start_fork_server()  # before any session: a session ends the fork server that it started
     yield
     left = psutil.Process(server._forkserver_pid).children(recursive=True) if server._forkserver_pid else []

@@ -21,7 +21,19 @@ FLOORS = (
     ("errors",),
     ("units",),
     ("case",),
-    ("metrics", "precision", "placement", "protocol", "cgroup", "nvml", "progress"),
+    (
+        "metrics",
+        "precision",
+        "placement",
+        "protocol",
+        "cgroup",
+        "nvml",
+        "progress",
+        "scratch",
+        "descendants",
+        "patience",
+        "interrupts",
+    ),
     # files of models
     ("files", "hub"),
     ("headers", "zips"),
@@ -64,7 +76,7 @@ FLOORS = (
 )
 # The child process stands beside the house: it takes from the lower floors, and nobody takes from it.
 WORKER = (
-    ("worker", "worker.preload", "worker.residency", "worker.convert", "worker.written"),
+    ("worker", "worker.keeper", "worker.preload", "worker.residency", "worker.convert", "worker.written"),
     ("worker.skeleton",),
     ("worker.model",),
     ("worker.score",),

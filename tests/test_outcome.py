@@ -283,7 +283,8 @@ def test_memory_that_is_not_there_has_many_words(message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", "CUDA error: device-side assert triggered"]
+    "message",
+    ["CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", "CUDA error: device-side assert triggered"],
 )
 def test_other_errors_of_a_card_are_not_out_of_memory(message: str) -> None:
     assert classify(raised("RuntimeError", message=message))[0] is Outcome.CRASH

@@ -164,7 +164,9 @@ def test_worker_that_closes_its_pipe_and_stays_is_ended(start: Start) -> None:
     assert caught.value.ended_by == "protocol"
 
 
-@pytest.mark.parametrize("behaviour", ["grandchild", "grandchild_killed", "grandchild_hangs"])
+@pytest.mark.parametrize(
+    "behaviour", ["grandchild", "grandchild_killed", "grandchild_hangs", "grandchild_apart", "grandchild_apart_killed"]
+)
 def test_what_the_worker_started_goes_with_it(start: Start, behaviour: str) -> None:
     worker = start(behaviour)
     with contextlib.suppress(Ended):

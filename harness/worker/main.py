@@ -8,6 +8,7 @@ import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def _settle(log: str, scratch: str) -> None:
     os.close(output)
     faulthandler.enable(file=2, all_threads=False)  # a library that crashes says where it was called from
     os.chdir(scratch)
+    os.environ["TMPDIR"], tempfile.tempdir = scratch, None  # what a library leaves there goes with the case
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):

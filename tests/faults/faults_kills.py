@@ -123,7 +123,9 @@ class Kill:
 
     def __str__(self) -> str:
         model = "torch" if self.real else "scripted"
-        return f"kill {self.number}: {self.signal.name} at {self.target} in {self.phase} {self.nth} + {self.delay_s:.3f} s ({model})"
+        return (
+            f"kill {self.number}: {self.signal.name} at {self.target} in {self.phase} {self.nth} + {self.delay_s:.3f} s ({model})"
+        )
 
 
 @dataclass
@@ -373,7 +375,9 @@ def test_nothing_is_lost_and_nothing_left(
     if RESUME:
         what = "runs resumed after a kill that differ from an undisturbed one"
         figures.append(Figure(what=what, rows=found.resumed, found=str(len(found.different)), wanted="0"))
-    section.notes.append("\n".join(table(["what was hit", "times"], [[name, str(found.done[name])] for name in sorted(found.done)])))
+    section.notes.append(
+        "\n".join(table(["what was hit", "times"], [[name, str(found.done[name])] for name in sorted(found.done)]))
+    )
     wrong = [line for lines in (*counted.values(), found.different) for line in lines]
     assert not wrong, "\n".join(wrong)
 
