@@ -211,6 +211,19 @@ def test_what_the_plan_expects_to_fail_runs_only_when_asked_for(make: Make, run_
     assert [result.outcome for result in stored(session)] == [Outcome.OK if run_all else Outcome.SKIPPED]
 
 
+def test_a_disk_that_has_filled_up_since_the_plan_is_seen_before_loading(make: Make) -> None:
+    session = make(placement=["disk"])
+    (case,) = session.cases()
+    session.prepare([case])
+    decided = session.plan(case)
+    assert decided.estimate is not None
+    disk = replace(decided.estimate.tiers["disk"], needed_bytes=1 << 60)
+    assert session.start(replace(decided, estimate=replace(decided.estimate, tiers={"disk": disk}))) is None
+    (result,) = stored(session)
+    assert (result.verdict, result.outcome, result.stage) == (Verdict.TOO_BIG, Outcome.SKIPPED, "plan")
+    assert "set TMPDIR" in str(result.why)
+
+
 def test_what_has_no_code_does_not_run_even_when_asked_for(make: Make) -> None:
     session = make(run_all=True)
     (case,) = session.cases()
