@@ -78,10 +78,7 @@ def cool_down(home: Path) -> None:
     if _config().get("tempdir") != str(home):
         return
     del _config()["tempdir"]
-    _kill_fork_server()
-    if _fork_server()._forkserver_pid is not None:
-        with contextlib.suppress(OSError):  # it was waited for already, or its socket is gone
-            _fork_server()._stop()
+    _end_fork_server()
 
 
 def _config() -> dict[str, Any]:
@@ -98,6 +95,13 @@ def _fork_server_is_dead() -> bool:
     """Say whether a fork server was started and has ended; whoever waits for it still can."""
     pid = _fork_server()._forkserver_pid
     return pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _end_fork_server() -> None:
+    """Kill the fork server, if there is one, and wait for it: then another can be started."""
+    _kill_fork_server()
+    with contextlib.suppress(OSError):  # its socket is gone
+        _fork_server()._stop()
 
 
 def _kill_fork_server() -> None:
@@ -196,7 +200,7 @@ class Ended(Exception):
         self.exit_code, self.ended_by = exit_code, ended_by
 
 
-def _started(main: WorkerMain, log: Path, scratch: Path) -> tuple[Connection, Any]:
+def _started(main: WorkerMain, log: Path, scratch: Path, start_s: float) -> tuple[Connection, Any]:
     """Start a process; return the parent's end of its pipe, and the process.
 
     Raises:
@@ -211,7 +215,7 @@ def _started(main: WorkerMain, log: Path, scratch: Path) -> tuple[Connection, An
     try:
         if _METHOD == "forkserver":
             _start_fork_server()
-        with _environment(), _no_main(), _watchdog(_START_S, _kill_fork_server):
+        with _environment(), _no_main(), _watchdog(min(start_s, _START_S), _kill_fork_server):
             process.start()
     except BaseException:
         pipe.close()  # a worker that began nevertheless sees the end of its pipe
@@ -236,14 +240,16 @@ def _watchdog(seconds: float, act: Callable[[], object]) -> Iterator[None]:
 class Worker:
     """A child process that speaks `harness.protocol`. `phase` is the last phase that it entered."""
 
-    def __init__(self, main: WorkerMain, *, log: Path, scratch: Path) -> None:
+    def __init__(self, main: WorkerMain, *, log: Path, scratch: Path, start_s: float = _START_S) -> None:
+        """Start it. The fork server is given `start_s` seconds; a stopped one would never answer, and is replaced."""
         self.log, self.phase, self.entered_s = log, "start", time.monotonic()
         self._ended_by: str | None = None
         log.touch()
         try:
-            self._pipe, self._process = _started(main, log, scratch)
+            self._pipe, self._process = _started(main, log, scratch, start_s)
         except (EOFError, ConnectionError):  # the fork server was killed: another one takes its place
-            self._pipe, self._process = _started(main, log, scratch)
+            _end_fork_server()
+            self._pipe, self._process = _started(main, log, scratch, _START_S)
 
     @property
     def pid(self) -> int:

@@ -86,7 +86,7 @@ class Run:
         scratch = Path(self._directory.name)
         with contextlib.ExitStack() as undo:
             undo.callback(self._directory.cleanup)
-            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch)
+            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch, start_s=setting.phase_timeout_s)
             undo.callback(self._worker.kill)
             self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._watch,))
             self._sampler.start()

@@ -210,6 +210,40 @@ except process.UsageError as error:
     assert "Traceback" not in said
 
 
+# The fork server
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_fork_server_that_does_not_answer_is_replaced(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    start("ok").stop()
+    server = psutil.Process(process._fork_server()._forkserver_pid)
+    server.send_signal(number)
+    worker = Worker(scripted.worker("ok"), log=tmp_path / "log", scratch=tmp_path, start_s=SHORT_S)
+    assert isinstance(ask(worker, LOAD), LoadDone)
+    worker.stop()
+    assert process._fork_server()._forkserver_pid != server.pid
+
+
+def test_a_fork_server_that_is_stopped_does_not_keep_a_worker_from_ending(start: Start) -> None:
+    worker = start("hang_in_load")
+    child, server = psutil.Process(worker.pid), psutil.Process(process._fork_server()._forkserver_pid)
+    server.suspend()
+    with pytest.raises(Ended) as caught:
+        ask(worker, LOAD, SHORT_S)
+    assert caught.value.ended_by == "timeout"
+    assert scripted.ends(child)
+
+
+def test_death_of_the_fork_server_is_told(start: Start) -> None:
+    worker = start("hang_in_load")
+    child = psutil.Process(worker.pid)
+    psutil.Process(process._fork_server()._forkserver_pid).kill()
+    with pytest.raises(Ended) as caught:
+        ask(worker, LOAD)
+    assert caught.value.ended_by == "fork server"
+    assert scripted.ends(child)
+
+
 # Interrupts
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -151,6 +152,7 @@ class Running:
     marks: Any
     output: Path
     worker: int | None = None
+    hung: bool = False
     appended: list[str] = field(default_factory=list)
 
     def read(self) -> str | None:
@@ -193,7 +195,7 @@ class Lane:
     def run(self, real: bool, *words: str) -> Iterator[Running]:
         place = self.project(real)
         options = [part for name in PRECISIONS for part in ("--precision", name)]
-        limit = "20" if real else "4"
+        limit = "30" if real else "4"
         options += ["--placement", "cpu", "--new-tokens", "3", "--repeats", "2", "--phase-timeout", limit, *words]
         reading, writing = os.pipe()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
@@ -205,8 +207,19 @@ class Lane:
                 cwd=place, env=environment, stdout=file, stderr=file, start_new_session=True, pass_fds=(writing,),
             )  # fmt: skip
         os.close(writing)
-        with os.fdopen(reading) as marks:
-            yield Running(process, marks, output)
+        run = Running(process, os.fdopen(reading), output)
+        watchdog = threading.Timer(HUNG_S, self._give_up, [run])
+        watchdog.start()
+        try:
+            yield run
+        finally:
+            watchdog.cancel()
+            run.marks.close()
+
+    def _give_up(self, run: Running) -> None:
+        run.hung = True
+        for process in self._living():
+            process.kill()
 
     def kill(self, kill: Kill) -> None:
         """Disturb a run, and look at what is left of it."""
@@ -253,11 +266,9 @@ class Lane:
         return run.process.pid
 
     def _wait(self, kill: Kill, run: Running) -> None:
-        try:
-            status = run.process.wait(HUNG_S)
-        except subprocess.TimeoutExpired:
+        status = run.process.wait()
+        if run.hung:
             self.found.hung.append(f"{kill}: {run.output.read_text()[-300:]}")
-            os.killpg(run.process.pid, signal.SIGKILL)
             return
         struck = kill.target in ("parent", "group")
         wanted = STATUS.get(kill.signal, {0, 1}) | {0, 1} if struck else {0, 1} | STATUS.get(kill.signal, {0})
@@ -308,7 +319,7 @@ class Lane:
         with self.run(kill.real, "--resume") as run:
             while run.read() is not None:
                 pass
-            run.process.wait(HUNG_S)
+            run.process.wait()
         after = [result.id for result in self._stored(results)[0]]
         self.found.resumed += 1
         if set(after) != {f"tiny/{precision}/cpu" for precision in PRECISIONS}:
@@ -320,7 +331,7 @@ class Lane:
         with self.run(False) as run:
             while run.read() is not None:
                 pass
-            run.process.wait(HUNG_S)
+            run.process.wait()
         self.found.leftovers += [f"after a quiet run: {path.name}" for path in self.temporary.iterdir()]
 
 
