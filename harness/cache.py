@@ -27,7 +27,6 @@ from platformdirs import user_cache_path
 from harness.case import Record
 from harness.errors import UsageError
 from harness.progress import Report
-from harness.scratch import Scratch
 from harness.units import format_size
 
 MANIFEST = "fitmatrix.json"
@@ -233,6 +232,8 @@ def _unpack(packed: Path, member: str, build: Path) -> Path:
 
 def _convert(source: Path, directory: Path) -> None:
     """Convert in a child, for this process must not import torch. It needs neither GPU nor network."""
+    from harness.scratch import Scratch  # tempfile is slow to import
+
     command = [sys.executable, "-m", "harness.worker.convert", str(source), str(directory)]
     settings = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONIOENCODING": "utf-8"}
     with Scratch() as scratch:  # importing torch makes a folder for temporary files

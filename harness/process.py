@@ -10,160 +10,30 @@ import contextlib
 import importlib
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
-import multiprocessing.util
 import os
 import re
 import signal
-import sys
 import threading
 import time
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from harness import descendants, protocol
-from harness.errors import UsageError, WorkerError
+from harness import descendants, forkserver, protocol
+from harness.errors import WorkerError
 from harness.patience import Patience
 from harness.protocol import Entered, Event, Request
 
 WorkerMain = Callable[[Connection, str, str], None]
 
-_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-_KEEPER = "harness.worker.keeper"  # first: what it does holds while the others are imported
-_PRELOAD = ("harness.worker.preload", "harness.worker.main")
-_RESIDENCY = "harness.worker.residency"  # last: it records which pages the imports have touched
 _GRACE_S = 2.0
 _START_S = 600.0  # the first worker waits for the fork server's imports
-# What ends a run comes to all processes of a terminal or a job; the parent alone puts things in order.
-_PARENTS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)}
 _LOG_MOST, _LOG_KEEP = 4 << 20, 32 << 10
 _MESSAGE_MOST = 64 << 20  # what claims to be longer was written to the pipe by somebody else
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-def warm_up(modules: Sequence[str] = ()) -> None:
-    """Start the fork server, importing `modules` besides torch and transformers; returns at once.
-
-    The imports go on in the background; the first worker waits for them. Does nothing where processes are spawned, or when
-    the fork server runs already.
-
-    Raises:
-        UsageError: there is no place for the fork server's socket.
-    """
-    if _METHOD != "forkserver":
-        return
-    preload(*_PRELOAD, *modules, _RESIDENCY)
-    _start_fork_server()
-
-
-def preload(*modules: str) -> None:
-    """Let the fork server import these, and its keeper, when it starts."""
-    multiprocessing.set_forkserver_preload([_KEEPER, *modules])
-
-
-def live_in(home: Path) -> None:
-    """Let the fork server's socket and its temporary files lie in `home`; one that runs already stays where it is."""
-    if _fork_server()._forkserver_pid is None:
-        _config()["tempdir"] = str(home)
-
-
-def cool_down(home: Path) -> None:
-    """End the fork server that lives in `home`, with all that is below it."""
-    if _config().get("tempdir") != str(home):
-        return
-    del _config()["tempdir"]
-    _end_fork_server()
-
-
-def _config() -> dict[str, Any]:
-    """Return what multiprocessing keeps of this process; `tempdir` is where its sockets go."""
-    config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
-    return config
-
-
-def _fork_server() -> Any:
-    return multiprocessing.forkserver._forkserver
-
-
-def _fork_server_is_dead() -> bool:
-    """Say whether a fork server was started and has ended; whoever waits for it still can."""
-    pid = _fork_server()._forkserver_pid
-    return pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _end_fork_server() -> None:
-    """Kill the fork server, if there is one, and wait for it: then another can be started."""
-    _kill_fork_server()
-    with contextlib.suppress(OSError):  # its socket is gone
-        _fork_server()._stop()
-
-
-def _kill_fork_server() -> None:
-    pid = _fork_server()._forkserver_pid
-    if pid is not None:
-        descendants.kill_below(pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # SIGKILL ends a stopped process as well
-
-
-def _start_fork_server() -> None:
-    """Start the fork server unless it runs. Raises UsageError: there is no place for its socket."""
-    try:
-        with _environment(), _no_main(), _deaf():
-            multiprocessing.forkserver.ensure_running()
-    except OSError as error:
-        place = multiprocessing.util.get_temp_dir()
-        raise UsageError(f"no process can be started: {error} in {place}; set TMPDIR to a short path on a local disk") from None
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Block the signals that end a run: what is started meanwhile never hears them, and this process hears of them after."""
-    multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGINT when it starts, so it must run already
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Let the fork server find this package, as CPython before 3.12 does not hand it our sys.path, and keep its files at home.
-
-    Importing torch makes a folder for temporary files.
-    """
-    here = str(Path(__file__).resolve().parent.parent)
-    settings = {"PYTHONPATH": os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)}
-    if home := _config().get("tempdir"):
-        settings["TMPDIR"] = home
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _no_main() -> Iterator[None]:
-    """Hide the main script while a process starts: multiprocessing would import it (pytest) again in the child."""
-    real = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = real
 
 
 def _child(main: WorkerMain, pipe: Connection, log: str, scratch: str) -> None:
@@ -172,7 +42,7 @@ def _child(main: WorkerMain, pipe: Connection, log: str, scratch: str) -> None:
         return  # Ctrl-C while the fork server was busy importing: the parent has given the case up
     _let_go_of_fork_server()
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS - {signal.SIGINT})  # the fork server is deaf to them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, forkserver.PARENTS - {signal.SIGINT})  # the fork server is deaf to them
     main(pipe, log, scratch)
 
 
@@ -181,7 +51,7 @@ def _let_go_of_fork_server() -> None:
 
     So it ends with the parent, and takes along a worker that is too busy to see the parent's end (PR_SET_PDEATHSIG).
     """
-    server = _fork_server()
+    server = forkserver.server()
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None
@@ -206,16 +76,16 @@ def _started(main: WorkerMain, log: Path, scratch: Path, start_s: float) -> tupl
     Raises:
         EOFError, ConnectionError: the fork server is gone, or did not answer in time and was killed.
     """
-    context = multiprocessing.get_context(_METHOD)
+    context = multiprocessing.get_context(forkserver.METHOD)
     pipe, theirs = context.Pipe()
     # mypy: the stubs of get_context(str) know no Process
     process = context.Process(  # type: ignore[attr-defined]
         target=_child, args=(main, theirs, str(log), str(scratch)), name="fitmatrix worker", daemon=True
     )
     try:
-        if _METHOD == "forkserver":
-            _start_fork_server()
-        with _environment(), _no_main(), _watchdog(min(start_s, _START_S), _kill_fork_server):
+        if forkserver.METHOD == "forkserver":
+            forkserver.start()
+        with forkserver.environment(), forkserver.no_main(), _watchdog(min(start_s, _START_S), forkserver.kill):
             process.start()
     except BaseException:
         pipe.close()  # a worker that began nevertheless sees the end of its pipe
@@ -248,7 +118,7 @@ class Worker:
         try:
             self._pipe, self._process = _started(main, log, scratch, start_s)
         except (EOFError, ConnectionError):  # the fork server was killed: another one takes its place
-            _end_fork_server()
+            forkserver.end()
             self._pipe, self._process = _started(main, log, scratch, _START_S)
 
     @property
@@ -314,7 +184,7 @@ class Worker:
         self._process.join(_GRACE_S)
         if self._process.is_alive() and self._ended_by is None:  # it closed the pipe and stays
             self._ended_by = "protocol"
-        if self._ended_by is None and _fork_server_is_dead():
+        if self._ended_by is None and forkserver.is_dead():
             self._ended_by = "fork server"
         self.kill()
         return Ended(exit_code=self._process.exitcode, ended_by=self._ended_by)
@@ -331,17 +201,20 @@ class Worker:
 
     def kill(self) -> None:
         """Kill the worker's process group and whatever else it started, and wait for the worker."""
+        self._kill_group()
+        self._process.join(_GRACE_S)
+        if self._process.is_alive():  # the fork server, which would tell of the end, is stopped
+            forkserver.kill()
+        forkserver.end_strays()
+        self._pipe.close()
+
+    def _kill_group(self) -> None:
         descendants.kill_below(self.pid)
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)  # the worker made itself the leader of a group
         if self._process.is_alive():
             self._process.kill()
-        self._process.join(_GRACE_S)
-        if self._process.is_alive():  # the fork server, which would tell of the end, is stopped
-            _kill_fork_server()
-        _end_strays()
-        self._pipe.close()
 
     def log_tail(self) -> str:
         """Return the last lines of what the worker printed, without colours and progress bars' repeats."""
@@ -364,17 +237,6 @@ class Worker:
             file.truncate(0)
             file.seek(0)
             file.write(tail)
-
-
-def _end_strays() -> None:
-    """End what workers that are gone have left: the fork server has adopted it (`harness.worker.keeper`)."""
-    server = _fork_server()._forkserver_pid
-    if server is not None:
-        workers = {child.pid for child in multiprocessing.active_children()}
-        for stray in set(descendants.children(server)) - workers:
-            descendants.kill_below(stray)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(stray, signal.SIGKILL)
 
 
 def _unrepeated(lines: Iterator[str], most: int = 60) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from harness import blueprint, calibration, catalog, checkpoint, machine, plan, planner, process, runner
+from harness import blueprint, calibration, catalog, checkpoint, forkserver, machine, plan, planner, process, runner
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
@@ -112,9 +112,9 @@ class Session:
                 self._locations[name] = catalog.fetch(self.sources[name], progress=progress)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name])
-        process.live_in(self._scratch.path)
+        forkserver.live_in(self._scratch.path)
         if self.worker_main is None and runnable:
-            process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
+            forkserver.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
         for name in runnable:
             self._blueprint(name)
 
@@ -214,7 +214,7 @@ class Session:
         if "setting" in self.__dict__ and self.setting.gpus is not None:
             self.setting.gpus.close()
         if "_scratch" in self.__dict__:
-            process.cool_down(self._scratch.path)
+            forkserver.cool_down(self._scratch.path)
             self._scratch.remove()
 
 

@@ -24,7 +24,6 @@ import msgspec
 
 from harness.case import Record
 from harness.errors import UsageError, did_you_mean
-from harness.scratch import Scratch
 
 DATA = Path(__file__).parent / "data"
 BUILD_S = 300.0
@@ -289,6 +288,8 @@ def build(config: Mapping[str, Any], cache: Path) -> Skeleton:
 
 
 def _run_worker(config: Mapping[str, Any]) -> bytes:
+    from harness.scratch import Scratch  # tempfile is slow to import
+
     command = [sys.executable, "-m", "harness.worker.skeleton"]
     what = f"no skeleton for model_type {config.get('model_type')!r}"
     text = json.dumps(config).encode()

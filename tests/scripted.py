@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from harness import process, protocol
+from harness import forkserver, protocol
 from harness.case import Answer, Loaded, Phase
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
@@ -372,8 +372,8 @@ def own_fork_server(*preload: str) -> Iterator[None]:
     """
     server: Any = multiprocessing.forkserver._forkserver
     server._stop()
-    process.preload(*(preload or (__name__,)))
-    process._start_fork_server()  # before any session: a session ends the fork server that it started
+    forkserver.preload(*(preload or (__name__,)))
+    forkserver.start()  # before any session: a session ends the fork server that it started
     yield
     left = psutil.Process(server._forkserver_pid).children(recursive=True) if server._forkserver_pid else []
     for one in left:

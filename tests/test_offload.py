@@ -1,4 +1,4 @@
-"""Weights on the disk: how many bytes loading writes there, against what it really writes, and what is said where they do not go."""
+"""Weights on the disk: how many bytes loading really writes there, and what is said where they do not go."""
 
 from __future__ import annotations
 

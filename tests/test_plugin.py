@@ -38,11 +38,11 @@ pytest_plugins = ["harness.plugin"]
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
-    from harness import process
+    from harness import forkserver
     from harness.plugin import SESSION
     from tests import builders, scripted
 
-    process.preload("tests.scripted")  # unless a fork server runs already
+    forkserver.preload("tests.scripted")  # unless a fork server runs already
     config.stash[SESSION].worker_main = scripted.by_model
     config.stash[SESSION].machine = builders.machine(ram_bytes=480 << 20)  # so little that no plan promises anything
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import process
+from harness import forkserver, process
 from harness.errors import WorkerError
 from harness.patience import Patience
 from harness.process import Ended, Worker, WorkerMain
@@ -198,9 +198,11 @@ def test_socket_path_that_is_too_long_is_told_in_one_sentence(tmp_path: Path) ->
     scratch = tmp_path / ("x" * 80)
     scratch.mkdir()
     body = """
+from harness.errors import UsageError
+
 try:
     process.Worker(scripted.worker("ok"), log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
-except process.UsageError as error:
+except UsageError as error:
     print(error)
 """
     with run_script(body, tmp_path, TMPDIR=str(scratch)) as parent:
@@ -216,17 +218,17 @@ except process.UsageError as error:
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_fork_server_that_does_not_answer_is_replaced(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     start("ok").stop()
-    server = psutil.Process(process._fork_server()._forkserver_pid)
+    server = psutil.Process(forkserver.server()._forkserver_pid)
     server.send_signal(number)
     worker = Worker(scripted.worker("ok"), log=tmp_path / "log", scratch=tmp_path, start_s=SHORT_S)
     assert isinstance(ask(worker, LOAD), LoadDone)
     worker.stop()
-    assert process._fork_server()._forkserver_pid != server.pid
+    assert forkserver.server()._forkserver_pid != server.pid
 
 
 def test_a_fork_server_that_is_stopped_does_not_keep_a_worker_from_ending(start: Start) -> None:
     worker = start("hang_in_load")
-    child, server = psutil.Process(worker.pid), psutil.Process(process._fork_server()._forkserver_pid)
+    child, server = psutil.Process(worker.pid), psutil.Process(forkserver.server()._forkserver_pid)
     server.suspend()
     with pytest.raises(Ended) as caught:
         ask(worker, LOAD, SHORT_S)
@@ -237,7 +239,7 @@ def test_a_fork_server_that_is_stopped_does_not_keep_a_worker_from_ending(start:
 def test_death_of_the_fork_server_is_told(start: Start) -> None:
     worker = start("hang_in_load")
     child = psutil.Process(worker.pid)
-    psutil.Process(process._fork_server()._forkserver_pid).kill()
+    psutil.Process(forkserver.server()._forkserver_pid).kill()
     with pytest.raises(Ended) as caught:
         ask(worker, LOAD)
     assert caught.value.ended_by == "fork server"

@@ -97,11 +97,11 @@ SCRIPTED = """
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session):
-    from harness import process
+    from harness import forkserver
     from harness.plugin import SESSION
     from tests import builders, scripted
 
-    process.preload("tests.scripted")
+    forkserver.preload("tests.scripted")
     session.config.stash[SESSION].worker_main = scripted.by_model
     session.config.stash[SESSION].machine = builders.machine(ram_bytes=480 << 20)
 """
