@@ -13,6 +13,7 @@ import multiprocessing.util
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -74,10 +75,14 @@ def server() -> Any:
     return multiprocessing.forkserver._forkserver
 
 
-def is_dead() -> bool:
+def has_ended(within_s: float) -> bool:
     """Say whether a fork server was started and has ended; whoever waits for it still can."""
-    pid = server()._forkserver_pid
-    return pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    pid, until_s = server()._forkserver_pid, time.monotonic() + within_s
+    while pid is not None and time.monotonic() < until_s:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return True
+        time.sleep(0.01)  # its pipes are closed before it counts as ended
+    return False
 
 
 def end() -> None:

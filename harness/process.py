@@ -184,7 +184,8 @@ class Worker:
         self._process.join(_GRACE_S)
         if self._process.is_alive() and self._ended_by is None:  # it closed the pipe and stays
             self._ended_by = "protocol"
-        if self._ended_by is None and forkserver.is_dead():
+        # multiprocessing knows of no exit code then, and says 255
+        if self._ended_by is None and self._process.exitcode == 255 and forkserver.has_ended(within_s=_GRACE_S):
             self._ended_by = "fork server"
         self.kill()
         return Ended(exit_code=self._process.exitcode, ended_by=self._ended_by)
