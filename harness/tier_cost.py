@@ -41,7 +41,7 @@ class Parts(Record, frozen=True, kw_only=True):
 class Count:
     """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
 
-    `tiers` is the tier of each tensor, or the one tier of all. `through_ram` says that everything is loaded there first, `rewrites`
+    `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first, `rewrites`
     that what goes to the disk is written there anew even if a file holds it already.
     """
 
@@ -108,9 +108,7 @@ class Count:
         """
         if self.rewrites or self.blueprint.file_format != "safetensors":
             return self.weights["disk"]
-        sizes, tiers = self.inventory.sizes, self.tiers
-        stacked = (weight.path for weight in self.skeleton.weights if memory_cost.is_stacked(weight))
-        return int(sum(sizes[path] for path in stacked if (tiers if isinstance(tiers, str) else tiers[path]) == "disk"))
+        return int(self.sums["disk"].joined)
 
     def _on_gpu(self, name: str) -> Parts:
         constant, kv = self.calibration, self.kv.get(name, 0)
@@ -134,7 +132,9 @@ class Count:
             if not self.weights.keys() & set(homes):
                 return 0
             tiers = self.tiers
-            sizes = (size for path, size in self.inventory.modules if (tiers if isinstance(tiers, str) else tiers[path]) in homes)
+            sizes = (
+                size for path, size in self.inventory.at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes
+            )
             self._copied_at_once[homes] = max(sizes, default=0)
         return self._copied_at_once[homes]
 
