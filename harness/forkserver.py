@@ -155,12 +155,15 @@ def no_main() -> Iterator[None]:
         sys.modules["__main__"] = real
 
 
-def end_strays() -> None:
-    """End what workers that are gone have left: the fork server has adopted it (`harness.worker.keeper`)."""
-    pid = server()._forkserver_pid
-    if pid is not None:
-        workers = {child.pid for child in multiprocessing.active_children()}
-        for stray in set(descendants.children(pid)) - workers:
+def end_strays(within_s: float) -> None:
+    """End what workers that are gone have left, and wait for it: the fork server has adopted it (`harness.worker.keeper`)."""
+    pid, until_s = server()._forkserver_pid, time.monotonic() + within_s
+    while pid is not None and time.monotonic() < until_s:
+        strays = set(descendants.children(pid)) - {child.pid for child in multiprocessing.active_children()}
+        if not strays:
+            return
+        for stray in strays:
             descendants.kill_below(stray)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(stray, signal.SIGKILL)
+        time.sleep(0.005)

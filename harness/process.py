@@ -206,7 +206,7 @@ class Worker:
         self._process.join(_GRACE_S)
         if self._process.is_alive():  # the fork server, which would tell of the end, is stopped
             forkserver.kill()
-        forkserver.end_strays()
+        forkserver.end_strays(within_s=_GRACE_S)
         self._pipe.close()
 
     def _kill_group(self) -> None:
