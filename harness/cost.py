@@ -85,7 +85,7 @@ def effort(count: Count, precision: str) -> Effort:
         read={
             tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0) for tier in count.read.keys() | count.kv.keys()
         },
-        layers=len(count.skeleton.layers),
+        operations=inventory.operations,
         parameters=inventory.parameters,
         tensors=inventory.tensors,
         checkpoint_bytes=count.blueprint.checkpoint_bytes,

@@ -42,7 +42,9 @@ FLOORS = (
     ("runner",),
     # what a case costs
     ("calibration", "blueprint", "layout"),
-    ("memory_cost", "speed_cost"),
+    ("memory_cost",),
+    ("operations",),
+    ("speed_cost",),
     ("inventory",),
     ("tier_cost",),
     ("cost",),
