@@ -55,8 +55,10 @@ FLOORS = (
     ("runner",),
     # what a case costs
     ("calibration", "blueprint", "layout"),
+    ("memory_cost",),
+    ("operations",),
+    ("speed_cost",),
     ("synth",),
-    ("memory_cost", "speed_cost"),
     ("inventory",),
     ("tier_cost",),
     ("cost",),
