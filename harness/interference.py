@@ -35,8 +35,9 @@ _THROTTLES: Mapping[int, str] = {
 }
 
 # With a thread on each core the share that others take of one core is the share by which all threads wait, so the limit is in
-# shares of one core however many there are. Counters in ticks of 10 ms make an error of some ticks in a short window.
-_MOST_CORES, _ERROR_S = 0.05, 0.04
+# shares of one core however many there are. The counters have ticks of 10 ms: against the times of all single processes a window
+# was off by at most 0.04 s, whatever its length.
+_MOST_CORES, _ERROR_S = 0.05, 0.05
 # While a model is read, kernel threads decrypt and decompress for it: only the time of programs counts, which the kernel tells
 # apart by looking at each tick, so that the error is greater.
 _LOAD_ERROR_S = 0.1
@@ -121,7 +122,6 @@ class Watch:
     def _count(self) -> _Counted | None:
         """Read the counters; None where the system has none, or the worker is gone."""
         try:
-            # The system's last before and its own first after would make the reading itself others' work: our time comes after.
             now, cpu = time.monotonic(), counters.cpu(self._cpus)
             worker, mine = counters.used(self._pid), psutil.Process().cpu_times()
         except (OSError, psutil.Error):

@@ -136,7 +136,7 @@ def test_a_process_that_is_not_ours_is_seen(monkeypatch: pytest.MonkeyPatch, lin
 
 @pytest.mark.parametrize(
     ("seconds", "others", "is_much"),
-    [(10.0, 0.04, False), (10.0, 0.06, True), (0.2, 0.15, False), (0.2, 0.25, True), (0.5, 1.0, True)],
+    [(10.0, 0.04, False), (10.0, 0.06, True), (0.2, 0.2, False), (0.2, 0.3, True), (0.5, 1.0, True)],
     ids=["4 %", "6 %", "ticks of a short round", "more than ticks", "a core"],
 )
 def test_others_may_use_a_twentieth_of_one_core(system: System, seconds: float, others: float, is_much: bool) -> None:

@@ -80,7 +80,7 @@ def run_case(bench: Bench, in_the_middle: Callable[[], object]) -> Result:
 
 
 def used_by_others() -> float:
-    """Add up the CPU seconds of every process that is neither this one nor started by it, and of those that they have waited for."""
+    """Add up the CPU seconds of all processes but this one and what it started, with those that they have waited for."""
     ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     total = 0.0
     for other in psutil.process_iter():
