@@ -27,8 +27,8 @@ from harness.runner import Run, Setting, Subject
 from tests.reporting import Figure
 
 RUNS, MOST_ATTEMPTS = 20, 60
-WORK = Workload(prompt_tokens=32, new_tokens=8, repeats=5)
-REALLY_DISTURBED = 0.05  # of a core, the harness's own limit
+WORK = Workload(prompt_tokens=16, new_tokens=6, repeats=5)
+QUIET_S = 0.05  # what the daemons of an idle system may use during a run
 
 
 class Bench(NamedTuple):
@@ -120,8 +120,7 @@ def test_a_quiet_run_is_not(bench: Bench, figures: list[Figure]) -> None:
         attempts += 1
         before_s = used_by_others()
         result = run_case(bench, lambda: None)
-        window_s = result.interference[-1].end_s - result.interference[0].start_s
-        if used_by_others() - before_s <= REALLY_DISTURBED * window_s:
+        if used_by_others() - before_s <= QUIET_S:
             quiet.append(result)
     flagged = [result.noisy for result in quiet if any(window.why for window in result.interference)]
     shares = [window.others_cores or 0.0 for result in quiet for window in result.interference if window.phase != "load"]
