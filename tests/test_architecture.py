@@ -34,7 +34,8 @@ FLOORS = (
     ("roommap",),
     ("inspection",),
     # machines, models by name, measuring
-    ("bandwidth", "profiles", "cache", "meters", "quality", "figures", "tensor_files"),
+    ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files"),
+    ("interference",),
     ("machine", "catalog"),
     ("options",),
     ("outcome", "verify"),
