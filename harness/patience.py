@@ -28,6 +28,11 @@ class Patience:
         self._left["phase timeout"] = self._limits["phase timeout"]
 
     @property
+    def case_left_s(self) -> float:
+        """Seconds that the case as a whole still has."""
+        return self._left["timeout"]
+
+    @property
     def left_s(self) -> float:
         """Seconds until the first limit is reached, 0 at least."""
         return max(min(self._left.values()), 0.0)

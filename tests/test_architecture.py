@@ -46,7 +46,8 @@ FLOORS = (
     ("roommap",),
     ("inspection",),
     # machines, models by name, measuring
-    ("bandwidth", "profiles", "cache", "meters", "quality", "figures", "tensor_files"),
+    ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files"),
+    ("interference",),
     ("machine", "catalog"),
     ("options",),
     ("outcome", "verify"),
@@ -83,7 +84,7 @@ WORKER = (
     ("models.chatglm2", "models.packed", "models.tokenization_chatglm"),
     ("models.chatglm", "models.moss"),
     ("models",),
-    ("worker", "worker.keeper", "worker.preload", "worker.residency", "worker.convert", "worker.written"),
+    ("worker", "worker.keeper", "worker.preload", "worker.residency", "worker.convert", "worker.written", "worker.gguf_config"),
     ("worker.skeleton",),
     ("worker.model",),
     ("worker.score",),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from harness import process
+from harness import forkserver
 from harness.case import Case, Outcome, Plan, Result, Verdict
 from harness.errors import CheckpointError, StoreError, UsageError
 from harness.options import Options
@@ -353,7 +353,7 @@ def test_result_that_cannot_be_written_leaves_no_worker(make: Make, monkeypatch:
 
 def test_warm_up_is_for_the_real_worker_only(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[object] = []
-    monkeypatch.setattr(process, "warm_up", heard.append)
+    monkeypatch.setattr(forkserver, "warm_up", heard.append)
     session = make()
     session.prepare(session.cases())
     assert not heard
