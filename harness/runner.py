@@ -46,6 +46,7 @@ class Subject:
     location: Path
     weights: str = "real"
     tokenizer: bool = True
+    fingerprint: str = ""
     code_head: str = ""
     command: str = ""
     reference: quality.Reference | None = None
@@ -73,6 +74,7 @@ class Run:
         self.warm: list[GenerateDone] = []
         self.scored: ScoreDone | None = None
         self.checks: dict[str, str] = {}
+        self.failed: list[str] = []
         self.ended: CaseEnded | None = None
         self._phases: list[Phase] = []
         self._begun_s = time.monotonic()
@@ -218,6 +220,7 @@ class Run:
             quality=self.quality(),
             checks=self.checks,
             log_tail=f"{self._log}\n{self._traceback}".strip(),
+            failed=list(self.failed),
         )
 
     def finish(self) -> Result:
@@ -278,7 +281,14 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "machine": setting.machine,
         "verdict": plan.verdict,
         "estimate": plan.estimate,
-        "code": f"{subject.code_head}{plan.code}" if plan.code else None,
+        "code": code_of(plan, subject),
         "command": subject.command or None,
         "environment": dict(setting.environment),
+        "fingerprint": subject.fingerprint,
+        "timeout_s": setting.timeout_s,
     }
+
+
+def code_of(plan: Plan, subject: Subject) -> str | None:
+    """Return the loading code of a case with its head, None where it cannot be loaded."""
+    return f"{subject.code_head}{plan.code}" if plan.code else None

@@ -36,7 +36,7 @@ FLOORS = (
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "quality", "figures"),
     ("machine", "catalog"),
-    ("options",),
+    ("options", "fingerprint"),
     ("outcome", "verify"),
     ("plan", "process", "store"),
     ("runner",),
@@ -56,6 +56,7 @@ FLOORS = (
     ("report.view",),
     ("report.page", "report.terminal"),
     ("report.treemap", "report.plans"),
+    ("resume",),
     ("session",),
     ("commands",),
     ("commands.hardware", "commands.inspect", "commands.plan", "commands.report"),
@@ -70,7 +71,7 @@ WORKER = (
     ("worker.score",),
     ("worker.main",),
 )
-WORKER_STANDS_ON = FLOORS[: FLOORS.index(("options",))]
+WORKER_STANDS_ON = FLOORS[: FLOORS.index(("options", "fingerprint"))]
 
 # A heavy or replaceable dependency, and the modules that may import it; "report" stands for all modules of the package.
 DOORS = {
