@@ -1,7 +1,6 @@
 """Three hundred cases in one session: the parent does not grow.
 
-Each case has a process of its own, with torch and a real model of random weights; the parent looks at itself when the line of a case
-is written.
+Each case has a process of its own, with torch and a real model of random weights; the parent looks at itself after each.
 """
 
 from __future__ import annotations
