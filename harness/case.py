@@ -229,8 +229,8 @@ class Loaded(Record, frozen=True, kw_only=True):
 class Result(Record, frozen=True, kw_only=True):
     """What one case showed. One line of `results.jsonl`.
 
-    `fingerprint` tells the files of the model from others, `timeout_s` is what the case was allowed, `failed` names the tests that
-    failed; all three are for `--resume`.
+    `fingerprint` tells the files of the model from others, `allowed_s` are the time limits of the case by option, `failed` names
+    the tests that failed; all three are for `--resume`.
     """
 
     schema: int = SCHEMA
@@ -259,7 +259,7 @@ class Result(Record, frozen=True, kw_only=True):
     environment: dict[str, str] = {}
     log_tail: str = ""
     fingerprint: str = ""
-    timeout_s: float | None = None
+    allowed_s: dict[str, float] = {}
     failed: list[str] = []
 
 

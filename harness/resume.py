@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from msgspec.structs import replace
 
-from harness.case import Case, Machine, Outcome, Record, Result, Tier
+from harness.case import Case, Machine, Outcome, Result, Tier
 from harness.report.text import plural
 from harness.runner import CaseEnded
 from harness.units import format_seconds, format_size
@@ -25,18 +25,6 @@ NEW = "not measured before"
 _SAME_SHARE = 0.01  # a kernel update changes the total of the RAM by some pages
 _MORE_SHARE = 1.1  # less than a tenth more memory is what comes and goes
 _MAX_MEMORY = re.compile(r"max_memory=\{.*?\}")
-
-
-class Now(Record, frozen=True, kw_only=True):
-    """What a result depends on beside its case, as it is in this run. `code` loads the model; None where nothing can."""
-
-    machine: Machine
-    environment: dict[str, str]
-    fingerprint: str
-    weights: str
-    code: str | None
-    timeout_s: float
-    run_all: bool = False
 
 
 class Kept:
@@ -65,19 +53,23 @@ def newest(results: Iterable[Result], machine: Machine) -> dict[Case, Result]:
     return {result.case: result for result in results if result.machine.name == machine.name}
 
 
-def why_again(earlier: Result | None, now: Now) -> str | None:
-    """Say in a few words why a case must run again; None where its earlier result still holds."""
+def why_again(earlier: Result | None, now: Result, *, run_all: bool = False) -> str | None:
+    """Say in a few words why a case must run again; None where its earlier result still holds.
+
+    `now` is what can be said of the case before it runs (`runner.not_run`). `run_all` asks for what ran out of memory.
+    """
     if earlier is None:
         return NEW
+    if run_all and earlier.outcome is Outcome.OOM:
+        return "out of memory, and --run-all asks for it"
     return next((why for rule in RULES if (why := rule(earlier, now)) is not None), None)
 
 
-def finds_the_same(earlier: Result | None, found: Result) -> bool:
+def finds_the_same(earlier: Result | None, now: Result) -> bool:
     """Say whether a case that is not run was found wanting before in the same way; how many bytes are free may differ."""
-    if earlier is None or earlier.stage != found.stage or earlier.verdict is not found.verdict:
+    if earlier is None or (earlier.stage, earlier.verdict) != (now.stage, now.verdict):
         return False
-    same_files = earlier.fingerprint == found.fingerprint
-    return same_files and earlier.environment == found.environment and _same_machine(earlier.machine, found.machine)
+    return earlier.fingerprint == now.fingerprint and not (_versions(earlier, now) or _machine(earlier, now))
 
 
 def judged_by_a_lesser(earlier: Result, reference: Case, order: Sequence[Case]) -> str | None:
@@ -91,7 +83,7 @@ def judged_by_a_lesser(earlier: Result, reference: Case, order: Sequence[Case]) 
     return None
 
 
-def _machine(earlier: Result, now: Now) -> str | None:
+def _machine(earlier: Result, now: Result) -> str | None:
     return None if _same_machine(earlier.machine, now.machine) else "the machine has changed"
 
 
@@ -111,45 +103,44 @@ def _same_tier(one: Tier, other: Tier) -> bool:
     return close and replace(one, **passing) == replace(other, **passing)
 
 
-def _files(earlier: Result, now: Now) -> str | None:
+def _files(earlier: Result, now: Result) -> str | None:
     if not earlier.fingerprint:
         return "of what files it was measured is not recorded"
     return None if (earlier.fingerprint, earlier.weights) == (now.fingerprint, now.weights) else "the model's files have changed"
 
 
-def _versions(earlier: Result, now: Now) -> str | None:
+def _versions(earlier: Result, now: Result) -> str | None:
     names = sorted(earlier.environment.keys() | now.environment.keys())
     changes = [(name, earlier.environment.get(name, "absent"), now.environment.get(name, "absent")) for name in names]
     return next((f"{name} {then} is {here} now" for name, then, here in changes if then != here), None)
 
 
-def _code(earlier: Result, now: Now) -> str | None:
+def _code(earlier: Result, now: Result) -> str | None:
     """Compare the loading code, all but the bytes of `max_memory`, which follow from what is free."""
     then, here = (_MAX_MEMORY.sub("", code or "") for code in (earlier.code, now.code))
     return None if then == here or now.code is None else "the code that loads it has changed"
 
 
-def _planned(earlier: Result, now: Now) -> str | None:
+def _planned(earlier: Result, now: Result) -> str | None:
     del now
     return "not run before" if earlier.stage == "plan" or earlier.outcome is Outcome.SKIPPED else None
 
 
-def _crash(earlier: Result, now: Now) -> str | None:
+def _crash(earlier: Result, now: Result) -> str | None:
     del now
     return "crashed" if earlier.outcome is Outcome.CRASH else None
 
 
-def _timeout(earlier: Result, now: Now) -> str | None:
-    if earlier.outcome is not Outcome.TIMEOUT or (earlier.timeout_s is not None and now.timeout_s <= earlier.timeout_s):
+def _timeout(earlier: Result, now: Result) -> str | None:
+    if earlier.outcome is not Outcome.TIMEOUT:
         return None
-    return f"timed out, and may now take {format_seconds(now.timeout_s)}"
+    raised = [name for name, seconds in now.allowed_s.items() if seconds > earlier.allowed_s.get(name, 0)]
+    return f"timed out, and --{raised[0]} is {format_seconds(now.allowed_s[raised[0]])} now" if raised else None
 
 
-def _oom(earlier: Result, now: Now) -> str | None:
+def _oom(earlier: Result, now: Result) -> str | None:
     if earlier.outcome is not Outcome.OOM:
         return None
-    if now.run_all:
-        return "out of memory, and --run-all asks for it"
     for tier in now.machine.tiers:
         before = earlier.machine.tier(tier.name)
         then, here = before.capacity_bytes if before else None, tier.capacity_bytes
@@ -158,19 +149,19 @@ def _oom(earlier: Result, now: Now) -> str | None:
     return None
 
 
-def _partial(earlier: Result, now: Now) -> str | None:
+def _partial(earlier: Result, now: Result) -> str | None:
     del now
     rounds = len(earlier.samples.get("round_s", ()))
     whole = "load_s" in earlier.metrics and rounds >= earlier.case.workload.repeats and earlier.quality is not None
     return None if earlier.outcome is not Outcome.OK or whole else "measured in part"
 
 
-def _failed(earlier: Result, now: Now) -> str | None:
+def _failed(earlier: Result, now: Result) -> str | None:
     del now
     return f"failed {', '.join(earlier.failed)}" if earlier.outcome is Outcome.OK and earlier.failed else None
 
 
-RULES: tuple[Callable[[Result, Now], str | None], ...] = (
+RULES: tuple[Callable[[Result, Result], str | None], ...] = (
     _planned,
     _machine,
     _files,

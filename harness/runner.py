@@ -281,14 +281,9 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "machine": setting.machine,
         "verdict": plan.verdict,
         "estimate": plan.estimate,
-        "code": code_of(plan, subject),
+        "code": f"{subject.code_head}{plan.code}" if plan.code else None,
         "command": subject.command or None,
         "environment": dict(setting.environment),
         "fingerprint": subject.fingerprint,
-        "timeout_s": setting.timeout_s,
+        "allowed_s": {"case-timeout": setting.timeout_s},
     }
-
-
-def code_of(plan: Plan, subject: Subject) -> str | None:
-    """Return the loading code of a case with its head, None where it cannot be loaded."""
-    return f"{subject.code_head}{plan.code}" if plan.code else None

@@ -26,7 +26,7 @@ from harness.precision import PRECISIONS
 from harness.process import WorkerMain
 from harness.quality import Reference, reference_of
 from harness.report import page
-from harness.resume import Kept, Now
+from harness.resume import Kept
 from harness.runner import CaseEnded, LiveLine, Run, Setting, Subject
 from harness.store import Store
 
@@ -171,11 +171,11 @@ class Session:
             command=self._command(case),
             reference=standard.reference if standard else None,
             reference_file=standard.file if standard else None,
-            keep_file=None if standard else self._predictions_file(),
+            keep_file=None if standard else self._predictions_file(case.model),
         )
 
-    def _predictions_file(self) -> Path:
-        return Path(self._scratch.name) / f"reference-{len(self._standards)}.npy"
+    def _predictions_file(self, model: str) -> Path:
+        return Path(self._scratch.name) / f"reference-{list(self.sources).index(model)}.npy"
 
     def _command(self, case: Case) -> str:
         model = _sayable(self.sources[case.model])
@@ -204,18 +204,9 @@ class Session:
         earlier, standard = self._earlier.get(case), self._standards.get(case.model)
         if earlier is None:
             return resume.NEW
-        subject = self.subject(case)
-        now = Now(
-            machine=self.machine,
-            environment=dict(self.setting.environment),
-            fingerprint=subject.fingerprint,
-            weights=subject.weights,
-            code=runner.code_of(self.plan(case), subject),
-            timeout_s=self.setting.timeout_s,
-            run_all=self.options.run_all,
-        )
+        now = runner.not_run(self.plan(case), self.subject(case), self.setting)
         lesser = resume.judged_by_a_lesser(earlier, standard.case, self.cases()) if standard else None
-        return resume.why_again(earlier, now) or lesser
+        return resume.why_again(earlier, now, run_all=self.options.run_all) or lesser
 
     def _keep(self, earlier: Result) -> Kept:
         case, reference = earlier.case, reference_of(earlier)
@@ -229,7 +220,10 @@ class Session:
         standard = self._standards.get(model)
         if standard is None or standard.file is not None:
             return
-        file, decided = self._predictions_file(), self.plan(standard.case)
+        file, decided = self._predictions_file(model), self.plan(standard.case)
+        if decided.code is None:  # it cannot be loaded here any more
+            del self._standards[model]
+            return
         subject = dataclasses.replace(self.subject(standard.case), reference=None, reference_file=None, keep_file=file)
         run = Run(decided, subject, self.setting)
         try:

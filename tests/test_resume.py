@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from harness import resume
 from harness.case import Case, Machine, Outcome, Quality, Result, Tier, Verdict
-from harness.resume import Kept, Now
+from harness.resume import Kept
 from harness.units import GIB
 from tests import builders
 
@@ -24,23 +24,17 @@ def earlier(of: Case | None = None, **changes: Any) -> Result:
         "samples": {"round_s": [0.1, 0.1]},
         "quality": Quality(probe="1", verdict="intact", why="is the reference"),
         "fingerprint": "abc",
-        "timeout_s": 60.0,
+        "allowed_s": {"case-timeout": 60.0},
         "environment": {"torch": "2.6.0", "python": "3.11.7"},
         "code": CODE,
     }
     return builders.result(of, **given | changes)
 
 
-def now(**changes: Any) -> Now:
-    given: dict[str, Any] = {
-        "machine": builders.machine(),
-        "environment": {"torch": "2.6.0", "python": "3.11.7"},
-        "fingerprint": "abc",
-        "weights": "real",
-        "code": CODE,
-        "timeout_s": 60.0,
-    }
-    return Now(**given | changes)
+def now(**changes: Any) -> Result:
+    """What can be said of the same case before it runs."""
+    given: dict[str, Any] = {"outcome": Outcome.SKIPPED, "stage": "plan", "metrics": {}, "samples": {}, "quality": None}
+    return earlier(**given | changes)
 
 
 def with_tier(machine: Machine, name: str, **changes: Any) -> Machine:
@@ -55,10 +49,9 @@ def with_tier(machine: Machine, name: str, **changes: Any) -> Machine:
         pytest.param({"outcome": Outcome.UNSUPPORTED}, {}, id="not supported"),
         pytest.param({"outcome": Outcome.OOM}, {}, id="out of memory"),
         pytest.param({"outcome": Outcome.OOM, "failed": ["test_load"]}, {}, id="an out-of-memory that was a surprise"),
-        pytest.param({"outcome": Outcome.TIMEOUT}, {"timeout_s": 60.0}, id="timed out, with the limit of now"),
-        pytest.param({"outcome": Outcome.TIMEOUT}, {"timeout_s": 10.0}, id="timed out, with a longer limit"),
-        pytest.param({}, {"timeout_s": 10.0}, id="worked, with a longer limit"),
-        pytest.param({}, {"run_all": True}, id="worked, and all are to run"),
+        pytest.param({"outcome": Outcome.TIMEOUT}, {"allowed_s": {"case-timeout": 60.0}}, id="timed out, with the limit of now"),
+        pytest.param({"outcome": Outcome.TIMEOUT}, {"allowed_s": {"case-timeout": 10.0}}, id="timed out, with a longer limit"),
+        pytest.param({}, {"allowed_s": {"case-timeout": 10.0}}, id="worked, with a longer limit"),
         pytest.param({}, {"code": CODE.replace("1000", "2000")}, id="less memory free"),
         pytest.param({}, {"code": None}, id="too big now, but measured"),
         pytest.param({}, {"machine": with_tier(builders.machine(), "cpu", free_bytes=GIB, bytes_per_s=1e9)}, id="other RAM free"),
@@ -97,9 +90,15 @@ def test_what_still_holds_is_kept(then: dict[str, Any], here: dict[str, Any]) ->
         pytest.param(
             {}, {"machine": with_tier(builders.machine(), "cpu", limit_bytes=GIB)}, "the machine has changed", id="a limit"
         ),
-        pytest.param({"outcome": Outcome.TIMEOUT}, {"timeout_s": 120.0}, "timed out, and may now take 2 min 00 s", id="more time"),
-        pytest.param({"outcome": Outcome.TIMEOUT, "timeout_s": None}, {}, "timed out, and may now take 60.0 s", id="what limit?"),
-        pytest.param({"outcome": Outcome.OOM}, {"run_all": True}, "out of memory, and --run-all asks for it", id="asked for"),
+        pytest.param(
+            {"outcome": Outcome.TIMEOUT},
+            {"allowed_s": {"case-timeout": 120.0}},
+            "timed out, and --case-timeout is 2 min 00 s now",
+            id="more time",
+        ),
+        pytest.param(
+            {"outcome": Outcome.TIMEOUT, "allowed_s": {}}, {}, "timed out, and --case-timeout is 60.0 s now", id="what limit?"
+        ),
         pytest.param(
             {"outcome": Outcome.OOM, "machine": with_tier(builders.machine(), "cpu", free_bytes=8 * GIB)},
             {},
@@ -114,6 +113,12 @@ def test_what_still_holds_is_kept(then: dict[str, Any], here: dict[str, Any]) ->
 )
 def test_what_does_not_hold_runs_again_and_says_why(then: dict[str, Any], here: dict[str, Any], why: str) -> None:
     assert resume.why_again(earlier(**then), now(**here)) == why
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_all_that_ran_out_of_memory_can_be_asked_for(outcome: Outcome) -> None:
+    asked, otherwise = (resume.why_again(earlier(outcome=outcome), now(), run_all=run_all) for run_all in (True, False))
+    assert asked == ("out of memory, and --run-all asks for it" if outcome is Outcome.OOM else otherwise)
 
 
 def test_what_was_never_measured_runs() -> None:
