@@ -259,5 +259,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
     if page is not None and reporter is not None:
         if resumed := ours.resumed():
             reporter.write_line(resumed)
-        reporter.write_line(f"{ours.added} results in {ours.store.path}")
+        reporter.write_line(f"{ours.added + len(ours.kept)} results in {ours.store.path}")
         reporter.write_line(f"page: {page}")

@@ -470,8 +470,8 @@ def test_a_resumed_run_says_what_it_kept(project: Project) -> None:
             "tiny/fp32/cpu  ssss  kept from 20??-??-?? ??:?? UTC: works *",
             "tiny/bf16/cpu  Msss  kept from 20??-??-?? ??:?? UTC: out of memory*",
             "tiny/fp16/cpu  Esss  crashed: *",
-            "--resume: 2 cases kept, 1 run: 1 crashed*",
-            "1 results in fitmatrix-results/results.jsonl",
+            "--resume: 2 cases kept, 1 run: 1 crashed; loaded tiny/fp32/cpu once more, which others are compared with",
+            "3 results in fitmatrix-results/results.jsonl",
             "page: fitmatrix-results/index.html",
         ]
     )
