@@ -154,18 +154,19 @@ def _check_same(read: Checkpoint, found: Skeleton) -> None:
 
 def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None]:
     """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors."""
-    from harness.catalog import cache_dir
-    from harness.sketch import sketch
-
     known = skeleton.shipped(read.config) if read.config else None
     if known is not None:
         return known, None
     why = "torch and transformers are not installed"
     if read.config.get("model_type") and all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        from harness.catalog import cache_dir
+
         try:
             return skeleton.build(read.config, cache_dir()), None
         except UsageError as error:
             why = str(error)
+    from harness.sketch import sketch
+
     return sketch(read), f"planned from its tensors, less surely: {why}"
 
 
@@ -246,15 +247,15 @@ def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
     Of mxfp4 the experts, whose weights are stacked: 4 bits and 8 for each 32.
     """
     total = 0.0
-    for weight in shape.weights:
+    for weight, count in shape.tally:
         if weight.tied_to or weight.tensor.kind == "unsaved":
             continue
         if packed.unpacks and len(weight.tensor.shape) == 3:
-            total += weight.elements * (4 + 8 / 32) / 8
+            total += count * weight.elements * (4 + 8 / 32) / 8
         elif packed.unpacks or not weight.quantises or len(weight.tensor.shape) != 2:
-            total += weight.elements * 2
+            total += count * weight.elements * 2
         else:
             rows, columns = weight.tensor.shape
             groups = -(-columns // packed.group) if packed.group else 1
-            total += weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4
+            total += count * (weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4)
     return int(total)

@@ -43,13 +43,21 @@ def build_parser() -> argparse.ArgumentParser:
         description="Which ways of loading a language model fit this machine, and how well do they run?",
         epilog="To measure: pytest cases/ --model MODEL",
     )
-    parser.add_argument("--version", action="version", version=f"fitmatrix {harness.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (help_text, add_arguments, command) in COMMANDS.items():
         sub = commands.add_parser(name, help=help_text, description=help_text)
         add_arguments(sub)
         sub.set_defaults(command=command)
     return parser
+
+
+class _Version(argparse.Action):
+    """Look the version up when it is asked for: argparse's own action wants it beforehand, for every command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"fitmatrix {harness.__version__}")
+        parser.exit()
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
