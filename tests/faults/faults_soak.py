@@ -71,7 +71,11 @@ def test_soak(tmp_path: Path, figures: list[Figure]) -> None:
     assert len(looks) == CASES
     warm, last = looks[WARM], looks[-1]
     grown = last["bytes"] - warm["bytes"]
-    most = {key: max(look[key] for look in looks[WARM:]) - warm[key] for key in ("descriptors", "threads", "children")}
+    # A sampler that reads at this moment holds a descriptor, so each window's least is compared: a leak is in every case.
+    more = {
+        key: min(look[key] for look in looks[-WARM:]) - min(look[key] for look in looks[WARM : 2 * WARM])
+        for key in ("descriptors", "threads", "children")
+    }
     zombies = max(look["zombies"] for look in looks)
     figures += [
         Figure(
@@ -80,10 +84,10 @@ def test_soak(tmp_path: Path, figures: list[Figure]) -> None:
             found=f"{format_size(warm['bytes'])} to {format_size(last['bytes'])}",
             wanted=f"less than {format_size(MOST_BYTES)} more",
         ),
-        Figure(what="descriptors more than after warming up", rows=CASES, found=str(most["descriptors"]), wanted="0"),
-        Figure(what="threads more than after warming up", rows=CASES, found=str(most["threads"]), wanted="0"),
-        Figure(what="processes more than after warming up", rows=CASES, found=str(most["children"]), wanted="0"),
+        Figure(what="descriptors more than after warming up", rows=CASES, found=str(more["descriptors"]), wanted="0"),
+        Figure(what="threads more than after warming up", rows=CASES, found=str(more["threads"]), wanted="0"),
+        Figure(what="processes more than after warming up", rows=CASES, found=str(more["children"]), wanted="0"),
         Figure(what="processes that nobody has waited for", rows=CASES, found=str(zombies), wanted="0"),
     ]
     assert grown < MOST_BYTES, [look["bytes"] for look in looks[::20]]
-    assert (most, zombies) == ({"descriptors": 0, "threads": 0, "children": 0}, 0)
+    assert (more, zombies) == ({"descriptors": 0, "threads": 0, "children": 0}, 0)
