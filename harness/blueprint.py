@@ -44,12 +44,22 @@ class Packed(Record, frozen=True, kw_only=True):
 
 
 class Stored(Record, frozen=True, kw_only=True):
-    """How a model lies on the hub where its config does not tell: a row of `data/stored.toml`."""
+    """How a model lies on the hub where its config does not tell: a row of `data/stored.toml`.
+
+    `mask` names the boolean causal mask of a layer, `mask_side` squared, that its files hold. `shard_bytes` is the most that one
+    file holds; None where there is one file. `repeats_head`: a tied head is stored nevertheless. `float32` stands in the names of
+    what is stored in that dtype whatever the rest is.
+    """
 
     bytes: int
     origin: str
     dtype: str | None = None
     format: str = "safetensors"
+    mask: str | None = None
+    mask_side: int = 0
+    shard_bytes: int | None = None
+    repeats_head: bool = False
+    float32: str | None = None
 
 
 class Blueprint(Record, frozen=True, kw_only=True):
@@ -198,24 +208,29 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
     shape = skeleton.named(known)
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = _packed(entry.config, None)
-    published = _published().get(known)
+    stored = published(known)
     size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
     return Blueprint(
         name=source.name,
         source=known,
         skeleton=shape,
-        stored={_stored_dtype(dtype, published, packed): size},
-        checkpoint_bytes=published.bytes if published else size,
+        stored={_stored_dtype(dtype, stored, packed): size},
+        checkpoint_bytes=stored.bytes if stored else size,
         context_length=_context(entry.config),
-        file_format=published.format if published else "safetensors",
+        file_format=stored.format if stored else "safetensors",
         packed=packed,
     )
 
 
-def _stored_dtype(said: str, published: Stored | None, packed: Packed | None) -> str:
+def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> str:
     if packed is not None and packed.unpacks:
         return "uint8"
-    return published.dtype if published is not None and published.dtype else said
+    return stored.dtype if stored is not None and stored.dtype else said
+
+
+def published(hub_id: str) -> Stored | None:
+    """Return how a model of the catalog lies on the hub, where its config does not tell."""
+    return _published().get(hub_id)
 
 
 @lru_cache(maxsize=1)

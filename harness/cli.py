@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import harness
-from harness.commands import hardware, inspect, plan, report
+from harness.commands import hardware, inspect, plan, report, synth
 from harness.errors import HarnessError
 
 Command = Callable[[argparse.Namespace], int]
@@ -64,5 +64,6 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
     "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
     "plan": (plan.HELP, plan.add_arguments, plan.run),
+    "synth": (synth.HELP, synth.add_arguments, synth.run),
     "report": (report.HELP, report.add_arguments, report.run),
 }

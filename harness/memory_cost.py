@@ -18,7 +18,7 @@ NESTED_CODE_BYTES = 1024
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
 EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))
 # What GELU's formula in Python holds at once beside its input, in widths of the MLP: gelu_new of these classes.
-PLAIN_GELU = frozenset(("codegen", "gptj", "gpt2", "gpt_neo", "phi", "chatglm"))
+PLAIN_GELU = frozenset(("codegen", "moss", "gptj", "gpt2", "gpt_neo", "phi"))
 
 
 class Kept(Record, frozen=True, kw_only=True):

