@@ -316,7 +316,7 @@ def test_a_line_takes_no_more_than_was_asked_for() -> None:
     timeline = Timeline(
         t_s=[1234.567] * 600, ram_bytes=columns, ram_anon_bytes=columns, vram_bytes={f"gpu:{index}": columns for index in range(4)}
     )
-    samples = {"token_s": [0.123456789012345678] * 50 * 511, "round_s": [0.123456789012345678] * 50}
+    samples = {"token_s": [0.123456789012345678] * 150 * 511, "round_s": [0.123456789012345678] * 150}
     device_map = {f"model.layers.{number}": "gpu:0" for number in range(200)}
     worst = result(of, log_tail="\x1b" * (32 << 10), timeline=timeline, samples=samples, device_map=device_map)
     assert len(encode(worst)) < store_module.most_bytes(of)
