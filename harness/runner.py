@@ -45,6 +45,12 @@ class Setting:
     gpus: Gpus | None = None
     on_sample: LiveLine | None = None
 
+    @property
+    def allowed_s(self) -> dict[str, float]:
+        """The limits of time by the name of their option; what has none is left out."""
+        limits = {"case-timeout": self.timeout_s, "phase-timeout": self.phase_timeout_s}
+        return {name: seconds for name, seconds in limits.items() if math.isfinite(seconds)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
@@ -53,6 +59,7 @@ class Subject:
     location: Path
     weights: str = "real"
     tokenizer: bool = True
+    fingerprint: str = ""
     gguf_file: str | None = None
     code_head: str = ""
     command: str = ""
@@ -81,6 +88,7 @@ class Run:
         self.warm: list[GenerateDone] = []
         self.scored: ScoreDone | None = None
         self.checks: dict[str, str] = {}
+        self.failed: list[str] = []
         self.ended: CaseEnded | None = None
         self._phases: list[Phase] = []
         self._windows: list[Interference] = []
@@ -253,6 +261,7 @@ class Run:
             quality=self.quality(),
             checks=self.checks,
             log_tail=f"{self._log}\n{self._traceback}".strip(),
+            failed=list(self.failed),
         )
 
     def _counted(self) -> list[GenerateDone]:
@@ -330,4 +339,6 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "code": f"{subject.code_head}{plan.code}" if plan.code else None,
         "command": subject.command or None,
         "environment": dict(setting.environment),
+        "fingerprint": subject.fingerprint,
+        "allowed_s": setting.allowed_s,
     }
