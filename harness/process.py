@@ -205,7 +205,8 @@ class Worker:
         self._kill_group()
         self._process.join(_GRACE_S)
         if self._process.is_alive():  # the fork server, which would tell of the end, is stopped
-            forkserver.kill()
+            forkserver.end()
+            self._process.join(_GRACE_S)
         forkserver.end_strays(within_s=_GRACE_S)
         self._pipe.close()
 

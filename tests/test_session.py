@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from harness import fingerprint, forkserver, process
+from harness import fingerprint, forkserver
 from harness.case import Case, Outcome, Plan, Result, Verdict
 from harness.errors import CheckpointError, StoreError, UsageError
 from harness.options import Options
@@ -409,7 +409,7 @@ def test_page_of_a_run_that_kept_everything_shows_it(make: Make) -> None:
 
 def test_nothing_is_imported_for_cases_that_are_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[object] = []
-    monkeypatch.setattr(process, "warm_up", heard.append)
+    monkeypatch.setattr(forkserver, "warm_up", heard.append)
     measure(make())
     session = make(resume=True)
     session.worker_main = None
