@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness import skeleton
+from harness import companions, skeleton
 from harness.case import Record
+from harness.companions import RemoteCode
 from harness.errors import UsageError
+from harness.files import Directory
 from harness.skeleton import Skeleton
 from harness.units import format_count
 
@@ -57,6 +59,7 @@ class Blueprint(Record, frozen=True, kw_only=True):
 
     `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantised already and
     whose headers were read. `note` says what the plan rests on where that is less than a skeleton from transformers.
+    `remote_code` is the code that the files ask for, `has_class` whether transformers has its own for this architecture.
     """
 
     name: str
@@ -70,6 +73,8 @@ class Blueprint(Record, frozen=True, kw_only=True):
     tensor_bytes: int | None = None
     tokenizer: bool = True
     note: str | None = None
+    remote_code: tuple[RemoteCode, ...] = ()
+    has_class: bool = True
 
     @property
     def stored_dtype(self) -> str:
@@ -107,7 +112,14 @@ def draw(source: Source) -> Blueprint:
 
 
 def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> Blueprint:
-    """Draw the blueprint of a checkpoint whose headers were read."""
+    """Draw the blueprint of a checkpoint whose headers were read; the files beside them in `directory` are checked as well.
+
+    Raises:
+        UsageError: it is GGUF.
+        CheckpointError: the files do not belong together, or must not reach a library.
+    """
+    if directory is not None:
+        companions.check(Directory(directory))
     if read.files and read.files[0].format == "gguf":
         raise UsageError(f"{name} is GGUF, which these placements do not load: plan the safetensors that it was made from")
     found, note = _skeleton_of(read)
@@ -125,7 +137,15 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         tensor_bytes=read.bytes if packed and not packed.unpacks else None,
         tokenizer=directory is None or any((directory / file).is_file() for file in _TOKENIZER_FILES),
         note=note,
+        remote_code=read.remote_code,
+        has_class=_has_class(read.config, found),
     )
+
+
+def _has_class(config: Mapping[str, Any], found: Skeleton) -> bool:
+    """Say whether transformers built the skeleton with a class that goes by the config's own name, and so loads the model too."""
+    kind = config.get("model_type")
+    return found.source.startswith("transformers") and found.model_type in (kind, f"{kind}_text")
 
 
 def _check_same(read: Checkpoint, found: Skeleton) -> None:

@@ -160,7 +160,8 @@ class Plan(Record, frozen=True, kw_only=True):
     """One case, decided: whether it can work here, and the code that loads it.
 
     `code` is Python that leaves the loaded model in the name `model`; it expects the model's id or directory in `MODEL`
-    (`harness.plan.script` prints it whole). `max_memory` and `device_map` are what that code passes on.
+    (`harness.plan.script` prints it whole). `max_memory` and `device_map` are what that code passes on. `remote_code` names the
+    code of the model that a library would run; it does only if it is `trusted`.
     """
 
     case: Case
@@ -170,6 +171,8 @@ class Plan(Record, frozen=True, kw_only=True):
     device_map: str | dict[str, str | int] | None = None
     max_memory: dict[str, int] | None = None
     estimate: Estimate | None = None
+    remote_code: list[str] = []
+    trusted: bool = False
 
 
 class Phase(Record, frozen=True, kw_only=True):
@@ -227,7 +230,7 @@ class Loaded(Record, frozen=True, kw_only=True):
 
 
 class Result(Record, frozen=True, kw_only=True):
-    """What one case showed. One line of `results.jsonl`."""
+    """What one case showed. One line of `results.jsonl`. `remote_code` names the model's own code that ran with it."""
 
     schema: int = SCHEMA
     id: str
@@ -253,6 +256,7 @@ class Result(Record, frozen=True, kw_only=True):
     code: str | None = None
     command: str | None = None
     environment: dict[str, str] = {}
+    remote_code: list[str] = []
     log_tail: str = ""
 
 

@@ -8,8 +8,8 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -18,6 +18,9 @@ from harness import cache
 from harness.cache import cache_dir as cache_dir
 from harness.case import Record
 from harness.errors import CheckpointError, UsageError, did_you_mean
+from harness.files import Directory, LocalFile, check_enclosed, quote
+from harness.headers import read_index
+from harness.private import clean_text
 from harness.progress import Report, silent
 from harness.progress import show_progress as show_progress
 
@@ -71,7 +74,8 @@ def resolve(model: str) -> Source:
     directory = _directory(model)
     if directory:
         check_directory(directory)
-        return Source(name=directory.name or str(directory), kind="directory", location=str(directory))
+        # The name goes into results; somebody's home may be a model's directory.
+        return Source(name=clean_text(directory.name) or str(directory), kind="directory", location=str(directory))
     if _HUB_ID.fullmatch(model):
         return Source(name=model, kind="hub", location=model, hub_id=model)
     short = _short_names()
@@ -181,18 +185,11 @@ def _check_shards(index: Path) -> None:
 
 def _shards(index: Path) -> list[str]:
     """Read which files an index names; none may lie outside its directory."""
-    try:
-        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(index, f"not an index of weights ({error}): download it again") from error
-    outside = [name for name in names if name in ("", ".", "..") or PurePosixPath(name).name != name]
-    if outside or not names:
-        raise CheckpointError(index, f"not an index of weights (names {outside[0] if outside else 'nothing'!r})")
+    with closing(LocalFile(index, index.name)) as blob:
+        names = read_index(blob)
+    for name in names:
+        check_enclosed(Directory(index.parent), str(index), f"the shard {quote(name)}", name)
     return names
-
-
-class _Index(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------------------

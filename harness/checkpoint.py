@@ -19,8 +19,9 @@ import msgspec
 
 from harness.bin_header import read_bin
 from harness.case import Record
+from harness.companions import RemoteCode, remote_code
 from harness.errors import CheckpointError, UsageError, did_you_mean
-from harness.files import Directory, Folder, quote
+from harness.files import Directory, Folder, check_enclosed, quote
 from harness.gguf_header import read_gguf
 from harness.headers import Tensor, read_config, read_index, read_safetensors
 from harness.quantized import describe, weights_in
@@ -58,12 +59,16 @@ class FileInfo(Record, frozen=True, kw_only=True):
 
 
 class Checkpoint(Record, frozen=True, kw_only=True):
-    """The files of a model. `path` is a local path or a hub id; `config` is config.json, or a GGUF's own metadata."""
+    """The files of a model. `path` is a local path or a hub id; `config` is config.json, or a GGUF's own metadata.
+
+    `remote_code` is the code that these files ask for; reading them runs none of it.
+    """
 
     path: str
     config: dict[str, Any]
     tensors: tuple[Tensor, ...]
     files: tuple[FileInfo, ...]
+    remote_code: tuple[RemoteCode, ...] = ()
 
     @property
     def distinct(self) -> Iterator[Tensor]:
@@ -169,7 +174,13 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
     parts = _read_files(folder, names)
     # As in transformers, a name that two shards hold means the later one.
     tensors = {tensor.name: tensor for _, found in parts for tensor in found}
-    return Checkpoint(path=path, config=config, tensors=tuple(tensors.values()), files=tuple(info for info, _ in parts))
+    return Checkpoint(
+        path=path,
+        config=config,
+        tensors=tuple(tensors.values()),
+        files=tuple(info for info, _ in parts),
+        remote_code=remote_code(folder, config),
+    )
 
 
 def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[Tensor]]]:
@@ -232,11 +243,7 @@ def _shards(folder: Folder, index: str) -> list[str]:
         names = read_index(blob)
         where = blob.where
     for name in names:
-        parts = re.split(r"[/\\]", name)
-        if not name.isprintable() or not all(parts) or ".." in parts or ":" in parts[0] or not folder.encloses(name):
-            raise CheckpointError(
-                where, f"names the shard {quote(name)}, outside its directory: do not use it, or correct the index"
-            )
+        check_enclosed(folder, where, f"the shard {quote(name)}", name)
         if Path(name).suffix not in FORMATS or name.endswith(".gguf"):
             raise CheckpointError(
                 where, f"names the shard {quote(name)}, which is neither .safetensors nor .bin: correct the index"

@@ -119,6 +119,12 @@ OPTIONS: tuple[Option, ...] = (
         metavar="DIR",
     ),
     Option(name="html", help="where to write the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
+    Option(
+        name="trust-remote-code",
+        help="let code that comes with a model run (its config's or tokenizer's auto_map, a generate of its own)",
+        switch=True,
+        default=False,
+    ),
     Option(name="run-all", help="also run what the plan expects to fail", switch=True, default=False),
     Option(name="fail-on-oom", help="let running out of memory fail the test", switch=True, default=False),
 )

@@ -13,6 +13,7 @@ from harness.case import Case, Machine, Outcome, Plan, Result, Verdict
 from harness.errors import HarnessError
 from harness.live import LiveLine, summary
 from harness.options import OPTIONS, Options, read_config
+from harness.report.text import line
 from harness.runner import CaseEnded, Run
 from harness.session import Session
 
@@ -37,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         config.stash[SESSION] = Session(Options(config=read_config(config.rootpath), given=given))
     except HarnessError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(line(str(error))) from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -84,7 +85,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     try:
         ours.prepare(cases)
     except HarnessError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(line(str(error))) from None
     _write_by_case(session)
     # Only between tests is the terminal where it seems to be; during them pytest captures its file descriptor.
     if config.pluginmanager.has_plugin("terminalreporter"):
@@ -109,14 +110,14 @@ class _ByCase:
         self._cases = dict(cases)
         self._first = {case: nodeid for nodeid, case in reversed(cases)}
         self._last = {case: nodeid for nodeid, case in cases}
-        self._width = max(len(case.id) for case in self._last)
+        self._width = max(len(line(case.id)) for case in self._last)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         case = self._cases.get(nodeid)
         if case is not None and self._first[case] == nodeid:
             self._end_line()
-            self._reporter.write(f"{case.id:<{self._width}}  ")
+            self._reporter.write(f"{line(case.id):<{self._width}}  ")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
@@ -175,9 +176,9 @@ def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | None]:
 def loaded(_run: Run | None, plan: Plan) -> Run:
     """A case in its own process, with the model loaded in it."""
     if _run is None:
-        pytest.skip(f"{plan.verdict.value}: {plan.why}")
+        pytest.skip(line(f"{plan.verdict.value}: {plan.why}"))
     if _run.ended is not None:
-        pytest.skip(f"not measured: {_run.ended.why}")
+        pytest.skip(line(f"not measured: {_run.ended.why}"))
     _run.load()
     return _run
 
@@ -196,18 +197,19 @@ def pytest_runtest_makereport(
     """Turn the end of a case into the test's outcome: what does not fit is a finding, not a failure."""
     report = yield
     if call.excinfo is not None and isinstance(call.excinfo.value, HarnessError) and _case_of(item) is not None:
-        report.longrepr = str(call.excinfo.value)
+        report.longrepr = line(str(call.excinfo.value))
     if call.excinfo is None or not isinstance(call.excinfo.value, CaseEnded):
         return report
     ended, session = call.excinfo.value, item.config.stash[SESSION]
-    report.longrepr = str(ended)
+    why = line(str(ended))
+    report.longrepr = why
     finding = ended.outcome in (Outcome.OOM, Outcome.TIMEOUT, Outcome.UNSUPPORTED)
     if ended.outcome is Outcome.OOM and _was_to_fit(item):
         finding = False
-        report.longrepr = f"{ended}; the plan said that it fits"
+        report.longrepr = f"{why}; the plan said that it fits"
     if finding and not (ended.outcome is Outcome.OOM and session.options.fail_on_oom):
         report.outcome = "skipped"
-        report.longrepr = (str(item.path), (item.location[1] or 0) + 1, str(ended))
+        report.longrepr = (str(item.path), (item.location[1] or 0) + 1, why)
     for properties in (report.user_properties, item.user_properties):  # of this step, and of those to come, which JUnit XML takes
         properties.append(("outcome", ended.outcome.value))
     return report
@@ -242,8 +244,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
     try:
         page = ours.render()
     except HarnessError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(line(str(error))) from None
     reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
     if page is not None and reporter is not None:
-        reporter.write_line(f"{len(ours.results)} results in {ours.store.path}")
-        reporter.write_line(f"page: {page}")
+        reporter.write_line(f"{len(ours.results)} results in {line(str(ours.store.path))}")
+        reporter.write_line(f"page: {line(str(page))}")

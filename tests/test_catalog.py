@@ -208,12 +208,21 @@ def test_an_incomplete_directory_is_refused_by_name(names: tuple[str, ...], said
 
 
 @pytest.mark.parametrize(
-    "index", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../secret.bin"}}', '{"weight_map": {"a": 1}}']
+    ("index", "said"),
+    [
+        ("{", "cannot be understood as JSON"),
+        ("[]", "cannot be understood as JSON"),
+        ("{}", "cannot be understood as JSON"),
+        ('{"weight_map": {}}', "is empty"),
+        ('{"weight_map": {"a": "../secret.bin"}}', "outside its directory"),
+        ('{"weight_map": {"a": "/secret.bin"}}', "outside its directory"),
+        ('{"weight_map": {"a": 1}}', "cannot be understood as JSON"),
+    ],
 )
-def test_an_index_that_is_none_is_refused(index: str, tmp_path: Path) -> None:
+def test_an_index_that_is_none_is_refused(index: str, said: str, tmp_path: Path) -> None:
     fill(tmp_path, "config.json")
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=r"index\.json: not an index of weights"):
+    with pytest.raises(CheckpointError, match=rf"index\.json: .*{said}"):
         catalog.resolve(str(tmp_path))
 
 

@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", metavar="N", help="prompts generated from at once (default 1)")
     add("--context", metavar="N", help="plan for so many tokens, prompt and answer together")
     add("--code", metavar="CASE", help="print a script that loads and generates, for a case such as int8/direct")
+    add(
+        "--trust-remote-code", action="store_true", help="plan and write code that lets the model's own code run; nothing runs here"
+    )
     add("--json", action="store_true", help="print one JSON object")
     add("--explain", metavar="CASE", help="show every term of a case such as int8/direct")
     add("--results", metavar="DIR", help="correct the seconds by results of this machine in DIR (default fitmatrix-results)")
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     advices = []
     for source in [catalog.resolve(model) for model in args.models]:
         drawn = blueprint.draw(source)
-        planner = Planner(drawn, machine, here=here, constants=constants)
+        planner = Planner(drawn, machine, here=here, constants=constants, trust=args.trust_remote_code)
         cases = _cases(drawn, precisions, placements, load, asked)
         advices.append(advise(source, planner, cases))
     return _print(advices, args, machine, load)

@@ -26,8 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from harness import skeleton
+from harness.companions import KERNEL_KEYS
 from harness.skeleton import Attention, Block, Child, Skeleton, Tensor
 from harness.worker.written import WRITTEN, Written
+
+MOST_BYTES = 4 << 30
 
 
 def build(config: Mapping[str, Any]) -> Skeleton:
@@ -52,7 +55,8 @@ def build(config: Mapping[str, Any]) -> Skeleton:
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give a published config the names of the native class that holds the same model."""
     kind = config.get("model_type")
-    rest = {key: value for key, value in config.items() if key not in ("auto_map", "architectures", "quantization_config")}
+    config = _without_code(config)
+    rest = {key: value for key, value in config.items() if key not in ("architectures", "quantization_config")}
     if kind == "moss":
         return rest | {"model_type": "codegen"}
     if kind == "chatglm" and "padded_vocab_size" in config:
@@ -61,6 +65,21 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
         biases = {"attention_bias": config.get("qkv_bias", False), "mlp_bias": config.get("bias", False)}
         return rest | biases | {"model_type": "llama"}
     return rest
+
+
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop what would have transformers run code that came with the model, at every level."""
+    kept = {key: value for key, value in config.items() if key != "auto_map" and not KERNEL_KEYS.fullmatch(key)}
+    return {key: _without_code(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _limit_memory() -> None:
+    """Let this process grow by what no real architecture needs, so that a hostile config ends it and not the machine."""
+    if sys.platform == "linux":
+        import resource
+
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + MOST_BYTES, held + MOST_BYTES))
 
 
 def _chatglm2_as_glm(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,9 +106,9 @@ def _construct(config: Mapping[str, Any]) -> Any:
     """Build the model that AutoModelForCausalLM chooses, reading the config as a published file is read."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        read = AutoConfig.from_pretrained(folder)
+        read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(read, dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_config(read, dtype=torch.bfloat16, trust_remote_code=False).eval()
 
 
 def _of_model(model: Any) -> Skeleton:
@@ -281,6 +300,7 @@ def main() -> None:
     if sys.argv[1:] == ["--catalog"]:
         write_catalog()
     else:
+        _limit_memory()
         sys.stdout.buffer.write(msgspec.json.encode(build(json.load(sys.stdin))))
 
 
