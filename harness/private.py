@@ -35,9 +35,9 @@ COMMON = re.compile(
     r"|ubuntu|unknown|user|users|vm|weight|work|worker|workspace",
     re.IGNORECASE,
 )
-# Variables whose values are known to everybody or say nothing about anybody.
+# Variables whose values are known to everybody, say nothing about anybody, or are the directories of `_places`.
 PLAIN = re.compile(
-    r"LANG|LANGUAGE|LC_\w+|TERM|COLORTERM|SHELL|PATH|MANPATH|INFOPATH|LS_COLORS|TZ|EDITOR|PAGER|DEBIAN_FRONTEND|PYTHON(?!PATH)\w*"
+    r"HOME|USERPROFILE|PWD|TMPDIR|TEMP|TMP|LANG|LANGUAGE|LC_\w+|TERM|COLORTERM|SHELL|PATH|MANPATH|INFOPATH|LS_COLORS|TZ|EDITOR|PAGER|DEBIAN_FRONTEND|PYTHON(?!PATH)\w*"
     r"|(OMP|MKL|OPENBLAS|NUMEXPR|TOKENIZERS|TQDM|PYTORCH)_\w+|TORCH_\w+|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER)|HF_(ENDPOINT|HUB_OFFLINE)|_"
 )
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|AUTH|CRED|COOKIE", re.IGNORECASE)
@@ -47,7 +47,7 @@ CUT_TEXT, LEAST_CUT = 500, 6
 
 # Secrets known by their look, wherever they come from. Sources: the documentation of Hugging Face, GitHub, OpenAI, AWS, Slack, JWT.
 _TOKENS = re.compile(
-    r"\bhf_[A-Za-z0-9]{8,}|\bhf_[A-Za-z0-9]{3,}$|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{16,}"
+    r"\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{16,}"
     r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bxox[abposr]-[\w-]{10,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|(?<=Bearer )[\w.~+/=-]{8,}"
     r"|(?<=://)[^\s/@:'\"]+:[^\s/@'\"]+(?=@)",
     re.ASCII,
