@@ -215,7 +215,7 @@ def _weight_files(folder: Folder, file: str | None) -> list[str]:
     if file is None:
         file = next((name for name in WEIGHTS if folder.size(name) is not None), None) or _only_gguf(folder)
     if file.endswith(".index.json"):
-        return _shards(folder, file)
+        return shards(folder, file)
     if Path(file).suffix not in FORMATS:
         raise UsageError(f"{folder.where}/{file} is no file of weights: name one that ends in {', '.join(FORMATS)}")
     if folder.size(file) is None:
@@ -238,7 +238,13 @@ def _only_gguf(folder: Folder) -> str:
     )
 
 
-def _shards(folder: Folder, index: str) -> list[str]:
+def shards(folder: Folder, index: str) -> list[str]:
+    """Return the names of the shards of an index, all of them there. Raises CheckpointError."""
+    return _present(folder, shard_names(folder, index), index)
+
+
+def shard_names(folder: Folder, index: str) -> list[str]:
+    """Return the names of the shards of an index, none of which leads out of the folder. Raises CheckpointError."""
     with closing(folder.open(index)) as blob:
         names = read_index(blob)
         where = blob.where
@@ -248,7 +254,7 @@ def _shards(folder: Folder, index: str) -> list[str]:
             raise CheckpointError(
                 where, f"names the shard {quote(name)}, which is neither .safetensors nor .bin: correct the index"
             )
-    return _present(folder, names, index)
+    return names
 
 
 def _present(folder: Folder, names: list[str], wanted_by: str) -> list[str]:
@@ -277,6 +283,9 @@ def _config(folder: Folder) -> dict[str, Any]:
     for inner in (config, *(config.get(key) for key in INNER_CONFIGS)):
         if isinstance(inner, dict):
             _check_sizes(where, inner)
+            if not isinstance(inner.get("model_type"), str | None):
+                what = f"gives 'model_type' as {quote(inner['model_type'])}; it must be text"
+                raise CheckpointError(where, f"{what}: use the config.json that belongs to the weights")
     return config
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import textwrap
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -93,5 +92,5 @@ def runs_when_unpickled(file: Path, canary: Path) -> None:
     """Do what the reader must not, so that the tests know that the pickle is a real one."""
     with file.open("rb") as stream:
         torch.load(stream, weights_only=False)
-    assert canary.exists(), pickle.format_version
+    assert canary.exists()
     canary.unlink()

@@ -193,10 +193,10 @@ def test_a_directory_with_config_and_weights_is_a_model(
         ((), "no config.json"),
         (("model.safetensors",), "no config.json"),
         (("config.json", "tokenizer.json"), "no weights (model.safetensors or pytorch_model.bin)"),
-        (("config.json", "pytorch_model.bin.index.json"), "pytorch_model-00001-of-00002.bin and 1 more of the 2 shards"),
+        (("config.json", "pytorch_model.bin.index.json"), "2 of 2 shards are missing: 'pytorch_model-00001-of-00002.bin', "),
         (
             ("config.json", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"),
-            "pytorch_model-00002-of-00002.bin of the 2",
+            "1 of 2 shards are missing: 'pytorch_model-00002-of-00002.bin'",
         ),
     ],
 )

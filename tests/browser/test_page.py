@@ -179,7 +179,8 @@ def test_hostile_text_stays_text(show: Open, attacked: list[Result]) -> None:
 # What stood in the page if a text had ever slipped through unescaped.
 SLIPPED = (
     "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'><p onclick='window.owned = 1' id=slipped "
-    "style='position: fixed'>x</p><style>p { color: red }</style><base href='https://example.org/'><iframe src='data:text/html,x'></iframe>"
+    "style='position: fixed'>x</p><style>p { color: red }</style><base href='https://example.org/'>"
+    "<iframe src='data:text/html,x'></iframe>"
 )
 
 
