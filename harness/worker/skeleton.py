@@ -13,8 +13,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+import harness.models  # noqa: F401 registers our own architectures
 from harness import skeleton
 from harness.companions import KERNEL_KEYS
 from harness.skeleton import Attention, Block, Child, Skeleton, Tensor
 from harness.worker.written import WRITTEN, Written
 
 MOST_BYTES = 4 << 30
+_NOT_OF_THE_SHAPE = ("architectures", "quantization_config", "quantization_bit", "wbits")
 
 
 def build(config: Mapping[str, Any]) -> Skeleton:
@@ -41,8 +41,6 @@ def build(config: Mapping[str, Any]) -> Skeleton:
     """
     native = _translate(config)
     kind = str(native.get("model_type"))
-    if find_spec("harness.models") is not None:
-        import_module("harness.models")  # registers our own native architectures
     if kind in transformers.CONFIG_MAPPING:
         return _of_model(_construct(native))
     if kind not in WRITTEN:
@@ -53,14 +51,10 @@ def build(config: Mapping[str, Any]) -> Skeleton:
 
 
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a published config the names of the native class that holds the same model."""
+    """Give a published config the names of the native class that holds the same model, with weights that are not packed."""
     kind = config.get("model_type")
     config = _without_code(config)
-    rest = {key: value for key, value in config.items() if key not in ("architectures", "quantization_config")}
-    if kind == "moss":
-        return rest | {"model_type": "codegen"}
-    if kind == "chatglm" and "padded_vocab_size" in config:
-        return _chatglm2_as_glm(config)
+    rest = {key: value for key, value in config.items() if key not in _NOT_OF_THE_SHAPE}
     if kind == "internlm3":
         biases = {"attention_bias": config.get("qkv_bias", False), "mlp_bias": config.get("bias", False)}
         return rest | biases | {"model_type": "llama"}
@@ -79,27 +73,9 @@ def _limit_memory() -> None:
         import resource
 
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + MOST_BYTES, held + MOST_BYTES))
-
-
-def _chatglm2_as_glm(config: Mapping[str, Any]) -> dict[str, Any]:
-    heads = config["num_attention_heads"]
-    return {
-        "model_type": "glm",
-        "hidden_size": config["hidden_size"],
-        "intermediate_size": config["ffn_hidden_size"],
-        "num_hidden_layers": config["num_layers"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": config["multi_query_group_num"] if config.get("multi_query_attention", True) else heads,
-        "head_dim": config["kv_channels"],
-        "vocab_size": config["padded_vocab_size"],
-        "max_position_embeddings": config["seq_length"],
-        "attention_bias": config.get("add_qkv_bias", True),
-        "partial_rotary_factor": 0.5,
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "pad_token_id": config.get("pad_token_id", 0),
-        "eos_token_id": config.get("eos_token_id", 2),
-    }
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        most = held + MOST_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _construct(config: Mapping[str, Any]) -> Any:
