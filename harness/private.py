@@ -118,7 +118,7 @@ def _places(model: Path | None) -> Iterator[tuple[str, str]]:
     home = os.environ.get("HOME") or os.environ.get("USERPROFILE")
     known = [(tempfile.gettempdir(), "<tmp>")]
     known += [(sys.prefix, "<python>")] if sys.prefix != "/usr/local" else []
-    known += [(str(model), "<model>")] if model else []
+    known += [(str(model), "<model>")] if model and model.is_absolute() else []
     with contextlib.suppress(OSError):  # the directory one stands in may be gone
         known.append((str(Path.cwd()), "<here>"))
     known += [(home, "~")] if home else []

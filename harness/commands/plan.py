@@ -204,12 +204,13 @@ def _print(advices: Sequence[Advice], args: argparse.Namespace, machine: Machine
 def _print_code(advice: Advice) -> None:
     from harness import plan
     from harness.planner import GOOD
+    from harness.report.text import line
 
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
     script = plan.script(_head(advice, one), one)
-    print(script if one.verdict in GOOD else f"# {one.why}\n{script}", end="")
+    print(script if one.verdict in GOOD else f"# {line(str(one.why))}\n{script}", end="")
 
 
 def _head(advice: Advice, one: Plan) -> str:
