@@ -153,9 +153,13 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
 
 
 def _has_class(config: Mapping[str, Any], found: Skeleton) -> bool:
-    """Say whether transformers built the skeleton with a class that goes by the config's own name, and so loads the model too."""
+    """Say whether the skeleton was built with a class that is registered for the config's own name, and so loads the model too.
+
+    Its name may add to that of the config: "gemma3_text", "chatglm2". Where the skeleton is that of another class with the same
+    shapes, nothing but the model's own code loads it.
+    """
     kind = config.get("model_type")
-    return found.source.startswith("transformers") and found.model_type in (kind, f"{kind}_text")
+    return found.source.startswith("transformers") and bool(kind) and found.model_type.startswith(str(kind))
 
 
 def _check_same(read: Checkpoint, found: Skeleton) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness import blueprint, checkpoint, companions
+from harness import blueprint, checkpoint, companions, skeleton
 from harness.case import Verdict
 from harness.companions import RemoteCode, remote_code
 from harness.errors import CheckpointError
@@ -18,6 +18,7 @@ from harness.planner import Planner
 from harness.skeleton import catalog
 from tests import builders
 from tests.checkpoint_files import write_safetensors
+from tests.packed_files import write_hollow
 from tests.strangers import change
 
 LLAMA = next(entry.config for name, entry in catalog().items() if name.endswith("SmolLM2-135M-Instruct"))
@@ -90,9 +91,6 @@ def planned(folder: Path, *, trust: bool = False) -> Any:
 @pytest.fixture
 def real(folder: Path) -> Path:
     """The same with all the tensors that the config describes, shapes alone."""
-    from harness import skeleton
-    from tests.packed_files import write_hollow
-
     shape = skeleton.shipped(LLAMA)
     assert shape is not None
     saved = [weight for weight in shape.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
@@ -109,6 +107,23 @@ def test_code_that_transformers_has_itself_is_not_needed_and_refused_by_name(rea
     trusted = planned(real, trust=True)
     assert "trust_remote_code=True" in trusted.code
     assert (trusted.remote_code, trusted.trusted) == (["a.C (config.json)", "a.M (config.json)"], True)
+
+
+@pytest.mark.parametrize("name", ["THUDM/chatglm-6b", "THUDM/chatglm2-6b", "fnlp/moss-moon-003-sft"])
+def test_architectures_of_our_own_need_no_code(name: str) -> None:
+    config = {**catalog()[name].config, "auto_map": {"AutoConfig": "a.C", "AutoModel": "a.M"}}
+    shape = skeleton.shipped(config)
+    assert shape is not None
+    read = checkpoint.Checkpoint(path=name, config=config, tensors=(), files=(), remote_code=remote_code(Empty(), config))
+    drawn = blueprint.of_checkpoint("tiny", name, read, None)
+    assert [code.needed(drawn.has_class) for code in drawn.remote_code] == [False]
+
+
+class Empty(Directory):
+    """A directory without files."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere/at/all"))
 
 
 def test_a_kernel_of_the_hub_is_code(real: Path) -> None:
