@@ -84,7 +84,7 @@ def _text(text: str) -> str:
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="model",
-        help=f"a model to run: a catalog name, a hub id or a directory (repeatable; default {DEFAULT})",
+        help=f"a model to run: a catalog name, a hub id, a directory or a GGUF file (repeatable; default {DEFAULT})",
         parse=_text,
         repeat=True,
         default=(DEFAULT,),
@@ -92,7 +92,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="precision",
-        help=f"how to hold the weights: {', '.join(PRECISIONS)} (repeatable; default all)",
+        help=f"how to hold the weights: {', '.join(PRECISIONS)} (repeatable; default all that the checkpoint allows)",
         parse=_from_table(PRECISIONS, "precision"),
         repeat=True,
         default=tuple(PRECISIONS),
@@ -100,7 +100,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="placement",
-        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all)",
+        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all that differ here)",
         parse=_from_table(PLACEMENTS, "placement"),
         repeat=True,
         default=tuple(PLACEMENTS),
@@ -109,7 +109,13 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="prompt-tokens", help="tokens of each prompt (default 64)", parse=_at_least(1), default=64, metavar="N"),
     Option(name="new-tokens", help="tokens to generate from each prompt (default 16)", parse=_at_least(2), default=16, metavar="N"),
     Option(name="batch", help="prompts generated from at once (default 1)", parse=_at_least(1), default=1, metavar="N"),
-    Option(name="repeats", help="warm rounds, after one cold round (default 5)", parse=_at_least(1), default=5, metavar="N"),
+    Option(
+        name="repeats",
+        help="undisturbed warm rounds, after one cold round (default 5); up to three times as many run",
+        parse=_at_least(1),
+        default=5,
+        metavar="N",
+    ),
     Option(name="case-timeout", help="seconds that one case may take (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
     Option(
         name="results",

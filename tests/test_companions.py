@@ -114,7 +114,8 @@ def test_architectures_of_our_own_need_no_code(name: str) -> None:
     config = {**catalog()[name].config, "auto_map": {"AutoConfig": "a.C", "AutoModel": "a.M"}}
     shape = skeleton.shipped(config)
     assert shape is not None
-    read = checkpoint.Checkpoint(path=name, config=config, tensors=(), files=(), remote_code=remote_code(Empty(), config))
+    held = checkpoint.FileInfo(name="model.safetensors", bytes=1, format="safetensors")
+    read = checkpoint.Checkpoint(path=name, config=config, tensors=(), files=(held,), remote_code=remote_code(Empty(), config))
     drawn = blueprint.of_checkpoint("tiny", name, read, None)
     assert [code.needed(drawn.has_class) for code in drawn.remote_code] == [False]
 
