@@ -5,7 +5,7 @@ in the name (`_bytes`, `_s`, `_tok_s`, `_j`); bytes are ints.
 
 History of the format of a result (`SCHEMA`):
 
-1. 2026-11: first.
+1. 2026-11: first. Fields that came later have a default, which is what a line without them means.
 """
 
 from __future__ import annotations
@@ -269,7 +269,11 @@ class Loaded(Record, frozen=True, kw_only=True):
 
 
 class Result(Record, frozen=True, kw_only=True):
-    """What one case showed. One line of `results.jsonl`. `remote_code` names the model's own code that ran with it."""
+    """What one case showed. One line of `results.jsonl`.
+
+    `fingerprint` tells the files of the model from others, `allowed_s` are the time limits of the case by option, `failed` names
+    the tests that failed; all three are for `--resume`. `remote_code` names the model's own code that ran with it.
+    """
 
     schema: int = SCHEMA
     id: str
@@ -298,6 +302,9 @@ class Result(Record, frozen=True, kw_only=True):
     environment: dict[str, str] = {}
     remote_code: list[str] = []
     log_tail: str = ""
+    fingerprint: str = ""
+    allowed_s: dict[str, float] = {}
+    failed: list[str] = []
 
 
 def encode(record: Record) -> bytes:

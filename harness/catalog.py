@@ -30,7 +30,8 @@ GGUF = ".gguf"
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{3,96}$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 # In the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+# What from_pretrained may read beside weights and code.
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 class Entry(Record, frozen=True, kw_only=True):
@@ -287,7 +288,7 @@ def _needed(hub_id: str, names: Iterable[str], trust_remote_code: bool) -> list[
         raise UsageError(
             f"{hub_id} has no weights on the hub that transformers loads ({_WEIGHTS[0]} or {_WEIGHTS[2]}, or their index)"
         )
-    endings = (*_SMALL_FILES, ".py") if trust_remote_code else _SMALL_FILES
+    endings = (*SMALL_FILES, ".py") if trust_remote_code else SMALL_FILES
     return [name for name in names if name == weights or ("/" not in name and name.endswith(endings) and name not in _WEIGHTS)]
 
 

@@ -131,7 +131,18 @@ OPTIONS: tuple[Option, ...] = (
         switch=True,
         default=False,
     ),
-    Option(name="run-all", help="also run what the plan expects to fail", switch=True, default=False),
+    Option(
+        name="resume",
+        help="keep the results that still hold, and run what is missing, has changed, crashed or failed",
+        switch=True,
+        default=False,
+    ),
+    Option(
+        name="run-all",
+        help="also run what the plan expects to fail, and with --resume what ran out of memory",
+        switch=True,
+        default=False,
+    ),
     Option(name="fail-on-oom", help="let running out of memory fail the test", switch=True, default=False),
 )
 
@@ -171,7 +182,7 @@ class Options:
 
     def command(self) -> str:
         """Return the options of the command line that repeats this run, those of single cases left out."""
-        skip = {"model", "precision", "placement", "results", "html"}
+        skip = {"model", "precision", "placement", "results", "html", "resume"}
         words: list[str] = []
         for option in OPTIONS:
             value = self._values[option.key]

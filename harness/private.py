@@ -24,7 +24,7 @@ from harness.case import Result
 
 # By these a case is found again and compared; they hold names of ours, and the model's, which is private only if the user says so.
 KEPT = re.compile(
-    r"schema|id|run|at|case|weights|machine|verdict|outcome|stage|metrics|samples|phases|timeline|estimate|environment"
+    r"schema|id|run|at|case|weights|machine|verdict|outcome|stage|metrics|samples|phases|timeline|estimate|environment|fingerprint|allowed_s|failed"
 )
 
 # Accounts and hosts that are everybody's, and words of our own that a person or a machine may be called.

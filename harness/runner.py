@@ -50,6 +50,7 @@ class Subject:
     location: Path
     weights: str = "real"
     tokenizer: bool = True
+    fingerprint: str = ""
     gguf_file: str | None = None
     code_head: str = ""
     command: str = ""
@@ -78,6 +79,7 @@ class Run:
         self.warm: list[GenerateDone] = []
         self.scored: ScoreDone | None = None
         self.checks: dict[str, str] = {}
+        self.failed: list[str] = []
         self.ended: CaseEnded | None = None
         self._phases: list[Phase] = []
         self._windows: list[Interference] = []
@@ -251,6 +253,7 @@ class Run:
             quality=self.quality(),
             checks=self.checks,
             log_tail=f"{self._log}\n{self._traceback}".strip(),
+            failed=list(self.failed),
         )
 
     def _counted(self) -> list[GenerateDone]:
@@ -330,4 +333,6 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "command": subject.command or None,
         "environment": dict(setting.environment),
         "remote_code": plan.remote_code if plan.trusted else [],
+        "fingerprint": subject.fingerprint,
+        "allowed_s": {"case-timeout": setting.timeout_s},
     }

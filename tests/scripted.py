@@ -368,6 +368,11 @@ def own_fork_server() -> Iterator[None]:
     assert not left
 
 
+def preload() -> None:
+    """Fork the workers of this process, which has started none yet, from a server that has nothing but this module imported."""
+    multiprocessing.set_forkserver_preload([__name__])
+
+
 def workers() -> list[psutil.Process]:
     """Return the processes that the fork server of this process has started and that still run."""
     server: Any = multiprocessing.forkserver._forkserver

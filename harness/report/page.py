@@ -27,6 +27,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 # All charts of a page share this many points, so that a page of 500 cases stays small.
 _POINTS_OF_A_PAGE = 24_000
 _FEWEST_POINTS = 60
+_BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ def render(results: Sequence[Result], *, title: str | None = None, problems: Seq
         how=[(key, entry) for key, entry in METRICS.items() if key in measured],
         facts=_facts(results, problems),
     )
+
+
+def most_bytes(cases: int, stored_bytes: int) -> int:
+    """Return what a page takes at most with so many more cases in a store of so many bytes: style, script, and both of these."""
+    return _BARE_BYTES + _CASE_BYTES * cases + 2 * stored_bytes
 
 
 def write(path: Path, html: str) -> None:
