@@ -50,7 +50,10 @@ _OOM_WORDS = re.compile(
 _OOM_LAST_WORDS = re.compile(r"Error out of memory at line \d+ in file \S+\.cu")
 _DISK_WORDS = re.compile(r"No space left on device|Disk quota exceeded")
 _UNSUPPORTED_TYPES = {"ImportError", "NotImplementedError"}
-_UNSUPPORTED_WORDS = re.compile(r"not supported|does not support|unsupported|does not recognize this architecture", re.IGNORECASE)
+_UNSUPPORTED_WORDS = re.compile(
+    r"not supported|does not support|unsupported|does not recognize this architecture|pass the argument `trust_remote_code=True`",
+    re.IGNORECASE,
+)
 _SIGNALS = {
     "SIGILL": "illegal instruction: a library was built for another processor",
     "SIGSEGV": "segmentation fault",

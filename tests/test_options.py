@@ -28,6 +28,7 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "phase-timeout": ("30", 30.0, "45.5", 45.5),
     "results": ('"out"', Path("out"), "/elsewhere/out", Path("/elsewhere/out")),
     "html": ('"page.html"', Path("page.html"), "p.html", Path("p.html")),
+    "trust-remote-code": ("true", True, True, True),
     "resume": ("false", False, True, True),
     "run-all": ("false", False, True, True),
     "fail-on-oom": ("true", True, True, True),
