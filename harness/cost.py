@@ -95,7 +95,7 @@ def effort(count: Count, precision: str) -> Effort:
             tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0)
             for tier in {**count.read, **count.kv}
         },
-        layers=len(count.skeleton.layers),
+        operations=inventory.operations,
         parameters=inventory.parameters,
         tensors=inventory.tensors,
         checkpoint_bytes=count.blueprint.checkpoint_bytes,
@@ -123,6 +123,7 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
     best = max(run, parts.weights + parts.loading.best) + parts.overhead.best
     low = parts.weights * (1 - rough) + parts.kv + parts.activation.low + parts.overhead.low
     high = max(parts.kv + parts.activation.high, parts.loading.high) + parts.weights * (1 + rough) + parts.overhead.high
+    needed = (parts.written, parts.written) if tier is not None and tier.kind == "disk" else (best, max(high, best))
     return TierEstimate(
         weights_bytes=parts.weights,
         kv_bytes=parts.kv,
@@ -134,8 +135,8 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
         low_bytes=int(min(low, best)),
         high_bytes=int(max(high, best)),
         capacity_bytes=capacity,
-        needed_bytes=int(best),
-        needed_high_bytes=int(max(high, best)),
+        needed_bytes=int(needed[0]),
+        needed_high_bytes=int(needed[1]),
     )
 
 

@@ -153,15 +153,21 @@ def loading_code(
     *,
     device_map: Mapping[str, str | int] | None = None,
     gguf_file: str | None = None,
+<<<<<<< HEAD
     stored: bool = False,
     ours: bool = False,
     on_gpu: bool = False,
+=======
+    trusted: bool | None = None,
+>>>>>>> main
 ) -> str:
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
     `device_map` gives tiers by module, for a placement whose map is computed here.
     What is `stored` quantised is loaded as it is, without a config; `ours` are the architectures of `harness.models`.
     Of a GGUF file a precision that quantises nothing asks for the weights unpacked: transformers' default depends on the machine.
+    `trusted` says whether the model's own code may run, None where it has none. It is always said where there is some: left out,
+    transformers would ask at the terminal.
     """
     arguments: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     arguments["dtype"] = dtype
@@ -179,9 +185,17 @@ def loading_code(
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
     imports = ["import harness.models  # registers architectures that transformers lacks"] if ours else []
     if placement.call == "load_checkpoint_and_dispatch":
+<<<<<<< HEAD
         return "\n".join(imports + _dispatch_code(arguments)) + "\n"
     imports += _imports("from transformers import AutoModelForCausalLM", *(config.imports if isinstance(config, Config) else ()))
     lines = [*imports, "", "model = AutoModelForCausalLM.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
+=======
+        return _dispatch_code(arguments, trusted)
+    if trusted is not None:
+        arguments["trust_remote_code"] = trusted
+    lines = ["from transformers import AutoModelForCausalLM", "", "model = AutoModelForCausalLM.from_pretrained("]
+    lines += ["    MODEL,", *_written(arguments), ")"]
+>>>>>>> main
     if placement.call == "to":
         lines.append('model = model.to("cuda")')
     return "\n".join(lines) + "\n"
@@ -194,6 +208,7 @@ def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return given
 
 
+<<<<<<< HEAD
 def _imports(*lines: str) -> list[str]:
     """Sort import lines by module, and join those from one module."""
     names: dict[str, set[str]] = defaultdict(set)
@@ -206,12 +221,17 @@ def _imports(*lines: str) -> list[str]:
 def _dispatch_code(arguments: Mapping[str, Any]) -> list[str]:
     dtype = arguments["dtype"]
     return [
+=======
+def _dispatch_code(arguments: Mapping[str, Any], trusted: bool | None) -> str:
+    dtype, trust = arguments["dtype"], _trust(trusted)
+    lines = [
+>>>>>>> main
         "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
         "from transformers import AutoConfig, AutoModelForCausalLM",
         "",
-        "config = AutoConfig.from_pretrained(MODEL)",
+        f"config = AutoConfig.from_pretrained(MODEL{trust})",
         "with init_empty_weights():",
-        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)})",
+        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)}{trust})",
         "model.tie_weights()",
         "model = load_checkpoint_and_dispatch(",
         "    model,",
@@ -222,19 +242,32 @@ def _dispatch_code(arguments: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _trust(trusted: bool | None) -> str:
+    return "" if trusted is None else f", trust_remote_code={trusted}"
+
+
 def _written(arguments: Mapping[str, Any]) -> list[str]:
     return [f"    {name}={_literal(value)}," for name, value in arguments.items()]
 
 
 def _literal(value: Any) -> str:
+<<<<<<< HEAD
     """Write a value as Python with double quotes; JSON escapes a string as Python reads it."""
     if isinstance(value, Config):
         return value.expression
+=======
+    """Write a value as Python with double quotes; JSON escapes a string as Python reads it; so is what cannot be seen."""
+>>>>>>> main
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return "".join(letter if letter.isprintable() else _escaped(letter) for letter in json.dumps(value, ensure_ascii=False))
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
     return repr(value)
+
+
+def _escaped(letter: str) -> str:
+    """Write a letter that turns a line around, or that no screen shows, by its number."""
+    return f"\\u{ord(letter):04x}" if ord(letter) < 1 << 16 else f"\\U{ord(letter):08x}"
 
 
 def _device(tier: str) -> str | int:
@@ -250,10 +283,11 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     load = one.case.workload
     places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
     device = "cuda" if any(str(place).startswith("gpu") for place in places) else "cpu"
+    told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{f', gguf_file={_literal(gguf_file)}' if gguf_file else ''})",
+        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{told}{_trust(one.trusted if one.remote_code else None)})",
         f'inputs = tokenizer(["The capital of France is"] * {load.batch}, return_tensors="pt").to("{device}")',
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",

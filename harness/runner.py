@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,14 +14,19 @@ from typing import Any
 
 import msgspec
 
-from harness import figures, quality, verify
-from harness.case import Machine, Outcome, Phase, Plan, Quality, Result, Verdict
+from harness import figures, interference, private, quality, verify
+from harness.case import Interference, Machine, Outcome, Phase, Plan, Quality, Result, Verdict
 from harness.errors import WorkerError
+from harness.interference import Watch
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
+from harness.patience import Patience
 from harness.precision import PRECISIONS
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
+
+_MOST_ROUNDS = 3  # times the warm rounds that were asked for
+_SPARE_ROUNDS = 4  # an extra round begins while there is time for so many: it must not end the case
 
 LiveLine = Callable[["Run", Sample], None]
 
@@ -35,8 +41,15 @@ class Setting:
     scratch: Path
     worker_main: WorkerMain
     timeout_s: float
+    phase_timeout_s: float = math.inf
     gpus: Gpus | None = None
     on_sample: LiveLine | None = None
+
+    @property
+    def allowed_s(self) -> dict[str, float]:
+        """The limits of time by the name of their option; what has none is left out."""
+        limits = {"case-timeout": self.timeout_s, "phase-timeout": self.phase_timeout_s}
+        return {name: seconds for name, seconds in limits.items() if math.isfinite(seconds)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +59,7 @@ class Subject:
     location: Path
     weights: str = "real"
     tokenizer: bool = True
+    fingerprint: str = ""
     gguf_file: str | None = None
     ours: bool = False
     code_head: str = ""
@@ -75,23 +89,27 @@ class Run:
         self.warm: list[GenerateDone] = []
         self.scored: ScoreDone | None = None
         self.checks: dict[str, str] = {}
+        self.failed: list[str] = []
         self.ended: CaseEnded | None = None
         self._phases: list[Phase] = []
+        self._windows: list[Interference] = []
         self._begun_s = time.monotonic()
-        self._deadline_s = self._begun_s + setting.timeout_s
+        self._patience = Patience(case_s=setting.timeout_s, phase_s=setting.phase_timeout_s)
         self._at = datetime.now(timezone.utc)
         self._oom_kills, self._log, self._traceback = oom_kills(), "", ""
         self._directory = TemporaryDirectory(prefix="case-", dir=setting.scratch, ignore_cleanup_errors=True)
         scratch = Path(self._directory.name)
         with contextlib.ExitStack() as undo:
             undo.callback(self._directory.cleanup)
-            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch)
+            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch, start_s=setting.phase_timeout_s)
             undo.callback(self._worker.kill)
+            self._others = Watch(self._worker.pid, gpus=setting.gpus, origin_s=self._begun_s)
             self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._watch,))
             self._sampler.start()
             undo.pop_all()
 
     def _watch(self, sample: Sample) -> None:
+        self._others.glance()
         with contextlib.suppress(OSError):  # code of the model may have removed the log
             self._worker.trim_log()
         if self.setting.on_sample:
@@ -116,6 +134,7 @@ class Run:
                 code=plan.code or "",
                 imports=(*PRECISIONS[plan.case.precision].needs, *(["harness.models"] if self.subject.ours else [])),
                 tokenizer=self.subject.tokenizer,
+                trust_remote_code=plan.trusted,
                 gguf_file=self.subject.gguf_file,
             )
             done = self._ask(request)
@@ -136,6 +155,26 @@ class Run:
         done = self._generate("warm")
         self.warm.append(done)
         return done
+
+    def extra_rounds(self) -> Iterator[float]:
+        """Generate on while too few of the warm rounds were undisturbed or their spread is wide; yield the seconds of each round.
+
+        There are at most three times as many rounds as were asked for, and the extra ones take as long as those at most. Raises
+        CaseEnded.
+        """
+        while self._is_unsettled():
+            begun_s = time.perf_counter()
+            self.round()
+            yield time.perf_counter() - begun_s
+
+    def _is_unsettled(self) -> bool:
+        asked, took = self.plan.case.workload.repeats, [done.total_s for done in self.warm]
+        if not asked <= len(took) < _MOST_ROUNDS * asked or sum(took[asked:]) + max(took) > sum(took[:asked]):
+            return False
+        if _SPARE_ROUNDS * max(took) > self._patience.case_left_s:
+            return False
+        quiet = interference.undisturbed(self.warm, self._windows)
+        return len(quiet) < asked or bool(figures.noise(figures.samples(quiet)))
 
     def _generate(self, phase: str) -> GenerateDone:
         load = self.plan.case.workload
@@ -173,8 +212,9 @@ class Run:
     def _ask(self, request: Request) -> Event:
         if self.ended is not None:
             raise self.ended
+        self._others.begin()
         try:
-            event = self._worker.ask(request, until_s=self._deadline_s)
+            event = self._worker.ask(request, self._patience)
         except Ended as end:
             raise self._end(ended_by=end.ended_by, exit_code=end.exit_code) from None
         except WorkerError as error:
@@ -183,6 +223,7 @@ class Run:
             self._phases += event.phases
             raise self._end(failed=event)
         assert isinstance(event, (LoadDone, GenerateDone, ScoreDone))
+        self._windows.append(self._others.end(self._worker.phase))
         self._phases += event.phases
         return event
 
@@ -195,7 +236,7 @@ class Run:
             exit_code=exit_code,
             ended_by=ended_by,
             oom_kills=oom_kills() - self._oom_kills,
-            limit_s=self.setting.timeout_s,
+            limit_s=self._patience.limit_s(ended_by),
             log_tail=self._worker.log_tail(),
         )
         outcome, why = classify(evidence)
@@ -205,15 +246,16 @@ class Run:
 
     def result(self) -> Result:
         """Return what the case has shown so far."""
-        raw = figures.samples(self.warm) if self.warm else {}
+        metrics = self.metrics()
         return Result(
             **_common(self.plan, self.subject, self.setting, self._at),
             outcome=self.ended.outcome if self.ended else Outcome.OK,
             stage=self._worker.phase if self.ended else "done",
             why=self.ended.why if self.ended else None,
-            metrics=self.metrics(),
-            samples=raw,
-            noisy=figures.noise(raw),
+            metrics=metrics,
+            samples=figures.samples(self.warm) if self.warm else {},
+            noisy={key: said for key, said in self._noise().items() if key in metrics},
+            interference=self._windows,
             phases=[self._placed(phase) for phase in self._phases],
             timeline=self._sampler.timeline(self._begun_s),
             loaded=self.loaded.loaded if self.loaded else None,
@@ -221,17 +263,29 @@ class Run:
             quality=self.quality(),
             checks=self.checks,
             log_tail=f"{self._log}\n{self._traceback}".strip(),
+            failed=list(self.failed),
         )
 
+    def _counted(self) -> list[GenerateDone]:
+        """Return the warm rounds that the medians rest on."""
+        return interference.counted(self.warm, self._windows, self.plan.case.workload.repeats)
+
+    def _noise(self) -> dict[str, str]:
+        """Say which figures were disturbed, and which spread widely in the rounds that count."""
+        rounds = self._counted()
+        found = interference.noise(self._windows, left_out=len(self.warm) - len(rounds))
+        spread = figures.noise(figures.samples(rounds))
+        return found | {key: f"{said}; {found[key]}" if key in found else said for key, said in spread.items()}
+
     def finish(self) -> Result:
-        """End the worker, remove its files, and return the result."""
+        """End the worker, remove its files, and return the result, without what is private."""
         try:
             self._sampler.stop()
             self._worker.stop()
             self._log = self._worker.log_tail()
         finally:
             self._directory.cleanup()
-        return self.result()
+        return private.clean(self.result(), self.subject.location)
 
     def _placed(self, phase: Phase) -> Phase:
         """Complete a phase from the samples where the system keeps no exact peak, and count its time from the case's begin."""
@@ -254,7 +308,10 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """Return the metrics of what was measured so far, by the keys of METRICS."""
         found = figures.of_load(self.loaded) if self.loaded else {}
-        found |= figures.of_rounds(self.cold, self.warm) | figures.of_phases([self._placed(phase) for phase in self._phases])
+        asked = self.plan.case.workload.repeats
+        found |= figures.of_rounds(self.cold, self._counted(), asked=asked) | figures.of_phases(
+            [self._placed(phase) for phase in self._phases]
+        )
         found |= figures.ready(found)
         counted = [self._sampled(phase) for phase in self._phases if phase.name in figures.GENERATING]
         process = [size for sample in counted for size in sample.vram_bytes.values()]
@@ -268,7 +325,8 @@ class Run:
 def not_run(plan: Plan, subject: Subject, setting: Setting) -> Result:
     """Return the result of a case that is not run, from its plan."""
     outcome = Outcome.UNSUPPORTED if plan.verdict is Verdict.INVALID else Outcome.SKIPPED
-    return Result(**_common(plan, subject, setting, datetime.now(timezone.utc)), outcome=outcome, stage="plan", why=plan.why)
+    common = _common(plan, subject, setting, datetime.now(timezone.utc))
+    return private.clean(Result(**common, outcome=outcome, stage="plan", why=plan.why), subject.location)
 
 
 def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dict[str, Any]:
@@ -284,4 +342,7 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "code": f"{subject.code_head}{plan.code}" if plan.code else None,
         "command": subject.command or None,
         "environment": dict(setting.environment),
+        "remote_code": plan.remote_code if plan.trusted else [],
+        "fingerprint": subject.fingerprint,
+        "allowed_s": setting.allowed_s,
     }

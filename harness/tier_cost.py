@@ -22,10 +22,11 @@ class Parts(Record, frozen=True, kw_only=True):
 
     Of the weights in the RAM `copied` are anonymous; `mapped` are pages of the file that stay resident and `read` those that every
     token reads. `overhead` and `heap` are anonymous, `libraries` pages of files. `loading` is needed only while loading, as is the
-    part of the file that is read then, `loading_mapped`.
+    part of the file that is read then, `loading_mapped`. Of the weights on the disk `written` are written there anew.
     """
 
     weights: int = 0
+    written: int = 0
     copied: int = 0
     mapped: int = 0
     read: int = 0
@@ -41,7 +42,8 @@ class Parts(Record, frozen=True, kw_only=True):
 class Count:
     """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
 
-    `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first.
+    `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first, `rewrites`
+    that what goes to the disk is written there anew even if a file holds it already.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class Count:
         load: Workload,
         calibration: Calibration,
         through_ram: bool = False,
+        rewrites: bool = False,
     ) -> None:
         self.inventory, self.tiers, self.work, self.calibration = inventory, tiers, load, calibration
-        self.through_ram = through_ram
+        self.through_ram, self.rewrites = through_ram, rewrites
         self.held, self.skeleton, self.blueprint = inventory.held, inventory.skeleton, inventory.blueprint
         self.sums = inventory.by_tier(tiers)
         self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
@@ -94,8 +97,18 @@ class Count:
         found = {name: self._on_gpu(name) for name in self.gpus}
         found["cpu"] = self._in_ram()
         if "disk" in self.weights:
-            found["disk"] = Parts(weights=self.weights["disk"])
+            found["disk"] = Parts(weights=self.weights["disk"], written=self._written())
         return found
+
+    def _written(self) -> int:
+        """Return the bytes that loading writes into the offload folder.
+
+        transformers 5 (`accelerate_disk_offload`) leaves in a safetensors file what it holds as it is needed, and writes the rest:
+        all of other formats, and experts that are stacked while loading. accelerate's own dispatch writes everything.
+        """
+        if self.rewrites or self.blueprint.file_format != "safetensors":
+            return self.weights["disk"]
+        return int(self.sums["disk"].joined)
 
     def _on_gpu(self, name: str) -> Parts:
         constant, kv = self.calibration, self.kv.get(name, 0)
@@ -191,7 +204,8 @@ class Count:
         """Return what the heap keeps of the copies that quantising on the processor makes and frees again.
 
         What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
-        them, but for those large enough to be mapped one by one.
+        them, but for those large enough to be mapped one by one. In int4 it does in half of all processes: which one it will be
+        hangs on where small objects lie, and differs with each start of the same program, so the interval spans both.
         """
         total = self.calibration["heap_share_stack"].amount(here.stacked)
         if not here.quantised or self.gpus:

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from harness import blueprint, checkpoint, cost, memory_cost, skeleton
 from harness.blueprint import Blueprint
 from harness.precision import PRECISIONS
 from harness.skeleton import Skeleton
+from tests import small_models
 
 
 def drawn(folder: Path) -> Blueprint:
@@ -71,3 +75,32 @@ def write_gptq(folder: Path, name: str, bits: int, group: int) -> int:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return write_hollow(folder / "model.safetensors", gptq_layout(skeleton.named(name), bits, group))
+
+
+def save_gptq(folder: Path, bits: int, group: int) -> dict[str, torch.Tensor]:
+    """Write a small Llama as GPTQ leaves it, rounded to the nearest; return the weights that its packed ones stand for."""
+    small_models.save("llama", folder)
+    tensors, meant = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in tensors if "_proj." in name]:
+        path, weight = name.removesuffix(".weight"), tensors.pop(name).float().T  # inputs x outputs, as GPTQ packs
+        inputs, outputs = weight.shape
+        size, middle = group if inputs % group == 0 else inputs, 2 ** (bits - 1)
+        groups = torch.arange(inputs) // size
+        scales = weight.abs().reshape(-1, size, outputs).amax(1) / (middle - 1)
+        fields = (weight / scales[groups]).round() + middle
+        tensors[f"{path}.qweight"] = pack(fields.long(), bits)
+        tensors[f"{path}.qzeros"] = pack(torch.full((outputs, len(scales)), middle - 1), bits).T.contiguous()
+        tensors[f"{path}.scales"], tensors[f"{path}.g_idx"] = scales.half(), groups.int()
+        meant[name] = ((fields - middle) * scales.half().float()[groups]).T
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    scheme = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}), encoding="utf-8")
+    return meant
+
+
+def pack(fields: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack unsigned bit fields [rows, columns] into int32 along the rows, the lowest bits first."""
+    words = fields.reshape(-1, 32 // bits, fields.shape[1]) << torch.arange(0, 32, bits)[:, None]
+    whole = words.sum(1)
+    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).int()

@@ -25,8 +25,11 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "batch": ("2", 2, "4", 4),
     "repeats": ("5", 5, "7", 7),
     "case-timeout": ("60", 60.0, "90.5", 90.5),
+    "phase-timeout": ("30", 30.0, "45.5", 45.5),
     "results": ('"out"', Path("out"), "/elsewhere/out", Path("/elsewhere/out")),
     "html": ('"page.html"', Path("page.html"), "p.html", Path("p.html")),
+    "trust-remote-code": ("true", True, True, True),
+    "resume": ("false", False, True, True),
     "run-all": ("false", False, True, True),
     "fail-on-oom": ("true", True, True, True),
 }
@@ -191,7 +194,7 @@ def test_a_run_by_default_needs_no_option() -> None:
 def test_the_command_gives_back_what_was_changed(option: Option) -> None:
     _, _, given, value = SAMPLES[option.name]
     words = shlex.split(Options(given={option.key: given}).command())
-    if option.name in ("results", "html"):
+    if option.name in ("results", "html", "resume"):
         assert words == []
     elif option.switch:
         assert words == [option.flag]
