@@ -18,10 +18,10 @@ PLAIN_GELU = frozenset(("codegen", "moss", "gptj", "gpt2", "gpt_neo", "phi"))
 
 
 class Kept(Record, frozen=True, kw_only=True):
-    """How the weights of a case are held: dtype of what is not quantised, and the row of SCHEMES that quantises on loading, or None.
+    """How the weights of a case are held: the dtype of what is not quantised, and the row of SCHEMES that quantises on loading.
 
-    `packed_bits` a weight, scales included, are those of a checkpoint that is quantised already, and with `packed_experts` of its stacked experts too, with `packed_embeddings` of
-    its embedding and head.
+    `packed_bits` a weight, scales included, are those of a checkpoint that is quantised already, and with `packed_experts` of its
+    stacked experts too, with `packed_embeddings` of its embedding and head.
     """
 
     dtype: str
@@ -43,7 +43,7 @@ def weight_bytes(skeleton: Skeleton, kept: Kept) -> dict[str, int]:
 def module_bytes(module: Module, kept: Kept) -> dict[str, int]:
     """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
 
-    What a scheme quantises takes its bytes, scales included. Biases, norms, embeddings, stacked experts and the head keep the dtype.
+    What a scheme quantises takes its bytes, scales included; biases, norms, embeddings, stacked experts and the head keep the dtype.
     """
     return {
         weight.path: 0 if weight.tied_to else _held(weight, kept, inside.block)
@@ -63,7 +63,7 @@ def _held(weight: Weight, kept: Kept, owner: Block) -> int:
 
 
 def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
-    """Say whether a scheme quantises a weight of this block: all take Linear, bitsandbytes GPT-2's Conv1D, others what is derived."""
+    """Say whether a scheme quantises a weight of this block: all take Linear, some GPT-2's Conv1D or what is derived of Linear."""
     if quantizer is None:
         return False
     if owner.class_name in DERIVED_LINEARS:

@@ -24,7 +24,10 @@ else:
 
 
 class Option(Record, frozen=True, kw_only=True):
-    """One row. `parse` turns the text of one value into the value; `repeat` collects several, and `all` means `every`; `switch` takes none."""
+    """One row.
+
+    `parse` turns the text of one value into the value; `repeat` collects several, "all" stands for `every`; `switch` takes none.
+    """
 
     name: str
     help: str

@@ -153,13 +153,10 @@ def loading_code(
     *,
     device_map: Mapping[str, str | int] | None = None,
     gguf_file: str | None = None,
-<<<<<<< HEAD
     stored: bool = False,
     ours: bool = False,
     on_gpu: bool = False,
-=======
     trusted: bool | None = None,
->>>>>>> main
 ) -> str:
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
@@ -185,17 +182,11 @@ def loading_code(
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
     imports = ["import harness.models  # registers architectures that transformers lacks"] if ours else []
     if placement.call == "load_checkpoint_and_dispatch":
-<<<<<<< HEAD
-        return "\n".join(imports + _dispatch_code(arguments)) + "\n"
-    imports += _imports("from transformers import AutoModelForCausalLM", *(config.imports if isinstance(config, Config) else ()))
-    lines = [*imports, "", "model = AutoModelForCausalLM.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
-=======
-        return _dispatch_code(arguments, trusted)
+        return "\n".join(imports + _dispatch_code(arguments, trusted)) + "\n"
     if trusted is not None:
         arguments["trust_remote_code"] = trusted
-    lines = ["from transformers import AutoModelForCausalLM", "", "model = AutoModelForCausalLM.from_pretrained("]
-    lines += ["    MODEL,", *_written(arguments), ")"]
->>>>>>> main
+    imports += _imports("from transformers import AutoModelForCausalLM", *(config.imports if isinstance(config, Config) else ()))
+    lines = [*imports, "", "model = AutoModelForCausalLM.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
     if placement.call == "to":
         lines.append('model = model.to("cuda")')
     return "\n".join(lines) + "\n"
@@ -208,7 +199,6 @@ def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return given
 
 
-<<<<<<< HEAD
 def _imports(*lines: str) -> list[str]:
     """Sort import lines by module, and join those from one module."""
     names: dict[str, set[str]] = defaultdict(set)
@@ -218,14 +208,9 @@ def _imports(*lines: str) -> list[str]:
     return [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
 
 
-def _dispatch_code(arguments: Mapping[str, Any]) -> list[str]:
-    dtype = arguments["dtype"]
-    return [
-=======
-def _dispatch_code(arguments: Mapping[str, Any], trusted: bool | None) -> str:
+def _dispatch_code(arguments: Mapping[str, Any], trusted: bool | None) -> list[str]:
     dtype, trust = arguments["dtype"], _trust(trusted)
-    lines = [
->>>>>>> main
+    return [
         "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
         "from transformers import AutoConfig, AutoModelForCausalLM",
         "",
@@ -251,13 +236,9 @@ def _written(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _literal(value: Any) -> str:
-<<<<<<< HEAD
-    """Write a value as Python with double quotes; JSON escapes a string as Python reads it."""
+    """Write a value as Python with double quotes; JSON escapes a string as Python reads it; so is what cannot be seen."""
     if isinstance(value, Config):
         return value.expression
-=======
-    """Write a value as Python with double quotes; JSON escapes a string as Python reads it; so is what cannot be seen."""
->>>>>>> main
     if isinstance(value, str):
         return "".join(letter if letter.isprintable() else _escaped(letter) for letter in json.dumps(value, ensure_ascii=False))
     if isinstance(value, Mapping):

@@ -98,13 +98,10 @@ class Planner:
                 limits,
                 device_map=tiers,
                 gguf_file=self.blueprint.gguf_file,
-<<<<<<< HEAD
                 stored=self.blueprint.packed is not None,
                 ours=self.blueprint.ours,
                 on_gpu=any(tier.startswith("gpu") for tier in count.weights),
-=======
                 trusted=self.trust if code else None,
->>>>>>> main
             ),
             device_map=tiers,
             max_memory=limits,

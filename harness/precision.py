@@ -89,7 +89,9 @@ def _bitsandbytes(**settings: Any) -> dict[str, Any]:
     return {"quant_method": "bitsandbytes", **settings}
 
 
-def _nf4(name: str, title: str, bits: float, *, holds: str, stored: str, keeps: float, usual: bool = False, **more: Any) -> Precision:
+def _nf4(
+    name: str, title: str, bits: float, *, holds: str, stored: str, keeps: float, usual: bool = False, **more: Any
+) -> Precision:
     """Return a row of bitsandbytes' 4 bits; `more` is what its config says beside that."""
     return Precision(
         name=name,
@@ -321,13 +323,16 @@ USUAL = tuple(name for name, row in PRECISIONS.items() if row.usual)
 
 
 def row_of(stored: str) -> Precision | None:
-    """Return the row that a checkpoint is which is quantised already as described (`quantized.describe`); None where there is none."""
+    """Return the row that a checkpoint is, by the description of how it is quantised (`quantized.describe`); None if there is none."""
     rows = [row for row in _ROWS if row.stored is not None and stored.startswith(row.stored)]
     return max(rows, key=lambda row: len(row.stored or ""), default=None)
 
 
 def usual(stored: str | None, among: Iterable[str] = USUAL) -> list[str]:
-    """Return what is in the matrix unless the user names others: of a quantised checkpoint what it is, of a GGUF file what unpacks."""
+    """Return what is in the matrix unless the user names others: `among`, or of a quantised checkpoint what it is.
+
+    A GGUF file is unpacked as well.
+    """
     plain = [name for name in among if not PRECISIONS[name].quantises]
     own = row_of(stored) if stored is not None else None
     if own is None:

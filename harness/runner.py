@@ -54,7 +54,10 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The model of a case: where its files are, whether its weights are real, whether `harness.models` has its architecture, and what its predictions are compared with."""
+    """The model of a case: where its files are, whether its weights are real, and what its predictions are compared with.
+
+    `ours` says that `harness.models` has its architecture.
+    """
 
     location: Path
     weights: str = "real"

@@ -13,9 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from harness import blueprint, calibration, catalog, checkpoint, machine, plan, precision, process, runner
-=======
 import msgspec
 
 from harness import (
@@ -28,12 +25,12 @@ from harness import (
     machine,
     plan,
     planner,
+    precision,
     process,
     resume,
     runner,
     store,
 )
->>>>>>> main
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
@@ -210,11 +207,8 @@ class Session:
             location=location,
             tokenizer=drawn.tokenizer if drawn else False,
             gguf_file=drawn.gguf_file if drawn else None,
-<<<<<<< HEAD
             ours=drawn.ours if drawn else False,
-=======
             fingerprint=self._fingerprints.get(case.model, ""),
->>>>>>> main
             code_head=plan.code_head(source, case.placement),
             command=self._command(case),
             reference=standard.reference if standard else None,

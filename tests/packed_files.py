@@ -84,9 +84,8 @@ def save_gptq(folder: Path, bits: int, group: int) -> dict[str, torch.Tensor]:
     for name in [name for name in tensors if "_proj." in name]:
         path, weight = name.removesuffix(".weight"), tensors.pop(name).float().T  # inputs x outputs, as GPTQ packs
         inputs, outputs = weight.shape
-        size, middle = group if inputs % group == 0 else inputs, 2 ** (bits - 1)
-        groups = torch.arange(inputs) // size
-        scales = weight.abs().reshape(-1, size, outputs).amax(1) / (middle - 1)
+        middle, groups = 2 ** (bits - 1), torch.arange(inputs) // group
+        scales = torch.stack([part.abs().amax(0) for part in weight.split(group)]) / (middle - 1)
         fields = (weight / scales[groups]).round() + middle
         tensors[f"{path}.qweight"] = pack(fields.long(), bits)
         tensors[f"{path}.qzeros"] = pack(torch.full((outputs, len(scales)), middle - 1), bits).T.contiguous()
@@ -94,7 +93,14 @@ def save_gptq(folder: Path, bits: int, group: int) -> dict[str, torch.Tensor]:
         meant[name] = ((fields - middle) * scales.half().float()[groups]).T
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    scheme = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+    scheme = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "sym": True,
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+    }
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}), encoding="utf-8")
     return meant
 

@@ -23,7 +23,7 @@ CASES = [
     f"{precision.name}/{placement.name}"
     for precision in PRECISIONS.values()
     for placement in PLACEMENTS.values()
-    if precision.holds_format("safetensors") and not precision.refuses.keys() & set(placement.traits)
+    if precision.only is None and not precision.never and not precision.refuses.keys() & set(placement.traits)
 ]
 # Appended to a program: the most that its process ever had resident, in kB.
 PEAK = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"

@@ -16,7 +16,7 @@ import pytest
 from harness import skeleton
 from harness.cli import main
 from harness.placement import PLACEMENTS
-from harness.precision import PRECISIONS
+from harness.precision import PRECISIONS, USUAL
 
 ROOT = Path(__file__).parent.parent
 PROFILE = ("--gpu", "RTX 3060 12GB", "--ram", "32GiB")
@@ -68,7 +68,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
     assert found["workload"] == {"prompt_tokens": 64, "new_tokens": 16, "batch": 1}
     assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]
     assert found["machine"]["tiers"][0].keys() == {"name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s"}
-    usual = [name for name, row in PRECISIONS.items() if row.holds_format("safetensors")]
+    usual = list(USUAL)
     assert [plan["precision"] for plan in found["plans"]] == [name for name in usual for _ in PLACEMENTS]
     for plan in found["plans"]:
         assert plan.keys() == PLAN_KEYS

@@ -89,13 +89,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--file names a file of one model: name one MODEL, or the files by their paths")
     for source in [catalog.resolve(model, args.file) for model in args.models]:
         drawn = blueprint.draw(source)
-<<<<<<< HEAD
-        planner = Planner(drawn, machine, here=here, constants=constants)
-        chosen = precisions if args.precision else usual(drawn.stored_as)
-=======
         planner = Planner(drawn, machine, here=here, constants=constants, trust=args.trust_remote_code)
-        chosen = precisions if args.precision else [name for name in precisions if PRECISIONS[name].holds_format(drawn.file_format)]
->>>>>>> main
+        chosen = precisions if args.precision else usual(drawn.stored_as)
         places = placements if args.placement else distinct(placements, bool(machine.gpus))
         cases = _cases(drawn, chosen, places, load, asked)
         advices.append(advise(source, planner, cases))

@@ -62,7 +62,7 @@ def _texts(model: Model) -> list[list[int]]:
     return [model.encode(passage.text) for passage in quality.PROBE.passages]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode the tensors of some quantisers cannot be made
 def _log_probabilities(model: Model, ids: list[int]) -> torch.Tensor:
     """Return log p(next token), float32 [len(ids) - 1, vocabulary]; the text is scored as an answer, after an empty prompt."""
     tokens = torch.tensor([[*model.ending, *ids]], device=model.device)

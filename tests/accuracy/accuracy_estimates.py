@@ -23,7 +23,7 @@ from harness.memory_cost import Kept
 from harness.metrics import METRICS
 from harness.placement import PLACEMENTS
 from harness.planner import Planner
-from harness.precision import PRECISIONS
+from harness.precision import PRECISIONS, USUAL
 from harness.profiles import profile
 from harness.runner import Run, Setting, Subject
 from harness.skeleton import catalog as known
@@ -141,7 +141,7 @@ def _is_quantised(case: Case) -> bool:
 def _plans(models: dict[str, Path], here: Machine) -> Iterator[Plan]:
     for name, location in models.items():
         drawn = blueprint.of_checkpoint(name, str(location), checkpoint.read(location), location)
-        usual = [precision for precision, row in PRECISIONS.items() if row.holds_format("safetensors")]
+        usual = list(USUAL)
         cases = [Case(model=name, precision=precision, placement="cpu", workload=WORK) for precision in usual]
         yield from Planner(drawn, here).plans(cases)
 
@@ -243,7 +243,7 @@ def test_planning_is_quick(figures: list[Figure], models: dict[str, Path]) -> No
     start = time.perf_counter()
     for name in known():
         drawn = blueprint.draw(catalog.resolve(name))
-        cases = [Case(model=name, precision=precision, placement=placement) for precision in PRECISIONS for placement in PLACEMENTS]
+        cases = [Case(model=name, precision=precision, placement=placement) for precision in USUAL for placement in PLACEMENTS]
         Planner(drawn, profile(["RTX 3060 12GB", "RTX 4090", "RTX 3090"], ram=64 * GIB), here=False).plans(cases)
     seconds = time.perf_counter() - start
     what = "all models of the catalog on three GPUs"
