@@ -79,7 +79,7 @@ def write_gptq(folder: Path, name: str, bits: int, group: int) -> int:
 
 def save_gptq(folder: Path, bits: int, group: int) -> dict[str, torch.Tensor]:
     """Write a small Llama as GPTQ leaves it, rounded to the nearest; return the weights that its packed ones stand for."""
-    small_models.save("llama", folder)
+    small_models.save("llama", folder, intermediate_size=768)  # the kernel for processors wants whole groups
     tensors, meant = load_file(folder / "model.safetensors"), {}
     for name in [name for name in tensors if "_proj." in name]:
         path, weight = name.removesuffix(".weight"), tensors.pop(name).float().T  # inputs x outputs, as GPTQ packs

@@ -69,10 +69,10 @@ WAYS: Mapping[str, Precision] = {
 }
 
 
-def save(name: str, folder: Path) -> Skeleton:
+def save(name: str, folder: Path, **settings: int) -> Skeleton:
     """Save the model with random weights in bfloat16; return its skeleton, built from the config that was written."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **MODELS[name])
+    config = AutoConfig.for_model(name, **{**MODELS[name], **settings})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return worker.build(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 

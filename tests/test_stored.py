@@ -1,0 +1,172 @@
+"""Checkpoints that are quantised already run as what they are: one row of the table, the others say which."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from harness import blueprint, cost, memory_cost, skeleton, verify
+from harness.blueprint import Blueprint
+from harness.case import Plan, Verdict
+from harness.catalog import resolve, stored_as
+from harness.planner import Planner
+from harness.precision import PRECISIONS, USUAL, row_of, usual
+from harness.protocol import Load
+from harness.worker import model as work
+from harness.worker import skeleton as worker
+from tests import small_models
+from tests.builders import case, machine
+from tests.packed_files import drawn, save_gptq
+from tests.small_models import held_bytes
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build skeletons here: a worker costs seconds."""
+    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))
+    transformers.logging.disable_progress_bar()
+
+
+def planned(one: Blueprint, precision: str, placement: str = "cpu") -> Plan:
+    return Planner(one, machine(), here=False).plan(case(precision, placement))
+
+
+def loaded(folder: Path, plan: Plan, *imports: str) -> work.Model:
+    """Load by the code of the plan, as a worker does."""
+    assert plan.code is not None
+    request = Load(model=str(folder), code=plan.code, imports=imports, tokenizer=False)
+    return work.load(request, lambda _: contextlib.nullcontext())[0]
+
+
+def estimated(one: Blueprint, precision: str) -> int:
+    row = PRECISIONS[precision]
+    return sum(memory_cost.weight_bytes(one.skeleton, cost.kept(row, row.dtype, one)).values())
+
+
+# ---- which row -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "row"),
+    [
+        ("gptq 4-bit, groups of 128", "gptq-int4"),
+        ("gptq 8-bit", "gptq-int8"),
+        ("awq 4-bit, groups of 64", "awq-int4"),
+        ("bitsandbytes 8-bit", "int8"),
+        ("bitsandbytes 4-bit nf4", "int4"),
+        ("bitsandbytes 4-bit nf4, nested", "nf4-dq"),
+        ("bitsandbytes 4-bit fp4, nested", "fp4"),
+        ("torchao Int8WeightOnlyConfig", "torchao-int8"),
+        ("chatglm 8-bit", "chatglm-int8"),
+        ("gguf Q4_K", "gguf"),
+    ],
+)
+def test_a_quantised_checkpoint_is_one_row(stored: str, row: str) -> None:
+    found = row_of(stored)
+    assert found is not None
+    assert found.name == row
+    assert usual(stored)[-1] == row
+
+
+@pytest.mark.parametrize("stored", ["gptq 3-bit", "compressed-tensors 4-bit", "aqlm"])
+def test_what_has_no_row_runs_in_the_plain_ones(stored: str) -> None:
+    assert row_of(stored) is None
+    assert usual(stored) == ["fp32", "bf16", "fp16"]
+
+
+def test_a_plain_checkpoint_has_the_usual_matrix_and_no_more() -> None:
+    assert usual(None) == list(USUAL) == ["fp32", "bf16", "fp16", "int8", "int4"]
+
+
+@pytest.mark.parametrize("name", ["moss-moon-003-sft-int4", "moss-moon-003-sft-int8"])
+def test_the_catalog_tells_what_is_quantised_without_files(name: str) -> None:
+    assert usual(stored_as(resolve(name))) == [f"gptq-{name[-4:]}"]
+
+
+def test_a_directory_tells_what_it_is(tmp_path: Path) -> None:
+    save_gptq(tmp_path, 4, 128)
+    assert stored_as(resolve(str(tmp_path))) == "gptq 4-bit, groups of 128"
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------------
+
+
+def test_other_rows_name_the_one_that_it_is(tmp_path: Path) -> None:
+    save_gptq(tmp_path, 4, 128)
+    one = drawn(tmp_path)
+    for precision in PRECISIONS:
+        plan = planned(one, precision)
+        if precision != "gptq-int4":
+            assert plan.verdict is Verdict.INVALID, precision
+            assert "--precision gptq-int4" in (plan.why or "") or PRECISIONS[precision].never
+    plan = planned(one, "gptq-int4")
+    assert plan.verdict is Verdict.FITS
+    assert "quantization_config" not in (plan.code or "")
+
+
+@pytest.mark.parametrize(("precision", "what"), [("gptq-int4", "a GPTQ"), ("awq-int4", "an AWQ"), ("chatglm-int8", "a ChatGLM-6B int8")])
+def test_a_plain_checkpoint_is_none_of_the_stored_ones(precision: str, what: str, tmp_path: Path) -> None:
+    small_models.save("llama", tmp_path)
+    plan = planned(drawn(tmp_path), precision)
+    assert (plan.verdict, plan.why) == (Verdict.INVALID, f"needs {what} checkpoint, and this one is bfloat16")
+
+
+@pytest.mark.parametrize("precision", ["torchao-int4", "quanto-int4"])
+def test_what_cannot_be_packed_for_a_processor_is_said_before_loading(precision: str, tmp_path: Path) -> None:
+    small_models.save("qwen2_moe", tmp_path)
+    plan = planned(drawn(tmp_path), precision)
+    assert plan.verdict is Verdict.INVALID
+    assert "in 16 outputs, and model.layers.0.mlp.shared_expert_gate.weight has 1" in (plan.why or "")
+
+
+# ---- loaded --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 128), (4, 32)])
+def test_gptq_is_loaded_as_it_is_and_checked(bits: int, group: int, tmp_path: Path) -> None:
+    for module in PRECISIONS["gptq-int4"].needs:
+        pytest.importorskip(module)
+    meant, name = save_gptq(tmp_path, bits, group), f"gptq-int{bits}"
+    one = drawn(tmp_path)
+    plan = planned(one, name)
+    found = loaded(tmp_path, plan)
+    assert set(verify.checks(plan, work.inspect(found)).values()) == {verify.OK}
+    assert estimated(one, name) == pytest.approx(held_bytes(found.module), rel=0.005)
+    layer: Any = found.module.get_submodule("model.layers.0.mlp.up_proj")
+    got = layer(torch.eye(256, dtype=torch.float16)).float().T
+    assert (got - meant["model.layers.0.mlp.up_proj.weight"]).abs().max() < 2e-3
+    assert found.module.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("way", ["int8", "int4", "fp4", "nf4-dq"])
+def test_what_bitsandbytes_saved_is_its_row_again(way: str, tmp_path: Path) -> None:
+    small_models.save("llama", tmp_path / "plain")
+    model: Any = small_models.load(tmp_path / "plain", PRECISIONS[way])
+    model.save_pretrained(tmp_path / "packed")
+    plan = planned(drawn(tmp_path / "packed"), way)
+    assert plan.verdict is Verdict.FITS, plan.why
+    assert "quantization_config" not in (plan.code or "")
+    found = loaded(tmp_path / "packed", plan)
+    assert set(verify.checks(plan, work.inspect(found)).values()) == {verify.OK}
+
+
+@pytest.mark.parametrize("way", [name for name, row in small_models.WAYS.items() if row.quantises])
+def test_what_quantises_took_effect(way: str, tmp_path: Path) -> None:
+    small_models.save("llama", tmp_path)
+    row = PRECISIONS[way]
+    found = work.inspect(work.Model(small_models.load(tmp_path, row), None))
+    assert set(found.linear_dtype_bytes) == {row.holds}
+
+
+def test_moss_is_loaded_as_it_is_and_the_code_says_where_its_class_is_from() -> None:
+    one = blueprint.draw(resolve("moss-moon-003-sft-int4"))
+    plan = planned(one, "gptq-int4")
+    assert (plan.code or "").startswith("import harness.models")
+    assert json.dumps("float16") in (plan.code or "")
+
