@@ -1,4 +1,4 @@
-"""What the container allows: memory and processors by cgroup v1 and v2, walking up from our own group.
+"""Control groups v1 and v2: what the container allows, walking up from our own group, and groups of our own that hold a case.
 
 `root` is where /proc and /sys are looked for; tests lay out trees of their own. Formats: cgroups(7), proc(5) and the kernel's
 admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
@@ -6,11 +6,15 @@ admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 ROOT = Path("/")
 _UNLIMITED = 1 << 60  # v1 says "no limit" with the largest multiple of a page that fits 63 bits
@@ -46,6 +50,113 @@ def cores(root: Path = ROOT) -> int:
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     quotas = [quota for folder in _folders("cpu", root) if (quota := _quota(folder)) is not None]
     return max(min([count, *map(math.ceil, quotas)]), 1)
+
+
+class _Files(NamedTuple):
+    """The files of a group that hold its limits, what it has used and how often the kernel killed in it."""
+
+    limit: str
+    swap: str
+    peak: str
+    events: str
+
+
+_V1_FILES = _Files("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control")
+_V2_FILES = _Files("memory.max", "memory.swap.max", "memory.peak", "memory.events")
+_PREFIX = "fitmatrix"
+_GONE_S = 2.0  # a killed process leaves its group a moment after its end
+_numbers = itertools.count()
+
+
+class Group:
+    """A group made by `group`: what is in it uses no more memory than it may, page cache and all, and swap does not help."""
+
+    def __init__(self, folder: Path, files: _Files) -> None:
+        self._folder, self._files = folder, files
+
+    def add(self, pid: int) -> bool:
+        """Move a process of ours into the group, and say whether the kernel let us; what it holds stays charged to where it was."""
+        return self._write("cgroup.procs", pid)
+
+    def limit(self, limit_bytes: int) -> bool:
+        """Set the limit, and say whether it holds: v1 refuses one below what cannot be dropped, v2 kills. Swap is no way around."""
+        v1 = self._files is _V1_FILES  # which limits memory and swap together
+        holds = self._write(self._files.limit, max(limit_bytes, 0))
+        self._write(self._files.swap, max(limit_bytes, 0) if v1 else 0)  # a kernel may not count swap
+        return holds
+
+    def _write(self, name: str, value: int) -> bool:
+        try:
+            (self._folder / name).write_text(str(value))
+        except OSError:
+            return False
+        return True
+
+    @property
+    def oom_kills(self) -> int:
+        """How many processes the kernel has killed at the limit."""
+        return _read_stat(self._folder / self._files.events).get("oom_kill", 0)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most that the group has held, None where the kernel does not say."""
+        return _read_int(self._folder / self._files.peak)
+
+    def remove(self) -> None:
+        """Remove the group; a process that has just been killed leaves it within a moment. Does nothing twice."""
+        until_s = time.monotonic() + _GONE_S
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    self._folder.rmdir()
+                except OSError:
+                    if time.monotonic() < until_s:
+                        time.sleep(0.01)
+                        continue
+            return
+
+
+def group(limit_bytes: int, root: Path = ROOT) -> Group | None:
+    """Make an empty group with a limit below our own, or beside it where v2 allows none below; None where none can be made.
+
+    Removes what runs that are no more have left behind. The caller removes the group after its processes' end.
+    """
+    for folder, files in _parents(root):
+        _remove_leftovers(folder)
+        made = folder / f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
+        with contextlib.suppress(OSError):  # not ours to write, or a read-only file system
+            made.mkdir()
+            new = Group(made, files)
+            if new.limit(limit_bytes):
+                return new
+            new.remove()
+    return None
+
+
+def _parents(root: Path) -> Iterator[tuple[Path, _Files]]:
+    """Yield folders that groups with a limit on memory may stand in; v2 has them where `memory` is handed down."""
+    for depth, folder in enumerate(_folders("memory", root)):
+        if depth == 0 and (folder / _V1_FILES.limit).exists():
+            yield folder, _V1_FILES
+        elif "memory" in _read(folder / "cgroup.subtree_control").split():
+            yield folder, _V2_FILES
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for left in folder.glob(f"{_PREFIX}-*-*"):
+        owner = left.name.split("-")[1]
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
+            with contextlib.suppress(OSError):  # somebody lives in it
+                left.rmdir()
+
+
+def forget_files(folder: Path) -> None:
+    """Drop the page cache of the files in `folder`: who reads them next is charged for their pages."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # pages that wait to be written cannot be dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _held(folder: Path, stat: dict[str, int]) -> int:

@@ -16,6 +16,7 @@ from harness.catalog import DEFAULT
 from harness.errors import UsageError, did_you_mean
 from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS
+from harness.units import parse_size
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -110,6 +111,15 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="new-tokens", help="tokens to generate from each prompt (default 16)", parse=_at_least(2), default=16, metavar="N"),
     Option(name="batch", help="prompts generated from at once (default 1)", parse=_at_least(1), default=1, metavar="N"),
     Option(name="repeats", help="warm rounds, after one cold round (default 5)", parse=_at_least(1), default=5, metavar="N"),
+    Option(
+        name="vram",
+        help="let each case use so much of each GPU, as a card of that size, e.g. 8GiB (repeatable; default all)",
+        parse=parse_size,
+        repeat=True,
+        default=(),
+        metavar="SIZE",
+    ),
+    Option(name="ram", help="let each case use so much RAM, e.g. 16GiB (default all)", parse=parse_size, metavar="SIZE"),
     Option(name="case-timeout", help="seconds that one case may take (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
     Option(
         name="results",
@@ -159,7 +169,7 @@ class Options:
 
     def command(self) -> str:
         """Return the options of the command line that repeats this run, those of single cases left out."""
-        skip = {"model", "precision", "placement", "results", "html"}
+        skip = {"model", "precision", "placement", "vram", "ram", "results", "html"}
         words: list[str] = []
         for option in OPTIONS:
             value = self._values[option.key]

@@ -7,16 +7,18 @@ import signal
 from collections.abc import Callable
 
 from harness.case import Outcome, Record
+from harness.guard import Breach
 from harness.protocol import Failed
-from harness.units import format_seconds
+from harness.units import exact_size, format_seconds, format_size
 
 
 class Evidence(Record, frozen=True, kw_only=True):
     """What is known of an end.
 
     `failed` is the worker's own report, `exit_code` that of its process (negative: the signal), `ended_by` the reason why we
-    ended it ("timeout", "protocol") or None, `oom_kills` how many processes the kernel killed for want of memory
-    meanwhile, `log_tail` the last of its output.
+    ended it ("timeout", "protocol", a rule of the guard) or None, `breach` what the guard saw, `oom_kills` how many processes the
+    kernel killed for want of memory meanwhile, `group_kills` those in the case's own group, which may hold `ram_bytes`, `log_tail`
+    the last of its output.
     """
 
     phase: str
@@ -24,6 +26,9 @@ class Evidence(Record, frozen=True, kw_only=True):
     exit_code: int | None = None
     ended_by: str | None = None
     oom_kills: int = 0
+    breach: Breach | None = None
+    group_kills: int = 0
+    ram_bytes: int | None = None
     limit_s: float | None = None
     log_tail: str = ""
 
@@ -71,6 +76,21 @@ def _aborted_for_memory(evidence: Evidence) -> bool:
     return _signal(evidence) == "SIGABRT" and bool(_OOM_WORDS.search(evidence.log_tail))
 
 
+# What the rules of the guard say of a case that they ended: value and limit.
+_BREACHES = {
+    "ram-limit": "it held {0} that cannot be dropped, and --ram allows {1}",
+    "vram-limit": "the process held {0} on one GPU, and --vram allows {1}",
+    "machine-memory": "it was ended when the machine had only {0} left, of which {1} are kept free",
+}
+
+
+def _breached(evidence: Evidence) -> str:
+    breach = evidence.breach
+    assert breach is not None
+    said = _BREACHES[breach.rule].format(format_size(breach.value_bytes), format_size(breach.limit_bytes))
+    return f"out of memory during {evidence.phase}: {said}"
+
+
 Row = tuple[Callable[[Evidence], bool], Outcome, Callable[[Evidence], str]]
 
 TABLE: tuple[Row, ...] = (
@@ -80,6 +100,12 @@ TABLE: tuple[Row, ...] = (
         lambda e: f"{e.phase} was not done after {format_seconds(e.limit_s or 0)} (--case-timeout)",
     ),
     (lambda e: e.ended_by == "protocol", Outcome.CRASH, lambda e: f"the worker spoke nonsense during {e.phase}"),
+    (lambda e: e.breach is not None and e.ended_by == e.breach.rule, Outcome.OOM, _breached),
+    (
+        lambda e: _signal(e) == "SIGKILL" and e.group_kills > 0,
+        Outcome.OOM,
+        lambda e: f"out of memory during {e.phase}: it needed more than --ram {exact_size(e.ram_bytes or 0)} allows",
+    ),
     (lambda e: _raised(e, _OOM_TYPES, _OOM_WORDS), Outcome.OOM, lambda e: f"out of memory during {e.phase}: {_said(e)}"),
     (
         lambda e: _signal(e) == "SIGKILL" and e.oom_kills > 0,

@@ -56,7 +56,7 @@ class Planner:
         precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
-        limits = plan.LIMITS[placement.limits](Sizes(self._stock, dtype), self.machine) if placement.limits else None
+        limits = plan.max_memory(placement, self.machine, lambda: Sizes(self._stock, dtype))
         placed = self._map(placement, held, limits)
         count = self._count(case, held, placed)
         expected = cost.estimate(count, case.precision, self.machine)

@@ -228,6 +228,11 @@ class Worker:
         self.kill()
         return Ended(exit_code=self._process.exitcode, ended_by=self._ended_by)
 
+    def end(self, reason: str) -> None:
+        """Kill the worker and all that it started, from any thread; who waits for an answer gets the first reason as `ended_by`."""
+        self._ended_by = self._ended_by or reason
+        self._kill_group()
+
     def stop(self) -> None:
         """End the worker: politely first, then by force; whatever it started goes with it."""
         try:
@@ -240,13 +245,16 @@ class Worker:
 
     def kill(self) -> None:
         """Kill the worker's process group, and wait for the worker."""
+        self._kill_group()
+        self._process.join()
+        self._pipe.close()
+
+    def _kill_group(self) -> None:
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)  # the worker made itself the leader of a group
         if self._process.is_alive():
             self._process.kill()
-        self._process.join()
-        self._pipe.close()
 
     def log_tail(self) -> str:
         """Return the last lines of what the worker printed, without colours and progress bars' repeats."""
