@@ -133,6 +133,14 @@ def group(limit_bytes: int, root: Path = ROOT) -> Group | None:
     return None
 
 
+def is_allowed() -> bool:
+    """Say whether a group can be made here."""
+    made = group(1 << 30)
+    if made is not None:
+        made.remove()
+    return made is not None
+
+
 def _parents(root: Path) -> Iterator[tuple[Path, _Files]]:
     """Yield folders that groups with a limit on memory may stand in; v2 has them where `memory` is handed down."""
     for depth, folder in enumerate(_folders("memory", root)):

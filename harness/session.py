@@ -79,7 +79,7 @@ class Session:
         )
 
     def cases(self) -> list[Case]:
-        """Return model x precision x placement x size of the GPU in the order they run: the widest precision first, as reference."""
+        """Return model x precision x placement x size of GPU in the order they run: the widest precision first, as reference."""
         load = Workload(
             prompt_tokens=self.options.prompt_tokens,
             new_tokens=self.options.new_tokens,
@@ -114,14 +114,14 @@ class Session:
             self._blueprint(name)
 
     def plan(self, case: Case) -> Plan:
-        """Plan one case, and with the first of a model all of its cases under the same limits: what is too big names one that fits."""
+        """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
         read = self._checkpoints.get(case.model)
         if read is None:
             return plan.decide(case, machine.limited(self.machine, case), None)
         if case.id not in self._plans:
             here, drawn = machine.limited(self.machine, case), self._blueprint(case.model)
             cases = [one for one in self.cases() if _limits(one) == _limits(case)]
-            made = Planner(drawn, here, constants=self._calibration).plans(cases)
+            made = Planner(drawn, here, constants=self._calibration).plans(cases or [case])
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
 

@@ -35,7 +35,7 @@ FLOORS = (
     ("inspection",),
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "quality", "figures"),
-    ("machine", "catalog"),
+    ("machine", "catalog", "guard"),
     ("options",),
     ("outcome", "verify"),
     ("plan", "process", "store"),
@@ -57,6 +57,8 @@ FLOORS = (
     ("report.page", "report.terminal"),
     ("report.treemap", "report.plans"),
     ("session",),
+    ("minimum",),
+    ("report.minimums",),
     ("commands",),
     ("commands.hardware", "commands.inspect", "commands.plan", "commands.report"),
     ("plugin", "cli"),
