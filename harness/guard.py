@@ -21,6 +21,9 @@ from harness.units import MIB
 _FLOOR_BYTES, _FLOOR_SHARE, _FLOOR_MOST_SHARE = 256 * MIB, 0.02, 0.125
 
 
+Available = Callable[[], int]
+
+
 class Limits(Record, frozen=True, kw_only=True):
     """What a case may use, None for no limit: anonymous memory, device memory on each GPU; and what must be left to the machine."""
 
@@ -38,18 +41,18 @@ class Breach(Record, frozen=True, kw_only=True):
 
 
 class Rule(NamedTuple):
-    """One row: `broken(value, limit)` ends the case."""
+    """One row: `broken(value, limit)` ends the case; the value is the sample's, or what is available to everybody."""
 
     name: str
     limit: Callable[[Limits], int | None]
-    value: Callable[[Sample], int]
+    value: Callable[[Sample, Available], int]
     broken: Callable[[int, int], bool]
 
 
 RULES = (
-    Rule("ram-limit", lambda limits: limits.anon_bytes, lambda sample: sample.anon_bytes, operator.gt),
-    Rule("vram-limit", lambda limits: limits.vram_bytes, lambda sample: max(sample.vram_bytes.values(), default=0), operator.gt),
-    Rule("machine-memory", lambda limits: limits.floor_bytes, lambda _: available_bytes(), operator.lt),
+    Rule("ram-limit", lambda limits: limits.anon_bytes, lambda sample, _: sample.anon_bytes, operator.gt),
+    Rule("vram-limit", lambda limits: limits.vram_bytes, lambda sample, _: max(sample.vram_bytes.values(), default=0), operator.gt),
+    Rule("machine-memory", lambda limits: limits.floor_bytes, lambda _, available: available(), operator.lt),
 )
 
 
@@ -57,11 +60,11 @@ class Guard:
     """Holds samples against RULES; at the first breach it calls `end` with the rule's name, once, and keeps the breach."""
 
     def __init__(self, limits: Limits, end: Callable[[str], None]) -> None:
-        self.limits, self._end = limits, end
+        self.limits, self._end, self._available = limits, end, available()
         self.breach: Breach | None = None
 
     def __call__(self, sample: Sample) -> None:
-        if self.breach is None and (breach := judge(sample, self.limits)) is not None:
+        if self.breach is None and (breach := judge(sample, self.limits, self._available)) is not None:
             self.trip(breach)
 
     def trip(self, breach: Breach) -> None:
@@ -70,20 +73,24 @@ class Guard:
         self._end(breach.rule)
 
 
-def judge(sample: Sample, limits: Limits) -> Breach | None:
+def judge(sample: Sample, limits: Limits, available: Available) -> Breach | None:
     """Return the first rule that a sample breaks, None if it breaks none."""
     for rule in RULES:
         limit = rule.limit(limits)
-        if limit is not None and rule.broken(value := rule.value(sample), limit):
+        if limit is not None and rule.broken(value := rule.value(sample, available), limit):
             return Breach(rule=rule.name, limit_bytes=limit, value_bytes=value)
     return None
 
 
-def available_bytes() -> int:
-    """Return what can be had without swapping: of the machine, or of the container where that is less."""
-    left = cgroup.memory()[1]
-    available = int(psutil.virtual_memory().available)
-    return available if left is None else min(available, left)
+def available() -> Available:
+    """Return a function that says what can be had without swapping: of the machine, or of the container where that is less."""
+    left_in_container = cgroup.watch()
+
+    def bytes_now() -> int:
+        left, free = left_in_container(), int(psutil.virtual_memory().available)
+        return free if left is None else min(free, left)
+
+    return bytes_now
 
 
 def floor_bytes() -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from harness.case import Case, Outcome, Record, Result, TierEstimate
+from harness.errors import UsageError
 from harness.runner import CaseEnded, Run
 from harness.session import Session
 from harness.units import MIB, format_size
@@ -97,7 +98,9 @@ def measure(session: Session, case: Case) -> Result:
 
 
 def failed(result: Result) -> str | None:
-    """Say why a case does not work under its limit, None if it does."""
+    """Say why a case does not work under its limit, None if it does. Raises UsageError: it could not be tried."""
+    if result.outcome is Outcome.SKIPPED:
+        raise UsageError(f"{result.id} tells nothing: {result.why}")
     if result.outcome is not Outcome.OK:
         return result.why
     reread = result.metrics.get("token_disk_bytes", 0.0)

@@ -201,7 +201,7 @@ def pytest_runtest_makereport(
         return report
     ended, session = call.excinfo.value, item.config.stash[SESSION]
     report.longrepr = str(ended)
-    finding = ended.outcome in (Outcome.OOM, Outcome.TIMEOUT, Outcome.UNSUPPORTED)
+    finding = ended.outcome in (Outcome.OOM, Outcome.TIMEOUT, Outcome.UNSUPPORTED, Outcome.SKIPPED)
     if ended.outcome is Outcome.OOM and _was_to_fit(item):
         finding = False
         report.longrepr = f"{ended}; the plan said that it fits"

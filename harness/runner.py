@@ -22,6 +22,10 @@ from harness.outcome import Evidence, classify
 from harness.precision import PRECISIONS
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Confine, Confined, Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
+from harness.units import MIB, format_size
+
+_OTHERS_S = 20.0
+_UNCOUNTED_BYTES = 8 * MIB
 
 LiveLine = Callable[["Run", Sample], None]
 
@@ -139,12 +143,22 @@ class Run:
         if group is None and case.vram_bytes is None:
             return
         if group is not None:
-            cgroup.forget_files(self.subject.location)
+            self._forget_files()
         done = self._ask(Confine(ram=group is not None, vram_bytes=case.vram_bytes))
         assert isinstance(done, Confined)
         if group is not None and case.ram_bytes is not None and not group.limit(case.ram_bytes - done.file_bytes):
             held = done.anon_bytes + done.file_bytes
             self._guard.trip(Breach(rule="ram-limit", limit_bytes=case.ram_bytes, value_bytes=held))
+
+    def _forget_files(self) -> None:
+        """Have the model's files read anew, so that their pages count; others may hold them a little longer. Raises CaseEnded."""
+        until_s = time.monotonic() + _OTHERS_S
+        while (held := cgroup.forget_files(self.subject.location)) > _UNCOUNTED_BYTES:
+            if time.monotonic() > until_s:
+                why = f"another process holds {format_size(held)} of the model's files, which --ram could not count: end it first"
+                self.ended = CaseEnded(Outcome.SKIPPED, why)
+                raise self.ended
+            time.sleep(0.2)
 
     def first_round(self) -> GenerateDone:
         """Generate once, cold; later calls return what the first one found. Raises CaseEnded."""

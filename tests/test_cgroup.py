@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -65,6 +66,17 @@ def test_files_count_once_they_are_forgotten(tmp_path: Path) -> None:
         peaks.append(other.peak_bytes or 0)
         other.remove()
     assert peaks[1] - peaks[0] > 20 * MIB
+
+
+def test_pages_that_another_maps_cannot_be_forgotten(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"x" * (4 * MIB))
+    (tmp_path / "empty").touch()
+    assert cgroup.forget_files(tmp_path) == 0
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert len(mapped.read()) == 4 * MIB
+        assert cgroup.forget_files(tmp_path) == 4 * MIB
+    assert cgroup.forget_files(tmp_path) == 0
 
 
 @needs_groups

@@ -39,15 +39,14 @@ def _fork_server() -> Iterator[None]:
         (Limits(anon_bytes=GIB, floor_bytes=GIB), 0, ("ram-limit", GIB, 2 * GIB)),
     ],
 )
-def test_the_first_rule_that_is_broken(
-    monkeypatch: pytest.MonkeyPatch, limits: Limits, available: int, broken: tuple[str, int, int] | None
-) -> None:
-    monkeypatch.setattr(guard, "available_bytes", lambda: available)
-    assert judge(SAMPLE, limits) == (broken and Breach(rule=broken[0], limit_bytes=broken[1], value_bytes=broken[2]))
+def test_the_first_rule_that_is_broken(limits: Limits, available: int, broken: tuple[str, int, int] | None) -> None:
+    assert judge(SAMPLE, limits, lambda: available) == (
+        broken and Breach(rule=broken[0], limit_bytes=broken[1], value_bytes=broken[2])
+    )
 
 
 def test_no_gpu_breaks_no_limit_on_vram() -> None:
-    assert judge(replace(SAMPLE, vram_bytes={}), Limits(vram_bytes=1)) is None
+    assert judge(replace(SAMPLE, vram_bytes={}), Limits(vram_bytes=1), lambda: GIB) is None
 
 
 def test_a_case_is_ended_once() -> None:
@@ -66,7 +65,7 @@ def test_every_rule_is_broken_here() -> None:
 def test_the_floor_leaves_most_of_a_machine_to_use() -> None:
     total = psutil.virtual_memory().total
     assert min(256 * MIB, total // 8) <= guard.floor_bytes() <= total // 8
-    assert 0 < guard.available_bytes() <= total
+    assert 0 < guard.available()() <= total
 
 
 def run(scratch: Path, behaviour: str, ram_bytes: int | None = None) -> Result:
@@ -116,7 +115,7 @@ def test_what_fits_its_limit_runs(tmp_path: Path) -> None:
 
 
 def test_the_machine_s_last_memory_ends_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = guard.available_bytes()
+    before = guard.available()()
     monkeypatch.setattr(guard, "floor_bytes", lambda: before - 200 * MIB)
     result = run(tmp_path, "hoard")
     assert result.outcome is Outcome.OOM
