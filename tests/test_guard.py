@@ -40,9 +40,8 @@ def _fork_server() -> Iterator[None]:
     ],
 )
 def test_the_first_rule_that_is_broken(limits: Limits, available: int, broken: tuple[str, int, int] | None) -> None:
-    assert judge(SAMPLE, limits, lambda: available) == (
-        broken and Breach(rule=broken[0], limit_bytes=broken[1], value_bytes=broken[2])
-    )
+    expected = None if broken is None else Breach(rule=broken[0], limit_bytes=broken[1], value_bytes=broken[2])
+    assert judge(SAMPLE, limits, lambda: available) == expected
 
 
 def test_no_gpu_breaks_no_limit_on_vram() -> None:
