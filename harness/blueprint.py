@@ -44,12 +44,22 @@ class Packed(Record, frozen=True, kw_only=True):
 
 
 class Stored(Record, frozen=True, kw_only=True):
-    """How a model lies on the hub where its config does not tell: a row of `data/stored.toml`."""
+    """How a model lies on the hub where its config does not tell: a row of `data/stored.toml`.
+
+    `mask` names the boolean causal mask of a layer, `mask_side` squared, that its files hold. `shard_bytes` is the most that one
+    file holds; None where there is one file. `repeats_head`: a tied head is stored nevertheless. `float32` stands in the names of
+    what is stored in that dtype whatever the rest is.
+    """
 
     bytes: int
     origin: str
     dtype: str | None = None
     format: str = "safetensors"
+    mask: str | None = None
+    mask_side: int = 0
+    shard_bytes: int | None = None
+    repeats_head: bool = False
+    float32: str | None = None
 
 
 class Blueprint(Record, frozen=True, kw_only=True):
@@ -154,18 +164,19 @@ def _check_same(read: Checkpoint, found: Skeleton) -> None:
 
 def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None]:
     """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors."""
-    from harness.catalog import cache_dir
-    from harness.sketch import sketch
-
     known = skeleton.shipped(read.config) if read.config else None
     if known is not None:
         return known, None
     why = "torch and transformers are not installed"
     if read.config.get("model_type") and all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        from harness.catalog import cache_dir
+
         try:
             return skeleton.build(read.config, cache_dir()), None
         except UsageError as error:
             why = str(error)
+    from harness.sketch import sketch
+
     return sketch(read), f"planned from its tensors, less surely: {why}"
 
 
@@ -197,24 +208,29 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
     shape = skeleton.named(known)
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = _packed(entry.config, None)
-    published = _published().get(known)
+    stored = published(known)
     size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
     return Blueprint(
         name=source.name,
         source=known,
         skeleton=shape,
-        stored={_stored_dtype(dtype, published, packed): size},
-        checkpoint_bytes=published.bytes if published else size,
+        stored={_stored_dtype(dtype, stored, packed): size},
+        checkpoint_bytes=stored.bytes if stored else size,
         context_length=_context(entry.config),
-        file_format=published.format if published else "safetensors",
+        file_format=stored.format if stored else "safetensors",
         packed=packed,
     )
 
 
-def _stored_dtype(said: str, published: Stored | None, packed: Packed | None) -> str:
+def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> str:
     if packed is not None and packed.unpacks:
         return "uint8"
-    return published.dtype if published is not None and published.dtype else said
+    return stored.dtype if stored is not None and stored.dtype else said
+
+
+def published(hub_id: str) -> Stored | None:
+    """Return how a model of the catalog lies on the hub, where its config does not tell."""
+    return _published().get(hub_id)
 
 
 @lru_cache(maxsize=1)
@@ -246,15 +262,15 @@ def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
     Of mxfp4 the experts, whose weights are stacked: 4 bits and 8 for each 32.
     """
     total = 0.0
-    for weight in shape.weights:
+    for weight, count in shape.tally:
         if weight.tied_to or weight.tensor.kind == "unsaved":
             continue
         if packed.unpacks and len(weight.tensor.shape) == 3:
-            total += weight.elements * (4 + 8 / 32) / 8
+            total += count * weight.elements * (4 + 8 / 32) / 8
         elif packed.unpacks or not weight.quantises or len(weight.tensor.shape) != 2:
-            total += weight.elements * 2
+            total += count * weight.elements * 2
         else:
             rows, columns = weight.tensor.shape
             groups = -(-columns // packed.group) if packed.group else 1
-            total += weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4
+            total += count * (weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4)
     return int(total)

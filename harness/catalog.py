@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -242,6 +241,8 @@ def _download(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep huggingface_hub from logging each attempt; what comes of them is said once."""
+    import logging
+
     from huggingface_hub.utils import logging as hub_logging
 
     level = hub_logging.get_verbosity()

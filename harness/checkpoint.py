@@ -10,18 +10,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from harness.bin_header import read_bin
 from harness.case import Record
 from harness.errors import CheckpointError, UsageError, did_you_mean
 from harness.files import Directory, Folder, quote
-from harness.gguf_header import read_gguf
 from harness.headers import Tensor, read_config, read_index, read_safetensors
 from harness.quantized import describe, weights_in
 
@@ -30,7 +27,6 @@ __all__ = ["Checkpoint", "FileInfo", "Tensor", "read", "read_hub"]
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 FORMATS: Mapping[str, str] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin", ".pth": "bin", ".gguf": "gguf"}
-READERS: Mapping[str, Callable[..., list[Tensor]]] = {"safetensors": read_safetensors, "bin": read_bin}
 
 PARALLEL_REQUESTS = 8
 LARGEST_SIZE = 1 << 32
@@ -175,6 +171,8 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
 def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[Tensor]]]:
     if not folder.remote:
         return [_read_file(folder, name) for name in names]
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         return list(pool.map(lambda name: _read_file(folder, name), names))
 
@@ -182,11 +180,22 @@ def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[T
 def _read_file(folder: Folder, name: str) -> tuple[FileInfo, list[Tensor]]:
     kind = FORMATS[Path(name).suffix]
     with closing(folder.open(name)) as blob:
-        return FileInfo(name=name, bytes=blob.size, format=kind), READERS[kind](blob)
+        return FileInfo(name=name, bytes=blob.size, format=kind), _reader(kind)(blob)
+
+
+def _reader(kind: str) -> Callable[..., list[Tensor]]:
+    """Return what reads the headers of a format; that of pickles comes with its own machine and is imported for them alone."""
+    if kind == "bin":
+        from harness.bin_header import read_bin
+
+        return read_bin
+    return read_safetensors
 
 
 def _read_split_gguf(folder: Folder, names: list[str], path: str) -> Checkpoint:
     """Read the parts of a GGUF; the first has the metadata."""
+    from harness.gguf_header import read_gguf
+
     config: dict[str, Any] = {}
     tensors: list[Tensor] = []
     files = []

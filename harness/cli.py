@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import harness
-from harness.commands import hardware, inspect, plan, report
+from harness.commands import hardware, inspect, plan, report, synth
 from harness.errors import HarnessError
 
 Command = Callable[[argparse.Namespace], int]
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Which ways of loading a language model fit this machine, and how well do they run?",
         epilog="To measure: pytest cases/ --model MODEL",
     )
-    parser.add_argument("--version", action="version", version=f"fitmatrix {harness.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (help_text, add_arguments, command) in COMMANDS.items():
         sub = commands.add_parser(name, help=help_text, description=help_text)
@@ -52,9 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Version(argparse.Action):
+    """Look the version up when it is asked for: argparse's own action wants it beforehand, for every command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"fitmatrix {harness.__version__}")
+        parser.exit()
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
     "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
     "plan": (plan.HELP, plan.add_arguments, plan.run),
+    "synth": (synth.HELP, synth.add_arguments, synth.run),
     "report": (report.HELP, report.add_arguments, report.run),
 }

@@ -41,11 +41,12 @@ def packed_bits(blueprint: Blueprint) -> tuple[float, bool]:
 
     From the headers where they were read: the experts are if the files are too small to hold them in 16 bits. Else from the scheme.
     """
-    packed, weights = blueprint.packed, [w for w in blueprint.skeleton.weights if not w.tied_to and w.tensor.kind != "unsaved"]
+    packed = blueprint.packed
     assert packed is not None
-    quantised = sum(weight.elements for weight in weights if weight.quantises)
-    experts = sum(weight.elements for weight in weights if memory_cost.is_stacked(weight))
-    plain = 2 * (sum(weight.elements for weight in weights) - quantised)
+    held = [(w, w.elements * count) for w, count in blueprint.skeleton.tally if not w.tied_to and w.tensor.kind != "unsaved"]
+    quantised = sum(elements for weight, elements in held if weight.quantises)
+    experts = sum(elements for weight, elements in held if memory_cost.is_stacked(weight))
+    plain = 2 * (sum(elements for _, elements in held) - quantised)
     if blueprint.tensor_bytes is None or not quantised + experts:
         return packed.bits + ((16 + packed.bits) / packed.group if packed.group else 0.0), bool(experts)
     if experts and blueprint.tensor_bytes < plain:
@@ -83,7 +84,9 @@ def effort(count: Count, precision: str) -> Effort:
         quantizer=count.held.quantizer or ("int4" if count.held.packed_bits else None),
         dtype=count.held.dtype,
         read={
-            tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0) for tier in count.read.keys() | count.kv.keys()
+            # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
+            tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0)
+            for tier in {**count.read, **count.kv}
         },
         layers=len(count.skeleton.layers),
         parameters=inventory.parameters,

@@ -64,22 +64,25 @@ def infer(
 
 
 def measure(skeleton: Skeleton, dtype: str, quantizer: str | None = None) -> dict[str, Bytes]:
-    """Count bytes as transformers does for a device map: path of every module and tensor -> bytes."""
+    """Count bytes as transformers does for a device map: path of every piece and module around it -> bytes.
+
+    The tensors inside a piece are there for the first of each kind.
+    """
     plain, quantised = DTYPE_BYTES[dtype], QUANTIZER_BYTES[quantizer] if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
-    for module in skeleton.modules:
-        sizes[module.path] = 0
-        for weight in module.weights:
-            fixed = weight.tensor.dtype
-            width = quantised if quantised is not None and weight.quantises else DTYPE_BYTES[fixed] if fixed else plain
-            sizes[weight.path] = 0 if weight.tied_to else weight.elements * width
-    for module in reversed(skeleton.modules):  # children before parents
-        sizes[module.path] = sum(sizes[path] for path in _inside(module))
+    for weight, _ in skeleton.tally:
+        fixed = weight.tensor.dtype
+        width = quantised if quantised is not None and weight.quantises else DTYPE_BYTES[fixed] if fixed else plain
+        sizes[weight.path] = 0 if weight.tied_to else weight.elements * width
+    of_kind = {kind: sum(_owned(module, sizes) for module in kind.walk()) for kind in skeleton.kinds}
+    sizes |= {piece.path: of_kind[piece.like] for piece in skeleton.pieces}
+    for module in reversed(skeleton.frame):  # children before parents
+        sizes[module.path] = _owned(module, sizes) + sum(sizes[child.path] for child in module.children)
     return sizes
 
 
-def _inside(module: Module) -> list[str]:
-    return [weight.path for weight in module.weights] + [child.path for child in module.children]
+def _owned(module: Module, sizes: Mapping[str, Bytes]) -> Bytes:
+    return sum(sizes[weight.path] for weight in module.weights)
 
 
 def merge(placed: Mapping[str, Device], path: str = "") -> dict[str, Device]:
@@ -138,8 +141,11 @@ def _in_order(budgets: Mapping[Device, int]) -> dict[Device, Bytes]:
 
 def _largest_share(skeleton: Skeleton, sizes: Mapping[str, Bytes]) -> Bytes:
     """Return the size of the largest block that is not split, or of the largest set of tensors of one module."""
-    owned = [sum(sizes[weight.path] for weight in module.weights) for module in skeleton.modules if module.path]
-    return max([sizes[module.path] for module in skeleton.modules if module.whole] + owned, default=0)
+    around = [_owned(module, sizes) for module in skeleton.frame if module.path]
+    beside = {weight.path for module in skeleton.frame for weight in module.weights}
+    inside = [_owned(module, sizes) for kind in skeleton.kinds if kind.path not in beside for module in kind.walk() if module.path]
+    whole = [sizes[module.path] for module in (*skeleton.frame, *skeleton.kinds) if module.whole]
+    return max(whole + around + inside, default=0)
 
 
 def _balance(
@@ -208,7 +214,8 @@ class _Pour:
     def _put(self, items: list[Item], device: Device, used: Bytes) -> None:
         self.used[device] = used
         self.placed |= {item.path: device for item in items}
-        self.queue = [item for item in self.queue if item.path not in self.placed]
+        if len(items) > 1:
+            self.queue = [item for item in self.queue if item.path not in self.placed]
 
     def _put_back(self, queue: list[Item]) -> None:
         self.queue = queue
@@ -237,14 +244,14 @@ class _Pour:
 
     def _forget(self, item: Item) -> None:
         """Look for the next largest parts once those known are past. One that is put back has been forgotten all the same."""
-        self.largest = [name for name in self.largest if name != item.path and not name.startswith(f"{item.path}.")]
+        self.largest -= set(_ends(item))
         if not self.largest:
             self.room, self.largest = self._find_largest(other for other in self.queue if isinstance(other, Module))
 
-    def _find_largest(self, items: Iterable[Item]) -> tuple[Bytes, list[str]]:
-        leaves = [leaf.path for item in items for leaf in _leaves(item)]
-        most = max((self.sizes[path] for path in leaves), default=0)
-        return most, [path for path in leaves if self.sizes[path] == most]
+    def _find_largest(self, items: Iterable[Item]) -> tuple[Bytes, set[str]]:
+        ends = [path for item in items for path in _ends(item)]
+        most = max((self.sizes[path] for path in ends), default=0)
+        return most, {path for path in ends if self.sizes[path] == most}
 
 
 def _within(name: str, path: str) -> bool:
@@ -253,7 +260,7 @@ def _within(name: str, path: str) -> bool:
 
 
 def _splits(item: Item) -> bool:
-    return isinstance(item, Module) and bool(item.children) and not item.whole
+    return isinstance(item, Module) and item.splits
 
 
 def _parts(item: Item) -> list[Item]:
@@ -265,10 +272,6 @@ def _direct(module: Module, buffers: bool = False) -> list[Weight]:
     return [weight for weight in module.weights if (weight.tensor.kind != "parameter") == buffers]
 
 
-def _leaves(item: Item) -> Iterable[Item]:
-    """Visit the parts that are not split: whole blocks, modules without children, bare tensors."""
-    if not isinstance(item, Module) or not _splits(item):
-        yield item
-    else:
-        for child in item.children:
-            yield from _leaves(child)
+def _ends(item: Item) -> tuple[str, ...]:
+    """Return the paths of the parts that are not split: whole blocks, modules without children, a bare tensor."""
+    return item.ends if isinstance(item, Module) else (item.path,)

@@ -1,4 +1,4 @@
-"""A model held in one way, counted once: what every placement of it adds up by tier."""
+"""A model held in one way, counted once for each kind of piece: what every placement of it adds up by tier."""
 
 from __future__ import annotations
 
@@ -54,19 +54,23 @@ class Sums:
 
 
 class Inventory:
-    """The tensors of a model under one `Kept`, in order of the modules."""
+    """The tensors of a model under one `Kept`.
+
+    `sizes` and `per_token` go by the path of each tensor in the first piece of its kind; `rows` are all pieces in order, each with
+    the sum of its tensors.
+    """
 
     def __init__(self, blueprint: Blueprint, held: Kept) -> None:
         self.blueprint, self.held, self.skeleton = blueprint, held, blueprint.skeleton
-        self.sizes = memory_cost.weight_bytes(self.skeleton, held)
+        self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory_cost.module_bytes(kind, held).items()}
         self.per_token = memory_cost.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = blueprint.stored_dtype
-        self.rows = [(weight.path, self._sums(weight)) for weight in self.skeleton.weights]
-        self.layers = _first_tensors(self.skeleton.root)
-        self.modules = self._modules()
+        of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
+        self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
+        self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
         self.gpu_prefill = memory_cost.Prefill(self.skeleton, held, "gpu")
         self.cpu_prefill = memory_cost.Prefill(self.skeleton, held, "cpu")
-        self.tensors = sum(weight.tensor.kind != "unsaved" for weight in self.skeleton.weights)
+        self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
 
     @cached_property
     def total(self) -> Sums:
@@ -80,9 +84,9 @@ class Inventory:
     def parameters(self) -> int:
         """How many weights a token is multiplied with."""
         found = 0.0
-        for weight in self.skeleton.weights:
+        for weight, count in self.skeleton.tally:
             size = self.sizes[weight.path]
-            found += weight.elements * self.per_token.get(weight.path, 0.0) / size if size else 0.0
+            found += count * weight.elements * self.per_token.get(weight.path, 0.0) / size if size else 0.0
         return int(found)
 
     @cached_property
@@ -93,10 +97,20 @@ class Inventory:
     @cached_property
     def largest_copy(self) -> int:
         """Bytes of the largest 16-bit copy that quantising makes."""
-        return int(max((sums.quantised for _, sums in self.rows), default=0))
+        return max((self._copied(weight) for weight, _ in self.skeleton.tally), default=0)
+
+    @cached_property
+    def at_once(self) -> dict[str, int]:
+        """By the path of each piece the bytes of its largest module's own tensors; those beside modules count at their first."""
+        sizes, kinds = self.sizes, self.skeleton.kinds
+        most = {kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.walk()) for kind in kinds}
+        found = {piece.path: most[piece.like] for piece in self.skeleton.pieces}
+        for beside in (module.weights for module in self.skeleton.frame if module.weights):
+            found[beside[0].path] = sum(found[weight.path] for weight in beside)
+        return found
 
     def by_tier(self, tiers: Mapping[str, str] | str) -> dict[str, Sums]:
-        """Add the rows up by the tier of each tensor, or take all for one tier."""
+        """Add the rows up by the tier of each piece, or take all for one tier."""
         if isinstance(tiers, str):
             return {tiers: self.total}
         found: dict[str, Sums] = defaultdict(Sums)
@@ -104,12 +118,23 @@ class Inventory:
             found[tiers[path]].add(sums)
         return dict(found)
 
+    def _sum(self, kind: Module) -> Sums:
+        total = Sums()
+        for module in kind.walk():
+            for weight in module.weights:
+                total.add(self._sums(weight))
+        return total
+
+    def _copied(self, weight: Weight) -> int:
+        """Return the bytes of the 16-bit copy that quantising makes of a tensor."""
+        return weight.elements * 2 if self.held.quantizer and weight.quantises else 0
+
     def _sums(self, weight: Weight) -> Sums:
         size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
         makes = self._makes(weight)
         in_file = not weight.tied_to and weight.tensor.kind != "unsaved"
         stored = weight.elements * DTYPE_BYTES.get(self.stored_dtype, 2) if in_file and self.held.packed_bits is None else size
-        copies = weight.elements * 2 if self.held.quantizer and weight.quantises else 0
+        copies = self._copied(weight)
         view = not makes and weight.tensor.kind != "unsaved"
         return Sums(
             held=size,
@@ -146,15 +171,3 @@ class Inventory:
         if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
             return 0.0
         return size if self._casts(weight) and self.held.quantizer is None else size / 3
-
-    def _modules(self) -> list[tuple[str, int]]:
-        """List each module with tensors of its own: the path of the first, and the bytes of all."""
-        sizes, owners = self.sizes, (module.weights for module in self.skeleton.modules if module.weights)
-        return [(weights[0].path, sum(sizes[weight.path] for weight in weights)) for weights in owners]
-
-
-def _first_tensors(module: Module) -> list[str]:
-    """Return the path of one tensor of each block that a device map keeps whole, in order."""
-    if module.whole:
-        return next(([part.weights[0].path] for part in module.walk() if part.weights), [])
-    return [path for child in module.children for path in _first_tensors(child)]

@@ -1,13 +1,13 @@
-"""Where a case puts every tensor, as the libraries decide it: the device map of its call, and the tier of each path."""
+"""Where a case puts every tensor, as the libraries decide it: the device map of its call, and the tier of each piece."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from harness.case import Machine
-from harness.devicemap import MARGIN, Device, infer
+from harness.devicemap import MARGIN, Device, device_of, infer
 from harness.placement import Placement
-from harness.skeleton import Module, Skeleton
+from harness.skeleton import Skeleton
 
 # What nobody told us the size of is taken as endless for the map; the verdict says that it is unknown.
 _ENDLESS = 1 << 50
@@ -52,18 +52,9 @@ def tier(device: Device) -> str:
 
 
 def tiers(skeleton: Skeleton, placed: Mapping[str, Device]) -> dict[str, str] | str:
-    """Return the tier of every tensor, or the one tier of all. What a map leaves out (buffers beside split modules) is in RAM."""
+    """Return the tier of every piece, or the one tier of all. What a map leaves out (buffers beside split modules) is in RAM."""
     homes = set(placed.values())
     if len(homes) == 1 and "" in placed:
         return tier(homes.pop())
-    found: dict[str, str] = {}
-    _visit(skeleton.root, {path: tier(place) for path, place in placed.items()}, "cpu", found)
-    return found | {name: found[source] for name, source in skeleton.tied.items() if source in found}
-
-
-def _visit(module: Module, placed: Mapping[str, str], above: str, found: dict[str, str]) -> None:
-    here = placed.get(module.path, above)
-    for weight in module.weights:
-        found[weight.path] = placed.get(weight.path, here)
-    for child in module.children:
-        _visit(child, placed, here, found)
+    found = ((piece.path, device_of(placed, piece.path)) for piece in skeleton.pieces)
+    return {path: "cpu" if place is None else tier(place) for path, place in found}

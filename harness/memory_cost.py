@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from harness.case import Record, Workload
 from harness.devicemap import DTYPE_BYTES
-from harness.skeleton import Attention, Skeleton, Tensor, Weight
+from harness.skeleton import Attention, Module, Skeleton, Tensor, Weight
 
 # bitsandbytes: one float32 scale for 64 weights of nf4 or fp4, one for each output of LLM.int8, 16 float32 of code book a module.
 # Nested, the scales are bytes, with a float32 for 256 of them, one for the module, and a code book of their own of 256 float32.
@@ -18,7 +18,7 @@ NESTED_CODE_BYTES = 1024
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
 EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))
 # What GELU's formula in Python holds at once beside its input, in widths of the MLP: gelu_new of these classes.
-PLAIN_GELU = frozenset(("codegen", "gptj", "gpt2", "gpt_neo", "phi", "chatglm"))
+PLAIN_GELU = frozenset(("codegen", "moss", "gptj", "gpt2", "gpt_neo", "phi"))
 
 
 class Kept(Record, frozen=True, kw_only=True):
@@ -40,15 +40,20 @@ class Kept(Record, frozen=True, kw_only=True):
 
 
 def weight_bytes(skeleton: Skeleton, kept: Kept) -> dict[str, int]:
-    """Return the bytes of every tensor by path, tied ones 0, buffers included.
+    """Return the bytes of every tensor by path, as `module_bytes` counts them."""
+    return module_bytes(skeleton.root, kept)
+
+
+def module_bytes(module: Module, kept: Kept) -> dict[str, int]:
+    """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
 
     int8: a byte a weight and a float32 an output (LLM.int8's SCB); int4: half a byte and a float32 for 64 weights (absmax of nf4
     or fp4), a code book a module. Biases, norms, embeddings, stacked experts and the head keep the dtype.
     """
     return {
-        weight.path: 0 if weight.tied_to else _held(weight, kept, module.block.linear == "conv1d")
-        for module in skeleton.modules
-        for weight in module.weights
+        weight.path: 0 if weight.tied_to else _held(weight, kept, inside.block.linear == "conv1d")
+        for inside in module.walk()
+        for weight in inside.weights
     }
 
 
@@ -101,7 +106,7 @@ class Prefill:
         self.hidden, self.vocabulary, self.heads = skeleton.hidden_size, skeleton.vocab_size, skeleton.heads
         self.inner, self.eager = mlp_widths(skeleton), skeleton.model_type in EAGER
         self.element = kept.element_bytes
-        linears = [weight.tensor.shape for weight in skeleton.weights if weight.quantises and len(weight.tensor.shape) == 2]
+        linears = [weight.tensor.shape for weight, _ in skeleton.tally if weight.quantises and len(weight.tensor.shape) == 2]
         packed = kept.quantizer is not None or kept.packed_bits is not None
         in_int8 = kept.quantizer == "int8" and device == "gpu"
         # int8 on a GPU: the input in int8 and the product in int32. Else one Linear is unpacked to the dtype.
@@ -139,7 +144,7 @@ def mlp_widths(skeleton: Skeleton) -> int:
 
 def expert_width(skeleton: Skeleton) -> int:
     """Return the inner width of one expert: from its stacked weights, [experts, hidden, width] either way round."""
-    for weight in skeleton.weights:
+    for weight, _ in skeleton.tally:
         if weight.path.endswith("experts.down_proj"):
             inner = [size for size in weight.tensor.shape[1:] if size != skeleton.hidden_size]
             return inner[0] if inner else skeleton.hidden_size
@@ -157,14 +162,17 @@ def is_gated(skeleton: Skeleton) -> bool:
 
 
 def read_per_token(skeleton: Skeleton, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Return the bytes by path that one token reads: not the rows of an embedding, and of experts only those chosen."""
+    """Return the bytes by path that one token reads: not the rows of an embedding, and of experts only those chosen.
+
+    Like `sizes`, of the tensors in the first piece of each kind.
+    """
     return dict(_read(skeleton, sizes))
 
 
 def _read(skeleton: Skeleton, sizes: Mapping[str, int]) -> Iterator[tuple[str, float]]:
     shared = set(skeleton.tied.values())
     chosen = skeleton.experts_per_token / skeleton.experts if skeleton.experts else 1.0
-    for module in skeleton.modules:
+    for module in (module for kind in skeleton.kinds for module in kind.walk()):
         embedding = "Embedding" in module.block.class_name and "Rotary" not in module.block.class_name
         for weight in module.weights:
             if embedding and weight.path not in shared:

@@ -36,12 +36,20 @@ class Planner:
         self.constants = constants or calibration.default()
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[Kept, Inventory] = {}
+        self._by_dtype: dict[str, Sizes] = {}
         self.counts: dict[str, Count] = {}
 
     @cached_property
     def _stock(self) -> Stock:
-        weights = self.blueprint.skeleton.weights
-        return Stock([Named(weight.path, weight.tensor.shape) for weight in weights if not weight.tied_to])
+        pieces = self.blueprint.skeleton.pieces
+        inside = {like: [w for module in like.walk() for w in module.weights if not w.tied_to] for _, _, like in pieces}
+        named = ((f"{path}{w.path.removeprefix(like.path)}", w.tensor.shape) for path, _, like in pieces for w in inside[like])
+        return Stock([Named(name, shape) for name, shape in named])
+
+    def _sizes(self, dtype: str) -> Sizes:
+        if dtype not in self._by_dtype:
+            self._by_dtype[dtype] = Sizes(self._stock, dtype)
+        return self._by_dtype[dtype]
 
     def plans(self, cases: Sequence[Case]) -> list[Plan]:
         """Plan the cases; what is too big says what to try instead, of these cases."""
@@ -56,7 +64,7 @@ class Planner:
         precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
-        limits = plan.max_memory(placement, self.machine, lambda: Sizes(self._stock, dtype))
+        limits = plan.max_memory(placement, self.machine, lambda: self._sizes(dtype))
         placed = self._map(placement, held, limits)
         count = self._count(case, held, placed)
         expected = cost.estimate(count, case.precision, self.machine)

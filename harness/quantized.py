@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.gguf_header import BLOCK_TYPES
-from harness.headers import Tensor
+if TYPE_CHECKING:
+    from harness.headers import Tensor
 
 # Stored beside the weights without being weights: scales, zeros, orders and formats of quantised layers, and buffers.
 _BESIDE = re.compile(
@@ -24,9 +24,13 @@ _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
 
 def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None:
     """Say in a few words how the stored weights are quantised: "gptq 4-bit, groups of 128"; None where they are not."""
-    blocks = sorted({tensor.dtype for tensor in tensors} & BLOCK_TYPES)
-    if blocks:
-        return "gguf " + ", ".join(blocks)
+    dtypes = {tensor.dtype for tensor in tensors}
+    if dtypes:
+        from harness.gguf_header import BLOCK_TYPES
+
+        blocks = sorted(dtypes & BLOCK_TYPES)
+        if blocks:
+            return "gguf " + ", ".join(blocks)
     settings = _settings(config)
     if settings is not None:
         method = settings.get("quant_method")

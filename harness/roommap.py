@@ -13,7 +13,7 @@ from itertools import product
 
 from harness.case import Record
 from harness.devicemap import Bytes, Device, device_of, infer, measure, merge
-from harness.skeleton import Module, Skeleton
+from harness.skeleton import Skeleton
 from harness.units import format_size
 
 _SPILL = ("cpu", "disk")
@@ -60,8 +60,9 @@ def recommend(
     """Fill the devices so that what inference needs is left, and say how the map differs from "auto".
 
     `budgets` are bytes that may be used in all, GPUs in order of preference; what fits nowhere goes to the disk. `weights` are the
-    bytes of each tensor by path (default: as `devicemap.measure` counts them). `kv_bytes` is the KV cache of each layer, which
-    lies where the layer runs; what spills runs on the first GPU. `reserve` is what else must stay free: activations, context.
+    bytes of each tensor by path, in the first piece of each kind (default: as `devicemap.measure` counts them). `kv_bytes` is the
+    KV cache of each layer, which lies where the layer runs; what spills runs on the first GPU. `reserve` is what else must stay
+    free: activations, context.
     """
     kept_free = reserve or {}
     room = {device: size - kept_free.get(device, 0) for device, size in budgets.items() if device != "disk"}
@@ -87,10 +88,12 @@ def _parts(skeleton: Skeleton, weights: Mapping[str, Bytes], kv_bytes: Sequence[
     """List in order what is placed as one: whole blocks, other modules, bare tensors. Those with tied weights join the first."""
     parts: list[_Part] = []
     layers = iter(kv_bytes)
-    for piece in _pieces(skeleton.root):
-        owned = [sum(weights.get(weight.path, 0) for weight in module.weights) for module in piece.walk()]
-        kv = next(layers, 0) if piece.whole else 0
-        parts.append(_Part((piece.path,), sum(owned), max(owned), kv, piece.whole))
+    owned = {
+        kind: [sum(weights.get(weight.path, 0) for weight in module.weights) for module in kind.walk()] for kind in skeleton.kinds
+    }
+    for path, whole, like in skeleton.pieces:
+        kv = next(layers, 0) if whole else 0
+        parts.append(_Part((path,), sum(owned[like]), max(owned[like]), kv, whole))
     for names in skeleton.tied.items():
         ends = [part for part in parts if any(f"{name}.".startswith(f"{path}.") for name in names for path in part.paths)]
         for other in ends[1:]:
@@ -101,16 +104,6 @@ def _parts(skeleton: Skeleton, weights: Mapping[str, Bytes], kv_bytes: Sequence[
 def _join(first: _Part, other: _Part) -> _Part:
     sizes = first.weights + other.weights, max(first.largest, other.largest), first.kv + other.kv
     return _Part(first.paths + other.paths, *sizes, first.block and other.block)
-
-
-def _pieces(module: Module) -> Iterable[Module]:
-    if module.whole or not module.children:
-        yield module
-        return
-    for weight in module.weights:
-        yield Module(weight.path, module.block, False, (weight,), ())
-    for child in module.children:
-        yield from _pieces(child)
 
 
 def _place(parts: list[_Part], room: Mapping[Device, int]) -> _Placed:

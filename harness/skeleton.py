@@ -11,14 +11,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -27,6 +27,7 @@ from harness.errors import UsageError, did_you_mean
 
 DATA = Path(__file__).parent / "data"
 BUILD_S = 300.0
+_NUMBER = re.compile(r"\d+")
 
 # fmt: off
 # What never changes a name, a shape or the KV cache: most configs of one architecture differ in these alone.
@@ -103,8 +104,7 @@ class Attention(Record, frozen=True, kw_only=True, omit_defaults=True):
         return self.heads * (self.key_dim + self.value_dim)
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """A tensor at its place. `quantises`: bitsandbytes would hold it in fewer bits. `tied_to` names the weight that it shares."""
 
     path: str
@@ -114,21 +114,71 @@ class Weight:
     tied_to: str | None
 
 
-@dataclass(frozen=True, slots=True)
 class Module:
-    """A block at its place; `whole` means that a device map must not split it."""
+    """A block at its place, unfolded as far as it is looked into; `whole` means that a device map must not split it."""
 
-    path: str
-    block: Block
-    whole: bool
-    weights: tuple[Weight, ...]
-    children: tuple[Module, ...]
+    def __init__(self, path: str, block: Block, skeleton: Skeleton) -> None:
+        self.path, self.block, self._skeleton = path, block, skeleton
+        self.whole = block.class_name in skeleton.no_split
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """Its own tensors."""
+        quantises = self.block.linear is not None and not self.block.exempt
+        return tuple(self._weight(tensor, quantises) for tensor in self.block.tensors)
+
+    @cached_property
+    def children(self) -> tuple[Module, ...]:
+        """The modules inside it, numbered ones one by one."""
+        blocks, prefix = self._skeleton.blocks, self._prefix
+        return tuple(
+            Module(f"{prefix}{name}", blocks[child.block], self._skeleton)
+            for child in self.block.children
+            for name in _numbered(child)
+        )
+
+    @cached_property
+    def splits(self) -> bool:
+        """Whether a device map may put its parts on different devices; it always looks into the root."""
+        return bool(self.block.children) and not (self.whole and self.path)
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The paths of the modules in it that are not split, or its own."""
+        return tuple(end for child in self.children for end in child.ends) if self.splits else (self.path,)
 
     def walk(self) -> Iterator[Module]:
         """Visit this module and all inside it, parents first, in order."""
         yield self
         for child in self.children:
             yield from child.walk()
+
+    def alone(self, weight: Weight) -> Module:
+        """Return the module as if it had one of its own tensors and nothing else, under the name of that tensor."""
+        module = Module(weight.path, self.block, self._skeleton)
+        module.weights, module.children, module.splits, module.whole = (weight,), (), False, False
+        return module
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.path}." if self.path else ""
+
+    def _weight(self, tensor: Tensor, quantises: bool) -> Weight:
+        path = f"{self._prefix}{tensor.name}"
+        tied_to = self._skeleton.tied.get(path)
+        return Weight(path, math.prod(tensor.shape), tensor, quantises and tensor.name != "bias", tied_to)
+
+
+class Piece(NamedTuple):
+    """What no device map splits: a whole block, a module without children, a tensor beside children.
+
+    `like` is the first piece of its kind: the same block in the same place but for the numbers in its path, and no weights tied.
+    What is counted of that one holds for all.
+    """
+
+    path: str
+    whole: bool
+    like: Module
 
 
 class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True):
@@ -156,34 +206,62 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
     @cached_property
     def root(self) -> Module:
         """The module tree, every block in its place."""
-        return self._expand("", self.blocks[-1])
-
-    @cached_property
-    def modules(self) -> tuple[Module, ...]:
-        """All modules, parents first; walking the tree takes longer than most of what is done with it."""
-        return tuple(self.root.walk())
+        return Module("", self.blocks[-1], self)
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """All tensors, parameters and buffers, in the order of the modules."""
-        return tuple(weight for module in self.modules for weight in module.weights)
+        """All tensors by their names, parameters and buffers, in the order of the modules: slow, see `tally`."""
+        return tuple(weight for module in self.root.walk() for weight in module.weights)
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All that a device map places, in order. Blocks and tensors are compared by identity: repeated ones are one object."""
+        first: dict[tuple[object, ...], Module] = {}
+        ends = [f"{name}." for names in self.tied.items() for name in names]
+        found = []
+        for module in _pieces(self.root):
+            tied = any(end.startswith(f"{module.path}.") for end in ends)
+            alike = (_NUMBER.sub("", module.path), id(module.block), *(id(weight.tensor) for weight in module.weights))
+            key = (module.path,) if tied else alike
+            found.append(Piece(module.path, module.whole, first.setdefault(key, module)))
+        return tuple(found)
+
+    @cached_property
+    def kinds(self) -> Mapping[Module, int]:
+        """The first piece of each kind, and how many there are of it."""
+        return Counter(piece.like for piece in self.pieces)
+
+    @cached_property
+    def tally(self) -> tuple[tuple[Weight, int], ...]:
+        """Every tensor of the first piece of each kind, and how many there are like it."""
+        return tuple((weight, count) for kind, count in self.kinds.items() for module in kind.walk() for weight in module.weights)
+
+    @cached_property
+    def frame(self) -> tuple[Module, ...]:
+        """The modules around the pieces, parents first."""
+        return tuple(_frame(self.root))
 
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, tied ones once."""
-        return sum(w.elements for w in self.weights if w.tensor.kind == "parameter" and w.tied_to is None)
+        return sum(w.elements * count for w, count in self.tally if w.tensor.kind == "parameter" and w.tied_to is None)
 
-    def _expand(self, path: str, block: Block) -> Module:
-        prefix = f"{path}." if path else ""
-        children = [
-            self._expand(f"{prefix}{name}", self.blocks[child.block]) for child in block.children for name in _numbered(child)
-        ]
-        weights = [self._weight(f"{prefix}{tensor.name}", tensor, block) for tensor in block.tensors]
-        return Module(path, block, block.class_name in self.no_split, tuple(weights), tuple(children))
 
-    def _weight(self, path: str, tensor: Tensor, block: Block) -> Weight:
-        quantises = block.linear is not None and not block.exempt and tensor.name != "bias"
-        return Weight(path, math.prod(tensor.shape), tensor, quantises, self.tied.get(path))
+def _pieces(module: Module) -> Iterator[Module]:
+    if not module.splits:
+        yield module
+        return
+    for weight in module.weights:
+        yield module.alone(weight)
+    for child in module.children:
+        yield from _pieces(child)
+
+
+def _frame(module: Module) -> Iterator[Module]:
+    if module.splits:
+        yield module
+        for child in module.children:
+            yield from _frame(child)
 
 
 def _numbered(child: Child) -> list[str]:
@@ -275,6 +353,8 @@ def build(config: Mapping[str, Any], cache: Path) -> Skeleton:
     found = shipped(config)
     if found is not None:
         return found
+    from importlib.metadata import version  # slow to import
+
     kept = cache / f"skeleton-{version('transformers')}-{fingerprint(config)}.json"
     try:
         return msgspec.json.decode(kept.read_bytes(), type=Skeleton)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from harness.calibration import FIRST_TOKEN, LOAD, TOKEN, Calibration, Constant
+from harness.calibration import FIRST_TOKEN, LOAD, TOKEN, Calibration
 from harness.case import Machine, Record, Span, Tier, Workload
 from harness.profiles import Gpu, known_gpu
 
 PICKS = ("low", "best", "high")
+# Slow speeds make the high end of the seconds.
+_SPEED_AT = {"low": "high", "best": "best", "high": "low"}
 
 
 class Effort(Record, frozen=True, kw_only=True):
@@ -176,11 +178,8 @@ class _Clock:
         return sheet * self._rate("gpu_flops_share", pick)
 
     def _cost(self, name: str, pick: str) -> float:
-        return float(getattr(self._constant(name), pick))
+        return float(getattr(self.calibration[name], pick))
 
     def _rate(self, name: str, pick: str) -> float:
         """Return a speed: the high end of the seconds is at its low end."""
-        return float(getattr(self._constant(name), {"low": "high", "best": "best", "high": "low"}[pick]))
-
-    def _constant(self, name: str) -> Constant:
-        return self.calibration[name]
+        return float(getattr(self.calibration[name], _SPEED_AT[pick]))

@@ -40,7 +40,7 @@ class Parts(Record, frozen=True, kw_only=True):
 class Count:
     """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
 
-    `tiers` is the tier of each tensor, or the one tier of all. `through_ram` says that everything is loaded there first.
+    `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first.
     """
 
     def __init__(
@@ -119,7 +119,9 @@ class Count:
             if not self.weights.keys() & set(homes):
                 return 0
             tiers = self.tiers
-            sizes = (size for path, size in self.inventory.modules if (tiers if isinstance(tiers, str) else tiers[path]) in homes)
+            sizes = (
+                size for path, size in self.inventory.at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes
+            )
             self._copied_at_once[homes] = max(sizes, default=0)
         return self._copied_at_once[homes]
 

@@ -93,9 +93,16 @@ class Project:
         return (self.path / "fitmatrix-results").exists()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that all runs share: the architecture of `tiny` is new to the first, which asks transformers for its skeleton."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Project]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("FITMATRIX_CACHE", str(cache))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing hypothesis takes longer than a test
     monkeypatch.setattr(process, "_GRACE_S", 0.5)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from harness import skeleton
 from harness.devicemap import Device, device_of, infer, measure
+from harness.memory_cost import Kept, weight_bytes
 from harness.roommap import Recommendation, recommend
 from harness.skeleton import Skeleton
 from harness.units import GIB
@@ -23,12 +24,12 @@ def cache(model: Skeleton, tokens: int) -> list[int]:
 def off_gpu(model: Skeleton, device_map: dict[str, Device]) -> float:
     """Add up the weights that a map puts in RAM or on disk."""
     sizes = measure(model, "bfloat16")
-    return sum(sizes[weight.path] for weight in model.weights if device_of(device_map, weight.path) in ("cpu", "disk"))
+    return sum(sizes[piece.path] for piece in model.pieces if device_of(device_map, piece.path) in ("cpu", "disk"))
 
 
 def needed(model: Skeleton, device_map: dict[str, Device], kv_bytes: list[int]) -> dict[Device, float]:
     """Add up what inference needs by device: weights, cache and, on the first GPU, a copy of the largest module that is on none."""
-    sizes = measure(model, "bfloat16")
+    sizes = weight_bytes(model, Kept(dtype="bfloat16"))
     gpus = [device for device in device_map.values() if isinstance(device, int)]
     main: Device = min(gpus, default="cpu")
     total: dict[Device, float] = dict.fromkeys({*device_map.values(), main}, 0)

@@ -77,6 +77,44 @@ def test_repeated_blocks_are_stored_once() -> None:
     assert sum(module.whole for module in model.root.walk()) == len(model.layers) == 80
 
 
+@pytest.mark.parametrize(
+    "name", ["llama-3.3-70b-instruct", "gemma-3-1b-it", "gpt-oss-20b", "deepseek-v2-lite-chat", "chatglm-6b", "phi-2"]
+)
+def test_pieces_hold_every_tensor_once_and_are_counted_by_kind(name: str) -> None:
+    model = skeleton.named(name)
+    named = [
+        f"{path}{weight.path.removeprefix(like.path)}"
+        for path, _, like in model.pieces
+        for module in like.walk()
+        for weight in module.weights
+    ]
+    assert named == [weight.path for weight in model.weights]
+    assert sum(count for _, count in model.tally) == len(named)
+    assert sum(weight.elements * count for weight, count in model.tally) == sum(weight.elements for weight in model.weights)
+    assert len(model.kinds) < 12
+
+
+def test_pieces_with_tied_weights_are_like_no_other() -> None:
+    """Two equal tables in a list; the second is the first's."""
+    table = skeleton.Block(class_name="Embedding", tensors=(skeleton.Tensor(name="weight", shape=(8, 4)),))
+    root = skeleton.Block(class_name="Model", children=(skeleton.Child(name="0", block=0, count=4),))
+    plain = msgspec.structs.replace(skeleton.named("phi-2"), blocks=(table, root), tied={})
+    tied = msgspec.structs.replace(plain, tied={"3.weight": "1.weight"})
+    assert [piece.like.path for piece in plain.pieces] == ["0", "0", "0", "0"]
+    assert [piece.like.path for piece in tied.pieces] == ["0", "1", "0", "3"]
+    assert (plain.parameters, tied.parameters) == (128, 96)
+
+
+def test_tensors_beside_modules_are_told_apart_by_more_than_their_numbers() -> None:
+    scales = (skeleton.Tensor(name="scale1", shape=(8,)), skeleton.Tensor(name="scale2", shape=(4,)))
+    norm = skeleton.Block(class_name="Norm", tensors=(skeleton.Tensor(name="weight", shape=(8,)),))
+    part = skeleton.Block(class_name="Part", tensors=scales, children=(skeleton.Child(name="norm", block=0),))
+    root = skeleton.Block(class_name="Model", children=(skeleton.Child(name="0", block=1, count=3),))
+    model = msgspec.structs.replace(skeleton.named("phi-2"), blocks=(norm, part, root))
+    assert [(weight.path, count) for weight, count in model.tally] == [("0.scale1", 3), ("0.scale2", 3), ("0.norm.weight", 3)]
+    assert model.parameters == 60
+
+
 def test_float32_parts_of_half_models_are_marked() -> None:
     kept = {weight.path for weight in skeleton.named("gpt-oss-20b").weights if weight.tensor.fp32}
     assert "model.norm.weight" in kept

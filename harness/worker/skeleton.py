@@ -13,8 +13,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+import harness.models  # noqa: F401 registers our own architectures
 from harness import skeleton
 from harness.skeleton import Attention, Block, Child, Skeleton, Tensor
 from harness.worker.written import WRITTEN, Written
+
+_NOT_OF_THE_SHAPE = ("auto_map", "architectures", "quantization_config", "quantization_bit", "wbits")
 
 
 def build(config: Mapping[str, Any]) -> Skeleton:
@@ -38,8 +39,6 @@ def build(config: Mapping[str, Any]) -> Skeleton:
     """
     native = _translate(config)
     kind = str(native.get("model_type"))
-    if find_spec("harness.models") is not None:
-        import_module("harness.models")  # registers our own native architectures
     if kind in transformers.CONFIG_MAPPING:
         return _of_model(_construct(native))
     if kind not in WRITTEN:
@@ -50,37 +49,13 @@ def build(config: Mapping[str, Any]) -> Skeleton:
 
 
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a published config the names of the native class that holds the same model."""
+    """Give a published config the names of the native class that holds the same model, with weights that are not packed."""
     kind = config.get("model_type")
-    rest = {key: value for key, value in config.items() if key not in ("auto_map", "architectures", "quantization_config")}
-    if kind == "moss":
-        return rest | {"model_type": "codegen"}
-    if kind == "chatglm" and "padded_vocab_size" in config:
-        return _chatglm2_as_glm(config)
+    rest = {key: value for key, value in config.items() if key not in _NOT_OF_THE_SHAPE}
     if kind == "internlm3":
         biases = {"attention_bias": config.get("qkv_bias", False), "mlp_bias": config.get("bias", False)}
         return rest | biases | {"model_type": "llama"}
     return rest
-
-
-def _chatglm2_as_glm(config: Mapping[str, Any]) -> dict[str, Any]:
-    heads = config["num_attention_heads"]
-    return {
-        "model_type": "glm",
-        "hidden_size": config["hidden_size"],
-        "intermediate_size": config["ffn_hidden_size"],
-        "num_hidden_layers": config["num_layers"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": config["multi_query_group_num"] if config.get("multi_query_attention", True) else heads,
-        "head_dim": config["kv_channels"],
-        "vocab_size": config["padded_vocab_size"],
-        "max_position_embeddings": config["seq_length"],
-        "attention_bias": config.get("add_qkv_bias", True),
-        "partial_rotary_factor": 0.5,
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "pad_token_id": config.get("pad_token_id", 0),
-        "eos_token_id": config.get("eos_token_id", 2),
-    }
 
 
 def _construct(config: Mapping[str, Any]) -> Any:

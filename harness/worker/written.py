@@ -1,6 +1,6 @@
 """Architectures that transformers lacks, written from their checkpoints' tensors: module trees for the meta device, no forward.
 
-Names and shapes follow the published checkpoints of ChatGLM-6B (v1), Baichuan2 and InternLM2; class names are those that
+Names and shapes follow the published checkpoints of Baichuan2 and InternLM2; class names are those that
 their authors list as not to be split.
 """
 
@@ -48,18 +48,6 @@ class NormHead(nn.Module):
         self.weight = nn.Parameter(empty(vocabulary, width))
 
 
-class GLMBlock(Tree):
-    """A layer of ChatGLM-6B."""
-
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__(
-            input_layernorm=nn.LayerNorm(hidden),
-            attention=Tree(query_key_value=nn.Linear(hidden, 3 * hidden), dense=nn.Linear(hidden, hidden)),
-            post_attention_layernorm=nn.LayerNorm(hidden),
-            mlp=Tree(dense_h_to_4h=nn.Linear(hidden, inner), dense_4h_to_h=nn.Linear(inner, hidden)),
-        )
-
-
 class DecoderLayer(Tree):
     """A layer of Baichuan2-7B."""
 
@@ -86,21 +74,6 @@ class InternLM2DecoderLayer(Tree):
             attention_norm=RMSNorm(hidden),
             ffn_norm=RMSNorm(hidden),
         )
-
-
-class ChatGLMForConditionalGeneration(Written):
-    """ChatGLM-6B, first generation. Its config does not mention tying, so transformers' default ties the head."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        tied = {"lm_head.weight": "transformer.word_embeddings.weight"} if config.get("tie_word_embeddings", True) else {}
-        super().__init__(config, "GLMBlock", (heads, hidden // heads, hidden // heads), tied)
-        self.transformer = Tree(
-            word_embeddings=nn.Embedding(config["vocab_size"], hidden),
-            layers=nn.ModuleList(GLMBlock(hidden, config["inner_hidden_size"]) for _ in range(config["num_layers"])),
-            final_layernorm=nn.LayerNorm(hidden),
-        )
-        self.lm_head = _flat(hidden, config["vocab_size"])
 
 
 class BaichuanForCausalLM(Written):
@@ -135,7 +108,6 @@ class InternLM2ForCausalLM(Written):
 
 
 WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Written]] = {
-    "chatglm": ChatGLMForConditionalGeneration,
     "baichuan": BaichuanForCausalLM,
     "internlm2": InternLM2ForCausalLM,
 }

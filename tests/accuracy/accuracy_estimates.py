@@ -6,6 +6,7 @@ The runs take about ten minutes and 5 GB of disk and memory. Synthetic models ar
 from __future__ import annotations
 
 import csv
+import os
 import statistics
 import subprocess
 import sys
@@ -223,9 +224,11 @@ def test_planning_is_quick(figures: list[Figure], models: dict[str, Path]) -> No
 
 
 def _shortest(command: Sequence[str], times: int = 3) -> float:
+    """Return the seconds of the quickest run; all find their bytecode, as they do where pip installed them."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, cwd=HERE.parents[1])
+        subprocess.run(command, check=True, capture_output=True, cwd=HERE.parents[1], env=environment)
         seconds.append(time.perf_counter() - start)
     return min(seconds)

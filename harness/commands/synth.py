@@ -1,0 +1,50 @@
+"""`fitmatrix synth`: a checkpoint of a model's true shape with random weights, to measure before downloading."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from harness.errors import UsageError
+from harness.units import format_size, parse_size
+
+HELP = "Write a checkpoint of a model's true shape, files and dtype with random weights, to measure a fit before downloading it."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("model", metavar="MODEL", help="a catalog name, a hub id of the catalog, or a directory with a config.json")
+    parser.add_argument(
+        "directory", nargs="?", type=Path, metavar="DIR", help="where to write it (default: the cache, for --weights synthetic)"
+    )
+    parser.add_argument("--format", choices=("safetensors", "bin"), help="file format (default: as the model is published)")
+    parser.add_argument("--shard", metavar="SIZE", help="most bytes of one file (default: as the model is published)")
+    parser.add_argument("--hollow", action="store_true", help="sparse files that take no disk, to plan with; they cannot be run")
+    parser.add_argument("--remove", action="store_true", help="remove it from the cache instead")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Write, or remove, the synthetic checkpoint and say where; raises UsageError, CheckpointError."""
+    from harness import catalog, synth
+
+    source = catalog.resolve(given.model)
+    if given.remove:
+        gone = synth.remove(source)
+        print(f"removed {gone[0]} ({format_size(gone[1])})" if gone else f"the cache holds no synthetic {source.name}")
+        return 0
+    if given.hollow and given.directory is None:
+        raise UsageError("--hollow needs DIR: the cache is for checkpoints that can be run")
+    made = synth.describe(source, file_format=given.format, shard_bytes=_shard(given.shard))
+    with catalog.show_progress() as report:
+        there = given.directory or synth.place(made)
+        if not synth.is_synthetic(there) or given.directory is not None:
+            synth.write(made, there, hollow=given.hollow, report=report)
+    print(f"{there}: {made.name}, {format_size(made.bytes)} of random weights in {len(made.shards)} {made.format} file(s)")
+    return 0
+
+
+def _shard(text: str | None) -> int | None:
+    try:
+        return parse_size(text) if text is not None else None
+    except UsageError as error:
+        raise UsageError(f"--shard: {error}") from None

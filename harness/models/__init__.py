@@ -1,0 +1,43 @@
+"""Architectures of published models that transformers lacks. Importing this registers them with its Auto classes.
+
+    import harness.models
+    model = AutoModelForCausalLM.from_pretrained(DIR)     # a published directory, as it is; none of its code runs
+
+`chatglm` is ChatGLM-6B and, through transformers' Glm, ChatGLM2-6B and ChatGLM3-6B; `moss` is MOSS.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from harness.models.chatglm import ChatGLMConfig, ChatGLMForCausalLM, ChatGLMModel
+from harness.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM, register_names
+from harness.models.moss import MossConfig, MossForCausalLM
+from harness.models.tokenization_chatglm import ChatGLMTokenizer
+
+__all__ = [
+    "ChatGLM2Config",
+    "ChatGLM2ForCausalLM",
+    "ChatGLMConfig",
+    "ChatGLMForCausalLM",
+    "ChatGLMModel",
+    "ChatGLMTokenizer",
+    "MossConfig",
+    "MossForCausalLM",
+]
+
+
+def _register() -> None:
+    for config, model in (
+        (ChatGLMConfig, ChatGLMForCausalLM),
+        (ChatGLM2Config, ChatGLM2ForCausalLM),
+        (MossConfig, MossForCausalLM),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+    AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)
+    AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
+    register_names()
+
+
+_register()

@@ -1,0 +1,70 @@
+"""MOSS (`fnlp/moss-moon-003-*`): transformers' CodeGen under another name, and its int8 and int4 files."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.codegen.configuration_codegen import CodeGenConfig
+from transformers.models.codegen.modeling_codegen import CodeGenForCausalLM
+
+from harness import checkpoint
+from harness.models.packed import GroupScaledLinear, replace_linears
+
+_QUANTISED = ("qkv_proj", "out_proj", "fc_in", "fc_out")
+_LOG = logging.getLogger(__name__)
+_UNPACKED = 16  # wbits from here on, such as 32 in the float16 files, mean that nothing is packed
+
+
+@strict
+class MossConfig(CodeGenConfig):
+    """CodeGen's configuration, with the bits and the group size of packed weights (`wbits` 32: not packed)."""
+
+    model_type = "moss"
+
+    wbits: int = 32
+    groupsize: int = 128
+
+
+class MossForCausalLM(CodeGenForCausalLM):
+    """CodeGen, whose attention and MLP weights are packed where the config says so."""
+
+    config: MossConfig
+    config_class = MossConfig
+    _keys_to_ignore_on_load_unexpected = [r"attn\.causal_mask"]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.wbits < _UNPACKED:
+            replace_linears(self.transformer.h, _QUANTISED, partial(GroupScaledLinear, bits=config.wbits, group=config.groupsize))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load as any model of transformers. Of a directory the tensors' shapes decide how many bits are packed, not its config.
+
+        One published repository says 4 bits of weights that have 8.
+        """
+        if isinstance(config, MossConfig) and Path(pretrained_model_name_or_path).is_dir():
+            bits = packed_bits(Path(pretrained_model_name_or_path), config)
+            if bits != (config.wbits if config.wbits < _UNPACKED else None):
+                _LOG.warning(
+                    "the config says wbits %d, the weights have %s: loading what they have", config.wbits, bits or "no packing"
+                )
+                config = copy.deepcopy(config)
+                config.wbits = bits or MossConfig.wbits
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+
+def packed_bits(directory: Path, config: MossConfig) -> int | None:
+    """Read from the headers of a checkpoint how many bits a packed weight has; None where nothing is packed.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    name = "transformer.h.0.attn.qkv_proj.qweight"
+    shapes = [tensor.shape for tensor in checkpoint.read(directory).tensors if tensor.name == name]
+    return shapes[0][0] * 32 // config.n_embd if shapes else None

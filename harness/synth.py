@@ -1,0 +1,255 @@
+"""Synthetic checkpoints: the shapes, dtypes, files and shards of a model, with random weights, from its skeleton alone.
+
+So a fit can be measured before anything is downloaded. Weights are drawn once, some megabytes, and repeated from place to place:
+what they are does not matter to memory or speed, as long as nothing overflows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from harness import blueprint, cache, skeleton
+from harness.blueprint import Blueprint, Stored
+from harness.case import Record
+from harness.catalog import Source
+from harness.errors import UsageError
+from harness.progress import Report, silent
+from harness.skeleton import Weight
+from harness.tensor_files import DTYPES, Pieces, TensorSpec, write_bin, write_safetensors
+
+MARK = "fitmatrix-synthetic.json"
+_SHARD_BYTES = 5_000_000_000
+_PIECE_BYTES = 16 << 20
+_STEP_BYTES = 4096  # where a tensor begins in the pool is a multiple of this
+_STD = 0.02  # the usual initializer_range: activations neither vanish nor overflow float16
+_SEED = 20230314
+
+FORMATS: Mapping[str, tuple[str, str, Callable[[Path, Sequence[TensorSpec], Pieces | None], None]]] = {
+    "safetensors": ("model", ".safetensors", write_safetensors),
+    "bin": ("pytorch_model", ".bin", write_bin),
+}
+
+
+class Synthetic(Record, frozen=True, kw_only=True):
+    """A checkpoint to be written: its config, its files with their tensors, in one of FORMATS."""
+
+    name: str
+    config: dict[str, Any]
+    format: str
+    shards: tuple[tuple[TensorSpec, ...], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.bytes for shard in self.shards for tensor in shard)
+
+    @property
+    def key(self) -> str:
+        """What tells this checkpoint from every other: 16 hex digits."""
+        return sha256(msgspec.json.encode(self)).hexdigest()[:16]
+
+
+def describe(source: Source, *, file_format: str | None = None, shard_bytes: int | None = None) -> Synthetic:
+    """Lay out the synthetic twin of a model, as it is published where that is known, else in shards of 5 GB.
+
+    Raises:
+        UsageError: its weights are published quantised, or nothing but its tensors is known.
+        CheckpointError: its files are damaged.
+    """
+    drawn = blueprint.draw(source)
+    config = _config(source, drawn)
+    if drawn.packed is not None:
+        raise UsageError(
+            f"{drawn.name} is published quantised ({drawn.packed.title}): synthesise the 16-bit model it was made from"
+        )
+    stored = blueprint.published(drawn.source) or Stored(bytes=drawn.checkpoint_bytes, origin="", shard_bytes=_SHARD_BYTES)
+    tensors = list(_tensors(drawn, stored, str(drawn.stored_dtype)))
+    shards = tuple(_sharded(tensors, shard_bytes or stored.shard_bytes))
+    return Synthetic(name=drawn.name, config=config, format=file_format or drawn.file_format, shards=shards)
+
+
+def _config(source: Source, drawn: Blueprint) -> dict[str, Any]:
+    known = skeleton.catalog().get(drawn.source)
+    if known is not None:
+        return dict(known.config)
+    if source.kind != "directory":
+        raise UsageError(f"{drawn.name} is not in the catalog: put its config.json into a directory and name that")
+    read: dict[str, Any] = json.loads((Path(source.location) / "config.json").read_text(encoding="utf-8"))
+    return read
+
+
+def _tensors(drawn: Blueprint, stored: Stored, dtype: str) -> Iterator[TensorSpec]:
+    """Yield what the files hold, in the order of the modules: parameters and saved buffers, masks before the rest of their layer.
+
+    Names are transformers' own; experts are stacked, as it holds them.
+    """
+    masks = _masks(drawn, stored)
+    for weight in drawn.skeleton.weights:
+        if weight.tensor.kind == "unsaved" or (weight.tied_to and not stored.repeats_head):
+            continue
+        for owner in [owner for owner in masks if weight.path.startswith(owner)]:
+            yield masks.pop(owner)
+        yield TensorSpec(name=weight.path, dtype=_dtype(weight, stored, dtype), shape=weight.tensor.shape)
+
+
+def _masks(drawn: Blueprint, stored: Stored) -> dict[str, TensorSpec]:
+    """Return the causal masks that the files hold beside the weights, by the prefix of the module that has one."""
+    if stored.mask is None:
+        return {}
+    names = [stored.mask.format(layer) for layer in range(len(drawn.skeleton.layers))]
+    shape = (1, 1, stored.mask_side, stored.mask_side)
+    return {f"{name.rpartition('.')[0]}.": TensorSpec(name=name, dtype="bool", shape=shape) for name in names}
+
+
+def _dtype(weight: Weight, stored: Stored, dtype: str) -> str:
+    fixed = "float32" if stored.float32 is not None and stored.float32 in weight.path else weight.tensor.dtype
+    return fixed if fixed is not None and fixed in DTYPES else dtype
+
+
+def _sharded(tensors: Sequence[TensorSpec], most: int | None) -> Iterator[tuple[TensorSpec, ...]]:
+    """Fill one file after the other, as save_pretrained does; a tensor is never split."""
+    shard: list[TensorSpec] = []
+    for tensor in tensors:
+        if most is not None and shard and sum(one.bytes for one in shard) + tensor.bytes > most:
+            yield tuple(shard)
+            shard = []
+        shard.append(tensor)
+    yield tuple(shard)
+
+
+def write(made: Synthetic, directory: Path, *, hollow: bool = False, report: Report = silent) -> Path:
+    """Write the checkpoint into `directory`, which must not hold anything yet; all of it or nothing.
+
+    `hollow` files are sparse: full size, all zeros, no disk; for planning, not for running.
+
+    Raises:
+        UsageError: the directory holds something, or the disk has no room.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} is not an empty directory: name a new one")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if not hollow:
+            cache.check_space(made.bytes + (64 << 20), directory.parent, "DIR")
+        with _building(directory) as build:
+            _fill(made, build, hollow, report)
+            if directory.exists():
+                directory.rmdir()
+            build.rename(directory)
+    except OSError as error:
+        raise UsageError(cache.disk_sentence(error, directory.parent, "DIR")) from None
+    return directory
+
+
+@contextmanager
+def _building(directory: Path) -> Iterator[Path]:
+    """Give a folder beside `directory` that is gone afterwards, whatever happens."""
+    build = directory.with_name(f".{directory.name}.partial")
+    if build.exists():
+        shutil.rmtree(build)
+    build.mkdir()
+    try:
+        yield build
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+
+
+def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
+    stem, suffix, writer = FORMATS[made.format]
+    done, total = 0, made.bytes
+
+    def pieces(tensor: TensorSpec) -> Iterator[memoryview]:
+        nonlocal done
+        for piece in contents(tensor):
+            yield piece
+            done += len(piece)
+            report(f"writing {made.name}", done, total)
+
+    names: dict[str, str] = {}
+    for number, shard in enumerate(made.shards, start=1):
+        whole = len(made.shards) == 1
+        file = f"{stem}{suffix}" if whole else f"{stem}-{number:05}-of-{len(made.shards):05}{suffix}"
+        writer(build / file, shard, None if hollow else pieces)
+        names |= dict.fromkeys((tensor.name for tensor in shard), file)
+    if len(made.shards) > 1:
+        index = {"metadata": {"total_size": made.bytes}, "weight_map": names}
+        (build / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2))
+    (build / "config.json").write_text(json.dumps(made.config, indent=2))
+    (build / MARK).write_text(json.dumps({"model": made.name, "key": made.key, "hollow": hollow, "bytes": made.bytes}))
+
+
+def contents(tensor: TensorSpec) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor: ones for scales of norms, zeros for biases, masks that let all pass, else random weights."""
+    left = tensor.bytes
+    pool = _pool(tensor.dtype, _filling(tensor))
+    begin = int.from_bytes(sha256(tensor.name.encode()).digest()[:4], "big") * _STEP_BYTES % len(pool)
+    while left:
+        piece = pool[begin : begin + left]
+        yield piece
+        left, begin = left - len(piece), 0
+
+
+def _filling(tensor: TensorSpec) -> str:
+    if tensor.dtype == "bool":
+        return "mask"
+    if len(tensor.shape) > 1:
+        return "weights"
+    return "zeros" if tensor.name.endswith("bias") else "ones"
+
+
+@lru_cache(maxsize=8)
+def _pool(dtype: str, filling: str) -> memoryview:
+    """Make the bytes that tensors are filled from: normal numbers of mean 0 and deviation _STD, or one number all over."""
+    import numpy as np
+
+    width = DTYPES[dtype][0]
+    count = _PIECE_BYTES // width
+    if filling == "mask":
+        return memoryview(np.ones(count, dtype=np.bool_).tobytes())
+    if filling == "weights":
+        values = np.random.default_rng(_SEED).standard_normal(count, dtype=np.float32) * np.float32(_STD)
+    else:
+        values = np.full(count, filling == "ones", dtype=np.float32)
+    if dtype == "bfloat16":
+        return memoryview((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    return memoryview(values.astype(np.dtype(dtype)).tobytes())
+
+
+def place(made: Synthetic) -> Path:
+    """Return where the cache keeps a synthetic checkpoint."""
+    return cache.cache_dir() / "synthetic" / f"{made.name.replace('/', '--')}-{made.key}"
+
+
+def fetch(source: Source, report: Report = silent) -> Path:
+    """Return the synthetic twin of a model from the cache; write it if it is not there.
+
+    Raises:
+        UsageError, CheckpointError: as `describe` and `write`.
+    """
+    made = describe(source)
+    there = place(made)
+    return there if is_synthetic(there) else write(made, there, report=report)
+
+
+def remove(source: Source) -> tuple[Path, int] | None:
+    """Remove the synthetic twin of a model from the cache; return where it was and its bytes, None if none was."""
+    made = describe(source)
+    there = place(made)
+    if not there.exists():
+        return None
+    shutil.rmtree(there)
+    return there, made.bytes
+
+
+def is_synthetic(directory: Path) -> bool:
+    """Say whether a directory holds a whole synthetic checkpoint; its weights are random, and what it answers means nothing."""
+    return (directory / MARK).is_file()

@@ -1,0 +1,89 @@
+"""What training with DeepSpeed's ZeRO would take: its own estimates, in bytes for each GPU and for each node's RAM.
+
+The arithmetic is that of DeepSpeed's `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs`
+(commit edaa722; stage_1_and_2.py and stage3.py): parameters, gradients and Adam's states in mixed precision. Activations, buffers
+of communication and fragmentation come on top. For ZeRO-2 without offloading, DeepSpeed's document (memory.rst) says 4 bytes a
+parameter on each GPU where its code says 2, and 16 shared among them where its code says 18; this follows the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from harness.case import Record
+from harness.skeleton import Skeleton
+
+STAGES = ("zero2", "zero3")
+BUFFER_FACTOR = 1.5  # DeepSpeed's additional_buffer_factor for what lies in RAM
+
+
+class Trained(Record, frozen=True, kw_only=True):
+    """What is trained on what: all parameters, those of the largest layer, GPUs of a node, nodes."""
+
+    parameters: int
+    largest_layer: int
+    gpus: int = 1
+    nodes: int = 1
+
+    @property
+    def all_gpus(self) -> int:
+        return self.gpus * self.nodes
+
+
+class States(Record, frozen=True, kw_only=True):
+    """One way to hold the model's states: where optimiser and parameters lie, and bytes on each GPU and in each node's RAM.
+
+    `init`: parameters are partitioned while the model is made (zero.Init), so that no process ever holds it whole.
+    """
+
+    stage: str
+    optimizer: str
+    parameters: str
+    init: bool
+    gpu_bytes: int
+    cpu_bytes: int
+
+
+def of_skeleton(skeleton: Skeleton, gpus: int = 1, nodes: int = 1) -> Trained:
+    """Count a model as DeepSpeed counts it: tied storage once, a layer as the parameters that one module holds itself."""
+    layers = (
+        sum(weight.elements for weight in module.weights if weight.tensor.kind == "parameter" and weight.tied_to is None)
+        for module in skeleton.modules
+    )
+    return Trained(parameters=skeleton.parameters, largest_layer=max(layers, default=0), gpus=gpus, nodes=nodes)
+
+
+def estimate(stage: str, trained: Trained) -> list[States]:
+    """Return every way of a stage of STAGES, what needs least on the GPU first."""
+    ways = _zero2(trained) if stage == "zero2" else _zero3(trained)
+    return sorted(ways, key=lambda way: (way.gpu_bytes, way.cpu_bytes))
+
+
+def _zero2(trained: Trained) -> Iterator[States]:
+    count, gpus = trained.parameters, trained.all_gpus
+    in_ram = count * max(4 * gpus, 16) * BUFFER_FACTOR
+    yield States(stage="zero2", optimizer="cpu", parameters="gpu", init=False, gpu_bytes=2 * count, cpu_bytes=int(in_ram))
+    on_gpu = 2 * count + 18 * count / gpus
+    in_ram = 4 * count * trained.gpus * BUFFER_FACTOR
+    yield States(stage="zero2", optimizer="gpu", parameters="gpu", init=False, gpu_bytes=int(on_gpu), cpu_bytes=int(in_ram))
+
+
+def _zero3(trained: Trained) -> Iterator[States]:
+    count, gpus, nodes = trained.parameters, trained.all_gpus, trained.nodes
+    layer = 4 * trained.largest_layer
+    whole = 4 * trained.gpus  # bytes a parameter while every process of a node makes the whole model
+    for init in (True, False):
+        ways = (
+            ("cpu", "cpu", float(layer), count * (18 / nodes if init else max(whole, 18 / nodes))),
+            ("cpu", "gpu", layer + 2 * count / gpus, count * (16 / nodes if init else max(whole, 16 / nodes))),
+            ("gpu", "gpu", layer + 18 * count / gpus, layer * trained.gpus if init else count * whole),
+        )
+        for optimizer, parameters, on_gpu, in_ram in ways:
+            yield States(
+                stage="zero3",
+                optimizer=optimizer,
+                parameters=parameters,
+                init=init,
+                gpu_bytes=int(on_gpu),
+                cpu_bytes=int(in_ram * BUFFER_FACTOR),
+            )

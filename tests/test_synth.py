@@ -1,0 +1,135 @@
+"""Synthetic checkpoints have the shape of the real ones, load, and compute finite numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import harness.models  # noqa: F401 registers our own architectures
+from harness import catalog, checkpoint, synth
+from harness.cli import main
+from harness.errors import UsageError
+from tests import small_models
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox", "codegen", "mixtral"])
+def test_it_loads_and_computes_finite_numbers(name: str, kind: str, tmp_path: Path) -> None:
+    small_models.save(name, tmp_path / "real")
+    source = catalog.resolve(str(tmp_path / "real"))
+    there = synth.write(synth.describe(source, file_format=kind, shard_bytes=500_000), tmp_path / "twin")
+    assert len(list(there.glob(f"*.{'bin' if kind == 'bin' else 'safetensors'}"))) > 1
+    real, twin = checkpoint.read(tmp_path / "real"), checkpoint.read(there)
+    assert (twin.parameters, twin.dtype_bytes) == (real.parameters, real.dtype_bytes)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(there, output_loading_info=True)
+    model, info = loaded
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.inference_mode():
+        logits = model.half()(torch.arange(3, 40)[None]).logits
+    assert torch.isfinite(logits).all()
+    assert logits.std() > 0
+
+
+PUBLISHED = {
+    "chatglm-6b": (13_416_906_785, 0.0001),
+    "chatglm2-6b": (12_487_168_064, 0.0001),
+    "codegen-6b-mono": (14_266_839_040, 0.0),
+    "stablelm-tuned-alpha-3b": (14_817_801_431, 0.0001),
+    "qwen3-0.6b": (1_503_264_768, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_it_has_the_bytes_of_the_published_files(name: str) -> None:
+    """Differences are headers of zip files and buffers of rotary frequencies."""
+    made = synth.describe(catalog.resolve(name))
+    size, near = PUBLISHED[name]
+    assert made.bytes == pytest.approx(size, rel=near)
+
+
+def test_its_shards_are_cut_where_the_published_are() -> None:
+    shards = synth.describe(catalog.resolve("stablelm-tuned-alpha-3b")).shards
+    sizes = [sum(tensor.bytes for tensor in shard) for shard in shards]
+    assert sizes == pytest.approx([10_161_140_290, 4_656_666_941], rel=0.0001)
+    shards = synth.describe(catalog.resolve("chatglm2-6b")).shards
+    assert len(shards) == 7
+    assert sum(tensor.bytes for tensor in shards[0]) == pytest.approx(1_827_780_615, rel=0.0001)
+
+
+def test_hollow_checkpoints_of_full_size_are_planned_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synth", "chatglm-6b", str(tmp_path / "hollow"), "--hollow"]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(tmp_path / "hollow"), "--gpu", "16GiB", "--ram", "32GiB", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["model"]["parameters"] == 6_173_286_400
+    assert planned["model"]["checkpoint_bytes"] == pytest.approx(13_416_906_785, rel=0.001)
+    assert sum(file.stat().st_blocks for file in (tmp_path / "hollow").iterdir()) * 512 < 2 << 20
+
+
+def test_writing_takes_the_memory_of_a_piece(tmp_path: Path) -> None:
+    made = synth.describe(catalog.resolve("codegen-350m-mono"))
+    tracemalloc.start()
+    try:
+        synth.write(made, tmp_path / "twin")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert made.bytes > 700 << 20
+    assert peak < 200 << 20
+
+
+def test_the_cache_keeps_it_and_lets_it_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
+    small_models.save("llama", tmp_path / "real")
+    source = catalog.resolve(str(tmp_path / "real"))
+    there = synth.fetch(source)
+    stamp = (there / "model.safetensors").stat().st_mtime_ns
+    assert synth.fetch(source) == there
+    assert (there / "model.safetensors").stat().st_mtime_ns == stamp
+    assert synth.is_synthetic(there)
+    assert not synth.is_synthetic(tmp_path / "real")
+    assert main(["synth", str(tmp_path / "real"), "--remove"]) == 0
+    assert not there.exists()
+    assert main(["synth", str(tmp_path / "real"), "--remove"]) == 0
+    assert "the cache holds no synthetic real" in capsys.readouterr().out
+
+
+def test_a_full_directory_and_a_full_disk_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "twin" / "mine").write_text("kept")
+    assert main(["synth", "codegen-350m-mono", str(tmp_path / "twin")]) == 2
+    assert "is not an empty directory" in capsys.readouterr().err
+    usage = shutil._ntuple_diskusage(1 << 40, 1 << 40, 1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert main(["synth", "codegen-350m-mono", str(tmp_path / "other")]) == 2
+    assert "no disk space" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["twin"]
+
+
+def test_what_ends_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    made = synth.describe(catalog.resolve("codegen-350m-mono"))
+
+    def interrupted(_step: str, done_bytes: int = 0, _total_bytes: int | None = None, /) -> None:
+        if done_bytes > 64 << 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synth.write(made, tmp_path / "twin", report=interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantised_models_are_not_imitated() -> None:
+    with pytest.raises(UsageError, match="published quantised"):
+        synth.describe(catalog.resolve("moss-moon-003-sft-int4"))
