@@ -47,7 +47,7 @@ def prove(session: Session, case: Case, *, within: float = WITHIN, tried: Callab
     expected, ram = _in_ram(session, case), session.machine.tier("cpu")
     most = (ram.capacity_bytes if ram else None) or expected.needed_high_bytes
     works, fails, why, runs = None, None, None, 0
-    limit: int | None = min(expected.needed_bytes, most)
+    limit: int | None = _whole(min(expected.needed_bytes, most))
     while limit is not None:
         result, runs = measure(session, replace(case, ram_bytes=limit)), runs + 1
         if tried is not None:
@@ -78,10 +78,15 @@ def _next(works: int | None, fails: int | None, most: int, within: float) -> int
     """Return the limit to try next, None when the two are close enough or there is nothing left to try."""
     if works is None:
         assert fails is not None
-        return min(int(fails * _STEP), most) if fails < most else None
+        return _whole(min(fails * _STEP, most)) if fails < _whole(most) else None
     if fails is None:
-        return int(works / _STEP) if works > _LEAST_BYTES else None
-    return int(math.sqrt(works * fails)) if works > fails * (1 + within) else None
+        return _whole(works / _STEP) if works > _LEAST_BYTES else None
+    return _whole(math.sqrt(works * fails)) if works > fails * (1 + within) else None
+
+
+def _whole(size: float) -> int:
+    """Round down to whole MiB, which a user can type."""
+    return max(int(size) // MIB, 1) * MIB
 
 
 def measure(session: Session, case: Case) -> Result:
