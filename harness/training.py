@@ -48,7 +48,7 @@ def of_skeleton(skeleton: Skeleton, gpus: int = 1, nodes: int = 1) -> Trained:
     """Count a model as DeepSpeed counts it: tied storage once, a layer as the parameters that one module holds itself."""
     layers = (
         sum(weight.elements for weight in module.weights if weight.tensor.kind == "parameter" and weight.tied_to is None)
-        for module in skeleton.modules
+        for module in skeleton.root.walk()
     )
     return Trained(parameters=skeleton.parameters, largest_layer=max(layers, default=0), gpus=gpus, nodes=nodes)
 

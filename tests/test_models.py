@@ -18,6 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GlmConfig,
 import harness.models
 from harness.models.chatglm import ChatGLMForCausalLM, anchors, positions
 from harness.models.packed import GroupScaledLinear, RowScaledLinear
+from harness.protocol import Generate, Score
+from harness.worker import model as work
+from harness.worker import score
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CHATGLM, INT4, MOSS = GOLDEN / "chatglm_l2_h64", GOLDEN / "chatglm_l2_h64_int4", GOLDEN / "moss_tiny"
@@ -346,3 +349,17 @@ def test_no_code_of_a_published_repository_runs(tmp_path: Path, folder: Path) ->
     config["auto_map"] = {"AutoConfig": "configuration_chatglm.C", "AutoModelForCausalLM": "modeling_chatglm.M"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert load(tmp_path / "model").config.model_type == config["model_type"]
+
+
+def test_the_worker_asks_chatglm_as_it_wants_to_be_asked() -> None:
+    """Prompts of token ids end in what asks for an answer, and a text is scored as an answer, which sees nothing that follows."""
+    own = work.Model(load(CHATGLM), None)
+    prompt = own.prompt(9)
+    assert prompt[-2:] == [120, 123]
+    assert not {120, 123} & set(prompt[:-2])
+    done = work.generate(own, Generate(prompt_tokens=9, new_tokens=4, batch=2))
+    assert (done["prompt_tokens"], done["new_tokens"], done["batch"]) == (9, 4, 2)
+    assert score.score(own, Score())["finite"]
+    changed = [5, 6, 7, 9]
+    first, second = (score._log_probabilities(own, ids) for ids in ([5, 6, 7, 8], changed))
+    assert torch.equal(first, second)

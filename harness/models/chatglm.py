@@ -328,6 +328,12 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def prompt_ending(self) -> list[int]:
+        """The tokens that ask for an answer, at the end of a prompt."""
+        begin = self.config.bos_token_id
+        return [self.config.gmask_token_id] + ([begin] if begin is not None else [])
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 

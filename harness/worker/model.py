@@ -27,10 +27,14 @@ PhaseContext = Callable[[str], AbstractContextManager[None]]
 
 
 class Model:
-    """A loaded model, its tokenizer (None: prompts are token ids) and the device that its inputs go to."""
+    """A loaded model, its tokenizer (None: prompts are token ids) and the device that its inputs go to.
+
+    `ending` are the tokens that a prompt must end with for the model to answer; architectures of `harness.models` have some.
+    """
 
     def __init__(self, module: PreTrainedModel, tokenizer: Any) -> None:
         self.module, self.tokenizer = module, tokenizer
+        self.ending: list[int] = list(getattr(module, "prompt_ending", ()))
         self.device_map = {name: str(place) for name, place in getattr(module, "hf_device_map", {}).items()}
         self.device = self._input_device()
         self._prompt: list[int] | None = None
@@ -45,15 +49,21 @@ class Model:
         return torch.device("cpu") if device.type == "meta" else device
 
     def prompt(self, length: int) -> list[int]:
-        """Return `length` token ids: real text where there is a tokenizer, else ids from all over the vocabulary."""
+        """Return `length` token ids: real text where there is a tokenizer, else any ids of the vocabulary; then the ending."""
         if self._prompt is None:
-            if self.tokenizer is not None:
-                self._prompt = list(self.tokenizer(quality.prompt_text())["input_ids"])
-            else:
-                size = self.module.config.get_text_config().vocab_size
-                self._prompt = [(index * 7919 + 11) % size for index in range(4096)]
-        times = -(-length // len(self._prompt))
-        return (self._prompt * times)[:length]
+            self._prompt = self.encode(quality.prompt_text()) if self.tokenizer is not None else self._any_tokens()
+        body = max(length - len(self.ending), 0)
+        times = -(-body // len(self._prompt))
+        return [*(self._prompt * times)[:body], *self.ending][:length]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without the ending that the tokenizer may add."""
+        return list(self.tokenizer(text, add_special_tokens=not self.ending)["input_ids"])
+
+    def _any_tokens(self) -> list[int]:
+        size = self.module.config.get_text_config().vocab_size
+        tokens = ((index * 7919 + 11) % size for index in range(4096))
+        return [token for token in tokens if token not in self.ending]
 
 
 def synchronize() -> None:

@@ -58,16 +58,16 @@ def score(model: Model, request: Score) -> dict[str, Any]:
 
 def _texts(model: Model) -> list[list[int]]:
     if model.tokenizer is None:
-        return [model.prompt(_SYNTHETIC_POSITIONS)]
-    return [list(model.tokenizer(passage.text)["input_ids"]) for passage in quality.PROBE.passages]
+        return [model.prompt(_SYNTHETIC_POSITIONS)[: -len(model.ending) or None]]
+    return [model.encode(passage.text) for passage in quality.PROBE.passages]
 
 
 @torch.inference_mode()
 def _log_probabilities(model: Model, ids: list[int]) -> torch.Tensor:
-    """Return log p(next token), float32 [len(ids) - 1, vocabulary]."""
-    tokens = torch.tensor([ids], device=model.device)
+    """Return log p(next token), float32 [len(ids) - 1, vocabulary]; the text is scored as an answer, after an empty prompt."""
+    tokens = torch.tensor([[*model.ending, *ids]], device=model.device)
     logits = model.module(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
-    return torch.log_softmax(logits[0, :-1].float(), dim=-1)
+    return torch.log_softmax(logits[0, len(model.ending) : -1].float(), dim=-1)
 
 
 def _compare(logp: torch.Tensor, reference: Predictions) -> tuple[int, float]:
