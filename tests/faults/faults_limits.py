@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 SYNTHETIC = ("qwen2", "llama")
 SIZES_MIB = (410, 720, 1230, 1840, 2870, 4096)
 PROVED = ("fp32", "bf16", "int8")
-WORK = {"prompt_tokens": "16", "new_tokens": "4", "repeats": "1", "case_timeout": "30"}
+WORK = {"prompt_tokens": "16", "new_tokens": "2", "repeats": "1", "case_timeout": "45"}
 
 
 @pytest.fixture(scope="module")
