@@ -5,7 +5,7 @@ in the name (`_bytes`, `_s`, `_tok_s`, `_j`); bytes are ints.
 
 History of the format of a result (`SCHEMA`):
 
-1. 2026-11: first.
+1. 2026-11: first. Fields that came later have a default, which is what a line without them means.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class Workload(Record, frozen=True, kw_only=True):
     new_tokens: int = 16
     batch: int = 1
     repeats: int = 5
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the KV cache at the end; the last one is never fed back."""
+        return self.prompt_tokens + self.new_tokens - 1
 
 
 class Case(Record, frozen=True, kw_only=True):
@@ -170,7 +175,8 @@ class Plan(Record, frozen=True, kw_only=True):
     """One case, decided: whether it can work here, and the code that loads it.
 
     `code` is Python that leaves the loaded model in the name `model`; it expects the model's id or directory in `MODEL`
-    (`harness.plan.script` prints it whole). `max_memory` and `device_map` are what that code passes on.
+    (`harness.plan.script` prints it whole). `max_memory` and `device_map` are what that code passes on. `remote_code` names the
+    code of the model that a library would run; it does only if it is `trusted`.
     """
 
     case: Case
@@ -180,6 +186,8 @@ class Plan(Record, frozen=True, kw_only=True):
     device_map: str | dict[str, str | int] | None = None
     max_memory: dict[str, int] | None = None
     estimate: Estimate | None = None
+    remote_code: list[str] = []
+    trusted: bool = False
 
 
 class Phase(Record, frozen=True, kw_only=True):
@@ -208,6 +216,40 @@ class Timeline(Record, frozen=True, kw_only=True):
     ram_bytes: list[int] = []
     ram_anon_bytes: list[int] = []
     vram_bytes: dict[str, list[int]] = {}
+
+
+class GpuInterference(Record, frozen=True, kw_only=True):
+    """What others did to one card during a window: share of its time, bytes they held, reasons it was throttled for, its clock."""
+
+    others_share: float | None = None
+    others_bytes: int | None = None
+    throttles: tuple[str, ...] = ()
+    sm_mhz: int | None = None
+    sm_most_mhz: int | None = None
+
+
+class Interference(Record, frozen=True, kw_only=True):
+    """What others did while one request was answered (load, cold, each warm round, score), on the CPUs that the worker may use.
+
+    Cores are seconds of CPU for each second; `own` is the worker's and the parent's part, `others_user` that of others in user
+    mode, `stolen` what a hypervisor took. What the system does not tell is None. `why` says what was too much, empty if nothing.
+    """
+
+    phase: str
+    start_s: float
+    end_s: float
+    cpus: int | None = None
+    own_cores: float | None = None
+    others_cores: float | None = None
+    others_user_cores: float | None = None
+    idle_cores: float | None = None
+    stolen_cores: float | None = None
+    swapped_bytes: int | None = None
+    swap_used_bytes: int | None = None
+    cpu_mhz: int | None = None
+    cpu_throttles: int = 0
+    gpus: dict[str, GpuInterference] = {}
+    why: str = ""
 
 
 class Answer(Record, frozen=True, kw_only=True):
@@ -239,7 +281,11 @@ class Loaded(Record, frozen=True, kw_only=True):
 
 
 class Result(Record, frozen=True, kw_only=True):
-    """What one case showed. One line of `results.jsonl`."""
+    """What one case showed. One line of `results.jsonl`.
+
+    `fingerprint` tells the files of the model from others, `allowed_s` are the time limits of the case by option, `failed` names
+    the tests that failed; all three are for `--resume`. `remote_code` names the model's own code that ran with it.
+    """
 
     schema: int = SCHEMA
     id: str
@@ -255,6 +301,7 @@ class Result(Record, frozen=True, kw_only=True):
     metrics: dict[str, float] = {}
     samples: dict[str, list[float]] = {}
     noisy: dict[str, str] = {}
+    interference: list[Interference] = []
     phases: list[Phase] = []
     timeline: Timeline | None = None
     estimate: Estimate | None = None
@@ -265,7 +312,11 @@ class Result(Record, frozen=True, kw_only=True):
     code: str | None = None
     command: str | None = None
     environment: dict[str, str] = {}
+    remote_code: list[str] = []
     log_tail: str = ""
+    fingerprint: str = ""
+    allowed_s: dict[str, float] = {}
+    failed: list[str] = []
 
 
 def encode(record: Record) -> bytes:

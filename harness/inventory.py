@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from harness import memory_cost
+from harness import memory_cost, operations
 from harness.blueprint import Blueprint
 from harness.devicemap import DTYPE_BYTES
 from harness.memory_cost import Kept
+from harness.operations import Operations
 from harness.skeleton import Module, Weight
 
 # Formats whose tensors transformers maps into memory instead of reading them.
@@ -65,6 +66,9 @@ class Inventory:
         self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory_cost.module_bytes(kind, held).items()}
         self.per_token = memory_cost.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = blueprint.stored_dtype
+        # Bytes of the file for each weight: the blocks of a GGUF hold less than a byte each.
+        packed = blueprint.checkpoint_bytes / max(1, self.skeleton.parameters)
+        self.stored_width = packed if blueprint.gguf else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
@@ -79,6 +83,11 @@ class Inventory:
         for _, sums in self.rows:
             total.add(sums)
         return total
+
+    @cached_property
+    def operations(self) -> Operations:
+        """What one token starts."""
+        return operations.count(self.skeleton)
 
     @cached_property
     def parameters(self) -> int:
@@ -133,7 +142,7 @@ class Inventory:
         size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
         makes = self._makes(weight)
         in_file = not weight.tied_to and weight.tensor.kind != "unsaved"
-        stored = weight.elements * DTYPE_BYTES.get(self.stored_dtype, 2) if in_file and self.held.packed_bits is None else size
+        stored = int(weight.elements * self.stored_width) if in_file and self.held.packed_bits is None else size
         copies = self._copied(weight)
         view = not makes and weight.tensor.kind != "unsaved"
         return Sums(

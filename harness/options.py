@@ -85,7 +85,7 @@ def _text(text: str) -> str:
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="model",
-        help=f"a model to run: a catalog name, a hub id or a directory (repeatable; default {DEFAULT})",
+        help=f"a model to run: a catalog name, a hub id, a directory or a GGUF file (repeatable; default {DEFAULT})",
         parse=_text,
         repeat=True,
         default=(DEFAULT,),
@@ -93,7 +93,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="precision",
-        help=f"how to hold the weights: {', '.join(PRECISIONS)} (repeatable; default all)",
+        help=f"how to hold the weights: {', '.join(PRECISIONS)} (repeatable; default all that the checkpoint allows)",
         parse=_from_table(PRECISIONS, "precision"),
         repeat=True,
         default=tuple(PRECISIONS),
@@ -101,7 +101,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="placement",
-        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all)",
+        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all that differ here)",
         parse=_from_table(PLACEMENTS, "placement"),
         repeat=True,
         default=tuple(PLACEMENTS),
@@ -110,7 +110,13 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="prompt-tokens", help="tokens of each prompt (default 64)", parse=_at_least(1), default=64, metavar="N"),
     Option(name="new-tokens", help="tokens to generate from each prompt (default 16)", parse=_at_least(2), default=16, metavar="N"),
     Option(name="batch", help="prompts generated from at once (default 1)", parse=_at_least(1), default=1, metavar="N"),
-    Option(name="repeats", help="warm rounds, after one cold round (default 5)", parse=_at_least(1), default=5, metavar="N"),
+    Option(
+        name="repeats",
+        help="undisturbed warm rounds, after one cold round (default 5); up to three times as many run",
+        parse=_at_least(1),
+        default=5,
+        metavar="N",
+    ),
     Option(
         name="vram",
         help="let each case use so much of each GPU, as a card of that size, e.g. 8GiB (repeatable; default all)",
@@ -129,7 +135,24 @@ OPTIONS: tuple[Option, ...] = (
         metavar="DIR",
     ),
     Option(name="html", help="where to write the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
-    Option(name="run-all", help="also run what the plan expects to fail", switch=True, default=False),
+    Option(
+        name="trust-remote-code",
+        help="let code that comes with a model run (its config's or tokenizer's auto_map, a generate of its own)",
+        switch=True,
+        default=False,
+    ),
+    Option(
+        name="resume",
+        help="keep the results that still hold, and run what is missing, has changed, crashed or failed",
+        switch=True,
+        default=False,
+    ),
+    Option(
+        name="run-all",
+        help="also run what the plan expects to fail, and with --resume what ran out of memory",
+        switch=True,
+        default=False,
+    ),
     Option(name="fail-on-oom", help="let running out of memory fail the test", switch=True, default=False),
 )
 
@@ -169,7 +192,7 @@ class Options:
 
     def command(self) -> str:
         """Return the options of the command line that repeats this run, those of single cases left out."""
-        skip = {"model", "precision", "placement", "vram", "ram", "results", "html"}
+        skip = {"model", "precision", "placement", "vram", "ram", "results", "html", "resume"}
         words: list[str] = []
         for option in OPTIONS:
             value = self._values[option.key]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.case import Case, Machine, Plan, Verdict
 from harness.devicemap import MARGIN
-from harness.placement import PLACEMENTS, Placement
+from harness.placement import PLACEMENTS, ROOM, Placement
 from harness.precision import PRECISIONS, Precision
 from harness.units import exact_size, format_size
 
@@ -31,9 +31,12 @@ def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str]
     was only described: what is installed on this one says nothing about it.
     """
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
-    for trait in placement.traits:
+    # Without a GPU what may use one lies in RAM alone.
+    for trait in placement.traits if machine.gpus or placement.needs_gpu else (*placement.traits, "ram"):
         if trait in precision.refuses:
             return Verdict.INVALID, precision.refuses[trait]
+    if placement.without_gpu and not machine.gpus:
+        return Verdict.UNAVAILABLE, f"without a GPU it is the same as {placement.without_gpu}"
     if placement.needs_gpu and not machine.gpus:
         return Verdict.UNAVAILABLE, "needs a GPU, and NVML knows none here"
     if beyond := _beyond(case, machine):
@@ -60,7 +63,7 @@ def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tu
     if placement.devices[0] != "gpu" or not machine.gpus:
         return None
     least = precision.min_compute_capability
-    uses_all = placement.device_map == "auto" and placement.limits is None
+    uses_all = placement.device_map in ("auto", ROOM) and placement.limits is None
     for gpu in machine.gpus if uses_all else machine.gpus[:1]:
         if gpu.compute_capability is not None and float(gpu.compute_capability) < least:
             have = f"{gpu.model or gpu.name} has {gpu.compute_capability}"
@@ -142,14 +145,14 @@ LIMITS: Mapping[str, Callable[[Sizes, Machine], dict[str, int]]] = {
 
 
 def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
-    """Plan one case. Without a checkpoint (not fetched yet) a case that needs its sizes has no code."""
+    """Plan one case from the tables. A case that needs sizes has no code without a checkpoint, nor one whose map is computed."""
     refused = gate(case, machine)
     if refused:
         return Plan(case=case, verdict=refused[0], why=refused[1])
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
-    if placement.limits and checkpoint is None:
+    if placement.device_map == ROOM or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
     limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))
     return Plan(
@@ -160,16 +163,40 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     )
 
 
-def loading_code(precision: Precision, placement: Placement, dtype: str, limits: Mapping[str, int] | None) -> str:
-    """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text."""
-    arguments: dict[str, Any] = {"dtype": dtype}
-    if precision.quantization is not None:
+def loading_code(
+    precision: Precision,
+    placement: Placement,
+    dtype: str,
+    max_memory: Mapping[str, int] | None,
+    *,
+    device_map: Mapping[str, str | int] | None = None,
+    gguf_file: str | None = None,
+    trusted: bool | None = None,
+) -> str:
+    """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
+
+    `device_map` gives tiers by module, for a placement whose map is computed here.
+    Of a GGUF file a precision that quantises nothing asks for the weights unpacked: transformers' default depends on the machine.
+    `trusted` says whether the model's own code may run, None where it has none. It is always said where there is some: left out,
+    transformers would ask at the terminal.
+    """
+    arguments: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    arguments["dtype"] = dtype
+    if gguf_file and precision.quantization is None:
+        arguments["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+    elif precision.quantization is not None:
         arguments["quantization_config"] = _quantization(precision.quantization, dtype)
     arguments |= placement.arguments()
-    if limits is not None:
-        arguments["max_memory"] = {_device(tier): size for tier, size in limits.items()}
+    if placement.device_map == ROOM:
+        assert device_map is not None, "its code cannot be written without the map"
+        arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
+        arguments |= {"offload_folder": "offload"} if "disk" in device_map.values() else {}
+    if max_memory is not None:
+        arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
     if placement.call == "load_checkpoint_and_dispatch":
-        return _dispatch_code(arguments)
+        return _dispatch_code(arguments, trusted)
+    if trusted is not None:
+        arguments["trust_remote_code"] = trusted
     lines = ["from transformers import AutoModelForCausalLM", "", "model = AutoModelForCausalLM.from_pretrained("]
     lines += ["    MODEL,", *_written(arguments), ")"]
     if placement.call == "to":
@@ -184,15 +211,15 @@ def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return given
 
 
-def _dispatch_code(arguments: Mapping[str, Any]) -> str:
-    dtype = arguments["dtype"]
+def _dispatch_code(arguments: Mapping[str, Any], trusted: bool | None) -> str:
+    dtype, trust = arguments["dtype"], _trust(trusted)
     lines = [
         "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
         "from transformers import AutoConfig, AutoModelForCausalLM",
         "",
-        "config = AutoConfig.from_pretrained(MODEL)",
+        f"config = AutoConfig.from_pretrained(MODEL{trust})",
         "with init_empty_weights():",
-        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)})",
+        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)}{trust})",
         "model.tie_weights()",
         "model = load_checkpoint_and_dispatch(",
         "    model,",
@@ -204,35 +231,46 @@ def _dispatch_code(arguments: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _trust(trusted: bool | None) -> str:
+    return "" if trusted is None else f", trust_remote_code={trusted}"
+
+
 def _written(arguments: Mapping[str, Any]) -> list[str]:
     return [f"    {name}={_literal(value)}," for name, value in arguments.items()]
 
 
 def _literal(value: Any) -> str:
-    """Write a value as Python with double quotes; JSON escapes a string as Python reads it."""
+    """Write a value as Python with double quotes; JSON escapes a string as Python reads it; so is what cannot be seen."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return "".join(letter if letter.isprintable() else _escaped(letter) for letter in json.dumps(value, ensure_ascii=False))
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
     return repr(value)
+
+
+def _escaped(letter: str) -> str:
+    """Write a letter that turns a line around, or that no screen shows, by its number."""
+    return f"\\u{ord(letter):04x}" if ord(letter) < 1 << 16 else f"\\U{ord(letter):08x}"
 
 
 def _device(tier: str) -> str | int:
     return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
 
 
-def script(head: str, one: Plan) -> str:
+def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
 
-    Needs the plan's `code`. Inputs go to the first GPU where there is one in the plan, where accelerate's hooks take them.
+    Needs the plan's `code`. A GGUF file holds its tokenizer. Inputs go to the first GPU where there is one in the plan, where
+    accelerate's hooks take them.
     """
     load = one.case.workload
     places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
     device = "cuda" if any(str(place).startswith("gpu") for place in places) else "cpu"
+    told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",
-        "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{told}{_trust(one.trusted if one.remote_code else None)})",
         f'inputs = tokenizer(["The capital of France is"] * {load.batch}, return_tensors="pt").to("{device}")',
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",

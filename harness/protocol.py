@@ -32,12 +32,16 @@ class Confine(Message, frozen=True, kw_only=True, tag="confine"):
 
 
 class Load(Message, frozen=True, kw_only=True, tag="load"):
-    """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code."""
+    """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code.
+
+    `gguf_file` is the file there that holds the tokenizer, where that is a GGUF.
+    """
 
     model: str
     code: str
     imports: tuple[str, ...] = ()
     tokenizer: bool = True
+    gguf_file: str | None = None
     trust_remote_code: bool = False
 
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -380,6 +380,11 @@ def own_fork_server() -> Iterator[None]:
     assert not left
 
 
+def preload() -> None:
+    """Fork the workers of this process, which has started none yet, from a server that has nothing but this module imported."""
+    multiprocessing.set_forkserver_preload([__name__])
+
+
 def workers() -> list[psutil.Process]:
     """Return the processes that the fork server of this process has started and that still run."""
     server: Any = multiprocessing.forkserver._forkserver
@@ -401,6 +406,11 @@ def ends(process: psutil.Process, within_s: float = 60.0) -> bool:
     while runs(process) and time.monotonic() < until_s:
         time.sleep(0.01)
     return not runs(process)
+
+
+def no_counters(*_: object) -> NoReturn:
+    """Stand in for harness.counters.cpu where a test must not see what else this machine does."""
+    raise OSError("this system counts nothing")
 
 
 # The model

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import process, store
+from harness import counters, process, store
 from harness.case import Outcome, Result
 from harness.metrics import format_metric
 from harness.options import OPTIONS
@@ -106,6 +106,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, cache: P
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing hypothesis takes longer than a test
     monkeypatch.setattr(process, "_GRACE_S", 0.5)
+    monkeypatch.setattr(counters, "cpu", scripted.no_counters)
     shutil.copytree(ROOT / "cases", pytester.path / "cases", ignore=shutil.ignore_patterns("__pycache__"))
     pytester.makeconftest(CONFTEST)
     pytester.makepyprojecttoml(PYPROJECT)
@@ -487,6 +488,70 @@ def test_page_that_cannot_be_written_in_the_end_is_told_in_one_sentence(project:
 def test_no_terminal_is_needed(project: Project) -> None:
     assert project.run("-p", "no:terminal", "-k", "load").ret == 0
     assert project.outcomes == {"fp32": Outcome.OK}
+
+
+# Resuming
+
+
+def test_a_resumed_run_says_what_it_kept(project: Project) -> None:
+    project.behave(bf16="bad_alloc", fp16="bug")
+    assert project.run(precisions="fp32 bf16 fp16").ret == pytest.ExitCode.TESTS_FAILED
+    done = project.run("--resume", precisions="fp32 bf16 fp16")
+    done.stdout.fnmatch_lines(
+        [
+            "tiny/fp32/cpu  ssss  kept from 20??-??-?? ??:?? UTC: works *",
+            "tiny/bf16/cpu  Msss  kept from 20??-??-?? ??:?? UTC: out of memory*",
+            "tiny/fp16/cpu  Esss  crashed: *",
+            "--resume: 2 cases kept, 1 run: 1 crashed; loaded tiny/fp32/cpu once more, which others are compared with",
+            "3 results in fitmatrix-results/results.jsonl",
+            "page: fitmatrix-results/index.html",
+        ]
+    )
+    assert [result.case.precision for result in project.results] == ["fp32", "bf16", "fp16", "fp16"]
+
+
+def test_a_kept_case_is_skipped_with_its_date(project: Project) -> None:
+    project.run()
+    done = project.run("--resume", "-rs", "--junit-xml", "junit.xml")
+    done.assert_outcomes(skipped=4)
+    assert done.ret == 0
+    done.stdout.fnmatch_lines(["SKIPPED*kept from 20??-??-?? ??:?? UTC"])
+    assert 'message="kept from 20' in (project.path / "junit.xml").read_text()
+
+
+@pytest.mark.parametrize("behaviour", ["without_effect", "fewer_tokens", "nan"])
+def test_what_failed_runs_and_fails_again(project: Project, behaviour: str) -> None:
+    """Else a second run of CI would be green although nothing has changed."""
+    project.behave(fp32=behaviour)
+    project.run()
+    done = project.run("--resume")
+    done.assert_outcomes(passed=3, failed=1)
+    (failed,) = project.results[0].failed
+    done.stdout.fnmatch_lines([f"--resume: 0 cases kept, 1 run: 1 failed {failed}"])
+
+
+def test_a_kept_out_of_memory_that_was_to_fit_fails_again(project: Project) -> None:
+    project.pytester.makeconftest(CONFTEST.replace("480 << 20", "16 << 30"))
+    project.behave(fp32="bad_alloc")
+    project.run()
+    done = project.run("--resume")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines(["kept from *: out of memory during load*; the plan said that it fits"])
+    assert len(project.results) == 1
+
+
+def test_a_kept_out_of_memory_fails_when_asked_to(project: Project) -> None:
+    project.behave(fp32="bad_alloc")
+    assert project.run().ret == 0
+    assert project.run("--resume").ret == 0
+    assert project.run("--resume", "--fail-on-oom").ret == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_part_of_a_case_is_not_taken_for_the_whole(project: Project) -> None:
+    project.run("-k", "load")
+    done = project.run("--resume")
+    done.assert_outcomes(passed=4)
+    done.stdout.fnmatch_lines(["--resume: 0 cases kept, 1 run: 1 measured in part"])
 
 
 # Processes

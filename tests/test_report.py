@@ -1,6 +1,9 @@
 """The page of results: what it says, in which order, and that it says nothing the store does not."""
 
+import base64
+import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +16,7 @@ import msgspec
 import pytest
 
 from harness import units
-from harness.case import Answer, Machine, Outcome, Phase, Quality, Result, Tier, Timeline, Verdict, Workload
+from harness.case import Answer, Interference, Machine, Outcome, Phase, Quality, Result, Tier, Timeline, Verdict, Workload
 from harness.errors import StoreError
 from harness.metrics import METRICS, format_metric
 from harness.placement import PLACEMENTS
@@ -341,6 +344,17 @@ def test_doubtful_figures_are_marked_in_words(result: Result) -> None:
     assert "load (sampled)" in details.text
 
 
+def test_disturbed_rounds_are_listed_by_their_number(result: Result) -> None:
+    names = ("load", "cold", "warm", "warm", "score")
+    whys = ("", "", "", "others used <b>0.9 of 2 cores", "4.00 GiB were swapped")
+    windows = [Interference(phase=name, start_s=0, end_s=1, why=why) for name, why in zip(names, whys, strict=True)]
+    shown = details_of(rendered([replace(result, interference=windows)]), result).text
+    assert "warm round 2: others used <b>0.9 of 2 cores" in shown
+    assert "score: 4.00 GiB were swapped" in shown
+    assert "warm round 1:" not in shown
+    assert "Disturbed" not in details_of(rendered([result]), result).text
+
+
 def test_prediction_stands_beside_measurement(result: Result) -> None:
     assert result.estimate
     row = next(row for row in details_of(rendered([result]), result).all("tr") if row.text.startswith("decode "))
@@ -424,6 +438,10 @@ def test_the_page_names_no_other_file_or_host(golden: list[Result], root: Node) 
     assert "url(" not in page.render(golden)
     policy = root.all("meta", http_equiv="Content-Security-Policy")[0].attrs["content"]
     assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+    for tag in ("style", "script"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page.render(golden), re.DOTALL)
+        assert f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
 
 
 def test_headings_go_down_one_step_at_a_time_and_tables_have_heads(root: Node) -> None:

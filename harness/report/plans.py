@@ -37,18 +37,18 @@ TERMS = (
 
 def show(advices: Sequence[Advice], machine: Machine, load: Workload) -> None:
     """Print the machine, and for each model a table, why what does not fit does not, and what to do."""
-    parts: list[RenderableType] = [Text(_machine_line(machine))]
+    parts: list[RenderableType] = [terminal.said(_machine_line(machine))]
     for advice in advices:
         parts += [terminal.title(_headline(advice)), _table(advice, machine)]
         reasons = "\n".join(_reasons(advice.plans))
-        parts += [Text(text) for text in (advice.blueprint.note, reasons, _conclusion(advice, load)) if text]
+        parts += [terminal.said(text) for text in (advice.blueprint.note, reasons, _conclusion(advice, load)) if text]
     terminal.show(*parts)
 
 
 def explain(advice: Advice) -> None:
     """Print every term of the one case of `advice`, with its interval, and the constants that it rests on."""
     one = advice.plans[0]
-    parts: list[RenderableType] = [terminal.title(f"{one.case.id}: {_word(one)}"), *([Text(one.why)] if one.why else [])]
+    parts: list[RenderableType] = [terminal.title(f"{one.case.id}: {_word(one)}"), *([terminal.said(one.why)] if one.why else [])]
     if one.estimate is not None:
         parts += [_terms(one.estimate), terminal.facts(_seconds(one.estimate)), _constants(advice, one)]
     terminal.show(*parts)
@@ -123,7 +123,7 @@ def _conclusion(advice: Advice, load: Workload) -> str:
     context = advice.planner.max_context(best)
     room = f" It holds a context of up to {context:,} tokens." if context else ""
     return (
-        f"Best: {case}: {advice.reason}.{room} {planned}\n"
+        f"Best: {case}: {advice.reason.removesuffix('.')}.{room} {planned}\n"
         f"To load it:   fitmatrix plan {name} --code {case}\nTo prove it:  pytest cases/ --model {name}"
     )
 
@@ -132,8 +132,8 @@ def _sayable(advice: Advice) -> str:
     """Write the model as an argument of a command: a directory by its path from here."""
     source = advice.source
     if source.kind != "directory":
-        return source.name
-    place = Path(source.location)
+        return f"{source.location} --file {shlex.quote(source.file)}" if source.file else source.name
+    place = Path(source.location) / (source.file or "")
     if not place.is_relative_to(Path.cwd()):
         return shlex.quote(source.location)
     inside = place.relative_to(Path.cwd())
