@@ -125,8 +125,7 @@ def test_death_between_requests_is_told_by_the_next(start: Start) -> None:
 
 def test_a_worker_that_is_ended_from_another_thread_says_the_first_reason(start: Start) -> None:
     worker = start("grandchild_hangs")
-    for reason in ("ram-limit", "machine-memory"):
-        threading.Timer(0.5, worker.end, [reason]).start()
+    threading.Timer(0.5, lambda: [worker.end(reason) for reason in ("ram-limit", "machine-memory")]).start()
     with pytest.raises(Ended) as caught:
         ask(worker, LOAD)
     assert (caught.value.exit_code, caught.value.ended_by) == (-signal.SIGKILL, "ram-limit")
