@@ -186,9 +186,10 @@ class Planner:
 
     def _count(self, case: Case, held: Kept, placed: Mapping[str, Device]) -> Count:
         tiers = layout.tiers(self.blueprint.skeleton, placed)
-        gguf = self.blueprint.gguf
-        through_ram = PLACEMENTS[case.placement].call == "to" or (gguf is not None and gguf.through_ram)
-        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram)
+        gguf, call = self.blueprint.gguf, PLACEMENTS[case.placement].call
+        through_ram = call == "to" or (gguf is not None and gguf.through_ram)
+        rewrites = call == "load_checkpoint_and_dispatch"
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites)
         self.counts[case.id] = count
         return count
 
@@ -212,7 +213,11 @@ class Planner:
             return Verdict.UNAVAILABLE, f"nobody told how much memory {unknown[0]} has: add {option}"
         tight = None
         for name, tier in expected.tiers.items():
-            if tier.capacity_bytes is None or name == "disk":
+            if name == "disk":
+                if short := short_of_disk(expected, tier.capacity_bytes):
+                    return Verdict.TOO_BIG, short
+                continue
+            if tier.capacity_bytes is None:
                 continue
             if tier.needed_bytes > tier.capacity_bytes:
                 return Verdict.TOO_BIG, f"too big for {name}: needs {_needs(tier)}, free {format_gib(tier.capacity_bytes)}."
@@ -253,6 +258,15 @@ class Planner:
             if tier.capacity_bytes is not None and name != "disk" and tier.needed_bytes > tier.capacity_bytes:
                 return False
         return True
+
+
+def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | None:
+    """Say why the weights that loading writes into the offload folder do not go there; None if they do."""
+    tier = expected.tiers.get("disk") if expected else None
+    if tier is None or free_bytes is None or tier.needed_bytes <= free_bytes:
+        return None
+    needed, free = format_gib(tier.needed_bytes), format_gib(free_bytes)
+    return f"too big for disk: the offload folder needs {needed} GiB, free {free}; set TMPDIR to a directory on a larger disk."
 
 
 def _needs(tier: TierEstimate) -> str:

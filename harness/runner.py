@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -20,6 +21,7 @@ from harness.guard import Breach, Guard, Limits
 from harness.interference import Watch
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
+from harness.patience import Patience
 from harness.precision import PRECISIONS
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Confine, Confined, Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
@@ -44,8 +46,15 @@ class Setting:
     scratch: Path
     worker_main: WorkerMain
     timeout_s: float
+    phase_timeout_s: float = math.inf
     gpus: Gpus | None = None
     on_sample: LiveLine | None = None
+
+    @property
+    def allowed_s(self) -> dict[str, float]:
+        """The limits of time by the name of their option; what has none is left out."""
+        limits = {"case-timeout": self.timeout_s, "phase-timeout": self.phase_timeout_s}
+        return {name: seconds for name, seconds in limits.items() if math.isfinite(seconds)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +98,7 @@ class Run:
         self._phases: list[Phase] = []
         self._windows: list[Interference] = []
         self._begun_s = time.monotonic()
-        self._deadline_s = self._begun_s + setting.timeout_s
+        self._patience = Patience(case_s=setting.timeout_s, phase_s=setting.phase_timeout_s)
         self._at = datetime.now(timezone.utc)
         self._oom_kills, self._log, self._traceback = oom_kills(), "", ""
         self._directory = TemporaryDirectory(prefix="case-", dir=setting.scratch, ignore_cleanup_errors=True)
@@ -99,7 +108,7 @@ class Run:
             group = cgroup.group(plan.case.ram_bytes) if plan.case.ram_bytes is not None else None
             if group is not None:
                 undo.callback(group.remove)
-            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch)
+            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch, start_s=setting.phase_timeout_s)
             undo.callback(self._worker.kill)
             self._group = group if group is not None and group.add(self._worker.pid) else None
             self._guard = Guard(self._limits(), self._worker.end)
@@ -201,7 +210,7 @@ class Run:
         asked, took = self.plan.case.workload.repeats, [done.total_s for done in self.warm]
         if not asked <= len(took) < _MOST_ROUNDS * asked or sum(took[asked:]) + max(took) > sum(took[:asked]):
             return False
-        if time.monotonic() + _SPARE_ROUNDS * max(took) > self._deadline_s:
+        if _SPARE_ROUNDS * max(took) > self._patience.case_left_s:
             return False
         quiet = interference.undisturbed(self.warm, self._windows)
         return len(quiet) < asked or bool(figures.noise(figures.samples(quiet)))
@@ -244,7 +253,7 @@ class Run:
             raise self.ended
         self._others.begin()
         try:
-            event = self._worker.ask(request, until_s=self._deadline_s)
+            event = self._worker.ask(request, self._patience)
         except Ended as end:
             raise self._end(ended_by=end.ended_by, exit_code=end.exit_code) from None
         except WorkerError as error:
@@ -271,7 +280,7 @@ class Run:
             breach=self._guard.breach,
             group_kills=self._group.oom_kills if self._group else 0,
             ram_bytes=self.plan.case.ram_bytes,
-            limit_s=self.setting.timeout_s,
+            limit_s=self._patience.limit_s(ended_by),
             log_tail=self._worker.log_tail(),
         )
         outcome, why = classify(evidence)
@@ -382,5 +391,5 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "environment": dict(setting.environment),
         "remote_code": plan.remote_code if plan.trusted else [],
         "fingerprint": subject.fingerprint,
-        "allowed_s": {"case-timeout": setting.timeout_s},
+        "allowed_s": setting.allowed_s,
     }

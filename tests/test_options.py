@@ -28,6 +28,7 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "vram": ('["8GiB", "12GiB"]', (8 * GIB, 12 * GIB), ["6GiB"], (6 * GIB,)),
     "ram": ('"16GiB"', 16 * GIB, "1.5GiB", 3 * GIB // 2),
     "case-timeout": ("60", 60.0, "90.5", 90.5),
+    "phase-timeout": ("30", 30.0, "45.5", 45.5),
     "results": ('"out"', Path("out"), "/elsewhere/out", Path("/elsewhere/out")),
     "html": ('"page.html"', Path("page.html"), "p.html", Path("p.html")),
     "trust-remote-code": ("true", True, True, True),
