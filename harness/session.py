@@ -48,6 +48,7 @@ from harness.resume import Kept
 from harness.runner import CaseEnded, LiveLine, Run, Setting, Subject
 from harness.scratch import Scratch
 from harness.store import Store
+from harness.units import exact_size
 
 _RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
 
@@ -123,7 +124,7 @@ class Session:
         )
 
     def cases(self) -> list[Case]:
-        """Return model x precision x placement in the order they run: the widest precision first, as the reference."""
+        """Return model x precision x placement x size of GPU in the order they run: the widest precision first, as reference."""
         load = Workload(
             prompt_tokens=self.options.prompt_tokens,
             new_tokens=self.options.new_tokens,
@@ -131,10 +132,11 @@ class Session:
             repeats=self.options.repeats,
         )
         return [
-            Case(model=name, precision=precision, placement=placement, workload=load)
+            Case(model=name, precision=precision, placement=placement, workload=load, vram_bytes=vram, ram_bytes=self.options.ram)
             for name in self.sources
             for precision in self._precisions(name)
             for placement in self._placements
+            for vram in (("gpu" in PLACEMENTS[placement].devices and self.options.vram) or (None,))
         ]
 
     @cached_property
@@ -176,14 +178,15 @@ class Session:
             self._blueprint(name)
 
     def plan(self, case: Case) -> Plan:
-        """Plan one case, and with the first of a model all of its cases: what is too big names one that fits."""
+        """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
         read = self._checkpoints.get(case.model)
         if read is None:
-            return plan.decide(case, self.machine, None)
+            return plan.decide(case, machine.limited(self.machine, case), None)
         if case.id not in self._plans:
-            cases = [one for one in self.cases() if one.model == case.model]
-            planner = Planner(self._blueprint(case.model), self.machine, constants=self._calibration, trust=self.trust)
-            made = planner.plans(cases)
+            here, drawn = machine.limited(self.machine, case), self._blueprint(case.model)
+            cases = [one for one in self.cases() if _limits(one) == _limits(case)]
+            planner = Planner(drawn, here, constants=self._calibration, trust=self.trust)
+            made = planner.plans(cases or [case])
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
 
@@ -222,6 +225,8 @@ class Session:
     def _command(self, case: Case) -> str:
         model = _sayable(self.sources[case.model])
         words = ["pytest", "cases/", "--model", model, "--precision", case.precision, "--placement", case.placement]
+        limits = (("--vram", case.vram_bytes), ("--ram", case.ram_bytes))
+        words += [word for flag, size in limits if size is not None for word in (flag, exact_size(size))]
         return f"{shlex.join(words)} {self.options.command()}".strip()
 
     def start(self, decided: Plan) -> Run | Kept | None:
@@ -338,6 +343,10 @@ class Session:
         if "_scratch" in self.__dict__:
             forkserver.cool_down(self._scratch.path)
             self._scratch.remove()
+
+
+def _limits(case: Case) -> tuple[str, int | None, int | None]:
+    return case.model, case.vram_bytes, case.ram_bytes
 
 
 def _resolved(models: Sequence[str]) -> dict[str, Source]:
