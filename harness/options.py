@@ -66,6 +66,15 @@ def _at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise UsageError(f"{text!r} is none of {', '.join(words)}")
+        return text
+
+    return parse
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -90,6 +99,13 @@ OPTIONS: tuple[Option, ...] = (
         repeat=True,
         default=(DEFAULT,),
         metavar="MODEL",
+    ),
+    Option(
+        name="weights",
+        help="real ones, or synthetic: random weights of the model's true shape, made here without a download (default real)",
+        parse=_one_of("real", "synthetic"),
+        default="real",
+        metavar="KIND",
     ),
     Option(
         name="precision",

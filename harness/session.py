@@ -29,6 +29,7 @@ from harness import (
     resume,
     runner,
     store,
+    synth,
 )
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration
@@ -42,6 +43,7 @@ from harness.placement import PLACEMENTS, distinct
 from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
+from harness.progress import Report
 from harness.quality import Reference, reference_of
 from harness.report import page
 from harness.resume import Kept
@@ -70,7 +72,7 @@ class Session:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.sources = _resolved(options.model)
+        self.sources = _resolved(options.model, real=options.weights == "real")
         self.added = 0
         self.kept: dict[Case, Result] = {}
         self.store = Store(options.results)
@@ -165,7 +167,7 @@ class Session:
         runnable = sorted({case.model for case in cases if plan.gate(case, self.machine) is None})
         with catalog.show_progress() as progress:
             for name in runnable:
-                self._locations[name] = catalog.fetch(self.sources[name], progress=progress, trust_remote_code=self.trust)
+                self._locations[name] = self._fetch(self.sources[name], progress)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name] / (self.sources[name].file or ""))
             self._fingerprints[name] = fingerprint.of_model(self._locations[name], self._checkpoints[name])
@@ -176,6 +178,11 @@ class Session:
             forkserver.warm_up(sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in runnable})))
         for name in runnable:
             self._blueprint(name)
+
+    def _fetch(self, source: Source, progress: Report) -> Path:
+        if self.options.weights == "synthetic":
+            return synth.fetch(source, progress)
+        return catalog.fetch(source, progress=progress, trust_remote_code=self.trust)
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
@@ -209,6 +216,7 @@ class Session:
         location, drawn = self._locations.get(case.model, Path(source.location)), self._blueprints.get(case.model)
         return Subject(
             location=location,
+            weights="synthetic" if synth.is_synthetic(location) else "real",
             tokenizer=drawn.tokenizer if drawn else False,
             gguf_file=drawn.gguf_file if drawn else None,
             fingerprint=self._fingerprints.get(case.model, ""),
@@ -349,10 +357,10 @@ def _limits(case: Case) -> tuple[str, int | None, int | None]:
     return case.model, case.vram_bytes, case.ram_bytes
 
 
-def _resolved(models: Sequence[str]) -> dict[str, Source]:
+def _resolved(models: Sequence[str], *, real: bool) -> dict[str, Source]:
     """Resolve models to sources by name; two directories of one name could not be told apart in the results."""
     sources: dict[str, Source] = {}
-    for source in map(catalog.resolve, models):
+    for source in (catalog.resolve(model, weights=real) for model in models):
         other = sources.setdefault(source.name, source)
         if other.location != source.location:
             raise UsageError(f"two models are called {source.name!r}: {other.location} and {source.location}; rename a directory")

@@ -19,6 +19,7 @@ from harness.units import GIB
 # For each option: what pyproject.toml says in TOML and what that means, what the command line gives and what that means.
 SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "model": ('["a/b", "c/d"]', ("a/b", "c/d"), ["./tiny"], ("./tiny",)),
+    "weights": ('"synthetic"', "synthetic", "synthetic", "synthetic"),
     "precision": ('["int4"]', ("int4",), ["bf16", "fp16"], ("bf16", "fp16")),
     "placement": ('["gpu+cpu", "cpu"]', ("gpu+cpu", "cpu"), ["direct"], ("direct",)),
     "prompt-tokens": ("128", 128, "256", 256),
