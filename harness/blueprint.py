@@ -59,7 +59,7 @@ class Packed(Record, frozen=True, kw_only=True):
         """Say why it is not held this way, None if it is: it stays what it is, and without a row of its own runs as plain ones."""
         if self.precision is not None and precision.name != self.precision:
             return f"the checkpoint is quantised already ({self.title}): load it with --precision {self.precision}"
-        if self.precision is None and precision.quantises:
+        if self.precision is None and (precision.quantises or precision.only):
             return f"the checkpoint is quantised already ({self.title}): load it with --precision bf16 or fp16"
         return None
 

@@ -43,7 +43,7 @@ def weight_bytes(skeleton: Skeleton, kept: Kept) -> dict[str, int]:
 def module_bytes(module: Module, kept: Kept) -> dict[str, int]:
     """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
 
-    What a scheme quantises takes its bytes, scales included; biases, norms, embeddings, stacked experts and the head keep the dtype.
+    What a scheme quantises takes its own bytes. Biases, norms, embeddings, stacked experts and the head keep the dtype.
     """
     return {
         weight.path: 0 if weight.tied_to else _held(weight, kept, inside.block)

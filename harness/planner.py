@@ -73,14 +73,14 @@ class Planner:
 
     def plan(self, case: Case) -> Plan:
         """Plan one case."""
-        refused = self._refused(case) or plan.gate(case, self.machine, self.here)
+        refused = self._refused(case) or plan.gate(case, self.machine, self.here and not self._unpacks_itself(case))
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
         code = [str(one) for one in self.blueprint.remote_code]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
-        limits = plan.LIMITS[placement.limits](self._sizes(dtype), self.machine) if placement.limits else None
+        limits = plan.max_memory(placement, self.machine, lambda: self._sizes(dtype))
         ours = self._recommendation(case, held) if placement.device_map == ROOM else None
         placed = ours.device_map if ours else self._map(placement, held, limits)
         count = self._count(case, held, placed)
@@ -131,6 +131,10 @@ class Planner:
         elif precision.only is not None:
             why = f"needs {_a(precision.only)} checkpoint, and this one is {self.blueprint.stored_dtype}"
         return (Verdict.INVALID, why) if why else None
+
+    def _unpacks_itself(self, case: Case) -> bool:
+        """Say whether `harness.models` reads what is packed, and no package is needed: MOSS's and ChatGLM-6B's files."""
+        return self.blueprint.ours and PRECISIONS[case.precision].only is not None
 
     def _unpackable(self, scheme: Scheme) -> str | None:
         """Say which weight a scheme cannot pack for a processor; transformers would end with an error of torch's."""

@@ -323,7 +323,7 @@ USUAL = tuple(name for name, row in PRECISIONS.items() if row.usual)
 
 
 def row_of(stored: str) -> Precision | None:
-    """Return the row that a checkpoint is, by the description of how it is quantised (`quantized.describe`); None if there is none."""
+    """Return the row that a checkpoint is, by the description of how it is quantised (`quantized.describe`), or None."""
     rows = [row for row in _ROWS if row.stored is not None and stored.startswith(row.stored)]
     return max(rows, key=lambda row: len(row.stored or ""), default=None)
 

@@ -24,6 +24,7 @@ FLOORS = (
     (
         "metrics",
         "precision",
+        "schemes",
         "placement",
         "protocol",
         "cgroup",
@@ -49,7 +50,7 @@ FLOORS = (
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files"),
     ("interference",),
-    ("machine", "catalog"),
+    ("machine", "catalog", "guard"),
     ("options",),
     ("fingerprint",),
     ("outcome", "verify"),
@@ -77,6 +78,8 @@ FLOORS = (
     ("report.treemap", "report.plans"),
     ("resume",),
     ("session",),
+    ("minimum",),
+    ("report.minimums",),
     ("commands",),
     ("commands.hardware", "commands.inspect", "commands.plan", "commands.report", "commands.synth"),
     ("plugin", "cli"),

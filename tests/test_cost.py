@@ -203,7 +203,7 @@ def test_what_nobody_told_is_not_guessed() -> None:
 def test_a_quantised_checkpoint_is_not_quantised_again() -> None:
     drawn = blueprint.draw(catalog.resolve("moss-moon-003-sft-int4"))
     assert planner(drawn).plan(case("int8/direct", drawn)).verdict is Verdict.INVALID
-    assert planner(drawn).plan(case("fp16/direct", drawn)).verdict in GOOD
+    assert planner(drawn).plan(case("gptq-int4/direct", drawn)).verdict in GOOD
 
 
 def test_the_recommendation_fits_and_says_why() -> None:

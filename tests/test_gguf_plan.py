@@ -199,7 +199,7 @@ def test_a_gguf_precision_is_for_gguf_files() -> None:
     one = Blueprint(name="tiny", source="tiny", skeleton=skeleton.named("chatglm-6b"), stored={}, checkpoint_bytes=0)
     planned = Planner(one, machine(gpu())).plan(case("gguf", "direct"))
     assert planned.verdict is Verdict.INVALID
-    assert planned.why == "only a GGUF file is held this way, and this checkpoint is safetensors"
+    assert planned.why == "needs a GGUF checkpoint, and this one is float16"
 
 
 def test_an_architecture_that_transformers_does_not_load_is_told_before_loading(tmp_path: Path) -> None:
@@ -259,9 +259,9 @@ def test_a_run_loads_it_and_leaves_out_no_precision_of_its_own(tmp_path: Path) -
     command = [sys.executable, "-m", "pytest", "cases/test_load.py", "-q", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = {result.case.precision: result for result in store.Store(results).read()[0]}
-    assert set(found) == set(PRECISIONS), done.stdout + done.stderr
+    assert set(found) == {"fp32", "bf16", "fp16", "gguf"}, done.stdout + done.stderr
     assert {name for name, one in found.items() if one.outcome is Outcome.OK} == {"fp32", "bf16", "fp16"}
     assert set(found["bf16"].checks.values()) == {verify.OK}
     assert found["bf16"].code is not None
     assert 'gguf_file="tiny.gguf"' in found["bf16"].code
-    assert found["int4"].outcome is Outcome.UNSUPPORTED
+    assert found["gguf"].outcome is Outcome.UNSUPPORTED

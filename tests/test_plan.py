@@ -11,13 +11,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from harness import blueprint, catalog
 from harness.case import Machine, Verdict
 from harness.catalog import Source
 from harness.checkpoint import Checkpoint, Tensor
+from harness.machine import limited
 from harness.placement import PLACEMENTS, ROOM
 from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code
-from harness.precision import PRECISIONS
+from harness.planner import Planner
+from harness.precision import PRECISIONS, Config
 from harness.units import GIB
 from tests.builders import case, gpu, machine
 
@@ -113,7 +117,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_what_can_work_on_which_machine(name: str) -> None:
     on, grid = GRIDS[name]
-    found = {names: MARKS[refused[0] if (refused := gate(case(*names), on)) else None] for names in COMBINATIONS}
+    found = {names: MARKS[refused[0] if (refused := gate(case(*names), on)) else None] for names in cells(grid)}
     assert found == cells(grid)
 
 
@@ -123,6 +127,11 @@ def test_what_can_work_on_which_machine(name: str) -> None:
         (NO_GPU, ("bf16", "recommended"), "without a GPU it is the same as cpu"),
         (AMPERE, ("gguf", "cpu"), "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor"),
         (NO_GPU, ("bf16", "direct"), "needs a GPU, and NVML knows none here"),
+        (NO_GPU, ("fp8", "cpu"), 'transformers quantises to fp8 on a GPU alone ("No GPU or XPU found")'),
+        (AMPERE, ("fp8", "direct"), "fp8 needs compute capability 8.9, and RTX 3060 has 8.6"),
+        (AMPERE, ("hqq-int4", "direct"), "transformers 5 has no HQQ on loading"),
+        (AMPERE, ("quanto-int8", "gpu+cpu"), "transformers refuses to quantise with quanto for the CPU beside a GPU"),
+        (NO_GPU, ("torchao-int8", "disk"), "transformers moves what torchao is to quantise for the CPU or the disk to a GPU first"),
         (PASCAL, ("int8", "direct"), "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
         (AMPERE, ("int8", "gpu+cpu"), "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU"),
         (AMPERE, ("int4", "dispatch"), "load_checkpoint_and_dispatch places weights as they are stored and does not quantise them"),
@@ -199,9 +208,12 @@ def test_the_code_takes_model_and_gives_model(precision: str, placement: str) ->
 def test_the_code_passes_on_what_the_tables_say_and_nothing_else(precision: str, placement: str) -> None:
     row, place = PRECISIONS[precision], PLACEMENTS[placement]
     expected: dict[str, Any] = {"dtype": "bfloat16", **place.arguments()}
-    if row.quantization:
-        expected["quantization_config"] = {**row.quantization}
-        if precision == "int4":
+    given = row.quantization_on_cpu or row.quantization
+    if isinstance(given, Config):
+        expected["quantization_config"] = given.expression.replace('"', "'")
+    elif given:
+        expected["quantization_config"] = {**given}
+        if given.get("load_in_4bit"):
             expected["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
     if place.device_map == ROOM:
         expected["device_map"] = {"model.embed": 0, "model.layers.0": 1, "model.layers.1": "cpu", "head": "disk"}
@@ -235,6 +247,32 @@ def test_of_a_gguf_file_only_its_own_precision_keeps_the_blocks() -> None:
     quantization = {name: keywords(code)["quantization_config"] for name, code in codes.items()}
     assert quantization == {"bf16": {"quant_method": "gguf", "dequantize": True}, "gguf": {"quant_method": "gguf"}}
     assert {keywords(code)["gguf_file"] for code in codes.values()} == {"a.gguf"}
+
+
+def test_what_takes_objects_imports_them_and_packs_for_the_device_that_computes() -> None:
+    row = PRECISIONS["torchao-int4"]
+    cpu, card = (loading_code(row, PLACEMENTS[name], "bfloat16", None, on_gpu=name == "direct") for name in ("cpu", "direct"))
+    assert "import PrototypeInt4WeightOnlyConfig\n" in cpu
+    assert (
+        "from torchao.quantization import Int4WeightOnlyConfig\nfrom transformers import AutoModelForCausalLM, TorchAoConfig\n"
+        in card
+    )
+    assert (
+        'quantization_config=TorchAoConfig(Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")),' in card
+    )
+
+
+def test_what_is_stored_quantised_gets_no_config() -> None:
+    assert "quantization_config" not in loading_code(PRECISIONS["int4"], PLACEMENTS["cpu"], "bfloat16", None, stored=True)
+
+
+@pytest.mark.parametrize("precision", ["torchao-int8", "quanto-int4", "gptq-int4"])
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    row = PRECISIONS[precision]
+    for module in row.needs:
+        monkeypatch.setitem(sys.modules, module, None)
+    refused = gate(case(precision, "cpu"), NO_GPU)
+    assert refused == (Verdict.UNAVAILABLE, f"needs the package {row.needs[0]}: pip install fitmatrix[{row.extra}]")
 
 
 def test_ram_to_gpu_moves_what_it_loaded() -> None:
@@ -436,3 +474,41 @@ def test_the_dtype_is_one_that_the_device_computes_in(on: Machine, placement: st
     code = decide(case("int4", placement), on, SMALL).code
     assert code is not None
     assert keywords(code)["dtype"] == dtype
+
+
+# Less memory than there is
+
+
+@pytest.mark.parametrize(
+    ("limits", "on", "said"),
+    [
+        ({"vram_bytes": 8 * GIB}, NO_GPU, "--vram 8GiB limits a GPU, and NVML knows none here"),
+        ({"vram_bytes": 12 * GIB}, AMPERE, "--vram 12GiB is more than gpu:0 has free, 11.0 GiB"),
+        ({"ram_bytes": 24 * GIB}, AMPERE, "--ram 24GiB is more than cpu has free, 16.0 GiB"),
+        ({"vram_bytes": 8 * GIB, "ram_bytes": 8 * GIB}, AMPERE, None),
+    ],
+)
+def test_what_is_not_there_cannot_be_emulated(limits: dict[str, int], on: Machine, said: str | None) -> None:
+    refused = gate(replace(case("bf16", "auto"), **limits), on)
+    assert refused == (said and (Verdict.UNAVAILABLE, said))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("cards", [1, 2])
+def test_under_a_limit_auto_is_told_what_it_would_take_of_a_machine_of_that_size(placement: str, cards: int) -> None:
+    """The same map as on a real one, and without a limit no word."""
+    small = machine(*(gpu(index, free_bytes=GIB) for index in range(cards)), ram_bytes=2 * GIB)
+    large = machine(*(gpu(index) for index in range(cards)))
+    under = limited(large, replace(case("bf16", placement), vram_bytes=GIB, ram_bytes=2 * GIB))
+    drawn = blueprint.draw(catalog.resolve("chatglm-6b"))
+    emulated, real, free = (Planner(drawn, on).plan(case("bf16", placement)) for on in (under, small, large))
+    assert emulated.device_map == real.device_map
+    assert emulated.estimate is not None
+    assert real.estimate is not None
+    assert {name: tier.needed_bytes for name, tier in emulated.estimate.tiers.items()} == {
+        name: tier.needed_bytes for name, tier in real.estimate.tiers.items()
+    }
+    if PLACEMENTS[placement].device_map == "auto":
+        assert emulated.code is not None
+        assert "max_memory={0: " in emulated.code
+        assert (free.max_memory is None) == (PLACEMENTS[placement].limits is None)

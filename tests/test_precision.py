@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from harness.placement import PLACEMENTS
-from harness.precision import PRECISIONS, Precision
+from harness.precision import PRECISIONS, Config, Precision
+from harness.schemes import SCHEMES
 
 ROWS = pytest.mark.parametrize("row", PRECISIONS.values(), ids=PRECISIONS)
 
@@ -20,27 +21,34 @@ def test_names_are_keys_and_the_widest_comes_first() -> None:
 
 @ROWS
 def test_dtypes_are_torch_s(row: Precision) -> None:
-    for name in (row.dtype, row.holds, row.dtype_before_cc80):
+    for name in (row.dtype, row.dtype_before_cc80):
         assert name is None or isinstance(getattr(torch, name), torch.dtype)
 
 
 @ROWS
+def test_every_row_is_made_on_loading_or_stored_or_plain(row: Precision) -> None:
+    assert (row.quantization is None or row.never is not None or row.only is not None) == (row.scheme is None)
+    assert row.scheme is None or row.scheme in SCHEMES
+    assert row.only is None or row.stored is not None
+
+
+@ROWS
 def test_what_is_not_quantised_holds_what_it_asks_for(row: Precision) -> None:
-    if row.quantization is None:
+    if row.quantization is None and row.only is None:
         assert row.holds == row.dtype
         assert row.bits == torch.finfo(getattr(torch, row.dtype)).bits
 
 
 @ROWS
 def test_transformers_takes_the_quantization_as_it_is_and_fully(row: Precision) -> None:
-    if row.quantization is None:
+    if row.quantization is None or isinstance(row.quantization, Config) or row.never:
         return
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     config = AutoQuantizationConfig.from_dict(dict(row.quantization))
     assert row.quantization.items() <= config.to_dict().items()
-    packages = {"gguf": "kernels"}
-    assert row.needs == (packages.get(config.quant_method.value, config.quant_method.value),)
+    packages = {"bitsandbytes": ("bitsandbytes",), "gguf": ("kernels",), "quanto": ("optimum.quanto",), "fp8": ()}
+    assert row.needs == packages[str(getattr(config.quant_method, "value", config.quant_method))]
 
 
 @ROWS

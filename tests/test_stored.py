@@ -110,7 +110,9 @@ def test_other_rows_name_the_one_that_it_is(tmp_path: Path) -> None:
     assert "quantization_config" not in (plan.code or "")
 
 
-@pytest.mark.parametrize(("precision", "what"), [("gptq-int4", "a GPTQ"), ("awq-int4", "an AWQ"), ("chatglm-int8", "a ChatGLM-6B int8")])
+@pytest.mark.parametrize(
+    ("precision", "what"), [("gptq-int4", "a GPTQ"), ("awq-int4", "an AWQ"), ("chatglm-int8", "a ChatGLM-6B int8")]
+)
 def test_a_plain_checkpoint_is_none_of_the_stored_ones(precision: str, what: str, tmp_path: Path) -> None:
     small_models.save("llama", tmp_path)
     plan = planned(drawn(tmp_path), precision)
@@ -122,12 +124,13 @@ def test_what_cannot_be_packed_for_a_processor_is_said_before_loading(precision:
     small_models.save("qwen2_moe", tmp_path)
     plan = planned(drawn(tmp_path), precision)
     assert plan.verdict is Verdict.INVALID
-    assert "in 16 outputs, and model.layers.0.mlp.shared_expert_gate.weight has 1" in (plan.why or "")
+    assert "in 16 outputs, and model.layers.0.mlp.shared_expert" in (plan.why or "")
 
 
 # ---- loaded --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # optimum 2.3 asks for it
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 128), (4, 32)])
 def test_gptq_is_loaded_as_it_is_and_checked(bits: int, group: int, tmp_path: Path) -> None:
     for module in PRECISIONS["gptq-int4"].needs:
@@ -170,3 +173,13 @@ def test_moss_is_loaded_as_it_is_and_the_code_says_where_its_class_is_from() -> 
     assert (plan.code or "").startswith("import harness.models")
     assert json.dumps("float16") in (plan.code or "")
 
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def test_our_own_architectures_read_what_is_packed_without_a_package() -> None:
+    folder = GOLDEN / "chatglm_l2_h64_int4"
+    plan = Planner(drawn(folder), machine()).plan(case("chatglm-int4", "cpu"))
+    assert plan.verdict is Verdict.FITS, plan.why
+    found = loaded(folder, plan, "harness.models")
+    assert set(verify.checks(plan, work.inspect(found)).values()) == {verify.OK}

@@ -38,8 +38,8 @@ def test_a_precision_that_did_not_take_effect_is_told_with_what_was_found(precis
 
 
 def test_int4_that_stayed_16_bit_in_part() -> None:
-    said = failing(planned("int4"), loaded({"uint8": 512 * MIB, "bfloat16": 512 * MIB}))
-    expected = "int4 did not take effect: 50.0 % of the Linear weights are uint8 (bfloat16 512 MiB, uint8 512 MiB)"
+    said = failing(planned("int4"), loaded({"nf4": 512 * MIB, "bfloat16": 512 * MIB}))
+    expected = "int4 did not take effect: 50.0 % of the Linear weights are nf4 (bfloat16 512 MiB, nf4 512 MiB)"
     assert said == {"precision": expected}
 
 

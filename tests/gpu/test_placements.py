@@ -21,7 +21,9 @@ POSSIBLE = [
     (precision.name, placement)
     for precision in PRECISIONS.values()
     for placement in PLACED
-    if precision.only is None and not precision.never and not any(trait in precision.refuses for trait in PLACEMENTS[placement].traits)
+    if precision.only is None
+    and not precision.never
+    and not any(trait in precision.refuses for trait in PLACEMENTS[placement].traits)
 ]
 
 
