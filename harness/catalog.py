@@ -138,9 +138,9 @@ def _config(source: Source, here: Path | None) -> dict[str, Any] | None:
     try:
         if here is not None:
             text = (here / "config.json").read_bytes()
-        elif source.hub_id in skeleton.catalog():
-            return dict(skeleton.catalog()[source.hub_id].config)
         elif source.hub_id is not None:
+            if source.hub_id in skeleton.catalog():
+                return dict(skeleton.catalog()[source.hub_id].config)
             with hub.connected():
                 file = hub.Repository(source.hub_id).open("config.json")
                 text = file.read(0, file.size)

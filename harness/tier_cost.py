@@ -208,7 +208,7 @@ class Count:
         hangs on where small objects lie, and differs with each start of the same program, so the interval spans both.
         """
         total = self.calibration["heap_share_stack"].amount(here.stacked)
-        if not here.quantised or self.gpus:
+        if self.held.quantizer is None or not here.quantised or self.gpus:
             return total
         return total + self.calibration[f"heap_share_{SCHEMES[self.held.quantizer].like}"].amount(here.kept_copies)
 

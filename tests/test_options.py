@@ -98,8 +98,8 @@ def test_the_default_stands_the_option_s_own_check(option: Option) -> None:
 
 @EVERY
 def test_the_help_tells_the_default(option: Option) -> None:
-    told = {"model": DEFAULT, "html": "default index.html"} | dict.fromkeys(
-        ("precision", "placement", "vram", "ram"), "default all"
+    told = {"model": DEFAULT, "html": "default index.html", "precision": f"default {' '.join(USUAL)}"} | dict.fromkeys(
+        ("placement", "vram", "ram"), "default all"
     )
     if not option.switch:
         default = option.default if not isinstance(option.default, float) else f"{option.default:.0f}"

@@ -208,7 +208,7 @@ def test_the_code_takes_model_and_gives_model(precision: str, placement: str) ->
 def test_the_code_passes_on_what_the_tables_say_and_nothing_else(precision: str, placement: str) -> None:
     row, place = PRECISIONS[precision], PLACEMENTS[placement]
     expected: dict[str, Any] = {"dtype": "bfloat16", **place.arguments()}
-    given = row.quantization_on_cpu or row.quantization
+    given: Any = row.quantization_on_cpu or row.quantization
     if isinstance(given, Config):
         expected["quantization_config"] = given.expression.replace('"', "'")
     elif given:

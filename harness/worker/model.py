@@ -227,7 +227,8 @@ def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
     head = module.get_output_embeddings()
     for part in module.modules():
         if (isinstance(part, (torch.nn.Linear, Conv1D)) or hasattr(part, "in_features")) and part is not head:
-            weight = part.qweight if hasattr(part, "qweight") else part.get_parameter("weight")
+            packed = getattr(part, "qweight", None)
+            weight = packed if isinstance(packed, torch.Tensor) else part.get_parameter("weight")
             values = max(plain(weight), key=lambda tensor: tensor.nbytes)
             by_dtype[_scheme(weight) or _dtype(values)] += values.numel() * values.element_size()
     return dict(by_dtype)
