@@ -17,7 +17,7 @@ from harness import counters, meters, plan, process, runner
 from harness.case import Interference, Outcome, Plan, Result, Verdict, Workload, encode
 from harness.interference import Watch
 from harness.meters import Sample
-from harness.precision import PRECISIONS
+from harness.precision import USUAL
 from harness.process import WorkerMain
 from harness.quality import Reference
 from harness.runner import CaseEnded, Run, Setting, Subject, not_run
@@ -246,7 +246,7 @@ def test_precision_without_effect_is_told_and_measured_nevertheless(bench: Bench
     assert "decode_tok_s" in result.metrics
 
 
-@pytest.mark.parametrize("precision", [name for name, row in PRECISIONS.items() if "ram" not in row.refuses])
+@pytest.mark.parametrize("precision", USUAL)
 def test_precision_that_took_effect_is_ok(bench: Bench, precision: str) -> None:
     run = bench.start("ok", precision=precision)
     run.load()
