@@ -11,12 +11,14 @@ from harness.case import Workload
 from harness.errors import UsageError, did_you_mean
 from harness.placement import PLACEMENTS, distinct
 from harness.precision import PRECISIONS
+from harness.training import STAGES
 from harness.units import parse_size
 
 if TYPE_CHECKING:
     from harness.blueprint import Blueprint
     from harness.calibration import Calibration
     from harness.case import Case, Machine, Plan
+    from harness.catalog import Source
     from harness.planner import Advice
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
@@ -24,6 +26,10 @@ HELP = "Say which ways of loading a model fit, before loading or even downloadin
 FITS, NOTHING_FITS = 0, 1
 SCHEMA = 1
 _USUAL = Workload()
+# Options that say nothing of training.
+_ABOUT_RUNNING = (
+    "--precision", "--placement", "--prompt-tokens", "--new-tokens", "--batch", "--context", "--code", "--explain", "--results",
+)  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
     "kv_bytes",
@@ -60,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--code", metavar="CASE", help="print a script that loads and generates, for a case such as int8/direct")
     add("--json", action="store_true", help="print one JSON object")
     add("--explain", metavar="CASE", help="show every term of a case such as int8/direct")
+    add("--training", metavar="STAGE", help=f"what training by DeepSpeed's ZeRO would take instead: {', '.join(STAGES)}")
+    add("--nodes", metavar="N", help="with --training: so many machines like this one (default 1)")
     add("--results", metavar="DIR", help="correct the seconds by results of this machine in DIR (default fitmatrix-results)")
 
 
@@ -69,9 +77,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError, CheckpointError: the request or a model is wrong; exit status 2.
     """
-    from harness import blueprint, catalog
+    from harness import blueprint
     from harness.planner import Planner, advise
 
+    if args.training is not None or args.nodes is not None:
+        return _train(args)
     precisions = _names(args.precision, PRECISIONS, "--precision")
     placements = _names(args.placement, PLACEMENTS, "--placement")
     load = workload(args)
@@ -81,9 +91,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
     constants = _constants(args, machine) if here else None
     advices = []
-    if args.file and len(args.models) > 1:
-        raise UsageError("--file names a file of one model: name one MODEL, or the files by their paths")
-    for source in [catalog.resolve(model, args.file) for model in args.models]:
+    for source in _sources(args):
         drawn = blueprint.draw(source)
         planner = Planner(drawn, machine, here=here, constants=constants)
         chosen = precisions if args.precision else [name for name in precisions if PRECISIONS[name].holds_format(drawn.file_format)]
@@ -91,6 +99,32 @@ def run(args: argparse.Namespace) -> int:
         cases = _cases(drawn, chosen, places, load, asked)
         advices.append(advise(source, planner, cases))
     return _print(advices, args, machine, load)
+
+
+def _sources(args: argparse.Namespace) -> list[Source]:
+    from harness import catalog
+
+    if args.file and len(args.models) > 1:
+        raise UsageError("--file names a file of one model: name one MODEL, or the files by their paths")
+    return [catalog.resolve(model, args.file) for model in args.models]
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Say what training the models takes. Returns 0 if some way fits for each model, 1 if none does for one."""
+    from harness import blueprint
+    from harness.commands import training
+
+    if args.training is None:
+        raise UsageError(f"--nodes is about training: add --training {' or '.join(STAGES)}")
+    if args.training not in STAGES:
+        raise UsageError(f"--training: no {args.training!r}: {did_you_mean(args.training, STAGES)}")
+    for flag in _ABOUT_RUNNING:
+        if getattr(args, flag.removeprefix("--").replace("-", "_")) is not None:
+            raise UsageError(f"{flag} is about running a model, and --training about training it: give one of them")
+    nodes = _count(args.nodes, "--nodes", 1, 1)
+    machine, _ = described(args)
+    drawn = [blueprint.draw(source) for source in _sources(args)]
+    return training.show(drawn, machine, args.training, nodes, as_json=args.json)
 
 
 def workload(args: argparse.Namespace) -> Workload:
@@ -228,7 +262,6 @@ def _head(advice: Advice, one: Plan) -> str:
 def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
     """Return the object that the contract of the command line describes."""
     drawn = advice.blueprint
-    keys = ("name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s")
     return {
         "schema": SCHEMA,
         "model": {
@@ -239,7 +272,7 @@ def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
             "checkpoint_bytes": drawn.checkpoint_bytes,
             "context_length": drawn.context_length,
         },
-        "machine": {"name": machine.name, "tiers": [{key: getattr(tier, key) for key in keys} for tier in machine.tiers]},
+        "machine": commands.machine_json(machine),
         "workload": {key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")},
         "plans": [_plan_json(advice, one) for one in advice.plans],
         "recommended": advice.best.case.id if advice.best else None,
