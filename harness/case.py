@@ -165,7 +165,8 @@ class Plan(Record, frozen=True, kw_only=True):
     """One case, decided: whether it can work here, and the code that loads it.
 
     `code` is Python that leaves the loaded model in the name `model`; it expects the model's id or directory in `MODEL`
-    (`harness.plan.script` prints it whole). `max_memory` and `device_map` are what that code passes on.
+    (`harness.plan.script` prints it whole). `max_memory` and `device_map` are what that code passes on. `remote_code` names the
+    code of the model that a library would run; it does only if it is `trusted`.
     """
 
     case: Case
@@ -175,6 +176,8 @@ class Plan(Record, frozen=True, kw_only=True):
     device_map: str | dict[str, str | int] | None = None
     max_memory: dict[str, int] | None = None
     estimate: Estimate | None = None
+    remote_code: list[str] = []
+    trusted: bool = False
 
 
 class Phase(Record, frozen=True, kw_only=True):
@@ -269,7 +272,7 @@ class Result(Record, frozen=True, kw_only=True):
     """What one case showed. One line of `results.jsonl`.
 
     `fingerprint` tells the files of the model from others, `allowed_s` are the time limits of the case by option, `failed` names
-    the tests that failed; all three are for `--resume`.
+    the tests that failed; all three are for `--resume`. `remote_code` names the model's own code that ran with it.
     """
 
     schema: int = SCHEMA
@@ -297,6 +300,7 @@ class Result(Record, frozen=True, kw_only=True):
     code: str | None = None
     command: str | None = None
     environment: dict[str, str] = {}
+    remote_code: list[str] = []
     log_tail: str = ""
     fingerprint: str = ""
     allowed_s: dict[str, float] = {}

@@ -126,6 +126,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(name="html", help="where to write the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
     Option(
+        name="trust-remote-code",
+        help="let code that comes with a model run (its config's or tokenizer's auto_map, a generate of its own)",
+        switch=True,
+        default=False,
+    ),
+    Option(
         name="resume",
         help="keep the results that still hold, and run what is missing, has changed, crashed or failed",
         switch=True,

@@ -35,7 +35,10 @@ _OOM_WORDS = re.compile(
     r"|DefaultCPUAllocator: (?:can't allocate|not enough) memory|std::bad_alloc|Cannot allocate memory",
 )
 _UNSUPPORTED_TYPES = {"ImportError", "NotImplementedError"}
-_UNSUPPORTED_WORDS = re.compile(r"not supported|does not support|unsupported|does not recognize this architecture", re.IGNORECASE)
+_UNSUPPORTED_WORDS = re.compile(
+    r"not supported|does not support|unsupported|does not recognize this architecture|pass the argument `trust_remote_code=True`",
+    re.IGNORECASE,
+)
 _SIGNALS = {
     "SIGILL": "illegal instruction: a library was built for another processor",
     "SIGSEGV": "segmentation fault",

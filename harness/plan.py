@@ -143,11 +143,14 @@ def loading_code(
     *,
     device_map: Mapping[str, str | int] | None = None,
     gguf_file: str | None = None,
+    trusted: bool | None = None,
 ) -> str:
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
     `device_map` gives tiers by module, for a placement whose map is computed here.
     Of a GGUF file a precision that quantises nothing asks for the weights unpacked: transformers' default depends on the machine.
+    `trusted` says whether the model's own code may run, None where it has none. It is always said where there is some: left out,
+    transformers would ask at the terminal.
     """
     arguments: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     arguments["dtype"] = dtype
@@ -163,7 +166,9 @@ def loading_code(
     if max_memory is not None:
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
     if placement.call == "load_checkpoint_and_dispatch":
-        return _dispatch_code(arguments)
+        return _dispatch_code(arguments, trusted)
+    if trusted is not None:
+        arguments["trust_remote_code"] = trusted
     lines = ["from transformers import AutoModelForCausalLM", "", "model = AutoModelForCausalLM.from_pretrained("]
     lines += ["    MODEL,", *_written(arguments), ")"]
     if placement.call == "to":
@@ -178,15 +183,15 @@ def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return given
 
 
-def _dispatch_code(arguments: Mapping[str, Any]) -> str:
-    dtype = arguments["dtype"]
+def _dispatch_code(arguments: Mapping[str, Any], trusted: bool | None) -> str:
+    dtype, trust = arguments["dtype"], _trust(trusted)
     lines = [
         "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
         "from transformers import AutoConfig, AutoModelForCausalLM",
         "",
-        "config = AutoConfig.from_pretrained(MODEL)",
+        f"config = AutoConfig.from_pretrained(MODEL{trust})",
         "with init_empty_weights():",
-        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)})",
+        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)}{trust})",
         "model.tie_weights()",
         "model = load_checkpoint_and_dispatch(",
         "    model,",
@@ -198,17 +203,26 @@ def _dispatch_code(arguments: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _trust(trusted: bool | None) -> str:
+    return "" if trusted is None else f", trust_remote_code={trusted}"
+
+
 def _written(arguments: Mapping[str, Any]) -> list[str]:
     return [f"    {name}={_literal(value)}," for name, value in arguments.items()]
 
 
 def _literal(value: Any) -> str:
-    """Write a value as Python with double quotes; JSON escapes a string as Python reads it."""
+    """Write a value as Python with double quotes; JSON escapes a string as Python reads it; so is what cannot be seen."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return "".join(letter if letter.isprintable() else _escaped(letter) for letter in json.dumps(value, ensure_ascii=False))
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
     return repr(value)
+
+
+def _escaped(letter: str) -> str:
+    """Write a letter that turns a line around, or that no screen shows, by its number."""
+    return f"\\u{ord(letter):04x}" if ord(letter) < 1 << 16 else f"\\U{ord(letter):08x}"
 
 
 def _device(tier: str) -> str | int:
@@ -224,10 +238,11 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     load = one.case.workload
     places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
     device = "cuda" if any(str(place).startswith("gpu") for place in places) else "cpu"
+    told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{f', gguf_file={_literal(gguf_file)}' if gguf_file else ''})",
+        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{told}{_trust(one.trusted if one.remote_code else None)})",
         f'inputs = tokenizer(["The capital of France is"] * {load.batch}, return_tensors="pt").to("{device}")',
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",

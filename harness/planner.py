@@ -13,6 +13,7 @@ from harness.calibration import Calibration, Constant
 from harness.case import Case, Estimate, Machine, Plan, Record, TierEstimate, Verdict, Workload
 from harness.catalog import Source
 from harness.devicemap import Device
+from harness.files import quote
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
 from harness.placement import PLACEMENTS, ROOM, Placement
@@ -32,10 +33,21 @@ _TRIES = 4
 
 
 class Planner:
-    """Plans cases of one model on one machine; what they share is counted once."""
+    """Plans cases of one model on one machine; what they share is counted once.
 
-    def __init__(self, blueprint: Blueprint, machine: Machine, *, here: bool = True, constants: Calibration | None = None) -> None:
-        self.blueprint, self.machine, self.here = blueprint, machine, here
+    `trust` lets the model's own code run when it is loaded; planning never runs any.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        machine: Machine,
+        *,
+        here: bool = True,
+        constants: Calibration | None = None,
+        trust: bool = False,
+    ) -> None:
+        self.blueprint, self.machine, self.here, self.trust = blueprint, machine, here, trust
         self.constants = constants or calibration.default()
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[Kept, Inventory] = {}
@@ -66,6 +78,7 @@ class Planner:
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+        code = [str(one) for one in self.blueprint.remote_code]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
         limits = plan.LIMITS[placement.limits](self._sizes(dtype), self.machine) if placement.limits else None
@@ -79,10 +92,20 @@ class Planner:
             case=case,
             verdict=verdict,
             why=why or (ours.why if ours else None),
-            code=plan.loading_code(precision, placement, dtype, limits, device_map=tiers, gguf_file=self.blueprint.gguf_file),
+            code=plan.loading_code(
+                precision,
+                placement,
+                dtype,
+                limits,
+                device_map=tiers,
+                gguf_file=self.blueprint.gguf_file,
+                trusted=self.trust if code else None,
+            ),
             device_map=tiers,
             max_memory=limits,
             estimate=expected,
+            remote_code=code,
+            trusted=self.trust and bool(code),
         )
 
     def _dtype(self, precision: Precision, placement: Placement) -> str:
@@ -91,6 +114,10 @@ class Planner:
 
     def _refused(self, case: Case) -> tuple[Verdict, str] | None:
         """Return why this checkpoint cannot be loaded that way, wherever it is."""
+        needed = next((code for code in self.blueprint.remote_code if code.needed(self.blueprint.has_class)), None)
+        if needed is not None and not self.trust:
+            what = f"{needed.file} asks for code of the model's own, {quote(needed.name, 120)}, which nothing loads without"
+            return Verdict.INVALID, f"{what}: read it and, if you trust it, add --trust-remote-code"
         precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
         if gguf is not None:
             why = gguf.refusal(precision, PLACEMENTS[case.placement])

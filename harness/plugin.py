@@ -13,6 +13,7 @@ from harness.case import Case, Machine, Outcome, Plan, Result
 from harness.errors import HarnessError
 from harness.live import LiveLine, summary
 from harness.options import OPTIONS, Options, read_config
+from harness.report.text import line
 from harness.resume import Kept, since
 from harness.runner import CaseEnded, Run
 from harness.session import Session
@@ -38,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         config.stash[SESSION] = Session(Options(config=read_config(config.rootpath), given=given))
     except HarnessError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(line(str(error))) from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -85,7 +86,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     try:
         ours.prepare(cases)
     except HarnessError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(line(str(error))) from None
     _write_by_case(session)
     # Only between tests is the terminal where it seems to be; during them pytest captures its file descriptor.
     if config.pluginmanager.has_plugin("terminalreporter"):
@@ -110,14 +111,14 @@ class _ByCase:
         self._cases = dict(cases)
         self._first = {case: nodeid for nodeid, case in reversed(cases)}
         self._last = {case: nodeid for nodeid, case in cases}
-        self._width = max(len(case.id) for case in self._last)
+        self._width = max(len(line(case.id)) for case in self._last)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         case = self._cases.get(nodeid)
         if case is not None and self._first[case] == nodeid:
             self._end_line()
-            self._reporter.write(f"{case.id:<{self._width}}  ")
+            self._reporter.write(f"{line(case.id):<{self._width}}  ")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
@@ -177,9 +178,9 @@ def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | Kept | No
 def loaded(_run: Run | Kept | None, plan: Plan) -> Run:
     """A case in its own process, with the model loaded in it."""
     if _run is None:
-        pytest.skip(f"{plan.verdict.value}: {plan.why}")
+        pytest.skip(line(f"{plan.verdict.value}: {plan.why}"))
     if _run.ended is not None:
-        pytest.skip(f"not measured: {_run.ended.why}")
+        pytest.skip(line(f"not measured: {_run.ended.why}"))
     if isinstance(_run, Kept):
         raise _run.end()
     _run.load()
@@ -203,7 +204,7 @@ def pytest_runtest_makereport(
     if case is None or call.excinfo is None:
         return report
     if isinstance(call.excinfo.value, HarnessError):
-        report.longrepr = str(call.excinfo.value)
+        report.longrepr = line(str(call.excinfo.value))
     elif isinstance(call.excinfo.value, CaseEnded):
         _tell(item, call.excinfo.value, report)
     if report.failed:
@@ -213,14 +214,15 @@ def pytest_runtest_makereport(
 
 def _tell(item: pytest.Item, ended: CaseEnded, report: pytest.TestReport) -> None:
     """Report the end of a case: what does not fit is a finding, not a failure; and so is OK, for what is kept from before."""
-    report.longrepr = str(ended)
+    why = line(str(ended))
+    report.longrepr = why
     finding = ended.outcome is not Outcome.CRASH
     if ended.outcome is Outcome.OOM and _was_to_fit(item):
         finding = False
-        report.longrepr = f"{ended}; the plan said that it fits"
+        report.longrepr = f"{why}; the plan said that it fits"
     if finding and not (ended.outcome is Outcome.OOM and item.config.stash[SESSION].options.fail_on_oom):
         report.outcome = "skipped"
-        report.longrepr = (str(item.path), (item.location[1] or 0) + 1, str(ended))
+        report.longrepr = (str(item.path), (item.location[1] or 0) + 1, why)
     for properties in (report.user_properties, item.user_properties):  # of this step, and of those to come, which JUnit XML takes
         properties.append(("outcome", ended.outcome.value))
 
@@ -254,10 +256,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
     try:
         page = ours.render()
     except HarnessError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(line(str(error))) from None
     reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
     if page is not None and reporter is not None:
         if resumed := ours.resumed():
-            reporter.write_line(resumed)
-        reporter.write_line(f"{ours.added + len(ours.kept)} results in {ours.store.path}")
-        reporter.write_line(f"page: {page}")
+            reporter.write_line(line(resumed))
+        reporter.write_line(f"{ours.added + len(ours.kept)} results in {line(str(ours.store.path))}")
+        reporter.write_line(f"page: {line(str(page))}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from harness import figures, interference, quality, verify
+from harness import figures, interference, private, quality, verify
 from harness.case import Interference, Machine, Outcome, Phase, Plan, Quality, Result, Verdict
 from harness.errors import WorkerError
 from harness.interference import Watch
@@ -124,6 +124,7 @@ class Run:
                 code=plan.code or "",
                 imports=PRECISIONS[plan.case.precision].needs,
                 tokenizer=self.subject.tokenizer,
+                trust_remote_code=plan.trusted,
                 gguf_file=self.subject.gguf_file,
             )
             done = self._ask(request)
@@ -267,14 +268,14 @@ class Run:
         return found | {key: f"{said}; {found[key]}" if key in found else said for key, said in spread.items()}
 
     def finish(self) -> Result:
-        """End the worker, remove its files, and return the result."""
+        """End the worker, remove its files, and return the result, without what is private."""
         try:
             self._sampler.stop()
             self._worker.stop()
             self._log = self._worker.log_tail()
         finally:
             self._directory.cleanup()
-        return self.result()
+        return private.clean(self.result(), self.subject.location)
 
     def _placed(self, phase: Phase) -> Phase:
         """Complete a phase from the samples where the system keeps no exact peak, and count its time from the case's begin."""
@@ -314,7 +315,8 @@ class Run:
 def not_run(plan: Plan, subject: Subject, setting: Setting) -> Result:
     """Return the result of a case that is not run, from its plan."""
     outcome = Outcome.UNSUPPORTED if plan.verdict is Verdict.INVALID else Outcome.SKIPPED
-    return Result(**_common(plan, subject, setting, datetime.now(timezone.utc)), outcome=outcome, stage="plan", why=plan.why)
+    common = _common(plan, subject, setting, datetime.now(timezone.utc))
+    return private.clean(Result(**common, outcome=outcome, stage="plan", why=plan.why), subject.location)
 
 
 def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dict[str, Any]:
@@ -330,6 +332,7 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "code": f"{subject.code_head}{plan.code}" if plan.code else None,
         "command": subject.command or None,
         "environment": dict(setting.environment),
+        "remote_code": plan.remote_code if plan.trusted else [],
         "fingerprint": subject.fingerprint,
         "allowed_s": {"case-timeout": setting.timeout_s},
     }

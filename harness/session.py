@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,11 @@ class Session:
         self._last: Result | None = None
         self._reloaded: list[str] = []
 
+    @property
+    def trust(self) -> bool:
+        """Whether code that comes with a model may run."""
+        return bool(self.options.trust_remote_code)
+
     @cached_property
     def machine(self) -> Machine:
         """This machine, probed once."""
@@ -137,14 +143,14 @@ class Session:
         runnable = sorted({case.model for case in cases if plan.gate(case, self.machine) is None})
         with catalog.show_progress() as progress:
             for name in runnable:
-                self._locations[name] = catalog.fetch(self.sources[name], progress=progress)
+                self._locations[name] = catalog.fetch(self.sources[name], progress=progress, trust_remote_code=self.trust)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name] / (self.sources[name].file or ""))
             self._fingerprints[name] = fingerprint.of_model(self._locations[name], self._checkpoints[name])
         if self.options.resume:
             self._earlier = resume.newest(self.store.read()[0], self.machine)
         if self.worker_main is None and any(self._why_again(case) for case in cases if case.model in runnable):
-            process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
+            process.warm_up(sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in runnable})))
         for name in runnable:
             self._blueprint(name)
 
@@ -155,7 +161,8 @@ class Session:
             return plan.decide(case, self.machine, None)
         if case.id not in self._plans:
             cases = [one for one in self.cases() if one.model == case.model]
-            made = Planner(self._blueprint(case.model), self.machine, constants=self._calibration).plans(cases)
+            planner = Planner(self._blueprint(case.model), self.machine, constants=self._calibration, trust=self.trust)
+            made = planner.plans(cases)
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
 
@@ -323,10 +330,10 @@ def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:
     return [name for name in table if name in names]
 
 
-def _modeling_module(read: checkpoint.Checkpoint) -> str:
+def _modeling_module(read: checkpoint.Checkpoint) -> str | None:
     """Name transformers' module of the model's classes, which the first from_pretrained would import."""
     kind = str(read.config.get("model_type", "")).replace("-", "_")
-    return f"transformers.models.{kind}.modeling_{kind}"
+    return f"transformers.models.{kind}.modeling_{kind}" if re.fullmatch(r"\w+", kind, re.ASCII) else None
 
 
 def _prepare_page(path: Path, need_bytes: int) -> None:

@@ -27,6 +27,7 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "case-timeout": ("60", 60.0, "90.5", 90.5),
     "results": ('"out"', Path("out"), "/elsewhere/out", Path("/elsewhere/out")),
     "html": ('"page.html"', Path("page.html"), "p.html", Path("p.html")),
+    "trust-remote-code": ("true", True, True, True),
     "resume": ("false", False, True, True),
     "run-all": ("false", False, True, True),
     "fail-on-oom": ("true", True, True, True),

@@ -1,6 +1,9 @@
 """The page of results: what it says, in which order, and that it says nothing the store does not."""
 
+import base64
+import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -426,6 +429,10 @@ def test_the_page_names_no_other_file_or_host(golden: list[Result], root: Node) 
     assert "url(" not in page.render(golden)
     policy = root.all("meta", http_equiv="Content-Security-Policy")[0].attrs["content"]
     assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+    for tag in ("style", "script"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page.render(golden), re.DOTALL)
+        assert f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
 
 
 def test_headings_go_down_one_step_at_a_time_and_tables_have_heads(root: Node) -> None:

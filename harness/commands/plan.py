@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", metavar="N", help="prompts generated from at once (default 1)")
     add("--context", metavar="N", help="plan for so many tokens, prompt and answer together")
     add("--code", metavar="CASE", help="print a script that loads and generates, for a case such as int8/direct")
+    add(
+        "--trust-remote-code", action="store_true", help="plan and write code that lets the model's own code run; nothing runs here"
+    )
     add("--json", action="store_true", help="print one JSON object")
     add("--explain", metavar="CASE", help="show every term of a case such as int8/direct")
     add("--training", metavar="STAGE", help=f"what training by DeepSpeed's ZeRO would take instead: {', '.join(STAGES)}")
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     advices = []
     for source in _sources(args):
         drawn = blueprint.draw(source)
-        planner = Planner(drawn, machine, here=here, constants=constants)
+        planner = Planner(drawn, machine, here=here, constants=constants, trust=args.trust_remote_code)
         chosen = precisions if args.precision else [name for name in precisions if PRECISIONS[name].holds_format(drawn.file_format)]
         places = placements if args.placement else distinct(placements, bool(machine.gpus))
         cases = _cases(drawn, chosen, places, load, asked)
@@ -240,12 +243,13 @@ def _print(advices: Sequence[Advice], args: argparse.Namespace, machine: Machine
 def _print_code(advice: Advice) -> None:
     from harness import plan
     from harness.planner import GOOD
+    from harness.report.text import line
 
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
     script = plan.script(_head(advice, one), one, advice.blueprint.gguf_file)
-    print(script if one.verdict in GOOD else f"# {one.why}\n{script}", end="")
+    print(script if one.verdict in GOOD else f"# {line(str(one.why))}\n{script}", end="")
 
 
 def _head(advice: Advice, one: Plan) -> str:

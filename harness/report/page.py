@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from harness import units
 from harness.case import Result
 from harness.errors import StoreError
 from harness.metrics import METRICS
+from harness.private import clean_text
 from harness.report import charts, view
 from harness.report.figures import surprise
 from harness.report.text import plural, visible
@@ -97,7 +100,7 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
         false_fits=surprises.count("false fit"),
         false_refusals=surprises.count("false refusal"),
         noisy=sum(len(result.noisy) for result in shown),
-        problems=tuple(problems),
+        problems=tuple(clean_text(problem) for problem in problems),
     )
 
 
@@ -113,10 +116,19 @@ def template(name: str) -> jinja2.Template:
         finalize=_shown,
     )
     environment.filters.update(plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
-    for file in ("style.css", "page.js"):
-        # These two are ours and hold no text of a result, so they go in as they are.
-        environment.globals[file.replace(".", "_")] = Markup((_TEMPLATES / file).read_text(encoding="utf-8"))
+    # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
+    style, script = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
+    environment.globals |= {"style_css": Markup(style), "page_js": Markup(script), "policy": _policy(style, script)}
     return environment.get_template(name)
+
+
+def _policy(style: str, script: str) -> str:
+    """Write the Content-Security-Policy that allows this style and this script, by their hashes, and the empty icon alone."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    sources = (
+        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    return sources.format(*hashes)
 
 
 def _shown(value: object) -> object:
