@@ -103,7 +103,7 @@ def effort(count: Count, precision: str) -> Effort:
         unpacked=sum(gguf.elements) if gguf and not count.held.packed_bits else 0,
         vocabulary=gguf.strings if gguf else 0,
         copied_bytes=int(here.made) if here else 0,
-        quantised=int(inventory.total.quantised / 2),
+        quantised=int(sum(sums.quantised for sums in count.sums.values()) / 2),
         to_gpu_bytes=sum(count.weights[gpu] for gpu in count.gpus),
     )
 

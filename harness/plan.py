@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.case import Case, Machine, Plan, Verdict
-from harness.placement import PLACEMENTS, ROOM, Placement
+from harness.case import Case, Machine, Plan, Tier, Verdict
+from harness.placement import DIVIDES, PLACEMENTS, PRINTED, Placement
 from harness.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -22,21 +22,19 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str] | None:
+def gate(case: Case, machine: Machine, here: bool = True, placement: Placement | None = None) -> tuple[Verdict, str] | None:
     """Return the verdict and reason of a case that cannot run, from the tables alone; None if it may.
 
     What cannot work anywhere is invalid; what this machine or its packages lack is unavailable. `here` is False for a machine that
-    was only described: what is installed on this one says nothing about it.
+    was only described: what is installed on this one says nothing about it. `placement` stands for the row of that name.
     """
-    precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+    precision, placement = PRECISIONS[case.precision], placement or PLACEMENTS[case.placement]
     # Without a GPU what may use one lies in RAM alone.
     for trait in placement.traits if machine.gpus or placement.needs_gpu else (*placement.traits, "ram"):
         if trait in precision.refuses:
             return Verdict.INVALID, precision.refuses[trait]
-    if placement.without_gpu and not machine.gpus:
-        return Verdict.UNAVAILABLE, f"without a GPU it is the same as {placement.without_gpu}"
-    if placement.needs_gpu and not machine.gpus:
-        return Verdict.UNAVAILABLE, "needs a GPU, and NVML knows none here"
+    if len(machine.gpus) < placement.least_gpus:
+        return Verdict.UNAVAILABLE, placement.on_fewer or "needs a GPU, and NVML knows none here"
     for package in precision.needs if here else ():
         if importlib.util.find_spec(package) is None:
             return Verdict.UNAVAILABLE, f"needs the package {package}: pip install {package}"
@@ -47,12 +45,18 @@ def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tu
     if placement.devices[0] != "gpu" or not machine.gpus:
         return None
     least = precision.min_compute_capability
-    uses_all = placement.device_map in ("auto", ROOM) and placement.limits is None
-    for gpu in machine.gpus if uses_all else machine.gpus[:1]:
+    for gpu in _used(placement, machine):
         if gpu.compute_capability is not None and float(gpu.compute_capability) < least:
             have = f"{gpu.model or gpu.name} has {gpu.compute_capability}"
             return Verdict.UNAVAILABLE, f"{precision.name} needs compute capability {least}, and {have}"
     return None
+
+
+def _used(placement: Placement, machine: Machine) -> Sequence[Tier]:
+    """Return the GPUs that a placement may put weights on."""
+    if isinstance(placement.device_map, Mapping) and placement.call != "to":
+        return [gpu for number, gpu in enumerate(machine.gpus) if number in placement.device_map.values()]
+    return machine.gpus if placement.limits is None and placement.call != "to" else machine.gpus[:1]
 
 
 class Named(NamedTuple):
@@ -123,7 +127,7 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
     max_memory = None
-    if placement.device_map == ROOM or (placement.limits and checkpoint is None):
+    if placement.device_map in PRINTED or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
     if placement.limits and checkpoint is not None:
         max_memory = LIMITS[placement.limits](Sizes(checkpoint, dtype), machine)
@@ -157,9 +161,10 @@ def loading_code(
     if gguf_file and precision.quantization is None:
         arguments["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
     elif precision.quantization is not None:
-        arguments["quantization_config"] = _quantization(precision.quantization, dtype)
+        off_gpu = precision.off_gpu if DIVIDES in placement.traits else None
+        arguments["quantization_config"] = _quantization(precision.quantization, dtype) | dict(off_gpu or {})
     arguments |= placement.arguments()
-    if placement.device_map == ROOM:
+    if placement.device_map in PRINTED:
         assert device_map is not None, "its code cannot be written without the map"
         arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
         arguments |= {"offload_folder": "offload"} if "disk" in device_map.values() else {}

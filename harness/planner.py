@@ -16,7 +16,7 @@ from harness.devicemap import Device
 from harness.files import quote
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
-from harness.placement import PLACEMENTS, ROOM, Placement
+from harness.placement import DIVIDES, FILE, GIVEN, PLACEMENTS, ROOM, Placement
 from harness.plan import Named, Sizes, Stock
 from harness.precision import PRECISIONS, Precision
 from harness.roommap import Recommendation
@@ -35,7 +35,8 @@ _TRIES = 4
 class Planner:
     """Plans cases of one model on one machine; what they share is counted once.
 
-    `trust` lets the model's own code run when it is loaded; planning never runs any.
+    `trust` lets the model's own code run when it is loaded; planning never runs any. `device_map` is the user's own and checked
+    (`harness.mapfile`); without one the placement `file` has no plan.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Planner:
         here: bool = True,
         constants: Calibration | None = None,
         trust: bool = False,
+        device_map: Mapping[str, Device] | None = None,
     ) -> None:
         self.blueprint, self.machine, self.here, self.trust = blueprint, machine, here, trust
         self.constants = constants or calibration.default()
+        self._placements = {**PLACEMENTS, FILE: PLACEMENTS[FILE].given(device_map)} if device_map else PLACEMENTS
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[Kept, Inventory] = {}
         self._recommended: dict[tuple[object, ...], Recommendation] = {}
@@ -74,10 +77,10 @@ class Planner:
 
     def plan(self, case: Case) -> Plan:
         """Plan one case."""
-        refused = self._refused(case) or plan.gate(case, self.machine, self.here)
+        precision, placement = PRECISIONS[case.precision], self._placements[case.placement]
+        refused = self._refused(case) or plan.gate(case, self.machine, self.here, placement)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
-        precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
         code = [str(one) for one in self.blueprint.remote_code]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
@@ -118,9 +121,11 @@ class Planner:
         if needed is not None and not self.trust:
             what = f"{needed.file} asks for code of the model's own, {quote(needed.name, 120)}, which nothing loads without"
             return Verdict.INVALID, f"{what}: read it and, if you trust it, add --trust-remote-code"
+        if self._placements[case.placement].device_map == GIVEN:
+            return Verdict.UNAVAILABLE, "no map of yours was given: --device-map FILE"
         precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
         if gguf is not None:
-            why = gguf.refusal(precision, PLACEMENTS[case.placement])
+            why = gguf.refusal(precision, self._placements[case.placement])
             return (Verdict.INVALID, why) if why else None
         if precision.stored is not None:
             held = self.blueprint.file_format
@@ -187,15 +192,17 @@ class Planner:
     def _count(self, case: Case, held: Kept, placed: Mapping[str, Device]) -> Count:
         tiers = layout.tiers(self.blueprint.skeleton, placed)
         gguf = self.blueprint.gguf
-        through_ram = PLACEMENTS[case.placement].call == "to" or (gguf is not None and gguf.through_ram)
-        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram)
+        placement = self._placements[case.placement]
+        through_ram = placement.call == "to" or (gguf is not None and gguf.through_ram)
+        off_gpu = self._inventory(Kept(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, off_gpu)
         self.counts[case.id] = count
         return count
 
     def _judge(self, case: Case, expected: Estimate, count: Count) -> tuple[Verdict, str | None]:
-        precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+        precision, placement = PRECISIONS[case.precision], self._placements[case.placement]
         spilled = [tier for tier in count.weights if tier == "disk" or (tier == "cpu" and count.gpus)]
-        if spilled and "spills" in precision.refuses:
+        if spilled and "spills" in precision.refuses and not _leaves_off_gpu(precision, placement):
             return (
                 Verdict.TOO_BIG,
                 f"too big for {placement.name}: weights would lie on {' and '.join(spilled)}; {precision.refuses['spills']}",
@@ -253,6 +260,11 @@ class Planner:
             if tier.capacity_bytes is not None and name != "disk" and tier.needed_bytes > tier.capacity_bytes:
                 return False
         return True
+
+
+def _leaves_off_gpu(precision: Precision, placement: Placement) -> bool:
+    """Say whether what lies off the GPUs is not quantised."""
+    return precision.off_gpu is not None and DIVIDES in placement.traits
 
 
 def _needs(tier: TierEstimate) -> str:

@@ -14,7 +14,9 @@ class Precision(Record, frozen=True, kw_only=True):
     `dtype` is what transformers is asked for, `dtype_before_cc80` the same on GPUs without bfloat16; `quantization` is its
     `quantization_config` as a dict. `holds` names the dtype that the weights of the Linear modules must have after loading
     (`Loaded.linear_dtype_bytes`), else the precision did not take effect. `refuses` maps a trait of a placement to the reason
-    why this precision cannot be loaded that way. `stored` is the format that a checkpoint must have to be held this way.
+    why this precision cannot be loaded that way. `off_gpu` is what its `quantization_config` needs as well where an explicit map
+    has parts off the GPUs, which then are not quantised; None: it treats them like the others. `stored` is the format that a
+    checkpoint must have to be held this way.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Precision(Record, frozen=True, kw_only=True):
     needs: tuple[str, ...] = ()
     min_compute_capability: float = 0.0
     refuses: Mapping[str, str] = {}
+    off_gpu: Mapping[str, Any] | None = None
     stored: str | None = None
 
     def holds_format(self, stored: str) -> bool:
@@ -48,6 +51,10 @@ _BNB_REFUSES = {
     "dispatches": "load_checkpoint_and_dispatch places weights as they are stored and does not quantise them",
 }
 
+# "fp32" is history: transformers 5.23 leaves every module that an explicit map has on the CPU or the disk in the dtype asked for,
+# in 4 bits as in 8. Of device_map="auto" it quantises them all the same, and generating fails.
+_BNB_OFF_GPU = {"llm_int8_enable_fp32_cpu_offload": True}
+
 _ROWS = (
     Precision(name="fp32", title="32-bit float", bits=32, dtype="float32", holds="float32"),
     Precision(name="bf16", title="bfloat16", bits=16, dtype="bfloat16", holds="bfloat16"),
@@ -63,6 +70,7 @@ _ROWS = (
         needs=("bitsandbytes",),
         min_compute_capability=7.5,
         refuses=_BNB_REFUSES,
+        off_gpu=_BNB_OFF_GPU,
     ),
     Precision(
         name="int4",
@@ -75,6 +83,7 @@ _ROWS = (
         needs=("bitsandbytes",),
         min_compute_capability=6.0,
         refuses=_BNB_REFUSES,
+        off_gpu=_BNB_OFF_GPU,
     ),
     Precision(
         name="gguf",

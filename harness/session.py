@@ -13,7 +13,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import blueprint, calibration, catalog, checkpoint, fingerprint, machine, plan, process, resume, runner, store
+from harness import (
+    blueprint,
+    calibration,
+    catalog,
+    checkpoint,
+    fingerprint,
+    machine,
+    mapfile,
+    plan,
+    process,
+    resume,
+    runner,
+    store,
+)
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
@@ -21,7 +34,7 @@ from harness.catalog import Source
 from harness.errors import UsageError
 from harness.meters import Gpus
 from harness.options import Options
-from harness.placement import PLACEMENTS, distinct
+from harness.placement import FILE, PLACEMENTS, distinct, named
 from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
@@ -52,6 +65,7 @@ class Session:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.sources = _resolved(options.model)
+        self.device_map = mapfile.asked(options.device_map, self._named)
         self.added = 0
         self.kept: dict[Case, Result] = {}
         self.store = Store(options.results)
@@ -120,8 +134,12 @@ class Session:
     @cached_property
     def _placements(self) -> list[str]:
         """The placements asked for; unless the user named them, without those that are the same as another here."""
-        wanted = _in_order(self.options.placement, PLACEMENTS)
-        return wanted if "placement" in self.options.origin else distinct(wanted, bool(self.machine.gpus))
+        return named(self._named, self.device_map is not None) or distinct(PLACEMENTS, len(self.machine.gpus))
+
+    @property
+    def _named(self) -> Sequence[str] | None:
+        """The placements that the user named."""
+        return self.options.placement if "placement" in self.options.origin else None
 
     def _precisions(self, model: str) -> list[str]:
         """Return the precisions asked for; unless the user named them, without those that need a checkpoint of another format."""
@@ -152,7 +170,9 @@ class Session:
         if self.worker_main is None and any(self._why_again(case) for case in cases if case.model in runnable):
             process.warm_up(sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in runnable})))
         for name in runnable:
-            self._blueprint(name)
+            drawn = self._blueprint(name)
+            if self.device_map is not None:
+                mapfile.check(self.device_map, drawn.skeleton, len(self.machine.gpus), model=name)
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all of its cases: what is too big names one that fits."""
@@ -161,7 +181,13 @@ class Session:
             return plan.decide(case, self.machine, None)
         if case.id not in self._plans:
             cases = [one for one in self.cases() if one.model == case.model]
-            planner = Planner(self._blueprint(case.model), self.machine, constants=self._calibration, trust=self.trust)
+            planner = Planner(
+                self._blueprint(case.model),
+                self.machine,
+                constants=self._calibration,
+                trust=self.trust,
+                device_map=self.device_map,
+            )
             made = planner.plans(cases)
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
@@ -201,6 +227,7 @@ class Session:
     def _command(self, case: Case) -> str:
         model = _sayable(self.sources[case.model])
         words = ["pytest", "cases/", "--model", model, "--precision", case.precision, "--placement", case.placement]
+        words += ["--device-map", _from_here(self.options.device_map)] if case.placement == FILE else []
         return f"{shlex.join(words)} {self.options.command()}".strip()
 
     def start(self, decided: Plan) -> Run | Kept | None:
@@ -321,8 +348,14 @@ def _resolved(models: Sequence[str]) -> dict[str, Source]:
 def _sayable(source: Source) -> str:
     """Write the model for a command: a directory as seen from here, or by its name alone where that would name others."""
     place = Path(source.location) / (source.file or "")
-    if source.kind != "directory" or not place.is_relative_to(Path.cwd()):
-        return source.name
+    return source.name if source.kind != "directory" else _from_here(place, source.name)
+
+
+def _from_here(place: Path, otherwise: str | None = None) -> str:
+    """Write a path as seen from here; by its name alone, or as `otherwise` says, where that would name others."""
+    place = place.absolute()
+    if not place.is_relative_to(Path.cwd()):
+        return place.name if otherwise is None else otherwise
     return f"./{place.relative_to(Path.cwd())}"
 
 

@@ -41,6 +41,7 @@ class Count:
     """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
 
     `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first.
+    `off_gpu` is the inventory of what lies off the GPUs, where that is held in another way.
     """
 
     def __init__(
@@ -50,11 +51,15 @@ class Count:
         load: Workload,
         calibration: Calibration,
         through_ram: bool = False,
+        off_gpu: Inventory | None = None,
     ) -> None:
         self.inventory, self.tiers, self.work, self.calibration = inventory, tiers, load, calibration
         self.through_ram = through_ram
         self.held, self.skeleton, self.blueprint = inventory.held, inventory.skeleton, inventory.blueprint
         self.sums = inventory.by_tier(tiers)
+        self._off_gpu = off_gpu or inventory
+        if off_gpu is not None:
+            self.sums |= {tier: sums for tier, sums in off_gpu.by_tier(tiers).items() if not tier.startswith("gpu")}
         self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
         self.read = {tier: sums.read for tier, sums in self.sums.items() if sums.read}
         self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
@@ -119,7 +124,7 @@ class Count:
                 return 0
             tiers = self.tiers
             sizes = (
-                size for path, size in self.inventory.at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes
+                size for path, size in self._off_gpu.at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes
             )
             self._copied_at_once[homes] = max(sizes, default=0)
         return self._copied_at_once[homes]

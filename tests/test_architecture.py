@@ -31,7 +31,7 @@ FLOORS = (
     ("anatomy",),
     ("skeleton",),
     ("devicemap", "sketch", "training"),
-    ("roommap",),
+    ("roommap", "mapfile"),
     ("inspection",),
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files"),

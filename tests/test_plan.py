@@ -15,7 +15,7 @@ import pytest
 from harness.case import Machine, Verdict
 from harness.catalog import Source
 from harness.checkpoint import Checkpoint, Tensor
-from harness.placement import PLACEMENTS, ROOM
+from harness.placement import PLACEMENTS, PRINTED, distinct
 from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code
 from harness.precision import PRECISIONS
 from harness.units import GIB
@@ -113,8 +113,40 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_what_can_work_on_which_machine(name: str) -> None:
     on, grid = GRIDS[name]
-    found = {names: MARKS[refused[0] if (refused := gate(case(*names), on)) else None] for names in COMBINATIONS}
+    usual = [names for names in COMBINATIONS if names[1] in distinct(PLACEMENTS, gpus=1)]
+    found = {names: MARKS[refused[0] if (refused := gate(case(*names), on)) else None] for names in usual}
     assert found == cells(grid)
+
+
+@pytest.mark.parametrize("placement", ["balanced", "balanced_low_0", "sequential"])
+def test_ways_to_share_among_gpus_want_two(placement: str) -> None:
+    refused = [gate(case("int8", placement), on) for on in (NO_GPU, AMPERE, machine(gpu(), gpu(1)))]
+    assert refused[0] is not None
+    assert refused[0] == refused[1]
+    assert refused[0][1].startswith("with fewer than two GPUs it is the same as auto")
+    assert refused[2] is None
+    old = gate(case("int8", placement), machine(gpu(), gpu(1, compute_capability="6.1")))
+    assert old == (Verdict.UNAVAILABLE, "int8 needs compute capability 7.5, and RTX 3060 has 6.1")
+
+
+@pytest.mark.parametrize(
+    ("device_map", "said"),
+    [
+        ({"a": 0, "b": 1}, None),
+        ({"a": 0, "b": "cpu"}, None),
+        ({"a": 0, "b": "disk"}, None),
+        ({"a": "cpu"}, None),
+        (
+            {"a": "cpu", "b": "disk"},
+            "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU, or on the disk",
+        ),
+        ({"a": 2}, "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
+    ],
+)
+def test_a_map_of_ones_own_is_judged_by_what_it_uses(device_map: dict[str, int | str], said: str | None) -> None:
+    on = machine(gpu(), gpu(1), gpu(2, compute_capability="6.1"))
+    refused = gate(case("int8", "file"), on, True, PLACEMENTS["file"].given(device_map))
+    assert (refused is None) if said is None else (refused is not None and refused[1].startswith(said))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +235,7 @@ def test_the_code_passes_on_what_the_tables_say_and_nothing_else(precision: str,
         expected["quantization_config"] = {**row.quantization}
         if precision == "int4":
             expected["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
-    if place.device_map == ROOM:
+    if place.device_map in PRINTED:
         expected["device_map"] = {"model.embed": 0, "model.layers.0": 1, "model.layers.1": "cpu", "head": "disk"}
         expected["offload_folder"] = "offload"
     if place.limits:
@@ -407,7 +439,7 @@ def test_a_case_that_may_run_has_code_and_no_verdict_yet(precision: str, placeme
     plan = decide(case(precision, placement), AMPERE, SMALL)
     refused = gate(case(precision, placement), AMPERE)
     assert plan.case == case(precision, placement)
-    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].device_map == ROOM)
+    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].device_map in PRINTED)
     assert (plan.verdict, plan.why) == (refused or (Verdict.UNKNOWN, None))
 
 
@@ -423,8 +455,8 @@ def test_limits_are_in_the_plan_as_they_are_in_its_code(precision: str, placemen
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_before_the_model_is_here_only_what_needs_its_sizes_has_no_code(placement: str) -> None:
-    plan = decide(case("bf16", placement), AMPERE, None)
-    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None or PLACEMENTS[placement].device_map == ROOM)
+    plan = decide(case("bf16", placement), machine(gpu(), gpu(1)), None)
+    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None or PLACEMENTS[placement].device_map in PRINTED)
     assert plan.verdict is Verdict.UNKNOWN
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from harness import skeleton
 from harness.cli import main
-from harness.placement import PLACEMENTS
+from harness.placement import PLACEMENTS, distinct
 from harness.precision import PRECISIONS
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
     assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]
     assert found["machine"]["tiers"][0].keys() == {"name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s"}
     usual = [name for name, row in PRECISIONS.items() if row.holds_format("safetensors")]
-    assert [plan["precision"] for plan in found["plans"]] == [name for name in usual for _ in PLACEMENTS]
+    assert [plan["precision"] for plan in found["plans"]] == [name for name in usual for _ in distinct(PLACEMENTS, gpus=1)]
     for plan in found["plans"]:
         assert plan.keys() == PLAN_KEYS
         assert plan["verdict"] in {"fits", "tight", "too_big", "invalid", "unavailable"}

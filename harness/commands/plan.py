@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness import commands
 from harness.case import Workload
 from harness.errors import UsageError, did_you_mean
-from harness.placement import PLACEMENTS, distinct
+from harness.placement import FILE, PLACEMENTS, distinct, named
 from harness.precision import PRECISIONS
 from harness.training import STAGES
 from harness.units import parse_size
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from harness.calibration import Calibration
     from harness.case import Case, Machine, Plan
     from harness.catalog import Source
+    from harness.devicemap import Device
     from harness.planner import Advice
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
@@ -28,7 +29,8 @@ SCHEMA = 1
 _USUAL = Workload()
 # Options that say nothing of training.
 _ABOUT_RUNNING = (
-    "--precision", "--placement", "--prompt-tokens", "--new-tokens", "--batch", "--context", "--code", "--explain", "--results",
+    "--precision", "--placement", "--device-map", "--prompt-tokens", "--new-tokens", "--batch", "--context", "--code", "--explain",
+    "--results",
 )  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
@@ -59,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disk", metavar="SIZE", help="plan for a machine with so much free disk space")
     add("--precision", action="append", metavar="NAME", help=f"only this: {', '.join(PRECISIONS)} (repeatable)")
     add("--placement", action="append", metavar="NAME", help=f"only this: {', '.join(PLACEMENTS)} (repeatable)")
+    add("--device-map", metavar="FILE", help=f"plan a device_map of yours, JSON or TOML, as placement {FILE}")
     add("--prompt-tokens", metavar="N", help=f"tokens of each prompt (default {_USUAL.prompt_tokens})")
     add("--new-tokens", metavar="N", help=f"tokens to generate from each prompt (default {_USUAL.new_tokens})")
     add("--batch", metavar="N", help="prompts generated from at once (default 1)")
@@ -80,25 +83,28 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError, CheckpointError: the request or a model is wrong; exit status 2.
     """
-    from harness import blueprint
+    from harness import blueprint, mapfile
     from harness.planner import Planner, advise
 
     if args.training is not None or args.nodes is not None:
         return _train(args)
     precisions = _names(args.precision, PRECISIONS, "--precision")
-    placements = _names(args.placement, PLACEMENTS, "--placement")
+    _names(args.placement, PLACEMENTS, "--placement")
     load = workload(args)
     machine, here = described(args)
     asked = [_asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
         raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
+    device_map = _device_map(args, [placement for _, placement in asked])
     constants = _constants(args, machine) if here else None
     advices = []
     for source in _sources(args):
         drawn = blueprint.draw(source)
-        planner = Planner(drawn, machine, here=here, constants=constants, trust=args.trust_remote_code)
+        if device_map is not None:
+            mapfile.check(device_map, drawn.skeleton, len(machine.gpus), model=drawn.name)
+        planner = Planner(drawn, machine, here=here, constants=constants, trust=args.trust_remote_code, device_map=device_map)
         chosen = precisions if args.precision else [name for name in precisions if PRECISIONS[name].holds_format(drawn.file_format)]
-        places = placements if args.placement else distinct(placements, bool(machine.gpus))
+        places = named(args.placement, device_map is not None) or distinct(PLACEMENTS, len(machine.gpus))
         cases = _cases(drawn, chosen, places, load, asked)
         advices.append(advise(source, planner, cases))
     return _print(advices, args, machine, load)
@@ -128,6 +134,16 @@ def _train(args: argparse.Namespace) -> int:
     machine, _ = described(args)
     drawn = [blueprint.draw(source) for source in _sources(args)]
     return training.show(drawn, machine, args.training, nodes, as_json=args.json)
+
+
+def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Device] | None:
+    """Return the user's own map, if one is given; `asked` are placements of single cases."""
+    from pathlib import Path
+
+    from harness import mapfile
+
+    path = Path(args.device_map) if args.device_map is not None else None
+    return mapfile.asked(path, [*(args.placement or ()), *asked])
 
 
 def workload(args: argparse.Namespace) -> Workload:

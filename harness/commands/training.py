@@ -35,7 +35,7 @@ def show(models: Sequence[Blueprint], machine: Machine, stage: str, nodes: int, 
     else:
         from harness.report import training as report
 
-        report.show([(drawn.name, *found) for drawn, *found in zip(models, trained, ways, strict=True)], room, stage)
+        report.show([drawn.name for drawn in models], trained, ways, room, stage)
     return FITS if all(any(room.verdict(way) is Verdict.FITS for way in found) for found in ways) else NOTHING_FITS
 
 

@@ -19,10 +19,10 @@ TITLES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 _WORDS = {Verdict.UNKNOWN: "unknown: add --ram SIZE"}
 
 
-def show(models: Sequence[tuple[str, Trained, Sequence[States]]], room: Room, stage: str) -> None:
-    """Print for each model (name, what is trained, the ways to hold it) a table, and once what it follows and leaves out."""
+def show(names: Sequence[str], models: Sequence[Trained], held: Sequence[Sequence[States]], room: Room, stage: str) -> None:
+    """Print for each model a table of the ways to hold it, and once what the figures follow and leave out."""
     parts: list[RenderableType] = []
-    for name, trained, ways in models:
+    for name, trained, ways in zip(names, models, held, strict=True):
         parts += [terminal.title(_headline(name, trained, stage)), _table(ways, room)]
         if not any(room.verdict(way) in (Verdict.FITS, Verdict.UNKNOWN) for way in ways):
             parts.append(Text("Nothing fits: add GPUs or RAM, name more machines with --nodes, or train fewer parameters."))
