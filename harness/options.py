@@ -125,6 +125,13 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(name="case-timeout", help="seconds that one case may take (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
     Option(
+        name="phase-timeout",
+        help="seconds that one phase of a case may take: loading, a round, the probe (default 900)",
+        parse=_seconds,
+        default=900.0,
+        metavar="S",
+    ),
+    Option(
         name="results",
         help="directory to append results.jsonl to (default fitmatrix-results)",
         parse=Path,

@@ -191,11 +191,11 @@ class Planner:
 
     def _count(self, case: Case, held: Kept, placed: Mapping[str, Device]) -> Count:
         tiers = layout.tiers(self.blueprint.skeleton, placed)
-        gguf = self.blueprint.gguf
-        placement = self._placements[case.placement]
+        gguf, placement = self.blueprint.gguf, self._placements[case.placement]
         through_ram = placement.call == "to" or (gguf is not None and gguf.through_ram)
+        rewrites = placement.call == "load_checkpoint_and_dispatch"
         off_gpu = self._inventory(Kept(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
-        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, off_gpu)
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu)
         self.counts[case.id] = count
         return count
 
@@ -219,7 +219,11 @@ class Planner:
             return Verdict.UNAVAILABLE, f"nobody told how much memory {unknown[0]} has: add {option}"
         tight = None
         for name, tier in expected.tiers.items():
-            if tier.capacity_bytes is None or name == "disk":
+            if name == "disk":
+                if short := short_of_disk(expected, tier.capacity_bytes):
+                    return Verdict.TOO_BIG, short
+                continue
+            if tier.capacity_bytes is None:
                 continue
             if tier.needed_bytes > tier.capacity_bytes:
                 return Verdict.TOO_BIG, f"too big for {name}: needs {_needs(tier)}, free {format_gib(tier.capacity_bytes)}."
@@ -265,6 +269,15 @@ class Planner:
 def _leaves_off_gpu(precision: Precision, placement: Placement) -> bool:
     """Say whether what lies off the GPUs is not quantised."""
     return precision.off_gpu is not None and DIVIDES in placement.traits
+
+
+def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | None:
+    """Say why the weights that loading writes into the offload folder do not go there; None if they do."""
+    tier = expected.tiers.get("disk") if expected else None
+    if tier is None or free_bytes is None or tier.needed_bytes <= free_bytes:
+        return None
+    needed, free = format_gib(tier.needed_bytes), format_gib(free_bytes)
+    return f"too big for disk: the offload folder needs {needed} GiB, free {free}; set TMPDIR to a directory on a larger disk."
 
 
 def _needs(tier: TierEstimate) -> str:

@@ -83,6 +83,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if session.testsfailed and not config.option.continue_on_collection_errors:
         return  # pytest ends the run
     ours = config.stash[SESSION]
+    ours.interrupts.install()
     try:
         ours.prepare(cases)
     except HarnessError as error:
@@ -150,7 +151,18 @@ def _show_live(item: pytest.Item) -> Generator[None, object, object]:
         return (yield)
 
 
-pytest_runtest_setup = pytest_runtest_call = pytest_runtest_teardown = pytest.hookimpl(wrapper=True)(_show_live)
+pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_show_live)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """End a case with the last of its tests: from then on nothing takes its result away."""
+    yield from _show_live(item)
+    session, case = item.config.stash[SESSION], _case_of(item)
+    run = session.current
+    if run is not None and run.plan.case == case and (nextitem is None or _case_of(nextitem) != case):
+        session.finish(run)
+    return None
 
 
 @pytest.fixture(scope="session")
@@ -170,15 +182,16 @@ def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | Kept | No
     session = request.config.stash[SESSION]
     run = session.start(plan)
     yield run
-    if isinstance(run, Run):
+    if isinstance(run, Run) and session.current is run:  # its last test did not come to an end
         session.finish(run)
 
 
 @pytest.fixture
-def loaded(_run: Run | Kept | None, plan: Plan) -> Run:
+def loaded(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -> Run:
     """A case in its own process, with the model loaded in it."""
     if _run is None:
-        pytest.skip(line(f"{plan.verdict.value}: {plan.why}"))
+        refused = request.config.stash[SESSION].shown(plan.case)
+        pytest.skip(line(f"{refused.verdict.value}: {refused.why}") if refused else "not run")
     if _run.ended is not None:
         pytest.skip(line(f"not measured: {_run.ended.why}"))
     if isinstance(_run, Kept):
@@ -243,20 +256,30 @@ def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
-    """Render the page once everything is measured; its name is the last line of the run."""
+    """Put everything in order once all is measured, and render the page; its name is the last line of the run."""
     ours = session.config.stash[SESSION]
+    ours.interrupts.hold()
     stops_between_tests = session.shouldstop or session.shouldfail
     ours.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED and not stops_between_tests
     try:
         yield
     finally:
-        if live := session.config.stash.get(_LIVE, None):
-            live.close()
-        ours.close()
+        _wind_up(session, ours)
+
+
+def _wind_up(session: pytest.Session, ours: Session) -> None:
+    """Leave results, a page and nothing else, even where pytest's own last words failed (its terminal may be gone)."""
+    if live := session.config.stash.get(_LIVE, None):
+        live.close()
+    ours.close()
     try:
         page = ours.render()
     except HarnessError as error:
         raise pytest.UsageError(line(str(error))) from None
+    finally:
+        ours.interrupts.restore()
+    if ours.interrupts.exit_status is not None:
+        session.exitstatus = ours.interrupts.exit_status
     reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
     if page is not None and reporter is not None:
         if resumed := ours.resumed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -19,6 +20,7 @@ from harness.errors import WorkerError
 from harness.interference import Watch
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
+from harness.patience import Patience
 from harness.precision import PRECISIONS
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
@@ -39,8 +41,15 @@ class Setting:
     scratch: Path
     worker_main: WorkerMain
     timeout_s: float
+    phase_timeout_s: float = math.inf
     gpus: Gpus | None = None
     on_sample: LiveLine | None = None
+
+    @property
+    def allowed_s(self) -> dict[str, float]:
+        """The limits of time by the name of their option; what has none is left out."""
+        limits = {"case-timeout": self.timeout_s, "phase-timeout": self.phase_timeout_s}
+        return {name: seconds for name, seconds in limits.items() if math.isfinite(seconds)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +93,14 @@ class Run:
         self._phases: list[Phase] = []
         self._windows: list[Interference] = []
         self._begun_s = time.monotonic()
-        self._deadline_s = self._begun_s + setting.timeout_s
+        self._patience = Patience(case_s=setting.timeout_s, phase_s=setting.phase_timeout_s)
         self._at = datetime.now(timezone.utc)
         self._oom_kills, self._log, self._traceback = oom_kills(), "", ""
         self._directory = TemporaryDirectory(prefix="case-", dir=setting.scratch, ignore_cleanup_errors=True)
         scratch = Path(self._directory.name)
         with contextlib.ExitStack() as undo:
             undo.callback(self._directory.cleanup)
-            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch)
+            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch, start_s=setting.phase_timeout_s)
             undo.callback(self._worker.kill)
             self._others = Watch(self._worker.pid, gpus=setting.gpus, origin_s=self._begun_s)
             self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._watch,))
@@ -161,7 +170,7 @@ class Run:
         asked, took = self.plan.case.workload.repeats, [done.total_s for done in self.warm]
         if not asked <= len(took) < _MOST_ROUNDS * asked or sum(took[asked:]) + max(took) > sum(took[:asked]):
             return False
-        if time.monotonic() + _SPARE_ROUNDS * max(took) > self._deadline_s:
+        if _SPARE_ROUNDS * max(took) > self._patience.case_left_s:
             return False
         quiet = interference.undisturbed(self.warm, self._windows)
         return len(quiet) < asked or bool(figures.noise(figures.samples(quiet)))
@@ -204,7 +213,7 @@ class Run:
             raise self.ended
         self._others.begin()
         try:
-            event = self._worker.ask(request, until_s=self._deadline_s)
+            event = self._worker.ask(request, self._patience)
         except Ended as end:
             raise self._end(ended_by=end.ended_by, exit_code=end.exit_code) from None
         except WorkerError as error:
@@ -226,7 +235,7 @@ class Run:
             exit_code=exit_code,
             ended_by=ended_by,
             oom_kills=oom_kills() - self._oom_kills,
-            limit_s=self.setting.timeout_s,
+            limit_s=self._patience.limit_s(ended_by),
             log_tail=self._worker.log_tail(),
         )
         outcome, why = classify(evidence)
@@ -334,5 +343,5 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "environment": dict(setting.environment),
         "remote_code": plan.remote_code if plan.trusted else [],
         "fingerprint": subject.fingerprint,
-        "allowed_s": {"case-timeout": setting.timeout_s},
+        "allowed_s": setting.allowed_s,
     }

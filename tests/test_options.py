@@ -26,6 +26,7 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "batch": ("2", 2, "4", 4),
     "repeats": ("5", 5, "7", 7),
     "case-timeout": ("60", 60.0, "90.5", 90.5),
+    "phase-timeout": ("30", 30.0, "45.5", 45.5),
     "results": ('"out"', Path("out"), "/elsewhere/out", Path("/elsewhere/out")),
     "html": ('"page.html"', Path("page.html"), "p.html", Path("p.html")),
     "trust-remote-code": ("true", True, True, True),

@@ -38,9 +38,11 @@ pytest_plugins = ["harness.plugin"]
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
+    from harness import forkserver
     from harness.plugin import SESSION
     from tests import builders, scripted
 
+    forkserver.preload("tests.scripted")  # unless a fork server runs already
     config.stash[SESSION].worker_main = scripted.by_model
     config.stash[SESSION].machine = builders.machine(ram_bytes=480 << 20)  # so little that no plan promises anything
 """
@@ -556,35 +558,90 @@ def test_the_parent_has_no_torch(project: Project) -> None:
     assert "torch is imported: False" in project.results[0].log_tail
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_keeps_what_is_finished_and_leaves_no_process(
-    project: Project, number: signal.Signals, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize(
+    ("numbers", "status"),
+    [
+        ((signal.SIGINT,), pytest.ExitCode.INTERRUPTED),
+        ((signal.SIGINT, signal.SIGINT), pytest.ExitCode.INTERRUPTED),
+        ((signal.SIGTERM,), 143),
+        ((signal.SIGHUP, signal.SIGTERM), 129),
+        ((signal.SIGKILL,), -9),
+    ],
+)
+def test_a_run_that_is_ended_keeps_what_is_finished_and_leaves_nothing(
+    project: Project, numbers: tuple[signal.Signals, ...], status: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Ctrl-C reaches all processes of the terminal's group, and the parent puts things in order; the others it cannot hear."""
-    project.behave(bf16="grandchild_hangs" if number is signal.SIGINT else "hang_in_load")
+    """What ends it in order reaches all processes of its group, as from a terminal, and the parent puts things in order."""
+    project.behave(bf16="grandchild_hangs")
     scratch = tmp_path_factory.mktemp("t")  # the path of a socket must be short
     with running(project, scratch, precisions="fp32 bf16 fp16") as run:
         wait_for_hanging(scratch)
         started = psutil.Process(run.pid).children(recursive=True)
-        os.killpg(run.pid, number) if number is signal.SIGINT else run.send_signal(number)
+        for number in numbers:
+            run.send_signal(number) if number is signal.SIGKILL else os.killpg(run.pid, number)
+            time.sleep(0.1)
         output = run.communicate(timeout=60)[0]
-    assert len(started) >= 2
+    assert len(started) >= 3
     assert all(scripted.ends(process) for process in started)
+    assert run.returncode == status
     assert project.outcomes == {"fp32": Outcome.OK}
-    if number is signal.SIGINT:
-        assert run.returncode == pytest.ExitCode.INTERRUPTED
+    assert list(scratch.iterdir()) == []  # its fork server cleared up if it could not
+    if signal.SIGKILL not in numbers:
         assert output.rstrip().splitlines()[-1] == "page: fitmatrix-results/index.html"
         assert "tiny/fp32/cpu" in (project.path / "fitmatrix-results/index.html").read_text()
         assert "Traceback" not in output
-        assert not list(scratch.glob("fitmatrix-*"))
 
 
-def running(project: Project, scratch: Path, precisions: str) -> subprocess.Popen[str]:
+def test_a_run_whose_terminal_is_closed_writes_its_page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    project.behave(bf16="hang_in_load")
+    scratch = tmp_path_factory.mktemp("t")
+    controller, terminal = os.openpty()
+    with running(project, scratch, precisions="fp32 bf16", terminal=terminal) as run:
+        os.close(terminal)
+        wait_for_hanging(scratch)
+        os.close(controller)
+        run.send_signal(signal.SIGHUP)
+        assert run.wait(60) == 129
+    assert project.outcomes == {"fp32": Outcome.OK}
+    assert "tiny/fp32/cpu" in (project.path / "fitmatrix-results/index.html").read_text()
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_run_that_is_stopped_and_continued_comes_through(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    project.behave(fp32="slow")
+    with running(project, tmp_path_factory.mktemp("t"), "--case-timeout", "4", precisions="fp32") as run:
+        time.sleep(1)
+        run.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        run.send_signal(signal.SIGCONT)
+        assert run.communicate(timeout=60)[0]
+    assert run.returncode == 0
+    assert project.outcomes == {"fp32": Outcome.OK}
+
+
+def test_a_case_is_finished_with_its_last_test(project: Project) -> None:
+    """Ctrl-C between two cases takes nothing away, nor does one that comes while the result is written."""
+    (project.path / "cases/test_zzz.py").write_text(
+        "import os, signal\nimport pytest\n\n\n@pytest.mark.stage(9)\ndef test_last(loaded, request):\n"
+        "    from harness.plugin import SESSION\n"
+        "    store = request.config.stash[SESSION].store\n"
+        "    append = store.append\n"
+        "    def interrupted(result):\n        os.kill(os.getpid(), signal.SIGINT)\n        append(result)\n"
+        "    store.append = interrupted\n"
+    )
+    done = project.pytester.runpytest_subprocess(*project.words(precisions="fp32 bf16"))
+    assert done.ret == pytest.ExitCode.INTERRUPTED
+    assert project.outcomes == {"fp32": Outcome.OK}
+
+
+def running(
+    project: Project, scratch: Path, *words: str, precisions: str, terminal: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *project.words(precisions=precisions)],
+        [sys.executable, "-m", "pytest", *project.words(*words, precisions=precisions)],
         cwd=project.path,
         env={**os.environ, "TMPDIR": str(scratch)},
-        stdout=subprocess.PIPE,
+        stdout=terminal,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,

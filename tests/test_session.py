@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from harness import fingerprint, process
+from harness import fingerprint, forkserver
 from harness.case import Case, Outcome, Plan, Result, Verdict
 from harness.errors import CheckpointError, StoreError, UsageError
 from harness.options import Options
@@ -217,6 +217,19 @@ def test_what_the_plan_expects_to_fail_runs_only_when_asked_for(make: Make, run_
     if isinstance(run, Run):
         session.finish(run)
     assert [result.outcome for result in stored(session)] == [Outcome.OK if run_all else Outcome.SKIPPED]
+
+
+def test_a_disk_that_has_filled_up_since_the_plan_is_seen_before_loading(make: Make) -> None:
+    session = make(placement=["disk"])
+    (case,) = session.cases()
+    session.prepare([case])
+    decided = session.plan(case)
+    assert decided.estimate is not None
+    disk = replace(decided.estimate.tiers["disk"], needed_bytes=1 << 60)
+    assert session.start(replace(decided, estimate=replace(decided.estimate, tiers={"disk": disk}))) is None
+    (result,) = stored(session)
+    assert (result.verdict, result.outcome, result.stage) == (Verdict.TOO_BIG, Outcome.SKIPPED, "plan")
+    assert "set TMPDIR" in str(result.why)
 
 
 def test_what_has_no_code_does_not_run_even_when_asked_for(make: Make) -> None:
@@ -429,7 +442,7 @@ def test_page_of_a_run_that_kept_everything_shows_it(make: Make) -> None:
 
 def test_nothing_is_imported_for_cases_that_are_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[object] = []
-    monkeypatch.setattr(process, "warm_up", heard.append)
+    monkeypatch.setattr(forkserver, "warm_up", heard.append)
     measure(make())
     session = make(resume=True)
     session.worker_main = None
@@ -508,7 +521,7 @@ def test_result_that_cannot_be_written_leaves_no_worker(make: Make, monkeypatch:
 
 def test_warm_up_is_for_the_real_worker_only(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[object] = []
-    monkeypatch.setattr(process, "warm_up", heard.append)
+    monkeypatch.setattr(forkserver, "warm_up", heard.append)
     session = make()
     session.prepare(session.cases())
     assert not heard

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
+import psutil
 from markupsafe import Markup
 
 from harness import units
@@ -77,12 +78,21 @@ def write(path: Path, html: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_dead_drafts(path)
         draft.write_text(html, encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise StoreError(path, f"the page cannot be written: {error.strerror}. Give another file with --html") from error
+
+
+def _drop_dead_drafts(path: Path) -> None:
+    """Remove drafts whose writers were killed."""
+    for draft in path.parent.glob(f".{path.name}.*"):
+        pid = draft.name.rpartition(".")[2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            draft.unlink(missing_ok=True)
 
 
 def _title(found: Sequence[view.Block]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -39,12 +41,20 @@ def _settle(log: str, scratch: str) -> None:
     for standard in (1, 2):
         os.dup2(output, standard)
     os.close(output)
+    faulthandler.enable(file=2, all_threads=False)  # a library that crashes says where it was called from
     os.chdir(scratch)
+    os.environ["TMPDIR"], tempfile.tempdir = scratch, None  # what a library leaves there goes with the case
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # when memory ends, this process goes first
         residency.replay()
+
+
+def _take_along() -> None:
+    """The parent is gone, and nobody else ends what this process has started: end its group, and itself."""
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
 
 
 def _text(said: str) -> str:
@@ -66,6 +76,7 @@ class Server:
             try:
                 request = protocol.decode_request(self._pipe.recv_bytes())
             except EOFError:
+                _take_along()
                 return
             if isinstance(request, protocol.Stop):
                 return
