@@ -94,7 +94,7 @@ def effort(count: Count, precision: str) -> Effort:
         read={
             # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
             tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0)
-            for tier in {**count.read, **count.kv}
+            for tier in {**count.read, **(count.kv if count.shared == 1 else {})}
         },
         operations=inventory.operations,
         parameters=inventory.parameters,

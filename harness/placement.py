@@ -26,7 +26,7 @@ class Placement(Record, frozen=True, kw_only=True):
     `device_map` is passed on as it is, but for ROOM and GIVEN. `limits` names the rule that computes `max_memory`
     (`harness.plan.LIMITS`): None passes none. `traits` are what a precision may refuse. `devices` are where the weights may end
     up, best first. It needs `least_gpus`; on fewer it is no case of its own where `on_fewer` says what it comes to there. What is
-    `on_request` is no part of a matrix unless it is named.
+    `on_request` is no part of a matrix unless it is named. `parallel`: a process for each GPU, which share every layer.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Placement(Record, frozen=True, kw_only=True):
     least_gpus: int = 0
     on_fewer: str | None = None
     on_request: bool = False
+    parallel: bool = False
     offload_folder: bool = False
 
     @property
@@ -73,6 +74,8 @@ class Placement(Record, frozen=True, kw_only=True):
             given["device_map"] = self.device_map if isinstance(self.device_map, str) else dict(self.device_map)
         if self.offload_folder:
             given["offload_folder"] = "offload"
+        if self.parallel:
+            given["distributed_config"] = {"tp_plan": "auto"}
         return given
 
 
@@ -186,6 +189,19 @@ _ROWS = (
         device_map={"": "cpu"},
         devices=("cpu",),
         traits=("ram",),
+    ),
+    Placement(
+        name="tp",
+        title="tensor parallel",
+        help="tensor parallelism by torchrun: a process for each GPU, which share every layer (planned and printed, not measured)",
+        call="from_pretrained",
+        device_map=None,
+        devices=("gpu",),
+        traits=("parallel",),
+        least_gpus=2,
+        on_fewer="tensor parallelism shares every layer among two GPUs or more",
+        on_request=True,
+        parallel=True,
     ),
     Placement(
         name=FILE,

@@ -242,17 +242,33 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """
     load = one.case.workload
     places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
-    device = "cuda" if any(str(place).startswith("gpu") for place in places) else "cpu"
+    device = '"cuda"' if any(str(place).startswith("gpu") for place in places) else '"cpu"'
+    parallel = PLACEMENTS[one.case.placement].parallel
     told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained(MODEL{told}{_trust(one.trusted if one.remote_code else None)})",
-        f'inputs = tokenizer(["The capital of France is"] * {load.batch}, return_tensors="pt").to("{device}")',
+        'inputs = tokenizer(["The capital of France is"] * '
+        f'{load.batch}, return_tensors="pt").to({"model.device" if parallel else device})',
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
+    if parallel:
+        head, lines = f"# Start it by: torchrun --nproc-per-node {_ranks(one)} THIS_FILE\n{head}", _once(lines)
     return f"{head}{one.code}\n" + "\n".join(lines) + "\n"
+
+
+def _ranks(one: Plan) -> int:
+    """Return how many processes share a model: one for each GPU of the plan."""
+    return sum(name.startswith("gpu") for name in (one.estimate.tiers if one.estimate else ()))
+
+
+def _once(lines: Sequence[str]) -> list[str]:
+    """Let the last line of what every process runs be run by one of them."""
+    *shared, last = lines
+    leave = "torch.distributed.destroy_process_group()"
+    return ["import torch.distributed", *shared, "if torch.distributed.get_rank() == 0:", f"    {last}", leave]
 
 
 def code_head(source: Source, placement: str) -> str:

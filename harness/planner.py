@@ -7,7 +7,7 @@ from functools import cached_property, partial
 
 import msgspec
 
-from harness import calibration, cost, layout, memory_cost, plan, roommap
+from harness import calibration, cost, layout, memory_cost, plan, roommap, sharing
 from harness.blueprint import GGUF_REFUSES, Blueprint
 from harness.calibration import Calibration, Constant
 from harness.case import Case, Estimate, Machine, Plan, Record, TierEstimate, Verdict, Workload
@@ -28,6 +28,7 @@ GOOD = (Verdict.FITS, Verdict.TIGHT)
 _KEEPS: Mapping[str, float] = {"fp32": 0.99, "bf16": 1.0, "fp16": 0.995, "int8": 0.97, "int4": 0.85}
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
+_BETWEEN = "started by torchrun, a process for each GPU; what they tell each other is not counted"
 # How often our device map is drawn anew with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
 
@@ -86,7 +87,7 @@ class Planner:
         held = cost.kept(precision, dtype, self.blueprint)
         limits = plan.LIMITS[placement.limits](self._sizes(dtype), self.machine) if placement.limits else None
         ours = self._recommendation(case, held) if placement.device_map == ROOM else None
-        placed = ours.device_map if ours else self._map(placement, held, limits)
+        placed = ours.device_map if ours else {"": 0} if placement.parallel else self._map(placement, held, limits)
         count = self._count(case, held, placed)
         expected = cost.estimate(count, case.precision, self.machine)
         verdict, why = self._judge(case, expected, count)
@@ -94,7 +95,7 @@ class Planner:
         return Plan(
             case=case,
             verdict=verdict,
-            why=why or (ours.why if ours else None),
+            why=why or (ours.why if ours else _BETWEEN if placement.parallel else None),
             code=plan.loading_code(
                 precision,
                 placement,
@@ -104,7 +105,7 @@ class Planner:
                 gguf_file=self.blueprint.gguf_file,
                 trusted=self.trust if code else None,
             ),
-            device_map=tiers,
+            device_map=None if placement.parallel else tiers,
             max_memory=limits,
             estimate=expected,
             remote_code=code,
@@ -123,6 +124,10 @@ class Planner:
             return Verdict.INVALID, f"{what}: read it and, if you trust it, add --trust-remote-code"
         if self._placements[case.placement].device_map == GIVEN:
             return Verdict.UNAVAILABLE, "no map of yours was given: --device-map FILE"
+        gpus = len(self.machine.gpus)
+        alone = self._placements[case.placement].parallel and gpus > 1 and sharing.refusal(self.blueprint.skeleton, gpus)
+        if alone:
+            return Verdict.INVALID, alone
         precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
         if gguf is not None:
             why = gguf.refusal(precision, self._placements[case.placement])
@@ -195,7 +200,8 @@ class Planner:
         through_ram = placement.call == "to" or (gguf is not None and gguf.through_ram)
         rewrites = placement.call == "load_checkpoint_and_dispatch"
         off_gpu = self._inventory(Kept(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
-        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu)
+        shared = len(self.machine.gpus) if placement.parallel else 1
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu, shared)
         self.counts[case.id] = count
         return count
 

@@ -48,6 +48,7 @@ PACKED_ARCHITECTURES = frozenset(("lfm2", "qwen35", "qwen35moe"))
 _BNB_REFUSES = {
     "spills": "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU, or on the disk at all "
     '("Some modules are dispatched on the CPU or the disk")',
+    "parallel": "transformers 5.23 shares no bitsandbytes weights among processes: its tensors lose what they were quantised with",
     "dispatches": "load_checkpoint_and_dispatch places weights as they are stored and does not quantise them",
 }
 

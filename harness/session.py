@@ -190,14 +190,14 @@ class Session:
             return plan.decide(case, self.machine, None)
         if case.id not in self._plans:
             cases = [one for one in self.cases() if one.model == case.model]
-            planner = Planner(
+            ours = Planner(
                 self._blueprint(case.model),
                 self.machine,
                 constants=self._calibration,
                 trust=self.trust,
                 device_map=self.device_map,
             )
-            made = planner.plans(cases)
+            made = map(_not_measured, ours.plans(cases))
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
 
@@ -245,7 +245,8 @@ class Session:
         if again is None:
             return self._keep(self._earlier[case])
         decided = self._held_against_disk(decided)
-        if decided.verdict in _RUNNABLE or (self.options.run_all and decided.code is not None):
+        asked = self.options.run_all and decided.code is not None and not PLACEMENTS[case.placement].parallel
+        if decided.verdict in _RUNNABLE or asked:
             self._have_predictions(case.model)
             self._again.append(again)
             self.current = Run(decided, self.subject(case), self.setting)
@@ -377,6 +378,14 @@ def _from_here(place: Path, otherwise: str | None = None) -> str:
     if not place.is_relative_to(Path.cwd()):
         return place.name if otherwise is None else otherwise
     return f"./{place.relative_to(Path.cwd())}"
+
+
+def _not_measured(one: Plan) -> Plan:
+    """Hold back what is planned and printed, but takes several processes: a case is run in one."""
+    if not PLACEMENTS[one.case.placement].parallel or one.verdict not in (*_RUNNABLE, Verdict.TOO_BIG):
+        return one
+    why = "takes a process for each GPU, and cases are measured in one: run the code that fitmatrix plan --code prints, by torchrun"
+    return msgspec.structs.replace(one, verdict=Verdict.UNAVAILABLE, why=why)
 
 
 def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ FLOORS = (
     ("anatomy",),
     ("skeleton",),
     ("devicemap", "sketch", "training"),
-    ("roommap", "mapfile"),
+    ("roommap", "mapfile", "sharing"),
     ("inspection",),
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files"),

@@ -159,6 +159,9 @@ def test_what_is_loaded_lies_where_the_map_says(form: str, request: pytest.Fixtu
     assert f"device_map={json.dumps(TINY)}" in str(plan.code)
     assert set(verify.checks(plan, found).values()) == {verify.OK}
     assert plan.estimate is not None
+    written = sum(path.stat().st_size for path in (tmp_path / "offload").rglob("*") if path.is_file())
+    assert plan.estimate.tiers["disk"].needed_bytes == pytest.approx(written, rel=0.02)
+    assert (written > 0) == (form == "llama_bin")
     assert {name: plan.estimate.tiers[name].weights_bytes for name in ("cpu", "disk")} == pytest.approx(found.tier_bytes, rel=0.001)
 
 
