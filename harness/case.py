@@ -15,6 +15,8 @@ from typing import Any
 
 import msgspec
 
+from harness.units import exact_size
+
 SCHEMA = 1
 
 
@@ -59,17 +61,25 @@ class Workload(Record, frozen=True, kw_only=True):
 
 
 class Case(Record, frozen=True, kw_only=True):
-    """One way of loading one model, by names."""
+    """One way of loading one model, by names, and what memory it may use: `vram_bytes` on each GPU, `ram_bytes`; None is all."""
 
     model: str
     precision: str
     placement: str
     workload: Workload = Workload()
+    vram_bytes: int | None = None
+    ram_bytes: int | None = None
+
+    @property
+    def place(self) -> str:
+        """The placement and the limits: `direct`, `gpu+cpu@vram8GiB@ram16GiB`."""
+        limits = (("vram", self.vram_bytes), ("ram", self.ram_bytes))
+        return self.placement + "".join(f"@{kind}{exact_size(size)}" for kind, size in limits if size is not None)
 
     @property
     def id(self) -> str:
-        """`model/precision/placement`."""
-        return f"{self.model}/{self.precision}/{self.placement}"
+        """`model/precision/placement`, with the limits where there are any."""
+        return f"{self.model}/{self.precision}/{self.place}"
 
 
 class Tier(Record, frozen=True, kw_only=True):
@@ -184,7 +194,8 @@ class Phase(Record, frozen=True, kw_only=True):
     """One phase of a case on the timeline, with the exact peaks that kernel and torch kept for it.
 
     `name` is import, load, cold, warm or score. `ram_peak_bytes` is the kernel's high-water mark (sampled on systems that
-    keep none: `sampled`); `vram` maps a tier's name to torch's peak of allocated and of reserved bytes.
+    keep none: `sampled`); `vram` maps a tier's name to torch's peak of allocated and of reserved bytes. `disk_read_bytes` came
+    from the disk meanwhile, pages of mapped weights among them; None where the system does not count.
     """
 
     name: str
@@ -193,6 +204,7 @@ class Phase(Record, frozen=True, kw_only=True):
     ram_peak_bytes: int | None = None
     ram_anon_bytes: int | None = None
     sampled: bool = False
+    disk_read_bytes: int | None = None
     vram_peak_bytes: dict[str, int] = {}
     vram_reserved_bytes: dict[str, int] = {}
 

@@ -60,11 +60,11 @@ class Source(Record, frozen=True, kw_only=True):
 CATALOG = msgspec.toml.decode((Path(__file__).parent / "data/catalog.toml").read_bytes(), type=dict[str, Entry])
 
 
-def resolve(model: str, file: str | None = None) -> Source:
+def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Source:
     """Say where `model` comes from, without network: a name of the catalog, a directory, a GGUF file or a hub id.
 
     A name of the catalog wins over a directory of that name; write ./NAME for the directory. `file` picks one GGUF file of a
-    directory or a hub repository.
+    directory or a hub repository. Without `weights` a directory needs no more than its config.
 
     Raises:
         UsageError: no such name or directory.
@@ -80,7 +80,7 @@ def resolve(model: str, file: str | None = None) -> Source:
     if directory:
         if directory.suffix == GGUF:
             return Source(name=clean_text(directory.stem), kind="directory", location=str(directory.parent), file=directory.name)
-        check_directory(directory)
+        check_directory(directory, weights=weights)
         # The name goes into results; somebody's home may be a model's directory.
         return Source(name=clean_text(directory.name) or str(directory), kind="directory", location=str(directory))
     if _HUB_ID.fullmatch(model):
@@ -150,8 +150,8 @@ def cached(model: Source | str) -> Path | None:
     return _cached_snapshot(source.hub_id) if source.hub_id else cache.ready(source.name, _wheel(source))
 
 
-def check_directory(path: Path) -> None:
-    """Check by name that `path` holds a config and all of its weights, or a GGUF file.
+def check_directory(path: Path, *, weights: bool = True) -> None:
+    """Check by name that `path` holds a config and all of its `weights`, or a GGUF file.
 
     Raises:
         CheckpointError: it names what is missing.
@@ -166,9 +166,11 @@ def check_directory(path: Path) -> None:
         return  # a GGUF file has its config within
     if "config.json" not in names:
         raise CheckpointError(path, "no config.json: give the directory that save_pretrained wrote or that was downloaded whole")
-    weights = _choose_weights(names)
-    if weights and weights.endswith(".index.json"):
-        shards(Directory(path), weights)
+    if not weights:
+        return
+    chosen = _choose_weights(names)
+    if chosen and chosen.endswith(".index.json"):
+        shards(Directory(path), chosen)
     elif not any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names):
         raise CheckpointError(path, f"no weights ({_WEIGHTS[0]} or {_WEIGHTS[2]}): download the model again, whole")
 

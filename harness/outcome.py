@@ -7,17 +7,19 @@ import signal
 from collections.abc import Callable
 
 from harness.case import Outcome, Record
+from harness.guard import Breach
 from harness.protocol import Failed
-from harness.units import format_seconds
+from harness.units import exact_size, format_seconds, format_size
 
 
 class Evidence(Record, frozen=True, kw_only=True):
     """What is known of an end.
 
     `failed` is the worker's own report, `exit_code` that of its process (negative: the signal), `ended_by` the reason why we
-    ended it ("timeout", "phase timeout", "protocol"), "fork server" if that was ended by somebody else, or None; `limit_s` is the
-    limit that was reached, `oom_kills` how many processes the kernel killed for want of memory meanwhile, `log_tail` the last of
-    the output.
+    ended it ("timeout", "phase timeout", "protocol", a rule of the guard), "fork server" if that was ended by somebody else, or
+    None; `limit_s` is the limit that was reached, `breach` what the guard saw, `oom_kills` how many processes the kernel killed for
+    want of memory meanwhile, `group_kills` those in the case's own group, which may hold `ram_bytes`, `log_tail` the last of the
+    output.
     """
 
     phase: str
@@ -25,6 +27,9 @@ class Evidence(Record, frozen=True, kw_only=True):
     exit_code: int | None = None
     ended_by: str | None = None
     oom_kills: int = 0
+    breach: Breach | None = None
+    group_kills: int = 0
+    ram_bytes: int | None = None
     limit_s: float | None = None
     log_tail: str = ""
 
@@ -101,6 +106,21 @@ def _last_words(evidence: Evidence) -> str:
     return f", and said last: {said[:300]}" if said else ""
 
 
+# What the rules of the guard say of a case that they ended: value and limit.
+_BREACHES = {
+    "ram-limit": "it held {0} that cannot be dropped, and --ram allows {1}",
+    "vram-limit": "the process held {0} on one GPU, and --vram allows {1}",
+    "machine-memory": "it was ended when the machine had only {0} left, of which {1} are kept free",
+}
+
+
+def _breached(evidence: Evidence) -> str:
+    breach = evidence.breach
+    assert breach is not None
+    said = _BREACHES[breach.rule].format(format_size(breach.value_bytes), format_size(breach.limit_bytes))
+    return f"out of memory during {evidence.phase}: {said}"
+
+
 Row = tuple[Callable[[Evidence], bool], Outcome, Callable[[Evidence], str]]
 
 TABLE: tuple[Row, ...] = (
@@ -115,6 +135,12 @@ TABLE: tuple[Row, ...] = (
         lambda e: f"{e.phase} was not done after {format_seconds(e.limit_s or 0)} (--phase-timeout)",
     ),
     (lambda e: e.ended_by == "protocol", Outcome.CRASH, lambda e: f"the worker spoke nonsense during {e.phase}"),
+    (lambda e: e.breach is not None and e.ended_by == e.breach.rule, Outcome.OOM, _breached),
+    (
+        lambda e: _signal(e) == "SIGKILL" and e.group_kills > 0,
+        Outcome.OOM,
+        lambda e: f"out of memory during {e.phase}: it needed more than --ram {exact_size(e.ram_bytes or 0)} allows",
+    ),
     (lambda e: _raised(e, _OOM_TYPES, _OOM_WORDS), Outcome.OOM, lambda e: f"out of memory during {e.phase}: {_said(e)}"),
     (
         lambda e: (_signal(e) == "SIGKILL" or e.ended_by == "fork server") and e.oom_kills > 0,

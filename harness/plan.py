@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.case import Case, Machine, Plan, Tier, Verdict
+from harness.devicemap import MARGIN, STRATEGIES
 from harness.placement import DIVIDES, PLACEMENTS, PRINTED, Placement
 from harness.precision import PRECISIONS, Precision
+from harness.units import exact_size, format_size
 
 if TYPE_CHECKING:
     from harness.catalog import Source
@@ -35,10 +37,24 @@ def gate(case: Case, machine: Machine, here: bool = True, placement: Placement |
             return Verdict.INVALID, precision.refuses[trait]
     if len(machine.gpus) < placement.least_gpus:
         return Verdict.UNAVAILABLE, placement.on_fewer or "needs a GPU, and NVML knows none here"
+    if beyond := _beyond(case, machine):
+        return Verdict.UNAVAILABLE, beyond
     for package in precision.needs if here else ():
         if importlib.util.find_spec(package) is None:
             return Verdict.UNAVAILABLE, f"needs the package {package}: pip install {package}"
     return _too_old(precision, placement, machine)
+
+
+def _beyond(case: Case, machine: Machine) -> str | None:
+    """Say why a limit cannot be emulated here: there must be at least as much memory, else the result is of another size."""
+    if case.vram_bytes is not None and not machine.gpus:
+        return f"--vram {exact_size(case.vram_bytes)} limits a GPU, and NVML knows none here"
+    for tier in machine.tiers:
+        option, limit = {"gpu": ("--vram", case.vram_bytes), "cpu": ("--ram", case.ram_bytes)}.get(tier.kind, ("", None))
+        there = tier.total_bytes if tier.free_bytes is None else tier.free_bytes
+        if limit is not None and there is not None and limit > there:
+            return f"{option} {exact_size(limit)} is more than {tier.name} has free, {format_size(there)}"
+    return None
 
 
 def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tuple[Verdict, str] | None:
@@ -112,6 +128,20 @@ def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
     }
 
 
+def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes]) -> dict[str, int] | None:
+    """Return the `max_memory` to load with: by the placement's own rule, or so that transformers' own map heeds limits that it does not see.
+
+    None where the libraries may look for themselves. Under a limit they are given what they would take of a machine of that size.
+    """
+    if placement.limits is not None:
+        return LIMITS[placement.limits](sizes(), machine)
+    tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu") and tier.capacity_bytes is not None]
+    if placement.device_map not in STRATEGIES or all(tier.limit_bytes is None for tier in tiers):
+        return None
+    takes_all = {"cpu": placement.call == "load_checkpoint_and_dispatch", "gpu": len(machine.gpus) > 1}
+    return {tier.name: int((tier.capacity_bytes or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
+
+
 LIMITS: Mapping[str, Callable[[Sizes, Machine], dict[str, int]]] = {
     "spill-to-cpu": _spill_to_cpu,
     "spill-to-disk": _spill_to_disk,
@@ -126,16 +156,14 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
-    max_memory = None
     if placement.device_map in PRINTED or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
-    if placement.limits and checkpoint is not None:
-        max_memory = LIMITS[placement.limits](Sizes(checkpoint, dtype), machine)
+    limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))
     return Plan(
         case=case,
         verdict=Verdict.UNKNOWN,
-        code=loading_code(precision, placement, dtype, max_memory),
-        max_memory=max_memory,
+        code=loading_code(precision, placement, dtype, limits),
+        max_memory=limits,
     )
 
 

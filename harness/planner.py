@@ -85,7 +85,7 @@ class Planner:
         code = [str(one) for one in self.blueprint.remote_code]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
-        limits = plan.LIMITS[placement.limits](self._sizes(dtype), self.machine) if placement.limits else None
+        limits = plan.max_memory(placement, self.machine, lambda: self._sizes(dtype))
         ours = self._recommendation(case, held) if placement.device_map == ROOM else None
         placed = ours.device_map if ours else {"": 0} if placement.parallel else self._map(placement, held, limits)
         count = self._count(case, held, placed)

@@ -190,6 +190,11 @@ class Worker:
         self.kill()
         return Ended(exit_code=self._process.exitcode, ended_by=self._ended_by)
 
+    def end(self, reason: str) -> None:
+        """Kill the worker and all that it started, from any thread; who waits for an answer gets the first reason as `ended_by`."""
+        self._ended_by = self._ended_by or reason
+        self._kill_group()
+
     def stop(self) -> None:
         """End the worker: politely first, then by force; whatever it started goes with it."""
         try:

@@ -30,6 +30,7 @@ from harness import (
     resume,
     runner,
     store,
+    synth,
 )
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration
@@ -43,12 +44,14 @@ from harness.placement import FILE, PLACEMENTS, distinct, named
 from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
+from harness.progress import Report
 from harness.quality import Reference, reference_of
 from harness.report import page
 from harness.resume import Kept
 from harness.runner import CaseEnded, LiveLine, Run, Setting, Subject
 from harness.scratch import Scratch
 from harness.store import Store
+from harness.units import exact_size
 
 _RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
 
@@ -70,7 +73,7 @@ class Session:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.sources = _resolved(options.model)
+        self.sources = _resolved(options.model, real=options.weights == "real")
         self.device_map = mapfile.asked(options.device_map, self._named)
         self.added = 0
         self.kept: dict[Case, Result] = {}
@@ -125,7 +128,7 @@ class Session:
         )
 
     def cases(self) -> list[Case]:
-        """Return model x precision x placement in the order they run: the widest precision first, as the reference."""
+        """Return model x precision x placement x size of GPU in the order they run: the widest precision first, as reference."""
         load = Workload(
             prompt_tokens=self.options.prompt_tokens,
             new_tokens=self.options.new_tokens,
@@ -133,10 +136,11 @@ class Session:
             repeats=self.options.repeats,
         )
         return [
-            Case(model=name, precision=precision, placement=placement, workload=load)
+            Case(model=name, precision=precision, placement=placement, workload=load, vram_bytes=vram, ram_bytes=self.options.ram)
             for name in self.sources
             for precision in self._precisions(name)
             for placement in self._placements
+            for vram in (("gpu" in PLACEMENTS[placement].devices and self.options.vram) or (None,))
         ]
 
     @cached_property
@@ -169,7 +173,7 @@ class Session:
         runnable = sorted({case.model for case in cases if plan.gate(case, self.machine) is None})
         with catalog.show_progress() as progress:
             for name in runnable:
-                self._locations[name] = catalog.fetch(self.sources[name], progress=progress, trust_remote_code=self.trust)
+                self._locations[name] = self._fetch(self.sources[name], progress)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name] / (self.sources[name].file or ""))
             self._fingerprints[name] = fingerprint.of_model(self._locations[name], self._checkpoints[name])
@@ -183,21 +187,21 @@ class Session:
             if self.device_map is not None:
                 mapfile.check(self.device_map, drawn.skeleton, len(self.machine.gpus), model=name)
 
+    def _fetch(self, source: Source, progress: Report) -> Path:
+        if self.options.weights == "synthetic":
+            return synth.fetch(source, progress)
+        return catalog.fetch(source, progress=progress, trust_remote_code=self.trust)
+
     def plan(self, case: Case) -> Plan:
-        """Plan one case, and with the first of a model all of its cases: what is too big names one that fits."""
+        """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
         read = self._checkpoints.get(case.model)
         if read is None:
-            return plan.decide(case, self.machine, None)
+            return plan.decide(case, machine.limited(self.machine, case), None)
         if case.id not in self._plans:
-            cases = [one for one in self.cases() if one.model == case.model]
-            ours = Planner(
-                self._blueprint(case.model),
-                self.machine,
-                constants=self._calibration,
-                trust=self.trust,
-                device_map=self.device_map,
-            )
-            made = map(_not_measured, ours.plans(cases))
+            here, drawn = machine.limited(self.machine, case), self._blueprint(case.model)
+            cases = [one for one in self.cases() if _limits(one) == _limits(case)]
+            ours = Planner(drawn, here, constants=self._calibration, trust=self.trust, device_map=self.device_map)
+            made = map(_not_measured, ours.plans(cases or [case]))
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
 
@@ -220,6 +224,7 @@ class Session:
         location, drawn = self._locations.get(case.model, Path(source.location)), self._blueprints.get(case.model)
         return Subject(
             location=location,
+            weights="synthetic" if synth.is_synthetic(location) else "real",
             tokenizer=drawn.tokenizer if drawn else False,
             gguf_file=drawn.gguf_file if drawn else None,
             fingerprint=self._fingerprints.get(case.model, ""),
@@ -237,6 +242,8 @@ class Session:
         model = _sayable(self.sources[case.model])
         words = ["pytest", "cases/", "--model", model, "--precision", case.precision, "--placement", case.placement]
         words += ["--device-map", _from_here(self.options.device_map)] if case.placement == FILE else []
+        limits = (("--vram", case.vram_bytes), ("--ram", case.ram_bytes))
+        words += [word for flag, size in limits if size is not None for word in (flag, exact_size(size))]
         return f"{shlex.join(words)} {self.options.command()}".strip()
 
     def start(self, decided: Plan) -> Run | Kept | None:
@@ -356,10 +363,14 @@ class Session:
             self._scratch.remove()
 
 
-def _resolved(models: Sequence[str]) -> dict[str, Source]:
+def _limits(case: Case) -> tuple[str, int | None, int | None]:
+    return case.model, case.vram_bytes, case.ram_bytes
+
+
+def _resolved(models: Sequence[str], *, real: bool) -> dict[str, Source]:
     """Resolve models to sources by name; two directories of one name could not be told apart in the results."""
     sources: dict[str, Source] = {}
-    for source in map(catalog.resolve, models):
+    for source in (catalog.resolve(model, weights=real) for model in models):
         other = sources.setdefault(source.name, source)
         if other.location != source.location:
             raise UsageError(f"two models are called {source.name!r}: {other.location} and {source.location}; rename a directory")

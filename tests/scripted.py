@@ -62,6 +62,8 @@ class Player:
         self.pipe.send_bytes(protocol.encode(message))
 
     def _answer(self, request: protocol.Request) -> Message:
+        if isinstance(request, protocol.Confine):
+            return protocol.Confined(file_bytes=0, anon_bytes=0)
         if isinstance(request, Load):
             self.code = request.code
             if self._behaviour is None:
@@ -225,6 +227,15 @@ def leave(_: Player) -> None:
     os._exit(3)
 
 
+def hoard(_: Player) -> None:
+    """Take 1 GiB of memory bit by bit, and keep it."""
+    held = []
+    for _step in range(64):
+        held.append(bytearray(b"x" * (16 * MIB)))
+        time.sleep(0.02)
+    hang(_)
+
+
 def start_grandchild(_: Player) -> None:
     """Start a process that would outlive everybody, and write its id into the log."""
     print(f"grandchild {subprocess.Popen(['sleep', '600']).pid}", flush=True)
@@ -306,6 +317,7 @@ BEHAVIOURS: Mapping[str, Mapping[str, Step]] = {
     "hang_in_load": {"load": do(hang)},
     "hang_in_cold": {"cold": do(hang)},
     "hang_in_score": {"score": do(hang)},
+    "hoard": {"load": do(hoard)},
     "noise": {"load": do(make_noise), "cold": do(make_noise)},
     "nonsense": {"load": do(send(framed=b"Loading checkpoint shards: 100%"), hang)},
     "unknown_message": {"load": do(send(framed=b'{"kind":"loading","percent":3}'), hang)},

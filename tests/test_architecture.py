@@ -49,7 +49,7 @@ FLOORS = (
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files"),
     ("interference",),
-    ("machine", "catalog"),
+    ("machine", "catalog", "guard"),
     ("options",),
     ("fingerprint",),
     ("outcome", "verify"),
@@ -78,6 +78,8 @@ FLOORS = (
     ("report.training",),
     ("resume",),
     ("session",),
+    ("minimum",),
+    ("report.minimums",),
     ("commands",),
     ("commands.training",),
     ("commands.hardware", "commands.inspect", "commands.plan", "commands.report", "commands.synth"),

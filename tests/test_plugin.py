@@ -183,6 +183,30 @@ def test_damaged_model_is_refused_before_anything_runs(project: Project) -> None
     assert not project.results
 
 
+# Less memory than there is
+
+
+def test_a_case_that_needs_more_than_its_ram_is_out_of_memory(project: Project) -> None:
+    project.behave(fp32="hoard")
+    done = project.run("--ram", "300MiB", "--run-all")
+    (result,) = project.results
+    assert (result.id, result.outcome) == ("tiny/fp32/cpu@ram300MiB", Outcome.OOM)
+    assert "--ram" in str(result.why)
+    done.stdout.fnmatch_lines(["tiny/fp32/cpu@ram300MiB *M*out of memory*"])
+    assert done.ret == 0
+
+
+def test_sizes_of_a_card_that_is_not_here_are_skipped_with_one_sentence(project: Project) -> None:
+    done = project.run("--vram", "6GiB", "--vram", "8GiB", "-rs", placement="direct")
+    assert {result.id for result in project.results} == {"tiny/fp32/direct@vram6GiB", "tiny/fp32/direct@vram8GiB"}
+    assert "needs a GPU, and NVML knows none here" in done.stdout.str()
+    assert done.ret == 0
+
+
+def test_a_size_that_is_none_is_told_in_one_sentence(project: Project) -> None:
+    assert "--ram (command line): 'much' is not a size" in usage_error(project.raw("cases", "--ram", "much"))
+
+
 # Which tests run, and in which order
 
 

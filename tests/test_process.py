@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,20 @@ def test_death_between_requests_is_told_by_the_next(start: Start) -> None:
     with pytest.raises(Ended) as caught:
         ask(worker, WARM)
     assert (caught.value.exit_code, caught.value.ended_by) == (-signal.SIGKILL, None)
+
+
+def test_a_worker_that_is_ended_from_another_thread_says_the_first_reason(start: Start) -> None:
+    worker = start("grandchild_hangs")
+
+    def end_twice() -> None:
+        worker.end("ram-limit")
+        worker.end("machine-memory")
+
+    threading.Timer(0.5, end_twice).start()
+    with pytest.raises(Ended) as caught:
+        ask(worker, LOAD)
+    assert (caught.value.exit_code, caught.value.ended_by) == (-signal.SIGKILL, "ram-limit")
+    assert scripted.has_ended(grandchild(worker))
 
 
 def test_time_is_honoured(start: Start) -> None:

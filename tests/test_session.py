@@ -18,6 +18,7 @@ from harness.errors import CheckpointError, StoreError, UsageError
 from harness.options import Options
 from harness.runner import CaseEnded, Run
 from harness.session import Session
+from harness.units import GIB
 from tests import builders, scripted
 
 FAST = {"new_tokens": "3", "repeats": "2", "case_timeout": "60"}
@@ -89,6 +90,31 @@ def test_widest_precision_comes_first_whatever_the_order_asked_for(make: Make) -
     assert [case.id for case in session.cases()] == [
         f"tiny/{precision}/{placement}" for precision in ("fp32", "bf16", "int4") for placement in ("auto", "disk", "cpu")
     ]
+
+
+def test_every_size_of_the_gpu_is_a_case_of_each_placement_that_uses_one(make: Make) -> None:
+    session = make(placement=["cpu", "direct"], vram=["8GiB", "6GiB"], ram="16GiB")
+    names = ["direct@vram8GiB@ram16GiB", "direct@vram6GiB@ram16GiB", "cpu@ram16GiB"]
+    assert [case.id for case in session.cases()] == [f"tiny/fp32/{name}" for name in names]
+
+
+def test_a_limited_case_is_planned_recorded_and_repeated_under_its_limit(make: Make) -> None:
+    session = make(placement=["cpu"], ram="8GiB")
+    (result,) = measure(session)
+    assert result.estimate is not None
+    assert result.estimate.tiers["cpu"].capacity_bytes == 8 * GIB
+    cpu, probed = result.machine.tier("cpu"), session.machine.tier("cpu")
+    assert cpu is not None
+    assert probed is not None
+    assert (cpu.limit_bytes, probed.limit_bytes) == (8 * GIB, None)
+    assert result.command is not None
+    assert "--placement cpu --ram 8GiB" in result.command
+
+
+def test_vram_without_a_gpu_is_unavailable_in_one_sentence(make: Make) -> None:
+    (result,) = measure(make(placement=["auto"], vram=["8GiB"]))
+    assert (result.outcome, result.verdict) == (Outcome.SKIPPED, Verdict.UNAVAILABLE)
+    assert result.why == "--vram 8GiB limits a GPU, and NVML knows none here"
 
 
 def test_models_come_in_the_order_asked_for(make: Make, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from harness.case import Case, Machine, Plan
     from harness.catalog import Source
     from harness.devicemap import Device
+    from harness.minimum import Minimum
     from harness.planner import Advice
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
@@ -30,7 +31,7 @@ _USUAL = Workload()
 # Options that say nothing of training.
 _ABOUT_RUNNING = (
     "--precision", "--placement", "--device-map", "--prompt-tokens", "--new-tokens", "--batch", "--context", "--code", "--explain",
-    "--results",
+    "--results", "--prove-min-ram",
 )  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
@@ -74,11 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--explain", metavar="CASE", help="show every term of a case such as int8/direct")
     add("--training", metavar="STAGE", help=f"what training by DeepSpeed's ZeRO would take instead: {', '.join(STAGES)}")
     add("--nodes", metavar="N", help="with --training: so many machines like this one (default 1)")
+    add(
+        "--prove-min-ram",
+        action="store_true",
+        help="run the cases under limits until the smallest RAM that works is known within 5 %% (default placement: cpu)",
+    )
     add("--results", metavar="DIR", help="correct the seconds by results of this machine in DIR (default fitmatrix-results)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan the models. Returns 0 if something fits for each model, 1 if nothing does for one.
+    """Plan the models, or prove plans. Returns 0 if something fits for each model, 1 if nothing does for one.
 
     Raises:
         UsageError, CheckpointError: the request or a model is wrong; exit status 2.
@@ -91,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     precisions = _names(args.precision, PRECISIONS, "--precision")
     _names(args.placement, PLACEMENTS, "--placement")
     load = workload(args)
+    if args.prove_min_ram:
+        return _prove(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
     machine, here = described(args)
     asked = [_asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
@@ -128,7 +136,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.training not in STAGES:
         raise UsageError(f"--training: no {args.training!r}: {did_you_mean(args.training, STAGES)}")
     for flag in _ABOUT_RUNNING:
-        if getattr(args, flag.removeprefix("--").replace("-", "_")) is not None:
+        if getattr(args, flag.removeprefix("--").replace("-", "_")):
             raise UsageError(f"{flag} is about running a model, and --training about training it: give one of them")
     nodes = _count(args.nodes, "--nodes", 1, 1)
     machine, _ = described(args)
@@ -144,6 +152,43 @@ def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Dev
 
     path = Path(args.device_map) if args.device_map is not None else None
     return mapfile.asked(path, [*(args.placement or ()), *asked])
+
+
+def _prove(args: argparse.Namespace, precisions: Sequence[str], placements: Sequence[str], load: Workload) -> int:
+    """Find the smallest RAM that each case works in, and print it beside the estimate. Returns 1 if one works in none."""
+    from tempfile import TemporaryDirectory
+
+    from harness import minimum
+    from harness.options import Options
+    from harness.planner import GOOD
+    from harness.report import minimums
+    from harness.session import Session
+
+    if clash := [flag for flag in ("gpu", "ram", "disk", "code", "explain") if getattr(args, flag)]:
+        raise UsageError(f"--prove-min-ram runs on this machine: leave --{clash[0]} out")
+    asked = {"model": args.models, "precision": precisions, "placement": placements, "batch": load.batch}
+    asked |= {"device_map": args.device_map, "prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
+    with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
+        session = Session(Options(given={**asked, "results": nothing_kept}))
+        try:
+            cases = session.cases()
+            session.prepare(cases)
+            wanted = [case for case in cases if session.plan(case).verdict in GOOD]
+            if not wanted:
+                raise UsageError(f"nothing to prove: {session.plan(cases[0]).why}")
+            found = [minimum.prove(session, case, tried=minimums.tell) for case in wanted]
+        finally:
+            session.close()
+    if args.json:
+        commands.print_json({"schema": SCHEMA, "minimums": [{"case": one.case.id} | _found_json(one) for one in found]})
+    else:
+        minimums.show(found)
+    return FITS if all(one.works_bytes is not None for one in found) else NOTHING_FITS
+
+
+def _found_json(one: Minimum) -> dict[str, Any]:
+    keys = ("works_bytes", "fails_bytes", "why", "estimate_bytes", "estimate_high_bytes", "runs")
+    return {key: getattr(one, key) for key in keys}
 
 
 def workload(args: argparse.Namespace) -> Workload:

@@ -28,7 +28,7 @@ def run(given: argparse.Namespace) -> int:
     from harness import catalog, synth
     from harness.report.text import line
 
-    source = catalog.resolve(given.model)
+    source = catalog.resolve(given.model, weights=False)
     if given.remove:
         gone = synth.remove(source)
         print(f"removed {gone[0]} ({format_size(gone[1])})" if gone else f"the cache holds no synthetic {source.name}")

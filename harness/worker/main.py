@@ -99,6 +99,13 @@ class Server:
             )
 
     def _do(self, request: protocol.Request) -> protocol.Event:
+        if isinstance(request, protocol.Confine):
+            if request.ram:
+                residency.own()
+            if request.vram_bytes is not None:
+                model.cap_vram(request.vram_bytes)
+            used = meters.memory(os.getpid())
+            return protocol.Confined(file_bytes=used.ram_bytes - used.anon_bytes, anon_bytes=used.anon_bytes)
         if isinstance(request, protocol.Load):
             self._model, seconds = model.load(request, self.phase)
             return protocol.LoadDone(seconds=seconds, loaded=model.inspect(self._model), phases=self._phases)
@@ -118,7 +125,7 @@ class Server:
     def phase(self, name: str) -> Iterator[None]:
         """Announce a phase, and keep its times and exact peaks, also when it fails."""
         self._phase = name
-        exact = meters.reset_peak()
+        exact, read = meters.reset_peak(), meters.disk_read_bytes()
         model.reset_vram_peaks()
         start = time.monotonic()
         self._send(protocol.Entered(phase=name, at_s=start))
@@ -128,6 +135,7 @@ class Server:
         finally:
             end = time.monotonic()
             allocated, reserved = model.vram_peaks()
+            now_read = meters.disk_read_bytes()
             self._phases.append(
                 Phase(
                     name=name,
@@ -136,6 +144,7 @@ class Server:
                     ram_peak_bytes=meters.peak_bytes() if exact else None,
                     ram_anon_bytes=meters.memory(os.getpid()).anon_bytes,
                     sampled=not exact,
+                    disk_read_bytes=None if read is None or now_read is None else now_read - read,
                     vram_peak_bytes=allocated,
                     vram_reserved_bytes=reserved,
                 )

@@ -64,7 +64,7 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
     """Drop what would have transformers run code that came with the model, at every level."""
-    kept = {key: value for key, value in config.items() if key != "auto_map" and not KERNEL_KEYS.fullmatch(key)}
+    kept = {key: value for key, value in config.items() if key != "auto_map" and not KERNEL_KEYS.fullmatch(str(key))}
     return {key: _without_code(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
