@@ -129,7 +129,7 @@ def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
 
 
 def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes]) -> dict[str, int] | None:
-    """Return the `max_memory` to load with: by the placement's own rule, or so that transformers' own map heeds limits that it does not see.
+    """Return the `max_memory` to load with: by the placement's own rule, or so that transformers heeds limits that it does not see.
 
     None where the libraries may look for themselves. Under a limit they are given what they would take of a machine of that size.
     """

@@ -17,6 +17,7 @@ from harness import blueprint, catalog
 from harness.case import Machine, Verdict
 from harness.catalog import Source
 from harness.checkpoint import Checkpoint, Tensor
+from harness.devicemap import STRATEGIES
 from harness.machine import limited
 from harness.placement import PLACEMENTS, PRINTED, distinct
 from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code
@@ -491,8 +492,9 @@ def test_what_is_not_there_cannot_be_emulated(limits: dict[str, int], on: Machin
     assert refused == (said and (Verdict.UNAVAILABLE, said))
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("cards", [1, 2])
+@pytest.mark.parametrize(
+    ("cards", "placement"), [(2, "balanced"), *((cards, name) for cards in (1, 2) for name in distinct(PLACEMENTS, gpus=cards))]
+)
 def test_under_a_limit_auto_is_told_what_it_would_take_of_a_machine_of_that_size(placement: str, cards: int) -> None:
     """The same map as on a real one, and without a limit no word."""
     small = machine(*(gpu(index, free_bytes=GIB) for index in range(cards)), ram_bytes=2 * GIB)
@@ -506,7 +508,7 @@ def test_under_a_limit_auto_is_told_what_it_would_take_of_a_machine_of_that_size
     assert {name: tier.needed_bytes for name, tier in emulated.estimate.tiers.items()} == {
         name: tier.needed_bytes for name, tier in real.estimate.tiers.items()
     }
-    if PLACEMENTS[placement].device_map == "auto":
+    if PLACEMENTS[placement].device_map in STRATEGIES:
         assert emulated.code is not None
         assert "max_memory={0: " in emulated.code
         assert (free.max_memory is None) == (PLACEMENTS[placement].limits is None)

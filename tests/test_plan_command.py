@@ -88,6 +88,19 @@ def test_what_cannot_be_is_known_before_loading(say: Said) -> None:
     assert homes == {"gpu:0", "cpu"}
 
 
+def test_a_map_of_ones_own_is_planned_alone_and_printed(say: Said, tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text('{"transformer": 0, "lm_head": "cpu"}')
+    found = planned(say, "chatglm-6b", *PROFILE, "--device-map", "map.json")
+    plans = {plan["precision"]: plan for plan in found["plans"]}
+    assert {plan["placement"] for plan in found["plans"]} == {"file"}
+    assert plans["fp16"]["device_map"] == {"transformer": "gpu:0", "lm_head": "cpu"}
+    status, out, _ = say("chatglm-6b", *PROFILE, "--device-map", "map.json", "--code", "int8/file")
+    assert status == 0
+    assert 'device_map={"transformer": 0, "lm_head": "cpu"}' in out
+    _, out, _ = say("chatglm-6b", *PROFILE, "--device-map", "map.json")
+    assert "/file --device-map FILE" in out
+
+
 def test_several_models_are_one_object(say: Said) -> None:
     found = planned(say, "chatglm-6b", "qwen2.5-7b-instruct", *PROFILE)
     assert found.keys() == {"schema", "models"}
@@ -154,6 +167,9 @@ def test_nothing_fits_is_exit_status_1(say: Said) -> None:
         (["chatglm-6b", "--code", "int8/direct", "--json"], "--code and --explain are about one case"),
         (["chatglm-6b", "--gpu", "8GiB", "--code", "int8/gpu+cpu"], "cannot be loaded: transformers refuses"),
         (["chatglm-6b", "--ram", "8GiB", "--prove-min-ram"], "--prove-min-ram runs on this machine: leave --ram out"),
+        (["chatglm-6b", "--device-map", "nowhere.json"], "--device-map nowhere.json: No such file or directory"),
+        (["chatglm-6b", "--placement", "file"], "placement file is a device map of yours: give it by --device-map FILE"),
+        (["chatglm-6b", "--code", "fp16/file"], "placement file is a device map of yours: give it by --device-map FILE"),
         (["./nowhere"], "no directory './nowhere'"),
     ],
 )

@@ -312,6 +312,14 @@ def test_a_map_that_does_not_fit_is_told_before_anything_is_measured(make: Make,
         make(placement=["file"])
 
 
+def test_what_takes_several_processes_is_not_run_in_one(make: Make) -> None:
+    session = make(placement=["tp"], run_all=True)
+    session.machine = builders.machine(builders.gpu(), builders.gpu(1))
+    (result,) = measure(session)
+    assert result.outcome in (Outcome.SKIPPED, Outcome.UNSUPPORTED)
+    assert session.current is None
+
+
 def test_the_default_matrix_is_no_longer_than_what_differs_here(make: Make) -> None:
     names = [case.placement for case in make(placement=None).cases()]
     assert names == ["direct", "ram-to-gpu", "auto", "dispatch", "gpu+cpu", "disk", "cpu"]
