@@ -89,15 +89,15 @@ def test_what_cannot_be_is_known_before_loading(say: Said) -> None:
 
 
 def test_a_map_of_ones_own_is_planned_alone_and_printed(say: Said, tmp_path: Path) -> None:
-    (tmp_path / "map.json").write_text('{"transformer": 0, "lm_head": "cpu"}')
-    found = planned(say, "chatglm-6b", *PROFILE, "--device-map", "map.json")
+    (tmp_path / "map.json").write_text('{"model": 0, "lm_head": "cpu"}')
+    found = planned(say, "qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json")
     plans = {plan["precision"]: plan for plan in found["plans"]}
     assert {plan["placement"] for plan in found["plans"]} == {"file"}
-    assert plans["fp16"]["device_map"] == {"transformer": "gpu:0", "lm_head": "cpu"}
-    status, out, _ = say("chatglm-6b", *PROFILE, "--device-map", "map.json", "--code", "int8/file")
+    assert plans["fp16"]["device_map"] == {"model": "gpu:0", "lm_head": "cpu"}
+    status, out, _ = say("qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json", "--code", "int8/file")
     assert status == 0
-    assert 'device_map={"transformer": 0, "lm_head": "cpu"}' in out
-    _, out, _ = say("chatglm-6b", *PROFILE, "--device-map", "map.json")
+    assert 'device_map={"model": 0, "lm_head": "cpu"}' in out
+    _, out, _ = say("qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json")
     assert "/file --device-map FILE" in out
 
 
