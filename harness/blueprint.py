@@ -67,6 +67,7 @@ class Packed(Record, frozen=True, kw_only=True):
 # What transformers says, or would say, of a GGUF file beside a placement's call or trait.
 GGUF_REFUSES = {
     "dispatches": "load_checkpoint_and_dispatch does not read GGUF",
+    "parallel": "a GGUF file is not shared among GPUs here: load a checkpoint in safetensors",
     "offloads": "transformers does not offload a GGUF to the disk: what it would put there stays in RAM",
 }
 

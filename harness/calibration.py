@@ -25,6 +25,8 @@ _TELLING = 0.2
 SPREAD_ONE, SPREAD_MANY = 1.35, 1.2
 
 LOAD, FIRST_TOKEN, TOKEN = "load", "first_token", "token"
+# The metric that says whether a figure was disturbed.
+MEASURES: Mapping[str, str] = {LOAD: "load_s", FIRST_TOKEN: "first_token_s", TOKEN: "decode_tok_s"}
 
 
 class Bytes(Record, frozen=True, kw_only=True):
@@ -85,9 +87,11 @@ def correct(results: Iterable[Result], machine: Machine | None = None, base: Cal
     """Return the constants with the ratios that `results` show: those of `machine` alone, if it is given.
 
     Only cases that ran to their end and carry an estimate count; not those under a limit on RAM, whose files are read anew from the
-    disk. A correction that was already in an estimate is taken out again, so that it does not matter in which order results came.
+    disk. Figures that something disturbed count only where there are no others. A correction that was already in an estimate is
+    taken out again, so that it does not matter in which order results came.
     """
     found: dict[str, list[float]] = defaultdict(list)
+    disturbed: dict[str, list[float]] = defaultdict(list)
     for result in results:
         if (
             result.outcome is Outcome.OK
@@ -95,10 +99,10 @@ def correct(results: Iterable[Result], machine: Machine | None = None, base: Cal
             and result.case.ram_bytes is None
             and (machine is None or _same(result.machine, machine))
         ):
-            for key, ratio in _ratios(result, result.estimate):
-                found[key].append(ratio)
+            for key, ratio, noisy in _ratios(result, result.estimate):
+                (disturbed if noisy else found)[key].append(ratio)
     base = base or default()
-    return msgspec.structs.replace(base, ratios={key: _summary(values) for key, values in found.items()})
+    return msgspec.structs.replace(base, ratios={key: _summary(values) for key, values in (disturbed | found).items()})
 
 
 def device_of(tiers: Mapping[str, object]) -> str:
@@ -113,7 +117,8 @@ def _same(one: Machine, other: Machine) -> bool:
     return (one.cpu, one.cores, [gpu.model for gpu in one.gpus]) == (other.cpu, other.cores, [gpu.model for gpu in other.gpus])
 
 
-def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float]]:
+def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float, bool]]:
+    """Yield what a result shows: the key of a correction, measured / estimated, and whether the measured was disturbed."""
     # The median token rather than the mean speed: another process that took the machine for a moment is no property of it.
     measured = {
         LOAD: result.metrics.get("load_s"),
@@ -133,7 +138,8 @@ def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float]]:
             if plain < _TELLING * (plain + fixed):
                 continue
             least = _FASTEST if fixed else 1 / BOUND
-            yield f"{figure}/{device}/{result.case.precision}", min(max((seconds - fixed) / plain, least), BOUND)
+            ratio = min(max((seconds - fixed) / plain, least), BOUND)
+            yield f"{figure}/{device}/{result.case.precision}", ratio, MEASURES[figure] in result.noisy
 
 
 def _summary(ratios: list[float]) -> Ratio:

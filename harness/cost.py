@@ -93,7 +93,7 @@ def effort(count: Count, precision: str) -> Effort:
         read={
             # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
             tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0)
-            for tier in {**count.read, **count.kv}
+            for tier in {**count.read, **(count.kv if count.shared == 1 else {})}
         },
         operations=inventory.operations,
         parameters=inventory.parameters,
@@ -102,7 +102,7 @@ def effort(count: Count, precision: str) -> Effort:
         unpacked=sum(gguf.elements) if gguf and not count.held.packed_bits else 0,
         vocabulary=gguf.strings if gguf else 0,
         copied_bytes=int(here.made) if here else 0,
-        quantised=int(inventory.total.quantised / 2),
+        quantised=int(sum(sums.quantised for sums in count.sums.values()) / 2),
         to_gpu_bytes=sum(count.weights[gpu] for gpu in count.gpus),
     )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from harness import memory_cost, operations
+from harness import memory_cost, operations, sharing
 from harness.blueprint import Blueprint
 from harness.devicemap import DTYPE_BYTES
 from harness.memory_cost import Kept
@@ -54,6 +54,10 @@ class Sums:
         self.kept_copies += other.kept_copies
         self.stacked += other.stacked
         self.joined += other.joined
+
+    def times(self, factor: float) -> Sums:
+        """Return this sum so many times."""
+        return Sums(**{name: value * factor for name, value in asdict(self).items()})
 
 
 class Inventory:
@@ -128,6 +132,15 @@ class Inventory:
         for path, sums in self.rows:
             found[tiers[path]].add(sums)
         return dict(found)
+
+    def cut(self, count: int) -> Sums:
+        """Return what each of `count` GPUs holds of the model where they share it, tensor by tensor."""
+        total = Sums()
+        for kind, times in self.skeleton.kinds.items():
+            for module in kind.walk():
+                for weight in module.weights:
+                    total.add(self._sums(weight).times(times / count if sharing.is_cut(weight) else times))
+        return total
 
     def _sum(self, kind: Module) -> Sums:
         total = Sums()

@@ -129,6 +129,13 @@ OPTIONS: tuple[Option, ...] = (
         default=tuple(PLACEMENTS),
         metavar="NAME",
     ),
+    Option(
+        name="device-map",
+        help='a device_map to load by, JSON or TOML: module -> 0, "cuda:0", "cpu" or "disk" (placement file, alone unless others '
+        "are named)",
+        parse=Path,
+        metavar="FILE",
+    ),
     Option(name="prompt-tokens", help="tokens of each prompt (default 64)", parse=_at_least(1), default=64, metavar="N"),
     Option(name="new-tokens", help="tokens to generate from each prompt (default 16)", parse=_at_least(2), default=16, metavar="N"),
     Option(name="batch", help="prompts generated from at once (default 1)", parse=_at_least(1), default=1, metavar="N"),
@@ -221,7 +228,7 @@ class Options:
 
     def command(self) -> str:
         """Return the options of the command line that repeats this run, those of single cases left out."""
-        skip = {"model", "precision", "placement", "vram", "ram", "results", "html", "resume"}
+        skip = {"model", "precision", "placement", "device_map", "vram", "ram", "results", "html", "resume"}
         words: list[str] = []
         for option in OPTIONS:
             value = self._values[option.key]

@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.case import Case, Machine, Plan, Verdict
-from harness.devicemap import MARGIN
-from harness.placement import PLACEMENTS, ROOM, Placement
+from harness.case import Case, Machine, Plan, Tier, Verdict
+from harness.devicemap import MARGIN, STRATEGIES
+from harness.placement import DIVIDES, PLACEMENTS, PRINTED, Placement
 from harness.precision import PRECISIONS, Config, Precision
 from harness.units import exact_size, format_size
 
@@ -24,23 +24,21 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str] | None:
+def gate(case: Case, machine: Machine, here: bool = True, placement: Placement | None = None) -> tuple[Verdict, str] | None:
     """Return the verdict and reason of a case that cannot run, from the tables alone; None if it may.
 
     What cannot work anywhere is invalid; what this machine or its packages lack is unavailable. `here` is False for a machine that
-    was only described: what is installed on this one says nothing about it.
+    was only described: what is installed on this one says nothing about it. `placement` stands for the row of that name.
     """
-    precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+    precision, placement = PRECISIONS[case.precision], placement or PLACEMENTS[case.placement]
     if precision.never:
         return Verdict.INVALID, precision.never
     # Without a GPU what may use one lies in RAM alone.
     for trait in placement.traits if machine.gpus or placement.needs_gpu else (*placement.traits, "ram"):
         if trait in precision.refuses:
             return Verdict.INVALID, precision.refuses[trait]
-    if placement.without_gpu and not machine.gpus:
-        return Verdict.UNAVAILABLE, f"without a GPU it is the same as {placement.without_gpu}"
-    if placement.needs_gpu and not machine.gpus:
-        return Verdict.UNAVAILABLE, "needs a GPU, and NVML knows none here"
+    if len(machine.gpus) < placement.least_gpus:
+        return Verdict.UNAVAILABLE, placement.on_fewer or "needs a GPU, and NVML knows none here"
     if beyond := _beyond(case, machine):
         return Verdict.UNAVAILABLE, beyond
     missing = [package for package in precision.needs if here and not _is_installed(package)]
@@ -73,12 +71,18 @@ def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tu
     if placement.devices[0] != "gpu" or not machine.gpus:
         return None
     least = precision.min_compute_capability
-    uses_all = placement.device_map in ("auto", ROOM) and placement.limits is None
-    for gpu in machine.gpus if uses_all else machine.gpus[:1]:
+    for gpu in _used(placement, machine):
         if gpu.compute_capability is not None and float(gpu.compute_capability) < least:
             have = f"{gpu.model or gpu.name} has {gpu.compute_capability}"
             return Verdict.UNAVAILABLE, f"{precision.name} needs compute capability {least}, and {have}"
     return None
+
+
+def _used(placement: Placement, machine: Machine) -> Sequence[Tier]:
+    """Return the GPUs that a placement may put weights on."""
+    if isinstance(placement.device_map, Mapping) and placement.call != "to":
+        return [gpu for number, gpu in enumerate(machine.gpus) if number in placement.device_map.values()]
+    return machine.gpus if placement.limits is None and placement.call != "to" else machine.gpus[:1]
 
 
 class Named(NamedTuple):
@@ -135,14 +139,14 @@ def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
 
 
 def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes]) -> dict[str, int] | None:
-    """Return the `max_memory` to load with: by the placement's own rule, or so that "auto" heeds limits that it does not see.
+    """Return the `max_memory` to load with: by the placement's own rule, or so that transformers heeds limits that it does not see.
 
     None where the libraries may look for themselves. Under a limit they are given what they would take of a machine of that size.
     """
     if placement.limits is not None:
         return LIMITS[placement.limits](sizes(), machine)
     tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu") and tier.capacity_bytes is not None]
-    if placement.device_map != "auto" or all(tier.limit_bytes is None for tier in tiers):
+    if placement.device_map not in STRATEGIES or all(tier.limit_bytes is None for tier in tiers):
         return None
     takes_all = {"cpu": placement.call == "load_checkpoint_and_dispatch", "gpu": len(machine.gpus) > 1}
     return {tier.name: int((tier.capacity_bytes or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
@@ -162,7 +166,7 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
-    if placement.device_map == ROOM or (placement.limits and checkpoint is None):
+    if placement.device_map in PRINTED or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
     limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))
     return Plan(
@@ -199,10 +203,13 @@ def loading_code(
     config = None if stored else precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
     if gguf_file and precision.quantization is None:
         arguments["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+    elif isinstance(config, Config):
+        arguments["quantization_config"] = config
     elif config is not None:
-        arguments["quantization_config"] = config if isinstance(config, Config) else _quantization(config, dtype)
+        off_gpu = precision.off_gpu if DIVIDES in placement.traits else None
+        arguments["quantization_config"] = _quantization(config, dtype) | dict(off_gpu or {})
     arguments |= placement.arguments()
-    if placement.device_map == ROOM:
+    if placement.device_map in PRINTED:
         assert device_map is not None, "its code cannot be written without the map"
         arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
         arguments |= {"offload_folder": "offload"} if "disk" in device_map.values() else {}
@@ -292,17 +299,33 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """
     load = one.case.workload
     places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
-    device = "cuda" if any(str(place).startswith("gpu") for place in places) else "cpu"
+    device = '"cuda"' if any(str(place).startswith("gpu") for place in places) else '"cpu"'
+    parallel = PLACEMENTS[one.case.placement].parallel
     told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained(MODEL{told}{_trust(one.trusted if one.remote_code else None)})",
-        f'inputs = tokenizer(["The capital of France is"] * {load.batch}, return_tensors="pt").to("{device}")',
+        'inputs = tokenizer(["The capital of France is"] * '
+        f'{load.batch}, return_tensors="pt").to({"model.device" if parallel else device})',
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
+    if parallel:
+        head, lines = f"# Start it by: torchrun --nproc-per-node {_ranks(one)} THIS_FILE\n{head}", _once(lines)
     return f"{head}{one.code}\n" + "\n".join(lines) + "\n"
+
+
+def _ranks(one: Plan) -> int:
+    """Return how many processes share a model: one for each GPU of the plan."""
+    return sum(name.startswith("gpu") for name in (one.estimate.tiers if one.estimate else ()))
+
+
+def _once(lines: Sequence[str]) -> list[str]:
+    """Let the last line of what every process runs be run by one of them."""
+    *shared, last = lines
+    leave = "torch.distributed.destroy_process_group()"
+    return ["import torch.distributed", *shared, "if torch.distributed.get_rank() == 0:", f"    {last}", leave]
 
 
 def code_head(source: Source, placement: str) -> str:

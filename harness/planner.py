@@ -7,7 +7,7 @@ from functools import cached_property, partial
 
 import msgspec
 
-from harness import calibration, cost, layout, memory_cost, plan, roommap
+from harness import calibration, cost, layout, memory_cost, plan, roommap, sharing
 from harness.blueprint import GGUF_REFUSES, Blueprint
 from harness.calibration import Calibration, Constant
 from harness.case import Case, Estimate, Machine, Plan, Record, TierEstimate, Verdict, Workload
@@ -16,7 +16,7 @@ from harness.devicemap import Device
 from harness.files import quote
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
-from harness.placement import PLACEMENTS, ROOM, Placement
+from harness.placement import DIVIDES, FILE, GIVEN, PLACEMENTS, ROOM, Placement
 from harness.plan import Named, Sizes, Stock
 from harness.precision import PRECISIONS, Precision
 from harness.roommap import Recommendation
@@ -27,6 +27,7 @@ from harness.units import format_gib, significant
 GOOD = (Verdict.FITS, Verdict.TIGHT)
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
+_BETWEEN = "started by torchrun, a process for each GPU; what they tell each other is not counted"
 # How often our device map is drawn anew with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
 
@@ -34,7 +35,8 @@ _TRIES = 4
 class Planner:
     """Plans cases of one model on one machine; what they share is counted once.
 
-    `trust` lets the model's own code run when it is loaded; planning never runs any.
+    `trust` lets the model's own code run when it is loaded; planning never runs any. `device_map` is the user's own and checked
+    (`harness.mapfile`); without one the placement `file` has no plan.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class Planner:
         here: bool = True,
         constants: Calibration | None = None,
         trust: bool = False,
+        device_map: Mapping[str, Device] | None = None,
     ) -> None:
         self.blueprint, self.machine, self.here, self.trust = blueprint, machine, here, trust
         self.constants = constants or calibration.default()
+        self._placements = {**PLACEMENTS, FILE: PLACEMENTS[FILE].given(device_map)} if device_map else PLACEMENTS
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[Kept, Inventory] = {}
         self._recommended: dict[tuple[object, ...], Recommendation] = {}
@@ -73,16 +77,16 @@ class Planner:
 
     def plan(self, case: Case) -> Plan:
         """Plan one case."""
-        refused = self._refused(case) or plan.gate(case, self.machine, self.here and not self._unpacks_itself(case))
+        precision, placement = PRECISIONS[case.precision], self._placements[case.placement]
+        refused = self._refused(case) or plan.gate(case, self.machine, self.here and not self._unpacks_itself(case), placement)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
-        precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
         code = [str(one) for one in self.blueprint.remote_code]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
         limits = plan.max_memory(placement, self.machine, lambda: self._sizes(dtype))
         ours = self._recommendation(case, held) if placement.device_map == ROOM else None
-        placed = ours.device_map if ours else self._map(placement, held, limits)
+        placed = ours.device_map if ours else {"": 0} if placement.parallel else self._map(placement, held, limits)
         count = self._count(case, held, placed)
         expected = cost.estimate(count, case.precision, self.machine)
         verdict, why = self._judge(case, expected, count)
@@ -90,7 +94,7 @@ class Planner:
         return Plan(
             case=case,
             verdict=verdict,
-            why=why or (ours.why if ours else None),
+            why=why or (ours.why if ours else _BETWEEN if placement.parallel else None),
             code=plan.loading_code(
                 precision,
                 placement,
@@ -103,7 +107,7 @@ class Planner:
                 on_gpu=any(tier.startswith("gpu") for tier in count.weights),
                 trusted=self.trust if code else None,
             ),
-            device_map=tiers,
+            device_map=None if placement.parallel else tiers,
             max_memory=limits,
             estimate=expected,
             remote_code=code,
@@ -120,10 +124,16 @@ class Planner:
         if needed is not None and not self.trust:
             what = f"{needed.file} asks for code of the model's own, {quote(needed.name, 120)}, which nothing loads without"
             return Verdict.INVALID, f"{what}: read it and, if you trust it, add --trust-remote-code"
+        if self._placements[case.placement].device_map == GIVEN:
+            return Verdict.UNAVAILABLE, "no map of yours was given: --device-map FILE"
+        gpus = len(self.machine.gpus)
+        alone = self._placements[case.placement].parallel and gpus > 1 and sharing.refusal(self.blueprint.skeleton, gpus)
+        if alone:
+            return Verdict.INVALID, alone
         precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
         why = None
         if gguf is not None:
-            why = gguf.refusal(precision, PLACEMENTS[case.placement])
+            why = gguf.refusal(precision, self._placements[case.placement])
         elif packed is not None:
             why = packed.refusal(precision)
         elif precision.scheme is not None and not self.machine.gpus:
@@ -201,17 +211,19 @@ class Planner:
 
     def _count(self, case: Case, held: Kept, placed: Mapping[str, Device]) -> Count:
         tiers = layout.tiers(self.blueprint.skeleton, placed)
-        gguf, call = self.blueprint.gguf, PLACEMENTS[case.placement].call
-        through_ram = call == "to" or (gguf is not None and gguf.through_ram)
-        rewrites = call == "load_checkpoint_and_dispatch"
-        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites)
+        gguf, placement = self.blueprint.gguf, self._placements[case.placement]
+        through_ram = placement.call == "to" or (gguf is not None and gguf.through_ram)
+        rewrites = placement.call == "load_checkpoint_and_dispatch"
+        off_gpu = self._inventory(Kept(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
+        shared = len(self.machine.gpus) if placement.parallel else 1
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu, shared)
         self.counts[case.id] = count
         return count
 
     def _judge(self, case: Case, expected: Estimate, count: Count) -> tuple[Verdict, str | None]:
-        precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+        precision, placement = PRECISIONS[case.precision], self._placements[case.placement]
         spilled = [tier for tier in count.weights if tier == "disk" or (tier == "cpu" and count.gpus)]
-        if spilled and "spills" in precision.refuses:
+        if spilled and "spills" in precision.refuses and not _leaves_off_gpu(precision, placement):
             return (
                 Verdict.TOO_BIG,
                 f"too big for {placement.name}: weights would lie on {' and '.join(spilled)}; {precision.refuses['spills']}",
@@ -273,6 +285,11 @@ class Planner:
             if tier.capacity_bytes is not None and name != "disk" and tier.needed_bytes > tier.capacity_bytes:
                 return False
         return True
+
+
+def _leaves_off_gpu(precision: Precision, placement: Placement) -> bool:
+    """Say whether what lies off the GPUs is not quantised."""
+    return precision.off_gpu is not None and DIVIDES in placement.traits
 
 
 def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | None:

@@ -27,7 +27,8 @@ class Precision(Record, frozen=True, kw_only=True):
     weights of the Linear modules must have after loading, or their scheme where the dtype does not tell
     (`Loaded.linear_dtype_bytes`), else the precision did not take effect. `refuses` maps a trait of a placement to the reason why
     this precision cannot be loaded that way, and `never` says why it cannot be loaded at all. `keeps` is how much of the answers'
-    worth it keeps, as far as a general rule can say.
+    worth it keeps, as a general rule. `off_gpu` is what its `quantization_config` needs as well where an explicit map
+    has parts off the GPUs, which then are not quantised; None: it treats them like the others.
 
     `stored` is how the description of a checkpoint begins that is held this way already (`quantized.describe`). It runs as what it
     is, in this row alone; `only` names what it must be where the row makes nothing of other checkpoints. `needs` are modules, which
@@ -49,6 +50,7 @@ class Precision(Record, frozen=True, kw_only=True):
     extra: str | None = None
     min_compute_capability: float = 0.0
     refuses: Mapping[str, str] = {}
+    off_gpu: Mapping[str, Any] | None = None
     never: str | None = None
     stored: str | None = None
     only: str | None = None
@@ -68,20 +70,26 @@ class Precision(Record, frozen=True, kw_only=True):
 PACKED_ARCHITECTURES = frozenset(("lfm2", "qwen35", "qwen35moe"))
 
 _DISPATCHES = "load_checkpoint_and_dispatch places weights as they are stored and does not quantise them"
+_ALONE = "nobody here has shared such weights among processes yet: use bf16 or fp16"
 _BNB_REFUSES = {
     "spills": "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU, or on the disk at all "
     '("Some modules are dispatched on the CPU or the disk")',
+    "parallel": "transformers 5.23 shares no bitsandbytes weights among processes: its tensors lose what they were quantised with",
     "dispatches": _DISPATCHES,
 }
+# "fp32" is history: transformers 5.23 leaves every module that an explicit map has on the CPU or the disk in the dtype asked for,
+# in 4 bits as in 8. Of device_map="auto" it quantises them all the same, and generating fails.
+_BNB_OFF_GPU = {"llm_int8_enable_fp32_cpu_offload": True}
 _QUANTO_REFUSES = {
     "spills": "transformers refuses to quantise with quanto for the CPU beside a GPU, or for the disk "
     '("a device_map that contains a CPU or disk device")',
     "dispatches": _DISPATCHES,
+    "parallel": _ALONE,
 }
 _TORCHAO_OFFLOADS = "transformers moves what torchao is to quantise for the CPU or the disk to a GPU first, and offloads none of it"
 _STORED_REFUSES = {
     "dispatches": "load_checkpoint_and_dispatch builds the model without its packed modules",
-    "offloads": "accelerate does not offload packed modules to the disk",
+    "parallel": _ALONE,
 }
 
 
@@ -107,6 +115,7 @@ def _nf4(
         needs=("bitsandbytes",),
         min_compute_capability=6.0,
         refuses=_BNB_REFUSES,
+        off_gpu=_BNB_OFF_GPU,
         stored=stored,
     )
 
@@ -129,7 +138,7 @@ def _torchao(name: str, title: str, bits: float, made: str, *, holds: str, keeps
         needs=("torchao",),
         extra="torchao",
         min_compute_capability=8.0,
-        refuses={"dispatches": _DISPATCHES, "offloads": _TORCHAO_OFFLOADS},
+        refuses={"dispatches": _DISPATCHES, "offloads": _TORCHAO_OFFLOADS, "parallel": _ALONE},
         stored=f"torchao {kind}",
     )
 
@@ -209,6 +218,7 @@ _ROWS = (
         needs=("bitsandbytes",),
         min_compute_capability=7.5,
         refuses=_BNB_REFUSES,
+        off_gpu=_BNB_OFF_GPU,
         stored="bitsandbytes 8-bit",
     ),
     _torchao("torchao-int8", "8-bit, torchao, weights only", 8, "Int8WeightOnlyConfig()", holds="int8", keeps=0.97),
@@ -235,6 +245,7 @@ _ROWS = (
             "ram": 'transformers quantises to fp8 on a GPU alone ("No GPU or XPU found")',
             "spills": 'transformers refuses to quantise to fp8 beside a GPU ("a device_map that contains a cpu/disk device")',
             "dispatches": _DISPATCHES,
+            "parallel": _ALONE,
         },
         stored="fp8",
     ),

@@ -23,6 +23,7 @@ from harness import (
     fingerprint,
     forkserver,
     machine,
+    mapfile,
     plan,
     planner,
     precision,
@@ -40,7 +41,7 @@ from harness.errors import UsageError
 from harness.interrupts import Interrupts
 from harness.meters import Gpus
 from harness.options import Options
-from harness.placement import PLACEMENTS, distinct
+from harness.placement import FILE, PLACEMENTS, distinct, named
 from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
@@ -74,6 +75,7 @@ class Session:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.sources = _resolved(options.model, real=options.weights == "real")
+        self.device_map = mapfile.asked(options.device_map, self._named)
         self.added = 0
         self.kept: dict[Case, Result] = {}
         self.store = Store(options.results)
@@ -145,8 +147,12 @@ class Session:
     @cached_property
     def _placements(self) -> list[str]:
         """The placements asked for; unless the user named them, without those that are the same as another here."""
-        wanted = _in_order(self.options.placement, PLACEMENTS)
-        return wanted if "placement" in self.options.origin else distinct(wanted, bool(self.machine.gpus))
+        return named(self._named, self.device_map is not None) or distinct(PLACEMENTS, len(self.machine.gpus))
+
+    @property
+    def _named(self) -> Sequence[str] | None:
+        """The placements that the user named."""
+        return self.options.placement if "placement" in self.options.origin else None
 
     def _precisions(self, model: str) -> list[str]:
         """Return the precisions asked for; unless the user named them, the usual ones, or what a quantised checkpoint is."""
@@ -176,7 +182,9 @@ class Session:
         if self.worker_main is None and any(self._why_again(case) for case in cases if case.model in runnable):
             forkserver.warm_up(sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in runnable})))
         for name in runnable:
-            self._blueprint(name)
+            drawn = self._blueprint(name)
+            if self.device_map is not None:
+                mapfile.check(self.device_map, drawn.skeleton, len(self.machine.gpus), model=name)
 
     def _fetch(self, source: Source, progress: Report) -> Path:
         if self.options.weights == "synthetic":
@@ -195,8 +203,8 @@ class Session:
         if case.id not in self._plans:
             here, drawn = machine.limited(self.machine, case), self._blueprint(case.model)
             cases = [one for one in self.cases() if _limits(one) == _limits(case)]
-            planner = Planner(drawn, here, constants=self._calibration, trust=self.trust)
-            made = planner.plans(cases or [case])
+            ours = Planner(drawn, here, constants=self._calibration, trust=self.trust, device_map=self.device_map)
+            made = map(_not_measured, ours.plans(cases or [case]))
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
 
@@ -237,6 +245,7 @@ class Session:
     def _command(self, case: Case) -> str:
         model = _sayable(self.sources[case.model])
         words = ["pytest", "cases/", "--model", model, "--precision", case.precision, "--placement", case.placement]
+        words += ["--device-map", _from_here(self.options.device_map)] if case.placement == FILE else []
         limits = (("--vram", case.vram_bytes), ("--ram", case.ram_bytes))
         words += [word for flag, size in limits if size is not None for word in (flag, exact_size(size))]
         return f"{shlex.join(words)} {self.options.command()}".strip()
@@ -247,7 +256,8 @@ class Session:
         if again is None:
             return self._keep(self._earlier[case])
         decided = self._held_against_disk(decided)
-        if decided.verdict in _RUNNABLE or (self.options.run_all and decided.code is not None):
+        asked = self.options.run_all and decided.code is not None and not PLACEMENTS[case.placement].parallel
+        if decided.verdict in _RUNNABLE or asked:
             self._have_predictions(case.model)
             self._again.append(again)
             self.current = Run(decided, self.subject(case), self.setting)
@@ -374,9 +384,23 @@ def _resolved(models: Sequence[str], *, real: bool) -> dict[str, Source]:
 def _sayable(source: Source) -> str:
     """Write the model for a command: a directory as seen from here, or by its name alone where that would name others."""
     place = Path(source.location) / (source.file or "")
-    if source.kind != "directory" or not place.is_relative_to(Path.cwd()):
-        return source.name
+    return source.name if source.kind != "directory" else _from_here(place, source.name)
+
+
+def _from_here(place: Path, otherwise: str | None = None) -> str:
+    """Write a path as seen from here; by its name alone, or as `otherwise` says, where that would name others."""
+    place = place.absolute()
+    if not place.is_relative_to(Path.cwd()):
+        return place.name if otherwise is None else otherwise
     return f"./{place.relative_to(Path.cwd())}"
+
+
+def _not_measured(one: Plan) -> Plan:
+    """Hold back what is planned and printed, but takes several processes: a case is run in one."""
+    if not PLACEMENTS[one.case.placement].parallel or one.verdict not in (*_RUNNABLE, Verdict.TOO_BIG):
+        return one
+    why = "takes a process for each GPU, and cases are measured in one: run the code that fitmatrix plan --code prints, by torchrun"
+    return msgspec.structs.replace(one, verdict=Verdict.UNAVAILABLE, why=why)
 
 
 def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:

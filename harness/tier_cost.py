@@ -43,7 +43,8 @@ class Count:
     """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
 
     `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first, `rewrites`
-    that what goes to the disk is written there anew even if a file holds it already.
+    that what goes to the disk is written there anew even if a file holds it already. `off_gpu` is the inventory of what lies off
+    the GPUs, where that is held in another way. `shared`: so many GPUs, each with a process of its own, share every layer.
     """
 
     def __init__(
@@ -54,13 +55,23 @@ class Count:
         calibration: Calibration,
         through_ram: bool = False,
         rewrites: bool = False,
+        off_gpu: Inventory | None = None,
+        shared: int = 1,
     ) -> None:
         self.inventory, self.tiers, self.work, self.calibration = inventory, tiers, load, calibration
         self.through_ram, self.rewrites = through_ram, rewrites
         self.held, self.skeleton, self.blueprint = inventory.held, inventory.skeleton, inventory.blueprint
         self.sums = inventory.by_tier(tiers)
+        self._off_gpu = off_gpu or inventory
+        if off_gpu is not None:
+            self.sums |= {tier: sums for tier, sums in off_gpu.by_tier(tiers).items() if not tier.startswith("gpu")}
+        self.shared = shared
+        if shared > 1:
+            each = inventory.cut(shared)
+            self.sums = {f"gpu:{number}": each for number in range(shared)}
         self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
-        self.read = {tier: sums.read for tier, sums in self.sums.items() if sums.read}
+        # GPUs that share a layer read at the same time, so one of them stands for all.
+        self.read = {tier: sums.read for tier, sums in [*self.sums.items()][: 1 if shared > 1 else None] if sums.read}
         self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
         # The device that computes what lies on no GPU.
         self.main = self.gpus[0] if self.gpus else "cpu"
@@ -77,6 +88,8 @@ class Count:
     def kv(self) -> dict[str, int]:
         """KV cache at the end of the workload, by the device that its layer runs on."""
         layers = memory_cost.kv_bytes(self.skeleton, self.work.cached_tokens, self.work.batch, self.held.element_bytes)
+        if self.shared > 1:
+            return dict.fromkeys(self.gpus, sum(layers) // self.shared)
         if isinstance(self.tiers, str):
             return {self.main: sum(layers)}
         total: dict[str, int] = defaultdict(int)
@@ -133,7 +146,7 @@ class Count:
                 return 0
             tiers = self.tiers
             sizes = (
-                size for path, size in self.inventory.at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes
+                size for path, size in self._off_gpu.at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes
             )
             self._copied_at_once[homes] = max(sizes, default=0)
         return self._copied_at_once[homes]
@@ -169,13 +182,13 @@ class Count:
 
     @cached_property
     def _process(self) -> Bytes:
-        constant = self.calibration
-        total = constant["ram_import_anon_bytes"].amount()
+        constant, times = self.calibration, self.shared
+        total = constant["ram_import_anon_bytes"].amount(times)
         if self.held.quantizer:
-            total += constant[f"ram_{SCHEMES[self.held.quantizer].library}_bytes"].amount()
+            total += constant[f"ram_{SCHEMES[self.held.quantizer].library}_bytes"].amount(times)
         if self.blueprint.tokenizer:
-            total += constant["ram_tokenizer_bytes_per_token"].amount(self.skeleton.vocab_size)
-        return total + constant["ram_cuda_bytes"].amount() if self.gpus else total
+            total += constant["ram_tokenizer_bytes_per_token"].amount(times * self.skeleton.vocab_size)
+        return total + constant["ram_cuda_bytes"].amount(times) if self.gpus else total
 
     @cached_property
     def _libraries(self) -> Bytes:

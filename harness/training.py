@@ -1,19 +1,25 @@
 """What training with DeepSpeed's ZeRO would take: its own estimates, in bytes for each GPU and for each node's RAM.
 
 The arithmetic is that of DeepSpeed's `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs`
-(commit edaa722; stage_1_and_2.py and stage3.py): parameters, gradients and Adam's states in mixed precision. Activations, buffers
-of communication and fragmentation come on top. For ZeRO-2 without offloading, DeepSpeed's document (memory.rst) says 4 bytes a
-parameter on each GPU where its code says 2, and 16 shared among them where its code says 18; this follows the code.
+(stage_1_and_2.py and stage3.py of the commit that FOLLOWS names): parameters, gradients and Adam's states in mixed precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from harness.case import Record
+from harness.case import Machine, Record, Verdict
 from harness.skeleton import Skeleton
 
 STAGES = ("zero2", "zero3")
+FOLLOWS = "the code of DeepSpeed at commit edaa722"
+NOT_COUNTED = "activations, buffers of communication, fragmentation, CUDA's context and the process itself"
+# Where DeepSpeed's document (memory.rst) and its code say the same or not, by stage.
+DOCUMENT: Mapping[str, str] = {
+    "zero2": "Without offloading its document (memory.rst) says otherwise: 4 bytes a parameter on each GPU and 16 shared "
+    "among all, where the code says 2 and 18.",
+    "zero3": "Its document (memory.rst) says the same.",
+}
 BUFFER_FACTOR = 1.5  # DeepSpeed's additional_buffer_factor for what lies in RAM
 
 
@@ -42,6 +48,33 @@ class States(Record, frozen=True, kw_only=True):
     init: bool
     gpu_bytes: int
     cpu_bytes: int
+
+
+class Room(Record, frozen=True, kw_only=True):
+    """Bytes that may be used on each GPU (of the smallest: ZeRO shares evenly) and in the RAM of each node; None: unknown."""
+
+    gpus: int
+    gpu_bytes: int | None
+    cpu_bytes: int | None
+
+    def verdict(self, way: States) -> Verdict:
+        """Say whether the states fit; UNKNOWN where only the size that nobody told could hold them."""
+        pairs = ((way.gpu_bytes, self.gpu_bytes), (way.cpu_bytes, self.cpu_bytes))
+        if any(most is not None and needed > most for needed, most in pairs):
+            return Verdict.TOO_BIG
+        return Verdict.UNKNOWN if any(needed and most is None for needed, most in pairs) else Verdict.FITS
+
+
+def room(machine: Machine) -> Room:
+    """Return what a machine has; one of several nodes stands for all."""
+    sizes = [gpu.capacity_bytes for gpu in machine.gpus]
+    known = [size for size in sizes if size is not None]
+    cpu = machine.tier("cpu")
+    return Room(
+        gpus=len(sizes),
+        gpu_bytes=min(known) if known and len(known) == len(sizes) else None,
+        cpu_bytes=cpu.capacity_bytes if cpu else None,
+    )
 
 
 def of_skeleton(skeleton: Skeleton, gpus: int = 1, nodes: int = 1) -> Trained:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from harness.case import Loaded, Plan
 from harness.figures import held
-from harness.placement import PLACEMENTS, ROOM
+from harness.placement import PLACEMENTS, PRINTED
 from harness.precision import PRECISIONS
 from harness.units import format_share, format_size
 
@@ -27,10 +27,17 @@ def checks(plan: Plan, loaded: Loaded) -> dict[str, str]:
 def _precision(plan: Plan, loaded: Loaded) -> str:
     precision = PRECISIONS[plan.case.precision]
     share = held(loaded, precision.holds)
-    if share >= _HELD_LEAST:
+    divided = precision.off_gpu is not None and len(_kinds(plan)) > 1  # what lies off the GPUs keeps its dtype
+    if share >= _HELD_LEAST or (divided and share > 0):
         return OK
     found = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sorted(loaded.linear_dtype_bytes.items()))
     return f"{precision.name} did not take effect: {format_share(share)} of the Linear weights are {precision.holds} ({found})"
+
+
+def _kinds(plan: Plan) -> set[str]:
+    """Return the kinds of tiers that the device map names."""
+    placed = plan.device_map.values() if isinstance(plan.device_map, dict) else ()
+    return {str(tier).split(":")[0] for tier in placed}
 
 
 def _max_memory(plan: Plan, loaded: Loaded) -> str:
@@ -50,7 +57,7 @@ def _placement(plan: Plan, loaded: Loaded) -> str:
         return f"weights lie on {', '.join(sorted(strange))}, which {placement.name} does not use"
     if "spills" in placement.traits and placement.devices[-1] not in used:
         return f"{placement.name} put nothing on the {placement.devices[-1]}"
-    return _mapped(plan, loaded) if placement.device_map == ROOM else OK
+    return _mapped(plan, loaded) if placement.device_map in PRINTED else OK
 
 
 def _mapped(plan: Plan, loaded: Loaded) -> str:

@@ -111,3 +111,15 @@ KINDS = [("cpu", "cpu"), ("gpu:0", "gpu"), ("gpu:0 gpu:1", "gpu"), ("gpu:0 cpu",
 @pytest.mark.parametrize(("tiers", "device"), KINDS)
 def test_what_computes_and_what_is_read_decide_the_kind(tiers: str, device: str) -> None:
     assert device_of(dict.fromkeys(tiers.split(), 1)) == device
+
+
+def test_a_disturbed_figure_counts_only_where_there_is_no_other() -> None:
+    disturbed = msgspec.structs.replace(ran(0.5), noisy={"decode_tok_s": "others used 0.9 of 2 cores"})
+    alone, both = correct([disturbed]).ratio("token", "cpu", "bf16"), correct([disturbed, ran(0.05)])
+    quiet = both.ratio("token", "cpu", "bf16")
+    assert alone is not None
+    assert quiet is not None
+    assert (round(alone.best, 3), round(quiet.best, 3), quiet.results) == (5.0, 0.5, 1)
+    loaded = both.ratio("load", "cpu", "bf16")
+    assert loaded is not None
+    assert loaded.results == 2  # loading was not disturbed

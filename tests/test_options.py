@@ -22,6 +22,7 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "weights": ('"synthetic"', "synthetic", "synthetic", "synthetic"),
     "precision": ('["int4"]', ("int4",), ["bf16", "fp16"], ("bf16", "fp16")),
     "placement": ('["gpu+cpu", "cpu"]', ("gpu+cpu", "cpu"), ["direct"], ("direct",)),
+    "device-map": ('"map.json"', Path("map.json"), "m.toml", Path("m.toml")),
     "prompt-tokens": ("128", 128, "256", 256),
     "new-tokens": ("8", 8, "48", 48),
     "batch": ("2", 2, "4", 4),
@@ -98,9 +99,12 @@ def test_the_default_stands_the_option_s_own_check(option: Option) -> None:
 
 @EVERY
 def test_the_help_tells_the_default(option: Option) -> None:
-    told = {"model": DEFAULT, "html": "default index.html", "precision": f"default {' '.join(USUAL)}"} | dict.fromkeys(
-        ("placement", "vram", "ram"), "default all"
-    )
+    told = {
+        "model": DEFAULT,
+        "html": "default index.html",
+        "device-map": "alone unless others are named",
+        "precision": f"default {' '.join(USUAL)}",
+    } | dict.fromkeys(("placement", "vram", "ram"), "default all")
     if not option.switch:
         default = option.default if not isinstance(option.default, float) else f"{option.default:.0f}"
         assert told.get(option.name, f"default {default}") in option.help
@@ -205,7 +209,7 @@ def test_a_run_by_default_needs_no_option() -> None:
 def test_the_command_gives_back_what_was_changed(option: Option) -> None:
     _, _, given, value = SAMPLES[option.name]
     words = shlex.split(Options(given={option.key: given}).command())
-    if option.name in ("ram", "results", "html", "resume"):  # a limit is said of each case
+    if option.name in ("ram", "results", "html", "resume", "device-map"):  # a limit is said of each case
         assert words == []
     elif option.switch:
         assert words == [option.flag]

@@ -17,8 +17,9 @@ from harness import blueprint, catalog
 from harness.case import Machine, Verdict
 from harness.catalog import Source
 from harness.checkpoint import Checkpoint, Tensor
+from harness.devicemap import STRATEGIES
 from harness.machine import limited
-from harness.placement import PLACEMENTS, ROOM
+from harness.placement import PLACEMENTS, PRINTED, distinct
 from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code
 from harness.planner import Planner
 from harness.precision import PRECISIONS, Config
@@ -121,6 +122,37 @@ def test_what_can_work_on_which_machine(name: str) -> None:
     assert found == cells(grid)
 
 
+@pytest.mark.parametrize("placement", ["balanced", "balanced_low_0", "sequential"])
+def test_ways_to_share_among_gpus_want_two(placement: str) -> None:
+    refused = [gate(case("int8", placement), on) for on in (NO_GPU, AMPERE, machine(gpu(), gpu(1)))]
+    assert refused[0] is not None
+    assert refused[0] == refused[1]
+    assert refused[0][1].startswith("with fewer than two GPUs it is the same as auto")
+    assert refused[2] is None
+    old = gate(case("int8", placement), machine(gpu(), gpu(1, compute_capability="6.1")))
+    assert old == (Verdict.UNAVAILABLE, "int8 needs compute capability 7.5, and RTX 3060 has 6.1")
+
+
+@pytest.mark.parametrize(
+    ("device_map", "said"),
+    [
+        ({"a": 0, "b": 1}, None),
+        ({"a": 0, "b": "cpu"}, None),
+        ({"a": 0, "b": "disk"}, None),
+        ({"a": "cpu"}, None),
+        (
+            {"a": "cpu", "b": "disk"},
+            "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU, or on the disk",
+        ),
+        ({"a": 2}, "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
+    ],
+)
+def test_a_map_of_ones_own_is_judged_by_what_it_uses(device_map: dict[str, int | str], said: str | None) -> None:
+    on = machine(gpu(), gpu(1), gpu(2, compute_capability="6.1"))
+    refused = gate(case("int8", "file"), on, True, PLACEMENTS["file"].given(device_map))
+    assert (refused is None) if said is None else (refused is not None and refused[1].startswith(said))
+
+
 @pytest.mark.parametrize(
     ("on", "names", "said"),
     [
@@ -215,7 +247,7 @@ def test_the_code_passes_on_what_the_tables_say_and_nothing_else(precision: str,
         expected["quantization_config"] = {**given}
         if given.get("load_in_4bit"):
             expected["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
-    if place.device_map == ROOM:
+    if place.device_map in PRINTED:
         expected["device_map"] = {"model.embed": 0, "model.layers.0": 1, "model.layers.1": "cpu", "head": "disk"}
         expected["offload_folder"] = "offload"
     if place.limits:
@@ -445,7 +477,7 @@ def test_a_case_that_may_run_has_code_and_no_verdict_yet(precision: str, placeme
     plan = decide(case(precision, placement), AMPERE, SMALL)
     refused = gate(case(precision, placement), AMPERE)
     assert plan.case == case(precision, placement)
-    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].device_map == ROOM)
+    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].device_map in PRINTED)
     assert (plan.verdict, plan.why) == (refused or (Verdict.UNKNOWN, None))
 
 
@@ -461,8 +493,8 @@ def test_limits_are_in_the_plan_as_they_are_in_its_code(precision: str, placemen
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_before_the_model_is_here_only_what_needs_its_sizes_has_no_code(placement: str) -> None:
-    plan = decide(case("bf16", placement), AMPERE, None)
-    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None or PLACEMENTS[placement].device_map == ROOM)
+    plan = decide(case("bf16", placement), machine(gpu(), gpu(1)), None)
+    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None or PLACEMENTS[placement].device_map in PRINTED)
     assert plan.verdict is Verdict.UNKNOWN
 
 
@@ -493,8 +525,9 @@ def test_what_is_not_there_cannot_be_emulated(limits: dict[str, int], on: Machin
     assert refused == (said and (Verdict.UNAVAILABLE, said))
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("cards", [1, 2])
+@pytest.mark.parametrize(
+    ("cards", "placement"), [(2, "balanced"), *((cards, name) for cards in (1, 2) for name in distinct(PLACEMENTS, gpus=cards))]
+)
 def test_under_a_limit_auto_is_told_what_it_would_take_of_a_machine_of_that_size(placement: str, cards: int) -> None:
     """The same map as on a real one, and without a limit no word."""
     small = machine(*(gpu(index, free_bytes=GIB) for index in range(cards)), ram_bytes=2 * GIB)
@@ -508,7 +541,7 @@ def test_under_a_limit_auto_is_told_what_it_would_take_of_a_machine_of_that_size
     assert {name: tier.needed_bytes for name, tier in emulated.estimate.tiers.items()} == {
         name: tier.needed_bytes for name, tier in real.estimate.tiers.items()
     }
-    if PLACEMENTS[placement].device_map == "auto":
+    if PLACEMENTS[placement].device_map in STRATEGIES:
         assert emulated.code is not None
         assert "max_memory={0: " in emulated.code
         assert (free.max_memory is None) == (PLACEMENTS[placement].limits is None)

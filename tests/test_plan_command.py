@@ -15,7 +15,7 @@ import pytest
 
 from harness import skeleton
 from harness.cli import main
-from harness.placement import PLACEMENTS
+from harness.placement import PLACEMENTS, distinct
 from harness.precision import USUAL
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
     assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]
     assert found["machine"]["tiers"][0].keys() == {"name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s"}
     usual = list(USUAL)
-    assert [plan["precision"] for plan in found["plans"]] == [name for name in usual for _ in PLACEMENTS]
+    assert [plan["precision"] for plan in found["plans"]] == [name for name in usual for _ in distinct(PLACEMENTS, gpus=1)]
     for plan in found["plans"]:
         assert plan.keys() == PLAN_KEYS
         assert plan["verdict"] in {"fits", "tight", "too_big", "invalid", "unavailable"}
@@ -86,6 +86,19 @@ def test_what_cannot_be_is_known_before_loading(say: Said) -> None:
     assert plans["chatglm-6b/fp16/gpu+cpu"]["max_memory"].keys() == {"gpu:0", "cpu"}
     homes = set(plans["chatglm-6b/fp16/gpu+cpu"]["device_map"].values())
     assert homes == {"gpu:0", "cpu"}
+
+
+def test_a_map_of_ones_own_is_planned_alone_and_printed(say: Said, tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text('{"model": 0, "lm_head": "cpu"}')
+    found = planned(say, "qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json")
+    plans = {plan["precision"]: plan for plan in found["plans"]}
+    assert {plan["placement"] for plan in found["plans"]} == {"file"}
+    assert plans["fp16"]["device_map"] == {"model": "gpu:0", "lm_head": "cpu"}
+    status, out, _ = say("qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json", "--code", "int8/file")
+    assert status == 0
+    assert 'device_map={"model": 0, "lm_head": "cpu"}' in out
+    _, out, _ = say("qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json")
+    assert "/file --device-map FILE" in " ".join(out.split())
 
 
 def test_several_models_are_one_object(say: Said) -> None:
@@ -154,6 +167,9 @@ def test_nothing_fits_is_exit_status_1(say: Said) -> None:
         (["chatglm-6b", "--code", "int8/direct", "--json"], "--code and --explain are about one case"),
         (["chatglm-6b", "--gpu", "8GiB", "--code", "int8/gpu+cpu"], "cannot be loaded: transformers refuses"),
         (["chatglm-6b", "--ram", "8GiB", "--prove-min-ram"], "--prove-min-ram runs on this machine: leave --ram out"),
+        (["chatglm-6b", "--device-map", "nowhere.json"], "--device-map nowhere.json: No such file or directory"),
+        (["chatglm-6b", "--placement", "file"], "placement file is a device map of yours: give it by --device-map FILE"),
+        (["chatglm-6b", "--code", "fp16/file"], "placement file is a device map of yours: give it by --device-map FILE"),
         (["./nowhere"], "no directory './nowhere'"),
     ],
 )

@@ -284,6 +284,47 @@ def test_command_names_no_directory_of_the_user(make: Make, tmp_path: Path, monk
 # The reference
 
 
+# A device map of the user's own
+
+
+def test_a_map_is_what_is_run(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text('{"": "cpu"}')
+    session = make(placement=None, device_map="map.json")
+    assert [case.placement for case in session.cases()] == ["file"]
+    (result,) = measure(session)
+    assert result.outcome is Outcome.OK
+    assert result.code is not None
+    assert 'device_map={"": "cpu"}' in result.code
+    assert "--placement file --device-map ./map.json" in str(result.command)
+
+
+def test_a_map_comes_beside_placements_that_are_named(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "map.toml").write_text('"" = "cpu"')
+    assert [case.placement for case in make(device_map="map.toml").cases()] == ["cpu", "file"]
+
+
+def test_a_map_that_does_not_fit_is_told_before_anything_is_measured(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text('{"": 0}')
+    session = make(device_map="map.json")
+    with pytest.raises(UsageError, match="the device map does not fit tiny: '' is on GPU 0, and there is no GPU"):
+        session.prepare(session.cases())
+    with pytest.raises(UsageError, match="placement file is a device map of yours: give it by --device-map FILE"):
+        make(placement=["file"])
+
+
+def test_what_takes_several_processes_is_not_run_in_one(make: Make) -> None:
+    session = make(placement=["tp"], run_all=True)
+    session.machine = builders.machine(builders.gpu(), builders.gpu(1))
+    (result,) = measure(session)
+    assert result.outcome in (Outcome.SKIPPED, Outcome.UNSUPPORTED)
+    assert session.current is None
+
+
+def test_the_default_matrix_is_no_longer_than_what_differs_here(make: Make) -> None:
+    names = [case.placement for case in make(placement=None).cases()]
+    assert names == ["direct", "ram-to-gpu", "auto", "dispatch", "gpu+cpu", "disk", "cpu"]
+
+
 def compared_with(result: Result) -> str:
     """Return the id of the reference case, after a look at what the worker really had before it."""
     assert result.quality is not None

@@ -16,7 +16,7 @@ import pytest
 from harness import store
 from harness.case import Outcome, Result, Verdict
 from harness.cli import main
-from harness.placement import PLACEMENTS, ROOM
+from harness.placement import PLACEMENTS, PRINTED
 from harness.plan import loading_code
 from harness.precision import PRECISIONS
 from harness.protocol import Load
@@ -25,7 +25,7 @@ from harness.worker import model as work
 from tests import strangers
 
 ROOT = Path(__file__).parent.parent
-ON_CPU = [name for name, row in PLACEMENTS.items() if not row.needs_gpu and row.device_map != ROOM]
+ON_CPU = [name for name, row in PLACEMENTS.items() if not row.needs_gpu and row.device_map not in PRINTED]
 TOKEN = "hf_" + "PlantedTokenOfATest" * 2
 SHORT = ("--precision", "fp32", "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1")
 

@@ -5,6 +5,13 @@ All of these modules are imported to build the parser, so what is slow to import
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.case import Machine
+
+_TIER_KEYS = ("name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s")
+
 
 def print_json(value: object) -> None:
     """Print records and plain values as one JSON object, in ASCII: standard output may have any encoding."""
@@ -13,3 +20,8 @@ def print_json(value: object) -> None:
     import msgspec
 
     print(json.dumps(msgspec.to_builtins(value), indent=2))
+
+
+def machine_json(machine: Machine) -> dict[str, Any]:
+    """Return what the objects of `plan` say of a machine."""
+    return {"name": machine.name, "tiers": [{key: getattr(tier, key) for key in _TIER_KEYS} for tier in machine.tiers]}

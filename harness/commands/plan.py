@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 from harness import commands
 from harness.case import Workload
 from harness.errors import UsageError, did_you_mean
-from harness.placement import PLACEMENTS, distinct
+from harness.placement import FILE, PLACEMENTS, distinct, named
 from harness.precision import ALL, PRECISIONS, usual
+from harness.training import STAGES
 from harness.units import parse_size
 
 if TYPE_CHECKING:
     from harness.blueprint import Blueprint
     from harness.calibration import Calibration
     from harness.case import Case, Machine, Plan
+    from harness.catalog import Source
+    from harness.devicemap import Device
     from harness.minimum import Minimum
     from harness.planner import Advice
 
@@ -25,6 +28,11 @@ HELP = "Say which ways of loading a model fit, before loading or even downloadin
 FITS, NOTHING_FITS = 0, 1
 SCHEMA = 1
 _USUAL = Workload()
+# Options that say nothing of training.
+_ABOUT_RUNNING = (
+    "--precision", "--placement", "--device-map", "--prompt-tokens", "--new-tokens", "--batch", "--context", "--code", "--explain",
+    "--results", "--prove-min-ram",
+)  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
     "kv_bytes",
@@ -54,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disk", metavar="SIZE", help="plan for a machine with so much free disk space")
     add("--precision", action="append", metavar="NAME", help=f"only this: {', '.join(PRECISIONS)}, or all (repeatable)")
     add("--placement", action="append", metavar="NAME", help=f"only this: {', '.join(PLACEMENTS)} (repeatable)")
+    add("--device-map", metavar="FILE", help=f"plan a device_map of yours, JSON or TOML, as placement {FILE}")
     add("--prompt-tokens", metavar="N", help=f"tokens of each prompt (default {_USUAL.prompt_tokens})")
     add("--new-tokens", metavar="N", help=f"tokens to generate from each prompt (default {_USUAL.new_tokens})")
     add("--batch", metavar="N", help="prompts generated from at once (default 1)")
@@ -64,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true", help="print one JSON object")
     add("--explain", metavar="CASE", help="show every term of a case such as int8/direct")
+    add("--training", metavar="STAGE", help=f"what training by DeepSpeed's ZeRO would take instead: {', '.join(STAGES)}")
+    add("--nodes", metavar="N", help="with --training: so many machines like this one (default 1)")
     add(
         "--prove-min-ram",
         action="store_true",
@@ -78,31 +89,70 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError, CheckpointError: the request or a model is wrong; exit status 2.
     """
-    from harness import blueprint, catalog
+    from harness import blueprint, mapfile
     from harness.planner import Planner, advise
 
+    if args.training is not None or args.nodes is not None:
+        return _train(args)
     asked_precisions = list(PRECISIONS) if ALL in (args.precision or ()) else args.precision
     precisions = _names(asked_precisions, PRECISIONS, "--precision")
-    placements = _names(args.placement, PLACEMENTS, "--placement")
+    _names(args.placement, PLACEMENTS, "--placement")
     load = workload(args)
     if args.prove_min_ram:
-        return _prove(args, precisions, placements if args.placement else ["cpu"], load)
+        return _prove(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
     machine, here = described(args)
     asked = [_asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
         raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
+    device_map = _device_map(args, [placement for _, placement in asked])
     constants = _constants(args, machine) if here else None
     advices = []
-    if args.file and len(args.models) > 1:
-        raise UsageError("--file names a file of one model: name one MODEL, or the files by their paths")
-    for source in [catalog.resolve(model, args.file) for model in args.models]:
+    for source in _sources(args):
         drawn = blueprint.draw(source)
-        planner = Planner(drawn, machine, here=here, constants=constants, trust=args.trust_remote_code)
+        if device_map is not None:
+            mapfile.check(device_map, drawn.skeleton, len(machine.gpus), model=drawn.name)
+        planner = Planner(drawn, machine, here=here, constants=constants, trust=args.trust_remote_code, device_map=device_map)
         chosen = precisions if args.precision else usual(drawn.stored_as)
-        places = placements if args.placement else distinct(placements, bool(machine.gpus))
+        places = named(args.placement, device_map is not None) or distinct(PLACEMENTS, len(machine.gpus))
         cases = _cases(drawn, chosen, places, load, asked)
         advices.append(advise(source, planner, cases))
     return _print(advices, args, machine, load)
+
+
+def _sources(args: argparse.Namespace) -> list[Source]:
+    from harness import catalog
+
+    if args.file and len(args.models) > 1:
+        raise UsageError("--file names a file of one model: name one MODEL, or the files by their paths")
+    return [catalog.resolve(model, args.file) for model in args.models]
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Say what training the models takes. Returns 0 if some way fits for each model, 1 if none does for one."""
+    from harness import blueprint
+    from harness.commands import training
+
+    if args.training is None:
+        raise UsageError(f"--nodes is about training: add --training {' or '.join(STAGES)}")
+    if args.training not in STAGES:
+        raise UsageError(f"--training: no {args.training!r}: {did_you_mean(args.training, STAGES)}")
+    for flag in _ABOUT_RUNNING:
+        if getattr(args, flag.removeprefix("--").replace("-", "_")):
+            raise UsageError(f"{flag} is about running a model, and --training about training it: give one of them")
+    nodes = _count(args.nodes, "--nodes", 1, 1)
+    machine, _ = described(args)
+    drawn = [blueprint.draw(source) for source in _sources(args)]
+    return training.show(drawn, machine, args.training, nodes, as_json=args.json)
+
+
+def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Device] | None:
+    """Return the user's own map, if one is given; `asked` are placements of single cases."""
+    from pathlib import Path
+
+    from harness import mapfile
+
+    path = Path(args.device_map) if args.device_map is not None else None
+    return mapfile.asked(path, [*(args.placement or ()), *asked])
 
 
 def _prove(args: argparse.Namespace, precisions: Sequence[str], placements: Sequence[str], load: Workload) -> int:
@@ -118,7 +168,7 @@ def _prove(args: argparse.Namespace, precisions: Sequence[str], placements: Sequ
     if clash := [flag for flag in ("gpu", "ram", "disk", "code", "explain") if getattr(args, flag)]:
         raise UsageError(f"--prove-min-ram runs on this machine: leave --{clash[0]} out")
     asked = {"model": args.models, "precision": precisions, "placement": placements, "batch": load.batch}
-    asked |= {"prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
+    asked |= {"device_map": args.device_map, "prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
     with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
         session = Session(Options(given={**asked, "results": nothing_kept}))
         try:
@@ -278,7 +328,6 @@ def _head(advice: Advice, one: Plan) -> str:
 def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
     """Return the object that the contract of the command line describes."""
     drawn = advice.blueprint
-    keys = ("name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s")
     return {
         "schema": SCHEMA,
         "model": {
@@ -289,7 +338,7 @@ def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
             "checkpoint_bytes": drawn.checkpoint_bytes,
             "context_length": drawn.context_length,
         },
-        "machine": {"name": machine.name, "tiers": [{key: getattr(tier, key) for key in keys} for tier in machine.tiers]},
+        "machine": commands.machine_json(machine),
         "workload": {key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")},
         "plans": [_plan_json(advice, one) for one in advice.plans],
         "recommended": advice.best.case.id if advice.best else None,

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.case import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict, Workload
+from harness.placement import FILE, PLACEMENTS
 from harness.planner import Advice
 from harness.report import terminal
 from harness.units import format_bandwidth, format_count, format_gib, format_seconds, significant
@@ -122,10 +123,17 @@ def _conclusion(advice: Advice, load: Workload) -> str:
     name, case = _sayable(advice), f"{best.case.precision}/{best.case.placement}"
     context = advice.planner.max_context(best)
     room = f" It holds a context of up to {context:,} tokens." if context else ""
+    given = " --device-map FILE" if best.case.placement == FILE else ""
     return (
         f"Best: {case}: {advice.reason.removesuffix('.')}.{room} {planned}\n"
-        f"To load it:   fitmatrix plan {name} --code {case}\nTo prove it:  pytest cases/ --model {name}"
+        f"To load it:   fitmatrix plan {name} --code {case}{given}\n{_proof(best, name, given)}"
     )
+
+
+def _proof(best: Plan, name: str, given: str) -> str:
+    if PLACEMENTS[best.case.placement].parallel:
+        return "To prove it:  start that by torchrun, for cases are measured in one process"
+    return f"To prove it:  pytest cases/ --model {name}{given}"
 
 
 def _sayable(advice: Advice) -> str:

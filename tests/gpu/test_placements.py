@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,13 @@ import pytest
 
 from harness import store
 from harness.case import Outcome, Result
-from harness.placement import PLACEMENTS
+from harness.placement import PLACEMENTS, distinct
 from harness.precision import PRECISIONS
 
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parents[2]
-PLACED = [row.name for row in PLACEMENTS.values() if "gpu" in row.devices]
+PLACED = [row.name for row in PLACEMENTS.values() if "gpu" in row.devices and row.name in distinct(PLACEMENTS, gpus=2)]
 POSSIBLE = [
     (precision.name, placement)
     for precision in PRECISIONS.values()
@@ -86,3 +87,17 @@ def test_spills_where_it_says(results: dict[tuple[str, str], Result], precision:
     loaded = get(results, precision, placement).loaded
     assert loaded is not None
     assert loaded.tier_bytes.get(other, 0) > 0
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_map_may_leave_blocks_of_a_quantised_model_in_ram(precision: str, tmp_path: Path) -> None:
+    """Unverified: no machine with a GPU was at hand when it was written."""
+    half = {f"model.layers.{number}": 0 if number < 15 else "cpu" for number in range(30)}
+    (tmp_path / "map.json").write_text(json.dumps({"model.embed_tokens": 0, "lm_head": 0, "model.norm": "cpu", **half}))
+    options = ["--precision", precision, "--device-map", str(tmp_path / "map.json"), "--results", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pytest", "cases", "-q", *options], cwd=ROOT, check=False)
+    (result,), _ = store.Store(tmp_path).read()
+    assert result.outcome is Outcome.OK, f"{result.why}\n{result.log_tail}"
+    assert set(result.checks.values()) == {"ok"}
+    assert result.loaded is not None
+    assert result.loaded.linear_dtype_bytes.keys() > {PRECISIONS[precision].holds}

@@ -1,0 +1,40 @@
+"""Tensor parallelism: which models transformers can share among GPUs, and what each GPU then holds.
+
+transformers 5.23 shares by a plan that an architecture's config has (`base_model_tp_plan`): with tp_plan="auto" every matrix is
+cut evenly, embedding and head too, and what is no matrix lies on each GPU whole. A few small ones (routers, latent projections)
+stay whole as well; here they count as cut.
+"""
+
+from __future__ import annotations
+
+from harness.skeleton import Skeleton, Weight
+
+# model_type of every causal language model of transformers 5.23 whose config has such a plan.
+_NAMES = """
+    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid beam cohere cohere2 cohere2_moe cohere_compass_text cwm
+    deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 doge dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone4 exaone_moe
+    flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite
+    glm_moe_dsa gpt_neox granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text
+    hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba kimi_linear
+    kolibri1 laguna lfm2_moe llama llama4 llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax minimax_m2
+    minimax_m3_vl_text ministral ministral3 mistral mixtral nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid
+    olmoe phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
+    qwen4_exp_text seed_oss smollm3 solar_open starcoder2 vaultgemma youtu
+"""
+SHARED = frozenset(_NAMES.split())
+
+
+def refusal(skeleton: Skeleton, gpus: int) -> str | None:
+    """Say why transformers does not share a model among so many GPUs, None if it does."""
+    if skeleton.model_type not in SHARED:
+        return f"transformers has no plan to share {skeleton.model_class} among GPUs (no base_model_tp_plan in its config)"
+    heads = {skeleton.heads, *(kind.heads for kind in skeleton.attention if kind.expanded is None)} - {0}
+    odd = sorted(count for count in heads if count % gpus)
+    if odd:
+        return f"{gpus} GPUs cannot share {odd[0]} attention heads evenly"
+    return None
+
+
+def is_cut(weight: Weight) -> bool:
+    """Say whether each GPU holds a part of a tensor; the others lie on each whole."""
+    return weight.tensor.kind == "parameter" and len(weight.tensor.shape) > 1

@@ -1,0 +1,136 @@
+"""Tensor parallelism: who can be shared, what each GPU holds, and the printed program, run by torchrun in two processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from harness import blueprint, catalog, checkpoint, plan, sharing, skeleton
+from harness.case import Machine, Plan, Verdict
+from harness.descendants import kill_below
+from harness.planner import Planner
+from tests import small_models
+from tests.builders import case, gpu, machine
+
+ROOT = Path(__file__).parent.parent
+TWO = machine(gpu(), gpu(1))
+# Counts the bytes that a process of the printed program holds; appended to it.
+HELD = """
+held = [getattr(one, "to_local", lambda one=one: one)() for one in model.parameters()]
+print("held", sum(one.numel() * one.element_size() for one in held))
+"""
+
+
+def planned(directory: Path, precision: str = "fp32", on: Machine = TWO) -> Plan:
+    drawn = blueprint.of_checkpoint("tiny", str(directory), checkpoint.read(directory), directory)
+    return Planner(drawn, on).plan(case(precision, "tp", new_tokens=8))
+
+
+def gpu_weights(one: Plan) -> int:
+    assert one.estimate is not None
+    sizes = {name: tier.weights_bytes for name, tier in one.estimate.tiers.items() if name.startswith("gpu")}
+    assert list(sizes) == ["gpu:0", "gpu:1"]
+    assert sizes["gpu:0"] == sizes["gpu:1"]
+    return sizes["gpu:0"]
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of random weights, with the tokenizer of the default model."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **small_models.MODELS["llama"], eos_token_id=None)
+    config.vocab_size = 49152
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    default = catalog.fetch(catalog.DEFAULT)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(default / name, folder / name)
+    return folder
+
+
+def run(program: str, place: Path, *command: str) -> list[str]:
+    (place / "program.py").write_text(program, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    script = str(place / "program.py")
+    with subprocess.Popen(
+        [sys.executable, *command, script], cwd=place, env=environment, stdout=PIPE, stderr=PIPE, text=True
+    ) as started:
+        try:
+            said, complaints = started.communicate(timeout=100)
+        finally:
+            kill_below(started.pid)  # torchrun gives its processes sessions of their own, where they would outlive it
+            started.kill()
+    assert started.returncode == 0, complaints
+    return said.splitlines()
+
+
+def test_the_printed_program_shares_the_model_and_says_what_one_process_says(talking: Path, tmp_path: Path) -> None:
+    """Where there is no GPU transformers shares among processes by gloo; the program is the same."""
+    shared = planned(talking)
+    assert shared.verdict is Verdict.FITS
+    head = f"MODEL = {str(talking)!r}\n\n"
+    program = plan.script(head, shared)
+    assert program.startswith("# Start it by: torchrun --nproc-per-node 2 THIS_FILE\n")
+    before_the_end = program.replace(
+        "torch.distributed.destroy_process_group()", HELD + "torch.distributed.destroy_process_group()"
+    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    together = run(before_the_end, tmp_path, *torchrun)
+    alone = Planner(blueprint.of_checkpoint("tiny", str(talking), checkpoint.read(talking), talking), machine()).plan(
+        case("fp32", "cpu", new_tokens=8)
+    )
+    (said,) = run(plan.script(head, alone), tmp_path)
+    assert said in together
+    held = [int(line.removeprefix("held ")) for line in together if line.startswith("held ")]
+    assert held == pytest.approx([gpu_weights(shared)] * 2, rel=0.01)
+    assert len(together) == 3
+
+
+def test_each_gpu_has_half_and_each_process_its_own_libraries(talking: Path) -> None:
+    drawn = blueprint.of_checkpoint("tiny", str(talking), checkpoint.read(talking), talking)
+    alone, shared = Planner(drawn, machine(gpu())).plan(case("fp32", "direct", new_tokens=8)), planned(talking)
+    assert alone.estimate is not None
+    assert shared.estimate is not None
+    assert gpu_weights(shared) == pytest.approx(alone.estimate.tiers["gpu:0"].weights_bytes / 2, rel=0.01)
+    assert shared.estimate.tiers["gpu:1"].kv_bytes == alone.estimate.tiers["gpu:0"].kv_bytes // 2
+    assert shared.estimate.tiers["cpu"].overhead_bytes > 1.3 * alone.estimate.tiers["cpu"].overhead_bytes
+    assert shared.device_map is None
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "said"),
+    [
+        ("qwen2.5-7b-instruct", 2, None),
+        ("qwen2.5-7b-instruct", 3, "3 GPUs cannot share 4 attention heads evenly"),
+        ("smollm2-135m-instruct", 2, "2 GPUs cannot share 3 attention heads evenly"),
+        ("codegen-6b-mono", 2, "transformers has no plan to share CodeGenForCausalLM among GPUs"),
+    ],
+)
+def test_who_can_be_shared(name: str, gpus: int, said: str | None) -> None:
+    why = sharing.refusal(skeleton.named(name), gpus)
+    assert why is None if said is None else str(why).startswith(said)
+
+
+def test_what_cannot_be_shared_is_said_before_it_is_tried(talking: Path) -> None:
+    assert planned(talking, on=machine(gpu())).verdict is Verdict.UNAVAILABLE
+    refused = planned(talking, "int8")
+    assert refused.verdict is Verdict.INVALID
+    assert str(refused.why).startswith("transformers 5.23 shares no bitsandbytes weights")
+    small = replace(TWO, tiers=tuple(replace(tier, free_bytes=1 << 20) if tier.kind == "gpu" else tier for tier in TWO.tiers))
+    assert planned(talking, on=small).verdict is Verdict.TOO_BIG
+
+
+def test_the_table_of_architectures_is_transformers_own() -> None:
+    known: Any = AutoModelForCausalLM._model_mapping.keys()
+    theirs = [config for config in known if config.__module__.startswith("transformers.")]  # other tests register our own
+    assert {config.model_type for config in theirs if getattr(config, "base_model_tp_plan", None)} == sharing.SHARED
