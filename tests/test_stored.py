@@ -131,6 +131,7 @@ def test_what_cannot_be_packed_for_a_processor_is_said_before_loading(precision:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # optimum 2.3 asks for it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gptqmodel 7.6 leaves a temporary folder
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 128), (4, 32)])
 def test_gptq_is_loaded_as_it_is_and_checked(bits: int, group: int, tmp_path: Path) -> None:
     for module in PRECISIONS["gptq-int4"].needs:
