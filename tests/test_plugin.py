@@ -21,6 +21,7 @@ from harness import counters, process, store
 from harness.case import Outcome, Result
 from harness.metrics import format_metric
 from harness.options import OPTIONS
+from harness.precision import PRECISIONS
 from tests import scripted
 
 ROOT = Path(__file__).parent.parent
