@@ -123,6 +123,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="fail-on-oom", help="let running out of memory fail the test", switch=True, default=False),
 )
 
+TABLES = ("gate",)
+"""Tables inside `[tool.fitmatrix]` that are no options: thresholds of `harness.compare`."""
+
 _BY_KEY = {option.key: option for option in OPTIONS}
 
 
@@ -137,7 +140,8 @@ class Options:
         """
         self.origin: dict[str, str] = {}
         self._values: dict[str, Any] = {option.key: option.default for option in OPTIONS}
-        self._take({key.replace("-", "_"): value for key, value in (config or {}).items()}, "[tool.fitmatrix]")
+        own = {key.replace("-", "_"): value for key, value in (config or {}).items() if key not in TABLES}
+        self._take(own, "[tool.fitmatrix]")
         self._take({key: value for key, value in (given or {}).items() if value is not None}, "command line")
 
     def _take(self, values: Mapping[str, Any], origin: str) -> None:

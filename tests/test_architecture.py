@@ -37,7 +37,7 @@ FLOORS = (
     ("bandwidth", "profiles", "cache", "meters", "quality", "figures", "tensor_files"),
     ("machine", "catalog"),
     ("options",),
-    ("outcome", "verify"),
+    ("outcome", "verify", "compare"),
     ("plan", "process", "store"),
     ("runner",),
     # what a case costs
@@ -56,10 +56,10 @@ FLOORS = (
     ("report.details",),
     ("report.view",),
     ("report.page", "report.terminal"),
-    ("report.treemap", "report.plans"),
+    ("report.treemap", "report.plans", "report.changes"),
     ("session",),
     ("commands",),
-    ("commands.hardware", "commands.inspect", "commands.plan", "commands.report", "commands.synth"),
+    ("commands.compare", "commands.hardware", "commands.inspect", "commands.plan", "commands.report", "commands.synth"),
     ("plugin", "cli"),
     ("__main__",),
 )
