@@ -198,6 +198,40 @@ class Timeline(Record, frozen=True, kw_only=True):
     vram_bytes: dict[str, list[int]] = {}
 
 
+class GpuInterference(Record, frozen=True, kw_only=True):
+    """What others did to one card during a window: share of its time, bytes they held, reasons it was throttled for, its clock."""
+
+    others_share: float | None = None
+    others_bytes: int | None = None
+    throttles: tuple[str, ...] = ()
+    sm_mhz: int | None = None
+    sm_most_mhz: int | None = None
+
+
+class Interference(Record, frozen=True, kw_only=True):
+    """What others did while one request was answered (load, cold, each warm round, score), on the CPUs that the worker may use.
+
+    Cores are seconds of CPU for each second; `own` is the worker's and the parent's part, `others_user` that of others in user
+    mode, `stolen` what a hypervisor took. What the system does not tell is None. `why` says what was too much, empty if nothing.
+    """
+
+    phase: str
+    start_s: float
+    end_s: float
+    cpus: int | None = None
+    own_cores: float | None = None
+    others_cores: float | None = None
+    others_user_cores: float | None = None
+    idle_cores: float | None = None
+    stolen_cores: float | None = None
+    swapped_bytes: int | None = None
+    swap_used_bytes: int | None = None
+    cpu_mhz: int | None = None
+    cpu_throttles: int = 0
+    gpus: dict[str, GpuInterference] = {}
+    why: str = ""
+
+
 class Answer(Record, frozen=True, kw_only=True):
     """One short question of the probe and what the model said."""
 
@@ -243,6 +277,7 @@ class Result(Record, frozen=True, kw_only=True):
     metrics: dict[str, float] = {}
     samples: dict[str, list[float]] = {}
     noisy: dict[str, str] = {}
+    interference: list[Interference] = []
     phases: list[Phase] = []
     timeline: Timeline | None = None
     estimate: Estimate | None = None

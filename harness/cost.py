@@ -88,7 +88,7 @@ def effort(count: Count, precision: str) -> Effort:
             tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0)
             for tier in {**count.read, **count.kv}
         },
-        layers=len(count.skeleton.layers),
+        operations=inventory.operations,
         parameters=inventory.parameters,
         tensors=inventory.tensors,
         checkpoint_bytes=count.blueprint.checkpoint_bytes,

@@ -43,8 +43,11 @@ def decode_tok_s(done: GenerateDone) -> float:
     return done.batch * (len(done.token_s) - 1) / span
 
 
-def of_rounds(cold: GenerateDone | None, warm: Sequence[GenerateDone]) -> dict[str, float]:
-    """Return the metrics of speed: the cold round's first token, and the medians of the warm rounds."""
+def of_rounds(cold: GenerateDone | None, warm: Sequence[GenerateDone], *, asked: int | None = None) -> dict[str, float]:
+    """Return the metrics of speed: the cold round's first token, and the medians of the warm rounds.
+
+    Energy is that of the rounds that were `asked` for; more may have run.
+    """
     figures: dict[str, float] = {}
     if cold is not None:
         figures["first_token_s"] = cold.token_s[0]
@@ -60,7 +63,7 @@ def of_rounds(cold: GenerateDone | None, warm: Sequence[GenerateDone]) -> dict[s
         figures["token_p95_s"] = tokens[math.ceil(0.95 * len(tokens)) - 1]
     energy = [done.energy_j for done in warm if done.energy_j is not None]
     if len(energy) == len(warm):
-        figures["energy_j"] = sum(energy)
+        figures["energy_j"] = sum(energy[:asked])
     return figures
 
 

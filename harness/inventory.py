@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from harness import memory_cost
+from harness import memory_cost, operations
 from harness.blueprint import Blueprint
 from harness.devicemap import DTYPE_BYTES
 from harness.memory_cost import Kept
+from harness.operations import Operations
 from harness.skeleton import Module, Weight
 
 # Formats whose tensors transformers maps into memory instead of reading them.
@@ -79,6 +80,11 @@ class Inventory:
         for _, sums in self.rows:
             total.add(sums)
         return total
+
+    @cached_property
+    def operations(self) -> Operations:
+        """What one token starts."""
+        return operations.count(self.skeleton)
 
     @cached_property
     def parameters(self) -> int:

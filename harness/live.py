@@ -83,7 +83,8 @@ def line(run: Run, sample: Sample, number: int, total: int) -> str:
     """Return e.g. ``chatglm-6b/int8/direct  3/14  warm 2/5  00:41  gpu:0 8.10 GiB  RAM 1.20 GiB``."""
     phase, repeats = run.phase, run.plan.case.workload.repeats
     if phase == "warm":
-        phase = f"warm {min(len(run.warm) + 1, repeats)}/{repeats}"
+        extra = len(run.warm) - repeats
+        phase = f"warm {min(len(run.warm) + 1, repeats)}/{repeats}{f' +{extra}' if extra > 0 else ''}"
     seconds = int(run.seconds)
     memory = [f"{tier} {format_size(size)}" for tier, size in sorted(sample.vram_bytes.items())]
     memory.append(f"RAM {format_size(sample.ram_bytes)}")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -100,28 +101,36 @@ class Gpus:
         """Give the library back."""
         self._open.close()
 
+    @property
+    def tiers(self) -> list[str]:
+        """The names of the cards."""
+        return [f"gpu:{index}" for index in range(len(self._cards))]
+
+    def ask(self, call: str, *args: object) -> dict[str, Any]:
+        """Return what the cards answer to NVML's `call`, by tier; a card that does not tell is absent."""
+        answers = {tier: nvml.ask(self._library, call, card, *args) for tier, card in zip(self.tiers, self._cards, strict=True)}
+        return {tier: answer for tier, answer in answers.items() if answer is not None}
+
     def process_bytes(self, pid: int) -> dict[str, int]:
         """Return bytes of device memory that `pid` holds, by tier; a card that does not tell is absent."""
         found: dict[str, int] = {}
-        for index, card in enumerate(self._cards):
-            processes = nvml.ask(self._library, "nvmlDeviceGetComputeRunningProcesses", card) or ()
+        for tier, processes in self.ask("nvmlDeviceGetComputeRunningProcesses").items():
             used = [p.usedGpuMemory for p in processes if p.pid == pid and p.usedGpuMemory is not None]
             if used:
-                found[f"gpu:{index}"] = sum(used)
+                found[tier] = sum(used)
         return found
 
     def energy_j(self) -> float | None:
         """Return the joules that all cards have used since the driver was loaded, or None where one has no counter."""
-        used = [nvml.ask(self._library, "nvmlDeviceGetTotalEnergyConsumption", card) for card in self._cards]
-        if not used or any(millijoules is None for millijoules in used):
-            return None
-        return float(sum(used)) / 1000
+        used = self.ask("nvmlDeviceGetTotalEnergyConsumption")
+        return float(sum(used.values())) / 1000 if used and len(used) == len(self._cards) else None
 
 
 class Sample(Record, frozen=True, kw_only=True):
-    """What the sampler saw at one moment of the monotonic clock."""
+    """What the sampler saw at one moment of the monotonic clock, or the maxima of the `span_s` that began there."""
 
     at_s: float
+    span_s: float = 0.0
     ram_bytes: int
     anon_bytes: int
     vram_bytes: dict[str, int]
@@ -190,9 +199,13 @@ class Sampler:
             self._taken += 1
 
     def peak(self, start_s: float, end_s: float) -> Sample | None:
-        """Return the maxima of the samples between two moments, or None where there is none."""
+        """Return the maxima of the samples between two moments, or None where there is none.
+
+        Once a long timeline is thinned, a sample that only reaches into that time counts as well: a peak of a neighbour may be
+        told twice, but none is missed.
+        """
         with self._lock:
-            inside = [sample for sample in self._samples if start_s <= sample.at_s <= end_s]
+            inside = [sample for sample in self._samples if sample.at_s <= end_s and start_s <= sample.at_s + sample.span_s]
         top: Sample | None = None
         for sample in inside:
             top = sample if top is None else _maxima(top, sample)
@@ -215,6 +228,7 @@ def _maxima(first: Sample, second: Sample) -> Sample:
     tiers = first.vram_bytes.keys() | second.vram_bytes.keys()
     return Sample(
         at_s=first.at_s,
+        span_s=second.at_s + second.span_s - first.at_s,
         ram_bytes=max(first.ram_bytes, second.ram_bytes),
         anon_bytes=max(first.anon_bytes, second.anon_bytes),
         vram_bytes={tier: max(first.vram_bytes.get(tier, 0), second.vram_bytes.get(tier, 0)) for tier in tiers},

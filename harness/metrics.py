@@ -37,23 +37,31 @@ METRICS: Mapping[str, Metric] = {
     ),
     "ready_s": Metric(label="ready", unit="s", better="lower", how="load_s + first_token_s"),
     "warm_first_token_s": Metric(
-        label="first token, warm", unit="s", better="lower", how="median over the warm rounds, prompt in to first token out"
+        label="first token, warm",
+        unit="s",
+        better="lower",
+        how="median over the undisturbed warm rounds, prompt in to first token out",
     ),
     "prefill_tok_s": Metric(
         label="prefill",
         unit="tok_s",
         better="higher",
-        how="prompt tokens x batch / warm time to first token, median of the warm rounds",
+        how="prompt tokens x batch / warm time to first token, median of the undisturbed warm rounds",
     ),
     "decode_tok_s": Metric(
         label="decode",
         unit="tok_s",
         better="higher",
-        how="batch x (new tokens - 1) / (last token - first token), median of the warm rounds",
+        how="batch x (new tokens - 1) / (last token - first token), median of the undisturbed warm rounds",
     ),
-    "token_p50_s": Metric(label="token, median", unit="s", better="lower", how="median time between tokens of the warm rounds"),
+    "token_p50_s": Metric(
+        label="token, median", unit="s", better="lower", how="median time between tokens of the undisturbed warm rounds"
+    ),
     "token_p95_s": Metric(
-        label="token, 95th percentile", unit="s", better="lower", how="over all tokens of the warm rounds; absent below 20 tokens"
+        label="token, 95th percentile",
+        unit="s",
+        better="lower",
+        how="over all tokens of the undisturbed warm rounds; absent below 20 tokens",
     ),
     "ram_peak_bytes": Metric(
         label="peak RAM", unit="bytes", better="lower", how="the kernel's high-water mark (VmHWM) over load and generation"
@@ -78,7 +86,9 @@ METRICS: Mapping[str, Metric] = {
         how="torch.cuda.max_memory_allocated of the load phase, the fullest GPU",
     ),
     "disk_bytes": Metric(label="weights on disk", unit="bytes", better="lower", how="bytes of the parameters that stay on disk"),
-    "energy_j": Metric(label="energy", unit="j", better="lower", how="NVML's energy counter over the warm rounds"),
+    "energy_j": Metric(
+        label="energy", unit="j", better="lower", how="NVML's energy counter over as many warm rounds as were asked for"
+    ),
     "import_s": Metric(label="imports", unit="s", better="lower", how="what this precision imports beyond torch and transformers"),
     "tokenizer_s": Metric(label="tokenizer", unit="s", better="lower", how="wall time of AutoTokenizer.from_pretrained"),
     "weights_s": Metric(label="weights", unit="s", better="lower", how="part of load_s spent reading (and quantising) weights"),

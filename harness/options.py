@@ -109,7 +109,13 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="prompt-tokens", help="tokens of each prompt (default 64)", parse=_at_least(1), default=64, metavar="N"),
     Option(name="new-tokens", help="tokens to generate from each prompt (default 16)", parse=_at_least(2), default=16, metavar="N"),
     Option(name="batch", help="prompts generated from at once (default 1)", parse=_at_least(1), default=1, metavar="N"),
-    Option(name="repeats", help="warm rounds, after one cold round (default 5)", parse=_at_least(1), default=5, metavar="N"),
+    Option(
+        name="repeats",
+        help="undisturbed warm rounds, after one cold round (default 5); up to three times as many run",
+        parse=_at_least(1),
+        default=5,
+        metavar="N",
+    ),
     Option(name="case-timeout", help="seconds that one case may take (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
     Option(
         name="results",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,14 +13,18 @@ from typing import Any
 
 import msgspec
 
-from harness import figures, quality, verify
-from harness.case import Machine, Outcome, Phase, Plan, Quality, Result, Verdict
+from harness import figures, interference, quality, verify
+from harness.case import Interference, Machine, Outcome, Phase, Plan, Quality, Result, Verdict
 from harness.errors import WorkerError
+from harness.interference import Watch
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
 from harness.precision import PRECISIONS
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
+
+_MOST_ROUNDS = 3  # times the warm rounds that were asked for
+_SPARE_ROUNDS = 4  # an extra round begins while there is time for so many: it must not end the case
 
 LiveLine = Callable[["Run", Sample], None]
 
@@ -75,6 +79,7 @@ class Run:
         self.checks: dict[str, str] = {}
         self.ended: CaseEnded | None = None
         self._phases: list[Phase] = []
+        self._windows: list[Interference] = []
         self._begun_s = time.monotonic()
         self._deadline_s = self._begun_s + setting.timeout_s
         self._at = datetime.now(timezone.utc)
@@ -85,11 +90,13 @@ class Run:
             undo.callback(self._directory.cleanup)
             self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch)
             undo.callback(self._worker.kill)
+            self._others = Watch(self._worker.pid, gpus=setting.gpus, origin_s=self._begun_s)
             self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._watch,))
             self._sampler.start()
             undo.pop_all()
 
     def _watch(self, sample: Sample) -> None:
+        self._others.glance()
         with contextlib.suppress(OSError):  # code of the model may have removed the log
             self._worker.trim_log()
         if self.setting.on_sample:
@@ -134,6 +141,26 @@ class Run:
         self.warm.append(done)
         return done
 
+    def extra_rounds(self) -> Iterator[float]:
+        """Generate on while too few of the warm rounds were undisturbed or their spread is wide; yield the seconds of each round.
+
+        There are at most three times as many rounds as were asked for, and the extra ones take as long as those at most. Raises
+        CaseEnded.
+        """
+        while self._is_unsettled():
+            begun_s = time.perf_counter()
+            self.round()
+            yield time.perf_counter() - begun_s
+
+    def _is_unsettled(self) -> bool:
+        asked, took = self.plan.case.workload.repeats, [done.total_s for done in self.warm]
+        if not asked <= len(took) < _MOST_ROUNDS * asked or sum(took[asked:]) + max(took) > sum(took[:asked]):
+            return False
+        if time.monotonic() + _SPARE_ROUNDS * max(took) > self._deadline_s:
+            return False
+        quiet = interference.undisturbed(self.warm, self._windows)
+        return len(quiet) < asked or bool(figures.noise(figures.samples(quiet)))
+
     def _generate(self, phase: str) -> GenerateDone:
         load = self.plan.case.workload
         energy = self.setting.gpus.energy_j() if self.setting.gpus else None
@@ -170,6 +197,7 @@ class Run:
     def _ask(self, request: Request) -> Event:
         if self.ended is not None:
             raise self.ended
+        self._others.begin()
         try:
             event = self._worker.ask(request, until_s=self._deadline_s)
         except Ended as end:
@@ -180,6 +208,7 @@ class Run:
             self._phases += event.phases
             raise self._end(failed=event)
         assert isinstance(event, (LoadDone, GenerateDone, ScoreDone))
+        self._windows.append(self._others.end(self._worker.phase))
         self._phases += event.phases
         return event
 
@@ -202,15 +231,16 @@ class Run:
 
     def result(self) -> Result:
         """Return what the case has shown so far."""
-        raw = figures.samples(self.warm) if self.warm else {}
+        metrics = self.metrics()
         return Result(
             **_common(self.plan, self.subject, self.setting, self._at),
             outcome=self.ended.outcome if self.ended else Outcome.OK,
             stage=self._worker.phase if self.ended else "done",
             why=self.ended.why if self.ended else None,
-            metrics=self.metrics(),
-            samples=raw,
-            noisy=figures.noise(raw),
+            metrics=metrics,
+            samples=figures.samples(self.warm) if self.warm else {},
+            noisy={key: said for key, said in self._noise().items() if key in metrics},
+            interference=self._windows,
             phases=[self._placed(phase) for phase in self._phases],
             timeline=self._sampler.timeline(self._begun_s),
             loaded=self.loaded.loaded if self.loaded else None,
@@ -219,6 +249,17 @@ class Run:
             checks=self.checks,
             log_tail=f"{self._log}\n{self._traceback}".strip(),
         )
+
+    def _counted(self) -> list[GenerateDone]:
+        """Return the warm rounds that the medians rest on."""
+        return interference.counted(self.warm, self._windows, self.plan.case.workload.repeats)
+
+    def _noise(self) -> dict[str, str]:
+        """Say which figures were disturbed, and which spread widely in the rounds that count."""
+        rounds = self._counted()
+        found = interference.noise(self._windows, left_out=len(self.warm) - len(rounds))
+        spread = figures.noise(figures.samples(rounds))
+        return found | {key: f"{said}; {found[key]}" if key in found else said for key, said in spread.items()}
 
     def finish(self) -> Result:
         """End the worker, remove its files, and return the result."""
@@ -251,7 +292,10 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """Return the metrics of what was measured so far, by the keys of METRICS."""
         found = figures.of_load(self.loaded) if self.loaded else {}
-        found |= figures.of_rounds(self.cold, self.warm) | figures.of_phases([self._placed(phase) for phase in self._phases])
+        asked = self.plan.case.workload.repeats
+        found |= figures.of_rounds(self.cold, self._counted(), asked=asked) | figures.of_phases(
+            [self._placed(phase) for phase in self._phases]
+        )
         found |= figures.ready(found)
         counted = [self._sampled(phase) for phase in self._phases if phase.name in figures.GENERATING]
         process = [size for sample in counted for size in sample.vram_bytes.values()]

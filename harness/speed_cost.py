@@ -1,6 +1,7 @@
 """Seconds of a case: to load, to the first token, per token. Every byte is charged with the path it takes to what computes.
 
-A token takes max(layers x host cost, bytes / speed of their path) on a GPU, whose host runs ahead, and their sum on a processor.
+A token takes max(operations x host cost, bytes / speed of their path) on a GPU, whose host runs ahead, and their sum on a
+processor (`operations`: what the host starts, by module).
 Weights beside the GPU need no special case: their path is the link, or the disk.
 """
 
@@ -10,6 +11,7 @@ from functools import lru_cache
 
 from harness.calibration import FIRST_TOKEN, LOAD, TOKEN, Calibration
 from harness.case import Machine, Record, Span, Tier, Workload
+from harness.operations import LINEAR, Operations
 from harness.profiles import Gpu, known_gpu
 
 PICKS = ("low", "best", "high")
@@ -29,7 +31,7 @@ class Effort(Record, frozen=True, kw_only=True):
     quantizer: str | None
     dtype: str
     read: dict[str, float]
-    layers: int
+    operations: Operations
     parameters: int
     tensors: int
     checkpoint_bytes: int
@@ -120,10 +122,15 @@ class _Clock:
         return self._cost("first_token_s", pick) + flops / self._flops(pick) + self.token(pick) + self._from_disk(mapped, pick)
 
     def token(self, pick: str) -> float:
-        effort = self.effort
-        kind = "host" if self.gpu else "cpu"
-        host = effort.layers * self._cost(f"{kind}_s_per_layer{self.suffix}", pick)
-        return max(host, self._moved(pick)) if self.gpu else host + self._moved(pick)
+        return max(self._host(pick), self._moved(pick)) if self.gpu else self._host(pick) + self._moved(pick)
+
+    def _host(self, pick: str) -> float:
+        """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
+        kind, counted = "gpu" if self.gpu else "cpu", self.effort.operations
+        quantised = counted.quantisable if self.suffix else 0.0
+        each = self._cost(f"{kind}_operations_per_linear{self.suffix}", pick) if quantised else 0.0
+        started = counted.others + LINEAR * (counted.linears - quantised) + each * quantised
+        return (started + (0 if self.gpu else counted.experts)) * self._cost(f"{kind}_s_per_operation", pick)
 
     def fixed(self) -> float:
         """Return what of a token's seconds is settled: reading the RAM at a measured bandwidth."""

@@ -173,7 +173,8 @@ class Count:
         """Return what the heap keeps of the copies that quantising on the processor makes and frees again.
 
         What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
-        them, but for those large enough to be mapped one by one.
+        them, but for those large enough to be mapped one by one. In int4 it does in half of all processes: which one it will be
+        hangs on where small objects lie, and differs with each start of the same program, so the interval spans both.
         """
         total = self.calibration["heap_share_stack"].amount(here.stacked)
         if not here.quantised or self.gpus:

@@ -34,7 +34,8 @@ FLOORS = (
     ("roommap",),
     ("inspection",),
     # machines, models by name, measuring
-    ("bandwidth", "profiles", "cache", "meters", "quality", "figures", "tensor_files"),
+    ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files"),
+    ("interference",),
     ("machine", "catalog"),
     ("options",),
     ("outcome", "verify", "compare"),
@@ -42,8 +43,10 @@ FLOORS = (
     ("runner",),
     # what a case costs
     ("calibration", "blueprint", "layout"),
+    ("memory_cost",),
+    ("operations",),
+    ("speed_cost",),
     ("synth",),
-    ("memory_cost", "speed_cost"),
     ("inventory",),
     ("tier_cost",),
     ("cost",),

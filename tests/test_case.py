@@ -20,8 +20,11 @@ from tests.builders import machine, result
 
 RECORDS = [each for each in vars(records).values() if isinstance(each, type) and issubclass(each, Record) and each is not Record]
 # Numbers that count things have no unit; max_memory is what transformers calls it, corrections are ratios.
-NO_UNIT = {"prompt_tokens", "new_tokens", "batch", "repeats", "cores", "schema", "max_memory", "corrections"}
-UNITS = ("_bytes", "_s", "_tok_s", "_j")
+NO_UNIT = {"prompt_tokens", "new_tokens", "batch", "repeats", "cores", "schema", "max_memory", "corrections"} | {
+    "cpus",
+    "cpu_throttles",
+}
+UNITS = ("_bytes", "_s", "_tok_s", "_j", "_cores", "_mhz", "_share")
 
 
 def test_a_case_is_named_by_what_is_crossed() -> None:

@@ -27,6 +27,12 @@ from harness.units import GIB, MIB
 from tests import builders, scripted
 from tests.test_plugin import CONFTEST, PYPROJECT, ROOT
 
+ALONE = """
+    from harness import counters
+
+    counters.cpu = scripted.no_counters
+"""
+
 SAMPLE = Sample(at_s=0, ram_bytes=1229 * MIB, anon_bytes=MIB, vram_bytes={})
 COLUMNS = 90
 
@@ -166,6 +172,12 @@ def test_last_warm_round_is_not_followed_by_another(run: Run) -> None:
     assert f"  warm {Workload().repeats}/{Workload().repeats}  " in live.line(run, SAMPLE, 1, 1)
 
 
+def test_rounds_that_were_not_asked_for_are_told_apart(run: Run) -> None:
+    for _ in range(Workload().repeats + 2):
+        run.round()
+    assert f"  warm {Workload().repeats}/{Workload().repeats} +2  " in live.line(run, SAMPLE, 1, 1)
+
+
 # What is said of a case that is done
 
 
@@ -257,7 +269,7 @@ def test_nothing_is_drawn_where_there_is_no_terminal(run: Run, tmp_path: Path) -
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "cases", tmp_path / "cases", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "conftest.py").write_text(CONFTEST + ALONE)
     (tmp_path / "pyproject.toml").write_text(PYPROJECT)
     scripted.write_model(tmp_path / "tiny", fp32="slow", bf16="slow")
     return tmp_path

@@ -276,7 +276,7 @@ class Nvml(ModuleType):
         return found
 
     def __getattr__(self, call: str) -> Any:
-        def ask(card: dict[str, Any]) -> Any:
+        def ask(card: dict[str, Any], *_: object) -> Any:
             if call not in card:
                 raise NVMLError(f"{call}: not supported")
             return card[call]

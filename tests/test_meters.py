@@ -256,6 +256,19 @@ def test_a_thinned_timeline_covers_the_whole_run_evenly() -> None:
     assert len(order) - places[-1] <= step
 
 
+def test_a_phase_shorter_than_the_stride_of_a_thinned_timeline_has_its_peak(child: Child) -> None:
+    with sampling(child.pid, most=4) as (sampler, seen):
+        seen.wait(30)
+        child.do("allocate")
+        first, *_, last = seen.wait(3)
+        child.do("free")
+        seen.wait(40)
+    for start_s, end_s in ((first.at_s, last.at_s), (last.at_s, last.at_s)):
+        top = sampler.peak(start_s, end_s)
+        assert top is not None
+        assert top.ram_bytes >= last.ram_bytes
+
+
 def test_all_columns_are_of_one_length() -> None:
     with sampling(os.getpid(), most=6) as (sampler, seen):
         seen.wait(20)

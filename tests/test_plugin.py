@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import process, store
+from harness import counters, process, store
 from harness.case import Outcome, Result
 from harness.metrics import format_metric
 from harness.options import OPTIONS
@@ -106,6 +106,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, cache: P
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing hypothesis takes longer than a test
     monkeypatch.setattr(process, "_GRACE_S", 0.5)
+    monkeypatch.setattr(counters, "cpu", scripted.no_counters)
     shutil.copytree(ROOT / "cases", pytester.path / "cases", ignore=shutil.ignore_patterns("__pycache__"))
     pytester.makeconftest(CONFTEST)
     pytester.makepyprojecttoml(PYPROJECT)

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from harness import units
-from harness.case import Answer, Machine, Outcome, Phase, Quality, Result, Tier, Timeline, Verdict, Workload
+from harness.case import Answer, Interference, Machine, Outcome, Phase, Quality, Result, Tier, Timeline, Verdict, Workload
 from harness.errors import StoreError
 from harness.metrics import METRICS, format_metric
 from harness.placement import PLACEMENTS
@@ -330,6 +330,17 @@ def test_doubtful_figures_are_marked_in_words(result: Result) -> None:
     row = next(row for row in details.all("tr") if row.text.startswith("peak RAM "))
     assert "sampled" in row.text
     assert "load (sampled)" in details.text
+
+
+def test_disturbed_rounds_are_listed_by_their_number(result: Result) -> None:
+    names = ("load", "cold", "warm", "warm", "score")
+    whys = ("", "", "", "others used <b>0.9 of 2 cores", "4.00 GiB were swapped")
+    windows = [Interference(phase=name, start_s=0, end_s=1, why=why) for name, why in zip(names, whys, strict=True)]
+    shown = details_of(rendered([replace(result, interference=windows)]), result).text
+    assert "warm round 2: others used <b>0.9 of 2 cores" in shown
+    assert "score: 4.00 GiB were swapped" in shown
+    assert "warm round 1:" not in shown
+    assert "Disturbed" not in details_of(rendered([result]), result).text
 
 
 def test_prediction_stands_beside_measurement(result: Result) -> None:

@@ -13,8 +13,9 @@ import psutil
 import pytest
 from msgspec.structs import replace as replaced
 
-from harness import meters, plan, process, runner
-from harness.case import Outcome, Plan, Result, Verdict, Workload, encode
+from harness import counters, meters, plan, process, runner
+from harness.case import Interference, Outcome, Plan, Result, Verdict, Workload, encode
+from harness.interference import Watch
 from harness.meters import Sample
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
@@ -47,6 +48,7 @@ def oom_kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     kernel = [7]
     monkeypatch.setattr(runner, "oom_kills", lambda: kernel[0])
     monkeypatch.setattr(process, "_GRACE_S", 0.5)
+    monkeypatch.setattr(counters, "cpu", scripted.no_counters)  # as for other people's processes
     return kernel
 
 
@@ -275,6 +277,59 @@ def test_synthetic_weights_have_no_perplexity(bench: Bench) -> None:
     result = go_through(bench.start("ok", subject=Subject(location=Path("tiny"), weights="synthetic"))).finish()
     assert result.weights == "synthetic"
     assert result.metrics.keys() == WARM
+
+
+# Others on the machine
+
+
+def measured(bench: Bench, monkeypatch: pytest.MonkeyPatch, *cores: float) -> Result:
+    """Measure the asked rounds and the extra ones; others use so many cores in each of the first warm rounds."""
+    coming = [*cores]
+
+    def end(_: Watch, phase: str) -> Interference:
+        used = coming.pop(0) if phase == "warm" and coming else 0.0
+        why = "others were there" if used else ""
+        return Interference(phase=phase, start_s=0, end_s=1, cpus=2, others_cores=used, idle_cores=0.0, why=why)
+
+    monkeypatch.setattr(Watch, "end", end)
+    run = bench.start("ok")
+    for _ in range(WORKLOAD.repeats):
+        run.round()
+    assert all(seconds > 0 for seconds in run.extra_rounds())
+    return run.finish()
+
+
+def test_undisturbed_rounds_are_as_many_as_asked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = measured(bench, monkeypatch)
+    assert len(result.samples["round_s"]) == WORKLOAD.repeats
+    assert [window.phase for window in result.interference] == ["load", "cold", "warm", "warm"]
+    assert result.noisy == {}
+
+
+def test_a_disturbed_round_is_kept_told_and_made_up_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = measured(bench, monkeypatch, 0.0, 0.9)
+    assert len(result.samples["round_s"]) == WORKLOAD.repeats + 1
+    assert result.noisy["decode_tok_s"] == "others used 0.9 of 2 cores in 1 of 3 warm rounds; the median is of the other 2"
+    assert result.noisy.keys() == {"warm_first_token_s", "prefill_tok_s", "decode_tok_s", "token_p50_s"}
+    assert [window.why != "" for window in result.interference] == [False, False, False, True, False]
+
+
+def test_extra_rounds_take_no_longer_than_those_that_were_asked_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = measured(bench, monkeypatch, *[0.9] * 100)
+    assert len(result.samples["round_s"]) == 2 * WORKLOAD.repeats
+    assert result.noisy["decode_tok_s"] == "others used 0.9 of 2 cores in 4 of 4 warm rounds"
+
+
+def test_no_extra_round_begins_that_could_end_the_case(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_SPARE_ROUNDS", LONG_S / scripted.TOKEN_S)
+    assert len(measured(bench, monkeypatch, 0.9, 0.9).samples["round_s"]) == WORKLOAD.repeats
+
+
+def test_fewer_rounds_than_asked_are_not_made_up_for(bench: Bench) -> None:
+    """pytest --benchmark-disable asks for one round."""
+    run = bench.start("ok")
+    run.round()
+    assert list(run.extra_rounds()) == []
 
 
 # The order of things

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from markupsafe import Markup
 
@@ -43,6 +44,7 @@ class Details:
     phases: tuple[Row, ...]
     map: Map | None
     held: tuple[tuple[str, tuple[Figure, ...]], ...]
+    disturbances: tuple[tuple[str, str], ...]
 
 
 def details(result: Result, *, points: int) -> Details:
@@ -57,6 +59,7 @@ def details(result: Result, *, points: int) -> Details:
         phases=tuple(_row(phase, columns) for phase in result.phases),
         map=_map(result),
         held=_held(result),
+        disturbances=_disturbances(result),
     )
 
 
@@ -112,3 +115,13 @@ def _held(result: Result) -> tuple[tuple[str, tuple[Figure, ...]], ...]:
 
 def _held_figure(name: str, size: int) -> Figure:
     return known("", name, size, units.format_size(size))
+
+
+def _disturbances(result: Result) -> tuple[tuple[str, str], ...]:
+    """List which phases and which of the warm rounds others disturbed, and how."""
+    found, rounds = [], count(1)
+    for window in result.interference:
+        name = f"warm round {next(rounds)}" if window.phase == "warm" else window.phase
+        if window.why:
+            found.append((name, window.why))
+    return tuple(found)
