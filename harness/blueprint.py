@@ -6,6 +6,7 @@ Sources, best first: the headers of files that are here; the catalog that is shi
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ import msgspec
 from harness import skeleton
 from harness.case import Record
 from harness.errors import UsageError
+from harness.placement import Placement
+from harness.precision import PACKED_ARCHITECTURES, Precision
 from harness.skeleton import Skeleton
 from harness.units import format_count
 
@@ -41,6 +44,55 @@ class Packed(Record, frozen=True, kw_only=True):
     bits: int
     group: int
     unpacks: bool = False
+
+
+# What transformers says, or would say, of a GGUF file beside a placement's call or trait.
+GGUF_REFUSES = {
+    "dispatches": "load_checkpoint_and_dispatch does not read GGUF",
+    "offloads": "transformers does not offload a GGUF to the disk: what it would put there stays in RAM",
+}
+
+
+class Gguf(Record, frozen=True, kw_only=True):
+    """What loading a GGUF file depends on.
+
+    `elements` are those of each tensor in the order of the file, in which they are unpacked; `strings` the entries of its
+    vocabulary and merges. `packed_bits` is the mean width of the weights that are stored in blocks, 0 where none is.
+    `unloadable` says why transformers cannot load it.
+    """
+
+    file: str
+    architecture: str
+    elements: tuple[int, ...]
+    strings: int
+    packed_bits: float
+    unloadable: str | None = None
+
+    @property
+    def packs(self) -> bool:
+        """Whether transformers can keep its blocks."""
+        return self.architecture in PACKED_ARCHITECTURES and self.packed_bits > 0
+
+    @property
+    def through_ram(self) -> bool:
+        """Whether all tensors are unpacked in RAM before the first is placed."""
+        return self.architecture not in PACKED_ARCHITECTURES
+
+    def refusal(self, precision: Precision, placement: Placement) -> str | None:
+        """Say why transformers does not load it this way, None if it does."""
+        if self.unloadable is not None:
+            return self.unloadable
+        refused = next((GGUF_REFUSES[trait] for trait in placement.traits if trait in GGUF_REFUSES), None)
+        if refused is not None:
+            return refused
+        if precision.stored != "gguf" and precision.quantization is not None:
+            return "transformers quantises no GGUF file anew: load it with --precision bf16, fp16 or fp32"
+        if precision.stored == "gguf" and not self.packs:
+            if not self.packed_bits:
+                return "no tensor of the file is in blocks: load it with --precision bf16, fp16 or fp32"
+            known = ", ".join(sorted(PACKED_ARCHITECTURES))
+            return f"transformers keeps the blocks of {known} only and unpacks {self.architecture}: use bf16, fp16 or fp32"
+        return None
 
 
 class Stored(Record, frozen=True, kw_only=True):
@@ -80,6 +132,12 @@ class Blueprint(Record, frozen=True, kw_only=True):
     tensor_bytes: int | None = None
     tokenizer: bool = True
     note: str | None = None
+    gguf: Gguf | None = None
+
+    @property
+    def gguf_file(self) -> str | None:
+        """The name of the GGUF file, which loaders must be told."""
+        return self.gguf.file if self.gguf else None
 
     @property
     def stored_dtype(self) -> str:
@@ -103,8 +161,9 @@ def draw(source: Source) -> Blueprint:
     if here is not None:
         from harness import checkpoint
 
-        return of_checkpoint(source.name, str(here) if source.kind == "directory" else source.location, checkpoint.read(here), here)
-    known = _in_catalog(source)
+        where = str(here) if source.kind == "directory" else source.location
+        return of_checkpoint(source.name, where, checkpoint.read(here / (source.file or "")), here)
+    known = _in_catalog(source) if source.file is None else None
     if known is not None:
         return _of_catalog(source, known)
     if source.hub_id is None:
@@ -113,16 +172,15 @@ def draw(source: Source) -> Blueprint:
         )
     from harness import checkpoint
 
-    return of_checkpoint(source.name, source.location, checkpoint.read_hub(source.hub_id), None)
+    return of_checkpoint(source.name, source.location, checkpoint.read_hub(source.hub_id, file=source.file), None)
 
 
 def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> Blueprint:
     """Draw the blueprint of a checkpoint whose headers were read."""
-    if read.files and read.files[0].format == "gguf":
-        raise UsageError(f"{name} is GGUF, which these placements do not load: plan the safetensors that it was made from")
-    found, note = _skeleton_of(read)
+    found, note, why = _skeleton_of(read)
     _check_same(read, found)
-    packed = _packed(read.config, read.quantization)
+    gguf = _gguf(read, why) if read.files[0].format == "gguf" else None
+    packed = _packed(read.config, read.quantization) if gguf is None else None
     return Blueprint(
         name=name,
         source=where,
@@ -133,8 +191,33 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         file_format=read.files[0].format if read.files else "safetensors",
         packed=packed,
         tensor_bytes=read.bytes if packed and not packed.unpacks else None,
-        tokenizer=directory is None or any((directory / file).is_file() for file in _TOKENIZER_FILES),
+        tokenizer=directory is None or _has_tokenizer(read, directory),
         note=note,
+        gguf=gguf,
+    )
+
+
+def _has_tokenizer(read: Checkpoint, directory: Path) -> bool:
+    """Say whether there is a tokenizer: in files, or in the metadata of a GGUF."""
+    return "tokenizer.ggml.model" in read.config or any((directory / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def _gguf(read: Checkpoint, why: str | None) -> Gguf:
+    """Gather what loading depends on; `why` is what transformers said against its metadata."""
+    from harness.gguf_header import BLOCK_TYPES
+
+    blocks = [tensor for tensor in read.tensors if tensor.dtype in BLOCK_TYPES]
+    weights = sum(math.prod(tensor.shape) for tensor in blocks)
+    arrays = (value for value in read.config.values() if isinstance(value, dict))
+    if len(read.files) > 1:
+        why = f"it is split into {len(read.files)} files, and transformers loads one: join them with llama-gguf-split --merge"
+    return Gguf(
+        file=read.files[0].name,
+        architecture=read.architecture or "unknown",
+        elements=tuple(math.prod(tensor.shape) for tensor in read.tensors),
+        strings=sum(int(value["count"]) for value in arrays if value["type"] == "string"),
+        packed_bits=8 * sum(tensor.bytes for tensor in blocks) / weights if weights else 0.0,
+        unloadable=why,
     )
 
 
@@ -162,22 +245,34 @@ def _check_same(read: Checkpoint, found: Skeleton) -> None:
         raise CheckpointError(f"{read.path}/config.json", f"{what}: {said}")
 
 
-def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None]:
-    """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors."""
-    known = skeleton.shipped(read.config) if read.config else None
-    if known is not None:
-        return known, None
-    why = "torch and transformers are not installed"
-    if read.config.get("model_type") and all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
-        from harness.catalog import cache_dir
+def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, str | None]:
+    """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors.
 
+    With it a note that says so, and why transformers could not build it where it was asked.
+    """
+    is_gguf = read.files[0].format == "gguf"
+    known = skeleton.shipped(read.config) if read.config and not is_gguf else None
+    if known is not None:
+        return known, None, None
+    wanted = ("torch", "transformers", *(["gguf"] if is_gguf else []))
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    why, refused = f"{' and '.join(missing)} not installed", None
+    if not missing and (is_gguf or read.config.get("model_type")):
         try:
-            return skeleton.build(read.config, cache_dir()), None
+            return _built(read, is_gguf), None, None
         except UsageError as error:
-            why = str(error)
+            why = refused = str(error)
     from harness.sketch import sketch
 
-    return sketch(read), f"planned from its tensors, less surely: {why}"
+    return sketch(read), f"planned from its tensors, less surely: {why}", refused
+
+
+def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
+    from harness.catalog import cache_dir
+
+    if not is_gguf:
+        return skeleton.build(read.config, cache_dir())
+    return skeleton.build_gguf(read.config, [(tensor.name, tensor.shape, tensor.dtype) for tensor in read.tensors], cache_dir())
 
 
 def _local(source: Source) -> Path | None:

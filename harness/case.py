@@ -52,6 +52,11 @@ class Workload(Record, frozen=True, kw_only=True):
     batch: int = 1
     repeats: int = 5
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the KV cache at the end; the last one is never fed back."""
+        return self.prompt_tokens + self.new_tokens - 1
+
 
 class Case(Record, frozen=True, kw_only=True):
     """One way of loading one model, by names."""

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import msgspec
+from msgspec.structs import replace
 
 from harness import cache
 from harness.cache import cache_dir as cache_dir
@@ -21,6 +22,7 @@ from harness.progress import Report, silent
 from harness.progress import show_progress as show_progress
 
 DEFAULT = "smollm2-135m"
+GGUF = ".gguf"
 
 # What huggingface_hub accepts, with an owner: no "--", no "..", nothing odd at either end, 96 characters at most.
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{3,96}$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
@@ -42,33 +44,39 @@ class Source(Record, frozen=True, kw_only=True):
     """Where a model comes from.
 
     `kind` is catalog, hub or directory. `location` is a directory, a hub id or, for a catalog name that is made here, what
-    pip fetches. `hub_id` is None for what is not on the hub.
+    pip fetches. `hub_id` is None for what is not on the hub. `file` names one GGUF file there, where the user did.
     """
 
     name: str
     kind: str
     location: str
     hub_id: str | None = None
+    file: str | None = None
 
 
 CATALOG = msgspec.toml.decode((Path(__file__).parent / "data/catalog.toml").read_bytes(), type=dict[str, Entry])
 
 
-def resolve(model: str) -> Source:
-    """Say where `model` comes from, without network: a name of the catalog, a directory or a hub id.
+def resolve(model: str, file: str | None = None) -> Source:
+    """Say where `model` comes from, without network: a name of the catalog, a directory, a GGUF file or a hub id.
 
-    A name of the catalog wins over a directory of that name; write ./NAME for the directory.
+    A name of the catalog wins over a directory of that name; write ./NAME for the directory. `file` picks one GGUF file of a
+    directory or a hub repository.
 
     Raises:
         UsageError: no such name or directory.
         CheckpointError: the directory lacks its config or weights.
     """
+    if file is not None:
+        return _picked(resolve(model), file)
     if model in CATALOG:
         entry = CATALOG[model]
         made = entry.wheel.requirement if entry.wheel else ""
         return Source(name=model, kind="catalog", location=entry.hub or made, hub_id=entry.hub)
     directory = _directory(model)
     if directory:
+        if directory.suffix == GGUF:
+            return Source(name=directory.stem, kind="directory", location=str(directory.parent), file=directory.name)
         check_directory(directory)
         return Source(name=directory.name or str(directory), kind="directory", location=str(directory))
     if _HUB_ID.fullmatch(model):
@@ -81,11 +89,33 @@ def resolve(model: str) -> Source:
     raise UsageError(f"unknown model {model!r} (a catalog name, a directory, or a hub id such as org/name): {names}")
 
 
+def _picked(source: Source, file: str) -> Source:
+    """Pick one GGUF file of a directory or hub repository; it gives the model its name."""
+    if not file.endswith(GGUF):
+        raise UsageError(f"--file {file!r} is no GGUF file: leave it out, the other formats need none")
+    if source.file is not None or (source.kind != "directory" and source.hub_id is None):
+        raise UsageError(f"--file {file!r}: {source.name} is neither a directory nor on the hub, leave it out")
+    if source.kind == "directory" and not (Path(source.location) / file).is_file():
+        names = sorted(path.name for path in Path(source.location).glob(f"*{GGUF}"))
+        raise UsageError(f"{source.location} has no file {file!r}: {did_you_mean(file, names)}")
+    return replace(source, name=Path(file).stem, file=file)
+
+
 def _short_names() -> dict[str, str]:
     """Return the hub ids of the models whose skeletons are shipped, by the last part of their names in lower case."""
     from harness import skeleton
 
     return {full.casefold().rpartition("/")[2]: full for full in skeleton.catalog()}
+
+
+def stored_format(source: Source) -> str | None:
+    """Return "gguf" for what is known to be one without reading it; None for anything else."""
+    if source.file is not None:
+        return "gguf"
+    if source.kind != "directory":
+        return None
+    names = {path.name for path in Path(source.location).iterdir()}
+    return "gguf" if _choose_weights(names) is None and any(name.endswith(GGUF) for name in names) else None
 
 
 def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_code: bool = False) -> Path:
@@ -100,7 +130,8 @@ def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_c
     source = resolve(model) if isinstance(model, str) else model
     report = progress or silent
     if source.kind == "directory":
-        check_directory(Path(source.location))
+        if source.file is None:
+            check_directory(Path(source.location))
         return Path(source.location)
     if source.hub_id:
         return _fetch_hub(source.hub_id, report, trust_remote_code)
@@ -116,11 +147,17 @@ def cached(model: Source | str) -> Path | None:
 
 
 def check_directory(path: Path) -> None:
-    """Check by name that `path` holds a config and all of its weights. Raises CheckpointError, naming what is missing."""
+    """Check by name that `path` holds a config and all of its weights, or a GGUF file.
+
+    Raises:
+        CheckpointError: it names what is missing.
+    """
     try:
         names = {file.name for file in path.iterdir() if file.is_file()}
     except OSError as error:
         raise CheckpointError(path, f"cannot be read ({error.strerror})") from error
+    if "config.json" not in names and any(name.endswith(GGUF) for name in names):
+        return  # a GGUF file has its config within
     if "config.json" not in names:
         raise CheckpointError(path, "no config.json: give the directory that save_pretrained wrote or that was downloaded whole")
     weights = _choose_weights(names)
@@ -138,16 +175,23 @@ def _wheel(source: Source) -> cache.Wheel:
 
 
 def _directory(model: str) -> Path | None:
-    """Return the directory that `model` is a path of, None if it is no path. Raises UsageError: not one that can be used."""
+    """Return the directory or GGUF file that `model` is a path of, None if it is no path.
+
+    Raises:
+        UsageError: there is none that can be used.
+    """
     try:
         path = Path(model).expanduser()
         exists, is_directory = bool(model) and path.exists(), path.is_dir()
     except (OSError, RuntimeError) as error:
         raise UsageError(f"{model!r} cannot be read: {error}") from error
-    if exists and is_directory:
-        return _named_in_utf8(path.resolve())
+    if exists and (is_directory or path.suffix == GGUF):
+        # A file stays where it is named: behind the links of a hub cache it has no ending any more.
+        return _named_in_utf8(path.resolve() if is_directory else path.absolute())
     if exists:
-        raise UsageError(f"{model!r} is a file: give the directory that holds it and its config.json")
+        raise UsageError(f"{model!r} is a file, and no GGUF: give the directory that holds it and its config.json")
+    if model.endswith(GGUF):
+        raise UsageError(f"no file {model!r}: check the path; a GGUF file on the hub is its repository and --file")
     if model.startswith((".", "~", "/", os.sep)):
         raise UsageError(f"no directory {model!r}: give one with config.json and weights, a hub id, or one of {', '.join(CATALOG)}")
     return None

@@ -230,7 +230,7 @@ def _only_gguf(folder: Folder) -> str:
     if len(whole) == 1:
         return whole[0]
     if whole:
-        raise CheckpointError(folder.where, f"has {len(whole)} GGUF files; name one: {_some(whole)}")
+        raise CheckpointError(folder.where, f"has {len(whole)} GGUF files; name one, by its path or --file: {_some(whole)}")
     raise CheckpointError(
         folder.where, f"has no weights: {WEIGHTS[0]}, {WEIGHTS[2]}, an index of theirs or a GGUF file; it has {_some(names)}"
     )

@@ -27,7 +27,10 @@ _CACHE_PASSES = 3
 
 
 def kept(precision: Precision, dtype: str, blueprint: Blueprint) -> Kept:
-    """Say how this precision holds this model: one that is quantised already stays so."""
+    """Say how this precision holds this model: one that is quantised already stays so, but for a GGUF file that is unpacked."""
+    if blueprint.gguf is not None:
+        bits = blueprint.gguf.packed_bits if precision.stored == "gguf" else None
+        return Kept(dtype=dtype, packed_bits=bits, packed_experts=bits is not None, packed_embeddings=bits is not None)
     if blueprint.packed is not None and not blueprint.packed.unpacks:
         bits, experts = packed_bits(blueprint)
         return Kept(dtype=dtype, packed_bits=bits, packed_experts=experts)
@@ -75,9 +78,14 @@ def memory(count: Count, machine: Machine) -> dict[str, TierEstimate]:
     return {name: _tier(parts, machine.tier(name), count) for name, parts in count.parts().items()}
 
 
+def beside_weights(parts: Parts) -> float:
+    """Return the most that generating needs of a tier beside its weights and the KV cache."""
+    return parts.overhead.high + parts.heap.high + parts.libraries.high + parts.activation.high
+
+
 def effort(count: Count, precision: str) -> Effort:
     """Count what a case does: bytes to read, weights to multiply, tensors to open."""
-    inventory, here = count.inventory, count.sums.get("cpu")
+    inventory, here, gguf = count.inventory, count.sums.get("cpu"), count.blueprint.gguf
     return Effort(
         device=device_of(count.weights),
         precision=precision,
@@ -92,6 +100,8 @@ def effort(count: Count, precision: str) -> Effort:
         parameters=inventory.parameters,
         tensors=inventory.tensors,
         checkpoint_bytes=count.blueprint.checkpoint_bytes,
+        unpacked=sum(gguf.elements) if gguf and not count.held.packed_bits else 0,
+        vocabulary=gguf.strings if gguf else 0,
         copied_bytes=int(here.made) if here else 0,
         quantised=int(inventory.total.quantised / 2),
         to_gpu_bytes=sum(count.weights[gpu] for gpu in count.gpus),

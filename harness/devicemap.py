@@ -44,36 +44,39 @@ def infer(
     quantizer: str | None = None,
     max_memory: Mapping[Device, int | str] | None = None,
     free: Mapping[Device, int] | None = None,
+    weights: Mapping[str, Bytes] | None = None,
 ) -> dict[str, Device]:
     """Return the device map that transformers infers.
 
     `quantizer` is None, "int8" or "int4" (bitsandbytes). `max_memory` is what the user passes: sizes by device number, "mps", "cpu"
     or "disk"; without "cpu" it spills to the disk. If it is None, `free` says what the machine has, and transformers' margins
-    apply.
+    apply. `weights` are the bytes of tensors by path, for modules that transformers replaces before it infers: packed GGUF.
 
     Raises:
         UsageError: an unknown strategy, device or size; "balanced_low_0" without GPU 0.
     """
     if strategy not in STRATEGIES:
         raise UsageError(f"no device map strategy {strategy!r}: {did_you_mean(strategy, STRATEGIES)}")
-    sizes = measure(skeleton, dtype, quantizer)
+    sizes = measure(skeleton, dtype, quantizer, weights)
     budgets = _budgets(skeleton, sizes, strategy, max_memory, free or {})
     if quantizer is not None:
         budgets = {device: size * _MARGIN for device, size in budgets.items()}
     return merge(_Pour(skeleton, sizes, budgets).run())
 
 
-def measure(skeleton: Skeleton, dtype: str, quantizer: str | None = None) -> dict[str, Bytes]:
+def measure(
+    skeleton: Skeleton, dtype: str, quantizer: str | None = None, weights: Mapping[str, Bytes] | None = None
+) -> dict[str, Bytes]:
     """Count bytes as transformers does for a device map: path of every piece and module around it -> bytes.
 
-    The tensors inside a piece are there for the first of each kind.
+    The tensors inside a piece are there for the first of each kind, as they are in `weights`, bytes that are known already.
     """
     plain, quantised = DTYPE_BYTES[dtype], QUANTIZER_BYTES[quantizer] if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
     for weight, _ in skeleton.tally:
         fixed = weight.tensor.dtype
         width = quantised if quantised is not None and weight.quantises else DTYPE_BYTES[fixed] if fixed else plain
-        sizes[weight.path] = 0 if weight.tied_to else weight.elements * width
+        sizes[weight.path] = 0 if weight.tied_to else weights[weight.path] if weights else weight.elements * width
     of_kind = {kind: sum(_owned(module, sizes) for module in kind.walk()) for kind in skeleton.kinds}
     sizes |= {piece.path: of_kind[piece.like] for piece in skeleton.pieces}
     for module in reversed(skeleton.frame):  # children before parents

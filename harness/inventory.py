@@ -66,6 +66,9 @@ class Inventory:
         self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory_cost.module_bytes(kind, held).items()}
         self.per_token = memory_cost.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = blueprint.stored_dtype
+        # Bytes of the file for each weight: the blocks of a GGUF hold less than a byte each.
+        packed = blueprint.checkpoint_bytes / max(1, self.skeleton.parameters)
+        self.stored_width = packed if blueprint.gguf else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
@@ -139,7 +142,7 @@ class Inventory:
         size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
         makes = self._makes(weight)
         in_file = not weight.tied_to and weight.tensor.kind != "unsaved"
-        stored = weight.elements * DTYPE_BYTES.get(self.stored_dtype, 2) if in_file and self.held.packed_bits is None else size
+        stored = int(weight.elements * self.stored_width) if in_file and self.held.packed_bits is None else size
         copies = self._copied(weight)
         view = not makes and weight.tensor.kind != "unsaved"
         return Sums(

@@ -10,7 +10,7 @@ from harness.placement import Placement
 from harness.skeleton import Skeleton
 
 # What nobody told us the size of is taken as endless for the map; the verdict says that it is unknown.
-_ENDLESS = 1 << 50
+ENDLESS = 1 << 50
 # transformers leaves a tenth of the RAM alone where no max_memory is given; accelerate's own dispatch takes all of it.
 _TRANSFORMERS_SHARE = 0.9
 
@@ -22,21 +22,27 @@ def device_map(
     quantizer: str | None,
     machine: Machine,
     max_memory: Mapping[str, int] | None,
+    weights: Mapping[str, int] | None = None,
 ) -> dict[str, Device]:
-    """Return the map that this placement's call ends up with: module -> number of a GPU, "cpu" or "disk"."""
+    """Return the map that this placement's call ends up with: module -> number of a GPU, "cpu" or "disk".
+
+    `weights` are the bytes of each tensor where dtype and quantizer do not tell them.
+    """
     if placement.call == "to":
         return {"": 0}
     if not isinstance(placement.device_map, str):
         return dict(placement.device_map or {"": "cpu"})
     if max_memory is not None:
         given: dict[Device, int | str] = {device(tier): size for tier, size in max_memory.items()}
-        return infer(skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, max_memory=given)
-    return infer(skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, free=_free(placement, machine))
+        return infer(skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, max_memory=given, weights=weights)
+    return infer(
+        skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, free=_free(placement, machine), weights=weights
+    )
 
 
 def _free(placement: Placement, machine: Machine) -> dict[Device, int]:
     free: dict[Device, int] = {
-        device(tier.name): tier.capacity_bytes or _ENDLESS for tier in machine.tiers if tier.kind in ("gpu", "cpu")
+        device(tier.name): tier.capacity_bytes or ENDLESS for tier in machine.tiers if tier.kind in ("gpu", "cpu")
     }
     if placement.call == "load_checkpoint_and_dispatch" and "cpu" in free:
         free["cpu"] = int(free["cpu"] / _TRANSFORMERS_SHARE)

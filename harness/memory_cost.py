@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from harness.case import Record, Workload
 from harness.devicemap import DTYPE_BYTES
-from harness.skeleton import Attention, Module, Skeleton, Tensor, Weight
+from harness.skeleton import Attention, Block, Module, Skeleton, Tensor, Weight
 
 # bitsandbytes: one float32 scale for 64 weights of nf4 or fp4, one for each output of LLM.int8, 16 float32 of code book a module.
 # Nested, the scales are bytes, with a float32 for 256 of them, one for the module, and a code book of their own of 256 float32.
@@ -25,7 +25,8 @@ class Kept(Record, frozen=True, kw_only=True):
     """How the weights of a case are held: dtype of what is not quantised, and bitsandbytes' scheme, "int8", "int4" or None.
 
     `nested`: the scales of int4 are quantised as well ("double quantisation"). `packed_bits` a weight, scales included, are those
-    of a checkpoint that is quantised already, and with `packed_experts` of its stacked experts too.
+    of a checkpoint that is quantised already, and with `packed_experts` of its stacked experts too, with `packed_embeddings` of
+    its embedding and head.
     """
 
     dtype: str
@@ -33,6 +34,7 @@ class Kept(Record, frozen=True, kw_only=True):
     nested: bool = False
     packed_bits: float | None = None
     packed_experts: bool = False
+    packed_embeddings: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -51,21 +53,28 @@ def module_bytes(module: Module, kept: Kept) -> dict[str, int]:
     or fp4), a code book a module. Biases, norms, embeddings, stacked experts and the head keep the dtype.
     """
     return {
-        weight.path: 0 if weight.tied_to else _held(weight, kept, inside.block.linear == "conv1d")
+        weight.path: 0 if weight.tied_to else _held(weight, kept, inside.block)
         for inside in module.walk()
         for weight in inside.weights
     }
 
 
-def _held(weight: Weight, kept: Kept, transposed: bool) -> int:
+def _held(weight: Weight, kept: Kept, owner: Block) -> int:
     tensor, elements = weight.tensor, weight.elements
-    if kept.packed_bits is not None and (weight.quantises or (kept.packed_experts and is_stacked(weight))):
+    if kept.packed_bits is not None and _is_packed(weight, kept, owner):
         return int(elements * kept.packed_bits / 8)
     if not weight.quantises or kept.quantizer is None:
         return elements * _width(tensor, kept.dtype)
     if kept.quantizer == "int8":
-        return elements + 4 * tensor.shape[1 if transposed else 0]
+        return elements + 4 * tensor.shape[1 if owner.linear == "conv1d" else 0]
     return -(-elements // 2) + _scales(-(-elements // NF4_BLOCK), kept.nested) + NF4_CODE_BYTES
+
+
+def _is_packed(weight: Weight, kept: Kept, owner: Block) -> bool:
+    if weight.quantises or (kept.packed_experts and is_stacked(weight)):
+        return True
+    looks_up = "Embedding" in owner.class_name or owner.linear is not None
+    return kept.packed_embeddings and looks_up and len(weight.tensor.shape) == 2
 
 
 def _scales(blocks: int, nested: bool) -> int:

@@ -84,7 +84,7 @@ def _text(text: str) -> str:
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="model",
-        help=f"a model to run: a catalog name, a hub id or a directory (repeatable; default {DEFAULT})",
+        help=f"a model to run: a catalog name, a hub id, a directory or a GGUF file (repeatable; default {DEFAULT})",
         parse=_text,
         repeat=True,
         default=(DEFAULT,),
@@ -92,7 +92,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="precision",
-        help=f"how to hold the weights: {', '.join(PRECISIONS)} (repeatable; default all)",
+        help=f"how to hold the weights: {', '.join(PRECISIONS)} (repeatable; default all that the checkpoint allows)",
         parse=_from_table(PRECISIONS, "precision"),
         repeat=True,
         default=tuple(PRECISIONS),
@@ -100,7 +100,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="placement",
-        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all)",
+        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all that differ here)",
         parse=_from_table(PLACEMENTS, "placement"),
         repeat=True,
         default=tuple(PLACEMENTS),

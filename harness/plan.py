@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.case import Case, Machine, Plan, Verdict
-from harness.placement import PLACEMENTS, Placement
+from harness.placement import PLACEMENTS, ROOM, Placement
 from harness.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -29,9 +29,12 @@ def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str]
     was only described: what is installed on this one says nothing about it.
     """
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
-    for trait in placement.traits:
+    # Without a GPU what may use one lies in RAM alone.
+    for trait in placement.traits if machine.gpus or placement.needs_gpu else (*placement.traits, "ram"):
         if trait in precision.refuses:
             return Verdict.INVALID, precision.refuses[trait]
+    if placement.without_gpu and not machine.gpus:
+        return Verdict.UNAVAILABLE, f"without a GPU it is the same as {placement.without_gpu}"
     if placement.needs_gpu and not machine.gpus:
         return Verdict.UNAVAILABLE, "needs a GPU, and NVML knows none here"
     for package in precision.needs if here else ():
@@ -44,7 +47,7 @@ def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tu
     if placement.devices[0] != "gpu" or not machine.gpus:
         return None
     least = precision.min_compute_capability
-    uses_all = placement.device_map == "auto" and placement.limits is None
+    uses_all = placement.device_map in ("auto", ROOM) and placement.limits is None
     for gpu in machine.gpus if uses_all else machine.gpus[:1]:
         if gpu.compute_capability is not None and float(gpu.compute_capability) < least:
             have = f"{gpu.model or gpu.name} has {gpu.compute_capability}"
@@ -112,7 +115,7 @@ LIMITS: Mapping[str, Callable[[Sizes, Machine], dict[str, int]]] = {
 
 
 def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
-    """Plan one case. Without a checkpoint (not fetched yet) a case that needs its sizes has no code."""
+    """Plan one case from the tables. A case that needs sizes has no code without a checkpoint, nor one whose map is computed."""
     refused = gate(case, machine)
     if refused:
         return Plan(case=case, verdict=refused[0], why=refused[1])
@@ -120,9 +123,9 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
     max_memory = None
-    if placement.limits:
-        if checkpoint is None:
-            return Plan(case=case, verdict=Verdict.UNKNOWN)
+    if placement.device_map == ROOM or (placement.limits and checkpoint is None):
+        return Plan(case=case, verdict=Verdict.UNKNOWN)
+    if placement.limits and checkpoint is not None:
         max_memory = LIMITS[placement.limits](Sizes(checkpoint, dtype), machine)
     return Plan(
         case=case,
@@ -132,12 +135,31 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     )
 
 
-def loading_code(precision: Precision, placement: Placement, dtype: str, max_memory: Mapping[str, int] | None) -> str:
-    """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text."""
-    arguments: dict[str, Any] = {"dtype": dtype}
-    if precision.quantization is not None:
+def loading_code(
+    precision: Precision,
+    placement: Placement,
+    dtype: str,
+    max_memory: Mapping[str, int] | None,
+    *,
+    device_map: Mapping[str, str | int] | None = None,
+    gguf_file: str | None = None,
+) -> str:
+    """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
+
+    `device_map` gives tiers by module, for a placement whose map is computed here.
+    Of a GGUF file a precision that quantises nothing asks for the weights unpacked: transformers' default depends on the machine.
+    """
+    arguments: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    arguments["dtype"] = dtype
+    if gguf_file and precision.quantization is None:
+        arguments["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+    elif precision.quantization is not None:
         arguments["quantization_config"] = _quantization(precision.quantization, dtype)
     arguments |= placement.arguments()
+    if placement.device_map == ROOM:
+        assert device_map is not None, "its code cannot be written without the map"
+        arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
+        arguments |= {"offload_folder": "offload"} if "disk" in device_map.values() else {}
     if max_memory is not None:
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
     if placement.call == "load_checkpoint_and_dispatch":
@@ -193,10 +215,11 @@ def _device(tier: str) -> str | int:
     return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
 
 
-def script(head: str, one: Plan) -> str:
+def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
 
-    Needs the plan's `code`. Inputs go to the first GPU where there is one in the plan, where accelerate's hooks take them.
+    Needs the plan's `code`. A GGUF file holds its tokenizer. Inputs go to the first GPU where there is one in the plan, where
+    accelerate's hooks take them.
     """
     load = one.case.workload
     places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
@@ -204,7 +227,7 @@ def script(head: str, one: Plan) -> str:
     lines = [
         "from transformers import AutoTokenizer",
         "",
-        "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{f', gguf_file={_literal(gguf_file)}' if gguf_file else ''})",
         f'inputs = tokenizer(["The capital of France is"] * {load.batch}, return_tensors="pt").to("{device}")',
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",

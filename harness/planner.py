@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import msgspec
 
-from harness import calibration, cost, layout, plan
-from harness.blueprint import Blueprint
+from harness import calibration, cost, layout, memory_cost, plan, roommap
+from harness.blueprint import GGUF_REFUSES, Blueprint
 from harness.calibration import Calibration, Constant
 from harness.case import Case, Estimate, Machine, Plan, Record, TierEstimate, Verdict, Workload
 from harness.catalog import Source
 from harness.devicemap import Device
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
-from harness.placement import PLACEMENTS, Placement
+from harness.placement import PLACEMENTS, ROOM, Placement
 from harness.plan import Named, Sizes, Stock
 from harness.precision import PRECISIONS, Precision
+from harness.roommap import Recommendation
 from harness.tier_cost import Count
 from harness.units import format_gib, significant
 
@@ -26,6 +27,8 @@ GOOD = (Verdict.FITS, Verdict.TIGHT)
 _KEEPS: Mapping[str, float] = {"fp32": 0.99, "bf16": 1.0, "fp16": 0.995, "int8": 0.97, "int4": 0.85}
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
+# How often our device map is drawn anew with more room; mostly once; a block may be larger than what is short.
+_TRIES = 4
 
 
 class Planner:
@@ -36,6 +39,7 @@ class Planner:
         self.constants = constants or calibration.default()
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[Kept, Inventory] = {}
+        self._recommended: dict[tuple[object, ...], Recommendation] = {}
         self._by_dtype: dict[str, Sizes] = {}
         self.counts: dict[str, Count] = {}
 
@@ -58,23 +62,25 @@ class Planner:
 
     def plan(self, case: Case) -> Plan:
         """Plan one case."""
-        refused = plan.gate(case, self.machine, self.here) or self._refused(case)
+        refused = self._refused(case) or plan.gate(case, self.machine, self.here)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
         limits = plan.LIMITS[placement.limits](self._sizes(dtype), self.machine) if placement.limits else None
-        placed = self._map(placement, held, limits)
+        ours = self._recommendation(case, held) if placement.device_map == ROOM else None
+        placed = ours.device_map if ours else self._map(placement, held, limits)
         count = self._count(case, held, placed)
         expected = cost.estimate(count, case.precision, self.machine)
         verdict, why = self._judge(case, expected, count)
+        tiers: dict[str, str | int] = {path: layout.tier(place) for path, place in placed.items()}
         return Plan(
             case=case,
             verdict=verdict,
-            why=why,
-            code=plan.loading_code(precision, placement, dtype, limits),
-            device_map={path: layout.tier(place) for path, place in placed.items()},
+            why=why or (ours.why if ours else None),
+            code=plan.loading_code(precision, placement, dtype, limits, device_map=tiers, gguf_file=self.blueprint.gguf_file),
+            device_map=tiers,
             max_memory=limits,
             estimate=expected,
         )
@@ -84,17 +90,67 @@ class Planner:
         return precision.dtype_on(self.machine.gpus[0].compute_capability if on_gpu else None)
 
     def _refused(self, case: Case) -> tuple[Verdict, str] | None:
-        packed = self.blueprint.packed
-        if packed is not None and PRECISIONS[case.precision].quantization is not None:
+        """Return why this checkpoint cannot be loaded that way, wherever it is."""
+        precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
+        if gguf is not None:
+            why = gguf.refusal(precision, PLACEMENTS[case.placement])
+            return (Verdict.INVALID, why) if why else None
+        if precision.stored is not None:
+            held = self.blueprint.file_format
+            return Verdict.INVALID, f"only a {precision.stored.upper()} file is held this way, and this checkpoint is {held}"
+        if packed is not None and precision.quantization is not None:
             return Verdict.INVALID, f"the checkpoint is quantised already ({packed.title}): load it with --precision bf16 or fp16"
         return None
 
     def _map(self, placement: Placement, held: Kept, limits: Mapping[str, int] | None) -> dict[str, Device]:
-        key = (placement.name, held.element_bytes, held.quantizer)
+        key = (placement.name, held.element_bytes, held.quantizer, held.packed_embeddings)
         if key not in self._maps:
             skeleton = self.blueprint.skeleton
-            self._maps[key] = layout.device_map(skeleton, placement, held.dtype, held.quantizer, self.machine, limits)
+            packed = self._inventory(held).sizes if held.packed_embeddings else None
+            self._maps[key] = layout.device_map(skeleton, placement, held.dtype, held.quantizer, self.machine, limits, packed)
         return self._maps[key]
+
+    def _recommendation(self, case: Case, held: Kept) -> Recommendation:
+        """Map the model so that every tier keeps what the worst case takes beside weights and KV cache.
+
+        What a GPU is short of after all, because loading takes more than generating, is kept free in another try; four times as
+        much in the next, for only whole blocks leave it.
+        """
+        load, skeleton = case.workload, self.blueprint.skeleton
+        key = (held.element_bytes, held.quantizer, held.packed_bits, load)
+        if key in self._recommended:
+            return self._recommended[key]
+        capacities = {
+            tier.name: tier.capacity_bytes or layout.ENDLESS for tier in self.machine.tiers if tier.kind in ("gpu", "cpu")
+        }
+        draw = partial(
+            roommap.recommend,
+            skeleton,
+            {layout.device(name): size for name, size in capacities.items()},
+            dtype=held.dtype,
+            quantizer=held.quantizer,
+            weights=self._inventory(held).sizes,
+            kv_bytes=memory_cost.kv_bytes(skeleton, load.cached_tokens, load.batch, held.element_bytes),
+        )
+        reserve = {layout.device(name): self._reserve(name, held, load, size) for name, size in capacities.items()}
+        for attempt in range(_TRIES):
+            found = draw(reserve=reserve, explain=False)
+            tiers = cost.memory(self._count(case, held, found.device_map), self.machine)
+            gpus = [gpu.name for gpu in self.machine.gpus if gpu.name in tiers]
+            short = {name: max(0, tiers[name].needed_high_bytes - capacities[name]) for name in gpus}
+            if not any(short.values()):
+                break
+            reserve |= {layout.device(name): reserve[layout.device(name)] + size * 4**attempt for name, size in short.items()}
+        self._recommended[key] = draw(reserve=reserve)
+        return self._recommended[key]
+
+    def _reserve(self, name: str, held: Kept, load: Workload, capacity: int) -> int:
+        """Return the bytes of a tier that generating needs beside weights and KV cache, at worst."""
+        on = name if name.startswith("gpu") else self.machine.gpus[0].name
+        inventory = self._inventory(held)
+        parts = Count(inventory, on, load, self.constants).parts()[name]
+        doubt = cost.ROUGH_SHARE if self.blueprint.rough else cost.KNOWN_SHARE
+        return int(cost.beside_weights(parts) + doubt * min(inventory.total.held, capacity))
 
     def _inventory(self, held: Kept) -> Inventory:
         if held not in self._inventories:
@@ -103,7 +159,8 @@ class Planner:
 
     def _count(self, case: Case, held: Kept, placed: Mapping[str, Device]) -> Count:
         tiers = layout.tiers(self.blueprint.skeleton, placed)
-        through_ram = PLACEMENTS[case.placement].call == "to"
+        gguf = self.blueprint.gguf
+        through_ram = PLACEMENTS[case.placement].call == "to" or (gguf is not None and gguf.through_ram)
         count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram)
         self.counts[case.id] = count
         return count
@@ -116,6 +173,8 @@ class Planner:
                 Verdict.TOO_BIG,
                 f"too big for {placement.name}: weights would lie on {' and '.join(spilled)}; {precision.refuses['spills']}",
             )
+        if "disk" in count.weights and self.blueprint.gguf is not None:
+            return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on disk; {GGUF_REFUSES['offloads']}"
         unknown = [
             name
             for name, tier in expected.tiers.items()
@@ -139,7 +198,8 @@ class Planner:
         """Return the constants that a plan rests on: those of its kind of device."""
         gpu = any(name.startswith("gpu") for name in (one.estimate.tiers if one.estimate else ()))
         other = ("cpu_", "ram_bytes", "ram_bandwidth") if gpu else ("gpu_", "host_", "link_", "ram_cuda")
-        return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(other)}
+        foreign = other if self.blueprint.gguf else (*other, "gguf_")
+        return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(foreign)}
 
     def max_context(self, one: Plan) -> int | None:
         """Return the most tokens, prompt and answer together, with which a plan still fits; at most what the model knows.
@@ -230,6 +290,12 @@ def _worth(one: Plan) -> tuple[float, int]:
 
 
 def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
+    assert best.estimate is not None
+    return _merit(best, fitting) + (f". {best.why}" if PLACEMENTS[best.case.placement].device_map == ROOM and best.why else "")
+
+
+def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
+    """Say what a plan has over the others that fit."""
     assert best.estimate is not None
     if best.verdict is Verdict.TIGHT:
         return "nothing fits with room to spare; this comes closest"

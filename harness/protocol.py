@@ -21,12 +21,16 @@ class Message(Record, frozen=True, kw_only=True, tag_field="kind"):
 
 
 class Load(Message, frozen=True, kw_only=True, tag="load"):
-    """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code."""
+    """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code.
+
+    `gguf_file` is the file there that holds the tokenizer, where that is a GGUF.
+    """
 
     model: str
     code: str
     imports: tuple[str, ...] = ()
     tokenizer: bool = True
+    gguf_file: str | None = None
     trust_remote_code: bool = False
 
 

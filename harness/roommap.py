@@ -7,7 +7,7 @@ the first GPU keeps room for what running them there copies at once: one Linear,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -33,7 +33,7 @@ class Recommendation(Record, frozen=True, kw_only=True):
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # each is itself alone: they are looked up a thousand times
 class _Part:
     """What goes to one device. `largest` is the most that one of its modules owns: accelerate copies spilled ones one by one."""
 
@@ -45,6 +45,7 @@ class _Part:
 
 
 _Placed = dict[_Part, Device]
+_Auto = Callable[[Mapping[Device, int]], _Placed]
 
 
 def recommend(
@@ -56,13 +57,14 @@ def recommend(
     weights: Mapping[str, Bytes] | None = None,
     kv_bytes: Sequence[int] = (),
     reserve: Mapping[Device, int] | None = None,
+    explain: bool = True,
 ) -> Recommendation:
     """Fill the devices so that what inference needs is left, and say how the map differs from "auto".
 
     `budgets` are bytes that may be used in all, GPUs in order of preference; what fits nowhere goes to the disk. `weights` are the
     bytes of each tensor by path, in the first piece of each kind (default: as `devicemap.measure` counts them). `kv_bytes` is the
     KV cache of each layer, which lies where the layer runs; what spills runs on the first GPU. `reserve` is what else must stay
-    free: activations, context.
+    free: activations, context. Without `explain` the words, which take longer than the map, are left out.
     """
     kept_free = reserve or {}
     room = {device: size - kept_free.get(device, 0) for device, size in budgets.items() if device != "disk"}
@@ -70,17 +72,17 @@ def recommend(
     placed = _place(parts, room)
     device_map = merge({path: device for part, device in placed.items() for path in part.paths})
     cached = _kv_by_device(placed)
-    # auto can only be told to leave room by smaller limits: as small as this map's own.
-    limits = {device: max(0, size - cached.get(device, 0)) for device, size in room.items()}
-    auto = infer(skeleton, dtype=dtype, quantizer=quantizer, max_memory=limits)
-    eager = infer(skeleton, dtype=dtype, quantizer=quantizer, max_memory=budgets)
+
+    def auto(limits: Mapping[Device, int]) -> _Placed:
+        return _placed_by(infer(skeleton, dtype=dtype, quantizer=quantizer, max_memory=limits), parts)
+
     return Recommendation(
         device_map=device_map,
         weights_bytes=_weights_by_device(placed),
         kv_bytes=cached,
         blocks=sum(part.block for part in parts),
         blocks_off=sum(part.block for part in _off(placed)),
-        why=_compare(placed, _placed_by(auto, parts), room) + _against_whole(_placed_by(eager, parts), room),
+        why=_compare(placed, auto, room, budgets) if explain else "",
     )
 
 
@@ -139,11 +141,19 @@ def _spill_first(parts: list[_Part], order: list[_Part], room: Mapping[Device, i
     """Spill as few as can be in this order; None if these GPUs, or the first of them, would only pass weights through."""
     near = gpus or ["cpu"]
     blocks = sum(part.block for part in parts)
+    wanted: Bytes = sum(part.weights for part in parts)  # what stays, KV cache of all, and the copy of what does not
+    wanted += sum(part.kv for part in parts)
+    most, largest = sum(room.get(device, 0) for device in near), 0
     for count in range(len(order) + 1):
-        spilled = [part for part in parts if part in order[:count]]
+        if count:
+            wanted, largest = wanted - order[count - 1].weights, max(largest, int(order[count - 1].largest))
+        if wanted + largest > most:
+            continue  # no need to pour: that is too much for all of them together
+        away = set(order[:count])
+        spilled = [part for part in parts if part in away]
         free = {device: room.get(device, 0) for device in near}
-        free[near[0]] -= sum(part.kv for part in spilled) + _largest(spilled)
-        kept = _fill({part: part.weights + part.kv for part in parts if part not in spilled}, free)
+        free[near[0]] -= sum(part.kv for part in spilled) + largest
+        kept = _fill({part: part.weights + part.kv for part in parts if part not in away}, free)
         useful = kept and gpus[0] in kept.values() and (not blocks or any(part.block for part in kept)) if gpus else True
         if kept is not None and useful:
             placed = kept | _spill(spilled, room["cpu"] if gpus and "cpu" in room else 0)
@@ -202,12 +212,20 @@ def _off(placed: _Placed) -> list[_Part]:
     return [part for part, device in placed.items() if device in _SPILL]
 
 
-def _compare(ours: _Placed, auto: _Placed, room: Mapping[Device, int]) -> str:
-    here, there = _off(ours), _off(auto)
+def _compare(ours: _Placed, auto: _Auto, room: Mapping[Device, int], budgets: Mapping[Device, int]) -> str:
+    here = _off(ours)
     if {*room} <= {"cpu"}:
         return "There is no GPU."
     if len(here) == len(ours):
-        return "No GPU can hold a block beside what inference needs."
+        return f"No GPU can hold a block beside what inference needs.{_against_whole(auto(budgets), room)}"
+    return _against_auto(ours, here, auto, room) + _against_whole(auto(budgets), room)
+
+
+def _against_auto(ours: _Placed, here: list[_Part], auto: _Auto, room: Mapping[Device, int]) -> str:
+    """Compare with what auto does if it is told to leave the same room, which only smaller limits can: as small as ours."""
+    cached = _kv_by_device(ours)
+    told = auto({device: max(0, size - cached.get(device, 0)) for device, size in room.items()})
+    there = _off(told)
     if not here and not there:
         return "All of it is on the GPU."
     total = sum(part.block for part in ours)
@@ -215,7 +233,7 @@ def _compare(ours: _Placed, auto: _Placed, room: Mapping[Device, int]) -> str:
     more = sum(part.weights for part in here) - sum(part.weights for part in there)
     if more == 0:
         return f"{said} as much there."
-    short = _shortage(auto, room) if more > 0 else ""
+    short = _shortage(told, room) if more > 0 else ""
     return f"{said} {_name(there, total)} there{short and ', and would leave it ' + short}."
 
 

@@ -50,6 +50,7 @@ class Subject:
     location: Path
     weights: str = "real"
     tokenizer: bool = True
+    gguf_file: str | None = None
     code_head: str = ""
     command: str = ""
     reference: quality.Reference | None = None
@@ -121,6 +122,7 @@ class Run:
                 code=plan.code or "",
                 imports=PRECISIONS[plan.case.precision].needs,
                 tokenizer=self.subject.tokenizer,
+                gguf_file=self.subject.gguf_file,
             )
             done = self._ask(request)
             assert isinstance(done, LoadDone)

@@ -19,7 +19,7 @@ from harness.catalog import Source
 from harness.errors import UsageError
 from harness.meters import Gpus
 from harness.options import Options
-from harness.placement import PLACEMENTS
+from harness.placement import PLACEMENTS, distinct
 from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
@@ -28,7 +28,6 @@ from harness.report import page
 from harness.runner import LiveLine, Run, Setting, Subject
 from harness.store import Store
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
 
 
@@ -88,9 +87,23 @@ class Session:
         return [
             Case(model=name, precision=precision, placement=placement, workload=load)
             for name in self.sources
-            for precision in _in_order(self.options.precision, PRECISIONS)
-            for placement in _in_order(self.options.placement, PLACEMENTS)
+            for precision in self._precisions(name)
+            for placement in self._placements
         ]
+
+    @cached_property
+    def _placements(self) -> list[str]:
+        """The placements asked for; unless the user named them, without those that are the same as another here."""
+        wanted = _in_order(self.options.placement, PLACEMENTS)
+        return wanted if "placement" in self.options.origin else distinct(wanted, bool(self.machine.gpus))
+
+    def _precisions(self, model: str) -> list[str]:
+        """Return the precisions asked for; unless the user named them, without those that need a checkpoint of another format."""
+        wanted = _in_order(self.options.precision, PRECISIONS)
+        if "precision" in self.options.origin:
+            return wanted
+        stored = catalog.stored_format(self.sources[model]) or "safetensors"
+        return [name for name in wanted if PRECISIONS[name].holds_format(stored)]
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Have everything at hand that the cases need, before the first is measured: store, models, worker.
@@ -105,7 +118,7 @@ class Session:
             for name in runnable:
                 self._locations[name] = catalog.fetch(self.sources[name], progress=progress)
         for name in runnable:
-            self._checkpoints[name] = checkpoint.read(self._locations[name])
+            self._checkpoints[name] = checkpoint.read(self._locations[name] / (self.sources[name].file or ""))
         if self.worker_main is None and runnable:
             process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
         for name in runnable:
@@ -138,10 +151,11 @@ class Session:
         """Return the model of a case and what its predictions are compared with."""
         source = self.sources[case.model]
         reference = self._references.get(case.model)
-        location = self._locations.get(case.model, Path(source.location))
+        location, drawn = self._locations.get(case.model, Path(source.location)), self._blueprints.get(case.model)
         return Subject(
             location=location,
-            tokenizer=_has_tokenizer(location),
+            tokenizer=drawn.tokenizer if drawn else False,
+            gguf_file=drawn.gguf_file if drawn else None,
             code_head=plan.code_head(source, case.placement),
             command=self._command(case),
             reference=reference[0] if reference else None,
@@ -212,7 +226,7 @@ def _resolved(models: Sequence[str]) -> dict[str, Source]:
 
 def _sayable(source: Source) -> str:
     """Write the model for a command: a directory as seen from here, or by its name alone where that would name others."""
-    place = Path(source.location)
+    place = Path(source.location) / (source.file or "")
     if source.kind != "directory" or not place.is_relative_to(Path.cwd()):
         return source.name
     return f"./{place.relative_to(Path.cwd())}"
@@ -226,10 +240,6 @@ def _modeling_module(read: checkpoint.Checkpoint) -> str:
     """Name transformers' module of the model's classes, which the first from_pretrained would import."""
     kind = str(read.config.get("model_type", "")).replace("-", "_")
     return f"transformers.models.{kind}.modeling_{kind}"
-
-
-def _has_tokenizer(location: Path) -> bool:
-    return any((location / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _prepare_page(path: Path) -> None:

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,8 @@ _ROTARY = frozenset((
     "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe",
 ))
 # fmt: on
+# What transformers reads of a GGUF's metadata beside the keys of its architecture. A name decides between Llama and Mistral.
+_SHAPING = frozenset(("general.architecture", "general.name", "general.alignment", "tokenizer.ggml.tokens"))
 
 
 class Tensor(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -353,13 +355,37 @@ def build(config: Mapping[str, Any], cache: Path) -> Skeleton:
     found = shipped(config)
     if found is not None:
         return found
+    return _cached(f"skeleton-{_version()}-{fingerprint(config)}", cache, config, f"model_type {config.get('model_type')!r}")
+
+
+def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], str]], cache: Path) -> Skeleton:
+    """Return the skeleton of a GGUF file from its header: metadata, and tensors as (name, shape, dtype).
+
+    transformers makes a config of the metadata and a model of the config, in a worker; kept in `cache` as `build` does.
+
+    Raises:
+        UsageError: transformers does not load GGUF of this architecture or with these block types.
+    """
+    said = {key: value for key, value in metadata.items() if not key.startswith(("general.", "tokenizer.")) or key in _SHAPING}
+    header = {"metadata": said, "tensors": tensors}
+    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+    name = f"skeleton-{_version()}-gguf-{key}"
+    return _cached(name, cache, {"gguf": header}, f"GGUF of {metadata.get('general.architecture')!r}")
+
+
+def _version() -> str:
     from importlib.metadata import version  # slow to import
 
-    kept = cache / f"skeleton-{version('transformers')}-{fingerprint(config)}.json"
+    return version("transformers")
+
+
+def _cached(name: str, cache: Path, asked: Mapping[str, Any], what: str) -> Skeleton:
+    """Return what is kept under `name`, else what a worker answers, which is put there."""
+    kept = cache / f"{name}.json"
     try:
         return msgspec.json.decode(kept.read_bytes(), type=Skeleton)
     except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields
-        text = _run_worker(config)
+        text = _run_worker(asked, what)
     cache.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(f".{os.getpid()}")
     partial.write_bytes(text)
@@ -367,10 +393,10 @@ def build(config: Mapping[str, Any], cache: Path) -> Skeleton:
     return msgspec.json.decode(text, type=Skeleton)
 
 
-def _run_worker(config: Mapping[str, Any]) -> bytes:
+def _run_worker(asked: Mapping[str, Any], model: str) -> bytes:
     command = [sys.executable, "-m", "harness.worker.skeleton"]
-    what = f"no skeleton for model_type {config.get('model_type')!r}"
-    text = json.dumps(config).encode()
+    what = f"no skeleton for {model}"
+    text = json.dumps(asked).encode()
     # `-m` looks in the current directory first: not the user's, which may hold anything, but the one this package lies in.
     home = DATA.parent.parent
     try:

@@ -10,8 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from harness.anatomy import kind_of, ties
 from harness.checkpoint import INNER_CONFIGS, INNER_KEYS, Checkpoint
+from harness.errors import CheckpointError
 from harness.skeleton import Attention, Block, Child, Skeleton, Tensor
 
 SOURCE = "tensors"
@@ -22,6 +25,18 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _NUMBER = re.compile(r"\d{1,5}")
 
+# GGUF's names, behind that of the architecture, of what configs call otherwise.
+_GGUF_KEYS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "feed_forward_length": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+}
+
 _Tree = dict[str, Any]
 
 
@@ -29,8 +44,9 @@ def sketch(checkpoint: Checkpoint) -> Skeleton:
     """Draw the module tree that the names of the tensors describe.
 
     Raises:
-        CheckpointError: the config does not give layers, heads and width.
+        CheckpointError: the config, or the metadata of a GGUF, does not give layers, heads and width.
     """
+    checkpoint = _translated(checkpoint)
     layers, heads, hidden = (checkpoint.size(*keys) for keys in (_LAYERS, _HEADS, _HIDDEN))
     config = _language(checkpoint.config)
     width = _first(config, ("head_dim", "kv_channels")) or hidden // heads
@@ -52,6 +68,21 @@ def sketch(checkpoint: Checkpoint) -> Skeleton:
         heads=heads,
         vocab_size=_first(config, ("padded_vocab_size", "vocab_size")) or 0,
     )
+
+
+def _translated(checkpoint: Checkpoint) -> Checkpoint:
+    """Give the metadata of a GGUF the names that configs have."""
+    kind = checkpoint.config.get("general.architecture")
+    if kind is None:
+        return checkpoint
+    said = {key: checkpoint.config.get(f"{kind}.{name}") for name, key in _GGUF_KEYS.items()}
+    lacking = [f"{kind}.{name}" for name in list(_GGUF_KEYS)[:3] if type(checkpoint.config.get(f"{kind}.{name}")) is not int]
+    if lacking:
+        raise CheckpointError(checkpoint.path, f"does not say {' nor '.join(lacking)}: get a GGUF file of a whole model")
+    words = checkpoint.config.get("tokenizer.ggml.tokens")
+    if isinstance(words, dict) and said["vocab_size"] is None:
+        said["vocab_size"] = words.get("count")
+    return replace(checkpoint, config={"model_type": kind, **{key: value for key, value in said.items() if type(value) is int}})
 
 
 def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,7 +23,8 @@ class Effort(Record, frozen=True, kw_only=True):
     """What a case does, counted.
 
     `read` are the bytes by tier that one token reads. `parameters` are those that a token is multiplied with. `copied_bytes` are
-    written anew while loading, `quantised` weights quantised; `checkpoint_bytes` come from the disk.
+    written anew while loading, `quantised` weights quantised; `checkpoint_bytes` come from the disk. Of a GGUF `unpacked` weights
+    are made from its blocks and `vocabulary` strings of its metadata read one by one.
     """
 
     device: str
@@ -35,6 +36,8 @@ class Effort(Record, frozen=True, kw_only=True):
     parameters: int
     tensors: int
     checkpoint_bytes: int
+    unpacked: int
+    vocabulary: int
     copied_bytes: int
     quantised: int
     to_gpu_bytes: int
@@ -110,6 +113,8 @@ class _Clock:
             + effort.tensors * self._cost("load_s_per_tensor", pick)
             + self._from_disk(wanted, pick)
             + effort.copied_bytes / self._rate("cast_bytes_per_s", pick)
+            + effort.unpacked / self._rate("gguf_elements_per_s", pick)
+            + effort.vocabulary * self._cost("gguf_s_per_string", pick)
             + (effort.quantised / self._rate(f"quantise_elements_per_s_{on}", pick) if effort.quantised else 0.0)
             + (effort.to_gpu_bytes / self._link(pick) if self.gpu else 0.0)
         )

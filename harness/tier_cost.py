@@ -72,8 +72,7 @@ class Count:
     @cached_property
     def kv(self) -> dict[str, int]:
         """KV cache at the end of the workload, by the device that its layer runs on."""
-        tokens = self.work.prompt_tokens + self.work.new_tokens - 1  # the last token is never fed back
-        layers = memory_cost.kv_bytes(self.skeleton, tokens, self.work.batch, self.held.element_bytes)
+        layers = memory_cost.kv_bytes(self.skeleton, self.work.cached_tokens, self.work.batch, self.held.element_bytes)
         if isinstance(self.tiers, str):
             return {self.main: sum(layers)}
         total: dict[str, int] = defaultdict(int)
@@ -150,7 +149,7 @@ class Count:
             overhead=self._process,
             heap=self._heap(here) + self.calibration["heap_share_disk"].amount(away.made),
             libraries=self._libraries,
-            loading=_exact(self.inventory.total.made if self.through_ram else 0),
+            loading=_exact(self.inventory.total.made - here.made if self.through_ram else 0) + self._unpacking,
             loading_mapped=int(file),
         )
 
@@ -168,6 +167,24 @@ class Count:
     def _libraries(self) -> Bytes:
         total = self.calibration["ram_import_file_bytes"].amount()
         return total + self.calibration["ram_cuda_file_bytes"].amount() if self.gpus else total
+
+    @cached_property
+    def _unpacking(self) -> Bytes:
+        """Return what unpacking a GGUF takes beside its weights: its vocabulary in Python, and copies of a tensor in float32.
+
+        Tensors are unpacked in the order of the file, so a large one in front takes less than one at the end.
+        """
+        gguf = self.blueprint.gguf
+        if gguf is None or self.held.packed_bits is not None:
+            return Bytes()
+        copies, width, total = self.calibration["gguf_unpack_copies"].amount(4.0), self.held.element_bytes, sum(gguf.elements)
+        most = Bytes()
+        done = 0
+        for elements in gguf.elements:
+            left = width * (total - done)
+            ends = {end: max(getattr(most, end), getattr(copies, end) * elements - left) for end in ("low", "best", "high")}
+            most, done = Bytes(**ends), done + elements
+        return most + self.calibration["gguf_bytes_per_string"].amount(gguf.strings)
 
     def _heap(self, here: Sums) -> Bytes:
         """Return what the heap keeps of the copies that quantising on the processor makes and frees again.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from harness.case import Loaded, Plan
 from harness.figures import held
-from harness.placement import PLACEMENTS
+from harness.placement import PLACEMENTS, ROOM
 from harness.precision import PRECISIONS
 from harness.units import format_share, format_size
 
@@ -48,4 +50,23 @@ def _placement(plan: Plan, loaded: Loaded) -> str:
         return f"weights lie on {', '.join(sorted(strange))}, which {placement.name} does not use"
     if "spills" in placement.traits and placement.devices[-1] not in used:
         return f"{placement.name} put nothing on the {placement.devices[-1]}"
-    return OK
+    return _mapped(plan, loaded) if placement.device_map == ROOM else OK
+
+
+def _mapped(plan: Plan, loaded: Loaded) -> str:
+    """Check that every module lies where the map that we computed says."""
+    planned = plan.device_map if isinstance(plan.device_map, dict) else {}
+    found = {path: _home(loaded.device_map, path) for path in planned}
+    wrong = [path for path, tier in planned.items() if found[path] != tier]
+    if not wrong:
+        return OK
+    first = wrong[0]
+    return f"{len(wrong)} of {len(planned)} entries of the device map were not obeyed: {first or 'the model'} is on {found[first]}"
+
+
+def _home(device_map: Mapping[str, str], path: str) -> str | None:
+    """Return the tier that a map gives to a module, by the closest entry at or above it."""
+    while path and path not in device_map:
+        path = path.rpartition(".")[0]
+    place = device_map.get(path)
+    return f"gpu:{place}" if place is not None and place.isdecimal() else place

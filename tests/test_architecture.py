@@ -71,7 +71,7 @@ WORKER = (
     ("models.chatglm2", "models.packed", "models.tokenization_chatglm"),
     ("models.chatglm", "models.moss"),
     ("models",),
-    ("worker", "worker.preload", "worker.residency", "worker.convert", "worker.written"),
+    ("worker", "worker.preload", "worker.residency", "worker.convert", "worker.written", "worker.gguf_config"),
     ("worker.skeleton",),
     ("worker.model",),
     ("worker.score",),

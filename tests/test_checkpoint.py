@@ -330,7 +330,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         read(tmp_path / "config.json")
     for name in ("a.gguf", "b.gguf", "mmproj-a.gguf"):
         small_gguf(tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"has 2 GGUF files; name one: 'a.gguf', 'b.gguf'"):
+    with pytest.raises(CheckpointError, match=r"has 2 GGUF files; name one, by its path or --file: 'a.gguf', 'b.gguf'"):
         read(tmp_path)
 
 
@@ -436,7 +436,7 @@ def test_shards_gguf_and_revisions_of_the_hub(hub: HubServer, tmp_path: Path) ->
     sharded, gguf, several, typo, revision, escaping = read_hub(tmp_path, hub.endpoint, *calls)
     assert sharded["bytes"] == total(weights())
     assert (gguf["tensors"], gguf["architecture"]) == (3, "llama")
-    assert "o/gguf: has 2 GGUF files; name one: 'a.gguf', 'b.gguf'" in several["message"]
+    assert "o/gguf: has 2 GGUF files; name one, by its path or --file: 'a.gguf', 'b.gguf'" in several["message"]
     assert "did you mean" in typo["message"]
     assert revision["error"] == "UsageError"
     assert "no such revision" in revision["message"]

@@ -137,7 +137,7 @@ def test_one_file_of_several(say: Said, tmp_path: Path) -> None:
         small_gguf(tmp_path / name)
     status, out, err = say(tmp_path)
     assert (status, out) == (2, "")
-    assert "name one: 'a.gguf', 'b.gguf'" in err
+    assert "name one, by its path or --file: 'a.gguf', 'b.gguf'" in err
     assert shown(say, tmp_path, "--file", "b.gguf")["files"][0]["name"] == "b.gguf"
     assert "neither a directory nor a file" in say(tmp_path, "--file", "c.gguf")[2]
 

@@ -6,6 +6,7 @@ import ast
 import builtins
 import itertools
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from harness.case import Machine, Verdict
 from harness.catalog import Source
 from harness.checkpoint import Checkpoint, Tensor
-from harness.placement import PLACEMENTS
+from harness.placement import PLACEMENTS, ROOM
 from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code
 from harness.precision import PRECISIONS
 from harness.units import GIB
@@ -33,56 +34,61 @@ GRIDS = {
     "no GPU": (
         NO_GPU,
         """
-              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
-        fp32  u      u          .    .        u       .    .
-        bf16  u      u          .    .        u       .    .
-        fp16  u      u          .    .        u       .    .
-        int8  u      u          .    x        x       x    .
-        int4  u      u          .    x        x       x    .
+              direct ram-to-gpu auto recommended dispatch gpu+cpu disk cpu
+        fp32  u      u          .    u           .        u       .    .
+        bf16  u      u          .    u           .        u       .    .
+        fp16  u      u          .    u           .        u       .    .
+        int8  u      u          .    u           x        x       x    .
+        int4  u      u          .    u           x        x       x    .
+        gguf  u      u          x    u           x        u       x    x
         """,
     ),
     "Maxwell, 5.2": (
         MAXWELL,
         """
-              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
-        fp32  .      .          .    .        .       .    .
-        bf16  .      .          .    .        .       .    .
-        fp16  .      .          .    .        .       .    .
-        int8  u      u          u    x        x       x    .
-        int4  u      u          u    x        x       x    .
+              direct ram-to-gpu auto recommended dispatch gpu+cpu disk cpu
+        fp32  .      .          .    .           .        .       .    .
+        bf16  .      .          .    .           .        .       .    .
+        fp16  .      .          .    .           .        .       .    .
+        int8  u      u          u    u           x        x       x    .
+        int4  u      u          u    u           x        x       x    .
+        gguf  u      u          u    u           u        u       u    x
         """,
     ),
     "Pascal, 6.1": (
         PASCAL,
         """
-              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
-        fp32  .      .          .    .        .       .    .
-        bf16  .      .          .    .        .       .    .
-        fp16  .      .          .    .        .       .    .
-        int8  u      u          u    x        x       x    .
-        int4  .      .          .    x        x       x    .
+              direct ram-to-gpu auto recommended dispatch gpu+cpu disk cpu
+        fp32  .      .          .    .           .        .       .    .
+        bf16  .      .          .    .           .        .       .    .
+        fp16  .      .          .    .           .        .       .    .
+        int8  u      u          u    u           x        x       x    .
+        int4  .      .          .    .           x        x       x    .
+        gguf  u      u          u    u           u        u       u    x
         """,
     ),
     "Volta, 7.0": (
         VOLTA,
         """
-              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
-        fp32  .      .          .    .        .       .    .
-        bf16  .      .          .    .        .       .    .
-        fp16  .      .          .    .        .       .    .
-        int8  u      u          u    x        x       x    .
-        int4  .      .          .    x        x       x    .
+              direct ram-to-gpu auto recommended dispatch gpu+cpu disk cpu
+        fp32  .      .          .    .           .        .       .    .
+        bf16  .      .          .    .           .        .       .    .
+        fp16  .      .          .    .           .        .       .    .
+        int8  u      u          u    u           x        x       x    .
+        int4  .      .          .    .           x        x       x    .
+        gguf  u      u          u    u           u        u       u    x
         """,
     ),
     **dict.fromkeys(("Ampere, 8.6", "a card that does not tell"), (
         AMPERE,
         """
-              direct ram-to-gpu auto dispatch gpu+cpu disk cpu
-        fp32  .      .          .    .        .       .    .
-        bf16  .      .          .    .        .       .    .
-        fp16  .      .          .    .        .       .    .
-        int8  .      .          .    x        x       x    .
-        int4  .      .          .    x        x       x    .
+              direct ram-to-gpu auto recommended dispatch gpu+cpu disk cpu
+        fp32  .      .          .    .           .        .       .    .
+        bf16  .      .          .    .           .        .       .    .
+        fp16  .      .          .    .           .        .       .    .
+        int8  .      .          .    .           x        x       x    .
+        int4  .      .          .    .           x        x       x    .
+        gguf  .      .          .    .           .        .       .    x
         """,
     )),
 }  # fmt: skip
@@ -95,7 +101,16 @@ def cells(grid: str) -> dict[tuple[str, str], str]:
     return {(row[0], placement): mark for row in rows for placement, mark in zip(placements, row[1:], strict=True)}
 
 
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the package that packed GGUF needs be found."""
+    package = ModuleType("kernels")
+    package.__spec__ = ModuleSpec("kernels", None)
+    monkeypatch.setitem(sys.modules, "kernels", package)
+
+
 @pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.usefixtures("kernels")
 def test_what_can_work_on_which_machine(name: str) -> None:
     on, grid = GRIDS[name]
     found = {names: MARKS[refused[0] if (refused := gate(case(*names), on)) else None] for names in COMBINATIONS}
@@ -105,6 +120,8 @@ def test_what_can_work_on_which_machine(name: str) -> None:
 @pytest.mark.parametrize(
     ("on", "names", "said"),
     [
+        (NO_GPU, ("bf16", "recommended"), "without a GPU it is the same as cpu"),
+        (AMPERE, ("gguf", "cpu"), "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor"),
         (NO_GPU, ("bf16", "direct"), "needs a GPU, and NVML knows none here"),
         (PASCAL, ("int8", "direct"), "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
         (AMPERE, ("int8", "gpu+cpu"), "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU"),
@@ -143,9 +160,12 @@ def test_an_old_second_card_is_in_the_way_only_of_what_uses_it(placement: str, r
 # The code
 
 
+OUR_MAP = {"model.embed": "gpu:0", "model.layers.0": "gpu:1", "model.layers.1": "cpu", "head": "disk"}
+
+
 def code_of(precision: str, placement: str, dtype: str = "bfloat16") -> str:
     limits = {"gpu:0": 5, "gpu:1": 6, "cpu": 7} if PLACEMENTS[placement].limits else None
-    return loading_code(PRECISIONS[precision], PLACEMENTS[placement], dtype, limits)
+    return loading_code(PRECISIONS[precision], PLACEMENTS[placement], dtype, limits, device_map=OUR_MAP)
 
 
 def keywords(code: str) -> dict[str, Any]:
@@ -183,6 +203,9 @@ def test_the_code_passes_on_what_the_tables_say_and_nothing_else(precision: str,
         expected["quantization_config"] = {**row.quantization}
         if precision == "int4":
             expected["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
+    if place.device_map == ROOM:
+        expected["device_map"] = {"model.embed": 0, "model.layers.0": 1, "model.layers.1": "cpu", "head": "disk"}
+        expected["offload_folder"] = "offload"
     if place.limits:
         expected["max_memory"] = {0: 5, 1: 6, "cpu": 7}
     if placement == "dispatch":
@@ -198,6 +221,20 @@ def test_the_code_is_the_same_each_time(precision: str, placement: str) -> None:
 
 def test_4_bit_computes_in_the_dtype_it_is_asked_for() -> None:
     assert keywords(code_of("int4", "direct", "float16"))["quantization_config"]["bnb_4bit_compute_dtype"] == "float16"
+
+
+def test_a_map_that_leaves_the_disk_alone_needs_no_folder_for_it() -> None:
+    code = loading_code(PRECISIONS["bf16"], PLACEMENTS["recommended"], "bfloat16", None, device_map={"": "gpu:0"})
+    assert keywords(code) == {"dtype": "bfloat16", "device_map": {"": 0}}
+
+
+def test_of_a_gguf_file_only_its_own_precision_keeps_the_blocks() -> None:
+    codes = {
+        name: loading_code(PRECISIONS[name], PLACEMENTS["cpu"], "float32", None, gguf_file="a.gguf") for name in ("bf16", "gguf")
+    }
+    quantization = {name: keywords(code)["quantization_config"] for name, code in codes.items()}
+    assert quantization == {"bf16": {"quant_method": "gguf", "dequantize": True}, "gguf": {"quant_method": "gguf"}}
+    assert {keywords(code)["gguf_file"] for code in codes.values()} == {"a.gguf"}
 
 
 def test_ram_to_gpu_moves_what_it_loaded() -> None:
@@ -370,7 +407,7 @@ def test_a_case_that_may_run_has_code_and_no_verdict_yet(precision: str, placeme
     plan = decide(case(precision, placement), AMPERE, SMALL)
     refused = gate(case(precision, placement), AMPERE)
     assert plan.case == case(precision, placement)
-    assert (plan.code is None) == (refused is not None)
+    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].device_map == ROOM)
     assert (plan.verdict, plan.why) == (refused or (Verdict.UNKNOWN, None))
 
 
@@ -387,7 +424,7 @@ def test_limits_are_in_the_plan_as_they_are_in_its_code(precision: str, placemen
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_before_the_model_is_here_only_what_needs_its_sizes_has_no_code(placement: str) -> None:
     plan = decide(case("bf16", placement), AMPERE, None)
-    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None)
+    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None or PLACEMENTS[placement].device_map == ROOM)
     assert plan.verdict is Verdict.UNKNOWN
 
 

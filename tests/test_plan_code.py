@@ -23,7 +23,7 @@ CASES = [
     f"{precision.name}/{placement.name}"
     for precision in PRECISIONS.values()
     for placement in PLACEMENTS.values()
-    if not precision.refuses.keys() & set(placement.traits)
+    if precision.holds_format("safetensors") and not precision.refuses.keys() & set(placement.traits)
 ]
 # Appended to a program: the most that its process ever had resident, in kB.
 PEAK = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
@@ -60,6 +60,8 @@ def run(program: str, folder: Path) -> tuple[str, int]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_printed_code_runs_in_the_memory_that_was_estimated(case: str, plans: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    if case not in plans:
+        pytest.skip("the same as another placement without a GPU")
     plan = plans[case]
     if plan["verdict"] not in ("fits", "tight"):
         pytest.skip(plan["why"])

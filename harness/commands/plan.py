@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness import commands
 from harness.case import Workload
 from harness.errors import UsageError, did_you_mean
-from harness.placement import PLACEMENTS
+from harness.placement import PLACEMENTS, distinct
 from harness.precision import PRECISIONS
 from harness.units import parse_size
 
@@ -41,7 +41,8 @@ _TIER_KEYS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="a catalog name, a hub id or a directory")
+    add("models", nargs="+", metavar="MODEL", help="a catalog name, a hub id, a directory or a GGUF file")
+    add("--file", metavar="NAME", help="this GGUF file of MODEL, where it has several")
     add(
         "--gpu",
         action="append",
@@ -80,10 +81,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
     constants = _constants(args, machine) if here else None
     advices = []
-    for source in [catalog.resolve(model) for model in args.models]:
+    if args.file and len(args.models) > 1:
+        raise UsageError("--file names a file of one model: name one MODEL, or the files by their paths")
+    for source in [catalog.resolve(model, args.file) for model in args.models]:
         drawn = blueprint.draw(source)
         planner = Planner(drawn, machine, here=here, constants=constants)
-        cases = _cases(drawn, precisions, placements, load, asked)
+        chosen = precisions if args.precision else [name for name in precisions if PRECISIONS[name].holds_format(drawn.file_format)]
+        places = placements if args.placement else distinct(placements, bool(machine.gpus))
+        cases = _cases(drawn, chosen, places, load, asked)
         advices.append(advise(source, planner, cases))
     return _print(advices, args, machine, load)
 
@@ -205,7 +210,7 @@ def _print_code(advice: Advice) -> None:
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    script = plan.script(_head(advice, one), one)
+    script = plan.script(_head(advice, one), one, advice.blueprint.gguf_file)
     print(script if one.verdict in GOOD else f"# {one.why}\n{script}", end="")
 
 

@@ -123,7 +123,7 @@ def _conclusion(advice: Advice, load: Workload) -> str:
     context = advice.planner.max_context(best)
     room = f" It holds a context of up to {context:,} tokens." if context else ""
     return (
-        f"Best: {case}: {advice.reason}.{room} {planned}\n"
+        f"Best: {case}: {advice.reason.removesuffix('.')}.{room} {planned}\n"
         f"To load it:   fitmatrix plan {name} --code {case}\nTo prove it:  pytest cases/ --model {name}"
     )
 
@@ -132,8 +132,8 @@ def _sayable(advice: Advice) -> str:
     """Write the model as an argument of a command: a directory by its path from here."""
     source = advice.source
     if source.kind != "directory":
-        return source.name
-    place = Path(source.location)
+        return f"{source.location} --file {shlex.quote(source.file)}" if source.file else source.name
+    place = Path(source.location) / (source.file or "")
     if not place.is_relative_to(Path.cwd()):
         return shlex.quote(source.location)
     inside = place.relative_to(Path.cwd())

@@ -99,7 +99,8 @@ def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:
     tokenizer = None
     if request.tokenizer:
         with phase("tokenizer"), _timed(seconds, "tokenizer_s"):
-            tokenizer = AutoTokenizer.from_pretrained(request.model, trust_remote_code=request.trust_remote_code)
+            given = {"gguf_file": request.gguf_file} if request.gguf_file else {}
+            tokenizer = AutoTokenizer.from_pretrained(request.model, trust_remote_code=request.trust_remote_code, **given)
     program = compile(request.code, "<loading code>", "exec")
     names: dict[str, Any] = {"MODEL": request.model}
     with phase("load"), _parts_timed(seconds), _timed(seconds, "load_s"):
@@ -173,12 +174,15 @@ def inspect(model: Model) -> Loaded:
 
 
 def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
-    """Sum the weights of the Linear modules by dtype, without the output embedding, which quantisers leave alone."""
+    """Sum the weights of the Linear modules by dtype, without the output embedding, which quantisers leave alone.
+
+    What replaces a Linear of a packed GGUF is none of torch's, and is known by its name: earlier versions have no such class.
+    """
     by_dtype: dict[str, int] = defaultdict(int)
     head = module.get_output_embeddings()
     for part in module.modules():
-        if isinstance(part, (torch.nn.Linear, Conv1D)) and part is not head:
-            weight = part.weight
+        if (isinstance(part, (torch.nn.Linear, Conv1D)) or type(part).__name__ == "GgufLinear") and part is not head:
+            weight = part.get_parameter("weight")
             by_dtype[_dtype(weight)] += weight.numel() * weight.element_size()
     return dict(by_dtype)
 

@@ -1,6 +1,7 @@
 """Build skeletons from configs, on the meta device with transformers' own classes.
 
     python -m harness.worker.skeleton < config.json > skeleton.json
+    python -m harness.worker.skeleton < {"gguf": {"metadata": ..., "tensors": [[name, shape, dtype], ...]}}
     python -m harness.worker.skeleton --catalog        # rewrites harness/data/skeletons.jsonl from harness/data/configs.json
 
 The model is built as `from_pretrained` builds it, in bfloat16, so a tensor of any other dtype is one whose dtype the model fixes.
@@ -252,11 +253,16 @@ def write_catalog() -> None:
 
 
 def main() -> None:
-    """Read a config from the standard input, or rebuild the catalog."""
+    """Read a config or the header of a GGUF from the standard input, or rebuild the catalog."""
     if sys.argv[1:] == ["--catalog"]:
         write_catalog()
-    else:
-        sys.stdout.buffer.write(msgspec.json.encode(build(json.load(sys.stdin))))
+        return
+    asked = json.load(sys.stdin)
+    if "gguf" in asked:
+        from harness.worker.gguf_config import config_of  # the gguf package is not needed for anything else here
+
+        asked = config_of(**asked["gguf"])
+    sys.stdout.buffer.write(msgspec.json.encode(build(asked)))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def _is_quantised(case: Case) -> bool:
 def _plans(models: dict[str, Path], here: Machine) -> Iterator[Plan]:
     for name, location in models.items():
         drawn = blueprint.of_checkpoint(name, str(location), checkpoint.read(location), location)
-        cases = [Case(model=name, precision=precision, placement="cpu", workload=WORK) for precision in PRECISIONS]
+        usual = [precision for precision, row in PRECISIONS.items() if row.holds_format("safetensors")]
+        cases = [Case(model=name, precision=precision, placement="cpu", workload=WORK) for precision in usual]
         yield from Planner(drawn, here).plans(cases)
 
 

@@ -21,7 +21,7 @@ POSSIBLE = [
     (precision.name, placement)
     for precision in PRECISIONS.values()
     for placement in PLACED
-    if not any(trait in precision.refuses for trait in PLACEMENTS[placement].traits)
+    if precision.holds_format("safetensors") and not any(trait in precision.refuses for trait in PLACEMENTS[placement].traits)
 ]
 
 
