@@ -133,12 +133,11 @@ def _name(result: Result) -> str:
 
 def _pair(name: str, before: Result | None, after: Result | None, limits: Mapping[str, float]) -> Pair:
     if before is None or after is None:
-        said = "not measured before" if before is None else "not measured any more"
         return Pair(
             id=name,
             before=before.outcome if before else None,
             after=after.outcome if after else None,
-            said=said,
+            said="not measured before" if before is None else "not measured any more",
             failed=False,
         )
     said, failed = _ends(before, after)
