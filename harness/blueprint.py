@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness import skeleton
+from harness import companions, skeleton
 from harness.case import Record
+from harness.companions import RemoteCode
 from harness.errors import UsageError
+from harness.files import Directory
 from harness.placement import Placement
 from harness.precision import PACKED_ARCHITECTURES, Precision
 from harness.skeleton import Skeleton
@@ -119,6 +121,7 @@ class Blueprint(Record, frozen=True, kw_only=True):
 
     `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantised already and
     whose headers were read. `note` says what the plan rests on where that is less than a skeleton from transformers.
+    `remote_code` is the code that the files ask for, `has_class` whether transformers has its own for this architecture.
     """
 
     name: str
@@ -132,6 +135,8 @@ class Blueprint(Record, frozen=True, kw_only=True):
     tensor_bytes: int | None = None
     tokenizer: bool = True
     note: str | None = None
+    remote_code: tuple[RemoteCode, ...] = ()
+    has_class: bool = True
     gguf: Gguf | None = None
 
     @property
@@ -176,7 +181,13 @@ def draw(source: Source) -> Blueprint:
 
 
 def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> Blueprint:
-    """Draw the blueprint of a checkpoint whose headers were read."""
+    """Draw the blueprint of a checkpoint whose headers were read; the files beside them in `directory` are checked as well.
+
+    Raises:
+        CheckpointError: the files do not belong together, or must not reach a library.
+    """
+    if directory is not None:
+        companions.check(Directory(directory))
     found, note, why = _skeleton_of(read)
     _check_same(read, found)
     gguf = _gguf(read, why) if read.files[0].format == "gguf" else None
@@ -193,6 +204,8 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         tensor_bytes=read.bytes if packed and not packed.unpacks else None,
         tokenizer=directory is None or _has_tokenizer(read, directory),
         note=note,
+        remote_code=read.remote_code,
+        has_class=_has_class(read.config, found),
         gguf=gguf,
     )
 
@@ -219,6 +232,16 @@ def _gguf(read: Checkpoint, why: str | None) -> Gguf:
         packed_bits=8 * sum(tensor.bytes for tensor in blocks) / weights if weights else 0.0,
         unloadable=why,
     )
+
+
+def _has_class(config: Mapping[str, Any], found: Skeleton) -> bool:
+    """Say whether the skeleton was built with a class that is registered for the config's own name, and so loads the model too.
+
+    Its name may add to that of the config: "gemma3_text", "chatglm2". Where the skeleton is that of another class with the same
+    shapes, nothing but the model's own code loads it.
+    """
+    kind = config.get("model_type")
+    return found.source.startswith("transformers") and bool(kind) and found.model_type.startswith(str(kind))
 
 
 def _check_same(read: Checkpoint, found: Skeleton) -> None:

@@ -233,9 +233,13 @@ def _unpack(packed: Path, member: str, build: Path) -> Path:
 
 def _convert(source: Path, directory: Path) -> None:
     """Convert in a child, for this process must not import torch. It needs neither GPU nor network."""
+    from harness.scratch import Scratch  # tempfile is slow to import
+
     command = [sys.executable, "-m", "harness.worker.convert", str(source), str(directory)]
     settings = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONIOENCODING": "utf-8"}
-    status, log = _run(command, directory.with_suffix(".log"), lambda: None, settings)
+    with Scratch() as scratch:  # importing torch makes a folder for temporary files
+        settings |= {"TMPDIR": str(scratch)}
+        status, log = _run(command, directory.with_suffix(".log"), lambda: None, settings)
     if not status:
         return
     if "No space left on device" in log:

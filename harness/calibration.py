@@ -84,12 +84,17 @@ def default() -> Calibration:
 def correct(results: Iterable[Result], machine: Machine | None = None, base: Calibration | None = None) -> Calibration:
     """Return the constants with the ratios that `results` show: those of `machine` alone, if it is given.
 
-    Only cases that ran to their end and carry an estimate count. A correction that was already in an estimate is taken out again,
-    so that it does not matter in which order results came.
+    Only cases that ran to their end and carry an estimate count; not those under a limit on RAM, whose files are read anew from the
+    disk. A correction that was already in an estimate is taken out again, so that it does not matter in which order results came.
     """
     found: dict[str, list[float]] = defaultdict(list)
     for result in results:
-        if result.outcome is Outcome.OK and result.estimate and (machine is None or _same(result.machine, machine)):
+        if (
+            result.outcome is Outcome.OK
+            and result.estimate
+            and result.case.ram_bytes is None
+            and (machine is None or _same(result.machine, machine))
+        ):
             for key, ratio in _ratios(result, result.estimate):
                 found[key].append(ratio)
     base = base or default()

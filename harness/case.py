@@ -5,7 +5,7 @@ in the name (`_bytes`, `_s`, `_tok_s`, `_j`); bytes are ints.
 
 History of the format of a result (`SCHEMA`):
 
-1. 2026-11: first.
+1. 2026-11: first. Fields that came later have a default, which is what a line without them means.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from enum import Enum
 from typing import Any
 
 import msgspec
+
+from harness.units import exact_size
 
 SCHEMA = 1
 
@@ -59,17 +61,25 @@ class Workload(Record, frozen=True, kw_only=True):
 
 
 class Case(Record, frozen=True, kw_only=True):
-    """One way of loading one model, by names."""
+    """One way of loading one model, by names, and what memory it may use: `vram_bytes` on each GPU, `ram_bytes`; None is all."""
 
     model: str
     precision: str
     placement: str
     workload: Workload = Workload()
+    vram_bytes: int | None = None
+    ram_bytes: int | None = None
+
+    @property
+    def place(self) -> str:
+        """The placement and the limits: `direct`, `gpu+cpu@vram8GiB@ram16GiB`."""
+        limits = (("vram", self.vram_bytes), ("ram", self.ram_bytes))
+        return self.placement + "".join(f"@{kind}{exact_size(size)}" for kind, size in limits if size is not None)
 
     @property
     def id(self) -> str:
-        """`model/precision/placement`."""
-        return f"{self.model}/{self.precision}/{self.placement}"
+        """`model/precision/placement`, with the limits where there are any."""
+        return f"{self.model}/{self.precision}/{self.place}"
 
 
 class Tier(Record, frozen=True, kw_only=True):
@@ -165,7 +175,8 @@ class Plan(Record, frozen=True, kw_only=True):
     """One case, decided: whether it can work here, and the code that loads it.
 
     `code` is Python that leaves the loaded model in the name `model`; it expects the model's id or directory in `MODEL`
-    (`harness.plan.script` prints it whole). `max_memory` and `device_map` are what that code passes on.
+    (`harness.plan.script` prints it whole). `max_memory` and `device_map` are what that code passes on. `remote_code` names the
+    code of the model that a library would run; it does only if it is `trusted`.
     """
 
     case: Case
@@ -175,13 +186,16 @@ class Plan(Record, frozen=True, kw_only=True):
     device_map: str | dict[str, str | int] | None = None
     max_memory: dict[str, int] | None = None
     estimate: Estimate | None = None
+    remote_code: list[str] = []
+    trusted: bool = False
 
 
 class Phase(Record, frozen=True, kw_only=True):
     """One phase of a case on the timeline, with the exact peaks that kernel and torch kept for it.
 
     `name` is import, load, cold, warm or score. `ram_peak_bytes` is the kernel's high-water mark (sampled on systems that
-    keep none: `sampled`); `vram` maps a tier's name to torch's peak of allocated and of reserved bytes.
+    keep none: `sampled`); `vram` maps a tier's name to torch's peak of allocated and of reserved bytes. `disk_read_bytes` came
+    from the disk meanwhile, pages of mapped weights among them; None where the system does not count.
     """
 
     name: str
@@ -190,6 +204,7 @@ class Phase(Record, frozen=True, kw_only=True):
     ram_peak_bytes: int | None = None
     ram_anon_bytes: int | None = None
     sampled: bool = False
+    disk_read_bytes: int | None = None
     vram_peak_bytes: dict[str, int] = {}
     vram_reserved_bytes: dict[str, int] = {}
 
@@ -266,7 +281,11 @@ class Loaded(Record, frozen=True, kw_only=True):
 
 
 class Result(Record, frozen=True, kw_only=True):
-    """What one case showed. One line of `results.jsonl`."""
+    """What one case showed. One line of `results.jsonl`.
+
+    `fingerprint` tells the files of the model from others, `allowed_s` are the time limits of the case by option, `failed` names
+    the tests that failed; all three are for `--resume`. `remote_code` names the model's own code that ran with it.
+    """
 
     schema: int = SCHEMA
     id: str
@@ -293,7 +312,11 @@ class Result(Record, frozen=True, kw_only=True):
     code: str | None = None
     command: str | None = None
     environment: dict[str, str] = {}
+    remote_code: list[str] = []
     log_tail: str = ""
+    fingerprint: str = ""
+    allowed_s: dict[str, float] = {}
+    failed: list[str] = []
 
 
 def encode(record: Record) -> bytes:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -18,6 +18,8 @@ from harness import cache
 from harness.cache import cache_dir as cache_dir
 from harness.case import Record
 from harness.errors import CheckpointError, UsageError, did_you_mean
+from harness.files import Directory
+from harness.private import clean_text
 from harness.progress import Report, silent
 from harness.progress import show_progress as show_progress
 
@@ -28,7 +30,8 @@ GGUF = ".gguf"
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{3,96}$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 # In the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+# What from_pretrained may read beside weights and code.
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 class Entry(Record, frozen=True, kw_only=True):
@@ -57,11 +60,11 @@ class Source(Record, frozen=True, kw_only=True):
 CATALOG = msgspec.toml.decode((Path(__file__).parent / "data/catalog.toml").read_bytes(), type=dict[str, Entry])
 
 
-def resolve(model: str, file: str | None = None) -> Source:
+def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Source:
     """Say where `model` comes from, without network: a name of the catalog, a directory, a GGUF file or a hub id.
 
     A name of the catalog wins over a directory of that name; write ./NAME for the directory. `file` picks one GGUF file of a
-    directory or a hub repository.
+    directory or a hub repository. Without `weights` a directory needs no more than its config.
 
     Raises:
         UsageError: no such name or directory.
@@ -76,9 +79,10 @@ def resolve(model: str, file: str | None = None) -> Source:
     directory = _directory(model)
     if directory:
         if directory.suffix == GGUF:
-            return Source(name=directory.stem, kind="directory", location=str(directory.parent), file=directory.name)
-        check_directory(directory)
-        return Source(name=directory.name or str(directory), kind="directory", location=str(directory))
+            return Source(name=clean_text(directory.stem), kind="directory", location=str(directory.parent), file=directory.name)
+        check_directory(directory, weights=weights)
+        # The name goes into results; somebody's home may be a model's directory.
+        return Source(name=clean_text(directory.name) or str(directory), kind="directory", location=str(directory))
     if _HUB_ID.fullmatch(model):
         return Source(name=model, kind="hub", location=model, hub_id=model)
     short = _short_names()
@@ -146,12 +150,14 @@ def cached(model: Source | str) -> Path | None:
     return _cached_snapshot(source.hub_id) if source.hub_id else cache.ready(source.name, _wheel(source))
 
 
-def check_directory(path: Path) -> None:
-    """Check by name that `path` holds a config and all of its weights, or a GGUF file.
+def check_directory(path: Path, *, weights: bool = True) -> None:
+    """Check by name that `path` holds a config and all of its `weights`, or a GGUF file.
 
     Raises:
         CheckpointError: it names what is missing.
     """
+    from harness.checkpoint import shards
+
     try:
         names = {file.name for file in path.iterdir() if file.is_file()}
     except OSError as error:
@@ -160,9 +166,11 @@ def check_directory(path: Path) -> None:
         return  # a GGUF file has its config within
     if "config.json" not in names:
         raise CheckpointError(path, "no config.json: give the directory that save_pretrained wrote or that was downloaded whole")
-    weights = _choose_weights(names)
-    if weights and weights.endswith(".index.json"):
-        _check_shards(path / weights)
+    if not weights:
+        return
+    chosen = _choose_weights(names)
+    if chosen and chosen.endswith(".index.json"):
+        shards(Directory(path), chosen)
     elif not any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names):
         raise CheckpointError(path, f"no weights ({_WEIGHTS[0]} or {_WEIGHTS[2]}): download the model again, whole")
 
@@ -211,33 +219,6 @@ def _choose_weights(names: Iterable[str]) -> str | None:
     return next((name for name in _WEIGHTS if name in names), None)
 
 
-def _check_shards(index: Path) -> None:
-    """Check that all shards that an index names lie beside it."""
-    shards = _shards(index)
-    missing = [name for name in shards if not (index.parent / name).is_file()]
-    if missing:
-        names = missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more"
-        raise CheckpointError(
-            index.parent, f"{names} of the {len(shards)} shards in {index.name} missing: download the model again, whole"
-        )
-
-
-def _shards(index: Path) -> list[str]:
-    """Read which files an index names; none may lie outside its directory."""
-    try:
-        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(index, f"not an index of weights ({error}): download it again") from error
-    outside = [name for name in names if name in ("", ".", "..") or PurePosixPath(name).name != name]
-    if outside or not names:
-        raise CheckpointError(index, f"not an index of weights (names {outside[0] if outside else 'nothing'!r})")
-    return names
-
-
-class _Index(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
-
-
 # ---- the hub ----------------------------------------------------------------------------------------------------------
 
 
@@ -265,13 +246,16 @@ def _download(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
     """Download the files that are needed and no others."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
+    from harness.checkpoint import shard_names
+
     # Without a time-out it would wait for ever for a hub that takes the connection and says nothing.
     info = HfApi().model_info(hub_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     names = _needed(hub_id, sizes, trust_remote_code)
     index = _choose_weights(sizes)
     if index and index.endswith(".index.json"):
-        names += _shards(Path(hf_hub_download(hub_id, index, revision=info.sha)))
+        downloaded = Path(hf_hub_download(hub_id, index, revision=info.sha))
+        names += shard_names(Directory(downloaded.parent), index)
     absent = _absent_bytes(hub_id, {name: sizes.get(name, 0) for name in names}, info.sha)
     cache.check_space(absent, Path(constants.HF_HUB_CACHE), "HF_HOME")
     step = f"{hub_id}: downloading"
@@ -306,7 +290,7 @@ def _needed(hub_id: str, names: Iterable[str], trust_remote_code: bool) -> list[
         raise UsageError(
             f"{hub_id} has no weights on the hub that transformers loads ({_WEIGHTS[0]} or {_WEIGHTS[2]}, or their index)"
         )
-    endings = (*_SMALL_FILES, ".py") if trust_remote_code else _SMALL_FILES
+    endings = (*SMALL_FILES, ".py") if trust_remote_code else SMALL_FILES
     return [name for name in names if name == weights or ("/" not in name and name.endswith(endings) and name not in _WEIGHTS)]
 
 

@@ -1,4 +1,4 @@
-"""What the container allows: memory and processors by cgroup v1 and v2, walking up from our own group.
+"""Control groups v1 and v2: what the container allows, walking up from our own group, and groups of our own that hold a case.
 
 `root` is where /proc and /sys are looked for; tests lay out trees of their own. Formats: cgroups(7), proc(5) and the kernel's
 admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
@@ -6,11 +6,17 @@ admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import itertools
 import math
+import mmap
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 ROOT = Path("/")
 _UNLIMITED = 1 << 60  # v1 says "no limit" with the largest multiple of a page that fits 63 bits
@@ -26,18 +32,32 @@ def memory(root: Path = ROOT) -> tuple[int | None, int | None]:
     What is left is the limit less what a group holds that the kernel cannot drop: page cache does not count, shared memory
     does. Both are bytes, None where nothing limits.
     """
-    limits: list[int] = []
-    left: list[int] = []
+    limits = _limits(root)
+    return min(limits.values(), default=None), _left(limits)
+
+
+def watch(root: Path = ROOT) -> Callable[[], int | None]:
+    """Return a function that says what is left below the limits of now, quickly: where nothing limits, it reads nothing."""
+    limits = _limits(root)
+    return lambda: _left(limits)
+
+
+def _limits(root: Path) -> dict[Path, int]:
+    """Return the limit on memory of every group that has one, by its folder."""
+    limits = {}
     for folder in _folders("memory", root):
-        stat = _read_stat(folder / "memory.stat")
         # v1 tells of limits above the part of the tree that a container can see
-        found = [*(_read_int(folder / name) for name in _LIMITS), stat.get("hierarchical_memory_limit")]
+        visible = _read_stat(folder / "memory.stat").get("hierarchical_memory_limit")
+        found = [*(_read_int(folder / name) for name in _LIMITS), visible]
         limit = min((size for size in found if size is not None and size < _UNLIMITED), default=None)
-        if limit is None:
-            continue
-        limits.append(limit)
-        left.append(max(limit - _held(folder, stat), 0))
-    return min(limits, default=None), min(left, default=None)
+        if limit is not None:
+            limits[folder] = limit
+    return limits
+
+
+def _left(limits: Mapping[Path, int]) -> int | None:
+    held = {folder: _held(folder, _read_stat(folder / "memory.stat")) for folder in limits}
+    return min((max(limit - held[folder], 0) for folder, limit in limits.items()), default=None)
 
 
 def cores(root: Path = ROOT) -> int:
@@ -46,6 +66,138 @@ def cores(root: Path = ROOT) -> int:
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     quotas = [quota for folder in _folders("cpu", root) if (quota := _quota(folder)) is not None]
     return max(min([count, *map(math.ceil, quotas)]), 1)
+
+
+class _Files(NamedTuple):
+    """The files of a group that hold its limits, what it has used and how often the kernel killed in it."""
+
+    limit: str
+    swap: str
+    peak: str
+    events: str
+
+
+_V1_FILES = _Files("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control")
+_V2_FILES = _Files("memory.max", "memory.swap.max", "memory.peak", "memory.events")
+_PREFIX = "fitmatrix"
+_GONE_S = 2.0  # a killed process leaves its group a moment after its end
+_numbers = itertools.count()
+
+
+class Group:
+    """A group made by `group`: what is in it uses no more memory than it may, page cache and all, and swap does not help."""
+
+    def __init__(self, folder: Path, files: _Files) -> None:
+        self._folder, self._files = folder, files
+
+    def add(self, pid: int) -> bool:
+        """Move a process of ours into the group, and say whether the kernel let us; what it holds stays charged to where it was."""
+        return self._write("cgroup.procs", pid)
+
+    def limit(self, limit_bytes: int) -> bool:
+        """Set the limit, and say whether it holds: v1 refuses one below what cannot be dropped, v2 kills. Swap is no way around."""
+        v1 = self._files is _V1_FILES  # which limits memory and swap together
+        holds = self._write(self._files.limit, max(limit_bytes, 0))
+        self._write(self._files.swap, max(limit_bytes, 0) if v1 else 0)  # a kernel may not count swap
+        return holds
+
+    def _write(self, name: str, value: int) -> bool:
+        try:
+            (self._folder / name).write_text(str(value))
+        except OSError:
+            return False
+        return True
+
+    @property
+    def oom_kills(self) -> int:
+        """How many processes the kernel has killed at the limit."""
+        return _read_stat(self._folder / self._files.events).get("oom_kill", 0)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most that the group has held, None where the kernel does not say."""
+        return _read_int(self._folder / self._files.peak)
+
+    def remove(self) -> None:
+        """Remove the group; a process that has just been killed leaves it within a moment. Does nothing twice."""
+        until_s = time.monotonic() + _GONE_S
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    self._folder.rmdir()
+                except OSError:
+                    if time.monotonic() < until_s:
+                        time.sleep(0.01)
+                        continue
+            return
+
+
+def group(limit_bytes: int, root: Path = ROOT) -> Group | None:
+    """Make an empty group with a limit below our own, or beside it where v2 allows none below; None where none can be made.
+
+    Removes what runs that are no more have left behind. The caller removes the group after its processes' end.
+    """
+    for folder, files in _parents(root):
+        _remove_leftovers(folder)
+        made = folder / f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
+        with contextlib.suppress(OSError):  # not ours to write, or a read-only file system
+            made.mkdir()
+            new = Group(made, files)
+            if new.limit(limit_bytes):
+                return new
+            new.remove()
+    return None
+
+
+def is_allowed() -> bool:
+    """Say whether a group can be made here."""
+    made = group(1 << 30)
+    if made is not None:
+        made.remove()
+    return made is not None
+
+
+def _parents(root: Path) -> Iterator[tuple[Path, _Files]]:
+    """Yield folders that groups with a limit on memory may stand in; v2 has them where `memory` is handed down."""
+    for depth, folder in enumerate(_folders("memory", root)):
+        if depth == 0 and (folder / _V1_FILES.limit).exists():
+            yield folder, _V1_FILES
+        elif "memory" in _read(folder / "cgroup.subtree_control").split():
+            yield folder, _V2_FILES
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for left in folder.glob(f"{_PREFIX}-*-*"):
+        owner = left.name.split("-")[1]
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
+            with contextlib.suppress(OSError):  # somebody lives in it
+                left.rmdir()
+
+
+def forget_files(folder: Path) -> int:
+    """Drop the page cache of the files in `folder`: who reads them next is charged for their pages.
+
+    Returns the bytes that stay, because another process has them mapped and is charged for them.
+    """
+    left = 0
+    for path in folder.iterdir():
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # pages that wait to be written cannot be dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                # of files that are neither ours nor ours to write, the kernel says nothing true (mincore(2))
+                left += _cached(file.fileno()) if os.access(path, os.W_OK) else 0
+    return left
+
+
+def _cached(descriptor: int) -> int:
+    """Return how many bytes of an open file are in the page cache."""
+    with mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(mapped)
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), pages)
+        del first
+        return sum(page & 1 for page in bytes(pages)) * mmap.PAGESIZE
 
 
 def _held(folder: Path, stat: dict[str, int]) -> int:

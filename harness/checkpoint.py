@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 
 from harness.case import Record
+from harness.companions import RemoteCode, remote_code
 from harness.errors import CheckpointError, UsageError, did_you_mean
-from harness.files import Directory, Folder, quote
+from harness.files import Directory, Folder, check_enclosed, quote
 from harness.headers import Tensor, read_config, read_index, read_safetensors
 from harness.quantized import describe, weights_in
 
@@ -54,12 +55,16 @@ class FileInfo(Record, frozen=True, kw_only=True):
 
 
 class Checkpoint(Record, frozen=True, kw_only=True):
-    """The files of a model. `path` is a local path or a hub id; `config` is config.json, or a GGUF's own metadata."""
+    """The files of a model. `path` is a local path or a hub id; `config` is config.json, or a GGUF's own metadata.
+
+    `remote_code` is the code that these files ask for; reading them runs none of it.
+    """
 
     path: str
     config: dict[str, Any]
     tensors: tuple[Tensor, ...]
     files: tuple[FileInfo, ...]
+    remote_code: tuple[RemoteCode, ...] = ()
 
     @property
     def distinct(self) -> Iterator[Tensor]:
@@ -165,7 +170,13 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
     parts = _read_files(folder, names)
     # As in transformers, a name that two shards hold means the later one.
     tensors = {tensor.name: tensor for _, found in parts for tensor in found}
-    return Checkpoint(path=path, config=config, tensors=tuple(tensors.values()), files=tuple(info for info, _ in parts))
+    return Checkpoint(
+        path=path,
+        config=config,
+        tensors=tuple(tensors.values()),
+        files=tuple(info for info, _ in parts),
+        remote_code=remote_code(folder, config),
+    )
 
 
 def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[Tensor]]]:
@@ -213,7 +224,7 @@ def _weight_files(folder: Folder, file: str | None) -> list[str]:
     if file is None:
         file = next((name for name in WEIGHTS if folder.size(name) is not None), None) or _only_gguf(folder)
     if file.endswith(".index.json"):
-        return _shards(folder, file)
+        return shards(folder, file)
     if Path(file).suffix not in FORMATS:
         raise UsageError(f"{folder.where}/{file} is no file of weights: name one that ends in {', '.join(FORMATS)}")
     if folder.size(file) is None:
@@ -236,21 +247,23 @@ def _only_gguf(folder: Folder) -> str:
     )
 
 
-def _shards(folder: Folder, index: str) -> list[str]:
+def shards(folder: Folder, index: str) -> list[str]:
+    """Return the names of the shards of an index, all of them there. Raises CheckpointError."""
+    return _present(folder, shard_names(folder, index), index)
+
+
+def shard_names(folder: Folder, index: str) -> list[str]:
+    """Return the names of the shards of an index, none of which leads out of the folder. Raises CheckpointError."""
     with closing(folder.open(index)) as blob:
         names = read_index(blob)
         where = blob.where
     for name in names:
-        parts = re.split(r"[/\\]", name)
-        if not name.isprintable() or not all(parts) or ".." in parts or ":" in parts[0] or not folder.encloses(name):
-            raise CheckpointError(
-                where, f"names the shard {quote(name)}, outside its directory: do not use it, or correct the index"
-            )
+        check_enclosed(folder, where, f"the shard {quote(name)}", name)
         if Path(name).suffix not in FORMATS or name.endswith(".gguf"):
             raise CheckpointError(
                 where, f"names the shard {quote(name)}, which is neither .safetensors nor .bin: correct the index"
             )
-    return _present(folder, names, index)
+    return names
 
 
 def _present(folder: Folder, names: list[str], wanted_by: str) -> list[str]:
@@ -279,6 +292,9 @@ def _config(folder: Folder) -> dict[str, Any]:
     for inner in (config, *(config.get(key) for key in INNER_CONFIGS)):
         if isinstance(inner, dict):
             _check_sizes(where, inner)
+            if not isinstance(inner.get("model_type"), str | None):
+                what = f"gives 'model_type' as {quote(inner['model_type'])}; it must be text"
+                raise CheckpointError(where, f"{what}: use the config.json that belongs to the weights")
     return config
 
 

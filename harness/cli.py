@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import harness
 from harness.commands import compare, hardware, inspect, plan, report, synth
 from harness.errors import HarnessError
+from harness.report.text import line
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except HarnessError as error:
-        print(f"fitmatrix: {error}", file=sys.stderr)
+        print(f"fitmatrix: {line(str(error))}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:  # the reader of our output has seen enough
         # Python flushes standard output once more at its end, and would complain.

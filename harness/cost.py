@@ -117,6 +117,7 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
     best = max(run, parts.weights + parts.loading.best) + parts.overhead.best
     low = parts.weights * (1 - rough) + parts.kv + parts.activation.low + parts.overhead.low
     high = max(parts.kv + parts.activation.high, parts.loading.high) + parts.weights * (1 + rough) + parts.overhead.high
+    needed = (parts.written, parts.written) if tier is not None and tier.kind == "disk" else (best, max(high, best))
     return TierEstimate(
         weights_bytes=parts.weights,
         kv_bytes=parts.kv,
@@ -128,8 +129,8 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
         low_bytes=int(min(low, best)),
         high_bytes=int(max(high, best)),
         capacity_bytes=capacity,
-        needed_bytes=int(best),
-        needed_high_bytes=int(max(high, best)),
+        needed_bytes=int(needed[0]),
+        needed_high_bytes=int(needed[1]),
     )
 
 

@@ -33,7 +33,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 QUANTIZER_BYTES: Mapping[str, float] = {"int8": 1, "int4": 0.5}
 # The part of the memory that transformers uses: of the only GPU and of the RAM when no `max_memory` is given; of everything
 # once more under bitsandbytes, for what quantising needs.
-_MARGIN = 0.9
+MARGIN = 0.9
 
 
 def infer(
@@ -60,7 +60,7 @@ def infer(
     sizes = measure(skeleton, dtype, quantizer, weights)
     budgets = _budgets(skeleton, sizes, strategy, max_memory, free or {})
     if quantizer is not None:
-        budgets = {device: size * _MARGIN for device, size in budgets.items()}
+        budgets = {device: size * MARGIN for device, size in budgets.items()}
     return merge(_Pour(skeleton, sizes, budgets).run())
 
 
@@ -119,7 +119,7 @@ def _budgets(
     given = free if max_memory is None else max_memory
     budgets = _in_order({device: parse_size(size) if isinstance(size, str) else size for device, size in given.items()})
     if max_memory is None and "cpu" in budgets:
-        budgets["cpu"] *= _MARGIN
+        budgets["cpu"] *= MARGIN
     accelerators = [device for device, size in budgets.items() if device not in ("cpu", "disk") and size > 0]
     if strategy == "sequential" or not accelerators:
         return budgets
@@ -127,7 +127,7 @@ def _budgets(
         # The first numbered device, even if it is another that has room.
         number = next((device for device in budgets if isinstance(device, int)), None)
         if number is not None:
-            budgets[number] *= _MARGIN
+            budgets[number] *= MARGIN
     low_zero = strategy == "balanced_low_0" and len(accelerators) > 1
     return _balance(budgets, sizes, _largest_share(skeleton, sizes), len(accelerators), low_zero)
 

@@ -81,6 +81,13 @@ def of_phases(phases: Sequence[Phase]) -> dict[str, float]:
     return {key: value for key, value in figures.items() if value is not None}
 
 
+def rereads(phases: Sequence[Phase], passes: int) -> dict[str, float]:
+    """Return what a token reads from the disk in the warm rounds of so many passes each; nothing where it reads none."""
+    warm = [phase.disk_read_bytes for phase in phases if phase.name == "warm" and phase.disk_read_bytes is not None]
+    read = statistics.median(warm) / passes if warm else 0.0
+    return {"token_disk_bytes": read} if read else {}
+
+
 def _highest(values: Iterable[int | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 

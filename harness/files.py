@@ -7,6 +7,7 @@ and leaves the parsers, as a `CheckpointError` that names it.
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Protocol
@@ -117,7 +118,7 @@ class Directory:
         try:
             root = self.path.resolve()
             target = (root / name).resolve()
-        except (OSError, RuntimeError):  # a loop of links is a RuntimeError before Python 3.13
+        except (OSError, RuntimeError, ValueError):  # a loop of links is a RuntimeError before Python 3.13
             return False
         in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
         return target.is_relative_to(root) or in_cache
@@ -227,6 +228,13 @@ def quote(value: object, most: int = 60) -> str:
 def damaged(blob: Blob, what: str) -> CheckpointError:
     """Return the error for a file whose contents contradict themselves."""
     return CheckpointError(blob.where, f"{what}: the file is damaged; {DOWNLOAD_AGAIN}")
+
+
+def check_enclosed(folder: Folder, where: str, what: str, name: str) -> None:
+    """Refuse a name, found in the file `where`, that leads out of its folder; `what` is how the error calls it."""
+    parts = re.split(r"[/\\]", name)
+    if not name.isprintable() or not all(parts) or ".." in parts or ":" in parts[0] or not folder.encloses(name):
+        raise CheckpointError(where, f"names {what}, outside its directory: do not use it, or correct the file")
 
 
 def check_present(blob: Blob) -> None:

@@ -26,7 +26,7 @@ class Sums:
 
     `held` in memory; `read` by one token; `made` anew while loading; `viewed`, still pages of the file, and of them `viewed_used`,
     which some token reads in full. `stored` in the file, `made_from` of what is made anew. `quantised` in 16 bits, `kept_copies`
-    of that what the heap may keep, as of the parts of what is `stacked`.
+    of that what the heap may keep, as of the parts of what is `stacked`. `joined` is the part of `held` that is made by stacking.
     """
 
     held: float = 0
@@ -39,6 +39,7 @@ class Sums:
     quantised: float = 0
     kept_copies: float = 0
     stacked: float = 0
+    joined: float = 0
 
     def add(self, other: Sums) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -52,6 +53,7 @@ class Sums:
         self.quantised += other.quantised
         self.kept_copies += other.kept_copies
         self.stacked += other.stacked
+        self.joined += other.joined
 
 
 class Inventory:
@@ -155,6 +157,7 @@ class Inventory:
             made_from=stored if in_file and makes else 0,
             quantised=copies,
             stacked=self._parts_kept(weight, size),
+            joined=size if self._stacks(weight) else 0,
             kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
         )
 

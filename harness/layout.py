@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from harness.case import Machine
-from harness.devicemap import Device, device_of, infer
+from harness.devicemap import MARGIN, Device, device_of, infer
 from harness.placement import Placement
 from harness.skeleton import Skeleton
 
 # What nobody told us the size of is taken as endless for the map; the verdict says that it is unknown.
 ENDLESS = 1 << 50
-# transformers leaves a tenth of the RAM alone where no max_memory is given; accelerate's own dispatch takes all of it.
-_TRANSFORMERS_SHARE = 0.9
 
 
 def device_map(
@@ -45,7 +43,7 @@ def _free(placement: Placement, machine: Machine) -> dict[Device, int]:
         device(tier.name): tier.capacity_bytes or ENDLESS for tier in machine.tiers if tier.kind in ("gpu", "cpu")
     }
     if placement.call == "load_checkpoint_and_dispatch" and "cpu" in free:
-        free["cpu"] = int(free["cpu"] / _TRANSFORMERS_SHARE)
+        free["cpu"] = int(free["cpu"] / MARGIN)  # accelerate's own dispatch takes all of the RAM
     return free
 
 

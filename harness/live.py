@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from harness.case import Outcome, Result
 from harness.meters import Sample
 from harness.metrics import format_metric
+from harness.report import text
 from harness.report.figures import status
 from harness.units import format_size
 
@@ -63,12 +64,12 @@ class LiveLine:
                     self._draw("")
                     self._is_drawn = False
 
-    def _draw(self, text: str) -> None:
+    def _draw(self, words: str) -> None:
         if self._terminal is None:
             return
         try:
             width = os.get_terminal_size(self._terminal).columns or 80
-            os.write(self._terminal, f"{_BELOW}{text[: width - 1]}{_BACK}".encode())
+            os.write(self._terminal, f"{_BELOW}{words[: width - 1]}{_BACK}".encode(errors="replace"))
         except OSError:  # the terminal is gone, and the run goes on without it
             self.close()
 
@@ -88,23 +89,23 @@ def line(run: Run, sample: Sample, number: int, total: int) -> str:
     seconds = int(run.seconds)
     memory = [f"{tier} {format_size(size)}" for tier, size in sorted(sample.vram_bytes.items())]
     memory.append(f"RAM {format_size(sample.ram_bytes)}")
-    return "  ".join([run.plan.case.id, f"{number}/{total}", phase, f"{seconds // 60:02d}:{seconds % 60:02d}", *memory])
+    return text.line("  ".join([run.plan.case.id, f"{number}/{total}", phase, f"{seconds // 60:02d}:{seconds % 60:02d}", *memory]))
 
 
 def summary(result: Result) -> str:
     """Return what a case showed in one line, e.g. ``works  8.10 GiB VRAM  1.20 GiB RAM  23.1 tokens/s  intact``."""
     word = status(result).word
     if result.outcome is not Outcome.OK:
-        return f"{word}: {result.why}" if result.why else word
+        return f"{word}: {text.line(result.why)}" if result.why else word
     shown = [word]
-    for key, text in (
+    for key, form in (
         ("vram_peak_bytes", "{} VRAM"),
         ("ram_peak_bytes", "{} RAM"),
         ("ready_s", "ready {}"),
         ("decode_tok_s", "{}"),
     ):
         if key in result.metrics:
-            shown.append(text.format(format_metric(key, result.metrics[key])))
+            shown.append(form.format(format_metric(key, result.metrics[key])))
     if result.quality is not None:
         shown.append(result.quality.verdict)
     return "  ".join(shown + (["noisy"] if result.noisy else []))

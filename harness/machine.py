@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from msgspec.structs import replace
 
 from harness import bandwidth, cgroup, nvml
-from harness.case import Machine, Record, Tier
+from harness.case import Case, Machine, Record, Tier
 from harness.profiles import LANE_BYTES_PER_S, known_gpu, machine_name, profile
 
-__all__ = ["Link", "links", "probe", "profile", "versions"]
+__all__ = ["Link", "limited", "links", "probe", "profile", "versions"]
 
 PACKAGES = (
     "fitmatrix",
@@ -69,6 +70,17 @@ def probe(
     cpu, disk = _cpu_tier(ram_bytes, root, cores, measure), _disk_tier((scratch or Path.cwd()).absolute(), measure)
     tiers = (*gpus, cpu, disk)
     return Machine(name=machine_name(tiers, cores), tiers=tiers, cpu=_cpu_model(root), cores=cores, system=_system(), driver=driver)
+
+
+def limited(probed: Machine, case: Case) -> Machine:
+    """Return the machine as a case sees it that may use less than all: with the limits on its tiers, by the same name."""
+    most = {"gpu": case.vram_bytes, "cpu": case.ram_bytes}
+    tiers = tuple(_limited(tier, size) if (size := most.get(tier.kind)) is not None else tier for tier in probed.tiers)
+    return replace(probed, tiers=tiers)
+
+
+def _limited(tier: Tier, most: int) -> Tier:
+    return replace(tier, limit_bytes=min(most, tier.limit_bytes or most))
 
 
 def links() -> tuple[Link, ...]:

@@ -89,6 +89,15 @@ def peak_bytes() -> int:
     raise ProcessLookupError("no VmHWM in /proc/self/status")
 
 
+def disk_read_bytes() -> int | None:
+    """Return how many bytes this process has had fetched from the disk, page faults included (proc(5), io); None elsewhere."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:  # another system, or a container that hides it
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
+
+
 class Gpus:
     """NVML's view of the cards that CUDA sees: memory of one process, and energy. Without NVML every figure is absent."""
 

@@ -86,6 +86,12 @@ METRICS: Mapping[str, Metric] = {
         how="torch.cuda.max_memory_allocated of the load phase, the fullest GPU",
     ),
     "disk_bytes": Metric(label="weights on disk", unit="bytes", better="lower", how="bytes of the parameters that stay on disk"),
+    "token_disk_bytes": Metric(
+        label="read from the disk per token",
+        unit="bytes",
+        better="lower",
+        how="bytes that the kernel fetched in the warm rounds / passes: weights in RAM that memory is too short for are read anew",
+    ),
     "energy_j": Metric(
         label="energy", unit="j", better="lower", how="NVML's energy counter over as many warm rounds as were asked for"
     ),

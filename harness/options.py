@@ -16,6 +16,7 @@ from harness.catalog import DEFAULT
 from harness.errors import UsageError, did_you_mean
 from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS
+from harness.units import parse_size
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -65,6 +66,15 @@ def _at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise UsageError(f"{text!r} is none of {', '.join(words)}")
+        return text
+
+    return parse
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -89,6 +99,13 @@ OPTIONS: tuple[Option, ...] = (
         repeat=True,
         default=(DEFAULT,),
         metavar="MODEL",
+    ),
+    Option(
+        name="weights",
+        help="real ones, or synthetic: random weights of the model's true shape, made here without a download (default real)",
+        parse=_one_of("real", "synthetic"),
+        default="real",
+        metavar="KIND",
     ),
     Option(
         name="precision",
@@ -116,7 +133,23 @@ OPTIONS: tuple[Option, ...] = (
         default=5,
         metavar="N",
     ),
+    Option(
+        name="vram",
+        help="let each case use so much of each GPU, as a card of that size, e.g. 8GiB (repeatable; default all)",
+        parse=parse_size,
+        repeat=True,
+        default=(),
+        metavar="SIZE",
+    ),
+    Option(name="ram", help="let each case use so much RAM, e.g. 16GiB (default all)", parse=parse_size, metavar="SIZE"),
     Option(name="case-timeout", help="seconds that one case may take (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
+    Option(
+        name="phase-timeout",
+        help="seconds that one phase of a case may take: loading, a round, the probe (default 900)",
+        parse=_seconds,
+        default=900.0,
+        metavar="S",
+    ),
     Option(
         name="results",
         help="directory to append results.jsonl to (default fitmatrix-results)",
@@ -125,7 +158,24 @@ OPTIONS: tuple[Option, ...] = (
         metavar="DIR",
     ),
     Option(name="html", help="where to write the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
-    Option(name="run-all", help="also run what the plan expects to fail", switch=True, default=False),
+    Option(
+        name="trust-remote-code",
+        help="let code that comes with a model run (its config's or tokenizer's auto_map, a generate of its own)",
+        switch=True,
+        default=False,
+    ),
+    Option(
+        name="resume",
+        help="keep the results that still hold, and run what is missing, has changed, crashed or failed",
+        switch=True,
+        default=False,
+    ),
+    Option(
+        name="run-all",
+        help="also run what the plan expects to fail, and with --resume what ran out of memory",
+        switch=True,
+        default=False,
+    ),
     Option(name="fail-on-oom", help="let running out of memory fail the test", switch=True, default=False),
 )
 
@@ -169,7 +219,7 @@ class Options:
 
     def command(self) -> str:
         """Return the options of the command line that repeats this run, those of single cases left out."""
-        skip = {"model", "precision", "placement", "results", "html"}
+        skip = {"model", "precision", "placement", "vram", "ram", "results", "html", "resume"}
         words: list[str] = []
         for option in OPTIONS:
             value = self._values[option.key]

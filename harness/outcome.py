@@ -7,16 +7,19 @@ import signal
 from collections.abc import Callable
 
 from harness.case import Outcome, Record
+from harness.guard import Breach
 from harness.protocol import Failed
-from harness.units import format_seconds
+from harness.units import exact_size, format_seconds, format_size
 
 
 class Evidence(Record, frozen=True, kw_only=True):
     """What is known of an end.
 
     `failed` is the worker's own report, `exit_code` that of its process (negative: the signal), `ended_by` the reason why we
-    ended it ("timeout", "protocol") or None, `oom_kills` how many processes the kernel killed for want of memory
-    meanwhile, `log_tail` the last of its output.
+    ended it ("timeout", "phase timeout", "protocol", a rule of the guard), "fork server" if that was ended by somebody else, or
+    None; `limit_s` is the limit that was reached, `breach` what the guard saw, `oom_kills` how many processes the kernel killed for
+    want of memory meanwhile, `group_kills` those in the case's own group, which may hold `ram_bytes`, `log_tail` the last of the
+    output.
     """
 
     phase: str
@@ -24,23 +27,42 @@ class Evidence(Record, frozen=True, kw_only=True):
     exit_code: int | None = None
     ended_by: str | None = None
     oom_kills: int = 0
+    breach: Breach | None = None
+    group_kills: int = 0
+    ram_bytes: int | None = None
     limit_s: float | None = None
     log_tail: str = ""
 
 
 _OOM_TYPES = {"OutOfMemoryError", "MemoryError"}
-# Words of CUDA, cuBLAS, cuDNN, torch's CPU allocator, libstdc++ and the kernel (ENOMEM) for memory that is not there.
+# Words for memory that is not there, of errors whose type says nothing.
 _OOM_WORDS = re.compile(
-    r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
-    r"|DefaultCPUAllocator: (?:can't allocate|not enough) memory|std::bad_alloc|Cannot allocate memory",
+    "|".join(
+        (
+            r"(?:CUDA|HIP|XPU|MPS backend) out of memory",  # torch's allocators before they had a type
+            r"(?:CUDA|CUDA driver|HIP) error: out of memory|cudaErrorMemoryAllocation",
+            r"CU(?:BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED",
+            r"CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # its workspace found no room
+            r"NVML_SUCCESS == .* INTERNAL ASSERT FAILED at .*CUDACachingAllocator",  # out of memory, and the report of it failed
+            r"DefaultCPUAllocator: (?:can't allocate|not enough) memory",
+            r"std::bad_alloc",  # libstdc++
+            r"memory allocation of \d+ bytes failed",  # Rust: safetensors, tokenizers
+            r"Cannot allocate memory",  # the kernel's ENOMEM
+        )
+    )
 )
+# bitsandbytes prints what CUDA says and calls exit(1).
+_OOM_LAST_WORDS = re.compile(r"Error out of memory at line \d+ in file \S+\.cu")
+_DISK_WORDS = re.compile(r"No space left on device|Disk quota exceeded")
 _UNSUPPORTED_TYPES = {"ImportError", "NotImplementedError"}
-_UNSUPPORTED_WORDS = re.compile(r"not supported|does not support|unsupported|does not recognize this architecture", re.IGNORECASE)
+_UNSUPPORTED_WORDS = re.compile(
+    r"not supported|does not support|unsupported|does not recognize this architecture|pass the argument `trust_remote_code=True`",
+    re.IGNORECASE,
+)
 _SIGNALS = {
     "SIGILL": "illegal instruction: a library was built for another processor",
     "SIGSEGV": "segmentation fault",
-    "SIGABRT": "aborted",
-    "SIGBUS": "bus error",
+    "SIGBUS": "bus error: a mapped file was cut short, or its disk is full",
     "SIGFPE": "arithmetic fault",
 }
 
@@ -68,7 +90,35 @@ def _raised(evidence: Evidence, types: set[str], words: re.Pattern[str]) -> bool
 
 
 def _aborted_for_memory(evidence: Evidence) -> bool:
-    return _signal(evidence) == "SIGABRT" and bool(_OOM_WORDS.search(evidence.log_tail))
+    if _signal(evidence) == "SIGABRT":
+        return bool(_OOM_WORDS.search(evidence.log_tail))
+    return (evidence.exit_code or 0) > 0 and bool(_OOM_LAST_WORDS.search(evidence.log_tail))
+
+
+def _disk_is_full(evidence: Evidence) -> bool:
+    return evidence.failed is not None and bool(_DISK_WORDS.search(evidence.failed.message))
+
+
+def _last_words(evidence: Evidence) -> str:
+    """Return the last line of the output, before the stack that faulthandler adds."""
+    lines = evidence.log_tail.partition("Fatal Python error:")[0].split("\n")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f", and said last: {said[:300]}" if said else ""
+
+
+# What the rules of the guard say of a case that they ended: value and limit.
+_BREACHES = {
+    "ram-limit": "it held {0} that cannot be dropped, and --ram allows {1}",
+    "vram-limit": "the process held {0} on one GPU, and --vram allows {1}",
+    "machine-memory": "it was ended when the machine had only {0} left, of which {1} are kept free",
+}
+
+
+def _breached(evidence: Evidence) -> str:
+    breach = evidence.breach
+    assert breach is not None
+    said = _BREACHES[breach.rule].format(format_size(breach.value_bytes), format_size(breach.limit_bytes))
+    return f"out of memory during {evidence.phase}: {said}"
 
 
 Row = tuple[Callable[[Evidence], bool], Outcome, Callable[[Evidence], str]]
@@ -77,12 +127,23 @@ TABLE: tuple[Row, ...] = (
     (
         lambda e: e.ended_by == "timeout",
         Outcome.TIMEOUT,
-        lambda e: f"{e.phase} was not done after {format_seconds(e.limit_s or 0)} (--case-timeout)",
+        lambda e: f"{e.phase} was not done when the case had taken {format_seconds(e.limit_s or 0)} (--case-timeout)",
+    ),
+    (
+        lambda e: e.ended_by == "phase timeout",
+        Outcome.TIMEOUT,
+        lambda e: f"{e.phase} was not done after {format_seconds(e.limit_s or 0)} (--phase-timeout)",
     ),
     (lambda e: e.ended_by == "protocol", Outcome.CRASH, lambda e: f"the worker spoke nonsense during {e.phase}"),
+    (lambda e: e.breach is not None and e.ended_by == e.breach.rule, Outcome.OOM, _breached),
+    (
+        lambda e: _signal(e) == "SIGKILL" and e.group_kills > 0,
+        Outcome.OOM,
+        lambda e: f"out of memory during {e.phase}: it needed more than --ram {exact_size(e.ram_bytes or 0)} allows",
+    ),
     (lambda e: _raised(e, _OOM_TYPES, _OOM_WORDS), Outcome.OOM, lambda e: f"out of memory during {e.phase}: {_said(e)}"),
     (
-        lambda e: _signal(e) == "SIGKILL" and e.oom_kills > 0,
+        lambda e: (_signal(e) == "SIGKILL" or e.ended_by == "fork server") and e.oom_kills > 0,
         Outcome.OOM,
         lambda e: f"out of memory during {e.phase}: the kernel killed the process",
     ),
@@ -96,13 +157,32 @@ TABLE: tuple[Row, ...] = (
         Outcome.UNSUPPORTED,
         lambda e: f"not supported, says the library during {e.phase}: {_said(e)}",
     ),
+    (
+        _disk_is_full,
+        Outcome.CRASH,
+        lambda e: f"the disk is full, {e.phase} failed: {_said(e)}; set TMPDIR to a directory on a larger disk",
+    ),
     (lambda e: e.failed is not None, Outcome.CRASH, lambda e: f"{e.phase} failed: {_said(e)}"),
+    (
+        lambda e: e.ended_by == "fork server",
+        Outcome.CRASH,
+        lambda e: f"the process died during {e.phase}: its fork server was killed from outside",
+    ),
+    (
+        lambda e: _signal(e) == "SIGABRT",
+        Outcome.CRASH,
+        lambda e: f"the process died during {e.phase}: aborted (SIGABRT){_last_words(e)}",
+    ),
     (
         lambda e: _signal(e) is not None,
         Outcome.CRASH,
         lambda e: f"the process died during {e.phase}: {_SIGNALS.get(_signal(e) or '', 'killed from outside')} ({_signal(e)})",
     ),
-    (lambda _: True, Outcome.CRASH, lambda e: f"the process ended during {e.phase} with exit code {e.exit_code}"),
+    (
+        lambda _: True,
+        Outcome.CRASH,
+        lambda e: f"the process ended during {e.phase} with exit code {e.exit_code}{_last_words(e)}",
+    ),
 )
 
 

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.case import Case, Machine, Plan, Verdict
+from harness.devicemap import MARGIN
 from harness.placement import PLACEMENTS, ROOM, Placement
 from harness.precision import PRECISIONS, Precision
+from harness.units import exact_size, format_size
 
 if TYPE_CHECKING:
     from harness.catalog import Source
@@ -37,10 +39,24 @@ def gate(case: Case, machine: Machine, here: bool = True) -> tuple[Verdict, str]
         return Verdict.UNAVAILABLE, f"without a GPU it is the same as {placement.without_gpu}"
     if placement.needs_gpu and not machine.gpus:
         return Verdict.UNAVAILABLE, "needs a GPU, and NVML knows none here"
+    if beyond := _beyond(case, machine):
+        return Verdict.UNAVAILABLE, beyond
     for package in precision.needs if here else ():
         if importlib.util.find_spec(package) is None:
             return Verdict.UNAVAILABLE, f"needs the package {package}: pip install {package}"
     return _too_old(precision, placement, machine)
+
+
+def _beyond(case: Case, machine: Machine) -> str | None:
+    """Say why a limit cannot be emulated here: there must be at least as much memory, else the result is of another size."""
+    if case.vram_bytes is not None and not machine.gpus:
+        return f"--vram {exact_size(case.vram_bytes)} limits a GPU, and NVML knows none here"
+    for tier in machine.tiers:
+        option, limit = {"gpu": ("--vram", case.vram_bytes), "cpu": ("--ram", case.ram_bytes)}.get(tier.kind, ("", None))
+        there = tier.total_bytes if tier.free_bytes is None else tier.free_bytes
+        if limit is not None and there is not None and limit > there:
+            return f"{option} {exact_size(limit)} is more than {tier.name} has free, {format_size(there)}"
+    return None
 
 
 def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tuple[Verdict, str] | None:
@@ -108,6 +124,20 @@ def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
     }
 
 
+def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes]) -> dict[str, int] | None:
+    """Return the `max_memory` to load with: by the placement's own rule, or so that "auto" heeds limits that it does not see.
+
+    None where the libraries may look for themselves. Under a limit they are given what they would take of a machine of that size.
+    """
+    if placement.limits is not None:
+        return LIMITS[placement.limits](sizes(), machine)
+    tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu") and tier.capacity_bytes is not None]
+    if placement.device_map != "auto" or all(tier.limit_bytes is None for tier in tiers):
+        return None
+    takes_all = {"cpu": placement.call == "load_checkpoint_and_dispatch", "gpu": len(machine.gpus) > 1}
+    return {tier.name: int((tier.capacity_bytes or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
+
+
 LIMITS: Mapping[str, Callable[[Sizes, Machine], dict[str, int]]] = {
     "spill-to-cpu": _spill_to_cpu,
     "spill-to-disk": _spill_to_disk,
@@ -122,16 +152,14 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
-    max_memory = None
     if placement.device_map == ROOM or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
-    if placement.limits and checkpoint is not None:
-        max_memory = LIMITS[placement.limits](Sizes(checkpoint, dtype), machine)
+    limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))
     return Plan(
         case=case,
         verdict=Verdict.UNKNOWN,
-        code=loading_code(precision, placement, dtype, max_memory),
-        max_memory=max_memory,
+        code=loading_code(precision, placement, dtype, limits),
+        max_memory=limits,
     )
 
 
@@ -143,11 +171,14 @@ def loading_code(
     *,
     device_map: Mapping[str, str | int] | None = None,
     gguf_file: str | None = None,
+    trusted: bool | None = None,
 ) -> str:
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
     `device_map` gives tiers by module, for a placement whose map is computed here.
     Of a GGUF file a precision that quantises nothing asks for the weights unpacked: transformers' default depends on the machine.
+    `trusted` says whether the model's own code may run, None where it has none. It is always said where there is some: left out,
+    transformers would ask at the terminal.
     """
     arguments: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     arguments["dtype"] = dtype
@@ -163,7 +194,9 @@ def loading_code(
     if max_memory is not None:
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
     if placement.call == "load_checkpoint_and_dispatch":
-        return _dispatch_code(arguments)
+        return _dispatch_code(arguments, trusted)
+    if trusted is not None:
+        arguments["trust_remote_code"] = trusted
     lines = ["from transformers import AutoModelForCausalLM", "", "model = AutoModelForCausalLM.from_pretrained("]
     lines += ["    MODEL,", *_written(arguments), ")"]
     if placement.call == "to":
@@ -178,15 +211,15 @@ def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return given
 
 
-def _dispatch_code(arguments: Mapping[str, Any]) -> str:
-    dtype = arguments["dtype"]
+def _dispatch_code(arguments: Mapping[str, Any], trusted: bool | None) -> str:
+    dtype, trust = arguments["dtype"], _trust(trusted)
     lines = [
         "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
         "from transformers import AutoConfig, AutoModelForCausalLM",
         "",
-        "config = AutoConfig.from_pretrained(MODEL)",
+        f"config = AutoConfig.from_pretrained(MODEL{trust})",
         "with init_empty_weights():",
-        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)})",
+        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)}{trust})",
         "model.tie_weights()",
         "model = load_checkpoint_and_dispatch(",
         "    model,",
@@ -198,17 +231,26 @@ def _dispatch_code(arguments: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _trust(trusted: bool | None) -> str:
+    return "" if trusted is None else f", trust_remote_code={trusted}"
+
+
 def _written(arguments: Mapping[str, Any]) -> list[str]:
     return [f"    {name}={_literal(value)}," for name, value in arguments.items()]
 
 
 def _literal(value: Any) -> str:
-    """Write a value as Python with double quotes; JSON escapes a string as Python reads it."""
+    """Write a value as Python with double quotes; JSON escapes a string as Python reads it; so is what cannot be seen."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return "".join(letter if letter.isprintable() else _escaped(letter) for letter in json.dumps(value, ensure_ascii=False))
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
     return repr(value)
+
+
+def _escaped(letter: str) -> str:
+    """Write a letter that turns a line around, or that no screen shows, by its number."""
+    return f"\\u{ord(letter):04x}" if ord(letter) < 1 << 16 else f"\\U{ord(letter):08x}"
 
 
 def _device(tier: str) -> str | int:
@@ -224,10 +266,11 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     load = one.case.workload
     places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
     device = "cuda" if any(str(place).startswith("gpu") for place in places) else "cpu"
+    told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{f', gguf_file={_literal(gguf_file)}' if gguf_file else ''})",
+        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{told}{_trust(one.trusted if one.remote_code else None)})",
         f'inputs = tokenizer(["The capital of France is"] * {load.batch}, return_tensors="pt").to("{device}")',
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",

@@ -13,6 +13,7 @@ from harness.calibration import Calibration, Constant
 from harness.case import Case, Estimate, Machine, Plan, Record, TierEstimate, Verdict, Workload
 from harness.catalog import Source
 from harness.devicemap import Device
+from harness.files import quote
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
 from harness.placement import PLACEMENTS, ROOM, Placement
@@ -32,10 +33,21 @@ _TRIES = 4
 
 
 class Planner:
-    """Plans cases of one model on one machine; what they share is counted once."""
+    """Plans cases of one model on one machine; what they share is counted once.
 
-    def __init__(self, blueprint: Blueprint, machine: Machine, *, here: bool = True, constants: Calibration | None = None) -> None:
-        self.blueprint, self.machine, self.here = blueprint, machine, here
+    `trust` lets the model's own code run when it is loaded; planning never runs any.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        machine: Machine,
+        *,
+        here: bool = True,
+        constants: Calibration | None = None,
+        trust: bool = False,
+    ) -> None:
+        self.blueprint, self.machine, self.here, self.trust = blueprint, machine, here, trust
         self.constants = constants or calibration.default()
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[Kept, Inventory] = {}
@@ -66,9 +78,10 @@ class Planner:
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+        code = [str(one) for one in self.blueprint.remote_code]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
-        limits = plan.LIMITS[placement.limits](self._sizes(dtype), self.machine) if placement.limits else None
+        limits = plan.max_memory(placement, self.machine, lambda: self._sizes(dtype))
         ours = self._recommendation(case, held) if placement.device_map == ROOM else None
         placed = ours.device_map if ours else self._map(placement, held, limits)
         count = self._count(case, held, placed)
@@ -79,10 +92,20 @@ class Planner:
             case=case,
             verdict=verdict,
             why=why or (ours.why if ours else None),
-            code=plan.loading_code(precision, placement, dtype, limits, device_map=tiers, gguf_file=self.blueprint.gguf_file),
+            code=plan.loading_code(
+                precision,
+                placement,
+                dtype,
+                limits,
+                device_map=tiers,
+                gguf_file=self.blueprint.gguf_file,
+                trusted=self.trust if code else None,
+            ),
             device_map=tiers,
             max_memory=limits,
             estimate=expected,
+            remote_code=code,
+            trusted=self.trust and bool(code),
         )
 
     def _dtype(self, precision: Precision, placement: Placement) -> str:
@@ -91,6 +114,10 @@ class Planner:
 
     def _refused(self, case: Case) -> tuple[Verdict, str] | None:
         """Return why this checkpoint cannot be loaded that way, wherever it is."""
+        needed = next((code for code in self.blueprint.remote_code if code.needed(self.blueprint.has_class)), None)
+        if needed is not None and not self.trust:
+            what = f"{needed.file} asks for code of the model's own, {quote(needed.name, 120)}, which nothing loads without"
+            return Verdict.INVALID, f"{what}: read it and, if you trust it, add --trust-remote-code"
         precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
         if gguf is not None:
             why = gguf.refusal(precision, PLACEMENTS[case.placement])
@@ -159,9 +186,10 @@ class Planner:
 
     def _count(self, case: Case, held: Kept, placed: Mapping[str, Device]) -> Count:
         tiers = layout.tiers(self.blueprint.skeleton, placed)
-        gguf = self.blueprint.gguf
-        through_ram = PLACEMENTS[case.placement].call == "to" or (gguf is not None and gguf.through_ram)
-        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram)
+        gguf, call = self.blueprint.gguf, PLACEMENTS[case.placement].call
+        through_ram = call == "to" or (gguf is not None and gguf.through_ram)
+        rewrites = call == "load_checkpoint_and_dispatch"
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites)
         self.counts[case.id] = count
         return count
 
@@ -185,7 +213,11 @@ class Planner:
             return Verdict.UNAVAILABLE, f"nobody told how much memory {unknown[0]} has: add {option}"
         tight = None
         for name, tier in expected.tiers.items():
-            if tier.capacity_bytes is None or name == "disk":
+            if name == "disk":
+                if short := short_of_disk(expected, tier.capacity_bytes):
+                    return Verdict.TOO_BIG, short
+                continue
+            if tier.capacity_bytes is None:
                 continue
             if tier.needed_bytes > tier.capacity_bytes:
                 return Verdict.TOO_BIG, f"too big for {name}: needs {_needs(tier)}, free {format_gib(tier.capacity_bytes)}."
@@ -226,6 +258,15 @@ class Planner:
             if tier.capacity_bytes is not None and name != "disk" and tier.needed_bytes > tier.capacity_bytes:
                 return False
         return True
+
+
+def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | None:
+    """Say why the weights that loading writes into the offload folder do not go there; None if they do."""
+    tier = expected.tiers.get("disk") if expected else None
+    if tier is None or free_bytes is None or tier.needed_bytes <= free_bytes:
+        return None
+    needed, free = format_gib(tier.needed_bytes), format_gib(free_bytes)
+    return f"too big for disk: the offload folder needs {needed} GiB, free {free}; set TMPDIR to a directory on a larger disk."
 
 
 def _needs(tier: TierEstimate) -> str:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from harness.case import Case, Machine, Outcome, Plan, Result, Verdict
+from harness.case import Case, Machine, Outcome, Plan, Result
 from harness.errors import HarnessError
 from harness.live import LiveLine, summary
 from harness.options import OPTIONS, Options, read_config
+from harness.report.text import line
+from harness.resume import Kept, since
 from harness.runner import CaseEnded, Run
 from harness.session import Session
 
@@ -37,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         config.stash[SESSION] = Session(Options(config=read_config(config.rootpath), given=given))
     except HarnessError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(line(str(error))) from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -81,10 +83,11 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if session.testsfailed and not config.option.continue_on_collection_errors:
         return  # pytest ends the run
     ours = config.stash[SESSION]
+    ours.interrupts.install()
     try:
         ours.prepare(cases)
     except HarnessError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(line(str(error))) from None
     _write_by_case(session)
     # Only between tests is the terminal where it seems to be; during them pytest captures its file descriptor.
     if config.pluginmanager.has_plugin("terminalreporter"):
@@ -109,21 +112,22 @@ class _ByCase:
         self._cases = dict(cases)
         self._first = {case: nodeid for nodeid, case in reversed(cases)}
         self._last = {case: nodeid for nodeid, case in cases}
-        self._width = max(len(case.id) for case in self._last)
+        self._width = max(len(line(case.id)) for case in self._last)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         case = self._cases.get(nodeid)
         if case is not None and self._first[case] == nodeid:
             self._end_line()
-            self._reporter.write(f"{case.id:<{self._width}}  ")
+            self._reporter.write(f"{line(case.id):<{self._width}}  ")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         case = self._cases.get(nodeid)
         if case is None or self._last[case] != nodeid or (result := self._ours.shown(case)) is None:
             return
-        text, width = summary(result), self._reporter._tw.fullwidth - self._reporter._tw.width_of_current_line - 3
+        kept = f"{since(result)}: " if case in self._ours.kept else ""
+        text, width = f"{kept}{summary(result)}", self._reporter._tw.fullwidth - self._reporter._tw.width_of_current_line - 3
         self._reporter.write(f"  {text if len(text) <= width else text[: width - 1] + '…'}")
         self._end_line()
 
@@ -147,7 +151,18 @@ def _show_live(item: pytest.Item) -> Generator[None, object, object]:
         return (yield)
 
 
-pytest_runtest_setup = pytest_runtest_call = pytest_runtest_teardown = pytest.hookimpl(wrapper=True)(_show_live)
+pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_show_live)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """End a case with the last of its tests: from then on nothing takes its result away."""
+    yield from _show_live(item)
+    session, case = item.config.stash[SESSION], _case_of(item)
+    run = session.current
+    if run is not None and run.plan.case == case and (nextitem is None or _case_of(nextitem) != case):
+        session.finish(run)
+    return None
 
 
 @pytest.fixture(scope="session")
@@ -163,21 +178,24 @@ def plan(request: pytest.FixtureRequest) -> Plan:
 
 
 @pytest.fixture(scope="session")
-def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | None]:
+def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | Kept | None]:
     session = request.config.stash[SESSION]
     run = session.start(plan)
     yield run
-    if run is not None:
+    if isinstance(run, Run) and session.current is run:  # its last test did not come to an end
         session.finish(run)
 
 
 @pytest.fixture
-def loaded(_run: Run | None, plan: Plan) -> Run:
+def loaded(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -> Run:
     """A case in its own process, with the model loaded in it."""
     if _run is None:
-        pytest.skip(f"{plan.verdict.value}: {plan.why}")
+        refused = request.config.stash[SESSION].shown(plan.case)
+        pytest.skip(line(f"{refused.verdict.value}: {refused.why}") if refused else "not run")
     if _run.ended is not None:
-        pytest.skip(f"not measured: {_run.ended.why}")
+        pytest.skip(line(f"not measured: {_run.ended.why}"))
+    if isinstance(_run, Kept):
+        raise _run.end()
     _run.load()
     return _run
 
@@ -193,30 +211,39 @@ def result(loaded: Run) -> Result:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Turn the end of a case into the test's outcome: what does not fit is a finding, not a failure."""
+    """Turn the end of a case into the test's outcome, and let the result of the case know of a failure."""
     report = yield
-    if call.excinfo is not None and isinstance(call.excinfo.value, HarnessError) and _case_of(item) is not None:
-        report.longrepr = str(call.excinfo.value)
-    if call.excinfo is None or not isinstance(call.excinfo.value, CaseEnded):
+    case = _case_of(item)
+    if case is None or call.excinfo is None:
         return report
-    ended, session = call.excinfo.value, item.config.stash[SESSION]
-    report.longrepr = str(ended)
-    finding = ended.outcome in (Outcome.OOM, Outcome.TIMEOUT, Outcome.UNSUPPORTED)
+    if isinstance(call.excinfo.value, HarnessError):
+        report.longrepr = line(str(call.excinfo.value))
+    elif isinstance(call.excinfo.value, CaseEnded):
+        _tell(item, call.excinfo.value, report)
+    if report.failed:
+        item.config.stash[SESSION].failed(case, item.name.partition("[")[0])
+    return report
+
+
+def _tell(item: pytest.Item, ended: CaseEnded, report: pytest.TestReport) -> None:
+    """Report the end of a case: what does not fit is a finding, not a failure; and so is OK, for what is kept from before."""
+    why = line(str(ended))
+    report.longrepr = why
+    finding = ended.outcome is not Outcome.CRASH
     if ended.outcome is Outcome.OOM and _was_to_fit(item):
         finding = False
-        report.longrepr = f"{ended}; the plan said that it fits"
-    if finding and not (ended.outcome is Outcome.OOM and session.options.fail_on_oom):
+        report.longrepr = f"{why}; the plan said that it fits"
+    if finding and not (ended.outcome is Outcome.OOM and item.config.stash[SESSION].options.fail_on_oom):
         report.outcome = "skipped"
-        report.longrepr = (str(item.path), (item.location[1] or 0) + 1, str(ended))
+        report.longrepr = (str(item.path), (item.location[1] or 0) + 1, why)
     for properties in (report.user_properties, item.user_properties):  # of this step, and of those to come, which JUnit XML takes
         properties.append(("outcome", ended.outcome.value))
-    return report
 
 
 def _was_to_fit(item: pytest.Item) -> bool:
     """Say whether the plan of an item's case promised that it fits: then running out of memory is a surprise."""
     case = _case_of(item)
-    return case is not None and item.config.stash[SESSION].plan(case).verdict is Verdict.FITS
+    return case is not None and item.config.stash[SESSION].promised(case)
 
 
 def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -> tuple[str, str, Any] | None:
@@ -229,21 +256,33 @@ def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
-    """Render the page once everything is measured; its name is the last line of the run."""
+    """Put everything in order once all is measured, and render the page; its name is the last line of the run."""
     ours = session.config.stash[SESSION]
+    ours.interrupts.hold()
     stops_between_tests = session.shouldstop or session.shouldfail
     ours.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED and not stops_between_tests
     try:
         yield
     finally:
-        if live := session.config.stash.get(_LIVE, None):
-            live.close()
-        ours.close()
+        _wind_up(session, ours)
+
+
+def _wind_up(session: pytest.Session, ours: Session) -> None:
+    """Leave results, a page and nothing else, even where pytest's own last words failed (its terminal may be gone)."""
+    if live := session.config.stash.get(_LIVE, None):
+        live.close()
+    ours.close()
     try:
         page = ours.render()
     except HarnessError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(line(str(error))) from None
+    finally:
+        ours.interrupts.restore()
+    if ours.interrupts.exit_status is not None:
+        session.exitstatus = ours.interrupts.exit_status
     reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
     if page is not None and reporter is not None:
-        reporter.write_line(f"{len(ours.results)} results in {ours.store.path}")
-        reporter.write_line(f"page: {page}")
+        if resumed := ours.resumed():
+            reporter.write_line(line(resumed))
+        reporter.write_line(f"{ours.added + len(ours.kept)} results in {line(str(ours.store.path))}")
+        reporter.write_line(f"page: {line(str(page))}")

@@ -10,98 +10,30 @@ import contextlib
 import importlib
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
-import multiprocessing.util
 import os
 import re
 import signal
-import sys
 import threading
 import time
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from harness import protocol
-from harness.errors import UsageError, WorkerError
+from harness import descendants, forkserver, protocol
+from harness.errors import WorkerError
+from harness.patience import Patience
 from harness.protocol import Entered, Event, Request
 
 WorkerMain = Callable[[Connection, str, str], None]
 
-_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-_PRELOAD = ("harness.worker.preload", "harness.worker.main")
-_RESIDENCY = "harness.worker.residency"  # last: it records which pages the imports have touched
 _GRACE_S = 2.0
+_START_S = 600.0  # the first worker waits for the fork server's imports
 _LOG_MOST, _LOG_KEEP = 4 << 20, 32 << 10
 _MESSAGE_MOST = 64 << 20  # what claims to be longer was written to the pipe by somebody else
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-def warm_up(modules: Sequence[str] = ()) -> None:
-    """Start the fork server, importing `modules` besides torch and transformers; returns at once.
-
-    The imports go on in the background; the first worker waits for them. Does nothing where processes are spawned, or when
-    the fork server runs already.
-
-    Raises:
-        UsageError: there is no place for the fork server's socket.
-    """
-    if _METHOD != "forkserver":
-        return
-    multiprocessing.set_forkserver_preload([*_PRELOAD, *modules, _RESIDENCY])
-    _start_fork_server()
-
-
-def _start_fork_server() -> None:
-    """Start the fork server unless it runs. Raises UsageError: there is no place for its socket."""
-    try:
-        with _import_path(), _no_main(), _deaf():
-            multiprocessing.forkserver.ensure_running()
-    except OSError as error:
-        place = multiprocessing.util.get_temp_dir()
-        raise UsageError(f"no process can be started: {error} in {place}; set TMPDIR to a short path on a local disk") from None
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Block SIGINT: what is started meanwhile never hears Ctrl-C, which is this process's to handle, and hears of it after."""
-    multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGINT when it starts, so it must run already
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _import_path() -> Iterator[None]:
-    """Let the fork server find this package: CPython before 3.12 does not hand it our sys.path."""
-    before = os.environ.get("PYTHONPATH")
-    here = str(Path(__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(part for part in (here, before) if part)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-
-
-@contextlib.contextmanager
-def _no_main() -> Iterator[None]:
-    """Hide the main script while a process starts: multiprocessing would import it (pytest) again in the child."""
-    real = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = real
 
 
 def _child(main: WorkerMain, pipe: Connection, log: str, scratch: str) -> None:
@@ -109,6 +41,8 @@ def _child(main: WorkerMain, pipe: Connection, log: str, scratch: str) -> None:
     if not Path(scratch).is_dir():
         return  # Ctrl-C while the fork server was busy importing: the parent has given the case up
     _let_go_of_fork_server()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, forkserver.PARENTS - {signal.SIGINT})  # the fork server is deaf to them
     main(pipe, log, scratch)
 
 
@@ -117,7 +51,7 @@ def _let_go_of_fork_server() -> None:
 
     So it ends with the parent, and takes along a worker that is too busy to see the parent's end (PR_SET_PDEATHSIG).
     """
-    server: Any = multiprocessing.forkserver._forkserver
+    server = forkserver.server()
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None
@@ -136,45 +70,74 @@ class Ended(Exception):
         self.exit_code, self.ended_by = exit_code, ended_by
 
 
+def _started(main: WorkerMain, log: Path, scratch: Path, start_s: float) -> tuple[Connection, Any]:
+    """Start a process; return the parent's end of its pipe, and the process.
+
+    Raises:
+        EOFError, ConnectionError: the fork server is gone, or did not answer in time and was killed.
+    """
+    context = multiprocessing.get_context(forkserver.METHOD)
+    pipe, theirs = context.Pipe()
+    # mypy: the stubs of get_context(str) know no Process
+    process = context.Process(  # type: ignore[attr-defined]
+        target=_child, args=(main, theirs, str(log), str(scratch)), name="fitmatrix worker", daemon=True
+    )
+    try:
+        if forkserver.METHOD == "forkserver":
+            forkserver.start()
+        with forkserver.environment(), forkserver.no_main(), _watchdog(min(start_s, _START_S), forkserver.kill):
+            process.start()
+    except BaseException:
+        pipe.close()  # a worker that began nevertheless sees the end of its pipe
+        raise
+    finally:
+        theirs.close()
+    return pipe, process
+
+
+@contextlib.contextmanager
+def _watchdog(seconds: float, act: Callable[[], object]) -> Iterator[None]:
+    """Act if the block takes longer: what it waits for in the kernel takes no limit of time."""
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Worker:
     """A child process that speaks `harness.protocol`. `phase` is the last phase that it entered."""
 
-    def __init__(self, main: WorkerMain, *, log: Path, scratch: Path) -> None:
-        context = multiprocessing.get_context(_METHOD)
-        self._pipe, theirs = context.Pipe()
+    def __init__(self, main: WorkerMain, *, log: Path, scratch: Path, start_s: float = _START_S) -> None:
+        """Start it. The fork server is given `start_s` seconds; a stopped one would never answer, and is replaced."""
         self.log, self.phase, self.entered_s = log, "start", time.monotonic()
         self._ended_by: str | None = None
         log.touch()
-        # mypy: the stubs of get_context(str) know no Process
-        self._process = context.Process(  # type: ignore[attr-defined]
-            target=_child, args=(main, theirs, str(log), str(scratch)), name="fitmatrix worker", daemon=True
-        )
         try:
-            if _METHOD == "forkserver":
-                _start_fork_server()
-            with _import_path(), _no_main():
-                self._process.start()
-        except BaseException:
-            self._pipe.close()  # a worker that began nevertheless sees the end of its pipe
-            raise
-        finally:
-            theirs.close()
+            self._pipe, self._process = _started(main, log, scratch, start_s)
+        except (EOFError, ConnectionError):  # the fork server was killed: another one takes its place
+            forkserver.end()
+            self._pipe, self._process = _started(main, log, scratch, _START_S)
 
     @property
     def pid(self) -> int:
         return int(self._process.pid or 0)
 
-    def ask(self, request: Request, *, until_s: float) -> Event:
-        """Send a request and wait for its answer, blocking, at most until the monotonic clock shows `until_s`.
+    def ask(self, request: Request, patience: Patience) -> Event:
+        """Send a request and wait for its answer, blocking, as long as patience lasts.
 
         Raises:
             Ended: the process died, or the time is over and it was killed.
             WorkerError: it sent something that is no message; it was killed.
         """
         try:
+            patience.begin_phase()
             self._send(request)
-            while isinstance(event := self._next(until_s), Entered):
+            while isinstance(event := self._next(patience), Entered):
                 self.phase, self.entered_s = event.phase, event.at_s
+                patience.begin_phase()
         except KeyboardInterrupt:  # nobody waits for the answer any more
             self.kill()
             raise
@@ -186,32 +149,28 @@ class Worker:
         except (BrokenPipeError, ConnectionResetError):
             raise self._dead() from None
 
-    def _next(self, until_s: float) -> Event:
-        left = max(until_s - time.monotonic(), 0)
-        ready = multiprocessing.connection.wait([self._pipe, self._process.sentinel], timeout=left)
+    def _next(self, patience: Patience) -> Event:
+        look_at = [self._pipe, self._process.sentinel]
+        ready = patience.wait(lambda most_s: multiprocessing.connection.wait(look_at, timeout=most_s))
         if self._pipe in ready:
-            return self._decode(self._receive(until_s))
+            return self._decode(self._receive(patience))
         if not ready:
-            self._time_over()
+            self._time_over(patience.reached)
         raise self._dead()
 
-    def _receive(self, until_s: float) -> bytes:
+    def _receive(self, patience: Patience) -> bytes:
         """Read the message that has begun to arrive; a worker that stops in the middle of it is killed when the time is over."""
-        watchdog = threading.Timer(max(until_s - time.monotonic(), _GRACE_S), self._time_over)
-        watchdog.daemon = True
-        watchdog.start()
         try:
-            return self._pipe.recv_bytes(_MESSAGE_MOST)
+            with _watchdog(max(patience.left_s, _GRACE_S), lambda: self._time_over(patience.reached)):
+                return self._pipe.recv_bytes(_MESSAGE_MOST)
         except (EOFError, OSError) as error:
             if self._pipe.readable:  # the length was fine, so it ended, perhaps in the middle of the message
                 raise self._dead() from None
             self.kill()
             raise WorkerError(f"the worker's pipe carries what is no message: {error}") from None
-        finally:
-            watchdog.cancel()
 
-    def _time_over(self) -> None:
-        self._ended_by = "timeout"
+    def _time_over(self, limit: str) -> None:
+        self._ended_by = limit
         self._process.kill()
 
     def _decode(self, line: bytes) -> Event:
@@ -223,10 +182,18 @@ class Worker:
 
     def _dead(self) -> Ended:
         self._process.join(_GRACE_S)
-        if self._process.is_alive():  # it closed the pipe and stays
+        if self._process.is_alive() and self._ended_by is None:  # it closed the pipe and stays
             self._ended_by = "protocol"
+        # multiprocessing knows of no exit code then, and says 255
+        if self._ended_by is None and self._process.exitcode == 255 and forkserver.has_ended(within_s=_GRACE_S):
+            self._ended_by = "fork server"
         self.kill()
         return Ended(exit_code=self._process.exitcode, ended_by=self._ended_by)
+
+    def end(self, reason: str) -> None:
+        """Kill the worker and all that it started, from any thread; who waits for an answer gets the first reason as `ended_by`."""
+        self._ended_by = self._ended_by or reason
+        self._kill_group()
 
     def stop(self) -> None:
         """End the worker: politely first, then by force; whatever it started goes with it."""
@@ -239,14 +206,22 @@ class Worker:
             self.kill()
 
     def kill(self) -> None:
-        """Kill the worker's process group, and wait for the worker."""
+        """Kill the worker's process group and whatever else it started, and wait for the worker."""
+        self._kill_group()
+        self._process.join(_GRACE_S)
+        if self._process.is_alive():  # the fork server, which would tell of the end, is stopped
+            forkserver.end()
+            self._process.join(_GRACE_S)
+        forkserver.end_strays(within_s=_GRACE_S)
+        self._pipe.close()
+
+    def _kill_group(self) -> None:
+        descendants.kill_below(self.pid)
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)  # the worker made itself the leader of a group
         if self._process.is_alive():
             self._process.kill()
-        self._process.join()
-        self._pipe.close()
 
     def log_tail(self) -> str:
         """Return the last lines of what the worker printed, without colours and progress bars' repeats."""

@@ -20,6 +20,17 @@ class Message(Record, frozen=True, kw_only=True, tag_field="kind"):
     """A line on the pipe."""
 
 
+class Confine(Message, frozen=True, kw_only=True, tag="confine"):
+    """Live within limits from now on, before anything is loaded.
+
+    `ram`: take over what memory the process shares with the fork server, so that the limit of its group counts it.
+    `vram_bytes`: keep the process within so much on each GPU.
+    """
+
+    ram: bool = False
+    vram_bytes: int | None = None
+
+
 class Load(Message, frozen=True, kw_only=True, tag="load"):
     """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code.
 
@@ -54,7 +65,7 @@ class Stop(Message, frozen=True, kw_only=True, tag="stop"):
     """Exit."""
 
 
-Request = Load | Generate | Score | Stop
+Request = Confine | Load | Generate | Score | Stop
 
 
 class Entered(Message, frozen=True, kw_only=True, tag="entered"):
@@ -62,6 +73,13 @@ class Entered(Message, frozen=True, kw_only=True, tag="entered"):
 
     phase: str
     at_s: float
+
+
+class Confined(Message, frozen=True, kw_only=True, tag="confined"):
+    """The limits hold. `file_bytes` are resident pages of libraries, which other groups are charged for; `anon_bytes` the rest."""
+
+    file_bytes: int
+    anon_bytes: int
 
 
 class LoadDone(Message, frozen=True, kw_only=True, tag="loaded"):
@@ -110,8 +128,8 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
     phases: list[Phase] = []
 
 
-Answered = LoadDone | GenerateDone | ScoreDone | Failed
-Event = Entered | LoadDone | GenerateDone | ScoreDone | Failed
+Answered = Confined | LoadDone | GenerateDone | ScoreDone | Failed
+Event = Entered | Confined | LoadDone | GenerateDone | ScoreDone | Failed
 
 _REQUESTS: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _EVENTS: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -13,15 +14,21 @@ from typing import Any
 
 import msgspec
 
-from harness import figures, interference, quality, verify
+from harness import cgroup, figures, guard, interference, machine, private, quality, verify
 from harness.case import Interference, Machine, Outcome, Phase, Plan, Quality, Result, Verdict
 from harness.errors import WorkerError
+from harness.guard import Breach, Guard, Limits
 from harness.interference import Watch
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
+from harness.patience import Patience
 from harness.precision import PRECISIONS
 from harness.process import Ended, Worker, WorkerMain
-from harness.protocol import Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
+from harness.protocol import Confine, Confined, Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
+from harness.units import MIB, format_size
+
+_OTHERS_S = 20.0
+_UNCOUNTED_BYTES = 8 * MIB
 
 _MOST_ROUNDS = 3  # times the warm rounds that were asked for
 _SPARE_ROUNDS = 4  # an extra round begins while there is time for so many: it must not end the case
@@ -39,8 +46,15 @@ class Setting:
     scratch: Path
     worker_main: WorkerMain
     timeout_s: float
+    phase_timeout_s: float = math.inf
     gpus: Gpus | None = None
     on_sample: LiveLine | None = None
+
+    @property
+    def allowed_s(self) -> dict[str, float]:
+        """The limits of time by the name of their option; what has none is left out."""
+        limits = {"case-timeout": self.timeout_s, "phase-timeout": self.phase_timeout_s}
+        return {name: seconds for name, seconds in limits.items() if math.isfinite(seconds)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +64,7 @@ class Subject:
     location: Path
     weights: str = "real"
     tokenizer: bool = True
+    fingerprint: str = ""
     gguf_file: str | None = None
     code_head: str = ""
     command: str = ""
@@ -78,23 +93,35 @@ class Run:
         self.warm: list[GenerateDone] = []
         self.scored: ScoreDone | None = None
         self.checks: dict[str, str] = {}
+        self.failed: list[str] = []
         self.ended: CaseEnded | None = None
         self._phases: list[Phase] = []
         self._windows: list[Interference] = []
         self._begun_s = time.monotonic()
-        self._deadline_s = self._begun_s + setting.timeout_s
+        self._patience = Patience(case_s=setting.timeout_s, phase_s=setting.phase_timeout_s)
         self._at = datetime.now(timezone.utc)
         self._oom_kills, self._log, self._traceback = oom_kills(), "", ""
         self._directory = TemporaryDirectory(prefix="case-", dir=setting.scratch, ignore_cleanup_errors=True)
         scratch = Path(self._directory.name)
         with contextlib.ExitStack() as undo:
             undo.callback(self._directory.cleanup)
-            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch)
+            group = cgroup.group(plan.case.ram_bytes) if plan.case.ram_bytes is not None else None
+            if group is not None:
+                undo.callback(group.remove)
+            self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch, start_s=setting.phase_timeout_s)
             undo.callback(self._worker.kill)
+            self._group = group if group is not None and group.add(self._worker.pid) else None
+            self._guard = Guard(self._limits(), self._worker.end)
             self._others = Watch(self._worker.pid, gpus=setting.gpus, origin_s=self._begun_s)
-            self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._watch,))
+            self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._guard, self._watch))
             self._sampler.start()
             undo.pop_all()
+
+    def _limits(self) -> Limits:
+        """What the guard watches: the RAM only where no group holds the worker to it."""
+        case = self.plan.case
+        anon = case.ram_bytes if self._group is None else None
+        return Limits(anon_bytes=anon, vram_bytes=case.vram_bytes, floor_bytes=guard.floor_bytes())
 
     def _watch(self, sample: Sample) -> None:
         self._others.glance()
@@ -117,17 +144,42 @@ class Run:
         """Load the model, once; later calls return what the first one found. Raises CaseEnded."""
         if self.loaded is None:
             plan = self.plan
+            self._confine()
             request = Load(
                 model=str(self.subject.location),
                 code=plan.code or "",
                 imports=PRECISIONS[plan.case.precision].needs,
                 tokenizer=self.subject.tokenizer,
+                trust_remote_code=plan.trusted,
                 gguf_file=self.subject.gguf_file,
             )
             done = self._ask(request)
             assert isinstance(done, LoadDone)
             self.loaded, self.checks = done, verify.checks(plan, done.loaded)
         return self.loaded
+
+    def _confine(self) -> None:
+        """Have the worker live within the limits of its case. Raises CaseEnded: it needs more even before it loads."""
+        case, group = self.plan.case, self._group
+        if group is None and case.vram_bytes is None:
+            return
+        if group is not None:
+            self._forget_files()
+        done = self._ask(Confine(ram=group is not None, vram_bytes=case.vram_bytes))
+        assert isinstance(done, Confined)
+        if group is not None and case.ram_bytes is not None and not group.limit(case.ram_bytes - done.file_bytes):
+            held = done.anon_bytes + done.file_bytes
+            self._guard.trip(Breach(rule="ram-limit", limit_bytes=case.ram_bytes, value_bytes=held))
+
+    def _forget_files(self) -> None:
+        """Have the model's files read anew, so that their pages count; others may hold them a little longer. Raises CaseEnded."""
+        until_s = time.monotonic() + _OTHERS_S
+        while (held := cgroup.forget_files(self.subject.location)) > _UNCOUNTED_BYTES:
+            if time.monotonic() > until_s:
+                why = f"another process holds {format_size(held)} of the model's files, which --ram could not count: end it first"
+                self.ended = CaseEnded(Outcome.SKIPPED, why)
+                raise self.ended
+            time.sleep(0.2)
 
     def first_round(self) -> GenerateDone:
         """Generate once, cold; later calls return what the first one found. Raises CaseEnded."""
@@ -158,7 +210,7 @@ class Run:
         asked, took = self.plan.case.workload.repeats, [done.total_s for done in self.warm]
         if not asked <= len(took) < _MOST_ROUNDS * asked or sum(took[asked:]) + max(took) > sum(took[:asked]):
             return False
-        if time.monotonic() + _SPARE_ROUNDS * max(took) > self._deadline_s:
+        if _SPARE_ROUNDS * max(took) > self._patience.case_left_s:
             return False
         quiet = interference.undisturbed(self.warm, self._windows)
         return len(quiet) < asked or bool(figures.noise(figures.samples(quiet)))
@@ -201,7 +253,7 @@ class Run:
             raise self.ended
         self._others.begin()
         try:
-            event = self._worker.ask(request, until_s=self._deadline_s)
+            event = self._worker.ask(request, self._patience)
         except Ended as end:
             raise self._end(ended_by=end.ended_by, exit_code=end.exit_code) from None
         except WorkerError as error:
@@ -209,6 +261,8 @@ class Run:
         if isinstance(event, Failed):
             self._phases += event.phases
             raise self._end(failed=event)
+        if isinstance(event, Confined):
+            return event
         assert isinstance(event, (LoadDone, GenerateDone, ScoreDone))
         self._windows.append(self._others.end(self._worker.phase))
         self._phases += event.phases
@@ -223,7 +277,10 @@ class Run:
             exit_code=exit_code,
             ended_by=ended_by,
             oom_kills=oom_kills() - self._oom_kills,
-            limit_s=self.setting.timeout_s,
+            breach=self._guard.breach,
+            group_kills=self._group.oom_kills if self._group else 0,
+            ram_bytes=self.plan.case.ram_bytes,
+            limit_s=self._patience.limit_s(ended_by),
             log_tail=self._worker.log_tail(),
         )
         outcome, why = classify(evidence)
@@ -250,6 +307,7 @@ class Run:
             quality=self.quality(),
             checks=self.checks,
             log_tail=f"{self._log}\n{self._traceback}".strip(),
+            failed=list(self.failed),
         )
 
     def _counted(self) -> list[GenerateDone]:
@@ -264,14 +322,16 @@ class Run:
         return found | {key: f"{said}; {found[key]}" if key in found else said for key, said in spread.items()}
 
     def finish(self) -> Result:
-        """End the worker, remove its files, and return the result."""
+        """End the worker, remove its files, and return the result, without what is private."""
         try:
             self._sampler.stop()
             self._worker.stop()
             self._log = self._worker.log_tail()
         finally:
+            if self._group is not None:
+                self._group.remove()
             self._directory.cleanup()
-        return self.result()
+        return private.clean(self.result(), self.subject.location)
 
     def _placed(self, phase: Phase) -> Phase:
         """Complete a phase from the samples where the system keeps no exact peak, and count its time from the case's begin."""
@@ -282,6 +342,7 @@ class Run:
             ram_peak_bytes=self._sampled(phase).ram_bytes if phase.sampled else phase.ram_peak_bytes,
             ram_anon_bytes=max(self._sampled(phase).anon_bytes, phase.ram_anon_bytes or 0),
             sampled=phase.sampled,
+            disk_read_bytes=phase.disk_read_bytes,
             vram_peak_bytes=phase.vram_peak_bytes,
             vram_reserved_bytes=phase.vram_reserved_bytes,
         )
@@ -298,7 +359,7 @@ class Run:
         found |= figures.of_rounds(self.cold, self._counted(), asked=asked) | figures.of_phases(
             [self._placed(phase) for phase in self._phases]
         )
-        found |= figures.ready(found)
+        found |= figures.ready(found) | figures.rereads(self._phases, self.plan.case.workload.new_tokens)
         counted = [self._sampled(phase) for phase in self._phases if phase.name in figures.GENERATING]
         process = [size for sample in counted for size in sample.vram_bytes.values()]
         if process:
@@ -311,7 +372,8 @@ class Run:
 def not_run(plan: Plan, subject: Subject, setting: Setting) -> Result:
     """Return the result of a case that is not run, from its plan."""
     outcome = Outcome.UNSUPPORTED if plan.verdict is Verdict.INVALID else Outcome.SKIPPED
-    return Result(**_common(plan, subject, setting, datetime.now(timezone.utc)), outcome=outcome, stage="plan", why=plan.why)
+    common = _common(plan, subject, setting, datetime.now(timezone.utc))
+    return private.clean(Result(**common, outcome=outcome, stage="plan", why=plan.why), subject.location)
 
 
 def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dict[str, Any]:
@@ -321,10 +383,13 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "at": at.isoformat(timespec="seconds").replace("+00:00", "Z"),
         "case": plan.case,
         "weights": subject.weights,
-        "machine": setting.machine,
+        "machine": machine.limited(setting.machine, plan.case),
         "verdict": plan.verdict,
         "estimate": plan.estimate,
         "code": f"{subject.code_head}{plan.code}" if plan.code else None,
         "command": subject.command or None,
         "environment": dict(setting.environment),
+        "remote_code": plan.remote_code if plan.trusted else [],
+        "fingerprint": subject.fingerprint,
+        "allowed_s": setting.allowed_s,
     }

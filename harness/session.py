@@ -2,64 +2,112 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import secrets
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import blueprint, calibration, catalog, checkpoint, machine, plan, process, runner
+import msgspec
+
+from harness import (
+    blueprint,
+    calibration,
+    catalog,
+    checkpoint,
+    fingerprint,
+    forkserver,
+    machine,
+    plan,
+    planner,
+    process,
+    resume,
+    runner,
+    store,
+    synth,
+)
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
 from harness.catalog import Source
 from harness.errors import UsageError
+from harness.interrupts import Interrupts
 from harness.meters import Gpus
 from harness.options import Options
 from harness.placement import PLACEMENTS, distinct
 from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
+from harness.progress import Report
 from harness.quality import Reference, reference_of
 from harness.report import page
-from harness.runner import LiveLine, Run, Setting, Subject
+from harness.resume import Kept
+from harness.runner import CaseEnded, LiveLine, Run, Setting, Subject
+from harness.scratch import Scratch
 from harness.store import Store
+from harness.units import exact_size
 
 _RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
 
 
+@dataclasses.dataclass
+class _Standard:
+    """What the cases of a model are compared with. `file` has its predictions: None where the result is an earlier run's."""
+
+    reference: Reference
+    case: Case
+    file: Path | None
+
+
 class Session:
-    """All state of a run. The plugin asks it, and it asks everything else."""
+    """All state of a run. The plugin asks it, and it asks everything else.
+
+    `added` counts the results of this run, which are on the disk; `kept` are those of earlier runs that stand for a case.
+    """
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.sources = _resolved(options.model)
-        self.results: list[Result] = []
+        self.sources = _resolved(options.model, real=options.weights == "real")
+        self.added = 0
+        self.kept: dict[Case, Result] = {}
         self.store = Store(options.results)
         self.html = options.html or options.results / "index.html"
         self.on_sample: LiveLine | None = None
         self.worker_main: WorkerMain | None = None
         self.page: Path | None = None
         self.current: Run | None = None
+        self.interrupts = Interrupts()
         self.interrupted = False
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._locations: dict[str, Path] = {}
         self._checkpoints: dict[str, checkpoint.Checkpoint] = {}
         self._blueprints: dict[str, Blueprint] = {}
+        self._fingerprints: dict[str, str] = {}
         self._plans: dict[str, Plan] = {}
-        self._references: dict[str, tuple[Reference, Path]] = {}
+        self._standards: dict[str, _Standard] = {}
+        self._earlier: dict[Case, Result] = {}
+        self._again: list[str] = []
+        self._last: Result | None = None
+        self._reloaded: list[str] = []
+
+    @property
+    def trust(self) -> bool:
+        """Whether code that comes with a model may run."""
+        return bool(self.options.trust_remote_code)
 
     @cached_property
     def machine(self) -> Machine:
         """This machine, probed once."""
-        return machine.probe(scratch=Path(self._scratch.name))
+        return machine.probe(scratch=self._scratch.path)
 
     @cached_property
-    def _scratch(self) -> TemporaryDirectory[str]:
-        return TemporaryDirectory(prefix="fitmatrix-", ignore_cleanup_errors=True)
+    def _scratch(self) -> Scratch:
+        return Scratch()
 
     @cached_property
     def setting(self) -> Setting:
@@ -69,15 +117,16 @@ class Session:
             run=self.run_id,
             machine=self.machine,
             environment=machine.versions(),
-            scratch=Path(self._scratch.name),
+            scratch=self._scratch.path,
             worker_main=self.worker_main or process.torch_worker,
             timeout_s=self.options.case_timeout,
+            phase_timeout_s=self.options.phase_timeout,
             gpus=gpus,
             on_sample=self.on_sample,
         )
 
     def cases(self) -> list[Case]:
-        """Return model x precision x placement in the order they run: the widest precision first, as the reference."""
+        """Return model x precision x placement x size of GPU in the order they run: the widest precision first, as reference."""
         load = Workload(
             prompt_tokens=self.options.prompt_tokens,
             new_tokens=self.options.new_tokens,
@@ -85,10 +134,11 @@ class Session:
             repeats=self.options.repeats,
         )
         return [
-            Case(model=name, precision=precision, placement=placement, workload=load)
+            Case(model=name, precision=precision, placement=placement, workload=load, vram_bytes=vram, ram_bytes=self.options.ram)
             for name in self.sources
             for precision in self._precisions(name)
             for placement in self._placements
+            for vram in (("gpu" in PLACEMENTS[placement].devices and self.options.vram) or (None,))
         ]
 
     @cached_property
@@ -111,27 +161,39 @@ class Session:
         Raises:
             UsageError, CheckpointError, StoreError: something is missing; nothing was measured.
         """
-        self.store.prepare()
-        _prepare_page(self.html)
+        to_come = sum(map(store.most_bytes, cases))
+        self.store.prepare(to_come)
+        _prepare_page(self.html, page.most_bytes(len(cases), self.store.path.stat().st_size))
         runnable = sorted({case.model for case in cases if plan.gate(case, self.machine) is None})
         with catalog.show_progress() as progress:
             for name in runnable:
-                self._locations[name] = catalog.fetch(self.sources[name], progress=progress)
+                self._locations[name] = self._fetch(self.sources[name], progress)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name] / (self.sources[name].file or ""))
-        if self.worker_main is None and runnable:
-            process.warm_up(sorted({_modeling_module(self._checkpoints[name]) for name in runnable}))
+            self._fingerprints[name] = fingerprint.of_model(self._locations[name], self._checkpoints[name])
+        if self.options.resume:
+            self._earlier = resume.newest(self.store.read()[0], self.machine)
+        forkserver.live_in(self._scratch.path)
+        if self.worker_main is None and any(self._why_again(case) for case in cases if case.model in runnable):
+            forkserver.warm_up(sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in runnable})))
         for name in runnable:
             self._blueprint(name)
 
+    def _fetch(self, source: Source, progress: Report) -> Path:
+        if self.options.weights == "synthetic":
+            return synth.fetch(source, progress)
+        return catalog.fetch(source, progress=progress, trust_remote_code=self.trust)
+
     def plan(self, case: Case) -> Plan:
-        """Plan one case, and with the first of a model all of its cases: what is too big names one that fits."""
+        """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
         read = self._checkpoints.get(case.model)
         if read is None:
-            return plan.decide(case, self.machine, None)
+            return plan.decide(case, machine.limited(self.machine, case), None)
         if case.id not in self._plans:
-            cases = [one for one in self.cases() if one.model == case.model]
-            made = Planner(self._blueprint(case.model), self.machine, constants=self._calibration).plans(cases)
+            here, drawn = machine.limited(self.machine, case), self._blueprint(case.model)
+            cases = [one for one in self.cases() if _limits(one) == _limits(case)]
+            planner = Planner(drawn, here, constants=self._calibration, trust=self.trust)
+            made = planner.plans(cases or [case])
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
 
@@ -150,56 +212,132 @@ class Session:
     def subject(self, case: Case) -> Subject:
         """Return the model of a case and what its predictions are compared with."""
         source = self.sources[case.model]
-        reference = self._references.get(case.model)
+        standard = self._standards.get(case.model)
         location, drawn = self._locations.get(case.model, Path(source.location)), self._blueprints.get(case.model)
         return Subject(
             location=location,
+            weights="synthetic" if synth.is_synthetic(location) else "real",
             tokenizer=drawn.tokenizer if drawn else False,
             gguf_file=drawn.gguf_file if drawn else None,
+            fingerprint=self._fingerprints.get(case.model, ""),
             code_head=plan.code_head(source, case.placement),
             command=self._command(case),
-            reference=reference[0] if reference else None,
-            reference_file=reference[1] if reference else None,
-            keep_file=None if reference else Path(self._scratch.name) / f"reference-{len(self._references)}.npy",
+            reference=standard.reference if standard else None,
+            reference_file=standard.file if standard else None,
+            keep_file=None if standard else self._predictions_file(case.model),
         )
+
+    def _predictions_file(self, model: str) -> Path:
+        return self._scratch.path / f"reference-{list(self.sources).index(model)}.npy"
 
     def _command(self, case: Case) -> str:
         model = _sayable(self.sources[case.model])
         words = ["pytest", "cases/", "--model", model, "--precision", case.precision, "--placement", case.placement]
+        limits = (("--vram", case.vram_bytes), ("--ram", case.ram_bytes))
+        words += [word for flag, size in limits if size is not None for word in (flag, exact_size(size))]
         return f"{shlex.join(words)} {self.options.command()}".strip()
 
-    def start(self, decided: Plan) -> Run | None:
-        """Start a case, or record why it is not run and return None."""
+    def start(self, decided: Plan) -> Run | Kept | None:
+        """Start a case; or keep what an earlier run showed of it; or record why it is not run and return None."""
+        case, again = decided.case, self._why_again(decided.case)
+        if again is None:
+            return self._keep(self._earlier[case])
+        decided = self._held_against_disk(decided)
         if decided.verdict in _RUNNABLE or (self.options.run_all and decided.code is not None):
-            self.current = Run(decided, self.subject(decided.case), self.setting)
+            self._have_predictions(case.model)
+            self._again.append(again)
+            self.current = Run(decided, self.subject(case), self.setting)
             return self.current
-        self._record(runner.not_run(decided, self.subject(decided.case), self.setting))
+        found = runner.not_run(decided, self.subject(case), self.setting)
+        if resume.finds_the_same(self._earlier.get(case), found):
+            self._last = found
+        else:
+            self._record(found)
         return None
+
+    def _held_against_disk(self, decided: Plan) -> Plan:
+        """Plan again what is free for offloaded weights by now: models were fetched since the probe, and others write as well."""
+        short = planner.short_of_disk(decided.estimate, shutil.disk_usage(self._scratch.path).free)
+        if short is None or decided.verdict not in _RUNNABLE:
+            return decided
+        return msgspec.structs.replace(decided, verdict=Verdict.TOO_BIG, why=short)
+
+    def _why_again(self, case: Case) -> str | None:
+        """Say why a case must run although an earlier run may have measured it; None where its result is kept."""
+        earlier, standard = self._earlier.get(case), self._standards.get(case.model)
+        if earlier is None:
+            return resume.NEW
+        now = runner.not_run(self.plan(case), self.subject(case), self.setting)
+        lesser = resume.judged_by_a_lesser(earlier, standard.case, self.cases()) if standard else None
+        return resume.why_again(earlier, now, run_all=self.options.run_all) or lesser
+
+    def _keep(self, earlier: Result) -> Kept:
+        case, reference = earlier.case, reference_of(earlier)
+        self.kept[case] = self._last = earlier
+        if reference is not None and earlier.quality is not None and earlier.quality.reference is None:
+            self._standards.setdefault(case.model, _Standard(reference, case, file=None))
+        return Kept(earlier)
+
+    def _have_predictions(self, model: str) -> None:
+        """Load a kept reference once more, for its predictions only: they are large, and gone with the run that made them."""
+        standard = self._standards.get(model)
+        if standard is None or standard.file is not None:
+            return
+        file, decided = self._predictions_file(model), self.plan(standard.case)
+        if decided.code is None:  # it cannot be loaded here any more
+            del self._standards[model]
+            return
+        subject = dataclasses.replace(self.subject(standard.case), reference=None, reference_file=None, keep_file=file)
+        run = Run(decided, subject, self.setting)
+        try:
+            run.score()
+            standard.file = file
+            self._reloaded.append(standard.case.id)
+        except CaseEnded:
+            del self._standards[model]
+        finally:
+            run.finish()
 
     def finish(self, run: Run) -> Result:
         """End a case and append its result; one that the user interrupted leaves none, so that an older result stays the newest."""
-        result = run.finish()
-        if self.interrupted:
-            return result
-        kept = run.subject.keep_file
-        if kept is not None and (reference := reference_of(result)) is not None:
-            self._references[result.case.model] = (reference, kept)
-        self._record(result)
+        with self.interrupts.held():  # what was measured is kept, whatever comes meanwhile
+            self.current = None
+            result = run.finish()
+            if self.interrupted:
+                return result
+            file, reference = run.subject.keep_file, reference_of(result)
+            if file is not None and reference is not None:
+                self._standards[result.case.model] = _Standard(reference, result.case, file)
+            self._record(result)
         return result
 
+    def failed(self, case: Case, test: str) -> None:
+        """Take note that a test of the case that runs has failed."""
+        if self.current is not None and self.current.plan.case == case and test not in self.current.failed:
+            self.current.failed.append(test)
+
+    def promised(self, case: Case) -> bool:
+        """Say whether the plan said that a case fits; of a kept one, the plan of its time."""
+        kept = self.kept.get(case)
+        return (kept.verdict if kept else self.plan(case).verdict) is Verdict.FITS
+
     def shown(self, case: Case) -> Result | None:
-        """Return what a case has shown so far, None before it began."""
+        """Return what the case of this moment has shown so far, None before it began."""
         if self.current is not None and self.current.plan.case == case:
             return self.current.result()
-        return next((result for result in reversed(self.results) if result.case == case), None)
+        return self._last if self._last is not None and self._last.case == case else None
+
+    def resumed(self) -> str | None:
+        """Say what was kept and why the rest was run; None without --resume."""
+        return resume.summary(len(self.kept), self._again, self._reloaded) if self.options.resume else None
 
     def _record(self, result: Result) -> None:
         self.store.append(result)
-        self.results.append(result)
+        self._last, self.added = result, self.added + 1
 
     def render(self) -> Path | None:
-        """Write the page from everything in the store, if this run added to it."""
-        if not self.results:
+        """Write the page from everything in the store, if this run came to any case."""
+        if self._last is None:
             return None
         results, problems = self.store.read()
         page.write(self.html, page.render(results, problems=[str(problem) for problem in problems]))
@@ -207,17 +345,22 @@ class Session:
         return self.page
 
     def close(self) -> None:
-        """Remove what the run left on the disk; the fork server ends with this process."""
+        """End what still runs, and remove what the run left on the disk."""
         if "setting" in self.__dict__ and self.setting.gpus is not None:
             self.setting.gpus.close()
         if "_scratch" in self.__dict__:
-            self._scratch.cleanup()
+            forkserver.cool_down(self._scratch.path)
+            self._scratch.remove()
 
 
-def _resolved(models: Sequence[str]) -> dict[str, Source]:
+def _limits(case: Case) -> tuple[str, int | None, int | None]:
+    return case.model, case.vram_bytes, case.ram_bytes
+
+
+def _resolved(models: Sequence[str], *, real: bool) -> dict[str, Source]:
     """Resolve models to sources by name; two directories of one name could not be told apart in the results."""
     sources: dict[str, Source] = {}
-    for source in map(catalog.resolve, models):
+    for source in (catalog.resolve(model, weights=real) for model in models):
         other = sources.setdefault(source.name, source)
         if other.location != source.location:
             raise UsageError(f"two models are called {source.name!r}: {other.location} and {source.location}; rename a directory")
@@ -236,17 +379,17 @@ def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:
     return [name for name in table if name in names]
 
 
-def _modeling_module(read: checkpoint.Checkpoint) -> str:
+def _modeling_module(read: checkpoint.Checkpoint) -> str | None:
     """Name transformers' module of the model's classes, which the first from_pretrained would import."""
     kind = str(read.config.get("model_type", "")).replace("-", "_")
-    return f"transformers.models.{kind}.modeling_{kind}"
+    return f"transformers.models.{kind}.modeling_{kind}" if re.fullmatch(r"\w+", kind, re.ASCII) else None
 
 
-def _prepare_page(path: Path) -> None:
-    """Make the page's directory before anything is measured.
+def _prepare_page(path: Path, need_bytes: int) -> None:
+    """Make the page's directory before anything is measured, and see that the page has room there.
 
     Raises:
-        UsageError: the page could not be written there.
+        UsageError, StoreError: the page could not be written there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,3 +397,4 @@ def _prepare_page(path: Path) -> None:
         raise UsageError(f"--html {path}: its directory cannot be made: {error.strerror}") from None
     if path.is_dir():
         raise UsageError(f"--html {path} is a directory; name a file, such as {path / 'index.html'}")
+    store.check_room(path.parent, need_bytes, "the page", "--html")

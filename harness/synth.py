@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -17,13 +17,15 @@ from typing import Any
 
 import msgspec
 
-from harness import blueprint, cache, skeleton
-from harness.blueprint import Blueprint, Stored
+from harness import blueprint, cache, catalog, quantized, skeleton
+from harness.blueprint import Stored
 from harness.case import Record
 from harness.catalog import Source
 from harness.errors import UsageError
+from harness.files import Directory
+from harness.headers import read_config
 from harness.progress import Report, silent
-from harness.skeleton import Weight
+from harness.skeleton import Skeleton, Weight
 from harness.tensor_files import DTYPES, Pieces, TensorSpec, write_bin, write_safetensors
 
 MARK = "fitmatrix-synthetic.json"
@@ -62,38 +64,44 @@ def describe(source: Source, *, file_format: str | None = None, shard_bytes: int
     """Lay out the synthetic twin of a model, as it is published where that is known, else in shards of 5 GB.
 
     Raises:
-        UsageError: its weights are published quantised, or nothing but its tensors is known.
-        CheckpointError: its files are damaged.
+        UsageError: nothing here tells its shape, or its weights are published quantised.
+        CheckpointError: its config is damaged.
     """
-    drawn = blueprint.draw(source)
-    config = _config(source, drawn)
-    if drawn.packed is not None:
-        raise UsageError(
-            f"{drawn.name} is published quantised ({drawn.packed.title}): synthesise the 16-bit model it was made from"
-        )
-    stored = blueprint.published(drawn.source) or Stored(bytes=drawn.checkpoint_bytes, origin="", shard_bytes=_SHARD_BYTES)
-    tensors = list(_tensors(drawn, stored, str(drawn.stored_dtype)))
-    shards = tuple(_sharded(tensors, shard_bytes or stored.shard_bytes))
-    return Synthetic(name=drawn.name, config=config, format=file_format or drawn.file_format, shards=shards)
+    config, stored = _known(source)
+    quantised = quantized.describe(config, ())
+    if quantised is not None:
+        raise UsageError(f"{source.name} is published quantised ({quantised}): name the 16-bit model that it was made from")
+    dtype = stored.dtype or str(config.get("torch_dtype") or config.get("dtype") or "float16")
+    if dtype not in DTYPES:
+        raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(DTYPES)}")
+    found = skeleton.build(config, cache.cache_dir())
+    shards = _sharded(list(_tensors(found, stored, dtype)), shard_bytes or stored.shard_bytes)
+    return Synthetic(name=source.name, config=config, format=file_format or stored.format, shards=tuple(shards))
 
 
-def _config(source: Source, drawn: Blueprint) -> dict[str, Any]:
-    known = skeleton.catalog().get(drawn.source)
-    if known is not None:
-        return dict(known.config)
-    if source.kind != "directory":
-        raise UsageError(f"{drawn.name} is not in the catalog: put its config.json into a directory and name that")
-    read: dict[str, Any] = json.loads((Path(source.location) / "config.json").read_text(encoding="utf-8"))
-    return read
+def _known(source: Source) -> tuple[dict[str, Any], Stored]:
+    """Return a model's config and how it is stored: of a directory, of the catalog, or of what was made here before."""
+    usual = Stored(bytes=0, origin="", shard_bytes=_SHARD_BYTES)
+    if source.kind != "directory" and source.hub_id is not None:
+        try:
+            known = skeleton.hub_id(source.hub_id)
+        except UsageError:
+            raise UsageError(f"{source.hub_id} is not in the catalog: put its config.json into a directory and name that") from None
+        return dict(skeleton.catalog()[known].config), blueprint.published(known) or usual
+    here = catalog.cached(source)
+    if here is None:
+        raise UsageError(f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once")
+    with closing(Directory(here).open("config.json")) as blob:
+        return read_config(blob), usual
 
 
-def _tensors(drawn: Blueprint, stored: Stored, dtype: str) -> Iterator[TensorSpec]:
+def _tensors(found: Skeleton, stored: Stored, dtype: str) -> Iterator[TensorSpec]:
     """Yield what the files hold, in the order of the modules: parameters and saved buffers, masks before the rest of their layer.
 
     Names are transformers' own; experts are stacked, as it holds them.
     """
-    masks = _masks(drawn, stored)
-    for weight in drawn.skeleton.weights:
+    masks = _masks(found, stored)
+    for weight in found.weights:
         if weight.tensor.kind == "unsaved" or (weight.tied_to and not stored.repeats_head):
             continue
         for owner in [owner for owner in masks if weight.path.startswith(owner)]:
@@ -101,11 +109,11 @@ def _tensors(drawn: Blueprint, stored: Stored, dtype: str) -> Iterator[TensorSpe
         yield TensorSpec(name=weight.path, dtype=_dtype(weight, stored, dtype), shape=weight.tensor.shape)
 
 
-def _masks(drawn: Blueprint, stored: Stored) -> dict[str, TensorSpec]:
+def _masks(found: Skeleton, stored: Stored) -> dict[str, TensorSpec]:
     """Return the causal masks that the files hold beside the weights, by the prefix of the module that has one."""
     if stored.mask is None:
         return {}
-    names = [stored.mask.format(layer) for layer in range(len(drawn.skeleton.layers))]
+    names = [stored.mask.format(layer) for layer in range(len(found.layers))]
     shape = (1, 1, stored.mask_side, stored.mask_side)
     return {f"{name.rpartition('.')[0]}.": TensorSpec(name=name, dtype="bool", shape=shape) for name in names}
 

@@ -21,10 +21,11 @@ class Parts(Record, frozen=True, kw_only=True):
 
     Of the weights in the RAM `copied` are anonymous; `mapped` are pages of the file that stay resident and `read` those that every
     token reads. `overhead` and `heap` are anonymous, `libraries` pages of files. `loading` is needed only while loading, as is the
-    part of the file that is read then, `loading_mapped`.
+    part of the file that is read then, `loading_mapped`. Of the weights on the disk `written` are written there anew.
     """
 
     weights: int = 0
+    written: int = 0
     copied: int = 0
     mapped: int = 0
     read: int = 0
@@ -40,7 +41,8 @@ class Parts(Record, frozen=True, kw_only=True):
 class Count:
     """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
 
-    `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first.
+    `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first, `rewrites`
+    that what goes to the disk is written there anew even if a file holds it already.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class Count:
         load: Workload,
         calibration: Calibration,
         through_ram: bool = False,
+        rewrites: bool = False,
     ) -> None:
         self.inventory, self.tiers, self.work, self.calibration = inventory, tiers, load, calibration
-        self.through_ram = through_ram
+        self.through_ram, self.rewrites = through_ram, rewrites
         self.held, self.skeleton, self.blueprint = inventory.held, inventory.skeleton, inventory.blueprint
         self.sums = inventory.by_tier(tiers)
         self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
@@ -93,8 +96,18 @@ class Count:
         found = {name: self._on_gpu(name) for name in self.gpus}
         found["cpu"] = self._in_ram()
         if "disk" in self.weights:
-            found["disk"] = Parts(weights=self.weights["disk"])
+            found["disk"] = Parts(weights=self.weights["disk"], written=self._written())
         return found
+
+    def _written(self) -> int:
+        """Return the bytes that loading writes into the offload folder.
+
+        transformers 5 (`accelerate_disk_offload`) leaves in a safetensors file what it holds as it is needed, and writes the rest:
+        all of other formats, and experts that are stacked while loading. accelerate's own dispatch writes everything.
+        """
+        if self.rewrites or self.blueprint.file_format != "safetensors":
+            return self.weights["disk"]
+        return int(self.sums["disk"].joined)
 
     def _on_gpu(self, name: str) -> Parts:
         constant, kv = self.calibration, self.kv.get(name, 0)

@@ -39,6 +39,13 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def exact_size(size: int) -> str:
+    """Write bytes so that `parse_size` gives the same back: 8GiB, 1536MiB, 12GB, else a bare number."""
+    factors = [(unit, factor) for unit, factor in (("GiB", GIB), ("MiB", MIB), ("GB", 10**9), ("MB", 10**6)) if size % factor == 0]
+    unit, factor = factors[0] if factors else ("", 1)
+    return f"{size // factor}{unit}"
+
+
 def significant(value: float, digits: int = 3) -> str:
     """Write a number with `digits` significant digits, without exponent: 0.0123, 1.23, 123, 12,300."""
     if value == 0 or not math.isfinite(value):

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from harness import protocol
+from harness import forkserver, protocol
 from harness.case import Answer, Loaded, Phase
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
@@ -62,6 +62,8 @@ class Player:
         self.pipe.send_bytes(protocol.encode(message))
 
     def _answer(self, request: protocol.Request) -> Message:
+        if isinstance(request, protocol.Confine):
+            return protocol.Confined(file_bytes=0, anon_bytes=0)
         if isinstance(request, Load):
             self.code = request.code
             if self._behaviour is None:
@@ -217,13 +219,32 @@ def pause(_: Player) -> None:
     time.sleep(0.5)
 
 
+def breathe(_: Player) -> None:
+    time.sleep(0.06)
+
+
 def leave(_: Player) -> None:
     os._exit(3)
+
+
+def hoard(_: Player) -> None:
+    """Take 1 GiB of memory bit by bit, and keep it."""
+    held = []
+    for _step in range(64):
+        held.append(bytearray(b"x" * (16 * MIB)))
+        time.sleep(0.02)
+    hang(_)
 
 
 def start_grandchild(_: Player) -> None:
     """Start a process that would outlive everybody, and write its id into the log."""
     print(f"grandchild {subprocess.Popen(['sleep', '600']).pid}", flush=True)
+
+
+def start_grandchild_apart(_: Player) -> None:
+    """Start one that leaves for a session of its own, and whose parent is gone."""
+    code = "import os, subprocess; print('grandchild', subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+    subprocess.run([sys.executable, "-c", code], start_new_session=True, check=True)
 
 
 def make_noise(_: Player) -> None:
@@ -280,6 +301,7 @@ def score_nan(player: Player, request: protocol.Request) -> Message:
 BEHAVIOURS: Mapping[str, Mapping[str, Step]] = {
     "ok": {},
     "slow": dict.fromkeys(("load", "cold", "warm", "score"), do(pause)),
+    "brisk": dict.fromkeys(("load", "cold", "warm", "score"), do(breathe)),
     "cuda_oom_in_load": {"load": fail("OutOfMemoryError", "RuntimeError", message=CUDA_OOM)},
     "cuda_oom_in_cold": {"cold": fail("OutOfMemoryError", "RuntimeError", message=CUDA_OOM)},
     "cuda_oom_in_warm": {"warm": fail("OutOfMemoryError", "RuntimeError", message=CUDA_OOM)},
@@ -295,6 +317,7 @@ BEHAVIOURS: Mapping[str, Mapping[str, Step]] = {
     "hang_in_load": {"load": do(hang)},
     "hang_in_cold": {"cold": do(hang)},
     "hang_in_score": {"score": do(hang)},
+    "hoard": {"load": do(hoard)},
     "noise": {"load": do(make_noise), "cold": do(make_noise)},
     "nonsense": {"load": do(send(framed=b"Loading checkpoint shards: 100%"), hang)},
     "unknown_message": {"load": do(send(framed=b'{"kind":"loading","percent":3}'), hang)},
@@ -306,6 +329,8 @@ BEHAVIOURS: Mapping[str, Mapping[str, Step]] = {
     "no_tokens": {"warm": generate_none},
     "nan": {"score": score_nan},
     "grandchild": {"load": do(start_grandchild)},
+    "grandchild_apart": {"load": do(start_grandchild_apart)},
+    "grandchild_apart_killed": {"load": do(start_grandchild_apart, send_signal(signal.SIGKILL))},
     "grandchild_killed": {"load": do(start_grandchild, send_signal(signal.SIGKILL))},
     "grandchild_hangs": {"load": do(start_grandchild, hang)},
 }
@@ -352,43 +377,57 @@ def _settle(log: str, scratch: str) -> None:
 
 
 @contextlib.contextmanager
-def own_fork_server() -> Iterator[None]:
-    """Fork the workers from a server that has nothing but this module imported, and leave none to tests that want torch in it.
+def own_fork_server(*preload: str) -> Iterator[None]:
+    """Fork the workers from a server that has only this module imported, or others; leave none to tests that want torch in it.
 
     Workers that a test forgot are killed and told of.
     """
     server: Any = multiprocessing.forkserver._forkserver
     server._stop()
-    server.set_forkserver_preload([__name__])
+    forkserver.preload(*(preload or (__name__,)))
+    forkserver.start()  # before any session: a session ends the fork server that it started
     yield
     left = psutil.Process(server._forkserver_pid).children(recursive=True) if server._forkserver_pid else []
-    for process in left:
-        process.kill()
+    for one in left:
+        one.kill()
     server._stop()
     assert not left
+
+
+def preload() -> None:
+    """Fork the workers of this process, which has started none yet, from a server that has nothing but this module imported."""
+    multiprocessing.set_forkserver_preload([__name__])
 
 
 def workers() -> list[psutil.Process]:
     """Return the processes that the fork server of this process has started and that still run."""
     server: Any = multiprocessing.forkserver._forkserver
     pid = server._forkserver_pid
-    return [process for process in psutil.Process(pid).children() if process.is_running()] if pid else []
+    return [one for one in psutil.Process(pid).children() if one.is_running()] if pid else []
 
 
-def runs(process: psutil.Process) -> bool:
+def runs(one: psutil.Process) -> bool:
     """Say whether a process lives; one that nobody has asked after yet does not."""
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return bool(one.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
-def ends(process: psutil.Process, within_s: float = 60.0) -> bool:
+def ends(one: psutil.Process, within_s: float = 60.0) -> bool:
     """Wait for the kernel to end a process that was killed."""
     until_s = time.monotonic() + within_s
-    while runs(process) and time.monotonic() < until_s:
+    while runs(one) and time.monotonic() < until_s:
         time.sleep(0.01)
-    return not runs(process)
+    return not runs(one)
+
+
+def has_ended(pid: int, within_s: float = 60.0) -> bool:
+    """Wait for the kernel to end a process that may have gone already."""
+    try:
+        return ends(psutil.Process(pid), within_s)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def no_counters(*_: object) -> NoReturn:

@@ -69,7 +69,7 @@ def _variant(name: str, **settings: Any) -> Precision:
 
 # Every way of holding weights that can be loaded here: the table's, and bitsandbytes' other schemes of 4 bits.
 WAYS: Mapping[str, Precision] = {
-    **PRECISIONS,
+    **{name: row for name, row in PRECISIONS.items() if row.holds_format("safetensors")},
     "fp4": _variant("fp4", bnb_4bit_quant_type="fp4"),
     "nf4 nested": _variant("nf4 nested", bnb_4bit_use_double_quant=True),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 
 from harness.calibration import BOUND, correct, default, device_of
@@ -90,6 +91,12 @@ def test_only_what_ran_here_and_to_its_end_counts() -> None:
     other = builders.machine(builders.gpu())
     failed = builders.result(outcome=Outcome.OOM, estimate=estimate(), metrics={"token_p50_s": 1.0})
     assert correct([failed, ran(machine=other), builders.result()], HERE).ratios == {}
+
+
+def test_a_case_under_a_limit_on_ram_reads_its_files_anew_and_tells_nothing_of_the_machine() -> None:
+    limited = msgspec.structs.replace(builders.case(), ram_bytes=GIB)
+    assert correct([ran(of=limited)]).ratios == {}
+    assert correct([ran(of=msgspec.structs.replace(limited, ram_bytes=None, vram_bytes=GIB))]).ratios
 
 
 def test_a_machine_that_was_busy_does_not_spoil_everything() -> None:

@@ -134,3 +134,21 @@ def test_the_records_have_a_json_schema() -> None:
 def test_equal_machines_are_equal_whoever_probed_them() -> None:
     again = msgspec.json.decode(encode(machine(builders.gpu())), type=Machine)
     assert again == machine(builders.gpu())
+
+
+@pytest.mark.parametrize(
+    ("limits", "id_"),
+    [
+        ({}, "tiny/bf16/cpu"),
+        ({"vram_bytes": 8 * GIB}, "tiny/bf16/cpu@vram8GiB"),
+        ({"vram_bytes": 12 * 10**9, "ram_bytes": 3 * GIB // 2}, "tiny/bf16/cpu@vram12GB@ram1536MiB"),
+    ],
+)
+def test_the_id_of_a_case_says_its_limits(limits: dict[str, int], id_: str) -> None:
+    assert msgspec.structs.replace(builders.case(), **limits).id == id_
+
+
+def test_a_case_from_before_there_were_limits_has_none() -> None:
+    plain = to_builtins(builders.case())
+    del plain["vram_bytes"], plain["ram_bytes"]
+    assert msgspec.convert(plain, records.Case) == builders.case()

@@ -193,10 +193,10 @@ def test_a_directory_with_config_and_weights_is_a_model(
         ((), "no config.json"),
         (("model.safetensors",), "no config.json"),
         (("config.json", "tokenizer.json"), "no weights (model.safetensors or pytorch_model.bin)"),
-        (("config.json", "pytorch_model.bin.index.json"), "pytorch_model-00001-of-00002.bin and 1 more of the 2 shards"),
+        (("config.json", "pytorch_model.bin.index.json"), "2 of 2 shards are missing: 'pytorch_model-00001-of-00002.bin', "),
         (
             ("config.json", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"),
-            "pytorch_model-00002-of-00002.bin of the 2",
+            "1 of 2 shards are missing: 'pytorch_model-00002-of-00002.bin'",
         ),
     ],
 )
@@ -208,12 +208,21 @@ def test_an_incomplete_directory_is_refused_by_name(names: tuple[str, ...], said
 
 
 @pytest.mark.parametrize(
-    "index", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../secret.bin"}}', '{"weight_map": {"a": 1}}']
+    ("index", "said"),
+    [
+        ("{", "cannot be understood as JSON"),
+        ("[]", "cannot be understood as JSON"),
+        ("{}", "cannot be understood as JSON"),
+        ('{"weight_map": {}}', "is empty"),
+        ('{"weight_map": {"a": "../secret.bin"}}', "outside its directory"),
+        ('{"weight_map": {"a": "/secret.bin"}}', "outside its directory"),
+        ('{"weight_map": {"a": 1}}', "cannot be understood as JSON"),
+    ],
 )
-def test_an_index_that_is_none_is_refused(index: str, tmp_path: Path) -> None:
+def test_an_index_that_is_none_is_refused(index: str, said: str, tmp_path: Path) -> None:
     fill(tmp_path, "config.json")
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=r"index\.json: not an index of weights"):
+    with pytest.raises(CheckpointError, match=rf"index\.json: .*{said}"):
         catalog.resolve(str(tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -10,11 +11,15 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness import cli
+from harness import cli, skeleton
 from harness.case import encode
 from harness.cli import COMMANDS, build_parser, main
+from harness.report.text import visible
+from harness.skeleton import catalog
 from harness.store import NAME
 from tests.builders import GOLDEN, result
+from tests.packed_files import write_hollow
+from tests.strangers import change
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,3 +163,41 @@ def test_every_command_knows_what_it_runs() -> None:
     parser = build_parser()
     assert parser.parse_args(["report", "x"]).command is COMMANDS["report"][2]
     assert parser.parse_args(["hardware"]).command is COMMANDS["hardware"][2]
+
+
+# Names and messages are text
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\u202eevil"
+
+
+@pytest.mark.parametrize("name", ["inspect", "plan", "report"])
+def test_an_error_spells_out_what_a_terminal_would_obey(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, str(tmp_path / EVIL)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "‹U+202E›evil" in said or "\\u202eevil" in said
+    assert visible(said) == said
+
+
+def test_a_directory_of_any_name_is_planned_in_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = next(entry.config for full, entry in catalog().items() if full.endswith("SmolLM2-135M-Instruct"))
+    folder = tmp_path / EVIL
+    folder.mkdir()
+    change(folder / "config.json", {**config, "auto_map": {"AutoConfig": f"{EVIL}.C"}})
+    shape = skeleton.shipped(config)
+    assert shape is not None
+    saved = [weight for weight in shape.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
+    write_hollow(folder / "model.safetensors", {weight.path: ("BF16", weight.tensor.shape) for weight in saved})
+    for arguments in ([], ["--code", "bf16/cpu"], ["--explain", "bf16/cpu"], ["--json"], ["--trust-remote-code"]):
+        assert main(["plan", str(folder), "--ram", "8GiB", *arguments]) == 0
+        out = capsys.readouterr().out
+        assert visible(out) == out
+        assert "evil" in out
+    main(["plan", str(folder), "--ram", "8GiB", "--code", "bf16/cpu"])
+    code = capsys.readouterr().out
+    (assignment,) = [
+        node for node in ast.parse(code).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL"
+    ]
+    assert ast.literal_eval(assignment.value) == str(folder)
+    assert code.count("trust_remote_code=False") == 2

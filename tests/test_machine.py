@@ -13,11 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from harness import bandwidth, cgroup
 from harness.case import Machine, Tier
-from harness.machine import Link, links, probe, versions
+from harness.machine import Link, limited, links, probe, versions
 from harness.units import GIB, MIB
+from tests import builders
 
 V1_UNLIMITED = 0x7FFFFFFFFFFFF000
 V2_MOUNT = "35 24 0:30 {top} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
@@ -499,3 +501,15 @@ def test_reads_the_machine_without_torch() -> None:
     code = f"import sys, harness.machine as m; m.probe(); m.versions(); print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+# Less than there is
+
+
+def test_a_machine_under_limits_keeps_its_name_and_its_smaller_limits() -> None:
+    cpu = Tier(name="cpu", kind="cpu", total_bytes=64 * GIB, free_bytes=60 * GIB, limit_bytes=8 * GIB)
+    there = Machine(name="a machine", tiers=(builders.gpu(0), builders.gpu(1), cpu))
+    seen = limited(there, replace(builders.case(), vram_bytes=6 * GIB, ram_bytes=16 * GIB))
+    assert seen.name == there.name
+    assert [tier.capacity_bytes for tier in seen.tiers] == [6 * GIB, 6 * GIB, 8 * GIB]
+    assert limited(there, builders.case()) == there

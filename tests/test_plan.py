@@ -11,12 +11,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from harness import blueprint, catalog
 from harness.case import Machine, Verdict
 from harness.catalog import Source
 from harness.checkpoint import Checkpoint, Tensor
+from harness.machine import limited
 from harness.placement import PLACEMENTS, ROOM
 from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code
+from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.units import GIB
 from tests.builders import case, gpu, machine
@@ -436,3 +440,41 @@ def test_the_dtype_is_one_that_the_device_computes_in(on: Machine, placement: st
     code = decide(case("int4", placement), on, SMALL).code
     assert code is not None
     assert keywords(code)["dtype"] == dtype
+
+
+# Less memory than there is
+
+
+@pytest.mark.parametrize(
+    ("limits", "on", "said"),
+    [
+        ({"vram_bytes": 8 * GIB}, NO_GPU, "--vram 8GiB limits a GPU, and NVML knows none here"),
+        ({"vram_bytes": 12 * GIB}, AMPERE, "--vram 12GiB is more than gpu:0 has free, 11.0 GiB"),
+        ({"ram_bytes": 24 * GIB}, AMPERE, "--ram 24GiB is more than cpu has free, 16.0 GiB"),
+        ({"vram_bytes": 8 * GIB, "ram_bytes": 8 * GIB}, AMPERE, None),
+    ],
+)
+def test_what_is_not_there_cannot_be_emulated(limits: dict[str, int], on: Machine, said: str | None) -> None:
+    refused = gate(replace(case("bf16", "auto"), **limits), on)
+    assert refused == (said and (Verdict.UNAVAILABLE, said))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("cards", [1, 2])
+def test_under_a_limit_auto_is_told_what_it_would_take_of_a_machine_of_that_size(placement: str, cards: int) -> None:
+    """The same map as on a real one, and without a limit no word."""
+    small = machine(*(gpu(index, free_bytes=GIB) for index in range(cards)), ram_bytes=2 * GIB)
+    large = machine(*(gpu(index) for index in range(cards)))
+    under = limited(large, replace(case("bf16", placement), vram_bytes=GIB, ram_bytes=2 * GIB))
+    drawn = blueprint.draw(catalog.resolve("chatglm-6b"))
+    emulated, real, free = (Planner(drawn, on).plan(case("bf16", placement)) for on in (under, small, large))
+    assert emulated.device_map == real.device_map
+    assert emulated.estimate is not None
+    assert real.estimate is not None
+    assert {name: tier.needed_bytes for name, tier in emulated.estimate.tiers.items()} == {
+        name: tier.needed_bytes for name, tier in real.estimate.tiers.items()
+    }
+    if PLACEMENTS[placement].device_map == "auto":
+        assert emulated.code is not None
+        assert "max_memory={0: " in emulated.code
+        assert (free.max_memory is None) == (PLACEMENTS[placement].limits is None)

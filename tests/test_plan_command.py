@@ -153,6 +153,7 @@ def test_nothing_fits_is_exit_status_1(say: Said) -> None:
         (["chatglm-6b", "--code", "int8"], "no case 'int8'"),
         (["chatglm-6b", "--code", "int8/direct", "--json"], "--code and --explain are about one case"),
         (["chatglm-6b", "--gpu", "8GiB", "--code", "int8/gpu+cpu"], "cannot be loaded: transformers refuses"),
+        (["chatglm-6b", "--ram", "8GiB", "--prove-min-ram"], "--prove-min-ram runs on this machine: leave --ram out"),
         (["./nowhere"], "no directory './nowhere'"),
     ],
 )

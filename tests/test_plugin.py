@@ -38,9 +38,11 @@ pytest_plugins = ["harness.plugin"]
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
+    from harness import forkserver
     from harness.plugin import SESSION
     from tests import builders, scripted
 
+    forkserver.preload("tests.scripted")  # unless a fork server runs already
     config.stash[SESSION].worker_main = scripted.by_model
     config.stash[SESSION].machine = builders.machine(ram_bytes=480 << 20)  # so little that no plan promises anything
 """
@@ -179,6 +181,30 @@ def test_damaged_model_is_refused_before_anything_runs(project: Project) -> None
     (project.path / "tiny/model.safetensors").write_bytes(b"\xff" * 16)
     assert "model.safetensors" in usage_error(project.run())
     assert not project.results
+
+
+# Less memory than there is
+
+
+def test_a_case_that_needs_more_than_its_ram_is_out_of_memory(project: Project) -> None:
+    project.behave(fp32="hoard")
+    done = project.run("--ram", "300MiB", "--run-all")
+    (result,) = project.results
+    assert (result.id, result.outcome) == ("tiny/fp32/cpu@ram300MiB", Outcome.OOM)
+    assert "--ram" in str(result.why)
+    done.stdout.fnmatch_lines(["tiny/fp32/cpu@ram300MiB *M*out of memory*"])
+    assert done.ret == 0
+
+
+def test_sizes_of_a_card_that_is_not_here_are_skipped_with_one_sentence(project: Project) -> None:
+    done = project.run("--vram", "6GiB", "--vram", "8GiB", "-rs", placement="direct")
+    assert {result.id for result in project.results} == {"tiny/fp32/direct@vram6GiB", "tiny/fp32/direct@vram8GiB"}
+    assert "needs a GPU, and NVML knows none here" in done.stdout.str()
+    assert done.ret == 0
+
+
+def test_a_size_that_is_none_is_told_in_one_sentence(project: Project) -> None:
+    assert "--ram (command line): 'much' is not a size" in usage_error(project.raw("cases", "--ram", "much"))
 
 
 # Which tests run, and in which order
@@ -466,6 +492,70 @@ def test_no_terminal_is_needed(project: Project) -> None:
     assert project.outcomes == {"fp32": Outcome.OK}
 
 
+# Resuming
+
+
+def test_a_resumed_run_says_what_it_kept(project: Project) -> None:
+    project.behave(bf16="bad_alloc", fp16="bug")
+    assert project.run(precisions="fp32 bf16 fp16").ret == pytest.ExitCode.TESTS_FAILED
+    done = project.run("--resume", precisions="fp32 bf16 fp16")
+    done.stdout.fnmatch_lines(
+        [
+            "tiny/fp32/cpu  ssss  kept from 20??-??-?? ??:?? UTC: works *",
+            "tiny/bf16/cpu  Msss  kept from 20??-??-?? ??:?? UTC: out of memory*",
+            "tiny/fp16/cpu  Esss  crashed: *",
+            "--resume: 2 cases kept, 1 run: 1 crashed; loaded tiny/fp32/cpu once more, which others are compared with",
+            "3 results in fitmatrix-results/results.jsonl",
+            "page: fitmatrix-results/index.html",
+        ]
+    )
+    assert [result.case.precision for result in project.results] == ["fp32", "bf16", "fp16", "fp16"]
+
+
+def test_a_kept_case_is_skipped_with_its_date(project: Project) -> None:
+    project.run()
+    done = project.run("--resume", "-rs", "--junit-xml", "junit.xml")
+    done.assert_outcomes(skipped=4)
+    assert done.ret == 0
+    done.stdout.fnmatch_lines(["SKIPPED*kept from 20??-??-?? ??:?? UTC"])
+    assert 'message="kept from 20' in (project.path / "junit.xml").read_text()
+
+
+@pytest.mark.parametrize("behaviour", ["without_effect", "fewer_tokens", "nan"])
+def test_what_failed_runs_and_fails_again(project: Project, behaviour: str) -> None:
+    """Else a second run of CI would be green although nothing has changed."""
+    project.behave(fp32=behaviour)
+    project.run()
+    done = project.run("--resume")
+    done.assert_outcomes(passed=3, failed=1)
+    (failed,) = project.results[0].failed
+    done.stdout.fnmatch_lines([f"--resume: 0 cases kept, 1 run: 1 failed {failed}"])
+
+
+def test_a_kept_out_of_memory_that_was_to_fit_fails_again(project: Project) -> None:
+    project.pytester.makeconftest(CONFTEST.replace("480 << 20", "16 << 30"))
+    project.behave(fp32="bad_alloc")
+    project.run()
+    done = project.run("--resume")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines(["kept from *: out of memory during load*; the plan said that it fits"])
+    assert len(project.results) == 1
+
+
+def test_a_kept_out_of_memory_fails_when_asked_to(project: Project) -> None:
+    project.behave(fp32="bad_alloc")
+    assert project.run().ret == 0
+    assert project.run("--resume").ret == 0
+    assert project.run("--resume", "--fail-on-oom").ret == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_part_of_a_case_is_not_taken_for_the_whole(project: Project) -> None:
+    project.run("-k", "load")
+    done = project.run("--resume")
+    done.assert_outcomes(passed=4)
+    done.stdout.fnmatch_lines(["--resume: 0 cases kept, 1 run: 1 measured in part"])
+
+
 # Processes
 
 
@@ -492,35 +582,90 @@ def test_the_parent_has_no_torch(project: Project) -> None:
     assert "torch is imported: False" in project.results[0].log_tail
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_keeps_what_is_finished_and_leaves_no_process(
-    project: Project, number: signal.Signals, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize(
+    ("numbers", "status"),
+    [
+        ((signal.SIGINT,), pytest.ExitCode.INTERRUPTED),
+        ((signal.SIGINT, signal.SIGINT), pytest.ExitCode.INTERRUPTED),
+        ((signal.SIGTERM,), 143),
+        ((signal.SIGHUP, signal.SIGTERM), 129),
+        ((signal.SIGKILL,), -9),
+    ],
+)
+def test_a_run_that_is_ended_keeps_what_is_finished_and_leaves_nothing(
+    project: Project, numbers: tuple[signal.Signals, ...], status: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Ctrl-C reaches all processes of the terminal's group, and the parent puts things in order; the others it cannot hear."""
-    project.behave(bf16="grandchild_hangs" if number is signal.SIGINT else "hang_in_load")
+    """What ends it in order reaches all processes of its group, as from a terminal, and the parent puts things in order."""
+    project.behave(bf16="grandchild_hangs")
     scratch = tmp_path_factory.mktemp("t")  # the path of a socket must be short
     with running(project, scratch, precisions="fp32 bf16 fp16") as run:
         wait_for_hanging(scratch)
         started = psutil.Process(run.pid).children(recursive=True)
-        os.killpg(run.pid, number) if number is signal.SIGINT else run.send_signal(number)
+        for number in numbers:
+            run.send_signal(number) if number is signal.SIGKILL else os.killpg(run.pid, number)
+            time.sleep(0.1)
         output = run.communicate(timeout=60)[0]
-    assert len(started) >= 2
+    assert len(started) >= 3
     assert all(scripted.ends(process) for process in started)
+    assert run.returncode == status
     assert project.outcomes == {"fp32": Outcome.OK}
-    if number is signal.SIGINT:
-        assert run.returncode == pytest.ExitCode.INTERRUPTED
+    assert list(scratch.iterdir()) == []  # its fork server cleared up if it could not
+    if signal.SIGKILL not in numbers:
         assert output.rstrip().splitlines()[-1] == "page: fitmatrix-results/index.html"
         assert "tiny/fp32/cpu" in (project.path / "fitmatrix-results/index.html").read_text()
         assert "Traceback" not in output
-        assert not list(scratch.glob("fitmatrix-*"))
 
 
-def running(project: Project, scratch: Path, precisions: str) -> subprocess.Popen[str]:
+def test_a_run_whose_terminal_is_closed_writes_its_page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    project.behave(bf16="hang_in_load")
+    scratch = tmp_path_factory.mktemp("t")
+    controller, terminal = os.openpty()
+    with running(project, scratch, precisions="fp32 bf16", terminal=terminal) as run:
+        os.close(terminal)
+        wait_for_hanging(scratch)
+        os.close(controller)
+        run.send_signal(signal.SIGHUP)
+        assert run.wait(60) == 129
+    assert project.outcomes == {"fp32": Outcome.OK}
+    assert "tiny/fp32/cpu" in (project.path / "fitmatrix-results/index.html").read_text()
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_run_that_is_stopped_and_continued_comes_through(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    project.behave(fp32="slow")
+    with running(project, tmp_path_factory.mktemp("t"), "--case-timeout", "4", precisions="fp32") as run:
+        time.sleep(1)
+        run.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        run.send_signal(signal.SIGCONT)
+        assert run.communicate(timeout=60)[0]
+    assert run.returncode == 0
+    assert project.outcomes == {"fp32": Outcome.OK}
+
+
+def test_a_case_is_finished_with_its_last_test(project: Project) -> None:
+    """Ctrl-C between two cases takes nothing away, nor does one that comes while the result is written."""
+    (project.path / "cases/test_zzz.py").write_text(
+        "import os, signal\nimport pytest\n\n\n@pytest.mark.stage(9)\ndef test_last(loaded, request):\n"
+        "    from harness.plugin import SESSION\n"
+        "    store = request.config.stash[SESSION].store\n"
+        "    append = store.append\n"
+        "    def interrupted(result):\n        os.kill(os.getpid(), signal.SIGINT)\n        append(result)\n"
+        "    store.append = interrupted\n"
+    )
+    done = project.pytester.runpytest_subprocess(*project.words(precisions="fp32 bf16"))
+    assert done.ret == pytest.ExitCode.INTERRUPTED
+    assert project.outcomes == {"fp32": Outcome.OK}
+
+
+def running(
+    project: Project, scratch: Path, *words: str, precisions: str, terminal: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *project.words(precisions=precisions)],
+        [sys.executable, "-m", "pytest", *project.words(*words, precisions=precisions)],
         cwd=project.path,
         env={**os.environ, "TMPDIR": str(scratch)},
-        stdout=subprocess.PIPE,
+        stdout=terminal,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,

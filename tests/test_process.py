@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import process
+from harness import forkserver, process
 from harness.errors import WorkerError
+from harness.patience import Patience
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
 from harness.units import MIB
@@ -56,12 +58,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def ask(worker: Worker, request: Request, limit_s: float = LONG_S) -> object:
-    return worker.ask(request, until_s=time.monotonic() + limit_s)
+    return worker.ask(request, Patience(case_s=limit_s))
 
 
-def grandchild(worker: Worker) -> psutil.Process:
+def grandchild(worker: Worker) -> int:
     words = worker.log_tail().split()
-    return psutil.Process(int(words[words.index("grandchild") + 1]))
+    return int(words[words.index("grandchild") + 1])
 
 
 # Conversation
@@ -122,6 +124,20 @@ def test_death_between_requests_is_told_by_the_next(start: Start) -> None:
     assert (caught.value.exit_code, caught.value.ended_by) == (-signal.SIGKILL, None)
 
 
+def test_a_worker_that_is_ended_from_another_thread_says_the_first_reason(start: Start) -> None:
+    worker = start("grandchild_hangs")
+
+    def end_twice() -> None:
+        worker.end("ram-limit")
+        worker.end("machine-memory")
+
+    threading.Timer(0.5, end_twice).start()
+    with pytest.raises(Ended) as caught:
+        ask(worker, LOAD)
+    assert (caught.value.exit_code, caught.value.ended_by) == (-signal.SIGKILL, "ram-limit")
+    assert scripted.has_ended(grandchild(worker))
+
+
 def test_time_is_honoured(start: Start) -> None:
     worker = start("hang_in_load")
     child, begun = psutil.Process(worker.pid), time.monotonic()
@@ -163,14 +179,15 @@ def test_worker_that_closes_its_pipe_and_stays_is_ended(start: Start) -> None:
     assert caught.value.ended_by == "protocol"
 
 
-@pytest.mark.parametrize("behaviour", ["grandchild", "grandchild_killed", "grandchild_hangs"])
+@pytest.mark.parametrize(
+    "behaviour", ["grandchild", "grandchild_killed", "grandchild_hangs", "grandchild_apart", "grandchild_apart_killed"]
+)
 def test_what_the_worker_started_goes_with_it(start: Start, behaviour: str) -> None:
     worker = start(behaviour)
     with contextlib.suppress(Ended):
         ask(worker, LOAD, SHORT_S if "hangs" in behaviour else LONG_S)
-    started = grandchild(worker)
     worker.stop()
-    assert scripted.ends(started)
+    assert scripted.has_ended(grandchild(worker))
 
 
 @pytest.mark.parametrize("behaviour", ["ok", "killed", "hang_in_cold"])
@@ -196,9 +213,11 @@ def test_socket_path_that_is_too_long_is_told_in_one_sentence(tmp_path: Path) ->
     scratch = tmp_path / ("x" * 80)
     scratch.mkdir()
     body = """
+from harness.errors import UsageError
+
 try:
     process.Worker(scripted.worker("ok"), log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
-except process.UsageError as error:
+except UsageError as error:
     print(error)
 """
     with run_script(body, tmp_path, TMPDIR=str(scratch)) as parent:
@@ -206,6 +225,40 @@ except process.UsageError as error:
     assert "AF_UNIX path too long" in said
     assert "set TMPDIR to a short path" in said
     assert "Traceback" not in said
+
+
+# The fork server
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_fork_server_that_does_not_answer_is_replaced(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    start("ok").stop()
+    server = psutil.Process(forkserver.server()._forkserver_pid)
+    server.send_signal(number)
+    worker = Worker(scripted.worker("ok"), log=tmp_path / "log", scratch=tmp_path, start_s=SHORT_S)
+    assert isinstance(ask(worker, LOAD), LoadDone)
+    worker.stop()
+    assert forkserver.server()._forkserver_pid != server.pid
+
+
+def test_a_fork_server_that_is_stopped_does_not_keep_a_worker_from_ending(start: Start) -> None:
+    worker = start("hang_in_load")
+    child, server = psutil.Process(worker.pid), psutil.Process(forkserver.server()._forkserver_pid)
+    server.suspend()
+    with pytest.raises(Ended) as caught:
+        ask(worker, LOAD, SHORT_S)
+    assert caught.value.ended_by == "timeout"
+    assert scripted.ends(child)
+
+
+def test_death_of_the_fork_server_is_told(start: Start) -> None:
+    worker = start("hang_in_load")
+    child = psutil.Process(worker.pid)
+    psutil.Process(forkserver.server()._forkserver_pid).kill()
+    with pytest.raises(Ended) as caught:
+        ask(worker, LOAD)
+    assert caught.value.ended_by == "fork server"
+    assert scripted.ends(child)
 
 
 # Interrupts
@@ -232,11 +285,11 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from harness import process
+from harness.patience import Patience
 from harness.protocol import Load
 from tests import scripted
 
-def until_s():
-    return time.monotonic() + 60
+LONG = Patience(case_s=60)
 
 {body}
 """
@@ -262,7 +315,7 @@ heard = []
 signal.signal(signal.SIGINT, lambda *_: heard.append(True))
 worker = process.Worker({main}, log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
 os.killpg(0, signal.SIGINT)
-print(type(worker.ask(Load(model="tiny", code=""), until_s=until_s())).__name__, heard)
+print(type(worker.ask(Load(model="tiny", code=""), LONG)).__name__, heard)
 worker.stop()
 """
     with run_script(body, tmp_path) as parent:
@@ -296,7 +349,7 @@ def test_busy_worker_dies_with_its_parent(tmp_path: Path, tmp_path_factory: pyte
     body = """
 worker = process.Worker(scripted.worker("hang_in_load"), log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
 print(worker.pid, flush=True)
-worker.ask(Load(model="tiny", code=""), until_s=until_s())
+worker.ask(Load(model="tiny", code=""), LONG)
 """
     # What multiprocessing leaves when its process is killed; the path of a socket must be short.
     with run_script(body, tmp_path, TMPDIR=str(tmp_path_factory.mktemp("t"))) as parent:

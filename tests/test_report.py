@@ -1,6 +1,9 @@
 """The page of results: what it says, in which order, and that it says nothing the store does not."""
 
+import base64
+import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +22,7 @@ from harness.metrics import METRICS, format_metric
 from harness.placement import PLACEMENTS
 from harness.report import charts, figures, page, view
 from harness.report.text import visible
+from harness.units import GIB
 
 GOLDEN = Path(__file__).parent / "data/results-v1.jsonl"
 GPU_MODEL, CPU_MODEL = "chatglm-6b", "smollm2-135m"
@@ -188,6 +192,14 @@ def test_rows_and_columns_follow_the_tables_and_unknown_names_come_last(result: 
     table = rendered([variant(result, *pair) for pair in names]).all("table", look="matrix")[0]
     heads = {scope: [head.text.split()[0] for head in table.all("th", scope=scope)] for scope in ("col", "row")}
     assert heads == {"col": ["direct", "auto", "cpu", "tape"], "row": ["fp32", "bf16", "int8", "int4", "int3"]}
+
+
+def test_every_size_of_a_limit_is_a_column(result: Result) -> None:
+    sizes = [("direct", None), ("cpu", None), ("direct", 12 * GIB), ("direct", 8 * GIB)]
+    under = [replace(one := variant(result, "bf16", name), case=replace(one.case, vram_bytes=size)) for name, size in sizes]
+    table = rendered(under).all("table", look="matrix")[0]
+    heads = [head.text.split()[0] for head in table.all("th", scope="col")]
+    assert heads == ["direct@vram8GiB", "direct@vram12GiB", "direct", "cpu"]
 
 
 WORDS = [
@@ -394,8 +406,8 @@ def test_the_details_hold_reason_code_command_answers_map_and_log(golden: list[R
 
 def test_the_page_says_how_it_was_measured_and_what_was_set_aside(golden: list[Result]) -> None:
     root = rendered(golden, problems=["results.jsonl:17: the line is cut off"])
-    for metric in METRICS.values():
-        assert " ".join(metric.how.split()) in root.text
+    for key in {key for one in golden for key in one.metrics}:
+        assert " ".join(METRICS[key].how.split()) in root.text
     assert "1 line of the store set aside: results.jsonl:17: the line is cut off" in root.text
     assert "3 runs" in root.text
     assert "set aside" not in rendered(golden).text
@@ -426,6 +438,10 @@ def test_the_page_names_no_other_file_or_host(golden: list[Result], root: Node) 
     assert "url(" not in page.render(golden)
     policy = root.all("meta", http_equiv="Content-Security-Policy")[0].attrs["content"]
     assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+    for tag in ("style", "script"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page.render(golden), re.DOTALL)
+        assert f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
 
 
 def test_headings_go_down_one_step_at_a_time_and_tables_have_heads(root: Node) -> None:

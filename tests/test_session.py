@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from harness import process
+from harness import fingerprint, forkserver
 from harness.case import Case, Outcome, Plan, Result, Verdict
 from harness.errors import CheckpointError, StoreError, UsageError
 from harness.options import Options
 from harness.runner import CaseEnded, Run
 from harness.session import Session
+from harness.units import GIB
 from tests import builders, scripted
 
 FAST = {"new_tokens": "3", "repeats": "2", "case_timeout": "60"}
@@ -57,7 +59,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 def go_through(session: Session, case: Case) -> None:
     """Do with a case what the plugin and cases/ do."""
     run = session.start(session.plan(case))
-    if run is None:
+    if not isinstance(run, Run):
         return
     with contextlib.suppress(CaseEnded):
         for _ in range(case.workload.repeats):
@@ -71,7 +73,7 @@ def measure(session: Session) -> list[Result]:
     session.prepare(cases)
     for case in cases:
         go_through(session, case)
-    return session.results
+    return [result for result in session.store.read()[0] if result.run == session.run_id]
 
 
 def stored(session: Session) -> list[Result]:
@@ -88,6 +90,31 @@ def test_widest_precision_comes_first_whatever_the_order_asked_for(make: Make) -
     assert [case.id for case in session.cases()] == [
         f"tiny/{precision}/{placement}" for precision in ("fp32", "bf16", "int4") for placement in ("auto", "disk", "cpu")
     ]
+
+
+def test_every_size_of_the_gpu_is_a_case_of_each_placement_that_uses_one(make: Make) -> None:
+    session = make(placement=["cpu", "direct"], vram=["8GiB", "6GiB"], ram="16GiB")
+    names = ["direct@vram8GiB@ram16GiB", "direct@vram6GiB@ram16GiB", "cpu@ram16GiB"]
+    assert [case.id for case in session.cases()] == [f"tiny/fp32/{name}" for name in names]
+
+
+def test_a_limited_case_is_planned_recorded_and_repeated_under_its_limit(make: Make) -> None:
+    session = make(placement=["cpu"], ram="8GiB")
+    (result,) = measure(session)
+    assert result.estimate is not None
+    assert result.estimate.tiers["cpu"].capacity_bytes == 8 * GIB
+    cpu, probed = result.machine.tier("cpu"), session.machine.tier("cpu")
+    assert cpu is not None
+    assert probed is not None
+    assert (cpu.limit_bytes, probed.limit_bytes) == (8 * GIB, None)
+    assert result.command is not None
+    assert "--placement cpu --ram 8GiB" in result.command
+
+
+def test_vram_without_a_gpu_is_unavailable_in_one_sentence(make: Make) -> None:
+    (result,) = measure(make(placement=["auto"], vram=["8GiB"]))
+    assert (result.outcome, result.verdict) == (Outcome.SKIPPED, Verdict.UNAVAILABLE)
+    assert result.why == "--vram 8GiB limits a GPU, and NVML knows none here"
 
 
 def test_models_come_in_the_order_asked_for(make: Make, tmp_path: Path) -> None:
@@ -156,6 +183,13 @@ def test_scripted_worker_starts_no_torch(make: Make) -> None:
     assert all("torch is imported: False" in result.log_tail for result in measure(session))
 
 
+def test_full_disk_is_told_before_anything_is_measured(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))
+    session = make()
+    with pytest.raises(StoreError, match=r"results: no room for the results of this run: up to .* needed, 1000 bytes free"):
+        session.prepare(session.cases())
+
+
 # Measuring
 
 
@@ -206,9 +240,22 @@ def test_what_the_plan_expects_to_fail_runs_only_when_asked_for(make: Make, run_
     session.prepare([case])
     run = session.start(replace(session.plan(case), verdict=Verdict.TOO_BIG, why="needs 16.1 GiB"))
     assert isinstance(run, Run) is run_all
-    if run:
+    if isinstance(run, Run):
         session.finish(run)
     assert [result.outcome for result in stored(session)] == [Outcome.OK if run_all else Outcome.SKIPPED]
+
+
+def test_a_disk_that_has_filled_up_since_the_plan_is_seen_before_loading(make: Make) -> None:
+    session = make(placement=["disk"])
+    (case,) = session.cases()
+    session.prepare([case])
+    decided = session.plan(case)
+    assert decided.estimate is not None
+    disk = replace(decided.estimate.tiers["disk"], needed_bytes=1 << 60)
+    assert session.start(replace(decided, estimate=replace(decided.estimate, tiers={"disk": disk}))) is None
+    (result,) = stored(session)
+    assert (result.verdict, result.outcome, result.stage) == (Verdict.TOO_BIG, Outcome.SKIPPED, "plan")
+    assert "set TMPDIR" in str(result.why)
 
 
 def test_what_has_no_code_does_not_run_even_when_asked_for(make: Make) -> None:
@@ -269,6 +316,133 @@ def test_every_model_has_its_own_reference(make: Make, tmp_path: Path) -> None:
     assert [compared_with(result) for result in results] == ["", "tiny/fp32/cpu", "", "another/fp32/cpu"]
 
 
+# Resuming
+
+
+def resumed(make: Make, **options: Any) -> tuple[Session, list[str]]:
+    """Go on with a run; return the session and the precisions that were measured."""
+    session = make(resume=True, **options)
+    return session, [result.case.precision for result in measure(session)]
+
+
+def test_what_was_measured_is_not_measured_again(make: Make) -> None:
+    first = measure(make(precision=["fp32", "bf16"]))
+    session, ran = resumed(make, precision=["fp32", "bf16"])
+    assert ran == []
+    assert list(session.kept.values()) == first == stored(session)
+    assert session.resumed() == "--resume: 2 cases kept, 0 run"
+
+
+def test_without_resume_everything_is_measured_again(make: Make) -> None:
+    measure(make())
+    session = make()
+    assert len(measure(session)) == 1
+    assert session.resumed() is None
+
+
+def test_what_is_missing_is_compared_with_the_kept_reference(make: Make) -> None:
+    """Whose predictions are gone with the run that made them: it is loaded once more, and gives no second result."""
+    measure(make(precision=["fp32", "bf16"]))
+    session, ran = resumed(make, precision=["fp32", "bf16", "fp16", "int8"])
+    assert ran == ["fp16", "int8"]
+    assert [compared_with(result) for result in stored(session)] == ["", *["tiny/fp32/cpu"] * 3]
+    assert session.resumed() == (
+        "--resume: 2 cases kept, 2 run: 2 not measured before; loaded tiny/fp32/cpu once more, which others are compared with"
+    )
+
+
+def test_a_kept_reference_that_cannot_be_loaded_any_more_is_none(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "of_model", lambda *_: "the same")  # what changes is the behaviour, which is a file here
+    measure(make(precision=["fp32"]))
+    (tmp_path / "tiny/script.json").write_text('{"fp32": "bad_alloc"}')
+    _, ran = resumed(make, precision=["fp32", "bf16"])
+    assert ran == ["bf16"]
+
+
+def test_a_wider_reference_than_before_has_the_others_judged_again(make: Make) -> None:
+    measure(make(precision=["bf16", "fp16"]))
+    session, ran = resumed(make, precision=["fp32", "bf16", "fp16"])
+    assert ran == ["fp32", "bf16", "fp16"]
+    assert {compared_with(result) for result in stored(session)[-2:]} == {"tiny/fp32/cpu"}
+    assert "2 not compared with tiny/fp32/cpu before" in str(session.resumed())
+
+
+def test_a_part_of_a_run_keeps_what_was_compared_with_the_rest(make: Make) -> None:
+    measure(make(precision=["fp32", "bf16", "fp16"]))
+    assert resumed(make, precision=["bf16", "fp16"])[1] == []
+
+
+@pytest.mark.parametrize(("options", "count"), [({}, 0), ({"run_all": True}, 1)])
+def test_out_of_memory_is_repeated_only_when_asked_for(make: Make, tmp_path: Path, options: dict[str, bool], count: int) -> None:
+    scripted.write_model(tmp_path / "frail", fp32="bad_alloc")
+    measure(make(model=["frail"]))
+    assert len(resumed(make, model=["frail"], **options)[1]) == count
+
+
+def test_a_crash_is_repeated(make: Make, tmp_path: Path) -> None:
+    scripted.write_model(tmp_path / "frail", fp32="segfault")
+    measure(make(model=["frail"]))
+    session, ran = resumed(make, model=["frail"])
+    assert ran == ["fp32"]
+    assert session.resumed() == "--resume: 0 cases kept, 1 run: 1 crashed"
+
+
+def test_a_time_out_is_repeated_with_more_time(make: Make, tmp_path: Path) -> None:
+    scripted.write_model(tmp_path / "frail", fp32="hang_in_load")
+    measure(make(model=["frail"], case_timeout="0.5"))
+    assert resumed(make, model=["frail"], case_timeout="0.5")[1] == []
+    assert resumed(make, model=["frail"], case_timeout="0.7")[1] == ["fp32"]
+
+
+def test_another_workload_is_another_case(make: Make) -> None:
+    measure(make())
+    assert resumed(make, repeats="3")[1] == ["fp32"]
+
+
+def test_other_weights_of_the_same_shape_are_measured(make: Make, tmp_path: Path) -> None:
+    measure(make())
+    (tmp_path / "tiny/model.safetensors").touch()
+    session, ran = resumed(make)
+    assert ran == ["fp32"]
+    assert "the model's files have changed" in str(session.resumed())
+    assert resumed(make)[1] == []
+
+
+def test_what_cannot_run_here_is_not_recorded_twice(make: Make) -> None:
+    measure(make(placement=["direct", "cpu"]))
+    session, ran = resumed(make, placement=["direct", "cpu"])
+    assert ran == []
+    assert [result.id for result in stored(session)] == ["tiny/fp32/direct", "tiny/fp32/cpu"]
+
+
+def test_what_did_not_fit_runs_when_it_does(make: Make) -> None:
+    session = make()
+    session.machine = builders.machine(ram_bytes=1 << 20)
+    assert [result.stage for result in measure(session)] == ["plan"]
+    session, ran = resumed(make)
+    assert ran == ["fp32"]
+
+
+def test_page_of_a_run_that_kept_everything_shows_it(make: Make) -> None:
+    measure(make())
+    session, _ = resumed(make)
+    page = session.render()
+    assert page is not None
+    assert "tiny/fp32/cpu" in page.read_text()
+
+
+def test_nothing_is_imported_for_cases_that_are_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[object] = []
+    monkeypatch.setattr(forkserver, "warm_up", heard.append)
+    measure(make())
+    session = make(resume=True)
+    session.worker_main = None
+    session.prepare(session.cases())
+    assert not heard
+
+
 # The page
 
 
@@ -317,7 +491,7 @@ def test_interrupted_case_leaves_the_older_result_the_newest(make: Make) -> None
     (case,) = session.cases()
     session.prepare([case])
     run = session.start(session.plan(case))
-    assert run is not None
+    assert isinstance(run, Run)
     run.load()
     session.interrupted = True
     assert session.finish(run).metrics["load_s"] > 0
@@ -330,17 +504,17 @@ def test_result_that_cannot_be_written_leaves_no_worker(make: Make, monkeypatch:
     (case,) = session.cases()
     session.prepare([case])
     run = session.start(session.plan(case))
-    assert run is not None
+    assert isinstance(run, Run)
     monkeypatch.setattr(session.store, "path", Path("tiny/config.json/results.jsonl"))
     with pytest.raises(StoreError, match="cannot append the result of tiny/fp32/cpu"):
         session.finish(run)
     assert not scripted.workers()
-    assert not session.results
+    assert not session.added
 
 
 def test_warm_up_is_for_the_real_worker_only(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[object] = []
-    monkeypatch.setattr(process, "warm_up", heard.append)
+    monkeypatch.setattr(forkserver, "warm_up", heard.append)
     session = make()
     session.prepare(session.cases())
     assert not heard

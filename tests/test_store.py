@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +14,16 @@ from typing import Any
 
 import msgspec
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from harness import store as store_module
-from harness.case import SCHEMA, Result, encode
+from harness.case import SCHEMA, Result, Timeline, encode, to_builtins
 from harness.errors import StoreError
 from harness.store import NAME, Store, decode, read
-from tests.builders import GOLDEN, result
+from tests import goldens
+from tests.builders import GOLDEN, case, result
 
 ROOT = Path(__file__).parent.parent
 APPENDER = """
@@ -191,6 +196,192 @@ def test_a_directory_in_place_of_the_file(store: Store) -> None:
         store.read()
 
 
+# A place that is not what it should be
+
+
+def said_of(store: Store, to_come_bytes: int = 0) -> str:
+    with pytest.raises(StoreError) as caught:
+        store.prepare(to_come_bytes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_lock_file_that_was_left_behind_locks_nobody_out(store: Store) -> None:
+    store.path.with_name(f"{NAME}.lock").write_text("4711\nelsewhere\n")
+    store.prepare()
+    store.append(result())
+    assert len(store.read()[0]) == 1
+
+
+def test_a_lock_that_is_held_for_ever_is_told_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_PATIENCE_S", 0.2)
+    holder = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", holder, f"{store.path}.lock"], stdin=-1, stdout=-1) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert "another process has held results.jsonl.lock for 0 s; end that run, or choose another directory" in said_of(store)
+        process.kill()
+    store.prepare()
+
+
+def test_a_lock_that_cannot_be_opened_is_told_beforehand(store: Store) -> None:
+    store.path.with_name(f"{NAME}.lock").mkdir()
+    assert said_of(store).startswith(f"{store.path}.lock: cannot be opened (Is a directory); remove it, or choose another")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), OSError(errno.EOPNOTSUPP, "no"), NotImplementedError()]
+)
+def test_a_file_system_without_locks_is_refused_beforehand(store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def no_locks(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
+    assert said_of(store).endswith(
+        "the file system has no locks, and two runs could mix their lines; choose a local disk with --results"
+    )
+
+
+def test_a_directory_that_was_tidied_away_during_a_run_is_made_again(store: Store) -> None:
+    store.prepare()
+    shutil.rmtree(store.path.parent)
+    store.append(result())
+    assert len(store.read()[0]) == 1
+
+
+IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
+can_mount = subprocess.run([*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+PREPARE = """
+import sys
+from pathlib import Path
+from harness.errors import StoreError
+from harness.store import Store, most_bytes
+from tests.builders import case, result
+store = Store(Path(sys.argv[1]) / "results")
+try:
+    store.prepare(int(sys.argv[2]) * most_bytes(case()))
+    store.append(result())
+    print("appended")
+except StoreError as error:
+    print(error)
+print(sorted(path.name for path in store.path.parent.glob("*")))
+"""
+
+
+def prepared_on(place: Path, mount: str, cases: int) -> list[str]:
+    """Mount a file system of its own, and prepare a store for so many cases there."""
+    command = f"{mount} && exec {sys.executable} -c '{PREPARE}' {place} {cases}"
+    done = subprocess.run([*IN_A_NAMESPACE, "sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(not can_mount, reason="no file system can be mounted here")
+def test_a_full_disk_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    said, left = prepared_on(tmp_path, f"mount -t tmpfs -o size=2m none {tmp_path}", 30)
+    assert re.fullmatch(
+        r".*/results: no room for the results of this run: up to 9.\d+ MiB needed, 2.00 MiB free; "
+        r"free some, or choose another place with --results",
+        said,
+    )
+    assert left == "['results.jsonl', 'results.jsonl.lock']"
+
+
+@pytest.mark.skipif(not can_mount, reason="no file system can be mounted here")
+def test_a_disk_that_has_room_is_used(tmp_path: Path) -> None:
+    assert prepared_on(tmp_path, f"mount -t tmpfs -o size=2m none {tmp_path}", 3)[0] == "appended"
+
+
+@pytest.mark.skipif(not can_mount, reason="no file system can be mounted here")
+def test_a_disk_that_may_only_be_read_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    said, left = prepared_on(tmp_path, f"mount -t tmpfs -o ro none {tmp_path}", 1)
+    assert said.endswith(
+        "results.jsonl: cannot write results here (Read-only file system); choose another directory with --results"
+    )
+    assert left == "[]"
+
+
+def test_a_limit_on_files_is_found_by_trying(store: Store) -> None:
+    """As a quota is: the disk has room, and this process or user may not have it."""
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n{PREPARE}"
+    done = subprocess.run([sys.executable, "-c", code, str(store.path.parent), "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "no room for the results of this run: up to 3" in done.stdout
+
+
+def test_a_line_takes_no_more_than_was_asked_for() -> None:
+    """The worst that is bounded: a log of control characters, a timeline of all its samples, every round and token."""
+    of = case(repeats=50, new_tokens=512)
+    columns = [123456789012] * 600
+    timeline = Timeline(
+        t_s=[1234.567] * 600, ram_bytes=columns, ram_anon_bytes=columns, vram_bytes={f"gpu:{index}": columns for index in range(4)}
+    )
+    samples = {"token_s": [0.123456789012345678] * 150 * 511, "round_s": [0.123456789012345678] * 150}
+    device_map = {f"model.layers.{number}": "gpu:0" for number in range(200)}
+    worst = result(of, log_tail="\x1b" * (32 << 10), timeline=timeline, samples=samples, device_map=device_map)
+    assert len(encode(worst)) < store_module.most_bytes(of)
+
+
+# What a power loss leaves
+
+
+WHOLE = encode(result(run="whole", why="größer"))
+LOST = encode(result(run="lost", why="größer"))
+
+
+def runs_of(store: Store) -> list[str]:
+    return [each.run for each in store.read()[0]]
+
+
+def test_a_line_cut_at_any_byte_costs_no_other(store: Store) -> None:
+    for cut in range(len(LOST) + 1):
+        store.path.write_bytes(WHOLE + b"\n" + LOST[:cut])
+        before, problems = store.read()
+        is_there = cut == len(LOST)
+        assert [each.run for each in before] == ["whole", *["lost"] * is_there], cut
+        assert len(problems) == (0 < cut < len(LOST)), cut
+        with store.path.open("a+b", buffering=0) as file, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", lambda _: None)
+            store_module._append(file.fileno(), encode(result(run="next")) + b"\n")
+        assert runs_of(store) == ["whole", *["lost"] * is_there, "next"], cut
+        assert len(store.read()[1]) == (0 < cut < len(LOST)), cut
+
+
+def test_a_file_cut_at_any_byte_keeps_all_lines_before(store: Store) -> None:
+    data = b"".join(encode(result(run=f"{number}")) + b"\n" for number in range(2))
+    ends = [len(data) // 2 * number - 1 for number in (1, 2)]
+    store.path.write_bytes(data)
+    for cut in reversed(range(len(data))):
+        os.truncate(store.path, cut)
+        assert runs_of(store) == [f"{number}" for number, end in enumerate(ends) if end <= cut], cut
+
+
+@pytest.mark.parametrize("cut", [1, 10, 300, len(LOST) - 1, len(LOST)])
+def test_a_line_that_was_written_behind_a_cut_one_is_found(store: Store, cut: int) -> None:
+    """As a writer that looks for no newline does, or `cat` of two such files."""
+    store.path.write_bytes(LOST[:cut] + WHOLE + b"\n" + encode(result(run="next")))
+    assert runs_of(store) == [*["lost"] * (cut == len(LOST)), "whole", "next"]
+    assert [problem.line for problem in store.read()[1]] == [1] * (cut < len(LOST))
+
+
+@pytest.mark.parametrize(
+    ("data", "runs", "lines"),
+    [
+        pytest.param(WHOLE + b"\n" + bytes(4096), ["whole", "next"], [2], id="at the end"),
+        pytest.param(WHOLE + bytes(4096), ["whole", "next"], [], id="for the newline"),
+        pytest.param(bytes(4096) + WHOLE + b"\n", ["whole", "next"], [1], id="before a whole line"),
+        pytest.param(LOST[:300] + bytes(4096), ["next"], [1], id="behind a cut line"),
+        pytest.param(LOST[:300] + bytes(100) + LOST[400:] + b"\n" + WHOLE, ["whole", "next"], [1], id="inside a line"),
+        pytest.param(LOST[:300] + bytes(100) + WHOLE + b"\n", ["whole", "next"], [1], id="between a cut line and a whole one"),
+    ],
+)
+def test_zeros_of_a_journalled_file_system_cost_no_whole_line(store: Store, data: bytes, runs: list[str], lines: list[int]) -> None:
+    store.path.write_bytes(data)
+    store.append(result(run="next"))
+    assert runs_of(store) == runs
+    assert [problem.line for problem in store.read()[1]] == lines
+
+
 # Reading
 
 
@@ -263,16 +454,46 @@ def test_no_bytes_make_reading_fail(tmp_path: Path, junk: bytes) -> None:
 # Formats of the past
 
 
-def test_every_result_of_the_golden_file_is_read() -> None:
-    results, problems = read(GOLDEN)
+GOLDENS = sorted(goldens.DATA.glob("results-*.jsonl"))
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_every_result_of_every_golden_file_is_read(path: Path) -> None:
+    results, problems = read(path)
     assert problems == []
-    assert len(results) == len(GOLDEN.read_bytes().splitlines())
-    assert {each.schema for each in results} <= set(range(1, SCHEMA + 1))
+    assert len(results) == len(path.read_bytes().splitlines())
 
 
-def test_the_golden_results_are_what_we_would_write() -> None:
-    for each in read(GOLDEN)[0]:
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_nothing_that_a_golden_line_says_is_lost(path: Path) -> None:
+    """What was written in our format is still there, field by field; what came later has its default."""
+    for line, each in zip(path.read_bytes().splitlines(), read(path)[0], strict=True):
+        written = msgspec.json.decode(line)
+        if written["schema"] == SCHEMA:
+            assert_within(written, to_builtins(each))
         assert decode(encode(each)) == each
+
+
+def assert_within(written: Any, found: Any) -> None:
+    if isinstance(written, dict):
+        for key, value in written.items():
+            assert_within(value, found[key])
+    elif isinstance(written, list):
+        assert len(found) == len(written)
+        for ours, theirs in zip(written, found, strict=True):
+            assert_within(ours, theirs)
+    else:
+        assert found == written
+
+
+def test_the_golden_of_now_is_what_we_write() -> None:
+    assert goldens.NOW.read_bytes() == goldens.lines(), (
+        "the format has changed: read tests/goldens.py, then python -m tests.goldens"
+    )
+
+
+def test_the_first_golden_is_never_rewritten() -> None:
+    assert hashlib.sha256(GOLDEN.read_bytes()).hexdigest().startswith("113daa1007483909")
 
 
 def test_a_way_leads_from_every_old_format_to_ours() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness import catalog, checkpoint, synth
+from harness.case import Outcome
 from harness.cli import main
-from harness.errors import UsageError
+from harness.errors import CheckpointError, UsageError
+from harness.store import Store
 from tests import small_models
 
 
@@ -133,3 +137,32 @@ def test_what_ends_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
 def test_quantised_models_are_not_imitated() -> None:
     with pytest.raises(UsageError, match="published quantised"):
         synth.describe(catalog.resolve("moss-moon-003-sft-int4"))
+
+
+def test_a_run_measures_a_model_of_which_only_the_config_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
+    small_models.save("llama", tmp_path / "real")
+    (tmp_path / "only").mkdir()
+    shutil.copy(tmp_path / "real" / "config.json", tmp_path / "only")
+    command = [sys.executable, "-m", "pytest", "cases", "-q", "-p", "no:cacheprovider", "--model", str(tmp_path / "only")]
+    command += ["--weights", "synthetic", "--precision", "bf16", "--placement", "cpu", "--results", str(tmp_path / "results")]
+    done = subprocess.run([*command, "--new-tokens", "2", "--repeats", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,), problems = Store(tmp_path / "results").read()
+    assert not problems
+    assert (result.outcome, result.weights) == (Outcome.OK, "synthetic")
+    assert result.metrics["decode_tok_s"] > 0
+    assert not {"perplexity", "answers_correct"} & result.metrics.keys()
+    assert result.quality is not None
+    assert result.quality.verdict == "not measured"
+    assert "--weights synthetic" in str(result.command)
+
+
+def test_a_config_alone_is_refused_where_real_weights_are_wanted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no weights"):
+        catalog.resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "int7"}))
+    source = catalog.resolve(str(tmp_path), weights=False)
+    with pytest.raises(UsageError, match="torch_dtype 'int7'"):
+        synth.describe(source)

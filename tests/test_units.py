@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from harness import units
 from harness.errors import UsageError
-from harness.units import GIB, KIB, MIB, TIB, parse_size
+from harness.units import GIB, KIB, MIB, TIB, exact_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -166,3 +166,8 @@ def test_writes_rates_shares_and_bare_gib() -> None:
     assert units.format_rate(12.2) == "12.2 tokens/s"
     assert units.format_share(0.985) == "98.5 %"
     assert units.format_gib(11.6 * GIB) == "11.6"
+
+
+@pytest.mark.parametrize("text", ["8GiB", "1536MiB", "12GB", "700MB", "12345", "1"])
+def test_an_exact_size_is_read_back_as_it_was(text: str) -> None:
+    assert exact_size(parse_size(text)) == text

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -202,6 +204,25 @@ def test_equal_favourites_agree() -> None:
     ours = torch.log_softmax(torch.tensor([[3.0, 3.0, 0.0], [0.0, 1.0, 2.0]]), dim=-1)
     theirs = np.array([[-1.0, -0.5, -3.0], [-0.1, -3.0, -3.0]], dtype=np.float16)
     assert score._compare(ours, theirs)[0] == 1
+
+
+@pytest.mark.skipif(not meters.LINUX, reason="pagemap is Linux's")
+def test_own_leaves_nothing_shared_with_the_parent() -> None:
+    held = bytearray(os.urandom(16 << 20))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        shared = [sum(length for _, length in residency.shared_runs())]
+        residency.own()
+        shared.append(sum(length for _, length in residency.shared_runs()))
+        os.write(writer, msgspec.json.encode(shared))
+        os._exit(len(held) == 0)
+    os.close(writer)
+    assert os.waitpid(child, 0)[1] == 0
+    before, after = msgspec.json.decode(os.read(reader, 1000))
+    os.close(reader)
+    assert before > 16 << 20
+    assert after < 1 << 20
 
 
 @pytest.mark.skipif(not meters.LINUX, reason="pagemap is Linux's")

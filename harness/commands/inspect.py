@@ -44,9 +44,10 @@ def run(given: argparse.Namespace) -> int:
         _show(found)
     if given.html:
         from harness.report import page, treemap
+        from harness.report.text import line
 
         page.write(given.html, treemap.render(found))
-        print(f"page: {given.html}", file=sys.stderr if given.json else sys.stdout)
+        print(f"page: {line(str(given.html))}", file=sys.stderr if given.json else sys.stdout)
     return 0
 
 

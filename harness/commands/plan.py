@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from harness.blueprint import Blueprint
     from harness.calibration import Calibration
     from harness.case import Case, Machine, Plan
+    from harness.minimum import Minimum
     from harness.planner import Advice
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
@@ -58,13 +59,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", metavar="N", help="prompts generated from at once (default 1)")
     add("--context", metavar="N", help="plan for so many tokens, prompt and answer together")
     add("--code", metavar="CASE", help="print a script that loads and generates, for a case such as int8/direct")
+    add(
+        "--trust-remote-code", action="store_true", help="plan and write code that lets the model's own code run; nothing runs here"
+    )
     add("--json", action="store_true", help="print one JSON object")
     add("--explain", metavar="CASE", help="show every term of a case such as int8/direct")
+    add(
+        "--prove-min-ram",
+        action="store_true",
+        help="run the cases under limits until the smallest RAM that works is known within 5 %% (default placement: cpu)",
+    )
     add("--results", metavar="DIR", help="correct the seconds by results of this machine in DIR (default fitmatrix-results)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan the models. Returns 0 if something fits for each model, 1 if nothing does for one.
+    """Plan the models, or prove plans. Returns 0 if something fits for each model, 1 if nothing does for one.
 
     Raises:
         UsageError, CheckpointError: the request or a model is wrong; exit status 2.
@@ -75,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     precisions = _names(args.precision, PRECISIONS, "--precision")
     placements = _names(args.placement, PLACEMENTS, "--placement")
     load = workload(args)
+    if args.prove_min_ram:
+        return _prove(args, precisions, placements if args.placement else ["cpu"], load)
     machine, here = described(args)
     asked = [_asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
@@ -85,12 +96,49 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--file names a file of one model: name one MODEL, or the files by their paths")
     for source in [catalog.resolve(model, args.file) for model in args.models]:
         drawn = blueprint.draw(source)
-        planner = Planner(drawn, machine, here=here, constants=constants)
+        planner = Planner(drawn, machine, here=here, constants=constants, trust=args.trust_remote_code)
         chosen = precisions if args.precision else [name for name in precisions if PRECISIONS[name].holds_format(drawn.file_format)]
         places = placements if args.placement else distinct(placements, bool(machine.gpus))
         cases = _cases(drawn, chosen, places, load, asked)
         advices.append(advise(source, planner, cases))
     return _print(advices, args, machine, load)
+
+
+def _prove(args: argparse.Namespace, precisions: Sequence[str], placements: Sequence[str], load: Workload) -> int:
+    """Find the smallest RAM that each case works in, and print it beside the estimate. Returns 1 if one works in none."""
+    from tempfile import TemporaryDirectory
+
+    from harness import minimum
+    from harness.options import Options
+    from harness.planner import GOOD
+    from harness.report import minimums
+    from harness.session import Session
+
+    if clash := [flag for flag in ("gpu", "ram", "disk", "code", "explain") if getattr(args, flag)]:
+        raise UsageError(f"--prove-min-ram runs on this machine: leave --{clash[0]} out")
+    asked = {"model": args.models, "precision": precisions, "placement": placements, "batch": load.batch}
+    asked |= {"prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
+    with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
+        session = Session(Options(given={**asked, "results": nothing_kept}))
+        try:
+            cases = session.cases()
+            session.prepare(cases)
+            wanted = [case for case in cases if session.plan(case).verdict in GOOD]
+            if not wanted:
+                raise UsageError(f"nothing to prove: {session.plan(cases[0]).why}")
+            found = [minimum.prove(session, case, tried=minimums.tell) for case in wanted]
+        finally:
+            session.close()
+    if args.json:
+        commands.print_json({"schema": SCHEMA, "minimums": [{"case": one.case.id} | _found_json(one) for one in found]})
+    else:
+        minimums.show(found)
+    return FITS if all(one.works_bytes is not None for one in found) else NOTHING_FITS
+
+
+def _found_json(one: Minimum) -> dict[str, Any]:
+    keys = ("works_bytes", "fails_bytes", "why", "estimate_bytes", "estimate_high_bytes", "runs")
+    return {key: getattr(one, key) for key in keys}
 
 
 def workload(args: argparse.Namespace) -> Workload:
@@ -206,12 +254,13 @@ def _print(advices: Sequence[Advice], args: argparse.Namespace, machine: Machine
 def _print_code(advice: Advice) -> None:
     from harness import plan
     from harness.planner import GOOD
+    from harness.report.text import line
 
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
     script = plan.script(_head(advice, one), one, advice.blueprint.gguf_file)
-    print(script if one.verdict in GOOD else f"# {one.why}\n{script}", end="")
+    print(script if one.verdict in GOOD else f"# {line(str(one.why))}\n{script}", end="")
 
 
 def _head(advice: Advice, one: Plan) -> str:

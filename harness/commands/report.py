@@ -18,12 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Write the page and name it; raises StoreError for a directory without results."""
     from harness.report import page
+    from harness.report.text import line
     from harness.store import Store
 
     results, problems = Store(given.directory).read()
     for problem in problems:
-        print(f"fitmatrix: {problem}", file=sys.stderr)
+        print(f"fitmatrix: {line(str(problem))}", file=sys.stderr)
     html = given.html or given.directory / "index.html"
     page.write(html, page.render(results, problems=[str(problem) for problem in problems]))
-    print(f"page: {html}")
+    print(f"page: {line(str(html))}")
     return 0

@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Write, or remove, the synthetic checkpoint and say where; raises UsageError, CheckpointError."""
     from harness import catalog, synth
+    from harness.report.text import line
 
-    source = catalog.resolve(given.model)
+    source = catalog.resolve(given.model, weights=False)
     if given.remove:
         gone = synth.remove(source)
         print(f"removed {gone[0]} ({format_size(gone[1])})" if gone else f"the cache holds no synthetic {source.name}")
@@ -39,7 +40,8 @@ def run(given: argparse.Namespace) -> int:
         there = given.directory or synth.place(made)
         if not synth.is_synthetic(there) or given.directory is not None:
             synth.write(made, there, hollow=given.hollow, report=report)
-    print(f"{there}: {made.name}, {format_size(made.bytes)} of random weights in {len(made.shards)} {made.format} file(s)")
+    held = f"{format_size(made.bytes)} of random weights in {len(made.shards)} {made.format} file(s)"
+    print(f"{line(str(there))}: {line(made.name)}, {held}")
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +12,14 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
+import psutil
 from markupsafe import Markup
 
 from harness import units
 from harness.case import Result
 from harness.errors import StoreError
 from harness.metrics import METRICS
+from harness.private import clean_text
 from harness.report import charts, view
 from harness.report.figures import surprise
 from harness.report.text import plural, visible
@@ -24,6 +28,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 # All charts of a page share this many points, so that a page of 500 cases stays small.
 _POINTS_OF_A_PAGE = 24_000
 _FEWEST_POINTS = 60
+_BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ def render(results: Sequence[Result], *, title: str | None = None, problems: Seq
     )
 
 
+def most_bytes(cases: int, stored_bytes: int) -> int:
+    """Return what a page takes at most with so many more cases in a store of so many bytes: style, script, and both of these."""
+    return _BARE_BYTES + _CASE_BYTES * cases + 2 * stored_bytes
+
+
 def write(path: Path, html: str) -> None:
     """Write a page whole or not at all, making its folder if need be.
 
@@ -68,12 +78,21 @@ def write(path: Path, html: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_dead_drafts(path)
         draft.write_text(html, encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise StoreError(path, f"the page cannot be written: {error.strerror}. Give another file with --html") from error
+
+
+def _drop_dead_drafts(path: Path) -> None:
+    """Remove drafts whose writers were killed."""
+    for draft in path.parent.glob(f".{path.name}.*"):
+        pid = draft.name.rpartition(".")[2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            draft.unlink(missing_ok=True)
 
 
 def _title(found: Sequence[view.Block]) -> str:
@@ -91,7 +110,7 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
         false_fits=surprises.count("false fit"),
         false_refusals=surprises.count("false refusal"),
         noisy=sum(len(result.noisy) for result in shown),
-        problems=tuple(problems),
+        problems=tuple(clean_text(problem) for problem in problems),
     )
 
 
@@ -107,10 +126,19 @@ def template(name: str) -> jinja2.Template:
         finalize=_shown,
     )
     environment.filters.update(plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
-    for file in ("style.css", "page.js"):
-        # These two are ours and hold no text of a result, so they go in as they are.
-        environment.globals[file.replace(".", "_")] = Markup((_TEMPLATES / file).read_text(encoding="utf-8"))
+    # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
+    style, script = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
+    environment.globals |= {"style_css": Markup(style), "page_js": Markup(script), "policy": _policy(style, script)}
     return environment.get_template(name)
+
+
+def _policy(style: str, script: str) -> str:
+    """Write the Content-Security-Policy that allows this style and this script, by their hashes, and the empty icon alone."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    sources = (
+        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    return sources.format(*hashes)
 
 
 def _shown(value: object) -> object:

@@ -37,18 +37,18 @@ TERMS = (
 
 def show(advices: Sequence[Advice], machine: Machine, load: Workload) -> None:
     """Print the machine, and for each model a table, why what does not fit does not, and what to do."""
-    parts: list[RenderableType] = [Text(_machine_line(machine))]
+    parts: list[RenderableType] = [terminal.said(_machine_line(machine))]
     for advice in advices:
         parts += [terminal.title(_headline(advice)), _table(advice, machine)]
         reasons = "\n".join(_reasons(advice.plans))
-        parts += [Text(text) for text in (advice.blueprint.note, reasons, _conclusion(advice, load)) if text]
+        parts += [terminal.said(text) for text in (advice.blueprint.note, reasons, _conclusion(advice, load)) if text]
     terminal.show(*parts)
 
 
 def explain(advice: Advice) -> None:
     """Print every term of the one case of `advice`, with its interval, and the constants that it rests on."""
     one = advice.plans[0]
-    parts: list[RenderableType] = [terminal.title(f"{one.case.id}: {_word(one)}"), *([Text(one.why)] if one.why else [])]
+    parts: list[RenderableType] = [terminal.title(f"{one.case.id}: {_word(one)}"), *([terminal.said(one.why)] if one.why else [])]
     if one.estimate is not None:
         parts += [_terms(one.estimate), terminal.facts(_seconds(one.estimate)), _constants(advice, one)]
     terminal.show(*parts)

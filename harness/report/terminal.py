@@ -14,11 +14,11 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from harness.report.text import line as line
 from harness.report.text import visible
 
 WIDEST = 100
 NARROWEST = 40
-MORE = "..."
 
 # The colours of Okabe and Ito that the pages use, by kind of module.
 KIND_COLOURS = {
@@ -50,18 +50,14 @@ def show(*parts: RenderableType, console: Console | None = None) -> None:
     sys.stdout.write(text if console.is_terminal else "".join(f"{row.rstrip()}\n" for row in text.splitlines()))
 
 
+def said(text: str) -> Text:
+    """Write sentences, which may quote a file or a library."""
+    return Text(visible(text))
+
+
 def title(text: str) -> Text:
     """Write the name of what is shown."""
     return Text(line(text), style="bold")
-
-
-def line(text: str, most: int = 0) -> str:
-    """Write a name on one line, with what cannot be seen spelled out, its middle left out beyond `most` letters."""
-    shown = visible(text).replace("\n", "\N{SYMBOL FOR NEWLINE}").replace("\t", "\N{SYMBOL FOR HORIZONTAL TABULATION}")
-    if not most or len(shown) <= most:
-        return shown
-    tail = (most - len(MORE)) // 2
-    return shown[: most - len(MORE) - tail] + MORE + shown[len(shown) - tail :]
 
 
 def table(*columns: str, left: int = 1) -> Table:
@@ -81,7 +77,7 @@ def facts(pairs: Iterable[tuple[str, str | Sequence[str]]]) -> Table:
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in pairs:
-        made.add_row(name, Text("\n").join(Text(text) for text in ([value] if isinstance(value, str) else value)))
+        made.add_row(name, Text("\n").join(said(text) for text in ([value] if isinstance(value, str) else value)))
     return made
 
 

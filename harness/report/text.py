@@ -8,6 +8,7 @@ import unicodedata
 # Colours and cursor moves of a terminal say nothing on a page.
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _JOINERS = "\u200c\u200d"
+MORE = "..."
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
@@ -17,6 +18,15 @@ def visible(text: str) -> str:
         return text
     text = _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
     return "".join(_spelled(char) for char in text)
+
+
+def line(text: str, most: int = 0) -> str:
+    """Write a name on one line, with what cannot be seen spelled out, its middle left out beyond `most` letters."""
+    shown = visible(text).replace("\n", "\N{SYMBOL FOR NEWLINE}").replace("\t", "\N{SYMBOL FOR HORIZONTAL TABULATION}")
+    if not most or len(shown) <= most:
+        return shown
+    tail = (most - len(MORE)) // 2
+    return shown[: most - len(MORE) - tail] + MORE + shown[len(shown) - tail :]
 
 
 def _spelled(char: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from harness import units
-from harness.case import Machine, Outcome, Result, Tier, Workload
+from harness.case import Case, Machine, Outcome, Result, Tier, Workload
 from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS
 from harness.report.details import Details, details
@@ -109,10 +110,9 @@ class Block:
 
 def newest(results: Iterable[Result]) -> list[Result]:
     """Keep the last result of every case on every machine, in file order."""
-    kept: dict[tuple[str, str, str, str, Workload], Result] = {}
+    kept: dict[tuple[str, Case], Result] = {}
     for result in results:
-        case = result.case
-        key = (result.machine.name, case.model, case.precision, case.placement, case.workload)
+        key = (result.machine.name, result.case)
         kept.pop(key, None)
         kept[key] = result
     return list(kept.values())
@@ -193,9 +193,9 @@ def _quality(result: Result) -> str:
 
 def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
     best = recommend(cell.result for cell in cells)
-    placed = {(cell.result.case.precision, cell.result.case.placement): _marked(cell, best) for cell in cells}
+    placed = {(cell.result.case.precision, cell.result.case.place): _marked(cell, best) for cell in cells}
     rows = ordered({row for row, _ in placed}, PRECISIONS)
-    columns = ordered({column for _, column in placed}, PLACEMENTS)
+    columns = _columns([cell.result.case for cell in cells])
     folded = [name for name in columns if _all_unavailable(cell for (_, at), cell in placed.items() if at == name)]
     shown = [name for name in columns if name not in folded]
     used = [row for row in rows if any((row, name) in placed for name in shown)]
@@ -203,9 +203,9 @@ def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
     chosen = next((cell for cell in marked if cell.best), None)
     return Matrix(
         caption=_caption(workload),
-        columns=tuple(Heading(name, _placement_title(name)) for name in shown),
+        columns=tuple(Heading(name, _placement_title(columns[name])) for name in shown),
         rows=tuple((_row_heading(row), tuple(placed.get((row, name)) for name in shown)) for row in used),
-        folds=tuple(_folds(folded, placed)),
+        folds=tuple(_folds({name: columns[name] for name in folded}, placed)),
         counts=_counts(marked),
         best=chosen,
         best_title=_placement_title(chosen.result.case.placement) if chosen else "",
@@ -217,6 +217,13 @@ def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
 
 def _marked(cell: Cell, best: Result | None) -> Cell:
     return replace(cell, best=cell.result is best)
+
+
+def _columns(cases: Iterable[Case]) -> dict[str, str]:
+    """Return the columns, each a placement under its limits, and their placements: in the table's order, smaller limits first."""
+    by_size = sorted(cases, key=lambda case: (case.vram_bytes or math.inf, case.ram_bytes or math.inf))
+    order = ordered({case.placement for case in by_size}, PLACEMENTS)
+    return {case.place: case.placement for placement in order for case in by_size if case.placement == placement}
 
 
 def ordered(names: set[str], table: Mapping[str, object]) -> list[str]:
@@ -245,10 +252,10 @@ def _all_unavailable(cells: Iterable[Cell]) -> bool:
     return "unavailable" in looks and looks <= {"unavailable", "invalid"}
 
 
-def _folds(names: Sequence[str], placed: Mapping[tuple[str, str], Cell]) -> Iterable[Fold]:
+def _folds(names: Mapping[str, str], placed: Mapping[tuple[str, str], Cell]) -> Iterable[Fold]:
     by_reason: dict[str, list[str]] = {}
-    for name in names:
-        no_gpu = name in PLACEMENTS and PLACEMENTS[name].needs_gpu
+    for name, placement in names.items():
+        no_gpu = placement in PLACEMENTS and PLACEMENTS[placement].needs_gpu
         no_gpu = no_gpu and not any(cell.result.machine.gpus for (_, at), cell in placed.items() if at == name)
         by_reason.setdefault("a GPU" if no_gpu else "", []).append(name)
     for reason, group in by_reason.items():

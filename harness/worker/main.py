@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -39,12 +41,20 @@ def _settle(log: str, scratch: str) -> None:
     for standard in (1, 2):
         os.dup2(output, standard)
     os.close(output)
+    faulthandler.enable(file=2, all_threads=False)  # a library that crashes says where it was called from
     os.chdir(scratch)
+    os.environ["TMPDIR"], tempfile.tempdir = scratch, None  # what a library leaves there goes with the case
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # when memory ends, this process goes first
         residency.replay()
+
+
+def _take_along() -> None:
+    """The parent is gone, and nobody else ends what this process has started: end its group, and itself."""
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
 
 
 def _text(said: str) -> str:
@@ -66,6 +76,7 @@ class Server:
             try:
                 request = protocol.decode_request(self._pipe.recv_bytes())
             except EOFError:
+                _take_along()
                 return
             if isinstance(request, protocol.Stop):
                 return
@@ -88,6 +99,13 @@ class Server:
             )
 
     def _do(self, request: protocol.Request) -> protocol.Event:
+        if isinstance(request, protocol.Confine):
+            if request.ram:
+                residency.own()
+            if request.vram_bytes is not None:
+                model.cap_vram(request.vram_bytes)
+            used = meters.memory(os.getpid())
+            return protocol.Confined(file_bytes=used.ram_bytes - used.anon_bytes, anon_bytes=used.anon_bytes)
         if isinstance(request, protocol.Load):
             self._model, seconds = model.load(request, self.phase)
             return protocol.LoadDone(seconds=seconds, loaded=model.inspect(self._model), phases=self._phases)
@@ -107,7 +125,7 @@ class Server:
     def phase(self, name: str) -> Iterator[None]:
         """Announce a phase, and keep its times and exact peaks, also when it fails."""
         self._phase = name
-        exact = meters.reset_peak()
+        exact, read = meters.reset_peak(), meters.disk_read_bytes()
         model.reset_vram_peaks()
         start = time.monotonic()
         self._send(protocol.Entered(phase=name, at_s=start))
@@ -117,6 +135,7 @@ class Server:
         finally:
             end = time.monotonic()
             allocated, reserved = model.vram_peaks()
+            now_read = meters.disk_read_bytes()
             self._phases.append(
                 Phase(
                     name=name,
@@ -125,6 +144,7 @@ class Server:
                     ram_peak_bytes=meters.peak_bytes() if exact else None,
                     ram_anon_bytes=meters.memory(os.getpid()).anon_bytes,
                     sampled=not exact,
+                    disk_read_bytes=None if read is None or now_read is None else now_read - read,
                     vram_peak_bytes=allocated,
                     vram_reserved_bytes=reserved,
                 )

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,9 +17,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.pytorch_utils import Conv1D
 
-from harness import quality
+from harness import nvml, quality
 from harness.case import Loaded
 from harness.protocol import Generate, Load
+
+_USUAL_CONTEXT_BYTES = 450 << 20  # gpu_context_bytes of calibration.toml
 
 PhaseContext = Callable[[str], AbstractContextManager[None]]
 
@@ -87,6 +89,31 @@ def vram_peaks() -> tuple[dict[str, int], dict[str, int]]:
         {f"gpu:{index}": torch.cuda.max_memory_allocated(index) for index in tiers},
         {f"gpu:{index}": torch.cuda.max_memory_reserved(index) for index in tiers},
     )
+
+
+def cap_vram(vram_bytes: int) -> None:
+    """Keep the process within `vram_bytes` on every GPU, as nvidia-smi shows it: cap torch's allocator at what its context leaves.
+
+    The context is what the card has less after torch has begun on it; where NVML does not tell, a usual size. Kernels that CUDA
+    loads later come on top; the parent's guard ends the process when NVML shows more than the limit.
+    """
+    with nvml.lent() as library:
+        cards = nvml.visible(library)
+        for index in range(torch.cuda.device_count()):
+            free = _nvml_free(library, cards, index)
+            torch.zeros(1, device=index)  # makes the context
+            torch.cuda.synchronize(index)
+            left, context = _nvml_free(library, cards, index), _USUAL_CONTEXT_BYTES
+            if free is not None and left is not None:
+                context = max(free - left - torch.cuda.memory_reserved(index), 0)
+            torch.cuda.empty_cache()
+            total = torch.cuda.get_device_properties(index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(max(vram_bytes - context, 0) / total, 1.0), index)
+
+
+def _nvml_free(library: Any, cards: Sequence[Any], index: int) -> int | None:
+    memory = nvml.ask(library, "nvmlDeviceGetMemoryInfo", cards[index]) if index < len(cards) else None
+    return int(memory.free) if memory is not None else None
 
 
 def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:

@@ -26,10 +26,12 @@ from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness import skeleton
+from harness.companions import KERNEL_KEYS
 from harness.skeleton import Attention, Block, Child, Skeleton, Tensor
 from harness.worker.written import WRITTEN, Written
 
-_NOT_OF_THE_SHAPE = ("auto_map", "architectures", "quantization_config", "quantization_bit", "wbits")
+MOST_BYTES = 4 << 30
+_NOT_OF_THE_SHAPE = ("architectures", "quantization_config", "quantization_bit", "wbits")
 
 
 def build(config: Mapping[str, Any]) -> Skeleton:
@@ -52,6 +54,7 @@ def build(config: Mapping[str, Any]) -> Skeleton:
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give a published config the names of the native class that holds the same model, with weights that are not packed."""
     kind = config.get("model_type")
+    config = _without_code(config)
     rest = {key: value for key, value in config.items() if key not in _NOT_OF_THE_SHAPE}
     if kind == "internlm3":
         biases = {"attention_bias": config.get("qkv_bias", False), "mlp_bias": config.get("bias", False)}
@@ -59,13 +62,30 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop what would have transformers run code that came with the model, at every level."""
+    kept = {key: value for key, value in config.items() if key != "auto_map" and not KERNEL_KEYS.fullmatch(str(key))}
+    return {key: _without_code(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _limit_memory() -> None:
+    """Let this process grow by what no real architecture needs, so that a hostile config ends it and not the machine."""
+    if sys.platform == "linux":
+        import resource
+
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        most = held + MOST_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
 def _construct(config: Mapping[str, Any]) -> Any:
     """Build the model that AutoModelForCausalLM chooses, reading the config as a published file is read."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        read = AutoConfig.from_pretrained(folder)
+        read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(read, dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_config(read, dtype=torch.bfloat16, trust_remote_code=False).eval()
 
 
 def _of_model(model: Any) -> Skeleton:
@@ -257,6 +277,7 @@ def main() -> None:
     if sys.argv[1:] == ["--catalog"]:
         write_catalog()
         return
+    _limit_memory()
     asked = json.load(sys.stdin)
     if "gguf" in asked:
         from harness.worker.gguf_config import config_of  # the gguf package is not needed for anything else here

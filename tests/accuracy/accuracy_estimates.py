@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import blueprint, calibration, catalog, checkpoint, cost, machine, process
+from harness import blueprint, calibration, catalog, checkpoint, cost, forkserver, machine, process
 from harness.case import Case, Machine, Outcome, Plan, Result, Verdict, Workload
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
@@ -113,7 +113,7 @@ def here() -> Machine:
 @pytest.fixture(scope="session")
 def runs(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[list[Result]]:
     """Every model in every precision on the CPU, with the estimate made before; quantised ones in several processes."""
-    process.warm_up([])
+    forkserver.warm_up([])
     setting = Setting(
         run="accuracy",
         machine=here,

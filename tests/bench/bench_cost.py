@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness import catalog, checkpoint, machine, process
+from harness import catalog, checkpoint, forkserver, machine, process
 from harness.case import Case, Plan, Workload
 from harness.plan import decide
 from harness.runner import Run, Setting, Subject
@@ -35,7 +35,7 @@ def location() -> Path:
 
 @pytest.fixture(scope="session")
 def setting() -> Iterator[Setting]:
-    process.warm_up(["transformers.models.llama.modeling_llama"])
+    forkserver.warm_up(["transformers.models.llama.modeling_llama"])
     with TemporaryDirectory(prefix="bench-") as scratch:
         yield Setting(
             run="bench",

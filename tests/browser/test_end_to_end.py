@@ -45,7 +45,7 @@ def test_measures_everything(results: dict[str, Result], case: str) -> None:
     wanted |= {"ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_peak_bytes", "perplexity", "answers_correct"}
     assert wanted <= result.metrics.keys()
     assert all(value > 0 for key, value in result.metrics.items() if key != "kl")
-    assert len(result.samples["decode_tok_s"]) == 2
+    assert 2 <= len(result.samples["decode_tok_s"]) <= 3 * 2  # more rounds where others disturbed it
     assert result.timeline is not None
     assert max(result.timeline.ram_bytes) <= result.metrics["ram_peak_bytes"] * 1.5
     assert result.quality is not None

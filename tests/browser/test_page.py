@@ -176,6 +176,31 @@ def test_hostile_text_stays_text(show: Open, attacked: list[Result]) -> None:
     assert "‹U+202E›gnp.exe" in shown
 
 
+# What stood in the page if a text had ever slipped through unescaped.
+SLIPPED = (
+    "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'><p onclick='window.owned = 1' id=slipped "
+    "style='position: fixed'>x</p><style>p { color: red }</style><base href='https://example.org/'>"
+    "<iframe src='data:text/html,x'></iframe>"
+)
+
+
+def test_what_slips_through_does_not_run(show: Open, browser: Chrome, results: list[Result], tmp_path: Path) -> None:
+    file = tmp_path / "slipped.html"
+    file.write_text(page.render(results).replace("<main>", f"<main>{SLIPPED}"), encoding="utf-8")
+    logged(browser, "browser")
+    browser.get(file.as_uri())
+    slipped = browser.find_element(By.ID, "slipped")
+    slipped.click()
+    assert browser.execute_script("return window.owned") is None
+    assert slipped.value_of_css_property("position") == "static"
+    assert "255, 0, 0" not in slipped.value_of_css_property("color")
+    assert browser.execute_script("return document.baseURI").startswith("file:")
+    refused = [entry["message"] for entry in logged(browser, "browser") if "Content Security Policy" in entry["message"]]
+    assert len(refused) >= 5, refused
+    show(results)
+    assert [entry for entry in logged(browser, "browser") if "Content Security Policy" in entry["message"]] == []
+
+
 def test_nothing_makes_a_narrow_page_scroll_sideways(show: Open, results: list[Result], attacked: list[Result]) -> None:
     for shown in (results, attacked):
         browser = show(shown, width=360)

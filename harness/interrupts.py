@@ -1,0 +1,87 @@
+"""Signals that end a run. The first one is heard, once; whoever must not be cut short holds it back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+# What ends a run in order. SIGHUP: its terminal was closed. Windows has the first two.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Terminated(KeyboardInterrupt):
+    """Somebody else than the keyboard asked the run to end."""
+
+
+class Interrupts:
+    """Turns the first signal into a KeyboardInterrupt, as pytest knows it; later ones find the run winding up already.
+
+    `number` is the signal that came. What is ignored already (nohup, a job in the background) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, object] = {}
+        self._terminals: list[int] = []
+        self._held, self._due = 0, False
+
+    def install(self) -> None:
+        """Begin to listen; only the main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._terminals = [fd for fd in range(256) if os.isatty(fd)]
+        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._came)
+
+    def restore(self) -> None:
+        """Listen no more; safe to call twice."""
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold a signal back until the end of the block; the block must be short."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self._due and not self._held:
+            self._raise()
+
+    def hold(self) -> None:
+        """Hold signals back for good: the run is at its end."""
+        self._held += 1
+
+    @property
+    def exit_status(self) -> int | None:
+        """128 + the signal's number, as shells say it, for what is not Ctrl-C: pytest has a status for that."""
+        return None if self.number in (None, signal.SIGINT) else 128 + int(self.number or 0)
+
+    def _came(self, number: int, _frame: FrameType | None) -> None:
+        if self.number is not None:
+            return
+        self.number, self._due = number, True
+        if signal.Signals(number).name == "SIGHUP":
+            self._leave_terminals()
+        if not self._held:
+            self._raise()
+
+    def _raise(self) -> None:
+        self._due = False
+        assert self.number is not None
+        raise KeyboardInterrupt if self.number == signal.SIGINT else Terminated(signal.Signals(self.number).name)
+
+    def _leave_terminals(self) -> None:
+        """Let everything that would be written to the terminal go nowhere: writing there fails once it is closed."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for terminal in self._terminals:
+            with contextlib.suppress(OSError):
+                os.dup2(nowhere, terminal, inheritable=os.get_inheritable(terminal))
+        os.close(nowhere)

@@ -1,0 +1,48 @@
+"""A case under --vram, for real: nothing of it passes the limit, and what is too big for it is out of memory.
+
+Not run on a card yet.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import store
+from harness.case import Outcome, Result
+from harness.units import GIB
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+
+
+def measured(directory: Path, *words: str) -> list[Result]:
+    command = [sys.executable, "-m", "pytest", "cases", "-q", "--run-all", "--results", str(directory), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (directory / store.NAME).exists(), done.stdout + done.stderr
+    found, problems = store.Store(directory).read()
+    assert not problems
+    return found
+
+
+@pytest.mark.parametrize("placement", ["direct", "auto"])
+def test_a_case_lives_within_its_vram(tmp_path: Path, placement: str) -> None:
+    words = ("--precision", "bf16", "--placement", placement, "--vram", "2GiB", "--vram", "3GiB")
+    for result in measured(tmp_path, *words):
+        assert result.outcome is Outcome.OK, f"{result.why}\n{result.log_tail}"
+        limit = result.case.vram_bytes
+        assert limit in (2 * GIB, 3 * GIB)
+        assert [gpu.limit_bytes for gpu in result.machine.gpus] == [limit] * len(result.machine.gpus)
+        assert result.metrics["vram_peak_bytes"] < limit
+        assert result.metrics.get("vram_process_peak_bytes", 0) <= limit
+
+
+def test_what_needs_more_than_its_vram_is_out_of_memory(tmp_path: Path) -> None:
+    (result,) = measured(tmp_path, "--precision", "fp32", "--placement", "direct", "--vram", "768MiB")
+    assert result.outcome is Outcome.OOM
+    assert result.why is not None
+    assert "memory" in result.why
