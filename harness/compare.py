@@ -96,12 +96,14 @@ class Comparison(Record, frozen=True, kw_only=True):
         return tuple(said)
 
 
-def thresholds(config: Mapping[str, Any]) -> dict[str, float]:
+def thresholds(config: Any) -> dict[str, float]:
     """Read `[tool.fitmatrix.gate]`: a share for each group of RULES, such as `speed = 0.1`; what is not named keeps its default.
 
     Raises:
         UsageError: an unknown group, or no share.
     """
+    if not isinstance(config, Mapping):
+        raise UsageError(f"[tool.fitmatrix]: gate = {config!r} is not a table: write [tool.fitmatrix.gate]")
     found = {name: rule.worse for name, rule in RULES.items()}
     for name, value in config.items():
         if name not in RULES:

@@ -35,7 +35,7 @@ def run(given: argparse.Namespace) -> int:
     from harness.options import read_config
     from harness.report import changes
 
-    limits = compare.thresholds(_gate(read_config(Path.cwd())))
+    limits = compare.thresholds(read_config(Path.cwd()).get("gate", {}))
     found = compare.compare(_read(given.before), _read(given.after), limits)
     if not any(pair.before and pair.after for pair in found.pairs):
         raise UsageError(f"{given.before} and {given.after} share no case of the same workload: nothing to compare")
@@ -50,17 +50,10 @@ def run(given: argparse.Namespace) -> int:
     return GOT_WORSE if found.failures else 0
 
 
-def _gate(config: dict[str, object]) -> dict[str, object]:
-    table = config.get("gate", {})
-    if not isinstance(table, dict):
-        raise UsageError(f"[tool.fitmatrix]: gate = {table!r} is not a table: write [tool.fitmatrix.gate]")
-    return table
-
-
 def _read(place: Path) -> list[Result]:
     from harness import store
 
-    results, problems = store.read(place / store.NAME if place.is_dir() else place)
+    results, problems = store.read(store.file_of(place))
     for problem in problems:
         print(f"fitmatrix: {problem}", file=sys.stderr)
     return results
