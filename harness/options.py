@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.case import Record
 from harness.catalog import DEFAULT
+from harness.compare import thresholds
 from harness.errors import UsageError, did_you_mean
 from harness.placement import PLACEMENTS
 from harness.precision import ALL, PRECISIONS, USUAL
@@ -170,6 +171,12 @@ OPTIONS: tuple[Option, ...] = (
         default=Path("fitmatrix-results"),
         metavar="DIR",
     ),
+    Option(
+        name="baseline",
+        help="earlier results, a file or a directory: what got worse since fails (default none)",
+        parse=Path,
+        metavar="FILE",
+    ),
     Option(name="html", help="where to write the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
     Option(
         name="trust-remote-code",
@@ -196,7 +203,7 @@ _BY_KEY = {option.key: option for option in OPTIONS}
 
 
 class Options:
-    """The values of one run, as attributes named like the options, and where each came from."""
+    """The values of one run, as attributes named like the options, and where each came from; `gate` holds the thresholds."""
 
     def __init__(self, *, config: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None) -> None:
         """Take `[tool.fitmatrix]` as it was read and what the command line gave (None: not given).
@@ -206,7 +213,9 @@ class Options:
         """
         self.origin: dict[str, str] = {}
         self._values: dict[str, Any] = {option.key: option.default for option in OPTIONS}
-        self._take({key.replace("-", "_"): value for key, value in (config or {}).items()}, "[tool.fitmatrix]")
+        own = {key.replace("-", "_"): value for key, value in (config or {}).items() if key != "gate"}
+        self.gate = thresholds((config or {}).get("gate", {}))
+        self._take(own, "[tool.fitmatrix]")
         self._take({key: value for key, value in (given or {}).items() if value is not None}, "command line")
 
     def _take(self, values: Mapping[str, Any], origin: str) -> None:
@@ -228,7 +237,7 @@ class Options:
 
     def command(self) -> str:
         """Return the options of the command line that repeats this run, those of single cases left out."""
-        skip = {"model", "precision", "placement", "device_map", "vram", "ram", "results", "html", "resume"}
+        skip = {"model", "precision", "placement", "device_map", "vram", "ram", "results", "html", "resume", "baseline"}
         words: list[str] = []
         for option in OPTIONS:
             value = self._values[option.key]

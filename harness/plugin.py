@@ -54,10 +54,13 @@ def _case_of(item: pytest.Item) -> Case | None:
     return case if isinstance(case, Case) else None
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run all tests of a case together, in the order of the cases and of their stages; and prepare what they need."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Run all tests of a case together, in the order of the cases and of their stages; without a baseline, none against it."""
     session = config.stash[SESSION]
+    if session.options.baseline is None:
+        items[:] = [item for item in items if "worse" not in getattr(item, "fixturenames", ())]
+    yield  # what others choose among
     order = {case.id: index for index, case in enumerate(session.cases())}
     found = {item: case for item in items if (case := _case_of(item)) is not None}
     places = [index for index, item in enumerate(items) if item in found]
@@ -205,6 +208,15 @@ def result(loaded: Run) -> Result:
     """What the case has shown, generation included."""
     loaded.first_round()
     return loaded.result()
+
+
+@pytest.fixture
+def worse(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -> tuple[str, ...]:
+    """What got worse since the baseline, a sentence each; the tests before have measured."""
+    found = request.config.stash[SESSION].against_baseline(plan.case)
+    if found is None:
+        pytest.skip("the baseline has no such case")
+    return found
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,6 +20,7 @@ from harness import (
     calibration,
     catalog,
     checkpoint,
+    compare,
     fingerprint,
     forkserver,
     machine,
@@ -166,6 +167,7 @@ class Session:
         Raises:
             UsageError, CheckpointError, StoreError: something is missing; nothing was measured.
         """
+        self._baseline  # noqa: B018 one that cannot be read is told before anything is measured
         to_come = sum(map(store.most_bytes, cases))
         self.store.prepare(to_come)
         _prepare_page(self.html, page.most_bytes(len(cases), self.store.path.stat().st_size))
@@ -340,6 +342,18 @@ class Session:
         if self.current is not None and self.current.plan.case == case:
             return self.current.result()
         return self._last if self._last is not None and self._last.case == case else None
+
+    @cached_property
+    def _baseline(self) -> list[Result]:
+        return store.read(store.file_of(self.options.baseline))[0] if self.options.baseline else []
+
+    def against_baseline(self, case: Case) -> tuple[str, ...] | None:
+        """Say what got worse since the baseline, a sentence each; None where the baseline has no such case."""
+        now = self.shown(case)
+        found = compare.compare(self._baseline, [now], self.options.gate).pairs[:1] if now else ()
+        if not found or found[0].before is None:
+            return None
+        return compare.Comparison(pairs=found).failures
 
     def resumed(self) -> str | None:
         """Say what was kept and why the rest was run; None without --resume."""

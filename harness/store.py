@@ -187,6 +187,11 @@ def _try_to_write(folder: Path, need_bytes: int) -> None:
             trial.write(bytes(min(left, MIB)))
 
 
+def file_of(place: Path) -> Path:
+    """Return the file of results that a user means: the file itself, or that of a directory."""
+    return place / NAME if place.is_dir() else place
+
+
 def read(path: Path) -> tuple[list[Result], list[StoreError]]:
     """Return the results of a file in file order, and one error for each line that is none.
 

@@ -48,7 +48,7 @@ FLOORS = (
     ("roommap", "mapfile", "sharing"),
     ("inspection",),
     # machines, models by name, measuring
-    ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files"),
+    ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files", "compare"),
     ("interference",),
     ("machine", "catalog", "guard"),
     ("options",),
@@ -75,7 +75,7 @@ FLOORS = (
     ("report.details",),
     ("report.view",),
     ("report.page", "report.terminal"),
-    ("report.treemap", "report.plans"),
+    ("report.treemap", "report.plans", "report.changes"),
     ("report.training",),
     ("resume",),
     ("session",),
@@ -83,7 +83,7 @@ FLOORS = (
     ("report.minimums",),
     ("commands",),
     ("commands.training",),
-    ("commands.hardware", "commands.inspect", "commands.plan", "commands.report", "commands.synth"),
+    ("commands.compare", "commands.hardware", "commands.inspect", "commands.plan", "commands.report", "commands.synth"),
     ("plugin", "cli"),
     ("__main__",),
 )

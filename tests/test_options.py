@@ -32,6 +32,7 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "case-timeout": ("60", 60.0, "90.5", 90.5),
     "phase-timeout": ("30", 30.0, "45.5", 45.5),
     "results": ('"out"', Path("out"), "/elsewhere/out", Path("/elsewhere/out")),
+    "baseline": ('"old"', Path("old"), "old.jsonl", Path("old.jsonl")),
     "html": ('"page.html"', Path("page.html"), "p.html", Path("p.html")),
     "trust-remote-code": ("true", True, True, True),
     "resume": ("false", False, True, True),
@@ -102,6 +103,7 @@ def test_the_help_tells_the_default(option: Option) -> None:
     told = {
         "model": DEFAULT,
         "html": "default index.html",
+        "baseline": "default none",
         "device-map": "alone unless others are named",
         "precision": f"default {' '.join(USUAL)}",
     } | dict.fromkeys(("placement", "vram", "ram"), "default all")
@@ -125,7 +127,7 @@ def test_the_help_lists_what_can_be_chosen() -> None:
     ("config", "said"),
     [
         ({"prompt-token": 3}, "[tool.fitmatrix]: unknown option 'prompt_token': did you mean 'prompt_tokens'?"),
-        ({"zzz": 3}, "[tool.fitmatrix]: unknown option 'zzz': known: batch, case_timeout,"),
+        ({"zzz": 3}, "[tool.fitmatrix]: unknown option 'zzz': known: baseline, batch, case_timeout,"),
         ({"precision": "int44"}, "--precision ([tool.fitmatrix]): unknown precision 'int44': did you mean 'int4'"),
         ({"precision": ["bf16", "INT8"]}, "--precision ([tool.fitmatrix]): unknown precision 'INT8': did you mean 'int8'"),
         ({"precision": 4}, "--precision ([tool.fitmatrix]): 4 is neither a name nor a list of names"),
@@ -209,7 +211,7 @@ def test_a_run_by_default_needs_no_option() -> None:
 def test_the_command_gives_back_what_was_changed(option: Option) -> None:
     _, _, given, value = SAMPLES[option.name]
     words = shlex.split(Options(given={option.key: given}).command())
-    if option.name in ("ram", "results", "html", "resume", "device-map"):  # a limit is said of each case
+    if option.name in ("ram", "results", "html", "resume", "device-map", "baseline"):  # a limit is said of each case
         assert words == []
     elif option.switch:
         assert words == [option.flag]

@@ -13,12 +13,14 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 from harness import counters, process, store
-from harness.case import Outcome, Result
+from harness.case import Outcome, Result, encode
 from harness.metrics import format_metric
 from harness.options import OPTIONS
 from harness.precision import PRECISIONS
@@ -206,6 +208,54 @@ def test_sizes_of_a_card_that_is_not_here_are_skipped_with_one_sentence(project:
 
 def test_a_size_that_is_none_is_told_in_one_sentence(project: Project) -> None:
     assert "--ram (command line): 'much' is not a size" in usage_error(project.raw("cases", "--ram", "much"))
+
+
+# Held against a baseline
+
+
+def baseline_of(project: Project, **changes: Any) -> str:
+    """Keep the results so far as a baseline, changed in their metrics or otherwise."""
+    metrics = changes.pop("metrics", {})
+    kept = [msgspec.structs.replace(result, metrics=result.metrics | metrics, **changes) for result in project.results]
+    (project.path / "before.jsonl").write_bytes(b"".join(encode(result) + b"\n" for result in kept))
+    return "before.jsonl"
+
+
+def test_nothing_is_held_against_a_baseline_without_one(project: Project) -> None:
+    assert "test_baseline" not in project.run("--collect-only", "-q").stdout.str()
+
+
+def test_what_is_as_good_as_the_baseline_passes(project: Project) -> None:
+    project.run()
+    baseline = baseline_of(project, samples={})
+    project.run("--baseline", baseline).assert_outcomes(passed=5)
+
+
+def test_a_figure_that_fell_behind_the_baseline_fails(project: Project) -> None:
+    project.run()
+    baseline = baseline_of(project, samples={}, metrics={"ram_peak_bytes": 1024.0})
+    done = project.run("--baseline", baseline)
+    done.assert_outcomes(passed=4, failed=1)
+    done.stdout.fnmatch_lines(["*peak RAM *, was 1.00 KiB*"])
+
+
+def test_what_worked_in_the_baseline_and_does_not_fit_any_more_fails(project: Project) -> None:
+    project.run()
+    baseline = baseline_of(project)
+    project.behave(fp32="cuda_oom_in_load")
+    done = project.run("--baseline", baseline)
+    assert done.ret == 1
+    assert "worked, and now oom" in done.stdout.str()
+
+
+def test_a_case_that_the_baseline_lacks_is_skipped(project: Project) -> None:
+    project.run()
+    project.run("--baseline", baseline_of(project), precisions="bf16").assert_outcomes(passed=4, skipped=1)
+
+
+def test_a_baseline_that_is_none_is_told_before_anything_runs(project: Project) -> None:
+    assert "no results here" in usage_error(project.run("--baseline", "nowhere.jsonl"))
+    assert not scripted.workers()
 
 
 # Which tests run, and in which order
