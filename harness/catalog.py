@@ -20,7 +20,7 @@ from harness.cache import cache_dir as cache_dir
 from harness.case import Record
 from harness.errors import CheckpointError, UsageError, did_you_mean
 from harness.files import Directory
-from harness.private import clean_text
+from harness.private import clean_name
 from harness.progress import Report, silent
 from harness.progress import show_progress as show_progress
 
@@ -80,10 +80,10 @@ def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Sou
     directory = _directory(model)
     if directory:
         if directory.suffix == GGUF:
-            return Source(name=clean_text(directory.stem), kind="directory", location=str(directory.parent), file=directory.name)
+            return Source(name=clean_name(directory.stem), kind="directory", location=str(directory.parent), file=directory.name)
         check_directory(directory, weights=weights)
         # The name goes into results; somebody's home may be a model's directory.
-        return Source(name=clean_text(directory.name) or str(directory), kind="directory", location=str(directory))
+        return Source(name=clean_name(directory.name) or str(directory), kind="directory", location=str(directory))
     if _HUB_ID.fullmatch(model):
         return Source(name=model, kind="hub", location=model, hub_id=model)
     short = _short_names()
@@ -103,7 +103,7 @@ def _picked(source: Source, file: str) -> Source:
     if source.kind == "directory" and not (Path(source.location) / file).is_file():
         names = sorted(path.name for path in Path(source.location).glob(f"*{GGUF}"))
         raise UsageError(f"{source.location} has no file {file!r}: {did_you_mean(file, names)}")
-    return replace(source, name=Path(file).stem, file=file)
+    return replace(source, name=clean_name(Path(file).stem), file=file)
 
 
 def _short_names() -> dict[str, str]:

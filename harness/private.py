@@ -21,11 +21,19 @@ from typing import Any
 import msgspec
 
 from harness.case import Result
+from harness.placement import PLACEMENTS
+from harness.precision import PRECISIONS
 
-# By these a case is found again and compared; they hold names of ours, and the model's, which is private only if the user says so.
+# By these a case is found again and compared, loaded again and drawn. They hold names of ours, the model's, which is private only
+# if the user says so, and those of its classes and modules: no text that comes from this machine, but for `_FILE`.
 KEPT = re.compile(
     r"schema|id|run|at|case|weights|machine|verdict|outcome|stage|metrics|samples|phases|timeline|estimate|environment|fingerprint|allowed_s|failed"
+    r"|code|loaded|device_map"
 )
+# The name of the GGUF file in loading code, which is the user's.
+_FILE = re.compile(r'(?<=gguf_file=")(?:[^"\\]|\\.)*(?=")')
+# Words of our tables, which anybody's variables may hold as well.
+OURS = frozenset({*PRECISIONS, *PLACEMENTS, *(precision.dtype for precision in PRECISIONS.values())})
 
 # Accounts and hosts that are everybody's, and words of our own that a person or a machine may be called.
 COMMON = re.compile(
@@ -40,7 +48,8 @@ PLAIN = re.compile(
     r"HOME|USERPROFILE|PWD|TMPDIR|TEMP|TMP|LANG|LANGUAGE|LC_\w+|TERM|COLORTERM|SHELL|PATH|MANPATH|INFOPATH|LS_COLORS|TZ|EDITOR|PAGER|DEBIAN_FRONTEND|PYTHON(?!PATH)\w*"
     r"|(OMP|MKL|OPENBLAS|NUMEXPR|TOKENIZERS|TQDM|PYTORCH)_\w+|TORCH_\w+|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER)|HF_(ENDPOINT|HUB_OFFLINE)|_"
 )
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|AUTH|CRED|COOKIE", re.IGNORECASE)
+# TOKENS are counted, as in MAX_TOKENS.
+SECRET = re.compile(r"TOKEN(?!S|IZER)|KEY|SECRET|PASS|AUTH|CRED|COOKIE", re.IGNORECASE)
 LEAST_VALUE, LEAST_SECRET, LEAST_NAME = 8, 6, 3
 # A text of so many letters may have been cut in the middle of a value; so much of it must be left to be found.
 CUT_TEXT, LEAST_CUT = 500, 6
@@ -61,12 +70,22 @@ def clean(result: Result, model: Path | None = None) -> Result:
     """Return the result without what is private; `model` is the directory of its model, which becomes "<model>"."""
     texts = _cleaner(public=result.id, model=model)
     plain: dict[str, Any] = msgspec.to_builtins(result)
+    if result.code is not None:
+        plain["code"] = _FILE.sub(lambda file: clean_name(file[0]), result.code)
     return msgspec.convert({key: value if KEPT.fullmatch(key) else _walk(value, texts) for key, value in plain.items()}, Result)
 
 
 def clean_text(text: str) -> str:
     """Return a text without what is private."""
     return _cleaner()(text)
+
+
+def clean_name(name: str) -> str:
+    """Return the name of a model's file or directory without secrets, user and machine.
+
+    The values of other variables stay: MODEL=NAME of a script that runs us makes no secret of what is to be named.
+    """
+    return _cleaner(secrets_only=True)(name)
 
 
 def _walk(value: Any, texts: Cleaner) -> Any:
@@ -77,12 +96,12 @@ def _walk(value: Any, texts: Cleaner) -> Any:
     return [_walk(inner, texts) for inner in value] if isinstance(value, list) else value
 
 
-def _cleaner(public: str = "", model: Path | None = None) -> Cleaner:
-    """Make a function that cleans texts; what is part of `public` is no secret of anybody's."""
+def _cleaner(public: str = "", model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
+    """Make a function that cleans texts; the parts of `public`, between its slashes, and its words are no secrets of anybody's."""
     places = sorted(_places(model), key=lambda place: -len(place[0]))
-    values = sorted(((value, f"<${name}>") for name, value in _values()), key=lambda pair: -len(pair[0]))
-    values = [(value, mark) for value, mark in values if value not in public]
-    names = [(pattern, mark) for name, mark in _names() if name not in public for pattern in [_word(name)]]
+    values = sorted(((value, f"<${name}>") for name, value in _values(secrets_only)), key=lambda pair: -len(pair[0]))
+    values = [(value, mark) for value, mark in values if f"/{value}/" not in f"/{public}/"]
+    names = [(pattern, mark) for name, mark in _names() for pattern in [_word(name)] if not pattern.search(public)]
 
     def cleaned(text: str) -> str:
         for place, mark in places:
@@ -131,14 +150,14 @@ def _places(model: Path | None) -> Iterator[tuple[str, str]]:
                 yield written, mark
 
 
-def _values() -> Iterator[tuple[str, str]]:
+def _values(secrets_only: bool) -> Iterator[tuple[str, str]]:
     """Yield the environment variables whose values nobody else should read."""
     for name, value in os.environ.items():
         is_secret = SECRET.search(name) is not None
-        if len(value) < (LEAST_SECRET if is_secret else LEAST_VALUE) or PLAIN.fullmatch(name):
+        if len(value) < (LEAST_SECRET if is_secret else LEAST_VALUE) or PLAIN.fullmatch(name) or value in OURS:
             continue
         is_word = value.isalpha() or value.replace(".", "").isdigit()  # too likely to stand in a text by itself
-        if is_secret or not is_word:
+        if is_secret or not (is_word or secrets_only):
             yield name, value
 
 

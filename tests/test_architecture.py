@@ -30,12 +30,12 @@ FLOORS = (
         "cgroup",
         "nvml",
         "progress",
-        "private",
         "scratch",
         "descendants",
         "patience",
         "interrupts",
     ),
+    ("private",),
     # files of models
     ("files", "hub"),
     ("headers", "zips"),

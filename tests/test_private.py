@@ -102,11 +102,9 @@ def planted_result() -> Result:
     return builders.result(
         why=said,
         noisy={"decode_tok_s": said},
-        device_map={"model.embed_tokens": "cpu", said: said},
-        loaded=builders.loaded(device_map={said: "cpu"}),
         quality=Quality(probe="v1", verdict="broken", why=said, answers=[Answer(question="?", answer=said, correct=False)]),
-        checks={"dtype": said},
-        code=said,
+        checks={"dtype": said, said: said},
+        code='tokenizer(gguf_file="marvin-\\"q4\\".gguf",)',
         command=said,
         remote_code=[said],
         log_tail=f"{said}\nTraceback\n{said}",
@@ -129,4 +127,35 @@ def test_what_the_case_is_called_is_public(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MODEL_ID", "org/model-7b")
     monkeypatch.setenv("USER", "orgmodel")
     of = builders.case(model="org/model-7b")
-    assert clean(builders.result(of, code='MODEL = "org/model-7b"')).code == 'MODEL = "org/model-7b"'
+    assert clean(builders.result(of, command="--model org/model-7b")).command == "--model org/model-7b"
+
+
+def test_what_is_only_a_part_of_what_the_case_is_called_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USER", "mist")
+    monkeypatch.setenv("PROJECT", "istral-7b")
+    of = builders.case(model="mistral-7b")
+    assert clean(builders.result(of, why="mist: mistral-7b of istral-7b")).why == "<user>: m<$PROJECT> of <$PROJECT>"
+
+
+def test_loading_code_and_modules_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "BASE_MODEL": "HuggingFaceTB/SmolLM2-135M",
+        "DTYPE": "bfloat16",
+        "MAX_TOKENS": "100000",
+        "USER": "norm",
+    }.items():
+        monkeypatch.setenv(name, value)
+    code = (
+        'MODEL = "HuggingFaceTB/SmolLM2-135M"\n\nmodel = from_pretrained(MODEL, dtype="bfloat16", device_map={"model.norm": 0})\n'
+    )
+    modules = {"model.norm": "gpu:0"}
+    plain = builders.result(
+        code=code, device_map=modules, loaded=builders.loaded(device_map=modules), why="bfloat16, 100000 of 1000000"
+    )
+    assert clean(plain) == plain
+
+
+def test_the_name_of_a_model_is_no_secret_because_a_variable_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_NAME", "SmolLM2-135M")
+    assert private.clean_name("SmolLM2-135M") == "SmolLM2-135M"
+    assert private.clean_name(f"{TOKEN} marvin sesame") == "<$HF_TOKEN> <user> <$DB_PASSWORD>"
