@@ -48,9 +48,9 @@ def since(result: Result) -> str:
     return f"kept from {result.at[:16].replace('T', ' ')} UTC"
 
 
-def newest(results: Iterable[Result], machine: Machine) -> dict[Case, Result]:
-    """Return the last result of each case on a machine of this name: those that a page shows."""
-    return {result.case: result for result in results if result.machine.name == machine.name}
+def newest(results: Iterable[Result], machine: Machine) -> dict[tuple[Case, str], Result]:
+    """Return the last result of each case on a machine of this name, by the case and what its weights were."""
+    return {(result.case, result.weights): result for result in results if result.machine.name == machine.name}
 
 
 def why_again(earlier: Result | None, now: Result, *, run_all: bool = False) -> str | None:

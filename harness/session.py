@@ -94,7 +94,7 @@ class Session:
         self._fingerprints: dict[str, str] = {}
         self._plans: dict[str, Plan] = {}
         self._standards: dict[str, _Standard] = {}
-        self._earlier: dict[Case, Result] = {}
+        self._earlier: dict[tuple[Case, str], Result] = {}
         self._again: list[str] = []
         self._last: Result | None = None
         self._reloaded: list[str] = []
@@ -226,10 +226,10 @@ class Session:
         """Return the model of a case and what its predictions are compared with."""
         source = self.sources[case.model]
         standard = self._standards.get(case.model)
-        location, drawn = self._locations.get(case.model, Path(source.location)), self._blueprints.get(case.model)
+        drawn = self._blueprints.get(case.model)
         return Subject(
-            location=location,
-            weights="synthetic" if synth.is_synthetic(location) else "real",
+            location=self._location(case.model),
+            weights=self._weights(case),
             tokenizer=drawn.tokenizer if drawn else False,
             gguf_file=drawn.gguf_file if drawn else None,
             ours=drawn.ours if drawn else False,
@@ -240,6 +240,14 @@ class Session:
             reference_file=standard.file if standard else None,
             keep_file=None if standard else self._predictions_file(case.model),
         )
+
+    def _weights(self, case: Case) -> str:
+        """Say what the weights of a case are: a directory that is given as real may hold synthetic ones."""
+        is_synthetic = self.options.weights == "synthetic" or synth.is_synthetic(self._location(case.model))
+        return "synthetic" if is_synthetic else "real"
+
+    def _location(self, model: str) -> Path:
+        return self._locations.get(model, Path(self.sources[model].location))
 
     def _predictions_file(self, model: str) -> Path:
         return self._scratch.path / f"reference-{list(self.sources).index(model)}.npy"
@@ -256,7 +264,7 @@ class Session:
         """Start a case; or keep what an earlier run showed of it; or record why it is not run and return None."""
         case, again = decided.case, self._why_again(decided.case)
         if again is None:
-            return self._keep(self._earlier[case])
+            return self._keep(self._earlier[case, self._weights(case)])
         decided = self._held_against_disk(decided)
         asked = self.options.run_all and decided.code is not None and not PLACEMENTS[case.placement].parallel
         if decided.verdict in _RUNNABLE or asked:
@@ -265,7 +273,7 @@ class Session:
             self.current = Run(decided, self.subject(case), self.setting)
             return self.current
         found = runner.not_run(decided, self.subject(case), self.setting)
-        if resume.finds_the_same(self._earlier.get(case), found):
+        if resume.finds_the_same(self._earlier.get((case, found.weights)), found):
             self._last = found
         else:
             self._record(found)
@@ -280,7 +288,7 @@ class Session:
 
     def _why_again(self, case: Case) -> str | None:
         """Say why a case must run although an earlier run may have measured it; None where its result is kept."""
-        earlier, standard = self._earlier.get(case), self._standards.get(case.model)
+        earlier, standard = self._earlier.get((case, self._weights(case))), self._standards.get(case.model)
         if earlier is None:
             return resume.NEW
         now = runner.not_run(self.plan(case), self.subject(case), self.setting)

@@ -23,6 +23,7 @@ from harness.placement import PLACEMENTS
 from harness.report import charts, figures, page, view
 from harness.report.text import visible
 from harness.units import GIB
+from tests import builders
 
 GOLDEN = Path(__file__).parent / "data/results-v1.jsonl"
 GPU_MODEL, CPU_MODEL = "chatglm-6b", "smollm2-135m"
@@ -140,6 +141,26 @@ def test_every_figure_on_the_page_is_the_stored_one(golden: list[Result], root: 
         assert {key: figure.text for key, figure in metrics.items()} == {
             key: format_metric(key, value) for key, value in result.metrics.items()
         }
+
+
+def test_real_and_synthetic_results_of_a_case_stand_side_by_side() -> None:
+    ok = builders.result(metrics={"decode_tok_s": 1.0})
+    twin = replace(ok, weights="synthetic", run="random")
+    assert view.newest([ok, twin]) == [ok, twin]
+    assert [(block.synthetic, len(block.matrices[0].cells)) for block in view.blocks([ok, twin], points=100)] == [
+        (False, 1),
+        (True, 1),
+    ]
+    assert page.render([ok, twin]).count("synthetic weights:") == 1
+
+
+def test_what_a_case_showed_stands_against_a_later_plan_of_the_same_versions() -> None:
+    ok = builders.result(environment={"torch": "2.13"})
+    planned = replace(ok, outcome=Outcome.SKIPPED, verdict=Verdict.TOO_BIG, stage="plan", run="later")
+    newer = replace(planned, environment={"torch": "2.14"})
+    assert view.newest([ok, planned]) == [ok]
+    assert view.newest([planned, ok]) == [ok]
+    assert view.newest([ok, newer]) == [newer]
 
 
 def test_the_cells_show_memory_ready_time_speed_and_quality(golden: list[Result], root: Node) -> None:

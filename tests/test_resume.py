@@ -133,9 +133,14 @@ def test_the_newest_result_of_a_case_on_this_machine_counts() -> None:
         earlier(other, run="other workload"),
         earlier(case, run="second"),
         earlier(case, run="third", machine=elsewhere),
+        earlier(case, run="random", weights="synthetic"),
     ]
     found = resume.newest(results, builders.machine())
-    assert {key: result.run for key, result in found.items()} == {case: "second", other: "other workload"}
+    assert {key: result.run for key, result in found.items()} == {
+        (case, "real"): "second",
+        (other, "real"): "other workload",
+        (case, "synthetic"): "random",
+    }
 
 
 # What is not run

@@ -96,7 +96,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Block:
-    """One model on one machine; the first matrix is of the workload with the most cases."""
+    """One model on one machine, with its own weights or synthetic ones; the first matrix is of the workload with the most cases."""
 
     anchor: str
     model: str
@@ -109,10 +109,17 @@ class Block:
 
 
 def newest(results: Iterable[Result]) -> list[Result]:
-    """Keep the last result of every case on every machine, in file order."""
-    kept: dict[tuple[str, Case], Result] = {}
+    """Keep the last result of every case on every machine, by what its weights were, in file order.
+
+    What a case showed stands against a later plan that was not run (one run with --run-all, the next without), unless the versions
+    have changed: then the plan may know better.
+    """
+    kept: dict[tuple[str, Case, str], Result] = {}
     for result in results:
-        key = (result.machine.name, result.case)
+        key = (result.machine.name, result.case, result.weights)
+        earlier = kept.get(key)
+        if earlier and ran(earlier) and not ran(result) and earlier.environment == result.environment:
+            continue
         kept.pop(key, None)
         kept[key] = result
     return list(kept.values())
@@ -129,14 +136,16 @@ def _sound(result: Result) -> bool:
 
 
 def blocks(results: Sequence[Result], *, points: int) -> list[Block]:
-    """Arrange results as one block per machine and model, in the order of their first appearance in the file."""
-    by_place: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        by_place.setdefault((result.machine.name, result.case.model), [])
+    """Arrange results as one block per machine, model and kind of weights, in the order of their first appearance in the file."""
+    by_place: dict[tuple[str, str, str], list[Result]] = {_place_of(result): [] for result in results}
     for result in newest(results):
-        by_place[(result.machine.name, result.case.model)].append(result)
+        by_place[_place_of(result)].append(result)
     anchors = Anchors()
     return [_block(found, anchors, points) for found in by_place.values()]
+
+
+def _place_of(result: Result) -> tuple[str, str, str]:
+    return result.machine.name, result.case.model, result.weights
 
 
 class Anchors:
@@ -167,7 +176,7 @@ def _block(results: Sequence[Result], anchors: Anchors, points: int) -> Block:
         details={cell.anchor: details(cell.result, points=points) for cell in cells},
         tiers=tuple(_place(tier) for tier in last.machine.tiers),
         facts=(*_facts(last.machine), *_versions(results)),
-        synthetic=any(result.weights == "synthetic" for result in results),
+        synthetic=last.weights == "synthetic",
     )
 
 
