@@ -87,15 +87,16 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         return  # pytest ends the run
     ours = config.stash[SESSION]
     ours.interrupts.install()
+    # Before anything of the session is settled; and only between tests is the terminal where it seems to be: during them pytest
+    # captures its file descriptor.
+    if config.pluginmanager.has_plugin("terminalreporter"):
+        live = LiveLine(config.get_terminal_writer()._file, total=len({case.id for case in cases}))
+        ours.on_sample = config.stash[_LIVE] = live
     try:
         ours.prepare(cases)
     except HarnessError as error:
         raise pytest.UsageError(line(str(error))) from None
     _write_by_case(session)
-    # Only between tests is the terminal where it seems to be; during them pytest captures its file descriptor.
-    if config.pluginmanager.has_plugin("terminalreporter"):
-        live = LiveLine(config.get_terminal_writer()._file, total=len({case.id for case in cases}))
-        ours.on_sample = config.stash[_LIVE] = live
 
 
 def _write_by_case(session: pytest.Session) -> None:

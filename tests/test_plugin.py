@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ import psutil
 import pytest
 
 from harness import counters, process, store
-from harness.case import Outcome, Result, encode
+from harness.case import Case, Outcome, Result, encode
+from harness.live import LiveLine
 from harness.metrics import format_metric
 from harness.options import OPTIONS
 from harness.precision import PRECISIONS
+from harness.session import Session
 from tests import scripted
 
 ROOT = Path(__file__).parent.parent
@@ -544,6 +546,20 @@ def test_no_terminal_is_needed(project: Project) -> None:
 
 
 # Resuming
+
+
+def test_what_prepares_a_run_knows_the_live_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resuming settles all that cases share while it prepares, so a line that came later would never be drawn."""
+    prepare, seen = Session.prepare, []
+
+    def settled(self: Session, cases: Sequence[Case]) -> None:
+        prepare(self, cases)
+        seen.append(self.setting.on_sample)
+
+    monkeypatch.setattr(Session, "prepare", settled)
+    project.run("--resume")
+    assert len(seen) == 1
+    assert isinstance(seen[0], LiveLine)
 
 
 def test_a_resumed_run_says_what_it_kept(project: Project) -> None:
