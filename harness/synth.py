@@ -7,6 +7,7 @@ what they are does not matter to memory or speed, as long as nothing overflows.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -135,40 +136,42 @@ def _sharded(tensors: Sequence[TensorSpec], most: int | None) -> Iterator[tuple[
 
 
 def write(made: Synthetic, directory: Path, *, hollow: bool = False, report: Report = silent) -> Path:
-    """Write the checkpoint into `directory`, which must not hold anything yet; all of it or nothing.
+    """Write the checkpoint into `directory`, which must not hold anything yet; all of it or nothing, alone if others write there.
 
     `hollow` files are sparse: full size, all zeros, no disk; for planning, not for running.
 
     Raises:
         UsageError: the directory holds something, or the disk has no room.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError(f"{directory} is not an empty directory: name a new one")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        if not hollow:
-            cache.check_space(made.bytes + (64 << 20), directory.parent, "DIR")
-        with _building(directory) as build:
-            _fill(made, build, hollow, report)
-            if directory.exists():
-                directory.rmdir()
-            build.rename(directory)
-    except OSError as error:
-        raise UsageError(cache.disk_sentence(error, directory.parent, "DIR")) from None
+    there = directory.resolve()  # "." has no name to build beside
+    with _alone(there, report, "DIR"):
+        if there.exists() and (not there.is_dir() or any(there.iterdir())):
+            raise UsageError(f"{directory} is not an empty directory: name a new one")
+        _write(made, there, hollow, report, "DIR")
     return directory
 
 
 @contextmanager
-def _building(directory: Path) -> Iterator[Path]:
-    """Give a folder beside `directory` that is gone afterwards, whatever happens."""
-    build = directory.with_name(f".{directory.name}.partial")
-    if build.exists():
-        shutil.rmtree(build)
-    build.mkdir()
+def _alone(directory: Path, report: Report, variable: str) -> Iterator[None]:
+    """Hold the lock of a directory that is written. Raises UsageError: the disk does not let us."""
     try:
-        yield build
-    finally:
-        shutil.rmtree(build, ignore_errors=True)
+        with cache.locked(directory, report):
+            yield
+    except OSError as error:
+        raise UsageError(cache.disk_sentence(error, directory.parent, variable)) from None
+
+
+def _write(made: Synthetic, directory: Path, hollow: bool, report: Report, variable: str) -> None:
+    """Write the checkpoint to its place, where nothing is but perhaps an empty directory, which somebody may stand in."""
+    if not hollow:
+        cache.check_space(made.bytes + (64 << 20), directory.parent, variable)
+    with cache.building(directory) as build:
+        _fill(made, build, hollow, report)
+        if not directory.exists():
+            build.rename(directory)
+            return
+        for file in sorted(build.iterdir(), key=lambda file: file.name == MARK):  # the mark last: it says that all is there
+            file.rename(directory / file.name)
 
 
 def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
@@ -234,7 +237,15 @@ def _pool(dtype: str, filling: str) -> memoryview:
 
 def place(made: Synthetic) -> Path:
     """Return where the cache keeps a synthetic checkpoint."""
-    return cache.cache_dir() / "synthetic" / f"{made.name.replace('/', '--')}-{made.key}"
+    return _cached() / f"{_cached_name(made.name)}-{made.key}"
+
+
+def _cached() -> Path:
+    return cache.cache_dir() / "synthetic"
+
+
+def _cached_name(model: str) -> str:
+    return model.replace("/", "--")
 
 
 def fetch(source: Source, report: Report = silent) -> Path:
@@ -243,19 +254,34 @@ def fetch(source: Source, report: Report = silent) -> Path:
     Raises:
         UsageError, CheckpointError: as `describe` and `write`.
     """
-    made = describe(source)
-    there = place(made)
-    return there if is_synthetic(there) else write(made, there, report=report)
+    return keep(describe(source), report)
 
 
-def remove(source: Source) -> tuple[Path, int] | None:
-    """Remove the synthetic twin of a model from the cache; return where it was and its bytes, None if none was."""
-    made = describe(source)
+def keep(made: Synthetic, report: Report = silent) -> Path:
+    """Return a synthetic checkpoint from the cache; write it if it is not there, once if several runs ask for it.
+
+    Raises:
+        UsageError: the disk has no room.
+    """
     there = place(made)
-    if not there.exists():
-        return None
-    shutil.rmtree(there)
-    return there, made.bytes
+    if is_synthetic(there):
+        return there
+    with _alone(there, report, "FITMATRIX_CACHE"):
+        if not is_synthetic(there):  # another run may have written it while this one waited
+            _write(made, there, hollow=False, report=report, variable="FITMATRIX_CACHE")
+    return there
+
+
+def remove(source: Source) -> list[tuple[Path, int]]:
+    """Remove every synthetic twin of a model from the cache; return where they were and their bytes."""
+    ours, gone = re.compile(rf"{re.escape(_cached_name(source.name))}-[0-9a-f]{{16}}"), []
+    for there in sorted(_cached().glob("*")):
+        if ours.fullmatch(there.name):
+            with _alone(there, silent, "FITMATRIX_CACHE"):
+                size = sum(file.stat().st_size for file in there.iterdir())
+                shutil.rmtree(there)
+            gone.append((there, size))
+    return gone
 
 
 def is_synthetic(directory: Path) -> bool:

@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,59 @@ def test_the_cache_keeps_it_and_lets_it_go(
     assert not there.exists()
     assert main(["synth", str(tmp_path / "real"), "--remove"]) == 0
     assert "the cache holds no synthetic real" in capsys.readouterr().out
+
+
+def test_runs_that_want_the_same_write_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
+    small_models.save("llama", tmp_path / "real")
+    source = catalog.resolve(str(tmp_path / "real"))
+    filled, begun, waits, fill = [], threading.Event(), threading.Event(), synth._fill
+
+    def slow(*given: Any) -> None:
+        filled.append(given)
+        begun.set()
+        assert waits.wait(10)
+        fill(*given)
+
+    def report(step: str, *_: object) -> None:
+        if "waiting for another run" in step:
+            waits.set()
+
+    monkeypatch.setattr(synth, "_fill", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(synth.fetch, source)
+        assert begun.wait(10)
+        second = pool.submit(synth.fetch, source, report)
+        assert first.result() == second.result()
+    assert len(filled) == 1
+
+
+def test_what_the_cache_holds_of_a_model_goes_whatever_its_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
+    small_models.save("llama", tmp_path / "real")
+    source = catalog.resolve(str(tmp_path / "real"))
+    twins = [synth.keep(synth.describe(source, file_format=file_format)) for file_format in ("safetensors", "bin")]
+    other = twins[0].rename(twins[0].with_name(twins[0].name.replace("real-", "real-too-")))
+    synth.fetch(source)
+    assert main(["synth", str(tmp_path / "real"), "--remove"]) == 0
+    assert capsys.readouterr().out.count("removed ") == 2
+    assert [path for path in other.parent.iterdir() if path.is_dir()] == [other]
+
+
+@pytest.mark.parametrize("words", [("--format", "bin"), ("--shard", "1GiB")])
+def test_the_cache_takes_a_model_only_as_it_is_published(words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synth", "codegen-350m-mono", *words]) == 2
+    assert "--format and --shard need DIR" in capsys.readouterr().err
+
+
+def test_it_is_written_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["synth", "codegen-350m-mono", ".", "--hollow"]) == 0
+    assert synth.is_synthetic(Path.cwd())
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_full_directory_and_a_full_disk_are_refused(

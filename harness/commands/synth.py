@@ -31,15 +31,21 @@ def run(given: argparse.Namespace) -> int:
     source = catalog.resolve(given.model, weights=False)
     if given.remove:
         gone = synth.remove(source)
-        print(f"removed {gone[0]} ({format_size(gone[1])})" if gone else f"the cache holds no synthetic {source.name}")
+        for there, size in gone:
+            print(f"removed {line(str(there))} ({format_size(size)})")
+        if not gone:
+            print(f"the cache holds no synthetic {line(source.name)}")
         return 0
     if given.hollow and given.directory is None:
         raise UsageError("--hollow needs DIR: the cache is for checkpoints that can be run")
+    if (given.format or given.shard) and given.directory is None:
+        raise UsageError("--format and --shard need DIR: a run takes what is written as the model is published")
     made = synth.describe(source, file_format=given.format, shard_bytes=_shard(given.shard))
     with catalog.show_progress() as report:
-        there = given.directory or synth.place(made)
-        if not synth.is_synthetic(there) or given.directory is not None:
-            synth.write(made, there, hollow=given.hollow, report=report)
+        if given.directory is None:
+            there = synth.keep(made, report)
+        else:
+            there = synth.write(made, given.directory, hollow=given.hollow, report=report)
     held = f"{format_size(made.bytes)} of random weights in {len(made.shards)} {made.format} file(s)"
     print(f"{line(str(there))}: {line(made.name)}, {held}")
     return 0
