@@ -46,7 +46,7 @@ def decode_tok_s(done: GenerateDone) -> float:
 def of_rounds(cold: GenerateDone | None, warm: Sequence[GenerateDone], *, asked: int | None = None) -> dict[str, float]:
     """Return the metrics of speed: the cold round's first token, and the medians of the warm rounds.
 
-    Energy is that of the rounds that were `asked` for; more may have run.
+    Energy is the mean of these rounds times as many as were `asked` for: more may have run, and fewer may count.
     """
     figures: dict[str, float] = {}
     if cold is not None:
@@ -63,7 +63,7 @@ def of_rounds(cold: GenerateDone | None, warm: Sequence[GenerateDone], *, asked:
         figures["token_p95_s"] = tokens[math.ceil(0.95 * len(tokens)) - 1]
     energy = [done.energy_j for done in warm if done.energy_j is not None]
     if len(energy) == len(warm):
-        figures["energy_j"] = sum(energy[:asked])
+        figures["energy_j"] = statistics.fmean(energy) * (len(energy) if asked is None else asked)
     return figures
 
 

@@ -132,6 +132,12 @@ def test_energy_is_told_only_if_every_round_has_it(energies: list[float | None],
     assert figures.of_rounds(None, rounds).get("energy_j") == total
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_energy_is_that_of_the_rounds_that_were_asked_for_however_many_count(count: int) -> None:
+    rounds = [generated(0.1, 0.2, energy_j=6.0)] * count
+    assert figures.of_rounds(None, rounds, asked=3)["energy_j"] == 18.0
+
+
 def test_every_warm_round_is_kept_raw() -> None:
     raw = figures.samples([paced(0.1, 0.1, 3), paced(0.2, 0.05, 3)])
     assert raw["warm_first_token_s"] == [0.1, 0.2]
