@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import pytest
 from harness import minimum
 from harness.case import Case, Estimate, Outcome, Plan, Result, Span, TierEstimate, Verdict
 from harness.minimum import failed, prove
+from harness.report import minimums
 from harness.session import Session
 from harness.units import GIB, MIB
 from tests import builders
@@ -49,6 +51,17 @@ def test_the_search_ends_within_5_percent_of_the_truth(monkeypatch: pytest.Monke
     assert (found.runs, found.why, found.estimate_bytes) == (len(tried), "too little", needed)
     assert len(tried) == len(set(tried))
     assert max(tried) <= 16 * GIB
+
+
+def test_a_name_or_a_reason_moves_no_cursor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = builders.result(builders.case(model="a\x1b[2Jb"), outcome=Outcome.OOM, why="gone\x1b]0;title\x07\nmore")
+    monkeypatch.setattr(minimum, "measure", lambda *_: evil)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    minimums.tell(evil)
+    minimums.show([prove(session(9 * GIB), evil.case)])
+    said = "".join(capsys.readouterr())
+    assert "title" in said
+    assert not {"\x1b", "\x07"} & set(said)
 
 
 def test_what_works_nowhere_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
