@@ -54,17 +54,21 @@ def cpu(only: frozenset[int] | None = None) -> Cpu:
     """Read what the CPUs have done since boot.
 
     On Linux idle time is exact, while user and system are told apart by looking at each tick (proc(5), /proc/stat). In a container
-    the CPUs are the host's, which is right: others on the host disturb as well.
+    the CPUs are the host's, which is right: others on the host disturb as well. Where /proc/stat lists none of `only` (a container
+    may number its CPUs anew) all that it lists count.
     """
     if not LINUX:
         times = psutil.cpu_times()
         return Cpu(psutil.cpu_count() or 1, times.idle, 0.0, None)
     lines = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
     by_cpu = [list(map(int, words[1:])) for words in lines[1:] if only is None or int(words[0].removeprefix("cpu")) in only]
-    whole = list(map(int, lines[0][1:])) if only is None else [sum(column) for column in zip(*by_cpu, strict=True)]
+    if only is None or not by_cpu:
+        cpus, whole = len(lines) - 1, list(map(int, lines[0][1:]))
+    else:
+        cpus, whole = len(by_cpu), [sum(column) for column in zip(*by_cpu, strict=True)]
     user, nice, _, idle, iowait, _, _, stolen = whole[:8]
     tick = os.sysconf("SC_CLK_TCK")
-    return Cpu(len(by_cpu), (idle + iowait) / tick, stolen / tick, (user + nice) / tick)
+    return Cpu(cpus, (idle + iowait) / tick, stolen / tick, (user + nice) / tick)
 
 
 def used(pid: int) -> Used:

@@ -108,6 +108,7 @@ def test_only_the_cpus_that_may_be_used_count(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "sysconf", lambda _: 100)
     assert counters.cpu() == (3, 52.0, 0.9, 3.3)
     assert counters.cpu(frozenset({0, 7})) == (2, 36.5, 0.7, 2.75)
+    assert counters.cpu(frozenset({12, 13})) == counters.cpu()
 
 
 @pytest.mark.usefixtures("elsewhere")
