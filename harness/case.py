@@ -232,7 +232,8 @@ class Interference(Record, frozen=True, kw_only=True):
     """What others did while one request was answered (load, cold, each warm round, score), on the CPUs that the worker may use.
 
     Cores are seconds of CPU for each second; `own` is the worker's and the parent's part, `others_user` that of others in user
-    mode, `stolen` what a hypervisor took. What the system does not tell is None. `why` says what was too much, empty if nothing.
+    mode, `stolen` what a hypervisor took, `withheld` what a quota on CPU time kept from us, which allows `allowed_cores` at once.
+    What the system does not tell, and what there is not, is None. `why` says what was too much, empty if nothing.
     """
 
     phase: str
@@ -244,6 +245,8 @@ class Interference(Record, frozen=True, kw_only=True):
     others_user_cores: float | None = None
     idle_cores: float | None = None
     stolen_cores: float | None = None
+    withheld_cores: float | None = None
+    allowed_cores: int | None = None
     swapped_bytes: int | None = None
     swap_used_bytes: int | None = None
     cpu_mhz: int | None = None

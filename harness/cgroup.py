@@ -68,6 +68,20 @@ def cores(root: Path = ROOT) -> int:
     return max(min([count, *map(math.ceil, quotas)]), 1)
 
 
+def withheld(root: Path = ROOT) -> Callable[[], float] | None:
+    """Return a function that says how many seconds of CPU quotas have withheld from our groups; None where there is no quota.
+
+    Each CPU that had to wait counts for itself (cpu.stat: throttled_usec in v2, throttled_time in ns in v1).
+    """
+    limited = [folder for folder in _folders("cpu", root) if _quota(folder) is not None]
+
+    def seconds() -> float:
+        stats = [_read_stat(folder / "cpu.stat") for folder in limited]
+        return sum(stat.get("throttled_usec", 0) / 1e6 + stat.get("throttled_time", 0) / 1e9 for stat in stats)
+
+    return seconds if limited else None
+
+
 class _Files(NamedTuple):
     """The files of a group that hold its limits, what it has used and how often the kernel killed in it."""
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 from msgspec.structs import replace
 
-from harness import counters
+from harness import cgroup, counters
 from harness.case import GpuInterference, Interference
 from harness.counters import Cpu, Swap, Used
 from harness.meters import Gpus
@@ -41,7 +41,7 @@ _MOST_CORES, _ERROR_S = 0.05, 0.05
 # While a model is read, kernel threads decrypt and decompress for it: only the time of programs counts, which the kernel tells
 # apart by looking at each tick, so that the error is greater.
 _LOAD_ERROR_S = 0.1
-_ROOM = 0.75  # with this share of the CPUs idle a foreign process runs beside ours and takes nothing from it
+_ROOM = 0.75  # with this share of the CPUs that we may use idle a foreign process runs beside ours and takes nothing from it
 _MOST_SWAPPED_PER_S = 1 << 20
 _MOST_GPU_SHARE = 0.05
 _MOST_CLOCK_CHANGE = 0.10
@@ -63,6 +63,7 @@ class _Counted(NamedTuple):
     own: Used
     swap: Swap | None
     throttles: int
+    withheld_s: float | None
 
 
 class _Glance(NamedTuple):
@@ -84,6 +85,7 @@ class Watch:
     def __init__(self, pid: int, *, gpus: Gpus | None = None, origin_s: float = 0.0) -> None:
         self._pid, self._gpus, self._origin_s = pid, gpus, origin_s
         self._cpus = counters.usable_cpus()
+        self._withheld = cgroup.withheld()
         self._begun_s, self._begun_us = time.monotonic(), 0
         self._before: _Counted | None = None
         self._glances: list[_Glance] = []
@@ -127,7 +129,8 @@ class Watch:
         except (OSError, psutil.Error):
             return None
         own = Used(worker.all_s + mine.user + mine.system, worker.user_s + mine.user)
-        return _Counted(now, cpu, own, counters.swap(), counters.cpu_throttles(self._cpus))
+        withheld_s = self._withheld() if self._withheld else None
+        return _Counted(now, cpu, own, counters.swap(), counters.cpu_throttles(self._cpus), withheld_s)
 
     def _of_gpus(self) -> dict[str, GpuInterference]:
         if self._gpus is None:
@@ -166,6 +169,9 @@ def _between(before: _Counted | None, after: _Counted | None) -> dict[str, Any]:
     if before.cpu.user_s is not None and after.cpu.user_s is not None:
         seconds["others_user"] = after.cpu.user_s - before.cpu.user_s - own_user_s
     found: dict[str, Any] = {f"{name}_cores": round(max(each, 0.0) / wall_s, 4) for name, each in seconds.items()}
+    if before.withheld_s is not None and after.withheld_s is not None:
+        found["withheld_cores"] = round((after.withheld_s - before.withheld_s) / wall_s, 4)
+        found["allowed_cores"] = cgroup.cores()
     if before.swap and after.swap:
         found["swapped_bytes"] = after.swap.moved_bytes - before.swap.moved_bytes
     return found | {
@@ -198,7 +204,10 @@ def _gpu_share(samples: Iterable[Any], is_foreign: Callable[[int], bool]) -> flo
 
 def _others(windows: Sequence[Interference]) -> str:
     known = [window for window in windows if window.others_cores is not None and window.cpus]
-    if not known or _mean(known, "idle_cores") >= _ROOM * (cpus := known[0].cpus or 0):
+    if not known:
+        return ""
+    cpus = known[0].cpus or 0
+    if _mean(known, "idle_cores") >= _ROOM * min(cpus, known[0].allowed_cores or cpus):
         return ""
     loads = known[0].phase == "load" and known[0].others_user_cores is not None
     return _cores(
@@ -209,6 +218,11 @@ def _others(windows: Sequence[Interference]) -> str:
 def _stolen(windows: Sequence[Interference]) -> str:
     known = [window for window in windows if window.stolen_cores is not None and window.cpus]
     return _cores("the hypervisor took", known, "stolen_cores", _ERROR_S, known[0].cpus or 0) if known else ""
+
+
+def _withheld(windows: Sequence[Interference]) -> str:
+    known = [window for window in windows if window.withheld_cores is not None and window.allowed_cores]
+    return _cores("the CPU quota withheld", known, "withheld_cores", _ERROR_S, known[0].allowed_cores or 0) if known else ""
 
 
 def _cores(says: str, windows: Sequence[Interference], name: str, error_s: float, cpus: int) -> str:
@@ -275,6 +289,7 @@ def _tiers(windows: Sequence[Interference]) -> list[str]:
 _TELLS: Sequence[Callable[[Sequence[Interference]], str]] = (
     _others,
     _stolen,
+    _withheld,
     _swapped,
     _heat,
     _gpu_others,

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harness import counters, interference
+from harness import cgroup, counters, interference
 from harness.case import GpuInterference, Interference
 from harness.counters import Cpu, Swap, Used
 from harness.interference import Watch, noise
@@ -34,11 +34,15 @@ class System:
         self.now_s, self.cpus = 1000.0, 2
         self.idle_s = self.stolen_s = self.user_s = self.own_s = 0.0
         self.moved_bytes = self.throttles = 0
+        self.withheld_s: float | None = None
+        self.allowed = 2
         monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
         monkeypatch.setattr(counters, "cpu", lambda _: Cpu(self.cpus, self.idle_s, self.stolen_s, self.user_s))
         monkeypatch.setattr(counters, "used", lambda _: Used(self.own_s, self.own_s))
         monkeypatch.setattr(counters, "swap", lambda: Swap(3 * MIB, self.moved_bytes))
         monkeypatch.setattr(counters, "cpu_throttles", lambda _: self.throttles)
+        monkeypatch.setattr(cgroup, "withheld", lambda: None if self.withheld_s is None else lambda: self.withheld_s)
+        monkeypatch.setattr(cgroup, "cores", lambda: self.allowed)
         monkeypatch.setattr(psutil.Process, "cpu_times", lambda _: SimpleNamespace(user=0.0, system=0.0))
 
     def window(
@@ -50,7 +54,7 @@ class System:
         stolen: float = 0.0,
         kernel: float = 0.0,
         phase: str = "warm",
-        **changes: int,
+        **changes: float,
     ) -> Interference:
         """Let time go by, in which so many cores were used, `kernel` those of kernel threads."""
         watch = Watch(os.getpid())
@@ -170,6 +174,18 @@ def test_a_hypervisor_s_part_is_told(system: System) -> None:
 @pytest.mark.parametrize(("moved", "why"), [(9 * MIB, ""), (20 * MIB, "20.0 MiB were swapped")])
 def test_swapping_is_told(system: System, moved: int, why: str) -> None:
     assert system.window(moved_bytes=moved).why == why
+
+
+@pytest.mark.parametrize(("seconds", "why"), [(0.4, ""), (9, "the CPU quota withheld 0.9 of 2 cores")])
+def test_a_quota_s_part_is_told(system: System, seconds: float, why: str) -> None:
+    system.withheld_s, system.cpus = 5.0, 32
+    assert system.window(withheld_s=seconds).why == why
+
+
+def test_within_a_quota_others_may_use_what_it_does_not_allow(system: System) -> None:
+    system.withheld_s, system.cpus = 0.0, 32
+    assert system.window(own=1.9, others=20.0).why == ""
+    assert system.window(own=1.9, others=29.0).why == "others used 29 of 32 cores"
 
 
 def test_heat_is_told(system: System) -> None:

@@ -183,6 +183,26 @@ def test_cores_by_v1_quota(tree: Tree, quota: int, cores: int) -> None:
     assert cgroup.cores(tree.root) == cores
 
 
+def test_what_a_quota_has_withheld_is_read_anew_each_time(tree: Tree) -> None:
+    tree.v2("/pod/job")
+    tree.group("pod/job", cpu__max="max 100000", cpu__stat="usage_usec 9\nnr_throttled 0\nthrottled_usec 0")
+    assert cgroup.withheld(tree.root) is None
+    tree.group("pod", cpu__max="150000 100000", cpu__stat="usage_usec 9\nnr_throttled 3\nthrottled_usec 250000")
+    withheld = cgroup.withheld(tree.root)
+    assert withheld is not None
+    assert withheld() == 0.25
+    tree.group("pod", cpu__stat="usage_usec 9\nnr_throttled 4\nthrottled_usec 1000000")
+    assert withheld() == 1.0
+
+
+def test_v1_counts_what_is_withheld_in_nanoseconds(tree: Tree) -> None:
+    tree.v1("/job")
+    tree.group("cpu/job", cpu__cfs_quota_us=50000, cpu__cfs_period_us=100000, cpu__stat="nr_throttled 3\nthrottled_time 1500000000")
+    withheld = cgroup.withheld(tree.root)
+    assert withheld is not None
+    assert withheld() == 1.5
+
+
 # The cpu and disk tiers
 
 
