@@ -22,11 +22,13 @@ from harness.units import format_size
 
 TEXT_BYTES = 64 << 20  # the largest tokenizers known have 35 MB
 TEXT_MARKS = 8_000_000
-PATH_LETTERS = 1024
+PATH_LETTERS = 4096  # PATH_MAX of Linux: no system opens a longer path
 MOST_PATHS = 1000
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CUSTOM_GENERATE = "custom_generate/generate.py"
+TEMPLATES = "additional_chat_templates"  # whose *.jinja transformers reads as well
+ADAPTER = "adapter_config.json"
 
 _CONFIG = re.compile(r"(config|[\w-]+_config|special_tokens_map)\.json")
 _TEXT = re.compile(r".*\.(txt|model|jinja|tiktoken)|(.*tokenizer.*|.*vocab.*|added_tokens|chat_template|tekken|merges)\.json")
@@ -45,6 +47,11 @@ class RemoteCode(Record, frozen=True, kw_only=True):
     def needed(self, has_class: bool) -> bool:
         """Say whether nothing loads without it; `has_class`: transformers has a class of its own for this architecture."""
         return self.kind == "kernel" or (self.kind != "generate" and not has_class)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Say whether it lies in another repository, as "org/name--file.Class" and the kernels of the hub do."""
+        return self.kind == "kernel" or (self.kind != "generate" and ("--" in self.name or "/" in self.name))
 
     def __str__(self) -> str:
         return self.name if self.name == self.file else f"{self.name} ({self.file})"
@@ -96,7 +103,14 @@ def check(folder: Folder) -> None:
     Raises:
         CheckpointError: names the file, what is wrong with it and what to do.
     """
-    for name in folder.names():
+    names = folder.names()
+    if ADAPTER in names:
+        raise CheckpointError(
+            f"{folder.where}/{ADAPTER}",
+            "makes transformers load an adapter on top of the weights, or another model, where peft is installed: "
+            "merge the adapter into the weights, or take this file away",
+        )
+    for name in names + [name for name in folder.names(TEMPLATES) if name.endswith(".jinja")]:
         if name.endswith(".index.json"):
             with closing(folder.open(name)) as blob:
                 for shard in read_index(blob):

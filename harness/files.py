@@ -45,8 +45,8 @@ class Folder(Protocol):
     @property
     def remote(self) -> bool: ...
 
-    def names(self) -> list[str]:
-        """Return the names of the files at the top level, sorted."""
+    def names(self, under: str = "") -> list[str]:
+        """Return the names of the files at the top level, or of those right in the folder `under`, sorted; none where it is not."""
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, None where there is no such file."""
@@ -100,9 +100,13 @@ class Directory:
         self.path = path
         self.where = str(path)
 
-    def names(self) -> list[str]:
+    def names(self, under: str = "") -> list[str]:
         try:
-            return sorted(entry.name for entry in self.path.iterdir() if entry.is_file())
+            return sorted(str(entry.relative_to(self.path)) for entry in (self.path / under).iterdir() if entry.is_file())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if under:
+                return []
+            raise _unreadable(self.where, error) from error
         except OSError as error:
             raise _unreadable(self.where, error) from error
 

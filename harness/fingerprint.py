@@ -13,7 +13,7 @@ from harness.units import MIB
 _WHOLE_BYTES, _END_BYTES = 64 * MIB, MIB
 
 
-def of_model(directory: Path, read: Checkpoint) -> str:
+def of_model(directory: Path, read: Checkpoint, *, trusted: bool = False) -> str:
     """Return a digest of the files that a model is loaded from, in well under a second for any size of model.
 
     Config, tokenizer and code go in whole. Of a file of weights: name, size, its first and last MiB (the headers of safetensors
@@ -21,14 +21,20 @@ def of_model(directory: Path, read: Checkpoint) -> str:
     its contents, elsewhere the time it was written. So weights that were copied or made anew count as changed: that costs a
     measurement, and the opposite error would show figures of another model.
 
+    Nothing tells whether code of another repository, which runs where it is `trusted`, is what it was: then it is "".
+
     Raises:
         CheckpointError: a file cannot be read.
     """
+    if trusted and any(code.elsewhere for code in read.remote_code):
+        return ""
     weights = {file.name for file in read.files}
     found = hashlib.sha256()
     try:
         small = {file.name for file in directory.iterdir() if file.is_file() and file.name.endswith((*SMALL_FILES, ".py"))}
-        for name in sorted(weights | small):
+        # The model's own code may import from folders below; where there is none, what else lies there is not read.
+        code = {file.relative_to(directory).as_posix() for file in directory.rglob("*.py")} if read.remote_code else set()
+        for name in sorted(weights | small | code):
             found.update(f"{name}\0".encode())
             _add(found, directory / name, of_weights=name in weights)
     except OSError as error:

@@ -71,8 +71,8 @@ class Repository:
         self.revision = info.sha or revision
         self._sizes = {item.rfilename: item.size for item in info.siblings or ()}
 
-    def names(self) -> list[str]:
-        return sorted(name for name in self._sizes if "/" not in name)
+    def names(self, under: str = "") -> list[str]:
+        return sorted(name for name in self._sizes if name.rpartition("/")[0] == under)
 
     def size(self, name: str) -> int | None:
         return self._sizes.get(name)

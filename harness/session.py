@@ -177,7 +177,7 @@ class Session:
                 self._locations[name] = self._fetch(self.sources[name], progress)
         for name in runnable:
             self._checkpoints[name] = checkpoint.read(self._locations[name] / (self.sources[name].file or ""))
-            self._fingerprints[name] = fingerprint.of_model(self._locations[name], self._checkpoints[name])
+            self._fingerprints[name] = fingerprint.of_model(self._locations[name], self._checkpoints[name], trusted=self.trust)
         if self.options.resume:
             self._earlier = resume.newest(self.store.read()[0], self.machine)
         forkserver.live_in(self._scratch.path)

@@ -148,9 +148,19 @@ def refused(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "chat_template.jinja", "x.tiktoken"]
+    "name",
+    [
+        "tokenizer.json",
+        "vocab.json",
+        "vocab.txt",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "x.tiktoken",
+        "additional_chat_templates/tool_use.jinja",
+    ],
 )
 def test_text_is_bounded_in_size(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
     with (folder / name).open("wb") as file:
         file.truncate(companions.TEXT_BYTES + 1)
     assert "is the most" in refused(folder)
@@ -170,6 +180,17 @@ def test_text_is_bounded_in_size(folder: Path, name: str) -> None:
 def test_text_is_bounded_in_depth_and_values(folder: Path, name: str, text: str, said: str) -> None:
     (folder / name).write_text(text)
     assert said in refused(folder)
+
+
+def test_a_template_is_no_link_to_elsewhere(folder: Path) -> None:
+    (folder / companions.TEMPLATES).mkdir()
+    (folder / companions.TEMPLATES / "tool_use.jinja").symlink_to("/etc/passwd")
+    assert "is a link to a place outside its directory" in refused(folder)
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
+    change(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "who/what"})
+    assert "an adapter on top of the weights, or another model" in refused(folder)
 
 
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "another.index.json"])

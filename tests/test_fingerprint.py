@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness import checkpoint, fingerprint
 from harness.errors import CheckpointError
 from tests import scripted
+from tests.strangers import change
 
 
 @pytest.fixture
@@ -54,13 +56,38 @@ def a_tokenizer(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    "done",
     [other_weight, other_weight_and_old_time, same_bytes_written_anew, other_config, code_of_its_own, a_tokenizer],
 )
-def test_it_changes_with_what_is_loaded(model: Path, change: Callable[[Path], None]) -> None:
+def test_it_changes_with_what_is_loaded(model: Path, done: Callable[[Path], None]) -> None:
     before = of(model)
-    change(model)
+    done(model)
     assert of(model) != before
+
+
+def test_code_below_counts_where_the_model_asks_for_code(model: Path) -> None:
+    change(model / "config.json", {"auto_map": {"AutoConfig": "modeling_tiny.C"}})
+    (model / "parts").mkdir()
+    found = [of(model)]
+    for text in ("a = 1", "a = 2"):
+        (model / "parts" / "layers.py").write_text(text)
+        found.append(of(model))
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"auto_map": {"AutoModelForCausalLM": "who/what--a.M"}},
+        {"auto_map": {"AutoConfig": "gpt2--a.C"}},
+        {"attn_implementation": "who/kernel"},
+    ],
+)
+def test_code_of_another_repository_that_may_run_gives_no_fingerprint(model: Path, changes: dict[str, Any]) -> None:
+    change(model / "config.json", changes)
+    read = checkpoint.read(model)
+    assert fingerprint.of_model(model, read, trusted=True) == ""
+    assert fingerprint.of_model(model, read) != ""
 
 
 def test_it_stays_while_the_files_do(model: Path) -> None:

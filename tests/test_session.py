@@ -395,7 +395,7 @@ def test_what_is_missing_is_compared_with_the_kept_reference(make: Make) -> None
 def test_a_kept_reference_that_cannot_be_loaded_any_more_is_none(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "of_model", lambda *_: "the same")  # what changes is the behaviour, which is a file here
+    monkeypatch.setattr(fingerprint, "of_model", lambda *_, **__: "the same")  # what changes is the behaviour, which is a file here
     measure(make(precision=["fp32"]))
     (tmp_path / "tiny/script.json").write_text('{"fp32": "bad_alloc"}')
     _, ran = resumed(make, precision=["fp32", "bf16"])
