@@ -233,6 +233,8 @@ def _read_one(text: bytes) -> Result | str:
         return decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         words = repr(str(error))[1:-1][:300]  # it may quote the line, and that may hold anything
+        if words.startswith("Object contains unknown field"):
+            return f"has fields that this version does not know ({words}); update fitmatrix"
         return f"not a result, set aside: {words}"
     except _TooNew as error:
         return str(error)
