@@ -579,6 +579,16 @@ def test_nothing_recorded_draws_nothing() -> None:
     assert charts.timeline(Timeline(t_s=[1.0], ram_bytes=[0]), []) is not None
 
 
+def test_what_nobody_measures_draws_nothing() -> None:
+    phase = Phase(name="load", start_s=0.0, end_s=1.0)
+    assert charts.timeline(Timeline(t_s=[], ram_bytes=[1]), []) is None
+    assert "no samples" in (charts.timeline(Timeline(t_s=[0.0], ram_bytes=[1, 2]), [phase]) or "")
+    assert charts.timeline(None, [replace(phase, start_s=-1e308, end_s=1e308)]) is None
+    assert charts.timeline(None, [replace(phase, end_s=1e308)]) is None
+    assert charts.timeline(None, [replace(phase, start_s=1e308, end_s=1e308)]) is None
+    assert charts.timeline(Timeline(t_s=[0.0], ram_bytes=[10**400]), []) is None
+
+
 def test_consecutive_blocks_of_one_tier_become_one_group() -> None:
     device_map = {"model.embed": "gpu:0", **{f"model2.layers.{i}": "gpu:0" if i < 9 else "cpu" for i in range(12)}, "head": "disk"}
     found = [(group.modules, group.count, group.tier, group.look) for group in charts.groups(device_map)]

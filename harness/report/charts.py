@@ -22,6 +22,7 @@ WIDTH, HEIGHT = 720, 216
 LEFT, RIGHT, TOP, BOTTOM = 66, 12, 24, 24
 # What a letter of a phase's label takes, in the units of the drawing.
 _LETTER = 6.5
+_MOST_BYTES = 1 << 80
 _BLOCK = re.compile(r"(.*?)(\d+)((?:\.\D*)?)")
 
 
@@ -65,12 +66,14 @@ class Group:
 
 
 def timeline(samples: Timeline | None, phases: Sequence[Phase], *, points: int = POINTS) -> Markup | None:
-    """Draw memory over time with the phases as bands and their exact peaks as dashes; None when nothing was recorded."""
+    """Draw memory over time with the phases as bands and their exact peaks as dashes; None where nothing recorded can be drawn."""
     lines = series(samples) if samples else []
     if not phases and not lines:
         return None
     times = samples.t_s if samples else []
     scale = _scale(times, phases, lines)
+    if scale is None:
+        return None
     body = [*_bands(phases, scale), *_grid(scale)]
     body += [_path(line, decimate(times, line.values, points), scale) for line in lines]
     body += _peaks(phases, scale)
@@ -139,13 +142,16 @@ def _place(item: tuple[str, str]) -> tuple[str | None, str, str]:
 def series(samples: Timeline) -> list[Series]:
     ram = [Series("RAM", "ram", samples.ram_bytes, True), Series("anonymous RAM", "anon", samples.ram_anon_bytes, True)]
     vram = [Series(tier, f"vram{i % 3}", values) for i, (tier, values) in enumerate(samples.vram_bytes.items())]
-    return [line for line in ram + vram if line.values]
+    return [line for line in ram + vram if line.values and len(line.values) == len(samples.t_s)]
 
 
-def _scale(times: Sequence[float], phases: Sequence[Phase], lines: Sequence[Series]) -> Scale:
+def _scale(times: Sequence[float], phases: Sequence[Phase], lines: Sequence[Series]) -> Scale | None:
+    """Fit a drawing to times and sizes; None for those that lead out of the numbers, which nobody measures."""
     moments = [*times[:1], *times[-1:], *(moment for phase in phases for moment in (phase.start_s, phase.end_s))]
     start, end = min(moments, default=0.0), max(moments, default=0.0)
     sizes = [max(line.values) for line in lines] + [phase.ram_peak_bytes or 0 for phase in phases]
+    if not math.isfinite(WIDTH * (end - start)) or not math.isfinite(start * WIDTH) or max(sizes, default=0) > _MOST_BYTES:
+        return None
     return Scale(start=start, end=end if end > start else start + 1, top=max([*sizes, 1]) * 1.08)
 
 
