@@ -18,6 +18,7 @@ import msgspec
 
 from harness import companions, skeleton
 from harness.case import Record
+from harness.checkpoint import context_length
 from harness.companions import RemoteCode
 from harness.errors import UsageError
 from harness.files import Directory
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from harness.checkpoint import Checkpoint
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "n_ctx")
 _MOST_MISSING = 0.02
 # The model types that `harness.models` registers.
 OUR_ARCHITECTURES = frozenset(("chatglm", "moss"))
@@ -358,7 +358,7 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
         skeleton=shape,
         stored={_stored_dtype(dtype, stored, packed): size},
         checkpoint_bytes=stored.bytes if stored else size,
-        context_length=_context(entry.config),
+        context_length=context_length(entry.config),
         file_format=stored.format if stored else "safetensors",
         packed=packed,
         ours=_is_ours(entry.config),
@@ -383,11 +383,6 @@ def published(hub_id: str) -> Stored | None:
 @lru_cache(maxsize=1)
 def _published() -> Mapping[str, Stored]:
     return msgspec.toml.decode((skeleton.DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
-
-
-def _context(config: Mapping[str, Any]) -> int | None:
-    inner = (config, *(value for value in config.values() if isinstance(value, dict)))
-    return next((int(found[key]) for found in inner for key in _CONTEXT if type(found.get(key)) is int), None)
 
 
 def _packed(config: Mapping[str, Any], said: str | None) -> Packed | None:

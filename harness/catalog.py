@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import glob
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from msgspec.structs import replace
 from harness import cache
 from harness.cache import cache_dir as cache_dir
 from harness.case import Record
+from harness.checkpoint import WEIGHTS, shard_names, shards
 from harness.errors import CheckpointError, UsageError, did_you_mean
 from harness.files import Directory
 from harness.private import clean_name
@@ -29,8 +31,6 @@ GGUF = ".gguf"
 
 # What huggingface_hub accepts, with an owner: no "--", no "..", nothing odd at either end, 96 characters at most.
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{3,96}$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
-# In the order in which transformers looks for them.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # What from_pretrained may read beside weights and code.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
@@ -186,8 +186,6 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
     Raises:
         CheckpointError: it names what is missing.
     """
-    from harness.checkpoint import shards
-
     try:
         names = {file.name for file in path.iterdir() if file.is_file()}
     except OSError as error:
@@ -202,7 +200,7 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
     if chosen and chosen.endswith(".index.json"):
         shards(Directory(path), chosen)
     elif not any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names):
-        raise CheckpointError(path, f"no weights ({_WEIGHTS[0]} or {_WEIGHTS[2]}): download the model again, whole")
+        raise CheckpointError(path, f"no weights ({WEIGHTS[0]} or {WEIGHTS[2]}): download the model again, whole")
 
 
 def _wheel(source: Source) -> cache.Wheel:
@@ -246,7 +244,7 @@ def _named_in_utf8(path: Path) -> Path:
 
 def _choose_weights(names: Iterable[str]) -> str | None:
     """Choose what transformers would load: safetensors before .bin, one file before an index."""
-    return next((name for name in _WEIGHTS if name in names), None)
+    return next((name for name in WEIGHTS if name in names), None)
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------------------
@@ -276,8 +274,6 @@ def _download(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
     """Download the files that are needed and no others."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-    from harness.checkpoint import shard_names
-
     # Without a time-out it would wait for ever for a hub that takes the connection and says nothing.
     info = HfApi().model_info(hub_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -291,7 +287,7 @@ def _download(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
     step = f"{hub_id}: downloading"
     if absent:
         report(step, 0, absent)
-    path = Path(snapshot_download(hub_id, allow_patterns=names, tqdm_class=_bar(report, step)))
+    path = Path(snapshot_download(hub_id, allow_patterns=list(map(glob.escape, names)), tqdm_class=_bar(report, step)))
     check_directory(path)
     return path
 
@@ -318,10 +314,10 @@ def _needed(hub_id: str, names: Iterable[str], trust_remote_code: bool) -> list[
         raise UsageError(f"{hub_id} has no config.json on the hub: it is not a model that transformers loads")
     if weights is None:
         raise UsageError(
-            f"{hub_id} has no weights on the hub that transformers loads ({_WEIGHTS[0]} or {_WEIGHTS[2]}, or their index)"
+            f"{hub_id} has no weights on the hub that transformers loads ({WEIGHTS[0]} or {WEIGHTS[2]}, or their index)"
         )
     endings = (*SMALL_FILES, ".py") if trust_remote_code else SMALL_FILES
-    return [name for name in names if name == weights or ("/" not in name and name.endswith(endings) and name not in _WEIGHTS)]
+    return [name for name in names if name == weights or ("/" not in name and name.endswith(endings) and name not in WEIGHTS)]
 
 
 def _absent_bytes(hub_id: str, sizes: dict[str, int], commit: str | None) -> int:

@@ -111,7 +111,7 @@ class Checkpoint(Record, frozen=True, kw_only=True):
     @property
     def context_length(self) -> int | None:
         """Return the most tokens the config promises, None where it does not say."""
-        return _find_size(self.config, (*CONTEXT_KEYS, f"{self.config.get('general.architecture')}.context_length"))
+        return context_length(self.config)
 
     def size(self, *keys: str) -> int:
         """Return the first of these sizes that the config (or the config of its language model) gives.
@@ -307,6 +307,11 @@ def _check_sizes(where: str, config: Mapping[str, Any]) -> None:
         if wrong:
             what = f"gives {key!r} as {quote(wrong[0])}; it must be a whole number from 1 to {most - 1}"
             raise CheckpointError(where, f"{what}: use the config.json that belongs to the weights")
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return the most tokens that a config, or a GGUF's metadata, promises, None where it does not say."""
+    return _find_size(config, (*CONTEXT_KEYS, f"{config.get('general.architecture')}.context_length"))
 
 
 def _find_size(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:

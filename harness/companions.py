@@ -17,7 +17,7 @@ import msgspec
 from harness.case import Record
 from harness.errors import CheckpointError
 from harness.files import Blob, Folder, check_enclosed, quote
-from harness.headers import read_config, read_index
+from harness.headers import marks, read_config, read_index
 from harness.units import format_size
 
 TEXT_BYTES = 64 << 20  # the largest tokenizers known have 35 MB
@@ -156,7 +156,7 @@ def _check_bounds(blob: Blob) -> None:
     if not blob.name.endswith(".json"):
         return
     data = blob.read(0, blob.size)
-    if sum(data.count(mark) for mark in (b",", b":", b"[", b"{")) > TEXT_MARKS:
+    if marks(data) > TEXT_MARKS:
         raise CheckpointError(blob.where, f"holds more than {TEXT_MARKS:,} values: this is not what its name says")
     try:
         msgspec.json.decode(data, type=msgspec.Raw)  # walks it all and builds nothing

@@ -103,7 +103,7 @@ def bar(size: float, capacity: float, *, firm: float | None = None, predicted: b
     if firm is not None:
         parts.append(_rect("firm", 100 * min(firm, size) / full))
     if size > capacity:
-        parts.append(Markup('<path class="limit" d="M{0} -2V10"/>').format(_short(100 * capacity / full)))
+        parts.append(Markup('<path class="limit" d="M{0} -2V10"/>').format(short(100 * capacity / full)))
     opening = Markup('<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">')
     return opening + Markup("").join(parts) + Markup("</svg>")
 
@@ -128,7 +128,7 @@ def strip(found: Sequence[Group]) -> Markup:
         width = 100 * group.count / total
         title = f"{visible(group.modules)}: {visible(group.tier)}"
         cell = '<rect class="t-{}" x="{}" width="{}" height="8"><title>{}</title></rect>'
-        parts.append(Markup(cell).format(group.look, _short(at), _short(width), title))
+        parts.append(Markup(cell).format(group.look, short(at), short(width), title))
         at += width
     opening = Markup('<svg class="strip" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">')
     return opening + Markup("").join(parts) + Markup("</svg>")
@@ -162,20 +162,20 @@ def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[Markup]:
         left, right = scale.x(rounds[0].start_s), scale.x(rounds[-1].end_s)
         label = visible(name) + (f" ×{len(rounds)}" if len(rounds) > 1 else "")
         title = f"{label}: {units.format_seconds(rounds[-1].end_s - rounds[0].start_s)}"
-        written = Markup('<text class="phase" x="{}" y="15">{}</text>').format(_short(left + 5), label)
+        written = Markup('<text class="phase" x="{}" y="15">{}</text>').format(short(left + 5), label)
         shown = written if len(label) * _LETTER + 8 < right - left else Markup("")
-        yield Markup(band).format(title, i % 2, _short(left), _short(right - left), HEIGHT - BOTTOM, shown)
+        yield Markup(band).format(title, i % 2, short(left), short(right - left), HEIGHT - BOTTOM, shown)
 
 
 def _grid(scale: Scale) -> Iterable[Markup]:
     for size in ticks(scale.top, _size_unit(scale.top), 6):
         mark = '<path class="grid" d="M{} {y}H{}"/><text class="size" x="{}" y="{}">{}</text>'
         y, label = scale.y(size), _tick(units.format_size(size)) if size else "0"
-        yield Markup(mark).format(LEFT, WIDTH - RIGHT, LEFT - 6, _short(y + 4), label, y=_short(y))
+        yield Markup(mark).format(LEFT, WIDTH - RIGHT, LEFT - 6, short(y + 4), label, y=short(y))
     span = scale.end - scale.start
     for seconds in ticks(span, _time_unit(span), 10):
         label = _tick(units.format_seconds(seconds)) if seconds else "0 s"
-        x = _short(scale.x(scale.start + seconds))
+        x = short(scale.x(scale.start + seconds))
         yield Markup('<text class="time" x="{}" y="{}">{}</text>').format(x, HEIGHT - 7, label)
 
 
@@ -201,7 +201,7 @@ def _tick(text: str) -> str:
 
 
 def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> Markup:
-    drawn = _without_flat([(_short(scale.x(t)), _short(scale.y(size))) for t, size in points])
+    drawn = _without_flat([(short(scale.x(t)), short(scale.y(size))) for t, size in points])
     path = "M" + "L".join(f"{x} {y}" for x, y in drawn)
     if line.filled:
         path += f"V{HEIGHT - BOTTOM}H{drawn[0][0]}Z"
@@ -218,7 +218,7 @@ def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[Markup]:
     for phase in phases:
         if phase.ram_peak_bytes is not None:
             left, right, y = scale.x(phase.start_s), scale.x(phase.end_s), scale.y(phase.ram_peak_bytes)
-            yield Markup('<path class="peak" d="M{} {}H{}"/>').format(_short(left), _short(y), _short(max(right, left + 2)))
+            yield Markup('<path class="peak" d="M{} {}H{}"/>').format(short(left), short(y), short(max(right, left + 2)))
 
 
 def _summary(scale: Scale, lines: Sequence[Series]) -> str:
@@ -227,8 +227,9 @@ def _summary(scale: Scale, lines: Sequence[Series]) -> str:
 
 
 def _rect(look: str, width: float) -> Markup:
-    return Markup('<rect class="{}" width="{}" height="8"/>').format(look, _short(width))
+    return Markup('<rect class="{}" width="{}" height="8"/>').format(look, short(width))
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Write a number of the drawing: a tenth is finer than a screen shows."""
     return f"{value:.1f}".removesuffix(".0")

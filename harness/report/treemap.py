@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from harness.anatomy import Part
 from harness.inspection import KIND_ORDER, Inspection, Run, explain, largest, runs
+from harness.report.charts import short
 from harness.report.page import template
 from harness.report.text import plural, visible
 from harness.units import format_count, format_share, format_size
@@ -191,7 +192,7 @@ def _labels(kind: str, number: str, size: str, box: Box) -> Iterator[Markup]:
 
 def _text(look: str, x: float, y: float, text: str) -> Markup:
     named = Markup(' class="{}"').format(look) if look else Markup("")
-    return Markup('<text{} x="{}" y="{}">{}</text>').format(named, _short(x), _short(y), text)
+    return Markup('<text{} x="{}" y="{}">{}</text>').format(named, short(x), short(y), text)
 
 
 def _fitted(text: str, width: float) -> str:
@@ -207,8 +208,4 @@ def _kinds(parts: Sequence[Part]) -> list[tuple[str, int]]:
 
 
 def _numbers(box: Box) -> tuple[str, str, str, str]:
-    return _short(box.x), _short(box.y), _short(box.width), _short(box.height)
-
-
-def _short(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
+    return short(box.x), short(box.y), short(box.width), short(box.height)
