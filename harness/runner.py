@@ -173,7 +173,9 @@ class Run:
         assert isinstance(done, Confined)
         if group is not None and case.ram_bytes is not None and not group.limit(case.ram_bytes - done.file_bytes):
             held = done.anon_bytes + done.file_bytes
-            self._guard.trip(Breach(rule="ram-limit", limit_bytes=case.ram_bytes, value_bytes=held))
+            self._guard.trip(
+                Breach(rule=guard.OVER_AT_START, limit_bytes=case.ram_bytes, value_bytes=held, held_bytes=done.anon_bytes)
+            )
 
     def _forget_files(self) -> None:
         """Have the model's files read anew, so that their pages count; others may hold them a little longer. Raises CaseEnded."""
