@@ -200,6 +200,16 @@ def test_ending_twice_is_safe(start: Start, behaviour: str) -> None:
     assert not psutil.pid_exists(worker.pid)
 
 
+def test_an_id_that_may_be_another_s_by_now_is_left_alone(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = start("ok")
+    worker.stop()
+    killed: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda pid, _: killed.append(pid))
+    worker.end("ram-limit")
+    worker.stop()
+    assert killed == []
+
+
 def test_a_program_that_cannot_be_sent_leaves_nothing(start: Start) -> None:
     start("ok")  # the fork server has a pipe that stays
     before = psutil.Process().num_fds()
