@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import signal
@@ -77,6 +78,20 @@ def test_pages_that_another_maps_cannot_be_forgotten(tmp_path: Path) -> None:
         assert len(mapped.read()) == 4 * MIB
         assert cgroup.forget_files(tmp_path) == 4 * MIB
     assert cgroup.forget_files(tmp_path) == 0
+
+
+def test_a_file_that_tells_nothing_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(b"x" * MIB)
+    seen: list[int] = []
+
+    def refuse(descriptor: int) -> None:
+        seen.append(descriptor)
+        raise OSError(errno.EINVAL, "a file system without fsync")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert cgroup.forget_files(tmp_path) == 0
+    assert len(seen) == 2
 
 
 @needs_groups
