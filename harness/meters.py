@@ -10,7 +10,7 @@ import mmap
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -129,10 +129,10 @@ class Gpus:
                 found[tier] = sum(used)
         return found
 
-    def energy_j(self) -> float | None:
-        """Return the joules that all cards have used since the driver was loaded, or None where one has no counter."""
+    def energy_j(self, tiers: Collection[str]) -> float | None:
+        """Return the joules that these cards have used since the driver was loaded; None for none, or where one has no counter."""
         used = self.ask("nvmlDeviceGetTotalEnergyConsumption")
-        return float(sum(used.values())) / 1000 if used and len(used) == len(self._cards) else None
+        return float(sum(used[tier] for tier in tiers)) / 1000 if tiers and used.keys() >= {*tiers} else None
 
 
 class Sample(Record, frozen=True, kw_only=True):

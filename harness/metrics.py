@@ -93,7 +93,10 @@ METRICS: Mapping[str, Metric] = {
         how="bytes that the kernel fetched in the warm rounds / passes: weights in RAM that memory is too short for are read anew",
     ),
     "energy_j": Metric(
-        label="energy", unit="j", better="lower", how="NVML's energy counter over as many warm rounds as were asked for"
+        label="energy",
+        unit="j",
+        better="lower",
+        how="NVML's energy counters of the GPUs that hold weights, over as many warm rounds as were asked for",
     ),
     "import_s": Metric(label="imports", unit="s", better="lower", how="what this precision imports beyond torch and transformers"),
     "tokenizer_s": Metric(label="tokenizer", unit="s", better="lower", how="wall time of AutoTokenizer.from_pretrained"),

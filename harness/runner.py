@@ -22,6 +22,7 @@ from harness.interference import Watch
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
 from harness.patience import Patience
+from harness.plan import gpus
 from harness.precision import PRECISIONS, Precision
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Confine, Confined, Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
@@ -223,14 +224,17 @@ class Run:
 
     def _generate(self, phase: str) -> GenerateDone:
         load = self.plan.case.workload
-        energy = self.setting.gpus.energy_j() if self.setting.gpus else None
+        energy = self._energy_j()
         done = self._ask(Generate(prompt_tokens=load.prompt_tokens, new_tokens=load.new_tokens, batch=load.batch, phase=phase))
         assert isinstance(done, GenerateDone)
         if not done.token_s:
             raise self._end(ended_by="protocol", note=f"it timed none of {load.new_tokens} tokens")
-        if energy is not None and self.setting.gpus and (now := self.setting.gpus.energy_j()) is not None:
+        if energy is not None and (now := self._energy_j()) is not None:
             done = msgspec.structs.replace(done, energy_j=now - energy)
         return done
+
+    def _energy_j(self) -> float | None:
+        return self.setting.gpus.energy_j([f"gpu:{number}" for number in gpus(self.plan)]) if self.setting.gpus else None
 
     def score(self) -> ScoreDone:
         """Run the quality probe, once. Raises CaseEnded."""

@@ -219,6 +219,13 @@ def test_a_program_that_cannot_be_sent_leaves_nothing(start: Start) -> None:
     assert psutil.Process().num_fds() <= before
 
 
+def test_what_is_started_numbers_the_cards_as_nvml_does_whatever_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    with forkserver.environment():
+        assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert os.environ["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+
+
 def test_socket_path_that_is_too_long_is_told_in_one_sentence(tmp_path: Path) -> None:
     scratch = tmp_path / ("x" * 80)
     scratch.mkdir()
