@@ -166,6 +166,13 @@ def _parents(root: Path) -> Iterator[tuple[Path, _Files]]:
             yield folder, _V2_FILES
 
 
+def remove_groups_of(owner: int, root: Path = ROOT) -> None:
+    """Remove the groups that a process made, which has ended or is about to; what still lives in one keeps it."""
+    for folder, files in _parents(root):
+        for left in folder.glob(f"{_PREFIX}-{owner}-*"):
+            Group(left, files).remove()
+
+
 def _remove_leftovers(folder: Path) -> None:
     for left in folder.glob(f"{_PREFIX}-*-*"):
         owner = left.name.split("-")[1]

@@ -130,6 +130,19 @@ def test_what_a_dead_run_left_is_removed_by_the_next() -> None:
     other.remove()
 
 
+def test_a_run_that_was_killed_has_its_groups_removed_and_no_others(tmp_path: Path) -> None:
+    ours = tmp_path / "sys/fs/cgroup/app.slice/run.scope"
+    ours.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/app.slice/run.scope\n")
+    (tmp_path / "proc/self/mountinfo").write_text("35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n")
+    (ours.parent / "cgroup.subtree_control").write_text("memory\n")
+    for name in ("fitmatrix-12-0", "fitmatrix-12-1", "fitmatrix-123-0"):
+        (ours.parent / name).mkdir()
+    cgroup.remove_groups_of(12, tmp_path)
+    assert {path.name for path in ours.parent.glob("fitmatrix-*")} == {"fitmatrix-123-0"}
+
+
 def test_no_hierarchy_no_group(tmp_path: Path) -> None:
     assert cgroup.group(GIB, tmp_path) is None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import forkserver, process
+from harness import cgroup, forkserver, process
 from harness.errors import WorkerError
 from harness.patience import Patience
 from harness.process import Ended, Worker, WorkerMain
@@ -376,6 +376,29 @@ worker.ask(Load(model="tiny", code=""), LONG)
             time.sleep(0.01)
         parent.send_signal(number)
         assert scripted.ends(worker)
+
+
+@pytest.mark.skipif(not cgroup.is_allowed(), reason="no control group can be made here")
+def test_a_parent_that_is_killed_leaves_no_control_group(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    body = """
+from harness import cgroup, forkserver
+
+forkserver.preload()
+group = cgroup.group(1 << 30)
+worker = process.Worker(scripted.worker("hang_in_load"), log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
+print(group._folder, group.add(worker.pid), flush=True)
+worker.ask(Load(model="tiny", code=""), LONG)
+"""
+    with run_script(body, tmp_path, TMPDIR=str(tmp_path_factory.mktemp("t"))) as parent:
+        assert parent.stdout is not None
+        folder, added = parent.stdout.readline().split()
+        assert added == "True"
+        assert Path(folder).is_dir()
+        parent.kill()
+        until_s = time.monotonic() + LONG_S
+        while Path(folder).exists() and time.monotonic() < until_s:
+            time.sleep(0.01)
+    assert not Path(folder).exists()
 
 
 # The log
