@@ -179,6 +179,10 @@ class Sampler:
         if self._thread.is_alive():
             self._thread.join()
 
+    def ignore_gpus(self) -> None:
+        """Sample RAM alone from now on: what NVML lists under the id of this process is another's, or nothing."""
+        self._gpus = None
+
     def _run(self) -> None:
         while not self._stopped.wait(self._interval_s):
             try:
@@ -191,7 +195,8 @@ class Sampler:
 
     def _read(self) -> Sample:
         now, used = time.monotonic(), memory(self._pid)
-        vram = self._gpus.process_bytes(self._pid) if self._gpus else {}
+        gpus = self._gpus
+        vram = gpus.process_bytes(self._pid) if gpus else {}
         return Sample(at_s=now, ram_bytes=used.ram_bytes, anon_bytes=used.anon_bytes, vram_bytes=vram)
 
     def _keep(self, sample: Sample) -> None:
