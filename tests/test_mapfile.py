@@ -214,9 +214,9 @@ def test_transformers_leaves_alone_what_an_explicit_map_has_off_the_gpu(precisio
     plan = planned(llama, HALF, precision, machine(gpu()))
     code = str(plan.code).replace(": 0", ': "cpu"')
     found = load(llama, replace(plan, code=code), tmp_path)
-    assert not {"int8", "uint8"} & found.linear_dtype_bytes.keys()
+    assert not {"int8", "nf4"} & found.linear_dtype_bytes.keys()
     usual = load(llama, planned(llama, {"": "cpu"}, precision), tmp_path)
-    assert {"int8", "uint8"} & usual.linear_dtype_bytes.keys()
+    assert {"int8", "nf4"} & usual.linear_dtype_bytes.keys()
 
 
 def test_a_divided_case_passes_if_the_gpu_holds_what_it_asks_for(llama: Path) -> None:
