@@ -92,7 +92,7 @@ def runs_here(precision: str) -> bool:
     return PRECISIONS[precision].only is None and gate(builders.case(precision, "cpu"), builders.machine()) is None
 
 
-@pytest.mark.parametrize("precision", filter(runs_here, PRECISIONS))
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if runs_here(name)])
 def test_every_precision_takes_effect_on_the_cpu(tiny: Path, precision: str) -> None:
     found = work.inspect(load(tiny, precision)[0])
     assert set(found.linear_dtype_bytes) == {PRECISIONS[precision].holds}
