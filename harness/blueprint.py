@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness import companions, skeleton
+from harness import checkpoint, companions, skeleton
 from harness.case import Record
-from harness.checkpoint import context_length
+from harness.checkpoint import Checkpoint, context_length
 from harness.companions import RemoteCode
 from harness.errors import UsageError
 from harness.files import Directory
@@ -29,7 +29,6 @@ from harness.units import format_count
 
 if TYPE_CHECKING:
     from harness.catalog import Source
-    from harness.checkpoint import Checkpoint
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _MOST_MISSING = 0.02
@@ -187,8 +186,6 @@ def draw(source: Source) -> Blueprint:
     """
     here = _local(source)
     if here is not None:
-        from harness import checkpoint
-
         where = str(here) if source.kind == "directory" else source.location
         return of_checkpoint(source.name, where, checkpoint.read(here / (source.file or "")), here)
     known = _in_catalog(source) if source.file is None else None
@@ -198,7 +195,6 @@ def draw(source: Source) -> Blueprint:
         raise UsageError(
             f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once, or name a directory"
         )
-    from harness import checkpoint
 
     return of_checkpoint(source.name, source.location, checkpoint.read_hub(source.hub_id, file=source.file), None)
 

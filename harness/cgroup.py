@@ -180,6 +180,13 @@ def _parents(root: Path) -> Iterator[tuple[Path, _Files]]:
             yield folder, _V2_FILES
 
 
+def remove_groups_of(owner: int, root: Path = ROOT) -> None:
+    """Remove the groups that a process made, which has ended or is about to; what still lives in one keeps it."""
+    for folder, files in _parents(root):
+        for left in folder.glob(f"{_PREFIX}-{owner}-*"):
+            Group(left, files).remove()
+
+
 def _remove_leftovers(folder: Path) -> None:
     for left in folder.glob(f"{_PREFIX}-*-*"):
         owner = left.name.split("-")[1]
@@ -191,17 +198,22 @@ def _remove_leftovers(folder: Path) -> None:
 def forget_files(folder: Path) -> int:
     """Drop the page cache of the files in `folder`: who reads them next is charged for their pages.
 
-    Returns the bytes that stay, because another process has them mapped and is charged for them.
+    Returns the bytes that stay, because another process has them mapped and is charged for them. A file that cannot be opened, or
+    whose file system knows no such call, is skipped.
     """
     left = 0
     for path in folder.iterdir():
-        if path.is_file() and path.stat().st_size:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # pages that wait to be written cannot be dropped
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                # of files that are neither ours nor ours to write, the kernel says nothing true (mincore(2))
-                left += _cached(file.fileno()) if os.access(path, os.W_OK) else 0
+        with contextlib.suppress(OSError):
+            left += _forget(path) if path.is_file() and path.stat().st_size else 0
     return left
+
+
+def _forget(path: Path) -> int:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # pages that wait to be written cannot be dropped
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        # of files that are neither ours nor ours to write, the kernel says nothing true (mincore(2))
+        return _cached(file.fileno()) if os.access(path, os.W_OK) else 0
 
 
 def _cached(descriptor: int) -> int:

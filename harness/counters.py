@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from harness import descendants
 
 LINUX = sys.platform == "linux"
 _CPUS = Path("/sys/devices/system/cpu")
@@ -93,21 +95,8 @@ def used(pid: int) -> Used:
 def tree(pid: int) -> Iterator[int]:
     """Yield the ids of a process and of everything below it."""
     yield pid
-    if LINUX:
-        for child in _children(pid):
-            yield from tree(child)
-    else:
-        with contextlib.suppress(psutil.Error):
-            yield from (child.pid for child in psutil.Process(pid).children(recursive=True))
-
-
-def _children(pid: int) -> Iterable[int]:
-    """Read the children that each thread has started (proc(5), /proc/PID/task/TID/children): all processes need no visit."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):  # ended meanwhile, or a kernel without CONFIG_PROC_CHILDREN
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return found
+    for child in descendants.children(pid):
+        yield from tree(child)
 
 
 def swap() -> Swap | None:

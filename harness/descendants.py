@@ -12,7 +12,7 @@ import psutil
 
 
 def children(pid: int) -> list[int]:
-    """Return the ids of the children of `pid`, of all of its threads; none where it is gone."""
+    """Return the ids of the children of `pid`, of all of its threads (proc(5), task/TID/children); none where it is gone."""
     try:
         return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
     except OSError:  # no Linux, a kernel without CONFIG_PROC_CHILDREN, or a thread that ended meanwhile

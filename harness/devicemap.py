@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from harness import calibration
+from harness.case import Tier
 from harness.errors import UsageError, did_you_mean
 from harness.schemes import SCHEMES
 from harness.skeleton import Module, Skeleton, Weight
@@ -61,6 +63,16 @@ def infer(
     if quantizer is not None:
         budgets = {device: size * MARGIN for device, size in budgets.items()}
     return merge(_Pour(skeleton, sizes, budgets).run())
+
+
+def found_free(tier: Tier) -> int | None:
+    """Return the bytes that accelerate finds free in a tier, None if nobody knows: it begins on every GPU before it looks.
+
+    So a GPU lacks the CUDA context (accelerate, utils/modeling.py, get_max_memory).
+    """
+    if tier.capacity_bytes is None or tier.kind != "gpu":
+        return tier.capacity_bytes
+    return max(0, tier.capacity_bytes - int(calibration.default()["gpu_context_bytes"].best))
 
 
 def measure(

@@ -124,12 +124,14 @@ def _deaf() -> Iterator[None]:
 
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
-    """Let the fork server find this package, as CPython before 3.12 does not hand it our sys.path, and keep its files at home.
+    """Let what is started find this package, as CPython before 3.12 does not hand it our sys.path, and keep its files at home.
 
-    Importing torch makes a folder for temporary files.
+    Importing torch makes a folder for temporary files. Plans number the cards as NVML does, by their place on the bus; CUDA would
+    begin with the fastest.
     """
     here = str(Path(__file__).resolve().parent.parent)
     settings = {"PYTHONPATH": os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)}
+    settings["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if home := _config().get("tempdir"):
         settings["TMPDIR"] = home
     before = {name: os.environ.get(name) for name in settings}

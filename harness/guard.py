@@ -20,6 +20,8 @@ from harness.units import MIB
 # What is left to the machine: without it the kernel drops the pages that every process runs on, and nothing answers any more.
 _FLOOR_BYTES, _FLOOR_SHARE, _FLOOR_MOST_SHARE = 256 * MIB, 0.02, 0.125
 
+# No rule of samples: what the worker's start alone takes is more than its group may hold (`harness.runner`).
+OVER_AT_START = "ram-limit at start"
 
 Available = Callable[[], int]
 
@@ -33,11 +35,12 @@ class Limits(Record, frozen=True, kw_only=True):
 
 
 class Breach(Record, frozen=True, kw_only=True):
-    """Which rule was broken, its limit and the value that was seen."""
+    """Which rule was broken, its limit and the value that was seen; `held_bytes` is the case's memory that cannot be dropped."""
 
     rule: str
     limit_bytes: int
     value_bytes: int
+    held_bytes: int
 
 
 class Rule(NamedTuple):
@@ -78,7 +81,7 @@ def judge(sample: Sample, limits: Limits, available: Available) -> Breach | None
     for rule in RULES:
         limit = rule.limit(limits)
         if limit is not None and rule.broken(value := rule.value(sample, available), limit):
-            return Breach(rule=rule.name, limit_bytes=limit, value_bytes=value)
+            return Breach(rule=rule.name, limit_bytes=limit, value_bytes=value, held_bytes=sample.anon_bytes)
     return None
 
 

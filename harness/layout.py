@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from harness.case import Machine
-from harness.devicemap import MARGIN, Device, device_of, infer
+from harness.devicemap import MARGIN, Device, device_of, found_free, infer
 from harness.placement import Placement
 from harness.skeleton import Skeleton
 
@@ -39,9 +39,8 @@ def device_map(
 
 
 def _free(placement: Placement, machine: Machine) -> dict[Device, int]:
-    free: dict[Device, int] = {
-        device(tier.name): tier.capacity_bytes or ENDLESS for tier in machine.tiers if tier.kind in ("gpu", "cpu")
-    }
+    found = {device(tier.name): found_free(tier) for tier in machine.tiers if tier.kind in ("gpu", "cpu")}
+    free = {place: ENDLESS if size is None else size for place, size in found.items()}
     if placement.call == "load_checkpoint_and_dispatch" and "cpu" in free:
         free["cpu"] = int(free["cpu"] / MARGIN)  # accelerate's own dispatch takes all of the RAM
     return free

@@ -24,7 +24,8 @@ else:
     import tomli as tomllib
 
 MOST_BYTES = 1 << 20
-_GPU = re.compile(r"(?:cuda|gpu):(\d+)")
+_GPU = re.compile(r"(?:cuda|gpu):(\d{1,4})")
+_MOST_GPUS = 10_000  # as many as four digits number
 _SHOWN = 3
 
 
@@ -52,11 +53,15 @@ def read(path: Path) -> dict[str, Device]:
             raise UsageError(f"--device-map {path}: more than a device map can need, {MOST_BYTES >> 20} MiB")
         text = path.read_text(encoding="utf-8")
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, object_pairs_hook=_unrepeated)
+        return _entries(found, path)
     except OSError as error:
         raise UsageError(f"--device-map {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # what JSON, TOML and UTF-8 raise are kinds of it
+    except (ValueError, RecursionError) as error:  # of JSON, TOML and UTF-8; or too deep, or a number too long to be written
         kind = "TOML" if path.suffix == ".toml" else "JSON"
         raise UsageError(f"--device-map {path} is not {kind}: {error}") from None
+
+
+def _entries(found: object, path: Path) -> dict[str, Device]:
     if not isinstance(found, dict) or not found:
         raise UsageError(f'--device-map {path}: not a map such as {{"model.embed_tokens": 0, "model.layers.0": "cpu"}}')
     entries: dict[str, Device] = {}
@@ -86,7 +91,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _device(value: object, module: str, path: Path) -> Device:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_GPUS:
         return value
     if isinstance(value, str):
         if value in ("cpu", "disk"):

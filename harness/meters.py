@@ -10,7 +10,7 @@ import mmap
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -129,10 +129,10 @@ class Gpus:
                 found[tier] = sum(used)
         return found
 
-    def energy_j(self) -> float | None:
-        """Return the joules that all cards have used since the driver was loaded, or None where one has no counter."""
+    def energy_j(self, tiers: Collection[str]) -> float | None:
+        """Return the joules that these cards have used since the driver was loaded; None for none, or where one has no counter."""
         used = self.ask("nvmlDeviceGetTotalEnergyConsumption")
-        return float(sum(used.values())) / 1000 if used and len(used) == len(self._cards) else None
+        return float(sum(used[tier] for tier in tiers)) / 1000 if tiers and used.keys() >= {*tiers} else None
 
 
 class Sample(Record, frozen=True, kw_only=True):
@@ -179,6 +179,10 @@ class Sampler:
         if self._thread.is_alive():
             self._thread.join()
 
+    def ignore_gpus(self) -> None:
+        """Sample RAM alone from now on: what NVML lists under the id of this process is another's, or nothing."""
+        self._gpus = None
+
     def _run(self) -> None:
         while not self._stopped.wait(self._interval_s):
             try:
@@ -191,7 +195,8 @@ class Sampler:
 
     def _read(self) -> Sample:
         now, used = time.monotonic(), memory(self._pid)
-        vram = self._gpus.process_bytes(self._pid) if self._gpus else {}
+        gpus = self._gpus
+        vram = gpus.process_bytes(self._pid) if gpus else {}
         return Sample(at_s=now, ram_bytes=used.ram_bytes, anon_bytes=used.anon_bytes, vram_bytes=vram)
 
     def _keep(self, sample: Sample) -> None:

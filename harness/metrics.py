@@ -96,7 +96,7 @@ METRICS: Mapping[str, Metric] = {
         label="energy",
         unit="j",
         better="lower",
-        how="NVML's energy counter: mean of the warm rounds that count, times as many as were asked for",
+        how="NVML's energy counters of the GPUs that hold weights: mean of the rounds that count, times as many as were asked for",
     ),
     "import_s": Metric(label="imports", unit="s", better="lower", how="what this precision imports beyond torch and transformers"),
     "tokenizer_s": Metric(label="tokenizer", unit="s", better="lower", how="wall time of AutoTokenizer.from_pretrained"),

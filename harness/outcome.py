@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 
 from harness.case import Outcome, Record
-from harness.guard import Breach
+from harness.guard import OVER_AT_START, Breach
 from harness.protocol import Failed
 from harness.units import exact_size, format_seconds, format_size
 
@@ -40,8 +40,10 @@ _OOM_WORDS = re.compile(
     "|".join(
         (
             r"(?:CUDA|HIP|XPU|MPS backend) out of memory",  # torch's allocators before they had a type
-            r"(?:CUDA|CUDA driver|HIP) error: out of memory|cudaErrorMemoryAllocation",
+            r"(?:CUDA|CUDA driver|HIP) error: out of memory|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY",
+            r"Triton Error \[(?:CUDA|HIP)\]: out of memory",
             r"CU(?:BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED",
+            r"CUDNN_STATUS_INTERNAL_ERROR_(?:DEVICE|HOST)_ALLOCATION_FAILED",  # cuDNN 9
             r"CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # its workspace found no room
             r"NVML_SUCCESS == .* INTERNAL ASSERT FAILED at .*CUDACachingAllocator",  # out of memory, and the report of it failed
             r"DefaultCPUAllocator: (?:can't allocate|not enough) memory",
@@ -56,7 +58,16 @@ _OOM_LAST_WORDS = re.compile(r"Error out of memory at line \d+ in file \S+\.cu")
 _DISK_WORDS = re.compile(r"No space left on device|Disk quota exceeded")
 _UNSUPPORTED_TYPES = {"ImportError", "NotImplementedError"}
 _UNSUPPORTED_WORDS = re.compile(
-    r"not supported|does not support|unsupported|does not recognize this architecture|pass the argument `trust_remote_code=True`",
+    "|".join(
+        (
+            r"not supported|does not support|unsupported",
+            r"does not recognize this architecture|pass the argument `trust_remote_code=True`",
+            r"Torch not compiled with CUDA enabled",  # a torch for processors beside a card that NVML knows
+            r"no kernel image is available for execution on the device",  # a torch without code for this card
+            r"NVIDIA driver on your system is too old",
+            r"no CUDA-capable device",
+        )
+    ),
     re.IGNORECASE,
 )
 _SIGNALS = {
@@ -106,18 +117,19 @@ def _last_words(evidence: Evidence) -> str:
     return f", and said last: {said[:300]}" if said else ""
 
 
-# What the rules of the guard say of a case that they ended: value and limit.
+# What the guard says of a case that it ended: the value, its limit, and what the case held that cannot be dropped.
 _BREACHES = {
     "ram-limit": "it held {0} that cannot be dropped, and --ram allows {1}",
+    OVER_AT_START: "it held {0} even before it loaded, and --ram allows {1}",
     "vram-limit": "the process held {0} on one GPU, and --vram allows {1}",
-    "machine-memory": "it was ended when the machine had only {0} left, of which {1} are kept free",
+    "machine-memory": "it was ended when the machine had only {0} left, less than the {1} that are kept free; the case held {2}",
 }
 
 
 def _breached(evidence: Evidence) -> str:
     breach = evidence.breach
     assert breach is not None
-    said = _BREACHES[breach.rule].format(format_size(breach.value_bytes), format_size(breach.limit_bytes))
+    said = _BREACHES[breach.rule].format(*map(format_size, (breach.value_bytes, breach.limit_bytes, breach.held_bytes)))
     return f"out of memory during {evidence.phase}: {said}"
 
 

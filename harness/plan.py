@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.case import Case, Machine, Plan, Tier, Verdict
-from harness.devicemap import MARGIN, STRATEGIES
+from harness.devicemap import MARGIN, STRATEGIES, found_free
 from harness.placement import DIVIDES, PLACEMENTS, PRINTED, Placement
 from harness.precision import PRECISIONS, Config, Precision
 from harness.units import exact_size, format_size
@@ -149,7 +149,7 @@ def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes
     if placement.device_map not in STRATEGIES or all(tier.limit_bytes is None for tier in tiers):
         return None
     takes_all = {"cpu": placement.call == "load_checkpoint_and_dispatch", "gpu": len(machine.gpus) > 1}
-    return {tier.name: int((tier.capacity_bytes or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
+    return {tier.name: int((found_free(tier) or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
 
 
 LIMITS: Mapping[str, Callable[[Sizes, Machine], dict[str, int]]] = {
@@ -295,11 +295,10 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
 
     Needs the plan's `code`. A GGUF file holds its tokenizer. Inputs go to the first GPU where there is one in the plan, where
-    accelerate's hooks take them.
+    accelerate's hooks take them. CUDA is told to number the GPUs as the plan does, unless there is but the first.
     """
-    load = one.case.workload
-    places = set((one.device_map or {}).values()) if isinstance(one.device_map, Mapping) else set()
-    device = '"cuda"' if any(str(place).startswith("gpu") for place in places) else '"cpu"'
+    load, numbers = one.case.workload, gpus(one)
+    device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
     parallel = PLACEMENTS[one.case.placement].parallel
     told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
     lines = [
@@ -311,14 +310,17 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
+    if numbers not in ((), (0,)):
+        head = f'import os\n\nos.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs\n\n{head}'
     if parallel:
-        head, lines = f"# Start it by: torchrun --nproc-per-node {_ranks(one)} THIS_FILE\n{head}", _once(lines)
+        head, lines = f"# Start it by: torchrun --nproc-per-node {len(numbers)} THIS_FILE\n{head}", _once(lines)
     return f"{head}{one.code}\n" + "\n".join(lines) + "\n"
 
 
-def _ranks(one: Plan) -> int:
-    """Return how many processes share a model: one for each GPU of the plan."""
-    return sum(name.startswith("gpu") for name in (one.estimate.tiers if one.estimate else ()))
+def gpus(one: Plan) -> tuple[int, ...]:
+    """Return the numbers of the GPUs that a plan uses, in order: those of its map or, where all share it, of its estimate."""
+    places = one.device_map.values() if isinstance(one.device_map, Mapping) else (one.estimate.tiers if one.estimate else ())
+    return tuple(sorted({number for place in places if isinstance(number := _device(str(place)), int)}))
 
 
 def _once(lines: Sequence[str]) -> list[str]:

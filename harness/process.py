@@ -114,6 +114,7 @@ class Worker:
         """Start it. The fork server is given `start_s` seconds; a stopped one would never answer, and is replaced."""
         self.log, self.phase, self.entered_s = log, "start", time.monotonic()
         self._ended_by: str | None = None
+        self._is_gone = False
         log.touch()
         try:
             self._pipe, self._process = _started(main, log, scratch, start_s)
@@ -206,7 +207,9 @@ class Worker:
             self.kill()
 
     def kill(self) -> None:
-        """Kill the worker's process group and whatever else it started, and wait for the worker."""
+        """Kill the worker's process group and whatever else it started, and wait for the worker. Does nothing twice."""
+        if self._is_gone:
+            return
         self._kill_group()
         self._process.join(_GRACE_S)
         if self._process.is_alive():  # the fork server, which would tell of the end, is stopped
@@ -214,8 +217,11 @@ class Worker:
             self._process.join(_GRACE_S)
         forkserver.end_strays(within_s=_GRACE_S)
         self._pipe.close()
+        self._is_gone = not self._process.is_alive()
 
     def _kill_group(self) -> None:
+        if self._is_gone:  # by now its id may be another process's
+            return
         descendants.kill_below(self.pid)
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -24,11 +24,14 @@ class Confine(Message, frozen=True, kw_only=True, tag="confine"):
     """Live within limits from now on, before anything is loaded.
 
     `ram`: take over what memory the process shares with the fork server, so that the limit of its group counts it.
-    `vram_bytes`: keep the process within so much on each GPU.
+    `vram_bytes`: keep the process within so much on each of `gpus`; `context_bytes` is what a CUDA context takes of it where NVML
+    does not tell.
     """
 
     ram: bool = False
     vram_bytes: int | None = None
+    gpus: tuple[int, ...] = ()
+    context_bytes: int = 0
 
 
 class Load(Message, frozen=True, kw_only=True, tag="load"):
@@ -76,10 +79,14 @@ class Entered(Message, frozen=True, kw_only=True, tag="entered"):
 
 
 class Confined(Message, frozen=True, kw_only=True, tag="confined"):
-    """The limits hold. `file_bytes` are resident pages of libraries, which other groups are charged for; `anon_bytes` the rest."""
+    """The limits hold. `file_bytes` are resident pages of libraries, which other groups are charged for; `anon_bytes` the rest.
+
+    `shared_bytes` are the part of the rest that the kernel would not copy: the fork server's group is charged for it.
+    """
 
     file_bytes: int
     anon_bytes: int
+    shared_bytes: int
 
 
 class LoadDone(Message, frozen=True, kw_only=True, tag="loaded"):

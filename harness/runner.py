@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from harness import cgroup, figures, guard, interference, machine, private, quality, verify
+from harness import calibration, cgroup, figures, guard, interference, machine, private, quality, verify
 from harness.case import Interference, Machine, Outcome, Phase, Plan, Quality, Result, Verdict
 from harness.errors import WorkerError
 from harness.guard import Breach, Guard, Limits
@@ -22,6 +22,7 @@ from harness.interference import Watch
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
 from harness.patience import Patience
+from harness.plan import gpus
 from harness.precision import PRECISIONS, Precision
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import Confine, Confined, Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
@@ -105,6 +106,7 @@ class Run:
         self._patience = Patience(case_s=setting.timeout_s, phase_s=setting.phase_timeout_s)
         self._at = datetime.now(timezone.utc)
         self._oom_kills, self._log, self._traceback = oom_kills(), "", ""
+        self._torch_alone = False
         self._directory = TemporaryDirectory(prefix="case-", dir=setting.scratch, ignore_cleanup_errors=True)
         scratch = Path(self._directory.name)
         with contextlib.ExitStack() as undo:
@@ -114,7 +116,10 @@ class Run:
                 undo.callback(group.remove)
             self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch, start_s=setting.phase_timeout_s)
             undo.callback(self._worker.kill)
-            self._group = group if group is not None and group.add(self._worker.pid) else None
+            if group is not None and not group.add(self._worker.pid):
+                group.remove()
+                group = None
+            self._group = group
             self._guard = Guard(self._limits(), self._worker.end)
             self._others = Watch(self._worker.pid, gpus=setting.gpus, origin_s=self._begun_s)
             self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._guard, self._watch))
@@ -164,16 +169,28 @@ class Run:
 
     def _confine(self) -> None:
         """Have the worker live within the limits of its case. Raises CaseEnded: it needs more even before it loads."""
-        case, group = self.plan.case, self._group
+        case, group, used = self.plan.case, self._group, gpus(self.plan)
         if group is None and case.vram_bytes is None:
             return
         if group is not None:
             self._forget_files()
-        done = self._ask(Confine(ram=group is not None, vram_bytes=case.vram_bytes))
+        listed_before = self._is_listed()
+        context = int(calibration.default()["gpu_context_bytes"].best)
+        done = self._ask(Confine(ram=group is not None, vram_bytes=case.vram_bytes, gpus=used, context_bytes=context))
         assert isinstance(done, Confined)
-        if group is not None and case.ram_bytes is not None and not group.limit(case.ram_bytes - done.file_bytes):
+        if case.vram_bytes is not None and used and (listed_before or not self._is_listed()):
+            self._torch_alone = True
+            self._sampler.ignore_gpus()
+        charged_elsewhere = done.file_bytes + done.shared_bytes
+        if group is not None and case.ram_bytes is not None and not group.limit(case.ram_bytes - charged_elsewhere):
             held = done.anon_bytes + done.file_bytes
-            self._guard.trip(Breach(rule="ram-limit", limit_bytes=case.ram_bytes, value_bytes=held))
+            self._guard.trip(
+                Breach(rule=guard.OVER_AT_START, limit_bytes=case.ram_bytes, value_bytes=held, held_bytes=done.anon_bytes)
+            )
+
+    def _is_listed(self) -> bool:
+        """Say whether NVML lists the worker's id. In a container it lists those of the host, perhaps the same one of another."""
+        return bool(self.setting.gpus and self.setting.gpus.process_bytes(self._worker.pid))
 
     def _forget_files(self) -> None:
         """Have the model's files read anew, so that their pages count; others may hold them a little longer. Raises CaseEnded."""
@@ -221,14 +238,17 @@ class Run:
 
     def _generate(self, phase: str) -> GenerateDone:
         load = self.plan.case.workload
-        energy = self.setting.gpus.energy_j() if self.setting.gpus else None
+        energy = self._energy_j()
         done = self._ask(Generate(prompt_tokens=load.prompt_tokens, new_tokens=load.new_tokens, batch=load.batch, phase=phase))
         assert isinstance(done, GenerateDone)
         if not done.token_s:
             raise self._end(ended_by="protocol", note=f"it timed none of {load.new_tokens} tokens")
-        if energy is not None and self.setting.gpus and (now := self.setting.gpus.energy_j()) is not None:
+        if energy is not None and (now := self._energy_j()) is not None:
             done = msgspec.structs.replace(done, energy_j=now - energy)
         return done
+
+    def _energy_j(self) -> float | None:
+        return self.setting.gpus.energy_j([f"gpu:{number}" for number in gpus(self.plan)]) if self.setting.gpus else None
 
     def score(self) -> ScoreDone:
         """Run the quality probe, once. Raises CaseEnded."""
@@ -319,9 +339,11 @@ class Run:
         return interference.counted(self.warm, self._windows, self.plan.case.workload.repeats)
 
     def _noise(self) -> dict[str, str]:
-        """Say which figures were disturbed, and which spread widely in the rounds that count."""
+        """Say which figures were disturbed or are in doubt, and which spread widely in the rounds that count."""
         rounds = self._counted()
         found = interference.noise(self._windows, left_out=len(self.warm) - len(rounds))
+        if self._torch_alone:
+            found["vram_peak_bytes"] = "torch alone held --vram: NVML does not list the process"
         spread = figures.noise(figures.samples(rounds))
         return found | {key: f"{said}; {found[key]}" if key in found else said for key, said in spread.items()}
 

@@ -44,7 +44,12 @@ class Scratch:
 
     def remove(self) -> None:
         """Remove the folder and all that is in it; safe to call twice."""
+        if sys.platform == "win32":  # where no open file can be removed, and nobody sweeps
+            self._unlock()
         self._folder.cleanup()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -63,7 +63,7 @@ class Player:
 
     def _answer(self, request: protocol.Request) -> Message:
         if isinstance(request, protocol.Confine):
-            return protocol.Confined(file_bytes=0, anon_bytes=0)
+            return protocol.Confined(file_bytes=0, anon_bytes=0, shared_bytes=0)
         if isinstance(request, Load):
             self.code = request.code
             if self._behaviour is None:

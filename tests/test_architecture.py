@@ -23,6 +23,7 @@ FLOORS = (
     ("case",),
     (
         "metrics",
+        "calibration",
         "precision",
         "schemes",
         "placement",
@@ -58,7 +59,7 @@ FLOORS = (
     ("process",),
     ("runner",),
     # what a case costs
-    ("calibration", "blueprint", "layout"),
+    ("blueprint", "layout"),
     ("memory_cost",),
     ("operations",),
     ("speed_cost",),

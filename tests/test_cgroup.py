@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import signal
@@ -79,6 +80,20 @@ def test_pages_that_another_maps_cannot_be_forgotten(tmp_path: Path) -> None:
     assert cgroup.forget_files(tmp_path) == 0
 
 
+def test_a_file_that_tells_nothing_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(b"x" * MIB)
+    seen: list[int] = []
+
+    def refuse(descriptor: int) -> None:
+        seen.append(descriptor)
+        raise OSError(errno.EINVAL, "a file system without fsync")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert cgroup.forget_files(tmp_path) == 0
+    assert len(seen) == 2
+
+
 @needs_groups
 def test_a_limit_below_what_is_held_does_not_pass_for_one_that_holds(group: Group) -> None:
     hold = "import sys; sys.stdin.readline(); held = b'x' * (40 << 20); print('held', flush=True); sys.stdin.readline()"
@@ -113,6 +128,19 @@ def test_what_a_dead_run_left_is_removed_by_the_next() -> None:
     mine.remove()
     other.remove()
     other.remove()
+
+
+def test_a_run_that_was_killed_has_its_groups_removed_and_no_others(tmp_path: Path) -> None:
+    ours = tmp_path / "sys/fs/cgroup/app.slice/run.scope"
+    ours.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/app.slice/run.scope\n")
+    (tmp_path / "proc/self/mountinfo").write_text("35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n")
+    (ours.parent / "cgroup.subtree_control").write_text("memory\n")
+    for name in ("fitmatrix-12-0", "fitmatrix-12-1", "fitmatrix-123-0"):
+        (ours.parent / name).mkdir()
+    cgroup.remove_groups_of(12, tmp_path)
+    assert {path.name for path in ours.parent.glob("fitmatrix-*")} == {"fitmatrix-123-0"}
 
 
 def test_no_hierarchy_no_group(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def _fork_server() -> Iterator[None]:
     ],
 )
 def test_the_first_rule_that_is_broken(limits: Limits, available: int, broken: tuple[str, int, int] | None) -> None:
-    expected = None if broken is None else Breach(rule=broken[0], limit_bytes=broken[1], value_bytes=broken[2])
+    expected = None if broken is None else Breach(rule=broken[0], limit_bytes=broken[1], value_bytes=broken[2], held_bytes=2 * GIB)
     assert judge(SAMPLE, limits, lambda: available) == expected
 
 

@@ -59,6 +59,9 @@ def test_json_and_toml_say_the_same(tmp_path: Path) -> None:
         ('{"a": true}', "'a' is on True, which is no device"),
         ('{"a": 1.0}', "'a' is on 1.0, which is no device"),
         ("[" * 100_000, "is not JSON"),
+        ('{"a": ' + "1" * 5000 + "}", "is not JSON"),
+        ('{"a": 10000}', "'a' is on 10000, which is no device"),
+        ('{"a": "cuda:' + "1" * 5000 + '"}', "which is no device"),
         ('{"a": "' + "x" * (1 << 20) + '"}', "more than a device map can need"),
     ],
 )
@@ -74,6 +77,9 @@ def test_a_file_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
         mapfile.read(tmp_path / "nowhere.json")
     with pytest.raises(UsageError, match="is not TOML"):
         mapfile.read(write(tmp_path, "= 1", "map.toml"))
+    for text in (f"a = 0x{'f' * 5000}", "a." * 5000 + "a = 0"):  # longer than Python writes, and deeper than it calls
+        with pytest.raises(UsageError, match="is not TOML"):
+            mapfile.read(write(tmp_path, text, "map.toml"))
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(UsageError, match="is not JSON"):
         mapfile.read(tmp_path / "bytes.json")
@@ -208,9 +214,9 @@ def test_transformers_leaves_alone_what_an_explicit_map_has_off_the_gpu(precisio
     plan = planned(llama, HALF, precision, machine(gpu()))
     code = str(plan.code).replace(": 0", ': "cpu"')
     found = load(llama, replace(plan, code=code), tmp_path)
-    assert not {"int8", "uint8"} & found.linear_dtype_bytes.keys()
+    assert not {"int8", "nf4"} & found.linear_dtype_bytes.keys()
     usual = load(llama, planned(llama, {"": "cpu"}, precision), tmp_path)
-    assert {"int8", "uint8"} & usual.linear_dtype_bytes.keys()
+    assert {"int8", "nf4"} & usual.linear_dtype_bytes.keys()
 
 
 def test_a_divided_case_passes_if_the_gpu_holds_what_it_asks_for(llama: Path) -> None:

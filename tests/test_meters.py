@@ -362,11 +362,23 @@ def test_cards_are_numbered_as_cuda_numbers_them(install: Install, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("counters", "joules"), [((1500,), 1.5), ((1500, 2500), 4.0), ((1500, None), None), ((None,), None), ((), None)]
+    ("counters", "tiers", "joules"),
+    [
+        ((1500,), ["gpu:0"], 1.5),
+        ((1500, 2500), ["gpu:0", "gpu:1"], 4.0),
+        ((1500, 2500), ["gpu:1"], 2.5),
+        ((1500, 2500), [], None),
+        ((1500, None), ["gpu:0"], 1.5),
+        ((1500, None), ["gpu:0", "gpu:1"], None),
+        ((None,), ["gpu:0"], None),
+        ((), ["gpu:0"], None),
+    ],
 )
-def test_energy_is_that_of_all_cards_or_none(install: Install, counters: tuple[int | None, ...], joules: float | None) -> None:
+def test_energy_is_that_of_all_cards_in_use_or_none(
+    install: Install, counters: tuple[int | None, ...], tiers: list[str], joules: float | None
+) -> None:
     install(*(card(energy_mj=counter) for counter in counters))
-    assert Gpus().energy_j() == joules
+    assert Gpus().energy_j(tiers) == joules
 
 
 def test_nvml_is_kept_open_until_it_is_given_back(install: Install) -> None:
@@ -381,7 +393,7 @@ def test_without_nvml_every_figure_is_absent(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pynvml", None)
     gpus = Gpus()
     assert gpus.process_bytes(os.getpid()) == {}
-    assert gpus.energy_j() is None
+    assert gpus.energy_j(["gpu:0"]) is None
     gpus.close()
 
 

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from harness import guard
 from harness.case import Outcome
 from harness.guard import Breach
 from harness.outcome import TABLE, Evidence, classify
@@ -69,16 +70,21 @@ ENDS = [
                 ended_by=rule,
                 exit_code=-9,
                 oom_kills=1,
-                breach=Breach(rule=rule, limit_bytes=GIB, value_bytes=2 * GIB),
+                breach=Breach(rule=rule, limit_bytes=2 * GIB, value_bytes=GIB, held_bytes=3 * GIB),
             ),
             Outcome.OOM,
             f"out of memory during load: {said}",
             id=rule,
         )
         for rule, said in (
-            ("ram-limit", "it held 2.00 GiB that cannot be dropped, and --ram allows 1.00 GiB"),
-            ("vram-limit", "the process held 2.00 GiB on one GPU, and --vram allows 1.00 GiB"),
-            ("machine-memory", "it was ended when the machine had only 2.00 GiB left, of which 1.00 GiB are kept free"),
+            ("ram-limit", "it held 1.00 GiB that cannot be dropped, and --ram allows 2.00 GiB"),
+            ("vram-limit", "the process held 1.00 GiB on one GPU, and --vram allows 2.00 GiB"),
+            (guard.OVER_AT_START, "it held 1.00 GiB even before it loaded, and --ram allows 2.00 GiB"),
+            (
+                "machine-memory",
+                "it was ended when the machine had only 1.00 GiB left, less than the 2.00 GiB that are kept free; "
+                "the case held 3.00 GiB",
+            ),
         )
     ),
     pytest.param(
@@ -305,10 +311,30 @@ def test_memory_words_in_the_log_count_only_for_an_abort() -> None:
         "unable to mmap 13476835328 bytes from file <model.safetensors>: Cannot allocate memory (12)",
         "[enforce fail at alloc_cpu.cpp:75] DefaultCPUAllocator: not enough memory: you tried to allocate 4294967296 bytes.",
         "std::bad_alloc",
+        "Triton Error [CUDA]: out of memory",
+        "cuModuleLoadData failed: CUDA_ERROR_OUT_OF_MEMORY",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
     ],
 )
 def test_memory_that_is_not_there_has_many_words(message: str) -> None:
     assert classify(raised("RuntimeError", message=message))[0] is Outcome.OOM
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("AssertionError", "Torch not compiled with CUDA enabled"),
+        (
+            "AcceleratorError",
+            "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be ...",
+        ),
+        ("RuntimeError", "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver ..."),
+        ("RuntimeError", "CUDA error: no CUDA-capable device is detected"),
+    ],
+)
+def test_a_torch_that_cannot_use_the_card_is_no_crash(kind: str, message: str) -> None:
+    assert classify(raised(kind, message=message))[0] is Outcome.UNSUPPORTED
 
 
 @pytest.mark.parametrize(

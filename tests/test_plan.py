@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from harness import blueprint, catalog
-from harness.case import Machine, Verdict
+from harness import blueprint, calibration, catalog, layout, skeleton
+from harness.case import Machine, Plan, Verdict
 from harness.catalog import Source
 from harness.checkpoint import Checkpoint, Tensor
-from harness.devicemap import STRATEGIES
+from harness.devicemap import MARGIN, STRATEGIES, infer
 from harness.machine import limited
 from harness.placement import PLACEMENTS, PRINTED, distinct
-from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code
+from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code, max_memory, script
 from harness.planner import Planner
 from harness.precision import PRECISIONS, Config
 from harness.units import GIB
@@ -337,6 +337,26 @@ def test_the_code_runs_against_a_library_that_takes_its_calls(monkeypatch: pytes
     assert seen == {"model": "/models/tiny", "dtype": "bfloat16", "device_map": "auto", "max_memory": {0: 5, 1: 6, "cpu": 7}}
 
 
+@pytest.mark.parametrize(
+    ("device_map", "inputs", "numbered"),
+    [
+        ({"": "cpu"}, "cpu", False),
+        ({"": "gpu:0"}, "cuda:0", False),
+        ({"a": "gpu:0", "b": "cpu"}, "cuda:0", False),
+        ({"": "gpu:1"}, "cuda:1", True),
+        ({"a": "disk", "b": "gpu:10", "c": "gpu:2"}, "cuda:2", True),
+        ({"a": "gpu:1", "b": "gpu:0"}, "cuda:0", True),
+    ],
+)
+def test_a_program_numbers_the_gpus_as_its_plan_does(device_map: dict[str, str | int], inputs: str, numbered: bool) -> None:
+    one = Plan(case=case("bf16", "auto"), verdict=Verdict.FITS, code="from torch import nn\n", device_map=device_map)
+    program = script("MODEL = 1\n\n", one)
+    assert f'.to("{inputs}")' in program
+    order = 'os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"'
+    assert (order in program) == numbered
+    assert not numbered or program.index(order) < program.index("from torch import nn")
+
+
 # Where MODEL comes from
 
 HOSTILE = [
@@ -545,3 +565,23 @@ def test_under_a_limit_auto_is_told_what_it_would_take_of_a_machine_of_that_size
         assert emulated.code is not None
         assert "max_memory={0: " in emulated.code
         assert (free.max_memory is None) == (PLACEMENTS[placement].limits is None)
+
+
+def test_auto_finds_on_a_card_what_its_context_leaves() -> None:
+    """transformers begins on a card before it asks what is free there, and a limit stands for such a card."""
+    context = int(calibration.default()["gpu_context_bytes"].best)
+    row, card = PLACEMENTS["auto"], gpu(free_bytes=8 * GIB)
+    under = limited(machine(gpu()), replace(case("bf16", "auto"), vram_bytes=8 * GIB))
+    told = max_memory(row, under, lambda: Sizes(MANY_BLOCKS, "bfloat16"))
+    assert told is not None
+    assert told["gpu:0"] == int((8 * GIB - context) * MARGIN)
+    model = skeleton.named("chatglm2-6b")
+    found = layout.device_map(model, row, "bfloat16", None, machine(card), None)
+    assert found == infer(model, dtype="bfloat16", free={0: 8 * GIB - context, "cpu": 16 * GIB})
+    assert found != infer(model, dtype="bfloat16", free={0: 8 * GIB, "cpu": 16 * GIB})
+    assert max_memory(
+        row, limited(machine(gpu()), replace(case("bf16", "auto"), vram_bytes=1)), lambda: Sizes(SMALL, "bfloat16")
+    ) == {
+        "gpu:0": 0,
+        "cpu": int(16 * GIB * MARGIN),
+    }

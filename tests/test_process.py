@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import forkserver, process
+from harness import cgroup, forkserver, process
 from harness.errors import WorkerError
 from harness.patience import Patience
 from harness.process import Ended, Worker, WorkerMain
@@ -200,6 +200,16 @@ def test_ending_twice_is_safe(start: Start, behaviour: str) -> None:
     assert not psutil.pid_exists(worker.pid)
 
 
+def test_an_id_that_may_be_another_s_by_now_is_left_alone(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = start("ok")
+    worker.stop()
+    killed: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda pid, _: killed.append(pid))
+    worker.end("ram-limit")
+    worker.stop()
+    assert killed == []
+
+
 def test_a_program_that_cannot_be_sent_leaves_nothing(start: Start) -> None:
     start("ok")  # the fork server has a pipe that stays
     before = psutil.Process().num_fds()
@@ -207,6 +217,13 @@ def test_a_program_that_cannot_be_sent_leaves_nothing(start: Start) -> None:
         start(lambda _pipe, _log, _scratch: None)
     assert len(scripted.workers()) == 1
     assert psutil.Process().num_fds() <= before
+
+
+def test_what_is_started_numbers_the_cards_as_nvml_does_whatever_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    with forkserver.environment():
+        assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert os.environ["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
 
 
 def test_socket_path_that_is_too_long_is_told_in_one_sentence(tmp_path: Path) -> None:
@@ -359,6 +376,29 @@ worker.ask(Load(model="tiny", code=""), LONG)
             time.sleep(0.01)
         parent.send_signal(number)
         assert scripted.ends(worker)
+
+
+@pytest.mark.skipif(not cgroup.is_allowed(), reason="no control group can be made here")
+def test_a_parent_that_is_killed_leaves_no_control_group(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    body = """
+from harness import cgroup, forkserver
+
+forkserver.preload()
+group = cgroup.group(1 << 30)
+worker = process.Worker(scripted.worker("hang_in_load"), log=Path(sys.argv[1]) / "log", scratch=Path(sys.argv[1]))
+print(group._folder, group.add(worker.pid), flush=True)
+worker.ask(Load(model="tiny", code=""), LONG)
+"""
+    with run_script(body, tmp_path, TMPDIR=str(tmp_path_factory.mktemp("t"))) as parent:
+        assert parent.stdout is not None
+        folder, added = parent.stdout.readline().split()
+        assert added == "True"
+        assert Path(folder).is_dir()
+        parent.kill()
+        until_s = time.monotonic() + LONG_S
+        while Path(folder).exists() and time.monotonic() < until_s:
+            time.sleep(0.01)
+    assert not Path(folder).exists()
 
 
 # The log

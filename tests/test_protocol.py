@@ -30,7 +30,7 @@ from tests.builders import loaded
 
 PHASE = Phase(name="load", start_s=1.25, end_s=2.5, ram_peak_bytes=2**40, vram_peak_bytes={"gpu:0": 1})
 REQUESTS = (
-    Confine(ram=True, vram_bytes=8 << 30),
+    Confine(ram=True, vram_bytes=8 << 30, gpus=(0, 2), context_bytes=450_000_000),
     Load(model="/models/tiny", code="model = 1\n", imports=("bitsandbytes",), tokenizer=False, trust_remote_code=True),
     Generate(prompt_tokens=64, new_tokens=32, batch=2, phase="cold"),
     Score(keep="/scratch/a.npy", reference=None),
@@ -38,7 +38,7 @@ REQUESTS = (
 )
 EVENTS = (
     Entered(phase="load", at_s=12345.678901234),
-    Confined(file_bytes=1, anon_bytes=2),
+    Confined(file_bytes=1, anon_bytes=2, shared_bytes=3),
     LoadDone(seconds={"load_s": 1 / 3}, loaded=loaded(), phases=[PHASE]),
     GenerateDone(
         token_s=[0.1, 0.2], total_s=0.3, prompt_tokens=64, new_tokens=2, batch=1, text="你好 \u2028 \n", phases=[], energy_j=1.5

@@ -63,7 +63,7 @@ def test_it_is_chosen_where_it_is_better_and_says_why() -> None:
 
 
 def test_it_fits_where_auto_does_not() -> None:
-    plans = planned("moss-moon-003-sft", cards("12GiB", "8GiB"))
+    plans = planned("moss-moon-003-sft", cards("8GiB", "8GiB"))
     assert (plans["auto"].verdict, plans["recommended"].verdict) == (Verdict.TOO_BIG, Verdict.FITS)
     assert plans["auto"].why is not None
     assert plans["auto"].why.endswith("Try --placement recommended.")

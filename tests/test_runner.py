@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from msgspec.structs import replace as replaced
 
-from harness import counters, meters, plan, process, runner
+from harness import cgroup, counters, meters, plan, process, runner
 from harness.case import Interference, Outcome, Plan, Result, Verdict, Workload, encode
 from harness.interference import Watch
 from harness.meters import Sample
@@ -22,7 +23,7 @@ from harness.process import WorkerMain
 from harness.quality import Reference
 from harness.runner import CaseEnded, Run, Setting, Subject, not_run
 from harness.store import decode
-from harness.units import MIB
+from harness.units import GIB, MIB
 from harness.verify import OK
 from tests import builders, scripted
 
@@ -234,6 +235,36 @@ def test_ram_that_the_parent_saw_counts_too(bench: Bench, monkeypatch: pytest.Mo
     assert metrics["ram_anon_peak_bytes"] == 800 * MIB
     assert metrics["ram_peak_bytes"] < 900 * MIB
     assert metrics["vram_process_peak_bytes"] == 7 * MIB
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "alone"),
+    [
+        pytest.param(False, True, False, id="listed once it has a context"),
+        pytest.param(False, False, True, id="a container: ids of the host"),
+        pytest.param(True, True, True, id="another process of the host has the same id"),
+    ],
+)
+def test_where_nvml_does_not_list_the_worker_the_result_says_who_held_the_limit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, before: bool, after: bool, alone: bool
+) -> None:
+    told = iter((before, after))
+    monkeypatch.setattr(Run, "_is_listed", lambda _: next(told))
+    limited = replaced(planned(), case=replaced(planned().case, vram_bytes=GIB), device_map={"": "gpu:0"})
+    run = Run(limited, Subject(location=Path("tiny")), bench.setting(scripted.worker("ok")))
+    bench.runs.append(run)
+    run.load()
+    said = run._noise().get("vram_peak_bytes")
+    assert said == ("torch alone held --vram: NVML does not list the process" if alone else None)
+
+
+def test_a_group_that_the_worker_may_not_enter_is_removed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[bool] = []
+    closed = SimpleNamespace(add=lambda _: False, remove=lambda: removed.append(True))
+    monkeypatch.setattr(cgroup, "group", lambda _: closed)
+    limited = replaced(planned(), case=replaced(planned().case, ram_bytes=8 * GIB))
+    bench.runs.append(Run(limited, Subject(location=Path("tiny")), bench.setting(scripted.worker("ok"))))
+    assert removed == [True]
 
 
 # Checks and quality

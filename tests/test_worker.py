@@ -19,13 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness import meters
 from harness.placement import PLACEMENTS
-from harness.plan import loading_code
+from harness.plan import gate, loading_code
 from harness.precision import PRECISIONS
 from harness.protocol import Generate, Load, Score
 from harness.quality import PROBE
 from harness.worker import model as work
 from harness.worker import residency, score
 from harness.worker.model import Model
+from tests import builders
 
 VOCABULARY = 96
 LAYERS = 4
@@ -86,7 +87,12 @@ def loaded(tiny: Path) -> Model:
     return load(tiny, "fp32")[0]
 
 
-@pytest.mark.parametrize("precision", [name for name, row in PRECISIONS.items() if "ram" not in row.refuses])
+def runs_here(precision: str) -> bool:
+    """Say whether a checkpoint that is not quantised can be held so, on the CPU and with the packages that are here."""
+    return PRECISIONS[precision].only is None and gate(builders.case(precision, "cpu"), builders.machine()) is None
+
+
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if runs_here(name)])
 def test_every_precision_takes_effect_on_the_cpu(tiny: Path, precision: str) -> None:
     found = work.inspect(load(tiny, precision)[0])
     assert set(found.linear_dtype_bytes) == {PRECISIONS[precision].holds}
@@ -207,22 +213,49 @@ def test_equal_favourites_agree() -> None:
 
 
 @pytest.mark.skipif(not meters.LINUX, reason="pagemap is Linux's")
-def test_own_leaves_nothing_shared_with_the_parent() -> None:
+@pytest.mark.parametrize("refused", [False, True])
+def test_own_leaves_nothing_shared_with_the_parent_or_says_how_much(monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    if refused:
+        monkeypatch.setattr(residency, "_advise", lambda *_: None)
     held = bytearray(os.urandom(16 << 20))
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         shared = [sum(length for _, length in residency.shared_runs())]
-        residency.own()
+        shared.append(residency.own())
         shared.append(sum(length for _, length in residency.shared_runs()))
         os.write(writer, msgspec.json.encode(shared))
         os._exit(len(held) == 0)
     os.close(writer)
     assert os.waitpid(child, 0)[1] == 0
-    before, after = msgspec.json.decode(os.read(reader, 1000))
+    before, said, after = msgspec.json.decode(os.read(reader, 1000))
     os.close(reader)
     assert before > 16 << 20
-    assert after < 1 << 20
+    assert after > 16 << 20 if refused else after < 1 << 20
+    assert said == pytest.approx(after, abs=1 << 20)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_limit_on_a_card_that_torch_does_not_see_is_no_limit(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    work.cap_vram(1 << 30, (), 0)
+    with pytest.raises(RuntimeError, match=f"no CUDA-capable device gpu:1, which --vram limits: torch sees {count}"):
+        work.cap_vram(1 << 30, (0, 1), 0)
+
+
+def test_a_card_that_holds_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting would make a context there."""
+    waited: list[int] = []
+    stubs = {
+        "is_initialized": lambda: True,
+        "device_count": lambda: 3,
+        "memory_reserved": {0: 0, 1: 2 << 20, 2: 0}.get,
+        "synchronize": waited.append,
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    work.synchronize()
+    assert waited == [1]
 
 
 @pytest.mark.skipif(not meters.LINUX, reason="pagemap is Linux's")

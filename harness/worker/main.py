@@ -100,12 +100,12 @@ class Server:
 
     def _do(self, request: protocol.Request) -> protocol.Event:
         if isinstance(request, protocol.Confine):
-            if request.ram:
-                residency.own()
+            shared = residency.own() if request.ram else 0
+            used = meters.memory(os.getpid())  # before CUDA's libraries are read, which this process is charged for
             if request.vram_bytes is not None:
-                model.cap_vram(request.vram_bytes)
-            used = meters.memory(os.getpid())
-            return protocol.Confined(file_bytes=used.ram_bytes - used.anon_bytes, anon_bytes=used.anon_bytes)
+                model.cap_vram(request.vram_bytes, request.gpus, request.context_bytes)
+            file = used.ram_bytes - used.anon_bytes
+            return protocol.Confined(file_bytes=file, anon_bytes=used.anon_bytes, shared_bytes=shared)
         if isinstance(request, protocol.Load):
             self._model, seconds = model.load(request, self.phase)
             return protocol.LoadDone(seconds=seconds, loaded=model.inspect(self._model), phases=self._phases)

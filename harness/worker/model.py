@@ -21,8 +21,6 @@ from harness import nvml, quality
 from harness.case import Loaded
 from harness.protocol import Generate, Load
 
-_USUAL_CONTEXT_BYTES = 450 << 20  # gpu_context_bytes of calibration.toml
-
 PhaseContext = Callable[[str], AbstractContextManager[None]]
 
 
@@ -67,14 +65,15 @@ class Model:
 
 
 def synchronize() -> None:
-    """Wait for the GPUs, if any were used: a clock read before that measures nothing."""
+    """Wait for the GPUs that hold anything: a clock read before that measures nothing. Others would be given a context."""
     if torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
+            if torch.cuda.memory_reserved(index):
+                torch.cuda.synchronize(index)
 
 
 def reset_vram_peaks() -> None:
-    """Begin torch's peaks of allocated and reserved memory anew on every GPU."""
+    """Begin torch's peaks of allocated and reserved memory anew on every GPU; they are torch's own counts, and touch no card."""
     if torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
@@ -91,19 +90,25 @@ def vram_peaks() -> tuple[dict[str, int], dict[str, int]]:
     )
 
 
-def cap_vram(vram_bytes: int) -> None:
-    """Keep the process within `vram_bytes` on every GPU, as nvidia-smi shows it: cap torch's allocator at what its context leaves.
+def cap_vram(vram_bytes: int, gpus: Sequence[int], context_bytes: int) -> None:
+    """Keep the process within `vram_bytes` on these GPUs, as nvidia-smi shows it: cap torch's allocator at what its context leaves.
 
-    The context is what the card has less after torch has begun on it; where NVML does not tell, a usual size. Kernels that CUDA
+    The context is what the card has less after torch has begun on it; where NVML does not tell, `context_bytes`. Kernels that CUDA
     loads later come on top; the parent's guard ends the process when NVML shows more than the limit.
+
+    Raises:
+        RuntimeError: torch sees no GPU of such a number.
     """
+    count = torch.cuda.device_count()
+    if gpus and max(gpus) >= count:
+        raise RuntimeError(f"no CUDA-capable device gpu:{max(gpus)}, which --vram limits: torch sees {count}")
     with nvml.lent() as library:
         cards = nvml.visible(library)
-        for index in range(torch.cuda.device_count()):
+        for index in gpus:
             free = _nvml_free(library, cards, index)
             torch.zeros(1, device=index)  # makes the context
             torch.cuda.synchronize(index)
-            left, context = _nvml_free(library, cards, index), _USUAL_CONTEXT_BYTES
+            left, context = _nvml_free(library, cards, index), context_bytes
             if free is not None and left is not None:
                 context = max(free - left - torch.cuda.memory_reserved(index), 0)
             torch.cuda.empty_cache()

@@ -4,8 +4,6 @@ import os
 
 # torch then asks NVML for the number of GPUs instead of CUDA, which must not be initialised before a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-# NVML counts the cards by their place on the bus; CUDA would begin with the fastest.
-os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import threading

@@ -13,12 +13,15 @@ The anonymous pages that are shared are charged to the fork server. A worker tha
 from __future__ import annotations
 
 import array
-import contextlib
 import ctypes
+import errno
 import mmap
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from harness import meters
 
 _PAGE = mmap.PAGESIZE
 _PRESENT, _OF_FILE, _EXCLUSIVE = 1 << 63, 1 << 61, 1 << 56
@@ -77,18 +80,24 @@ def replay() -> None:
     _advise(RUNS, _MADV_POPULATE_READ)
 
 
-def own() -> None:
-    """Copy the anonymous pages that are shared with the fork server, so that they are charged to this process's own group."""
-    with contextlib.suppress(PermissionError):  # some containers hide pagemap
+def own() -> int:
+    """Copy the anonymous pages that are shared with the fork server, so that they are charged to this process's own group.
+
+    Returns the bytes that stay shared, because the kernel could or would not copy them.
+    """
+    try:
         _advise(shared_runs(), _MADV_POPULATE_WRITE)
+        return sum(length for _, length in shared_runs())
+    except PermissionError:  # some containers hide pagemap: what was taken over is all that there is yet
+        return meters.memory(os.getpid()).anon_bytes
 
 
 def _advise(runs: Runs, advice: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for address, length in runs:
-        if libc.madvise(address, length, advice):
-            return  # an older kernel: it knows no such advice
+        if libc.madvise(address, length, advice) and ctypes.get_errno() == errno.EINVAL:
+            return  # an older kernel: it knows no such advice; other errors are of these pages alone
 
 
 def _record() -> Runs:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import store
+from harness import calibration, store
 from harness.case import Outcome, Result
 from harness.units import GIB
 
@@ -46,3 +46,39 @@ def test_what_needs_more_than_its_vram_is_out_of_memory(tmp_path: Path) -> None:
     assert result.outcome is Outcome.OOM
     assert result.why is not None
     assert "memory" in result.why
+
+
+def printed(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_card_that_the_plan_does_not_use_gets_no_context() -> None:
+    code = """
+import torch
+from harness.worker import model
+
+model.cap_vram(2 << 30, (0,), 0)
+held = torch.ones(1 << 20, device=0)
+model.reset_vram_peaks()
+model.vram_peaks()
+model.synchronize()
+print(*(torch._C._cuda_hasPrimaryContext(index) for index in range(torch.cuda.device_count())))
+"""
+    first, *others = printed(code).split()
+    assert first == "True"
+    if not others:
+        pytest.skip("there is one card")
+    assert set(others) == {"False"}
+
+
+def test_accelerate_finds_free_what_a_context_leaves() -> None:
+    code = """
+from accelerate.utils import get_max_memory
+from harness import nvml
+
+with nvml.lent() as library:
+    free = nvml.ask(library, "nvmlDeviceGetMemoryInfo", nvml.visible(library)[0]).free
+print(free - get_max_memory()[0])
+"""
+    context = calibration.default()["gpu_context_bytes"]
+    assert context.low <= int(printed(code)) <= context.high
