@@ -374,6 +374,11 @@ def test_what_was_measured_is_not_measured_again(make: Make) -> None:
     assert session.resumed() == "--resume: 2 cases kept, 0 run"
 
 
+def test_what_a_synthetic_run_does_not_fetch_is_synthetic_too(make: Make) -> None:
+    session = make(weights="synthetic")
+    assert session.subject(session.cases()[0]).weights == "synthetic"
+
+
 def test_without_resume_everything_is_measured_again(make: Make) -> None:
     measure(make())
     session = make()
