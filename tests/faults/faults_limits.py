@@ -21,7 +21,7 @@ from harness.case import Outcome, Result, Verdict
 from harness.minimum import failed, measure, prove
 from harness.options import Options
 from harness.planner import GOOD
-from harness.precision import PRECISIONS
+from harness.precision import USUAL
 from harness.session import Session
 from harness.units import MIB, format_share, format_size
 from tests.reporting import Figure, Section, table
@@ -46,7 +46,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     for name in SYNTHETIC:
         subprocess.run([sys.executable, HERE.parent / "accuracy/synthetic.py", folder, name], check=True, capture_output=True)
     models = [str(folder / name) for name in (catalog.DEFAULT, *SYNTHETIC)]
-    given = {"model": models, "precision": list(PRECISIONS), "placement": ["cpu"], "results": str(folder / "results"), **WORK}
+    given = {"model": models, "precision": list(USUAL), "placement": ["cpu"], "results": str(folder / "results"), **WORK}
     one = Session(Options(given=given))
     one.prepare(one.cases())
     yield one
