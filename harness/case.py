@@ -55,6 +55,11 @@ class Workload(Record, frozen=True, kw_only=True):
     repeats: int = 5
 
     @property
+    def most_rounds(self) -> int:
+        """How many warm rounds may run where others disturb those that were asked for."""
+        return 3 * self.repeats
+
+    @property
     def cached_tokens(self) -> int:
         """Tokens in the KV cache at the end; the last one is never fed back."""
         return self.prompt_tokens + self.new_tokens - 1

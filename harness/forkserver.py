@@ -66,7 +66,7 @@ def cool_down(home: Path) -> None:
 
 def _config() -> dict[str, Any]:
     """Return what multiprocessing keeps of this process; `tempdir` is where its sockets go."""
-    config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]  # typeshed leaves it out
     return config
 
 

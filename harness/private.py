@@ -105,7 +105,7 @@ def _cleaner(public: str = "", model: Path | None = None, *, secrets_only: bool 
 
     def cleaned(text: str) -> str:
         for place, mark in places:
-            text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w-])", lambda _, mark=mark: mark, text)  # type: ignore[misc]
+            text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w-])", mark, text)
         for value, mark in values:
             text = _without(text, value, mark)
         text = _HOMES.sub("~", _TOKENS.sub("<token>", text))

@@ -79,7 +79,7 @@ def _started(main: WorkerMain, log: Path, scratch: Path, start_s: float) -> tupl
     context = multiprocessing.get_context(forkserver.METHOD)
     pipe, theirs = context.Pipe()
     # mypy: the stubs of get_context(str) know no Process
-    process = context.Process(  # type: ignore[attr-defined]
+    process = context.Process(  # type: ignore[attr-defined]  # as said above
         target=_child, args=(main, theirs, str(log), str(scratch)), name="fitmatrix worker", daemon=True
     )
     try:

@@ -31,7 +31,6 @@ from harness.units import MIB, format_size
 _OTHERS_S = 20.0
 _UNCOUNTED_BYTES = 8 * MIB
 
-_MOST_ROUNDS = 3  # times the warm rounds that were asked for
 _SPARE_ROUNDS = 4  # an extra round begins while there is time for so many: it must not end the case
 
 LiveLine = Callable[["Run", Sample], None]
@@ -228,8 +227,9 @@ class Run:
             yield time.perf_counter() - begun_s
 
     def _is_unsettled(self) -> bool:
-        asked, took = self.plan.case.workload.repeats, [done.total_s for done in self.warm]
-        if not asked <= len(took) < _MOST_ROUNDS * asked or sum(took[asked:]) + max(took) > sum(took[:asked]):
+        load, took = self.plan.case.workload, [done.total_s for done in self.warm]
+        asked = load.repeats
+        if not asked <= len(took) < load.most_rounds or sum(took[asked:]) + max(took) > sum(took[:asked]):
             return False
         if _SPARE_ROUNDS * max(took) > self._patience.case_left_s:
             return False

@@ -96,6 +96,7 @@ class Session:
         self._standards: dict[str, _Standard] = {}
         self._earlier: dict[tuple[Case, str], Result] = {}
         self._again: list[str] = []
+        self._baseline: list[Result] = []
         self._last: Result | None = None
         self._reloaded: list[str] = []
 
@@ -167,7 +168,8 @@ class Session:
         Raises:
             UsageError, CheckpointError, StoreError: something is missing; nothing was measured.
         """
-        self._baseline  # noqa: B018 one that cannot be read is told before anything is measured
+        if self.options.baseline is not None:
+            self._baseline = store.read(store.file_of(self.options.baseline))[0]
         to_come = sum(map(store.most_bytes, cases))
         self.store.prepare(to_come)
         _prepare_page(self.html, page.most_bytes(len(cases), self.store.path.stat().st_size))
@@ -350,10 +352,6 @@ class Session:
         if self.current is not None and self.current.plan.case == case:
             return self.current.result()
         return self._last if self._last is not None and self._last.case == case else None
-
-    @cached_property
-    def _baseline(self) -> list[Result]:
-        return store.read(store.file_of(self.options.baseline))[0] if self.options.baseline else []
 
     def against_baseline(self, case: Case) -> tuple[str, ...] | None:
         """Say what got worse since the baseline, a sentence each; None where the baseline has no such case."""

@@ -28,7 +28,6 @@ NAME = "results.jsonl"
 # The most that a line takes, all but always less: the log's tail, each byte of it escaped, and timeline, phases, maps, answers.
 _LINE_BYTES = 320 * KIB
 _SAMPLE_BYTES = 24  # a float, written out
-_MOST_ROUNDS = 3  # for each that was asked for
 _PATIENCE_S = 60.0  # another run holds the lock for some milliseconds a result
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -155,7 +154,7 @@ def _sync(folder: Path) -> None:
 def most_bytes(case: Case) -> int:
     """Return what the line of a case takes at most: a constant, and one sample a token and a round, of which noise adds some."""
     load = case.workload
-    return _LINE_BYTES + _SAMPLE_BYTES * _MOST_ROUNDS * load.repeats * (load.new_tokens + 4)
+    return _LINE_BYTES + _SAMPLE_BYTES * load.most_rounds * (load.new_tokens + 4)
 
 
 def check_room(folder: Path, need_bytes: int, what: str, option: str) -> None:
