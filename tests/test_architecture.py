@@ -69,7 +69,7 @@ FLOORS = (
     ("cost",),
     ("planner",),
     # showing and tying together
-    ("report", "report.text", "report.formats"),
+    ("report", "report.text"),
     ("report.charts", "report.markdown"),
     ("report.figures",),
     ("live",),
@@ -77,7 +77,7 @@ FLOORS = (
     ("report.view",),
     ("report.page", "report.terminal", "report.answers"),
     ("report.treemap", "report.plans", "report.changes", "report.summary", "report.data", "report.badges"),
-    ("report.training",),
+    ("report.training", "report.formats"),
     ("resume",),
     ("session",),
     ("minimum",),

@@ -75,7 +75,7 @@ def write(path: Path, text: str, what: str = "the page", option: str = "--html")
     Raises:
         StoreError: the file cannot be written there.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.parent / f".{path.name}.{os.getpid()}"  # the name may be empty, as that of . is
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_dead_drafts(path)
