@@ -63,7 +63,7 @@ def sentences(matrix: Matrix) -> Iterator[str]:
     yield _use(matrix.best) if matrix.best else matrix.sentence
     if matrix.least:
         yield f"Least memory: {named(matrix.least)}, {held(matrix.least)}, {matrix.least.speed.text}."
-    if matrix.nearest:
+    if matrix.nearest and not matrix.best:
         yield f"Nearest to fitting: {named(matrix.nearest)}, expected to need {held(matrix.nearest)}."
 
 

@@ -46,7 +46,7 @@ _HEIGHT, _PAD, _ROUND, _BASELINE = 20, 6, 3, 14
 def badges(results: Sequence[Result]) -> list[Badge]:
     """Make the badges of all models and sizes; where machines have cards of one size, the newest result's counts."""
     found: dict[tuple[str, bool, str], tuple[str, Answer, _Size]] = {}
-    for block in view.blocks(results, points=0):
+    for block in view.blocks(results, points=2):
         for answer in answers(block):
             if answer.matrix is not block.matrices[0]:  # the page's answer is the first one too
                 continue

@@ -35,7 +35,7 @@ def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
     An answer is of one model, machine, kind of weights, workload and pair of limits; its `case` is null where nothing works.
     What is not a finite number is null.
     """
-    blocks = view.blocks(results, points=0)
+    blocks = view.blocks(results, points=2)
     found = {
         "schema": SCHEMA,
         "fitmatrix": harness.__version__,
@@ -111,7 +111,7 @@ COLUMNS = (
 
 def render_csv(results: Sequence[Result]) -> str:
     """Write a row for each case under COLUMNS, by RFC 4180; all digits of numbers, and no text that a spreadsheet would run."""
-    chosen = {id(answer.best.result) for block in view.blocks(results, points=0) for answer in answers(block) if answer.best}
+    chosen = {id(answer.best.result) for block in view.blocks(results, points=2) for answer in answers(block) if answer.best}
     text = io.StringIO(newline="")
     writer = csv.writer(text)  # commas, quotes where they are needed, CRLF
     writer.writerow(COLUMNS)

@@ -136,10 +136,7 @@ def _sound(result: Result) -> bool:
 
 
 def blocks(results: Sequence[Result], *, points: int) -> list[Block]:
-    """Arrange results as one block per machine, model and kind of weights, in the order of their first appearance in the file.
-
-    A chart takes at most `points` points a line; with 0 there are no details, which cost the most.
-    """
+    """Arrange results as one block per machine, model and kind of weights, in the order of their first appearance in the file."""
     by_place: dict[tuple[str, str, str], list[Result]] = {_place_of(result): [] for result in results}
     for result in newest(results):
         by_place[_place_of(result)].append(result)
@@ -176,7 +173,7 @@ def _block(results: Sequence[Result], anchors: Anchors, points: int) -> Block:
         model=last.case.model,
         machine=last.machine,
         matrices=tuple(_matrix(workload, found) for workload, found in largest_first),
-        details={cell.anchor: details(cell.result, points=points) for cell in cells if points},
+        details={cell.anchor: details(cell.result, points=points) for cell in cells},
         tiers=tuple(_place(tier) for tier in last.machine.tiers),
         facts=(*_facts(last.machine), *_versions(results)),
         synthetic=last.weights == "synthetic",
