@@ -34,7 +34,7 @@ def test_a_text_fits_its_field(name: str, browser: webdriver.Chrome, tmp_path: P
     file = tmp_path / "badge.svg"
     file.write_text(badge.svg, encoding="utf-8")
     browser.get(file.as_uri())
-    measured = browser.execute_script(MEASURE)  # type: ignore[no-untyped-call]
+    measured = browser.execute_script(MEASURE)
     assert len(measured) == 2
     for own, given, end, width in measured:
         assert own <= given + 0.5
