@@ -255,7 +255,8 @@ def test_one_format_and_one_file_need_no_ending(folder: Path, capsys: pytest.Cap
         (["--output", "x.txt"], "--output x.txt: which format?"),
         (["--output", "x.md", "--output", "y.md"], "are both md"),
         (["--html", "a.html", "--output", "b.html"], "both name the page"),
-        (["--format", "csv", "--output", "."], "csv cannot be written"),
+        (["--format", "md", "--badge", "b.svg"], "there are 2 badges, not one"),
+        (["--format", "csv", "--output", "."], "the csv cannot be written"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_one_sentence(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 HELP = "Show the results of a directory: a page, Markdown, JSON, CSV, badges."
 DETAILS = (
-    "Without --format and --badge this writes the page. Exit status: 0 when everything was written, whatever the results say, "
-    "2 for a mistake; `fitmatrix compare` has one for CI."
+    "With no option this writes the page. Exit status: 0 when everything was written, whatever the results say, 2 for a mistake; "
+    "`fitmatrix compare` and pytest have one for CI."
 )
 
 
@@ -27,6 +27,15 @@ class Target(NamedTuple):
 
     name: str
     path: Path | None
+
+
+class Text(NamedTuple):
+    """What goes into one file, or to standard output: what it is called, and the option that names its place."""
+
+    what: str
+    option: str
+    path: Path | None
+    text: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Write what was asked for and name it; raises StoreError, UsageError."""
+    """Make what was asked for, then write it and name it; raises StoreError, UsageError."""
     from harness.report.text import line
     from harness.store import Store
 
@@ -63,9 +72,8 @@ def run(given: argparse.Namespace) -> int:
     results, problems = Store(given.directory).read()
     for problem in problems:
         print(f"fitmatrix: {line(str(problem))}", file=sys.stderr)
-    to_stdout = any(target.path is None for target in targets)
-    for what, path in [*_written(targets, results, [str(problem) for problem in problems]), *_badges(given.badge, results)]:
-        print(f"{what}: {line(str(path))}", file=sys.stderr if to_stdout else sys.stdout)
+    texts = [*_rendered(targets, results, [str(problem) for problem in problems]), *_badges(given.badge, results)]
+    _write(texts)
     return 0
 
 
@@ -112,31 +120,21 @@ def _by_format(files: Sequence[Path], wanted: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _written(targets: Sequence[Target], results: Sequence[Result], problems: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """Write the targets, and yield the name and the path of those that are files."""
-    from harness.report import page
-
+def _rendered(targets: Sequence[Target], results: Sequence[Result], problems: Sequence[str]) -> Iterator[Text]:
     for name, path in targets:
-        text = FORMATS[name].render(results, problems)
-        if path is None:
-            commands.print_text(text)
-        elif name == "html":
-            page.write(path, text)
-            yield "page", path
-        else:
-            page.write(path, text, name, "--output")
-            yield name, path
+        what, option = ("page", "--html") if name == "html" else (name, "--output")
+        yield Text(what, option, path, FORMATS[name].render(results, problems))
 
 
-def _badges(place: Path | None, results: Sequence[Result]) -> Iterator[tuple[str, Path]]:
-    """Write badges into a directory, or the only one into a file, and yield their paths.
+def _badges(place: Path | None, results: Sequence[Result]) -> Iterator[Text]:
+    """Draw badges for a directory, or the only one for a file.
 
     Raises:
         UsageError: a file was named, and there is not one badge.
     """
     if place is None:
         return
-    from harness.report import badges, page
+    from harness.report import badges
 
     found = badges.badges(results)
     single = place.suffix.lower() == ".svg"
@@ -145,6 +143,18 @@ def _badges(place: Path | None, results: Sequence[Result]) -> Iterator[tuple[str
             f"--badge {place}: there are {len(found)} badges, not one: give a directory, --badge {place.with_suffix('')}"
         )
     for badge in found:
-        path = place if single else place / f"{badge.slug}.svg"
-        page.write(path, badge.svg, "the badge", "--badge")
-        yield "badge", path
+        yield Text("badge", "--badge", place if single else place / f"{badge.slug}.svg", badge.svg)
+
+
+def _write(texts: Sequence[Text]) -> None:
+    """Write all texts, and name the files: on standard error where a text has standard output for itself."""
+    from harness.report import page
+    from harness.report.text import line
+
+    names = sys.stderr if any(text.path is None for text in texts) else sys.stdout
+    for what, option, path, text in texts:
+        if path is None:
+            commands.print_text(text)
+        else:
+            page.write(path, text, f"the {what}", option)
+            print(f"{what}: {line(str(path))}", file=names)
