@@ -71,7 +71,7 @@ def _parts(block: Block) -> Iterator[str]:
                 yield "\n".join([*lines, ""])
     newest = max(cell.result.at for matrix in block.matrices for cell in every(matrix))
     facts = ", ".join(f"{name} {value}" for name, value in block.facts)
-    yield f"<sub>Newest result {escaped(newest)}. {escaped(facts, _FACTS)}</sub>\n"
+    yield f"<sub>Newest result {escaped(newest)}. {escaped(facts, _FACTS)}".rstrip() + "</sub>\n"
 
 
 def _answer(block: Block, matrix: Matrix) -> Iterator[str]:
@@ -97,7 +97,8 @@ def _matrix(matrix: Matrix) -> list[str]:
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    icon = "⚠️" if cell.quality == "broken" or cell.faults else _ICONS.get(cell.status.look, "")
+    unsound = cell.status.look == "works" and (cell.quality == "broken" or cell.faults)
+    icon = "⚠️" if unsound else _ICONS.get(cell.status.look, "")
     word = f"**{cell.status.word}** ⭐" if cell.best else cell.status.word
     return "<br>".join(filter(None, [f"{icon} {word}".strip(), *map(escaped, _figures(cell))]))
 
@@ -110,7 +111,7 @@ def _figures(cell: Cell) -> Iterator[str]:
     if cell.status.look != "works":
         return
     yield speed(cell) if cell.speed.value else ""
-    yield f"answers {cell.quality}" if cell.quality not in ("intact", "not compared", "not measured") else ""
+    yield f"answers {cell.quality}" if cell.quality in ("degraded", "broken") else ""
     yield f"{plural(len(cell.faults), 'check')} failed" if cell.faults else ""
 
 
