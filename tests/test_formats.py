@@ -135,6 +135,13 @@ def test_a_summary_stays_below_the_limit_of_a_job_and_says_so() -> None:
     assert "Cut off here" not in summary.render(many[:50])
 
 
+def test_a_cell_says_only_what_there_is() -> None:
+    text = summary.render([worked(), msgspec.structs.replace(hostile("x"), machine=machine())])
+    assert "| `int8` | ✅ **works** ⭐<br>2.00 GiB of 16.0 GiB RAM<br>20.1 tokens/s |" in text
+    assert "| `x` | 💥 crashed |" in text
+    assert "<sub>Newest result 2026-11-24T08:00:00Z.</sub>" in text
+
+
 def test_no_results_say_how_to_make_some() -> None:
     assert "pytest cases/ --model MODEL" in summary.render([])
 
