@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness import units
@@ -51,8 +52,24 @@ def short(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def round_number(value: float) -> str:
-    """Write the value of a tick, without the zeros that a measured figure would end in: 0.25, 5, 1,200."""
+def percent(share: float) -> str:
+    """Write a share of a drawing's width, without the sign: a tenth of a percent is finer than a screen shows."""
+    return short(100 * share)
+
+
+def is_drawable(value: float) -> bool:
+    """Tell whether an axis can hold a value that is above 0: beyond these nobody measures, and drawings lead out of the numbers."""
+    return 1e-18 < value < 1e18
+
+
+def tick_texts(axis: Axis, values: Sequence[float]) -> list[str]:
+    """Write the values of ticks with as few decimals as they need, on a linear axis all with as many: 0.5 1.0 1.5, 0.3 1 3."""
+    texts = [_short_text(value) for value in values]
+    most = max((len(text.partition(".")[2]) for text in texts), default=0)
+    return texts if axis.log else [f"{value:,.{most}f}" for value in values]
+
+
+def _short_text(value: float) -> str:
     text = units.significant(value, 6)
     return text.rstrip("0").rstrip(".") if "." in text else text
 

@@ -225,4 +225,3 @@ def _summary(scale: Scale, lines: Sequence[Series]) -> str:
 
 def _rect(look: str, width: float) -> Markup:
     return Markup('<rect class="{}" width="{}" height="8"/>').format(look, short(width))
-

@@ -128,10 +128,10 @@ def newest(results: Iterable[Result]) -> list[Result]:
 def recommend(results: Iterable[Result]) -> Result | None:
     """Pick the fastest case that works soundly, else the fastest with degraded answers or a failed check; never a broken one."""
     usable = [result for result in results if result.outcome is Outcome.OK and _quality(result) != "broken"]
-    return max(usable, key=lambda result: (_sound(result), result.metrics.get("decode_tok_s", 0.0)), default=None)
+    return max(usable, key=lambda result: (is_sound(result), result.metrics.get("decode_tok_s", 0.0)), default=None)
 
 
-def _sound(result: Result) -> bool:
+def is_sound(result: Result) -> bool:
     return result.outcome is Outcome.OK and _quality(result) not in ("degraded", "broken") and not faults(result)
 
 
@@ -283,7 +283,7 @@ def _least(cells: Sequence[Cell], best: Cell | None) -> Cell | None:
     if not best or not best.memory:
         return None
     limit, kind = float(best.memory.peak.value) * 0.9, best.memory.kind
-    sound = [cell for cell in cells if _sound(cell.result)]
+    sound = [cell for cell in cells if is_sound(cell.result)]
     smaller = [(float(c.memory.peak.value), c) for c in sound if c.memory and c.memory.kind == kind]
     return min((pair for pair in smaller if pair[0] < limit), key=lambda pair: pair[0], default=(0.0, None))[1]
 
