@@ -22,8 +22,11 @@ class Axis:
 
     def at(self, value: float) -> float:
         """Return the place of a value; values beyond the ends lie beyond the places."""
-        low, high, here = (math.log(size) if self.log else size for size in (self.low, self.high, value))
-        return self.start + (self.end - self.start) * (here - low) / (high - low)
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return self.start + (self.end - self.start) * share
 
     def ticks(self, about: int, unit: float = 1) -> list[float]:
         """Choose about so many round values to mark: steps of 1, 2 or 5 times a power of ten in `unit`s; powers of ten if `log`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from markupsafe import Markup
 
@@ -89,7 +90,7 @@ class Figure:
     noisy: str = ""
     sampled: bool = False
 
-    @property
+    @cached_property
     def number(self) -> float:
         """The stored number; nan where there is none."""
         return float(self.value or "nan")

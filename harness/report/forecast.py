@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from markupsafe import Markup, escape
 
@@ -38,7 +39,7 @@ class Check:
     expected: Span
     at_least: bool = False
 
-    @property
+    @cached_property
     def ratio(self) -> float:
         """How many times the prediction was measured."""
         return self.figure.number / self.expected.best
@@ -47,7 +48,7 @@ class Check:
     def is_close(self) -> bool:
         return abs(self.ratio - 1) <= CLOSE
 
-    @property
+    @cached_property
     def has_held(self) -> bool:
         """Tell whether the interval held what was measured; a prediction without one is held to what is close."""
         if self.expected.low >= self.expected.high:
@@ -76,7 +77,7 @@ class Check:
         """Write what was measured, in GiB or tokens/s."""
         return self._write(self.figure.number)
 
-    @property
+    @cached_property
     def predicted(self) -> str:
         """Write what was predicted, in GiB or tokens/s."""
         return self._write(self.expected.best)
@@ -203,7 +204,7 @@ def _numbers(row: Row) -> str:
     """Write a row of the table: name, then measured, predicted, interval and how far off of memory and of speed."""
     cells = [_cells(check) for check in (row.memory, row.speed)]
     wrong = f' <b class="bad">{row.surprise}</b>' if row.surprise else ""
-    return f"<tr><th>{escape(row.name)}{wrong}</th>{''.join(cells)}</tr>\n"
+    return f'<tr><th scope="row">{escape(row.name)}{wrong}</th>{"".join(cells)}</tr>\n'
 
 
 def _cells(check: Check | None) -> str:

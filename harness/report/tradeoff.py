@@ -225,7 +225,8 @@ def _numbers(point: Point, is_in_front: bool) -> str:
     size, speed = escape(point.memory.peak.value), escape(point.cell.speed.value)
     noisy = '<em class="doubt">noisy</em> ' if point.cell.speed.noisy else ""
     figures = f'<td><data value="{size}">{point.gib}</data></td><td>{noisy}<data value="{speed}">{point.rate}</data></td>'
-    return f"<tr><th>{escape(point.name)}</th>{figures}<td>{point.shape}{', on the front' * is_in_front}</td></tr>\n"
+    place = ", on the front" if is_in_front else ""
+    return f'<tr><th scope="row">{escape(point.name)}</th>{figures}<td>{point.shape}{place}</td></tr>\n'
 
 
 def _in_words(best: Sequence[Point]) -> str:
