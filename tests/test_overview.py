@@ -223,8 +223,8 @@ def estimate(size: float, speed: float, *, spread: float = 0.2, tier: str = "cpu
 
 def planned(name: str, memory: float, speed: float, **changes: Any) -> Result:
     """A case that took so many times the memory and the speed that were predicted."""
-    changes = {"estimate": estimate(4 * GIB, 10), "verdict": Verdict.FITS} | changes
-    return case(name, int(4 * GIB * memory), 10 * speed, **changes)
+    given: dict[str, Any] = {"estimate": estimate(4 * GIB, 10), "verdict": Verdict.FITS}
+    return case(name, int(4 * GIB * memory), 10 * speed, **given | changes)
 
 
 def checked(*results: Result) -> forecasts.Forecast:

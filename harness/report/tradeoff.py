@@ -138,7 +138,7 @@ def _panel(kind: str, points: Sequence[Point], speeds: Axis) -> Panel:
     in_front = set(map(id, best))
     others = [point for point in points if id(point) not in in_front]
     drawn = [size for size in sorted(capacities) if scales.sizes.low < size < scales.sizes.high]
-    parts = [*_grid(kind, scales), *_capacities(drawn, scales), *_steps(best, scales)]
+    parts = [*_grid(kind, scales), *_steps(best, scales), *_capacities(drawn, scales)]
     parts += [_mark(point, scales) for point in (*others, *best)]
     parts += _names(best, others, scales, [*_room_of_steps(best, scales), *(_room_of_capacity(size, scales) for size in drawn)])
     numbers = [_numbers(point, id(point) in in_front) for point in points]
