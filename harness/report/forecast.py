@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from markupsafe import Markup, escape
 
@@ -39,7 +38,7 @@ class Check:
     expected: Span
     at_least: bool = False
 
-    @cached_property
+    @property
     def ratio(self) -> float:
         """How many times the prediction was measured."""
         return self.figure.number / self.expected.best
@@ -48,12 +47,14 @@ class Check:
     def is_close(self) -> bool:
         return abs(self.ratio - 1) <= CLOSE
 
-    @cached_property
+    @property
     def has_held(self) -> bool:
         """Tell whether the interval held what was measured; a prediction without one is held to what is close."""
-        if self.expected.low >= self.expected.high:
-            return self.is_close
-        return self.expected.low <= self.figure.number <= self.expected.high
+        return self.expected.low <= self.figure.number <= self.expected.high if self.has_interval else self.is_close
+
+    @property
+    def has_interval(self) -> bool:
+        return self.expected.low < self.expected.high
 
     @property
     def look(self) -> str:
@@ -77,7 +78,7 @@ class Check:
         """Write what was measured, in GiB or tokens/s."""
         return self._write(self.figure.number)
 
-    @cached_property
+    @property
     def predicted(self) -> str:
         """Write what was predicted, in GiB or tokens/s."""
         return self._write(self.expected.best)
@@ -85,8 +86,8 @@ class Check:
     @property
     def interval(self) -> str:
         """Write the interval of the prediction, in GiB or tokens/s; empty if it has none."""
-        has_none = self.expected.low >= self.expected.high
-        return "" if has_none else f"{self._write(self.expected.low)}\N{EN DASH}{self._write(self.expected.high)}"
+        ends = (self._write(end) for end in (self.expected.low, self.expected.high))
+        return "\N{EN DASH}".join(ends) if self.has_interval else ""
 
     def _write(self, value: float) -> str:
         return format_gib(value) if METRICS[self.figure.key].unit == "bytes" else significant(value)
@@ -188,7 +189,7 @@ def _mark(check: Check | None, axis: Axis) -> Markup:
         return Markup("<svg/>")
     title = f"{check.figure.text}, predicted {check.predicted}"
     bar = ""
-    if check.interval:
+    if check.has_interval:
         low, high = (_inside(end, axis) for end in _ends(check))
         bar = f'<rect x="{percent(low)}%" width="{percent(high - low)}%"/>'
     look = "" if check.look == "held" else f' class="{check.look}"'
