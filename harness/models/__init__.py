@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from harness.models.chatglm import ChatGLMConfig, ChatGLMForCausalLM, ChatGLMModel
 from harness.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM, register_names
-from harness.models.moss import MossConfig, MossForCausalLM
+from harness.models.moss import MossConfig, MossForCausalLM, MossTokenizer
 from harness.models.tokenization_chatglm import ChatGLMTokenizer
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ChatGLMTokenizer",
     "MossConfig",
     "MossForCausalLM",
+    "MossTokenizer",
 ]
 
 
@@ -37,6 +38,7 @@ def _register() -> None:
         AutoModelForCausalLM.register(config, model, exist_ok=True)
     AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)
     AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
+    AutoTokenizer.register(MossConfig, MossTokenizer, exist_ok=True)
     register_names()
 
 
