@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from harness.models.chatglm import ChatGLMConfig, ChatGLMForCausalLM, ChatGLMModel
 from harness.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM, register_names
 from harness.models.moss import MossConfig, MossForCausalLM, MossTokenizer
-from harness.models.tokenization_chatglm import ChatGLMTokenizer
+from harness.models.tokenization_chatglm import ChatGLM2Tokenizer, ChatGLMTokenizer
 
 __all__ = [
     "ChatGLM2Config",
     "ChatGLM2ForCausalLM",
+    "ChatGLM2Tokenizer",
     "ChatGLMConfig",
     "ChatGLMForCausalLM",
     "ChatGLMModel",
