@@ -136,8 +136,9 @@ class Blueprint(Record, frozen=True, kw_only=True):
     """A model to be planned; `ours` says that `harness.models` has its architecture and transformers has not.
 
     `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantised already and
-    whose headers were read. `note` says what the plan rests on where that is less than a skeleton from transformers.
-    `remote_code` is the code that the files ask for, `has_class` whether transformers has its own for this architecture.
+    whose headers were read. `repeated` are the paths of tied weights that the files store all the same. `note` says what the plan
+    rests on where that is less than a skeleton from transformers. `remote_code` is the code that the files ask for, `has_class`
+    whether transformers has its own for this architecture.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Blueprint(Record, frozen=True, kw_only=True):
     file_format: str = "safetensors"
     packed: Packed | None = None
     tensor_bytes: int | None = None
+    repeated: frozenset[str] = frozenset()
     tokenizer: bool = True
     note: str | None = None
     remote_code: tuple[RemoteCode, ...] = ()
@@ -221,6 +223,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         file_format=read.files[0].format if read.files else "safetensors",
         packed=packed,
         tensor_bytes=read.bytes if packed and not packed.unpacks else None,
+        repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
         tokenizer=directory is None or _has_tokenizer(read, directory),
         note=note,
         remote_code=read.remote_code,
@@ -357,6 +360,7 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
         context_length=context_length(entry.config),
         file_format=stored.format if stored else "safetensors",
         packed=packed,
+        repeated=frozenset(shape.tied if stored and stored.repeats_head else ()),
         ours=_is_ours(entry.config),
     )
 

@@ -302,13 +302,14 @@ def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | No
 
 
 def _needs(tier: TierEstimate) -> str:
-    """Write what a tier needs and of what: "16.1 GiB (weights 14.9, KV 0.7, overhead 0.5)"."""
+    """Write what a tier needs and of what: "16.1 GiB (weights 14.9, KV 0.7, overhead 0.5)", and what loading alone adds."""
     terms = {
         "weights": tier.weights_bytes,
         "KV": tier.kv_bytes,
         "activations": tier.activation_bytes,
         "overhead": tier.overhead_bytes,
     }
+    terms["more while loading"] = tier.needed_bytes - sum(terms.values())
     said = ", ".join(f"{name} {format_gib(size)}" for name, size in terms.items() if size * 100 > tier.needed_bytes)
     return f"{format_gib(tier.needed_bytes)} GiB ({said})"
 
