@@ -41,7 +41,7 @@ THOUGHT = "<|Inner Thoughts|>: I look it up.<eot>\n<|Commands|>: "
         ("moss-moon-003-sft", ENDS, "moss"),
         ("moss-moon-003-base", ENDS, None),
         ("moss-moon-003-sft-plugin", ("<eom>",), None),
-        ("any directory", ("<|SYSTEM|>", "<|USER|>", "<|ASSISTANT|>"), "stablelm-tuned"),
+        ("any directory", ("<|endoftext|>", "<|padding|>", "<|SYSTEM|>", "<|USER|>", "<|ASSISTANT|>"), "stablelm-tuned"),
         ("stablelm-base-alpha-7b", ("<|endoftext|>",), None),
         ("chatglm-6b", ("[gMASK]", "<sop>"), "chatglm"),
         ("codegen-16b-mono", ("<|endoftext|>",), None),
@@ -60,6 +60,8 @@ def test_every_dialogue_holds_the_question_and_not_its_answer(asked: dialogue.Di
         assert prompt.count(question.prompt) == 1
         assert not quality.is_correct(question, prompt.replace(question.prompt, ""))
         assert "{" not in prompt
+    assert set(asked.tokens).issuperset(asked.ends)
+    assert set(asked.tokens).issuperset(asked.tool.ends if asked.tool else ())
 
 
 def test_stablelm_hears_three_parts_and_chatglm_the_question_alone() -> None:
@@ -173,6 +175,8 @@ def test_answers_to_what_was_asked_otherwise_are_not_compared() -> None:
     assert reference.dialogue == "moss-plugin"
     assert "1 answer lost" in quality.judge(scored(bad), real_weights=True, reference=reference).why
     assert "lost" not in quality.judge(scored(bad, name=""), real_weights=True, reference=reference).why
+    other = Answer(question="!", answer="", correct=False)
+    assert "no answer lost" in quality.judge(scored(other), real_weights=True, reference=reference).why
 
 
 # A model that says it
@@ -211,6 +215,12 @@ def test_a_model_that_uses_its_tool_answers_right(folder: Path) -> None:
     assert (done["dialogue"], len(done["answers"])) == ("moss-plugin", 11)
     assert (last.correct, last.wrong) == (True, "")
     assert last.answer == f"{CALL.text}<eoc>\n{ANSWER.text.strip()}<eom>"
+
+
+def test_a_model_that_is_too_slow_for_two_calls_is_not_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "_CALL_S", 0.0)
+    done, _ = ask(folder)
+    assert (done["dialogue"], len(done["answers"])) == ("moss-plugin", 10)
 
 
 def test_the_same_model_by_another_name_is_asked_without_tools(folder: Path) -> None:

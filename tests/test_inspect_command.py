@@ -417,7 +417,9 @@ def test_only_headers_travel_for_a_name_of_the_catalog(hub: HubServer, tmp_path:
 
 
 def test_what_became_of_a_model_is_told(hub: HubServer, tmp_path: Path) -> None:
-    shown = run("chatglm-6b", HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path)).stdout
+    html = tmp_path / "page.html"
+    shown = run("chatglm-6b", "--html", html, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path)).stdout
+    assert catalog.history("chatglm-6b") in html.read_text(encoding="utf-8")
     assert f"history {catalog.history('chatglm-6b')}" in " ".join(shown.split())
 
 

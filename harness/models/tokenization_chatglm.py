@@ -128,5 +128,6 @@ class ChatGLM2Tokenizer(SentencePieceBackend):
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
         """Return [gMASK], sop and the text; and the answer with </s>, where there is one."""
-        begun = [*(int(self.convert_tokens_to_ids(token)) for token in ("[gMASK]", "sop")), *token_ids_0]
+        start: Any = self.convert_tokens_to_ids(["[gMASK]", "sop"])
+        begun = [*start, *token_ids_0]
         return begun if token_ids_1 is None else [*begun, *token_ids_1, self.eos_token_id]

@@ -19,6 +19,8 @@ from harness.protocol import Score
 from harness.worker.model import Model, pad_id
 
 _ANSWER_TOKENS = 12
+# A call with a tool takes many tokens. Weights that come from the disk make them slow, and must not make the case a time-out.
+_CALL_S = 120.0
 _SYNTHETIC_POSITIONS = 64
 
 Predictions = npt.NDArray[np.float16]
@@ -107,9 +109,8 @@ def _answers(model: Model, asked: Dialogue | None) -> list[Answer]:
     for question, (ids, _) in zip(questions, written, strict=True):
         text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
         answers.append(Answer(question=question.prompt, answer=text, correct=quality.is_correct(question, text)))
-    if asked is not None and asked.tool is not None:
-        answers.append(_answer_with_tool(model, asked, asked.tool))
-    return answers
+    used = _answer_with_tool(model, asked, asked.tool) if asked is not None and asked.tool is not None else None
+    return answers if used is None else [*answers, used]
 
 
 def _prompts(model: Model, asked: Dialogue | None) -> list[str]:
@@ -121,31 +122,44 @@ def _prompts(model: Model, asked: Dialogue | None) -> list[str]:
     return [tokenizer.apply_chat_template(quality.messages(q), add_generation_prompt=True, tokenize=False) for q in questions]
 
 
-def _answer_with_tool(model: Model, asked: Dialogue, tool: Tool) -> Answer:
-    """Ask in two calls: for a command, and for the answer that follows from its results."""
+def _answer_with_tool(model: Model, asked: Dialogue, tool: Tool) -> Answer | None:
+    """Ask in two calls: for a command, and for the answer that follows from its results; None where that takes too long here."""
     called = _say(model, dialogue.first_prompt(asked, tool), tool.call, tool.ends)
-    answered = None
-    if not dialogue.fault_of_call(tool, called):
-        answered = _say(model, dialogue.second_prompt(asked, tool, called), tool.answer, tool.ends)
-    return dialogue.mark(tool, called, answered)
+    if called is None:
+        return None
+    if dialogue.fault_of_call(tool, called):
+        return dialogue.mark(tool, called, None)
+    answered = _say(model, dialogue.second_prompt(asked, tool, called), tool.answer, tool.ends)
+    return None if answered is None else dialogue.mark(tool, called, answered)
 
 
-def _say(model: Model, prompt: str, turn: Turn, ends: Sequence[str]) -> Written:
-    [(ids, end)] = _continue(model, [prompt], turn.tokens, ends)
+def _say(model: Model, prompt: str, turn: Turn, ends: Sequence[str]) -> Written | None:
+    """Return what the model writes in one call; None where its time was up first."""
+    [(ids, end)] = _continue(model, [prompt], turn.tokens, ends, seconds=_CALL_S)
+    if end is None and len(ids) < turn.tokens:
+        return None
     return Written(model.tokenizer.decode(ids, skip_special_tokens=False), end)
 
 
-def _continue(model: Model, prompts: list[str], most: int, ends: Sequence[str]) -> list[tuple[list[int], str | None]]:
-    """Continue prompts greedily, as one left-padded batch.
+def _continue(
+    model: Model, prompts: list[str], most: int, ends: Sequence[str], seconds: float | None = None
+) -> list[tuple[list[int], str | None]]:
+    """Continue prompts greedily, as one left-padded batch, for `seconds` at most.
 
     Returns the new tokens of each up to the first that ends it, one of `ends` or of the model's own, and the text of that one; None
-    where there was none in `most` tokens.
+    where there was none in `most` tokens or in time.
     """
     tokenizer = model.tokenizer
     stops = {*_own_ends(model), *(tokenizer.convert_tokens_to_ids(end) for end in ends)}
     batch = _encode(model, prompts)
     output = model.module.generate(  # type: ignore[operator]  # transformers' stubs take the mixin's method for a tensor
-        **batch, do_sample=False, num_beams=1, max_new_tokens=most, pad_token_id=pad_id(model), eos_token_id=sorted(stops) or None
+        **batch,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=most,
+        max_time=seconds,
+        pad_token_id=pad_id(model),
+        eos_token_id=sorted(stops) or None,
     )
     written = []
     for row in output[:, batch["input_ids"].shape[1] :].tolist():
