@@ -281,3 +281,17 @@ def test_a_tied_head_that_is_stored_again_takes_memory_until_it_is_tied(way: str
     assert twice.load_anon_bytes - without.load_anon_bytes == anonymous * head
     assert twice.peak_bytes - without.peak_bytes == pytest.approx((anonymous + pages) * head, abs=2)
     assert twice.weights_bytes == without.weights_bytes
+
+
+def test_a_file_that_the_system_does_not_map_is_too_big_however_it_is_placed() -> None:
+    drawn, machine = blueprint.draw(catalog.resolve("codegen-16b-mono")), profile(["A100 80GB"], ram=24 * GIB)
+    small = replace(machine, mapping_bytes=24 * GIB)
+    for way in ("fp16/direct", "int4/direct", "fp16/disk"):
+        plan = planner(drawn, small).plan(case(way, drawn))
+        assert plan.verdict is Verdict.TOO_BIG
+        assert plan.why is not None
+        assert plan.why.startswith("too big for cpu: its only file, a .bin, has 30.0 GiB, and Linux maps no file larger")
+    for other in (machine, replace(machine, mapping_bytes=32 * GIB)):
+        assert planner(drawn, other).plan(case("fp16/direct", drawn)).verdict is Verdict.FITS
+    shards = replace(drawn, largest_file=("pytorch_model-00001-of-00004.bin", 10 * GIB))
+    assert planner(shards, small).plan(case("fp16/direct", shards)).verdict is Verdict.FITS
