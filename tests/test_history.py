@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from harness import blueprint, catalog
 from harness.case import Case, Verdict
@@ -84,7 +85,7 @@ def fp16_bytes(skeleton: Skeleton, *prefixes: str) -> int:
         ("chatglm-6b", "fp16/direct", {"gpu": "RTX 4060 Ti 16GB"}, "fp16 one of 16 GB"),
         ("stablelm-tuned-alpha-7b", "int8/direct", {"gpu": "RTX 3060 12GB"}, "int8 fits a 12 GB card"),
         ("codegen-6b-mono", "int8/direct", {"gpu": "RTX 3060 12GB"}, "int8 fits a 12 GB card"),
-        ("codegen-6b-mono", "int4/cpu", {"ram": "8GiB"}, "int4 8 GiB of RAM"),
+        ("codegen-6b-mono", "int4/cpu", {"ram": "16GiB"}, "int4 16 GiB of RAM"),
         ("codegen-16b-mono", "int4/direct", {"gpu": "RTX 3060 12GB"}, "int4 fits a 12 GB card"),
         ("codegen-16b-mono", "fp16/auto", {"ram": "16GiB"}, "fp16 16 GiB of RAM with the rest on the disk"),
         ("moss-moon-003-sft-plugin", "int8/direct", {"gpu": "RTX 3090"}, "int8 fits a 24 GB card"),
@@ -94,6 +95,15 @@ def fp16_bytes(skeleton: Skeleton, *prefixes: str) -> int:
 def test_what_works_now_is_planned_to_fit(name: str, case: str, machine: dict[str, str], said: str) -> None:
     planned(name, case, **machine)
     assert said in history(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "verdict"),
+    [("codegen-16b-mono", 24, "too_big"), ("codegen-16b-mono", 31, "fits"), ("codegen-6b-mono", 16, "fits")],
+)
+def test_linux_maps_their_one_file_where_ram_and_swap_exceed_it(name: str, gib: int, verdict: str) -> None:
+    machine = replace(profile(["RTX 3060 12GB"], ram=16 * GIB, disk=200 * GIB), mapping_bytes=gib * GIB)
+    assert Planner(drawn(name), machine, here=False).plan(Case(model=name, precision="int4", placement="direct")).verdict == verdict
 
 
 def test_a_plan_tells_it_in_words_and_in_json(capsys: pytest.CaptureFixture[str]) -> None:
