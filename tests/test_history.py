@@ -86,7 +86,7 @@ def fp16_bytes(skeleton: Skeleton, *prefixes: str) -> int:
         ("stablelm-tuned-alpha-7b", "int8/direct", {"gpu": "RTX 3060 12GB"}, "int8 fits a 12 GB card"),
         ("codegen-6b-mono", "int8/direct", {"gpu": "RTX 3060 12GB"}, "int8 fits a 12 GB card"),
         ("codegen-6b-mono", "int4/cpu", {"ram": "16GiB"}, "int4 16 GiB of RAM"),
-        ("codegen-16b-mono", "int4/direct", {"gpu": "RTX 3060 12GB"}, "int4 fits a 12 GB card"),
+        ("codegen-16b-mono", "int4/direct", {"gpu": "RTX 3060 12GB"}, "int4 then fits a 12 GB card"),
         ("codegen-16b-mono", "fp16/auto", {"ram": "16GiB"}, "fp16 16 GiB of RAM with the rest on the disk"),
         ("moss-moon-003-sft-plugin", "int8/direct", {"gpu": "RTX 3090"}, "int8 fits a 24 GB card"),
         ("moss-moon-003-sft-plugin", "int4/direct", {"gpu": "T4"}, "int4 one of 16 GB"),
