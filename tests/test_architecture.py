@@ -50,7 +50,7 @@ FLOORS = (
     ("inspection",),
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files", "compare"),
-    ("interference",),
+    ("interference", "dialogue"),
     ("machine", "catalog", "guard"),
     ("options",),
     ("fingerprint",),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from harness import units
 from harness.case import Case, Machine, Outcome, Result, Tier, Workload
+from harness.catalog import history
 from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS
 from harness.report.details import Details, details
@@ -96,7 +97,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Block:
-    """One model on one machine, with its own weights or synthetic ones; the first matrix is of the workload with the most cases."""
+    """One model on one machine, with its own weights or synthetic ones; the first matrix is of the workload with the most cases.
+
+    `history` is what became of the model since 2023, empty for most.
+    """
 
     anchor: str
     model: str
@@ -106,6 +110,7 @@ class Block:
     tiers: tuple[Place, ...]
     facts: tuple[tuple[str, str], ...]
     synthetic: bool
+    history: str
 
 
 def newest(results: Iterable[Result]) -> list[Result]:
@@ -177,6 +182,7 @@ def _block(results: Sequence[Result], anchors: Anchors, points: int) -> Block:
         tiers=tuple(_place(tier) for tier in last.machine.tiers),
         facts=(*_facts(last.machine), *_versions(results)),
         synthetic=last.weights == "synthetic",
+        history=history(last.case.model),
     )
 
 
