@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from markupsafe import Markup
 
@@ -88,6 +89,11 @@ class Figure:
     why: str = ""
     noisy: str = ""
     sampled: bool = False
+
+    @cached_property
+    def number(self) -> float:
+        """The stored number; nan where there is none."""
+        return float(self.value or "nan")
 
 
 def known(key: str, label: str, value: float, text: str) -> Figure:
