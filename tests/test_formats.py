@@ -19,6 +19,7 @@ from harness.case import Case, Outcome, Result, Verdict, encode
 from harness.cli import main
 from harness.metrics import METRICS, format_metric
 from harness.report import data, summary, view
+from harness.report.answers import blocks
 from harness.report.formats import FORMATS
 from harness.report.text import visible
 from harness.units import GIB, MIB
@@ -56,7 +57,7 @@ def rows(text: str) -> list[dict[str, str]]:
 
 def test_markdown_gives_the_answer_then_the_matrix_then_what_was_not_measured(golden: list[Result]) -> None:
     text = summary.render(golden)
-    block = view.blocks(golden, points=2)[0]
+    block = blocks(golden)[0]
     best = block.matrices[0].best
     assert best is not None
     order = ["### `chatglm-6b` on", f"**Use {best.result.case.precision} with placement", "| precision |", "not measured", "<sub>"]
@@ -70,7 +71,7 @@ def test_markdown_gives_the_answer_then_the_matrix_then_what_was_not_measured(go
 
 def test_every_case_of_the_matrix_stands_in_the_table_with_its_figures(golden: list[Result]) -> None:
     text = summary.render(golden)
-    for block in view.blocks(golden, points=2):
+    for block in blocks(golden):
         for heading, cells in block.matrices[0].rows:
             line = next(
                 line for line in text.splitlines() if line.startswith(f"| `{heading.name}` |") and len(cells) == line.count("|") - 2
@@ -95,7 +96,7 @@ def test_each_size_of_card_has_its_answer() -> None:
         )
     ]  # fmt: skip
     text = summary.render(fits)
-    assert "- vram12GiB: Use bf16 with placement direct@vram&#8203;" not in text
+    assert "| precision | `direct@vram6GiB` | `direct@vram12GiB` |" in text
     assert "- vram12GiB: Use bf16 with placement direct" in text
     assert "- vram6GiB: Nothing works: 1 too big." in text
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from harness.case import Result
-from harness.report import view
-from harness.report.answers import Answer, answers, best_of
+from harness.report.answers import Answer, answers, best_of, blocks
 from harness.report.text import line, plural
 from harness.report.view import Anchors, Cell
 from harness.units import GIB, MIB, significant
@@ -46,7 +45,7 @@ _HEIGHT, _PAD, _ROUND, _BASELINE = 20, 6, 3, 14
 def badges(results: Sequence[Result]) -> list[Badge]:
     """Make the badges of all models and sizes; where machines have cards of one size, the newest result's counts."""
     found: dict[tuple[str, bool, str], tuple[str, Answer, _Size]] = {}
-    for block in view.blocks(results, points=2):
+    for block in blocks(results):
         for answer in answers(block):
             if answer.matrix is not block.matrices[0]:  # the page's answer is the first one too
                 continue

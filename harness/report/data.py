@@ -19,7 +19,7 @@ import harness
 from harness.case import Result, Workload
 from harness.metrics import METRICS
 from harness.report import view
-from harness.report.answers import Answer, answers
+from harness.report.answers import Answer, answers, blocks
 from harness.report.figures import predictions
 from harness.report.text import line
 
@@ -35,13 +35,13 @@ def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
     An answer is of one model, machine, kind of weights, workload and pair of limits; its `case` is null where nothing works.
     What is not a finite number is null.
     """
-    blocks = view.blocks(results, points=2)
+    arranged = blocks(results)
     found = {
         "schema": SCHEMA,
         "fitmatrix": harness.__version__,
-        "answers": [_answer(answer) for block in blocks for answer in answers(block)],
+        "answers": [_answer(answer) for block in arranged for answer in answers(block)],
         "cases": [_case(result) for result in view.newest(results)],
-        "machines": list({block.machine.name: block.machine for block in blocks}.values()),
+        "machines": list({block.machine.name: block.machine for block in arranged}.values()),
         "problems": list(problems),
     }
     plain = msgspec.json.decode(msgspec.json.encode(found))  # which writes null for what JSON has no number for
@@ -111,7 +111,7 @@ COLUMNS = (
 
 def render_csv(results: Sequence[Result]) -> str:
     """Write a row for each case under COLUMNS, by RFC 4180; all digits of numbers, and no text that a spreadsheet would run."""
-    chosen = {id(answer.best.result) for block in view.blocks(results, points=2) for answer in answers(block) if answer.best}
+    chosen = {id(answer.best.result) for block in blocks(results) for answer in answers(block) if answer.best}
     text = io.StringIO(newline="")
     writer = csv.writer(text)  # commas, quotes where they are needed, CRLF
     writer.writerow(COLUMNS)

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from harness.case import Result
-from harness.report import view
-from harness.report.answers import answers, every, held, sentences, speed
+from harness.report.answers import answers, blocks, every, held, sentences, speed
 from harness.report.markdown import block as program
 from harness.report.markdown import code, escaped, folded, table
 from harness.report.text import plural
@@ -23,7 +22,7 @@ _ICONS: Mapping[str, str] = {"works": "✅", "oom": "❌", "timeout": "⏱️", 
 
 def render(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
     """Write results as Markdown of less than MOST_BYTES; what does not go in is said at the end."""
-    found = view.blocks(results, points=2)
+    found = blocks(results)
     parts = ["There are no results yet. Run `pytest cases/ --model MODEL` to make some.\n"] if not found else []
     if len(found) > 1:
         parts += ["\n".join(_contents(found)) + "\n"]
@@ -48,10 +47,10 @@ def _bounded(parts: list[str], of_blocks: Mapping[str, list[str]]) -> list[str]:
     return parts
 
 
-def _contents(blocks: Sequence[Block]) -> Iterator[str]:
+def _contents(found: Sequence[Block]) -> Iterator[str]:
     yield "### fitmatrix: what fits where"
     yield ""
-    for block in blocks:
+    for block in found:
         yield f"- {_name(block)}: {escaped(next(sentences(block.matrices[0])), _REASON)}"
 
 
@@ -89,9 +88,14 @@ def _answer(block: Block, matrix: Matrix) -> Iterator[str]:
 def _matrix(matrix: Matrix) -> list[str]:
     if not matrix.rows:
         return ["None of these placements can be had here."]
-    columns = ["precision", *(code(heading.name, _NAME) for heading in matrix.columns)]
+    columns = ["precision", *(code(_place(cells), _NAME) for cells in zip(*(cells for _, cells in matrix.rows), strict=True))]
     rows = [[code(heading.name, _NAME), *map(_cell, cells)] for heading, cells in matrix.rows]
     return table(columns, rows)
+
+
+def _place(cells: Iterable[Cell | None]) -> str:
+    """Name a column as the ids of its cases do: the placement with its limits."""
+    return next(cell.result.case.place for cell in cells if cell)
 
 
 def _cell(cell: Cell | None) -> str:
