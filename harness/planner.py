@@ -27,7 +27,7 @@ from harness.units import format_gib, significant
 GOOD = (Verdict.FITS, Verdict.TIGHT)
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
-_BETWEEN = "started by torchrun, a process for each GPU; what they tell each other is not counted"
+_BETWEEN = "{} processes, as by torchrun; what they tell each other is not counted in the speed"
 # How often our device map is drawn anew with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
 
@@ -86,7 +86,9 @@ class Planner:
         held = cost.kept(precision, dtype, self.blueprint)
         limits = plan.max_memory(placement, self.machine, lambda: self._sizes(dtype))
         ours = self._recommendation(case, held) if placement.device_map == ROOM else None
-        placed = ours.device_map if ours else {"": 0} if placement.parallel else self._map(placement, held, limits)
+        ranks = placement.ranks(len(self.machine.gpus))
+        whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
+        placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, held, limits)
         count = self._count(case, held, placed)
         expected = cost.estimate(count, case.precision, self.machine)
         verdict, why = self._judge(case, expected, count)
@@ -94,7 +96,7 @@ class Planner:
         return Plan(
             case=case,
             verdict=verdict,
-            why=why or (ours.why if ours else _BETWEEN if placement.parallel else None),
+            why=why or (ours.why if ours else _BETWEEN.format(ranks) if ranks > 1 else None),
             code=plan.loading_code(
                 precision,
                 placement,
@@ -107,7 +109,7 @@ class Planner:
                 on_gpu=any(tier.startswith("gpu") for tier in count.weights),
                 trusted=self.trust if code else None,
             ),
-            device_map=None if placement.parallel else tiers,
+            device_map=None if ranks > 1 else tiers,
             max_memory=limits,
             estimate=expected,
             remote_code=code,
@@ -127,7 +129,8 @@ class Planner:
         if self._placements[case.placement].device_map == GIVEN:
             return Verdict.UNAVAILABLE, "no map of yours was given: --device-map FILE"
         gpus = len(self.machine.gpus)
-        alone = self._placements[case.placement].parallel and gpus > 1 and sharing.refusal(self.blueprint.skeleton, gpus)
+        ranks = self._placements[case.placement].ranks(gpus)
+        alone = ranks > 1 and sharing.refusal(self.blueprint.skeleton, ranks, "GPUs" if gpus else "processes")
         if alone:
             return Verdict.INVALID, alone
         precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
@@ -215,8 +218,8 @@ class Planner:
         through_ram = placement.call == "to" or (gguf is not None and gguf.through_ram)
         rewrites = placement.call == "load_checkpoint_and_dispatch"
         off_gpu = self._inventory(Kept(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
-        shared = len(self.machine.gpus) if placement.parallel else 1
-        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu, shared)
+        ranks = placement.ranks(len(self.machine.gpus))
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu, ranks)
         self.counts[case.id] = count
         return count
 

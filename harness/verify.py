@@ -12,6 +12,7 @@ from harness.units import format_share, format_size
 
 OK = "ok"
 _HELD_LEAST = 0.99  # a few modules may be kept in 32 bits by the architecture
+_PART_OFF = 0.05  # a few small matrices are not cut
 _OVER_MOST = 1.01  # max_memory is obeyed by whole modules; buffers are not counted
 
 
@@ -21,6 +22,7 @@ def checks(plan: Plan, loaded: Loaded) -> dict[str, str]:
         "precision": _precision(plan, loaded),
         "max_memory": _max_memory(plan, loaded),
         "placement": _placement(plan, loaded),
+        **({"ranks": _ranks(plan, loaded)} if loaded.rank_bytes else {}),
     }
 
 
@@ -58,6 +60,17 @@ def _placement(plan: Plan, loaded: Loaded) -> str:
     if "spills" in placement.traits and placement.devices[-1] not in used:
         return f"{placement.name} put nothing on the {placement.devices[-1]}"
     return _mapped(plan, loaded) if placement.device_map in PRINTED else OK
+
+
+def _ranks(plan: Plan, loaded: Loaded) -> str:
+    """Check that each of the processes that share the model holds its part of what was planned, no more and no less."""
+    if plan.estimate is None:
+        return OK
+    part = sum(tier.weights_bytes for tier in plan.estimate.tiers.values()) / len(loaded.rank_bytes)
+    for rank, held_bytes in enumerate(loaded.rank_bytes):
+        if abs(held_bytes - part) > _PART_OFF * part:
+            return f"rank {rank} holds {format_size(held_bytes)} of weights, and its part is {format_size(part)}"
+    return OK
 
 
 def _mapped(plan: Plan, loaded: Loaded) -> str:
