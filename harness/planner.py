@@ -261,6 +261,7 @@ class Planner:
         gpu = any(name.startswith("gpu") for name in (one.estimate.tiers if one.estimate else ()))
         other = ("cpu_", "ram_bytes", "ram_bandwidth") if gpu else ("gpu_", "host_", "link_", "ram_cuda")
         foreign = other if self.blueprint.gguf else (*other, "gguf_")
+        foreign = foreign if PLACEMENTS[one.case.placement].parallel else (*foreign, "ram_ranks")
         return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(foreign)}
 
     def max_context(self, one: Plan) -> int | None:

@@ -186,6 +186,8 @@ class Count:
         total = constant["ram_import_anon_bytes"].amount(times)
         if self.held.quantizer:
             total += constant[f"ram_{SCHEMES[self.held.quantizer].library}_bytes"].amount(times)
+        if self.shared > 1:
+            total += constant["ram_ranks_bytes"].amount(times)
         if self.blueprint.tokenizer:
             total += constant["ram_tokenizer_bytes_per_token"].amount(times * self.skeleton.vocab_size)
         return total + constant["ram_cuda_bytes"].amount(times) if self.gpus else total

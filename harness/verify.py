@@ -63,10 +63,15 @@ def _placement(plan: Plan, loaded: Loaded) -> str:
 
 
 def _ranks(plan: Plan, loaded: Loaded) -> str:
-    """Check that each of the processes that share the model holds its part of what was planned, no more and no less."""
-    if plan.estimate is None:
+    """Check that each of the processes that share the model holds its part of what was planned, where that was planned."""
+    planned = (
+        {name: tier.weights_bytes for name, tier in plan.estimate.tiers.items() if tier.weights_bytes} if plan.estimate else {}
+    )
+    if not planned:
         return OK
-    part = sum(tier.weights_bytes for tier in plan.estimate.tiers.values()) / len(loaded.rank_bytes)
+    if strange := sorted(loaded.tier_bytes.keys() - planned):
+        return f"weights lie on {', '.join(strange)}, and were to be shared on {', '.join(planned)}"
+    part = sum(planned.values()) / len(loaded.rank_bytes)
     for rank, held_bytes in enumerate(loaded.rank_bytes):
         if abs(held_bytes - part) > _PART_OFF * part:
             return f"rank {rank} holds {format_size(held_bytes)} of weights, and its part is {format_size(part)}"

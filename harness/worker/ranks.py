@@ -249,7 +249,7 @@ def _loaded(parts: Sequence[Loaded]) -> Loaded:
         dtype_bytes=_sum(part.dtype_bytes for part in parts),
         linear_dtype_bytes=_sum(part.linear_dtype_bytes for part in parts),
         tier_bytes=_sum(part.tier_bytes for part in parts),
-        device_map={f"rank {number}": tier for number, part in enumerate(parts) for tier in part.device_map.values()},
+        device_map={f"rank {number}": max(part.tier_bytes, key=part.tier_bytes.__getitem__) for number, part in enumerate(parts)},
         rank_bytes=[sum(part.tier_bytes.values()) for part in parts],
     )
 
