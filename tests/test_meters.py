@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from harness import meters
-from harness.meters import Gpus, Sample, Sampler, memory
+from harness.meters import Gpus, Memory, Sample, Sampler, memory
 from harness.units import MIB
 from tests.test_machine import Nvml
 

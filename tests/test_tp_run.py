@@ -103,8 +103,9 @@ def test_memory_of_all_is_measured_and_was_predicted(results: dict[str, Result])
     one, two = results["cpu"], results["tp"]
     assert two.estimate is not None
     expected = two.estimate.tiers["cpu"]
-    assert two.metrics["ram_peak_bytes"] == pytest.approx(expected.peak_bytes, rel=0.2)
-    assert two.metrics["ram_anon_peak_bytes"] == pytest.approx(expected.anon_bytes, rel=0.3)
+    print("RAM", two.metrics["ram_peak_bytes"], expected.peak_bytes, two.metrics["ram_anon_peak_bytes"], expected.anon_bytes)
+    assert two.metrics["ram_peak_bytes"] == pytest.approx(expected.peak_bytes, rel=0.15)
+    assert two.metrics["ram_anon_peak_bytes"] == pytest.approx(expected.anon_bytes, rel=0.2)
     assert 1.8 < two.metrics["ram_anon_peak_bytes"] / one.metrics["ram_anon_peak_bytes"] < 3.0
     files = {name: each.metrics["ram_peak_bytes"] - each.metrics["ram_anon_peak_bytes"] for name, each in results.items()}
     assert files["tp"] < 1.3 * files["cpu"]
@@ -173,7 +174,7 @@ ENDS: dict[str, tuple[str, str, Outcome, str]] = {
     ),
     "what leads them is killed": (
         "{1}",
-        "os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)",
+        "time.sleep(0.5); os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)",
         Outcome.CRASH,
         "the process died during warm: killed from outside (SIGKILL)",
     ),

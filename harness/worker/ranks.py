@@ -139,6 +139,7 @@ class _Leader:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # reading will tell
                 rank.pipe.send_bytes(protocol.encode(_part(request, number)))
         answers: dict[int, Answered] = {}
+        entered, told = [0] * len(self._ranks), 0
         while waiting := [rank.pipe for number, rank in enumerate(self._ranks) if number not in answers]:
             for pipe in connection.wait(waiting):
                 assert isinstance(pipe, Connection)
@@ -149,7 +150,10 @@ class _Leader:
                     return self._lost_meanwhile([other for other in waiting if other is not pipe]) or _of(number, event)
                 if not isinstance(event, Entered):
                     answers[number] = event
-                elif number == 0:
+                    continue
+                entered[number] += 1
+                if entered[number] > told:  # a phase begins with the first that enters it
+                    told += 1
                     self._send(event)
         doubled = meters.doubled_bytes(rank.pid for rank in self._ranks)
         return together([answers[number] for number in sorted(answers)], doubled)
