@@ -145,7 +145,7 @@ class Inventory:
         for kind, times in self.skeleton.kinds.items():
             for module in kind.walk():
                 for weight in module.weights:
-                    total.add(self._sums(weight).times(times / count if sharing.is_cut(weight) else times))
+                    total.add(self._sums(weight).times(times / count if sharing.is_cut(weight, self.skeleton) else times))
         return total
 
     def cut_in_ram(self, count: int) -> Sums:
@@ -154,8 +154,8 @@ class Inventory:
         for kind, times in self.skeleton.kinds.items():
             for module in kind.walk():
                 for weight in module.weights:
-                    sums = self._sums(weight, copied=sharing.is_copied(weight))
-                    total.add(sums.times(times if sharing.is_cut(weight) else times * count))
+                    sums = self._sums(weight, copied=sharing.is_copied(weight, self.skeleton))
+                    total.add(sums.times(times if sharing.is_cut(weight, self.skeleton) else times * count))
         return total
 
     def _sum(self, kind: Module) -> Sums:

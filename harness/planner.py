@@ -27,7 +27,8 @@ from harness.units import format_gib, significant
 GOOD = (Verdict.FITS, Verdict.TIGHT)
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
-_BETWEEN = "{} processes, as by torchrun; what they tell each other is not counted in the speed"
+_BETWEEN = "{} processes, as by torchrun: {}what they tell each other is not counted in the speed"
+_ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
 # How often our device map is drawn anew with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
 
@@ -96,7 +97,7 @@ class Planner:
         return Plan(
             case=case,
             verdict=verdict,
-            why=why or (ours.why if ours else _BETWEEN.format(ranks) if ranks > 1 else None),
+            why=why or (ours.why if ours else self._between(ranks) if ranks > 1 else None),
             code=plan.loading_code(
                 precision,
                 placement,
@@ -115,6 +116,9 @@ class Planner:
             remote_code=code,
             trusted=self.trust and bool(code),
         )
+
+    def _between(self, ranks: int) -> str:
+        return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
 
     def _dtype(self, precision: Precision, placement: Placement) -> str:
         on_gpu = placement.devices[0] == "gpu" and self.machine.gpus

@@ -151,7 +151,7 @@ class Worker:
             self.kill()
             raise
         if isinstance(event, Lost):
-            raise self._dead(event)
+            raise self._lost(event)
         if isinstance(event, Shared):
             self.ranks = event.pids
         return event
@@ -195,11 +195,12 @@ class Worker:
             self.kill()
             raise WorkerError(f"the worker sent {line[:80]!r}, which is no message: {error}") from None
 
-    def _dead(self, lost: Lost | None = None) -> Ended:
-        if lost is not None:
-            self.kill()
-            rank = lost.rank if self._ended_by is None else None
-            return Ended(exit_code=lost.exit_code, ended_by=self._ended_by, rank=rank)
+    def _lost(self, lost: Lost) -> Ended:
+        """One of several processes has ended: by itself, or because all were ended."""
+        self.kill()
+        return Ended(exit_code=lost.exit_code, ended_by=self._ended_by, rank=None if self._ended_by else lost.rank)
+
+    def _dead(self) -> Ended:
         self._process.join(_GRACE_S)
         if self._process.is_alive() and self._ended_by is None:  # it closed the pipe and stays
             self._ended_by = "protocol"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from copy import copy
 from functools import cached_property
 
-from harness import memory_cost
+from harness import memory_cost, sharing
 from harness.calibration import Bytes, Calibration
 from harness.case import Record, Workload
 from harness.inventory import Inventory, Sums
@@ -88,8 +88,9 @@ class Count:
     def kv(self) -> dict[str, int]:
         """KV cache at the end of the workload, by the device that its layer runs on."""
         layers = memory_cost.kv_bytes(self.skeleton, self.work.cached_tokens, self.work.batch, self.held.element_bytes)
-        if self.shared > 1 and self.gpus:
-            return dict.fromkeys(self.gpus, sum(layers) // self.shared)
+        if self.shared > 1:
+            each = sum(layers) // (self.shared if sharing.cuts_cache(self.skeleton) else 1)
+            return dict.fromkeys(self.gpus, each) if self.gpus else {"cpu": each * self.shared}
         if isinstance(self.tiers, str):
             return {self.main: sum(layers)}
         total: dict[str, int] = defaultdict(int)

@@ -87,6 +87,32 @@ def test_the_printed_program_shares_the_model_and_says_what_one_process_says(tal
     assert len(together) == 3
 
 
+# Loads each of the models and says what this process holds of it; models that differ in what stays whole.
+EACH = """
+import gc, torch.distributed
+from transformers import AutoModelForCausalLM
+
+for name in NAMES:
+    model = AutoModelForCausalLM.from_pretrained(f"{FOLDER}/{name}", dtype="bfloat16", distributed_config={"tp_plan": "auto"})
+    held = [getattr(one, "to_local", lambda one=one: one)() for one in model.parameters()]
+    print(f"\\n{name} {sum(one.numel() * one.element_size() for one in held)}\\n", end="")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_what_stays_whole_is_counted(tmp_path: Path) -> None:
+    names = ("qwen2", "phi3", "mixtral", "gpt_neox", "qwen2_moe", "deepseek_v2", "deepseek_v3")
+    expected = {}
+    for name in names:
+        small_models.save(name, tmp_path / name)
+        expected[name] = gpu_weights(planned(tmp_path / name, "bf16"))
+    said = run(f"NAMES, FOLDER = {names!r}, {str(tmp_path)!r}\n{EACH}", tmp_path, *TORCHRUN)
+    held = [(name, int(size)) for name, size in map(str.split, said)]
+    assert len(held) == 2 * len(names)
+    for name, size in held:
+        assert size == pytest.approx(expected[name], rel=0.04), name
+
+
 def test_each_gpu_has_half_and_each_process_its_own_libraries(talking: Path) -> None:
     drawn = blueprint.of_checkpoint("tiny", str(talking), checkpoint.read(talking), talking)
     alone, shared = Planner(drawn, machine(gpu())).plan(case("fp32", "direct", new_tokens=8)), planned(talking)
@@ -102,7 +128,10 @@ def test_without_a_gpu_two_processes_share_it_in_ram(talking: Path) -> None:
     """Each has libraries of its own; of the weights only what is cut along its rows is copied from the file."""
     shared, alone = planned(talking, on=machine()), in_ram(talking)
     assert shared.verdict is Verdict.FITS
-    assert shared.why == "2 processes, as by torchrun; what they tell each other is not counted in the speed"
+    assert shared.why == (
+        "2 processes, as by torchrun: one thread in each unless OMP_NUM_THREADS says more, "
+        "and what they tell each other is not counted in the speed"
+    )
     assert plan.script("", shared).startswith("# Start it by: torchrun --nproc-per-node 2 THIS_FILE\n")
     assert shared.estimate is not None
     assert alone.estimate is not None

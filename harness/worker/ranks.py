@@ -54,8 +54,7 @@ def lead(pipe: Connection, count: int, serve: Callable[[Connection], None]) -> N
     store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # torch's stubs leave it out
         _HOST, port, is_master=True, wait_for_workers=False, timeout=_MEET, master_listen_fd=listener.detach()
     )
-    _Leader(pipe, ranks).serve()
-    del store
+    _Leader(pipe, ranks, store).serve()
 
 
 def _forked(
@@ -105,10 +104,10 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 class _Leader:
-    """The loop: one request, handed to all, one answer."""
+    """The loop: one request, handed to all, one answer. `store`, where the ranks meet, is kept as long as they live."""
 
-    def __init__(self, pipe: Connection, ranks: Sequence[Rank]) -> None:
-        self._pipe, self._ranks = pipe, ranks
+    def __init__(self, pipe: Connection, ranks: Sequence[Rank], store: object) -> None:
+        self._pipe, self._ranks, self._store = pipe, ranks, store
         self._number = {rank.pipe: number for number, rank in enumerate(ranks)}
 
     def serve(self) -> None:
@@ -182,13 +181,13 @@ class _Leader:
         """Wait for a rank that ends, and return its exit code; None if it does not end."""
         until_s = time.monotonic() + _REAP_S
         while time.monotonic() < until_s:
-            with contextlib.suppress(ChildProcessError):  # reaped before
+            try:
                 pid, status = os.waitpid(self._ranks[number].pid, os.WNOHANG)
-                if pid:
-                    return os.waitstatus_to_exitcode(status)
-                time.sleep(0.005)
-                continue
-            break
+            except ChildProcessError:  # reaped before
+                return None
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
         return None
 
     def _end(self) -> None:
