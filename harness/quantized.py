@@ -1,13 +1,18 @@
-"""What is quantised already: how config and tensors say it, and how many weights a packed tensor stands for."""
+"""What is quantised already: how config and tensors say it, how files hold it, and how many weights a packed tensor stands for."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from harness.case import Record
+from harness.precision import Precision, row_of
 
 if TYPE_CHECKING:
     from harness.headers import Tensor
+
+Shape = tuple[int, ...]
 
 # Stored beside the weights without being weights: scales, zeros, orders and formats of quantised layers, and buffers.
 _BESIDE = re.compile(
@@ -22,8 +27,130 @@ _PACKED_SUFFIXES = (".qweight", ".weight_packed")
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
 
 
+class Packed(Record, frozen=True, kw_only=True):
+    """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", by which method, its bits and group (0: whole columns).
+
+    `varies`: bits differ from module to module, or the layout is none of LAYOUTS. `unpacks`: transformers makes 16-bit weights of
+    it on loading, where the package for its kernels is not there (mxfp4).
+    """
+
+    title: str
+    bits: int
+    group: int
+    varies: bool = False
+    unpacks: bool = False
+
+    @property
+    def method(self) -> str:
+        """The quantiser, by the name that transformers gives it; with bitsandbytes its bits."""
+        method = self.title.partition(" ")[0]
+        return f"{method}-{self.bits}" if method == "bitsandbytes" else method
+
+    @property
+    def precision(self) -> str | None:
+        """The row of PRECISIONS that it is, None where there is none, or it is unpacked."""
+        row = None if self.unpacks else row_of(self.title)
+        return row.name if row else None
+
+    def refusal(self, precision: Precision) -> str | None:
+        """Say why it is not held this way, None if it is: it stays what it is, and without a row of its own runs as plain ones."""
+        if self.precision is not None and precision.name != self.precision:
+            return f"the checkpoint is quantised already ({self.title}): load it with --precision {self.precision}"
+        if self.precision is None and (precision.quantises or precision.only):
+            return f"the checkpoint is quantised already ({self.title}): load it with --precision bf16 or fp16"
+        return None
+
+
+def packed(config: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> Packed | None:
+    """Read from a config, and from the tensors where they are known, how weights are quantised already."""
+    title = describe(config, tensors)
+    if title is None:
+        return None
+    bits, group = re.search(r"(\d+)-bit", title), re.search(r"groups of (\d+)", title)
+    return Packed(
+        title=title,
+        bits=int(bits[1]) if bits else 4,
+        group=int(group[1]) if group else 0,
+        varies=_varies(_settings(config) or {}),
+        unpacks=title.startswith("mxfp4"),
+    )
+
+
+class Layout(Record, frozen=True, kw_only=True):
+    """One row of LAYOUTS: how a quantiser stores a weight of outputs x inputs.
+
+    `main` is the part that holds the weights, under the name of the module, `beside` what helps to unpack it. With `integers`
+    only integers are packed under that name. `shapes` gives the parts of a weight for (outputs, inputs, bits, groups); those that
+    it does not name may have any shape. `bits` are the widths that it knows.
+    """
+
+    main: str
+    beside: tuple[str, ...]
+    shapes: Callable[[int, int, int, int], Mapping[str, Shape]]
+    bits: tuple[int, ...] = (4, 8)
+    integers: bool = False
+
+    def split(self, tensor: Tensor) -> tuple[str | None, str]:
+        """Return the module that a tensor is a part of, and which part; None for one that is not packed."""
+        for part in (self.main, *self.beside):
+            if tensor.name.endswith(part) and not (part == self.main and self.integers and "int" not in tensor.dtype):
+                return tensor.name.removesuffix(part), part
+        return None, ""
+
+    def fault(self, parts: Mapping[str, Tensor], shape: Shape, bits: int, group: int) -> tuple[str, Shape] | None:
+        """Return a part that is not as a weight of `shape` has it, and how it should be; None where all are."""
+        outputs, inputs = shape
+        asked = self.shapes(outputs, inputs, bits, -(-inputs // group) if group else 1)
+        return next(((part, asked[part]) for part in asked if part in parts and parts[part].shape != asked[part]), None)
+
+
+def _gptq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Shape]:
+    zeros = (groups, outputs * bits // 32)
+    return {".qweight": (inputs * bits // 32, outputs), ".qzeros": zeros, ".scales": (groups, outputs), ".g_idx": (inputs,)}
+
+
+def _awq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Shape]:
+    width = outputs * bits // 32
+    return {".qweight": (inputs, width), ".qzeros": (groups, width), ".scales": (groups, outputs)}
+
+
+def _chatglm(outputs: int, inputs: int, bits: int, _: int) -> Mapping[str, Shape]:
+    return {".weight": (outputs, inputs * bits // 8), ".weight_scale": (outputs,)}
+
+
+def _nf4(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Shape]:
+    return {".weight": (-(-outputs * inputs // 2), 1)}
+
+
+def _int8(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Shape]:
+    return {".weight": (outputs, inputs), ".SCB": (outputs,)}
+
+
+_STATE = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+    "quant_state.bitsandbytes__fp4",
+)
+_GROUPED = (".qzeros", ".scales", ".g_idx")
+# What is known of how quantisers store weights, by `Packed.method`: AutoGPTQ's and MOSS's, AutoAWQ's "gemm", ChatGLM-6B's own,
+# bitsandbytes as transformers saves it.
+LAYOUTS: Mapping[str, Layout] = {
+    "gptq": Layout(main=".qweight", beside=_GROUPED, shapes=_gptq, bits=(2, 3, 4, 8)),
+    "awq": Layout(main=".qweight", beside=_GROUPED, shapes=_awq),
+    "chatglm": Layout(main=".weight", beside=(".weight_scale",), shapes=_chatglm, integers=True),
+    "bitsandbytes-4": Layout(
+        main=".weight", beside=tuple(f".weight.{part}" for part in _STATE), shapes=_nf4, bits=(4,), integers=True
+    ),
+    "bitsandbytes-8": Layout(main=".weight", beside=(".SCB", ".weight_format"), shapes=_int8, bits=(8,), integers=True),
+}
+
+
 def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None:
     """Say in a few words how the stored weights are quantised: "gptq 4-bit, groups of 128"; None where they are not."""
+    tensors = tuple(tensors)
     dtypes = {tensor.dtype for tensor in tensors}
     if dtypes:
         from harness.gguf_header import BLOCK_TYPES
@@ -39,10 +166,21 @@ def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None
         words += [_torchao(settings)] if method == "torchao" else []
         return _sentence(words, _bits(settings), settings.get("group_size", settings.get("q_group_size")))
     if 0 < _positive(config.get("wbits")) < 16:  # MOSS in float16 says 32
-        return _sentence(["gptq"], config["wbits"], config.get("groupsize"))
+        bits = _packed_bits(tensors) if tensors else config["wbits"]
+        return _sentence(["gptq"], bits, config.get("groupsize")) if bits else None
     if _positive(config.get("quantization_bit")):
         return _sentence(["chatglm"], config["quantization_bit"], None)
     return None
+
+
+def _packed_bits(tensors: Iterable[Tensor]) -> int:
+    """Return the bits that shapes of packed weights tell, as MOSS loads them whatever its config says; 0 where none is packed."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors if tensor.name.endswith((".qzeros", ".scales"))}
+    for name, zeros in shapes.items():
+        scales = shapes.get(f"{name.removesuffix('.qzeros')}.scales", ())
+        if name.endswith(".qzeros") and len(zeros) == len(scales) == 2 and scales[1]:
+            return _positive(zeros[1] * 32 // scales[1])
+    return 0
 
 
 def weights_in(tensor: Tensor, elements: int, names: Collection[str], config: Mapping[str, Any]) -> int:
@@ -90,6 +228,11 @@ def _torchao(settings: Mapping[str, Any]) -> str:
     inner = given.get("default") if isinstance(given, dict) else None
     kind = inner.get("_type") if isinstance(inner, dict) else None
     return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 60 else "of unknown type"
+
+
+def _varies(settings: Mapping[str, Any]) -> bool:
+    formats = {str(settings.get(key, "gemm")).casefold() for key in ("version", "format", "checkpoint_format")}
+    return bool(settings.get("dynamic")) or not formats <= {"gemm", "gptq", "gptq_v2"}
 
 
 def _positive(value: Any) -> int:

@@ -247,8 +247,7 @@ def test_an_unknown_architecture_is_planned_from_its_tensors_and_says_so(tmp_pat
     (tmp_path / "config.json").write_text(config)
     drawn = blueprint.of_checkpoint("odd", str(tmp_path), read(tmp_path), tmp_path)
     assert drawn.rough
-    assert drawn.note is not None
-    assert "planned from its tensors" in drawn.note
+    assert "planned from its tensors" in drawn.notes[0]
     found = drawn.skeleton
     linear = layers * hidden * (3 * hidden + 256)
     assert sum(weight.elements for weight in found.weights if weight.quantises) == linear

@@ -42,7 +42,7 @@ def show(advices: Sequence[Advice], machine: Machine, load: Workload) -> None:
     for advice in advices:
         parts += [terminal.title(_headline(advice)), _table(advice, machine)]
         reasons = "\n".join(_reasons(advice.plans))
-        parts += [terminal.said(text) for text in (advice.blueprint.note, reasons, _conclusion(advice, load)) if text]
+        parts += [terminal.said(text) for text in (*advice.blueprint.notes, reasons, _conclusion(advice, load)) if text]
     terminal.show(*parts)
 
 
