@@ -24,7 +24,7 @@ from harness.skeleton import Skeleton, Weight
 from harness.units import format_count
 
 _MOST_MISSING = 0.02
-_TOGETHER = "use a config.json and files that belong together"
+_TOGETHER = "use the config.json that belongs to the weights"
 _NUMBER = re.compile(r"\d+")
 _OF = re.compile(r"-\d+-of-(\d+)\.")
 
@@ -167,7 +167,7 @@ class _Comparison:
         left = []
         for held in self.lost:
             tensor = held.tensor
-            counts = weights_in(tensor, max(1, len(tensor.shape)), names, self.read.config)
+            counts = weights_in(tensor, 1, names, self.read.config)
             if counts and not held.packed and not (ignored and ignored.search(held.name)) and not self._belongs(held.name):
                 left.append(tensor)
         if left:
@@ -267,22 +267,22 @@ class _Comparison:
         if not missing:
             return
         if not self.arrived and not self.converted:
-            first = _name(self.read.tensors[0].name) if self.read.tensors else "nothing"
-            what = f"asks for {len(self.wanted)} tensors of {self.found.model_class}, of which the files hold none, but {first}"
+            first = f"{_name(self.read.tensors[0].name)} in {_name(self.read.tensors[0].file)}" if self.read.tensors else "nothing"
+            what = f"asks for {len(self.wanted)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
         name = missing[0]
         listed = self.read.listed.get(name)
         if listed is not None:
             what = f"does not hold {_name(name)}{_more(missing)}, which the index says it does"
             raise self._error(listed, f"{what}: download it again")
-        files = self.read.files
-        where = f"in none of the {len(files)} files" if len(files) > 1 else f"not in {files[0].name}"
         packed = next((tensor for tensor in self.read.tensors if tensor.name.endswith(".qweight")), None)
         if packed is not None and self.packed is None:
             what = f"says nothing of packed weights, and {_name(packed.name)} in {_name(packed.file)} is one"
-            raise self._error(CONFIG, f"{what}: use the config.json that belongs to the weights")
-        what = f"asks for {_name(name)}, which stands {where}{_more(missing)}"
-        raise self._error(CONFIG, f"{what}: download the files again, or {_TOGETHER}")
+            raise self._error(CONFIG, f"{what}: {_TOGETHER}")
+        files = self.read.files
+        where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
+        what = f"asks for {_name(name)}{_more(missing)}, which {where} holds"
+        raise self._error(CONFIG, f"{what}: complete the download, or {_TOGETHER}")
 
     def _missing(self, naming: Naming) -> Iterator[str]:
         ignored = _any_of(naming.may_miss)
@@ -311,7 +311,7 @@ class _Comparison:
 
     def _error(self, file: str, what: str) -> CheckpointError:
         path = self.read.path
-        return CheckpointError(path if path.endswith(file) else f"{path}/{file}", what)
+        return CheckpointError(path if path.endswith(f"/{file}") else f"{path}/{file}", what)
 
 
 def _held(read: Checkpoint, layout: Layout | None) -> Iterator[Held]:

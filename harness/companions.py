@@ -180,14 +180,23 @@ def _check_bounds(blob: Blob) -> None:
     if marks(data) > TEXT_MARKS:
         raise CheckpointError(blob.where, f"holds more than {TEXT_MARKS:,} values: this is not what its name says")
     try:
-        msgspec.json.decode(data, type=_Tokenizer if blob.name == _TOKENIZER else msgspec.Raw)  # walks it all, builds nothing
-    except msgspec.ValidationError as error:
-        what = f"is no tokenizer ({error}): download it again, or take it away to measure without quality"
-        raise CheckpointError(blob.where, what) from error
+        if blob.name == _TOKENIZER:
+            _check_tokenizer(blob, data)
+        else:
+            msgspec.json.decode(data, type=msgspec.Raw)  # walks it all and builds nothing
     except RecursionError as error:
         raise CheckpointError(blob.where, "is nested too deep: this is not what its name says") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(blob.where, f"cannot be understood as JSON ({error}): download it again") from error
+
+
+def _check_tokenizer(blob: Blob, data: bytes) -> None:
+    try:
+        msgspec.json.decode(data, type=_Tokenizer)
+    except msgspec.ValidationError as error:
+        msgspec.json.decode(data, type=msgspec.Raw)  # no JSON at all would be the first thing to say
+        what = f"is no tokenizer ({error}): download it again, or take it away to measure without quality"
+        raise CheckpointError(blob.where, what) from error
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -165,12 +165,17 @@ def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None
         words += [_bitsandbytes(settings)] if method == "bitsandbytes" else []
         words += [_torchao(settings)] if method == "torchao" else []
         return _sentence(words, _bits(settings), settings.get("group_size", settings.get("q_group_size")))
-    if 0 < _positive(config.get("wbits")) < 16:  # MOSS in float16 says 32
+    if says_bits_of_moss(config):
         bits = _packed_bits(tensors) if tensors else config["wbits"]
         return _sentence(["gptq"], bits, config.get("groupsize")) if bits else None
     if _positive(config.get("quantization_bit")):
         return _sentence(["chatglm"], config["quantization_bit"], None)
     return None
+
+
+def says_bits_of_moss(config: Mapping[str, Any]) -> bool:
+    """Say whether a config describes packed weights as MOSS's do; in float16 they say 32 bits."""
+    return 0 < _positive(config.get("wbits")) < 16
 
 
 def _packed_bits(tensors: Iterable[Tensor]) -> int:

@@ -356,6 +356,16 @@ def shipped(config: Mapping[str, Any]) -> Skeleton | None:
     return msgspec.json.decode(line, type=tuple[str, Skeleton])[1]
 
 
+def at_hand(config: Mapping[str, Any], cache: Path) -> Skeleton | None:
+    """Return the skeleton of a config where it takes no time: shipped, or built before and put into `cache`."""
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return shipped(config) or _kept(cache / f"{_name(config)}.json")
+    except PackageNotFoundError:  # without transformers
+        return None
+
+
 def build(config: Mapping[str, Any], cache: Path) -> Skeleton:
     """Return the skeleton of any config: shipped, from `cache`, or built by a worker (seconds) and put there.
 
@@ -365,7 +375,7 @@ def build(config: Mapping[str, Any], cache: Path) -> Skeleton:
     found = shipped(config)
     if found is not None:
         return found
-    return _cached(f"{_KEPT}-{_version()}-{fingerprint(config)}", cache, config, f"model_type {config.get('model_type')!r}")
+    return _cached(_name(config), cache, config, f"model_type {config.get('model_type')!r}")
 
 
 def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], str]], cache: Path) -> Skeleton:
@@ -383,6 +393,10 @@ def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[i
     return _cached(name, cache, {"gguf": header}, f"GGUF of {metadata.get('general.architecture')!r}")
 
 
+def _name(config: Mapping[str, Any]) -> str:
+    return f"{_KEPT}-{_version()}-{fingerprint(config)}"
+
+
 def _version() -> str:
     from importlib.metadata import version  # slow to import
 
@@ -392,15 +406,22 @@ def _version() -> str:
 def _cached(name: str, cache: Path, asked: Mapping[str, Any], what: str) -> Skeleton:
     """Return what is kept under `name`, else what a worker answers, which is put there."""
     kept = cache / f"{name}.json"
-    try:
-        return msgspec.json.decode(kept.read_bytes(), type=Skeleton)
-    except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields
-        text = _run_worker(asked, what)
+    found = _kept(kept)
+    if found is not None:
+        return found
+    text = _run_worker(asked, what)
     cache.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(f".{os.getpid()}")
     partial.write_bytes(text)
     partial.replace(kept)
     return msgspec.json.decode(text, type=Skeleton)
+
+
+def _kept(path: Path) -> Skeleton | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Skeleton)
+    except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields
+        return None
 
 
 def _run_worker(asked: Mapping[str, Any], model: str) -> bytes:
