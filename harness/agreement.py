@@ -73,7 +73,10 @@ def of_files(read: Checkpoint) -> tuple[str, ...]:
 
 def _counts(read: Checkpoint) -> str | None:
     names = [file.name for file in read.files]
-    counts = {match[1]: name for name in names if (match := _OF.search(name))}
+    counts: dict[str, str] = {}
+    for name in names:
+        if match := _OF.search(name):
+            counts.setdefault(match[1], name)
     if len(counts) > 1:
         first, second = list(counts.values())[:2]
         return f"{_name(first)} and {_name(second)} are parts of different wholes, by their names: they may be of two downloads"
@@ -83,12 +86,14 @@ def _counts(read: Checkpoint) -> str | None:
 
 
 def _misplaced(read: Checkpoint) -> str | None:
-    here = {tensor.name: tensor.file for tensor in (*read.tensors, *read.repeated)}
-    wrong = [name for name, file in read.listed.items() if here.get(name, file) != file]
+    here: dict[str, list[str]] = defaultdict(list)
+    for tensor in (*read.tensors, *read.repeated):
+        here[tensor.name].append(tensor.file)
+    wrong = [name for name, file in read.listed.items() if name in here and file not in here[name]]
     if not wrong:
         return None
     name = wrong[0]
-    what = f"the index says that {_name(name)} is in {_name(read.listed[name])}, and it is in {_name(here[name])}"
+    what = f"the index says that {_name(name)} is in {_name(read.listed[name])}, and it is in {_name(here[name][0])}"
     return f"{what}{_more(wrong)}: the files may be of two downloads"
 
 
@@ -184,14 +189,15 @@ class _Comparison:
     def _raise_unpacked(self) -> None:
         if self.packed is None or self.layout is None:
             return
-        if not any(held.packed for group in (*self.arrived.values(), self.lost) for held in group) and not self.converted:
+        packed = [held for held in _held(self.read, self.layout) if held.packed]
+        if packed:
+            self._raise_partless(packed)
+        elif not self.packed.method.startswith("bitsandbytes"):  # which packs what it finds
             what = f"says {self.packed.title}, and no tensor of the files is packed so ({self.layout.main})"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
-        self._raise_partless(self.layout)
 
-    def _raise_partless(self, layout: Layout) -> None:
-        """Raise for a packed weight that lacks a part which most others have: some layouts write more than others."""
-        packed = [held for held in _held(self.read, layout) if held.packed]
+    def _raise_partless(self, packed: list[Held]) -> None:
+        """Raise for a packed weight that lacks a part which most others have: some libraries write more than others."""
         usual = Counter(frozenset(held.parts) for held in packed).most_common(1)[0][0]
         for held in packed:
             for part in sorted(usual - held.parts.keys()):
@@ -268,7 +274,7 @@ class _Comparison:
             return
         if not self.arrived and not self.converted:
             first = f"{_name(self.read.tensors[0].name)} in {_name(self.read.tensors[0].file)}" if self.read.tensors else "nothing"
-            what = f"asks for {len(self.wanted)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
+            what = f"asks for {len(missing)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
         name = missing[0]
         listed = self.read.listed.get(name)

@@ -330,7 +330,7 @@ def _published() -> Mapping[str, Stored]:
 
 
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
-    """Count a GPTQ checkpoint: packed weights, zeros and 16-bit scales by group, an order of int32; the rest in 16 bits.
+    """Count a GPTQ or AWQ checkpoint: packed weights, zeros and 16-bit scales by group, GPTQ's order of int32; else 16 bits.
 
     Of mxfp4 the experts, whose weights are stacked: 4 bits and 8 for each 32.
     """
@@ -345,5 +345,6 @@ def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
         else:
             rows, columns = weight.tensor.shape
             groups = -(-columns // packed.group) if packed.group else 1
-            total += count * (weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4)
+            order = 4 * columns if packed.method == "gptq" else 0
+            total += count * (weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + order)
     return int(total)
