@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 
 from harness.case import Record
 from harness.checkpoint import CONFIG, Checkpoint
 from harness.errors import CheckpointError
-from harness.files import quote
+from harness.files import DOWNLOAD_AGAIN
 from harness.headers import Tensor
 from harness.naming import Naming, Place, Shape
-from harness.quantized import LAYOUTS, Layout, Packed, weights_in
+from harness.quantized import Layout, Packed, weights_in
+from harness.shards import more, odd, shown
 from harness.skeleton import Skeleton, Weight
 from harness.units import format_count
 
 _MOST_MISSING = 0.02
 _TOGETHER = "use the config.json that belongs to the weights"
-_NUMBER = re.compile(r"\d+")
-_OF = re.compile(r"-\d+-of-(\d+)\.")
 
 
 class Held(Record, frozen=True):
@@ -50,78 +49,17 @@ def check(read: Checkpoint, found: Skeleton, packed: Packed | None = None) -> tu
     """
     comparison = _Comparison(read, found, packed)
     comparison.raise_first()
-    return (*of_files(read), *comparison.surplus())
+    return (*odd(read), *comparison.surplus())
 
 
 def notes(read: Checkpoint, found: Skeleton | None, packed: Packed | None = None) -> tuple[str, ...]:
     """Say all that `check` says, without an end at what is wrong; without a skeleton, what the files tell among themselves."""
     if found is None:
-        return of_files(read)
+        return odd(read)
     try:
         return check(read, found, packed)
     except CheckpointError as error:
-        return (str(error).removeprefix(f"{read.path}/"), *of_files(read))
-
-
-# ---- the files among themselves ---------------------------------------------------------------------------------------------
-
-
-def of_files(read: Checkpoint) -> tuple[str, ...]:
-    """Say what looks as if files of several downloads were mixed, though a library would read them."""
-    return tuple(said for said in (_counts(read), _misplaced(read), _repeated(read), _mixed_dtypes(read)) if said)
-
-
-def _counts(read: Checkpoint) -> str | None:
-    names = [file.name for file in read.files]
-    counts: dict[str, str] = {}
-    for name in names:
-        if match := _OF.search(name):
-            counts.setdefault(match[1], name)
-    if len(counts) > 1:
-        first, second = list(counts.values())[:2]
-        return f"{_name(first)} and {_name(second)} are parts of different wholes, by their names: they may be of two downloads"
-    if counts and int(next(iter(counts))) != len(names):
-        return f"the index names {len(names)} files, and {_name(names[0])} is one of {int(next(iter(counts)))} by its name"
-    return None
-
-
-def _misplaced(read: Checkpoint) -> str | None:
-    here: dict[str, list[str]] = defaultdict(list)
-    for tensor in (*read.tensors, *read.repeated):
-        here[tensor.name].append(tensor.file)
-    wrong = [name for name, file in read.listed.items() if name in here and file not in here[name]]
-    if not wrong:
-        return None
-    name = wrong[0]
-    what = f"the index says that {_name(name)} is in {_name(read.listed[name])}, and it is in {_name(here[name][0])}"
-    return f"{what}{_more(wrong)}: the files may be of two downloads"
-
-
-def _repeated(read: Checkpoint) -> str | None:
-    if not read.repeated:
-        return None
-    last = {tensor.name: tensor.file for tensor in read.tensors}
-    first = read.repeated[0]
-    where = f"{_name(first.file)} and in {_name(last[first.name])}"
-    return f"{_name(first.name)} stands in {where}{_more(read.repeated)}: the later one counts"
-
-
-def _mixed_dtypes(read: Checkpoint) -> str | None:
-    """Find weights of one kind that have a dtype in one file and another in the next."""
-    if len(read.files) < 2:
-        return None
-    kinds: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for tensor in read.tensors:
-        kinds[_NUMBER.sub("N", tensor.name)][tensor.dtype].add(tensor.file)
-    for kind, dtypes in kinds.items():
-        files = list(dtypes.values())
-        if len(dtypes) == 2 and not files[0] & files[1]:
-            one, other = (f"{dtype} in {_name(min(names))}" for dtype, names in dtypes.items())
-            return f"{_name(kind)} is {one} and {other}: the files may be of two downloads"
-    return None
-
-
-# ---- the files and the config ----------------------------------------------------------------------------------------------
+        return (str(error).removeprefix(f"{read.path}/"), *odd(read))
 
 
 class _Comparison:
@@ -129,7 +67,7 @@ class _Comparison:
 
     def __init__(self, read: Checkpoint, found: Skeleton, packed: Packed | None) -> None:
         self.read, self.found, self.packed = read, found, packed
-        self.layout = LAYOUTS.get(packed.method) if packed else None
+        self.layout = packed.layout if packed else None
         self.silent = packed is not None and self.layout is None
         self.naming = found.naming
         self.wanted = {} if self.silent else {w.path: w for w in found.weights if w.tensor.kind != "unsaved"}
@@ -157,7 +95,8 @@ class _Comparison:
         wrong = [*self._misshapen(), *self._misconverted()]
         if wrong:
             held, what = wrong[0]
-            raise self._error(held.tensor.file, f"{what}{_more(wrong)}: {_TOGETHER}")
+            is_gguf = self.naming is not None and self.naming.names
+            raise self._error(held.tensor.file, f"{what}{more(wrong)}: {DOWNLOAD_AGAIN if is_gguf else _TOGETHER}")
         if self.naming is None:
             self._raise_short()
         else:
@@ -176,7 +115,7 @@ class _Comparison:
             if counts and not held.packed and not (ignored and ignored.search(held.name)) and not self._belongs(held.name):
                 left.append(tensor)
         if left:
-            what = f"{_name(left[0].name)} in {_name(left[0].file)}{_more(left)}"
+            what = f"{shown(left[0].name)} in {shown(left[0].file)}{more(left)}"
             yield f"{self.found.model_class} has no place for {what}: transformers leaves out what its config does not ask for"
 
     def _belongs(self, name: str) -> bool:
@@ -202,7 +141,7 @@ class _Comparison:
         for held in packed:
             for part in sorted(usual - held.parts.keys()):
                 name = f"{held.name.removesuffix('.weight')}{part}"
-                raise self._error(held.tensor.file, f"holds {_name(held.tensor.name)} without its {_name(name)}: download it again")
+                raise self._error(held.tensor.file, f"holds {shown(held.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
 
     def _packed_fault(self, held: Held, shape: Shape) -> str | None:
         """Say what is wrong with the parts of a packed weight of this shape."""
@@ -211,11 +150,13 @@ class _Comparison:
         if len(shape) != 2 or self.packed.varies:
             return None
         bits, group = self.packed.bits, self.packed.group
+        if self.layout.whole and group and shape[1] % group:
+            return f"{shown(held.tensor.name)} is of {shape[1]} inputs, which groups of {group} do not divide"
         wrong = self.layout.fault(held.parts, shape, bits, group)
         if wrong is None:
             return None
         part, asked = wrong
-        what = f"{_name(held.parts[part].name)} is {_by(held.parts[part].shape)}"
+        what = f"{shown(held.parts[part].name)} is {_by(held.parts[part].shape)}"
         for other in self.layout.bits:
             if other != bits and self.layout.fault(held.parts, shape, other, group) is None:
                 return f"{what}, which means {other} bits, and the config says {bits}"
@@ -239,10 +180,10 @@ class _Comparison:
         if held.packed:
             return self._packed_fault(held, shape)
         if tensor.shape != shape and not self._converts(held, shape):
-            return f"{_name(tensor.name)} is {_by(tensor.shape)}, the config asks for {_by(shape)}"
+            return f"{shown(tensor.name)} is {_by(tensor.shape)}, the config asks for {_by(shape)}"
         numbers = weight.tensor.dtype is None or "float" in weight.tensor.dtype
         if numbers and tensor.dtype.startswith(("int", "uint", "bool")):
-            return f"{_name(tensor.name)} is {tensor.dtype}, and the config says nothing of packed weights"
+            return f"{shown(tensor.name)} is {tensor.dtype}, and the config says nothing of packed weights"
         return None
 
     def _converts(self, held: Held, shape: Shape) -> bool:
@@ -263,7 +204,7 @@ class _Comparison:
                 asked = " and ".join(_by(shape) for shape in wanted)
                 count = f"{len(everything)} tensors" if len(everything) > 1 else "one tensor"
                 first = everything[0]
-                what = f"{_name(first.name)} and what belongs to it, {count}, do not make {_name(name)}, {asked} by the config"
+                what = f"{shown(first.name)} and what belongs to it, {count}, do not make {shown(name)}, {asked} by the config"
                 yield first, what
 
     # ---- missing ----
@@ -272,22 +213,26 @@ class _Comparison:
         missing = list(self._missing(naming))
         if not missing:
             return
+        if naming.names:
+            own = {name: stored for stored, name in naming.names.items()}[missing[0]]
+            what = f"does not hold {shown(own)}{more(missing)}, which its metadata asks for"
+            raise self._error(self.read.files[0].name, f"{what}: {DOWNLOAD_AGAIN}")
         if not self.arrived and not self.converted:
-            first = f"{_name(self.read.tensors[0].name)} in {_name(self.read.tensors[0].file)}" if self.read.tensors else "nothing"
+            first = f"{shown(self.read.tensors[0].name)} in {shown(self.read.tensors[0].file)}" if self.read.tensors else "nothing"
             what = f"asks for {len(missing)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
         name = missing[0]
         listed = self.read.listed.get(name)
         if listed is not None:
-            what = f"does not hold {_name(name)}{_more(missing)}, which the index says it does"
-            raise self._error(listed, f"{what}: download it again")
+            what = f"does not hold {shown(name)}{more(missing)}, which the index says it does"
+            raise self._error(listed, f"{what}: {DOWNLOAD_AGAIN}")
         packed = next((tensor for tensor in self.read.tensors if tensor.name.endswith(".qweight")), None)
         if packed is not None and self.packed is None:
-            what = f"says nothing of packed weights, and {_name(packed.name)} in {_name(packed.file)} is one"
+            what = f"says nothing of packed weights, and {shown(packed.name)} in {shown(packed.file)} is one"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
         files = self.read.files
         where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
-        what = f"asks for {_name(name)}{_more(missing)}, which {where} holds"
+        what = f"asks for {shown(name)}{more(missing)}, which {where} holds"
         raise self._error(CONFIG, f"{what}: complete the download, or {_TOGETHER}")
 
     def _missing(self, naming: Naming) -> Iterator[str]:
@@ -309,8 +254,8 @@ class _Comparison:
         here = {tensor.name for tensor in self.read.tensors}
         absent = [name for name in self.read.listed if name not in here]
         if absent:
-            what = f"does not hold {_name(absent[0])}{_more(absent)}, which the index says it does"
-            raise self._error(self.read.listed[absent[0]], f"{what}: download it again")
+            what = f"does not hold {shown(absent[0])}{more(absent)}, which the index says it does"
+            raise self._error(self.read.listed[absent[0]], f"{what}: {DOWNLOAD_AGAIN}")
         if self.packed is None and self.arrived and self.read.parameters < (1 - _MOST_MISSING) * self.found.parameters:
             held, asked = format_count(self.read.parameters), format_count(self.found.parameters)
             raise self._error(CONFIG, f"describes {asked} parameters, and the files hold {held}: {_TOGETHER}")
@@ -338,14 +283,5 @@ def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile(joined) if joined else None
 
 
-def _name(name: str) -> str:
-    """Show a name out of a file; those of tensors are longer than what is usually shown."""
-    return quote(name, 160)
-
-
 def _by(shape: Shape) -> str:
     return " x ".join(str(side) for side in shape) or "a single number"
-
-
-def _more(found: Sized) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""

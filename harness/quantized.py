@@ -47,6 +47,12 @@ class Packed(Record, frozen=True, kw_only=True):
         return f"{method}-{self.bits}" if method == "bitsandbytes" else method
 
     @property
+    def layout(self) -> Layout | None:
+        """How its weights lie in the files, None where that is not known."""
+        found = LAYOUTS.get(self.method)
+        return None if found is None or (self.varies and found.integers) else found
+
+    @property
     def precision(self) -> str | None:
         """The row of PRECISIONS that it is, None where there is none, or it is unpacked."""
         row = None if self.unpacks else row_of(self.title)
@@ -81,7 +87,7 @@ class Layout(Record, frozen=True, kw_only=True):
 
     `main` is the part that holds the weights, under the name of the module, `beside` what helps to unpack it. With `integers`
     only integers are packed under that name. `shapes` gives the parts of a weight for (outputs, inputs, bits, groups); those that
-    it does not name may have any shape. `bits` are the widths that it knows.
+    it does not name may have any shape. `bits` are the widths that it knows; with `whole` only whole groups of inputs are packed.
     """
 
     main: str
@@ -89,6 +95,7 @@ class Layout(Record, frozen=True, kw_only=True):
     shapes: Callable[[int, int, int, int], Mapping[str, Shape]]
     bits: tuple[int, ...] = (4, 8)
     integers: bool = False
+    whole: bool = False
 
     def split(self, tensor: Tensor) -> tuple[str | None, str]:
         """Return the module that a tensor is a part of, and which part; None for one that is not packed."""
@@ -139,7 +146,7 @@ _GROUPED = (".qzeros", ".scales", ".g_idx")
 # bitsandbytes as transformers saves it.
 LAYOUTS: Mapping[str, Layout] = {
     "gptq": Layout(main=".qweight", beside=_GROUPED, shapes=_gptq, bits=(2, 3, 4, 8)),
-    "awq": Layout(main=".qweight", beside=_GROUPED, shapes=_awq),
+    "awq": Layout(main=".qweight", beside=_GROUPED, shapes=_awq, whole=True),
     "chatglm": Layout(main=".weight", beside=(".weight_scale",), shapes=_chatglm, integers=True),
     "bitsandbytes-4": Layout(
         main=".weight", beside=tuple(f".weight.{part}" for part in _STATE), shapes=_nf4, bits=(4,), integers=True
@@ -236,8 +243,9 @@ def _torchao(settings: Mapping[str, Any]) -> str:
 
 
 def _varies(settings: Mapping[str, Any]) -> bool:
-    formats = {str(settings.get(key, "gemm")).casefold() for key in ("version", "format", "checkpoint_format")}
-    return bool(settings.get("dynamic")) or not formats <= {"gemm", "gptq", "gptq_v2"}
+    keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
+    formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
+    return bool(settings.get("dynamic")) or not formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
 
 
 def _positive(value: Any) -> int:

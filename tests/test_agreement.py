@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
-from harness import agreement, blueprint, catalog, checkpoint, skeleton, synth
+from harness import agreement, blueprint, catalog, checkpoint, quality, skeleton, synth
 from harness.blueprint import Blueprint
 from harness.case import Verdict
 from harness.cli import main
 from harness.errors import CheckpointError, UsageError
 from harness.options import Options
 from harness.planner import Planner
+from harness.protocol import ScoreDone
 from harness.session import Session
 from harness.tensor_files import TensorSpec
 from harness.worker import skeleton as worker
@@ -34,7 +36,6 @@ from tests.packed_files import drawn, packed_layout, write_hollow, write_packed
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = skeleton.catalog()["HuggingFaceTB/SmolLM2-135M-Instruct"].config
-CHATGLM = "transformer.layers"
 Tensors = dict[str, TensorSpec]
 UP = "model.layers.3.mlp.up_proj.weight"
 
@@ -478,6 +479,25 @@ def test_packed_weights_need_a_config_that_says_so_and_the_other_way_round(tmp_p
         drawn(tmp_path / "b")
 
 
+def test_awq_packs_whole_groups(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\..*qweight' is of 896 inputs, which groups of 192 do not divide"):
+        drawn(packed(tmp_path, "awq", group_size=192))
+
+
+def test_packing_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
+    """Other versions of AWQ's layout, other bits for some modules, weights of bitsandbytes stored as other numbers."""
+    assert odd(drawn(packed(tmp_path / "a", "awq", version="gemv"))) == ()
+    assert odd(drawn(packed(tmp_path / "b", "gptq", bits=8, dynamic={"+:.*q_proj.*": {"bits": 4}}))) == ()
+    settings = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_storage": "bfloat16",
+    }
+    folder = write_checkpoint(tmp_path / "c", SMOLLM2 | {"quantization_config": settings}, list(without(smollm2(), UP).values()))
+    assert odd(drawn(folder)) == ()
+
+
 def test_the_shapes_of_moss_tell_its_bits(tmp_path: Path) -> None:
     """One published repository says 4 bits of weights that have 8; our MOSS loads what they have, and it is planned as that."""
     name = "moss-moon-003-sft-int8"
@@ -498,14 +518,16 @@ def test_a_gguf_file_is_held_against_its_metadata(tmp_path: Path) -> None:
     whole = checkpoint.read(write_llama(tmp_path / "model.gguf"))
     found = blueprint.of_checkpoint("tiny", "tiny", whole, tmp_path).skeleton
     assert found.naming is not None
-    lacking = checkpoint.Checkpoint(
-        path=whole.path,
-        config=whole.config,
-        files=whole.files,
-        tensors=tuple(t for t in whole.tensors if "blk.1.ffn_up" not in t.name),
-    )
-    with pytest.raises(CheckpointError, match=r"asks for 'model\.layers\.1\.mlp\.up_proj\.weight', which no file holds"):
-        agreement.check(lacking, found)
+    lacking = tuple(tensor for tensor in whole.tensors if "ffn_up" not in tensor.name)
+    with pytest.raises(
+        CheckpointError, match=r"does not hold 'blk\.0\.ffn_up\.weight' \(and 1 more\), which its metadata asks for"
+    ):
+        agreement.check(replace(whole, tensors=lacking), found)
+    short = tuple(replace(tensor, shape=(7,)) if tensor.name == "output_norm.weight" else tensor for tensor in whole.tensors)
+    with pytest.raises(
+        CheckpointError, match=r"model\.gguf: 'output_norm\.weight' is 7, the config asks for 256: download it again"
+    ):
+        agreement.check(replace(whole, tensors=short), found)
 
 
 # ---- beside the weights -----------------------------------------------------------------------------------------------------
@@ -515,6 +537,10 @@ def test_a_missing_tokenizer_is_a_note(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "made", SMOLLM2, list(smollm2().values()))
     said = "there is no tokenizer beside the weights: prompts are token ids, and quality is not measured"
     assert drawn(folder).notes == (said,)
+    assert drawn(folder).tokenizer is False
+    done = ScoreDone(nll=0.0, positions=0, finite=True, agree=None, kl=None, answers=[], phases=[])
+    judged = quality.judge(done, real_weights=True)
+    assert (judged.verdict, judged.why) == ("not measured", "there is no tokenizer beside the weights, so no text was scored")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')  # its vocabulary was not downloaded
     assert drawn(folder).notes == (said,)
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')

@@ -44,7 +44,7 @@ FLOORS = (
     ("bin_header", "quantized", "companions"),
     ("checkpoint",),
     ("anatomy",),
-    ("naming",),
+    ("naming", "shards"),
     ("skeleton",),
     ("agreement",),
     ("devicemap", "sketch", "training"),
