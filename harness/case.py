@@ -111,7 +111,11 @@ class Tier(Record, frozen=True, kw_only=True):
 
 
 class Machine(Record, frozen=True, kw_only=True):
-    """The tiers of a machine, fastest first, and what else describes it."""
+    """The tiers of a machine, fastest first, and what else describes it.
+
+    `mapping_bytes` is the largest file that the system maps for torch and safetensors; None where it sets no such limit, or is
+    not known to.
+    """
 
     name: str
     tiers: tuple[Tier, ...]
@@ -119,6 +123,7 @@ class Machine(Record, frozen=True, kw_only=True):
     cores: int | None = None
     system: str | None = None
     driver: str | None = None
+    mapping_bytes: int | None = None
 
     @property
     def gpus(self) -> tuple[Tier, ...]:
@@ -261,15 +266,19 @@ class Interference(Record, frozen=True, kw_only=True):
 
 
 class Answer(Record, frozen=True, kw_only=True):
-    """One short question of the probe and what the model said."""
+    """One short question of the probe and what the model said; `wrong` says what was wrong with it where that takes a sentence."""
 
     question: str
     answer: str
     correct: bool
+    wrong: str = ""
 
 
 class Quality(Record, frozen=True, kw_only=True):
-    """What the probe found. `reference` is the id of the case that the agreement is measured against."""
+    """What the probe found. `reference` is the id of the case that the agreement is measured against.
+
+    `probe` is the probe's version and, where a model was asked in a dialogue of its own, the name of that: "1", "1+moss-plugin".
+    """
 
     probe: str
     verdict: str

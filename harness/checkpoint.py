@@ -58,7 +58,7 @@ class Checkpoint(Record, frozen=True, kw_only=True):
     """The files of a model. `path` is a local path or a hub id; `config` is config.json, or a GGUF's own metadata.
 
     `remote_code` is the code that these files ask for; reading them runs none of it. `listed` is the file of each tensor by the
-    index, and `repeated` are tensors that a later file holds again.
+    index, and `duplicates` are tensors that a later file holds again.
     """
 
     path: str
@@ -67,7 +67,7 @@ class Checkpoint(Record, frozen=True, kw_only=True):
     files: tuple[FileInfo, ...]
     remote_code: tuple[RemoteCode, ...] = ()
     listed: dict[str, str] = {}
-    repeated: tuple[Tensor, ...] = ()
+    duplicates: tuple[Tensor, ...] = ()
 
     @property
     def distinct(self) -> Iterator[Tensor]:
@@ -173,7 +173,7 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
     parts = _read_files(folder, names)
     # As in transformers, a name that two shards hold means the later one.
     tensors = {tensor.name: tensor for _, found in parts for tensor in found}
-    repeated = [tensor for _, found in parts for tensor in found if tensors[tensor.name] is not tensor]
+    duplicates = [tensor for _, found in parts for tensor in found if tensors[tensor.name] is not tensor]
     return Checkpoint(
         path=path,
         config=config,
@@ -181,7 +181,7 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
         files=tuple(info for info, _ in parts),
         remote_code=remote_code(folder, config),
         listed=listed,
-        repeated=tuple(repeated),
+        duplicates=tuple(duplicates),
     )
 
 

@@ -19,7 +19,8 @@ KIND_ORDER = ("embedding", "attention", "mlp", "norm", "head", "other")
 class Inspection(Record, frozen=True, kw_only=True):
     """A checkpoint in figures. `kind` says what was named: catalog, hub, directory or file; `source` where its files are.
 
-    `notes` say what would hinder loading it, or looks as if files were mixed.
+    `history` is what became of the model since 2023, of those that this project began with. `notes` say what would hinder loading
+    it, or looks as if files were mixed.
     """
 
     schema: int = SCHEMA
@@ -36,6 +37,7 @@ class Inspection(Record, frozen=True, kw_only=True):
     context_length: int | None
     parts: tuple[Part, ...]
     ties: tuple[Tie, ...]
+    history: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,7 +58,9 @@ class Run(Record, frozen=True, kw_only=True):
         return sum(part.bytes for part in self.parts)
 
 
-def inspect(checkpoint: Checkpoint, *, name: str, kind: str, source: str, skeleton: Skeleton | None = None) -> Inspection:
+def inspect(
+    checkpoint: Checkpoint, *, name: str, kind: str, source: str, history: str = "", skeleton: Skeleton | None = None
+) -> Inspection:
     """Put together all that is told of a checkpoint; with the skeleton of its config also whether it holds what that asks for."""
     return Inspection(
         name=name,
@@ -72,6 +76,7 @@ def inspect(checkpoint: Checkpoint, *, name: str, kind: str, source: str, skelet
         context_length=checkpoint.context_length,
         parts=tuple(anatomy(checkpoint)),
         ties=tuple(ties(checkpoint)),
+        history=history,
         notes=agreement.notes(checkpoint, skeleton, packed(checkpoint.config, checkpoint.tensors)),
     )
 

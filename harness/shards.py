@@ -34,7 +34,7 @@ def _counts(read: Checkpoint) -> str | None:
 
 def _misplaced(read: Checkpoint) -> str | None:
     here: dict[str, list[str]] = defaultdict(list)
-    for tensor in (*read.tensors, *read.repeated):
+    for tensor in (*read.tensors, *read.duplicates):
         here[tensor.name].append(tensor.file)
     wrong = [name for name, file in read.listed.items() if name in here and file not in here[name]]
     if not wrong:
@@ -45,12 +45,12 @@ def _misplaced(read: Checkpoint) -> str | None:
 
 
 def _repeated(read: Checkpoint) -> str | None:
-    if not read.repeated:
+    if not read.duplicates:
         return None
     last = {tensor.name: tensor.file for tensor in read.tensors}
-    first = read.repeated[0]
+    first = read.duplicates[0]
     where = f"{shown(first.file)} and in {shown(last[first.name])}"
-    return f"{shown(first.name)} stands in {where}{more(read.repeated)}: the later one counts"
+    return f"{shown(first.name)} stands in {where}{more(read.duplicates)}: the later one counts"
 
 
 def _mixed_dtypes(read: Checkpoint) -> str | None:

@@ -110,15 +110,18 @@ class Count:
         found = {name: self._on_gpu(name) for name in self.gpus}
         found["cpu"] = self._in_ram()
         if "disk" in self.weights:
-            found["disk"] = Parts(weights=self.weights["disk"], written=self._written())
+            found["disk"] = Parts(weights=self.weights["disk"], written=self.written)
         return found
 
-    def _written(self) -> int:
-        """Return the bytes that loading writes into the offload folder.
+    @property
+    def written(self) -> int:
+        """The bytes that loading writes into the offload folder.
 
         transformers 5 (`accelerate_disk_offload`) leaves in a safetensors file what it holds as it is needed, and writes the rest:
         all of other formats, and experts that are stacked while loading. accelerate's own dispatch writes everything.
         """
+        if "disk" not in self.weights:
+            return 0
         if self.rewrites or self.blueprint.file_format != "safetensors":
             return self.weights["disk"]
         return int(self.sums["disk"].joined)
@@ -132,7 +135,7 @@ class Count:
             kv=kv,
             activation=constant["gpu_activation_share"].amount(runs) + _exact(brought),
             overhead=self._on_card + constant["gpu_fragmentation_share"].amount(kv + runs),
-            loading=self._in_flight(name),
+            loading=self._in_flight(name) + _exact(self.sums[name].twice),
         )
 
     @cached_property
@@ -162,7 +165,8 @@ class Count:
         touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
         away = self.sums.get("disk") or Sums()
         # So are tensors that are cast and written anew to the offload folder.
-        file = here.made_from + away.made_from + sum(self.sums[gpu].stored for gpu in self.gpus)
+        again, dropped = here.compared, 0 if here.compared else here.twice
+        file = here.made_from + away.made_from + again + sum(self.sums[gpu].stored for gpu in self.gpus)
         runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work)
         return Parts(
             weights=self.weights.get("cpu", 0),
@@ -176,8 +180,8 @@ class Count:
             overhead=self._process,
             heap=self._heap(here) + self.calibration["heap_share_disk"].amount(away.made),
             libraries=self._libraries,
-            loading=_exact(self.inventory.total.made - here.made if self.through_ram else 0) + self._unpacking,
-            loading_mapped=int(file),
+            loading=_exact((self.inventory.total.made - here.made if self.through_ram else 0) + dropped) + self._unpacking,
+            loading_mapped=int(file + again),  # both of what is compared
         )
 
     @cached_property

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness import skeleton
+from harness import catalog, skeleton
 from harness.cli import main
 from harness.placement import PLACEMENTS, distinct
 from harness.precision import USUAL
@@ -64,6 +64,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
         "parameters": 6_173_286_400,
         "checkpoint_bytes": 13_416_906_785,
         "context_length": 2048,
+        "history": catalog.history("chatglm-6b"),
     }
     assert found["workload"] == {"prompt_tokens": 64, "new_tokens": 16, "batch": 1}
     assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]
@@ -113,7 +114,7 @@ def test_the_table_says_verdict_reason_and_what_to_do(say: Said) -> None:
     assert "chatglm-6b: 6.17 B parameters, 28 blocks, context 2,048" in out
     best = next(line for line in out.splitlines() if line.endswith("<-"))
     assert best.split()[:3] == ["int8", "direct", "fits"]
-    assert "too big for gpu:0: needs 12.0 GiB" in " ".join(out.split())
+    assert "too big for gpu:0: needs 12.9 GiB" in " ".join(out.split())
     assert "fitmatrix plan chatglm-6b --code int8/direct" in out
     assert max(map(len, out.splitlines())) <= 80
 

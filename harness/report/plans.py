@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.case import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict, Workload
+from harness.catalog import history
 from harness.placement import FILE, PLACEMENTS
 from harness.planner import Advice
 from harness.report import terminal
@@ -42,7 +43,8 @@ def show(advices: Sequence[Advice], machine: Machine, load: Workload) -> None:
     for advice in advices:
         parts += [terminal.title(_headline(advice)), _table(advice, machine)]
         reasons = "\n".join(_reasons(advice.plans))
-        parts += [terminal.said(text) for text in (*advice.blueprint.notes, reasons, _conclusion(advice, load)) if text]
+        said = (history(advice.blueprint.name), *advice.blueprint.notes, reasons, _conclusion(advice, load))
+        parts += [terminal.said(text) for text in said if text]
     terminal.show(*parts)
 
 
