@@ -106,12 +106,12 @@ class _Comparison:
         """Say which weights transformers leaves out; masks, scales and what it expects to leave out are not worth a word."""
         if self.naming is None or self.silent or self.naming.names:
             return
-        names = {tensor.name for tensor in self.read.tensors}
+        shapes = {tensor.name: tensor.shape for tensor in self.read.tensors}
         ignored = _any_of(self.naming.may_have)
         left = []
         for held in self.lost:
             tensor = held.tensor
-            counts = weights_in(tensor, 1, names, self.read.config)
+            counts = weights_in(tensor, shapes, self.read.config)
             if counts and not held.packed and not (ignored and ignored.search(held.name)) and not self._belongs(held.name):
                 left.append(tensor)
         if left:

@@ -6,7 +6,6 @@ Nothing here reads a weight. Which files count is decided as transformers decide
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -87,8 +86,8 @@ class Checkpoint(Record, frozen=True, kw_only=True):
     @property
     def parameters(self) -> int:
         """Return how many weights are stored: packed ones unpacked, masks and scales left out, shared ones once."""
-        names = {tensor.name for tensor in self.tensors}
-        return sum(weights_in(tensor, math.prod(tensor.shape), names, self.config) for tensor in self.distinct)
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+        return sum(weights_in(tensor, shapes, self.config) for tensor in self.distinct)
 
     @property
     def dtype_bytes(self) -> dict[str, int]:

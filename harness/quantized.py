@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.case import Record
@@ -186,29 +187,33 @@ def says_bits_of_moss(config: Mapping[str, Any]) -> bool:
 
 
 def _packed_bits(tensors: Iterable[Tensor]) -> int:
-    """Return the bits that shapes of packed weights tell, as MOSS loads them whatever its config says; 0 where none is packed."""
-    shapes = {tensor.name: tensor.shape for tensor in tensors if tensor.name.endswith((".qzeros", ".scales"))}
-    for name, zeros in shapes.items():
-        scales = shapes.get(f"{name.removesuffix('.qzeros')}.scales", ())
-        if name.endswith(".qzeros") and len(zeros) == len(scales) == 2 and scales[1]:
-            return _positive(zeros[1] * 32 // scales[1])
-    return 0
+    """Return the bits of packed weights by their shapes, as MOSS loads them whatever its config says; 0 where none is packed."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    modules = (name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight"))
+    return next((bits for bits in (_bits_of(module, shapes) for module in modules) if bits), 0)
 
 
-def weights_in(tensor: Tensor, elements: int, names: Collection[str], config: Mapping[str, Any]) -> int:
-    """Return how many of the model's weights a stored tensor of `elements` stands for.
+def _bits_of(module: str, shapes: Mapping[str, Shape]) -> int:
+    """Return the bits of a module's weights, which its zeros are packed with as well; 0 where the shapes do not tell."""
+    zeros, scales = shapes.get(f"{module}.qzeros", ()), shapes.get(f"{module}.scales", ())
+    return _positive(zeros[1] * 32 // scales[1]) if len(zeros) == len(scales) == 2 and scales[1] else 0
 
-    Buffers and what only helps to unpack count 0; packed integers count the weights inside them. `names` are all the
+
+def weights_in(tensor: Tensor, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> int:
+    """Return how many of the model's weights a stored tensor stands for.
+
+    Buffers and what only helps to unpack count 0; packed integers count the weights inside them. `shapes` are those of all
     tensors of the checkpoint: a packed tensor is known by what stands beside it.
     """
-    name = tensor.name
+    name, elements = tensor.name, math.prod(tensor.shape)
     if _BESIDE.search(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
         return 0
     if name.endswith(_PACKED_SUFFIXES) and tensor.dtype == "int32":
-        return elements * 32 // (_bits(_settings(config) or {}) or _positive(config.get("wbits")) or 4)
+        said = _bits(_settings(config) or {}) or _positive(config.get("wbits")) or 4
+        return elements * 32 // (_bits_of(name.removesuffix(".qweight"), shapes) or said)
     nibbles = (
-        tensor.dtype == "uint8" and (f"{name}.absmax" in names or f"{name}_scale_2" in names or name.endswith("_blocks"))
-    ) or (tensor.dtype == "int8" and f"{name}_scale" in names and config.get("quantization_bit") == 4)
+        tensor.dtype == "uint8" and (f"{name}.absmax" in shapes or f"{name}_scale_2" in shapes or name.endswith("_blocks"))
+    ) or (tensor.dtype == "int8" and f"{name}_scale" in shapes and config.get("quantization_bit") == 4)
     return elements * 2 if nibbles else elements
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ import torch
 import transformers
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 from harness import agreement, blueprint, catalog, checkpoint, quality, skeleton, synth
 from harness.blueprint import Blueprint
@@ -25,6 +27,7 @@ from harness.cli import main
 from harness.errors import CheckpointError, UsageError
 from harness.options import Options
 from harness.planner import Planner
+from harness.precision import PRECISIONS
 from harness.protocol import ScoreDone
 from harness.session import Session
 from harness.tensor_files import TensorSpec
@@ -364,6 +367,38 @@ def test_of_the_names_of_strangers_nothing_is_said(name: str, tmp_path: Path) ->
     assert odd(drawn(write_checkpoint(tmp_path / "made", config, list(tensors.values())))) == ()
 
 
+# Architectures that transformers converts in as many ways: experts, joined and split projections, scopes and prefixes.
+KINDS = (
+    "gemma3", "llama4", "granitemoe", "jamba", "phimoe", "ernie4_5_moe", "qwen3_next", "bamba", "gpt_oss", "longcat_flash",
+    "deepseek_v3", "olmoe", "mixtral", "lfm2", "falcon_h1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_transformers_would_save_is_whole_and_anything_less_is_not(kind: str) -> None:
+    """On the meta device, through transformers' own reversal of its conversions: names of the hub at the sizes of its defaults."""
+    config: Any = transformers.CONFIG_MAPPING[kind]()
+    for part in (config, getattr(config, "text_config", config)):
+        part.num_hidden_layers = 4
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    found = worker._of_model(model)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    saved = revert_weight_conversion(model, kept)
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    assert agreement.check(of_shapes(shapes), found) == ()
+    for name in random.Random(kind).sample(sorted(shapes), 8):
+        for damaged in (shapes | {name: (*shapes[name][:-1], 7)}, {one: shapes[one] for one in shapes if one != name}):
+            with pytest.raises(CheckpointError):
+                agreement.check(of_shapes(damaged), found)
+
+
+def of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> checkpoint.Checkpoint:
+    file = checkpoint.FileInfo(name="model.safetensors", bytes=1, format="safetensors")
+    tensors = (checkpoint.Tensor(name=one, dtype="bfloat16", shape=shapes[one], bytes=1, file=file.name) for one in shapes)
+    return checkpoint.Checkpoint(path="made", config={}, tensors=tuple(tensors), files=(file,))
+
+
 def loads(folder: Path) -> bool:
     """Say whether transformers loads every weight from the files."""
     try:
@@ -509,6 +544,19 @@ def test_the_shapes_of_moss_tell_its_bits(tmp_path: Path) -> None:
     assert one.packed is not None
     assert one.packed.precision == "gptq-int8"
     assert odd(one) == ()
+    assert checkpoint.read(tmp_path).parameters == pytest.approx(one.skeleton.parameters, rel=0.001)
+
+
+@pytest.mark.parametrize(("way", "part"), [("int8", "SCB"), ("int4", "weight.absmax"), ("nf4-dq", "weight.nested_absmax")])
+def test_a_part_that_bitsandbytes_needs_is_noticed(way: str, part: str, tmp_path: Path) -> None:
+    small_models.save("llama", tmp_path / "plain")
+    model: Any = small_models.load(tmp_path / "plain", PRECISIONS[way])
+    model.save_pretrained(tmp_path / "packed")
+    assert odd(drawn(tmp_path / "packed")) == ()
+    file, lost = tmp_path / "packed" / "model.safetensors", f"model.layers.0.self_attn.q_proj.{part}"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"without its '{re.escape(lost)}': download it again"):
+        drawn(tmp_path / "packed")
 
 
 # ---- GGUF -------------------------------------------------------------------------------------------------------------------
