@@ -15,6 +15,8 @@ from functools import cached_property
 from harness.case import Record
 
 Shape = tuple[int, ...]
+# Names out of hostile files may be endless, and patterns slow on them; those of real tensors have less than 200 letters.
+MOST_LETTERS = 1000
 
 
 class Renaming(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True):
@@ -105,6 +107,8 @@ class Naming(Record, frozen=True, kw_only=True, omit_defaults=True):
     def place(self, stored: str, wanted: Collection[str]) -> Place:
         """Say where a stored tensor goes, among the names that are `wanted`."""
         name = self.names.get(stored, stored)
+        if len(name) > MOST_LETTERS:
+            return Place(name)
         for renaming in self.renamings:
             found = renaming.apply(name)
             name = found[0] if found else name

@@ -610,7 +610,9 @@ def test_an_unknown_model_type_is_planned_with_a_note_and_not_run(tmp_path: Path
     assert "has no class for it, but for 'llama'" in one.unknown
     assert one.unknown.endswith("correct 'model_type' in config.json, or try a newer transformers")
     assert one.unknown in one.notes[0]
-    assert Planner(one, builders.machine()).plan(builders.case()).verdict is Verdict.FITS
+    assert Planner(one, builders.machine(), here=False).plan(builders.case()).verdict is Verdict.FITS  # with another transformers
+    here = Planner(one, builders.machine()).plan(builders.case())
+    assert (here.verdict, here.why) == (Verdict.UNAVAILABLE, one.unknown)
     session = Session(Options(given={"model": ["made"], "results": "results"}))
     try:
         with pytest.raises(CheckpointError, match=r"config\.json: no skeleton for model_type 'lama'"):
