@@ -31,14 +31,15 @@ _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
 class Packed(Record, frozen=True, kw_only=True):
     """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", by which method, its bits and group (0: whole columns).
 
-    `varies`: bits differ from module to module, or the layout is none of LAYOUTS. `unpacks`: transformers makes 16-bit weights of
-    it on loading, where the package for its kernels is not there (mxfp4).
+    `varies`: bits differ from module to module. `foreign`: files hold it in a layout that is none of LAYOUTS. `unpacks`:
+    transformers makes 16-bit weights of it on loading, where the package for its kernels is not there (mxfp4).
     """
 
     title: str
     bits: int
     group: int
     varies: bool = False
+    foreign: bool = False
     unpacks: bool = False
 
     @property
@@ -50,8 +51,7 @@ class Packed(Record, frozen=True, kw_only=True):
     @property
     def layout(self) -> Layout | None:
         """How its weights lie in the files, None where that is not known."""
-        found = LAYOUTS.get(self.method)
-        return None if found is None or (self.varies and found.integers) else found
+        return None if self.foreign else LAYOUTS.get(self.method)
 
     @property
     def precision(self) -> str | None:
@@ -78,7 +78,8 @@ def packed(config: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> Packed 
         title=title,
         bits=int(bits[1]) if bits else 4,
         group=int(group[1]) if group else 0,
-        varies=_varies(_settings(config) or {}),
+        varies=bool((_settings(config) or {}).get("dynamic")),
+        foreign=_is_foreign(_settings(config) or {}),
         unpacks=title.startswith("mxfp4"),
     )
 
@@ -247,10 +248,11 @@ def _torchao(settings: Mapping[str, Any]) -> str:
     return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 60 else "of unknown type"
 
 
-def _varies(settings: Mapping[str, Any]) -> bool:
+def _is_foreign(settings: Mapping[str, Any]) -> bool:
+    """Say whether a quantization_config names a layout that its method does not have by default."""
     keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
     formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
-    return bool(settings.get("dynamic")) or not formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
+    return bool(settings.get("is_marlin_format")) or not formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
 
 
 def _positive(value: Any) -> int:

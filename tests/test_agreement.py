@@ -522,6 +522,7 @@ def test_awq_packs_whole_groups(tmp_path: Path) -> None:
 def test_packing_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
     """Other versions of AWQ's layout, other bits for some modules, weights of bitsandbytes stored as other numbers."""
     assert odd(drawn(packed(tmp_path / "a", "awq", version="gemv"))) == ()
+    assert odd(drawn(packed(tmp_path / "m", "gptq", bits=8, is_marlin_format=True))) == ()
     assert odd(drawn(packed(tmp_path / "b", "gptq", bits=8, dynamic={"+:.*q_proj.*": {"bits": 4}}))) == ()
     settings = {
         "quant_method": "bitsandbytes",
