@@ -103,6 +103,7 @@ WORKER = (
         "worker.keeper",
         "worker.preload",
         "worker.residency",
+        "worker.ranks",
         "worker.convert",
         "worker.written",
         "worker.gguf_config",
