@@ -327,6 +327,21 @@ def test_one_answer_for_all_adds_up_memory_and_keeps_the_first_one_s_times() -> 
     )
 
 
+def test_together_they_hold_no_less_than_the_one_that_holds_most() -> None:
+    """What several of them map is looked at when the request is done, and a phase at its begin had hardly any of it."""
+
+    def answer(rank: int) -> LoadDone:
+        phases = [
+            Phase(name=name, start_s=0.0, end_s=1.0, ram_peak_bytes=peak + rank, ram_anon_bytes=10)
+            for name, peak in (("tokenizer", 100), ("load", 1000))
+        ]
+        return LoadDone(seconds={}, loaded=builders.loaded({"bfloat16": 9}, {"cpu": 9}, {"": "cpu"}), phases=phases)
+
+    done = ranks.together([answer(0), answer(1)], doubled_bytes=900)
+    assert isinstance(done, LoadDone)
+    assert [phase.ram_peak_bytes for phase in done.phases] == [101, 1101]
+
+
 def test_libraries_are_charged_once() -> None:
     parts = [Confined(file_bytes=30, anon_bytes=100, shared_bytes=1), Confined(file_bytes=31, anon_bytes=90, shared_bytes=2)]
     assert ranks.together(parts, 0) == Confined(file_bytes=31, anon_bytes=190, shared_bytes=3)
@@ -335,8 +350,8 @@ def test_libraries_are_charged_once() -> None:
 def test_each_is_told_its_part() -> None:
     confine = Confine(ram=True, vram_bytes=8, gpus=(0, 1))
     assert [ranks._part(confine, rank) for rank in (0, 1)] == [replaced(confine, gpus=(0,)), replaced(confine, gpus=(1,))]
-    score = Score(keep="/scratch/a.npy")
-    assert [ranks._part(score, rank) for rank in (0, 1)] == [score, Score()]
+    score = Score(model="moss-moon-003-sft", keep="/scratch/a.npy", reference="/scratch/b.npy")
+    assert [ranks._part(score, rank) for rank in (0, 1)] == [score, Score(model="moss-moon-003-sft")]
 
 
 def test_peaks_of_one_that_failed_are_not_told_as_those_of_all() -> None:
