@@ -25,6 +25,7 @@ from harness.blueprint import Blueprint
 from harness.case import Verdict
 from harness.cli import main
 from harness.errors import CheckpointError, UsageError
+from harness.naming import MOST_LETTERS, Naming, Place, Renaming
 from harness.options import Options
 from harness.planner import Planner
 from harness.precision import PRECISIONS
@@ -262,6 +263,18 @@ def test_dtypes_that_change_between_files_are_a_note(tmp_path: Path) -> None:
     note = odd(drawn(tmp_path / "made"))[0]
     assert note.startswith("'model.layers.N.") is True
     assert "is bfloat16 in 'model-00001-of-00003.safetensors' and float32 in 'model-00003-of-00003.safetensors'" in note
+
+
+# ---- hostile names ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_without_end_meets_no_pattern() -> None:
+    """Patterns with a gap take the square of its letters; a header has room for 25 MB of them."""
+    renaming = Renaming(pattern="(?P<g0>experts..*end)", target="experts")
+    naming = Naming(renamings=(renaming,))
+    assert naming.place("experts.0.end", ()) == Place("experts")
+    endless = f"experts.{'experts.' * MOST_LETTERS}end"
+    assert naming.place(endless, ()) == Place(endless)
 
 
 # ---- no false alarms -------------------------------------------------------------------------------------------------------

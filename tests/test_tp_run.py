@@ -165,6 +165,12 @@ ENDS: dict[str, tuple[str, str, Outcome, str]] = {
     "a library fails": ("{0}", "{}['q_proj']", Outcome.CRASH, "warm on rank 0 failed: KeyError: 'q_proj'"),
     "a rank exits": ("{1}", "os._exit(3)", Outcome.CRASH, "the process ended during warm on rank 1 with exit code 3"),
     "code exits": ("{1}", "sys.exit(4)", Outcome.CRASH, "the process ended during warm on rank 1 with exit code 4"),
+    "code exits with words": (
+        "{1}",
+        "sys.exit('no way')",
+        Outcome.CRASH,
+        "the process ended during warm on rank 1 with exit code 1, and said last: no way",
+    ),
     "a rank hangs": (
         "{1}",
         "os.kill(os.getpid(), signal.SIGSTOP)",

@@ -242,4 +242,7 @@ def test_the_published_results_are_those_of_main_and_of_nobody_s_pull_request(ca
 def test_a_label_of_another_name_starts_nothing_and_ends_nothing() -> None:
     other = "github.event.action == 'labeled' && github.event.label.name != 'matrix'"
     assert other in WORKFLOWS["matrix.yml"]["concurrency"]["group"]
-    assert "(github.event.action != 'labeled' || github.event.label.name == 'matrix')" in WORKFLOWS["matrix.yml"]["jobs"]["choose"]["if"]
+    assert (
+        "(github.event.action != 'labeled' || github.event.label.name == 'matrix')"
+        in WORKFLOWS["matrix.yml"]["jobs"]["choose"]["if"]
+    )

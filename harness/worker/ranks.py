@@ -82,7 +82,9 @@ def _leave(error: BaseException | None) -> NoReturn:
     """End this process as Python would, without what it does at its end."""
     status = 0 if error is None else 1
     if isinstance(error, SystemExit):
-        status = error.code if isinstance(error.code, int) else status
+        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     elif error is not None:
         traceback.print_exception(error)
     sys.stdout.flush()
