@@ -195,18 +195,8 @@ def silent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Setting]:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    yield Setting(
-        run="a run",
-        machine=builders.machine(),
-        environment={},
-        scratch=scratch,
-        worker_main=process.torch_worker,
-        timeout_s=LONG_S,
-    )
-    assert all(scripted.ends(one) for one in scripted.workers())
-    assert not list(scratch.iterdir())
+    with runs.setting(tmp_path / "scratch", LONG_S) as one:
+        yield one
 
 
 def started(model: Path, setting: Setting, who: str = "{}", end: str = "pass", **limits: int) -> Run:
