@@ -88,6 +88,14 @@ def clean_name(name: str) -> str:
     return _cleaner(secrets_only=True)(name)
 
 
+def gives_away(text: str) -> str | None:
+    """Say what in a text is private by its look, whoever's it is and wherever it comes from; None where nothing is.
+
+    For what `clean` must keep as it is, and for results of other machines, whose names and variables nobody here knows.
+    """
+    return "a secret" if _TOKENS.search(text) else "a user's directory" if _HOMES.search(text) else None
+
+
 def _walk(value: Any, texts: Cleaner) -> Any:
     if isinstance(value, str):
         return texts(value)

@@ -22,7 +22,7 @@ from harness.metrics import METRICS
 from harness.private import clean_text
 from harness.report import charts, view
 from harness.report.figures import surprise
-from harness.report.text import plural, visible
+from harness.report.text import line, plural, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # All charts of a page share this many points, so that a page of 500 cases stays small.
@@ -45,13 +45,21 @@ class Facts:
     problems: tuple[str, ...]
 
 
-def render(results: Sequence[Result], *, title: str | None = None, problems: Sequence[str] = ()) -> str:
+def render(
+    results: Sequence[Result],
+    *,
+    title: str | None = None,
+    problems: Sequence[str] = (),
+    above: Markup | None = None,
+    below: Markup | None = None,
+) -> str:
     """Render results as one page.
 
     Args:
         results: in the order of the file; the last one of a case counts.
         title: the page's title; by default the model and the machine.
         problems: what could not be read from the store, one sentence each.
+        above, below: what a site puts around it.
     """
     points = min(charts.POINTS, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
     found = view.blocks(results, points=points)
@@ -61,6 +69,8 @@ def render(results: Sequence[Result], *, title: str | None = None, problems: Seq
         blocks=found,
         how=[(key, entry) for key, entry in METRICS.items() if key in measured],
         facts=_facts(results, problems),
+        above=above,
+        below=below,
     )
 
 
@@ -115,8 +125,8 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
 
 
 @cache
-def template(name: str) -> jinja2.Template:
-    """Return one of our templates, all of which share their parts, their style and how they write text."""
+def template(name: str, script: str = "page.js") -> jinja2.Template:
+    """Return one of our templates, all of which share their parts, their style and how they write text, and the script it may run."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -125,10 +135,10 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters.update(plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
+    environment.filters.update(clip=_clip, plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
-    style, script = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
-    environment.globals |= {"style_css": Markup(style), "page_js": Markup(script), "policy": _policy(style, script)}
+    style, code = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", script))
+    environment.globals |= {"style_css": Markup(style), "page_js": Markup(code), "policy": _policy(style, code)}
     return environment.get_template(name)
 
 
@@ -139,6 +149,11 @@ def _policy(style: str, script: str) -> str:
         "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; img-src data:; base-uri 'none'; form-action 'none'"
     )
     return sources.format(*hashes)
+
+
+def _clip(text: str, most: int = 120) -> str:
+    """Write a name on one line that has an end."""
+    return line(text, most)
 
 
 def _shown(value: object) -> object:

@@ -1,0 +1,299 @@
+"""Results of many machines as a static site: pages by model, by card and by machine, their data as JSON, and every raw result.
+
+::
+
+    index.html      models, cards, machines; a field to filter them
+    models/         which card a model needs, what runs it where, what changed over library versions
+    cards/          what runs on a card, or on the part of one that --vram allowed
+    machines/       the page of `fitmatrix report` for one machine
+    raw/            each result as a file of its own, which every figure leads to
+    provenance.html the files that all of it comes from, and what was refused
+
+Beside each page lies its data, with the ending .json: one object with `schema` (SCHEMA), whose links are relative to itself, as those
+of the page are. So a site works from any folder, path and server, and from disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from markupsafe import Markup
+
+from harness import artifacts, published
+from harness.artifacts import Artifact
+from harness.case import Result, encode, to_builtins
+from harness.errors import StoreError
+from harness.private import clean_text
+from harness.published import Entry, Joined, Refusal
+from harness.report import atlas, charts, page
+from harness.report.atlas import Atlas, Card, Link, Model, Need, Row, Rung, Tally, Trend
+
+SCHEMA = 1
+MARKER = "fitmatrix-site"
+# All that stands at the root of a site; what else lies there is its owner's.
+NAMES = frozenset({MARKER, ".nojekyll", "index.html", "index.json", "provenance.html", "provenance.json", "models", "cards", "machines", "raw"})
+# Fewer pieces of work than these are done before other processes have started.
+_WORTH_SHARING = 32
+# Trends that a page shows; its JSON has all.
+_MOST_TRENDS = 40
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def gather(found: Sequence[Artifact], folder: Path, now: datetime) -> Joined:
+    """Read files of results, check each result, keep what holds in `folder`/raw and join it.
+
+    What one process holds is a result at a time, and of those that hold what the pages of many results show.
+    """
+    (folder / "raw").mkdir()
+    taken = _shared(functools.partial(_take, folder=folder / "raw", now=now), list(enumerate(found)))
+    entries = [msgspec.json.decode(line, type=Entry) for lines, _ in taken for line in lines]
+    refusals = [refusal for _, refused in taken for refusal in refused]
+    joined = published.join([artifact.name for artifact in found], entries, refusals)
+    kept = {f"{entry.digest}.json" for entry in joined.entries}
+    for file in (folder / "raw").iterdir():
+        if file.name not in kept:
+            file.unlink()
+    return joined
+
+
+def _take(numbered: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[list[bytes], list[Refusal]]:
+    """Write each sound result of a file into `folder`; return what is to know of each, encoded, and what was refused."""
+    number, artifact = numbered
+    entries: list[bytes] = []
+    refused: list[Refusal] = []
+    try:
+        for line, read in artifacts.read(artifact):
+            result = published.examine(read, now) if isinstance(read, Result) else read
+            if isinstance(result, str):
+                refused.append(Refusal(source=number, line=line, why=clean_text(result)))
+                continue
+            data = encode(result)
+            digest = published.digest(data)
+            (folder / f"{digest}.json").write_bytes(data + b"\n")
+            entry = Entry(result=published.light(result), digest=digest, source=number, line=line, cleaned=result != read)
+            entries.append(encode(entry))
+    except StoreError as error:
+        why = str(error).removeprefix(f"{artifact.where}: ")
+        refused.append(Refusal(source=number, line=None, why=clean_text(why)))
+    return entries, refused
+
+
+def write(joined: Joined, folder: Path, now: datetime) -> int:
+    """Write all pages of a site into a folder that `gather` has begun; return how many there are."""
+    drawn = atlas.draw(joined.entries)
+    (folder / ".nojekyll").touch()  # GitHub's own generator would leave files out
+    pages = list(_pages(drawn, joined, now))
+    for name in ("models", "cards", "machines"):
+        (folder / name).mkdir(exist_ok=True)
+    for one in pages:
+        _write(folder, one.link, one.html(), one.data)
+    _shared(functools.partial(_machine_page, folder=folder), [_MachineWork.of(tally, drawn) for tally in drawn.machines])
+    return len(pages) + len(drawn.machines)
+
+
+@dataclass(frozen=True)
+class _Page:
+    """A page to be written: where, from which template and what it says, to people and to programs."""
+
+    link: str
+    template: str
+    says: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+    def html(self) -> str:
+        up, data = "../" * self.link.count("/"), _data_beside(self.link)
+        return page.template(self.template, "site.js").render(up=up, data=data, **self.says)
+
+
+def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
+    newest = max(entry.result.at for entry in joined.entries)[:10]
+    facts = {"results": len(joined.entries), "newest": newest, "refused": len(joined.refusals), "sources": len(joined.sources)}
+    index = {
+        **facts,
+        "models": [_model_line(model) for model in drawn.models],
+        "cards": [{"name": card.name, **_card_json(card), "page": link.page, "models": len(tallies)} for card, link, tallies, _ in drawn.cards],
+        "machines": [{"name": t.link.name, "page": t.link.page, "cases": len(t.rows), "works": t.works, "newest": t.newest} for t in drawn.machines],
+    }
+    yield _Page("index.html", "site_index.html.j2", {"atlas": drawn, "facts": facts}, index)
+    for model in drawn.models:
+        says = {"model": model, "trends": [(trend, spark(trend)) for trend in model.trends[:_MOST_TRENDS]]}
+        yield _Page(model.link.page, "site_model.html.j2", says, _model_json(model))
+    for card, link, tallies, there in drawn.cards:
+        yield _Page(link.page, "site_card.html.j2", {"card": card, "tallies": tallies, "there": there}, _card_page_json(card, tallies, there))
+    says = {"joined": joined, "checked": published.CHECKED, "facts": facts, "built": f"{now:%Y-%m-%d %H:%M} UTC"}
+    yield _Page("provenance.html", "site_provenance.html.j2", says, {"built": f"{now:%Y-%m-%dT%H:%M:%SZ}", **to_json(joined)})
+
+
+def _data_beside(link: str) -> str:
+    return Path(link).with_suffix(".json").name
+
+
+def to_json(joined: Joined) -> dict[str, Any]:
+    """Return what is known of the sources, and each refusal with its place."""
+    refusals = [{"where": joined.where(refusal), "why": refusal.why} for refusal in joined.refusals]
+    return {"sources": [to_builtins(source) for source in joined.sources], "refused": refusals}
+
+
+@dataclass(frozen=True)
+class _MachineWork:
+    """What another process needs to write the page of a machine: nothing of other machines."""
+
+    link: Link
+    digests: tuple[str, ...]
+    above: Markup
+    below: Markup
+    data: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, tally: Tally, drawn: Atlas) -> _MachineWork:
+        parts = page.template("site_machine.html.j2", "site.js").module
+        history = drawn.history[tally.link.page]
+        return cls(
+            link=tally.link,
+            digests=tuple(row.entry.digest for row in history),
+            above=Markup(parts.above(tally)),  # type: ignore[attr-defined]
+            below=Markup(parts.below(tally, _data_beside(tally.link.page))),  # type: ignore[attr-defined]
+            data={
+                "machine": to_builtins(tally.rows[-1].result.machine),
+                "results": [_result_json(row) for row in history],
+            },
+        )
+
+
+def _machine_page(work: _MachineWork, folder: Path) -> None:
+    read = ((folder / "raw" / f"{digest}.json").read_bytes() for digest in work.digests)
+    results = [msgspec.json.decode(data, type=Result) for data in read]
+    _write(folder, work.link.page, page.render(results, title=work.link.name, above=work.above, below=work.below), work.data)
+
+
+def _write(folder: Path, link: str, html: str, data: Mapping[str, Any]) -> None:
+    path = folder / link
+    path.write_text(html, encoding="utf-8")
+    up = "../" * link.count("/")
+    text = json.dumps({"schema": SCHEMA, **_relative(data, up)}, ensure_ascii=True, separators=(",", ":"))
+    path.with_suffix(".json").write_text(text + "\n", encoding="ascii")
+
+
+def _relative(value: Any, up: str) -> Any:
+    """Write links, which are the values of `page` and `raw`, as seen from the page."""
+    if isinstance(value, Mapping):
+        return {key: f"{up}{inner}" if key in ("page", "raw") else _relative(inner, up) for key, inner in value.items()}
+    return [_relative(inner, up) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _link_json(link: Link) -> dict[str, Any]:
+    return {"name": link.name, "page": link.page}
+
+
+def _card_json(card: Card) -> dict[str, Any]:
+    return {"card": card.model, "bytes": card.size, "emulated": card.emulated, "count": card.count}
+
+
+def _result_json(row: Row) -> dict[str, Any]:
+    """Return what is known of one result, but for what only its raw file holds."""
+    result = row.result
+    return {
+        "id": result.id,
+        "case": to_builtins(result.case),
+        "weights": result.weights,
+        "machine": _link_json(row.machine),
+        "model": _link_json(row.model),
+        "run": result.run,
+        "at": result.at,
+        "verdict": result.verdict.value,
+        "outcome": result.outcome.value,
+        "stage": result.stage,
+        "why": result.why,
+        "metrics": result.metrics,
+        "noisy": result.noisy,
+        "answers": row.quality or None,
+        "environment": result.environment,
+        "raw": row.raw,
+    }
+
+
+def _short_json(row: Row | None) -> dict[str, Any] | None:
+    """Name a result and its file, where another list has all of it."""
+    return None if row is None else {"id": row.result.id, "machine": _link_json(row.machine), "metrics": row.result.metrics, "raw": row.raw}
+
+
+def _need_json(need: Need | None) -> dict[str, Any] | None:
+    if need is None:
+        return None
+    told = {"precision": need.precision, "placement": need.placement, "vram_bytes": int(need.bytes), "card_bytes": need.card}
+    return {**told, "measured": not need.planned, "basis": need.basis, "raw": need.row.raw}
+
+
+def _rung_json(rung: Rung) -> dict[str, Any]:
+    known = {"card_bytes": rung.size, "measured": rung.row is not None, "works": rung.row.works if rung.row else True}
+    return {**known, "result": _short_json(rung.row), "predicted": _need_json(rung.need)}
+
+
+def _model_line(model: Model) -> dict[str, Any]:
+    smallest = model.smallest
+    return {
+        **_link_json(model.link),
+        "smallest_card_bytes": smallest.size if smallest else None,
+        "best": _short_json(model.best),
+        "machines": len(model.machines),
+        "cases": len(model.rows),
+        "works": model.works,
+    }
+
+
+def _model_json(model: Model) -> dict[str, Any]:
+    return {
+        "model": model.link.name,
+        "workload": to_builtins(model.workload),
+        "cards": [_rung_json(rung) for rung in model.rungs],
+        "needs": [_need_json(need) for need in model.needs],
+        "machines": [{**_link_json(tally.link), "best": _short_json(tally.best), "cases": len(tally.rows), "works": tally.works} for tally in model.machines],
+        "trends": [_trend_json(trend) for trend in model.trends],
+        "results": [_result_json(row) for row in model.rows],
+    }
+
+
+def _trend_json(trend: Trend) -> dict[str, Any]:
+    versions = [{"changed": list(one.changed), "at": one.row.result.at, **(_short_json(one.row) or {})} for one in trend.versions]
+    return {"id": trend.row.result.id, "machine": _link_json(trend.row.machine), "change": trend.change, "versions": versions}
+
+
+def _card_page_json(card: Card, tallies: Sequence[Tally], there: Sequence[Link]) -> dict[str, Any]:
+    models = [{**_link_json(t.link), "best": _short_json(t.best), "cases": len(t.rows), "works": t.works, "predicted": _need_json(t.need)} for t in tallies]
+    return {"name": card.name, **_card_json(card), "machines": [_link_json(link) for link in there], "models": models}
+
+
+def spark(trend: Trend) -> Markup | None:
+    """Draw the speed of a case over its versions as a line; the table beside it says the same. None for fewer than two speeds."""
+    speeds = [(at, float(one.row.speed.value)) for at, one in enumerate(trend.versions) if one.row.speed.value]
+    if len(speeds) < 2:
+        return None
+    top, last = max(speed for _, speed in speeds) * 1.1 or 1, len(trend.versions) - 1
+    points = [(charts.short(4 + 112 * at / last), charts.short(30 - 28 * speed / top)) for at, speed in speeds]
+    line = Markup('<path d="M{}"/>').format("L".join(f"{x} {y}" for x, y in points))
+    dots = Markup("").join(Markup('<circle cx="{}" cy="{}" r="2.5"/>').format(x, y) for x, y in points)
+    return Markup('<svg class="spark" viewBox="0 0 120 32" aria-hidden="true"><path class="floor" d="M4 30H116"/>') + line + dots + Markup("</svg>")
+
+
+def _shared(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
+    """Do pieces of work, many of them in as many processes as there are cores; the results keep their order."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(pieces) < _WORTH_SHARING or cores < 2:
+        return [work(piece) for piece in pieces]
+    pool = ProcessPoolExecutor(cores, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        return list(pool.map(work, pieces, chunksize=max(len(pieces) // (cores * 8), 1)))
+    finally:
+        pool.shutdown(cancel_futures=True)
