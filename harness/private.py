@@ -88,6 +88,7 @@ def clean_name(name: str) -> str:
     return _cleaner(secrets_only=True)(name)
 
 
+@functools.lru_cache(maxsize=4096)
 def gives_away(text: str) -> str | None:
     """Say what in a text is private by its look, whoever's it is and wherever it comes from; None where nothing is.
 

@@ -41,6 +41,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "top1_agreement": (0, 1 + _CLOSE),
     "kl": (-_CLOSE, math.inf),
 }
+# What `private.clean` leaves as it is and may hold text.
+_NUMBERS = {"schema", "verdict", "outcome", "samples", "phases", "timeline", "estimate", "allowed_s"}
+_KEPT = tuple(name for name in Result.__struct_fields__ if private.KEPT.fullmatch(name) and name not in _NUMBERS)
 _RAM = ("ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_peak_bytes")
 _VRAM = ("vram_peak_bytes", "vram_process_peak_bytes", "load_vram_peak_bytes")
 
@@ -117,28 +120,10 @@ def examine(result: Result, now: datetime) -> Result | str:
 def cleaned(result: Result) -> Result | str:
     """Return a result without what is private, or say what of it is private and cannot be taken out."""
     clean = private.clean(result)
-    for name, value in zip(clean.__struct_fields__, msgspec.structs.astuple(clean), strict=True):
-        if private.KEPT.fullmatch(name):
-            for text in _texts(value):
-                if said := private.gives_away(text):
-                    return f"tells {said} in its {name}, which cannot be taken out: measure again where nothing carries that name"
+    for name in _KEPT:
+        if said := private.gives_away(msgspec.json.encode(getattr(clean, name)).decode()):
+            return f"tells {said} in its {name}, which cannot be taken out: measure again where nothing carries that name"
     return clean
-
-
-def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _texts(inner)
-    elif isinstance(value, (list, tuple)):
-        if not value or not isinstance(value[0], (int, float)):  # a column of samples
-            for inner in value:
-                yield from _texts(inner)
-    elif isinstance(value, msgspec.Struct):
-        for inner in msgspec.structs.astuple(value):
-            yield from _texts(inner)
 
 
 def digest(line: bytes) -> str:

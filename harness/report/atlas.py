@@ -29,6 +29,8 @@ K = TypeVar("K", bound=Hashable)
 
 # What cards are sold with.
 USUAL = tuple(size * GIB for size in (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192))
+# Cards of one size as it is sold differ by so much: those of 80 GB have 79.1 to 80 GiB.
+_ALIKE = 0.03
 _SLUG = 60
 # Names that Windows keeps for devices, whatever stands behind a dot.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
@@ -47,6 +49,12 @@ def slug(name: str, key: str | None = None) -> str:
         return plain
     told = hashlib.sha256((key if key is not None else name).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{plain}-{told}" if plain and not _DEVICES.fullmatch(plain) else f"x-{plain}-{told}".replace("--", "-")
+
+
+def gib(size: int) -> str:
+    """Write the size of a card as it is sold or was given: "8 GiB", "7.5 GiB"."""
+    exact = f"{size / GIB:.6g}"
+    return f"{exact} GiB" if float(exact) * GIB == size else units.exact_size(size)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Card:
     @property
     def name(self) -> str:
         if self.emulated:
-            return f"{units.exact_size(self.size)}, emulated on {self.model}"
+            return f"{gib(self.size)}, emulated on {self.model}"
         return f"{f'{self.count} × ' if self.count > 1 else ''}{self.model}, {units.format_size(self.size)}"
 
     @property
@@ -80,7 +88,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Row:
-    """One result as a line of a table. `raw` is its own file, seen from the root of the site."""
+    """One result as a line of a table. `raw` is its own file, seen from the root of the site.
+
+    `takes` is what its process took of a card or, without one, of the RAM, `kind` which of them; None where nothing was measured.
+    """
 
     entry: Entry
     model: Link
@@ -88,7 +99,8 @@ class Row:
     card: Card | None
     status: Status
     memory: Memory | None
-    vram: Figure
+    takes: Figure | None
+    kind: str
     ready: Figure
     speed: Figure
     quality: str
@@ -170,6 +182,11 @@ class Trend:
     versions: tuple[Version, ...]
     change: float | None
 
+    @property
+    def first(self) -> Row | None:
+        """The oldest that has a speed."""
+        return next((version.row for version in self.versions if version.row.speed.value), None)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -207,11 +224,36 @@ class Model:
 
 
 @dataclass(frozen=True)
+class OnCard:
+    """The page of a card: each model that was tried on it or should fit, and the machines that have it."""
+
+    card: Card
+    models: tuple[Tally, ...]
+    machines: tuple[Link, ...]
+
+    @property
+    def link(self) -> Link:
+        return self.card.link
+
+    @property
+    def tried(self) -> tuple[Tally, ...]:
+        return tuple(tally for tally in self.models if tally.rows)
+
+    @property
+    def predicted(self) -> tuple[Tally, ...]:
+        return tuple(tally for tally in self.models if not tally.rows)
+
+    @property
+    def works(self) -> int:
+        return sum(tally.works > 0 for tally in self.models)
+
+
+@dataclass(frozen=True)
 class Atlas:
     """Everything that a site shows; `history` are all results of a machine by its page, also those that newer ones replaced."""
 
     models: tuple[Model, ...]
-    cards: tuple[tuple[Card, Link, tuple[Tally, ...], tuple[Link, ...]], ...]
+    cards: tuple[OnCard, ...]
     machines: tuple[Tally, ...]
     history: Mapping[str, tuple[Row, ...]]
 
@@ -232,6 +274,13 @@ def draw(entries: Sequence[Entry]) -> Atlas:
     )
 
 
+def of_machine(entries: Sequence[Entry]) -> tuple[Tally, list[Row]]:
+    """Return the current results of one machine, and all of them."""
+    machines = _machine_links(entries)
+    rows = [_row(entry, machines) for entry in entries]
+    return _tally(rows[0].machine, _current(rows)), rows
+
+
 def _machine_links(entries: Iterable[Entry]) -> dict[str, Link]:
     found = {identity(entry.result.machine): entry.result.machine for entry in entries}
     return {
@@ -245,15 +294,19 @@ def _machine_links(entries: Iterable[Entry]) -> dict[str, Link]:
 
 
 def _row(entry: Entry, machines: Mapping[str, Link]) -> Row:
-    result = entry.result
+    result, card = entry.result, card_of(entry.result)
+    found = memory(result)
+    vram = max((metric(result, key) for key in ("vram_peak_bytes", "vram_process_peak_bytes")), key=lambda one: float(one.value or 0))
+    measured = found.peak if found and not found.predicted else None
     return Row(
         entry=entry,
         model=Link(result.case.model, f"models/{slug(result.case.model)}.html"),
         machine=machines[identity(result.machine)],
-        card=card_of(result),
+        card=card,
         status=status(result),
-        memory=memory(result),
-        vram=metric(result, "vram_process_peak_bytes" if "vram_process_peak_bytes" in result.metrics else "vram_peak_bytes"),
+        memory=found,
+        takes=vram if vram.value else measured,
+        kind="VRAM" if vram.value else found.kind if found else "",
         ready=metric(result, "ready_s"),
         speed=metric(result, "decode_tok_s"),
         quality=result.quality.verdict.replace("_", " ") if result.quality else "",
@@ -306,21 +359,26 @@ def _tally(link: Link, rows: Sequence[Row], need: Need | None = None) -> Tally:
 
 
 def _model(name: str, rows: Sequence[Row], history: Sequence[Row]) -> Model:
-    (workload, _), *others = Counter(row.result.case.workload for row in rows).most_common()
-    ours = [row for row in rows if row.result.case.workload == workload]
+    ours = _of_most(rows)
     needs = _needs(ours)
     return Model(
         link=rows[0].model,
-        workload=workload,
-        others=len(others),
+        workload=ours[0].result.case.workload,
+        others=len({row.result.case.workload for row in rows}) - 1,
         synthetic=any(row.result.weights == "synthetic" for row in ours),
         rungs=tuple(_rungs(ours, needs)),
         needs=needs,
-        machines=tuple(_tally(found[0].machine, found) for found in _by_name(ours, lambda row: row.machine)),
+        machines=tuple(_tally(found[0].machine, _of_most(found)) for found in _by_name(rows, lambda row: row.machine)),
         trends=_trends(history),
         rows=tuple(rows),
         best=best(ours),
     )
+
+
+def _of_most(rows: Sequence[Row]) -> list[Row]:
+    """Keep those of the workload that most have: figures of others do not compare."""
+    ((workload, _),) = Counter(row.result.case.workload for row in rows).most_common(1)
+    return [row for row in rows if row.result.case.workload == workload]
 
 
 def _needs(rows: Iterable[Row]) -> tuple[Need, ...]:
@@ -339,7 +397,7 @@ def _is_whole(result: Result) -> bool:
 
 
 def _measured_need(rows: Iterable[Row]) -> Need | None:
-    peaks = [(row, *_peak(row)) for row in rows if row.works and row.vram.value]
+    peaks = [(row, *_peak(row)) for row in rows if row.works and row.kind == "VRAM" and row.takes]
     if not peaks:
         return None
     row, size, basis = max(peaks, key=lambda peak: peak[1])
@@ -348,8 +406,8 @@ def _measured_need(rows: Iterable[Row]) -> Need | None:
 
 def _peak(row: Row) -> tuple[float, str]:
     """Return what a process took of the card: as measured, or torch's figure and what the plan allows for the context."""
-    size = float(row.vram.value)
-    if row.vram.key == "vram_process_peak_bytes":
+    size = float(row.takes.value) if row.takes else 0.0
+    if "vram_process_peak_bytes" in row.result.metrics:
         return size, "measured"
     tiers = row.result.estimate.tiers if row.result.estimate else {}
     more = max((tier.overhead_bytes for name, tier in tiers.items() if name not in ("cpu", "disk")), default=0)
@@ -376,7 +434,8 @@ def _rungs(rows: Iterable[Row], needs: Sequence[Need]) -> Iterable[Rung]:
     on_cards = [row for row in rows if row.card and row.card.count == 1 and row.card.size]
     measured = _grouped(on_cards, lambda row: round((row.card.size if row.card else 0) / GIB, 1))
     sizes = {size: int(size * GIB) for size in measured}
-    sizes |= {round(need.card / GIB, 1): need.card for need in needs if need.card}
+    usual = {need.card for need in needs if need.card and not any(abs(need.card / GIB - size) < _ALIKE * size for size in measured)}
+    sizes |= {size / GIB: size for size in usual}
     for size in sorted(sizes):
         if size in measured:
             found = measured[size]
@@ -386,13 +445,16 @@ def _rungs(rows: Iterable[Row], needs: Sequence[Need]) -> Iterable[Rung]:
             yield Rung(sizes[size], f"{size:g} GiB", need=max(fitting, key=lambda need: need.bytes))
 
 
-def _cards(rows: Iterable[Row], models: Sequence[Model]) -> Iterable[tuple[Card, Link, tuple[Tally, ...], tuple[Link, ...]]]:
-    found = _grouped((row for row in rows if row.card), lambda row: row.card)
-    for card in sorted((card for card in found if card), key=lambda card: (card.size, card.model, card.emulated)):
-        of_model = _grouped(found[card], lambda row: row.model.page)
-        tallies = [_tally(model.link, of_model.get(model.link.page, ()), _fitting(model, card)) for model in models]
-        there = tuple(dict.fromkeys(row.machine for row in found[card]))
-        yield card, card.link, tuple(tally for tally in tallies if tally.rows or tally.need), there
+def _cards(rows: Iterable[Row], models: Sequence[Model]) -> list[OnCard]:
+    found = _grouped(((row.card, row) for row in rows if row.card), lambda pair: pair[0].link.page)
+    cards = [_on_card(pairs[0][0], [row for _, row in pairs], models) for pairs in found.values()]
+    return sorted(cards, key=lambda one: (one.card.size, one.card.name))
+
+
+def _on_card(card: Card, rows: Sequence[Row], models: Sequence[Model]) -> OnCard:
+    of_model = _grouped(rows, lambda row: row.model.page)
+    tallies = [_tally(model.link, of_model.get(model.link.page, ()), _fitting(model, card)) for model in models]
+    return OnCard(card, tuple(t for t in tallies if t.rows or t.need), tuple(dict.fromkeys(row.machine for row in rows)))
 
 
 def _fitting(model: Model, card: Card) -> Need | None:

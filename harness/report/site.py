@@ -36,7 +36,7 @@ from harness.errors import StoreError
 from harness.private import clean_text
 from harness.published import Entry, Joined, Refusal
 from harness.report import atlas, charts, page
-from harness.report.atlas import Atlas, Card, Link, Model, Need, Row, Rung, Tally, Trend
+from harness.report.atlas import Atlas, Link, Model, Need, OnCard, Row, Rung, Tally, Trend
 
 SCHEMA = 1
 MARKER = "fitmatrix-site"
@@ -99,7 +99,8 @@ def write(joined: Joined, folder: Path, now: datetime) -> int:
         (folder / name).mkdir(exist_ok=True)
     for one in pages:
         _write(folder, one.link, one.html(), one.data)
-    _shared(functools.partial(_machine_page, folder=folder), [_MachineWork.of(tally, drawn) for tally in drawn.machines])
+    digests = [[row.entry.digest for row in drawn.history[tally.link.page]] for tally in drawn.machines]
+    _shared(functools.partial(_machine_page, folder=folder), digests)
     return len(pages) + len(drawn.machines)
 
 
@@ -114,7 +115,7 @@ class _Page:
 
     def html(self) -> str:
         up, data = "../" * self.link.count("/"), _data_beside(self.link)
-        return page.template(self.template, "site.js").render(up=up, data=data, **self.says)
+        return page.template(self.template, "site.js").render(up=up, data=data, gib=atlas.gib, **self.says)
 
 
 def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
@@ -123,15 +124,15 @@ def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
     index = {
         **facts,
         "models": [_model_line(model) for model in drawn.models],
-        "cards": [{"name": card.name, **_card_json(card), "page": link.page, "models": len(tallies)} for card, link, tallies, _ in drawn.cards],
-        "machines": [{"name": t.link.name, "page": t.link.page, "cases": len(t.rows), "works": t.works, "newest": t.newest} for t in drawn.machines],
+        "cards": [_card_line(on) for on in drawn.cards],
+        "machines": [{**_tally_json(tally), "newest": tally.newest} for tally in drawn.machines],
     }
     yield _Page("index.html", "site_index.html.j2", {"atlas": drawn, "facts": facts}, index)
     for model in drawn.models:
         says = {"model": model, "trends": [(trend, spark(trend)) for trend in model.trends[:_MOST_TRENDS]]}
         yield _Page(model.link.page, "site_model.html.j2", says, _model_json(model))
-    for card, link, tallies, there in drawn.cards:
-        yield _Page(link.page, "site_card.html.j2", {"card": card, "tallies": tallies, "there": there}, _card_page_json(card, tallies, there))
+    for on in drawn.cards:
+        yield _Page(on.link.page, "site_card.html.j2", {"on": on, "card": on.card}, _card_json(on))
     says = {"joined": joined, "checked": published.CHECKED, "facts": facts, "built": f"{now:%Y-%m-%d %H:%M} UTC"}
     yield _Page("provenance.html", "site_provenance.html.j2", says, {"built": f"{now:%Y-%m-%dT%H:%M:%SZ}", **to_json(joined)})
 
@@ -146,36 +147,17 @@ def to_json(joined: Joined) -> dict[str, Any]:
     return {"sources": [to_builtins(source) for source in joined.sources], "refused": refusals}
 
 
-@dataclass(frozen=True)
-class _MachineWork:
-    """What another process needs to write the page of a machine: nothing of other machines."""
-
-    link: Link
-    digests: tuple[str, ...]
-    above: Markup
-    below: Markup
-    data: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, tally: Tally, drawn: Atlas) -> _MachineWork:
-        parts = page.template("site_machine.html.j2", "site.js").module
-        history = drawn.history[tally.link.page]
-        return cls(
-            link=tally.link,
-            digests=tuple(row.entry.digest for row in history),
-            above=Markup(parts.above(tally)),  # type: ignore[attr-defined]
-            below=Markup(parts.below(tally, _data_beside(tally.link.page))),  # type: ignore[attr-defined]
-            data={
-                "machine": to_builtins(tally.rows[-1].result.machine),
-                "results": [_result_json(row) for row in history],
-            },
-        )
-
-
-def _machine_page(work: _MachineWork, folder: Path) -> None:
-    read = ((folder / "raw" / f"{digest}.json").read_bytes() for digest in work.digests)
+def _machine_page(digests: Sequence[str], folder: Path) -> None:
+    """Write the page of the machine that these are all results of, oldest first; all it needs are their files."""
+    read = ((folder / "raw" / f"{digest}.json").read_bytes() for digest in digests)
     results = [msgspec.json.decode(data, type=Result) for data in read]
-    _write(folder, work.link.page, page.render(results, title=work.link.name, above=work.above, below=work.below), work.data)
+    entries = [Entry(result=result, digest=digest, source=0, line=0) for digest, result in zip(digests, results, strict=True)]
+    tally, rows = atlas.of_machine(entries)
+    parts: Any = page.template("site_machine.html.j2", "site.js").module
+    above, below = Markup(parts.above(tally)), Markup(parts.below(tally, _data_beside(tally.link.page)))
+    html = page.render(results, title=tally.link.name, above=above, below=below)
+    machine = to_builtins(results[-1].machine)
+    _write(folder, tally.link.page, html, {"machine": machine, "results": [_result_json(row) for row in rows]})
 
 
 def _write(folder: Path, link: str, html: str, data: Mapping[str, Any]) -> None:
@@ -197,8 +179,8 @@ def _link_json(link: Link) -> dict[str, Any]:
     return {"name": link.name, "page": link.page}
 
 
-def _card_json(card: Card) -> dict[str, Any]:
-    return {"card": card.model, "bytes": card.size, "emulated": card.emulated, "count": card.count}
+def _tally_json(tally: Tally) -> dict[str, Any]:
+    return {**_link_json(tally.link), "best": _short_json(tally.best), "cases": len(tally.rows), "works": tally.works}
 
 
 def _result_json(row: Row) -> dict[str, Any]:
@@ -259,7 +241,7 @@ def _model_json(model: Model) -> dict[str, Any]:
         "workload": to_builtins(model.workload),
         "cards": [_rung_json(rung) for rung in model.rungs],
         "needs": [_need_json(need) for need in model.needs],
-        "machines": [{**_link_json(tally.link), "best": _short_json(tally.best), "cases": len(tally.rows), "works": tally.works} for tally in model.machines],
+        "machines": [_tally_json(tally) for tally in model.machines],
         "trends": [_trend_json(trend) for trend in model.trends],
         "results": [_result_json(row) for row in model.rows],
     }
@@ -270,9 +252,15 @@ def _trend_json(trend: Trend) -> dict[str, Any]:
     return {"id": trend.row.result.id, "machine": _link_json(trend.row.machine), "change": trend.change, "versions": versions}
 
 
-def _card_page_json(card: Card, tallies: Sequence[Tally], there: Sequence[Link]) -> dict[str, Any]:
-    models = [{**_link_json(t.link), "best": _short_json(t.best), "cases": len(t.rows), "works": t.works, "predicted": _need_json(t.need)} for t in tallies]
-    return {"name": card.name, **_card_json(card), "machines": [_link_json(link) for link in there], "models": models}
+def _card_line(on: OnCard) -> dict[str, Any]:
+    card = on.card
+    told = {"card": card.model, "bytes": card.size, "emulated": card.emulated, "count": card.count}
+    return {**_link_json(on.link), **told, "tried": len(on.tried), "works": on.works, "predicted": len(on.predicted)}
+
+
+def _card_json(on: OnCard) -> dict[str, Any]:
+    models = [{**_tally_json(tally), "predicted": _need_json(tally.need)} for tally in on.models]
+    return {**_card_line(on), "machines": [_link_json(link) for link in on.machines], "models": models}
 
 
 def spark(trend: Trend) -> Markup | None:
