@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -28,12 +27,13 @@ _MOST_FILES = 100_000
 class Artifact(Record, frozen=True, kw_only=True):
     """A file of results: where it lies, as the user named it, and what it is called where others read of it.
 
-    `member` is its name in the zip archive `path`.
+    `member` is its name in the zip archive `path`, `damage` what is wrong with an archive that cannot be read at all.
     """
 
     path: str
     name: str
     member: str | None = None
+    damage: str = ""
 
     @property
     def where(self) -> str:
@@ -47,7 +47,7 @@ def find(places: Iterable[Path]) -> list[Artifact]:
 
     Raises:
         UsageError: there is no such place.
-        StoreError: an archive is damaged, or there are more files than any project's.
+        StoreError: there are more files than any project's.
     """
     found: dict[str, Artifact] = {}
     for given in places:
@@ -73,26 +73,27 @@ def _below(place: Path) -> Iterator[Path]:
 
 
 def _in_file(path: Path, name: str) -> Iterator[Artifact]:
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block the reader
+    if not path.is_file():  # a pipe would block the reader, and a link may lead nowhere
         return
     if path.suffix != ".zip":
         yield Artifact(path=str(path), name=name)
         return
-    for member in _members(path):
+    try:
+        members = _members(path)
+    except CheckpointError as error:
+        yield Artifact(path=str(path), name=name, damage=str(error).removeprefix(f"{path}: "))
+        return
+    for member in members:
         yield Artifact(path=str(path), name=clean_text(f"{name}/{member}"), member=member)
 
 
 def _members(path: Path) -> list[str]:
     """List the files of results in an archive; its directory is read under the bounds of `harness.zips` first."""
+    file = LocalFile(path, path.name)
     try:
-        file = LocalFile(path, path.name)
-        try:
-            directory = zips.read_directory(file)
-        finally:
-            file.close()
-    except CheckpointError as error:
-        raise StoreError(path, str(error).removeprefix(f"{path}: ")) from None
-    return sorted(name for name in directory if name.rpartition("/")[2] == NAME)
+        return sorted(name for name in zips.read_directory(file) if name.rpartition("/")[2] == NAME)
+    finally:
+        file.close()
 
 
 def read(artifact: Artifact) -> Iterator[tuple[int, Result | str]]:
@@ -116,6 +117,8 @@ def _opened(artifact: Artifact) -> Iterator[IO[bytes]]:
     Raises:
         StoreError: it cannot be read, or the archive that it is in is damaged.
     """
+    if artifact.damage:
+        raise StoreError(artifact.where, artifact.damage)
     try:
         if artifact.member is None:
             with Path(artifact.path).open("rb") as file:

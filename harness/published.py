@@ -327,7 +327,7 @@ def _times(result: Result, _: datetime) -> Iterator[str]:
             if after.start_s < one.end_s - _S:
                 yield f"has a {what} that begins at {after.start_s} s, before the one ahead of it ended, at {one.end_s} s"
     loads = [phase.end_s - phase.start_s for phase in result.phases if phase.name == "load"]
-    if loads and result.metrics.get("load_s", 0) > sum(loads) + _S:
+    if loads and "load_s" in result.metrics and result.metrics["load_s"] > sum(loads) + _S:
         yield f"says {_told('load_s', result.metrics['load_s'])}, and its phase took {sum(loads):.6g} s"
     drawn = result.timeline
     if drawn is not None:
