@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import zipfile
 import zlib
@@ -128,7 +127,7 @@ def _opened(artifact: Artifact) -> Iterator[IO[bytes]]:
             if (size := archive.getinfo(artifact.member).file_size) > _MEMBER_BYTES:
                 raise StoreError(artifact.where, f"unpacks to {format_size(size)}: more than any results")
             with archive.open(artifact.member) as packed:
-                yield io.BufferedReader(packed, MIB)  # type: ignore[arg-type]
+                yield packed
     except OSError as error:
         raise StoreError(artifact.where, f"cannot be read ({error.strerror or error})") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, NotImplementedError) as error:

@@ -1,7 +1,7 @@
 """Results of many machines, joined to be published: what is counted once, what is refused and why, where each one comes from.
 
-A result is evidence only if it can be: `doubt` refuses what no run of ours can have written. It holds a result against itself and its
-machine, and so finds damage and careless forgery; whoever invents all of a result without a contradiction is not found.
+A result is evidence only if it can be: `doubt` refuses what no run of ours can have written. It holds a result against itself and
+its machine, and so finds damage and careless forgery; whoever invents all of a result without a contradiction is not found.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def cleaned(result: Result) -> Result | str:
     clean = private.clean(result)
     for name in _KEPT:
         if said := private.gives_away(msgspec.json.encode(getattr(clean, name)).decode()):
-            return f"tells {said} in its {name}, which cannot be taken out: measure again where nothing carries that name"
+            return f"tells {said} in its {name}, which cannot be taken out: measure again without it"
     return clean
 
 
@@ -218,7 +218,7 @@ def _names(result: Result, _: datetime) -> Iterator[str]:
         yield f"has fingerprint {quote(result.fingerprint)}, which is none of the files of a model"
     load = result.case.workload
     if min(load.prompt_tokens, load.new_tokens, load.batch, load.repeats) < 1:
-        yield f"asks for {load.prompt_tokens} + {load.new_tokens} tokens, batch {load.batch}, {load.repeats} rounds: at least 1 of each"
+        yield f"asks for {load.prompt_tokens} + {load.new_tokens} tokens, batch {load.batch}, {load.repeats} rounds: 1 is the least"
 
 
 def _dates(result: Result, now: datetime) -> Iterator[str]:
@@ -318,14 +318,15 @@ def _peaks(result: Result, _: datetime) -> Iterator[str]:
 
 
 def _times(result: Result, _: datetime) -> Iterator[str]:
-    for what, spans in (("phase", result.phases), ("request", result.interference)):
-        for span in spans:
-            name = quote(span.name if what == "phase" else span.phase)  # type: ignore[union-attr]
-            if not -_S <= span.start_s <= span.end_s < math.inf:
-                yield f"has a {what} {name} from {span.start_s} s to {span.end_s} s"
-        for one, after in pairwise(spans):
-            if after.start_s < one.end_s - _S:
-                yield f"has a {what} that begins at {after.start_s} s, before the one ahead of it ended, at {one.end_s} s"
+    phases = [(phase.name, phase.start_s, phase.end_s) for phase in result.phases]
+    requests = [(window.phase, window.start_s, window.end_s) for window in result.interference]
+    for what, spans in (("phase", phases), ("request", requests)):
+        for name, start, end in spans:
+            if not -_S <= start <= end < math.inf:
+                yield f"has a {what} {quote(name)} from {start} s to {end} s"
+        for (_name, _start, end), (_name, start, _end) in pairwise(spans):
+            if start < end - _S:
+                yield f"has a {what} that begins at {start} s, before the one ahead of it ended, at {end} s"
     loads = [phase.end_s - phase.start_s for phase in result.phases if phase.name == "load"]
     if loads and "load_s" in result.metrics and result.metrics["load_s"] > sum(loads) + _S:
         yield f"says {_told('load_s', result.metrics['load_s'])}, and its phase took {sum(loads):.6g} s"
@@ -357,5 +358,4 @@ def _close(one: float, other: float) -> bool:
 
 
 def _told(key: str, value: float) -> str:
-    label = METRICS[key].label
-    return f"{label} {format_metric(key, value)}"
+    return f"{METRICS[key].label} {format_metric(key, value) if math.isfinite(value) else value}"

@@ -85,7 +85,15 @@ FLOORS = (
     ("report.minimums",),
     ("commands",),
     ("commands.training",),
-    ("commands.compare", "commands.hardware", "commands.inspect", "commands.plan", "commands.publish", "commands.report", "commands.synth"),
+    (
+        "commands.compare",
+        "commands.hardware",
+        "commands.inspect",
+        "commands.plan",
+        "commands.publish",
+        "commands.report",
+        "commands.synth",
+    ),
     ("plugin", "cli"),
     ("__main__",),
 )

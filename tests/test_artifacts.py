@@ -137,7 +137,7 @@ def test_damage_inside_an_archive_is_one_sentence(tmp_path: Path) -> None:
 def test_what_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (artifact,) = artifacts.find([archive(tmp_path / "a.zip", **{"results.jsonl": LINE * 50})])
     monkeypatch.setattr(artifacts, "_MEMBER_BYTES", len(LINE) * 49)
-    with pytest.raises(StoreError, match="unpacks to .*: more than any results"):
+    with pytest.raises(StoreError, match=r"unpacks to .*: more than any results"):
         list(artifacts.read(artifact))
 
 

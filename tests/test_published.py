@@ -112,7 +112,10 @@ TAMPERED: dict[str, tuple[Callable[[Result], Result], str]] = {
     "share": (with_metrics(top1_agreement=1.2), "has 'top1_agreement' 1.2"),
     "sample": (with_samples(decode_tok_s=[-1.0, 10.0]), "has -1.0 among its samples of 'decode_tok_s'"),
     "not run": (lambda r: replace(r, stage="plan"), "was not run, and has 'answers_correct'"),
-    "faster": (with_metrics(decode_tok_s=90.0), "says decode 90.0 tokens/s, and the median of its 2 samples is decode 9.00 tokens/s"),
+    "faster": (
+        with_metrics(decode_tok_s=90.0),
+        "says decode 90.0 tokens/s, and the median of its 2 samples is decode 9.00 tokens/s",
+    ),
     "prefill": (with_metrics(prefill_tok_s=41.0), "says prefill 41.0 tokens/s, and the median"),
     "faster, samples too": (
         lambda r: with_samples(decode_tok_s=[80.0, 100.0])(with_metrics(decode_tok_s=90.0)(r)),
@@ -123,8 +126,14 @@ TAMPERED: dict[str, tuple[Callable[[Result], Result], str]] = {
     "RAM": (with_metrics(ram_peak_bytes=17.0 * GIB), "says peak RAM 17.0 GiB, and its machine has 16.0 GiB of RAM"),
     "VRAM": (with_metrics(vram_process_peak_bytes=13.0 * GIB), "peak VRAM, process 13.0 GiB, and its machine has 12.0 GiB of VRAM"),
     "no GPU": (lambda r: replace(r, machine=builders.machine()), "says peak VRAM, allocated 6.00 GiB, and its machine has no GPU"),
-    "smaller": (with_metrics(vram_peak_bytes=3.0 * GIB), "allocated 3.00 GiB, and the highest of its phases is peak VRAM, allocated 6.00"),
-    "free": (lambda r: replace(r, machine=builders.machine(builders.gpu(free_bytes=13 * GIB))), "has 13.0 GiB free of 12.0 GiB in 'gpu:0'"),
+    "smaller": (
+        with_metrics(vram_peak_bytes=3.0 * GIB),
+        "allocated 3.00 GiB, and the highest of its phases is peak VRAM, allocated 6.00",
+    ),
+    "free": (
+        lambda r: replace(r, machine=builders.machine(builders.gpu(free_bytes=13 * GIB))),
+        "has 13.0 GiB free of 12.0 GiB in 'gpu:0'",
+    ),
     "backwards": (with_phase(1, end_s=2.25), "has a phase 'warm' from 2.3 s to 2.25 s"),
     "too early": (with_phase(0, start_s=-5.0), "has a phase 'load' from -5.0 s"),
     "order": (with_phase(1, start_s=1.0), "has a phase that begins at 1.0 s, before the one ahead of it ended, at 2.2 s"),
@@ -149,7 +158,10 @@ def test_what_cannot_be_is_refused_in_one_sentence(name: str) -> None:
     assert re.search(words, said), said
 
 
-@given(key=st.sampled_from(["decode_tok_s", "prefill_tok_s", "ready_s", "ram_peak_bytes", "vram_peak_bytes"]), factor=st.floats(0.01, 100))
+@given(
+    key=st.sampled_from(["decode_tok_s", "prefill_tok_s", "ready_s", "ram_peak_bytes", "vram_peak_bytes"]),
+    factor=st.floats(0.01, 100),
+)
 def test_no_figure_with_evidence_can_be_changed_alone(key: str, factor: float) -> None:
     honest = sound()
     changed = with_metrics(**{key: honest.metrics[key] * factor})(honest)
@@ -207,8 +219,8 @@ def test_results_that_contradict_are_refused_both_and_say_where_and_how() -> Non
     assert joined.entries == ()
     assert [joined.where(refusal) for refusal in joined.refusals] == ["a/results.jsonl:3", "b/results.jsonl:4"]
     assert joined.refusals[0].why == (
-        "contradicts b/results.jsonl:4, the same case of the same run ('tiny/int4/direct'): 'decode_tok_s' is 9.0 here and 9.5 there; "
-        "neither is published"
+        "contradicts b/results.jsonl:4, the same case of the same run ('tiny/int4/direct'): "
+        "'decode_tok_s' is 9.0 here and 9.5 there; neither is published"
     )
     assert "contradicts a/results.jsonl:3" in joined.refusals[1].why
 

@@ -54,7 +54,9 @@ def run(given: argparse.Namespace) -> int:
     except _Refused:
         print(f"fitmatrix: {refused}, so nothing was written; without --strict the rest is published", file=sys.stderr)
         return REFUSED
-    print(f"site: {line(str(given.to / 'index.html'))} ({plural(len(joined.entries), 'result')}, {plural(pages, 'page')}, {refused})")
+    print(
+        f"site: {line(str(given.to / 'index.html'))} ({plural(len(joined.entries), 'result')}, {plural(pages, 'page')}, {refused})"
+    )
     return 0
 
 

@@ -45,7 +45,7 @@ def slug(name: str, key: str | None = None) -> str:
     """
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     plain = re.sub(r"[^a-z0-9.]+|\.{2,}", "-", plain)[:_SLUG].strip("-.")
-    if key is None and plain == name and not _DEVICES.fullmatch(plain) and not _HASHED.fullmatch(plain):
+    if plain and key is None and plain == name and not _DEVICES.fullmatch(plain) and not _HASHED.fullmatch(plain):
         return plain
     told = hashlib.sha256((key if key is not None else name).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{plain}-{told}" if plain and not _DEVICES.fullmatch(plain) else f"x-{plain}-{told}".replace("--", "-")
@@ -265,7 +265,7 @@ def draw(entries: Sequence[Entry]) -> Atlas:
     current = _current(rows)
     by_model = _grouped(current, lambda row: row.result.case.model)
     history = _grouped(rows, lambda row: row.result.case.model)
-    models = tuple(_model(name, by_model[name], history[name]) for name in sorted(by_model, key=str.casefold))
+    models = tuple(_model(by_model[name], history[name]) for name in sorted(by_model, key=str.casefold))
     return Atlas(
         models=models,
         cards=tuple(_cards(current, models)),
@@ -296,7 +296,9 @@ def _machine_links(entries: Iterable[Entry]) -> dict[str, Link]:
 def _row(entry: Entry, machines: Mapping[str, Link]) -> Row:
     result, card = entry.result, card_of(entry.result)
     found = memory(result)
-    vram = max((metric(result, key) for key in ("vram_peak_bytes", "vram_process_peak_bytes")), key=lambda one: float(one.value or 0))
+    vram = max(
+        (metric(result, key) for key in ("vram_peak_bytes", "vram_process_peak_bytes")), key=lambda one: float(one.value or 0)
+    )
     measured = found.peak if found and not found.predicted else None
     return Row(
         entry=entry,
@@ -358,7 +360,7 @@ def _tally(link: Link, rows: Sequence[Row], need: Need | None = None) -> Tally:
     return Tally(link, tuple(rows), best(rows), sum(row.works for row in rows), need)
 
 
-def _model(name: str, rows: Sequence[Row], history: Sequence[Row]) -> Model:
+def _model(rows: Sequence[Row], history: Sequence[Row]) -> Model:
     ours = _of_most(rows)
     needs = _needs(ours)
     return Model(
@@ -418,8 +420,8 @@ def _planned_need(rows: Sequence[Row]) -> Need | None:
     for row in reversed(rows):
         tiers = row.result.estimate.tiers if row.result.estimate else {}
         sizes = [needed(tier) for name, tier in tiers.items() if name not in ("cpu", "disk")]
-        if sizes and max(sizes):
-            return _need(row, max(sizes), planned=True, basis="predicted by the plan")
+        if most := max(sizes, default=0):
+            return _need(row, most, planned=True, basis="predicted by the plan")
     return None
 
 

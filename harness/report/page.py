@@ -126,7 +126,7 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
 
 @cache
 def template(name: str, script: str = "page.js") -> jinja2.Template:
-    """Return one of our templates, all of which share their parts, their style and how they write text, and the script it may run."""
+    """Return one of our templates, all of which share their parts, their style and how they write text; it may run one script."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -135,7 +135,9 @@ def template(name: str, script: str = "page.js") -> jinja2.Template:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters.update(clip=_clip, plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
+    environment.filters.update(
+        clip=_clip, plural=plural, size=units.format_size, count=units.format_count, share=units.format_share
+    )
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
     style, code = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", script))
     environment.globals |= {"style_css": Markup(style), "page_js": Markup(code), "policy": _policy(style, code)}

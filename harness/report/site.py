@@ -9,8 +9,8 @@
     raw/            each result as a file of its own, which every figure leads to
     provenance.html the files that all of it comes from, and what was refused
 
-Beside each page lies its data, with the ending .json: one object with `schema` (SCHEMA), whose links are relative to itself, as those
-of the page are. So a site works from any folder, path and server, and from disk.
+Beside each page lies its data, with the ending .json: one object with `schema` (SCHEMA), whose links (`page`, `raw`) are relative
+to itself, as those of the page are. So a site works from any folder, path and server, and from disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,7 +41,9 @@ from harness.report.atlas import Atlas, Link, Model, Need, OnCard, Row, Rung, Ta
 SCHEMA = 1
 MARKER = "fitmatrix-site"
 # All that stands at the root of a site; what else lies there is its owner's.
-NAMES = frozenset({MARKER, ".nojekyll", "index.html", "index.json", "provenance.html", "provenance.json", "models", "cards", "machines", "raw"})
+NAMES = frozenset(
+    {MARKER, ".nojekyll", "index.html", "index.json", "provenance.html", "provenance.json", "models", "cards", "machines", "raw"}
+)
 # Fewer pieces of work than these are done before other processes have started.
 _WORTH_SHARING = 32
 # Trends that a page shows; its JSON has all.
@@ -208,7 +210,11 @@ def _result_json(row: Row) -> dict[str, Any]:
 
 def _short_json(row: Row | None) -> dict[str, Any] | None:
     """Name a result and its file, where another list has all of it."""
-    return None if row is None else {"id": row.result.id, "machine": _link_json(row.machine), "metrics": row.result.metrics, "raw": row.raw}
+    return (
+        None
+        if row is None
+        else {"id": row.result.id, "machine": _link_json(row.machine), "metrics": row.result.metrics, "raw": row.raw}
+    )
 
 
 def _need_json(need: Need | None) -> dict[str, Any] | None:
@@ -272,7 +278,12 @@ def spark(trend: Trend) -> Markup | None:
     points = [(charts.short(4 + 112 * at / last), charts.short(30 - 28 * speed / top)) for at, speed in speeds]
     line = Markup('<path d="M{}"/>').format("L".join(f"{x} {y}" for x, y in points))
     dots = Markup("").join(Markup('<circle cx="{}" cy="{}" r="2.5"/>').format(x, y) for x, y in points)
-    return Markup('<svg class="spark" viewBox="0 0 120 32" aria-hidden="true"><path class="floor" d="M4 30H116"/>') + line + dots + Markup("</svg>")
+    return (
+        Markup('<svg class="spark" viewBox="0 0 120 32" aria-hidden="true"><path class="floor" d="M4 30H116"/>')
+        + line
+        + dots
+        + Markup("</svg>")
+    )
 
 
 def _shared(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:

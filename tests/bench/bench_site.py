@@ -43,7 +43,9 @@ def dealt(number: int, golden: list[Result], chance: random.Random) -> Iterator[
     """Yield the results of one machine: models and precisions of the golden ones, with a timeline as long as a real one."""
     of_gpu = [result for result in golden if bool(result.machine.gpus) == (number % 4 != 0)]
     for turn, result in enumerate(islice(cycle(of_gpu), RESULTS)):
-        case = replace(result.case, model=f"{result.case.model}-{number % 20}" if turn < len(of_gpu) else f"other-{number % 30}-{turn % 3}")
+        case = replace(
+            result.case, model=f"{result.case.model}-{number % 20}" if turn < len(of_gpu) else f"other-{number % 30}-{turn % 3}"
+        )
         at = datetime(2024, 5, 1, tzinfo=timezone.utc) + timedelta(hours=number, minutes=turn)
         ram = [chance.randrange(GIB) for _ in range(300)]
         yield replace(
@@ -53,7 +55,9 @@ def dealt(number: int, golden: list[Result], chance: random.Random) -> Iterator[
             run=f"run-{turn}",
             at=f"{at:%Y-%m-%dT%H:%M:%SZ}",
             machine=machine(result.machine, number),
-            timeline=Timeline(t_s=[round(0.1 * i, 3) for i in range(300)], ram_bytes=ram, ram_anon_bytes=ram) if result.phases else None,
+            timeline=Timeline(t_s=[round(0.1 * i, 3) for i in range(300)], ram_bytes=ram, ram_anon_bytes=ram)
+            if result.phases
+            else None,
             environment={**result.environment, "torch": f"2.{number % 7}.{turn // 20}"},
         )
 
@@ -89,7 +93,9 @@ def test_two_hundred_machines_of_fifty_results(
     of = f"{MACHINES} machines x {RESULTS} results"
     figures.append(Figure(what=f"a site of {of}, {os.cpu_count()} cores", found=f"{min(walls):.1f} s", wanted=f"{LIMIT_S} s"))
     figures.append(Figure(what="its largest process", found=format_size(peak), wanted=format_size(LIMIT_BYTES)))
-    figures.append(Figure(what=f"its largest page of {len(pages)}", found=format_size(max(pages)), wanted=format_size(LIMIT_PAGE_BYTES)))
+    figures.append(
+        Figure(what=f"its largest page of {len(pages)}", found=format_size(max(pages)), wanted=format_size(LIMIT_PAGE_BYTES))
+    )
     figures.append(Figure(what="all of it", found=format_size(sum(file.stat().st_size for file in files)), wanted=""))
     assert min(walls) <= LIMIT_S
     assert peak <= LIMIT_BYTES
