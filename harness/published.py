@@ -132,7 +132,7 @@ def digest(line: bytes) -> str:
 
 
 def light(result: Result) -> Result:
-    """Leave out what the pages of many results do not show: samples, timeline, maps, logs. Of phases that of several GPUs counts."""
+    """Leave out what pages of many results do not show: samples, timeline, maps, logs; phases tell the fullest of several GPUs."""
     return msgspec.structs.replace(
         result,
         samples={},
