@@ -16,7 +16,6 @@ to itself, as those of the page are. So a site works from any folder, path and s
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +35,8 @@ from harness.errors import StoreError
 from harness.private import clean_text
 from harness.published import Entry, Joined, Refusal
 from harness.report import atlas, charts, page
-from harness.report.atlas import Atlas, Link, Model, Need, OnCard, Row, Rung, Tally, Trend
+from harness.report.atlas import Atlas, Trend
+from harness.report.sitedata import Data, of_sources
 
 SCHEMA = 1
 MARKER = "fitmatrix-site"
@@ -116,37 +116,38 @@ class _Page:
     data: Mapping[str, Any]
 
     def html(self) -> str:
-        up, data = "../" * self.link.count("/"), _data_beside(self.link)
-        return page.template(self.template, "site.js").render(up=up, data=data, gib=atlas.gib, **self.says)
+        says = {"up": _up(self.link), "data": _data_beside(self.link), "gib": atlas.gib, **self.says}
+        return page.template(self.template, "site.js").render(says)
 
 
 def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
     newest = max(entry.result.at for entry in joined.entries)[:10]
     facts = {"results": len(joined.entries), "newest": newest, "refused": len(joined.refusals), "sources": len(joined.sources)}
+    data = Data(up="")
     index = {
         **facts,
-        "models": [_model_line(model) for model in drawn.models],
-        "cards": [_card_line(on) for on in drawn.cards],
-        "machines": [{**_tally_json(tally), "newest": tally.newest} for tally in drawn.machines],
+        "models": [data.model_line(model) for model in drawn.models],
+        "cards": [data.card_line(on) for on in drawn.cards],
+        "machines": [data.machine_line(tally) for tally in drawn.machines],
     }
     yield _Page("index.html", "site_index.html.j2", {"atlas": drawn, "facts": facts}, index)
     for model in drawn.models:
         says = {"model": model, "trends": [(trend, spark(trend)) for trend in model.trends[:_MOST_TRENDS]]}
-        yield _Page(model.link.page, "site_model.html.j2", says, _model_json(model))
+        yield _Page(model.link.page, "site_model.html.j2", says, Data(_up(model.link.page)).model(model))
     for on in drawn.cards:
-        yield _Page(on.link.page, "site_card.html.j2", {"on": on, "card": on.card}, _card_json(on))
+        yield _Page(on.link.page, "site_card.html.j2", {"on": on, "card": on.card}, Data(_up(on.link.page)).card(on))
     says = {"joined": joined, "checked": published.CHECKED, "facts": facts, "built": f"{now:%Y-%m-%d %H:%M} UTC"}
-    yield _Page("provenance.html", "site_provenance.html.j2", says, {"built": f"{now:%Y-%m-%dT%H:%M:%SZ}", **to_json(joined)})
+    sources = {"built": f"{now:%Y-%m-%dT%H:%M:%SZ}", **of_sources(joined)}
+    yield _Page("provenance.html", "site_provenance.html.j2", says, sources)
+
+
+def _up(link: str) -> str:
+    """Return the way from a page to the root of its site."""
+    return "../" * link.count("/")
 
 
 def _data_beside(link: str) -> str:
     return Path(link).with_suffix(".json").name
-
-
-def to_json(joined: Joined) -> dict[str, Any]:
-    """Return what is known of the sources, and each refusal with its place."""
-    refusals = [{"where": joined.where(refusal), "why": refusal.why} for refusal in joined.refusals]
-    return {"sources": [to_builtins(source) for source in joined.sources], "refused": refusals}
 
 
 def _machine_page(digests: Sequence[str], folder: Path) -> None:
@@ -155,118 +156,18 @@ def _machine_page(digests: Sequence[str], folder: Path) -> None:
     results = [msgspec.json.decode(data, type=Result) for data in read]
     entries = [Entry(result=result, digest=digest, source=0, line=0) for digest, result in zip(digests, results, strict=True)]
     tally, rows = atlas.of_machine(entries)
+    link = tally.link.page
     parts: Any = page.template("site_machine.html.j2", "site.js").module
-    above, below = Markup(parts.above(tally)), Markup(parts.below(tally, _data_beside(tally.link.page)))
+    above, below = Markup(parts.above(tally)), Markup(parts.below(tally, _data_beside(link)))
     html = page.render(results, title=tally.link.name, above=above, below=below)
-    machine = to_builtins(results[-1].machine)
-    _write(folder, tally.link.page, html, {"machine": machine, "results": [_result_json(row) for row in rows]})
+    data = Data(_up(link))
+    _write(folder, link, html, {"machine": to_builtins(results[-1].machine), "results": [data.result(row) for row in rows]})
 
 
 def _write(folder: Path, link: str, html: str, data: Mapping[str, Any]) -> None:
     path = folder / link
     path.write_text(html, encoding="utf-8")
-    up = "../" * link.count("/")
-    text = json.dumps({"schema": SCHEMA, **_relative(data, up)}, ensure_ascii=True, separators=(",", ":"))
-    path.with_suffix(".json").write_text(text + "\n", encoding="ascii")
-
-
-def _relative(value: Any, up: str) -> Any:
-    """Write links, which are the values of `page` and `raw`, as seen from the page."""
-    if isinstance(value, Mapping):
-        return {key: f"{up}{inner}" if key in ("page", "raw") else _relative(inner, up) for key, inner in value.items()}
-    return [_relative(inner, up) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _link_json(link: Link) -> dict[str, Any]:
-    return {"name": link.name, "page": link.page}
-
-
-def _tally_json(tally: Tally) -> dict[str, Any]:
-    return {**_link_json(tally.link), "best": _short_json(tally.best), "cases": len(tally.rows), "works": tally.works}
-
-
-def _result_json(row: Row) -> dict[str, Any]:
-    """Return what is known of one result, but for what only its raw file holds."""
-    result = row.result
-    return {
-        "id": result.id,
-        "case": to_builtins(result.case),
-        "weights": result.weights,
-        "machine": _link_json(row.machine),
-        "model": _link_json(row.model),
-        "run": result.run,
-        "at": result.at,
-        "verdict": result.verdict.value,
-        "outcome": result.outcome.value,
-        "stage": result.stage,
-        "why": result.why,
-        "metrics": result.metrics,
-        "noisy": result.noisy,
-        "answers": row.quality or None,
-        "environment": result.environment,
-        "raw": row.raw,
-    }
-
-
-def _short_json(row: Row | None) -> dict[str, Any] | None:
-    """Name a result and its file, where another list has all of it."""
-    return (
-        None
-        if row is None
-        else {"id": row.result.id, "machine": _link_json(row.machine), "metrics": row.result.metrics, "raw": row.raw}
-    )
-
-
-def _need_json(need: Need | None) -> dict[str, Any] | None:
-    if need is None:
-        return None
-    told = {"precision": need.precision, "placement": need.placement, "vram_bytes": int(need.bytes), "card_bytes": need.card}
-    return {**told, "measured": not need.planned, "basis": need.basis, "raw": need.row.raw}
-
-
-def _rung_json(rung: Rung) -> dict[str, Any]:
-    known = {"card_bytes": rung.size, "measured": rung.row is not None, "works": rung.row.works if rung.row else True}
-    return {**known, "result": _short_json(rung.row), "predicted": _need_json(rung.need)}
-
-
-def _model_line(model: Model) -> dict[str, Any]:
-    smallest = model.smallest
-    return {
-        **_link_json(model.link),
-        "smallest_card_bytes": smallest.size if smallest else None,
-        "best": _short_json(model.best),
-        "machines": len(model.machines),
-        "cases": len(model.rows),
-        "works": model.works,
-    }
-
-
-def _model_json(model: Model) -> dict[str, Any]:
-    return {
-        "model": model.link.name,
-        "workload": to_builtins(model.workload),
-        "cards": [_rung_json(rung) for rung in model.rungs],
-        "needs": [_need_json(need) for need in model.needs],
-        "machines": [_tally_json(tally) for tally in model.machines],
-        "trends": [_trend_json(trend) for trend in model.trends],
-        "results": [_result_json(row) for row in model.rows],
-    }
-
-
-def _trend_json(trend: Trend) -> dict[str, Any]:
-    versions = [{"changed": list(one.changed), "at": one.row.result.at, **(_short_json(one.row) or {})} for one in trend.versions]
-    return {"id": trend.row.result.id, "machine": _link_json(trend.row.machine), "change": trend.change, "versions": versions}
-
-
-def _card_line(on: OnCard) -> dict[str, Any]:
-    card = on.card
-    told = {"card": card.model, "bytes": card.size, "emulated": card.emulated, "count": card.count}
-    return {**_link_json(on.link), **told, "tried": len(on.tried), "works": on.works, "predicted": len(on.predicted)}
-
-
-def _card_json(on: OnCard) -> dict[str, Any]:
-    models = [{**_tally_json(tally), "predicted": _need_json(tally.need)} for tally in on.models]
-    return {**_card_line(on), "machines": [_link_json(link) for link in on.machines], "models": models}
+    path.with_suffix(".json").write_bytes(msgspec.json.encode({"schema": SCHEMA, **data}) + b"\n")
 
 
 def spark(trend: Trend) -> Markup | None:
