@@ -20,6 +20,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -59,9 +60,12 @@ def gather(found: Sequence[Artifact], folder: Path, now: datetime) -> Joined:
     What one process holds is a result at a time, and of those that hold what the pages of many results show.
     """
     (folder / "raw").mkdir()
-    taken = _shared(functools.partial(_take, folder=folder / "raw", now=now), list(enumerate(found)))
-    entries = [msgspec.json.decode(line, type=Entry) for lines, _ in taken for line in lines]
-    refusals = [refusal for _, refused in taken for refusal in refused]
+    entries: list[Entry] = []
+    refusals: list[Refusal] = []
+    with _shared(functools.partial(_take, folder=folder / "raw", now=now), list(enumerate(found))) as taken:
+        for lines, refused in taken:
+            entries += (msgspec.json.decode(line, type=Entry) for line in lines)
+            refusals += refused
     joined = published.join([artifact.name for artifact in found], entries, refusals)
     kept = {f"{entry.digest}.json" for entry in joined.entries}
     for file in (folder / "raw").iterdir():
@@ -99,11 +103,11 @@ def write(joined: Joined, folder: Path, now: datetime) -> int:
     pages = list(_pages(drawn, joined, now))
     for name in ("models", "cards", "machines"):
         (folder / name).mkdir(exist_ok=True)
-    for one in pages:
-        _write(folder, one.link, one.html(), one.data)
     digests = [[row.entry.digest for row in drawn.history[tally.link.page]] for tally in drawn.machines]
-    _shared(functools.partial(_machine_page, folder=folder), digests)
-    return len(pages) + len(drawn.machines)
+    with _shared(functools.partial(_machine_page, folder=folder), digests) as machines:
+        for one in pages:
+            _write(folder, one.link, one.html(), one.data)
+        return len(pages) + sum(1 for _ in machines)
 
 
 @dataclass(frozen=True)
@@ -187,13 +191,15 @@ def spark(trend: Trend) -> Markup | None:
     )
 
 
-def _shared(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
-    """Do pieces of work, many of them in as many processes as there are cores; the results keep their order."""
+@contextmanager
+def _shared(work: Callable[[T], R], pieces: Sequence[T]) -> Iterator[Iterator[R]]:
+    """Do pieces of work, many of them in as many processes as there are cores; give what comes of each, in their order."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if len(pieces) < _WORTH_SHARING or cores < 2:
-        return [work(piece) for piece in pieces]
+        yield map(work, pieces)
+        return
     pool = ProcessPoolExecutor(cores, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        return list(pool.map(work, pieces, chunksize=max(len(pieces) // (cores * 8), 1)))
+        yield pool.map(work, pieces, chunksize=max(len(pieces) // (cores * 8), 1))
     finally:
         pool.shutdown(cancel_futures=True)
