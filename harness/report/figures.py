@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from markupsafe import Markup
 
@@ -88,6 +89,11 @@ class Figure:
     why: str = ""
     noisy: str = ""
     sampled: bool = False
+
+    @cached_property
+    def number(self) -> float:
+        """The stored number; nan where there is none."""
+        return float(self.value or "nan")
 
 
 def known(key: str, label: str, value: float, text: str) -> Figure:
@@ -214,7 +220,7 @@ _EXPECTED = frozenset(
 
 def compared(result: Result) -> list[Compared]:
     """List the figures of a case in the order of METRICS, each beside what was predicted of it."""
-    predicted = _predictions(result.estimate) if result.estimate else {}
+    predicted = predictions(result.estimate) if result.estimate else {}
     keys = [key for key in METRICS if key in result.metrics or key in predicted or (ran(result) and key in _EXPECTED)]
     keys += sorted(key for key in result.metrics if key not in METRICS)
     return [_compared(result, key, predicted.get(key)) for key in keys]
@@ -237,7 +243,7 @@ def _formatter(key: str) -> Callable[[float], str]:
     return (lambda value: format_metric(key, value)) if key in METRICS else units.significant
 
 
-def _predictions(estimate: Estimate) -> dict[str, Span]:
+def predictions(estimate: Estimate) -> dict[str, Span]:
     """Lay what the plan expects beside the metrics that measure the same thing."""
     found = {"load_s": estimate.load_s, "first_token_s": estimate.first_token_s, "decode_tok_s": estimate.decode_tok_s}
     gpus = [tier for name, tier in estimate.tiers.items() if name not in ("cpu", "disk")]

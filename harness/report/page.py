@@ -22,6 +22,7 @@ from harness.metrics import METRICS
 from harness.private import clean_text
 from harness.report import charts, view
 from harness.report.figures import surprise
+from harness.report.overview import overview
 from harness.report.text import line, plural, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -52,6 +53,7 @@ def render(
     problems: Sequence[str] = (),
     above: Markup | None = None,
     below: Markup | None = None,
+    styles: Sequence[str] = (),
 ) -> str:
     """Render results as one page.
 
@@ -59,12 +61,12 @@ def render(
         results: in the order of the file; the last one of a case counts.
         title: the page's title; by default the model and the machine.
         problems: what could not be read from the store, one sentence each.
-        above, below: what a site puts around it.
+        above, below: what a site puts around it, and `styles` the files of its style.
     """
     points = min(charts.POINTS, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
     found = view.blocks(results, points=points)
     measured = {key for result in results for key in result.metrics}
-    return template("page.html.j2").render(
+    return template("page.html.j2", *styles).render(
         title=title or _title(found),
         blocks=found,
         how=[(key, entry) for key, entry in METRICS.items() if key in measured],
@@ -125,8 +127,11 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
 
 
 @cache
-def template(name: str, script: str = "page.js") -> jinja2.Template:
-    """Return one of our templates, all of which share their parts, their style and how they write text; it may run one script."""
+def template(name: str, *styles: str, script: str = "page.js") -> jinja2.Template:
+    """Return one of our templates, all of which share their parts, their style and how they write text.
+
+    `styles` are files that add to the style, and `script` is all that may run.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -139,8 +144,14 @@ def template(name: str, script: str = "page.js") -> jinja2.Template:
         clip=_clip, plural=plural, size=units.format_size, count=units.format_count, share=units.format_share
     )
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
-    style, code = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", script))
-    environment.globals |= {"style_css": Markup(style), "page_js": Markup(code), "policy": _policy(style, code)}
+    style = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", *styles))
+    code = (_TEMPLATES / script).read_text(encoding="utf-8")
+    environment.globals |= {
+        "style_css": Markup(style),
+        "page_js": Markup(code),
+        "policy": _policy(style, code),
+        "overview": overview,
+    }
     return environment.get_template(name)
 
 

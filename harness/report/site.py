@@ -35,8 +35,9 @@ from harness.case import Result, encode, to_builtins
 from harness.errors import StoreError
 from harness.private import clean_text
 from harness.published import Entry, Joined, Refusal
-from harness.report import atlas, charts, page
+from harness.report import atlas, page
 from harness.report.atlas import Atlas, Trend
+from harness.report.axes import short
 from harness.report.sitedata import Data, of_sources
 
 SCHEMA = 1
@@ -45,6 +46,7 @@ MARKER = "fitmatrix-site"
 NAMES = frozenset(
     {MARKER, ".nojekyll", "index.html", "index.json", "provenance.html", "provenance.json", "models", "cards", "machines", "raw"}
 )
+_STYLES = ("site.css",)
 # Fewer pieces of work than these are done before other processes have started.
 _WORTH_SHARING = 32
 # Trends that a page shows; its JSON has all.
@@ -121,7 +123,7 @@ class _Page:
 
     def html(self) -> str:
         says = {"up": _up(self.link), "data": _data_beside(self.link), "gib": atlas.gib, **self.says}
-        return page.template(self.template, "site.js").render(says)
+        return page.template(self.template, *_STYLES, script="site.js").render(says)
 
 
 def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
@@ -161,9 +163,9 @@ def _machine_page(digests: Sequence[str], folder: Path) -> None:
     entries = [Entry(result=result, digest=digest, source=0, line=0) for digest, result in zip(digests, results, strict=True)]
     tally, rows = atlas.of_machine(entries)
     link = tally.link.page
-    parts: Any = page.template("site_machine.html.j2", "site.js").module
+    parts: Any = page.template("site_machine.html.j2", *_STYLES).module
     above, below = Markup(parts.above(tally)), Markup(parts.below(tally, _data_beside(link)))
-    html = page.render(results, title=tally.link.name, above=above, below=below)
+    html = page.render(results, title=tally.link.name, above=above, below=below, styles=_STYLES)
     data = Data(_up(link))
     _write(folder, link, html, {"machine": to_builtins(results[-1].machine), "results": [data.result(row) for row in rows]})
 
@@ -180,7 +182,7 @@ def spark(trend: Trend) -> Markup | None:
     if len(speeds) < 2:
         return None
     top, last = max(speed for _, speed in speeds) * 1.1 or 1, len(trend.versions) - 1
-    points = [(charts.short(4 + 112 * at / last), charts.short(30 - 28 * speed / top)) for at, speed in speeds]
+    points = [(short(4 + 112 * at / last), short(30 - 28 * speed / top)) for at, speed in speeds]
     line = Markup('<path d="M{}"/>').format("L".join(f"{x} {y}" for x, y in points))
     dots = Markup("").join(Markup('<circle cx="{}" cy="{}" r="2.5"/>').format(x, y) for x, y in points)
     return (

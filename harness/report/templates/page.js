@@ -10,7 +10,7 @@
   addEventListener("hashchange", reveal);
   document.addEventListener("click", (event) => {
     // A second click on the same cell changes no hash.
-    if (event.target.closest("a")?.hash === location.hash) reveal();
+    if (event.target.closest("a")?.getAttribute("href") === location.hash) reveal();
   });
   reveal();
 
