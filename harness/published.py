@@ -119,7 +119,7 @@ def examine(result: Result, now: datetime) -> Result | str:
 
 def cleaned(result: Result) -> Result | str:
     """Return a result without what is private, or say what of it is private and cannot be taken out."""
-    clean = private.clean(result)
+    clean = result if private.is_clean(result) else private.clean(result)
     for name in _KEPT:
         if said := private.gives_away(msgspec.json.encode(getattr(clean, name)).decode()):
             return f"tells {said} in its {name}, which cannot be taken out: measure again without it"

@@ -54,6 +54,7 @@ def render(
     above: Markup | None = None,
     below: Markup | None = None,
     styles: Sequence[str] = (),
+    most_points: int = charts.POINTS,
 ) -> str:
     """Render results as one page.
 
@@ -62,8 +63,9 @@ def render(
         title: the page's title; by default the model and the machine.
         problems: what could not be read from the store, one sentence each.
         above, below: what a site puts around it, and `styles` the files of its style.
+        most_points: of a line in a chart; a page of many cases has fewer.
     """
-    points = min(charts.POINTS, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
+    points = min(most_points, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
     found = view.blocks(results, points=points)
     measured = {key for result in results for key in result.metrics}
     return template("page.html.j2", *styles).render(

@@ -49,6 +49,8 @@ NAMES = frozenset(
 _STYLES = ("site.css",)
 # Fewer pieces of work than these are done before other processes have started.
 _WORTH_SHARING = 32
+# Points of a line in a chart: raw results have all of them.
+_MOST_POINTS = 120
 # Trends that a page shows; its JSON has all.
 _MOST_TRENDS = 40
 
@@ -90,7 +92,7 @@ def _take(numbered: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[
             data = encode(result)
             digest = published.digest(data)
             (folder / f"{digest}.json").write_bytes(data + b"\n")
-            entry = Entry(result=published.light(result), digest=digest, source=number, line=line, cleaned=result != read)
+            entry = Entry(result=published.light(result), digest=digest, source=number, line=line, cleaned=result is not read)
             entries.append(encode(entry))
     except StoreError as error:
         why = str(error).removeprefix(f"{artifact.where}: ")
@@ -165,7 +167,7 @@ def _machine_page(digests: Sequence[str], folder: Path) -> None:
     link = tally.link.page
     parts: Any = page.template("site_machine.html.j2", *_STYLES).module
     above, below = Markup(parts.above(tally)), Markup(parts.below(tally, _data_beside(link)))
-    html = page.render(results, title=tally.link.name, above=above, below=below, styles=_STYLES)
+    html = page.render(results, title=tally.link.name, above=above, below=below, styles=_STYLES, most_points=_MOST_POINTS)
     data = Data(_up(link))
     _write(folder, link, html, {"machine": to_builtins(results[-1].machine), "results": [data.result(row) for row in rows]})
 
