@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from harness import cli, published, store
 from harness.case import Machine, Outcome, Result, Tier, Verdict, encode
-from harness.report import atlas, site
+from harness.report import atlas, rows, site
 from harness.units import GIB
 from tests import builders
 from tests.test_report import Node, read
@@ -343,7 +343,7 @@ def test_no_name_becomes_a_path_or_markup(tmp_path: Path) -> None:
 
 @given(st.text(max_size=80), st.text(max_size=80))
 def test_a_slug_is_a_name_of_a_file_everywhere_and_its_own(one: str, other: str) -> None:
-    slugs = [atlas.slug(one), atlas.slug(other)]
+    slugs = [rows.slug(one), rows.slug(other)]
     for slug in slugs:
         assert re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,80}[a-z0-9])?", slug)
         assert ".." not in slug
@@ -353,9 +353,9 @@ def test_a_slug_is_a_name_of_a_file_everywhere_and_its_own(one: str, other: str)
 
 def test_a_plain_name_is_its_own_slug() -> None:
     for name in ("chatglm-6b", "smollm2-135m", "qwen2.5-7b"):
-        assert atlas.slug(name) == name
-    taken = atlas.slug("RTX 3060")
-    assert atlas.slug(taken) != taken, "else a name could take the page of another"
+        assert rows.slug(name) == name
+    taken = rows.slug("RTX 3060")
+    assert rows.slug(taken) != taken, "else a name could take the page of another"
 
 
 def tampered(result: Result) -> Result:
@@ -465,6 +465,33 @@ def test_a_usual_size_that_was_measured_is_not_predicted_as_well() -> None:
     machine = builders.machine(card(int(79.2 * GIB), "A100"))
     (model,) = drawn(of(machine, "fp32", "direct", metrics={"vram_process_peak_bytes": 70.0 * GIB})).models
     assert [rung.label for rung in model.rungs] == ["79.2 GiB"]
+
+
+def test_what_works_no_more_stands_before_what_became_slower() -> None:
+    machine = builders.machine()
+    ran = [
+        of(
+            machine,
+            precision,
+            "cpu",
+            run=f"{version}",
+            at=f"2024-05-0{version}T00:00:00Z",
+            environment={"torch": f"2.{version}"},
+            **found,
+        )
+        for precision, first, then in (
+            ("fp32", {"metrics": {"decode_tok_s": 4.0}}, {"metrics": {"decode_tok_s": 1.0}}),
+            ("bf16", {"metrics": {"decode_tok_s": 4.0}}, {"outcome": Outcome.CRASH, "stage": "load"}),
+            ("fp16", {"metrics": {"decode_tok_s": 4.0}}, {"metrics": {"decode_tok_s": 4.0}}),
+        )
+        for version, found in ((1, first), (2, then))
+    ]
+    (model,) = drawn(*ran).models
+    assert [(trend.row.result.case.precision, trend.change) for trend in model.trends] == [
+        ("bf16", None),
+        ("fp32", -0.75),
+        ("fp16", 0),
+    ]
 
 
 def test_a_case_on_the_cpu_of_a_machine_with_a_card_needs_none() -> None:

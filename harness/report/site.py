@@ -36,9 +36,10 @@ from harness.errors import StoreError
 from harness.private import clean_text
 from harness.published import Entry, Joined, Refusal
 from harness.report import atlas, page
-from harness.report.atlas import Atlas, Trend
-from harness.report.axes import short
+from harness.report.atlas import Atlas
+from harness.report.rows import gib
 from harness.report.sitedata import Data, of_sources
+from harness.report.trends import spark
 
 SCHEMA = 1
 MARKER = "fitmatrix-site"
@@ -124,7 +125,7 @@ class _Page:
     data: Mapping[str, Any]
 
     def html(self) -> str:
-        says = {"up": _up(self.link), "data": _data_beside(self.link), "gib": atlas.gib, **self.says}
+        says = {"up": _up(self.link), "data": _data_beside(self.link), "gib": gib, **self.says}
         return page.template(self.template, *_STYLES, script="site.js").render(says)
 
 
@@ -176,23 +177,6 @@ def _write(folder: Path, link: str, html: str, data: Mapping[str, Any]) -> None:
     path = folder / link
     path.write_text(html, encoding="utf-8")
     path.with_suffix(".json").write_bytes(msgspec.json.encode({"schema": SCHEMA, **data}) + b"\n")
-
-
-def spark(trend: Trend) -> Markup | None:
-    """Draw the speed of a case over its versions as a line; the table beside it says the same. None for fewer than two speeds."""
-    speeds = [(at, float(one.row.speed.value)) for at, one in enumerate(trend.versions) if one.row.speed.value]
-    if len(speeds) < 2:
-        return None
-    top, last = max(speed for _, speed in speeds) * 1.1 or 1, len(trend.versions) - 1
-    points = [(short(4 + 112 * at / last), short(30 - 28 * speed / top)) for at, speed in speeds]
-    line = Markup('<path d="M{}"/>').format("L".join(f"{x} {y}" for x, y in points))
-    dots = Markup("").join(Markup('<circle cx="{}" cy="{}" r="2.5"/>').format(x, y) for x, y in points)
-    return (
-        Markup('<svg class="spark" viewBox="0 0 120 32" aria-hidden="true"><path class="floor" d="M4 30H116"/>')
-        + line
-        + dots
-        + Markup("</svg>")
-    )
 
 
 @contextmanager

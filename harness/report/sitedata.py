@@ -7,7 +7,10 @@ from typing import Any
 
 from harness.case import to_builtins
 from harness.published import Joined
-from harness.report.atlas import Link, Model, Need, OnCard, Row, Rung, Tally, Trend
+from harness.report.atlas import Model, OnCard, Tally
+from harness.report.needs import Need, Rung
+from harness.report.rows import Link, Row
+from harness.report.trends import Trend
 
 Plain = dict[str, Any]
 
