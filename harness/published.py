@@ -305,7 +305,7 @@ def _peaks(result: Result, _: datetime) -> Iterator[str]:
     }
     for kind, (keys, size) in most.items():
         for key in keys:
-            if size is not None and result.metrics.get(key, 0) > size:
+            if size is not None and key in result.metrics and result.metrics[key] > size:
                 has = f"has {format_size(size)} of {kind}" if size else "has no GPU"
                 yield f"says {_told(key, result.metrics[key])}, and its machine {has}"
     highest = figures.of_phases(result.phases)
@@ -313,6 +313,9 @@ def _peaks(result: Result, _: datetime) -> Iterator[str]:
         if key in highest and key in result.metrics and not _close(highest[key], result.metrics[key]):
             yield f"says {_told(key, result.metrics[key])}, and the highest of its phases is {_told(key, highest[key])}"
     for tier in result.machine.tiers:
+        sizes = (tier.total_bytes, tier.free_bytes, tier.limit_bytes)
+        if any(size is not None and size < 0 for size in sizes):
+            yield f"has fewer than 0 bytes in {quote(tier.name)}"
         if tier.total_bytes is not None and (tier.free_bytes or 0) > tier.total_bytes:
             yield f"has {format_size(tier.free_bytes or 0)} free of {format_size(tier.total_bytes)} in {quote(tier.name)}"
 

@@ -134,6 +134,10 @@ TAMPERED: dict[str, tuple[Callable[[Result], Result], str]] = {
         lambda r: replace(r, machine=builders.machine(builders.gpu(free_bytes=13 * GIB))),
         "has 13.0 GiB free of 12.0 GiB in 'gpu:0'",
     ),
+    "negative memory": (
+        lambda r: replace(r, metrics={}, machine=builders.machine(ram_bytes=-1)),
+        "has fewer than 0 bytes in 'cpu'",
+    ),
     "backwards": (with_phase(1, end_s=2.25), "has a phase 'warm' from 2.3 s to 2.25 s"),
     "too early": (with_phase(0, start_s=-5.0), "has a phase 'load' from -5.0 s"),
     "order": (with_phase(1, start_s=1.0), "has a phase that begins at 1.0 s, before the one ahead of it ended, at 2.2 s"),

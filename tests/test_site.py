@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import random
 import re
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import cli, published, store
-from harness.case import Machine, Outcome, Result, Tier, Verdict, encode
+from harness.case import Case, Machine, Outcome, Result, Tier, Verdict, encode
 from harness.report import atlas, rows, site
 from harness.units import GIB
 from tests import builders
@@ -339,6 +342,43 @@ def test_no_name_becomes_a_path_or_markup(tmp_path: Path) -> None:
     check_links(place)
     index = (place / "index.html").stat().st_size
     assert index < 100_000, "long names are cut"
+
+
+ODD: dict[type, list[Any]] = {
+    int: [0, -1, 1, 1 << 40, 1 << 62],
+    float: [0.0, -1.0, 5.5, 1e308, 1e-308],
+    str: ["", "..", "\u202e", "<b>", "cpu", "gpu:0", "ok", "works", "\x00", "2.1"],
+    list: [[]],
+    dict: [{}],
+    bool: [True, False],
+    type(None): [None],
+}
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the ways to all values of a JSON object."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield (*path, key)
+        yield from leaves(one, (*path, key))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_accepted_can_be_shown(golden: list[Result], tmp_path: Path, seed: int) -> None:
+    """Results with one value of another kind than a run writes: most are sound as far as can be told."""
+    chance, lines = random.Random(seed), []
+    for number in range(200):
+        plain = msgspec.to_builtins(replace(chance.choice(golden), run=f"{number}"))
+        *way, last = chance.choice(list(leaves(plain)))
+        of = functools.reduce(lambda value, key: value[key], way, plain)
+        of[last] = chance.choice(ODD[type(of[last])])
+        with contextlib.suppress(msgspec.ValidationError):
+            plain["id"] = msgspec.convert(plain["case"], Case).id
+        lines.append(json.dumps(plain))
+    (tmp_path / store.NAME).write_text("\n".join(lines))
+    assert cli.main(["publish", str(tmp_path), "--to", str(tmp_path / "site")]) == 0
+    assert json.loads((tmp_path / "site/index.json").read_text())["results"] > 100
+    check_links(tmp_path / "site")
 
 
 @given(st.text(max_size=80), st.text(max_size=80))
