@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
+import msgspec
+from markupsafe import Markup, escape
 
 from harness import units
 from harness.case import Phase, Timeline
@@ -23,11 +24,11 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 12, 24, 24
 # What a letter of a phase's label takes, in the units of the drawing.
 _LETTER = 6.5
 _MOST_BYTES = 1 << 80
+_WIDE = '<svg class="{}" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
 _BLOCK = re.compile(r"(.*?)(\d+)((?:\.\D*)?)")
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(msgspec.Struct, frozen=True):
     """One line of the chart. `look` is its class in the style sheet."""
 
     name: str
@@ -51,8 +52,7 @@ class Scale:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * size / self.top
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(msgspec.Struct, frozen=True):
     """Consecutive modules of a device map that lie in one tier."""
 
     modules: str
@@ -77,9 +77,9 @@ def timeline(samples: Timeline | None, phases: Sequence[Phase], *, points: int =
     body = [*_bands(phases, scale), *_grid(scale)]
     body += [_path(line, decimate(times, line.values, points), scale) for line in lines]
     body += _peaks(phases, scale)
-    title = Markup("<title>{}</title>").format(_summary(scale, lines))
-    opening = Markup('<svg class="timeline" role="img" viewBox="0 0 {} {}">').format(WIDTH, HEIGHT)
-    return opening + title + Markup("").join(body) + Markup("</svg>")
+    title = escape(_summary(scale, lines))
+    opening = f'<svg class="timeline" role="img" viewBox="0 0 {WIDTH} {HEIGHT}"><title>{title}</title>'
+    return Markup(f"{opening}{''.join(body)}</svg>")
 
 
 def decimate(times: Sequence[float], values: Sequence[int], limit: int) -> list[tuple[float, int]]:
@@ -99,13 +99,17 @@ def bar(size: float, capacity: float, *, firm: float | None = None, predicted: b
     A size beyond the capacity fills the bar; a tick then stands where the capacity ends.
     """
     full = max(size, capacity, 1)
-    parts = [_rect("track", 100), _rect("guess" if predicted else "all", 100 * size / full)]
+    width = short(100 * size / full)
+    parts = ['<rect class="track" width="100" height="8"/>']
+    if predicted:
+        parts.append(f'<path class="hatch" d="M0 4H{width}"/><rect class="guess" width="{width}" height="8"/>')
+    else:
+        parts.append(f'<rect class="all" width="{width}" height="8"/>')
     if firm is not None:
-        parts.append(_rect("firm", 100 * min(firm, size) / full))
+        parts.append(f'<rect class="firm" width="{short(100 * min(firm, size) / full)}" height="8"/>')
     if size > capacity:
-        parts.append(Markup('<path class="limit" d="M{0} -2V10"/>').format(short(100 * capacity / full)))
-    opening = Markup('<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">')
-    return opening + Markup("").join(parts) + Markup("</svg>")
+        parts.append(f'<path class="limit" d="M{short(100 * capacity / full)} -2V10"/>')
+    return Markup(f"{_WIDE.format('bar')}{''.join(parts)}</svg>")
 
 
 def groups(device_map: Mapping[str, str]) -> list[Group]:
@@ -126,12 +130,11 @@ def strip(found: Sequence[Group]) -> Markup:
     total, at, parts = sum(group.count for group in found) or 1, 0.0, []
     for group in found:
         width = 100 * group.count / total
-        title = f"{visible(group.modules)}: {visible(group.tier)}"
-        cell = '<rect class="t-{}" x="{}" width="{}" height="8"><title>{}</title></rect>'
-        parts.append(Markup(cell).format(group.look, short(at), short(width), title))
+        title = escape(f"{visible(group.modules)}: {visible(group.tier)}")
+        where = f'x="{short(at)}" width="{short(width)}" height="8"'
+        parts.append(f'<rect class="t-{group.look}" {where}><title>{title}</title></rect>')
         at += width
-    opening = Markup('<svg class="strip" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">')
-    return opening + Markup("").join(parts) + Markup("</svg>")
+    return Markup(f"{_WIDE.format('strip')}{''.join(parts)}</svg>")
 
 
 def _place(item: tuple[str, str]) -> tuple[str | None, str, str]:
@@ -155,28 +158,28 @@ def _scale(times: Sequence[float], phases: Sequence[Phase], lines: Sequence[Seri
     return Scale(start=start, end=end if end > start else start + 1, top=max([*sizes, 1]) * 1.08)
 
 
-def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[Markup]:
-    band = '<g><title>{}</title><rect class="band b{}" x="{}" y="0" width="{}" height="{}"/>{}</g>'
+def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
     for i, (name, run) in enumerate(itertools.groupby(phases, key=lambda phase: phase.name)):
         rounds = list(run)
         left, right = scale.x(rounds[0].start_s), scale.x(rounds[-1].end_s)
         label = visible(name) + (f" ×{len(rounds)}" if len(rounds) > 1 else "")
-        title = f"{label}: {units.format_seconds(rounds[-1].end_s - rounds[0].start_s)}"
-        written = Markup('<text class="phase" x="{}" y="15">{}</text>').format(short(left + 5), label)
-        shown = written if len(label) * _LETTER + 8 < right - left else Markup("")
-        yield Markup(band).format(title, i % 2, short(left), short(right - left), HEIGHT - BOTTOM, shown)
+        said = escape(label)
+        frame = f'<rect class="band b{i % 2}" x="{short(left)}" y="0" width="{short(right - left)}" height="{HEIGHT - BOTTOM}"/>'
+        wide = len(label) * _LETTER + 8 < right - left
+        written = f'<text class="phase" x="{short(left + 5)}" y="15">{said}</text>' if wide else ""
+        took = units.format_seconds(rounds[-1].end_s - rounds[0].start_s)
+        yield f"<g><title>{said}: {took}</title>{frame}{written}</g>"
 
 
-def _grid(scale: Scale) -> Iterable[Markup]:
+def _grid(scale: Scale) -> Iterable[str]:
     for size in ticks(scale.top, _size_unit(scale.top), 6):
-        mark = '<path class="grid" d="M{} {y}H{}"/><text class="size" x="{}" y="{}">{}</text>'
         y, label = scale.y(size), _tick(units.format_size(size)) if size else "0"
-        yield Markup(mark).format(LEFT, WIDTH - RIGHT, LEFT - 6, short(y + 4), label, y=short(y))
+        yield f'<path class="grid" d="M{LEFT} {short(y)}H{WIDTH - RIGHT}"/>'
+        yield f'<text class="size" x="{LEFT - 6}" y="{short(y + 4)}">{label}</text>'
     span = scale.end - scale.start
     for seconds in ticks(span, _time_unit(span), 10):
         label = _tick(units.format_seconds(seconds)) if seconds else "0 s"
-        x = short(scale.x(scale.start + seconds))
-        yield Markup('<text class="time" x="{}" y="{}">{}</text>').format(x, HEIGHT - 7, label)
+        yield f'<text class="time" x="{short(scale.x(scale.start + seconds))}" y="{HEIGHT - 7}">{label}</text>'
 
 
 def ticks(top: float, unit: float, about: int) -> list[float]:
@@ -200,12 +203,12 @@ def _tick(text: str) -> str:
     return re.sub(r"\.0+ |(\.\d*?)0+ ", lambda match: f"{match[1] or ''} ", re.sub(" 00 (s|min)$", "", text))
 
 
-def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> Markup:
+def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> str:
     drawn = _without_flat([(short(scale.x(t)), short(scale.y(size))) for t, size in points])
-    path = "M" + "L".join(f"{x} {y}" for x, y in drawn)
+    path = "M" + "L".join([f"{x} {y}" for x, y in drawn])
     if line.filled:
         path += f"V{HEIGHT - BOTTOM}H{drawn[0][0]}Z"
-    return Markup('<path class="{}" d="{}"/>').format(line.look, path)
+    return f'<path class="{line.look}" d="{path}"/>'
 
 
 def _without_flat(points: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -214,20 +217,16 @@ def _without_flat(points: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [point for i, point in enumerate(points) if i in (0, last) or not (points[i - 1][1] == point[1] == points[i + 1][1])]
 
 
-def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[Markup]:
+def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
     for phase in phases:
         if phase.ram_peak_bytes is not None:
             left, right, y = scale.x(phase.start_s), scale.x(phase.end_s), scale.y(phase.ram_peak_bytes)
-            yield Markup('<path class="peak" d="M{} {}H{}"/>').format(short(left), short(y), short(max(right, left + 2)))
+            yield f'<path class="peak" d="M{short(left)} {short(y)}H{short(max(right, left + 2))}"/>'
 
 
 def _summary(scale: Scale, lines: Sequence[Series]) -> str:
     highest = ", ".join(f"{visible(line.name)} up to {units.format_size(max(line.values))}" for line in lines)
     return f"Memory over {units.format_seconds(scale.end - scale.start)}: {highest or 'no samples, only the peaks of the phases'}"
-
-
-def _rect(look: str, width: float) -> Markup:
-    return Markup('<rect class="{}" width="{}" height="8"/>').format(look, short(width))
 
 
 def short(value: float) -> str:

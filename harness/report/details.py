@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 
+import msgspec
 from markupsafe import Markup
 
 from harness import units
@@ -14,8 +14,7 @@ from harness.report import charts
 from harness.report.figures import Compared, Figure, compared, known
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """One phase: its name, how long it took and its peaks."""
 
     name: str
@@ -24,8 +23,7 @@ class Row:
     sampled: bool
 
 
-@dataclass(frozen=True)
-class Map:
+class Map(msgspec.Struct, frozen=True):
     """Where the modules lie, as loaded or as planned."""
 
     loaded: bool
@@ -33,8 +31,7 @@ class Map:
     groups: tuple[charts.Group, ...]
 
 
-@dataclass(frozen=True)
-class Details:
+class Details(msgspec.Struct, frozen=True):
     """The details of one case."""
 
     figures: tuple[Compared, ...]

@@ -143,4 +143,4 @@ def _policy(style: str, script: str) -> str:
 
 def _shown(value: object) -> object:
     """Spell out what cannot be seen in every text that a template writes."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return visible(value) if type(value) is str else value

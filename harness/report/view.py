@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import msgspec
 
 from harness import units
 from harness.case import Case, Machine, Outcome, Result, Tier, Workload
@@ -30,8 +32,7 @@ from harness.report.figures import (
 from harness.report.text import plural
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(msgspec.Struct, frozen=True):
     """One case in the matrix. `anchor` leads to its details."""
 
     result: Result
@@ -225,7 +226,7 @@ def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
 
 
 def _marked(cell: Cell, best: Result | None) -> Cell:
-    return replace(cell, best=cell.result is best)
+    return msgspec.structs.replace(cell, best=True) if cell.result is best else cell
 
 
 def _columns(cases: Iterable[Case]) -> dict[str, str]:
