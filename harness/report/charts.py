@@ -5,6 +5,7 @@ Colours come from the style sheet by class, so that they follow the page into th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -84,13 +85,13 @@ def timeline(samples: Timeline | None, phases: Sequence[Phase], *, points: int =
 
 def decimate(times: Sequence[float], values: Sequence[int], limit: int) -> list[tuple[float, int]]:
     """Thin a series to at most `limit` points: the ends stay, and every stretch between keeps its highest point."""
-    pairs = list(zip(times, values, strict=False))
-    if len(pairs) <= limit:
-        return pairs
-    inner, stretches = pairs[1:-1], max(limit - 2, 1)
-    edges = [len(inner) * i // stretches for i in range(stretches + 1)]
-    highest = [max(inner[low:high], key=lambda pair: pair[1]) for low, high in itertools.pairwise(edges) if high > low]
-    return [pairs[0], *highest, pairs[-1]]
+    last = min(len(times), len(values)) - 1
+    if last < limit:
+        return list(zip(times, values, strict=False))
+    stretches = max(limit - 2, 1)
+    edges = [1 + (last - 1) * i // stretches for i in range(stretches + 1)]
+    highest = (max(range(low, high), key=values.__getitem__) for low, high in itertools.pairwise(edges) if high > low)
+    return [(times[i], values[i]) for i in (0, *highest, last)]
 
 
 def bar(size: float, capacity: float, *, firm: float | None = None, predicted: bool = False) -> Markup:
@@ -173,13 +174,12 @@ def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
 
 def _grid(scale: Scale) -> Iterable[str]:
     for size in ticks(scale.top, _size_unit(scale.top), 6):
-        y, label = scale.y(size), _tick(units.format_size(size)) if size else "0"
+        y, label = scale.y(size), _size_label(size)
         yield f'<path class="grid" d="M{LEFT} {short(y)}H{WIDTH - RIGHT}"/>'
         yield f'<text class="size" x="{LEFT - 6}" y="{short(y + 4)}">{label}</text>'
     span = scale.end - scale.start
     for seconds in ticks(span, _time_unit(span), 10):
-        label = _tick(units.format_seconds(seconds)) if seconds else "0 s"
-        yield f'<text class="time" x="{short(scale.x(scale.start + seconds))}" y="{HEIGHT - 7}">{label}</text>'
+        yield f'<text class="time" x="{short(scale.x(scale.start + seconds))}" y="{HEIGHT - 7}">{_time_label(seconds)}</text>'
 
 
 def ticks(top: float, unit: float, about: int) -> list[float]:
@@ -198,13 +198,24 @@ def _time_unit(span: float) -> float:
     return next((unit for unit, least in ((3600, 3 * 3600), (60, 180), (1, 1)) if span >= least), 0.001)
 
 
+# Round values, and so the same few in every drawing.
+@functools.lru_cache(1024)
+def _size_label(size: float) -> str:
+    return _tick(units.format_size(size)) if size else "0"
+
+
+@functools.lru_cache(1024)
+def _time_label(seconds: float) -> str:
+    return _tick(units.format_seconds(seconds)) if seconds else "0 s"
+
+
 def _tick(text: str) -> str:
     """Drop what a round value does not need: "2.00 GiB" becomes "2 GiB", "5 min 00 s" becomes "5 min"."""
     return re.sub(r"\.0+ |(\.\d*?)0+ ", lambda match: f"{match[1] or ''} ", re.sub(" 00 (s|min)$", "", text))
 
 
 def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> str:
-    drawn = _without_flat([(short(scale.x(t)), short(scale.y(size))) for t, size in points])
+    drawn = _without_flat([(f"{scale.x(t):.1f}", f"{scale.y(size):.1f}") for t, size in points])
     path = "M" + "L".join([f"{x} {y}" for x, y in drawn])
     if line.filled:
         path += f"V{HEIGHT - BOTTOM}H{drawn[0][0]}Z"

@@ -42,39 +42,41 @@ class Details(msgspec.Struct, frozen=True):
     map: Map | None
     held: tuple[tuple[str, tuple[Figure, ...]], ...]
     disturbances: tuple[tuple[str, str], ...]
+    versions: str
 
 
 def details(result: Result, *, points: int) -> Details:
     """Arrange what is known of one case; the chart takes at most `points` points a line."""
-    gpus = sorted({tier for phase in result.phases for tier in phase.vram_peak_bytes})
-    columns = [label for label in _peak_labels(gpus) if any(_peak(phase, label) is not None for phase in result.phases)]
+    peaks = _peaks(result.phases)
     return Details(
         figures=tuple(compared(result)),
         chart=charts.timeline(result.timeline, result.phases, points=points),
         lines=_lines(result),
-        columns=tuple(columns),
-        phases=tuple(_row(phase, columns) for phase in result.phases),
+        columns=tuple(peaks),
+        phases=tuple(_row(phase, sizes) for phase, *sizes in zip(result.phases, *peaks.values(), strict=True)),
         map=_map(result),
         held=_held(result),
         disturbances=_disturbances(result),
+        versions=", ".join(f"{name} {value}" for name, value in result.environment.items()),
     )
 
 
-def _peak_labels(gpus: Sequence[str]) -> list[str]:
-    return ["peak RAM", "anonymous RAM", *(f"peak {gpu}" for gpu in gpus), *(f"reserved {gpu}" for gpu in gpus)]
+def _peaks(phases: Sequence[Phase]) -> dict[str, list[int | None]]:
+    """Return the columns of the phases' peaks by their label, those alone in which a phase has a figure."""
+    gpus = sorted({tier for phase in phases for tier in phase.vram_peak_bytes})
+    found = {
+        "peak RAM": [phase.ram_peak_bytes for phase in phases],
+        "anonymous RAM": [phase.ram_anon_bytes for phase in phases],
+        **{f"peak {gpu}": [phase.vram_peak_bytes.get(gpu) for phase in phases] for gpu in gpus},
+        **{f"reserved {gpu}": [phase.vram_reserved_bytes.get(gpu) for phase in phases] for gpu in gpus},
+    }
+    return {label: sizes for label, sizes in found.items() if any(size is not None for size in sizes)}
 
 
-def _peak(phase: Phase, label: str) -> int | None:
-    what, _, where = label.partition(" ")
-    if where == "RAM":
-        return phase.ram_peak_bytes if what == "peak" else phase.ram_anon_bytes
-    return (phase.vram_peak_bytes if what == "peak" else phase.vram_reserved_bytes).get(where)
-
-
-def _row(phase: Phase, columns: Sequence[str]) -> Row:
+def _row(phase: Phase, peaks: Sequence[int | None]) -> Row:
     took = phase.end_s - phase.start_s
     seconds = known("", "took", took, units.format_seconds(took))
-    return Row(phase.name, seconds, tuple(_size(label, _peak(phase, label)) for label in columns), phase.sampled)
+    return Row(phase.name, seconds, tuple(_size("", size) for size in peaks), phase.sampled)
 
 
 def _size(label: str, size: int | None) -> Figure | None:

@@ -143,6 +143,13 @@ class Memory(msgspec.Struct, frozen=True):
     share: float
     predicted: bool = False
 
+    @property
+    def brief(self) -> Figure:
+        """The peak as it stands before "of" and the capacity: without its unit, if that is the same."""
+        number, _, unit = self.peak.text.partition(" ")
+        same = self.capacity is not None and self.capacity.text.partition(" ")[2] == unit
+        return msgspec.structs.replace(self.peak, text=number) if same else self.peak
+
 
 def memory(result: Result) -> Memory | None:
     """Tell the peak that decides: VRAM where some was used, else RAM; what the plan expects where nothing ran."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -21,13 +22,16 @@ from harness.errors import StoreError
 from harness.metrics import METRICS
 from harness.private import clean_text
 from harness.report import charts, view
+from harness.report.details import details
 from harness.report.figures import surprise
 from harness.report.text import plural, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # All charts of a page share this many points, so that a page of 500 cases stays small.
 _POINTS_OF_A_PAGE = 24_000
-_FEWEST_POINTS = 60
+_FEWEST_POINTS = 32
+# The details of more cases than these are packed: they are most of a page, and hardly any of them is read.
+_MOST_UNPACKED = 60
 _BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
 
 
@@ -54,13 +58,17 @@ def render(results: Sequence[Result], *, title: str | None = None, problems: Seq
         problems: what could not be read from the store, one sentence each.
     """
     points = min(charts.POINTS, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
-    found = view.blocks(results, points=points)
+    found = view.blocks(results)
+    facts = _facts(results, problems)
     measured = {key for result in results for key in result.metrics}
     return template("page.html.j2").render(
         title=title or _title(found),
         blocks=found,
+        details=functools.partial(details, points=points),
+        choices=view.choices(found),
+        packed=facts.shown > _MOST_UNPACKED,
         how=[(key, entry) for key, entry in METRICS.items() if key in measured],
-        facts=_facts(results, problems),
+        facts=facts,
     )
 
 
@@ -114,7 +122,7 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
     )
 
 
-@cache
+@functools.cache
 def template(name: str) -> jinja2.Template:
     """Return one of our templates, all of which share their parts, their style and how they write text."""
     environment = jinja2.Environment(
@@ -125,11 +133,17 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters.update(plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
+    environment.filters.update(pack=_pack, plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
     style, script = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
     environment.globals |= {"style_css": Markup(style), "page_js": Markup(script), "policy": _policy(style, script)}
     return environment.get_template(name)
+
+
+def _pack(html: str) -> Markup:
+    """Deflate a part of the page for a block of data that the script unpacks; base64 has no letter that ends the block."""
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return Markup(base64.b64encode(deflate.compress(html.encode()) + deflate.flush()).decode())
 
 
 def _policy(style: str, script: str) -> str:
