@@ -9,6 +9,7 @@
     fastest: "{shown} of {all} cases; the fastest that works: {name}, {speed}",
     none: "No case matches.",
     name: "{model}: {precision} / {place}",
+    short: "{precision} / {place}",
     more: "show more ({left} left)",
     unreadable: "This browser cannot unpack the details: a newer one can.",
     theme: { auto: "◐ auto", light: "☀ light", dark: "☾ dark" },
@@ -181,6 +182,7 @@
       order(state, found);
       tell(found);
     };
+    const nameOf = (item) => fill(form.elements.model ? SAY.name : SAY.short, item);
     const tell = (found) => {
       const output = one("output", form);
       const total = (index ?? []).reduce((sum, part) => sum + part.cases.length, 0);
@@ -188,12 +190,12 @@
       const sound = found.filter((item) => item.sound && item.speed > 0);
       const best = sound.reduce((a, b) => (a && a.speed >= b.speed ? a : b), null);
       const speed = best && one("data[data-key=decode_tok_s]", best.cell).textContent;
-      const values = { shown: found.length, all: total, name: best && fill(SAY.name, best), speed };
+      const values = { shown: found.length, all: total, name: best && nameOf(best), speed };
       output.textContent = found.length ? fill(best ? SAY.fastest : SAY.count, values) : SAY.none;
     };
 
     // In an order of one's own the cells stand as cards, the first of them at once.
-    const ORDERS = { fastest: (a, b) => b.speed - a.speed, least: (a, b) => a.need - b.need };
+    const ORDERS = { fastest: (a, b) => b.sound - a.sound || b.speed - a.speed, least: (a, b) => a.need - b.need };
     let queue = [];
     const order = (state, found) => {
       restore();
@@ -211,7 +213,7 @@
         card.className = item.cell.className.replace(/\boff\b/, "");
         const name = document.createElement("p");
         name.className = "name";
-        name.textContent = fill(SAY.name, item);
+        name.textContent = nameOf(item);
         card.append(name, ...[...item.cell.childNodes].map((node) => node.cloneNode(true)));
         one(".cards", flat).append(card);
       }
