@@ -133,7 +133,9 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters.update(pack=_pack, plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
+    environment.filters.update(
+        pack=_pack, plural=plural, size=units.format_size, count=units.format_count, share=units.format_share
+    )
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
     style, script = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
     environment.globals |= {"style_css": Markup(style), "page_js": Markup(script), "policy": _policy(style, script)}

@@ -3,10 +3,17 @@
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
+import msgspec
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+
+from harness.case import Result
+from harness.report import page
+from tests.browser.pages import Open, case_of, hostile, logged
+from tests.builders import GOLDEN
 
 # As root Chromium runs only without its sandbox; the rest keeps it from talking to anyone.
 FLAGS = (
@@ -38,3 +45,31 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     driver = webdriver.Chrome(options=options, service=Service(found("chromedriver")))
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="session")
+def results() -> list[Result]:
+    return [msgspec.json.decode(line, type=Result) for line in GOLDEN.read_bytes().splitlines()]
+
+
+@pytest.fixture
+def show(browser: webdriver.Chrome, tmp_path: Path) -> Open:
+    """Write results as a page and open it, `width` pixels wide, at a fragment."""
+
+    def opened(results: list[Result], width: int = 1280, fragment: str = "") -> webdriver.Chrome:
+        file = tmp_path / "page.html"
+        page.write(file, page.render(results))
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        for name in ("browser", "performance"):
+            logged(browser, name)
+        browser.get("about:blank")  # another fragment alone would not load it
+        browser.get(f"{file.as_uri()}#{fragment}" if fragment else file.as_uri())
+        return browser
+
+    return opened
+
+
+@pytest.fixture
+def attacked(results: list[Result]) -> list[Result]:
+    return [hostile(case_of(results, f"chatglm-6b/{case}")) for case in ("int4/direct", "bf16/direct", "int4/disk")]

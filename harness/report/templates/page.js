@@ -396,7 +396,8 @@
     });
     document.addEventListener("focusin", (event) => explain(event.target.closest(".cell > a")?.parentElement));
     document.addEventListener("focusout", () => explain(null));
-    addEventListener("scroll", () => (tip.hidden = true), { passive: true, capture: true });
+    const follow = () => tip.hidden || explain(document.activeElement.closest(".cell"));
+    addEventListener("scroll", follow, { passive: true, capture: true });
 
     // Copying.
     const select = (text) => {
