@@ -1,13 +1,18 @@
-"""What tests of the page share: where its cells are, what the browser logged, and a result that attacks."""
+"""What tests of the page share: a browser, where its cells are, what the browser logged, and a result that attacks."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
-from selenium.webdriver import Chrome
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
@@ -16,6 +21,34 @@ from harness.case import Answer, Quality, Result
 SCRIPT = "<script>window.owned = 1; alert('owned')</script><img src=x onerror='window.owned = 1'>"
 LONG = "x" * 10_000
 Open = Callable[..., Chrome]
+
+# As root Chromium runs only without its sandbox; the rest keeps it from talking to anyone.
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+)
+
+
+def found(*names: str) -> str:
+    """Return the path of the first program that is installed; without one fail on CI and skip elsewhere."""
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path:
+        return path
+    missing = f"{' or '.join(names)} is not installed: apt-get install chromium chromium-driver"
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+def started(profile: Path) -> Chrome:
+    """Start a browser with this profile that logs its console and its requests."""
+    options = ChromeOptions()
+    options.binary_location = found("chromium", "chromium-browser", "google-chrome")
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={profile}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return Chrome(options=options, service=Service(found("chromedriver")))
 
 
 def cell(browser: Chrome, precision: str, placement: str) -> WebElement:

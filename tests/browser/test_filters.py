@@ -124,7 +124,7 @@ def test_back_and_forward_lead_through_the_views(show: Open, gpu: list[Result]) 
     assert browser.find_element(By.NAME, "placement").get_attribute("value") == ""
     browser.back()
     settled(browser)
-    assert shown(browser) == everything, browser.current_url
+    assert shown(browser) == everything
     browser.forward()
     settled(browser)
     assert shown(browser) == narrowed
