@@ -131,13 +131,22 @@ class Stored(Record, frozen=True, kw_only=True):
     repeats_head: bool = False
     float32: str | None = None
 
+    @property
+    def largest_file(self) -> tuple[str, int]:
+        """What its largest file is called, and its bytes at most."""
+        if self.shard_bytes is None:
+            return f"its only file, a .{self.format},", self.bytes
+        return "a file", min(self.bytes, self.shard_bytes)
+
 
 class Blueprint(Record, frozen=True, kw_only=True):
     """A model to be planned; `ours` says that `harness.models` has its architecture and transformers has not.
 
     `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantised already and
-    whose headers were read. `note` says what the plan rests on where that is less than a skeleton from transformers.
-    `remote_code` is the code that the files ask for, `has_class` whether transformers has its own for this architecture.
+    whose headers were read. `repeated` are the paths of tied weights that the files store all the same, `largest_file` is what
+    the largest file is called and its bytes, where that is known. `note` says what the plan rests on where that is less than a
+    skeleton from transformers. `remote_code` is the code that the files ask for, `has_class`
+    whether transformers has its own for this architecture.
     """
 
     name: str
@@ -149,6 +158,8 @@ class Blueprint(Record, frozen=True, kw_only=True):
     file_format: str = "safetensors"
     packed: Packed | None = None
     tensor_bytes: int | None = None
+    repeated: frozenset[str] = frozenset()
+    largest_file: tuple[str, int] | None = None
     tokenizer: bool = True
     note: str | None = None
     remote_code: tuple[RemoteCode, ...] = ()
@@ -221,6 +232,8 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         file_format=read.files[0].format if read.files else "safetensors",
         packed=packed,
         tensor_bytes=read.bytes if packed and not packed.unpacks else None,
+        repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
+        largest_file=max(((file.name, file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=directory is None or _has_tokenizer(read, directory),
         note=note,
         remote_code=read.remote_code,
@@ -357,6 +370,8 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
         context_length=context_length(entry.config),
         file_format=stored.format if stored else "safetensors",
         packed=packed,
+        repeated=frozenset(shape.tied if stored and stored.repeats_head else ()),
+        largest_file=stored.largest_file if stored else None,
         ours=_is_ours(entry.config),
     )
 

@@ -111,7 +111,11 @@ class Tier(Record, frozen=True, kw_only=True):
 
 
 class Machine(Record, frozen=True, kw_only=True):
-    """The tiers of a machine, fastest first, and what else describes it."""
+    """The tiers of a machine, fastest first, and what else describes it.
+
+    `mapping_bytes` is the largest file that the system maps for torch and safetensors; None where it sets no such limit, or is
+    not known to.
+    """
 
     name: str
     tiers: tuple[Tier, ...]
@@ -119,6 +123,7 @@ class Machine(Record, frozen=True, kw_only=True):
     cores: int | None = None
     system: str | None = None
     driver: str | None = None
+    mapping_bytes: int | None = None
 
     @property
     def gpus(self) -> tuple[Tier, ...]:

@@ -27,6 +27,8 @@ class Sums:
     `held` in memory; `read` by one token; `made` anew while loading; `viewed`, still pages of the file, and of them `viewed_used`,
     which some token reads in full. `stored` in the file, `made_from` of what is made anew. `quantised` in 16 bits, `kept_copies`
     of that what the heap may keep, as of the parts of what is `stacked`. `joined` is the part of `held` that is made by stacking.
+    Tied weights that the files store again take `twice` until transformers 5 finds both equal and ties them; in the RAM `compared`
+    of the file's bytes are read for that, where both are views of it.
     """
 
     held: float = 0
@@ -40,6 +42,8 @@ class Sums:
     kept_copies: float = 0
     stacked: float = 0
     joined: float = 0
+    twice: float = 0
+    compared: float = 0
 
     def add(self, other: Sums) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -54,6 +58,8 @@ class Sums:
         self.kept_copies += other.kept_copies
         self.stacked += other.stacked
         self.joined += other.joined
+        self.twice += other.twice
+        self.compared += other.compared
 
     def times(self, factor: float) -> Sums:
         """Return this sum so many times."""
@@ -154,9 +160,11 @@ class Inventory:
         return weight.elements * 2 if self.held.quantizer and weight.quantises else 0
 
     def _sums(self, weight: Weight) -> Sums:
+        if weight.tied_to:
+            return self._repeated(weight)
         size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
         makes = self._makes(weight)
-        in_file = not weight.tied_to and weight.tensor.kind != "unsaved"
+        in_file = weight.tensor.kind != "unsaved"
         stored = int(weight.elements * self.stored_width) if in_file and self.held.packed_bits is None else size
         copies = self._copied(weight)
         view = not makes and weight.tensor.kind != "unsaved"
@@ -173,6 +181,15 @@ class Inventory:
             joined=size if self._stacks(weight) else 0,
             kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
         )
+
+    def _repeated(self, weight: Weight) -> Sums:
+        """Count a tied weight: nothing, unless the files store it again. As a head it is never quantised."""
+        if weight.path not in self.blueprint.repeated:
+            return Sums()
+        stored = int(weight.elements * self.stored_width)
+        makes = self._casts(weight) or self.blueprint.file_format not in MAPPED
+        twice = weight.elements * self.held.element_bytes
+        return Sums(stored=stored, made_from=stored if makes else 0, twice=twice, compared=0 if makes else stored)
 
     def _makes(self, weight: Weight) -> bool:
         """Say whether loading makes something else of a stored tensor than a view of the file: other bits, or a stack."""

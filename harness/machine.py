@@ -73,7 +73,15 @@ def probe(
     cores = cgroup.cores(root)
     cpu, disk = _cpu_tier(ram_bytes, root, cores, measure), _disk_tier((scratch or Path.cwd()).absolute(), measure)
     tiers = (*gpus, cpu, disk)
-    return Machine(name=machine_name(tiers, cores), tiers=tiers, cpu=_cpu_model(root), cores=cores, system=_system(), driver=driver)
+    return Machine(
+        name=machine_name(tiers, cores),
+        tiers=tiers,
+        cpu=_cpu_model(root),
+        cores=cores,
+        system=_system(),
+        driver=driver,
+        mapping_bytes=_mapping_bytes(root),
+    )
 
 
 def limited(probed: Machine, case: Case) -> Machine:
@@ -121,6 +129,23 @@ def _cpu_tier(ram_bytes: int | None, root: Path, threads: int, measure: bool) ->
         limit_bytes=min((size for size in (limit, ram_bytes) if size is not None), default=None),
         bytes_per_s=bandwidth.ram(f"{_cpu_model(root)}, {threads} threads", threads, free // _SHARE, measure),
     )
+
+
+def _mapping_bytes(root: Path) -> int | None:
+    """Return the largest private mapping that Linux grants, and so the largest file: torch and safetensors map files writable.
+
+    Source: the kernel's vm/overcommit-accounting. Mode 0 refuses what exceeds all RAM and swap together, whatever of it is free
+    and whatever a container may use; mode 2 what exceeds the rest of CommitLimit; mode 1 nothing.
+    """
+    try:
+        mode = (root / "proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip()
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = {name: int(size.split()[0]) << 10 for name, _, size in (line.partition(":") for line in lines)}
+    if mode == "0":
+        return sizes["MemTotal"] + sizes["SwapTotal"]
+    return max(0, sizes["CommitLimit"] - sizes["Committed_AS"]) if mode == "2" else None
 
 
 def _disk_tier(scratch: Path, measure: bool) -> Tier:

@@ -14,7 +14,7 @@ from harness.case import Case, Estimate, Machine, Plan, Record, TierEstimate, Ve
 from harness.catalog import Source
 from harness.devicemap import Device
 from harness.files import quote
-from harness.inventory import Inventory
+from harness.inventory import MAPPED, Inventory
 from harness.memory_cost import Kept
 from harness.placement import DIVIDES, FILE, GIVEN, PLACEMENTS, ROOM, Placement
 from harness.plan import Named, Sizes, Stock
@@ -238,6 +238,8 @@ class Planner:
         if unknown:
             option = "--ram SIZE" if unknown[0] == "cpu" else "--gpu SIZE"
             return Verdict.UNAVAILABLE, f"nobody told how much memory {unknown[0]} has: add {option}"
+        if unmapped := self._unmapped():
+            return Verdict.TOO_BIG, unmapped
         tight = None
         for name, tier in expected.tiers.items():
             if name == "disk":
@@ -252,6 +254,14 @@ class Planner:
                 most, free = format_gib(tier.needed_high_bytes), format_gib(tier.capacity_bytes)
                 tight = f"tight on {name}: needs {_needs(tier)}, up to {most} at worst, free {free}."
         return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
+
+    def _unmapped(self) -> str | None:
+        """Say which file this system does not map for torch and safetensors, however little of it is to be held at once."""
+        most, largest = self.machine.mapping_bytes, self.blueprint.largest_file
+        if most is None or largest is None or largest[1] <= most or self.blueprint.file_format not in MAPPED:
+            return None
+        what = f"too big for cpu: {largest[0]} has {format_gib(largest[1])} GiB, and Linux maps no file larger than RAM and swap"
+        return f"{what} ({format_gib(most)}) for torch: add swap, set vm.overcommit_memory to 1, or take a copy in several files."
 
     def used(self, one: Plan) -> dict[str, Constant]:
         """Return the constants that a plan rests on: those of its kind of device."""
@@ -302,13 +312,14 @@ def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | No
 
 
 def _needs(tier: TierEstimate) -> str:
-    """Write what a tier needs and of what: "16.1 GiB (weights 14.9, KV 0.7, overhead 0.5)"."""
+    """Write what a tier needs and of what: "16.1 GiB (weights 14.9, KV 0.7, overhead 0.5)", and what loading alone adds."""
     terms = {
         "weights": tier.weights_bytes,
         "KV": tier.kv_bytes,
         "activations": tier.activation_bytes,
         "overhead": tier.overhead_bytes,
     }
+    terms["more while loading"] = tier.needed_bytes - sum(terms.values())
     said = ", ".join(f"{name} {format_gib(size)}" for name, size in terms.items() if size * 100 > tier.needed_bytes)
     return f"{format_gib(tier.needed_bytes)} GiB ({said})"
 

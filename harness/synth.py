@@ -107,7 +107,7 @@ def _tensors(found: Skeleton, stored: Stored, dtype: str) -> Iterator[TensorSpec
             continue
         for owner in [owner for owner in masks if weight.path.startswith(owner)]:
             yield masks.pop(owner)
-        yield TensorSpec(name=weight.path, dtype=_dtype(weight, stored, dtype), shape=weight.tensor.shape)
+        yield TensorSpec(name=weight.path, dtype=_dtype(weight, stored, dtype), shape=weight.tensor.shape, repeats=weight.tied_to)
 
 
 def _masks(found: Skeleton, stored: Stored) -> dict[str, TensorSpec]:
@@ -199,10 +199,13 @@ def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
 
 
 def contents(tensor: TensorSpec) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor: ones for scales of norms, zeros for biases, masks that let all pass, else random weights."""
+    """Yield the bytes of a tensor: ones for scales of norms, zeros for biases, masks that let all pass, else random weights.
+
+    They follow from its name, or from that of the tensor that it repeats: transformers 5 ties only what is equal in the files.
+    """
     left = tensor.bytes
     pool = _pool(tensor.dtype, _filling(tensor))
-    begin = int.from_bytes(sha256(tensor.name.encode()).digest()[:4], "big") * _STEP_BYTES % len(pool)
+    begin = int.from_bytes(sha256((tensor.repeats or tensor.name).encode()).digest()[:4], "big") * _STEP_BYTES % len(pool)
     while left:
         piece = pool[begin : begin + left]
         yield piece

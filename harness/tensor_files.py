@@ -31,11 +31,12 @@ DTYPES: Mapping[str, tuple[int, str, str]] = {
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
-    """A tensor to be written: its name, its torch dtype (a key of DTYPES) and its shape."""
+    """A tensor to be written: its name, its torch dtype (a key of DTYPES), its shape; `repeats` names one that it is a copy of."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    repeats: str | None = None
 
     @property
     def bytes(self) -> int:

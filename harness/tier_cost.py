@@ -132,7 +132,7 @@ class Count:
             kv=kv,
             activation=constant["gpu_activation_share"].amount(runs) + _exact(brought),
             overhead=self._on_card + constant["gpu_fragmentation_share"].amount(kv + runs),
-            loading=self._in_flight(name),
+            loading=self._in_flight(name) + _exact(self.sums[name].twice),
         )
 
     @cached_property
@@ -162,7 +162,8 @@ class Count:
         touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
         away = self.sums.get("disk") or Sums()
         # So are tensors that are cast and written anew to the offload folder.
-        file = here.made_from + away.made_from + sum(self.sums[gpu].stored for gpu in self.gpus)
+        again, dropped = here.compared, 0 if here.compared else here.twice
+        file = here.made_from + away.made_from + again + sum(self.sums[gpu].stored for gpu in self.gpus)
         runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work)
         return Parts(
             weights=self.weights.get("cpu", 0),
@@ -176,8 +177,8 @@ class Count:
             overhead=self._process,
             heap=self._heap(here) + self.calibration["heap_share_disk"].amount(away.made),
             libraries=self._libraries,
-            loading=_exact(self.inventory.total.made - here.made if self.through_ram else 0) + self._unpacking,
-            loading_mapped=int(file),
+            loading=_exact((self.inventory.total.made - here.made if self.through_ram else 0) + dropped) + self._unpacking,
+            loading_mapped=int(file + again),  # both of what is compared
         )
 
     @cached_property

@@ -120,7 +120,7 @@ def test_json_is_the_machine_with_links_and_versions(say: Said) -> None:
     status, out, _ = say("--json")
     found = json.loads(out)
     assert status == 0
-    assert found.keys() == {"schema", "name", "tiers", "cpu", "cores", "system", "driver", "links", "versions"}
+    assert found.keys() == {"schema", "name", "tiers", "cpu", "cores", "system", "driver", "mapping_bytes", "links", "versions"}
     assert all(tier.keys() >= TIER_KEYS for tier in found["tiers"])
     gpu, cpu, disk = found["tiers"]
     assert (gpu["name"], gpu["free_bytes"], gpu["bytes_per_s"]) == ("gpu:0", 11 * GIB, 360e9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -54,6 +55,31 @@ class Tree:
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
+
+
+# The largest file that is mapped
+
+
+@pytest.mark.parametrize(("mode", "most"), [(0, 24 * GIB), (1, None), (2, 7 * GIB)])
+def test_how_large_a_file_the_kernel_maps(tree: Tree, mode: int, most: int | None) -> None:
+    assert probe(root=tree.root).mapping_bytes is None
+    tree.write("proc/sys/vm/overcommit_memory", mode)
+    sizes = {"MemTotal": 16 * GIB, "SwapTotal": 8 * GIB, "CommitLimit": 12 * GIB, "Committed_AS": 5 * GIB}
+    tree.write("proc/meminfo", "\n".join(f"{name}: {size >> 10} kB" for name, size in sizes.items()))
+    assert probe(root=tree.root).mapping_bytes == most
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_larger_file_is_really_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    most = probe().mapping_bytes
+    if most is None or Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() != "0":
+        pytest.skip("this kernel is set to another mode")
+    (tmp_path / "file").touch()
+    for size, granted in ((most - GIB, True), (most + GIB, False)):
+        os.truncate(tmp_path / "file", size)
+        with contextlib.nullcontext() if granted else pytest.raises(RuntimeError, match="unable to mmap"):
+            torch.UntypedStorage.from_file(str(tmp_path / "file"), False, size)
 
 
 # Limits of containers

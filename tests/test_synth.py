@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -42,6 +43,24 @@ def test_it_loads_and_computes_finite_numbers(name: str, kind: str, tmp_path: Pa
         logits = model.half()(torch.arange(3, 40)[None]).logits
     assert torch.isfinite(logits).all()
     assert logits.std() > 0
+
+
+def test_a_head_that_is_stored_again_is_tied_as_in_the_real_files(tmp_path: Path) -> None:
+    small_models.save("llama", tmp_path / "real", tie_word_embeddings=True)
+    once = synth.describe(catalog.resolve(str(tmp_path / "real")))
+    (shard,) = once.shards
+    embedding = next(tensor for tensor in shard if tensor.name == "model.embed_tokens.weight")
+    head = msgspec.structs.replace(embedding, name="lm_head.weight", repeats=embedding.name)
+    there = synth.write(msgspec.structs.replace(once, shards=((*shard, head),)), tmp_path / "twin")
+    model = AutoModelForCausalLM.from_pretrained(there)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_what_the_catalog_stores_again_repeats_its_original() -> None:
+    made = synth.describe(catalog.resolve("chatglm-6b"))
+    tensors = {tensor.name: tensor for shard in made.shards for tensor in shard}
+    head, original = tensors["lm_head.weight"], tensors["transformer.word_embeddings.weight"]
+    assert bytes(next(iter(synth.contents(head)))) == bytes(next(iter(synth.contents(original))))
 
 
 PUBLISHED = {

@@ -11,10 +11,12 @@ from tests.accuracy import chart
 from tests.accuracy.chart import Pair
 from tests.reporting import REPORTS, Figure, Section, gathered, table
 
+HEADING = "How good the estimates are"
+
 
 @pytest.fixture(scope="module")
 def section(request: pytest.FixtureRequest) -> Iterator[Section]:
-    yield from gathered(request, "accuracy.md", "How good the estimates are", "tox run -e accuracy")
+    yield from gathered(request, "accuracy.md", HEADING, "tox run -e accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def pairs(request: pytest.FixtureRequest, section: Section) -> Iterator[list[Pai
     yield found
     if not found or request.config.option.keyword:
         return
-    section.notes.append(details(found))
+    section.notes.extend(["![memory](accuracy-memory.svg) ![speed](accuracy-speed.svg)", details(found)])
     for name, unit, scale in (("memory", "GiB", float(GIB)), ("speed", "tokens/s", 1.0)):
         chosen = [pair for pair in found if ("tokens/s" in pair.figure) == (name == "speed")]
         chart.write(REPORTS / f"accuracy-{name}.svg", chosen, unit, scale)
@@ -43,8 +45,6 @@ def details(found: list[Pair]) -> str:
     for pair in found:
         by_case.setdefault(pair.case, {})[pair.figure] = pair.estimated / pair.measured
     lines = [
-        "![memory](accuracy-memory.svg) ![speed](accuracy-speed.svg)",
-        "",
         "Estimated / measured, case by case:",
         "",
         *table(

@@ -1,0 +1,129 @@
+"""Models of full size, with synthetic weights: predicted before, then run.
+
+`tox run -e full-size` keeps the results and their page in reports/full-size and writes this section of reports/accuracy.md. It
+takes up to an hour, 24 GiB of RAM and 40 GB of disk for one checkpoint at a time, which goes again; what ran before is resumed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from harness import store
+from harness.case import Outcome, Result, Verdict
+from harness.units import format_share
+from tests.accuracy.chart import Pair
+from tests.accuracy.conftest import HEADING, details
+from tests.reporting import REPORTS, Figure, Section, gathered
+
+RESULTS = REPORTS / "full-size"
+
+
+class Measured(NamedTuple):
+    """Cases of one model, as they are asked for on the command line."""
+
+    model: str
+    precisions: tuple[str, ...]
+    placements: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        named = [("--precision", self.precisions), ("--placement", self.placements)]
+        return [
+            "--model",
+            self.model,
+            *(word for option, names in named for name in names for word in (option, name)),
+            *self.options,
+        ]
+
+
+# From the disk every token costs seconds: few of them, one round.
+FEW = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1", "--case-timeout", "1800")
+RUNS = (
+    Measured("chatglm-6b", ("fp16", "bf16", "int8", "int4"), ("cpu",), ("--repeats", "3")),
+    Measured("chatglm-6b", ("fp16",), ("disk",), ("--ram", "8GiB", *FEW)),
+    Measured("chatglm-6b", ("int8", "int4"), ("cpu",), ("--ram", "8GiB", "--repeats", "3")),
+    Measured("codegen-6b-mono", ("bf16", "int4"), ("cpu",), ("--repeats", "3")),
+    Measured("codegen-16b-mono", ("fp16", "int4"), ("auto", "disk", "cpu"), FEW),
+    Measured("moss-moon-003-sft", ("fp16", "int4"), ("auto", "disk", "cpu"), FEW),
+)
+
+
+@pytest.fixture(scope="module")
+def section(request: pytest.FixtureRequest) -> Iterator[Section]:
+    yield from gathered(request, "accuracy.md", HEADING, "tox run -e full-size")
+
+
+@pytest.fixture(scope="module")
+def results() -> list[Result]:
+    """Run every row of RUNS; a model's checkpoint goes when its rows are done."""
+    for model in dict.fromkeys(row.model for row in RUNS):
+        for row in RUNS:
+            if row.model == model:
+                _run("pytest", "cases", *row.words, "--weights", "synthetic", "--resume", "--results", str(RESULTS))
+        _run("harness", "synth", model, "--remove")
+    found, problems = store.read(store.file_of(RESULTS))
+    assert not problems
+    return list({result.id: result for result in found}.values())
+
+
+def _run(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", *words], check=True, cwd=REPORTS.parent)
+
+
+def _worked(results: list[Result]) -> list[Result]:
+    return [result for result in results if result.outcome is Outcome.OK]
+
+
+@pytest.mark.parametrize("key", ["ram_peak_bytes", "ram_anon_peak_bytes"])
+def test_ram(results: list[Result], figures: list[Figure], pairs: list[Pair], key: str) -> None:
+    found = []
+    for result in _worked(results):
+        assert result.estimate
+        tier = result.estimate.tiers["cpu"]
+        estimated = tier.anon_bytes if "anon" in key else tier.peak_bytes
+        found.append(Pair(case=result.id, figure=key, estimated=estimated, measured=result.metrics[key]))
+    pairs += found
+    errors = [pair.estimated / pair.measured - 1 for pair in found]
+    near = f"median {format_share(statistics.median(map(abs, errors)))}, most {format_share(max(map(abs, errors)))}"
+    figures.append(Figure(what=key, rows=len(errors), found=near, wanted="5 %"))
+    assert statistics.median(map(abs, errors)) < 0.05
+
+
+def test_the_measured_peak_lies_in_the_interval(results: list[Result], figures: list[Figure]) -> None:
+    worked = [(result, result.estimate.tiers["cpu"]) for result in _worked(results) if result.estimate]
+    outside = [result.id for result, tier in worked if not tier.low_bytes <= result.metrics["ram_peak_bytes"] <= tier.high_bytes]
+    figures.append(Figure(what="RAM peak outside low..high", rows=len(worked), found=", ".join(outside) or "0", wanted="5 %"))
+    assert len(outside) <= 1
+
+
+def test_no_promise_is_broken(results: list[Result], figures: list[Figure]) -> None:
+    broken = [result.id for result in results if result.verdict is Verdict.FITS and result.outcome is not Outcome.OK]
+    figures.append(Figure(what="false fits", rows=len(results), found=", ".join(broken) or "0", wanted="0"))
+    assert not broken
+
+
+def test_speed(results: list[Result], figures: list[Figure], pairs: list[Pair]) -> None:
+    """What is held against the measurement was said before the case ran, corrected by the cases before it."""
+    errors = []
+    for result in _worked(results):
+        assert result.estimate
+        measured, estimated = result.metrics["decode_tok_s"], result.estimate.decode_tok_s.best
+        pairs.append(Pair(case=result.id, figure="decode_tok_s", estimated=estimated, measured=measured))
+        errors.append(abs(estimated / measured - 1))
+    within = f"{sum(error <= 0.3 for error in errors)} of {len(errors)}, median {format_share(statistics.median(errors))}"
+    figures.append(Figure(what="decode tokens/s within 30 %", rows=len(errors), found=within, wanted="30 %"))
+    assert statistics.median(errors) < 0.3
+
+
+@pytest.fixture(scope="module")
+def pairs(section: Section) -> Iterator[list[Pair]]:
+    found: list[Pair] = []
+    yield found
+    section.notes.extend(["Every case with its code and timeline: [reports/full-size](full-size/index.html).", details(found)])
