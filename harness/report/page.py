@@ -29,7 +29,7 @@ from harness.report.text import plural, visible
 _TEMPLATES = Path(__file__).parent / "templates"
 # All charts of a page share this many points, so that a page of 500 cases stays small.
 _POINTS_OF_A_PAGE = 24_000
-_FEWEST_POINTS = 32
+_FEWEST_POINTS = 24
 # The details of more cases than these are packed: they are most of a page, and hardly any of them is read.
 _MOST_UNPACKED = 60
 _BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB

@@ -29,6 +29,7 @@ field.value = value;
 field.dispatchEvent(new Event("change", { bubbles: true }));
 requestAnimationFrame(() => setTimeout(() => done(performance.now() - begun)));
 """
+IDLE = "requestIdleCallback(arguments[0])"  # the page reads its cells before this comes
 PAINTED = "return performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 
 
@@ -77,6 +78,7 @@ def test_paints_and_filters(browser: Chrome, figures: list[Figure], tmp_path: Pa
         browser.get("about:blank")
         browser.get(file.as_uri())
         painted.append(browser.execute_script(PAINTED))
+        browser.execute_async_script(IDLE)
         filtered.append([browser.execute_async_script(CHOOSE, key, value) for key, value in CHOICES])
     paint = statistics.median(painted)
     slowest = max(statistics.median(column) for column in zip(*filtered, strict=True))

@@ -69,25 +69,35 @@
       if (hash !== location.hash) history[how ?? "pushState"](null, "", hash);
     };
 
-    // Every case of the page, read from its cells when it is first needed.
-    const entry = (cell, link, names) => {
-      const value = (key) => Number(one(`data[data-key${key}]`, cell)?.value ?? NaN);
-      const works = cell.classList.contains("s-works");
-      const planned = cell.classList.contains("plan");
-      const look = /\bs-([\w-]+)/.exec(cell.className)[1];
-      return {
-        ...names,
-        cell,
-        anchor: link.hash.slice(1),
-        off: false,
-        look,
-        planned,
-        // What ran out of memory or time took less than it needs.
-        need: works ? value("$=_peak_bytes") : planned ? value("=needed_bytes") : NaN,
-        speed: works ? value("=decode_tok_s") : NaN,
-        sound: works && !cell.classList.contains("unsound"),
-      };
-    };
+    // Every case of the page, read from its cells when it is first needed; most figures of most cases never are.
+    class Item {
+      off = false;
+      constructor(cell, link, names) {
+        Object.assign(this, names);
+        const looks = cell.className.split(" ");
+        this.cell = cell;
+        this.link = link;
+        this.look = looks.find((look) => look.startsWith("s-")).slice(2);
+        this.planned = looks.includes("plan");
+        this.sound = this.look === "works" && !looks.includes("unsound");
+      }
+      figure(key) {
+        return Number(one(`data[data-key${key}]`, this.cell)?.value ?? NaN);
+      }
+      get anchor() {
+        return this.link.getAttribute("href").slice(1);
+      }
+      get speed() {
+        return (this.tokens ??= this.look === "works" ? this.figure("=decode_tok_s") : NaN);
+      }
+      // What ran out of memory or time took less than it needs.
+      get need() {
+        return (this.bytes ??= this.planned ? this.figure("=needed_bytes") : this.look === "works" ? this.figure("$=_peak_bytes") : NaN);
+      }
+      get place() {
+        return this.link.getAttribute("aria-label")?.split(", ").at(-1) ?? one("span", this.cell).textContent;
+      }
+    }
     const indexed = (element) => {
       const block = element.closest(".block");
       const model = one("h2 bdi", block).textContent;
@@ -100,19 +110,18 @@
       // Below the row of common headings the cells of a column stand under each other.
       const grid = lines.slice(limited ? 1 : 0).map((line) => [...line.cells].slice(line.parentElement === table.tHead && limited ? 0 : 1));
       const columns = placements.map((_, x) => grid.map((line) => line[x]));
+      const names = rows.map((row) => row.cells[0].firstChild.textContent);
       const cases = rows.flatMap((row, y) =>
         [...row.cells].slice(1).flatMap((cell, x) => {
-          const link = one("a", cell);
-          if (!link) return [];
-          const precision = row.cells[0].firstChild.textContent;
-          const place = link.getAttribute("aria-label").split(", ").at(-1);
-          return [entry(cell, link, { model, precision, placement: placements[x], place, x, y })];
+          const link = cell.firstElementChild;
+          if (link.localName !== "a") return [];
+          return [new Item(cell, link, { model, precision: names[y], placement: placements[x], x, y })];
         }),
       );
       const folds = all(".fold", element);
       const folded = folds.flatMap((fold) => all(".cell", fold)).map((cell) => {
         const [precision, place] = [one("b", cell).textContent, one("span", cell).textContent];
-        return entry(cell, one("a", cell), { model, precision, placement: place.split("@")[0], place });
+        return new Item(cell, cell.firstElementChild, { model, precision, placement: place.split("@")[0] });
       });
       const packed = Boolean(one(".packed", element));
       return { element, block, table, rows, columns, heads, limited, folds, packed, cases: [...cases, ...folded] };
