@@ -185,6 +185,14 @@ def test_an_order_shows_the_first_cases_of_many_and_more_when_asked(show: Open, 
     assert len(browser.find_elements(By.CSS_SELECTOR, "#flat li")) == 2 * first
 
 
+def test_a_card_further_down_is_brought_by_its_address(show: Open, results: list[Result]) -> None:
+    browser = show(many(results, 2), fragment="case-chatglm-6b-1-fp16-disk&order=fastest")
+    settled(browser)
+    opened = browser.find_element(By.CSS_SELECTOR, "#flat details[open]")
+    assert opened.get_attribute("id") == "case-chatglm-6b-1-fp16-disk"
+    assert not browser.find_element(By.CSS_SELECTOR, "table.matrix").is_displayed()
+
+
 def test_packed_details_are_unpacked_by_a_cell_by_its_address_and_by_the_button(show: Open, results: list[Result]) -> None:
     browser = show(many(results, 2))
     assert not browser.find_elements(By.CSS_SELECTOR, "details.case")

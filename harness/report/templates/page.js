@@ -102,17 +102,17 @@
       const block = element.closest(".block");
       const model = one("h2 bdi", block).textContent;
       const table = one(".matrix", element);
-      const lines = table ? [...table.rows] : [];
+      const [groups, limits] = table?.tHead.rows ?? [];
       const rows = table ? [...table.tBodies[0].rows] : [];
-      const limited = table?.tHead.rows.length === 2;
-      const heads = table ? [...table.tHead.rows[0].cells].slice(1).map((head) => [head, head.colSpan]) : [];
+      const cellsOf = (row) => [...row.cells].slice(1);
+      const heads = table ? cellsOf(groups).map((head) => [head, head.colSpan]) : [];
       const placements = heads.flatMap(([head, span]) => Array(span).fill(head.firstChild.textContent));
       // Below the row of common headings the cells of a column stand under each other.
-      const grid = lines.slice(limited ? 1 : 0).map((line) => [...line.cells].slice(line.parentElement === table.tHead && limited ? 0 : 1));
-      const columns = placements.map((_, x) => grid.map((line) => line[x]));
+      const lines = [...(limits ? [[...limits.cells]] : groups ? [cellsOf(groups)] : []), ...rows.map(cellsOf)];
+      const columns = placements.map((_, x) => lines.map((line) => line[x]));
       const names = rows.map((row) => row.cells[0].firstChild.textContent);
       const cases = rows.flatMap((row, y) =>
-        [...row.cells].slice(1).flatMap((cell, x) => {
+        cellsOf(row).flatMap((cell, x) => {
           const link = cell.firstElementChild;
           if (link.localName !== "a") return [];
           return [new Item(cell, link, { model, precision: names[y], placement: placements[x], x, y })];
@@ -124,7 +124,7 @@
         return new Item(cell, cell.firstElementChild, { model, precision, placement: place.split("@")[0] });
       });
       const packed = Boolean(one(".packed", element));
-      return { element, block, table, rows, columns, heads, limited, folds, packed, cases: [...cases, ...folded] };
+      return { element, block, table, rows, columns, heads, limited: Boolean(limits), folds, packed, cases: [...cases, ...folded] };
     };
     let index;
     const indexOf = () => (index ??= all(".workload").map(indexed));
@@ -155,7 +155,9 @@
       for (const fold of part.folds) hide(fold, !one(".cell:not([hidden])", fold));
       part.rows.forEach((row, y) => hide(row, !rows.has(y)));
       if (part.table) hide(part.table.parentElement, !found.some((item) => item.x !== undefined));
-      part.columns.forEach((cells, x) => cells[0].hidden === !columns.has(x) || cells.forEach((cell) => hide(cell, !columns.has(x))));
+      part.columns.forEach((cells, x) => {
+        if (cells[0].hidden === columns.has(x)) for (const cell of cells) cell.hidden = !columns.has(x);
+      });
       if (part.limited) narrowHeads(part, columns);
     };
     // A heading over the columns of several limits is as wide as those that are left.
@@ -210,6 +212,7 @@
       restore();
       one(".cards", flat).replaceChildren();
       flat.hidden = !state.order;
+      queue = [];
       if (!state.order) return;
       const known = state.order === "fastest" ? (item) => item.speed > 0 : (item) => item.need >= 0;
       const last = found.filter((item) => !known(item));
@@ -253,21 +256,14 @@
     const restore = () => {
       for (const [details, place] of moved.splice(0)) place.replaceWith(details);
     };
-    const linkOf = (anchor, within = document) => anchor && one(`a[href="#${CSS.escape(anchor)}"]`, within);
-    const cellLink = (anchor) => {
-      const found = all(`.cell > a[href="#${CSS.escape(anchor)}"]`);
-      return found.find((link) => link.closest("#flat")) ?? found[0];
-    };
+    const linkIn = (place, anchor) => one(`${place} .cell > a[href="#${CSS.escape(anchor)}"]`);
     const reveal = async (anchor) => {
       if (!anchor) return;
-      const link = cellLink(anchor);
-      if (link && !document.getElementById(anchor)) {
-        const source = all(`.workload .cell > a[href="#${CSS.escape(anchor)}"]`)[0];
-        await unpack(source?.closest(".workload"));
-      }
+      if (!document.getElementById(anchor)) await unpack(linkIn(".workload", anchor)?.closest(".workload"));
       const target = document.getElementById(anchor);
       if (!target) return;
-      const card = link?.closest("#flat li");
+      while (queue.length && !linkIn("#flat", anchor)) more();
+      const card = linkIn("#flat", anchor)?.closest("li");
       if (card && !target.closest("#flat")) {
         const [place, item] = [document.createComment(""), document.createElement("li")];
         target.replaceWith(place);
@@ -286,7 +282,7 @@
     const close = (details) => {
       details.open = false;
       write({ ...read(), anchor: "" }, "replaceState");
-      const link = cellLink(details.id);
+      const link = linkIn("#flat", details.id) ?? linkIn(".workload", details.id);
       link?.closest("details")?.setAttribute("open", "");
       (link ?? one("summary", details)).focus();
     };
@@ -306,7 +302,8 @@
     const given = () => {
       const state = { anchor: "" };
       for (const key of KEYS) {
-        const value = form.elements[key]?.value.trim().replace(",", ".");
+        const typed = form.elements[key]?.value;
+        const value = key === "fits" ? typed.trim().replace(",", ".") : typed;
         if (value && allowed(key, value)) state[key] = value;
       }
       return state;
@@ -442,7 +439,7 @@
     });
 
     apply();
-    requestIdleCallback?.(() => form && indexOf());
+    if (form) window.requestIdleCallback?.(indexOf);
   };
   if (document.readyState === "loading") addEventListener("DOMContentLoaded", start);
   else start();
