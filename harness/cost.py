@@ -95,6 +95,7 @@ def effort(count: Count, precision: str) -> Effort:
             tier: count.read.get(tier, 0.0) + _CACHE_PASSES * count.kv.get(tier, 0)
             for tier in {**count.read, **(count.kv if count.shared == 1 else {})}
         },
+        mapped=here.viewed_used if here else 0.0,
         operations=inventory.operations,
         parameters=inventory.parameters,
         tensors=inventory.tensors,
@@ -102,6 +103,7 @@ def effort(count: Count, precision: str) -> Effort:
         unpacked=sum(gguf.elements) if gguf and not count.held.packed_bits else 0,
         vocabulary=gguf.strings if gguf else 0,
         copied_bytes=int(here.made) if here else 0,
+        written=count.written,
         quantised=int(sum(sums.quantised for sums in count.sums.values()) / 2),
         to_gpu_bytes=sum(count.weights[gpu] for gpu in count.gpus),
     )

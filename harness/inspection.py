@@ -14,7 +14,10 @@ KIND_ORDER = ("embedding", "attention", "mlp", "norm", "head", "other")
 
 
 class Inspection(Record, frozen=True, kw_only=True):
-    """A checkpoint in figures. `kind` says what was named: catalog, hub, directory or file; `source` where its files are."""
+    """A checkpoint in figures. `kind` says what was named: catalog, hub, directory or file; `source` where its files are.
+
+    `history` is what became of the model since 2023, of those that this project began with.
+    """
 
     schema: int = SCHEMA
     name: str
@@ -30,6 +33,7 @@ class Inspection(Record, frozen=True, kw_only=True):
     context_length: int | None
     parts: tuple[Part, ...]
     ties: tuple[Tie, ...]
+    history: str = ""
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -49,7 +53,7 @@ class Run(Record, frozen=True, kw_only=True):
         return sum(part.bytes for part in self.parts)
 
 
-def inspect(checkpoint: Checkpoint, *, name: str, kind: str, source: str) -> Inspection:
+def inspect(checkpoint: Checkpoint, *, name: str, kind: str, source: str, history: str = "") -> Inspection:
     """Put together all that is told of a checkpoint."""
     return Inspection(
         name=name,
@@ -65,6 +69,7 @@ def inspect(checkpoint: Checkpoint, *, name: str, kind: str, source: str) -> Ins
         context_length=checkpoint.context_length,
         parts=tuple(anatomy(checkpoint)),
         ties=tuple(ties(checkpoint)),
+        history=history,
     )
 
 

@@ -114,7 +114,12 @@ METRICS: Mapping[str, Metric] = {
         better="lower",
         how="mean KL(reference || this) of the next-token distribution, in nats",
     ),
-    "answers_correct": Metric(label="answers correct", unit="count", better="higher", how="of the probe's ten short questions"),
+    "answers_correct": Metric(
+        label="answers correct",
+        unit="count",
+        better="higher",
+        how="of the probe's ten short questions, and one more of a model with tools",
+    ),
 }
 
 

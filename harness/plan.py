@@ -192,7 +192,7 @@ def loading_code(
 ) -> str:
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
-    `device_map` gives tiers by module, for a placement whose map is computed here.
+    `device_map` gives tiers by module: it is printed for a placement whose map is computed here.
     What is `stored` quantised is loaded as it is, without a config; `ours` are the architectures of `harness.models`.
     Of a GGUF file a precision that quantises nothing asks for the weights unpacked: transformers' default depends on the machine.
     `trusted` says whether the model's own code may run, None where it has none. It is always said where there is some: left out,
@@ -212,7 +212,8 @@ def loading_code(
     if placement.device_map in PRINTED:
         assert device_map is not None, "its code cannot be written without the map"
         arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
-        arguments |= {"offload_folder": "offload"} if "disk" in device_map.values() else {}
+    if "disk" in (device_map or {}).values():  # where a file is not safetensors, transformers asks for it
+        arguments["offload_folder"] = "offload"
     if max_memory is not None:
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
     imports = ["import harness.models  # registers architectures that transformers lacks"] if ours else []

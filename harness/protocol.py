@@ -58,8 +58,12 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
 
 
 class Score(Message, frozen=True, kw_only=True, tag="score"):
-    """Run the quality probe. `keep` is a file to write this model's predictions to, `reference` one to compare with."""
+    """Run the quality probe. `keep` is a file to write this model's predictions to, `reference` one to compare with.
 
+    `model` is its name, by which it may be asked in a dialogue of its own.
+    """
+
+    model: str = ""
     keep: str | None = None
     reference: str | None = None
 
@@ -114,7 +118,10 @@ class GenerateDone(Message, frozen=True, kw_only=True, tag="generated"):
 
 
 class ScoreDone(Message, frozen=True, kw_only=True, tag="scored"):
-    """What the probe measured: summed negative log-likelihood in nats over `positions`, agreement with the reference, answers."""
+    """What the probe measured: summed negative log-likelihood in nats over `positions`, agreement with the reference, answers.
+
+    `dialogue` names the dialogue that the questions were put in; empty where they were put plainly or by a chat template.
+    """
 
     nll: float
     positions: int
@@ -123,6 +130,7 @@ class ScoreDone(Message, frozen=True, kw_only=True, tag="scored"):
     kl: float | None
     answers: list[Answer]
     phases: list[Phase]
+    dialogue: str = ""
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):

@@ -2,8 +2,8 @@
 
 Two things are asked. How well does the model predict four short passages (perplexity), and how near are its predictions to
 those of the same model at its reference precision (agreement of the next token, KL divergence)? And does it answer ten easy
-questions? The answers are the only part that goes through generation with a KV cache and a padded batch, so they notice faults
-that a single forward pass cannot.
+questions, put as it was taught (`harness.dialogue`), and one more that takes a tool, if it was taught any? The answers are the only
+part that goes through generation with a KV cache and a padded batch, so they notice faults that a single forward pass cannot.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ class Probe(Record, frozen=True, kw_only=True):
 
 
 class Reference(Record, frozen=True, kw_only=True):
-    """What the same model showed at its reference precision; `case` is the id of that case."""
+    """What the same model showed at its reference precision; `case` is the id of that case, `dialogue` how it was asked."""
 
     case: str
     perplexity: float
     answers: list[Answer] = []
+    dialogue: str = ""
 
 
 class Threshold(Record, frozen=True, kw_only=True):
@@ -133,6 +134,7 @@ def _read_probe() -> Probe:
 
 
 PROBE = _read_probe()
+_ASKED_IN = "+"  # between the version of the probe and the dialogue that its questions were put in
 
 
 def prompt_text() -> str:
@@ -230,9 +232,12 @@ def metrics_of(done: ScoreDone, *, real_weights: bool = True) -> dict[str, float
 def reference_of(result: Result) -> Reference | None:
     """Make a reference of a result; None if it cannot serve as one: another probe, no perplexity, broken."""
     found, quality = result.metrics.get("perplexity"), result.quality
-    if found is None or quality is None or quality.probe != PROBE.version or quality.verdict == BROKEN:
+    if found is None or quality is None or quality.verdict == BROKEN:
         return None
-    return Reference(case=result.case.id, perplexity=found, answers=quality.answers)
+    version, _, dialogue = quality.probe.partition(_ASKED_IN)
+    if version != PROBE.version:
+        return None
+    return Reference(case=result.case.id, perplexity=found, answers=quality.answers, dialogue=dialogue)
 
 
 def judge(done: ScoreDone, *, real_weights: bool, reference: Reference | None = None, is_reference: bool = False) -> Quality:
@@ -242,10 +247,11 @@ def judge(done: ScoreDone, *, real_weights: bool, reference: Reference | None = 
     """
     against = reference if real_weights and not is_reference else None
     verdict, why = _judge_alone(done, real_weights) or _judge_beside(done, against, is_reference)
+    wrong = [answer.wrong for answer in done.answers if answer.wrong and real_weights]
     return Quality(
-        probe=PROBE.version,
+        probe=PROBE.version + (_ASKED_IN + done.dialogue if done.dialogue else ""),
         verdict=verdict,
-        why=why,
+        why="; ".join([why, *wrong]),
         reference=against.case if against else None,
         answers=done.answers if real_weights else [],
     )
@@ -287,8 +293,9 @@ def _compare(done: ScoreDone, reference: Reference) -> dict[str, float]:
         measured["top1_agreement"] = done.agree / done.positions
     if done.kl is not None:
         measured["kl"] = done.kl
-    if done.answers and reference.answers:
-        measured["answers_lost"] = len(_correct(reference.answers) - _correct(done.answers))
+    if done.answers and reference.answers and done.dialogue == reference.dialogue:
+        asked = {answer.question for answer in done.answers}  # one that takes long is left out where a model is slow
+        measured["answers_lost"] = len((_correct(reference.answers) & asked) - _correct(done.answers))
     return measured
 
 

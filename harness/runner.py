@@ -255,7 +255,10 @@ class Run:
         self.load()
         if self.scored is None:
             keep, reference = self.subject.keep_file, self.subject.reference_file
-            done = self._ask(Score(keep=str(keep) if keep else None, reference=str(reference) if reference else None))
+            request = Score(
+                model=self.plan.case.model, keep=str(keep) if keep else None, reference=str(reference) if reference else None
+            )
+            done = self._ask(request)
             assert isinstance(done, ScoreDone)
             self.scored = done
         return self.scored

@@ -22,10 +22,10 @@ _SPEED_AT = {"low": "high", "best": "best", "high": "low"}
 class Effort(Record, frozen=True, kw_only=True):
     """What a case does, counted.
 
-    `read` are the bytes by tier that one token reads. `like` names the constants of what is
-    quantised. `parameters` are those that a token is multiplied with. `copied_bytes` are
-    written anew while loading, `quantised` weights quantised; `checkpoint_bytes` come from the disk. Of a GGUF `unpacked` weights
-    are made from its blocks and `vocabulary` strings of its metadata read one by one.
+    `read` are the bytes by tier that one token reads, of those in the RAM `mapped` pages of files. `like` names the constants of
+    what is quantised. `parameters` are those that a token is multiplied with. While loading `copied_bytes` are made anew in the
+    RAM, `written` into the offload folder, and `quantised` weights quantised; `checkpoint_bytes` come from the disk. Of a GGUF
+    `unpacked` weights are made from its blocks and `vocabulary` strings of its metadata read one by one.
     """
 
     device: str
@@ -33,6 +33,7 @@ class Effort(Record, frozen=True, kw_only=True):
     like: str | None
     dtype: str
     read: dict[str, float]
+    mapped: float
     operations: Operations
     parameters: int
     tensors: int
@@ -40,6 +41,7 @@ class Effort(Record, frozen=True, kw_only=True):
     unpacked: int
     vocabulary: int
     copied_bytes: int
+    written: int
     quantised: int
     to_gpu_bytes: int
 
@@ -108,11 +110,12 @@ class _Clock:
     def load(self, pick: str) -> float:
         """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantise, send."""
         effort, on = self.effort, "gpu" if self.gpu else f"cpu{self.suffix}"
-        wanted = effort.checkpoint_bytes if effort.copied_bytes or effort.quantised or effort.to_gpu_bytes else 0
+        wanted = effort.checkpoint_bytes if effort.copied_bytes or effort.quantised or effort.to_gpu_bytes else effort.written
         return (
             self._cost("load_s", pick)
             + effort.tensors * self._cost("load_s_per_tensor", pick)
             + self._from_disk(wanted, pick)
+            + self._from_disk(effort.written, pick)  # as fast one way as the other
             + effort.copied_bytes / self._rate("cast_bytes_per_s", pick)
             + effort.unpacked / self._rate("gguf_elements_per_s", pick)
             + effort.vocabulary * self._cost("gguf_s_per_string", pick)
@@ -145,12 +148,17 @@ class _Clock:
         return self._moved("best") if is_measured and not self.gpu else 0.0
 
     def _moved(self, pick: str) -> float:
-        return sum(size / self._path(name, pick) for name, size in self.effort.read.items())
+        """Bring what a token reads. A page cache that does not hold all of it holds nothing: it drops first what comes next."""
+        read = dict(self.effort.read)
+        if "disk" in read and not self._stays_cached(pick):
+            mapped = min(self.effort.mapped, read.get("cpu", 0.0))
+            read |= {"disk": read["disk"] + mapped, "cpu": read.get("cpu", 0.0) - mapped}
+        return sum(size / self._path(name, pick) for name, size in read.items() if size)
 
     def _path(self, tier: str, pick: str) -> float:
         """Return the bytes per second from a tier to what computes."""
         if tier == "disk":
-            return self._rate("page_cache_bytes_per_s", pick) if self._is_cached(self.effort.read[tier], pick) else self._disk(pick)
+            return self._rate("page_cache_bytes_per_s", pick) if self._stays_cached(pick) else self._disk(pick)
         if tier == "cpu":
             return self._link(pick) if self.gpu else self._ram(pick)
         found = self.machine.tier(tier)
@@ -172,10 +180,18 @@ class _Clock:
         """Charge reading files: from the page cache where they fit there, from the disk at the high end."""
         return 0.0 if self._is_cached(size, pick) else size / self._disk(pick)
 
+    def _stays_cached(self, pick: str) -> bool:
+        """Say whether the pages of files that every token reads stay in the RAM, beside what is made there; not at the high end."""
+        room = self._room() - self.effort.copied_bytes
+        wanted = self.effort.read["disk"] + self.effort.mapped
+        return pick != "high" and wanted < room * (1.0 if pick == "low" else 0.9)
+
     def _is_cached(self, size: float, pick: str) -> bool:
+        return pick == "low" or (pick == "best" and size * 2 < self._room())
+
+    def _room(self) -> int:
         cpu = self.machine.tier("cpu")
-        room = (cpu.capacity_bytes if cpu else None) or 0
-        return pick == "low" or (pick == "best" and size * 2 < room)
+        return (cpu.capacity_bytes if cpu else None) or 0
 
     def _link(self, pick: str) -> float:
         sheet = self.gpu.link_bytes_per_s if self.gpu else None

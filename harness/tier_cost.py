@@ -110,15 +110,18 @@ class Count:
         found = {name: self._on_gpu(name) for name in self.gpus}
         found["cpu"] = self._in_ram()
         if "disk" in self.weights:
-            found["disk"] = Parts(weights=self.weights["disk"], written=self._written())
+            found["disk"] = Parts(weights=self.weights["disk"], written=self.written)
         return found
 
-    def _written(self) -> int:
-        """Return the bytes that loading writes into the offload folder.
+    @property
+    def written(self) -> int:
+        """The bytes that loading writes into the offload folder.
 
         transformers 5 (`accelerate_disk_offload`) leaves in a safetensors file what it holds as it is needed, and writes the rest:
         all of other formats, and experts that are stacked while loading. accelerate's own dispatch writes everything.
         """
+        if "disk" not in self.weights:
+            return 0
         if self.rewrites or self.blueprint.file_format != "safetensors":
             return self.weights["disk"]
         return int(self.sums["disk"].joined)

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from harness import catalog
 from harness.checkpoint import read
 from harness.cli import main
 from tests.gguf_files import small_gguf
@@ -410,8 +411,16 @@ def test_only_headers_travel_for_a_name_of_the_catalog(hub: HubServer, tmp_path:
     found = json.loads(done.stdout)
     assert (found["name"], found["kind"], found["source"]) == ("chatglm-6b", "catalog", "THUDM/chatglm-6b")
     assert (found["bytes"], found["context_length"]) == (8 << 20, 2048)
+    assert found["history"] == catalog.history("chatglm-6b") != ""
     assert hub.sent - before < 1 << 18
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_became_of_a_model_is_told(hub: HubServer, tmp_path: Path) -> None:
+    html = tmp_path / "page.html"
+    shown = run("chatglm-6b", "--html", html, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path)).stdout
+    assert catalog.history("chatglm-6b") in html.read_text(encoding="utf-8")
+    assert f"history {catalog.history('chatglm-6b')}" in " ".join(shown.split())
 
 
 def test_a_file_of_a_hub_id(hub: HubServer, tmp_path: Path) -> None:

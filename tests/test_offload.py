@@ -77,6 +77,14 @@ def test_what_lies_in_other_files_is_written(llama_bin: Path, tmp_path: Path) ->
     assert needed(plan) == pytest.approx(written(llama_bin, str(plan.code), tmp_path), rel=0.02)
 
 
+def test_a_map_that_spills_to_the_disk_says_where(llama_bin: Path, tmp_path: Path) -> None:
+    """transformers asks for a folder for what is not in safetensors, whoever drew the map."""
+    little = replace(MACHINE, tiers=tuple(replace(t, limit_bytes=2 * MIB) if t.name == "cpu" else t for t in MACHINE.tiers))
+    plan = planned(llama_bin, "auto", little)
+    assert needed(plan) == pytest.approx(written(llama_bin, str(plan.code), tmp_path), rel=0.02)
+    assert "offload_folder" not in str(planned(llama_bin, "auto").code)
+
+
 def test_experts_that_are_stacked_are_written(tmp_path: Path) -> None:
     small_models.save("mixtral", tmp_path / "mixtral")
     plan = planned(tmp_path / "mixtral")

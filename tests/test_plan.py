@@ -206,7 +206,12 @@ OUR_MAP = {"model.embed": "gpu:0", "model.layers.0": "gpu:1", "model.layers.1": 
 
 def code_of(precision: str, placement: str, dtype: str = "bfloat16") -> str:
     limits = {"gpu:0": 5, "gpu:1": 6, "cpu": 7} if PLACEMENTS[placement].limits else None
-    return loading_code(PRECISIONS[precision], PLACEMENTS[placement], dtype, limits, device_map=OUR_MAP)
+    return loading_code(PRECISIONS[precision], PLACEMENTS[placement], dtype, limits, device_map=printed(placement))
+
+
+def printed(placement: str) -> dict[str, str] | None:
+    """Return the map that the code of this placement shows."""
+    return OUR_MAP if PLACEMENTS[placement].device_map in PRINTED else None
 
 
 def keywords(code: str) -> dict[str, Any]:

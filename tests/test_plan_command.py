@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness import skeleton
+from harness import catalog, skeleton
 from harness.cli import main
 from harness.placement import PLACEMENTS, distinct
 from harness.precision import USUAL
@@ -64,6 +64,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
         "parameters": 6_173_286_400,
         "checkpoint_bytes": 13_416_906_785,
         "context_length": 2048,
+        "history": catalog.history("chatglm-6b"),
     }
     assert found["workload"] == {"prompt_tokens": 64, "new_tokens": 16, "batch": 1}
     assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]

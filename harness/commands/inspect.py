@@ -56,7 +56,7 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
 
     A catalog name wins over a path of that name, and a path over a hub id.
     """
-    from harness.catalog import CATALOG, fetch, resolve
+    from harness.catalog import CATALOG, fetch, history, resolve
     from harness.checkpoint import read, read_hub
     from harness.inspection import inspect
     from harness.progress import show_progress
@@ -64,7 +64,8 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
     path = None if model in CATALOG else _path(model)
     source = None if path else resolve(model)
     if source and source.hub_id:
-        return inspect(read_hub(source.hub_id, revision, file), name=source.name, kind=source.kind, source=source.hub_id)
+        read_there = read_hub(source.hub_id, revision, file)
+        return inspect(read_there, name=source.name, kind=source.kind, source=source.hub_id, history=history(source.hub_id))
     if revision:
         raise UsageError(f"{model} is not on the hub: leave out --revision")
     if source:
@@ -119,6 +120,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
         sentences = [line(explain(tie, format_size(tie.extra_bytes)), 200) for tie in found.ties[:MOST_TIES]]
         more = len(found.ties) - MOST_TIES
         yield "tied", [*sentences, *([f"and {more} more"] if more > 0 else [])]
+    if found.history:
+        yield "history", found.history
 
 
 def _in_blocks(found: Inspection) -> str:

@@ -327,6 +327,8 @@ def _head(advice: Advice, one: Plan) -> str:
 
 def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
     """Return the object that the contract of the command line describes."""
+    from harness import catalog
+
     drawn = advice.blueprint
     return {
         "schema": SCHEMA,
@@ -337,6 +339,7 @@ def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
             "parameters": drawn.skeleton.parameters,
             "checkpoint_bytes": drawn.checkpoint_bytes,
             "context_length": drawn.context_length,
+            "history": catalog.history(drawn.name),
         },
         "machine": commands.machine_json(machine),
         "workload": {key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")},

@@ -12,18 +12,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from harness.models.chatglm import ChatGLMConfig, ChatGLMForCausalLM, ChatGLMModel
 from harness.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM, register_names
-from harness.models.moss import MossConfig, MossForCausalLM
-from harness.models.tokenization_chatglm import ChatGLMTokenizer
+from harness.models.moss import MossConfig, MossForCausalLM, MossTokenizer
+from harness.models.tokenization_chatglm import ChatGLM2Tokenizer, ChatGLMTokenizer
 
 __all__ = [
     "ChatGLM2Config",
     "ChatGLM2ForCausalLM",
+    "ChatGLM2Tokenizer",
     "ChatGLMConfig",
     "ChatGLMForCausalLM",
     "ChatGLMModel",
     "ChatGLMTokenizer",
     "MossConfig",
     "MossForCausalLM",
+    "MossTokenizer",
 ]
 
 
@@ -37,6 +39,7 @@ def _register() -> None:
         AutoModelForCausalLM.register(config, model, exist_ok=True)
     AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)
     AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
+    AutoTokenizer.register(MossConfig, MossTokenizer, exist_ok=True)
     register_names()
 
 

@@ -1,4 +1,4 @@
-"""MOSS (`fnlp/moss-moon-003-*`): transformers' CodeGen under another name, and its int8 and int4 files."""
+"""MOSS (`fnlp/moss-moon-003-*`): transformers' CodeGen under another name, its tokenizer too, and its int8 and int4 files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.models.codegen.configuration_codegen import CodeGenConfig
 from transformers.models.codegen.modeling_codegen import CodeGenForCausalLM
+from transformers.models.codegen.tokenization_codegen import CodeGenTokenizer
 
 from harness import checkpoint
 from harness.models.packed import GroupScaledLinear, replace_linears
@@ -57,6 +58,10 @@ class MossForCausalLM(CodeGenForCausalLM):
                 config = copy.deepcopy(config)
                 config.wbits = bits or MossConfig.wbits
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+
+class MossTokenizer(CodeGenTokenizer):
+    """CodeGen's byte pairs over MOSS's own vocabulary; <eoh>, <eom> and the like end the parts of its dialogues."""
 
 
 def packed_bits(directory: Path, config: MossConfig) -> int | None:

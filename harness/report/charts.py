@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 from harness import units
 from harness.case import Phase, Timeline
+from harness.report.axes import Axis, short
 from harness.report.text import visible
 
 POINTS = 400
@@ -40,17 +41,17 @@ class Series(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Scale:
-    """From seconds and bytes to the drawing."""
+    """From seconds and bytes to the drawing; the axis of time begins at `start`."""
 
     start: float
-    end: float
-    top: float
+    since: Axis
+    sizes: Axis
 
     def x(self, seconds: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (seconds - self.start) / (self.end - self.start)
+        return self.since.at(seconds - self.start)
 
     def y(self, size: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * size / self.top
+        return self.sizes.at(size)
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -156,7 +157,12 @@ def _scale(times: Sequence[float], phases: Sequence[Phase], lines: Sequence[Seri
     sizes = [max(line.values) for line in lines] + [phase.ram_peak_bytes or 0 for phase in phases]
     if not math.isfinite(WIDTH * (end - start)) or not math.isfinite(start * WIDTH) or max(sizes, default=0) > _MOST_BYTES:
         return None
-    return Scale(start=start, end=end if end > start else start + 1, top=max([*sizes, 1]) * 1.08)
+    span = end - start if end > start else 1
+    return Scale(
+        start=start,
+        since=Axis(low=0, high=span, start=LEFT, end=WIDTH - RIGHT),
+        sizes=Axis(low=0, high=max([*sizes, 1]) * 1.08, start=HEIGHT - BOTTOM, end=TOP),
+    )
 
 
 def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
@@ -173,21 +179,12 @@ def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
 
 
 def _grid(scale: Scale) -> Iterable[str]:
-    for size in ticks(scale.top, _size_unit(scale.top), 6):
+    for size in scale.sizes.ticks(6, _size_unit(scale.sizes.high)):
         y, label = scale.y(size), _size_label(size)
         yield f'<path class="grid" d="M{LEFT} {short(y)}H{WIDTH - RIGHT}"/>'
         yield f'<text class="size" x="{LEFT - 6}" y="{short(y + 4)}">{label}</text>'
-    span = scale.end - scale.start
-    for seconds in ticks(span, _time_unit(span), 10):
+    for seconds in scale.since.ticks(10, _time_unit(scale.since.high)):
         yield f'<text class="time" x="{short(scale.x(scale.start + seconds))}" y="{HEIGHT - 7}">{_time_label(seconds)}</text>'
-
-
-def ticks(top: float, unit: float, about: int) -> list[float]:
-    """Choose round values from 0 to `top`: steps of 1, 2 or 5 times a power of ten, in `unit`s."""
-    rough = top / unit / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough) * unit
-    return [step * i for i in range(int(top / step) + 1)]
 
 
 def _size_unit(top: float) -> int:
@@ -237,9 +234,6 @@ def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
 
 def _summary(scale: Scale, lines: Sequence[Series]) -> str:
     highest = ", ".join(f"{visible(line.name)} up to {units.format_size(max(line.values))}" for line in lines)
-    return f"Memory over {units.format_seconds(scale.end - scale.start)}: {highest or 'no samples, only the peaks of the phases'}"
+    return f"Memory over {units.format_seconds(scale.since.high)}: {highest or 'no samples, only the peaks of the phases'}"
 
 
-def short(value: float) -> str:
-    """Write a number of the drawing: a tenth is finer than a screen shows."""
-    return f"{value:.1f}".removesuffix(".0")

@@ -87,6 +87,11 @@ class Figure(msgspec.Struct, frozen=True):
     noisy: str = ""
     sampled: bool = False
 
+    @property
+    def number(self) -> float:
+        """The stored number; nan where there is none."""
+        return float(self.value or "nan")
+
     def __html__(self) -> str:
         if not self.value:
             return f'<span class="none" title="{_attribute(self.why)}">{self.text}</span>'
@@ -230,7 +235,7 @@ _EXPECTED = frozenset(
 
 def compared(result: Result) -> list[Compared]:
     """List the figures of a case in the order of METRICS, each beside what was predicted of it."""
-    predicted = _predictions(result.estimate) if result.estimate else {}
+    predicted = predictions(result.estimate) if result.estimate else {}
     keys = [key for key in METRICS if key in result.metrics or key in predicted or (ran(result) and key in _EXPECTED)]
     keys += sorted(key for key in result.metrics if key not in METRICS)
     return [_compared(result, key, predicted.get(key)) for key in keys]
@@ -253,7 +258,7 @@ def _formatter(key: str) -> Callable[[float], str]:
     return (lambda value: format_metric(key, value)) if key in METRICS else units.significant
 
 
-def _predictions(estimate: Estimate) -> dict[str, Span]:
+def predictions(estimate: Estimate) -> dict[str, Span]:
     """Lay what the plan expects beside the metrics that measure the same thing."""
     found = {"load_s": estimate.load_s, "first_token_s": estimate.first_token_s, "decode_tok_s": estimate.decode_tok_s}
     gpus = [tier for name, tier in estimate.tiers.items() if name not in ("cpu", "disk")]

@@ -24,6 +24,7 @@ from harness.private import clean_text
 from harness.report import charts, view
 from harness.report.details import details
 from harness.report.figures import surprise
+from harness.report.overview import overview
 from harness.report.text import plural, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -138,7 +139,12 @@ def template(name: str) -> jinja2.Template:
     )
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
     style, script = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
-    environment.globals |= {"style_css": Markup(style), "page_js": Markup(script), "policy": _policy(style, script)}
+    environment.globals |= {
+        "style_css": Markup(style),
+        "page_js": Markup(script),
+        "policy": _policy(style, script),
+        "overview": overview,
+    }
     return environment.get_template(name)
 
 

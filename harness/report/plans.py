@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.case import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict, Workload
+from harness.catalog import history
 from harness.placement import FILE, PLACEMENTS
 from harness.planner import Advice
 from harness.report import terminal
@@ -42,7 +43,11 @@ def show(advices: Sequence[Advice], machine: Machine, load: Workload) -> None:
     for advice in advices:
         parts += [terminal.title(_headline(advice)), _table(advice, machine)]
         reasons = "\n".join(_reasons(advice.plans))
-        parts += [terminal.said(text) for text in (advice.blueprint.note, reasons, _conclusion(advice, load)) if text]
+        parts += [
+            terminal.said(text)
+            for text in (history(advice.blueprint.name), advice.blueprint.note, reasons, _conclusion(advice, load))
+            if text
+        ]
     terminal.show(*parts)
 
 

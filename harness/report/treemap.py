@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from harness.anatomy import Part
 from harness.inspection import KIND_ORDER, Inspection, Run, explain, largest, runs
-from harness.report.charts import short
+from harness.report.axes import short
 from harness.report.page import template
 from harness.report.text import plural, visible
 from harness.units import format_count, format_share, format_size

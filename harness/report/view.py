@@ -12,6 +12,7 @@ import msgspec
 
 from harness import units
 from harness.case import Case, Machine, Outcome, Result, Tier, Workload
+from harness.catalog import history
 from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS
 from harness.report.figures import (
@@ -107,7 +108,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Block:
-    """One model on one machine, with its own weights or synthetic ones; the first matrix is of the workload with the most cases."""
+    """One model on one machine, with its own weights or synthetic ones; the first matrix is of the workload with the most cases.
+
+    `history` is what became of the model since 2023, empty for most.
+    """
 
     anchor: str
     model: str
@@ -116,6 +120,7 @@ class Block:
     tiers: tuple[Place, ...]
     facts: tuple[tuple[str, str], ...]
     synthetic: bool
+    history: str
 
 
 def newest(results: Iterable[Result]) -> list[Result]:
@@ -138,10 +143,10 @@ def newest(results: Iterable[Result]) -> list[Result]:
 def recommend(results: Iterable[Result]) -> Result | None:
     """Pick the fastest case that works soundly, else the fastest with degraded answers or a failed check; never a broken one."""
     usable = [result for result in results if result.outcome is Outcome.OK and _quality(result) != "broken"]
-    return max(usable, key=lambda result: (_sound(result), result.metrics.get("decode_tok_s", 0.0)), default=None)
+    return max(usable, key=lambda result: (is_sound(result), result.metrics.get("decode_tok_s", 0.0)), default=None)
 
 
-def _sound(result: Result) -> bool:
+def is_sound(result: Result) -> bool:
     return result.outcome is Outcome.OK and _quality(result) not in ("degraded", "broken") and not faults(result)
 
 
@@ -208,6 +213,7 @@ def _block(results: Sequence[Result], anchors: Anchors) -> Block:
         tiers=tuple(_place(tier) for tier in last.machine.tiers),
         facts=(*_facts(last.machine), *_versions(results)),
         synthetic=last.weights == "synthetic",
+        history=history(last.case.model),
     )
 
 
@@ -328,7 +334,7 @@ def _least(cells: Sequence[Cell], best: Cell | None) -> Cell | None:
     if not best or not best.memory:
         return None
     limit, kind = float(best.memory.peak.value) * 0.9, best.memory.kind
-    sound = [cell for cell in cells if _sound(cell.result)]
+    sound = [cell for cell in cells if is_sound(cell.result)]
     smaller = [(float(c.memory.peak.value), c) for c in sound if c.memory and c.memory.kind == kind]
     return min((pair for pair in smaller if pair[0] < limit), key=lambda pair: pair[0], default=(0.0, None))[1]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from harness import quality
+from harness import dialogue, quality
 from harness.case import Answer
+from harness.dialogue import Dialogue, Tool, Turn, Written
 from harness.protocol import Score
 from harness.worker.model import Model, pad_id
 
 _ANSWER_TOKENS = 12
+# A call with a tool takes many tokens. Weights that come from the disk make them slow, and must not make the case a time-out.
+_CALL_S = 120.0
 _SYNTHETIC_POSITIONS = 64
 
 Predictions = npt.NDArray[np.float16]
@@ -44,6 +49,7 @@ def score(model: Model, request: Score) -> dict[str, Any]:
     if request.keep:
         _write(Path(request.keep), kept)
     compared = reference is not None and positions > 0
+    asked = _dialogue(model, request.model)
     if model.tokenizer is None:
         nll, positions = 0.0, 0
     return {
@@ -52,8 +58,16 @@ def score(model: Model, request: Score) -> dict[str, Any]:
         "finite": finite and math.isfinite(nll),
         "agree": agree if compared else None,
         "kl": kl / positions if compared and math.isfinite(kl) else None,
-        "answers": _answers(model) if model.tokenizer is not None else [],
+        "answers": _answers(model, asked) if model.tokenizer is not None else [],
+        "dialogue": asked.name if asked else "",
     }
+
+
+def _dialogue(model: Model, name: str) -> Dialogue | None:
+    """Return how the model is asked where it brings no template for it."""
+    if model.tokenizer is None or model.tokenizer.chat_template:
+        return None
+    return dialogue.choose(name, model.tokenizer.get_vocab())
 
 
 def _texts(model: Model) -> list[list[int]]:
@@ -87,29 +101,83 @@ def _write(path: Path, kept: list[Predictions]) -> None:
         np.save(file, np.concatenate(kept))
 
 
-def _answers(model: Model) -> list[Answer]:
-    """Ask all questions as one left-padded batch, greedily."""
+def _answers(model: Model, asked: Dialogue | None) -> list[Answer]:
+    """Ask all questions as one batch, and the one that takes a tool where the model was taught to use one."""
     questions = quality.PROBE.questions
-    batch = _prompts(model)
-    output = model.module.generate(  # type: ignore[operator]  # transformers' stubs take the mixin's method for a tensor
-        **batch, do_sample=False, num_beams=1, max_new_tokens=_ANSWER_TOKENS, pad_token_id=pad_id(model)
-    )
+    written = _continue(model, _prompts(model, asked), _ANSWER_TOKENS, asked.ends if asked else ())
     answers = []
-    for question, row in zip(questions, output, strict=True):
-        text = model.tokenizer.decode(row[batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    for question, (ids, _) in zip(questions, written, strict=True):
+        text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
         answers.append(Answer(question=question.prompt, answer=text, correct=quality.is_correct(question, text)))
-    return answers
+    used = _answer_with_tool(model, asked, asked.tool) if asked is not None and asked.tool is not None else None
+    return answers if used is None else [*answers, used]
 
 
-def _prompts(model: Model) -> dict[str, torch.Tensor]:
+def _prompts(model: Model, asked: Dialogue | None) -> list[str]:
+    questions, tokenizer = quality.PROBE.questions, model.tokenizer
+    if asked is not None:
+        return [asked.ask(question) for question in questions]
+    if not tokenizer.chat_template:
+        return [quality.plain_prompt(question) for question in questions]
+    return [tokenizer.apply_chat_template(quality.messages(q), add_generation_prompt=True, tokenize=False) for q in questions]
+
+
+def _answer_with_tool(model: Model, asked: Dialogue, tool: Tool) -> Answer | None:
+    """Ask in two calls: for a command, and for the answer that follows from its results; None where that takes too long here."""
+    called = _say(model, dialogue.first_prompt(asked, tool), tool.call, tool.ends)
+    if called is None:
+        return None
+    if dialogue.fault_of_call(tool, called):
+        return dialogue.mark(tool, called, None)
+    answered = _say(model, dialogue.second_prompt(asked, tool, called), tool.answer, tool.ends)
+    return None if answered is None else dialogue.mark(tool, called, answered)
+
+
+def _say(model: Model, prompt: str, turn: Turn, ends: Sequence[str]) -> Written | None:
+    """Return what the model writes in one call; None where its time was up first."""
+    [(ids, end)] = _continue(model, [prompt], turn.tokens, ends, seconds=_CALL_S)
+    if end is None and len(ids) < turn.tokens:
+        return None
+    return Written(model.tokenizer.decode(ids, skip_special_tokens=False), end)
+
+
+def _continue(
+    model: Model, prompts: list[str], most: int, ends: Sequence[str], seconds: float | None = None
+) -> list[tuple[list[int], str | None]]:
+    """Continue prompts greedily, as one left-padded batch, for `seconds` at most.
+
+    Returns the new tokens of each up to the first that ends it, one of `ends` or of the model's own, and the text of that one; None
+    where there was none in `most` tokens or in time.
+    """
+    tokenizer = model.tokenizer
+    stops = {*_own_ends(model), *(tokenizer.convert_tokens_to_ids(end) for end in ends)}
+    batch = _encode(model, prompts)
+    output = model.module.generate(  # type: ignore[operator]  # transformers' stubs take the mixin's method for a tensor
+        **batch,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=most,
+        max_time=seconds,
+        pad_token_id=pad_id(model),
+        eos_token_id=sorted(stops) or None,
+    )
+    written = []
+    for row in output[:, batch["input_ids"].shape[1] :].tolist():
+        kept = list(takewhile(lambda token: token not in stops, row))
+        written.append((kept, str(tokenizer.convert_ids_to_tokens(row[len(kept)])) if len(kept) < len(row) else None))
+    return written
+
+
+def _own_ends(model: Model) -> list[int]:
+    """Return the tokens at which the model's own config ends a text."""
+    ends = model.module.generation_config.eos_token_id
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+
+
+def _encode(model: Model, prompts: list[str]) -> dict[str, torch.Tensor]:
     tokenizer = model.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = pad_id(model)
-    questions = quality.PROBE.questions
-    if tokenizer.chat_template:
-        texts = [tokenizer.apply_chat_template(quality.messages(q), add_generation_prompt=True, tokenize=False) for q in questions]
-    else:
-        texts = [quality.plain_prompt(q) for q in questions]
-    encoded = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    encoded = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
     return {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}

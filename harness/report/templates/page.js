@@ -331,8 +331,9 @@
       const link = target.closest("a[href^='#']");
       if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey && !event.altKey) {
         event.preventDefault();
-        write({ ...read(), anchor: decoded(link.hash.slice(1)) });
-        await reveal(decoded(link.hash.slice(1)));
+        const anchor = decoded(link.getAttribute("href").slice(1)); // a link in a drawing has no hash
+        write({ ...read(), anchor });
+        await reveal(anchor);
         return;
       }
       if (target.closest(".unpack")) {
