@@ -6,21 +6,28 @@ from collections.abc import Sequence
 from itertools import count
 
 import msgspec
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from harness import units
 from harness.case import Phase, Result
 from harness.report import charts
-from harness.report.figures import Compared, Figure, compared, known
+from harness.report.figures import DASH, Compared, Figure, compared, known
+from harness.report.text import visible
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One phase: its name, how long it took and its peaks."""
+    """One phase, a row of a table: its name, how long it took and its peaks."""
 
     name: str
-    seconds: Figure
-    peaks: tuple[Figure | None, ...]
-    sampled: bool
+    took: str
+    peaks: tuple[int | None, ...]
+
+    def __html__(self) -> str:
+        cells = "".join([_UNKNOWN if size is None else f"<td>{units.format_size(size)}</td>" for size in self.peaks])
+        return f'<tr><th scope="row">{escape(visible(self.name))}</th><td>{self.took}</td>{cells}</tr>\n'
+
+
+_UNKNOWN = f'<td><span class="none" title="not recorded in this phase">{DASH}</span></td>'
 
 
 class Map(msgspec.Struct, frozen=True):
@@ -35,6 +42,7 @@ class Details(msgspec.Struct, frozen=True):
     """The details of one case."""
 
     figures: tuple[Compared, ...]
+    predicted: bool
     chart: Markup | None
     lines: tuple[tuple[str, str], ...]
     columns: tuple[str, ...]
@@ -47,9 +55,10 @@ class Details(msgspec.Struct, frozen=True):
 
 def details(result: Result, *, points: int) -> Details:
     """Arrange what is known of one case; the chart takes at most `points` points a line."""
-    peaks = _peaks(result.phases)
+    peaks, rows = _peaks(result.phases), compared(result)
     return Details(
-        figures=tuple(compared(result)),
+        figures=tuple(rows),
+        predicted=any(row.best for row in rows),
         chart=charts.timeline(result.timeline, result.phases, points=points),
         lines=_lines(result),
         columns=tuple(peaks),
@@ -74,13 +83,8 @@ def _peaks(phases: Sequence[Phase]) -> dict[str, list[int | None]]:
 
 
 def _row(phase: Phase, peaks: Sequence[int | None]) -> Row:
-    took = phase.end_s - phase.start_s
-    seconds = known("", "took", took, units.format_seconds(took))
-    return Row(phase.name, seconds, tuple(_size("", size) for size in peaks), phase.sampled)
-
-
-def _size(label: str, size: int | None) -> Figure | None:
-    return None if size is None else known("", label, size, units.format_size(size))
+    name = f"{phase.name} (sampled)" if phase.sampled else phase.name
+    return Row(name, units.format_seconds(phase.end_s - phase.start_s), tuple(peaks))
 
 
 def _lines(result: Result) -> tuple[tuple[str, str], ...]:
