@@ -212,7 +212,10 @@ def _tick(text: str) -> str:
 
 
 def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> str:
-    drawn = _without_flat([(f"{scale.x(t):.1f}", f"{scale.y(size):.1f}") for t, size in points])
+    # Both axes are linear: two of their places give all, for each point counts on a page of thousands of drawings.
+    left, bottom = scale.x(0), scale.y(0)
+    wide, high = scale.x(1) - left, (scale.y(units.GIB) - bottom) / units.GIB
+    drawn = _without_flat([(f"{left + wide * t:.1f}", f"{bottom + high * size:.1f}") for t, size in points])
     path = "M" + "L".join([f"{x} {y}" for x, y in drawn])
     if line.filled:
         path += f"V{HEIGHT - BOTTOM}H{drawn[0][0]}Z"
@@ -235,5 +238,3 @@ def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
 def _summary(scale: Scale, lines: Sequence[Series]) -> str:
     highest = ", ".join(f"{visible(line.name)} up to {units.format_size(max(line.values))}" for line in lines)
     return f"Memory over {units.format_seconds(scale.since.high)}: {highest or 'no samples, only the peaks of the phases'}"
-
-

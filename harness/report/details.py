@@ -11,21 +11,8 @@ from markupsafe import Markup, escape
 from harness import units
 from harness.case import Phase, Result
 from harness.report import charts
-from harness.report.figures import DASH, Compared, Figure, compared, known
+from harness.report.figures import DASH, Compared, Figure, compared, known, ran
 from harness.report.text import visible
-
-
-class Row(msgspec.Struct, frozen=True):
-    """One phase, a row of a table: its name, how long it took and its peaks."""
-
-    name: str
-    took: str
-    peaks: tuple[int | None, ...]
-
-    def __html__(self) -> str:
-        cells = "".join([_UNKNOWN if size is None else f"<td>{units.format_size(size)}</td>" for size in self.peaks])
-        return f'<tr><th scope="row">{escape(visible(self.name))}</th><td>{self.took}</td>{cells}</tr>\n'
-
 
 _UNKNOWN = f'<td><span class="none" title="not recorded in this phase">{DASH}</span></td>'
 
@@ -39,14 +26,15 @@ class Map(msgspec.Struct, frozen=True):
 
 
 class Details(msgspec.Struct, frozen=True):
-    """The details of one case."""
+    """The details of one case. `figures` and `phases` are rows of tables, which are most of a page and so are written at once."""
 
-    figures: tuple[Compared, ...]
+    figures: Markup
+    measured: bool
     predicted: bool
     chart: Markup | None
     lines: tuple[tuple[str, str], ...]
     columns: tuple[str, ...]
-    phases: tuple[Row, ...]
+    phases: Markup
     map: Map | None
     held: tuple[tuple[str, tuple[Figure, ...]], ...]
     disturbances: tuple[tuple[str, str], ...]
@@ -56,13 +44,15 @@ class Details(msgspec.Struct, frozen=True):
 def details(result: Result, *, points: int) -> Details:
     """Arrange what is known of one case; the chart takes at most `points` points a line."""
     peaks, rows = _peaks(result.phases), compared(result)
+    measured, predicted = ran(result), any(row.best for row in rows)
     return Details(
-        figures=tuple(rows),
-        predicted=any(row.best for row in rows),
+        figures=Markup("".join([_figure_row(row, measured, predicted) for row in rows])),
+        measured=measured,
+        predicted=predicted,
         chart=charts.timeline(result.timeline, result.phases, points=points),
         lines=_lines(result),
         columns=tuple(peaks),
-        phases=tuple(_row(phase, sizes) for phase, *sizes in zip(result.phases, *peaks.values(), strict=True)),
+        phases=Markup("".join(map(_phase_row, result.phases, *peaks.values()))),
         map=_map(result),
         held=_held(result),
         disturbances=_disturbances(result),
@@ -82,9 +72,26 @@ def _peaks(phases: Sequence[Phase]) -> dict[str, list[int | None]]:
     return {label: sizes for label, sizes in found.items() if any(size is not None for size in sizes)}
 
 
-def _row(phase: Phase, peaks: Sequence[int | None]) -> Row:
+def _figure_row(row: Compared, measured: bool, predicted: bool) -> str:
+    """Write one figure: what was measured, its spread and why it is missing or noisy; what was predicted and its interval."""
+    cells = ""
+    if measured:
+        cells += f"<td>{row.figure.__html__()}{_notes(row.figure.why, row.spread, row.figure.noisy)}</td>"
+    if predicted:
+        cells += f"<td>{row.best.__html__()}{_notes(row.interval)}</td>" if row.best else "<td></td>"
+    return f'<tr><th scope="row">{escape(visible(row.figure.label))}</th>{cells}</tr>\n'
+
+
+def _notes(*texts: str) -> str:
+    return "".join([f"<small>{escape(visible(text))}</small>" for text in texts if text])
+
+
+def _phase_row(phase: Phase, *peaks: int | None) -> str:
+    """Write one phase: its name, how long it took and its peaks."""
     name = f"{phase.name} (sampled)" if phase.sampled else phase.name
-    return Row(name, units.format_seconds(phase.end_s - phase.start_s), tuple(peaks))
+    cells = "".join([_UNKNOWN if size is None else f"<td>{units.format_size(size)}</td>" for size in peaks])
+    took = units.format_seconds(phase.end_s - phase.start_s)
+    return f'<tr><th scope="row">{escape(visible(name))}</th><td>{took}</td>{cells}</tr>\n'
 
 
 def _lines(result: Result) -> tuple[tuple[str, str], ...]:

@@ -213,23 +213,6 @@ class Compared(msgspec.Struct, frozen=True):
     best: Figure | None = None
     interval: str = ""
 
-    @property
-    def measured(self) -> Markup:
-        """What was measured, its spread, and why it is missing or noisy."""
-        notes = [_note(text) for text in (self.figure.why, self.spread, self.figure.noisy) if text]
-        return Markup(self.figure.__html__() + "".join(notes))
-
-    @property
-    def predicted(self) -> Markup:
-        """What was predicted and its interval."""
-        if self.best is None:
-            return Markup("")
-        return Markup(self.best.__html__() + (_note(self.interval) if self.interval else ""))
-
-
-def _note(text: str) -> str:
-    return f"<small>{escape(visible(text))}</small>"
-
 
 # Shown with the reason when they are missing; the rest of METRICS only when there.
 _EXPECTED = frozenset(
