@@ -48,6 +48,18 @@ def test_a_precision_leaves_its_row_and_says_how_many_cases_match(show: Open, gp
     assert fragment(browser) == "precision=int8"
 
 
+def test_drawings_leave_out_what_a_filter_leaves_out(show: Open, gpu: list[Result]) -> None:
+    browser = show(gpu)
+    choose(browser, "precision", "int4")
+    script = """
+    const links = [...document.querySelectorAll(".overview a")];
+    return links.filter((link) => link.checkVisibility({ visibilityProperty: true })).map((link) => link.getAttribute("href"));
+    """
+    drawn = set(browser.execute_script(script))
+    assert {f"#case-chatglm-6b-int4-{name}" for name in ("direct", "ram-to-gpu", "auto", "cpu")} >= drawn
+    assert "#case-chatglm-6b-int4-direct" in drawn
+
+
 def test_a_placement_leaves_its_column(show: Open, gpu: list[Result]) -> None:
     browser = show(gpu)
     choose(browser, "placement", "gpu+cpu")

@@ -17,6 +17,8 @@
   const KEYS = ["model", "precision", "placement", "outcome", "fits", "figures", "order"];
   const GIB = 2 ** 30;
   const CARDS = 40;
+  const AT_ONCE = 4;
+  const idly = window.requestIdleCallback ?? ((work) => setTimeout(work, 0, { timeRemaining: () => 10 }));
   const root = document.documentElement;
   const one = (selector, within = document) => within.querySelector(selector);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
@@ -124,7 +126,13 @@
         return new Item(cell, cell.firstElementChild, { model, precision, placement: place.split("@")[0] });
       });
       const packed = Boolean(one(".packed", element));
-      return { element, block, table, rows, columns, heads, limited: Boolean(limits), folds, packed, cases: [...cases, ...folded] };
+      const marks = new Map();
+      for (const link of all(".overview a", element)) {
+        const [anchor, mark] = [link.getAttribute("href").slice(1), link.closest("li") ?? link];
+        if (marks.has(anchor)) marks.get(anchor).push(mark);
+        else marks.set(anchor, [mark]);
+      }
+      return { element, block, table, rows, columns, heads, limited: Boolean(limits), folds, marks, packed, cases: [...cases, ...folded] };
     };
     let index;
     const indexOf = () => (index ??= all(".workload").map(indexed));
@@ -149,7 +157,7 @@
         if (item.off === off) continue; // most cells of a page of thousands stay as they are
         item.off = off;
         if (item.x === undefined) hide(item.cell, off);
-        else item.cell.classList.toggle("off", off);
+        else for (const place of [item.cell, ...(part.marks.get(item.anchor) ?? [])]) place.classList.toggle("off", off);
       }
       for (const item of part.packed ? [] : part.cases) hide(document.getElementById(item.anchor), item.off);
       for (const fold of part.folds) hide(fold, !one(".cell:not([hidden])", fold));
@@ -170,6 +178,20 @@
         x += span;
       }
     };
+    // On a page of hundreds of workloads the first are narrowed at once and the others, far below them, when there is time.
+    let unfinished = [];
+    const narrowLater = (parts) => {
+      unfinished = parts;
+      narrowSome(AT_ONCE);
+      idly(narrowIdly);
+    };
+    const narrowSome = (most) => {
+      for (const [part, kept] of unfinished.splice(0, most)) narrow(part, kept);
+    };
+    const narrowIdly = (deadline) => {
+      while (unfinished.length && deadline.timeRemaining() > 2) narrowSome(1);
+      if (unfinished.length) idly(narrowIdly);
+    };
     const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link.closest("li")]));
     let filtered = false;
     const filter = (state) => {
@@ -178,13 +200,15 @@
       const alone = form.closest(".block");
       const found = [];
       const shown = new Map();
+      const parts = [];
       for (const part of indexOf()) {
         const kept = part.cases.filter((item) => matches(item, state));
         found.push(...kept);
         shown.set(part.block, shown.get(part.block) || kept.length > 0);
         hide(part.element, !kept.length || Boolean(state.order));
-        if (kept.length && !state.order) narrow(part, kept);
+        if (kept.length && !state.order) parts.push([part, kept]);
       }
+      narrowLater(parts);
       for (const [block, some] of shown) {
         if (block !== alone) hide(block, !some || Boolean(state.order));
         if (links.has(block.id)) hide(links.get(block.id), !some);
@@ -238,6 +262,7 @@
     const unpack = async (workload) => {
       const packed = workload && one(".packed", workload);
       if (!packed) return;
+      narrowSome(unfinished.length);
       try {
         const bytes = Uint8Array.from(atob(one("script", packed).textContent), (letter) => letter.charCodeAt(0));
         const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
@@ -262,6 +287,7 @@
       if (!document.getElementById(anchor)) await unpack(linkIn(".workload", anchor)?.closest(".workload"));
       const target = document.getElementById(anchor);
       if (!target) return;
+      narrowSome(unfinished.length);
       while (queue.length && !linkIn("#flat", anchor)) more();
       const card = linkIn("#flat", anchor)?.closest("li");
       if (card && !target.closest("#flat")) {
@@ -440,7 +466,7 @@
     });
 
     apply();
-    if (form) window.requestIdleCallback?.(indexOf);
+    if (form) idly(indexOf);
   };
   if (document.readyState === "loading") addEventListener("DOMContentLoaded", start);
   else start();
