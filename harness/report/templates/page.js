@@ -178,41 +178,42 @@
         x += span;
       }
     };
-    // On a page of hundreds of workloads the first are narrowed at once and the others, far below them, when there is time.
+    // On a page of hundreds of blocks the first that match are shown at once, and what is far below them when there is time.
     let unfinished = [];
-    const narrowLater = (parts) => {
-      unfinished = parts;
-      narrowSome(AT_ONCE);
-      idly(narrowIdly);
+    const finish = ([block, parts], ordered) => {
+      const some = parts.some(([, kept]) => kept.length);
+      if (block !== form.closest(".block")) hide(block, !some || ordered);
+      if (links.has(block.id)) hide(links.get(block.id), !some);
+      for (const [part, kept] of parts) {
+        hide(part.element, !kept.length || ordered);
+        if (kept.length && !ordered) narrow(part, kept);
+      }
+      return some;
     };
-    const narrowSome = (most) => {
-      for (const [part, kept] of unfinished.splice(0, most)) narrow(part, kept);
+    const finishSome = (most) => {
+      let shown = 0;
+      while (unfinished.length && shown < most) shown += finish(...unfinished.shift());
     };
-    const narrowIdly = (deadline) => {
-      while (unfinished.length && deadline.timeRemaining() > 2) narrowSome(1);
-      if (unfinished.length) idly(narrowIdly);
+    const finishIdly = (deadline) => {
+      while (unfinished.length && deadline.timeRemaining() > 2) finishSome(1);
+      if (unfinished.length) idly(finishIdly);
     };
     const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link.closest("li")]));
     let filtered = false;
     const filter = (state) => {
       const active = KEYS.some((key) => key !== "order" && state[key]);
       if (!active && !filtered && !state.order) return;
-      const alone = form.closest(".block");
       const found = [];
-      const shown = new Map();
-      const parts = [];
+      const blocks = new Map();
       for (const part of indexOf()) {
         const kept = part.cases.filter((item) => matches(item, state));
-        found.push(...kept);
-        shown.set(part.block, shown.get(part.block) || kept.length > 0);
-        hide(part.element, !kept.length || Boolean(state.order));
-        if (kept.length && !state.order) parts.push([part, kept]);
+        for (const item of kept) found.push(item);
+        if (!blocks.has(part.block)) blocks.set(part.block, []);
+        blocks.get(part.block).push([part, kept]);
       }
-      narrowLater(parts);
-      for (const [block, some] of shown) {
-        if (block !== alone) hide(block, !some || Boolean(state.order));
-        if (links.has(block.id)) hide(links.get(block.id), !some);
-      }
+      unfinished = [...blocks].map((entry) => [entry, Boolean(state.order)]);
+      finishSome(state.order ? Infinity : AT_ONCE);
+      idly(finishIdly);
       filtered = active || Boolean(state.order);
       order(state, found);
       tell(found);
@@ -262,7 +263,7 @@
     const unpack = async (workload) => {
       const packed = workload && one(".packed", workload);
       if (!packed) return;
-      narrowSome(unfinished.length);
+      finishSome(Infinity);
       try {
         const bytes = Uint8Array.from(atob(one("script", packed).textContent), (letter) => letter.charCodeAt(0));
         const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
@@ -287,7 +288,7 @@
       if (!document.getElementById(anchor)) await unpack(linkIn(".workload", anchor)?.closest(".workload"));
       const target = document.getElementById(anchor);
       if (!target) return;
-      narrowSome(unfinished.length);
+      finishSome(Infinity);
       while (queue.length && !linkIn("#flat", anchor)) more();
       const card = linkIn("#flat", anchor)?.closest("li");
       if (card && !target.closest("#flat")) {
