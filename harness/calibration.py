@@ -87,8 +87,8 @@ def correct(results: Iterable[Result], machine: Machine | None = None, base: Cal
     """Return the constants with the ratios that `results` show: those of `machine` alone, if it is given.
 
     Only cases that ran to their end and carry an estimate count; not those under a limit on RAM, whose files are read anew from the
-    disk. Figures that something disturbed count only where there are no others. A correction that was already in an estimate is
-    taken out again, so that it does not matter in which order results came.
+    disk, nor those of several processes, which wait for one another. Figures that something disturbed count only where there are no
+    others. A correction that was already in an estimate is taken out again, so that it does not matter in which order results came.
     """
     found: dict[str, list[float]] = defaultdict(list)
     disturbed: dict[str, list[float]] = defaultdict(list)
@@ -97,6 +97,7 @@ def correct(results: Iterable[Result], machine: Machine | None = None, base: Cal
             result.outcome is Outcome.OK
             and result.estimate
             and result.case.ram_bytes is None
+            and not (result.loaded and result.loaded.rank_bytes)
             and (machine is None or _same(result.machine, machine))
         ):
             for key, ratio, noisy in _ratios(result, result.estimate):

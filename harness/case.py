@@ -288,13 +288,17 @@ class Quality(Record, frozen=True, kw_only=True):
 
 
 class Loaded(Record, frozen=True, kw_only=True):
-    """What really was loaded: bytes by dtype, those of Linear weights by dtype or scheme ("nf4"), and bytes by tier."""
+    """What really was loaded: bytes by dtype, those of Linear weights by dtype or scheme ("nf4"), and bytes by tier.
+
+    Where several processes share the model they are the sums, `rank_bytes` what each holds, and `device_map` says where each is.
+    """
 
     model_class: str
     dtype_bytes: dict[str, int]
     linear_dtype_bytes: dict[str, int]
     tier_bytes: dict[str, int]
     device_map: dict[str, str]
+    rank_bytes: list[int] = []
 
 
 class Result(Record, frozen=True, kw_only=True):

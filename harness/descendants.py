@@ -26,6 +26,14 @@ def _listed(pid: int) -> list[int]:
         return []
 
 
+def status(pid: int) -> str:
+    """Say what a process does: "running", "sleeping", "stopped"; "gone" where it has ended."""
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.Error:
+        return "gone"
+
+
 def kill_below(pid: int, spare: Collection[int] = ()) -> None:
     """Kill whatever lives below `pid`, in groups and sessions of its own too; `spare` are children to leave alone."""
     found, look = [], [child for child in children(pid) if child not in spare]

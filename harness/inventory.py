@@ -145,7 +145,17 @@ class Inventory:
         for kind, times in self.skeleton.kinds.items():
             for module in kind.walk():
                 for weight in module.weights:
-                    total.add(self._sums(weight).times(times / count if sharing.is_cut(weight) else times))
+                    total.add(self._sums(weight).times(times / count if sharing.is_cut(weight, self.skeleton) else times))
+        return total
+
+    def cut_in_ram(self, count: int) -> Sums:
+        """Return what `count` processes hold in the RAM together where they share the model; what is cut along rows is copied."""
+        total = Sums()
+        for kind, times in self.skeleton.kinds.items():
+            for module in kind.walk():
+                for weight in module.weights:
+                    sums = self._sums(weight, copied=sharing.is_copied(weight, self.skeleton))
+                    total.add(sums.times(times if sharing.is_cut(weight, self.skeleton) else times * count))
         return total
 
     def _sum(self, kind: Module) -> Sums:
@@ -159,11 +169,11 @@ class Inventory:
         """Return the bytes of the 16-bit copy that quantising makes of a tensor."""
         return weight.elements * 2 if self.held.quantizer and weight.quantises else 0
 
-    def _sums(self, weight: Weight) -> Sums:
+    def _sums(self, weight: Weight, copied: bool = False) -> Sums:
         if weight.tied_to:
             return self._repeated(weight)
         size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
-        makes = self._makes(weight)
+        makes = copied or self._makes(weight)
         in_file = weight.tensor.kind != "unsaved"
         stored = int(weight.elements * self.stored_width) if in_file and self.held.packed_bits is None else size
         copies = self._copied(weight)

@@ -10,7 +10,7 @@ import mmap
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ from harness.case import Record, Timeline
 LINUX = sys.platform == "linux"
 _PAGE = mmap.PAGESIZE
 _RESET_PEAK = "5"  # proc(5): writing 5 to clear_refs sets the peak of resident memory to its current value
+
+
+# Lines of smaps, and how they count: pages of a file that were written to are anonymous (libraries' own data).
+_SHARED = {"Shared_Clean": 1, "Shared_Dirty": 1, "Anonymous": -1}
 
 
 class Memory(Record, frozen=True, kw_only=True):
@@ -67,6 +71,42 @@ def _statm(path: str) -> Memory:
         raise ProcessLookupError(path)
     resident, shared = int(fields[1]), int(fields[2])
     return Memory(ram_bytes=resident * _PAGE, anon_bytes=max(resident - shared, 0) * _PAGE)
+
+
+def together(parts: Iterable[Memory]) -> Memory:
+    """Add up several processes: anonymous memory is each one's own, pages of files count as often as the one that has most of them.
+
+    That is exact for libraries, which all of them map, and too little where each maps another part of a file (`doubled_bytes`).
+    """
+    listed = list(parts)
+    anon = sum(part.anon_bytes for part in listed)
+    return Memory(ram_bytes=anon + max(part.ram_bytes - part.anon_bytes for part in listed), anon_bytes=anon)
+
+
+def doubled_bytes(pids: Iterable[int]) -> int:
+    """Return by how much the resident memory of several processes adds up to too much: pages of files that several of them map.
+
+    Of such pages those of the process that has most are kept. proc(5), smaps: "shared" are pages that more than one process maps.
+    0 where the system does not tell.
+    """
+    shared = [_shared_file_bytes(pid) for pid in pids]
+    return sum(shared) - max(shared, default=0)
+
+
+def _shared_file_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines()
+    except OSError:
+        return 0
+    total, of_file, counted = 0, False, 0
+    for line in lines:
+        name, _, value = line.partition(":")
+        if " " in name:  # the first line of a mapping: addresses, rights, offset, device, inode, path
+            total, counted = total + max(counted, 0), 0
+            of_file = "/" in line
+        elif of_file and name in _SHARED:
+            counted += _SHARED[name] * int(value.split()[0]) * 1024
+    return total + max(counted, 0)
 
 
 def reset_peak() -> bool:
@@ -120,11 +160,11 @@ class Gpus:
         answers = {tier: nvml.ask(self._library, call, card, *args) for tier, card in zip(self.tiers, self._cards, strict=True)}
         return {tier: answer for tier, answer in answers.items() if answer is not None}
 
-    def process_bytes(self, pid: int) -> dict[str, int]:
-        """Return bytes of device memory that `pid` holds, by tier; a card that does not tell is absent."""
+    def process_bytes(self, *pids: int) -> dict[str, int]:
+        """Return bytes of device memory that these processes hold, by tier; a card that does not tell is absent."""
         found: dict[str, int] = {}
         for tier, processes in self.ask("nvmlDeviceGetComputeRunningProcesses").items():
-            used = [p.usedGpuMemory for p in processes if p.pid == pid and p.usedGpuMemory is not None]
+            used = [p.usedGpuMemory for p in processes if p.pid in pids and p.usedGpuMemory is not None]
             if used:
                 found[tier] = sum(used)
         return found
@@ -146,7 +186,7 @@ class Sample(Record, frozen=True, kw_only=True):
 
 
 class Sampler:
-    """Sample a process from a thread of the parent, and keep a bounded timeline.
+    """Sample a process, or several as one, from a thread of the parent, and keep a bounded timeline.
 
     Every `interval_s` costs one short read of /proc. When `most` (an even number) samples are kept, each two neighbours become
     one that holds their maxima, and the interval of the timeline doubles; the peaks stay those of all samples.
@@ -161,7 +201,8 @@ class Sampler:
         most: int = 600,
         on_sample: Sequence[Callable[[Sample], None]] = (),
     ) -> None:
-        self._pid, self._gpus, self._interval_s, self._most = pid, gpus, interval_s, most
+        self._pids: Sequence[int] = (pid,)
+        self._gpus, self._interval_s, self._most = gpus, interval_s, most
         self._on_sample = on_sample
         self._samples: list[Sample] = []
         self._stride, self._taken = 1, 0
@@ -179,6 +220,10 @@ class Sampler:
         if self._thread.is_alive():
             self._thread.join()
 
+    def follow(self, pids: Sequence[int]) -> None:
+        """Sample these processes from now on."""
+        self._pids = pids
+
     def ignore_gpus(self) -> None:
         """Sample RAM alone from now on: what NVML lists under the id of this process is another's, or nothing."""
         self._gpus = None
@@ -194,9 +239,10 @@ class Sampler:
                 call(sample)
 
     def _read(self) -> Sample:
-        now, used = time.monotonic(), memory(self._pid)
+        now, pids = time.monotonic(), self._pids
+        used = together(memory(pid) for pid in pids)
         gpus = self._gpus
-        vram = gpus.process_bytes(self._pid) if gpus else {}
+        vram = gpus.process_bytes(*pids) if gpus else {}
         return Sample(at_s=now, ram_bytes=used.ram_bytes, anon_bytes=used.anon_bytes, vram_bytes=vram)
 
     def _keep(self, sample: Sample) -> None:

@@ -64,13 +64,18 @@ METRICS: Mapping[str, Metric] = {
         how="over all tokens of the undisturbed warm rounds; absent below 20 tokens",
     ),
     "ram_peak_bytes": Metric(
-        label="peak RAM", unit="bytes", better="lower", how="the kernel's high-water mark (VmHWM) over load and generation"
+        label="peak RAM",
+        unit="bytes",
+        better="lower",
+        how="the kernel's high-water mark (VmHWM) over load and generation; of several processes the sum, less the pages of files "
+        "that more than one of them maps (smaps, after each request)",
     ),
     "ram_anon_peak_bytes": Metric(
         label="peak RAM, must fit",
         unit="bytes",
         better="lower",
-        how="anonymous memory, the part the kernel cannot drop; highest of the parent's samples and the ends of phases",
+        how="anonymous memory, the part the kernel cannot drop; highest of the parent's samples and the ends of phases, several "
+        "processes added up",
     ),
     "load_ram_peak_bytes": Metric(label="peak RAM while loading", unit="bytes", better="lower", how="VmHWM of the load phase"),
     "vram_peak_bytes": Metric(

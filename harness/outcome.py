@@ -19,7 +19,7 @@ class Evidence(Record, frozen=True, kw_only=True):
     ended it ("timeout", "phase timeout", "protocol", a rule of the guard), "fork server" if that was ended by somebody else, or
     None; `limit_s` is the limit that was reached, `breach` what the guard saw, `oom_kills` how many processes the kernel killed for
     want of memory meanwhile, `group_kills` those in the case's own group, which may hold `ram_bytes`, `log_tail` the last of the
-    output.
+    output. `rank` is the process that came to its end, of several that share a model.
     """
 
     phase: str
@@ -32,6 +32,12 @@ class Evidence(Record, frozen=True, kw_only=True):
     ram_bytes: int | None = None
     limit_s: float | None = None
     log_tail: str = ""
+    rank: int | None = None
+
+    @property
+    def where(self) -> str:
+        """The phase, and in which of several processes."""
+        return self.phase if self.rank is None else f"{self.phase} on rank {self.rank}"
 
 
 _OOM_TYPES = {"OutOfMemoryError", "MemoryError"}
@@ -130,7 +136,7 @@ def _breached(evidence: Evidence) -> str:
     breach = evidence.breach
     assert breach is not None
     said = _BREACHES[breach.rule].format(*map(format_size, (breach.value_bytes, breach.limit_bytes, breach.held_bytes)))
-    return f"out of memory during {evidence.phase}: {said}"
+    return f"out of memory during {evidence.where}: {said}"
 
 
 Row = tuple[Callable[[Evidence], bool], Outcome, Callable[[Evidence], str]]
@@ -139,61 +145,61 @@ TABLE: tuple[Row, ...] = (
     (
         lambda e: e.ended_by == "timeout",
         Outcome.TIMEOUT,
-        lambda e: f"{e.phase} was not done when the case had taken {format_seconds(e.limit_s or 0)} (--case-timeout)",
+        lambda e: f"{e.where} was not done when the case had taken {format_seconds(e.limit_s or 0)} (--case-timeout)",
     ),
     (
         lambda e: e.ended_by == "phase timeout",
         Outcome.TIMEOUT,
-        lambda e: f"{e.phase} was not done after {format_seconds(e.limit_s or 0)} (--phase-timeout)",
+        lambda e: f"{e.where} was not done after {format_seconds(e.limit_s or 0)} (--phase-timeout)",
     ),
-    (lambda e: e.ended_by == "protocol", Outcome.CRASH, lambda e: f"the worker spoke nonsense during {e.phase}"),
+    (lambda e: e.ended_by == "protocol", Outcome.CRASH, lambda e: f"the worker spoke nonsense during {e.where}"),
     (lambda e: e.breach is not None and e.ended_by == e.breach.rule, Outcome.OOM, _breached),
     (
         lambda e: _signal(e) == "SIGKILL" and e.group_kills > 0,
         Outcome.OOM,
-        lambda e: f"out of memory during {e.phase}: it needed more than --ram {exact_size(e.ram_bytes or 0)} allows",
+        lambda e: f"out of memory during {e.where}: it needed more than --ram {exact_size(e.ram_bytes or 0)} allows",
     ),
-    (lambda e: _raised(e, _OOM_TYPES, _OOM_WORDS), Outcome.OOM, lambda e: f"out of memory during {e.phase}: {_said(e)}"),
+    (lambda e: _raised(e, _OOM_TYPES, _OOM_WORDS), Outcome.OOM, lambda e: f"out of memory during {e.where}: {_said(e)}"),
     (
         lambda e: (_signal(e) == "SIGKILL" or e.ended_by == "fork server") and e.oom_kills > 0,
         Outcome.OOM,
-        lambda e: f"out of memory during {e.phase}: the kernel killed the process",
+        lambda e: f"out of memory during {e.where}: the kernel killed the process",
     ),
     (
         _aborted_for_memory,
         Outcome.OOM,
-        lambda e: f"out of memory during {e.phase}: a library aborted because it could not allocate",
+        lambda e: f"out of memory during {e.where}: a library aborted because it could not allocate",
     ),
     (
         lambda e: _raised(e, _UNSUPPORTED_TYPES, _UNSUPPORTED_WORDS),
         Outcome.UNSUPPORTED,
-        lambda e: f"not supported, says the library during {e.phase}: {_said(e)}",
+        lambda e: f"not supported, says the library during {e.where}: {_said(e)}",
     ),
     (
         _disk_is_full,
         Outcome.CRASH,
-        lambda e: f"the disk is full, {e.phase} failed: {_said(e)}; set TMPDIR to a directory on a larger disk",
+        lambda e: f"the disk is full, {e.where} failed: {_said(e)}; set TMPDIR to a directory on a larger disk",
     ),
-    (lambda e: e.failed is not None, Outcome.CRASH, lambda e: f"{e.phase} failed: {_said(e)}"),
+    (lambda e: e.failed is not None, Outcome.CRASH, lambda e: f"{e.where} failed: {_said(e)}"),
     (
         lambda e: e.ended_by == "fork server",
         Outcome.CRASH,
-        lambda e: f"the process died during {e.phase}: its fork server was killed from outside",
+        lambda e: f"the process died during {e.where}: its fork server was killed from outside",
     ),
     (
         lambda e: _signal(e) == "SIGABRT",
         Outcome.CRASH,
-        lambda e: f"the process died during {e.phase}: aborted (SIGABRT){_last_words(e)}",
+        lambda e: f"the process died during {e.where}: aborted (SIGABRT){_last_words(e)}",
     ),
     (
         lambda e: _signal(e) is not None,
         Outcome.CRASH,
-        lambda e: f"the process died during {e.phase}: {_SIGNALS.get(_signal(e) or '', 'killed from outside')} ({_signal(e)})",
+        lambda e: f"the process died during {e.where}: {_SIGNALS.get(_signal(e) or '', 'killed from outside')} ({_signal(e)})",
     ),
     (
         lambda _: True,
         Outcome.CRASH,
-        lambda e: f"the process ended during {e.phase} with exit code {e.exit_code}{_last_words(e)}",
+        lambda e: f"the process ended during {e.where} with exit code {e.exit_code}{_last_words(e)}",
     ),
 )
 

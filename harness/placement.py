@@ -26,7 +26,8 @@ class Placement(Record, frozen=True, kw_only=True):
     `device_map` is passed on as it is, but for ROOM and GIVEN. `limits` names the rule that computes `max_memory`
     (`harness.plan.LIMITS`): None passes none. `traits` are what a precision may refuse. `devices` are where the weights may end
     up, best first. It needs `least_gpus`; on fewer it is no case of its own where `on_fewer` says what it comes to there. What is
-    `on_request` is no part of a matrix unless it is named. `parallel`: a process for each GPU, which share every layer.
+    `on_request` is no part of a matrix unless it is named. `parallel`: a process for each GPU, which share every layer; without any
+    GPU so many share the RAM.
     """
 
     name: str
@@ -40,12 +41,20 @@ class Placement(Record, frozen=True, kw_only=True):
     least_gpus: int = 0
     on_fewer: str | None = None
     on_request: bool = False
-    parallel: bool = False
+    parallel: int = 0
     offload_folder: bool = False
 
     @property
     def needs_gpu(self) -> bool:
-        return self.least_gpus > 0
+        return self.least_gpus > 0 and not self.parallel
+
+    def lacks_gpus(self, gpus: int) -> bool:
+        """Say whether a machine with so many GPUs has too few."""
+        return gpus < self.least_gpus and (gpus > 0 or self.needs_gpu)
+
+    def ranks(self, gpus: int) -> int:
+        """Return how many processes hold the model on a machine with so many GPUs."""
+        return (gpus or self.parallel) if self.parallel else 1
 
     def given(self, device_map: Mapping[str, str | int]) -> Placement:
         """Return this row as one file fills it: an explicit map says which devices are used, and what a precision may refuse.
@@ -193,15 +202,15 @@ _ROWS = (
     Placement(
         name="tp",
         title="tensor parallel",
-        help="tensor parallelism by torchrun: a process for each GPU, which share every layer (planned and printed, not measured)",
+        help="tensor parallelism, as by torchrun: a process for each GPU, which share every layer (without one: two, in RAM)",
         call="from_pretrained",
         device_map=None,
-        devices=("gpu",),
+        devices=("gpu", "cpu"),
         traits=("parallel",),
         least_gpus=2,
-        on_fewer="tensor parallelism shares every layer among two GPUs or more",
+        on_fewer="tensor parallelism shares every layer among two GPUs or more, and there is one",
         on_request=True,
-        parallel=True,
+        parallel=2,
     ),
     Placement(
         name=FILE,

@@ -37,7 +37,7 @@ def gate(case: Case, machine: Machine, here: bool = True, placement: Placement |
     for trait in placement.traits if machine.gpus or placement.needs_gpu else (*placement.traits, "ram"):
         if trait in precision.refuses:
             return Verdict.INVALID, precision.refuses[trait]
-    if len(machine.gpus) < placement.least_gpus:
+    if placement.lacks_gpus(len(machine.gpus)):
         return Verdict.UNAVAILABLE, placement.on_fewer or "needs a GPU, and NVML knows none here"
     if beyond := _beyond(case, machine):
         return Verdict.UNAVAILABLE, beyond
@@ -298,24 +298,31 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     Needs the plan's `code`. A GGUF file holds its tokenizer. Inputs go to the first GPU where there is one in the plan, where
     accelerate's hooks take them. CUDA is told to number the GPUs as the plan does, unless there is but the first.
     """
-    load, numbers = one.case.workload, gpus(one)
+    load, numbers, ranks = one.case.workload, gpus(one), _ranks(one)
     device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
-    parallel = PLACEMENTS[one.case.placement].parallel
     told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained(MODEL{told}{_trust(one.trusted if one.remote_code else None)})",
         'inputs = tokenizer(["The capital of France is"] * '
-        f'{load.batch}, return_tensors="pt").to({"model.device" if parallel else device})',
+        f'{load.batch}, return_tensors="pt").to({"model.device" if ranks > 1 else device})',
         f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
     if numbers not in ((), (0,)):
         head = f'import os\n\nos.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs\n\n{head}'
-    if parallel:
-        head, lines = f"# Start it by: torchrun --nproc-per-node {len(numbers)} THIS_FILE\n{head}", _once(lines)
-    return f"{head}{one.code}\n" + "\n".join(lines) + "\n"
+    return f"{loading_program(head, one)}\n" + "\n".join(_once(lines) if ranks > 1 else lines) + "\n"
+
+
+def loading_program(head: str, one: Plan) -> str:
+    """Write what names and loads the model of a plan, and how it is started where that takes several processes."""
+    start = f"# Start it by: torchrun --nproc-per-node {ranks} THIS_FILE\n" if (ranks := _ranks(one)) > 1 else ""
+    return f"{start}{head}{one.code}"
+
+
+def _ranks(one: Plan) -> int:
+    return PLACEMENTS[one.case.placement].ranks(len(gpus(one)))
 
 
 def gpus(one: Plan) -> tuple[int, ...]:

@@ -27,7 +27,8 @@ from harness.units import format_gib, significant
 GOOD = (Verdict.FITS, Verdict.TIGHT)
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
-_BETWEEN = "started by torchrun, a process for each GPU; what they tell each other is not counted"
+_BETWEEN = "{} processes, as by torchrun: {}what they tell each other is not counted in the speed"
+_ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
 # How often our device map is drawn anew with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
 
@@ -86,7 +87,9 @@ class Planner:
         held = cost.kept(precision, dtype, self.blueprint)
         limits = plan.max_memory(placement, self.machine, lambda: self._sizes(dtype))
         ours = self._recommendation(case, held) if placement.device_map == ROOM else None
-        placed = ours.device_map if ours else {"": 0} if placement.parallel else self._map(placement, held, limits)
+        ranks = placement.ranks(len(self.machine.gpus))
+        whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
+        placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, held, limits)
         count = self._count(case, held, placed)
         expected = cost.estimate(count, case.precision, self.machine)
         verdict, why = self._judge(case, expected, count)
@@ -94,7 +97,7 @@ class Planner:
         return Plan(
             case=case,
             verdict=verdict,
-            why=why or (ours.why if ours else _BETWEEN if placement.parallel else None),
+            why=why or (ours.why if ours else self._between(ranks) if ranks > 1 else None),
             code=plan.loading_code(
                 precision,
                 placement,
@@ -107,12 +110,15 @@ class Planner:
                 on_gpu=any(tier.startswith("gpu") for tier in count.weights),
                 trusted=self.trust if code else None,
             ),
-            device_map=None if placement.parallel else tiers,
+            device_map=None if ranks > 1 else tiers,
             max_memory=limits,
             estimate=expected,
             remote_code=code,
             trusted=self.trust and bool(code),
         )
+
+    def _between(self, ranks: int) -> str:
+        return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
 
     def _dtype(self, precision: Precision, placement: Placement) -> str:
         on_gpu = placement.devices[0] == "gpu" and self.machine.gpus
@@ -127,7 +133,8 @@ class Planner:
         if self._placements[case.placement].device_map == GIVEN:
             return Verdict.UNAVAILABLE, "no map of yours was given: --device-map FILE"
         gpus = len(self.machine.gpus)
-        alone = self._placements[case.placement].parallel and gpus > 1 and sharing.refusal(self.blueprint.skeleton, gpus)
+        ranks = self._placements[case.placement].ranks(gpus)
+        alone = ranks > 1 and sharing.refusal(self.blueprint.skeleton, ranks, "GPUs" if gpus else "processes")
         if alone:
             return Verdict.INVALID, alone
         precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
@@ -215,8 +222,8 @@ class Planner:
         through_ram = placement.call == "to" or (gguf is not None and gguf.through_ram)
         rewrites = placement.call == "load_checkpoint_and_dispatch"
         off_gpu = self._inventory(Kept(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
-        shared = len(self.machine.gpus) if placement.parallel else 1
-        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu, shared)
+        ranks = placement.ranks(len(self.machine.gpus))
+        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu, ranks)
         self.counts[case.id] = count
         return count
 
@@ -268,6 +275,7 @@ class Planner:
         gpu = any(name.startswith("gpu") for name in (one.estimate.tiers if one.estimate else ()))
         other = ("cpu_", "ram_bytes", "ram_bandwidth") if gpu else ("gpu_", "host_", "link_", "ram_cuda")
         foreign = other if self.blueprint.gguf else (*other, "gguf_")
+        foreign = foreign if PLACEMENTS[one.case.placement].parallel else (*foreign, "ram_ranks")
         return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(foreign)}
 
     def max_context(self, one: Plan) -> int | None:

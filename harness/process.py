@@ -15,7 +15,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import msgspec
 from harness import descendants, forkserver, protocol
 from harness.errors import WorkerError
 from harness.patience import Patience
-from harness.protocol import Entered, Event, Request
+from harness.protocol import Entered, Event, Lost, Request, Shared
 
 WorkerMain = Callable[[Connection, str, str], None]
 
@@ -63,11 +63,14 @@ def torch_worker(pipe: Connection, log: str, scratch: str) -> None:
 
 
 class Ended(Exception):
-    """The worker ended, or was ended, before it answered. `ended_by` says who did it: None is not us."""
+    """The worker ended, or was ended, before it answered. `ended_by` says who did it: None is not us.
 
-    def __init__(self, *, exit_code: int | None, ended_by: str | None) -> None:
+    `rank` is the first process to end, and `note` what each of them did at a limit of time, of several that share a model.
+    """
+
+    def __init__(self, *, exit_code: int | None, ended_by: str | None, rank: int | None = None, note: str | None = None) -> None:
         super().__init__(f"worker ended with {exit_code} ({ended_by})")
-        self.exit_code, self.ended_by = exit_code, ended_by
+        self.exit_code, self.ended_by, self.rank, self.note = exit_code, ended_by, rank, note
 
 
 def _started(main: WorkerMain, log: Path, scratch: Path, start_s: float) -> tuple[Connection, Any]:
@@ -108,12 +111,17 @@ def _watchdog(seconds: float, act: Callable[[], object]) -> Iterator[None]:
 
 
 class Worker:
-    """A child process that speaks `harness.protocol`. `phase` is the last phase that it entered."""
+    """A child process that speaks `harness.protocol`. `phase` is the last phase that it entered.
+
+    `ranks` are the ids of the processes that share its model, if it has started several.
+    """
 
     def __init__(self, main: WorkerMain, *, log: Path, scratch: Path, start_s: float = _START_S) -> None:
         """Start it. The fork server is given `start_s` seconds; a stopped one would never answer, and is replaced."""
         self.log, self.phase, self.entered_s = log, "start", time.monotonic()
+        self.ranks: Sequence[int] = ()
         self._ended_by: str | None = None
+        self._note: str | None = None
         self._is_gone = False
         log.touch()
         try:
@@ -142,6 +150,10 @@ class Worker:
         except KeyboardInterrupt:  # nobody waits for the answer any more
             self.kill()
             raise
+        if isinstance(event, Lost):
+            raise self._lost(event)
+        if isinstance(event, Shared):
+            self.ranks = event.pids
         return event
 
     def _send(self, request: Request) -> None:
@@ -172,6 +184,8 @@ class Worker:
 
     def _time_over(self, limit: str) -> None:
         self._ended_by = limit
+        if self.ranks:
+            self._note = ", ".join(f"rank {number} was {descendants.status(pid)}" for number, pid in enumerate(self.ranks))
         self._process.kill()
 
     def _decode(self, line: bytes) -> Event:
@@ -181,6 +195,11 @@ class Worker:
             self.kill()
             raise WorkerError(f"the worker sent {line[:80]!r}, which is no message: {error}") from None
 
+    def _lost(self, lost: Lost) -> Ended:
+        """One of several processes has ended: by itself, or because all were ended."""
+        self.kill()
+        return Ended(exit_code=lost.exit_code, ended_by=self._ended_by, rank=None if self._ended_by else lost.rank)
+
     def _dead(self) -> Ended:
         self._process.join(_GRACE_S)
         if self._process.is_alive() and self._ended_by is None:  # it closed the pipe and stays
@@ -189,7 +208,7 @@ class Worker:
         if self._ended_by is None and self._process.exitcode == 255 and forkserver.has_ended(within_s=_GRACE_S):
             self._ended_by = "fork server"
         self.kill()
-        return Ended(exit_code=self._process.exitcode, ended_by=self._ended_by)
+        return Ended(exit_code=self._process.exitcode, ended_by=self._ended_by, note=self._note)
 
     def end(self, reason: str) -> None:
         """Kill the worker and all that it started, from any thread; who waits for an answer gets the first reason as `ended_by`."""

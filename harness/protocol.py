@@ -34,6 +34,12 @@ class Confine(Message, frozen=True, kw_only=True, tag="confine"):
     context_bytes: int = 0
 
 
+class Share(Message, frozen=True, kw_only=True, tag="share"):
+    """Be so many processes from now on, which share a model and answer as one; told before anything else."""
+
+    ranks: int
+
+
 class Load(Message, frozen=True, kw_only=True, tag="load"):
     """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code.
 
@@ -72,7 +78,7 @@ class Stop(Message, frozen=True, kw_only=True, tag="stop"):
     """Exit."""
 
 
-Request = Confine | Load | Generate | Score | Stop
+Request = Confine | Share | Load | Generate | Score | Stop
 
 
 class Entered(Message, frozen=True, kw_only=True, tag="entered"):
@@ -91,6 +97,12 @@ class Confined(Message, frozen=True, kw_only=True, tag="confined"):
     file_bytes: int
     anon_bytes: int
     shared_bytes: int
+
+
+class Shared(Message, frozen=True, kw_only=True, tag="shared"):
+    """The processes are there: their ids by rank. Answers that follow add up what all of them found; times are the first one's."""
+
+    pids: list[int]
 
 
 class LoadDone(Message, frozen=True, kw_only=True, tag="loaded"):
@@ -134,17 +146,28 @@ class ScoreDone(Message, frozen=True, kw_only=True, tag="scored"):
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
-    """A request failed. `types` are the names of the exception's classes, the most derived first."""
+    """A request failed. `types` are the names of the exception's classes, the most derived first.
+
+    `rank` is the process in which it did, of several that share a model.
+    """
 
     phase: str
     types: tuple[str, ...]
     message: str
     traceback: str
     phases: list[Phase] = []
+    rank: int | None = None
 
 
-Answered = Confined | LoadDone | GenerateDone | ScoreDone | Failed
-Event = Entered | Confined | LoadDone | GenerateDone | ScoreDone | Failed
+class Lost(Message, frozen=True, kw_only=True, tag="lost"):
+    """One of several processes ended before it answered; `exit_code` is negative for a signal, None where it cannot be had."""
+
+    rank: int
+    exit_code: int | None
+
+
+Answered = Confined | Shared | LoadDone | GenerateDone | ScoreDone | Failed | Lost
+Event = Entered | Answered
 
 _REQUESTS: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _EVENTS: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

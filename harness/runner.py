@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,10 +22,25 @@ from harness.interference import Watch
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
 from harness.patience import Patience
-from harness.plan import gpus
+from harness.placement import PLACEMENTS
+from harness.plan import gpus, loading_program
 from harness.precision import PRECISIONS, Precision
 from harness.process import Ended, Worker, WorkerMain
-from harness.protocol import Confine, Confined, Event, Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
+from harness.protocol import (
+    Confine,
+    Confined,
+    Event,
+    Failed,
+    Generate,
+    GenerateDone,
+    Load,
+    LoadDone,
+    Request,
+    Score,
+    ScoreDone,
+    Share,
+    Shared,
+)
 from harness.units import MIB, format_size
 
 _OTHERS_S = 20.0
@@ -115,6 +130,7 @@ class Run:
                 undo.callback(group.remove)
             self._worker = Worker(setting.worker_main, log=scratch / "log", scratch=scratch, start_s=setting.phase_timeout_s)
             undo.callback(self._worker.kill)
+            self._pids: Sequence[int] = (self._worker.pid,)
             if group is not None and not group.add(self._worker.pid):
                 group.remove()
                 group = None
@@ -152,6 +168,7 @@ class Run:
         """Load the model, once; later calls return what the first one found. Raises CaseEnded."""
         if self.loaded is None:
             plan = self.plan
+            self._share()
             self._confine()
             request = Load(
                 model=str(self.subject.location),
@@ -165,6 +182,15 @@ class Run:
             assert isinstance(done, LoadDone)
             self.loaded, self.checks = done, verify.checks(plan, done.loaded)
         return self.loaded
+
+    def _share(self) -> None:
+        """Have the worker be several processes where its case takes several, and measure those. Raises CaseEnded."""
+        ranks = PLACEMENTS[self.plan.case.placement].ranks(len(self.setting.machine.gpus))
+        if ranks > 1:
+            done = self._ask(Share(ranks=ranks))
+            assert isinstance(done, Shared)
+            self._pids = done.pids
+            self._sampler.follow(done.pids)
 
     def _confine(self) -> None:
         """Have the worker live within the limits of its case. Raises CaseEnded: it needs more even before it loads."""
@@ -188,8 +214,8 @@ class Run:
             )
 
     def _is_listed(self) -> bool:
-        """Say whether NVML lists the worker's id. In a container it lists those of the host, perhaps the same one of another."""
-        return bool(self.setting.gpus and self.setting.gpus.process_bytes(self._worker.pid))
+        """Say whether NVML lists an id of the worker's. In a container it lists those of the host, perhaps the same of another."""
+        return bool(self.setting.gpus and self.setting.gpus.process_bytes(*self._pids))
 
     def _forget_files(self) -> None:
         """Have the model's files read anew, so that their pages count; others may hold them a little longer. Raises CaseEnded."""
@@ -282,13 +308,13 @@ class Run:
         try:
             event = self._worker.ask(request, self._patience)
         except Ended as end:
-            raise self._end(ended_by=end.ended_by, exit_code=end.exit_code) from None
+            raise self._end(ended_by=end.ended_by, exit_code=end.exit_code, rank=end.rank, note=end.note) from None
         except WorkerError as error:
             raise self._end(ended_by="protocol", note=str(error)) from None
         if isinstance(event, Failed):
             self._phases += event.phases
             raise self._end(failed=event)
-        if isinstance(event, Confined):
+        if isinstance(event, (Confined, Shared)):
             return event
         assert isinstance(event, (LoadDone, GenerateDone, ScoreDone))
         self._windows.append(self._others.end(self._worker.phase))
@@ -296,7 +322,13 @@ class Run:
         return event
 
     def _end(
-        self, *, failed: Failed | None = None, ended_by: str | None = None, exit_code: int | None = None, note: str | None = None
+        self,
+        *,
+        failed: Failed | None = None,
+        ended_by: str | None = None,
+        exit_code: int | None = None,
+        rank: int | None = None,
+        note: str | None = None,
     ) -> CaseEnded:
         evidence = Evidence(
             phase=failed.phase if failed else self._worker.phase,
@@ -309,6 +341,7 @@ class Run:
             ram_bytes=self.plan.case.ram_bytes,
             limit_s=self._patience.limit_s(ended_by),
             log_tail=self._worker.log_tail(),
+            rank=failed.rank if failed else rank,
         )
         outcome, why = classify(evidence)
         self.ended = CaseEnded(outcome, f"{why}: {note}" if note else why)
@@ -421,7 +454,7 @@ def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dic
         "machine": machine.limited(setting.machine, plan.case),
         "verdict": plan.verdict,
         "estimate": plan.estimate,
-        "code": f"{subject.code_head}{plan.code}" if plan.code else None,
+        "code": loading_program(subject.code_head, plan) if plan.code else None,
         "command": subject.command or None,
         "environment": dict(setting.environment),
         "remote_code": plan.remote_code if plan.trusted else [],

@@ -268,7 +268,7 @@ class Session:
         if again is None:
             return self._keep(self._earlier[case, self._weights(case)])
         decided = self._held_against_disk(decided)
-        asked = self.options.run_all and decided.code is not None and not PLACEMENTS[case.placement].parallel
+        asked = self.options.run_all and decided.code is not None
         if decided.verdict in _RUNNABLE or asked:
             self._have_predictions(case.model)
             self._again.append(again)
@@ -416,11 +416,12 @@ def _from_here(place: Path, otherwise: str | None = None) -> str:
 
 
 def _not_measured(one: Plan) -> Plan:
-    """Hold back what is planned and printed, but takes several processes: a case is run in one."""
-    if not PLACEMENTS[one.case.placement].parallel or one.verdict not in (*_RUNNABLE, Verdict.TOO_BIG):
+    """Hold back what takes several processes where a worker cannot be forked into them."""
+    parallel = PLACEMENTS[one.case.placement].parallel
+    if not parallel or forkserver.METHOD == "forkserver" or one.verdict not in (*_RUNNABLE, Verdict.TOO_BIG):
         return one
-    why = "takes a process for each GPU, and cases are measured in one: run the code that fitmatrix plan --code prints, by torchrun"
-    return msgspec.structs.replace(one, verdict=Verdict.UNAVAILABLE, why=why)
+    why = "processes that share a model are measured on Linux alone: run the code that fitmatrix plan --code prints, by torchrun"
+    return msgspec.structs.replace(one, verdict=Verdict.UNAVAILABLE, why=why, code=None)
 
 
 def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:

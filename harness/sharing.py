@@ -1,11 +1,13 @@
-"""Tensor parallelism: which models transformers can share among GPUs, and what each GPU then holds.
+"""Tensor parallelism: which models transformers can share among processes, a GPU for each, and what each of them then holds.
 
 transformers 5.23 shares by a plan that an architecture's config has (`base_model_tp_plan`): with tp_plan="auto" every matrix is
-cut evenly, embedding and head too, and what is no matrix lies on each GPU whole. A few small ones (routers, latent projections)
-stay whole as well; here they count as cut.
+cut evenly, embedding and head too, and what is no matrix is held by each process whole. Some matrices stay whole as well: those of
+WHOLE, and a few small ones (routers, latent projections) which here count as cut.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from harness.skeleton import Skeleton, Weight
 
@@ -24,17 +26,42 @@ _NAMES = """
 SHARED = frozenset(_NAMES.split())
 
 
-def refusal(skeleton: Skeleton, gpus: int) -> str | None:
-    """Say why transformers does not share a model among so many GPUs, None if it does."""
+# Matrices that are cut along their rows ("rowwise" in these plans) by the last part of their modules' names: such a part lies in
+# the file in pieces, so that it is copied where the parts of others stay views of the file.
+ROWWISE = frozenset(("o_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "c_proj", "dt_proj"))
+
+
+# Modules that each process holds whole, by model_type, as loading tiny models of them shows. Others may have some too.
+_ATTENTION = "self_attn"
+WHOLE: Mapping[str, frozenset[str]] = {
+    "gpt_neox": frozenset(("embed_in",)),
+    "qwen2_moe": frozenset(("shared_expert",)),
+    "deepseek_v3": frozenset((_ATTENTION,)),
+}
+
+
+def refusal(skeleton: Skeleton, ranks: int, among: str = "GPUs") -> str | None:
+    """Say why transformers does not share a model among so many GPUs (or processes, as `among` says), None if it does."""
     if skeleton.model_type not in SHARED:
-        return f"transformers has no plan to share {skeleton.model_class} among GPUs (no base_model_tp_plan in its config)"
+        return f"transformers has no plan to share {skeleton.model_class} among {among} (no base_model_tp_plan in its config)"
     heads = {skeleton.heads, *(kind.heads for kind in skeleton.attention if kind.expanded is None)} - {0}
-    odd = sorted(count for count in heads if count % gpus)
+    odd = sorted(count for count in heads if count % ranks)
     if odd:
-        return f"{gpus} GPUs cannot share {odd[0]} attention heads evenly"
+        return f"{ranks} {among} cannot share {odd[0]} attention heads evenly"
     return None
 
 
-def is_cut(weight: Weight) -> bool:
-    """Say whether each GPU holds a part of a tensor; the others lie on each whole."""
-    return weight.tensor.kind == "parameter" and len(weight.tensor.shape) > 1
+def is_cut(weight: Weight, skeleton: Skeleton) -> bool:
+    """Say whether each process holds a part of a tensor; of the others it holds all."""
+    whole = WHOLE.get(skeleton.model_type, frozenset())
+    return weight.tensor.kind == "parameter" and len(weight.tensor.shape) > 1 and whole.isdisjoint(weight.path.split("."))
+
+
+def cuts_cache(skeleton: Skeleton) -> bool:
+    """Say whether each process caches keys and values of its own heads alone."""
+    return _ATTENTION not in WHOLE.get(skeleton.model_type, ())
+
+
+def is_copied(weight: Weight, skeleton: Skeleton) -> bool:
+    """Say whether the parts of a tensor can be no views of the file."""
+    return is_cut(weight, skeleton) and not ROWWISE.isdisjoint(weight.path.split(".")[-2:-1])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from copy import copy
 from functools import cached_property
 
-from harness import memory_cost
+from harness import memory_cost, sharing
 from harness.calibration import Bytes, Calibration
 from harness.case import Record, Workload
 from harness.inventory import Inventory, Sums
@@ -44,7 +44,7 @@ class Count:
 
     `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first, `rewrites`
     that what goes to the disk is written there anew even if a file holds it already. `off_gpu` is the inventory of what lies off
-    the GPUs, where that is held in another way. `shared`: so many GPUs, each with a process of its own, share every layer.
+    the GPUs, where that is held in another way. `shared`: so many processes share every layer, on a GPU each or in the RAM.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Count:
             self.sums |= {tier: sums for tier, sums in off_gpu.by_tier(tiers).items() if not tier.startswith("gpu")}
         self.shared = shared
         if shared > 1:
-            each = inventory.cut(shared)
-            self.sums = {f"gpu:{number}": each for number in range(shared)}
+            in_ram = tiers == "cpu"
+            self.sums = {"cpu": inventory.cut_in_ram(shared)} if in_ram else dict.fromkeys(_gpus(shared), inventory.cut(shared))
         self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
         # GPUs that share a layer read at the same time, so one of them stands for all.
         self.read = {tier: sums.read for tier, sums in [*self.sums.items()][: 1 if shared > 1 else None] if sums.read}
@@ -89,7 +89,8 @@ class Count:
         """KV cache at the end of the workload, by the device that its layer runs on."""
         layers = memory_cost.kv_bytes(self.skeleton, self.work.cached_tokens, self.work.batch, self.held.element_bytes)
         if self.shared > 1:
-            return dict.fromkeys(self.gpus, sum(layers) // self.shared)
+            each = sum(layers) // (self.shared if sharing.cuts_cache(self.skeleton) else 1)
+            return dict.fromkeys(self.gpus, each) if self.gpus else {"cpu": each * self.shared}
         if isinstance(self.tiers, str):
             return {self.main: sum(layers)}
         total: dict[str, int] = defaultdict(int)
@@ -167,7 +168,7 @@ class Count:
         # So are tensors that are cast and written anew to the offload folder.
         again, dropped = here.compared, 0 if here.compared else here.twice
         file = here.made_from + away.made_from + again + sum(self.sums[gpu].stored for gpu in self.gpus)
-        runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work)
+        runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work) * self.shared
         return Parts(
             weights=self.weights.get("cpu", 0),
             copied=int(here.made),
@@ -190,6 +191,8 @@ class Count:
         total = constant["ram_import_anon_bytes"].amount(times)
         if self.held.quantizer:
             total += constant[f"ram_{SCHEMES[self.held.quantizer].library}_bytes"].amount(times)
+        if self.shared > 1:
+            total += constant["ram_ranks_bytes"].amount(times)
         if self.blueprint.tokenizer:
             total += constant["ram_tokenizer_bytes_per_token"].amount(times * self.skeleton.vocab_size)
         return total + constant["ram_cuda_bytes"].amount(times) if self.gpus else total
@@ -232,6 +235,10 @@ class Count:
     def _rows_touched(self) -> int:
         """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
         return (self.work.prompt_tokens + self.work.new_tokens) * PAGE_BYTES
+
+
+def _gpus(count: int) -> list[str]:
+    return [f"gpu:{number}" for number in range(count)]
 
 
 def _exact(size: float) -> Bytes:

@@ -12,6 +12,7 @@ from harness.units import format_share, format_size
 
 OK = "ok"
 _HELD_LEAST = 0.99  # a few modules may be kept in 32 bits by the architecture
+_PART_OFF = 0.05  # what is cut unevenly
 _OVER_MOST = 1.01  # max_memory is obeyed by whole modules; buffers are not counted
 
 
@@ -21,6 +22,7 @@ def checks(plan: Plan, loaded: Loaded) -> dict[str, str]:
         "precision": _precision(plan, loaded),
         "max_memory": _max_memory(plan, loaded),
         "placement": _placement(plan, loaded),
+        **({"ranks": _ranks(plan, loaded)} if loaded.rank_bytes else {}),
     }
 
 
@@ -58,6 +60,23 @@ def _placement(plan: Plan, loaded: Loaded) -> str:
     if "spills" in placement.traits and placement.devices[-1] not in used:
         return f"{placement.name} put nothing on the {placement.devices[-1]}"
     return _mapped(plan, loaded) if placement.device_map in PRINTED else OK
+
+
+def _ranks(plan: Plan, loaded: Loaded) -> str:
+    """Check that each of the processes that share the model holds its part, not all, where that was planned."""
+    planned = (
+        {name: tier.weights_bytes for name, tier in plan.estimate.tiers.items() if tier.weights_bytes} if plan.estimate else {}
+    )
+    if not planned:
+        return OK
+    if strange := sorted(loaded.tier_bytes.keys() - planned):
+        return f"weights lie on {', '.join(strange)}, and were to be shared on {', '.join(planned)}"
+    whole = sum(planned.values())
+    part = whole / len(loaded.rank_bytes)
+    for rank, held_bytes in enumerate(loaded.rank_bytes):
+        if not part * (1 - _PART_OFF) < held_bytes < (part + whole) / 2:  # an architecture may hold more than is planned whole
+            return f"rank {rank} holds {format_size(held_bytes)} of weights, and its part is {format_size(part)}"
+    return OK
 
 
 def _mapped(plan: Plan, loaded: Loaded) -> str:

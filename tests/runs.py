@@ -46,8 +46,13 @@ def folder(path: Path, models: Sequence[str], conftest: str = "", *, scripted: b
     return path
 
 
-def start(path: Path, models: Sequence[str], *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start a run of these models, bf16 on the processor, two rounds of three tokens."""
+def start(
+    path: Path, models: Sequence[str], *words: str, env: dict[str, str] | None = None, session: bool = False
+) -> subprocess.Popen[str]:
+    """Start a run of these models, bf16 on the processor unless `words` say otherwise, two rounds of three tokens.
+
+    `session`: as the first of a session of its own, as a terminal starts it.
+    """
     named = [part for model in models for part in ("--model", f"./{model}")]
     fast = ("--precision", "bf16", "--placement", "cpu", "--new-tokens", "3", "--repeats", "2", "--case-timeout", "60")
     return subprocess.Popen(
@@ -56,5 +61,6 @@ def start(path: Path, models: Sequence[str], *words: str, env: dict[str, str] | 
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=session,
         text=True,
     )

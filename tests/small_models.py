@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from harness import cost, memory_cost
+from harness import catalog, cost, memory_cost
 from harness.blueprint import Blueprint
 from harness.placement import PLACEMENTS
 from harness.plan import gate, loading_code
@@ -75,6 +76,18 @@ def save(name: str, folder: Path, **settings: int) -> Skeleton:
     config = AutoConfig.for_model(name, **{**MODELS[name], **settings})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return worker.build(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def save_talking(folder: Path) -> Path:
+    """Save a Llama of random weights in float32, 100 MB for its vocabulary: that of the default model, with its tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **MODELS["llama"], eos_token_id=None)
+    config.vocab_size = 49152
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    default = catalog.fetch(catalog.DEFAULT)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(default / name, folder / name)
+    return folder
 
 
 def load(folder: Path, way: Precision) -> PreTrainedModel:

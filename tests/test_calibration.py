@@ -99,6 +99,11 @@ def test_a_case_under_a_limit_on_ram_reads_its_files_anew_and_tells_nothing_of_t
     assert correct([ran(of=msgspec.structs.replace(limited, ram_bytes=None, vram_bytes=GIB))]).ratios
 
 
+def test_processes_that_wait_for_one_another_tell_nothing_of_the_machine() -> None:
+    shared = msgspec.structs.replace(builders.loaded(), rank_bytes=[504, 504])
+    assert correct([msgspec.structs.replace(ran(), loaded=shared)]).ratios == {}
+
+
 def test_a_machine_that_was_busy_does_not_spoil_everything() -> None:
     found = correct([ran(1e6)]).ratio("token", "cpu", "bf16")
     assert found is not None

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from harness import meters
-from harness.meters import Gpus, Sample, Sampler, memory
+from harness.meters import Gpus, Memory, Sample, Sampler, memory
 from harness.units import MIB
 from tests.test_machine import Nvml
 
@@ -51,6 +51,11 @@ for word in map(str.strip, sys.stdin):
         file.flush()
         held.append(mmap.mmap(file.fileno(), 64 << 20, prot=mmap.PROT_READ))
         sum(held[-1][::4096])
+    elif word.startswith("/"):
+        with open(word, "rb") as file:
+            held.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+    elif word.startswith("touch"):
+        sum(held[-1][:: mmap.PAGESIZE] if word == "touch all" else held[-1][: len(held[-1]) // 2 : mmap.PAGESIZE])
     elif word == "free":
         held.clear()
     print("done", flush=True)
@@ -347,6 +352,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 def test_vram_of_a_process_by_card(install: Install) -> None:
     install(card(using(1, 100), using(7, 50)), card(using(7, 20), using(7, 30)), card(using(1, 5)))
     assert Gpus().process_bytes(7) == {"gpu:0": 50, "gpu:1": 50}
+    assert Gpus().process_bytes(1, 7) == {"gpu:0": 150, "gpu:1": 50, "gpu:2": 5}
 
 
 @pytest.mark.parametrize("silent", [{}, card(using(7, None)), card()], ids=["does not know the call", "does not tell", "idle"])
@@ -412,6 +418,47 @@ def test_vram_is_sampled_beside_ram_and_is_0_before_the_process_uses_the_card(in
     assert max(line.vram_bytes["gpu:1"]) == 900
     assert top is not None
     assert top.vram_bytes == {"gpu:1": 900}
+
+
+# Several processes as one
+
+
+def test_pages_of_files_count_once_and_what_is_anonymous_always() -> None:
+    parts = [Memory(ram_bytes=500, anon_bytes=300), Memory(ram_bytes=450, anon_bytes=200)]
+    assert meters.together(parts) == Memory(ram_bytes=500 + 250, anon_bytes=500)
+    assert meters.together(parts[:1]) == parts[0]
+
+
+@LINUX_ONLY
+def test_what_several_processes_map_of_a_file_is_told(tmp_path: Path, child: Child) -> None:
+    """One maps all of the file and one its first half, beside the libraries that both have."""
+    (tmp_path / "file").write_bytes(bytes(64 * MIB))
+    process = subprocess.Popen([sys.executable, "-c", OBEDIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with process:
+        other = Child(process)
+        for one in (child, other):
+            one.do(str(tmp_path / "file"))
+        libraries = meters.doubled_bytes([child.pid, other.pid])
+        child.do("touch all")
+        assert abs(meters.doubled_bytes([child.pid, other.pid]) - libraries) < 3 * MIB
+        other.do("touch half")
+        assert meters.doubled_bytes([child.pid, other.pid]) - libraries == pytest.approx(32 * MIB, abs=5 * MIB)
+        alone = meters.doubled_bytes([child.pid])
+        other.end()
+    assert alone == 0
+    assert libraries > MIB
+    assert meters.doubled_bytes([]) == meters.doubled_bytes([other.pid, child.pid]) == 0
+
+
+@LINUX_ONLY
+def test_a_sampler_follows_several_processes(child: Child) -> None:
+    with sampling(os.getpid(), most=1000) as (sampler, seen):
+        alone = seen.wait(2)[-1]
+        sampler.follow([os.getpid(), child.pid])
+        both = seen.wait(2)[-1]
+        assert both.anon_bytes > alone.anon_bytes + MIB
+        child.do("allocate")
+        assert seen.wait(2)[-1].anon_bytes > both.anon_bytes + 60 * MIB
 
 
 # What the kernel killed

@@ -18,9 +18,12 @@ from harness.protocol import (
     GenerateDone,
     Load,
     LoadDone,
+    Lost,
     Message,
     Score,
     ScoreDone,
+    Share,
+    Shared,
     Stop,
     decode_event,
     decode_request,
@@ -34,11 +37,14 @@ REQUESTS = (
     Load(model="/models/tiny", code="model = 1\n", imports=("bitsandbytes",), tokenizer=False, trust_remote_code=True),
     Generate(prompt_tokens=64, new_tokens=32, batch=2, phase="cold"),
     Score(keep="/scratch/a.npy", reference=None),
+    Share(ranks=2),
     Stop(),
 )
 EVENTS = (
     Entered(phase="load", at_s=12345.678901234),
     Confined(file_bytes=1, anon_bytes=2, shared_bytes=3),
+    Shared(pids=[17, 18]),
+    Lost(rank=1, exit_code=-9),
     LoadDone(seconds={"load_s": 1 / 3}, loaded=loaded(), phases=[PHASE]),
     GenerateDone(
         token_s=[0.1, 0.2], total_s=0.3, prompt_tokens=64, new_tokens=2, batch=1, text="你好 \u2028 \n", phases=[], energy_j=1.5

@@ -312,12 +312,19 @@ def test_a_map_that_does_not_fit_is_told_before_anything_is_measured(make: Make,
         make(placement=["file"])
 
 
-def test_what_takes_several_processes_is_not_run_in_one(make: Make) -> None:
-    session = make(placement=["tp"], run_all=True)
-    session.machine = builders.machine(builders.gpu(), builders.gpu(1))
+def test_what_takes_several_processes_is_not_run_where_none_can_be_forked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forkserver, "METHOD", "spawn")
+    (result,) = measure(make(placement=["tp"], run_all=True))
+    assert (result.outcome, result.verdict) == (Outcome.SKIPPED, Verdict.UNAVAILABLE)
+    assert str(result.why).startswith("processes that share a model are measured on Linux alone")
+
+
+def test_one_gpu_is_not_shared(make: Make) -> None:
+    session = make(placement=["tp"])
+    session.machine = builders.machine(builders.gpu())
     (result,) = measure(session)
-    assert result.outcome in (Outcome.SKIPPED, Outcome.UNSUPPORTED)
-    assert session.current is None
+    assert (result.outcome, result.verdict) == (Outcome.SKIPPED, Verdict.UNAVAILABLE)
+    assert result.why == "tensor parallelism shares every layer among two GPUs or more, and there is one"
 
 
 def test_the_default_matrix_is_no_longer_than_what_differs_here(make: Make) -> None:

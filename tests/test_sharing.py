@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,10 @@ from subprocess import PIPE
 from typing import Any
 
 import pytest
-import torch
 from msgspec.structs import replace
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from harness import blueprint, catalog, checkpoint, plan, sharing, skeleton
+from harness import blueprint, calibration, checkpoint, plan, sharing, skeleton
 from harness.case import Machine, Plan, Verdict
 from harness.descendants import kill_below
 from harness.planner import Planner
@@ -24,16 +22,22 @@ from tests.builders import case, gpu, machine
 
 ROOT = Path(__file__).parent.parent
 TWO = machine(gpu(), gpu(1))
-# Counts the bytes that a process of the printed program holds; appended to it.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# Counts the bytes that a process of the printed program holds; appended to it. All write to one pipe, each in one piece.
 HELD = """
 held = [getattr(one, "to_local", lambda one=one: one)() for one in model.parameters()]
-print("held", sum(one.numel() * one.element_size() for one in held))
+print(f"\\nheld {sum(one.numel() * one.element_size() for one in held)}\\n", end="")
 """
 
 
 def planned(directory: Path, precision: str = "fp32", on: Machine = TWO) -> Plan:
     drawn = blueprint.of_checkpoint("tiny", str(directory), checkpoint.read(directory), directory)
     return Planner(drawn, on).plan(case(precision, "tp", new_tokens=8))
+
+
+def in_ram(directory: Path) -> Plan:
+    drawn = blueprint.of_checkpoint("tiny", str(directory), checkpoint.read(directory), directory)
+    return Planner(drawn, machine()).plan(case("fp32", "cpu", new_tokens=8))
 
 
 def gpu_weights(one: Plan) -> int:
@@ -46,16 +50,7 @@ def gpu_weights(one: Plan) -> int:
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama of random weights, with the tokenizer of the default model."""
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **small_models.MODELS["llama"], eos_token_id=None)
-    config.vocab_size = 49152
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    default = catalog.fetch(catalog.DEFAULT)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(default / name, folder / name)
-    return folder
+    return small_models.save_talking(tmp_path_factory.mktemp("models") / "llama")
 
 
 def run(program: str, place: Path, *command: str) -> list[str]:
@@ -71,7 +66,7 @@ def run(program: str, place: Path, *command: str) -> list[str]:
             kill_below(started.pid)  # torchrun gives its processes sessions of their own, where they would outlive it
             started.kill()
     assert started.returncode == 0, complaints
-    return said.splitlines()
+    return [line for line in said.splitlines() if line]
 
 
 def test_the_printed_program_shares_the_model_and_says_what_one_process_says(talking: Path, tmp_path: Path) -> None:
@@ -84,16 +79,38 @@ def test_the_printed_program_shares_the_model_and_says_what_one_process_says(tal
     before_the_end = program.replace(
         "torch.distributed.destroy_process_group()", HELD + "torch.distributed.destroy_process_group()"
     )
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    together = run(before_the_end, tmp_path, *torchrun)
-    alone = Planner(blueprint.of_checkpoint("tiny", str(talking), checkpoint.read(talking), talking), machine()).plan(
-        case("fp32", "cpu", new_tokens=8)
-    )
-    (said,) = run(plan.script(head, alone), tmp_path)
+    together = run(before_the_end, tmp_path, *TORCHRUN)
+    (said,) = run(plan.script(head, in_ram(talking)), tmp_path)
     assert said in together
     held = [int(line.removeprefix("held ")) for line in together if line.startswith("held ")]
     assert held == pytest.approx([gpu_weights(shared)] * 2, rel=0.01)
     assert len(together) == 3
+
+
+# Loads each of the models and says what this process holds of it; models that differ in what stays whole.
+EACH = """
+import gc, torch.distributed
+from transformers import AutoModelForCausalLM
+
+for name in NAMES:
+    model = AutoModelForCausalLM.from_pretrained(f"{FOLDER}/{name}", dtype="bfloat16", distributed_config={"tp_plan": "auto"})
+    held = [getattr(one, "to_local", lambda one=one: one)() for one in model.parameters()]
+    print(f"\\n{name} {sum(one.numel() * one.element_size() for one in held)}\\n", end="")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_what_stays_whole_is_counted(tmp_path: Path) -> None:
+    names = ("qwen2", "phi3", "mixtral", "gpt_neox", "qwen2_moe", "deepseek_v2", "deepseek_v3")
+    expected = {}
+    for name in names:
+        small_models.save(name, tmp_path / name)
+        expected[name] = gpu_weights(planned(tmp_path / name, "bf16"))
+    said = run(f"NAMES, FOLDER = {names!r}, {str(tmp_path)!r}\n{EACH}", tmp_path, *TORCHRUN)
+    held = [(name, int(size)) for name, size in map(str.split, said)]
+    assert len(held) == 2 * len(names)
+    for name, size in held:
+        assert size == pytest.approx(expected[name], rel=0.04), name
 
 
 def test_each_gpu_has_half_and_each_process_its_own_libraries(talking: Path) -> None:
@@ -105,6 +122,26 @@ def test_each_gpu_has_half_and_each_process_its_own_libraries(talking: Path) -> 
     assert shared.estimate.tiers["gpu:1"].kv_bytes == alone.estimate.tiers["gpu:0"].kv_bytes // 2
     assert shared.estimate.tiers["cpu"].overhead_bytes > 1.3 * alone.estimate.tiers["cpu"].overhead_bytes
     assert shared.device_map is None
+
+
+def test_without_a_gpu_two_processes_share_it_in_ram(talking: Path) -> None:
+    """Each has libraries of its own; of the weights only what is cut along its rows is copied from the file."""
+    shared, alone = planned(talking, on=machine()), in_ram(talking)
+    assert shared.verdict is Verdict.FITS
+    assert shared.why == (
+        "2 processes, as by torchrun: one thread in each unless OMP_NUM_THREADS says more, "
+        "and what they tell each other is not counted in the speed"
+    )
+    assert plan.script("", shared).startswith("# Start it by: torchrun --nproc-per-node 2 THIS_FILE\n")
+    assert shared.estimate is not None
+    assert alone.estimate is not None
+    two, one = shared.estimate.tiers["cpu"], alone.estimate.tiers["cpu"]
+    assert list(shared.estimate.tiers) == ["cpu"]
+    assert two.weights_bytes == pytest.approx(one.weights_bytes, rel=0.01)
+    assert two.kv_bytes == one.kv_bytes
+    copied = 4 * 2 * (256 * 256 + 256 * 704)
+    sharing_bytes = 2 * calibration.default()["ram_ranks_bytes"].best
+    assert two.anon_bytes == 2 * one.anon_bytes - one.kv_bytes + copied + sharing_bytes
 
 
 @pytest.mark.parametrize(
@@ -130,7 +167,16 @@ def test_what_cannot_be_shared_is_said_before_it_is_tried(talking: Path) -> None
     assert planned(talking, on=small).verdict is Verdict.TOO_BIG
 
 
-def test_the_table_of_architectures_is_transformers_own() -> None:
+def plans_of_transformers() -> dict[str, dict[str, str]]:
     known: Any = AutoModelForCausalLM._model_mapping.keys()
     theirs = [config for config in known if config.__module__.startswith("transformers.")]  # other tests register our own
-    assert {config.model_type for config in theirs if getattr(config, "base_model_tp_plan", None)} == sharing.SHARED
+    return {config.model_type: shares for config in theirs if (shares := getattr(config, "base_model_tp_plan", None))}
+
+
+def test_the_table_of_architectures_is_transformers_own() -> None:
+    assert plans_of_transformers().keys() == sharing.SHARED
+
+
+def test_the_table_of_what_is_cut_along_its_rows_is_transformers_own() -> None:
+    rules = [rule for shares in plans_of_transformers().values() for rule in shares.items()]
+    assert {path.split(".")[-1] for path, style in rules if style == "rowwise"} == sharing.ROWWISE

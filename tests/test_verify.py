@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
-from harness.case import Loaded, Plan, Verdict
+from harness.case import Estimate, Loaded, Plan, Span, TierEstimate, Verdict
 from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS
 from harness.units import GIB, MIB
@@ -111,3 +112,34 @@ def test_every_placement_is_checked_here() -> None:
 def test_all_that_is_wrong_is_told_at_once() -> None:
     plan, found = planned("int8", "gpu+cpu", cpu=1), loaded({"float16": 5}, tiers={"cpu": 5, "disk": 5})
     assert failing(plan, found).keys() == {"precision", "max_memory", "placement"}
+
+
+def shared(*tiers: str) -> Plan:
+    """A plan of two processes that hold 1 GiB each on these tiers."""
+    sizes = dict.fromkeys(TierEstimate.__struct_fields__, 0)
+    each = TierEstimate(**{**sizes, "weights_bytes": 2 * GIB // len(tiers)})
+    none = Span(low=0, best=0, high=0)
+    estimate = Estimate(tiers=dict.fromkeys(tiers, each), load_s=none, first_token_s=none, decode_tok_s=none)
+    return replace(planned(placement="tp"), estimate=estimate)
+
+
+@pytest.mark.parametrize(
+    ("tiers", "holds", "said"),
+    [
+        (("cpu",), (1.0, 1.0), OK),
+        (("gpu:0", "gpu:1"), (1.0, 1.2), OK),
+        (("cpu",), (1.0, 2.0), "rank 1 holds 2.00 GiB of weights, and its part is 1.00 GiB"),
+        (("gpu:0", "gpu:1"), (2.0, 2.0), "rank 0 holds 2.00 GiB of weights, and its part is 1.00 GiB"),
+        (("cpu",), (1.0, 0.5), "rank 1 holds 512 MiB of weights, and its part is 1.00 GiB"),
+    ],
+)
+def test_each_of_several_processes_holds_its_part(tiers: tuple[str, ...], holds: tuple[float, float], said: str) -> None:
+    sizes = [int(size * GIB) for size in holds]
+    found = replace(loaded(tiers=dict(zip(tiers * 2, sizes, strict=False))), rank_bytes=sizes)
+    assert checks(shared(*tiers), found)["ranks"] == said
+
+
+def test_processes_that_share_the_ram_beside_gpus_are_told() -> None:
+    found = replace(loaded(tiers={"cpu": 2 * GIB}), rank_bytes=[GIB, GIB])
+    assert failing(shared("gpu:0", "gpu:1"), found) == {"ranks": "weights lie on cpu, and were to be shared on gpu:0, gpu:1"}
+    assert failing(planned(placement="tp"), found) == {}

@@ -111,11 +111,12 @@ def _map(result: Result) -> Map | None:
 
 
 def _held(result: Result) -> tuple[tuple[str, tuple[Figure, ...]], ...]:
-    """List what was really loaded: bytes by tier, by dtype, and by dtype of the Linear weights."""
+    """List what was really loaded: bytes by tier, by process of several, by dtype, and by dtype of the Linear weights."""
     if not result.loaded:
         return ()
     tables = {
         "by tier": result.loaded.tier_bytes,
+        "by rank": {f"rank {number}": size for number, size in enumerate(result.loaded.rank_bytes)},
         "by dtype": result.loaded.dtype_bytes,
         "Linear weights": result.loaded.linear_dtype_bytes,
     }

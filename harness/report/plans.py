@@ -136,9 +136,8 @@ def _conclusion(advice: Advice, load: Workload) -> str:
 
 
 def _proof(best: Plan, name: str, given: str) -> str:
-    if PLACEMENTS[best.case.placement].parallel:
-        return "To prove it:  start that by torchrun, for cases are measured in one process"
-    return f"To prove it:  pytest cases/ --model {name}{given}"
+    named = f" --placement {best.case.placement}" if PLACEMENTS[best.case.placement].parallel else ""
+    return f"To prove it:  pytest cases/ --model {name}{named}{given}"
 
 
 def _sayable(advice: Advice) -> str:

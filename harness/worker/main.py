@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harness import meters, protocol
 from harness.case import Phase
-from harness.worker import model, residency, score
+from harness.worker import model, ranks, residency, score
 
 _PR_SET_PDEATHSIG = 1
 
@@ -44,11 +44,22 @@ def _settle(log: str, scratch: str) -> None:
     faulthandler.enable(file=2, all_threads=False)  # a library that crashes says where it was called from
     os.chdir(scratch)
     os.environ["TMPDIR"], tempfile.tempdir = scratch, None  # what a library leaves there goes with the case
+    _belong()
+
+
+def _belong() -> None:
+    """End with the process that forked this one, be the first to go, and look like one that did its imports itself."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # when memory ends, this process goes first
         residency.replay()
+
+
+def _be_rank(pipe: Connection) -> None:
+    """Serve as one of several processes that share a model."""
+    _belong()
+    Server(pipe).serve()
 
 
 def _take_along() -> None:
@@ -79,6 +90,9 @@ class Server:
                 _take_along()
                 return
             if isinstance(request, protocol.Stop):
+                return
+            if isinstance(request, protocol.Share):
+                ranks.lead(self._pipe, request.ranks, _be_rank)
                 return
             self._phases = []
             self._send(self._answer(request))

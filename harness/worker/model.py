@@ -65,11 +65,16 @@ class Model:
 
 
 def synchronize() -> None:
-    """Wait for the GPUs that hold anything: a clock read before that measures nothing. Others would be given a context."""
+    """Wait for the GPUs that hold anything, and for the other ranks: a clock read before that measures nothing.
+
+    GPUs that hold nothing would be given a context.
+    """
     if torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             if torch.cuda.memory_reserved(index):
                 torch.cuda.synchronize(index)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def reset_vram_peaks() -> None:
@@ -215,12 +220,13 @@ def _weights(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Take a subclass of torch.Tensor apart, as torchao and quanto hold weights: values, scales, zero points."""
+    """Take a subclass of torch.Tensor apart: torchao and quanto hold values, scales and zero points, a rank its part."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from plain(getattr(tensor, name))
+        if isinstance(part := getattr(tensor, name), torch.Tensor):  # DTensor lists its mesh as well
+            yield from plain(part)
 
 
 def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
