@@ -52,8 +52,9 @@ def test_drawings_leave_out_what_a_filter_leaves_out(show: Open, gpu: list[Resul
     browser = show(gpu)
     choose(browser, "precision", "int4")
     script = """
-    const links = [...document.querySelectorAll(".overview a")];
-    return links.filter((link) => link.checkVisibility({ visibilityProperty: true })).map((link) => link.getAttribute("href"));
+    const parts = [...document.querySelectorAll(".overview a, .overview [data-of]")];
+    const seen = parts.filter((part) => part.checkVisibility({ visibilityProperty: true }));
+    return seen.map((part) => part.getAttribute("href") ?? `#${part.dataset.of}`);
     """
     drawn = set(browser.execute_script(script))
     assert {f"#case-chatglm-6b-int4-{name}" for name in ("direct", "ram-to-gpu", "auto", "cpu")} >= drawn

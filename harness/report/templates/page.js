@@ -127,8 +127,9 @@
       });
       const packed = Boolean(one(".packed", element));
       const marks = new Map();
-      for (const link of all(".overview a", element)) {
-        const [anchor, mark] = [link.getAttribute("href").slice(1), link.closest("li") ?? link];
+      for (const drawn of all(".overview :is(a, [data-of])", element)) {
+        const anchor = drawn.dataset.of ?? drawn.getAttribute("href").slice(1);
+        const mark = drawn.closest("li") ?? drawn;
         if (marks.has(anchor)) marks.get(anchor).push(mark);
         else marks.set(anchor, [mark]);
       }
