@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -108,8 +107,8 @@ def _is_tied(checkpoint: Checkpoint, head: Tensor | None) -> bool:
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, int]:
-    names = {tensor.name for tensor in checkpoint.tensors}
-    return {tensor.name: weights_in(tensor, math.prod(tensor.shape), names, checkpoint.config) for tensor in checkpoint.tensors}
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
+    return {tensor.name: weights_in(tensor, shapes, checkpoint.config) for tensor in checkpoint.tensors}
 
 
 def _runs(blocks: Mapping[tuple[str, int], list[tuple[str, Tensor]]]) -> Iterator[tuple[str, int, list[tuple[str, Tensor]]]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -16,51 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness import checkpoint, companions, skeleton
+from harness import agreement, checkpoint, companions, quantized, skeleton
 from harness.case import Record
 from harness.checkpoint import Checkpoint, context_length
 from harness.companions import RemoteCode
 from harness.errors import UsageError
 from harness.files import Directory
 from harness.placement import Placement
-from harness.precision import PACKED_ARCHITECTURES, Precision, row_of
-from harness.skeleton import Skeleton
-from harness.units import format_count
+from harness.precision import PACKED_ARCHITECTURES, Precision
+from harness.quantized import Packed
+from harness.skeleton import Skeleton, UnknownType
 
 if TYPE_CHECKING:
     from harness.catalog import Source
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_MOST_MISSING = 0.02
+_NO_TOKENIZER = "there is no tokenizer beside the weights: prompts are token ids, and quality is not measured"
 # The model types that `harness.models` registers.
 OUR_ARCHITECTURES = frozenset(("chatglm", "moss"))
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-class Packed(Record, frozen=True, kw_only=True):
-    """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", its bits and group (0: whole columns).
-
-    `unpacks`: transformers makes 16-bit weights of it on loading, where the package for its kernels is not there (mxfp4).
-    """
-
-    title: str
-    bits: int
-    group: int
-    unpacks: bool = False
-
-    @property
-    def precision(self) -> str | None:
-        """The row of PRECISIONS that it is, None where there is none, or it is unpacked."""
-        row = None if self.unpacks else row_of(self.title)
-        return row.name if row else None
-
-    def refusal(self, precision: Precision) -> str | None:
-        """Say why it is not held this way, None if it is: it stays what it is, and without a row of its own runs as plain ones."""
-        if self.precision is not None and precision.name != self.precision:
-            return f"the checkpoint is quantised already ({self.title}): load it with --precision {self.precision}"
-        if self.precision is None and (precision.quantises or precision.only):
-            return f"the checkpoint is quantised already ({self.title}): load it with --precision bf16 or fp16"
-        return None
 
 
 # What transformers says, or would say, of a GGUF file beside a placement's call or trait.
@@ -144,9 +116,9 @@ class Blueprint(Record, frozen=True, kw_only=True):
 
     `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantised already and
     whose headers were read. `repeated` are the paths of tied weights that the files store all the same, `largest_file` is what
-    the largest file is called and its bytes, where that is known. `note` says what the plan rests on where that is less than a
-    skeleton from transformers. `remote_code` is the code that the files ask for, `has_class`
-    whether transformers has its own for this architecture.
+    the largest file is called and its bytes, where that is known. `notes` say what is odd about the files, and what the plan rests
+    on where that is less than a skeleton from transformers. `remote_code` is the code that the files ask for, `has_class` whether
+    transformers has its own for this architecture, and `unknown` why nothing loads it here where neither is so.
     """
 
     name: str
@@ -161,11 +133,12 @@ class Blueprint(Record, frozen=True, kw_only=True):
     repeated: frozenset[str] = frozenset()
     largest_file: tuple[str, int] | None = None
     tokenizer: bool = True
-    note: str | None = None
+    notes: tuple[str, ...] = ()
     remote_code: tuple[RemoteCode, ...] = ()
     has_class: bool = True
     gguf: Gguf | None = None
     ours: bool = False
+    unknown: str | None = None
 
     @property
     def gguf_file(self) -> str | None:
@@ -218,10 +191,12 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     """
     if directory is not None:
         companions.check(Directory(directory))
-    found, note, why = _skeleton_of(read)
-    _check_same(read, found)
-    gguf = _gguf(read, why) if read.files[0].format == "gguf" else None
-    packed = _packed(read.config, read.quantization) if gguf is None else None
+    found, note, refused = _skeleton_of(read)
+    gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == "gguf" else None
+    packed = quantized.packed(read.config, read.tensors) if gguf is None else None
+    notes = agreement.check(read, found, packed)
+    tokenizer = directory is None or "tokenizer.ggml.model" in read.config or companions.has_tokenizer(Directory(directory))
+    code = any(one.kind == "model" for one in read.remote_code)
     return Blueprint(
         name=name,
         source=where,
@@ -234,18 +209,14 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         tensor_bytes=read.bytes if packed and not packed.unpacks else None,
         repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
         largest_file=max(((file.name, file.bytes) for file in read.files), key=lambda file: file[1], default=None),
-        tokenizer=directory is None or _has_tokenizer(read, directory),
-        note=note,
+        tokenizer=tokenizer,
+        notes=tuple(filter(None, (note, *notes, None if tokenizer else _NO_TOKENIZER))),
         remote_code=read.remote_code,
         has_class=_has_class(read.config, found),
         gguf=gguf,
         ours=_is_ours(read.config),
+        unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
     )
-
-
-def _has_tokenizer(read: Checkpoint, directory: Path) -> bool:
-    """Say whether there is a tokenizer: in files, or in the metadata of a GGUF."""
-    return "tokenizer.ggml.model" in read.config or any((directory / file).is_file() for file in _TOKENIZER_FILES)
 
 
 def _gguf(read: Checkpoint, why: str | None) -> Gguf:
@@ -277,34 +248,10 @@ def _has_class(config: Mapping[str, Any], found: Skeleton) -> bool:
     return found.source.startswith("transformers") and bool(kind) and found.model_type.startswith(str(kind))
 
 
-def _check_same(read: Checkpoint, found: Skeleton) -> None:
-    """Check that a config describes the weights beside it: shapes of tensors of the same name, and that hardly any is missing.
-
-    Raises:
-        CheckpointError: it is of another model.
-    """
-    from harness.errors import CheckpointError
-
-    if read.quantization is not None:
-        return
-    stored = {tensor.name: tensor.shape for tensor in read.tensors}
-    wanted = {weight.path: weight for weight in found.weights if weight.tensor.kind == "parameter" and not weight.tied_to}
-    said = "use the config.json that belongs to the weights"
-    for path in wanted:
-        if path in stored and stored[path] != wanted[path].tensor.shape:
-            what = f"makes {path} {list(wanted[path].tensor.shape)}, and the files hold {list(stored[path])}"
-            raise CheckpointError(f"{read.path}/config.json", f"{what}: {said}")
-    # Some names are old ones that transformers renames on loading, so the sum decides.
-    if wanted.keys() & stored.keys() and read.parameters < (1 - _MOST_MISSING) * found.parameters:
-        held = format_count(read.parameters)
-        what = f"describes {format_count(found.parameters)} parameters, and the files hold {held}"
-        raise CheckpointError(f"{read.path}/config.json", f"{what}: {said}")
-
-
-def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, str | None]:
+def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | None]:
     """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors.
 
-    With it a note that says so, and why transformers could not build it where it was asked.
+    With it a note that says so, and what transformers said where it was asked and could not build it.
     """
     is_gguf = read.files[0].format == "gguf"
     known = skeleton.shipped(read.config) if read.config and not is_gguf else None
@@ -312,12 +259,12 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, str | None]:
         return known, None, None
     wanted = ("torch", "transformers", *(["gguf"] if is_gguf else []))
     missing = [package for package in wanted if importlib.util.find_spec(package) is None]
-    why, refused = f"{' and '.join(missing)} not installed", None
+    why, refused = f"{' and '.join(missing)} not installed" if missing else "config.json gives no 'model_type'", None
     if not missing and (is_gguf or read.config.get("model_type")):
         try:
             return _built(read, is_gguf), None, None
         except UsageError as error:
-            why = refused = str(error)
+            why, refused = str(error), error
     from harness.sketch import sketch
 
     return sketch(read), f"planned from its tensors, less surely: {why}", refused
@@ -358,7 +305,7 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
     entry = skeleton.catalog()[known]
     shape = skeleton.named(known)
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
-    packed = _packed(entry.config, None)
+    packed = quantized.packed(entry.config)
     stored = published(known)
     size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
     return Blueprint(
@@ -396,21 +343,8 @@ def _published() -> Mapping[str, Stored]:
     return msgspec.toml.decode((skeleton.DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
 
 
-def _packed(config: Mapping[str, Any], said: str | None) -> Packed | None:
-    """Read from a config how its weights are quantised already."""
-    from harness.quantized import describe
-
-    title = said or describe(config, ())
-    if title is None:
-        return None
-    bits = re.search(r"(\d+)-bit", title)
-    group = re.search(r"groups of (\d+)", title)
-    unpacks = title.startswith("mxfp4")
-    return Packed(title=title, bits=int(bits[1]) if bits else 4, group=int(group[1]) if group else 0, unpacks=unpacks)
-
-
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
-    """Count a GPTQ checkpoint: packed weights, zeros and 16-bit scales by group, an order of int32; the rest in 16 bits.
+    """Count a GPTQ or AWQ checkpoint: packed weights, zeros and 16-bit scales by group, GPTQ's order of int32; else 16 bits.
 
     Of mxfp4 the experts, whose weights are stacked: 4 bits and 8 for each 32.
     """
@@ -425,5 +359,6 @@ def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
         else:
             rows, columns = weight.tensor.shape
             groups = -(-columns // packed.group) if packed.group else 1
-            total += count * (weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + columns * 4)
+            order = 4 * columns if packed.method == "gptq" else 0
+            total += count * (weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + order)
     return int(total)

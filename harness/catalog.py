@@ -16,7 +16,7 @@ from typing import Any, cast
 import msgspec
 from msgspec.structs import replace
 
-from harness import cache
+from harness import cache, checkpoint
 from harness.cache import cache_dir as cache_dir
 from harness.case import Record
 from harness.checkpoint import WEIGHTS, shard_names, shards
@@ -122,9 +122,10 @@ def _short_names() -> dict[str, str]:
 def stored_as(source: Source) -> str | None:
     """Say how a model is quantised already (`quantized.describe`, "gguf" for short), from its config; None where it is not.
 
-    The config is that of the files here, of the catalog, or of the hub; None as well where none can be had.
+    The config is that of the files here, of the catalog, or of the hub; None as well where none can be had. Of MOSS the headers
+    tell, where they are here: one published config says 4 bits of weights that have 8.
     """
-    from harness.quantized import describe
+    from harness.quantized import describe, says_bits_of_moss
 
     if source.file is not None:
         return "gguf"
@@ -133,7 +134,8 @@ def stored_as(source: Source) -> str | None:
     if here is not None and _choose_weights(names) is None and any(name.endswith(GGUF) for name in names):
         return "gguf"
     config = _config(source, here)
-    title = describe(config, ()) if config is not None else None
+    tensors = checkpoint.read(here).tensors if here is not None and config is not None and says_bits_of_moss(config) else ()
+    title = describe(config, tensors) if config is not None else None
     # transformers unpacks it, where the package for its kernels is not there.
     return None if title is None or title.startswith("mxfp4") else title
 

@@ -6,7 +6,6 @@ Nothing here reads a weight. Which files count is decided as transformers decide
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -57,7 +56,8 @@ class FileInfo(Record, frozen=True, kw_only=True):
 class Checkpoint(Record, frozen=True, kw_only=True):
     """The files of a model. `path` is a local path or a hub id; `config` is config.json, or a GGUF's own metadata.
 
-    `remote_code` is the code that these files ask for; reading them runs none of it.
+    `remote_code` is the code that these files ask for; reading them runs none of it. `listed` is the file of each tensor by the
+    index, and `duplicates` are tensors that a later file holds again.
     """
 
     path: str
@@ -65,6 +65,8 @@ class Checkpoint(Record, frozen=True, kw_only=True):
     tensors: tuple[Tensor, ...]
     files: tuple[FileInfo, ...]
     remote_code: tuple[RemoteCode, ...] = ()
+    listed: dict[str, str] = {}
+    duplicates: tuple[Tensor, ...] = ()
 
     @property
     def distinct(self) -> Iterator[Tensor]:
@@ -84,8 +86,8 @@ class Checkpoint(Record, frozen=True, kw_only=True):
     @property
     def parameters(self) -> int:
         """Return how many weights are stored: packed ones unpacked, masks and scales left out, shared ones once."""
-        names = {tensor.name for tensor in self.tensors}
-        return sum(weights_in(tensor, math.prod(tensor.shape), names, self.config) for tensor in self.distinct)
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+        return sum(weights_in(tensor, shapes, self.config) for tensor in self.distinct)
 
     @property
     def dtype_bytes(self) -> dict[str, int]:
@@ -163,19 +165,22 @@ def read_hub(repo_id: str, revision: str | None = None, file: str | None = None)
 
 
 def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
-    names = _weight_files(folder, file)
+    names, listed = _weight_files(folder, file)
     if names[0].endswith(".gguf"):
         return _read_split_gguf(folder, names, path)
     config = _config(folder)
     parts = _read_files(folder, names)
     # As in transformers, a name that two shards hold means the later one.
     tensors = {tensor.name: tensor for _, found in parts for tensor in found}
+    duplicates = [tensor for _, found in parts for tensor in found if tensors[tensor.name] is not tensor]
     return Checkpoint(
         path=path,
         config=config,
         tensors=tuple(tensors.values()),
         files=tuple(info for info, _ in parts),
         remote_code=remote_code(folder, config),
+        listed=listed,
+        duplicates=tuple(duplicates),
     )
 
 
@@ -219,19 +224,20 @@ def _read_split_gguf(folder: Folder, names: list[str], path: str) -> Checkpoint:
     return Checkpoint(path=path, config=config, tensors=tuple(tensors), files=tuple(files))
 
 
-def _weight_files(folder: Folder, file: str | None) -> list[str]:
-    """Return the names of the files with weights that a loader would open."""
+def _weight_files(folder: Folder, file: str | None) -> tuple[list[str], dict[str, str]]:
+    """Return the names of the files with weights that a loader would open, and the file of each tensor if an index lists them."""
     if file is None:
         file = next((name for name in WEIGHTS if folder.size(name) is not None), None) or _only_gguf(folder)
     if file.endswith(".index.json"):
-        return shards(folder, file)
+        listed = _index(folder, file)
+        return _present(folder, sorted(set(listed.values())), file), listed
     if Path(file).suffix not in FORMATS:
         raise UsageError(f"{folder.where}/{file} is no file of weights: name one that ends in {', '.join(FORMATS)}")
     if folder.size(file) is None:
         raise UsageError(f"{folder.where} has no file {file!r}: {did_you_mean(file, folder.names())}")
     split = _SPLIT.fullmatch(file)
     parts = [f"{split['stem']}-{part:05}-of-{split['count']}.gguf" for part in range(1, int(split["count"]) + 1)] if split else []
-    return _present(folder, parts, file) if file in parts else [file]
+    return _present(folder, parts, file) if file in parts else [file], {}
 
 
 def _only_gguf(folder: Folder) -> str:
@@ -254,16 +260,21 @@ def shards(folder: Folder, index: str) -> list[str]:
 
 def shard_names(folder: Folder, index: str) -> list[str]:
     """Return the names of the shards of an index, none of which leads out of the folder. Raises CheckpointError."""
+    return sorted(set(_index(folder, index).values()))
+
+
+def _index(folder: Folder, index: str) -> dict[str, str]:
+    """Return the shard of each tensor, none of which leads out of the folder. Raises CheckpointError."""
     with closing(folder.open(index)) as blob:
-        names = read_index(blob)
+        listed = read_index(blob)
         where = blob.where
-    for name in names:
+    for name in sorted(set(listed.values())):
         check_enclosed(folder, where, f"the shard {quote(name)}", name)
         if Path(name).suffix not in FORMATS or name.endswith(".gguf"):
             raise CheckpointError(
                 where, f"names the shard {quote(name)}, which is neither .safetensors nor .bin: correct the index"
             )
-    return names
+    return listed
 
 
 def _present(folder: Folder, names: list[str], wanted_by: str) -> list[str]:

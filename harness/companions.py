@@ -32,9 +32,19 @@ ADAPTER = "adapter_config.json"
 
 _CONFIG = re.compile(r"(config|[\w-]+_config|special_tokens_map)\.json")
 _TEXT = re.compile(r".*\.(txt|model|jinja|tiktoken)|(.*tokenizer.*|.*vocab.*|added_tokens|chat_template|tekken|merges)\.json")
+# What a tokenizer is made of; one that counts bytes, or is the model's own code, needs nothing but its config.
+_VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|tekken\.json|.*\.(model|tiktoken)")
+_BYTES = ("ByT5Tokenizer", "PerceiverTokenizer")
+_TOKENIZER = "tokenizer.json"
 _MODEL_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 _TOKENIZER_CLASS = "AutoTokenizer"
 KERNEL_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+
+
+class _Tokenizer(msgspec.Struct):
+    """What every tokenizer.json has."""
+
+    model: msgspec.Raw
 
 
 class RemoteCode(Record, frozen=True, kw_only=True):
@@ -95,6 +105,17 @@ def _texts(value: object) -> list[str]:
     return [text if len(text) <= 120 else f"{text[:120]}..." for text in values if isinstance(text, str)]
 
 
+def has_tokenizer(folder: Folder) -> bool:
+    """Say whether the files have a tokenizer: a vocabulary, or a config that needs none. Raises CheckpointError."""
+    if any(_VOCABULARY.fullmatch(name) and folder.size(name) for name in folder.names()):
+        return True
+    if not folder.size(TOKENIZER_CONFIG):
+        return False
+    with closing(folder.open(TOKENIZER_CONFIG)) as blob:
+        config = read_config(blob)
+    return config.get("tokenizer_class") in _BYTES or any(kind == "tokenizer" for kind, _ in _named(config))
+
+
 def check(folder: Folder) -> None:
     """Refuse what must not reach a library: text without bound, and anything that leads out of the directory.
 
@@ -113,7 +134,7 @@ def check(folder: Folder) -> None:
     for name in names + [name for name in folder.names(TEMPLATES) if name.endswith(".jinja")]:
         if name.endswith(".index.json"):
             with closing(folder.open(name)) as blob:
-                for shard in read_index(blob):
+                for shard in sorted(set(read_index(blob).values())):
                     check_enclosed(folder, blob.where, f"the shard {quote(shard)}", shard)
         elif _CONFIG.fullmatch(name) or _TEXT.fullmatch(name):
             _check_text(folder, name)
@@ -159,11 +180,23 @@ def _check_bounds(blob: Blob) -> None:
     if marks(data) > TEXT_MARKS:
         raise CheckpointError(blob.where, f"holds more than {TEXT_MARKS:,} values: this is not what its name says")
     try:
-        msgspec.json.decode(data, type=msgspec.Raw)  # walks it all and builds nothing
+        if blob.name == _TOKENIZER:
+            _check_tokenizer(blob, data)
+        else:
+            msgspec.json.decode(data, type=msgspec.Raw)  # walks it all and builds nothing
     except RecursionError as error:
         raise CheckpointError(blob.where, "is nested too deep: this is not what its name says") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(blob.where, f"cannot be understood as JSON ({error}): download it again") from error
+
+
+def _check_tokenizer(blob: Blob, data: bytes) -> None:
+    try:
+        msgspec.json.decode(data, type=_Tokenizer)
+    except msgspec.ValidationError as error:
+        msgspec.json.decode(data, type=msgspec.Raw)  # no JSON at all would be the first thing to say
+        what = f"is no tokenizer ({error}): download it again, or take it away to measure without quality"
+        raise CheckpointError(blob.where, what) from error
 
 
 def _strings(value: object) -> Iterator[str]:

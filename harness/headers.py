@@ -127,16 +127,16 @@ def read_config(blob: Blob) -> dict[str, Any]:
     return config
 
 
-def read_index(blob: Blob) -> list[str]:
-    """Return the names of the shards that a `*.index.json` lists, sorted, each once."""
+def read_index(blob: Blob) -> dict[str, str]:
+    """Return the shard of each tensor that a `*.index.json` lists; of one tensor at least."""
     data = _read_json(blob, INDEX_BYTES, INDEX_MARKS)
     try:
-        shards = set(_INDEX.decode(data).weight_map.values())
+        listed = _INDEX.decode(data).weight_map
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _not_json(blob, error) from error
-    if not shards:
+    if not listed:
         raise CheckpointError(blob.where, f'its "weight_map" is empty: {DOWNLOAD_AGAIN}')
-    return sorted(shards)
+    return listed
 
 
 def read_safetensors(blob: Blob) -> list[Tensor]:

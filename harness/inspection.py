@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from harness import agreement
 from harness.anatomy import Part, Tie, anatomy, ties
 from harness.case import Record
 from harness.checkpoint import Checkpoint, FileInfo
+from harness.quantized import packed
+from harness.skeleton import Skeleton
 
 SCHEMA = 1
 # The order in which kinds are told, which is about the order in which a token meets them.
@@ -16,7 +19,8 @@ KIND_ORDER = ("embedding", "attention", "mlp", "norm", "head", "other")
 class Inspection(Record, frozen=True, kw_only=True):
     """A checkpoint in figures. `kind` says what was named: catalog, hub, directory or file; `source` where its files are.
 
-    `history` is what became of the model since 2023, of those that this project began with.
+    `history` is what became of the model since 2023, of those that this project began with. `notes` say what would hinder loading
+    it, or looks as if files were mixed.
     """
 
     schema: int = SCHEMA
@@ -34,6 +38,7 @@ class Inspection(Record, frozen=True, kw_only=True):
     parts: tuple[Part, ...]
     ties: tuple[Tie, ...]
     history: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -53,8 +58,10 @@ class Run(Record, frozen=True, kw_only=True):
         return sum(part.bytes for part in self.parts)
 
 
-def inspect(checkpoint: Checkpoint, *, name: str, kind: str, source: str, history: str = "") -> Inspection:
-    """Put together all that is told of a checkpoint."""
+def inspect(
+    checkpoint: Checkpoint, *, name: str, kind: str, source: str, history: str = "", skeleton: Skeleton | None = None
+) -> Inspection:
+    """Put together all that is told of a checkpoint; with the skeleton of its config also whether it holds what that asks for."""
     return Inspection(
         name=name,
         kind=kind,
@@ -70,6 +77,7 @@ def inspect(checkpoint: Checkpoint, *, name: str, kind: str, source: str, histor
         parts=tuple(anatomy(checkpoint)),
         ties=tuple(ties(checkpoint)),
         history=history,
+        notes=agreement.notes(checkpoint, skeleton, packed(checkpoint.config, checkpoint.tensors)),
     )
 
 

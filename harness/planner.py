@@ -125,7 +125,9 @@ class Planner:
         return precision.dtype_on(self.machine.gpus[0].compute_capability if on_gpu else None)
 
     def _refused(self, case: Case) -> tuple[Verdict, str] | None:
-        """Return why this checkpoint cannot be loaded that way, wherever it is."""
+        """Return why this checkpoint cannot be loaded that way, wherever it is, or at all by the transformers that is here."""
+        if self.here and self.blueprint.unknown is not None:
+            return Verdict.UNAVAILABLE, self.blueprint.unknown
         needed = next((code for code in self.blueprint.remote_code if code.needed(self.blueprint.has_class)), None)
         if needed is not None and not self.trust:
             what = f"{needed.file} asks for code of the model's own, {quote(needed.name, 120)}, which nothing loads without"

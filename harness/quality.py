@@ -264,7 +264,7 @@ def _judge_alone(done: ScoreDone, real_weights: bool) -> tuple[str, str] | None:
     if not real_weights:
         return NOT_MEASURED, "synthetic weights are checked for NaN and infinity only"
     if not done.positions:
-        return NOT_MEASURED, "no token of the probe was scored"
+        return NOT_MEASURED, "there is no tokenizer beside the weights, so no text was scored"
     if perplexity(done.nll, done.positions) > PERPLEXITY_LIMIT:
         nats = units.significant(done.nll / done.positions)
         return BROKEN, f"{nats} nats a token are a perplexity above {PERPLEXITY_LIMIT:,.0f}, worse than word frequencies alone"

@@ -1,13 +1,19 @@
-"""What is quantised already: how config and tensors say it, and how many weights a packed tensor stands for."""
+"""What is quantised already: how config and tensors say it, how files hold it, and how many weights a packed tensor stands for."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from harness.case import Record
+from harness.precision import Precision, row_of
 
 if TYPE_CHECKING:
     from harness.headers import Tensor
+
+Shape = tuple[int, ...]
 
 # Stored beside the weights without being weights: scales, zeros, orders and formats of quantised layers, and buffers.
 _BESIDE = re.compile(
@@ -22,8 +28,138 @@ _PACKED_SUFFIXES = (".qweight", ".weight_packed")
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
 
 
+class Packed(Record, frozen=True, kw_only=True):
+    """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", by which method, its bits and group (0: whole columns).
+
+    `varies`: bits differ from module to module. `foreign`: files hold it in a layout that is none of LAYOUTS. `unpacks`:
+    transformers makes 16-bit weights of it on loading, where the package for its kernels is not there (mxfp4).
+    """
+
+    title: str
+    bits: int
+    group: int
+    varies: bool = False
+    foreign: bool = False
+    unpacks: bool = False
+
+    @property
+    def method(self) -> str:
+        """The quantiser, by the name that transformers gives it; with bitsandbytes its bits."""
+        method = self.title.partition(" ")[0]
+        return f"{method}-{self.bits}" if method == "bitsandbytes" else method
+
+    @property
+    def layout(self) -> Layout | None:
+        """How its weights lie in the files, None where that is not known."""
+        return None if self.foreign else LAYOUTS.get(self.method)
+
+    @property
+    def precision(self) -> str | None:
+        """The row of PRECISIONS that it is, None where there is none, or it is unpacked."""
+        row = None if self.unpacks else row_of(self.title)
+        return row.name if row else None
+
+    def refusal(self, precision: Precision) -> str | None:
+        """Say why it is not held this way, None if it is: it stays what it is, and without a row of its own runs as plain ones."""
+        if self.precision is not None and precision.name != self.precision:
+            return f"the checkpoint is quantised already ({self.title}): load it with --precision {self.precision}"
+        if self.precision is None and (precision.quantises or precision.only):
+            return f"the checkpoint is quantised already ({self.title}): load it with --precision bf16 or fp16"
+        return None
+
+
+def packed(config: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> Packed | None:
+    """Read from a config, and from the tensors where they are known, how weights are quantised already."""
+    title = describe(config, tensors)
+    if title is None:
+        return None
+    bits, group = re.search(r"(\d+)-bit", title), re.search(r"groups of (\d+)", title)
+    return Packed(
+        title=title,
+        bits=int(bits[1]) if bits else 4,
+        group=int(group[1]) if group else 0,
+        varies=bool((_settings(config) or {}).get("dynamic")),
+        foreign=_is_foreign(_settings(config) or {}),
+        unpacks=title.startswith("mxfp4"),
+    )
+
+
+class Layout(Record, frozen=True, kw_only=True):
+    """One row of LAYOUTS: how a quantiser stores a weight of outputs x inputs.
+
+    `main` is the part that holds the weights, under the name of the module, `beside` what helps to unpack it. With `integers`
+    only integers are packed under that name. `shapes` gives the parts of a weight for (outputs, inputs, bits, groups); those that
+    it does not name may have any shape. `bits` are the widths that it knows; with `whole` only whole groups of inputs are packed.
+    """
+
+    main: str
+    beside: tuple[str, ...]
+    shapes: Callable[[int, int, int, int], Mapping[str, Shape]]
+    bits: tuple[int, ...] = (4, 8)
+    integers: bool = False
+    whole: bool = False
+
+    def split(self, tensor: Tensor) -> tuple[str | None, str]:
+        """Return the module that a tensor is a part of, and which part; None for one that is not packed."""
+        for part in (self.main, *self.beside):
+            if tensor.name.endswith(part) and not (part == self.main and self.integers and "int" not in tensor.dtype):
+                return tensor.name.removesuffix(part), part
+        return None, ""
+
+    def fault(self, parts: Mapping[str, Tensor], shape: Shape, bits: int, group: int) -> tuple[str, Shape] | None:
+        """Return a part that is not as a weight of `shape` has it, and how it should be; None where all are."""
+        outputs, inputs = shape
+        asked = self.shapes(outputs, inputs, bits, -(-inputs // group) if group else 1)
+        return next(((part, asked[part]) for part in asked if part in parts and parts[part].shape != asked[part]), None)
+
+
+def _gptq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Shape]:
+    zeros = (groups, outputs * bits // 32)
+    return {".qweight": (inputs * bits // 32, outputs), ".qzeros": zeros, ".scales": (groups, outputs), ".g_idx": (inputs,)}
+
+
+def _awq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Shape]:
+    width = outputs * bits // 32
+    return {".qweight": (inputs, width), ".qzeros": (groups, width), ".scales": (groups, outputs)}
+
+
+def _chatglm(outputs: int, inputs: int, bits: int, _: int) -> Mapping[str, Shape]:
+    return {".weight": (outputs, inputs * bits // 8), ".weight_scale": (outputs,)}
+
+
+def _nf4(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Shape]:
+    return {".weight": (-(-outputs * inputs // 2), 1)}
+
+
+def _int8(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Shape]:
+    return {".weight": (outputs, inputs), ".SCB": (outputs,)}
+
+
+_STATE = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+    "quant_state.bitsandbytes__fp4",
+)
+_GROUPED = (".qzeros", ".scales", ".g_idx")
+# What is known of how quantisers store weights, by `Packed.method`: AutoGPTQ's and MOSS's, AutoAWQ's "gemm", ChatGLM-6B's own,
+# bitsandbytes as transformers saves it.
+LAYOUTS: Mapping[str, Layout] = {
+    "gptq": Layout(main=".qweight", beside=_GROUPED, shapes=_gptq, bits=(2, 3, 4, 8)),
+    "awq": Layout(main=".qweight", beside=_GROUPED, shapes=_awq, whole=True),
+    "chatglm": Layout(main=".weight", beside=(".weight_scale",), shapes=_chatglm, integers=True),
+    "bitsandbytes-4": Layout(
+        main=".weight", beside=tuple(f".weight.{part}" for part in _STATE), shapes=_nf4, bits=(4,), integers=True
+    ),
+    "bitsandbytes-8": Layout(main=".weight", beside=(".SCB", ".weight_format"), shapes=_int8, bits=(8,), integers=True),
+}
+
+
 def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None:
     """Say in a few words how the stored weights are quantised: "gptq 4-bit, groups of 128"; None where they are not."""
+    tensors = tuple(tensors)
     dtypes = {tensor.dtype for tensor in tensors}
     if dtypes:
         from harness.gguf_header import BLOCK_TYPES
@@ -38,27 +174,47 @@ def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None
         words += [_bitsandbytes(settings)] if method == "bitsandbytes" else []
         words += [_torchao(settings)] if method == "torchao" else []
         return _sentence(words, _bits(settings), settings.get("group_size", settings.get("q_group_size")))
-    if 0 < _positive(config.get("wbits")) < 16:  # MOSS in float16 says 32
-        return _sentence(["gptq"], config["wbits"], config.get("groupsize"))
+    if says_bits_of_moss(config):
+        bits = _packed_bits(tensors) if tensors else config["wbits"]
+        return _sentence(["gptq"], bits, config.get("groupsize")) if bits else None
     if _positive(config.get("quantization_bit")):
         return _sentence(["chatglm"], config["quantization_bit"], None)
     return None
 
 
-def weights_in(tensor: Tensor, elements: int, names: Collection[str], config: Mapping[str, Any]) -> int:
-    """Return how many of the model's weights a stored tensor of `elements` stands for.
+def says_bits_of_moss(config: Mapping[str, Any]) -> bool:
+    """Say whether a config describes packed weights as MOSS's do; in float16 they say 32 bits."""
+    return 0 < _positive(config.get("wbits")) < 16
 
-    Buffers and what only helps to unpack count 0; packed integers count the weights inside them. `names` are all the
+
+def _packed_bits(tensors: Iterable[Tensor]) -> int:
+    """Return the bits of packed weights by their shapes, as MOSS loads them whatever its config says; 0 where none is packed."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    modules = (name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight"))
+    return next((bits for bits in (_bits_of(module, shapes) for module in modules) if bits), 0)
+
+
+def _bits_of(module: str, shapes: Mapping[str, Shape]) -> int:
+    """Return the bits of a module's weights, which its zeros are packed with as well; 0 where the shapes do not tell."""
+    zeros, scales = shapes.get(f"{module}.qzeros", ()), shapes.get(f"{module}.scales", ())
+    return _positive(zeros[1] * 32 // scales[1]) if len(zeros) == len(scales) == 2 and scales[1] else 0
+
+
+def weights_in(tensor: Tensor, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> int:
+    """Return how many of the model's weights a stored tensor stands for.
+
+    Buffers and what only helps to unpack count 0; packed integers count the weights inside them. `shapes` are those of all
     tensors of the checkpoint: a packed tensor is known by what stands beside it.
     """
-    name = tensor.name
+    name, elements = tensor.name, math.prod(tensor.shape)
     if _BESIDE.search(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
         return 0
     if name.endswith(_PACKED_SUFFIXES) and tensor.dtype == "int32":
-        return elements * 32 // (_bits(_settings(config) or {}) or _positive(config.get("wbits")) or 4)
+        said = _bits(_settings(config) or {}) or _positive(config.get("wbits")) or 4
+        return elements * 32 // (_bits_of(name.removesuffix(".qweight"), shapes) or said)
     nibbles = (
-        tensor.dtype == "uint8" and (f"{name}.absmax" in names or f"{name}_scale_2" in names or name.endswith("_blocks"))
-    ) or (tensor.dtype == "int8" and f"{name}_scale" in names and config.get("quantization_bit") == 4)
+        tensor.dtype == "uint8" and (f"{name}.absmax" in shapes or f"{name}_scale_2" in shapes or name.endswith("_blocks"))
+    ) or (tensor.dtype == "int8" and f"{name}_scale" in shapes and config.get("quantization_bit") == 4)
     return elements * 2 if nibbles else elements
 
 
@@ -90,6 +246,13 @@ def _torchao(settings: Mapping[str, Any]) -> str:
     inner = given.get("default") if isinstance(given, dict) else None
     kind = inner.get("_type") if isinstance(inner, dict) else None
     return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 60 else "of unknown type"
+
+
+def _is_foreign(settings: Mapping[str, Any]) -> bool:
+    """Say whether a quantization_config names a layout that its method does not have by default."""
+    keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
+    formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
+    return bool(settings.get("is_marlin_format")) or not formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
 
 
 def _positive(value: Any) -> int:

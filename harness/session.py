@@ -38,7 +38,7 @@ from harness.blueprint import Blueprint
 from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
 from harness.catalog import Source
-from harness.errors import UsageError
+from harness.errors import CheckpointError, UsageError
 from harness.interrupts import Interrupts
 from harness.meters import Gpus
 from harness.options import Options
@@ -182,13 +182,15 @@ class Session:
             self._fingerprints[name] = fingerprint.of_model(self._locations[name], self._checkpoints[name], trusted=self.trust)
         if self.options.resume:
             self._earlier = resume.newest(self.store.read()[0], self.machine)
+        for name in runnable:
+            drawn = self._blueprint(name)
+            if drawn.unknown is not None:
+                raise CheckpointError(self._locations[name] / checkpoint.CONFIG, drawn.unknown)
+            if self.device_map is not None:
+                mapfile.check(self.device_map, drawn.skeleton, len(self.machine.gpus), model=name)
         forkserver.live_in(self._scratch.path)
         if self.worker_main is None and any(self._why_again(case) for case in cases if case.model in runnable):
             forkserver.warm_up(sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in runnable})))
-        for name in runnable:
-            drawn = self._blueprint(name)
-            if self.device_map is not None:
-                mapfile.check(self.device_map, drawn.skeleton, len(self.machine.gpus), model=name)
 
     def _fetch(self, source: Source, progress: Report) -> Path:
         if self.options.weights == "synthetic":

@@ -24,10 +24,14 @@ import msgspec
 
 from harness.case import Record
 from harness.errors import UsageError, did_you_mean
+from harness.naming import Naming
 
 DATA = Path(__file__).parent / "data"
 BUILD_S = 120.0
+UNKNOWN_TYPE = 3  # the exit status of the worker
 _NUMBER = re.compile(r"\d+")
+# What skeletons in the cache are called; another number when they hold more than those of an earlier version did.
+_KEPT = "skeleton2"
 
 # fmt: off
 # What never changes a name, a shape or the KV cache: most configs of one architecture differ in these alone.
@@ -47,6 +51,10 @@ _ROTARY = frozenset((
 # fmt: on
 # What transformers reads of a GGUF's metadata beside the keys of its architecture. A name decides between Llama and Mistral.
 _SHAPING = frozenset(("general.architecture", "general.name", "general.alignment", "tokenizer.ggml.tokens"))
+
+
+class UnknownType(UsageError):
+    """The transformers that is installed has no architecture of this model type."""
 
 
 class Tensor(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -186,7 +194,8 @@ class Piece(NamedTuple):
 class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True):
     """An architecture at one size. `blocks` end with the root. `layers` gives each layer's place in `attention`.
 
-    `source` says where it comes from: "transformers 5.23.0", or "description" where transformers lacks the class.
+    `source` says where it comes from: "transformers 5.23.0", or "description" where transformers lacks the class. `naming` brings
+    the names in files to these; None where that is not known.
     """
 
     model_class: str
@@ -204,6 +213,7 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
     vocab_size: int
     experts: int = 0
     experts_per_token: int = 0
+    naming: Naming | None = None
 
     @cached_property
     def root(self) -> Module:
@@ -346,16 +356,26 @@ def shipped(config: Mapping[str, Any]) -> Skeleton | None:
     return msgspec.json.decode(line, type=tuple[str, Skeleton])[1]
 
 
+def at_hand(config: Mapping[str, Any], cache: Path) -> Skeleton | None:
+    """Return the skeleton of a config where it takes no time: shipped, or built before and put into `cache`."""
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return shipped(config) or _kept(cache / f"{_name(config)}.json")
+    except PackageNotFoundError:  # without transformers
+        return None
+
+
 def build(config: Mapping[str, Any], cache: Path) -> Skeleton:
     """Return the skeleton of any config: shipped, from `cache`, or built by a worker (seconds) and put there.
 
     Raises:
-        UsageError: transformers knows no such architecture, or cannot build it from this config.
+        UsageError: transformers knows no such architecture (UnknownType), or cannot build it from this config.
     """
     found = shipped(config)
     if found is not None:
         return found
-    return _cached(f"skeleton-{_version()}-{fingerprint(config)}", cache, config, f"model_type {config.get('model_type')!r}")
+    return _cached(_name(config), cache, config, f"model_type {config.get('model_type')!r}")
 
 
 def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], str]], cache: Path) -> Skeleton:
@@ -369,8 +389,12 @@ def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[i
     said = {key: value for key, value in metadata.items() if not key.startswith(("general.", "tokenizer.")) or key in _SHAPING}
     header = {"metadata": said, "tensors": tensors}
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-    name = f"skeleton-{_version()}-gguf-{key}"
+    name = f"{_KEPT}-{_version()}-gguf-{key}"
     return _cached(name, cache, {"gguf": header}, f"GGUF of {metadata.get('general.architecture')!r}")
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    return f"{_KEPT}-{_version()}-{fingerprint(config)}"
 
 
 def _version() -> str:
@@ -382,15 +406,22 @@ def _version() -> str:
 def _cached(name: str, cache: Path, asked: Mapping[str, Any], what: str) -> Skeleton:
     """Return what is kept under `name`, else what a worker answers, which is put there."""
     kept = cache / f"{name}.json"
-    try:
-        return msgspec.json.decode(kept.read_bytes(), type=Skeleton)
-    except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields
-        text = _run_worker(asked, what)
+    found = _kept(kept)
+    if found is not None:
+        return found
+    text = _run_worker(asked, what)
     cache.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(f".{os.getpid()}")
     partial.write_bytes(text)
     partial.replace(kept)
     return msgspec.json.decode(text, type=Skeleton)
+
+
+def _kept(path: Path) -> Skeleton | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Skeleton)
+    except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields
+        return None
 
 
 def _run_worker(asked: Mapping[str, Any], model: str) -> bytes:
@@ -409,5 +440,6 @@ def _run_worker(asked: Mapping[str, Any], model: str) -> bytes:
         raise UsageError(f"{what}: transformers did not build it in {BUILD_S:.0f} s") from None
     if done.returncode != 0:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise UsageError(f"{what}: {last.strip().removeprefix('ValueError: ')}")
+        kind = UnknownType if done.returncode == UNKNOWN_TYPE else UsageError
+        raise kind(f"{what}: {last.strip().removeprefix('ValueError: ')}")
     return done.stdout

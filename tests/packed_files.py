@@ -1,4 +1,4 @@
-"""Checkpoints that are quantised already: GPTQ's layout written as hollow files of any size, and what the planner makes of them."""
+"""Checkpoints that are quantised already: GPTQ's and AWQ's layouts as hollow files of any size, and how the planner takes them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def estimated(one: Blueprint, precision: str = "fp16", *, saved: bool = True) ->
     return sum(sizes[weight.path] for weight in one.skeleton.weights if not saved or weight.tensor.kind != "unsaved")
 
 
-def gptq_layout(built: Skeleton, bits: int, group: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Lay a model out as GPTQ does: every Linear but the head packed along its inputs, each expert by itself."""
+def packed_layout(built: Skeleton, bits: int, group: int, method: str = "gptq") -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Lay a model out as GPTQ or AWQ does: every Linear but the head packed, along its inputs or outputs, each expert by itself."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for weight in built.weights:
         shape = weight.tensor.shape
@@ -48,10 +48,12 @@ def gptq_layout(built: Skeleton, bits: int, group: int) -> dict[str, tuple[str, 
             continue
         for part in parts:
             groups = -(-inputs // group)
-            tensors[f"{part}.qweight"] = ("I32", (inputs * bits // 32, outputs))
+            rows = (inputs * bits // 32, outputs) if method == "gptq" else (inputs, outputs * bits // 32)
+            tensors[f"{part}.qweight"] = ("I32", rows)
             tensors[f"{part}.qzeros"] = ("I32", (groups, outputs * bits // 32))
             tensors[f"{part}.scales"] = ("F16", (groups, outputs))
-            tensors[f"{part}.g_idx"] = ("I32", (inputs,))
+            if method == "gptq":
+                tensors[f"{part}.g_idx"] = ("I32", (inputs,))
     return tensors
 
 
@@ -68,13 +70,15 @@ def write_hollow(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
     return end
 
 
-def write_gptq(folder: Path, name: str, bits: int, group: int) -> int:
-    """Write a model of the catalog as GPTQ leaves it; return the bytes of its tensors."""
+def write_packed(folder: Path, name: str, bits: int, group: int, method: str = "gptq") -> int:
+    """Write a model of the catalog as GPTQ, or AWQ, leaves it; return the bytes of its tensors."""
     config: dict[str, Any] = dict(skeleton.catalog()[skeleton.hub_id(name)].config)
-    config["quantization_config"] = {"quant_method": "gptq", "bits": bits, "group_size": group}
+    config["quantization_config"] = {"quant_method": method, "bits": bits, "group_size": group}
+    if method == "awq":
+        config["quantization_config"] |= {"version": "gemm", "zero_point": True}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return write_hollow(folder / "model.safetensors", gptq_layout(skeleton.named(name), bits, group))
+    return write_hollow(folder / "model.safetensors", packed_layout(skeleton.named(name), bits, group, method))
 
 
 def save_gptq(folder: Path, bits: int, group: int) -> dict[str, torch.Tensor]:
@@ -103,6 +107,36 @@ def save_gptq(folder: Path, bits: int, group: int) -> dict[str, torch.Tensor]:
     }
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}), encoding="utf-8")
     return meant
+
+
+# AutoAWQ's "gemm" interleaves eight outputs in a word.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def save_awq(folder: Path, group: int) -> dict[str, torch.Tensor]:
+    """Write a small Llama as AWQ leaves it, rounded to the nearest in 4 bits; return the weights that its packed ones stand for."""
+    small_models.save("llama", folder, intermediate_size=768)
+    tensors, meant = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in tensors if "_proj." in name]:
+        path, weight = name.removesuffix(".weight"), tensors.pop(name).float().T
+        groups = torch.arange(len(weight)) // group
+        scales = (torch.stack([part.abs().amax(0) for part in weight.split(group)]) / 7).half()
+        fields = ((weight / scales.float()[groups]).round() + 8).long().clamp(0, 15)
+        tensors[f"{path}.qweight"] = _pack_interleaved(fields)
+        tensors[f"{path}.qzeros"] = _pack_interleaved(torch.full((len(scales), weight.shape[1]), 8))
+        tensors[f"{path}.scales"] = scales
+        meant[name] = ((fields - 8) * scales.float()[groups]).T
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    scheme = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}), encoding="utf-8")
+    return meant
+
+
+def _pack_interleaved(fields: torch.Tensor) -> torch.Tensor:
+    rows, columns = fields.shape
+    ordered = fields.reshape(rows, columns // 8, 8)[:, :, list(AWQ_ORDER)].reshape(rows, columns)
+    return pack(ordered.T, 4).T.contiguous()
 
 
 def pack(fields: torch.Tensor, bits: int) -> torch.Tensor:

@@ -115,7 +115,12 @@ def test_architectures_of_our_own_need_no_code(name: str) -> None:
     shape = skeleton.shipped(config)
     assert shape is not None
     held = checkpoint.FileInfo(name="model.safetensors", bytes=1, format="safetensors")
-    read = checkpoint.Checkpoint(path=name, config=config, tensors=(), files=(held,), remote_code=remote_code(Empty(), config))
+    tensors = tuple(
+        checkpoint.Tensor(name=weight.path, dtype="float16", shape=weight.tensor.shape, bytes=1, file=held.name)
+        for weight in shape.weights
+    )
+    code = remote_code(Empty(), config)
+    read = checkpoint.Checkpoint(path=name, config=config, tensors=tensors, files=(held,), remote_code=code)
     drawn = blueprint.of_checkpoint("tiny", name, read, None)
     assert [code.needed(drawn.has_class) for code in drawn.remote_code] == [False]
 
@@ -174,6 +179,7 @@ def test_text_is_bounded_in_size(folder: Path, name: str) -> None:
         ("generation_config.json", '{"a": ' + "[" * 80 + "]" * 80 + "}", "nested more than"),
         ("tokenizer.json", "[" + "0," * 9_000_000 + "0]", "values"),
         ("tokenizer.json", '{"a": tru}', "cannot be understood as JSON"),
+        ("tokenizer.json", '{"a": true}', "is no tokenizer (Object missing required field `model`): download it again, or take"),
         ("generation_config.json", "[1]", "not an object"),
     ],
 )
@@ -245,7 +251,7 @@ def test_the_links_of_a_hub_cache_stay_inside(tmp_path: Path) -> None:
     blobs.mkdir()
     files = {
         "config.json": json.dumps(LLAMA),
-        "tokenizer.json": "{}",
+        "tokenizer.json": '{"model": {}}',
         "model.safetensors.index.json": '{"weight_map": {"w": "a.safetensors"}}',
     }
     for number, (name, text) in enumerate(files.items()):

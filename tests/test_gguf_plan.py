@@ -28,7 +28,6 @@ from harness.precision import PACKED_ARCHITECTURES, PRECISIONS
 from harness.protocol import Load
 from harness.worker import model as work
 from harness.worker import skeleton as worker
-from harness.worker.gguf_config import config_of
 from tests.builders import case, gpu, machine
 from tests.gguf_files import write_lfm2, write_llama
 from tests.small_models import held_bytes
@@ -44,7 +43,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(metadata: dict[str, Any], tensors: Any, _: Path) -> skeleton.Skeleton:
         try:
-            return worker.build(config_of(metadata, tensors))
+            return worker.build_gguf(metadata, tensors)
         except ValueError as error:
             raise UsageError(f"no skeleton: {error}") from None
 
@@ -205,7 +204,7 @@ def test_a_gguf_precision_is_for_gguf_files() -> None:
 def test_an_architecture_that_transformers_does_not_load_is_told_before_loading(tmp_path: Path) -> None:
     one = drawn(write_llama(tmp_path / "model.gguf", architecture="plamo"))
     assert one.rough
-    assert one.note is not None
+    assert one.notes
     planned = Planner(one, machine()).plan(case("bf16", "cpu"))
     assert planned.verdict is Verdict.INVALID
     assert planned.why is not None

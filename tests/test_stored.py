@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from harness.worker import model as work
 from harness.worker import skeleton as worker
 from tests import small_models
 from tests.builders import case, machine
-from tests.packed_files import drawn, save_gptq
+from tests.packed_files import drawn, save_awq, save_gptq, write_packed
 from tests.small_models import held_bytes
 
 
@@ -146,6 +147,33 @@ def test_gptq_is_loaded_as_it_is_and_checked(bits: int, group: int, tmp_path: Pa
     got = layer(torch.eye(256, dtype=torch.float16)).float().T
     assert (got - meant["model.layers.0.mlp.up_proj.weight"]).abs().max() < 2e-3
     assert found.module.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)  # type: ignore[operator]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gptqmodel 7.6 leaves a temporary folder
+@pytest.mark.parametrize("group", [128, 32])
+def test_awq_is_loaded_as_it_is_and_checked(group: int, tmp_path: Path) -> None:
+    for module in PRECISIONS["awq-int4"].needs:
+        pytest.importorskip(module)
+    meant = save_awq(tmp_path, group)
+    one = drawn(tmp_path)
+    plan = planned(one, "awq-int4")
+    found = loaded(tmp_path, plan)
+    assert set(verify.checks(plan, work.inspect(found)).values()) == {verify.OK}
+    assert estimated(one, "awq-int4") == pytest.approx(held_bytes(found.module), rel=0.005)
+    layer: Any = found.module.get_submodule("model.layers.0.mlp.up_proj")
+    got = layer(torch.eye(256, dtype=torch.float16)).float().T
+    assert (got - meant["model.layers.0.mlp.up_proj.weight"]).abs().max() < 2e-3
+
+
+def test_awq_without_its_package_is_unavailable_and_other_rows_name_it(tmp_path: Path) -> None:
+    write_packed(tmp_path, "qwen2.5-0.5b-instruct", 4, 128, "awq")
+    assert usual(stored_as(resolve(str(tmp_path)))) == ["awq-int4"]
+    one = drawn(tmp_path)
+    here = Planner(one, machine(), here=True).plan(case("awq-int4", "cpu"))
+    if not all(importlib.util.find_spec(module) for module in PRECISIONS["awq-int4"].needs):
+        assert (here.verdict, here.why) == (Verdict.UNAVAILABLE, "needs the package gptqmodel: pip install fitmatrix[gptq]")
+    assert planned(one, "awq-int4").verdict is Verdict.FITS
+    assert "load it with --precision awq-int4" in (planned(one, "int4").why or "")
 
 
 @pytest.mark.parametrize("way", ["int8", "int4", "fp4", "nf4-dq"])

@@ -10,15 +10,20 @@ import gguf
 import pytest
 import transformers
 
-from harness import blueprint, catalog, checkpoint, memory_cost, skeleton
+from harness import blueprint, calibration, catalog, checkpoint, cost, memory_cost, skeleton
+from harness.case import Workload
+from harness.inventory import Inventory
 from harness.memory_cost import Kept
 from harness.precision import PRECISIONS
+from harness.profiles import profile
 from harness.schemes import SCHEMES
 from harness.skeleton import Skeleton
+from harness.tier_cost import Count
+from harness.units import GIB
 from harness.worker import skeleton as worker
 from tests import small_models
 from tests.gguf_files import GGUF_KINDS, small_gguf_of
-from tests.packed_files import drawn, estimated, write_gptq
+from tests.packed_files import drawn, estimated, write_packed
 from tests.small_models import MODELS, WAYS
 
 # What is promised, and what is so: in small models 0.5 % would hide float32 norms and the scales of int8.
@@ -67,8 +72,24 @@ def test_models_are_small_and_of_every_kind() -> None:
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 128), (4, 32)])
 @pytest.mark.parametrize("name", ["qwen2.5-7b-instruct", "qwen2.5-0.5b-instruct", "codegen-2b-mono", "mixtral-8x7b-instruct-v0.1"])
 def test_a_gptq_checkpoint_takes_what_its_file_holds(name: str, bits: int, group: int, tmp_path: Path) -> None:
-    stored = write_gptq(tmp_path, name, bits, group)
+    stored = write_packed(tmp_path, name, bits, group)
     assert estimated(drawn(tmp_path)) == pytest.approx(stored, rel=NEAR)
+
+
+# GiB that torch has allocated after 2048 tokens, of AutoAWQ on an A100: published_figures.csv. The smaller models are left out,
+# whose published files hold the tied head once more.
+@pytest.mark.parametrize(("billions", "published"), [("7", 5.39), ("14", 9.79), ("32", 18.67)])
+def test_an_awq_checkpoint_takes_what_its_file_holds_and_what_was_published(
+    billions: str, published: float, tmp_path: Path
+) -> None:
+    stored = write_packed(tmp_path, f"qwen2.5-{billions}b-instruct", 4, 128, "awq")
+    one = drawn(tmp_path)
+    assert estimated(one) == pytest.approx(stored, rel=NEAR)
+    held = cost.kept(PRECISIONS["awq-int4"], "float16", one)
+    work = Workload(prompt_tokens=1, new_tokens=2048)
+    count = Count(Inventory(one, held), "gpu:0", work, calibration.default())
+    allocated = cost.memory(count, profile(["A100 80GB"]))["gpu:0"].allocated_bytes
+    assert allocated == pytest.approx(published * GIB, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["moss-moon-003-sft-int4", "moss-moon-003-sft-int8"])

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+    from harness.checkpoint import Checkpoint
     from harness.inspection import Inspection, Run
+    from harness.skeleton import Skeleton
 
 HELP = "Show what a checkpoint holds: files, parameters, dtypes, blocks, ties. Reads headers, never weights."
 MOST_FILES = 8
@@ -24,6 +26,8 @@ MOST_PARTS = 60
 MOST_TIES = 5
 NAME_LETTERS = 26
 OUTSIDE = "outside blocks"
+# Another file may be one shard of several.
+WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +68,9 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
     path = None if model in CATALOG else _path(model)
     source = None if path else resolve(model)
     if source and source.hub_id:
-        read_there = read_hub(source.hub_id, revision, file)
-        return inspect(read_there, name=source.name, kind=source.kind, source=source.hub_id, history=history(source.hub_id))
+        there = read_hub(source.hub_id, revision, file)
+        asked, known = _skeleton(there), history(source.hub_id)
+        return inspect(there, name=source.name, kind=source.kind, source=source.hub_id, history=known, skeleton=asked)
     if revision:
         raise UsageError(f"{model} is not on the hub: leave out --revision")
     if source:
@@ -74,7 +79,17 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
     assert path is not None, "resolve raises for what is neither a path, nor on the hub, nor made here"
     place = path / file if file else path
     kind = source.kind if source else "directory" if path.is_dir() else "file"
-    return inspect(read(place), name=source.name if source else path.name or str(path), kind=kind, source=str(place))
+    name, found = source.name if source else path.name or str(path), read(place)
+    return inspect(found, name=name, kind=kind, source=str(place), skeleton=_skeleton(found))
+
+
+def _skeleton(found: Checkpoint) -> Skeleton | None:
+    """Return what a config asks for, where that is at hand; a GGUF file has no config."""
+    from harness import skeleton
+    from harness.catalog import cache_dir
+
+    is_whole = len(found.files) > 1 or found.files[0].name in WHOLE
+    return skeleton.at_hand(found.config, cache_dir()) if is_whole and "model_type" in found.config else None
 
 
 def _path(model: str) -> Path | None:
@@ -116,6 +131,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
     yield "stored", _stored(found)
     yield "file" if len(found.files) == 1 else "files", _in_files(found)
     yield "quantised", found.quantization or "no"
+    if found.notes:
+        yield "odd", [line(note, 400) for note in found.notes]
     if found.ties:
         sentences = [line(explain(tie, format_size(tie.extra_bytes)), 200) for tie in found.ties[:MOST_TIES]]
         more = len(found.ties) - MOST_TIES

@@ -340,6 +340,7 @@ def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
             "checkpoint_bytes": drawn.checkpoint_bytes,
             "context_length": drawn.context_length,
             "history": catalog.history(drawn.name),
+            **({"notes": list(drawn.notes)} if drawn.notes else {}),
         },
         "machine": commands.machine_json(machine),
         "workload": {key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")},

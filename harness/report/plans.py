@@ -43,11 +43,8 @@ def show(advices: Sequence[Advice], machine: Machine, load: Workload) -> None:
     for advice in advices:
         parts += [terminal.title(_headline(advice)), _table(advice, machine)]
         reasons = "\n".join(_reasons(advice.plans))
-        parts += [
-            terminal.said(text)
-            for text in (history(advice.blueprint.name), advice.blueprint.note, reasons, _conclusion(advice, load))
-            if text
-        ]
+        said = (history(advice.blueprint.name), *advice.blueprint.notes, reasons, _conclusion(advice, load))
+        parts += [terminal.said(text) for text in said if text]
     terminal.show(*parts)
 
 

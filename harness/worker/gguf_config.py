@@ -1,4 +1,4 @@
-"""The config that transformers makes of a GGUF file's metadata, without the file: from its header alone.
+"""The config that transformers makes of a GGUF file's metadata, without the file, and the names that it gives its tensors.
 
 transformers reads a config from a file only, so one is written that has the header and, for its data, a hole.
 """
@@ -15,8 +15,15 @@ from typing import Any
 import gguf
 import numpy as np
 from transformers import AutoConfig
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    LlamaTensorProcessor,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 
 from harness.gguf_header import TYPES
+from harness.naming import Naming
 from harness.precision import PACKED_ARCHITECTURES
 
 # transformers takes the size of a vocabulary from the length of this array; what is in it does not matter.
@@ -37,6 +44,15 @@ def config_of(metadata: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[in
         _check_types(path, str(metadata.get("general.architecture")), {dtype for _, _, dtype in listed})
         config: dict[str, Any] = AutoConfig.from_pretrained(folder, gguf_file=path.name).to_dict()
     return config
+
+
+def naming(model: Any, architecture: str) -> Naming | None:
+    """Return the names that a GGUF's tensors get in a model; None where some get another shape or become several."""
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    if architecture in PACKED_ARCHITECTURES or processor not in (TensorProcessor, LlamaTensorProcessor):
+        return None
+    names = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))  # type: ignore[no-untyped-call]
+    return Naming(names=names) if set(model.state_dict()) <= set(names.values()) else None
 
 
 def _check_types(path: Path, architecture: str, dtypes: Iterable[str]) -> None:

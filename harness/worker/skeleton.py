@@ -9,11 +9,13 @@ The model is built as `from_pretrained` builds it, in bfloat16, so a tensor of a
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +29,50 @@ from transformers.pytorch_utils import Conv1D
 import harness.models  # noqa: F401 registers our own architectures
 from harness import skeleton
 from harness.companions import KERNEL_KEYS
-from harness.skeleton import Attention, Block, Child, Skeleton, Tensor
+from harness.naming import Naming
+from harness.skeleton import UNKNOWN_TYPE, Attention, Block, Child, Skeleton, Tensor, UnknownType
+from harness.worker.naming import naming
 from harness.worker.written import WRITTEN, Written
 
 MOST_BYTES = 4 << 30
+_WAY_OUT = "correct 'model_type' in config.json, or try a newer transformers"
 _NOT_OF_THE_SHAPE = ("architectures", "quantization_config", "quantization_bit", "wbits")
 
 
-def build(config: Mapping[str, Any]) -> Skeleton:
-    """Build the skeleton of a causal language model.
+def build(config: Mapping[str, Any], naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
+    """Build the skeleton of a causal language model; `naming` says how the names in its files become those of the model.
 
     Raises:
-        ValueError: transformers has no class for this config, nor is it described in `harness.worker.written`.
+        UnknownType: transformers has no class for this config, nor is it described in `harness.worker.written`.
     """
     native = _translate(config)
     kind = str(native.get("model_type"))
     if kind in transformers.CONFIG_MAPPING:
-        return _of_model(_construct(native))
+        same = kind == config.get("model_type")  # else the model's own class loads the files, by names of its own
+        return _of_model(_construct(native), naming if same else lambda _: None)
     if kind not in WRITTEN:
-        raise ValueError(f"transformers {transformers.__version__} has no class for it")
+        raise UnknownType(f"transformers {transformers.__version__} has no class for it{_nearest(kind)}: {_WAY_OUT}")
     with torch.device("meta"):
         model = WRITTEN[kind](native)
     return _of_written(model.to(torch.bfloat16))
+
+
+def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], str]]) -> Skeleton:
+    """Build the skeleton of a GGUF file from its metadata and its tensors (name, shape, dtype).
+
+    Raises:
+        ValueError: transformers does not load this architecture, or one of the block types.
+    """
+    from harness.worker import gguf_config  # the gguf package is not needed for anything else here
+
+    architecture = str(metadata.get("general.architecture"))
+    return build(gguf_config.config_of(metadata, tensors), partial(gguf_config.naming, architecture=architecture))
+
+
+def _nearest(kind: str) -> str:
+    """Name the model types that are written nearly so."""
+    close = difflib.get_close_matches(kind, [*transformers.CONFIG_MAPPING, *WRITTEN], n=3)
+    return f", but for {' and '.join(map(repr, close))}" if close else ""
 
 
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +112,7 @@ def _construct(config: Mapping[str, Any]) -> Any:
         return AutoModelForCausalLM.from_config(read, dtype=torch.bfloat16, trust_remote_code=False).eval()
 
 
-def _of_model(model: Any) -> Skeleton:
+def _of_model(model: Any, naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
     config = model.config.get_text_config()
     tied = dict(model.all_tied_weights_keys)
     keep = {"fp16": model._keep_in_fp32_modules or (), "half": model._keep_in_fp32_modules_strict or ()}
@@ -111,6 +135,7 @@ def _of_model(model: Any) -> Skeleton:
         vocab_size=config.vocab_size,
         experts=_first(config, "num_local_experts", "num_experts", "n_routed_experts") or 0,
         experts_per_token=_first(config, "num_experts_per_tok") or 0,
+        naming=naming(model),
     )
 
 
@@ -279,11 +304,12 @@ def main() -> None:
         return
     _limit_memory()
     asked = json.load(sys.stdin)
-    if "gguf" in asked:
-        from harness.worker.gguf_config import config_of  # the gguf package is not needed for anything else here
-
-        asked = config_of(**asked["gguf"])
-    sys.stdout.buffer.write(msgspec.json.encode(build(asked)))
+    try:
+        built = build_gguf(**asked["gguf"]) if "gguf" in asked else build(asked)
+    except UnknownType as error:
+        print(error, file=sys.stderr)
+        sys.exit(UNKNOWN_TYPE)
+    sys.stdout.buffer.write(msgspec.json.encode(built))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from harness.units import format_share
 from harness.worker import skeleton as worker
 from tests import small_models
 from tests.gguf_files import GGUF_KINDS, small_gguf_of
-from tests.packed_files import drawn, estimated, write_gptq
+from tests.packed_files import drawn, estimated, write_packed
 from tests.reporting import Figure
 from tests.small_models import MODELS, WAYS
 
@@ -96,7 +96,7 @@ def test_weights_of_gptq_files(bits: int, group: int, figures: list[Figure], tmp
     errors = []
     for index, (name, config) in enumerate(full_size().items()):
         if "wbits" not in config and skeleton.named(name).model_type not in ("gpt_oss", "qwen3_moe"):
-            stored = write_gptq(tmp_path / str(index), name, bits, group)
+            stored = write_packed(tmp_path / str(index), name, bits, group)
             errors.append(estimated(drawn(tmp_path / str(index))) / stored - 1)
     what = f"weights of GPTQ files, {bits} bits, groups of {group}"
     figures.append(Figure(what=what, rows=len(errors), found=said(errors), wanted="0.5 %"))
