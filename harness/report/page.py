@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -21,6 +22,7 @@ from harness.errors import StoreError
 from harness.metrics import METRICS
 from harness.private import clean_text
 from harness.report import charts, view
+from harness.report.details import details
 from harness.report.figures import surprise
 from harness.report.overview import overview
 from harness.report.text import line, plural, visible
@@ -28,7 +30,9 @@ from harness.report.text import line, plural, visible
 _TEMPLATES = Path(__file__).parent / "templates"
 # All charts of a page share this many points, so that a page of 500 cases stays small.
 _POINTS_OF_A_PAGE = 24_000
-_FEWEST_POINTS = 60
+_FEWEST_POINTS = 24
+# The details of more cases than these are packed: they are most of a page, and hardly any of them is read.
+_MOST_UNPACKED = 60
 _BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
 
 
@@ -66,13 +70,17 @@ def render(
         most_points: of a line in a chart; a page of many cases has fewer.
     """
     points = min(most_points, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
-    found = view.blocks(results, points=points)
+    found = view.blocks(results)
+    facts = _facts(results, problems)
     measured = {key for result in results for key in result.metrics}
     return template("page.html.j2", *styles).render(
         title=title or _title(found),
         blocks=found,
+        details=functools.partial(details, points=points),
+        choices=view.choices(found),
+        packed=facts.shown > _MOST_UNPACKED,
         how=[(key, entry) for key, entry in METRICS.items() if key in measured],
-        facts=_facts(results, problems),
+        facts=facts,
         above=above,
         below=below,
     )
@@ -128,7 +136,7 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
     )
 
 
-@cache
+@functools.cache
 def template(name: str, *styles: str, script: str = "page.js") -> jinja2.Template:
     """Return one of our templates, all of which share their parts, their style and how they write text.
 
@@ -143,7 +151,12 @@ def template(name: str, *styles: str, script: str = "page.js") -> jinja2.Templat
         finalize=_shown,
     )
     environment.filters.update(
-        clip=_clip, plural=plural, size=units.format_size, count=units.format_count, share=units.format_share
+        clip=_clip,
+        pack=_pack,
+        plural=plural,
+        size=units.format_size,
+        count=units.format_count,
+        share=units.format_share,
     )
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
     style = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", *styles))
@@ -155,6 +168,12 @@ def template(name: str, *styles: str, script: str = "page.js") -> jinja2.Templat
         "overview": overview,
     }
     return environment.get_template(name)
+
+
+def _pack(html: str) -> Markup:
+    """Deflate a part of the page for a block of data that the script unpacks; base64 has no letter that ends the block."""
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return Markup(base64.b64encode(deflate.compress(html.encode()) + deflate.flush()).decode())
 
 
 def _policy(style: str, script: str) -> str:
@@ -173,4 +192,4 @@ def _clip(text: str, most: int = 120) -> str:
 
 def _shown(value: object) -> object:
     """Spell out what cannot be seen in every text that a template writes."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return visible(value) if type(value) is str else value

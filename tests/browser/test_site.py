@@ -13,7 +13,7 @@ from selenium.webdriver.common.by import By
 
 from harness import cli, store
 from harness.case import Result, encode
-from tests.browser.test_page import SCRIPT, logged, requested
+from tests.browser.pages import SCRIPT, logged, requested
 from tests.builders import GOLDEN
 
 pytestmark = pytest.mark.browser
