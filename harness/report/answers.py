@@ -41,7 +41,7 @@ class Answer:
 
 def blocks(results: Sequence[Result]) -> list[Block]:
     """Arrange results as the page does, for readers who want no details of single cases."""
-    return view.blocks(results, points=2)
+    return view.blocks(results)
 
 
 def answers(block: Block) -> Iterator[Answer]:
