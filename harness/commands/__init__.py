@@ -22,6 +22,14 @@ def print_json(value: object) -> None:
     print(json.dumps(msgspec.to_builtins(value), indent=2))
 
 
+def print_text(text: str) -> None:
+    """Print text that goes into a file or another program: in UTF-8 and with its own ends of lines, whatever the terminal has."""
+    import sys
+
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode())
+
+
 def machine_json(machine: Machine) -> dict[str, Any]:
     """Return what the objects of `plan` say of a machine."""
     return {"name": machine.name, "tiers": [{key: getattr(tier, key) for key in _TIER_KEYS} for tier in machine.tiers]}

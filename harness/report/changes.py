@@ -11,11 +11,10 @@ from rich.text import Text
 from harness.compare import Call, Change, Comparison, Pair, sentence, signed
 from harness.metrics import METRICS, format_metric
 from harness.report import terminal
+from harness.report.markdown import escaped, folded, table
 from harness.report.text import plural, visible
 
 _STYLES = {Call.WORSE: "bold red", Call.BETTER: "green", Call.UNSURE: "yellow", Call.SAME: "dim"}
-
-_ESCAPES = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;"} | {letter: f"\\{letter}" for letter in "\\`*_[]|"})
 
 
 def verdict(comparison: Comparison) -> str:
@@ -71,32 +70,20 @@ def markdown(comparison: Comparison) -> str:
     """Write a comparison for a pull request: the verdict, failures, a table of what changed, the rest folded."""
     mark = "❌" if comparison.failures else "✅"
     lines = [f"### {mark} fitmatrix: {verdict(comparison)}", ""]
-    lines += [f"- {_escaped(failure)}" for failure in comparison.failures]
+    lines += [f"- {escaped(failure)}" for failure in comparison.failures]
     changed = list(_rows(comparison, False))
     lines += [*([""] if comparison.failures else []), *_table(changed)] if changed else []
     steady = [row for row in _rows(comparison, True) if row[1].call is Call.SAME]
     if steady:
-        lines += [
-            "",
-            f"<details><summary>{plural(len(steady), 'figure')} unchanged</summary>",
-            "",
-            *_table(steady),
-            "",
-            "</details>",
-        ]
+        lines += ["", *folded(f"{plural(len(steady), 'figure')} unchanged", _table(steady))]
     notes = list(_notes(comparison))
-    lines += ["", *(f"- {_escaped(note)}" for note in notes)] if notes else []
+    lines += ["", *(f"- {escaped(note)}" for note in notes)] if notes else []
     return "\n".join(lines) + "\n"
 
 
 def _table(rows: Iterable[tuple[Pair, Change]]) -> list[str]:
-    lines = ["| case | figure | before | now | change | |", "|---|---|---:|---:|---:|---|"]
-    return lines + [f"| {' | '.join(map(_escaped, (*_cells(pair, change), change.call.value)))} |" for pair, change in rows]
-
-
-def _escaped(text: str) -> str:
-    """Keep names and reasons text: no Markdown, no HTML, no end of a cell."""
-    return visible(text).replace("\n", " ").translate(_ESCAPES)
+    cells = [[escaped(cell) for cell in (*_cells(pair, change), change.call.value)] for pair, change in rows]
+    return table(("case", "figure", "before", "now", "change", ""), cells, right=(2, 3, 4))
 
 
 def junit(comparison: Comparison) -> bytes:

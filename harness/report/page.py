@@ -78,22 +78,22 @@ def most_bytes(cases: int, stored_bytes: int) -> int:
     return _BARE_BYTES + _CASE_BYTES * cases + 2 * stored_bytes
 
 
-def write(path: Path, html: str) -> None:
-    """Write a page whole or not at all, making its folder if need be.
+def write(path: Path, text: str, what: str = "the page", option: str = "--html") -> None:
+    """Write a page, or `what` else, whole or not at all, making its folder if need be; `option` is that which names the place.
 
     Raises:
         StoreError: the file cannot be written there.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.parent / f".{path.name}.{os.getpid()}"  # the name may be empty, as that of . is
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_dead_drafts(path)
-        draft.write_text(html, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", newline="")
         draft.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink()
-        raise StoreError(path, f"the page cannot be written: {error.strerror}. Give another file with --html") from error
+        raise StoreError(path, f"{what} cannot be written: {error.strerror}. Give another file with {option}") from error
 
 
 def _drop_dead_drafts(path: Path) -> None:
