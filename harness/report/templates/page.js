@@ -17,7 +17,7 @@
   const KEYS = ["model", "precision", "placement", "outcome", "fits", "figures", "order"];
   const GIB = 2 ** 30;
   const CARDS = 40;
-  const AT_ONCE = 4;
+  const AT_ONCE = 2;
   const idly = window.requestIdleCallback ?? ((work) => setTimeout(work, 0, { timeRemaining: () => 10 }));
   const root = document.documentElement;
   const one = (selector, within = document) => within.querySelector(selector);
@@ -468,7 +468,7 @@
     });
 
     apply();
-    if (form) idly(indexOf);
+    if (form) idly(() => indexOf().forEach((part) => part.cases.forEach((item) => item.need + item.speed)));
   };
   if (document.readyState === "loading") addEventListener("DOMContentLoaded", start);
   else start();
