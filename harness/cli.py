@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import harness
-from harness.commands import compare, hardware, inspect, plan, report, synth
+from harness.commands import compare, hardware, inspect, plan, publish, report, synth
 from harness.errors import HarnessError
 from harness.report.text import line
 
@@ -67,5 +67,6 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "plan": (plan.HELP, plan.add_arguments, plan.run),
     "synth": (synth.HELP, synth.add_arguments, synth.run),
     "report": (report.HELP, report.add_arguments, report.run),
+    "publish": (publish.HELP, publish.add_arguments, publish.run),
     "compare": (compare.HELP, compare.add_arguments, compare.run),
 }

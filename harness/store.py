@@ -206,14 +206,14 @@ def read(path: Path) -> tuple[list[Result], list[StoreError]]:
     results: list[Result] = []
     problems: list[StoreError] = []
     for number, line in enumerate(data.split(b"\n"), start=1):
-        read_ones = _read_line(line)
+        read_ones = read_line(line)
         results += (one for one in read_ones if isinstance(one, Result))
         wrong = [one for one in read_ones if isinstance(one, str)]
         problems += (StoreError(path, why, number) for why in wrong[:1])
     return results, problems
 
 
-def _read_line(line: bytes) -> list[Result | str]:
+def read_line(line: bytes) -> list[Result | str]:
     """Return the result of a line, or why it is none.
 
     Behind a line that was cut short another may stand, and so it may behind the zeros that a journalled file system leaves where

@@ -50,6 +50,9 @@ def significant(value: float, digits: int = 3) -> str:
     """Write a number with `digits` significant digits, without exponent: 0.0123, 1.23, 123, 12,300."""
     if value == 0 or not math.isfinite(value):
         return f"{value or 0:.0f}"
+    plain = f"{value:#,.{digits}g}"
+    if "e" not in plain:
+        return plain.removesuffix(".")
     power = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of ten, after rounding: 9.999 is written as 10.0
     return f"{value:,.{min(max(digits - 1 - power, 0), 15)}f}"
 

@@ -19,9 +19,9 @@ from harness.case import Case, Outcome, Result, Verdict, encode
 from harness.cli import main
 from harness.metrics import METRICS, format_metric
 from harness.report import data, summary, view
-from harness.report.answers import blocks
 from harness.report.formats import FORMATS
 from harness.report.text import visible
+from harness.report.view import blocks
 from harness.units import GIB, MIB
 from tests.builders import GOLDEN, case, gpu, machine, result
 

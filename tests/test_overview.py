@@ -37,7 +37,7 @@ def case(name: str, size: int, speed: float, quality: str = "intact", *, vram: b
 
 
 def cells(*results: Result) -> list[Cell]:
-    return list(view.blocks(results, points=10)[0].matrices[0].cells) if results else []
+    return list(view.blocks(results)[0].matrices[0].cells) if results else []
 
 
 def panel(*results: Result) -> tradeoff.Panel:

@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,3 +160,20 @@ def test_the_name_of_a_model_is_no_secret_because_a_variable_holds_it(monkeypatc
     monkeypatch.setenv("MODEL_NAME", "SmolLM2-135M")
     assert private.clean_name("SmolLM2-135M") == "SmolLM2-135M"
     assert private.clean_name(f"{TOKEN} marvin sesame") == "<$HF_TOKEN> <user> <$DB_PASSWORD>"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"why": "plain"},
+        {"why": "at /home/somebody/model"},
+        {"log_tail": "x" * 600 + "\nfile: /home/somebody/x"},
+        {"checks": {"/home/somebody/a": "ok"}},
+        {"noisy": {"decode_tok_s": "hf_abcDEF0123456789"}},
+        {"remote_code": ["/Users/somebody/code.py"]},
+        {"why": "one", "command": "two"},
+    ],
+)
+def test_a_result_is_clean_exactly_where_cleaning_changes_nothing(texts: dict[str, Any]) -> None:
+    result = builders.result(**texts)
+    assert private.is_clean(result) == (private.clean(result) == result)

@@ -25,7 +25,7 @@ from harness.worker import model as work
 from tests import strangers
 
 ROOT = Path(__file__).parent.parent
-ON_CPU = [name for name, row in PLACEMENTS.items() if not row.needs_gpu and row.device_map not in PRINTED]
+ON_CPU = [name for name, row in PLACEMENTS.items() if not row.needs_gpu and not row.parallel and row.device_map not in PRINTED]
 TOKEN = "hf_" + "PlantedTokenOfATest" * 2
 SHORT = ("--precision", "fp32", "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1")
 

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from harness.case import Result
-from harness.report import view
 from harness.report.view import Block, Cell, Matrix, recommend
 
 
@@ -37,11 +35,6 @@ class Answer:
     def sentence(self) -> str:
         """Say what to use, or that nothing works."""
         return _use(self.best) if self.best else _nothing(self.cells)
-
-
-def blocks(results: Sequence[Result]) -> list[Block]:
-    """Arrange results as the page does, for readers who want no details of single cases."""
-    return view.blocks(results, points=2)
 
 
 def answers(block: Block) -> Iterator[Answer]:

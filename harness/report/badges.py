@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from harness.case import Result
-from harness.report.answers import Answer, answers, best_of, blocks
+from harness.report.answers import Answer, answers, best_of
 from harness.report.text import line, plural
-from harness.report.view import Anchors, Cell
+from harness.report.view import Anchors, Cell, blocks
 from harness.units import GIB, MIB, significant
 
 

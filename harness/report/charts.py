@@ -5,13 +5,15 @@ Colours come from the style sheet by class, so that they follow the page into th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
+import msgspec
+from markupsafe import Markup, escape
 
 from harness import units
 from harness.case import Phase, Timeline
@@ -24,11 +26,11 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 12, 24, 24
 # What a letter of a phase's label takes, in the units of the drawing.
 _LETTER = 6.5
 _MOST_BYTES = 1 << 80
+_WIDE = '<svg class="{}" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
 _BLOCK = re.compile(r"(.*?)(\d+)((?:\.\D*)?)")
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(msgspec.Struct, frozen=True):
     """One line of the chart. `look` is its class in the style sheet."""
 
     name: str
@@ -52,8 +54,7 @@ class Scale:
         return self.sizes.at(size)
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(msgspec.Struct, frozen=True):
     """Consecutive modules of a device map that lie in one tier."""
 
     modules: str
@@ -78,20 +79,20 @@ def timeline(samples: Timeline | None, phases: Sequence[Phase], *, points: int =
     body = [*_bands(phases, scale), *_grid(scale)]
     body += [_path(line, decimate(times, line.values, points), scale) for line in lines]
     body += _peaks(phases, scale)
-    title = Markup("<title>{}</title>").format(_summary(scale, lines))
-    opening = Markup('<svg class="timeline" role="img" viewBox="0 0 {} {}">').format(WIDTH, HEIGHT)
-    return opening + title + Markup("").join(body) + Markup("</svg>")
+    title = escape(_summary(scale, lines))
+    opening = f'<svg class="timeline" role="img" viewBox="0 0 {WIDTH} {HEIGHT}"><title>{title}</title>'
+    return Markup(f"{opening}{''.join(body)}</svg>")
 
 
 def decimate(times: Sequence[float], values: Sequence[int], limit: int) -> list[tuple[float, int]]:
     """Thin a series to at most `limit` points: the ends stay, and every stretch between keeps its highest point."""
-    pairs = list(zip(times, values, strict=False))
-    if len(pairs) <= limit:
-        return pairs
-    inner, stretches = pairs[1:-1], max(limit - 2, 1)
-    edges = [len(inner) * i // stretches for i in range(stretches + 1)]
-    highest = [max(inner[low:high], key=lambda pair: pair[1]) for low, high in itertools.pairwise(edges) if high > low]
-    return [pairs[0], *highest, pairs[-1]]
+    last = min(len(times), len(values)) - 1
+    if last < limit:
+        return list(zip(times, values, strict=False))
+    stretches = max(limit - 2, 1)
+    edges = [1 + (last - 1) * i // stretches for i in range(stretches + 1)]
+    highest = (max(range(low, high), key=values.__getitem__) for low, high in itertools.pairwise(edges) if high > low)
+    return [(times[i], values[i]) for i in (0, *highest, last)]
 
 
 def bar(size: float, capacity: float, *, firm: float | None = None, predicted: bool = False) -> Markup:
@@ -100,13 +101,17 @@ def bar(size: float, capacity: float, *, firm: float | None = None, predicted: b
     A size beyond the capacity fills the bar; a tick then stands where the capacity ends.
     """
     full = max(size, capacity, 1)
-    parts = [_rect("track", 100), _rect("guess" if predicted else "all", 100 * size / full)]
+    width = short(100 * size / full)
+    parts = ['<rect class="track" width="100" height="8"/>']
+    if predicted:
+        parts.append(f'<path class="hatch" d="M0 4H{width}"/><rect class="guess" width="{width}" height="8"/>')
+    else:
+        parts.append(f'<rect class="all" width="{width}" height="8"/>')
     if firm is not None:
-        parts.append(_rect("firm", 100 * min(firm, size) / full))
+        parts.append(f'<rect class="firm" width="{short(100 * min(firm, size) / full)}" height="8"/>')
     if size > capacity:
-        parts.append(Markup('<path class="limit" d="M{0} -2V10"/>').format(short(100 * capacity / full)))
-    opening = Markup('<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">')
-    return opening + Markup("").join(parts) + Markup("</svg>")
+        parts.append(f'<path class="limit" d="M{short(100 * capacity / full)} -2V10"/>')
+    return Markup(f"{_WIDE.format('bar')}{''.join(parts)}</svg>")
 
 
 def groups(device_map: Mapping[str, str]) -> list[Group]:
@@ -127,12 +132,11 @@ def strip(found: Sequence[Group]) -> Markup:
     total, at, parts = sum(group.count for group in found) or 1, 0.0, []
     for group in found:
         width = 100 * group.count / total
-        title = f"{visible(group.modules)}: {visible(group.tier)}"
-        cell = '<rect class="t-{}" x="{}" width="{}" height="8"><title>{}</title></rect>'
-        parts.append(Markup(cell).format(group.look, short(at), short(width), title))
+        title = escape(f"{visible(group.modules)}: {visible(group.tier)}")
+        where = f'x="{short(at)}" width="{short(width)}" height="8"'
+        parts.append(f'<rect class="t-{group.look}" {where}><title>{title}</title></rect>')
         at += width
-    opening = Markup('<svg class="strip" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">')
-    return opening + Markup("").join(parts) + Markup("</svg>")
+    return Markup(f"{_WIDE.format('strip')}{''.join(parts)}</svg>")
 
 
 def _place(item: tuple[str, str]) -> tuple[str | None, str, str]:
@@ -161,27 +165,26 @@ def _scale(times: Sequence[float], phases: Sequence[Phase], lines: Sequence[Seri
     )
 
 
-def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[Markup]:
-    band = '<g><title>{}</title><rect class="band b{}" x="{}" y="0" width="{}" height="{}"/>{}</g>'
+def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
     for i, (name, run) in enumerate(itertools.groupby(phases, key=lambda phase: phase.name)):
         rounds = list(run)
         left, right = scale.x(rounds[0].start_s), scale.x(rounds[-1].end_s)
         label = visible(name) + (f" ×{len(rounds)}" if len(rounds) > 1 else "")
-        title = f"{label}: {units.format_seconds(rounds[-1].end_s - rounds[0].start_s)}"
-        written = Markup('<text class="phase" x="{}" y="15">{}</text>').format(short(left + 5), label)
-        shown = written if len(label) * _LETTER + 8 < right - left else Markup("")
-        yield Markup(band).format(title, i % 2, short(left), short(right - left), HEIGHT - BOTTOM, shown)
+        said = escape(label)
+        frame = f'<rect class="band b{i % 2}" x="{short(left)}" y="0" width="{short(right - left)}" height="{HEIGHT - BOTTOM}"/>'
+        wide = len(label) * _LETTER + 8 < right - left
+        written = f'<text class="phase" x="{short(left + 5)}" y="15">{said}</text>' if wide else ""
+        took = units.format_seconds(rounds[-1].end_s - rounds[0].start_s)
+        yield f"<g><title>{said}: {took}</title>{frame}{written}</g>"
 
 
-def _grid(scale: Scale) -> Iterable[Markup]:
+def _grid(scale: Scale) -> Iterable[str]:
     for size in scale.sizes.ticks(6, _size_unit(scale.sizes.high)):
-        mark = '<path class="grid" d="M{} {y}H{}"/><text class="size" x="{}" y="{}">{}</text>'
-        y, label = scale.y(size), _tick(units.format_size(size)) if size else "0"
-        yield Markup(mark).format(LEFT, WIDTH - RIGHT, LEFT - 6, short(y + 4), label, y=short(y))
+        y, label = scale.y(size), _size_label(size)
+        yield f'<path class="grid" d="M{LEFT} {short(y)}H{WIDTH - RIGHT}"/>'
+        yield f'<text class="size" x="{LEFT - 6}" y="{short(y + 4)}">{label}</text>'
     for seconds in scale.since.ticks(10, _time_unit(scale.since.high)):
-        label = _tick(units.format_seconds(seconds)) if seconds else "0 s"
-        x = short(scale.x(scale.start + seconds))
-        yield Markup('<text class="time" x="{}" y="{}">{}</text>').format(x, HEIGHT - 7, label)
+        yield f'<text class="time" x="{short(scale.x(scale.start + seconds))}" y="{HEIGHT - 7}">{_time_label(seconds)}</text>'
 
 
 def _size_unit(top: float) -> int:
@@ -192,17 +195,31 @@ def _time_unit(span: float) -> float:
     return next((unit for unit, least in ((3600, 3 * 3600), (60, 180), (1, 1)) if span >= least), 0.001)
 
 
+# Round values, and so the same few in every drawing.
+@functools.lru_cache(1024)
+def _size_label(size: float) -> str:
+    return _tick(units.format_size(size)) if size else "0"
+
+
+@functools.lru_cache(1024)
+def _time_label(seconds: float) -> str:
+    return _tick(units.format_seconds(seconds)) if seconds else "0 s"
+
+
 def _tick(text: str) -> str:
     """Drop what a round value does not need: "2.00 GiB" becomes "2 GiB", "5 min 00 s" becomes "5 min"."""
     return re.sub(r"\.0+ |(\.\d*?)0+ ", lambda match: f"{match[1] or ''} ", re.sub(" 00 (s|min)$", "", text))
 
 
-def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> Markup:
-    drawn = _without_flat([(short(scale.x(t)), short(scale.y(size))) for t, size in points])
-    path = "M" + "L".join(f"{x} {y}" for x, y in drawn)
+def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> str:
+    # Both axes are linear: two of their places give all, for each point counts on a page of thousands of drawings.
+    left, bottom = scale.x(0), scale.y(0)
+    wide, high = scale.x(1) - left, (scale.y(units.GIB) - bottom) / units.GIB
+    drawn = _without_flat([(f"{left + wide * t:.1f}", f"{bottom + high * size:.1f}") for t, size in points])
+    path = "M" + "L".join([f"{x} {y}" for x, y in drawn])
     if line.filled:
         path += f"V{HEIGHT - BOTTOM}H{drawn[0][0]}Z"
-    return Markup('<path class="{}" d="{}"/>').format(line.look, path)
+    return f'<path class="{line.look}" d="{path}"/>'
 
 
 def _without_flat(points: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -211,17 +228,13 @@ def _without_flat(points: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [point for i, point in enumerate(points) if i in (0, last) or not (points[i - 1][1] == point[1] == points[i + 1][1])]
 
 
-def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[Markup]:
+def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
     for phase in phases:
         if phase.ram_peak_bytes is not None:
             left, right, y = scale.x(phase.start_s), scale.x(phase.end_s), scale.y(phase.ram_peak_bytes)
-            yield Markup('<path class="peak" d="M{} {}H{}"/>').format(short(left), short(y), short(max(right, left + 2)))
+            yield f'<path class="peak" d="M{short(left)} {short(y)}H{short(max(right, left + 2))}"/>'
 
 
 def _summary(scale: Scale, lines: Sequence[Series]) -> str:
     highest = ", ".join(f"{visible(line.name)} up to {units.format_size(max(line.values))}" for line in lines)
     return f"Memory over {units.format_seconds(scale.since.high)}: {highest or 'no samples, only the peaks of the phases'}"
-
-
-def _rect(look: str, width: float) -> Markup:
-    return Markup('<rect class="{}" width="{}" height="8"/>').format(look, short(width))

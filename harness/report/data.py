@@ -19,9 +19,10 @@ import harness
 from harness.case import Result, Workload
 from harness.metrics import METRICS
 from harness.report import view
-from harness.report.answers import Answer, answers, blocks
+from harness.report.answers import Answer, answers
 from harness.report.figures import predictions
 from harness.report.text import line
+from harness.report.view import blocks
 
 SCHEMA = 1
 

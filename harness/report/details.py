@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 
-from markupsafe import Markup
+import msgspec
+from markupsafe import Markup, escape
 
 from harness import units
 from harness.case import Phase, Result
 from harness.report import charts
-from harness.report.figures import Compared, Figure, compared, known
+from harness.report.figures import DASH, Compared, Figure, compared, known, ran
+from harness.report.text import visible
+
+_UNKNOWN = f'<td><span class="none" title="not recorded in this phase">{DASH}</span></td>'
 
 
-@dataclass(frozen=True)
-class Row:
-    """One phase: its name, how long it took and its peaks."""
-
-    name: str
-    seconds: Figure
-    peaks: tuple[Figure | None, ...]
-    sampled: bool
-
-
-@dataclass(frozen=True)
-class Map:
+class Map(msgspec.Struct, frozen=True):
     """Where the modules lie, as loaded or as planned."""
 
     loaded: bool
@@ -33,55 +25,73 @@ class Map:
     groups: tuple[charts.Group, ...]
 
 
-@dataclass(frozen=True)
-class Details:
-    """The details of one case."""
+class Details(msgspec.Struct, frozen=True):
+    """The details of one case. `figures` and `phases` are rows of tables, which are most of a page and so are written at once."""
 
-    figures: tuple[Compared, ...]
+    figures: Markup
+    measured: bool
+    predicted: bool
     chart: Markup | None
     lines: tuple[tuple[str, str], ...]
     columns: tuple[str, ...]
-    phases: tuple[Row, ...]
+    phases: Markup
     map: Map | None
     held: tuple[tuple[str, tuple[Figure, ...]], ...]
     disturbances: tuple[tuple[str, str], ...]
+    versions: str
 
 
 def details(result: Result, *, points: int) -> Details:
     """Arrange what is known of one case; the chart takes at most `points` points a line."""
-    gpus = sorted({tier for phase in result.phases for tier in phase.vram_peak_bytes})
-    columns = [label for label in _peak_labels(gpus) if any(_peak(phase, label) is not None for phase in result.phases)]
+    peaks, rows = _peaks(result.phases), compared(result)
+    measured, predicted = ran(result), any(row.best for row in rows)
     return Details(
-        figures=tuple(compared(result)),
+        figures=Markup("".join([_figure_row(row, measured, predicted) for row in rows])),
+        measured=measured,
+        predicted=predicted,
         chart=charts.timeline(result.timeline, result.phases, points=points),
         lines=_lines(result),
-        columns=tuple(columns),
-        phases=tuple(_row(phase, columns) for phase in result.phases),
+        columns=tuple(peaks),
+        phases=Markup("".join(map(_phase_row, result.phases, *peaks.values()))),
         map=_map(result),
         held=_held(result),
         disturbances=_disturbances(result),
+        versions=", ".join(f"{name} {value}" for name, value in result.environment.items()),
     )
 
 
-def _peak_labels(gpus: Sequence[str]) -> list[str]:
-    return ["peak RAM", "anonymous RAM", *(f"peak {gpu}" for gpu in gpus), *(f"reserved {gpu}" for gpu in gpus)]
+def _peaks(phases: Sequence[Phase]) -> dict[str, list[int | None]]:
+    """Return the columns of the phases' peaks by their label, those alone in which a phase has a figure."""
+    gpus = sorted({tier for phase in phases for tier in phase.vram_peak_bytes})
+    found = {
+        "peak RAM": [phase.ram_peak_bytes for phase in phases],
+        "anonymous RAM": [phase.ram_anon_bytes for phase in phases],
+        **{f"peak {gpu}": [phase.vram_peak_bytes.get(gpu) for phase in phases] for gpu in gpus},
+        **{f"reserved {gpu}": [phase.vram_reserved_bytes.get(gpu) for phase in phases] for gpu in gpus},
+    }
+    return {label: sizes for label, sizes in found.items() if any(size is not None for size in sizes)}
 
 
-def _peak(phase: Phase, label: str) -> int | None:
-    what, _, where = label.partition(" ")
-    if where == "RAM":
-        return phase.ram_peak_bytes if what == "peak" else phase.ram_anon_bytes
-    return (phase.vram_peak_bytes if what == "peak" else phase.vram_reserved_bytes).get(where)
+def _figure_row(row: Compared, measured: bool, predicted: bool) -> str:
+    """Write one figure: what was measured, its spread and why it is missing or noisy; what was predicted and its interval."""
+    cells = ""
+    if measured:
+        cells += f"<td>{row.figure.__html__()}{_notes(row.figure.why, row.spread, row.figure.noisy)}</td>"
+    if predicted:
+        cells += f"<td>{row.best.__html__()}{_notes(row.interval)}</td>" if row.best else "<td></td>"
+    return f'<tr><th scope="row">{escape(visible(row.figure.label))}</th>{cells}</tr>\n'
 
 
-def _row(phase: Phase, columns: Sequence[str]) -> Row:
-    took = phase.end_s - phase.start_s
-    seconds = known("", "took", took, units.format_seconds(took))
-    return Row(phase.name, seconds, tuple(_size(label, _peak(phase, label)) for label in columns), phase.sampled)
+def _notes(*texts: str) -> str:
+    return "".join([f"<small>{escape(visible(text))}</small>" for text in texts if text])
 
 
-def _size(label: str, size: int | None) -> Figure | None:
-    return None if size is None else known("", label, size, units.format_size(size))
+def _phase_row(phase: Phase, *peaks: int | None) -> str:
+    """Write one phase: its name, how long it took and its peaks."""
+    name = f"{phase.name} (sampled)" if phase.sampled else phase.name
+    cells = "".join([_UNKNOWN if size is None else f"<td>{units.format_size(size)}</td>" for size in peaks])
+    took = units.format_seconds(phase.end_s - phase.start_s)
+    return f'<tr><th scope="row">{escape(visible(name))}</th><td>{took}</td>{cells}</tr>\n'
 
 
 def _lines(result: Result) -> tuple[tuple[str, str], ...]:

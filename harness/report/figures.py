@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
 
-from markupsafe import Markup
+import msgspec
+from markupsafe import Markup, escape
 
 from harness import units
 from harness.case import Estimate, Outcome, Result, Span, TierEstimate, Verdict
 from harness.metrics import METRICS, format_metric
 from harness.report import charts
-from harness.report.text import plural
+from harness.report.text import plural, visible
 
 DASH = "–"
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(msgspec.Struct, frozen=True):
     """How a case stands, in a word; `look` names its colour and its icon."""
 
     word: str
@@ -75,9 +73,8 @@ def surprise(result: Result) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One figure; `key` is that of its metric, if it is one.
+class Figure(msgspec.Struct, frozen=True):
+    """One figure, which a template writes by its name; `key` is that of its metric, if it is one.
 
     `value` is the stored number as text, empty when there is none; `why` then says why not.
     """
@@ -90,10 +87,23 @@ class Figure:
     noisy: str = ""
     sampled: bool = False
 
-    @cached_property
+    @property
     def number(self) -> float:
         """The stored number; nan where there is none."""
         return float(self.value or "nan")
+
+    def __html__(self) -> str:
+        if not self.value:
+            return f'<span class="none" title="{_attribute(self.why)}">{self.text}</span>'
+        doubts = f'<em class="doubt" title="{_attribute(self.noisy)}">noisy</em> ' if self.noisy else ""
+        if self.sampled:
+            doubts += '<em class="doubt" title="read at intervals: the true peak may be higher">sampled</em> '
+        key = f' data-key="{_attribute(self.key)}"' if self.key else ""
+        return f'{doubts}<data value="{self.value}"{key}>{self.text}</data>'
+
+
+def _attribute(text: str) -> str:
+    return escape(visible(text))
 
 
 def known(key: str, label: str, value: float, text: str) -> Figure:
@@ -109,7 +119,7 @@ def metric(result: Result, key: str) -> Figure:
         return Figure(key=key, label=label, text=DASH, why=_absent(result, key, value))
     stored = known(key, label, value, format_metric(key, value) if key in METRICS else units.significant(value))
     sampled = key in ("ram_peak_bytes", "load_ram_peak_bytes") and any(phase.sampled for phase in result.phases)
-    return replace(stored, noisy=result.noisy.get(key, ""), sampled=sampled)
+    return msgspec.structs.replace(stored, noisy=result.noisy.get(key, ""), sampled=sampled)
 
 
 def _absent(result: Result, key: str, value: float | None) -> str:
@@ -127,8 +137,7 @@ def _absent(result: Result, key: str, value: float | None) -> str:
     return "not recorded in this run"
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(msgspec.Struct, frozen=True):
     """The peak of a case in one tier, against what a case may use there."""
 
     tier: str
@@ -138,6 +147,13 @@ class Memory:
     bar: Markup | None
     share: float
     predicted: bool = False
+
+    @property
+    def brief(self) -> Figure:
+        """The peak as it stands before "of" and the capacity: without its unit, if that is the same."""
+        number, _, unit = self.peak.text.partition(" ")
+        same = self.capacity is not None and self.capacity.text.partition(" ")[2] == unit
+        return msgspec.structs.replace(self.peak, text=number) if same else self.peak
 
 
 def memory(result: Result) -> Memory | None:
@@ -189,8 +205,7 @@ def _memory(
     return Memory(tier, kind, peak, limit, bar, size / capacity, predicted)
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(msgspec.Struct, frozen=True):
     """One row of a case's figures: measured, the spread of its samples, and predicted."""
 
     figure: Figure

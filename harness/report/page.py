@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -21,14 +22,17 @@ from harness.errors import StoreError
 from harness.metrics import METRICS
 from harness.private import clean_text
 from harness.report import charts, view
+from harness.report.details import details
 from harness.report.figures import surprise
 from harness.report.overview import overview
-from harness.report.text import plural, visible
+from harness.report.text import line, plural, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # All charts of a page share this many points, so that a page of 500 cases stays small.
 _POINTS_OF_A_PAGE = 24_000
-_FEWEST_POINTS = 60
+_FEWEST_POINTS = 24
+# The details of more cases than these are packed: they are most of a page, and hardly any of them is read.
+_MOST_UNPACKED = 60
 _BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
 
 
@@ -46,22 +50,39 @@ class Facts:
     problems: tuple[str, ...]
 
 
-def render(results: Sequence[Result], *, title: str | None = None, problems: Sequence[str] = ()) -> str:
+def render(
+    results: Sequence[Result],
+    *,
+    title: str | None = None,
+    problems: Sequence[str] = (),
+    above: Markup | None = None,
+    below: Markup | None = None,
+    styles: Sequence[str] = (),
+    most_points: int = charts.POINTS,
+) -> str:
     """Render results as one page.
 
     Args:
         results: in the order of the file; the last one of a case counts.
         title: the page's title; by default the model and the machine.
         problems: what could not be read from the store, one sentence each.
+        above, below: what a site puts around it, and `styles` the files of its style.
+        most_points: of a line in a chart; a page of many cases has fewer.
     """
-    points = min(charts.POINTS, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
-    found = view.blocks(results, points=points)
+    points = min(most_points, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
+    found = view.blocks(results)
+    facts = _facts(results, problems)
     measured = {key for result in results for key in result.metrics}
-    return template("page.html.j2").render(
+    return template("page.html.j2", *styles).render(
         title=title or _title(found),
         blocks=found,
+        details=functools.partial(details, points=points),
+        choices=view.choices(found),
+        packed=facts.shown > _MOST_UNPACKED,
         how=[(key, entry) for key, entry in METRICS.items() if key in measured],
-        facts=_facts(results, problems),
+        facts=facts,
+        above=above,
+        below=below,
     )
 
 
@@ -115,9 +136,12 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
     )
 
 
-@cache
-def template(name: str) -> jinja2.Template:
-    """Return one of our templates, all of which share their parts, their style and how they write text."""
+@functools.cache
+def template(name: str, *styles: str, script: str = "page.js") -> jinja2.Template:
+    """Return one of our templates, all of which share their parts, their style and how they write text.
+
+    `styles` are files that add to the style, and `script` is all that may run.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -126,16 +150,30 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters.update(plural=plural, size=units.format_size, count=units.format_count, share=units.format_share)
+    environment.filters.update(
+        clip=_clip,
+        pack=_pack,
+        plural=plural,
+        size=units.format_size,
+        count=units.format_count,
+        share=units.format_share,
+    )
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
-    style, script = ((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", "page.js"))
+    style = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", *styles))
+    code = (_TEMPLATES / script).read_text(encoding="utf-8")
     environment.globals |= {
         "style_css": Markup(style),
-        "page_js": Markup(script),
-        "policy": _policy(style, script),
+        "page_js": Markup(code),
+        "policy": _policy(style, code),
         "overview": overview,
     }
     return environment.get_template(name)
+
+
+def _pack(html: str) -> Markup:
+    """Deflate a part of the page for a block of data that the script unpacks; base64 has no letter that ends the block."""
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return Markup(base64.b64encode(deflate.compress(html.encode()) + deflate.flush()).decode())
 
 
 def _policy(style: str, script: str) -> str:
@@ -147,6 +185,11 @@ def _policy(style: str, script: str) -> str:
     return sources.format(*hashes)
 
 
+def _clip(text: str, most: int = 120) -> str:
+    """Write a name on one line that has an end."""
+    return line(text, most)
+
+
 def _shown(value: object) -> object:
     """Spell out what cannot be seen in every text that a template writes."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return visible(value) if type(value) is str else value

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from harness.case import Result
-from harness.report.answers import answers, blocks, every, held, sentences, speed
+from harness.report.answers import answers, every, held, sentences, speed
 from harness.report.markdown import block as program
 from harness.report.markdown import code, escaped, folded, table
 from harness.report.text import plural
-from harness.report.view import Block, Cell, Matrix
+from harness.report.view import Block, Cell, Matrix, blocks
 
 # GitHub drops a step's summary of more than 1 MiB; the rest is for whatever else the step says.
 MOST_BYTES = 1_000_000

@@ -14,7 +14,7 @@ _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 def visible(text: str) -> str:
     """Spell out control, format and bidi characters; keep line breaks, tabs and the joiners that scripts and emoji need."""
-    if text.isascii() and text.isprintable():
+    if text.isprintable() or text.replace("\n", "").replace("\t", "").isprintable():
         return text
     text = _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
     return "".join(_spelled(char) for char in text)

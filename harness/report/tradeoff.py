@@ -216,7 +216,8 @@ def _names(best: Sequence[Point], others: Sequence[Point], scales: Scales, taken
         looks = {label.anchor: label.anchor != "start", "best": number < len(best), "roomy": label.is_roomy}
         look = " ".join(name for name, is_so in looks.items() if is_so)
         y = short(scales.speeds.at(point.speed) + label.dy + 4)
-        yield f'<text class="{look}" x="{scales.x(point.size)}%" dx="{short(label.dx)}" y="{y}">{escape(point.name)}</text>'
+        where = f'data-of="{escape(point.cell.anchor)}" x="{scales.x(point.size)}%" dx="{short(label.dx)}" y="{y}"'
+        yield f'<text class="{look}" {where}>{escape(point.name)}</text>'
     yield "</g>"
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
+
+import msgspec
 
 from harness import units
 from harness.case import Case, Machine, Outcome, Result, Tier, Workload
 from harness.catalog import history
 from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS
-from harness.report.details import Details, details
 from harness.report.figures import (
     DASH,
     PLANNED,
@@ -31,8 +33,7 @@ from harness.report.figures import (
 from harness.report.text import plural
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(msgspec.Struct, frozen=True):
     """One case in the matrix. `anchor` leads to its details."""
 
     result: Result
@@ -49,12 +50,12 @@ class Cell:
     best: bool = False
 
 
-@dataclass(frozen=True)
-class Heading:
-    """The head of a row or a column: the name to type and what it means."""
+class Heading(msgspec.Struct, frozen=True):
+    """The head of a row or a column: the name to type and what it means, and of a column the limits it is held to."""
 
     name: str
     title: str
+    limits: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,14 @@ class Fold:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Precision by placement for one workload; a cell is None where there is no result."""
+    """Precision by placement for one workload; a cell is None where there is no result.
+
+    `groups` are the placements, each with the number of its columns: more than one where it was held to several limits.
+    """
 
     caption: str
     columns: tuple[Heading, ...]
+    groups: tuple[tuple[Heading, int], ...]
     rows: tuple[tuple[Heading, tuple[Cell | None, ...]], ...]
     folds: tuple[Fold, ...]
     counts: tuple[tuple[Status, int], ...]
@@ -78,7 +83,13 @@ class Matrix:
     best_title: str
     least: Cell | None
     nearest: Cell | None
+    too_big: int
     sentence: str
+
+    @property
+    def limited(self) -> bool:
+        """Whether a column is held to limits."""
+        return any(column.limits for column in self.columns)
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -106,7 +117,6 @@ class Block:
     model: str
     machine: Machine
     matrices: tuple[Matrix, ...]
-    details: Mapping[str, Details]
     tiers: tuple[Place, ...]
     facts: tuple[tuple[str, str], ...]
     synthetic: bool
@@ -140,17 +150,39 @@ def is_sound(result: Result) -> bool:
     return result.outcome is Outcome.OK and _quality(result) not in ("degraded", "broken") and not faults(result)
 
 
-def blocks(results: Sequence[Result], *, points: int) -> list[Block]:
+def blocks(results: Sequence[Result]) -> list[Block]:
     """Arrange results as one block per machine, model and kind of weights, in the order of their first appearance in the file."""
     by_place: dict[tuple[str, str, str], list[Result]] = {_place_of(result): [] for result in results}
     for result in newest(results):
         by_place[_place_of(result)].append(result)
     anchors = Anchors()
-    return [_block(found, anchors, points) for found in by_place.values()]
+    return [_block(found, anchors) for found in by_place.values()]
 
 
 def _place_of(result: Result) -> tuple[str, str, str]:
     return result.machine.name, result.case.model, result.weights
+
+
+class Choices(msgspec.Struct, frozen=True):
+    """What the cases of a page can be filtered by, in the order of the tables; `outcomes` are all that occur."""
+
+    models: tuple[str, ...]
+    precisions: tuple[str, ...]
+    placements: tuple[str, ...]
+    outcomes: tuple[Status, ...]
+
+
+def choices(found: Sequence[Block]) -> Choices:
+    """List what occurs in blocks."""
+    matrices = [matrix for block in found for matrix in block.matrices]
+    cells = [cell for matrix in matrices for cell in (*matrix.cells, *(c for fold in matrix.folds for c in fold.cells))]
+    looks = {cell.status.look for cell in cells}
+    return Choices(
+        models=tuple(dict.fromkeys(block.model for block in found)),
+        precisions=tuple(ordered({cell.result.case.precision for cell in cells}, PRECISIONS)),
+        placements=tuple(ordered({cell.result.case.placement for cell in cells}, PLACEMENTS)),
+        outcomes=tuple(entry for entry in STATUSES if entry.look in looks),
+    )
 
 
 class Anchors:
@@ -165,7 +197,7 @@ class Anchors:
         return plain if count == 1 else f"{plain}~{count}"
 
 
-def _block(results: Sequence[Result], anchors: Anchors, points: int) -> Block:
+def _block(results: Sequence[Result], anchors: Anchors) -> Block:
     last = results[-1]
     anchor = anchors.give(f"block-{last.case.model}-{last.machine.name}")
     cells = [_cell(result, anchors.give(f"case-{result.case.id}")) for result in results]
@@ -178,7 +210,6 @@ def _block(results: Sequence[Result], anchors: Anchors, points: int) -> Block:
         model=last.case.model,
         machine=last.machine,
         matrices=tuple(_matrix(workload, found) for workload, found in largest_first),
-        details={cell.anchor: details(cell.result, points=points) for cell in cells},
         tiers=tuple(_place(tier) for tier in last.machine.tiers),
         facts=(*_facts(last.machine), *_versions(results)),
         synthetic=last.weights == "synthetic",
@@ -211,27 +242,31 @@ def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
     placed = {(cell.result.case.precision, cell.result.case.place): _marked(cell, best) for cell in cells}
     rows = ordered({row for row, _ in placed}, PRECISIONS)
     columns = _columns([cell.result.case for cell in cells])
+    limits = {cell.result.case.place: _limits(cell.result.case) for cell in cells}
     folded = [name for name in columns if _all_unavailable(cell for (_, at), cell in placed.items() if at == name)]
     shown = [name for name in columns if name not in folded]
+    heads = [Heading(columns[name], _placement_title(columns[name]), limits[name]) for name in shown]
     used = [row for row in rows if any((row, name) in placed for name in shown)]
     marked = list(placed.values())
     chosen = next((cell for cell in marked if cell.best), None)
     return Matrix(
         caption=_caption(workload),
-        columns=tuple(Heading(name, _placement_title(columns[name])) for name in shown),
+        columns=tuple(heads),
+        groups=tuple((next(same), 1 + sum(1 for _ in same)) for _, same in groupby(heads, key=lambda head: head.name)),
         rows=tuple((_row_heading(row), tuple(placed.get((row, name)) for name in shown)) for row in used),
         folds=tuple(_folds({name: columns[name] for name in folded}, placed)),
         counts=_counts(marked),
         best=chosen,
         best_title=_placement_title(chosen.result.case.placement) if chosen else "",
         least=_least(marked, chosen),
-        nearest=None if chosen else _nearest(marked),
+        nearest=_nearest(marked),
+        too_big=sum(cell.status.look in ("too-big", "oom") for cell in marked),
         sentence=_sentence(marked),
     )
 
 
 def _marked(cell: Cell, best: Result | None) -> Cell:
-    return replace(cell, best=cell.result is best)
+    return msgspec.structs.replace(cell, best=True) if cell.result is best else cell
 
 
 def _columns(cases: Iterable[Case]) -> dict[str, str]:
@@ -239,6 +274,16 @@ def _columns(cases: Iterable[Case]) -> dict[str, str]:
     by_size = sorted(cases, key=lambda case: (case.vram_bytes or math.inf, case.ram_bytes or math.inf))
     order = ordered({case.placement for case in by_size}, PLACEMENTS)
     return {case.place: case.placement for placement in order for case in by_size if case.placement == placement}
+
+
+def _limits(case: Case) -> str:
+    sizes = ((case.vram_bytes, "VRAM"), (case.ram_bytes, "RAM"))
+    return ", ".join(f"{_spaced(units.exact_size(size))} {kind}" for size, kind in sizes if size is not None)
+
+
+def _spaced(size: str) -> str:
+    """Write "8GiB" as "8 GiB"."""
+    return re.sub(r"(?<=\d)(?=[A-Z])", " ", size)
 
 
 def ordered(names: set[str], table: Mapping[str, object]) -> list[str]:

@@ -6,10 +6,13 @@ takes up to an hour, 24 GiB of RAM and 40 GB of disk for one checkpoint at a tim
 
 from __future__ import annotations
 
+import itertools
+import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -25,33 +28,34 @@ RESULTS = REPORTS / "full-size"
 
 
 class Measured(NamedTuple):
-    """Cases of one model, as they are asked for on the command line."""
+    """Cases of one model, as they are asked for on the command line; with `shards` of a copy in files of at most that size."""
 
     model: str
     precisions: tuple[str, ...]
     placements: tuple[str, ...]
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...]
+    shards: str = ""
 
     @property
     def words(self) -> list[str]:
         named = [("--precision", self.precisions), ("--placement", self.placements)]
-        return [
-            "--model",
-            self.model,
-            *(word for option, names in named for name in names for word in (option, name)),
-            *self.options,
-        ]
+        return [*(word for option, names in named for name in names for word in (option, name)), *self.options]
 
 
+USUAL = ("--repeats", "3")
 # From the disk every token costs seconds: few of them, one round.
-FEW = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1", "--case-timeout", "1800")
+FEW = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1")
+# codegen-16b's one file is larger than this machine's RAM, which Linux does not map: run all the same, to show that it is so.
 RUNS = (
-    Measured("chatglm-6b", ("fp16", "bf16", "int8", "int4"), ("cpu",), ("--repeats", "3")),
-    Measured("chatglm-6b", ("fp16",), ("disk",), ("--ram", "8GiB", *FEW)),
-    Measured("chatglm-6b", ("int8", "int4"), ("cpu",), ("--ram", "8GiB", "--repeats", "3")),
-    Measured("codegen-6b-mono", ("bf16", "int4"), ("cpu",), ("--repeats", "3")),
-    Measured("codegen-16b-mono", ("fp16", "int4"), ("auto", "disk", "cpu"), FEW),
-    Measured("moss-moon-003-sft", ("fp16", "int4"), ("auto", "disk", "cpu"), FEW),
+    Measured("chatglm-6b", ("fp16", "bf16", "int8", "int4"), ("cpu",), USUAL),
+    Measured("chatglm-6b", ("fp16", "bf16"), ("disk",), ("--ram", "8GiB", *FEW)),
+    Measured("codegen-6b-mono", ("bf16", "int4"), ("cpu",), USUAL),
+    Measured("codegen-6b-mono", ("fp16", "bf16"), ("disk",), ("--ram", "8GiB", *FEW)),
+    Measured("codegen-16b-mono", ("fp16",), ("disk",), ("--run-all", *FEW)),
+    Measured("codegen-16b-mono", ("fp16",), ("disk",), FEW, shards="2GB"),
+    Measured("codegen-16b-mono", ("int4",), ("cpu",), FEW, shards="2GB"),
+    Measured("moss-moon-003-sft", ("fp16",), ("disk",), FEW),
+    Measured("moss-moon-003-sft", ("int4",), ("cpu",), FEW),
 )
 
 
@@ -61,20 +65,32 @@ def section(request: pytest.FixtureRequest) -> Iterator[Section]:
 
 
 @pytest.fixture(scope="module")
-def results() -> list[Result]:
-    """Run every row of RUNS; a model's checkpoint goes when its rows are done."""
-    for model in dict.fromkeys(row.model for row in RUNS):
-        for row in RUNS:
-            if row.model == model:
-                _run("pytest", "cases", *row.words, "--weights", "synthetic", "--resume", "--results", str(RESULTS))
-        _run("harness", "synth", model, "--remove")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    """Run every row of RUNS; the checkpoints of a model go when the next has another one."""
+    for (model, shards), rows in itertools.groupby(RUNS, key=lambda row: (row.model, row.shards)):
+        where = _in_shards(model, shards, tmp_path_factory.mktemp("shards")) if shards else model
+        for row in rows:
+            status = _run(
+                "pytest", "cases", "--model", where, "--weights", "synthetic", *row.words, "--results", str(RESULTS), "--resume"
+            )
+            assert status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        if shards:
+            shutil.rmtree(where)
+        else:
+            _run("harness", "synth", model, "--remove")
     found, problems = store.read(store.file_of(RESULTS))
     assert not problems
     return list({result.id: result for result in found}.values())
 
 
-def _run(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", *words], check=True, cwd=REPORTS.parent)
+def _in_shards(model: str, shards: str, folder: Path) -> str:
+    there = folder / f"{model}-in-shards"
+    assert _run("harness", "synth", model, str(there), "--shard", shards) == 0
+    return str(there)
+
+
+def _run(*words: str) -> int:
+    return subprocess.run([sys.executable, "-m", *words], check=False, cwd=REPORTS.parent).returncode
 
 
 def _worked(results: list[Result]) -> list[Result]:

@@ -1,61 +1,18 @@
 """The page in a real browser: what a reader sees, clicks and types, and what hostile text cannot do."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 from selenium.common.exceptions import NoAlertPresentException
 from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webelement import WebElement
 
-from harness.case import Answer, Quality, Result
+from harness.case import Result
 from harness.metrics import format_metric
 from harness.report import page
+from tests.browser.pages import SCRIPT, Open, case_of, cell, logged, requested
 
 pytestmark = pytest.mark.browser
-
-GOLDEN = Path(__file__).parents[1] / "data/results-v1.jsonl"
-SCRIPT = "<script>window.owned = 1; alert('owned')</script><img src=x onerror='window.owned = 1'>"
-LONG = "x" * 10_000
-Open = Callable[..., Chrome]
-
-
-@pytest.fixture(scope="module")
-def results() -> list[Result]:
-    return [msgspec.json.decode(line, type=Result) for line in GOLDEN.read_bytes().splitlines()]
-
-
-@pytest.fixture
-def show(browser: Chrome, tmp_path: Path) -> Open:
-    """Write results as a page and open it, `width` pixels wide."""
-
-    def opened(results: list[Result], width: int = 1280) -> Chrome:
-        file = tmp_path / "page.html"
-        page.write(file, page.render(results))
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        for name in ("browser", "performance"):
-            logged(browser, name)
-        browser.get(file.as_uri())
-        return browser
-
-    return opened
-
-
-def cell(browser: Chrome, precision: str, placement: str) -> WebElement:
-    """Find a cell of the first matrix by the heads of its row and column."""
-    table = browser.find_element(By.CSS_SELECTOR, "table.matrix")
-    columns = [head.text.splitlines()[0] for head in table.find_elements(By.CSS_SELECTOR, "thead th")]
-    rows = [row for row in table.find_elements(By.CSS_SELECTOR, "tbody tr") if row.text.split()[0] == precision]
-    return rows[0].find_elements(By.CSS_SELECTOR, "td")[columns.index(placement)]
-
-
-def case_of(results: list[Result], case: str) -> Result:
-    return next(result for result in reversed(results) if result.case.id == case)
 
 
 def test_a_cell_says_the_figures_of_its_record(show: Open, results: list[Result]) -> None:
@@ -136,31 +93,6 @@ def test_the_copy_button_copies_the_code_as_it_is(show: Open, results: list[Resu
     assert browser.execute_async_script(read) == case_of(results, "chatglm-6b/int4/direct").code
 
 
-def hostile(result: Result) -> Result:
-    """Put scripts, marks of direction and endless lines wherever a model, a log or a user may write."""
-    asked = Answer(question=SCRIPT, answer=f"\u202egnp.exe {LONG}\x07", correct=False)
-    return msgspec.structs.replace(
-        result,
-        case=msgspec.structs.replace(result.case, model=f"{SCRIPT}\u202e"),
-        machine=msgspec.structs.replace(result.machine, name=f'"><{SCRIPT}'),
-        why=f"{SCRIPT} {LONG}",
-        quality=Quality(probe=SCRIPT, verdict="intact", why=LONG, reference=LONG, answers=[asked]),
-        checks={SCRIPT: LONG},
-        noisy={"decode_tok_s": f'" onmouseover="window.owned = 1" {SCRIPT}'},
-        device_map={f"{SCRIPT}.{LONG}": SCRIPT},
-        loaded=None,
-        code=f"</code></pre>{SCRIPT}\n{LONG}",
-        command=f"{SCRIPT} {LONG}",
-        environment={SCRIPT: LONG},
-        log_tail=f"</pre>{SCRIPT}\n{LONG}\x1b[31m\u2067",
-    )
-
-
-@pytest.fixture
-def attacked(results: list[Result]) -> list[Result]:
-    return [hostile(case_of(results, f"chatglm-6b/{case}")) for case in ("int4/direct", "bf16/direct", "int4/disk")]
-
-
 def test_hostile_text_stays_text(show: Open, attacked: list[Result]) -> None:
     browser = show(attacked)
     for details in browser.find_elements(By.TAG_NAME, "details"):
@@ -218,15 +150,3 @@ def test_the_page_asks_nobody_for_anything_and_logs_no_error(show: Open, results
         cell(browser, "int4", "direct").find_element(By.CSS_SELECTOR, "a").send_keys(Keys.ENTER)
         assert [entry for entry in logged(browser, "browser") if entry["level"] == "SEVERE"] == []
         assert [url for url in requested(browser) if url != "data:,"] == [browser.current_url.partition("#")[0]]
-
-
-def requested(browser: Chrome) -> list[str]:
-    """Return the addresses that the page asked for since it was opened."""
-    events = [json.loads(entry["message"])["message"] for entry in logged(browser, "performance")]
-    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-
-
-def logged(browser: Chrome, name: str) -> list[dict[str, Any]]:
-    """Take what a log gathered since it was last taken."""
-    entries: list[dict[str, Any]] = browser.get_log(name)  # type: ignore[no-untyped-call]
-    return entries

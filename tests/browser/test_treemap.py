@@ -13,7 +13,7 @@ from harness.anatomy import Part, Tie
 from harness.checkpoint import FileInfo
 from harness.inspection import Inspection
 from harness.report import page, treemap
-from tests.browser.test_page import LONG, SCRIPT, logged, requested
+from tests.browser.pages import LONG, SCRIPT, logged, requested
 
 pytestmark = pytest.mark.browser
 

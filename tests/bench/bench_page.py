@@ -1,0 +1,92 @@
+"""How large a page of many results is, and how soon it is rendered, painted and filtered."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from selenium.webdriver import Chrome
+
+from harness.case import Result
+from harness.report import page
+from tests.browser.pages import started
+from tests.builders import GOLDEN
+from tests.reporting import Figure
+
+ROUNDS = 5
+# Fields of the filter bar and what is chosen in each, one after the other.
+CHOICES = (("precision", "int4"), ("precision", ""), ("fits", "8"), ("outcome", "oom"), ("fits", ""), ("outcome", ""))
+CHOOSE = """
+const [key, value, done] = arguments;
+const begun = performance.now();
+const field = document.querySelector("#filters").elements[key];
+field.value = value;
+field.dispatchEvent(new Event("change", { bubbles: true }));
+requestAnimationFrame(() => setTimeout(() => done(performance.now() - begun)));
+"""
+IDLE = "requestIdleCallback(arguments[0])"  # the page reads its cells before this comes
+PAINTED = "return performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+
+
+def many(cases: int) -> list[Result]:
+    """Repeat the golden results under other names of the model, each with figures of its own, until there are so many."""
+    golden = [msgspec.json.decode(line, type=Result) for line in GOLDEN.read_bytes().splitlines()]
+    chance, replace = random.Random(6), msgspec.structs.replace
+    found = []
+    for i in range(cases):
+        result = golden[i % len(golden)]
+        case = replace(result.case, model=f"{result.case.model}-{i // len(golden)}")
+        metrics = {key: value * chance.uniform(0.9, 1.1) for key, value in result.metrics.items()}
+        found.append(replace(result, case=case, metrics=metrics))
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    driver = started(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.parametrize(("cases", "seconds", "megabytes"), [(500, 1.0, 2.0), (10_000, 5.0, None)])
+def test_renders(figures: list[Figure], cases: int, seconds: float, megabytes: float | None) -> None:
+    results, taken = many(cases), []
+    page.render(results[:1])  # compiles the templates
+    for _ in range(ROUNDS):
+        begun = time.process_time()
+        html = page.render(results)
+        taken.append(time.process_time() - begun)
+    took, size = statistics.median(taken), len(html.encode()) / 1e6
+    wanted = f"{megabytes:.0f} MB" if megabytes else ""
+    figures.append(Figure(what=f"page of {cases:,} results", found=f"{size:.2f} MB", wanted=wanted, rows=1))
+    figures.append(Figure(what="rendered in processor time of", found=f"{took:.2f} s", wanted=f"{seconds:.0f} s", rows=ROUNDS))
+    assert took <= seconds
+    assert megabytes is None or size <= megabytes
+
+
+def test_paints_and_filters(browser: Chrome, figures: list[Figure], tmp_path: Path) -> None:
+    """From the start of navigation to the first contentful paint; from a choice to the frame after it, the slowest choice."""
+    file = tmp_path / "page.html"
+    page.write(file, page.render(many(10_000)))
+    painted, filtered = [], []
+    for _ in range(ROUNDS):
+        browser.get("about:blank")
+        browser.get(file.as_uri())
+        painted.append(browser.execute_script(PAINTED))
+        browser.execute_async_script(IDLE)
+        filtered.append([browser.execute_async_script(CHOOSE, key, value) for key, value in CHOICES])
+    paint = statistics.median(painted)
+    slowest = max(statistics.median(column) for column in zip(*filtered, strict=True))
+    figures.append(
+        Figure(what="page of 10,000 results, first contentful paint", found=f"{paint:.0f} ms", wanted="1000 ms", rows=ROUNDS)
+    )
+    figures.append(
+        Figure(what="the same, slowest filter to the next frame", found=f"{slowest:.0f} ms", wanted="100 ms", rows=ROUNDS)
+    )
+    assert paint <= 1000
+    assert slowest <= 100

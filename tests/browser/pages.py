@@ -1,0 +1,116 @@
+"""What tests of the page share: a browser, where its cells are, what the browser logged, and a result that attacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+
+from harness.case import Answer, Quality, Result
+
+SCRIPT = "<script>window.owned = 1; alert('owned')</script><img src=x onerror='window.owned = 1'>"
+LONG = "x" * 10_000
+Open = Callable[..., Chrome]
+
+# As root Chromium runs only without its sandbox; the rest keeps it from talking to anyone.
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+)
+
+
+def found(*names: str) -> str:
+    """Return the path of the first program that is installed; without one fail on CI and skip elsewhere."""
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path:
+        return path
+    missing = f"{' or '.join(names)} is not installed: apt-get install chromium chromium-driver"
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+def started(profile: Path) -> Chrome:
+    """Start a browser with this profile that logs its console and its requests."""
+    options = ChromeOptions()
+    options.binary_location = found("chromium", "chromium-browser", "google-chrome")
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={profile}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return Chrome(options=options, service=Service(found("chromedriver")))
+
+
+def cell(browser: Chrome, precision: str, placement: str) -> WebElement:
+    """Find a cell of the first matrix by the heads of its row and column."""
+    table = browser.find_element(By.CSS_SELECTOR, "table.matrix")
+    columns = [head.text.splitlines()[0] for head in table.find_elements(By.CSS_SELECTOR, "thead th")]
+    rows = [row for row in table.find_elements(By.CSS_SELECTOR, "tbody tr") if row.text.split()[0] == precision]
+    return rows[0].find_elements(By.CSS_SELECTOR, "td")[columns.index(placement)]
+
+
+def shown(browser: Chrome) -> list[str]:
+    """List the cases whose cells can be seen: model, precision and placement of each."""
+    script = """
+    const links = [...document.querySelectorAll(".workload .cell > a")];
+    return links.filter((link) => link.checkVisibility({ visibilityProperty: true })).map((link) => link.hash.slice(1));
+    """
+    found: list[str] = browser.execute_script(script)
+    return found
+
+
+def settled(browser: Chrome) -> None:
+    """Wait until the page has done what the last click or key asked for, unpacking included."""
+    browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 100))")
+
+
+def many(results: list[Result], models: int) -> list[Result]:
+    """Repeat results under other names of the model, until their page is packed."""
+    case = msgspec.structs.replace
+    return [case(r, case=case(r.case, model=f"{r.case.model}-{i}")) for i in range(models) for r in results]
+
+
+def case_of(results: list[Result], case: str) -> Result:
+    return next(result for result in reversed(results) if result.case.id == case)
+
+
+def hostile(result: Result) -> Result:
+    """Put scripts, marks of direction and endless lines wherever a model, a log or a user may write."""
+    asked = Answer(question=SCRIPT, answer=f"\u202egnp.exe {LONG}\x07", correct=False)
+    return msgspec.structs.replace(
+        result,
+        case=msgspec.structs.replace(result.case, model=f"{SCRIPT}\u202e"),
+        machine=msgspec.structs.replace(result.machine, name=f'"><{SCRIPT}'),
+        why=f"{SCRIPT} {LONG}",
+        quality=Quality(probe=SCRIPT, verdict="intact", why=LONG, reference=LONG, answers=[asked]),
+        checks={SCRIPT: LONG},
+        noisy={"decode_tok_s": f'" onmouseover="window.owned = 1" {SCRIPT}'},
+        device_map={f"{SCRIPT}.{LONG}": SCRIPT},
+        loaded=None,
+        code=f"</code></pre>{SCRIPT}\n{LONG}",
+        command=f"{SCRIPT} {LONG}",
+        environment={SCRIPT: LONG},
+        log_tail=f"</pre>{SCRIPT}\n{LONG}\x1b[31m\u2067",
+    )
+
+
+def requested(browser: Chrome) -> list[str]:
+    """Return the addresses that the page asked for since it was opened."""
+    events = [json.loads(entry["message"])["message"] for entry in logged(browser, "performance")]
+    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+
+
+def logged(browser: Chrome, name: str) -> list[dict[str, Any]]:
+    """Take what a log gathered since it was last taken."""
+    entries: list[dict[str, Any]] = browser.get_log(name)  # type: ignore[no-untyped-call]
+    return entries

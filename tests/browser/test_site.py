@@ -1,0 +1,151 @@
+"""The site in a real browser, from disk: from the index to a model, a machine and a raw result; the filter; narrow and dark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+
+from harness import cli, store
+from harness.case import Result, encode
+from tests.browser.pages import SCRIPT, logged, requested
+from tests.builders import GOLDEN
+
+pytestmark = pytest.mark.browser
+
+Open = Callable[..., Chrome]
+replace = msgspec.structs.replace
+
+
+@pytest.fixture(scope="module")
+def results() -> list[Result]:
+    return [replace(result, at=result.at.replace("2026", "2024")) for result in store.read(GOLDEN)[0]]
+
+
+@pytest.fixture(scope="module")
+def site(results: list[Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build a site of real results, and of one whose names are scripts."""
+    folder = tmp_path_factory.mktemp("site")
+    result = next(one for one in reversed(results) if one.case.id == "chatglm-6b/int4/direct")
+    case = replace(result.case, model=f"{SCRIPT}\u202e")
+    attack = replace(result, case=case, id=case.id, machine=replace(result.machine, name=f'"><{SCRIPT}', cpu=SCRIPT))
+    later = replace(result, run="later", at="2024-12-01T00:00:00Z", environment=result.environment | {"torch": "2.12.0"})
+    (folder / store.NAME).write_bytes(b"".join(encode(one) + b"\n" for one in [*results, later, attack]))
+    assert cli.main(["publish", str(folder), "--to", str(folder / "a path/site")]) == 0
+    return folder / "a path/site"
+
+
+@pytest.fixture
+def show(browser: Chrome, site: Path) -> Open:
+    """Open a page of the site, `width` pixels wide."""
+
+    def opened(page: str = "index.html", width: int = 1280) -> Chrome:
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        for name in ("browser", "performance"):
+            logged(browser, name)
+        browser.get((site / page).as_uri())
+        return browser
+
+    return opened
+
+
+def test_the_way_from_the_index_to_a_raw_result(show: Open, results: list[Result]) -> None:
+    browser = show()
+    browser.find_element(By.LINK_TEXT, "chatglm-6b").click()
+    assert "A card with 12 GiB works" in browser.find_element(By.CSS_SELECTOR, ".answer").text
+    browser.find_element(By.CSS_SELECTOR, "#where").find_element(By.XPATH, "..").find_element(By.CSS_SELECTOR, "tbody th a").click()
+    assert browser.find_elements(By.CSS_SELECTOR, "table.matrix")
+    row = next(row for row in browser.find_elements(By.CSS_SELECTOR, "#raw ~ .scroll tbody tr") if "int8, direct" in row.text)
+    row.find_element(By.LINK_TEXT, "raw").click()
+    told = json.loads(browser.find_element(By.TAG_NAME, "body").text)
+    result = next(one for one in reversed(results) if one.case.id == "chatglm-6b/int8/direct")
+    assert told["metrics"] == result.metrics
+    browser.back()
+    browser.find_element(By.LINK_TEXT, "All models and machines").click()
+    assert browser.find_element(By.TAG_NAME, "h1").text == "What fits where"
+
+
+def test_the_filter_leaves_what_has_all_words(show: Open) -> None:
+    browser = show()
+
+    def shown() -> list[str]:
+        return [row.text for row in browser.find_elements(By.CSS_SELECTOR, "table.list tbody tr") if row.is_displayed()]
+
+    everything = shown()
+    field = browser.find_element(By.ID, "filter")
+    field.send_keys("rtx 31.3")
+    assert 0 < len(shown()) < len(everything)
+    assert all("RTX 3060" in row for row in shown())
+    assert browser.find_element(By.TAG_NAME, "output").text == f"{len(shown())} of {len(everything)} rows"
+    field.send_keys(" no such thing")
+    assert shown() == []
+    field.clear()
+    field.send_keys(" ")
+    assert shown() == everything
+
+
+def test_without_scripts_everything_is_there_but_the_filter(show: Open, browser: Chrome) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        show()
+        assert not browser.find_element(By.ID, "filter").is_displayed()
+        browser.find_element(By.LINK_TEXT, "chatglm-6b").click()
+        assert "12 GiB" in browser.find_element(By.TAG_NAME, "main").text
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_no_page_scrolls_sideways_asks_for_anything_or_runs_a_name(show: Open, site: Path) -> None:
+    for file in sorted(site.rglob("*.html")):
+        page = str(file.relative_to(site))
+        browser = show(page, width=360)
+        browser.execute_script("document.querySelectorAll('details').forEach((part) => (part.open = true))")
+        scrolled, visible = browser.execute_script(
+            "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        )
+        assert scrolled <= visible, page
+        assert browser.execute_script("return window.owned") is None
+        assert [entry for entry in logged(browser, "browser") if entry["level"] == "SEVERE"] == []
+        assert [url for url in requested(browser) if url != "data:,"] == [file.as_uri()]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(show: Open, browser: Chrome, scheme: str) -> None:
+    """WCAG 2.2, 1.4.3: a contrast of 4.5 to 1, of every text that stands on a page of the site."""
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    try:
+        for page in ("index.html", "models/chatglm-6b.html", "provenance.html"):
+            show(page)
+            assert browser.execute_script(CONTRAST) == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+CONTRAST = """
+const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+const pixel = (...colours) => {
+  canvas.clearRect(0, 0, 1, 1);
+  for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+};
+const light = (colour) => colour.map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const grounds = (node) => (node ? [...grounds(node.parentElement), getComputedStyle(node).backgroundColor] : []);
+const wrong = [];
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const node = walker.currentNode.parentElement;
+  if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest('script, svg, .sr')) continue;
+  const ground = grounds(node);
+  const [one, other] = [light(pixel(...ground, getComputedStyle(node).color)), light(pixel(...ground))].sort((a, b) => b - a);
+  const ratio = (one + 0.05) / (other + 0.05);
+  if (ratio < 4.5) wrong.push([ratio, walker.currentNode.data]);
+}
+return wrong;
+"""
