@@ -267,6 +267,14 @@ def test_a_case_that_is_over_ends_all_at_once(silent: Path, setting: Setting) ->
     assert not any(map(scripted.runs, all_of_them))
 
 
+def test_nobody_reaches_them_from_another_machine(silent: Path, setting: Setting) -> None:
+    case = started(silent, setting)
+    case.first_round()
+    sockets = [socket for one in processes(case) for socket in one.net_connections("inet") if socket.status == psutil.CONN_LISTEN]
+    assert case.finish().outcome is Outcome.OK
+    assert {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets} == {"127.0.0.1"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_no_process(silent: Path, tmp_path: Path, number: signal.Signals) -> None:
     folder = runs.folder(tmp_path / "run", [], scripted=False)
