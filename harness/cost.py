@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from harness import memory_cost
 from harness.blueprint import Blueprint
-from harness.calibration import device_of
+from harness.calibration import Constant, device_of
 from harness.case import Estimate, Machine, Tier, TierEstimate
 from harness.memory_cost import Kept
 from harness.precision import Precision
@@ -120,7 +120,7 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
     rough = ROUGH_SHARE if count.blueprint.rough else KNOWN_SHARE
     capacity = tier.capacity_bytes if tier else None
     if tier is not None and tier.kind == "cpu":
-        return _ram(parts, capacity, rough)
+        return _ram(parts, capacity, rough, count.calibration["ram_resident_share"])
     run = parts.weights + parts.kv + parts.activation.best
     best = max(run, parts.weights + parts.loading.best) + parts.overhead.best
     low = parts.weights * (1 - rough) + parts.kv + parts.activation.low + parts.overhead.low
@@ -142,8 +142,11 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
     )
 
 
-def _ram(parts: Parts, capacity: int | None, rough: float) -> TierEstimate:
-    """Put the terms of the RAM together: the anonymous part, and with it pages of files, once loading and once generating."""
+def _ram(parts: Parts, capacity: int | None, rough: float, kept: Constant) -> TierEstimate:
+    """Put the terms of the RAM together: the anonymous part, and with it pages of files, once loading and once generating.
+
+    `kept` is the share of the capacity that the kernel leaves resident where pages of files would fill it.
+    """
     low, best, high = (_moments(parts, end, rough) for end in ("low", "best", "high"))
     return TierEstimate(
         weights_bytes=parts.weights,
@@ -151,10 +154,10 @@ def _ram(parts: Parts, capacity: int | None, rough: float) -> TierEstimate:
         activation_bytes=int(parts.activation.best),
         overhead_bytes=int(parts.overhead.best + parts.heap.best + parts.libraries.best),
         allocated_bytes=int(parts.weights + parts.kv + parts.activation.best),
-        peak_bytes=_resident(max(best["load"], best["run"]), best["needed"], capacity),
-        load_peak_bytes=_resident(best["load"], best["load_anon"], capacity),
-        low_bytes=_resident(max(low["load_anon"], low["run"]), low["needed"], capacity),
-        high_bytes=_resident(max(high["load"], high["run"]), high["needed"], capacity),
+        peak_bytes=_resident(max(best["load"], best["run"]), best["needed"], capacity, kept.best),
+        load_peak_bytes=_resident(best["load"], best["load_anon"], capacity, kept.best),
+        low_bytes=_resident(max(low["load_anon"], low["run"]), low["needed"], capacity, kept.low),
+        high_bytes=_resident(max(high["load"], high["run"]), high["needed"], capacity, kept.high),
         capacity_bytes=capacity,
         anon_bytes=int(max(best["load_anon"], best["run_anon"])),
         load_anon_bytes=int(best["load_anon"]),
@@ -163,9 +166,9 @@ def _ram(parts: Parts, capacity: int | None, rough: float) -> TierEstimate:
     )
 
 
-def _resident(size: float, needed: float, capacity: int | None) -> int:
+def _resident(size: float, needed: float, capacity: int | None, kept: float) -> int:
     """Return what stays resident: where memory is short the kernel drops pages of files, down to what is needed."""
-    return int(size if capacity is None else min(size, max(needed, capacity)))
+    return int(size if capacity is None else min(size, max(needed, capacity * kept)))
 
 
 def _moments(parts: Parts, end: str, rough: float) -> dict[str, float]:

@@ -128,7 +128,14 @@ class _Clock:
         tokens = self.work.batch * self.work.prompt_tokens
         flops = 2.0 * self.effort.parameters * tokens
         mapped = 0 if self.gpu or self.effort.copied_bytes or self.effort.quantised else self.effort.checkpoint_bytes
-        return self._cost("first_token_s", pick) + flops / self._flops(pick) + self.token(pick) + self._from_disk(mapped, pick)
+        computed = self._cost("first_token_s", pick) + flops / self._flops(pick) + self._packed_anew(pick)
+        return computed + self.token(pick) + self._from_disk(mapped, pick)
+
+    def _packed_anew(self, pick: str) -> float:
+        """Return the seconds that the first pass takes to pack weights for the processor, where a library does it then."""
+        name = f"first_pass_elements_per_s_cpu{self.suffix}"
+        is_measured = not self.gpu and name in self.calibration.constants
+        return self.effort.quantised / self._rate(name, pick) if is_measured else 0.0
 
     def token(self, pick: str) -> float:
         return max(self._host(pick), self._moved(pick)) if self.gpu else self._host(pick) + self._moved(pick)
@@ -158,7 +165,8 @@ class _Clock:
     def _path(self, tier: str, pick: str) -> float:
         """Return the bytes per second from a tier to what computes."""
         if tier == "disk":
-            return self._rate("page_cache_bytes_per_s", pick) if self._stays_cached(pick) else self._disk(pick)
+            faults = self._disk(pick) * self._rate("disk_fault_share", pick)
+            return self._rate("page_cache_bytes_per_s", pick) if self._stays_cached(pick) else faults
         if tier == "cpu":
             return self._link(pick) if self.gpu else self._ram(pick)
         found = self.machine.tier(tier)

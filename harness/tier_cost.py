@@ -224,13 +224,17 @@ class Count:
         """Return what the heap keeps of the copies that quantising on the processor makes and frees again.
 
         What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
-        them, but for those large enough to be mapped one by one. In int4 it does in half of all processes: which one it will be
-        hangs on where small objects lie, and differs with each start of the same program, so the interval spans both.
+        them, but for those large enough to be mapped one by one, of which little stays. In int4 it does in half of all processes:
+        which one it will be hangs on where small objects lie, and differs with each start of the same program, so the interval
+        spans both.
         """
         total = self.calibration["heap_share_stack"].amount(here.stacked)
         if self.held.quantizer is None or not here.quantised or self.gpus:
             return total
-        return total + self.calibration[f"heap_share_{SCHEMES[self.held.quantizer].like}"].amount(here.kept_copies)
+        like = SCHEMES[self.held.quantizer].like
+        total += self.calibration[f"heap_share_{like}"].amount(here.kept_copies)
+        large = self.calibration.constants.get(f"heap_share_large_{like}")
+        return total + large.amount(here.quantised - here.kept_copies) if large else total
 
     def _rows_touched(self) -> int:
         """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
