@@ -20,7 +20,7 @@ from harness.case import Record
 from harness.checkpoint import Checkpoint, context_length
 from harness.companions import RemoteCode
 from harness.errors import UsageError
-from harness.files import Directory
+from harness.files import Directory, quote
 from harness.placement import Placement
 from harness.precision import PACKED_ARCHITECTURES, Precision
 from harness.quantized import Packed
@@ -208,7 +208,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         packed=packed,
         tensor_bytes=read.bytes if packed and not packed.unpacks else None,
         repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
-        largest_file=max(((file.name, file.bytes) for file in read.files), key=lambda file: file[1], default=None),
+        largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=tokenizer,
         notes=tuple(filter(None, (note, *notes, None if tokenizer else _NO_TOKENIZER))),
         remote_code=read.remote_code,

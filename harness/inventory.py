@@ -142,20 +142,16 @@ class Inventory:
     def cut(self, count: int) -> Sums:
         """Return what each of `count` GPUs holds of the model where they share it, tensor by tensor."""
         total = Sums()
-        for kind, times in self.skeleton.kinds.items():
-            for module in kind.walk():
-                for weight in module.weights:
-                    total.add(self._sums(weight).times(times / count if sharing.is_cut(weight, self.skeleton) else times))
+        for weight, times in self.skeleton.tally:
+            total.add(self._sums(weight).times(times / count if sharing.is_cut(weight, self.skeleton) else times))
         return total
 
     def cut_in_ram(self, count: int) -> Sums:
         """Return what `count` processes hold in the RAM together where they share the model; what is cut along rows is copied."""
         total = Sums()
-        for kind, times in self.skeleton.kinds.items():
-            for module in kind.walk():
-                for weight in module.weights:
-                    sums = self._sums(weight, copied=sharing.is_copied(weight, self.skeleton))
-                    total.add(sums.times(times if sharing.is_cut(weight, self.skeleton) else times * count))
+        for weight, times in self.skeleton.tally:
+            sums = self._sums(weight, copied=sharing.is_copied(weight, self.skeleton))
+            total.add(sums.times(times if sharing.is_cut(weight, self.skeleton) else times * count))
         return total
 
     def _sum(self, kind: Module) -> Sums:

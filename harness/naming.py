@@ -16,7 +16,7 @@ from harness.case import Record
 
 Shape = tuple[int, ...]
 # Names out of hostile files may be endless, and patterns slow on them; those of real tensors have less than 200 letters.
-MOST_LETTERS = 1000
+MOST_LETTERS = 300
 
 
 class Renaming(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True):

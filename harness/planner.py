@@ -22,7 +22,7 @@ from harness.precision import PRECISIONS, Precision
 from harness.roommap import Recommendation
 from harness.schemes import SCHEMES, Scheme
 from harness.tier_cost import Count
-from harness.units import format_gib, significant
+from harness.units import format_gib, format_size, significant
 
 GOOD = (Verdict.FITS, Verdict.TIGHT)
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
@@ -269,8 +269,10 @@ class Planner:
         most, largest = self.machine.mapping_bytes, self.blueprint.largest_file
         if most is None or largest is None or largest[1] <= most or self.blueprint.file_format not in MAPPED:
             return None
-        what = f"too big for cpu: {largest[0]} has {format_gib(largest[1])} GiB, and Linux maps no file larger than RAM and swap"
-        return f"{what} ({format_gib(most)}) for torch: add swap, set vm.overcommit_memory to 1, or take a copy in several files."
+        what = (
+            f"too big for cpu: {largest[0]} has {format_size(largest[1])}, and Linux maps no file larger than {format_size(most)}"
+        )
+        return f"{what} for torch here: add swap, set vm.overcommit_memory to 1, or take a copy in several files."
 
     def used(self, one: Plan) -> dict[str, Constant]:
         """Return the constants that a plan rests on: those of its kind of device."""

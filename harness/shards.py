@@ -10,7 +10,7 @@ from harness.checkpoint import Checkpoint
 from harness.files import quote
 
 _NUMBER = re.compile(r"\d+")
-_OF = re.compile(r"-\d+-of-(\d+)\.")
+_PART = re.compile(r"(?P<whole>.*)-\d{1,18}-of-(?P<count>\d{1,18})\.\w+")
 
 
 def odd(read: Checkpoint) -> tuple[str, ...]:
@@ -19,16 +19,20 @@ def odd(read: Checkpoint) -> tuple[str, ...]:
 
 
 def _counts(read: Checkpoint) -> str | None:
-    names = [file.name for file in read.files if _OF.search(file.name)]
-    counts: dict[str, str] = {}
-    for name in names:
-        counts.setdefault(_OF.findall(name)[0], name)
-    if len(counts) > 1:
-        first, second = list(counts.values())[:2]
-        return f"{shown(first)} and {shown(second)} are parts of different wholes, by their names: they may be of two downloads"
-    count = int(next(iter(counts), len(names)))
-    if count != len(names):
-        return f"there are {len(names)} files, and {shown(names[0])} is one of {count} by its name: they may be of two downloads"
+    """Hold the names of shards against their number; without an index one was named, which may be one of several."""
+    wholes: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for file in read.files if read.listed else ():
+        if found := _PART.fullmatch(file.name):
+            wholes[found["whole"]].append((int(found["count"]), file.name))
+    for parts in wholes.values():
+        counts = dict(reversed(parts))
+        if len(counts) > 1:
+            first, second = sorted(counts.values())[:2]
+            return f"{shown(first)} and {shown(second)} are parts of different wholes, by their names: they may be of two downloads"
+        [(count, name)] = counts.items()
+        if count != len(parts):
+            what = f"{shown(name)} is one of {count} by its name, and the index lists {len(parts)} of them"
+            return f"{what}: they may be of two downloads"
     return None
 
 

@@ -1,15 +1,19 @@
-"""Real runs of `pytest cases/` in a folder of their own, with scripted workers and small models written by hand."""
+"""Real runs: of `pytest cases/` in a folder of its own, with scripted workers and small models written by hand; of one case."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.scripted import write_model
+from harness import process
+from harness.runner import Setting
+from tests import builders
+from tests.scripted import ends, workers, write_model
 
 ROOT = Path(__file__).parent.parent
 _PYPROJECT = """
@@ -64,3 +68,19 @@ def start(
         start_new_session=session,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def setting(scratch: Path, timeout_s: float) -> Iterator[Setting]:
+    """A setting for cases in real workers, of which nothing is left at the end: no process, and no file in `scratch`."""
+    scratch.mkdir()
+    yield Setting(
+        run="a run",
+        machine=builders.machine(),
+        environment={},
+        scratch=scratch,
+        worker_main=process.torch_worker,
+        timeout_s=timeout_s,
+    )
+    assert all(ends(one) for one in workers())
+    assert not list(scratch.iterdir())

@@ -25,6 +25,7 @@ from harness.blueprint import Blueprint
 from harness.case import Verdict
 from harness.cli import main
 from harness.errors import CheckpointError, UsageError
+from harness.naming import MOST_LETTERS, Naming, Place, Renaming
 from harness.options import Options
 from harness.planner import Planner
 from harness.precision import PRECISIONS
@@ -216,6 +217,34 @@ def test_shards_of_different_wholes_are_a_note(shards: Path) -> None:
     )
 
 
+def test_fewer_shards_than_their_names_say_are_a_note(shards: Path) -> None:
+    for file in sorted(shards.glob("*-of-*")):
+        file.rename(shards / file.name.replace("of-00003", "of-00004"))
+    relist(shards, lambda listed: {name: file.replace("of-00003", "of-00004") for name, file in listed.items()})
+    assert odd(drawn(shards)) == (
+        "'model-00001-of-00004.safetensors' is one of 4 by its name, and the index lists 3 of them: they may be of two downloads",
+    )
+
+
+def test_of_shards_that_are_named_for_what_they_hold_nothing_is_said(shards: Path) -> None:
+    (shards / "model-00003-of-00003.safetensors").rename(shards / "head-00001-of-00001.safetensors")
+    (shards / "model-00002-of-00003.safetensors").rename(shards / "model-00002-of-00002.safetensors")
+    (shards / "model-00001-of-00003.safetensors").rename(shards / "model-00001-of-00002.safetensors")
+    relist(
+        shards,
+        lambda listed: {
+            name: file.replace("model-00003-of-00003", "head-00001-of-00001").replace("of-00003", "of-00002")
+            for name, file in listed.items()
+        },
+    )
+    assert odd(drawn(shards)) == ()
+
+
+def test_of_one_shard_that_is_looked_at_nothing_is_said(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(shards / "model-00002-of-00003.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+
+
 def test_a_tensor_in_two_files_is_a_note(tmp_path: Path) -> None:
     tensors = list(smollm2().values())
     write_checkpoint(tmp_path / "made", SMOLLM2, [*tensors, tensors[0]], "bin shards")
@@ -234,6 +263,18 @@ def test_dtypes_that_change_between_files_are_a_note(tmp_path: Path) -> None:
     note = odd(drawn(tmp_path / "made"))[0]
     assert note.startswith("'model.layers.N.") is True
     assert "is bfloat16 in 'model-00001-of-00003.safetensors' and float32 in 'model-00003-of-00003.safetensors'" in note
+
+
+# ---- hostile names ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_without_end_meets_no_pattern() -> None:
+    """Patterns with a gap take the square of its letters; a header has room for 25 MB of them."""
+    renaming = Renaming(pattern="(?P<g0>experts..*end)", target="experts")
+    naming = Naming(renamings=(renaming,))
+    assert naming.place("experts.0.end", ()) == Place("experts")
+    endless = f"experts.{'experts.' * MOST_LETTERS}end"
+    assert naming.place(endless, ()) == Place(endless)
 
 
 # ---- no false alarms -------------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import cgroup, forkserver, process
+from harness import cgroup, forkserver
 from harness.case import Case, Outcome, Plan, Result, Verdict, Workload, encode
 from harness.runner import CaseEnded, Run, Setting, Subject
 from harness.store import decode
-from tests import builders, scripted, small_models
+from tests import runs, scripted, small_models
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ends are made by Linux's means")
 
@@ -146,18 +146,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Setting]:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    yield Setting(
-        run="a run",
-        machine=builders.machine(),
-        environment={},
-        scratch=scratch,
-        worker_main=process.torch_worker,
-        timeout_s=LONG_S,
-    )
-    assert all(scripted.ends(one) for one in scripted.workers())
-    assert not list(scratch.iterdir())
+    with runs.setting(tmp_path / "scratch", LONG_S) as one:
+        yield one
 
 
 def run_to_the_end(model: Path, setting: Setting, end: str) -> Result:

@@ -67,6 +67,8 @@ def test_how_large_a_file_the_kernel_maps(tree: Tree, mode: int, most: int | Non
     sizes = {"MemTotal": 16 * GIB, "SwapTotal": 8 * GIB, "CommitLimit": 12 * GIB, "Committed_AS": 5 * GIB}
     tree.write("proc/meminfo", "\n".join(f"{name}: {size >> 10} kB" for name, size in sizes.items()))
     assert probe(root=tree.root).mapping_bytes == most
+    tree.write("proc/meminfo", "MemFree: 1 kB\nHugePages_Total: 0\nodd:\n")
+    assert probe(root=tree.root).mapping_bytes is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")

@@ -165,6 +165,12 @@ ENDS: dict[str, tuple[str, str, Outcome, str]] = {
     "a library fails": ("{0}", "{}['q_proj']", Outcome.CRASH, "warm on rank 0 failed: KeyError: 'q_proj'"),
     "a rank exits": ("{1}", "os._exit(3)", Outcome.CRASH, "the process ended during warm on rank 1 with exit code 3"),
     "code exits": ("{1}", "sys.exit(4)", Outcome.CRASH, "the process ended during warm on rank 1 with exit code 4"),
+    "code exits with words": (
+        "{1}",
+        "sys.exit('no way')",
+        Outcome.CRASH,
+        "the process ended during warm on rank 1 with exit code 1, and said last: no way",
+    ),
     "a rank hangs": (
         "{1}",
         "os.kill(os.getpid(), signal.SIGSTOP)",
@@ -189,18 +195,8 @@ def silent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Setting]:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    yield Setting(
-        run="a run",
-        machine=builders.machine(),
-        environment={},
-        scratch=scratch,
-        worker_main=process.torch_worker,
-        timeout_s=LONG_S,
-    )
-    assert all(scripted.ends(one) for one in scripted.workers())
-    assert not list(scratch.iterdir())
+    with runs.setting(tmp_path / "scratch", LONG_S) as one:
+        yield one
 
 
 def started(model: Path, setting: Setting, who: str = "{}", end: str = "pass", **limits: int) -> Run:
@@ -271,6 +267,14 @@ def test_a_case_that_is_over_ends_all_at_once(silent: Path, setting: Setting) ->
     assert not any(map(scripted.runs, all_of_them))
 
 
+def test_nobody_reaches_them_from_another_machine(silent: Path, setting: Setting) -> None:
+    case = started(silent, setting)
+    case.first_round()
+    sockets = [socket for one in processes(case) for socket in one.net_connections("inet") if socket.status == psutil.CONN_LISTEN]
+    assert case.finish().outcome is Outcome.OK
+    assert {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets} == {"127.0.0.1"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_no_process(silent: Path, tmp_path: Path, number: signal.Signals) -> None:
     folder = runs.folder(tmp_path / "run", [], scripted=False)
@@ -327,6 +331,21 @@ def test_one_answer_for_all_adds_up_memory_and_keeps_the_first_one_s_times() -> 
     )
 
 
+def test_together_they_hold_no_less_than_the_one_that_holds_most() -> None:
+    """What several of them map is looked at when the request is done, and a phase at its begin had hardly any of it."""
+
+    def answer(rank: int) -> LoadDone:
+        phases = [
+            Phase(name=name, start_s=0.0, end_s=1.0, ram_peak_bytes=peak + rank, ram_anon_bytes=10)
+            for name, peak in (("tokenizer", 100), ("load", 1000))
+        ]
+        return LoadDone(seconds={}, loaded=builders.loaded({"bfloat16": 9}, {"cpu": 9}, {"": "cpu"}), phases=phases)
+
+    done = ranks.together([answer(0), answer(1)], doubled_bytes=900)
+    assert isinstance(done, LoadDone)
+    assert [phase.ram_peak_bytes for phase in done.phases] == [101, 1101]
+
+
 def test_libraries_are_charged_once() -> None:
     parts = [Confined(file_bytes=30, anon_bytes=100, shared_bytes=1), Confined(file_bytes=31, anon_bytes=90, shared_bytes=2)]
     assert ranks.together(parts, 0) == Confined(file_bytes=31, anon_bytes=190, shared_bytes=3)
@@ -335,8 +354,8 @@ def test_libraries_are_charged_once() -> None:
 def test_each_is_told_its_part() -> None:
     confine = Confine(ram=True, vram_bytes=8, gpus=(0, 1))
     assert [ranks._part(confine, rank) for rank in (0, 1)] == [replaced(confine, gpus=(0,)), replaced(confine, gpus=(1,))]
-    score = Score(keep="/scratch/a.npy")
-    assert [ranks._part(score, rank) for rank in (0, 1)] == [score, Score()]
+    score = Score(model="moss-moon-003-sft", keep="/scratch/a.npy", reference="/scratch/b.npy")
+    assert [ranks._part(score, rank) for rank in (0, 1)] == [score, Score(model="moss-moon-003-sft")]
 
 
 def test_peaks_of_one_that_failed_are_not_told_as_those_of_all() -> None:

@@ -29,8 +29,9 @@ from harness.case import Loaded, Phase
 from harness.protocol import Answered, Confine, Confined, Entered, Failed, LoadDone, Lost, Request, Score
 
 _HOST = "127.0.0.1"
-# Unless the user says otherwise: torchrun has one thread in each process, and all of them are on this machine.
-_DEFAULTS = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+# Unless the user says otherwise: torchrun has one thread in each process, and all of them are on this machine, so that nobody
+# beyond it needs to reach what they listen on.
+_DEFAULTS = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _CAUSE_S = 0.5  # when a rank dies, the others fail for it at about the same time
 _REAP_S = 2.0  # what has closed its pipe ends within that
 _MEET = timedelta(hours=1)  # a limit of ours would come before those of the case
@@ -81,7 +82,9 @@ def _leave(error: BaseException | None) -> NoReturn:
     """End this process as Python would, without what it does at its end."""
     status = 0 if error is None else 1
     if isinstance(error, SystemExit):
-        status = error.code if isinstance(error.code, int) else status
+        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     elif error is not None:
         traceback.print_exception(error)
     sys.stdout.flush()
@@ -191,17 +194,21 @@ class _Leader:
         return None
 
     def _end(self) -> None:
-        for number, rank in enumerate(self._ranks):
+        for rank in self._ranks:  # all at once: it takes a while to free a GPU
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGKILL)
+        for number in range(len(self._ranks)):
             self._reaped(number)
 
 
 def _part(request: Request, rank: int) -> Request:
-    """Return what one rank is told: a GPU for each; and what is predicted, all compute but the first alone keeps and compares."""
+    """Return what one rank is told: a GPU for each; and what is predicted, all compute but the first alone keeps and compares.
+
+    All must be asked the same: ranks that compute on inputs of other shapes wait for one another for ever.
+    """
     if isinstance(request, Confine):
         return replace(request, gpus=request.gpus[rank : rank + 1])
-    return Score() if isinstance(request, Score) and rank else request
+    return replace(request, keep=None, reference=None) if isinstance(request, Score) and rank else request
 
 
 def _of(rank: int, failed: Failed) -> Failed:
@@ -232,12 +239,16 @@ def together(answers: Sequence[Answered], doubled_bytes: int) -> Answered:
 
 
 def _phase(same: Sequence[Phase], doubled_bytes: int) -> Phase:
-    """Add up a phase of all ranks, which go through it in step: their peaks are taken to come at once."""
+    """Add up a phase of all ranks, which go through it in step: their peaks are taken to come at once.
+
+    `doubled_bytes` are those at the end of the request, of which an earlier phase may have had fewer.
+    """
     sampled = any(phase.sampled for phase in same)
+    peaks = [phase.ram_peak_bytes or 0 for phase in same]
     read = [phase.disk_read_bytes for phase in same if phase.disk_read_bytes is not None]
     return replace(
         same[0],
-        ram_peak_bytes=None if sampled else sum(phase.ram_peak_bytes or 0 for phase in same) - doubled_bytes,
+        ram_peak_bytes=None if sampled else max(sum(peaks) - doubled_bytes, *peaks),
         ram_anon_bytes=sum(phase.ram_anon_bytes or 0 for phase in same),
         sampled=sampled,
         disk_read_bytes=sum(read) if len(read) == len(same) else None,
