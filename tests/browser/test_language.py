@@ -87,6 +87,8 @@ def test_one_model_is_answered_in_chinese(show: Open, results: list[Result]) -> 
     assert cell(browser, "fp16", "direct").find_element(By.CSS_SELECTOR, ".why").get_attribute("textContent") == (
         "gpu:0 装不下：需要 12.0 GiB（权重 11.5，KV 0.1，额外开销 0.5），可用 11.6。可试 --precision int8 或 --placement gpu+cpu。"
     )
+    judged = browser.find_element(By.CSS_SELECTOR, "#case-chatglm-6b-int4-direct .judged bdi").get_attribute("textContent")
+    assert judged == "困惑度比参照高 1.8 %，下一 token 一致率 93.1 %，KL 散度 0.031，没有丢失答案"
     assert in_english(browser, shown) == []
 
 

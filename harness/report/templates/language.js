@@ -10,7 +10,7 @@ const speaking = (table) => {
   const [ENGLISH, OTHER] = ["en", "zh"];
   const root = document.documentElement;
   let spoken = ENGLISH;
-  const QUOTED = "bdi:not(.why > *, .lead > *), code, pre, q, data, script, style, .strip, .names, [translate=no]";
+  const QUOTED = "bdi:not(.why > *, .lead > *, .judged > *), code, pre, q, data, script, style, .strip, .names, [translate=no]";
   const ATTRIBUTES = ["aria-label", "title", "placeholder"];
   const LETTER = /[A-Za-z]/;
   const FAR_EAST = /[\u3040-\u9fff\uac00-\ud7af]/;
@@ -60,7 +60,7 @@ const speaking = (table) => {
   const phrase = (text) => {
     if (!cache.has(text)) {
       const known = Object.hasOwn(table, text) ? table[text] : undefined;
-      cache.set(text, known ?? filled(text) ?? joined(text, /(?<=\.) /, "") ?? joined(text, ", ", "，"));
+      cache.set(text, known ?? filled(text) ?? joined(text, /(?<=\.) /, "") ?? joined(text, "; ", "；") ?? joined(text, ", ", "，"));
     }
     return cache.get(text);
   };
