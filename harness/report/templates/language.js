@@ -14,6 +14,7 @@ const speaking = (table) => {
   const ATTRIBUTES = ["aria-label", "title", "placeholder"];
   const LETTER = /[A-Za-z]/;
   const FAR_EAST = /[\u3040-\u9fff\uac00-\ud7af]/;
+  const MOST_LETTERS = 2000; // of a text with slots: a longer one is no text of ours, and would take long to try
   const PART = "\ufffc"; // an element within a sentence
   const UNITS = "(?:[KMGT]iB|bytes|tokens/s|GB/s|ms|s|min|h|J|%)(?:/s)?(?![\\w/])";
   const SHAPES = {
@@ -39,6 +40,7 @@ const speaking = (table) => {
     slotted.push({ longest, pattern: new RegExp(`^${source.join("")}$`), slots, other });
   }
   const filled = (text) => {
+    if (text.length > MOST_LETTERS) return;
     for (const { longest, pattern, slots, other } of slotted) {
       const found = text.includes(longest) && pattern.exec(text);
       if (!found) continue;
