@@ -82,7 +82,8 @@ class Threshold(Record, frozen=True, kw_only=True):
 
 
 def _say_perplexity(excess: float) -> str:
-    return f"perplexity {units.format_share(abs(excess))} {'above' if excess >= 0 else 'below'} the reference"
+    share = units.format_share(abs(excess))
+    return f"perplexity {share} above the reference" if excess >= 0 else f"perplexity {share} below the reference"
 
 
 def _say_answers(lost: float) -> str:

@@ -72,7 +72,7 @@ FLOORS = (
     ("cost",),
     ("planner",),
     # showing and tying together
-    ("report", "report.text", "report.axes"),
+    ("report", "report.text", "report.axes", "report.language"),
     ("report.charts", "report.labels", "report.markdown"),
     ("report.figures",),
     ("live",),

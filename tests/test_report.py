@@ -41,7 +41,11 @@ class Node:
 
     @property
     def text(self) -> str:
-        return " ".join("".join(child if isinstance(child, str) else f" {child.text} " for child in self.children).split())
+        """What a reader gets of it, with a blank between elements but none before a point."""
+        if self.tag in ("script", "style"):
+            return ""
+        said = " ".join("".join(child if isinstance(child, str) else f" {child.text} " for child in self.children).split())
+        return re.sub(r" (?=[,.:;)])", "", said)
 
     def all(self, tag: str, **wanted: str) -> list["Node"]:
         """Find the elements below with this tag and these attributes; `look` is one of the classes."""
@@ -59,6 +63,11 @@ class Node:
             if isinstance(child, Node):
                 yield child
                 yield from child.below()
+
+
+def programs(root: Node) -> list[Node]:
+    """Find the scripts of a page that run: those with a type are blocks of data."""
+    return [node for node in root.all("script") if "type" not in node.attrs]
 
 
 class Reader(HTMLParser):
@@ -151,7 +160,7 @@ def test_real_and_synthetic_results_of_a_case_stand_side_by_side() -> None:
         (False, 1),
         (True, 1),
     ]
-    assert page.render([ok, twin]).count("synthetic weights:") == 1
+    assert page.render([ok, twin]).count("<span>, synthetic weights:") == 1
 
 
 def test_what_a_case_showed_stands_against_a_later_plan_of_the_same_versions() -> None:
@@ -300,14 +309,14 @@ def test_the_answer_comes_first_with_its_figures_and_the_code(result: Result) ->
     answer = root.all("div", look="answer")[0]
     capacity = result.machine.gpus[0].capacity_bytes
     assert capacity
-    assert answer.all("p", look="say")[0].text.replace(" ,", ",") == (
+    assert answer.all("p", look="say")[0].text == (
         f"{GPU_MODEL} fits this machine: int8 on gpu:0 (placement direct, straight to the GPU), "
         f"{units.format_gib(result.metrics['vram_peak_bytes'])} of {units.format_size(capacity)} VRAM, "
         f"{units.format_rate(result.metrics['decode_tok_s'])}, ready in {units.format_seconds(result.metrics['ready_s'])}, "
         "answers intact."
     )
     assert "".join(str(child) for child in answer.all("code")[0].children) == result.code
-    assert "Leaves more memory free: fp16 with placement direct , 4.00 of 11.6 GiB VRAM, 5.00 tokens/s" in answer.text
+    assert "Leaves more memory free: fp16 with placement direct, 4.00 of 11.6 GiB VRAM, 5.00 tokens/s" in answer.text
 
 
 def test_where_nothing_works_the_answer_says_how_it_ended_and_what_was_nearest(golden: list[Result]) -> None:
@@ -315,7 +324,7 @@ def test_where_nothing_works_the_answer_says_how_it_ended_and_what_was_nearest(g
     answer = rendered(failed).all("div", look="answer")[0]
     assert answer.text.startswith("None of the 19 cases works here: 2 out of memory, 3 timed out, 1 crashed, 1 not supported")
     assert "Nearest to fitting is bf16 with placement direct" not in answer.text
-    assert "Nearest to fitting is bf16 with placement ram-to-gpu , expected to need 12.1 of 11.6 GiB VRAM." in answer.text
+    assert "Nearest to fitting is bf16 with placement ram-to-gpu, expected to need 12.1 of 11.6 GiB VRAM." in answer.text
 
 
 def test_answers_that_are_broken_everywhere_are_no_recommendation(result: Result) -> None:
@@ -498,7 +507,7 @@ def test_no_text_of_a_result_becomes_markup(golden: list[Result]) -> None:
         bad["device_map"] = {poison: poison}
         html = page.render([msgspec.convert(bad, Result)], title=poison, problems=[poison])
         root = read(html)
-        assert len(root.all("script")) == 1
+        assert len(programs(root)) == 1
         assert not [node for node in root.below() if "onclick" in node.attrs]
         assert not set(html) & set("\u202e\u2066\x00\x1b\ud800")
         html.encode()
@@ -557,7 +566,7 @@ def test_a_page_of_500_results_stays_below_2_megabytes(golden: list[Result]) -> 
 def test_packed_details_are_those_of_a_small_page(golden: list[Result]) -> None:
     packed = page.render([*golden, *many(golden, 58)])
     assert packed.count("application/octet-stream") == 4
-    assert "Loading code" not in packed
+    assert "<h5>Loading code" not in packed
     small, large = (rendered(golden), read(unpacked(packed)))
     for result in view.newest(golden):
         assert details_of(large, result) == details_of(small, result)

@@ -21,13 +21,14 @@ from harness.case import Result
 from harness.errors import StoreError
 from harness.metrics import METRICS
 from harness.private import clean_text
-from harness.report import charts, view
+from harness.report import charts, language, view
 from harness.report.details import details
 from harness.report.figures import surprise
 from harness.report.overview import overview
 from harness.report.text import line, plural, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
+PAGE_SCRIPTS = ("language.js", "page.js")
 # All charts of a page share this many points, so that a page of 500 cases stays small.
 _POINTS_OF_A_PAGE = 24_000
 _FEWEST_POINTS = 24
@@ -75,6 +76,7 @@ def render(
     measured = {key for result in results for key in result.metrics}
     return template("page.html.j2", *styles).render(
         title=title or _title(found),
+        named=title,
         blocks=found,
         details=functools.partial(details, points=points),
         choices=view.choices(found),
@@ -137,10 +139,10 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
 
 
 @functools.cache
-def template(name: str, *styles: str, script: str = "page.js") -> jinja2.Template:
+def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS) -> jinja2.Template:
     """Return one of our templates, all of which share their parts, their style and how they write text.
 
-    `styles` are files that add to the style, and `script` is all that may run.
+    `styles` are files that add to the style, and `scripts` are all that may run.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -160,10 +162,11 @@ def template(name: str, *styles: str, script: str = "page.js") -> jinja2.Templat
     )
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
     style = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", *styles))
-    code = (_TEMPLATES / script).read_text(encoding="utf-8")
+    code = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in scripts)
     environment.globals |= {
         "style_css": Markup(style),
         "page_js": Markup(code),
+        "chinese": language.block(language.CHINESE),
         "policy": _policy(style, code),
         "overview": overview,
     }

@@ -126,7 +126,7 @@ class _Page:
 
     def html(self) -> str:
         says = {"up": _up(self.link), "data": _data_beside(self.link), "gib": gib, **self.says}
-        return page.template(self.template, *_STYLES, script="site.js").render(says)
+        return page.template(self.template, *_STYLES, scripts=("site.js",)).render(says)
 
 
 def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:

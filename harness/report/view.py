@@ -319,7 +319,7 @@ def _folds(names: Mapping[str, str], placed: Mapping[tuple[str, str], Cell]) -> 
         no_gpu = no_gpu and not any(cell.result.machine.gpus for (_, at), cell in placed.items() if at == name)
         by_reason.setdefault("a GPU" if no_gpu else "", []).append(name)
     for reason, group in by_reason.items():
-        verb = ("needs" if len(group) == 1 else "need") + " a GPU" if reason else "cannot be had here"
+        verb = ("needs a GPU" if len(group) == 1 else "need a GPU") if reason else "cannot be had here"
         cells = [placed[row, at] for at in group for row in ordered({r for r, c in placed if c == at}, PRECISIONS)]
         yield Fold(f"{plural(len(group), 'placement')} {verb}: {', '.join(group)}", tuple(cells))
 

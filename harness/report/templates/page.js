@@ -12,8 +12,12 @@
     short: "{precision} / {place}",
     more: "show more ({left} left)",
     unreadable: "This browser cannot unpack the details: a newer one can.",
-    theme: { auto: "◐ auto", light: "☀ light", dark: "☾ dark" },
+    copy: "copy",
+    auto: "◐ auto",
+    light: "☀ light",
+    dark: "☾ dark",
   };
+  const LANGUAGES = ["en", "zh"];
   const KEYS = ["model", "precision", "placement", "outcome", "fits", "figures", "order"];
   const GIB = 2 ** 30;
   const CARDS = 40;
@@ -22,7 +26,6 @@
   const root = document.documentElement;
   const one = (selector, within = document) => within.querySelector(selector);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-  const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, key) => values[key]);
   root.classList.add("scripted-page");
 
   // The theme is set before anything is painted. Where a file may keep nothing, it lasts as long as the page.
@@ -38,6 +41,8 @@
   show(theme);
 
   const start = () => {
+    const tongue = speaking(JSON.parse(one("#zh").textContent));
+    const say = (key, values) => tongue.say(SAY[key], values);
     const form = one("#filters");
     const flat = one("#flat");
     const tip = one("#tip");
@@ -61,12 +66,13 @@
       for (const part of location.hash.slice(1).split("&")) {
         const [key, value] = part.split("=");
         if (value === undefined) state.anchor ||= decoded(key);
+        else if (key === "lang" && LANGUAGES.includes(value)) state.lang = value;
         else if (KEYS.includes(key) && allowed(key, decoded(value))) state[key] = decoded(value);
       }
       return state;
     };
     const write = (state, how) => {
-      const pairs = KEYS.filter((key) => state[key]).map((key) => `${key}=${encodeURIComponent(state[key])}`);
+      const pairs = [...KEYS, "lang"].filter((key) => state[key]).map((key) => `${key}=${encodeURIComponent(state[key])}`);
       const hash = "#" + [state.anchor, ...pairs].filter(Boolean).join("&");
       if (hash !== location.hash) history[how ?? "pushState"](null, "", hash);
     };
@@ -97,7 +103,7 @@
         return (this.bytes ??= this.planned ? this.figure("=needed_bytes") : this.look === "works" ? this.figure("$=_peak_bytes") : NaN);
       }
       get place() {
-        return this.link.getAttribute("aria-label")?.split(", ").at(-1) ?? one("span", this.cell).textContent;
+        return tongue.inEnglish(this.link, "aria-label")?.split(", ").at(-1) ?? one("span", this.cell).textContent;
       }
     }
     const indexed = (element) => {
@@ -219,7 +225,7 @@
       order(state, found);
       tell(found);
     };
-    const nameOf = (item) => fill(form.elements.model ? SAY.name : SAY.short, item);
+    const nameOf = (item) => say(form.elements.model ? "name" : "short", item);
     const tell = (found) => {
       const output = one("output", form);
       const total = (index ?? []).reduce((sum, part) => sum + part.cases.length, 0);
@@ -228,7 +234,7 @@
       const best = sound.reduce((a, b) => (a && a.speed >= b.speed ? a : b), null);
       const speed = best && one("data[data-key=decode_tok_s]", best.cell).textContent;
       const values = { shown: found.length, all: total, name: best && nameOf(best), speed };
-      output.textContent = found.length ? fill(best ? SAY.fastest : SAY.count, values) : SAY.none;
+      output.textContent = say(found.length ? (best ? "fastest" : "count") : "none", values);
     };
 
     // In an order of one's own the cells stand as cards, the first of them at once.
@@ -257,7 +263,7 @@
       }
       const button = one(".more", flat);
       hide(button, !queue.length);
-      button.textContent = fill(SAY.more, { left: queue.length });
+      button.textContent = say("more", { left: queue.length });
     };
 
     // Details: unpacked when one of them is first asked for, and moved beside its card in an order of one's own.
@@ -272,11 +278,12 @@
         if (!packed.classList.contains("packed")) return; // asked for twice at once
         packed.classList.remove("packed");
         packed.innerHTML = html;
+        tongue.translated(packed);
         const part = index?.find((part) => part.element === workload);
         if (part) part.packed = false;
         for (const item of part?.cases ?? []) hide(document.getElementById(item.anchor), item.off);
       } catch {
-        packed.textContent = SAY.unreadable;
+        packed.textContent = say("unreadable");
       }
     };
     const moved = [];
@@ -319,16 +326,17 @@
     let last = "";
     const apply = () => {
       const state = read();
+      tongue.speak(state.lang, retell);
       if (form) {
         for (const key of KEYS) if (form.elements[key]) form.elements[key].value = state[key] ?? "";
-        const filters = JSON.stringify({ ...state, anchor: "" });
+        const filters = JSON.stringify({ ...state, anchor: "", lang: "" });
         if (filters !== last) filter(state);
         last = filters;
       }
       return reveal(state.anchor);
     };
     const given = () => {
-      const state = { anchor: "" };
+      const state = { anchor: "", lang: read().lang };
       for (const key of KEYS) {
         const typed = form.elements[key]?.value;
         const value = key === "fits" ? typed.trim().replace(",", ".") : typed;
@@ -348,7 +356,7 @@
     });
     form?.addEventListener("reset", (event) => {
       event.preventDefault();
-      write({ anchor: "" });
+      write({ anchor: "", lang: read().lang });
       apply();
       form.elements[0].focus();
     });
@@ -448,25 +456,40 @@
       }
     };
     const copied = async (button) => {
-      const word = (button.dataset.word ??= button.textContent);
-      button.textContent = said.textContent = (await copy(one("pre", button.parentElement))) ? SAY.copied : SAY.press;
+      button.firstChild.data = said.textContent = say((await copy(one("pre", button.parentElement))) ? "copied" : "press");
       setTimeout(() => {
-        button.textContent = word;
+        button.firstChild.data = say("copy");
         said.textContent = "";
       }, 2000);
     };
 
     // The theme.
     const button = one("#theme");
-    button.textContent = SAY.theme[theme];
     button.addEventListener("click", () => {
       show(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
-      button.textContent = SAY.theme[theme];
+      button.textContent = say(theme);
       try {
         localStorage.setItem("fitmatrix-theme", theme);
       } catch {}
     });
 
+    // The language: what the page says of itself is said anew, and the cards are made anew from its cells.
+    const retell = () => {
+      button.textContent = say(theme);
+      tip.hidden = true;
+      if (!last) return; // nothing is filtered yet
+      const state = read();
+      filter(state);
+      if (state.order) reveal(state.anchor);
+    };
+    for (const choice of all("[data-lang]"))
+      choice.addEventListener("click", () => {
+        tongue.remember(choice.dataset.lang);
+        write({ ...read(), lang: choice.dataset.lang }, "replaceState");
+        tongue.speak(choice.dataset.lang, retell);
+      });
+
+    button.textContent = say(theme);
     apply();
     if (form) idly(() => indexOf().forEach((part) => part.cases.forEach((item) => item.need + item.speed)));
   };
