@@ -304,6 +304,13 @@ def test_the_fastest_sound_case_is_recommended(result: Result) -> None:
     assert view.recommend([broken, dead]) is None
 
 
+def test_of_two_that_are_as_fast_the_undisturbed_is_recommended(result: Result) -> None:
+    calm, half = (variant(result, "fp16", metrics=speed(tokens)) for tokens in (10.0, 5.0))
+    loud = variant(result, "int8", metrics=speed(11.0), noisy={"decode_tok_s": "others used 1 of 2 cores"})
+    assert view.recommend([calm, loud]) is calm
+    assert view.recommend([half, loud]) is loud
+
+
 def test_the_answer_comes_first_with_its_figures_and_the_code(result: Result) -> None:
     root = rendered([variant(result, "fp16", metrics=speed(5.0)), result])
     answer = root.all("div", look="answer")[0]
