@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -255,19 +256,28 @@ def _convert(source: Path, directory: Path) -> None:
 
 def _run(command: list[str], log: Path, watch: Callable[[], None], settings: dict[str, str]) -> tuple[int, str]:
     """Run a child to its end, looking at it five times a second; return its status and output. It ends when we do."""
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **settings}
-        ) as child,
-    ):
+    children: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        environment = {**os.environ, **settings}
+        children.append(
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        )
+
+    with log.open("wb") as output, ThreadPoolExecutor(1) as pool:
         try:
+            # In a thread: Ctrl-C, which comes to this one, would lose the child between its fork and its entry in the list.
+            pool.submit(start).result()
+            (child,) = children
             while child.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(timeout=0.2)
                 watch()
         finally:
-            child.kill()
+            pool.shutdown()
+            for child in children:
+                with child:
+                    child.kill()
     return child.returncode, log.read_text(encoding="utf-8", errors="replace")
 
 

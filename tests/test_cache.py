@@ -363,4 +363,9 @@ def test_an_interrupt_leaves_nothing(stage: str, shelf: Path, wheel: cache.Wheel
     assert run.returncode != 0
     assert "KeyboardInterrupt" in err
     assert left_behind(tmp_path) == set()
-    assert not [child for child in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(child.info["cmdline"] or [])]
+    left = [
+        child.info["cmdline"]
+        for child in psutil.process_iter(["cmdline"])
+        if str(tmp_path) in " ".join(child.info["cmdline"] or [])
+    ]
+    assert not left
