@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +23,7 @@ from platformdirs import user_cache_path
 
 from harness.case import Record
 from harness.errors import UsageError
+from harness.interrupts import deferred
 from harness.progress import Report
 from harness.units import format_size
 
@@ -256,28 +256,21 @@ def _convert(source: Path, directory: Path) -> None:
 
 def _run(command: list[str], log: Path, watch: Callable[[], None], settings: dict[str, str]) -> tuple[int, str]:
     """Run a child to its end, looking at it five times a second; return its status and output. It ends when we do."""
-    children: list[subprocess.Popen[bytes]] = []
-
-    def start() -> None:
-        environment = {**os.environ, **settings}
-        children.append(
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        )
-
-    with log.open("wb") as output, ThreadPoolExecutor(1) as pool:
+    environment, child = {**os.environ, **settings}, None
+    with log.open("wb") as output:
         try:
-            # In a thread: Ctrl-C, which comes to this one, would lose the child between its fork and its entry in the list.
-            pool.submit(start).result()
-            (child,) = children
+            with deferred():  # a child must not be lost between its fork and its name here
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+                )
             while child.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(timeout=0.2)
                 watch()
         finally:
-            pool.shutdown()
-            for child in children:
-                with child:
-                    child.kill()
+            if child is not None:
+                child.kill()
+                child.wait()
     return child.returncode, log.read_text(encoding="utf-8", errors="replace")
 
 

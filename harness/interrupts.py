@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 # What ends a run in order. SIGHUP: its terminal was closed. Windows has the first two.
@@ -15,6 +15,31 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 class Terminated(KeyboardInterrupt):
     """Somebody else than the keyboard asked the run to end."""
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Let signals that end a run be heard only after the block, whoever listens to them; the block must be short.
+
+    Signals come to the main thread alone, so elsewhere there is nothing to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before: dict[int, Callable[[int, FrameType | None], object]] = {}
+    try:
+        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                before[number] = handler
+                signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came:
+        before[number](number, None)
 
 
 class Interrupts:

@@ -14,6 +14,7 @@ import venv
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import msgspec
@@ -369,3 +370,23 @@ def test_an_interrupt_leaves_nothing(stage: str, shelf: Path, wheel: cache.Wheel
         if str(tmp_path) in " ".join(child.info["cmdline"] or [])
     ]
     assert not left
+
+
+def test_a_child_that_begins_as_ctrl_c_comes_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *given: Any, **settings: Any) -> None:
+            super().__init__(*given, **settings)
+            begun.append(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cache._run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", lambda: None, {})
+        assert [child.poll() for child in begun] == [-signal.SIGKILL]
+    finally:
+        for child in begun:
+            with child:
+                child.kill()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.interrupts import Interrupts, Terminated
+from harness.interrupts import Interrupts, Terminated, deferred
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of POSIX")
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -98,3 +98,27 @@ def test_nothing_is_written_to_a_terminal_that_is_gone(interrupts: Interrupts) -
     finally:
         os.close(terminal)
     assert interrupts.exit_status == 129
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["Interrupts", "Python alone"])
+def test_a_deferred_signal_is_heard_after_the_block_by_whoever_listens(interrupts: Interrupts, listens: bool) -> None:
+    if listens:
+        interrupts.install()
+    before, done = signal.getsignal(signal.SIGINT), []
+
+    def careful() -> None:
+        with deferred(), deferred():
+            send(signal.SIGINT)
+            done.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        careful()
+    assert done == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_an_error_in_the_block_is_not_lost_to_a_deferral() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(OSError, match="no program"), deferred():
+        raise OSError("no program")
+    assert signal.getsignal(signal.SIGINT) is before
