@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import pytest
@@ -32,12 +32,16 @@ FLAGS = (
 def found(*names: str) -> str:
     """Return the path of the first program that is installed; without one fail on CI and skip elsewhere."""
     path = next(filter(None, map(shutil.which, names)), None)
-    if path:
-        return path
-    missing = f"{' or '.join(names)} is not installed: apt-get install chromium chromium-driver"
+    if path is None:
+        lacking(f"{' or '.join(names)} is not installed: apt-get install chromium chromium-driver")
+    return path
+
+
+def lacking(what: str) -> NoReturn:
+    """Fail on CI, where everything is to be tested, and skip elsewhere."""
     if os.environ.get("CI"):
-        pytest.fail(missing)
-    pytest.skip(missing)
+        pytest.fail(what)
+    pytest.skip(what)
 
 
 def started(profile: Path) -> Chrome:
