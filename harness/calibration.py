@@ -2,6 +2,7 @@
 
 What physics does not give stands in `data/calibration.toml`. `correct` compares what earlier results measured with what was
 estimated for them before any correction, by figure, kind of device and precision; the cost model multiplies by the median ratio.
+What was estimated by other constants says nothing of these.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from zlib import crc32
 
 import msgspec
 
@@ -21,6 +23,8 @@ BOUND = 16.0
 _FASTEST = 0.25
 # Where less than this share of a token is left beside its bytes, the result tells nothing of the rest.
 _TELLING = 0.2
+# A load differs by this much from run to run: one of a tenth of it must not make that of a large model ten times as long.
+_CHANCE_S = 1.0
 # What a corrected figure may still be off by, with one result and with many.
 SPREAD_ONE, SPREAD_MANY = 1.35, 1.2
 
@@ -63,9 +67,13 @@ class Ratio(Record, frozen=True, kw_only=True):
 
 
 class Calibration(Record, frozen=True, kw_only=True):
-    """The constants, and the ratios that this machine's results gave, by "figure/device/precision"."""
+    """The constants, and the ratios that this machine's results gave, by "figure/device/precision".
+
+    `digest` tells these constants from others (`Estimate.constants`).
+    """
 
     constants: dict[str, Constant]
+    digest: str
     ratios: dict[str, Ratio] = {}
 
     def __getitem__(self, name: str) -> Constant:
@@ -80,29 +88,36 @@ class Calibration(Record, frozen=True, kw_only=True):
 def default() -> Calibration:
     """Read the constants that come with the package."""
     text = (Path(__file__).parent / "data/calibration.toml").read_bytes()
-    return Calibration(constants=msgspec.toml.decode(text, type=dict[str, Constant]))
+    constants = msgspec.toml.decode(text, type=dict[str, Constant])
+    return Calibration(constants=constants, digest=_digest(constants))
+
+
+def _digest(constants: Mapping[str, Constant]) -> str:
+    return f"{crc32(repr([(name, constants[name].best) for name in sorted(constants)]).encode()):08x}"
 
 
 def correct(results: Iterable[Result], machine: Machine | None = None, base: Calibration | None = None) -> Calibration:
     """Return the constants with the ratios that `results` show: those of `machine` alone, if it is given.
 
-    Only cases that ran to their end and carry an estimate count; not those under a limit on RAM, whose files are read anew from the
-    disk, nor those of several processes, which wait for one another. Figures that something disturbed count only where there are no
-    others. A correction that was already in an estimate is taken out again, so that it does not matter in which order results came.
+    Only cases that ran to their end and carry an estimate by the same constants count; not those under a limit on RAM, whose files
+    are read anew from the disk, nor those of several processes, which wait for one another. Figures that something disturbed count
+    only where there are no others. A correction that was already in an estimate is taken out again, so that it does not matter in
+    which order results came.
     """
+    base = base or default()
     found: dict[str, list[float]] = defaultdict(list)
     disturbed: dict[str, list[float]] = defaultdict(list)
     for result in results:
         if (
             result.outcome is Outcome.OK
             and result.estimate
+            and result.estimate.constants == base.digest
             and result.case.ram_bytes is None
             and not (result.loaded and result.loaded.rank_bytes)
             and (machine is None or _same(result.machine, machine))
         ):
             for key, ratio, noisy in _ratios(result, result.estimate):
                 (disturbed if noisy else found)[key].append(ratio)
-    base = base or default()
     return msgspec.structs.replace(base, ratios={key: _summary(values) for key, values in (disturbed | found).items()})
 
 
@@ -138,8 +153,8 @@ def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float, bo
             plain = (estimated[figure] - fixed) / estimate.corrections.get(figure, 1.0)
             if plain < _TELLING * (plain + fixed):
                 continue
-            least = _FASTEST if fixed else 1 / BOUND
-            ratio = min(max((seconds - fixed) / plain, least), BOUND)
+            least, chance = _FASTEST if fixed else 1 / BOUND, _CHANCE_S if figure == LOAD else 0.0
+            ratio = min(max((seconds - fixed + chance) / (plain + chance), least), BOUND)
             yield f"{figure}/{device}/{result.case.precision}", ratio, MEASURES[figure] in result.noisy
 
 

@@ -170,7 +170,8 @@ class Estimate(Record, frozen=True, kw_only=True):
     """What the planner expects of a case.
 
     `corrections` are the factors that results of this machine put into the seconds; of a token's seconds they leave `fixed_token_s`
-    as it is, the bytes that it reads over the bandwidth that was measured.
+    as it is, the bytes that it reads over the bandwidth that was measured. `constants` is the digest of those it was made by, empty
+    where it is not known (`calibration.Calibration`).
     """
 
     tiers: dict[str, TierEstimate]
@@ -179,6 +180,7 @@ class Estimate(Record, frozen=True, kw_only=True):
     decode_tok_s: Span
     corrections: dict[str, float] = {}
     fixed_token_s: float = 0.0
+    constants: str = ""
 
 
 class Plan(Record, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from harness import memory_cost
 from harness.blueprint import Blueprint
-from harness.calibration import Constant, device_of
+from harness.calibration import Calibration, device_of
 from harness.case import Estimate, Machine, Tier, TierEstimate
 from harness.memory_cost import Kept
 from harness.precision import Precision
@@ -69,6 +69,7 @@ def estimate(count: Count, precision: str, machine: Machine) -> Estimate:
         decode_tok_s=spent.decode_tok_s,
         corrections=spent.corrections,
         fixed_token_s=spent.fixed_token_s,
+        constants=count.calibration.digest,
     )
 
 
@@ -120,7 +121,7 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
     rough = ROUGH_SHARE if count.blueprint.rough else KNOWN_SHARE
     capacity = tier.capacity_bytes if tier else None
     if tier is not None and tier.kind == "cpu":
-        return _ram(parts, capacity, rough, count.calibration["ram_resident_share"])
+        return _ram(parts, capacity, rough, count.calibration)
     run = parts.weights + parts.kv + parts.activation.best
     best = max(run, parts.weights + parts.loading.best) + parts.overhead.best
     low = parts.weights * (1 - rough) + parts.kv + parts.activation.low + parts.overhead.low
@@ -142,20 +143,21 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
     )
 
 
-def _ram(parts: Parts, capacity: int | None, rough: float, kept: Constant) -> TierEstimate:
-    """Put the terms of the RAM together: the anonymous part, and with it pages of files, once loading and once generating.
-
-    `kept` is the share of the capacity that the kernel leaves resident where pages of files would fill it.
-    """
+def _ram(parts: Parts, capacity: int | None, rough: float, calibration: Calibration) -> TierEstimate:
+    """Put the terms of the RAM together: the anonymous part, and with it pages of files, once loading and once generating."""
+    kept = calibration["ram_resident_share"]
+    # What is being written fills the RAM as well.
+    loading = calibration["ram_resident_share_writing"] if parts.written else kept
     low, best, high = (_moments(parts, end, rough) for end in ("low", "best", "high"))
+    load_peak = _resident(best["load"], best["load_anon"], capacity, loading.best)
     return TierEstimate(
         weights_bytes=parts.weights,
         kv_bytes=parts.kv,
-        activation_bytes=int(parts.activation.best),
+        activation_bytes=int(parts.activation.best + parts.brought),
         overhead_bytes=int(parts.overhead.best + parts.heap.best + parts.libraries.best),
         allocated_bytes=int(parts.weights + parts.kv + parts.activation.best),
-        peak_bytes=_resident(max(best["load"], best["run"]), best["needed"], capacity, kept.best),
-        load_peak_bytes=_resident(best["load"], best["load_anon"], capacity, kept.best),
+        peak_bytes=max(load_peak, _resident(best["run"], best["needed"], capacity, kept.best)),
+        load_peak_bytes=load_peak,
         low_bytes=_resident(max(low["load_anon"], low["run"]), low["needed"], capacity, kept.low),
         high_bytes=_resident(max(high["load"], high["run"]), high["needed"], capacity, kept.high),
         capacity_bytes=capacity,
@@ -177,13 +179,15 @@ def _moments(parts: Parts, end: str, rough: float) -> dict[str, float]:
         float(getattr(part, end)) for part in (parts.overhead, parts.heap, parts.libraries, parts.activation)
     )
     doubt = {"low": 1 - rough, "best": 1.0, "high": 1 + rough}[end]
+    # The first pages that every token reads may go again before the last come from the disk.
+    brought = 0 if end == "low" else parts.brought
     held = overhead + parts.copied * doubt + heap
     load_anon, run_anon = held + parts.loading.best * doubt, held + parts.kv + activation
     return {
         "load_anon": load_anon,
         "run_anon": run_anon,
         "load": load_anon + libraries * 0.95 + parts.loading_mapped * doubt,
-        "run": run_anon + libraries + parts.mapped * doubt,
+        "run": run_anon + libraries + float(getattr(parts.mapped, end)) * doubt + brought,
         # The file may be dropped while copies are made of it, but not the pages that every token reads.
-        "needed": max(load_anon, run_anon + parts.read * doubt) + libraries,
+        "needed": max(load_anon, run_anon + parts.read * doubt + brought) + libraries,
     }

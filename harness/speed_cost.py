@@ -115,7 +115,7 @@ class _Clock:
             self._cost("load_s", pick)
             + effort.tensors * self._cost("load_s_per_tensor", pick)
             + self._from_disk(wanted, pick)
-            + self._from_disk(effort.written, pick)  # as fast one way as the other
+            + self._from_disk(effort.written, pick) / self._rate("disk_write_share", pick)
             + effort.copied_bytes / self._rate("cast_bytes_per_s", pick)
             + effort.unpacked / self._rate("gguf_elements_per_s", pick)
             + effort.vocabulary * self._cost("gguf_s_per_string", pick)
@@ -127,9 +127,14 @@ class _Clock:
         """Bring what is still on the disk, compute the prompt, and one pass over the weights."""
         tokens = self.work.batch * self.work.prompt_tokens
         flops = 2.0 * self.effort.parameters * tokens
-        mapped = 0 if self.gpu or self.effort.copied_bytes or self.effort.quantised else self.effort.checkpoint_bytes
         computed = self._cost("first_token_s", pick) + flops / self._flops(pick) + self._packed_anew(pick)
-        return computed + self.token(pick) + self._from_disk(mapped, pick)
+        return computed + self.token(pick) + self._from_disk(self._unread(pick), pick)
+
+    def _unread(self, pick: str) -> int:
+        """Return the bytes that are mapped and that no token has read yet, where `token` takes them for cached."""
+        if self.gpu or self.effort.copied_bytes or self.effort.quantised:
+            return 0
+        return self.effort.checkpoint_bytes if "disk" not in self.effort.read or self._stays_cached(pick) else 0
 
     def _packed_anew(self, pick: str) -> float:
         """Return the seconds that the first pass takes to pack weights for the processor, where a library does it then."""
@@ -155,12 +160,22 @@ class _Clock:
         return self._moved("best") if is_measured and not self.gpu else 0.0
 
     def _moved(self, pick: str) -> float:
-        """Bring what a token reads. A page cache that does not hold all of it holds nothing: it drops first what comes next."""
+        """Bring what a token reads. A page cache that does not hold all of it drops first what comes next, and keeps little."""
         read = dict(self.effort.read)
         if "disk" in read and not self._stays_cached(pick):
-            mapped = min(self.effort.mapped, read.get("cpu", 0.0))
+            mapped = min(self.effort.mapped, read.get("cpu", 0.0)) - self._kept(pick)
             read |= {"disk": read["disk"] + mapped, "cpu": read.get("cpu", 0.0) - mapped}
         return sum(size / self._path(name, pick) for name, size in read.items() if size)
+
+    def _kept(self, pick: str) -> float:
+        """Return the bytes that a page cache which is too small keeps from token to token: where a cgroup limits it, none."""
+        cpu = self.machine.tier("cpu")
+        limited = cpu is not None and cpu.limit_bytes is not None
+        return 0.0 if limited else self._rate("page_cache_kept_share", pick) * self._cache_room()
+
+    def _cache_room(self) -> float:
+        """Return the bytes that pages of files may take beside what is made in the RAM."""
+        return max(0.0, self._room() - self.effort.copied_bytes)
 
     def _path(self, tier: str, pick: str) -> float:
         """Return the bytes per second from a tier to what computes."""
@@ -190,9 +205,8 @@ class _Clock:
 
     def _stays_cached(self, pick: str) -> bool:
         """Say whether the pages of files that every token reads stay in the RAM, beside what is made there; not at the high end."""
-        room = self._room() - self.effort.copied_bytes
         wanted = self.effort.read["disk"] + self.effort.mapped
-        return pick != "high" and wanted < room * (1.0 if pick == "low" else 0.9)
+        return pick != "high" and wanted < self._cache_room() * (1.0 if pick == "low" else 0.9)
 
     def _is_cached(self, size: float, pick: str) -> bool:
         return pick == "low" or (pick == "best" and size * 2 < self._room())

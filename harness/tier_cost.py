@@ -20,16 +20,18 @@ PAGE_BYTES = 1 << 20
 class Parts(Record, frozen=True, kw_only=True):
     """The terms of one tier.
 
-    Of the weights in the RAM `copied` are anonymous; `mapped` are pages of the file that stay resident and `read` those that every
-    token reads. `overhead` and `heap` are anonymous, `libraries` pages of files. `loading` is needed only while loading, as is the
-    part of the file that is read then, `loading_mapped`. Of the weights on the disk `written` are written there anew.
+    Of the weights in the RAM `copied` are anonymous; `mapped` are pages of the file that stay resident, `read` those that every
+    token reads, and `brought` those of what lies on the disk, a module at a time. `overhead` and `heap` are anonymous, `libraries`
+    pages of files. `loading` is needed only while loading, as is the part of the file that is read then, `loading_mapped`. Of the
+    weights on the disk `written` are written there anew.
     """
 
     weights: int = 0
     written: int = 0
     copied: int = 0
-    mapped: int = 0
+    mapped: Bytes = Bytes()
     read: int = 0
+    brought: int = 0
     kv: int = 0
     activation: Bytes = Bytes()
     overhead: Bytes = Bytes()
@@ -123,9 +125,11 @@ class Count:
         """
         if "disk" not in self.weights:
             return 0
-        if self.rewrites or self.blueprint.file_format != "safetensors":
-            return self.weights["disk"]
-        return int(self.sums["disk"].joined)
+        return self.weights["disk"] if self._writes_all else int(self.sums["disk"].joined)
+
+    @property
+    def _writes_all(self) -> bool:
+        return self.rewrites or self.blueprint.file_format != "safetensors"
 
     def _on_gpu(self, name: str) -> Parts:
         constant, kv = self.calibration, self.kv.get(name, 0)
@@ -161,29 +165,51 @@ class Count:
         return Bytes(best=2.0 * copy_bytes, high=max(4.0 * copy_bytes, self.inventory.largest))
 
     def _in_ram(self) -> Parts:
-        here = self.sums.get("cpu") or Sums()
-        # Weights on a GPU are read from the file as well, which leaves its pages resident while loading.
+        here, away = self.sums.get("cpu") or Sums(), self.sums.get("disk") or Sums()
         touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
-        away = self.sums.get("disk") or Sums()
-        # So are tensors that are cast and written anew to the offload folder.
         again, dropped = here.compared, 0 if here.compared else here.twice
-        file = here.made_from + away.made_from + again + sum(self.sums[gpu].stored for gpu in self.gpus)
+        # Weights on a GPU are read from the file as well, and those that are cast or written anew for the disk.
+        elsewhere = sum(self.sums[gpu].stored for gpu in self.gpus) + (away.stored if self._writes_all else away.made_from)
+        # A head that is stored again lies at the end of the files, among what went elsewhere if anything did.
+        file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
         runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work) * self.shared
+        brought = 0 if self.gpus else self._brought(("disk",))
         return Parts(
             weights=self.weights.get("cpu", 0),
             copied=int(here.made),
-            # Tensors that stay views keep the whole file mapped, and with it the pages that were read to make the others.
-            mapped=int(touched + file) if here.viewed else 0,
+            # Tensors that stay views keep their file mapped, and with it the pages that were read to make the others.
+            mapped=_exact(touched + file) + self._kept_mapped(beyond) if here.viewed else Bytes(),
             read=int(here.viewed_used),
+            brought=0 if self._copies_brought else brought,
             kv=self.kv.get("cpu", 0),
-            # What lies on the disk passes through the RAM, wherever it is computed.
-            activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(self._brought(("disk",))),
+            activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(brought if self._copies_brought else 0),
             overhead=self._process,
-            heap=self._heap(here) + self.calibration["heap_share_disk"].amount(away.made),
+            heap=self._heap(here) + self.calibration["heap_share_disk"].amount(away.made if self._copies_brought else 0),
             libraries=self._libraries,
             loading=_exact((self.inventory.total.made - here.made if self.through_ram else 0) + dropped) + self._unpacking,
-            loading_mapped=int(file + again),  # both of what is compared
+            loading_mapped=int(here.made_from + elsewhere + 2 * again),  # both of what is compared
+            written=self.written,
         )
+
+    def _kept_mapped(self, beyond: float) -> Bytes:
+        """Return how much of the files, read for other tiers or to compare, stays mapped beside the weights in the RAM.
+
+        All of it where there is one file. Of several those go that hold nothing else, and the one that is shared keeps at most all
+        of its pages, which no token reads: the kernel drops them first.
+        """
+        largest = self.blueprint.largest_file
+        if largest is None or largest[1] >= self.blueprint.checkpoint_bytes:
+            return _exact(beyond)
+        return Bytes(high=min(beyond, largest[1]))
+
+    @cached_property
+    def _copies_brought(self) -> bool:
+        """Whether what lies on the disk is copied for each token; else it is mapped, from a safetensors file as it is held.
+
+        accelerate's own dispatch copies what it wrote, and what transformers leaves in the checkpoint is cast anew each time.
+        """
+        away = self.sums.get("disk") or Sums()
+        return self.rewrites or (not self._writes_all and away.made - away.joined > away.held / 2)
 
     @cached_property
     def _process(self) -> Bytes:

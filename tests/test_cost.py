@@ -298,18 +298,77 @@ def test_a_file_that_the_system_does_not_map_is_too_big_however_it_is_placed() -
     assert planner(shards, small).plan(case("fp16/direct", shards)).verdict is Verdict.FITS
 
 
+def with_disk(machine: Machine, bytes_per_s: float) -> Machine:
+    disk = Tier(name="disk", kind="disk", free_bytes=1 << 40, bytes_per_s=bytes_per_s)
+    return replace(machine, tiers=(*(one for one in machine.tiers if one.name != "disk"), disk))
+
+
+def allowed(ram: int) -> Machine:
+    """A machine with 64 GiB of RAM, of which a cgroup allows so much."""
+    cpu = Tier(name="cpu", kind="cpu", total_bytes=64 * GIB, free_bytes=64 * GIB, limit_bytes=ram)
+    return Machine(name="allowed", tiers=(cpu,))
+
+
 def test_what_the_page_cache_does_not_hold_whole_comes_from_the_disk_for_every_token() -> None:
-    """Measured with codegen-16b: 28 GB a token from the disk, of which 15 lie in RAM by the map."""
-    rate = 1e9
-    speeds = {}
-    for ram in (11, 15):
-        machine = profile([], ram=ram * GIB)
-        disk = Tier(name="disk", kind="disk", free_bytes=1 << 40, bytes_per_s=rate)
-        machine = replace(machine, tiers=(*(one for one in machine.tiers if one.name != "disk"), disk))
-        plan = planner(machine=machine).plan(case("fp16/disk"))
+    """Measured: in 8 GiB of a cgroup every byte of ChatGLM 6B and CodeGen 6B; of codegen-16b, without a limit, 24 of 32 GB."""
+    rate, speeds = 1e9, {}
+    machines = {"allowed": allowed(11 * GIB), "small": profile([], ram=11 * GIB), "large": profile([], ram=15 * GIB)}
+    for name, machine in machines.items():
+        plan = planner(machine=with_disk(machine, rate)).plan(case("fp16/disk"))
         assert plan.estimate is not None
-        speeds[ram] = plan.estimate.decode_tok_s
-    read = 2 * CHATGLM.skeleton.parameters / default()["disk_fault_share"].best
-    assert 0.8 * read / rate < 1 / speeds[11].best < 1.2 * read / rate
-    assert speeds[15].best > 4 * speeds[11].best
-    assert speeds[11].low <= speeds[11].best <= speeds[11].high
+        speeds[name] = plan.estimate.decode_tok_s
+    seconds = 1 / (rate * default()["disk_fault_share"].best)
+    kept = default()["page_cache_kept_share"].best * 11 * GIB
+    read = 2 * CHATGLM.skeleton.parameters
+    assert 1 / speeds["allowed"].best == pytest.approx(read * seconds, rel=0.2)
+    assert 1 / speeds["allowed"].best - 1 / speeds["small"].best == pytest.approx(kept * seconds, rel=0.1)
+    assert speeds["large"].best > 4 * speeds["small"].best
+    assert speeds["small"].low <= speeds["small"].best <= speeds["small"].high
+
+
+def test_nothing_is_read_twice_for_the_first_token_where_every_token_reads_all() -> None:
+    """Measured: 9.0 s to the first token of ChatGLM 6B in 8 GiB and 8.9 s to each of the next."""
+    plan = planner(machine=with_disk(allowed(8 * GIB), 2e9)).plan(case("fp16/disk", prompt_tokens=1))
+    assert plan.estimate is not None
+    assert plan.estimate.first_token_s.best < 1.1 / plan.estimate.decode_tok_s.best
+
+
+def test_one_file_stays_mapped_whole_and_of_several_those_that_the_ram_holds_nothing_of_go() -> None:
+    """Measured: CodeGen 6B fills 8 GiB from its one .bin, ChatGLM 6B from eight takes what lies in RAM."""
+    drawn = blueprint.draw(catalog.resolve("codegen-6b-mono"))
+    shards = replace(drawn, largest_file=("a file", drawn.checkpoint_bytes // 8))
+    plans = [planner(one, profile([], ram=64 * GIB)).plan(case("fp16/disk", one)) for one in (drawn, shards)]
+    alone, several = (tier(plan, "cpu") for plan in plans)
+    written = tier(plans[0], "disk").weights_bytes
+    assert alone.peak_bytes - several.load_peak_bytes > several.weights_bytes * 0.9
+    assert alone.load_peak_bytes == several.load_peak_bytes == pytest.approx(written, rel=0.1)
+    assert several.peak_bytes == max(several.load_peak_bytes, several.needed_bytes)
+    assert several.high_bytes - several.needed_bytes > drawn.checkpoint_bytes // 8
+    assert alone.needed_bytes == several.needed_bytes
+
+
+def test_what_is_being_written_leaves_less_of_the_ram_to_what_is_read() -> None:
+    """Measured: of 14 GiB that MOSS writes into its offload folder 13.2 to 14.9 were resident in 22 GiB."""
+    drawn = blueprint.draw(catalog.resolve("moss-moon-003-sft"))
+    roomy, full = (tier(planner(drawn, profile([], ram=ram * GIB)).plan(case("fp16/disk", drawn)), "cpu") for ram in (64, 22))
+    assert full.load_peak_bytes == pytest.approx(22 * GIB * default()["ram_resident_share_writing"].best, abs=2)
+    assert roomy.load_peak_bytes > 1.1 * full.load_peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("way", "file_format", "anonymous"),
+    [
+        ("fp16/disk", "safetensors", False),
+        ("bf16/disk", "safetensors", True),
+        ("bf16/disk", "bin", False),
+        ("fp16/dispatch", "bin", True),
+    ],
+)
+def test_what_comes_from_the_disk_is_mapped_unless_it_is_cast_each_time(way: str, file_format: str, anonymous: bool) -> None:
+    """accelerate's own dispatch copies what it wrote; transformers writes what it cast in another format, and maps that."""
+    one = planner(replace(CHATGLM, file_format=file_format), allowed(9 * GIB))
+    plan = one.plan(case(way))
+    part = one.counts[plan.case.id].parts()["cpu"]
+    assert tier(plan, "disk").weights_bytes > GIB
+    assert tier(plan, "cpu").activation_bytes > 100 * MIB
+    assert (part.activation.best > 100 * MIB, part.brought > 100 * MIB) == (anonymous, not anonymous)

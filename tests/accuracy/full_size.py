@@ -55,6 +55,7 @@ RUNS = (
     Measured("codegen-16b-mono", ("fp16",), ("disk",), FEW, shards="2GB"),
     Measured("codegen-16b-mono", ("int4",), ("cpu",), FEW, shards="2GB"),
     Measured("moss-moon-003-sft", ("fp16",), ("disk",), FEW),
+    Measured("moss-moon-003-sft", ("int4",), ("cpu",), FEW),
 )
 
 
