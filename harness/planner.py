@@ -1,4 +1,4 @@
-"""Plans of one model on one machine: estimate and verdict of every case, what to try instead, and which way is best."""
+"""Plans of one model on one machine: estimate and verdict of every case, and what to try instead."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import msgspec
 from harness import calibration, cost, layout, memory_cost, plan, roommap, sharing
 from harness.blueprint import GGUF_REFUSES, Blueprint
 from harness.calibration import Calibration, Constant
-from harness.case import Case, Estimate, Machine, Plan, Record, TierEstimate, Verdict, Workload
-from harness.catalog import Source
+from harness.case import Case, Estimate, Machine, Plan, TierEstimate, Verdict, Workload
 from harness.devicemap import Device
 from harness.files import quote
 from harness.inventory import MAPPED, Inventory
+from harness.loading import Facts, loading_code
 from harness.memory_cost import Kept
 from harness.placement import DIVIDES, FILE, GIVEN, PLACEMENTS, ROOM, Placement
 from harness.plan import Named, Sizes, Stock
@@ -22,11 +22,9 @@ from harness.precision import PRECISIONS, Precision
 from harness.roommap import Recommendation
 from harness.schemes import SCHEMES, Scheme
 from harness.tier_cost import Count
-from harness.units import format_gib, format_size, significant
+from harness.units import format_gib, format_size
 
 GOOD = (Verdict.FITS, Verdict.TIGHT)
-# At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
-_HALF_TOK_S = 3.0
 _BETWEEN = "{} processes, as by torchrun: {}what they tell each other is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
 # How often our device map is drawn anew with more room; mostly once; a block may be larger than what is short.
@@ -98,17 +96,14 @@ class Planner:
             case=case,
             verdict=verdict,
             why=why or (ours.why if ours else self._between(ranks) if ranks > 1 else None),
-            code=plan.loading_code(
+            code=loading_code(
                 precision,
                 placement,
                 dtype,
                 limits,
                 device_map=tiers,
-                gguf_file=self.blueprint.gguf_file,
-                stored=self.blueprint.packed is not None,
-                ours=self.blueprint.ours,
                 on_gpu=any(tier.startswith("gpu") for tier in count.weights),
-                trusted=self.trust if code else None,
+                facts=self._facts,
             ),
             device_map=None if ranks > 1 else tiers,
             max_memory=limits,
@@ -116,6 +111,12 @@ class Planner:
             remote_code=code,
             trusted=self.trust and bool(code),
         )
+
+    @cached_property
+    def _facts(self) -> Facts:
+        drawn = self.blueprint
+        trusted = self.trust if drawn.remote_code else None
+        return Facts(gguf_file=drawn.gguf_file, stored=drawn.packed is not None, ours=drawn.ours, trusted=trusted)
 
     def _between(self, ranks: int) -> str:
         return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
@@ -346,64 +347,6 @@ def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:
     placement = next((case.placement for case in good if case.precision == one.case.precision), None)
     words = [f"--precision {precision}"] * bool(precision) + [f"--placement {placement}"] * bool(placement)
     return msgspec.structs.replace(one, why=f"{one.why} Try {' or '.join(words)}.") if words else one
-
-
-def recommend(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
-    """Return the best way to load and why: what surely fits, then speed weighed with how well answers keep; None if none fits."""
-    fitting = [one for one in plans if one.verdict is Verdict.FITS] or [one for one in plans if one.verdict is Verdict.TIGHT]
-    if not fitting:
-        return None
-    best = max(fitting, key=_worth)
-    return best, _reason(best, fitting)
-
-
-class Advice(Record, frozen=True, kw_only=True):
-    """The plans of one model, which of them is best, and why."""
-
-    source: Source
-    planner: Planner
-    plans: list[Plan]
-    best: Plan | None
-    reason: str
-
-    @property
-    def blueprint(self) -> Blueprint:
-        return self.planner.blueprint
-
-
-def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Advice:
-    """Plan the cases of one model and choose the best."""
-    plans = planner.plans(cases)
-    best, reason = recommend(plans) or (None, "nothing fits")
-    return Advice(source=source, planner=planner, plans=plans, best=best, reason=reason)
-
-
-def _worth(one: Plan) -> tuple[float, int]:
-    assert one.estimate is not None
-    speed = one.estimate.decode_tok_s.best
-    order = ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
-    return round(PRECISIONS[one.case.precision].keeps * speed / (speed + _HALF_TOK_S), 4), -order
-
-
-def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
-    assert best.estimate is not None
-    return _merit(best, fitting) + (f". {best.why}" if PLACEMENTS[best.case.placement].device_map == ROOM and best.why else "")
-
-
-def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
-    """Say what a plan has over the others that fit."""
-    assert best.estimate is not None
-    if best.verdict is Verdict.TIGHT:
-        return "nothing fits with room to spare; this comes closest"
-    bits = min(PRECISIONS[best.case.precision].bits, 16)
-    wider = [one for one in fitting if PRECISIONS[one.case.precision].bits > bits]
-    if not wider or bits == 16:
-        return "nothing that fits keeps more of the answers, and nothing as good is faster"
-    rival = max(wider, key=_worth)
-    assert rival.estimate is not None
-    times = best.estimate.decode_tok_s.best / rival.estimate.decode_tok_s.best
-    name = f"{rival.case.precision}/{rival.case.placement}"
-    return f"{significant(times, 2)} times as fast as {name}, which is worth the bits it gives up"
 
 
 def _a(noun: str) -> str:

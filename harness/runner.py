@@ -19,11 +19,11 @@ from harness.case import Interference, Machine, Outcome, Phase, Plan, Quality, R
 from harness.errors import WorkerError
 from harness.guard import Breach, Guard, Limits
 from harness.interference import Watch
+from harness.loading import gpus, loading_program
 from harness.meters import Gpus, Sample, Sampler, oom_kills
 from harness.outcome import Evidence, classify
 from harness.patience import Patience
 from harness.placement import PLACEMENTS
-from harness.plan import gpus, loading_program
 from harness.precision import PRECISIONS, Precision
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import (

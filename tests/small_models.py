@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness import catalog, cost, memory_cost
 from harness.blueprint import Blueprint
+from harness.loading import loading_code
 from harness.placement import PLACEMENTS
-from harness.plan import gate, loading_code
+from harness.plan import gate
 from harness.precision import PRECISIONS, Precision
 from harness.protocol import Load
 from harness.skeleton import Skeleton

@@ -56,7 +56,7 @@ FLOORS = (
     ("machine", "catalog", "guard"),
     ("options",),
     ("fingerprint",),
-    ("outcome", "verify"),
+    ("outcome", "verify", "loading"),
     ("plan", "forkserver", "store", "swap"),
     ("artifacts", "published"),
     ("process",),
@@ -71,6 +71,7 @@ FLOORS = (
     ("tier_cost",),
     ("cost",),
     ("planner",),
+    ("advice",),
     # showing and tying together
     ("report", "report.text", "report.axes", "report.language"),
     ("report.charts", "report.labels", "report.markdown"),

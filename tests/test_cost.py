@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from harness import blueprint, catalog, cost, memory_cost, skeleton
+from harness.advice import recommend
 from harness.blueprint import Blueprint
 from harness.calibration import default
 from harness.case import Case, Machine, Plan, Tier, TierEstimate, Verdict, Workload
@@ -18,7 +19,7 @@ from harness.errors import CheckpointError
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
 from harness.placement import PLACEMENTS
-from harness.planner import GOOD, Planner, recommend
+from harness.planner import GOOD, Planner
 from harness.precision import PRECISIONS
 from harness.profiles import profile
 from harness.skeleton import catalog as known

@@ -13,8 +13,8 @@ import harness.models
 from harness import dialogue, process, quality
 from harness.case import Answer, Case, Plan, Result, Verdict
 from harness.dialogue import DIALOGUES, Written
+from harness.loading import loading_code
 from harness.placement import PLACEMENTS
-from harness.plan import loading_code
 from harness.precision import PRECISIONS
 from harness.protocol import Load, Score, ScoreDone
 from harness.runner import Run, Setting, Subject

@@ -17,11 +17,12 @@ from transformers.integrations.gguf import kernels
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 
-from harness import blueprint, catalog, checkpoint, cost, memory_cost, meters, plan, skeleton, store, verify
+from harness import blueprint, catalog, checkpoint, cost, memory_cost, meters, skeleton, store, verify
 from harness.blueprint import Blueprint
 from harness.case import Outcome, Plan, Verdict
 from harness.devicemap import measure
 from harness.errors import CheckpointError, UsageError
+from harness.loading import Facts, loading_code
 from harness.placement import PLACEMENTS
 from harness.planner import Planner
 from harness.precision import PACKED_ARCHITECTURES, PRECISIONS
@@ -58,7 +59,7 @@ def drawn(path: Path) -> Blueprint:
 def loaded(one: Blueprint, folder: Path, precision: str) -> work.Model:
     """Load in RAM by the code that `plan` prints."""
     row = PRECISIONS[precision]
-    code = plan.loading_code(row, PLACEMENTS["cpu"], row.dtype, None, gguf_file=one.gguf_file)
+    code = loading_code(row, PLACEMENTS["cpu"], row.dtype, None, facts=Facts(gguf_file=one.gguf_file))
     return work.load(Load(model=str(folder), code=code, gguf_file=one.gguf_file), lambda _: contextlib.nullcontext())[0]
 
 

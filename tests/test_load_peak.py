@@ -13,8 +13,8 @@ from transformers import CodeGenConfig, CodeGenForCausalLM, GPTNeoXConfig, GPTNe
 
 from harness import blueprint, checkpoint, meters
 from harness.case import TierEstimate
+from harness.loading import loading_code
 from harness.placement import PLACEMENTS
-from harness.plan import loading_code
 from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.units import MIB

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from harness import blueprint, checkpoint
 from harness.case import Machine, Plan, Verdict
+from harness.loading import loading_code
 from harness.placement import PLACEMENTS
-from harness.plan import loading_code
 from harness.planner import Planner, short_of_disk
 from harness.precision import PRECISIONS
 from harness.protocol import Load

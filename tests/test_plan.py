@@ -18,9 +18,10 @@ from harness.case import Machine, Plan, Verdict
 from harness.catalog import Source
 from harness.checkpoint import Checkpoint, Tensor
 from harness.devicemap import MARGIN, STRATEGIES, infer
+from harness.loading import Facts, code_head, loading_code, script
 from harness.machine import limited
 from harness.placement import PLACEMENTS, PRINTED, distinct
-from harness.plan import LIMITS, Sizes, code_head, decide, gate, loading_code, max_memory, script
+from harness.plan import LIMITS, Sizes, decide, gate, max_memory
 from harness.planner import Planner
 from harness.precision import PRECISIONS, Config
 from harness.units import GIB
@@ -279,7 +280,8 @@ def test_a_map_that_leaves_the_disk_alone_needs_no_folder_for_it() -> None:
 
 def test_of_a_gguf_file_only_its_own_precision_keeps_the_blocks() -> None:
     codes = {
-        name: loading_code(PRECISIONS[name], PLACEMENTS["cpu"], "float32", None, gguf_file="a.gguf") for name in ("bf16", "gguf")
+        name: loading_code(PRECISIONS[name], PLACEMENTS["cpu"], "float32", None, facts=Facts(gguf_file="a.gguf"))
+        for name in ("bf16", "gguf")
     }
     quantization = {name: keywords(code)["quantization_config"] for name, code in codes.items()}
     assert quantization == {"bf16": {"quant_method": "gguf", "dequantize": True}, "gguf": {"quant_method": "gguf"}}
@@ -300,7 +302,9 @@ def test_what_takes_objects_imports_them_and_packs_for_the_device_that_computes(
 
 
 def test_what_is_stored_quantised_gets_no_config() -> None:
-    assert "quantization_config" not in loading_code(PRECISIONS["int4"], PLACEMENTS["cpu"], "bfloat16", None, stored=True)
+    assert "quantization_config" not in loading_code(
+        PRECISIONS["int4"], PLACEMENTS["cpu"], "bfloat16", None, facts=Facts(stored=True)
+    )
 
 
 @pytest.mark.parametrize("precision", ["torchao-int8", "quanto-int4", "gptq-int4"])

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import transformers
 
-from harness import blueprint, catalog, plan, verify
+from harness import blueprint, catalog, verify
+from harness.advice import recommend
 from harness.blueprint import Blueprint
 from harness.case import Loaded, Machine, Plan, Verdict
 from harness.devicemap import device_of
+from harness.loading import loading_code
 from harness.placement import PLACEMENTS, distinct
-from harness.planner import GOOD, Planner, recommend
+from harness.planner import GOOD, Planner
 from harness.precision import PRECISIONS
 from harness.profiles import profile
 from harness.protocol import Load
@@ -123,7 +125,7 @@ def test_a_map_in_full_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     transformers.logging.disable_progress_bar()
     small_models.save("llama", tmp_path / "model")
     row = PLACEMENTS["recommended"]
-    code = plan.loading_code(PRECISIONS["bf16"], row, "bfloat16", None, device_map=MAP)
+    code = loading_code(PRECISIONS["bf16"], row, "bfloat16", None, device_map=MAP)
     request = Load(model=str(tmp_path / "model"), code=code, tokenizer=False)
     found = work.inspect(work.load(request, lambda _: contextlib.nullcontext())[0])
     assert found.tier_bytes["disk"] > 0

@@ -13,9 +13,10 @@ import pytest
 from msgspec.structs import replace
 from transformers import AutoModelForCausalLM
 
-from harness import blueprint, calibration, checkpoint, plan, sharing, skeleton
+from harness import blueprint, calibration, checkpoint, sharing, skeleton
 from harness.case import Machine, Plan, Verdict
 from harness.descendants import kill_below
+from harness.loading import script
 from harness.planner import Planner
 from tests import small_models
 from tests.builders import case, gpu, machine
@@ -74,13 +75,13 @@ def test_the_printed_program_shares_the_model_and_says_what_one_process_says(tal
     shared = planned(talking)
     assert shared.verdict is Verdict.FITS
     head = f"MODEL = {str(talking)!r}\n\n"
-    program = plan.script(head, shared)
+    program = script(head, shared)
     assert program.startswith("# Start it by: torchrun --nproc-per-node 2 THIS_FILE\n")
     before_the_end = program.replace(
         "torch.distributed.destroy_process_group()", HELD + "torch.distributed.destroy_process_group()"
     )
     together = run(before_the_end, tmp_path, *TORCHRUN)
-    (said,) = run(plan.script(head, in_ram(talking)), tmp_path)
+    (said,) = run(script(head, in_ram(talking)), tmp_path)
     assert said in together
     held = [int(line.removeprefix("held ")) for line in together if line.startswith("held ")]
     assert held == pytest.approx([gpu_weights(shared)] * 2, rel=0.01)
@@ -132,7 +133,7 @@ def test_without_a_gpu_two_processes_share_it_in_ram(talking: Path) -> None:
         "2 processes, as by torchrun: one thread in each unless OMP_NUM_THREADS says more, "
         "and what they tell each other is not counted in the speed"
     )
-    assert plan.script("", shared).startswith("# Start it by: torchrun --nproc-per-node 2 THIS_FILE\n")
+    assert script("", shared).startswith("# Start it by: torchrun --nproc-per-node 2 THIS_FILE\n")
     assert shared.estimate is not None
     assert alone.estimate is not None
     two, one = shared.estimate.tiers["cpu"], alone.estimate.tiers["cpu"]

@@ -16,8 +16,8 @@ import pytest
 from harness import store
 from harness.case import Outcome, Result, Verdict
 from harness.cli import main
+from harness.loading import loading_code
 from harness.placement import PLACEMENTS, PRINTED
-from harness.plan import loading_code
 from harness.precision import PRECISIONS
 from harness.protocol import Load
 from harness.report.text import visible

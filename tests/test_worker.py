@@ -18,8 +18,9 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness import meters
+from harness.loading import loading_code
 from harness.placement import PLACEMENTS
-from harness.plan import gate, loading_code
+from harness.plan import gate
 from harness.precision import PRECISIONS
 from harness.protocol import Generate, Load, Score
 from harness.quality import PROBE

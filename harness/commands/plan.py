@@ -15,13 +15,13 @@ from harness.training import STAGES
 from harness.units import parse_size
 
 if TYPE_CHECKING:
+    from harness.advice import Advice
     from harness.blueprint import Blueprint
     from harness.calibration import Calibration
     from harness.case import Case, Machine, Plan
     from harness.catalog import Source
     from harness.devicemap import Device
     from harness.minimum import Minimum
-    from harness.planner import Advice
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
 
@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
         UsageError, CheckpointError: the request or a model is wrong; exit status 2.
     """
     from harness import blueprint, mapfile
-    from harness.planner import Planner, advise
+    from harness.advice import advise
+    from harness.planner import Planner
 
     if args.training is not None or args.nodes is not None:
         return _train(args)
@@ -303,14 +304,14 @@ def _print(advices: Sequence[Advice], args: argparse.Namespace, machine: Machine
 
 
 def _print_code(advice: Advice) -> None:
-    from harness import plan
+    from harness import loading
     from harness.planner import GOOD
     from harness.report.text import line
 
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    script = plan.script(_head(advice, one), one, advice.blueprint.gguf_file)
+    script = loading.script(_head(advice, one), one, advice.blueprint.gguf_file)
     print(script if one.verdict in GOOD else f"# {line(str(one.why))}\n{script}", end="")
 
 
@@ -318,11 +319,11 @@ def _head(advice: Advice, one: Plan) -> str:
     """Write where the model is; this code is for the user alone and may name a directory, which results must not."""
     from msgspec.structs import replace
 
-    from harness import plan
+    from harness import loading
 
     source = advice.source
     named = replace(source, name=source.location) if source.kind == "directory" else source
-    return plan.code_head(named, one.case.placement)
+    return loading.code_head(named, one.case.placement)
 
 
 def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from harness.advice import Advice
 from harness.case import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict, Workload
 from harness.catalog import history
 from harness.placement import FILE, PLACEMENTS
-from harness.planner import Advice
 from harness.report import terminal
 from harness.units import format_bandwidth, format_count, format_gib, format_seconds, significant
 
