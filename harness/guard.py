@@ -97,7 +97,11 @@ def available() -> Available:
 
 
 def floor_bytes() -> int:
-    """Return what is left to the machine, or the container: 2 % of its memory, at least 256 MiB, and never more than an eighth."""
+    """Return what is left to the machine, or to the container."""
     total = int(psutil.virtual_memory().total)
-    allowed = min(total, cgroup.memory()[0] or total)
+    return floor_of(min(total, cgroup.memory()[0] or total))
+
+
+def floor_of(allowed: int) -> int:
+    """Return what is left of so much memory: 2 %, at least 256 MiB, and never more than an eighth."""
     return int(min(max(_FLOOR_BYTES, _FLOOR_SHARE * allowed), _FLOOR_MOST_SHARE * allowed))

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 
 import msgspec
 
-from harness import calibration, cost, layout, memory_cost, plan, roommap, sharing
+from harness import calibration, cost, guard, layout, memory_cost, plan, roommap, sharing
 from harness.blueprint import GGUF_REFUSES, Blueprint
 from harness.calibration import Calibration, Constant
 from harness.case import Case, Estimate, Machine, Plan, TierEstimate, Verdict, Workload
@@ -260,10 +260,19 @@ class Planner:
                 continue
             if tier.needed_bytes > tier.capacity_bytes:
                 return Verdict.TOO_BIG, f"too big for {name}: needs {_needs(tier)}, free {format_gib(tier.capacity_bytes)}."
-            if tier.needed_high_bytes > tier.capacity_bytes:
+            left = self._left_to_machine(name, case)
+            if tier.needed_high_bytes > tier.capacity_bytes - left:
                 most, free = format_gib(tier.needed_high_bytes), format_gib(tier.capacity_bytes)
-                tight = f"tight on {name}: needs {_needs(tier)}, up to {most} at worst, free {free}."
+                of_that = f", of which a run leaves {format_gib(left)} to the machine" if left else ""
+                tight = f"tight on {name}: needs {_needs(tier)}, up to {most} at worst, free {free}{of_that}."
         return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
+
+    def _left_to_machine(self, name: str, case: Case) -> int:
+        """Return the bytes of a tier that a run's guard keeps free (`harness.guard`), unless the case has a smaller limit."""
+        tier = self.machine.tier(name)
+        if tier is None or tier.kind != "cpu" or not self.here or tier.total_bytes is None or case.ram_bytes is not None:
+            return 0
+        return guard.floor_of(min(tier.total_bytes, tier.limit_bytes or tier.total_bytes))
 
     def _unmapped(self) -> str | None:
         """Say which file this system does not map for torch and safetensors, however little of it is to be held at once."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import secrets
 import shlex
 import shutil
@@ -16,12 +15,9 @@ from typing import Any
 import msgspec
 
 from harness import (
-    blueprint,
     calibration,
     catalog,
-    checkpoint,
     compare,
-    fingerprint,
     forkserver,
     loading,
     machine,
@@ -33,21 +29,19 @@ from harness import (
     resume,
     runner,
     store,
-    synth,
 )
-from harness.blueprint import Blueprint
 from harness.calibration import Calibration
 from harness.case import Case, Machine, Plan, Result, Verdict, Workload
 from harness.catalog import Source
-from harness.errors import CheckpointError, UsageError
+from harness.errors import UsageError
 from harness.interrupts import Interrupts
+from harness.lineup import Lineup
 from harness.meters import Gpus
 from harness.options import Options
 from harness.placement import FILE, PLACEMENTS, distinct, named
 from harness.planner import Planner
 from harness.precision import PRECISIONS
 from harness.process import WorkerMain
-from harness.progress import Report
 from harness.quality import Reference, reference_of
 from harness.report import page
 from harness.resume import Kept
@@ -76,7 +70,7 @@ class Session:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.sources = _resolved(options.model, real=options.weights == "real")
+        self.models = Lineup(options.model, synthetic=options.weights == "synthetic", trust=self.trust)
         self.device_map = mapfile.asked(options.device_map, self._named)
         self.added = 0
         self.kept: dict[Case, Result] = {}
@@ -89,10 +83,6 @@ class Session:
         self.interrupts = Interrupts()
         self.interrupted = False
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-        self._locations: dict[str, Path] = {}
-        self._checkpoints: dict[str, checkpoint.Checkpoint] = {}
-        self._blueprints: dict[str, Blueprint] = {}
-        self._fingerprints: dict[str, str] = {}
         self._plans: dict[str, Plan] = {}
         self._standards: dict[str, _Standard] = {}
         self._earlier: dict[tuple[Case, str], Result] = {}
@@ -141,7 +131,7 @@ class Session:
         )
         return [
             Case(model=name, precision=precision, placement=placement, workload=load, vram_bytes=vram, ram_bytes=self.options.ram)
-            for name in self.sources
+            for name in self.models.sources
             for precision in self._precisions(name)
             for placement in self._placements
             for vram in (("gpu" in PLACEMENTS[placement].devices and self.options.vram) or (None,))
@@ -161,7 +151,7 @@ class Session:
         """Return the precisions asked for; unless the user named them, the usual ones, or what a quantised checkpoint is."""
         if "precision" in self.options.origin:
             return _in_order(self.options.precision, PRECISIONS)
-        return precision.usual(catalog.stored_as(self.sources[model]))
+        return precision.usual(catalog.stored_as(self.models.sources[model]))
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Have everything at hand that the cases need, before the first is measured: store, models, worker.
@@ -175,28 +165,16 @@ class Session:
         self.store.prepare(to_come)
         _prepare_page(self.html, page.most_bytes(len(cases), self.store.path.stat().st_size))
         runnable = sorted({case.model for case in cases if self._may_run(case)})
-        with catalog.show_progress() as progress:
-            for name in runnable:
-                self._locations[name] = self._fetch(self.sources[name], progress)
-        for name in runnable:
-            self._checkpoints[name] = checkpoint.read(self._locations[name] / (self.sources[name].file or ""))
-            self._fingerprints[name] = fingerprint.of_model(self._locations[name], self._checkpoints[name], trusted=self.trust)
+        self.models.fetch(runnable)
         if self.options.resume:
             self._earlier = resume.newest(self.store.read()[0], self.machine)
         for name in runnable:
-            drawn = self._blueprint(name)
-            if drawn.unknown is not None:
-                raise CheckpointError(self._locations[name] / checkpoint.CONFIG, drawn.unknown)
+            drawn = self.models.blueprint(name)
             if self.device_map is not None:
                 mapfile.check(self.device_map, drawn.skeleton, len(self.machine.gpus), model=name)
         forkserver.live_in(self._scratch.path)
         if self.worker_main is None and any(self._why_again(case) for case in cases if case.model in runnable):
-            forkserver.warm_up(sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in runnable})))
-
-    def _fetch(self, source: Source, progress: Report) -> Path:
-        if self.options.weights == "synthetic":
-            return synth.fetch(source, progress)
-        return catalog.fetch(source, progress=progress, trust_remote_code=self.trust)
+            forkserver.warm_up(self.models.modeling_modules(runnable))
 
     def _may_run(self, case: Case) -> bool:
         """Say whether a model is worth fetching for a case; whether what is stored packed needs a package, the files will tell."""
@@ -204,23 +182,15 @@ class Session:
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
-        read = self._checkpoints.get(case.model)
-        if read is None:
+        if not self.models.fetched(case.model):
             return plan.decide(case, machine.limited(self.machine, case), None)
         if case.id not in self._plans:
-            here, drawn = machine.limited(self.machine, case), self._blueprint(case.model)
+            here, drawn = machine.limited(self.machine, case), self.models.blueprint(case.model)
             cases = [one for one in self.cases() if _limits(one) == _limits(case)]
             ours = Planner(drawn, here, constants=self._calibration, trust=self.trust, device_map=self.device_map)
             made = map(_not_measured, ours.plans(cases or [case]))
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
-
-    def _blueprint(self, name: str) -> Blueprint:
-        """Draw the blueprint of a model that is here, once; an architecture that is new takes transformers some seconds."""
-        if name not in self._blueprints:
-            read, location = self._checkpoints[name], self._locations[name]
-            self._blueprints[name] = blueprint.of_checkpoint(name, self.sources[name].location, read, location)
-        return self._blueprints[name]
 
     @cached_property
     def _calibration(self) -> Calibration:
@@ -229,16 +199,16 @@ class Session:
 
     def subject(self, case: Case) -> Subject:
         """Return the model of a case and what its predictions are compared with."""
-        source = self.sources[case.model]
+        source = self.models.sources[case.model]
         standard = self._standards.get(case.model)
-        drawn = self._blueprints.get(case.model)
+        drawn = self.models.blueprint(case.model) if self.models.fetched(case.model) else None
         return Subject(
-            location=self._location(case.model),
+            location=self.models.location(case.model),
             weights=self._weights(case),
             tokenizer=drawn.tokenizer if drawn else False,
             gguf_file=drawn.gguf_file if drawn else None,
             ours=drawn.ours if drawn else False,
-            fingerprint=self._fingerprints.get(case.model, ""),
+            fingerprint=self.models.fingerprint(case.model),
             code_head=loading.code_head(source, case.placement),
             command=self._command(case),
             reference=standard.reference if standard else None,
@@ -247,18 +217,13 @@ class Session:
         )
 
     def _weights(self, case: Case) -> str:
-        """Say what the weights of a case are: a directory that is given as real may hold synthetic ones."""
-        is_synthetic = self.options.weights == "synthetic" or synth.is_synthetic(self._location(case.model))
-        return "synthetic" if is_synthetic else "real"
-
-    def _location(self, model: str) -> Path:
-        return self._locations.get(model, Path(self.sources[model].location))
+        return "synthetic" if self.models.is_synthetic(case.model) else "real"
 
     def _predictions_file(self, model: str) -> Path:
-        return self._scratch.path / f"reference-{list(self.sources).index(model)}.npy"
+        return self._scratch.path / f"reference-{list(self.models.sources).index(model)}.npy"
 
     def _command(self, case: Case) -> str:
-        model = _sayable(self.sources[case.model])
+        model = _sayable(self.models.sources[case.model])
         words = ["pytest", "cases/", "--model", model, "--precision", case.precision, "--placement", case.placement]
         words += ["--device-map", _from_here(self.options.device_map)] if case.placement == FILE else []
         limits = (("--vram", case.vram_bytes), ("--ram", case.ram_bytes))
@@ -394,16 +359,6 @@ def _limits(case: Case) -> tuple[str, int | None, int | None]:
     return case.model, case.vram_bytes, case.ram_bytes
 
 
-def _resolved(models: Sequence[str], *, real: bool) -> dict[str, Source]:
-    """Resolve models to sources by name; two directories of one name could not be told apart in the results."""
-    sources: dict[str, Source] = {}
-    for source in (catalog.resolve(model, weights=real) for model in models):
-        other = sources.setdefault(source.name, source)
-        if other.location != source.location:
-            raise UsageError(f"two models are called {source.name!r}: {other.location} and {source.location}; rename a directory")
-    return sources
-
-
 def _sayable(source: Source) -> str:
     """Write the model for a command: a directory as seen from here, or by its name alone where that would name others."""
     place = Path(source.location) / (source.file or "")
@@ -429,12 +384,6 @@ def _not_measured(one: Plan) -> Plan:
 
 def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:
     return [name for name in table if name in names]
-
-
-def _modeling_module(read: checkpoint.Checkpoint) -> str | None:
-    """Name transformers' module of the model's classes, which the first from_pretrained would import."""
-    kind = str(read.config.get("model_type", "")).replace("-", "_")
-    return f"transformers.models.{kind}.modeling_{kind}" if re.fullmatch(r"\w+", kind, re.ASCII) else None
 
 
 def _prepare_page(path: Path, need_bytes: int) -> None:

@@ -90,7 +90,7 @@ FLOORS = (
     ("report.atlas",),
     ("report.sitedata",),
     ("report.site",),
-    ("resume",),
+    ("resume", "lineup"),
     ("session",),
     ("minimum",),
     ("report.minimums",),

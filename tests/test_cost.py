@@ -373,3 +373,16 @@ def test_what_comes_from_the_disk_is_mapped_unless_it_is_cast_each_time(way: str
     assert tier(plan, "disk").weights_bytes > GIB
     assert tier(plan, "cpu").activation_bytes > 100 * MIB
     assert (part.activation.best > 100 * MIB, part.brought > 100 * MIB) == (anonymous, not anonymous)
+
+
+def test_what_a_run_leaves_to_the_machine_is_not_counted_on() -> None:
+    """A run's guard ends a case before the last 2 % are taken; a machine that is only described has no guard."""
+    needed = tier(planner(machine=profile([], ram=64 * GIB)).plan(case("fp32/cpu")), "cpu").needed_high_bytes
+    machine = profile([], ram=needed + 100 * MIB)
+    assert planner(machine=machine).plan(case("fp32/cpu")).verdict is Verdict.FITS
+    plan = Planner(CHATGLM, machine).plan(case("fp32/cpu"))
+    assert plan.verdict is Verdict.TIGHT
+    assert str(plan.why).endswith("of which a run leaves 0.522 to the machine.")
+    limited = replace(case("fp32/cpu"), ram_bytes=needed + 100 * MIB)
+    assert Planner(CHATGLM, machine).plan(limited).verdict is Verdict.FITS
+    assert Planner(CHATGLM, profile([], ram=needed + GIB)).plan(case("fp32/cpu")).verdict is Verdict.FITS

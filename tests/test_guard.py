@@ -65,6 +65,7 @@ def test_every_rule_is_broken_here() -> None:
 def test_the_floor_leaves_most_of_a_machine_to_use() -> None:
     total = psutil.virtual_memory().total
     assert min(256 * MIB, total // 8) <= guard.floor_bytes() <= total // 8
+    assert [guard.floor_of(size) for size in (GIB, 8 * GIB, 100 * GIB)] == [128 * MIB, 256 * MIB, 2 * GIB]
     assert 0 < guard.available()() <= total
 
 
