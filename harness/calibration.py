@@ -17,6 +17,8 @@ import msgspec
 
 from harness.case import Estimate, Machine, Outcome, Record, Result
 
+# Raised when the seconds of a case are computed in another way (`speed_cost`): what results showed of the old one does not hold.
+ARITHMETIC = 1
 # A ratio beyond this is another kind of trouble (a busy machine, swapping), not a property of the machine.
 BOUND = 16.0
 # Less than this of what is left of a token beside its bytes says that the bandwidth was underrated, not the processor.
@@ -58,7 +60,10 @@ class Constant(Record, frozen=True, kw_only=True):
 
 
 class Ratio(Record, frozen=True, kw_only=True):
-    """Measured over estimated seconds: the median of `results`, and the interval that a corrected figure keeps."""
+    """Measured over estimated seconds: the median of `results`, and the interval that a corrected figure keeps.
+
+    Of a load a second is added to both (`_CHANCE_S`).
+    """
 
     best: float
     low: float
@@ -69,7 +74,7 @@ class Ratio(Record, frozen=True, kw_only=True):
 class Calibration(Record, frozen=True, kw_only=True):
     """The constants, and the ratios that this machine's results gave, by "figure/device/precision".
 
-    `digest` tells these constants from others (`Estimate.constants`).
+    `digest` tells these constants, and the arithmetic that they are for, from others (`Estimate.constants`).
     """
 
     constants: dict[str, Constant]
@@ -93,7 +98,8 @@ def default() -> Calibration:
 
 
 def _digest(constants: Mapping[str, Constant]) -> str:
-    return f"{crc32(repr([(name, constants[name].best) for name in sorted(constants)]).encode()):08x}"
+    said = [ARITHMETIC, *((name, constants[name].best) for name in sorted(constants))]
+    return f"{crc32(repr(said).encode()):08x}"
 
 
 def correct(results: Iterable[Result], machine: Machine | None = None, base: Calibration | None = None) -> Calibration:
@@ -134,7 +140,7 @@ def _same(one: Machine, other: Machine) -> bool:
 
 
 def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float, bool]]:
-    """Yield what a result shows: the key of a correction, measured / estimated, and whether the measured was disturbed."""
+    """Yield what a result shows: the key of a correction, its ratio, and whether what was measured was disturbed."""
     # The median token rather than the mean speed: another process that took the machine for a moment is no property of it.
     measured = {
         LOAD: result.metrics.get("load_s"),

@@ -145,17 +145,18 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
 
 def _ram(parts: Parts, capacity: int | None, rough: float, calibration: Calibration) -> TierEstimate:
     """Put the terms of the RAM together: the anonymous part, and with it pages of files, once loading and once generating."""
-    kept = calibration["ram_resident_share"]
-    # What is being written fills the RAM as well.
-    loading = calibration["ram_resident_share_writing"] if parts.written else kept
+    kept, writing = calibration["ram_resident_share"], calibration["ram_resident_share_writing"]
     low, best, high = (_moments(parts, end, rough) for end in ("low", "best", "high"))
-    load_peak = _resident(best["load"], best["load_anon"], capacity, loading.best)
+    # What is written to the disk comes last, and fills the RAM as well.
+    load_peak = _resident(best["load"] - parts.rewritten, best["load_anon"], capacity, kept.best)
+    if parts.rewritten:
+        load_peak = max(load_peak, _resident(best["load"], best["load_anon"], capacity, writing.best))
     return TierEstimate(
         weights_bytes=parts.weights,
         kv_bytes=parts.kv,
         activation_bytes=int(parts.activation.best + parts.brought),
         overhead_bytes=int(parts.overhead.best + parts.heap.best + parts.libraries.best),
-        allocated_bytes=int(parts.weights + parts.kv + parts.activation.best),
+        allocated_bytes=int(parts.weights + parts.kv + parts.activation.best + parts.brought),
         peak_bytes=max(load_peak, _resident(best["run"], best["needed"], capacity, kept.best)),
         load_peak_bytes=load_peak,
         low_bytes=_resident(max(low["load_anon"], low["run"]), low["needed"], capacity, kept.low),

@@ -51,7 +51,7 @@ class Lineup:
         return name in self._checkpoints
 
     def location(self, name: str) -> Path:
-        """Return where the files of a model are, or will be."""
+        """Return the directory that the files of a model are in; before they are fetched, the path or id that it goes by."""
         return self._locations.get(name, Path(self.sources[name].location))
 
     def fingerprint(self, name: str) -> str:
@@ -74,7 +74,8 @@ class Lineup:
 
     def is_synthetic(self, name: str) -> bool:
         """Say whether the weights of a model are synthetic: a directory that is given as real may hold such."""
-        return self._synthetic or synth.is_synthetic(self.location(name))
+        is_here = self.fetched(name) or self.sources[name].kind == "directory"
+        return self._synthetic or (is_here and synth.is_synthetic(self.location(name)))
 
     def modeling_modules(self, names: Collection[str]) -> list[str]:
         """Name transformers' modules of the models' classes, which the first from_pretrained would import."""

@@ -10,7 +10,7 @@ import msgspec
 from harness import calibration, cost, guard, layout, memory_cost, plan, roommap, sharing
 from harness.blueprint import GGUF_REFUSES, Blueprint
 from harness.calibration import Calibration, Constant
-from harness.case import Case, Estimate, Machine, Plan, TierEstimate, Verdict, Workload
+from harness.case import Case, Estimate, Machine, Plan, Tier, TierEstimate, Verdict, Workload
 from harness.devicemap import Device
 from harness.files import quote
 from harness.inventory import MAPPED, Inventory
@@ -183,7 +183,7 @@ class Planner:
         if key in self._recommended:
             return self._recommended[key]
         capacities = {
-            tier.name: tier.capacity_bytes or layout.ENDLESS for tier in self.machine.tiers if tier.kind in ("gpu", "cpu")
+            tier.name: self._usable(tier, case) or layout.ENDLESS for tier in self.machine.tiers if tier.kind in ("gpu", "cpu")
         }
         draw = partial(
             roommap.recommend,
@@ -248,7 +248,7 @@ class Planner:
         if unknown:
             option = "--ram SIZE" if unknown[0] == "cpu" else "--gpu SIZE"
             return Verdict.UNAVAILABLE, f"nobody told how much memory {unknown[0]} has: add {option}"
-        if unmapped := self._unmapped():
+        if not count.rewrites and (unmapped := self._unmapped()):  # accelerate's own dispatch reads files, and maps none
             return Verdict.TOO_BIG, unmapped
         tight = None
         for name, tier in expected.tiers.items():
@@ -258,21 +258,37 @@ class Planner:
                 continue
             if tier.capacity_bytes is None:
                 continue
-            if tier.needed_bytes > tier.capacity_bytes:
-                return Verdict.TOO_BIG, f"too big for {name}: needs {_needs(tier)}, free {format_gib(tier.capacity_bytes)}."
-            left = self._left_to_machine(name, case)
-            if tier.needed_high_bytes > tier.capacity_bytes - left:
-                most, free = format_gib(tier.needed_high_bytes), format_gib(tier.capacity_bytes)
-                of_that = f", of which a run leaves {format_gib(left)} to the machine" if left else ""
-                tight = f"tight on {name}: needs {_needs(tier)}, up to {most} at worst, free {free}{of_that}."
+            if self._is_short(name, tier, case):
+                return Verdict.TOO_BIG, f"too big for {name}: needs {_needs(tier)}, {self._free(name, tier, case)}."
+            if self._is_short(name, tier, case, doubt=tier.needed_high_bytes - tier.needed_bytes):
+                most = format_gib(tier.needed_high_bytes)
+                tight = f"tight on {name}: needs {_needs(tier)}, up to {most} at worst, {self._free(name, tier, case)}."
         return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
 
-    def _left_to_machine(self, name: str, case: Case) -> int:
-        """Return the bytes of a tier that a run's guard keeps free (`harness.guard`), unless the case has a smaller limit."""
-        tier = self.machine.tier(name)
-        if tier is None or tier.kind != "cpu" or not self.here or tier.total_bytes is None or case.ram_bytes is not None:
-            return 0
-        return guard.floor_of(min(tier.total_bytes, tier.limit_bytes or tier.total_bytes))
+    def _is_short(self, name: str, tier: TierEstimate, case: Case, doubt: int = 0) -> bool:
+        """Say whether a tier has not enough for a case, if that needs `doubt` more than is likely."""
+        capacity, usable = tier.capacity_bytes, self._usable(self.machine.tier(name), case)
+        return (capacity is not None and tier.needed_bytes + doubt > capacity) or (
+            usable is not None and tier.anon_bytes + doubt > usable
+        )
+
+    def _free(self, name: str, tier: TierEstimate, case: Case) -> str:
+        """Write how much of a tier is free, and how much of that a case cannot have."""
+        capacity, usable = tier.capacity_bytes or 0, self._usable(self.machine.tier(name), case) or 0
+        left = f", of which a run leaves {format_gib(capacity - usable)} to the machine" if usable < capacity else ""
+        return f"free {format_gib(capacity)}{left}"
+
+    def _usable(self, tier: Tier | None, case: Case) -> int | None:
+        """Return the bytes of a tier that a case can make its own: of the RAM not those that a run's guard keeps free.
+
+        Pages of files do not count against it: they can be dropped (`harness.guard`).
+        """
+        if tier is None or tier.kind != "cpu" or tier.capacity_bytes is None or tier.total_bytes is None or not self.here:
+            return tier.capacity_bytes if tier else None
+        if case.ram_bytes is None:
+            return tier.capacity_bytes - guard.floor_of(min(tier.total_bytes, tier.limit_bytes or tier.total_bytes))
+        free = tier.total_bytes if tier.free_bytes is None else tier.free_bytes
+        return min(tier.capacity_bytes, free - guard.floor_of(tier.total_bytes))
 
     def _unmapped(self) -> str | None:
         """Say which file this system does not map for torch and safetensors, however little of it is to be held at once."""
@@ -303,20 +319,19 @@ class Planner:
         most = self.blueprint.context_length or 1 << 20
         new = one.case.workload.new_tokens
         least = new + 1
-        if not self._holds(count, one.case.workload, least):
+        if not self._holds(count, one.case, least):
             return None
         while least < most:
             middle = (least + most + 1) // 2
-            least, most = (middle, most) if self._holds(count, one.case.workload, middle) else (least, middle - 1)
+            least, most = (middle, most) if self._holds(count, one.case, middle) else (least, middle - 1)
         return least
 
-    def _holds(self, count: Count, load: Workload, context: int) -> bool:
+    def _holds(self, count: Count, case: Case, context: int) -> bool:
         """Say whether so many tokens fit, best as the estimate is."""
-        longer = count.longer(msgspec.structs.replace(load, prompt_tokens=max(1, context - load.new_tokens)))
-        for name, tier in cost.memory(longer, self.machine).items():
-            if tier.capacity_bytes is not None and name != "disk" and tier.needed_bytes > tier.capacity_bytes:
-                return False
-        return True
+        prompt = max(1, context - case.workload.new_tokens)
+        longer = count.longer(msgspec.structs.replace(case.workload, prompt_tokens=prompt))
+        tiers = cost.memory(longer, self.machine)
+        return not any(self._is_short(name, tier, case) for name, tier in tiers.items() if name != "disk")
 
 
 def _leaves_off_gpu(precision: Precision, placement: Placement) -> bool:

@@ -27,7 +27,7 @@ _CLOCK = timedelta(days=1)
 _CLOSE = 1e-6  # two figures of one measurement differ by rounding alone
 _S = 0.01  # phases and requests are timed by two clocks of one machine
 _RUN = re.compile(r"(\d{8}T\d{6})Z-[0-9a-f]+")
-_FINGERPRINT = re.compile(r"([0-9a-f]{32})?")
+_FINGERPRINT, _DIGEST = re.compile(r"([0-9a-f]{32})?"), re.compile(r"([0-9a-f]{8})?")
 # The metrics that are the median of samples by these names.
 _MEDIANS: Mapping[str, str] = {
     "warm_first_token_s": "warm_first_token_s",
@@ -39,7 +39,7 @@ _MEDIANS: Mapping[str, str] = {
 _RANGES: Mapping[str, tuple[float, float]] = {
     "perplexity": (1 - _CLOSE, math.inf),
     "top1_agreement": (0, 1 + _CLOSE),
-    "kl": (-0.01, math.inf),  # the reference is kept in float16, which is wrong by up to 0.01 nat (`worker.score`)
+    "kl": (-0.01, math.inf),  # what was measured before the divergence of a rounded reference was never negative
 }
 # What `private.clean` leaves as it is and may hold text.
 _NUMBERS = {"schema", "verdict", "outcome", "samples", "phases", "timeline", "estimate", "allowed_s"}
@@ -214,6 +214,8 @@ def doubt(result: Result, now: datetime) -> str | None:
 def _names(result: Result, _: datetime) -> Iterator[str]:
     if result.id != result.case.id:
         yield f"is called {quote(result.id)}, and its case is {quote(result.case.id)}"
+    if result.estimate and not _DIGEST.fullmatch(result.estimate.constants):
+        yield f"was estimated by constants {quote(result.estimate.constants)}, which is no digest of any"
     if not _FINGERPRINT.fullmatch(result.fingerprint):
         yield f"has fingerprint {quote(result.fingerprint)}, which is none of the files of a model"
     load = result.case.workload

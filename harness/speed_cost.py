@@ -128,7 +128,7 @@ class _Clock:
         tokens = self.work.batch * self.work.prompt_tokens
         flops = 2.0 * self.effort.parameters * tokens
         computed = self._cost("first_token_s", pick) + flops / self._flops(pick) + self._packed_anew(pick)
-        return computed + self.token(pick) + self._from_disk(self._unread(pick), pick)
+        return computed + self.token(pick, first=not self.effort.written) + self._from_disk(self._unread(pick), pick)
 
     def _unread(self, pick: str) -> int:
         """Return the bytes that are mapped and that no token has read yet, where `token` takes them for cached."""
@@ -142,8 +142,10 @@ class _Clock:
         is_measured = not self.gpu and name in self.calibration.constants
         return self.effort.quantised / self._rate(name, pick) if is_measured else 0.0
 
-    def token(self, pick: str) -> float:
-        return max(self._host(pick), self._moved(pick)) if self.gpu else self._host(pick) + self._moved(pick)
+    def token(self, pick: str, first: bool = False) -> float:
+        """Return the seconds of a token; before the `first` nothing was read."""
+        host, moved = self._host(pick), self._moved(pick, first)
+        return max(host, moved) if self.gpu else host + moved
 
     def _host(self, pick: str) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
@@ -159,18 +161,19 @@ class _Clock:
         is_measured = cpu is not None and cpu.bytes_per_s and self.effort.read.keys() == {"cpu"}
         return self._moved("best") if is_measured and not self.gpu else 0.0
 
-    def _moved(self, pick: str) -> float:
+    def _moved(self, pick: str, first: bool = False) -> float:
         """Bring what a token reads. A page cache that does not hold all of it drops first what comes next, and keeps little."""
         read = dict(self.effort.read)
         if "disk" in read and not self._stays_cached(pick):
-            mapped = min(self.effort.mapped, read.get("cpu", 0.0)) - self._kept(pick)
-            read |= {"disk": read["disk"] + mapped, "cpu": read.get("cpu", 0.0) - mapped}
+            mapped = min(self.effort.mapped, read.get("cpu", 0.0))
+            anew = max(0.0, read["disk"] + mapped - (0.0 if first else self._kept(pick)))
+            read |= {"disk": anew, "cpu": read.get("cpu", 0.0) + read["disk"] - anew}
         return sum(size / self._path(name, pick) for name, size in read.items() if size)
 
     def _kept(self, pick: str) -> float:
-        """Return the bytes that a page cache which is too small keeps from token to token: where a cgroup limits it, none."""
+        """Return the bytes that a page cache which is too small keeps from token to token: where a limit makes it so, none."""
         cpu = self.machine.tier("cpu")
-        limited = cpu is not None and cpu.limit_bytes is not None
+        limited = cpu is not None and cpu.limit_bytes is not None and cpu.capacity_bytes == cpu.limit_bytes
         return 0.0 if limited else self._rate("page_cache_kept_share", pick) * self._cache_room()
 
     def _cache_room(self) -> float:

@@ -22,8 +22,8 @@ class Parts(Record, frozen=True, kw_only=True):
 
     Of the weights in the RAM `copied` are anonymous; `mapped` are pages of the file that stay resident, `read` those that every
     token reads, and `brought` those of what lies on the disk, a module at a time. `overhead` and `heap` are anonymous, `libraries`
-    pages of files. `loading` is needed only while loading, as is the part of the file that is read then, `loading_mapped`. Of the
-    weights on the disk `written` are written there anew.
+    pages of files. `loading` is needed only while loading, as is the part of the file that is read then, `loading_mapped`, of which
+    `rewritten` is read last, to be written to the disk. Of the weights on the disk `written` are written there anew.
     """
 
     weights: int = 0
@@ -39,6 +39,7 @@ class Parts(Record, frozen=True, kw_only=True):
     libraries: Bytes = Bytes()
     loading: Bytes = Bytes()
     loading_mapped: int = 0
+    rewritten: int = 0
 
 
 class Count:
@@ -169,11 +170,14 @@ class Count:
         touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
         again, dropped = here.compared, 0 if here.compared else here.twice
         # Weights on a GPU are read from the file as well, and those that are cast or written anew for the disk.
-        elsewhere = sum(self.sums[gpu].stored for gpu in self.gpus) + (away.stored if self._writes_all else away.made_from)
+        rewritten = away.stored if self._writes_all else 0.0
+        elsewhere = sum(self.sums[gpu].stored for gpu in self.gpus) + (rewritten or away.made_from)
         # A head that is stored again lies at the end of the files, among what went elsewhere if anything did.
         file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
         runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work) * self.shared
-        brought = 0 if self.gpus else self._brought(("disk",))
+        brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
+        if self._reads_files:
+            return self._read_whole(here, elsewhere, runs, brought)
         return Parts(
             weights=self.weights.get("cpu", 0),
             copied=int(here.made),
@@ -184,11 +188,11 @@ class Count:
             kv=self.kv.get("cpu", 0),
             activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(brought if self._copies_brought else 0),
             overhead=self._process,
-            heap=self._heap(here) + self.calibration["heap_share_disk"].amount(away.made if self._copies_brought else 0),
+            heap=self._heap(here) + self._heap_of_brought,
             libraries=self._libraries,
             loading=_exact((self.inventory.total.made - here.made if self.through_ram else 0) + dropped) + self._unpacking,
             loading_mapped=int(here.made_from + elsewhere + 2 * again),  # both of what is compared
-            written=self.written,
+            rewritten=int(rewritten),
         )
 
     def _kept_mapped(self, beyond: float) -> Bytes:
@@ -198,18 +202,48 @@ class Count:
         of its pages, which no token reads: the kernel drops them first.
         """
         largest = self.blueprint.largest_file
-        if largest is None or largest[1] >= self.blueprint.checkpoint_bytes:
+        if largest is None:
+            return Bytes(best=beyond, high=beyond)
+        if largest[1] >= self.blueprint.checkpoint_bytes:
             return _exact(beyond)
-        return Bytes(high=min(beyond, largest[1]))
+        borders = sum(tier in self.weights for tier in ("disk", *self.gpus[:1]))
+        return Bytes(high=min(beyond, borders * largest[1]))
 
     @cached_property
     def _copies_brought(self) -> bool:
-        """Whether what lies on the disk is copied for each token; else it is mapped, from a safetensors file as it is held.
+        """Whether the RAM holds copies of what comes from the disk for each token.
 
-        accelerate's own dispatch copies what it wrote, and what transformers leaves in the checkpoint is cast anew each time.
+        accelerate's own dispatch copies what it wrote, for a GPU as well. transformers maps a safetensors file as it is held, or
+        casts what it left in the checkpoint: on the GPU if there is one.
         """
         away = self.sums.get("disk") or Sums()
-        return self.rewrites or (not self._writes_all and away.made - away.joined > away.held / 2)
+        casts = not self._writes_all and not self.gpus and away.made - away.joined > away.held / 2
+        return bool(away.held) and (self.rewrites or casts)
+
+    @property
+    def _heap_of_brought(self) -> Bytes:
+        """What the heap keeps of the copies that are made for each token."""
+        return self.calibration["heap_share_disk"].amount(self.sums["disk"].held if self._copies_brought else 0)
+
+    @property
+    def _reads_files(self) -> bool:
+        """Whether files are read into the RAM, one after the other, instead of mapped: accelerate's own dispatch does so with .bin."""
+        return self.rewrites and self.blueprint.file_format == "bin"
+
+    def _read_whole(self, here: Sums, elsewhere: float, runs: float, brought: int) -> Parts:
+        """Return the terms of the RAM where a file is there whole, until what others hold of it and what was cast has gone."""
+        largest = self.blueprint.largest_file
+        gone = elsewhere + here.made_from + here.twice
+        return Parts(
+            weights=self.weights.get("cpu", 0),
+            copied=int(here.held),
+            kv=self.kv.get("cpu", 0),
+            activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(brought),
+            overhead=self._process,
+            heap=self._heap_of_brought,
+            libraries=self._libraries,
+            loading=_exact(min(gone, largest[1]) if largest else gone),
+        )
 
     @cached_property
     def _process(self) -> Bytes:

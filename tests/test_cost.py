@@ -135,10 +135,11 @@ def test_llama_in_nf4_is_what_was_published() -> None:
 
 
 @pytest.mark.parametrize("name", ["chatglm-6b", "gpt-oss-20b", "deepseek-v2-lite-chat", "gemma-2-9b-it", "smollm2-135m-instruct"])
-def test_every_estimate_is_in_order(name: str) -> None:
+@pytest.mark.parametrize("machine", [RTX_3060, profile([], ram=64 * GIB), profile([], ram=8 * GIB)], ids=lambda found: found.name)
+def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
     drawn = blueprint.draw(catalog.resolve(name))
     cases = [case(f"{precision}/{placement}", drawn) for precision in PRECISIONS for placement in PLACEMENTS]
-    for plan in planner(drawn).plans(cases):
+    for plan in planner(drawn, machine).plans(cases):
         if plan.estimate is None:
             continue
         for found in plan.estimate.tiers.values():
@@ -283,6 +284,15 @@ def test_a_tied_head_that_is_stored_again_takes_memory_until_it_is_tied(way: str
     assert twice.weights_bytes == without.weights_bytes
 
 
+def test_a_cache_that_keeps_what_few_experts_read_leaves_nothing_below_zero() -> None:
+    drawn = blueprint.draw(catalog.resolve("mixtral-8x7b-instruct-v0.1"))
+    for ram in (24, 48, 80):
+        plan = planner(drawn, with_disk(profile([], ram=ram * GIB), 2e9)).plan(case("bf16/disk", drawn))
+        assert plan.estimate is not None
+        for span in (plan.estimate.first_token_s, plan.estimate.decode_tok_s):
+            assert 0 < span.low <= span.best <= span.high
+
+
 def test_a_file_that_the_system_does_not_map_is_too_big_however_it_is_placed() -> None:
     drawn, machine = blueprint.draw(catalog.resolve("codegen-16b-mono")), profile(["A100 80GB"], ram=24 * GIB)
     small = replace(machine, mapping_bytes=24 * GIB)
@@ -376,13 +386,36 @@ def test_what_comes_from_the_disk_is_mapped_unless_it_is_cast_each_time(way: str
 
 
 def test_what_a_run_leaves_to_the_machine_is_not_counted_on() -> None:
-    """A run's guard ends a case before the last 2 % are taken; a machine that is only described has no guard."""
-    needed = tier(planner(machine=profile([], ram=64 * GIB)).plan(case("fp32/cpu")), "cpu").needed_high_bytes
-    machine = profile([], ram=needed + 100 * MIB)
-    assert planner(machine=machine).plan(case("fp32/cpu")).verdict is Verdict.FITS
-    plan = Planner(CHATGLM, machine).plan(case("fp32/cpu"))
-    assert plan.verdict is Verdict.TIGHT
-    assert str(plan.why).endswith("of which a run leaves 0.522 to the machine.")
-    limited = replace(case("fp32/cpu"), ram_bytes=needed + 100 * MIB)
-    assert Planner(CHATGLM, machine).plan(limited).verdict is Verdict.FITS
-    assert Planner(CHATGLM, profile([], ram=needed + GIB)).plan(case("fp32/cpu")).verdict is Verdict.FITS
+    """A run's guard ends a case before the last 2 % are taken; pages of files can be dropped, and what is described has no guard."""
+    found = tier(planner(machine=profile([], ram=64 * GIB)).plan(case("fp32/cpu")), "cpu")
+    full = profile([], ram=found.needed_high_bytes + 100 * MIB)
+    described, here = planner(machine=full).plan(case("fp32/cpu")), Planner(CHATGLM, full).plan(case("fp32/cpu"))
+    assert (described.verdict, here.verdict) == (Verdict.FITS, Verdict.TOO_BIG)
+    assert str(here.why).endswith("free 26.1, of which a run leaves 0.522 to the machine.")
+    doubtful = profile([], ram=found.needed_high_bytes + 300 * MIB)
+    assert Planner(CHATGLM, doubtful).plan(case("fp32/cpu")).verdict is Verdict.TIGHT
+    assert Planner(CHATGLM, profile([], ram=found.needed_high_bytes + GIB)).plan(case("fp32/cpu")).verdict is Verdict.FITS
+    mapped = tier(planner(machine=full).plan(case("fp16/cpu")), "cpu")
+    small = profile([], ram=mapped.needed_high_bytes + 100 * MIB)
+    assert Planner(CHATGLM, small).plan(case("fp16/cpu")).verdict is Verdict.FITS
+
+
+@pytest.mark.parametrize(("spare", "verdict"), [(100 * MIB, Verdict.TOO_BIG), (GIB, Verdict.FITS)])
+def test_under_a_limit_the_machine_keeps_what_is_beyond_it(spare: int, verdict: Verdict) -> None:
+    needed = tier(planner(machine=profile([], ram=64 * GIB)).plan(case("fp32/cpu")), "cpu").needed_high_bytes + MIB
+    cpu = Tier(name="cpu", kind="cpu", total_bytes=needed + spare, free_bytes=needed + spare, limit_bytes=needed)
+    limited = replace(case("fp32/cpu"), ram_bytes=needed)
+    assert Planner(CHATGLM, Machine(name="limited", tiers=(cpu,))).plan(limited).verdict is verdict
+
+
+def test_own_dispatch_holds_a_file_whole_that_is_no_safetensors() -> None:
+    """accelerate reads it by torch.load, without mapping it: the weights are anonymous, and beside them what others hold of it."""
+    drawn = blueprint.draw(catalog.resolve("codegen-6b-mono"))
+    shards = replace(drawn, largest_file=("a file", GIB))
+    card = profile(["RTX 3060 12GB"], ram=64 * GIB)
+    plans = [planner(one, card).plan(case("fp16/dispatch", one)) for one in (drawn, shards)]
+    alone, several = (tier(plan, "cpu") for plan in plans)
+    assert alone.load_anon_bytes - several.load_anon_bytes == pytest.approx(tier(plans[0], "gpu:0").weights_bytes - GIB, rel=0.02)
+    assert several.anon_bytes > several.weights_bytes + GIB
+    mapped = tier(planner(drawn, card).plan(case("fp16/gpu+cpu", drawn)), "cpu")
+    assert mapped.anon_bytes < GIB

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,6 +117,19 @@ def test_the_table_says_verdict_reason_and_what_to_do(say: Said) -> None:
     assert best.split()[:3] == ["int8", "direct", "fits"]
     assert "too big for gpu:0: needs 12.9 GiB" in " ".join(out.split())
     assert "fitmatrix plan chatglm-6b --code int8/direct" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("cards", "shown"), [(0, "RAM.*ready"), (1, "gpu:0.*RAM.*ready"), (2, "gpu:1.*RAM.*tokens/s"), (8, "verdict.*ready")]
+)
+def test_the_table_keeps_every_name_whole_in_80_columns(say: Said, cards: int, shown: str) -> None:
+    _, out, _ = say("chatglm-6b", *(["--gpu", "RTX 3060 12GB"] * cards), "--ram", "32GiB", "--precision", "bf16")
+    rows = [line.split() for line in out.splitlines() if line.startswith("bf16 ")]
+    names = {row[1] for row in rows}
+    assert {"cpu", "disk", *(["balanced_low_0", "recommended"] if cards > 1 else [])} <= names <= {*PLACEMENTS}
+    assert any(row[2:4] == ["too", "big"] for row in rows) == (cards > 0)
+    assert re.search(shown, out.replace("\n", " "))
     assert max(map(len, out.splitlines())) <= 80
 
 

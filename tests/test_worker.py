@@ -162,7 +162,7 @@ def test_a_model_agrees_with_itself(speaker: Model, tmp_path: Path) -> None:
     again = score.score(speaker, Score(reference=str(kept)))
     assert first["agree"] is None
     assert again["agree"] == again["positions"] == first["positions"]
-    assert again["kl"] == pytest.approx(0, abs=1e-3)
+    assert 0 <= again["kl"] < 1e-3
     assert np.load(kept).shape == (first["positions"], VOCABULARY)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -41,9 +42,10 @@ def show(advices: Sequence[Advice], machine: Machine, load: Workload) -> None:
     """Print the machine, and for each model a table, why what does not fit does not, and what to do."""
     parts: list[RenderableType] = [terminal.said(_machine_line(machine))]
     for advice in advices:
-        parts += [terminal.title(_headline(advice)), _table(advice, machine)]
+        table, left_out = _table(advice, machine)
+        parts += [terminal.title(_headline(advice)), table]
         reasons = "\n".join(_reasons(advice.plans))
-        said = (history(advice.blueprint.name), *advice.blueprint.notes, reasons, _conclusion(advice, load))
+        said = (left_out, history(advice.blueprint.name), *advice.blueprint.notes, reasons, _conclusion(advice, load))
         parts += [terminal.said(text) for text in said if text]
     terminal.show(*parts)
 
@@ -78,22 +80,56 @@ def _tier_line(tier: Tier) -> str:
     return f"{name}: {free}{speed}"
 
 
-def _table(advice: Advice, machine: Machine) -> Table:
-    """Draw a row for each case that can be; figures are what must fit, best and at most, in GiB."""
-    tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu")]
+def _span_of(tier: TierEstimate | None) -> str:
+    return f"{format_gib(tier.needed_bytes)}-{format_gib(tier.needed_high_bytes)}" if tier else ""
+
+
+def _best_of(tier: TierEstimate | None) -> str:
+    return format_gib(tier.needed_bytes) if tier else ""
+
+
+class _Layout(NamedTuple):
+    """What a table of plans shows beside verdict and tokens/s: what must fit in each tier, in how many seconds it is ready.
+
+    `lacks` is what a wider one shows.
+    """
+
+    amount: Callable[[TierEstimate | None], str] | None
+    ready: bool
+    lacks: str = ""
+
+
+# The first that is not too wide is drawn.
+_LAYOUTS = (
+    _Layout(_span_of, ready=True),
+    _Layout(_best_of, ready=True, lacks="how much more each tier may need at worst"),
+    _Layout(_best_of, ready=False, lacks="how much more each tier may need at worst, and when it is ready"),
+    _Layout(None, ready=True, lacks="what each tier needs"),
+)
+
+
+def _table(advice: Advice, machine: Machine) -> tuple[Table, str]:
+    """Draw a row for each case that can be, with what must fit in GiB, as far as there is room; and say what there is none for."""
+    for layout in _LAYOUTS:
+        table = _drawn(advice, machine, layout)
+        if terminal.has_room_for(table):
+            break
+    return table, f"A wider terminal, --explain CASE and --json show {layout.lacks}." if layout.lacks else ""
+
+
+def _drawn(advice: Advice, machine: Machine, layout: _Layout) -> Table:
+    tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu")] if layout.amount else []
     heads = [f"{'RAM' if tier.kind == 'cpu' else tier.name}\nof {_gib(tier.capacity_bytes)}" for tier in tiers]
-    table = terminal.table("precision", "placement", "verdict", *heads, "ready", "tokens/s", "", left=3)
+    ready = ["ready"] if layout.ready else []
+    table = terminal.table("precision", "placement", "verdict", *heads, *ready, "tokens/s", "", left=3)
     for one in advice.plans:
         if one.estimate is not None:
-            amounts = [_amount(one.estimate.tiers.get(tier.name)) for tier in tiers]
+            amounts = [layout.amount(one.estimate.tiers.get(tier.name)) for tier in tiers if layout.amount]
             mark = "<-" if one is advice.best else ""
             verdict = Text(_word(one), style=COLOURS.get(one.verdict, ""))
-            table.add_row(one.case.precision, one.case.placement, verdict, *amounts, *_speed(one, one.estimate), mark)
+            seconds, speed = _speed(one, one.estimate)
+            table.add_row(one.case.precision, one.case.placement, verdict, *amounts, *([seconds] * len(ready)), speed, mark)
     return table
-
-
-def _amount(tier: TierEstimate | None) -> str:
-    return f"{format_gib(tier.needed_bytes)}-{format_gib(tier.needed_high_bytes)}" if tier else ""
 
 
 def _speed(one: Plan, expected: Estimate) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +20,7 @@ from harness.report.text import visible
 
 WIDEST = 100
 NARROWEST = 40
+_ENDLESS = 1000
 
 # The colours of Okabe and Ito that the pages use, by kind of module.
 KIND_COLOURS = {
@@ -69,6 +71,12 @@ def table(*columns: str, left: int = 1) -> Table:
             heading, justify="left" if is_word else "right", vertical="bottom" if is_word else "top", no_wrap=not is_word
         )
     return made
+
+
+def has_room_for(part: RenderableType) -> bool:
+    """Say whether the screen is wide enough to show something without wrapping or cutting it."""
+    console = screen()
+    return Measurement.get(console, console.options.update(max_width=_ENDLESS), part).maximum <= console.width
 
 
 def facts(pairs: Iterable[tuple[str, str | Sequence[str]]]) -> Table:

@@ -141,7 +141,7 @@ def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:
     program = compile(request.code, "<loading code>", "exec")
     names: dict[str, Any] = {"MODEL": request.model}
     with phase("load"), _parts_timed(seconds), _timed(seconds, "load_s"):
-        exec(program, names)  # our own code, from harness.plan: what is measured is what is printed
+        exec(program, names)  # our own code, from harness.loading: what is measured is what is printed
     return Model(names["model"].eval(), tokenizer), seconds
 
 

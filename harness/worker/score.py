@@ -85,11 +85,17 @@ def _log_probabilities(model: Model, ids: list[int]) -> torch.Tensor:
 
 
 def _compare(logp: torch.Tensor, reference: Predictions) -> tuple[int, float]:
-    """Return how many positions have the reference's most likely token, and the summed KL(reference || this) in nats."""
+    """Return how many positions have the reference's most likely token, and the summed KL(reference || this) in nats.
+
+    Rounded to float16 the reference's probabilities do not add up to 1; the divergence is that of measures (Csiszar 1975),
+    sum(p log(p/q) - p + q), which is never negative and the usual one where both do.
+    """
     theirs = torch.from_numpy(np.asarray(reference, dtype=np.float32)).to(logp.device)
     # Logits in bfloat16 and a reference in float16 have exact ties; either's favourite counts if the other has none better.
     same = _is_favourite(theirs.argmax(dim=-1), logp) | _is_favourite(logp.argmax(dim=-1), theirs)
-    return int(same.sum()), float((theirs.exp() * (theirs - logp)).sum(dtype=torch.float64))
+    likely = theirs.exp()
+    terms = (theirs - logp).mul_(likely).sub_(likely).add_(logp.exp())
+    return int(same.sum()), float(terms.clamp_(min=0).sum(dtype=torch.float64))  # less than 0 by rounding alone
 
 
 def _is_favourite(tokens: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,7 @@ RUNS = (
     Measured("chatglm-6b", ("fp16", "bf16"), ("disk",), ("--ram", "8GiB", *FEW)),
     Measured("codegen-6b-mono", ("bf16", "int4"), ("cpu",), USUAL),
     Measured("codegen-6b-mono", ("fp16", "bf16"), ("disk",), ("--ram", "8GiB", *FEW)),
+    Measured("stablelm-tuned-alpha-7b", ("fp16",), ("cpu",), FEW),
     Measured("codegen-16b-mono", ("fp16",), ("disk",), ("--run-all", *FEW)),
     Measured("codegen-16b-mono", ("fp16",), ("disk",), FEW, shards="2GB"),
     Measured("codegen-16b-mono", ("int4",), ("cpu",), FEW, shards="2GB"),
@@ -97,21 +98,38 @@ def _worked(results: list[Result]) -> list[Result]:
     return [result for result in results if result.outcome is Outcome.OK]
 
 
-@pytest.mark.parametrize("key", ["ram_peak_bytes", "ram_anon_peak_bytes"])
-def test_ram(results: list[Result], figures: list[Figure], pairs: list[Pair], key: str) -> None:
+def _fills(result: Result) -> bool:
+    """Say whether pages of files would fill the RAM: how many of them stay is the kernel's choice, and another each time."""
+    assert result.estimate
+    tier = result.estimate.tiers["cpu"]
+    return tier.capacity_bytes is not None and tier.peak_bytes > 0.9 * tier.capacity_bytes
+
+
+@pytest.mark.parametrize(
+    ("key", "fills", "likely"),
+    [
+        ("ram_peak_bytes", False, 0.05),
+        ("ram_peak_bytes", True, 0.08),
+        ("ram_anon_peak_bytes", None, 0.1),  # nf4's heap differs from process to process
+    ],
+)
+def test_ram(
+    results: list[Result], figures: list[Figure], pairs: list[Pair], key: str, fills: bool | None, likely: float
+) -> None:
     found = []
     for result in _worked(results):
         assert result.estimate
-        if "anon" in key and "disk" in result.estimate.tiers:
-            continue  # a module that is brought from the disk is counted as if it were copied: an upper bound
         tier = result.estimate.tiers["cpu"]
-        estimated = tier.anon_bytes if "anon" in key else tier.peak_bytes
-        found.append(Pair(case=result.id, figure=key, estimated=estimated, measured=result.metrics[key]))
+        if fills in (None, _fills(result)):
+            estimated = tier.anon_bytes if fills is None else tier.peak_bytes
+            found.append(Pair(case=result.id, figure=key, estimated=estimated, measured=result.metrics[key]))
     pairs += found
-    errors = [pair.estimated / pair.measured - 1 for pair in found]
-    near = f"median {format_share(statistics.median(map(abs, errors)))}, most {format_share(max(map(abs, errors)))}"
-    figures.append(Figure(what=key, rows=len(errors), found=near, wanted="5 %"))
-    assert statistics.median(map(abs, errors)) < (0.1 if "anon" in key else 0.05)  # nf4's heap differs from process to process
+    errors = [abs(pair.estimated / pair.measured - 1) for pair in found]
+    within = sum(error <= 0.05 for error in errors)
+    near = f"{within} of {len(errors)}, median {format_share(statistics.median(errors))}, most {format_share(max(errors))}"
+    what = f"{key} within 5 %" + (", where pages of files fill the RAM" if fills else "")
+    figures.append(Figure(what=what, rows=len(errors), found=near, wanted="5 %"))
+    assert statistics.median(errors) < likely
 
 
 def test_the_measured_peak_lies_in_the_interval(results: list[Result], figures: list[Figure]) -> None:
