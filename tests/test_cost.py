@@ -147,7 +147,7 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
             assert found.load_peak_bytes <= found.peak_bytes
             assert found.allocated_bytes == pytest.approx(found.weights_bytes + found.kv_bytes + found.activation_bytes, abs=2)
             if plan.verdict is Verdict.FITS and found.capacity_bytes is not None:
-                assert found.high_bytes <= found.capacity_bytes
+                assert found.needed_high_bytes <= found.capacity_bytes
         for span in (plan.estimate.load_s, plan.estimate.first_token_s, plan.estimate.decode_tok_s):
             assert 0 < span.low <= span.best <= span.high
         held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
