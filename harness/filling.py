@@ -72,8 +72,8 @@ def _pool(dtype: str, filling: str) -> memoryview:
 def _packed_pool(holds: Holds, bits: int) -> memoryview:
     """Make the bytes that parts of packed weights are filled from.
 
-    Integers are drawn evenly from all but the lowest that `bits`, 4 or 8, can say, so that their mean is 0: from -7 to 7, or to 127.
-    The deviation of n consecutive numbers is sqrt((n^2 - 1) / 12); their scale makes _STD of it.
+    Integers are drawn evenly from all but the lowest that `bits` (4 or 8) can say, so that their mean is 0: from -7 to 7, or from
+    -127 to 127. The deviation of n consecutive numbers is sqrt((n^2 - 1) / 12); their scale makes _STD of it.
     """
     import numpy as np
 

@@ -91,8 +91,8 @@ def packed(config: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> Packed 
     )
 
 
-# What a part of a packed weight holds: integers as unsigned bit fields about a middle, or as signed ones about 0; that middle, or one
-# less; what an integer is multiplied by; the group of each input.
+# What a part of a packed weight holds: integers as unsigned bit fields about a middle, or as signed ones about 0; that middle, or
+# one less; what an integer is multiplied by; the group of each input.
 Holds = Literal["fields", "signed", "middle", "middle-1", "scales", "order"]
 
 

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import harness.models  # noqa: F401 registers our own architectures
@@ -108,7 +111,7 @@ def test_hollow_checkpoints_of_full_size_are_planned_from(name: str, tmp_path: P
     assert found["model"]["checkpoint_bytes"] == pytest.approx(size, rel=near)
     weights, expected = ({plan["placement"]: held(plan) for plan in one["plans"] if plan["tiers"]} for one in (found, known))
     assert weights == pytest.approx(expected, rel=0.005)
-    assert sum(file.stat().st_blocks for file in (tmp_path / "hollow").iterdir()) * 512 < 2 << 20
+    assert sum(file.stat().st_blocks for file in (tmp_path / "hollow").iterdir()) * 512 < 4 << 20  # a page a tensor
 
 
 def plan_of(model: str, capsys: pytest.CaptureFixture[str]) -> Any:
@@ -276,7 +279,7 @@ def test_a_quantised_model_is_imitated_in_its_own_layout(name: str, kind: str, t
     model, info = AutoModelForCausalLM.from_pretrained(there, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    weight = model.get_submodule(module).unpacked(torch.float32)
+    weight = model.get_submodule(module).unpacked(torch.float32).detach()
     assert weight.std() == pytest.approx(0.02, rel=0.02)
     assert abs(weight.mean()) < 0.0005
     prompt = torch.tensor([[5, 6, 7, 1001, 1004]])
@@ -290,33 +293,44 @@ def test_a_quantised_model_is_imitated_in_its_own_layout(name: str, kind: str, t
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gptqmodel 7.6 leaves a temporary folder
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_gptq_and_awq_are_imitated_as_their_packages_load_them(method: str, tmp_path: Path) -> None:
-    (save_gptq if method == "gptq" else save_awq)(*(tmp_path / "real", 4, 128) if method == "gptq" else (tmp_path / "real", 128))
+@pytest.mark.parametrize(("method", "save"), [("gptq", partial(save_gptq, bits=4)), ("awq", save_awq)])
+def test_gptq_and_awq_are_imitated_as_their_packages_load_them(method: str, save: Callable[..., object], tmp_path: Path) -> None:
+    save(tmp_path / "real", group=128)
     real = checkpoint.read(tmp_path / "real")
     there = synth.write(synth.describe(catalog.resolve(str(tmp_path / "real"))), tmp_path / "twin")
     twin = checkpoint.read(there)
     shapes, wanted = ({tensor.name: (tensor.dtype, tensor.shape) for tensor in one.tensors} for one in (twin, real))
     assert shapes == wanted
+    parts = load_file(there / "model.safetensors")
+    module = "model.layers.0.mlp.up_proj"
+    fields, zeros = (nibbles(parts[f"{module}.{part}"]) for part in ("qweight", "qzeros"))
+    assert len(zeros.unique()) == len(parts[f"{module}.scales"].unique()) == 1
+    weight = (fields - zeros[0] - int(method == "gptq")) * parts[f"{module}.scales"].float()[0, 0]
+    assert weight.std() == pytest.approx(0.02, rel=0.02)
+    assert abs(weight.mean()) < 0.0005
     for package in PRECISIONS[f"{method}-int4"].needs:
         pytest.importorskip(package)
     model = AutoModelForCausalLM.from_pretrained(there)
-    layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
-    weight = layer(torch.eye(256, dtype=torch.float16)).float()
-    assert weight.std() == pytest.approx(0.02, rel=0.02)
-    assert abs(weight.mean()) < 0.0005
+    layer: Any = model.get_submodule(module)
+    assert layer(torch.eye(256, dtype=torch.float16)).float().detach().std() == pytest.approx(0.02, rel=0.02)
+
+
+def nibbles(words: torch.Tensor) -> torch.Tensor:
+    """Return the unsigned numbers of 4 bits in int32 words, in whatever order."""
+    pairs = words.flatten().view(torch.uint8)
+    return torch.cat((pairs & 15, pairs >> 4)).float()
 
 
 def test_packed_weights_take_the_memory_of_a_piece(tmp_path: Path) -> None:
     made = synth.describe(catalog.resolve("chatglm-6b-int4"))
-    few = msgspec.structs.replace(made, shards=(made.shards[0][:60],))
+    few = msgspec.structs.replace(made, shards=(made.shards[0][1:60],))  # without the embedding
     tracemalloc.start()
     try:
         synth.write(few, tmp_path / "twin")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert few.bytes > 1200 << 20
+    assert few.bytes > 300 << 20
     assert peak < 200 << 20
 
 

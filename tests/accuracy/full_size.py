@@ -113,9 +113,7 @@ def _fills(result: Result) -> bool:
         ("ram_anon_peak_bytes", None, 0.1),  # nf4's heap differs from process to process
     ],
 )
-def test_ram(
-    results: list[Result], figures: list[Figure], pairs: list[Pair], key: str, fills: bool | None, likely: float
-) -> None:
+def test_ram(results: list[Result], figures: list[Figure], pairs: list[Pair], key: str, fills: bool | None, likely: float) -> None:
     found = []
     for result in _worked(results):
         assert result.estimate
