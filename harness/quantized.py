@@ -32,7 +32,8 @@ class Packed(Record, frozen=True, kw_only=True):
     """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", by which method, its bits and group (0: whole columns).
 
     `varies`: bits differ from module to module. `foreign`: files hold it in a layout that is none of LAYOUTS. `unpacks`:
-    transformers makes 16-bit weights of it on loading, where the package for its kernels is not there (mxfp4).
+    transformers makes 16-bit weights of it on loading, where the package for its kernels is not there (mxfp4). `own`: the config
+    says it in words of the model's own, MOSS's or ChatGLM-6B's, which `harness.models` reads and no package does.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Packed(Record, frozen=True, kw_only=True):
     varies: bool = False
     foreign: bool = False
     unpacks: bool = False
+    own: bool = False
 
     @property
     def method(self) -> str:
@@ -81,6 +83,7 @@ def packed(config: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> Packed 
         varies=bool((_settings(config) or {}).get("dynamic")),
         foreign=_is_foreign(_settings(config) or {}),
         unpacks=title.startswith("mxfp4"),
+        own=_settings(config) is None and not title.startswith("gguf"),
     )
 
 
