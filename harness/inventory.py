@@ -113,7 +113,9 @@ class Inventory:
     @cached_property
     def unpacked_anew(self) -> int:
         """How many weights the layers of `harness.models` unpack for every pass over them."""
-        return sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantises) if self.held.unpacking else 0
+        return (
+            sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantises) if self.held.unpacking else 0
+        )
 
     @cached_property
     def largest(self) -> int:

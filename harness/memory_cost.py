@@ -21,7 +21,8 @@ class Kept(Record, frozen=True, kw_only=True):
     """How the weights of a case are held: the dtype of what is not quantised, and the row of SCHEMES that quantises on loading.
 
     `packed_bits` a weight, scales included, are those of a checkpoint that is quantised already, and with `packed_experts` of its
-    stacked experts too, with `packed_embeddings` of its embedding and head. `unpacking` is the row of UNPACKINGS whose layers run it.
+    stacked experts too, with `packed_embeddings` of its embedding and head. `unpacking` is its row of UNPACKINGS,
+    where our own layers run it.
     """
 
     dtype: str

@@ -150,7 +150,7 @@ class _Clock:
         return max(host, moved) if self.gpu else host + moved
 
     def _unpacked_anew(self, pick: str) -> float:
-        """Return the seconds that unpacking every weight takes: a processor's cores compute it, the memory of a GPU is passed over."""
+        """Return the seconds of unpacking every weight: a processor's cores compute it, the memory of a GPU is passed over."""
         if not self.effort.anew:
             return 0.0
         if self.gpu is None:

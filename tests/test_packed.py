@@ -1,4 +1,4 @@
-"""The packed layers give what their published arithmetic gives, take as little beside their weights as the plan says, and unpack each once."""
+"""The packed layers give what their published arithmetic gives, and take what the plan says beside their weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.memory_cost import Kept, Prefill
+from harness import blueprint, catalog, cost, quantized
+from harness.calibration import default
+from harness.case import Workload
+from harness.inventory import Inventory
 from harness.models.packed import GroupScaledLinear, RowScaledLinear
+from harness.precision import PRECISIONS
+from harness.profiles import profile
 from harness.schemes import UNPACKINGS
+from harness.speed_cost import seconds
+from harness.tier_cost import Count
+from harness.units import GIB
 
 Layer = GroupScaledLinear | RowScaledLinear
 
@@ -46,18 +55,18 @@ def drawn(name: str, inputs: int, outputs: int, *, shuffled: bool = False) -> La
     return layer.requires_grad_(False)
 
 
-def published(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+def published(layer: Layer, dtype: torch.dtype) -> torch.Tensor:
     """Unpack a weight [out, in] as published, number by number, and round it to a dtype."""
     if isinstance(layer, RowScaledLinear):
-        whole = layer.weight
+        whole: torch.Tensor = layer.weight
         if layer.bits == 4:
             whole = torch.stack((whole >> 4, (whole << 4) >> 4), dim=-1).flatten(1)
         return whole.to(dtype) * layer.weight_scale.to(dtype)[:, None]
     shifts = torch.arange(0, 32, layer.bits, dtype=torch.int32)
-    whole = ((layer.qweight[:, None] >> shifts[:, None]) & (2**layer.bits - 1)).flatten(0, 1)
+    fields = ((layer.qweight[:, None] >> shifts[:, None]) & (2**layer.bits - 1)).flatten(0, 1)
     zeros = ((layer.qzeros[:, :, None] >> shifts) & (2**layer.bits - 1)).flatten(1, 2) + 1
     group = layer.g_idx.long()
-    return ((whole - zeros[group]).to(dtype) * layer.scales.to(dtype)[group]).T
+    return ((fields - zeros[group]).to(dtype) * layer.scales.to(dtype)[group]).T
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -144,3 +153,55 @@ class Multiplied(TorchDispatchMode):
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             self.weights += args[-1].numel()
         return func(*args, **(kwargs or {}))
+
+
+# ---- what the plan says ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_has_constants_of_its_own() -> None:
+    names = default().constants.keys()
+    for row in UNPACKINGS.values():
+        asked = (
+            "unpacked_elements_per_core_s",
+            "gpu_unpacked_bytes_per_element",
+            *(f"{on}_operations_per_linear" for on in ("cpu", "gpu")),
+        )
+        assert {f"{name}_{row.like}" for name in asked} <= names
+
+
+def read_by(name: str, ours: bool) -> Count:
+    """Count MOSS's int4 files for a processor, read by our layers or by gptqmodel."""
+    one = blueprint.draw(catalog.resolve(name))
+    assert one.unpacks_itself
+    one = replace(one, ours=ours)
+    row = PRECISIONS["gptq-int4"]
+    return Count(Inventory(one, cost.kept(row, row.dtype, one)), "cpu", Workload(prompt_tokens=1), default())
+
+
+def test_what_our_layers_read_is_planned_by_what_they_take() -> None:
+    """A token of MOSS took 7 ns a weight, where the plan said bitsandbytes' 0.04: gptqmodel's layers keep that."""
+    here = profile([], ram=64 * GIB)
+    found = {ours: read_by("moss-moon-003-sft-int4", ours) for ours in (True, False)}
+    efforts = {ours: cost.effort(count, "gptq-int4") for ours, count in found.items()}
+    assert {ours: effort.like for ours, effort in efforts.items()} == {True: "moss_int4", False: "int4"}
+    linears = 34 * (18432 + 6144 + 24576 + 24576) * 6144
+    assert {ours: effort.anew for ours, effort in efforts.items()} == {True: linears, False: 0}
+    token = {ours: seconds(effort, found[ours].work, replace(here, cores=2), default()) for ours, effort in efforts.items()}
+    assert 1 / token[True].decode_tok_s.best > linears / (2 * default()["unpacked_elements_per_core_s_moss_int4"].best)
+    assert token[True].decode_tok_s.best < token[False].decode_tok_s.best / 10
+    halved = seconds(efforts[True], found[True].work, replace(here, cores=1), default()).decode_tok_s.best
+    assert token[True].decode_tok_s.best / halved == pytest.approx(2, rel=0.1)
+
+
+def test_no_weight_of_theirs_is_planned_whole() -> None:
+    """fc_in of MOSS: 302 MB in float16, and 1.8 GB in the three int32 that it once took."""
+    whole, blocks = (read_by("moss-moon-003-sft-int4", ours).parts()["cpu"].activation.best for ours in (False, True))
+    assert whole - blocks > 0.9 * 24576 * 6144 * 2
+
+
+def test_a_quantization_config_is_read_by_a_package_whatever_the_model() -> None:
+    config = {"model_type": "moss", "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+    of_package, of_moss = quantized.packed(config), quantized.packed({"model_type": "moss", "wbits": 4, "groupsize": 128})
+    assert of_package is not None
+    assert of_moss is not None
+    assert (of_package.own, of_moss.own) == (False, True)

@@ -1,8 +1,8 @@
 """Linear layers whose weights stay packed as two published checkpoints store them, and are unpacked for each use, block by block.
 
 Both come from repositories older than transformers' quantisers: ChatGLM-6B's int8 and int4 files (a scale a row), and MOSS's
-(the layout of GPTQ-for-LLaMa's triton branch: groups of inputs, each with a scale and a zero). No weight is ever there whole: a block
-is unpacked, multiplied with and dropped, and on a processor it never leaves the cache.
+(the layout of GPTQ-for-LLaMa's triton branch: groups of inputs, each with a scale and a zero). No weight is ever there whole: a
+block is unpacked, multiplied with and dropped, and on a processor it never leaves the cache.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def _blocks(states: torch.Tensor, rows: int, width: int) -> Iterator[slice]:
 
 
 def _working_dtype(states: torch.Tensor) -> torch.dtype:
-    """Return the dtype to unpack in; the result is the same in that of `states`, but processors are slow to make 16 bits of integers.
+    """Return the dtype to unpack in: processors are slow to make 16-bit floats of integers.
 
-    It is the same because integers below 257 are exact in all of them, and a product of two 16-bit floats in 32 bits.
+    The weights are the same as if they were unpacked in the dtype of `states`, because integers below 257 are exact in all of them, and a product of two 16-bit floats in 32 bits.
     """
     return torch.promote_types(states.dtype, torch.float32) if states.device.type == "cpu" else states.dtype
 
