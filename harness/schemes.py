@@ -132,7 +132,7 @@ UNPACKINGS: Mapping[str, Unpacking] = {
     "chatglm-int4": Unpacking(like="chatglm_int4", cpu_bytes=6, gpu_bytes=3),
 }
 
-# 1 MiB in float32: what is unpacked stays in the cache of a core. Each block adds to every sum of a prompt, which takes larger ones.
+# 1 MiB in float32: what is unpacked stays in the cache of a core. Each adds to every sum of a prompt, which takes larger ones.
 _CPU_BLOCK, _CPU_BLOCK_AT_MOST = 1 << 18, 1 << 22
 # A GPU starts an operation for each step of a block: few large ones.
 _GPU_BLOCK = 1 << 25

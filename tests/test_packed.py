@@ -66,7 +66,8 @@ def published(layer: Layer, dtype: torch.dtype) -> torch.Tensor:
     fields = ((layer.qweight[:, None] >> shifts[:, None]) & (2**layer.bits - 1)).flatten(0, 1)
     zeros = ((layer.qzeros[:, :, None] >> shifts) & (2**layer.bits - 1)).flatten(1, 2) + 1
     group = layer.g_idx.long()
-    return ((fields - zeros[group]).to(dtype) * layer.scales.to(dtype)[group]).T
+    unpacked: torch.Tensor = (fields - zeros[group]).to(dtype) * layer.scales.to(dtype)[group]
+    return unpacked.T
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -110,7 +110,8 @@ def _blocks(states: torch.Tensor, rows: int, width: int) -> Iterator[slice]:
 def _working_dtype(states: torch.Tensor) -> torch.dtype:
     """Return the dtype to unpack in: processors are slow to make 16-bit floats of integers.
 
-    The weights are the same as if they were unpacked in the dtype of `states`, because integers below 257 are exact in all of them, and a product of two 16-bit floats in 32 bits.
+    The weights are the same as if they were unpacked in the dtype of `states`: integers below 257 are exact in all of them, and the
+    product of two 16-bit floats is in 32 bits.
     """
     return torch.promote_types(states.dtype, torch.float32) if states.device.type == "cpu" else states.dtype
 
