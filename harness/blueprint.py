@@ -151,6 +151,11 @@ class Blueprint(Record, frozen=True, kw_only=True):
         return "gguf" if self.gguf else self.packed.title if self.packed and not self.packed.unpacks else None
 
     @property
+    def unpacks_itself(self) -> bool:
+        """Whether the layers of `harness.models` read what is packed, and no package is needed: MOSS's and ChatGLM-6B's files."""
+        return self.ours and self.packed is not None and self.packed.own
+
+    @property
     def stored_dtype(self) -> str:
         """The dtype of most of the bytes in the files."""
         return max(self.stored, key=lambda dtype: self.stored[dtype], default="float16")

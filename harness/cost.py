@@ -17,7 +17,7 @@ from harness.calibration import Calibration, device_of
 from harness.case import Estimate, Machine, Tier, TierEstimate
 from harness.memory_cost import Kept
 from harness.precision import Precision
-from harness.schemes import SCHEMES
+from harness.schemes import SCHEMES, UNPACKINGS
 from harness.speed_cost import Effort, seconds
 from harness.tier_cost import Count, Parts
 
@@ -34,7 +34,8 @@ def kept(precision: Precision, dtype: str, blueprint: Blueprint) -> Kept:
         return Kept(dtype=dtype, packed_bits=bits, packed_experts=bits is not None, packed_embeddings=bits is not None)
     if blueprint.packed is not None and not blueprint.packed.unpacks:
         bits, experts = packed_bits(blueprint)
-        return Kept(dtype=dtype, packed_bits=bits, packed_experts=experts)
+        own = blueprint.packed.precision if blueprint.unpacks_itself else None
+        return Kept(dtype=dtype, packed_bits=bits, packed_experts=experts, unpacking=own)
     return Kept(dtype=dtype, quantizer=precision.scheme)
 
 
@@ -106,12 +107,15 @@ def effort(count: Count, precision: str) -> Effort:
         copied_bytes=int(here.made) if here else 0,
         written=count.written,
         quantised=int(sum(sums.quantised for sums in count.sums.values()) / 2),
+        anew=inventory.unpacked_anew,
         to_gpu_bytes=sum(count.weights[gpu] for gpu in count.gpus),
     )
 
 
 def like(held: Kept) -> str | None:
     """Name the constants of speed that were measured for what is held; None where nothing is quantised."""
+    if held.unpacking:
+        return UNPACKINGS[held.unpacking].like
     if held.packed_bits:
         return "int8" if held.packed_bits > 6 else "int4"
     return SCHEMES[held.quantizer].like if held.quantizer else None

@@ -111,6 +111,13 @@ class Inventory:
         return int(found)
 
     @cached_property
+    def unpacked_anew(self) -> int:
+        """How many weights the layers of `harness.models` unpack for every pass over them."""
+        return (
+            sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantises) if self.held.unpacking else 0
+        )
+
+    @cached_property
     def largest(self) -> int:
         """Bytes of the largest tensor as held."""
         return max(self.sizes.values(), default=0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from harness.case import Record, Workload
 from harness.devicemap import DTYPE_BYTES
-from harness.schemes import SCHEMES
+from harness.schemes import SCHEMES, UNPACKINGS
 from harness.skeleton import Attention, Block, Module, Skeleton, Tensor, Weight
 
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
@@ -21,7 +21,8 @@ class Kept(Record, frozen=True, kw_only=True):
     """How the weights of a case are held: the dtype of what is not quantised, and the row of SCHEMES that quantises on loading.
 
     `packed_bits` a weight, scales included, are those of a checkpoint that is quantised already, and with `packed_experts` of its
-    stacked experts too, with `packed_embeddings` of its embedding and head.
+    stacked experts too, with `packed_embeddings` of its embedding and head. `unpacking` is its row of UNPACKINGS,
+    where our own layers run it.
     """
 
     dtype: str
@@ -29,6 +30,7 @@ class Kept(Record, frozen=True, kw_only=True):
     packed_bits: float | None = None
     packed_experts: bool = False
     packed_embeddings: bool = False
+    unpacking: str | None = None
 
     @property
     def element_bytes(self) -> int:
@@ -115,10 +117,11 @@ class Prefill:
         linears = [weight.tensor.shape for weight, _ in skeleton.tally if weight.quantises and len(weight.tensor.shape) == 2]
         packed = kept.quantizer is not None or kept.packed_bits is not None
         in_int8 = kept.quantizer == "int8" and device == "gpu"
-        # int8 on a GPU: the input in int8 and the product in int32. Else one Linear is unpacked to the dtype.
+        # int8 on a GPU: the input in int8 and the product in int32. Else one Linear is unpacked to the dtype, or by blocks of it.
         self.per_token = max((4 * rows + columns for rows, columns in linears), default=0) if in_int8 else 0
-        largest = max((rows * columns for rows, columns in linears), default=0)
-        self.unpacked = largest * self.element if packed and not in_int8 else 0
+        self.largest, self.device = max((rows * columns for rows, columns in linears), default=0), device
+        self.whole = packed and not in_int8
+        self.unpacking = UNPACKINGS[kept.unpacking] if kept.unpacking else None
 
     def bytes(self, load: Workload) -> int:
         """Return the most that a pass holds at once."""
@@ -127,7 +130,13 @@ class Prefill:
         layer = inputs + tokens * self.inner * self.element
         if self.eager:
             layer = max(layer, inputs + self._scores(load))
-        return max(layer + self.unpacked + tokens * self.per_token, self.logits(load))
+        return max(layer + self.unpacked(tokens) + tokens * self.per_token, self.logits(load))
+
+    def unpacked(self, tokens: int) -> int:
+        """Return what a Linear is unpacked to that is held packed."""
+        if self.unpacking is not None:
+            return self.unpacking.temporary_bytes(self.largest, self.device, tokens)
+        return self.largest * self.element if self.whole else 0
 
     def _scores(self, load: Workload) -> int:
         """Count attention written out: scores in the dtype, their softmax in float32 and its copy in the dtype."""

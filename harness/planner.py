@@ -77,7 +77,7 @@ class Planner:
     def plan(self, case: Case) -> Plan:
         """Plan one case."""
         precision, placement = PRECISIONS[case.precision], self._placements[case.placement]
-        refused = self._refused(case) or plan.gate(case, self.machine, self.here and not self._unpacks_itself(case), placement)
+        refused = self._refused(case) or plan.gate(case, self.machine, self.here and not self.blueprint.unpacks_itself, placement)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         code = [str(one) for one in self.blueprint.remote_code]
@@ -151,10 +151,6 @@ class Planner:
         elif precision.only is not None:
             why = f"needs {_a(precision.only)} checkpoint, and this one is {self.blueprint.stored_dtype}"
         return (Verdict.INVALID, why) if why else None
-
-    def _unpacks_itself(self, case: Case) -> bool:
-        """Say whether `harness.models` reads what is packed, and no package is needed: MOSS's and ChatGLM-6B's files."""
-        return self.blueprint.ours and PRECISIONS[case.precision].only is not None
 
     def _unpackable(self, scheme: Scheme) -> str | None:
         """Say which weight a scheme cannot pack for a processor; transformers would end with an error of torch's."""

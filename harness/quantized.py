@@ -37,7 +37,8 @@ class Packed(Record, frozen=True, kw_only=True):
 
     `varies`: bits differ from module to module. `selects`: the config names modules that are packed, or that are not. `foreign`:
     files hold it in a layout that is none of LAYOUTS. `unpacks`: transformers makes 16-bit weights of it on loading, where the
-    package for its kernels is not there (mxfp4).
+    package for its kernels is not there (mxfp4). `own`: the config says it in words of the model's own, MOSS's or ChatGLM-6B's,
+    which `harness.models` reads and no package does.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Packed(Record, frozen=True, kw_only=True):
     selects: bool = False
     foreign: bool = False
     unpacks: bool = False
+    own: bool = False
 
     @property
     def method(self) -> str:
@@ -88,6 +90,7 @@ def packed(config: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> Packed 
         selects=any((_settings(config) or {}).get(key) for key in _SELECT_KEYS),
         foreign=_is_foreign(_settings(config) or {}),
         unpacks=title.startswith("mxfp4"),
+        own=_settings(config) is None and not title.startswith("gguf"),
     )
 
 

@@ -1,4 +1,7 @@
-"""SCHEMES: what a quantiser leaves of the weights of a Linear when it quantises on loading. Pure arithmetic on shapes."""
+"""SCHEMES: what a quantiser leaves of the weights of a Linear when it quantises on loading. Pure arithmetic on shapes.
+
+UNPACKINGS: what the layers of `harness.models` take to multiply with weights that are stored packed.
+"""
 
 from __future__ import annotations
 
@@ -98,3 +101,43 @@ SCHEMES: Mapping[str, Scheme] = {
     "quanto-int4": Scheme(size=_quanto_int4, counted=0.5, like="quanto_int4", library="quanto", derived=True, rows=16),
     "fp8": Scheme(size=_fp8, counted=1, like="int8", library="bitsandbytes"),
 }
+
+
+class Unpacking(Record, frozen=True, kw_only=True):
+    """One row of the table, by the row of PRECISIONS that a checkpoint is: how a layer unpacks its weight for every product.
+
+    `like` names the constants of speed that were measured for it (`data/calibration.toml`). An element of a block takes at most
+    `cpu_bytes` or `gpu_bytes` at once in 16 bits, and beside the blocks every weight of the layer `beside`: zeros and scales of its
+    groups.
+    """
+
+    like: str
+    cpu_bytes: float
+    gpu_bytes: float
+    beside: float = 0.0
+
+    def temporary_bytes(self, elements: int, device: str, tokens: int) -> int:
+        """Return the most that a layer of so many weights takes at once beside its input and product."""
+        block = min(elements, block_elements(device, tokens))
+        return int(block * (self.cpu_bytes if device == "cpu" else self.gpu_bytes) + elements * self.beside)
+
+
+# MOSS was published in groups of 128, whose zeros and scales are there in 32 bits.
+_GROUP_BYTES = 8 / 128
+
+UNPACKINGS: Mapping[str, Unpacking] = {
+    "gptq-int8": Unpacking(like="moss_int8", cpu_bytes=8, gpu_bytes=6, beside=_GROUP_BYTES),
+    "gptq-int4": Unpacking(like="moss_int4", cpu_bytes=8, gpu_bytes=6, beside=_GROUP_BYTES),
+    "chatglm-int8": Unpacking(like="chatglm_int8", cpu_bytes=6, gpu_bytes=2),
+    "chatglm-int4": Unpacking(like="chatglm_int4", cpu_bytes=6, gpu_bytes=3),
+}
+
+# 1 MiB in float32: what is unpacked stays in the cache of a core. Each adds to every sum of a prompt, which takes larger ones.
+_CPU_BLOCK, _CPU_BLOCK_AT_MOST = 1 << 18, 1 << 22
+# A GPU starts an operation for each step of a block: few large ones.
+_GPU_BLOCK = 1 << 25
+
+
+def block_elements(device: str, tokens: int) -> int:
+    """Return how many weights are unpacked at once to multiply so many tokens with, on a "cpu" or anything else."""
+    return min(_CPU_BLOCK * max(tokens, 1), _CPU_BLOCK_AT_MOST) if device == "cpu" else _GPU_BLOCK

@@ -25,7 +25,8 @@ class Effort(Record, frozen=True, kw_only=True):
     `read` are the bytes by tier that one token reads, of those in the RAM `mapped` pages of files. `like` names the constants of
     what is quantised. `parameters` are those that a token is multiplied with. While loading `copied_bytes` are made anew in the
     RAM, `written` into the offload folder, and `quantised` weights quantised; `checkpoint_bytes` come from the disk. Of a GGUF
-    `unpacked` weights are made from its blocks and `vocabulary` strings of its metadata read one by one.
+    `unpacked` weights are made from its blocks and `vocabulary` strings of its metadata read one by one. `anew` are the weights
+    that are unpacked for each token.
     """
 
     device: str
@@ -44,6 +45,7 @@ class Effort(Record, frozen=True, kw_only=True):
     written: int
     quantised: int
     to_gpu_bytes: int
+    anew: int
 
 
 class Seconds(Record, frozen=True, kw_only=True):
@@ -144,8 +146,19 @@ class _Clock:
 
     def token(self, pick: str, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
-        host, moved = self._host(pick), self._moved(pick, first)
+        host, moved = self._host(pick), self._moved(pick, first) + self._unpacked_anew(pick)
         return max(host, moved) if self.gpu else host + moved
+
+    def _unpacked_anew(self, pick: str) -> float:
+        """Return the seconds of unpacking every weight: a processor's cores compute it, the memory of a GPU is passed over."""
+        if not self.effort.anew:
+            return 0.0
+        if self.gpu is None:
+            cores = self.machine.cores or 4
+            return self.effort.anew / (cores * self._rate(f"unpacked_elements_per_core_s{self.suffix}", pick))
+        passed = self.effort.anew * self._cost(f"gpu_unpacked_bytes_per_element{self.suffix}", pick)
+        speed = self._known(self.gpu, "gpu_bytes_per_s", pick) * self._rate("gpu_bandwidth_share", pick)
+        return passed / speed
 
     def _host(self, pick: str) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
@@ -195,7 +208,8 @@ class _Clock:
         return tier.bytes_per_s if tier is not None and tier.bytes_per_s else self._rate(constant, pick)
 
     def _ram(self, pick: str) -> float:
-        kind = self.effort.like or self.effort.dtype
+        # What is unpacked for each token takes the time that it takes to unpack, and the rest of the model is read as its dtype is.
+        kind = self.effort.dtype if self.effort.anew else self.effort.like or self.effort.dtype
         known = self._known(self.machine.tier("cpu"), "ram_bytes_per_s", pick)
         return known * self._rate(f"ram_bandwidth_share_{kind}", pick)
 

@@ -1,17 +1,20 @@
-"""Linear layers whose weights stay packed as two published checkpoints store them, and are unpacked for each use.
+"""Linear layers whose weights stay packed as two published checkpoints store them, and are unpacked for each use, block by block.
 
 Both come from repositories older than transformers' quantisers: ChatGLM-6B's int8 and int4 files (a scale a row), and MOSS's
-(the layout of GPTQ-for-LLaMa's triton branch: groups of inputs, each with a scale and a zero).
+(the layout of GPTQ-for-LLaMa's triton branch: groups of inputs, each with a scale and a zero). No weight is ever there whole: a
+block is unpacked, multiplied with and dropped, and on a processor it never leaves the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from harness.schemes import block_elements
 
 _WORD = 32  # bits of the integers that GPTQ packs into
 
@@ -33,16 +36,25 @@ class RowScaledLinear(nn.Module):
         self.weight_scale = nn.Parameter(torch.empty(outputs), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight of shape [out, in] in a floating `dtype`."""
-        whole: torch.Tensor = self.weight
-        if self.bits == 4:
-            even, odd = whole >> 4, (whole << 4) >> 4  # int8 shifts keep the sign
-            whole = torch.stack((even, odd), dim=-1).flatten(1)
-        return whole.to(dtype) * self.weight_scale.to(dtype)[:, None]
-
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return functional.linear(states, self.unpacked(states.dtype), self.bias)
+        product = states.new_empty((*states.shape[:-1], self.out_features))
+        for rows in _blocks(states, self.out_features, self.in_features):
+            bias = None if self.bias is None else self.bias[rows]
+            product[..., rows] = functional.linear(states, self._unpacked(rows, states), bias)
+        return product
+
+    def _unpacked(self, rows: slice, like: torch.Tensor) -> torch.Tensor:
+        """Return some rows of the weight, [rows, in], in the dtype of `like`."""
+        dtype = _working_dtype(like)
+        scale = self.weight_scale[rows].to(like.dtype).to(dtype)
+        return self._integers(rows).to(dtype).mul_(scale[:, None]).to(like.dtype)
+
+    def _integers(self, rows: slice) -> torch.Tensor:
+        whole: torch.Tensor = self.weight[rows]
+        if self.bits == 8:
+            return whole
+        even, odd = whole >> 4, (whole << 4) >> 4  # int8 shifts keep the sign
+        return torch.stack((even, odd), dim=-1).flatten(1)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -68,26 +80,47 @@ class GroupScaledLinear(nn.Module):
         self.g_idx = nn.Parameter(integers(inputs), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight of shape [in, out] in a floating `dtype`."""
-        whole = _fields(self.qweight, self.bits, dim=0)
-        zeros = _fields(self.qzeros, self.bits, dim=1) + 1
-        group = self.g_idx.long()
-        return (whole - zeros[group]).to(dtype) * self.scales.to(dtype)[group]
-
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        product = states @ self.unpacked(states.dtype)
+        dtype, fields = _working_dtype(states), _WORD // self.bits
+        zeros = (_fields(self.qzeros, self.bits, dim=1) + 1).to(dtype)
+        scales = self.scales.to(states.dtype).to(dtype)
+        # Words lie in the order of the inputs, so a block gives a part of every sum.
+        total = states.new_zeros((*states.shape[:-1], self.out_features), dtype=torch.promote_types(states.dtype, torch.float32))
+        for rows in _blocks(states, len(self.qweight), fields * self.out_features):
+            inputs = slice(rows.start * fields, rows.stop * fields)
+            total += states[..., inputs] @ self._unpacked(rows, self.g_idx[inputs], zeros, scales).to(states.dtype)
+        product = total.to(states.dtype)
         return product if self.bias is None else product + self.bias
+
+    def _unpacked(self, rows: slice, group: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Return the weight of the inputs in some rows of words, [inputs, out], in the dtype of `zeros` and `scales`."""
+        weight = _fields(self.qweight[rows], self.bits, dim=0).to(zeros.dtype)
+        return weight.sub_(zeros.index_select(0, group)).mul_(scales.index_select(0, group))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
+def _blocks(states: torch.Tensor, rows: int, width: int) -> Iterator[slice]:
+    """Cut so many rows, each of `width` weights, into blocks for the product with `states`."""
+    each = max(1, block_elements(states.device.type, states.shape[:-1].numel()) // width)
+    return (slice(start, min(start + each, rows)) for start in range(0, rows, each))
+
+
+def _working_dtype(states: torch.Tensor) -> torch.dtype:
+    """Return the dtype to unpack in: processors are slow to make 16-bit floats of integers.
+
+    The weights are the same as if they were unpacked in the dtype of `states`: integers below 257 are exact in all of them, and the
+    product of two 16-bit floats is in 32 bits.
+    """
+    return torch.promote_types(states.dtype, torch.float32) if states.device.type == "cpu" else states.dtype
+
+
 def _fields(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """Unpack the unsigned bit fields of int32 `words` [rows, columns] along `dim`, the lowest bits first."""
     shifts = torch.arange(0, _WORD, bits, dtype=torch.int32, device=words.device)
-    fields = (words.unsqueeze(dim + 1) >> shifts.view((-1, 1) if dim == 0 else (-1,))) & (2**bits - 1)
-    return fields.flatten(dim, dim + 1)
+    fields = words.unsqueeze(dim + 1) >> shifts.view((-1, 1) if dim == 0 else (-1,))
+    return fields.bitwise_and_(2**bits - 1).flatten(dim, dim + 1)
 
 
 def replace_linears(model: nn.Module, names: Collection[str], make: Callable[..., nn.Module]) -> None:
