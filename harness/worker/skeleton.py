@@ -36,7 +36,7 @@ from harness.worker.written import WRITTEN, Written
 
 MOST_BYTES = 4 << 30
 _WAY_OUT = "correct 'model_type' in config.json, or try a newer transformers"
-_NOT_OF_THE_SHAPE = ("architectures", "quantization_config", "quantization_bit", "wbits")
+_NOT_OF_THE_SHAPE = frozenset(("architectures", "quantization_config", "quantization_bit", "wbits"))
 
 
 def build(config: Mapping[str, Any], naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
@@ -79,7 +79,9 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give a published config the names of the native class that holds the same model, with weights that are not packed."""
     kind = config.get("model_type")
     config = _without_code(config)
-    rest = {key: value for key, value in config.items() if key not in _NOT_OF_THE_SHAPE}
+    # ChatGLM2's own integers have no modules here, and its config is the one to say so.
+    dropped = _NOT_OF_THE_SHAPE - {"quantization_bit"} if "padded_vocab_size" in config else _NOT_OF_THE_SHAPE
+    rest = {key: value for key, value in config.items() if key not in dropped}
     if kind == "internlm3":
         biases = {"attention_bias": config.get("qkv_bias", False), "mlp_bias": config.get("bias", False)}
         return rest | biases | {"model_type": "llama"}
