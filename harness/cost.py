@@ -121,7 +121,7 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
     rough = ROUGH_SHARE if count.blueprint.rough else KNOWN_SHARE
     capacity = tier.capacity_bytes if tier else None
     if tier is not None and tier.kind == "cpu":
-        return _ram(parts, capacity, rough, count.calibration)
+        return _ram(parts, tier, rough, count.calibration)
     run = parts.weights + parts.kv + parts.activation.best
     best = max(run, parts.weights + parts.loading.best) + parts.overhead.best
     low = parts.weights * (1 - rough) + parts.kv + parts.activation.low + parts.overhead.low
@@ -143,11 +143,13 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
     )
 
 
-def _ram(parts: Parts, capacity: int | None, rough: float, calibration: Calibration) -> TierEstimate:
+def _ram(parts: Parts, tier: Tier, rough: float, calibration: Calibration) -> TierEstimate:
     """Put the terms of the RAM together: the anonymous part, and with it pages of files, once loading and once generating."""
+    capacity = tier.capacity_bytes
     kept, writing = calibration["ram_resident_share"], calibration["ram_resident_share_writing"]
     low, best, high = (_moments(parts, end, rough) for end in ("low", "best", "high"))
     # What is written to the disk comes last, and fills the RAM as well.
+    most = kept.high if tier.limit_bytes is None else 1.0  # more becomes free as others' pages of files go, but not of a limit
     load_peak = _resident(best["load"] - parts.rewritten, best["load_anon"], capacity, kept.best)
     if parts.rewritten:
         load_peak = max(load_peak, _resident(best["load"], best["load_anon"], capacity, writing.best))
@@ -160,7 +162,7 @@ def _ram(parts: Parts, capacity: int | None, rough: float, calibration: Calibrat
         peak_bytes=max(load_peak, _resident(best["run"], best["needed"], capacity, kept.best)),
         load_peak_bytes=load_peak,
         low_bytes=_resident(max(low["load_anon"], low["run"]), low["needed"], capacity, kept.low),
-        high_bytes=_resident(max(high["load"], high["run"]), high["needed"], capacity, kept.high),
+        high_bytes=_resident(max(high["load"], high["run"]), high["needed"], capacity, most),
         capacity_bytes=capacity,
         anon_bytes=int(max(best["load_anon"], best["run_anon"])),
         load_anon_bytes=int(best["load_anon"]),

@@ -227,7 +227,7 @@ class Count:
 
     @property
     def _reads_files(self) -> bool:
-        """Whether files are read into the RAM, one after the other, instead of mapped: accelerate's own dispatch does so with .bin."""
+        """Whether files are read into the RAM one by one instead of mapped: accelerate's own dispatch does so with .bin."""
         return self.rewrites and self.blueprint.file_format == "bin"
 
     def _read_whole(self, here: Sums, elsewhere: float, runs: float, brought: int) -> Parts:
