@@ -79,8 +79,7 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give a published config the names of the native class that holds the same model, with weights that are not packed."""
     kind = config.get("model_type")
     config = _without_code(config)
-    # ChatGLM2's own integers have no modules here, and its config is the one to say so.
-    dropped = _NOT_OF_THE_SHAPE - {"quantization_bit"} if "padded_vocab_size" in config else _NOT_OF_THE_SHAPE
+    dropped = _NOT_OF_THE_SHAPE - {"quantization_bit"} if skeleton.is_integer_chatglm2(config) else _NOT_OF_THE_SHAPE
     rest = {key: value for key, value in config.items() if key not in dropped}
     if kind == "internlm3":
         biases = {"attention_bias": config.get("qkv_bias", False), "mlp_bias": config.get("bias", False)}
