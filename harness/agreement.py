@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from harness.case import Record
 from harness.checkpoint import CONFIG, Checkpoint
 from harness.errors import CheckpointError
-from harness.files import DOWNLOAD_AGAIN
+from harness.files import DOWNLOAD_AGAIN, quote
 from harness.headers import Tensor
 from harness.naming import Naming, Place, Shape
-from harness.quantized import Layout, Packed, weights_in
+from harness.quantized import Layout, Packed, moss_bits, packed_bits, tensors_tell, weights_in
 from harness.shards import more, odd, shown
 from harness.skeleton import Skeleton, Weight
 from harness.units import format_count
@@ -49,17 +49,28 @@ def check(read: Checkpoint, found: Skeleton, packed: Packed | None = None) -> tu
     """
     comparison = _Comparison(read, found, packed)
     comparison.raise_first()
-    return (*odd(read), *comparison.surplus())
+    return (*_odd(read), *comparison.surplus())
 
 
 def notes(read: Checkpoint, found: Skeleton | None, packed: Packed | None = None) -> tuple[str, ...]:
     """Say all that `check` says, without an end at what is wrong; without a skeleton, what the files tell among themselves."""
     if found is None:
-        return odd(read)
+        return _odd(read)
     try:
         return check(read, found, packed)
     except CheckpointError as error:
-        return (str(error).removeprefix(f"{read.path}/"), *odd(read))
+        return (str(error).removeprefix(f"{read.path}/"), *_odd(read))
+
+
+def _odd(read: Checkpoint) -> tuple[str, ...]:
+    """Say what the files tell among themselves, and where the config is wrong about bits that the tensors' shapes decide."""
+    tensor, bits = packed_bits(read.tensors) if tensors_tell(read.config) else (None, 0)
+    if tensor is None or bits == moss_bits(read.config):
+        return odd(read)
+    said = read.config.get("wbits")
+    says = "nothing of wbits" if said is None else f"wbits {quote(said)}"
+    what = f"{CONFIG} says {says}, and {shown(tensor.name)} in {shown(tensor.file)} has {bits} bits"
+    return (*odd(read), f"{what}: it is planned and loaded as what it has")
 
 
 class _Comparison:
@@ -92,6 +103,7 @@ class _Comparison:
         if self.silent:
             return
         self._raise_unpacked()
+        self._raise_misplaced()
         wrong = [*self._misshapen(), *self._misconverted()]
         if wrong:
             held, what = wrong[0]
@@ -142,6 +154,25 @@ class _Comparison:
             for part in sorted(usual - held.parts.keys()):
                 name = f"{held.name.removesuffix('.weight')}{part}"
                 raise self._error(held.tensor.file, f"holds {shown(held.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
+
+    def _raise_misplaced(self) -> None:
+        """Raise for what is packed outside of Linear modules, such as the embedding in ChatGLM-6B's int4-qe files.
+
+        Only those are replaced by modules that unpack; some are subclasses of torch's Linear (FalconLinear).
+        """
+        if self.packed is None or self.layout is None or self.naming is None:
+            return
+        for module in self.found.root.walk():
+            kind = module.block.class_name
+            if module.block.linear or "Linear" in kind:
+                continue
+            for weight in module.weights:
+                held = next((held for held in self.arrived.get(weight.path, ()) if held.packed), None)
+                if held is not None and len(weight.tensor.shape) == 2:
+                    main = held.parts.get(self.layout.main, held.tensor)
+                    what = f"holds {shown(main.name)} packed, and only Linear modules are loaded so, not {kind}"
+                    way = "take a checkpoint that packs those alone, or the 16-bit one with --precision int8 or int4"
+                    raise self._error(main.file, f"{what}: {way}")
 
     def _packed_fault(self, held: Held, shape: Shape) -> str | None:
         """Say what is wrong with the parts of a packed weight of this shape."""

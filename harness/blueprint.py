@@ -17,9 +17,9 @@ import msgspec
 
 from harness import agreement, checkpoint, companions, quantized, skeleton
 from harness.case import Record
-from harness.checkpoint import Checkpoint, context_length
+from harness.checkpoint import CONFIG, Checkpoint, context_length
 from harness.companions import RemoteCode
-from harness.errors import UsageError
+from harness.errors import CheckpointError, UsageError
 from harness.files import Directory, quote
 from harness.placement import Placement
 from harness.precision import PACKED_ARCHITECTURES, Precision
@@ -192,11 +192,13 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     """Draw the blueprint of a checkpoint whose headers were read; the files beside them in `directory` are checked as well.
 
     Raises:
-        CheckpointError: the files do not belong together, or must not reach a library.
+        CheckpointError: the files do not belong together, must not reach a library, or are a kind that our architecture lacks.
     """
     if directory is not None:
         companions.check(Directory(directory))
     found, note, refused = _skeleton_of(read)
+    if refused is not None and _is_ours(read.config):  # no other code loads it, nor does the one that it may come with
+        raise CheckpointError(f"{read.path}/{CONFIG}", str(refused))
     gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == "gguf" else None
     packed = quantized.packed(read.config, read.tensors) if gguf is None else None
     notes = agreement.check(read, found, packed)

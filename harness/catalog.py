@@ -125,16 +125,17 @@ def stored_as(source: Source) -> str | None:
     The config is that of the files here, of the catalog, or of the hub; None as well where none can be had. Of MOSS the headers
     tell, where they are here: one published config says 4 bits of weights that have 8.
     """
-    from harness.quantized import describe, says_bits_of_moss
+    from harness.quantized import describe, tensors_tell
 
     if source.file is not None:
         return "gguf"
     here = cached(source)
     names = {path.name for path in here.iterdir()} if here is not None else set()
-    if here is not None and _choose_weights(names) is None and any(name.endswith(GGUF) for name in names):
+    weights = _choose_weights(names)
+    if here is not None and weights is None and any(name.endswith(GGUF) for name in names):
         return "gguf"
     config = _config(source, here)
-    tensors = checkpoint.read(here).tensors if here is not None and config is not None and says_bits_of_moss(config) else ()
+    tensors = checkpoint.read(here).tensors if here is not None and weights and config is not None and tensors_tell(config) else ()
     title = describe(config, tensors) if config is not None else None
     # transformers unpacks it, where the package for its kernels is not there.
     return None if title is None or title.startswith("mxfp4") else title

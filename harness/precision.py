@@ -273,6 +273,7 @@ _ROWS = (
         keeps=0.9,
         quantization={"quant_method": "gguf"},
         needs=("kernels",),
+        extra="gguf",
         min_compute_capability=7.5,
         refuses={
             "ram": "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor: load it with "

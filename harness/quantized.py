@@ -26,6 +26,9 @@ _ATTENTION_MASK = re.compile(r"(attn|attention)\.bias$")
 _WORD = 32  # bits of the integers that weights are packed into
 _PACKED_SUFFIXES = (".qweight", ".weight_packed")
 
+# MOSS's group size where its config names none.
+MOSS_GROUP = 128
+
 # quant_method of transformers -> the key in its config that gives the bits
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
 # ... that say which modules are packed, where those are not all Linears but the head
@@ -248,24 +251,32 @@ def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None
         words += [_bitsandbytes(settings)] if method == "bitsandbytes" else []
         words += [_torchao(settings)] if method == "torchao" else []
         return _sentence(words, _bits(settings), settings.get("group_size", settings.get("q_group_size")))
-    if says_bits_of_moss(config):
-        bits = _packed_bits(tensors) if tensors else config["wbits"]
-        return _sentence(["gptq"], bits, config.get("groupsize")) if bits else None
+    if tensors_tell(config):
+        bits = packed_bits(tensors)[1] if tensors else moss_bits(config)
+        return _sentence(["gptq"], bits, config.get("groupsize", MOSS_GROUP)) if bits else None
     if _positive(config.get("quantization_bit")):
         return _sentence(["chatglm"], config["quantization_bit"], None)
     return None
 
 
-def says_bits_of_moss(config: Mapping[str, Any]) -> bool:
-    """Say whether a config describes packed weights as MOSS's do; in float16 they say 32 bits."""
-    return 0 < _positive(config.get("wbits")) < 16
+def tensors_tell(config: Mapping[str, Any]) -> bool:
+    """Say whether shapes decide the bits of packed weights, as those of MOSS: one of its published configs is wrong."""
+    return _settings(config) is None and (config.get("model_type") == "moss" or moss_bits(config) > 0)
 
 
-def _packed_bits(tensors: Iterable[Tensor]) -> int:
-    """Return the bits of packed weights by their shapes, as MOSS loads them whatever its config says; 0 where none is packed."""
+def moss_bits(config: Mapping[str, Any]) -> int:
+    """Return the bits that a config like MOSS's says its weights are packed in; 0 where it says none, or 32 as of float16."""
+    bits = _positive(config.get("wbits"))
+    return bits if bits < 16 else 0
+
+
+def packed_bits(tensors: Iterable[Tensor]) -> tuple[Tensor | None, int]:
+    """Return the first packed tensor, in GPTQ's layout, and its bits by the shapes beside it; (None, 0) where none is packed."""
+    tensors = tuple(tensors)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    modules = (name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight"))
-    return next((bits for bits in (_bits_of(module, shapes) for module in modules) if bits), 0)
+    packed = (tensor for tensor in tensors if tensor.name.endswith(".qweight"))
+    told = ((tensor, _bits_of(tensor.name.removesuffix(".qweight"), shapes)) for tensor in packed)
+    return next(((tensor, bits) for tensor, bits in told if bits), (None, 0))
 
 
 def _bits_of(module: str, shapes: Mapping[str, Shape]) -> int:

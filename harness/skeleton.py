@@ -293,8 +293,15 @@ def fingerprint(config: Mapping[str, Any]) -> str:
         ignored.add("rope_parameters")
     if _has_default_heads(config):
         ignored.add("head_dim")
+    if is_integer_chatglm2(config):
+        ignored.remove("quantization_bit")
     kept = {key: value for key, value in config.items() if key not in ignored}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_integer_chatglm2(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config is that of ChatGLM2's or ChatGLM3's own integer files: its class is the one to say that it has none."""
+    return bool(config.get("quantization_bit")) and "padded_vocab_size" in config
 
 
 def _has_default_heads(config: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -575,18 +576,91 @@ def test_packing_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
     assert odd(drawn(folder)) == ()
 
 
-def test_the_shapes_of_moss_tell_its_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("said", "words"), [(4, "wbits 4"), (32, "wbits 32"), (None, "nothing of wbits")])
+def test_the_shapes_of_moss_tell_its_bits(said: int | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One published repository says 4 bits of weights that have 8; our MOSS loads what they have, and it is planned as that."""
     name = "moss-moon-003-sft-int8"
-    config = dict(skeleton.catalog()[skeleton.hub_id(name)].config) | {"wbits": 4}
+    config = dict(skeleton.catalog()[skeleton.hub_id(name)].config) | {"wbits": said}
+    if said is None:
+        del config["wbits"], config["groupsize"]
     write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton.named(name), 8, 128))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert catalog.stored_as(catalog.resolve(str(tmp_path))) == "gptq 8-bit, groups of 128"
     one = drawn(tmp_path)
     assert one.packed is not None
     assert one.packed.precision == "gptq-int8"
-    assert odd(one) == ()
+    assert Planner(one, builders.machine(), here=False).plan(builders.case("gptq-int8", "cpu")).verdict is not Verdict.INVALID
+    first = "'transformer.h.0.attn.qkv_proj.qweight' in 'model.safetensors'"
+    note = f"config.json says {words}, and {first} has 8 bits: it is planned and loaded as what it has"
+    assert odd(one) == (note,)
     assert checkpoint.read(tmp_path).parameters == pytest.approx(one.skeleton.parameters, rel=0.001)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert note in " ".join(capsys.readouterr().out.split())
+
+
+def test_of_bits_that_are_as_moss_says_nothing_is_said(tmp_path: Path) -> None:
+    name = "moss-moon-003-sft-int4"
+    write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton.named(name), 4, 128))
+    (tmp_path / "config.json").write_text(json.dumps(skeleton.catalog()[skeleton.hub_id(name)].config))
+    assert odd(drawn(tmp_path)) == ()
+
+
+# ---- what our architectures lack --------------------------------------------------------------------------------------------
+
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        (
+            "chatglm2-6b",
+            {"quantization_bit": 4},
+            "quantization_bit is 4: ChatGLM2's own integer files are not supported; load the 16",
+        ),
+        ("chatglm2-6b", {"add_bias_linear": True}, "add_bias_linear is True: only False"),
+        ("chatglm-6b", {"pre_seq_len": 128}, "pre_seq_len 128: P-Tuning prefixes are not supported; load the model without its"),
+    ],
+)
+def test_a_kind_that_our_architectures_lack_is_told_before_loading(
+    name: str, given: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their own code, which no longer loads, is not asked for."""
+    monkeypatch.undo()  # a worker says it
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    config = dict(skeleton.catalog()[skeleton.hub_id(name)].config)
+    whole = skeleton.named(name)
+    code = {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}
+    write_checkpoint(tmp_path / "made", config | given | {"auto_map": code}, list(specs(whole, "float16").values()))
+    assert main(["plan", "made", "--ram", "64GiB"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"config.json: no skeleton for model_type 'chatglm': {said}" in told
+    assert "--trust-remote-code" not in told
+    session = Session(Options(given={"model": ["made"], "results": "results"}))
+    try:
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            session.prepare(session.cases())
+    finally:
+        session.close()
+
+
+def test_an_embedding_that_is_packed_is_refused(tmp_path: Path) -> None:
+    """As in ChatGLM-6B's int4-qe files: our class packs what is in the blocks and nothing else."""
+    shutil.copytree(GOLDEN / "chatglm_l2_h64_int4", tmp_path / "qe")
+    assert odd(drawn(tmp_path / "qe")) == ()
+    file, name = tmp_path / "qe" / "model.safetensors", "transformer.word_embeddings.weight"
+    tensors = load_file(file)
+    rows, columns = tensors[name].shape
+    packed = {name: torch.zeros(rows, columns // 2, dtype=torch.int8), f"{name}_scale": torch.ones(rows, dtype=torch.float16)}
+    save_file({key: tensor for key, tensor in tensors.items() if key != name} | packed, file, {"format": "pt"})
+    with pytest.raises(CheckpointError) as error:
+        drawn(tmp_path / "qe")
+    assert str(error.value) == (
+        f"{file}: holds '{name}' packed, and only Linear modules are loaded so, not Embedding: "
+        "take a checkpoint that packs those alone, or the 16-bit one with --precision int8 or int4"
+    )
 
 
 @pytest.mark.parametrize(("way", "part"), [("int8", "SCB"), ("int4", "weight.absmax"), ("nf4-dq", "weight.nested_absmax")])

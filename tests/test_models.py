@@ -238,14 +238,20 @@ def test_chatglm2_is_glm_under_other_names(tmp_path: Path) -> None:
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     prompt = torch.arange(3, 20)[None]
-    assert torch.equal(model.eval()(prompt).logits, glm(prompt).logits)
+    assert torch.equal(model(prompt).logits, glm(prompt).logits)
+    base, report = load_with_report(tmp_path, AutoModel)
+    assert type(base) is harness.models.ChatGLM2Model
+    assert not report["missing_keys"]
+    assert torch.equal(base(prompt).last_hidden_state, glm.model(prompt).last_hidden_state)
     with pytest.raises(ValueError, match="add_bias_linear is True"):
         harness.models.ChatGLM2Config.from_published(published | {"add_bias_linear": True})
+    with pytest.raises(ValueError, match="quantization_bit is 4: ChatGLM2's own integer files are not supported"):
+        harness.models.ChatGLM2Config.from_published(published | {"quantization_bit": 4})
 
 
-def load_with_report(folder: Path) -> tuple[Any, dict[str, Any]]:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    return loaded[0], loaded[1]
+def load_with_report(folder: Path, auto: Any = AutoModelForCausalLM) -> tuple[Any, dict[str, Any]]:
+    loaded: Any = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return loaded[0].eval(), loaded[1]
 
 
 def as_published(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -329,6 +335,11 @@ def test_moss_loads_packed_files_whatever_their_config_says_of_bits(tmp_path: Pa
     assert isinstance(model.transformer.h[1].mlp.fc_in, GroupScaledLinear)
     assert isinstance(model.lm_head, torch.nn.Linear)
     assert 1e-6 < distance(model(ids(arrays["input_ids"])).logits, arrays["logits"]) < near
+    base, report = load_with_report(tmp_path, AutoModel)  # in 2023 it loaded random weights that were not packed
+    assert type(base) is harness.models.MossModel
+    assert not report["missing_keys"]
+    prompt = ids(arrays["input_ids"])
+    assert torch.equal(base(prompt).last_hidden_state, model.transformer(prompt).last_hidden_state)
 
 
 def test_models_are_saved_and_loaded_again(tmp_path: Path, arrays: Arrays) -> None:

@@ -316,6 +316,11 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, prec
     assert refused == (Verdict.UNAVAILABLE, f"needs the package {row.needs[0]}: pip install fitmatrix[{row.extra}]")
 
 
+def test_the_kernels_of_gguf_are_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    assert gate(case("gguf", "direct"), AMPERE) == (Verdict.UNAVAILABLE, "needs the package kernels: pip install fitmatrix[gguf]")
+
+
 def test_ram_to_gpu_moves_what_it_loaded() -> None:
     assert code_of("bf16", "ram-to-gpu").endswith('model = model.to("cuda")\n')
 

@@ -192,6 +192,26 @@ def test_what_the_cache_holds_of_a_model_goes_whatever_its_format(
     assert [path for path in other.parent.iterdir() if path.is_dir()] == [other]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("there",), "--remove is for the cache and takes no DIR: leave 'there' out, or delete it yourself"),
+        (("--format", "bin"), "--format says how to write, and --remove writes nothing: leave one of them out"),
+        (("--shard", "1GiB"), "--shard says how to write, and --remove writes nothing: leave one of them out"),
+        (("--hollow",), "--hollow says how to write, and --remove writes nothing: leave one of them out"),
+    ],
+)
+def test_removing_takes_nothing_that_is_about_writing(
+    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path))
+    small_models.save("llama", tmp_path / "real")
+    there = synth.fetch(catalog.resolve(str(tmp_path / "real")))
+    assert main(["synth", str(tmp_path / "real"), *words, "--remove"]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert there.exists()
+
+
 @pytest.mark.parametrize("words", [("--format", "bin"), ("--shard", "1GiB")])
 def test_the_cache_takes_a_model_only_as_it_is_published(words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["synth", "codegen-350m-mono", *words]) == 2

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from harness.errors import UsageError
+from harness.files import quote
 from harness.units import format_size, parse_size
 
 HELP = "Write a checkpoint of a model's true shape, files and dtype with random weights, to measure a fit before downloading it."
@@ -25,17 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Write, or remove, the synthetic checkpoint and say where; raises UsageError, CheckpointError."""
+    if given.remove:
+        return _remove(given)
     from harness import catalog, synth
     from harness.report.text import line
 
     source = catalog.resolve(given.model, weights=False)
-    if given.remove:
-        gone = synth.remove(source)
-        for there, size in gone:
-            print(f"removed {line(str(there))} ({format_size(size)})")
-        if not gone:
-            print(f"the cache holds no synthetic {line(source.name)}")
-        return 0
     if given.hollow and given.directory is None:
         raise UsageError("--hollow needs DIR: the cache is for checkpoints that can be run")
     if (given.format or given.shard) and given.directory is None:
@@ -48,6 +44,27 @@ def run(given: argparse.Namespace) -> int:
             there = synth.write(made, given.directory, hollow=given.hollow, report=report)
     held = f"{format_size(made.bytes)} of random weights in {len(made.shards)} {made.format} file(s)"
     print(f"{line(str(there))}: {line(made.name)}, {held}")
+    return 0
+
+
+def _remove(given: argparse.Namespace) -> int:
+    """Empty the cache of a model and say what went; raises UsageError for whatever is about writing."""
+    from harness import catalog, synth
+    from harness.report.text import line
+
+    if given.directory is not None:
+        raise UsageError(
+            f"--remove is for the cache and takes no DIR: leave {quote(str(given.directory))} out, or delete it yourself"
+        )
+    for option in ("format", "shard", "hollow"):
+        if getattr(given, option):
+            raise UsageError(f"--{option} says how to write, and --remove writes nothing: leave one of them out")
+    source = catalog.resolve(given.model, weights=False)
+    gone = synth.remove(source)
+    for there, size in gone:
+        print(f"removed {line(str(there))} ({format_size(size)})")
+    if not gone:
+        print(f"the cache holds no synthetic {line(source.name)}")
     return 0
 
 

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 from transformers.models.glm.configuration_glm import GlmConfig
-from transformers.models.glm.modeling_glm import GlmForCausalLM
+from transformers.models.glm.modeling_glm import GlmForCausalLM, GlmModel
 
 # Fields that stand for what Glm always does; a config that says otherwise describes another network.
 _FIXED = {
@@ -78,6 +78,14 @@ class ChatGLM2Config(GlmConfig):
         given.setdefault("eos_token_id", 2)
         given.setdefault("pad_token_id", 0)
         return cls.from_dict(given | {"architectures": ["ChatGLM2ForCausalLM"]}, **kwargs)
+
+
+class ChatGLM2Model(GlmModel):
+    """Glm without its head, loaded from the files of ChatGLM2-6B or ChatGLM3-6B."""
+
+    config: ChatGLM2Config
+    config_class = ChatGLM2Config
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
 
 
 class ChatGLM2ForCausalLM(GlmForCausalLM):

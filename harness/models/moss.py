@@ -10,10 +10,10 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.codegen.configuration_codegen import CodeGenConfig
-from transformers.models.codegen.modeling_codegen import CodeGenForCausalLM
+from transformers.models.codegen.modeling_codegen import CodeGenForCausalLM, CodeGenModel, CodeGenPreTrainedModel
 from transformers.models.codegen.tokenization_codegen import CodeGenTokenizer
 
-from harness import checkpoint
+from harness import checkpoint, quantized
 from harness.models.packed import GroupScaledLinear, replace_linears
 
 _QUANTISED = ("qkv_proj", "out_proj", "fc_in", "fc_out")
@@ -28,11 +28,11 @@ class MossConfig(CodeGenConfig):
     model_type = "moss"
 
     wbits: int = 32
-    groupsize: int = 128
+    groupsize: int = quantized.MOSS_GROUP
 
 
-class MossForCausalLM(CodeGenForCausalLM):
-    """CodeGen, whose attention and MLP weights are packed where the config says so."""
+class MossPreTrainedModel(CodeGenPreTrainedModel):
+    """What MOSS has beyond CodeGen: attention and MLP weights stay packed where they are stored so."""
 
     config: MossConfig
     config_class = MossConfig
@@ -41,7 +41,8 @@ class MossForCausalLM(CodeGenForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if config.wbits < _UNPACKED:
-            replace_linears(self.transformer.h, _QUANTISED, partial(GroupScaledLinear, bits=config.wbits, group=config.groupsize))
+            base: Any = self.base_model
+            replace_linears(base.h, _QUANTISED, partial(GroupScaledLinear, bits=config.wbits, group=config.groupsize))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -50,8 +51,8 @@ class MossForCausalLM(CodeGenForCausalLM):
         One published repository says 4 bits of weights that have 8.
         """
         if isinstance(config, MossConfig) and Path(pretrained_model_name_or_path).is_dir():
-            bits = packed_bits(Path(pretrained_model_name_or_path), config)
-            if bits != (config.wbits if config.wbits < _UNPACKED else None):
+            bits = quantized.packed_bits(checkpoint.read(Path(pretrained_model_name_or_path)).tensors)[1]
+            if bits != (config.wbits if config.wbits < _UNPACKED else 0):
                 _LOG.warning(
                     "the config says wbits %d, the weights have %s: loading what they have", config.wbits, bits or "no packing"
                 )
@@ -60,16 +61,13 @@ class MossForCausalLM(CodeGenForCausalLM):
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
 
+class MossModel(MossPreTrainedModel, CodeGenModel):
+    """MOSS without its head, which is never packed."""
+
+
+class MossForCausalLM(MossPreTrainedModel, CodeGenForCausalLM):
+    """MOSS, loaded from its float16, int8 or int4 files."""
+
+
 class MossTokenizer(CodeGenTokenizer):
     """CodeGen's byte pairs over MOSS's own vocabulary; <eoh>, <eom> and the like end the parts of its dialogues."""
-
-
-def packed_bits(directory: Path, config: MossConfig) -> int | None:
-    """Read from the headers of a checkpoint how many bits a packed weight has; None where nothing is packed.
-
-    Raises:
-        CheckpointError: the files cannot be read.
-    """
-    name = "transformer.h.0.attn.qkv_proj.qweight"
-    shapes = [tensor.shape for tensor in checkpoint.read(directory).tensors if tensor.name == name]
-    return shapes[0][0] * 32 // config.n_embd if shapes else None

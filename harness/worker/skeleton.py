@@ -36,7 +36,7 @@ from harness.worker.written import WRITTEN, Written
 
 MOST_BYTES = 4 << 30
 _WAY_OUT = "correct 'model_type' in config.json, or try a newer transformers"
-_NOT_OF_THE_SHAPE = ("architectures", "quantization_config", "quantization_bit", "wbits")
+_NOT_OF_THE_SHAPE = frozenset(("architectures", "quantization_config", "quantization_bit", "wbits"))
 
 
 def build(config: Mapping[str, Any], naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
@@ -79,7 +79,8 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give a published config the names of the native class that holds the same model, with weights that are not packed."""
     kind = config.get("model_type")
     config = _without_code(config)
-    rest = {key: value for key, value in config.items() if key not in _NOT_OF_THE_SHAPE}
+    dropped = _NOT_OF_THE_SHAPE - {"quantization_bit"} if skeleton.is_integer_chatglm2(config) else _NOT_OF_THE_SHAPE
+    rest = {key: value for key, value in config.items() if key not in dropped}
     if kind == "internlm3":
         biases = {"attention_bias": config.get("qkv_bias", False), "mlp_bias": config.get("bias", False)}
         return rest | biases | {"model_type": "llama"}
