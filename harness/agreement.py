@@ -269,7 +269,7 @@ def _held(read: Checkpoint, layout: Layout | None) -> Iterator[Held]:
     """Gather the parts of packed weights; everything else is itself."""
     packed: dict[str, dict[str, Tensor]] = {}
     for tensor in read.tensors:
-        base, part = layout.split(tensor) if layout else (None, "")
+        base, part = layout.split(tensor.name, tensor.dtype) if layout else (None, "")
         if base is None:
             yield Held(tensor.name, {"": tensor})
         else:

@@ -24,7 +24,7 @@ from harness.files import Directory, quote
 from harness.placement import Placement
 from harness.precision import PACKED_ARCHITECTURES, Precision
 from harness.quantized import Packed
-from harness.skeleton import Skeleton, UnknownType
+from harness.skeleton import Skeleton, UnknownType, Weight
 
 if TYPE_CHECKING:
     from harness.catalog import Source
@@ -211,7 +211,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         context_length=read.context_length,
         file_format=read.files[0].format if read.files else "safetensors",
         packed=packed,
-        tensor_bytes=read.bytes if packed and not packed.unpacks else None,
+        tensor_bytes=_loaded_bytes(read) if packed and not packed.unpacks else None,
         repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
         largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=tokenizer,
@@ -222,6 +222,11 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         ours=_is_ours(read.config),
         unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
     )
+
+
+def _loaded_bytes(read: Checkpoint) -> int:
+    """Return the bytes of what is loaded: masks beside the weights are not."""
+    return sum(tensor.bytes for tensor in read.distinct if tensor.dtype != "bool")
 
 
 def _gguf(read: Checkpoint, why: str | None) -> Gguf:
@@ -349,21 +354,18 @@ def _published() -> Mapping[str, Stored]:
 
 
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
-    """Count a GPTQ or AWQ checkpoint: packed weights, zeros and 16-bit scales by group, GPTQ's order of int32; else 16 bits.
+    """Count a checkpoint that is quantised already: what is packed with all that stands beside it, the rest in 16 bits."""
+    held = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
+    return sum(count * _stored_bytes(weight, packed) for weight, count in held)
 
-    Of mxfp4 the experts, whose weights are stacked: 4 bits and 8 for each 32.
-    """
-    total = 0.0
-    for weight, count in shape.tally:
-        if weight.tied_to or weight.tensor.kind == "unsaved":
-            continue
-        if packed.unpacks and len(weight.tensor.shape) == 3:
-            total += count * weight.elements * (4 + 8 / 32) / 8
-        elif packed.unpacks or not weight.quantises or len(weight.tensor.shape) != 2:
-            total += count * weight.elements * 2
-        else:
-            rows, columns = weight.tensor.shape
-            groups = -(-columns // packed.group) if packed.group else 1
-            order = 4 * columns if packed.method == "gptq" else 0
-            total += count * (weight.elements * packed.bits / 8 + groups * rows * (2 + packed.bits / 8) + order)
-    return int(total)
+
+def _stored_bytes(weight: Weight, packed: Packed) -> int:
+    """Count one weight. Of mxfp4 the experts are packed, whose weights are stacked: 4 bits and 8 for each 32."""
+    sides = weight.tensor.shape
+    if packed.unpacks:
+        return weight.elements * 17 // 32 if len(sides) == 3 else weight.elements * 2
+    if not weight.quantises or len(sides) != 2:
+        return weight.elements * 2
+    if packed.layout is None:
+        return weight.elements * packed.bits // 8
+    return packed.layout.stored_bytes(sides, packed.bits, packed.group)

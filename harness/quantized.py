@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from harness.case import Record
+from harness.headers import BITS
 from harness.precision import Precision, row_of
 
 if TYPE_CHECKING:
@@ -22,24 +23,29 @@ _BESIDE = re.compile(
     r"|position_ids)$|\.quant_state\.|_scales$"
 )
 _ATTENTION_MASK = re.compile(r"(attn|attention)\.bias$")
+_WORD = 32  # bits of the integers that weights are packed into
 _PACKED_SUFFIXES = (".qweight", ".weight_packed")
 
 # quant_method of transformers -> the key in its config that gives the bits
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
+# ... that say which modules are packed, where those are not all Linears but the head
+_SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head")
 
 
 class Packed(Record, frozen=True, kw_only=True):
     """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", by which method, its bits and group (0: whole columns).
 
-    `varies`: bits differ from module to module. `foreign`: files hold it in a layout that is none of LAYOUTS. `unpacks`:
-    transformers makes 16-bit weights of it on loading, where the package for its kernels is not there (mxfp4). `own`: the config
-    says it in words of the model's own, MOSS's or ChatGLM-6B's, which `harness.models` reads and no package does.
+    `varies`: bits differ from module to module. `selects`: the config names modules that are packed, or that are not. `foreign`:
+    files hold it in a layout that is none of LAYOUTS. `unpacks`: transformers makes 16-bit weights of it on loading, where the
+    package for its kernels is not there (mxfp4). `own`: the config says it in words of the model's own, MOSS's or ChatGLM-6B's,
+    which `harness.models` reads and no package does.
     """
 
     title: str
     bits: int
     group: int
     varies: bool = False
+    selects: bool = False
     foreign: bool = False
     unpacks: bool = False
     own: bool = False
@@ -81,10 +87,23 @@ def packed(config: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> Packed 
         bits=int(bits[1]) if bits else 4,
         group=int(group[1]) if group else 0,
         varies=bool((_settings(config) or {}).get("dynamic")),
+        selects=any((_settings(config) or {}).get(key) for key in _SELECT_KEYS),
         foreign=_is_foreign(_settings(config) or {}),
         unpacks=title.startswith("mxfp4"),
         own=_settings(config) is None and not title.startswith("gguf"),
     )
+
+
+# What a part of a packed weight holds: integers as unsigned bit fields about a middle, or as signed ones about 0; that middle, or
+# one less; what an integer is multiplied by; the group of each input.
+Holds = Literal["fields", "signed", "middle", "middle-1", "scales", "order"]
+
+
+class Part(NamedTuple):
+    """A tensor that a packed weight is stored in: its torch dtype, and what it holds."""
+
+    dtype: str
+    holds: Holds
 
 
 class Layout(Record, frozen=True, kw_only=True):
@@ -92,28 +111,53 @@ class Layout(Record, frozen=True, kw_only=True):
 
     `main` is the part that holds the weights, under the name of the module, `beside` what helps to unpack it. With `integers`
     only integers are packed under that name. `shapes` gives the parts of a weight for (outputs, inputs, bits, groups); those that
-    it does not name may have any shape. `bits` are the widths that it knows; with `whole` only whole groups of inputs are packed.
+    it does not name may have any shape. `parts` says what they are, all that a weight needs; it is empty where not all is known.
+    `bits` are the widths that it knows; with `whole` only whole groups of inputs are packed.
     """
 
     main: str
     beside: tuple[str, ...]
     shapes: Callable[[int, int, int, int], Mapping[str, Shape]]
+    parts: Mapping[str, Part] = {}
     bits: tuple[int, ...] = (4, 8)
     integers: bool = False
     whole: bool = False
 
-    def split(self, tensor: Tensor) -> tuple[str | None, str]:
+    def split(self, name: str, dtype: str) -> tuple[str | None, str]:
         """Return the module that a tensor is a part of, and which part; None for one that is not packed."""
         for part in (self.main, *self.beside):
-            if tensor.name.endswith(part) and not (part == self.main and self.integers and "int" not in tensor.dtype):
-                return tensor.name.removesuffix(part), part
+            if name.endswith(part) and not (part == self.main and self.integers and "int" not in dtype):
+                return name.removesuffix(part), part
         return None, ""
+
+    def holds(self, name: str, dtype: str) -> Holds | None:
+        """Say what a tensor of this name holds, as a part of a packed weight; None where it is none."""
+        part = self.parts.get(self.split(name, dtype)[1])
+        return part.holds if part else None
+
+    def stored(self, shape: Shape, bits: int, group: int) -> dict[str, tuple[str, Shape]]:
+        """Return the dtype and the shape of every part that a weight of `shape` is stored in."""
+        asked = self._shapes(shape, bits, group)
+        return {name: (part.dtype, asked[name]) for name, part in self.parts.items()}
+
+    def stored_bytes(self, shape: Shape, bits: int, group: int) -> int:
+        """Return the bytes that a weight of `shape` takes in the files, with what stands beside it."""
+        stored = self.stored(shape, bits, group).values()
+        return sum(math.prod(sides) * BITS[dtype] // 8 for dtype, sides in stored)
+
+    def overhang(self, shape: Shape, bits: int, group: int) -> bool:
+        """Say whether a weight of `shape` leaves the last word of a row or column, or the last group, half empty."""
+        words = any(side * bits % _WORD for side in shape)
+        return words or bool(self.whole and group and shape[1] % group)
 
     def fault(self, parts: Mapping[str, Tensor], shape: Shape, bits: int, group: int) -> tuple[str, Shape] | None:
         """Return a part that is not as a weight of `shape` has it, and how it should be; None where all are."""
-        outputs, inputs = shape
-        asked = self.shapes(outputs, inputs, bits, -(-inputs // group) if group else 1)
+        asked = self._shapes(shape, bits, group)
         return next(((part, asked[part]) for part in asked if part in parts and parts[part].shape != asked[part]), None)
+
+    def _shapes(self, shape: Shape, bits: int, group: int) -> Mapping[str, Shape]:
+        outputs, inputs = shape
+        return self.shapes(outputs, inputs, bits, -(-inputs // group) if group else 1)
 
 
 def _gptq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Shape]:
@@ -150,9 +194,36 @@ _GROUPED = (".qzeros", ".scales", ".g_idx")
 # What is known of how quantisers store weights, by `Packed.method`: AutoGPTQ's and MOSS's, AutoAWQ's "gemm", ChatGLM-6B's own,
 # bitsandbytes as transformers saves it.
 LAYOUTS: Mapping[str, Layout] = {
-    "gptq": Layout(main=".qweight", beside=_GROUPED, shapes=_gptq, bits=(2, 3, 4, 8)),
-    "awq": Layout(main=".qweight", beside=_GROUPED, shapes=_awq, whole=True),
-    "chatglm": Layout(main=".weight", beside=(".weight_scale",), shapes=_chatglm, integers=True),
+    "gptq": Layout(
+        main=".qweight",
+        beside=_GROUPED,
+        shapes=_gptq,
+        parts={
+            ".qweight": Part("int32", "fields"),
+            ".qzeros": Part("int32", "middle-1"),
+            ".scales": Part("float16", "scales"),
+            ".g_idx": Part("int32", "order"),
+        },
+        bits=(2, 3, 4, 8),
+    ),
+    "awq": Layout(
+        main=".qweight",
+        beside=_GROUPED,
+        shapes=_awq,
+        parts={
+            ".qweight": Part("int32", "fields"),
+            ".qzeros": Part("int32", "middle"),
+            ".scales": Part("float16", "scales"),
+        },
+        whole=True,
+    ),
+    "chatglm": Layout(
+        main=".weight",
+        beside=(".weight_scale",),
+        shapes=_chatglm,
+        parts={".weight": Part("int8", "signed"), ".weight_scale": Part("float16", "scales")},
+        integers=True,
+    ),
     "bitsandbytes-4": Layout(
         main=".weight", beside=tuple(f".weight.{part}" for part in _STATE), shapes=_nf4, bits=(4,), integers=True
     ),

@@ -37,11 +37,11 @@ _KEPT = "skeleton2"
 # What never changes a name, a shape or the KV cache: most configs of one architecture differ in these alone.
 _SHAPELESS = frozenset((
     "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "dtype", "embd_pdrop",
-    "eos_token_id", "gmask_token_id", "hidden_act", "hidden_activation", "hidden_dropout", "initializer_range",
+    "eos_token_id", "gmask_token_id", "groupsize", "hidden_act", "hidden_activation", "hidden_dropout", "initializer_range",
     "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "mask_token_id", "output_router_logits", "pad_token_id",
-    "pretraining_tp", "quantization_config", "resid_pdrop", "rms_norm_eps", "rope_local_base_freq", "rope_theta",
-    "rotary_emb_base", "router_aux_loss_coef", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id",
-    "use_cache",
+    "pretraining_tp", "quantization_bit", "quantization_config", "resid_pdrop", "rms_norm_eps", "rope_local_base_freq",
+    "rope_theta", "rotary_emb_base", "router_aux_loss_coef", "tokenizer_class", "torch_dtype", "transformers_version",
+    "unk_token_id", "use_cache", "wbits",
 ))
 # Where positions are computed, the context length has no tensor.
 _ROTARY = frozenset((

@@ -1,7 +1,7 @@
 """Synthetic checkpoints: the shapes, dtypes, files and shards of a model, with random weights, from its skeleton alone.
 
-So a fit can be measured before anything is downloaded. Weights are drawn once, some megabytes, and repeated from place to place:
-what they are does not matter to memory or speed, as long as nothing overflows.
+So a fit can be measured before anything is downloaded. What is published quantised is written in the parts of its layout
+(`harness.quantized`). What the tensors hold is `harness.filling`'s.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from harness import blueprint, cache, catalog, quantized, skeleton
+from harness import blueprint, cache, catalog, filling, memory_cost, quantized, skeleton
 from harness.blueprint import Stored
 from harness.case import Record
 from harness.catalog import Source
@@ -26,15 +25,13 @@ from harness.errors import UsageError
 from harness.files import Directory
 from harness.headers import read_config
 from harness.progress import Report, silent
+from harness.quantized import Packed
 from harness.skeleton import Skeleton, Weight
 from harness.tensor_files import DTYPES, Pieces, TensorSpec, write_bin, write_safetensors
 
 MARK = "fitmatrix-synthetic.json"
 _SHARD_BYTES = 5_000_000_000
-_PIECE_BYTES = 16 << 20
-_STEP_BYTES = 4096  # where a tensor begins in the pool is a multiple of this
-_STD = 0.02  # the usual initializer_range: activations neither vanish nor overflow float16
-_SEED = 20230314
+_FLOATS = ("float32", "float16", "bfloat16")
 
 FORMATS: Mapping[str, tuple[str, str, Callable[[Path, Sequence[TensorSpec], Pieces | None], None]]] = {
     "safetensors": ("model", ".safetensors", write_safetensors),
@@ -65,18 +62,18 @@ def describe(source: Source, *, file_format: str | None = None, shard_bytes: int
     """Lay out the synthetic twin of a model, as it is published where that is known, else in shards of 5 GB.
 
     Raises:
-        UsageError: nothing here tells its shape, or its weights are published quantised.
+        UsageError: nothing here tells its shape, or its weights are quantised in a way that is not written here.
         CheckpointError: its config is damaged.
     """
     config, stored = _known(source)
-    quantised = quantized.describe(config, ())
-    if quantised is not None:
-        raise UsageError(f"{source.name} is published quantised ({quantised}): name the 16-bit model that it was made from")
+    packed = quantized.packed(config)
     dtype = stored.dtype or str(config.get("torch_dtype") or config.get("dtype") or "float16")
-    if dtype not in DTYPES:
-        raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(DTYPES)}")
+    if dtype not in _FLOATS:
+        raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(_FLOATS)}")
     found = skeleton.build(config, cache.cache_dir())
-    shards = _sharded(list(_tensors(found, stored, dtype)), shard_bytes or stored.shard_bytes)
+    if packed is not None and (why := _unwritten(found, packed)):
+        raise UsageError(f"{source.name} is quantised ({packed.title}), and {why}: name the 16-bit model that it was made from")
+    shards = _sharded(list(_tensors(found, stored, dtype, packed)), shard_bytes or stored.shard_bytes)
     return Synthetic(name=source.name, config=config, format=file_format or stored.format, shards=tuple(shards))
 
 
@@ -96,10 +93,29 @@ def _known(source: Source) -> tuple[dict[str, Any], Stored]:
         return read_config(blob), usual
 
 
-def _tensors(found: Skeleton, stored: Stored, dtype: str) -> Iterator[TensorSpec]:
+def _unwritten(found: Skeleton, packed: Packed) -> str | None:
+    """Say why what is packed is not written here; None if it is: every Linear but the head in a layout whose parts are known."""
+    if packed.layout is None or not packed.layout.parts:
+        return "how its files hold that is not known here"
+    if packed.precision is None:
+        return f"no --precision here runs its {packed.bits} bits"
+    if packed.varies or packed.selects:
+        return "its config packs some modules otherwise than the rest"
+    if any(block.linear == "conv1d" for block in found.blocks):
+        return "how it packs Conv1D is not known here"
+    for weight, _ in found.tally:
+        shape = weight.tensor.shape
+        if memory_cost.is_stacked(weight):
+            return "under which names it packs each expert is not known here"
+        if weight.quantises and packed.layout.overhang(shape, packed.bits, packed.group):
+            return f"{weight.path}, {shape[0]} x {shape[1]}, does not fill whole words or groups"
+    return None
+
+
+def _tensors(found: Skeleton, stored: Stored, dtype: str, packed: Packed | None) -> Iterator[TensorSpec]:
     """Yield what the files hold, in the order of the modules: parameters and saved buffers, masks before the rest of their layer.
 
-    Names are transformers' own; experts are stacked, as it holds them.
+    Names are transformers' own; experts are stacked, as it holds them. What is packed is there by its parts.
     """
     masks = _masks(found, stored)
     for weight in found.weights:
@@ -107,7 +123,18 @@ def _tensors(found: Skeleton, stored: Stored, dtype: str) -> Iterator[TensorSpec
             continue
         for owner in [owner for owner in masks if weight.path.startswith(owner)]:
             yield masks.pop(owner)
-        yield TensorSpec(name=weight.path, dtype=_dtype(weight, stored, dtype), shape=weight.tensor.shape, repeats=weight.tied_to)
+        if packed is not None and weight.quantises:
+            yield from _parts(weight, packed)
+        else:
+            held = _dtype(weight, stored, dtype)
+            yield TensorSpec(name=weight.path, dtype=held, shape=weight.tensor.shape, repeats=weight.tied_to)
+
+
+def _parts(weight: Weight, packed: Packed) -> Iterator[TensorSpec]:
+    assert packed.layout is not None
+    module = weight.path.removesuffix(".weight")
+    for part, (dtype, shape) in packed.layout.stored(weight.tensor.shape, packed.bits, packed.group).items():
+        yield TensorSpec(name=f"{module}{part}", dtype=dtype, shape=shape)
 
 
 def _masks(found: Skeleton, stored: Stored) -> dict[str, TensorSpec]:
@@ -177,10 +204,11 @@ def _write(made: Synthetic, directory: Path, hollow: bool, report: Report, varia
 def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
     stem, suffix, writer = FORMATS[made.format]
     done, total = 0, made.bytes
+    packed = quantized.packed(made.config)
 
     def pieces(tensor: TensorSpec) -> Iterator[memoryview]:
         nonlocal done
-        for piece in contents(tensor):
+        for piece in filling.contents(tensor, packed):
             yield piece
             done += len(piece)
             report(f"writing {made.name}", done, total)
@@ -196,46 +224,6 @@ def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
         (build / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2))
     (build / "config.json").write_text(json.dumps(made.config, indent=2))
     (build / MARK).write_text(json.dumps({"model": made.name, "key": made.key, "hollow": hollow, "bytes": made.bytes}))
-
-
-def contents(tensor: TensorSpec) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor: ones for scales of norms, zeros for biases, masks that let all pass, else random weights.
-
-    They follow from its name, or from that of the tensor that it repeats: transformers 5 ties only what is equal in the files.
-    """
-    left = tensor.bytes
-    pool = _pool(tensor.dtype, _filling(tensor))
-    begin = int.from_bytes(sha256((tensor.repeats or tensor.name).encode()).digest()[:4], "big") * _STEP_BYTES % len(pool)
-    while left:
-        piece = pool[begin : begin + left]
-        yield piece
-        left, begin = left - len(piece), 0
-
-
-def _filling(tensor: TensorSpec) -> str:
-    if tensor.dtype == "bool":
-        return "mask"
-    if len(tensor.shape) > 1:
-        return "weights"
-    return "zeros" if tensor.name.endswith("bias") else "ones"
-
-
-@lru_cache(maxsize=8)
-def _pool(dtype: str, filling: str) -> memoryview:
-    """Make the bytes that tensors are filled from: normal numbers of mean 0 and deviation _STD, or one number all over."""
-    import numpy as np
-
-    width = DTYPES[dtype][0]
-    count = _PIECE_BYTES // width
-    if filling == "mask":
-        return memoryview(np.ones(count, dtype=np.bool_).tobytes())
-    if filling == "weights":
-        values = np.random.default_rng(_SEED).standard_normal(count, dtype=np.float32) * np.float32(_STD)
-    else:
-        values = np.full(count, filling == "ones", dtype=np.float32)
-    if dtype == "bfloat16":
-        return memoryview((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-    return memoryview(values.astype(np.dtype(dtype)).tobytes())
 
 
 def place(made: Synthetic) -> Path:

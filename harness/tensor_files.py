@@ -27,6 +27,8 @@ DTYPES: Mapping[str, tuple[int, str, str]] = {
     "float16": (2, "F16", "HalfStorage"),
     "bfloat16": (2, "BF16", "BFloat16Storage"),
     "bool": (1, "BOOL", "BoolStorage"),
+    "int8": (1, "I8", "CharStorage"),
+    "int32": (4, "I32", "IntStorage"),
 }
 
 

@@ -52,7 +52,7 @@ FLOORS = (
     ("inspection",),
     # machines, models by name, measuring
     ("bandwidth", "profiles", "cache", "meters", "counters", "quality", "figures", "tensor_files", "compare"),
-    ("interference", "dialogue"),
+    ("interference", "dialogue", "filling"),
     ("machine", "catalog", "guard"),
     ("options",),
     ("fingerprint",),
@@ -140,7 +140,7 @@ DOORS = {
     "bitsandbytes": {"worker"},
     "gguf": {"worker"},
     "safetensors": {"worker"},
-    "numpy": {"worker", "bandwidth", "synth"},
+    "numpy": {"worker", "bandwidth", "filling"},
     "tqdm": {"worker", "catalog"},
     "pytest": {"plugin"},
     "_pytest": {"plugin"},

@@ -76,12 +76,9 @@ def test_experts_that_are_stacked_stay_in_16_bits() -> None:
     assert packed > 0.9 * plain
 
 
-@pytest.mark.parametrize(
-    ("name", "gigabytes"), [("moss-moon-003-sft-int4", 10.783), ("moss-moon-003-sft-int8", 18.544), ("gpt-oss-20b", 13.761)]
-)
-def test_a_checkpoint_that_is_quantised_already_has_the_size_it_has_on_the_hub(name: str, gigabytes: float) -> None:
-    masks = 34 * 2048 * 2048 if name.startswith("moss") else 0
-    assert blueprint.draw(catalog.resolve(name)).checkpoint_bytes + masks == pytest.approx(gigabytes * 1e9, rel=0.001)
+def test_a_checkpoint_that_is_quantised_already_has_the_size_it_has_on_the_hub() -> None:
+    """Of those in one .bin see tests/test_stored.py."""
+    assert blueprint.draw(catalog.resolve("gpt-oss-20b")).checkpoint_bytes == pytest.approx(13.761e9, rel=0.001)
 
 
 # ---- KV cache -----------------------------------------------------------------------------------------------------------

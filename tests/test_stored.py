@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from msgspec.structs import replace
 
 from harness import blueprint, cost, memory_cost, skeleton, verify
 from harness.blueprint import Blueprint
@@ -19,6 +20,7 @@ from harness.catalog import resolve, stored_as
 from harness.planner import Planner
 from harness.precision import PRECISIONS, USUAL, row_of, usual
 from harness.protocol import Load
+from harness.units import GIB
 from harness.worker import model as work
 from harness.worker import skeleton as worker
 from tests import small_models
@@ -85,9 +87,54 @@ def test_a_plain_checkpoint_has_the_usual_matrix_and_no_more() -> None:
     assert usual(None) == list(USUAL) == ["fp32", "bf16", "fp16", "int8", "int4"]
 
 
-@pytest.mark.parametrize("name", ["moss-moon-003-sft-int4", "moss-moon-003-sft-int8"])
+# The published files that are quantised, one .bin each, and what is known of them: GB, how near, the row.
+PACKED_BINS = {
+    "moss-moon-003-sft-int4": (10.783, 0.0005, "gptq-int4"),
+    "moss-moon-003-sft-int8": (18.54, 0.0005, "gptq-int8"),
+    "moss-moon-003-sft-plugin-int4": (10.783, 0.0005, "gptq-int4"),
+    "moss-moon-003-sft-plugin-int8": (18.54, 0.0005, "gptq-int8"),
+    "chatglm-6b-int4": (3.89, 0.005, "chatglm-int4"),
+    "chatglm-6b-int8": (6.71, 0.005, "chatglm-int8"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_BINS)
 def test_the_catalog_tells_what_is_quantised_without_files(name: str) -> None:
-    assert usual(stored_as(resolve(name))) == [f"gptq-{name[-4:]}"]
+    assert usual(stored_as(resolve(name))) == [PACKED_BINS[name][2]]
+
+
+@pytest.mark.parametrize("name", PACKED_BINS)
+def test_a_published_quantised_file_has_its_bytes_before_it_is_here(name: str) -> None:
+    gigabytes, near, _ = PACKED_BINS[name]
+    drawn = blueprint.draw(resolve(name))
+    assert drawn.checkpoint_bytes == pytest.approx(gigabytes * 1e9, rel=near)
+    assert sum(drawn.stored.values()) == pytest.approx(gigabytes * 1e9, rel=0.015)  # without masks
+
+
+@pytest.mark.parametrize("name", PACKED_BINS)
+def test_a_published_quantised_file_is_mapped_whole_or_not_at_all(name: str) -> None:
+    drawn = blueprint.draw(resolve(name))
+    small = replace(machine(ram_bytes=64 * GIB), mapping_bytes=3 * GIB)
+    plan = Planner(drawn, small, here=False).plan(case(PACKED_BINS[name][2], "cpu"))
+    assert plan.verdict is Verdict.TOO_BIG
+    assert "its only file, a .bin, has" in (plan.why or "")
+    large = replace(small, mapping_bytes=20 * GIB)
+    assert Planner(drawn, large, here=False).plan(case(PACKED_BINS[name][2], "cpu")).verdict is Verdict.FITS
+
+
+@pytest.mark.parametrize("name", PACKED_BINS)
+def test_a_published_quantised_file_is_written_again_to_offload_it(name: str) -> None:
+    """transformers reads safetensors where they lie, and writes the weights of a .bin that it offloads."""
+    row = PACKED_BINS[name][2]
+    drawn = blueprint.draw(resolve(name))
+    tight = machine(ram_bytes=int(0.8 * drawn.checkpoint_bytes))
+    in_bin, in_safetensors = (
+        Planner(one, tight, here=False).plan(case(row, "disk")) for one in (drawn, replace(drawn, file_format="safetensors"))
+    )
+    assert in_bin.estimate is not None, in_bin.why
+    assert in_safetensors.estimate is not None
+    assert in_bin.estimate.tiers["disk"].needed_bytes > 0.05 * drawn.checkpoint_bytes
+    assert in_safetensors.estimate.tiers["disk"].needed_bytes == 0
 
 
 def test_a_directory_tells_what_it_is(tmp_path: Path) -> None:

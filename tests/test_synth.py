@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import harness.models  # noqa: F401 registers our own architectures
-from harness import catalog, checkpoint, synth
+from harness import agreement, catalog, checkpoint, filling, skeleton, synth
 from harness.case import Outcome
 from harness.cli import main
 from harness.errors import CheckpointError, UsageError
+from harness.precision import PRECISIONS
 from harness.store import Store
+from harness.worker import skeleton as worker
 from tests import small_models
+from tests.packed_files import drawn, save_awq, save_gptq
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -60,7 +67,7 @@ def test_what_the_catalog_stores_again_repeats_its_original() -> None:
     made = synth.describe(catalog.resolve("chatglm-6b"))
     tensors = {tensor.name: tensor for shard in made.shards for tensor in shard}
     head, original = tensors["lm_head.weight"], tensors["transformer.word_embeddings.weight"]
-    assert bytes(next(iter(synth.contents(head)))) == bytes(next(iter(synth.contents(original))))
+    assert bytes(next(iter(filling.contents(head)))) == bytes(next(iter(filling.contents(original))))
 
 
 PUBLISHED = {
@@ -69,6 +76,10 @@ PUBLISHED = {
     "codegen-6b-mono": (14_266_839_040, 0.0),
     "stablelm-tuned-alpha-3b": (14_817_801_431, 0.0001),
     "qwen3-0.6b": (1_503_264_768, 0.0),
+    "moss-moon-003-sft-int4": (10_783_000_000, 0.005),
+    "moss-moon-003-sft-plugin-int8": (18_540_000_000, 0.005),
+    "chatglm-6b-int4": (3_890_000_000, 0.005),
+    "chatglm-6b-int8": (6_710_000_000, 0.005),
 }
 
 
@@ -89,14 +100,27 @@ def test_its_shards_are_cut_where_the_published_are() -> None:
     assert sum(tensor.bytes for tensor in shards[0]) == pytest.approx(1_827_780_615, rel=0.0001)
 
 
-def test_hollow_checkpoints_of_full_size_are_planned_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["synth", "chatglm-6b", str(tmp_path / "hollow"), "--hollow"]) == 0
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm-6b-int4", "moss-moon-003-sft-int4", "moss-moon-003-sft-plugin-int8"])
+def test_hollow_checkpoints_of_full_size_are_planned_from(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the catalog plans it before it is here, whatever its files hold beside the weights."""
+    assert main(["synth", name, str(tmp_path / "hollow"), "--hollow"]) == 0
     capsys.readouterr()
-    assert main(["plan", str(tmp_path / "hollow"), "--gpu", "16GiB", "--ram", "32GiB", "--json"]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert planned["model"]["parameters"] == 6_173_286_400
-    assert planned["model"]["checkpoint_bytes"] == pytest.approx(13_416_906_785, rel=0.001)
-    assert sum(file.stat().st_blocks for file in (tmp_path / "hollow").iterdir()) * 512 < 2 << 20
+    found, known = (plan_of(model, capsys) for model in (str(tmp_path / "hollow"), name))
+    size, near = PUBLISHED[name]
+    assert found["model"]["parameters"] == known["model"]["parameters"]
+    assert found["model"]["checkpoint_bytes"] == pytest.approx(size, rel=near)
+    weights, expected = ({plan["placement"]: held(plan) for plan in one["plans"] if plan["tiers"]} for one in (found, known))
+    assert weights == pytest.approx(expected, rel=0.005)
+    assert sum(file.stat().st_blocks for file in (tmp_path / "hollow").iterdir()) * 512 < 4 << 20  # a page a tensor
+
+
+def plan_of(model: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    assert main(["plan", model, "--gpu", "16GiB", "--ram", "32GiB", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def held(plan: Any) -> int:
+    return sum(tier["weights_bytes"] for tier in plan["tiers"].values())
 
 
 def test_writing_takes_the_memory_of_a_piece(tmp_path: Path) -> None:
@@ -208,9 +232,135 @@ def test_what_ends_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_quantised_models_are_not_imitated() -> None:
-    with pytest.raises(UsageError, match="published quantised"):
-        synth.describe(catalog.resolve("moss-moon-003-sft-int4"))
+# ---- quantised ----------------------------------------------------------------------------------------------------------
+
+
+MOSS = {
+    "model_type": "moss", "architectures": ["MossForCausalLM"], "n_embd": 256, "n_layer": 2, "n_head": 8, "rotary_dim": 16,
+    "vocab_size": 1500, "n_positions": 512, "n_ctx": 512, "tie_word_embeddings": False, "torch_dtype": "float16",
+    "bos_token_id": 1, "eos_token_id": 2, "groupsize": 128,
+}  # fmt: skip
+CHATGLM = {
+    "model_type": "chatglm", "architectures": ["ChatGLMModel"], "hidden_size": 256, "inner_hidden_size": 1024, "num_layers": 2,
+    "num_attention_heads": 8, "vocab_size": 1500, "max_sequence_length": 512, "torch_dtype": "float16", "pad_token_id": 3,
+    "bos_token_id": 1004, "eos_token_id": 1005, "mask_token_id": 1000, "gmask_token_id": 1001,
+}  # fmt: skip
+PACKED = {
+    "moss int4": (MOSS | {"wbits": 4}, "transformer.h.1.mlp.fc_out"),
+    "moss int8": (MOSS | {"wbits": 8}, "transformer.h.1.attn.qkv_proj"),
+    "chatglm int4": (CHATGLM | {"quantization_bit": 4}, "transformer.layers.1.mlp.dense_4h_to_h"),
+    "chatglm int8": (CHATGLM | {"quantization_bit": 8}, "transformer.layers.1.attention.query_key_value"),
+}
+
+
+def source_of(folder: Path, config: dict[str, Any]) -> catalog.Source:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return catalog.resolve(str(folder), weights=False)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build skeletons here: a worker costs seconds."""
+    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("name", PACKED)
+def test_a_quantised_model_is_imitated_in_its_own_layout(name: str, kind: str, tmp_path: Path) -> None:
+    config, module = PACKED[name]
+    made = synth.describe(source_of(tmp_path / "only", config), file_format=kind, shard_bytes=500_000)
+    there = synth.write(made, tmp_path / "twin")
+    assert len(made.shards) > 1
+    one = drawn(there)
+    assert agreement.check(checkpoint.read(there), one.skeleton, one.packed) == ()
+    assert one.packed is not None
+    loaded: Any = AutoModelForCausalLM.from_pretrained(there, output_loading_info=True)
+    model, info = loaded
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    weight = model.get_submodule(module).unpacked(torch.float32).detach()
+    assert weight.std() == pytest.approx(0.02, rel=0.02)
+    assert abs(weight.mean()) < 0.0005
+    prompt = torch.tensor([[5, 6, 7, 1001, 1004]])
+    with torch.inference_mode():
+        logits = model(prompt).logits
+        answer = model.generate(prompt, max_new_tokens=3, do_sample=False)
+    assert torch.isfinite(logits).all()
+    assert logits.std() > 0
+    assert answer.shape[1] > prompt.shape[1]
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # optimum 2.3 asks for it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gptqmodel 7.6 leaves a temporary folder
+@pytest.mark.parametrize(("method", "save"), [("gptq", partial(save_gptq, bits=4)), ("awq", save_awq)])
+def test_gptq_and_awq_are_imitated_as_their_packages_load_them(method: str, save: Callable[..., object], tmp_path: Path) -> None:
+    save(tmp_path / "real", group=128)
+    real = checkpoint.read(tmp_path / "real")
+    there = synth.write(synth.describe(catalog.resolve(str(tmp_path / "real"))), tmp_path / "twin")
+    twin = checkpoint.read(there)
+    shapes, wanted = ({tensor.name: (tensor.dtype, tensor.shape) for tensor in one.tensors} for one in (twin, real))
+    assert shapes == wanted
+    parts = load_file(there / "model.safetensors")
+    module = "model.layers.0.mlp.up_proj"
+    fields, zeros = (nibbles(parts[f"{module}.{part}"]) for part in ("qweight", "qzeros"))
+    assert len(zeros.unique()) == len(parts[f"{module}.scales"].unique()) == 1
+    weight = (fields - zeros[0] - int(method == "gptq")) * parts[f"{module}.scales"].float()[0, 0]
+    assert weight.std() == pytest.approx(0.02, rel=0.02)
+    assert abs(weight.mean()) < 0.0005
+    for package in PRECISIONS[f"{method}-int4"].needs:
+        pytest.importorskip(package)
+    model = AutoModelForCausalLM.from_pretrained(there)
+    layer: Any = model.get_submodule(module)
+    assert layer(torch.eye(256, dtype=torch.float16)).float().detach().std() == pytest.approx(0.02, rel=0.02)
+
+
+def nibbles(words: torch.Tensor) -> torch.Tensor:
+    """Return the unsigned numbers of 4 bits in int32 words, in whatever order."""
+    pairs = words.flatten().view(torch.uint8)
+    return torch.cat((pairs & 15, pairs >> 4)).float()
+
+
+def test_packed_weights_take_the_memory_of_a_piece(tmp_path: Path) -> None:
+    made = synth.describe(catalog.resolve("chatglm-6b-int4"))
+    few = msgspec.structs.replace(made, shards=(made.shards[0][1:60],))  # without the embedding
+    tracemalloc.start()
+    try:
+        synth.write(few, tmp_path / "twin")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert few.bytes > 300 << 20
+    assert peak < 200 << 20
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+REFUSED = {
+    "of unknown parts": (LLAMA, {"quant_method": "fp8"}, "how its files hold that is not known here"),
+    "bitsandbytes": (LLAMA, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "how its files hold that is not known here"),
+    "3 bits": (LLAMA, GPTQ | {"bits": 3}, "no --precision here runs its 3 bits"),
+    "other bits for some": (LLAMA, GPTQ | {"dynamic": {"+:.*q_proj.*": {"bits": 8}}}, "packs some modules otherwise"),
+    "not all modules": (LLAMA, GPTQ | {"lm_head": True}, "packs some modules otherwise"),
+    "half a word": (LLAMA | {"intermediate_size": 771}, GPTQ, "gate_proj.weight, 771 x 256, does not fill whole words"),
+    "experts": (
+        {"model_type": "mixtral", **small_models.MODELS["mixtral"]},
+        GPTQ,
+        "under which names it packs each expert is not known",
+    ),
+    "Conv1D": ({"model_type": "gpt2", **small_models.MODELS["gpt2"]}, GPTQ, "how it packs Conv1D is not known here"),
+}
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_quantised_otherwise_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
+    config, settings, why = REFUSED[name]
+    source = source_of(tmp_path / "model", config | {"torch_dtype": "float16", "quantization_config": settings})
+    with pytest.raises(UsageError, match=rf"^model is quantised \(.+\), and .*{re.escape(why)}.*: name the 16-bit model"):
+        synth.describe(source)
 
 
 def test_a_run_measures_a_model_of_which_only_the_config_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Quantise a small model as its publisher would: `python -m tests.accuracy.quantise MODEL DIR gptq|awq BITS`, by gptqmodel.
+"""Quantise a small model as its publisher would: `python -m tests.accuracy.quantise MODEL DIR BITS`, by GPTQ in gptqmodel.
 
 It runs in a process of its own, for gptqmodel sets up the whole of one.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 
 # Inputs of the layers are divided by this: 576 of SmolLM2 are not by gptqmodel's usual 128.
@@ -14,14 +15,13 @@ GROUP = 64
 _TEXTS, _LETTERS = 48, 2000
 
 
-def quantise(model: str, directory: str, method: str, bits: int) -> None:
+def quantise(model: str, directory: str, bits: int) -> None:
     """Write a quantised copy of a model, calibrated on Python's own help texts: English, on every machine, and not in the probe."""
     os.cpu_count = lambda: max(4, len(os.sched_getaffinity(0)))  # gptqmodel 7.6 starts no quantiser on fewer
+    os.chdir(Path(directory).parent)  # it leaves a folder of logs where it runs
     from gptqmodel import GPTQModel, QuantizeConfig
-    from gptqmodel.quantization.config import FORMAT, METHOD
 
-    layout = FORMAT.GEMM if method == "awq" else FORMAT.GPTQ
-    config = QuantizeConfig(bits=bits, group_size=GROUP, quant_method=METHOD(method), format=layout, device="cpu")
+    config = QuantizeConfig(bits=bits, group_size=GROUP, device="cpu")
     texts = [text[:_LETTERS] for _, text in sorted(topics.items()) if len(text) > _LETTERS][:_TEXTS]
     made = GPTQModel.load(model, config)
     made.quantize(texts, batch_size=1)
@@ -29,5 +29,5 @@ def quantise(model: str, directory: str, method: str, bits: int) -> None:
 
 
 if __name__ == "__main__":
-    source, target, how, width = sys.argv[1:]
-    quantise(source, target, how, int(width))
+    source, target, width = sys.argv[1:]
+    quantise(source, target, int(width))
