@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import harness
-from harness.commands import compare, hardware, inspect, plan, publish, report, synth
+from harness.commands import chat, compare, hardware, inspect, plan, publish, report, synth
 from harness.errors import HarnessError
 from harness.report.text import line
 
@@ -65,6 +65,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
     "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
     "plan": (plan.HELP, plan.add_arguments, plan.run),
+    "chat": (chat.HELP, chat.add_arguments, chat.run),
     "synth": (synth.HELP, synth.add_arguments, synth.run),
     "report": (report.HELP, report.add_arguments, report.run),
     "publish": (publish.HELP, publish.add_arguments, publish.run),

@@ -56,6 +56,9 @@ class Dialogue(Record, frozen=True, kw_only=True):
 
     tokens: tuple[str, ...]
     prompt: str
+    answer: str
+    again: str
+    opening: str = ""
     name: str = ""
     models: str = ".*"
     system: str = ""
@@ -64,7 +67,16 @@ class Dialogue(Record, frozen=True, kw_only=True):
 
     def ask(self, question: Question) -> str:
         """Return the prompt of a question."""
-        return self.prompt.format(system=self.system, question=question.prompt)
+        return self.put(question.prompt)
+
+    def put(self, *said: str) -> str:
+        """Return the prompt of the last of `said`: a person's questions, and between them the model's answers."""
+        first, *rest = said
+        form = self.opening or self.prompt if rest else self.prompt
+        parts = [form.format(system=self.system, question=first)]
+        for earlier, (answer, question) in enumerate(zip(rest[::2], rest[1::2], strict=True), start=1):
+            parts += [self.answer.format(answer=answer), self.again.format(question=question, earlier=earlier, round=earlier + 1)]
+        return "".join(parts)
 
 
 class Written(NamedTuple):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -155,6 +155,15 @@ class Worker:
         if isinstance(event, Shared):
             self.ranks = event.pids
         return event
+
+    def wait(self) -> NoReturn:
+        """Wait until the process ends, which nobody has asked it to. Raises Ended."""
+        try:
+            multiprocessing.connection.wait([self._process.sentinel])
+        except KeyboardInterrupt:
+            self.kill()
+            raise
+        raise self._dead()
 
     def _send(self, request: Request) -> None:
         try:

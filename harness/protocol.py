@@ -74,11 +74,24 @@ class Score(Message, frozen=True, kw_only=True, tag="score"):
     reference: str | None = None
 
 
+class Chat(Message, frozen=True, kw_only=True, tag="chat"):
+    """Serve a page to talk to the model at `host`:`port`, until told to stop. `model` is its name, by which it is asked.
+
+    It is shown the latest `prompt_tokens` of a conversation at most, and answers with `new_tokens` at most.
+    """
+
+    model: str
+    host: str
+    port: int
+    prompt_tokens: int
+    new_tokens: int
+
+
 class Stop(Message, frozen=True, kw_only=True, tag="stop"):
     """Exit."""
 
 
-Request = Confine | Share | Load | Generate | Score | Stop
+Request = Confine | Share | Load | Generate | Score | Chat | Stop
 
 
 class Entered(Message, frozen=True, kw_only=True, tag="entered"):
@@ -145,6 +158,12 @@ class ScoreDone(Message, frozen=True, kw_only=True, tag="scored"):
     dialogue: str = ""
 
 
+class Chatting(Message, frozen=True, kw_only=True, tag="chatting"):
+    """The page is served at `url`."""
+
+    url: str
+
+
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
     """A request failed. `types` are the names of the exception's classes, the most derived first.
 
@@ -166,7 +185,7 @@ class Lost(Message, frozen=True, kw_only=True, tag="lost"):
     exit_code: int | None
 
 
-Answered = Confined | Shared | LoadDone | GenerateDone | ScoreDone | Failed | Lost
+Answered = Confined | Shared | LoadDone | GenerateDone | ScoreDone | Chatting | Failed | Lost
 Event = Entered | Answered
 
 _REQUESTS: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

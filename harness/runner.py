@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -27,6 +27,8 @@ from harness.placement import PLACEMENTS
 from harness.precision import PRECISIONS, Precision
 from harness.process import Ended, Worker, WorkerMain
 from harness.protocol import (
+    Chat,
+    Chatting,
     Confine,
     Confined,
     Event,
@@ -289,6 +291,23 @@ class Run:
             self.scored = done
         return self.scored
 
+    def chat(self, host: str, port: int) -> Chatting:
+        """Serve a page to talk to the model, within the workload that was planned for. Raises CaseEnded."""
+        self.load()
+        load = self.plan.case.workload
+        done = self._ask(
+            Chat(model=self.plan.case.model, host=host, port=port, prompt_tokens=load.prompt_tokens, new_tokens=load.new_tokens)
+        )
+        assert isinstance(done, Chatting)
+        return done
+
+    def wait(self) -> NoReturn:
+        """Wait until the worker ends by itself or is ended for the memory's sake. Raises CaseEnded."""
+        try:
+            self._worker.wait()
+        except Ended as end:
+            raise self._end(ended_by=end.ended_by, exit_code=end.exit_code) from None
+
     def quality(self) -> Quality | None:
         """Judge what the probe found, if it ran."""
         if self.scored is None:
@@ -314,7 +333,7 @@ class Run:
         if isinstance(event, Failed):
             self._phases += event.phases
             raise self._end(failed=event)
-        if isinstance(event, (Confined, Shared)):
+        if isinstance(event, (Confined, Shared, Chatting)):
             return event
         assert isinstance(event, (LoadDone, GenerateDone, ScoreDone))
         self._windows.append(self._others.end(self._worker.phase))

@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from harness import catalog, cost, memory_cost
 from harness.blueprint import Blueprint
@@ -77,6 +81,14 @@ def save(name: str, folder: Path, **settings: int) -> Skeleton:
     config = AutoConfig.for_model(name, **{**MODELS[name], **settings})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return worker.build(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def write_letters(folder: Path, vocabulary: int) -> None:
+    """Write a tokenizer of single characters from the space on, which ends a text; the last token is for all others."""
+    letters = {chr(32 + index): index for index in range(vocabulary - 1)} | {"?unknown": vocabulary - 1}
+    tokenizer = Tokenizer(WordLevel(letters, unk_token="?unknown"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Split("", "isolated"), Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?unknown", eos_token=" ").save_pretrained(folder)
 
 
 def save_talking(folder: Path) -> Path:

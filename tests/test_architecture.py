@@ -95,8 +95,9 @@ FLOORS = (
     ("minimum",),
     ("report.minimums",),
     ("commands",),
-    ("commands.training",),
+    ("commands.training", "commands.planning"),
     (
+        "commands.chat",
         "commands.compare",
         "commands.hardware",
         "commands.inspect",
@@ -127,6 +128,7 @@ WORKER = (
     ("worker.skeleton",),
     ("worker.model",),
     ("worker.score",),
+    ("worker.chat",),
     ("worker.main",),
 )
 BESIDE = {"worker", "models"}
@@ -139,6 +141,7 @@ DOORS = {
     "accelerate": {"worker"},
     "bitsandbytes": {"worker"},
     "gguf": {"worker"},
+    "gradio": {"worker.chat"},
     "safetensors": {"worker"},
     "numpy": {"worker", "bandwidth", "filling"},
     "tqdm": {"worker", "catalog"},

@@ -73,6 +73,27 @@ def test_stablelm_hears_three_parts_and_chatglm_the_question_alone() -> None:
     assert by_name["chatglm"].ask(question) == question.prompt
 
 
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("chatglm", "[Round 0]\n问：a?\n答：b.\n[Round 1]\n问：c?\n答：d.\n[Round 2]\n问：e?\n答："),
+        ("chatglm2", "[Round 1]\n\n问：a?\n\n答：b.\n\n[Round 2]\n\n问：c?\n\n答：d.\n\n[Round 3]\n\n问：e?\n\n答："),
+        ("chatglm3", "<|user|>\n a?<|assistant|>\n b.<|user|>\n c?<|assistant|>\n d.<|user|>\n e?<|assistant|>"),
+        ("stablelm-tuned", "<|USER|>a?<|ASSISTANT|>b.<|USER|>c?<|ASSISTANT|>d.<|USER|>e?<|ASSISTANT|>"),
+        ("moss", "<|Human|>: a?<eoh>\n<|MOSS|>: b.<eom>\n<|Human|>: c?<eoh>\n<|MOSS|>: d.<eom>\n<|Human|>: e?<eoh>\n<|MOSS|>:"),
+    ],
+)
+def test_a_conversation_is_written_as_the_model_was_taught(name: str, whole: str) -> None:
+    asked = next(one for one in DIALOGUES if one.name == name)
+    assert asked.put("a?", "b.", "c?", "d.", "e?").endswith(whole)
+
+
+def test_each_turn_of_moss_with_plugins_has_all_its_parts() -> None:
+    whole = PLUGIN.put("a?", "b.", "c?")
+    assert whole.startswith(f"{PLUGIN.put('a?')} b.<eom>\n<|Human|>: c?<eoh>\n<|Inner Thoughts|>: None<eot>\n")
+    assert whole.endswith(PLUGIN.put("c?")[PLUGIN.put("c?").index("<|Human|>") :])
+
+
 def test_the_parts_of_moss_stand_in_the_documented_order() -> None:
     parts = ["<|Human|>: ", "<eoh>\n<|Inner Thoughts|>: ", "<eot>\n<|Commands|>: ", "<eoc>\n<|Results|>:", "<eor>\n<|MOSS|>:"]
     plain = PLUGIN.ask(quality.PROBE.questions[0])

@@ -10,6 +10,8 @@ import pytest
 from harness import protocol
 from harness.case import Answer, Phase
 from harness.protocol import (
+    Chat,
+    Chatting,
     Confine,
     Confined,
     Entered,
@@ -38,12 +40,14 @@ REQUESTS = (
     Generate(prompt_tokens=64, new_tokens=32, batch=2, phase="cold"),
     Score(keep="/scratch/a.npy", reference=None),
     Share(ranks=2),
+    Chat(model="tiny", host="127.0.0.1", port=7860, prompt_tokens=1024, new_tokens=256),
     Stop(),
 )
 EVENTS = (
     Entered(phase="load", at_s=12345.678901234),
     Confined(file_bytes=1, anon_bytes=2, shared_bytes=3),
     Shared(pids=[17, 18]),
+    Chatting(url="http://127.0.0.1:7860/"),
     Lost(rank=1, exit_code=-9),
     LoadDone(seconds={"load_s": 1 / 3}, loaded=loaded(), phases=[PHASE]),
     GenerateDone(

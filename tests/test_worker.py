@@ -12,10 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness import meters
 from harness.loading import loading_code
@@ -27,7 +24,7 @@ from harness.quality import PROBE
 from harness.worker import model as work
 from harness.worker import residency, score
 from harness.worker.model import Model
-from tests import builders
+from tests import builders, small_models
 
 VOCABULARY = 96
 LAYERS = 4
@@ -56,10 +53,7 @@ def speaking(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a tokenizer of single characters."""
     directory = tmp_path_factory.mktemp("speaking")
     shutil.copytree(tiny, directory, dirs_exist_ok=True)
-    characters = {chr(32 + index): index for index in range(VOCABULARY - 1)} | {"?unknown": VOCABULARY - 1}
-    tokenizer = Tokenizer(WordLevel(characters, unk_token="?unknown"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?unknown", eos_token=" ").save_pretrained(directory)
+    small_models.write_letters(directory, VOCABULARY)
     return directory
 
 

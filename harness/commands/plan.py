@@ -8,24 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from harness import commands
 from harness.case import Workload
+from harness.commands.planning import FITS, NOTHING_FITS, advise_on, asked_case, constants, count
 from harness.errors import UsageError, did_you_mean
-from harness.placement import FILE, PLACEMENTS, distinct, named
-from harness.precision import ALL, PRECISIONS, usual
+from harness.placement import FILE, PLACEMENTS, named
+from harness.precision import ALL, PRECISIONS
 from harness.training import STAGES
 from harness.units import parse_size
 
 if TYPE_CHECKING:
     from harness.advice import Advice
-    from harness.blueprint import Blueprint
-    from harness.calibration import Calibration
-    from harness.case import Case, Machine, Plan
+    from harness.case import Machine, Plan
     from harness.catalog import Source
     from harness.devicemap import Device
     from harness.minimum import Minimum
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
 
-FITS, NOTHING_FITS = 0, 1
 SCHEMA = 1
 _USUAL = Workload()
 # Options that say nothing of training.
@@ -89,10 +87,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError, CheckpointError: the request or a model is wrong; exit status 2.
     """
-    from harness import blueprint, mapfile
-    from harness.advice import advise
-    from harness.planner import Planner
-
     if args.training is not None or args.nodes is not None:
         return _train(args)
     asked_precisions = list(PRECISIONS) if ALL in (args.precision or ()) else args.precision
@@ -102,21 +96,25 @@ def run(args: argparse.Namespace) -> int:
     if args.prove_min_ram:
         return _prove(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
     machine, here = described(args)
-    asked = [_asked_case(text) for text in (args.code, args.explain) if text]
+    asked = [asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
         raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
     device_map = _device_map(args, [placement for _, placement in asked])
-    constants = _constants(args, machine) if here else None
-    advices = []
-    for source in _sources(args):
-        drawn = blueprint.draw(source)
-        if device_map is not None:
-            mapfile.check(device_map, drawn.skeleton, len(machine.gpus), model=drawn.name)
-        planner = Planner(drawn, machine, here=here, constants=constants, trust=args.trust_remote_code, device_map=device_map)
-        chosen = precisions if args.precision else usual(drawn.stored_as)
-        places = named(args.placement, device_map is not None) or distinct(PLACEMENTS, len(machine.gpus))
-        cases = _cases(drawn, chosen, places, load, asked)
-        advices.append(advise(source, planner, cases))
+    calibration = constants(args.results, machine) if here else None
+    advices = [
+        advise_on(
+            source,
+            machine,
+            load,
+            calibration=calibration,
+            asked=asked,
+            precisions=precisions if args.precision else None,
+            placements=named(args.placement, device_map is not None),
+            device_map=device_map,
+            trust=args.trust_remote_code,
+        )
+        for source in _sources(args)
+    ]
     return _print(advices, args, machine, load)
 
 
@@ -140,7 +138,7 @@ def _train(args: argparse.Namespace) -> int:
     for flag in _ABOUT_RUNNING:
         if getattr(args, flag.removeprefix("--").replace("-", "_")):
             raise UsageError(f"{flag} is about running a model, and --training about training it: give one of them")
-    nodes = _count(args.nodes, "--nodes", 1, 1)
+    nodes = count(args.nodes, "--nodes", 1, 1)
     machine, _ = described(args)
     drawn = [blueprint.draw(source) for source in _sources(args)]
     return training.show(drawn, machine, args.training, nodes, as_json=args.json)
@@ -199,18 +197,18 @@ def workload(args: argparse.Namespace) -> Workload:
     Raises:
         UsageError: a number is none, too small, or --context leaves no room for a prompt.
     """
-    new = _count(args.new_tokens, "--new-tokens", 2, _USUAL.new_tokens)
-    prompt = _count(args.prompt_tokens, "--prompt-tokens", 1, _USUAL.prompt_tokens)
+    new = count(args.new_tokens, "--new-tokens", 2, _USUAL.new_tokens)
+    prompt = count(args.prompt_tokens, "--prompt-tokens", 1, _USUAL.prompt_tokens)
     if args.context is not None:
         if args.prompt_tokens is not None:
             raise UsageError("--context and --prompt-tokens both say how long the prompt is: give one of them")
-        context = _count(args.context, "--context", 3, 0)
+        context = count(args.context, "--context", 3, 0)
         if context <= new:
             raise UsageError(
                 f"--context {context} has no room for a prompt beside {new} new tokens: raise it or lower --new-tokens"
             )
         prompt = context - new
-    return Workload(prompt_tokens=prompt, new_tokens=new, batch=_count(args.batch, "--batch", 1, 1))
+    return Workload(prompt_tokens=prompt, new_tokens=new, batch=count(args.batch, "--batch", 1, 1))
 
 
 def described(args: argparse.Namespace) -> tuple[Machine, bool]:
@@ -229,30 +227,6 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
     return machine.probe(), True
 
 
-def _constants(args: argparse.Namespace, machine: Machine) -> Calibration:
-    """Return the calibration by earlier results of this machine, the plain one where there are none."""
-    from pathlib import Path
-
-    from harness import calibration
-
-    directory = Path(args.results or "fitmatrix-results")
-    if not (directory / "results.jsonl").is_file():
-        if args.results:
-            raise UsageError(f"--results {directory}: no results.jsonl there")
-        return calibration.default()
-    from harness.store import Store
-
-    return calibration.correct(Store(directory).read()[0], machine)
-
-
-def _count(text: str | None, flag: str, least: int, default: int) -> int:
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdecimal() or not least <= int(text) < 1 << 31:
-        raise UsageError(f"{flag} {text!r}: a whole number, at least {least}")
-    return int(text)
-
-
 def _size(text: str | None, flag: str) -> int | None:
     try:
         return parse_size(text) if text is not None else None
@@ -265,26 +239,6 @@ def _names(given: Sequence[str] | None, table: Any, flag: str) -> list[str]:
         if name not in table:
             raise UsageError(f"{flag}: no {name!r}: {did_you_mean(name, table)}")
     return [name for name in table if not given or name in given]
-
-
-def _asked_case(text: str) -> tuple[str, str]:
-    """Split a case, "int8/direct" or a whole id, into precision and placement."""
-    precision, _, placement = text.rpartition("/")
-    precision = precision.rpartition("/")[2]
-    if precision not in PRECISIONS:
-        raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(precision, PRECISIONS)}")
-    if placement not in PLACEMENTS:
-        raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(placement, PLACEMENTS)}")
-    return precision, placement
-
-
-def _cases(
-    drawn: Blueprint, precisions: Sequence[str], placements: Sequence[str], load: Workload, asked: Sequence[tuple[str, str]]
-) -> list[Case]:
-    from harness.case import Case
-
-    pairs = asked or [(precision, placement) for precision in precisions for placement in placements]
-    return [Case(model=drawn.name, precision=precision, placement=placement, workload=load) for precision, placement in pairs]
 
 
 def _print(advices: Sequence[Advice], args: argparse.Namespace, machine: Machine, load: Workload) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harness import meters, protocol
 from harness.case import Phase
-from harness.worker import model, ranks, residency, score
+from harness.worker import chat, model, ranks, residency, score
 
 _PR_SET_PDEATHSIG = 1
 
@@ -133,6 +133,8 @@ class Server:
             with self.phase("score"):
                 scored = score.score(self._model, request)
             return protocol.ScoreDone(**scored, phases=self._phases)
+        if isinstance(request, protocol.Chat):
+            return chat.serve(self._model, request)
         raise RuntimeError(f"no such request: {request!r}")
 
     @contextlib.contextmanager

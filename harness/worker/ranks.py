@@ -230,7 +230,7 @@ def together(answers: Sequence[Answered], doubled_bytes: int) -> Answered:
             anon_bytes=sum(one.anon_bytes for one in confined),
             shared_bytes=sum(one.shared_bytes for one in confined),
         )
-    assert not isinstance(first, (protocol.Shared, Failed, Lost))
+    assert not isinstance(first, (protocol.Shared, protocol.Chatting, Failed, Lost))
     parts = zip(*(one.phases for one in answers if isinstance(one, type(first))), strict=True)
     phases = [_phase(same, doubled_bytes) for same in parts]
     if isinstance(first, LoadDone):

@@ -49,7 +49,7 @@ def score(model: Model, request: Score) -> dict[str, Any]:
     if request.keep:
         _write(Path(request.keep), kept)
     compared = reference is not None and positions > 0
-    asked = _dialogue(model, request.model)
+    asked = dialogue_of(model, request.model)
     if model.tokenizer is None:
         nll, positions = 0.0, 0
     return {
@@ -63,7 +63,7 @@ def score(model: Model, request: Score) -> dict[str, Any]:
     }
 
 
-def _dialogue(model: Model, name: str) -> Dialogue | None:
+def dialogue_of(model: Model, name: str) -> Dialogue | None:
     """Return how the model is asked where it brings no template for it."""
     if model.tokenizer is None or model.tokenizer.chat_template:
         return None
@@ -156,8 +156,8 @@ def _continue(
     where there was none in `most` tokens or in time.
     """
     tokenizer = model.tokenizer
-    stops = {*_own_ends(model), *(tokenizer.convert_tokens_to_ids(end) for end in ends)}
-    batch = _encode(model, prompts)
+    stops = ending_ids(model, ends)
+    batch = encode(model, prompts)
     output = model.module.generate(  # type: ignore[operator]  # transformers' stubs take the mixin's method for a tensor
         **batch,
         do_sample=False,
@@ -174,13 +174,15 @@ def _continue(
     return written
 
 
-def _own_ends(model: Model) -> list[int]:
-    """Return the tokens at which the model's own config ends a text."""
-    ends = model.module.generation_config.eos_token_id
-    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+def ending_ids(model: Model, ends: Sequence[str]) -> set[int]:
+    """Return the tokens that end what a model says: those of its own config, and `ends` of the dialogue that it was taught."""
+    own = model.module.generation_config.eos_token_id
+    ids = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
+    return {*ids, *(model.tokenizer.convert_tokens_to_ids(end) for end in ends)}
 
 
-def _encode(model: Model, prompts: list[str]) -> dict[str, torch.Tensor]:
+def encode(model: Model, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Return the inputs of generate for prompts, as one left-padded batch on the model's device."""
     tokenizer = model.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
