@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness import agreement, checkpoint, companions, quantized, skeleton
+from harness import agreement, checkpoint, companions, quantized, shipped, skeleton
 from harness.case import Record
 from harness.checkpoint import CONFIG, Checkpoint, context_length
 from harness.companions import RemoteCode
@@ -308,13 +308,13 @@ def _hub_folder(hub_id: str) -> Path:
 
 def _in_catalog(source: Source) -> str | None:
     try:
-        return skeleton.hub_id(source.hub_id or source.name)
+        return shipped.hub_id(source.hub_id or source.name)
     except UsageError:
         return None
 
 
 def _of_catalog(source: Source, known: str) -> Blueprint:
-    entry = skeleton.catalog()[known]
+    entry = shipped.catalog()[known]
     shape = skeleton.named(known)
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = quantized.packed(entry.config)
@@ -352,7 +352,7 @@ def published(hub_id: str) -> Stored | None:
 
 @lru_cache(maxsize=1)
 def _published() -> Mapping[str, Stored]:
-    return msgspec.toml.decode((skeleton.DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
+    return msgspec.toml.decode((shipped.DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
 
 
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:

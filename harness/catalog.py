@@ -114,9 +114,9 @@ def _picked(source: Source, file: str) -> Source:
 
 def _short_names() -> dict[str, str]:
     """Return the hub ids of the models whose skeletons are shipped, by the last part of their names in lower case."""
-    from harness import skeleton
+    from harness import shipped
 
-    return {full.casefold().rpartition("/")[2]: full for full in skeleton.catalog()}
+    return {full.casefold().rpartition("/")[2]: full for full in shipped.catalog()}
 
 
 def stored_as(source: Source) -> str | None:
@@ -142,14 +142,14 @@ def stored_as(source: Source) -> str | None:
 
 
 def _config(source: Source, here: Path | None) -> dict[str, Any] | None:
-    from harness import hub, skeleton
+    from harness import hub, shipped
 
     try:
         if here is not None:
             text = (here / "config.json").read_bytes()
         elif source.hub_id is not None:
-            if source.hub_id in skeleton.catalog():
-                return dict(skeleton.catalog()[source.hub_id].config)
+            if source.hub_id in shipped.catalog():
+                return dict(shipped.catalog()[source.hub_id].config)
             with hub.connected():
                 file = hub.Repository(source.hub_id).open("config.json")
                 text = file.read(0, file.size)

@@ -16,17 +16,17 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from harness.case import Record
-from harness.errors import UsageError, did_you_mean
+from harness.errors import UsageError
 from harness.naming import Naming
+from harness.shipped import DATA, catalog, hub_id
 
-DATA = Path(__file__).parent / "data"
 BUILD_S = 120.0
 UNKNOWN_TYPE = 3  # the exit status of the worker
 _NUMBER = re.compile(r"\d+")
@@ -310,34 +310,6 @@ def _has_default_heads(config: Mapping[str, Any]) -> bool:
     if config.get("model_type") not in ("llama", "mistral") or not isinstance(hidden, int) or not isinstance(heads, int):
         return False
     return heads > 0 and config.get("head_dim") == hidden // heads
-
-
-class Entry(Record, frozen=True, kw_only=True):
-    """A model of the catalog: its config and its number of parameters, as published (`source` says by whom)."""
-
-    parameters: int
-    source: str
-    config: dict[str, Any]
-
-
-@lru_cache(maxsize=1)
-def catalog() -> Mapping[str, Entry]:
-    """Read the catalog: hub id -> entry."""
-    return msgspec.json.decode((DATA / "configs.json").read_bytes(), type=dict[str, Entry])
-
-
-def hub_id(name: str) -> str:
-    """Turn a short name ("qwen2.5-7b-instruct") or a hub id, in any case, into the hub id.
-
-    Raises:
-        UsageError: the catalog has no such model.
-    """
-    known = {}
-    for full in catalog():
-        known[full.casefold()] = known[full.casefold().rpartition("/")[2]] = full
-    if name.casefold() in known:
-        return known[name.casefold()]
-    raise UsageError(f"no model {name!r} in the catalog: {did_you_mean(name, known)}")
 
 
 def named(name: str) -> Skeleton:

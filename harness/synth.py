@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from harness import blueprint, cache, catalog, filling, memory_cost, quantized, skeleton
+from harness import blueprint, cache, catalog, filling, memory_cost, quantized, shipped, skeleton
 from harness.blueprint import Stored
 from harness.case import Record
 from harness.catalog import Source
@@ -82,10 +82,10 @@ def _known(source: Source) -> tuple[dict[str, Any], Stored]:
     usual = Stored(bytes=0, origin="", shard_bytes=_SHARD_BYTES)
     if source.kind != "directory" and source.hub_id is not None:
         try:
-            known = skeleton.hub_id(source.hub_id)
+            known = shipped.hub_id(source.hub_id)
         except UsageError:
             raise UsageError(f"{source.hub_id} is not in the catalog: put its config.json into a directory and name that") from None
-        return dict(skeleton.catalog()[known].config), blueprint.published(known) or usual
+        return dict(shipped.catalog()[known].config), blueprint.published(known) or usual
     here = catalog.cached(source)
     if here is None:
         raise UsageError(f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once")

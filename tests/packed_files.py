@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness import blueprint, checkpoint, cost, memory_cost, skeleton
+from harness import blueprint, checkpoint, cost, memory_cost, shipped, skeleton
 from harness.blueprint import Blueprint
 from harness.precision import PRECISIONS
 from harness.skeleton import Skeleton
@@ -72,7 +72,7 @@ def write_hollow(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
 
 def write_packed(folder: Path, name: str, bits: int, group: int, method: str = "gptq") -> int:
     """Write a model of the catalog as GPTQ, or AWQ, leaves it; return the bytes of its tensors."""
-    config: dict[str, Any] = dict(skeleton.catalog()[skeleton.hub_id(name)].config)
+    config: dict[str, Any] = dict(shipped.catalog()[shipped.hub_id(name)].config)
     config["quantization_config"] = {"quant_method": method, "bits": bits, "group_size": group}
     if method == "awq":
         config["quantization_config"] |= {"version": "gemm", "zero_point": True}

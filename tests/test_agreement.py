@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from harness import agreement, blueprint, catalog, checkpoint, quality, skeleton, synth
+from harness import agreement, blueprint, catalog, checkpoint, quality, shipped, skeleton, synth
 from harness.blueprint import Blueprint
 from harness.case import Verdict
 from harness.cli import main
@@ -40,7 +40,7 @@ from tests.gguf_files import write_llama
 from tests.packed_files import drawn, packed_layout, write_hollow, write_packed
 
 ROOT = Path(__file__).parent.parent
-SMOLLM2 = skeleton.catalog()["HuggingFaceTB/SmolLM2-135M-Instruct"].config
+SMOLLM2 = shipped.catalog()["HuggingFaceTB/SmolLM2-135M-Instruct"].config
 Tensors = dict[str, TensorSpec]
 UP = "model.layers.3.mlp.up_proj.weight"
 
@@ -289,7 +289,7 @@ def test_what_transformers_saves_is_whole(name: str, tmp_path: Path) -> None:
     assert odd(one) == ()
 
 
-@pytest.mark.parametrize("name", skeleton.catalog())
+@pytest.mark.parametrize("name", shipped.catalog())
 def test_what_is_made_of_the_catalog_is_whole(name: str, tmp_path: Path) -> None:
     try:
         made = synth.describe(catalog.resolve(name, weights=False))
@@ -301,7 +301,7 @@ def test_what_is_made_of_the_catalog_is_whole(name: str, tmp_path: Path) -> None
 
 def published(name: str, *renames: tuple[str, str]) -> tuple[dict[str, Any], Tensors]:
     """A model of the catalog whose files have names of their own."""
-    config = skeleton.catalog()[skeleton.hub_id(name)].config
+    config = shipped.catalog()[shipped.hub_id(name)].config
     tensors = specs(skeleton.named(name), "float16")
     for old, new in renames:
         tensors = renamed(tensors, old, new)
@@ -580,7 +580,7 @@ def test_packing_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
 def test_the_shapes_of_moss_tell_its_bits(said: int | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One published repository says 4 bits of weights that have 8; our MOSS loads what they have, and it is planned as that."""
     name = "moss-moon-003-sft-int8"
-    config = dict(skeleton.catalog()[skeleton.hub_id(name)].config) | {"wbits": said}
+    config = dict(shipped.catalog()[shipped.hub_id(name)].config) | {"wbits": said}
     if said is None:
         del config["wbits"], config["groupsize"]
     write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton.named(name), 8, 128))
@@ -601,7 +601,7 @@ def test_the_shapes_of_moss_tell_its_bits(said: int | None, words: str, tmp_path
 def test_of_bits_that_are_as_moss_says_nothing_is_said(tmp_path: Path) -> None:
     name = "moss-moon-003-sft-int4"
     write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton.named(name), 4, 128))
-    (tmp_path / "config.json").write_text(json.dumps(skeleton.catalog()[skeleton.hub_id(name)].config))
+    (tmp_path / "config.json").write_text(json.dumps(shipped.catalog()[shipped.hub_id(name)].config))
     assert odd(drawn(tmp_path)) == ()
 
 
@@ -630,7 +630,7 @@ def test_a_kind_that_our_architectures_lack_is_told_before_loading(
     monkeypatch.undo()  # a worker says it
     monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    config = dict(skeleton.catalog()[skeleton.hub_id(name)].config)
+    config = dict(shipped.catalog()[shipped.hub_id(name)].config)
     whole = skeleton.named(name)
     code = {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}
     write_checkpoint(tmp_path / "made", config | given | {"auto_map": code}, list(specs(whole, "float16").values()))

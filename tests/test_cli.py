@@ -15,7 +15,7 @@ from harness import cli, skeleton
 from harness.case import encode
 from harness.cli import COMMANDS, build_parser, main
 from harness.report.text import visible
-from harness.skeleton import catalog
+from harness.shipped import catalog
 from harness.store import NAME
 from tests.builders import GOLDEN, result
 from tests.packed_files import write_hollow

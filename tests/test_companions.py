@@ -15,7 +15,7 @@ from harness.companions import RemoteCode, remote_code
 from harness.errors import CheckpointError
 from harness.files import Directory
 from harness.planner import Planner
-from harness.skeleton import catalog
+from harness.shipped import catalog
 from tests import builders
 from tests.checkpoint_files import write_safetensors
 from tests.packed_files import write_hollow

@@ -22,7 +22,7 @@ from harness.placement import PLACEMENTS
 from harness.planner import GOOD, Planner
 from harness.precision import PRECISIONS
 from harness.profiles import profile
-from harness.skeleton import catalog as known
+from harness.shipped import catalog as known
 from harness.tier_cost import Count
 from harness.units import GIB, MIB
 from tests.checkpoint_files import write_safetensors

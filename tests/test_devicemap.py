@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness import skeleton
+from harness import shipped, skeleton
 from harness.devicemap import STRATEGIES, Device, device_of, infer, measure, merge
 from harness.errors import UsageError
 from harness.skeleton import Skeleton
@@ -65,7 +65,7 @@ def described(name: str) -> tuple[dict[str, Any], Skeleton]:
 
     if name in BUILT:
         return BUILT[name], worker.build(BUILT[name])
-    config = skeleton.catalog()[skeleton.hub_id(name)].config
+    config = shipped.catalog()[shipped.hub_id(name)].config
     return config, skeleton.named(name)
 
 

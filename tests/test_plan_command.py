@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import catalog, skeleton
+from harness import catalog, shipped
 from harness.cli import main
 from harness.placement import PLACEMENTS, distinct
 from harness.precision import USUAL
@@ -211,11 +211,11 @@ def test_this_machine_is_planned_for_by_default(say: Said) -> None:
     assert found["machine"]["tiers"][0]["free_bytes"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(skeleton.catalog()))
+@pytest.mark.parametrize("name", sorted(shipped.catalog()))
 def test_every_model_of_the_catalog_can_be_planned_by_its_short_name(say: Said, name: str) -> None:
     short = name.rpartition("/")[2].lower()
     found = planned(say, short, "--gpu", "B200", "--gpu", "B200", "--ram", "2TiB")
-    assert found["model"]["parameters"] == skeleton.catalog()[name].parameters or short.startswith("moss")
+    assert found["model"]["parameters"] == shipped.catalog()[name].parameters or short.startswith("moss")
     assert found["recommended"]
 
 

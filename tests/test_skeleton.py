@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from harness import skeleton
+from harness import shipped, skeleton
 from harness.errors import UsageError
 
-CATALOG = skeleton.catalog()
+CATALOG = shipped.catalog()
 TINY_LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -34,8 +34,8 @@ def test_total_is_the_published_one(name: str) -> None:
 
 def test_catalog_has_its_models_under_short_names_too() -> None:
     assert len(CATALOG) >= 85
-    assert skeleton.hub_id("qwen2.5-7b-instruct") == "Qwen/Qwen2.5-7B-Instruct"
-    assert skeleton.hub_id("ChatGLM-6B") == skeleton.hub_id("thudm/chatglm-6b") == "THUDM/chatglm-6b"
+    assert shipped.hub_id("qwen2.5-7b-instruct") == "Qwen/Qwen2.5-7B-Instruct"
+    assert shipped.hub_id("ChatGLM-6B") == shipped.hub_id("thudm/chatglm-6b") == "THUDM/chatglm-6b"
     assert len({name.rpartition("/")[2].casefold() for name in CATALOG}) == len(CATALOG)
 
 
@@ -50,14 +50,14 @@ def test_planning_a_catalog_model_needs_neither_torch_nor_time() -> None:
         "skeleton.named('qwen2.5-72b-instruct'); print(time.perf_counter() - start);"
         "print(sorted({'torch', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=skeleton.DATA.parent.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=shipped.DATA.parent.parent)
     seconds, heavy = done.stdout.split("\n")[:2]
     assert heavy == "[]"
     assert float(seconds) < 0.02
 
 
 def test_shipped_data_is_small() -> None:
-    assert sum(file.stat().st_size for file in skeleton.DATA.glob("*.json*")) < 300_000
+    assert sum(file.stat().st_size for file in shipped.DATA.glob("*.json*")) < 300_000
 
 
 def test_tensors_carry_full_names_shapes_and_what_quantisers_do() -> None:
@@ -196,7 +196,7 @@ def test_shipped_skeletons_are_what_the_worker_builds(name: str) -> None:
     from harness.worker import skeleton as worker
 
     found = skeleton.named(name)
-    assert msgspec.structs.replace(worker.build(CATALOG[skeleton.hub_id(name)].config), source=found.source) == found
+    assert msgspec.structs.replace(worker.build(CATALOG[shipped.hub_id(name)].config), source=found.source) == found
 
 
 def test_layers_of_linear_attention_keep_a_state_of_fixed_size() -> None:

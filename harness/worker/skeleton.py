@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
-from harness import skeleton
+from harness import shipped, skeleton
 from harness.companions import KERNEL_KEYS
 from harness.naming import Naming
 from harness.skeleton import UNKNOWN_TYPE, Attention, Block, Child, Skeleton, Tensor, UnknownType
@@ -291,11 +291,11 @@ def _runs(children: list[tuple[str, int]]) -> tuple[Child, ...]:
 def write_catalog() -> None:
     """Rebuild every skeleton that is shipped, one line each, in the order of the catalog."""
     lines = {}
-    for entry in skeleton.catalog().values():
+    for entry in shipped.catalog().values():
         key = skeleton.fingerprint(entry.config)
         if key not in lines:
             lines[key] = msgspec.json.encode([key, build(entry.config)])
-    (skeleton.DATA / "skeletons.jsonl").write_bytes(b"".join(line + b"\n" for line in lines.values()))
+    (shipped.DATA / "skeletons.jsonl").write_bytes(b"".join(line + b"\n" for line in lines.values()))
 
 
 def main() -> None:

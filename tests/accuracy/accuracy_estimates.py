@@ -26,7 +26,7 @@ from harness.planner import Planner
 from harness.precision import PRECISIONS, USUAL
 from harness.profiles import profile
 from harness.runner import Run, Setting, Subject
-from harness.skeleton import catalog as known
+from harness.shipped import catalog as known
 from harness.tier_cost import Count
 from harness.units import GIB, format_seconds, format_share
 from tests.accuracy.chart import Pair

@@ -10,7 +10,7 @@ import gguf
 import pytest
 import transformers
 
-from harness import checkpoint, memory_cost, skeleton
+from harness import checkpoint, memory_cost, shipped, skeleton
 from harness.memory_cost import Kept
 from harness.skeleton import Skeleton
 from harness.units import format_share
@@ -55,7 +55,7 @@ def test_weights_of_loaded_models(way: str, saved: dict[str, tuple[Path, Skeleto
 
 def full_size() -> dict[str, dict[str, Any]]:
     """Return the configs of the catalog whose class transformers has, one for each skeleton."""
-    configs = {skeleton.fingerprint(entry.config): (name, entry.config) for name, entry in skeleton.catalog().items()}
+    configs = {skeleton.fingerprint(entry.config): (name, entry.config) for name, entry in shipped.catalog().items()}
     native = {name: worker._translate(config) for name, config in configs.values()}
     return {name: config for name, config in native.items() if config["model_type"] in transformers.CONFIG_MAPPING}
 
