@@ -19,6 +19,7 @@ from harness import agreement, checkpoint, companions, quantized, shipped, skele
 from harness.case import Record
 from harness.checkpoint import CONFIG, Checkpoint, context_length
 from harness.companions import RemoteCode
+from harness.data import DATA
 from harness.errors import CheckpointError, UsageError
 from harness.files import Directory, quote
 from harness.placement import Placement
@@ -283,7 +284,7 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
 
 
 def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
-    from harness.catalog import cache_dir
+    from harness.cache import cache_dir
 
     if not is_gguf:
         return skeleton.build(read.config, cache_dir())
@@ -292,11 +293,11 @@ def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
 
 def _local(source: Source) -> Path | None:
     """Return where the files are, if they are on this machine; huggingface_hub is not imported for a model its cache lacks."""
-    from harness import catalog
+    from harness import download
 
     if source.hub_id is not None and not _hub_folder(source.hub_id).is_dir():
         return None
-    return catalog.cached(source)
+    return download.cached(source)
 
 
 def _hub_folder(hub_id: str) -> Path:
@@ -352,7 +353,7 @@ def published(hub_id: str) -> Stored | None:
 
 @lru_cache(maxsize=1)
 def _published() -> Mapping[str, Stored]:
-    return msgspec.toml.decode((shipped.DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
+    return msgspec.toml.decode((DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
 
 
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:

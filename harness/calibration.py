@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from zlib import crc32
 
 import msgspec
 
 from harness.case import Estimate, Machine, Outcome, Record, Result
+from harness.data import DATA
 
 # Raised when the seconds of a case are computed in another way (`speed_cost`): what results showed of the old one does not hold.
 ARITHMETIC = 1
@@ -92,7 +92,7 @@ class Calibration(Record, frozen=True, kw_only=True):
 @lru_cache(maxsize=1)
 def default() -> Calibration:
     """Read the constants that come with the package."""
-    text = (Path(__file__).parent / "data/calibration.toml").read_bytes()
+    text = (DATA / "calibration.toml").read_bytes()
     constants = msgspec.toml.decode(text, type=dict[str, Constant])
     return Calibration(constants=constants, digest=_digest(constants))
 

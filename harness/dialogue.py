@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
-from importlib.resources import files
 from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
 from harness.case import Answer, Record
+from harness.data import DATA
 from harness.quality import Question, is_correct
 
 _QUOTED = 60
@@ -87,7 +87,7 @@ class Written(NamedTuple):
 
 
 def _read_dialogues() -> tuple[Dialogue, ...]:
-    table = msgspec.toml.decode(files("harness.data").joinpath("dialogues.toml").read_bytes(), type=dict[str, Dialogue])
+    table = msgspec.toml.decode((DATA / "dialogues.toml").read_bytes(), type=dict[str, Dialogue])
     return tuple(replace(entry, name=name) for name, entry in table.items())
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from harness.catalog import SMALL_FILES
 from harness.checkpoint import Checkpoint
+from harness.download import SMALL_FILES
 from harness.errors import CheckpointError
 from harness.units import MIB
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from harness import blueprint, catalog, checkpoint, fingerprint, synth
+from harness import blueprint, catalog, checkpoint, download, fingerprint, synth
 from harness.blueprint import Blueprint
 from harness.catalog import Source
 from harness.checkpoint import Checkpoint
 from harness.errors import CheckpointError, UsageError
+from harness.progress import show_progress
 
 
 class Lineup:
@@ -33,13 +34,13 @@ class Lineup:
         Raises:
             UsageError, CheckpointError: a model cannot be had, or its files do not hold together.
         """
-        with catalog.show_progress() as progress:
+        with show_progress() as progress:
             for name in names:
                 source = self.sources[name]
                 self._locations[name] = (
                     synth.fetch(source, progress)
                     if self._synthetic
-                    else catalog.fetch(source, progress=progress, trust_remote_code=self._trust)
+                    else download.fetch(source, progress=progress, trust_remote_code=self._trust)
                 )
         for name in names:
             location = self._locations[name]

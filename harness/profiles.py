@@ -12,12 +12,12 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from harness.case import Machine, Record, Tier
+from harness.data import DATA
 from harness.errors import UsageError
 from harness.units import GIB, MIB, format_size, parse_size
 
@@ -129,7 +129,7 @@ def machine_name(tiers: Sequence[Tier], cores: int | None = None) -> str:
 @cache
 def table() -> tuple[Gpu, ...]:
     """Return the cards of our own table."""
-    return msgspec.json.decode((Path(__file__).parent / "data/gpus.json").read_bytes(), type=tuple[Gpu, ...])
+    return msgspec.json.decode((DATA / "gpus.json").read_bytes(), type=tuple[Gpu, ...])
 
 
 @cache

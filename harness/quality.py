@@ -12,12 +12,12 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 
 import msgspec
 
 from harness import units
 from harness.case import Answer, Quality, Record, Result
+from harness.data import DATA
 from harness.metrics import FORMATTERS
 from harness.protocol import ScoreDone
 
@@ -131,7 +131,7 @@ PERPLEXITY_LIMIT = 1000.0
 
 
 def _read_probe() -> Probe:
-    return msgspec.toml.decode(files("harness.data").joinpath("probe.toml").read_bytes(), type=Probe)
+    return msgspec.toml.decode((DATA / "probe.toml").read_bytes(), type=Probe)
 
 
 PROBE = _read_probe()

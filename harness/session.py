@@ -16,8 +16,8 @@ import msgspec
 
 from harness import (
     calibration,
-    catalog,
     compare,
+    download,
     forkserver,
     loading,
     machine,
@@ -151,7 +151,7 @@ class Session:
         """Return the precisions asked for; unless the user named them, the usual ones, or what a quantised checkpoint is."""
         if "precision" in self.options.origin:
             return _in_order(self.options.precision, PRECISIONS)
-        return precision.usual(catalog.stored_as(self.models.sources[model]))
+        return precision.usual(download.stored_as(self.models.sources[model]))
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Have everything at hand that the cases need, before the first is measured: store, models, worker.

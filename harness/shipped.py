@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from harness.case import Record
+from harness.data import DATA
 from harness.errors import UsageError, did_you_mean
-
-DATA = Path(__file__).parent / "data"
 
 
 class Entry(Record, frozen=True, kw_only=True):

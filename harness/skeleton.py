@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from harness.case import Record
+from harness.data import DATA
 from harness.errors import UsageError
 from harness.naming import Naming
-from harness.shipped import DATA, catalog, hub_id
+from harness.shipped import catalog, hub_id
 
 BUILD_S = 120.0
 UNKNOWN_TYPE = 3  # the exit status of the worker

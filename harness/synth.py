@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from harness import blueprint, cache, catalog, filling, memory_cost, quantized, shipped, skeleton
+from harness import blueprint, cache, download, filling, memory_cost, quantized, shipped, skeleton
 from harness.blueprint import Stored
 from harness.case import Record
 from harness.catalog import Source
@@ -86,7 +86,7 @@ def _known(source: Source) -> tuple[dict[str, Any], Stored]:
         except UsageError:
             raise UsageError(f"{source.hub_id} is not in the catalog: put its config.json into a directory and name that") from None
         return dict(shipped.catalog()[known].config), blueprint.published(known) or usual
-    here = catalog.cached(source)
+    here = download.cached(source)
     if here is None:
         raise UsageError(f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once")
     with closing(Directory(here).open("config.json")) as blob:

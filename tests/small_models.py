@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from harness import catalog, cost, memory_cost
+from harness import catalog, cost, download, memory_cost
 from harness.blueprint import Blueprint
 from harness.loading import loading_code
 from harness.placement import PLACEMENTS
@@ -97,7 +97,7 @@ def save_talking(folder: Path) -> Path:
     config = AutoConfig.for_model("llama", **MODELS["llama"], eos_token_id=None)
     config.vocab_size = 49152
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    default = catalog.fetch(catalog.DEFAULT)
+    default = download.fetch(catalog.DEFAULT)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(default / name, folder / name)
     return folder

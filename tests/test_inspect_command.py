@@ -157,7 +157,7 @@ def test_a_name_of_the_catalog_is_made_if_need_be(say: Said, model: Path, monkey
         fetched.append(source.name)
         return model
 
-    monkeypatch.setattr("harness.catalog.fetch", fetch)
+    monkeypatch.setattr("harness.download.fetch", fetch)
     status, out, err = say("smollm2-135m", "--json")
     found = json.loads(out)
     assert (status, err, fetched) == (0, "making it\n", ["smollm2-135m"])

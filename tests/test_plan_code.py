@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness import catalog, meters
+from harness import catalog, download, meters
 from harness.placement import PLACEMENTS, distinct
 from harness.precision import PRECISIONS, USUAL
 
@@ -42,7 +42,7 @@ def fitmatrix(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def plans() -> dict[str, dict[str, Any]]:
     """Fetch the default model; return its plans for this machine by precision and placement."""
-    catalog.fetch(catalog.DEFAULT)
+    download.fetch(catalog.DEFAULT)
     found = json.loads(fitmatrix("--json"))["plans"]
     return {f"{plan['precision']}/{plan['placement']}": plan for plan in found}
 

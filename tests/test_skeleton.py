@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from harness import shipped, skeleton
+from harness.data import DATA
 from harness.errors import UsageError
 
 CATALOG = shipped.catalog()
@@ -50,14 +51,14 @@ def test_planning_a_catalog_model_needs_neither_torch_nor_time() -> None:
         "skeleton.named('qwen2.5-72b-instruct'); print(time.perf_counter() - start);"
         "print(sorted({'torch', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=shipped.DATA.parent.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=DATA.parent.parent)
     seconds, heavy = done.stdout.split("\n")[:2]
     assert heavy == "[]"
     assert float(seconds) < 0.02
 
 
 def test_shipped_data_is_small() -> None:
-    assert sum(file.stat().st_size for file in shipped.DATA.glob("*.json*")) < 300_000
+    assert sum(file.stat().st_size for file in DATA.glob("*.json*")) < 300_000
 
 
 def test_tensors_carry_full_names_shapes_and_what_quantisers_do() -> None:

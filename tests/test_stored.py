@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from harness import blueprint, cost, memory_cost, skeleton, verify
 from harness.blueprint import Blueprint
 from harness.case import Plan, Verdict
-from harness.catalog import resolve, stored_as
+from harness.catalog import resolve
+from harness.download import stored_as
 from harness.planner import Planner
 from harness.precision import PRECISIONS, USUAL, row_of, usual
 from harness.protocol import Load

@@ -60,8 +60,9 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
 
     A catalog name wins over a path of that name, and a path over a hub id.
     """
-    from harness.catalog import CATALOG, fetch, history, resolve
+    from harness.catalog import CATALOG, history, resolve
     from harness.checkpoint import read, read_hub
+    from harness.download import fetch
     from harness.inspection import inspect
     from harness.progress import show_progress
 
@@ -86,7 +87,7 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
 def _skeleton(found: Checkpoint) -> Skeleton | None:
     """Return what a config asks for, where that is at hand; a GGUF file has no config."""
     from harness import skeleton
-    from harness.catalog import cache_dir
+    from harness.cache import cache_dir
 
     is_whole = len(found.files) > 1 or found.files[0].name in WHOLE
     return skeleton.at_hand(found.config, cache_dir()) if is_whole and "model_type" in found.config else None

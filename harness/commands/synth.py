@@ -29,6 +29,7 @@ def run(given: argparse.Namespace) -> int:
     if given.remove:
         return _remove(given)
     from harness import catalog, synth
+    from harness.progress import show_progress
     from harness.report.text import line
 
     source = catalog.resolve(given.model, weights=False)
@@ -37,7 +38,7 @@ def run(given: argparse.Namespace) -> int:
     if (given.format or given.shard) and given.directory is None:
         raise UsageError("--format and --shard need DIR: a run takes what is written as the model is published")
     made = synth.describe(source, file_format=given.format, shard_bytes=_shard(given.shard))
-    with catalog.show_progress() as report:
+    with show_progress() as report:
         if given.directory is None:
             there = synth.keep(made, report)
         else:
@@ -50,6 +51,7 @@ def run(given: argparse.Namespace) -> int:
 def _remove(given: argparse.Namespace) -> int:
     """Empty the cache of a model and say what went; raises UsageError for whatever is about writing."""
     from harness import catalog, synth
+    from harness.progress import show_progress
     from harness.report.text import line
 
     if given.directory is not None:

@@ -6,9 +6,10 @@ import functools
 import json
 import sys
 from collections.abc import Mapping
-from importlib import resources
 
 from markupsafe import Markup
+
+from harness.data import DATA
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,7 +22,7 @@ CHINESE = "zh"
 @functools.cache
 def table(language: str) -> Mapping[str, str]:
     """Return what the page says in a language, by the English text."""
-    text = (resources.files("harness.data") / f"{language}.toml").read_text(encoding="utf-8")
+    text = (DATA / f"{language}.toml").read_text(encoding="utf-8")
     said: dict[str, str] = tomllib.loads(text)
     return said
 

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 import harness.models  # noqa: F401 registers our own architectures
 from harness import shipped, skeleton
 from harness.companions import KERNEL_KEYS
+from harness.data import DATA
 from harness.naming import Naming
 from harness.skeleton import UNKNOWN_TYPE, Attention, Block, Child, Skeleton, Tensor, UnknownType
 from harness.worker.naming import naming
@@ -295,7 +296,7 @@ def write_catalog() -> None:
         key = skeleton.fingerprint(entry.config)
         if key not in lines:
             lines[key] = msgspec.json.encode([key, build(entry.config)])
-    (shipped.DATA / "skeletons.jsonl").write_bytes(b"".join(line + b"\n" for line in lines.values()))
+    (DATA / "skeletons.jsonl").write_bytes(b"".join(line + b"\n" for line in lines.values()))
 
 
 def main() -> None:

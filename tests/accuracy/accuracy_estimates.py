@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import blueprint, calibration, catalog, checkpoint, cost, forkserver, machine, process
+from harness import blueprint, calibration, catalog, checkpoint, cost, download, forkserver, machine, process
 from harness.case import Case, Machine, Outcome, Plan, Result, Verdict, Workload
 from harness.inventory import Inventory
 from harness.memory_cost import Kept
@@ -102,7 +102,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("models")
     for name in SYNTHETIC:
         subprocess.run([sys.executable, str(HERE / "synthetic.py"), str(directory), name], check=True, capture_output=True)
-    return {catalog.DEFAULT: catalog.fetch(catalog.DEFAULT), **{name: directory / name for name in SYNTHETIC}}
+    return {catalog.DEFAULT: download.fetch(catalog.DEFAULT), **{name: directory / name for name in SYNTHETIC}}
 
 
 @pytest.fixture(scope="session")

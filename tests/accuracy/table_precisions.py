@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from harness import catalog, store
+from harness import catalog, download, store
 from harness.case import Outcome, Result
 from harness.precision import PRECISIONS
 from tests.reporting import REPORTS
@@ -32,7 +32,7 @@ def _python(*words: str) -> int:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     """Run everything anew."""
     shutil.rmtree(RESULTS, ignore_errors=True)
-    folder, plain = tmp_path_factory.mktemp("quantised"), str(catalog.fetch(catalog.resolve(MODEL)))
+    folder, plain = tmp_path_factory.mktemp("quantised"), str(download.fetch(catalog.resolve(MODEL)))
     runs = [(MODEL, "all")]
     for precision, bits in STORED.items():
         there = folder / f"{MODEL}-{precision}"

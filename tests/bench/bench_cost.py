@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness import catalog, checkpoint, forkserver, machine, process
+from harness import catalog, checkpoint, download, forkserver, machine, process
 from harness.case import Case, Plan, Workload
 from harness.plan import decide
 from harness.runner import Run, Setting, Subject
@@ -30,7 +30,7 @@ WORK = Workload(prompt_tokens=64, new_tokens=64, repeats=5)
 
 @pytest.fixture(scope="session")
 def location() -> Path:
-    return catalog.fetch(catalog.DEFAULT)
+    return download.fetch(catalog.DEFAULT)
 
 
 @pytest.fixture(scope="session")

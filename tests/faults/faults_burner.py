@@ -20,7 +20,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from harness import catalog, checkpoint, forkserver, machine, process
+from harness import catalog, checkpoint, download, forkserver, machine, process
 from harness.case import Case, Interference, Plan, Result, Workload
 from harness.plan import decide
 from harness.runner import Run, Setting, Subject
@@ -41,7 +41,7 @@ class Bench(NamedTuple):
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    location = catalog.fetch(catalog.DEFAULT)
+    location = download.fetch(catalog.DEFAULT)
     forkserver.warm_up(["transformers.models.llama.modeling_llama"])
     with TemporaryDirectory(prefix="burner-") as scratch:
         setting = Setting(

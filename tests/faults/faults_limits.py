@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from harness import catalog, cgroup
+from harness import catalog, cgroup, download
 from harness.case import Outcome, Result, Verdict
 from harness.minimum import failed, measure, prove
 from harness.options import Options
@@ -42,7 +42,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     The default model is copied: pages of a file that another process maps would not count.
     """
     folder = tmp_path_factory.mktemp("limits")
-    shutil.copytree(catalog.fetch(catalog.resolve(catalog.DEFAULT)), folder / catalog.DEFAULT)
+    shutil.copytree(download.fetch(catalog.resolve(catalog.DEFAULT)), folder / catalog.DEFAULT)
     for name in SYNTHETIC:
         subprocess.run([sys.executable, HERE.parent / "accuracy/synthetic.py", folder, name], check=True, capture_output=True)
     models = [str(folder / name) for name in (catalog.DEFAULT, *SYNTHETIC)]
