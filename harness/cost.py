@@ -11,7 +11,7 @@ What a term means:
 
 from __future__ import annotations
 
-from harness import memory_cost
+from harness import skeleton
 from harness.blueprint import Blueprint
 from harness.calibration import Calibration, device_of
 from harness.case import Estimate, Machine, Tier, TierEstimate
@@ -48,7 +48,7 @@ def packed_bits(blueprint: Blueprint) -> tuple[float, bool]:
     assert packed is not None
     held = [(w, w.elements * count) for w, count in blueprint.skeleton.tally if not w.tied_to and w.tensor.kind != "unsaved"]
     quantised = sum(elements for weight, elements in held if weight.quantises)
-    experts = sum(elements for weight, elements in held if memory_cost.is_stacked(weight))
+    experts = sum(elements for weight, elements in held if skeleton.is_stacked(weight))
     plain = 2 * (sum(elements for _, elements in held) - quantised)
     if blueprint.tensor_bytes is None or not quantised + experts:
         return packed.bits + ((16 + packed.bits) / packed.group if packed.group else 0.0), bool(experts)

@@ -10,20 +10,12 @@ import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
-import psutil
-
-from harness import cgroup
 from harness.case import Record
+from harness.headroom import Available, available
 from harness.meters import Sample
-from harness.units import MIB
-
-# What is left to the machine: without it the kernel drops the pages that every process runs on, and nothing answers any more.
-_FLOOR_BYTES, _FLOOR_SHARE, _FLOOR_MOST_SHARE = 256 * MIB, 0.02, 0.125
 
 # No rule of samples: what the worker's start alone takes is more than its group may hold (`harness.runner`).
 OVER_AT_START = "ram-limit at start"
-
-Available = Callable[[], int]
 
 
 class Limits(Record, frozen=True, kw_only=True):
@@ -83,25 +75,3 @@ def judge(sample: Sample, limits: Limits, available: Available) -> Breach | None
         if limit is not None and rule.broken(value := rule.value(sample, available), limit):
             return Breach(rule=rule.name, limit_bytes=limit, value_bytes=value, held_bytes=sample.anon_bytes)
     return None
-
-
-def available() -> Available:
-    """Return a function that says what can be had without swapping: of the machine, or of the container where that is less."""
-    left_in_container = cgroup.watch()
-
-    def bytes_now() -> int:
-        left, free = left_in_container(), int(psutil.virtual_memory().available)
-        return free if left is None else min(free, left)
-
-    return bytes_now
-
-
-def floor_bytes() -> int:
-    """Return what is left to the machine, or to the container."""
-    total = int(psutil.virtual_memory().total)
-    return floor_of(min(total, cgroup.memory()[0] or total))
-
-
-def floor_of(allowed: int) -> int:
-    """Return what is left of so much memory: 2 %, at least 256 MiB, and never more than an eighth."""
-    return int(min(max(_FLOOR_BYTES, _FLOOR_SHARE * allowed), _FLOOR_MOST_SHARE * allowed))

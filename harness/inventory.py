@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from harness import memory_cost, operations, sharing
+from harness import memory_cost, operations, sharing, skeleton
 from harness.blueprint import Blueprint
 from harness.devicemap import DTYPE_BYTES
 from harness.memory_cost import Kept
@@ -216,7 +216,7 @@ class Inventory:
 
     def _stacks(self, weight: Weight) -> bool:
         """Say whether transformers stacks a tensor from what files hold expert by expert; GPT-OSS's files have the stacks."""
-        return memory_cost.is_stacked(weight) and self.skeleton.model_type != "gpt_oss"
+        return skeleton.is_stacked(weight) and self.skeleton.model_type != "gpt_oss"
 
     def _parts_kept(self, weight: Weight, size: int) -> float:
         """Return what the heap may keep of the experts that a stack is made from: their casts, else what joining two takes.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from harness.case import Record, Workload
 from harness.devicemap import DTYPE_BYTES
 from harness.schemes import SCHEMES, UNPACKINGS
-from harness.skeleton import Attention, Block, Module, Skeleton, Tensor, Weight
+from harness.skeleton import Attention, Block, Module, Skeleton, Tensor, Weight, is_stacked
 
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
 EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))
@@ -78,11 +78,6 @@ def _is_packed(weight: Weight, kept: Kept, owner: Block) -> bool:
         return True
     looks_up = "Embedding" in owner.class_name or owner.linear is not None
     return kept.packed_embeddings and looks_up and len(weight.tensor.shape) == 2
-
-
-def is_stacked(weight: Weight) -> bool:
-    """Say whether a tensor holds the weights of all experts of a layer, as transformers 5 stacks them."""
-    return len(weight.tensor.shape) == 3 and "experts" in weight.path
 
 
 def _width(tensor: Tensor, dtype: str) -> int:

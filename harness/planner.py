@@ -7,7 +7,7 @@ from functools import cached_property, partial
 
 import msgspec
 
-from harness import calibration, cost, guard, layout, memory_cost, plan, roommap, sharing
+from harness import calibration, cost, headroom, layout, max_memory, memory_cost, plan, roommap, sharing
 from harness.blueprint import GGUF_REFUSES, Blueprint
 from harness.calibration import Calibration, Constant
 from harness.case import Case, Estimate, Machine, Plan, Tier, TierEstimate, Verdict, Workload
@@ -15,9 +15,9 @@ from harness.devicemap import Device
 from harness.files import quote
 from harness.inventory import MAPPED, Inventory
 from harness.loading import Facts, loading_code
+from harness.max_memory import Named, Sizes, Stock
 from harness.memory_cost import Kept
 from harness.placement import DIVIDES, FILE, GIVEN, PLACEMENTS, ROOM, Placement
-from harness.plan import Named, Sizes, Stock
 from harness.precision import PRECISIONS, Precision
 from harness.roommap import Recommendation
 from harness.schemes import SCHEMES, Scheme
@@ -83,7 +83,7 @@ class Planner:
         code = [str(one) for one in self.blueprint.remote_code]
         dtype = self._dtype(precision, placement)
         held = cost.kept(precision, dtype, self.blueprint)
-        limits = plan.max_memory(placement, self.machine, lambda: self._sizes(dtype))
+        limits = max_memory.max_memory(placement, self.machine, lambda: self._sizes(dtype))
         ours = self._recommendation(case, held) if placement.device_map == ROOM else None
         ranks = placement.ranks(len(self.machine.gpus))
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
@@ -282,9 +282,9 @@ class Planner:
         if tier is None or tier.kind != "cpu" or tier.capacity_bytes is None or tier.total_bytes is None or not self.here:
             return tier.capacity_bytes if tier else None
         if case.ram_bytes is None:
-            return tier.capacity_bytes - guard.floor_of(min(tier.total_bytes, tier.limit_bytes or tier.total_bytes))
+            return tier.capacity_bytes - headroom.floor_of(min(tier.total_bytes, tier.limit_bytes or tier.total_bytes))
         free = tier.total_bytes if tier.free_bytes is None else tier.free_bytes
-        return min(tier.capacity_bytes, free - guard.floor_of(tier.total_bytes))
+        return min(tier.capacity_bytes, free - headroom.floor_of(tier.total_bytes))
 
     def _unmapped(self) -> str | None:
         """Say which file this system does not map for torch and safetensors, however little of it is to be held at once."""

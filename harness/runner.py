@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from harness import calibration, cgroup, figures, guard, interference, machine, private, quality, verify
+from harness import calibration, cgroup, figures, guard, headroom, interference, machine, private, quality, verify
 from harness.case import Interference, Machine, Outcome, Phase, Plan, Quality, Result, Verdict
 from harness.errors import WorkerError
 from harness.guard import Breach, Guard, Limits
@@ -147,7 +147,7 @@ class Run:
         """What the guard watches: the RAM only where no group holds the worker to it."""
         case = self.plan.case
         anon = case.ram_bytes if self._group is None else None
-        return Limits(anon_bytes=anon, vram_bytes=case.vram_bytes, floor_bytes=guard.floor_bytes())
+        return Limits(anon_bytes=anon, vram_bytes=case.vram_bytes, floor_bytes=headroom.floor_bytes())
 
     def _watch(self, sample: Sample) -> None:
         self._others.glance()

@@ -423,3 +423,8 @@ def _run_worker(asked: Mapping[str, Any], model: str) -> bytes:
         kind = UnknownType if done.returncode == UNKNOWN_TYPE else UsageError
         raise kind(f"{what}: {last.strip().removeprefix('ValueError: ')}")
     return done.stdout
+
+
+def is_stacked(weight: Weight) -> bool:
+    """Say whether a tensor holds the weights of all experts of a layer, as transformers 5 stacks them."""
+    return len(weight.tensor.shape) == 3 and "experts" in weight.path

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from harness import blueprint, cache, download, filling, memory_cost, quantized, shipped, skeleton
+from harness import blueprint, cache, download, filling, quantized, shipped, skeleton
 from harness.blueprint import Stored
 from harness.case import Record
 from harness.catalog import Source
@@ -105,7 +105,7 @@ def _unwritten(found: Skeleton, packed: Packed) -> str | None:
         return "how it packs Conv1D is not known here"
     for weight, _ in found.tally:
         shape = weight.tensor.shape
-        if memory_cost.is_stacked(weight):
+        if skeleton.is_stacked(weight):
             return "under which names it packs each expert is not known here"
         if weight.quantises and packed.layout.overhang(shape, packed.bits, packed.group):
             return f"{weight.path}, {shape[0]} x {shape[1]}, does not fill whole words or groups"

@@ -37,7 +37,7 @@ def packed_layout(built: Skeleton, bits: int, group: int, method: str = "gptq") 
         shape = weight.tensor.shape
         if weight.tied_to or weight.tensor.kind == "unsaved":
             continue
-        if memory_cost.is_stacked(weight):
+        if skeleton.is_stacked(weight):
             halves = 2 if weight.path.endswith("gate_up_proj") else 1
             parts = [f"{weight.path}.{expert}.w{half}" for expert in range(shape[0]) for half in range(halves)]
             outputs, inputs = shape[1] // halves, shape[2]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from msgspec.structs import replace
 
-from harness import cgroup, guard, plan
+from harness import cgroup, headroom, plan
 from harness.case import Outcome, Result
 from harness.guard import RULES, Breach, Guard, Limits, judge
 from harness.meters import Sample
@@ -64,9 +64,9 @@ def test_every_rule_is_broken_here() -> None:
 
 def test_the_floor_leaves_most_of_a_machine_to_use() -> None:
     total = psutil.virtual_memory().total
-    assert min(256 * MIB, total // 8) <= guard.floor_bytes() <= total // 8
-    assert [guard.floor_of(size) for size in (GIB, 8 * GIB, 100 * GIB)] == [128 * MIB, 256 * MIB, 2 * GIB]
-    assert 0 < guard.available()() <= total
+    assert min(256 * MIB, total // 8) <= headroom.floor_bytes() <= total // 8
+    assert [headroom.floor_of(size) for size in (GIB, 8 * GIB, 100 * GIB)] == [128 * MIB, 256 * MIB, 2 * GIB]
+    assert 0 < headroom.available()() <= total
 
 
 def run(scratch: Path, behaviour: str, ram_bytes: int | None = None) -> Result:
@@ -116,8 +116,8 @@ def test_what_fits_its_limit_runs(tmp_path: Path) -> None:
 
 
 def test_the_machine_s_last_memory_ends_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = guard.available()()
-    monkeypatch.setattr(guard, "floor_bytes", lambda: before - 200 * MIB)
+    before = headroom.available()()
+    monkeypatch.setattr(headroom, "floor_bytes", lambda: before - 200 * MIB)
     result = run(tmp_path, "hoard")
     assert result.outcome is Outcome.OOM
     assert result.why is not None

@@ -10,8 +10,8 @@ import pytest
 
 from harness import minimum
 from harness.case import Case, Estimate, Outcome, Plan, Result, Span, TierEstimate, Verdict
+from harness.commands import prove_min_ram
 from harness.minimum import failed, prove
-from harness.report import minimums
 from harness.session import Session
 from harness.units import GIB, MIB
 from tests import builders
@@ -57,8 +57,8 @@ def test_a_name_or_a_reason_moves_no_cursor(monkeypatch: pytest.MonkeyPatch, cap
     evil = builders.result(builders.case(model="a\x1b[2Jb"), outcome=Outcome.OOM, why="gone\x1b]0;title\x07\nmore")
     monkeypatch.setattr(minimum, "measure", lambda *_: evil)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    minimums.tell(evil)
-    minimums.show([prove(session(9 * GIB), evil.case)])
+    prove_min_ram.tell(evil)
+    prove_min_ram.show([prove(session(9 * GIB), evil.case)])
     said = "".join(capsys.readouterr())
     assert "title" in said
     assert not {"\x1b", "\x07"} & set(said)

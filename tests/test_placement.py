@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from harness.max_memory import LIMITS
 from harness.placement import PLACEMENTS, Placement
-from harness.plan import LIMITS
 
 ROWS = pytest.mark.parametrize("row", PLACEMENTS.values(), ids=PLACEMENTS)
 

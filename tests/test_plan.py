@@ -20,8 +20,9 @@ from harness.checkpoint import Checkpoint, Tensor
 from harness.devicemap import MARGIN, STRATEGIES, infer
 from harness.loading import Facts, code_head, loading_code, script
 from harness.machine import limited
+from harness.max_memory import LIMITS, Sizes, max_memory
 from harness.placement import PLACEMENTS, PRINTED, distinct
-from harness.plan import LIMITS, Sizes, decide, gate, max_memory
+from harness.plan import decide, gate
 from harness.planner import Planner
 from harness.precision import PRECISIONS, Config
 from harness.units import GIB

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import commands
 from harness.case import Workload
+from harness.commands import SCHEMA
 from harness.commands.planning import FITS, NOTHING_FITS, advise_on, asked_case, constants, count
 from harness.errors import UsageError, did_you_mean
 from harness.placement import FILE, PLACEMENTS, named
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
     from harness.case import Machine, Plan
     from harness.catalog import Source
     from harness.devicemap import Device
-    from harness.minimum import Minimum
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
 
-SCHEMA = 1
 _USUAL = Workload()
 # Options that say nothing of training.
 _ABOUT_RUNNING = (
@@ -94,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     _names(args.placement, PLACEMENTS, "--placement")
     load = workload(args)
     if args.prove_min_ram:
-        return _prove(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
+        from harness.commands.prove_min_ram import prove
+
+        return prove(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
     machine, here = described(args)
     asked = [asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
@@ -152,43 +153,6 @@ def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Dev
 
     path = Path(args.device_map) if args.device_map is not None else None
     return mapfile.asked(path, [*(args.placement or ()), *asked])
-
-
-def _prove(args: argparse.Namespace, precisions: Sequence[str], placements: Sequence[str], load: Workload) -> int:
-    """Find the smallest RAM that each case works in, and print it beside the estimate. Returns 1 if one works in none."""
-    from tempfile import TemporaryDirectory
-
-    from harness import minimum
-    from harness.options import Options
-    from harness.planner import GOOD
-    from harness.report import minimums
-    from harness.session import Session
-
-    if clash := [flag for flag in ("gpu", "ram", "disk", "code", "explain") if getattr(args, flag)]:
-        raise UsageError(f"--prove-min-ram runs on this machine: leave --{clash[0]} out")
-    asked = {"model": args.models, "precision": precisions, "placement": placements, "batch": load.batch}
-    asked |= {"device_map": args.device_map, "prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
-    with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
-        session = Session(Options(given={**asked, "results": nothing_kept}))
-        try:
-            cases = session.cases()
-            session.prepare(cases)
-            wanted = [case for case in cases if session.plan(case).verdict in GOOD]
-            if not wanted:
-                raise UsageError(f"nothing to prove: {session.plan(cases[0]).why}")
-            found = [minimum.prove(session, case, tried=minimums.tell) for case in wanted]
-        finally:
-            session.close()
-    if args.json:
-        commands.print_json({"schema": SCHEMA, "minimums": [{"case": one.case.id} | _found_json(one) for one in found]})
-    else:
-        minimums.show(found)
-    return FITS if all(one.works_bytes is not None for one in found) else NOTHING_FITS
-
-
-def _found_json(one: Minimum) -> dict[str, Any]:
-    keys = ("works_bytes", "fails_bytes", "why", "estimate_bytes", "estimate_high_bytes", "runs")
-    return {key: getattr(one, key) for key in keys}
 
 
 def workload(args: argparse.Namespace) -> Workload:

@@ -51,7 +51,6 @@ def run(given: argparse.Namespace) -> int:
 def _remove(given: argparse.Namespace) -> int:
     """Empty the cache of a model and say what went; raises UsageError for whatever is about writing."""
     from harness import catalog, synth
-    from harness.progress import show_progress
     from harness.report.text import line
 
     if given.directory is not None:
