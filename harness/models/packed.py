@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from harness.schemes import block_elements
+from harness.core.quantizers import block_elements
 
 _WORD = 32  # bits of the integers that GPTQ packs into
 

@@ -16,21 +16,27 @@ from pathlib import Path
 
 import pytest
 
-from harness import blueprint, calibration, catalog, checkpoint, cost, download, forkserver, machine, process
-from harness.case import Case, Machine, Outcome, Plan, Result, Verdict, Workload
-from harness.inventory import Inventory
-from harness.memory_cost import Kept
-from harness.metrics import METRICS
-from harness.placement import PLACEMENTS, distinct
-from harness.planner import Planner
-from harness.precision import PRECISIONS, USUAL
-from harness.profiles import profile
-from harness.runner import Run, Setting, Subject
-from harness.shipped import catalog as known
-from harness.tier_cost import Count
-from harness.units import GIB, format_seconds, format_share
+from harness.architecture import model_spec
+from harness.catalog import download, resolve
+from harness.catalog.shipped import catalog as known
+from harness.checkpoint import reader
+from harness.core.metrics import METRICS
+from harness.core.placements import PLACEMENTS, distinct
+from harness.core.precisions import PRECISIONS, USUAL
+from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict, Workload
+from harness.core.units import GIB, format_seconds, format_share
+from harness.machine import probe
+from harness.machine.gpus import profile
+from harness.planning import calibration
+from harness.planning.cost import estimate as cost
+from harness.planning.cost.footprint import Count
+from harness.planning.cost.inventory import Inventory
+from harness.planning.cost.memory import Kept
+from harness.planning.planner import Planner
+from harness.run import forkserver, worker_process
+from harness.run.runner import Run, Setting, Subject
 from tests.accuracy.chart import Pair
-from tests.reporting import Figure
+from tests.support.reporting import Figure
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE.parent / "data" / "published_figures.csv"
@@ -84,7 +90,7 @@ def test_vram_against_published_rows(figures: list[Figure]) -> None:
 
 
 def _vram_error(row: dict[str, str]) -> float:
-    drawn = blueprint.draw(catalog.resolve(f"Qwen/{row['model']}"))
+    drawn = model_spec.draw(resolve.resolve(f"Qwen/{row['model']}"))
     bits = PACKED[row["quant"]]
     held = Kept(dtype="bfloat16" if bits is None else "float16", packed_bits=bits)
     load = Workload(prompt_tokens=int(row["input_len"]), new_tokens=int(row["gen_len"]))
@@ -102,12 +108,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("models")
     for name in SYNTHETIC:
         subprocess.run([sys.executable, str(HERE / "synthetic.py"), str(directory), name], check=True, capture_output=True)
-    return {catalog.DEFAULT: download.fetch(catalog.DEFAULT), **{name: directory / name for name in SYNTHETIC}}
+    return {resolve.DEFAULT: download.fetch(resolve.DEFAULT), **{name: directory / name for name in SYNTHETIC}}
 
 
 @pytest.fixture(scope="session")
 def here() -> Machine:
-    return machine.probe(measure=True)
+    return probe.probe(measure=True)
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +125,7 @@ def runs(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPa
         machine=here,
         environment={},
         scratch=tmp_path_factory.mktemp("scratch"),
-        worker_main=process.torch_worker,
+        worker_main=worker_process.torch_worker,
         timeout_s=900,
     )
     return [
@@ -140,7 +146,7 @@ def _is_quantised(case: Case) -> bool:
 
 def _plans(models: dict[str, Path], here: Machine) -> Iterator[Plan]:
     for name, location in models.items():
-        drawn = blueprint.of_checkpoint(name, str(location), checkpoint.read(location), location)
+        drawn = model_spec.of_checkpoint(name, str(location), reader.read(location), location)
         usual = list(USUAL)
         cases = [Case(model=name, precision=precision, placement="cpu", workload=WORK) for precision in usual]
         yield from Planner(drawn, here).plans(cases)
@@ -210,14 +216,14 @@ def test_speed_after_one_calibration_run(
     runs: list[list[Result]], figures: list[Figure], pairs: list[Pair], here: Machine, models: dict[str, Path]
 ) -> None:
     """The default model calibrates; the others are predicted."""
-    calibrating = [result for case in runs for result in case if result.case.model == catalog.DEFAULT]
+    calibrating = [result for case in runs for result in case if result.case.model == resolve.DEFAULT]
     constants = calibration.correct(calibrating, here)
     errors = []
     for case in runs:
         result = case[0]
-        if result.case.model != catalog.DEFAULT:
+        if result.case.model != resolve.DEFAULT:
             location = models[result.case.model]
-            drawn = blueprint.of_checkpoint(result.case.model, str(location), checkpoint.read(location), location)
+            drawn = model_spec.of_checkpoint(result.case.model, str(location), reader.read(location), location)
             estimate = Planner(drawn, here, constants=constants).plan(result.case).estimate
             assert estimate is not None
             measured = 1 / statistics.median(one.metrics["token_p50_s"] for one in case)
@@ -236,13 +242,13 @@ def test_speed_after_one_calibration_run(
 
 def test_planning_is_quick(figures: list[Figure], models: dict[str, Path]) -> None:
     ours = _shortest([sys.executable, "-m", "harness", "plan", "chatglm-6b"])
-    local = _shortest([sys.executable, "-m", "harness", "plan", str(models[catalog.DEFAULT])])
-    theirs = _shortest([sys.executable, "-c", PEER, str(models[catalog.DEFAULT])])
+    local = _shortest([sys.executable, "-m", "harness", "plan", str(models[resolve.DEFAULT])])
+    theirs = _shortest([sys.executable, "-c", PEER, str(models[resolve.DEFAULT])])
     figures.append(Figure(what="fitmatrix plan chatglm-6b, a process", rows=3, found=format_seconds(ours), wanted="0.3 s"))
     figures.append(Figure(what="times as fast as accelerate estimate-memory", rows=3, found=f"{theirs / local:.0f}", wanted="15"))
     start, usual = time.perf_counter(), distinct(PLACEMENTS, gpus=3)
     for name in known():
-        drawn = blueprint.draw(catalog.resolve(name))
+        drawn = model_spec.draw(resolve.resolve(name))
         cases = [Case(model=name, precision=precision, placement=placement) for precision in USUAL for placement in usual]
         Planner(drawn, profile(["RTX 3060 12GB", "RTX 4090", "RTX 3090"], ram=64 * GIB), here=False).plans(cases)
     seconds = time.perf_counter() - start

@@ -10,16 +10,19 @@ import gguf
 import pytest
 import transformers
 
-from harness import checkpoint, memory_cost, shipped, skeleton
-from harness.memory_cost import Kept
-from harness.skeleton import Skeleton
-from harness.units import format_share
-from harness.worker import skeleton as worker
-from tests import small_models
-from tests.gguf_files import GGUF_KINDS, small_gguf_of
-from tests.packed_files import drawn, estimated, write_packed
-from tests.reporting import Figure
-from tests.small_models import MODELS, WAYS
+from harness.architecture import skeleton
+from harness.architecture.skeleton import Skeleton
+from harness.catalog import shipped
+from harness.checkpoint import reader
+from harness.core.units import format_share
+from harness.planning.cost import memory
+from harness.planning.cost.memory import Kept
+from harness.worker import build_skeleton as worker
+from tests.support import small_models
+from tests.support.gguf_files import GGUF_KINDS, small_gguf_of
+from tests.support.packed_files import drawn, estimated, write_packed
+from tests.support.reporting import Figure
+from tests.support.small_models import MODELS, WAYS
 
 NEAR = 0.005
 
@@ -65,7 +68,7 @@ def test_weights_of_full_size_models(figures: list[Figure]) -> None:
     errors, parameters = [], []
     for name, config in full_size().items():
         ours, model = skeleton.named(name), worker._construct(config)
-        estimated = sum(memory_cost.weight_bytes(ours, Kept(dtype="bfloat16")).values())
+        estimated = sum(memory.weight_bytes(ours, Kept(dtype="bfloat16")).values())
         errors.append(estimated / small_models.held_bytes(model) - 1)
         parameters.append(ours.parameters / sum(parameter.numel() for parameter in model.parameters()) - 1)
     figures.append(Figure(what="weights of full-size models, bf16", rows=len(errors), found=said(errors), wanted="0.5 %"))
@@ -105,6 +108,6 @@ def test_weights_of_gptq_files(bits: int, group: int, figures: list[Figure], tmp
 
 def test_weights_of_gguf_files(figures: list[Figure], tmp_path: Path) -> None:
     kinds = [gguf.GGMLQuantizationType[kind] for kind in GGUF_KINDS]
-    errors = [checkpoint.read(path).bytes / stored - 1 for path, stored in (small_gguf_of(tmp_path, kind) for kind in kinds)]
+    errors = [reader.read(path).bytes / stored - 1 for path, stored in (small_gguf_of(tmp_path, kind) for kind in kinds)]
     figures.append(Figure(what="weights of GGUF files, a type a row", rows=len(errors), found=said(errors), wanted="0"))
     assert not any(errors)

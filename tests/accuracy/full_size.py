@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import pytest
 
-from harness import store
-from harness.case import Outcome, Result, Verdict
-from harness.units import format_share
+from harness.core.records import Outcome, Result, Verdict
+from harness.core.units import format_share
+from harness.results import store
 from tests.accuracy.chart import Pair
 from tests.accuracy.conftest import HEADING, details
-from tests.reporting import REPORTS, Figure, Section, gathered
+from tests.support.reporting import REPORTS, Figure, Section, gathered
 
 RESULTS = REPORTS / "full-size"
 

@@ -11,10 +11,11 @@ import sys
 
 import pytest
 
-from harness import catalog, download, store
-from harness.case import Outcome, Result
-from harness.precision import PRECISIONS
-from tests.reporting import REPORTS
+from harness.catalog import download, resolve
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Outcome, Result
+from harness.results import store
+from tests.support.reporting import REPORTS
 
 RESULTS = REPORTS / "precisions"
 MODEL = "smollm2-135m"
@@ -32,7 +33,7 @@ def _python(*words: str) -> int:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     """Run everything anew."""
     shutil.rmtree(RESULTS, ignore_errors=True)
-    folder, plain = tmp_path_factory.mktemp("quantised"), str(download.fetch(catalog.resolve(MODEL)))
+    folder, plain = tmp_path_factory.mktemp("quantised"), str(download.fetch(resolve.resolve(MODEL)))
     runs = [(MODEL, "all")]
     for precision, bits in STORED.items():
         there = folder / f"{MODEL}-{precision}"

@@ -17,11 +17,14 @@ from tempfile import TemporaryDirectory
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness import catalog, checkpoint, download, forkserver, machine, process
-from harness.case import Case, Plan, Workload
-from harness.plan import decide
-from harness.runner import Run, Setting, Subject
-from tests.reporting import Figure
+from harness.catalog import download, resolve
+from harness.checkpoint import reader
+from harness.core.records import Case, Plan, Workload
+from harness.machine import probe
+from harness.planning.feasibility import decide
+from harness.run import forkserver, worker_process
+from harness.run.runner import Run, Setting, Subject
+from tests.support.reporting import Figure
 
 PLAIN = Path(__file__).parent / "plain.py"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -30,7 +33,7 @@ WORK = Workload(prompt_tokens=64, new_tokens=64, repeats=5)
 
 @pytest.fixture(scope="session")
 def location() -> Path:
-    return download.fetch(catalog.DEFAULT)
+    return download.fetch(resolve.DEFAULT)
 
 
 @pytest.fixture(scope="session")
@@ -39,17 +42,17 @@ def setting() -> Iterator[Setting]:
     with TemporaryDirectory(prefix="bench-") as scratch:
         yield Setting(
             run="bench",
-            machine=machine.probe(),
-            environment=machine.versions(),
+            machine=probe.probe(),
+            environment=probe.versions(),
             scratch=Path(scratch),
-            worker_main=process.torch_worker,
+            worker_main=worker_process.torch_worker,
             timeout_s=600,
         )
 
 
 def planned(location: Path, setting: Setting, precision: str) -> Plan:
-    case = Case(model=catalog.DEFAULT, precision=precision, placement="cpu", workload=WORK)
-    return decide(case, setting.machine, checkpoint.read(location))
+    case = Case(model=resolve.DEFAULT, precision=precision, placement="cpu", workload=WORK)
+    return decide(case, setting.machine, reader.read(location))
 
 
 def plain(location: Path, precision: str, rounds: int = WORK.repeats) -> dict[str, list[float]]:

@@ -5,11 +5,10 @@ import sys
 import time
 from pathlib import Path
 
+import harness.quality
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
-
-import harness.quality
 
 
 class Clock(BaseStreamer):

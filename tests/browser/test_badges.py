@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 
-from harness.report.badges import badges
-from harness.units import GIB
-from tests.builders import case, result
+from harness.core.units import GIB
+from harness.report.export.badges import badges
+from tests.support.builders import case, result
 
 pytestmark = pytest.mark.browser
 

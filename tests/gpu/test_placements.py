@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import store
-from harness.case import Outcome, Result
-from harness.placement import PLACEMENTS, distinct
-from harness.precision import PRECISIONS
+from harness.core.placements import PLACEMENTS, distinct
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Outcome, Result
+from harness.results import store
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,197 @@
+"""Badges: for each model and size of card one line as SVG, "chatglm-6b | int8 fits 12 GiB, 23.1 tok/s".
+
+A badge is one file that loads nothing. Its texts have a fixed length, so that they fit whatever font the reader has.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+from harness.core.records import Result
+from harness.core.text import line, plural
+from harness.core.units import GIB, MIB, significant
+from harness.report.export.answers import Answer, answers, best_of
+from harness.report.page.view import Anchors, Cell, blocks
+
+
+@dataclass(frozen=True)
+class Badge:
+    """One badge. `slug` is the name of its file: the model, then the size, `chatglm-6b-12GiB`."""
+
+    slug: str
+    model: str
+    said: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What a badge is about: the memory of the cards or, without a card, the RAM. `emulated` on larger cards."""
+
+    text: str
+    emulated: bool
+
+
+# White is read on each of these: WCAG's contrast is 4.5 or more.
+_LEFT, _GOOD, _DOUBTFUL, _BAD, _UNKNOWN = "#444", "#1a7032", "#8a5a00", "#a32a1c", "#5c5c5c"
+_MOST_LETTERS = 40
+_HEIGHT, _PAD, _ROUND, _BASELINE = 20, 6, 3, 14
+
+
+def badges(results: Sequence[Result]) -> list[Badge]:
+    """Make the badges of all models and sizes; where machines have cards of one size, the newest result's counts."""
+    found: dict[tuple[str, bool, str], tuple[str, Answer, _Size]] = {}
+    for block in blocks(results):
+        for answer in answers(block):
+            if answer.matrix is not block.matrices[0]:  # the page's answer is the first one too
+                continue
+            size, newest = _size(answer), max(cell.result.at for cell in answer.cells)
+            key = (block.model, block.synthetic, size.text)
+            if key not in found or newest >= found[key][0]:
+                found[key] = newest, answer, size
+    anchors = Anchors()
+    return [_badge(answer, size, newest, anchors) for newest, answer, size in found.values()]
+
+
+def _badge(answer: Answer, size: _Size, newest: str, anchors: Anchors) -> Badge:
+    block, (said, colour) = answer.block, _said(answer, size)
+    limits = f", held to {answer.limits}" if answer.limits else ""
+    title = f"{block.model} on {block.machine.name}{limits}: {answer.sentence} {newest[:10]}"
+    name = f"{block.model}-{re.sub(' (?=[GM]iB)', '', size.text)}"
+    if block.synthetic:
+        said, name = f"{said}, synthetic weights", f"{name}-synthetic"
+    svg = _svg(line(block.model, _MOST_LETTERS), said, title, colour)
+    return Badge(anchors.give(name.lstrip(".")), block.model, said, svg)
+
+
+def _size(answer: Answer) -> _Size:
+    gpus = answer.block.machine.gpus
+    if not gpus:
+        ram = answer.block.machine.tier("cpu")
+        size = answer.ram_bytes or (ram.total_bytes if ram else None)
+        return _Size(f"{_short(size)} RAM", answer.ram_bytes is not None)
+    count = f"{len(gpus)} x " if len(gpus) > 1 else ""
+    size = answer.vram_bytes or min((gpu.total_bytes for gpu in gpus if gpu.total_bytes), default=None)
+    ram_limit = f" and {_short(answer.ram_bytes)} RAM" if answer.ram_bytes else ""
+    return _Size(f"{count}{_short(size)}{ram_limit}", answer.vram_bytes is not None or answer.ram_bytes is not None)
+
+
+def _short(size: int | None) -> str:
+    """Write a size as cards are called: "12 GiB", "79.6 GiB", "512 MiB"."""
+    if size is None:
+        return "unknown"
+    unit, name = (GIB, "GiB") if size >= GIB else (MIB, "MiB")
+    number = significant(size / unit)
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {name}"
+
+
+def _said(answer: Answer, size: _Size) -> tuple[str, str]:
+    """Say what fits, and in which colour."""
+    on_cards = [cell for cell in answer.cells if cell.memory and cell.memory.kind == "VRAM"]
+    best = best_of(on_cards) if answer.block.machine.gpus else answer.best
+    if best:
+        return f"{best.result.case.precision} fits {size.text}{_spill(best)}{_figures(best, size)}", _colour(best)
+    if answer.best:
+        return f"{answer.best.result.case.precision} in RAM only{_figures(answer.best, size)}", _DOUBTFUL
+    looks = {cell.status.look for cell in answer.cells}
+    if "works" in looks:
+        return f"answers broken on {size.text}", _BAD
+    if looks & {"too-big", "oom"}:
+        return f"does not fit {size.text}", _BAD
+    if any(cell.ran for cell in answer.cells):
+        return f"does not work on {size.text}", _BAD
+    return f"not measured on {size.text}", _UNKNOWN
+
+
+def _spill(best: Cell) -> str:
+    """Name the other tiers that hold weights: what fits with their help does not fit the card alone."""
+    held = best.result.loaded.tier_bytes if best.result.loaded else {}
+    names = {"cpu": "RAM", "disk": "disk"} if best.result.machine.gpus else {"disk": "disk"}
+    return "".join(f" + {names[tier]}" for tier in names if held.get(tier))
+
+
+def _figures(best: Cell, size: _Size) -> str:
+    """Say the speed, which a larger card that is held to less memory does not tell of the smaller one, and doubts."""
+    rate = best.result.metrics.get("decode_tok_s")
+    speed = f", {significant(rate)} tok/s" if rate and best.speed.value and not size.emulated else ""
+    doubt = f", answers {best.quality}" if best.quality == "degraded" else ""
+    checks = f", {plural(len(best.faults), 'check')} failed" if best.faults else ""
+    return f"{speed}{doubt}{checks}"
+
+
+def _colour(best: Cell) -> str:
+    return _DOUBTFUL if best.faults or best.quality == "degraded" else _GOOD
+
+
+def _svg(left: str, right: str, title: str, colour: str) -> str:
+    """Draw two fields, one text in each; the title is what a screen reader says and a pointer shows."""
+    left, right, title = (_drawable(text) for text in (left, right, title))
+    inner = _width(left), _width(right)
+    edge, end = inner[0] + 2 * _PAD, sum(inner) + 4 * _PAD
+    root = ElementTree.Element(
+        "svg",
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "width": str(end),
+            "height": str(_HEIGHT),
+            "viewBox": f"0 0 {end} {_HEIGHT}",
+            "role": "img",
+            "aria-label": f"{left}: {right}",
+        },
+    )
+    ElementTree.SubElement(root, "title").text = title
+    straight = _HEIGHT - 2 * _ROUND
+    corner = f"{_ROUND} {_ROUND} 0 0 1"
+    first = f"M{edge} 0H{_ROUND}A{_ROUND} {_ROUND} 0 0 0 0 {_ROUND}v{straight}A{_ROUND} {_ROUND} 0 0 0 {_ROUND} {_HEIGHT}H{edge}z"
+    second = f"M{edge} 0H{end - _ROUND}A{corner} {end} {_ROUND}v{straight}A{corner} {end - _ROUND} {_HEIGHT}H{edge}z"
+    ElementTree.SubElement(root, "path", {"fill": _LEFT, "d": first})
+    ElementTree.SubElement(root, "path", {"fill": colour, "d": second})
+    style = {"fill": "#fff", "font-family": "Verdana,'DejaVu Sans',sans-serif", "font-size": "11"}
+    words = ElementTree.SubElement(root, "g", style)
+    for text, x, width in ((left, _PAD, inner[0]), (right, edge + _PAD, inner[1])):
+        place = {"x": str(x), "y": str(_BASELINE), "textLength": str(width), "lengthAdjust": "spacingAndGlyphs"}
+        ElementTree.SubElement(words, "text", place).text = text
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+# Code points that no XML may hold, which `line` leaves because they are no control characters.
+_NO_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def _drawable(text: str) -> str:
+    return _NO_XML.sub("\ufffd", line(text))
+
+
+# Advance widths of DejaVu Sans at 11 px, rounded up, by letter.
+_WIDTHS = {
+    letter: width
+    for width, letters in (
+        (3.2, "'ijlIJ"),
+        (3.9, " ,./:;\\|f"),
+        (4.5, "-()[]t!r"),
+        (5.8, '"*_`s?z'),
+        (6.6, "cLFkvxyP"),
+        (7.0, "TYaoe$0123456789ESbdghnpqu{}"),
+        (7.7, "KABVXZRC"),
+        (8.7, "UNHDG&OQ"),
+        (9.5, "w#+<=>^~M"),
+        (11.0, "%mW@"),
+    )
+    for letter in letters
+}
+_WIDE, _OTHER = 11.0, 9.5
+
+
+def _width(text: str) -> int:
+    """Return how many pixels a text takes at most in the usual fonts."""
+    return max(1, -int(-sum(map(_advance, text)) // 1))
+
+
+def _advance(letter: str) -> float:
+    if unicodedata.combining(letter):
+        return 0.0
+    return _WIDTHS.get(letter) or (_WIDE if unicodedata.east_asian_width(letter) in "WF" else _OTHER)
