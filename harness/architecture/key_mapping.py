@@ -1,6 +1,6 @@
 """How the names in a model's files become those of its skeleton when transformers loads it: its renamings and conversions, as data.
 
-They are read from transformers when a skeleton is built (`harness.worker.read_key_mapping`) and applied here, without it, by the rules of
+They are read from transformers when a skeleton is built (`worker.read_key_mapping`) and applied here, without it, by the rules of
 its `core_model_loading`: every renaming in turn, then one conversion at most, then the prefix of the base model is put before the
 name or taken away.
 """

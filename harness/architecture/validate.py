@@ -1,8 +1,8 @@
 """Whether a checkpoint holds what its config asks for: every tensor by name, shape and dtype, from headers alone.
 
 What transformers would end with, or would fill with random numbers after a warning, is an error here; what it leaves out or loads
-without a word is at most a note. Names are followed through its renamings, conversions, prefixes and ties (`harness.architecture.key_mapping`) and
-through the layouts of quantised weights (`harness.checkpoint.quantization`). Where they are not known, nothing is said: of skeletons from a
+without a word is at most a note. Names are followed through its renamings, conversions, prefixes and ties (`key_mapping`) and
+through the layouts of quantised weights (`checkpoint.quantization`). Where they are not known, nothing is said: of skeletons from a
 description or from tensors only equal names are compared, of quantisers without a row in LAYOUTS nothing is, of what is quantised
 neither stacked experts nor converted tensors, of GGUF nothing where transformers reshapes what it reads.
 """

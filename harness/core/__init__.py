@@ -1,1 +1,1 @@
-"""The words everybody speaks: records, tables of precisions, placements, quantizers and metrics, units, errors; knows nothing else."""
+"""The vocabulary: records, tables of precisions, placements, quantizers and metrics, units, errors. It imports nothing of ours."""

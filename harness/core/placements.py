@@ -9,7 +9,7 @@ import msgspec
 
 from harness.core.records import Record
 
-# Device maps that are printed in full, for transformers knows no such words: one that we compute (`harness.planning.device_map.recommended`), and one
+# Device maps that are printed in full, for transformers knows no such words: one that we compute (`device_map.recommended`), one
 # that the user wrote (`harness.planning.device_map.user_map`).
 ROOM = "room"
 GIVEN = "given"
@@ -24,7 +24,7 @@ class Placement(Record, frozen=True, kw_only=True):
 
     `call` is the way of loading: "from_pretrained", "load_checkpoint_and_dispatch", or "to" (load in RAM, then move).
     `device_map` is passed on as it is, but for ROOM and GIVEN. `limits` names the rule that computes `max_memory`
-    (`harness.planning.feasibility.LIMITS`): None passes none. `traits` are what a precision may refuse. `devices` are where the weights may end
+    (`max_memory.LIMITS`): None passes none. `traits` are what a precision may refuse. `devices` are where the weights may end
     up, best first. It needs `least_gpus`; on fewer it is no case of its own where `on_fewer` says what it comes to there. What is
     `on_request` is no part of a matrix unless it is named. `parallel`: a process for each GPU, which share every layer; without any
     GPU so many share the RAM.

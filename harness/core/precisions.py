@@ -23,7 +23,7 @@ class Precision(Record, frozen=True, kw_only=True):
 
     `usual`: it is in the matrix unless the user names others. `dtype` is what transformers is asked for, `dtype_before_cc80` the
     same on GPUs without bfloat16; `quantization` is its `quantization_config` and `quantization_on_cpu` the same without a GPU.
-    `scheme` says how the cost model counts what is quantised on loading (`harness.core.quantizers`). `holds` names the dtype that the
+    `scheme` says how the cost model counts what is quantised on loading (`core.quantizers`). `holds` names the dtype that the
     weights of the Linear modules must have after loading, or their scheme where the dtype does not tell
     (`Loaded.linear_dtype_bytes`), else the precision did not take effect. `refuses` maps a trait of a placement to the reason why
     this precision cannot be loaded that way, and `never` says why it cannot be loaded at all. `keeps` is how much of the answers'

@@ -187,7 +187,7 @@ class Plan(Record, frozen=True, kw_only=True):
     """One case, decided: whether it can work here, and the code that loads it.
 
     `code` is Python that leaves the loaded model in the name `model`; it expects the model's id or directory in `MODEL`
-    (`harness.planning.code.script` prints it whole). `max_memory` and `device_map` are what that code passes on. `remote_code` names the
+    (`planning.code.script` prints it whole). `max_memory` and `device_map` are what that code passes on. `remote_code` names the
     code of the model that a library would run; it does only if it is `trusted`.
     """
 

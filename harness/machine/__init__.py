@@ -1,1 +1,1 @@
-"""What this computer has and allows: tiers, cards, control groups, processes, signals, scratch space, whole-or-not-at-all writing."""
+"""What this computer has and allows: memory tiers, cards, control groups, processes, signals, scratch space, atomic writes."""

@@ -2,7 +2,7 @@
 
 Two things are asked. How well does the model predict four short passages (perplexity), and how near are its predictions to
 those of the same model at its reference precision (agreement of the next token, KL divergence)? And does it answer ten easy
-questions, put as it was taught (`harness.measure.dialogue`), and one more that takes a tool, if it was taught any? The answers are the only
+questions, put as it was taught (`measure.dialogue`), and one more that takes a tool, if it was taught any? The answers are the only
 part that goes through generation with a KV cache and a padded batch, so they notice faults that a single forward pass cannot.
 """
 

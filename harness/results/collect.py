@@ -87,7 +87,7 @@ def _in_file(path: Path, name: str) -> Iterator[Artifact]:
 
 
 def _members(path: Path) -> list[str]:
-    """List the files of results in an archive; its directory is read under the bounds of `harness.checkpoint.formats.zip_directory` first."""
+    """List the files of results in an archive; its directory is read under the bounds of `formats.zip_directory` first."""
     file = LocalFile(path, path.name)
     try:
         return sorted(name for name in zip_directory.read_directory(file) if name.rpartition("/")[2] == NAME)

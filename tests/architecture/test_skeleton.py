@@ -48,7 +48,8 @@ def test_unknown_name_is_answered_with_its_neighbour() -> None:
 
 def test_planning_a_catalog_model_needs_neither_torch_nor_time() -> None:
     code = (
-        "import sys, time; from harness.planning.device_map import infer as devicemap, recommended as roommap; from harness.architecture import skeleton; start = time.perf_counter();"
+        "import sys, time; from harness.planning.device_map import infer, recommended; from harness.architecture import skeleton;"
+        "start = time.perf_counter();"
         "skeleton.named('qwen2.5-72b-instruct'); print(time.perf_counter() - start);"
         "print(sorted({'torch', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)))"
     )

@@ -361,7 +361,8 @@ def test_a_sparse_giant_is_refused_at_once(model: Path) -> None:
 
 
 def test_the_module_is_light() -> None:
-    code = "import sys, harness.checkpoint.size_breakdown; print({'torch', 'numpy', 'huggingface_hub', 'transformers'} & set(sys.modules))"
+    heavy = {"torch", "numpy", "huggingface_hub", "transformers"}
+    code = f"import sys, harness.checkpoint.size_breakdown; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -1,6 +1,6 @@
 """Emulated RAM limits: the verdict of the plan against what happens, and the smallest RAM that works.
 
-A case works under a limit if it ends well without rereading its weights for every token (`harness.run.min_ram`). Synthetic models are
+A case works under a limit if it ends well without rereading its weights for every token (`run.min_ram`). Synthetic models are
 made for the run and deleted; it takes eight minutes on a quiet machine, 3.5 GB of disk and 5 GB of memory.
 """
 

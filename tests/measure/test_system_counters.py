@@ -121,7 +121,7 @@ def test_elsewhere_the_machine_s_time_is_psutil_s() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no process to CPUs")
 def test_a_process_bound_to_some_cpus_looks_at_those() -> None:
-    code = "import os; from harness.measure import system_counters as counters; os.sched_setaffinity(0, {0}); print(counters.usable_cpus())"
+    code = "import os; from harness.measure.system_counters import usable_cpus; os.sched_setaffinity(0, {0}); print(usable_cpus())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ("frozenset({0})" if (os.cpu_count() or 1) > 1 else "None")
 

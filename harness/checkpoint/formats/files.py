@@ -1,7 +1,7 @@
 """The bytes of a model's files, read in small pieces and never as a whole.
 
 A `Folder` has files by name, a `Blob` is one of them and a `Cursor` moves forward through it. The parsers of formats see only
-these three, so they read a directory and a hub repository (`harness.checkpoint.hub`) alike. Whatever is wrong with a file leaves here,
+these three, so they read a directory and a hub repository (`checkpoint.hub`) alike. Whatever is wrong with a file leaves here,
 and leaves the parsers, as a `CheckpointError` that names it.
 """
 

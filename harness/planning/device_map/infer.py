@@ -1,4 +1,4 @@
-"""The device map that transformers would infer, module for module, without torch. `harness.planning.device_map.recommended` recommends a better one.
+"""The device map that transformers would infer, module for module, without torch. `device_map.recommended` has a better one.
 
 `infer` gives what `from_pretrained(device_map="auto" | "balanced" | "balanced_low_0" | "sequential", max_memory=...)` gives in
 transformers 5: its walk, its sizes (tied weights once, every buffer, bool as one byte), its margins. Where its result looks odd,

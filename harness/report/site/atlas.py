@@ -1,6 +1,6 @@
 """What the pages of a site say, decided before they are laid out: models, cards, machines.
 
-Everything rests on published results (`harness.results.audit`). What is measured names its result; what is concluded from it is called
+Everything rests on published results (`results.audit`). What is measured names its result; what is concluded from it is called
 predicted, and says from what.
 """
 
