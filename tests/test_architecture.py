@@ -149,6 +149,7 @@ DOORS = {
     "_pytest": {"plugin"},
     "jinja2": {"report"},
     "markupsafe": {"report"},
+    "badgepy": {"report"},
     "squarify": {"report"},
     "pynvml": {"nvml"},
     "huggingface_hub": {"catalog", "hub", "models"},
