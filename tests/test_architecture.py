@@ -51,6 +51,8 @@ DOORS = {
     "pytest": {"plugin"},
     "_pytest": {"plugin"},
     "jinja2": {"report"},
+    "badgepy": {"report"},
+    "squarify": {"report"},
     "markupsafe": {"report"},
     "pynvml": {"machine.nvml"},
     "huggingface_hub": {"catalog.download", "checkpoint.hub", "models"},

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tests.accuracy import chart
+from tests.accuracy.chart import Pair
 from tests.support.reporting import Figure, Section, joined, sections_of, written
 
 
@@ -24,3 +29,16 @@ def test_a_section_names_machine_and_versions_and_counts_rows_only_where_there_a
     assert plain.endswith("a note")
     counted = written(Section("Title", [Figure(what="speed", found="1 s", wanted="2 s", rows=3)], []), "tox run -e x")
     assert "| speed | 3 | 1 s | 2 s |" in counted
+
+
+def test_a_chart_has_a_point_for_each_pair_and_a_line_for_each_figure(tmp_path: Path) -> None:
+    pairs = [
+        Pair(case=f"<{case}>", figure=figure, estimated=2.0 * number, measured=2.5 * number)
+        for number, case in enumerate(("tiny/fp16/cpu", "tiny/int8/cpu"), 1)
+        for figure in ("peak RAM", "peak RAM & more")
+    ]
+    chart.write(tmp_path / "chart.svg", pairs, "GiB", 0.5)
+    root = ElementTree.parse(tmp_path / "chart.svg").getroot()
+    said = [element.get("aria-label") or "" for element in root.iter()]
+    assert {f"{pair.case}: {pair.figure}, estimated / measured 0.80" for pair in pairs} <= set(said)
+    assert {"measured, GiB", "estimated, GiB", "peak RAM", "peak RAM & more"} <= {element.text for element in root.iter()}

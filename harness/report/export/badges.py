@@ -1,15 +1,20 @@
 """Badges: for each model and size of card one line as SVG, "chatglm-6b | int8 fits 12 GiB, 23.1 tok/s".
 
-A badge is one file that loads nothing. Its texts have a fixed length, so that they fit whatever font the reader has.
+A badge is one file that loads nothing, drawn by badgepy. Its texts have a fixed length, so that they fit in any font.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from xml.etree import ElementTree
+from importlib.resources import files
+from xml.sax.saxutils import quoteattr
+
+import badgepy
+from badgepy.precalculated_text_measurer import PrecalculatedTextMeasurer
 
 from harness.core.records import Result
 from harness.core.text import line, plural
@@ -36,10 +41,11 @@ class _Size:
     emulated: bool
 
 
-# White is read on each of these: WCAG's contrast is 4.5 or more.
+# White is read on each of these, also where badgepy's gloss lightens them: WCAG's contrast is 4.5 or more.
 _LEFT, _GOOD, _DOUBTFUL, _BAD, _UNKNOWN = "#444", "#1a7032", "#8a5a00", "#a32a1c", "#5c5c5c"
 _MOST_LETTERS = 40
-_HEIGHT, _PAD, _ROUND, _BASELINE = 20, 6, 3, 14
+# How wide a letter is that is as wide as high, in the units of badgepy's widths: tenths of a pixel.
+_SQUARE = 110
 
 
 def badges(results: Sequence[Result]) -> list[Badge]:
@@ -64,8 +70,8 @@ def _badge(answer: Answer, size: _Size, newest: str, anchors: Anchors) -> Badge:
     name = f"{block.model}-{re.sub(' (?=[GM]iB)', '', size.text)}"
     if block.synthetic:
         said, name = f"{said}, synthetic weights", f"{name}-synthetic"
-    svg = _svg(line(block.model, _MOST_LETTERS), said, title, colour)
-    return Badge(anchors.give(name.lstrip(".")), block.model, said, svg)
+    slug = anchors.give(name.lstrip("."))
+    return Badge(slug, block.model, said, _svg(slug, line(block.model, _MOST_LETTERS), said, title, colour))
 
 
 def _size(answer: Answer) -> _Size:
@@ -127,35 +133,21 @@ def _colour(best: Cell) -> str:
     return _DOUBTFUL if best.faults or best.quality == "degraded" else _GOOD
 
 
-def _svg(left: str, right: str, title: str, colour: str) -> str:
+def _svg(slug: str, left: str, right: str, title: str, colour: str) -> str:
     """Draw two fields, one text in each; the title is what a screen reader says and a pointer shows."""
     left, right, title = (_drawable(text) for text in (left, right, title))
-    inner = _width(left), _width(right)
-    edge, end = inner[0] + 2 * _PAD, sum(inner) + 4 * _PAD
-    root = ElementTree.Element(
-        "svg",
-        {
-            "xmlns": "http://www.w3.org/2000/svg",
-            "width": str(end),
-            "height": str(_HEIGHT),
-            "viewBox": f"0 0 {end} {_HEIGHT}",
-            "role": "img",
-            "aria-label": f"{left}: {right}",
-        },
+    drawn = badgepy.badge(
+        left,
+        right,
+        left_color=_LEFT,
+        right_color=colour,
+        whole_title=title,
+        measurer=_measurer(),
+        id_suffix=f"-{slug}",
+        font_family="Verdana,DejaVu Sans,sans-serif",
     )
-    ElementTree.SubElement(root, "title").text = title
-    straight = _HEIGHT - 2 * _ROUND
-    corner = f"{_ROUND} {_ROUND} 0 0 1"
-    first = f"M{edge} 0H{_ROUND}A{_ROUND} {_ROUND} 0 0 0 0 {_ROUND}v{straight}A{_ROUND} {_ROUND} 0 0 0 {_ROUND} {_HEIGHT}H{edge}z"
-    second = f"M{edge} 0H{end - _ROUND}A{corner} {end} {_ROUND}v{straight}A{corner} {end - _ROUND} {_HEIGHT}H{edge}z"
-    ElementTree.SubElement(root, "path", {"fill": _LEFT, "d": first})
-    ElementTree.SubElement(root, "path", {"fill": colour, "d": second})
-    style = {"fill": "#fff", "font-family": "Verdana,'DejaVu Sans',sans-serif", "font-size": "11"}
-    words = ElementTree.SubElement(root, "g", style)
-    for text, x, width in ((left, _PAD, inner[0]), (right, edge + _PAD, inner[1])):
-        place = {"x": str(x), "y": str(_BASELINE), "textLength": str(width), "lengthAdjust": "spacingAndGlyphs"}
-        ElementTree.SubElement(words, "text", place).text = text
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
+    # Without a role a screen reader would read the texts, each of which badgepy writes twice: once as its shadow.
+    return drawn.replace("<svg ", f'<svg role="img" aria-label={quoteattr(f"{left}: {right}")} ', 1) + "\n"
 
 
 # Code points that no XML may hold, which `line` leaves because they are no control characters.
@@ -166,32 +158,8 @@ def _drawable(text: str) -> str:
     return _NO_XML.sub("\ufffd", line(text))
 
 
-# Advance widths of DejaVu Sans at 11 px, rounded up, by letter.
-_WIDTHS = {
-    letter: width
-    for width, letters in (
-        (3.2, "'ijlIJ"),
-        (3.9, " ,./:;\\|f"),
-        (4.5, "-()[]t!r"),
-        (5.8, '"*_`s?z'),
-        (6.6, "cLFkvxyP"),
-        (7.0, "TYaoe$0123456789ESbdghnpqu{}"),
-        (7.7, "KABVXZRC"),
-        (8.7, "UNHDG&OQ"),
-        (9.5, "w#+<=>^~M"),
-        (11.0, "%mW@"),
-    )
-    for letter in letters
-}
-_WIDE, _OTHER = 11.0, 9.5
-
-
-def _width(text: str) -> int:
-    """Return how many pixels a text takes at most in the usual fonts."""
-    return max(1, -int(-sum(map(_advance, text)) // 1))
-
-
-def _advance(letter: str) -> float:
-    if unicodedata.combining(letter):
-        return 0.0
-    return _WIDTHS.get(letter) or (_WIDE if unicodedata.east_asian_width(letter) in "WF" else _OTHER)
+@functools.cache
+def _measurer() -> PrecalculatedTextMeasurer:
+    """Measure texts by badgepy's widths of DejaVu Sans, and letters that it has none of, as those of East Asia, as squares."""
+    widths = json.loads(files(badgepy).joinpath("default-widths.json").read_bytes())
+    return PrecalculatedTextMeasurer(_SQUARE, widths["character-lengths"], widths["kerning-pairs"])

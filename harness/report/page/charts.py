@@ -1,6 +1,7 @@
 """Charts as inline SVG: memory over time, a bar against a capacity, a strip of the blocks of a model.
 
-Colours come from the style sheet by class, so that they follow the page into the dark and onto paper.
+Colours come from the style sheet by class, so that they follow the page into the dark and onto paper. The module of axes says
+why no library draws them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What was measured against what was predicted, drawn: a row for each case, with its memory and its speed over the prediction."""
+"""What was measured against what was predicted, drawn: a row for each case, with its memory and its speed over the prediction.
+
+The style sheet lays out the rows and folds them on a telephone; the module of axes says why no library draws them.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Labels beside the points of a drawing that is as wide as the page lets it be: none over another, over a point or over the edge.
 
-Across, a place is a share of the width and pixels from it, which do not stretch; down, it is in pixels.
+Across, a place is a share of the width and pixels from it, which do not stretch; down, it is in pixels. Libraries that place labels
+(adjustText and textalloc for matplotlib, Vega's label transform) know one width, and what is free there may not be on a telephone.
 """
 
 from __future__ import annotations

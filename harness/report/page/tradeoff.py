@@ -1,6 +1,7 @@
 """Memory against speed, drawn: a point for each case that works, its shape the quality of its answers, and the Pareto front.
 
-The drawing is as wide as the page lets it be: across, places are shares of its width, so that text and marks keep their size.
+The drawing is as wide as the page lets it be: across, places are shares of its width, so that text and marks keep their size. The
+module of axes says why no library draws it.
 """
 
 from __future__ import annotations

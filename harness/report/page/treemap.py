@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import squarify
 from markupsafe import Markup
 
 from harness.architecture.inspection import KIND_ORDER, Inspection, Run, explain, largest, runs
@@ -23,6 +24,8 @@ WIDTH, HEIGHT = 1200, 620
 MOST_PARTS = 400
 MOST_BLOCKS = 512
 MOST_TIES = 20
+# Smaller shares of an area cannot be seen, and squarify divides by what rounding leaves for them, which may be nothing.
+LEAST_SHARE = 1e-7
 _CAPTION, _GAP = 20, 3
 _LINE, _LETTER = 15, 6.6
 
@@ -62,23 +65,21 @@ def draw(parts: Sequence[Part], total: int) -> Markup:
     """Draw parts as a treemap; `total` bytes are what shares are of."""
     ordered = sorted((run for run in _apart(runs(parts)) if run.bytes), key=lambda run: -run.bytes)
     one_by_one = sum(run.repeats for run in ordered) <= MOST_BLOCKS
-    places = squarify([run.bytes for run in ordered], Box(0, 0, WIDTH, HEIGHT))
+    places = divide([run.bytes for run in ordered], Box(0, 0, WIDTH, HEIGHT))
     drawn = [piece for run, box in zip(ordered, places, strict=True) for piece in _run(run, box, total, one_by_one)]
     label = f"Treemap of {format_size(total)} in {plural(len(parts), 'part')}; the table below says the same"
     opening = Markup('<svg class="treemap" role="img" aria-label="{}" viewBox="0 0 {} {}">').format(label, WIDTH, HEIGHT)
     return opening + Markup("").join(drawn) + Markup("</svg>")
 
 
-def squarify(sizes: Sequence[float], box: Box) -> list[Box]:
-    """Divide a box among sizes, largest first, into rectangles as square as can be (Bruls, Huizing, van Wijk 2000)."""
-    boxes: list[Box] = []
-    left = sum(sizes)
-    while len(boxes) < len(sizes) and left > 0:
-        row = _row(sizes[len(boxes) :], box, left)
-        boxes += _lay(row, box, left)
-        box = _rest(box, sum(row) / left)
-        left -= sum(row)
-    return boxes + [Box(box.x, box.y, 0, 0)] * (len(sizes) - len(boxes))
+def divide(sizes: Sequence[float], box: Box) -> list[Box]:
+    """Divide a box among sizes, largest first, into rectangles as square as can be; sizes too small to be seen get none of it."""
+    least = LEAST_SHARE * sum(sizes)
+    seen = [size for size in sizes if size > least] if box.width > 0 and box.height > 0 else []
+    areas = squarify.normalize_sizes(seen, box.width, box.height)
+    found = squarify.squarify(areas, box.x, box.y, box.width, box.height)
+    boxes = [Box(place["x"], place["y"], place["dx"], place["dy"]) for place in found]
+    return boxes + [Box(box.x, box.y, 0, 0)] * (len(sizes) - len(seen))
 
 
 def grid(count: int, box: Box) -> Iterator[Box]:
@@ -90,39 +91,6 @@ def grid(count: int, box: Box) -> Iterator[Box]:
         height = box.height * columns / count
         yield from (Box(box.x + box.width * place / columns, y, box.width / columns, height) for place in range(columns))
         y += height
-
-
-def _row(sizes: Sequence[float], box: Box, left: float) -> list[float]:
-    """Take sizes for one row along the shorter side while that makes its worst rectangle no worse."""
-    side, scale = min(box.width, box.height), box.width * box.height / left
-    taken, area, worst = 0, 0.0, float("inf")
-    for size in sizes:
-        grown = area + size * scale
-        smallest = max(size * scale, 1e-12)
-        now = max(side**2 * sizes[0] * scale / grown**2, grown**2 / (side**2 * smallest)) if side and grown else 0.0
-        if taken and now > worst:
-            break
-        taken, area, worst = taken + 1, grown, now
-    return list(sizes[:taken])
-
-
-def _lay(row: Sequence[float], box: Box, left: float) -> Iterator[Box]:
-    """Place a row along the shorter side of the box."""
-    whole, at = sum(row), 0.0
-    for size in row:
-        share = size / whole if whole else 0.0
-        if box.width >= box.height:
-            yield Box(box.x, box.y + at * box.height, box.width * whole / left, box.height * share)
-        else:
-            yield Box(box.x + at * box.width, box.y, box.width * share, box.height * whole / left)
-        at += share
-
-
-def _rest(box: Box, share: float) -> Box:
-    """Return what a row that took `share` of the box leaves."""
-    if box.width >= box.height:
-        return Box(box.x + box.width * share, box.y, box.width * (1 - share), box.height)
-    return Box(box.x, box.y + box.height * share, box.width, box.height * (1 - share))
 
 
 def _apart(found: Sequence[Run]) -> Iterator[Run]:
@@ -165,7 +133,7 @@ def _names(run: Run, count: int) -> list[str]:
 def _kinds_of(run: Run, count: int, box: Box, name: str, total: int) -> Iterator[Markup]:
     """Draw one of `count` equal blocks of a run: a rectangle for each kind of module."""
     ordered = sorted(run.parts, key=lambda part: -part.bytes)
-    for part, place in zip(ordered, squarify([part.bytes for part in ordered], box), strict=True):
+    for part, place in zip(ordered, divide([part.bytes for part in ordered], box), strict=True):
         yield _cell(part, count, place, name, part is ordered[0] and count > 1, total)
 
 

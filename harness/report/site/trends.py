@@ -1,4 +1,8 @@
-"""How the figures of a case changed over library versions, on one machine."""
+"""How the figures of a case changed over library versions, on one machine.
+
+By Altair the small lines of speed would be no shorter to write, and take 9 ms and 1.7 KB each instead of 0.05 ms and 0.25 KB
+(tests/bench/bench_charts.py); the pages of 10,000 results have hundreds.
+"""
 
 from __future__ import annotations
 
