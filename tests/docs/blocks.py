@@ -6,9 +6,9 @@ A comment in front of a fence or a table says what stands there:
     <!-- recorded: tox run -e matrix -->                        the same, with figures of results that are kept: see recorded.py
     <!-- table: precisions -->                                  a table of the program, see tables.py
 
-`<!-- output: ... | omit: REGEX -->`, as often as needed, writes "..." instead of the lines that match. The commands of one page run one after the
-other in one empty directory, with an empty HOME and cache, in a terminal of WIDTH columns. They describe the machine that they plan
-for, so what they print is the same on every machine.
+`<!-- output: ... | omit: REGEX -->`, as often as needed, writes "..." instead of the lines that match. The commands of one page run
+one after the other in one empty directory, with an empty HOME and cache, in a terminal of WIDTH columns. They describe the machine
+that they plan for, so what they print is the same on every machine.
 """
 
 from __future__ import annotations
@@ -103,9 +103,10 @@ def run(command: str, there: Path) -> str:
 
 
 def rewritten(text: str, shown: Iterable[str]) -> str:
-    """Return the text of a page with these texts in its blocks."""
+    """Return the text of a page with these texts in its blocks, each with an empty line behind it."""
     left = iter(shown)
-    return _BLOCK.sub(lambda found: found[0].removesuffix(found["text"]) + next(left), text)
+    filled = _BLOCK.sub(lambda found: found[0].removesuffix(found["text"]) + next(left), text)
+    return re.sub(r"^(\|.*\n)(?=[^|\n])", r"\1\n", filled, flags=re.MULTILINE)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The tables of the documentation, made from those of the program. Everything that these tests take from `harness` comes in here."""
+"""The tables of the documentation, made from those of the program. All that these tests take from `harness` comes in here."""
 
 from __future__ import annotations
 

@@ -52,6 +52,7 @@ def test_every_output_and_every_marked_block_is_checked(path: Path) -> None:
     assert len(re.findall(r"^<!-- ", text, re.MULTILINE)) == len(page)
     assert text.count("```console\n") == sum(block.kind != "table" for block in page)
     assert len(re.findall(r"^\$ ", text, re.MULTILINE)) == text.count("```console\n")
+    assert not re.findall(r"^\|.*\n[^|\n].*", text, re.MULTILINE)  # it would be one more row
 
 
 def test_kept_results_are_of_the_cases_that_the_matrix_runs(tmp_path: Path) -> None:
