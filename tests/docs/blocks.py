@@ -65,7 +65,7 @@ def fresh(page: list[Block]) -> list[str]:
 def _fresh(block: Block, there: Path) -> str:
     if block.kind == "table":
         return tables.table(block.what)
-    return fence(block, recorded.printed(there, WIDTH) if block.kind == "recorded" else run(block.what, there))
+    return fence(block, recorded.printed(WIDTH) if block.kind == "recorded" else run(block.what, there))
 
 
 def fence(block: Block, printed: str) -> str:

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from tests import runs
@@ -17,13 +19,13 @@ RECORD = ROOT / "reports" / "smollm2-135m"
 MODEL = "smollm2-135m"
 
 
-def printed(there: Path, width: int) -> str:
-    """Return the output of a run of the default matrix in an empty directory, with the measured figures.
+def printed(width: int) -> str:
+    """Return the output of a run of the default matrix with the measured figures.
 
     A scripted worker holds all weights in RAM, which fails the test of some placements; the kept results passed all four tests.
     """
     figures = tables.figures(RECORD)
-    lines = scripted(there, width).splitlines()
+    lines = scripted(width).splitlines()
     return "\n".join(re.sub(r"^(\S+)( +)[.F]{4}  works  .+$", lambda found: _line(found, figures), line) for line in lines)
 
 
@@ -31,19 +33,21 @@ def _line(found: re.Match[str], figures: dict[str, str]) -> str:
     return f"{found[1]}{found[2]}....  {figures[found[1]]}"
 
 
-def scripted(there: Path, width: int) -> str:
+@cache
+def scripted(width: int) -> str:
     """Return the output of `pytest cases` as it comes, the workers scripted, on a machine without a GPU."""
-    place = runs.folder(there / "matrix", [MODEL])
-    own = {"HOME": str(there / "home"), "FITMATRIX_CACHE": str(there / "cache"), "COLUMNS": str(width)}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "cases", "--model", f"./{MODEL}"],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **own},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(folder)
+        own = {"HOME": str(there / "home"), "FITMATRIX_CACHE": str(there / "cache"), "COLUMNS": str(width)}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "cases", "--model", f"./{MODEL}"],
+            cwd=runs.folder(there / "matrix", [MODEL]),
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **own},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
     if done.returncode not in (0, 1):
         raise subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
     return done.stdout
