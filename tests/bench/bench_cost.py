@@ -1,6 +1,6 @@
 """What the harness costs, as ratios within one run: isolation, accuracy against a plain script, the parent's own CPU time.
 
-Run by `tox run -e bench` on a quiet machine; the limits are those that the README states.
+Run by `tox run -e bench` on a quiet machine; its report shows the limits beside the figures.
 """
 
 from __future__ import annotations
