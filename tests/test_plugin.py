@@ -551,7 +551,7 @@ def test_no_terminal_is_needed(project: Project) -> None:
 
 
 def test_what_prepares_a_run_knows_the_live_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resuming settles all that cases share while it prepares, so a line that came later would never be drawn."""
+    """Resuming settles all that cases share while it prepares, so a line that came later would never be spec."""
     prepare, seen = Session.prepare, []
 
     def settled(self: Session, cases: Sequence[Case]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from harness.architecture.skeleton import Attention, Block, Child, Skeleton, Tensor
+from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec, Skeleton
 from harness.checkpoint.reader import INNER_CONFIGS, INNER_KEYS, Checkpoint
 from harness.checkpoint.size_breakdown import kind_of, ties
 from harness.core.errors import CheckpointError
@@ -108,7 +108,7 @@ def _tree(checkpoint: Checkpoint) -> _Tree:
         for step in path:
             place = place.setdefault(step, {})
         integer = tensor.dtype if tensor.dtype.startswith(("int", "uint", "bool")) else None
-        place.setdefault("", []).append((tensor.name, Tensor(name=name, shape=tensor.shape, dtype=integer)))
+        place.setdefault("", []).append((tensor.name, ParameterSpec(name=name, shape=tensor.shape, dtype=integer)))
     return root
 
 

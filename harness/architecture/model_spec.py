@@ -78,9 +78,9 @@ class Gguf(Record, frozen=True, kw_only=True):
         refused = next((GGUF_REFUSES[trait] for trait in placement.traits if trait in GGUF_REFUSES), None)
         if refused is not None:
             return refused
-        if precision.quantises:
-            return "transformers quantises no GGUF file anew: load it with --precision bf16, fp16 or fp32"
-        if precision.only == "GGUF" and not self.packs:
+        if precision.quantizes:
+            return "transformers quantizes no GGUF file anew: load it with --precision bf16, fp16 or fp32"
+        if precision.requires_checkpoint == "GGUF" and not self.packs:
             if not self.packed_bits:
                 return "no tensor of the file is in blocks: load it with --precision bf16, fp16 or fp32"
             known = ", ".join(sorted(PACKED_ARCHITECTURES))
@@ -114,10 +114,10 @@ class Stored(Record, frozen=True, kw_only=True):
         return "a file", min(self.bytes, self.shard_bytes)
 
 
-class Blueprint(Record, frozen=True, kw_only=True):
-    """A model to be planned; `ours` says that `harness.models` has its architecture and transformers has not.
+class ModelSpec(Record, frozen=True, kw_only=True):
+    """A model to be planned; `native` says that `harness.models` has its architecture and transformers has not.
 
-    `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantised already and
+    `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantized already and
     whose headers were read. `repeated` are the paths of tied weights that the files store all the same, `largest_file` is what
     the largest file is called and its bytes, where that is known. `notes` say what is odd about the files, and what the plan rests
     on where that is less than a skeleton from transformers. `remote_code` is the code that the files ask for, `has_class` whether
@@ -140,7 +140,7 @@ class Blueprint(Record, frozen=True, kw_only=True):
     remote_code: tuple[RemoteCode, ...] = ()
     has_class: bool = True
     gguf: Gguf | None = None
-    ours: bool = False
+    native: bool = False
     unknown: str | None = None
 
     @property
@@ -150,13 +150,13 @@ class Blueprint(Record, frozen=True, kw_only=True):
 
     @property
     def stored_as(self) -> str | None:
-        """How it is quantised already (`quantized.describe`); None where it is not, or is unpacked on loading."""
+        """How it is quantized already (`quantized.describe`); None where it is not, or is unpacked on loading."""
         return "gguf" if self.gguf else self.packed.title if self.packed and not self.packed.unpacks else None
 
     @property
     def unpacks_itself(self) -> bool:
         """Whether the layers of `harness.models` read what is packed, and no package is needed: MOSS's and ChatGLM-6B's files."""
-        return self.ours and self.packed is not None and self.packed.own
+        return self.native and self.packed is not None and self.packed.own
 
     @property
     def stored_dtype(self) -> str:
@@ -169,7 +169,7 @@ class Blueprint(Record, frozen=True, kw_only=True):
         return self.skeleton.source == "tensors"
 
 
-def draw(source: Source) -> Blueprint:
+def read_spec(source: Source) -> ModelSpec:
     """Find out what can be known of a model without loading or downloading its weights.
 
     Raises:
@@ -191,8 +191,8 @@ def draw(source: Source) -> Blueprint:
     return of_checkpoint(source.name, source.location, reader.read_hub(source.hub_id, file=source.file), None)
 
 
-def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> Blueprint:
-    """Draw the blueprint of a checkpoint whose headers were read; the files beside them in `directory` are checked as well.
+def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> ModelSpec:
+    """Read the spec of a checkpoint whose headers were read; the files beside them in `directory` are checked as well.
 
     Raises:
         CheckpointError: the files do not belong together, must not reach a library, or are a kind that our architecture lacks.
@@ -200,14 +200,14 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     if directory is not None:
         auxiliary_files.check(Directory(directory))
     found, note, refused = _skeleton_of(read)
-    if refused is not None and _is_ours(read.config):  # no other code loads it, nor does the one that it may come with
+    if refused is not None and _is_native(read.config):  # no other code loads it, nor does the one that it may come with
         raise CheckpointError(f"{read.path}/{CONFIG}", str(refused))
     gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == "gguf" else None
     packed = quantization.packed(read.config, read.tensors) if gguf is None else None
     notes = validate.check(read, found, packed)
     tokenizer = directory is None or "tokenizer.ggml.model" in read.config or auxiliary_files.has_tokenizer(Directory(directory))
     code = any(one.kind == "model" for one in read.remote_code)
-    return Blueprint(
+    return ModelSpec(
         name=name,
         source=where,
         skeleton=found,
@@ -224,7 +224,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         remote_code=read.remote_code,
         has_class=_has_class(read.config, found),
         gguf=gguf,
-        ours=_is_ours(read.config),
+        native=_is_native(read.config),
         unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
     )
 
@@ -316,14 +316,14 @@ def _in_catalog(source: Source) -> str | None:
         return None
 
 
-def _of_catalog(source: Source, known: str) -> Blueprint:
+def _of_catalog(source: Source, known: str) -> ModelSpec:
     entry = shipped.catalog()[known]
     shape = skeleton.named(known)
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = quantization.packed(entry.config)
     stored = published(known)
     size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
-    return Blueprint(
+    return ModelSpec(
         name=source.name,
         source=known,
         skeleton=shape,
@@ -334,11 +334,11 @@ def _of_catalog(source: Source, known: str) -> Blueprint:
         packed=packed,
         repeated=frozenset(shape.tied if stored and stored.repeats_head else ()),
         largest_file=stored.largest_file if stored else None,
-        ours=_is_ours(entry.config),
+        native=_is_native(entry.config),
     )
 
 
-def _is_ours(config: Mapping[str, Any]) -> bool:
+def _is_native(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in OUR_ARCHITECTURES
 
 
@@ -359,7 +359,7 @@ def _published() -> Mapping[str, Stored]:
 
 
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
-    """Count a checkpoint that is quantised already: what is packed with all that stands beside it, the rest in 16 bits."""
+    """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
     held = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
     return sum(count * _stored_bytes(weight, packed) for weight, count in held)
 
@@ -369,7 +369,7 @@ def _stored_bytes(weight: Weight, packed: Packed) -> int:
     sides = weight.tensor.shape
     if packed.unpacks:
         return weight.elements * 17 // 32 if len(sides) == 3 else weight.elements * 2
-    if not weight.quantises or len(sides) != 2:
+    if not weight.quantizes or len(sides) != 2:
         return weight.elements * 2
     if packed.layout is None:
         return weight.elements * packed.bits // 8

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import sha256
 
-from harness.checkpoint.formats.tensor_writer import DTYPES, TensorSpec
+from harness.checkpoint.formats.tensor_writer import DTYPES, TensorToWrite
 from harness.checkpoint.quantization import Holds, Packed
 
 _PIECE_BYTES = 16 << 20
@@ -20,7 +20,7 @@ _STD = 0.02  # the usual initializer_range: activations neither vanish nor overf
 _SEED = 20230314
 
 
-def contents(tensor: TensorSpec, packed: Packed | None = None) -> Iterator[memoryview]:
+def contents(tensor: TensorToWrite, packed: Packed | None = None) -> Iterator[memoryview]:
     """Yield the bytes of a tensor: ones for scales of norms, zeros for biases, masks that let all pass, else random weights.
 
     They follow from its name, or from that of the tensor that it repeats: transformers 5 ties only what is equal in the files. Of a
@@ -42,7 +42,7 @@ def contents(tensor: TensorSpec, packed: Packed | None = None) -> Iterator[memor
         left, begin = left - len(piece), 0
 
 
-def _filling(tensor: TensorSpec) -> str:
+def _filling(tensor: TensorToWrite) -> str:
     if tensor.dtype == "bool":
         return "mask"
     if len(tensor.shape) > 1:
@@ -93,7 +93,7 @@ def _packed_pool(holds: Holds, bits: int) -> memoryview:
     return memoryview(joined.tobytes())
 
 
-def _order(tensor: TensorSpec, group: int) -> memoryview:
+def _order(tensor: TensorToWrite, group: int) -> memoryview:
     """Return the group of each input, one after the other."""
     import numpy as np
 

@@ -58,7 +58,7 @@ class UnknownType(UsageError):
     """The transformers that is installed has no architecture of this model type."""
 
 
-class Tensor(Record, frozen=True, kw_only=True, omit_defaults=True):
+class ParameterSpec(Record, frozen=True, kw_only=True, omit_defaults=True):
     """One tensor of a block.
 
     `kind` is parameter, buffer (saved) or unsaved (a buffer that no file holds). `dtype` is set where the model fixes it, whatever
@@ -83,12 +83,12 @@ class Child(Record, frozen=True, kw_only=True, omit_defaults=True):
 class Block(Record, frozen=True, kw_only=True, omit_defaults=True):
     """A module with its own tensors and children, in order.
 
-    `linear` is "linear" (exactly torch's Linear), "conv1d" (GPT-2's, transposed) or None; `exempt` marks one that quantisers leave
+    `linear` is "linear" (exactly torch's Linear), "conv1d" (GPT-2's, transposed) or None; `exempt` marks one that quantizers leave
     alone, such as the output embedding.
     """
 
     class_name: str
-    tensors: tuple[Tensor, ...] = ()
+    tensors: tuple[ParameterSpec, ...] = ()
     children: tuple[Child, ...] = ()
     linear: str | None = None
     exempt: bool = False
@@ -116,12 +116,12 @@ class Attention(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Weight(NamedTuple):
-    """A tensor at its place. `quantises`: bitsandbytes would hold it in fewer bits. `tied_to` names the weight that it shares."""
+    """A tensor at its place. `quantizes`: bitsandbytes would hold it in fewer bits. `tied_to` names the weight that it shares."""
 
     path: str
     elements: int
-    tensor: Tensor
-    quantises: bool
+    tensor: ParameterSpec
+    quantizes: bool
     tied_to: str | None
 
 
@@ -135,8 +135,8 @@ class Module:
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
         """Its own tensors."""
-        quantises = self.block.linear is not None and not self.block.exempt
-        return tuple(self._weight(tensor, quantises) for tensor in self.block.tensors)
+        quantizes = self.block.linear is not None and not self.block.exempt
+        return tuple(self._weight(tensor, quantizes) for tensor in self.block.tensors)
 
     @cached_property
     def children(self) -> tuple[Module, ...]:
@@ -174,10 +174,10 @@ class Module:
     def _prefix(self) -> str:
         return f"{self.path}." if self.path else ""
 
-    def _weight(self, tensor: Tensor, quantises: bool) -> Weight:
+    def _weight(self, tensor: ParameterSpec, quantizes: bool) -> Weight:
         path = f"{self._prefix}{tensor.name}"
         tied_to = self._skeleton.tied.get(path)
-        return Weight(path, math.prod(tensor.shape), tensor, quantises and tensor.name != "bias", tied_to)
+        return Weight(path, math.prod(tensor.shape), tensor, quantizes and tensor.name != "bias", tied_to)
 
 
 class Piece(NamedTuple):

@@ -1,6 +1,6 @@
 """Synthetic checkpoints: the shapes, dtypes, files and shards of a model, with random weights, from its skeleton alone.
 
-So a fit can be measured before anything is downloaded. What is published quantised is written in the parts of its layout
+So a fit can be measured before anything is downloaded. What is published quantized is written in the parts of its layout
 (`harness.checkpoint.quantization`). What the tensors hold is `harness.architecture.random_weights`'s.
 """
 
@@ -25,7 +25,7 @@ from harness.catalog.resolve import Source
 from harness.checkpoint import quantization
 from harness.checkpoint.formats.files import Directory
 from harness.checkpoint.formats.safetensors_header import read_config
-from harness.checkpoint.formats.tensor_writer import DTYPES, Pieces, TensorSpec, write_bin, write_safetensors
+from harness.checkpoint.formats.tensor_writer import DTYPES, Pieces, TensorToWrite, write_bin, write_safetensors
 from harness.checkpoint.quantization import Packed
 from harness.core.errors import UsageError
 from harness.core.progress import Report, silent
@@ -35,7 +35,7 @@ MARK = "fitmatrix-synthetic.json"
 _SHARD_BYTES = 5_000_000_000
 _FLOATS = ("float32", "float16", "bfloat16")
 
-FORMATS: Mapping[str, tuple[str, str, Callable[[Path, Sequence[TensorSpec], Pieces | None], None]]] = {
+FORMATS: Mapping[str, tuple[str, str, Callable[[Path, Sequence[TensorToWrite], Pieces | None], None]]] = {
     "safetensors": ("model", ".safetensors", write_safetensors),
     "bin": ("pytorch_model", ".bin", write_bin),
 }
@@ -47,7 +47,7 @@ class Synthetic(Record, frozen=True, kw_only=True):
     name: str
     config: dict[str, Any]
     format: str
-    shards: tuple[tuple[TensorSpec, ...], ...]
+    shards: tuple[tuple[TensorToWrite, ...], ...]
 
     @property
     def bytes(self) -> int:
@@ -64,7 +64,7 @@ def describe(source: Source, *, file_format: str | None = None, shard_bytes: int
     """Lay out the synthetic twin of a model, as it is published where that is known, else in shards of 5 GB.
 
     Raises:
-        UsageError: nothing here tells its shape, or its weights are quantised in a way that is not written here.
+        UsageError: nothing here tells its shape, or its weights are quantized in a way that is not written here.
         CheckpointError: its config is damaged.
     """
     config, stored = _known(source)
@@ -74,7 +74,7 @@ def describe(source: Source, *, file_format: str | None = None, shard_bytes: int
         raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(_FLOATS)}")
     found = skeleton.build(config, wheel_cache.cache_dir())
     if packed is not None and (why := _unwritten(found, packed)):
-        raise UsageError(f"{source.name} is quantised ({packed.title}), and {why}: name the 16-bit model that it was made from")
+        raise UsageError(f"{source.name} is quantized ({packed.title}), and {why}: name the 16-bit model that it was made from")
     shards = _sharded(list(_tensors(found, stored, dtype, packed)), shard_bytes or stored.shard_bytes)
     return Synthetic(name=source.name, config=config, format=file_format or stored.format, shards=tuple(shards))
 
@@ -109,12 +109,12 @@ def _unwritten(found: Skeleton, packed: Packed) -> str | None:
         shape = weight.tensor.shape
         if skeleton.is_stacked(weight):
             return "under which names it packs each expert is not known here"
-        if weight.quantises and packed.layout.overhang(shape, packed.bits, packed.group):
+        if weight.quantizes and packed.layout.overhang(shape, packed.bits, packed.group):
             return f"{weight.path}, {shape[0]} x {shape[1]}, does not fill whole words or groups"
     return None
 
 
-def _tensors(found: Skeleton, stored: Stored, dtype: str, packed: Packed | None) -> Iterator[TensorSpec]:
+def _tensors(found: Skeleton, stored: Stored, dtype: str, packed: Packed | None) -> Iterator[TensorToWrite]:
     """Yield what the files hold, in the order of the modules: parameters and saved buffers, masks before the rest of their layer.
 
     Names are transformers' own; experts are stacked, as it holds them. What is packed is there by its parts.
@@ -125,27 +125,27 @@ def _tensors(found: Skeleton, stored: Stored, dtype: str, packed: Packed | None)
             continue
         for owner in [owner for owner in masks if weight.path.startswith(owner)]:
             yield masks.pop(owner)
-        if packed is not None and weight.quantises:
+        if packed is not None and weight.quantizes:
             yield from _parts(weight, packed)
         else:
             held = _dtype(weight, stored, dtype)
-            yield TensorSpec(name=weight.path, dtype=held, shape=weight.tensor.shape, repeats=weight.tied_to)
+            yield TensorToWrite(name=weight.path, dtype=held, shape=weight.tensor.shape, repeats=weight.tied_to)
 
 
-def _parts(weight: Weight, packed: Packed) -> Iterator[TensorSpec]:
+def _parts(weight: Weight, packed: Packed) -> Iterator[TensorToWrite]:
     assert packed.layout is not None
     module = weight.path.removesuffix(".weight")
     for part, (dtype, shape) in packed.layout.stored(weight.tensor.shape, packed.bits, packed.group).items():
-        yield TensorSpec(name=f"{module}{part}", dtype=dtype, shape=shape)
+        yield TensorToWrite(name=f"{module}{part}", dtype=dtype, shape=shape)
 
 
-def _masks(found: Skeleton, stored: Stored) -> dict[str, TensorSpec]:
+def _masks(found: Skeleton, stored: Stored) -> dict[str, TensorToWrite]:
     """Return the causal masks that the files hold beside the weights, by the prefix of the module that has one."""
     if stored.mask is None:
         return {}
     names = [stored.mask.format(layer) for layer in range(len(found.layers))]
     shape = (1, 1, stored.mask_side, stored.mask_side)
-    return {f"{name.rpartition('.')[0]}.": TensorSpec(name=name, dtype="bool", shape=shape) for name in names}
+    return {f"{name.rpartition('.')[0]}.": TensorToWrite(name=name, dtype="bool", shape=shape) for name in names}
 
 
 def _dtype(weight: Weight, stored: Stored, dtype: str) -> str:
@@ -153,9 +153,9 @@ def _dtype(weight: Weight, stored: Stored, dtype: str) -> str:
     return fixed if fixed is not None and fixed in DTYPES else dtype
 
 
-def _sharded(tensors: Sequence[TensorSpec], most: int | None) -> Iterator[tuple[TensorSpec, ...]]:
+def _sharded(tensors: Sequence[TensorToWrite], most: int | None) -> Iterator[tuple[TensorToWrite, ...]]:
     """Fill one file after the other, as save_pretrained does; a tensor is never split."""
-    shard: list[TensorSpec] = []
+    shard: list[TensorToWrite] = []
     for tensor in tensors:
         if most is not None and shard and sum(one.bytes for one in shard) + tensor.bytes > most:
             yield tuple(shard)
@@ -208,7 +208,7 @@ def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
     done, total = 0, made.bytes
     packed = quantization.packed(made.config)
 
-    def pieces(tensor: TensorSpec) -> Iterator[memoryview]:
+    def pieces(tensor: TensorToWrite) -> Iterator[memoryview]:
         nonlocal done
         for piece in random_weights.contents(tensor, packed):
             yield piece

@@ -2,8 +2,8 @@
 
 What transformers would end with, or would fill with random numbers after a warning, is an error here; what it leaves out or loads
 without a word is at most a note. Names are followed through its renamings, conversions, prefixes and ties (`key_mapping`) and
-through the layouts of quantised weights (`checkpoint.quantization`). Where they are not known, nothing is said: of skeletons from a
-description or from tensors only equal names are compared, of quantisers without a row in LAYOUTS nothing is, of what is quantised
+through the layouts of quantized weights (`checkpoint.quantization`). Where they are not known, nothing is said: of skeletons from a
+description or from tensors only equal names are compared, of quantizers without a row in LAYOUTS nothing is, of what is quantized
 neither stacked experts nor converted tensors, of GGUF nothing where transformers reshapes what it reads.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
-from harness.checkpoint.formats.safetensors_header import Tensor
+from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.quantization import Layout, Packed, moss_bits, packed_bits, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
@@ -32,11 +32,11 @@ class Held(Record, frozen=True):
     """What stands for one weight in the files: itself, or what it is packed into, by the parts of its layout."""
 
     name: str
-    parts: dict[str, Tensor]
+    parts: dict[str, StoredTensor]
     packed: bool = False
 
     @property
-    def tensor(self) -> Tensor:
+    def tensor(self) -> StoredTensor:
         """The tensor to name in a sentence."""
         return next(iter(self.parts.values()))
 
@@ -298,7 +298,7 @@ class _Comparison:
 
 def _held(read: Checkpoint, layout: Layout | None) -> Iterator[Held]:
     """Gather the parts of packed weights; everything else is itself."""
-    packed: dict[str, dict[str, Tensor]] = {}
+    packed: dict[str, dict[str, StoredTensor]] = {}
     for tensor in read.tensors:
         base, part = layout.split(tensor.name, tensor.dtype) if layout else (None, "")
         if base is None:

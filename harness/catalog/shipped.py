@@ -13,7 +13,7 @@ from harness.core.records import Record
 from harness.data import DATA
 
 
-class Entry(Record, frozen=True, kw_only=True):
+class ShippedModel(Record, frozen=True, kw_only=True):
     """A model of the catalog: its config and its number of parameters, as published (`source` says by whom)."""
 
     parameters: int
@@ -22,9 +22,9 @@ class Entry(Record, frozen=True, kw_only=True):
 
 
 @lru_cache(maxsize=1)
-def catalog() -> Mapping[str, Entry]:
+def catalog() -> Mapping[str, ShippedModel]:
     """Read the catalog: hub id -> entry."""
-    return msgspec.json.decode((DATA / "configs.json").read_bytes(), type=dict[str, Entry])
+    return msgspec.json.decode((DATA / "configs.json").read_bytes(), type=dict[str, ShippedModel])
 
 
 def hub_id(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What is quantised already: how config and tensors say it, how files hold it, and how many weights a packed tensor stands for."""
+"""What is quantized already: how config and tensors say it, how files hold it, and how many weights a packed tensor stands for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from harness.core.precisions import Precision, row_of
 from harness.core.records import Record
 
 if TYPE_CHECKING:
-    from harness.checkpoint.formats.safetensors_header import Tensor
+    from harness.checkpoint.formats.safetensors_header import StoredTensor
 
 Shape = tuple[int, ...]
 
-# Stored beside the weights without being weights: scales, zeros, orders and formats of quantised layers, and buffers.
+# Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
 _BESIDE = re.compile(
     r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format|qzeros|scales|g_idx|weight_scale|weight_scale_2"
     r"|weight_scale_inv|weight_shape|weight_zero_point|weight_g_idx|input_scale|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
@@ -36,7 +36,7 @@ _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_he
 
 
 class Packed(Record, frozen=True, kw_only=True):
-    """How a checkpoint is quantised already: "gptq 4-bit, groups of 128", by which method, its bits and group (0: whole columns).
+    """How a checkpoint is quantized already: "gptq 4-bit, groups of 128", by which method, its bits and group (0: whole columns).
 
     `varies`: bits differ from module to module. `selects`: the config names modules that are packed, or that are not. `foreign`:
     files hold it in a layout that is none of LAYOUTS. `unpacks`: transformers makes 16-bit weights of it on loading, where the
@@ -55,7 +55,7 @@ class Packed(Record, frozen=True, kw_only=True):
 
     @property
     def method(self) -> str:
-        """The quantiser, by the name that transformers gives it; with bitsandbytes its bits."""
+        """The quantizer, by the name that transformers gives it; with bitsandbytes its bits."""
         method = self.title.partition(" ")[0]
         return f"{method}-{self.bits}" if method == "bitsandbytes" else method
 
@@ -73,14 +73,14 @@ class Packed(Record, frozen=True, kw_only=True):
     def refusal(self, precision: Precision) -> str | None:
         """Say why it is not held this way, None if it is: it stays what it is, and without a row of its own runs as plain ones."""
         if self.precision is not None and precision.name != self.precision:
-            return f"the checkpoint is quantised already ({self.title}): load it with --precision {self.precision}"
-        if self.precision is None and (precision.quantises or precision.only):
-            return f"the checkpoint is quantised already ({self.title}): load it with --precision bf16 or fp16"
+            return f"the checkpoint is quantized already ({self.title}): load it with --precision {self.precision}"
+        if self.precision is None and (precision.quantizes or precision.requires_checkpoint):
+            return f"the checkpoint is quantized already ({self.title}): load it with --precision bf16 or fp16"
         return None
 
 
-def packed(config: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> Packed | None:
-    """Read from a config, and from the tensors where they are known, how weights are quantised already."""
+def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> Packed | None:
+    """Read from a config, and from the tensors where they are known, how weights are quantized already."""
     title = describe(config, tensors)
     if title is None:
         return None
@@ -110,7 +110,7 @@ class Part(NamedTuple):
 
 
 class Layout(Record, frozen=True, kw_only=True):
-    """One row of LAYOUTS: how a quantiser stores a weight of outputs x inputs.
+    """One row of LAYOUTS: how a quantizer stores a weight of outputs x inputs.
 
     `main` is the part that holds the weights, under the name of the module, `beside` what helps to unpack it. With `integers`
     only integers are packed under that name. `shapes` gives the parts of a weight for (outputs, inputs, bits, groups); those that
@@ -153,7 +153,7 @@ class Layout(Record, frozen=True, kw_only=True):
         words = any(side * bits % _WORD for side in shape)
         return words or bool(self.whole and group and shape[1] % group)
 
-    def fault(self, parts: Mapping[str, Tensor], shape: Shape, bits: int, group: int) -> tuple[str, Shape] | None:
+    def fault(self, parts: Mapping[str, StoredTensor], shape: Shape, bits: int, group: int) -> tuple[str, Shape] | None:
         """Return a part that is not as a weight of `shape` has it, and how it should be; None where all are."""
         asked = self._shapes(shape, bits, group)
         return next(((part, asked[part]) for part in asked if part in parts and parts[part].shape != asked[part]), None)
@@ -194,7 +194,7 @@ _STATE = (
     "quant_state.bitsandbytes__fp4",
 )
 _GROUPED = (".qzeros", ".scales", ".g_idx")
-# What is known of how quantisers store weights, by `Packed.method`: AutoGPTQ's and MOSS's, AutoAWQ's "gemm", ChatGLM-6B's own,
+# What is known of how quantizers store weights, by `Packed.method`: AutoGPTQ's and MOSS's, AutoAWQ's "gemm", ChatGLM-6B's own,
 # bitsandbytes as transformers saves it.
 LAYOUTS: Mapping[str, Layout] = {
     "gptq": Layout(
@@ -234,8 +234,8 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def describe(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None:
-    """Say in a few words how the stored weights are quantised: "gptq 4-bit, groups of 128"; None where they are not."""
+def describe(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str | None:
+    """Say in a few words how the stored weights are quantized: "gptq 4-bit, groups of 128"; None where they are not."""
     tensors = tuple(tensors)
     dtypes = {tensor.dtype for tensor in tensors}
     if dtypes:
@@ -270,7 +270,7 @@ def moss_bits(config: Mapping[str, Any]) -> int:
     return bits if bits < 16 else 0
 
 
-def packed_bits(tensors: Iterable[Tensor]) -> tuple[Tensor | None, int]:
+def packed_bits(tensors: Iterable[StoredTensor]) -> tuple[StoredTensor | None, int]:
     """Return the first packed tensor, in GPTQ's layout, and its bits by the shapes beside it; (None, 0) where none is packed."""
     tensors = tuple(tensors)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
@@ -285,7 +285,7 @@ def _bits_of(module: str, shapes: Mapping[str, Shape]) -> int:
     return _positive(zeros[1] * 32 // scales[1]) if len(zeros) == len(scales) == 2 and scales[1] else 0
 
 
-def weights_in(tensor: Tensor, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> int:
+def weights_in(tensor: StoredTensor, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> int:
     """Return how many of the model's weights a stored tensor stands for.
 
     Buffers and what only helps to unpack count 0; packed integers count the weights inside them. `shapes` are those of all

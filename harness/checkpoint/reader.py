@@ -17,12 +17,12 @@ import msgspec
 
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
 from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, quote
-from harness.checkpoint.formats.safetensors_header import Tensor, read_config, read_index, read_safetensors
+from harness.checkpoint.formats.safetensors_header import StoredTensor, read_config, read_index, read_safetensors
 from harness.checkpoint.quantization import describe, weights_in
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.records import Record
 
-__all__ = ["Checkpoint", "FileInfo", "Tensor", "read", "read_hub"]
+__all__ = ["Checkpoint", "FileInfo", "StoredTensor", "read", "read_hub"]
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -62,14 +62,14 @@ class Checkpoint(Record, frozen=True, kw_only=True):
 
     path: str
     config: dict[str, Any]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[StoredTensor, ...]
     files: tuple[FileInfo, ...]
     remote_code: tuple[RemoteCode, ...] = ()
     listed: dict[str, str] = {}
-    duplicates: tuple[Tensor, ...] = ()
+    duplicates: tuple[StoredTensor, ...] = ()
 
     @property
-    def distinct(self) -> Iterator[Tensor]:
+    def distinct(self) -> Iterator[StoredTensor]:
         """Yield the tensors, those that share their bytes with an earlier one left out."""
         seen = set()
         for tensor in self.tensors:
@@ -107,7 +107,7 @@ class Checkpoint(Record, frozen=True, kw_only=True):
 
     @property
     def quantization(self) -> str | None:
-        """Say in a few words how the stored weights are quantised, None where they are not."""
+        """Say in a few words how the stored weights are quantized, None where they are not."""
         return describe(self.config, self.tensors)
 
     @property
@@ -184,7 +184,7 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
     )
 
 
-def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[Tensor]]]:
+def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[StoredTensor]]]:
     if not folder.remote:
         return [_read_file(folder, name) for name in names]
     from concurrent.futures import ThreadPoolExecutor
@@ -193,13 +193,13 @@ def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[T
         return list(pool.map(lambda name: _read_file(folder, name), names))
 
 
-def _read_file(folder: Folder, name: str) -> tuple[FileInfo, list[Tensor]]:
+def _read_file(folder: Folder, name: str) -> tuple[FileInfo, list[StoredTensor]]:
     kind = FORMATS[Path(name).suffix]
     with closing(folder.open(name)) as blob:
         return FileInfo(name=name, bytes=blob.size, format=kind), _reader(kind)(blob)
 
 
-def _reader(kind: str) -> Callable[..., list[Tensor]]:
+def _reader(kind: str) -> Callable[..., list[StoredTensor]]:
     """Return what reads the headers of a format; that of pickles comes with its own machine and is imported for them alone."""
     if kind == "bin":
         from harness.checkpoint.formats.bin_header import read_bin
@@ -213,7 +213,7 @@ def _read_split_gguf(folder: Folder, names: list[str], path: str) -> Checkpoint:
     from harness.checkpoint.formats.gguf_header import read_gguf
 
     config: dict[str, Any] = {}
-    tensors: list[Tensor] = []
+    tensors: list[StoredTensor] = []
     files = []
     for name in names:
         with closing(folder.open(name)) as blob:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.checkpoint.quantization import weights_in
-from harness.checkpoint.reader import Checkpoint, Tensor
+from harness.checkpoint.reader import Checkpoint, StoredTensor
 from harness.core.records import Record
 
 # Kinds of module by words in a tensor's name; the first that matches counts, so "attn_norm" is a norm and "embed_out" a head.
@@ -64,8 +64,8 @@ def kind_of(name: str) -> str:
 def anatomy(checkpoint: Checkpoint) -> list[Part]:
     """Group the tensors by block and kind of module: embeddings, blocks, the rest. Blocks that are alike become one run."""
     weights = _weights(checkpoint)
-    outside: list[tuple[str, Tensor]] = []
-    blocks: dict[tuple[str, int], list[tuple[str, Tensor]]] = defaultdict(list)
+    outside: list[tuple[str, StoredTensor]] = []
+    blocks: dict[tuple[str, int], list[tuple[str, StoredTensor]]] = defaultdict(list)
     for tensor in checkpoint.distinct:
         match = _BLOCK.match(tensor.name)
         home = blocks[match["prefix"], int(match["number"])] if match else outside
@@ -95,7 +95,7 @@ def ties(checkpoint: Checkpoint) -> list[Tie]:
     return [*found, Tie(names=(embedding.name, head.name), how="repeated", extra_bytes=head.bytes)]
 
 
-def _is_tied(checkpoint: Checkpoint, head: Tensor | None) -> bool:
+def _is_tied(checkpoint: Checkpoint, head: StoredTensor | None) -> bool:
     """Say whether the output uses the embedding's weights; GGUF and old configs say so by leaving the head out, others by a key."""
     said = checkpoint.config.get("tie_word_embeddings")
     if said is None and "general.architecture" in checkpoint.config:
@@ -111,7 +111,9 @@ def _weights(checkpoint: Checkpoint) -> dict[str, int]:
     return {tensor.name: weights_in(tensor, shapes, checkpoint.config) for tensor in checkpoint.tensors}
 
 
-def _runs(blocks: Mapping[tuple[str, int], list[tuple[str, Tensor]]]) -> Iterator[tuple[str, int, list[tuple[str, Tensor]]]]:
+def _runs(
+    blocks: Mapping[tuple[str, int], list[tuple[str, StoredTensor]]],
+) -> Iterator[tuple[str, int, list[tuple[str, StoredTensor]]]]:
     """Yield label, number and members of the blocks that hold the same names, shapes and dtypes, in order of their first block."""
     alike: dict[tuple[str, frozenset[tuple[Any, ...]]], list[int]] = defaultdict(list)
     order = {prefix: place for place, prefix in enumerate(dict.fromkeys(prefix for prefix, _ in blocks))}
@@ -134,14 +136,14 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def _parts(block: str, repeats: int, members: list[tuple[str, Tensor]], weights: Mapping[str, int]) -> list[Part]:
-    by_kind: dict[str, list[Tensor]] = defaultdict(list)
+def _parts(block: str, repeats: int, members: list[tuple[str, StoredTensor]], weights: Mapping[str, int]) -> list[Part]:
+    by_kind: dict[str, list[StoredTensor]] = defaultdict(list)
     for rest, tensor in members:
         by_kind[kind_of(rest)].append(tensor)
     return [_part(block, repeats, kind, tensors, weights) for kind, tensors in by_kind.items()]
 
 
-def _part(block: str, repeats: int, kind: str, tensors: list[Tensor], weights: Mapping[str, int]) -> Part:
+def _part(block: str, repeats: int, kind: str, tensors: list[StoredTensor], weights: Mapping[str, int]) -> Part:
     dtype_bytes: Counter[str] = Counter()
     for tensor in tensors:
         dtype_bytes[tensor.dtype] += tensor.bytes

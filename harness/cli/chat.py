@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = advice.best
     if chosen is None:
         return _refuse(advice.plans[0]) if asked else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} says why")
-    _need_tokenizer(advice.blueprint.tokenizer, source.name)
+    _need_tokenizer(advice.spec.tokenizer, source.name)
     _need_gradio()
     return _serve(args, chosen.case, port)
 

@@ -131,7 +131,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
         yield "context", f"{found.context_length:,} tokens"
     yield "stored", _stored(found)
     yield "file" if len(found.files) == 1 else "files", _in_files(found)
-    yield "quantised", found.quantization or "no"
+    yield "quantized", found.quantization or "no"
     if found.notes:
         yield "odd", [line(note, 400) for note in found.notes]
     if found.ties:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from harness.catalog.resolve import Source
     from harness.core.records import Machine, Plan
     from harness.planning.device_map.infer import Device
-    from harness.planning.recommend import Advice
+    from harness.planning.recommend import Recommendation
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
 
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
     device_map = _device_map(args, [placement for _, placement in asked])
     calibration = constants(args.results, machine) if here else None
-    advices = [
+    recommendations = [
         advise_on(
             source,
             machine,
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for source in _sources(args)
     ]
-    return _print(advices, args, machine, load)
+    return _print(recommendations, args, machine, load)
 
 
 def _sources(args: argparse.Namespace) -> list[Source]:
@@ -141,8 +141,8 @@ def _train(args: argparse.Namespace) -> int:
             raise UsageError(f"{flag} is about running a model, and --training about training it: give one of them")
     nodes = count(args.nodes, "--nodes", 1, 1)
     machine, _ = described(args)
-    drawn = [model_spec.draw(source) for source in _sources(args)]
-    return training.show(drawn, machine, args.training, nodes, as_json=args.json)
+    spec = [model_spec.read_spec(source) for source in _sources(args)]
+    return training.show(spec, machine, args.training, nodes, as_json=args.json)
 
 
 def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Device] | None:
@@ -205,23 +205,23 @@ def _names(given: Sequence[str] | None, table: Any, flag: str) -> list[str]:
     return [name for name in table if not given or name in given]
 
 
-def _print(advices: Sequence[Advice], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
+def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
     if args.json:
-        objects = [as_json(advice, machine, load) for advice in advices]
+        objects = [as_json(advice, machine, load) for advice in recommendations]
         output.print_json(objects[0] if len(objects) == 1 else {"schema": SCHEMA, "models": objects})
     elif args.code:
-        _print_code(advices[0])
+        _print_code(recommendations[0])
     else:
         from harness.report.terminal import plans
 
         if args.explain:
-            plans.explain(advices[0])
+            plans.explain(recommendations[0])
         else:
-            plans.show(advices, machine, load)
-    return FITS if all(advice.best for advice in advices) else NOTHING_FITS
+            plans.show(recommendations, machine, load)
+    return FITS if all(advice.best for advice in recommendations) else NOTHING_FITS
 
 
-def _print_code(advice: Advice) -> None:
+def _print_code(advice: Recommendation) -> None:
     from harness.core.text import line
     from harness.planning import code
     from harness.planning.planner import GOOD
@@ -229,11 +229,11 @@ def _print_code(advice: Advice) -> None:
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    script = code.script(_head(advice, one), one, advice.blueprint.gguf_file)
+    script = code.script(_head(advice, one), one, advice.spec.gguf_file)
     print(script if one.verdict in GOOD else f"# {line(str(one.why))}\n{script}", end="")
 
 
-def _head(advice: Advice, one: Plan) -> str:
+def _head(advice: Recommendation, one: Plan) -> str:
     """Write where the model is; this code is for the user alone and may name a directory, which results must not."""
     from msgspec.structs import replace
 
@@ -244,22 +244,22 @@ def _head(advice: Advice, one: Plan) -> str:
     return code.code_head(named, one.case.placement)
 
 
-def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
+def as_json(advice: Recommendation, machine: Machine, load: Workload) -> dict[str, Any]:
     """Return the object that the contract of the command line describes."""
     from harness.catalog import resolve
 
-    drawn = advice.blueprint
+    spec = advice.spec
     return {
         "schema": SCHEMA,
         "model": {
-            "name": drawn.name,
-            "source": drawn.source,
-            "architecture": drawn.skeleton.model_class,
-            "parameters": drawn.skeleton.parameters,
-            "checkpoint_bytes": drawn.checkpoint_bytes,
-            "context_length": drawn.context_length,
-            "history": resolve.history(drawn.name),
-            **({"notes": list(drawn.notes)} if drawn.notes else {}),
+            "name": spec.name,
+            "source": spec.source,
+            "architecture": spec.skeleton.model_class,
+            "parameters": spec.skeleton.parameters,
+            "checkpoint_bytes": spec.checkpoint_bytes,
+            "context_length": spec.context_length,
+            "history": resolve.history(spec.name),
+            **({"notes": list(spec.notes)} if spec.notes else {}),
         },
         "machine": output.machine_json(machine),
         "workload": {key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")},
@@ -268,7 +268,7 @@ def as_json(advice: Advice, machine: Machine, load: Workload) -> dict[str, Any]:
     }
 
 
-def _plan_json(advice: Advice, one: Plan) -> dict[str, Any]:
+def _plan_json(advice: Recommendation, one: Plan) -> dict[str, Any]:
     expected = one.estimate
     spans = {
         key: {end: getattr(getattr(expected, key), end) for end in ("low", "best", "high")} if expected else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import PRECISIONS, usual
+from harness.core.precisions import PRECISIONS, defaults
 from harness.core.records import Case, Workload
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from harness.core.records import Machine
     from harness.planning.calibration import Calibration
     from harness.planning.device_map.infer import Device
-    from harness.planning.recommend import Advice
+    from harness.planning.recommend import Recommendation
 
 FITS, NOTHING_FITS = 0, 1
 
@@ -79,7 +79,7 @@ def advise_on(
     placements: Sequence[str] = (),
     device_map: Mapping[str, Device] | None = None,
     trust: bool = False,
-) -> Advice:
+) -> Recommendation:
     """Plan the cases `asked` for, else every precision with every placement: the usual ones where none are named.
 
     `calibration` is None for a machine that is only described, not this one.
@@ -92,12 +92,12 @@ def advise_on(
     from harness.planning.planner import Planner
     from harness.planning.recommend import advise
 
-    drawn = model_spec.draw(source)
+    spec = model_spec.read_spec(source)
     if device_map is not None:
-        user_map.check(device_map, drawn.skeleton, len(machine.gpus), model=drawn.name)
+        user_map.check(device_map, spec.skeleton, len(machine.gpus), model=spec.name)
     here = calibration is not None
-    planner = Planner(drawn, machine, here=here, constants=calibration, trust=trust, device_map=device_map)
+    planner = Planner(spec, machine, here=here, constants=calibration, trust=trust, device_map=device_map)
     places = placements or distinct(PLACEMENTS, len(machine.gpus))
-    pairs = asked or [(precision, placement) for precision in precisions or usual(drawn.stored_as) for placement in places]
-    cases = [Case(model=drawn.name, precision=precision, placement=placement, workload=load) for precision, placement in pairs]
+    pairs = asked or [(precision, placement) for precision in precisions or defaults(spec.stored_as) for placement in places]
+    cases = [Case(model=spec.name, precision=precision, placement=placement, workload=load) for precision, placement in pairs]
     return advise(source, planner, cases)

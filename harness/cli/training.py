@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.cli import output
 from harness.cli.output import SCHEMA
 from harness.cli.plan_args import FITS, NOTHING_FITS
@@ -25,7 +25,7 @@ TITLES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 _WORDS = {Verdict.UNKNOWN: "unknown: add --ram SIZE"}
 
 
-def show(models: Sequence[Blueprint], machine: Machine, stage: str, nodes: int, *, as_json: bool) -> int:
+def show(models: Sequence[ModelSpec], machine: Machine, stage: str, nodes: int, *, as_json: bool) -> int:
     """Print every way of the stage for each model. Returns 0 if one fits for each, 1 if none does for one.
 
     Raises:
@@ -34,23 +34,23 @@ def show(models: Sequence[Blueprint], machine: Machine, stage: str, nodes: int, 
     room = zero.room(machine)
     if not room.gpus:
         raise UsageError('--training needs GPUs, and there is none here: name each, such as --gpu "RTX 3090" --gpu "RTX 3090"')
-    trained = [zero.of_skeleton(drawn.skeleton, gpus=room.gpus, nodes=nodes) for drawn in models]
+    trained = [zero.of_skeleton(spec.skeleton, gpus=room.gpus, nodes=nodes) for spec in models]
     ways = [zero.estimate(stage, one) for one in trained]
     if as_json:
         objects = [_json(*found, machine, room, stage) for found in zip(models, trained, ways, strict=True)]
         output.print_json(objects[0] if len(objects) == 1 else {"schema": SCHEMA, "models": objects})
     else:
-        _print([drawn.name for drawn in models], trained, ways, room, stage)
+        _print([spec.name for spec in models], trained, ways, room, stage)
     return FITS if all(any(room.verdict(way) is Verdict.FITS for way in found) for found in ways) else NOTHING_FITS
 
 
-def _json(drawn: Blueprint, trained: Trained, ways: Sequence[States], machine: Machine, room: Room, stage: str) -> dict[str, Any]:
+def _json(spec: ModelSpec, trained: Trained, ways: Sequence[States], machine: Machine, room: Room, stage: str) -> dict[str, Any]:
     keys = ("optimizer", "parameters", "init", "gpu_bytes", "cpu_bytes")
     return {
         "schema": SCHEMA,
         "model": {
-            "name": drawn.name,
-            "source": drawn.source,
+            "name": spec.name,
+            "source": spec.source,
             "parameters": trained.parameters,
             "largest_layer_parameters": trained.largest_layer,
         },

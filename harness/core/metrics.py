@@ -105,7 +105,7 @@ METRICS: Mapping[str, Metric] = {
     ),
     "import_s": Metric(label="imports", unit="s", better="lower", how="what this precision imports beyond torch and transformers"),
     "tokenizer_s": Metric(label="tokenizer", unit="s", better="lower", how="wall time of AutoTokenizer.from_pretrained"),
-    "weights_s": Metric(label="weights", unit="s", better="lower", how="part of load_s spent reading (and quantising) weights"),
+    "weights_s": Metric(label="weights", unit="s", better="lower", how="part of load_s spent reading (and quantizing) weights"),
     "dispatch_s": Metric(label="dispatch", unit="s", better="lower", how="part of load_s spent moving and hooking modules"),
     "perplexity": Metric(
         label="perplexity", unit="ratio", better="lower", how="exp of the mean negative log-likelihood of the probe's passages"

@@ -11,19 +11,19 @@ from harness.core.records import Record
 
 # Device maps that are printed in full, for transformers knows no such words: one that we compute (`device_map.recommended`), one
 # that the user wrote (`harness.planning.device_map.user_map`).
-ROOM = "room"
-GIVEN = "given"
-PRINTED = (ROOM, GIVEN)
+RECOMMENDED_MAP = "room"
+USER_MAP = "given"
+EXPLICIT_MAPS = (RECOMMENDED_MAP, USER_MAP)
 FILE = "file"  # the placement of the latter
 # The trait of such a map that has parts off the GPUs: a precision may hold those in another way.
-DIVIDES = "divides"
+SPLITS_DEVICES = "divides"
 
 
 class Placement(Record, frozen=True, kw_only=True):
     """One row of the table.
 
     `call` is the way of loading: "from_pretrained", "load_checkpoint_and_dispatch", or "to" (load in RAM, then move).
-    `device_map` is passed on as it is, but for ROOM and GIVEN. `limits` names the rule that computes `max_memory`
+    `device_map` is passed on as it is, but for RECOMMENDED_MAP and USER_MAP. `limits` names the rule that computes `max_memory`
     (`max_memory.LIMITS`): None passes none. `traits` are what a precision may refuse. `devices` are where the weights may end
     up, best first. It needs `least_gpus`; on fewer it is no case of its own where `on_fewer` says what it comes to there. What is
     `on_request` is no part of a matrix unless it is named. `parallel`: a process for each GPU, which share every layer; without any
@@ -63,8 +63,8 @@ class Placement(Record, frozen=True, kw_only=True):
         """
         kinds = {device if isinstance(device, str) else "gpu" for device in device_map.values()}
         traits = {
-            DIVIDES: "gpu" in kinds and len(kinds) > 1,
-            "spills": kinds == {"cpu", "disk"},
+            SPLITS_DEVICES: "gpu" in kinds and len(kinds) > 1,
+            "offloads_to_cpu": kinds == {"cpu", "disk"},
             "offloads": "disk" in kinds,
             "ram": kinds == {"cpu"},
         }
@@ -79,7 +79,7 @@ class Placement(Record, frozen=True, kw_only=True):
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that the loader takes from this row."""
         given: dict[str, Any] = {}
-        if self.device_map is not None and self.device_map not in PRINTED:
+        if self.device_map is not None and self.device_map not in EXPLICIT_MAPS:
             given["device_map"] = self.device_map if isinstance(self.device_map, str) else dict(self.device_map)
         if self.offload_folder:
             given["offload_folder"] = "offload"
@@ -153,7 +153,7 @@ _ROWS = (
         title="our device map",
         help="a device_map of ours: blocks fill the GPUs in order, each with its KV cache, and inference keeps the room it needs",
         call="from_pretrained",
-        device_map=ROOM,
+        device_map=RECOMMENDED_MAP,
         devices=("gpu", "cpu", "disk"),
         least_gpus=1,
         on_fewer="without a GPU it is the same as cpu",
@@ -176,7 +176,7 @@ _ROWS = (
         device_map="auto",
         devices=("gpu", "cpu"),
         limits="spill-to-cpu",
-        traits=("spills",),
+        traits=("offloads_to_cpu",),
         least_gpus=1,
     ),
     Placement(
@@ -187,7 +187,7 @@ _ROWS = (
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
         limits="spill-to-disk",
-        traits=("spills", "offloads"),
+        traits=("offloads_to_cpu", "offloads"),
         offload_folder=True,
     ),
     Placement(
@@ -217,7 +217,7 @@ _ROWS = (
         title="a map of yours",
         help="the device_map that --device-map FILE holds",
         call="from_pretrained",
-        device_map=GIVEN,
+        device_map=USER_MAP,
         devices=("gpu", "cpu", "disk"),
         on_request=True,
     ),

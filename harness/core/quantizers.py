@@ -1,4 +1,4 @@
-"""SCHEMES: what a quantiser leaves of the weights of a Linear when it quantises on loading. Pure arithmetic on shapes.
+"""SCHEMES: what a quantizer leaves of the weights of a Linear when it quantizes on loading. Pure arithmetic on shapes.
 
 UNPACKINGS: what the layers of `harness.models` take to multiply with weights that are stored packed.
 """
@@ -31,7 +31,7 @@ class Scheme(Record, frozen=True, kw_only=True):
 
     `size` counts the bytes of a weight. `counted` is what transformers counts for an element when it infers a device map.
     `like` names the constants of speed and heap that were measured for it, `library` those of its import (`data/calibration.toml`).
-    `conv1d`: GPT-2's Conv1D is quantised as well as Linear, `derived`: and what is derived from Linear. On a processor the outputs
+    `conv1d`: GPT-2's Conv1D is quantized as well as Linear, `derived`: and what is derived from Linear. On a processor the outputs
     must be a multiple of `rows`.
     """
 

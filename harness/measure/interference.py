@@ -75,7 +75,7 @@ class _Glance(NamedTuple):
     throttles: dict[str, int]
 
 
-class Watch:
+class InterferenceWatch:
     """Count what others do while a worker answers: `begin` before a request, `end` after its answer.
 
     What nobody counts, clocks and a card's reasons of throttling, is looked at by `glance`, which may be called from another thread

@@ -51,7 +51,7 @@ RULES = (
 )
 
 
-class Guard:
+class LimitGuard:
     """Holds samples against RULES; at the first breach it calls `end` with the rule's name, once, and keeps the breach."""
 
     def __init__(self, limits: Limits, end: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from harness.core.placements import PLACEMENTS, PRINTED
+from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Loaded, Plan
 from harness.core.units import format_share, format_size
@@ -28,12 +28,14 @@ def checks(plan: Plan, loaded: Loaded) -> dict[str, str]:
 
 def _precision(plan: Plan, loaded: Loaded) -> str:
     precision = PRECISIONS[plan.case.precision]
-    share = held(loaded, precision.holds)
+    share = held(loaded, precision.linear_dtype)
     divided = precision.off_gpu is not None and len(_kinds(plan)) > 1  # what lies off the GPUs keeps its dtype
     if share >= _HELD_LEAST or (divided and share > 0):
         return OK
     found = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sorted(loaded.linear_dtype_bytes.items()))
-    return f"{precision.name} did not take effect: {format_share(share)} of the Linear weights are {precision.holds} ({found})"
+    return (
+        f"{precision.name} did not take effect: {format_share(share)} of the Linear weights are {precision.linear_dtype} ({found})"
+    )
 
 
 def _kinds(plan: Plan) -> set[str]:
@@ -57,9 +59,9 @@ def _placement(plan: Plan, loaded: Loaded) -> str:
     strange = used - set(placement.devices)
     if strange:
         return f"weights lie on {', '.join(sorted(strange))}, which {placement.name} does not use"
-    if "spills" in placement.traits and placement.devices[-1] not in used:
+    if "offloads_to_cpu" in placement.traits and placement.devices[-1] not in used:
         return f"{placement.name} put nothing on the {placement.devices[-1]}"
-    return _mapped(plan, loaded) if placement.device_map in PRINTED else OK
+    return _mapped(plan, loaded) if placement.device_map in EXPLICIT_MAPS else OK
 
 
 def _ranks(plan: Plan, loaded: Loaded) -> str:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.core.placements import DIVIDES, PLACEMENTS, PRINTED, Placement
+from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS, SPLITS_DEVICES, Placement
 from harness.core.precisions import Config, Precision
 from harness.core.records import Plan
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class Facts(NamedTuple):
     """What loading code must say of a model.
 
-    `gguf_file` is the name of its file, where it is one. What is `stored` quantised is loaded as it is, without a config; `ours`
+    `gguf_file` is the name of its file, where it is one. What is `stored` quantized is loaded as it is, without a config; `native`
     are the architectures of `harness.models`. `trusted` says whether the model's own code may run, None where it has none. It is
     always said where there is some: left out, transformers would ask at the terminal.
     """
 
     gguf_file: str | None = None
     stored: bool = False
-    ours: bool = False
+    native: bool = False
     trusted: bool | None = None
 
 
@@ -45,7 +45,7 @@ def loading_code(
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
     `device_map` gives tiers by module: it is printed for a placement whose map is computed here. `on_gpu`: part of it lies on one.
-    Of a GGUF file a precision that quantises nothing asks for the weights unpacked: transformers' default depends on the machine.
+    Of a GGUF file a precision that quantizes nothing asks for the weights unpacked: transformers' default depends on the machine.
     """
     arguments: dict[str, Any] = {"gguf_file": facts.gguf_file} if facts.gguf_file else {}
     arguments["dtype"] = dtype
@@ -55,17 +55,17 @@ def loading_code(
     elif isinstance(config, Config):
         arguments["quantization_config"] = config
     elif config is not None:
-        off_gpu = precision.off_gpu if DIVIDES in placement.traits else None
+        off_gpu = precision.off_gpu if SPLITS_DEVICES in placement.traits else None
         arguments["quantization_config"] = _quantization(config, dtype) | dict(off_gpu or {})
     arguments |= placement.arguments()
-    if placement.device_map in PRINTED:
+    if placement.device_map in EXPLICIT_MAPS:
         assert device_map is not None, "its code cannot be written without the map"
         arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
     if "disk" in (device_map or {}).values():  # where a file is not safetensors, transformers asks for it
         arguments["offload_folder"] = "offload"
     if max_memory is not None:
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
-    imports = ["import harness.models  # registers architectures that transformers lacks"] if facts.ours else []
+    imports = ["import harness.models  # registers architectures that transformers lacks"] if facts.native else []
     given = config.imports if isinstance(config, Config) else ()
     if placement.call == "load_checkpoint_and_dispatch":
         return "\n".join([*imports, *_imports(*given), *_dispatch_code(arguments, facts.trusted)]) + "\n"

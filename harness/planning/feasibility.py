@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from harness.core.placements import PLACEMENTS, PRINTED, Placement
+from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.records import Case, Machine, Plan, Tier, Verdict
 from harness.core.units import exact_size, format_size
@@ -24,12 +24,12 @@ def gate(case: Case, machine: Machine, here: bool = True, placement: Placement |
     was only described: what is installed on this one says nothing about it. `placement` stands for the row of that name.
     """
     precision, placement = PRECISIONS[case.precision], placement or PLACEMENTS[case.placement]
-    if precision.never:
-        return Verdict.INVALID, precision.never
+    if precision.unsupported:
+        return Verdict.INVALID, precision.unsupported
     # Without a GPU what may use one lies in RAM alone.
     for trait in placement.traits if machine.gpus or placement.needs_gpu else (*placement.traits, "ram"):
-        if trait in precision.refuses:
-            return Verdict.INVALID, precision.refuses[trait]
+        if trait in precision.incompatible:
+            return Verdict.INVALID, precision.incompatible[trait]
     if placement.lacks_gpus(len(machine.gpus)):
         return Verdict.UNAVAILABLE, placement.on_fewer or "needs a GPU, and NVML knows none here"
     if beyond := _beyond(case, machine):
@@ -86,7 +86,7 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
-    if placement.device_map in PRINTED or (placement.limits and checkpoint is None):
+    if placement.device_map in EXPLICIT_MAPS or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
     limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))
     return Plan(

@@ -7,9 +7,9 @@ from functools import cached_property, partial
 
 import msgspec
 
-from harness.architecture.model_spec import GGUF_REFUSES, Blueprint
+from harness.architecture.model_spec import GGUF_REFUSES, ModelSpec
 from harness.checkpoint.formats.files import quote
-from harness.core.placements import DIVIDES, FILE, GIVEN, PLACEMENTS, ROOM, Placement
+from harness.core.placements import FILE, PLACEMENTS, RECOMMENDED_MAP, SPLITS_DEVICES, USER_MAP, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
 from harness.core.records import Case, Estimate, Machine, Plan, Tier, TierEstimate, Verdict, Workload
@@ -19,19 +19,19 @@ from harness.planning import calibration, feasibility
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Facts, loading_code
 from harness.planning.cost import estimate, memory, tensor_parallel
-from harness.planning.cost.footprint import Count
+from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import MAPPED, Inventory
-from harness.planning.cost.memory import Kept
+from harness.planning.cost.memory import WeightFormat
 from harness.planning.device_map import max_memory, recommended
 from harness.planning.device_map import tiers as layout
 from harness.planning.device_map.infer import Device
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
-from harness.planning.device_map.recommended import Recommendation
+from harness.planning.device_map.recommended import RecommendedMap
 
 GOOD = (Verdict.FITS, Verdict.TIGHT)
 _BETWEEN = "{} processes, as by torchrun: {}what they tell each other is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
-# How often our device map is drawn anew with more room; mostly once; a block may be larger than what is short.
+# How often our device map is computed again with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
 
 
@@ -44,7 +44,7 @@ class Planner:
 
     def __init__(
         self,
-        blueprint: Blueprint,
+        spec: ModelSpec,
         machine: Machine,
         *,
         here: bool = True,
@@ -52,18 +52,18 @@ class Planner:
         trust: bool = False,
         device_map: Mapping[str, Device] | None = None,
     ) -> None:
-        self.blueprint, self.machine, self.here, self.trust = blueprint, machine, here, trust
+        self.spec, self.machine, self.here, self.trust = spec, machine, here, trust
         self.constants = constants or calibration.default()
         self._placements = {**PLACEMENTS, FILE: PLACEMENTS[FILE].given(device_map)} if device_map else PLACEMENTS
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
-        self._inventories: dict[Kept, Inventory] = {}
-        self._recommended: dict[tuple[object, ...], Recommendation] = {}
+        self._inventories: dict[WeightFormat, Inventory] = {}
+        self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
         self._by_dtype: dict[str, Sizes] = {}
-        self.counts: dict[str, Count] = {}
+        self.counts: dict[str, Footprint] = {}
 
     @cached_property
     def _stock(self) -> Stock:
-        pieces = self.blueprint.skeleton.pieces
+        pieces = self.spec.skeleton.pieces
         inside = {like: [w for module in like.walk() for w in module.weights if not w.tied_to] for _, _, like in pieces}
         named = ((f"{path}{w.path.removeprefix(like.path)}", w.tensor.shape) for path, _, like in pieces for w in inside[like])
         return Stock([Named(name, shape) for name, shape in named])
@@ -81,16 +81,14 @@ class Planner:
     def plan(self, case: Case) -> Plan:
         """Plan one case."""
         precision, placement = PRECISIONS[case.precision], self._placements[case.placement]
-        refused = self._refused(case) or feasibility.gate(
-            case, self.machine, self.here and not self.blueprint.unpacks_itself, placement
-        )
+        refused = self._refused(case) or feasibility.gate(case, self.machine, self.here and not self.spec.unpacks_itself, placement)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
-        code = [str(one) for one in self.blueprint.remote_code]
+        code = [str(one) for one in self.spec.remote_code]
         dtype = self._dtype(precision, placement)
-        held = estimate.kept(precision, dtype, self.blueprint)
+        held = estimate.kept(precision, dtype, self.spec)
         limits = max_memory.max_memory(placement, self.machine, lambda: self._sizes(dtype))
-        ours = self._recommendation(case, held) if placement.device_map == ROOM else None
+        ours = self._recommendation(case, held) if placement.device_map == RECOMMENDED_MAP else None
         ranks = placement.ranks(len(self.machine.gpus))
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
         placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, held, limits)
@@ -120,9 +118,9 @@ class Planner:
 
     @cached_property
     def _facts(self) -> Facts:
-        drawn = self.blueprint
-        trusted = self.trust if drawn.remote_code else None
-        return Facts(gguf_file=drawn.gguf_file, stored=drawn.packed is not None, ours=drawn.ours, trusted=trusted)
+        spec = self.spec
+        trusted = self.trust if spec.remote_code else None
+        return Facts(gguf_file=spec.gguf_file, stored=spec.packed is not None, native=spec.native, trusted=trusted)
 
     def _between(self, ranks: int) -> str:
         return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
@@ -133,20 +131,20 @@ class Planner:
 
     def _refused(self, case: Case) -> tuple[Verdict, str] | None:
         """Return why this checkpoint cannot be loaded that way, wherever it is, or at all by the transformers that is here."""
-        if self.here and self.blueprint.unknown is not None:
-            return Verdict.UNAVAILABLE, self.blueprint.unknown
-        needed = next((code for code in self.blueprint.remote_code if code.needed(self.blueprint.has_class)), None)
+        if self.here and self.spec.unknown is not None:
+            return Verdict.UNAVAILABLE, self.spec.unknown
+        needed = next((code for code in self.spec.remote_code if code.needed(self.spec.has_class)), None)
         if needed is not None and not self.trust:
             what = f"{needed.file} asks for code of the model's own, {quote(needed.name, 120)}, which nothing loads without"
             return Verdict.INVALID, f"{what}: read it and, if you trust it, add --trust-remote-code"
-        if self._placements[case.placement].device_map == GIVEN:
+        if self._placements[case.placement].device_map == USER_MAP:
             return Verdict.UNAVAILABLE, "no map of yours was given: --device-map FILE"
         gpus = len(self.machine.gpus)
         ranks = self._placements[case.placement].ranks(gpus)
-        alone = ranks > 1 and tensor_parallel.refusal(self.blueprint.skeleton, ranks, "GPUs" if gpus else "processes")
+        alone = ranks > 1 and tensor_parallel.refusal(self.spec.skeleton, ranks, "GPUs" if gpus else "processes")
         if alone:
             return Verdict.INVALID, alone
-        precision, packed, gguf = PRECISIONS[case.precision], self.blueprint.packed, self.blueprint.gguf
+        precision, packed, gguf = PRECISIONS[case.precision], self.spec.packed, self.spec.gguf
         why = None
         if gguf is not None:
             why = gguf.refusal(precision, self._placements[case.placement])
@@ -154,33 +152,33 @@ class Planner:
             why = packed.refusal(precision)
         elif precision.scheme is not None and not self.machine.gpus:
             why = self._unpackable(SCHEMES[precision.scheme])
-        elif precision.only is not None:
-            why = f"needs {_a(precision.only)} checkpoint, and this one is {self.blueprint.stored_dtype}"
+        elif precision.requires_checkpoint is not None:
+            why = f"needs {_a(precision.requires_checkpoint)} checkpoint, and this one is {self.spec.stored_dtype}"
         return (Verdict.INVALID, why) if why else None
 
     def _unpackable(self, scheme: Scheme) -> str | None:
         """Say which weight a scheme cannot pack for a processor; transformers would end with an error of torch's."""
-        for weight, _ in self.blueprint.skeleton.tally:
-            if weight.quantises and weight.tensor.shape[0] % scheme.rows:
+        for weight, _ in self.spec.skeleton.tally:
+            if weight.quantizes and weight.tensor.shape[0] % scheme.rows:
                 outputs = weight.tensor.shape[0]
                 return f"{scheme.library} packs 4 bits for processors in {scheme.rows} outputs, and {weight.path} has {outputs}"
         return None
 
-    def _map(self, placement: Placement, held: Kept, limits: Mapping[str, int] | None) -> dict[str, Device]:
+    def _map(self, placement: Placement, held: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, held.element_bytes, held.quantizer, held.packed_embeddings)
         if key not in self._maps:
-            skeleton = self.blueprint.skeleton
+            skeleton = self.spec.skeleton
             packed = self._inventory(held).sizes if held.packed_embeddings else None
             self._maps[key] = layout.device_map(skeleton, placement, held.dtype, held.quantizer, self.machine, limits, packed)
         return self._maps[key]
 
-    def _recommendation(self, case: Case, held: Kept) -> Recommendation:
+    def _recommendation(self, case: Case, held: WeightFormat) -> RecommendedMap:
         """Map the model so that every tier keeps what the worst case takes beside weights and KV cache.
 
         What a GPU is short of after all, because loading takes more than generating, is kept free in another try; four times as
         much in the next, for only whole blocks leave it.
         """
-        load, skeleton = case.workload, self.blueprint.skeleton
+        load, skeleton = case.workload, self.spec.skeleton
         key = (held.element_bytes, held.quantizer, held.packed_bits, load)
         if key in self._recommended:
             return self._recommended[key]
@@ -188,7 +186,7 @@ class Planner:
             tier.name: self._usable(tier, case) or layout.ENDLESS for tier in self.machine.tiers if tier.kind in ("gpu", "cpu")
         }
         draw = partial(
-            recommended.recommend,
+            recommended.recommend_map,
             skeleton,
             {layout.device(name): size for name, size in capacities.items()},
             dtype=held.dtype,
@@ -208,39 +206,41 @@ class Planner:
         self._recommended[key] = draw(reserve=reserve)
         return self._recommended[key]
 
-    def _reserve(self, name: str, held: Kept, load: Workload, capacity: int) -> int:
+    def _reserve(self, name: str, held: WeightFormat, load: Workload, capacity: int) -> int:
         """Return the bytes of a tier that generating needs beside weights and KV cache, at worst."""
         on = name if name.startswith("gpu") else self.machine.gpus[0].name
         inventory = self._inventory(held)
-        parts = Count(inventory, on, load, self.constants).parts()[name]
-        doubt = estimate.ROUGH_SHARE if self.blueprint.rough else estimate.KNOWN_SHARE
+        parts = Footprint(inventory, on, load, self.constants).parts()[name]
+        doubt = estimate.ROUGH_SHARE if self.spec.rough else estimate.KNOWN_SHARE
         return int(estimate.beside_weights(parts) + doubt * min(inventory.total.held, capacity))
 
-    def _inventory(self, held: Kept) -> Inventory:
+    def _inventory(self, held: WeightFormat) -> Inventory:
         if held not in self._inventories:
-            self._inventories[held] = Inventory(self.blueprint, held)
+            self._inventories[held] = Inventory(self.spec, held)
         return self._inventories[held]
 
-    def _count(self, case: Case, held: Kept, placed: Mapping[str, Device]) -> Count:
-        tiers = layout.tiers(self.blueprint.skeleton, placed)
-        gguf, placement = self.blueprint.gguf, self._placements[case.placement]
+    def _count(self, case: Case, held: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
+        tiers = layout.tiers(self.spec.skeleton, placed)
+        gguf, placement = self.spec.gguf, self._placements[case.placement]
         through_ram = placement.call == "to" or (gguf is not None and gguf.through_ram)
         rewrites = placement.call == "load_checkpoint_and_dispatch"
-        off_gpu = self._inventory(Kept(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
+        off_gpu = (
+            self._inventory(WeightFormat(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
+        )
         ranks = placement.ranks(len(self.machine.gpus))
-        count = Count(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu, ranks)
+        count = Footprint(self._inventory(held), tiers, case.workload, self.constants, through_ram, rewrites, off_gpu, ranks)
         self.counts[case.id] = count
         return count
 
-    def _judge(self, case: Case, expected: Estimate, count: Count) -> tuple[Verdict, str | None]:
+    def _judge(self, case: Case, expected: Estimate, count: Footprint) -> tuple[Verdict, str | None]:
         precision, placement = PRECISIONS[case.precision], self._placements[case.placement]
         spilled = [tier for tier in count.weights if tier == "disk" or (tier == "cpu" and count.gpus)]
-        if spilled and "spills" in precision.refuses and not _leaves_off_gpu(precision, placement):
+        if spilled and "offloads_to_cpu" in precision.incompatible and not _leaves_off_gpu(precision, placement):
             return (
                 Verdict.TOO_BIG,
-                f"too big for {placement.name}: weights would lie on {' and '.join(spilled)}; {precision.refuses['spills']}",
+                f"too big for {placement.name}: weights would lie on {' and '.join(spilled)}; {precision.incompatible['spills']}",
             )
-        if "disk" in count.weights and self.blueprint.gguf is not None:
+        if "disk" in count.weights and self.spec.gguf is not None:
             return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on disk; {GGUF_REFUSES['offloads']}"
         unknown = [
             name
@@ -294,8 +294,8 @@ class Planner:
 
     def _unmapped(self) -> str | None:
         """Say which file this system does not map for torch and safetensors, however little of it is to be held at once."""
-        most, largest = self.machine.mapping_bytes, self.blueprint.largest_file
-        if most is None or largest is None or largest[1] <= most or self.blueprint.file_format not in MAPPED:
+        most, largest = self.machine.mapping_bytes, self.spec.largest_file
+        if most is None or largest is None or largest[1] <= most or self.spec.file_format not in MAPPED:
             return None
         what = (
             f"too big for cpu: {largest[0]} has {format_size(largest[1])}, and Linux maps no file larger than {format_size(most)}"
@@ -306,7 +306,7 @@ class Planner:
         """Return the constants that a plan rests on: those of its kind of device."""
         gpu = any(name.startswith("gpu") for name in (one.estimate.tiers if one.estimate else ()))
         other = ("cpu_", "ram_bytes", "ram_bandwidth") if gpu else ("gpu_", "host_", "link_", "ram_cuda")
-        foreign = other if self.blueprint.gguf else (*other, "gguf_")
+        foreign = other if self.spec.gguf else (*other, "gguf_")
         foreign = foreign if PLACEMENTS[one.case.placement].parallel else (*foreign, "ram_ranks")
         return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(foreign)}
 
@@ -318,7 +318,7 @@ class Planner:
         count = self.counts.get(one.case.id)
         if one.estimate is None or count is None or one.verdict not in GOOD:
             return None
-        most = self.blueprint.context_length or 1 << 20
+        most = self.spec.context_length or 1 << 20
         new = one.case.workload.new_tokens
         least = new + 1
         if not self._holds(count, one.case, least):
@@ -328,7 +328,7 @@ class Planner:
             least, most = (middle, most) if self._holds(count, one.case, middle) else (least, middle - 1)
         return least
 
-    def _holds(self, count: Count, case: Case, context: int) -> bool:
+    def _holds(self, count: Footprint, case: Case, context: int) -> bool:
         """Say whether so many tokens fit, best as the estimate is."""
         prompt = max(1, context - case.workload.new_tokens)
         longer = count.longer(msgspec.structs.replace(case.workload, prompt_tokens=prompt))
@@ -337,8 +337,8 @@ class Planner:
 
 
 def _leaves_off_gpu(precision: Precision, placement: Placement) -> bool:
-    """Say whether what lies off the GPUs is not quantised."""
-    return precision.off_gpu is not None and DIVIDES in placement.traits
+    """Say whether what lies off the GPUs is not quantized."""
+    return precision.off_gpu is not None and SPLITS_DEVICES in placement.traits
 
 
 def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.catalog.resolve import Source
-from harness.core.placements import PLACEMENTS, ROOM
+from harness.core.placements import PLACEMENTS, RECOMMENDED_MAP
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Plan, Record, Verdict
 from harness.core.units import significant
@@ -25,7 +25,7 @@ def recommend(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
     return best, _reason(best, fitting)
 
 
-class Advice(Record, frozen=True, kw_only=True):
+class Recommendation(Record, frozen=True, kw_only=True):
     """The plans of one model, which of them is best, and why."""
 
     source: Source
@@ -35,27 +35,29 @@ class Advice(Record, frozen=True, kw_only=True):
     reason: str
 
     @property
-    def blueprint(self) -> Blueprint:
-        return self.planner.blueprint
+    def spec(self) -> ModelSpec:
+        return self.planner.spec
 
 
-def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Advice:
+def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
     """Plan the cases of one model and choose the best."""
     plans = planner.plans(cases)
     best, reason = recommend(plans) or (None, "nothing fits")
-    return Advice(source=source, planner=planner, plans=plans, best=best, reason=reason)
+    return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason)
 
 
 def _worth(one: Plan) -> tuple[float, int]:
     assert one.estimate is not None
     speed = one.estimate.decode_tok_s.best
     order = ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
-    return round(PRECISIONS[one.case.precision].keeps * speed / (speed + _HALF_TOK_S), 4), -order
+    return round(PRECISIONS[one.case.precision].quality_kept * speed / (speed + _HALF_TOK_S), 4), -order
 
 
 def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
     assert best.estimate is not None
-    return _merit(best, fitting) + (f". {best.why}" if PLACEMENTS[best.case.placement].device_map == ROOM and best.why else "")
+    return _merit(best, fitting) + (
+        f". {best.why}" if PLACEMENTS[best.case.placement].device_map == RECOMMENDED_MAP and best.why else ""
+    )
 
 
 def _merit(best: Plan, fitting: Sequence[Plan]) -> str:

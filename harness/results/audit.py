@@ -49,7 +49,7 @@ _RAM = ("ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_peak_bytes")
 _VRAM = ("vram_peak_bytes", "vram_process_peak_bytes", "load_vram_peak_bytes")
 
 
-class Entry(Record, frozen=True, kw_only=True):
+class PublishedResult(Record, frozen=True, kw_only=True):
     """A result that is published. `digest` is that of the whole result, `result` lacks what only its own page shows.
 
     `source` is the number of the file it was read from and `line` its line there; `cleaned` tells whether anything private was
@@ -88,7 +88,7 @@ class Source(Record, frozen=True, kw_only=True):
 class Joined(Record, frozen=True, kw_only=True):
     """What is published, oldest first, what is not, and the files that both come from."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[PublishedResult, ...]
     refusals: tuple[Refusal, ...]
     sources: tuple[Source, ...]
 
@@ -148,18 +148,18 @@ def light(result: Result) -> Result:
     )
 
 
-def join(sources: Sequence[str], entries: Iterable[Entry], refusals: Iterable[Refusal]) -> Joined:
+def join(sources: Sequence[str], entries: Iterable[PublishedResult], refusals: Iterable[Refusal]) -> Joined:
     """Count what is there twice once, refuse what contradicts another, and say of each source what came of it.
 
     Two results are the same if all they say is. Two results of one case in one run on one machine, with weights of one kind, that
     are not the same contradict each other: nothing tells which is true, so neither is published.
     """
-    by_digest: dict[str, Entry] = {}
+    by_digest: dict[str, PublishedResult] = {}
     repeated = [0] * len(sources)
     for entry in entries:
         if by_digest.setdefault(entry.digest, entry) is not entry:
             repeated[entry.source] += 1
-    by_case: dict[object, list[Entry]] = {}
+    by_case: dict[object, list[PublishedResult]] = {}
     for entry in by_digest.values():
         result = entry.result
         by_case.setdefault((identity(result.machine), result.run, result.case, result.weights), []).append(entry)
@@ -170,7 +170,7 @@ def join(sources: Sequence[str], entries: Iterable[Entry], refusals: Iterable[Re
     return Joined(entries=tuple(kept), refusals=tuple(wrong), sources=found)
 
 
-def _contradictions(sources: Sequence[str], group: Sequence[Entry]) -> Iterator[Refusal]:
+def _contradictions(sources: Sequence[str], group: Sequence[PublishedResult]) -> Iterator[Refusal]:
     for entry, other in zip(group, [*group[1:], group[0]], strict=True):
         where, difference = place(sources[other.source], other.line), _difference(entry.result, other.result)
         why = f"contradicts {where}, the same case of the same run ({quote(entry.result.id)}): {difference}; neither is published"
@@ -186,7 +186,7 @@ def _difference(one: Result, other: Result) -> str:
     return f"they differ in {', '.join(names[:3]) or 'their samples or log'}"
 
 
-def _source(number: int, name: str, kept: Sequence[Entry], wrong: Sequence[Refusal], repeated: int) -> Source:
+def _source(number: int, name: str, kept: Sequence[PublishedResult], wrong: Sequence[Refusal], repeated: int) -> Source:
     ours = [entry for entry in kept if entry.source == number]
     results = [entry.result for entry in ours]
     versions = {f"{name} {result.environment[name]}" for result in results for name in VERSIONS if name in result.environment}

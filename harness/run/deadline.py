@@ -12,7 +12,7 @@ _TICK_S = 1.0
 _LATE_S = 0.5  # who comes back this much later than asked was stopped himself
 
 
-class Patience:
+class Deadline:
     """Counts the seconds spent waiting for the worker, and those only.
 
     What passes between two requests is not the worker's doing. Neither is the time in which this process itself stood still, as

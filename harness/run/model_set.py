@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.architecture import model_spec
 from harness.architecture import synthetic as synth
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.catalog import download, fingerprint, resolve
 from harness.catalog.resolve import Source
 from harness.checkpoint import reader
@@ -17,7 +17,7 @@ from harness.core.errors import CheckpointError, UsageError
 from harness.core.progress import show_progress
 
 
-class Lineup:
+class ModelSet:
     """Models by name. What is not `fetched` yet has a source and nothing else.
 
     `synthetic` writes weights of the true shape where others would be downloaded; `trust` lets code of the models' own come along.
@@ -28,7 +28,7 @@ class Lineup:
         self._synthetic, self._trust = synthetic, trust
         self._locations: dict[str, Path] = {}
         self._checkpoints: dict[str, Checkpoint] = {}
-        self._blueprints: dict[str, Blueprint] = {}
+        self._blueprints: dict[str, ModelSpec] = {}
         self._fingerprints: dict[str, str] = {}
 
     def fetch(self, names: Collection[str]) -> None:
@@ -62,18 +62,18 @@ class Lineup:
         """Return what tells the files of a model from others; empty before they are fetched."""
         return self._fingerprints.get(name, "")
 
-    def blueprint(self, name: str) -> Blueprint:
-        """Draw the blueprint of a model that is fetched, once; an architecture that is new takes transformers some seconds.
+    def spec(self, name: str) -> ModelSpec:
+        """Read the spec of a model that is fetched, once; an architecture that is new takes transformers some seconds.
 
         Raises:
             CheckpointError: its config or its files are wrong, or nothing here loads it.
         """
         if name not in self._blueprints:
             location = self._locations[name]
-            drawn = model_spec.of_checkpoint(name, self.sources[name].location, self._checkpoints[name], location)
-            if drawn.unknown is not None:
-                raise CheckpointError(location / reader.CONFIG, drawn.unknown)
-            self._blueprints[name] = drawn
+            spec = model_spec.of_checkpoint(name, self.sources[name].location, self._checkpoints[name], location)
+            if spec.unknown is not None:
+                raise CheckpointError(location / reader.CONFIG, spec.unknown)
+            self._blueprints[name] = spec
         return self._blueprints[name]
 
     def is_synthetic(self, name: str) -> bool:

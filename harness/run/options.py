@@ -14,7 +14,7 @@ from typing import Any
 from harness.catalog.resolve import DEFAULT
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.placements import PLACEMENTS
-from harness.core.precisions import ALL, PRECISIONS, USUAL
+from harness.core.precisions import ALL, DEFAULTS, PRECISIONS
 from harness.core.records import Record
 from harness.core.units import parse_size
 from harness.results.compare import thresholds
@@ -114,12 +114,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="precision",
-        help=f"how to hold the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(USUAL)}, "
-        "or what a quantised checkpoint is)",
+        help=f"how to hold the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(DEFAULTS)}, "
+        "or what a quantized checkpoint is)",
         parse=_from_table(PRECISIONS, "precision"),
         repeat=True,
         every=tuple(PRECISIONS),
-        default=USUAL,
+        default=DEFAULTS,
         metavar="NAME",
     ),
     Option(

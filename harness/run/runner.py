@@ -23,8 +23,8 @@ from harness.core.units import MIB, format_size
 from harness.machine import cgroup, headroom, probe
 from harness.measure import aggregate, interference, quality, verify
 from harness.measure import limits as guard
-from harness.measure.interference import Watch
-from harness.measure.limits import Breach, Guard, Limits
+from harness.measure.interference import InterferenceWatch
+from harness.measure.limits import Breach, LimitGuard, Limits
 from harness.measure.outcome import Evidence, classify
 from harness.measure.protocol import (
     Chat,
@@ -46,7 +46,7 @@ from harness.measure.protocol import (
 from harness.measure.sampler import Gpus, Sample, Sampler, oom_kills
 from harness.planning import calibration
 from harness.planning.code import gpus, loading_program
-from harness.run.deadline import Patience
+from harness.run.deadline import Deadline
 from harness.run.worker_process import Ended, Worker, WorkerMain
 
 _OTHERS_S = 20.0
@@ -58,7 +58,7 @@ LiveLine = Callable[["Run", Sample], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What all cases of a run share. `worker_main` is the worker's program; tests put a scripted one in its place."""
 
     run: str
@@ -79,10 +79,10 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class CaseModel:
     """The model of a case: where its files are, whether its weights are real, and what its predictions are compared with.
 
-    `ours` says that `harness.models` has its architecture.
+    `native` says that `harness.models` has its architecture.
     """
 
     location: Path
@@ -90,7 +90,7 @@ class Subject:
     tokenizer: bool = True
     fingerprint: str = ""
     gguf_file: str | None = None
-    ours: bool = False
+    native: bool = False
     code_head: str = ""
     command: str = ""
     reference: quality.Reference | None = None
@@ -109,7 +109,7 @@ class CaseEnded(Exception):
 class Run:
     """One case: load, generate, score, in this order and as far as asked; `finish` gives the result."""
 
-    def __init__(self, plan: Plan, subject: Subject, setting: Setting) -> None:
+    def __init__(self, plan: Plan, subject: CaseModel, setting: RunContext) -> None:
         if plan.code is None:
             raise ValueError(f"{plan.case.id} has no loading code")
         self.plan, self.subject, self.setting = plan, subject, setting
@@ -123,7 +123,7 @@ class Run:
         self._phases: list[Phase] = []
         self._windows: list[Interference] = []
         self._begun_s = time.monotonic()
-        self._patience = Patience(case_s=setting.timeout_s, phase_s=setting.phase_timeout_s)
+        self._patience = Deadline(case_s=setting.timeout_s, phase_s=setting.phase_timeout_s)
         self._at = datetime.now(timezone.utc)
         self._oom_kills, self._log, self._traceback = oom_kills(), "", ""
         self._torch_alone = False
@@ -141,8 +141,8 @@ class Run:
                 group.remove()
                 group = None
             self._group = group
-            self._guard = Guard(self._limits(), self._worker.end)
-            self._others = Watch(self._worker.pid, gpus=setting.gpus, origin_s=self._begun_s)
+            self._guard = LimitGuard(self._limits(), self._worker.end)
+            self._others = InterferenceWatch(self._worker.pid, gpus=setting.gpus, origin_s=self._begun_s)
             self._sampler = Sampler(self._worker.pid, gpus=setting.gpus, on_sample=(self._guard, self._watch))
             self._sampler.start()
             undo.pop_all()
@@ -179,7 +179,7 @@ class Run:
             request = Load(
                 model=str(self.subject.location),
                 code=plan.code or "",
-                imports=_imports(PRECISIONS[plan.case.precision], self.subject.ours),
+                imports=_imports(PRECISIONS[plan.case.precision], self.subject.native),
                 tokenizer=self.subject.tokenizer,
                 trust_remote_code=plan.trusted,
                 gguf_file=self.subject.gguf_file,
@@ -454,20 +454,20 @@ class Run:
         return found
 
 
-def _imports(precision: Precision, ours: bool) -> tuple[str, ...]:
+def _imports(precision: Precision, native: bool) -> tuple[str, ...]:
     """List what is imported before loading; our own architectures read what is packed without another package."""
-    needs = () if ours and precision.only is not None else precision.needs
-    return (*needs, "harness.models") if ours else needs
+    needs = () if native and precision.requires_checkpoint is not None else precision.needs
+    return (*needs, "harness.models") if native else needs
 
 
-def not_run(plan: Plan, subject: Subject, setting: Setting) -> Result:
+def not_run(plan: Plan, subject: CaseModel, setting: RunContext) -> Result:
     """Return the result of a case that is not run, from its plan."""
     outcome = Outcome.UNSUPPORTED if plan.verdict is Verdict.INVALID else Outcome.SKIPPED
     common = _common(plan, subject, setting, datetime.now(timezone.utc))
     return redact.clean(Result(**common, outcome=outcome, stage="plan", why=plan.why), subject.location)
 
 
-def _common(plan: Plan, subject: Subject, setting: Setting, at: datetime) -> dict[str, Any]:
+def _common(plan: Plan, subject: CaseModel, setting: RunContext, at: datetime) -> dict[str, Any]:
     return {
         "id": plan.case.id,
         "run": setting.run,

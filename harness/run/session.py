@@ -35,17 +35,17 @@ from harness.report.page import render as page
 from harness.results import compare, store
 from harness.results.store import Store
 from harness.run import forkserver, resume, runner, worker_process
-from harness.run.model_set import Lineup
+from harness.run.model_set import ModelSet
 from harness.run.options import Options
 from harness.run.resume import Kept
-from harness.run.runner import CaseEnded, LiveLine, Run, Setting, Subject
+from harness.run.runner import CaseEnded, CaseModel, LiveLine, Run, RunContext
 from harness.run.worker_process import WorkerMain
 
 _RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
 
 
 @dataclasses.dataclass
-class _Standard:
+class _Reference:
     """What the cases of a model are compared with. `file` has its predictions: None where the result is an earlier run's."""
 
     reference: Reference
@@ -61,7 +61,7 @@ class Session:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.models = Lineup(options.model, synthetic=options.weights == "synthetic", trust=self.trust)
+        self.models = ModelSet(options.model, synthetic=options.weights == "synthetic", trust=self.trust)
         self.device_map = user_map.asked(options.device_map, self._named)
         self.added = 0
         self.kept: dict[Case, Result] = {}
@@ -75,7 +75,7 @@ class Session:
         self.interrupted = False
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._plans: dict[str, Plan] = {}
-        self._standards: dict[str, _Standard] = {}
+        self._standards: dict[str, _Reference] = {}
         self._earlier: dict[tuple[Case, str], Result] = {}
         self._again: list[str] = []
         self._baseline: list[Result] = []
@@ -97,10 +97,10 @@ class Session:
         return Scratch()
 
     @cached_property
-    def setting(self) -> Setting:
+    def setting(self) -> RunContext:
         """What all cases share."""
         gpus = Gpus() if self.machine.gpus else None
-        return Setting(
+        return RunContext(
             run=self.run_id,
             machine=self.machine,
             environment=probe.versions(),
@@ -139,10 +139,10 @@ class Session:
         return self.options.placement if "placement" in self.options.origin else None
 
     def _precisions(self, model: str) -> list[str]:
-        """Return the precisions asked for; unless the user named them, the usual ones, or what a quantised checkpoint is."""
+        """Return the precisions asked for; unless the user named them, the usual ones, or what a quantized checkpoint is."""
         if "precision" in self.options.origin:
             return _in_order(self.options.precision, PRECISIONS)
-        return precisions.usual(download.stored_as(self.models.sources[model]))
+        return precisions.defaults(download.stored_as(self.models.sources[model]))
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Have everything at hand that the cases need, before the first is measured: store, models, worker.
@@ -160,26 +160,26 @@ class Session:
         if self.options.resume:
             self._earlier = resume.newest(self.store.read()[0], self.machine)
         for name in runnable:
-            drawn = self.models.blueprint(name)
+            spec = self.models.spec(name)
             if self.device_map is not None:
-                user_map.check(self.device_map, drawn.skeleton, len(self.machine.gpus), model=name)
+                user_map.check(self.device_map, spec.skeleton, len(self.machine.gpus), model=name)
         forkserver.live_in(self._scratch.path)
         if self.worker_main is None and any(self._why_again(case) for case in cases if case.model in runnable):
             forkserver.warm_up(self.models.modeling_modules(runnable))
 
     def _may_run(self, case: Case) -> bool:
         """Say whether a model is worth fetching for a case; whether what is stored packed needs a package, the files will tell."""
-        return feasibility.gate(case, self.machine, here=PRECISIONS[case.precision].only is None) is None
+        return feasibility.gate(case, self.machine, here=PRECISIONS[case.precision].requires_checkpoint is None) is None
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
         if not self.models.fetched(case.model):
             return feasibility.decide(case, probe.limited(self.machine, case), None)
         if case.id not in self._plans:
-            here, drawn = probe.limited(self.machine, case), self.models.blueprint(case.model)
+            here, spec = probe.limited(self.machine, case), self.models.spec(case.model)
             cases = [one for one in self.cases() if _limits(one) == _limits(case)]
-            ours = Planner(drawn, here, constants=self._calibration, trust=self.trust, device_map=self.device_map)
-            made = map(_not_measured, ours.plans(cases or [case]))
+            planner = Planner(spec, here, constants=self._calibration, trust=self.trust, device_map=self.device_map)
+            made = map(_not_measured, planner.plans(cases or [case]))
             self._plans |= {one.case.id: one for one in made}
         return self._plans[case.id]
 
@@ -188,17 +188,17 @@ class Session:
         """The constants, corrected by what earlier runs on this machine left in the store."""
         return calibration.correct(self.store.read()[0], self.machine)
 
-    def subject(self, case: Case) -> Subject:
+    def subject(self, case: Case) -> CaseModel:
         """Return the model of a case and what its predictions are compared with."""
         source = self.models.sources[case.model]
         standard = self._standards.get(case.model)
-        drawn = self.models.blueprint(case.model) if self.models.fetched(case.model) else None
-        return Subject(
+        spec = self.models.spec(case.model) if self.models.fetched(case.model) else None
+        return CaseModel(
             location=self.models.location(case.model),
             weights=self._weights(case),
-            tokenizer=drawn.tokenizer if drawn else False,
-            gguf_file=drawn.gguf_file if drawn else None,
-            ours=drawn.ours if drawn else False,
+            tokenizer=spec.tokenizer if spec else False,
+            gguf_file=spec.gguf_file if spec else None,
+            native=spec.native if spec else False,
             fingerprint=self.models.fingerprint(case.model),
             code_head=code.code_head(source, case.placement),
             command=self._command(case),
@@ -260,7 +260,7 @@ class Session:
         case, reference = earlier.case, reference_of(earlier)
         self.kept[case] = self._last = earlier
         if reference is not None and earlier.quality is not None and earlier.quality.reference is None:
-            self._standards.setdefault(case.model, _Standard(reference, case, file=None))
+            self._standards.setdefault(case.model, _Reference(reference, case, file=None))
         return Kept(earlier)
 
     def _have_predictions(self, model: str) -> None:
@@ -292,7 +292,7 @@ class Session:
                 return result
             file, reference = run.subject.keep_file, reference_of(result)
             if file is not None and reference is not None:
-                self._standards[result.case.model] = _Standard(reference, result.case, file)
+                self._standards[result.case.model] = _Reference(reference, result.case, file)
             self._record(result)
         return result
 

@@ -27,7 +27,7 @@ from harness.machine import process_tree
 from harness.measure import protocol
 from harness.measure.protocol import Entered, Event, Lost, Request, Shared
 from harness.run import forkserver
-from harness.run.deadline import Patience
+from harness.run.deadline import Deadline
 
 WorkerMain = Callable[[Connection, str, str], None]
 
@@ -136,7 +136,7 @@ class Worker:
     def pid(self) -> int:
         return int(self._process.pid or 0)
 
-    def ask(self, request: Request, patience: Patience) -> Event:
+    def ask(self, request: Request, patience: Deadline) -> Event:
         """Send a request and wait for its answer, blocking, as long as patience lasts.
 
         Raises:
@@ -173,7 +173,7 @@ class Worker:
         except (BrokenPipeError, ConnectionResetError):
             raise self._dead() from None
 
-    def _next(self, patience: Patience) -> Event:
+    def _next(self, patience: Deadline) -> Event:
         look_at = [self._pipe, self._process.sentinel]
         ready = patience.wait(lambda most_s: multiprocessing.connection.wait(look_at, timeout=most_s))
         if self._pipe in ready:
@@ -182,7 +182,7 @@ class Worker:
             self._time_over(patience.reached)
         raise self._dead()
 
-    def _receive(self, patience: Patience) -> bytes:
+    def _receive(self, patience: Deadline) -> bytes:
         """Read the message that has begun to arrive; a worker that stops in the middle of it is killed when the time is over."""
         try:
             with _watchdog(max(patience.left_s, _GRACE_S), lambda: self._time_over(patience.reached)):

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 import harness.models  # noqa: F401 registers our own architectures
 from harness.architecture import skeleton
 from harness.architecture.key_mapping import Naming
-from harness.architecture.skeleton import UNKNOWN_TYPE, Attention, Block, Child, Skeleton, Tensor, UnknownType
+from harness.architecture.skeleton import UNKNOWN_TYPE, Attention, Block, Child, ParameterSpec, Skeleton, UnknownType
 from harness.catalog import shipped
 from harness.checkpoint.auxiliary_files import KERNEL_KEYS
 from harness.data import DATA
@@ -174,7 +174,7 @@ def _first(config: Any, *names: str) -> int | None:
 
 
 def _not_converted(model: nn.Module, tied: Mapping[str, str], head: nn.Module | None) -> set[str]:
-    """Name what quantisers leave alone: tied weights, the last parameter, the output embedding."""
+    """Name what quantizers leave alone: tied weights, the last parameter, the output embedding."""
     names = {*tied, *tied.values(), [name for name, _ in model.named_parameters(remove_duplicate=False)][-1]}
     names |= {name for name, module in model.named_modules() if module is head}
     return {name.removesuffix(".weight") for name in names}
@@ -255,7 +255,7 @@ class _Packer:
         block = Block(class_name=type(module).__name__, tensors=tensors, children=children, linear=linear, exempt=exempt)
         return self.blocks.setdefault(block, len(self.blocks))
 
-    def _tensors(self, module: nn.Module, prefix: str) -> Iterator[Tensor]:
+    def _tensors(self, module: nn.Module, prefix: str) -> Iterator[ParameterSpec]:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             # A parameter that two modules share is stored once; a tied one is named twice, and `tied` says so.
             if f"{prefix}{name}" in self.tied:
@@ -266,15 +266,15 @@ class _Packer:
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             yield self._tensor(prefix, name, buffer, "unsaved" if name in module._non_persistent_buffers_set else "buffer")
 
-    def _tensor(self, prefix: str, name: str, tensor: torch.Tensor, kind: str) -> Tensor:
+    def _tensor(self, prefix: str, name: str, tensor: torch.Tensor, kind: str) -> ParameterSpec:
         dtype = None if tensor.dtype == torch.bfloat16 else str(tensor.dtype).removeprefix("torch.")
         patterns = [(when, pattern) for when in ("half", "fp16") for pattern in self.keep_fp32.get(when, ())]
         fp32 = next((when for when, pattern in patterns if re.search(pattern.replace("*", ".*"), f"{prefix}{name}")), None)
-        return Tensor(name=name, shape=tuple(tensor.shape), kind=kind, dtype=dtype, fp32=fp32)
+        return ParameterSpec(name=name, shape=tuple(tensor.shape), kind=kind, dtype=dtype, fp32=fp32)
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Say whether a quantiser's exception covers a module: from the start to a dot, or as a suffix."""
+    """Say whether a quantizer's exception covers a module: from the start to a dot, or as a suffix."""
     return path.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", path) is not None
 
 

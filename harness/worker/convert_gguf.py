@@ -33,7 +33,7 @@ def convert(source: Path, directory: Path) -> None:
 def _load(source: Path) -> Any:
     """Load the weights as bf16."""
     arguments: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
-    # Earlier versions of transformers 5 always dequantise and have no such class.
+    # Earlier versions of transformers 5 always dequantize and have no such class.
     if hasattr(transformers, "GgufConfig"):
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return transformers.AutoModelForCausalLM.from_pretrained(source.parent, **arguments)

@@ -231,7 +231,7 @@ def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
-    """Sum the weights of the Linear modules by dtype, without the output embedding, which quantisers leave alone.
+    """Sum the weights of the Linear modules by dtype, without the output embedding, which quantizers leave alone.
 
     Scales are no weights. What replaces a Linear may be none of torch's, and is known by what it multiplies.
     """

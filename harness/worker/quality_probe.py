@@ -30,7 +30,7 @@ def score(model: Model, request: Score) -> dict[str, Any]:
     """Return the fields of ScoreDone. Without a tokenizer no text can be scored: only whether the logits are finite.
 
     Next-token log-probabilities [positions, vocabulary] are computed in float32 and kept as float16: their error, below
-    0.01 nat at a probability of e**-16, is far under what any quantisation does.
+    0.01 nat at a probability of e**-16, is far under what any quantization does.
     """
     reference = np.load(request.reference, mmap_mode="r") if request.reference else None
     kept: list[Predictions] = []
@@ -76,7 +76,7 @@ def _texts(model: Model) -> list[list[int]]:
     return [model.encode(passage.text) for passage in quality.PROBE.passages]
 
 
-@torch.no_grad()  # in inference mode the tensors of some quantisers cannot be made
+@torch.no_grad()  # in inference mode the tensors of some quantizers cannot be made
 def _log_probabilities(model: Model, ids: list[int]) -> torch.Tensor:
     """Return log p(next token), float32 [len(ids) - 1, vocabulary]; the text is scored as an answer, after an empty prompt."""
     tokens = torch.tensor([[*model.ending, *ids]], device=model.device)

@@ -22,19 +22,19 @@ from harness.catalog.shipped import catalog as known
 from harness.checkpoint import reader
 from harness.core.metrics import METRICS
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import PRECISIONS, USUAL
+from harness.core.precisions import DEFAULTS, PRECISIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict, Workload
 from harness.core.units import GIB, format_seconds, format_share
 from harness.machine import probe
 from harness.machine.gpus import profile
 from harness.planning import calibration
 from harness.planning.cost import estimate as cost
-from harness.planning.cost.footprint import Count
+from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
-from harness.planning.cost.memory import Kept
+from harness.planning.cost.memory import WeightFormat
 from harness.planning.planner import Planner
 from harness.run import forkserver, worker_process
-from harness.run.runner import Run, Setting, Subject
+from harness.run.runner import CaseModel, Run, RunContext
 from tests.accuracy.chart import Pair
 from tests.support.reporting import Figure
 
@@ -90,11 +90,11 @@ def test_vram_against_published_rows(figures: list[Figure]) -> None:
 
 
 def _vram_error(row: dict[str, str]) -> float:
-    drawn = model_spec.draw(resolve.resolve(f"Qwen/{row['model']}"))
+    spec = model_spec.read_spec(resolve.resolve(f"Qwen/{row['model']}"))
     bits = PACKED[row["quant"]]
-    held = Kept(dtype="bfloat16" if bits is None else "float16", packed_bits=bits)
+    held = WeightFormat(dtype="bfloat16" if bits is None else "float16", packed_bits=bits)
     load = Workload(prompt_tokens=int(row["input_len"]), new_tokens=int(row["gen_len"]))
-    count = Count(Inventory(drawn, held), "gpu:0", load, calibration.default())
+    count = Footprint(Inventory(spec, held), "gpu:0", load, calibration.default())
     found = cost.memory(count, profile(["A100 80GB"]))["gpu:0"]
     return found.allocated_bytes / (float(row["mem_GB"]) * GIB) - 1
 
@@ -118,9 +118,9 @@ def here() -> Machine:
 
 @pytest.fixture(scope="session")
 def runs(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[list[Result]]:
-    """Every model in every precision on the CPU, with the estimate made before; quantised ones in several processes."""
+    """Every model in every precision on the CPU, with the estimate made before; quantized ones in several processes."""
     forkserver.warm_up([])
-    setting = Setting(
+    setting = RunContext(
         run="accuracy",
         machine=here,
         environment={},
@@ -140,27 +140,27 @@ def results(runs: list[list[Result]]) -> list[Result]:
     return [result for case in runs for result in case]
 
 
-def _is_quantised(case: Case) -> bool:
+def _is_quantized(case: Case) -> bool:
     return PRECISIONS[case.precision].quantization is not None
 
 
 def _plans(models: dict[str, Path], here: Machine) -> Iterator[Plan]:
     for name, location in models.items():
-        drawn = model_spec.of_checkpoint(name, str(location), reader.read(location), location)
-        usual = list(USUAL)
+        spec = model_spec.of_checkpoint(name, str(location), reader.read(location), location)
+        usual = list(DEFAULTS)
         cases = [Case(model=name, precision=precision, placement="cpu", workload=WORK) for precision in usual]
-        yield from Planner(drawn, here).plans(cases)
+        yield from Planner(spec, here).plans(cases)
 
 
-def _run(plan: Plan, location: Path, setting: Setting) -> Result:
-    run = Run(plan, Subject(location=location, tokenizer=(location / "tokenizer.json").is_file()), setting)
+def _run(plan: Plan, location: Path, setting: RunContext) -> Result:
+    run = Run(plan, CaseModel(location=location, tokenizer=(location / "tokenizer.json").is_file()), setting)
     run.load()
     for _ in range(WORK.repeats):
         run.round()
     return run.finish()
 
 
-def _pairs(cases: Sequence[Sequence[Result]], key: str, *, quantised: bool) -> list[Pair]:
+def _pairs(cases: Sequence[Sequence[Result]], key: str, *, quantized: bool) -> list[Pair]:
     """Put what was estimated beside the mean of the processes of each case."""
     found = []
     for case in cases:
@@ -168,7 +168,7 @@ def _pairs(cases: Sequence[Sequence[Result]], key: str, *, quantised: bool) -> l
         assert first.estimate is not None
         tier = first.estimate.tiers["cpu"]
         estimated = tier.load_peak_bytes if key == "load_ram_peak_bytes" else tier.anon_bytes if "anon" in key else tier.peak_bytes
-        if _is_quantised(first.case) == quantised:
+        if _is_quantized(first.case) == quantized:
             measured = statistics.fmean(result.metrics[key] for result in case)
             found.append(Pair(case=first.id, figure=METRICS[key].label, estimated=estimated, measured=measured))
     return found
@@ -179,18 +179,18 @@ def _errors(pairs: Sequence[Pair]) -> list[float]:
 
 
 @pytest.mark.parametrize("key", ["load_ram_peak_bytes", "ram_peak_bytes", "ram_anon_peak_bytes"])
-@pytest.mark.parametrize(("quantised", "median", "most"), [(False, 0.05, 0.10), (True, 0.10, 0.20)])
+@pytest.mark.parametrize(("quantized", "median", "most"), [(False, 0.05, 0.10), (True, 0.10, 0.20)])
 def test_ram_here(
-    runs: list[list[Result]], figures: list[Figure], pairs: list[Pair], key: str, quantised: bool, median: float, most: float
+    runs: list[list[Result]], figures: list[Figure], pairs: list[Pair], key: str, quantized: bool, median: float, most: float
 ) -> None:
-    found = _pairs(runs, key, quantised=quantised)
+    found = _pairs(runs, key, quantized=quantized)
     pairs += found
     errors = _errors(found)
-    which = f"int8 and int4, mean of {PROCESSES['int8']} and {PROCESSES['int4']} processes" if quantised else "fp32, bf16, fp16"
+    which = f"int8 and int4, mean of {PROCESSES['int8']} and {PROCESSES['int4']} processes" if quantized else "fp32, bf16, fp16"
     wanted = f"median {median:.0%}, 90th {most:.0%}".replace("%", " %")
     figures.append(Figure(what=f"{key}, {which}", rows=len(errors), found=said(errors), wanted=wanted))
-    if quantised:
-        single = _errors(_pairs([[result] for case in runs for result in case], key, quantised=True))
+    if quantized:
+        single = _errors(_pairs([[result] for case in runs for result in case], key, quantized=True))
         figures.append(Figure(what=f"{key}, int8 and int4, single processes", rows=len(single), found=said(single), wanted=""))
     assert spread(errors)[0] < (2 * median if "anon" in key else median)
 
@@ -223,8 +223,8 @@ def test_speed_after_one_calibration_run(
         result = case[0]
         if result.case.model != resolve.DEFAULT:
             location = models[result.case.model]
-            drawn = model_spec.of_checkpoint(result.case.model, str(location), reader.read(location), location)
-            estimate = Planner(drawn, here, constants=constants).plan(result.case).estimate
+            spec = model_spec.of_checkpoint(result.case.model, str(location), reader.read(location), location)
+            estimate = Planner(spec, here, constants=constants).plan(result.case).estimate
             assert estimate is not None
             measured = 1 / statistics.median(one.metrics["token_p50_s"] for one in case)
             said_before = estimate.decode_tok_s.best
@@ -248,9 +248,9 @@ def test_planning_is_quick(figures: list[Figure], models: dict[str, Path]) -> No
     figures.append(Figure(what="times as fast as accelerate estimate-memory", rows=3, found=f"{theirs / local:.0f}", wanted="15"))
     start, usual = time.perf_counter(), distinct(PLACEMENTS, gpus=3)
     for name in known():
-        drawn = model_spec.draw(resolve.resolve(name))
-        cases = [Case(model=name, precision=precision, placement=placement) for precision in USUAL for placement in usual]
-        Planner(drawn, profile(["RTX 3060 12GB", "RTX 4090", "RTX 3090"], ram=64 * GIB), here=False).plans(cases)
+        spec = model_spec.read_spec(resolve.resolve(name))
+        cases = [Case(model=name, precision=precision, placement=placement) for precision in DEFAULTS for placement in usual]
+        Planner(spec, profile(["RTX 3060 12GB", "RTX 4090", "RTX 3090"], ram=64 * GIB), here=False).plans(cases)
     seconds = time.perf_counter() - start
     what = "all models of the catalog on three GPUs"
     figures.append(Figure(what=what, rows=len(known()), found=format_seconds(seconds), wanted="2 s"))

@@ -82,9 +82,9 @@ def test_a_token_takes_what_the_plan_says(
 ) -> None:
     model = draw(make(bits))
     model.save_pretrained(tmp_path)
-    drawn = model_spec.of_checkpoint("small", str(tmp_path), reader.read(tmp_path), tmp_path)
+    spec = model_spec.of_checkpoint("small", str(tmp_path), reader.read(tmp_path), tmp_path)
     work = Workload(prompt_tokens=16, new_tokens=TOKENS)
-    plan = Planner(drawn, here).plan(Case(model="small", precision=precision, placement="cpu", workload=work))
+    plan = Planner(spec, here).plan(Case(model="small", precision=precision, placement="cpu", workload=work))
     assert plan.estimate is not None
     error = plan.estimate.decode_tok_s.best * seconds_of_a_token(model) - 1
     what = f"decode tokens/s of small packed models, {precision}, without calibration"

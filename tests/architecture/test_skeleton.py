@@ -63,12 +63,12 @@ def test_shipped_data_is_small() -> None:
     assert sum(file.stat().st_size for file in DATA.glob("*.json*")) < 300_000
 
 
-def test_tensors_carry_full_names_shapes_and_what_quantisers_do() -> None:
+def test_tensors_carry_full_names_shapes_and_what_quantizers_do() -> None:
     weights = {weight.path: weight for weight in skeleton.named("qwen2.5-0.5b-instruct").weights}
     assert weights["model.layers.23.self_attn.k_proj.weight"].tensor.shape == (128, 896)
-    assert weights["model.layers.23.self_attn.k_proj.weight"].quantises
-    assert not weights["model.layers.23.self_attn.k_proj.bias"].quantises
-    assert not weights["lm_head.weight"].quantises
+    assert weights["model.layers.23.self_attn.k_proj.weight"].quantizes
+    assert not weights["model.layers.23.self_attn.k_proj.bias"].quantizes
+    assert not weights["lm_head.weight"].quantizes
     assert weights["lm_head.weight"].tied_to == "model.embed_tokens.weight"
     assert weights["model.rotary_emb.inv_freq"].tensor.kind == "unsaved"
     assert weights["model.rotary_emb.inv_freq"].tensor.dtype == "float32"
@@ -99,7 +99,7 @@ def test_pieces_hold_every_tensor_once_and_are_counted_by_kind(name: str) -> Non
 
 def test_pieces_with_tied_weights_are_like_no_other() -> None:
     """Two equal tables in a list; the second is the first's."""
-    table = skeleton.Block(class_name="Embedding", tensors=(skeleton.Tensor(name="weight", shape=(8, 4)),))
+    table = skeleton.Block(class_name="Embedding", tensors=(skeleton.ParameterSpec(name="weight", shape=(8, 4)),))
     root = skeleton.Block(class_name="Model", children=(skeleton.Child(name="0", block=0, count=4),))
     plain = msgspec.structs.replace(skeleton.named("phi-2"), blocks=(table, root), tied={})
     tied = msgspec.structs.replace(plain, tied={"3.weight": "1.weight"})
@@ -109,8 +109,8 @@ def test_pieces_with_tied_weights_are_like_no_other() -> None:
 
 
 def test_tensors_beside_modules_are_told_apart_by_more_than_their_numbers() -> None:
-    scales = (skeleton.Tensor(name="scale1", shape=(8,)), skeleton.Tensor(name="scale2", shape=(4,)))
-    norm = skeleton.Block(class_name="Norm", tensors=(skeleton.Tensor(name="weight", shape=(8,)),))
+    scales = (skeleton.ParameterSpec(name="scale1", shape=(8,)), skeleton.ParameterSpec(name="scale2", shape=(4,)))
+    norm = skeleton.Block(class_name="Norm", tensors=(skeleton.ParameterSpec(name="weight", shape=(8,)),))
     part = skeleton.Block(class_name="Part", tensors=scales, children=(skeleton.Child(name="norm", block=0),))
     root = skeleton.Block(class_name="Model", children=(skeleton.Child(name="0", block=1, count=3),))
     model = msgspec.structs.replace(skeleton.named("phi-2"), blocks=(norm, part, root))

@@ -33,7 +33,7 @@ from harness.core.records import Outcome
 from harness.results.store import Store
 from harness.worker import build_skeleton as worker
 from tests.support import small_models
-from tests.support.packed_files import drawn, save_awq, save_gptq
+from tests.support.packed_files import save_awq, save_gptq, spec
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -255,7 +255,7 @@ def test_what_ends_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- quantised ----------------------------------------------------------------------------------------------------------
+# ---- quantized ----------------------------------------------------------------------------------------------------------
 
 
 MOSS = {
@@ -299,12 +299,12 @@ def multiplied_with(layer: Any) -> torch.Tensor:
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("name", PACKED)
-def test_a_quantised_model_is_imitated_in_its_own_layout(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_quantized_model_is_imitated_in_its_own_layout(name: str, kind: str, tmp_path: Path) -> None:
     config, module = PACKED[name]
     made = synthetic.describe(source_of(tmp_path / "only", config), file_format=kind, shard_bytes=500_000)
     there = synthetic.write(made, tmp_path / "twin")
     assert len(made.shards) > 1
-    one = drawn(there)
+    one = spec(there)
     assert validate.check(reader.read(there), one.skeleton, one.packed) == ()
     assert one.packed is not None
     loaded: Any = AutoModelForCausalLM.from_pretrained(there, output_loading_info=True)
@@ -387,10 +387,10 @@ REFUSED = {
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_quantised_otherwise_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
+def test_what_is_quantized_otherwise_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
     config, settings, why = REFUSED[name]
     source = source_of(tmp_path / "model", config | {"torch_dtype": "float16", "quantization_config": settings})
-    with pytest.raises(UsageError, match=rf"^model is quantised \(.+\), and .*{re.escape(why)}.*: name the 16-bit model"):
+    with pytest.raises(UsageError, match=rf"^model is quantized \(.+\), and .*{re.escape(why)}.*: name the 16-bit model"):
         synthetic.describe(source)
 
 

@@ -23,10 +23,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from harness.architecture import model_spec, skeleton, synthetic, validate
 from harness.architecture.key_mapping import MOST_LETTERS, Naming, Place, Renaming
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.catalog import download, resolve, shipped
 from harness.checkpoint import reader
-from harness.checkpoint.formats.tensor_writer import TensorSpec
+from harness.checkpoint.formats.tensor_writer import TensorToWrite
 from harness.cli.entry import main
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.precisions import PRECISIONS
@@ -40,11 +40,11 @@ from harness.worker import build_skeleton as worker
 from tests.support import builders, small_models
 from tests.support.checkpoint_files import FORMS, specs, write_checkpoint
 from tests.support.gguf_files import write_llama
-from tests.support.packed_files import drawn, packed_layout, write_hollow, write_packed
+from tests.support.packed_files import packed_layout, spec, write_hollow, write_packed
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = shipped.catalog()["HuggingFaceTB/SmolLM2-135M-Instruct"].config
-Tensors = dict[str, TensorSpec]
+Tensors = dict[str, TensorToWrite]
 UP = "model.layers.3.mlp.up_proj.weight"
 
 
@@ -62,7 +62,7 @@ def smollm2() -> Tensors:
     return specs(found)
 
 
-def odd(one: Blueprint) -> tuple[str, ...]:
+def odd(one: ModelSpec) -> tuple[str, ...]:
     """What is said of the files beside that they have no tokenizer."""
     return tuple(note for note in one.notes if "tokenizer" not in note)
 
@@ -71,7 +71,7 @@ def odd(one: Blueprint) -> tuple[str, ...]:
 
 
 def changed(tensors: Tensors, name: str, **how: Any) -> Tensors:
-    return tensors | {name: TensorSpec(**{"name": name, "dtype": "bfloat16", "shape": tensors[name].shape, **how})}
+    return tensors | {name: TensorToWrite(**{"name": name, "dtype": "bfloat16", "shape": tensors[name].shape, **how})}
 
 
 def without(tensors: Tensors, part: str) -> Tensors:
@@ -79,7 +79,7 @@ def without(tensors: Tensors, part: str) -> Tensors:
 
 
 def renamed(tensors: Tensors, old: str, new: str) -> Tensors:
-    changed = (TensorSpec(name=name.replace(old, new), dtype=one.dtype, shape=one.shape) for name, one in tensors.items())
+    changed = (TensorToWrite(name=name.replace(old, new), dtype=one.dtype, shape=one.shape) for name, one in tensors.items())
     return {one.name: one for one in changed}
 
 
@@ -93,7 +93,7 @@ DAMAGES: Mapping[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "wrong shapes": (
         lambda tensors: (
-            tensors | {name: TensorSpec(name=name, dtype="bfloat16", shape=(577,)) for name in tensors if "norm" in name}
+            tensors | {name: TensorToWrite(name=name, dtype="bfloat16", shape=(577,)) for name in tensors if "norm" in name}
         ),
         f"'model.layers.0.input_layernorm.weight' is 577, the config asks for 576 (and 60 more): {BELONGS}",
     ),
@@ -159,14 +159,14 @@ def test_pytest_ends_with_the_sentence(form: str, tmp_path: Path) -> None:
 def test_the_file_with_the_wrong_tensor_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "made", SMOLLM2, list(changed(smollm2(), "model.norm.weight", shape=(9,)).values()), "shards")
     with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.safetensors: 'model\.norm\.weight' is 9, "):
-        drawn(tmp_path / "made")
+        spec(tmp_path / "made")
 
 
 def test_surplus_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = smollm2() | {"vision.weight": TensorSpec(name="vision.weight", dtype="bfloat16", shape=(4, 4))}
+    more = smollm2() | {"vision.weight": TensorToWrite(name="vision.weight", dtype="bfloat16", shape=(4, 4))}
     write_checkpoint(tmp_path / "made", SMOLLM2, list(more.values()))
     sentence = "LlamaForCausalLM has no place for 'vision.weight' in 'model.safetensors': transformers leaves out what"
-    assert sentence in odd(drawn(tmp_path / "made"))[0]
+    assert sentence in odd(spec(tmp_path / "made"))[0]
     assert main(["plan", str(tmp_path / "made"), "--ram", "16GiB", "--json"]) == 0
     assert sentence in json.loads(capsys.readouterr().out)["model"]["notes"][0]
 
@@ -196,7 +196,7 @@ def test_a_shard_without_what_the_index_says_is_named(shards: Path) -> None:
     second = shards / "model-00002-of-00003.safetensors"
     second.write_bytes((shards / "model-00003-of-00003.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: does not hold 'model\.layers\.\d+\.") as error:
-        drawn(shards)
+        spec(shards)
     assert "(and 90 more), which the index says it does: download it again" in str(error.value)
 
 
@@ -207,14 +207,14 @@ def test_swapped_shards_load_and_are_a_note(shards: Path) -> None:
     (shards / "x").rename(second)
     assert (
         "the index says that 'model.embed_tokens.weight' is in 'model-00001-of-00003.safetensors', and it is in"
-        in odd(drawn(shards))[0]
+        in odd(spec(shards))[0]
     )
 
 
 def test_shards_of_different_wholes_are_a_note(shards: Path) -> None:
     (shards / "model-00003-of-00003.safetensors").rename(shards / "model-00002-of-00002.safetensors")
     relist(shards, lambda listed: {name: file.replace("00003-of-00003", "00002-of-00002") for name, file in listed.items()})
-    notes = odd(drawn(shards))
+    notes = odd(spec(shards))
     assert notes == (
         "'model-00001-of-00003.safetensors' and 'model-00002-of-00002.safetensors' are parts of different wholes, by their names: "
         "they may be of two downloads",
@@ -225,7 +225,7 @@ def test_fewer_shards_than_their_names_say_are_a_note(shards: Path) -> None:
     for file in sorted(shards.glob("*-of-*")):
         file.rename(shards / file.name.replace("of-00003", "of-00004"))
     relist(shards, lambda listed: {name: file.replace("of-00003", "of-00004") for name, file in listed.items()})
-    assert odd(drawn(shards)) == (
+    assert odd(spec(shards)) == (
         "'model-00001-of-00004.safetensors' is one of 4 by its name, and the index lists 3 of them: they may be of two downloads",
     )
 
@@ -241,7 +241,7 @@ def test_of_shards_that_are_named_for_what_they_hold_nothing_is_said(shards: Pat
             for name, file in listed.items()
         },
     )
-    assert odd(drawn(shards)) == ()
+    assert odd(spec(shards)) == ()
 
 
 def test_of_one_shard_that_is_looked_at_nothing_is_said(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +252,7 @@ def test_of_one_shard_that_is_looked_at_nothing_is_said(shards: Path, capsys: py
 def test_a_tensor_in_two_files_is_a_note(tmp_path: Path) -> None:
     tensors = list(smollm2().values())
     write_checkpoint(tmp_path / "made", SMOLLM2, [*tensors, tensors[0]], "bin shards")
-    assert odd(drawn(tmp_path / "made")) == (
+    assert odd(spec(tmp_path / "made")) == (
         "'model.embed_tokens.weight' stands in 'pytorch_model-00001-of-00003.bin' and in 'pytorch_model-00003-of-00003.bin': "
         "the later one counts",
     )
@@ -261,10 +261,10 @@ def test_a_tensor_in_two_files_is_a_note(tmp_path: Path) -> None:
 def test_dtypes_that_change_between_files_are_a_note(tmp_path: Path) -> None:
     tensors = list(smollm2().values())
     mixed = [
-        TensorSpec(name=one.name, dtype="float32", shape=one.shape) if place > 181 else one for place, one in enumerate(tensors)
+        TensorToWrite(name=one.name, dtype="float32", shape=one.shape) if place > 181 else one for place, one in enumerate(tensors)
     ]
     write_checkpoint(tmp_path / "made", SMOLLM2, mixed, "shards")
-    note = odd(drawn(tmp_path / "made"))[0]
+    note = odd(spec(tmp_path / "made"))[0]
     assert note.startswith("'model.layers.N.") is True
     assert "is bfloat16 in 'model-00001-of-00003.safetensors' and float32 in 'model-00003-of-00003.safetensors'" in note
 
@@ -287,7 +287,7 @@ def test_a_name_without_end_meets_no_pattern() -> None:
 @pytest.mark.parametrize("name", small_models.MODELS)
 def test_what_transformers_saves_is_whole(name: str, tmp_path: Path) -> None:
     small_models.save(name, tmp_path)
-    one = drawn(tmp_path)
+    one = spec(tmp_path)
     assert one.skeleton.naming is not None
     assert odd(one) == ()
 
@@ -297,9 +297,9 @@ def test_what_is_made_of_the_catalog_is_whole(name: str, tmp_path: Path) -> None
     try:
         made = synthetic.describe(resolve.resolve(name, weights=False))
     except UsageError:
-        pytest.skip("published quantised")
+        pytest.skip("published quantized")
     synthetic.write(made, tmp_path / "made", hollow=True)
-    assert odd(drawn(tmp_path / "made")) == ()
+    assert odd(spec(tmp_path / "made")) == ()
 
 
 def published(name: str, *renames: tuple[str, str]) -> tuple[dict[str, Any], Tensors]:
@@ -312,7 +312,7 @@ def published(name: str, *renames: tuple[str, str]) -> tuple[dict[str, Any], Ten
 
 
 def more(tensors: Tensors, name: str, *shape: int, dtype: str = "float16") -> Tensors:
-    return tensors | {name: TensorSpec(name=name, dtype=dtype, shape=shape)}
+    return tensors | {name: TensorToWrite(name=name, dtype=dtype, shape=shape)}
 
 
 def stablelm() -> tuple[dict[str, Any], Tensors]:
@@ -381,7 +381,7 @@ PUBLISHED = (stablelm, llama2, moss, chatglm2, mixtral, tied_twice, base_model)
 @pytest.mark.parametrize("made", PUBLISHED)
 def test_names_that_transformers_knows_are_whole(made: Callable[[], tuple[dict[str, Any], Tensors]], tmp_path: Path) -> None:
     config, tensors = made()
-    assert odd(drawn(write_checkpoint(tmp_path / "made", config, list(tensors.values())))) == ()
+    assert odd(spec(write_checkpoint(tmp_path / "made", config, list(tensors.values())))) == ()
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_an_expert_that_is_missing_is_noticed(part: str, said: str, tmp_path: Pa
     config, tensors = mixtral()
     write_checkpoint(tmp_path / "made", config, list(without(tensors, part).values()))
     with pytest.raises(CheckpointError) as error:
-        drawn(tmp_path / "made")
+        spec(tmp_path / "made")
     assert said in str(error.value)
 
 
@@ -409,7 +409,7 @@ def test_an_expert_that_is_missing_is_noticed(part: str, said: str, tmp_path: Pa
 def test_of_the_names_of_strangers_nothing_is_said(name: str, tmp_path: Path) -> None:
     """Their own code loads them, so only what has the same name is compared."""
     config, tensors = published(name, ("model.layers.0.", "model.first."))
-    assert odd(drawn(write_checkpoint(tmp_path / "made", config, list(tensors.values())))) == ()
+    assert odd(spec(write_checkpoint(tmp_path / "made", config, list(tensors.values())))) == ()
 
 
 # Architectures that transformers converts in as many ways: experts, joined and split projections, scopes and prefixes.
@@ -440,7 +440,7 @@ def test_what_transformers_would_save_is_whole_and_anything_less_is_not(kind: st
 
 def of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> reader.Checkpoint:
     file = reader.FileInfo(name="model.safetensors", bytes=1, format="safetensors")
-    tensors = (reader.Tensor(name=one, dtype="bfloat16", shape=shapes[one], bytes=1, file=file.name) for one in shapes)
+    tensors = (reader.StoredTensor(name=one, dtype="bfloat16", shape=shapes[one], bytes=1, file=file.name) for one in shapes)
     return reader.Checkpoint(path="made", config={}, tensors=tuple(tensors), files=(file,))
 
 
@@ -487,7 +487,7 @@ def test_damage_is_noticed_exactly_where_transformers_would_miss_something(name:
         whole = {key: tensor.contiguous() for key, tensor in hurt(tensors, rng).items()}
         save_file(whole, folder / "model.safetensors", {"format": "pt"})
         try:
-            drawn(folder)
+            spec(folder)
             said = None
         except CheckpointError as error:
             said = str(error)
@@ -521,7 +521,7 @@ FIRST = "model.layers.0.self_attn.q_proj"
 )
 def test_a_config_that_describes_other_packing_is_refused(method: str, settings: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
-        drawn(packed(tmp_path, method, **settings))
+        spec(packed(tmp_path, method, **settings))
     assert said in str(error.value)
     assert BELONGS in str(error.value)
 
@@ -541,7 +541,7 @@ def test_a_part_of_a_packed_weight_that_is_missing_is_noticed(method: str, part:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{FIRST}{part}") or name.endswith("bias")}
     write_hollow(tmp_path / "model.safetensors", tensors)
     with pytest.raises(CheckpointError) as error:
-        drawn(tmp_path)
+        spec(tmp_path)
     assert said in str(error.value)
 
 
@@ -551,24 +551,24 @@ def test_packed_weights_need_a_config_that_says_so_and_the_other_way_round(tmp_p
     settings = config.pop("quantization_config")
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"says nothing of packed weights, and '.*qweight' in 'model\.safetensors' is one"):
-        drawn(tmp_path / "a")
+        spec(tmp_path / "a")
     write_checkpoint(tmp_path / "b", SMOLLM2 | {"quantization_config": settings}, list(smollm2().values()))
     with pytest.raises(
         CheckpointError, match=r"says awq 4-bit, groups of 128, and no tensor of the files is packed so \(\.qweight\)"
     ):
-        drawn(tmp_path / "b")
+        spec(tmp_path / "b")
 
 
 def test_awq_packs_whole_groups(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'model\.layers\.0\..*qweight' is of 896 inputs, which groups of 192 do not divide"):
-        drawn(packed(tmp_path, "awq", group_size=192))
+        spec(packed(tmp_path, "awq", group_size=192))
 
 
 def test_packing_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
     """Other versions of AWQ's layout, other bits for some modules, weights of bitsandbytes stored as other numbers."""
-    assert odd(drawn(packed(tmp_path / "a", "awq", version="gemv"))) == ()
-    assert odd(drawn(packed(tmp_path / "m", "gptq", bits=8, is_marlin_format=True))) == ()
-    assert odd(drawn(packed(tmp_path / "b", "gptq", bits=8, dynamic={"+:.*q_proj.*": {"bits": 4}}))) == ()
+    assert odd(spec(packed(tmp_path / "a", "awq", version="gemv"))) == ()
+    assert odd(spec(packed(tmp_path / "m", "gptq", bits=8, is_marlin_format=True))) == ()
+    assert odd(spec(packed(tmp_path / "b", "gptq", bits=8, dynamic={"+:.*q_proj.*": {"bits": 4}}))) == ()
     settings = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -576,7 +576,7 @@ def test_packing_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
         "bnb_4bit_quant_storage": "bfloat16",
     }
     folder = write_checkpoint(tmp_path / "c", SMOLLM2 | {"quantization_config": settings}, list(without(smollm2(), UP).values()))
-    assert odd(drawn(folder)) == ()
+    assert odd(spec(folder)) == ()
 
 
 @pytest.mark.parametrize(("said", "words"), [(4, "wbits 4"), (32, "wbits 32"), (None, "nothing of wbits")])
@@ -589,7 +589,7 @@ def test_the_shapes_of_moss_tell_its_bits(said: int | None, words: str, tmp_path
     write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton.named(name), 8, 128))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert download.stored_as(resolve.resolve(str(tmp_path))) == "gptq 8-bit, groups of 128"
-    one = drawn(tmp_path)
+    one = spec(tmp_path)
     assert one.packed is not None
     assert one.packed.precision == "gptq-int8"
     assert Planner(one, builders.machine(), here=False).plan(builders.case("gptq-int8", "cpu")).verdict is not Verdict.INVALID
@@ -605,7 +605,7 @@ def test_of_bits_that_are_as_moss_says_nothing_is_said(tmp_path: Path) -> None:
     name = "moss-moon-003-sft-int4"
     write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton.named(name), 4, 128))
     (tmp_path / "config.json").write_text(json.dumps(shipped.catalog()[shipped.hub_id(name)].config))
-    assert odd(drawn(tmp_path)) == ()
+    assert odd(spec(tmp_path)) == ()
 
 
 # ---- what our architectures lack --------------------------------------------------------------------------------------------
@@ -652,14 +652,14 @@ def test_a_kind_that_our_architectures_lack_is_told_before_loading(
 def test_an_embedding_that_is_packed_is_refused(tmp_path: Path) -> None:
     """As in ChatGLM-6B's int4-qe files: our class packs what is in the blocks and nothing else."""
     shutil.copytree(GOLDEN / "chatglm_l2_h64_int4", tmp_path / "qe")
-    assert odd(drawn(tmp_path / "qe")) == ()
+    assert odd(spec(tmp_path / "qe")) == ()
     file, name = tmp_path / "qe" / "model.safetensors", "transformer.word_embeddings.weight"
     tensors = load_file(file)
     rows, columns = tensors[name].shape
     packed = {name: torch.zeros(rows, columns // 2, dtype=torch.int8), f"{name}_scale": torch.ones(rows, dtype=torch.float16)}
     save_file({key: tensor for key, tensor in tensors.items() if key != name} | packed, file, {"format": "pt"})
     with pytest.raises(CheckpointError) as error:
-        drawn(tmp_path / "qe")
+        spec(tmp_path / "qe")
     assert str(error.value) == (
         f"{file}: holds '{name}' packed, and only Linear modules are loaded so, not Embedding: "
         "take a checkpoint that packs those alone, or the 16-bit one with --precision int8 or int4"
@@ -671,11 +671,11 @@ def test_a_part_that_bitsandbytes_needs_is_noticed(way: str, part: str, tmp_path
     small_models.save("llama", tmp_path / "plain")
     model: Any = small_models.load(tmp_path / "plain", PRECISIONS[way])
     model.save_pretrained(tmp_path / "packed")
-    assert odd(drawn(tmp_path / "packed")) == ()
+    assert odd(spec(tmp_path / "packed")) == ()
     file, lost = tmp_path / "packed" / "model.safetensors", f"model.layers.0.self_attn.q_proj.{part}"
     save_file({name: tensor for name, tensor in load_file(file).items() if name != lost}, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"without its '{re.escape(lost)}': download it again"):
-        drawn(tmp_path / "packed")
+        spec(tmp_path / "packed")
 
 
 # ---- GGUF -------------------------------------------------------------------------------------------------------------------
@@ -703,18 +703,18 @@ def test_a_gguf_file_is_held_against_its_metadata(tmp_path: Path) -> None:
 def test_a_missing_tokenizer_is_a_note(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "made", SMOLLM2, list(smollm2().values()))
     said = "there is no tokenizer beside the weights: prompts are token ids, and quality is not measured"
-    assert drawn(folder).notes == (said,)
-    assert drawn(folder).tokenizer is False
+    assert spec(folder).notes == (said,)
+    assert spec(folder).tokenizer is False
     done = ScoreDone(nll=0.0, positions=0, finite=True, agree=None, kl=None, answers=[], phases=[])
     judged = quality.judge(done, real_weights=True)
     assert (judged.verdict, judged.why) == ("not measured", "there is no tokenizer beside the weights, so no text was scored")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')  # its vocabulary was not downloaded
-    assert drawn(folder).notes == (said,)
+    assert spec(folder).notes == (said,)
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
-    assert drawn(folder).notes == ()
+    assert spec(folder).notes == ()
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is no tokenizer .*: download it again, or take it away"):
-        drawn(folder)
+        spec(folder)
 
 
 def test_an_unknown_model_type_is_planned_with_a_note_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -723,7 +723,7 @@ def test_an_unknown_model_type_is_planned_with_a_note_and_not_run(tmp_path: Path
     monkeypatch.chdir(tmp_path)
     config = SMOLLM2 | {"model_type": "lama"}
     folder = write_checkpoint(tmp_path / "made", config, list(smollm2().values()))
-    one = drawn(folder)
+    one = spec(folder)
     assert one.unknown is not None
     assert "no skeleton for model_type 'lama': transformers 5" in one.unknown
     assert "has no class for it, but for 'llama'" in one.unknown
@@ -739,4 +739,4 @@ def test_an_unknown_model_type_is_planned_with_a_note_and_not_run(tmp_path: Path
     finally:
         session.close()
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "a.M"}}))
-    assert drawn(folder).unknown is None  # its own code may know it
+    assert spec(folder).unknown is None  # its own code may know it

@@ -39,8 +39,8 @@ def test_it_says_in_a_line_or_two_what_was_and_what_is(name: str) -> None:
     assert ("probably" in told) == ("failed" in told)  # why it failed is inference
 
 
-def drawn(name: str) -> model_spec.Blueprint:
-    return model_spec.draw(resolve.resolve(name))
+def spec(name: str) -> model_spec.ModelSpec:
+    return model_spec.read_spec(resolve.resolve(name))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def drawn(name: str) -> model_spec.Blueprint:
 )
 def test_the_memory_of_2023_follows_from_the_files(name: str, file: str, together: str) -> None:
     """A model of float32 beside the file of float16; tests/planning/test_load_peak.py measures that on a small one."""
-    one = drawn(name)
+    one = spec(name)
     assert f"{one.checkpoint_bytes / 1e9:.0f} GB" in file
     assert f"{(4 * one.skeleton.parameters + one.checkpoint_bytes) / 1e9:.0f} GB" == together
     assert file in history(name)
@@ -57,7 +57,7 @@ def test_the_memory_of_2023_follows_from_the_files(name: str, file: str, togethe
 
 
 def test_stablelm_is_twice_as_large_in_its_files() -> None:
-    one = drawn("stablelm-tuned-alpha-7b")
+    one = spec("stablelm-tuned-alpha-7b")
     assert f"{one.checkpoint_bytes / 1e9:.1f} GB" == "31.7 GB"
     assert "31.7 GB" in history("stablelm-tuned-alpha-7b")
     cpu = planned("stablelm-tuned-alpha-7b", "fp16/cpu", ram="16GiB").tiers["cpu"]
@@ -67,8 +67,8 @@ def test_stablelm_is_twice_as_large_in_its_files() -> None:
 def test_what_moss_sends_over_pcie_with_every_token() -> None:
     """Of 34 blocks 11 lie on the card; the rest, the last norm and the head do not. 16 GB/s is what PCIe 3.0 x16 has at most."""
     name = "moss-moon-003-sft-plugin"
-    whole, away = fp16_bytes(drawn(name).skeleton, ""), fp16_bytes(drawn(name).skeleton, "lm_head", "transformer.ln_f")
-    away += sum(fp16_bytes(drawn(name).skeleton, f"transformer.h.{block}.") for block in range(11, 34))
+    whole, away = fp16_bytes(spec(name).skeleton, ""), fp16_bytes(spec(name).skeleton, "lm_head", "transformer.ln_f")
+    away += sum(fp16_bytes(spec(name).skeleton, f"transformer.h.{block}.") for block in range(11, 34))
     said = (f"{whole / GIB:.0f} GiB", f"{away / GIB:.1f} GiB", f"{away / 16e9:.1f} s")
     assert said == ("31 GiB", "20.6 GiB", "1.4 s")
     assert all(text in history(name) for text in said)
@@ -104,7 +104,7 @@ def test_what_works_now_is_planned_to_fit(name: str, case: str, machine: dict[st
 )
 def test_linux_maps_their_one_file_where_ram_and_swap_exceed_it(name: str, gib: int, verdict: str) -> None:
     machine = replace(profile(["RTX 3060 12GB"], ram=16 * GIB, disk=200 * GIB), mapping_bytes=gib * GIB)
-    assert Planner(drawn(name), machine, here=False).plan(Case(model=name, precision="int4", placement="direct")).verdict == verdict
+    assert Planner(spec(name), machine, here=False).plan(Case(model=name, precision="int4", placement="direct")).verdict == verdict
 
 
 def test_a_plan_tells_it_in_words_and_in_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +129,6 @@ def test_the_page_tells_it_beside_the_model() -> None:
 def planned(name: str, case: str, *, gpu: str | None = None, ram: str = "32GiB") -> Any:
     precision, placement = case.split("/")
     machine = profile([gpu] if gpu else [], ram=parse_size(ram), disk=parse_size("200GiB"))
-    plan = Planner(drawn(name), machine, here=False).plan(Case(model=name, precision=precision, placement=placement))
+    plan = Planner(spec(name), machine, here=False).plan(Case(model=name, precision=precision, placement=placement))
     assert plan.verdict is Verdict.FITS, plan.why
     return plan.estimate

@@ -129,7 +129,7 @@ def home(tmp_path: Path, shelf: Path, wheel: wheel_cache.Wheel, monkeypatch: pyt
 
 
 def know(monkeypatch: pytest.MonkeyPatch, wheel: wheel_cache.Wheel) -> None:
-    monkeypatch.setitem(resolve.CATALOG, NAME, resolve.Entry(title="Tiny", license="none", wheel=wheel))
+    monkeypatch.setitem(resolve.CATALOG, NAME, resolve.CatalogRow(title="Tiny", license="none", wheel=wheel))
 
 
 def left_behind(home: Path) -> set[str]:

@@ -85,8 +85,8 @@ def test_what_is_needed(kind: str, without_class: bool, with_class: bool) -> Non
 
 
 def planned(folder: Path, *, trust: bool = False) -> Any:
-    drawn = model_spec.of_checkpoint("tiny", "tiny", reader.read(folder), folder)
-    return Planner(drawn, builders.machine(), trust=trust).plan(builders.case())
+    spec = model_spec.of_checkpoint("tiny", "tiny", reader.read(folder), folder)
+    return Planner(spec, builders.machine(), trust=trust).plan(builders.case())
 
 
 @pytest.fixture
@@ -117,13 +117,13 @@ def test_architectures_of_our_own_need_no_code(name: str) -> None:
     assert shape is not None
     held = reader.FileInfo(name="model.safetensors", bytes=1, format="safetensors")
     tensors = tuple(
-        reader.Tensor(name=weight.path, dtype="float16", shape=weight.tensor.shape, bytes=1, file=held.name)
+        reader.StoredTensor(name=weight.path, dtype="float16", shape=weight.tensor.shape, bytes=1, file=held.name)
         for weight in shape.weights
     )
     code = remote_code(Empty(), config)
     read = reader.Checkpoint(path=name, config=config, tensors=tensors, files=(held,), remote_code=code)
-    drawn = model_spec.of_checkpoint("tiny", name, read, None)
-    assert [code.needed(drawn.has_class) for code in drawn.remote_code] == [False]
+    spec = model_spec.of_checkpoint("tiny", name, read, None)
+    assert [code.needed(spec.has_class) for code in spec.remote_code] == [False]
 
 
 class Empty(Directory):

@@ -32,7 +32,7 @@ from harness.checkpoint.formats.bin_header import read_bin
 from harness.checkpoint.formats.files import Cursor, LocalFile
 from harness.checkpoint.formats.gguf_header import TYPES, read_gguf
 from harness.checkpoint.formats.pickle_reader import OPERATIONS
-from harness.checkpoint.formats.safetensors_header import BITS, Tensor, read_config, read_index, read_safetensors
+from harness.checkpoint.formats.safetensors_header import BITS, StoredTensor, read_config, read_index, read_safetensors
 from harness.core.errors import CheckpointError
 from tests.support.gguf_files import small_gguf
 
@@ -53,11 +53,11 @@ def parse_bytes(tmp_path: Path, data: bytes, read: Reader) -> Any:
     return parse(path, read)
 
 
-def by_name(tensors: list[Tensor]) -> dict[str, Tensor]:
+def by_name(tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def assert_same(found: list[Tensor], state: dict[str, torch.Tensor]) -> None:
+def assert_same(found: list[StoredTensor], state: dict[str, torch.Tensor]) -> None:
     expected = {name: (str(t.dtype)[6:], tuple(t.shape), t.numel() * t.element_size()) for name, t in state.items()}
     assert {t.name: (t.dtype, t.shape, t.bytes) for t in found} == expected
 

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from harness.checkpoint.reader import Checkpoint, Tensor, read
+from harness.checkpoint.reader import Checkpoint, StoredTensor, read
 from harness.core.errors import CheckpointError, UsageError
 from tests.support.gguf_files import small_gguf
 from tests.support.hub_server import COMMIT, HubServer, serving
@@ -193,8 +193,8 @@ def test_quantization_in_words(config: dict[str, Any], words: str | None) -> Non
     assert Checkpoint(path="x", config=config, tensors=(), files=()).quantization == words
 
 
-def packed(name: str, dtype: str, *shape: int) -> Tensor:
-    return Tensor(name=name, dtype=dtype, shape=shape, bytes=1, file="f")
+def packed(name: str, dtype: str, *shape: int) -> StoredTensor:
+    return StoredTensor(name=name, dtype=dtype, shape=shape, bytes=1, file="f")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def packed(name: str, dtype: str, *shape: int) -> Tensor:
         ({}, [packed("h.0.attn.causal_mask", "bool", 1, 1, 9, 9), packed("rotary_emb.inv_freq", "float32", 9)], 0),
     ],
 )
-def test_parameters_are_weights_and_not_their_packing(config: dict[str, Any], tensors: list[Tensor], parameters: int) -> None:
+def test_parameters_are_weights_and_not_their_packing(config: dict[str, Any], tensors: list[StoredTensor], parameters: int) -> None:
     assert Checkpoint(path="x", config=config, tensors=tuple(tensors), files=()).parameters == parameters
 
 

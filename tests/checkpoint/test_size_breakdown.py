@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.reader import Checkpoint, Tensor
+from harness.checkpoint.reader import Checkpoint, StoredTensor
 from harness.checkpoint.size_breakdown import Part, Tie, anatomy, kind_of, ties
 
 
-def tensor(name: str, *shape: int, dtype: str = "float16", storage: str | None = None) -> Tensor:
+def tensor(name: str, *shape: int, dtype: str = "float16", storage: str | None = None) -> StoredTensor:
     elements = 1
     for extent in shape:
         elements *= extent
-    return Tensor(name=name, dtype=dtype, shape=shape, bytes=elements * 2, file="f", storage=storage)
+    return StoredTensor(name=name, dtype=dtype, shape=shape, bytes=elements * 2, file="f", storage=storage)
 
 
-def checkpoint(tensors: Iterable[Tensor], **config: Any) -> Checkpoint:
+def checkpoint(tensors: Iterable[StoredTensor], **config: Any) -> Checkpoint:
     return Checkpoint(path="x", config=config, tensors=tuple(tensors), files=())
 
 
-def llama_block(number: int, *, experts: int = 0) -> list[Tensor]:
+def llama_block(number: int, *, experts: int = 0) -> list[StoredTensor]:
     mlp = [f"mlp.experts.{expert}.up_proj" for expert in range(experts)] or ["mlp.up_proj"]
     block = [tensor(f"model.layers.{number}.{name}.weight", 4, 4) for name in ("self_attn.q_proj", *mlp)]
     return [*block, tensor(f"model.layers.{number}.input_layernorm.weight", 4)]
@@ -115,5 +115,5 @@ def test_any_name_has_an_anatomy(name: str) -> None:
         ),
     ],
 )
-def test_ties(tensors: list[Tensor], config: dict[str, Any], expected: list[tuple[tuple[str, ...], str, int]]) -> None:
+def test_ties(tensors: list[StoredTensor], config: dict[str, Any], expected: list[tuple[tuple[str, ...], str, int]]) -> None:
     assert ties(checkpoint(tensors, **config)) == [Tie(names=names, how=how, extra_bytes=extra) for names, how, extra in expected]

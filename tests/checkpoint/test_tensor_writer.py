@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.checkpoint.formats.tensor_writer import ALIGNMENT, TensorSpec, write_bin, write_safetensors
+from harness.checkpoint.formats.tensor_writer import ALIGNMENT, TensorToWrite, write_bin, write_safetensors
 
 TENSORS = (
-    TensorSpec(name="a.weight", dtype="float16", shape=(300, 70)),
-    TensorSpec(name="名", dtype="bool", shape=(1, 1, 8, 8)),
-    TensorSpec(name="c", dtype="bfloat16", shape=(5,)),
-    TensorSpec(name="d", dtype="float32", shape=()),
+    TensorToWrite(name="a.weight", dtype="float16", shape=(300, 70)),
+    TensorToWrite(name="名", dtype="bool", shape=(1, 1, 8, 8)),
+    TensorToWrite(name="c", dtype="bfloat16", shape=(5,)),
+    TensorToWrite(name="d", dtype="float32", shape=()),
 )
 
 
-def counted(tensor: TensorSpec) -> Iterator[memoryview]:
+def counted(tensor: TensorToWrite) -> Iterator[memoryview]:
     data = bytes(index % 2 for index in range(tensor.bytes))
     yield memoryview(data[:7])
     yield memoryview(data[7:])
@@ -55,7 +55,7 @@ def test_safetensors_reads_what_write_safetensors_wrote(tmp_path: Path) -> None:
 
 
 def test_hollow_files_have_their_size_and_take_no_disk(tmp_path: Path) -> None:
-    large = [TensorSpec(name=f"w{index}", dtype="float16", shape=(1 << 16, 1 << 14)) for index in range(6)]  # 2 GiB each
+    large = [TensorToWrite(name=f"w{index}", dtype="float16", shape=(1 << 16, 1 << 14)) for index in range(6)]  # 2 GiB each
     write_bin(tmp_path / "x.bin", large, None)
     write_safetensors(tmp_path / "x.safetensors", large, None)
     for name in ("x.bin", "x.safetensors"):

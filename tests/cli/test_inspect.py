@@ -90,11 +90,11 @@ def test_the_table_says_it_in_words_and_bars(say: Said, model: Path) -> None:
     assert " ".join(mlp[:-1]) == "2 x 656 bytes mlp 512 1.00 KiB 64.0 %", "the second row of a run tells of its blocks"
 
 
-def test_dtypes_and_what_is_quantised_already(say: Said, tmp_path: Path) -> None:
+def test_dtypes_and_what_is_quantized_already(say: Said, tmp_path: Path) -> None:
     path = small_gguf(tmp_path / "small.gguf")
     for place in (path, tmp_path):
         text = say(place)[1]
-        assert "quantised     gguf q4_1, q8_0" in text
+        assert "quantized     gguf q4_1, q8_0" in text
         dtypes = text[text.index("dtype ") : text.index("block ")].split()
         assert [word for word in dtypes if word[0] in "qf"] == ["q8_0", "q4_1", "float16"]
     assert shown(say, path)["quantization"] == "gguf q4_1, q8_0"

@@ -17,7 +17,7 @@ import pytest
 from harness.catalog import resolve, shipped
 from harness.cli.entry import main
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import USUAL
+from harness.core.precisions import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ("--gpu", "RTX 3060 12GB", "--ram", "32GiB")
@@ -70,7 +70,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
     assert found["workload"] == {"prompt_tokens": 64, "new_tokens": 16, "batch": 1}
     assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]
     assert found["machine"]["tiers"][0].keys() == {"name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s"}
-    usual = list(USUAL)
+    usual = list(DEFAULTS)
     assert [plan["precision"] for plan in found["plans"]] == [name for name in usual for _ in distinct(PLACEMENTS, gpus=1)]
     for plan in found["plans"]:
         assert plan.keys() == PLAN_KEYS

@@ -33,7 +33,7 @@ def test_what_needs_a_gpu_uses_it(row: Placement) -> None:
 
 @ROWS
 def test_what_must_spill_has_a_rule_for_how_much(row: Placement) -> None:
-    assert ("spills" in row.traits) == (row.limits is not None)
+    assert ("offloads_to_cpu" in row.traits) == (row.limits is not None)
     assert row.limits is None or row.limits in LIMITS
 
 

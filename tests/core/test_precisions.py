@@ -27,21 +27,21 @@ def test_dtypes_are_torch_s(row: Precision) -> None:
 
 @ROWS
 def test_every_row_is_made_on_loading_or_stored_or_plain(row: Precision) -> None:
-    assert (row.quantization is None or row.never is not None or row.only is not None) == (row.scheme is None)
+    assert (row.quantization is None or row.unsupported is not None or row.requires_checkpoint is not None) == (row.scheme is None)
     assert row.scheme is None or row.scheme in SCHEMES
-    assert row.only is None or row.stored is not None
+    assert row.requires_checkpoint is None or row.stored is not None
 
 
 @ROWS
-def test_what_is_not_quantised_holds_what_it_asks_for(row: Precision) -> None:
-    if row.quantization is None and row.only is None:
-        assert row.holds == row.dtype
+def test_what_is_not_quantized_holds_what_it_asks_for(row: Precision) -> None:
+    if row.quantization is None and row.requires_checkpoint is None:
+        assert row.linear_dtype == row.dtype
         assert row.bits == torch.finfo(getattr(torch, row.dtype)).bits
 
 
 @ROWS
 def test_transformers_takes_the_quantization_as_it_is_and_fully(row: Precision) -> None:
-    if row.quantization is None or isinstance(row.quantization, Config) or row.never:
+    if row.quantization is None or isinstance(row.quantization, Config) or row.unsupported:
         return
     from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -54,8 +54,8 @@ def test_transformers_takes_the_quantization_as_it_is_and_fully(row: Precision) 
 @ROWS
 def test_a_refusal_is_of_a_trait_that_a_placement_has_and_gives_a_reason(row: Precision) -> None:
     traits = {trait for placement in PLACEMENTS.values() for trait in placement.traits}
-    assert row.refuses.keys() <= traits
-    assert all(row.refuses.values())
+    assert row.incompatible.keys() <= traits
+    assert all(row.incompatible.values())
 
 
 @pytest.mark.parametrize(

@@ -64,20 +64,20 @@ def _commands() -> Rows:
 def _precisions() -> Rows:
     for row in PRECISIONS.values():
         needs = [*_needs(row), *_capability(row)]
-        yield f"`{row.name}`", row.title, f"{row.bits:.3g}", _YES if row.usual else "", "; ".join(needs)
+        yield f"`{row.name}`", row.title, f"{row.bits:.3g}", _YES if row.default else "", "; ".join(needs)
 
 
 def _precisions_in_short() -> Rows:
-    for row in (row for row in PRECISIONS.values() if not row.never):
+    for row in (row for row in PRECISIONS.values() if not row.unsupported):
         yield f"`{row.name}`", row.title, "; ".join([*_needs(row), *(["GPU"] if _needs_gpu(row) else [])])
 
 
 def _needs(row: Precision) -> Iterator[str]:
     """Say what a precision asks for beyond the packages that every installation has."""
-    if row.never:
-        yield row.never
-    if row.only:
-        yield f"{row.only} checkpoint"
+    if row.unsupported:
+        yield row.unsupported
+    if row.requires_checkpoint:
+        yield f"{row.requires_checkpoint} checkpoint"
     if row.extra:
         yield f"extra `{row.extra}`"
 
@@ -88,7 +88,7 @@ def _capability(row: Precision) -> Iterator[str]:
 
 
 def _needs_gpu(row: Precision) -> bool:
-    return "ram" in row.refuses
+    return "ram" in row.incompatible
 
 
 def _placements() -> Rows:

@@ -26,7 +26,7 @@ from harness.core.records import Case, Interference, Plan, Result, Workload
 from harness.machine import probe
 from harness.planning.feasibility import decide
 from harness.run import forkserver, worker_process
-from harness.run.runner import Run, Setting, Subject
+from harness.run.runner import CaseModel, Run, RunContext
 from tests.support.reporting import Figure
 
 RUNS, MOST_ATTEMPTS = 20, 60
@@ -38,8 +38,8 @@ class Bench(NamedTuple):
     """What all runs share."""
 
     plan: Plan
-    subject: Subject
-    setting: Setting
+    subject: CaseModel
+    setting: RunContext
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def bench() -> Iterator[Bench]:
     location = download.fetch(resolve.DEFAULT)
     forkserver.warm_up(["transformers.models.llama.modeling_llama"])
     with TemporaryDirectory(prefix="burner-") as scratch:
-        setting = Setting(
+        setting = RunContext(
             run="burner",
             machine=probe.probe(),
             environment=probe.versions(),
@@ -56,7 +56,7 @@ def bench() -> Iterator[Bench]:
             timeout_s=600,
         )
         case = Case(model=resolve.DEFAULT, precision="bf16", placement="cpu", workload=WORK)
-        yield Bench(decide(case, setting.machine, reader.read(location)), Subject(location=location), setting)
+        yield Bench(decide(case, setting.machine, reader.read(location)), CaseModel(location=location), setting)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import pytest
 from msgspec.structs import replace
 
 from harness.catalog import download, resolve
-from harness.core.precisions import USUAL
+from harness.core.precisions import DEFAULTS
 from harness.core.records import Outcome, Result, Verdict
 from harness.core.units import MIB, format_share, format_size
 from harness.machine import cgroup
@@ -47,7 +47,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     for name in SYNTHETIC:
         subprocess.run([sys.executable, HERE.parent / "accuracy/synthetic.py", folder, name], check=True, capture_output=True)
     models = [str(folder / name) for name in (resolve.DEFAULT, *SYNTHETIC)]
-    given = {"model": models, "precision": list(USUAL), "placement": ["cpu"], "results": str(folder / "results"), **WORK}
+    given = {"model": models, "precision": list(DEFAULTS), "placement": ["cpu"], "results": str(folder / "results"), **WORK}
     one = Session(Options(given=given))
     one.prepare(one.cases())
     yield one

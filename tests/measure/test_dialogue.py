@@ -18,7 +18,7 @@ from harness.measure.dialogue import DIALOGUES, Written
 from harness.measure.protocol import Load, Score, ScoreDone
 from harness.planning.code import loading_code
 from harness.run import worker_process
-from harness.run.runner import Run, Setting, Subject
+from harness.run.runner import CaseModel, Run, RunContext
 from harness.worker import model as work
 from harness.worker import quality_probe
 from tests.support import builders, moss_files
@@ -271,7 +271,7 @@ def test_a_model_that_does_not_is_found_out(tmp_path: Path, call: Written, answe
 
 def run(folder: Path, scratch: Path, **changes: Any) -> Result:
     """Judge the model in a worker of its own, as cases/test_quality.py does."""
-    setting = Setting(
+    setting = RunContext(
         run="a run",
         machine=builders.machine(),
         environment={},
@@ -280,7 +280,7 @@ def run(folder: Path, scratch: Path, **changes: Any) -> Result:
         timeout_s=100.0,
     )
     plan = Plan(case=Case(model=folder.name, precision="fp32", placement="cpu"), verdict=Verdict.UNKNOWN, code=loading())
-    judged = Run(plan, Subject(location=folder, ours=True, keep_file=scratch / "kept.npy", **changes), setting)
+    judged = Run(plan, CaseModel(location=folder, native=True, keep_file=scratch / "kept.npy", **changes), setting)
     judged.score()
     return judged.finish()
 

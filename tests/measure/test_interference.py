@@ -19,7 +19,7 @@ from harness.core.records import GpuInterference, Interference
 from harness.core.units import MIB
 from harness.machine import cgroup
 from harness.measure import interference, system_counters
-from harness.measure.interference import Watch, noise
+from harness.measure.interference import InterferenceWatch, noise
 from harness.measure.sampler import Gpus
 from harness.measure.system_counters import Cpu, Swap, Used
 from tests.machine.test_probe import Nvml
@@ -58,7 +58,7 @@ class System:
         **changes: float,
     ) -> Interference:
         """Let time go by, in which so many cores were used, `kernel` those of kernel threads."""
-        watch = Watch(os.getpid())
+        watch = InterferenceWatch(os.getpid())
         watch.begin()
         self.now_s += seconds
         self.own_s += own * seconds
@@ -91,7 +91,7 @@ def test_ticks_make_no_time_negative(system: System) -> None:
 
 
 def test_times_count_from_the_origin(system: System) -> None:
-    watch = Watch(os.getpid(), origin_s=system.now_s - 5)
+    watch = InterferenceWatch(os.getpid(), origin_s=system.now_s - 5)
     watch.begin()
     system.now_s += 2
     found = watch.end("load")
@@ -100,7 +100,7 @@ def test_times_count_from_the_origin(system: System) -> None:
 
 def test_a_system_that_counts_nothing_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_counters, "cpu", scripted.no_counters)
-    watch = Watch(os.getpid())
+    watch = InterferenceWatch(os.getpid())
     watch.begin()
     found = watch.end("warm")
     assert (found.cpus, found.others_cores, found.swapped_bytes, found.why) == (None, None, None, "")
@@ -109,7 +109,7 @@ def test_a_system_that_counts_nothing_disturbs_nobody(monkeypatch: pytest.Monkey
 
 def test_a_worker_that_is_gone_is_no_error() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    watch = Watch(gone.pid)
+    watch = InterferenceWatch(gone.pid)
     watch.begin()
     gone.wait()
     assert watch.end("warm").others_cores is None
@@ -119,8 +119,8 @@ def test_a_worker_that_is_gone_is_no_error() -> None:
 def test_a_process_that_is_not_ours_is_seen(monkeypatch: pytest.MonkeyPatch, linux: bool) -> None:
     """With the real counters: a burner beside our own tree; it gets a part of a core whatever else runs here."""
     monkeypatch.setattr(system_counters, "LINUX", linux)
-    watch, ours = Watch(os.getpid()), subprocess.Popen([sys.executable, "-c", BURN])
-    watch = Watch(ours.pid)
+    watch, ours = InterferenceWatch(os.getpid()), subprocess.Popen([sys.executable, "-c", BURN])
+    watch = InterferenceWatch(ours.pid)
     with ours, subprocess.Popen([sys.executable, "-c", BURN]) as burner:
         watch.begin()
         before = sum(psutil.Process(burner.pid).cpu_times()[:2])
@@ -222,7 +222,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def on_gpu(gpus: Gpus, during: Callable[[], object] = lambda: None) -> Interference:
-    watch = Watch(os.getpid(), gpus=gpus)
+    watch = InterferenceWatch(os.getpid(), gpus=gpus)
     watch.begin()
     during()
     watch.glance()
@@ -284,7 +284,7 @@ def test_a_card_s_clock_stands_beside_its_highest(install: Install) -> None:
 def test_clocks_are_looked_at_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = itertools.count()
     monkeypatch.setattr(system_counters, "cpu_mhz", lambda _: 3000.0 + 0 * next(looks))
-    watch = Watch(os.getpid())
+    watch = InterferenceWatch(os.getpid())
     watch.begin()
     for _ in range(1000):
         watch.glance()

@@ -14,10 +14,10 @@ from msgspec.structs import replace
 from harness.core.records import Outcome, Result
 from harness.core.units import GIB, MIB
 from harness.machine import cgroup, headroom
-from harness.measure.limits import RULES, Breach, Guard, Limits, judge
+from harness.measure.limits import RULES, Breach, LimitGuard, Limits, judge
 from harness.measure.sampler import Sample
 from harness.planning import feasibility
-from harness.run.runner import CaseEnded, Run, Setting, Subject
+from harness.run.runner import CaseEnded, CaseModel, Run, RunContext
 from tests.support import builders, scripted
 
 SAMPLE = Sample(at_s=1.0, ram_bytes=3 * GIB, anon_bytes=2 * GIB, vram_bytes={"gpu:0": GIB, "gpu:1": 5 * GIB})
@@ -52,7 +52,7 @@ def test_no_gpu_breaks_no_limit_on_vram() -> None:
 
 def test_a_case_is_ended_once() -> None:
     ended: list[str] = []
-    guarding = Guard(Limits(anon_bytes=GIB), ended.append)
+    guarding = LimitGuard(Limits(anon_bytes=GIB), ended.append)
     for _ in range(3):
         guarding(SAMPLE)
     assert ended == ["ram-limit"]
@@ -73,7 +73,7 @@ def test_the_floor_leaves_most_of_a_machine_to_use() -> None:
 def run(scratch: Path, behaviour: str, ram_bytes: int | None = None) -> Result:
     """Run a scripted case to its end, as far as it comes."""
     decided = feasibility.decide(replace(builders.case(), ram_bytes=ram_bytes), builders.machine(), None)
-    setting = Setting(
+    setting = RunContext(
         run="20261124T080000Z-abc123",
         machine=builders.machine(),
         environment={},
@@ -82,7 +82,7 @@ def run(scratch: Path, behaviour: str, ram_bytes: int | None = None) -> Result:
         timeout_s=60,
     )
     (scratch / "tiny").mkdir()
-    case = Run(decided, Subject(location=scratch / "tiny"), setting)
+    case = Run(decided, CaseModel(location=scratch / "tiny"), setting)
     with contextlib.suppress(CaseEnded):
         case.load()
         case.first_round()

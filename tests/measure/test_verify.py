@@ -27,14 +27,17 @@ def failing(plan: Plan, found: Loaded) -> dict[str, str]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_precision_that_took_effect_is_ok(precision: str) -> None:
-    assert checks(planned(precision), loaded({PRECISIONS[precision].holds: GIB})) == EVERYTHING_RIGHT
+    assert checks(planned(precision), loaded({PRECISIONS[precision].linear_dtype: GIB})) == EVERYTHING_RIGHT
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_precision_that_did_not_take_effect_is_told_with_what_was_found(precision: str) -> None:
     said = failing(planned(precision), loaded({"float64": GIB}))
     assert said.keys() == {"precision"}
-    assert f"{precision} did not take effect: 0.0 % of the Linear weights are {PRECISIONS[precision].holds}" in said["precision"]
+    assert (
+        f"{precision} did not take effect: 0.0 % of the Linear weights are {PRECISIONS[precision].linear_dtype}"
+        in said["precision"]
+    )
     assert "(float64 1.00 GiB)" in said["precision"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from harness.architecture import model_spec, skeleton
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.catalog.shipped import catalog as known
 from harness.checkpoint.reader import read
@@ -22,24 +22,24 @@ from harness.core.units import GIB, MIB
 from harness.machine.gpus import profile
 from harness.planning.calibration import default
 from harness.planning.cost import estimate, memory
-from harness.planning.cost.footprint import Count
+from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
-from harness.planning.cost.memory import Kept
+from harness.planning.cost.memory import WeightFormat
 from harness.planning.planner import GOOD, Planner
 from harness.planning.recommend import recommend
 from tests.support.checkpoint_files import write_safetensors
 
-CHATGLM = model_spec.draw(resolve.resolve("chatglm-6b"))
+CHATGLM = model_spec.read_spec(resolve.resolve("chatglm-6b"))
 RTX_3060 = profile(["RTX 3060 12GB"], ram=32 * GIB)
 
 
-def planner(drawn: Blueprint = CHATGLM, machine: Machine = RTX_3060) -> Planner:
-    return Planner(drawn, machine, here=False)
+def planner(spec: ModelSpec = CHATGLM, machine: Machine = RTX_3060) -> Planner:
+    return Planner(spec, machine, here=False)
 
 
-def case(text: str, drawn: Blueprint = CHATGLM, **workload: int) -> Case:
+def case(text: str, spec: ModelSpec = CHATGLM, **workload: int) -> Case:
     precision, placement = text.split("/")
-    return Case(model=drawn.name, precision=precision, placement=placement, workload=Workload(**workload))
+    return Case(model=spec.name, precision=precision, placement=placement, workload=Workload(**workload))
 
 
 def tier(plan: Plan, name: str) -> TierEstimate:
@@ -50,15 +50,15 @@ def tier(plan: Plan, name: str) -> TierEstimate:
 # ---- weights ----------------------------------------------------------------------------------------------------------
 
 
-def weights(name: str, kept: Kept) -> int:
+def weights(name: str, kept: WeightFormat) -> int:
     return sum(memory.weight_bytes(skeleton.named(name), kept).values())
 
 
-def test_weights_of_chatglm_are_as_its_own_quantiser_leaves_them() -> None:
+def test_weights_of_chatglm_are_as_its_own_quantizer_leaves_them() -> None:
     """Facts: 6.25 GiB in int8 with a 16-bit scale a row; LLM.int8's are of 32 bits."""
     rows = 28 * (12288 + 4096 + 16384 + 4096)
-    assert weights("chatglm-6b", Kept(dtype="float16", quantizer="int8")) == pytest.approx(6.71e9 + 2 * rows, rel=0.005)
-    assert weights("chatglm-6b", Kept(dtype="float16")) == pytest.approx(2 * 6_173_286_400, rel=0.001)
+    assert weights("chatglm-6b", WeightFormat(dtype="float16", quantizer="int8")) == pytest.approx(6.71e9 + 2 * rows, rel=0.005)
+    assert weights("chatglm-6b", WeightFormat(dtype="float16")) == pytest.approx(2 * 6_173_286_400, rel=0.001)
 
 
 @pytest.mark.parametrize(
@@ -66,21 +66,21 @@ def test_weights_of_chatglm_are_as_its_own_quantiser_leaves_them() -> None:
 )
 def test_int4_holds_linears_in_4_bits_and_a_float_for_64_and_leaves_the_rest(name: str, bits: float) -> None:
     found = skeleton.named(name)
-    linear = sum(weight.elements for weight in found.weights if weight.quantises)
+    linear = sum(weight.elements for weight in found.weights if weight.quantizes)
     others = found.parameters - linear
     expected = linear * bits / 8 + others * 2
-    assert weights(name, Kept(dtype="bfloat16", quantizer="int4")) == pytest.approx(expected, rel=0.001)
+    assert weights(name, WeightFormat(dtype="bfloat16", quantizer="int4")) == pytest.approx(expected, rel=0.001)
 
 
 def test_experts_that_are_stacked_stay_in_16_bits() -> None:
     """transformers 5 stacks them, and bitsandbytes replaces Linear modules only."""
-    plain, packed = (weights("mixtral-8x7b-instruct-v0.1", Kept(dtype="bfloat16", quantizer=how)) for how in (None, "int4"))
+    plain, packed = (weights("mixtral-8x7b-instruct-v0.1", WeightFormat(dtype="bfloat16", quantizer=how)) for how in (None, "int4"))
     assert packed > 0.9 * plain
 
 
-def test_a_checkpoint_that_is_quantised_already_has_the_size_it_has_on_the_hub() -> None:
+def test_a_checkpoint_that_is_quantized_already_has_the_size_it_has_on_the_hub() -> None:
     """Of those in one .bin see tests/planning/test_stored.py."""
-    assert model_spec.draw(resolve.resolve("gpt-oss-20b")).checkpoint_bytes == pytest.approx(13.761e9, rel=0.001)
+    assert model_spec.read_spec(resolve.resolve("gpt-oss-20b")).checkpoint_bytes == pytest.approx(13.761e9, rel=0.001)
 
 
 # ---- KV cache -----------------------------------------------------------------------------------------------------------
@@ -111,14 +111,14 @@ PUBLISHED = [
 ]
 
 
-def allocated(name: str, prompt: int, new: int, kept: Kept) -> int:
-    drawn = model_spec.draw(resolve.resolve(name))
-    count = Count(Inventory(drawn, kept), "gpu:0", Workload(prompt_tokens=prompt, new_tokens=new), default())
+def allocated(name: str, prompt: int, new: int, kept: WeightFormat) -> int:
+    spec = model_spec.read_spec(resolve.resolve(name))
+    count = Footprint(Inventory(spec, kept), "gpu:0", Workload(prompt_tokens=prompt, new_tokens=new), default())
     return estimate.memory(count, RTX_3060)["gpu:0"].allocated_bytes
 
 
 def test_vram_is_what_was_published() -> None:
-    kept = Kept(dtype="bfloat16")
+    kept = WeightFormat(dtype="bfloat16")
     errors = [abs(allocated(f"Qwen/{name}", prompt, 2048, kept) / (size * GIB) - 1) for name, prompt, size in PUBLISHED]
     assert statistics.median(errors) < 0.01
     assert max(errors) < 0.03
@@ -126,7 +126,7 @@ def test_vram_is_what_was_published() -> None:
 
 def test_llama_in_nf4_is_what_was_published() -> None:
     """GPTQ-for-LLaMa on an RTX 3090, 2048 tokens: 5102 MiB in nf4; its fp16 row leaves 72 MiB beside weights and cache."""
-    found = allocated("llama-2-7b-hf", 1, 2048, Kept(dtype="float16", quantizer="int4"))
+    found = allocated("llama-2-7b-hf", 1, 2048, WeightFormat(dtype="float16", quantizer="int4"))
     assert found / MIB == pytest.approx(5102, rel=0.04)
 
 
@@ -136,9 +136,9 @@ def test_llama_in_nf4_is_what_was_published() -> None:
 @pytest.mark.parametrize("name", ["chatglm-6b", "gpt-oss-20b", "deepseek-v2-lite-chat", "gemma-2-9b-it", "smollm2-135m-instruct"])
 @pytest.mark.parametrize("machine", [RTX_3060, profile([], ram=64 * GIB), profile([], ram=8 * GIB)], ids=lambda found: found.name)
 def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
-    drawn = model_spec.draw(resolve.resolve(name))
-    cases = [case(f"{precision}/{placement}", drawn) for precision in PRECISIONS for placement in PLACEMENTS]
-    for plan in planner(drawn, machine).plans(cases):
+    spec = model_spec.read_spec(resolve.resolve(name))
+    cases = [case(f"{precision}/{placement}", spec) for precision in PRECISIONS for placement in PLACEMENTS]
+    for plan in planner(spec, machine).plans(cases):
         if plan.estimate is None:
             continue
         for found in plan.estimate.tiers.values():
@@ -150,7 +150,7 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
         for span in (plan.estimate.load_s, plan.estimate.first_token_s, plan.estimate.decode_tok_s):
             assert 0 < span.low <= span.best <= span.high
         held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
-        kept = estimate.kept(PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", drawn)
+        kept = estimate.kept(PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec)
         assert held == pytest.approx(weights(name, kept), rel=0.001)
 
 
@@ -204,10 +204,10 @@ def test_what_nobody_told_is_not_guessed() -> None:
     assert (plan.verdict, plan.why) == (Verdict.UNAVAILABLE, "nobody told how much memory cpu has: add --ram SIZE")
 
 
-def test_a_quantised_checkpoint_is_not_quantised_again() -> None:
-    drawn = model_spec.draw(resolve.resolve("moss-moon-003-sft-int4"))
-    assert planner(drawn).plan(case("int8/direct", drawn)).verdict is Verdict.INVALID
-    assert planner(drawn).plan(case("gptq-int4/direct", drawn)).verdict in GOOD
+def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
+    spec = model_spec.read_spec(resolve.resolve("moss-moon-003-sft-int4"))
+    assert planner(spec).plan(case("int8/direct", spec)).verdict is Verdict.INVALID
+    assert planner(spec).plan(case("gptq-int4/direct", spec)).verdict in GOOD
 
 
 def test_the_recommendation_fits_and_says_why() -> None:
@@ -223,14 +223,14 @@ def test_the_recommendation_fits_and_says_why() -> None:
 
 
 def test_the_largest_context_is_where_it_stops_to_fit() -> None:
-    drawn = model_spec.draw(resolve.resolve("llama-3.1-8b-instruct"))
-    asked = planner(drawn, profile(["RTX 4090"], ram=32 * GIB))
-    plan = asked.plan(case("bf16/direct", drawn))
+    spec = model_spec.read_spec(resolve.resolve("llama-3.1-8b-instruct"))
+    asked = planner(spec, profile(["RTX 4090"], ram=32 * GIB))
+    plan = asked.plan(case("bf16/direct", spec))
     most = asked.max_context(plan)
     assert most is not None
     assert 4096 < most < 131072
     for context, fits in ((most, True), (most + 200, False)):
-        longer = asked.plan(case("bf16/direct", drawn, prompt_tokens=context - Workload().new_tokens))
+        longer = asked.plan(case("bf16/direct", spec, prompt_tokens=context - Workload().new_tokens))
         assert (longer.verdict in GOOD) == fits
 
 
@@ -249,12 +249,12 @@ def test_an_unknown_architecture_is_planned_from_its_tensors_and_says_so(tmp_pat
         '{"model_type": "nobody-knows", "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 1000}'
     )
     (tmp_path / "config.json").write_text(config)
-    drawn = model_spec.of_checkpoint("odd", str(tmp_path), read(tmp_path), tmp_path)
-    assert drawn.rough
-    assert "planned from its tensors" in drawn.notes[0]
-    found = drawn.skeleton
+    spec = model_spec.of_checkpoint("odd", str(tmp_path), read(tmp_path), tmp_path)
+    assert spec.rough
+    assert "planned from its tensors" in spec.notes[0]
+    found = spec.skeleton
     linear = layers * hidden * (3 * hidden + 256)
-    assert sum(weight.elements for weight in found.weights if weight.quantises) == linear
+    assert sum(weight.elements for weight in found.weights if weight.quantizes) == linear
     assert sum(memory.kv_bytes(found, 10, 1, 2)) == layers * 10 * 2 * hidden * 2
 
 
@@ -277,34 +277,34 @@ def test_a_tied_head_that_is_stored_again_takes_memory_until_it_is_tied(way: str
     """Views: its pages are read to compare it and stay mapped with its file. Casts: it is made as well, and dropped."""
     head = next(2 * weight.elements for weight in CHATGLM.skeleton.weights if weight.tied_to)
     once = replace(CHATGLM, repeated=frozenset())
-    twice, without = (tier(planner(drawn, profile([], ram=64 * GIB)).plan(case(way)), "cpu") for drawn in (CHATGLM, once))
+    twice, without = (tier(planner(spec, profile([], ram=64 * GIB)).plan(case(way)), "cpu") for spec in (CHATGLM, once))
     assert twice.load_anon_bytes - without.load_anon_bytes == anonymous * head
     assert twice.peak_bytes - without.peak_bytes == pytest.approx((anonymous + pages) * head, abs=2)
     assert twice.weights_bytes == without.weights_bytes
 
 
 def test_a_cache_that_keeps_what_few_experts_read_leaves_nothing_below_zero() -> None:
-    drawn = model_spec.draw(resolve.resolve("mixtral-8x7b-instruct-v0.1"))
+    spec = model_spec.read_spec(resolve.resolve("mixtral-8x7b-instruct-v0.1"))
     for ram in (24, 48, 80):
-        plan = planner(drawn, with_disk(profile([], ram=ram * GIB), 2e9)).plan(case("bf16/disk", drawn))
+        plan = planner(spec, with_disk(profile([], ram=ram * GIB), 2e9)).plan(case("bf16/disk", spec))
         assert plan.estimate is not None
         for span in (plan.estimate.first_token_s, plan.estimate.decode_tok_s):
             assert 0 < span.low <= span.best <= span.high
 
 
 def test_a_file_that_the_system_does_not_map_is_too_big_however_it_is_placed() -> None:
-    drawn, machine = model_spec.draw(resolve.resolve("codegen-16b-mono")), profile(["A100 80GB"], ram=24 * GIB)
+    spec, machine = model_spec.read_spec(resolve.resolve("codegen-16b-mono")), profile(["A100 80GB"], ram=24 * GIB)
     small = replace(machine, mapping_bytes=24 * GIB)
     for way in ("fp16/direct", "int4/direct", "fp16/disk"):
-        plan = planner(drawn, small).plan(case(way, drawn))
+        plan = planner(spec, small).plan(case(way, spec))
         assert plan.verdict is Verdict.TOO_BIG
         assert plan.why is not None
         assert plan.why.startswith(
             "too big for cpu: its only file, a .bin, has 30.0 GiB, and Linux maps no file larger than 24.0 GiB"
         )
     for other in (machine, replace(machine, mapping_bytes=32 * GIB)):
-        assert planner(drawn, other).plan(case("fp16/direct", drawn)).verdict is Verdict.FITS
-    shards = replace(drawn, largest_file=("pytorch_model-00001-of-00004.bin", 10 * GIB))
+        assert planner(spec, other).plan(case("fp16/direct", spec)).verdict is Verdict.FITS
+    shards = replace(spec, largest_file=("pytorch_model-00001-of-00004.bin", 10 * GIB))
     assert planner(shards, small).plan(case("fp16/direct", shards)).verdict is Verdict.FITS
 
 
@@ -345,22 +345,22 @@ def test_nothing_is_read_twice_for_the_first_token_where_every_token_reads_all()
 
 def test_one_file_stays_mapped_whole_and_of_several_those_that_the_ram_holds_nothing_of_go() -> None:
     """Measured: CodeGen 6B fills 8 GiB from its one .bin, ChatGLM 6B from eight takes what lies in RAM."""
-    drawn = model_spec.draw(resolve.resolve("codegen-6b-mono"))
-    shards = replace(drawn, largest_file=("a file", drawn.checkpoint_bytes // 8))
-    plans = [planner(one, profile([], ram=64 * GIB)).plan(case("fp16/disk", one)) for one in (drawn, shards)]
+    spec = model_spec.read_spec(resolve.resolve("codegen-6b-mono"))
+    shards = replace(spec, largest_file=("a file", spec.checkpoint_bytes // 8))
+    plans = [planner(one, profile([], ram=64 * GIB)).plan(case("fp16/disk", one)) for one in (spec, shards)]
     alone, several = (tier(plan, "cpu") for plan in plans)
     written = tier(plans[0], "disk").weights_bytes
     assert alone.peak_bytes - several.load_peak_bytes > several.weights_bytes * 0.9
     assert alone.load_peak_bytes == several.load_peak_bytes == pytest.approx(written, rel=0.1)
     assert several.peak_bytes == max(several.load_peak_bytes, several.needed_bytes)
-    assert several.high_bytes - several.needed_bytes > drawn.checkpoint_bytes // 8
+    assert several.high_bytes - several.needed_bytes > spec.checkpoint_bytes // 8
     assert alone.needed_bytes == several.needed_bytes
 
 
 def test_what_is_being_written_leaves_less_of_the_ram_to_what_is_read() -> None:
     """Measured: of 14 GiB that MOSS writes into its offload folder 13.2 to 14.9 were resident in 22 GiB."""
-    drawn = model_spec.draw(resolve.resolve("moss-moon-003-sft"))
-    roomy, full = (tier(planner(drawn, profile([], ram=ram * GIB)).plan(case("fp16/disk", drawn)), "cpu") for ram in (64, 22))
+    spec = model_spec.read_spec(resolve.resolve("moss-moon-003-sft"))
+    roomy, full = (tier(planner(spec, profile([], ram=ram * GIB)).plan(case("fp16/disk", spec)), "cpu") for ram in (64, 22))
     assert full.load_peak_bytes == pytest.approx(22 * GIB * default()["ram_resident_share_writing"].best, abs=2)
     assert roomy.load_peak_bytes > 1.1 * full.load_peak_bytes
 
@@ -411,12 +411,12 @@ def test_under_a_limit_the_machine_keeps_what_is_beyond_it(spare: int, verdict: 
 
 def test_own_dispatch_holds_a_file_whole_that_is_no_safetensors() -> None:
     """accelerate reads it by torch.load, without mapping it: the weights are anonymous, and beside them what others hold of it."""
-    drawn = model_spec.draw(resolve.resolve("codegen-6b-mono"))
-    shards = replace(drawn, largest_file=("a file", GIB))
+    spec = model_spec.read_spec(resolve.resolve("codegen-6b-mono"))
+    shards = replace(spec, largest_file=("a file", GIB))
     card = profile(["RTX 3060 12GB"], ram=64 * GIB)
-    plans = [planner(one, card).plan(case("fp16/dispatch", one)) for one in (drawn, shards)]
+    plans = [planner(one, card).plan(case("fp16/dispatch", one)) for one in (spec, shards)]
     alone, several = (tier(plan, "cpu") for plan in plans)
     assert alone.load_anon_bytes - several.load_anon_bytes == pytest.approx(tier(plans[0], "gpu:0").weights_bytes - GIB, rel=0.02)
     assert several.anon_bytes > several.weights_bytes + GIB
-    mapped = tier(planner(drawn, card).plan(case("fp16/gpu+cpu", drawn)), "cpu")
+    mapped = tier(planner(spec, card).plan(case("fp16/gpu+cpu", spec)), "cpu")
     assert mapped.anon_bytes < GIB

@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from harness.architecture import model_spec, skeleton
 from harness.catalog import resolve
 from harness.catalog.resolve import Source
-from harness.checkpoint.reader import Checkpoint, Tensor
-from harness.core.placements import PLACEMENTS, PRINTED, distinct
+from harness.checkpoint.reader import Checkpoint, StoredTensor
+from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS, Config
 from harness.core.records import Machine, Plan, Verdict
 from harness.core.units import GIB
@@ -164,14 +164,14 @@ def test_a_map_of_ones_own_is_judged_by_what_it_uses(device_map: dict[str, int |
         (NO_GPU, ("bf16", "recommended"), "without a GPU it is the same as cpu"),
         (AMPERE, ("gguf", "cpu"), "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor"),
         (NO_GPU, ("bf16", "direct"), "needs a GPU, and NVML knows none here"),
-        (NO_GPU, ("fp8", "cpu"), 'transformers quantises to fp8 on a GPU alone ("No GPU or XPU found")'),
+        (NO_GPU, ("fp8", "cpu"), 'transformers quantizes to fp8 on a GPU alone ("No GPU or XPU found")'),
         (AMPERE, ("fp8", "direct"), "fp8 needs compute capability 8.9, and RTX 3060 has 8.6"),
         (AMPERE, ("hqq-int4", "direct"), "transformers 5 has no HQQ on loading"),
-        (AMPERE, ("quanto-int8", "gpu+cpu"), "transformers refuses to quantise with quanto for the CPU beside a GPU"),
-        (NO_GPU, ("torchao-int8", "disk"), "transformers moves what torchao is to quantise for the CPU or the disk to a GPU first"),
+        (AMPERE, ("quanto-int8", "gpu+cpu"), "transformers refuses to quantize with quanto for the CPU beside a GPU"),
+        (NO_GPU, ("torchao-int8", "disk"), "transformers moves what torchao is to quantize for the CPU or the disk to a GPU first"),
         (PASCAL, ("int8", "direct"), "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
         (AMPERE, ("int8", "gpu+cpu"), "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU"),
-        (AMPERE, ("int4", "dispatch"), "load_checkpoint_and_dispatch places weights as they are stored and does not quantise them"),
+        (AMPERE, ("int4", "dispatch"), "load_checkpoint_and_dispatch places weights as they are stored and does not quantize them"),
     ],
 )
 def test_a_refusal_says_why(on: Machine, names: tuple[str, str], said: str) -> None:
@@ -216,7 +216,7 @@ def code_of(precision: str, placement: str, dtype: str = "bfloat16") -> str:
 
 def printed(placement: str) -> dict[str, str] | None:
     """Return the map that the code of this placement shows."""
-    return OUR_MAP if PLACEMENTS[placement].device_map in PRINTED else None
+    return OUR_MAP if PLACEMENTS[placement].device_map in EXPLICIT_MAPS else None
 
 
 def keywords(code: str) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def test_the_code_passes_on_what_the_tables_say_and_nothing_else(precision: str,
         expected["quantization_config"] = {**given}
         if given.get("load_in_4bit"):
             expected["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
-    if place.device_map in PRINTED:
+    if place.device_map in EXPLICIT_MAPS:
         expected["device_map"] = {"model.embed": 0, "model.layers.0": 1, "model.layers.1": "cpu", "head": "disk"}
         expected["offload_folder"] = "offload"
     if place.limits:
@@ -305,7 +305,7 @@ def test_what_takes_objects_imports_them_and_packs_for_the_device_that_computes(
     )
 
 
-def test_what_is_stored_quantised_gets_no_config() -> None:
+def test_what_is_stored_quantized_gets_no_config() -> None:
     assert "quantization_config" not in loading_code(
         PRECISIONS["int4"], PLACEMENTS["cpu"], "bfloat16", None, facts=Facts(stored=True)
     )
@@ -430,8 +430,8 @@ def test_a_model_that_is_made_here_is_fetched_by_us(placement: str) -> None:
 # How much goes where
 
 
-def tensor(name: str, *shape: int) -> Tensor:
-    return Tensor(name=name, dtype="float32", shape=shape, bytes=0, file="model.safetensors")
+def tensor(name: str, *shape: int) -> StoredTensor:
+    return StoredTensor(name=name, dtype="float32", shape=shape, bytes=0, file="model.safetensors")
 
 
 # In parameters: 1000 of the embedding, 10 of the norm, blocks of 300 and 200.
@@ -515,7 +515,7 @@ def test_a_case_that_may_run_has_code_and_no_verdict_yet(precision: str, placeme
     plan = decide(case(precision, placement), AMPERE, SMALL)
     refused = gate(case(precision, placement), AMPERE)
     assert plan.case == case(precision, placement)
-    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].device_map in PRINTED)
+    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].device_map in EXPLICIT_MAPS)
     assert (plan.verdict, plan.why) == (refused or (Verdict.UNKNOWN, None))
 
 
@@ -532,7 +532,7 @@ def test_limits_are_in_the_plan_as_they_are_in_its_code(precision: str, placemen
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_before_the_model_is_here_only_what_needs_its_sizes_has_no_code(placement: str) -> None:
     plan = decide(case("bf16", placement), machine(gpu(), gpu(1)), None)
-    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None or PLACEMENTS[placement].device_map in PRINTED)
+    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None or PLACEMENTS[placement].device_map in EXPLICIT_MAPS)
     assert plan.verdict is Verdict.UNKNOWN
 
 
@@ -571,8 +571,8 @@ def test_under_a_limit_auto_is_told_what_it_would_take_of_a_machine_of_that_size
     small = machine(*(gpu(index, free_bytes=GIB) for index in range(cards)), ram_bytes=2 * GIB)
     large = machine(*(gpu(index) for index in range(cards)))
     under = limited(large, replace(case("bf16", placement), vram_bytes=GIB, ram_bytes=2 * GIB))
-    drawn = model_spec.draw(resolve.resolve("chatglm-6b"))
-    emulated, real, free = (Planner(drawn, on).plan(case("bf16", placement)) for on in (under, small, large))
+    spec = model_spec.read_spec(resolve.resolve("chatglm-6b"))
+    emulated, real, free = (Planner(spec, on).plan(case("bf16", placement)) for on in (under, small, large))
     assert emulated.device_map == real.device_map
     assert emulated.estimate is not None
     assert real.estimate is not None

@@ -18,7 +18,7 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 
 from harness.architecture import model_spec, skeleton
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.checkpoint import reader
 from harness.core.errors import CheckpointError, UsageError
@@ -57,18 +57,18 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def drawn(path: Path) -> Blueprint:
+def spec(path: Path) -> ModelSpec:
     return model_spec.of_checkpoint("tiny", "tiny", reader.read(path), path.parent)
 
 
-def loaded(one: Blueprint, folder: Path, precision: str) -> work.Model:
+def loaded(one: ModelSpec, folder: Path, precision: str) -> work.Model:
     """Load in RAM by the code that `plan` prints."""
     row = PRECISIONS[precision]
     code = loading_code(row, PLACEMENTS["cpu"], row.dtype, None, facts=Facts(gguf_file=one.gguf_file))
     return work.load(Load(model=str(folder), code=code, gguf_file=one.gguf_file), lambda _: contextlib.nullcontext())[0]
 
 
-def expected_bytes(one: Blueprint, precision: str) -> int:
+def expected_bytes(one: ModelSpec, precision: str) -> int:
     row = PRECISIONS[precision]
     return sum(memory.weight_bytes(one.skeleton, estimate.kept(row, row.dtype, one)).values())
 
@@ -79,7 +79,7 @@ def expected_bytes(one: Blueprint, precision: str) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16"])
 def test_what_is_unpacked_takes_what_was_estimated_and_is_checked(precision: str, kind: str, tmp_path: Path) -> None:
-    one = drawn(write_llama(tmp_path / "model.gguf", kind))
+    one = spec(write_llama(tmp_path / "model.gguf", kind))
     found = loaded(one, tmp_path, precision)
     assert expected_bytes(one, precision) == pytest.approx(held_bytes(found.module), rel=NEAR)
     assert one.skeleton.model_class == "LlamaForCausalLM"
@@ -137,7 +137,7 @@ def ggml(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("ggml")
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_what_stays_in_blocks_takes_what_was_estimated(kind: str, tmp_path: Path) -> None:
-    one = drawn(write_lfm2(tmp_path / "model.gguf", kind))
+    one = spec(write_lfm2(tmp_path / "model.gguf", kind))
     found = loaded(one, tmp_path, "gguf")
     assert expected_bytes(one, "gguf") == pytest.approx(held_bytes(found.module), rel=NEAR)
     assert expected_bytes(one, "gguf") < 0.3 * expected_bytes(one, "fp32")
@@ -148,7 +148,7 @@ def test_what_stays_in_blocks_takes_what_was_estimated(kind: str, tmp_path: Path
 
 def test_blocks_that_were_unpacked_after_all_are_told(tmp_path: Path) -> None:
     """Without the kernels transformers unpacks, with a warning in its log and nothing else."""
-    one = drawn(write_lfm2(tmp_path / "model.gguf"))
+    one = spec(write_lfm2(tmp_path / "model.gguf"))
     found = work.inspect(loaded(one, tmp_path, "gguf"))
     said = verify.checks(Plan(case=case("gguf", "cpu"), verdict=Verdict.UNKNOWN), found)["precision"]
     assert said.startswith("gguf did not take effect: 0.0 % of the Linear weights are uint8 (float32 ")
@@ -157,7 +157,7 @@ def test_blocks_that_were_unpacked_after_all_are_told(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ggml")
 def test_a_map_counts_what_stays_in_blocks_as_transformers_does(tmp_path: Path) -> None:
     """transformers puts the packed modules in their places before it infers a map."""
-    one = drawn(write_lfm2(tmp_path / "model.gguf"))
+    one = spec(write_lfm2(tmp_path / "model.gguf"))
     row = PRECISIONS["gguf"]
     sizes = memory.weight_bytes(one.skeleton, estimate.kept(row, row.dtype, one))
     real = compute_module_sizes(loaded(one, tmp_path, "gguf").module)[0]
@@ -175,7 +175,7 @@ def test_the_architectures_that_stay_packed_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("of", "said"),
     [
-        (("int4", "cpu"), "transformers quantises no GGUF file anew: load it with --precision bf16, fp16 or fp32"),
+        (("int4", "cpu"), "transformers quantizes no GGUF file anew: load it with --precision bf16, fp16 or fp32"),
         (("bf16", "dispatch"), "load_checkpoint_and_dispatch does not read GGUF"),
         (("bf16", "disk"), "transformers does not offload a GGUF to the disk: what it would put there stays in RAM"),
         (
@@ -185,30 +185,30 @@ def test_the_architectures_that_stay_packed_are_those_of_transformers() -> None:
     ],
 )
 def test_what_a_gguf_is_not_loaded_as(of: tuple[str, str], said: str, tmp_path: Path) -> None:
-    planned = Planner(drawn(write_llama(tmp_path / "model.gguf")), machine(gpu())).plan(case(*of))
+    planned = Planner(spec(write_llama(tmp_path / "model.gguf")), machine(gpu())).plan(case(*of))
     assert (planned.verdict, planned.why, planned.code) == (Verdict.INVALID, said, None)
 
 
 def test_transformers_says_so_itself(tmp_path: Path) -> None:
-    one = drawn(write_llama(tmp_path / "model.gguf"))
+    one = spec(write_llama(tmp_path / "model.gguf"))
     with pytest.raises(ValueError, match="cannot combine Quantization and loading a model from a GGUF file"):
         loaded(one, tmp_path, "int4")
 
 
 def test_no_tensor_in_blocks_is_nothing_to_keep(tmp_path: Path) -> None:
-    planned = Planner(drawn(write_lfm2(tmp_path / "model.gguf", "F16")), machine(gpu())).plan(case("gguf", "direct"))
+    planned = Planner(spec(write_lfm2(tmp_path / "model.gguf", "F16")), machine(gpu())).plan(case("gguf", "direct"))
     assert planned.why == "no tensor of the file is in blocks: load it with --precision bf16, fp16 or fp32"
 
 
 def test_a_gguf_precision_is_for_gguf_files() -> None:
-    one = Blueprint(name="tiny", source="tiny", skeleton=skeleton.named("chatglm-6b"), stored={}, checkpoint_bytes=0)
+    one = ModelSpec(name="tiny", source="tiny", skeleton=skeleton.named("chatglm-6b"), stored={}, checkpoint_bytes=0)
     planned = Planner(one, machine(gpu())).plan(case("gguf", "direct"))
     assert planned.verdict is Verdict.INVALID
     assert planned.why == "needs a GGUF checkpoint, and this one is float16"
 
 
 def test_an_architecture_that_transformers_does_not_load_is_told_before_loading(tmp_path: Path) -> None:
-    one = drawn(write_llama(tmp_path / "model.gguf", architecture="plamo"))
+    one = spec(write_llama(tmp_path / "model.gguf", architecture="plamo"))
     assert one.rough
     assert one.notes
     planned = Planner(one, machine()).plan(case("bf16", "cpu"))
@@ -233,11 +233,11 @@ def test_one_file_of_several_is_named_by_its_path_or_by_an_option(tmp_path: Path
     for name in ("a", "b"):
         write_llama(tmp_path / f"{name}.gguf")
     with pytest.raises(CheckpointError, match=r"has 2 GGUF files; name one, by its path or --file: 'a\.gguf', 'b\.gguf'$"):
-        model_spec.draw(resolve.resolve(str(tmp_path)))
+        model_spec.read_spec(resolve.resolve(str(tmp_path)))
     sources = [resolve.resolve(str(tmp_path), "b.gguf"), resolve.resolve(str(tmp_path / "b.gguf"))]
     assert sources[0] == sources[1]
     assert sources[0].name == "b"
-    assert model_spec.draw(sources[0]).gguf_file == "b.gguf"
+    assert model_spec.read_spec(sources[0]).gguf_file == "b.gguf"
 
 
 @pytest.mark.parametrize(

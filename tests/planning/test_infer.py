@@ -71,7 +71,7 @@ def described(name: str) -> tuple[dict[str, Any], Skeleton]:
 
 
 def as_loaded(config: dict[str, Any], dtype: str, quantizer: str | None, folder: Path) -> tuple[Any, Any]:
-    """Build a model, and its quantiser, in the state in which `from_pretrained` infers the device map."""
+    """Build a model, and its quantizer, in the state in which `from_pretrained` infers the device map."""
     torch, transformers, quantizers = imported("torch"), imported("transformers"), imported("transformers.quantizers")
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
     read = transformers.AutoConfig.from_pretrained(folder)

@@ -83,5 +83,5 @@ def test_a_layer_starts_what_torch_dispatches(name: str) -> None:
 def test_stacked_experts_are_products_of_their_own() -> None:
     """A processor multiplies by each of 8 experts in turn, up and down; only Linears of attention count as such, and the head."""
     found = counted("qwen3_moe", 2)
-    assert (found.experts, found.linears, found.quantisable) == (2 * 8 * 2, 2 * 4 + 1, 2 * 4)
+    assert (found.experts, found.linears, found.quantizable) == (2 * 8 * 2, 2 * 4 + 1, 2 * 4)
     assert counted("llama", 2).experts == 0

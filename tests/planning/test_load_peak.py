@@ -64,8 +64,8 @@ def as_printed(precision: str) -> str:
 
 
 def estimated(folder: Path, precision: str) -> TierEstimate:
-    drawn = model_spec.of_checkpoint("small", str(folder), reader.read(folder), folder)
-    plan = Planner(drawn, builders.machine()).plan(builders.case(precision))
+    spec = model_spec.of_checkpoint("small", str(folder), reader.read(folder), folder)
+    plan = Planner(spec, builders.machine()).plan(builders.case(precision))
     assert plan.estimate is not None
     return plan.estimate.tiers["cpu"]
 

@@ -32,8 +32,8 @@ def with_disk(free_bytes: int) -> Machine:
 
 
 def planned(directory: Path, placement: str = "disk", machine: Machine = MACHINE) -> Plan:
-    drawn = model_spec.of_checkpoint("tiny", str(directory), reader.read(directory), directory)
-    return Planner(drawn, machine).plan(builders.case("bf16", placement))
+    spec = model_spec.of_checkpoint("tiny", str(directory), reader.read(directory), directory)
+    return Planner(spec, machine).plan(builders.case("bf16", placement))
 
 
 def needed(plan: Plan) -> int:

@@ -21,7 +21,7 @@ from harness.machine.gpus import profile
 from harness.models.packed import GroupScaledLinear, RowScaledLinear
 from harness.planning.calibration import default
 from harness.planning.cost import estimate
-from harness.planning.cost.footprint import Count
+from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.speed import seconds
 
@@ -45,7 +45,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def drawn(name: str, inputs: int, outputs: int, *, shuffled: bool = False) -> Layer:
+def random_layer(name: str, inputs: int, outputs: int, *, shuffled: bool = False) -> Layer:
     """Return a layer of random weights; `shuffled`: inputs belong to groups in no order, as with GPTQ's act-order."""
     layer = MAKE[name](inputs, outputs)
     for key, tensor in layer.named_parameters():
@@ -77,7 +77,7 @@ def published(layer: Layer, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_it_gives_what_the_published_arithmetic_gives(name: str, dtype: torch.dtype, inputs: int, outputs: int) -> None:
-    layer = drawn(name, inputs, outputs, shuffled=outputs == 2080).to(dtype)
+    layer = random_layer(name, inputs, outputs, shuffled=outputs == 2080).to(dtype)
     for shape in ((1, inputs), (2, 3, inputs)):
         states = torch.randn(shape).to(dtype)
         wanted = torch.nn.functional.linear(states, published(layer, dtype), layer.bias)
@@ -90,7 +90,7 @@ def test_it_gives_what_the_published_arithmetic_gives(name: str, dtype: torch.dt
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
 def test_its_weights_are_those_of_the_published_arithmetic_to_the_last_bit(name: str, dtype: torch.dtype) -> None:
-    layer = drawn(name, 256, 64).to(dtype)
+    layer = random_layer(name, 256, 64).to(dtype)
     layer.bias = None
     assert torch.equal(layer(torch.eye(256, dtype=dtype)).T, published(layer, dtype))
 
@@ -98,7 +98,7 @@ def test_its_weights_are_those_of_the_published_arithmetic_to_the_last_bit(name:
 @pytest.mark.parametrize("name", MAKE)
 def test_what_came_before_it_can_still_be_trained(name: str) -> None:
     """Prompts and adapters are trained in front of packed layers."""
-    layer = drawn(name, 1024, 2080).float()
+    layer = random_layer(name, 1024, 2080).float()
     states = torch.randn(2, 1024, requires_grad=True)
     layer(states).square().sum().backward()
     again = states.detach().clone().requires_grad_()
@@ -129,7 +129,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_it_takes_no_more_than_the_plan_says(name: str, tokens: int) -> None:
     """A layer of ChatGLM-6B's qkv: 100 MB in float16, of which no more than blocks are ever there."""
-    layer = drawn(name, 4096, 12288).half()
+    layer = random_layer(name, 4096, 12288).half()
     states = torch.randn(1, tokens, 4096).half()
     with torch.inference_mode():
         peak = peak_bytes(lambda: layer(states))
@@ -142,7 +142,7 @@ def test_it_takes_no_more_than_the_plan_says(name: str, tokens: int) -> None:
 @pytest.mark.parametrize("name", MAKE)
 def test_every_weight_is_unpacked_once_for_a_token(name: str) -> None:
     """What `speed_cost` charges for: weights that are multiplied with, whatever the blocks."""
-    layer, counter = drawn(name, 1024, 2080).half(), Multiplied()  # type: ignore[no-untyped-call]  # torch's class
+    layer, counter = random_layer(name, 1024, 2080).half(), Multiplied()  # type: ignore[no-untyped-call]  # torch's class
     with torch.no_grad(), counter:
         layer(torch.randn(1, 1024).half())
     assert counter.weights == 1024 * 2080
@@ -173,13 +173,13 @@ def test_every_row_has_constants_of_its_own() -> None:
         assert {f"{name}_{row.like}" for name in asked} <= names
 
 
-def read_by(name: str, ours: bool) -> Count:
+def read_by(name: str, ours: bool) -> Footprint:
     """Count MOSS's int4 files for a processor, read by our layers or by gptqmodel."""
-    one = model_spec.draw(resolve.resolve(name))
+    one = model_spec.read_spec(resolve.resolve(name))
     assert one.unpacks_itself
-    one = replace(one, ours=ours)
+    one = replace(one, native=ours)
     row = PRECISIONS["gptq-int4"]
-    return Count(Inventory(one, estimate.kept(row, row.dtype, one)), "cpu", Workload(prompt_tokens=1), default())
+    return Footprint(Inventory(one, estimate.kept(row, row.dtype, one)), "cpu", Workload(prompt_tokens=1), default())
 
 
 def test_what_our_layers_read_is_planned_by_what_they_take() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from harness.catalog import download, resolve
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import PRECISIONS, USUAL
+from harness.core.precisions import DEFAULTS, PRECISIONS
 from harness.measure import sampler
 
 ROOT = Path(__file__).parents[2]
@@ -22,13 +22,13 @@ PROMPT = "The capital of France is"
 WORKLOAD = ("--new-tokens", "8")
 CASES = [
     f"{precision.name}/{placement.name}"
-    for precision in map(PRECISIONS.__getitem__, USUAL)
+    for precision in map(PRECISIONS.__getitem__, DEFAULTS)
     for placement in PLACEMENTS.values()
-    if not precision.refuses.keys() & set(placement.traits)
+    if not precision.incompatible.keys() & set(placement.traits)
 ]
 # Appended to a program: the most that its process ever had resident, in kB.
 PEAK = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
-# How far an estimate may be off where nothing is quantised or passes through the RAM from the disk: what the heap keeps of that
+# How far an estimate may be off where nothing is quantized or passes through the RAM from the disk: what the heap keeps of that
 # varies from run to run.
 NEAR = 0.15
 
@@ -73,7 +73,7 @@ def test_printed_code_runs_in_the_memory_that_was_estimated(case: str, plans: di
     assert len(said) > len(PROMPT)
     if PRECISIONS[plan["precision"]].quantization is None:
         assert said.startswith(f"{PROMPT} Paris")
-        if "spills" not in PLACEMENTS[plan["placement"]].traits:
+        if "offloads_to_cpu" not in PLACEMENTS[plan["placement"]].traits:
             assert peak == pytest.approx(expected["peak_bytes"], rel=NEAR)
 
 

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from harness.architecture import model_spec
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS
@@ -29,8 +29,8 @@ from tests.support import small_models
 from tests.support.builders import case, loaded, machine
 
 
-def drawn(name: str) -> Blueprint:
-    return model_spec.draw(resolve.resolve(name))
+def spec(name: str) -> ModelSpec:
+    return model_spec.read_spec(resolve.resolve(name))
 
 
 def cards(*sizes: str) -> Machine:
@@ -38,7 +38,7 @@ def cards(*sizes: str) -> Machine:
 
 
 def planned(name: str, on: Machine, precision: str = "bf16") -> dict[str, Plan]:
-    planner = Planner(drawn(name), on, here=False)
+    planner = Planner(spec(name), on, here=False)
     return {one.case.placement: one for one in planner.plans([case(precision, placement) for placement in PLACEMENTS])}
 
 
@@ -51,7 +51,7 @@ def test_the_worst_case_fits_on_every_gpu(name: str, sizes: list[str]) -> None:
     assert all(one.needed_high_bytes <= (one.capacity_bytes or 0) for one in tiers.values())
     assert found.device_map is not None
     assert not isinstance(found.device_map, str)
-    paths = [weight.path for weight in drawn(name).skeleton.weights]
+    paths = [weight.path for weight in spec(name).skeleton.weights]
     assert all(device_of(found.device_map, path) is not None for path in paths)
 
 
@@ -109,7 +109,7 @@ def test_the_code_names_every_module_and_numbers_the_cards() -> None:
 
 
 def test_without_a_gpu_it_is_no_case_of_its_own() -> None:
-    found = Planner(drawn("chatglm-6b"), machine()).plan(case("bf16", "recommended"))
+    found = Planner(spec("chatglm-6b"), machine()).plan(case("bf16", "recommended"))
     assert (found.verdict, found.why) == (Verdict.UNAVAILABLE, "without a GPU it is the same as cpu")
     assert "recommended" not in distinct(PLACEMENTS, gpus=0)
     assert "recommended" in distinct(PLACEMENTS, gpus=1)

@@ -35,13 +35,13 @@ print(f"\\nheld {sum(one.numel() * one.element_size() for one in held)}\\n", end
 
 
 def planned(directory: Path, precision: str = "fp32", on: Machine = TWO) -> Plan:
-    drawn = model_spec.of_checkpoint("tiny", str(directory), reader.read(directory), directory)
-    return Planner(drawn, on).plan(case(precision, "tp", new_tokens=8))
+    spec = model_spec.of_checkpoint("tiny", str(directory), reader.read(directory), directory)
+    return Planner(spec, on).plan(case(precision, "tp", new_tokens=8))
 
 
 def in_ram(directory: Path) -> Plan:
-    drawn = model_spec.of_checkpoint("tiny", str(directory), reader.read(directory), directory)
-    return Planner(drawn, machine()).plan(case("fp32", "cpu", new_tokens=8))
+    spec = model_spec.of_checkpoint("tiny", str(directory), reader.read(directory), directory)
+    return Planner(spec, machine()).plan(case("fp32", "cpu", new_tokens=8))
 
 
 def gpu_weights(one: Plan) -> int:
@@ -118,8 +118,8 @@ def test_what_stays_whole_is_counted(tmp_path: Path) -> None:
 
 
 def test_each_gpu_has_half_and_each_process_its_own_libraries(talking: Path) -> None:
-    drawn = model_spec.of_checkpoint("tiny", str(talking), reader.read(talking), talking)
-    alone, shared = Planner(drawn, machine(gpu())).plan(case("fp32", "direct", new_tokens=8)), planned(talking)
+    spec = model_spec.of_checkpoint("tiny", str(talking), reader.read(talking), talking)
+    alone, shared = Planner(spec, machine(gpu())).plan(case("fp32", "direct", new_tokens=8)), planned(talking)
     assert alone.estimate is not None
     assert shared.estimate is not None
     assert gpu_weights(shared) == pytest.approx(alone.estimate.tiers["gpu:0"].weights_bytes / 2, rel=0.01)

@@ -141,10 +141,10 @@ def llama_bin(llama: Path) -> Path:
 
 
 def planned(directory: Path, device_map: dict[str, Device], precision: str = "bf16", on: Machine | None = None) -> Plan:
-    drawn = model_spec.of_checkpoint("tiny", str(directory), reader.read(directory), directory)
+    spec = model_spec.of_checkpoint("tiny", str(directory), reader.read(directory), directory)
     on = on or machine()
-    user_map.check(device_map, drawn.skeleton, len(on.gpus), model="tiny")
-    return Planner(drawn, on, device_map=device_map).plan(case(precision, "file"))
+    user_map.check(device_map, spec.skeleton, len(on.gpus), model="tiny")
+    return Planner(spec, on, device_map=device_map).plan(case(precision, "file"))
 
 
 def load(directory: Path, plan: Plan, place: Path) -> Loaded:
@@ -192,7 +192,7 @@ def weights(plan: Plan, *tiers: str) -> int:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_what_a_map_has_off_the_gpu_is_not_quantised(precision: str, llama: Path) -> None:
+def test_what_a_map_has_off_the_gpu_is_not_quantized(precision: str, llama: Path) -> None:
     on = machine(gpu())
     plan, all_of_it = planned(llama, HALF, precision, on), planned(llama, {"": 0}, precision, on)
     plain = planned(llama, {"": 0}, "fp16", on)
@@ -204,7 +204,7 @@ def test_what_a_map_has_off_the_gpu_is_not_quantised(precision: str, llama: Path
     assert weights(plan, "cpu") > 0
 
 
-def test_without_a_gpu_nothing_would_be_quantised_so_it_is_refused(llama: Path) -> None:
+def test_without_a_gpu_nothing_would_be_quantized_so_it_is_refused(llama: Path) -> None:
     """That is what transformers does with a map of RAM and disk: see the test below."""
     plan = planned(llama, dict(TINY), "int8")
     assert plan.verdict is Verdict.INVALID

@@ -1,4 +1,4 @@
-"""The estimate of weights against what a loaded model really holds, and what files hold that are quantised already."""
+"""The estimate of weights against what a loaded model really holds, and what files hold that are quantized already."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from harness.core.units import GIB
 from harness.machine.gpus import profile
 from harness.planning import calibration
 from harness.planning.cost import estimate, memory
-from harness.planning.cost.footprint import Count
+from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
-from harness.planning.cost.memory import Kept
+from harness.planning.cost.memory import WeightFormat
 from harness.worker import build_skeleton as worker
 from tests.support import small_models
 from tests.support.gguf_files import GGUF_KINDS, small_gguf_of
-from tests.support.packed_files import drawn, estimated, write_packed
+from tests.support.packed_files import estimated, spec, write_packed
 from tests.support.small_models import MODELS, WAYS
 
 # What is promised, and what is so: in small models 0.5 % would hide float32 norms and the scales of int8.
@@ -53,7 +53,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_weights_are_those_of_the_loaded_model(saved: tuple[Path, Skeleton], way: str) -> None:
     folder, built = saved
     rows = SCHEMES[WAYS[way].scheme or "int8"].rows
-    if any(weight.quantises and weight.tensor.shape[0] % rows for weight in built.weights):
+    if any(weight.quantizes and weight.tensor.shape[0] % rows for weight in built.weights):
         pytest.skip(f"a weight whose outputs are no multiple of {rows} is not packed for processors: the planner says so")
     held = small_models.held_bytes(small_models.load(folder, WAYS[way]))
     assert small_models.estimated(built, WAYS[way]) == pytest.approx(held, rel=EXACT)
@@ -70,14 +70,14 @@ def test_models_are_small_and_of_every_kind() -> None:
     assert sum(attention.expanded is not None for one in built.values() for attention in one.attention) >= 2
 
 
-# ---- quantised already -------------------------------------------------------------------------------------------------
+# ---- quantized already -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 128), (4, 32)])
 @pytest.mark.parametrize("name", ["qwen2.5-7b-instruct", "qwen2.5-0.5b-instruct", "codegen-2b-mono", "mixtral-8x7b-instruct-v0.1"])
 def test_a_gptq_checkpoint_takes_what_its_file_holds(name: str, bits: int, group: int, tmp_path: Path) -> None:
     stored = write_packed(tmp_path, name, bits, group)
-    assert estimated(drawn(tmp_path)) == pytest.approx(stored, rel=NEAR)
+    assert estimated(spec(tmp_path)) == pytest.approx(stored, rel=NEAR)
 
 
 # GiB that torch has allocated after 2048 tokens, of AutoAWQ on an A100: published_figures.csv. The smaller models are left out,
@@ -87,11 +87,11 @@ def test_an_awq_checkpoint_takes_what_its_file_holds_and_what_was_published(
     billions: str, published: float, tmp_path: Path
 ) -> None:
     stored = write_packed(tmp_path, f"qwen2.5-{billions}b-instruct", 4, 128, "awq")
-    one = drawn(tmp_path)
+    one = spec(tmp_path)
     assert estimated(one) == pytest.approx(stored, rel=NEAR)
     held = estimate.kept(PRECISIONS["awq-int4"], "float16", one)
     work = Workload(prompt_tokens=1, new_tokens=2048)
-    count = Count(Inventory(one, held), "gpu:0", work, calibration.default())
+    count = Footprint(Inventory(one, held), "gpu:0", work, calibration.default())
     allocated = estimate.memory(count, profile(["A100 80GB"]))["gpu:0"].allocated_bytes
     assert allocated == pytest.approx(published * GIB, rel=0.01)
 
@@ -100,9 +100,9 @@ def test_an_awq_checkpoint_takes_what_its_file_holds_and_what_was_published(
     ("name", "masks"),
     [("moss-moon-003-sft-int4", 34), ("moss-moon-003-sft-int8", 34), ("chatglm-6b-int4", 0), ("chatglm-6b-int8", 0)],
 )
-def test_a_quantised_model_of_the_catalog_takes_what_the_hub_holds(name: str, masks: int) -> None:
+def test_a_quantized_model_of_the_catalog_takes_what_the_hub_holds(name: str, masks: int) -> None:
     """All but masks of 2048 x 2048 bools, which are not loaded."""
-    one = model_spec.draw(resolve.resolve(name))
+    one = model_spec.read_spec(resolve.resolve(name))
     assert estimated(one) == pytest.approx(one.checkpoint_bytes - masks * 2048**2, rel=NEAR)
 
 
@@ -113,7 +113,7 @@ def test_what_bitsandbytes_saved_is_held_as_it_was(name: str, way: str, tmp_path
     small_models.save(name, tmp_path / "plain")
     model: Any = small_models.load(tmp_path / "plain", WAYS[way])
     model.save_pretrained(tmp_path / "packed")
-    one = drawn(tmp_path / "packed")
+    one = spec(tmp_path / "packed")
     assert one.packed is not None
     held = small_models.held_bytes(small_models.load(tmp_path / "packed", PRECISIONS["bf16"]))
     assert estimated(one, "bf16", saved=False) == pytest.approx(held, rel=NEAR)
@@ -130,7 +130,7 @@ def test_a_gguf_file_holds_what_its_header_says(kind: str, tmp_path: Path) -> No
 
 def test_int8_has_a_scale_for_each_output_of_a_transposed_weight() -> None:
     built = worker.build({"model_type": "gpt2", **MODELS["gpt2"]})
-    sizes = memory.weight_bytes(built, Kept(dtype="float16", quantizer="int8"))
+    sizes = memory.weight_bytes(built, WeightFormat(dtype="float16", quantizer="int8"))
     assert sizes["transformer.h.0.mlp.c_fc.weight"] == 256 * 1024 + 4 * 1024
     assert sizes["transformer.h.0.mlp.c_proj.weight"] == 256 * 1024 + 4 * 256
 
@@ -138,7 +138,7 @@ def test_int8_has_a_scale_for_each_output_of_a_transposed_weight() -> None:
 def test_nesting_saves_most_of_the_scales() -> None:
     """QLoRA's paper: 0.373 bits a parameter."""
     built = skeleton.named("llama-2-7b-hf")
-    ways = (Kept(dtype="bfloat16", quantizer=way) for way in ("int4", "nf4-dq"))
+    ways = (WeightFormat(dtype="bfloat16", quantizer=way) for way in ("int4", "nf4-dq"))
     plain, nested = (sum(memory.weight_bytes(built, kept).values()) for kept in ways)
-    linear = sum(weight.elements for weight in built.weights if weight.quantises)
+    linear = sum(weight.elements for weight in built.weights if weight.quantizes)
     assert (plain - nested) * 8 / linear == pytest.approx(0.373, abs=0.001)

@@ -469,7 +469,8 @@ def test_many_files_are_shared_among_processes_and_keep_their_order(tmp_path: Pa
 
 def drawn(*results: Result) -> atlas.Atlas:
     entries = [
-        audit.Entry(result=result, digest=audit.digest(encode(result)), source=0, line=i) for i, result in enumerate(results)
+        audit.PublishedResult(result=result, digest=audit.digest(encode(result)), source=0, line=i)
+        for i, result in enumerate(results)
     ]
     return atlas.draw(entries)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from harness.core.records import Answer, Interference, Phase, Quality, Result, Timeline, Workload, encode
 from harness.core.units import GIB
 from harness.results import audit, store
-from harness.results.audit import Entry, Refusal
+from harness.results.audit import PublishedResult, Refusal
 from tests.support import builders
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,8 @@ def sound(**changes: Any) -> Result:
     return builders.result(case, **given | changes)
 
 
-def entry(result: Result, source: int = 0, line: int = 1) -> Entry:
-    return Entry(result=audit.light(result), digest=audit.digest(encode(result)), source=source, line=line)
+def entry(result: Result, source: int = 0, line: int = 1) -> PublishedResult:
+    return PublishedResult(result=audit.light(result), digest=audit.digest(encode(result)), source=source, line=line)
 
 
 def with_metrics(**metrics: float) -> Callable[[Result], Result]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from harness.run import deadline
-from harness.run.deadline import Patience
+from harness.run.deadline import Deadline
 
 
 class Clock:
@@ -38,14 +38,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_an_answer_in_time_is_found(clock: Clock) -> None:
-    limits = Patience(case_s=10)
+    limits = Deadline(case_s=10)
     assert limits.wait(clock.looker(answer_at=3.5)) == ["an answer"]
     assert limits.left_s == pytest.approx(6.5)
 
 
 @pytest.mark.parametrize(("case_s", "phase_s", "reached", "after_s"), [(5, 60, "timeout", 5), (60, 5, "phase timeout", 5)])
 def test_the_limit_that_is_reached_is_known(clock: Clock, case_s: float, phase_s: float, reached: str, after_s: float) -> None:
-    limits = Patience(case_s=case_s, phase_s=phase_s)
+    limits = Deadline(case_s=case_s, phase_s=phase_s)
     assert not limits.wait(clock.looker())
     assert limits.reached == reached
     assert limits.limit_s(reached) == after_s
@@ -53,7 +53,7 @@ def test_the_limit_that_is_reached_is_known(clock: Clock, case_s: float, phase_s
 
 
 def test_a_phase_begins_anew_and_the_case_goes_on(clock: Clock) -> None:
-    limits = Patience(case_s=10, phase_s=4)
+    limits = Deadline(case_s=10, phase_s=4)
     for number in (1, 2, 3):
         limits.begin_phase()
         found = limits.wait(clock.looker(answer_at=3.5 * number))
@@ -62,31 +62,31 @@ def test_a_phase_begins_anew_and_the_case_goes_on(clock: Clock) -> None:
 
 
 def test_time_between_two_waits_does_not_count(clock: Clock) -> None:
-    limits = Patience(case_s=10)
+    limits = Deadline(case_s=10)
     limits.wait(clock.looker(answer_at=1))
     clock.now_s += 3600
     assert limits.left_s == pytest.approx(9)
 
 
 def test_time_in_which_we_stood_still_does_not_count(clock: Clock) -> None:
-    limits = Patience(case_s=10)
+    limits = Deadline(case_s=10)
     assert not limits.wait(clock.looker(stopped={3: 3600.0}))
     assert clock.now_s == pytest.approx(3610)
 
 
 def test_being_a_little_late_counts(clock: Clock) -> None:
     """A busy machine is no excuse."""
-    limits = Patience(case_s=10)
+    limits = Deadline(case_s=10)
     assert not limits.wait(clock.looker(stopped=dict.fromkeys(range(1, 100), deadline._LATE_S / 2)))
     assert clock.now_s < 11.5
 
 
 def test_an_answer_that_came_while_we_were_stopped_is_found_though_time_is_over() -> None:
-    limits = Patience(case_s=0)
+    limits = Deadline(case_s=0)
     assert limits.wait(lambda _: ["an answer"]) == ["an answer"]
 
 
 def test_waiting_wakes_up_once_a_second(clock: Clock) -> None:
     """More would disturb what is measured."""
-    Patience(case_s=60).wait(clock.looker())
+    Deadline(case_s=60).wait(clock.looker())
     assert clock.looks <= 61

@@ -24,7 +24,7 @@ from harness.measure.sampler import Sample
 from harness.planning import feasibility
 from harness.run import live
 from harness.run.live import LiveLine
-from harness.run.runner import Run, Setting, Subject
+from harness.run.runner import CaseModel, Run, RunContext
 from tests.support import builders, scripted
 from tests.test_plugin import CONFTEST, PYPROJECT, ROOT
 
@@ -46,7 +46,7 @@ def _fork_server() -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    setting = Setting(
+    setting = RunContext(
         run="run",
         machine=builders.machine(),
         environment={},
@@ -55,7 +55,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         timeout_s=60,
     )
     case = builders.case()
-    run = Run(feasibility.decide(case, setting.machine, None), Subject(location=Path("tiny")), setting)
+    run = Run(feasibility.decide(case, setting.machine, None), CaseModel(location=Path("tiny")), setting)
     yield run
     run.finish()
 
@@ -200,7 +200,7 @@ def test_summary_tells_the_figures_of_what_works_and_the_reason_of_what_does_not
     assert live.summary(builders.result(**changes)) == said
 
 
-# When it is drawn
+# When it is spec
 
 
 def test_line_appears_below_the_cursor_and_goes_without_a_trace(run: Run, terminal: Terminal) -> None:
@@ -233,8 +233,8 @@ def test_samples_come_faster_than_it_is_drawn(run: Run, terminal: Terminal) -> N
             line(run, SAMPLE)
             time.sleep(0.01)
         took_s = time.monotonic() - begun_s
-    drawn = terminal.read_now().count("tiny/bf16/cpu")
-    assert 1 <= drawn <= took_s / live._EVERY_S + 1
+    spec = terminal.read_now().count("tiny/bf16/cpu")
+    assert 1 <= spec <= took_s / live._EVERY_S + 1
     line.close()
 
 

@@ -14,19 +14,19 @@ import psutil
 import pytest
 from msgspec.structs import replace as replaced
 
-from harness.core.precisions import USUAL
+from harness.core.precisions import DEFAULTS
 from harness.core.records import Interference, Outcome, Plan, Result, Verdict, Workload, encode
 from harness.core.units import GIB, MIB
 from harness.machine import cgroup
 from harness.measure import sampler, system_counters
-from harness.measure.interference import Watch
+from harness.measure.interference import InterferenceWatch
 from harness.measure.quality import Reference
 from harness.measure.sampler import Sample
 from harness.measure.verify import OK
 from harness.planning import feasibility
 from harness.results.store import decode
 from harness.run import runner, worker_process
-from harness.run.runner import CaseEnded, Run, Setting, Subject, not_run
+from harness.run.runner import CaseEnded, CaseModel, Run, RunContext, not_run
 from harness.run.worker_process import WorkerMain
 from tests.support import builders, scripted
 
@@ -63,17 +63,19 @@ class Bench:
     scratch: Path
     runs: list[Run] = field(default_factory=list)
 
-    def start(self, main: str | WorkerMain, *, precision: str = "bf16", subject: Subject | None = None, limit_s: float = 0) -> Run:
+    def start(
+        self, main: str | WorkerMain, *, precision: str = "bf16", subject: CaseModel | None = None, limit_s: float = 0
+    ) -> Run:
         program = scripted.worker(main) if isinstance(main, str) else main
         if not limit_s:
             limit_s = SHORT_S if isinstance(main, str) and "hang" in main else LONG_S
         setting = replace(self.setting(program), timeout_s=limit_s)
-        run = Run(planned(precision), subject or Subject(location=Path("tiny"), command="pytest cases/"), setting)
+        run = Run(planned(precision), subject or CaseModel(location=Path("tiny"), command="pytest cases/"), setting)
         self.runs.append(run)
         return run
 
-    def setting(self, program: WorkerMain) -> Setting:
-        return Setting(
+    def setting(self, program: WorkerMain) -> RunContext:
+        return RunContext(
             run="20261124T080000Z-abc123",
             machine=builders.machine(),
             environment={"torch": "2.9.0"},
@@ -175,7 +177,7 @@ def test_one_sample_a_warm_round_and_none_of_the_cold_one(bench: Bench) -> None:
 
 
 def test_result_tells_of_case_machine_and_command(bench: Bench) -> None:
-    result = bench.start("ok", subject=Subject(location=Path("tiny"), code_head="MODEL = 1\n", command="pytest cases/")).finish()
+    result = bench.start("ok", subject=CaseModel(location=Path("tiny"), code_head="MODEL = 1\n", command="pytest cases/")).finish()
     assert result.id == "tiny/bf16/cpu"
     assert result.case.workload == WORKLOAD
     assert (result.run, result.command) == ("20261124T080000Z-abc123", "pytest cases/")
@@ -186,7 +188,7 @@ def test_result_tells_of_case_machine_and_command(bench: Bench) -> None:
 
 def test_worker_runs_exactly_the_code_of_the_result(bench: Bench, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    run = bench.start("ok", subject=Subject(location=Path("tiny"), keep_file=kept))
+    run = bench.start("ok", subject=CaseModel(location=Path("tiny"), keep_file=kept))
     go_through(run)
     assert kept.read_text() == run.finish().code
     kept.unlink()
@@ -254,7 +256,7 @@ def test_where_nvml_does_not_list_the_worker_the_result_says_who_held_the_limit(
     told = iter((before, after))
     monkeypatch.setattr(Run, "_is_listed", lambda _: next(told))
     limited = replaced(planned(), case=replaced(planned().case, vram_bytes=GIB), device_map={"": "gpu:0"})
-    run = Run(limited, Subject(location=Path("tiny")), bench.setting(scripted.worker("ok")))
+    run = Run(limited, CaseModel(location=Path("tiny")), bench.setting(scripted.worker("ok")))
     bench.runs.append(run)
     run.load()
     said = run._noise().get("vram_peak_bytes")
@@ -266,7 +268,7 @@ def test_a_group_that_the_worker_may_not_enter_is_removed(bench: Bench, monkeypa
     closed = SimpleNamespace(add=lambda _: False, remove=lambda: removed.append(True))
     monkeypatch.setattr(cgroup, "group", lambda _: closed)
     limited = replaced(planned(), case=replaced(planned().case, ram_bytes=8 * GIB))
-    bench.runs.append(Run(limited, Subject(location=Path("tiny")), bench.setting(scripted.worker("ok"))))
+    bench.runs.append(Run(limited, CaseModel(location=Path("tiny")), bench.setting(scripted.worker("ok"))))
     assert removed == [True]
 
 
@@ -280,7 +282,7 @@ def test_precision_without_effect_is_told_and_measured_nevertheless(bench: Bench
     assert "decode_tok_s" in result.metrics
 
 
-@pytest.mark.parametrize("precision", USUAL)
+@pytest.mark.parametrize("precision", DEFAULTS)
 def test_precision_that_took_effect_is_ok(bench: Bench, precision: str) -> None:
     run = bench.start("ok", precision=precision)
     run.load()
@@ -298,7 +300,7 @@ def test_broken_quality_is_told(bench: Bench) -> None:
 def test_quality_is_measured_against_the_reference(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "reference").write_text("predictions of fp32")
     reference = Reference(case="tiny/fp32/cpu", perplexity=9.9)
-    subject = Subject(location=Path("tiny"), reference=reference, reference_file=tmp_path / "reference")
+    subject = CaseModel(location=Path("tiny"), reference=reference, reference_file=tmp_path / "reference")
     result = go_through(bench.start("ok", subject=subject)).finish()
     (tmp_path / "reference").unlink()
     assert result.quality is not None
@@ -308,7 +310,7 @@ def test_quality_is_measured_against_the_reference(bench: Bench, tmp_path: Path)
 
 
 def test_synthetic_weights_have_no_perplexity(bench: Bench) -> None:
-    result = go_through(bench.start("ok", subject=Subject(location=Path("tiny"), weights="synthetic"))).finish()
+    result = go_through(bench.start("ok", subject=CaseModel(location=Path("tiny"), weights="synthetic"))).finish()
     assert result.weights == "synthetic"
     assert result.metrics.keys() == WARM
 
@@ -320,12 +322,12 @@ def measured(bench: Bench, monkeypatch: pytest.MonkeyPatch, *cores: float) -> Re
     """Measure the asked rounds and the extra ones; others use so many cores in each of the first warm rounds."""
     coming = [*cores]
 
-    def end(_: Watch, phase: str) -> Interference:
+    def end(_: InterferenceWatch, phase: str) -> Interference:
         used = coming.pop(0) if phase == "warm" and coming else 0.0
         why = "others were there" if used else ""
         return Interference(phase=phase, start_s=0, end_s=1, cpus=2, others_cores=used, idle_cores=0.0, why=why)
 
-    monkeypatch.setattr(Watch, "end", end)
+    monkeypatch.setattr(InterferenceWatch, "end", end)
     run = bench.start("ok")
     for _ in range(WORKLOAD.repeats):
         run.round()
@@ -482,7 +484,7 @@ def test_ctrl_c_ends_the_worker_and_the_case_can_be_finished(bench: Bench) -> No
 def test_every_sample_is_told_with_its_case(bench: Bench) -> None:
     heard: list[tuple[str, str]] = []
     setting = replace(bench.setting(scripted.worker("slow")), on_sample=lambda run, _: heard.append((run.plan.case.id, run.phase)))
-    run = Run(planned(), Subject(location=Path("tiny")), setting)
+    run = Run(planned(), CaseModel(location=Path("tiny")), setting)
     bench.runs.append(run)
     run.first_round()
     assert {name for name, _ in heard} == {"tiny/bf16/cpu"}
@@ -499,7 +501,7 @@ def test_every_sample_is_told_with_its_case(bench: Bench) -> None:
 )
 def test_case_that_is_not_run_has_a_result_from_its_plan(bench: Bench, verdict: Verdict, outcome: Outcome) -> None:
     decided = Plan(case=builders.case(), verdict=verdict, why="because")
-    result = not_run(decided, Subject(location=Path("tiny"), command="pytest cases/"), bench.setting(scripted.by_model))
+    result = not_run(decided, CaseModel(location=Path("tiny"), command="pytest cases/"), bench.setting(scripted.by_model))
     assert (result.verdict, result.outcome, result.stage, result.why) == (verdict, outcome, "plan", "because")
     assert result.code is None
     assert result.command == "pytest cases/"
@@ -507,4 +509,4 @@ def test_case_that_is_not_run_has_a_result_from_its_plan(bench: Bench, verdict: 
 
 def test_plan_without_code_cannot_run(bench: Bench) -> None:
     with pytest.raises(ValueError, match="no loading code"):
-        Run(Plan(case=builders.case(), verdict=Verdict.INVALID), Subject(location=Path()), bench.setting(scripted.by_model))
+        Run(Plan(case=builders.case(), verdict=Verdict.INVALID), CaseModel(location=Path()), bench.setting(scripted.by_model))

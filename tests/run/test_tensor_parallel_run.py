@@ -22,7 +22,7 @@ from harness.machine import cgroup
 from harness.measure.protocol import Confine, Confined, Failed, LoadDone, Score
 from harness.run import worker_process
 from harness.run.options import Options
-from harness.run.runner import CaseEnded, Run, Setting, Subject
+from harness.run.runner import CaseEnded, CaseModel, Run, RunContext
 from harness.run.session import Session
 from harness.worker import tensor_parallel
 from tests.planning.test_tensor_parallel import HELD, TORCHRUN, run
@@ -195,15 +195,15 @@ def silent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def setting(tmp_path: Path) -> Iterator[Setting]:
+def setting(tmp_path: Path) -> Iterator[RunContext]:
     with runs.setting(tmp_path / "scratch", LONG_S) as one:
         yield one
 
 
-def started(model: Path, setting: Setting, who: str = "{}", end: str = "pass", **limits: int) -> Run:
+def started(model: Path, setting: RunContext, who: str = "{}", end: str = "pass", **limits: int) -> Run:
     code = LOAD.replace("RANKS", who).replace("END", end)
     case = Case(model="tiny", precision="fp32", placement="tp", workload=WORKLOAD, **limits)
-    return Run(Plan(case=case, verdict=Verdict.UNKNOWN, code=code), Subject(location=model, tokenizer=False), setting)
+    return Run(Plan(case=case, verdict=Verdict.UNKNOWN, code=code), CaseModel(location=model, tokenizer=False), setting)
 
 
 def processes(of: Run) -> list[psutil.Process]:
@@ -215,7 +215,7 @@ def processes(of: Run) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_the_end_of_one_is_that_of_all_and_has_its_name(silent: Path, setting: Setting, name: str) -> None:
+def test_the_end_of_one_is_that_of_all_and_has_its_name(silent: Path, setting: RunContext, name: str) -> None:
     who, end, outcome, said = ENDS[name]
     limit_s = SHORT_S if outcome is Outcome.TIMEOUT else LONG_S
     case = started(silent, replace(setting, phase_timeout_s=limit_s), who, end)
@@ -233,7 +233,7 @@ def test_the_end_of_one_is_that_of_all_and_has_its_name(silent: Path, setting: S
     assert all(scripted.ends(one) for one in all_of_them)
 
 
-def test_a_rank_that_cannot_load_is_named(silent: Path, setting: Setting) -> None:
+def test_a_rank_that_cannot_load_is_named(silent: Path, setting: RunContext) -> None:
     case = started(silent, setting)
     case.plan = replaced(case.plan, code=f"import os\nif os.environ['RANK'] == '1': raise MemoryError('no room')\n{case.plan.code}")
     with pytest.raises(CaseEnded):
@@ -246,7 +246,7 @@ def test_a_rank_that_cannot_load_is_named(silent: Path, setting: Setting) -> Non
     assert phase.ram_peak_bytes > 250 * MIB  # of both
 
 
-def test_a_limit_on_ram_is_one_for_all(silent: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_on_ram_is_one_for_all(silent: Path, setting: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no group of the kernel's holds them, what they hold is added up: each alone is within the limit."""
     monkeypatch.setattr(cgroup, "group", lambda *_: None)
     end = "kept = b'x' * (256 << 20); time.sleep(600)"
@@ -258,7 +258,7 @@ def test_a_limit_on_ram_is_one_for_all(silent: Path, setting: Setting, monkeypat
     assert "that cannot be dropped, and --ram allows 900 MiB" in str(result.why)
 
 
-def test_a_case_that_is_over_ends_all_at_once(silent: Path, setting: Setting) -> None:
+def test_a_case_that_is_over_ends_all_at_once(silent: Path, setting: RunContext) -> None:
     case = started(silent, setting)
     case.round()
     all_of_them = processes(case)
@@ -268,7 +268,7 @@ def test_a_case_that_is_over_ends_all_at_once(silent: Path, setting: Setting) ->
     assert not any(map(scripted.runs, all_of_them))
 
 
-def test_nobody_reaches_them_from_another_machine(silent: Path, setting: Setting) -> None:
+def test_nobody_reaches_them_from_another_machine(silent: Path, setting: RunContext) -> None:
     case = started(silent, setting)
     case.first_round()
     sockets = [socket for one in processes(case) for socket in one.net_connections("inet") if socket.status == psutil.CONN_LISTEN]

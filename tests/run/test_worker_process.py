@@ -20,7 +20,7 @@ from harness.core.units import MIB
 from harness.machine import cgroup
 from harness.measure.protocol import Failed, Generate, GenerateDone, Load, LoadDone, Request, Score, ScoreDone
 from harness.run import forkserver, worker_process
-from harness.run.deadline import Patience
+from harness.run.deadline import Deadline
 from harness.run.worker_process import Ended, Worker, WorkerMain
 from tests.support import scripted
 
@@ -59,7 +59,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def ask(worker: Worker, request: Request, limit_s: float = LONG_S) -> object:
-    return worker.ask(request, Patience(case_s=limit_s))
+    return worker.ask(request, Deadline(case_s=limit_s))
 
 
 def grandchild(worker: Worker) -> int:
@@ -303,11 +303,11 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from harness.run import worker_process as process
-from harness.run.deadline import Patience
+from harness.run.deadline import Deadline
 from harness.measure.protocol import Load
 from tests.support import scripted
 
-LONG = Patience(case_s=60)
+LONG = Deadline(case_s=60)
 
 {body}
 """

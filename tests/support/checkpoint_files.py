@@ -11,7 +11,7 @@ from typing import Any
 from harness.architecture import synthetic
 from harness.architecture.skeleton import Skeleton
 from harness.architecture.synthetic import Synthetic
-from harness.checkpoint.formats.tensor_writer import TensorSpec
+from harness.checkpoint.formats.tensor_writer import TensorToWrite
 
 # How a model is published: the format, and in how many files.
 FORMS: Mapping[str, tuple[str, int]] = {
@@ -33,13 +33,13 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
 
 
-def specs(found: Skeleton, dtype: str = "bfloat16") -> dict[str, TensorSpec]:
+def specs(found: Skeleton, dtype: str = "bfloat16") -> dict[str, TensorToWrite]:
     """Return what a checkpoint of this model holds, by name."""
     kept = [weight for weight in found.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
-    return {weight.path: TensorSpec(name=weight.path, dtype=dtype, shape=weight.tensor.shape) for weight in kept}
+    return {weight.path: TensorToWrite(name=weight.path, dtype=dtype, shape=weight.tensor.shape) for weight in kept}
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Sequence[TensorSpec], form: str = "safetensors") -> Path:
+def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Sequence[TensorToWrite], form: str = "safetensors") -> Path:
     """Write a checkpoint of hollow files, in one of FORMS; of several files each has as many tensors."""
     file_format, count = FORMS[form]
     each = -(-len(tensors) // count)

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantised already: GPTQ's and AWQ's layouts as hollow files of any size, and how the planner takes them."""
+"""Checkpoints that are quantized already: GPTQ's and AWQ's layouts as hollow files of any size, and how the planner takes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.architecture import model_spec, skeleton
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.checkpoint import reader
@@ -21,12 +21,12 @@ from harness.planning.cost import estimate, memory
 from tests.support import small_models
 
 
-def drawn(folder: Path) -> Blueprint:
-    """Draw the blueprint of a checkpoint from its headers."""
+def spec(folder: Path) -> ModelSpec:
+    """Draw the spec of a checkpoint from its headers."""
     return model_spec.of_checkpoint("packed", "packed", reader.read(folder), folder)
 
 
-def estimated(one: Blueprint, precision: str = "fp16", *, saved: bool = True) -> int:
+def estimated(one: ModelSpec, precision: str = "fp16", *, saved: bool = True) -> int:
     """Return the bytes of weights that the planner counts; with `saved` without buffers, such as masks, that no file holds."""
     kept = estimate.kept(PRECISIONS[precision], PRECISIONS[precision].dtype, one)
     sizes = memory.weight_bytes(one.skeleton, kept)
@@ -44,7 +44,7 @@ def packed_layout(built: Skeleton, bits: int, group: int, method: str = "gptq") 
             halves = 2 if weight.path.endswith("gate_up_proj") else 1
             parts = [f"{weight.path}.{expert}.w{half}" for expert in range(shape[0]) for half in range(halves)]
             outputs, inputs = shape[1] // halves, shape[2]
-        elif weight.quantises:
+        elif weight.quantizes:
             parts, (outputs, inputs) = [weight.path.removesuffix(".weight")], shape
         else:
             tensors[weight.path] = ("F16", shape)

@@ -1,6 +1,6 @@
 """A scripted worker: a real child process that speaks harness.measure.protocol, without torch and without a model.
 
-`worker("abort")` is a `Setting.worker_main` with that behaviour; `by_model` takes the behaviour of each precision from the
+`worker("abort")` is a `RunContext.worker_main` with that behaviour; `by_model` takes the behaviour of each precision from the
 directory of the model (`write_model`). What a behaviour does not script goes well, with plausible figures.
 """
 
@@ -463,6 +463,6 @@ def write_model(directory: Path, **behaviours: str) -> Path:
 
 
 def _scripted_for(model: Path, code: str) -> str:
-    precision = next(row.name for row in PRECISIONS.values() if row.holds == held(code))
+    precision = next(row.name for row in PRECISIONS.values() if row.linear_dtype == held(code))
     script: dict[str, str] = json.loads((model / "script.json").read_text())
     return script.get(precision, "ok")

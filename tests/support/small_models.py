@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import download, resolve
 from harness.core.placements import PLACEMENTS
@@ -72,7 +72,9 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 
 # Every way of holding weights that makes something of these models in RAM, where its packages are installed.
 WAYS: Mapping[str, Precision] = {
-    name: row for name, row in PRECISIONS.items() if row.only is None and gate(case(name, "cpu"), machine(), here=False) is None
+    name: row
+    for name, row in PRECISIONS.items()
+    if row.requires_checkpoint is None and gate(case(name, "cpu"), machine(), here=False) is None
 }
 
 
@@ -115,9 +117,9 @@ def load(folder: Path, way: Precision) -> PreTrainedModel:
 
 
 def estimated(skeleton: Skeleton, way: Precision) -> int:
-    """Return the bytes of weights that the planner counts for a model that is not quantised yet."""
-    drawn = Blueprint(name="small", source="small", skeleton=skeleton, stored={}, checkpoint_bytes=0)
-    return sum(memory.weight_bytes(skeleton, estimate.kept(way, way.dtype, drawn)).values())
+    """Return the bytes of weights that the planner counts for a model that is not quantized yet."""
+    spec = ModelSpec(name="small", source="small", skeleton=skeleton, stored={}, checkpoint_bytes=0)
+    return sum(memory.weight_bytes(skeleton, estimate.kept(way, way.dtype, spec)).values())
 
 
 def held_bytes(model: torch.nn.Module) -> int:

@@ -83,14 +83,14 @@ def loaded(tiny: Path) -> Model:
 
 
 def runs_here(precision: str) -> bool:
-    """Say whether a checkpoint that is not quantised can be held so, on the CPU and with the packages that are here."""
-    return PRECISIONS[precision].only is None and gate(builders.case(precision, "cpu"), builders.machine()) is None
+    """Say whether a checkpoint that is not quantized can be held so, on the CPU and with the packages that are here."""
+    return PRECISIONS[precision].requires_checkpoint is None and gate(builders.case(precision, "cpu"), builders.machine()) is None
 
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if runs_here(name)])
 def test_every_precision_takes_effect_on_the_cpu(tiny: Path, precision: str) -> None:
     found = work.inspect(load(tiny, precision)[0])
-    assert set(found.linear_dtype_bytes) == {PRECISIONS[precision].holds}
+    assert set(found.linear_dtype_bytes) == {PRECISIONS[precision].linear_dtype}
     assert found.tier_bytes.keys() == {"cpu"}
     assert found.model_class == "LlamaForCausalLM"
 

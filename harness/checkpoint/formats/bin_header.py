@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, Blob, Cursor, check_present, damaged, quote
 from harness.checkpoint.formats.pickle_reader import CONVERT, Storage, Unpickler, View
-from harness.checkpoint.formats.safetensors_header import Tensor
+from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.formats.zip_directory import Member, read_directory, start_of
 from harness.core.errors import CheckpointError
 
@@ -21,7 +21,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
 
-def read_bin(blob: Blob) -> list[Tensor]:
+def read_bin(blob: Blob) -> list[StoredTensor]:
     """Return the tensors of a file that torch.save wrote, zip or older, by name.
 
     Tensors that share a storage (tied weights) carry the same `Tensor.storage`.
@@ -83,6 +83,6 @@ def _named_views(value: Any) -> dict[str, View]:
     return {name: view for name, view in value.items() if type(name) is str and type(view) is View}
 
 
-def _tensor(blob: Blob, name: str, view: View) -> Tensor:
+def _tensor(blob: Blob, name: str, view: View) -> StoredTensor:
     shared = f"{view.storage.key}:{view.offset}:{view.bytes}"
-    return Tensor(name=name, dtype=view.dtype, shape=view.shape, bytes=view.bytes, file=blob.name, storage=shared)
+    return StoredTensor(name=name, dtype=view.dtype, shape=view.shape, bytes=view.bytes, file=blob.name, storage=shared)

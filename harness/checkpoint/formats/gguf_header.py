@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, Blob, Cursor, check_present, damaged, quote
-from harness.checkpoint.formats.safetensors_header import Tensor, check_shape
+from harness.checkpoint.formats.safetensors_header import StoredTensor, check_shape
 from harness.core.errors import CheckpointError
 from harness.core.units import format_size
 
@@ -68,7 +68,7 @@ SCALARS: Mapping[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6:
 STRING, ARRAY = 8, 9
 
 
-def read_gguf(blob: Blob) -> tuple[dict[str, Any], list[Tensor]]:
+def read_gguf(blob: Blob) -> tuple[dict[str, Any], list[StoredTensor]]:
     """Return the metadata under GGUF's own keys, and the tensors, with shapes in torch's order (GGUF's reversed).
 
     Long arrays and arrays of strings (the vocabulary) are given as {"type": ..., "count": ...}.
@@ -145,7 +145,7 @@ def _layout(cursor: Cursor, key: str, kind: int) -> str:
     return "<" + SCALARS[kind]
 
 
-def _described(cursor: Cursor) -> tuple[Tensor, int]:
+def _described(cursor: Cursor) -> tuple[StoredTensor, int]:
     """Read one tensor's description; returns it with its offset into the data."""
     blob = cursor.blob
     name = _text(cursor, NAME_BYTES)
@@ -163,7 +163,7 @@ def _described(cursor: Cursor) -> tuple[Tensor, int]:
     if (shape[-1] if shape else 1) % block:
         raise damaged(blob, f"tensor {quote(name)} has rows that are not made of whole {dtype} blocks of {block}")
     size = elements // block * block_bytes
-    return Tensor(name=name, dtype=dtype, shape=shape, bytes=size, file=blob.name), offset
+    return StoredTensor(name=name, dtype=dtype, shape=shape, bytes=size, file=blob.name), offset
 
 
 def _alignment(blob: Blob, metadata: Mapping[str, Any]) -> int:
@@ -178,7 +178,7 @@ def _data_start(blob: Blob, metadata: Mapping[str, Any], end: int) -> int:
     return -(-end // alignment) * alignment
 
 
-def _check_layout(blob: Blob, described: list[tuple[Tensor, int]], start: int, alignment: int) -> None:
+def _check_layout(blob: Blob, described: list[tuple[StoredTensor, int]], start: int, alignment: int) -> None:
     """Check that names are unique, tensors aligned and apart, and the file long enough."""
     if len({tensor.name for tensor, _ in described}) != len(described):
         raise damaged(blob, "describes a tensor twice")

@@ -80,7 +80,7 @@ SAFETENSORS_DTYPES: Mapping[str, str] = {
 }
 
 
-class Tensor(Record, frozen=True, kw_only=True):
+class StoredTensor(Record, frozen=True, kw_only=True):
     """One tensor as a file describes it.
 
     `dtype` is torch's short name ("bfloat16") or a GGUF block type ("q4_1"); `shape` is in torch's order, outermost first.
@@ -139,7 +139,7 @@ def read_index(blob: Blob) -> dict[str, str]:
     return listed
 
 
-def read_safetensors(blob: Blob) -> list[Tensor]:
+def read_safetensors(blob: Blob) -> list[StoredTensor]:
     """Return the tensors of a safetensors file, by name.
 
     Refuses what the safetensors library refuses: offsets that overlap or leave holes, sizes that contradict dtype and
@@ -206,9 +206,9 @@ def _bits(blob: Blob, name: str, dtype: str) -> int:
     return BITS[SAFETENSORS_DTYPES[dtype]]
 
 
-def _tensor(blob: Blob, name: str, entry: _Entry) -> Tensor:
+def _tensor(blob: Blob, name: str, entry: _Entry) -> StoredTensor:
     begin, end = entry.data_offsets
-    return Tensor(name=name, dtype=SAFETENSORS_DTYPES[entry.dtype], shape=entry.shape, bytes=end - begin, file=blob.name)
+    return StoredTensor(name=name, dtype=SAFETENSORS_DTYPES[entry.dtype], shape=entry.shape, bytes=end - begin, file=blob.name)
 
 
 def _read_json(blob: Blob, most_bytes: int, most_marks: int) -> bytes:

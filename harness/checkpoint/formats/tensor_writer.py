@@ -32,7 +32,7 @@ DTYPES: Mapping[str, tuple[int, str, str]] = {
 }
 
 
-class TensorSpec(Record, frozen=True, kw_only=True):
+class TensorToWrite(Record, frozen=True, kw_only=True):
     """A tensor to be written: its name, its torch dtype (a key of DTYPES), its shape; `repeats` names one that it is a copy of."""
 
     name: str
@@ -45,10 +45,10 @@ class TensorSpec(Record, frozen=True, kw_only=True):
         return math.prod(self.shape) * DTYPES[self.dtype][0]
 
 
-Pieces = Callable[[TensorSpec], Iterable[memoryview]]
+Pieces = Callable[[TensorToWrite], Iterable[memoryview]]
 
 
-def write_safetensors(path: Path, tensors: Sequence[TensorSpec], pieces: Pieces | None) -> None:
+def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], pieces: Pieces | None) -> None:
     """Write a safetensors file; without `pieces` a sparse one, whose tensors are zeros that take no disk."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -67,7 +67,7 @@ def write_safetensors(path: Path, tensors: Sequence[TensorSpec], pieces: Pieces 
                 _write_whole(file, piece)
 
 
-def write_bin(path: Path, tensors: Sequence[TensorSpec], pieces: Pieces | None) -> None:
+def write_bin(path: Path, tensors: Sequence[TensorToWrite], pieces: Pieces | None) -> None:
     """Write what torch.save writes of a state dict; without `pieces` a sparse one (whose checksums are those of nothing)."""
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _member(archive, "archive/data.pkl", [memoryview(_pickled(tensors))])
@@ -113,7 +113,7 @@ def _write_whole(file: BinaryIO, piece: memoryview) -> None:
         piece = piece[file.write(piece) :]
 
 
-def _pickled(tensors: Sequence[TensorSpec]) -> bytes:
+def _pickled(tensors: Sequence[TensorToWrite]) -> bytes:
     """Pickle a dict from names to tensors whose storages lie in the archive, as torch's persistent ids name them."""
     opcodes = [b"\x80\x02}("]  # PROTO 2, EMPTY_DICT, MARK
     for number, tensor in enumerate(tensors):

@@ -12,14 +12,14 @@ What a term means:
 from __future__ import annotations
 
 from harness.architecture import skeleton
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.core.precisions import Precision
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Estimate, Machine, Tier, TierEstimate
 from harness.planning.calibration import Calibration, device_of
-from harness.planning.cost.footprint import Count, Parts
-from harness.planning.cost.memory import Kept
-from harness.planning.cost.speed import Effort, seconds
+from harness.planning.cost.footprint import Footprint, TierTerms
+from harness.planning.cost.memory import WeightFormat
+from harness.planning.cost.speed import TokenWork, seconds
 
 # By how much the weights of a model may differ that was planned from tensors alone, and of one whose skeleton is known.
 ROUGH_SHARE, KNOWN_SHARE = 0.10, 0.005
@@ -27,39 +27,39 @@ ROUGH_SHARE, KNOWN_SHARE = 0.10, 0.005
 _CACHE_PASSES = 3
 
 
-def kept(precision: Precision, dtype: str, blueprint: Blueprint) -> Kept:
-    """Say how this precision holds this model: one that is quantised already stays so, but for a GGUF file that is unpacked."""
-    if blueprint.gguf is not None:
-        bits = blueprint.gguf.packed_bits if precision.only == "GGUF" else None
-        return Kept(dtype=dtype, packed_bits=bits, packed_experts=bits is not None, packed_embeddings=bits is not None)
-    if blueprint.packed is not None and not blueprint.packed.unpacks:
-        bits, experts = packed_bits(blueprint)
-        own = blueprint.packed.precision if blueprint.unpacks_itself else None
-        return Kept(dtype=dtype, packed_bits=bits, packed_experts=experts, unpacking=own)
-    return Kept(dtype=dtype, quantizer=precision.scheme)
+def kept(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFormat:
+    """Say how this precision holds this model: one that is quantized already stays so, but for a GGUF file that is unpacked."""
+    if spec.gguf is not None:
+        bits = spec.gguf.packed_bits if precision.requires_checkpoint == "GGUF" else None
+        return WeightFormat(dtype=dtype, packed_bits=bits, packed_experts=bits is not None, packed_embeddings=bits is not None)
+    if spec.packed is not None and not spec.packed.unpacks:
+        bits, experts = packed_bits(spec)
+        own = spec.packed.precision if spec.unpacks_itself else None
+        return WeightFormat(dtype=dtype, packed_bits=bits, packed_experts=experts, unpacking=own)
+    return WeightFormat(dtype=dtype, quantizer=precision.scheme)
 
 
-def packed_bits(blueprint: Blueprint) -> tuple[float, bool]:
-    """Return bits per quantised weight, scales and zeros included, and whether stacked experts are quantised as well.
+def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
+    """Return bits per quantized weight, scales and zeros included, and whether stacked experts are quantized as well.
 
     From the headers where they were read: the experts are if the files are too small to hold them in 16 bits. Else from the scheme.
     """
-    packed = blueprint.packed
+    packed = spec.packed
     assert packed is not None
-    held = [(w, w.elements * count) for w, count in blueprint.skeleton.tally if not w.tied_to and w.tensor.kind != "unsaved"]
-    quantised = sum(elements for weight, elements in held if weight.quantises)
+    held = [(w, w.elements * count) for w, count in spec.skeleton.tally if not w.tied_to and w.tensor.kind != "unsaved"]
+    quantized = sum(elements for weight, elements in held if weight.quantizes)
     experts = sum(elements for weight, elements in held if skeleton.is_stacked(weight))
-    plain = 2 * (sum(elements for _, elements in held) - quantised)
-    if blueprint.tensor_bytes is None or not quantised + experts:
+    plain = 2 * (sum(elements for _, elements in held) - quantized)
+    if spec.tensor_bytes is None or not quantized + experts:
         return packed.bits + ((16 + packed.bits) / packed.group if packed.group else 0.0), bool(experts)
-    if experts and blueprint.tensor_bytes < plain:
-        plain, quantised = plain - 2 * experts, quantised + experts
+    if experts and spec.tensor_bytes < plain:
+        plain, quantized = plain - 2 * experts, quantized + experts
     else:
         experts = 0
-    return max(8.0 * (blueprint.tensor_bytes - plain) / max(quantised, 1), 1.0), bool(experts)
+    return max(8.0 * (spec.tensor_bytes - plain) / max(quantized, 1), 1.0), bool(experts)
 
 
-def estimate(count: Count, precision: str, machine: Machine) -> Estimate:
+def estimate(count: Footprint, precision: str, machine: Machine) -> Estimate:
     """Return what a case is expected to need, tier by tier, and how fast it runs."""
     tiers = memory(count, machine)
     spent = seconds(effort(count, precision), count.work, machine, count.calibration)
@@ -74,20 +74,20 @@ def estimate(count: Count, precision: str, machine: Machine) -> Estimate:
     )
 
 
-def memory(count: Count, machine: Machine) -> dict[str, TierEstimate]:
+def memory(count: Footprint, machine: Machine) -> dict[str, TierEstimate]:
     """Return the bytes that a case is expected to need, by tier."""
     return {name: _tier(parts, machine.tier(name), count) for name, parts in count.parts().items()}
 
 
-def beside_weights(parts: Parts) -> float:
+def beside_weights(parts: TierTerms) -> float:
     """Return the most that generating needs of a tier beside its weights and the KV cache."""
     return parts.overhead.high + parts.heap.high + parts.libraries.high + parts.activation.high
 
 
-def effort(count: Count, precision: str) -> Effort:
+def effort(count: Footprint, precision: str) -> TokenWork:
     """Count what a case does: bytes to read, weights to multiply, tensors to open."""
-    inventory, here, gguf = count.inventory, count.sums.get("cpu"), count.blueprint.gguf
-    return Effort(
+    inventory, here, gguf = count.inventory, count.sums.get("cpu"), count.spec.gguf
+    return TokenWork(
         device=device_of(count.weights),
         precision=precision,
         like=like(count.held),
@@ -101,19 +101,19 @@ def effort(count: Count, precision: str) -> Effort:
         operations=inventory.operations,
         parameters=inventory.parameters,
         tensors=inventory.tensors,
-        checkpoint_bytes=count.blueprint.checkpoint_bytes,
+        checkpoint_bytes=count.spec.checkpoint_bytes,
         unpacked=sum(gguf.elements) if gguf and not count.held.packed_bits else 0,
         vocabulary=gguf.strings if gguf else 0,
         copied_bytes=int(here.made) if here else 0,
         written=count.written,
-        quantised=int(sum(sums.quantised for sums in count.sums.values()) / 2),
+        quantized=int(sum(sums.quantized for sums in count.sums.values()) / 2),
         anew=inventory.unpacked_anew,
         to_gpu_bytes=sum(count.weights[gpu] for gpu in count.gpus),
     )
 
 
-def like(held: Kept) -> str | None:
-    """Name the constants of speed that were measured for what is held; None where nothing is quantised."""
+def like(held: WeightFormat) -> str | None:
+    """Name the constants of speed that were measured for what is held; None where nothing is quantized."""
     if held.unpacking:
         return UNPACKINGS[held.unpacking].like
     if held.packed_bits:
@@ -121,8 +121,8 @@ def like(held: Kept) -> str | None:
     return SCHEMES[held.quantizer].like if held.quantizer else None
 
 
-def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
-    rough = ROUGH_SHARE if count.blueprint.rough else KNOWN_SHARE
+def _tier(parts: TierTerms, tier: Tier | None, count: Footprint) -> TierEstimate:
+    rough = ROUGH_SHARE if count.spec.rough else KNOWN_SHARE
     capacity = tier.capacity_bytes if tier else None
     if tier is not None and tier.kind == "cpu":
         return _ram(parts, tier, rough, count.calibration)
@@ -147,7 +147,7 @@ def _tier(parts: Parts, tier: Tier | None, count: Count) -> TierEstimate:
     )
 
 
-def _ram(parts: Parts, tier: Tier, rough: float, calibration: Calibration) -> TierEstimate:
+def _ram(parts: TierTerms, tier: Tier, rough: float, calibration: Calibration) -> TierEstimate:
     """Put the terms of the RAM together: the anonymous part, and with it pages of files, once loading and once generating."""
     capacity = tier.capacity_bytes
     kept, writing = calibration["ram_resident_share"], calibration["ram_resident_share_writing"]
@@ -180,7 +180,7 @@ def _resident(size: float, needed: float, capacity: int | None, kept: float) -> 
     return int(size if capacity is None else min(size, max(needed, capacity * kept)))
 
 
-def _moments(parts: Parts, end: str, rough: float) -> dict[str, float]:
+def _moments(parts: TierTerms, end: str, rough: float) -> dict[str, float]:
     """Return the RAM at one end of the intervals: while loading and generating, all of it and the anonymous part."""
     overhead, heap, libraries, activation = (
         float(getattr(part, end)) for part in (parts.overhead, parts.heap, parts.libraries, parts.activation)

@@ -11,13 +11,13 @@ from harness.core.quantizers import SCHEMES
 from harness.core.records import Record, Workload
 from harness.planning.calibration import Bytes, Calibration
 from harness.planning.cost import memory, tensor_parallel
-from harness.planning.cost.inventory import Inventory, Sums
+from harness.planning.cost.inventory import Inventory, TensorTotals
 
 # The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
 PAGE_BYTES = 1 << 20
 
 
-class Parts(Record, frozen=True, kw_only=True):
+class TierTerms(Record, frozen=True, kw_only=True):
     """The terms of one tier.
 
     Of the weights in the RAM `copied` are anonymous; `mapped` are pages of the file that stay resident, `read` those that every
@@ -42,7 +42,7 @@ class Parts(Record, frozen=True, kw_only=True):
     rewritten: int = 0
 
 
-class Count:
+class Footprint:
     """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
 
     `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first, `rewrites`
@@ -63,7 +63,7 @@ class Count:
     ) -> None:
         self.inventory, self.tiers, self.work, self.calibration = inventory, tiers, load, calibration
         self.through_ram, self.rewrites = through_ram, rewrites
-        self.held, self.skeleton, self.blueprint = inventory.held, inventory.skeleton, inventory.blueprint
+        self.held, self.skeleton, self.spec = inventory.held, inventory.skeleton, inventory.spec
         self.sums = inventory.by_tier(tiers)
         self._off_gpu = off_gpu or inventory
         if off_gpu is not None:
@@ -80,7 +80,7 @@ class Count:
         self.main = self.gpus[0] if self.gpus else "cpu"
         self._copied_at_once: dict[tuple[str, ...], int] = {}
 
-    def longer(self, load: Workload) -> Count:
+    def longer(self, load: Workload) -> Footprint:
         """Return the same case with another workload; what does not depend on it is not counted again."""
         other = copy(self)
         other.work = load
@@ -109,12 +109,12 @@ class Count:
         homes = [blocks[index * len(blocks) // count] if blocks else self.main for index in range(count)]
         return [tier if tier.startswith("gpu") else self.main for tier in homes]
 
-    def parts(self) -> dict[str, Parts]:
+    def parts(self) -> dict[str, TierTerms]:
         """Return the terms of every tier that takes part; the RAM always does."""
         found = {name: self._on_gpu(name) for name in self.gpus}
         found["cpu"] = self._in_ram()
         if "disk" in self.weights:
-            found["disk"] = Parts(weights=self.weights["disk"], written=self.written)
+            found["disk"] = TierTerms(weights=self.weights["disk"], written=self.written)
         return found
 
     @property
@@ -130,13 +130,13 @@ class Count:
 
     @property
     def _writes_all(self) -> bool:
-        return self.rewrites or self.blueprint.file_format != "safetensors"
+        return self.rewrites or self.spec.file_format != "safetensors"
 
-    def _on_gpu(self, name: str) -> Parts:
+    def _on_gpu(self, name: str) -> TierTerms:
         constant, kv = self.calibration, self.kv.get(name, 0)
         runs = self.inventory.gpu_prefill.bytes(self.work)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
-        return Parts(
+        return TierTerms(
             weights=self.weights[name],
             kv=kv,
             activation=constant["gpu_activation_share"].amount(runs) + _exact(brought),
@@ -161,12 +161,12 @@ class Count:
         return self._copied_at_once[homes]
 
     def _in_flight(self, name: str) -> Bytes:
-        """Return what lies on the GPU only while loading: 16-bit copies of what is quantised there. Casts are made in the RAM."""
-        copy_bytes = self.inventory.largest_copy if self.sums[name].quantised else 0
+        """Return what lies on the GPU only while loading: 16-bit copies of what is quantized there. Casts are made in the RAM."""
+        copy_bytes = self.inventory.largest_copy if self.sums[name].quantized else 0
         return Bytes(best=2.0 * copy_bytes, high=max(4.0 * copy_bytes, self.inventory.largest))
 
-    def _in_ram(self) -> Parts:
-        here, away = self.sums.get("cpu") or Sums(), self.sums.get("disk") or Sums()
+    def _in_ram(self) -> TierTerms:
+        here, away = self.sums.get("cpu") or TensorTotals(), self.sums.get("disk") or TensorTotals()
         touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
         again, dropped = here.compared, 0 if here.compared else here.twice
         # Weights on a GPU are read from the file as well, and those that are cast or written anew for the disk.
@@ -178,7 +178,7 @@ class Count:
         brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
         if self._reads_files:
             return self._read_whole(here, elsewhere, runs, brought)
-        return Parts(
+        return TierTerms(
             weights=self.weights.get("cpu", 0),
             copied=int(here.made),
             # Tensors that stay views keep their file mapped, and with it the pages that were read to make the others.
@@ -201,10 +201,10 @@ class Count:
         All of it where there is one file. Of several those go that hold nothing else, and the one that is shared keeps at most all
         of its pages, which no token reads: the kernel drops them first.
         """
-        largest = self.blueprint.largest_file
+        largest = self.spec.largest_file
         if largest is None:
             return Bytes(best=beyond, high=beyond)
-        if largest[1] >= self.blueprint.checkpoint_bytes:
+        if largest[1] >= self.spec.checkpoint_bytes:
             return _exact(beyond)
         borders = sum(tier in self.weights for tier in ("disk", *self.gpus[:1]))
         return Bytes(high=min(beyond, borders * largest[1]))
@@ -216,7 +216,7 @@ class Count:
         accelerate's own dispatch copies what it wrote, for a GPU as well. transformers maps a safetensors file as it is held, or
         casts what it left in the checkpoint: on the GPU if there is one.
         """
-        away = self.sums.get("disk") or Sums()
+        away = self.sums.get("disk") or TensorTotals()
         casts = not self._writes_all and not self.gpus and away.made - away.joined > away.held / 2
         return bool(away.held) and (self.rewrites or casts)
 
@@ -228,13 +228,13 @@ class Count:
     @property
     def _reads_files(self) -> bool:
         """Whether files are read into the RAM one by one instead of mapped: accelerate's own dispatch does so with .bin."""
-        return self.rewrites and self.blueprint.file_format == "bin"
+        return self.rewrites and self.spec.file_format == "bin"
 
-    def _read_whole(self, here: Sums, elsewhere: float, runs: float, brought: int) -> Parts:
+    def _read_whole(self, here: TensorTotals, elsewhere: float, runs: float, brought: int) -> TierTerms:
         """Return the terms of the RAM where a file is there whole, until what others hold of it and what was cast has gone."""
-        largest = self.blueprint.largest_file
+        largest = self.spec.largest_file
         gone = elsewhere + here.made_from + here.twice
-        return Parts(
+        return TierTerms(
             weights=self.weights.get("cpu", 0),
             copied=int(here.held),
             kv=self.kv.get("cpu", 0),
@@ -253,7 +253,7 @@ class Count:
             total += constant[f"ram_{SCHEMES[self.held.quantizer].library}_bytes"].amount(times)
         if self.shared > 1:
             total += constant["ram_ranks_bytes"].amount(times)
-        if self.blueprint.tokenizer:
+        if self.spec.tokenizer:
             total += constant["ram_tokenizer_bytes_per_token"].amount(times * self.skeleton.vocab_size)
         return total + constant["ram_cuda_bytes"].amount(times) if self.gpus else total
 
@@ -268,7 +268,7 @@ class Count:
 
         Tensors are unpacked in the order of the file, so a large one in front takes less than one at the end.
         """
-        gguf = self.blueprint.gguf
+        gguf = self.spec.gguf
         if gguf is None or self.held.packed_bits is not None:
             return Bytes()
         copies, width, total = self.calibration["gguf_unpack_copies"].amount(4.0), self.held.element_bytes, sum(gguf.elements)
@@ -280,8 +280,8 @@ class Count:
             most, done = Bytes(**ends), done + elements
         return most + self.calibration["gguf_bytes_per_string"].amount(gguf.strings)
 
-    def _heap(self, here: Sums) -> Bytes:
-        """Return what the heap keeps of the copies that quantising on the processor makes and frees again.
+    def _heap(self, here: TensorTotals) -> Bytes:
+        """Return what the heap keeps of the copies that quantizing on the processor makes and frees again.
 
         What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
         them, but for those large enough to be mapped one by one, of which little stays. In int4 it does in half of all processes:
@@ -289,12 +289,12 @@ class Count:
         spans both.
         """
         total = self.calibration["heap_share_stack"].amount(here.stacked)
-        if self.held.quantizer is None or not here.quantised or self.gpus:
+        if self.held.quantizer is None or not here.quantized or self.gpus:
             return total
         like = SCHEMES[self.held.quantizer].like
         total += self.calibration[f"heap_share_{like}"].amount(here.kept_copies)
         large = self.calibration.constants.get(f"heap_share_large_{like}")
-        return total + large.amount(here.quantised - here.kept_copies) if large else total
+        return total + large.amount(here.quantized - here.kept_copies) if large else total
 
     def _rows_touched(self) -> int:
         """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from harness.architecture import skeleton
-from harness.architecture.model_spec import Blueprint
+from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Module, Weight
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
 from harness.planning.cost.kernel_launches import Operations
-from harness.planning.cost.memory import Kept
+from harness.planning.cost.memory import WeightFormat
 from harness.planning.device_map.infer import DTYPE_BYTES
 
 # Formats whose tensors transformers maps into memory instead of reading them.
@@ -22,11 +22,11 @@ HEAP_LIMIT = 32 << 20
 
 
 @dataclass(slots=True)
-class Sums:
+class TensorTotals:
     """Bytes of tensors.
 
     `held` in memory; `read` by one token; `made` anew while loading; `viewed`, still pages of the file, and of them `viewed_used`,
-    which some token reads in full. `stored` in the file, `made_from` of what is made anew. `quantised` in 16 bits, `kept_copies`
+    which some token reads in full. `stored` in the file, `made_from` of what is made anew. `quantized` in 16 bits, `kept_copies`
     of that what the heap may keep, as of the parts of what is `stacked`. `joined` is the part of `held` that is made by stacking.
     Tied weights that the files store again take `twice` until transformers 5 finds both equal and ties them; in the RAM `compared`
     of the file's bytes are read for that, where both are views of it.
@@ -39,14 +39,14 @@ class Sums:
     viewed_used: float = 0
     stored: float = 0
     made_from: float = 0
-    quantised: float = 0
+    quantized: float = 0
     kept_copies: float = 0
     stacked: float = 0
     joined: float = 0
     twice: float = 0
     compared: float = 0
 
-    def add(self, other: Sums) -> None:
+    def add(self, other: TensorTotals) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
         self.held += other.held
         self.read += other.read
@@ -55,16 +55,16 @@ class Sums:
         self.viewed_used += other.viewed_used
         self.stored += other.stored
         self.made_from += other.made_from
-        self.quantised += other.quantised
+        self.quantized += other.quantized
         self.kept_copies += other.kept_copies
         self.stacked += other.stacked
         self.joined += other.joined
         self.twice += other.twice
         self.compared += other.compared
 
-    def times(self, factor: float) -> Sums:
+    def times(self, factor: float) -> TensorTotals:
         """Return this sum so many times."""
-        return Sums(**{name: value * factor for name, value in asdict(self).items()})
+        return TensorTotals(**{name: value * factor for name, value in asdict(self).items()})
 
 
 class Inventory:
@@ -74,14 +74,14 @@ class Inventory:
     the sum of its tensors.
     """
 
-    def __init__(self, blueprint: Blueprint, held: Kept) -> None:
-        self.blueprint, self.held, self.skeleton = blueprint, held, blueprint.skeleton
+    def __init__(self, spec: ModelSpec, held: WeightFormat) -> None:
+        self.spec, self.held, self.skeleton = spec, held, spec.skeleton
         self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, held).items()}
         self.per_token = memory.read_per_token(self.skeleton, self.sizes)
-        self.stored_dtype = blueprint.stored_dtype
+        self.stored_dtype = spec.stored_dtype
         # Bytes of the file for each weight: the blocks of a GGUF hold less than a byte each.
-        packed = blueprint.checkpoint_bytes / max(1, self.skeleton.parameters)
-        self.stored_width = packed if blueprint.gguf else DTYPE_BYTES.get(self.stored_dtype, 2)
+        packed = spec.checkpoint_bytes / max(1, self.skeleton.parameters)
+        self.stored_width = packed if spec.gguf else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
@@ -90,9 +90,9 @@ class Inventory:
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
 
     @cached_property
-    def total(self) -> Sums:
+    def total(self) -> TensorTotals:
         """All rows together."""
-        total = Sums()
+        total = TensorTotals()
         for _, sums in self.rows:
             total.add(sums)
         return total
@@ -115,7 +115,7 @@ class Inventory:
     def unpacked_anew(self) -> int:
         """How many weights the layers of `harness.models` unpack for every pass over them."""
         return (
-            sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantises) if self.held.unpacking else 0
+            sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes) if self.held.unpacking else 0
         )
 
     @cached_property
@@ -125,7 +125,7 @@ class Inventory:
 
     @cached_property
     def largest_copy(self) -> int:
-        """Bytes of the largest 16-bit copy that quantising makes."""
+        """Bytes of the largest 16-bit copy that quantizing makes."""
         return max((self._copied(weight) for weight, _ in self.skeleton.tally), default=0)
 
     @cached_property
@@ -138,42 +138,42 @@ class Inventory:
             found[beside[0].path] = sum(found[weight.path] for weight in beside)
         return found
 
-    def by_tier(self, tiers: Mapping[str, str] | str) -> dict[str, Sums]:
+    def by_tier(self, tiers: Mapping[str, str] | str) -> dict[str, TensorTotals]:
         """Add the rows up by the tier of each piece, or take all for one tier."""
         if isinstance(tiers, str):
             return {tiers: self.total}
-        found: dict[str, Sums] = defaultdict(Sums)
+        found: dict[str, TensorTotals] = defaultdict(TensorTotals)
         for path, sums in self.rows:
             found[tiers[path]].add(sums)
         return dict(found)
 
-    def cut(self, count: int) -> Sums:
+    def cut(self, count: int) -> TensorTotals:
         """Return what each of `count` GPUs holds of the model where they share it, tensor by tensor."""
-        total = Sums()
+        total = TensorTotals()
         for weight, times in self.skeleton.tally:
             total.add(self._sums(weight).times(times / count if tensor_parallel.is_cut(weight, self.skeleton) else times))
         return total
 
-    def cut_in_ram(self, count: int) -> Sums:
+    def cut_in_ram(self, count: int) -> TensorTotals:
         """Return what `count` processes hold in the RAM together where they share the model; what is cut along rows is copied."""
-        total = Sums()
+        total = TensorTotals()
         for weight, times in self.skeleton.tally:
             sums = self._sums(weight, copied=tensor_parallel.is_copied(weight, self.skeleton))
             total.add(sums.times(times if tensor_parallel.is_cut(weight, self.skeleton) else times * count))
         return total
 
-    def _sum(self, kind: Module) -> Sums:
-        total = Sums()
+    def _sum(self, kind: Module) -> TensorTotals:
+        total = TensorTotals()
         for module in kind.walk():
             for weight in module.weights:
                 total.add(self._sums(weight))
         return total
 
     def _copied(self, weight: Weight) -> int:
-        """Return the bytes of the 16-bit copy that quantising makes of a tensor."""
-        return weight.elements * 2 if self.held.quantizer and weight.quantises else 0
+        """Return the bytes of the 16-bit copy that quantizing makes of a tensor."""
+        return weight.elements * 2 if self.held.quantizer and weight.quantizes else 0
 
-    def _sums(self, weight: Weight, copied: bool = False) -> Sums:
+    def _sums(self, weight: Weight, copied: bool = False) -> TensorTotals:
         if weight.tied_to:
             return self._repeated(weight)
         size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
@@ -182,7 +182,7 @@ class Inventory:
         stored = int(weight.elements * self.stored_width) if in_file and self.held.packed_bits is None else size
         copies = self._copied(weight)
         view = not makes and weight.tensor.kind != "unsaved"
-        return Sums(
+        return TensorTotals(
             held=size,
             read=read,
             made=size if makes else 0,
@@ -190,26 +190,26 @@ class Inventory:
             viewed_used=size if view and weight.path in self.per_token else 0,
             stored=stored if in_file else 0,
             made_from=stored if in_file and makes else 0,
-            quantised=copies,
+            quantized=copies,
             stacked=self._parts_kept(weight, size),
             joined=size if self._stacks(weight) else 0,
             kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
         )
 
-    def _repeated(self, weight: Weight) -> Sums:
-        """Count a tied weight: nothing, unless the files store it again. As a head it is never quantised."""
-        if weight.path not in self.blueprint.repeated:
-            return Sums()
+    def _repeated(self, weight: Weight) -> TensorTotals:
+        """Count a tied weight: nothing, unless the files store it again. As a head it is never quantized."""
+        if weight.path not in self.spec.repeated:
+            return TensorTotals()
         stored = int(weight.elements * self.stored_width)
-        makes = self._casts(weight) or self.blueprint.file_format not in MAPPED
+        makes = self._casts(weight) or self.spec.file_format not in MAPPED
         twice = weight.elements * self.held.element_bytes
-        return Sums(stored=stored, made_from=stored if makes else 0, twice=twice, compared=0 if makes else stored)
+        return TensorTotals(stored=stored, made_from=stored if makes else 0, twice=twice, compared=0 if makes else stored)
 
     def _makes(self, weight: Weight) -> bool:
         """Say whether loading makes something else of a stored tensor than a view of the file: other bits, or a stack."""
-        if self.held.quantizer is not None and weight.quantises:
+        if self.held.quantizer is not None and weight.quantizes:
             return True
-        return self._casts(weight) or self._stacks(weight) or self.blueprint.file_format not in MAPPED
+        return self._casts(weight) or self._stacks(weight) or self.spec.file_format not in MAPPED
 
     def _casts(self, weight: Weight) -> bool:
         other = self.held.dtype != self.stored_dtype or weight.tensor.fp32 is not None
@@ -222,7 +222,7 @@ class Inventory:
     def _parts_kept(self, weight: Weight, size: int) -> float:
         """Return what the heap may keep of the experts that a stack is made from: their casts, else what joining two takes.
 
-        Several threads cast ahead of what stacks, except when weights are quantised.
+        Several threads cast ahead of what stacks, except when weights are quantized.
         """
         if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
             return 0.0

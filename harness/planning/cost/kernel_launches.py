@@ -28,22 +28,22 @@ _BIASED = frozenset(("bloom", "mpt"))
 
 
 class Operations(Record, frozen=True, kw_only=True):
-    """What one token starts: `linears` and of them `quantisable` as modules, products of single `experts`, and `others`."""
+    """What one token starts: `linears` and of them `quantizable` as modules, products of single `experts`, and `others`."""
 
     linears: float
-    quantisable: float
+    quantizable: float
     experts: int
     others: float
 
 
 def count(skeleton: Skeleton) -> Operations:
     """Count what one token starts, from the blocks and how often each occurs."""
-    linears = quantisable = others = 0.0
+    linears = quantizable = others = 0.0
     experts = routers = embeddings = 0
     for block, times in _occurrences(skeleton):
         if block.linear:
             linears += times
-            quantisable += 0.0 if block.exempt else times
+            quantizable += 0.0 if block.exempt else times
         elif _is_norm(block):
             others += times * (LAYER_NORM if any(tensor.name == "bias" for tensor in block.tensors) else RMS_NORM)
         elif "Embedding" in block.class_name and block.tensors and "Rotary" not in block.class_name:
@@ -54,7 +54,7 @@ def count(skeleton: Skeleton) -> Operations:
         routers += int(times) * bool(products)
     return Operations(
         linears=linears,
-        quantisable=quantisable,
+        quantizable=quantizable,
         experts=experts,
         others=others + routers * ROUTER + _layers(skeleton, rotates=embeddings < 2 and skeleton.model_type not in _BIASED) + TOKEN,
     )

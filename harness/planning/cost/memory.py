@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from harness.architecture.skeleton import Attention, Block, Module, Skeleton, Tensor, Weight, is_stacked
+from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Record, Workload
 from harness.planning.device_map.infer import DTYPE_BYTES
 
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
 EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))
-# Classes derived from torch's Linear: some quantisers take them for one, others take exactly Linear.
+# Classes derived from torch's Linear: some quantizers take them for one, others take exactly Linear.
 DERIVED_LINEARS = frozenset(("FalconLinear",))
 # What GELU's formula in Python holds at once beside its input, in widths of the MLP: gelu_new of these classes.
 PLAIN_GELU = frozenset(("codegen", "moss", "gptj", "gpt2", "gpt_neo", "phi"))
 
 
-class Kept(Record, frozen=True, kw_only=True):
-    """How the weights of a case are held: the dtype of what is not quantised, and the row of SCHEMES that quantises on loading.
+class WeightFormat(Record, frozen=True, kw_only=True):
+    """How the weights of a case are held: the dtype of what is not quantized, and the row of SCHEMES that quantizes on loading.
 
-    `packed_bits` a weight, scales included, are those of a checkpoint that is quantised already, and with `packed_experts` of its
+    `packed_bits` a weight, scales included, are those of a checkpoint that is quantized already, and with `packed_experts` of its
     stacked experts too, with `packed_embeddings` of its embedding and head. `unpacking` is its row of UNPACKINGS,
     where our own layers run it.
     """
@@ -37,15 +37,15 @@ class Kept(Record, frozen=True, kw_only=True):
         return DTYPE_BYTES[self.dtype]
 
 
-def weight_bytes(skeleton: Skeleton, kept: Kept) -> dict[str, int]:
+def weight_bytes(skeleton: Skeleton, kept: WeightFormat) -> dict[str, int]:
     """Return the bytes of every tensor by path, as `module_bytes` counts them."""
     return module_bytes(skeleton.root, kept)
 
 
-def module_bytes(module: Module, kept: Kept) -> dict[str, int]:
+def module_bytes(module: Module, kept: WeightFormat) -> dict[str, int]:
     """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
 
-    What a scheme quantises takes its own bytes. Biases, norms, embeddings, stacked experts and the head keep the dtype.
+    What a scheme quantizes takes its own bytes. Biases, norms, embeddings, stacked experts and the head keep the dtype.
     """
     return {
         weight.path: 0 if weight.tied_to else _held(weight, kept, inside.block)
@@ -54,7 +54,7 @@ def module_bytes(module: Module, kept: Kept) -> dict[str, int]:
     }
 
 
-def _held(weight: Weight, kept: Kept, owner: Block) -> int:
+def _held(weight: Weight, kept: WeightFormat, owner: Block) -> int:
     tensor, elements = weight.tensor, weight.elements
     if kept.packed_bits is not None and _is_packed(weight, kept, owner):
         return int(elements * kept.packed_bits / 8)
@@ -65,22 +65,22 @@ def _held(weight: Weight, kept: Kept, owner: Block) -> int:
 
 
 def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
-    """Say whether a scheme quantises a weight of this block: all take Linear, some GPT-2's Conv1D or what is derived of Linear."""
+    """Say whether a scheme quantizes a weight of this block: all take Linear, some GPT-2's Conv1D or what is derived of Linear."""
     if quantizer is None:
         return False
     if owner.class_name in DERIVED_LINEARS:
         return SCHEMES[quantizer].derived and len(weight.tensor.shape) == 2
-    return weight.quantises and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)
+    return weight.quantizes and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)
 
 
-def _is_packed(weight: Weight, kept: Kept, owner: Block) -> bool:
-    if weight.quantises or (kept.packed_experts and is_stacked(weight)):
+def _is_packed(weight: Weight, kept: WeightFormat, owner: Block) -> bool:
+    if weight.quantizes or (kept.packed_experts and is_stacked(weight)):
         return True
     looks_up = "Embedding" in owner.class_name or owner.linear is not None
     return kept.packed_embeddings and looks_up and len(weight.tensor.shape) == 2
 
 
-def _width(tensor: Tensor, dtype: str) -> int:
+def _width(tensor: ParameterSpec, dtype: str) -> int:
     if tensor.dtype is not None:
         return DTYPE_BYTES.get(tensor.dtype, 4)
     in_fp32 = (tensor.fp32 == "half" and dtype in ("float16", "bfloat16")) or (tensor.fp32 == "fp16" and dtype == "float16")
@@ -105,11 +105,11 @@ class Prefill:
     intermediate; without a gate 2 x, or more where GELU is written out). Eager attention holds all its scores, which may be more.
     """
 
-    def __init__(self, skeleton: Skeleton, kept: Kept, device: str) -> None:
+    def __init__(self, skeleton: Skeleton, kept: WeightFormat, device: str) -> None:
         self.hidden, self.vocabulary, self.heads = skeleton.hidden_size, skeleton.vocab_size, skeleton.heads
         self.inner, self.eager = mlp_widths(skeleton), skeleton.model_type in EAGER
         self.element = kept.element_bytes
-        linears = [weight.tensor.shape for weight, _ in skeleton.tally if weight.quantises and len(weight.tensor.shape) == 2]
+        linears = [weight.tensor.shape for weight, _ in skeleton.tally if weight.quantizes and len(weight.tensor.shape) == 2]
         packed = kept.quantizer is not None or kept.packed_bits is not None
         in_int8 = kept.quantizer == "int8" and device == "gpu"
         # int8 on a GPU: the input in int8 and the product in int32. Else one Linear is unpacked to the dtype, or by blocks of it.

@@ -19,12 +19,12 @@ PICKS = ("low", "best", "high")
 _SPEED_AT = {"low": "high", "best": "best", "high": "low"}
 
 
-class Effort(Record, frozen=True, kw_only=True):
+class TokenWork(Record, frozen=True, kw_only=True):
     """What a case does, counted.
 
     `read` are the bytes by tier that one token reads, of those in the RAM `mapped` pages of files. `like` names the constants of
-    what is quantised. `parameters` are those that a token is multiplied with. While loading `copied_bytes` are made anew in the
-    RAM, `written` into the offload folder, and `quantised` weights quantised; `checkpoint_bytes` come from the disk. Of a GGUF
+    what is quantized. `parameters` are those that a token is multiplied with. While loading `copied_bytes` are made anew in the
+    RAM, `written` into the offload folder, and `quantized` weights quantized; `checkpoint_bytes` come from the disk. Of a GGUF
     `unpacked` weights are made from its blocks and `vocabulary` strings of its metadata read one by one. `anew` are the weights
     that are unpacked for each token.
     """
@@ -43,7 +43,7 @@ class Effort(Record, frozen=True, kw_only=True):
     vocabulary: int
     copied_bytes: int
     written: int
-    quantised: int
+    quantized: int
     to_gpu_bytes: int
     anew: int
 
@@ -58,13 +58,13 @@ class Seconds(Record, frozen=True, kw_only=True):
     fixed_token_s: float
 
 
-def seconds(effort: Effort, load: Workload, machine: Machine, calibration: Calibration) -> Seconds:
+def seconds(effort: TokenWork, load: Workload, machine: Machine, calibration: Calibration) -> Seconds:
     """Return load seconds, seconds to the first token, tokens/s, and what of them results of this machine corrected.
 
     The correction of a token is one of the processor, not of the memory: a small model that calibrates spends its time between
     the Linears, and would make a large one, which waits for its weights, too fast or too slow.
     """
-    clock = _Clock(effort, load, machine, calibration)
+    clock = _Timing(effort, load, machine, calibration)
     fixed = {TOKEN: clock.fixed()}
     spans = {
         LOAD: [clock.load(pick) for pick in PICKS],
@@ -101,18 +101,18 @@ def _card(tier: Tier | None) -> Gpu | None:
     return _look_up(tier.model, tier.total_bytes) if tier is not None and tier.model else None
 
 
-class _Clock:
+class _Timing:
     """One case's arithmetic at the low, best or high end: slow constants make the high end of seconds."""
 
-    def __init__(self, effort: Effort, load: Workload, machine: Machine, calibration: Calibration) -> None:
+    def __init__(self, effort: TokenWork, load: Workload, machine: Machine, calibration: Calibration) -> None:
         self.effort, self.work, self.machine, self.calibration = effort, load, machine, calibration
         self.gpu = next((tier for tier in machine.gpus if tier.name in effort.read), None)
         self.suffix = f"_{effort.like}" if effort.like else ""
 
     def load(self, pick: str) -> float:
-        """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantise, send."""
+        """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantize, send."""
         effort, on = self.effort, "gpu" if self.gpu else f"cpu{self.suffix}"
-        wanted = effort.checkpoint_bytes if effort.copied_bytes or effort.quantised or effort.to_gpu_bytes else effort.written
+        wanted = effort.checkpoint_bytes if effort.copied_bytes or effort.quantized or effort.to_gpu_bytes else effort.written
         return (
             self._cost("load_s", pick)
             + effort.tensors * self._cost("load_s_per_tensor", pick)
@@ -121,7 +121,7 @@ class _Clock:
             + effort.copied_bytes / self._rate("cast_bytes_per_s", pick)
             + effort.unpacked / self._rate("gguf_elements_per_s", pick)
             + effort.vocabulary * self._cost("gguf_s_per_string", pick)
-            + (effort.quantised / self._rate(f"quantise_elements_per_s_{on}", pick) if effort.quantised else 0.0)
+            + (effort.quantized / self._rate(f"quantise_elements_per_s_{on}", pick) if effort.quantized else 0.0)
             + (effort.to_gpu_bytes / self._link(pick) if self.gpu else 0.0)
         )
 
@@ -134,7 +134,7 @@ class _Clock:
 
     def _unread(self, pick: str) -> int:
         """Return the bytes that are mapped and that no token has read yet, where `token` takes them for cached."""
-        if self.gpu or self.effort.copied_bytes or self.effort.quantised:
+        if self.gpu or self.effort.copied_bytes or self.effort.quantized:
             return 0
         return self.effort.checkpoint_bytes if "disk" not in self.effort.read or self._stays_cached(pick) else 0
 
@@ -142,7 +142,7 @@ class _Clock:
         """Return the seconds that the first pass takes to pack weights for the processor, where a library does it then."""
         name = f"first_pass_elements_per_s_cpu{self.suffix}"
         is_measured = not self.gpu and name in self.calibration.constants
-        return self.effort.quantised / self._rate(name, pick) if is_measured else 0.0
+        return self.effort.quantized / self._rate(name, pick) if is_measured else 0.0
 
     def token(self, pick: str, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
@@ -163,9 +163,9 @@ class _Clock:
     def _host(self, pick: str) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
         kind, counted = "gpu" if self.gpu else "cpu", self.effort.operations
-        quantised = counted.quantisable if self.suffix else 0.0
-        each = self._cost(f"{kind}_operations_per_linear{self.suffix}", pick) if quantised else 0.0
-        started = counted.others + LINEAR * (counted.linears - quantised) + each * quantised
+        quantized = counted.quantizable if self.suffix else 0.0
+        each = self._cost(f"{kind}_operations_per_linear{self.suffix}", pick) if quantized else 0.0
+        started = counted.others + LINEAR * (counted.linears - quantized) + each * quantized
         return (started + (0 if self.gpu else counted.experts)) * self._cost(f"{kind}_s_per_operation", pick)
 
     def fixed(self) -> float:
@@ -201,7 +201,7 @@ class _Clock:
         if tier == "cpu":
             return self._link(pick) if self.gpu else self._ram(pick)
         found = self.machine.tier(tier)
-        share = "gpu_bandwidth_share" + ("_quantised" if self.effort.like else "")
+        share = "gpu_bandwidth_share" + ("_quantized" if self.effort.like else "")
         return self._known(found, "gpu_bytes_per_s", pick) * self._rate(share, pick)
 
     def _known(self, tier: Tier | None, constant: str, pick: str) -> float:

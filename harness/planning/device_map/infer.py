@@ -33,7 +33,7 @@ DTYPE_BYTES: Mapping[str, int] = {
     "bool": 1,
 }
 # The part of the memory that transformers uses: of the only GPU and of the RAM when no `max_memory` is given; of everything
-# once more where a quantiser is at work, for what that needs.
+# once more where a quantizer is at work, for what that needs.
 MARGIN = 0.9
 
 
@@ -82,11 +82,11 @@ def measure(
 
     The tensors inside a piece are there for the first of each kind, as they are in `weights`, bytes that are known already.
     """
-    plain, quantised = DTYPE_BYTES[dtype], SCHEMES[quantizer].counted if quantizer is not None else None
+    plain, quantized = DTYPE_BYTES[dtype], SCHEMES[quantizer].counted if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
     for weight, _ in skeleton.tally:
         fixed = weight.tensor.dtype
-        width = quantised if quantised is not None and weight.quantises else DTYPE_BYTES[fixed] if fixed else plain
+        width = quantized if quantized is not None and weight.quantizes else DTYPE_BYTES[fixed] if fixed else plain
         sizes[weight.path] = 0 if weight.tied_to else weights[weight.path] if weights else weight.elements * width
     of_kind = {kind: sum(_owned(module, sizes) for module in kind.walk()) for kind in skeleton.kinds}
     sizes |= {piece.path: of_kind[piece.like] for piece in skeleton.pieces}

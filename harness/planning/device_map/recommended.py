@@ -19,7 +19,7 @@ from harness.planning.device_map.infer import Bytes, Device, device_of, infer, m
 _SPILL = ("cpu", "disk")
 
 
-class Recommendation(Record, frozen=True, kw_only=True):
+class RecommendedMap(Record, frozen=True, kw_only=True):
     """A map, the bytes of weights and KV cache that it puts on each device, and in words how it compares with "auto".
 
     `blocks_off` of the `blocks` are not on a GPU.
@@ -48,7 +48,7 @@ _Placed = dict[_Part, Device]
 _Auto = Callable[[Mapping[Device, int]], _Placed]
 
 
-def recommend(
+def recommend_map(
     skeleton: Skeleton,
     budgets: Mapping[Device, int],
     *,
@@ -58,7 +58,7 @@ def recommend(
     kv_bytes: Sequence[int] = (),
     reserve: Mapping[Device, int] | None = None,
     explain: bool = True,
-) -> Recommendation:
+) -> RecommendedMap:
     """Fill the devices so that what inference needs is left, and say how the map differs from "auto".
 
     `budgets` are bytes that may be used in all, GPUs in order of preference; what fits nowhere goes to the disk. `weights` are the
@@ -76,7 +76,7 @@ def recommend(
     def auto(limits: Mapping[Device, int]) -> _Placed:
         return _placed_by(infer(skeleton, dtype=dtype, quantizer=quantizer, max_memory=limits), parts)
 
-    return Recommendation(
+    return RecommendedMap(
         device_map=device_map,
         weights_bytes=_weights_by_device(placed),
         kv_bytes=cached,

@@ -14,7 +14,7 @@ from harness.core.records import Workload
 from harness.report.site.needs import Need, Rung, fitting, needs_of, rungs_of
 from harness.report.site.rows import Card, Link, Row, best, current, grouped, rows_of
 from harness.report.site.trends import Trend, trends_of
-from harness.results.audit import Entry
+from harness.results.audit import PublishedResult
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Atlas:
     history: Mapping[str, tuple[Row, ...]]
 
 
-def draw(entries: Sequence[Entry]) -> Atlas:
+def draw(entries: Sequence[PublishedResult]) -> Atlas:
     """Arrange published results, oldest first, by model, by card and by machine."""
     rows = rows_of(entries)
     shown = current(rows)
@@ -117,7 +117,7 @@ def draw(entries: Sequence[Entry]) -> Atlas:
     )
 
 
-def of_machine(entries: Sequence[Entry]) -> tuple[Tally, list[Row]]:
+def of_machine(entries: Sequence[PublishedResult]) -> tuple[Tally, list[Row]]:
     """Return the current results of one machine, and all of them."""
     rows = rows_of(entries)
     return _tally(rows[0].machine, current(rows)), rows

@@ -39,7 +39,7 @@ from harness.report.site.rows import gib
 from harness.report.site.sitedata import Data, of_sources
 from harness.report.site.trends import spark
 from harness.results import audit, collect
-from harness.results.audit import Entry, Joined, Refusal
+from harness.results.audit import Joined, PublishedResult, Refusal
 from harness.results.collect import Artifact
 
 SCHEMA = 1
@@ -66,11 +66,11 @@ def gather(found: Sequence[Artifact], folder: Path, now: datetime) -> Joined:
     What one process holds is a result at a time, and of those that hold what the pages of many results show.
     """
     (folder / "raw").mkdir()
-    entries: list[Entry] = []
+    entries: list[PublishedResult] = []
     refusals: list[Refusal] = []
     with _shared(functools.partial(_take, folder=folder / "raw", now=now), list(enumerate(found))) as taken:
         for lines, refused in taken:
-            entries += (msgspec.json.decode(line, type=Entry) for line in lines)
+            entries += (msgspec.json.decode(line, type=PublishedResult) for line in lines)
             refusals += refused
     joined = audit.join([artifact.name for artifact in found], entries, refusals)
     kept = {f"{entry.digest}.json" for entry in joined.entries}
@@ -94,7 +94,7 @@ def _take(numbered: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[
             data = encode(result)
             digest = audit.digest(data)
             (folder / f"{digest}.json").write_bytes(data + b"\n")
-            entry = Entry(result=audit.light(result), digest=digest, source=number, line=line, cleaned=result is not read)
+            entry = PublishedResult(result=audit.light(result), digest=digest, source=number, line=line, cleaned=result is not read)
             entries.append(encode(entry))
     except StoreError as error:
         why = str(error).removeprefix(f"{artifact.where}: ")
@@ -164,7 +164,9 @@ def _machine_page(digests: Sequence[str], folder: Path) -> None:
     """Write the page of the machine that these are all results of, oldest first; all it needs are their files."""
     read = ((folder / "raw" / f"{digest}.json").read_bytes() for digest in digests)
     results = [msgspec.json.decode(data, type=Result) for data in read]
-    entries = [Entry(result=result, digest=digest, source=0, line=0) for digest, result in zip(digests, results, strict=True)]
+    entries = [
+        PublishedResult(result=result, digest=digest, source=0, line=0) for digest, result in zip(digests, results, strict=True)
+    ]
     tally, rows = atlas.of_machine(entries)
     link = tally.link.page
     parts: Any = render.template("site_machine.html.j2", *_STYLES).module

@@ -16,7 +16,7 @@ from harness.report.page.figures import Figure, known, needed
 from harness.report.site.rows import Card, Row, best, grouped
 
 # What cards are sold with.
-USUAL = tuple(size * GIB for size in (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192))
+DEFAULTS = tuple(size * GIB for size in (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192))
 # Cards of one size as it is sold differ by so much: those of 80 GB have 79.1 to 80 GiB.
 _ALIKE = 0.03
 
@@ -96,7 +96,7 @@ def _planned_need(rows: Sequence[Row]) -> Need | None:
 
 def _need(row: Row, size: float, *, planned: bool, basis: str) -> Need:
     case, figure = row.result.case, known("", "VRAM", int(size), units.format_size(size))
-    holds = next((usual for usual in USUAL if usual - reserve(usual) >= size), None)
+    holds = next((usual for usual in DEFAULTS if usual - reserve(usual) >= size), None)
     return Need(case.precision, case.placement, figure, holds, row, planned, basis)
 
 

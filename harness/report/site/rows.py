@@ -15,7 +15,7 @@ from harness.core.records import Outcome, Result
 from harness.core.units import GIB
 from harness.report.page import view
 from harness.report.page.figures import Figure, Memory, Status, memory, metric, status
-from harness.results.audit import Entry, identity
+from harness.results.audit import PublishedResult, identity
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -82,7 +82,7 @@ class Row:
     `takes` is what its process took of a card or, without one, of the RAM, `kind` which of them; None where nothing was measured.
     """
 
-    entry: Entry
+    entry: PublishedResult
     model: Link
     machine: Link
     card: Card | None
@@ -109,13 +109,13 @@ class Row:
         return f"{self.result.case.precision}, {self.result.case.placement}"
 
 
-def rows_of(entries: Sequence[Entry]) -> list[Row]:
+def rows_of(entries: Sequence[PublishedResult]) -> list[Row]:
     """Return a line for each result, in their order."""
     machines = _machine_links(entries)
     return [_row(entry, machines) for entry in entries]
 
 
-def _machine_links(entries: Iterable[Entry]) -> dict[str, Link]:
+def _machine_links(entries: Iterable[PublishedResult]) -> dict[str, Link]:
     found = {identity(entry.result.machine): entry.result.machine for entry in entries}
     return {
         key: Link(
@@ -127,7 +127,7 @@ def _machine_links(entries: Iterable[Entry]) -> dict[str, Link]:
     }
 
 
-def _row(entry: Entry, machines: Mapping[str, Link]) -> Row:
+def _row(entry: PublishedResult, machines: Mapping[str, Link]) -> Row:
     result, card = entry.result, card_of(entry.result)
     found = memory(result)
     vram = max(

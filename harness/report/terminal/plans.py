@@ -15,7 +15,7 @@ from harness.catalog.resolve import history
 from harness.core.placements import FILE, PLACEMENTS
 from harness.core.records import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict, Workload
 from harness.core.units import format_bandwidth, format_count, format_gib, format_seconds, significant
-from harness.planning.recommend import Advice
+from harness.planning.recommend import Recommendation
 from harness.report.terminal import tables
 
 # Colour supports the word and never stands for it (Okabe and Ito).
@@ -38,19 +38,19 @@ TERMS = (
 )
 
 
-def show(advices: Sequence[Advice], machine: Machine, load: Workload) -> None:
+def show(recommendations: Sequence[Recommendation], machine: Machine, load: Workload) -> None:
     """Print the machine, and for each model a table, why what does not fit does not, and what to do."""
     parts: list[RenderableType] = [tables.said(_machine_line(machine))]
-    for advice in advices:
+    for advice in recommendations:
         table, left_out = _table(advice, machine)
         parts += [tables.title(_headline(advice)), table]
         reasons = "\n".join(_reasons(advice.plans))
-        said = (left_out, history(advice.blueprint.name), *advice.blueprint.notes, reasons, _conclusion(advice, load))
+        said = (left_out, history(advice.spec.name), *advice.spec.notes, reasons, _conclusion(advice, load))
         parts += [tables.said(text) for text in said if text]
     tables.show(*parts)
 
 
-def explain(advice: Advice) -> None:
+def explain(advice: Recommendation) -> None:
     """Print every term of the one case of `advice`, with its interval, and the constants that it rests on."""
     one = advice.plans[0]
     parts: list[RenderableType] = [tables.title(f"{one.case.id}: {_word(one)}"), *([tables.said(one.why)] if one.why else [])]
@@ -63,10 +63,10 @@ def _word(one: Plan) -> str:
     return one.verdict.value.replace("_", " ")
 
 
-def _headline(advice: Advice) -> str:
-    drawn = advice.blueprint
-    context = f", context {drawn.context_length:,}" if drawn.context_length else ""
-    return f"{drawn.name}: {format_count(drawn.skeleton.parameters)} parameters, {len(drawn.skeleton.layers)} blocks{context}"
+def _headline(advice: Recommendation) -> str:
+    spec = advice.spec
+    context = f", context {spec.context_length:,}" if spec.context_length else ""
+    return f"{spec.name}: {format_count(spec.skeleton.parameters)} parameters, {len(spec.skeleton.layers)} blocks{context}"
 
 
 def _machine_line(machine: Machine) -> str:
@@ -99,7 +99,7 @@ class _Layout(NamedTuple):
     lacks: str = ""
 
 
-# The first that is not too wide is drawn.
+# The first that is not too wide is shown.
 _LAYOUTS = (
     _Layout(_span_of, ready=True),
     _Layout(_best_of, ready=True, lacks="how much more each tier may need at worst"),
@@ -108,7 +108,7 @@ _LAYOUTS = (
 )
 
 
-def _table(advice: Advice, machine: Machine) -> tuple[Table, str]:
+def _table(advice: Recommendation, machine: Machine) -> tuple[Table, str]:
     """Draw a row for each case that can be, with what must fit in GiB, as far as there is room; and say what there is none for."""
     for layout in _LAYOUTS:
         table = _drawn(advice, machine, layout)
@@ -117,7 +117,7 @@ def _table(advice: Advice, machine: Machine) -> tuple[Table, str]:
     return table, f"A wider terminal, --explain CASE and --json show {layout.lacks}." if layout.lacks else ""
 
 
-def _drawn(advice: Advice, machine: Machine, layout: _Layout) -> Table:
+def _drawn(advice: Recommendation, machine: Machine, layout: _Layout) -> Table:
     tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu")] if layout.amount else []
     heads = [f"{'RAM' if tier.kind == 'cpu' else tier.name}\nof {_gib(tier.capacity_bytes)}" for tier in tiers]
     ready = ["ready"] if layout.ready else []
@@ -153,7 +153,7 @@ def _reasons(plans: Sequence[Plan]) -> Iterator[str]:
         yield f"{', '.join(cases[:_SHORT])}{more}: {why}"
 
 
-def _conclusion(advice: Advice, load: Workload) -> str:
+def _conclusion(advice: Recommendation, load: Workload) -> str:
     planned = f"Estimates for {load.prompt_tokens} + {load.new_tokens} tokens, batch {load.batch}."
     best = advice.best
     if best is None:
@@ -173,7 +173,7 @@ def _proof(best: Plan, name: str, given: str) -> str:
     return f"To prove it:  pytest cases/ --model {name}{named}{given}"
 
 
-def _sayable(advice: Advice) -> str:
+def _sayable(advice: Recommendation) -> str:
     """Write the model as an argument of a command: a directory by its path from here."""
     source = advice.source
     if source.kind != "directory":
@@ -201,7 +201,7 @@ def _seconds(expected: Estimate) -> Iterator[tuple[str, str]]:
         yield "corrected", f"{figure} by {significant(factor)}, from results of this machine"
 
 
-def _constants(advice: Advice, one: Plan) -> Table:
+def _constants(advice: Recommendation, one: Plan) -> Table:
     used = advice.planner.used(one)
     return tables.facts((name, f"{found.best:g}, {found.low:g} to {found.high:g}. {found.origin}") for name, found in used.items())
 

@@ -1,4 +1,4 @@
-"""Quantise a small model as its publisher would: `python -m tests.accuracy.quantise MODEL DIR BITS`, by GPTQ in gptqmodel.
+"""Quantize a small model as its publisher would: `python -m tests.accuracy.quantize MODEL DIR BITS`, by GPTQ in gptqmodel.
 
 It runs in a process of its own, for gptqmodel sets up the whole of one.
 """
@@ -15,9 +15,9 @@ GROUP = 64
 _TEXTS, _LETTERS = 48, 2000
 
 
-def quantise(model: str, directory: str, bits: int) -> None:
-    """Write a quantised copy of a model, calibrated on Python's own help texts: English, on every machine, and not in the probe."""
-    os.cpu_count = lambda: max(4, len(os.sched_getaffinity(0)))  # gptqmodel 7.6 starts no quantiser on fewer
+def quantize(model: str, directory: str, bits: int) -> None:
+    """Write a quantized copy of a model, calibrated on Python's own help texts: English, on every machine, and not in the probe."""
+    os.cpu_count = lambda: max(4, len(os.sched_getaffinity(0)))  # gptqmodel 7.6 starts no quantizer on fewer
     os.chdir(Path(directory).parent)  # it leaves a folder of logs where it runs
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -30,4 +30,4 @@ def quantise(model: str, directory: str, bits: int) -> None:
 
 if __name__ == "__main__":
     source, target, width = sys.argv[1:]
-    quantise(source, target, int(width))
+    quantize(source, target, int(width))
