@@ -238,7 +238,7 @@ class Planner:
         if spilled and "offloads_to_cpu" in precision.incompatible and not _leaves_off_gpu(precision, placement):
             return (
                 Verdict.TOO_BIG,
-                f"too big for {placement.name}: weights would lie on {' and '.join(spilled)}; {precision.incompatible['spills']}",
+                f"too big for {placement.name}: weights would lie on {' and '.join(spilled)}; {precision.incompatible['offloads_to_cpu']}",
             )
         if "disk" in count.weights and self.spec.gguf is not None:
             return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on disk; {GGUF_REFUSES['offloads']}"
