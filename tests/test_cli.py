@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness import cli, skeleton
+from harness import bandwidth, cli, machine, skeleton
 from harness.case import encode
 from harness.cli import COMMANDS, build_parser, main
 from harness.report.text import visible
 from harness.skeleton import catalog
 from harness.store import NAME
+from harness.units import MIB
 from tests.builders import GOLDEN, result
 from tests.packed_files import write_hollow
 from tests.strangers import change
@@ -137,16 +138,25 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(tmp_path: Path, found: list
 # How it ends
 
 
+@pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [("hardware",), ("hardware", "--json")], ids=" ".join)
-def test_a_reader_who_has_seen_enough_is_no_mistake(arguments: tuple[str, ...], unbuffered: str) -> None:
-    run = command(*arguments, PYTHONUNBUFFERED=unbuffered)
-    assert run.stdout
-    assert run.stderr
-    run.stdout.close()
-    assert run.stderr.read() == b""
-    assert run.wait() == 0
-    run.stderr.close()
+def test_a_reader_who_has_seen_enough_is_no_mistake(
+    arguments: tuple[str, ...], unbuffered: str, measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left on standard error is the word that it measures, the first time."""
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path))
+    if measured:
+        monkeypatch.setattr(bandwidth, "BUFFER_BYTES", MIB)
+        monkeypatch.setattr(bandwidth, "FILE_BYTES", MIB)
+        machine.probe(scratch=ROOT, measure=True)
+    with command(*arguments, PYTHONUNBUFFERED=unbuffered) as run:
+        assert run.stdout
+        assert run.stderr
+        run.stdout.close()
+        said = run.stderr.read().decode()
+    assert said == ("" if measured else "measuring how fast RAM and disk are read, once (1 to 3 s) ...\n")
+    assert run.returncode == 0
 
 
 def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
