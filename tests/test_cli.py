@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness import bandwidth, cli, machine, skeleton
+from harness import bandwidth, cli, machine
 from harness.case import encode
 from harness.cli import COMMANDS, build_parser, main
 from harness.report.text import visible
-from harness.skeleton import catalog
 from harness.store import NAME
 from harness.units import MIB
 from tests.builders import GOLDEN, result
-from tests.packed_files import write_hollow
+from tests.packed_files import write_plain
 from tests.strangers import change
 
 ROOT = Path(__file__).parent.parent
@@ -191,14 +190,8 @@ def test_an_error_spells_out_what_a_terminal_would_obey(name: str, tmp_path: Pat
 
 
 def test_a_directory_of_any_name_is_planned_in_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = next(entry.config for full, entry in catalog().items() if full.endswith("SmolLM2-135M-Instruct"))
-    folder = tmp_path / EVIL
-    folder.mkdir()
-    change(folder / "config.json", {**config, "auto_map": {"AutoConfig": f"{EVIL}.C"}})
-    shape = skeleton.shipped(config)
-    assert shape is not None
-    saved = [weight for weight in shape.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
-    write_hollow(folder / "model.safetensors", {weight.path: ("BF16", weight.tensor.shape) for weight in saved})
+    folder = write_plain(tmp_path / EVIL, "smollm2-135m-instruct")
+    change(folder / "config.json", {"auto_map": {"AutoConfig": f"{EVIL}.C"}})
     for arguments in ([], ["--code", "bf16/cpu"], ["--explain", "bf16/cpu"], ["--json"], ["--trust-remote-code"]):
         assert main(["plan", str(folder), "--ram", "8GiB", *arguments]) == 0
         out = capsys.readouterr().out
