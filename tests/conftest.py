@@ -18,24 +18,24 @@ settings.load_profile("untimed")
 
 # What leads to caches and settings of the user beside HOME.
 _LEADS = ("FITMATRIX_", "HF_", "HUGGINGFACE_", "TORCH_HOME", "XDG_")
-GIVEN_HOME: pytest.StashKey[dict[str, str]] = pytest.StashKey()
+_GIVEN: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the runs that measure this machine use what was measured, made and downloaded before."""
     parser.addoption(
-        "--caches", choices=("own", "user"), default="own", help="run in an empty home, or in the user's with its caches"
+        "--caches", choices=("own", "user"), default="own", help="run in an empty home (own) or in the user's (default own)"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Move into an empty home before any module looks for its cache; processes that are started inherit it."""
-    config.stash[GIVEN_HOME] = {name: value for name, value in os.environ.items() if name.startswith(_LEADS)}
+    config.stash[_GIVEN] = {name: value for name, value in os.environ.items() if name.startswith(_LEADS)}
     if config.getoption("caches") == "user" or hasattr(config, "workerinput"):  # a worker of xdist is started in the home already
         return
     if wanted := next((path for path in _pip_settings() if path.is_file()), None):
         os.environ.setdefault("PIP_CONFIG_FILE", str(wanted))  # the index that the default model comes from
-    for name in config.stash[GIVEN_HOME]:
+    for name in config.stash[_GIVEN]:
         del os.environ[name]
     home = Path(tempfile.mkdtemp(prefix="fitmatrix-tests-"))
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
@@ -49,6 +49,12 @@ def _pip_settings() -> Iterator[Path]:
     """Yield where pip looks for the user's own settings, which go by HOME."""
     yield Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "pip/pip.conf"
     yield Path("~/.pip/pip.conf").expanduser()
+
+
+@pytest.fixture(scope="session")
+def given(pytestconfig: pytest.Config) -> dict[str, str]:
+    """What the shell said of caches and settings, for tests that need what lies there."""
+    return pytestconfig.stash[_GIVEN]
 
 
 @pytest.fixture(scope="session", autouse=True)
