@@ -31,7 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Move into an empty home before any module looks for its cache; processes that are started inherit it."""
     config.stash[_GIVEN] = {name: value for name, value in os.environ.items() if name.startswith(_LEADS)}
-    if config.getoption("caches") == "user" or hasattr(config, "workerinput"):  # a worker of xdist is started in the home already
+    started_in_it = hasattr(config, "workerinput")  # by xdist
+    if config.getoption("caches", "own") == "user" or started_in_it:
         return
     if wanted := next((path for path in _pip_settings() if path.is_file()), None):
         os.environ.setdefault("PIP_CONFIG_FILE", str(wanted))  # the index that the default model comes from
