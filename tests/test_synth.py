@@ -163,7 +163,7 @@ def test_runs_that_want_the_same_write_it_once(tmp_path: Path, monkeypatch: pyte
     def slow(*given: Any) -> None:
         filled.append(given)
         begun.set()
-        assert waits.wait(10)
+        assert waits.wait(60)
         fill(*given)
 
     def report(step: str, *_: object) -> None:
@@ -173,7 +173,7 @@ def test_runs_that_want_the_same_write_it_once(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(synth, "_fill", slow)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(synth.fetch, source)
-        assert begun.wait(10)
+        assert begun.wait(60)
         second = pool.submit(synth.fetch, source, report)
         assert first.result() == second.result()
     assert len(filled) == 1
