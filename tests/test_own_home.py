@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import harness
 from harness import bandwidth
 from harness.cache import cache_dir
 
-CONFTEST = Path(__file__).with_name("conftest.py")
+ROOT = Path(harness.__file__).parents[1]
 # Says where things would be kept, and keeps something there.
 LOOKS = """
 import os
@@ -49,14 +50,14 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, place in (("FITMATRIX_CACHE", "cache"), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "xdg")):
         monkeypatch.setenv(name, str(home / place))
     monkeypatch.delenv("PIP_CONFIG_FILE", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(CONFTEST.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     return home
 
 
 def looked(pytester: pytest.Pytester, *words: str) -> set[tuple[str, ...]]:
     """Run four tests in a pytest of their own, under the conftest of these; return what they saw."""
-    pytester.makeconftest(CONFTEST.read_text(encoding="utf-8"))
+    pytester.makeconftest((ROOT / "tests/conftest.py").read_text(encoding="utf-8"))
     pytester.makepyfile(LOOKS)
     done = pytester.runpytest_subprocess("-q", *words)
     done.assert_outcomes(passed=4)
