@@ -1,9 +1,13 @@
-"""What all tests share."""
+"""What all tests share: an empty home of their own, and signals as a terminal leaves them."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,6 +15,47 @@ from hypothesis import settings
 # Nothing is timed in a test: a busy neighbour makes any example slow.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# What leads to caches and settings of the user beside HOME.
+_LEADS = ("FITMATRIX_", "HF_", "HUGGINGFACE_", "TORCH_HOME", "XDG_")
+_GIVEN: pytest.StashKey[dict[str, str]] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the runs that measure this machine use what was measured, made and downloaded before."""
+    parser.addoption(
+        "--caches", choices=("own", "user"), default="own", help="run in an empty home (own) or in the user's (default own)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Move into an empty home before any module looks for its cache; processes that are started inherit it."""
+    config.stash[_GIVEN] = {name: value for name, value in os.environ.items() if name.startswith(_LEADS)}
+    started_in_it = hasattr(config, "workerinput")  # by xdist
+    if config.getoption("caches", "own") == "user" or started_in_it:
+        return
+    if wanted := next((path for path in _pip_settings() if path.is_file()), None):
+        os.environ.setdefault("PIP_CONFIG_FILE", str(wanted))  # the index that the default model comes from
+    for name in config.stash[_GIVEN]:
+        del os.environ[name]
+    home = Path(tempfile.mkdtemp(prefix="fitmatrix-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    os.environ["HOME"] = str(home)
+    if hasattr(config, "cache"):  # the default model takes half a minute to make, and is hashed before it is used
+        (home / ".cache/fitmatrix").mkdir(parents=True)
+        (home / ".cache/fitmatrix/models").symlink_to(config.cache.mkdir("models"))
+
+
+def _pip_settings() -> Iterator[Path]:
+    """Yield where pip looks for the user's own settings, which go by HOME."""
+    yield Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "pip/pip.conf"
+    yield Path("~/.pip/pip.conf").expanduser()
+
+
+@pytest.fixture(scope="session")
+def given(pytestconfig: pytest.Config) -> dict[str, str]:
+    """What the shell said of caches and settings, for tests that need what lies there."""
+    return pytestconfig.stash[_GIVEN]
 
 
 @pytest.fixture(scope="session", autouse=True)

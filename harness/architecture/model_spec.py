@@ -297,7 +297,7 @@ def _local(source: Source) -> Path | None:
     """Return where the files are, if they are on this machine; huggingface_hub is not imported for a model its cache lacks."""
     from harness.catalog import download
 
-    if source.hub_id is not None and not _hub_folder(source.hub_id).is_dir():
+    if source.hub_id is not None and not any(_hub_folder(source.hub_id).glob("snapshots/*/config.json")):
         return None
     return download.cached(source)
 

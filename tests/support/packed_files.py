@@ -73,6 +73,16 @@ def write_hollow(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
     return end
 
 
+def write_plain(folder: Path, name: str) -> Path:
+    """Write a model of the catalog in bfloat16, its data a hole; return the folder."""
+    config, shape = skeleton.catalog()[skeleton.hub_id(name)].config, skeleton.named(name)
+    saved = [weight for weight in shape.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_hollow(folder / "model.safetensors", {weight.path: ("BF16", weight.tensor.shape) for weight in saved})
+    return folder
+
+
 def write_packed(folder: Path, name: str, bits: int, group: int, method: str = "gptq") -> int:
     """Write a model of the catalog as GPTQ, or AWQ, leaves it; return the bytes of its tensors."""
     config: dict[str, Any] = dict(shipped.catalog()[shipped.hub_id(name)].config)

@@ -15,6 +15,7 @@ from harness.catalog.resolve import history
 from harness.core.placements import FILE, PLACEMENTS
 from harness.core.records import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict, Workload
 from harness.core.units import format_bandwidth, format_count, format_gib, format_seconds, significant
+from harness.planning import calibration
 from harness.planning.recommend import Recommendation
 from harness.report.terminal import tables
 
@@ -40,7 +41,10 @@ TERMS = (
 
 def show(recommendations: Sequence[Recommendation], machine: Machine, load: Workload) -> None:
     """Print the machine, and for each model a table, why what does not fit does not, and what to do."""
+    here = any(advice.planner.here for advice in recommendations)
     parts: list[RenderableType] = [tables.said(_machine_line(machine))]
+    if here and (assumed := _assumed(machine)):
+        parts.append(tables.said(assumed))
     for advice in recommendations:
         table, left_out = _table(advice, machine)
         parts += [tables.title(_headline(advice)), table]
@@ -78,6 +82,20 @@ def _tier_line(tier: Tier) -> str:
     speed = f", {format_bandwidth(tier.bytes_per_s)}" if tier.bytes_per_s else ""
     free = f"{format_gib(tier.capacity_bytes)} GiB free" if tier.capacity_bytes is not None else "size unknown"
     return f"{name}: {free}{speed}"
+
+
+def _assumed(machine: Machine) -> str:
+    """Say what the seconds rest on until RAM and disk of this machine are measured; planning itself measures nothing."""
+    unmeasured = {tier.kind for tier in machine.tiers if not tier.bytes_per_s}
+    if "cpu" not in unmeasured:  # a disk alone may be one that cannot be measured
+        return ""
+    known = calibration.default()
+    speeds = [
+        f"{name} at {format_bandwidth(found.low)} to {format_bandwidth(found.high)}"
+        for kind, name, found in (("cpu", "RAM", known["ram_bytes_per_s"]), ("disk", "disk", known["disk_bytes_per_s"]))
+        if kind in unmeasured
+    ]
+    return f"Seconds assume {', '.join(speeds)}, not measured yet: fitmatrix hardware measures once, in 1 to 3 s."
 
 
 def _span_of(tier: TierEstimate | None) -> str:
