@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness.runner import Run
-from harness.verify import OK
+from harness.measure.verify import OK
+from harness.run.runner import Run
 
 pytestmark = pytest.mark.stage(1)
 

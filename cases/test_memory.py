@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness.case import Machine, Result
-from harness.units import format_size
+from harness.core.records import Machine, Result
+from harness.core.units import format_size
 
 pytestmark = pytest.mark.stage(4)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.runner import Run
+from harness.run.runner import Run
 
 pytestmark = pytest.mark.stage(3)
 

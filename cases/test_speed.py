@@ -3,7 +3,7 @@
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.runner import Run
+from harness.run.runner import Run
 
 pytestmark = pytest.mark.stage(2)
 

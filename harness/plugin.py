@@ -1,4 +1,4 @@
-"""The pytest plugin: translates hooks and fixtures to `harness.session`, and decides nothing itself."""
+"""The pytest plugin: translates hooks and fixtures to `harness.run.session`, and decides nothing itself."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from harness.case import Case, Machine, Outcome, Plan, Result
-from harness.errors import HarnessError
-from harness.live import LiveLine, summary
-from harness.options import OPTIONS, Options, read_config
-from harness.report.text import line
-from harness.resume import Kept, since
-from harness.runner import CaseEnded, Run
-from harness.session import Session
+from harness.core.errors import HarnessError
+from harness.core.records import Case, Machine, Outcome, Plan, Result
+from harness.core.text import line
+from harness.run.live import LiveLine, summary
+from harness.run.options import OPTIONS, Options, read_config
+from harness.run.resume import Kept, since
+from harness.run.runner import CaseEnded, Run
+from harness.run.session import Session
 
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
 _LIVE: pytest.StashKey[LiveLine] = pytest.StashKey()
@@ -144,7 +144,7 @@ class _ByCase:
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
     """Refuse to measure cases side by side. pytest-xdist calls this in the one process that may still say so."""
     cases = node.config.stash[SESSION].cases()
-    if any(f"/{case.precision}/{case.placement}" in name for name in ids for case in cases):
+    if any(name.endswith(f"[{case.id}]") for name in ids for case in cases):
         raise pytest.UsageError("cases cannot be measured side by side: run pytest cases/ without -n (pytest-xdist)")
 
 

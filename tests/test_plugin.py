@@ -19,14 +19,16 @@ import msgspec
 import psutil
 import pytest
 
-from harness import counters, process, store
-from harness.case import Case, Outcome, Result, encode
-from harness.live import LiveLine
-from harness.metrics import format_metric
-from harness.options import OPTIONS
-from harness.precision import PRECISIONS
-from harness.session import Session
-from tests import scripted
+from harness.core.metrics import format_metric
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Case, Outcome, Result, encode
+from harness.measure import system_counters
+from harness.results import store
+from harness.run import worker_process
+from harness.run.live import LiveLine
+from harness.run.options import OPTIONS
+from harness.run.session import Session
+from tests.support import scripted
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = """
@@ -43,11 +45,11 @@ pytest_plugins = ["harness.plugin"]
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
-    from harness import forkserver
+    from harness.run import forkserver
     from harness.plugin import SESSION
-    from tests import builders, scripted
+    from tests.support import builders, scripted
 
-    forkserver.preload("tests.scripted")  # unless a fork server runs already
+    forkserver.preload("tests.support.scripted")  # unless a fork server runs already
     config.stash[SESSION].worker_main = scripted.by_model
     config.stash[SESSION].machine = builders.machine(ram_bytes=480 << 20)  # so little that no plan promises anything
 """
@@ -111,9 +113,10 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, cache: P
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("FITMATRIX_CACHE", str(cache))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # else pytest-benchmark believes that xdist runs the cases
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing hypothesis takes longer than a test
-    monkeypatch.setattr(process, "_GRACE_S", 0.5)
-    monkeypatch.setattr(counters, "cpu", scripted.no_counters)
+    monkeypatch.setattr(worker_process, "_GRACE_S", 0.5)
+    monkeypatch.setattr(system_counters, "cpu", scripted.no_counters)
     shutil.copytree(ROOT / "cases", pytester.path / "cases", ignore=shutil.ignore_patterns("__pycache__"))
     pytester.makeconftest(CONFTEST)
     pytester.makepyprojecttoml(PYPROJECT)
@@ -453,7 +456,7 @@ def test_run_all_runs_what_the_plan_expects_to_fail(project: Project) -> None:
         file.write(
             """
     from msgspec.structs import replace
-    from harness.case import Verdict
+    from harness.core.records import Verdict
 
     plan = config.stash[SESSION].plan
     config.stash[SESSION].plan = lambda case: replace(plan(case), verdict=Verdict.TOO_BIG, why="too big for cpu")
@@ -549,7 +552,7 @@ def test_no_terminal_is_needed(project: Project) -> None:
 
 
 def test_what_prepares_a_run_knows_the_live_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resuming settles all that cases share while it prepares, so a line that came later would never be drawn."""
+    """Resuming settles all that cases share while it prepares, so a line that came later would never be spec."""
     prepare, seen = Session.prepare, []
 
     def settled(self: Session, cases: Sequence[Case]) -> None:

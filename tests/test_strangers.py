@@ -13,19 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from harness import store
-from harness.case import Outcome, Result, Verdict
-from harness.cli import main
-from harness.loading import loading_code
-from harness.placement import PLACEMENTS, PRINTED
-from harness.precision import PRECISIONS
-from harness.protocol import Load
-from harness.report.text import visible
+from harness.cli.entry import main
+from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Outcome, Result, Verdict
+from harness.core.text import visible
+from harness.measure.protocol import Load
+from harness.planning.code import loading_code
+from harness.results import store
 from harness.worker import model as work
-from tests import strangers
+from tests.support import strangers
 
 ROOT = Path(__file__).parent.parent
-ON_CPU = [name for name, row in PLACEMENTS.items() if not row.needs_gpu and not row.parallel and row.device_map not in PRINTED]
+ON_CPU = [
+    name for name, row in PLACEMENTS.items() if not row.needs_gpu and not row.parallel and row.device_map not in EXPLICIT_MAPS
+]
 TOKEN = "hf_" + "PlantedTokenOfATest" * 2
 SHORT = ("--precision", "fp32", "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1")
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from harness import store
-from harness.cli import build_parser
-from tests.builders import GOLDEN
+from harness.cli.entry import build_parser
+from harness.results import store
+from tests.support.builders import GOLDEN
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / ".github/workflows").iterdir())

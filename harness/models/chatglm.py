@@ -2,7 +2,7 @@
 
 What is unlike other decoders: the prompt, up to <sop>, sees itself in both directions; positions are pairs (where in the prompt,
 how far into the answer); residuals start from the normalised input, scaled by a constant. Attention goes through transformers'
-attention interface, so SDPA, caches, `device_map` and quantisers work as with its own models.
+attention interface, so SDPA, caches, `device_map` and quantizers work as with its own models.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class ChatGLM2Config(GlmConfig):
         if published.get("quantization_bit"):
             raise ValueError(
                 f"quantization_bit is {published['quantization_bit']}: ChatGLM2's own integer files are not supported; "
-                "load the 16-bit checkpoint and quantise it with --precision int8 or int4"
+                "load the 16-bit checkpoint and quantize it with --precision int8 or int4"
             )
         given = {ours: published[theirs] for theirs, ours in _RENAMED.items() if theirs in published}
         given |= {key: published[key] for key in _KEPT if key in published}

@@ -13,7 +13,7 @@ from transformers.models.codegen.configuration_codegen import CodeGenConfig
 from transformers.models.codegen.modeling_codegen import CodeGenForCausalLM, CodeGenModel, CodeGenPreTrainedModel
 from transformers.models.codegen.tokenization_codegen import CodeGenTokenizer
 
-from harness import checkpoint, quantized
+from harness.checkpoint import quantization, reader
 from harness.models.packed import GroupScaledLinear, replace_linears
 
 _QUANTISED = ("qkv_proj", "out_proj", "fc_in", "fc_out")
@@ -28,7 +28,7 @@ class MossConfig(CodeGenConfig):
     model_type = "moss"
 
     wbits: int = 32
-    groupsize: int = quantized.MOSS_GROUP
+    groupsize: int = quantization.MOSS_GROUP
 
 
 class MossPreTrainedModel(CodeGenPreTrainedModel):
@@ -51,7 +51,7 @@ class MossPreTrainedModel(CodeGenPreTrainedModel):
         One published repository says 4 bits of weights that have 8.
         """
         if isinstance(config, MossConfig) and Path(pretrained_model_name_or_path).is_dir():
-            bits = quantized.packed_bits(checkpoint.read(Path(pretrained_model_name_or_path)).tensors)[1]
+            bits = quantization.packed_bits(reader.read(Path(pretrained_model_name_or_path)).tensors)[1]
             if bits != (config.wbits if config.wbits < _UNPACKED else 0):
                 _LOG.warning(
                     "the config says wbits %d, the weights have %s: loading what they have", config.wbits, bits or "no packing"

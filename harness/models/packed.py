@@ -1,6 +1,6 @@
 """Linear layers whose weights stay packed as two published checkpoints store them, and are unpacked for each use, block by block.
 
-Both come from repositories older than transformers' quantisers: ChatGLM-6B's int8 and int4 files (a scale a row), and MOSS's
+Both come from repositories older than transformers' quantizers: ChatGLM-6B's int8 and int4 files (a scale a row), and MOSS's
 (the layout of GPTQ-for-LLaMa's triton branch: groups of inputs, each with a scale and a zero). No weight is ever there whole: a
 block is unpacked, multiplied with and dropped, and on a processor it never leaves the cache.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from harness.schemes import block_elements
+from harness.core.quantizers import block_elements
 
 _WORD = 32  # bits of the integers that GPTQ packs into
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from harness.protocol import Chat, Chatting
-from harness.worker import score
+from harness.measure.protocol import Chat, Chatting
+from harness.worker import quality_probe
 from harness.worker.model import Model, pad_id
 
 Said = Mapping[str, Any]
@@ -45,8 +45,8 @@ class Talk:
 
     def __init__(self, model: Model, request: Chat) -> None:
         self._model = model
-        self._asked = score.dialogue_of(model, request.model)
-        self._ends = score.ending_ids(model, self._asked.ends if self._asked else ())
+        self._asked = quality_probe.dialogue_of(model, request.model)
+        self._ends = quality_probe.ending_ids(model, self._asked.ends if self._asked else ())
         context = getattr(model.module.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self._answer_most = min(request.new_tokens, context // 2)
         self._prompt_most = min(request.prompt_tokens, context - self._answer_most)
@@ -95,7 +95,7 @@ class Talk:
     def _inputs(self, said: list[dict[str, str]]) -> dict[str, torch.Tensor]:
         """Encode the conversation, its oldest turns left out until it is no longer than planned."""
         while True:
-            inputs = score.encode(self._model, [self._prompt(said)])
+            inputs = quality_probe.encode(self._model, [self._prompt(said)])
             length = inputs["input_ids"].shape[1]
             if length <= self._prompt_most:
                 return inputs

@@ -22,9 +22,9 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
-from harness.gguf_header import TYPES
-from harness.naming import Naming
-from harness.precision import PACKED_ARCHITECTURES
+from harness.architecture.key_mapping import Naming
+from harness.checkpoint.formats.gguf_header import TYPES
+from harness.core.precisions import PACKED_ARCHITECTURES
 
 # transformers takes the size of a vocabulary from the length of this array; what is in it does not matter.
 _VOCABULARY = "tokenizer.ggml.tokens"

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from harness import meters, protocol
-from harness.case import Phase
-from harness.worker import chat, model, ranks, residency, score
+from harness.core.records import Phase
+from harness.measure import protocol, sampler
+from harness.worker import chat, model, prefault, quality_probe, tensor_parallel
 
 _PR_SET_PDEATHSIG = 1
 
@@ -53,7 +53,7 @@ def _belong() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # when memory ends, this process goes first
-        residency.replay()
+        prefault.replay()
 
 
 def _be_rank(pipe: Connection) -> None:
@@ -92,7 +92,7 @@ class Server:
             if isinstance(request, protocol.Stop):
                 return
             if isinstance(request, protocol.Share):
-                ranks.lead(self._pipe, request.ranks, _be_rank)
+                tensor_parallel.lead(self._pipe, request.ranks, _be_rank)
                 return
             self._phases = []
             self._send(self._answer(request))
@@ -114,8 +114,8 @@ class Server:
 
     def _do(self, request: protocol.Request) -> protocol.Event:
         if isinstance(request, protocol.Confine):
-            shared = residency.own() if request.ram else 0
-            used = meters.memory(os.getpid())  # before CUDA's libraries are read, which this process is charged for
+            shared = prefault.own() if request.ram else 0
+            used = sampler.memory(os.getpid())  # before CUDA's libraries are read, which this process is charged for
             if request.vram_bytes is not None:
                 model.cap_vram(request.vram_bytes, request.gpus, request.context_bytes)
             file = used.ram_bytes - used.anon_bytes
@@ -131,7 +131,7 @@ class Server:
             return protocol.GenerateDone(**done, phases=self._phases)
         if isinstance(request, protocol.Score):
             with self.phase("score"):
-                scored = score.score(self._model, request)
+                scored = quality_probe.score(self._model, request)
             return protocol.ScoreDone(**scored, phases=self._phases)
         if isinstance(request, protocol.Chat):
             return chat.serve(self._model, request)
@@ -141,7 +141,7 @@ class Server:
     def phase(self, name: str) -> Iterator[None]:
         """Announce a phase, and keep its times and exact peaks, also when it fails."""
         self._phase = name
-        exact, read = meters.reset_peak(), meters.disk_read_bytes()
+        exact, read = sampler.reset_peak(), sampler.disk_read_bytes()
         model.reset_vram_peaks()
         start = time.monotonic()
         self._send(protocol.Entered(phase=name, at_s=start))
@@ -151,14 +151,14 @@ class Server:
         finally:
             end = time.monotonic()
             allocated, reserved = model.vram_peaks()
-            now_read = meters.disk_read_bytes()
+            now_read = sampler.disk_read_bytes()
             self._phases.append(
                 Phase(
                     name=name,
                     start_s=start,
                     end_s=end,
-                    ram_peak_bytes=meters.peak_bytes() if exact else None,
-                    ram_anon_bytes=meters.memory(os.getpid()).anon_bytes,
+                    ram_peak_bytes=sampler.peak_bytes() if exact else None,
+                    ram_anon_bytes=sampler.memory(os.getpid()).anon_bytes,
                     sampled=not exact,
                     disk_read_bytes=None if read is None or now_read is None else now_read - read,
                     vram_peak_bytes=allocated,

@@ -17,9 +17,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.pytorch_utils import Conv1D
 
-from harness import nvml, quality
-from harness.case import Loaded
-from harness.protocol import Generate, Load
+from harness.core.records import Loaded
+from harness.machine import nvml
+from harness.measure import quality
+from harness.measure.protocol import Generate, Load
 
 PhaseContext = Callable[[str], AbstractContextManager[None]]
 
@@ -141,7 +142,7 @@ def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:
     program = compile(request.code, "<loading code>", "exec")
     names: dict[str, Any] = {"MODEL": request.model}
     with phase("load"), _parts_timed(seconds), _timed(seconds, "load_s"):
-        exec(program, names)  # our own code, from harness.loading: what is measured is what is printed
+        exec(program, names)  # our own code, from harness.planning.code: what is measured is what is printed
     return Model(names["model"].eval(), tokenizer), seconds
 
 
@@ -230,7 +231,7 @@ def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
-    """Sum the weights of the Linear modules by dtype, without the output embedding, which quantisers leave alone.
+    """Sum the weights of the Linear modules by dtype, without the output embedding, which quantizers leave alone.
 
     Scales are no weights. What replaces a Linear may be none of torch's, and is known by what it multiplies.
     """

@@ -16,21 +16,27 @@ from pathlib import Path
 
 import pytest
 
-from harness import blueprint, calibration, catalog, checkpoint, cost, forkserver, machine, process
-from harness.case import Case, Machine, Outcome, Plan, Result, Verdict, Workload
-from harness.inventory import Inventory
-from harness.memory_cost import Kept
-from harness.metrics import METRICS
-from harness.placement import PLACEMENTS, distinct
-from harness.planner import Planner
-from harness.precision import PRECISIONS, USUAL
-from harness.profiles import profile
-from harness.runner import Run, Setting, Subject
-from harness.skeleton import catalog as known
-from harness.tier_cost import Count
-from harness.units import GIB, format_seconds, format_share
+from harness.architecture import model_spec
+from harness.catalog import download, resolve
+from harness.catalog.shipped import catalog as known
+from harness.checkpoint import reader
+from harness.core.metrics import METRICS
+from harness.core.placements import PLACEMENTS, distinct
+from harness.core.precisions import DEFAULTS, PRECISIONS
+from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict, Workload
+from harness.core.units import GIB, format_seconds, format_share
+from harness.machine import probe
+from harness.machine.gpus import profile
+from harness.planning import calibration
+from harness.planning.cost import estimate as cost
+from harness.planning.cost.footprint import Footprint
+from harness.planning.cost.inventory import Inventory
+from harness.planning.cost.memory import WeightFormat
+from harness.planning.planner import Planner
+from harness.run import forkserver, worker_process
+from harness.run.runner import CaseModel, Run, RunContext
 from tests.accuracy.chart import Pair
-from tests.reporting import Figure
+from tests.support.reporting import Figure
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE.parent / "data" / "published_figures.csv"
@@ -84,11 +90,11 @@ def test_vram_against_published_rows(figures: list[Figure]) -> None:
 
 
 def _vram_error(row: dict[str, str]) -> float:
-    drawn = blueprint.draw(catalog.resolve(f"Qwen/{row['model']}"))
+    spec = model_spec.read_spec(resolve.resolve(f"Qwen/{row['model']}"))
     bits = PACKED[row["quant"]]
-    held = Kept(dtype="bfloat16" if bits is None else "float16", packed_bits=bits)
+    held = WeightFormat(dtype="bfloat16" if bits is None else "float16", packed_bits=bits)
     load = Workload(prompt_tokens=int(row["input_len"]), new_tokens=int(row["gen_len"]))
-    count = Count(Inventory(drawn, held), "gpu:0", load, calibration.default())
+    count = Footprint(Inventory(spec, held), "gpu:0", load, calibration.default())
     found = cost.memory(count, profile(["A100 80GB"]))["gpu:0"]
     return found.allocated_bytes / (float(row["mem_GB"]) * GIB) - 1
 
@@ -102,24 +108,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("models")
     for name in SYNTHETIC:
         subprocess.run([sys.executable, str(HERE / "synthetic.py"), str(directory), name], check=True, capture_output=True)
-    return {catalog.DEFAULT: catalog.fetch(catalog.DEFAULT), **{name: directory / name for name in SYNTHETIC}}
+    return {resolve.DEFAULT: download.fetch(resolve.DEFAULT), **{name: directory / name for name in SYNTHETIC}}
 
 
 @pytest.fixture(scope="session")
 def here() -> Machine:
-    return machine.probe(measure=True)
+    return probe.probe(measure=True)
 
 
 @pytest.fixture(scope="session")
 def runs(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[list[Result]]:
-    """Every model in every precision on the CPU, with the estimate made before; quantised ones in several processes."""
+    """Every model in every precision on the CPU, with the estimate made before; quantized ones in several processes."""
     forkserver.warm_up([])
-    setting = Setting(
+    setting = RunContext(
         run="accuracy",
         machine=here,
         environment={},
         scratch=tmp_path_factory.mktemp("scratch"),
-        worker_main=process.torch_worker,
+        worker_main=worker_process.torch_worker,
         timeout_s=900,
     )
     return [
@@ -134,27 +140,27 @@ def results(runs: list[list[Result]]) -> list[Result]:
     return [result for case in runs for result in case]
 
 
-def _is_quantised(case: Case) -> bool:
+def _is_quantized(case: Case) -> bool:
     return PRECISIONS[case.precision].quantization is not None
 
 
 def _plans(models: dict[str, Path], here: Machine) -> Iterator[Plan]:
     for name, location in models.items():
-        drawn = blueprint.of_checkpoint(name, str(location), checkpoint.read(location), location)
-        usual = list(USUAL)
+        spec = model_spec.of_checkpoint(name, str(location), reader.read(location), location)
+        usual = list(DEFAULTS)
         cases = [Case(model=name, precision=precision, placement="cpu", workload=WORK) for precision in usual]
-        yield from Planner(drawn, here).plans(cases)
+        yield from Planner(spec, here).plans(cases)
 
 
-def _run(plan: Plan, location: Path, setting: Setting) -> Result:
-    run = Run(plan, Subject(location=location, tokenizer=(location / "tokenizer.json").is_file()), setting)
+def _run(plan: Plan, location: Path, setting: RunContext) -> Result:
+    run = Run(plan, CaseModel(location=location, tokenizer=(location / "tokenizer.json").is_file()), setting)
     run.load()
     for _ in range(WORK.repeats):
         run.round()
     return run.finish()
 
 
-def _pairs(cases: Sequence[Sequence[Result]], key: str, *, quantised: bool) -> list[Pair]:
+def _pairs(cases: Sequence[Sequence[Result]], key: str, *, quantized: bool) -> list[Pair]:
     """Put what was estimated beside the mean of the processes of each case."""
     found = []
     for case in cases:
@@ -162,7 +168,7 @@ def _pairs(cases: Sequence[Sequence[Result]], key: str, *, quantised: bool) -> l
         assert first.estimate is not None
         tier = first.estimate.tiers["cpu"]
         estimated = tier.load_peak_bytes if key == "load_ram_peak_bytes" else tier.anon_bytes if "anon" in key else tier.peak_bytes
-        if _is_quantised(first.case) == quantised:
+        if _is_quantized(first.case) == quantized:
             measured = statistics.fmean(result.metrics[key] for result in case)
             found.append(Pair(case=first.id, figure=METRICS[key].label, estimated=estimated, measured=measured))
     return found
@@ -173,18 +179,18 @@ def _errors(pairs: Sequence[Pair]) -> list[float]:
 
 
 @pytest.mark.parametrize("key", ["load_ram_peak_bytes", "ram_peak_bytes", "ram_anon_peak_bytes"])
-@pytest.mark.parametrize(("quantised", "median", "most"), [(False, 0.05, 0.10), (True, 0.10, 0.20)])
+@pytest.mark.parametrize(("quantized", "median", "most"), [(False, 0.05, 0.10), (True, 0.10, 0.20)])
 def test_ram_here(
-    runs: list[list[Result]], figures: list[Figure], pairs: list[Pair], key: str, quantised: bool, median: float, most: float
+    runs: list[list[Result]], figures: list[Figure], pairs: list[Pair], key: str, quantized: bool, median: float, most: float
 ) -> None:
-    found = _pairs(runs, key, quantised=quantised)
+    found = _pairs(runs, key, quantized=quantized)
     pairs += found
     errors = _errors(found)
-    which = f"int8 and int4, mean of {PROCESSES['int8']} and {PROCESSES['int4']} processes" if quantised else "fp32, bf16, fp16"
+    which = f"int8 and int4, mean of {PROCESSES['int8']} and {PROCESSES['int4']} processes" if quantized else "fp32, bf16, fp16"
     wanted = f"median {median:.0%}, 90th {most:.0%}".replace("%", " %")
     figures.append(Figure(what=f"{key}, {which}", rows=len(errors), found=said(errors), wanted=wanted))
-    if quantised:
-        single = _errors(_pairs([[result] for case in runs for result in case], key, quantised=True))
+    if quantized:
+        single = _errors(_pairs([[result] for case in runs for result in case], key, quantized=True))
         figures.append(Figure(what=f"{key}, int8 and int4, single processes", rows=len(single), found=said(single), wanted=""))
     assert spread(errors)[0] < (2 * median if "anon" in key else median)
 
@@ -210,15 +216,15 @@ def test_speed_after_one_calibration_run(
     runs: list[list[Result]], figures: list[Figure], pairs: list[Pair], here: Machine, models: dict[str, Path]
 ) -> None:
     """The default model calibrates; the others are predicted."""
-    calibrating = [result for case in runs for result in case if result.case.model == catalog.DEFAULT]
+    calibrating = [result for case in runs for result in case if result.case.model == resolve.DEFAULT]
     constants = calibration.correct(calibrating, here)
     errors = []
     for case in runs:
         result = case[0]
-        if result.case.model != catalog.DEFAULT:
+        if result.case.model != resolve.DEFAULT:
             location = models[result.case.model]
-            drawn = blueprint.of_checkpoint(result.case.model, str(location), checkpoint.read(location), location)
-            estimate = Planner(drawn, here, constants=constants).plan(result.case).estimate
+            spec = model_spec.of_checkpoint(result.case.model, str(location), reader.read(location), location)
+            estimate = Planner(spec, here, constants=constants).plan(result.case).estimate
             assert estimate is not None
             measured = 1 / statistics.median(one.metrics["token_p50_s"] for one in case)
             said_before = estimate.decode_tok_s.best
@@ -236,15 +242,15 @@ def test_speed_after_one_calibration_run(
 
 def test_planning_is_quick(figures: list[Figure], models: dict[str, Path]) -> None:
     ours = _shortest([sys.executable, "-m", "harness", "plan", "chatglm-6b"])
-    local = _shortest([sys.executable, "-m", "harness", "plan", str(models[catalog.DEFAULT])])
-    theirs = _shortest([sys.executable, "-c", PEER, str(models[catalog.DEFAULT])])
+    local = _shortest([sys.executable, "-m", "harness", "plan", str(models[resolve.DEFAULT])])
+    theirs = _shortest([sys.executable, "-c", PEER, str(models[resolve.DEFAULT])])
     figures.append(Figure(what="fitmatrix plan chatglm-6b, a process", rows=3, found=format_seconds(ours), wanted="0.3 s"))
     figures.append(Figure(what="times as fast as accelerate estimate-memory", rows=3, found=f"{theirs / local:.0f}", wanted="15"))
     start, usual = time.perf_counter(), distinct(PLACEMENTS, gpus=3)
     for name in known():
-        drawn = blueprint.draw(catalog.resolve(name))
-        cases = [Case(model=name, precision=precision, placement=placement) for precision in USUAL for placement in usual]
-        Planner(drawn, profile(["RTX 3060 12GB", "RTX 4090", "RTX 3090"], ram=64 * GIB), here=False).plans(cases)
+        spec = model_spec.read_spec(resolve.resolve(name))
+        cases = [Case(model=name, precision=precision, placement=placement) for precision in DEFAULTS for placement in usual]
+        Planner(spec, profile(["RTX 3060 12GB", "RTX 4090", "RTX 3090"], ram=64 * GIB), here=False).plans(cases)
     seconds = time.perf_counter() - start
     what = "all models of the catalog on three GPUs"
     figures.append(Figure(what=what, rows=len(known()), found=format_seconds(seconds), wanted="2 s"))

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from harness import blueprint, checkpoint, machine
-from harness.case import Case, Machine, Workload
+from harness.architecture import model_spec
+from harness.checkpoint import reader
+from harness.core.records import Case, Machine, Workload
+from harness.core.units import format_share
+from harness.machine import probe
 from harness.models import ChatGLMConfig, ChatGLMForCausalLM, MossConfig, MossForCausalLM
-from harness.planner import Planner
-from harness.units import format_share
-from tests.reporting import Figure
+from harness.planning.planner import Planner
+from tests.support.reporting import Figure
 
 TOKENS = 12
 NEAR = 0.3
@@ -68,7 +70,7 @@ def seconds_of_a_token(model: Any) -> float:
 
 @pytest.fixture(scope="module")
 def here() -> Machine:
-    return machine.probe(measure=True)
+    return probe.probe(measure=True)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +82,9 @@ def test_a_token_takes_what_the_plan_says(
 ) -> None:
     model = draw(make(bits))
     model.save_pretrained(tmp_path)
-    drawn = blueprint.of_checkpoint("small", str(tmp_path), checkpoint.read(tmp_path), tmp_path)
+    spec = model_spec.of_checkpoint("small", str(tmp_path), reader.read(tmp_path), tmp_path)
     work = Workload(prompt_tokens=16, new_tokens=TOKENS)
-    plan = Planner(drawn, here).plan(Case(model="small", precision=precision, placement="cpu", workload=work))
+    plan = Planner(spec, here).plan(Case(model="small", precision=precision, placement="cpu", workload=work))
     assert plan.estimate is not None
     error = plan.estimate.decode_tok_s.best * seconds_of_a_token(model) - 1
     what = f"decode tokens/s of small packed models, {precision}, without calibration"

@@ -10,16 +10,19 @@ import gguf
 import pytest
 import transformers
 
-from harness import checkpoint, memory_cost, skeleton
-from harness.memory_cost import Kept
-from harness.skeleton import Skeleton
-from harness.units import format_share
-from harness.worker import skeleton as worker
-from tests import small_models
-from tests.gguf_files import GGUF_KINDS, small_gguf_of
-from tests.packed_files import drawn, estimated, write_packed
-from tests.reporting import Figure
-from tests.small_models import MODELS, WAYS
+from harness.architecture import skeleton
+from harness.architecture.skeleton import Skeleton
+from harness.catalog import shipped
+from harness.checkpoint import reader
+from harness.core.units import format_share
+from harness.planning.cost import memory
+from harness.planning.cost.memory import WeightFormat
+from harness.worker import build_skeleton as worker
+from tests.support import small_models
+from tests.support.gguf_files import GGUF_KINDS, small_gguf_of
+from tests.support.packed_files import estimated, spec, write_packed
+from tests.support.reporting import Figure
+from tests.support.small_models import MODELS, WAYS
 
 NEAR = 0.005
 
@@ -55,7 +58,7 @@ def test_weights_of_loaded_models(way: str, saved: dict[str, tuple[Path, Skeleto
 
 def full_size() -> dict[str, dict[str, Any]]:
     """Return the configs of the catalog whose class transformers has, one for each skeleton."""
-    configs = {skeleton.fingerprint(entry.config): (name, entry.config) for name, entry in skeleton.catalog().items()}
+    configs = {skeleton.fingerprint(entry.config): (name, entry.config) for name, entry in shipped.catalog().items()}
     native = {name: worker._translate(config) for name, config in configs.values()}
     return {name: config for name, config in native.items() if config["model_type"] in transformers.CONFIG_MAPPING}
 
@@ -65,7 +68,7 @@ def test_weights_of_full_size_models(figures: list[Figure]) -> None:
     errors, parameters = [], []
     for name, config in full_size().items():
         ours, model = skeleton.named(name), worker._construct(config)
-        estimated = sum(memory_cost.weight_bytes(ours, Kept(dtype="bfloat16")).values())
+        estimated = sum(memory.weight_bytes(ours, WeightFormat(dtype="bfloat16")).values())
         errors.append(estimated / small_models.held_bytes(model) - 1)
         parameters.append(ours.parameters / sum(parameter.numel() for parameter in model.parameters()) - 1)
     figures.append(Figure(what="weights of full-size models, bf16", rows=len(errors), found=said(errors), wanted="0.5 %"))
@@ -78,14 +81,14 @@ def test_weights_of_full_size_models(figures: list[Figure]) -> None:
 def test_weights_that_bitsandbytes_saved(
     way: str, saved: dict[str, tuple[Path, Skeleton]], figures: list[Figure], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Models that have Linears to quantise, saved and loaded again as they are."""
+    """Models that have Linears to quantize, saved and loaded again as they are."""
     monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
     errors = []
     for name, (folder, built) in saved.items():
-        if any(weight.quantises for weight in built.weights):
+        if any(weight.quantizes for weight in built.weights):
             small_models.load(folder, WAYS[way]).save_pretrained(tmp_path / name)
             held = small_models.held_bytes(small_models.load(tmp_path / name, WAYS["bf16"]))
-            errors.append(estimated(drawn(tmp_path / name), "bf16", saved=False) / held - 1)
+            errors.append(estimated(spec(tmp_path / name), "bf16", saved=False) / held - 1)
     figures.append(Figure(what=f"weights saved by bitsandbytes, {way}", rows=len(errors), found=said(errors), wanted="0.5 %"))
     assert max(map(abs, errors)) < NEAR
 
@@ -97,7 +100,7 @@ def test_weights_of_gptq_files(bits: int, group: int, figures: list[Figure], tmp
     for index, (name, config) in enumerate(full_size().items()):
         if "wbits" not in config and skeleton.named(name).model_type not in ("gpt_oss", "qwen3_moe"):
             stored = write_packed(tmp_path / str(index), name, bits, group)
-            errors.append(estimated(drawn(tmp_path / str(index))) / stored - 1)
+            errors.append(estimated(spec(tmp_path / str(index))) / stored - 1)
     what = f"weights of GPTQ files, {bits} bits, groups of {group}"
     figures.append(Figure(what=what, rows=len(errors), found=said(errors), wanted="0.5 %"))
     assert max(map(abs, errors)) < NEAR
@@ -105,6 +108,6 @@ def test_weights_of_gptq_files(bits: int, group: int, figures: list[Figure], tmp
 
 def test_weights_of_gguf_files(figures: list[Figure], tmp_path: Path) -> None:
     kinds = [gguf.GGMLQuantizationType[kind] for kind in GGUF_KINDS]
-    errors = [checkpoint.read(path).bytes / stored - 1 for path, stored in (small_gguf_of(tmp_path, kind) for kind in kinds)]
+    errors = [reader.read(path).bytes / stored - 1 for path, stored in (small_gguf_of(tmp_path, kind) for kind in kinds)]
     figures.append(Figure(what="weights of GGUF files, a type a row", rows=len(errors), found=said(errors), wanted="0"))
     assert not any(errors)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.units import GIB
+from harness.core.units import GIB
 from tests.accuracy import chart
 from tests.accuracy.chart import Pair
-from tests.reporting import REPORTS, Figure, Section, gathered, table
+from tests.support.reporting import REPORTS, Figure, Section, gathered, table
 
 HEADING = "How good the estimates are"
 

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import pytest
 
-from harness import store
-from harness.case import Outcome, Result, Verdict
-from harness.units import format_share
+from harness.core.records import Outcome, Result, Verdict
+from harness.core.units import format_share
+from harness.results import store
 from tests.accuracy.chart import Pair
 from tests.accuracy.conftest import HEADING, details
-from tests.reporting import REPORTS, Figure, Section, gathered
+from tests.support.reporting import REPORTS, Figure, Section, gathered
 
 RESULTS = REPORTS / "full-size"
 
@@ -42,14 +42,14 @@ class Measured(NamedTuple):
         return [*(word for option, names in named for name in names for word in (option, name)), *self.options]
 
 
-USUAL = ("--repeats", "3")
+DEFAULTS = ("--repeats", "3")
 # From the disk every token costs seconds: few of them, one round.
 FEW = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1")
 # codegen-16b's one file is larger than this machine's RAM, which Linux does not map: run all the same, to show that it is so.
 RUNS = (
-    Measured("chatglm-6b", ("fp16", "bf16", "int8", "int4"), ("cpu",), USUAL),
+    Measured("chatglm-6b", ("fp16", "bf16", "int8", "int4"), ("cpu",), DEFAULTS),
     Measured("chatglm-6b", ("fp16", "bf16"), ("disk",), ("--ram", "8GiB", *FEW)),
-    Measured("codegen-6b-mono", ("bf16", "int4"), ("cpu",), USUAL),
+    Measured("codegen-6b-mono", ("bf16", "int4"), ("cpu",), DEFAULTS),
     Measured("codegen-6b-mono", ("fp16", "bf16"), ("disk",), ("--ram", "8GiB", *FEW)),
     Measured("stablelm-tuned-alpha-7b", ("fp16",), ("cpu",), FEW),
     Measured("codegen-16b-mono", ("fp16",), ("disk",), ("--run-all", *FEW)),

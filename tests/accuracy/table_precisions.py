@@ -1,6 +1,6 @@
 """Every precision of the table on smollm2-135m, in RAM: memory, speed and quality of each in one page, reports/precisions.
 
-`tox run -e precisions` runs what smollm2-135m can be loaded in, then copies of it that GPTQ has quantised before.
+`tox run -e precisions` runs what smollm2-135m can be loaded in, then copies of it that GPTQ has quantized before.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import sys
 
 import pytest
 
-from harness import catalog, store
-from harness.case import Outcome, Result
-from harness.precision import PRECISIONS
-from tests.reporting import REPORTS
+from harness.catalog import download, resolve
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Outcome, Result
+from harness.results import store
+from tests.support.reporting import REPORTS
 
 RESULTS = REPORTS / "precisions"
 MODEL = "smollm2-135m"
@@ -32,11 +33,11 @@ def _python(*words: str) -> int:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     """Run everything anew."""
     shutil.rmtree(RESULTS, ignore_errors=True)
-    folder, plain = tmp_path_factory.mktemp("quantised"), str(catalog.fetch(catalog.resolve(MODEL)))
+    folder, plain = tmp_path_factory.mktemp("quantized"), str(download.fetch(resolve.resolve(MODEL)))
     runs = [(MODEL, "all")]
     for precision, bits in STORED.items():
         there = folder / f"{MODEL}-{precision}"
-        assert _python("tests.accuracy.quantise", plain, str(there), str(bits)) == 0
+        assert _python("tests.accuracy.quantize", plain, str(there), str(bits)) == 0
         runs.append((str(there), precision))
     for model, precision in runs:
         words = ("--model", model, "--precision", precision, "--placement", "cpu", "--results", str(RESULTS))
@@ -50,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
 def test_a_row_is_measured_or_says_why_not(results: list[Result], precision: str) -> None:
     ours = [result for result in results if result.case.precision == precision]
     measured = [result for result in ours if result.outcome is Outcome.OK]
-    assert measured or PRECISIONS[precision].never or precision in OTHERS or all(result.why for result in ours)
+    assert measured or PRECISIONS[precision].unsupported or precision in OTHERS or all(result.why for result in ours)
     for result in measured:
         assert {"ram_peak_bytes", "decode_tok_s", "perplexity"} <= result.metrics.keys()
         assert result.quality

@@ -1,6 +1,6 @@
 """What the harness costs, as ratios within one run: isolation, accuracy against a plain script, the parent's own CPU time.
 
-Run by `tox run -e bench` on a quiet machine; the limits are those that the README states.
+Run by `tox run -e bench` on a quiet machine; its report shows the limits beside the figures.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from tempfile import TemporaryDirectory
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness import catalog, checkpoint, forkserver, machine, process
-from harness.case import Case, Plan, Workload
-from harness.plan import decide
-from harness.runner import Run, Setting, Subject
-from tests.reporting import Figure
+from harness.catalog import download, resolve
+from harness.checkpoint import reader
+from harness.core.records import Case, Plan, Workload
+from harness.machine import probe
+from harness.planning.feasibility import decide
+from harness.run import forkserver, worker_process
+from harness.run.runner import CaseModel, Run, RunContext
+from tests.support.reporting import Figure
 
 PLAIN = Path(__file__).parent / "plain.py"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -30,26 +33,26 @@ WORK = Workload(prompt_tokens=64, new_tokens=64, repeats=5)
 
 @pytest.fixture(scope="session")
 def location() -> Path:
-    return catalog.fetch(catalog.DEFAULT)
+    return download.fetch(resolve.DEFAULT)
 
 
 @pytest.fixture(scope="session")
-def setting() -> Iterator[Setting]:
+def setting() -> Iterator[RunContext]:
     forkserver.warm_up(["transformers.models.llama.modeling_llama"])
     with TemporaryDirectory(prefix="bench-") as scratch:
-        yield Setting(
+        yield RunContext(
             run="bench",
-            machine=machine.probe(),
-            environment=machine.versions(),
+            machine=probe.probe(),
+            environment=probe.versions(),
             scratch=Path(scratch),
-            worker_main=process.torch_worker,
+            worker_main=worker_process.torch_worker,
             timeout_s=600,
         )
 
 
-def planned(location: Path, setting: Setting, precision: str) -> Plan:
-    case = Case(model=catalog.DEFAULT, precision=precision, placement="cpu", workload=WORK)
-    return decide(case, setting.machine, checkpoint.read(location))
+def planned(location: Path, setting: RunContext, precision: str) -> Plan:
+    case = Case(model=resolve.DEFAULT, precision=precision, placement="cpu", workload=WORK)
+    return decide(case, setting.machine, reader.read(location))
 
 
 def plain(location: Path, precision: str, rounds: int = WORK.repeats) -> dict[str, list[float]]:
@@ -61,14 +64,14 @@ def plain(location: Path, precision: str, rounds: int = WORK.repeats) -> dict[st
 
 
 def test_isolation_costs_at_most_a_tenth_of_a_second(
-    benchmark: BenchmarkFixture, figures: list[Figure], location: Path, setting: Setting
+    benchmark: BenchmarkFixture, figures: list[Figure], location: Path, setting: RunContext
 ) -> None:
     """Wall time of a case that only loads, less the time its own phases took."""
     plan = planned(location, setting, "bf16")
 
     def case() -> float:
         begun = time.perf_counter()
-        run = Run(plan, Subject(location=location), setting)
+        run = Run(plan, CaseModel(location=location), setting)
         run.load()
         result = run.finish()
         return time.perf_counter() - begun - sum(phase.end_s - phase.start_s for phase in result.phases)
@@ -83,7 +86,7 @@ def test_isolation_costs_at_most_a_tenth_of_a_second(
 
 @pytest.mark.parametrize("precision", DTYPES)
 def test_agrees_with_a_plain_script(
-    benchmark: BenchmarkFixture, figures: list[Figure], location: Path, setting: Setting, precision: str
+    benchmark: BenchmarkFixture, figures: list[Figure], location: Path, setting: RunContext, precision: str
 ) -> None:
     """Peak RAM within 2 %, decode speed within 5 %; the two take turns, so that a slow spell of the machine hits both."""
     plan = planned(location, setting, precision)
@@ -91,7 +94,7 @@ def test_agrees_with_a_plain_script(
 
     def pair() -> None:
         script = plain(location, precision)
-        run = Run(plan, Subject(location=location), setting)
+        run = Run(plan, CaseModel(location=location), setting)
         for _ in range(WORK.repeats):
             run.round()
         metrics = run.finish().metrics
@@ -107,9 +110,9 @@ def test_agrees_with_a_plain_script(
 
 
 def test_parent_uses_at_most_a_hundredth_of_a_core(
-    benchmark: BenchmarkFixture, figures: list[Figure], location: Path, setting: Setting
+    benchmark: BenchmarkFixture, figures: list[Figure], location: Path, setting: RunContext
 ) -> None:
-    run = Run(planned(location, setting, "bf16"), Subject(location=location), setting)
+    run = Run(planned(location, setting, "bf16"), CaseModel(location=location), setting)
     run.first_round()
     shares: list[float] = []
 

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from selenium.webdriver import Chrome
 
-from harness.case import Result
-from harness.report import page
+from harness.core.records import Result
+from harness.report.page import render
 from tests.browser.pages import started
-from tests.builders import GOLDEN
-from tests.reporting import Figure
+from tests.support.builders import GOLDEN
+from tests.support.reporting import Figure
 
 ROUNDS = 5
 # Fields of the filter bar and what is chosen in each, one after the other.
@@ -56,10 +56,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 @pytest.mark.parametrize(("cases", "seconds", "megabytes"), [(500, 1.0, 2.0), (10_000, 5.0, None)])
 def test_renders(figures: list[Figure], cases: int, seconds: float, megabytes: float | None) -> None:
     results, taken = many(cases), []
-    page.render(results[:1])  # compiles the templates
+    render.render(results[:1])  # compiles the templates
     for _ in range(ROUNDS):
         begun = time.process_time()
-        html = page.render(results)
+        html = render.render(results)
         taken.append(time.process_time() - begun)
     took, size = statistics.median(taken), len(html.encode()) / 1e6
     wanted = f"{megabytes:.0f} MB" if megabytes else ""
@@ -72,7 +72,7 @@ def test_renders(figures: list[Figure], cases: int, seconds: float, megabytes: f
 def test_paints_and_filters(browser: Chrome, figures: list[Figure], tmp_path: Path) -> None:
     """From the start of navigation to the first contentful paint; from a choice to the frame after it, the slowest choice."""
     file = tmp_path / "page.html"
-    page.write(file, page.render(many(10_000)))
+    render.write(file, render.render(many(10_000)))
     painted, filtered = [], []
     for _ in range(ROUNDS):
         browser.get("about:blank")

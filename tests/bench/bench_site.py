@@ -21,11 +21,11 @@ import msgspec
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness import store
-from harness.case import Machine, Result, Tier, Timeline, encode
-from harness.units import GIB, format_size
-from tests.builders import GOLDEN
-from tests.reporting import Figure
+from harness.core.records import Machine, Result, Tier, Timeline, encode
+from harness.core.units import GIB, format_size
+from harness.results import store
+from tests.support.builders import GOLDEN
+from tests.support.reporting import Figure
 
 MACHINES, RESULTS = 200, 50
 LIMIT_S, LIMIT_BYTES, LIMIT_PAGE_BYTES = 10, GIB, 2 << 20

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import catalog, synth
-from tests.reporting import Figure
+from harness.architecture import synthetic
+from harness.catalog import resolve
+from tests.support.reporting import Figure
 
 MODEL = "codegen-2b-mono"
 ROUNDS = 3
@@ -29,9 +30,9 @@ def seconds_of_dd(path: Path, size: int) -> float:
     return seconds
 
 
-def seconds_of_synth(made: synth.Synthetic, directory: Path) -> float:
+def seconds_of_synth(made: synthetic.Synthetic, directory: Path) -> float:
     start = time.perf_counter()
-    synth.write(made, directory)
+    synthetic.write(made, directory)
     for file in directory.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -45,7 +46,7 @@ def seconds_of_synth(made: synth.Synthetic, directory: Path) -> float:
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_it_keeps_up_with_dd(kind: str, figures: list[Figure], tmp_path: Path) -> None:
-    made = synth.describe(catalog.resolve(MODEL), file_format=kind)
+    made = synthetic.describe(resolve.resolve(MODEL), file_format=kind)
     ratios = []
     for _ in range(ROUNDS):
         plain = seconds_of_dd(tmp_path / "dd", made.bytes)

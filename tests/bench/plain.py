@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-import harness.quality
+import harness.measure.quality
 
 
 class Clock(BaseStreamer):
@@ -33,7 +33,7 @@ def main(model_dir: str, dtype: str, prompt_tokens: int, new_tokens: int, rounds
     begun = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, device_map={"": "cpu"})
     load_s = time.perf_counter() - begun
-    ids = tokenizer(harness.quality.prompt_text())["input_ids"]
+    ids = tokenizer(harness.measure.quality.prompt_text())["input_ids"]
     prompt = torch.tensor([(ids * (prompt_tokens // len(ids) + 1))[:prompt_tokens]])
     speeds, seconds = [], []
     for _ in range(rounds + 1):

@@ -7,10 +7,10 @@ import msgspec
 import pytest
 from selenium import webdriver
 
-from harness.case import Result
-from harness.report import page
+from harness.core.records import Result
+from harness.report.page import render
 from tests.browser.pages import Open, case_of, hostile, logged, started
-from tests.builders import GOLDEN
+from tests.support.builders import GOLDEN
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def show(browser: webdriver.Chrome, tmp_path: Path) -> Open:
 
     def opened(results: list[Result], width: int = 1280, fragment: str = "") -> webdriver.Chrome:
         file = tmp_path / "page.html"
-        page.write(file, page.render(results))
+        render.write(file, render.render(results))
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         for name in ("browser", "performance"):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 
-from harness.report.badges import badges
-from harness.units import GIB
-from tests.builders import case, result
+from harness.core.units import GIB
+from harness.report.export.badges import badges
+from tests.support.builders import case, result
 
 pytestmark = pytest.mark.browser
 
@@ -20,8 +20,8 @@ return [...document.querySelectorAll('text')].map(text => {
   text.removeAttribute('textLength');
   const own = text.getComputedTextLength();
   text.setAttribute('textLength', given);
-  const box = text.getBBox();
-  return [own, given, box.x + box.width, text.ownerSVGElement.width.baseVal.value];
+  const box = text.getBBox(), scale = text.getCTM().a;
+  return [own * scale, given * scale, (box.x + box.width) * scale, text.ownerSVGElement.width.baseVal.value];
 })
 """
 
@@ -35,8 +35,9 @@ def test_a_text_fits_its_field(name: str, browser: webdriver.Chrome, tmp_path: P
     file.write_text(badge.svg, encoding="utf-8")
     browser.get(file.as_uri())
     measured = browser.execute_script(MEASURE)
-    assert len(measured) == 2
+    loosest = 1.3 if name.isascii() else 1.7  # without a font of East Asia, browsers show narrower boxes in place of its letters
+    assert len(measured) == 4  # each of the two with its shadow
     for own, given, end, width in measured:
         assert own <= given + 0.5
-        assert given <= own * 1.3 + 4
+        assert given <= own * loosest + 4
         assert end <= width

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 
-from harness import store
-from harness.case import Outcome, Result, Verdict
+from harness.core.records import Outcome, Result, Verdict
+from harness.results import store
 
 ROOT = Path(__file__).parents[2]
 FAST = ("--prompt-tokens", "32", "--new-tokens", "8", "--repeats", "2")

@@ -8,9 +8,9 @@ from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
-from harness.case import Outcome, Result
-from harness.report import figures, view
-from harness.units import GIB
+from harness.core.records import Outcome, Result
+from harness.core.units import GIB
+from harness.report.page import figures, view
 from tests.browser.pages import SCRIPT, Open, many, settled, shown
 
 pytestmark = pytest.mark.browser

@@ -10,7 +10,7 @@ import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from harness.case import Result
+from harness.core.records import Result
 from tests.browser.pages import Open, case_of, cell, logged, many, settled
 from tests.browser.test_accessible import axe, few, violations
 

@@ -10,10 +10,10 @@ import pytest
 from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 
-from harness.case import Outcome, Result
-from harness.report import page
-from harness.units import GIB
-from tests.builders import GOLDEN
+from harness.core.records import Outcome, Result
+from harness.core.units import GIB
+from harness.report.page import render
+from tests.support.builders import GOLDEN
 
 pytestmark = pytest.mark.browser
 
@@ -31,7 +31,7 @@ def show(browser: Chrome, tmp_path: Path, results: list[Result]) -> Open:
 
     def opened(width: int = 1280, scheme: str = "light") -> Chrome:
         file = tmp_path / "page.html"
-        page.write(file, page.render(results))
+        render.write(file, render.render(results))
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]

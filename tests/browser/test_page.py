@@ -7,9 +7,9 @@ from selenium.common.exceptions import NoAlertPresentException
 from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 
-from harness.case import Result
-from harness.metrics import format_metric
-from harness.report import page
+from harness.core.metrics import format_metric
+from harness.core.records import Result
+from harness.report.page import render
 from tests.browser.pages import SCRIPT, Open, case_of, cell, logged, requested
 
 pytestmark = pytest.mark.browser
@@ -118,7 +118,7 @@ SLIPPED = (
 
 def test_what_slips_through_does_not_run(show: Open, browser: Chrome, results: list[Result], tmp_path: Path) -> None:
     file = tmp_path / "slipped.html"
-    file.write_text(page.render(results).replace("<main>", f"<main>{SLIPPED}"), encoding="utf-8")
+    file.write_text(render.render(results).replace("<main>", f"<main>{SLIPPED}"), encoding="utf-8")
     logged(browser, "browser")
     browser.get(file.as_uri())
     slipped = browser.find_element(By.ID, "slipped")

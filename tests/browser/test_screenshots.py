@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from selenium.webdriver import Chrome
 
-from harness.case import Result
+from harness.core.records import Result
 from tests.browser.pages import Open, settled
-from tests.reporting import REPORTS
+from tests.support.reporting import REPORTS
 
 pytestmark = pytest.mark.browser
 

@@ -11,10 +11,11 @@ import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from harness import cli, store
-from harness.case import Result, encode
+from harness.cli import entry as cli
+from harness.core.records import Result, encode
+from harness.results import store
 from tests.browser.pages import SCRIPT, logged, requested
-from tests.builders import GOLDEN
+from tests.support.builders import GOLDEN
 
 pytestmark = pytest.mark.browser
 

@@ -9,10 +9,10 @@ import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from harness.anatomy import Part, Tie
-from harness.checkpoint import FileInfo
-from harness.inspection import Inspection
-from harness.report import page, treemap
+from harness.architecture.inspection import Inspection
+from harness.checkpoint.reader import FileInfo
+from harness.checkpoint.size_breakdown import Part, Tie
+from harness.report.page import render, treemap
 from tests.browser.pages import LONG, SCRIPT, logged, requested
 
 pytestmark = pytest.mark.browser
@@ -60,7 +60,7 @@ def show(browser: Chrome, tmp_path: Path) -> Open:
 
     def opened(of: Inspection, width: int = 1280, scheme: str = "light") -> Chrome:
         file = tmp_path / "inspect.html"
-        page.write(file, treemap.render(of))
+        render.write(file, treemap.render(of))
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.reporting import Figure, Section, gathered
+from tests.support.reporting import Figure, Section, gathered
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,14 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from harness import catalog, checkpoint, forkserver, machine, process
-from harness.case import Case, Interference, Plan, Result, Workload
-from harness.plan import decide
-from harness.runner import Run, Setting, Subject
-from tests.reporting import Figure
+from harness.catalog import download, resolve
+from harness.checkpoint import reader
+from harness.core.records import Case, Interference, Plan, Result, Workload
+from harness.machine import probe
+from harness.planning.feasibility import decide
+from harness.run import forkserver, worker_process
+from harness.run.runner import CaseModel, Run, RunContext
+from tests.support.reporting import Figure
 
 RUNS, MOST_ATTEMPTS = 20, 60
 WORK = Workload(prompt_tokens=16, new_tokens=6, repeats=5)
@@ -35,25 +38,25 @@ class Bench(NamedTuple):
     """What all runs share."""
 
     plan: Plan
-    subject: Subject
-    setting: Setting
+    subject: CaseModel
+    setting: RunContext
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    location = catalog.fetch(catalog.DEFAULT)
+    location = download.fetch(resolve.DEFAULT)
     forkserver.warm_up(["transformers.models.llama.modeling_llama"])
     with TemporaryDirectory(prefix="burner-") as scratch:
-        setting = Setting(
+        setting = RunContext(
             run="burner",
-            machine=machine.probe(),
-            environment=machine.versions(),
+            machine=probe.probe(),
+            environment=probe.versions(),
             scratch=Path(scratch),
-            worker_main=process.torch_worker,
+            worker_main=worker_process.torch_worker,
             timeout_s=600,
         )
-        case = Case(model=catalog.DEFAULT, precision="bf16", placement="cpu", workload=WORK)
-        yield Bench(decide(case, setting.machine, checkpoint.read(location)), Subject(location=location), setting)
+        case = Case(model=resolve.DEFAULT, precision="bf16", placement="cpu", workload=WORK)
+        yield Bench(decide(case, setting.machine, reader.read(location)), CaseModel(location=location), setting)
 
 
 @contextmanager

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from harness.units import MIB, format_size
-from tests.checkpoint_files import write_safetensors
-from tests.gguf_files import small_gguf
-from tests.reporting import Figure
-from tests.strangers import SIZES, add_pickle, change
+from harness.core.units import MIB, format_size
+from tests.support.checkpoint_files import write_safetensors
+from tests.support.gguf_files import small_gguf
+from tests.support.reporting import Figure
+from tests.support.strangers import SIZES, add_pickle, change
 
 ROOT = Path(__file__).parents[2]
 CASES, BATCH = 1000, 100

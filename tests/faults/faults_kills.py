@@ -25,11 +25,11 @@ from typing import Any
 import psutil
 import pytest
 
-from harness import store
-from harness.case import Result
-from harness.options import OPTIONS
-from tests import scripted, small_models
-from tests.reporting import Figure, Section, table
+from harness.core.records import Result
+from harness.results import store
+from harness.run.options import OPTIONS
+from tests.support import scripted, small_models
+from tests.support.reporting import Figure, Section, table
 
 ROOT = Path(__file__).parents[2]
 KILLS, REAL, SEED, LANES = 200, 40, 20261124, 2
@@ -67,8 +67,9 @@ def marked(owner, name, phase):
 
 
 def pytest_configure(config):
-    from harness import process, session, store
-    from harness.protocol import Entered
+    from harness.run import worker_process as process, session
+  from harness.results import store
+    from harness.measure.protocol import Entered
     from harness.report import page
 
     marked(session.checkpoint, "read", "prepare")
@@ -97,11 +98,11 @@ SCRIPTED = """
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session):
-    from harness import forkserver
+    from harness.run import forkserver
     from harness.plugin import SESSION
-    from tests import builders, scripted
+    from tests.support import builders, scripted
 
-    forkserver.preload("tests.scripted")
+    forkserver.preload("tests.support.scripted")
     session.config.stash[SESSION].worker_main = scripted.by_model
     session.config.stash[SESSION].machine = builders.machine(ram_bytes=480 << 20)
 """

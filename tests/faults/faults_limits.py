@@ -1,6 +1,6 @@
 """Emulated RAM limits: the verdict of the plan against what happens, and the smallest RAM that works.
 
-A case works under a limit if it ends well without rereading its weights for every token (`harness.minimum`). Synthetic models are
+A case works under a limit if it ends well without rereading its weights for every token (`run.min_ram`). Synthetic models are
 made for the run and deleted; it takes eight minutes on a quiet machine, 3.5 GB of disk and 5 GB of memory.
 """
 
@@ -16,15 +16,16 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from harness import catalog, cgroup
-from harness.case import Outcome, Result, Verdict
-from harness.minimum import failed, measure, prove
-from harness.options import Options
-from harness.planner import GOOD
-from harness.precision import USUAL
-from harness.session import Session
-from harness.units import MIB, format_share, format_size
-from tests.reporting import Figure, Section, table
+from harness.catalog import download, resolve
+from harness.core.precisions import DEFAULTS
+from harness.core.records import Outcome, Result, Verdict
+from harness.core.units import MIB, format_share, format_size
+from harness.machine import cgroup
+from harness.planning.planner import GOOD
+from harness.run.min_ram import failed, measure, prove
+from harness.run.options import Options
+from harness.run.session import Session
+from tests.support.reporting import Figure, Section, table
 
 pytestmark = pytest.mark.skipif(not cgroup.is_allowed(), reason="no control group can be made here")
 
@@ -42,11 +43,11 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     The default model is copied: pages of a file that another process maps would not count.
     """
     folder = tmp_path_factory.mktemp("limits")
-    shutil.copytree(catalog.fetch(catalog.resolve(catalog.DEFAULT)), folder / catalog.DEFAULT)
+    shutil.copytree(download.fetch(resolve.resolve(resolve.DEFAULT)), folder / resolve.DEFAULT)
     for name in SYNTHETIC:
         subprocess.run([sys.executable, HERE.parent / "accuracy/synthetic.py", folder, name], check=True, capture_output=True)
-    models = [str(folder / name) for name in (catalog.DEFAULT, *SYNTHETIC)]
-    given = {"model": models, "precision": list(USUAL), "placement": ["cpu"], "results": str(folder / "results"), **WORK}
+    models = [str(folder / name) for name in (resolve.DEFAULT, *SYNTHETIC)]
+    given = {"model": models, "precision": list(DEFAULTS), "placement": ["cpu"], "results": str(folder / "results"), **WORK}
     one = Session(Options(given=given))
     one.prepare(one.cases())
     yield one
@@ -88,7 +89,7 @@ def test_the_verdict_agrees_with_what_happens(session: Session, figures: list[Fi
 
 @pytest.mark.parametrize("precision", PROVED)
 def test_the_smallest_ram_that_works_is_found(session: Session, figures: list[Figure], precision: str) -> None:
-    case = next(one for one in session.cases() if (one.model, one.precision) == (catalog.DEFAULT, precision))
+    case = next(one for one in session.cases() if (one.model, one.precision) == (resolve.DEFAULT, precision))
     found = prove(session, case, tried=lambda result: print(" | ".join(_row(result)), flush=True))
     assert found.works_bytes is not None
     assert found.fails_bytes is not None

@@ -9,10 +9,10 @@ import json
 import subprocess
 from pathlib import Path
 
-from harness.store import Store
-from harness.units import MIB, format_size
-from tests import runs, small_models
-from tests.reporting import Figure
+from harness.core.units import MIB, format_size
+from harness.results.store import Store
+from tests.support import runs, small_models
+from tests.support.reporting import Figure
 
 CASES, WARM = 300, 20
 MOST_BYTES = 10 * MIB

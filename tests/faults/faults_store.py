@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from harness.store import Store
-from tests import runs
-from tests.reporting import Figure
+from harness.results.store import Store
+from tests.support import runs
+from tests.support.reporting import Figure
 
 RUNS, CASES = 8, 10
 

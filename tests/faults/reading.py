@@ -16,8 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from harness.cli import main
-from harness.report.text import visible
+from harness.cli.entry import main
+from harness.core.text import visible
 
 MOST_BYTES = 1 << 30
 # What running code or looking elsewhere would come through. `compile` and `exec` are Python's own imports as well.

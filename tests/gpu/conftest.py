@@ -2,11 +2,11 @@
 
 import pytest
 
-from harness import machine
+from harness.machine import probe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if machine.probe().gpus:
+    if probe.probe().gpus:
         return
     for item in items:
         if item.path.is_relative_to(__file__.rsplit("/", 1)[0]):

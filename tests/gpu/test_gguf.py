@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import store
-from harness.case import Outcome
-from tests.gguf_files import write_lfm2
+from harness.core.records import Outcome
+from harness.results import store
+from tests.support.gguf_files import write_lfm2
 
 pytestmark = pytest.mark.gpu
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import calibration, store
-from harness.case import Outcome, Result
-from harness.units import GIB
+from harness.core.records import Outcome, Result
+from harness.core.units import GIB
+from harness.planning import calibration
+from harness.results import store
 
 pytestmark = pytest.mark.gpu
 
@@ -74,7 +75,7 @@ print(*(torch._C._cuda_hasPrimaryContext(index) for index in range(torch.cuda.de
 def test_accelerate_finds_free_what_a_context_leaves() -> None:
     code = """
 from accelerate.utils import get_max_memory
-from harness import nvml
+from harness.machine.probe import nvml
 
 with nvml.lent() as library:
     free = nvml.ask(library, "nvmlDeviceGetMemoryInfo", nvml.visible(library)[0]).free

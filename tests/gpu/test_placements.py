@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import store
-from harness.case import Outcome, Result
-from harness.placement import PLACEMENTS, distinct
-from harness.precision import PRECISIONS
+from harness.core.placements import PLACEMENTS, distinct
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Outcome, Result
+from harness.results import store
 
 pytestmark = pytest.mark.gpu
 
@@ -22,9 +22,9 @@ POSSIBLE = [
     (precision.name, placement)
     for precision in PRECISIONS.values()
     for placement in PLACED
-    if precision.only is None
-    and not precision.never
-    and not any(trait in precision.refuses for trait in PLACEMENTS[placement].traits)
+    if precision.requires_checkpoint is None
+    and not precision.unsupported
+    and not any(trait in precision.incompatible for trait in PLACEMENTS[placement].traits)
 ]
 
 
@@ -90,7 +90,7 @@ def test_spills_where_it_says(results: dict[tuple[str, str], Result], precision:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_map_may_leave_blocks_of_a_quantised_model_in_ram(precision: str, tmp_path: Path) -> None:
+def test_a_map_may_leave_blocks_of_a_quantized_model_in_ram(precision: str, tmp_path: Path) -> None:
     """Unverified: no machine with a GPU was at hand when it was written."""
     half = {f"model.layers.{number}": 0 if number < 15 else "cpu" for number in range(30)}
     (tmp_path / "map.json").write_text(json.dumps({"model.embed_tokens": 0, "lm_head": 0, "model.norm": "cpu", **half}))
@@ -100,4 +100,4 @@ def test_a_map_may_leave_blocks_of_a_quantised_model_in_ram(precision: str, tmp_
     assert result.outcome is Outcome.OK, f"{result.why}\n{result.log_tail}"
     assert set(result.checks.values()) == {"ok"}
     assert result.loaded is not None
-    assert result.loaded.linear_dtype_bytes.keys() > {PRECISIONS[precision].holds}
+    assert result.loaded.linear_dtype_bytes.keys() > {PRECISIONS[precision].linear_dtype}

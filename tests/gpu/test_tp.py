@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from harness import machine, store
-from harness.case import Outcome, Result
-from harness.units import GIB
-from tests import small_models
+from harness.core.records import Outcome, Result
+from harness.core.units import GIB
+from harness.machine import probe
+from harness.results import store
+from tests.support import small_models
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def tiers() -> list[str]:
-    found = [gpu.name for gpu in machine.probe().gpus]
+    found = [gpu.name for gpu in probe.probe().gpus]
     if len(found) not in (2, 4, 8):
         pytest.skip("needs 2, 4 or 8 GPUs, which share the heads of the model evenly")
     return found

@@ -1,0 +1,121 @@
+"""What `fitmatrix inspect` tells of a checkpoint: one record for the terminal, the page and --json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from harness.architecture import validate
+from harness.architecture.skeleton import Skeleton
+from harness.checkpoint.quantization import packed
+from harness.checkpoint.reader import Checkpoint, FileInfo
+from harness.checkpoint.size_breakdown import Part, Tie, anatomy, ties
+from harness.core.records import Record
+
+SCHEMA = 1
+# The order in which kinds are told, which is about the order in which a token meets them.
+KIND_ORDER = ("embedding", "attention", "mlp", "norm", "head", "other")
+
+
+class Inspection(Record, frozen=True, kw_only=True):
+    """A checkpoint in figures. `kind` says what was named: catalog, hub, directory or file; `source` where its files are.
+
+    `history` is what became of the model since 2023, of those that this project began with. `notes` say what would hinder loading
+    it, or looks as if files were mixed.
+    """
+
+    schema: int = SCHEMA
+    name: str
+    kind: str
+    source: str
+    architecture: str | None
+    parameters: int
+    bytes: int
+    tensors: int
+    dtype_bytes: dict[str, int]
+    files: tuple[FileInfo, ...]
+    quantization: str | None
+    context_length: int | None
+    parts: tuple[Part, ...]
+    ties: tuple[Tie, ...]
+    history: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Return how many blocks there are by what they are in, such as "model.layers"."""
+        return count_blocks(self.parts)
+
+
+class Run(Record, frozen=True, kw_only=True):
+    """Parts that belong together: those of alike blocks, or those beside the blocks (`block` is empty)."""
+
+    block: str
+    repeats: int
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+
+def inspect(
+    checkpoint: Checkpoint, *, name: str, kind: str, source: str, history: str = "", skeleton: Skeleton | None = None
+) -> Inspection:
+    """Put together all that is told of a checkpoint; with the skeleton of its config also whether it holds what that asks for."""
+    return Inspection(
+        name=name,
+        kind=kind,
+        source=source,
+        architecture=checkpoint.architecture,
+        parameters=checkpoint.parameters,
+        bytes=checkpoint.bytes,
+        tensors=len(checkpoint.tensors),
+        dtype_bytes=checkpoint.dtype_bytes,
+        files=checkpoint.files,
+        quantization=checkpoint.quantization,
+        context_length=checkpoint.context_length,
+        parts=tuple(anatomy(checkpoint)),
+        ties=tuple(ties(checkpoint)),
+        history=history,
+        notes=validate.notes(checkpoint, skeleton, packed(checkpoint.config, checkpoint.tensors)),
+    )
+
+
+def runs(parts: Iterable[Part]) -> list[Run]:
+    """Gather neighbouring parts of the same blocks, in their order; the kinds of a run come in KIND_ORDER."""
+    gathered: list[list[Part]] = []
+    for part in parts:
+        if gathered and gathered[-1][-1].block == part.block:
+            gathered[-1].append(part)
+        else:
+            gathered.append([part])
+    for found in gathered:
+        found.sort(key=lambda part: KIND_ORDER.index(part.kind))
+    return [Run(block=found[0].block, repeats=found[0].repeats, parts=tuple(found)) for found in gathered]
+
+
+def count_blocks(parts: Iterable[Part]) -> dict[str, int]:
+    """Count the blocks by what they are in: {"model.layers": 30}."""
+    counted: dict[str, int] = {}
+    for run in runs(part for part in parts if part.block):
+        prefix = run.block.rpartition(".")[0]
+        counted[prefix] = counted.get(prefix, 0) + run.repeats
+    return counted
+
+
+def largest(parts: Iterable[Part], most: int) -> tuple[Part, ...]:
+    """Return the `most` largest parts, in their order: a listing must stay readable whatever a file holds."""
+    parts = tuple(parts)
+    kept = set(sorted(range(len(parts)), key=lambda place: -parts[place].bytes)[:most])
+    return tuple(part for place, part in enumerate(parts) if place in kept)
+
+
+def explain(tie: Tie, size: str = "") -> str:
+    """Say in a sentence what a tie means; `size` is what its repetition costs, in words."""
+    first, rest = tie.names[0], tie.names[1:]
+    if tie.how == "absent":
+        return f"{first} is the output head as well, stored once"
+    if tie.how == "repeated":
+        return f"{' and '.join(rest)} repeats {first}: {size} stored twice"
+    others = f"{', '.join(rest[:3])}{f' and {len(rest) - 3} more' if len(rest) > 3 else ''}"
+    return f"{others} {'share' if len(rest) > 1 else 'shares'} the bytes of {first}"

@@ -1,0 +1,376 @@
+"""What is known of a model before it is loaded or even downloaded: its skeleton, how its files hold it, its context length.
+
+Sources, best first: the headers of files that are here; the catalog that is shipped; headers read from the hub by ranged requests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from harness.architecture import skeleton, validate
+from harness.architecture.skeleton import Skeleton, UnknownType, Weight
+from harness.catalog import shipped
+from harness.checkpoint import auxiliary_files, quantization, reader
+from harness.checkpoint.auxiliary_files import RemoteCode
+from harness.checkpoint.formats.files import Directory, quote
+from harness.checkpoint.quantization import Packed
+from harness.checkpoint.reader import CONFIG, Checkpoint, context_length
+from harness.core.errors import CheckpointError, UsageError
+from harness.core.placements import Placement
+from harness.core.precisions import PACKED_ARCHITECTURES, Precision
+from harness.core.records import Record
+from harness.data import DATA
+
+if TYPE_CHECKING:
+    from harness.catalog.resolve import Source
+
+_NO_TOKENIZER = "there is no tokenizer beside the weights: prompts are token ids, and quality is not measured"
+# The model types that `harness.models` registers.
+OUR_ARCHITECTURES = frozenset(("chatglm", "moss"))
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+# What transformers says, or would say, of a GGUF file beside a placement's call or trait.
+GGUF_REFUSES = {
+    "dispatches": "load_checkpoint_and_dispatch does not read GGUF",
+    "parallel": "a GGUF file is not shared among GPUs here: load a checkpoint in safetensors",
+    "offloads": "transformers does not offload a GGUF to the disk: what it would put there stays in RAM",
+}
+
+
+class Gguf(Record, frozen=True, kw_only=True):
+    """What loading a GGUF file depends on.
+
+    `elements` are those of each tensor in the order of the file, in which they are unpacked; `strings` the entries of its
+    vocabulary and merges. `packed_bits` is the mean width of the weights that are stored in blocks, 0 where none is.
+    `unloadable` says why transformers cannot load it.
+    """
+
+    file: str
+    architecture: str
+    elements: tuple[int, ...]
+    strings: int
+    packed_bits: float
+    unloadable: str | None = None
+
+    @property
+    def packs(self) -> bool:
+        """Whether transformers can keep its blocks."""
+        return self.architecture in PACKED_ARCHITECTURES and self.packed_bits > 0
+
+    @property
+    def through_ram(self) -> bool:
+        """Whether all tensors are unpacked in RAM before the first is placed."""
+        return self.architecture not in PACKED_ARCHITECTURES
+
+    def refusal(self, precision: Precision, placement: Placement) -> str | None:
+        """Say why transformers does not load it this way, None if it does."""
+        if self.unloadable is not None:
+            return self.unloadable
+        refused = next((GGUF_REFUSES[trait] for trait in placement.traits if trait in GGUF_REFUSES), None)
+        if refused is not None:
+            return refused
+        if precision.quantizes:
+            return "transformers quantizes no GGUF file anew: load it with --precision bf16, fp16 or fp32"
+        if precision.requires_checkpoint == "GGUF" and not self.packs:
+            if not self.packed_bits:
+                return "no tensor of the file is in blocks: load it with --precision bf16, fp16 or fp32"
+            known = ", ".join(sorted(PACKED_ARCHITECTURES))
+            return f"transformers keeps the blocks of {known} only and unpacks {self.architecture}: use bf16, fp16 or fp32"
+        return None
+
+
+class Stored(Record, frozen=True, kw_only=True):
+    """How a model lies on the hub where its config does not tell: a row of `data/stored.toml`.
+
+    `mask` names the boolean causal mask of a layer, `mask_side` squared, that its files hold. `shard_bytes` is the most that one
+    file holds; None where there is one file. `repeats_head`: a tied head is stored nevertheless. `float32` stands in the names of
+    what is stored in that dtype whatever the rest is.
+    """
+
+    bytes: int
+    origin: str
+    dtype: str | None = None
+    format: str = "safetensors"
+    mask: str | None = None
+    mask_side: int = 0
+    shard_bytes: int | None = None
+    repeats_head: bool = False
+    float32: str | None = None
+
+    @property
+    def largest_file(self) -> tuple[str, int]:
+        """What its largest file is called, and its bytes at most."""
+        if self.shard_bytes is None:
+            return f"its only file, a .{self.format},", self.bytes
+        return "a file", min(self.bytes, self.shard_bytes)
+
+
+class ModelSpec(Record, frozen=True, kw_only=True):
+    """A model to be planned; `native` says that `harness.models` has its architecture and transformers has not.
+
+    `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantized already and
+    whose headers were read. `repeated` are the paths of tied weights that the files store all the same, `largest_file` is what
+    the largest file is called and its bytes, where that is known. `notes` say what is odd about the files, and what the plan rests
+    on where that is less than a skeleton from transformers. `remote_code` is the code that the files ask for, `has_class` whether
+    transformers has its own for this architecture, and `unknown` why nothing loads it here where neither is so.
+    """
+
+    name: str
+    source: str
+    skeleton: Skeleton
+    stored: dict[str, int]
+    checkpoint_bytes: int
+    context_length: int | None = None
+    file_format: str = "safetensors"
+    packed: Packed | None = None
+    tensor_bytes: int | None = None
+    repeated: frozenset[str] = frozenset()
+    largest_file: tuple[str, int] | None = None
+    tokenizer: bool = True
+    notes: tuple[str, ...] = ()
+    remote_code: tuple[RemoteCode, ...] = ()
+    has_class: bool = True
+    gguf: Gguf | None = None
+    native: bool = False
+    unknown: str | None = None
+
+    @property
+    def gguf_file(self) -> str | None:
+        """The name of the GGUF file, which loaders must be told."""
+        return self.gguf.file if self.gguf else None
+
+    @property
+    def stored_as(self) -> str | None:
+        """How it is quantized already (`quantized.describe`); None where it is not, or is unpacked on loading."""
+        return "gguf" if self.gguf else self.packed.title if self.packed and not self.packed.unpacks else None
+
+    @property
+    def unpacks_itself(self) -> bool:
+        """Whether the layers of `harness.models` read what is packed, and no package is needed: MOSS's and ChatGLM-6B's files."""
+        return self.native and self.packed is not None and self.packed.own
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of most of the bytes in the files."""
+        return max(self.stored, key=lambda dtype: self.stored[dtype], default="float16")
+
+    @property
+    def rough(self) -> bool:
+        """Whether the skeleton was only guessed from tensors."""
+        return self.skeleton.source == "tensors"
+
+
+def read_spec(source: Source) -> ModelSpec:
+    """Find out what can be known of a model without loading or downloading its weights.
+
+    Raises:
+        UsageError: it is neither here nor in the catalog, and the hub does not tell.
+        CheckpointError: its files are damaged, or its config does not say enough.
+    """
+    here = _local(source)
+    if here is not None:
+        where = str(here) if source.kind == "directory" else source.location
+        return of_checkpoint(source.name, where, reader.read(here / (source.file or "")), here)
+    known = _in_catalog(source) if source.file is None else None
+    if known is not None:
+        return _of_catalog(source, known)
+    if source.hub_id is None:
+        raise UsageError(
+            f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once, or name a directory"
+        )
+
+    return of_checkpoint(source.name, source.location, reader.read_hub(source.hub_id, file=source.file), None)
+
+
+def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> ModelSpec:
+    """Read the spec of a checkpoint whose headers were read; the files beside them in `directory` are checked as well.
+
+    Raises:
+        CheckpointError: the files do not belong together, must not reach a library, or are a kind that our architecture lacks.
+    """
+    if directory is not None:
+        auxiliary_files.check(Directory(directory))
+    found, note, refused = _skeleton_of(read)
+    if refused is not None and _is_native(read.config):  # no other code loads it, nor does the one that it may come with
+        raise CheckpointError(f"{read.path}/{CONFIG}", str(refused))
+    gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == "gguf" else None
+    packed = quantization.packed(read.config, read.tensors) if gguf is None else None
+    notes = validate.check(read, found, packed)
+    tokenizer = directory is None or "tokenizer.ggml.model" in read.config or auxiliary_files.has_tokenizer(Directory(directory))
+    code = any(one.kind == "model" for one in read.remote_code)
+    return ModelSpec(
+        name=name,
+        source=where,
+        skeleton=found,
+        stored=read.dtype_bytes,
+        checkpoint_bytes=read.bytes,
+        context_length=read.context_length,
+        file_format=read.files[0].format if read.files else "safetensors",
+        packed=packed,
+        tensor_bytes=_loaded_bytes(read) if packed and not packed.unpacks else None,
+        repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
+        largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
+        tokenizer=tokenizer,
+        notes=tuple(filter(None, (note, *notes, None if tokenizer else _NO_TOKENIZER))),
+        remote_code=read.remote_code,
+        has_class=_has_class(read.config, found),
+        gguf=gguf,
+        native=_is_native(read.config),
+        unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
+    )
+
+
+def _loaded_bytes(read: Checkpoint) -> int:
+    """Return the bytes of what is loaded: masks beside the weights are not."""
+    return sum(tensor.bytes for tensor in read.distinct if tensor.dtype != "bool")
+
+
+def _gguf(read: Checkpoint, why: str | None) -> Gguf:
+    """Gather what loading depends on; `why` is what transformers said against its metadata."""
+    from harness.checkpoint.formats.gguf_header import BLOCK_TYPES
+
+    blocks = [tensor for tensor in read.tensors if tensor.dtype in BLOCK_TYPES]
+    weights = sum(math.prod(tensor.shape) for tensor in blocks)
+    arrays = (value for value in read.config.values() if isinstance(value, dict))
+    if len(read.files) > 1:
+        why = f"it is split into {len(read.files)} files, and transformers loads one: join them with llama-gguf-split --merge"
+    return Gguf(
+        file=read.files[0].name,
+        architecture=read.architecture or "unknown",
+        elements=tuple(math.prod(tensor.shape) for tensor in read.tensors),
+        strings=sum(int(value["count"]) for value in arrays if value["type"] == "string"),
+        packed_bits=8 * sum(tensor.bytes for tensor in blocks) / weights if weights else 0.0,
+        unloadable=why,
+    )
+
+
+def _has_class(config: Mapping[str, Any], found: Skeleton) -> bool:
+    """Say whether the skeleton was built with a class that is registered for the config's own name, and so loads the model too.
+
+    Its name may add to that of the config: "gemma3_text", "chatglm2". Where the skeleton is that of another class with the same
+    shapes, nothing but the model's own code loads it.
+    """
+    kind = config.get("model_type")
+    return found.source.startswith("transformers") and bool(kind) and found.model_type.startswith(str(kind))
+
+
+def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | None]:
+    """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors.
+
+    With it a note that says so, and what transformers said where it was asked and could not build it.
+    """
+    is_gguf = read.files[0].format == "gguf"
+    known = skeleton.shipped(read.config) if read.config and not is_gguf else None
+    if known is not None:
+        return known, None, None
+    wanted = ("torch", "transformers", *(["gguf"] if is_gguf else []))
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    why, refused = f"{' and '.join(missing)} not installed" if missing else "config.json gives no 'model_type'", None
+    if not missing and (is_gguf or read.config.get("model_type")):
+        try:
+            return _built(read, is_gguf), None, None
+        except UsageError as error:
+            why, refused = str(error), error
+    from harness.architecture.inferred_skeleton import sketch
+
+    return sketch(read), f"planned from its tensors, less surely: {why}", refused
+
+
+def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
+    from harness.catalog.wheel_cache import cache_dir
+
+    if not is_gguf:
+        return skeleton.build(read.config, cache_dir())
+    return skeleton.build_gguf(read.config, [(tensor.name, tensor.shape, tensor.dtype) for tensor in read.tensors], cache_dir())
+
+
+def _local(source: Source) -> Path | None:
+    """Return where the files are, if they are on this machine; huggingface_hub is not imported for a model its cache lacks."""
+    from harness.catalog import download
+
+    if source.hub_id is not None and not any(_hub_folder(source.hub_id).glob("snapshots/*/config.json")):
+        return None
+    return download.cached(source)
+
+
+def _hub_folder(hub_id: str) -> Path:
+    """Return the folder that huggingface_hub would keep a model in (its HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME)."""
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(cache).expanduser() / f"models--{hub_id.replace('/', '--')}"
+
+
+def _in_catalog(source: Source) -> str | None:
+    try:
+        return shipped.hub_id(source.hub_id or source.name)
+    except UsageError:
+        return None
+
+
+def _of_catalog(source: Source, known: str) -> ModelSpec:
+    entry = shipped.catalog()[known]
+    shape = skeleton.named(known)
+    dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
+    packed = quantization.packed(entry.config)
+    stored = published(known)
+    size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
+    return ModelSpec(
+        name=source.name,
+        source=known,
+        skeleton=shape,
+        stored={_stored_dtype(dtype, stored, packed): size},
+        checkpoint_bytes=stored.bytes if stored else size,
+        context_length=context_length(entry.config),
+        file_format=stored.format if stored else "safetensors",
+        packed=packed,
+        repeated=frozenset(shape.tied if stored and stored.repeats_head else ()),
+        largest_file=stored.largest_file if stored else None,
+        native=_is_native(entry.config),
+    )
+
+
+def _is_native(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in OUR_ARCHITECTURES
+
+
+def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> str:
+    if packed is not None and packed.unpacks:
+        return "uint8"
+    return stored.dtype if stored is not None and stored.dtype else said
+
+
+def published(hub_id: str) -> Stored | None:
+    """Return how a model of the catalog lies on the hub, where its config does not tell."""
+    return _published().get(hub_id)
+
+
+@lru_cache(maxsize=1)
+def _published() -> Mapping[str, Stored]:
+    return msgspec.toml.decode((DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
+
+
+def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
+    """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
+    held = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
+    return sum(count * _stored_bytes(weight, packed) for weight, count in held)
+
+
+def _stored_bytes(weight: Weight, packed: Packed) -> int:
+    """Count one weight. Of mxfp4 the experts are packed, whose weights are stacked: 4 bits and 8 for each 32."""
+    sides = weight.tensor.shape
+    if packed.unpacks:
+        return weight.elements * 17 // 32 if len(sides) == 3 else weight.elements * 2
+    if not weight.quantizes or len(sides) != 2:
+        return weight.elements * 2
+    if packed.layout is None:
+        return weight.elements * packed.bits // 8
+    return packed.layout.stored_bytes(sides, packed.bits, packed.group)

@@ -1,0 +1,318 @@
+"""Whether a checkpoint holds what its config asks for: every tensor by name, shape and dtype, from headers alone.
+
+What transformers would end with, or would fill with random numbers after a warning, is an error here; what it leaves out or loads
+without a word is at most a note. Names are followed through its renamings, conversions, prefixes and ties (`key_mapping`) and
+through the layouts of quantized weights (`checkpoint.quantization`). Where they are not known, nothing is said: of skeletons from a
+description or from tensors only equal names are compared, of quantizers without a row in LAYOUTS nothing is, of what is quantized
+neither stacked experts nor converted tensors, of GGUF nothing where transformers reshapes what it reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+
+from harness.architecture.key_mapping import Naming, Place, Shape
+from harness.architecture.skeleton import Skeleton, Weight
+from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
+from harness.checkpoint.formats.safetensors_header import StoredTensor
+from harness.checkpoint.quantization import Layout, Packed, moss_bits, packed_bits, tensors_tell, weights_in
+from harness.checkpoint.reader import CONFIG, Checkpoint
+from harness.checkpoint.shard_check import more, odd, shown
+from harness.core.errors import CheckpointError
+from harness.core.records import Record
+from harness.core.units import format_count
+
+_MOST_MISSING = 0.02
+_TOGETHER = "use the config.json that belongs to the weights"
+
+
+class Held(Record, frozen=True):
+    """What stands for one weight in the files: itself, or what it is packed into, by the parts of its layout."""
+
+    name: str
+    parts: dict[str, StoredTensor]
+    packed: bool = False
+
+    @property
+    def tensor(self) -> StoredTensor:
+        """The tensor to name in a sentence."""
+        return next(iter(self.parts.values()))
+
+
+def check(read: Checkpoint, found: Skeleton, packed: Packed | None = None) -> tuple[str, ...]:
+    """Compare the files with the skeleton of their config; return what is odd but no hindrance, a sentence each.
+
+    Raises:
+        CheckpointError: the first tensor that is missing, or has not the shape or the kind of dtype that the config asks for.
+    """
+    comparison = _Comparison(read, found, packed)
+    comparison.raise_first()
+    return (*_odd(read), *comparison.surplus())
+
+
+def notes(read: Checkpoint, found: Skeleton | None, packed: Packed | None = None) -> tuple[str, ...]:
+    """Say all that `check` says, without an end at what is wrong; without a skeleton, what the files tell among themselves."""
+    if found is None:
+        return _odd(read)
+    try:
+        return check(read, found, packed)
+    except CheckpointError as error:
+        return (str(error).removeprefix(f"{read.path}/"), *_odd(read))
+
+
+def _odd(read: Checkpoint) -> tuple[str, ...]:
+    """Say what the files tell among themselves, and where the config is wrong about bits that the tensors' shapes decide."""
+    tensor, bits = packed_bits(read.tensors) if tensors_tell(read.config) else (None, 0)
+    if tensor is None or bits == moss_bits(read.config):
+        return odd(read)
+    said = read.config.get("wbits")
+    says = "nothing of wbits" if said is None else f"wbits {quote(said)}"
+    what = f"{CONFIG} says {says}, and {shown(tensor.name)} in {shown(tensor.file)} has {bits} bits"
+    return (*odd(read), f"{what}: it is planned and loaded as what it has")
+
+
+class _Comparison:
+    """Where every stored tensor goes, and what is wrong with it there."""
+
+    def __init__(self, read: Checkpoint, found: Skeleton, packed: Packed | None) -> None:
+        self.read, self.found, self.packed = read, found, packed
+        self.layout = packed.layout if packed else None
+        self.silent = packed is not None and self.layout is None
+        self.naming = found.naming
+        self.wanted = {} if self.silent else {w.path: w for w in found.weights if w.tensor.kind != "unsaved"}
+        self.arrived: dict[str, list[Held]] = defaultdict(list)
+        self.converted: dict[tuple[int, str], dict[int, list[Held]]] = defaultdict(lambda: defaultdict(list))
+        self.lost: list[Held] = []
+        for held in _held(read, self.layout):
+            self._place(held)
+
+    def _place(self, held: Held) -> None:
+        naming = self.naming or Naming()
+        place = Place(held.name) if held.name in self.wanted else naming.place(held.name, self.wanted)
+        if place.name not in self.wanted:
+            self.lost.append(held)
+        elif place.conversion is None:
+            self.arrived[place.name].append(held)
+        else:
+            self.converted[place.conversion, place.name][place.source].append(held)
+
+    def raise_first(self) -> None:
+        """Raise CheckpointError for the first thing that is wrong, if anything is."""
+        if self.silent:
+            return
+        self._raise_unpacked()
+        self._raise_misplaced()
+        wrong = [*self._misshapen(), *self._misconverted()]
+        if wrong:
+            held, what = wrong[0]
+            is_gguf = self.naming is not None and self.naming.names
+            raise self._error(held.tensor.file, f"{what}{more(wrong)}: {DOWNLOAD_AGAIN if is_gguf else _TOGETHER}")
+        if self.naming is None:
+            self._raise_short()
+        else:
+            self._raise_missing(self.naming)
+
+    def surplus(self) -> Iterator[str]:
+        """Say which weights transformers leaves out; masks, scales and what it expects to leave out are not worth a word."""
+        if self.naming is None or self.silent or self.naming.names:
+            return
+        shapes = {tensor.name: tensor.shape for tensor in self.read.tensors}
+        ignored = _any_of(self.naming.may_have)
+        left = []
+        for held in self.lost:
+            tensor = held.tensor
+            counts = weights_in(tensor, shapes, self.read.config)
+            if counts and not held.packed and not (ignored and ignored.search(held.name)) and not self._belongs(held.name):
+                left.append(tensor)
+        if left:
+            what = f"{shown(left[0].name)} in {shown(left[0].file)}{more(left)}"
+            yield f"{self.found.model_class} has no place for {what}: transformers leaves out what its config does not ask for"
+
+    def _belongs(self, name: str) -> bool:
+        """Say whether a name is a part of a packed weight: a bias that its layout adds, or a part that LAYOUTS leaves out."""
+        base = name.rpartition(".")[0]
+        return any(held.packed and held.name.startswith(f"{base}.") for held in self.arrived.get(f"{base}.weight", ()))
+
+    # ---- packed ----
+
+    def _raise_unpacked(self) -> None:
+        if self.packed is None or self.layout is None:
+            return
+        packed = [held for held in _held(self.read, self.layout) if held.packed]
+        if packed:
+            self._raise_partless(packed)
+        elif not self.packed.method.startswith("bitsandbytes"):  # which packs what it finds
+            what = f"says {self.packed.title}, and no tensor of the files is packed so ({self.layout.main})"
+            raise self._error(CONFIG, f"{what}: {_TOGETHER}")
+
+    def _raise_partless(self, packed: list[Held]) -> None:
+        """Raise for a packed weight that lacks a part which most others have: some libraries write more than others."""
+        usual = Counter(frozenset(held.parts) for held in packed).most_common(1)[0][0]
+        for held in packed:
+            for part in sorted(usual - held.parts.keys()):
+                name = f"{held.name.removesuffix('.weight')}{part}"
+                raise self._error(held.tensor.file, f"holds {shown(held.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
+
+    def _raise_misplaced(self) -> None:
+        """Raise for what is packed outside of Linear modules, such as the embedding in ChatGLM-6B's int4-qe files.
+
+        Only those are replaced by modules that unpack; some are subclasses of torch's Linear (FalconLinear).
+        """
+        if self.packed is None or self.layout is None or self.naming is None:
+            return
+        for module in self.found.root.walk():
+            kind = module.block.class_name
+            if module.block.linear or "Linear" in kind:
+                continue
+            for weight in module.weights:
+                held = next((held for held in self.arrived.get(weight.path, ()) if held.packed), None)
+                if held is not None and len(weight.tensor.shape) == 2:
+                    main = held.parts.get(self.layout.main, held.tensor)
+                    what = f"holds {shown(main.name)} packed, and only Linear modules are loaded so, not {kind}"
+                    way = "take a checkpoint that packs those alone, or the 16-bit one with --precision int8 or int4"
+                    raise self._error(main.file, f"{what}: {way}")
+
+    def _packed_fault(self, held: Held, shape: Shape) -> str | None:
+        """Say what is wrong with the parts of a packed weight of this shape."""
+        assert self.packed is not None
+        assert self.layout is not None
+        if len(shape) != 2 or self.packed.varies:
+            return None
+        bits, group = self.packed.bits, self.packed.group
+        if self.layout.whole and group and shape[1] % group:
+            return f"{shown(held.tensor.name)} is of {shape[1]} inputs, which groups of {group} do not divide"
+        wrong = self.layout.fault(held.parts, shape, bits, group)
+        if wrong is None:
+            return None
+        part, asked = wrong
+        what = f"{shown(held.parts[part].name)} is {_by(held.parts[part].shape)}"
+        for other in self.layout.bits:
+            if other != bits and self.layout.fault(held.parts, shape, other, group) is None:
+                return f"{what}, which means {other} bits, and the config says {bits}"
+        groups = held.parts[".scales"].shape[:1] if ".scales" in held.parts else ()
+        for other in {-(-shape[1] // max(count, 1)) for count in groups} - {group}:
+            if self.layout.fault(held.parts, shape, bits, other) is None:
+                return f"{what}, which means groups of {other}, and the config says {group or 'none'}"
+        return f"{what}, the config asks for {_by(asked)}"
+
+    # ---- shapes ----
+
+    def _misshapen(self) -> Iterator[tuple[Held, str]]:
+        for path, group in self.arrived.items():
+            for held in group:
+                what = self._fault(held, self.wanted[path])
+                if what is not None:
+                    yield held, what
+
+    def _fault(self, held: Held, weight: Weight) -> str | None:
+        shape, tensor = weight.tensor.shape, held.tensor
+        if held.packed:
+            return self._packed_fault(held, shape)
+        if tensor.shape != shape and not self._converts(held, shape):
+            return f"{shown(tensor.name)} is {_by(tensor.shape)}, the config asks for {_by(shape)}"
+        numbers = weight.tensor.dtype is None or "float" in weight.tensor.dtype
+        if numbers and tensor.dtype.startswith(("int", "uint", "bool")):
+            return f"{shown(tensor.name)} is {tensor.dtype}, and the config says nothing of packed weights"
+        return None
+
+    def _converts(self, held: Held, shape: Shape) -> bool:
+        """Say whether a conversion that keeps the name, such as one that transposes, makes this shape of the tensor."""
+        steps = self.naming.conversions if self.naming else ()
+        return any(step.apply(held.name) and not step.fault({0: [held.tensor.shape]}, [shape]) for step in steps)
+
+    def _misconverted(self) -> Iterator[tuple[Held, str]]:
+        assert self.naming is not None or not self.converted
+        for (number, name), sources in self.converted.items():
+            everything = [held for group in sources.values() for held in group]
+            if self.naming is None or any(held.packed for held in everything):
+                continue
+            step, made = self.naming.conversions[number], self.naming.others(Place(name, number))
+            wanted = [self.wanted[path].tensor.shape for path in made if path in self.wanted]
+            shapes = {source: [held.tensor.shape for held in group] for source, group in sources.items()}
+            if step.fault(shapes, wanted):
+                asked = " and ".join(_by(shape) for shape in wanted)
+                count = f"{len(everything)} tensors" if len(everything) > 1 else "one tensor"
+                first = everything[0]
+                what = f"{shown(first.name)} and what belongs to it, {count}, do not make {shown(name)}, {asked} by the config"
+                yield first, what
+
+    # ---- missing ----
+
+    def _raise_missing(self, naming: Naming) -> None:
+        missing = list(self._missing(naming))
+        if not missing:
+            return
+        if naming.names:
+            own = {name: stored for stored, name in naming.names.items()}[missing[0]]
+            what = f"does not hold {shown(own)}{more(missing)}, which its metadata asks for"
+            raise self._error(self.read.files[0].name, f"{what}: {DOWNLOAD_AGAIN}")
+        if not self.arrived and not self.converted:
+            first = f"{shown(self.read.tensors[0].name)} in {shown(self.read.tensors[0].file)}" if self.read.tensors else "nothing"
+            what = f"asks for {len(missing)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
+            raise self._error(CONFIG, f"{what}: {_TOGETHER}")
+        name = missing[0]
+        listed = self.read.listed.get(name)
+        if listed is not None:
+            what = f"does not hold {shown(name)}{more(missing)}, which the index says it does"
+            raise self._error(listed, f"{what}: {DOWNLOAD_AGAIN}")
+        packed = next((tensor for tensor in self.read.tensors if tensor.name.endswith(".qweight")), None)
+        if packed is not None and self.packed is None:
+            what = f"says nothing of packed weights, and {shown(packed.name)} in {shown(packed.file)} is one"
+            raise self._error(CONFIG, f"{what}: {_TOGETHER}")
+        files = self.read.files
+        where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
+        what = f"asks for {shown(name)}{more(missing)}, which {where} holds"
+        raise self._error(CONFIG, f"{what}: complete the download, or {_TOGETHER}")
+
+    def _missing(self, naming: Naming) -> Iterator[str]:
+        ignored = _any_of(naming.may_miss)
+        here = set(self.arrived)
+        for number, name in self.converted:
+            here.update(naming.others(Place(name, number)))
+        tied = defaultdict(list)
+        for name, source in self.found.tied.items():
+            tied[source].append(name)
+        for path, weight in self.wanted.items():
+            shared = path in self.found.tied or any(name in here for name in tied[path])
+            stacked = self.packed is not None and len(weight.tensor.shape) > 2
+            if path not in here and not shared and not stacked and not (ignored and ignored.search(path)):
+                yield path
+
+    def _raise_short(self) -> None:
+        """Raise where names may differ, by sums: for what an index lists and no file has, and where hardly anything is there."""
+        here = {tensor.name for tensor in self.read.tensors}
+        absent = [name for name in self.read.listed if name not in here]
+        if absent:
+            what = f"does not hold {shown(absent[0])}{more(absent)}, which the index says it does"
+            raise self._error(self.read.listed[absent[0]], f"{what}: {DOWNLOAD_AGAIN}")
+        if self.packed is None and self.arrived and self.read.parameters < (1 - _MOST_MISSING) * self.found.parameters:
+            held, asked = format_count(self.read.parameters), format_count(self.found.parameters)
+            raise self._error(CONFIG, f"describes {asked} parameters, and the files hold {held}: {_TOGETHER}")
+
+    def _error(self, file: str, what: str) -> CheckpointError:
+        path = self.read.path
+        return CheckpointError(path if path.endswith(f"/{file}") else f"{path}/{file}", what)
+
+
+def _held(read: Checkpoint, layout: Layout | None) -> Iterator[Held]:
+    """Gather the parts of packed weights; everything else is itself."""
+    packed: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in read.tensors:
+        base, part = layout.split(tensor.name, tensor.dtype) if layout else (None, "")
+        if base is None:
+            yield Held(tensor.name, {"": tensor})
+        else:
+            packed.setdefault(base, {})[part] = tensor
+    for base, parts in packed.items():
+        yield Held(f"{base}.weight", parts, packed=True)
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
+    joined = "|".join(f"({pattern})" for pattern in patterns)
+    return re.compile(joined) if joined else None
+
+
+def _by(shape: Shape) -> str:
+    return " x ".join(str(side) for side in shape) or "a single number"

@@ -1,0 +1,1 @@
+"""What the files of a model hold, read from headers under bounds."""

@@ -1,0 +1,1 @@
+"""File formats of weights, parsed byte by byte under bounds."""

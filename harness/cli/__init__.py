@@ -1,0 +1,1 @@
+"""`fitmatrix COMMAND`: parse, call, print, exit status; no arithmetic."""

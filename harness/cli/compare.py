@@ -1,0 +1,67 @@
+"""`fitmatrix compare`: two sets of results side by side, and an exit status for CI."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.cli import output
+from harness.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.core.records import Result
+
+HELP = "Compare two sets of results: memory, load, speed, quality; exit status 1 where something got worse."
+SCHEMA = 1
+GOT_WORSE = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("before", type=Path, metavar="BEFORE", help="results.jsonl, or the directory that holds it")
+    parser.add_argument("after", type=Path, metavar="AFTER", help="the same, newer")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="print one JSON object")
+    shape.add_argument("--markdown", action="store_true", help="print Markdown, for a pull request")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="also write JUnit XML")
+    parser.add_argument("--all", action="store_true", help="also show what did not change")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Compare and print; raises StoreError, UsageError."""
+    from harness.report.export import changes
+    from harness.results import compare
+    from harness.run.options import read_config
+
+    limits = compare.thresholds(read_config(Path.cwd()).get("gate", {}))
+    found = compare.compare(_read(given.before), _read(given.after), limits)
+    if not any(pair.before and pair.after for pair in found.pairs):
+        raise UsageError(f"{given.before} and {given.after} share no case of the same workload: nothing to compare")
+    if given.junit is not None:
+        _write(given.junit, changes.junit(found))
+    if given.json:
+        output.print_json({"schema": SCHEMA, "failures": found.failures, "pairs": found.pairs})
+    elif given.markdown:
+        print(changes.markdown(found), end="")
+    else:
+        changes.show(found, given.all)
+    return GOT_WORSE if found.failures else 0
+
+
+def _read(place: Path) -> list[Result]:
+    from harness.results import store
+
+    results, problems = store.read(store.file_of(place))
+    for problem in problems:
+        print(f"fitmatrix: {problem}", file=sys.stderr)
+    return results
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"--junit {path}: cannot be written: {error.strerror}") from None

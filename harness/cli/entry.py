@@ -1,0 +1,73 @@
+"""The command line: a table of commands, each a function from parsed arguments to an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import harness
+from harness.cli import chat, compare, hardware, inspect, plan, publish, report, synth
+from harness.core.errors import HarnessError
+from harness.core.text import line
+
+Command = Callable[[argparse.Namespace], int]
+
+USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake is one sentence on standard error and exit status 2."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    command: Command = given.command
+    try:
+        status = command(given)
+        sys.stdout.flush()
+        return status
+    except HarnessError as error:
+        print(f"fitmatrix: {line(str(error))}", file=sys.stderr)
+        return USAGE
+    except BrokenPipeError:  # the reader of our output has seen enough
+        # Python flushes standard output once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser, with one subcommand for each row of COMMANDS."""
+    parser = argparse.ArgumentParser(
+        prog="fitmatrix",
+        description="Which ways of loading a language model fit this machine, and how well do they run?",
+        epilog="To measure: pytest cases/ --model MODEL",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (help_text, add_arguments, command) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        add_arguments(sub)
+        sub.set_defaults(command=command)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Look the version up when it is asked for: argparse's own action wants it beforehand, for every command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"fitmatrix {harness.__version__}")
+        parser.exit()
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
+    "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
+    "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
+    "plan": (plan.HELP, plan.add_arguments, plan.run),
+    "chat": (chat.HELP, chat.add_arguments, chat.run),
+    "synth": (synth.HELP, synth.add_arguments, synth.run),
+    "report": (report.HELP, report.add_arguments, report.run),
+    "publish": (publish.HELP, publish.add_arguments, publish.run),
+    "compare": (compare.HELP, compare.add_arguments, compare.run),
+}

@@ -1,0 +1,132 @@
+"""`fitmatrix hardware`: where bytes can live, on this machine or on one described by its parts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.cli import output
+from harness.core.errors import UsageError
+from harness.core.units import format_bandwidth, format_gib, parse_size, significant
+
+if TYPE_CHECKING:
+    from harness.core.records import Machine, Tier
+    from harness.machine.probe import Link
+
+HELP = "Show where bytes can live: memory, bandwidth and links of this machine, or of one described by its parts."
+SCHEMA = 1
+UNKNOWN = "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--measure", action="store_true", help="measure again how fast RAM and disk are read (1 to 3 s)")
+    other = parser.add_argument_group("a machine that is not here", "What is not given is unknown.")
+    other.add_argument("--gpu", action="append", metavar="NAME|SIZE", help='a card, "RTX 3060 12GB" or 8GiB; repeat for more')
+    other.add_argument("--ram", metavar="SIZE", help="its RAM, 32GiB")
+    other.add_argument("--disk", metavar="SIZE", help="its free disk, 500GB")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Show a machine; raises UsageError for a card or a size that is none."""
+    described = _described(given)
+    is_here, machine = described is None, described or _here(given.measure)
+    links, versions = _links(machine, is_here), _versions(is_here)
+    if given.json:
+        from harness.core.records import to_builtins
+
+        output.print_json({"schema": SCHEMA, **to_builtins(machine), "links": links, "versions": versions})
+    else:
+        _show(machine, is_here, links, versions)
+    return 0
+
+
+def _described(given: argparse.Namespace) -> Machine | None:
+    """Return the machine that --gpu, --ram and --disk describe, None without them."""
+    ram, disk = (None if text is None else parse_size(text) for text in (given.ram, given.disk))
+    if not given.gpu and ram is None and disk is None:
+        return None
+    if given.measure:
+        raise UsageError("--measure is for this machine, and --gpu, --ram and --disk describe another: leave one of them out")
+    from harness.machine.gpus import profile
+
+    return profile(given.gpu or (), ram, disk)
+
+
+def _here(measure: bool) -> Machine:
+    """Probe this machine; measure what nobody has measured yet, and all of it if asked to."""
+    from harness.machine.probe import probe
+
+    machine = probe()
+    if not measure and all(tier.bytes_per_s is not None for tier in machine.tiers if _can_be_measured(tier)):
+        return machine
+    once = "" if measure else ", once"
+    print(f"measuring how fast RAM and disk are read{once} (1 to 3 s) ...", file=sys.stderr, flush=True)
+    return probe(measure=True)
+
+
+def _can_be_measured(tier: Tier) -> bool:
+    """Say whether measuring may give a figure, so that nobody waits for it again and again in vain."""
+    if tier.kind == "disk":
+        return hasattr(os, "posix_fadvise") and os.access(Path.cwd(), os.W_OK)
+    return tier.kind == "cpu"
+
+
+def _links(machine: Machine, is_here: bool) -> tuple[Link, ...]:
+    from harness.machine.probe import Link, links
+
+    return links() if is_here else tuple(Link(tier=tier.name, bytes_per_s=tier.link_bytes_per_s) for tier in machine.gpus)
+
+
+def _versions(is_here: bool) -> dict[str, str]:
+    """Return the versions that decide how models load; of a machine that is not here they are unknown."""
+    from harness.machine.probe import versions
+
+    return versions() if is_here else {}
+
+
+def _show(machine: Machine, is_here: bool, links: Iterable[Link], versions: dict[str, str]) -> None:
+    from harness.report.terminal import tables
+
+    table = tables.table("tier", "device", "total\nGiB", "free\nGiB", "limit\nGiB", "usable\nGiB", "read at\nGB/s", left=2)
+    for tier in machine.tiers:
+        limit = "none" if is_here and tier.limit_bytes is None else _gib(tier.limit_bytes)
+        speed = UNKNOWN if tier.bytes_per_s is None else significant(tier.bytes_per_s / 1e9)
+        sizes = (_gib(tier.total_bytes), _gib(tier.free_bytes), limit, _gib(tier.capacity_bytes))
+        table.add_row(tier.name, _device(tier, is_here), *sizes, speed)
+    tables.show(tables.title(machine.name), table, tables.facts(_facts(machine, links, versions)))
+
+
+def _gib(size: int | None) -> str:
+    return UNKNOWN if size is None else format_gib(size)
+
+
+def _device(tier: Tier, is_here: bool) -> str:
+    from harness.report.terminal.tables import line
+
+    return line(tier.model or ("of this directory" if tier.kind == "disk" and is_here else ""), 34)
+
+
+def _facts(machine: Machine, links: Iterable[Link], versions: dict[str, str]) -> Iterator[tuple[str, str | list[str]]]:
+    ways = [sentence for link in links if (sentence := _way(link))]
+    if ways:
+        yield "links", ways
+    if machine.cpu:
+        yield "cpu", machine.cpu + (f", {machine.cores} cores usable" if machine.cores else "")
+    if machine.system:
+        yield "system", machine.system + (f", driver {machine.driver}" if machine.driver else "")
+    if versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _way(link: Link) -> str | None:
+    """Say how a card is linked to the RAM: "gpu:0 to RAM: PCIe 4 x8, 15.8 GB/s"."""
+    bus = f"PCIe {link.generation} x{link.lanes}" if link.generation and link.lanes else None
+    speed = format_bandwidth(link.bytes_per_s) + " one way" if link.bytes_per_s else None
+    words = ", ".join(word for word in (bus, speed) if word)
+    return f"{link.tier} to RAM: {words}" if words else None

@@ -1,0 +1,223 @@
+"""`fitmatrix inspect MODEL`: a checkpoint made visible, from its headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.cli import output
+from harness.core.errors import UsageError
+from harness.core.units import format_count, format_share, format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from harness.architecture.inspection import Inspection, Run
+    from harness.architecture.skeleton import Skeleton
+    from harness.checkpoint.reader import Checkpoint
+
+HELP = "Show what a checkpoint holds: files, parameters, dtypes, blocks, ties. Reads headers, never weights."
+MOST_FILES = 8
+MOST_PARTS = 60
+MOST_TIES = 5
+NAME_LETTERS = 26
+OUTSIDE = "outside blocks"
+# Another file may be one shard of several.
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("model", metavar="MODEL", help="catalog name, hub id, directory or file")
+    parser.add_argument("--file", metavar="NAME", help="this file of it, where it has several GGUF files")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a treemap")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Show a checkpoint; raises CheckpointError for damaged files, UsageError for a model that cannot be had."""
+    found = look(given.model, given.file, given.revision)
+    if given.json:
+        output.print_json(found)
+    else:
+        _show(found)
+    if given.html:
+        from harness.core.text import line
+        from harness.report.page import render, treemap
+
+        render.write(given.html, treemap.render(found))
+        print(f"page: {line(str(given.html))}", file=sys.stderr if given.json else sys.stdout)
+    return 0
+
+
+def look(model: str, file: str | None = None, revision: str | None = None) -> Inspection:
+    """Inspect a model by catalog name, path or hub id; for the hub only headers travel.
+
+    A catalog name wins over a path of that name, and a path over a hub id.
+    """
+    from harness.architecture.inspection import inspect
+    from harness.catalog.download import fetch
+    from harness.catalog.resolve import CATALOG, history, resolve
+    from harness.checkpoint.reader import read, read_hub
+    from harness.core.progress import show_progress
+
+    path = None if model in CATALOG else _path(model)
+    source = None if path else resolve(model)
+    if source and source.hub_id:
+        there = read_hub(source.hub_id, revision, file)
+        asked, known = _skeleton(there), history(source.hub_id)
+        return inspect(there, name=source.name, kind=source.kind, source=source.hub_id, history=known, skeleton=asked)
+    if revision:
+        raise UsageError(f"{model} is not on the hub: leave out --revision")
+    if source:
+        with show_progress() as report:
+            path = fetch(source, progress=report)
+    assert path is not None, "resolve raises for what is neither a path, nor on the hub, nor made here"
+    place = path / file if file else path
+    kind = source.kind if source else "directory" if path.is_dir() else "file"
+    name, found = source.name if source else path.name or str(path), read(place)
+    return inspect(found, name=name, kind=kind, source=str(place), skeleton=_skeleton(found))
+
+
+def _skeleton(found: Checkpoint) -> Skeleton | None:
+    """Return what a config asks for, where that is at hand; a GGUF file has no config."""
+    from harness.architecture import skeleton
+    from harness.catalog.wheel_cache import cache_dir
+
+    is_whole = len(found.files) > 1 or found.files[0].name in WHOLE
+    return skeleton.at_hand(found.config, cache_dir()) if is_whole and "model_type" in found.config else None
+
+
+def _path(model: str) -> Path | None:
+    """Return the path that `model` is, in full; None where nothing is there."""
+    if not model:  # it would be the directory one stands in
+        return None
+    try:
+        path = Path(model).expanduser()
+        # A file stays where it is named: behind the links of a hub cache it has no ending any more.
+        return (path.resolve() if path.is_dir() else path.absolute()) if path.exists() else None
+    except (OSError, RuntimeError):  # too long a name, no such home
+        return None
+
+
+def _show(found: Inspection) -> None:
+    from harness.report.terminal import tables
+
+    console = tables.screen()
+    parts: list[RenderableType] = [tables.title(found.name), tables.facts(_facts(found))]
+    if len(found.files) > 1:
+        parts.append(_files(found))
+    if len(found.dtype_bytes) > 1:
+        parts.append(_dtypes(found, console))
+    tables.show(*parts, _anatomy(found, console), console=console)
+    hidden = len(found.parts) - MOST_PARTS
+    if hidden > 0:
+        print(f"\nand {hidden} smaller parts: --html or --json shows them")
+
+
+def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
+    from harness.architecture.inspection import explain
+    from harness.report.terminal.tables import line
+
+    if found.architecture:
+        yield "architecture", line(found.architecture, 60)
+    yield "parameters", f"{format_count(found.parameters)}{_in_blocks(found)}"
+    if found.context_length:
+        yield "context", f"{found.context_length:,} tokens"
+    yield "stored", _stored(found)
+    yield "file" if len(found.files) == 1 else "files", _in_files(found)
+    yield "quantized", found.quantization or "no"
+    if found.notes:
+        yield "odd", [line(note, 400) for note in found.notes]
+    if found.ties:
+        sentences = [line(explain(tie, format_size(tie.extra_bytes)), 200) for tie in found.ties[:MOST_TIES]]
+        more = len(found.ties) - MOST_TIES
+        yield "tied", [*sentences, *([f"and {more} more"] if more > 0 else [])]
+    if found.history:
+        yield "history", found.history
+
+
+def _in_blocks(found: Inspection) -> str:
+    from harness.core.text import plural
+    from harness.report.terminal.tables import line
+
+    blocks = found.blocks
+    if len(blocks) == 1:
+        return f" in {plural(next(iter(blocks.values())), 'block')}"
+    named = [f"{plural(count, 'block')} of {line(prefix, 30)}" for prefix, count in list(blocks.items())[:3]]
+    return f" in {', '.join(named)}" + (f" and {len(blocks) - 3} more kinds" if len(blocks) > 3 else "") if blocks else ""
+
+
+def _stored(found: Inspection) -> str:
+    from harness.core.text import plural
+
+    dtypes = f", all {next(iter(found.dtype_bytes))}" if len(found.dtype_bytes) == 1 else ""
+    return f"{format_size(found.bytes)} in {plural(found.tensors, 'tensor')}{dtypes}"
+
+
+def _in_files(found: Inspection) -> str:
+    from harness.report.terminal.tables import line
+
+    formats = " and ".join(sorted({file.format for file in found.files}))
+    if len(found.files) == 1:
+        return line(found.files[0].name, 60)
+    return f"{len(found.files)} of {formats}, {format_size(sum(file.bytes for file in found.files))}"
+
+
+def _files(found: Inspection) -> Table:
+    from harness.report.terminal import tables
+
+    table = tables.table("file", "size")
+    for file in found.files[:MOST_FILES]:
+        table.add_row(tables.line(file.name, 60), format_size(file.bytes))
+    rest = found.files[MOST_FILES:]
+    if rest:
+        table.add_row(f"and {len(rest)} more", format_size(sum(file.bytes for file in rest)))
+    return table
+
+
+def _dtypes(found: Inspection, console: Console) -> Table:
+    from harness.report.terminal import tables
+
+    table = tables.table("dtype", "size", "share", "", left=1)
+    width, most = _bar_width(console, 40), max(found.dtype_bytes.values(), default=0) or 1
+    for dtype, size in found.dtype_bytes.items():
+        share = format_share(size / (found.bytes or 1))
+        table.add_row(dtype, format_size(size), share, tables.bar(size / most, width, console))
+    table.columns[-1].justify = "left"
+    return table
+
+
+def _anatomy(found: Inspection, console: Console) -> Table:
+    """Draw a bar for each run of blocks and kind of module; its length is the share of the largest."""
+    from harness.architecture.inspection import largest, runs
+    from harness.report.terminal import tables
+
+    rows = [row for run in runs(largest(found.parts, MOST_PARTS)) for row in zip(_labels(run), run.parts, strict=True)]
+    width = _bar_width(console, max((len(label) for label, _ in rows), default=0) + 46)
+    most = max((part.bytes for _, part in rows), default=0) or 1
+    table = tables.table("block", "kind", "parameters", "size", "share", "", left=2)
+    table.columns[-1].justify = "left"
+    for label, part in rows:
+        bar = tables.bar(part.bytes / most, width, console, tables.KIND_COLOURS[part.kind])
+        share = format_share(part.bytes / (found.bytes or 1))
+        table.add_row(label, part.kind, format_count(part.parameters), format_size(part.bytes), share, bar)
+    return table
+
+
+def _bar_width(console: Console, others: int) -> int:
+    return min(max(console.width - others, 8), 32)
+
+
+def _labels(run: Run) -> list[str]:
+    """Say what the rows of a run stand for: its blocks in the first, how many and how large in the second."""
+    from harness.report.terminal.tables import line
+
+    first = line(run.block, NAME_LETTERS) if run.block else OUTSIDE
+    each = f"  {run.repeats} x {format_size(run.bytes / run.repeats)}" if run.repeats > 1 else ""
+    return [first, each, *[""] * len(run.parts)][: len(run.parts)]

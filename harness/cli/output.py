@@ -1,0 +1,36 @@
+"""The commands of `fitmatrix`, one module each: HELP, `add_arguments` and `run`.
+
+All of these modules are imported to build the parser, so what is slow to import comes with `run`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.core.records import Machine
+
+SCHEMA = 1
+_TIER_KEYS = ("name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s")
+
+
+def print_json(value: object) -> None:
+    """Print records and plain values as one JSON object, in ASCII: standard output may have any encoding."""
+    import json
+
+    import msgspec
+
+    print(json.dumps(msgspec.to_builtins(value), indent=2))
+
+
+def print_text(text: str) -> None:
+    """Print text that goes into a file or another program: in UTF-8 and with its own ends of lines, whatever the terminal has."""
+    import sys
+
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode())
+
+
+def machine_json(machine: Machine) -> dict[str, Any]:
+    """Return what the objects of `plan` say of a machine."""
+    return {"name": machine.name, "tiers": [{key: getattr(tier, key) for key in _TIER_KEYS} for tier in machine.tiers]}

@@ -1,0 +1,103 @@
+"""What the commands that plan have in common: they read cases and numbers, and ask for advice on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from harness.core.errors import UsageError, did_you_mean
+from harness.core.placements import PLACEMENTS, distinct
+from harness.core.precisions import PRECISIONS, defaults
+from harness.core.records import Case, Workload
+
+if TYPE_CHECKING:
+    from harness.catalog.resolve import Source
+    from harness.core.records import Machine
+    from harness.planning.calibration import Calibration
+    from harness.planning.device_map.infer import Device
+    from harness.planning.recommend import Recommendation
+
+FITS, NOTHING_FITS = 0, 1
+
+
+def count(text: str | None, flag: str, least: int, default: int, most: int | None = None) -> int:
+    """Read the number of an option; `default` where it is not given.
+
+    Raises:
+        UsageError: it is no whole number, or out of range.
+    """
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= (most or (1 << 31) - 1):
+        raise UsageError(f"{flag} {text!r}: a whole number, at least {least}" + (f" and at most {most}" if most else ""))
+    return int(text)
+
+
+def asked_case(text: str) -> tuple[str, str]:
+    """Split a case, "int8/direct" or a whole id, into precision and placement.
+
+    Raises:
+        UsageError: there is no such case.
+    """
+    precision, _, placement = text.rpartition("/")
+    precision = precision.rpartition("/")[2]
+    if precision not in PRECISIONS:
+        raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(precision, PRECISIONS)}")
+    if placement not in PLACEMENTS:
+        raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(placement, PLACEMENTS)}")
+    return precision, placement
+
+
+def constants(results: str | None, machine: Machine) -> Calibration:
+    """Return the calibration by earlier results of this machine, the plain one where there are none.
+
+    Raises:
+        UsageError: results are named, and there are none.
+    """
+    from pathlib import Path
+
+    from harness.planning import calibration
+
+    directory = Path(results or "fitmatrix-results")
+    if not (directory / "results.jsonl").is_file():
+        if results:
+            raise UsageError(f"--results {directory}: no results.jsonl there")
+        return calibration.default()
+    from harness.results.store import Store
+
+    return calibration.correct(Store(directory).read()[0], machine)
+
+
+def advise_on(
+    source: Source,
+    machine: Machine,
+    load: Workload,
+    *,
+    calibration: Calibration | None,
+    asked: Sequence[tuple[str, str]] = (),
+    precisions: Sequence[str] | None = None,
+    placements: Sequence[str] = (),
+    device_map: Mapping[str, Device] | None = None,
+    trust: bool = False,
+) -> Recommendation:
+    """Plan the cases `asked` for, else every precision with every placement: the usual ones where none are named.
+
+    `calibration` is None for a machine that is only described, not this one.
+
+    Raises:
+        UsageError, CheckpointError: the model cannot be had or planned, or the map is not one of it.
+    """
+    from harness.architecture import model_spec
+    from harness.planning.device_map import user_map
+    from harness.planning.planner import Planner
+    from harness.planning.recommend import advise
+
+    spec = model_spec.read_spec(source)
+    if device_map is not None:
+        user_map.check(device_map, spec.skeleton, len(machine.gpus), model=spec.name)
+    here = calibration is not None
+    planner = Planner(spec, machine, here=here, constants=calibration, trust=trust, device_map=device_map)
+    places = placements or distinct(PLACEMENTS, len(machine.gpus))
+    pairs = asked or [(precision, placement) for precision in precisions or defaults(spec.stored_as) for placement in places]
+    cases = [Case(model=spec.name, precision=precision, placement=placement, workload=load) for precision, placement in pairs]
+    return advise(source, planner, cases)

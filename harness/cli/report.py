@@ -1,0 +1,160 @@
+"""`fitmatrix report`: a directory's results as a page, as Markdown, as data, and as badges."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from harness.cli import output
+from harness.core.errors import UsageError
+from harness.report.export.formats import FORMATS
+
+if TYPE_CHECKING:
+    from harness.core.records import Result
+
+HELP = "Show the results of a directory: a page, Markdown, JSON, CSV, badges."
+DETAILS = (
+    "With no option this writes the page. Exit status: 0 when everything was written, whatever the results say, 2 for a mistake; "
+    "`fitmatrix compare` and pytest have one for CI."
+)
+
+
+class Target(NamedTuple):
+    """One thing to write: a row of FORMATS, and the file; None is standard output."""
+
+    name: str
+    path: Path | None
+
+
+class Text(NamedTuple):
+    """What goes into one file, or to standard output: what it is called, and the option that names its place."""
+
+    what: str
+    option: str
+    path: Path | None
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.epilog = DETAILS
+    shapes = "; ".join(f"{name}: {entry.what}" for name, entry in FORMATS.items())
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory with a results.jsonl")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the page (default DIR/index.html)")
+    parser.add_argument(
+        "--format", action="append", choices=tuple(FORMATS), default=[], metavar="NAME", help=f"{shapes} (repeatable; default html)"
+    )
+    parser.add_argument(
+        "--output",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="where to write md, json or csv (default standard output; for several formats repeat it: the endings tell them apart)",
+    )
+    parser.add_argument(
+        "--badge",
+        type=Path,
+        metavar="PATH",
+        help="write SVG badges, one for each model and size of card, into this directory; or, if it ends in .svg, the only one",
+    )
+
+
+def run(given: argparse.Namespace) -> int:
+    """Make what was asked for, then write it and name it; raises StoreError, UsageError."""
+    from harness.core.text import line
+    from harness.results.store import Store
+
+    targets = list(_targets(given))
+    results, problems = Store(given.directory).read()
+    for problem in problems:
+        print(f"fitmatrix: {line(str(problem))}", file=sys.stderr)
+    texts = [*_rendered(targets, results, [str(problem) for problem in problems]), *_badges(given.badge, results)]
+    _write(texts)
+    return 0
+
+
+def _targets(given: argparse.Namespace) -> Iterator[Target]:
+    """Find a file for each format that was asked for, in the order of FORMATS.
+
+    Raises:
+        UsageError: an --output of no format, or two formats for standard output.
+    """
+    wanted = dict.fromkeys(given.format)
+    files = _by_format(given.output, list(wanted))
+    if given.html:
+        if "html" in files:
+            raise UsageError(f"--html {given.html} and --output {files['html']} both name the page: leave one of them out")
+        files["html"] = given.html
+    wanted |= dict.fromkeys(files)
+    if not wanted and not given.badge:
+        wanted = {"html": None}
+    bare = [name for name in wanted if name != "html" and name not in files]
+    if len(bare) > 1:
+        example = f"--output report{FORMATS[bare[0]].suffixes[0]}"
+        raise UsageError(f"--format {' and '.join(bare)} would both go to standard output: give each a file, {example}")
+    for name in FORMATS:
+        if name in wanted:
+            yield Target(name, files.get(name) or (given.directory / "index.html" if name == "html" else None))
+
+
+def _by_format(files: Sequence[Path], wanted: Sequence[str]) -> dict[str, Path]:
+    """Give each file its format: the one that was asked for, if it is one file and one format, else by the file's ending."""
+    texts = [name for name in wanted if name != "html"] or list(wanted)
+    if len(files) == len(texts) == 1:
+        return {texts[0]: files[0]}
+    found: dict[str, Path] = {}
+    for file in files:
+        name = next((name for name, entry in FORMATS.items() if file.suffix.lower() in entry.suffixes), None)
+        if name is None:
+            endings = ", ".join(entry.suffixes[0] for entry in FORMATS.values())
+            raise UsageError(
+                f"--output {file}: which format? End its name in one of {endings}, or give one --format and one --output"
+            )
+        if name in found:
+            raise UsageError(f"--output {found[name]} and --output {file} are both {name}: leave one of them out")
+        found[name] = file
+    return found
+
+
+def _rendered(targets: Sequence[Target], results: Sequence[Result], problems: Sequence[str]) -> Iterator[Text]:
+    for name, path in targets:
+        what, option = ("page", "--html") if name == "html" else (name, "--output")
+        yield Text(what, option, path, FORMATS[name].render(results, problems))
+
+
+def _badges(place: Path | None, results: Sequence[Result]) -> Iterator[Text]:
+    """Draw badges for a directory, or the only one for a file.
+
+    Raises:
+        UsageError: a file was named, and there is not one badge.
+    """
+    if place is None:
+        return
+    from harness.report.export import badges
+
+    found = badges.badges(results)
+    single = place.suffix.lower() == ".svg"
+    if single and len(found) != 1:
+        raise UsageError(
+            f"--badge {place}: there are {len(found)} badges, not one: give a directory, --badge {place.with_suffix('')}"
+        )
+    for badge in found:
+        yield Text("badge", "--badge", place if single else place / f"{badge.slug}.svg", badge.svg)
+
+
+def _write(texts: Sequence[Text]) -> None:
+    """Write all texts, and name the files: on standard error where a text has standard output for itself."""
+    from harness.core.text import line
+    from harness.report.page import render
+
+    names = sys.stderr if any(text.path is None for text in texts) else sys.stdout
+    for what, option, path, text in texts:
+        if path is None:
+            output.print_text(text)
+        else:
+            render.write(path, text, f"the {what}", option)
+            print(f"{what}: {line(str(path))}", file=names)

@@ -1,0 +1,133 @@
+"""METRICS: every figure of a result, what it is called, its unit, which way is better, and how it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from harness.core import units
+from harness.core.records import Record
+
+
+class Metric(Record, frozen=True, kw_only=True):
+    """One row of the table. `better` is "lower" or "higher"; `unit` picks the formatter."""
+
+    label: str
+    unit: str
+    better: str
+    how: str
+
+
+FORMATTERS: Mapping[str, Callable[[float], str]] = {
+    "bytes": units.format_size,
+    "s": units.format_seconds,
+    "tok_s": units.format_rate,
+    "share": units.format_share,
+    "j": lambda value: f"{units.significant(value)} J",
+    "ratio": units.significant,
+    "count": lambda value: f"{value:.0f}",
+}
+
+METRICS: Mapping[str, Metric] = {
+    "load_s": Metric(label="load", unit="s", better="lower", how="wall time of the loading code, imports already done"),
+    "first_token_s": Metric(
+        label="first token",
+        unit="s",
+        better="lower",
+        how="wall time of the first generate up to its first token, cold: mapped weights are read here",
+    ),
+    "ready_s": Metric(label="ready", unit="s", better="lower", how="load_s + first_token_s"),
+    "warm_first_token_s": Metric(
+        label="first token, warm",
+        unit="s",
+        better="lower",
+        how="median over the undisturbed warm rounds, prompt in to first token out",
+    ),
+    "prefill_tok_s": Metric(
+        label="prefill",
+        unit="tok_s",
+        better="higher",
+        how="prompt tokens x batch / warm time to first token, median of the undisturbed warm rounds",
+    ),
+    "decode_tok_s": Metric(
+        label="decode",
+        unit="tok_s",
+        better="higher",
+        how="batch x (new tokens - 1) / (last token - first token), median of the undisturbed warm rounds",
+    ),
+    "token_p50_s": Metric(
+        label="token, median", unit="s", better="lower", how="median time between tokens of the undisturbed warm rounds"
+    ),
+    "token_p95_s": Metric(
+        label="token, 95th percentile",
+        unit="s",
+        better="lower",
+        how="over all tokens of the undisturbed warm rounds; absent below 20 tokens",
+    ),
+    "ram_peak_bytes": Metric(
+        label="peak RAM",
+        unit="bytes",
+        better="lower",
+        how="the kernel's high-water mark (VmHWM) over load and generation; of several processes the sum, less the pages of files "
+        "that more than one of them maps (smaps, after each request)",
+    ),
+    "ram_anon_peak_bytes": Metric(
+        label="peak RAM, must fit",
+        unit="bytes",
+        better="lower",
+        how="anonymous memory, the part the kernel cannot drop; highest of the parent's samples and the ends of phases, several "
+        "processes added up",
+    ),
+    "load_ram_peak_bytes": Metric(label="peak RAM while loading", unit="bytes", better="lower", how="VmHWM of the load phase"),
+    "vram_peak_bytes": Metric(
+        label="peak VRAM, allocated", unit="bytes", better="lower", how="torch.cuda.max_memory_allocated, the fullest GPU"
+    ),
+    "vram_process_peak_bytes": Metric(
+        label="peak VRAM, process", unit="bytes", better="lower", how="NVML's figure for the process, sampled, the fullest GPU"
+    ),
+    "load_vram_peak_bytes": Metric(
+        label="peak VRAM while loading",
+        unit="bytes",
+        better="lower",
+        how="torch.cuda.max_memory_allocated of the load phase, the fullest GPU",
+    ),
+    "disk_bytes": Metric(label="weights on disk", unit="bytes", better="lower", how="bytes of the parameters that stay on disk"),
+    "token_disk_bytes": Metric(
+        label="read from the disk per token",
+        unit="bytes",
+        better="lower",
+        how="bytes that the kernel fetched in the warm rounds / passes: weights in RAM that memory is too short for are read anew",
+    ),
+    "energy_j": Metric(
+        label="energy",
+        unit="j",
+        better="lower",
+        how="NVML's energy counters of the GPUs that hold weights: mean of the rounds that count, times as many as were asked for",
+    ),
+    "import_s": Metric(label="imports", unit="s", better="lower", how="what this precision imports beyond torch and transformers"),
+    "tokenizer_s": Metric(label="tokenizer", unit="s", better="lower", how="wall time of AutoTokenizer.from_pretrained"),
+    "weights_s": Metric(label="weights", unit="s", better="lower", how="part of load_s spent reading (and quantizing) weights"),
+    "dispatch_s": Metric(label="dispatch", unit="s", better="lower", how="part of load_s spent moving and hooking modules"),
+    "perplexity": Metric(
+        label="perplexity", unit="ratio", better="lower", how="exp of the mean negative log-likelihood of the probe's passages"
+    ),
+    "top1_agreement": Metric(
+        label="next-token agreement", unit="share", better="higher", how="share of positions with the reference's most likely token"
+    ),
+    "kl": Metric(
+        label="KL divergence",
+        unit="ratio",
+        better="lower",
+        how="mean KL(reference || this) of the next-token distribution, in nats",
+    ),
+    "answers_correct": Metric(
+        label="answers correct",
+        unit="count",
+        better="higher",
+        how="of the probe's ten short questions, and one more of a model with tools",
+    ),
+}
+
+
+def format_metric(key: str, value: float) -> str:
+    """Write the value of METRICS[key] with its unit."""
+    return FORMATTERS[METRICS[key].unit](value)

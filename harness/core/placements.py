@@ -1,0 +1,241 @@
+"""PLACEMENTS: where weights can go and by which call, fastest place first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from harness.core.records import Record
+
+# Device maps that are printed in full, for transformers knows no such words: one that we compute (`device_map.recommended`), one
+# that the user wrote (`harness.planning.device_map.user_map`).
+RECOMMENDED_MAP = "room"
+USER_MAP = "given"
+EXPLICIT_MAPS = (RECOMMENDED_MAP, USER_MAP)
+FILE = "file"  # the placement of the latter
+# The trait of such a map that has parts off the GPUs: a precision may hold those in another way.
+SPLITS_DEVICES = "divides"
+
+
+class Placement(Record, frozen=True, kw_only=True):
+    """One row of the table.
+
+    `call` is the way of loading: "from_pretrained", "load_checkpoint_and_dispatch", or "to" (load in RAM, then move).
+    `device_map` is passed on as it is, but for RECOMMENDED_MAP and USER_MAP. `limits` names the rule that computes `max_memory`
+    (`max_memory.LIMITS`): None passes none. `traits` are what a precision may refuse. `devices` are where the weights may end
+    up, best first. It needs `least_gpus`; on fewer it is no case of its own where `on_fewer` says what it comes to there. What is
+    `on_request` is no part of a matrix unless it is named. `parallel`: a process for each GPU, which share every layer; without any
+    GPU so many share the RAM.
+    """
+
+    name: str
+    title: str
+    help: str
+    call: str
+    device_map: str | Mapping[str, str | int] | None
+    devices: tuple[str, ...]
+    limits: str | None = None
+    traits: tuple[str, ...] = ()
+    least_gpus: int = 0
+    on_fewer: str | None = None
+    on_request: bool = False
+    parallel: int = 0
+    offload_folder: bool = False
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.least_gpus > 0 and not self.parallel
+
+    def lacks_gpus(self, gpus: int) -> bool:
+        """Say whether a machine with so many GPUs has too few."""
+        return gpus < self.least_gpus and (gpus > 0 or self.needs_gpu)
+
+    def ranks(self, gpus: int) -> int:
+        """Return how many processes hold the model on a machine with so many GPUs."""
+        return (gpus or self.parallel) if self.parallel else 1
+
+    def given(self, device_map: Mapping[str, str | int]) -> Placement:
+        """Return this row as one file fills it: an explicit map says which devices are used, and what a precision may refuse.
+
+        The map is not checked here.
+        """
+        kinds = {device if isinstance(device, str) else "gpu" for device in device_map.values()}
+        traits = {
+            SPLITS_DEVICES: "gpu" in kinds and len(kinds) > 1,
+            "offloads_to_cpu": kinds == {"cpu", "disk"},
+            "offloads": "disk" in kinds,
+            "ram": kinds == {"cpu"},
+        }
+        return msgspec.structs.replace(
+            self,
+            device_map=device_map,
+            devices=tuple(kind for kind in ("gpu", "cpu", "disk") if kind in kinds),
+            traits=tuple(trait for trait, is_so in traits.items() if is_so),
+            offload_folder="disk" in kinds,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments that the loader takes from this row."""
+        given: dict[str, Any] = {}
+        if self.device_map is not None and self.device_map not in EXPLICIT_MAPS:
+            given["device_map"] = self.device_map if isinstance(self.device_map, str) else dict(self.device_map)
+        if self.offload_folder:
+            given["offload_folder"] = "offload"
+        if self.parallel:
+            given["distributed_config"] = {"tp_plan": "auto"}
+        return given
+
+
+_AUTO_THERE = "with fewer than two GPUs it is the same as auto"
+
+_ROWS = (
+    Placement(
+        name="direct",
+        title="straight to the GPU",
+        help='device_map={"": 0}: onto the first GPU, without a copy of the model in RAM',
+        call="from_pretrained",
+        device_map={"": 0},
+        devices=("gpu",),
+        least_gpus=1,
+    ),
+    Placement(
+        name="ram-to-gpu",
+        title="RAM, then GPU",
+        help='load in RAM, then .to("cuda"): the old default, for comparison',
+        call="to",
+        device_map={"": "cpu"},
+        devices=("gpu",),
+        least_gpus=1,
+    ),
+    Placement(
+        name="auto",
+        title="auto",
+        help='device_map="auto" with no limits: GPUs first, then RAM, then disk',
+        call="from_pretrained",
+        device_map="auto",
+        devices=("gpu", "cpu", "disk"),
+    ),
+    Placement(
+        name="balanced",
+        title="balanced",
+        help='device_map="balanced": what auto is in transformers 5, an even share for each GPU',
+        call="from_pretrained",
+        device_map="balanced",
+        devices=("gpu", "cpu", "disk"),
+        least_gpus=2,
+        on_fewer=_AUTO_THERE,
+        on_request=True,
+    ),
+    Placement(
+        name="balanced_low_0",
+        title="balanced, first GPU free",
+        help='device_map="balanced_low_0": the first GPU takes what the others cannot',
+        call="from_pretrained",
+        device_map="balanced_low_0",
+        devices=("gpu", "cpu", "disk"),
+        least_gpus=2,
+        on_fewer=_AUTO_THERE,
+    ),
+    Placement(
+        name="sequential",
+        title="GPU after GPU",
+        help='device_map="sequential": fills one GPU after the other',
+        call="from_pretrained",
+        device_map="sequential",
+        devices=("gpu", "cpu", "disk"),
+        least_gpus=2,
+        on_fewer=f"{_AUTO_THERE}, but that it leaves no tenth of the GPU free",
+    ),
+    Placement(
+        name="recommended",
+        title="our device map",
+        help="a device_map of ours: blocks fill the GPUs in order, each with its KV cache, and inference keeps the room it needs",
+        call="from_pretrained",
+        device_map=RECOMMENDED_MAP,
+        devices=("gpu", "cpu", "disk"),
+        least_gpus=1,
+        on_fewer="without a GPU it is the same as cpu",
+    ),
+    Placement(
+        name="dispatch",
+        title="accelerate's dispatch",
+        help="init_empty_weights + load_checkpoint_and_dispatch: accelerate's own way",
+        call="load_checkpoint_and_dispatch",
+        device_map="auto",
+        devices=("gpu", "cpu", "disk"),
+        traits=("dispatches",),
+        offload_folder=True,
+    ),
+    Placement(
+        name="gpu+cpu",
+        title="GPU + RAM",
+        help="max_memory that leaves room on the GPU for inference, the rest of the weights in RAM",
+        call="from_pretrained",
+        device_map="auto",
+        devices=("gpu", "cpu"),
+        limits="spill-to-cpu",
+        traits=("offloads_to_cpu",),
+        least_gpus=1,
+    ),
+    Placement(
+        name="disk",
+        title="GPU + RAM + disk",
+        help="GPU if there is one, then RAM, then disk; limited so that some blocks really lie on disk",
+        call="from_pretrained",
+        device_map="auto",
+        devices=("gpu", "cpu", "disk"),
+        limits="spill-to-disk",
+        traits=("offloads_to_cpu", "offloads"),
+        offload_folder=True,
+    ),
+    Placement(
+        name="cpu",
+        title="RAM only",
+        help='device_map={"": "cpu"}: everything in RAM',
+        call="from_pretrained",
+        device_map={"": "cpu"},
+        devices=("cpu",),
+        traits=("ram",),
+    ),
+    Placement(
+        name="tp",
+        title="tensor parallel",
+        help="tensor parallelism, as by torchrun: a process for each GPU, which share every layer (without one: two, in RAM)",
+        call="from_pretrained",
+        device_map=None,
+        devices=("gpu", "cpu"),
+        traits=("parallel",),
+        least_gpus=2,
+        on_fewer="tensor parallelism shares every layer among two GPUs or more, and there is one",
+        on_request=True,
+        parallel=2,
+    ),
+    Placement(
+        name=FILE,
+        title="a map of yours",
+        help="the device_map that --device-map FILE holds",
+        call="from_pretrained",
+        device_map=USER_MAP,
+        devices=("gpu", "cpu", "disk"),
+        on_request=True,
+    ),
+)
+
+PLACEMENTS: Mapping[str, Placement] = {row.name: row for row in _ROWS}
+
+
+def distinct(names: Iterable[str], gpus: int) -> list[str]:
+    """Leave out the placements that are the same as another on a machine with so many GPUs, and those that want to be named."""
+    rows = [PLACEMENTS[name] for name in names]
+    return [row.name for row in rows if not row.on_request and (gpus >= row.least_gpus or row.on_fewer is None)]
+
+
+def named(given: Iterable[str] | None, has_file: bool) -> list[str]:
+    """Return the placements that were asked for in the table's order, none where all that differ are meant.
+
+    A map of the user's own is asked for by being given: alone, if nothing else is named.
+    """
+    wanted = {*(given or ()), *([FILE] if has_file else ())}
+    return [name for name in PLACEMENTS if name in wanted]

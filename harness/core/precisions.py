@@ -1,0 +1,349 @@
+"""PRECISIONS: how weights can be held, widest first. One entry gives the option, the gate, the loader's arguments and the check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from harness.core.records import Record
+
+# What `--precision` takes for every row.
+ALL = "all"
+
+
+class Config(Record, frozen=True, kw_only=True):
+    """A `quantization_config` that transformers takes as objects only: the lines that import them, and the expression."""
+
+    imports: tuple[str, ...]
+    expression: str
+
+
+class Precision(Record, frozen=True, kw_only=True):
+    """One row of the table: how the weights are held, how transformers is asked for it, and where it cannot work."""
+
+    name: str
+    title: str
+    bits: float  #: bits a weight, scales included
+    dtype: str  #: the dtype that transformers is asked for
+    linear_dtype: str  #: what Linear weights must be after loading: a dtype, or a scheme (`Loaded.linear_dtype_bytes`)
+    quality_kept: float  #: share of the answers that stay right, as a rule of thumb
+    default: bool = False  #: in the matrix unless the user names others
+    dtype_before_cc80: str | None = None  #: the dtype on GPUs without bfloat16
+    quantization: Mapping[str, Any] | Config | None = None  #: the `quantization_config`
+    quantization_on_cpu: Config | None = None  #: the same without a GPU, where it differs
+    scheme: str | None = None  #: the row of `core.quantizers` that sizes what is quantized while loading
+    needs: tuple[str, ...] = ()  #: modules that must be importable
+    extra: str | None = None  #: the extra of this package that installs them
+    min_compute_capability: float = 0.0
+    incompatible: Mapping[str, str] = {}  #: trait of a placement -> why this precision cannot be loaded that way
+    off_gpu: Mapping[str, Any] | None = None  #: more of the config if an explicit map has parts off the GPUs, which stay 16-bit
+    unsupported: str | None = None  #: why it cannot be loaded at all
+    stored: str | None = None  #: how the description of a checkpoint begins that is stored so (`quantization.describe`)
+    requires_checkpoint: str | None = None  #: the form of checkpoint that this row reads, if it makes nothing of others
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it makes narrower weights of 16-bit ones while loading."""
+        return self.quantization is not None and self.requires_checkpoint is None
+
+    def dtype_on(self, compute_capability: str | None) -> str:
+        """Return the dtype to ask for on a GPU of this compute capability (None: no GPU)."""
+        old = compute_capability is not None and float(compute_capability) < 8.0
+        return self.dtype_before_cc80 if old and self.dtype_before_cc80 else self.dtype
+
+
+# GGUF's names of the architectures whose blocks transformers 5.23 can keep (its `integrations.gguf`, GGUF_ARCHS).
+PACKED_ARCHITECTURES = frozenset(("lfm2", "qwen35", "qwen35moe"))
+
+_DISPATCHES = "load_checkpoint_and_dispatch places weights as they are stored and does not quantize them"
+_ALONE = "nobody here has shared such weights among processes yet: use bf16 or fp16"
+_BNB_INCOMPATIBLE = {
+    "offloads_to_cpu": "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU, or on the disk at all "
+    '("Some modules are dispatched on the CPU or the disk")',
+    "parallel": "transformers 5.23 shares no bitsandbytes weights among processes: its tensors lose what they were quantized with",
+    "dispatches": _DISPATCHES,
+}
+# "fp32" is history: transformers 5.23 leaves every module that an explicit map has on the CPU or the disk in the dtype asked for,
+# in 4 bits as in 8. Of device_map="auto" it quantizes them all the same, and generating fails.
+_BNB_OFF_GPU = {"llm_int8_enable_fp32_cpu_offload": True}
+_QUANTO_INCOMPATIBLE = {
+    "offloads_to_cpu": "transformers refuses to quantize with quanto for the CPU beside a GPU, or for the disk "
+    '("a device_map that contains a CPU or disk device")',
+    "dispatches": _DISPATCHES,
+    "parallel": _ALONE,
+}
+_TORCHAO_OFFLOADS = "transformers moves what torchao is to quantize for the CPU or the disk to a GPU first, and offloads none of it"
+_STORED_INCOMPATIBLE = {
+    "dispatches": "load_checkpoint_and_dispatch builds the model without its packed modules",
+    "parallel": _ALONE,
+}
+
+
+def _bitsandbytes(**settings: Any) -> dict[str, Any]:
+    return {"quant_method": "bitsandbytes", **settings}
+
+
+def _nf4(
+    name: str, title: str, bits: float, *, linear_dtype: str, stored: str, quality_kept: float, default: bool = False, **more: Any
+) -> Precision:
+    """Return a row of bitsandbytes' 4 bits; `more` is what its config says beside that."""
+    return Precision(
+        name=name,
+        title=title,
+        bits=bits,
+        dtype="bfloat16",
+        dtype_before_cc80="float16",
+        linear_dtype=linear_dtype,
+        quality_kept=quality_kept,
+        default=default,
+        quantization=_bitsandbytes(load_in_4bit=True, **more),
+        scheme=name,
+        needs=("bitsandbytes",),
+        min_compute_capability=6.0,
+        incompatible=_BNB_INCOMPATIBLE,
+        off_gpu=_BNB_OFF_GPU,
+        stored=stored,
+    )
+
+
+def _torchao(
+    name: str, title: str, bits: float, made: str, *, linear_dtype: str, quality_kept: float, on_cpu: Config | None = None
+) -> Precision:
+    kind = made.partition("(")[0]
+    return Precision(
+        name=name,
+        title=title,
+        bits=bits,
+        dtype="bfloat16",
+        linear_dtype=linear_dtype,
+        quality_kept=quality_kept,
+        quantization=Config(
+            imports=(f"from torchao.quantization import {kind}", "from transformers import TorchAoConfig"),
+            expression=f"TorchAoConfig({made})",
+        ),
+        quantization_on_cpu=on_cpu,
+        scheme=name,
+        needs=("torchao",),
+        extra="torchao",
+        min_compute_capability=8.0,
+        incompatible={"dispatches": _DISPATCHES, "offloads": _TORCHAO_OFFLOADS, "parallel": _ALONE},
+        stored=f"torchao {kind}",
+    )
+
+
+def _quanto(bits: int, width: float, quality_kept: float) -> Precision:
+    return Precision(
+        name=f"quanto-int{bits}",
+        title=f"{bits}-bit, optimum-quanto",
+        bits=width,
+        dtype="bfloat16",
+        dtype_before_cc80="float16",
+        linear_dtype=f"qint{bits}",
+        quality_kept=quality_kept,
+        quantization={"quant_method": "quanto", "weights": f"int{bits}"},
+        scheme=f"quanto-int{bits}",
+        needs=("optimum.quanto",),
+        extra="quanto",
+        incompatible=_QUANTO_INCOMPATIBLE,
+    )
+
+
+def _gptq(bits: int, quality_kept: float) -> Precision:
+    return Precision(
+        name=f"gptq-int{bits}",
+        title=f"{bits}-bit GPTQ",
+        bits=bits + (16 + bits) / 128,  # groups of 128; each checkpoint says its own
+        dtype="float16",
+        linear_dtype="int32",
+        quality_kept=quality_kept,
+        needs=("gptqmodel", "optimum"),
+        extra="gptq",
+        incompatible=_STORED_INCOMPATIBLE,
+        stored=f"gptq {bits}-bit",
+        requires_checkpoint="GPTQ",
+    )
+
+
+def _chatglm(bits: int, quality_kept: float) -> Precision:
+    return Precision(
+        name=f"chatglm-int{bits}",
+        title=f"{bits}-bit, ChatGLM-6B's own",
+        bits=bits,
+        dtype="float16",
+        linear_dtype="int8",
+        quality_kept=quality_kept,
+        incompatible=_STORED_INCOMPATIBLE,
+        stored=f"chatglm {bits}-bit",
+        requires_checkpoint=f"ChatGLM-6B int{bits}",
+    )
+
+
+# torchao's only format of 4 bits for processors.
+_TORCHAO_INT4_ON_CPU = Config(
+    imports=(
+        "from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig",
+        "from transformers import TorchAoConfig",
+    ),
+    expression="TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=64))",
+)
+
+_ROWS = (
+    Precision(name="fp32", title="32-bit float", bits=32, dtype="float32", linear_dtype="float32", quality_kept=0.99, default=True),
+    Precision(name="bf16", title="bfloat16", bits=16, dtype="bfloat16", linear_dtype="bfloat16", quality_kept=1.0, default=True),
+    Precision(
+        name="fp16", title="16-bit float", bits=16, dtype="float16", linear_dtype="float16", quality_kept=0.995, default=True
+    ),
+    _gptq(8, quality_kept=0.98),
+    Precision(
+        name="int8",
+        title="8-bit, bitsandbytes LLM.int8",
+        bits=8,
+        # LLM.int8 computes in float16 and casts anything else at every layer, with a warning each.
+        dtype="float16",
+        linear_dtype="int8",
+        quality_kept=0.97,
+        default=True,
+        quantization=_bitsandbytes(load_in_8bit=True),
+        scheme="int8",
+        needs=("bitsandbytes",),
+        min_compute_capability=7.5,
+        incompatible=_BNB_INCOMPATIBLE,
+        off_gpu=_BNB_OFF_GPU,
+        stored="bitsandbytes 8-bit",
+    ),
+    _torchao("torchao-int8", "8-bit, torchao, weights only", 8, "Int8WeightOnlyConfig()", linear_dtype="int8", quality_kept=0.97),
+    _torchao(
+        "torchao-int8-dynamic",
+        "8-bit, torchao, activations too",
+        8,
+        "Int8DynamicActivationInt8WeightConfig()",
+        linear_dtype="int8 dynamic",
+        quality_kept=0.95,
+    ),
+    _quanto(8, 8, quality_kept=0.97),
+    Precision(
+        name="fp8",
+        title="8-bit float, blocks of 128 x 128",
+        bits=8,
+        dtype="bfloat16",
+        linear_dtype="float8_e4m3fn",
+        quality_kept=0.98,
+        quantization={"quant_method": "fp8"},
+        scheme="fp8",
+        min_compute_capability=8.9,
+        incompatible={
+            "ram": 'transformers quantizes to fp8 on a GPU alone ("No GPU or XPU found")',
+            "offloads_to_cpu": "transformers refuses to quantize to fp8 beside a GPU "
+            '("a device_map that contains a cpu/disk device")',
+            "dispatches": _DISPATCHES,
+            "parallel": _ALONE,
+        },
+        stored="fp8",
+    ),
+    _chatglm(8, quality_kept=0.97),
+    _nf4(
+        "int4",
+        "4-bit, bitsandbytes nf4",
+        4.5,
+        linear_dtype="nf4",
+        stored="bitsandbytes 4-bit nf4",
+        quality_kept=0.85,
+        default=True,
+        bnb_4bit_quant_type="nf4",
+    ),
+    _nf4(
+        "fp4",
+        "4-bit, bitsandbytes fp4",
+        4.5,
+        linear_dtype="fp4",
+        stored="bitsandbytes 4-bit fp4",
+        quality_kept=0.78,
+        bnb_4bit_quant_type="fp4",
+    ),
+    Precision(
+        name="gguf",
+        title="GGUF, in its blocks",
+        bits=4.5,  # of a file of Q4; each says its own
+        # ggml's kernels compute in float32 and would cast anything else at every Linear.
+        dtype="float32",
+        linear_dtype="uint8",
+        quality_kept=0.9,
+        quantization={"quant_method": "gguf"},
+        needs=("kernels",),
+        extra="gguf",
+        min_compute_capability=7.5,
+        incompatible={
+            "ram": "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor: load it with "
+            "--precision bf16, fp16 or fp32",
+        },
+        stored="gguf",
+        requires_checkpoint="GGUF",
+    ),
+    Precision(
+        name="hqq-int4",
+        title="4-bit HQQ",
+        bits=4.5,
+        dtype="bfloat16",
+        linear_dtype="uint8",
+        quality_kept=0.85,
+        quantization={"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}},
+        unsupported='transformers 5 has no HQQ on loading ("not available yet and will be supported soon")',
+        stored="hqq",
+    ),
+    _torchao(
+        "torchao-int4",
+        "4-bit, torchao, groups of 64",
+        4.5,
+        'Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")',
+        linear_dtype="int4",
+        quality_kept=0.85,
+        on_cpu=_TORCHAO_INT4_ON_CPU,
+    ),
+    _quanto(4, 4.25, quality_kept=0.85),
+    _gptq(4, quality_kept=0.88),
+    Precision(
+        name="awq-int4",
+        title="4-bit AWQ",
+        bits=4.15625,
+        dtype="float16",
+        linear_dtype="int32",
+        quality_kept=0.88,
+        needs=("gptqmodel",),
+        extra="gptq",
+        incompatible=_STORED_INCOMPATIBLE,
+        stored="awq 4-bit",
+        requires_checkpoint="AWQ",
+    ),
+    _nf4(
+        "nf4-dq",
+        "4-bit, bitsandbytes nf4, scales quantized too",
+        4.127,
+        linear_dtype="nf4 nested",
+        stored="bitsandbytes 4-bit nf4, nested",
+        quality_kept=0.85,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+    ),
+    _chatglm(4, quality_kept=0.85),
+)
+
+PRECISIONS: Mapping[str, Precision] = {row.name: row for row in _ROWS}
+DEFAULTS = tuple(name for name, row in PRECISIONS.items() if row.default)
+
+
+def row_of(stored: str) -> Precision | None:
+    """Return the row that a checkpoint is, by the description of how it is quantized (`quantized.describe`), or None."""
+    rows = [row for row in _ROWS if row.stored is not None and stored.startswith(row.stored)]
+    return max(rows, key=lambda row: len(row.stored or ""), default=None)
+
+
+def defaults(stored: str | None, among: Iterable[str] = DEFAULTS) -> list[str]:
+    """Return what is in the matrix unless the user names others: `among`, or of a quantized checkpoint what it is.
+
+    A GGUF file is unpacked as well.
+    """
+    plain = [name for name in among if not PRECISIONS[name].quantizes]
+    own = row_of(stored) if stored is not None else None
+    if own is None:
+        return list(among) if stored is None else plain
+    return [*plain, own.name] if own.name == "gguf" else [own.name]

@@ -1,0 +1,143 @@
+"""SCHEMES: what a quantizer leaves of the weights of a Linear when it quantizes on loading. Pure arithmetic on shapes.
+
+UNPACKINGS: what the layers of `harness.models` take to multiply with weights that are stored packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from harness.core.records import Record
+
+# bitsandbytes: one float32 scale for 64 weights of nf4 or fp4, one for each output of LLM.int8, 16 float32 of code book a module.
+# Nested, the scales are bytes, with a float32 for 256 of them, one for the module, and a code book of their own of 256 float32.
+NF4_BLOCK = 64
+NF4_CODE_BYTES = 64
+NESTED_BLOCK = 256
+NESTED_CODE_BYTES = 1024
+# torchao: a float32 scale and a byte of zero point for each output in int8; in int4 a scale and a zero of 16 bits for each group.
+TORCHAO_GROUP = 64
+# quanto: a scale of the dtype for each output in int8, a scale and a shift for each group in int4, and two float32 a module.
+QUANTO_GROUP, QUANTO_LEAST = 128, 32
+QUANTO_MODULE_BYTES = 8
+FP8_BLOCK = 128
+
+# (outputs, inputs, bytes of the dtype) -> bytes
+Size = Callable[[int, int, int], int]
+
+
+class Scheme(Record, frozen=True, kw_only=True):
+    """One row of the table.
+
+    `size` counts the bytes of a weight. `counted` is what transformers counts for an element when it infers a device map.
+    `like` names the constants of speed and heap that were measured for it, `library` those of its import (`data/calibration.toml`).
+    `conv1d`: GPT-2's Conv1D is quantized as well as Linear, `derived`: and what is derived from Linear. On a processor the outputs
+    must be a multiple of `rows`.
+    """
+
+    size: Size
+    counted: float
+    like: str
+    library: str
+    conv1d: bool = False
+    derived: bool = False
+    rows: int = 1
+
+
+def _int8(outputs: int, inputs: int, _: int) -> int:
+    return outputs * inputs + 4 * outputs
+
+
+def _nf4(outputs: int, inputs: int, _: int) -> int:
+    elements = outputs * inputs
+    return -(-elements // 2) + 4 * -(-elements // NF4_BLOCK) + NF4_CODE_BYTES
+
+
+def _nested(outputs: int, inputs: int, _: int) -> int:
+    elements = outputs * inputs
+    blocks = -(-elements // NF4_BLOCK)
+    return -(-elements // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + NESTED_CODE_BYTES + NF4_CODE_BYTES
+
+
+def _torchao_int8(outputs: int, inputs: int, _: int) -> int:
+    return outputs * inputs + 5 * outputs
+
+
+def _torchao_int4(outputs: int, inputs: int, width: int) -> int:
+    if inputs % TORCHAO_GROUP:  # left as it is
+        return outputs * inputs * width
+    return outputs * inputs // 2 + 2 * width * outputs * (inputs // TORCHAO_GROUP)
+
+
+def _quanto_int8(outputs: int, inputs: int, width: int) -> int:
+    return outputs * inputs + width * outputs + QUANTO_MODULE_BYTES
+
+
+def _quanto_int4(outputs: int, inputs: int, width: int) -> int:
+    return outputs * inputs // 2 + 2 * width * outputs * (inputs // quanto_group(inputs)) + QUANTO_MODULE_BYTES
+
+
+def quanto_group(inputs: int) -> int:
+    """Return how many weights share a scale in quanto's int4: 128, or less where that does not divide the inputs, or a row."""
+    group = QUANTO_GROUP
+    while inputs % group and group > QUANTO_LEAST:
+        group -= QUANTO_LEAST
+    return group if inputs > QUANTO_GROUP and inputs % group == 0 else inputs
+
+
+def _fp8(outputs: int, inputs: int, _: int) -> int:
+    return outputs * inputs + 4 * -(-outputs // FP8_BLOCK) * -(-inputs // FP8_BLOCK)
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True),
+    "int4": Scheme(size=_nf4, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
+    "fp4": Scheme(size=_nf4, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
+    "nf4-dq": Scheme(size=_nested, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
+    "torchao-int8": Scheme(size=_torchao_int8, counted=1, like="torchao_int8", library="torchao", derived=True),
+    "torchao-int8-dynamic": Scheme(size=_torchao_int8, counted=1, like="torchao_dynamic", library="torchao", derived=True),
+    "torchao-int4": Scheme(size=_torchao_int4, counted=0.5, like="torchao_int4", library="torchao", derived=True, rows=16),
+    "quanto-int8": Scheme(size=_quanto_int8, counted=1, like="quanto_int8", library="quanto", derived=True),
+    "quanto-int4": Scheme(size=_quanto_int4, counted=0.5, like="quanto_int4", library="quanto", derived=True, rows=16),
+    "fp8": Scheme(size=_fp8, counted=1, like="int8", library="bitsandbytes"),
+}
+
+
+class Unpacking(Record, frozen=True, kw_only=True):
+    """One row of the table, by the row of PRECISIONS that a checkpoint is: how a layer unpacks its weight for every product.
+
+    `like` names the constants of speed that were measured for it (`data/calibration.toml`). An element of a block takes at most
+    `cpu_bytes` or `gpu_bytes` at once in 16 bits, and beside the blocks every weight of the layer `beside`: zeros and scales of its
+    groups.
+    """
+
+    like: str
+    cpu_bytes: float
+    gpu_bytes: float
+    beside: float = 0.0
+
+    def temporary_bytes(self, elements: int, device: str, tokens: int) -> int:
+        """Return the most that a layer of so many weights takes at once beside its input and product."""
+        block = min(elements, block_elements(device, tokens))
+        return int(block * (self.cpu_bytes if device == "cpu" else self.gpu_bytes) + elements * self.beside)
+
+
+# MOSS was published in groups of 128, whose zeros and scales are there in 32 bits.
+_GROUP_BYTES = 8 / 128
+
+UNPACKINGS: Mapping[str, Unpacking] = {
+    "gptq-int8": Unpacking(like="moss_int8", cpu_bytes=8, gpu_bytes=6, beside=_GROUP_BYTES),
+    "gptq-int4": Unpacking(like="moss_int4", cpu_bytes=8, gpu_bytes=6, beside=_GROUP_BYTES),
+    "chatglm-int8": Unpacking(like="chatglm_int8", cpu_bytes=6, gpu_bytes=2),
+    "chatglm-int4": Unpacking(like="chatglm_int4", cpu_bytes=6, gpu_bytes=3),
+}
+
+# 1 MiB in float32: what is unpacked stays in the cache of a core. Each adds to every sum of a prompt, which takes larger ones.
+_CPU_BLOCK, _CPU_BLOCK_AT_MOST = 1 << 18, 1 << 22
+# A GPU starts an operation for each step of a block: few large ones.
+_GPU_BLOCK = 1 << 25
+
+
+def block_elements(device: str, tokens: int) -> int:
+    """Return how many weights are unpacked at once to multiply so many tokens with, on a "cpu" or anything else."""
+    return min(_CPU_BLOCK * max(tokens, 1), _CPU_BLOCK_AT_MOST) if device == "cpu" else _GPU_BLOCK

@@ -1,0 +1,353 @@
+"""The records of a run and their JSON: cases, estimates, plans, results.
+
+Records carry names, not objects, so that an old result stays readable after a table changes. Quantities carry their unit
+in the name (`_bytes`, `_s`, `_tok_s`, `_j`); bytes are ints.
+
+History of the format of a result (`SCHEMA`):
+
+1. 2026-11: first. Fields that came later have a default, which is what a line without them means.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from harness.core.units import exact_size
+
+SCHEMA = 1
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Frozen, keyword-only, strict when decoded."""
+
+
+class Outcome(str, Enum):
+    """How a case ended."""
+
+    OK = "ok"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+    UNSUPPORTED = "unsupported"
+    SKIPPED = "skipped"
+
+
+class Verdict(str, Enum):
+    """What the plan says of a case before it runs."""
+
+    FITS = "fits"
+    TIGHT = "tight"
+    TOO_BIG = "too_big"
+    INVALID = "invalid"
+    UNAVAILABLE = "unavailable"
+    UNKNOWN = "unknown"
+
+
+class Workload(Record, frozen=True, kw_only=True):
+    """What every case is asked to do: `batch` prompts of `prompt_tokens`, `new_tokens` each, `repeats` warm rounds."""
+
+    prompt_tokens: int = 64
+    new_tokens: int = 16
+    batch: int = 1
+    repeats: int = 5
+
+    @property
+    def most_rounds(self) -> int:
+        """How many warm rounds may run where others disturb those that were asked for."""
+        return 3 * self.repeats
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the KV cache at the end; the last one is never fed back."""
+        return self.prompt_tokens + self.new_tokens - 1
+
+
+class Case(Record, frozen=True, kw_only=True):
+    """One way of loading one model, by names, and what memory it may use: `vram_bytes` on each GPU, `ram_bytes`; None is all."""
+
+    model: str
+    precision: str
+    placement: str
+    workload: Workload = Workload()
+    vram_bytes: int | None = None
+    ram_bytes: int | None = None
+
+    @property
+    def place(self) -> str:
+        """The placement and the limits: `direct`, `gpu+cpu@vram8GiB@ram16GiB`."""
+        limits = (("vram", self.vram_bytes), ("ram", self.ram_bytes))
+        return self.placement + "".join(f"@{kind}{exact_size(size)}" for kind, size in limits if size is not None)
+
+    @property
+    def id(self) -> str:
+        """`model/precision/placement`, with the limits where there are any."""
+        return f"{self.model}/{self.precision}/{self.place}"
+
+
+class Tier(Record, frozen=True, kw_only=True):
+    """One place bytes can live. `limit_bytes` is what a container or the user allows; unknown figures are None.
+
+    `bytes_per_s` is how fast it is read where it is, `link_bytes_per_s` how fast the RAM's bytes reach it.
+    """
+
+    name: str
+    kind: str
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+    limit_bytes: int | None = None
+    bytes_per_s: float | None = None
+    link_bytes_per_s: float | None = None
+    model: str | None = None
+    compute_capability: str | None = None
+
+    @property
+    def capacity_bytes(self) -> int | None:
+        """What a case may use: the least of what is free and what is allowed."""
+        known = [size for size in (self.free_bytes, self.limit_bytes) if size is not None]
+        return min(known, default=self.total_bytes)
+
+
+class Machine(Record, frozen=True, kw_only=True):
+    """The tiers of a machine, fastest first, and what else describes it.
+
+    `mapping_bytes` is the largest file that the system maps for torch and safetensors; None where it sets no such limit, or is
+    not known to.
+    """
+
+    name: str
+    tiers: tuple[Tier, ...]
+    cpu: str | None = None
+    cores: int | None = None
+    system: str | None = None
+    driver: str | None = None
+    mapping_bytes: int | None = None
+
+    @property
+    def gpus(self) -> tuple[Tier, ...]:
+        return tuple(tier for tier in self.tiers if tier.kind == "gpu")
+
+    def tier(self, name: str) -> Tier | None:
+        """Return the tier called `name`, such as "gpu:0", "cpu" or "disk"."""
+        return next((tier for tier in self.tiers if tier.name == name), None)
+
+
+class Span(Record, frozen=True, kw_only=True):
+    """An estimate with its interval."""
+
+    low: float
+    best: float
+    high: float
+
+
+class TierEstimate(Record, frozen=True, kw_only=True):
+    """Bytes that a case is expected to use in one tier; `allocated` is what torch reports, `peak` what nvidia-smi shows.
+
+    `low` to `high` is the interval of `peak`. In the RAM, `peak` counts every resident page; `anon` and `load_anon` are the part
+    of the peak and of the load peak that the kernel cannot drop. `needed` is what the verdict holds against `capacity`: what cannot
+    be dropped and the mapped weights that every token reads.
+    """
+
+    weights_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    overhead_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
+    load_peak_bytes: int
+    low_bytes: int
+    high_bytes: int
+    capacity_bytes: int | None
+    anon_bytes: int = 0
+    load_anon_bytes: int = 0
+    needed_bytes: int = 0
+    needed_high_bytes: int = 0
+
+
+class Estimate(Record, frozen=True, kw_only=True):
+    """What the planner expects of a case.
+
+    `corrections` are the factors that results of this machine put into the seconds; of a token's seconds they leave `fixed_token_s`
+    as it is, the bytes that it reads over the bandwidth that was measured. `constants` is the digest of those it was made by, empty
+    where it is not known (`calibration.Calibration`).
+    """
+
+    tiers: dict[str, TierEstimate]
+    load_s: Span
+    first_token_s: Span
+    decode_tok_s: Span
+    corrections: dict[str, float] = {}
+    fixed_token_s: float = 0.0
+    constants: str = ""
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """One case, decided: whether it can work here, and the code that loads it.
+
+    `code` is Python that leaves the loaded model in the name `model`; it expects the model's id or directory in `MODEL`
+    (`planning.code.script` prints it whole). `max_memory` and `device_map` are what that code passes on. `remote_code` names the
+    code of the model that a library would run; it does only if it is `trusted`.
+    """
+
+    case: Case
+    verdict: Verdict
+    why: str | None = None
+    code: str | None = None
+    device_map: str | dict[str, str | int] | None = None
+    max_memory: dict[str, int] | None = None
+    estimate: Estimate | None = None
+    remote_code: list[str] = []
+    trusted: bool = False
+
+
+class Phase(Record, frozen=True, kw_only=True):
+    """One phase of a case on the timeline, with the exact peaks that kernel and torch kept for it.
+
+    `name` is import, load, cold, warm or score. `ram_peak_bytes` is the kernel's high-water mark (sampled on systems that
+    keep none: `sampled`); `vram` maps a tier's name to torch's peak of allocated and of reserved bytes. `disk_read_bytes` came
+    from the disk meanwhile, pages of mapped weights among them; None where the system does not count.
+    """
+
+    name: str
+    start_s: float
+    end_s: float
+    ram_peak_bytes: int | None = None
+    ram_anon_bytes: int | None = None
+    sampled: bool = False
+    disk_read_bytes: int | None = None
+    vram_peak_bytes: dict[str, int] = {}
+    vram_reserved_bytes: dict[str, int] = {}
+
+
+class Timeline(Record, frozen=True, kw_only=True):
+    """Memory of the worker over time, as the parent sampled it; all columns have the length of `t_s`."""
+
+    t_s: list[float] = []
+    ram_bytes: list[int] = []
+    ram_anon_bytes: list[int] = []
+    vram_bytes: dict[str, list[int]] = {}
+
+
+class GpuInterference(Record, frozen=True, kw_only=True):
+    """What others did to one card during a window: share of its time, bytes they held, reasons it was throttled for, its clock."""
+
+    others_share: float | None = None
+    others_bytes: int | None = None
+    throttles: tuple[str, ...] = ()
+    sm_mhz: int | None = None
+    sm_most_mhz: int | None = None
+
+
+class Interference(Record, frozen=True, kw_only=True):
+    """What others did while one request was answered (load, cold, each warm round, score), on the CPUs that the worker may use.
+
+    Cores are seconds of CPU for each second; `own` is the worker's and the parent's part, `others_user` that of others in user
+    mode, `stolen` what a hypervisor took, `withheld` what a quota on CPU time kept from us, which allows `allowed_cores` at once.
+    What the system does not tell, and what there is not, is None. `why` says what was too much, empty if nothing.
+    """
+
+    phase: str
+    start_s: float
+    end_s: float
+    cpus: int | None = None
+    own_cores: float | None = None
+    others_cores: float | None = None
+    others_user_cores: float | None = None
+    idle_cores: float | None = None
+    stolen_cores: float | None = None
+    withheld_cores: float | None = None
+    allowed_cores: int | None = None
+    swapped_bytes: int | None = None
+    swap_used_bytes: int | None = None
+    cpu_mhz: int | None = None
+    cpu_throttles: int = 0
+    gpus: dict[str, GpuInterference] = {}
+    why: str = ""
+
+
+class Answer(Record, frozen=True, kw_only=True):
+    """One short question of the probe and what the model said; `wrong` says what was wrong with it where that takes a sentence."""
+
+    question: str
+    answer: str
+    correct: bool
+    wrong: str = ""
+
+
+class Quality(Record, frozen=True, kw_only=True):
+    """What the probe found. `reference` is the id of the case that the agreement is measured against.
+
+    `probe` is the probe's version and, where a model was asked in a dialogue of its own, the name of that: "1", "1+moss-plugin".
+    """
+
+    probe: str
+    verdict: str
+    why: str
+    reference: str | None = None
+    answers: list[Answer] = []
+
+
+class Loaded(Record, frozen=True, kw_only=True):
+    """What really was loaded: bytes by dtype, those of Linear weights by dtype or scheme ("nf4"), and bytes by tier.
+
+    Where several processes share the model they are the sums, `rank_bytes` what each holds, and `device_map` says where each is.
+    """
+
+    model_class: str
+    dtype_bytes: dict[str, int]
+    linear_dtype_bytes: dict[str, int]
+    tier_bytes: dict[str, int]
+    device_map: dict[str, str]
+    rank_bytes: list[int] = []
+
+
+class Result(Record, frozen=True, kw_only=True):
+    """What one case showed. One line of `results.jsonl`.
+
+    `fingerprint` tells the files of the model from others, `allowed_s` are the time limits of the case by option, `failed` names
+    the tests that failed; all three are for `--resume`. `remote_code` names the model's own code that ran with it.
+    """
+
+    schema: int = SCHEMA
+    id: str
+    run: str
+    at: str
+    case: Case
+    weights: str
+    machine: Machine
+    verdict: Verdict
+    outcome: Outcome
+    stage: str
+    why: str | None = None
+    metrics: dict[str, float] = {}
+    samples: dict[str, list[float]] = {}
+    noisy: dict[str, str] = {}
+    interference: list[Interference] = []
+    phases: list[Phase] = []
+    timeline: Timeline | None = None
+    estimate: Estimate | None = None
+    loaded: Loaded | None = None
+    device_map: dict[str, str] | None = None
+    quality: Quality | None = None
+    checks: dict[str, str] = {}
+    code: str | None = None
+    command: str | None = None
+    environment: dict[str, str] = {}
+    remote_code: list[str] = []
+    log_tail: str = ""
+    fingerprint: str = ""
+    allowed_s: dict[str, float] = {}
+    failed: list[str] = []
+
+
+def encode(record: Record) -> bytes:
+    """Write a record as one line of JSON, without the newline."""
+    return msgspec.json.encode(record)
+
+
+def to_builtins(record: Record) -> dict[str, Any]:
+    """Turn a record into plain dicts, lists and strings."""
+    plain: dict[str, Any] = msgspec.to_builtins(record)
+    return plain

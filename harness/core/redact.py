@@ -1,0 +1,226 @@
+"""What a result must not tell: who ran it, on which machine, in which folders, with which secrets.
+
+Results are made to be published, and code of a model, an error or a path may carry anything into them. Everything that is text
+in a result passes through `clean` once, when the result is complete. What is found is replaced by what it was: `~`, `<tmp>`,
+`<user>`, `<host>`, `<token>`, `<$NAME>` for the value of an environment variable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from harness.core.placements import PLACEMENTS
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Result
+
+# By these a case is found again and compared, loaded again and drawn. They hold names of ours, the model's, which is private only
+# if the user says so, and those of its classes and modules: no text that comes from this machine, but for `_FILE`.
+KEPT = re.compile(
+    r"schema|id|run|at|case|weights|machine|verdict|outcome|stage|metrics|samples|phases|timeline|estimate|environment|fingerprint|allowed_s|failed"
+    r"|code|loaded|device_map"
+)
+# The name of the GGUF file in loading code, which is the user's.
+_FILE = re.compile(r'(?<=gguf_file=")(?:[^"\\]|\\.)*(?=")')
+# Words of our tables, which anybody's variables may hold as well.
+OURS = frozenset({*PRECISIONS, *PLACEMENTS, *(precision.dtype for precision in PRECISIONS.values())})
+
+# Accounts and hosts that are everybody's, and words of our own that a person or a machine may be called.
+COMMON = re.compile(
+    r"admin|administrator|app|auto|build|builder|centos|cloud|cpu|cuda|data|debian|default|demo|desktop|dev|developer|disk|docker"
+    r"|error|fedora|file|fitmatrix|gpu|guest|home|host|laptop|layer|linux|llama|load|local|localhost|main|max|min|model|models|node"
+    r"|nobody|none|notebook|python|root|runner|sandbox|server|service|shell|system|temp|test|tests|tester|torch|transformers"
+    r"|ubuntu|unknown|user|users|vm|weight|work|worker|workspace",
+    re.IGNORECASE,
+)
+# Variables whose values are known to everybody, say nothing about anybody, or are the directories of `_places`.
+PLAIN = re.compile(
+    r"HOME|USERPROFILE|PWD|TMPDIR|TEMP|TMP|LANG|LANGUAGE|LC_\w+|TERM|COLORTERM|SHELL|PATH|MANPATH|INFOPATH|LS_COLORS|TZ|EDITOR|PAGER|DEBIAN_FRONTEND|PYTHON(?!PATH)\w*"
+    r"|(OMP|MKL|OPENBLAS|NUMEXPR|TOKENIZERS|TQDM|PYTORCH)_\w+|TORCH_\w+|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER)|HF_(ENDPOINT|HUB_OFFLINE)|_"
+)
+# TOKENS are counted, as in MAX_TOKENS.
+SECRET = re.compile(r"TOKEN(?!S|IZER)|KEY|SECRET|PASS|AUTH|CRED|COOKIE", re.IGNORECASE)
+LEAST_VALUE, LEAST_SECRET, LEAST_NAME = 8, 6, 3
+# A text of so many letters may have been cut in the middle of a value; so much of it must be left to be found.
+CUT_TEXT, LEAST_CUT = 500, 6
+
+# Secrets known by their look, wherever they come from. Sources: the documentation of Hugging Face, GitHub, OpenAI, AWS, Slack, JWT.
+_TOKENS = re.compile(
+    r"\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{16,}"
+    r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bxox[abposr]-[\w-]{10,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|(?<=Bearer )[\w.~+/=-]{8,}"
+    r"|(?<=://)[^\s/@:'\"]+:[^\s/@'\"]+(?=@)",
+    re.ASCII,
+)
+_HOMES = re.compile(r"(?:/home/|/Users/|[A-Za-z]:\\{1,2}Users\\{1,2})[^\s/\\'\":,;)<>]+")
+
+Cleaner = Callable[[str], str]
+
+
+def clean(result: Result, model: Path | None = None) -> Result:
+    """Return the result without what is private; `model` is the directory of its model, which becomes "<model>"."""
+    texts = _cleaner(public=result.id, model=model)
+    plain: dict[str, Any] = msgspec.to_builtins(result)
+    if result.code is not None:
+        plain["code"] = _FILE.sub(lambda file: clean_name(file[0]), result.code)
+    return msgspec.convert({key: value if KEPT.fullmatch(key) else _walk(value, texts) for key, value in plain.items()}, Result)
+
+
+def is_clean(result: Result) -> bool:
+    """Tell whether `clean` would leave a result as it is, in less than half the time: most results are.
+
+    Short texts are looked at together, long ones alone, because a value may be cut off at either end of them.
+    """
+    texts = [text for name in result.__struct_fields__ if not KEPT.fullmatch(name) for text in _texts(getattr(result, name))]
+    cleaned = _cleaner(public=result.id)
+    together = ["\0".join(text for text in texts if len(text) < CUT_TEXT)]
+    return all(cleaned(text) == text for text in together + [text for text in texts if len(text) >= CUT_TEXT])
+
+
+def clean_text(text: str) -> str:
+    """Return a text without what is private."""
+    return _cleaner()(text)
+
+
+def clean_name(name: str) -> str:
+    """Return the name of a model's file or directory without secrets, user and machine.
+
+    The values of other variables stay: MODEL=NAME of a script that runs us makes no secret of what is to be named.
+    """
+    return _cleaner(secrets_only=True)(name)
+
+
+@functools.lru_cache(maxsize=4096)
+def gives_away(text: str) -> str | None:
+    """Say what in a text is private by its look, whoever's it is and wherever it comes from; None where nothing is.
+
+    For what `clean` must keep as it is, and for results of other machines, whose names and variables nobody here knows.
+    """
+    return "a secret" if _TOKENS.search(text) else "a user's directory" if _HOMES.search(text) else None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a field of a result, keys of tables included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+    elif isinstance(value, msgspec.Struct):
+        for name in value.__struct_fields__:
+            yield from _texts(getattr(value, name))
+
+
+def _walk(value: Any, texts: Cleaner) -> Any:
+    if isinstance(value, str):
+        return texts(value)
+    if isinstance(value, dict):
+        return {key if key.isidentifier() else texts(key): _walk(inner, texts) for key, inner in value.items()}
+    return [_walk(inner, texts) for inner in value] if isinstance(value, list) else value
+
+
+def _cleaner(public: str = "", model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
+    """Make a function that cleans texts; the parts of `public`, between its slashes, and its words are no secrets of anybody's."""
+    places = sorted(_places(model), key=lambda place: -len(place[0]))
+    values = sorted(((value, f"<${name}>") for name, value in _values(secrets_only)), key=lambda pair: -len(pair[0]))
+    values = [(value, mark) for value, mark in values if f"/{value}/" not in f"/{public}/"]
+    names = [(pattern, mark) for name, mark in _names() for pattern in [_word(name)] if not pattern.search(public)]
+
+    def cleaned(text: str) -> str:
+        for place, mark in places:
+            text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w-])", mark, text)
+        for value, mark in values:
+            text = _without(text, value, mark)
+        text = _HOMES.sub("~", _TOKENS.sub("<token>", text))
+        for pattern, mark in names:
+            text = pattern.sub(mark, text)
+        return text
+
+    return cleaned
+
+
+def _without(text: str, value: str, mark: str) -> str:
+    """Replace a value, also where the text ends in the middle of it or, as the last lines of a log do, begins there."""
+    text = text.replace(value, mark)
+    if len(text) < CUT_TEXT:
+        return text
+    for length in range(len(value) - 1, LEAST_CUT - 1, -1):
+        if text.endswith(value[:length]):
+            text = text[:-length] + mark
+            break
+    for length in range(len(value) - 1, LEAST_CUT - 1, -1):
+        if text.startswith(value[-length:]):
+            text = mark + text[length:]
+            break
+    return text
+
+
+def _places(model: Path | None) -> Iterator[tuple[str, str]]:
+    """Yield the directories that tell of this machine or its user, as written and with links followed, and their marks."""
+    home = os.environ.get("HOME") or os.environ.get("USERPROFILE")
+    known = [(tempfile.gettempdir(), "<tmp>")]
+    known += [(sys.prefix, "<python>")] if sys.prefix != "/usr/local" else []
+    known += [(str(model), "<model>")] if model and model.is_absolute() else []
+    with contextlib.suppress(OSError):  # the directory one stands in may be gone
+        known.append((str(Path.cwd()), "<here>"))
+    known += [(home, "~")] if home else []
+    with contextlib.suppress(RuntimeError):
+        known.append((str(Path.home()), "~"))
+    for place, mark in known:
+        for written in {place.rstrip("/\\"), os.path.realpath(place)}:
+            # Nearer the root than this, a path names nobody, and would be found in others.
+            if written.count(os.sep) > 1 or (mark in ("~", "<model>") and len(written) > 1):
+                yield written, mark
+
+
+def _values(secrets_only: bool) -> Iterator[tuple[str, str]]:
+    """Yield the environment variables whose values nobody else should read."""
+    for name, value in os.environ.items():
+        is_secret = SECRET.search(name) is not None
+        if len(value) < (LEAST_SECRET if is_secret else LEAST_VALUE) or PLAIN.fullmatch(name) or value in OURS:
+            continue
+        is_word = value.isalpha() or value.replace(".", "").isdigit()  # too likely to stand in a text by itself
+        if is_secret or not (is_word or secrets_only):
+            yield name, value
+
+
+def _names() -> Iterator[tuple[str, str]]:
+    """Yield what the user and the machine are called, unless half the world's are."""
+    for name in sorted(_users(), key=len, reverse=True):
+        if len(name) >= LEAST_NAME and not COMMON.fullmatch(name):
+            yield name, "<user>"
+    full = socket.gethostname()
+    for name in dict.fromkeys((full, full.partition(".")[0])):
+        if len(name) >= LEAST_NAME and not COMMON.fullmatch(name):
+            yield name, "<host>"
+
+
+def _users() -> set[str]:
+    found = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")}
+    found.add(Path(os.environ.get("HOME", "")).name)
+    if sys.platform != "win32":
+        import pwd
+
+        with contextlib.suppress(KeyError):  # a container may run as a number that has no name
+            found.add(pwd.getpwuid(os.getuid()).pw_name)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _word(name: str) -> re.Pattern[str]:
+    """Match a name as a word of its own: a short one may be a part of any identifier, so there _ joins."""
+    joined = r"A-Za-z0-9" if len(name) > 4 else r"\w"
+    return re.compile(rf"(?<![{joined}]){re.escape(name)}(?![{joined}])")

@@ -1,0 +1,104 @@
+"""Sizes, seconds and rates: text in, base units inside, text out. The only place that formats a quantity."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from harness.core.errors import UsageError
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+_BINARY = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
+_DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:([kmgt]?)(i?)(b?))?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Turn "12GiB", "12GB", "12G" or "4096" into bytes.
+
+    GiB and the bare letter G are binary (2**30), GB is decimal (10**9), a bare number is bytes. A lower-case b after a
+    prefix ("12Gb") is refused: it means bits to some libraries.
+
+    Raises:
+        UsageError: not a size, zero, or too large to be one.
+    """
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise UsageError(f"{text!r} is not a size: write for example 8GiB, 512MiB or 12GB")
+    number, prefix, binary, unit = match.groups()
+    prefix, binary, unit = (prefix or "").lower(), binary or "", unit or ""
+    if prefix and not binary and unit == "b":
+        raise UsageError(f"{text!r} could mean bits: write {number}{prefix.upper()}iB or {number}{prefix.upper()}B")
+    if binary and not prefix:
+        raise UsageError(f"{text!r} is not a size: write for example 8GiB, 512MiB or 12GB")
+    factor = _DECIMAL[prefix] if prefix and unit and not binary else _BINARY[prefix]
+    size = float(number) * factor
+    if not 1 <= size < 1 << 60:
+        raise UsageError(f"{text!r} is out of range: a size is more than 0 and less than 1 EiB")
+    return int(size)
+
+
+def exact_size(size: int) -> str:
+    """Write bytes so that `parse_size` gives the same back: 8GiB, 1536MiB, 12GB, else a bare number."""
+    factors = [(unit, factor) for unit, factor in (("GiB", GIB), ("MiB", MIB), ("GB", 10**9), ("MB", 10**6)) if size % factor == 0]
+    unit, factor = factors[0] if factors else ("", 1)
+    return f"{size // factor}{unit}"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Write a number with `digits` significant digits, without exponent: 0.0123, 1.23, 123, 12,300."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value or 0:.0f}"
+    plain = f"{value:#,.{digits}g}"
+    if "e" not in plain:
+        return plain.removesuffix(".")
+    power = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of ten, after rounding: 9.999 is written as 10.0
+    return f"{value:,.{min(max(digits - 1 - power, 0), 15)}f}"
+
+
+def format_gib(size: float) -> str:
+    """Write bytes as a bare number of GiB, for places that name the unit once."""
+    return significant(size / GIB)
+
+
+def format_size(size: float) -> str:
+    """Write bytes with the binary unit that suits them: 1.50 GiB, 512 MiB, 3.00 KiB, 12 bytes."""
+    for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(size) >= factor:
+            return f"{significant(size / factor)} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration: 3.1 ms, 2.20 s, 4 min 05 s, 1 h 02 min."""
+    if seconds < 1:
+        return f"{significant(seconds * 1000)} ms"
+    if seconds < 100:
+        return f"{significant(seconds)} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def format_rate(tokens_per_second: float) -> str:
+    """Write a speed in tokens/s."""
+    return f"{significant(tokens_per_second)} tokens/s"
+
+
+def format_share(share: float) -> str:
+    """Write a share of one as a percentage: 98.5 %."""
+    return f"{share * 100:.1f} %"
+
+
+def format_bandwidth(bytes_per_s: float) -> str:
+    """Write bytes per second in decimal GB/s, as the makers of cards and disks do: 360 GB/s, 0.512 GB/s."""
+    return f"{significant(bytes_per_s / 1e9)} GB/s"
+
+
+def format_count(count: int) -> str:
+    """Write a number of parameters: 6.17 B, 135 M, 35,136."""
+    for letter, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if count >= factor:
+            return f"{significant(count / factor)} {letter}"
+    return f"{count:,}"

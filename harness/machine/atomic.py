@@ -1,0 +1,89 @@
+"""A directory that is made whole or stays as it was: written beside its place, then swapped in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from harness.core.errors import UsageError
+
+_NEW, _OLD = "new", "old"
+
+
+@contextmanager
+def replaced(place: Path, *, marker: str, ours: Set[str], option: str) -> Iterator[Path]:
+    """Give a new directory to fill, which takes the place of an old one when the block ends; on an error the old one stays.
+
+    An old directory is replaced only if it is empty or holds the file `marker`, which each new one gets. What lies in it beside the
+    names of `ours`, such as `.git` and `CNAME`, moves on into the new one. `option` is what named the place, for errors.
+
+    Raises:
+        UsageError: something else is there, or it cannot be written to.
+    """
+    place = place.resolve()
+    draft = _beside(place, _NEW)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _clear_up_after_the_killed(place, marker, ours)
+        _check(place, marker, option)
+        draft.mkdir()
+        (draft / marker).touch()
+        yield draft
+        _check(place, marker, option)
+        _swap(place, draft, ours)
+    except OSError as error:
+        raise UsageError(f"{option} {place}: cannot be written ({error.strerror or error}); choose another place") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _beside(place: Path, what: str) -> Path:
+    return place.with_name(f".{place.name}.{what}.{os.getpid()}")
+
+
+def _check(place: Path, marker: str, option: str) -> None:
+    if not place.exists() or (place.is_dir() and (not any(place.iterdir()) or (place / marker).is_file())):
+        return
+    what = f"a directory without {marker}, so not one of ours," if place.is_dir() else "a file"
+    raise UsageError(f"{option} {place} is {what} and stays as it is; name a new or empty directory")
+
+
+def _swap(place: Path, draft: Path, ours: Set[str]) -> None:
+    if not place.exists():
+        draft.rename(place)
+        return
+    old = _beside(place, _OLD)
+    place.rename(old)
+    try:
+        draft.rename(place)
+    except OSError:
+        old.rename(place)
+        raise
+    _retire(old, place, ours)
+
+
+def _retire(old: Path, place: Path, ours: Set[str]) -> None:
+    """Move on what is not ours, and remove the rest."""
+    for entry in old.iterdir():
+        if entry.name not in ours and not (place / entry.name).exists():
+            entry.rename(place / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_up_after_the_killed(place: Path, marker: str, ours: Set[str]) -> None:
+    """Bring back a directory that a process killed between its two renames had set aside, and remove drafts of the dead."""
+    for found in list(place.parent.iterdir()):
+        name, _, pid = found.name.rpartition(".")
+        if not pid.isdecimal() or not (found / marker).is_file() or (int(pid) != os.getpid() and psutil.pid_exists(int(pid))):
+            continue
+        if name == f".{place.name}.{_NEW}":
+            shutil.rmtree(found, ignore_errors=True)
+        elif name == f".{place.name}.{_OLD}" and not place.exists():
+            found.rename(place)
+        elif name == f".{place.name}.{_OLD}":
+            _retire(found, place, ours)

@@ -1,0 +1,38 @@
+"""What must be left to the machine: how much memory can still be had, and the floor that no case may take it below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psutil
+
+from harness.core.units import MIB
+from harness.machine import cgroup
+
+# What is left to the machine: without it the kernel drops the pages that every process runs on, and nothing answers any more.
+_FLOOR_BYTES, _FLOOR_SHARE, _FLOOR_MOST_SHARE = 256 * MIB, 0.02, 0.125
+
+
+Available = Callable[[], int]
+
+
+def available() -> Available:
+    """Return a function that says what can be had without swapping: of the machine, or of the container where that is less."""
+    left_in_container = cgroup.watch()
+
+    def bytes_now() -> int:
+        left, free = left_in_container(), int(psutil.virtual_memory().available)
+        return free if left is None else min(free, left)
+
+    return bytes_now
+
+
+def floor_bytes() -> int:
+    """Return what is left to the machine, or to the container."""
+    total = int(psutil.virtual_memory().total)
+    return floor_of(min(total, cgroup.memory()[0] or total))
+
+
+def floor_of(allowed: int) -> int:
+    """Return what is left of so much memory: 2 %, at least 256 MiB, and never more than an eighth."""
+    return int(min(max(_FLOOR_BYTES, _FLOOR_SHARE * allowed), _FLOOR_MOST_SHARE * allowed))

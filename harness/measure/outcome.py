@@ -1,0 +1,212 @@
+"""From what is known of the end of a case to its outcome: one table, read from the top."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable
+
+from harness.core.records import Outcome, Record
+from harness.core.units import exact_size, format_seconds, format_size
+from harness.measure.limits import OVER_AT_START, Breach
+from harness.measure.protocol import Failed
+
+
+class Evidence(Record, frozen=True, kw_only=True):
+    """What is known of an end.
+
+    `failed` is the worker's own report, `exit_code` that of its process (negative: the signal), `ended_by` the reason why we
+    ended it ("timeout", "phase timeout", "protocol", a rule of the guard), "fork server" if that was ended by somebody else, or
+    None; `limit_s` is the limit that was reached, `breach` what the guard saw, `oom_kills` how many processes the kernel killed for
+    want of memory meanwhile, `group_kills` those in the case's own group, which may hold `ram_bytes`, `log_tail` the last of the
+    output. `rank` is the process that came to its end, of several that share a model.
+    """
+
+    phase: str
+    failed: Failed | None = None
+    exit_code: int | None = None
+    ended_by: str | None = None
+    oom_kills: int = 0
+    breach: Breach | None = None
+    group_kills: int = 0
+    ram_bytes: int | None = None
+    limit_s: float | None = None
+    log_tail: str = ""
+    rank: int | None = None
+
+    @property
+    def where(self) -> str:
+        """The phase, and in which of several processes."""
+        return self.phase if self.rank is None else f"{self.phase} on rank {self.rank}"
+
+
+_OOM_TYPES = {"OutOfMemoryError", "MemoryError"}
+# Words for memory that is not there, of errors whose type says nothing.
+_OOM_WORDS = re.compile(
+    "|".join(
+        (
+            r"(?:CUDA|HIP|XPU|MPS backend) out of memory",  # torch's allocators before they had a type
+            r"(?:CUDA|CUDA driver|HIP) error: out of memory|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY",
+            r"Triton Error \[(?:CUDA|HIP)\]: out of memory",
+            r"CU(?:BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED",
+            r"CUDNN_STATUS_INTERNAL_ERROR_(?:DEVICE|HOST)_ALLOCATION_FAILED",  # cuDNN 9
+            r"CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # its workspace found no room
+            r"NVML_SUCCESS == .* INTERNAL ASSERT FAILED at .*CUDACachingAllocator",  # out of memory, and the report of it failed
+            r"DefaultCPUAllocator: (?:can't allocate|not enough) memory",
+            r"std::bad_alloc",  # libstdc++
+            r"memory allocation of \d+ bytes failed",  # Rust: safetensors, tokenizers
+            r"Cannot allocate memory",  # the kernel's ENOMEM
+        )
+    )
+)
+# bitsandbytes prints what CUDA says and calls exit(1).
+_OOM_LAST_WORDS = re.compile(r"Error out of memory at line \d+ in file \S+\.cu")
+_DISK_WORDS = re.compile(r"No space left on device|Disk quota exceeded")
+_UNSUPPORTED_TYPES = {"ImportError", "NotImplementedError"}
+_UNSUPPORTED_WORDS = re.compile(
+    "|".join(
+        (
+            r"not supported|does not support|unsupported",
+            r"does not recognize this architecture|pass the argument `trust_remote_code=True`",
+            r"Torch not compiled with CUDA enabled",  # a torch for processors beside a card that NVML knows
+            r"no kernel image is available for execution on the device",  # a torch without code for this card
+            r"NVIDIA driver on your system is too old",
+            r"no CUDA-capable device",
+        )
+    ),
+    re.IGNORECASE,
+)
+_SIGNALS = {
+    "SIGILL": "illegal instruction: a library was built for another processor",
+    "SIGSEGV": "segmentation fault",
+    "SIGBUS": "bus error: a mapped file was cut short, or its disk is full",
+    "SIGFPE": "arithmetic fault",
+}
+
+
+def _signal(evidence: Evidence) -> str | None:
+    if evidence.exit_code is None or evidence.exit_code >= 0:
+        return None
+    try:
+        return signal.Signals(-evidence.exit_code).name
+    except ValueError:
+        return f"signal {-evidence.exit_code}"
+
+
+def _said(evidence: Evidence) -> str:
+    failed = evidence.failed
+    if failed is None:
+        return ""
+    lines = [line.strip() for line in failed.message.splitlines() if line.strip()]
+    return f"{failed.types[0] if failed.types else 'error'}: {' '.join(lines)[:600] or 'no message'}"
+
+
+def _raised(evidence: Evidence, types: set[str], words: re.Pattern[str]) -> bool:
+    failed = evidence.failed
+    return failed is not None and (not types.isdisjoint(failed.types) or bool(words.search(failed.message)))
+
+
+def _aborted_for_memory(evidence: Evidence) -> bool:
+    if _signal(evidence) == "SIGABRT":
+        return bool(_OOM_WORDS.search(evidence.log_tail))
+    return (evidence.exit_code or 0) > 0 and bool(_OOM_LAST_WORDS.search(evidence.log_tail))
+
+
+def _disk_is_full(evidence: Evidence) -> bool:
+    return evidence.failed is not None and bool(_DISK_WORDS.search(evidence.failed.message))
+
+
+def _last_words(evidence: Evidence) -> str:
+    """Return the last line of the output, before the stack that faulthandler adds."""
+    lines = evidence.log_tail.partition("Fatal Python error:")[0].split("\n")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f", and said last: {said[:300]}" if said else ""
+
+
+# What the guard says of a case that it ended: the value, its limit, and what the case held that cannot be dropped.
+_BREACHES = {
+    "ram-limit": "it held {0} that cannot be dropped, and --ram allows {1}",
+    OVER_AT_START: "it held {0} even before it loaded, and --ram allows {1}",
+    "vram-limit": "the process held {0} on one GPU, and --vram allows {1}",
+    "machine-memory": "it was ended when the machine had only {0} left, less than the {1} that are kept free; the case held {2}",
+}
+
+
+def _breached(evidence: Evidence) -> str:
+    breach = evidence.breach
+    assert breach is not None
+    said = _BREACHES[breach.rule].format(*map(format_size, (breach.value_bytes, breach.limit_bytes, breach.held_bytes)))
+    return f"out of memory during {evidence.where}: {said}"
+
+
+Row = tuple[Callable[[Evidence], bool], Outcome, Callable[[Evidence], str]]
+
+TABLE: tuple[Row, ...] = (
+    (
+        lambda e: e.ended_by == "timeout",
+        Outcome.TIMEOUT,
+        lambda e: f"{e.where} was not done when the case had taken {format_seconds(e.limit_s or 0)} (--case-timeout)",
+    ),
+    (
+        lambda e: e.ended_by == "phase timeout",
+        Outcome.TIMEOUT,
+        lambda e: f"{e.where} was not done after {format_seconds(e.limit_s or 0)} (--phase-timeout)",
+    ),
+    (lambda e: e.ended_by == "protocol", Outcome.CRASH, lambda e: f"the worker spoke nonsense during {e.where}"),
+    (lambda e: e.breach is not None and e.ended_by == e.breach.rule, Outcome.OOM, _breached),
+    (
+        lambda e: _signal(e) == "SIGKILL" and e.group_kills > 0,
+        Outcome.OOM,
+        lambda e: f"out of memory during {e.where}: it needed more than --ram {exact_size(e.ram_bytes or 0)} allows",
+    ),
+    (lambda e: _raised(e, _OOM_TYPES, _OOM_WORDS), Outcome.OOM, lambda e: f"out of memory during {e.where}: {_said(e)}"),
+    (
+        lambda e: (_signal(e) == "SIGKILL" or e.ended_by == "fork server") and e.oom_kills > 0,
+        Outcome.OOM,
+        lambda e: f"out of memory during {e.where}: the kernel killed the process",
+    ),
+    (
+        _aborted_for_memory,
+        Outcome.OOM,
+        lambda e: f"out of memory during {e.where}: a library aborted because it could not allocate",
+    ),
+    (
+        lambda e: _raised(e, _UNSUPPORTED_TYPES, _UNSUPPORTED_WORDS),
+        Outcome.UNSUPPORTED,
+        lambda e: f"not supported, says the library during {e.where}: {_said(e)}",
+    ),
+    (
+        _disk_is_full,
+        Outcome.CRASH,
+        lambda e: f"the disk is full, {e.where} failed: {_said(e)}; set TMPDIR to a directory on a larger disk",
+    ),
+    (lambda e: e.failed is not None, Outcome.CRASH, lambda e: f"{e.where} failed: {_said(e)}"),
+    (
+        lambda e: e.ended_by == "fork server",
+        Outcome.CRASH,
+        lambda e: f"the process died during {e.where}: its fork server was killed from outside",
+    ),
+    (
+        lambda e: _signal(e) == "SIGABRT",
+        Outcome.CRASH,
+        lambda e: f"the process died during {e.where}: aborted (SIGABRT){_last_words(e)}",
+    ),
+    (
+        lambda e: _signal(e) is not None,
+        Outcome.CRASH,
+        lambda e: f"the process died during {e.where}: {_SIGNALS.get(_signal(e) or '', 'killed from outside')} ({_signal(e)})",
+    ),
+    (
+        lambda _: True,
+        Outcome.CRASH,
+        lambda e: f"the process ended during {e.where} with exit code {e.exit_code}{_last_words(e)}",
+    ),
+)
+
+
+def classify(evidence: Evidence) -> tuple[Outcome, str]:
+    """Return the outcome and one sentence that says why; the first row that applies decides."""
+    for applies, outcome, why in TABLE:
+        if applies(evidence):
+            return outcome, why(evidence)
+    raise AssertionError("the last row applies to everything")

@@ -1,0 +1,198 @@
+"""The Python that loads a case: what `fitmatrix plan` prints and what a worker runs is the same text."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS, SPLITS_DEVICES, Placement
+from harness.core.precisions import Config, Precision
+from harness.core.records import Plan
+
+if TYPE_CHECKING:
+    from harness.catalog.resolve import Source
+
+
+class Facts(NamedTuple):
+    """What loading code must say of a model.
+
+    `gguf_file` is the name of its file, where it is one. What is `stored` quantized is loaded as it is, without a config; `native`
+    are the architectures of `harness.models`. `trusted` says whether the model's own code may run, None where it has none. It is
+    always said where there is some: left out, transformers would ask at the terminal.
+    """
+
+    gguf_file: str | None = None
+    stored: bool = False
+    native: bool = False
+    trusted: bool | None = None
+
+
+PLAIN = Facts()
+
+
+def loading_code(
+    precision: Precision,
+    placement: Placement,
+    dtype: str,
+    max_memory: Mapping[str, int] | None,
+    *,
+    device_map: Mapping[str, str | int] | None = None,
+    on_gpu: bool = False,
+    facts: Facts = PLAIN,
+) -> str:
+    """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
+
+    `device_map` gives tiers by module: it is printed for a placement whose map is computed here. `on_gpu`: part of it lies on one.
+    Of a GGUF file a precision that quantizes nothing asks for the weights unpacked: transformers' default depends on the machine.
+    """
+    arguments: dict[str, Any] = {"gguf_file": facts.gguf_file} if facts.gguf_file else {}
+    arguments["dtype"] = dtype
+    config = None if facts.stored else precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
+    if facts.gguf_file and precision.quantization is None:
+        arguments["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+    elif isinstance(config, Config):
+        arguments["quantization_config"] = config
+    elif config is not None:
+        off_gpu = precision.off_gpu if SPLITS_DEVICES in placement.traits else None
+        arguments["quantization_config"] = _quantization(config, dtype) | dict(off_gpu or {})
+    arguments |= placement.arguments()
+    if placement.device_map in EXPLICIT_MAPS:
+        assert device_map is not None, "its code cannot be written without the map"
+        arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
+    if "disk" in (device_map or {}).values():  # where a file is not safetensors, transformers asks for it
+        arguments["offload_folder"] = "offload"
+    if max_memory is not None:
+        arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
+    imports = ["import harness.models  # registers architectures that transformers lacks"] if facts.native else []
+    given = config.imports if isinstance(config, Config) else ()
+    if placement.call == "load_checkpoint_and_dispatch":
+        return "\n".join([*imports, *_imports(*given), *_dispatch_code(arguments, facts.trusted)]) + "\n"
+    if facts.trusted is not None:
+        arguments["trust_remote_code"] = facts.trusted
+    imports += _imports("from transformers import AutoModelForCausalLM", *given)
+    lines = [*imports, "", "model = AutoModelForCausalLM.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
+    if placement.call == "to":
+        lines.append('model = model.to("cuda")')
+    return "\n".join(lines) + "\n"
+
+
+def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    given = dict(config)
+    if given.get("load_in_4bit"):
+        given["bnb_4bit_compute_dtype"] = dtype
+    return given
+
+
+def _imports(*lines: str) -> list[str]:
+    """Sort import lines by module, and join those from one module."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for line in lines:
+        module, _, name = line.removeprefix("from ").partition(" import ")
+        names[module].add(name)
+    return [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
+
+
+def _dispatch_code(arguments: Mapping[str, Any], trusted: bool | None) -> list[str]:
+    dtype, trust = arguments["dtype"], _trust(trusted)
+    return [
+        "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
+        "from transformers import AutoConfig, AutoModelForCausalLM",
+        "",
+        f"config = AutoConfig.from_pretrained(MODEL{trust})",
+        "with init_empty_weights():",
+        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)}{trust})",
+        "model.tie_weights()",
+        "model = load_checkpoint_and_dispatch(",
+        "    model,",
+        "    MODEL,",
+        *_written(arguments),
+        "    no_split_module_classes=model._no_split_modules,",
+        ")",
+    ]
+
+
+def _trust(trusted: bool | None) -> str:
+    return "" if trusted is None else f", trust_remote_code={trusted}"
+
+
+def _written(arguments: Mapping[str, Any]) -> list[str]:
+    return [f"    {name}={_literal(value)}," for name, value in arguments.items()]
+
+
+def _literal(value: Any) -> str:
+    """Write a value as Python with double quotes; JSON escapes a string as Python reads it; so is what cannot be seen."""
+    if isinstance(value, Config):
+        return value.expression
+    if isinstance(value, str):
+        return "".join(letter if letter.isprintable() else _escaped(letter) for letter in json.dumps(value, ensure_ascii=False))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _escaped(letter: str) -> str:
+    """Write a letter that turns a line around, or that no screen shows, by its number."""
+    return f"\\u{ord(letter):04x}" if ord(letter) < 1 << 16 else f"\\U{ord(letter):08x}"
+
+
+def _device(tier: str) -> str | int:
+    return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
+
+
+def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
+    """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
+
+    Needs the plan's `code`. A GGUF file holds its tokenizer. Inputs go to the first GPU where there is one in the plan, where
+    accelerate's hooks take them. CUDA is told to number the GPUs as the plan does, unless there is but the first.
+    """
+    load, numbers, ranks = one.case.workload, gpus(one), _ranks(one)
+    device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
+    told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
+    lines = [
+        "from transformers import AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{told}{_trust(one.trusted if one.remote_code else None)})",
+        'inputs = tokenizer(["The capital of France is"] * '
+        f'{load.batch}, return_tensors="pt").to({"model.device" if ranks > 1 else device})',
+        f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
+        "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
+    ]
+    if numbers not in ((), (0,)):
+        head = f'import os\n\nos.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs\n\n{head}'
+    return f"{loading_program(head, one)}\n" + "\n".join(_once(lines) if ranks > 1 else lines) + "\n"
+
+
+def loading_program(head: str, one: Plan) -> str:
+    """Write what names and loads the model of a plan, and how it is started where that takes several processes."""
+    start = f"# Start it by: torchrun --nproc-per-node {ranks} THIS_FILE\n" if (ranks := _ranks(one)) > 1 else ""
+    return f"{start}{head}{one.code}"
+
+
+def _ranks(one: Plan) -> int:
+    return PLACEMENTS[one.case.placement].ranks(len(gpus(one)))
+
+
+def gpus(one: Plan) -> tuple[int, ...]:
+    """Return the numbers of the GPUs that a plan uses, in order: those of its map or, where all share it, of its estimate."""
+    places = one.device_map.values() if isinstance(one.device_map, Mapping) else (one.estimate.tiers if one.estimate else ())
+    return tuple(sorted({number for place in places if isinstance(number := _device(str(place)), int)}))
+
+
+def _once(lines: Sequence[str]) -> list[str]:
+    """Let the last line of what every process runs be run by one of them."""
+    *shared, last = lines
+    leave = "torch.distributed.destroy_process_group()"
+    return ["import torch.distributed", *shared, "if torch.distributed.get_rank() == 0:", f"    {last}", leave]
+
+
+def code_head(source: Source, placement: str) -> str:
+    """Write the lines before the loading code: where MODEL comes from, without naming anybody's directories."""
+    if source.kind == "directory":
+        return f"MODEL = {_literal(source.name)}  # the directory of the model\n\n"
+    if source.hub_id is None:
+        return f"from harness.catalog import fetch\n\nMODEL = fetch({_literal(source.name)})\n\n"
+    if PLACEMENTS[placement].call == "load_checkpoint_and_dispatch":
+        return f"from huggingface_hub import snapshot_download\n\nMODEL = snapshot_download({_literal(source.hub_id)})\n\n"
+    return f"MODEL = {_literal(source.hub_id)}\n\n"

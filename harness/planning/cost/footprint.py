@@ -1,0 +1,309 @@
+"""The terms of a case, tier by tier: what lies on a GPU, what in the RAM, what the process itself takes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import copy
+from functools import cached_property
+
+from harness.core.quantizers import SCHEMES
+from harness.core.records import Record, Workload
+from harness.planning.calibration import Bytes, Calibration
+from harness.planning.cost import memory, tensor_parallel
+from harness.planning.cost.inventory import Inventory, TensorTotals
+
+# The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
+PAGE_BYTES = 1 << 20
+
+
+class TierTerms(Record, frozen=True, kw_only=True):
+    """The terms of one tier.
+
+    Of the weights in the RAM `copied` are anonymous; `mapped` are pages of the file that stay resident, `read` those that every
+    token reads, and `brought` those of what lies on the disk, a module at a time. `overhead` and `heap` are anonymous, `libraries`
+    pages of files. `loading` is needed only while loading, as is the part of the file that is read then, `loading_mapped`, of which
+    `rewritten` is read last, to be written to the disk. Of the weights on the disk `written` are written there anew.
+    """
+
+    weights: int = 0
+    written: int = 0
+    copied: int = 0
+    mapped: Bytes = Bytes()
+    read: int = 0
+    brought: int = 0
+    kv: int = 0
+    activation: Bytes = Bytes()
+    overhead: Bytes = Bytes()
+    heap: Bytes = Bytes()
+    libraries: Bytes = Bytes()
+    loading: Bytes = Bytes()
+    loading_mapped: int = 0
+    rewritten: int = 0
+
+
+class Footprint:
+    """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
+
+    `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first, `rewrites`
+    that what goes to the disk is written there anew even if a file holds it already. `off_gpu` is the inventory of what lies off
+    the GPUs, where that is held in another way. `shared`: so many processes share every layer, on a GPU each or in the RAM.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        tiers: Mapping[str, str] | str,
+        load: Workload,
+        calibration: Calibration,
+        through_ram: bool = False,
+        rewrites: bool = False,
+        off_gpu: Inventory | None = None,
+        shared: int = 1,
+    ) -> None:
+        self.inventory, self.tiers, self.work, self.calibration = inventory, tiers, load, calibration
+        self.through_ram, self.rewrites = through_ram, rewrites
+        self.held, self.skeleton, self.spec = inventory.held, inventory.skeleton, inventory.spec
+        self.sums = inventory.by_tier(tiers)
+        self._off_gpu = off_gpu or inventory
+        if off_gpu is not None:
+            self.sums |= {tier: sums for tier, sums in off_gpu.by_tier(tiers).items() if not tier.startswith("gpu")}
+        self.shared = shared
+        if shared > 1:
+            in_ram = tiers == "cpu"
+            self.sums = {"cpu": inventory.cut_in_ram(shared)} if in_ram else dict.fromkeys(_gpus(shared), inventory.cut(shared))
+        self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
+        # GPUs that share a layer read at the same time, so one of them stands for all.
+        self.read = {tier: sums.read for tier, sums in [*self.sums.items()][: 1 if shared > 1 else None] if sums.read}
+        self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
+        # The device that computes what lies on no GPU.
+        self.main = self.gpus[0] if self.gpus else "cpu"
+        self._copied_at_once: dict[tuple[str, ...], int] = {}
+
+    def longer(self, load: Workload) -> Footprint:
+        """Return the same case with another workload; what does not depend on it is not counted again."""
+        other = copy(self)
+        other.work = load
+        other.__dict__.pop("kv", None)
+        return other
+
+    @cached_property
+    def kv(self) -> dict[str, int]:
+        """KV cache at the end of the workload, by the device that its layer runs on."""
+        layers = memory.kv_bytes(self.skeleton, self.work.cached_tokens, self.work.batch, self.held.element_bytes)
+        if self.shared > 1:
+            each = sum(layers) // (self.shared if tensor_parallel.cuts_cache(self.skeleton) else 1)
+            return dict.fromkeys(self.gpus, each) if self.gpus else {"cpu": each * self.shared}
+        if isinstance(self.tiers, str):
+            return {self.main: sum(layers)}
+        total: dict[str, int] = defaultdict(int)
+        for size, tier in zip(layers, self._homes, strict=True):
+            total[tier] += size
+        return dict(total)
+
+    @cached_property
+    def _homes(self) -> list[str]:
+        """Where each layer runs: on the tier of its block, or on the first GPU if that is none."""
+        assert not isinstance(self.tiers, str)
+        blocks, count = [self.tiers[path] for path in self.inventory.layers], len(self.skeleton.layers)
+        homes = [blocks[index * len(blocks) // count] if blocks else self.main for index in range(count)]
+        return [tier if tier.startswith("gpu") else self.main for tier in homes]
+
+    def parts(self) -> dict[str, TierTerms]:
+        """Return the terms of every tier that takes part; the RAM always does."""
+        found = {name: self._on_gpu(name) for name in self.gpus}
+        found["cpu"] = self._in_ram()
+        if "disk" in self.weights:
+            found["disk"] = TierTerms(weights=self.weights["disk"], written=self.written)
+        return found
+
+    @property
+    def written(self) -> int:
+        """The bytes that loading writes into the offload folder.
+
+        transformers 5 (`accelerate_disk_offload`) leaves in a safetensors file what it holds as it is needed, and writes the rest:
+        all of other formats, and experts that are stacked while loading. accelerate's own dispatch writes everything.
+        """
+        if "disk" not in self.weights:
+            return 0
+        return self.weights["disk"] if self._writes_all else int(self.sums["disk"].joined)
+
+    @property
+    def _writes_all(self) -> bool:
+        return self.rewrites or self.spec.file_format != "safetensors"
+
+    def _on_gpu(self, name: str) -> TierTerms:
+        constant, kv = self.calibration, self.kv.get(name, 0)
+        runs = self.inventory.gpu_prefill.bytes(self.work)
+        brought = self._brought(("cpu", "disk")) if name == self.main else 0
+        return TierTerms(
+            weights=self.weights[name],
+            kv=kv,
+            activation=constant["gpu_activation_share"].amount(runs) + _exact(brought),
+            overhead=self._on_card + constant["gpu_fragmentation_share"].amount(kv + runs),
+            loading=self._in_flight(name) + _exact(self.sums[name].twice),
+        )
+
+    @cached_property
+    def _on_card(self) -> Bytes:
+        return self.calibration["gpu_context_bytes"].amount() + self.calibration["gpu_workspace_bytes"].amount()
+
+    def _brought(self, homes: tuple[str, ...]) -> int:
+        """Return what accelerate copies at once of what lies in these tiers: one module's tensors."""
+        if homes not in self._copied_at_once:
+            if not self.weights.keys() & set(homes):
+                return 0
+            tiers = self.tiers
+            sizes = (
+                size for path, size in self._off_gpu.at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes
+            )
+            self._copied_at_once[homes] = max(sizes, default=0)
+        return self._copied_at_once[homes]
+
+    def _in_flight(self, name: str) -> Bytes:
+        """Return what lies on the GPU only while loading: 16-bit copies of what is quantized there. Casts are made in the RAM."""
+        copy_bytes = self.inventory.largest_copy if self.sums[name].quantized else 0
+        return Bytes(best=2.0 * copy_bytes, high=max(4.0 * copy_bytes, self.inventory.largest))
+
+    def _in_ram(self) -> TierTerms:
+        here, away = self.sums.get("cpu") or TensorTotals(), self.sums.get("disk") or TensorTotals()
+        touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
+        again, dropped = here.compared, 0 if here.compared else here.twice
+        # Weights on a GPU are read from the file as well, and those that are cast or written anew for the disk.
+        rewritten = away.stored if self._writes_all else 0.0
+        elsewhere = sum(self.sums[gpu].stored for gpu in self.gpus) + (rewritten or away.made_from)
+        # A head that is stored again lies at the end of the files, among what went elsewhere if anything did.
+        file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
+        runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work) * self.shared
+        brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
+        if self._reads_files:
+            return self._read_whole(here, elsewhere, runs, brought)
+        return TierTerms(
+            weights=self.weights.get("cpu", 0),
+            copied=int(here.made),
+            # Tensors that stay views keep their file mapped, and with it the pages that were read to make the others.
+            mapped=_exact(touched + file) + self._kept_mapped(beyond) if here.viewed else Bytes(),
+            read=int(here.viewed_used),
+            brought=0 if self._copies_brought else brought,
+            kv=self.kv.get("cpu", 0),
+            activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(brought if self._copies_brought else 0),
+            overhead=self._process,
+            heap=self._heap(here) + self._heap_of_brought,
+            libraries=self._libraries,
+            loading=_exact((self.inventory.total.made - here.made if self.through_ram else 0) + dropped) + self._unpacking,
+            loading_mapped=int(here.made_from + elsewhere + 2 * again),  # both of what is compared
+            rewritten=int(rewritten),
+        )
+
+    def _kept_mapped(self, beyond: float) -> Bytes:
+        """Return how much of the files, read for other tiers or to compare, stays mapped beside the weights in the RAM.
+
+        All of it where there is one file. Of several those go that hold nothing else, and the one that is shared keeps at most all
+        of its pages, which no token reads: the kernel drops them first.
+        """
+        largest = self.spec.largest_file
+        if largest is None:
+            return Bytes(best=beyond, high=beyond)
+        if largest[1] >= self.spec.checkpoint_bytes:
+            return _exact(beyond)
+        borders = sum(tier in self.weights for tier in ("disk", *self.gpus[:1]))
+        return Bytes(high=min(beyond, borders * largest[1]))
+
+    @cached_property
+    def _copies_brought(self) -> bool:
+        """Whether the RAM holds copies of what comes from the disk for each token.
+
+        accelerate's own dispatch copies what it wrote, for a GPU as well. transformers maps a safetensors file as it is held, or
+        casts what it left in the checkpoint: on the GPU if there is one.
+        """
+        away = self.sums.get("disk") or TensorTotals()
+        casts = not self._writes_all and not self.gpus and away.made - away.joined > away.held / 2
+        return bool(away.held) and (self.rewrites or casts)
+
+    @property
+    def _heap_of_brought(self) -> Bytes:
+        """What the heap keeps of the copies that are made for each token."""
+        return self.calibration["heap_share_disk"].amount(self.sums["disk"].held if self._copies_brought else 0)
+
+    @property
+    def _reads_files(self) -> bool:
+        """Whether files are read into the RAM one by one instead of mapped: accelerate's own dispatch does so with .bin."""
+        return self.rewrites and self.spec.file_format == "bin"
+
+    def _read_whole(self, here: TensorTotals, elsewhere: float, runs: float, brought: int) -> TierTerms:
+        """Return the terms of the RAM where a file is there whole, until what others hold of it and what was cast has gone."""
+        largest = self.spec.largest_file
+        gone = elsewhere + here.made_from + here.twice
+        return TierTerms(
+            weights=self.weights.get("cpu", 0),
+            copied=int(here.held),
+            kv=self.kv.get("cpu", 0),
+            activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(brought),
+            overhead=self._process,
+            heap=self._heap_of_brought,
+            libraries=self._libraries,
+            loading=_exact(min(gone, largest[1]) if largest else gone),
+        )
+
+    @cached_property
+    def _process(self) -> Bytes:
+        constant, times = self.calibration, self.shared
+        total = constant["ram_import_anon_bytes"].amount(times)
+        if self.held.quantizer:
+            total += constant[f"ram_{SCHEMES[self.held.quantizer].library}_bytes"].amount(times)
+        if self.shared > 1:
+            total += constant["ram_ranks_bytes"].amount(times)
+        if self.spec.tokenizer:
+            total += constant["ram_tokenizer_bytes_per_token"].amount(times * self.skeleton.vocab_size)
+        return total + constant["ram_cuda_bytes"].amount(times) if self.gpus else total
+
+    @cached_property
+    def _libraries(self) -> Bytes:
+        total = self.calibration["ram_import_file_bytes"].amount()
+        return total + self.calibration["ram_cuda_file_bytes"].amount() if self.gpus else total
+
+    @cached_property
+    def _unpacking(self) -> Bytes:
+        """Return what unpacking a GGUF takes beside its weights: its vocabulary in Python, and copies of a tensor in float32.
+
+        Tensors are unpacked in the order of the file, so a large one in front takes less than one at the end.
+        """
+        gguf = self.spec.gguf
+        if gguf is None or self.held.packed_bits is not None:
+            return Bytes()
+        copies, width, total = self.calibration["gguf_unpack_copies"].amount(4.0), self.held.element_bytes, sum(gguf.elements)
+        most = Bytes()
+        done = 0
+        for elements in gguf.elements:
+            left = width * (total - done)
+            ends = {end: max(getattr(most, end), getattr(copies, end) * elements - left) for end in ("low", "best", "high")}
+            most, done = Bytes(**ends), done + elements
+        return most + self.calibration["gguf_bytes_per_string"].amount(gguf.strings)
+
+    def _heap(self, here: TensorTotals) -> Bytes:
+        """Return what the heap keeps of the copies that quantizing on the processor makes and frees again.
+
+        What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
+        them, but for those large enough to be mapped one by one, of which little stays. In int4 it does in half of all processes:
+        which one it will be hangs on where small objects lie, and differs with each start of the same program, so the interval
+        spans both.
+        """
+        total = self.calibration["heap_share_stack"].amount(here.stacked)
+        if self.held.quantizer is None or not here.quantized or self.gpus:
+            return total
+        like = SCHEMES[self.held.quantizer].like
+        total += self.calibration[f"heap_share_{like}"].amount(here.kept_copies)
+        large = self.calibration.constants.get(f"heap_share_large_{like}")
+        return total + large.amount(here.quantized - here.kept_copies) if large else total
+
+    def _rows_touched(self) -> int:
+        """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
+        return (self.work.prompt_tokens + self.work.new_tokens) * PAGE_BYTES
+
+
+def _gpus(count: int) -> list[str]:
+    return [f"gpu:{number}" for number in range(count)]
+
+
+def _exact(size: float) -> Bytes:
+    return Bytes(low=size, best=size, high=size)

@@ -1,0 +1,229 @@
+"""A model held in one way, counted once for each kind of piece: what every placement of it adds up by tier."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from harness.architecture import skeleton
+from harness.architecture.model_spec import ModelSpec
+from harness.architecture.skeleton import Module, Weight
+from harness.planning.cost import kernel_launches, memory, tensor_parallel
+from harness.planning.cost.kernel_launches import Operations
+from harness.planning.cost.memory import WeightFormat
+from harness.planning.device_map.infer import DTYPE_BYTES
+
+# Formats whose tensors transformers maps into memory instead of reading them.
+MAPPED = ("safetensors", "bin")
+# glibc's largest threshold (M_MMAP_THRESHOLD, 32 MiB): what is larger is given back as soon as it is freed.
+HEAP_LIMIT = 32 << 20
+
+
+@dataclass(slots=True)
+class TensorTotals:
+    """Bytes of tensors.
+
+    `held` in memory; `read` by one token; `made` anew while loading; `viewed`, still pages of the file, and of them `viewed_used`,
+    which some token reads in full. `stored` in the file, `made_from` of what is made anew. `quantized` in 16 bits, `kept_copies`
+    of that what the heap may keep, as of the parts of what is `stacked`. `joined` is the part of `held` that is made by stacking.
+    Tied weights that the files store again take `twice` until transformers 5 finds both equal and ties them; in the RAM `compared`
+    of the file's bytes are read for that, where both are views of it.
+    """
+
+    held: float = 0
+    read: float = 0
+    made: float = 0
+    viewed: float = 0
+    viewed_used: float = 0
+    stored: float = 0
+    made_from: float = 0
+    quantized: float = 0
+    kept_copies: float = 0
+    stacked: float = 0
+    joined: float = 0
+    twice: float = 0
+    compared: float = 0
+
+    def add(self, other: TensorTotals) -> None:
+        """Add another sum to this one, field by field; a loop over their names takes three times as long."""
+        self.held += other.held
+        self.read += other.read
+        self.made += other.made
+        self.viewed += other.viewed
+        self.viewed_used += other.viewed_used
+        self.stored += other.stored
+        self.made_from += other.made_from
+        self.quantized += other.quantized
+        self.kept_copies += other.kept_copies
+        self.stacked += other.stacked
+        self.joined += other.joined
+        self.twice += other.twice
+        self.compared += other.compared
+
+    def times(self, factor: float) -> TensorTotals:
+        """Return this sum so many times."""
+        return TensorTotals(**{name: value * factor for name, value in asdict(self).items()})
+
+
+class Inventory:
+    """The tensors of a model under one `Kept`.
+
+    `sizes` and `per_token` go by the path of each tensor in the first piece of its kind; `rows` are all pieces in order, each with
+    the sum of its tensors.
+    """
+
+    def __init__(self, spec: ModelSpec, held: WeightFormat) -> None:
+        self.spec, self.held, self.skeleton = spec, held, spec.skeleton
+        self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, held).items()}
+        self.per_token = memory.read_per_token(self.skeleton, self.sizes)
+        self.stored_dtype = spec.stored_dtype
+        # Bytes of the file for each weight: the blocks of a GGUF hold less than a byte each.
+        packed = spec.checkpoint_bytes / max(1, self.skeleton.parameters)
+        self.stored_width = packed if spec.gguf else DTYPE_BYTES.get(self.stored_dtype, 2)
+        of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
+        self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
+        self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
+        self.gpu_prefill = memory.Prefill(self.skeleton, held, "gpu")
+        self.cpu_prefill = memory.Prefill(self.skeleton, held, "cpu")
+        self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
+
+    @cached_property
+    def total(self) -> TensorTotals:
+        """All rows together."""
+        total = TensorTotals()
+        for _, sums in self.rows:
+            total.add(sums)
+        return total
+
+    @cached_property
+    def operations(self) -> Operations:
+        """What one token starts."""
+        return kernel_launches.count(self.skeleton)
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many weights a token is multiplied with."""
+        found = 0.0
+        for weight, count in self.skeleton.tally:
+            size = self.sizes[weight.path]
+            found += count * weight.elements * self.per_token.get(weight.path, 0.0) / size if size else 0.0
+        return int(found)
+
+    @cached_property
+    def unpacked_anew(self) -> int:
+        """How many weights the layers of `harness.models` unpack for every pass over them."""
+        return (
+            sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes) if self.held.unpacking else 0
+        )
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest tensor as held."""
+        return max(self.sizes.values(), default=0)
+
+    @cached_property
+    def largest_copy(self) -> int:
+        """Bytes of the largest 16-bit copy that quantizing makes."""
+        return max((self._copied(weight) for weight, _ in self.skeleton.tally), default=0)
+
+    @cached_property
+    def at_once(self) -> dict[str, int]:
+        """By the path of each piece the bytes of its largest module's own tensors; those beside modules count at their first."""
+        sizes, kinds = self.sizes, self.skeleton.kinds
+        most = {kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.walk()) for kind in kinds}
+        found = {piece.path: most[piece.like] for piece in self.skeleton.pieces}
+        for beside in (module.weights for module in self.skeleton.frame if module.weights):
+            found[beside[0].path] = sum(found[weight.path] for weight in beside)
+        return found
+
+    def by_tier(self, tiers: Mapping[str, str] | str) -> dict[str, TensorTotals]:
+        """Add the rows up by the tier of each piece, or take all for one tier."""
+        if isinstance(tiers, str):
+            return {tiers: self.total}
+        found: dict[str, TensorTotals] = defaultdict(TensorTotals)
+        for path, sums in self.rows:
+            found[tiers[path]].add(sums)
+        return dict(found)
+
+    def cut(self, count: int) -> TensorTotals:
+        """Return what each of `count` GPUs holds of the model where they share it, tensor by tensor."""
+        total = TensorTotals()
+        for weight, times in self.skeleton.tally:
+            total.add(self._sums(weight).times(times / count if tensor_parallel.is_cut(weight, self.skeleton) else times))
+        return total
+
+    def cut_in_ram(self, count: int) -> TensorTotals:
+        """Return what `count` processes hold in the RAM together where they share the model; what is cut along rows is copied."""
+        total = TensorTotals()
+        for weight, times in self.skeleton.tally:
+            sums = self._sums(weight, copied=tensor_parallel.is_copied(weight, self.skeleton))
+            total.add(sums.times(times if tensor_parallel.is_cut(weight, self.skeleton) else times * count))
+        return total
+
+    def _sum(self, kind: Module) -> TensorTotals:
+        total = TensorTotals()
+        for module in kind.walk():
+            for weight in module.weights:
+                total.add(self._sums(weight))
+        return total
+
+    def _copied(self, weight: Weight) -> int:
+        """Return the bytes of the 16-bit copy that quantizing makes of a tensor."""
+        return weight.elements * 2 if self.held.quantizer and weight.quantizes else 0
+
+    def _sums(self, weight: Weight, copied: bool = False) -> TensorTotals:
+        if weight.tied_to:
+            return self._repeated(weight)
+        size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
+        makes = copied or self._makes(weight)
+        in_file = weight.tensor.kind != "unsaved"
+        stored = int(weight.elements * self.stored_width) if in_file and self.held.packed_bits is None else size
+        copies = self._copied(weight)
+        view = not makes and weight.tensor.kind != "unsaved"
+        return TensorTotals(
+            held=size,
+            read=read,
+            made=size if makes else 0,
+            viewed=size if view else 0,
+            viewed_used=size if view and weight.path in self.per_token else 0,
+            stored=stored if in_file else 0,
+            made_from=stored if in_file and makes else 0,
+            quantized=copies,
+            stacked=self._parts_kept(weight, size),
+            joined=size if self._stacks(weight) else 0,
+            kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
+        )
+
+    def _repeated(self, weight: Weight) -> TensorTotals:
+        """Count a tied weight: nothing, unless the files store it again. As a head it is never quantized."""
+        if weight.path not in self.spec.repeated:
+            return TensorTotals()
+        stored = int(weight.elements * self.stored_width)
+        makes = self._casts(weight) or self.spec.file_format not in MAPPED
+        twice = weight.elements * self.held.element_bytes
+        return TensorTotals(stored=stored, made_from=stored if makes else 0, twice=twice, compared=0 if makes else stored)
+
+    def _makes(self, weight: Weight) -> bool:
+        """Say whether loading makes something else of a stored tensor than a view of the file: other bits, or a stack."""
+        if self.held.quantizer is not None and weight.quantizes:
+            return True
+        return self._casts(weight) or self._stacks(weight) or self.spec.file_format not in MAPPED
+
+    def _casts(self, weight: Weight) -> bool:
+        other = self.held.dtype != self.stored_dtype or weight.tensor.fp32 is not None
+        return other and self.held.packed_bits is None
+
+    def _stacks(self, weight: Weight) -> bool:
+        """Say whether transformers stacks a tensor from what files hold expert by expert; GPT-OSS's files have the stacks."""
+        return skeleton.is_stacked(weight) and self.skeleton.model_type != "gpt_oss"
+
+    def _parts_kept(self, weight: Weight, size: int) -> float:
+        """Return what the heap may keep of the experts that a stack is made from: their casts, else what joining two takes.
+
+        Several threads cast ahead of what stacks, except when weights are quantized.
+        """
+        if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
+            return 0.0
+        return size if self._casts(weight) and self.held.quantizer is None else size / 3

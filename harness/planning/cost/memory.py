@@ -1,0 +1,192 @@
+"""Bytes of a model as it is held and run: weights by tensor, KV cache by layer, activations by phase. Pure arithmetic on shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
+from harness.core.quantizers import SCHEMES, UNPACKINGS
+from harness.core.records import Record, Workload
+from harness.planning.device_map.infer import DTYPE_BYTES
+
+# Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
+EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))
+# Classes derived from torch's Linear: some quantizers take them for one, others take exactly Linear.
+DERIVED_LINEARS = frozenset(("FalconLinear",))
+# What GELU's formula in Python holds at once beside its input, in widths of the MLP: gelu_new of these classes.
+PLAIN_GELU = frozenset(("codegen", "moss", "gptj", "gpt2", "gpt_neo", "phi"))
+
+
+class WeightFormat(Record, frozen=True, kw_only=True):
+    """How the weights of a case are held: the dtype of what is not quantized, and the row of SCHEMES that quantizes on loading.
+
+    `packed_bits` a weight, scales included, are those of a checkpoint that is quantized already, and with `packed_experts` of its
+    stacked experts too, with `packed_embeddings` of its embedding and head. `unpacking` is its row of UNPACKINGS,
+    where our own layers run it.
+    """
+
+    dtype: str
+    quantizer: str | None = None
+    packed_bits: float | None = None
+    packed_experts: bool = False
+    packed_embeddings: bool = False
+    unpacking: str | None = None
+
+    @property
+    def element_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+
+def weight_bytes(skeleton: Skeleton, kept: WeightFormat) -> dict[str, int]:
+    """Return the bytes of every tensor by path, as `module_bytes` counts them."""
+    return module_bytes(skeleton.root, kept)
+
+
+def module_bytes(module: Module, kept: WeightFormat) -> dict[str, int]:
+    """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
+
+    What a scheme quantizes takes its own bytes. Biases, norms, embeddings, stacked experts and the head keep the dtype.
+    """
+    return {
+        weight.path: 0 if weight.tied_to else _held(weight, kept, inside.block)
+        for inside in module.walk()
+        for weight in inside.weights
+    }
+
+
+def _held(weight: Weight, kept: WeightFormat, owner: Block) -> int:
+    tensor, elements = weight.tensor, weight.elements
+    if kept.packed_bits is not None and _is_packed(weight, kept, owner):
+        return int(elements * kept.packed_bits / 8)
+    if not narrows(weight, kept.quantizer, owner) or kept.quantizer is None:
+        return elements * _width(tensor, kept.dtype)
+    outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
+    return SCHEMES[kept.quantizer].size(outputs, inputs, kept.element_bytes)
+
+
+def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
+    """Say whether a scheme quantizes a weight of this block: all take Linear, some GPT-2's Conv1D or what is derived of Linear."""
+    if quantizer is None:
+        return False
+    if owner.class_name in DERIVED_LINEARS:
+        return SCHEMES[quantizer].derived and len(weight.tensor.shape) == 2
+    return weight.quantizes and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)
+
+
+def _is_packed(weight: Weight, kept: WeightFormat, owner: Block) -> bool:
+    if weight.quantizes or (kept.packed_experts and is_stacked(weight)):
+        return True
+    looks_up = "Embedding" in owner.class_name or owner.linear is not None
+    return kept.packed_embeddings and looks_up and len(weight.tensor.shape) == 2
+
+
+def _width(tensor: ParameterSpec, dtype: str) -> int:
+    if tensor.dtype is not None:
+        return DTYPE_BYTES.get(tensor.dtype, 4)
+    in_fp32 = (tensor.fp32 == "half" and dtype in ("float16", "bfloat16")) or (tensor.fp32 == "fp16" and dtype == "float16")
+    return 4 if in_fp32 else DTYPE_BYTES[dtype]
+
+
+def kv_bytes(skeleton: Skeleton, tokens: int, batch: int, element_bytes: int) -> list[int]:
+    """Return the bytes of the KV cache of each layer after `tokens` tokens: sliding windows keep no more than their window."""
+    by_kind = [_cached(kind, tokens) * batch * element_bytes for kind in skeleton.attention]
+    return [by_kind[kind] for kind in skeleton.layers]
+
+
+def _cached(kind: Attention, tokens: int) -> int:
+    kept = min(tokens, kind.window) if kind.window else tokens
+    return kind.per_token * kept + kind.state
+
+
+class Prefill:
+    """What a forward pass over the prompt holds beside weights and cache; what does not depend on the workload is counted once.
+
+    A layer peaks in its MLP: input, residual, norm and output (4 x hidden), and what gate, up and their product hold (3 x
+    intermediate; without a gate 2 x, or more where GELU is written out). Eager attention holds all its scores, which may be more.
+    """
+
+    def __init__(self, skeleton: Skeleton, kept: WeightFormat, device: str) -> None:
+        self.hidden, self.vocabulary, self.heads = skeleton.hidden_size, skeleton.vocab_size, skeleton.heads
+        self.inner, self.eager = mlp_widths(skeleton), skeleton.model_type in EAGER
+        self.element = kept.element_bytes
+        linears = [weight.tensor.shape for weight, _ in skeleton.tally if weight.quantizes and len(weight.tensor.shape) == 2]
+        packed = kept.quantizer is not None or kept.packed_bits is not None
+        in_int8 = kept.quantizer == "int8" and device == "gpu"
+        # int8 on a GPU: the input in int8 and the product in int32. Else one Linear is unpacked to the dtype, or by blocks of it.
+        self.per_token = max((4 * rows + columns for rows, columns in linears), default=0) if in_int8 else 0
+        self.largest, self.device = max((rows * columns for rows, columns in linears), default=0), device
+        self.whole = packed and not in_int8
+        self.unpacking = UNPACKINGS[kept.unpacking] if kept.unpacking else None
+
+    def bytes(self, load: Workload) -> int:
+        """Return the most that a pass holds at once."""
+        tokens = load.batch * load.prompt_tokens
+        inputs = tokens * 4 * self.hidden * self.element
+        layer = inputs + tokens * self.inner * self.element
+        if self.eager:
+            layer = max(layer, inputs + self._scores(load))
+        return max(layer + self.unpacked(tokens) + tokens * self.per_token, self.logits(load))
+
+    def unpacked(self, tokens: int) -> int:
+        """Return what a Linear is unpacked to that is held packed."""
+        if self.unpacking is not None:
+            return self.unpacking.temporary_bytes(self.largest, self.device, tokens)
+        return self.largest * self.element if self.whole else 0
+
+    def _scores(self, load: Workload) -> int:
+        """Count attention written out: scores in the dtype, their softmax in float32 and its copy in the dtype."""
+        return load.batch * self.heads * load.prompt_tokens**2 * (4 + 2 * self.element)
+
+    def logits(self, load: Workload) -> int:
+        """Count the logits of the last token of each sequence (transformers 4.45 and later), and generate's two float32 copies."""
+        return load.batch * self.vocabulary * (self.element + 2 * 4)
+
+
+def mlp_widths(skeleton: Skeleton) -> int:
+    """Return how many elements a token occupies in the MLP at once."""
+    inner = skeleton.intermediate_size
+    if skeleton.experts:
+        return 4 * expert_width(skeleton) * max(1, skeleton.experts_per_token)
+    if is_gated(skeleton):
+        return 3 * inner
+    return 5 * inner if skeleton.model_type in PLAIN_GELU else 2 * inner
+
+
+def expert_width(skeleton: Skeleton) -> int:
+    """Return the inner width of one expert: from its stacked weights, [experts, hidden, width] either way round."""
+    for weight, _ in skeleton.tally:
+        if weight.path.endswith("experts.down_proj"):
+            inner = [size for size in weight.tensor.shape[1:] if size != skeleton.hidden_size]
+            return inner[0] if inner else skeleton.hidden_size
+    return skeleton.intermediate_size
+
+
+def is_gated(skeleton: Skeleton) -> bool:
+    """Say whether the MLP multiplies two projections: it then has two Linears of its inner width, or one of twice that."""
+    inner, found = skeleton.intermediate_size, 0
+    for block in skeleton.blocks:
+        children = [skeleton.blocks[child.block] for child in block.children]
+        rows = [child.tensors[0].shape[0] for child in children if child.linear == "linear" and child.tensors]
+        found = max(found, rows.count(inner) + 2 * rows.count(2 * inner))
+    return found > 1
+
+
+def read_per_token(skeleton: Skeleton, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the bytes by path that one token reads: not the rows of an embedding, and of experts only those chosen.
+
+    Like `sizes`, of the tensors in the first piece of each kind.
+    """
+    return dict(_read(skeleton, sizes))
+
+
+def _read(skeleton: Skeleton, sizes: Mapping[str, int]) -> Iterator[tuple[str, float]]:
+    shared = set(skeleton.tied.values())
+    chosen = skeleton.experts_per_token / skeleton.experts if skeleton.experts else 1.0
+    for module in (module for kind in skeleton.kinds for module in kind.walk()):
+        embedding = "Embedding" in module.block.class_name and "Rotary" not in module.block.class_name
+        for weight in module.weights:
+            if embedding and weight.path not in shared:
+                continue
+            stacked = skeleton.experts and len(weight.tensor.shape) == 3
+            among = ".experts." in f".{weight.path}."
+            yield weight.path, sizes[weight.path] * (chosen if stacked or among else 1.0)

@@ -1,0 +1,1 @@
+"""Where each module goes: the libraries' own map, a better one, and a user's."""

@@ -1,0 +1,291 @@
+"""The device map that transformers would infer, module for module, without torch. `device_map.recommended` has a better one.
+
+`infer` gives what `from_pretrained(device_map="auto" | "balanced" | "balanced_low_0" | "sequential", max_memory=...)` gives in
+transformers 5: its walk, its sizes (tied weights once, every buffer, bool as one byte), its margins. Where its result looks odd,
+the oddity is kept; the comments name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from harness.architecture.skeleton import Module, Skeleton, Weight
+from harness.core.errors import UsageError, did_you_mean
+from harness.core.quantizers import SCHEMES
+from harness.core.records import Tier
+from harness.core.units import parse_size
+from harness.planning import calibration
+
+Device = int | str
+Bytes = float  # whole, or halves: a 4-bit weight is counted as half a byte per element
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+# The part of the memory that transformers uses: of the only GPU and of the RAM when no `max_memory` is given; of everything
+# once more where a quantizer is at work, for what that needs.
+MARGIN = 0.9
+
+
+def infer(
+    skeleton: Skeleton,
+    *,
+    strategy: str = "auto",
+    dtype: str = "bfloat16",
+    quantizer: str | None = None,
+    max_memory: Mapping[Device, int | str] | None = None,
+    free: Mapping[Device, int] | None = None,
+    weights: Mapping[str, Bytes] | None = None,
+) -> dict[str, Device]:
+    """Return the device map that transformers infers.
+
+    `quantizer` is None or a row of SCHEMES. `max_memory` is what the user passes: sizes by device number, "mps", "cpu"
+    or "disk"; without "cpu" it spills to the disk. If it is None, `free` says what the machine has, and transformers' margins
+    apply. `weights` are the bytes of tensors by path, for modules that transformers replaces before it infers: packed GGUF.
+
+    Raises:
+        UsageError: an unknown strategy, device or size; "balanced_low_0" without GPU 0.
+    """
+    if strategy not in STRATEGIES:
+        raise UsageError(f"no device map strategy {strategy!r}: {did_you_mean(strategy, STRATEGIES)}")
+    sizes = measure(skeleton, dtype, quantizer, weights)
+    budgets = _budgets(skeleton, sizes, strategy, max_memory, free or {})
+    if quantizer is not None:
+        budgets = {device: size * MARGIN for device, size in budgets.items()}
+    return merge(_Pour(skeleton, sizes, budgets).run())
+
+
+def found_free(tier: Tier) -> int | None:
+    """Return the bytes that accelerate finds free in a tier, None if nobody knows: it begins on every GPU before it looks.
+
+    So a GPU lacks the CUDA context (accelerate, utils/modeling.py, get_max_memory).
+    """
+    if tier.capacity_bytes is None or tier.kind != "gpu":
+        return tier.capacity_bytes
+    return max(0, tier.capacity_bytes - int(calibration.default()["gpu_context_bytes"].best))
+
+
+def measure(
+    skeleton: Skeleton, dtype: str, quantizer: str | None = None, weights: Mapping[str, Bytes] | None = None
+) -> dict[str, Bytes]:
+    """Count bytes as transformers does for a device map: path of every piece and module around it -> bytes.
+
+    The tensors inside a piece are there for the first of each kind, as they are in `weights`, bytes that are known already.
+    """
+    plain, quantized = DTYPE_BYTES[dtype], SCHEMES[quantizer].counted if quantizer is not None else None
+    sizes: dict[str, Bytes] = {}
+    for weight, _ in skeleton.tally:
+        fixed = weight.tensor.dtype
+        width = quantized if quantized is not None and weight.quantizes else DTYPE_BYTES[fixed] if fixed else plain
+        sizes[weight.path] = 0 if weight.tied_to else weights[weight.path] if weights else weight.elements * width
+    of_kind = {kind: sum(_owned(module, sizes) for module in kind.walk()) for kind in skeleton.kinds}
+    sizes |= {piece.path: of_kind[piece.like] for piece in skeleton.pieces}
+    for module in reversed(skeleton.frame):  # children before parents
+        sizes[module.path] = _owned(module, sizes) + sum(sizes[child.path] for child in module.children)
+    return sizes
+
+
+def _owned(module: Module, sizes: Mapping[str, Bytes]) -> Bytes:
+    return sum(sizes[weight.path] for weight in module.weights)
+
+
+def merge(placed: Mapping[str, Device], path: str = "") -> dict[str, Device]:
+    """Write every module whose parts share a device as one entry."""
+    if len(placed) > 1 and len(set(placed.values())) == 1:
+        return {path: next(iter(placed.values()))}
+    depth = path.count(".") + 2 if path else 1
+    groups: dict[str, dict[str, Device]] = {}
+    for name, device in placed.items():
+        groups.setdefault(".".join(name.split(".")[:depth]), {})[name] = device
+    merged: dict[str, Device] = {}
+    for name, group in groups.items():
+        merged |= group if name in group else merge(group, name)
+    return merged
+
+
+def device_of(device_map: Mapping[str, Device], path: str) -> Device | None:
+    """Return the device that a map gives to a module or tensor, by the closest entry at or above it; None if it has none."""
+    while path and path not in device_map:
+        path = path.rpartition(".")[0]
+    return device_map.get(path)
+
+
+def _budgets(
+    skeleton: Skeleton,
+    sizes: Mapping[str, Bytes],
+    strategy: str,
+    max_memory: Mapping[Device, int | str] | None,
+    free: Mapping[Device, int],
+) -> dict[Device, Bytes]:
+    given = free if max_memory is None else max_memory
+    budgets = _in_order({device: parse_size(size) if isinstance(size, str) else size for device, size in given.items()})
+    if max_memory is None and "cpu" in budgets:
+        budgets["cpu"] *= MARGIN
+    accelerators = [device for device, size in budgets.items() if device not in ("cpu", "disk") and size > 0]
+    if strategy == "sequential" or not accelerators:
+        return budgets
+    if len(accelerators) == 1 and max_memory is None:
+        # The first numbered device, even if it is another that has room.
+        number = next((device for device in budgets if isinstance(device, int)), None)
+        if number is not None:
+            budgets[number] *= MARGIN
+    low_zero = strategy == "balanced_low_0" and len(accelerators) > 1
+    return _balance(budgets, sizes, _largest_share(skeleton, sizes), len(accelerators), low_zero)
+
+
+def _in_order(budgets: Mapping[Device, int]) -> dict[Device, Bytes]:
+    """Sort devices as they are filled: GPUs by number, then mps, cpu, disk."""
+    numbers = sorted(device for device in budgets if isinstance(device, int))
+    order = [*numbers, *(name for name in ("mps", "cpu", "disk") if name in budgets)]
+    unknown = [device for device in budgets if device not in order]
+    if unknown:
+        raise UsageError(f"max_memory names {unknown[0]!r}: a device is a GPU's number, 'mps', 'cpu' or 'disk'")
+    return {device: budgets[device] for device in order}
+
+
+def _largest_share(skeleton: Skeleton, sizes: Mapping[str, Bytes]) -> Bytes:
+    """Return the size of the largest block that is not split, or of the largest set of tensors of one module."""
+    around = [_owned(module, sizes) for module in skeleton.frame if module.path]
+    beside = {weight.path for module in skeleton.frame for weight in module.weights}
+    inside = [_owned(module, sizes) for kind in skeleton.kinds if kind.path not in beside for module in kind.walk() if module.path]
+    whole = [sizes[module.path] for module in (*skeleton.frame, *skeleton.kinds) if module.whole]
+    return max(whole + around + inside, default=0)
+
+
+def _balance(
+    budgets: dict[Device, Bytes], sizes: Mapping[str, Bytes], largest: Bytes, count: int, low_zero: bool
+) -> dict[Device, Bytes]:
+    """Cap every GPU but the last at an even share and a margin, for a block never fits exactly."""
+    share = sizes[""] // (count - 1 if low_zero else count) + int(1.25 * largest)
+    numbers = [device for device, size in budgets.items() if isinstance(device, int) and size > 0]
+    for number in numbers[:-1]:
+        if not (low_zero and number == 0):
+            budgets[number] = min(share, budgets[number])
+    if low_zero:
+        try:
+            others = sum(budgets[number] for number in range(1, count))
+            budgets[0] = min(max(0, sizes[""] - others), budgets[0])
+        except KeyError as missing:
+            raise UsageError(f"balanced_low_0 needs GPUs numbered from 0: max_memory lacks {missing}") from None
+    return budgets
+
+
+Item = Module | Weight
+
+
+class _Pour:
+    """The walk: take the next part, put it on the current device, else split it, else go on to the next device."""
+
+    def __init__(self, skeleton: Skeleton, sizes: Mapping[str, Bytes], budgets: Mapping[Device, Bytes]) -> None:
+        self.sizes = sizes
+        self.budgets = budgets
+        sources = dict.fromkeys(skeleton.tied.values())
+        self.tied = [sorted([name for name, to in skeleton.tied.items() if to == source] + [source]) for source in sources]
+        self.devices: list[Device] = [*budgets] if "disk" in budgets else [*budgets, "disk"]
+        self.at = 0
+        self.used: dict[Device, Bytes] = dict.fromkeys(self.devices, 0)
+        self.placed: dict[str, Device] = {}
+        gpus = [device for device in self.devices if device not in ("cpu", "disk")]
+        # Devices that keep room for the largest part, to bring it back from where it was offloaded to.
+        self.roomy: set[Device] = {"mps"} if "mps" in gpus else {*gpus[:1], "cpu"}
+        self.queue: list[Item] = [*_direct(skeleton.root), *skeleton.root.children, *_direct(skeleton.root, buffers=True)]
+        self.room, self.largest = self._find_largest(self.queue)
+
+    def run(self) -> dict[str, Device]:
+        """Place everything; return path -> device, not merged."""
+        while self.queue:
+            self._step(self.queue.pop(0))
+        return self.placed
+
+    def _step(self, item: Item) -> None:
+        self._forget(item)
+        partners = self._partners(item)
+        device = self.devices[self.at]
+        room = self.room if device in self.roomy else 0
+        limit = float("inf") if device == "disk" else self.budgets[device] - room
+        alone = self.used[device] + self.sizes[item.path]
+        together = alone + sum(self.sizes[partner.path] for partner in partners)
+        if together <= limit:
+            self._put([item, *partners], device, together)
+        elif alone <= limit and self._split_one(partners):
+            self.queue.insert(0, item)
+        elif _splits(item):
+            self._put_back([*_parts(item), *self.queue])
+        else:
+            self.at += 1
+            self.queue.insert(0, item)
+
+    def _put(self, items: list[Item], device: Device, used: Bytes) -> None:
+        self.used[device] = used
+        self.placed |= {item.path: device for item in items}
+        if len(items) > 1:
+            self.queue = [item for item in self.queue if item.path not in self.placed]
+
+    def _put_back(self, queue: list[Item]) -> None:
+        self.queue = queue
+        self.room, self.largest = self._find_largest(item for item in queue if isinstance(item, Module))
+
+    def _split_one(self, partners: list[Item]) -> bool:
+        """Split the first partner that can be, in its place; say whether there was one."""
+        for partner in partners:
+            if _splits(partner):
+                place = self.queue.index(partner)
+                self._put_back([*self.queue[:place], *_parts(partner), *self.queue[place + 1 :]])
+                return True
+        return False
+
+    def _partners(self, item: Item) -> list[Item]:
+        """Find the parts in the queue that hold weights tied to one inside `item`, and must go where it goes."""
+        found: dict[str, Item] = {}
+        for group in self.tied:
+            outside = [name for name in group if not _within(name, item.path)]
+            if len(outside) < len(group):
+                for name in outside:
+                    holder = next((other for other in self.queue if name.startswith(f"{other.path}.")), None)
+                    if holder is not None:
+                        found[holder.path] = holder
+        return list(found.values())
+
+    def _forget(self, item: Item) -> None:
+        """Look for the next largest parts once those known are past. One that is put back has been forgotten all the same."""
+        self.largest -= set(_ends(item))
+        if not self.largest:
+            self.room, self.largest = self._find_largest(other for other in self.queue if isinstance(other, Module))
+
+    def _find_largest(self, items: Iterable[Item]) -> tuple[Bytes, set[str]]:
+        ends = [path for item in items for path in _ends(item)]
+        most = max((self.sizes[path] for path in ends), default=0)
+        return most, {path for path in ends if self.sizes[path] == most}
+
+
+def _within(name: str, path: str) -> bool:
+    # Anywhere, not only at the start: transformers' own test.
+    return f"{path}." in f"{name}."
+
+
+def _splits(item: Item) -> bool:
+    return isinstance(item, Module) and item.splits
+
+
+def _parts(item: Item) -> list[Item]:
+    """Split a module. Its own buffers are left out, and so are never placed."""
+    return [*_direct(item), *item.children] if isinstance(item, Module) else []
+
+
+def _direct(module: Module, buffers: bool = False) -> list[Weight]:
+    return [weight for weight in module.weights if (weight.tensor.kind != "parameter") == buffers]
+
+
+def _ends(item: Item) -> tuple[str, ...]:
+    """Return the paths of the parts that are not split: whole blocks, modules without children, a bare tensor."""
+    return item.ends if isinstance(item, Module) else (item.path,)

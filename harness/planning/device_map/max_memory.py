@@ -1,0 +1,95 @@
+"""The max_memory to load with: by the placement's own rule, or so that transformers heeds limits that it does not see."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from harness.core.placements import Placement
+from harness.core.records import Machine
+from harness.planning.device_map.infer import MARGIN, STRATEGIES, found_free
+
+if TYPE_CHECKING:
+    from harness.checkpoint.reader import Checkpoint
+
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Named(NamedTuple):
+    """A tensor by name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Stock(NamedTuple):
+    """The tensors of a model of which there is no checkpoint."""
+
+    tensors: Sequence[Named]
+
+
+class Sizes:
+    """Bytes of a model's weights in one 16- or 32-bit dtype: the largest tensor outside the blocks, and the blocks."""
+
+    def __init__(self, weights: Checkpoint | Stock, dtype: str) -> None:
+        blocks: dict[str, int] = defaultdict(int)
+        outside = [0]
+        for tensor in weights.tensors:
+            count = math.prod(tensor.shape)
+            block = _BLOCK.search(tensor.name)
+            if block:
+                blocks[tensor.name[: block.end() - 1]] += count * _DTYPE_BYTES[dtype]
+            else:
+                outside.append(count * _DTYPE_BYTES[dtype])
+        self.outside_bytes, self.blocks_bytes = max(outside), sum(blocks.values())
+        # The placement algorithm keeps room for the largest layer on every device from which it spills to the disk.
+        self.room_bytes = max(self.outside_bytes, max(blocks.values(), default=0))
+
+
+def _spill_to_cpu(sizes: Sizes, machine: Machine) -> dict[str, int]:
+    """Let about 60 % of the blocks live on the first GPU, less where three quarters of it do not hold them; the rest in RAM."""
+    wanted = sizes.outside_bytes + sizes.blocks_bytes * 6 // 10 + sizes.room_bytes
+    gpu, cpu = machine.gpus[0], machine.tier("cpu")
+    return {
+        gpu.name: min(wanted, (gpu.capacity_bytes or wanted) * 3 // 4),
+        "cpu": (cpu.capacity_bytes if cpu else None) or 1 << 40,
+    }
+
+
+def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
+    """Let the fast tiers hold the embedding and half of the blocks between them; the other half stays on the disk."""
+    if not machine.gpus:
+        return {"cpu": sizes.outside_bytes + sizes.blocks_bytes // 2 + sizes.room_bytes}
+    gpu = machine.gpus[0]
+    wanted = sizes.outside_bytes + sizes.blocks_bytes // 4 + sizes.room_bytes
+    return {
+        gpu.name: min(wanted, (gpu.capacity_bytes or wanted) * 3 // 4),
+        "cpu": sizes.blocks_bytes // 4 + sizes.room_bytes,
+    }
+
+
+def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes]) -> dict[str, int] | None:
+    """Return the `max_memory` to load with: by the placement's own rule, or so that transformers heeds limits that it does not see.
+
+    None where the libraries may look for themselves. Under a limit they are given what they would take of a machine of that size.
+    """
+    if placement.limits is not None:
+        return LIMITS[placement.limits](sizes(), machine)
+    tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu") and tier.capacity_bytes is not None]
+    if placement.device_map not in STRATEGIES or all(tier.limit_bytes is None for tier in tiers):
+        return None
+    takes_all = {"cpu": placement.call == "load_checkpoint_and_dispatch", "gpu": len(machine.gpus) > 1}
+    return {tier.name: int((found_free(tier) or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
+
+
+LIMITS: Mapping[str, Callable[[Sizes, Machine], dict[str, int]]] = {
+    "spill-to-cpu": _spill_to_cpu,
+    "spill-to-disk": _spill_to_disk,
+}

@@ -1,0 +1,268 @@
+"""The device map that we recommend: GPUs filled in order, with the room that inference takes left free.
+
+transformers' "auto" knows nothing of inference. It counts no KV cache, spreads evenly, and holds back the size of the largest
+block or embedding on the first GPU, needed or not. Here every block comes with its KV cache, what spills is the last blocks, and
+the first GPU keeps room for what running them there copies at once: one Linear, not one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from harness.architecture.skeleton import Skeleton
+from harness.core.records import Record
+from harness.core.units import format_size
+from harness.planning.device_map.infer import Bytes, Device, device_of, infer, measure, merge
+
+_SPILL = ("cpu", "disk")
+
+
+class RecommendedMap(Record, frozen=True, kw_only=True):
+    """A map, the bytes of weights and KV cache that it puts on each device, and in words how it compares with "auto".
+
+    `blocks_off` of the `blocks` are not on a GPU.
+    """
+
+    device_map: dict[str, Device]
+    weights_bytes: dict[Device, int]
+    kv_bytes: dict[Device, int]
+    blocks: int
+    blocks_off: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # each is itself alone: they are looked up a thousand times
+class _Part:
+    """What goes to one device. `largest` is the most that one of its modules owns: accelerate copies spilled ones one by one."""
+
+    paths: tuple[str, ...]
+    weights: Bytes
+    largest: Bytes
+    kv: int
+    block: bool
+
+
+_Placed = dict[_Part, Device]
+_Auto = Callable[[Mapping[Device, int]], _Placed]
+
+
+def recommend_map(
+    skeleton: Skeleton,
+    budgets: Mapping[Device, int],
+    *,
+    dtype: str = "bfloat16",
+    quantizer: str | None = None,
+    weights: Mapping[str, Bytes] | None = None,
+    kv_bytes: Sequence[int] = (),
+    reserve: Mapping[Device, int] | None = None,
+    explain: bool = True,
+) -> RecommendedMap:
+    """Fill the devices so that what inference needs is left, and say how the map differs from "auto".
+
+    `budgets` are bytes that may be used in all, GPUs in order of preference; what fits nowhere goes to the disk. `weights` are the
+    bytes of each tensor by path, in the first piece of each kind (default: as `devicemap.measure` counts them). `kv_bytes` is the
+    KV cache of each layer, which lies where the layer runs; what spills runs on the first GPU. `reserve` is what else must stay
+    free: activations, context. Without `explain` the words, which take longer than the map, are left out.
+    """
+    kept_free = reserve or {}
+    room = {device: size - kept_free.get(device, 0) for device, size in budgets.items() if device != "disk"}
+    parts = _parts(skeleton, weights or measure(skeleton, dtype, quantizer), kv_bytes)
+    placed = _place(parts, room)
+    device_map = merge({path: device for part, device in placed.items() for path in part.paths})
+    cached = _kv_by_device(placed)
+
+    def auto(limits: Mapping[Device, int]) -> _Placed:
+        return _placed_by(infer(skeleton, dtype=dtype, quantizer=quantizer, max_memory=limits), parts)
+
+    return RecommendedMap(
+        device_map=device_map,
+        weights_bytes=_weights_by_device(placed),
+        kv_bytes=cached,
+        blocks=sum(part.block for part in parts),
+        blocks_off=sum(part.block for part in _off(placed)),
+        why=_compare(placed, auto, room, budgets) if explain else "",
+    )
+
+
+def _parts(skeleton: Skeleton, weights: Mapping[str, Bytes], kv_bytes: Sequence[int]) -> list[_Part]:
+    """List in order what is placed as one: whole blocks, other modules, bare tensors. Those with tied weights join the first."""
+    parts: list[_Part] = []
+    layers = iter(kv_bytes)
+    owned = {
+        kind: [sum(weights.get(weight.path, 0) for weight in module.weights) for module in kind.walk()] for kind in skeleton.kinds
+    }
+    for path, whole, like in skeleton.pieces:
+        kv = next(layers, 0) if whole else 0
+        parts.append(_Part((path,), sum(owned[like]), max(owned[like]), kv, whole))
+    for names in skeleton.tied.items():
+        ends = [part for part in parts if any(f"{name}.".startswith(f"{path}.") for name in names for path in part.paths)]
+        for other in ends[1:]:
+            parts = [_join(ends[0], other) if part is ends[0] else part for part in parts if part is not other]
+    return parts
+
+
+def _join(first: _Part, other: _Part) -> _Part:
+    sizes = first.weights + other.weights, max(first.largest, other.largest), first.kv + other.kv
+    return _Part(first.paths + other.paths, *sizes, first.block and other.block)
+
+
+def _place(parts: list[_Part], room: Mapping[Device, int]) -> _Placed:
+    """Keep as many bytes as can be on the GPUs (without any: in RAM), leaving out the first ones where that helps."""
+    gpus = [device for device in room if device != "cpu"]
+    sets = [gpus[first:] for first in range(len(gpus))] + [[]]
+    best: _Placed = dict.fromkeys(parts, "disk")
+    least = float("inf")
+    for some, order in product(sets, _orders(parts)):
+        placed = _spill_first(parts, order, room, some)
+        if placed and _bytes_away(placed, bool(gpus)) < least:
+            best, least = placed, _bytes_away(placed, bool(gpus))
+        if least == 0:
+            break
+    return best
+
+
+def _bytes_away(placed: _Placed, has_gpu: bool) -> Bytes:
+    away = _SPILL if has_gpu else ("disk",)
+    return sum(part.weights for part, device in placed.items() if device in away)
+
+
+def _orders(parts: list[_Part]) -> Iterator[list[_Part]]:
+    """List orders to spill in: the blocks from the last, before or after the largest of what else there is."""
+    blocks = [part for part in reversed(parts) if part.block]
+    others = [part for part in reversed(parts) if not part.block]
+    large = sorted(others, key=lambda part: -part.weights)[:2]
+    for first in ([], *([part] for part in large), large):
+        yield [*first, *blocks, *(part for part in others if part not in first)]
+
+
+def _spill_first(parts: list[_Part], order: list[_Part], room: Mapping[Device, int], gpus: list[Device]) -> _Placed | None:
+    """Spill as few as can be in this order; None if these GPUs, or the first of them, would only pass weights through."""
+    near = gpus or ["cpu"]
+    blocks = sum(part.block for part in parts)
+    wanted: Bytes = sum(part.weights for part in parts)  # what stays, KV cache of all, and the copy of what does not
+    wanted += sum(part.kv for part in parts)
+    most, largest = sum(room.get(device, 0) for device in near), 0
+    for count in range(len(order) + 1):
+        if count:
+            wanted, largest = wanted - order[count - 1].weights, max(largest, int(order[count - 1].largest))
+        if wanted + largest > most:
+            continue  # no need to pour: that is too much for all of them together
+        away = set(order[:count])
+        spilled = [part for part in parts if part in away]
+        free = {device: room.get(device, 0) for device in near}
+        free[near[0]] -= sum(part.kv for part in spilled) + largest
+        kept = _fill({part: part.weights + part.kv for part in parts if part not in away}, free)
+        useful = kept and gpus[0] in kept.values() and (not blocks or any(part.block for part in kept)) if gpus else True
+        if kept is not None and useful:
+            placed = kept | _spill(spilled, room["cpu"] if gpus and "cpu" in room else 0)
+            return {part: placed[part] for part in parts}
+    return None
+
+
+def _largest(parts: Iterable[_Part]) -> int:
+    return int(max((part.largest for part in parts), default=0))
+
+
+def _fill(parts: Mapping[_Part, Bytes], free: Mapping[Device, Bytes]) -> _Placed | None:
+    """Pour parts of these sizes into devices in order, back into earlier ones when the later are full; None if they do not fit."""
+    placed: _Placed = {}
+    left = dict(free)
+    devices = list(free)
+    for part, size in parts.items():
+        device = next((device for device in devices if size <= left[device]), None)
+        if device is None:
+            return None
+        left[device] -= size
+        placed[part] = device
+        devices = devices[devices.index(device) :] + devices[: devices.index(device)]
+    return placed
+
+
+def _spill(parts: list[_Part], ram: int) -> _Placed:
+    """Place in RAM, then on disk; what comes from the disk passes through the RAM."""
+    weights = {part: part.weights for part in parts}
+    return _fill(weights, {"cpu": ram}) or _fill(weights, {"cpu": ram - _largest(parts), "disk": float("inf")}) or {}
+
+
+def _weights_by_device(placed: _Placed) -> dict[Device, int]:
+    held: dict[Device, int] = {}
+    for part, device in placed.items():
+        held[device] = held.get(device, 0) + int(part.weights)
+    return held
+
+
+def _kv_by_device(placed: _Placed) -> dict[Device, int]:
+    """Add up the KV cache where layers run: on their device or, if they spill, on the first."""
+    first = next((device for device in placed.values() if device not in _SPILL), "cpu")
+    cached: dict[Device, int] = {}
+    for part, device in placed.items():
+        where = first if device in _SPILL else device
+        cached[where] = cached.get(where, 0) + part.kv
+    return cached
+
+
+def _placed_by(device_map: Mapping[str, Device], parts: Iterable[_Part]) -> _Placed:
+    """Look up where another map puts the same parts. auto's never names a buffer that lies beside split modules."""
+    return {part: device for part in parts if (device := device_of(device_map, part.paths[0])) is not None}
+
+
+def _off(placed: _Placed) -> list[_Part]:
+    return [part for part, device in placed.items() if device in _SPILL]
+
+
+def _compare(ours: _Placed, auto: _Auto, room: Mapping[Device, int], budgets: Mapping[Device, int]) -> str:
+    here = _off(ours)
+    if {*room} <= {"cpu"}:
+        return "There is no GPU."
+    if len(here) == len(ours):
+        return f"No GPU can hold a block beside what inference needs.{_against_whole(auto(budgets), room)}"
+    return _against_auto(ours, here, auto, room) + _against_whole(auto(budgets), room)
+
+
+def _against_auto(ours: _Placed, here: list[_Part], auto: _Auto, room: Mapping[Device, int]) -> str:
+    """Compare with what auto does if it is told to leave the same room, which only smaller limits can: as small as ours."""
+    cached = _kv_by_device(ours)
+    told = auto({device: max(0, size - cached.get(device, 0)) for device, size in room.items()})
+    there = _off(told)
+    if not here and not there:
+        return "All of it is on the GPU."
+    total = sum(part.block for part in ours)
+    said = f"Off the GPU: {_name(here, total)}; auto, told to leave the same room for inference, has"
+    more = sum(part.weights for part in here) - sum(part.weights for part in there)
+    if more == 0:
+        return f"{said} as much there."
+    short = _shortage(told, room) if more > 0 else ""
+    return f"{said} {_name(there, total)} there{short and ', and would leave it ' + short}."
+
+
+def _name(parts: list[_Part], total: int) -> str:
+    """Say how many of the blocks are among these parts, which other part is as large as a block, and the bytes."""
+    if not parts:
+        return "nothing"
+    blocks = [part for part in parts if part.block]
+    least = min((part.weights for part in blocks), default=0) / 2
+    names = [f"{len(blocks)} of {total} blocks", *(part.paths[0] for part in parts if not part.block and part.weights > least)]
+    return f"{', '.join(names)} ({format_size(sum(part.weights for part in parts))})"
+
+
+def _against_whole(auto: _Placed, room: Mapping[Device, int]) -> str:
+    short = _shortage(auto, room)
+    return f" Given the whole budget, auto would leave inference {short}." if short else ""
+
+
+def _shortage(placed: _Placed, room: Mapping[Device, int]) -> str:
+    """Say how much too little a map leaves for inference on the worst GPU; nothing if it leaves enough."""
+    needs = {device: size - room.get(device, 0) for device, size in _needs(placed).items() if device not in _SPILL}
+    device, short = max(needs.items(), key=lambda item: item[1], default=("", 0))
+    name = f"gpu:{device}" if isinstance(device, int) else device
+    return f"{format_size(short)} short on {name}" if short > 0 else ""
+
+
+def _needs(placed: _Placed) -> dict[Device, int]:
+    """Add up weights, KV cache and, where spilled parts run, the copy of one."""
+    cached = _kv_by_device(placed)
+    needs = {device: size + cached.get(device, 0) for device, size in _weights_by_device(placed).items()}
+    main = next((device for device in placed.values() if device not in _SPILL), "cpu")
+    return needs | {main: needs.get(main, 0) + _largest(_off(placed))}

@@ -1,0 +1,65 @@
+"""Where a case puts every tensor, as the libraries decide it: the device map of its call, and the tier of each piece."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from harness.architecture.skeleton import Skeleton
+from harness.core.placements import Placement
+from harness.core.records import Machine
+from harness.planning.device_map.infer import MARGIN, Device, device_of, found_free, infer
+
+# What nobody told us the size of is taken as endless for the map; the verdict says that it is unknown.
+ENDLESS = 1 << 50
+
+
+def device_map(
+    skeleton: Skeleton,
+    placement: Placement,
+    dtype: str,
+    quantizer: str | None,
+    machine: Machine,
+    max_memory: Mapping[str, int] | None,
+    weights: Mapping[str, int] | None = None,
+) -> dict[str, Device]:
+    """Return the map that this placement's call ends up with: module -> number of a GPU, "cpu" or "disk".
+
+    `weights` are the bytes of each tensor where dtype and quantizer do not tell them.
+    """
+    if placement.call == "to":
+        return {"": 0}
+    if not isinstance(placement.device_map, str):
+        return dict(placement.device_map or {"": "cpu"})
+    if max_memory is not None:
+        given: dict[Device, int | str] = {device(tier): size for tier, size in max_memory.items()}
+        return infer(skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, max_memory=given, weights=weights)
+    return infer(
+        skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, free=_free(placement, machine), weights=weights
+    )
+
+
+def _free(placement: Placement, machine: Machine) -> dict[Device, int]:
+    found = {device(tier.name): found_free(tier) for tier in machine.tiers if tier.kind in ("gpu", "cpu")}
+    free = {place: ENDLESS if size is None else size for place, size in found.items()}
+    if placement.call == "load_checkpoint_and_dispatch" and "cpu" in free:
+        free["cpu"] = int(free["cpu"] / MARGIN)  # accelerate's own dispatch takes all of the RAM
+    return free
+
+
+def device(tier: str) -> Device:
+    """Turn a tier's name into what the libraries call it: "gpu:0" is 0."""
+    return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
+
+
+def tier(device: Device) -> str:
+    """Turn a device of a map into the name of its tier."""
+    return f"gpu:{device}" if isinstance(device, int) else device
+
+
+def tiers(skeleton: Skeleton, placed: Mapping[str, Device]) -> dict[str, str] | str:
+    """Return the tier of every piece, or the one tier of all. What a map leaves out (buffers beside split modules) is in RAM."""
+    homes = set(placed.values())
+    if len(homes) == 1 and "" in placed:
+        return tier(homes.pop())
+    found = ((piece.path, device_of(placed, piece.path)) for piece in skeleton.pieces)
+    return {path: "cpu" if place is None else tier(place) for path, place in found}

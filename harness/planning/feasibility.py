@@ -1,0 +1,97 @@
+"""Cases x machine -> plans, by the tables alone: what can work here, and the limits to load with."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS, Placement
+from harness.core.precisions import PRECISIONS, Precision
+from harness.core.records import Case, Machine, Plan, Tier, Verdict
+from harness.core.units import exact_size, format_size
+from harness.planning.code import loading_code
+from harness.planning.device_map.max_memory import Sizes, Stock, max_memory
+
+if TYPE_CHECKING:
+    from harness.checkpoint.reader import Checkpoint
+
+
+def gate(case: Case, machine: Machine, here: bool = True, placement: Placement | None = None) -> tuple[Verdict, str] | None:
+    """Return the verdict and reason of a case that cannot run, from the tables alone; None if it may.
+
+    What cannot work anywhere is invalid; what this machine or its packages lack is unavailable. `here` is False for a machine that
+    was only described: what is installed on this one says nothing about it. `placement` stands for the row of that name.
+    """
+    precision, placement = PRECISIONS[case.precision], placement or PLACEMENTS[case.placement]
+    if precision.unsupported:
+        return Verdict.INVALID, precision.unsupported
+    # Without a GPU what may use one lies in RAM alone.
+    for trait in placement.traits if machine.gpus or placement.needs_gpu else (*placement.traits, "ram"):
+        if trait in precision.incompatible:
+            return Verdict.INVALID, precision.incompatible[trait]
+    if placement.lacks_gpus(len(machine.gpus)):
+        return Verdict.UNAVAILABLE, placement.on_fewer or "needs a GPU, and NVML knows none here"
+    if beyond := _beyond(case, machine):
+        return Verdict.UNAVAILABLE, beyond
+    missing = [package for package in precision.needs if here and not _is_installed(package)]
+    if missing:
+        what = f"fitmatrix[{precision.extra}]" if precision.extra else missing[0]
+        return Verdict.UNAVAILABLE, f"needs the package {missing[0]}: pip install {what}"
+    return _too_old(precision, placement, machine)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def _beyond(case: Case, machine: Machine) -> str | None:
+    """Say why a limit cannot be emulated here: there must be at least as much memory, else the result is of another size."""
+    if case.vram_bytes is not None and not machine.gpus:
+        return f"--vram {exact_size(case.vram_bytes)} limits a GPU, and NVML knows none here"
+    for tier in machine.tiers:
+        option, limit = {"gpu": ("--vram", case.vram_bytes), "cpu": ("--ram", case.ram_bytes)}.get(tier.kind, ("", None))
+        there = tier.total_bytes if tier.free_bytes is None else tier.free_bytes
+        if limit is not None and there is not None and limit > there:
+            return f"{option} {exact_size(limit)} is more than {tier.name} has free, {format_size(there)}"
+    return None
+
+
+def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tuple[Verdict, str] | None:
+    if placement.devices[0] != "gpu" or not machine.gpus:
+        return None
+    least = precision.min_compute_capability
+    for gpu in _used(placement, machine):
+        if gpu.compute_capability is not None and float(gpu.compute_capability) < least:
+            have = f"{gpu.model or gpu.name} has {gpu.compute_capability}"
+            return Verdict.UNAVAILABLE, f"{precision.name} needs compute capability {least}, and {have}"
+    return None
+
+
+def _used(placement: Placement, machine: Machine) -> Sequence[Tier]:
+    """Return the GPUs that a placement may put weights on."""
+    if isinstance(placement.device_map, Mapping) and placement.call != "to":
+        return [gpu for number, gpu in enumerate(machine.gpus) if number in placement.device_map.values()]
+    return machine.gpus if placement.limits is None and placement.call != "to" else machine.gpus[:1]
+
+
+def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
+    """Plan one case from the tables. A case that needs sizes has no code without a checkpoint, nor one whose map is computed."""
+    refused = gate(case, machine)
+    if refused:
+        return Plan(case=case, verdict=refused[0], why=refused[1])
+    precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+    on_gpu = placement.devices[0] == "gpu" and machine.gpus
+    dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
+    if placement.device_map in EXPLICIT_MAPS or (placement.limits and checkpoint is None):
+        return Plan(case=case, verdict=Verdict.UNKNOWN)
+    limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))
+    return Plan(
+        case=case,
+        verdict=Verdict.UNKNOWN,
+        code=loading_code(precision, placement, dtype, limits, on_gpu=bool(on_gpu)),
+        max_memory=limits,
+    )

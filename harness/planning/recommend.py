@@ -1,0 +1,76 @@
+"""Which way of loading is best, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from harness.architecture.model_spec import ModelSpec
+from harness.catalog.resolve import Source
+from harness.core.placements import PLACEMENTS, RECOMMENDED_MAP
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Case, Plan, Record, Verdict
+from harness.core.units import significant
+from harness.planning.planner import Planner
+
+# At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
+_HALF_TOK_S = 3.0
+
+
+def recommend(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
+    """Return the best way to load and why: what surely fits, then speed weighed with how well answers keep; None if none fits."""
+    fitting = [one for one in plans if one.verdict is Verdict.FITS] or [one for one in plans if one.verdict is Verdict.TIGHT]
+    if not fitting:
+        return None
+    best = max(fitting, key=_worth)
+    return best, _reason(best, fitting)
+
+
+class Recommendation(Record, frozen=True, kw_only=True):
+    """The plans of one model, which of them is best, and why."""
+
+    source: Source
+    planner: Planner
+    plans: list[Plan]
+    best: Plan | None
+    reason: str
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.planner.spec
+
+
+def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
+    """Plan the cases of one model and choose the best."""
+    plans = planner.plans(cases)
+    best, reason = recommend(plans) or (None, "nothing fits")
+    return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason)
+
+
+def _worth(one: Plan) -> tuple[float, int]:
+    assert one.estimate is not None
+    speed = one.estimate.decode_tok_s.best
+    order = ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
+    return round(PRECISIONS[one.case.precision].quality_kept * speed / (speed + _HALF_TOK_S), 4), -order
+
+
+def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
+    assert best.estimate is not None
+    return _merit(best, fitting) + (
+        f". {best.why}" if PLACEMENTS[best.case.placement].device_map == RECOMMENDED_MAP and best.why else ""
+    )
+
+
+def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
+    """Say what a plan has over the others that fit."""
+    assert best.estimate is not None
+    if best.verdict is Verdict.TIGHT:
+        return "nothing fits with room to spare; this comes closest"
+    bits = min(PRECISIONS[best.case.precision].bits, 16)
+    wider = [one for one in fitting if PRECISIONS[one.case.precision].bits > bits]
+    if not wider or bits == 16:
+        return "nothing that fits keeps more of the answers, and nothing as good is faster"
+    rival = max(wider, key=_worth)
+    assert rival.estimate is not None
+    times = best.estimate.decode_tok_s.best / rival.estimate.decode_tok_s.best
+    name = f"{rival.case.precision}/{rival.case.placement}"
+    return f"{significant(times, 2)} times as fast as {name}, which is worth the bits it gives up"

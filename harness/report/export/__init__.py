@@ -1,0 +1,1 @@
+"""Results in other forms: Markdown, JSON, CSV, badges, summaries."""

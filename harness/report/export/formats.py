@@ -1,0 +1,52 @@
+"""FORMATS: the ways of writing a report, each from results to the text of a file.
+
+The command line lists these before anything is read, so what renders is imported by the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from harness.core.records import Record, Result
+
+Render = Callable[[Sequence[Result], Sequence[str]], str]
+
+
+def _html(results: Sequence[Result], problems: Sequence[str]) -> str:
+    from harness.report.page import render as page
+
+    return page.render(results, problems=problems)
+
+
+def _markdown(results: Sequence[Result], problems: Sequence[str]) -> str:
+    from harness.report.export import summary
+
+    return summary.render(results, problems)
+
+
+def _json(results: Sequence[Result], problems: Sequence[str]) -> str:
+    from harness.report.export import data
+
+    return data.render_json(results, problems)
+
+
+def _csv(results: Sequence[Result], _problems: Sequence[str]) -> str:
+    from harness.report.export import data
+
+    return data.render_csv(results)
+
+
+class Format(Record, frozen=True, kw_only=True):
+    """One row of the table. `render` takes results in file order and what could not be read, a sentence each."""
+
+    what: str
+    suffixes: tuple[str, ...]
+    render: Render
+
+
+FORMATS: Mapping[str, Format] = {
+    "html": Format(what="the page", suffixes=(".html", ".htm"), render=_html),
+    "md": Format(what="Markdown for a job's summary or a README", suffixes=(".md", ".markdown"), render=_markdown),
+    "json": Format(what="one object for programs", suffixes=(".json",), render=_json),
+    "csv": Format(what="a row for each case", suffixes=(".csv",), render=_csv),
+}

@@ -1,0 +1,138 @@
+"""What stands behind a cell: the figures beside their prediction, the phases, where the modules lie, the answers, the code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+
+import msgspec
+from markupsafe import Markup, escape
+
+from harness.core import units
+from harness.core.records import Phase, Result
+from harness.core.text import visible
+from harness.report.page import charts
+from harness.report.page.figures import DASH, Compared, Figure, compared, known, ran
+
+_UNKNOWN = f'<td><span class="none" title="not recorded in this phase">{DASH}</span></td>'
+
+
+class Map(msgspec.Struct, frozen=True):
+    """Where the modules lie, as loaded or as planned."""
+
+    loaded: bool
+    strip: Markup
+    groups: tuple[charts.Group, ...]
+
+
+class Details(msgspec.Struct, frozen=True):
+    """The details of one case. `figures` and `phases` are rows of tables, which are most of a page and so are written at once."""
+
+    figures: Markup
+    measured: bool
+    predicted: bool
+    chart: Markup | None
+    lines: tuple[tuple[str, str], ...]
+    columns: tuple[str, ...]
+    phases: Markup
+    map: Map | None
+    held: tuple[tuple[str, tuple[Figure, ...]], ...]
+    disturbances: tuple[tuple[str, str], ...]
+    versions: str
+
+
+def details(result: Result, *, points: int) -> Details:
+    """Arrange what is known of one case; the chart takes at most `points` points a line."""
+    peaks, rows = _peaks(result.phases), compared(result)
+    measured, predicted = ran(result), any(row.best for row in rows)
+    return Details(
+        figures=Markup("".join([_figure_row(row, measured, predicted) for row in rows])),
+        measured=measured,
+        predicted=predicted,
+        chart=charts.timeline(result.timeline, result.phases, points=points),
+        lines=_lines(result),
+        columns=tuple(peaks),
+        phases=Markup("".join(map(_phase_row, result.phases, *peaks.values()))),
+        map=_map(result),
+        held=_held(result),
+        disturbances=_disturbances(result),
+        versions=", ".join(f"{name} {value}" for name, value in result.environment.items()),
+    )
+
+
+def _peaks(phases: Sequence[Phase]) -> dict[str, list[int | None]]:
+    """Return the columns of the phases' peaks by their label, those alone in which a phase has a figure."""
+    gpus = sorted({tier for phase in phases for tier in phase.vram_peak_bytes})
+    found = {
+        "peak RAM": [phase.ram_peak_bytes for phase in phases],
+        "anonymous RAM": [phase.ram_anon_bytes for phase in phases],
+        **{f"peak {gpu}": [phase.vram_peak_bytes.get(gpu) for phase in phases] for gpu in gpus},
+        **{f"reserved {gpu}": [phase.vram_reserved_bytes.get(gpu) for phase in phases] for gpu in gpus},
+    }
+    return {label: sizes for label, sizes in found.items() if any(size is not None for size in sizes)}
+
+
+def _figure_row(row: Compared, measured: bool, predicted: bool) -> str:
+    """Write one figure: what was measured, its spread and why it is missing or noisy; what was predicted and its interval."""
+    cells = ""
+    if measured:
+        cells += f"<td>{row.figure.__html__()}{_notes(row.figure.why, row.spread, row.figure.noisy)}</td>"
+    if predicted:
+        cells += f"<td>{row.best.__html__()}{_notes(row.interval)}</td>" if row.best else "<td></td>"
+    return f'<tr><th scope="row">{escape(visible(row.figure.label))}</th>{cells}</tr>\n'
+
+
+def _notes(*texts: str) -> str:
+    return "".join([f"<small>{escape(visible(text))}</small>" for text in texts if text])
+
+
+def _phase_row(phase: Phase, *peaks: int | None) -> str:
+    """Write one phase: its name, how long it took and its peaks."""
+    name = f"{phase.name} (sampled)" if phase.sampled else phase.name
+    cells = "".join([_UNKNOWN if size is None else f"<td>{units.format_size(size)}</td>" for size in peaks])
+    took = units.format_seconds(phase.end_s - phase.start_s)
+    return f'<tr><th scope="row">{escape(visible(name))}</th><td>{took}</td>{cells}</tr>\n'
+
+
+def _lines(result: Result) -> tuple[tuple[str, str], ...]:
+    """Name the lines of the chart with the classes of their colours, for the legend."""
+    found = [(line.look, line.name) for line in charts.series(result.timeline)] if result.timeline else []
+    peaks = [("peak", "exact peak of a phase")] if any(phase.ram_peak_bytes for phase in result.phases) else []
+    return tuple(found + peaks)
+
+
+def _map(result: Result) -> Map | None:
+    loaded = result.loaded.device_map if result.loaded else None
+    device_map = loaded or result.device_map
+    if not device_map:
+        return None
+    found = charts.groups(device_map)
+    return Map(loaded=bool(loaded), strip=charts.strip(found), groups=tuple(found))
+
+
+def _held(result: Result) -> tuple[tuple[str, tuple[Figure, ...]], ...]:
+    """List what was really loaded: bytes by tier, by process of several, by dtype, and by dtype of the Linear weights."""
+    if not result.loaded:
+        return ()
+    tables = {
+        "by tier": result.loaded.tier_bytes,
+        "by rank": {f"rank {number}": size for number, size in enumerate(result.loaded.rank_bytes)},
+        "by dtype": result.loaded.dtype_bytes,
+        "Linear weights": result.loaded.linear_dtype_bytes,
+    }
+    shown = [(title, tuple(_held_figure(n, size) for n, size in sizes.items())) for title, sizes in tables.items() if sizes]
+    return tuple(shown)
+
+
+def _held_figure(name: str, size: int) -> Figure:
+    return known("", name, size, units.format_size(size))
+
+
+def _disturbances(result: Result) -> tuple[tuple[str, str], ...]:
+    """List which phases and which of the warm rounds others disturbed, and how."""
+    found, rounds = [], count(1)
+    for window in result.interference:
+        name = f"warm round {next(rounds)}" if window.phase == "warm" else window.phase
+        if window.why:
+            found.append((name, window.why))
+    return tuple(found)

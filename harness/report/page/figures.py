@@ -1,0 +1,279 @@
+"""Figures of a result as the page shows them: the stored number beside its text, or a dash and the reason for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import msgspec
+from markupsafe import Markup, escape
+
+from harness.core import units
+from harness.core.metrics import METRICS, format_metric
+from harness.core.records import Estimate, Outcome, Result, Span, TierEstimate, Verdict
+from harness.core.text import plural, visible
+from harness.report.page import charts
+
+DASH = "–"
+
+
+class Status(msgspec.Struct, frozen=True):
+    """How a case stands, in a word; `look` names its colour and its icon."""
+
+    word: str
+    look: str
+
+
+_ENDED: Mapping[Outcome, Status] = {
+    Outcome.OK: Status("works", "works"),
+    Outcome.OOM: Status("out of memory", "oom"),
+    Outcome.TIMEOUT: Status("timed out", "timeout"),
+    Outcome.CRASH: Status("crashed", "crash"),
+    Outcome.UNSUPPORTED: Status("not supported", "unsupported"),
+}
+_NOT_RUN: Mapping[Verdict, Status] = {
+    Verdict.TOO_BIG: Status("too big", "too-big"),
+    Verdict.INVALID: Status("cannot work", "invalid"),
+    Verdict.UNAVAILABLE: Status("not here", "unavailable"),
+}
+_SKIPPED = Status("skipped", "skipped")
+STATUSES = (*_ENDED.values(), *_NOT_RUN.values(), _SKIPPED)
+
+PLANNED: Mapping[Verdict, str] = {
+    Verdict.FITS: "fits",
+    Verdict.TIGHT: "tight",
+    Verdict.TOO_BIG: "too big",
+    Verdict.INVALID: "cannot work",
+    Verdict.UNAVAILABLE: "not here",
+    Verdict.UNKNOWN: "no estimate",
+}
+
+
+def ran(result: Result) -> bool:
+    """Tell whether a worker was started: a combination that cannot work is "unsupported" without having run."""
+    return result.outcome is not Outcome.SKIPPED and result.stage != "plan"
+
+
+def status(result: Result) -> Status:
+    """Say how a case ended, or why it was not run."""
+    return _ENDED[result.outcome] if ran(result) else _NOT_RUN.get(result.verdict, _SKIPPED)
+
+
+def faults(result: Result) -> list[str]:
+    """List the checks of what was loaded that found something wrong."""
+    return [said for said in result.checks.values() if said != "ok"]
+
+
+def surprise(result: Result) -> str:
+    """Say how the plan was wrong about memory; empty when it was not."""
+    if result.outcome is Outcome.OOM and result.verdict in (Verdict.FITS, Verdict.TIGHT):
+        return "false fit"
+    if result.outcome is Outcome.OK and result.verdict is Verdict.TOO_BIG:
+        return "false refusal"
+    return ""
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """One figure, which a template writes by its name; `key` is that of its metric, if it is one.
+
+    `value` is the stored number as text, empty when there is none; `why` then says why not.
+    """
+
+    key: str
+    label: str
+    text: str
+    value: str = ""
+    why: str = ""
+    noisy: str = ""
+    sampled: bool = False
+
+    @property
+    def number(self) -> float:
+        """The stored number; nan where there is none."""
+        return float(self.value or "nan")
+
+    def __html__(self) -> str:
+        if not self.value:
+            return f'<span class="none" title="{_attribute(self.why)}">{self.text}</span>'
+        doubts = f'<em class="doubt" title="{_attribute(self.noisy)}">noisy</em> ' if self.noisy else ""
+        if self.sampled:
+            doubts += '<em class="doubt" title="read at intervals: the true peak may be higher">sampled</em> '
+        key = f' data-key="{_attribute(self.key)}"' if self.key else ""
+        return f'{doubts}<data value="{self.value}"{key}>{self.text}</data>'
+
+
+def _attribute(text: str) -> str:
+    return escape(visible(text))
+
+
+def known(key: str, label: str, value: float, text: str) -> Figure:
+    """Make a figure of a number that is there."""
+    return Figure(key=key, label=label, text=text, value=str(int(value)) if float(value).is_integer() else repr(value))
+
+
+def metric(result: Result, key: str) -> Figure:
+    """Look up a metric of a result by its key; keys of another version are shown as bare numbers."""
+    label = METRICS[key].label if key in METRICS else key
+    value = result.metrics.get(key)
+    if value is None or not math.isfinite(value):
+        return Figure(key=key, label=label, text=DASH, why=_absent(result, key, value))
+    stored = known(key, label, value, format_metric(key, value) if key in METRICS else units.significant(value))
+    sampled = key in ("ram_peak_bytes", "load_ram_peak_bytes") and any(phase.sampled for phase in result.phases)
+    return msgspec.structs.replace(stored, noisy=result.noisy.get(key, ""), sampled=sampled)
+
+
+def _absent(result: Result, key: str, value: float | None) -> str:
+    if value is not None:
+        return f"not a number that can be shown: {value}"
+    if not ran(result):
+        return f"not run: {status(result).word}"
+    if result.outcome is not Outcome.OK:
+        return f"not measured: {status(result).word} during {result.stage}"
+    if "vram" in key and not result.machine.gpus:
+        return "this machine has no GPU"
+    if key in ("top1_agreement", "kl") and not (result.quality and result.quality.reference):
+        compared = result.quality and result.quality.verdict not in ("not compared", "not measured")
+        return "the others are compared with this case" if compared else "no reference to compare with"
+    return "not recorded in this run"
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """The peak of a case in one tier, against what a case may use there."""
+
+    tier: str
+    kind: str
+    peak: Figure
+    capacity: Figure | None
+    bar: Markup | None
+    share: float
+    predicted: bool = False
+
+    @property
+    def brief(self) -> Figure:
+        """The peak as it stands before "of" and the capacity: without its unit, if that is the same."""
+        number, _, unit = self.peak.text.partition(" ")
+        same = self.capacity is not None and self.capacity.text.partition(" ")[2] == unit
+        return msgspec.structs.replace(self.peak, text=number) if same else self.peak
+
+
+def memory(result: Result) -> Memory | None:
+    """Tell the peak that decides: VRAM where some was used, else RAM; what the plan expects where nothing ran."""
+    if result.metrics.get("vram_peak_bytes"):
+        return _measured(result, _fullest_gpu(result), "vram_peak_bytes")
+    if result.metrics.get("ram_peak_bytes"):
+        return _measured(result, "cpu", "ram_peak_bytes")
+    return None if ran(result) else _expected(result)
+
+
+def _measured(result: Result, tier: str, key: str) -> Memory | None:
+    peak, place = metric(result, key), result.machine.tier(tier)
+    if not peak.value:
+        return None
+    capacity = place.capacity_bytes if place else None
+    firm = result.metrics.get("ram_anon_peak_bytes") if tier == "cpu" else result.metrics[key]
+    return _memory(tier, peak, result.metrics[key], capacity, firm=firm)
+
+
+def _fullest_gpu(result: Result) -> str:
+    peaks = [(size, tier) for phase in result.phases for tier, size in phase.vram_peak_bytes.items()]
+    return max(peaks)[1] if peaks else next((gpu.name for gpu in result.machine.gpus), "gpu:0")
+
+
+def _expected(result: Result) -> Memory | None:
+    tiers = result.estimate.tiers.items() if result.estimate else ()
+    limited = [(needed(tier) / tier.capacity_bytes, name, tier) for name, tier in tiers if tier.capacity_bytes]
+    if not limited:
+        return None
+    _, name, tier = max(limited, key=lambda entry: entry[0])
+    peak = known("needed_bytes", "needs", needed(tier), units.format_size(needed(tier)))
+    return _memory(name, peak, needed(tier), tier.capacity_bytes, predicted=True)
+
+
+def needed(tier: TierEstimate) -> int:
+    """Return the most a case is expected to hold in a tier, while loading or while running."""
+    return max(tier.peak_bytes, tier.load_peak_bytes)
+
+
+def _memory(
+    tier: str, peak: Figure, size: float, capacity: int | None, *, firm: float | None = None, predicted: bool = False
+) -> Memory:
+    kind = {"cpu": "RAM", "disk": "disk"}.get(tier, "VRAM")
+    if not capacity:
+        return Memory(tier, kind, peak, None, None, 0.0, predicted)
+    limit = known("capacity_bytes", "capacity", capacity, units.format_size(capacity))
+    bar = charts.bar(size, capacity, firm=firm, predicted=predicted)
+    return Memory(tier, kind, peak, limit, bar, size / capacity, predicted)
+
+
+class Compared(msgspec.Struct, frozen=True):
+    """One row of a case's figures: measured, the spread of its samples, and predicted."""
+
+    figure: Figure
+    spread: str = ""
+    best: Figure | None = None
+    interval: str = ""
+
+
+# Shown with the reason when they are missing; the rest of METRICS only when there.
+_EXPECTED = frozenset(
+    {
+        "load_s",
+        "first_token_s",
+        "ready_s",
+        "prefill_tok_s",
+        "decode_tok_s",
+        "ram_peak_bytes",
+        "ram_anon_peak_bytes",
+        "vram_peak_bytes",
+        "perplexity",
+        "top1_agreement",
+        "kl",
+        "answers_correct",
+    }
+)
+
+
+def compared(result: Result) -> list[Compared]:
+    """List the figures of a case in the order of METRICS, each beside what was predicted of it."""
+    predicted = predictions(result.estimate) if result.estimate else {}
+    keys = [key for key in METRICS if key in result.metrics or key in predicted or (ran(result) and key in _EXPECTED)]
+    keys += sorted(key for key in result.metrics if key not in METRICS)
+    return [_compared(result, key, predicted.get(key)) for key in keys]
+
+
+def _compared(result: Result, key: str, span: Span | None) -> Compared:
+    show = _formatter(key)
+    asked = len(result.quality.answers) if key == "answers_correct" and result.quality else 0
+    samples = [value for value in result.samples.get(key, ()) if math.isfinite(value)]
+    spread = f"of {plural(asked, 'question')}" if asked else ""
+    spread = f"{show(min(samples))} to {show(max(samples))} in {plural(len(samples), 'sample')}" if len(samples) > 1 else spread
+    if span is None:
+        return Compared(figure=metric(result, key), spread=spread)
+    best = known("", "predicted", span.best, show(span.best))
+    interval = f"{show(span.low)} to {show(span.high)}" if span.low < span.high else ""
+    return Compared(figure=metric(result, key), spread=spread, best=best, interval=interval)
+
+
+def _formatter(key: str) -> Callable[[float], str]:
+    return (lambda value: format_metric(key, value)) if key in METRICS else units.significant
+
+
+def predictions(estimate: Estimate) -> dict[str, Span]:
+    """Lay what the plan expects beside the metrics that measure the same thing."""
+    found = {"load_s": estimate.load_s, "first_token_s": estimate.first_token_s, "decode_tok_s": estimate.decode_tok_s}
+    gpus = [tier for name, tier in estimate.tiers.items() if name not in ("cpu", "disk")]
+    if gpus:
+        fullest = max(gpus, key=lambda tier: tier.peak_bytes)
+        found["vram_peak_bytes"] = _exactly(fullest.allocated_bytes)
+        found["vram_process_peak_bytes"] = Span(low=fullest.low_bytes, best=fullest.peak_bytes, high=fullest.high_bytes)
+        found["load_vram_peak_bytes"] = _exactly(fullest.load_peak_bytes)
+    if ram := estimate.tiers.get("cpu"):
+        found["ram_peak_bytes"] = Span(low=ram.low_bytes, best=ram.peak_bytes, high=ram.high_bytes)
+        found["load_ram_peak_bytes"] = _exactly(ram.load_peak_bytes)
+    if (disk := estimate.tiers.get("disk")) and disk.weights_bytes:
+        found["disk_bytes"] = _exactly(disk.weights_bytes)
+    return {key: span for key, span in found.items() if math.isfinite(span.best)}
+
+
+def _exactly(size: int) -> Span:
+    return Span(low=size, best=size, high=size)

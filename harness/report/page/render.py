@@ -1,0 +1,198 @@
+"""Results as one HTML page: a single file that loads nothing, readable without scripts."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import psutil
+from markupsafe import Markup
+
+from harness.core import units
+from harness.core.errors import StoreError
+from harness.core.metrics import METRICS
+from harness.core.records import Result
+from harness.core.redact import clean_text
+from harness.core.text import line, plural, visible
+from harness.report.page import charts, language, view
+from harness.report.page.details import details
+from harness.report.page.figures import surprise
+from harness.report.page.overview import overview
+
+_TEMPLATES = Path(__file__).parents[1] / "templates"
+PAGE_SCRIPTS = ("language.js", "page.js")
+# All charts of a page share this many points, so that a page of 500 cases stays small.
+_POINTS_OF_A_PAGE = 24_000
+_FEWEST_POINTS = 24
+# The details of more cases than these are packed: they are most of a page, and hardly any of them is read.
+_MOST_UNPACKED = 60
+_BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page says of itself: how much was measured, how often the plan was wrong, what was set aside."""
+
+    shown: int
+    read: int
+    runs: int
+    newest: str
+    false_fits: int
+    false_refusals: int
+    noisy: int
+    problems: tuple[str, ...]
+
+
+def render(
+    results: Sequence[Result],
+    *,
+    title: str | None = None,
+    problems: Sequence[str] = (),
+    above: Markup | None = None,
+    below: Markup | None = None,
+    styles: Sequence[str] = (),
+    most_points: int = charts.POINTS,
+) -> str:
+    """Render results as one page.
+
+    Args:
+        results: in the order of the file; the last one of a case counts.
+        title: the page's title; by default the model and the machine.
+        problems: what could not be read from the store, one sentence each.
+        above, below: what a site puts around it, and `styles` the files of its style.
+        most_points: of a line in a chart; a page of many cases has fewer.
+    """
+    points = min(most_points, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
+    found = view.blocks(results)
+    facts = _facts(results, problems)
+    measured = {key for result in results for key in result.metrics}
+    return template("page.html.j2", *styles).render(
+        title=title or _title(found),
+        named=title,
+        blocks=found,
+        details=functools.partial(details, points=points),
+        choices=view.choices(found),
+        packed=facts.shown > _MOST_UNPACKED,
+        how=[(key, entry) for key, entry in METRICS.items() if key in measured],
+        facts=facts,
+        above=above,
+        below=below,
+    )
+
+
+def most_bytes(cases: int, stored_bytes: int) -> int:
+    """Return what a page takes at most with so many more cases in a store of so many bytes: style, script, and both of these."""
+    return _BARE_BYTES + _CASE_BYTES * cases + 2 * stored_bytes
+
+
+def write(path: Path, text: str, what: str = "the page", option: str = "--html") -> None:
+    """Write a page, or `what` else, whole or not at all, making its folder if need be; `option` is that which names the place.
+
+    Raises:
+        StoreError: the file cannot be written there.
+    """
+    draft = path.parent / f".{path.name}.{os.getpid()}"  # the name may be empty, as that of . is
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_dead_drafts(path)
+        draft.write_text(text, encoding="utf-8", newline="")
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise StoreError(path, f"{what} cannot be written: {error.strerror}. Give another file with {option}") from error
+
+
+def _drop_dead_drafts(path: Path) -> None:
+    """Remove drafts whose writers were killed."""
+    for draft in path.parent.glob(f".{path.name}.*"):
+        pid = draft.name.rpartition(".")[2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            draft.unlink(missing_ok=True)
+
+
+def _title(found: Sequence[view.Block]) -> str:
+    return f"{found[0].model} on {found[0].machine.name}" if len(found) == 1 else "What fits where"
+
+
+def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
+    shown = view.newest(results)
+    surprises = [surprise(result) for result in shown]
+    return Facts(
+        shown=len(shown),
+        read=len(results),
+        runs=len({result.run for result in results}),
+        newest=max((result.at for result in results), default=""),
+        false_fits=surprises.count("false fit"),
+        false_refusals=surprises.count("false refusal"),
+        noisy=sum(len(result.noisy) for result in shown),
+        problems=tuple(clean_text(problem) for problem in problems),
+    )
+
+
+@functools.cache
+def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS) -> jinja2.Template:
+    """Return one of our templates, all of which share their parts, their style and how they write text.
+
+    `styles` are files that add to the style, and `scripts` are all that may run.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters.update(
+        clip=_clip,
+        pack=_pack,
+        plural=plural,
+        size=units.format_size,
+        count=units.format_count,
+        share=units.format_share,
+    )
+    # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
+    style = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", *styles))
+    code = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in scripts)
+    environment.globals |= {
+        "style_css": Markup(style),
+        "page_js": Markup(code),
+        "chinese": language.block(language.CHINESE),
+        "policy": _policy(style, code),
+        "overview": overview,
+    }
+    return environment.get_template(name)
+
+
+def _pack(html: str) -> Markup:
+    """Deflate a part of the page for a block of data that the script unpacks; base64 has no letter that ends the block."""
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return Markup(base64.b64encode(deflate.compress(html.encode()) + deflate.flush()).decode())
+
+
+def _policy(style: str, script: str) -> str:
+    """Write the Content-Security-Policy that allows this style and this script, by their hashes, and the empty icon alone."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    sources = (
+        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    return sources.format(*hashes)
+
+
+def _clip(text: str, most: int = 120) -> str:
+    """Write a name on one line that has an end."""
+    return line(text, most)
+
+
+def _shown(value: object) -> object:
+    """Spell out what cannot be seen in every text that a template writes."""
+    return visible(value) if type(value) is str else value

@@ -1,0 +1,400 @@
+"""What the page says, decided before it is laid out: blocks, matrices, cells, the recommendation."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import msgspec
+
+from harness.catalog.resolve import history
+from harness.core import units
+from harness.core.placements import PLACEMENTS
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Case, Machine, Outcome, Result, Tier, Workload
+from harness.core.text import plural
+from harness.report.page.figures import (
+    DASH,
+    PLANNED,
+    STATUSES,
+    Figure,
+    Memory,
+    Status,
+    faults,
+    known,
+    memory,
+    metric,
+    ran,
+    status,
+    surprise,
+)
+
+# What a disturbance may take from a speed that is not slower.
+_AS_FAST = 0.85
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """One case in the matrix. `anchor` leads to its details."""
+
+    result: Result
+    anchor: str
+    status: Status
+    memory: Memory | None
+    ready: Figure
+    speed: Figure
+    quality: str
+    planned: str
+    surprise: str
+    faults: tuple[str, ...]
+    ran: bool
+    best: bool = False
+
+
+class Heading(msgspec.Struct, frozen=True):
+    """The head of a row or a column: the name to type and what it means, and of a column the limits it is held to."""
+
+    name: str
+    title: str
+    limits: str = ""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Placements that nothing here can use, in one line."""
+
+    text: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Precision by placement for one workload; a cell is None where there is no result.
+
+    `groups` are the placements, each with the number of its columns: more than one where it was held to several limits.
+    """
+
+    caption: str
+    columns: tuple[Heading, ...]
+    groups: tuple[tuple[Heading, int], ...]
+    rows: tuple[tuple[Heading, tuple[Cell | None, ...]], ...]
+    folds: tuple[Fold, ...]
+    counts: tuple[tuple[Status, int], ...]
+    best: Cell | None
+    best_title: str
+    least: Cell | None
+    nearest: Cell | None
+    too_big: int
+    sentence: str
+
+    @property
+    def limited(self) -> bool:
+        """Whether a column is held to limits."""
+        return any(column.limits for column in self.columns)
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells that are shown, row by row."""
+        return tuple(cell for _, row in self.rows for cell in row if cell)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tier of a machine as the page shows it."""
+
+    name: str
+    model: str
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One model on one machine, with its own weights or synthetic ones; the first matrix is of the workload with the most cases.
+
+    `history` is what became of the model since 2023, empty for most.
+    """
+
+    anchor: str
+    model: str
+    machine: Machine
+    matrices: tuple[Matrix, ...]
+    tiers: tuple[Place, ...]
+    facts: tuple[tuple[str, str], ...]
+    synthetic: bool
+    history: str
+
+
+def newest(results: Iterable[Result]) -> list[Result]:
+    """Keep the last result of every case on every machine, by what its weights were, in file order.
+
+    What a case showed stands against a later plan that was not run (one run with --run-all, the next without), unless the versions
+    have changed: then the plan may know better.
+    """
+    kept: dict[tuple[str, Case, str], Result] = {}
+    for result in results:
+        key = (result.machine.name, result.case, result.weights)
+        earlier = kept.get(key)
+        if earlier and ran(earlier) and not ran(result) and earlier.environment == result.environment:
+            continue
+        kept.pop(key, None)
+        kept[key] = result
+    return list(kept.values())
+
+
+def recommend(results: Iterable[Result]) -> Result | None:
+    """Pick the fastest case that works soundly, else the fastest with degraded answers or a failed check; never a broken one.
+
+    Of those that are as fast but for what noise may hide, one that nobody disturbed.
+    """
+    usable = [result for result in results if result.outcome is Outcome.OK and _quality(result) != "broken"]
+    found = [result for result in usable if is_sound(result)] or usable
+    fastest = max((_speed(result) for result in found), default=0.0)
+    near = [result for result in found if _speed(result) >= _AS_FAST * fastest]
+    return max(near, key=lambda result: ("decode_tok_s" not in result.noisy, _speed(result)), default=None)
+
+
+def _speed(result: Result) -> float:
+    return result.metrics.get("decode_tok_s", 0.0)
+
+
+def is_sound(result: Result) -> bool:
+    return result.outcome is Outcome.OK and _quality(result) not in ("degraded", "broken") and not faults(result)
+
+
+def blocks(results: Sequence[Result]) -> list[Block]:
+    """Arrange results as one block per machine, model and kind of weights, in the order of their first appearance in the file."""
+    by_place: dict[tuple[str, str, str], list[Result]] = {_place_of(result): [] for result in results}
+    for result in newest(results):
+        by_place[_place_of(result)].append(result)
+    anchors = Anchors()
+    return [_block(found, anchors) for found in by_place.values()]
+
+
+def _place_of(result: Result) -> tuple[str, str, str]:
+    return result.machine.name, result.case.model, result.weights
+
+
+class Choices(msgspec.Struct, frozen=True):
+    """What the cases of a page can be filtered by, in the order of the tables; `outcomes` are all that occur."""
+
+    models: tuple[str, ...]
+    precisions: tuple[str, ...]
+    placements: tuple[str, ...]
+    outcomes: tuple[Status, ...]
+
+
+def choices(found: Sequence[Block]) -> Choices:
+    """List what occurs in blocks."""
+    matrices = [matrix for block in found for matrix in block.matrices]
+    cells = [cell for matrix in matrices for cell in (*matrix.cells, *(c for fold in matrix.folds for c in fold.cells))]
+    looks = {cell.status.look for cell in cells}
+    return Choices(
+        models=tuple(dict.fromkeys(block.model for block in found)),
+        precisions=tuple(ordered({cell.result.case.precision for cell in cells}, PRECISIONS)),
+        placements=tuple(ordered({cell.result.case.placement for cell in cells}, PLACEMENTS)),
+        outcomes=tuple(entry for entry in STATUSES if entry.look in looks),
+    )
+
+
+class Anchors:
+    """Hands out fragment names: plain letters only, and never the same twice."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, int] = {}
+
+    def give(self, name: str) -> str:
+        plain = re.sub(r"[^A-Za-z0-9_.+-]+", "-", name)[:120]
+        self._given[plain] = count = self._given.get(plain, 0) + 1
+        return plain if count == 1 else f"{plain}~{count}"
+
+
+def _block(results: Sequence[Result], anchors: Anchors) -> Block:
+    last = results[-1]
+    anchor = anchors.give(f"block-{last.case.model}-{last.machine.name}")
+    cells = [_cell(result, anchors.give(f"case-{result.case.id}")) for result in results]
+    by_workload: dict[Workload, list[Cell]] = {}
+    for cell in cells:
+        by_workload.setdefault(cell.result.case.workload, []).append(cell)
+    largest_first = sorted(by_workload.items(), key=lambda item: -len(item[1]))
+    return Block(
+        anchor=anchor,
+        model=last.case.model,
+        machine=last.machine,
+        matrices=tuple(_matrix(workload, found) for workload, found in largest_first),
+        tiers=tuple(_place(tier) for tier in last.machine.tiers),
+        facts=(*_facts(last.machine), *_versions(results)),
+        synthetic=last.weights == "synthetic",
+        history=history(last.case.model),
+    )
+
+
+def _cell(result: Result, anchor: str) -> Cell:
+    return Cell(
+        result=result,
+        anchor=anchor,
+        status=status(result),
+        memory=memory(result),
+        ready=metric(result, "ready_s"),
+        speed=metric(result, "decode_tok_s"),
+        quality=_quality(result).replace("_", " "),
+        planned=PLANNED[result.verdict],
+        surprise=surprise(result),
+        faults=tuple(faults(result)),
+        ran=ran(result),
+    )
+
+
+def _quality(result: Result) -> str:
+    return result.quality.verdict if result.quality else ""
+
+
+def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
+    best = recommend(cell.result for cell in cells)
+    placed = {(cell.result.case.precision, cell.result.case.place): _marked(cell, best) for cell in cells}
+    rows = ordered({row for row, _ in placed}, PRECISIONS)
+    columns = _columns([cell.result.case for cell in cells])
+    limits = {cell.result.case.place: _limits(cell.result.case) for cell in cells}
+    folded = [name for name in columns if _all_unavailable(cell for (_, at), cell in placed.items() if at == name)]
+    shown = [name for name in columns if name not in folded]
+    heads = [Heading(columns[name], _placement_title(columns[name]), limits[name]) for name in shown]
+    used = [row for row in rows if any((row, name) in placed for name in shown)]
+    marked = list(placed.values())
+    chosen = next((cell for cell in marked if cell.best), None)
+    return Matrix(
+        caption=_caption(workload),
+        columns=tuple(heads),
+        groups=tuple((next(same), 1 + sum(1 for _ in same)) for _, same in groupby(heads, key=lambda head: head.name)),
+        rows=tuple((_row_heading(row), tuple(placed.get((row, name)) for name in shown)) for row in used),
+        folds=tuple(_folds({name: columns[name] for name in folded}, placed)),
+        counts=_counts(marked),
+        best=chosen,
+        best_title=_placement_title(chosen.result.case.placement) if chosen else "",
+        least=_least(marked, chosen),
+        nearest=_nearest(marked),
+        too_big=sum(cell.status.look in ("too-big", "oom") for cell in marked),
+        sentence=_sentence(marked),
+    )
+
+
+def _marked(cell: Cell, best: Result | None) -> Cell:
+    return msgspec.structs.replace(cell, best=True) if cell.result is best else cell
+
+
+def _columns(cases: Iterable[Case]) -> dict[str, str]:
+    """Return the columns, each a placement under its limits, and their placements: in the table's order, smaller limits first."""
+    by_size = sorted(cases, key=lambda case: (case.vram_bytes or math.inf, case.ram_bytes or math.inf))
+    order = ordered({case.placement for case in by_size}, PLACEMENTS)
+    return {case.place: case.placement for placement in order for case in by_size if case.placement == placement}
+
+
+def _limits(case: Case) -> str:
+    sizes = ((case.vram_bytes, "VRAM"), (case.ram_bytes, "RAM"))
+    return ", ".join(f"{_spaced(units.exact_size(size))} {kind}" for size, kind in sizes if size is not None)
+
+
+def _spaced(size: str) -> str:
+    """Write "8GiB" as "8 GiB"."""
+    return re.sub(r"(?<=\d)(?=[A-Z])", " ", size)
+
+
+def ordered(names: set[str], table: Mapping[str, object]) -> list[str]:
+    """Put names in the order of their table, unknown ones last."""
+    return [name for name in table if name in names] + sorted(names - table.keys())
+
+
+def _placement_title(name: str) -> str:
+    return PLACEMENTS[name].title if name in PLACEMENTS else ""
+
+
+def _row_heading(name: str) -> Heading:
+    return Heading(name, PRECISIONS[name].title if name in PRECISIONS else "")
+
+
+def _caption(workload: Workload) -> str:
+    return (
+        f"{plural(workload.prompt_tokens, 'token')} in, {workload.new_tokens:,} out, batch {workload.batch}, "
+        f"{plural(workload.repeats, 'warm round')}"
+    )
+
+
+def _all_unavailable(cells: Iterable[Cell]) -> bool:
+    """Tell whether nothing of a column can be had here; what could not work anywhere does not keep it open."""
+    looks = {cell.status.look for cell in cells}
+    return "unavailable" in looks and looks <= {"unavailable", "invalid"}
+
+
+def _folds(names: Mapping[str, str], placed: Mapping[tuple[str, str], Cell]) -> Iterable[Fold]:
+    by_reason: dict[str, list[str]] = {}
+    for name, placement in names.items():
+        no_gpu = placement in PLACEMENTS and PLACEMENTS[placement].needs_gpu
+        no_gpu = no_gpu and not any(cell.result.machine.gpus for (_, at), cell in placed.items() if at == name)
+        by_reason.setdefault("a GPU" if no_gpu else "", []).append(name)
+    for reason, group in by_reason.items():
+        verb = ("needs a GPU" if len(group) == 1 else "need a GPU") if reason else "cannot be had here"
+        cells = [placed[row, at] for at in group for row in ordered({r for r, c in placed if c == at}, PRECISIONS)]
+        yield Fold(f"{plural(len(group), 'placement')} {verb}: {', '.join(group)}", tuple(cells))
+
+
+def _counts(cells: Sequence[Cell]) -> tuple[tuple[Status, int], ...]:
+    found = [(entry, sum(cell.status == entry for cell in cells)) for entry in STATUSES]
+    return tuple((entry, count) for entry, count in found if count)
+
+
+def _least(cells: Sequence[Cell], best: Cell | None) -> Cell | None:
+    """Find the sound case that takes clearly less of the same memory than the best one."""
+    if not best or not best.memory:
+        return None
+    limit, kind = float(best.memory.peak.value) * 0.9, best.memory.kind
+    sound = [cell for cell in cells if is_sound(cell.result)]
+    smaller = [(float(c.memory.peak.value), c) for c in sound if c.memory and c.memory.kind == kind]
+    return min((pair for pair in smaller if pair[0] < limit), key=lambda pair: pair[0], default=(0.0, None))[1]
+
+
+def _nearest(cells: Sequence[Cell]) -> Cell | None:
+    short = [cell for cell in cells if cell.status.look == "too-big" and cell.memory and cell.memory.capacity]
+    return min(short, key=lambda cell: cell.memory.share if cell.memory else 0.0, default=None)
+
+
+def _sentence(cells: Sequence[Cell]) -> str:
+    """Say in words that nothing can be recommended, and how the cases ended."""
+    broken = sum(cell.status.look == "works" for cell in cells)
+    if broken:
+        return f"{plural(broken, 'case')} can be loaded here, but the answers are broken."
+    ends = [f"{count:,} {entry.word}" for entry, count in _counts(cells)]
+    return f"None of the {plural(len(cells), 'case')} works here: {', '.join(ends)}."
+
+
+def _place(tier: Tier) -> Place:
+    speed = None if tier.bytes_per_s is None else f"{units.format_size(tier.bytes_per_s)}/s"
+    figures = (
+        _size("total", tier.total_bytes, "not known"),
+        _size("free", tier.free_bytes, "not known"),
+        _size("limit", tier.limit_bytes, "no limit is set"),
+        known("", "speed", tier.bytes_per_s, speed) if tier.bytes_per_s and speed else _none("not known"),
+    )
+    return Place(tier.name, tier.model or "", figures)
+
+
+def _size(label: str, size: int | None, why: str) -> Figure:
+    return _none(why) if size is None else known("", label, size, units.format_size(size))
+
+
+def _none(why: str) -> Figure:
+    return Figure(key="", label="", text=DASH, why=why)
+
+
+def _facts(machine: Machine) -> tuple[tuple[str, str], ...]:
+    cores = None if machine.cores is None else str(machine.cores)
+    facts = {"CPU": machine.cpu, "cores": cores, "system": machine.system, "driver": machine.driver}
+    return tuple((name, value) for name, value in facts.items() if value)
+
+
+def _versions(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:
+    """List the environment of a block, newest value first where runs differ."""
+    found: dict[str, dict[str, None]] = {}
+    for result in reversed(results):
+        for name, value in result.environment.items():
+            found.setdefault(name, {})[value] = None
+    return tuple((name, ", ".join(values)) for name, values in found.items())

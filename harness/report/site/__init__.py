@@ -1,0 +1,1 @@
+"""The site over the results of many machines."""

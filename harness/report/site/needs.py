@@ -1,0 +1,122 @@
+"""Which card a model needs: what its weights were seen to take of one, and what that says of cards nobody tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from harness.core import units
+from harness.core.placements import PLACEMENTS
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Result
+from harness.core.units import GIB
+from harness.machine.gpus import reserve
+from harness.report.page import view
+from harness.report.page.figures import Figure, known, needed
+from harness.report.site.rows import Card, Row, best, grouped
+
+# What cards are sold with.
+DEFAULTS = tuple(size * GIB for size in (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192))
+# Cards of one size as it is sold differ by so much: those of 80 GB have 79.1 to 80 GiB.
+_ALIKE = 0.03
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one way of holding a whole model on one card takes of it; `card` is the smallest usual one that has as much.
+
+    `row` is the result it rests on: measured there, or `planned` where none worked. `basis` says how it is known.
+    """
+
+    precision: str
+    placement: str
+    figure: Figure
+    card: int | None
+    row: Row
+    planned: bool
+    basis: str
+
+    @property
+    def bytes(self) -> float:
+        return float(self.figure.value)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A size of card and the best way that it runs a model, measured there (`row`) or predicted from another card (`need`)."""
+
+    size: int
+    label: str
+    row: Row | None = None
+    need: Need | None = None
+    tried: int = 0
+
+
+def needs_of(rows: Iterable[Row]) -> tuple[Need, ...]:
+    """Find what each precision takes of one card that holds all of it: the most that any worked with, else the newest plan's."""
+    whole = [row for row in rows if row.card and row.card.count == 1 and _is_whole(row.result)]
+    found = grouped(whole, lambda row: row.result.case.precision)
+    return tuple(
+        need for name in view.ordered(set(found), PRECISIONS) if (need := _measured_need(found[name]) or _planned_need(found[name]))
+    )
+
+
+def _is_whole(result: Result) -> bool:
+    """Tell whether all weights were to lie on the GPU, so that its peak is what they take and not what there was."""
+    placement = PLACEMENTS.get(result.case.placement)
+    return placement is not None and placement.devices == ("gpu",) and not placement.parallel
+
+
+def _measured_need(rows: Iterable[Row]) -> Need | None:
+    peaks = [(row, *_peak(row)) for row in rows if row.works and row.kind == "VRAM" and row.takes]
+    if not peaks:
+        return None
+    row, size, basis = max(peaks, key=lambda peak: peak[1])
+    return _need(row, size, planned=False, basis=basis)
+
+
+def _peak(row: Row) -> tuple[float, str]:
+    """Return what a process took of the card: as measured, or torch's figure and what the plan allows for the context."""
+    size = float(row.takes.value) if row.takes else 0.0
+    if "vram_process_peak_bytes" in row.result.metrics:
+        return size, "measured"
+    tiers = row.result.estimate.tiers if row.result.estimate else {}
+    more = max((tier.overhead_bytes for name, tier in tiers.items() if name not in ("cpu", "disk")), default=0)
+    return size + more, f"measured by torch, and {units.format_size(more)} for CUDA itself" if more else "measured by torch alone"
+
+
+def _planned_need(rows: Sequence[Row]) -> Need | None:
+    for row in reversed(rows):
+        tiers = row.result.estimate.tiers if row.result.estimate else {}
+        sizes = [needed(tier) for name, tier in tiers.items() if name not in ("cpu", "disk")]
+        if most := max(sizes, default=0):
+            return _need(row, most, planned=True, basis="predicted by the plan")
+    return None
+
+
+def _need(row: Row, size: float, *, planned: bool, basis: str) -> Need:
+    case, figure = row.result.case, known("", "VRAM", int(size), units.format_size(size))
+    holds = next((usual for usual in DEFAULTS if usual - reserve(usual) >= size), None)
+    return Need(case.precision, case.placement, figure, holds, row, planned, basis)
+
+
+def rungs_of(rows: Iterable[Row], needs: Sequence[Need]) -> Iterable[Rung]:
+    """List sizes of cards, smallest first: those that something was measured on, and the usual ones that a way would first fit."""
+    on_cards = [row for row in rows if row.card and row.card.count == 1 and row.card.size]
+    measured = grouped(on_cards, lambda row: round((row.card.size if row.card else 0) / GIB, 1))
+    sizes = {size: int(size * GIB) for size in measured}
+    usual = {need.card for need in needs if need.card and not any(abs(need.card / GIB - size) < _ALIKE * size for size in measured)}
+    sizes |= {size / GIB: size for size in usual}
+    for size in sorted(sizes):
+        if size in measured:
+            found = measured[size]
+            yield Rung(sizes[size], f"{size:g} GiB", row=best(found) or found[-1], tried=len(found))
+        else:
+            fitting = [need for need in needs if need.card and need.card <= sizes[size]]
+            yield Rung(sizes[size], f"{size:g} GiB", need=max(fitting, key=lambda need: need.bytes))
+
+
+def fitting(needs: Iterable[Need], card: Card) -> Need | None:
+    """Find the way that takes most of a card and still fits: the least compromise, where nothing was measured on it."""
+    room = card.size if card.emulated else card.size - reserve(card.size)
+    return max((need for need in needs if need.bytes <= room), key=lambda need: need.bytes, default=None)

@@ -1,0 +1,186 @@
+"""Results as lines of the tables of a site, with the pages that their model, machine and card have."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from harness.core import units
+from harness.core.placements import PLACEMENTS
+from harness.core.records import Outcome, Result
+from harness.core.units import GIB
+from harness.report.page import view
+from harness.report.page.figures import Figure, Memory, Status, memory, metric, status
+from harness.results.audit import PublishedResult, identity
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+_SLUG = 60
+# Names that Windows keeps for devices, whatever stands behind a dot.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
+_HASHED = re.compile(r".*-[0-9a-f]{8}")
+
+
+def slug(name: str, key: str | None = None) -> str:
+    """Return the name of a file for anything called `name`: a few lower-case letters, and a hash unless they are all of the name.
+
+    The same name has the same file in every site, and no two have one on a file system that knows no case. A `key` tells
+    things of one name apart.
+    """
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    plain = re.sub(r"[^a-z0-9.]+|\.{2,}", "-", plain)[:_SLUG].strip("-.")
+    if plain and key is None and plain == name and not _DEVICES.fullmatch(plain) and not _HASHED.fullmatch(plain):
+        return plain
+    told = hashlib.sha256((key if key is not None else name).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{plain}-{told}" if plain and not _DEVICES.fullmatch(plain) else f"x-{plain}-{told}".replace("--", "-")
+
+
+def gib(size: int) -> str:
+    """Write the size of a card as it is sold or was given: "8 GiB", "7.5 GiB"."""
+    exact = f"{size / GIB:.6g}"
+    return f"{exact} GiB" if float(exact) * GIB == size else units.exact_size(size)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Something that has a page: its name and the page, seen from the root of the site."""
+
+    name: str
+    page: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What memory a case had on which card: all of it, or as much as --vram allowed. `count` of them were there."""
+
+    model: str
+    size: int
+    emulated: bool = False
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        if self.emulated:
+            return f"{gib(self.size)}, emulated on {self.model}"
+        return f"{f'{self.count} × ' if self.count > 1 else ''}{self.model}, {units.format_size(self.size)}"
+
+    @property
+    def link(self) -> Link:
+        return Link(self.name, f"cards/{slug(self.name)}.html")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result as a line of a table. `raw` is its own file, seen from the root of the site.
+
+    `takes` is what its process took of a card or, without one, of the RAM, `kind` which of them; None where nothing was measured.
+    """
+
+    entry: PublishedResult
+    model: Link
+    machine: Link
+    card: Card | None
+    status: Status
+    memory: Memory | None
+    takes: Figure | None
+    kind: str
+    ready: Figure
+    speed: Figure
+    quality: str
+    raw: str
+
+    @property
+    def result(self) -> Result:
+        return self.entry.result
+
+    @property
+    def works(self) -> bool:
+        return self.result.outcome is Outcome.OK
+
+    @property
+    def way(self) -> str:
+        """The precision and where the weights go, without an emulated card, which is named apart."""
+        return f"{self.result.case.precision}, {self.result.case.placement}"
+
+
+def rows_of(entries: Sequence[PublishedResult]) -> list[Row]:
+    """Return a line for each result, in their order."""
+    machines = _machine_links(entries)
+    return [_row(entry, machines) for entry in entries]
+
+
+def _machine_links(entries: Iterable[PublishedResult]) -> dict[str, Link]:
+    found = {identity(entry.result.machine): entry.result.machine for entry in entries}
+    return {
+        key: Link(
+            machine.name,
+            f"machines/{slug(machine.name, key)}.html",
+            ", ".join(filter(None, [machine.cpu, units.format_count(machine.cores) + " cores" if machine.cores else None])),
+        )
+        for key, machine in found.items()
+    }
+
+
+def _row(entry: PublishedResult, machines: Mapping[str, Link]) -> Row:
+    result, card = entry.result, card_of(entry.result)
+    found = memory(result)
+    vram = max(
+        (metric(result, key) for key in ("vram_peak_bytes", "vram_process_peak_bytes")), key=lambda one: float(one.value or 0)
+    )
+    measured = found.peak if found and not found.predicted else None
+    return Row(
+        entry=entry,
+        model=Link(result.case.model, f"models/{slug(result.case.model)}.html"),
+        machine=machines[identity(result.machine)],
+        card=card,
+        status=status(result),
+        memory=found,
+        takes=vram if vram.value else measured,
+        kind="VRAM" if vram.value else found.kind if found else "",
+        ready=metric(result, "ready_s"),
+        speed=metric(result, "decode_tok_s"),
+        quality=result.quality.verdict.replace("_", " ") if result.quality else "",
+        raw=f"raw/{entry.digest}.json",
+    )
+
+
+def card_of(result: Result) -> Card | None:
+    """Return the card that a case had, None where it had none or was not to use it."""
+    gpus, placement = result.machine.gpus, PLACEMENTS.get(result.case.placement)
+    if not gpus or (placement and "gpu" not in placement.devices):
+        return None
+    first = gpus[0]
+    model = first.model or "a card without a name"
+    if result.case.vram_bytes is not None:
+        return Card(model, result.case.vram_bytes, emulated=True, count=len(gpus))
+    return Card(model, first.total_bytes or 0, count=sum(gpu.model == first.model for gpu in gpus))
+
+
+def current(rows: Sequence[Row]) -> list[Row]:
+    """Keep the newest result of each case on each machine, as its page does."""
+    kept: list[Row] = []
+    for found in grouped(rows, lambda row: row.machine.page).values():
+        shown = {id(result) for result in view.newest(row.result for row in found)}
+        kept += [row for row in found if id(row.result) in shown]
+    return kept
+
+
+def best(rows: Iterable[Row]) -> Row | None:
+    """Pick the row that the page of a machine would recommend."""
+    found = {id(row.result): row for row in rows}
+    chosen = view.recommend(row.result for row in found.values())
+    return found[id(chosen)] if chosen else None
+
+
+def grouped(things: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Gather things by a key, in the order of their first appearance."""
+    found: dict[K, list[T]] = {}
+    for thing in things:
+        found.setdefault(key(thing), []).append(thing)
+    return found

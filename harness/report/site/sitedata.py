@@ -1,0 +1,114 @@
+"""What a site tells programs: the plain forms of its pages, which lie beside them as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from harness.core.records import to_builtins
+from harness.report.site.atlas import Model, OnCard, Tally
+from harness.report.site.needs import Need, Rung
+from harness.report.site.rows import Link, Row
+from harness.report.site.trends import Trend
+from harness.results.audit import Joined
+
+Plain = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Writes plain forms for one page; `up` leads from it to the root of the site, for the links `page` and `raw`."""
+
+    up: str
+
+    def link(self, link: Link) -> Plain:
+        return {"name": link.name, "page": self.up + link.page}
+
+    def result(self, row: Row) -> Plain:
+        """Return what is known of one result, but for what only its raw file holds."""
+        result = row.result
+        return {
+            "id": result.id,
+            "case": to_builtins(result.case),
+            "weights": result.weights,
+            "machine": self.link(row.machine),
+            "model": self.link(row.model),
+            "run": result.run,
+            "at": result.at,
+            "verdict": result.verdict.value,
+            "outcome": result.outcome.value,
+            "stage": result.stage,
+            "why": result.why,
+            "metrics": result.metrics,
+            "noisy": result.noisy,
+            "answers": row.quality or None,
+            "environment": result.environment,
+            "raw": self.up + row.raw,
+        }
+
+    def brief(self, row: Row | None) -> Plain | None:
+        """Return the figures of a result and name the rest of it."""
+        if row is None:
+            return None
+        result = row.result
+        return {"id": result.id, "machine": self.link(row.machine), "metrics": result.metrics, "raw": self.up + row.raw}
+
+    def tally(self, tally: Tally) -> Plain:
+        return {**self.link(tally.link), "best": self.brief(tally.best), "cases": len(tally.rows), "works": tally.works}
+
+    def machine_line(self, tally: Tally) -> Plain:
+        return {**self.tally(tally), "newest": tally.newest}
+
+    def need(self, need: Need | None) -> Plain | None:
+        if need is None:
+            return None
+        told = {"precision": need.precision, "placement": need.placement, "vram_bytes": int(need.bytes), "card_bytes": need.card}
+        return {**told, "measured": not need.planned, "basis": need.basis, "raw": self.up + need.row.raw}
+
+    def rung(self, rung: Rung) -> Plain:
+        known = {"card_bytes": rung.size, "measured": rung.row is not None, "works": rung.row.works if rung.row else True}
+        return {**known, "result": self.brief(rung.row), "predicted": self.need(rung.need)}
+
+    def trend(self, trend: Trend) -> Plain:
+        versions = [
+            {"changed": list(one.changed), "at": one.row.result.at, **(self.brief(one.row) or {})} for one in trend.versions
+        ]
+        machine = self.link(trend.row.machine)
+        return {"id": trend.row.result.id, "machine": machine, "change": trend.change, "versions": versions}
+
+    def model_line(self, model: Model) -> Plain:
+        smallest = model.smallest
+        return {
+            **self.link(model.link),
+            "smallest_card_bytes": smallest.size if smallest else None,
+            "best": self.brief(model.best),
+            "machines": len(model.machines),
+            "cases": len(model.rows),
+            "works": model.works,
+        }
+
+    def model(self, model: Model) -> Plain:
+        return {
+            "model": model.link.name,
+            "workload": to_builtins(model.workload),
+            "cards": [self.rung(rung) for rung in model.rungs],
+            "needs": [self.need(need) for need in model.needs],
+            "machines": [self.tally(tally) for tally in model.machines],
+            "trends": [self.trend(trend) for trend in model.trends],
+            "results": [self.result(row) for row in model.rows],
+        }
+
+    def card_line(self, on: OnCard) -> Plain:
+        card = on.card
+        told = {"card": card.model, "bytes": card.size, "emulated": card.emulated, "count": card.count}
+        return {**self.link(on.link), **told, "tried": len(on.tried), "works": on.works, "predicted": len(on.predicted)}
+
+    def card(self, on: OnCard) -> Plain:
+        models = [{**self.tally(tally), "predicted": self.need(tally.need)} for tally in on.models]
+        return {**self.card_line(on), "machines": [self.link(link) for link in on.machines], "models": models}
+
+
+def of_sources(joined: Joined) -> Plain:
+    """Return what is known of the sources, and each refusal with its place."""
+    refusals = [{"where": joined.where(refusal), "why": refusal.why} for refusal in joined.refusals]
+    return {"sources": [to_builtins(source) for source in joined.sources], "refused": refusals}

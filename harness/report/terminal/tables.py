@@ -1,0 +1,100 @@
+"""Text for a terminal, a pipe or a file: tables, lists of facts and bars in 80 columns.
+
+Colours are for terminals, and everything they say is said in words as well. What does not go to a terminal is plain ASCII,
+except for names that are not.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from harness.core.text import line as line
+from harness.core.text import visible
+
+WIDEST = 100
+NARROWEST = 40
+_ENDLESS = 1000
+
+# The colours of Okabe and Ito that the pages use, by kind of module.
+KIND_COLOURS = {
+    "embedding": "#56b4e9",
+    "attention": "#0072b2",
+    "mlp": "#e69f00",
+    "norm": "#009e73",
+    "head": "#cc79a7",
+    "other": "#8a949e",
+}
+
+
+def screen() -> Console:
+    """Return the console of standard output, no wider than can be read; letters that its encoding lacks become "?"."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = min(max(console.width, NARROWEST), WIDEST)
+    return console
+
+
+def show(*parts: RenderableType, console: Console | None = None) -> None:
+    """Print the parts with an empty line between them; what goes to no terminal has no blanks at the ends of its lines."""
+    console = console or screen()
+    with console.capture() as captured:
+        for number, part in enumerate(parts):
+            console.print("\n" if number else "", part, sep="", end="" if isinstance(part, Table) else "\n")
+    text = captured.get()
+    sys.stdout.write(text if console.is_terminal else "".join(f"{row.rstrip()}\n" for row in text.splitlines()))
+
+
+def said(text: str) -> Text:
+    """Write sentences, which may quote a file or a library."""
+    return Text(visible(text))
+
+
+def title(text: str) -> Text:
+    """Write the name of what is shown."""
+    return Text(line(text), style="bold")
+
+
+def table(*columns: str, left: int = 1) -> Table:
+    """Make a table without lines; the first `left` columns are words, the others figures. A heading may have two lines."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for number, heading in enumerate(columns):
+        is_word = number < left
+        made.add_column(
+            heading, justify="left" if is_word else "right", vertical="bottom" if is_word else "top", no_wrap=not is_word
+        )
+    return made
+
+
+def has_room_for(part: RenderableType) -> bool:
+    """Say whether the screen is wide enough to show something without wrapping or cutting it."""
+    console = screen()
+    return Measurement.get(console, console.options.update(max_width=_ENDLESS), part).maximum <= console.width
+
+
+def facts(pairs: Iterable[tuple[str, str | Sequence[str]]]) -> Table:
+    """Make a list of facts, name and value; a value of several texts takes a line for each."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in pairs:
+        made.add_row(name, Text("\n").join(said(text) for text in ([value] if isinstance(value, str) else value)))
+    return made
+
+
+def bar(share: float, width: int, console: Console, colour: str = "") -> Text:
+    """Draw `share` of a full bar of `width` letters: blocks on a terminal that has them, # elsewhere.
+
+    What is not nothing is at least a mark, the thinnest there is.
+    """
+    if console.is_terminal and not console.options.ascii_only:
+        eighths = max(round(share * width * 8), 1 if share > 0 else 0)
+        return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), style=colour)
+    return Text("#" * max(round(share * width), 0))

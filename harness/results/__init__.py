@@ -1,0 +1,1 @@
+"""Results on disk: append, read with upgrade, compare, collect from many places, audit before publishing."""

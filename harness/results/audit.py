@@ -1,0 +1,367 @@
+"""Results of many machines, joined to be published: what is counted once, what is refused and why, where each one comes from.
+
+A result is evidence only if it can be: `doubt` refuses what no run of ours can have written. It holds a result against itself and
+its machine, and so finds damage and careless forgery; whoever invents all of a result without a contradiction is not found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from itertools import pairwise
+from statistics import median
+
+import msgspec
+
+from harness.checkpoint.formats.files import quote
+from harness.core import redact
+from harness.core.metrics import METRICS, format_metric
+from harness.core.records import Machine, Record, Result
+from harness.core.units import format_size
+from harness.measure import aggregate
+
+# A clock may be wrong by a time zone, and a date is no evidence of more.
+_CLOCK = timedelta(days=1)
+_CLOSE = 1e-6  # two figures of one measurement differ by rounding alone
+_S = 0.01  # phases and requests are timed by two clocks of one machine
+_RUN = re.compile(r"(\d{8}T\d{6})Z-[0-9a-f]+")
+_FINGERPRINT, _DIGEST = re.compile(r"([0-9a-f]{32})?"), re.compile(r"([0-9a-f]{8})?")
+# The metrics that are the median of samples by these names.
+_MEDIANS: Mapping[str, str] = {
+    "warm_first_token_s": "warm_first_token_s",
+    "prefill_tok_s": "prefill_tok_s",
+    "decode_tok_s": "decode_tok_s",
+    "token_p50_s": "token_s",
+}
+# The least and the most that a metric can be, where it is not just any number from 0.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "perplexity": (1 - _CLOSE, math.inf),
+    "top1_agreement": (0, 1 + _CLOSE),
+    "kl": (-0.01, math.inf),  # what was measured before the divergence of a rounded reference was never negative
+}
+# What `private.clean` leaves as it is and may hold text.
+_NUMBERS = {"schema", "verdict", "outcome", "samples", "phases", "timeline", "estimate", "allowed_s"}
+_KEPT = tuple(name for name in Result.__struct_fields__ if redact.KEPT.fullmatch(name) and name not in _NUMBERS)
+_RAM = ("ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_peak_bytes")
+_VRAM = ("vram_peak_bytes", "vram_process_peak_bytes", "load_vram_peak_bytes")
+
+
+class PublishedResult(Record, frozen=True, kw_only=True):
+    """A result that is published. `digest` is that of the whole result, `result` lacks what only its own page shows.
+
+    `source` is the number of the file it was read from and `line` its line there; `cleaned` tells whether anything private was
+    taken out of it here.
+    """
+
+    result: Result
+    digest: str
+    source: int
+    line: int
+    cleaned: bool = False
+
+
+class Refusal(Record, frozen=True, kw_only=True):
+    """A line that is not published, and why."""
+
+    source: int
+    line: int | None
+    why: str
+
+
+class Source(Record, frozen=True, kw_only=True):
+    """A file of results: its name, how many of its results are published, were there already or refused, and what ran."""
+
+    name: str
+    results: int = 0
+    repeated: int = 0
+    refused: int = 0
+    cleaned: int = 0
+    runs: tuple[str, ...] = ()
+    first: str = ""
+    last: str = ""
+    versions: tuple[str, ...] = ()
+
+
+class Joined(Record, frozen=True, kw_only=True):
+    """What is published, oldest first, what is not, and the files that both come from."""
+
+    entries: tuple[PublishedResult, ...]
+    refusals: tuple[Refusal, ...]
+    sources: tuple[Source, ...]
+
+    def where(self, refusal: Refusal) -> str:
+        """Name the place of a refused line: "artifacts/gpu-1/results.jsonl:3"."""
+        return place(self.sources[refusal.source].name, refusal.line)
+
+
+def place(name: str, line: int | None) -> str:
+    """Name a line of a file."""
+    return name if line is None else f"{name}:{line}"
+
+
+def identity(machine: Machine) -> str:
+    """Tell a machine from others of its name by its hardware; not by what was free, limited or installed that day."""
+    cards = [f"{card.name} {card.model} {_size(card.total_bytes)}" for card in machine.gpus]
+    ram = machine.tier("cpu")
+    return "\n".join([machine.name, str(machine.cpu), str(machine.cores), _size(ram.total_bytes if ram else None), *cards])
+
+
+def _size(size: int | None) -> str:
+    return "?" if size is None else format_size(size)
+
+
+def examine(result: Result, now: datetime) -> Result | str:
+    """Return a result as it may be published, without what is private, or say why it may not be."""
+    return doubt(result, now) or cleaned(result)
+
+
+def cleaned(result: Result) -> Result | str:
+    """Return a result without what is private, or say what of it is private and cannot be taken out."""
+    clean = result if redact.is_clean(result) else redact.clean(result)
+    for name in _KEPT:
+        if said := redact.gives_away(msgspec.json.encode(getattr(clean, name)).decode()):
+            return f"tells {said} in its {name}, which cannot be taken out: measure again without it"
+    return clean
+
+
+def digest(line: bytes) -> str:
+    """Return what tells the contents of a result, as `encode` writes it, from any other's; as a name of a file it is plain."""
+    return hashlib.sha256(line).hexdigest()[:32]
+
+
+def light(result: Result) -> Result:
+    """Leave out what pages of many results do not show: samples, timeline, maps, logs; phases tell the fullest of several GPUs."""
+    return msgspec.structs.replace(
+        result,
+        samples={},
+        interference=[],
+        phases=result.phases if len(result.machine.gpus) > 1 else [],
+        timeline=None,
+        loaded=None,
+        device_map=None,
+        code=None,
+        log_tail="",
+        quality=msgspec.structs.replace(result.quality, answers=[]) if result.quality else None,
+    )
+
+
+def join(sources: Sequence[str], entries: Iterable[PublishedResult], refusals: Iterable[Refusal]) -> Joined:
+    """Count what is there twice once, refuse what contradicts another, and say of each source what came of it.
+
+    Two results are the same if all they say is. Two results of one case in one run on one machine, with weights of one kind, that
+    are not the same contradict each other: nothing tells which is true, so neither is published.
+    """
+    by_digest: dict[str, PublishedResult] = {}
+    repeated = [0] * len(sources)
+    for entry in entries:
+        if by_digest.setdefault(entry.digest, entry) is not entry:
+            repeated[entry.source] += 1
+    by_case: dict[object, list[PublishedResult]] = {}
+    for entry in by_digest.values():
+        result = entry.result
+        by_case.setdefault((identity(result.machine), result.run, result.case, result.weights), []).append(entry)
+    kept = sorted((group[0] for group in by_case.values() if len(group) == 1), key=lambda entry: (entry.result.at, entry.result.id))
+    wrong = [*refusals, *(one for group in by_case.values() if len(group) > 1 for one in _contradictions(sources, group))]
+    wrong.sort(key=lambda refusal: (refusal.source, refusal.line or 0))
+    found = tuple(_source(number, name, kept, wrong, repeated[number]) for number, name in enumerate(sources))
+    return Joined(entries=tuple(kept), refusals=tuple(wrong), sources=found)
+
+
+def _contradictions(sources: Sequence[str], group: Sequence[PublishedResult]) -> Iterator[Refusal]:
+    for entry, other in zip(group, [*group[1:], group[0]], strict=True):
+        where, difference = place(sources[other.source], other.line), _difference(entry.result, other.result)
+        why = f"contradicts {where}, the same case of the same run ({quote(entry.result.id)}): {difference}; neither is published"
+        yield Refusal(source=entry.source, line=entry.line, why=why)
+
+
+def _difference(one: Result, other: Result) -> str:
+    for key in sorted(one.metrics.keys() | other.metrics.keys()):
+        here, there = one.metrics.get(key), other.metrics.get(key)
+        if here != there:
+            return f"{quote(key)} is {here} here and {there} there"
+    names = [name for name in one.__struct_fields__ if getattr(one, name) != getattr(other, name)]
+    return f"they differ in {', '.join(names[:3]) or 'their samples or log'}"
+
+
+def _source(number: int, name: str, kept: Sequence[PublishedResult], wrong: Sequence[Refusal], repeated: int) -> Source:
+    ours = [entry for entry in kept if entry.source == number]
+    results = [entry.result for entry in ours]
+    versions = {f"{name} {result.environment[name]}" for result in results for name in VERSIONS if name in result.environment}
+    return Source(
+        name=name,
+        results=len(ours),
+        repeated=repeated,
+        refused=sum(refusal.source == number for refusal in wrong),
+        cleaned=sum(entry.cleaned for entry in ours),
+        runs=tuple(dict.fromkeys(result.run for result in results)),
+        first=min((result.at for result in results), default=""),
+        last=max((result.at for result in results), default=""),
+        versions=tuple(sorted(versions)),
+    )
+
+
+# The packages whose versions decide how a model loads and runs.
+VERSIONS = ("fitmatrix", "torch", "transformers", "accelerate", "bitsandbytes")
+
+
+def doubt(result: Result, now: datetime) -> str | None:
+    """Say why no run of ours can have written this result; None where nothing contradicts it."""
+    return next((said for check in CHECKS for said in check(result, now)), None)
+
+
+def _names(result: Result, _: datetime) -> Iterator[str]:
+    if result.id != result.case.id:
+        yield f"is called {quote(result.id)}, and its case is {quote(result.case.id)}"
+    if result.estimate and not _DIGEST.fullmatch(result.estimate.constants):
+        yield f"was estimated by constants {quote(result.estimate.constants)}, which is no digest of any"
+    if not _FINGERPRINT.fullmatch(result.fingerprint):
+        yield f"has fingerprint {quote(result.fingerprint)}, which is none of the files of a model"
+    load = result.case.workload
+    if min(load.prompt_tokens, load.new_tokens, load.batch, load.repeats) < 1:
+        yield f"asks for {load.prompt_tokens} + {load.new_tokens} tokens, batch {load.batch}, {load.repeats} rounds: 1 is the least"
+
+
+def _dates(result: Result, now: datetime) -> Iterator[str]:
+    at = moment(result.at)
+    if at is None:
+        yield f"has no date: {quote(result.at)}"
+        return
+    if at > now + _CLOCK:
+        yield f"is dated {result.at}, and now is {now:%Y-%m-%dT%H:%M:%SZ}"
+    run = _RUN.fullmatch(result.run)
+    begun = moment(f"{run[1]}Z", "%Y%m%dT%H%M%SZ") if run else None
+    if begun is not None and at < begun - _CLOCK:
+        yield f"is dated {result.at}, before its run began: {quote(result.run)}"
+
+
+def moment(text: str, form: str = "%Y-%m-%dT%H:%M:%SZ") -> datetime | None:
+    """Read a date as results write it, None where it is none."""
+    try:
+        return datetime.strptime(text, form).replace(tzinfo=timezone.utc)
+    except ValueError:
+        return None
+
+
+def _numbers(result: Result, _: datetime) -> Iterator[str]:
+    for key, value in result.metrics.items():
+        low, high = _RANGES.get(key, (0.0, math.inf))
+        if not math.isfinite(value) or not low <= value <= high:
+            yield f"has {quote(key)} {value}, which cannot be"
+    for key, values in result.samples.items():
+        wrong = [value for value in values if not (math.isfinite(value) and value >= 0)]
+        if wrong:
+            yield f"has {wrong[0]} among its samples of {quote(key)}"
+    if result.stage == "plan" and result.metrics:
+        yield f"was not run, and has {quote(min(result.metrics))}"
+
+
+def _medians(result: Result, _: datetime) -> Iterator[str]:
+    """Where some rounds were disturbed the median is of the others, so it then only has to be one of some of the samples."""
+    disturbed = any(window.phase == "warm" and window.why for window in result.interference)
+    for key, of in _MEDIANS.items():
+        value, values = result.metrics.get(key), result.samples.get(of)
+        if value is None or not values or _close(value, median(values)):
+            continue
+        if not disturbed:
+            yield f"says {_told(key, value)}, and the median of its {len(values)} samples is {_told(key, median(values))}"
+        elif not _is_median_of_some(value, sorted(values)):
+            yield f"says {_told(key, value)}, which is the median of none of its {len(values)} samples"
+
+
+def _is_median_of_some(value: float, values: Sequence[float]) -> bool:
+    """Tell whether a value is one of the sorted values or lies in the middle of two of them, in one walk from both ends."""
+    low, high = 0, len(values) - 1
+    while low <= high:
+        middle = (values[low] + values[high]) / 2
+        if _close(middle, value):
+            return True
+        low, high = (low + 1, high) if middle < value else (low, high - 1)
+    return False
+
+
+def _sums(result: Result, _: datetime) -> Iterator[str]:
+    metrics, samples = result.metrics, result.samples
+    if metrics.keys() >= {"ready_s", "load_s", "first_token_s"}:
+        ready = metrics["load_s"] + metrics["first_token_s"]
+        if not _close(metrics["ready_s"], ready):
+            yield f"says {_told('ready_s', metrics['ready_s'])}, and load and first token take {_told('ready_s', ready)}"
+    speeds, tokens = samples.get("decode_tok_s", []), samples.get("token_s", [])
+    load = result.case.workload
+    if speeds and min(speeds) > 0 and len(tokens) == len(speeds) * (load.new_tokens - 1):
+        took = sum((load.new_tokens - 1) * load.batch / speed for speed in speeds)
+        if not _close(took, sum(tokens) * load.batch):
+            yield f"has rounds that took {took:.6g} s by their speed and {sum(tokens):.6g} s by their tokens"
+    if result.quality and "answers_correct" in metrics:
+        right = sum(answer.correct for answer in result.quality.answers)
+        if metrics["answers_correct"] != right:
+            yield f"says {metrics['answers_correct']:g} answers correct, and {right} are"
+
+
+def _peaks(result: Result, _: datetime) -> Iterator[str]:
+    ram, cards = result.machine.tier("cpu"), [card.total_bytes for card in result.machine.gpus]
+    most = {
+        "RAM": (_RAM, ram.total_bytes if ram else None),
+        "VRAM": (_VRAM, 0 if not cards else None if None in cards else max(size for size in cards if size is not None)),
+    }
+    for kind, (keys, size) in most.items():
+        for key in keys:
+            if size is not None and key in result.metrics and result.metrics[key] > size:
+                has = f"has {format_size(size)} of {kind}" if size else "has no GPU"
+                yield f"says {_told(key, result.metrics[key])}, and its machine {has}"
+    highest = aggregate.of_phases(result.phases)
+    for key in ("ram_peak_bytes", "vram_peak_bytes"):
+        if key in highest and key in result.metrics and not _close(highest[key], result.metrics[key]):
+            yield f"says {_told(key, result.metrics[key])}, and the highest of its phases is {_told(key, highest[key])}"
+    for tier in result.machine.tiers:
+        sizes = (tier.total_bytes, tier.free_bytes, tier.limit_bytes)
+        if any(size is not None and size < 0 for size in sizes):
+            yield f"has fewer than 0 bytes in {quote(tier.name)}"
+        if tier.total_bytes is not None and (tier.free_bytes or 0) > tier.total_bytes:
+            yield f"has {format_size(tier.free_bytes or 0)} free of {format_size(tier.total_bytes)} in {quote(tier.name)}"
+
+
+def _times(result: Result, _: datetime) -> Iterator[str]:
+    phases = [(phase.name, phase.start_s, phase.end_s) for phase in result.phases]
+    requests = [(window.phase, window.start_s, window.end_s) for window in result.interference]
+    for what, spans in (("phase", phases), ("request", requests)):
+        for name, start, end in spans:
+            if not -_S <= start <= end < math.inf:
+                yield f"has a {what} {quote(name)} from {start} s to {end} s"
+        for (_name, _start, end), (_name, start, _end) in pairwise(spans):
+            if start < end - _S:
+                yield f"has a {what} that begins at {start} s, before the one ahead of it ended, at {end} s"
+    loads = [phase.end_s - phase.start_s for phase in result.phases if phase.name == "load"]
+    if loads and "load_s" in result.metrics and result.metrics["load_s"] > sum(loads) + _S:
+        yield f"says {_told('load_s', result.metrics['load_s'])}, and its phase took {sum(loads):.6g} s"
+    drawn = result.timeline
+    if drawn is not None:
+        columns = [drawn.ram_bytes, drawn.ram_anon_bytes, *drawn.vram_bytes.values()]
+        if any(column and len(column) != len(drawn.t_s) for column in columns):
+            yield "has a timeline whose columns differ in length"
+        if any(later < earlier for earlier, later in pairwise(drawn.t_s)):
+            yield "has a timeline that goes back in time"
+
+
+Check = Callable[[Result, datetime], Iterator[str]]
+CHECKS: tuple[Check, ...] = (_names, _dates, _numbers, _medians, _sums, _peaks, _times)
+# What these look at, for people.
+CHECKED = (
+    "names: id, case and fingerprint agree, and the workload asks for something",
+    "dates: in the past, and not before the run began",
+    "numbers: finite, none below what it can be, none of a case that was not run",
+    "medians: a speed is the median of its own samples, the undisturbed ones where others disturbed some",
+    "sums: ready is load and first token, rounds take as long as their tokens, answers are counted right",
+    "peaks: within the machine's memory, and the highest of their phases",
+    "times: phases, requests and timelines go forward",
+)
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=_CLOSE, abs_tol=1e-12)
+
+
+def _told(key: str, value: float) -> str:
+    return f"{METRICS[key].label} {format_metric(key, value) if math.isfinite(value) else value}"

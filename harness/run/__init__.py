@@ -1,0 +1,1 @@
+"""One run from end to end: options, the models of a run, a worker process for each case, resume, live line."""

@@ -1,0 +1,101 @@
+"""The models of a run: where each comes from, where its files are, and what they hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from harness.architecture import model_spec
+from harness.architecture import synthetic as synth
+from harness.architecture.model_spec import ModelSpec
+from harness.catalog import download, fingerprint, resolve
+from harness.catalog.resolve import Source
+from harness.checkpoint import reader
+from harness.checkpoint.reader import Checkpoint
+from harness.core.errors import CheckpointError, UsageError
+from harness.core.progress import show_progress
+
+
+class ModelSet:
+    """Models by name. What is not `fetched` yet has a source and nothing else.
+
+    `synthetic` writes weights of the true shape where others would be downloaded; `trust` lets code of the models' own come along.
+    """
+
+    def __init__(self, models: Sequence[str], *, synthetic: bool, trust: bool) -> None:
+        self.sources = _resolved(models, real=not synthetic)
+        self._synthetic, self._trust = synthetic, trust
+        self._locations: dict[str, Path] = {}
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._blueprints: dict[str, ModelSpec] = {}
+        self._fingerprints: dict[str, str] = {}
+
+    def fetch(self, names: Collection[str]) -> None:
+        """Bring the files of these models here and read their headers.
+
+        Raises:
+            UsageError, CheckpointError: a model cannot be had, or its files do not hold together.
+        """
+        with show_progress() as progress:
+            for name in names:
+                source = self.sources[name]
+                self._locations[name] = (
+                    synth.fetch(source, progress)
+                    if self._synthetic
+                    else download.fetch(source, progress=progress, trust_remote_code=self._trust)
+                )
+        for name in names:
+            location = self._locations[name]
+            self._checkpoints[name] = read = reader.read(location / (self.sources[name].file or ""))
+            self._fingerprints[name] = fingerprint.of_model(location, read, trusted=self._trust)
+
+    def fetched(self, name: str) -> bool:
+        """Say whether the files of a model are here and were read."""
+        return name in self._checkpoints
+
+    def location(self, name: str) -> Path:
+        """Return the directory that the files of a model are in; before they are fetched, the path or id that it goes by."""
+        return self._locations.get(name, Path(self.sources[name].location))
+
+    def fingerprint(self, name: str) -> str:
+        """Return what tells the files of a model from others; empty before they are fetched."""
+        return self._fingerprints.get(name, "")
+
+    def spec(self, name: str) -> ModelSpec:
+        """Read the spec of a model that is fetched, once; an architecture that is new takes transformers some seconds.
+
+        Raises:
+            CheckpointError: its config or its files are wrong, or nothing here loads it.
+        """
+        if name not in self._blueprints:
+            location = self._locations[name]
+            spec = model_spec.of_checkpoint(name, self.sources[name].location, self._checkpoints[name], location)
+            if spec.unknown is not None:
+                raise CheckpointError(location / reader.CONFIG, spec.unknown)
+            self._blueprints[name] = spec
+        return self._blueprints[name]
+
+    def is_synthetic(self, name: str) -> bool:
+        """Say whether the weights of a model are synthetic: a directory that is given as real may hold such."""
+        is_here = self.fetched(name) or self.sources[name].kind == "directory"
+        return self._synthetic or (is_here and synth.is_synthetic(self.location(name)))
+
+    def modeling_modules(self, names: Collection[str]) -> list[str]:
+        """Name transformers' modules of the models' classes, which the first from_pretrained would import."""
+        return sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in names}))
+
+
+def _resolved(models: Sequence[str], *, real: bool) -> dict[str, Source]:
+    """Resolve models to sources by name; two directories of one name could not be told apart in the results."""
+    sources: dict[str, Source] = {}
+    for source in (resolve.resolve(model, weights=real) for model in models):
+        other = sources.setdefault(source.name, source)
+        if other.location != source.location:
+            raise UsageError(f"two models are called {source.name!r}: {other.location} and {source.location}; rename a directory")
+    return sources
+
+
+def _modeling_module(read: Checkpoint) -> str | None:
+    kind = str(read.config.get("model_type", "")).replace("-", "_")
+    return f"transformers.models.{kind}.modeling_{kind}" if re.fullmatch(r"\w+", kind, re.ASCII) else None

@@ -1,0 +1,258 @@
+"""`fitmatrix chat`: what it refuses, what a model is shown and says, and the page it serves, over HTTP on a small real model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from harness.cli.entry import main
+from harness.core.placements import PLACEMENTS
+from harness.core.precisions import PRECISIONS
+from harness.core.units import GIB
+from harness.machine import probe
+from harness.machine.gpus import profile
+from harness.measure.protocol import Chat, Load
+from harness.planning.code import loading_code
+from harness.worker import chat
+from harness.worker import model as work
+from tests.support import small_models
+
+ROOT = Path(__file__).parents[2]
+LETTERS = 96
+TEMPLATE = "{% for one in messages %}{{ one.role[0] }}:{{ one.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama of random weights that speaks in letters."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    small_models.save("llama", folder, vocab_size=LETTERS, max_position_embeddings=200, eos_token_id=0)
+    small_models.write_letters(folder, LETTERS)
+    return folder
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nosuchmodel"], "unknown model 'nosuchmodel'"),
+        (["chatglm-6b", "int8"], "no case 'int8': write PRECISION/PLACEMENT"),
+        (["chatglm-6b", "fp16/tp"], "no chat by tp, which takes several processes or a map of yours: one of"),
+        (["chatglm-6b", "fp16/file"], "no chat by file, which takes several processes or a map of yours: one of"),
+        (["chatglm-6b", "--port", "0"], "--port '0': a whole number, at least 1 and at most 65535"),
+        (["chatglm-6b", "--port", "70000"], "--port '70000': a whole number, at least 1 and at most 65535"),
+        (["chatglm-6b", "--new-tokens", "1"], "--new-tokens '1': a whole number, at least 2"),
+        (["chatglm-6b", "--prompt-tokens", "x"], "--prompt-tokens 'x': a whole number, at least 1"),
+        (["chatglm-6b", "--host", "192.0.2.1"], "--host '192.0.2.1': "),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_exit_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    status = main(["chat", *arguments])
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (2, "")
+    assert captured.err.startswith(f"fitmatrix: {said}")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_told_and_left_out_when_none_is_asked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert main(["chat", str(folder), "--port", str(port)]) == 2
+        assert f"--port {port}: Address already in use" in capsys.readouterr().err
+        monkeypatch.setattr("harness.cli.chat._FIRST_PORT", port)
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        assert main(["chat", str(folder)]) == 2
+        assert "needs the package gradio" in capsys.readouterr().err
+
+
+def test_nobody_can_share_the_page_and_the_help_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["chat", "chatglm-6b", "--share"])
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "There is no option to share the page: gradio would open a tunnel" in told
+
+
+def test_what_does_not_fit_is_refused_in_the_words_of_the_plan(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "probe", lambda: profile([], ram=8 * GIB))
+    load = ["--prompt-tokens", "1024", "--new-tokens", "256"]
+    assert main(["plan", "chatglm-6b", "--precision", "fp32", "--placement", "cpu", "--json", *load]) == 1
+    why = json.loads(capsys.readouterr().out)["plans"][0]["why"]
+    assert why.startswith("too big for cpu: needs ")
+    assert main(["chat", "chatglm-6b", "fp32/cpu"]) == 1
+    assert capsys.readouterr().err == f"fitmatrix: chatglm-6b/fp32/cpu: {why}\n"
+    assert main(["chat", "chatglm-6b", "int8/direct"]) == 2
+    assert "chatglm-6b/int8/direct cannot be loaded: needs a GPU" in capsys.readouterr().err
+
+
+def test_without_gradio_the_way_out_is_told_before_anything_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["chat", str(folder), "fp32/cpu"]) == 2
+    assert capsys.readouterr().err == "fitmatrix: needs the package gradio: pip install fitmatrix[chat]\n"
+
+
+def test_a_model_without_words_cannot_be_talked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_models.save("llama", tmp_path / "mute")
+    assert main(["chat", str(tmp_path / "mute"), "fp32/cpu"]) == 2
+    assert "mute has no tokenizer beside its weights, as synthetic ones have none" in capsys.readouterr().err
+
+
+# What a model is shown, and what it says
+
+
+def talk(folder: Path, *, template: str | None = None, prompt_tokens: int = 100, new_tokens: int = 12) -> chat.Talk:
+    code = loading_code(PRECISIONS["fp32"], PLACEMENTS["cpu"], "float32", None)
+    loaded, _ = work.load(Load(model=str(folder), code=code), lambda _: contextlib.nullcontext())
+    loaded.tokenizer.chat_template = template
+    request = Chat(model="tiny", host="127.0.0.1", port=1, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    return chat.Talk(loaded, request)
+
+
+def greedy(folder: Path, prompt: str, new_tokens: int = 12) -> list[int]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)
+    return list(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def words(folder: Path, ids: list[int]) -> str:
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def test_the_conversation_is_put_by_the_template_and_its_oldest_turns_go_first(folder: Path) -> None:
+    one = talk(folder, template=TEMPLATE, prompt_tokens=30)
+    said = [("user", "old"), ("assistant", "yes"), ("user", "new"), ("assistant", [{"type": "text", "text": "no"}])]
+    history = [{"role": role, "content": content, "metadata": None} for role, content in said]
+    assert list(one.answer("why", history))[-1] == words(folder, greedy(folder, "u:old;a:yes;u:new;a:no;u:why;a:"[12:]))
+    roomy = talk(folder, template=TEMPLATE)
+    assert list(roomy.answer("why", history))[-1] == words(folder, greedy(folder, "u:old;a:yes;u:new;a:no;u:why;a:"))
+
+
+def test_what_was_not_answered_is_left_out(folder: Path) -> None:
+    history = [{"role": role, "content": content} for role, content in (("user", "a"), ("user", "b"), ("assistant", "c"))]
+    assert list(talk(folder, template=TEMPLATE).answer("d", history))[-1] == words(folder, greedy(folder, "u:b;a:c;u:d;a:"))
+
+
+def test_what_is_too_long_is_told(folder: Path) -> None:
+    with pytest.raises(chat.TooLong, match="this takes 31 tokens, and there is room for 30: shorten it"):
+        next(talk(folder, prompt_tokens=30).answer("x" * 31))
+    with pytest.raises(chat.TooLong, match="this takes 101 tokens, and there is room for 100"):
+        next(talk(folder, prompt_tokens=1024, new_tokens=256).answer("x" * 101))
+
+
+def test_the_token_that_ends_an_answer_is_no_part_of_it(folder: Path) -> None:
+    ids = greedy(folder, "Hello")
+    last = next(index for index in range(1, len(ids)) if ids[index] not in ids[:index])
+    one = talk(folder)
+    one._ends.add(ids[last])
+    assert list(one.answer("Hello"))[-1] == words(folder, ids[:last])
+
+
+def test_an_answer_that_nobody_reads_is_not_written_to_its_end(folder: Path) -> None:
+    one = talk(folder, new_tokens=90)
+    answer = one.answer("Hello")
+    next(answer)
+    answer.close()  # type: ignore[attr-defined]  # a generator, as every page that is closed does
+    assert list(one.answer("Hello"))[-1] == words(folder, greedy(folder, "Hello", 90))
+
+
+def test_a_model_that_fails_says_so_instead_of_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory left")
+
+    one = talk(folder)
+    monkeypatch.setattr(one._model.module, "generate", fails)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        list(one.answer("Hello"))
+
+
+# The page
+
+
+@contextlib.contextmanager
+def serving(folder: Path, port: int, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Serve a model until the end of the block, with settings around that would share it; yield the process and its first line."""
+    hostile = {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_ANALYTICS_ENABLED": "True"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", "chat", "./tiny", "fp32/cpu", "--port", str(port), "--new-tokens", "12", *words],
+        cwd=folder.parent,
+        env={**os.environ, **hostile, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def ask(url: str, message: str) -> list[tuple[str, str]]:
+    """Ask one question by the page's own interface; return the events of the answer: their kind and the text until then."""
+    question = json.dumps({"data": [message]}).encode()
+    request = urllib.request.Request(f"{url}gradio_api/call/chat", question, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        event = json.load(reply)["event_id"]
+    with urllib.request.urlopen(f"{url}gradio_api/call/chat/{event}", timeout=60) as reply:
+        lines = reply.read().decode().splitlines()
+    kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    return [(kind, str(said[0]) if said else "") for kind, said in zip(kinds, data, strict=True)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio, the extra chat")
+def test_a_turn_is_answered_over_http_on_this_machine_alone_until_ctrl_c(folder: Path) -> None:
+    port = free_port()
+    with serving(folder, port) as (process, told):
+        url = f"http://127.0.0.1:{port}/"
+        assert told == f"Talk to tiny/fp32/cpu at {url} (Ctrl-C ends it)\n"
+        events = ask(url, "Hello")
+        assert events[-1] == ("complete", words(folder, greedy(folder, "Hello")))
+        assert [kind for kind, _ in events].count("generating") > 1, "it comes at once, not as it is written"
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        sockets = [found for one in tree for found in one.net_connections("inet")]
+        assert (socket.AF_INET, ("127.0.0.1", port)) in [(found.family, found.laddr) for found in sockets]
+        assert {found.laddr.ip for found in sockets} == {"127.0.0.1"}
+        with urllib.request.urlopen(f"{url}config", timeout=60) as reply:
+            config = json.load(reply)
+        assert not config["analytics_enabled"]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (130, "", "")
+        _, left = psutil.wait_procs(tree, timeout=10)
+        assert not left

@@ -1,0 +1,207 @@
+"""The command line: exit statuses, one sentence for a mistake, and output that programs can read."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import harness
+from harness.cli import entry as cli
+from harness.cli.entry import COMMANDS, build_parser, main
+from harness.core.records import encode
+from harness.core.text import visible
+from harness.core.units import MIB
+from harness.machine import bandwidth, probe
+from harness.results.store import NAME
+from tests.support.builders import GOLDEN, result
+from tests.support.packed_files import write_plain
+from tests.support.strangers import change
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A directory with results of many kinds."""
+    (tmp_path / NAME).write_bytes(GOLDEN.read_bytes())
+    return tmp_path
+
+
+def command(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Start the program as a user does, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "harness", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+# Asking for it
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_is_no_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 0
+    assert "usage: fitmatrix" in capsys.readouterr().out
+
+
+def test_help_lists_every_command_and_says_how_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "pytest cases/ --model MODEL" in shown
+    for name, (text, _, _) in COMMANDS.items():
+        assert f"{name} {text}" in shown
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"fitmatrix {harness.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["--fast"], ["report"], ["report", "a", "b"], ["hardware", "--colour"]], ids=" ".join
+)
+def test_a_wrong_command_line_is_exit_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "fitmatrix" in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_the_package_is_a_program() -> None:
+    run = command("--version")
+    out, err = run.communicate()
+    assert (run.returncode, out.decode(), err) == (0, f"fitmatrix {harness.__version__}\n", b"")
+
+
+# report
+
+
+def test_report_writes_a_page_beside_the_results(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(results)]) == 0
+    page = results / "index.html"
+    assert capsys.readouterr() == (f"page: {page}\n", "")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "chatglm-6b" in page.read_text(encoding="utf-8")
+
+
+def test_report_writes_where_it_is_told_to(results: Path) -> None:
+    page = results / "deep" / "er" / "page.html"
+    assert main(["report", str(results), "--html", str(page)]) == 0
+    assert page.is_file()
+    assert not (results / "index.html").exists()
+
+
+def test_report_tells_of_lines_that_it_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / NAME).write_bytes(b"\n".join([encode(result()), b"{torn", b""]))
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"fitmatrix: {tmp_path / NAME}:2: not a result, set aside: ")
+    assert shown.err.count("\n") == 1
+    assert f"{NAME}:2" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([], "no results here; run: pytest cases/ --results DIR"),
+        ([f"{NAME}/"], "cannot be read: Is a directory"),
+        ([NAME, "index.html/"], "the page cannot be written: Is a directory"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_status_2(tmp_path: Path, found: list[str], said: str) -> None:
+    for name in found:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    run = command("report", str(tmp_path))
+    out, err = run.communicate()
+    assert (run.returncode, out) == (2, b"")
+    assert err.decode().startswith(f"fitmatrix: {tmp_path}")
+    assert said in err.decode()
+    assert err.count(b"\n") == 1
+
+
+# How it ends
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("hardware",), ("hardware", "--json")], ids=" ".join)
+def test_a_reader_who_has_seen_enough_is_no_mistake(
+    arguments: tuple[str, ...], unbuffered: str, measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left on standard error is the word that it measures, the first time."""
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path))
+    if measured:
+        monkeypatch.setattr(bandwidth, "BUFFER_BYTES", MIB)
+        monkeypatch.setattr(bandwidth, "FILE_BYTES", MIB)
+        probe.probe(scratch=ROOT, measure=True)
+    with command(*arguments, PYTHONUNBUFFERED=unbuffered) as run:
+        assert run.stdout
+        assert run.stderr
+        run.stdout.close()
+        said = run.stderr.read().decode()
+    assert said == ("" if measured else "measuring how fast RAM and disk are read, once (1 to 3 s) ...\n")
+    assert run.returncode == 0
+
+
+def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    text, arguments, _ = COMMANDS["hardware"]
+    monkeypatch.setitem(cli.COMMANDS, "hardware", (text, arguments, interrupted))
+    assert main(["hardware"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_every_command_knows_what_it_runs() -> None:
+    parser = build_parser()
+    assert parser.parse_args(["report", "x"]).command is COMMANDS["report"][2]
+    assert parser.parse_args(["hardware"]).command is COMMANDS["hardware"][2]
+
+
+# Names and messages are text
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\u202eevil"
+
+
+@pytest.mark.parametrize("name", ["inspect", "plan", "report"])
+def test_an_error_spells_out_what_a_terminal_would_obey(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, str(tmp_path / EVIL)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "‹U+202E›evil" in said or "\\u202eevil" in said
+    assert visible(said) == said
+
+
+def test_a_directory_of_any_name_is_planned_in_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_plain(tmp_path / EVIL, "smollm2-135m-instruct")
+    change(folder / "config.json", {"auto_map": {"AutoConfig": f"{EVIL}.C"}})
+    for arguments in ([], ["--code", "bf16/cpu"], ["--explain", "bf16/cpu"], ["--json"], ["--trust-remote-code"]):
+        assert main(["plan", str(folder), "--ram", "8GiB", *arguments]) == 0
+        out = capsys.readouterr().out
+        assert visible(out) == out
+        assert "evil" in out
+    main(["plan", str(folder), "--ram", "8GiB", "--code", "bf16/cpu"])
+    code = capsys.readouterr().out
+    (assignment,) = [
+        node for node in ast.parse(code).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL"
+    ]
+    assert ast.literal_eval(assignment.value) == str(folder)
+    assert code.count("trust_remote_code=False") == 2

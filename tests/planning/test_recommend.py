@@ -1,0 +1,150 @@
+"""Our device map as a placement: planned with room for the worst case, printed in full, obeyed, and chosen where it is better."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import transformers
+
+from harness.architecture import model_spec
+from harness.architecture.model_spec import ModelSpec
+from harness.catalog import resolve
+from harness.core.placements import PLACEMENTS, distinct
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Loaded, Machine, Plan, Verdict
+from harness.core.units import GIB
+from harness.machine.gpus import profile
+from harness.measure import verify
+from harness.measure.protocol import Load
+from harness.planning.code import loading_code
+from harness.planning.device_map.infer import device_of
+from harness.planning.planner import GOOD, Planner
+from harness.planning.recommend import recommend
+from harness.worker import model as work
+from tests.support import small_models
+from tests.support.builders import case, loaded, machine
+
+
+def spec(name: str) -> ModelSpec:
+    return model_spec.read_spec(resolve.resolve(name))
+
+
+def cards(*sizes: str) -> Machine:
+    return profile(list(sizes), ram=128 * GIB)
+
+
+def planned(name: str, on: Machine, precision: str = "bf16") -> dict[str, Plan]:
+    planner = Planner(spec(name), on, here=False)
+    return {one.case.placement: one for one in planner.plans([case(precision, placement) for placement in PLACEMENTS])}
+
+
+@pytest.mark.parametrize("sizes", [["8GiB"], ["6GiB"], ["12GiB", "8GiB"], ["24GiB", "24GiB"], ["16GiB", "4GiB", "12GiB"]])
+@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct", "moss-moon-003-sft", "gemma-2-9b-it", "mixtral-8x7b-instruct-v0.1"])
+def test_the_worst_case_fits_on_every_gpu(name: str, sizes: list[str]) -> None:
+    found = planned(name, cards(*sizes))["recommended"]
+    assert found.estimate is not None
+    tiers = {tier: one for tier, one in found.estimate.tiers.items() if tier.startswith("gpu")}
+    assert all(one.needed_high_bytes <= (one.capacity_bytes or 0) for one in tiers.values())
+    assert found.device_map is not None
+    assert not isinstance(found.device_map, str)
+    paths = [weight.path for weight in spec(name).skeleton.weights]
+    assert all(device_of(found.device_map, path) is not None for path in paths)
+
+
+def test_it_is_chosen_where_it_is_better_and_says_why() -> None:
+    plans = planned("qwen2.5-7b-instruct", cards("12GiB", "8GiB"))
+    assert (plans["auto"].verdict, plans["recommended"].verdict) == (Verdict.TIGHT, Verdict.FITS)
+    best = recommend(plans.values())
+    assert best is not None
+    assert best[0].case.placement == "recommended"
+    assert "auto, told to leave the same room for inference, has" in best[1]
+    assert "Given the whole budget, auto would leave inference" in best[1]
+    assert "short on gpu:1" in best[1]
+
+
+def test_it_fits_where_auto_does_not() -> None:
+    plans = planned("moss-moon-003-sft", cards("8GiB", "8GiB"))
+    assert (plans["auto"].verdict, plans["recommended"].verdict) == (Verdict.TOO_BIG, Verdict.FITS)
+    assert plans["auto"].why is not None
+    assert plans["auto"].why.endswith("Try --placement recommended.")
+
+
+def test_where_it_is_no_better_the_plain_way_is_chosen() -> None:
+    plans = planned("qwen2.5-7b-instruct", cards("24GiB"))
+    assert plans["recommended"].device_map == plans["direct"].device_map == {"": "gpu:0"}
+    best = recommend(plans.values())
+    assert best is not None
+    assert best[0].case.placement == "direct"
+
+
+def test_all_of_moss_stays_on_two_cards() -> None:
+    found = planned("moss-moon-003-sft", cards("24GiB", "24GiB"))["recommended"]
+    assert found.verdict is Verdict.FITS
+    assert found.why == "All of it is on the GPU."
+    assert isinstance(found.device_map, Mapping)
+    assert set(found.device_map.values()) == {"gpu:0", "gpu:1"}
+
+
+def test_what_may_not_spill_fits_on_the_gpus_or_not_at_all() -> None:
+    assert planned("qwen2.5-7b-instruct", cards("8GiB"), "int4")["recommended"].verdict in GOOD
+    found = planned("moss-moon-003-sft", cards("8GiB"), "int4")["recommended"]
+    assert found.verdict is Verdict.TOO_BIG
+    assert found.why is not None
+    assert found.why.startswith("too big for recommended: weights would lie on cpu")
+
+
+def test_the_code_names_every_module_and_numbers_the_cards() -> None:
+    found = planned("qwen2.5-7b-instruct", cards("12GiB", "8GiB"))["recommended"]
+    assert found.code is not None
+    call = next(node for node in ast.walk(ast.parse(found.code)) if isinstance(node, ast.Call))
+    given = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    assert isinstance(found.device_map, Mapping)
+    assert given["device_map"] == {path: int(str(tier)[-1]) for path, tier in found.device_map.items()}
+    assert len(given["device_map"]) < 40
+    assert "offload_folder" not in given
+
+
+def test_without_a_gpu_it_is_no_case_of_its_own() -> None:
+    found = Planner(spec("chatglm-6b"), machine()).plan(case("bf16", "recommended"))
+    assert (found.verdict, found.why) == (Verdict.UNAVAILABLE, "without a GPU it is the same as cpu")
+    assert "recommended" not in distinct(PLACEMENTS, gpus=0)
+    assert "recommended" in distinct(PLACEMENTS, gpus=1)
+
+
+# ---- loaded by it -------------------------------------------------------------------------------------------------------
+
+# Between RAM and disk, for there is no GPU here: the call is the same.
+MAP: dict[str, str | int] = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+MAP |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+
+
+def test_a_map_in_full_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    transformers.logging.disable_progress_bar()
+    small_models.save("llama", tmp_path / "model")
+    row = PLACEMENTS["recommended"]
+    code = loading_code(PRECISIONS["bf16"], row, "bfloat16", None, device_map=MAP)
+    request = Load(model=str(tmp_path / "model"), code=code, tokenizer=False)
+    found = work.inspect(work.load(request, lambda _: contextlib.nullcontext())[0])
+    assert found.tier_bytes["disk"] > 0
+    assert checked(found) == verify.OK
+
+
+def checked(found: Loaded, **changed: str) -> str:
+    one = Plan(case=case("bf16", "recommended"), verdict=Verdict.UNKNOWN, device_map={**MAP, **changed})
+    return verify.checks(one, found)["placement"]
+
+
+def test_a_map_that_was_not_obeyed_is_told() -> None:
+    found = loaded({"bfloat16": 5}, tiers={"cpu": 5, "gpu:0": 5}, device_map={"model": "0", "lm_head": "cpu"})
+    one = Plan(
+        case=case("bf16", "recommended"),
+        verdict=Verdict.UNKNOWN,
+        device_map={"model.layers.0": "gpu:0", "model.layers.1": "gpu:1", "lm_head": "cpu"},
+    )
+    said = verify.checks(one, found)["placement"]
+    assert said == "1 of 3 entries of the device map were not obeyed: model.layers.1 is on gpu:0"

@@ -1,0 +1,128 @@
+"""The table of Chinese: nothing that the page says is missing from it, and nothing in it is left from what the page once said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from harness.catalog.resolve import CATALOG
+from harness.core.metrics import METRICS
+from harness.core.placements import PLACEMENTS
+from harness.core.precisions import PRECISIONS
+from harness.report.page.figures import PLANNED, STATUSES
+from harness.report.page.language import CHINESE, block, table
+from harness.report.page.tradeoff import SHAPES
+
+ROOT = Path(__file__).parents[2]
+TEMPLATES = ROOT / "harness" / "report" / "templates"
+PAGE = ("page.html.j2", "parts.html.j2", "overview.html.j2")
+# Same in both languages.
+NAMES = {"fitmatrix", "CPU", "GiB", "tokens/s", "EN", "bfloat16", "Ctrl", "· fitmatrix", "GiB, tokens/s"}
+SLOT = re.compile(r"\{(\w+)\}")
+SAID = table(CHINESE)
+
+
+def flat(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def shape(key: str) -> re.Pattern[str]:
+    """Return what a text of the table matches, its slots filled with anything."""
+    parts = re.split(r"(\{\w+\}|\(s\))", key)
+    return re.compile("".join(".+" if SLOT.fullmatch(part) else "s?" if part == "(s)" else re.escape(part) for part in parts))
+
+
+SHAPES_OF_KEYS = [shape(key) for key in SAID]
+# The texts between the slots, with and without the plural's s.
+PIECES = {flat(piece) for key in SAID for form in ("", "s") for piece in SLOT.split(key.replace("(s)", form))[::2]}
+
+
+def is_said(text: str) -> bool:
+    return text in NAMES or any(pattern.fullmatch(text) for pattern in SHAPES_OF_KEYS)
+
+
+def fragments(source: str) -> Iterator[str]:
+    """Take the texts of a template that a reader sees or hears, as they stand between tags, attributes and expressions."""
+    source = re.sub(r"\{#.*?#\}|<(style|script|symbol|code|noscript)\b.*?</\1>", "\0", source, flags=re.S)
+    quoted = re.findall(r"\{[{%](.*?)[%}]\}", source, flags=re.S)
+    yield from chain.from_iterable(re.findall(r"\boption\('\w*', '([^']+)'\)", expression) for expression in quoted)
+    plain = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "\0", source, flags=re.S)
+    attributes = re.findall(r'(?:aria-label|title|placeholder)="([^"]*)"', plain)
+    texts = re.sub(r"<[^>]*>", "\0", re.sub(r"<(\w+)[^>]*translate=.no.[^>]*>[^<]*</\1>", "\0", plain))
+    for text in (*attributes, texts):
+        yield from (found for part in text.split("\0") if re.search("[A-Za-z]", found := flat(part)))
+
+
+def in_words(text: str) -> str:
+    """Take from a fragment what stands before and behind the words: the points and brackets around slots."""
+    return re.sub(r"^[^A-Za-z]+|[^A-Za-z]+$", "", text)
+
+
+@pytest.mark.parametrize("name", PAGE)
+def test_every_text_of_a_template_is_in_the_table(name: str) -> None:
+    words = "\n".join(map(in_words, SAID)) + "\n" + "\n".join(map(in_words, PIECES)) + "\n".join(NAMES)
+    found = set(map(in_words, fragments((TEMPLATES / name).read_text(encoding="utf-8"))))
+    assert found
+    assert [text for text in sorted(found) if text not in words] == []
+
+
+def test_every_text_of_the_script_is_in_the_table() -> None:
+    said = re.search(r"const SAY = \{(.*?)\n  \};", (TEMPLATES / "page.js").read_text(encoding="utf-8"), flags=re.S)
+    assert said
+    texts = re.findall(r'^ +\w+: "(.*)",$', said[1], flags=re.M)
+    assert len(texts) > 8
+    assert [text for text in texts if re.search("[a-z]", SLOT.sub("", text)) and text not in SAID] == []
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [status.word for status in STATUSES],
+        [*PLANNED.values(), *SHAPES],
+        [metric.label for metric in METRICS.values()],
+        [metric.how for metric in METRICS.values()],
+        [precision.title for precision in PRECISIONS.values()],
+        [placement.title for placement in PLACEMENTS.values()],
+        [flat(entry.history) for entry in CATALOG.values() if entry.history],
+    ],
+    ids=["outcomes", "plans", "figures", "how", "precisions", "placements", "history"],
+)
+def test_every_word_of_our_tables_is_in_the_table(texts: list[str]) -> None:
+    assert [text for text in texts if not is_said(text)] == []
+
+
+def test_every_text_of_the_table_is_said_somewhere() -> None:
+    files = [
+        *(ROOT / "harness").glob("*.py"),
+        *(ROOT / "harness" / "report").glob("*.py"),
+        ROOT / "harness" / "data" / "catalog.toml",
+    ]
+    files += [TEMPLATES / "page.js", *(TEMPLATES / name for name in PAGE)]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    code = re.sub(r'"\s*\n\s*f?"|\\\n', "", code).replace("\\N{NO-BREAK SPACE}", " ")
+    spoken = flat(code) + flat(re.sub(r"<[^>]*>", " ", code)) + flat(re.sub(r"<[^>]*>", "", code))
+    unused = [
+        (key, piece)
+        for key in SAID
+        for part in SLOT.split(key)[::2]
+        for piece in map(in_words, re.split(r"\(s\)|[,;:.] |[()]", part))
+        if piece not in spoken and piece.removeprefix("placement ") not in spoken
+    ]
+    assert unused == []
+
+
+@pytest.mark.parametrize("key", [key for key in SAID if "{" in key or "{" in SAID[key]])
+def test_a_translation_has_the_slots_of_its_text(key: str) -> None:
+    assert sorted(SLOT.findall(SAID[key])) == sorted(SLOT.findall(key))
+
+
+def test_chinese_has_its_own_points() -> None:
+    assert [said for said in SAID.values() if re.search(r"[\u4e00-\u9fff][,;:.?!]|[,;:?!] ?[\u4e00-\u9fff]", said)] == []
+
+
+def test_nothing_in_the_table_ends_its_block() -> None:
+    assert "<" not in block(CHINESE)

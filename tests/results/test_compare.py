@@ -1,0 +1,193 @@
+"""Two sets of results side by side: what is called worse, how surely, and what stops a gate."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+
+from harness.cli.entry import main
+from harness.core.errors import UsageError
+from harness.core.metrics import METRICS
+from harness.core.records import Case, Machine, Outcome, Quality, Result, Tier, Verdict, Workload, encode
+from harness.report.export import changes
+from harness.results import compare, store
+from harness.results.compare import RULES, Call
+
+HERE = Machine(name="2 cores, 16 GiB RAM", tiers=(Tier(name="cpu", kind="cpu", total_bytes=16 << 30),), cpu="Xeon", cores=2)
+GOLDEN = Path(__file__).parents[1] / "data" / "results-v1.jsonl"
+
+
+def made(name: str = "int8", *, machine: Machine = HERE, outcome: Outcome = Outcome.OK, **fields: Any) -> Result:
+    case = Case(model="m", precision=name, placement="cpu", workload=fields.pop("workload", Workload()))
+    usual: dict[str, Any] = {
+        "metrics": {"decode_tok_s": 20.0, "ram_peak_bytes": 2e9, "ready_s": 4.0, "perplexity": 12.0},
+        "samples": {"decode_tok_s": [19.8, 20.0, 20.1, 20.0, 20.2]},
+    }
+    return Result(
+        id=case.id, run="r", at="2026-11-24T10:00:00Z", case=case, weights="real", machine=machine, verdict=Verdict.FITS,
+        outcome=outcome, stage="done", **(usual | fields),
+    )  # fmt: skip
+
+
+def with_metrics(samples: dict[str, list[float]] | None = None, **metrics: float) -> Result:
+    usual = made()
+    return msgspec.structs.replace(usual, metrics=usual.metrics | metrics, samples=usual.samples | (samples or {}))
+
+
+def calls(before: Result, after: Result, **limits: float) -> dict[str, Call]:
+    found = compare.compare([before], [after], {name: rule.worse for name, rule in RULES.items()} | limits)
+    return {change.key: change.call for change in found.pairs[0].changes}
+
+
+def test_the_same_is_the_same() -> None:
+    found = compare.compare([made()], [made()])
+    assert not found.failures
+    assert {change.call for change in found.pairs[0].changes} == {Call.SAME}
+    assert changes.verdict(found) == "1 case compared, nothing got worse"
+
+
+def test_slower_for_sure_is_worse_and_slower_perhaps_is_unsure() -> None:
+    surely = with_metrics({"decode_tok_s": [14.8, 15.0, 15.1, 15.0, 15.2]}, decode_tok_s=15.0)
+    perhaps = with_metrics({"decode_tok_s": [12.0, 21.0, 17.0, 20.5, 13.0]}, decode_tok_s=17.0)
+    assert calls(made(), surely)["decode_tok_s"] is Call.WORSE
+    assert calls(made(), perhaps)["decode_tok_s"] is Call.UNSURE
+    assert calls(surely, made())["decode_tok_s"] is Call.BETTER
+    assert calls(made(), surely, speed=0.5)["decode_tok_s"] is Call.SAME
+
+
+@pytest.mark.parametrize(("key", "group"), [("ram_peak_bytes", "memory"), ("ready_s", "load"), ("perplexity", "quality")])
+def test_a_figure_without_samples_is_held_to_its_threshold(key: str, group: str) -> None:
+    limit, usual = RULES[group].worse, made().metrics[key]
+    assert calls(made(), with_metrics(None, **{key: usual * (1 + limit) * 1.01}))[key] is Call.WORSE
+    assert calls(made(), with_metrics(None, **{key: usual * (1 + limit) * 0.99}))[key] is Call.SAME
+
+
+def test_the_interval_holds_the_true_change_about_as_often_as_it_says() -> None:
+    """Rounds of 7 from one distribution, 300 times: the bootstrap of a median of so few covers a little less than 95 %."""
+    chance = random.Random(7)
+    inside = 0
+    for _ in range(300):
+        old, new = ([chance.gauss(20, 1) for _ in range(7)] for _ in range(2))
+        low, high = compare._interval(old, new) or (2.0, 2.0)
+        inside += low <= 1 <= high
+    assert 0.85 < inside / 300 <= 1
+
+
+def test_what_worked_and_does_not_is_a_failure_whatever_the_thresholds() -> None:
+    gone = made(outcome=Outcome.OOM, why="out of memory during load")
+    found = compare.compare([made()], [gone], dict.fromkeys(RULES, 9.0))
+    assert found.failures == ("m/int8/cpu 64+16x1: worked, and now oom: out of memory during load",)
+    assert not compare.compare([gone], [made()]).failures
+    assert not compare.compare([gone], [gone]).failures
+
+
+def test_broken_answers_are_a_failure() -> None:
+    sound, broken = (made(quality=Quality(probe="1", verdict=word, why="because")) for word in ("intact", "broken"))
+    said = "m/int8/cpu 64+16x1: answers were intact, and now are broken: because"
+    assert compare.compare([sound], [broken]).failures == (said,)
+
+
+def test_speed_of_another_machine_is_shown_and_stops_nothing() -> None:
+    slower = with_metrics({"decode_tok_s": [9.8, 10.0, 10.1, 10.0, 10.2]}, decode_tok_s=10.0, ram_peak_bytes=4e9)
+    other = msgspec.structs.replace(slower, machine=msgspec.structs.replace(HERE, name="1 core"))
+    found = compare.compare([made()], [other])
+    assert [failure.partition(": ")[2].partition(" ")[0] for failure in found.failures] == ["peak"]  # memory is still held
+    assert any("another machine" in note for note in found.pairs[0].notes)
+
+
+def test_a_noisy_figure_never_fails_for_sure() -> None:
+    noisy = msgspec.structs.replace(
+        with_metrics({"decode_tok_s": [9.8, 10.0, 10.1]}, decode_tok_s=10.0), noisy={"decode_tok_s": "others took 90 % of a core"}
+    )
+    found = compare.compare([made()], [noisy])
+    assert not found.failures
+    assert any("others took 90 %" in note for note in found.pairs[0].notes)
+
+
+def test_another_workload_is_another_case() -> None:
+    found = compare.compare([made()], [made(workload=Workload(prompt_tokens=512))])
+    assert [(pair.said, pair.failed) for pair in found.pairs] == [("not measured before", False), ("not measured any more", False)]
+
+
+def test_the_newest_result_of_a_case_counts() -> None:
+    slower, usual = with_metrics({"decode_tok_s": [0.9, 1.0, 1.1]}, decode_tok_s=1.0), made()
+    assert not compare.compare([made()], [slower, usual]).failures
+    assert compare.compare([made()], [usual, slower]).failures
+
+
+def test_every_figure_of_the_rules_is_a_metric() -> None:
+    assert {key for rule in RULES.values() for key in rule.keys} <= METRICS.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [({"sped": 0.1}, "did you mean 'speed'"), ({"speed": "10 %"}, "write 0.05 for 5 %"), ({"load": True}, "no share")],
+)
+def test_thresholds_that_are_none_are_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        compare.thresholds(config)
+    assert compare.thresholds({"speed": 0.2})["speed"] == 0.2
+
+
+def write(folder: Path, *results: Result) -> Path:
+    folder.mkdir()
+    (folder / store.NAME).write_bytes(b"".join(encode(result) + b"\n" for result in results))
+    return folder
+
+
+HOSTILE = "<script>alert(1)</script>|*x*\u202e"
+
+
+def test_the_command_gives_status_markdown_json_and_junit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = write(tmp_path / "before", made(), made("bf16"))
+    after = write(tmp_path / "after", made(outcome=Outcome.CRASH, why=HOSTILE), made("bf16"))
+    assert main(["compare", str(before), str(before)]) == 0
+    assert "nothing got worse" in capsys.readouterr().out
+    assert main(["compare", str(before), str(after), "--junit", str(tmp_path / "out" / "junit.xml")]) == 1
+    assert "worked, and now crash" in capsys.readouterr().out
+    suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert main(["compare", str(before), str(after), "--markdown"]) == 1
+    text = capsys.readouterr().out
+    assert text.startswith("### ❌ fitmatrix: 1 failure in 2 cases")
+    assert "<script>" not in text
+    assert "\u202e" not in text
+    assert main(["compare", str(before), str(after / store.NAME), "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["pairs"]) == 2
+
+
+def test_the_command_takes_its_thresholds_from_pyproject(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before, after = write(tmp_path / "a", made()), write(tmp_path / "b", with_metrics(ram_peak_bytes=2.4e9))
+    assert main(["compare", str(before), str(after)]) == 1
+    (tmp_path / "pyproject.toml").write_text("[tool.fitmatrix.gate]\nmemory = 0.3\n")
+    assert main(["compare", str(before), str(after)]) == 0
+    (tmp_path / "pyproject.toml").write_text("[tool.fitmatrix.gate]\nmemry = 0.3\n")
+    assert main(["compare", str(before), str(after)]) == 2
+    assert "did you mean 'memory'" in capsys.readouterr().err
+
+
+def test_sets_that_share_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", str(write(tmp_path / "a", made("int8"))), str(write(tmp_path / "b", made("int4")))]) == 2
+    assert "share no case" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "none"), str(GOLDEN)]) == 2
+
+
+def test_old_results_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", str(GOLDEN), str(GOLDEN), "--all"]) == 0
+    assert "same" in capsys.readouterr().out
