@@ -278,7 +278,13 @@ def project(tmp_path: Path) -> Path:
 
 def pytest_in(project: Path, output: TextIO | int, *words: str) -> subprocess.Popen[bytes]:
     options = ["--model", "tiny", "--precision", "fp32", "--precision", "bf16", "--placement", "cpu", "--repeats", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TERM": "xterm"}
+    environment = {
+        **os.environ,
+        "PYTEST_XDIST_WORKER": "",
+        "PYTHONPATH": str(ROOT),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "TERM": "xterm",
+    }
     command = [sys.executable, "-m", "pytest", "cases", *options, "--new-tokens", "2", "-k", "load or quality", *words]
     return subprocess.Popen(command, cwd=project, env=environment, stdout=output, stderr=subprocess.STDOUT)
 

@@ -75,7 +75,7 @@ def write_hollow(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
 
 def write_plain(folder: Path, name: str) -> Path:
     """Write a model of the catalog in bfloat16, its data a hole; return the folder."""
-    config, shape = shipped.catalog()[shipped.hub_id(name)].config, shipped.named(name)
+    config, shape = shipped.catalog()[shipped.hub_id(name)].config, skeleton.named(name)
     saved = [weight for weight in shape.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
