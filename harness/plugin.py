@@ -143,8 +143,8 @@ class _ByCase:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
     """Refuse to measure cases side by side. pytest-xdist calls this in the one process that may still say so."""
-    cases = node.config.stash[SESSION].cases()
-    if any(name.endswith(f"[{case.id}]") for name in ids for case in cases):
+    cases = [case.id.encode("unicode_escape").decode() for case in node.config.stash[SESSION].cases()]  # as pytest writes an id
+    if any(case in name for name in ids for case in cases):
         raise pytest.UsageError("cases cannot be measured side by side: run pytest cases/ without -n (pytest-xdist)")
 
 

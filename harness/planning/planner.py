@@ -236,10 +236,8 @@ class Planner:
         precision, placement = PRECISIONS[case.precision], self._placements[case.placement]
         spilled = [tier for tier in count.weights if tier == "disk" or (tier == "cpu" and count.gpus)]
         if spilled and "offloads_to_cpu" in precision.incompatible and not _leaves_off_gpu(precision, placement):
-            return (
-                Verdict.TOO_BIG,
-                f"too big for {placement.name}: weights would lie on {' and '.join(spilled)}; {precision.incompatible['offloads_to_cpu']}",
-            )
+            where, reason = " and ".join(spilled), precision.incompatible["offloads_to_cpu"]
+            return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on {where}; {reason}"
         if "disk" in count.weights and self.spec.gguf is not None:
             return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on disk; {GGUF_REFUSES['offloads']}"
         unknown = [

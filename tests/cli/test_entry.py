@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness.cli import entry as cli
+from harness.cli import entry
 from harness.cli.entry import COMMANDS, build_parser, main
 from harness.core.records import encode
 from harness.core.text import visible
@@ -164,7 +164,7 @@ def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     text, arguments, _ = COMMANDS["hardware"]
-    monkeypatch.setitem(cli.COMMANDS, "hardware", (text, arguments, interrupted))
+    monkeypatch.setitem(entry.COMMANDS, "hardware", (text, arguments, interrupted))
     assert main(["hardware"]) == 130
     assert capsys.readouterr() == ("", "")
 

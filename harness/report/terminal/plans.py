@@ -41,8 +41,9 @@ TERMS = (
 
 def show(recommendations: Sequence[Recommendation], machine: Machine, load: Workload) -> None:
     """Print the machine, and for each model a table, why what does not fit does not, and what to do."""
+    here = any(advice.planner.here for advice in recommendations)
     parts: list[RenderableType] = [tables.said(_machine_line(machine))]
-    if any(advice.planner.here for advice in recommendations) and (assumed := _assumed(machine)):
+    if here and (assumed := _assumed(machine)):
         parts.append(tables.said(assumed))
     for advice in recommendations:
         table, left_out = _table(advice, machine)
