@@ -201,7 +201,7 @@ class _Timing:
         if tier == "cpu":
             return self._link(pick) if self.gpu else self._ram(pick)
         found = self.machine.tier(tier)
-        share = "gpu_bandwidth_share" + ("_quantized" if self.effort.like else "")
+        share = "gpu_bandwidth_share" + ("_quantised" if self.effort.like else "")
         return self._known(found, "gpu_bytes_per_s", pick) * self._rate(share, pick)
 
     def _known(self, tier: Tier | None, constant: str, pick: str) -> float:
