@@ -633,6 +633,12 @@ def test_a_part_of_a_case_is_not_taken_for_the_whole(project: Project) -> None:
 def test_cases_are_not_measured_side_by_side(project: Project, words: tuple[str, ...]) -> None:
     done = project.pytester.runpytest_subprocess("-p", "xdist", *project.words(*words))
     assert "cases cannot be measured side by side: run pytest cases/ without -n" in usage_error(done)
+
+
+def test_tests_that_name_a_case_of_another_model_run_side_by_side(project: Project) -> None:
+    project.pytester.makepyfile("import pytest\n\n@pytest.mark.parametrize('name', ['other/fp32/cpu'])\ndef test_it(name): pass\n")
+    words = project.words("-n", "1")[1:]
+    project.pytester.runpytest_subprocess("-p", "xdist", "--ignore=cases", *words).assert_outcomes(passed=1)
     assert not project.has_results
 
 
