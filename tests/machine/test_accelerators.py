@@ -1,0 +1,100 @@
+"""What torch can do with the cards that NVML knows: one sentence with the cure where it cannot."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from harness.core.records import Machine, Tier
+from harness.machine.accelerators import Card, Seen, TorchBuild, hidden, look, problem, torch_build
+
+FOR_CUDA = TorchBuild(version="2.13.0+cu130", cuda="13.0")
+FOR_CPU = TorchBuild(version="2.13.0+cpu")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+def machine(*cards: tuple[str, str], driver: str | None = "580.82") -> Machine:
+    tiers = tuple(
+        Tier(name=f"gpu:{number}", kind="gpu", total_bytes=24 << 30, model=name, compute_capability=capability)
+        for number, (name, capability) in enumerate(cards)
+    )
+    return Machine(name="test", tiers=(*tiers, Tier(name="cpu", kind="cpu", total_bytes=32 << 30)), driver=driver)
+
+
+RTX = machine(("NVIDIA GeForce RTX 4090", "8.9"))
+SEES_IT = Seen(kind="cuda", cards=(Card(name="NVIDIA GeForce RTX 4090"),), architectures=ARCHITECTURES)
+
+
+def test_torch_that_sees_the_card_has_no_problem() -> None:
+    assert problem(RTX, FOR_CUDA, SEES_IT) is None
+    assert problem(RTX, FOR_CUDA, None) is None  # not asked yet
+    assert problem(machine(), FOR_CPU, Seen()) is None
+    assert problem(RTX, None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("where", "build", "seen", "said"),
+    [
+        (RTX, FOR_CPU, None, r"torch 2\.13\.0\+cpu is built for the CPU only and cannot use the NVIDIA GeForce RTX 4090: install"),
+        (RTX, TorchBuild(version="2.9.0+rocm6.4", hip="6.4"), None, r"is built for ROCm's HIP 6\.4 and cannot use"),
+        (
+            machine(("Tesla T4", "7.5"), driver="535.104"),
+            FOR_CUDA,
+            None,
+            r"driver 535\.104 is too old .* needs 580 for the Tesla T4",
+        ),
+        (
+            RTX,
+            FOR_CUDA,
+            Seen(error="CUDA driver initialization failed"),
+            r"cannot use .*: CUDA driver initialization failed; check",
+        ),
+        (RTX, FOR_CUDA, Seen(), r"it sees no GPU"),
+        (machine(("A", "8.0"), ("B", "8.0")), FOR_CUDA, SEES_IT, r"torch sees 1 GPUs and NVML 2 \(A and B\)"),
+        (
+            machine(("Tesla P100", "6.0")),
+            FOR_CUDA,
+            Seen(kind="cuda", cards=(Card(name="Tesla P100"),), architectures=ARCHITECTURES),
+            r"no kernels for compute capability 6\.0",
+        ),
+    ],
+)
+def test_what_torch_cannot_use_is_said_with_its_cure(where: Machine, build: TorchBuild, seen: Seen | None, said: str) -> None:
+    sentence = problem(where, build, seen)
+    assert sentence is not None
+    assert re.search(said, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ("8.9", ("sm_80", "sm_86"), True),  # kernels of a lower minor version run
+        ("8.6", ("sm_89",), False),
+        ("12.1", ("sm_90", "compute_90"), True),  # the driver compiles what is newer
+        ("7.0", ("sm_75", "compute_120"), False),
+        ("9.0", ("sm_90a",), True),
+    ],
+)
+def test_which_cards_have_kernels(capability: str, architectures: tuple[str, ...], runs: bool) -> None:
+    seen = Seen(kind="cuda", cards=(Card(name="X"),), architectures=architectures)
+    assert (problem(machine(("X", capability)), FOR_CUDA, seen) is None) == runs
+
+
+def test_accelerators_that_are_not_measured_are_said_to_be_hidden() -> None:
+    assert hidden(machine(), Seen()) is None
+    assert hidden(RTX, SEES_IT) is None
+    assert "an AMD GPU is here (MI300X)" in str(hidden(machine(), Seen(kind="hip", cards=(Card(name="MI300X"),))))
+    assert "an Apple GPU is here" in str(hidden(machine(), Seen(kind="mps", cards=(Card(name="M4"),))))
+    assert "NVML does not" in str(hidden(machine(), SEES_IT))
+
+
+def test_torch_is_asked_in_a_process_of_its_own() -> None:
+    """And without importing it what it was built for agrees with what it says of itself."""
+    torch = pytest.importorskip("torch")
+    build = torch_build()
+    assert build is not None
+    assert (build.version, build.cuda, build.hip) == (torch.__version__, torch.version.cuda, torch.version.hip)
+    seen = look()
+    assert len(seen.cards) == (torch.cuda.device_count() if torch.cuda.is_available() else len(seen.cards))
+    assert seen.kind is not None or not seen.cards
