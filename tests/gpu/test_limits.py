@@ -75,7 +75,7 @@ print(*(torch._C._cuda_hasPrimaryContext(index) for index in range(torch.cuda.de
 def test_accelerate_finds_free_what_a_context_leaves() -> None:
     code = """
 from accelerate.utils import get_max_memory
-from harness.machine.probe import nvml
+from harness.machine import nvml
 
 with nvml.lent() as library:
     free = nvml.ask(library, "nvmlDeviceGetMemoryInfo", nvml.visible(library)[0]).free

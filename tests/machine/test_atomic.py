@@ -96,13 +96,13 @@ def test_a_full_disk_or_a_read_only_place_is_one_sentence(tmp_path: Path) -> Non
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from harness.machine.probe import atomic as swap
+from harness.machine import atomic
 place = Path(sys.argv[1])
 def stop(*_): os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "between":
     rename = Path.rename
     Path.rename = lambda self, to: (rename(self, to), stop())
-with swap.replaced(place, marker="mark", ours=frozenset({"mark", "page"}), option="--to") as folder:
+with atomic.replaced(place, marker="mark", ours=frozenset({"mark", "page"}), option="--to") as folder:
     (folder / "page").write_text("half")
     if sys.argv[2] == "writing": stop()
 """

@@ -111,7 +111,7 @@ def test_a_limit_below_what_is_held_does_not_pass_for_one_that_holds(group: Grou
 @needs_groups
 def test_what_a_dead_run_left_is_removed_by_the_next() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from harness.machine.probe import cgroup; print(cgroup.group(1 << 30)._folder)"],
+        [sys.executable, "-c", "from harness.machine import cgroup; print(cgroup.group(1 << 30)._folder)"],
         capture_output=True,
         text=True,
         check=True,
