@@ -67,15 +67,16 @@ def marked(owner, name, phase):
 
 
 def pytest_configure(config):
-    from harness.run import worker_process as process, session
-  from harness.results import store
+    from harness.checkpoint import reader
     from harness.measure.protocol import Entered
-    from harness.report import page
+    from harness.report.page import render
+    from harness.results import store
+    from harness.run import worker_process
 
-    marked(session.checkpoint, "read", "prepare")
+    marked(reader, "read", "prepare")
     marked(store.os, "fsync", "append")
-    marked(page, "render", "render")
-    ask, append = process.Worker._next, store.Store.append
+    marked(render, "render", "render")
+    ask, append = worker_process.Worker._next, store.Store.append
 
     def next_(worker, patience):
         event = ask(worker, patience)
@@ -87,7 +88,7 @@ def pytest_configure(config):
         append(self, result)
         mark("appended", result.id)
 
-    process.Worker._next, store.Store.append = next_, appended
+    worker_process.Worker._next, store.Store.append = next_, appended
 
 
 def pytest_collection(session):
