@@ -23,6 +23,7 @@ from harness.checkpoint.auxiliary_files import RemoteCode
 from harness.checkpoint.formats.files import Directory, quote
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.reader import CONFIG, Checkpoint, context_length
+from harness.core.dtypes import DTYPE_BYTES
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.placements import Placement
 from harness.core.precisions import PACKED_ARCHITECTURES, Precision
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 _NO_TOKENIZER = "there is no tokenizer beside the weights: prompts are token ids, and quality is not measured"
 # The model types that `harness.models` registers.
 OUR_ARCHITECTURES = frozenset(("chatglm", "moss"))
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
 # What transformers says, or would say, of a GGUF file beside a placement's call or trait.
 GGUF_REFUSES = {
     "dispatches": "load_checkpoint_and_dispatch does not read GGUF",
@@ -322,7 +320,7 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = quantization.packed(entry.config)
     stored = published(known)
-    size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
+    size = _packed_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
     return ModelSpec(
         name=source.name,
         source=known,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from harness.checkpoint.formats.safetensors_header import BITS
+from harness.core.dtypes import DTYPE_BYTES
 from harness.core.precisions import Precision, row_of
 from harness.core.records import Record
 
@@ -146,7 +146,7 @@ class Layout(Record, frozen=True, kw_only=True):
     def stored_bytes(self, shape: Shape, bits: int, group: int) -> int:
         """Return the bytes that a weight of `shape` takes in the files, with what stands beside it."""
         stored = self.stored(shape, bits, group).values()
-        return sum(math.prod(sides) * BITS[dtype] // 8 for dtype, sides in stored)
+        return sum(math.prod(sides) * DTYPE_BYTES[dtype] for dtype, sides in stored)
 
     def overhang(self, shape: Shape, bits: int, group: int) -> bool:
         """Say whether a weight of `shape` leaves the last word of a row or column, or the last group, half empty."""

@@ -129,7 +129,6 @@ def _serve(args: argparse.Namespace, case: Case, port: int) -> int:
     """Fetch and load the model in a worker of its own, which serves the page, and wait."""
     from tempfile import TemporaryDirectory
 
-    from harness.planning.planner import GOOD
     from harness.run.options import Options
     from harness.run.runner import CaseEnded, Run
     from harness.run.session import Session
@@ -146,7 +145,7 @@ def _serve(args: argparse.Namespace, case: Case, port: int) -> int:
             session.prepare([one])
             decided, subject = session.plan(one), session.subject(one)
             _need_tokenizer(subject.tokenizer, one.model)
-            if decided.verdict not in GOOD:
+            if not decided.verdict.is_good:
                 return _refuse(decided)
             run = Run(decided, subject, session.setting)
             try:

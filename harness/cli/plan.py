@@ -224,13 +224,12 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
 def _print_code(advice: Recommendation) -> None:
     from harness.core.text import line
     from harness.planning import code
-    from harness.planning.planner import GOOD
 
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
     script = code.script(_head(advice, one), one, advice.spec.gguf_file)
-    print(script if one.verdict in GOOD else f"# {line(str(one.why))}\n{script}", end="")
+    print(script if one.verdict.is_good else f"# {line(str(one.why))}\n{script}", end="")
 
 
 def _head(advice: Recommendation, one: Plan) -> str:

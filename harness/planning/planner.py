@@ -28,7 +28,6 @@ from harness.planning.device_map.infer import Device
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
 from harness.planning.device_map.recommended import RecommendedMap
 
-GOOD = (Verdict.FITS, Verdict.TIGHT)
 _BETWEEN = "{} processes, as by torchrun: {}what they tell each other is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
 # How often our device map is computed again with more room; mostly once; a block may be larger than what is short.
@@ -314,7 +313,7 @@ class Planner:
         None where the plan does not fit at all or no limit is known.
         """
         count = self.counts.get(one.case.id)
-        if one.estimate is None or count is None or one.verdict not in GOOD:
+        if one.estimate is None or count is None or not one.verdict.is_good:
             return None
         most = self.spec.context_length or 1 << 20
         new = one.case.workload.new_tokens
@@ -366,7 +365,7 @@ def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:
     if one.verdict is not Verdict.TOO_BIG or one.why is None:
         return one
     order = sorted(others, key=lambda other: other.verdict is not Verdict.FITS)
-    good = [other.case for other in order if other.verdict in GOOD and other.case.model == one.case.model]
+    good = [other.case for other in order if other.verdict.is_good and other.case.model == one.case.model]
     precision = next((case.precision for case in good if case.placement == one.case.placement), None)
     placement = next((case.placement for case in good if case.precision == one.case.precision), None)
     words = [f"--precision {precision}"] * bool(precision) + [f"--placement {placement}"] * bool(placement)

@@ -21,7 +21,6 @@ from harness.core.precisions import DEFAULTS
 from harness.core.records import Outcome, Result, Verdict
 from harness.core.units import MIB, format_share, format_size
 from harness.machine import cgroup
-from harness.planning.planner import GOOD
 from harness.run.min_ram import failed, measure, prove
 from harness.run.options import Options
 from harness.run.session import Session
@@ -68,7 +67,7 @@ def test_the_verdict_agrees_with_what_happens(session: Session, figures: list[Fi
     for case in cases:
         results.append(measure(session, case))
         print(" | ".join(_row(results[-1])), flush=True)
-    wrong = [result for result in results if (result.verdict in GOOD) != (failed(result) is None)]
+    wrong = [result for result in results if result.verdict.is_good != (failed(result) is None)]
     broken = [result for result in results if result.verdict is Verdict.FITS and failed(result) is not None]
     ends = {result.outcome for result in results}
     agrees = format_share(1 - len(wrong) / len(results))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
+from harness.core.dtypes import DTYPE_BYTES
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Record, Workload
-from harness.planning.device_map.infer import DTYPE_BYTES
 
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
 EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))

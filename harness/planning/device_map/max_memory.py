@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from harness.core.dtypes import DTYPE_BYTES
 from harness.core.placements import Placement
 from harness.core.records import Machine
 from harness.planning.device_map.infer import MARGIN, STRATEGIES, found_free
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 
 _BLOCK = re.compile(r"\.(\d+)\.")
-
-
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Named(NamedTuple):
@@ -45,9 +43,9 @@ class Sizes:
             count = math.prod(tensor.shape)
             block = _BLOCK.search(tensor.name)
             if block:
-                blocks[tensor.name[: block.end() - 1]] += count * _DTYPE_BYTES[dtype]
+                blocks[tensor.name[: block.end() - 1]] += count * DTYPE_BYTES[dtype]
             else:
-                outside.append(count * _DTYPE_BYTES[dtype])
+                outside.append(count * DTYPE_BYTES[dtype])
         self.outside_bytes, self.blocks_bytes = max(outside), sum(blocks.values())
         # The placement algorithm keeps room for the largest layer on every device from which it spills to the disk.
         self.room_bytes = max(self.outside_bytes, max(blocks.values(), default=0))
