@@ -19,7 +19,6 @@ from harness.core.records import Record
 from harness.core.redact import clean_name
 from harness.data import DATA
 
-DEFAULT = "smollm2-135m"
 GGUF = ".gguf"
 
 # What huggingface_hub accepts, with an owner: no "--", no "..", nothing odd at either end, 96 characters at most.

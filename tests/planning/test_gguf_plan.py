@@ -22,6 +22,7 @@ from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.checkpoint import reader
 from harness.core.errors import CheckpointError, UsageError
+from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PACKED_ARCHITECTURES, PRECISIONS
 from harness.core.records import Outcome, Plan, Verdict
@@ -246,7 +247,7 @@ def test_one_file_of_several_is_named_by_its_path_or_by_an_option(tmp_path: Path
         (".", "c.gguf", "has no file 'c.gguf': did you mean 'a.gguf'"),
         (".", "model.safetensors", "--file 'model.safetensors' is no GGUF file: leave it out"),
         ("a.gguf", "a.gguf", "a is neither a directory nor on the hub, leave it out"),
-        (resolve.DEFAULT, "a.gguf", "smollm2-135m is neither a directory nor on the hub, leave it out"),
+        (DEFAULT_MODEL, "a.gguf", "smollm2-135m is neither a directory nor on the hub, leave it out"),
         ("b.gguf", None, "no file 'b.gguf': check the path; a GGUF file on the hub is its repository and --file"),
     ],
 )
