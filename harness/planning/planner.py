@@ -9,7 +9,7 @@ import msgspec
 
 from harness.architecture.model_spec import GGUF_REFUSES, ModelSpec
 from harness.checkpoint.formats.files import quote
-from harness.core.placements import FILE, PLACEMENTS, RECOMMENDED_MAP, SPLITS_DEVICES, USER_MAP, Placement
+from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
 from harness.core.records import Case, Estimate, Machine, Plan, Tier, TierEstimate, Verdict, Workload
@@ -53,7 +53,7 @@ class Planner:
     ) -> None:
         self.spec, self.machine, self.here, self.trust = spec, machine, here, trust
         self.constants = constants or calibration.default()
-        self._placements = {**PLACEMENTS, FILE: PLACEMENTS[FILE].given(device_map)} if device_map else PLACEMENTS
+        self._placements = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[WeightFormat, Inventory] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
@@ -87,7 +87,7 @@ class Planner:
         dtype = self._dtype(precision, placement)
         held = estimate.kept(precision, dtype, self.spec)
         limits = max_memory.max_memory(placement, self.machine, lambda: self._sizes(dtype))
-        ours = self._recommendation(case, held) if placement.device_map == RECOMMENDED_MAP else None
+        ours = self._recommendation(case, held) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
         placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, held, limits)
@@ -136,7 +136,7 @@ class Planner:
         if needed is not None and not self.trust:
             what = f"{needed.file} asks for code of the model's own, {quote(needed.name, 120)}, which nothing loads without"
             return Verdict.INVALID, f"{what}: read it and, if you trust it, add --trust-remote-code"
-        if self._placements[case.placement].device_map == USER_MAP:
+        if self._placements[case.placement].map_is_missing:
             return Verdict.UNAVAILABLE, "no map of yours was given: --device-map FILE"
         gpus = len(self.machine.gpus)
         ranks = self._placements[case.placement].ranks(gpus)
@@ -221,8 +221,8 @@ class Planner:
     def _count(self, case: Case, held: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
         tiers = layout.tiers(self.spec.skeleton, placed)
         gguf, placement = self.spec.gguf, self._placements[case.placement]
-        through_ram = placement.call == "to" or (gguf is not None and gguf.through_ram)
-        rewrites = placement.call == "load_checkpoint_and_dispatch"
+        through_ram = placement.moves_after_loading or (gguf is not None and gguf.through_ram)
+        rewrites = placement.rewrites_offloaded
         off_gpu = (
             self._inventory(WeightFormat(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
         )
@@ -335,7 +335,7 @@ class Planner:
 
 def _leaves_off_gpu(precision: Precision, placement: Placement) -> bool:
     """Say whether what lies off the GPUs is not quantized."""
-    return precision.off_gpu is not None and SPLITS_DEVICES in placement.traits
+    return precision.off_gpu is not None and placement.splits_devices
 
 
 def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | None:

@@ -83,7 +83,7 @@ def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes
     tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu") and tier.capacity_bytes is not None]
     if placement.device_map not in STRATEGIES or all(tier.limit_bytes is None for tier in tiers):
         return None
-    takes_all = {"cpu": placement.call == "load_checkpoint_and_dispatch", "gpu": len(machine.gpus) > 1}
+    takes_all = {"cpu": placement.takes_all_ram, "gpu": len(machine.gpus) > 1}
     return {tier.name: int((found_free(tier) or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
 
 
