@@ -5,62 +5,64 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harness.core.options import OPTION, Option, name_in, whole_number
+from harness.core.options import OPTION, Meaning, Option, name_in, whole_number
 from harness.core.units import parse_size
 from harness.planning.zero import STAGES
 
 HOST, FIRST_PORT = "127.0.0.1", 7860
 
 _ROWS = (
-    Option(name="file", help="this GGUF file of MODEL, if it has several", metavar="NAME"),
+    Option(name="file", help="GGUF file of MODEL, if it has several", metavar="NAME"),
     Option(name="revision", help="branch, tag or commit on the hub", metavar="NAME"),
     Option(name="json", help="print one JSON object", switch=True),
     Option(
         name="gpu",
-        help='describe a machine with this card instead of this one, "RTX 3060 12GB" or 8GiB (repeatable)',
+        help='plan for a machine with this GPU, "RTX 3060 12GB" or 8GiB (repeatable)',
+        in_command={"hardware": Meaning(help='its GPU, "RTX 3060 12GB" or 8GiB (repeatable)')},
         repeat=True,
         metavar="NAME|SIZE",
     ),
     Option(
         name="disk",
-        help="describe a machine with this much free disk space instead of this one, e.g. 500GB",
+        help="plan for a machine with this much free disk space, e.g. 500GB",
+        in_command={"hardware": Meaning(help="its free disk space, e.g. 500GB")},
         parse=parse_size,
         metavar="SIZE",
     ),
     Option(
         name="context",
-        help="tokens of prompt and answer together; replaces --prompt-tokens",
+        help="plan for this many tokens, prompt and answer together",
         parse=whole_number(3),
         metavar="N",
     ),
-    Option(name="code", help="print a script that loads and generates, for a case such as int8/direct", metavar="CASE"),
-    Option(name="explain", help="show every term of a case such as int8/direct", metavar="CASE"),
+    Option(name="code", help="print a script that loads the model and generates, for a case such as int8/direct", metavar="CASE"),
+    Option(name="explain", help="show every term of the estimate for a case such as int8/direct", metavar="CASE"),
     Option(
         name="training",
-        help=f"what training by DeepSpeed's ZeRO would take instead: {', '.join(STAGES)}",
+        help=f"estimate training with DeepSpeed ZeRO instead: {', '.join(STAGES)}",
         parse=name_in(STAGES, "stage"),
         metavar="STAGE",
     ),
     Option(name="nodes", help="with --training: number of machines like this one (default 1)", parse=whole_number(1), metavar="N"),
     Option(
         name="prove-min-ram",
-        help="run the cases under limits until the smallest RAM that works is known within 5 % (default placement: cpu)",
+        help="run the cases under RAM limits to find the smallest RAM that works, within 5 % (default placement: cpu)",
         switch=True,
     ),
-    Option(name="measure", help="measure again how fast RAM and disk are read (1 to 3 s)", switch=True),
+    Option(name="measure", help="measure the read bandwidth of RAM and disk again (1 to 3 s)", switch=True),
     Option(
         name="host",
-        help=f"where to listen (default {HOST}; 0.0.0.0: for the whole network)",
+        help=f"address to listen on (default {HOST}; 0.0.0.0 opens it to the whole network)",
         default=HOST,
         metavar="ADDRESS",
     ),
     Option(
         name="port",
-        help=f"the port to listen at (default: the first free from {FIRST_PORT})",
+        help=f"port to listen on (default: the first free one from {FIRST_PORT})",
         parse=whole_number(1, 65535),
         metavar="N",
     ),
-    Option(name="shard", help="most bytes of one file (default: as the model is published)", parse=parse_size, metavar="SIZE"),
+    Option(name="shard", help="largest size of a file (default: as published)", parse=parse_size, metavar="SIZE"),
 )
 _OWN = {row.name: row for row in _ROWS}
 

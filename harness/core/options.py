@@ -1,4 +1,4 @@
-"""OPTIONS: everything a run can be told, declared once; pytest and the commands of `fitmatrix` take theirs from here.
+"""OPTIONS: the options of a run, declared once; pytest and the commands of `fitmatrix` take theirs from here.
 
 A row knows its help, its parser and its default; where a command means something of its own by the same name, `in_command` says so.
 """
@@ -139,7 +139,7 @@ def _text(text: str) -> str:
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="model",
-        help=f"a model to run: a catalog name, a hub id, a directory or a GGUF file (repeatable; default {DEFAULT_MODEL})",
+        help=f"model to run: a catalog name, a hub id, a directory or a GGUF file (repeatable; default {DEFAULT_MODEL})",
         parse=_text,
         repeat=True,
         default=(DEFAULT_MODEL,),
@@ -147,15 +147,15 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="weights",
-        help="real ones, or synthetic: random weights of the model's true shape, made here without a download (default real)",
+        help="real, or synthetic: random weights in the model's true shapes, generated without a download (default real)",
         parse=one_of("real", "synthetic"),
         default="real",
         metavar="KIND",
     ),
     Option(
         name="precision",
-        help=f"how to hold the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(DEFAULTS)}, "
-        "or what a quantized checkpoint is)",
+        help=f"precision of the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(DEFAULTS)}, "
+        "or the format of a quantized checkpoint)",
         parse=name_in(PRECISIONS, "precision"),
         repeat=True,
         every=tuple(PRECISIONS),
@@ -164,7 +164,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="placement",
-        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all that differ here)",
+        help=f"where the weights go: {', '.join(PLACEMENTS)} (repeatable; default all that differ on this machine)",
         parse=name_in(PLACEMENTS, "placement"),
         repeat=True,
         default=tuple(PLACEMENTS),
@@ -172,44 +172,44 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="device-map",
-        help='a device_map to load by, JSON or TOML: module -> 0, "cuda:0", "cpu" or "disk" (placement file, alone unless others '
-        "are named)",
+        help='load with this device_map, JSON or TOML: module -> 0, "cuda:0", "cpu" or "disk" (placement file; no other unless '
+        "named)",
         parse=Path,
         metavar="FILE",
     ),
     Option(
         name="prompt-tokens",
-        help=f"tokens of each prompt (default {_USUAL.prompt_tokens})",
+        help=f"tokens per prompt (default {_USUAL.prompt_tokens})",
         parse=whole_number(1),
         default=_USUAL.prompt_tokens,
         metavar="N",
-        in_command={"chat": Meaning(help="tokens of the conversation to plan for; older turns go (default 1024)", default=1024)},
+        in_command={"chat": Meaning(help="tokens of conversation to keep; older turns are dropped (default 1024)", default=1024)},
     ),
     Option(
         name="new-tokens",
-        help=f"tokens to generate from each prompt (default {_USUAL.new_tokens})",
+        help=f"tokens generated per prompt (default {_USUAL.new_tokens})",
         parse=whole_number(2),
         default=_USUAL.new_tokens,
         metavar="N",
-        in_command={"chat": Meaning(help="tokens of an answer at most (default 256)", default=256)},
+        in_command={"chat": Meaning(help="most tokens of an answer (default 256)", default=256)},
     ),
     Option(
         name="batch",
-        help=f"prompts generated from at once (default {_USUAL.batch})",
+        help=f"batch size (default {_USUAL.batch})",
         parse=whole_number(1),
         default=_USUAL.batch,
         metavar="N",
     ),
     Option(
         name="repeats",
-        help=f"undisturbed warm rounds, after one cold round (default {_USUAL.repeats}); up to three times as many run",
+        help=f"undisturbed warm rounds after one cold round (default {_USUAL.repeats}); up to three times as many are run",
         parse=whole_number(1),
         default=_USUAL.repeats,
         metavar="N",
     ),
     Option(
         name="vram",
-        help="let each case use so much of each GPU, as a card of that size, e.g. 8GiB (repeatable; default all)",
+        help="emulate a GPU with this much memory, e.g. 8GiB (repeatable; default all of it)",
         parse=parse_size,
         repeat=True,
         default=(),
@@ -217,17 +217,18 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="ram",
-        help="let each case use so much RAM, e.g. 16GiB (default all)",
+        help="emulate a machine with this much RAM, e.g. 16GiB (default all of it)",
         parse=parse_size,
         metavar="SIZE",
-        in_command=dict.fromkeys(
-            ("plan", "hardware"), Meaning(help="describe a machine with this much RAM instead of this one, e.g. 32GiB")
-        ),
+        in_command={
+            "plan": Meaning(help="plan for a machine with this much RAM, e.g. 32GiB"),
+            "hardware": Meaning(help="its RAM, e.g. 32GiB"),
+        },
     ),
-    Option(name="case-timeout", help="seconds that one case may take (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
+    Option(name="case-timeout", help="time limit of a case in seconds (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
     Option(
         name="phase-timeout",
-        help="seconds that one phase of a case may take: loading, a round, the probe (default 900)",
+        help="time limit of one phase of a case in seconds: loading, a round, the probe (default 900)",
         parse=_seconds,
         default=900.0,
         metavar="S",
@@ -239,38 +240,38 @@ OPTIONS: tuple[Option, ...] = (
         default=RESULTS,
         metavar="DIR",
         in_command={
-            "plan": Meaning(help=f"correct the seconds by results of this machine in DIR (default {RESULTS})", default=RESULTS)
+            "plan": Meaning(
+                help=f"correct estimated times with results of this machine in DIR (default {RESULTS})", default=RESULTS
+            )
         },
     ),
     Option(
         name="baseline",
-        help="earlier results, a file or a directory: what got worse since fails (default none)",
+        help="earlier results to compare with, a file or a directory; regressions fail (default none)",
         parse=Path,
         metavar="FILE",
     ),
-    Option(name="html", help="where to write the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
+    Option(name="html", help="path of the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
     Option(
         name="trust-remote-code",
-        help="let code that comes with a model run (its config's or tokenizer's auto_map, a generate of its own)",
+        help="allow code shipped with the model to run (auto_map of its config or tokenizer, its own generate)",
         switch=True,
         default=False,
-        in_command={
-            "plan": Meaning(help="plan and write code that lets the model's own code run; nothing runs here", default=False)
-        },
+        in_command={"plan": Meaning(help="plan for a model with code of its own, without running any of it", default=False)},
     ),
     Option(
         name="resume",
-        help="keep the results that still hold, and run what is missing, has changed, crashed or failed",
+        help="keep results that are still valid; run what is missing, has changed, crashed or failed",
         switch=True,
         default=False,
     ),
     Option(
         name="run-all",
-        help="also run what the plan expects to fail, and with --resume what ran out of memory",
+        help="also run what the plan expects to fail and, with --resume, what ran out of memory",
         switch=True,
         default=False,
     ),
-    Option(name="fail-on-oom", help="let running out of memory fail the test", switch=True, default=False),
+    Option(name="fail-on-oom", help="fail the test if a case runs out of memory", switch=True, default=False),
 )
 
 OPTION: Mapping[str, Option] = {option.name: option for option in OPTIONS}

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from harness.core.families import GGUF
 from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import Config, Precision
 from harness.core.records import Plan
@@ -47,11 +48,11 @@ def loading_code(
     `device_map` gives tiers by module: it is printed for a placement whose map is computed here. `on_gpu`: part of it lies on one.
     Of a GGUF file a precision that quantizes nothing asks for the weights unpacked: transformers' default depends on the machine.
     """
-    arguments: dict[str, Any] = {"gguf_file": facts.gguf_file} if facts.gguf_file else {}
+    arguments: dict[str, Any] = {GGUF.argument: facts.gguf_file} if facts.gguf_file else {}
     arguments["dtype"] = dtype
     config = None if facts.stored else precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
     if facts.gguf_file and precision.quantization is None:
-        arguments["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+        arguments["quantization_config"] = dict(GGUF.unpacked)
     elif isinstance(config, Config):
         arguments["quantization_config"] = config
     elif config is not None:
@@ -149,7 +150,7 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """
     load, numbers, ranks = one.case.workload, gpus(one), _ranks(one)
     device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
-    told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
+    told = f", {GGUF.argument}={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",

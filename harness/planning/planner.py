@@ -7,8 +7,9 @@ from functools import cached_property, partial
 
 import msgspec
 
-from harness.architecture.model_spec import GGUF_REFUSES, ModelSpec
+from harness.architecture.model_spec import ModelSpec
 from harness.checkpoint.formats.files import quote
+from harness.core.families import GGUF
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
@@ -238,7 +239,7 @@ class Planner:
             where, reason = " and ".join(spilled), precision.incompatible["offloads_to_cpu"]
             return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on {where}; {reason}"
         if "disk" in count.weights and self.spec.gguf is not None:
-            return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on disk; {GGUF_REFUSES['offloads']}"
+            return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on disk; {GGUF.refusals['offloads']}"
         unknown = [
             name
             for name, tier in expected.tiers.items()

@@ -22,9 +22,10 @@ from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.checkpoint import reader
 from harness.core.errors import CheckpointError, UsageError
+from harness.core.families import GGUF
 from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS
-from harness.core.precisions import PACKED_ARCHITECTURES, PRECISIONS
+from harness.core.precisions import PRECISIONS
 from harness.core.records import Outcome, Plan, Verdict
 from harness.measure import sampler, verify
 from harness.measure.protocol import Load
@@ -167,7 +168,7 @@ def test_a_map_counts_what_stays_in_blocks_as_transformers_does(tmp_path: Path) 
 
 
 def test_the_architectures_that_stay_packed_are_those_of_transformers() -> None:
-    assert set(GGUF_ARCHS) == PACKED_ARCHITECTURES
+    assert set(GGUF_ARCHS) == GGUF.packed_architectures
 
 
 # ---- what cannot be -----------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_the_help_tells_the_default(option: Option) -> None:
         "model": DEFAULT_MODEL,
         "html": "default index.html",
         "baseline": "default none",
-        "device-map": "alone unless others are named",
+        "device-map": "no other unless named",
         "precision": f"default {' '.join(DEFAULTS)}",
     } | dict.fromkeys(("placement", "vram", "ram"), "default all")
     if not option.switch:
