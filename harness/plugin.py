@@ -10,10 +10,11 @@ import pytest
 from _pytest.terminal import TerminalReporter
 
 from harness.core.errors import HarnessError
+from harness.core.options import OPTIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result
 from harness.core.text import line
 from harness.run.live import LiveLine, summary
-from harness.run.options import OPTIONS, Options, read_config
+from harness.run.options import Options, read_config
 from harness.run.resume import Kept, since
 from harness.run.runner import CaseEnded, Run
 from harness.run.session import Session

@@ -20,13 +20,13 @@ import psutil
 import pytest
 
 from harness.core.metrics import format_metric
+from harness.core.options import OPTIONS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Outcome, Result, encode
 from harness.measure import system_counters
 from harness.results import store
 from harness.run import worker_process
 from harness.run.live import LiveLine
-from harness.run.options import OPTIONS
 from harness.run.session import Session
 from tests.support import scripted
 
@@ -146,12 +146,12 @@ def test_help_shows_every_option(project: Project) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--precision", "int5"), "--precision (command line): unknown precision 'int5': did you mean 'int8' or 'int4'?"),
-        (("--placement", "cpus"), "--placement (command line): unknown placement 'cpus': did you mean 'cpu'"),
+        (("--precision", "int5"), "--precision: unknown precision 'int5': did you mean 'int8' or 'int4'?"),
+        (("--placement", "cpus"), "--placement: unknown placement 'cpus': did you mean 'cpu'"),
         (("--model", "smollm2-135"), "unknown model 'smollm2-135'"),
         (("--model", "./tinny"), "no directory './tinny'"),
-        (("--new-tokens", "one"), "--new-tokens (command line): 'one' is not a whole number"),
-        (("--case-timeout", "0"), "--case-timeout (command line): '0' is out of range"),
+        (("--new-tokens", "one"), "--new-tokens: 'one' is not a whole number"),
+        (("--case-timeout", "0"), "--case-timeout: '0' is out of range"),
     ],
 )
 def test_a_wrong_option_is_told_in_one_sentence(project: Project, words: tuple[str, ...], sentence: str) -> None:
@@ -212,7 +212,7 @@ def test_sizes_of_a_card_that_is_not_here_are_skipped_with_one_sentence(project:
 
 
 def test_a_size_that_is_none_is_told_in_one_sentence(project: Project) -> None:
-    assert "--ram (command line): 'much' is not a size" in usage_error(project.raw("cases", "--ram", "much"))
+    assert "--ram: 'much' is not a size" in usage_error(project.raw("cases", "--ram", "much"))
 
 
 # Held against a baseline

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli.entry import main
-from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS
+from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Outcome, Result, Verdict
 from harness.core.text import visible
@@ -25,9 +25,7 @@ from harness.worker import model as work
 from tests.support import strangers
 
 ROOT = Path(__file__).parent.parent
-ON_CPU = [
-    name for name, row in PLACEMENTS.items() if not row.needs_gpu and not row.parallel and row.device_map not in EXPLICIT_MAPS
-]
+ON_CPU = [name for name, row in PLACEMENTS.items() if not row.needs_gpu and not row.parallel and not row.prints_map]
 TOKEN = "hf_" + "PlantedTokenOfATest" * 2
 SHORT = ("--precision", "fp32", "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1")
 

@@ -23,9 +23,11 @@ from harness.checkpoint.auxiliary_files import RemoteCode
 from harness.checkpoint.formats.files import Directory, quote
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.reader import CONFIG, Checkpoint, context_length
+from harness.core.dtypes import DTYPE_BYTES
 from harness.core.errors import CheckpointError, UsageError
+from harness.core.families import GGUF, is_native
 from harness.core.placements import Placement
-from harness.core.precisions import PACKED_ARCHITECTURES, Precision
+from harness.core.precisions import Precision
 from harness.core.records import Record
 from harness.data import DATA
 
@@ -33,17 +35,6 @@ if TYPE_CHECKING:
     from harness.catalog.resolve import Source
 
 _NO_TOKENIZER = "there is no tokenizer beside the weights: prompts are token ids, and quality is not measured"
-# The model types that `harness.models` registers.
-OUR_ARCHITECTURES = frozenset(("chatglm", "moss"))
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-# What transformers says, or would say, of a GGUF file beside a placement's call or trait.
-GGUF_REFUSES = {
-    "dispatches": "load_checkpoint_and_dispatch does not read GGUF",
-    "parallel": "a GGUF file is not shared among GPUs here: load a checkpoint in safetensors",
-    "offloads": "transformers does not offload a GGUF to the disk: what it would put there stays in RAM",
-}
 
 
 class Gguf(Record, frozen=True, kw_only=True):
@@ -64,26 +55,26 @@ class Gguf(Record, frozen=True, kw_only=True):
     @property
     def packs(self) -> bool:
         """Whether transformers can keep its blocks."""
-        return self.architecture in PACKED_ARCHITECTURES and self.packed_bits > 0
+        return self.architecture in GGUF.packed_architectures and self.packed_bits > 0
 
     @property
     def through_ram(self) -> bool:
         """Whether all tensors are unpacked in RAM before the first is placed."""
-        return self.architecture not in PACKED_ARCHITECTURES
+        return self.architecture not in GGUF.packed_architectures
 
     def refusal(self, precision: Precision, placement: Placement) -> str | None:
         """Say why transformers does not load it this way, None if it does."""
         if self.unloadable is not None:
             return self.unloadable
-        refused = next((GGUF_REFUSES[trait] for trait in placement.traits if trait in GGUF_REFUSES), None)
+        refused = next((GGUF.refusals[trait] for trait in placement.traits if trait in GGUF.refusals), None)
         if refused is not None:
             return refused
         if precision.quantizes:
             return "transformers quantizes no GGUF file anew: load it with --precision bf16, fp16 or fp32"
-        if precision.requires_checkpoint == "GGUF" and not self.packs:
+        if precision.requires_checkpoint == GGUF.title and not self.packs:
             if not self.packed_bits:
                 return "no tensor of the file is in blocks: load it with --precision bf16, fp16 or fp32"
-            known = ", ".join(sorted(PACKED_ARCHITECTURES))
+            known = ", ".join(sorted(GGUF.packed_architectures))
             return f"transformers keeps the blocks of {known} only and unpacks {self.architecture}: use bf16, fp16 or fp32"
         return None
 
@@ -151,7 +142,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     @property
     def stored_as(self) -> str | None:
         """How it is quantized already (`quantized.describe`); None where it is not, or is unpacked on loading."""
-        return "gguf" if self.gguf else self.packed.title if self.packed and not self.packed.unpacks else None
+        return GGUF.name if self.gguf else self.packed.title if self.packed and not self.packed.unpacks else None
 
     @property
     def unpacks_itself(self) -> bool:
@@ -200,9 +191,9 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     if directory is not None:
         auxiliary_files.check(Directory(directory))
     found, note, refused = _skeleton_of(read)
-    if refused is not None and _is_native(read.config):  # no other code loads it, nor does the one that it may come with
+    if refused is not None and is_native(read.config):  # no other code loads it, nor does the one that it may come with
         raise CheckpointError(f"{read.path}/{CONFIG}", str(refused))
-    gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == "gguf" else None
+    gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == GGUF.name else None
     packed = quantization.packed(read.config, read.tensors) if gguf is None else None
     notes = validate.check(read, found, packed)
     tokenizer = directory is None or "tokenizer.ggml.model" in read.config or auxiliary_files.has_tokenizer(Directory(directory))
@@ -224,7 +215,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         remote_code=read.remote_code,
         has_class=_has_class(read.config, found),
         gguf=gguf,
-        native=_is_native(read.config),
+        native=is_native(read.config),
         unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
     )
 
@@ -268,11 +259,11 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
 
     With it a note that says so, and what transformers said where it was asked and could not build it.
     """
-    is_gguf = read.files[0].format == "gguf"
+    is_gguf = read.files[0].format == GGUF.name
     known = skeleton.shipped(read.config) if read.config and not is_gguf else None
     if known is not None:
         return known, None, None
-    wanted = ("torch", "transformers", *(["gguf"] if is_gguf else []))
+    wanted = ("torch", "transformers", *([GGUF.name] if is_gguf else []))
     missing = [package for package in wanted if importlib.util.find_spec(package) is None]
     why, refused = f"{' and '.join(missing)} not installed" if missing else "config.json gives no 'model_type'", None
     if not missing and (is_gguf or read.config.get("model_type")):
@@ -322,7 +313,7 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = quantization.packed(entry.config)
     stored = published(known)
-    size = _packed_bytes(shape, packed) if packed else shape.parameters * _DTYPE_BYTES.get(dtype, 2)
+    size = _packed_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
     return ModelSpec(
         name=source.name,
         source=known,
@@ -334,12 +325,8 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
         packed=packed,
         repeated=frozenset(shape.tied if stored and stored.repeats_head else ()),
         largest_file=stored.largest_file if stored else None,
-        native=_is_native(entry.config),
+        native=is_native(entry.config),
     )
-
-
-def _is_native(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") in OUR_ARCHITECTURES
 
 
 def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import sha256
 
-from harness.checkpoint.formats.tensor_writer import DTYPES, TensorToWrite
+from harness.checkpoint.formats.tensor_writer import TensorToWrite
 from harness.checkpoint.quantization import Holds, Packed
+from harness.core.dtypes import DTYPE_BYTES
 
 _PIECE_BYTES = 16 << 20
 _STEP_BYTES = 4096  # where a tensor begins in the pool is a multiple of this
@@ -55,7 +56,7 @@ def _pool(dtype: str, filling: str) -> memoryview:
     """Make the bytes that tensors are filled from: normal numbers of mean 0 and deviation _STD, or one number all over."""
     import numpy as np
 
-    width = DTYPES[dtype][0]
+    width = DTYPE_BYTES[dtype]
     count = _PIECE_BYTES // width
     if filling == "mask":
         return memoryview(np.ones(count, dtype=np.bool_).tobytes())

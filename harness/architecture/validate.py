@@ -4,7 +4,7 @@ What transformers would end with, or would fill with random numbers after a warn
 without a word is at most a note. Names are followed through its renamings, conversions, prefixes and ties (`key_mapping`) and
 through the layouts of quantized weights (`checkpoint.quantization`). Where they are not known, nothing is said: of skeletons from a
 description or from tensors only equal names are compared, of quantizers without a row in LAYOUTS nothing is, of what is quantized
-neither stacked experts nor converted tensors, of GGUF nothing where transformers reshapes what it reads.
+neither stacked experts nor converted tensors, of a file with its config within nothing where transformers reshapes what it reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.quantization import Layout, Packed, moss_bits, packed_bits, tensors_tell, weights_in
+from harness.checkpoint.quantization import Layout, Packed, bits_said, packed_bits, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
 from harness.core.errors import CheckpointError
@@ -65,7 +65,7 @@ def notes(read: Checkpoint, found: Skeleton | None, packed: Packed | None = None
 def _odd(read: Checkpoint) -> tuple[str, ...]:
     """Say what the files tell among themselves, and where the config is wrong about bits that the tensors' shapes decide."""
     tensor, bits = packed_bits(read.tensors) if tensors_tell(read.config) else (None, 0)
-    if tensor is None or bits == moss_bits(read.config):
+    if tensor is None or bits == bits_said(read.config):
         return odd(read)
     said = read.config.get("wbits")
     says = "nothing of wbits" if said is None else f"wbits {quote(said)}"
@@ -107,8 +107,8 @@ class _Comparison:
         wrong = [*self._misshapen(), *self._misconverted()]
         if wrong:
             held, what = wrong[0]
-            is_gguf = self.naming is not None and self.naming.names
-            raise self._error(held.tensor.file, f"{what}{more(wrong)}: {DOWNLOAD_AGAIN if is_gguf else _TOGETHER}")
+            is_one_file = self.naming is not None and self.naming.names
+            raise self._error(held.tensor.file, f"{what}{more(wrong)}: {DOWNLOAD_AGAIN if is_one_file else _TOGETHER}")
         if self.naming is None:
             self._raise_short()
         else:

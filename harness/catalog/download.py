@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from harness.catalog import wheel_cache
-from harness.catalog.resolve import CATALOG, GGUF, Source, check_directory, choose_weights, resolve
+from harness.catalog.resolve import CATALOG, Source, check_directory, choose_weights, resolve
 from harness.checkpoint import reader
 from harness.checkpoint.formats.files import Directory
 from harness.checkpoint.reader import WEIGHTS, shard_names
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
+from harness.core.families import GGUF
 from harness.core.progress import Report, silent
 
 # What from_pretrained may read beside weights and code.
@@ -31,12 +32,12 @@ def stored_as(source: Source) -> str | None:
     from harness.checkpoint.quantization import describe, tensors_tell
 
     if source.file is not None:
-        return "gguf"
+        return GGUF.name
     here = cached(source)
     names = {path.name for path in here.iterdir()} if here is not None else set()
     weights = choose_weights(names)
-    if here is not None and weights is None and any(name.endswith(GGUF) for name in names):
-        return "gguf"
+    if here is not None and weights is None and any(name.endswith(GGUF.suffix) for name in names):
+        return GGUF.name
     config = _config(source, here)
     tensors = reader.read(here).tensors if here is not None and weights and config is not None and tensors_tell(config) else ()
     title = describe(config, tensors) if config is not None else None

@@ -17,7 +17,7 @@ def of_model(directory: Path, read: Checkpoint, *, trusted: bool = False) -> str
     """Return a digest of the files that a model is loaded from, in well under a second for any size of model.
 
     Config, tokenizer and code go in whole. Of a file of weights: name, size, its first and last MiB (the headers of safetensors
-    and GGUF among them), and what else tells it from another: in a cache of the hub the name of the blob, which is the hash of
+    among them), and what else tells it from another: in a cache of the hub the name of the blob, which is the hash of
     its contents, elsewhere the time it was written. So weights that were copied or made anew count as changed: that costs a
     measurement, and the opposite error would show figures of another model.
 

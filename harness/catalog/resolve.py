@@ -15,12 +15,10 @@ from harness.catalog import wheel_cache
 from harness.checkpoint.formats.files import Directory
 from harness.checkpoint.reader import WEIGHTS, shards
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
+from harness.core.families import GGUF
 from harness.core.records import Record
 from harness.core.redact import clean_name
 from harness.data import DATA
-
-DEFAULT = "smollm2-135m"
-GGUF = ".gguf"
 
 # What huggingface_hub accepts, with an owner: no "--", no "..", nothing odd at either end, 96 characters at most.
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{3,96}$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
@@ -71,7 +69,7 @@ def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Sou
         return Source(name=model, kind="catalog", location=entry.hub or made, hub_id=entry.hub)
     directory = _directory(model)
     if directory:
-        if directory.suffix == GGUF:
+        if directory.suffix == GGUF.suffix:
             return Source(name=clean_name(directory.stem), kind="directory", location=str(directory.parent), file=directory.name)
         check_directory(directory, weights=weights)
         # The name goes into results; somebody's home may be a model's directory.
@@ -93,12 +91,12 @@ def history(model: str) -> str:
 
 def _picked(source: Source, file: str) -> Source:
     """Pick one GGUF file of a directory or hub repository; it gives the model its name."""
-    if not file.endswith(GGUF):
+    if not file.endswith(GGUF.suffix):
         raise UsageError(f"--file {file!r} is no GGUF file: leave it out, the other formats need none")
     if source.file is not None or (source.kind != "directory" and source.hub_id is None):
         raise UsageError(f"--file {file!r}: {source.name} is neither a directory nor on the hub, leave it out")
     if source.kind == "directory" and not (Path(source.location) / file).is_file():
-        names = sorted(path.name for path in Path(source.location).glob(f"*{GGUF}"))
+        names = sorted(path.name for path in Path(source.location).glob(f"*{GGUF.suffix}"))
         raise UsageError(f"{source.location} has no file {file!r}: {did_you_mean(file, names)}")
     return replace(source, name=clean_name(Path(file).stem), file=file)
 
@@ -120,7 +118,7 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
         names = {file.name for file in path.iterdir() if file.is_file()}
     except OSError as error:
         raise CheckpointError(path, f"cannot be read ({error.strerror})") from error
-    if "config.json" not in names and any(name.endswith(GGUF) for name in names):
+    if "config.json" not in names and any(name.endswith(GGUF.suffix) for name in names):
         return  # a GGUF file has its config within
     if "config.json" not in names:
         raise CheckpointError(path, "no config.json: give the directory that save_pretrained wrote or that was downloaded whole")
@@ -129,7 +127,7 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
     chosen = choose_weights(names)
     if chosen and chosen.endswith(".index.json"):
         shards(Directory(path), chosen)
-    elif not any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names):
+    elif not any(name.endswith((".safetensors", ".bin", GGUF.suffix)) for name in names):
         raise CheckpointError(path, f"no weights ({WEIGHTS[0]} or {WEIGHTS[2]}): download the model again, whole")
 
 
@@ -144,12 +142,12 @@ def _directory(model: str) -> Path | None:
         exists, is_directory = bool(model) and path.exists(), path.is_dir()
     except (OSError, RuntimeError) as error:
         raise UsageError(f"{model!r} cannot be read: {error}") from error
-    if exists and (is_directory or path.suffix == GGUF):
+    if exists and (is_directory or path.suffix == GGUF.suffix):
         # A file stays where it is named: behind the links of a hub cache it has no ending any more.
         return _named_in_utf8(path.resolve() if is_directory else path.absolute())
     if exists:
         raise UsageError(f"{model!r} is a file, and no GGUF: give the directory that holds it and its config.json")
-    if model.endswith(GGUF):
+    if model.endswith(GGUF.suffix):
         raise UsageError(f"no file {model!r}: check the path; a GGUF file on the hub is its repository and --file")
     if model.startswith((".", "~", "/", os.sep)):
         raise UsageError(f"no directory {model!r}: give one with config.json and weights, a hub id, or one of {', '.join(CATALOG)}")

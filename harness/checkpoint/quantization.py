@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from harness.checkpoint.formats.safetensors_header import BITS
+from harness.core.dtypes import DTYPE_BYTES
+from harness.core.families import CHATGLM, GGUF, MOSS, family_of
 from harness.core.precisions import Precision, row_of
 from harness.core.records import Record
 
@@ -25,9 +26,6 @@ _BESIDE = re.compile(
 _ATTENTION_MASK = re.compile(r"(attn|attention)\.bias$")
 _WORD = 32  # bits of the integers that weights are packed into
 _PACKED_SUFFIXES = (".qweight", ".weight_packed")
-
-# MOSS's group size where its config names none.
-MOSS_GROUP = 128
 
 # quant_method of transformers -> the key in its config that gives the bits
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
@@ -93,7 +91,7 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         selects=any((_settings(config) or {}).get(key) for key in _SELECT_KEYS),
         foreign=_is_foreign(_settings(config) or {}),
         unpacks=title.startswith("mxfp4"),
-        own=_settings(config) is None and not title.startswith("gguf"),
+        own=_settings(config) is None and not title.startswith(GGUF.name),
     )
 
 
@@ -146,7 +144,7 @@ class Layout(Record, frozen=True, kw_only=True):
     def stored_bytes(self, shape: Shape, bits: int, group: int) -> int:
         """Return the bytes that a weight of `shape` takes in the files, with what stands beside it."""
         stored = self.stored(shape, bits, group).values()
-        return sum(math.prod(sides) * BITS[dtype] // 8 for dtype, sides in stored)
+        return sum(math.prod(sides) * DTYPE_BYTES[dtype] for dtype, sides in stored)
 
     def overhang(self, shape: Shape, bits: int, group: int) -> bool:
         """Say whether a weight of `shape` leaves the last word of a row or column, or the last group, half empty."""
@@ -243,7 +241,7 @@ def describe(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str 
 
         blocks = sorted(dtypes & BLOCK_TYPES)
         if blocks:
-            return "gguf " + ", ".join(blocks)
+            return f"{GGUF.name} " + ", ".join(blocks)
     settings = _settings(config)
     if settings is not None:
         method = settings.get("quant_method")
@@ -252,21 +250,21 @@ def describe(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str 
         words += [_torchao(settings)] if method == "torchao" else []
         return _sentence(words, _bits(settings), settings.get("group_size", settings.get("q_group_size")))
     if tensors_tell(config):
-        bits = packed_bits(tensors)[1] if tensors else moss_bits(config)
-        return _sentence(["gptq"], bits, config.get("groupsize", MOSS_GROUP)) if bits else None
-    if _positive(config.get("quantization_bit")):
-        return _sentence(["chatglm"], config["quantization_bit"], None)
+        bits = packed_bits(tensors)[1] if tensors else bits_said(config)
+        return _sentence([MOSS.method], bits, config.get(MOSS.group_key, MOSS.group)) if bits else None
+    if _positive(config.get(CHATGLM.bits_key)):
+        return _sentence([CHATGLM.method], config[CHATGLM.bits_key], None)
     return None
 
 
 def tensors_tell(config: Mapping[str, Any]) -> bool:
     """Say whether shapes decide the bits of packed weights, as those of MOSS: one of its published configs is wrong."""
-    return _settings(config) is None and (config.get("model_type") == "moss" or moss_bits(config) > 0)
+    return _settings(config) is None and (family_of(config) is MOSS or bits_said(config) > 0)
 
 
-def moss_bits(config: Mapping[str, Any]) -> int:
-    """Return the bits that a config like MOSS's says its weights are packed in; 0 where it says none, or 32 as of float16."""
-    bits = _positive(config.get("wbits"))
+def bits_said(config: Mapping[str, Any]) -> int:
+    """Return the bits that a config like MOSS's says its weights are packed in; 0 if it says none, or 32 as of float16."""
+    bits = _positive(config.get(MOSS.bits_key))
     return bits if bits < 16 else 0
 
 
@@ -295,11 +293,11 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Shape], config: Mappin
     if _BESIDE.search(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
         return 0
     if name.endswith(_PACKED_SUFFIXES) and tensor.dtype == "int32":
-        said = _bits(_settings(config) or {}) or _positive(config.get("wbits")) or 4
+        said = _bits(_settings(config) or {}) or _positive(config.get(MOSS.bits_key)) or 4
         return elements * 32 // (_bits_of(name.removesuffix(".qweight"), shapes) or said)
     nibbles = (
         tensor.dtype == "uint8" and (f"{name}.absmax" in shapes or f"{name}_scale_2" in shapes or name.endswith("_blocks"))
-    ) or (tensor.dtype == "int8" and f"{name}_scale" in shapes and config.get("quantization_bit") == 4)
+    ) or (tensor.dtype == "int8" and f"{name}_scale" in shapes and config.get(CHATGLM.bits_key) == 4)
     return elements * 2 if nibbles else elements
 
 

@@ -20,13 +20,14 @@ from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, 
 from harness.checkpoint.formats.safetensors_header import StoredTensor, read_config, read_index, read_safetensors
 from harness.checkpoint.quantization import describe, weights_in
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
+from harness.core.families import GGUF
 from harness.core.records import Record
 
 __all__ = ["Checkpoint", "FileInfo", "StoredTensor", "read", "read_hub"]
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-FORMATS: Mapping[str, str] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin", ".pth": "bin", ".gguf": "gguf"}
+FORMATS: Mapping[str, str] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin", ".pth": "bin", GGUF.suffix: GGUF.name}
 
 PARALLEL_REQUESTS = 8
 LARGEST_SIZE = 1 << 32
@@ -166,7 +167,7 @@ def read_hub(repo_id: str, revision: str | None = None, file: str | None = None)
 
 def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
     names, listed = _weight_files(folder, file)
-    if names[0].endswith(".gguf"):
+    if names[0].endswith(GGUF.suffix):
         return _read_split_gguf(folder, names, path)
     config = _config(folder)
     parts = _read_files(folder, names)
@@ -218,7 +219,7 @@ def _read_split_gguf(folder: Folder, names: list[str], path: str) -> Checkpoint:
     for name in names:
         with closing(folder.open(name)) as blob:
             metadata, found = read_gguf(blob)
-            files.append(FileInfo(name=name, bytes=blob.size, format="gguf"))
+            files.append(FileInfo(name=name, bytes=blob.size, format=GGUF.name))
         config = {**metadata, **config}
         tensors += found
     return Checkpoint(path=path, config=config, tensors=tuple(tensors), files=tuple(files))
@@ -242,7 +243,7 @@ def _weight_files(folder: Folder, file: str | None) -> tuple[list[str], dict[str
 
 def _only_gguf(folder: Folder) -> str:
     names = folder.names()
-    found = [name for name in names if name.endswith(".gguf") and not name.startswith("mmproj")]
+    found = [name for name in names if name.endswith(GGUF.suffix) and not name.startswith("mmproj")]
     whole = [name for name in found if not _SPLIT.fullmatch(name) or "-00001-of-" in name]
     if len(whole) == 1:
         return whole[0]
@@ -270,7 +271,7 @@ def _index(folder: Folder, index: str) -> dict[str, str]:
         where = blob.where
     for name in sorted(set(listed.values())):
         check_enclosed(folder, where, f"the shard {quote(name)}", name)
-        if Path(name).suffix not in FORMATS or name.endswith(".gguf"):
+        if Path(name).suffix not in FORMATS or name.endswith(GGUF.suffix):
             raise CheckpointError(
                 where, f"names the shard {quote(name)}, which is neither .safetensors nor .bin: correct the index"
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.checkpoint.quantization import weights_in
 from harness.checkpoint.reader import Checkpoint, StoredTensor
+from harness.core.families import family_of
 from harness.core.records import Record
 
 # Kinds of module by words in a tensor's name; the first that matches counts, so "attn_norm" is a norm and "embed_out" a head.
@@ -24,9 +25,6 @@ OTHER = "other"
 _BLOCK = re.compile(r"(?P<prefix>.*?)\.(?P<number>\d{1,5})\.(?P<rest>.+)")
 _EMBEDDING = re.compile(r"(^|\.)(wte|token_embd|tok_embeddings|embed_tokens|embed_in|word_embeddings)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer|output)\.weight$")
-
-# Their classes keep transformers' default, tied, though their configs do not say so; other configs do.
-TIED_UNSAID = frozenset({"chatglm"})
 
 
 class Part(Record, frozen=True, kw_only=True):
@@ -96,13 +94,14 @@ def ties(checkpoint: Checkpoint) -> list[Tie]:
 
 
 def _is_tied(checkpoint: Checkpoint, head: StoredTensor | None) -> bool:
-    """Say whether the output uses the embedding's weights; GGUF and old configs say so by leaving the head out, others by a key."""
+    """Say whether the output uses the embedding's weights: a config says so by a key, or the files by leaving the head out."""
     said = checkpoint.config.get("tie_word_embeddings")
     if said is None and "general.architecture" in checkpoint.config:
         return head is None
     if said is None:
         headless = head is None and "LM" in (checkpoint.architecture or "")
-        return headless or checkpoint.config.get("model_type") in TIED_UNSAID
+        family = family_of(checkpoint.config)
+        return headless or (family is not None and family.ties_by_default)
     return said is True
 
 

@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from harness.cli.plan_args import NOTHING_FITS, advise_on, asked_case, constants, count
+from harness.cli.options import FIRST_PORT, add_options, given_or_default
+from harness.cli.plan_args import NOTHING_FITS, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import FILE, PLACEMENTS, distinct
 from harness.core.records import Workload
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
 
 HELP = "Talk to a model in a browser on this machine, loaded as the plan says."
 
-_HOST, _FIRST_PORT, _PORTS = "127.0.0.1", 7860, 100
-_PROMPT, _NEW = 1024, 256
+_PORTS = 100
 _LOAD_S = 24 * 3600.0  # nobody waits longer for a model to load; talking takes as long as it takes
 # One process answers, and there is no map of the user's own.
 _TALKING = [name for name, row in PLACEMENTS.items() if name != FILE and not row.parallel]
@@ -25,14 +25,11 @@ _TALKING = [name for name, row in PLACEMENTS.items() if name != FILE and not row
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a catalog name, a hub id, a directory or a GGUF file")
-    add("case", nargs="?", metavar="CASE", help="how to load it, such as int8/direct (default: what the plan recommends)")
-    add("--host", default=_HOST, metavar="ADDRESS", help=f"where to listen (default {_HOST}; 0.0.0.0: for the whole network)")
-    add("--port", metavar="N", help=f"the port to listen at (default: the first free from {_FIRST_PORT})")
-    add("--prompt-tokens", metavar="N", help=f"plan for so much of the conversation; older turns go (default {_PROMPT})")
-    add("--new-tokens", metavar="N", help=f"tokens of an answer at most (default {_NEW})")
-    add("--trust-remote-code", action="store_true", help="let code that comes with the model run")
+    parser.add_argument("model", metavar="MODEL", help="a catalog name, a hub id, a directory or a GGUF file")
+    parser.add_argument(
+        "case", nargs="?", metavar="CASE", help="how to load it, such as int8/direct (default: what the plan recommends)"
+    )
+    add_options(parser, "chat", "host", "port", "prompt-tokens", "new-tokens", "trust-remote-code")
     parser.epilog = (
         "There is no option to share the page: gradio would open a tunnel through a server of others, and whoever has the link "
         "could use this machine."
@@ -48,12 +45,10 @@ def run(args: argparse.Namespace) -> int:
     from harness.catalog import resolve
     from harness.machine import probe
 
-    load = Workload(
-        prompt_tokens=count(args.prompt_tokens, "--prompt-tokens", 1, _PROMPT),
-        new_tokens=count(args.new_tokens, "--new-tokens", 2, _NEW),
-    )
+    prompt, new, host = (given_or_default(args, "chat", name) for name in ("prompt-tokens", "new-tokens", "host"))
+    load = Workload(prompt_tokens=prompt, new_tokens=new)
     asked = [_talking_case(args.case)] if args.case else []
-    port = _free_port(args.host, count(args.port, "--port", 1, 0, most=65535))
+    port = _free_port(host, args.port)
     here = probe.probe()
     places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
     source = resolve.resolve(args.model)
@@ -65,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(advice.plans[0]) if asked else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} says why")
     _need_tokenizer(advice.spec.tokenizer, source.name)
     _need_gradio()
-    return _serve(args, chosen.case, port)
+    return _serve(args, chosen.case, host, port)
 
 
 def _talking_case(text: str) -> tuple[str, str]:
@@ -75,8 +70,8 @@ def _talking_case(text: str) -> tuple[str, str]:
     return precision, placement
 
 
-def _free_port(host: str, port: int) -> int:
-    """Return the port asked for, or for 0 the first from gradio's own that nobody listens at.
+def _free_port(host: str, port: int | None) -> int:
+    """Return the port asked for, or for None the first from gradio's own that nobody listens at.
 
     Raises:
         UsageError: it is taken, there is none, or the address is none of this machine.
@@ -84,7 +79,7 @@ def _free_port(host: str, port: int) -> int:
     import errno
     import socket
 
-    for tried in [port] if port else range(_FIRST_PORT, _FIRST_PORT + _PORTS):
+    for tried in [port] if port else range(FIRST_PORT, FIRST_PORT + _PORTS):
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, tried, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind, protocol) as listener:
@@ -96,7 +91,7 @@ def _free_port(host: str, port: int) -> int:
                 continue
             what = f"--port {tried}" if error.errno in (errno.EADDRINUSE, errno.EACCES) else f"--host {host!r}"
             raise UsageError(f"{what}: {error.strerror}") from None
-    raise UsageError(f"no port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} is free: give one by --port")
+    raise UsageError(f"no port from {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} is free: give one by --port")
 
 
 def _refuse(one: Plan) -> int:
@@ -125,11 +120,10 @@ def _need_gradio() -> None:
         raise UsageError("needs the package gradio: pip install fitmatrix[chat]")
 
 
-def _serve(args: argparse.Namespace, case: Case, port: int) -> int:
+def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     """Fetch and load the model in a worker of its own, which serves the page, and wait."""
     from tempfile import TemporaryDirectory
 
-    from harness.planning.planner import GOOD
     from harness.run.options import Options
     from harness.run.runner import CaseEnded, Run
     from harness.run.session import Session
@@ -146,11 +140,11 @@ def _serve(args: argparse.Namespace, case: Case, port: int) -> int:
             session.prepare([one])
             decided, subject = session.plan(one), session.subject(one)
             _need_tokenizer(subject.tokenizer, one.model)
-            if decided.verdict not in GOOD:
+            if not decided.verdict.is_good:
                 return _refuse(decided)
             run = Run(decided, subject, session.setting)
             try:
-                served = run.chat(args.host, port)
+                served = run.chat(host, port)
                 print(f"Talk to {one.id} at {served.url} (Ctrl-C ends it)", flush=True)
                 run.wait()
             except CaseEnded as ended:

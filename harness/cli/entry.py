@@ -20,9 +20,9 @@ USAGE = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one sentence on standard error and exit status 2."""
     parser = build_parser()
-    given = parser.parse_args(arguments)
-    command: Command = given.command
     try:
+        given = parser.parse_args(arguments)
+        command: Command = given.command
         status = command(given)
         sys.stdout.flush()
         return status

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli import output
+from harness.cli.options import add_options
 from harness.core.errors import UsageError
-from harness.core.units import format_bandwidth, format_gib, parse_size, significant
+from harness.core.units import format_bandwidth, format_gib, significant
 
 if TYPE_CHECKING:
     from harness.core.records import Machine, Tier
@@ -24,12 +25,9 @@ UNKNOWN = "-"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--measure", action="store_true", help="measure again how fast RAM and disk are read (1 to 3 s)")
+    add_options(parser, "hardware", "json", "measure")
     other = parser.add_argument_group("a machine that is not here", "What is not given is unknown.")
-    other.add_argument("--gpu", action="append", metavar="NAME|SIZE", help='a card, "RTX 3060 12GB" or 8GiB; repeat for more')
-    other.add_argument("--ram", metavar="SIZE", help="its RAM, 32GiB")
-    other.add_argument("--disk", metavar="SIZE", help="its free disk, 500GB")
+    add_options(other, "hardware", "gpu", "ram", "disk")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -48,14 +46,13 @@ def run(given: argparse.Namespace) -> int:
 
 def _described(given: argparse.Namespace) -> Machine | None:
     """Return the machine that --gpu, --ram and --disk describe, None without them."""
-    ram, disk = (None if text is None else parse_size(text) for text in (given.ram, given.disk))
-    if not given.gpu and ram is None and disk is None:
+    if not given.gpu and given.ram is None and given.disk is None:
         return None
     if given.measure:
         raise UsageError("--measure is for this machine, and --gpu, --ram and --disk describe another: leave one of them out")
     from harness.machine.gpus import profile
 
-    return profile(given.gpu or (), ram, disk)
+    return profile(given.gpu or (), given.ram, given.disk)
 
 
 def _here(measure: bool) -> Machine:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli import output
+from harness.cli.options import add_options
 from harness.core.errors import UsageError
 from harness.core.units import format_count, format_share, format_size
 
@@ -33,9 +34,7 @@ WHOLE = ("model.safetensors", "pytorch_model.bin")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("model", metavar="MODEL", help="catalog name, hub id, directory or file")
-    parser.add_argument("--file", metavar="NAME", help="this file of it, where it has several GGUF files")
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(parser, "inspect", "file", "revision", "json")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a treemap")
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.cli import output
+from harness.cli.options import add_options, given_or_default
 from harness.cli.output import SCHEMA
-from harness.cli.plan_args import FITS, NOTHING_FITS, advise_on, asked_case, constants, count
-from harness.core.errors import UsageError, did_you_mean
-from harness.core.placements import FILE, PLACEMENTS, named
-from harness.core.precisions import ALL, PRECISIONS
+from harness.cli.plan_args import FITS, NOTHING_FITS, advise_on, asked_case, constants
+from harness.core.errors import UsageError
+from harness.core.placements import named
+from harness.core.precisions import PRECISIONS
 from harness.core.records import Workload
-from harness.core.units import parse_size
 from harness.planning.zero import STAGES
 
 if TYPE_CHECKING:
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 
 HELP = "Say which ways of loading a model fit, before loading or even downloading it."
 
-_USUAL = Workload()
 # Options that say nothing of training.
 _ABOUT_RUNNING = (
-    "--precision", "--placement", "--device-map", "--prompt-tokens", "--new-tokens", "--batch", "--context", "--code", "--explain",
-    "--results", "--prove-min-ram",
+    "precision", "placement", "device-map", "prompt-tokens", "new-tokens", "batch", "context", "code", "explain", "results",
+    "prove-min-ram",
+)  # fmt: skip
+_OPTIONS = (
+    "file", "gpu", "ram", "disk", "precision", "placement", "device-map", "prompt-tokens", "new-tokens", "batch", "context", "code",
+    "trust-remote-code", "json", "explain", "training", "nodes", "prove-min-ram", "results",
 )  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
@@ -46,38 +49,8 @@ _TIER_KEYS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="a catalog name, a hub id, a directory or a GGUF file")
-    add("--file", metavar="NAME", help="this GGUF file of MODEL, where it has several")
-    add(
-        "--gpu",
-        action="append",
-        metavar="NAME|SIZE",
-        help='plan for a machine with this card, "RTX 3060 12GB" or 8GiB (repeatable)',
-    )
-    add("--ram", metavar="SIZE", help="plan for a machine with so much RAM")
-    add("--disk", metavar="SIZE", help="plan for a machine with so much free disk space")
-    add("--precision", action="append", metavar="NAME", help=f"only this: {', '.join(PRECISIONS)}, or all (repeatable)")
-    add("--placement", action="append", metavar="NAME", help=f"only this: {', '.join(PLACEMENTS)} (repeatable)")
-    add("--device-map", metavar="FILE", help=f"plan a device_map of yours, JSON or TOML, as placement {FILE}")
-    add("--prompt-tokens", metavar="N", help=f"tokens of each prompt (default {_USUAL.prompt_tokens})")
-    add("--new-tokens", metavar="N", help=f"tokens to generate from each prompt (default {_USUAL.new_tokens})")
-    add("--batch", metavar="N", help="prompts generated from at once (default 1)")
-    add("--context", metavar="N", help="plan for so many tokens, prompt and answer together")
-    add("--code", metavar="CASE", help="print a script that loads and generates, for a case such as int8/direct")
-    add(
-        "--trust-remote-code", action="store_true", help="plan and write code that lets the model's own code run; nothing runs here"
-    )
-    add("--json", action="store_true", help="print one JSON object")
-    add("--explain", metavar="CASE", help="show every term of a case such as int8/direct")
-    add("--training", metavar="STAGE", help=f"what training by DeepSpeed's ZeRO would take instead: {', '.join(STAGES)}")
-    add("--nodes", metavar="N", help="with --training: so many machines like this one (default 1)")
-    add(
-        "--prove-min-ram",
-        action="store_true",
-        help="run the cases under limits until the smallest RAM that works is known within 5 %% (default placement: cpu)",
-    )
-    add("--results", metavar="DIR", help="correct the seconds by results of this machine in DIR (default fitmatrix-results)")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a catalog name, a hub id, a directory or a GGUF file")
+    add_options(parser, "plan", *_OPTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,9 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.training is not None or args.nodes is not None:
         return _train(args)
-    asked_precisions = list(PRECISIONS) if ALL in (args.precision or ()) else args.precision
-    precisions = _names(asked_precisions, PRECISIONS, "--precision")
-    _names(args.placement, PLACEMENTS, "--placement")
+    precisions = [name for name in PRECISIONS if not args.precision or name in args.precision]
     load = workload(args)
     if args.prove_min_ram:
         from harness.cli.prove_min_ram import prove
@@ -134,75 +105,52 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.training is None:
         raise UsageError(f"--nodes is about training: add --training {' or '.join(STAGES)}")
-    if args.training not in STAGES:
-        raise UsageError(f"--training: no {args.training!r}: {did_you_mean(args.training, STAGES)}")
-    for flag in _ABOUT_RUNNING:
-        if getattr(args, flag.removeprefix("--").replace("-", "_")):
-            raise UsageError(f"{flag} is about running a model, and --training about training it: give one of them")
-    nodes = count(args.nodes, "--nodes", 1, 1)
+    for name in _ABOUT_RUNNING:
+        if getattr(args, name.replace("-", "_")):
+            raise UsageError(f"--{name} is about running a model, and --training about training it: give one of them")
     machine, _ = described(args)
     spec = [model_spec.read_spec(source) for source in _sources(args)]
-    return training.show(spec, machine, args.training, nodes, as_json=args.json)
+    return training.show(spec, machine, args.training, args.nodes or 1, as_json=args.json)
 
 
 def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Device] | None:
     """Return the user's own map, if one is given; `asked` are placements of single cases."""
-    from pathlib import Path
-
     from harness.planning.device_map import user_map
 
-    path = Path(args.device_map) if args.device_map is not None else None
-    return user_map.asked(path, [*(args.placement or ()), *asked])
+    return user_map.asked(args.device_map, [*(args.placement or ()), *asked])
 
 
 def workload(args: argparse.Namespace) -> Workload:
     """Return the workload that the options describe.
 
     Raises:
-        UsageError: a number is none, too small, or --context leaves no room for a prompt.
+        UsageError: --context leaves no room for a prompt, or stands beside --prompt-tokens.
     """
-    new = count(args.new_tokens, "--new-tokens", 2, _USUAL.new_tokens)
-    prompt = count(args.prompt_tokens, "--prompt-tokens", 1, _USUAL.prompt_tokens)
+    prompt, new, batch = (given_or_default(args, "plan", name) for name in ("prompt-tokens", "new-tokens", "batch"))
     if args.context is not None:
         if args.prompt_tokens is not None:
             raise UsageError("--context and --prompt-tokens both say how long the prompt is: give one of them")
-        context = count(args.context, "--context", 3, 0)
-        if context <= new:
+        if args.context <= new:
             raise UsageError(
-                f"--context {context} has no room for a prompt beside {new} new tokens: raise it or lower --new-tokens"
+                f"--context {args.context} has no room for a prompt beside {new} new tokens: raise it or lower --new-tokens"
             )
-        prompt = context - new
-    return Workload(prompt_tokens=prompt, new_tokens=new, batch=count(args.batch, "--batch", 1, 1))
+        prompt = args.context - new
+    return Workload(prompt_tokens=prompt, new_tokens=new, batch=batch)
 
 
 def described(args: argparse.Namespace) -> tuple[Machine, bool]:
     """Return the machine to plan for, and whether it is this one.
 
     Raises:
-        UsageError: no such card, or not a size.
+        UsageError: no such card.
     """
-    if args.gpu or args.ram or args.disk:
+    if args.gpu or args.ram is not None or args.disk is not None:
         from harness.machine.gpus import profile
 
-        ram, disk = (_size(value, flag) for value, flag in ((args.ram, "--ram"), (args.disk, "--disk")))
-        return profile(args.gpu or [], ram=ram, disk=disk), False
+        return profile(args.gpu or (), ram=args.ram, disk=args.disk), False
     from harness.machine import probe
 
     return probe.probe(), True
-
-
-def _size(text: str | None, flag: str) -> int | None:
-    try:
-        return parse_size(text) if text is not None else None
-    except UsageError as error:
-        raise UsageError(f"{flag}: {error}") from None
-
-
-def _names(given: Sequence[str] | None, table: Any, flag: str) -> list[str]:
-    for name in given or ():
-        if name not in table:
-            raise UsageError(f"{flag}: no {name!r}: {did_you_mean(name, table)}")
-    return [name for name in table if not given or name in given]
 
 
 def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
@@ -224,13 +172,12 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
 def _print_code(advice: Recommendation) -> None:
     from harness.core.text import line
     from harness.planning import code
-    from harness.planning.planner import GOOD
 
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
     script = code.script(_head(advice, one), one, advice.spec.gguf_file)
-    print(script if one.verdict in GOOD else f"# {line(str(one.why))}\n{script}", end="")
+    print(script if one.verdict.is_good else f"# {line(str(one.why))}\n{script}", end="")
 
 
 def _head(advice: Recommendation, one: Plan) -> str:

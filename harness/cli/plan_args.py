@@ -1,4 +1,4 @@
-"""What the commands that plan have in common: they read cases and numbers, and ask for advice on one model."""
+"""What the commands that plan have in common: they read cases, and ask for advice on one model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from harness.core.errors import UsageError, did_you_mean
+from harness.core.options import RESULTS
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS, defaults
 from harness.core.records import Case, Workload
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from harness.catalog.resolve import Source
     from harness.core.records import Machine
     from harness.planning.calibration import Calibration
@@ -18,19 +21,6 @@ if TYPE_CHECKING:
     from harness.planning.recommend import Recommendation
 
 FITS, NOTHING_FITS = 0, 1
-
-
-def count(text: str | None, flag: str, least: int, default: int, most: int | None = None) -> int:
-    """Read the number of an option; `default` where it is not given.
-
-    Raises:
-        UsageError: it is no whole number, or out of range.
-    """
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= (most or (1 << 31) - 1):
-        raise UsageError(f"{flag} {text!r}: a whole number, at least {least}" + (f" and at most {most}" if most else ""))
-    return int(text)
 
 
 def asked_case(text: str) -> tuple[str, str]:
@@ -48,17 +38,15 @@ def asked_case(text: str) -> tuple[str, str]:
     return precision, placement
 
 
-def constants(results: str | None, machine: Machine) -> Calibration:
+def constants(results: Path | None, machine: Machine) -> Calibration:
     """Return the calibration by earlier results of this machine, the plain one where there are none.
 
     Raises:
         UsageError: results are named, and there are none.
     """
-    from pathlib import Path
-
     from harness.planning import calibration
 
-    directory = Path(results or "fitmatrix-results")
+    directory = results or RESULTS
     if not (directory / "results.jsonl").is_file():
         if results:
             raise UsageError(f"--results {directory}: no results.jsonl there")

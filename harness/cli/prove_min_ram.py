@@ -14,7 +14,6 @@ from harness.core.errors import UsageError
 from harness.core.records import Result, Workload
 from harness.core.units import format_gib, format_share
 from harness.machine import cgroup
-from harness.planning.planner import GOOD
 from harness.report.terminal import tables
 from harness.run import min_ram
 from harness.run.min_ram import Minimum, failed
@@ -37,7 +36,7 @@ def prove(args: argparse.Namespace, precisions: Sequence[str], placements: Seque
         try:
             cases = session.cases()
             session.prepare(cases)
-            wanted = [case for case in cases if session.plan(case).verdict in GOOD]
+            wanted = [case for case in cases if session.plan(case).verdict.is_good]
             if not wanted:
                 raise UsageError(f"nothing to prove: {session.plan(cases[0]).why}")
             found = [min_ram.prove(session, case, tried=tell) for case in wanted]

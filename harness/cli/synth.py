@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from harness.checkpoint.formats.files import quote
+from harness.cli.options import add_options
 from harness.core.errors import UsageError
-from harness.core.units import format_size, parse_size
+from harness.core.units import format_size
 
 HELP = "Write a checkpoint of a model's true shape, files and dtype with random weights, to measure a fit before downloading it."
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory", nargs="?", type=Path, metavar="DIR", help="where to write it (default: the cache, for --weights synthetic)"
     )
     parser.add_argument("--format", choices=("safetensors", "bin"), help="file format (default: as the model is published)")
-    parser.add_argument("--shard", metavar="SIZE", help="most bytes of one file (default: as the model is published)")
+    add_options(parser, "synth", "shard")
     parser.add_argument("--hollow", action="store_true", help="sparse files that take no disk, to plan with; they cannot be run")
     parser.add_argument("--remove", action="store_true", help="remove it from the cache instead")
 
@@ -36,9 +37,9 @@ def run(given: argparse.Namespace) -> int:
     source = resolve.resolve(given.model, weights=False)
     if given.hollow and given.directory is None:
         raise UsageError("--hollow needs DIR: the cache is for checkpoints that can be run")
-    if (given.format or given.shard) and given.directory is None:
+    if (given.format or given.shard is not None) and given.directory is None:
         raise UsageError("--format and --shard need DIR: a run takes what is written as the model is published")
-    made = synthetic.describe(source, file_format=given.format, shard_bytes=_shard(given.shard))
+    made = synthetic.describe(source, file_format=given.format, shard_bytes=given.shard)
     with show_progress() as report:
         if given.directory is None:
             there = synthetic.keep(made, report)
@@ -69,10 +70,3 @@ def _remove(given: argparse.Namespace) -> int:
     if not gone:
         print(f"the cache holds no synthetic {line(source.name)}")
     return 0
-
-
-def _shard(text: str | None) -> int | None:
-    try:
-        return parse_size(text) if text is not None else None
-    except UsageError as error:
-        raise UsageError(f"--shard: {error}") from None

@@ -5,7 +5,6 @@
     HarnessError                 about the harness or its inputs: what, the value seen, what to do
      |- UsageError               an option, a catalog or table name, or a model that cannot be had; exit status 2
      |- CheckpointError          unreadable, incomplete or hostile files (carries the path)
-     |- ProbeError               no usable facts about the machine
      |- StoreError               results that cannot be read or written (carries path and line)
      `- WorkerError              the worker broke the protocol: a bug of ours
 """
@@ -31,10 +30,6 @@ class CheckpointError(HarnessError):
     def __init__(self, path: Path | str, message: str) -> None:
         super().__init__(f"{path}: {message}")
         self.path = str(path)
-
-
-class ProbeError(HarnessError):
-    """The machine gives no usable facts."""
 
 
 class StoreError(HarnessError):

@@ -1,4 +1,4 @@
-"""PLACEMENTS: where weights can go and by which call, fastest place first."""
+"""PLACEMENTS: where weights can go and how they get there, fastest place first."""
 
 from __future__ import annotations
 
@@ -13,57 +13,72 @@ from harness.core.records import Record
 # that the user wrote (`harness.planning.device_map.user_map`).
 RECOMMENDED_MAP = "room"
 USER_MAP = "given"
-EXPLICIT_MAPS = (RECOMMENDED_MAP, USER_MAP)
+_EXPLICIT_MAPS = (RECOMMENDED_MAP, USER_MAP)
 FILE = "file"  # the placement of the latter
-# The trait of such a map that has parts off the GPUs: a precision may hold those in another way.
-SPLITS_DEVICES = "divides"
+_SPLITS_DEVICES = "divides"
 
 
 class Placement(Record, frozen=True, kw_only=True):
-    """One row of the table.
-
-    `call` is the way of loading: "from_pretrained", "load_checkpoint_and_dispatch", or "to" (load in RAM, then move).
-    `device_map` is passed on as it is, but for RECOMMENDED_MAP and USER_MAP. `limits` names the rule that computes `max_memory`
-    (`max_memory.LIMITS`): None passes none. `traits` are what a precision may refuse. `devices` are where the weights may end
-    up, best first. It needs `least_gpus`; on fewer it is no case of its own where `on_fewer` says what it comes to there. What is
-    `on_request` is no part of a matrix unless it is named. `parallel`: a process for each GPU, which share every layer; without any
-    GPU so many share the RAM.
-    """
+    """One row of the table: what it is called, how it loads, where weights may end up, and what a machine needs for it."""
 
     name: str
     title: str
     help: str
-    call: str
-    device_map: str | Mapping[str, str | int] | None
-    devices: tuple[str, ...]
-    limits: str | None = None
-    traits: tuple[str, ...] = ()
+    device_map: str | Mapping[str, str | int] | None  #: passed on as it is, except RECOMMENDED_MAP and USER_MAP
+    devices: tuple[str, ...]  #: where the weights may end up, best first
+    limits: str | None = None  #: the rule that computes `max_memory` (`max_memory.LIMITS`); None passes none
+    traits: tuple[str, ...] = ()  #: what a precision may refuse
     least_gpus: int = 0
-    on_fewer: str | None = None
-    on_request: bool = False
-    parallel: int = 0
+    on_fewer: str | None = None  #: what it is the same as on fewer GPUs, where it is skipped
+    on_request: bool = False  #: no part of a matrix unless it is named
+    parallel: int = 0  #: a process for each GPU, which share every layer; without a GPU this many share the RAM
     offload_folder: bool = False
+    moves_after_loading: bool = False  #: loads in RAM, then `.to("cuda")`
+    dispatches_stored: bool = False  #: load_checkpoint_and_dispatch on a directory, not from_pretrained
+    takes_all_ram: bool = False  #: fills the RAM without the margin that transformers keeps
+    rewrites_offloaded: bool = False  #: writes what stays on the disk into the offload folder, whatever the files are
+    first_gpu_only: bool = False  #: leaves every GPU but the first empty
+
+    @property
+    def map_is_recommended(self) -> bool:
+        """Whether its map is computed here (`device_map.recommended`)."""
+        return self.device_map == RECOMMENDED_MAP
+
+    @property
+    def map_is_missing(self) -> bool:
+        """Whether its map is the user's, who gave none (`filled` puts it in)."""
+        return self.device_map == USER_MAP
+
+    @property
+    def prints_map(self) -> bool:
+        """Whether its code names a tier for every module: transformers has no word for such a map."""
+        return self.device_map in _EXPLICIT_MAPS
+
+    @property
+    def splits_devices(self) -> bool:
+        """Whether its explicit map has parts on a GPU and parts elsewhere: a precision may hold those in another way."""
+        return _SPLITS_DEVICES in self.traits
 
     @property
     def needs_gpu(self) -> bool:
         return self.least_gpus > 0 and not self.parallel
 
     def lacks_gpus(self, gpus: int) -> bool:
-        """Say whether a machine with so many GPUs has too few."""
+        """Say whether a machine with this many GPUs has too few."""
         return gpus < self.least_gpus and (gpus > 0 or self.needs_gpu)
 
     def ranks(self, gpus: int) -> int:
-        """Return how many processes hold the model on a machine with so many GPUs."""
+        """Return how many processes hold the model on a machine with this many GPUs."""
         return (gpus or self.parallel) if self.parallel else 1
 
-    def given(self, device_map: Mapping[str, str | int]) -> Placement:
+    def filled(self, device_map: Mapping[str, str | int]) -> Placement:
         """Return this row as one file fills it: an explicit map says which devices are used, and what a precision may refuse.
 
         The map is not checked here.
         """
         kinds = {device if isinstance(device, str) else "gpu" for device in device_map.values()}
         traits = {
-            SPLITS_DEVICES: "gpu" in kinds and len(kinds) > 1,
+            _SPLITS_DEVICES: "gpu" in kinds and len(kinds) > 1,
             "offloads_to_cpu": kinds == {"cpu", "disk"},
             "offloads": "disk" in kinds,
             "ram": kinds == {"cpu"},
@@ -79,7 +94,7 @@ class Placement(Record, frozen=True, kw_only=True):
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that the loader takes from this row."""
         given: dict[str, Any] = {}
-        if self.device_map is not None and self.device_map not in EXPLICIT_MAPS:
+        if self.device_map is not None and not self.prints_map:
             given["device_map"] = self.device_map if isinstance(self.device_map, str) else dict(self.device_map)
         if self.offload_folder:
             given["offload_folder"] = "offload"
@@ -95,25 +110,25 @@ _ROWS = (
         name="direct",
         title="straight to the GPU",
         help='device_map={"": 0}: onto the first GPU, without a copy of the model in RAM',
-        call="from_pretrained",
         device_map={"": 0},
         devices=("gpu",),
         least_gpus=1,
+        first_gpu_only=True,
     ),
     Placement(
         name="ram-to-gpu",
         title="RAM, then GPU",
         help='load in RAM, then .to("cuda"): the old default, for comparison',
-        call="to",
         device_map={"": "cpu"},
         devices=("gpu",),
         least_gpus=1,
+        moves_after_loading=True,
+        first_gpu_only=True,
     ),
     Placement(
         name="auto",
         title="auto",
         help='device_map="auto" with no limits: GPUs first, then RAM, then disk',
-        call="from_pretrained",
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
     ),
@@ -121,7 +136,6 @@ _ROWS = (
         name="balanced",
         title="balanced",
         help='device_map="balanced": what auto is in transformers 5, an even share for each GPU',
-        call="from_pretrained",
         device_map="balanced",
         devices=("gpu", "cpu", "disk"),
         least_gpus=2,
@@ -132,7 +146,6 @@ _ROWS = (
         name="balanced_low_0",
         title="balanced, first GPU free",
         help='device_map="balanced_low_0": the first GPU takes what the others cannot',
-        call="from_pretrained",
         device_map="balanced_low_0",
         devices=("gpu", "cpu", "disk"),
         least_gpus=2,
@@ -142,7 +155,6 @@ _ROWS = (
         name="sequential",
         title="GPU after GPU",
         help='device_map="sequential": fills one GPU after the other',
-        call="from_pretrained",
         device_map="sequential",
         devices=("gpu", "cpu", "disk"),
         least_gpus=2,
@@ -152,7 +164,6 @@ _ROWS = (
         name="recommended",
         title="our device map",
         help="a device_map of ours: blocks fill the GPUs in order, each with its KV cache, and inference keeps the room it needs",
-        call="from_pretrained",
         device_map=RECOMMENDED_MAP,
         devices=("gpu", "cpu", "disk"),
         least_gpus=1,
@@ -162,39 +173,40 @@ _ROWS = (
         name="dispatch",
         title="accelerate's dispatch",
         help="init_empty_weights + load_checkpoint_and_dispatch: accelerate's own way",
-        call="load_checkpoint_and_dispatch",
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
         traits=("dispatches",),
         offload_folder=True,
+        dispatches_stored=True,
+        takes_all_ram=True,
+        rewrites_offloaded=True,
     ),
     Placement(
         name="gpu+cpu",
         title="GPU + RAM",
         help="max_memory that leaves room on the GPU for inference, the rest of the weights in RAM",
-        call="from_pretrained",
         device_map="auto",
         devices=("gpu", "cpu"),
         limits="spill-to-cpu",
         traits=("offloads_to_cpu",),
         least_gpus=1,
+        first_gpu_only=True,
     ),
     Placement(
         name="disk",
         title="GPU + RAM + disk",
         help="GPU if there is one, then RAM, then disk; limited so that some blocks really lie on disk",
-        call="from_pretrained",
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
         limits="spill-to-disk",
         traits=("offloads_to_cpu", "offloads"),
         offload_folder=True,
+        first_gpu_only=True,
     ),
     Placement(
         name="cpu",
         title="RAM only",
         help='device_map={"": "cpu"}: everything in RAM',
-        call="from_pretrained",
         device_map={"": "cpu"},
         devices=("cpu",),
         traits=("ram",),
@@ -203,7 +215,6 @@ _ROWS = (
         name="tp",
         title="tensor parallel",
         help="tensor parallelism, as by torchrun: a process for each GPU, which share every layer (without one: two, in RAM)",
-        call="from_pretrained",
         device_map=None,
         devices=("gpu", "cpu"),
         traits=("parallel",),
@@ -216,7 +227,6 @@ _ROWS = (
         name=FILE,
         title="a map of yours",
         help="the device_map that --device-map FILE holds",
-        call="from_pretrained",
         device_map=USER_MAP,
         devices=("gpu", "cpu", "disk"),
         on_request=True,
@@ -227,13 +237,13 @@ PLACEMENTS: Mapping[str, Placement] = {row.name: row for row in _ROWS}
 
 
 def distinct(names: Iterable[str], gpus: int) -> list[str]:
-    """Leave out the placements that are the same as another on a machine with so many GPUs, and those that want to be named."""
+    """Leave out the placements that are the same as another on a machine with this many GPUs, and those on request only."""
     rows = [PLACEMENTS[name] for name in names]
     return [row.name for row in rows if not row.on_request and (gpus >= row.least_gpus or row.on_fewer is None)]
 
 
 def named(given: Iterable[str] | None, has_file: bool) -> list[str]:
-    """Return the placements that were asked for in the table's order, none where all that differ are meant.
+    """Return the placements that were asked for in the table's order; none if all that differ are meant.
 
     A map of the user's own is asked for by being given: alone, if nothing else is named.
     """

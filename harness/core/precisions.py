@@ -52,9 +52,6 @@ class Precision(Record, frozen=True, kw_only=True):
         return self.dtype_before_cc80 if old and self.dtype_before_cc80 else self.dtype
 
 
-# GGUF's names of the architectures whose blocks transformers 5.23 can keep (its `integrations.gguf`, GGUF_ARCHS).
-PACKED_ARCHITECTURES = frozenset(("lfm2", "qwen35", "qwen35moe"))
-
 _DISPATCHES = "load_checkpoint_and_dispatch places weights as they are stored and does not quantize them"
 _ALONE = "nobody here has shared such weights among processes yet: use bf16 or fp16"
 _BNB_INCOMPATIBLE = {

@@ -45,6 +45,11 @@ class Verdict(str, Enum):
     UNAVAILABLE = "unavailable"
     UNKNOWN = "unknown"
 
+    @property
+    def is_good(self) -> bool:
+        """Whether the case is expected to run, with room to spare or without."""
+        return self in (Verdict.FITS, Verdict.TIGHT)
+
 
 class Workload(Record, frozen=True, kw_only=True):
     """What every case is asked to do: `batch` prompts of `prompt_tokens`, `new_tokens` each, `repeats` warm rounds."""

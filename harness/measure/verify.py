@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS
+from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Loaded, Plan
 from harness.core.units import format_share, format_size
@@ -61,7 +61,7 @@ def _placement(plan: Plan, loaded: Loaded) -> str:
         return f"weights lie on {', '.join(sorted(strange))}, which {placement.name} does not use"
     if "offloads_to_cpu" in placement.traits and placement.devices[-1] not in used:
         return f"{placement.name} put nothing on the {placement.devices[-1]}"
-    return _mapped(plan, loaded) if placement.device_map in EXPLICIT_MAPS else OK
+    return _mapped(plan, loaded) if placement.prints_map else OK
 
 
 def _ranks(plan: Plan, loaded: Loaded) -> str:

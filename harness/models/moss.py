@@ -14,6 +14,7 @@ from transformers.models.codegen.modeling_codegen import CodeGenForCausalLM, Cod
 from transformers.models.codegen.tokenization_codegen import CodeGenTokenizer
 
 from harness.checkpoint import quantization, reader
+from harness.core.families import MOSS
 from harness.models.packed import GroupScaledLinear, replace_linears
 
 _QUANTISED = ("qkv_proj", "out_proj", "fc_in", "fc_out")
@@ -28,7 +29,7 @@ class MossConfig(CodeGenConfig):
     model_type = "moss"
 
     wbits: int = 32
-    groupsize: int = quantization.MOSS_GROUP
+    groupsize: int = MOSS.group
 
 
 class MossPreTrainedModel(CodeGenPreTrainedModel):

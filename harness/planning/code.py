@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS, SPLITS_DEVICES, Placement
+from harness.core.families import GGUF
+from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import Config, Precision
 from harness.core.records import Plan
 
@@ -47,18 +48,18 @@ def loading_code(
     `device_map` gives tiers by module: it is printed for a placement whose map is computed here. `on_gpu`: part of it lies on one.
     Of a GGUF file a precision that quantizes nothing asks for the weights unpacked: transformers' default depends on the machine.
     """
-    arguments: dict[str, Any] = {"gguf_file": facts.gguf_file} if facts.gguf_file else {}
+    arguments: dict[str, Any] = {GGUF.argument: facts.gguf_file} if facts.gguf_file else {}
     arguments["dtype"] = dtype
     config = None if facts.stored else precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
     if facts.gguf_file and precision.quantization is None:
-        arguments["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+        arguments["quantization_config"] = dict(GGUF.unpacked)
     elif isinstance(config, Config):
         arguments["quantization_config"] = config
     elif config is not None:
-        off_gpu = precision.off_gpu if SPLITS_DEVICES in placement.traits else None
+        off_gpu = precision.off_gpu if placement.splits_devices else None
         arguments["quantization_config"] = _quantization(config, dtype) | dict(off_gpu or {})
     arguments |= placement.arguments()
-    if placement.device_map in EXPLICIT_MAPS:
+    if placement.prints_map:
         assert device_map is not None, "its code cannot be written without the map"
         arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
     if "disk" in (device_map or {}).values():  # where a file is not safetensors, transformers asks for it
@@ -67,13 +68,13 @@ def loading_code(
         arguments["max_memory"] = {_device(tier): size for tier, size in max_memory.items()}
     imports = ["import harness.models  # registers architectures that transformers lacks"] if facts.native else []
     given = config.imports if isinstance(config, Config) else ()
-    if placement.call == "load_checkpoint_and_dispatch":
+    if placement.dispatches_stored:
         return "\n".join([*imports, *_imports(*given), *_dispatch_code(arguments, facts.trusted)]) + "\n"
     if facts.trusted is not None:
         arguments["trust_remote_code"] = facts.trusted
     imports += _imports("from transformers import AutoModelForCausalLM", *given)
     lines = [*imports, "", "model = AutoModelForCausalLM.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
-    if placement.call == "to":
+    if placement.moves_after_loading:
         lines.append('model = model.to("cuda")')
     return "\n".join(lines) + "\n"
 
@@ -149,7 +150,7 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """
     load, numbers, ranks = one.case.workload, gpus(one), _ranks(one)
     device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
-    told = f", gguf_file={_literal(gguf_file)}" if gguf_file else ""
+    told = f", {GGUF.argument}={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",
@@ -193,6 +194,6 @@ def code_head(source: Source, placement: str) -> str:
         return f"MODEL = {_literal(source.name)}  # the directory of the model\n\n"
     if source.hub_id is None:
         return f"from harness.catalog import fetch\n\nMODEL = fetch({_literal(source.name)})\n\n"
-    if PLACEMENTS[placement].call == "load_checkpoint_and_dispatch":
+    if PLACEMENTS[placement].dispatches_stored:
         return f"from huggingface_hub import snapshot_download\n\nMODEL = snapshot_download({_literal(source.hub_id)})\n\n"
     return f"MODEL = {_literal(source.hub_id)}\n\n"

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS, Placement
+from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.records import Case, Machine, Plan, Tier, Verdict
 from harness.core.units import exact_size, format_size
@@ -73,9 +73,11 @@ def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tu
 
 def _used(placement: Placement, machine: Machine) -> Sequence[Tier]:
     """Return the GPUs that a placement may put weights on."""
-    if isinstance(placement.device_map, Mapping) and placement.call != "to":
+    if placement.first_gpu_only:
+        return machine.gpus[:1]
+    if isinstance(placement.device_map, Mapping):
         return [gpu for number, gpu in enumerate(machine.gpus) if number in placement.device_map.values()]
-    return machine.gpus if placement.limits is None and placement.call != "to" else machine.gpus[:1]
+    return machine.gpus
 
 
 def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
@@ -86,7 +88,7 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
-    if placement.device_map in EXPLICIT_MAPS or (placement.limits and checkpoint is None):
+    if placement.prints_map or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
     limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))
     return Plan(

@@ -7,9 +7,10 @@ from functools import cached_property, partial
 
 import msgspec
 
-from harness.architecture.model_spec import GGUF_REFUSES, ModelSpec
+from harness.architecture.model_spec import ModelSpec
 from harness.checkpoint.formats.files import quote
-from harness.core.placements import FILE, PLACEMENTS, RECOMMENDED_MAP, SPLITS_DEVICES, USER_MAP, Placement
+from harness.core.families import GGUF
+from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
 from harness.core.records import Case, Estimate, Machine, Plan, Tier, TierEstimate, Verdict, Workload
@@ -28,7 +29,6 @@ from harness.planning.device_map.infer import Device
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
 from harness.planning.device_map.recommended import RecommendedMap
 
-GOOD = (Verdict.FITS, Verdict.TIGHT)
 _BETWEEN = "{} processes, as by torchrun: {}what they tell each other is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
 # How often our device map is computed again with more room; mostly once; a block may be larger than what is short.
@@ -54,7 +54,7 @@ class Planner:
     ) -> None:
         self.spec, self.machine, self.here, self.trust = spec, machine, here, trust
         self.constants = constants or calibration.default()
-        self._placements = {**PLACEMENTS, FILE: PLACEMENTS[FILE].given(device_map)} if device_map else PLACEMENTS
+        self._placements = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[WeightFormat, Inventory] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
@@ -88,7 +88,7 @@ class Planner:
         dtype = self._dtype(precision, placement)
         held = estimate.kept(precision, dtype, self.spec)
         limits = max_memory.max_memory(placement, self.machine, lambda: self._sizes(dtype))
-        ours = self._recommendation(case, held) if placement.device_map == RECOMMENDED_MAP else None
+        ours = self._recommendation(case, held) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
         placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, held, limits)
@@ -137,7 +137,7 @@ class Planner:
         if needed is not None and not self.trust:
             what = f"{needed.file} asks for code of the model's own, {quote(needed.name, 120)}, which nothing loads without"
             return Verdict.INVALID, f"{what}: read it and, if you trust it, add --trust-remote-code"
-        if self._placements[case.placement].device_map == USER_MAP:
+        if self._placements[case.placement].map_is_missing:
             return Verdict.UNAVAILABLE, "no map of yours was given: --device-map FILE"
         gpus = len(self.machine.gpus)
         ranks = self._placements[case.placement].ranks(gpus)
@@ -222,8 +222,8 @@ class Planner:
     def _count(self, case: Case, held: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
         tiers = layout.tiers(self.spec.skeleton, placed)
         gguf, placement = self.spec.gguf, self._placements[case.placement]
-        through_ram = placement.call == "to" or (gguf is not None and gguf.through_ram)
-        rewrites = placement.call == "load_checkpoint_and_dispatch"
+        through_ram = placement.moves_after_loading or (gguf is not None and gguf.through_ram)
+        rewrites = placement.rewrites_offloaded
         off_gpu = (
             self._inventory(WeightFormat(dtype=held.dtype)) if _leaves_off_gpu(PRECISIONS[case.precision], placement) else None
         )
@@ -239,7 +239,7 @@ class Planner:
             where, reason = " and ".join(spilled), precision.incompatible["offloads_to_cpu"]
             return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on {where}; {reason}"
         if "disk" in count.weights and self.spec.gguf is not None:
-            return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on disk; {GGUF_REFUSES['offloads']}"
+            return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on disk; {GGUF.refusals['offloads']}"
         unknown = [
             name
             for name, tier in expected.tiers.items()
@@ -314,7 +314,7 @@ class Planner:
         None where the plan does not fit at all or no limit is known.
         """
         count = self.counts.get(one.case.id)
-        if one.estimate is None or count is None or one.verdict not in GOOD:
+        if one.estimate is None or count is None or not one.verdict.is_good:
             return None
         most = self.spec.context_length or 1 << 20
         new = one.case.workload.new_tokens
@@ -336,7 +336,7 @@ class Planner:
 
 def _leaves_off_gpu(precision: Precision, placement: Placement) -> bool:
     """Say whether what lies off the GPUs is not quantized."""
-    return precision.off_gpu is not None and SPLITS_DEVICES in placement.traits
+    return precision.off_gpu is not None and placement.splits_devices
 
 
 def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | None:
@@ -366,7 +366,7 @@ def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:
     if one.verdict is not Verdict.TOO_BIG or one.why is None:
         return one
     order = sorted(others, key=lambda other: other.verdict is not Verdict.FITS)
-    good = [other.case for other in order if other.verdict in GOOD and other.case.model == one.case.model]
+    good = [other.case for other in order if other.verdict.is_good and other.case.model == one.case.model]
     precision = next((case.precision for case in good if case.placement == one.case.placement), None)
     placement = next((case.placement for case in good if case.precision == one.case.precision), None)
     words = [f"--precision {precision}"] * bool(precision) + [f"--placement {placement}"] * bool(placement)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.resolve import Source
-from harness.core.placements import PLACEMENTS, RECOMMENDED_MAP
+from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Plan, Record, Verdict
 from harness.core.units import significant
@@ -55,9 +55,7 @@ def _worth(one: Plan) -> tuple[float, int]:
 
 def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
     assert best.estimate is not None
-    return _merit(best, fitting) + (
-        f". {best.why}" if PLACEMENTS[best.case.placement].device_map == RECOMMENDED_MAP and best.why else ""
-    )
+    return _merit(best, fitting) + (f". {best.why}" if PLACEMENTS[best.case.placement].map_is_recommended and best.why else "")
 
 
 def _merit(best: Plan, fitting: Sequence[Plan]) -> str:

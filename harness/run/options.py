@@ -1,22 +1,18 @@
-"""OPTIONS: everything a run can be told, declared once.
+"""The options of one run: each value comes from the default, `[tool.fitmatrix]` of pyproject.toml, or the command line.
 
-Each value comes from the default, then `[tool.fitmatrix]` of pyproject.toml, then the command line; `Options.origin` says
-which. The pytest plugin adds the options from this table and hands back what was given; it knows none of them by name.
+`Options.origin` says which. The pytest plugin adds the options from the table OPTIONS and hands back what was given; it knows none
+of them by name.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.catalog.resolve import DEFAULT
 from harness.core.errors import UsageError, did_you_mean
-from harness.core.placements import PLACEMENTS
-from harness.core.precisions import ALL, DEFAULTS, PRECISIONS
-from harness.core.records import Record
-from harness.core.units import parse_size
+from harness.core.options import OPTIONS
 from harness.results.compare import thresholds
 
 if sys.version_info >= (3, 11):
@@ -24,181 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-
-class Option(Record, frozen=True, kw_only=True):
-    """One row.
-
-    `parse` turns the text of one value into the value; `repeat` collects several, "all" stands for `every`; `switch` takes none.
-    """
-
-    name: str
-    help: str
-    parse: Callable[[str], Any] = str
-    default: Any = None
-    metavar: str | None = None
-    repeat: bool = False
-    every: tuple[str, ...] = ()
-    switch: bool = False
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name
-
-    @property
-    def key(self) -> str:
-        return self.name.replace("-", "_")
-
-
-def _from_table(table: Mapping[str, Any], what: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in table:
-            raise UsageError(f"unknown {what} {text!r}: {did_you_mean(text, table)}")
-        return text
-
-    return parse
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise UsageError(f"{text!r} is not a whole number") from None
-        if value < least:
-            raise UsageError(f"{value} is too small: at least {least}")
-        return value
-
-    return parse
-
-
-def _one_of(*words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise UsageError(f"{text!r} is none of {', '.join(words)}")
-        return text
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise UsageError(f"{text!r} is not a number of seconds") from None
-    if not 0 < value < 1e9:
-        raise UsageError(f"{text!r} is out of range: more than 0 seconds")
-    return value
-
-
-def _text(text: str) -> str:
-    if not text.strip():
-        raise UsageError("an empty name")
-    return text
-
-
-OPTIONS: tuple[Option, ...] = (
-    Option(
-        name="model",
-        help=f"a model to run: a catalog name, a hub id, a directory or a GGUF file (repeatable; default {DEFAULT})",
-        parse=_text,
-        repeat=True,
-        default=(DEFAULT,),
-        metavar="MODEL",
-    ),
-    Option(
-        name="weights",
-        help="real ones, or synthetic: random weights of the model's true shape, made here without a download (default real)",
-        parse=_one_of("real", "synthetic"),
-        default="real",
-        metavar="KIND",
-    ),
-    Option(
-        name="precision",
-        help=f"how to hold the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(DEFAULTS)}, "
-        "or what a quantized checkpoint is)",
-        parse=_from_table(PRECISIONS, "precision"),
-        repeat=True,
-        every=tuple(PRECISIONS),
-        default=DEFAULTS,
-        metavar="NAME",
-    ),
-    Option(
-        name="placement",
-        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all that differ here)",
-        parse=_from_table(PLACEMENTS, "placement"),
-        repeat=True,
-        default=tuple(PLACEMENTS),
-        metavar="NAME",
-    ),
-    Option(
-        name="device-map",
-        help='a device_map to load by, JSON or TOML: module -> 0, "cuda:0", "cpu" or "disk" (placement file, alone unless others '
-        "are named)",
-        parse=Path,
-        metavar="FILE",
-    ),
-    Option(name="prompt-tokens", help="tokens of each prompt (default 64)", parse=_at_least(1), default=64, metavar="N"),
-    Option(name="new-tokens", help="tokens to generate from each prompt (default 16)", parse=_at_least(2), default=16, metavar="N"),
-    Option(name="batch", help="prompts generated from at once (default 1)", parse=_at_least(1), default=1, metavar="N"),
-    Option(
-        name="repeats",
-        help="undisturbed warm rounds, after one cold round (default 5); up to three times as many run",
-        parse=_at_least(1),
-        default=5,
-        metavar="N",
-    ),
-    Option(
-        name="vram",
-        help="let each case use so much of each GPU, as a card of that size, e.g. 8GiB (repeatable; default all)",
-        parse=parse_size,
-        repeat=True,
-        default=(),
-        metavar="SIZE",
-    ),
-    Option(name="ram", help="let each case use so much RAM, e.g. 16GiB (default all)", parse=parse_size, metavar="SIZE"),
-    Option(name="case-timeout", help="seconds that one case may take (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
-    Option(
-        name="phase-timeout",
-        help="seconds that one phase of a case may take: loading, a round, the probe (default 900)",
-        parse=_seconds,
-        default=900.0,
-        metavar="S",
-    ),
-    Option(
-        name="results",
-        help="directory to append results.jsonl to (default fitmatrix-results)",
-        parse=Path,
-        default=Path("fitmatrix-results"),
-        metavar="DIR",
-    ),
-    Option(
-        name="baseline",
-        help="earlier results, a file or a directory: what got worse since fails (default none)",
-        parse=Path,
-        metavar="FILE",
-    ),
-    Option(name="html", help="where to write the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
-    Option(
-        name="trust-remote-code",
-        help="let code that comes with a model run (its config's or tokenizer's auto_map, a generate of its own)",
-        switch=True,
-        default=False,
-    ),
-    Option(
-        name="resume",
-        help="keep the results that still hold, and run what is missing, has changed, crashed or failed",
-        switch=True,
-        default=False,
-    ),
-    Option(
-        name="run-all",
-        help="also run what the plan expects to fail, and with --resume what ran out of memory",
-        switch=True,
-        default=False,
-    ),
-    Option(name="fail-on-oom", help="let running out of memory fail the test", switch=True, default=False),
-)
-
+COMMAND_LINE = "command line"
 _BY_KEY = {option.key: option for option in OPTIONS}
 
 
@@ -216,17 +38,15 @@ class Options:
         own = {key.replace("-", "_"): value for key, value in (config or {}).items() if key != "gate"}
         self.gate = thresholds((config or {}).get("gate", {}))
         self._take(own, "[tool.fitmatrix]")
-        self._take({key: value for key, value in (given or {}).items() if value is not None}, "command line")
+        self._take({key: value for key, value in (given or {}).items() if value is not None}, COMMAND_LINE)
 
     def _take(self, values: Mapping[str, Any], origin: str) -> None:
         for key, value in values.items():
             option = _BY_KEY.get(key)
             if option is None:
                 raise UsageError(f"{origin}: unknown option {key!r}: {did_you_mean(key, _BY_KEY)}")
-            try:
-                self._values[key] = _parsed(option, value)
-            except UsageError as error:
-                raise UsageError(f"{option.flag} ({origin}): {error}") from None
+            read = option.read(value, None if origin == COMMAND_LINE else origin)
+            self._values[key] = tuple(dict.fromkeys(read)) if option.repeat else read
             self.origin[key] = origin
 
     def __getattr__(self, name: str) -> Any:
@@ -244,22 +64,6 @@ class Options:
             if option.key not in skip and value != option.default:
                 words += [option.flag] if option.switch else [option.flag, str(value)]
         return " ".join(words)
-
-
-def _parsed(option: Option, value: Any) -> Any:
-    if option.switch:
-        if not isinstance(value, bool):
-            raise UsageError(f"{value!r} is neither true nor false")
-        return value
-    if option.repeat:
-        several = [value] if isinstance(value, str) else value
-        if not isinstance(several, (list, tuple)):
-            raise UsageError(f"{value!r} is neither a name nor a list of names")
-        names = (option.every if option.every and one == ALL else (option.parse(str(one)),) for one in several)
-        return tuple(dict.fromkeys(name for group in names for name in group))
-    if isinstance(value, (list, dict, bool)):
-        raise UsageError(f"{value!r} is not one value")
-    return option.parse(str(value))
 
 
 def read_config(root: Path) -> dict[str, Any]:

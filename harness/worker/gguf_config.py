@@ -24,7 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from harness.architecture.key_mapping import Naming
 from harness.checkpoint.formats.gguf_header import TYPES
-from harness.core.precisions import PACKED_ARCHITECTURES
+from harness.core.families import GGUF
 
 # transformers takes the size of a vocabulary from the length of this array; what is in it does not matter.
 _VOCABULARY = "tokenizer.ggml.tokens"
@@ -49,7 +49,7 @@ def config_of(metadata: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[in
 def naming(model: Any, architecture: str) -> Naming | None:
     """Return the names that a GGUF's tensors get in a model; None where some get another shape or become several."""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-    if architecture in PACKED_ARCHITECTURES or processor not in (TensorProcessor, LlamaTensorProcessor):
+    if architecture in GGUF.packed_architectures or processor not in (TensorProcessor, LlamaTensorProcessor):
         return None
     names = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))  # type: ignore[no-untyped-call]
     return Naming(names=names) if set(model.state_dict()) <= set(names.values()) else None
@@ -57,7 +57,7 @@ def naming(model: Any, architecture: str) -> Naming | None:
 
 def _check_types(path: Path, architecture: str, dtypes: Iterable[str]) -> None:
     """Unpack a block of each type with what loading would use: transformers itself, or the gguf package."""
-    if architecture in PACKED_ARCHITECTURES and find_spec("transformers.integrations.gguf"):
+    if architecture in GGUF.packed_architectures and find_spec("transformers.integrations.gguf"):
         from transformers.integrations.gguf.reader import GgufHeader
 
         GgufHeader.from_file(str(path))

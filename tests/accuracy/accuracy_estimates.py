@@ -21,6 +21,7 @@ from harness.catalog import download, resolve
 from harness.catalog.shipped import catalog as known
 from harness.checkpoint import reader
 from harness.core.metrics import METRICS
+from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULTS, PRECISIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict, Workload
@@ -108,7 +109,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("models")
     for name in SYNTHETIC:
         subprocess.run([sys.executable, str(HERE / "synthetic.py"), str(directory), name], check=True, capture_output=True)
-    return {resolve.DEFAULT: download.fetch(resolve.DEFAULT), **{name: directory / name for name in SYNTHETIC}}
+    return {DEFAULT_MODEL: download.fetch(DEFAULT_MODEL), **{name: directory / name for name in SYNTHETIC}}
 
 
 @pytest.fixture(scope="session")
@@ -216,12 +217,12 @@ def test_speed_after_one_calibration_run(
     runs: list[list[Result]], figures: list[Figure], pairs: list[Pair], here: Machine, models: dict[str, Path]
 ) -> None:
     """The default model calibrates; the others are predicted."""
-    calibrating = [result for case in runs for result in case if result.case.model == resolve.DEFAULT]
+    calibrating = [result for case in runs for result in case if result.case.model == DEFAULT_MODEL]
     constants = calibration.correct(calibrating, here)
     errors = []
     for case in runs:
         result = case[0]
-        if result.case.model != resolve.DEFAULT:
+        if result.case.model != DEFAULT_MODEL:
             location = models[result.case.model]
             spec = model_spec.of_checkpoint(result.case.model, str(location), reader.read(location), location)
             estimate = Planner(spec, here, constants=constants).plan(result.case).estimate
@@ -242,8 +243,8 @@ def test_speed_after_one_calibration_run(
 
 def test_planning_is_quick(figures: list[Figure], models: dict[str, Path]) -> None:
     ours = _shortest([sys.executable, "-m", "harness", "plan", "chatglm-6b"])
-    local = _shortest([sys.executable, "-m", "harness", "plan", str(models[resolve.DEFAULT])])
-    theirs = _shortest([sys.executable, "-c", PEER, str(models[resolve.DEFAULT])])
+    local = _shortest([sys.executable, "-m", "harness", "plan", str(models[DEFAULT_MODEL])])
+    theirs = _shortest([sys.executable, "-c", PEER, str(models[DEFAULT_MODEL])])
     figures.append(Figure(what="fitmatrix plan chatglm-6b, a process", rows=3, found=format_seconds(ours), wanted="0.3 s"))
     figures.append(Figure(what="times as fast as accelerate estimate-memory", rows=3, found=f"{theirs / local:.0f}", wanted="15"))
     start, usual = time.perf_counter(), distinct(PLACEMENTS, gpus=3)

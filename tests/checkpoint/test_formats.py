@@ -32,7 +32,8 @@ from harness.checkpoint.formats.bin_header import read_bin
 from harness.checkpoint.formats.files import Cursor, LocalFile
 from harness.checkpoint.formats.gguf_header import TYPES, read_gguf
 from harness.checkpoint.formats.pickle_reader import OPERATIONS
-from harness.checkpoint.formats.safetensors_header import BITS, StoredTensor, read_config, read_index, read_safetensors
+from harness.checkpoint.formats.safetensors_header import StoredTensor, read_config, read_index, read_safetensors
+from harness.core.dtypes import DTYPE_BITS
 from harness.core.errors import CheckpointError
 from tests.support.gguf_files import small_gguf
 
@@ -255,7 +256,7 @@ def test_bin_of_a_module_with_tied_weights_and_views(tmp_path: Path, options: di
 
 
 def test_every_dtype_that_torch_saves_is_known() -> None:
-    for name, bits in BITS.items():
+    for name, bits in DTYPE_BITS.items():
         kind = getattr(torch, name, None)
         assert kind is None or torch.empty(0, dtype=kind).element_size() * 8 == bits
 

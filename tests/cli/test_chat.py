@@ -56,10 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["chatglm-6b", "int8"], "no case 'int8': write PRECISION/PLACEMENT"),
         (["chatglm-6b", "fp16/tp"], "no chat by tp, which takes several processes or a map of yours: one of"),
         (["chatglm-6b", "fp16/file"], "no chat by file, which takes several processes or a map of yours: one of"),
-        (["chatglm-6b", "--port", "0"], "--port '0': a whole number, at least 1 and at most 65535"),
-        (["chatglm-6b", "--port", "70000"], "--port '70000': a whole number, at least 1 and at most 65535"),
-        (["chatglm-6b", "--new-tokens", "1"], "--new-tokens '1': a whole number, at least 2"),
-        (["chatglm-6b", "--prompt-tokens", "x"], "--prompt-tokens 'x': a whole number, at least 1"),
+        (["chatglm-6b", "--port", "0"], "--port: 0 is too small: at least 1"),
+        (["chatglm-6b", "--port", "70000"], "--port: 70000 is too large: at most 65535"),
+        (["chatglm-6b", "--new-tokens", "1"], "--new-tokens: 1 is too small: at least 2"),
+        (["chatglm-6b", "--prompt-tokens", "x"], "--prompt-tokens: 'x' is not a whole number"),
         (["chatglm-6b", "--host", "192.0.2.1"], "--host '192.0.2.1': "),
     ],
 )
@@ -80,7 +80,7 @@ def test_a_port_that_is_taken_is_told_and_left_out_when_none_is_asked_for(
         port = listener.getsockname()[1]
         assert main(["chat", str(folder), "--port", str(port)]) == 2
         assert f"--port {port}: Address already in use" in capsys.readouterr().err
-        monkeypatch.setattr("harness.cli.chat._FIRST_PORT", port)
+        monkeypatch.setattr("harness.cli.chat.FIRST_PORT", port)
         monkeypatch.setitem(sys.modules, "gradio", None)
         assert main(["chat", str(folder)]) == 2
         assert "needs the package gradio" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import subprocess
@@ -13,11 +14,14 @@ import pytest
 import harness
 from harness.cli import entry
 from harness.cli.entry import COMMANDS, build_parser, main
+from harness.core.errors import UsageError
+from harness.core.options import OPTIONS
 from harness.core.records import encode
 from harness.core.text import visible
 from harness.core.units import MIB
 from harness.machine import bandwidth, probe
 from harness.results.store import NAME
+from harness.run.options import Options
 from tests.support.builders import GOLDEN, result
 from tests.support.packed_files import write_plain
 from tests.support.strangers import change
@@ -205,3 +209,24 @@ def test_a_directory_of_any_name_is_planned_in_plain_text(tmp_path: Path, capsys
     ]
     assert ast.literal_eval(assignment.value) == str(folder)
     assert code.count("trust_remote_code=False") == 2
+
+
+@pytest.mark.parametrize("name", ["plan", "chat", "hardware"])
+def test_an_option_of_a_run_is_the_same_row_in_a_command(name: str) -> None:
+    """One help text and one parser; where a command means something of its own, the row says so."""
+    [commands] = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    options = {action.dest: action for action in commands.choices[name]._actions}
+    shared = [row.of_command(name) for row in OPTIONS if row.key in options and row.key != "model"]
+    assert shared
+    assert [options[row.key].help for row in shared] == [row.help.replace("%", "%%") for row in shared]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--batch", "0"), ("--new-tokens", "one"), ("--precision", "int5"), ("--placement", "cpus")]
+)
+def test_a_mistake_is_one_sentence_whichever_way_it_comes_in(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    key = flag.removeprefix("--").replace("-", "_")
+    with pytest.raises(UsageError) as in_a_run:
+        Options(given={key: value})
+    assert main(["plan", "chatglm-6b", flag, value]) == 2
+    assert capsys.readouterr().err == f"fitmatrix: {in_a_run.value}\n"

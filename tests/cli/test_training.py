@@ -92,9 +92,9 @@ def test_ram_that_nobody_told_is_unknown_and_does_not_fit(say: Said) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--training", "zero1", *TWO], "--training: no 'zero1': did you mean"),
+        (["--training", "zero1", *TWO], "--training: unknown stage 'zero1': did you mean"),
         (["--training", "zero2", "--ram", "8GiB"], "--training needs GPUs, and there is none here: name each"),
-        (["--training", "zero2", *TWO, "--nodes", "0"], "--nodes '0': a whole number, at least 1"),
+        (["--training", "zero2", *TWO, "--nodes", "0"], "--nodes: 0 is too small: at least 1"),
         (["--nodes", "2"], "--nodes is about training: add --training zero2 or zero3"),
         (["--training", "zero2", *TWO, "--precision", "int8"], "--precision is about running a model"),
         (["--training", "zero2", *TWO, "--code", "int8/cpu"], "--code is about running a model"),

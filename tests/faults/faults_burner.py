@@ -20,8 +20,9 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from harness.catalog import download, resolve
+from harness.catalog import download
 from harness.checkpoint import reader
+from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Case, Interference, Plan, Result, Workload
 from harness.machine import probe
 from harness.planning.feasibility import decide
@@ -44,7 +45,7 @@ class Bench(NamedTuple):
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    location = download.fetch(resolve.DEFAULT)
+    location = download.fetch(DEFAULT_MODEL)
     forkserver.warm_up(["transformers.models.llama.modeling_llama"])
     with TemporaryDirectory(prefix="burner-") as scratch:
         setting = RunContext(
@@ -55,7 +56,7 @@ def bench() -> Iterator[Bench]:
             worker_main=worker_process.torch_worker,
             timeout_s=600,
         )
-        case = Case(model=resolve.DEFAULT, precision="bf16", placement="cpu", workload=WORK)
+        case = Case(model=DEFAULT_MODEL, precision="bf16", placement="cpu", workload=WORK)
         yield Bench(decide(case, setting.machine, reader.read(location)), CaseModel(location=location), setting)
 
 

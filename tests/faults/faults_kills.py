@@ -25,9 +25,9 @@ from typing import Any
 import psutil
 import pytest
 
+from harness.core.options import OPTIONS
 from harness.core.records import Result
 from harness.results import store
-from harness.run.options import OPTIONS
 from tests.support import scripted, small_models
 from tests.support.reporting import Figure, Section, table
 

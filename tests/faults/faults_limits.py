@@ -17,11 +17,11 @@ import pytest
 from msgspec.structs import replace
 
 from harness.catalog import download, resolve
+from harness.core.options import DEFAULT_MODEL
 from harness.core.precisions import DEFAULTS
 from harness.core.records import Outcome, Result, Verdict
 from harness.core.units import MIB, format_share, format_size
 from harness.machine import cgroup
-from harness.planning.planner import GOOD
 from harness.run.min_ram import failed, measure, prove
 from harness.run.options import Options
 from harness.run.session import Session
@@ -43,10 +43,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     The default model is copied: pages of a file that another process maps would not count.
     """
     folder = tmp_path_factory.mktemp("limits")
-    shutil.copytree(download.fetch(resolve.resolve(resolve.DEFAULT)), folder / resolve.DEFAULT)
+    shutil.copytree(download.fetch(resolve.resolve(DEFAULT_MODEL)), folder / DEFAULT_MODEL)
     for name in SYNTHETIC:
         subprocess.run([sys.executable, HERE.parent / "accuracy/synthetic.py", folder, name], check=True, capture_output=True)
-    models = [str(folder / name) for name in (resolve.DEFAULT, *SYNTHETIC)]
+    models = [str(folder / name) for name in (DEFAULT_MODEL, *SYNTHETIC)]
     given = {"model": models, "precision": list(DEFAULTS), "placement": ["cpu"], "results": str(folder / "results"), **WORK}
     one = Session(Options(given=given))
     one.prepare(one.cases())
@@ -68,7 +68,7 @@ def test_the_verdict_agrees_with_what_happens(session: Session, figures: list[Fi
     for case in cases:
         results.append(measure(session, case))
         print(" | ".join(_row(results[-1])), flush=True)
-    wrong = [result for result in results if (result.verdict in GOOD) != (failed(result) is None)]
+    wrong = [result for result in results if result.verdict.is_good != (failed(result) is None)]
     broken = [result for result in results if result.verdict is Verdict.FITS and failed(result) is not None]
     ends = {result.outcome for result in results}
     agrees = format_share(1 - len(wrong) / len(results))
@@ -89,7 +89,7 @@ def test_the_verdict_agrees_with_what_happens(session: Session, figures: list[Fi
 
 @pytest.mark.parametrize("precision", PROVED)
 def test_the_smallest_ram_that_works_is_found(session: Session, figures: list[Figure], precision: str) -> None:
-    case = next(one for one in session.cases() if (one.model, one.precision) == (resolve.DEFAULT, precision))
+    case = next(one for one in session.cases() if (one.model, one.precision) == (DEFAULT_MODEL, precision))
     found = prove(session, case, tried=lambda result: print(" | ".join(_row(result)), flush=True))
     assert found.works_bytes is not None
     assert found.fails_bytes is not None

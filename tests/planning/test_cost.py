@@ -25,7 +25,7 @@ from harness.planning.cost import estimate, memory
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.planner import GOOD, Planner
+from harness.planning.planner import Planner
 from harness.planning.recommend import recommend
 from tests.support.checkpoint_files import write_safetensors
 
@@ -207,7 +207,7 @@ def test_what_nobody_told_is_not_guessed() -> None:
 def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
     spec = model_spec.read_spec(resolve.resolve("moss-moon-003-sft-int4"))
     assert planner(spec).plan(case("int8/direct", spec)).verdict is Verdict.INVALID
-    assert planner(spec).plan(case("gptq-int4/direct", spec)).verdict in GOOD
+    assert planner(spec).plan(case("gptq-int4/direct", spec)).verdict.is_good
 
 
 def test_the_recommendation_fits_and_says_why() -> None:
@@ -231,7 +231,7 @@ def test_the_largest_context_is_where_it_stops_to_fit() -> None:
     assert 4096 < most < 131072
     for context, fits in ((most, True), (most + 200, False)):
         longer = asked.plan(case("bf16/direct", spec, prompt_tokens=context - Workload().new_tokens))
-        assert (longer.verdict in GOOD) == fits
+        assert (longer.verdict.is_good) == fits
 
 
 # ---- models nobody knows ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from harness.architecture import model_spec, skeleton
 from harness.catalog import resolve
 from harness.catalog.resolve import Source
 from harness.checkpoint.reader import Checkpoint, StoredTensor
-from harness.core.placements import EXPLICIT_MAPS, PLACEMENTS, distinct
+from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS, Config
 from harness.core.records import Machine, Plan, Verdict
 from harness.core.units import GIB
@@ -154,7 +154,7 @@ def test_ways_to_share_among_gpus_want_two(placement: str) -> None:
 )
 def test_a_map_of_ones_own_is_judged_by_what_it_uses(device_map: dict[str, int | str], said: str | None) -> None:
     on = machine(gpu(), gpu(1), gpu(2, compute_capability="6.1"))
-    refused = gate(case("int8", "file"), on, True, PLACEMENTS["file"].given(device_map))
+    refused = gate(case("int8", "file"), on, True, PLACEMENTS["file"].filled(device_map))
     assert (refused is None) if said is None else (refused is not None and refused[1].startswith(said))
 
 
@@ -216,7 +216,7 @@ def code_of(precision: str, placement: str, dtype: str = "bfloat16") -> str:
 
 def printed(placement: str) -> dict[str, str] | None:
     """Return the map that the code of this placement shows."""
-    return OUR_MAP if PLACEMENTS[placement].device_map in EXPLICIT_MAPS else None
+    return OUR_MAP if PLACEMENTS[placement].prints_map else None
 
 
 def keywords(code: str) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def test_the_code_passes_on_what_the_tables_say_and_nothing_else(precision: str,
         expected["quantization_config"] = {**given}
         if given.get("load_in_4bit"):
             expected["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
-    if place.device_map in EXPLICIT_MAPS:
+    if place.prints_map:
         expected["device_map"] = {"model.embed": 0, "model.layers.0": 1, "model.layers.1": "cpu", "head": "disk"}
         expected["offload_folder"] = "offload"
     if place.limits:
@@ -515,7 +515,7 @@ def test_a_case_that_may_run_has_code_and_no_verdict_yet(precision: str, placeme
     plan = decide(case(precision, placement), AMPERE, SMALL)
     refused = gate(case(precision, placement), AMPERE)
     assert plan.case == case(precision, placement)
-    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].device_map in EXPLICIT_MAPS)
+    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].prints_map)
     assert (plan.verdict, plan.why) == (refused or (Verdict.UNKNOWN, None))
 
 
@@ -532,7 +532,7 @@ def test_limits_are_in_the_plan_as_they_are_in_its_code(precision: str, placemen
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_before_the_model_is_here_only_what_needs_its_sizes_has_no_code(placement: str) -> None:
     plan = decide(case("bf16", placement), machine(gpu(), gpu(1)), None)
-    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None or PLACEMENTS[placement].device_map in EXPLICIT_MAPS)
+    assert (plan.code is None) == (PLACEMENTS[placement].limits is not None or PLACEMENTS[placement].prints_map)
     assert plan.verdict is Verdict.UNKNOWN
 
 

@@ -22,8 +22,10 @@ from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.checkpoint import reader
 from harness.core.errors import CheckpointError, UsageError
+from harness.core.families import GGUF
+from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS
-from harness.core.precisions import PACKED_ARCHITECTURES, PRECISIONS
+from harness.core.precisions import PRECISIONS
 from harness.core.records import Outcome, Plan, Verdict
 from harness.measure import sampler, verify
 from harness.measure.protocol import Load
@@ -166,7 +168,7 @@ def test_a_map_counts_what_stays_in_blocks_as_transformers_does(tmp_path: Path) 
 
 
 def test_the_architectures_that_stay_packed_are_those_of_transformers() -> None:
-    assert set(GGUF_ARCHS) == PACKED_ARCHITECTURES
+    assert set(GGUF_ARCHS) == GGUF.packed_architectures
 
 
 # ---- what cannot be -----------------------------------------------------------------------------------------------------
@@ -246,7 +248,7 @@ def test_one_file_of_several_is_named_by_its_path_or_by_an_option(tmp_path: Path
         (".", "c.gguf", "has no file 'c.gguf': did you mean 'a.gguf'"),
         (".", "model.safetensors", "--file 'model.safetensors' is no GGUF file: leave it out"),
         ("a.gguf", "a.gguf", "a is neither a directory nor on the hub, leave it out"),
-        (resolve.DEFAULT, "a.gguf", "smollm2-135m is neither a directory nor on the hub, leave it out"),
+        (DEFAULT_MODEL, "a.gguf", "smollm2-135m is neither a directory nor on the hub, leave it out"),
         ("b.gguf", None, "no file 'b.gguf': check the path; a GGUF file on the hub is its repository and --file"),
     ],
 )

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from harness.catalog import download, resolve
+from harness.catalog import download
+from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULTS, PRECISIONS
 from harness.measure import sampler
@@ -36,14 +37,14 @@ pytestmark = pytest.mark.skipif(not sampler.LINUX, reason="VmHWM is Linux's")
 
 
 def fitmatrix(*arguments: str) -> str:
-    command = [sys.executable, "-m", "harness", "plan", resolve.DEFAULT, *WORKLOAD, *arguments]
+    command = [sys.executable, "-m", "harness", "plan", DEFAULT_MODEL, *WORKLOAD, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, dict[str, Any]]:
     """Fetch the default model; return its plans for this machine by precision and placement."""
-    download.fetch(resolve.DEFAULT)
+    download.fetch(DEFAULT_MODEL)
     found = json.loads(fitmatrix("--json"))["plans"]
     return {f"{plan['precision']}/{plan['placement']}": plan for plan in found}
 

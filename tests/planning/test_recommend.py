@@ -22,7 +22,7 @@ from harness.measure import verify
 from harness.measure.protocol import Load
 from harness.planning.code import loading_code
 from harness.planning.device_map.infer import device_of
-from harness.planning.planner import GOOD, Planner
+from harness.planning.planner import Planner
 from harness.planning.recommend import recommend
 from harness.worker import model as work
 from tests.support import small_models
@@ -90,7 +90,7 @@ def test_all_of_moss_stays_on_two_cards() -> None:
 
 
 def test_what_may_not_spill_fits_on_the_gpus_or_not_at_all() -> None:
-    assert planned("qwen2.5-7b-instruct", cards("8GiB"), "int4")["recommended"].verdict in GOOD
+    assert planned("qwen2.5-7b-instruct", cards("8GiB"), "int4")["recommended"].verdict.is_good
     found = planned("moss-moon-003-sft", cards("8GiB"), "int4")["recommended"]
     assert found.verdict is Verdict.TOO_BIG
     assert found.why is not None

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from harness.catalog.resolve import DEFAULT
 from harness.core.errors import UsageError
+from harness.core.options import DEFAULT_MODEL, OPTIONS, Option
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import DEFAULTS, PRECISIONS
 from harness.core.units import GIB
-from harness.run.options import OPTIONS, Option, Options, read_config
+from harness.run.options import Options, read_config
 
 # For each option: what pyproject.toml says in TOML and what that means, what the command line gives and what that means.
 SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
@@ -101,10 +101,10 @@ def test_the_default_stands_the_option_s_own_check(option: Option) -> None:
 @EVERY
 def test_the_help_tells_the_default(option: Option) -> None:
     told = {
-        "model": DEFAULT,
+        "model": DEFAULT_MODEL,
         "html": "default index.html",
         "baseline": "default none",
-        "device-map": "alone unless others are named",
+        "device-map": "no other unless named",
         "precision": f"default {' '.join(DEFAULTS)}",
     } | dict.fromkeys(("placement", "vram", "ram"), "default all")
     if not option.switch:
@@ -158,7 +158,7 @@ def test_a_mistake_is_one_sentence_with_option_origin_value_and_way_out(config: 
 
 
 def test_a_mistake_on_the_command_line_says_so() -> None:
-    with pytest.raises(UsageError, match=re.escape("--repeats (command line): 'many' is not a whole number")):
+    with pytest.raises(UsageError, match=re.escape("--repeats: 'many' is not a whole number")):
         Options(config={"repeats": 3}, given={"repeats": "many"})
 
 

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Skeleton
-from harness.catalog import download, resolve
+from harness.catalog import download
+from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS, Precision
 from harness.measure.protocol import Load
@@ -100,7 +101,7 @@ def save_talking(folder: Path) -> Path:
     config = AutoConfig.for_model("llama", **MODELS["llama"], eos_token_id=None)
     config.vocab_size = 49152
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    default = download.fetch(resolve.DEFAULT)
+    default = download.fetch(DEFAULT_MODEL)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(default / name, folder / name)
     return folder

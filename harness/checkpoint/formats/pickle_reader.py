@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from harness.checkpoint.formats.files import Cursor, damaged, quote
-from harness.checkpoint.formats.safetensors_header import BITS, MOST_BYTES, check_shape
+from harness.checkpoint.formats.safetensors_header import MOST_BYTES, check_shape
+from harness.core.dtypes import DTYPE_BITS
 from harness.core.errors import CheckpointError
 
 OPERATIONS = 500_000  # a tensor takes about 32
@@ -80,7 +81,7 @@ ALLOWED = frozenset(
         *REBUILD_PARAMETER,
         "torch.storage.UntypedStorage",
         *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in STORAGE_DTYPES),
-        *(f"torch.{name}" for name in BITS),
+        *(f"torch.{name}" for name in DTYPE_BITS),
     }
 )
 
@@ -198,9 +199,9 @@ class Unpickler:
         ):
             raise self.damaged("describes a tensor without storage, shape or strides")
         name = dtype.path.removeprefix("torch.") if type(dtype) is Name else storage.dtype
-        if name is None or name not in BITS:
+        if name is None or name not in DTYPE_BITS:
             raise self.damaged("describes a tensor without a dtype")
-        size = BITS[name] // 8
+        size = DTYPE_BITS[name] // 8
         elements = check_shape(self.cursor.blob, f"at byte {self.cursor.position}", shape)
         last = offset + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
         if elements and max(last + 1, elements) * size > storage.bytes:
@@ -216,7 +217,7 @@ class Unpickler:
         if type(kind) is not Name or "Storage" not in kind.path or type(key) is not str or not _is_sizes((elements,)):
             raise self.damaged("describes a storage without type, key or size")
         dtype = STORAGE_DTYPES.get(kind.path.rpartition(".")[2])
-        storage = Storage(key, dtype, elements * (BITS[dtype] // 8 if dtype else 1))
+        storage = Storage(key, dtype, elements * (DTYPE_BITS[dtype] // 8 if dtype else 1))
         self.stack.append(self.storages.setdefault(key, storage))
 
 

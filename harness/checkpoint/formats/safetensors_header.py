@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import msgspec
 
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, Blob, Cursor, check_present, damaged, quote
+from harness.core.dtypes import DTYPE_BITS
 from harness.core.errors import CheckpointError
 from harness.core.records import Record
 from harness.core.units import format_size
@@ -26,33 +27,6 @@ HEADER_MARKS = 1_500_000
 CONFIG_DEPTH = 64
 MOST_DIMENSIONS = 16
 MOST_BYTES = 1 << 60
-
-# torch's name -> bits of one element
-BITS: Mapping[str, int] = {
-    "bool": 8,
-    "uint8": 8,
-    "int8": 8,
-    "uint16": 16,
-    "int16": 16,
-    "uint32": 32,
-    "int32": 32,
-    "uint64": 64,
-    "int64": 64,
-    "float16": 16,
-    "bfloat16": 16,
-    "float32": 32,
-    "float64": 64,
-    "complex64": 64,
-    "complex128": 128,
-    "float8_e4m3fn": 8,
-    "float8_e5m2": 8,
-    "float8_e4m3fnuz": 8,
-    "float8_e5m2fnuz": 8,
-    "float8_e8m0fnu": 8,
-    "float4_e2m1": 4,
-    "float6_e2m3": 6,
-    "float6_e3m2": 6,
-}
 
 SAFETENSORS_DTYPES: Mapping[str, str] = {
     "BOOL": "bool",
@@ -203,7 +177,7 @@ def _bits(blob: Blob, name: str, dtype: str) -> int:
     if dtype not in SAFETENSORS_DTYPES:
         known = ", ".join(sorted(SAFETENSORS_DTYPES))
         raise CheckpointError(blob.where, f"tensor {quote(name)} has the unknown dtype {quote(dtype)}; known: {known}")
-    return BITS[SAFETENSORS_DTYPES[dtype]]
+    return DTYPE_BITS[SAFETENSORS_DTYPES[dtype]]
 
 
 def _tensor(blob: Blob, name: str, entry: _Entry) -> StoredTensor:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from harness.core.dtypes import DTYPE_BYTES
 from harness.core.records import Record
 
 ALIGNMENT = 64
@@ -21,14 +22,14 @@ _LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 _ZIP64_EXTRA = 20  # which zipfile puts into the extra field of a member that may be large
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
-# torch's dtype -> bytes of an element, its name in safetensors, its storage class in torch.save
-DTYPES: Mapping[str, tuple[int, str, str]] = {
-    "float32": (4, "F32", "FloatStorage"),
-    "float16": (2, "F16", "HalfStorage"),
-    "bfloat16": (2, "BF16", "BFloat16Storage"),
-    "bool": (1, "BOOL", "BoolStorage"),
-    "int8": (1, "I8", "CharStorage"),
-    "int32": (4, "I32", "IntStorage"),
+# torch's dtype -> its name in safetensors, its storage class in torch.save
+DTYPES: Mapping[str, tuple[str, str]] = {
+    "float32": ("F32", "FloatStorage"),
+    "float16": ("F16", "HalfStorage"),
+    "bfloat16": ("BF16", "BFloat16Storage"),
+    "bool": ("BOOL", "BoolStorage"),
+    "int8": ("I8", "CharStorage"),
+    "int32": ("I32", "IntStorage"),
 }
 
 
@@ -42,7 +43,7 @@ class TensorToWrite(Record, frozen=True, kw_only=True):
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][0]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 Pieces = Callable[[TensorToWrite], Iterable[memoryview]]
@@ -54,7 +55,7 @@ def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], pieces: Piec
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.bytes
-        header[tensor.name] = {"dtype": DTYPES[tensor.dtype][1], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[tensor.name] = {"dtype": DTYPES[tensor.dtype][0], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as file:
@@ -117,7 +118,7 @@ def _pickled(tensors: Sequence[TensorToWrite]) -> bytes:
     """Pickle a dict from names to tensors whose storages lie in the archive, as torch's persistent ids name them."""
     opcodes = [b"\x80\x02}("]  # PROTO 2, EMPTY_DICT, MARK
     for number, tensor in enumerate(tensors):
-        storage = DTYPES[tensor.dtype][2]
+        storage = DTYPES[tensor.dtype][1]
         elements = math.prod(tensor.shape)
         strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape))]
         opcodes += [

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
+from harness.core.families import GGUF
 from harness.core.precisions import Precision
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Estimate, Machine, Tier, TierEstimate
@@ -30,7 +31,7 @@ _CACHE_PASSES = 3
 def kept(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFormat:
     """Say how this precision holds this model: one that is quantized already stays so, but for a GGUF file that is unpacked."""
     if spec.gguf is not None:
-        bits = spec.gguf.packed_bits if precision.requires_checkpoint == "GGUF" else None
+        bits = spec.gguf.packed_bits if precision.requires_checkpoint == GGUF.title else None
         return WeightFormat(dtype=dtype, packed_bits=bits, packed_experts=bits is not None, packed_embeddings=bits is not None)
     if spec.packed is not None and not spec.packed.unpacks:
         bits, experts = packed_bits(spec)

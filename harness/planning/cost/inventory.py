@@ -10,10 +10,10 @@ from functools import cached_property
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Module, Weight
+from harness.core.dtypes import DTYPE_BYTES
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.device_map.infer import DTYPE_BYTES
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
+from harness.core.dtypes import DTYPE_BYTES
+from harness.core.families import FAMILIES
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Record, Workload
-from harness.planning.device_map.infer import DTYPE_BYTES
 
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
-EAGER = frozenset(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "moss", "mpt", "openai-gpt"))
+_EAGER = ("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "openai-gpt")
+EAGER = frozenset((*_EAGER, *(name for name, family in FAMILIES.items() if family.eager_attention)))
 # Classes derived from torch's Linear: some quantizers take them for one, others take exactly Linear.
 DERIVED_LINEARS = frozenset(("FalconLinear",))
 # What GELU's formula in Python holds at once beside its input, in widths of the MLP: gelu_new of these classes.
-PLAIN_GELU = frozenset(("codegen", "moss", "gptj", "gpt2", "gpt_neo", "phi"))
+_PLAIN_GELU = ("codegen", "gptj", "gpt2", "gpt_neo", "phi")
+PLAIN_GELU = frozenset((*_PLAIN_GELU, *(name for name, family in FAMILIES.items() if family.plain_gelu)))
 
 
 class WeightFormat(Record, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from harness.architecture.skeleton import Module, Skeleton, Weight
+from harness.core.dtypes import DTYPE_BYTES
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.quantizers import SCHEMES
 from harness.core.records import Tier
@@ -20,18 +21,6 @@ Device = int | str
 Bytes = float  # whole, or halves: a 4-bit weight is counted as half a byte per element
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-DTYPE_BYTES: Mapping[str, int] = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "int64": 8,
-    "int32": 4,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
 # The part of the memory that transformers uses: of the only GPU and of the RAM when no `max_memory` is given; of everything
 # once more where a quantizer is at work, for what that needs.
 MARGIN = 0.9

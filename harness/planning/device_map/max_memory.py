@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from harness.core.dtypes import DTYPE_BYTES
 from harness.core.placements import Placement
 from harness.core.records import Machine
 from harness.planning.device_map.infer import MARGIN, STRATEGIES, found_free
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 
 _BLOCK = re.compile(r"\.(\d+)\.")
-
-
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Named(NamedTuple):
@@ -45,9 +43,9 @@ class Sizes:
             count = math.prod(tensor.shape)
             block = _BLOCK.search(tensor.name)
             if block:
-                blocks[tensor.name[: block.end() - 1]] += count * _DTYPE_BYTES[dtype]
+                blocks[tensor.name[: block.end() - 1]] += count * DTYPE_BYTES[dtype]
             else:
-                outside.append(count * _DTYPE_BYTES[dtype])
+                outside.append(count * DTYPE_BYTES[dtype])
         self.outside_bytes, self.blocks_bytes = max(outside), sum(blocks.values())
         # The placement algorithm keeps room for the largest layer on every device from which it spills to the disk.
         self.room_bytes = max(self.outside_bytes, max(blocks.values(), default=0))
@@ -85,7 +83,7 @@ def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes
     tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu") and tier.capacity_bytes is not None]
     if placement.device_map not in STRATEGIES or all(tier.limit_bytes is None for tier in tiers):
         return None
-    takes_all = {"cpu": placement.call == "load_checkpoint_and_dispatch", "gpu": len(machine.gpus) > 1}
+    takes_all = {"cpu": placement.takes_all_ram, "gpu": len(machine.gpus) > 1}
     return {tier.name: int((found_free(tier) or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
 
 

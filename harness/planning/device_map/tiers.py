@@ -26,7 +26,7 @@ def device_map(
 
     `weights` are the bytes of each tensor where dtype and quantizer do not tell them.
     """
-    if placement.call == "to":
+    if placement.moves_after_loading:
         return {"": 0}
     if not isinstance(placement.device_map, str):
         return dict(placement.device_map or {"": "cpu"})
@@ -41,7 +41,7 @@ def device_map(
 def _free(placement: Placement, machine: Machine) -> dict[Device, int]:
     found = {device(tier.name): found_free(tier) for tier in machine.tiers if tier.kind in ("gpu", "cpu")}
     free = {place: ENDLESS if size is None else size for place, size in found.items()}
-    if placement.call == "load_checkpoint_and_dispatch" and "cpu" in free:
+    if placement.takes_all_ram and "cpu" in free:
         free["cpu"] = int(free["cpu"] / MARGIN)  # accelerate's own dispatch takes all of the RAM
     return free
 

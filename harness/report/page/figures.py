@@ -66,7 +66,7 @@ def faults(result: Result) -> list[str]:
 
 def surprise(result: Result) -> str:
     """Say how the plan was wrong about memory; empty when it was not."""
-    if result.outcome is Outcome.OOM and result.verdict in (Verdict.FITS, Verdict.TIGHT):
+    if result.outcome is Outcome.OOM and result.verdict.is_good:
         return "false fit"
     if result.outcome is Outcome.OK and result.verdict is Verdict.TOO_BIG:
         return "false refusal"

@@ -151,7 +151,7 @@ def _drawn(advice: Recommendation, machine: Machine, layout: _Layout) -> Table:
 
 
 def _speed(one: Plan, expected: Estimate) -> tuple[str, str]:
-    if one.verdict not in (Verdict.FITS, Verdict.TIGHT):
+    if not one.verdict.is_good:
         return "", ""
     return format_seconds(expected.load_s.best + expected.first_token_s.best), _range(expected.decode_tok_s)
 
