@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.catalog.shipped import catalog as known
@@ -51,7 +51,7 @@ def tier(plan: Plan, name: str) -> TierEstimate:
 
 
 def weights(name: str, kept: WeightFormat) -> int:
-    return sum(memory.weight_bytes(skeleton.named(name), kept).values())
+    return sum(memory.weight_bytes(skeleton_source.named(name), kept).values())
 
 
 def test_weights_of_chatglm_are_as_its_own_quantizer_leaves_them() -> None:
@@ -65,7 +65,7 @@ def test_weights_of_chatglm_are_as_its_own_quantizer_leaves_them() -> None:
     ("name", "bits"), [("llama-2-7b-hf", 4.5), ("llama-2-13b-hf", 4.5), ("phi-2", 4.5), ("qwen2.5-0.5b-instruct", 4.5)]
 )
 def test_int4_holds_linears_in_4_bits_and_a_float_for_64_and_leaves_the_rest(name: str, bits: float) -> None:
-    found = skeleton.named(name)
+    found = skeleton_source.named(name)
     linear = sum(weight.elements for weight in found.weights if weight.quantizes)
     others = found.parameters - linear
     expected = linear * bits / 8 + others * 2
@@ -87,9 +87,9 @@ def test_a_checkpoint_that_is_quantized_already_has_the_size_it_has_on_the_hub()
 
 
 def test_the_kv_cache_knows_grouped_heads_windows_and_latents() -> None:
-    one = {name: sum(memory.kv_bytes(skeleton.named(name), 1, 1, 2)) for name in ("chatglm-6b", "chatglm2-6b")}
+    one = {name: sum(memory.kv_bytes(skeleton_source.named(name), 1, 1, 2)) for name in ("chatglm-6b", "chatglm2-6b")}
     assert one == {"chatglm-6b": 458_752, "chatglm2-6b": 28_672}
-    gemma = skeleton.named("gemma-2-9b-it")
+    gemma = skeleton_source.named("gemma-2-9b-it")
     short, long = (sum(memory.kv_bytes(gemma, tokens, 1, 2)) for tokens in (4096, 8192))
     assert long == short * 3 // 2  # half of the layers keep 4096 tokens and no more
 

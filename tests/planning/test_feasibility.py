@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.catalog import resolve
 from harness.catalog.resolve import Source
 from harness.checkpoint.reader import Checkpoint, StoredTensor
@@ -593,7 +593,7 @@ def test_auto_finds_on_a_card_what_its_context_leaves() -> None:
     told = max_memory(row, under, lambda: Sizes(MANY_BLOCKS, "bfloat16"))
     assert told is not None
     assert told["gpu:0"] == int((8 * GIB - context) * MARGIN)
-    model = skeleton.named("chatglm2-6b")
+    model = skeleton_source.named("chatglm2-6b")
     found = tiers.device_map(model, row, "bfloat16", None, machine(card), None)
     assert found == infer(model, dtype="bfloat16", free={0: 8 * GIB - context, "cpu": 16 * GIB})
     assert found != infer(model, dtype="bfloat16", free={0: 8 * GIB, "cpu": 16 * GIB})

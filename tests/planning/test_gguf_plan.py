@@ -17,7 +17,7 @@ from transformers.integrations.gguf import kernels
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton, skeleton_source
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.checkpoint import reader
@@ -53,7 +53,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         except ValueError as error:
             raise UsageError(f"no skeleton: {error}") from None
 
-    monkeypatch.setattr(skeleton, "build_gguf", build)
+    monkeypatch.setattr(skeleton_source, "build_gguf", build)
     transformers.logging.disable_progress_bar()
 
 
@@ -201,7 +201,7 @@ def test_no_tensor_in_blocks_is_nothing_to_keep(tmp_path: Path) -> None:
 
 
 def test_a_gguf_precision_is_for_gguf_files() -> None:
-    one = ModelSpec(name="tiny", source="tiny", skeleton=skeleton.named("chatglm-6b"), stored={}, checkpoint_bytes=0)
+    one = ModelSpec(name="tiny", source="tiny", skeleton=skeleton_source.named("chatglm-6b"), stored={}, checkpoint_bytes=0)
     planned = Planner(one, machine(gpu())).plan(case("gguf", "direct"))
     assert planned.verdict is Verdict.INVALID
     assert planned.why == "needs a GGUF checkpoint, and this one is float16"

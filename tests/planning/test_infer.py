@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness.architecture import skeleton
+from harness.architecture import skeleton_source
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.core.errors import UsageError
@@ -67,7 +67,7 @@ def described(name: str) -> tuple[dict[str, Any], Skeleton]:
     if name in BUILT:
         return BUILT[name], worker.build(BUILT[name])
     config = shipped.catalog()[shipped.hub_id(name)].config
-    return config, skeleton.named(name)
+    return config, skeleton_source.named(name)
 
 
 def as_loaded(config: dict[str, Any], dtype: str, quantizer: str | None, folder: Path) -> tuple[Any, Any]:
@@ -173,11 +173,13 @@ def blocks(device_map: dict[str, Device]) -> dict[Device, int]:
     ],
 )
 def test_moss_is_spread_as_its_users_saw(strategy: str, memory: dict[Device, int | str], expected: dict[Device, int]) -> None:
-    assert blocks(infer(skeleton.named("moss-moon-003-sft"), strategy=strategy, dtype="float16", max_memory=memory)) == expected
+    assert (
+        blocks(infer(skeleton_source.named("moss-moon-003-sft"), strategy=strategy, dtype="float16", max_memory=memory)) == expected
+    )
 
 
 def test_tied_weights_share_a_device() -> None:
-    model = skeleton.named("gemma-2-9b-it")
+    model = skeleton_source.named("gemma-2-9b-it")
     for memory in budgets(measure(model, "bfloat16")[""], "tied", 30):
         found = infer(model, max_memory=memory)
         assert device_of(found, "lm_head") == device_of(found, "model.embed_tokens")
@@ -200,4 +202,4 @@ def test_merging_writes_a_module_once() -> None:
 )
 def test_wrong_requests_are_refused(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        infer(skeleton.named("phi-2"), **asked)
+        infer(skeleton_source.named("phi-2"), **asked)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from msgspec.structs import replace
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.download import stored_as
 from harness.catalog.resolve import resolve
@@ -35,7 +35,7 @@ from tests.support.small_models import held_bytes
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build skeletons here: a worker costs seconds."""
-    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))
     transformers.logging.disable_progress_bar()
 
 

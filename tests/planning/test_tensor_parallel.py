@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 from transformers import AutoModelForCausalLM
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.checkpoint import reader
 from harness.core.records import Machine, Plan, Verdict
 from harness.machine.process_tree import kill_below
@@ -158,7 +158,7 @@ def test_without_a_gpu_two_processes_share_it_in_ram(talking: Path) -> None:
     ],
 )
 def test_who_can_be_shared(name: str, gpus: int, said: str | None) -> None:
-    why = tensor_parallel.refusal(skeleton.named(name), gpus)
+    why = tensor_parallel.refusal(skeleton_source.named(name), gpus)
     assert why is None if said is None else str(why).startswith(said)
 
 

@@ -10,7 +10,7 @@ import gguf
 import pytest
 import transformers
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import resolve
 from harness.checkpoint import reader
@@ -109,7 +109,7 @@ def test_a_quantized_model_of_the_catalog_takes_what_the_hub_holds(name: str, ma
 @pytest.mark.parametrize("way", ["int8", "int4", "fp4", "nf4-dq"])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v2"])
 def test_what_bitsandbytes_saved_is_held_as_it_was(name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
     small_models.save(name, tmp_path / "plain")
     model: Any = small_models.load(tmp_path / "plain", WAYS[way])
     model.save_pretrained(tmp_path / "packed")
@@ -137,7 +137,7 @@ def test_int8_has_a_scale_for_each_output_of_a_transposed_weight() -> None:
 
 def test_nesting_saves_most_of_the_scales() -> None:
     """QLoRA's paper: 0.373 bits a parameter."""
-    built = skeleton.named("llama-2-7b-hf")
+    built = skeleton_source.named("llama-2-7b-hf")
     ways = (WeightFormat(dtype="bfloat16", quantizer=way) for way in ("int4", "nf4-dq"))
     plain, nested = (sum(memory.weight_bytes(built, kept).values()) for kept in ways)
     linear = sum(weight.elements for weight in built.weights if weight.quantizes)
