@@ -15,10 +15,10 @@ from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.checkpoint import reader
 from harness.core.units import format_share
-from harness.planning.cost import memory
 from harness.planning.cost.memory import WeightFormat
 from harness.worker import build_skeleton as worker
 from tests.support import small_models
+from tests.support.builders import weight_bytes
 from tests.support.gguf_files import GGUF_KINDS, small_gguf_of
 from tests.support.packed_files import estimated, spec, write_packed
 from tests.support.reporting import Figure
@@ -68,7 +68,7 @@ def test_weights_of_full_size_models(figures: list[Figure]) -> None:
     errors, parameters = [], []
     for name, config in full_size().items():
         ours, model = skeleton_source.named(name), worker._construct(config)
-        estimated = sum(memory.weight_bytes(ours, WeightFormat(dtype="bfloat16")).values())
+        estimated = sum(weight_bytes(ours, WeightFormat(dtype="bfloat16")).values())
         errors.append(estimated / small_models.held_bytes(model) - 1)
         parameters.append(ours.parameters / sum(parameter.numel() for parameter in model.parameters()) - 1)
     figures.append(Figure(what="weights of full-size models, bf16", rows=len(errors), found=said(errors), wanted="0.5 %"))

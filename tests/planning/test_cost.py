@@ -27,6 +27,7 @@ from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.planner import GOOD, Planner
 from harness.planning.recommend import recommend
+from tests.support.builders import weight_bytes
 from tests.support.checkpoint_files import write_safetensors
 
 CHATGLM = model_spec.read_spec(resolve.resolve("chatglm-6b"))
@@ -51,7 +52,7 @@ def tier(plan: Plan, name: str) -> TierEstimate:
 
 
 def weights(name: str, kept: WeightFormat) -> int:
-    return sum(memory.weight_bytes(skeleton_source.named(name), kept).values())
+    return sum(weight_bytes(skeleton_source.named(name), kept).values())
 
 
 def test_weights_of_chatglm_are_as_its_own_quantizer_leaves_them() -> None:
@@ -150,7 +151,9 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
         for span in (plan.estimate.load_s, plan.estimate.first_token_s, plan.estimate.decode_tok_s):
             assert 0 < span.low <= span.best <= span.high
         held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
-        kept = estimate.kept(PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec)
+        kept = estimate.weight_format(
+            PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec
+        )
         assert held == pytest.approx(weights(name, kept), rel=0.001)
 
 
@@ -201,7 +204,7 @@ def test_what_nobody_told_is_not_guessed() -> None:
     unknown = planner(machine=profile(["12GiB"]))
     assert unknown.plan(case("int8/direct")).verdict is Verdict.FITS
     plan = unknown.plan(case("int8/cpu"))
-    assert (plan.verdict, plan.why) == (Verdict.UNAVAILABLE, "nobody told how much memory cpu has: add --ram SIZE")
+    assert (plan.verdict, plan.why) == (Verdict.UNAVAILABLE, "memory size of cpu is unknown; pass --ram SIZE")
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
@@ -378,7 +381,7 @@ def test_what_comes_from_the_disk_is_mapped_unless_it_is_cast_each_time(way: str
     """accelerate's own dispatch copies what it wrote; transformers writes what it cast in another format, and maps that."""
     one = planner(replace(CHATGLM, file_format=file_format), allowed(9 * GIB))
     plan = one.plan(case(way))
-    part = one.counts[plan.case.id].parts()["cpu"]
+    part = one.footprints[plan.case.id].terms()["cpu"]
     assert tier(plan, "disk").weights_bytes > GIB
     assert tier(plan, "cpu").activation_bytes > 100 * MIB
     assert (part.activation.best > 100 * MIB, part.brought > 100 * MIB) == (anonymous, not anonymous)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from harness.architecture import skeleton_source
 from harness.architecture.skeleton import Skeleton
 from harness.core.units import GIB
-from harness.planning.cost.memory import WeightFormat, weight_bytes
-from harness.planning.device_map.infer import Device, device_of, infer, measure
+from harness.planning.cost.memory import WeightFormat
+from harness.planning.device_map.infer import Device, Widths, device_of, infer, measure
 from harness.planning.device_map.recommended import RecommendedMap, recommend_map
+from tests.support.builders import weight_bytes
 
 NOTHING_FITS = "No GPU can hold a block beside what inference needs."
 MODELS = ("qwen2.5-7b-instruct", "moss-moon-003-sft", "gemma-2-9b-it", "chatglm-6b", "deepseek-v2-lite-chat", "qwen3-30b-a3b")
@@ -23,7 +24,7 @@ def cache(model: Skeleton, tokens: int) -> list[int]:
 
 def off_gpu(model: Skeleton, device_map: dict[str, Device]) -> float:
     """Add up the weights that a map puts in RAM or on disk."""
-    sizes = measure(model, "bfloat16")
+    sizes = measure(model)
     return sum(sizes[piece.path] for piece in model.pieces if device_of(device_map, piece.path) in ("cpu", "disk"))
 
 
@@ -112,13 +113,13 @@ def test_gpu_too_small_for_anything_is_left_out() -> None:
 
 def test_gpu_that_could_only_pass_weights_through_is_not_used() -> None:
     model = skeleton_source.named("moss-moon-003-sft")
-    found = recommend_map(model, {0: 3 * GIB, "cpu": 64 * GIB}, dtype="float16", kv_bytes=cache(model, 2048))
+    found = recommend_map(model, {0: 3 * GIB, "cpu": 64 * GIB}, Widths("float16"), kv_bytes=cache(model, 2048))
     assert found.device_map == {"": "cpu"}
     assert found.why.startswith(NOTHING_FITS)
 
 
 def test_without_gpu_ram_comes_first_then_the_disk() -> None:
-    found = recommend_map(skeleton_source.named("chatglm-6b"), {"cpu": 8 * GIB}, dtype="float16")
+    found = recommend_map(skeleton_source.named("chatglm-6b"), {"cpu": 8 * GIB}, Widths("float16"))
     assert found.device_map["transformer.word_embeddings"] == found.device_map["lm_head"] == "cpu"
     assert found.device_map["transformer.layers.27"] == "disk"
     assert 7 * GIB < found.weights_bytes["cpu"] < 8 * GIB
@@ -127,12 +128,12 @@ def test_without_gpu_ram_comes_first_then_the_disk() -> None:
 @pytest.mark.parametrize("tokens", [0, 4096])
 def test_cache_of_spilled_layers_lies_where_they_run(tokens: int) -> None:
     model = skeleton_source.named("moss-moon-003-sft")
-    found = recommend_map(model, {0: 12 * GIB, "cpu": 40 * GIB}, dtype="float16", kv_bytes=cache(model, tokens))
+    found = recommend_map(model, {0: 12 * GIB, "cpu": 40 * GIB}, Widths("float16"), kv_bytes=cache(model, tokens))
     assert found.kv_bytes[0] == sum(cache(model, tokens))
     assert found.kv_bytes.get("cpu", 0) == 0
 
 
 def test_weights_can_be_given_by_tensor() -> None:
     model = skeleton_source.named("qwen2.5-7b-instruct")
-    half = {path: size / 2 for path, size in measure(model, "bfloat16").items()}
-    assert recommend_map(model, {0: 9 * GIB, "cpu": 64 * GIB}, weights=half).device_map == {"": 0}
+    half = {path: size / 2 for path, size in measure(model).items()}
+    assert recommend_map(model, {0: 9 * GIB, "cpu": 64 * GIB}, Widths(weights=half)).device_map == {"": 0}

@@ -22,12 +22,12 @@ from harness.core.records import Plan, Verdict
 from harness.core.units import GIB
 from harness.measure import verify
 from harness.measure.protocol import Load
-from harness.planning.cost import estimate, memory
+from harness.planning.cost import estimate
 from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
 from tests.support import small_models
-from tests.support.builders import case, machine
+from tests.support.builders import case, machine, weight_bytes
 from tests.support.packed_files import save_awq, save_gptq, spec, write_packed
 from tests.support.small_models import held_bytes
 
@@ -52,7 +52,7 @@ def loaded(folder: Path, plan: Plan, *imports: str) -> work.Model:
 
 def estimated(one: ModelSpec, precision: str) -> int:
     row = PRECISIONS[precision]
-    return sum(memory.weight_bytes(one.skeleton, estimate.kept(row, row.dtype, one)).values())
+    return sum(weight_bytes(one.skeleton, estimate.weight_format(row, row.dtype, one)).values())
 
 
 # ---- which row -----------------------------------------------------------------------------------------------------------

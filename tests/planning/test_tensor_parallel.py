@@ -134,7 +134,7 @@ def test_without_a_gpu_two_processes_share_it_in_ram(talking: Path) -> None:
     assert shared.verdict is Verdict.FITS
     assert shared.why == (
         "2 processes, as by torchrun: one thread in each unless OMP_NUM_THREADS says more, "
-        "and what they tell each other is not counted in the speed"
+        "and communication between processes is not counted in the speed"
     )
     assert script("", shared).startswith("# Start it by: torchrun --nproc-per-node 2 THIS_FILE\n")
     assert shared.estimate is not None

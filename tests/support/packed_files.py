@@ -17,8 +17,9 @@ from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.checkpoint import reader
 from harness.core.precisions import PRECISIONS
-from harness.planning.cost import estimate, memory
+from harness.planning.cost import estimate
 from tests.support import small_models
+from tests.support.builders import weight_bytes
 
 
 def spec(folder: Path) -> ModelSpec:
@@ -28,8 +29,8 @@ def spec(folder: Path) -> ModelSpec:
 
 def estimated(one: ModelSpec, precision: str = "fp16", *, saved: bool = True) -> int:
     """Return the bytes of weights that the planner counts; with `saved` without buffers, such as masks, that no file holds."""
-    kept = estimate.kept(PRECISIONS[precision], PRECISIONS[precision].dtype, one)
-    sizes = memory.weight_bytes(one.skeleton, kept)
+    kept = estimate.weight_format(PRECISIONS[precision], PRECISIONS[precision].dtype, one)
+    sizes = weight_bytes(one.skeleton, kept)
     return sum(sizes[weight.path] for weight in one.skeleton.weights if not saved or weight.tensor.kind != "unsaved")
 
 
