@@ -19,7 +19,7 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Outcome, Result, Verdict
 from harness.core.text import visible
 from harness.measure.protocol import Load
-from harness.planning.code import loading_code
+from harness.planning.code import Destination, loading_code
 from harness.results import store
 from harness.worker import model as work
 from tests.support import strangers
@@ -52,7 +52,7 @@ def test_no_loading_code_runs_a_pickle(placement: str, tmp_path: Path, monkeypat
     folder = strangers.save_pickle(tmp_path / "model", canary)
     monkeypatch.chdir(tmp_path)
     limits = {"cpu": 150_000} if PLACEMENTS[placement].limits else None
-    code = loading_code(PRECISIONS["fp32"], PLACEMENTS[placement], "float32", limits)
+    code = loading_code(PRECISIONS["fp32"], PLACEMENTS[placement], "float32", Destination(max_memory=limits))
     with pytest.raises(Exception, match=r"[Ww]eights.only|pytorch_model\.bin"):
         work.load(Load(model=str(folder), code=code, tokenizer=False), lambda _: contextlib.nullcontext())
     assert not canary.exists()

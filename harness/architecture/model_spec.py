@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness.architecture import skeleton, validate
-from harness.architecture.skeleton import Skeleton, UnknownType, Weight
+from harness.architecture import skeleton_source, validate
+from harness.architecture.skeleton import Skeleton, Weight
+from harness.architecture.skeleton_source import UnknownType
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
 from harness.checkpoint.auxiliary_files import RemoteCode
@@ -260,7 +261,7 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
     With it a note that says so, and what transformers said where it was asked and could not build it.
     """
     is_gguf = read.files[0].format == GGUF.name
-    known = skeleton.shipped(read.config) if read.config and not is_gguf else None
+    known = skeleton_source.shipped(read.config) if read.config and not is_gguf else None
     if known is not None:
         return known, None, None
     wanted = ("torch", "transformers", *([GGUF.name] if is_gguf else []))
@@ -280,8 +281,10 @@ def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
     from harness.catalog.wheel_cache import cache_dir
 
     if not is_gguf:
-        return skeleton.build(read.config, cache_dir())
-    return skeleton.build_gguf(read.config, [(tensor.name, tensor.shape, tensor.dtype) for tensor in read.tensors], cache_dir())
+        return skeleton_source.build(read.config, cache_dir())
+    return skeleton_source.build_gguf(
+        read.config, [(tensor.name, tensor.shape, tensor.dtype) for tensor in read.tensors], cache_dir()
+    )
 
 
 def _local(source: Source) -> Path | None:
@@ -309,7 +312,7 @@ def _in_catalog(source: Source) -> str | None:
 
 def _of_catalog(source: Source, known: str) -> ModelSpec:
     entry = shipped.catalog()[known]
-    shape = skeleton.named(known)
+    shape = skeleton_source.named(known)
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = quantization.packed(entry.config)
     stored = published(known)

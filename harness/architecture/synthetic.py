@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from harness.architecture import model_spec, random_weights, skeleton
+from harness.architecture import model_spec, random_weights, skeleton, skeleton_source
 from harness.architecture.model_spec import Stored
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.catalog import download, shipped, wheel_cache
@@ -72,7 +72,7 @@ def describe(source: Source, *, file_format: str | None = None, shard_bytes: int
     dtype = stored.dtype or str(config.get("torch_dtype") or config.get("dtype") or "float16")
     if dtype not in _FLOATS:
         raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(_FLOATS)}")
-    found = skeleton.build(config, wheel_cache.cache_dir())
+    found = skeleton_source.build(config, wheel_cache.cache_dir())
     if packed is not None and (why := _unwritten(found, packed)):
         raise UsageError(f"{source.name} is quantized ({packed.title}), and {why}: name the 16-bit model that it was made from")
     shards = _sharded(list(_tensors(found, stored, dtype, packed)), shard_bytes or stored.shard_bytes)

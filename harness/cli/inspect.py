@@ -85,11 +85,11 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
 
 def _skeleton(found: Checkpoint) -> Skeleton | None:
     """Return what a config asks for, where that is at hand; a GGUF file has no config."""
-    from harness.architecture import skeleton
+    from harness.architecture import skeleton_source
     from harness.catalog.wheel_cache import cache_dir
 
     is_whole = len(found.files) > 1 or found.files[0].name in WHOLE
-    return skeleton.at_hand(found.config, cache_dir()) if is_whole and "model_type" in found.config else None
+    return skeleton_source.at_hand(found.config, cache_dir()) if is_whole and "model_type" in found.config else None
 
 
 def _path(model: str) -> Path | None:

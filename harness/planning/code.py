@@ -17,37 +17,38 @@ if TYPE_CHECKING:
 
 
 class Facts(NamedTuple):
-    """What loading code must say of a model.
+    """What loading code must say of a model."""
 
-    `gguf_file` is the name of its file, where it is one. What is `stored` quantized is loaded as it is, without a config; `native`
-    are the architectures of `harness.models`. `trusted` says whether the model's own code may run, None where it has none. It is
-    always said where there is some: left out, transformers would ask at the terminal.
-    """
-
-    gguf_file: str | None = None
-    stored: bool = False
-    native: bool = False
+    gguf_file: str | None = None  #: the name of its GGUF file
+    stored: bool = False  #: whether it is stored quantized, and so is loaded as it is, without a config
+    native: bool = False  #: whether `harness.models` has its architecture
+    #: Whether the model's own code may run; None if it has none. Left out, transformers would ask at the terminal.
     trusted: bool | None = None
 
 
-PLAIN = Facts()
+class Destination(NamedTuple):
+    """Where loading code puts the weights."""
+
+    max_memory: Mapping[str, int] | None = None  #: bytes by tier
+    device_map: Mapping[str, str | int] | None = None  #: tiers by module, printed for a placement whose map is computed here
+    on_gpu: bool = False  #: whether part of the model lies on a GPU
+
+
+PLAIN, ANYWHERE = Facts(), Destination()
 
 
 def loading_code(
     precision: Precision,
     placement: Placement,
     dtype: str,
-    max_memory: Mapping[str, int] | None,
-    *,
-    device_map: Mapping[str, str | int] | None = None,
-    on_gpu: bool = False,
+    destination: Destination = ANYWHERE,
     facts: Facts = PLAIN,
 ) -> str:
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
-    `device_map` gives tiers by module: it is printed for a placement whose map is computed here. `on_gpu`: part of it lies on one.
     Of a GGUF file a precision that quantizes nothing asks for the weights unpacked: transformers' default depends on the machine.
     """
+    max_memory, device_map, on_gpu = destination
     arguments: dict[str, Any] = {GGUF.argument: facts.gguf_file} if facts.gguf_file else {}
     arguments["dtype"] = dtype
     config = None if facts.stored else precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
@@ -145,19 +146,19 @@ def _device(tier: str) -> str | int:
 def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
 
-    Needs the plan's `code`. A GGUF file holds its tokenizer. Inputs go to the first GPU where there is one in the plan, where
-    accelerate's hooks take them. CUDA is told to number the GPUs as the plan does, unless there is but the first.
+    Needs the plan's `code`. A GGUF file holds its tokenizer. Inputs go to the first GPU of the plan, if any, where
+    accelerate's hooks take them. CUDA numbers the GPUs as the plan does, which has to be set unless only the first is used.
     """
-    load, numbers, ranks = one.case.workload, gpus(one), _ranks(one)
+    workload, numbers, ranks = one.case.workload, gpus(one), _ranks(one)
     device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
-    told = f", {GGUF.argument}={_literal(gguf_file)}" if gguf_file else ""
+    file = f", {GGUF.argument}={_literal(gguf_file)}" if gguf_file else ""
     lines = [
         "from transformers import AutoTokenizer",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{told}{_trust(one.trusted if one.remote_code else None)})",
+        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{file}{_trust(one.trusted if one.remote_code else None)})",
         'inputs = tokenizer(["The capital of France is"] * '
-        f'{load.batch}, return_tensors="pt").to({"model.device" if ranks > 1 else device})',
-        f"output = model.generate(**inputs, max_new_tokens={load.new_tokens}, do_sample=False)",
+        f'{workload.batch}, return_tensors="pt").to({"model.device" if ranks > 1 else device})',
+        f"output = model.generate(**inputs, max_new_tokens={workload.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
     if numbers not in ((), (0,)):
@@ -176,7 +177,7 @@ def _ranks(one: Plan) -> int:
 
 
 def gpus(one: Plan) -> tuple[int, ...]:
-    """Return the numbers of the GPUs that a plan uses, in order: those of its map or, where all share it, of its estimate."""
+    """Return the numbers of the GPUs that a plan uses, in order: those of its map, or of its estimate if all share it."""
     places = one.device_map.values() if isinstance(one.device_map, Mapping) else (one.estimate.tiers if one.estimate else ())
     return tuple(sorted({number for place in places if isinstance(number := _device(str(place)), int)}))
 

@@ -10,7 +10,7 @@ from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.records import Case, Machine, Plan, Tier, Verdict
 from harness.core.units import exact_size, format_size
-from harness.planning.code import loading_code
+from harness.planning.code import Destination, loading_code
 from harness.planning.device_map.max_memory import Sizes, Stock, max_memory
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def gate(case: Case, machine: Machine, here: bool = True, placement: Placement |
         if trait in precision.incompatible:
             return Verdict.INVALID, precision.incompatible[trait]
     if placement.lacks_gpus(len(machine.gpus)):
-        return Verdict.UNAVAILABLE, placement.on_fewer or "needs a GPU, and NVML knows none here"
+        return Verdict.UNAVAILABLE, placement.on_fewer or "no NVIDIA GPU detected"
     if beyond := _beyond(case, machine):
         return Verdict.UNAVAILABLE, beyond
     missing = [package for package in precision.needs if here and not _is_installed(package)]
@@ -51,7 +51,7 @@ def _is_installed(module: str) -> bool:
 def _beyond(case: Case, machine: Machine) -> str | None:
     """Say why a limit cannot be emulated here: there must be at least as much memory, else the result is of another size."""
     if case.vram_bytes is not None and not machine.gpus:
-        return f"--vram {exact_size(case.vram_bytes)} limits a GPU, and NVML knows none here"
+        return f"--vram {exact_size(case.vram_bytes)} limits a GPU, and no NVIDIA GPU was detected"
     for tier in machine.tiers:
         option, limit = {"gpu": ("--vram", case.vram_bytes), "cpu": ("--ram", case.ram_bytes)}.get(tier.kind, ("", None))
         there = tier.total_bytes if tier.free_bytes is None else tier.free_bytes
@@ -94,6 +94,6 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     return Plan(
         case=case,
         verdict=Verdict.UNKNOWN,
-        code=loading_code(precision, placement, dtype, limits, on_gpu=bool(on_gpu)),
+        code=loading_code(precision, placement, dtype, Destination(max_memory=limits, on_gpu=bool(on_gpu))),
         max_memory=limits,
     )

@@ -17,7 +17,7 @@ _HALF_TOK_S = 3.0
 
 
 def recommend(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
-    """Return the best way to load and why: what surely fits, then speed weighed with how well answers keep; None if none fits."""
+    """Return the best way to load and why: what surely fits, then speed weighed with quality; None if nothing fits."""
     fitting = [one for one in plans if one.verdict is Verdict.FITS] or [one for one in plans if one.verdict is Verdict.TIGHT]
     if not fitting:
         return None
@@ -66,7 +66,7 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     bits = min(PRECISIONS[best.case.precision].bits, 16)
     wider = [one for one in fitting if PRECISIONS[one.case.precision].bits > bits]
     if not wider or bits == 16:
-        return "nothing that fits keeps more of the answers, and nothing as good is faster"
+        return "highest quality that fits, and the fastest at that quality"
     rival = max(wider, key=_worth)
     assert rival.estimate is not None
     times = best.estimate.decode_tok_s.best / rival.estimate.decode_tok_s.best

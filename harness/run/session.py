@@ -27,7 +27,7 @@ from harness.machine.scratch import Scratch
 from harness.machine.signals import Interrupts
 from harness.measure.quality import Reference, reference_of
 from harness.measure.sampler import Gpus
-from harness.planning import calibration, code, feasibility, planner
+from harness.planning import calibration, code, feasibility, verdict
 from harness.planning.calibration import Calibration
 from harness.planning.device_map import user_map
 from harness.planning.planner import Planner
@@ -242,7 +242,7 @@ class Session:
 
     def _held_against_disk(self, decided: Plan) -> Plan:
         """Plan again what is free for offloaded weights by now: models were fetched since the probe, and others write as well."""
-        short = planner.short_of_disk(decided.estimate, shutil.disk_usage(self._scratch.path).free)
+        short = verdict.short_of_disk(decided.estimate, shutil.disk_usage(self._scratch.path).free)
         if short is None or decided.verdict not in _RUNNABLE:
             return decided
         return msgspec.structs.replace(decided, verdict=Verdict.TOO_BIG, why=short)

@@ -27,9 +27,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
-from harness.architecture import skeleton
+from harness.architecture import skeleton_source
 from harness.architecture.key_mapping import Naming
-from harness.architecture.skeleton import UNKNOWN_TYPE, Attention, Block, Child, ParameterSpec, Skeleton, UnknownType
+from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec, Skeleton
+from harness.architecture.skeleton_source import UNKNOWN_TYPE, UnknownType
 from harness.catalog import shipped
 from harness.checkpoint.auxiliary_files import KERNEL_KEYS
 from harness.data import DATA
@@ -81,7 +82,7 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give a published config the names of the native class that holds the same model, with weights that are not packed."""
     kind = config.get("model_type")
     config = _without_code(config)
-    dropped = _NOT_OF_THE_SHAPE - {"quantization_bit"} if skeleton.is_integer_chatglm2(config) else _NOT_OF_THE_SHAPE
+    dropped = _NOT_OF_THE_SHAPE - {"quantization_bit"} if skeleton_source.is_integer_chatglm2(config) else _NOT_OF_THE_SHAPE
     rest = {key: value for key, value in config.items() if key not in dropped}
     if kind == "internlm3":
         biases = {"attention_bias": config.get("qkv_bias", False), "mlp_bias": config.get("bias", False)}
@@ -294,7 +295,7 @@ def write_catalog() -> None:
     """Rebuild every skeleton that is shipped, one line each, in the order of the catalog."""
     lines = {}
     for entry in shipped.catalog().values():
-        key = skeleton.fingerprint(entry.config)
+        key = skeleton_source.fingerprint(entry.config)
         if key not in lines:
             lines[key] = msgspec.json.encode([key, build(entry.config)])
     (DATA / "skeletons.jsonl").write_bytes(b"".join(line + b"\n" for line in lines.values()))

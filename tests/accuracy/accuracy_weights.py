@@ -10,15 +10,15 @@ import gguf
 import pytest
 import transformers
 
-from harness.architecture import skeleton
+from harness.architecture import skeleton_source
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.checkpoint import reader
 from harness.core.units import format_share
-from harness.planning.cost import memory
 from harness.planning.cost.memory import WeightFormat
 from harness.worker import build_skeleton as worker
 from tests.support import small_models
+from tests.support.builders import weight_bytes
 from tests.support.gguf_files import GGUF_KINDS, small_gguf_of
 from tests.support.packed_files import estimated, spec, write_packed
 from tests.support.reporting import Figure
@@ -58,7 +58,7 @@ def test_weights_of_loaded_models(way: str, saved: dict[str, tuple[Path, Skeleto
 
 def full_size() -> dict[str, dict[str, Any]]:
     """Return the configs of the catalog whose class transformers has, one for each skeleton."""
-    configs = {skeleton.fingerprint(entry.config): (name, entry.config) for name, entry in shipped.catalog().items()}
+    configs = {skeleton_source.fingerprint(entry.config): (name, entry.config) for name, entry in shipped.catalog().items()}
     native = {name: worker._translate(config) for name, config in configs.values()}
     return {name: config for name, config in native.items() if config["model_type"] in transformers.CONFIG_MAPPING}
 
@@ -67,8 +67,8 @@ def test_weights_of_full_size_models(figures: list[Figure]) -> None:
     """Every skeleton that is shipped against the model that transformers builds on the meta device, in bfloat16."""
     errors, parameters = [], []
     for name, config in full_size().items():
-        ours, model = skeleton.named(name), worker._construct(config)
-        estimated = sum(memory.weight_bytes(ours, WeightFormat(dtype="bfloat16")).values())
+        ours, model = skeleton_source.named(name), worker._construct(config)
+        estimated = sum(weight_bytes(ours, WeightFormat(dtype="bfloat16")).values())
         errors.append(estimated / small_models.held_bytes(model) - 1)
         parameters.append(ours.parameters / sum(parameter.numel() for parameter in model.parameters()) - 1)
     figures.append(Figure(what="weights of full-size models, bf16", rows=len(errors), found=said(errors), wanted="0.5 %"))
@@ -82,7 +82,7 @@ def test_weights_that_bitsandbytes_saved(
     way: str, saved: dict[str, tuple[Path, Skeleton]], figures: list[Figure], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Models that have Linears to quantize, saved and loaded again as they are."""
-    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
     errors = []
     for name, (folder, built) in saved.items():
         if any(weight.quantizes for weight in built.weights):
@@ -98,7 +98,7 @@ def test_weights_of_gptq_files(bits: int, group: int, figures: list[Figure], tmp
     """Models of the catalog in GPTQ's layout, as many tensors as a checkpoint may have."""
     errors = []
     for index, (name, config) in enumerate(full_size().items()):
-        if "wbits" not in config and skeleton.named(name).model_type not in ("gpt_oss", "qwen3_moe"):
+        if "wbits" not in config and skeleton_source.named(name).model_type not in ("gpt_oss", "qwen3_moe"):
             stored = write_packed(tmp_path / str(index), name, bits, group)
             errors.append(estimated(spec(tmp_path / str(index))) / stored - 1)
     what = f"weights of GPTQ files, {bits} bits, groups of {group}"

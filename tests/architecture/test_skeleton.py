@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from harness.architecture import skeleton
+from harness.architecture import skeleton, skeleton_source
 from harness.catalog import shipped
 from harness.core.errors import UsageError
 from harness.data import DATA
@@ -31,7 +31,7 @@ TINY_LLAMA: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CATALOG)
 def test_total_is_the_published_one(name: str) -> None:
-    assert skeleton.named(name).parameters == CATALOG[name].parameters
+    assert skeleton_source.named(name).parameters == CATALOG[name].parameters
 
 
 def test_catalog_has_its_models_under_short_names_too() -> None:
@@ -43,14 +43,14 @@ def test_catalog_has_its_models_under_short_names_too() -> None:
 
 def test_unknown_name_is_answered_with_its_neighbour() -> None:
     with pytest.raises(UsageError, match=r"no model 'chatglm-6' in the catalog: did you mean .*'chatglm-6b'"):
-        skeleton.named("chatglm-6")
+        skeleton_source.named("chatglm-6")
 
 
 def test_planning_a_catalog_model_needs_neither_torch_nor_time() -> None:
     code = (
-        "import sys, time; from harness.planning.device_map import infer, recommended; from harness.architecture import skeleton;"
-        "start = time.perf_counter();"
-        "skeleton.named('qwen2.5-72b-instruct'); print(time.perf_counter() - start);"
+        "import sys, time; from harness.planning.device_map import infer, recommended;"
+        "from harness.architecture import skeleton_source; start = time.perf_counter();"
+        "skeleton_source.named('qwen2.5-72b-instruct'); print(time.perf_counter() - start);"
         "print(sorted({'torch', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=DATA.parent.parent)
@@ -64,7 +64,7 @@ def test_shipped_data_is_small() -> None:
 
 
 def test_tensors_carry_full_names_shapes_and_what_quantizers_do() -> None:
-    weights = {weight.path: weight for weight in skeleton.named("qwen2.5-0.5b-instruct").weights}
+    weights = {weight.path: weight for weight in skeleton_source.named("qwen2.5-0.5b-instruct").weights}
     assert weights["model.layers.23.self_attn.k_proj.weight"].tensor.shape == (128, 896)
     assert weights["model.layers.23.self_attn.k_proj.weight"].quantizes
     assert not weights["model.layers.23.self_attn.k_proj.bias"].quantizes
@@ -75,7 +75,7 @@ def test_tensors_carry_full_names_shapes_and_what_quantizers_do() -> None:
 
 
 def test_repeated_blocks_are_stored_once() -> None:
-    model = skeleton.named("llama-3.3-70b-instruct")
+    model = skeleton_source.named("llama-3.3-70b-instruct")
     assert len(model.blocks) < 20
     assert sum(module.whole for module in model.root.walk()) == len(model.layers) == 80
 
@@ -84,7 +84,7 @@ def test_repeated_blocks_are_stored_once() -> None:
     "name", ["llama-3.3-70b-instruct", "gemma-3-1b-it", "gpt-oss-20b", "deepseek-v2-lite-chat", "chatglm-6b", "phi-2"]
 )
 def test_pieces_hold_every_tensor_once_and_are_counted_by_kind(name: str) -> None:
-    model = skeleton.named(name)
+    model = skeleton_source.named(name)
     named = [
         f"{path}{weight.path.removeprefix(like.path)}"
         for path, _, like in model.pieces
@@ -101,7 +101,7 @@ def test_pieces_with_tied_weights_are_like_no_other() -> None:
     """Two equal tables in a list; the second is the first's."""
     table = skeleton.Block(class_name="Embedding", tensors=(skeleton.ParameterSpec(name="weight", shape=(8, 4)),))
     root = skeleton.Block(class_name="Model", children=(skeleton.Child(name="0", block=0, count=4),))
-    plain = msgspec.structs.replace(skeleton.named("phi-2"), blocks=(table, root), tied={})
+    plain = msgspec.structs.replace(skeleton_source.named("phi-2"), blocks=(table, root), tied={})
     tied = msgspec.structs.replace(plain, tied={"3.weight": "1.weight"})
     assert [piece.like.path for piece in plain.pieces] == ["0", "0", "0", "0"]
     assert [piece.like.path for piece in tied.pieces] == ["0", "1", "0", "3"]
@@ -113,13 +113,13 @@ def test_tensors_beside_modules_are_told_apart_by_more_than_their_numbers() -> N
     norm = skeleton.Block(class_name="Norm", tensors=(skeleton.ParameterSpec(name="weight", shape=(8,)),))
     part = skeleton.Block(class_name="Part", tensors=scales, children=(skeleton.Child(name="norm", block=0),))
     root = skeleton.Block(class_name="Model", children=(skeleton.Child(name="0", block=1, count=3),))
-    model = msgspec.structs.replace(skeleton.named("phi-2"), blocks=(norm, part, root))
+    model = msgspec.structs.replace(skeleton_source.named("phi-2"), blocks=(norm, part, root))
     assert [(weight.path, count) for weight, count in model.tally] == [("0.scale1", 3), ("0.scale2", 3), ("0.norm.weight", 3)]
     assert model.parameters == 60
 
 
 def test_float32_parts_of_half_models_are_marked() -> None:
-    kept = {weight.path for weight in skeleton.named("gpt-oss-20b").weights if weight.tensor.fp32}
+    kept = {weight.path for weight in skeleton_source.named("gpt-oss-20b").weights if weight.tensor.fp32}
     assert "model.norm.weight" in kept
     assert "model.layers.3.input_layernorm.weight" in kept
     assert not any("proj" in path or "embed" in path for path in kept)
@@ -138,7 +138,7 @@ def test_float32_parts_of_half_models_are_marked() -> None:
     ],
 )
 def test_cache_by_layer(name: str, layers: int, per_token: int, windows: set[int | None]) -> None:
-    model = skeleton.named(name)
+    model = skeleton_source.named(name)
     found = [model.attention[i] for i in model.layers]
     assert len(found) == layers
     assert {layer.per_token for layer in found} == {per_token}
@@ -146,20 +146,20 @@ def test_cache_by_layer(name: str, layers: int, per_token: int, windows: set[int
 
 
 def test_latent_attention_caches_its_latent() -> None:
-    model = skeleton.named("deepseek-v2-lite-chat")
+    model = skeleton_source.named("deepseek-v2-lite-chat")
     layer = model.attention[model.layers[0]]
     assert layer.per_token == 512 + 64
     assert layer.expanded == 16 * (192 + 128)
 
 
 def test_described_models_have_the_tensors_of_their_checkpoints() -> None:
-    chatglm = {weight.path: weight.tensor.shape for weight in skeleton.named("chatglm-6b").weights}
+    chatglm = {weight.path: weight.tensor.shape for weight in skeleton_source.named("chatglm-6b").weights}
     # 368 in the checkpoint's index, 28 of them the frequencies of the rotary embedding, which loading ignores.
     assert len(chatglm) == 368 - 28
     assert chatglm["transformer.layers.27.attention.query_key_value.weight"] == (12288, 4096)
-    assert all(weight.tensor.dtype is None for weight in skeleton.named("chatglm-6b").weights)
-    assert "model.layers.0.self_attn.W_pack.weight" in {w.path for w in skeleton.named("baichuan2-7b-chat").weights}
-    assert skeleton.named("baichuan2-13b-chat").no_split == ("BaichuanLayer",)
+    assert all(weight.tensor.dtype is None for weight in skeleton_source.named("chatglm-6b").weights)
+    assert "model.layers.0.self_attn.W_pack.weight" in {w.path for w in skeleton_source.named("baichuan2-7b-chat").weights}
+    assert skeleton_source.named("baichuan2-13b-chat").no_split == ("BaichuanLayer",)
 
 
 def test_config_that_differs_where_no_shape_does_finds_the_shipped_skeleton() -> None:
@@ -170,25 +170,25 @@ def test_config_that_differs_where_no_shape_does_finds_the_shipped_skeleton() ->
         "max_window_layers": 28,
         "dtype": "float16",
     }
-    assert skeleton.shipped(told) == skeleton.named("qwen2.5-7b-instruct")
-    assert skeleton.shipped(config | {"num_hidden_layers": 29}) is None
+    assert skeleton_source.shipped(told) == skeleton_source.named("qwen2.5-7b-instruct")
+    assert skeleton_source.shipped(config | {"num_hidden_layers": 29}) is None
 
 
 def test_other_models_are_built_by_a_worker_once(tmp_path: Path) -> None:
-    model = skeleton.build(TINY_LLAMA, tmp_path)
+    model = skeleton_source.build(TINY_LLAMA, tmp_path)
     assert model.model_class == "LlamaForCausalLM"
     assert model.parameters == 256 * 64 + 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64) + 64
     start = time.perf_counter()
-    assert skeleton.build(TINY_LLAMA, tmp_path) == model
+    assert skeleton_source.build(TINY_LLAMA, tmp_path) == model
     assert time.perf_counter() - start < 0.2
     kept = next(tmp_path.iterdir())
     kept.write_bytes(b'{"model_class": "of another version"}')
-    assert skeleton.build(TINY_LLAMA, tmp_path) == model
+    assert skeleton_source.build(TINY_LLAMA, tmp_path) == model
 
 
 def test_unknown_architecture_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no skeleton for model_type 'nonesuch': transformers 5[.\d]* has no class for it"):
-        skeleton.build({"model_type": "nonesuch"}, tmp_path)
+        skeleton_source.build({"model_type": "nonesuch"}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -198,7 +198,7 @@ def test_unknown_architecture_is_one_sentence(tmp_path: Path) -> None:
 def test_shipped_skeletons_are_what_the_worker_builds(name: str) -> None:
     from harness.worker import build_skeleton as worker
 
-    found = skeleton.named(name)
+    found = skeleton_source.named(name)
     assert msgspec.structs.replace(worker.build(CATALOG[shipped.hub_id(name)].config), source=found.source) == found
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import harness.models  # noqa: F401 registers our own architectures
-from harness.architecture import random_weights, skeleton, synthetic, validate
+from harness.architecture import random_weights, skeleton_source, synthetic, validate
 from harness.catalog import resolve
 from harness.checkpoint import reader
 from harness.cli.entry import main
@@ -285,7 +285,7 @@ def source_of(folder: Path, config: dict[str, Any]) -> resolve.Source:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build skeletons here: a worker costs seconds."""
-    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))
 
 
 def multiplied_with(layer: Any) -> torch.Tensor:

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from harness.architecture import model_spec, skeleton, synthetic, validate
+from harness.architecture import model_spec, skeleton_source, synthetic, validate
 from harness.architecture.key_mapping import MOST_LETTERS, Naming, Place, Renaming
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog import download, resolve, shipped
@@ -51,13 +51,13 @@ UP = "model.layers.3.mlp.up_proj.weight"
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build skeletons here: a worker costs seconds."""
-    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))
-    monkeypatch.setattr(skeleton, "build_gguf", lambda metadata, tensors, _: worker.build_gguf(metadata, tensors))
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))
+    monkeypatch.setattr(skeleton_source, "build_gguf", lambda metadata, tensors, _: worker.build_gguf(metadata, tensors))
     transformers.logging.disable_progress_bar()
 
 
 def smollm2() -> Tensors:
-    found = skeleton.shipped(SMOLLM2)
+    found = skeleton_source.shipped(SMOLLM2)
     assert found is not None
     return specs(found)
 
@@ -305,7 +305,7 @@ def test_what_is_made_of_the_catalog_is_whole(name: str, tmp_path: Path) -> None
 def published(name: str, *renames: tuple[str, str]) -> tuple[dict[str, Any], Tensors]:
     """A model of the catalog whose files have names of their own."""
     config = shipped.catalog()[shipped.hub_id(name)].config
-    tensors = specs(skeleton.named(name), "float16")
+    tensors = specs(skeleton_source.named(name), "float16")
     for old, new in renames:
         tensors = renamed(tensors, old, new)
     return dict(config), tensors
@@ -537,7 +537,7 @@ def test_a_config_that_describes_other_packing_is_refused(method: str, settings:
 )
 def test_a_part_of_a_packed_weight_that_is_missing_is_noticed(method: str, part: str, said: str, tmp_path: Path) -> None:
     packed(tmp_path, method)
-    tensors = packed_layout(skeleton.named("qwen2.5-0.5b-instruct"), 4, 128, method)
+    tensors = packed_layout(skeleton_source.named("qwen2.5-0.5b-instruct"), 4, 128, method)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{FIRST}{part}") or name.endswith("bias")}
     write_hollow(tmp_path / "model.safetensors", tensors)
     with pytest.raises(CheckpointError) as error:
@@ -586,7 +586,7 @@ def test_the_shapes_of_moss_tell_its_bits(said: int | None, words: str, tmp_path
     config = dict(shipped.catalog()[shipped.hub_id(name)].config) | {"wbits": said}
     if said is None:
         del config["wbits"], config["groupsize"]
-    write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton.named(name), 8, 128))
+    write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton_source.named(name), 8, 128))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert download.stored_as(resolve.resolve(str(tmp_path))) == "gptq 8-bit, groups of 128"
     one = spec(tmp_path)
@@ -603,7 +603,7 @@ def test_the_shapes_of_moss_tell_its_bits(said: int | None, words: str, tmp_path
 
 def test_of_bits_that_are_as_moss_says_nothing_is_said(tmp_path: Path) -> None:
     name = "moss-moon-003-sft-int4"
-    write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton.named(name), 4, 128))
+    write_hollow(tmp_path / "model.safetensors", packed_layout(skeleton_source.named(name), 4, 128))
     (tmp_path / "config.json").write_text(json.dumps(shipped.catalog()[shipped.hub_id(name)].config))
     assert odd(spec(tmp_path)) == ()
 
@@ -634,7 +634,7 @@ def test_a_kind_that_our_architectures_lack_is_told_before_loading(
     monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     config = dict(shipped.catalog()[shipped.hub_id(name)].config)
-    whole = skeleton.named(name)
+    whole = skeleton_source.named(name)
     code = {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}
     write_checkpoint(tmp_path / "made", config | given | {"auto_map": code}, list(specs(whole, "float16").values()))
     assert main(["plan", "made", "--ram", "64GiB"]) == 2

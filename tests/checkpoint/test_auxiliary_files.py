@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.catalog.shipped import catalog
 from harness.checkpoint import auxiliary_files, reader
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
@@ -92,7 +92,7 @@ def planned(folder: Path, *, trust: bool = False) -> Any:
 @pytest.fixture
 def real(folder: Path) -> Path:
     """The same with all the tensors that the config describes, shapes alone."""
-    shape = skeleton.shipped(LLAMA)
+    shape = skeleton_source.shipped(LLAMA)
     assert shape is not None
     saved = [weight for weight in shape.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
     write_hollow(folder / "model.safetensors", {weight.path: ("BF16", weight.tensor.shape) for weight in saved})
@@ -113,7 +113,7 @@ def test_code_that_transformers_has_itself_is_not_needed_and_refused_by_name(rea
 @pytest.mark.parametrize("name", ["THUDM/chatglm-6b", "THUDM/chatglm2-6b", "fnlp/moss-moon-003-sft"])
 def test_architectures_of_our_own_need_no_code(name: str) -> None:
     config = {**catalog()[name].config, "auto_map": {"AutoConfig": "a.C", "AutoModel": "a.M"}}
-    shape = skeleton.shipped(config)
+    shape = skeleton_source.shipped(config)
     assert shape is not None
     held = reader.FileInfo(name="model.safetensors", bytes=1, format="safetensors")
     tensors = tuple(

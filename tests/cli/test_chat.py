@@ -127,7 +127,7 @@ def test_a_model_without_words_cannot_be_talked_to(tmp_path: Path, capsys: pytes
 
 
 def talk(folder: Path, *, template: str | None = None, prompt_tokens: int = 100, new_tokens: int = 12) -> chat.Talk:
-    code = loading_code(PRECISIONS["fp32"], PLACEMENTS["cpu"], "float32", None)
+    code = loading_code(PRECISIONS["fp32"], PLACEMENTS["cpu"], "float32")
     loaded, _ = work.load(Load(model=str(folder), code=code), lambda _: contextlib.nullcontext())
     loaded.tokenizer.chat_template = template
     request = Chat(model="tiny", host="127.0.0.1", port=1, prompt_tokens=prompt_tokens, new_tokens=new_tokens)

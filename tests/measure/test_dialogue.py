@@ -213,7 +213,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loading() -> str:
-    return "import harness.models\n" + loading_code(PRECISIONS["fp32"], PLACEMENTS["cpu"], "float32", None)
+    return "import harness.models\n" + loading_code(PRECISIONS["fp32"], PLACEMENTS["cpu"], "float32")
 
 
 def ask(folder: Path, name: str = NAME) -> tuple[dict[str, Any], Answer]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.catalog.shipped import catalog as known
@@ -27,6 +27,7 @@ from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.planner import Planner
 from harness.planning.recommend import recommend
+from tests.support.builders import weight_bytes
 from tests.support.checkpoint_files import write_safetensors
 
 CHATGLM = model_spec.read_spec(resolve.resolve("chatglm-6b"))
@@ -51,7 +52,7 @@ def tier(plan: Plan, name: str) -> TierEstimate:
 
 
 def weights(name: str, kept: WeightFormat) -> int:
-    return sum(memory.weight_bytes(skeleton.named(name), kept).values())
+    return sum(weight_bytes(skeleton_source.named(name), kept).values())
 
 
 def test_weights_of_chatglm_are_as_its_own_quantizer_leaves_them() -> None:
@@ -65,7 +66,7 @@ def test_weights_of_chatglm_are_as_its_own_quantizer_leaves_them() -> None:
     ("name", "bits"), [("llama-2-7b-hf", 4.5), ("llama-2-13b-hf", 4.5), ("phi-2", 4.5), ("qwen2.5-0.5b-instruct", 4.5)]
 )
 def test_int4_holds_linears_in_4_bits_and_a_float_for_64_and_leaves_the_rest(name: str, bits: float) -> None:
-    found = skeleton.named(name)
+    found = skeleton_source.named(name)
     linear = sum(weight.elements for weight in found.weights if weight.quantizes)
     others = found.parameters - linear
     expected = linear * bits / 8 + others * 2
@@ -87,9 +88,9 @@ def test_a_checkpoint_that_is_quantized_already_has_the_size_it_has_on_the_hub()
 
 
 def test_the_kv_cache_knows_grouped_heads_windows_and_latents() -> None:
-    one = {name: sum(memory.kv_bytes(skeleton.named(name), 1, 1, 2)) for name in ("chatglm-6b", "chatglm2-6b")}
+    one = {name: sum(memory.kv_bytes(skeleton_source.named(name), 1, 1, 2)) for name in ("chatglm-6b", "chatglm2-6b")}
     assert one == {"chatglm-6b": 458_752, "chatglm2-6b": 28_672}
-    gemma = skeleton.named("gemma-2-9b-it")
+    gemma = skeleton_source.named("gemma-2-9b-it")
     short, long = (sum(memory.kv_bytes(gemma, tokens, 1, 2)) for tokens in (4096, 8192))
     assert long == short * 3 // 2  # half of the layers keep 4096 tokens and no more
 
@@ -150,7 +151,9 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
         for span in (plan.estimate.load_s, plan.estimate.first_token_s, plan.estimate.decode_tok_s):
             assert 0 < span.low <= span.best <= span.high
         held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
-        kept = estimate.kept(PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec)
+        kept = estimate.weight_format(
+            PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec
+        )
         assert held == pytest.approx(weights(name, kept), rel=0.001)
 
 
@@ -201,7 +204,7 @@ def test_what_nobody_told_is_not_guessed() -> None:
     unknown = planner(machine=profile(["12GiB"]))
     assert unknown.plan(case("int8/direct")).verdict is Verdict.FITS
     plan = unknown.plan(case("int8/cpu"))
-    assert (plan.verdict, plan.why) == (Verdict.UNAVAILABLE, "nobody told how much memory cpu has: add --ram SIZE")
+    assert (plan.verdict, plan.why) == (Verdict.UNAVAILABLE, "memory size of cpu is unknown; pass --ram SIZE")
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
@@ -378,7 +381,7 @@ def test_what_comes_from_the_disk_is_mapped_unless_it_is_cast_each_time(way: str
     """accelerate's own dispatch copies what it wrote; transformers writes what it cast in another format, and maps that."""
     one = planner(replace(CHATGLM, file_format=file_format), allowed(9 * GIB))
     plan = one.plan(case(way))
-    part = one.counts[plan.case.id].parts()["cpu"]
+    part = one.footprints[plan.case.id].terms()["cpu"]
     assert tier(plan, "disk").weights_bytes > GIB
     assert tier(plan, "cpu").activation_bytes > 100 * MIB
     assert (part.activation.best > 100 * MIB, part.brought > 100 * MIB) == (anonymous, not anonymous)

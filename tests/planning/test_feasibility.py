@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.catalog import resolve
 from harness.catalog.resolve import Source
 from harness.checkpoint.reader import Checkpoint, StoredTensor
@@ -23,9 +23,9 @@ from harness.core.records import Machine, Plan, Verdict
 from harness.core.units import GIB
 from harness.machine.probe import limited
 from harness.planning import calibration
-from harness.planning.code import Facts, code_head, loading_code, script
+from harness.planning.code import Destination, Facts, code_head, loading_code, script
 from harness.planning.device_map import tiers
-from harness.planning.device_map.infer import MARGIN, STRATEGIES, infer
+from harness.planning.device_map.infer import MARGIN, STRATEGIES, Widths, infer
 from harness.planning.device_map.max_memory import LIMITS, Sizes, max_memory
 from harness.planning.feasibility import decide, gate
 from harness.planning.planner import Planner
@@ -163,7 +163,7 @@ def test_a_map_of_ones_own_is_judged_by_what_it_uses(device_map: dict[str, int |
     [
         (NO_GPU, ("bf16", "recommended"), "without a GPU it is the same as cpu"),
         (AMPERE, ("gguf", "cpu"), "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor"),
-        (NO_GPU, ("bf16", "direct"), "needs a GPU, and NVML knows none here"),
+        (NO_GPU, ("bf16", "direct"), "no NVIDIA GPU detected"),
         (NO_GPU, ("fp8", "cpu"), 'transformers quantizes to fp8 on a GPU alone ("No GPU or XPU found")'),
         (AMPERE, ("fp8", "direct"), "fp8 needs compute capability 8.9, and RTX 3060 has 8.6"),
         (AMPERE, ("hqq-int4", "direct"), "transformers 5 has no HQQ on loading"),
@@ -211,7 +211,9 @@ OUR_MAP = {"model.embed": "gpu:0", "model.layers.0": "gpu:1", "model.layers.1": 
 
 def code_of(precision: str, placement: str, dtype: str = "bfloat16") -> str:
     limits = {"gpu:0": 5, "gpu:1": 6, "cpu": 7} if PLACEMENTS[placement].limits else None
-    return loading_code(PRECISIONS[precision], PLACEMENTS[placement], dtype, limits, device_map=printed(placement))
+    return loading_code(
+        PRECISIONS[precision], PLACEMENTS[placement], dtype, Destination(max_memory=limits, device_map=printed(placement))
+    )
 
 
 def printed(placement: str) -> dict[str, str] | None:
@@ -278,13 +280,13 @@ def test_4_bit_computes_in_the_dtype_it_is_asked_for() -> None:
 
 
 def test_a_map_that_leaves_the_disk_alone_needs_no_folder_for_it() -> None:
-    code = loading_code(PRECISIONS["bf16"], PLACEMENTS["recommended"], "bfloat16", None, device_map={"": "gpu:0"})
+    code = loading_code(PRECISIONS["bf16"], PLACEMENTS["recommended"], "bfloat16", Destination(device_map={"": "gpu:0"}))
     assert keywords(code) == {"dtype": "bfloat16", "device_map": {"": 0}}
 
 
 def test_of_a_gguf_file_only_its_own_precision_keeps_the_blocks() -> None:
     codes = {
-        name: loading_code(PRECISIONS[name], PLACEMENTS["cpu"], "float32", None, facts=Facts(gguf_file="a.gguf"))
+        name: loading_code(PRECISIONS[name], PLACEMENTS["cpu"], "float32", facts=Facts(gguf_file="a.gguf"))
         for name in ("bf16", "gguf")
     }
     quantization = {name: keywords(code)["quantization_config"] for name, code in codes.items()}
@@ -294,7 +296,9 @@ def test_of_a_gguf_file_only_its_own_precision_keeps_the_blocks() -> None:
 
 def test_what_takes_objects_imports_them_and_packs_for_the_device_that_computes() -> None:
     row = PRECISIONS["torchao-int4"]
-    cpu, card = (loading_code(row, PLACEMENTS[name], "bfloat16", None, on_gpu=name == "direct") for name in ("cpu", "direct"))
+    cpu, card = (
+        loading_code(row, PLACEMENTS[name], "bfloat16", Destination(on_gpu=name == "direct")) for name in ("cpu", "direct")
+    )
     assert "import PrototypeInt4WeightOnlyConfig\n" in cpu
     assert (
         "from torchao.quantization import Int4WeightOnlyConfig\nfrom transformers import AutoModelForCausalLM, TorchAoConfig\n"
@@ -306,9 +310,7 @@ def test_what_takes_objects_imports_them_and_packs_for_the_device_that_computes(
 
 
 def test_what_is_stored_quantized_gets_no_config() -> None:
-    assert "quantization_config" not in loading_code(
-        PRECISIONS["int4"], PLACEMENTS["cpu"], "bfloat16", None, facts=Facts(stored=True)
-    )
+    assert "quantization_config" not in loading_code(PRECISIONS["int4"], PLACEMENTS["cpu"], "bfloat16", facts=Facts(stored=True))
 
 
 @pytest.mark.parametrize("precision", ["torchao-int8", "quanto-int4", "gptq-int4"])
@@ -552,7 +554,7 @@ def test_the_dtype_is_one_that_the_device_computes_in(on: Machine, placement: st
 @pytest.mark.parametrize(
     ("limits", "on", "said"),
     [
-        ({"vram_bytes": 8 * GIB}, NO_GPU, "--vram 8GiB limits a GPU, and NVML knows none here"),
+        ({"vram_bytes": 8 * GIB}, NO_GPU, "--vram 8GiB limits a GPU, and no NVIDIA GPU was detected"),
         ({"vram_bytes": 12 * GIB}, AMPERE, "--vram 12GiB is more than gpu:0 has free, 11.0 GiB"),
         ({"ram_bytes": 24 * GIB}, AMPERE, "--ram 24GiB is more than cpu has free, 16.0 GiB"),
         ({"vram_bytes": 8 * GIB, "ram_bytes": 8 * GIB}, AMPERE, None),
@@ -593,10 +595,10 @@ def test_auto_finds_on_a_card_what_its_context_leaves() -> None:
     told = max_memory(row, under, lambda: Sizes(MANY_BLOCKS, "bfloat16"))
     assert told is not None
     assert told["gpu:0"] == int((8 * GIB - context) * MARGIN)
-    model = skeleton.named("chatglm2-6b")
-    found = tiers.device_map(model, row, "bfloat16", None, machine(card), None)
-    assert found == infer(model, dtype="bfloat16", free={0: 8 * GIB - context, "cpu": 16 * GIB})
-    assert found != infer(model, dtype="bfloat16", free={0: 8 * GIB, "cpu": 16 * GIB})
+    model = skeleton_source.named("chatglm2-6b")
+    found = tiers.device_map(model, row, Widths(), machine(card), None)
+    assert found == infer(model, free={0: 8 * GIB - context, "cpu": 16 * GIB})
+    assert found != infer(model, free={0: 8 * GIB, "cpu": 16 * GIB})
     assert max_memory(
         row, limited(machine(gpu()), replace(case("bf16", "auto"), vram_bytes=1)), lambda: Sizes(SMALL, "bfloat16")
     ) == {

@@ -17,7 +17,7 @@ from transformers.integrations.gguf import kernels
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton, skeleton_source
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.checkpoint import reader
@@ -30,13 +30,13 @@ from harness.core.records import Outcome, Plan, Verdict
 from harness.measure import sampler, verify
 from harness.measure.protocol import Load
 from harness.planning.code import Facts, loading_code
-from harness.planning.cost import estimate, memory
-from harness.planning.device_map.infer import measure
+from harness.planning.cost import estimate
+from harness.planning.device_map.infer import Widths, measure
 from harness.planning.planner import Planner
 from harness.results import store
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
-from tests.support.builders import case, gpu, machine
+from tests.support.builders import case, gpu, machine, weight_bytes
 from tests.support.gguf_files import write_lfm2, write_llama
 from tests.support.small_models import held_bytes
 
@@ -55,7 +55,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         except ValueError as error:
             raise UsageError(f"no skeleton: {error}") from None
 
-    monkeypatch.setattr(skeleton, "build_gguf", build)
+    monkeypatch.setattr(skeleton_source, "build_gguf", build)
     transformers.logging.disable_progress_bar()
 
 
@@ -66,13 +66,13 @@ def spec(path: Path) -> ModelSpec:
 def loaded(one: ModelSpec, folder: Path, precision: str) -> work.Model:
     """Load in RAM by the code that `plan` prints."""
     row = PRECISIONS[precision]
-    code = loading_code(row, PLACEMENTS["cpu"], row.dtype, None, facts=Facts(gguf_file=one.gguf_file))
+    code = loading_code(row, PLACEMENTS["cpu"], row.dtype, facts=Facts(gguf_file=one.gguf_file))
     return work.load(Load(model=str(folder), code=code, gguf_file=one.gguf_file), lambda _: contextlib.nullcontext())[0]
 
 
 def expected_bytes(one: ModelSpec, precision: str) -> int:
     row = PRECISIONS[precision]
-    return sum(memory.weight_bytes(one.skeleton, estimate.kept(row, row.dtype, one)).values())
+    return sum(weight_bytes(one.skeleton, estimate.weight_format(row, row.dtype, one)).values())
 
 
 # ---- unpacked on loading ------------------------------------------------------------------------------------------------
@@ -161,10 +161,10 @@ def test_a_map_counts_what_stays_in_blocks_as_transformers_does(tmp_path: Path) 
     """transformers puts the packed modules in their places before it infers a map."""
     one = spec(write_lfm2(tmp_path / "model.gguf"))
     row = PRECISIONS["gguf"]
-    sizes = memory.weight_bytes(one.skeleton, estimate.kept(row, row.dtype, one))
+    sizes = weight_bytes(one.skeleton, estimate.weight_format(row, row.dtype, one))
     real = compute_module_sizes(loaded(one, tmp_path, "gguf").module)[0]
     for path in ("model.layers.0", "model.layers.1", "model.embed_tokens"):
-        assert measure(one.skeleton, "float32", weights=sizes)[path] == pytest.approx(real[path], rel=NEAR)
+        assert measure(one.skeleton, Widths("float32", weights=sizes))[path] == pytest.approx(real[path], rel=NEAR)
 
 
 def test_the_architectures_that_stay_packed_are_those_of_transformers() -> None:
@@ -203,7 +203,7 @@ def test_no_tensor_in_blocks_is_nothing_to_keep(tmp_path: Path) -> None:
 
 
 def test_a_gguf_precision_is_for_gguf_files() -> None:
-    one = ModelSpec(name="tiny", source="tiny", skeleton=skeleton.named("chatglm-6b"), stored={}, checkpoint_bytes=0)
+    one = ModelSpec(name="tiny", source="tiny", skeleton=skeleton_source.named("chatglm-6b"), stored={}, checkpoint_bytes=0)
     planned = Planner(one, machine(gpu())).plan(case("gguf", "direct"))
     assert planned.verdict is Verdict.INVALID
     assert planned.why == "needs a GGUF checkpoint, and this one is float16"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from harness.architecture import skeleton
+from harness.architecture import skeleton_source
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.core.errors import UsageError
 from harness.core.units import GIB
-from harness.planning.device_map.infer import STRATEGIES, Device, device_of, infer, measure, merge
+from harness.planning.device_map.infer import STRATEGIES, Device, Widths, device_of, infer, measure, merge
 
 # Architecture by architecture: tied and untied, grouped heads, experts, GPT-2's Conv1D, parallel blocks, latent attention.
 MODELS = (
@@ -67,7 +67,7 @@ def described(name: str) -> tuple[dict[str, Any], Skeleton]:
     if name in BUILT:
         return BUILT[name], worker.build(BUILT[name])
     config = shipped.catalog()[shipped.hub_id(name)].config
-    return config, skeleton.named(name)
+    return config, skeleton_source.named(name)
 
 
 def as_loaded(config: dict[str, Any], dtype: str, quantizer: str | None, folder: Path) -> tuple[Any, Any]:
@@ -97,10 +97,10 @@ def test_map_is_transformers_own(name: str, dtype: str, quantizer: str | None, t
     theirs = imported("transformers.integrations.accelerate")
     config, ours = described(name)
     model, found = as_loaded(config, dtype, quantizer, tmp_path)
-    for memory in budgets(measure(ours, dtype, quantizer)[""], f"{name} {dtype} {quantizer}", 8):
+    for memory in budgets(measure(ours, Widths(dtype, quantizer))[""], f"{name} {dtype} {quantizer}", 8):
         for strategy in STRATEGIES:
             expected = theirs._get_device_map(model, strategy, dict(memory), found)
-            got = infer(ours, strategy=strategy, dtype=dtype, quantizer=quantizer, max_memory=memory)
+            got = infer(ours, Widths(dtype, quantizer), strategy=strategy, max_memory=memory)
             assert got == expected, f"{strategy} {memory}"
 
 
@@ -115,7 +115,7 @@ def test_module_that_holds_a_weight_tied_to_an_earlier_one_is_split() -> None:
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # from_pretrained ties after it has made the map
     ours = worker._of_model(model)
     assert [child.path for child in ours.root.children] == ["lm_head", "transformer"]
-    for memory in budgets(measure(ours, "bfloat16")[""], "head first", 24):
+    for memory in budgets(measure(ours)[""], "head first", 24):
         for strategy in STRATEGIES:
             expected = theirs._get_device_map(model, strategy, dict(memory), None)
             assert infer(ours, strategy=strategy, max_memory=memory) == expected, f"{strategy} {memory}"
@@ -129,7 +129,7 @@ def test_margins_of_free_memory_are_transformers_own(
     theirs = imported("transformers.integrations.accelerate")
     config, ours = described("smollm2-135m-instruct")
     model, _ = as_loaded(config, "bfloat16", None, tmp_path)
-    total = measure(ours, "bfloat16")[""]
+    total = measure(ours)[""]
     free: dict[Device, int] = {gpu: int(total * share) for gpu, share in enumerate(gpus)} | {"cpu": int(total * 0.5)}
     asked = theirs.accelerate_max_memory
     monkeypatch.setattr(theirs, "accelerate_max_memory", lambda given=None: dict(free) if given is None else asked(given))
@@ -144,11 +144,11 @@ def test_map_is_the_one_that_loading_makes(tmp_path: Path) -> None:
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**config)).save_pretrained(tmp_path)
     ours = worker.build(json.loads((tmp_path / "config.json").read_text()))
-    memory: dict[Device, int] = {"cpu": int(measure(ours, "float32")[""] * 0.8)}
+    memory: dict[Device, int] = {"cpu": int(measure(ours, Widths("float32"))[""] * 0.8)}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, device_map="auto", max_memory=dict(memory), dtype=torch.float32, offload_folder=tmp_path / "offload"
     )
-    assert infer(ours, dtype="float32", max_memory=memory) == model.hf_device_map
+    assert infer(ours, Widths("float32"), max_memory=memory) == model.hf_device_map
     assert "disk" in model.hf_device_map.values()
 
 
@@ -173,12 +173,13 @@ def blocks(device_map: dict[str, Device]) -> dict[Device, int]:
     ],
 )
 def test_moss_is_spread_as_its_users_saw(strategy: str, memory: dict[Device, int | str], expected: dict[Device, int]) -> None:
-    assert blocks(infer(skeleton.named("moss-moon-003-sft"), strategy=strategy, dtype="float16", max_memory=memory)) == expected
+    model = skeleton_source.named("moss-moon-003-sft")
+    assert blocks(infer(model, Widths("float16"), strategy=strategy, max_memory=memory)) == expected
 
 
 def test_tied_weights_share_a_device() -> None:
-    model = skeleton.named("gemma-2-9b-it")
-    for memory in budgets(measure(model, "bfloat16")[""], "tied", 30):
+    model = skeleton_source.named("gemma-2-9b-it")
+    for memory in budgets(measure(model)[""], "tied", 30):
         found = infer(model, max_memory=memory)
         assert device_of(found, "lm_head") == device_of(found, "model.embed_tokens")
 
@@ -200,4 +201,4 @@ def test_merging_writes_a_module_once() -> None:
 )
 def test_wrong_requests_are_refused(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        infer(skeleton.named("phi-2"), **asked)
+        infer(skeleton_source.named("phi-2"), **asked)

@@ -60,7 +60,7 @@ def write(folder: Path, config: PretrainedConfig, state: Mapping[str, torch.Tens
 
 def as_printed(precision: str) -> str:
     row = PRECISIONS[precision]
-    return loading_code(row, PLACEMENTS["cpu"], row.dtype, None)
+    return loading_code(row, PLACEMENTS["cpu"], row.dtype)
 
 
 def estimated(folder: Path, precision: str) -> TierEstimate:

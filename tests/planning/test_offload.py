@@ -18,8 +18,9 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Machine, Plan, Verdict
 from harness.core.units import GIB, MIB
 from harness.measure.protocol import Load
-from harness.planning.code import loading_code
-from harness.planning.planner import Planner, short_of_disk
+from harness.planning.code import Destination, loading_code
+from harness.planning.planner import Planner
+from harness.planning.verdict import short_of_disk
 from harness.worker import model as work
 from tests.support import builders, small_models
 
@@ -95,7 +96,7 @@ def test_experts_that_are_stacked_are_written(tmp_path: Path) -> None:
 
 def test_accelerate_writes_everything(llama: Path, tmp_path: Path) -> None:
     limits = planned(llama).max_memory
-    code = loading_code(PRECISIONS["bf16"], PLACEMENTS["dispatch"], "bfloat16", limits)
+    code = loading_code(PRECISIONS["bf16"], PLACEMENTS["dispatch"], "bfloat16", Destination(max_memory=limits))
     assert written(llama, code, tmp_path) > 0
     little = replace(MACHINE, tiers=tuple(replace(t, free_bytes=2 * MIB) if t.name == "cpu" else t for t in MACHINE.tiers))
     plan = planned(llama, "dispatch", little)

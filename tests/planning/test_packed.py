@@ -24,6 +24,7 @@ from harness.planning.cost import estimate
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.speed import seconds
+from harness.planning.cost.work import count_work
 
 Layer = GroupScaledLinear | RowScaledLinear
 
@@ -179,27 +180,27 @@ def read_by(name: str, ours: bool) -> Footprint:
     assert one.unpacks_itself
     one = replace(one, native=ours)
     row = PRECISIONS["gptq-int4"]
-    return Footprint(Inventory(one, estimate.kept(row, row.dtype, one)), "cpu", Workload(prompt_tokens=1), default())
+    return Footprint(Inventory(one, estimate.weight_format(row, row.dtype, one)), "cpu", Workload(prompt_tokens=1), default())
 
 
 def test_what_our_layers_read_is_planned_by_what_they_take() -> None:
     """A token of MOSS took 7 ns a weight, where the plan said bitsandbytes' 0.04: gptqmodel's layers keep that."""
     here = profile([], ram=64 * GIB)
     found = {ours: read_by("moss-moon-003-sft-int4", ours) for ours in (True, False)}
-    efforts = {ours: estimate.effort(count, "gptq-int4") for ours, count in found.items()}
-    assert {ours: effort.like for ours, effort in efforts.items()} == {True: "moss_int4", False: "int4"}
+    counted = {ours: count_work(count, "gptq-int4") for ours, count in found.items()}
+    assert {ours: work.like for ours, work in counted.items()} == {True: "moss_int4", False: "int4"}
     linears = 34 * (18432 + 6144 + 24576 + 24576) * 6144
-    assert {ours: effort.anew for ours, effort in efforts.items()} == {True: linears, False: 0}
-    token = {ours: seconds(effort, found[ours].work, replace(here, cores=2), default()) for ours, effort in efforts.items()}
+    assert {ours: work.anew for ours, work in counted.items()} == {True: linears, False: 0}
+    token = {ours: seconds(work, found[ours].workload, replace(here, cores=2), default()) for ours, work in counted.items()}
     assert 1 / token[True].decode_tok_s.best > linears / (2 * default()["unpacked_elements_per_core_s_moss_int4"].best)
     assert token[True].decode_tok_s.best < token[False].decode_tok_s.best / 10
-    halved = seconds(efforts[True], found[True].work, replace(here, cores=1), default()).decode_tok_s.best
+    halved = seconds(counted[True], found[True].workload, replace(here, cores=1), default()).decode_tok_s.best
     assert token[True].decode_tok_s.best / halved == pytest.approx(2, rel=0.1)
 
 
 def test_no_weight_of_theirs_is_planned_whole() -> None:
     """fc_in of MOSS: 302 MB in float16, and 1.8 GB in the three int32 that it once took."""
-    whole, blocks = (read_by("moss-moon-003-sft-int4", ours).parts()["cpu"].activation.best for ours in (False, True))
+    whole, blocks = (read_by("moss-moon-003-sft-int4", ours).terms()["cpu"].activation.best for ours in (False, True))
     assert whole - blocks > 0.9 * 24576 * 6144 * 2
 
 

@@ -20,7 +20,7 @@ from harness.core.units import GIB
 from harness.machine.gpus import profile
 from harness.measure import verify
 from harness.measure.protocol import Load
-from harness.planning.code import loading_code
+from harness.planning.code import Destination, loading_code
 from harness.planning.device_map.infer import device_of
 from harness.planning.planner import Planner
 from harness.planning.recommend import recommend
@@ -127,7 +127,7 @@ def test_a_map_in_full_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     transformers.logging.disable_progress_bar()
     small_models.save("llama", tmp_path / "model")
     row = PLACEMENTS["recommended"]
-    code = loading_code(PRECISIONS["bf16"], row, "bfloat16", None, device_map=MAP)
+    code = loading_code(PRECISIONS["bf16"], row, "bfloat16", Destination(device_map=MAP))
     request = Load(model=str(tmp_path / "model"), code=code, tokenizer=False)
     found = work.inspect(work.load(request, lambda _: contextlib.nullcontext())[0])
     assert found.tier_bytes["disk"] > 0

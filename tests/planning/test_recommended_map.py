@@ -6,12 +6,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from harness.architecture import skeleton
+from harness.architecture import skeleton_source
 from harness.architecture.skeleton import Skeleton
 from harness.core.units import GIB
-from harness.planning.cost.memory import WeightFormat, weight_bytes
-from harness.planning.device_map.infer import Device, device_of, infer, measure
+from harness.planning.cost.memory import WeightFormat
+from harness.planning.device_map.infer import Device, Widths, device_of, infer, measure
 from harness.planning.device_map.recommended import RecommendedMap, recommend_map
+from tests.support.builders import weight_bytes
 
 NOTHING_FITS = "No GPU can hold a block beside what inference needs."
 MODELS = ("qwen2.5-7b-instruct", "moss-moon-003-sft", "gemma-2-9b-it", "chatglm-6b", "deepseek-v2-lite-chat", "qwen3-30b-a3b")
@@ -23,7 +24,7 @@ def cache(model: Skeleton, tokens: int) -> list[int]:
 
 def off_gpu(model: Skeleton, device_map: dict[str, Device]) -> float:
     """Add up the weights that a map puts in RAM or on disk."""
-    sizes = measure(model, "bfloat16")
+    sizes = measure(model)
     return sum(sizes[piece.path] for piece in model.pieces if device_of(device_map, piece.path) in ("cpu", "disk"))
 
 
@@ -54,7 +55,7 @@ def needed(model: Skeleton, device_map: dict[str, Device], kv_bytes: list[int]) 
     tokens=st.sampled_from([0, 512, 8192]),
 )
 def test_every_tensor_has_a_place_and_inference_its_room(name: str, gpus: list[int], ram: int, tokens: int) -> None:
-    model = skeleton.named(name)
+    model = skeleton_source.named(name)
     budgets: dict[Device, int] = {index: size * GIB for index, size in enumerate(gpus)} | {"cpu": ram * GIB}
     found = recommend_map(model, budgets, kv_bytes=cache(model, tokens), reserve=dict.fromkeys(range(len(gpus)), GIB // 2))
     assert all(device_of(found.device_map, weight.path) is not None for weight in model.weights)
@@ -72,7 +73,7 @@ def test_every_tensor_has_a_place_and_inference_its_room(name: str, gpus: list[i
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(name=st.sampled_from(MODELS), gpus=st.lists(st.integers(2, 40), min_size=1, max_size=3))
 def test_no_more_is_off_the_gpu_than_auto_would_have(name: str, gpus: list[int]) -> None:
-    model = skeleton.named(name)
+    model = skeleton_source.named(name)
     budgets: dict[Device, int] = {index: size * GIB for index, size in enumerate(gpus)} | {"cpu": 200 * GIB}
     found = recommend_map(model, budgets, kv_bytes=cache(model, 2048))
     assume(not found.why.startswith(NOTHING_FITS))  # then all runs in RAM, where auto would send all of it through the GPU
@@ -89,7 +90,7 @@ def spread(found: RecommendedMap) -> tuple[int, int]:
 
 
 def test_head_stays_on_the_gpu_where_auto_sends_it_away() -> None:
-    model = skeleton.named("qwen2.5-7b-instruct")
+    model = skeleton_source.named("qwen2.5-7b-instruct")
     found = recommend_map(model, {0: 8 * GIB, "cpu": 64 * GIB}, kv_bytes=cache(model, 4096), reserve={0: GIB})
     assert spread(found) == (10, 18)
     assert found.device_map["lm_head"] == found.device_map["model.embed_tokens"] == 0
@@ -100,25 +101,25 @@ def test_head_stays_on_the_gpu_where_auto_sends_it_away() -> None:
 
 
 def test_model_that_fits_is_one_entry() -> None:
-    found = recommend_map(skeleton.named("qwen2.5-7b-instruct"), {0: 24 * GIB, "cpu": 64 * GIB})
+    found = recommend_map(skeleton_source.named("qwen2.5-7b-instruct"), {0: 24 * GIB, "cpu": 64 * GIB})
     assert found.device_map == {"": 0}
     assert found.why == "All of it is on the GPU."
 
 
 def test_gpu_too_small_for_anything_is_left_out() -> None:
-    found = recommend_map(skeleton.named("qwen2.5-7b-instruct"), {0: GIB // 4, 1: 24 * GIB, "cpu": 64 * GIB})
+    found = recommend_map(skeleton_source.named("qwen2.5-7b-instruct"), {0: GIB // 4, 1: 24 * GIB, "cpu": 64 * GIB})
     assert found.device_map == {"": 1}
 
 
 def test_gpu_that_could_only_pass_weights_through_is_not_used() -> None:
-    model = skeleton.named("moss-moon-003-sft")
-    found = recommend_map(model, {0: 3 * GIB, "cpu": 64 * GIB}, dtype="float16", kv_bytes=cache(model, 2048))
+    model = skeleton_source.named("moss-moon-003-sft")
+    found = recommend_map(model, {0: 3 * GIB, "cpu": 64 * GIB}, Widths("float16"), kv_bytes=cache(model, 2048))
     assert found.device_map == {"": "cpu"}
     assert found.why.startswith(NOTHING_FITS)
 
 
 def test_without_gpu_ram_comes_first_then_the_disk() -> None:
-    found = recommend_map(skeleton.named("chatglm-6b"), {"cpu": 8 * GIB}, dtype="float16")
+    found = recommend_map(skeleton_source.named("chatglm-6b"), {"cpu": 8 * GIB}, Widths("float16"))
     assert found.device_map["transformer.word_embeddings"] == found.device_map["lm_head"] == "cpu"
     assert found.device_map["transformer.layers.27"] == "disk"
     assert 7 * GIB < found.weights_bytes["cpu"] < 8 * GIB
@@ -126,13 +127,13 @@ def test_without_gpu_ram_comes_first_then_the_disk() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 4096])
 def test_cache_of_spilled_layers_lies_where_they_run(tokens: int) -> None:
-    model = skeleton.named("moss-moon-003-sft")
-    found = recommend_map(model, {0: 12 * GIB, "cpu": 40 * GIB}, dtype="float16", kv_bytes=cache(model, tokens))
+    model = skeleton_source.named("moss-moon-003-sft")
+    found = recommend_map(model, {0: 12 * GIB, "cpu": 40 * GIB}, Widths("float16"), kv_bytes=cache(model, tokens))
     assert found.kv_bytes[0] == sum(cache(model, tokens))
     assert found.kv_bytes.get("cpu", 0) == 0
 
 
 def test_weights_can_be_given_by_tensor() -> None:
-    model = skeleton.named("qwen2.5-7b-instruct")
-    half = {path: size / 2 for path, size in measure(model, "bfloat16").items()}
-    assert recommend_map(model, {0: 9 * GIB, "cpu": 64 * GIB}, weights=half).device_map == {"": 0}
+    model = skeleton_source.named("qwen2.5-7b-instruct")
+    half = {path: size / 2 for path, size in measure(model).items()}
+    assert recommend_map(model, {0: 9 * GIB, "cpu": 64 * GIB}, Widths(weights=half)).device_map == {"": 0}

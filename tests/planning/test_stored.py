@@ -13,7 +13,7 @@ import torch
 import transformers
 from msgspec.structs import replace
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.download import stored_as
 from harness.catalog.resolve import resolve
@@ -22,12 +22,12 @@ from harness.core.records import Plan, Verdict
 from harness.core.units import GIB
 from harness.measure import verify
 from harness.measure.protocol import Load
-from harness.planning.cost import estimate, memory
+from harness.planning.cost import estimate
 from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
 from tests.support import small_models
-from tests.support.builders import case, machine
+from tests.support.builders import case, machine, weight_bytes
 from tests.support.packed_files import save_awq, save_gptq, spec, write_packed
 from tests.support.small_models import held_bytes
 
@@ -35,7 +35,7 @@ from tests.support.small_models import held_bytes
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build skeletons here: a worker costs seconds."""
-    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))
     transformers.logging.disable_progress_bar()
 
 
@@ -52,7 +52,7 @@ def loaded(folder: Path, plan: Plan, *imports: str) -> work.Model:
 
 def estimated(one: ModelSpec, precision: str) -> int:
     row = PRECISIONS[precision]
-    return sum(memory.weight_bytes(one.skeleton, estimate.kept(row, row.dtype, one)).values())
+    return sum(weight_bytes(one.skeleton, estimate.weight_format(row, row.dtype, one)).values())
 
 
 # ---- which row -----------------------------------------------------------------------------------------------------------

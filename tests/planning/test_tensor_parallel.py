@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 from transformers import AutoModelForCausalLM
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.checkpoint import reader
 from harness.core.records import Machine, Plan, Verdict
 from harness.machine.process_tree import kill_below
@@ -134,7 +134,7 @@ def test_without_a_gpu_two_processes_share_it_in_ram(talking: Path) -> None:
     assert shared.verdict is Verdict.FITS
     assert shared.why == (
         "2 processes, as by torchrun: one thread in each unless OMP_NUM_THREADS says more, "
-        "and what they tell each other is not counted in the speed"
+        "and communication between processes is not counted in the speed"
     )
     assert script("", shared).startswith("# Start it by: torchrun --nproc-per-node 2 THIS_FILE\n")
     assert shared.estimate is not None
@@ -158,7 +158,7 @@ def test_without_a_gpu_two_processes_share_it_in_ram(talking: Path) -> None:
     ],
 )
 def test_who_can_be_shared(name: str, gpus: int, said: str | None) -> None:
-    why = tensor_parallel.refusal(skeleton.named(name), gpus)
+    why = tensor_parallel.refusal(skeleton_source.named(name), gpus)
     assert why is None if said is None else str(why).startswith(said)
 
 

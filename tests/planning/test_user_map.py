@@ -13,7 +13,7 @@ import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.checkpoint import reader
 from harness.core.errors import UsageError
 from harness.core.records import Loaded, Machine, Plan, Verdict
@@ -26,7 +26,7 @@ from harness.worker import model as work
 from tests.support import small_models
 from tests.support.builders import case, gpu, machine
 
-MODEL = skeleton.named("qwen2.5-0.5b-instruct")  # tied, 24 blocks
+MODEL = skeleton_source.named("qwen2.5-0.5b-instruct")  # tied, 24 blocks
 TINY = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu", "lm_head": "cpu"}
 
 

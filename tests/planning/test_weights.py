@@ -10,7 +10,7 @@ import gguf
 import pytest
 import transformers
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton_source
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import resolve
 from harness.checkpoint import reader
@@ -20,12 +20,13 @@ from harness.core.records import Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
 from harness.planning import calibration
-from harness.planning.cost import estimate, memory
+from harness.planning.cost import estimate
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
 from harness.worker import build_skeleton as worker
 from tests.support import small_models
+from tests.support.builders import weight_bytes
 from tests.support.gguf_files import GGUF_KINDS, small_gguf_of
 from tests.support.packed_files import estimated, spec, write_packed
 from tests.support.small_models import MODELS, WAYS
@@ -89,7 +90,7 @@ def test_an_awq_checkpoint_takes_what_its_file_holds_and_what_was_published(
     stored = write_packed(tmp_path, f"qwen2.5-{billions}b-instruct", 4, 128, "awq")
     one = spec(tmp_path)
     assert estimated(one) == pytest.approx(stored, rel=NEAR)
-    held = estimate.kept(PRECISIONS["awq-int4"], "float16", one)
+    held = estimate.weight_format(PRECISIONS["awq-int4"], "float16", one)
     work = Workload(prompt_tokens=1, new_tokens=2048)
     count = Footprint(Inventory(one, held), "gpu:0", work, calibration.default())
     allocated = estimate.memory(count, profile(["A100 80GB"]))["gpu:0"].allocated_bytes
@@ -109,7 +110,7 @@ def test_a_quantized_model_of_the_catalog_takes_what_the_hub_holds(name: str, ma
 @pytest.mark.parametrize("way", ["int8", "int4", "fp4", "nf4-dq"])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v2"])
 def test_what_bitsandbytes_saved_is_held_as_it_was(name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
     small_models.save(name, tmp_path / "plain")
     model: Any = small_models.load(tmp_path / "plain", WAYS[way])
     model.save_pretrained(tmp_path / "packed")
@@ -130,15 +131,15 @@ def test_a_gguf_file_holds_what_its_header_says(kind: str, tmp_path: Path) -> No
 
 def test_int8_has_a_scale_for_each_output_of_a_transposed_weight() -> None:
     built = worker.build({"model_type": "gpt2", **MODELS["gpt2"]})
-    sizes = memory.weight_bytes(built, WeightFormat(dtype="float16", quantizer="int8"))
+    sizes = weight_bytes(built, WeightFormat(dtype="float16", quantizer="int8"))
     assert sizes["transformer.h.0.mlp.c_fc.weight"] == 256 * 1024 + 4 * 1024
     assert sizes["transformer.h.0.mlp.c_proj.weight"] == 256 * 1024 + 4 * 256
 
 
 def test_nesting_saves_most_of_the_scales() -> None:
     """QLoRA's paper: 0.373 bits a parameter."""
-    built = skeleton.named("llama-2-7b-hf")
+    built = skeleton_source.named("llama-2-7b-hf")
     ways = (WeightFormat(dtype="bfloat16", quantizer=way) for way in ("int4", "nf4-dq"))
-    plain, nested = (sum(memory.weight_bytes(built, kept).values()) for kept in ways)
+    plain, nested = (sum(weight_bytes(built, kept).values()) for kept in ways)
     linear = sum(weight.elements for weight in built.weights if weight.quantizes)
     assert (plain - nested) * 8 / linear == pytest.approx(0.373, abs=0.001)

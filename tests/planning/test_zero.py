@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.architecture import skeleton
+from harness.architecture import skeleton_source
 from harness.core.units import GIB
 from harness.planning import zero
 from harness.planning.zero import Trained
@@ -50,7 +50,7 @@ def test_more_nodes_take_less_of_each() -> None:
 
 
 def test_a_layer_is_what_one_module_holds_and_tied_weights_count_once() -> None:
-    found = zero.of_skeleton(skeleton.named("chatglm-6b"), gpus=2)
+    found = zero.of_skeleton(skeleton_source.named("chatglm-6b"), gpus=2)
     assert found.parameters == 6_173_286_400
     assert found.largest_layer == 130_528 * 4096
     assert found.all_gpus == 2

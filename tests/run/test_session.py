@@ -115,7 +115,7 @@ def test_a_limited_case_is_planned_recorded_and_repeated_under_its_limit(make: M
 def test_vram_without_a_gpu_is_unavailable_in_one_sentence(make: Make) -> None:
     (result,) = measure(make(placement=["auto"], vram=["8GiB"]))
     assert (result.outcome, result.verdict) == (Outcome.SKIPPED, Verdict.UNAVAILABLE)
-    assert result.why == "--vram 8GiB limits a GPU, and NVML knows none here"
+    assert result.why == "--vram 8GiB limits a GPU, and no NVIDIA GPU was detected"
 
 
 def test_models_come_in_the_order_asked_for(make: Make, tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from harness.architecture.skeleton import Skeleton
 from harness.core.records import Case, Loaded, Machine, Outcome, Result, Tier, Verdict, Workload
 from harness.core.units import GIB
+from harness.planning.cost import memory
+from harness.planning.cost.memory import WeightFormat
 
 GOLDEN = Path(__file__).parents[1] / "data/results-v1.jsonl"
 
@@ -61,3 +64,8 @@ def loaded(
         tier_bytes={"cpu": 1008} if tiers is None else tiers,
         device_map=device_map or {"": "cpu"},
     )
+
+
+def weight_bytes(skeleton: Skeleton, fmt: WeightFormat) -> dict[str, int]:
+    """Return the bytes of every tensor of a model by path, as the planner counts them."""
+    return memory.module_bytes(skeleton.root, fmt)

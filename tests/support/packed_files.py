@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.architecture import model_spec, skeleton
+from harness.architecture import model_spec, skeleton, skeleton_source
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.checkpoint import reader
 from harness.core.precisions import PRECISIONS
-from harness.planning.cost import estimate, memory
+from harness.planning.cost import estimate
 from tests.support import small_models
+from tests.support.builders import weight_bytes
 
 
 def spec(folder: Path) -> ModelSpec:
@@ -28,8 +29,8 @@ def spec(folder: Path) -> ModelSpec:
 
 def estimated(one: ModelSpec, precision: str = "fp16", *, saved: bool = True) -> int:
     """Return the bytes of weights that the planner counts; with `saved` without buffers, such as masks, that no file holds."""
-    kept = estimate.kept(PRECISIONS[precision], PRECISIONS[precision].dtype, one)
-    sizes = memory.weight_bytes(one.skeleton, kept)
+    kept = estimate.weight_format(PRECISIONS[precision], PRECISIONS[precision].dtype, one)
+    sizes = weight_bytes(one.skeleton, kept)
     return sum(sizes[weight.path] for weight in one.skeleton.weights if not saved or weight.tensor.kind != "unsaved")
 
 
@@ -75,7 +76,7 @@ def write_hollow(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
 
 def write_plain(folder: Path, name: str) -> Path:
     """Write a model of the catalog in bfloat16, its data a hole; return the folder."""
-    config, shape = shipped.catalog()[shipped.hub_id(name)].config, skeleton.named(name)
+    config, shape = shipped.catalog()[shipped.hub_id(name)].config, skeleton_source.named(name)
     saved = [weight for weight in shape.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -91,7 +92,7 @@ def write_packed(folder: Path, name: str, bits: int, group: int, method: str = "
         config["quantization_config"] |= {"version": "gemm", "zero_point": True}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return write_hollow(folder / "model.safetensors", packed_layout(skeleton.named(name), bits, group, method))
+    return write_hollow(folder / "model.safetensors", packed_layout(skeleton_source.named(name), bits, group, method))
 
 
 def save_gptq(folder: Path, bits: int, group: int) -> dict[str, torch.Tensor]:

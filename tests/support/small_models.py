@@ -25,11 +25,11 @@ from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS, Precision
 from harness.measure.protocol import Load
 from harness.planning.code import loading_code
-from harness.planning.cost import estimate, memory
+from harness.planning.cost import estimate
 from harness.planning.feasibility import gate
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
-from tests.support.builders import case, machine
+from tests.support.builders import case, machine, weight_bytes
 
 _USUAL = {"vocab_size": 1500, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 8}
 _GROUPED = {**_USUAL, "num_key_value_heads": 2}
@@ -111,7 +111,7 @@ def load(folder: Path, way: Precision) -> PreTrainedModel:
     """Load in RAM by the code that `plan` prints; skip the test where a package is missing."""
     for module in way.needs:
         pytest.importorskip(module)
-    code = loading_code(way, PLACEMENTS["cpu"], way.dtype, None)
+    code = loading_code(way, PLACEMENTS["cpu"], way.dtype)
     request = Load(model=str(folder), code=code, imports=way.needs, tokenizer=False)
     loaded, _ = work.load(request, lambda _: contextlib.nullcontext())
     return loaded.module
@@ -120,7 +120,7 @@ def load(folder: Path, way: Precision) -> PreTrainedModel:
 def estimated(skeleton: Skeleton, way: Precision) -> int:
     """Return the bytes of weights that the planner counts for a model that is not quantized yet."""
     spec = ModelSpec(name="small", source="small", skeleton=skeleton, stored={}, checkpoint_bytes=0)
-    return sum(memory.weight_bytes(skeleton, estimate.kept(way, way.dtype, spec)).values())
+    return sum(weight_bytes(skeleton, estimate.weight_format(way, way.dtype, spec)).values())
 
 
 def held_bytes(model: torch.nn.Module) -> int:

@@ -19,7 +19,7 @@ from harness.core.precisions import PRECISIONS
 from harness.measure import sampler
 from harness.measure.protocol import Generate, Load, Score
 from harness.measure.quality import PROBE
-from harness.planning.code import loading_code
+from harness.planning.code import Destination, loading_code
 from harness.planning.feasibility import gate
 from harness.worker import model as work
 from harness.worker import prefault, quality_probe
@@ -71,7 +71,7 @@ def load(
     directory: Path, precision: str, placement: str = "cpu", *, tokenizer: bool = False, **limits: int
 ) -> tuple[Model, dict[str, float], Phases]:
     row = PRECISIONS[precision]
-    code = loading_code(row, PLACEMENTS[placement], row.dtype, limits or None)
+    code = loading_code(row, PLACEMENTS[placement], row.dtype, Destination(max_memory=limits or None))
     phases = Phases()
     loaded, seconds = work.load(Load(model=str(directory), code=code, imports=row.needs, tokenizer=tokenizer), phases)
     return loaded, seconds, phases

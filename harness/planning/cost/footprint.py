@@ -6,94 +6,100 @@ from collections import defaultdict
 from collections.abc import Mapping
 from copy import copy
 from functools import cached_property
+from typing import NamedTuple
 
-from harness.core.quantizers import SCHEMES
 from harness.core.records import Record, Workload
 from harness.planning.calibration import Bytes, Calibration
 from harness.planning.cost import memory, tensor_parallel
 from harness.planning.cost.inventory import Inventory, TensorTotals
+from harness.planning.cost.overhead import Overhead
 
 # The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
 PAGE_BYTES = 1 << 20
 
 
 class TierTerms(Record, frozen=True, kw_only=True):
-    """The terms of one tier.
-
-    Of the weights in the RAM `copied` are anonymous; `mapped` are pages of the file that stay resident, `read` those that every
-    token reads, and `brought` those of what lies on the disk, a module at a time. `overhead` and `heap` are anonymous, `libraries`
-    pages of files. `loading` is needed only while loading, as is the part of the file that is read then, `loading_mapped`, of which
-    `rewritten` is read last, to be written to the disk. Of the weights on the disk `written` are written there anew.
-    """
+    """The terms of one tier, in bytes."""
 
     weights: int = 0
-    written: int = 0
-    copied: int = 0
-    mapped: Bytes = Bytes()
-    read: int = 0
-    brought: int = 0
+    written: int = 0  #: of weights on the disk, what loading writes there
+    copied: int = 0  #: of weights in RAM, what is anonymous
+    mapped: Bytes = Bytes()  #: of weights in RAM, pages of the file that stay resident
+    read: int = 0  #: of these, what every token reads
+    brought: int = 0  #: pages of weights on the disk, one module at a time
     kv: int = 0
     activation: Bytes = Bytes()
-    overhead: Bytes = Bytes()
-    heap: Bytes = Bytes()
-    libraries: Bytes = Bytes()
-    loading: Bytes = Bytes()
-    loading_mapped: int = 0
-    rewritten: int = 0
+    overhead: Bytes = Bytes()  #: the process, anonymous; on a GPU its context
+    heap: Bytes = Bytes()  #: what the heap keeps of freed copies, anonymous
+    libraries: Bytes = Bytes()  #: mapped pages of libraries
+    loading: Bytes = Bytes()  #: needed only while loading
+    loading_mapped: int = 0  #: pages of the file that are read only while loading
+    rewritten: int = 0  #: of these, what is read last, to be written to the disk
+
+
+class Loading(NamedTuple):
+    """How a case is loaded, beside where its weights go."""
+
+    through_ram: bool = False  #: everything is loaded into RAM first
+    rewrites: bool = False  #: what goes to the disk is written there even if a file has it already
+    off_gpu: Inventory | None = None  #: what lies off the GPUs, if its weight format is another
+    processes: int = 1  #: how many share every layer (tensor parallelism), each on a GPU of its own or all in RAM
+
+
+PLAIN = Loading()
 
 
 class Footprint:
-    """One case, counted: a model held in one way, laid out over tiers, and asked for one workload.
+    """One case, counted: a model in one weight format, laid out over tiers, and asked for one workload.
 
-    `tiers` is the tier of each piece, or the one tier of all. `through_ram` says that everything is loaded there first, `rewrites`
-    that what goes to the disk is written there anew even if a file holds it already. `off_gpu` is the inventory of what lies off
-    the GPUs, where that is held in another way. `shared`: so many processes share every layer, on a GPU each or in the RAM.
+    `tiers` is the tier of each piece, or the one tier of all.
     """
 
     def __init__(
         self,
         inventory: Inventory,
         tiers: Mapping[str, str] | str,
-        load: Workload,
+        workload: Workload,
         calibration: Calibration,
-        through_ram: bool = False,
-        rewrites: bool = False,
-        off_gpu: Inventory | None = None,
-        shared: int = 1,
+        loading: Loading = PLAIN,
     ) -> None:
-        self.inventory, self.tiers, self.work, self.calibration = inventory, tiers, load, calibration
-        self.through_ram, self.rewrites = through_ram, rewrites
-        self.held, self.skeleton, self.spec = inventory.held, inventory.skeleton, inventory.spec
-        self.sums = inventory.by_tier(tiers)
-        self._off_gpu = off_gpu or inventory
-        if off_gpu is not None:
-            self.sums |= {tier: sums for tier, sums in off_gpu.by_tier(tiers).items() if not tier.startswith("gpu")}
-        self.shared = shared
-        if shared > 1:
-            in_ram = tiers == "cpu"
-            self.sums = {"cpu": inventory.cut_in_ram(shared)} if in_ram else dict.fromkeys(_gpus(shared), inventory.cut(shared))
+        self.inventory, self.tiers, self.workload, self.calibration, self.loading = inventory, tiers, workload, calibration, loading
+        self.fmt, self.skeleton, self.spec = inventory.fmt, inventory.skeleton, inventory.spec
+        self.processes = loading.processes
+        self.sums = self._sums_by_tier()
         self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
         # GPUs that share a layer read at the same time, so one of them stands for all.
-        self.read = {tier: sums.read for tier, sums in [*self.sums.items()][: 1 if shared > 1 else None] if sums.read}
+        self.read = {tier: sums.read for tier, sums in [*self.sums.items()][: 1 if self.processes > 1 else None] if sums.read}
         self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
         # The device that computes what lies on no GPU.
         self.main = self.gpus[0] if self.gpus else "cpu"
+        self.overhead = Overhead(inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
         self._copied_at_once: dict[tuple[str, ...], int] = {}
 
-    def longer(self, load: Workload) -> Footprint:
+    def _sums_by_tier(self) -> dict[str, TensorTotals]:
+        inventory, tiers, count = self.inventory, self.tiers, self.processes
+        if count > 1:
+            return {"cpu": inventory.cut_in_ram(count)} if tiers == "cpu" else dict.fromkeys(_gpus(count), inventory.cut(count))
+        sums = inventory.by_tier(tiers)
+        if self.loading.off_gpu is not None:
+            others = self.loading.off_gpu.by_tier(tiers)
+            sums |= {tier: totals for tier, totals in others.items() if not tier.startswith("gpu")}
+        return sums
+
+    def with_workload(self, workload: Workload) -> Footprint:
         """Return the same case with another workload; what does not depend on it is not counted again."""
         other = copy(self)
-        other.work = load
+        other.workload = workload
         other.__dict__.pop("kv", None)
         return other
 
     @cached_property
     def kv(self) -> dict[str, int]:
         """KV cache at the end of the workload, by the device that its layer runs on."""
-        layers = memory.kv_bytes(self.skeleton, self.work.cached_tokens, self.work.batch, self.held.element_bytes)
-        if self.shared > 1:
-            each = sum(layers) // (self.shared if tensor_parallel.cuts_cache(self.skeleton) else 1)
-            return dict.fromkeys(self.gpus, each) if self.gpus else {"cpu": each * self.shared}
+        layers = memory.kv_bytes(self.skeleton, self.workload.cached_tokens, self.workload.batch, self.fmt.element_bytes)
+        if self.processes > 1:
+            each = sum(layers) // (self.processes if tensor_parallel.cuts_cache(self.skeleton) else 1)
+            return dict.fromkeys(self.gpus, each) if self.gpus else {"cpu": each * self.processes}
         if isinstance(self.tiers, str):
             return {self.main: sum(layers)}
         total: dict[str, int] = defaultdict(int)
@@ -109,7 +115,7 @@ class Footprint:
         homes = [blocks[index * len(blocks) // count] if blocks else self.main for index in range(count)]
         return [tier if tier.startswith("gpu") else self.main for tier in homes]
 
-    def parts(self) -> dict[str, TierTerms]:
+    def terms(self) -> dict[str, TierTerms]:
         """Return the terms of every tier that takes part; the RAM always does."""
         found = {name: self._on_gpu(name) for name in self.gpus}
         found["cpu"] = self._in_ram()
@@ -130,33 +136,27 @@ class Footprint:
 
     @property
     def _writes_all(self) -> bool:
-        return self.rewrites or self.spec.file_format != "safetensors"
+        return self.loading.rewrites or self.spec.file_format != "safetensors"
 
     def _on_gpu(self, name: str) -> TierTerms:
         constant, kv = self.calibration, self.kv.get(name, 0)
-        runs = self.inventory.gpu_prefill.bytes(self.work)
+        runs = self.inventory.gpu_prefill.bytes(self.workload)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
         return TierTerms(
             weights=self.weights[name],
             kv=kv,
             activation=constant["gpu_activation_share"].amount(runs) + _exact(brought),
-            overhead=self._on_card + constant["gpu_fragmentation_share"].amount(kv + runs),
+            overhead=self.overhead.context + constant["gpu_fragmentation_share"].amount(kv + runs),
             loading=self._in_flight(name) + _exact(self.sums[name].twice),
         )
-
-    @cached_property
-    def _on_card(self) -> Bytes:
-        return self.calibration["gpu_context_bytes"].amount() + self.calibration["gpu_workspace_bytes"].amount()
 
     def _brought(self, homes: tuple[str, ...]) -> int:
         """Return what accelerate copies at once of what lies in these tiers: one module's tensors."""
         if homes not in self._copied_at_once:
             if not self.weights.keys() & set(homes):
                 return 0
-            tiers = self.tiers
-            sizes = (
-                size for path, size in self._off_gpu.at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes
-            )
+            tiers, at_once = self.tiers, (self.loading.off_gpu or self.inventory).at_once
+            sizes = (size for path, size in at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes)
             self._copied_at_once[homes] = max(sizes, default=0)
         return self._copied_at_once[homes]
 
@@ -174,8 +174,9 @@ class Footprint:
         elsewhere = sum(self.sums[gpu].stored for gpu in self.gpus) + (rewritten or away.made_from)
         # A head that is stored again lies at the end of the files, among what went elsewhere if anything did.
         file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
-        runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.work) * self.shared
+        runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.workload) * self.processes
         brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
+        passing = self.inventory.total.made - here.made if self.loading.through_ram else 0
         if self._reads_files:
             return self._read_whole(here, elsewhere, runs, brought)
         return TierTerms(
@@ -187,10 +188,10 @@ class Footprint:
             brought=0 if self._copies_brought else brought,
             kv=self.kv.get("cpu", 0),
             activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(brought if self._copies_brought else 0),
-            overhead=self._process,
-            heap=self._heap(here) + self._heap_of_brought,
-            libraries=self._libraries,
-            loading=_exact((self.inventory.total.made - here.made if self.through_ram else 0) + dropped) + self._unpacking,
+            overhead=self.overhead.anonymous,
+            heap=self.overhead.heap(here) + self._heap_of_brought,
+            libraries=self.overhead.libraries,
+            loading=_exact(passing + dropped) + self.overhead.unpacking,
             loading_mapped=int(here.made_from + elsewhere + 2 * again),  # both of what is compared
             rewritten=int(rewritten),
         )
@@ -218,7 +219,7 @@ class Footprint:
         """
         away = self.sums.get("disk") or TensorTotals()
         casts = not self._writes_all and not self.gpus and away.made - away.joined > away.held / 2
-        return bool(away.held) and (self.rewrites or casts)
+        return bool(away.held) and (self.loading.rewrites or casts)
 
     @property
     def _heap_of_brought(self) -> Bytes:
@@ -228,7 +229,7 @@ class Footprint:
     @property
     def _reads_files(self) -> bool:
         """Whether files are read into the RAM one by one instead of mapped: accelerate's own dispatch does so with .bin."""
-        return self.rewrites and self.spec.file_format == "bin"
+        return self.loading.rewrites and self.spec.file_format == "bin"
 
     def _read_whole(self, here: TensorTotals, elsewhere: float, runs: float, brought: int) -> TierTerms:
         """Return the terms of the RAM where a file is there whole, until what others hold of it and what was cast has gone."""
@@ -239,66 +240,15 @@ class Footprint:
             copied=int(here.held),
             kv=self.kv.get("cpu", 0),
             activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(brought),
-            overhead=self._process,
+            overhead=self.overhead.anonymous,
             heap=self._heap_of_brought,
-            libraries=self._libraries,
+            libraries=self.overhead.libraries,
             loading=_exact(min(gone, largest[1]) if largest else gone),
         )
 
-    @cached_property
-    def _process(self) -> Bytes:
-        constant, times = self.calibration, self.shared
-        total = constant["ram_import_anon_bytes"].amount(times)
-        if self.held.quantizer:
-            total += constant[f"ram_{SCHEMES[self.held.quantizer].library}_bytes"].amount(times)
-        if self.shared > 1:
-            total += constant["ram_ranks_bytes"].amount(times)
-        if self.spec.tokenizer:
-            total += constant["ram_tokenizer_bytes_per_token"].amount(times * self.skeleton.vocab_size)
-        return total + constant["ram_cuda_bytes"].amount(times) if self.gpus else total
-
-    @cached_property
-    def _libraries(self) -> Bytes:
-        total = self.calibration["ram_import_file_bytes"].amount()
-        return total + self.calibration["ram_cuda_file_bytes"].amount() if self.gpus else total
-
-    @cached_property
-    def _unpacking(self) -> Bytes:
-        """Return what unpacking a GGUF takes beside its weights: its vocabulary in Python, and copies of a tensor in float32.
-
-        Tensors are unpacked in the order of the file, so a large one in front takes less than one at the end.
-        """
-        gguf = self.spec.gguf
-        if gguf is None or self.held.packed_bits is not None:
-            return Bytes()
-        copies, width, total = self.calibration["gguf_unpack_copies"].amount(4.0), self.held.element_bytes, sum(gguf.elements)
-        most = Bytes()
-        done = 0
-        for elements in gguf.elements:
-            left = width * (total - done)
-            ends = {end: max(getattr(most, end), getattr(copies, end) * elements - left) for end in ("low", "best", "high")}
-            most, done = Bytes(**ends), done + elements
-        return most + self.calibration["gguf_bytes_per_string"].amount(gguf.strings)
-
-    def _heap(self, here: TensorTotals) -> Bytes:
-        """Return what the heap keeps of the copies that quantizing on the processor makes and frees again.
-
-        What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
-        them, but for those large enough to be mapped one by one, of which little stays. In int4 it does in half of all processes:
-        which one it will be hangs on where small objects lie, and differs with each start of the same program, so the interval
-        spans both.
-        """
-        total = self.calibration["heap_share_stack"].amount(here.stacked)
-        if self.held.quantizer is None or not here.quantized or self.gpus:
-            return total
-        like = SCHEMES[self.held.quantizer].like
-        total += self.calibration[f"heap_share_{like}"].amount(here.kept_copies)
-        large = self.calibration.constants.get(f"heap_share_large_{like}")
-        return total + large.amount(here.quantized - here.kept_copies) if large else total
-
     def _rows_touched(self) -> int:
         """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
-        return (self.work.prompt_tokens + self.work.new_tokens) * PAGE_BYTES
+        return (self.workload.prompt_tokens + self.workload.new_tokens) * PAGE_BYTES
 
 
 def _gpus(count: int) -> list[str]:

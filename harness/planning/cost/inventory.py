@@ -1,4 +1,4 @@
-"""A model held in one way, counted once for each kind of piece: what every placement of it adds up by tier."""
+"""The tensors of a model in one weight format, counted once for each kind of piece; every placement sums them by tier."""
 
 from __future__ import annotations
 
@@ -23,28 +23,21 @@ HEAP_LIMIT = 32 << 20
 
 @dataclass(slots=True)
 class TensorTotals:
-    """Bytes of tensors.
+    """Bytes of tensors, summed."""
 
-    `held` in memory; `read` by one token; `made` anew while loading; `viewed`, still pages of the file, and of them `viewed_used`,
-    which some token reads in full. `stored` in the file, `made_from` of what is made anew. `quantized` in 16 bits, `kept_copies`
-    of that what the heap may keep, as of the parts of what is `stacked`. `joined` is the part of `held` that is made by stacking.
-    Tied weights that the files store again take `twice` until transformers 5 finds both equal and ties them; in the RAM `compared`
-    of the file's bytes are read for that, where both are views of it.
-    """
-
-    held: float = 0
-    read: float = 0
-    made: float = 0
-    viewed: float = 0
-    viewed_used: float = 0
-    stored: float = 0
-    made_from: float = 0
-    quantized: float = 0
-    kept_copies: float = 0
-    stacked: float = 0
-    joined: float = 0
-    twice: float = 0
-    compared: float = 0
+    held: float = 0  #: in memory
+    read: float = 0  #: by one token
+    made: float = 0  #: copies made while loading
+    viewed: float = 0  #: views of the file, whose pages stay mapped
+    viewed_used: float = 0  #: of these, what some token reads in full
+    stored: float = 0  #: in the file
+    made_from: float = 0  #: in the file, of what is copied
+    quantized: float = 0  #: in 16 bits, of what is quantized while loading
+    kept_copies: float = 0  #: of these 16-bit copies, what the heap may keep
+    stacked: float = 0  #: what the heap may keep of the parts that are stacked
+    joined: float = 0  #: of `held`, what is made by stacking
+    twice: float = 0  #: tied weights that the files store again, until transformers 5 finds both equal and ties them
+    compared: float = 0  #: read from the file for that comparison, if both are views of it
 
     def add(self, other: TensorTotals) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -63,20 +56,20 @@ class TensorTotals:
         self.compared += other.compared
 
     def times(self, factor: float) -> TensorTotals:
-        """Return this sum so many times."""
+        """Return every field multiplied by `factor`."""
         return TensorTotals(**{name: value * factor for name, value in asdict(self).items()})
 
 
 class Inventory:
-    """The tensors of a model under one `Kept`.
+    """The tensors of a model in one weight format.
 
     `sizes` and `per_token` go by the path of each tensor in the first piece of its kind; `rows` are all pieces in order, each with
     the sum of its tensors.
     """
 
-    def __init__(self, spec: ModelSpec, held: WeightFormat) -> None:
-        self.spec, self.held, self.skeleton = spec, held, spec.skeleton
-        self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, held).items()}
+    def __init__(self, spec: ModelSpec, fmt: WeightFormat) -> None:
+        self.spec, self.fmt, self.skeleton = spec, fmt, spec.skeleton
+        self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, fmt).items()}
         self.per_token = memory.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = spec.stored_dtype
         # Bytes of the file for each weight: the blocks of a GGUF hold less than a byte each.
@@ -85,8 +78,8 @@ class Inventory:
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
-        self.gpu_prefill = memory.Prefill(self.skeleton, held, "gpu")
-        self.cpu_prefill = memory.Prefill(self.skeleton, held, "cpu")
+        self.gpu_prefill = memory.Prefill(self.skeleton, fmt, "gpu")
+        self.cpu_prefill = memory.Prefill(self.skeleton, fmt, "cpu")
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
 
     @cached_property
@@ -115,12 +108,12 @@ class Inventory:
     def unpacked_anew(self) -> int:
         """How many weights the layers of `harness.models` unpack for every pass over them."""
         return (
-            sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes) if self.held.unpacking else 0
+            sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes) if self.fmt.unpacking else 0
         )
 
     @cached_property
     def largest(self) -> int:
-        """Bytes of the largest tensor as held."""
+        """Bytes of the largest tensor in memory."""
         return max(self.sizes.values(), default=0)
 
     @cached_property
@@ -148,14 +141,14 @@ class Inventory:
         return dict(found)
 
     def cut(self, count: int) -> TensorTotals:
-        """Return what each of `count` GPUs holds of the model where they share it, tensor by tensor."""
+        """Return the share of the model on each of `count` GPUs under tensor parallelism."""
         total = TensorTotals()
         for weight, times in self.skeleton.tally:
             total.add(self._sums(weight).times(times / count if tensor_parallel.is_cut(weight, self.skeleton) else times))
         return total
 
     def cut_in_ram(self, count: int) -> TensorTotals:
-        """Return what `count` processes hold in the RAM together where they share the model; what is cut along rows is copied."""
+        """Return what `count` processes keep in RAM together under tensor parallelism; parts cut along rows are copies."""
         total = TensorTotals()
         for weight, times in self.skeleton.tally:
             sums = self._sums(weight, copied=tensor_parallel.is_copied(weight, self.skeleton))
@@ -171,7 +164,7 @@ class Inventory:
 
     def _copied(self, weight: Weight) -> int:
         """Return the bytes of the 16-bit copy that quantizing makes of a tensor."""
-        return weight.elements * 2 if self.held.quantizer and weight.quantizes else 0
+        return weight.elements * 2 if self.fmt.quantizer and weight.quantizes else 0
 
     def _sums(self, weight: Weight, copied: bool = False) -> TensorTotals:
         if weight.tied_to:
@@ -179,7 +172,7 @@ class Inventory:
         size, read = self.sizes[weight.path], self.per_token.get(weight.path, 0.0)
         makes = copied or self._makes(weight)
         in_file = weight.tensor.kind != "unsaved"
-        stored = int(weight.elements * self.stored_width) if in_file and self.held.packed_bits is None else size
+        stored = int(weight.elements * self.stored_width) if in_file and self.fmt.packed_bits is None else size
         copies = self._copied(weight)
         view = not makes and weight.tensor.kind != "unsaved"
         return TensorTotals(
@@ -202,18 +195,18 @@ class Inventory:
             return TensorTotals()
         stored = int(weight.elements * self.stored_width)
         makes = self._casts(weight) or self.spec.file_format not in MAPPED
-        twice = weight.elements * self.held.element_bytes
+        twice = weight.elements * self.fmt.element_bytes
         return TensorTotals(stored=stored, made_from=stored if makes else 0, twice=twice, compared=0 if makes else stored)
 
     def _makes(self, weight: Weight) -> bool:
         """Say whether loading makes something else of a stored tensor than a view of the file: other bits, or a stack."""
-        if self.held.quantizer is not None and weight.quantizes:
+        if self.fmt.quantizer is not None and weight.quantizes:
             return True
         return self._casts(weight) or self._stacks(weight) or self.spec.file_format not in MAPPED
 
     def _casts(self, weight: Weight) -> bool:
-        other = self.held.dtype != self.stored_dtype or weight.tensor.fp32 is not None
-        return other and self.held.packed_bits is None
+        other = self.fmt.dtype != self.stored_dtype or weight.tensor.fp32 is not None
+        return other and self.fmt.packed_bits is None
 
     def _stacks(self, weight: Weight) -> bool:
         """Say whether transformers stacks a tensor from what files hold expert by expert; GPT-OSS's files have the stacks."""
@@ -226,4 +219,4 @@ class Inventory:
         """
         if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
             return 0.0
-        return size if self._casts(weight) and self.held.quantizer is None else size / 3
+        return size if self._casts(weight) and self.fmt.quantizer is None else size / 3

@@ -1,4 +1,4 @@
-"""Bytes of a model as it is held and run: weights by tensor, KV cache by layer, activations by phase. Pure arithmetic on shapes."""
+"""Bytes of a model in memory: weights by tensor, KV cache by layer, activations by phase. Pure arithmetic on shapes."""
 
 from __future__ import annotations
 
@@ -21,50 +21,40 @@ PLAIN_GELU = frozenset((*_PLAIN_GELU, *(name for name, family in FAMILIES.items(
 
 
 class WeightFormat(Record, frozen=True, kw_only=True):
-    """How the weights of a case are held: the dtype of what is not quantized, and the row of SCHEMES that quantizes on loading.
+    """The format in which a case keeps its weights in memory."""
 
-    `packed_bits` a weight, scales included, are those of a checkpoint that is quantized already, and with `packed_experts` of its
-    stacked experts too, with `packed_embeddings` of its embedding and head. `unpacking` is its row of UNPACKINGS,
-    where our own layers run it.
-    """
-
-    dtype: str
-    quantizer: str | None = None
-    packed_bits: float | None = None
-    packed_experts: bool = False
-    packed_embeddings: bool = False
-    unpacking: str | None = None
+    dtype: str  #: of what is not quantized
+    quantizer: str | None = None  #: the row of SCHEMES that quantizes while loading
+    packed_bits: float | None = None  #: bits a weight, scales included, of a checkpoint that is quantized already
+    packed_experts: bool = False  #: whether its stacked experts are quantized too
+    packed_embeddings: bool = False  #: whether its embedding and head are quantized too
+    unpacking: str | None = None  #: the row of UNPACKINGS, if layers of `harness.models` run it
 
     @property
     def element_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
 
-def weight_bytes(skeleton: Skeleton, kept: WeightFormat) -> dict[str, int]:
-    """Return the bytes of every tensor by path, as `module_bytes` counts them."""
-    return module_bytes(skeleton.root, kept)
-
-
-def module_bytes(module: Module, kept: WeightFormat) -> dict[str, int]:
+def module_bytes(module: Module, fmt: WeightFormat) -> dict[str, int]:
     """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
 
     What a scheme quantizes takes its own bytes. Biases, norms, embeddings, stacked experts and the head keep the dtype.
     """
     return {
-        weight.path: 0 if weight.tied_to else _held(weight, kept, inside.block)
+        weight.path: 0 if weight.tied_to else _tensor_bytes(weight, fmt, inside.block)
         for inside in module.walk()
         for weight in inside.weights
     }
 
 
-def _held(weight: Weight, kept: WeightFormat, owner: Block) -> int:
+def _tensor_bytes(weight: Weight, fmt: WeightFormat, owner: Block) -> int:
     tensor, elements = weight.tensor, weight.elements
-    if kept.packed_bits is not None and _is_packed(weight, kept, owner):
-        return int(elements * kept.packed_bits / 8)
-    if not narrows(weight, kept.quantizer, owner) or kept.quantizer is None:
-        return elements * _width(tensor, kept.dtype)
+    if fmt.packed_bits is not None and _is_packed(weight, fmt, owner):
+        return int(elements * fmt.packed_bits / 8)
+    if not narrows(weight, fmt.quantizer, owner) or fmt.quantizer is None:
+        return elements * _width(tensor, fmt.dtype)
     outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
-    return SCHEMES[kept.quantizer].size(outputs, inputs, kept.element_bytes)
+    return SCHEMES[fmt.quantizer].size(outputs, inputs, fmt.element_bytes)
 
 
 def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
@@ -76,11 +66,11 @@ def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
     return weight.quantizes and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)
 
 
-def _is_packed(weight: Weight, kept: WeightFormat, owner: Block) -> bool:
-    if weight.quantizes or (kept.packed_experts and is_stacked(weight)):
+def _is_packed(weight: Weight, fmt: WeightFormat, owner: Block) -> bool:
+    if weight.quantizes or (fmt.packed_experts and is_stacked(weight)):
         return True
     looks_up = "Embedding" in owner.class_name or owner.linear is not None
-    return kept.packed_embeddings and looks_up and len(weight.tensor.shape) == 2
+    return fmt.packed_embeddings and looks_up and len(weight.tensor.shape) == 2
 
 
 def _width(tensor: ParameterSpec, dtype: str) -> int:
@@ -92,13 +82,13 @@ def _width(tensor: ParameterSpec, dtype: str) -> int:
 
 def kv_bytes(skeleton: Skeleton, tokens: int, batch: int, element_bytes: int) -> list[int]:
     """Return the bytes of the KV cache of each layer after `tokens` tokens: sliding windows keep no more than their window."""
-    by_kind = [_cached(kind, tokens) * batch * element_bytes for kind in skeleton.attention]
+    by_kind = [_elements(kind, tokens) * batch * element_bytes for kind in skeleton.attention]
     return [by_kind[kind] for kind in skeleton.layers]
 
 
-def _cached(kind: Attention, tokens: int) -> int:
-    kept = min(tokens, kind.window) if kind.window else tokens
-    return kind.per_token * kept + kind.state
+def _elements(kind: Attention, tokens: int) -> int:
+    cached = min(tokens, kind.window) if kind.window else tokens
+    return kind.per_token * cached + kind.state
 
 
 class Prefill:
@@ -108,27 +98,27 @@ class Prefill:
     intermediate; without a gate 2 x, or more where GELU is written out). Eager attention holds all its scores, which may be more.
     """
 
-    def __init__(self, skeleton: Skeleton, kept: WeightFormat, device: str) -> None:
+    def __init__(self, skeleton: Skeleton, fmt: WeightFormat, device: str) -> None:
         self.hidden, self.vocabulary, self.heads = skeleton.hidden_size, skeleton.vocab_size, skeleton.heads
         self.inner, self.eager = mlp_widths(skeleton), skeleton.model_type in EAGER
-        self.element = kept.element_bytes
+        self.element = fmt.element_bytes
         linears = [weight.tensor.shape for weight, _ in skeleton.tally if weight.quantizes and len(weight.tensor.shape) == 2]
-        packed = kept.quantizer is not None or kept.packed_bits is not None
-        in_int8 = kept.quantizer == "int8" and device == "gpu"
+        packed = fmt.quantizer is not None or fmt.packed_bits is not None
+        in_int8 = fmt.quantizer == "int8" and device == "gpu"
         # int8 on a GPU: the input in int8 and the product in int32. Else one Linear is unpacked to the dtype, or by blocks of it.
         self.per_token = max((4 * rows + columns for rows, columns in linears), default=0) if in_int8 else 0
         self.largest, self.device = max((rows * columns for rows, columns in linears), default=0), device
         self.whole = packed and not in_int8
-        self.unpacking = UNPACKINGS[kept.unpacking] if kept.unpacking else None
+        self.unpacking = UNPACKINGS[fmt.unpacking] if fmt.unpacking else None
 
-    def bytes(self, load: Workload) -> int:
+    def bytes(self, workload: Workload) -> int:
         """Return the most that a pass holds at once."""
-        tokens = load.batch * load.prompt_tokens
+        tokens = workload.batch * workload.prompt_tokens
         inputs = tokens * 4 * self.hidden * self.element
         layer = inputs + tokens * self.inner * self.element
         if self.eager:
-            layer = max(layer, inputs + self._scores(load))
-        return max(layer + self.unpacked(tokens) + tokens * self.per_token, self.logits(load))
+            layer = max(layer, inputs + self._scores(workload))
+        return max(layer + self.unpacked(tokens) + tokens * self.per_token, self.logits(workload))
 
     def unpacked(self, tokens: int) -> int:
         """Return what a Linear is unpacked to that is held packed."""
@@ -136,13 +126,13 @@ class Prefill:
             return self.unpacking.temporary_bytes(self.largest, self.device, tokens)
         return self.largest * self.element if self.whole else 0
 
-    def _scores(self, load: Workload) -> int:
+    def _scores(self, workload: Workload) -> int:
         """Count attention written out: scores in the dtype, their softmax in float32 and its copy in the dtype."""
-        return load.batch * self.heads * load.prompt_tokens**2 * (4 + 2 * self.element)
+        return workload.batch * self.heads * workload.prompt_tokens**2 * (4 + 2 * self.element)
 
-    def logits(self, load: Workload) -> int:
+    def logits(self, workload: Workload) -> int:
         """Count the logits of the last token of each sequence (transformers 4.45 and later), and generate's two float32 copies."""
-        return load.batch * self.vocabulary * (self.element + 2 * 4)
+        return workload.batch * self.vocabulary * (self.element + 2 * 4)
 
 
 def mlp_widths(skeleton: Skeleton) -> int:

@@ -8,6 +8,7 @@ the oddity is kept; the comments name it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from harness.architecture.skeleton import Module, Skeleton, Weight
 from harness.core.dtypes import DTYPE_BYTES
@@ -26,36 +27,44 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 MARGIN = 0.9
 
 
+class Widths(NamedTuple):
+    """What tells the bytes of each tensor as transformers counts them for a device map."""
+
+    dtype: str = "bfloat16"
+    quantizer: str | None = None  #: a row of SCHEMES
+    weights: Mapping[str, Bytes] | None = None  #: bytes by path, if modules are replaced before transformers infers: packed GGUF
+
+
+BFLOAT16 = Widths()
+
+
 def infer(
     skeleton: Skeleton,
+    widths: Widths = BFLOAT16,
     *,
     strategy: str = "auto",
-    dtype: str = "bfloat16",
-    quantizer: str | None = None,
     max_memory: Mapping[Device, int | str] | None = None,
     free: Mapping[Device, int] | None = None,
-    weights: Mapping[str, Bytes] | None = None,
 ) -> dict[str, Device]:
     """Return the device map that transformers infers.
 
-    `quantizer` is None or a row of SCHEMES. `max_memory` is what the user passes: sizes by device number, "mps", "cpu"
-    or "disk"; without "cpu" it spills to the disk. If it is None, `free` says what the machine has, and transformers' margins
-    apply. `weights` are the bytes of tensors by path, for modules that transformers replaces before it infers: packed GGUF.
+    `max_memory` is what the user passes: sizes by device number, "mps", "cpu" or "disk"; without "cpu" it spills to the disk. If
+    it is None, `free` says what the machine has, and transformers' margins apply.
 
     Raises:
         UsageError: an unknown strategy, device or size; "balanced_low_0" without GPU 0.
     """
     if strategy not in STRATEGIES:
         raise UsageError(f"no device map strategy {strategy!r}: {did_you_mean(strategy, STRATEGIES)}")
-    sizes = measure(skeleton, dtype, quantizer, weights)
+    sizes = measure(skeleton, widths)
     budgets = _budgets(skeleton, sizes, strategy, max_memory, free or {})
-    if quantizer is not None:
+    if widths.quantizer is not None:
         budgets = {device: size * MARGIN for device, size in budgets.items()}
     return merge(_Pour(skeleton, sizes, budgets).run())
 
 
-def found_free(tier: Tier) -> int | None:
-    """Return the bytes that accelerate finds free in a tier, None if nobody knows: it begins on every GPU before it looks.
+def free_bytes(tier: Tier) -> int | None:
+    """Return the bytes that accelerate finds free in a tier, None if unknown: it begins on every GPU before it looks.
 
     So a GPU lacks the CUDA context (accelerate, utils/modeling.py, get_max_memory).
     """
@@ -64,13 +73,12 @@ def found_free(tier: Tier) -> int | None:
     return max(0, tier.capacity_bytes - int(calibration.default()["gpu_context_bytes"].best))
 
 
-def measure(
-    skeleton: Skeleton, dtype: str, quantizer: str | None = None, weights: Mapping[str, Bytes] | None = None
-) -> dict[str, Bytes]:
+def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> dict[str, Bytes]:
     """Count bytes as transformers does for a device map: path of every piece and module around it -> bytes.
 
-    The tensors inside a piece are there for the first of each kind, as they are in `weights`, bytes that are known already.
+    The tensors inside a piece are there for the first of each kind, as they are in `widths.weights`.
     """
+    dtype, quantizer, weights = widths
     plain, quantized = DTYPE_BYTES[dtype], SCHEMES[quantizer].counted if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
     for weight, _ in skeleton.tally:
@@ -205,7 +213,7 @@ class _Pour:
         alone = self.used[device] + self.sizes[item.path]
         together = alone + sum(self.sizes[partner.path] for partner in partners)
         if together <= limit:
-            self._put([item, *partners], device, together)
+            self._place([item, *partners], device, together)
         elif alone <= limit and self._split_one(partners):
             self.queue.insert(0, item)
         elif _splits(item):
@@ -214,7 +222,7 @@ class _Pour:
             self.at += 1
             self.queue.insert(0, item)
 
-    def _put(self, items: list[Item], device: Device, used: Bytes) -> None:
+    def _place(self, items: list[Item], device: Device, used: Bytes) -> None:
         self.used[device] = used
         self.placed |= {item.path: device for item in items}
         if len(items) > 1:

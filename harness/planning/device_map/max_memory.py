@@ -1,4 +1,4 @@
-"""The max_memory to load with: by the placement's own rule, or so that transformers heeds limits that it does not see."""
+"""The max_memory to load with: by the placement's own rule, or so that transformers obeys limits that it does not see."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.placements import Placement
 from harness.core.records import Machine
-from harness.planning.device_map.infer import MARGIN, STRATEGIES, found_free
+from harness.planning.device_map.infer import MARGIN, STRATEGIES, free_bytes
 
 if TYPE_CHECKING:
     from harness.checkpoint.reader import Checkpoint
@@ -28,7 +28,7 @@ class Named(NamedTuple):
 
 
 class Stock(NamedTuple):
-    """The tensors of a model of which there is no checkpoint."""
+    """The tensors of a model without a checkpoint."""
 
     tensors: Sequence[Named]
 
@@ -74,9 +74,9 @@ def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
 
 
 def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes]) -> dict[str, int] | None:
-    """Return the `max_memory` to load with: by the placement's own rule, or so that transformers heeds limits that it does not see.
+    """Return the `max_memory` to load with: by the placement's own rule, or so that transformers obeys limits that it does not see.
 
-    None where the libraries may look for themselves. Under a limit they are given what they would take of a machine of that size.
+    None if the libraries may look for themselves. Under a limit they are given what they would take of a machine of that size.
     """
     if placement.limits is not None:
         return LIMITS[placement.limits](sizes(), machine)
@@ -84,7 +84,7 @@ def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes
     if placement.device_map not in STRATEGIES or all(tier.limit_bytes is None for tier in tiers):
         return None
     takes_all = {"cpu": placement.takes_all_ram, "gpu": len(machine.gpus) > 1}
-    return {tier.name: int((found_free(tier) or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
+    return {tier.name: int((free_bytes(tier) or 0) * (1.0 if takes_all[tier.kind] else MARGIN)) for tier in tiers}
 
 
 LIMITS: Mapping[str, Callable[[Sizes, Machine], dict[str, int]]] = {

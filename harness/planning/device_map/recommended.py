@@ -14,7 +14,7 @@ from itertools import product
 from harness.architecture.skeleton import Skeleton
 from harness.core.records import Record
 from harness.core.units import format_size
-from harness.planning.device_map.infer import Bytes, Device, device_of, infer, measure, merge
+from harness.planning.device_map.infer import BFLOAT16, Bytes, Device, Widths, device_of, infer, measure, merge
 
 _SPILL = ("cpu", "disk")
 
@@ -51,30 +51,29 @@ _Auto = Callable[[Mapping[Device, int]], _Placed]
 def recommend_map(
     skeleton: Skeleton,
     budgets: Mapping[Device, int],
+    widths: Widths = BFLOAT16,
     *,
-    dtype: str = "bfloat16",
-    quantizer: str | None = None,
-    weights: Mapping[str, Bytes] | None = None,
     kv_bytes: Sequence[int] = (),
     reserve: Mapping[Device, int] | None = None,
     explain: bool = True,
 ) -> RecommendedMap:
     """Fill the devices so that what inference needs is left, and say how the map differs from "auto".
 
-    `budgets` are bytes that may be used in all, GPUs in order of preference; what fits nowhere goes to the disk. `weights` are the
-    bytes of each tensor by path, in the first piece of each kind (default: as `devicemap.measure` counts them). `kv_bytes` is the
-    KV cache of each layer, which lies where the layer runs; what spills runs on the first GPU. `reserve` is what else must stay
-    free: activations, context. Without `explain` the words, which take longer than the map, are left out.
+    `budgets` are bytes that may be used in all, GPUs in order of preference; what fits nowhere goes to the disk.
+    `widths.weights` are the bytes of each tensor by path, in the first piece of each kind (default: as `infer.measure` counts
+    them). `kv_bytes` is the KV cache of each layer, which lies where the layer runs; what spills runs on the first GPU. `reserve`
+    is what else must stay free: activations, context. Without `explain` the words, which take longer than the map, are left out.
     """
     kept_free = reserve or {}
     room = {device: size - kept_free.get(device, 0) for device, size in budgets.items() if device != "disk"}
-    parts = _parts(skeleton, weights or measure(skeleton, dtype, quantizer), kv_bytes)
-    placed = _place(parts, room)
+    plain = widths._replace(weights=None)  # "auto" counts no bytes but its own
+    parts = _parts(skeleton, widths.weights or measure(skeleton, plain), kv_bytes)
+    placed = _place_parts(parts, room)
     device_map = merge({path: device for part, device in placed.items() for path in part.paths})
     cached = _kv_by_device(placed)
 
     def auto(limits: Mapping[Device, int]) -> _Placed:
-        return _placed_by(infer(skeleton, dtype=dtype, quantizer=quantizer, max_memory=limits), parts)
+        return _placed_by(infer(skeleton, plain, max_memory=limits), parts)
 
     return RecommendedMap(
         device_map=device_map,
@@ -108,7 +107,7 @@ def _join(first: _Part, other: _Part) -> _Part:
     return _Part(first.paths + other.paths, *sizes, first.block and other.block)
 
 
-def _place(parts: list[_Part], room: Mapping[Device, int]) -> _Placed:
+def _place_parts(parts: list[_Part], room: Mapping[Device, int]) -> _Placed:
     """Keep as many bytes as can be on the GPUs (without any: in RAM), leaving out the first ones where that helps."""
     gpus = [device for device in room if device != "cpu"]
     sets = [gpus[first:] for first in range(len(gpus))] + [[]]
@@ -229,15 +228,15 @@ def _against_auto(ours: _Placed, here: list[_Part], auto: _Auto, room: Mapping[D
     if not here and not there:
         return "All of it is on the GPU."
     total = sum(part.block for part in ours)
-    said = f"Off the GPU: {_name(here, total)}; auto, told to leave the same room for inference, has"
+    said = f"Off the GPU: {_format_parts(here, total)}; auto, told to leave the same room for inference, has"
     more = sum(part.weights for part in here) - sum(part.weights for part in there)
     if more == 0:
         return f"{said} as much there."
     short = _shortage(told, room) if more > 0 else ""
-    return f"{said} {_name(there, total)} there{short and ', and would leave it ' + short}."
+    return f"{said} {_format_parts(there, total)} there{short and ', and would leave it ' + short}."
 
 
-def _name(parts: list[_Part], total: int) -> str:
+def _format_parts(parts: list[_Part], total: int) -> str:
     """Say how many of the blocks are among these parts, which other part is as large as a block, and the bytes."""
     if not parts:
         return "nothing"

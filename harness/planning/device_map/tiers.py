@@ -7,39 +7,32 @@ from collections.abc import Mapping
 from harness.architecture.skeleton import Skeleton
 from harness.core.placements import Placement
 from harness.core.records import Machine
-from harness.planning.device_map.infer import MARGIN, Device, device_of, found_free, infer
+from harness.planning.device_map.infer import MARGIN, Device, Widths, device_of, free_bytes, infer
 
-# What nobody told us the size of is taken as endless for the map; the verdict says that it is unknown.
+# A tier of unknown size counts as endless for the map; the verdict says that it is unknown.
 ENDLESS = 1 << 50
 
 
 def device_map(
     skeleton: Skeleton,
     placement: Placement,
-    dtype: str,
-    quantizer: str | None,
+    widths: Widths,
     machine: Machine,
     max_memory: Mapping[str, int] | None,
-    weights: Mapping[str, int] | None = None,
 ) -> dict[str, Device]:
-    """Return the map that this placement's call ends up with: module -> number of a GPU, "cpu" or "disk".
-
-    `weights` are the bytes of each tensor where dtype and quantizer do not tell them.
-    """
+    """Return the map that this placement's call ends up with: module -> number of a GPU, "cpu" or "disk"."""
     if placement.moves_after_loading:
         return {"": 0}
     if not isinstance(placement.device_map, str):
         return dict(placement.device_map or {"": "cpu"})
     if max_memory is not None:
         given: dict[Device, int | str] = {device(tier): size for tier, size in max_memory.items()}
-        return infer(skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, max_memory=given, weights=weights)
-    return infer(
-        skeleton, strategy=placement.device_map, dtype=dtype, quantizer=quantizer, free=_free(placement, machine), weights=weights
-    )
+        return infer(skeleton, widths, strategy=placement.device_map, max_memory=given)
+    return infer(skeleton, widths, strategy=placement.device_map, free=_free(placement, machine))
 
 
 def _free(placement: Placement, machine: Machine) -> dict[Device, int]:
-    found = {device(tier.name): found_free(tier) for tier in machine.tiers if tier.kind in ("gpu", "cpu")}
+    found = {device(tier.name): free_bytes(tier) for tier in machine.tiers if tier.kind in ("gpu", "cpu")}
     free = {place: ENDLESS if size is None else size for place, size in found.items()}
     if placement.takes_all_ram and "cpu" in free:
         free["cpu"] = int(free["cpu"] / MARGIN)  # accelerate's own dispatch takes all of the RAM

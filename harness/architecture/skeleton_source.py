@@ -1,0 +1,194 @@
+"""Where a model's skeleton comes from: shipped with the package, kept in a cache, or built once by a worker.
+
+The reference is transformers on the meta device (`harness.worker.build_skeleton`). Skeletons of the catalog are shipped in
+`data/skeletons.jsonl`, one line each under the fingerprint of its config; those of other models are built once and kept in a cache
+directory. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from harness.architecture.skeleton import Skeleton
+from harness.catalog.shipped import catalog, hub_id
+from harness.core.errors import UsageError
+from harness.data import DATA
+
+BUILD_S = 120.0
+UNKNOWN_TYPE = 3  # the exit status of the worker
+# What skeletons in the cache are called; another number when they hold more than those of an earlier version did.
+_KEPT = "skeleton2"
+
+# fmt: off
+# What never changes a name, a shape or the KV cache: most configs of one architecture differ in these alone.
+_SHAPELESS = frozenset((
+    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "dtype", "embd_pdrop",
+    "eos_token_id", "gmask_token_id", "groupsize", "hidden_act", "hidden_activation", "hidden_dropout", "initializer_range",
+    "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "mask_token_id", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "quantization_bit", "quantization_config", "resid_pdrop", "rms_norm_eps", "rope_local_base_freq",
+    "rope_theta", "rotary_emb_base", "router_aux_loss_coef", "tokenizer_class", "torch_dtype", "transformers_version",
+    "unk_token_id", "use_cache", "wbits",
+))
+# Where positions are computed, the context length has no tensor.
+_ROTARY = frozenset((
+    "deepseek_v2", "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "gpt_oss", "internlm2", "internlm3", "llama",
+    "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe",
+))
+# fmt: on
+# What transformers reads of a GGUF's metadata beside the keys of its architecture. A name decides between Llama and Mistral.
+_SHAPING = frozenset(("general.architecture", "general.name", "general.alignment", "tokenizer.ggml.tokens"))
+
+
+class UnknownType(UsageError):
+    """The transformers that is installed has no architecture of this model type."""
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Hash what a config says about names, shapes and the KV cache; 16 hex digits."""
+    ignored = set(_SHAPELESS)
+    if str(config.get("model_type")) in _ROTARY:
+        ignored.add("max_position_embeddings")
+    if config.get("use_sliding_window") is False:
+        ignored |= {"sliding_window", "max_window_layers"}
+    if "partial_rotary_factor" not in (config.get("rope_parameters") or {}):
+        ignored.add("rope_parameters")
+    if _has_default_heads(config):
+        ignored.add("head_dim")
+    if is_integer_chatglm2(config):
+        ignored.remove("quantization_bit")
+    kept = {key: value for key, value in config.items() if key not in ignored}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_integer_chatglm2(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config is that of ChatGLM2's or ChatGLM3's own integer files: its class is the one to say that it has none."""
+    return bool(config.get("quantization_bit")) and "padded_vocab_size" in config
+
+
+def _has_default_heads(config: Mapping[str, Any]) -> bool:
+    """Tell whether a written head_dim says no more than its absence: transformers writes it into the configs that it saves."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if config.get("model_type") not in ("llama", "mistral") or not isinstance(hidden, int) or not isinstance(heads, int):
+        return False
+    return heads > 0 and config.get("head_dim") == hidden // heads
+
+
+def named(name: str) -> Skeleton:
+    """Return the skeleton of a model of the catalog, by short name or hub id.
+
+    Raises:
+        UsageError: the catalog has no such model.
+    """
+    full = hub_id(name)
+    found = shipped(catalog()[full].config)
+    if found is None:
+        raise UsageError(f"the skeleton of {full} is not shipped: run python -m harness.worker.build_skeleton --catalog")
+    return found
+
+
+def shipped(config: Mapping[str, Any]) -> Skeleton | None:
+    """Return the skeleton that is shipped for this config, if any. Reads one line, decodes nothing else."""
+    lines = (DATA / "skeletons.jsonl").read_bytes()
+    start = lines.find(b'["%s",' % fingerprint(config).encode())
+    if start < 0:
+        return None
+    line = lines[start : lines.index(b"\n", start)]
+    return msgspec.json.decode(line, type=tuple[str, Skeleton])[1]
+
+
+def at_hand(config: Mapping[str, Any], cache: Path) -> Skeleton | None:
+    """Return the skeleton of a config where it takes no time: shipped, or built before and put into `cache`."""
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return shipped(config) or _kept(cache / f"{_name(config)}.json")
+    except PackageNotFoundError:  # without transformers
+        return None
+
+
+def build(config: Mapping[str, Any], cache: Path) -> Skeleton:
+    """Return the skeleton of any config: shipped, from `cache`, or built by a worker (seconds) and put there.
+
+    Raises:
+        UsageError: transformers knows no such architecture (UnknownType), or cannot build it from this config.
+    """
+    found = shipped(config)
+    if found is not None:
+        return found
+    return _cached(_name(config), cache, config, f"model_type {config.get('model_type')!r}")
+
+
+def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], str]], cache: Path) -> Skeleton:
+    """Return the skeleton of a GGUF file from its header: metadata, and tensors as (name, shape, dtype).
+
+    transformers makes a config of the metadata and a model of the config, in a worker; kept in `cache` as `build` does.
+
+    Raises:
+        UsageError: transformers does not load GGUF of this architecture or with these block types.
+    """
+    said = {key: value for key, value in metadata.items() if not key.startswith(("general.", "tokenizer.")) or key in _SHAPING}
+    header = {"metadata": said, "tensors": tensors}
+    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+    name = f"{_KEPT}-{_version()}-gguf-{key}"
+    return _cached(name, cache, {"gguf": header}, f"GGUF of {metadata.get('general.architecture')!r}")
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    return f"{_KEPT}-{_version()}-{fingerprint(config)}"
+
+
+def _version() -> str:
+    from importlib.metadata import version  # slow to import
+
+    return version("transformers")
+
+
+def _cached(name: str, cache: Path, asked: Mapping[str, Any], what: str) -> Skeleton:
+    """Return what is kept under `name`, else what a worker answers, which is put there."""
+    kept = cache / f"{name}.json"
+    found = _kept(kept)
+    if found is not None:
+        return found
+    text = _run_worker(asked, what)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(text)
+    partial.replace(kept)
+    return msgspec.json.decode(text, type=Skeleton)
+
+
+def _kept(path: Path) -> Skeleton | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Skeleton)
+    except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields
+        return None
+
+
+def _run_worker(asked: Mapping[str, Any], model: str) -> bytes:
+    from harness.machine.scratch import Scratch  # tempfile is slow to import
+
+    command = [sys.executable, "-m", "harness.worker.build_skeleton"]
+    what = f"no skeleton for {model}"
+    text = json.dumps(asked).encode()
+    # `-m` looks in the current directory first: not the user's, which may hold anything, but the one this package lies in.
+    home = DATA.parent.parent
+    try:
+        with Scratch() as scratch:  # importing torch makes a folder for temporary files
+            settings = {**os.environ, "TMPDIR": str(scratch)}
+            done = subprocess.run(command, input=text, capture_output=True, timeout=BUILD_S, check=False, cwd=home, env=settings)
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"{what}: transformers did not build it in {BUILD_S:.0f} s") from None
+    if done.returncode != 0:
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        kind = UnknownType if done.returncode == UNKNOWN_TYPE else UsageError
+        raise kind(f"{what}: {last.strip().removeprefix('ValueError: ')}")
+    return done.stdout

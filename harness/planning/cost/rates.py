@@ -1,0 +1,104 @@
+"""Speeds of a case on a machine, at one end of their intervals: tier to processor, disk, link, arithmetic."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from harness.core.records import Machine, Tier
+from harness.machine.gpus import Gpu, known_gpu
+from harness.planning.calibration import Calibration
+from harness.planning.cost.work import TokenWork
+
+# Slow speeds make the high end of the seconds.
+_SPEED_AT = {"low": "high", "best": "best", "high": "low"}
+
+
+@lru_cache(maxsize=64)
+def _look_up(model: str, total_bytes: int | None) -> Gpu | None:
+    return known_gpu(model, total_bytes)
+
+
+def _card(tier: Tier | None) -> Gpu | None:
+    return _look_up(tier.model, tier.total_bytes) if tier is not None and tier.model else None
+
+
+class Rates:
+    """The speeds of one case at the low, best or high end of its seconds (`pick`): slow ones make the high end."""
+
+    def __init__(self, work: TokenWork, machine: Machine, calibration: Calibration, pick: str) -> None:
+        self.work, self.machine, self.calibration, self.pick = work, machine, calibration, pick
+        self.gpu = next((tier for tier in machine.gpus if tier.name in work.read), None)
+
+    def kept(self) -> float:
+        """Return the bytes that a page cache which is too small keeps from token to token: none if a limit makes it too small."""
+        cpu = self.machine.tier("cpu")
+        limited = cpu is not None and cpu.limit_bytes is not None and cpu.capacity_bytes == cpu.limit_bytes
+        return 0.0 if limited else self.rate("page_cache_kept_share") * self.cache_room()
+
+    def cache_room(self) -> float:
+        """Return the bytes that pages of files may take beside what is made in the RAM."""
+        return max(0.0, self.room() - self.work.copied_bytes)
+
+    def path(self, tier: str) -> float:
+        """Return the bytes per second from a tier to what computes."""
+        if tier == "disk":
+            faults = self._disk() * self.rate("disk_fault_share")
+            return self.rate("page_cache_bytes_per_s") if self.stays_cached() else faults
+        if tier == "cpu":
+            return self.link() if self.gpu else self._ram()
+        found = self.machine.tier(tier)
+        share = "gpu_bandwidth_share" + ("_quantised" if self.work.like else "")
+        return self.known(found, "gpu_bytes_per_s") * self.rate(share)
+
+    def known(self, tier: Tier | None, constant: str) -> float:
+        """Return the bandwidth of a tier, the constant if it was not measured."""
+        return tier.bytes_per_s if tier is not None and tier.bytes_per_s else self.rate(constant)
+
+    def _ram(self) -> float:
+        # What is unpacked for each token takes the time that it takes to unpack, and the rest of the model is read as its dtype is.
+        kind = self.work.dtype if self.work.anew else self.work.like or self.work.dtype
+        known = self.known(self.machine.tier("cpu"), "ram_bytes_per_s")
+        return known * self.rate(f"ram_bandwidth_share_{kind}")
+
+    def _disk(self) -> float:
+        return self.known(self.machine.tier("disk"), "disk_bytes_per_s")
+
+    def from_disk(self, size: int) -> float:
+        """Return the seconds of reading files: none if they fit the page cache; at the high end they always come from the disk."""
+        return 0.0 if self._is_cached(size) else size / self._disk()
+
+    def stays_cached(self) -> bool:
+        """Say whether the pages of files that every token reads stay in RAM, beside what is made there; not at the high end."""
+        wanted = self.work.read["disk"] + self.work.mapped
+        return self.pick != "high" and wanted < self.cache_room() * (1.0 if self.pick == "low" else 0.9)
+
+    def _is_cached(self, size: float) -> bool:
+        return self.pick == "low" or (self.pick == "best" and size * 2 < self.room())
+
+    def room(self) -> int:
+        """Return the bytes of RAM that a case may use."""
+        cpu = self.machine.tier("cpu")
+        return (cpu.capacity_bytes if cpu else None) or 0
+
+    def link(self) -> float:
+        """Return the bytes per second from the RAM to the GPU."""
+        sheet = self.gpu.link_bytes_per_s if self.gpu else None
+        return (sheet or self.rate("link_bytes_per_s")) * self.rate("link_share")
+
+    def flops(self) -> float:
+        """Return the floating-point operations per second of what computes."""
+        if self.gpu is None:
+            return (self.machine.cores or 4) * self.rate("cpu_flops_per_core")
+        card = _card(self.gpu)
+        sheet = card.fp16_flops if card else None
+        if sheet is None:
+            sheet = self.known(self.gpu, "gpu_bytes_per_s") * self.rate("gpu_flops_per_byte")
+        return sheet * self.rate("gpu_flops_share")
+
+    def cost(self, name: str) -> float:
+        """Return a constant of which more takes longer."""
+        return float(getattr(self.calibration[name], self.pick))
+
+    def rate(self, name: str) -> float:
+        """Return a speed: the high end of the seconds is at its low end."""
+        return float(getattr(self.calibration[name], _SPEED_AT[self.pick]))

@@ -1,0 +1,72 @@
+"""What a case does, counted: bytes that a token reads, operations that it starts, and what loading reads, copies and quantizes."""
+
+from __future__ import annotations
+
+from harness.core.quantizers import SCHEMES, UNPACKINGS
+from harness.core.records import Record
+from harness.planning.calibration import device_of
+from harness.planning.cost.footprint import Footprint
+from harness.planning.cost.kernel_launches import Operations
+from harness.planning.cost.memory import WeightFormat
+
+# How often a token passes over the cache: transformers appends by copying it (read, write), then attention reads it.
+_CACHE_PASSES = 3
+
+
+class TokenWork(Record, frozen=True, kw_only=True):
+    """What a case does, counted."""
+
+    device: str  #: as `calibration.device_of` names it
+    precision: str
+    like: str | None  #: names the constants of what is quantized
+    dtype: str
+    read: dict[str, float]  #: bytes by tier that one token reads
+    mapped: float  #: of those in RAM, pages of files
+    operations: Operations
+    parameters: int  #: that a token is multiplied with
+    tensors: int  #: to open while loading
+    checkpoint_bytes: int  #: to read from the disk
+    unpacked: int  #: weights made from the blocks of a GGUF while loading
+    vocabulary: int  #: strings in the metadata of a GGUF, read one by one
+    copied_bytes: int  #: made in RAM while loading
+    written: int  #: bytes written into the offload folder while loading
+    quantized: int  #: weights quantized while loading
+    to_gpu_bytes: int
+    anew: int  #: weights that are unpacked for each token
+
+
+def count_work(footprint: Footprint, precision: str) -> TokenWork:
+    """Count what a case does: bytes to read, weights to multiply, tensors to open."""
+    inventory, in_ram, gguf = footprint.inventory, footprint.sums.get("cpu"), footprint.spec.gguf
+    return TokenWork(
+        device=device_of(footprint.weights),
+        precision=precision,
+        like=constants_like(footprint.fmt),
+        dtype=footprint.fmt.dtype,
+        read={
+            # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
+            tier: footprint.read.get(tier, 0.0) + _CACHE_PASSES * footprint.kv.get(tier, 0)
+            for tier in {**footprint.read, **(footprint.kv if footprint.processes == 1 else {})}
+        },
+        mapped=in_ram.viewed_used if in_ram else 0.0,
+        operations=inventory.operations,
+        parameters=inventory.parameters,
+        tensors=inventory.tensors,
+        checkpoint_bytes=footprint.spec.checkpoint_bytes,
+        unpacked=sum(gguf.elements) if gguf and not footprint.fmt.packed_bits else 0,
+        vocabulary=gguf.strings if gguf else 0,
+        copied_bytes=int(in_ram.made) if in_ram else 0,
+        written=footprint.written,
+        quantized=int(sum(sums.quantized for sums in footprint.sums.values()) / 2),
+        anew=inventory.unpacked_anew,
+        to_gpu_bytes=sum(footprint.weights[gpu] for gpu in footprint.gpus),
+    )
+
+
+def constants_like(fmt: WeightFormat) -> str | None:
+    """Name the constants of speed that were measured for a weight format; None if nothing is quantized."""
+    if fmt.unpacking:
+        return UNPACKINGS[fmt.unpacking].like
+    if fmt.packed_bits:
+        return "int8" if fmt.packed_bits > 6 else "int4"
+    return SCHEMES[fmt.quantizer].like if fmt.quantizer else None

@@ -1,0 +1,175 @@
+"""The verdict on one case: refused for its checkpoint, too big, tight or fitting, with the reason in one sentence."""
+
+from __future__ import annotations
+
+from harness.architecture.model_spec import ModelSpec
+from harness.checkpoint.formats.files import quote
+from harness.core.families import GGUF
+from harness.core.placements import Placement
+from harness.core.precisions import PRECISIONS, Precision
+from harness.core.quantizers import SCHEMES, Scheme
+from harness.core.records import Case, Estimate, Machine, Record, Tier, TierEstimate, Verdict
+from harness.core.units import format_gib, format_size
+from harness.machine import headroom
+from harness.planning.cost import tensor_parallel
+from harness.planning.cost.footprint import Footprint
+from harness.planning.cost.inventory import MAPPED
+
+
+class Judge(Record, frozen=True, kw_only=True):
+    """Judges cases of one model on one machine."""
+
+    spec: ModelSpec
+    machine: Machine
+    here: bool  #: whether it is this machine; what is installed here says nothing about others
+    trust: bool  #: whether the model's own code may run
+
+    def refusal(self, case: Case, placement: Placement) -> tuple[Verdict, str] | None:
+        """Say why this checkpoint cannot be loaded that way, anywhere or by the transformers that is here; None if it can."""
+        if self.here and self.spec.unknown is not None:
+            return Verdict.UNAVAILABLE, self.spec.unknown
+        needed = next((code for code in self.spec.remote_code if code.needed(self.spec.has_class)), None)
+        if needed is not None and not self.trust:
+            what = f"{needed.file} asks for code of the model's own, {quote(needed.name, 120)}, which nothing loads without"
+            return Verdict.INVALID, f"{what}: read it and, if you trust it, add --trust-remote-code"
+        if placement.map_is_missing:
+            return Verdict.UNAVAILABLE, "no map of yours was given: --device-map FILE"
+        gpus = len(self.machine.gpus)
+        ranks = placement.ranks(gpus)
+        alone = ranks > 1 and tensor_parallel.refusal(self.spec.skeleton, ranks, "GPUs" if gpus else "processes")
+        if alone:
+            return Verdict.INVALID, alone
+        why = self._precision_refusal(PRECISIONS[case.precision], placement)
+        return (Verdict.INVALID, why) if why else None
+
+    def _precision_refusal(self, precision: Precision, placement: Placement) -> str | None:
+        packed, gguf = self.spec.packed, self.spec.gguf
+        if gguf is not None:
+            return gguf.refusal(precision, placement)
+        if packed is not None:
+            return packed.refusal(precision)
+        if precision.scheme is not None and not self.machine.gpus:
+            return self._unpackable(SCHEMES[precision.scheme])
+        if precision.requires_checkpoint is not None:
+            return f"needs {_with_article(precision.requires_checkpoint)} checkpoint, and this one is {self.spec.stored_dtype}"
+        return None
+
+    def _unpackable(self, scheme: Scheme) -> str | None:
+        """Say which weight a scheme cannot pack for a processor; transformers would end with an error of torch's."""
+        for weight, _ in self.spec.skeleton.tally:
+            if weight.quantizes and weight.tensor.shape[0] % scheme.rows:
+                outputs = weight.tensor.shape[0]
+                return f"{scheme.library} packs 4 bits for processors in {scheme.rows} outputs, and {weight.path} has {outputs}"
+        return None
+
+    def verdict(self, case: Case, placement: Placement, expected: Estimate, footprint: Footprint) -> tuple[Verdict, str | None]:
+        """Say whether a case fits, and why not or how narrowly."""
+        refused = self._spill_refusal(PRECISIONS[case.precision], placement, footprint)
+        if refused:
+            return Verdict.TOO_BIG, refused
+        unknown = [
+            name
+            for name, tier in expected.tiers.items()
+            if tier.capacity_bytes is None and name in footprint.weights and name != "disk"
+        ]
+        if unknown:
+            option = "--ram SIZE" if unknown[0] == "cpu" else "--gpu SIZE"
+            return Verdict.UNAVAILABLE, f"memory size of {unknown[0]} is unknown; pass {option}"
+        if not footprint.loading.rewrites and (
+            unmapped := self._unmapped()
+        ):  # accelerate's own dispatch reads files, and maps none
+            return Verdict.TOO_BIG, unmapped
+        return self._fit(case, expected)
+
+    def _spill_refusal(self, precision: Precision, placement: Placement, footprint: Footprint) -> str | None:
+        """Say why weights must not lie where this case would spill them."""
+        spilled = [tier for tier in footprint.weights if tier == "disk" or (tier == "cpu" and footprint.gpus)]
+        if spilled and "offloads_to_cpu" in precision.incompatible and not leaves_off_gpu(precision, placement):
+            where, reason = " and ".join(spilled), precision.incompatible["offloads_to_cpu"]
+            return f"too big for {placement.name}: weights would lie on {where}; {reason}"
+        if "disk" in footprint.weights and self.spec.gguf is not None:
+            return f"too big for {placement.name}: weights would lie on disk; {GGUF.refusals['offloads']}"
+        return None
+
+    def _fit(self, case: Case, expected: Estimate) -> tuple[Verdict, str | None]:
+        """Compare what each tier needs, at best and at worst, with what it has."""
+        tight = None
+        for name, tier in expected.tiers.items():
+            if name == "disk":
+                if short := short_of_disk(expected, tier.capacity_bytes):
+                    return Verdict.TOO_BIG, short
+                continue
+            if tier.capacity_bytes is None:
+                continue
+            if self.is_short(name, tier, case):
+                return Verdict.TOO_BIG, f"too big for {name}: needs {_format_need(tier)}, {self._format_free(name, tier, case)}."
+            if self.is_short(name, tier, case, doubt=tier.needed_high_bytes - tier.needed_bytes):
+                most, free = format_gib(tier.needed_high_bytes), self._format_free(name, tier, case)
+                tight = f"tight on {name}: needs {_format_need(tier)}, up to {most} at worst, {free}."
+        return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
+
+    def is_short(self, name: str, tier: TierEstimate, case: Case, doubt: int = 0) -> bool:
+        """Say whether a tier has too little for a case that needs `doubt` bytes more than is likely."""
+        capacity, usable = tier.capacity_bytes, self.usable_bytes(self.machine.tier(name), case)
+        return (capacity is not None and tier.needed_bytes + doubt > capacity) or (
+            usable is not None and tier.anon_bytes + doubt > usable
+        )
+
+    def usable_bytes(self, tier: Tier | None, case: Case) -> int | None:
+        """Return the bytes of a tier that a case can make its own: of the RAM not those that a run's guard keeps free.
+
+        Pages of files do not count against it: they can be dropped (`harness.measure.limits`).
+        """
+        if tier is None or tier.kind != "cpu" or tier.capacity_bytes is None or tier.total_bytes is None or not self.here:
+            return tier.capacity_bytes if tier else None
+        if case.ram_bytes is None:
+            return tier.capacity_bytes - headroom.floor_of(min(tier.total_bytes, tier.limit_bytes or tier.total_bytes))
+        free = tier.total_bytes if tier.free_bytes is None else tier.free_bytes
+        return min(tier.capacity_bytes, free - headroom.floor_of(tier.total_bytes))
+
+    def _format_free(self, name: str, tier: TierEstimate, case: Case) -> str:
+        """Write how much of a tier is free, and how much of that a case cannot have."""
+        capacity, usable = tier.capacity_bytes or 0, self.usable_bytes(self.machine.tier(name), case) or 0
+        left = f", of which a run leaves {format_gib(capacity - usable)} to the machine" if usable < capacity else ""
+        return f"free {format_gib(capacity)}{left}"
+
+    def _unmapped(self) -> str | None:
+        """Say which file is too large for this system to map, however little of it is needed at once."""
+        most, largest = self.machine.mapping_bytes, self.spec.largest_file
+        if most is None or largest is None or largest[1] <= most or self.spec.file_format not in MAPPED:
+            return None
+        what = (
+            f"too big for cpu: {largest[0]} has {format_size(largest[1])}, and Linux maps no file larger than {format_size(most)}"
+        )
+        return f"{what} for torch here: add swap, set vm.overcommit_memory to 1, or take a copy in several files."
+
+
+def leaves_off_gpu(precision: Precision, placement: Placement) -> bool:
+    """Say whether what lies off the GPUs is not quantized."""
+    return precision.off_gpu is not None and placement.splits_devices
+
+
+def short_of_disk(expected: Estimate | None, free_bytes: int | None) -> str | None:
+    """Say why the weights that loading writes into the offload folder do not fit there; None if they do."""
+    tier = expected.tiers.get("disk") if expected else None
+    if tier is None or free_bytes is None or tier.needed_bytes <= free_bytes:
+        return None
+    needed, free = format_gib(tier.needed_bytes), format_gib(free_bytes)
+    return f"too big for disk: the offload folder needs {needed} GiB, free {free}; set TMPDIR to a directory on a larger disk."
+
+
+def _format_need(tier: TierEstimate) -> str:
+    """Write what a tier needs and of what: "16.1 GiB (weights 14.9, KV 0.7, overhead 0.5)", and what loading alone adds."""
+    terms = {
+        "weights": tier.weights_bytes,
+        "KV": tier.kv_bytes,
+        "activations": tier.activation_bytes,
+        "overhead": tier.overhead_bytes,
+    }
+    terms["more while loading"] = tier.needed_bytes - sum(terms.values())
+    listed = ", ".join(f"{name} {format_gib(size)}" for name, size in terms.items() if size * 100 > tier.needed_bytes)
+    return f"{format_gib(tier.needed_bytes)} GiB ({listed})"
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIO' else 'a'} {noun}"
