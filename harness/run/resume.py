@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from harness.core.records import Case, Machine, Outcome, Result, Tier
 from harness.core.text import plural
 from harness.core.units import format_seconds, format_size
-from harness.run.runner import CaseEnded
+from harness.run.case_result import CaseEnded
 
 NEW = "not measured before"
 
