@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,21 @@ class CaseMatrix:
         self,
         options: Options,
         models: ModelSet,
-        machine: Machine,
+        machine: Callable[[], Machine],
         store: Store,
         device_map: Mapping[str, Device] | None,
     ) -> None:
-        """Cross what the options name; `device_map` is that of `--device-map`, and results in `store` correct the estimates."""
-        self._options, self._models, self._machine, self._store = options, models, machine, store
+        """Cross what the options name; `device_map` is that of `--device-map`, and results in `store` correct the estimates.
+
+        `machine` is called once, when something depends on what is here.
+        """
+        self._options, self._models, self._probe, self._store = options, models, machine, store
         self._device_map = device_map
         self._plans: dict[str, Plan] = {}
+
+    @cached_property
+    def _machine(self) -> Machine:
+        return self._probe()
 
     def cases(self) -> list[Case]:
         """Return the cases in the order they run: the widest precision first, as reference."""
@@ -64,8 +71,7 @@ class CaseMatrix:
     @cached_property
     def _placements(self) -> list[str]:
         """The placements asked for; unless the user named them, without those that are the same as another here."""
-        chosen = named(named_placements(self._options), self._device_map is not None)
-        return chosen or distinct(PLACEMENTS, len(self._machine.gpus))
+        return named(named_placements(self._options), self._device_map is not None) or distinct(PLACEMENTS, len(self._machine.gpus))
 
     def _precisions(self, model: str) -> list[str]:
         """Return the precisions asked for; unless the user named them, the usual ones, or what a quantized checkpoint is."""

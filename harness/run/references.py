@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,9 +24,15 @@ class CaseReference:
 class References:
     """The reference of each model, by name; `reloaded` are the ids of cases that were loaded once more for their predictions."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Sequence[str], folder: Callable[[], Path]) -> None:
+        """Take the names of the models, and the folder for predictions, which is asked for when the first are written."""
+        self._models, self._folder = models, folder
         self._by_model: dict[str, CaseReference] = {}
         self.reloaded: list[str] = []
+
+    def file_for(self, model: str) -> Path:
+        """Return where a model's predictions go; its name may be no name for a file."""
+        return self._folder() / f"reference-{self._models.index(model)}.npy"
 
     def of(self, model: str) -> CaseReference | None:
         """Return the reference of a model, None if no case of it has run."""
@@ -44,10 +50,8 @@ class References:
         if reference is not None and earlier.quality is not None and earlier.quality.reference is None:
             self._by_model.setdefault(earlier.case.model, CaseReference(reference, earlier.case, file=None))
 
-    def load_predictions(
-        self, model: str, file: Path, prepare: Callable[[Case], tuple[Plan, CaseModel]], context: RunContext
-    ) -> None:
-        """Load a kept reference once more and write its predictions to `file`: they are large, and gone with the run they are of.
+    def load_predictions(self, model: str, prepare: Callable[[Case], tuple[Plan, CaseModel]], context: RunContext) -> None:
+        """Load a kept reference once more for its predictions: they are large, and gone with the run that made them.
 
         Does nothing if there is no reference or its predictions are here. A reference that does not work any more is dropped.
         """
@@ -58,6 +62,7 @@ class References:
         if plan.code is None:  # it cannot be loaded here any more
             del self._by_model[model]
             return
+        file = self.file_for(model)
         run = Run(plan, replace(case_model, reference=None, reference_file=None, keep_file=file), context)
         try:
             run.score()

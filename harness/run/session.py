@@ -18,7 +18,7 @@ from harness.measure.sampler import Gpus
 from harness.planning import code
 from harness.planning.device_map import user_map
 from harness.report.page import render as page
-from harness.results import compare, store
+from harness.results import compare, selection, store
 from harness.results.store import Store
 from harness.run import case_result, cases, forkserver, resume, worker_process
 from harness.run.case_result import CaseModel, LiveLine, RunContext
@@ -40,7 +40,8 @@ class Session:
         self.added = 0  #: results of this run, which are on the disk
         self.kept: dict[Case, Result] = {}  #: results of earlier runs that stand for a case
         self.store = Store(options.results)
-        self._device_map = user_map.asked(options.device_map, cases.named_placements(options))
+        device_map = user_map.asked(options.device_map, cases.named_placements(options))
+        self._matrix = CaseMatrix(options, self.models, lambda: self.machine, self.store, device_map)
         self.html = options.html or options.results / "index.html"
         self.on_sample: LiveLine | None = None
         self.worker_main: WorkerMain | None = None
@@ -49,7 +50,7 @@ class Session:
         self.interrupts = Interrupts()
         self.interrupted = False
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-        self._references = References()
+        self._references = References(list(self.models.sources), lambda: self._scratch.path)
         self._earlier: dict[tuple[Case, str], Result] = {}
         self._again: list[str] = []  #: why each of the others ran
         self._baseline: list[Result] = []
@@ -63,10 +64,6 @@ class Session:
     @cached_property
     def _scratch(self) -> Scratch:
         return Scratch()
-
-    @cached_property
-    def _matrix(self) -> CaseMatrix:
-        return CaseMatrix(self.options, self.models, self.machine, self.store, self._device_map)
 
     @cached_property
     def context(self) -> RunContext:
@@ -106,7 +103,7 @@ class Session:
         runnable = sorted({case.model for case in asked if self._matrix.may_run(case)})
         self.models.fetch(runnable)
         if self.options.resume:
-            self._earlier = resume.newest(self.store.read()[0], self.machine)
+            self._earlier = selection.last_on(self.machine, self.store.read()[0])
         for name in runnable:
             self._matrix.check_model(name)
         forkserver.live_in(self._scratch.path)
@@ -128,11 +125,8 @@ class Session:
             command=cases.command_of(case, source, self.options),
             reference=reference.reference if reference else None,
             reference_file=reference.file if reference else None,
-            keep_file=None if reference else self._predictions_file(case.model),
+            keep_file=None if reference else self._references.file_for(case.model),
         )
-
-    def _predictions_file(self, model: str) -> Path:
-        return self._scratch.path / f"reference-{list(self.models.sources).index(model)}.npy"
 
     def start(self, decided: Plan) -> Run | Kept | None:
         """Start a case; or keep what an earlier run showed of it; or record why it is not run and return None."""
@@ -143,9 +137,7 @@ class Session:
             return Kept(earlier)
         decided = cases.with_free_disk(decided, shutil.disk_usage(self._scratch.path).free)
         if decided.verdict in RUNNABLE or (self.options.run_all and decided.code is not None):
-            self._references.load_predictions(
-                case.model, self._predictions_file(case.model), lambda one: (self.plan(one), self.case_model(one)), self.context
-            )
+            self._references.load_predictions(case.model, lambda one: (self.plan(one), self.case_model(one)), self.context)
             self._again.append(again)
             self.current = Run(decided, self.case_model(case), self.context)
             return self.current

@@ -11,9 +11,9 @@ from harness.cli.entry import COMMANDS, build_parser
 from harness.core.metrics import METRICS
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS, Precision
-from harness.report.page.figures import ran
 from harness.results import store
 from harness.results.compare import thresholds
+from harness.results.selection import ran
 from harness.run.live import summary
 from harness.run.options import OPTIONS
 
