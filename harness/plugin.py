@@ -13,10 +13,11 @@ from harness.core.errors import HarnessError
 from harness.core.options import OPTIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result
 from harness.core.text import line
+from harness.run.case_result import CaseEnded
 from harness.run.live import LiveLine, summary
 from harness.run.options import Options, read_config
 from harness.run.resume import Kept, since
-from harness.run.runner import CaseEnded, Run
+from harness.run.runner import Run
 from harness.run.session import Session
 
 SESSION: pytest.StashKey[Session] = pytest.StashKey()

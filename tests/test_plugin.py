@@ -557,7 +557,7 @@ def test_what_prepares_a_run_knows_the_live_line(project: Project, monkeypatch: 
 
     def settled(self: Session, cases: Sequence[Case]) -> None:
         prepare(self, cases)
-        seen.append(self.setting.on_sample)
+        seen.append(self.context.on_sample)
 
     monkeypatch.setattr(Session, "prepare", settled)
     project.run("--resume")

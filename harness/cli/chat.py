@@ -124,8 +124,9 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     """Fetch and load the model in a worker of its own, which serves the page, and wait."""
     from tempfile import TemporaryDirectory
 
+    from harness.run.case_result import CaseEnded
     from harness.run.options import Options
-    from harness.run.runner import CaseEnded, Run
+    from harness.run.runner import Run
     from harness.run.session import Session
 
     load = case.workload
@@ -138,11 +139,11 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
         try:
             [one] = session.cases()
             session.prepare([one])
-            decided, subject = session.plan(one), session.subject(one)
-            _need_tokenizer(subject.tokenizer, one.model)
+            decided, model = session.plan(one), session.case_model(one)
+            _need_tokenizer(model.tokenizer, one.model)
             if not decided.verdict.is_good:
                 return _refuse(decided)
-            run = Run(decided, subject, session.setting)
+            run = Run(decided, model, session.context)
             try:
                 served = run.chat(host, port)
                 print(f"Talk to {one.id} at {served.url} (Ctrl-C ends it)", flush=True)

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from harness.core.errors import UsageError
 from harness.core.records import Case, Outcome, Record, Result, TierEstimate
 from harness.core.units import MIB, format_size
-from harness.run.runner import CaseEnded, Run
+from harness.run.case_result import CaseEnded
+from harness.run.runner import Run
 from harness.run.session import Session
 
 WITHIN = 0.05
@@ -91,7 +92,7 @@ def _whole(size: float) -> int:
 
 def measure(session: Session, case: Case) -> Result:
     """Load, generate twice, and return what the case has shown; nothing is kept."""
-    run = Run(session.plan(case), session.subject(case), session.setting)
+    run = Run(session.plan(case), session.case_model(case), session.context)
     try:
         with contextlib.suppress(CaseEnded):
             run.load()

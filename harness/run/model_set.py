@@ -76,10 +76,10 @@ class ModelSet:
             self._blueprints[name] = spec
         return self._blueprints[name]
 
-    def is_synthetic(self, name: str) -> bool:
-        """Say whether the weights of a model are synthetic: a directory that is given as real may hold such."""
+    def weights(self, name: str) -> str:
+        """Return "synthetic" or "real": what the weights of a model are; a directory that is given as real may hold others."""
         is_here = self.fetched(name) or self.sources[name].kind == "directory"
-        return self._synthetic or (is_here and synth.is_synthetic(self.location(name)))
+        return "synthetic" if self._synthetic or (is_here and synth.is_synthetic(self.location(name))) else "real"
 
     def modeling_modules(self, names: Collection[str]) -> list[str]:
         """Name transformers' modules of the models' classes, which the first from_pretrained would import."""

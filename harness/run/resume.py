@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
 from harness.core.records import Case, Machine, Outcome, Result, Tier
 from harness.core.text import plural
 from harness.core.units import format_seconds, format_size
-from harness.run.runner import CaseEnded
+from harness.run.case_result import CaseEnded
 
 NEW = "not measured before"
 
@@ -48,15 +48,10 @@ def since(result: Result) -> str:
     return f"kept from {result.at[:16].replace('T', ' ')} UTC"
 
 
-def newest(results: Iterable[Result], machine: Machine) -> dict[tuple[Case, str], Result]:
-    """Return the last result of each case on a machine of this name, by the case and what its weights were."""
-    return {(result.case, result.weights): result for result in results if result.machine.name == machine.name}
-
-
 def why_again(earlier: Result | None, now: Result, *, run_all: bool = False) -> str | None:
     """Say in a few words why a case must run again; None where its earlier result still holds.
 
-    `now` is what can be said of the case before it runs (`runner.not_run`). `run_all` asks for what ran out of memory.
+    `now` is what can be said of the case before it runs (`case_result.not_run`). `run_all` asks for what ran out of memory.
     """
     if earlier is None:
         return NEW

@@ -35,7 +35,8 @@ from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.planner import Planner
 from harness.run import forkserver, worker_process
-from harness.run.runner import CaseModel, Run, RunContext
+from harness.run.case_result import CaseModel, RunContext
+from harness.run.runner import Run
 from tests.accuracy.chart import Pair
 from tests.support.reporting import Figure
 
@@ -121,7 +122,7 @@ def here() -> Machine:
 def runs(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[list[Result]]:
     """Every model in every precision on the CPU, with the estimate made before; quantized ones in several processes."""
     forkserver.warm_up([])
-    setting = RunContext(
+    context = RunContext(
         run="accuracy",
         machine=here,
         environment={},
@@ -130,7 +131,7 @@ def runs(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPa
         timeout_s=900,
     )
     return [
-        [_run(plan, models[plan.case.model], setting) for _ in range(PROCESSES.get(plan.case.precision, 1))]
+        [_run(plan, models[plan.case.model], context) for _ in range(PROCESSES.get(plan.case.precision, 1))]
         for plan in _plans(models, here)
     ]
 
@@ -153,8 +154,8 @@ def _plans(models: dict[str, Path], here: Machine) -> Iterator[Plan]:
         yield from Planner(spec, here).plans(cases)
 
 
-def _run(plan: Plan, location: Path, setting: RunContext) -> Result:
-    run = Run(plan, CaseModel(location=location, tokenizer=(location / "tokenizer.json").is_file()), setting)
+def _run(plan: Plan, location: Path, context: RunContext) -> Result:
+    run = Run(plan, CaseModel(location=location, tokenizer=(location / "tokenizer.json").is_file()), context)
     run.load()
     for _ in range(WORK.repeats):
         run.round()

@@ -24,7 +24,8 @@ from harness.core.records import Case, Plan, Workload
 from harness.machine import probe
 from harness.planning.feasibility import decide
 from harness.run import forkserver, worker_process
-from harness.run.runner import CaseModel, Run, RunContext
+from harness.run.case_result import CaseModel, RunContext
+from harness.run.runner import Run
 from tests.support.reporting import Figure
 
 PLAIN = Path(__file__).parent / "plain.py"

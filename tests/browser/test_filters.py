@@ -10,7 +10,8 @@ from selenium.webdriver.support.select import Select
 
 from harness.core.records import Outcome, Result
 from harness.core.units import GIB
-from harness.report.page import figures, view
+from harness.report.page import figures
+from harness.results import selection
 from tests.browser.pages import SCRIPT, Open, many, settled, shown
 
 pytestmark = pytest.mark.browser
@@ -39,12 +40,14 @@ def gpu(results: list[Result]) -> list[Result]:
 
 def test_a_precision_leaves_its_row_and_says_how_many_cases_match(show: Open, gpu: list[Result]) -> None:
     browser = show(gpu)
-    wanted = [result for result in view.newest(gpu) if result.case.precision == "int8"]
+    wanted = [result for result in selection.newest(gpu) if result.case.precision == "int8"]
     choose(browser, "precision", "int8")
     assert sorted(shown(browser)) == sorted(anchors(wanted))
     rows = [row.text.split()[0] for row in browser.find_elements(By.CSS_SELECTOR, ".matrix tbody tr") if row.is_displayed()]
     assert rows == ["int8"]
-    assert found(browser).startswith(f"{len(wanted)} of {len(view.newest(gpu))} cases; the fastest that works: int8 / direct, 8.94")
+    assert found(browser).startswith(
+        f"{len(wanted)} of {len(selection.newest(gpu))} cases; the fastest that works: int8 / direct, 8.94"
+    )
     assert fragment(browser) == "precision=int8"
 
 
@@ -74,9 +77,9 @@ def test_what_fits_in_a_size_is_what_worked_in_it_or_is_predicted_to(show: Open,
     field = browser.find_element(By.NAME, "fits")
     field.send_keys("6", Keys.ENTER)
     wanted = []
-    for result in view.newest(gpu):
+    for result in selection.newest(gpu):
         memory = figures.memory(result)
-        known = result.outcome is Outcome.OK or not figures.ran(result)
+        known = result.outcome is Outcome.OK or not selection.ran(result)
         if memory and known and float(memory.peak.value) <= 6 * GIB:
             wanted.append(result)
     assert 2 < len(wanted) < len(gpu)
@@ -87,9 +90,9 @@ def test_what_fits_in_a_size_is_what_worked_in_it_or_is_predicted_to(show: Open,
 def test_predicted_and_measured_are_told_apart(show: Open, gpu: list[Result]) -> None:
     browser = show(gpu)
     choose(browser, "figures", "predicted")
-    assert sorted(shown(browser)) == sorted(anchors([r for r in view.newest(gpu) if not figures.ran(r)]))
+    assert sorted(shown(browser)) == sorted(anchors([r for r in selection.newest(gpu) if not selection.ran(r)]))
     choose(browser, "figures", "measured")
-    assert sorted(shown(browser)) == sorted(anchors([r for r in view.newest(gpu) if figures.ran(r)]))
+    assert sorted(shown(browser)) == sorted(anchors([r for r in selection.newest(gpu) if selection.ran(r)]))
 
 
 def test_an_outcome_without_a_model_hides_its_block_and_reset_brings_it_back(show: Open, results: list[Result]) -> None:
@@ -164,7 +167,7 @@ def test_the_fastest_come_first(show: Open, gpu: list[Result]) -> None:
     choose(browser, "order", "fastest first")
     cards = browser.find_elements(By.CSS_SELECTOR, "#flat li")
     names = [card.find_element(By.CSS_SELECTOR, ".name").text for card in cards]
-    assert len(names) == len(view.newest(gpu))
+    assert len(names) == len(selection.newest(gpu))
     assert names[:2] == ["int4 / direct", "int4 / ram-to-gpu"]
     script = "return [...document.querySelectorAll('#flat data[data-key=decode_tok_s]')].map((data) => +data.value)"
     speeds = browser.execute_script(script)
@@ -193,7 +196,7 @@ def test_an_order_shows_the_first_cases_of_many_and_more_when_asked(show: Open, 
     browser = show(many(results, 2), fragment="order=fastest")
     first = len(browser.find_elements(By.CSS_SELECTOR, "#flat li"))
     more = browser.find_element(By.CSS_SELECTOR, "#flat .more")
-    assert more.text == f"show more ({2 * len(view.newest(results)) - first} left)"
+    assert more.text == f"show more ({2 * len(selection.newest(results)) - first} left)"
     more.click()
     assert len(browser.find_elements(By.CSS_SELECTOR, "#flat li")) == 2 * first
 
@@ -264,7 +267,7 @@ FRAGMENTS = [
 @pytest.mark.parametrize("given", FRAGMENTS)
 def test_a_fragment_of_a_stranger_does_nothing(show: Open, gpu: list[Result], given: str) -> None:
     browser = show(gpu, fragment=given)
-    assert len(shown(browser)) == len(view.newest(gpu))
+    assert len(shown(browser)) == len(selection.newest(gpu))
     assert browser.execute_script("return window.owned") is None
     assert not browser.find_elements(By.CSS_SELECTOR, "img")
     choose(browser, "precision", "int4")

@@ -12,9 +12,9 @@ from harness.core.metrics import METRICS
 from harness.core.options import OPTIONS
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS, Precision
-from harness.report.page.figures import ran
 from harness.results import store
 from harness.results.compare import thresholds
+from harness.results.selection import ran
 from harness.run.live import summary
 
 __all__ = ["COMMANDS", "MAKERS", "OPTIONS", "PLACEMENTS", "PRECISIONS", "figures", "flags", "table"]

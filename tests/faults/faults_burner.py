@@ -27,7 +27,8 @@ from harness.core.records import Case, Interference, Plan, Result, Workload
 from harness.machine import probe
 from harness.planning.feasibility import decide
 from harness.run import forkserver, worker_process
-from harness.run.runner import CaseModel, Run, RunContext
+from harness.run.case_result import CaseModel, RunContext
+from harness.run.runner import Run
 from tests.support.reporting import Figure
 
 RUNS, MOST_ATTEMPTS = 20, 60
@@ -39,8 +40,8 @@ class Bench(NamedTuple):
     """What all runs share."""
 
     plan: Plan
-    subject: CaseModel
-    setting: RunContext
+    model: CaseModel
+    context: RunContext
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def bench() -> Iterator[Bench]:
     location = download.fetch(DEFAULT_MODEL)
     forkserver.warm_up(["transformers.models.llama.modeling_llama"])
     with TemporaryDirectory(prefix="burner-") as scratch:
-        setting = RunContext(
+        context = RunContext(
             run="burner",
             machine=probe.probe(),
             environment=probe.versions(),
@@ -57,7 +58,7 @@ def bench() -> Iterator[Bench]:
             timeout_s=600,
         )
         case = Case(model=DEFAULT_MODEL, precision="bf16", placement="cpu", workload=WORK)
-        yield Bench(decide(case, setting.machine, reader.read(location)), CaseModel(location=location), setting)
+        yield Bench(decide(case, context.machine, reader.read(location)), CaseModel(location=location), context)
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def burner() -> Iterator[None]:
 
 def run_case(bench: Bench, in_the_middle: Callable[[], object]) -> Result:
     """Measure a case; half-way through its third warm round something happens."""
-    run = Run(bench.plan, bench.subject, bench.setting)
+    run = Run(bench.plan, bench.model, bench.context)
     try:
         run.round()
         half_s = run.round().total_s / 2

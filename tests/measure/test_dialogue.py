@@ -18,7 +18,8 @@ from harness.measure.dialogue import DIALOGUES, Written
 from harness.measure.protocol import Load, Score, ScoreDone
 from harness.planning.code import loading_code
 from harness.run import worker_process
-from harness.run.runner import CaseModel, Run, RunContext
+from harness.run.case_result import CaseModel, RunContext
+from harness.run.runner import Run
 from harness.worker import model as work
 from harness.worker import quality_probe
 from tests.support import builders, moss_files

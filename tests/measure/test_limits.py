@@ -17,7 +17,8 @@ from harness.machine import cgroup, headroom
 from harness.measure.limits import RULES, Breach, LimitGuard, Limits, judge
 from harness.measure.sampler import Sample
 from harness.planning import feasibility
-from harness.run.runner import CaseEnded, CaseModel, Run, RunContext
+from harness.run.case_result import CaseEnded, CaseModel, RunContext
+from harness.run.runner import Run
 from tests.support import builders, scripted
 
 SAMPLE = Sample(at_s=1.0, ram_bytes=3 * GIB, anon_bytes=2 * GIB, vram_bytes={"gpu:0": GIB, "gpu:1": 5 * GIB})

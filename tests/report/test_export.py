@@ -21,9 +21,8 @@ from harness.core.text import visible
 from harness.core.units import GIB, MIB
 from harness.report.export import data, summary
 from harness.report.export.formats import FORMATS
-from harness.report.page import view
 from harness.report.page.view import blocks
-from harness.results import store
+from harness.results import selection, store
 from tests.support.builders import GOLDEN, case, gpu, machine, result
 
 EVIL = "<script>alert(1)</script>|`*x*\u202e\n@everyone [a](https://a.example)"
@@ -155,7 +154,7 @@ def test_json_holds_the_newest_result_of_each_case_under_the_names_of_the_record
     found = json.loads(data.render_json(golden, ["one line is none"]))
     assert found["schema"] == data.SCHEMA
     assert found["problems"] == ["one line is none"]
-    newest = view.newest(golden)
+    newest = selection.newest(golden)
     assert [entry["id"] for entry in found["cases"]] == [one.id for one in newest]
     for entry, one in zip(found["cases"], newest, strict=True):
         plain = msgspec.to_builtins(one)
@@ -190,10 +189,10 @@ def test_nothing_that_works_is_a_null_and_a_sentence() -> None:
 
 def test_csv_has_a_row_for_each_case_with_all_digits(golden: list[Result]) -> None:
     text = data.render_csv(golden)
-    assert text.count("\r\n") == text.count("\n") == len(view.newest(golden)) + 1
+    assert text.count("\r\n") == text.count("\n") == len(selection.newest(golden)) + 1
     found = rows(text)
     assert tuple(found[0]) == data.COLUMNS
-    for row, one in zip(found, view.newest(golden), strict=True):
+    for row, one in zip(found, selection.newest(golden), strict=True):
         assert row["id"] == one.id
         assert {key: float(row[key]) for key in METRICS if row[key]} == {
             key: one.metrics[key] for key in METRICS if key in one.metrics

@@ -23,6 +23,7 @@ from harness.core.records import Answer, Interference, Machine, Outcome, Phase, 
 from harness.core.text import visible
 from harness.core.units import GIB
 from harness.report.page import charts, figures, render, view
+from harness.results import selection
 from tests.support import builders
 
 GOLDEN = Path(__file__).parents[1] / "data/results-v1.jsonl"
@@ -143,7 +144,7 @@ def test_the_golden_covers_every_outcome_and_verdict(golden: list[Result]) -> No
 
 
 def test_every_figure_on_the_page_is_the_stored_one(golden: list[Result], root: Node) -> None:
-    for result in view.newest(golden):
+    for result in selection.newest(golden):
         shown = details_of(root, result).all("data")
         metrics = {figure.attrs["data-key"]: figure for figure in shown if figure.attrs.get("data-key") in METRICS}
         assert {key: float(figure.attrs["value"]) for key, figure in metrics.items()} == result.metrics
@@ -155,7 +156,7 @@ def test_every_figure_on_the_page_is_the_stored_one(golden: list[Result], root: 
 def test_real_and_synthetic_results_of_a_case_stand_side_by_side() -> None:
     ok = builders.result(metrics={"decode_tok_s": 1.0})
     twin = replace(ok, weights="synthetic", run="random")
-    assert view.newest([ok, twin]) == [ok, twin]
+    assert selection.newest([ok, twin]) == [ok, twin]
     assert [(block.synthetic, len(block.matrices[0].cells)) for block in view.blocks([ok, twin])] == [
         (False, 1),
         (True, 1),
@@ -167,13 +168,13 @@ def test_what_a_case_showed_stands_against_a_later_plan_of_the_same_versions() -
     ok = builders.result(environment={"torch": "2.13"})
     planned = replace(ok, outcome=Outcome.SKIPPED, verdict=Verdict.TOO_BIG, stage="plan", run="later")
     newer = replace(planned, environment={"torch": "2.14"})
-    assert view.newest([ok, planned]) == [ok]
-    assert view.newest([planned, ok]) == [ok]
-    assert view.newest([ok, newer]) == [newer]
+    assert selection.newest([ok, planned]) == [ok]
+    assert selection.newest([planned, ok]) == [ok]
+    assert selection.newest([ok, newer]) == [newer]
 
 
 def test_the_cells_show_memory_ready_time_speed_and_quality(golden: list[Result], root: Node) -> None:
-    for result in view.newest(golden):
+    for result in selection.newest(golden):
         if result.outcome is not Outcome.OK:
             continue
         shown = {figure.attrs["data-key"]: float(figure.attrs["value"]) for figure in cell_of(root, result).all("data")}
@@ -299,16 +300,16 @@ def test_the_fastest_sound_case_is_recommended(result: Result) -> None:
     unlike = variant(result, "fp32", metrics=speed(25.0), checks={"precision": "did not take effect"})
     broken = variant(result, "int4", "auto", metrics=speed(30.0), quality=judged("broken"))
     dead = variant(result, "fp16", "auto", metrics=speed(40.0), outcome=Outcome.CRASH, stage="score")
-    assert view.recommend([slow, broken, degraded, fast, unlike, dead]) is fast
-    assert view.recommend([degraded, broken, dead]) is degraded
-    assert view.recommend([broken, dead]) is None
+    assert selection.best_result([slow, broken, degraded, fast, unlike, dead]) is fast
+    assert selection.best_result([degraded, broken, dead]) is degraded
+    assert selection.best_result([broken, dead]) is None
 
 
 def test_of_two_that_are_as_fast_the_undisturbed_is_recommended(result: Result) -> None:
     calm, half = (variant(result, "fp16", metrics=speed(tokens)) for tokens in (10.0, 5.0))
     loud = variant(result, "int8", metrics=speed(11.0), noisy={"decode_tok_s": "others used 1 of 2 cores"})
-    assert view.recommend([calm, loud]) is calm
-    assert view.recommend([half, loud]) is loud
+    assert selection.best_result([calm, loud]) is calm
+    assert selection.best_result([half, loud]) is loud
 
 
 def test_the_answer_comes_first_with_its_figures_and_the_code(result: Result) -> None:
@@ -327,7 +328,7 @@ def test_the_answer_comes_first_with_its_figures_and_the_code(result: Result) ->
 
 
 def test_where_nothing_works_the_answer_says_how_it_ended_and_what_was_nearest(golden: list[Result]) -> None:
-    failed = [r for r in view.newest(golden) if r.outcome is not Outcome.OK and r.machine.gpus]
+    failed = [r for r in selection.newest(golden) if r.outcome is not Outcome.OK and r.machine.gpus]
     answer = rendered(failed).all("div", look="answer")[0]
     assert answer.text.startswith("None of the 19 cases works here: 2 out of memory, 3 timed out, 1 crashed, 1 not supported")
     assert "Nearest to fitting is bf16 with placement direct" not in answer.text
@@ -506,7 +507,7 @@ def poisoned(value: object, poison: str) -> Any:
 def test_no_text_of_a_result_becomes_markup(golden: list[Result]) -> None:
     poison = "\"'></code><script>x</script><b onclick=x>\u202e\u2066\x00\x1b[2J\ud800"
     fixed = {"schema", "outcome", "verdict"}
-    for result in view.newest(golden):
+    for result in selection.newest(golden):
         plain = msgspec.to_builtins(result)
         bad = {key: value if key in fixed else poisoned(value, poison) for key, value in plain.items()}
         for key in ("environment", "checks", "samples", "noisy", "metrics"):
@@ -575,7 +576,7 @@ def test_packed_details_are_those_of_a_small_page(golden: list[Result]) -> None:
     assert packed.count("application/octet-stream") == 4
     assert "<h5>Loading code" not in packed
     small, large = (rendered(golden), read(unpacked(packed)))
-    for result in view.newest(golden):
+    for result in selection.newest(golden):
         assert details_of(large, result) == details_of(small, result)
 
 

@@ -21,7 +21,8 @@ from harness.core.records import Case, Outcome, Plan, Result, Verdict, Workload,
 from harness.machine import cgroup
 from harness.results.store import decode
 from harness.run import forkserver
-from harness.run.runner import CaseEnded, CaseModel, Run, RunContext
+from harness.run.case_result import CaseEnded, CaseModel, RunContext
+from harness.run.runner import Run
 from tests.support import runs, scripted, small_models
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ends are made by Linux's means")
@@ -146,17 +147,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def setting(tmp_path: Path) -> Iterator[RunContext]:
-    with runs.setting(tmp_path / "scratch", LONG_S) as one:
+def context(tmp_path: Path) -> Iterator[RunContext]:
+    with runs.context(tmp_path / "scratch", LONG_S) as one:
         yield one
 
 
-def run_to_the_end(model: Path, setting: RunContext, end: str) -> Result:
+def run_to_the_end(model: Path, context: RunContext, end: str) -> Result:
     """Do with a case what cases/ does, until it ends."""
     code = LOAD + END_IN_ROUND_3.replace("{end}", textwrap.indent(end, "    "))
     workload = Workload(prompt_tokens=4, new_tokens=3, repeats=2)
     case = Case(model="tiny", precision="fp32", placement="cpu", workload=workload)
-    run = Run(Plan(case=case, verdict=Verdict.UNKNOWN, code=code), CaseModel(location=model, tokenizer=False), setting)
+    run = Run(Plan(case=case, verdict=Verdict.UNKNOWN, code=code), CaseModel(location=model, tokenizer=False), context)
     with contextlib.suppress(CaseEnded):
         run.first_round()
         for _ in range(workload.repeats):
@@ -166,10 +167,10 @@ def run_to_the_end(model: Path, setting: RunContext, end: str) -> Result:
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_an_end_has_a_name_and_what_came_before_is_kept(model: Path, setting: RunContext, name: str) -> None:
+def test_an_end_has_a_name_and_what_came_before_is_kept(model: Path, context: RunContext, name: str) -> None:
     end, outcome, said = ENDS[name]
     limit_s = SHORT_S if outcome is Outcome.TIMEOUT else LONG_S
-    result = run_to_the_end(model, replace(setting, phase_timeout_s=limit_s), end)
+    result = run_to_the_end(model, replace(context, phase_timeout_s=limit_s), end)
     assert (result.outcome, result.stage) == (outcome, "warm"), result.why
     assert said in str(result.why)
     assert_kept(result)
@@ -187,8 +188,8 @@ def assert_kept(result: Result) -> None:
     assert decode(encode(result)) == result
 
 
-def test_the_whole_case_has_a_limit_too(model: Path, setting: RunContext) -> None:
-    result = run_to_the_end(model, replace(setting, timeout_s=8.0, phase_timeout_s=60.0), "time.sleep(60)")
+def test_the_whole_case_has_a_limit_too(model: Path, context: RunContext) -> None:
+    result = run_to_the_end(model, replace(context, timeout_s=8.0, phase_timeout_s=60.0), "time.sleep(60)")
     assert result.why == "warm was not done when the case had taken 8.00 s (--case-timeout)"
     assert_kept(result)
 
@@ -196,8 +197,8 @@ def test_the_whole_case_has_a_limit_too(model: Path, setting: RunContext) -> Non
 @pytest.mark.parametrize(
     ("end", "said"), [("ctypes.string_at(0)", "Fatal Python error: Segmentation fault"), ("1 / 0", "Traceback")]
 )
-def test_log_says_where_it_happened(model: Path, setting: RunContext, end: str, said: str) -> None:
-    log = run_to_the_end(model, setting, end).log_tail
+def test_log_says_where_it_happened(model: Path, context: RunContext, end: str, said: str) -> None:
+    log = run_to_the_end(model, context, end).log_tail
     assert said in log
     assert "in end" in log
 
@@ -221,24 +222,24 @@ def small_group() -> Iterator[Path]:
     group.rmdir()
 
 
-def test_the_kernel_s_kill_for_want_of_memory_is_told(model: Path, setting: RunContext, small_group: Path) -> None:
+def test_the_kernel_s_kill_for_want_of_memory_is_told(model: Path, context: RunContext, small_group: Path) -> None:
     end = f"open('{small_group}/cgroup.procs', 'w').write(str(os.getpid()))\nkept = [b'x' * (16 << 20) for _ in range(256)]"
-    result = run_to_the_end(model, setting, end)
+    result = run_to_the_end(model, context, end)
     assert (result.outcome, result.why) == (Outcome.OOM, "out of memory during warm: the kernel killed the process")
     assert_kept(result)
 
 
-def test_the_kernel_takes_the_child_and_what_it_started_first(model: Path, setting: RunContext) -> None:
+def test_the_kernel_takes_the_child_and_what_it_started_first(model: Path, context: RunContext) -> None:
     """Not the fork server, and not this process."""
     end = "print('score', subprocess.check_output(['cat', '/proc/self/oom_score_adj'], text=True))"
-    log = run_to_the_end(model, setting, end).log_tail
+    log = run_to_the_end(model, context, end).log_tail
     assert "score 1000" in log
     server = psutil.Process(forkserver.server()._forkserver_pid)
     for pid in (server.pid, os.getpid()):
         assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) < 1000
 
 
-def test_what_a_worker_sees_of_signals_is_usual(model: Path, setting: RunContext) -> None:
+def test_what_a_worker_sees_of_signals_is_usual(model: Path, context: RunContext) -> None:
     """The fork server is deaf to what ends a run; its children are not."""
-    result = run_to_the_end(model, setting, "os.kill(os.getpid(), signal.SIGHUP)")
+    result = run_to_the_end(model, context, "os.kill(os.getpid(), signal.SIGHUP)")
     assert result.why == f"the process died during warm: killed from outside ({signal.SIGHUP.name})"

@@ -23,8 +23,9 @@ from harness.core.units import GIB, MIB
 from harness.measure.sampler import Sample
 from harness.planning import feasibility
 from harness.run import live
+from harness.run.case_result import CaseModel, RunContext
 from harness.run.live import LiveLine
-from harness.run.runner import CaseModel, Run, RunContext
+from harness.run.runner import Run
 from tests.support import builders, scripted
 from tests.test_plugin import CONFTEST, PYPROJECT, ROOT
 
@@ -46,7 +47,7 @@ def _fork_server() -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    setting = RunContext(
+    context = RunContext(
         run="run",
         machine=builders.machine(),
         environment={},
@@ -55,7 +56,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         timeout_s=60,
     )
     case = builders.case()
-    run = Run(feasibility.decide(case, setting.machine, None), CaseModel(location=Path("tiny")), setting)
+    run = Run(feasibility.decide(case, context.machine, None), CaseModel(location=Path("tiny")), context)
     yield run
     run.finish()
 

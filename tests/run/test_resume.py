@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from harness.core.records import Case, Machine, Outcome, Quality, Result, Tier, Verdict
 from harness.core.units import GIB
+from harness.results import selection
 from harness.run import resume
 from harness.run.resume import Kept
 from tests.support import builders
@@ -135,7 +136,7 @@ def test_the_newest_result_of_a_case_on_this_machine_counts() -> None:
         earlier(case, run="third", machine=elsewhere),
         earlier(case, run="random", weights="synthetic"),
     ]
-    found = resume.newest(results, builders.machine())
+    found = selection.last_on(builders.machine(), results)
     assert {key: result.run for key, result in found.items()} == {
         (case, "real"): "second",
         (other, "real"): "other workload",

@@ -25,8 +25,10 @@ from harness.measure.sampler import Sample
 from harness.measure.verify import OK
 from harness.planning import feasibility
 from harness.results.store import decode
-from harness.run import runner, worker_process
-from harness.run.runner import CaseEnded, CaseModel, Run, RunContext, not_run
+from harness.run import confinement, runner, worker_process
+from harness.run.case_result import CaseEnded, CaseModel, RunContext, noise, not_run
+from harness.run.confinement import ConfinedWorker
+from harness.run.runner import Run
 from harness.run.worker_process import WorkerMain
 from tests.support import builders, scripted
 
@@ -50,7 +52,7 @@ def _fork_server() -> Iterator[None]:
 def oom_kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What the kernel counts: its own figure is of the whole machine, on which others may run out of memory meanwhile."""
     kernel = [7]
-    monkeypatch.setattr(runner, "oom_kills", lambda: kernel[0])
+    monkeypatch.setattr(confinement, "oom_kills", lambda: kernel[0])
     monkeypatch.setattr(worker_process, "_GRACE_S", 0.5)
     monkeypatch.setattr(system_counters, "cpu", scripted.no_counters)  # as for other people's processes
     return kernel
@@ -63,18 +65,16 @@ class Bench:
     scratch: Path
     runs: list[Run] = field(default_factory=list)
 
-    def start(
-        self, main: str | WorkerMain, *, precision: str = "bf16", subject: CaseModel | None = None, limit_s: float = 0
-    ) -> Run:
+    def start(self, main: str | WorkerMain, *, precision: str = "bf16", model: CaseModel | None = None, limit_s: float = 0) -> Run:
         program = scripted.worker(main) if isinstance(main, str) else main
         if not limit_s:
             limit_s = SHORT_S if isinstance(main, str) and "hang" in main else LONG_S
-        setting = replace(self.setting(program), timeout_s=limit_s)
-        run = Run(planned(precision), subject or CaseModel(location=Path("tiny"), command="pytest cases/"), setting)
+        context = replace(self.context(program), timeout_s=limit_s)
+        run = Run(planned(precision), model or CaseModel(location=Path("tiny"), command="pytest cases/"), context)
         self.runs.append(run)
         return run
 
-    def setting(self, program: WorkerMain) -> RunContext:
+    def context(self, program: WorkerMain) -> RunContext:
         return RunContext(
             run="20261124T080000Z-abc123",
             machine=builders.machine(),
@@ -177,7 +177,7 @@ def test_one_sample_a_warm_round_and_none_of_the_cold_one(bench: Bench) -> None:
 
 
 def test_result_tells_of_case_machine_and_command(bench: Bench) -> None:
-    result = bench.start("ok", subject=CaseModel(location=Path("tiny"), code_head="MODEL = 1\n", command="pytest cases/")).finish()
+    result = bench.start("ok", model=CaseModel(location=Path("tiny"), code_head="MODEL = 1\n", command="pytest cases/")).finish()
     assert result.id == "tiny/bf16/cpu"
     assert result.case.workload == WORKLOAD
     assert (result.run, result.command) == ("20261124T080000Z-abc123", "pytest cases/")
@@ -188,7 +188,7 @@ def test_result_tells_of_case_machine_and_command(bench: Bench) -> None:
 
 def test_worker_runs_exactly_the_code_of_the_result(bench: Bench, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    run = bench.start("ok", subject=CaseModel(location=Path("tiny"), keep_file=kept))
+    run = bench.start("ok", model=CaseModel(location=Path("tiny"), keep_file=kept))
     go_through(run)
     assert kept.read_text() == run.finish().code
     kept.unlink()
@@ -254,12 +254,12 @@ def test_where_nvml_does_not_list_the_worker_the_result_says_who_held_the_limit(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, before: bool, after: bool, alone: bool
 ) -> None:
     told = iter((before, after))
-    monkeypatch.setattr(Run, "_is_listed", lambda _: next(told))
+    monkeypatch.setattr(ConfinedWorker, "_is_listed", lambda _: next(told))
     limited = replaced(planned(), case=replaced(planned().case, vram_bytes=GIB), device_map={"": "gpu:0"})
-    run = Run(limited, CaseModel(location=Path("tiny")), bench.setting(scripted.worker("ok")))
+    run = Run(limited, CaseModel(location=Path("tiny")), bench.context(scripted.worker("ok")))
     bench.runs.append(run)
     run.load()
-    said = run._noise().get("vram_peak_bytes")
+    said = noise(limited.case.workload, run.measured).get("vram_peak_bytes")
     assert said == ("torch alone held --vram: NVML does not list the process" if alone else None)
 
 
@@ -268,7 +268,7 @@ def test_a_group_that_the_worker_may_not_enter_is_removed(bench: Bench, monkeypa
     closed = SimpleNamespace(add=lambda _: False, remove=lambda: removed.append(True))
     monkeypatch.setattr(cgroup, "group", lambda _: closed)
     limited = replaced(planned(), case=replaced(planned().case, ram_bytes=8 * GIB))
-    bench.runs.append(Run(limited, CaseModel(location=Path("tiny")), bench.setting(scripted.worker("ok"))))
+    bench.runs.append(Run(limited, CaseModel(location=Path("tiny")), bench.context(scripted.worker("ok"))))
     assert removed == [True]
 
 
@@ -300,8 +300,8 @@ def test_broken_quality_is_told(bench: Bench) -> None:
 def test_quality_is_measured_against_the_reference(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "reference").write_text("predictions of fp32")
     reference = Reference(case="tiny/fp32/cpu", perplexity=9.9)
-    subject = CaseModel(location=Path("tiny"), reference=reference, reference_file=tmp_path / "reference")
-    result = go_through(bench.start("ok", subject=subject)).finish()
+    model = CaseModel(location=Path("tiny"), reference=reference, reference_file=tmp_path / "reference")
+    result = go_through(bench.start("ok", model=model)).finish()
     (tmp_path / "reference").unlink()
     assert result.quality is not None
     assert (result.quality.reference, result.quality.verdict) == ("tiny/fp32/cpu", "intact")
@@ -310,7 +310,7 @@ def test_quality_is_measured_against_the_reference(bench: Bench, tmp_path: Path)
 
 
 def test_synthetic_weights_have_no_perplexity(bench: Bench) -> None:
-    result = go_through(bench.start("ok", subject=CaseModel(location=Path("tiny"), weights="synthetic"))).finish()
+    result = go_through(bench.start("ok", model=CaseModel(location=Path("tiny"), weights="synthetic"))).finish()
     assert result.weights == "synthetic"
     assert result.metrics.keys() == WARM
 
@@ -443,7 +443,7 @@ def test_a_case_that_cannot_begin_leaves_nothing(bench: Bench, monkeypatch: pyte
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(runner, broken.__name__, fails)
+    monkeypatch.setattr(confinement, broken.__name__, fails)
     with pytest.raises(RuntimeError, match="new thread"):
         bench.start("ok")
     assert not scripted.workers()
@@ -483,8 +483,8 @@ def test_ctrl_c_ends_the_worker_and_the_case_can_be_finished(bench: Bench) -> No
 
 def test_every_sample_is_told_with_its_case(bench: Bench) -> None:
     heard: list[tuple[str, str]] = []
-    setting = replace(bench.setting(scripted.worker("slow")), on_sample=lambda run, _: heard.append((run.plan.case.id, run.phase)))
-    run = Run(planned(), CaseModel(location=Path("tiny")), setting)
+    context = replace(bench.context(scripted.worker("slow")), on_sample=lambda run, _: heard.append((run.plan.case.id, run.phase)))
+    run = Run(planned(), CaseModel(location=Path("tiny")), context)
     bench.runs.append(run)
     run.first_round()
     assert {name for name, _ in heard} == {"tiny/bf16/cpu"}
@@ -501,7 +501,7 @@ def test_every_sample_is_told_with_its_case(bench: Bench) -> None:
 )
 def test_case_that_is_not_run_has_a_result_from_its_plan(bench: Bench, verdict: Verdict, outcome: Outcome) -> None:
     decided = Plan(case=builders.case(), verdict=verdict, why="because")
-    result = not_run(decided, CaseModel(location=Path("tiny"), command="pytest cases/"), bench.setting(scripted.by_model))
+    result = not_run(decided, CaseModel(location=Path("tiny"), command="pytest cases/"), bench.context(scripted.by_model))
     assert (result.verdict, result.outcome, result.stage, result.why) == (verdict, outcome, "plan", "because")
     assert result.code is None
     assert result.command == "pytest cases/"
@@ -509,4 +509,4 @@ def test_case_that_is_not_run_has_a_result_from_its_plan(bench: Bench, verdict: 
 
 def test_plan_without_code_cannot_run(bench: Bench) -> None:
     with pytest.raises(ValueError, match="no loading code"):
-        Run(Plan(case=builders.case(), verdict=Verdict.INVALID), CaseModel(location=Path()), bench.setting(scripted.by_model))
+        Run(Plan(case=builders.case(), verdict=Verdict.INVALID), CaseModel(location=Path()), bench.context(scripted.by_model))

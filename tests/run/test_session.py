@@ -17,8 +17,9 @@ from harness.core.errors import CheckpointError, StoreError, UsageError
 from harness.core.records import Case, Outcome, Plan, Result, Verdict
 from harness.core.units import GIB
 from harness.run import forkserver
+from harness.run.case_result import CaseEnded
 from harness.run.options import Options
-from harness.run.runner import CaseEnded, Run
+from harness.run.runner import Run
 from harness.run.session import Session
 from tests.support import builders, scripted
 
@@ -144,7 +145,7 @@ def test_nothing_happens_before_it_is_asked_for(make: Make, tmp_path: Path) -> N
     session.cases()
     session.close()
     assert session.render() is None
-    assert not {"machine", "setting"} & session.__dict__.keys()
+    assert not {"machine", "context"} & session.__dict__.keys()
     assert not (tmp_path / "results").exists()
 
 
@@ -384,7 +385,7 @@ def test_what_was_measured_is_not_measured_again(make: Make) -> None:
 
 def test_what_a_synthetic_run_does_not_fetch_is_synthetic_too(make: Make) -> None:
     session = make(weights="synthetic")
-    assert session.subject(session.cases()[0]).weights == "synthetic"
+    assert session.case_model(session.cases()[0]).weights == "synthetic"
 
 
 def test_without_resume_everything_is_measured_again(make: Make) -> None:

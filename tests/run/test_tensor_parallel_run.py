@@ -21,8 +21,9 @@ from harness.core.units import MIB
 from harness.machine import cgroup
 from harness.measure.protocol import Confine, Confined, Failed, LoadDone, Score
 from harness.run import worker_process
+from harness.run.case_result import CaseEnded, CaseModel, RunContext
 from harness.run.options import Options
-from harness.run.runner import CaseEnded, CaseModel, Run, RunContext
+from harness.run.runner import Run
 from harness.run.session import Session
 from harness.worker import tensor_parallel
 from tests.planning.test_tensor_parallel import HELD, TORCHRUN, run
@@ -63,8 +64,8 @@ def results(talking: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             found = {}
             for case in session.cases():
                 keep, reference = files
-                subject = replace(session.subject(case), keep_file=keep, reference_file=reference)
-                case_run = Run(session.plan(case), subject, session.setting)
+                model = replace(session.case_model(case), keep_file=keep, reference_file=reference)
+                case_run = Run(session.plan(case), model, session.context)
                 with contextlib.suppress(CaseEnded):
                     for _ in range(2):
                         case_run.round()
@@ -195,15 +196,15 @@ def silent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def setting(tmp_path: Path) -> Iterator[RunContext]:
-    with runs.setting(tmp_path / "scratch", LONG_S) as one:
+def context(tmp_path: Path) -> Iterator[RunContext]:
+    with runs.context(tmp_path / "scratch", LONG_S) as one:
         yield one
 
 
-def started(model: Path, setting: RunContext, who: str = "{}", end: str = "pass", **limits: int) -> Run:
+def started(model: Path, context: RunContext, who: str = "{}", end: str = "pass", **limits: int) -> Run:
     code = LOAD.replace("RANKS", who).replace("END", end)
     case = Case(model="tiny", precision="fp32", placement="tp", workload=WORKLOAD, **limits)
-    return Run(Plan(case=case, verdict=Verdict.UNKNOWN, code=code), CaseModel(location=model, tokenizer=False), setting)
+    return Run(Plan(case=case, verdict=Verdict.UNKNOWN, code=code), CaseModel(location=model, tokenizer=False), context)
 
 
 def processes(of: Run) -> list[psutil.Process]:
@@ -215,10 +216,10 @@ def processes(of: Run) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_the_end_of_one_is_that_of_all_and_has_its_name(silent: Path, setting: RunContext, name: str) -> None:
+def test_the_end_of_one_is_that_of_all_and_has_its_name(silent: Path, context: RunContext, name: str) -> None:
     who, end, outcome, said = ENDS[name]
     limit_s = SHORT_S if outcome is Outcome.TIMEOUT else LONG_S
-    case = started(silent, replace(setting, phase_timeout_s=limit_s), who, end)
+    case = started(silent, replace(context, phase_timeout_s=limit_s), who, end)
     case.first_round()
     all_of_them = processes(case)
     begun_s = time.monotonic()
@@ -233,8 +234,8 @@ def test_the_end_of_one_is_that_of_all_and_has_its_name(silent: Path, setting: R
     assert all(scripted.ends(one) for one in all_of_them)
 
 
-def test_a_rank_that_cannot_load_is_named(silent: Path, setting: RunContext) -> None:
-    case = started(silent, setting)
+def test_a_rank_that_cannot_load_is_named(silent: Path, context: RunContext) -> None:
+    case = started(silent, context)
     case.plan = replaced(case.plan, code=f"import os\nif os.environ['RANK'] == '1': raise MemoryError('no room')\n{case.plan.code}")
     with pytest.raises(CaseEnded):
         case.load()
@@ -246,11 +247,11 @@ def test_a_rank_that_cannot_load_is_named(silent: Path, setting: RunContext) -> 
     assert phase.ram_peak_bytes > 250 * MIB  # of both
 
 
-def test_a_limit_on_ram_is_one_for_all(silent: Path, setting: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_on_ram_is_one_for_all(silent: Path, context: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no group of the kernel's holds them, what they hold is added up: each alone is within the limit."""
     monkeypatch.setattr(cgroup, "group", lambda *_: None)
     end = "kept = b'x' * (256 << 20); time.sleep(600)"
-    case = started(silent, setting, "{0, 1}", end, ram_bytes=900 * MIB)
+    case = started(silent, context, "{0, 1}", end, ram_bytes=900 * MIB)
     with pytest.raises(CaseEnded):
         case.round()
     result = case.finish()
@@ -258,8 +259,8 @@ def test_a_limit_on_ram_is_one_for_all(silent: Path, setting: RunContext, monkey
     assert "that cannot be dropped, and --ram allows 900 MiB" in str(result.why)
 
 
-def test_a_case_that_is_over_ends_all_at_once(silent: Path, setting: RunContext) -> None:
-    case = started(silent, setting)
+def test_a_case_that_is_over_ends_all_at_once(silent: Path, context: RunContext) -> None:
+    case = started(silent, context)
     case.round()
     all_of_them = processes(case)
     begun_s = time.monotonic()
@@ -268,8 +269,8 @@ def test_a_case_that_is_over_ends_all_at_once(silent: Path, setting: RunContext)
     assert not any(map(scripted.runs, all_of_them))
 
 
-def test_nobody_reaches_them_from_another_machine(silent: Path, setting: RunContext) -> None:
-    case = started(silent, setting)
+def test_nobody_reaches_them_from_another_machine(silent: Path, context: RunContext) -> None:
+    case = started(silent, context)
     case.first_round()
     sockets = [socket for one in processes(case) for socket in one.net_connections("inet") if socket.status == psutil.CONN_LISTEN]
     assert case.finish().outcome is Outcome.OK

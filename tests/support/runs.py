@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.run import worker_process
-from harness.run.runner import RunContext
+from harness.run.case_result import RunContext
 from tests.support import builders
 from tests.support.scripted import ends, workers, write_model
 
@@ -71,8 +71,8 @@ def start(
 
 
 @contextlib.contextmanager
-def setting(scratch: Path, timeout_s: float) -> Iterator[RunContext]:
-    """A setting for cases in real workers, of which nothing is left at the end: no process, and no file in `scratch`."""
+def context(scratch: Path, timeout_s: float) -> Iterator[RunContext]:
+    """A context for cases in real workers, of which nothing is left at the end: no process, and no file in `scratch`."""
     scratch.mkdir()
     yield RunContext(
         run="a run",

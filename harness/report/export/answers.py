@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from harness.report.page.view import Block, Cell, Matrix, recommend
+from harness.report.page.view import Block, Cell, Matrix
+from harness.results.selection import best_result
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def every(matrix: Matrix) -> tuple[Cell, ...]:
 
 def best_of(cells: Sequence[Cell]) -> Cell | None:
     """Return the cell that `recommend` picks."""
-    best = recommend(cell.result for cell in cells)
+    best = best_result(cell.result for cell in cells)
     return next((cell for cell in cells if cell.result is best), None) if best else None
 
 

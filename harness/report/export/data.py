@@ -20,9 +20,9 @@ from harness.core.metrics import METRICS
 from harness.core.records import Result, Workload
 from harness.core.text import line
 from harness.report.export.answers import Answer, answers
-from harness.report.page import view
 from harness.report.page.figures import predictions
 from harness.report.page.view import blocks
+from harness.results import selection
 
 SCHEMA = 1
 
@@ -41,7 +41,7 @@ def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
         "schema": SCHEMA,
         "fitmatrix": harness.__version__,
         "answers": [_answer(answer) for block in arranged for answer in answers(block)],
-        "cases": [_case(result) for result in view.newest(results)],
+        "cases": [_case(result) for result in selection.newest(results)],
         "machines": list({block.machine.name: block.machine for block in arranged}.values()),
         "problems": list(problems),
     }
@@ -116,7 +116,7 @@ def render_csv(results: Sequence[Result]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)  # commas, quotes where they are needed, CRLF
     writer.writerow(COLUMNS)
-    for result in view.newest(results):
+    for result in selection.newest(results):
         found = dict(_row(result)) | {"recommended": "yes" if id(result) in chosen else "no"}
         writer.writerow([_written(found.get(name)) for name in COLUMNS])
     return text.getvalue()

@@ -12,7 +12,8 @@ from harness.core import units
 from harness.core.records import Phase, Result
 from harness.core.text import visible
 from harness.report.page import charts
-from harness.report.page.figures import DASH, Compared, Figure, compared, known, ran
+from harness.report.page.figures import DASH, Compared, Figure, compared, known
+from harness.results.selection import ran
 
 _UNKNOWN = f'<td><span class="none" title="not recorded in this phase">{DASH}</span></td>'
 

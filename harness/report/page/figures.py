@@ -13,6 +13,7 @@ from harness.core.metrics import METRICS, format_metric
 from harness.core.records import Estimate, Outcome, Result, Span, TierEstimate, Verdict
 from harness.core.text import plural, visible
 from harness.report.page import charts
+from harness.results.selection import ran
 
 DASH = "–"
 
@@ -49,19 +50,9 @@ PLANNED: Mapping[Verdict, str] = {
 }
 
 
-def ran(result: Result) -> bool:
-    """Tell whether a worker was started: a combination that cannot work is "unsupported" without having run."""
-    return result.outcome is not Outcome.SKIPPED and result.stage != "plan"
-
-
 def status(result: Result) -> Status:
     """Say how a case ended, or why it was not run."""
     return _ENDED[result.outcome] if ran(result) else _NOT_RUN.get(result.verdict, _SKIPPED)
-
-
-def faults(result: Result) -> list[str]:
-    """List the checks of what was loaded that found something wrong."""
-    return [said for said in result.checks.values() if said != "ok"]
 
 
 def surprise(result: Result) -> str:

@@ -26,6 +26,7 @@ from harness.report.page import charts, language, view
 from harness.report.page.details import details
 from harness.report.page.figures import surprise
 from harness.report.page.overview import overview
+from harness.results import selection
 
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 PAGE_SCRIPTS = ("language.js", "page.js")
@@ -124,7 +125,7 @@ def _title(found: Sequence[view.Block]) -> str:
 
 
 def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
-    shown = view.newest(results)
+    shown = selection.newest(results)
     surprises = [surprise(result) for result in shown]
     return Facts(
         shown=len(shown),

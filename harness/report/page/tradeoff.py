@@ -16,7 +16,8 @@ from harness.core.units import GIB, format_gib, format_size, significant
 from harness.report.page import labels
 from harness.report.page.axes import Axis, is_drawable, percent, short, text_width, tick_texts
 from harness.report.page.figures import Memory
-from harness.report.page.view import Cell, is_sound
+from harness.report.page.view import Cell
+from harness.results.selection import is_sound
 
 HEIGHT = 300
 HEIGHT_OF_SEVERAL = 210

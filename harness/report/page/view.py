@@ -14,7 +14,7 @@ from harness.catalog.resolve import history
 from harness.core import units
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
-from harness.core.records import Case, Machine, Outcome, Result, Tier, Workload
+from harness.core.records import Case, Machine, Result, Tier, Workload
 from harness.core.text import plural
 from harness.report.page.figures import (
     DASH,
@@ -23,17 +23,13 @@ from harness.report.page.figures import (
     Figure,
     Memory,
     Status,
-    faults,
     known,
     memory,
     metric,
-    ran,
     status,
     surprise,
 )
-
-# What a disturbance may take from a speed that is not slower.
-_AS_FAST = 0.85
+from harness.results.selection import best_result, faults, is_sound, newest, ran
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -126,43 +122,6 @@ class Block:
     history: str
 
 
-def newest(results: Iterable[Result]) -> list[Result]:
-    """Keep the last result of every case on every machine, by what its weights were, in file order.
-
-    What a case showed stands against a later plan that was not run (one run with --run-all, the next without), unless the versions
-    have changed: then the plan may know better.
-    """
-    kept: dict[tuple[str, Case, str], Result] = {}
-    for result in results:
-        key = (result.machine.name, result.case, result.weights)
-        earlier = kept.get(key)
-        if earlier and ran(earlier) and not ran(result) and earlier.environment == result.environment:
-            continue
-        kept.pop(key, None)
-        kept[key] = result
-    return list(kept.values())
-
-
-def recommend(results: Iterable[Result]) -> Result | None:
-    """Pick the fastest case that works soundly, else the fastest with degraded answers or a failed check; never a broken one.
-
-    Of those that are as fast but for what noise may hide, one that nobody disturbed.
-    """
-    usable = [result for result in results if result.outcome is Outcome.OK and _quality(result) != "broken"]
-    found = [result for result in usable if is_sound(result)] or usable
-    fastest = max((_speed(result) for result in found), default=0.0)
-    near = [result for result in found if _speed(result) >= _AS_FAST * fastest]
-    return max(near, key=lambda result: ("decode_tok_s" not in result.noisy, _speed(result)), default=None)
-
-
-def _speed(result: Result) -> float:
-    return result.metrics.get("decode_tok_s", 0.0)
-
-
-def is_sound(result: Result) -> bool:
-    return result.outcome is Outcome.OK and _quality(result) not in ("degraded", "broken") and not faults(result)
-
-
 def blocks(results: Sequence[Result]) -> list[Block]:
     """Arrange results as one block per machine, model and kind of weights, in the order of their first appearance in the file."""
     by_place: dict[tuple[str, str, str], list[Result]] = {_place_of(result): [] for result in results}
@@ -251,7 +210,7 @@ def _quality(result: Result) -> str:
 
 
 def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
-    best = recommend(cell.result for cell in cells)
+    best = best_result(cell.result for cell in cells)
     placed = {(cell.result.case.precision, cell.result.case.place): _marked(cell, best) for cell in cells}
     rows = ordered({row for row, _ in placed}, PRECISIONS)
     columns = _columns([cell.result.case for cell in cells])

@@ -13,8 +13,8 @@ from harness.core import units
 from harness.core.placements import PLACEMENTS
 from harness.core.records import Outcome, Result
 from harness.core.units import GIB
-from harness.report.page import view
 from harness.report.page.figures import Figure, Memory, Status, memory, metric, status
+from harness.results import selection
 from harness.results.audit import PublishedResult, identity
 
 T = TypeVar("T")
@@ -166,7 +166,7 @@ def current(rows: Sequence[Row]) -> list[Row]:
     """Keep the newest result of each case on each machine, as its page does."""
     kept: list[Row] = []
     for found in grouped(rows, lambda row: row.machine.page).values():
-        shown = {id(result) for result in view.newest(row.result for row in found)}
+        shown = {id(result) for result in selection.newest(row.result for row in found)}
         kept += [row for row in found if id(row.result) in shown]
     return kept
 
@@ -174,7 +174,7 @@ def current(rows: Sequence[Row]) -> list[Row]:
 def best(rows: Iterable[Row]) -> Row | None:
     """Pick the row that the page of a machine would recommend."""
     found = {id(row.result): row for row in rows}
-    chosen = view.recommend(row.result for row in found.values())
+    chosen = selection.best_result(row.result for row in found.values())
     return found[id(chosen)] if chosen else None
 
 

@@ -1,0 +1,67 @@
+"""Which of many results count: the newest of each case, those that are sound, and the best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from harness.core.records import Case, Machine, Outcome, Result
+
+# What a disturbance may take from a speed that is not slower.
+_AS_FAST = 0.85
+
+
+def ran(result: Result) -> bool:
+    """Tell whether a worker was started: a combination that cannot work is "unsupported" without having run."""
+    return result.outcome is not Outcome.SKIPPED and result.stage != "plan"
+
+
+def faults(result: Result) -> list[str]:
+    """List the checks of what was loaded that found something wrong."""
+    return [found for found in result.checks.values() if found != "ok"]
+
+
+def is_sound(result: Result) -> bool:
+    """Tell whether a case worked, its answers are not degraded, and no check of what was loaded found a fault."""
+    return result.outcome is Outcome.OK and _quality(result) not in ("degraded", "broken") and not faults(result)
+
+
+def _quality(result: Result) -> str:
+    return result.quality.verdict if result.quality else ""
+
+
+def newest(results: Iterable[Result]) -> list[Result]:
+    """Keep the last result of every case on every machine, by what its weights were, in file order.
+
+    What a case showed stands against a later plan that was not run (one run with --run-all, the next without), unless the versions
+    have changed: then the plan may know better.
+    """
+    kept: dict[tuple[str, Case, str], Result] = {}
+    for result in results:
+        key = (result.machine.name, result.case, result.weights)
+        earlier = kept.get(key)
+        if earlier and ran(earlier) and not ran(result) and earlier.environment == result.environment:
+            continue
+        kept.pop(key, None)
+        kept[key] = result
+    return list(kept.values())
+
+
+def last_on(machine: Machine, results: Iterable[Result]) -> dict[tuple[Case, str], Result]:
+    """Return the last result of each case on a machine of this name, run or not, by the case and what its weights were."""
+    return {(result.case, result.weights): result for result in results if result.machine.name == machine.name}
+
+
+def best_result(results: Iterable[Result]) -> Result | None:
+    """Pick the fastest case that works soundly, else the fastest with degraded answers or a failed check; never a broken one.
+
+    Of those that are as fast but for what noise may hide, one that nobody disturbed.
+    """
+    usable = [result for result in results if result.outcome is Outcome.OK and _quality(result) != "broken"]
+    found = [result for result in usable if is_sound(result)] or usable
+    fastest = max((_speed(result) for result in found), default=0.0)
+    near = [result for result in found if _speed(result) >= _AS_FAST * fastest]
+    return max(near, key=lambda result: ("decode_tok_s" not in result.noisy, _speed(result)), default=None)
+
+
+def _speed(result: Result) -> float:
+    return result.metrics.get("decode_tok_s", 0.0)

@@ -1,0 +1,218 @@
+"""One case of a run as records: what it is run with, what it has shown so far, and the result that follows from both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.core import redact
+from harness.core.records import Interference, Machine, Outcome, Phase, Plan, Quality, Result, Verdict, Workload
+from harness.machine import probe
+from harness.measure import aggregate, interference, quality
+from harness.measure.protocol import GenerateDone, LoadDone, ScoreDone
+from harness.measure.sampler import Gpus, Sample, Sampler
+from harness.planning.code import loading_program
+from harness.run.worker_process import WorkerMain
+
+if TYPE_CHECKING:
+    from harness.run.runner import Run
+
+LiveLine = Callable[["Run", Sample], None]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all cases of a run share."""
+
+    run: str  #: the id of the run
+    machine: Machine
+    environment: Mapping[str, str]  #: package -> version
+    scratch: Path  #: the directory for temporary files
+    worker_main: WorkerMain  #: the worker's program; tests pass a scripted one
+    timeout_s: float  #: the limit of a case
+    phase_timeout_s: float = math.inf  #: the limit of each phase of a case
+    gpus: Gpus | None = None
+    on_sample: LiveLine | None = None
+
+    @property
+    def allowed_s(self) -> dict[str, float]:
+        """The time limits by the name of their option; one that is not set is left out."""
+        limits = {"case-timeout": self.timeout_s, "phase-timeout": self.phase_timeout_s}
+        return {name: seconds for name, seconds in limits.items() if math.isfinite(seconds)}
+
+
+@dataclass(frozen=True)
+class CaseModel:
+    """The model of a case: where its files are, what its weights are, and what its predictions are compared with."""
+
+    location: Path
+    weights: str = "real"  #: "real" or "synthetic"
+    tokenizer: bool = True  #: a tokenizer is among the files
+    fingerprint: str = ""
+    gguf_file: str | None = None
+    native: bool = False  #: `harness.models` has its architecture
+    code_head: str = ""  #: the lines of the printed program that locate the model
+    command: str = ""  #: the command that repeats the case
+    reference: quality.Reference | None = None
+    reference_file: Path | None = None  #: the predictions of the reference
+    keep_file: Path | None = None  #: where to write the predictions of this case, if it is the reference
+
+    @property
+    def real_weights(self) -> bool:
+        """Whether the weights are the model's own, so that its answers mean something."""
+        return self.weights == "real"
+
+
+class CaseEnded(Exception):
+    """The case came to an end before it could be measured; its result says how."""
+
+    def __init__(self, outcome: Outcome, why: str) -> None:
+        super().__init__(why)
+        self.outcome, self.why = outcome, why
+
+
+@dataclass
+class Measured:
+    """What a case has shown so far."""
+
+    at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))  #: when the case began
+    begun_s: float = 0.0  #: the same on the monotonic clock, which phases and samples are timed by
+    loaded: LoadDone | None = None
+    cold: GenerateDone | None = None
+    warm: list[GenerateDone] = field(default_factory=list)
+    scored: ScoreDone | None = None
+    checks: dict[str, str] = field(default_factory=dict)  #: check of what was loaded -> "ok" or what is wrong
+    failed: list[str] = field(default_factory=list)  #: names of the tests that failed
+    phases: list[Phase] = field(default_factory=list)
+    windows: list[Interference] = field(default_factory=list)  #: one for each request that was measured
+    vram_by_torch: bool = False  #: NVML does not list the worker, so torch alone enforces --vram
+    stage: str = "done"  #: the phase that the case ended in
+    log: str = ""
+    traceback: str = ""
+
+
+def result_of(
+    plan: Plan, model: CaseModel, context: RunContext, measured: Measured, sampler: Sampler, ended: CaseEnded | None
+) -> Result:
+    """Return the result of a case from what it has shown so far."""
+    metrics = metrics_of(plan.case.workload, model, measured, sampler)
+    loaded = measured.loaded.loaded if measured.loaded else None
+    return Result(
+        **_common(plan, model, context, measured.at),
+        outcome=ended.outcome if ended else Outcome.OK,
+        stage=measured.stage,
+        why=ended.why if ended else None,
+        metrics=metrics,
+        samples=aggregate.samples(measured.warm) if measured.warm else {},
+        noisy={key: why for key, why in noise(plan.case.workload, measured).items() if key in metrics},
+        interference=measured.windows,
+        phases=[_completed(phase, measured.begun_s, sampler) for phase in measured.phases],
+        timeline=sampler.timeline(measured.begun_s),
+        loaded=loaded,
+        device_map=loaded.device_map if loaded else None,
+        quality=quality_of(model, measured),
+        checks=measured.checks,
+        log_tail=f"{measured.log}\n{measured.traceback}".strip(),
+        failed=list(measured.failed),
+    )
+
+
+def not_run(plan: Plan, model: CaseModel, context: RunContext) -> Result:
+    """Return the result of a case that is not run, from its plan."""
+    outcome = Outcome.UNSUPPORTED if plan.verdict is Verdict.INVALID else Outcome.SKIPPED
+    common = _common(plan, model, context, datetime.now(timezone.utc))
+    return redact.clean(Result(**common, outcome=outcome, stage="plan", why=plan.why), model.location)
+
+
+def _common(plan: Plan, model: CaseModel, context: RunContext, at: datetime) -> dict[str, Any]:
+    return {
+        "id": plan.case.id,
+        "run": context.run,
+        "at": at.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "case": plan.case,
+        "weights": model.weights,
+        "machine": probe.limited(context.machine, plan.case),
+        "verdict": plan.verdict,
+        "estimate": plan.estimate,
+        "code": loading_program(model.code_head, plan) if plan.code else None,
+        "command": model.command or None,
+        "environment": dict(context.environment),
+        "remote_code": plan.remote_code if plan.trusted else [],
+        "fingerprint": model.fingerprint,
+        "allowed_s": context.allowed_s,
+    }
+
+
+def metrics_of(workload: Workload, model: CaseModel, measured: Measured, sampler: Sampler) -> dict[str, float]:
+    """Return the metrics of what was measured so far, by the keys of METRICS."""
+    phases = [_completed(phase, measured.begun_s, sampler) for phase in measured.phases]
+    found = aggregate.of_load(measured.loaded) if measured.loaded else {}
+    found |= aggregate.of_rounds(measured.cold, _counted(workload, measured), asked=workload.repeats)
+    found |= aggregate.of_phases(phases)
+    found |= aggregate.ready(found) | aggregate.rereads(measured.phases, workload.new_tokens)
+    generating = [_peak(phase, sampler) for phase in measured.phases if phase.name in aggregate.GENERATING]
+    if process := [size for sample in generating for size in sample.vram_bytes.values()]:
+        found["vram_process_peak_bytes"] = max(process)
+    if measured.scored:
+        found |= quality.metrics_of(measured.scored, real_weights=model.real_weights)
+    return found
+
+
+def quality_of(model: CaseModel, measured: Measured) -> Quality | None:
+    """Judge what the probe found, None if it did not run."""
+    if measured.scored is None:
+        return None
+    return quality.judge(
+        measured.scored,
+        real_weights=model.real_weights,
+        reference=model.reference,
+        is_reference=model.keep_file is not None,
+    )
+
+
+def noise(workload: Workload, measured: Measured) -> dict[str, str]:
+    """Say which figures were disturbed or are in doubt, and which spread widely in the rounds that count."""
+    rounds = _counted(workload, measured)
+    found = interference.noise(measured.windows, left_out=len(measured.warm) - len(rounds))
+    if measured.vram_by_torch:
+        found["vram_peak_bytes"] = "torch alone held --vram: NVML does not list the process"
+    spread = aggregate.noise(aggregate.samples(rounds))
+    return found | {key: f"{why}; {found[key]}" if key in found else why for key, why in spread.items()}
+
+
+def is_unsettled(workload: Workload, measured: Measured) -> bool:
+    """Say whether too few of the warm rounds were undisturbed, or their spread is wide."""
+    quiet = interference.undisturbed(measured.warm, measured.windows)
+    return len(quiet) < workload.repeats or bool(aggregate.noise(aggregate.samples(quiet)))
+
+
+def _counted(workload: Workload, measured: Measured) -> list[GenerateDone]:
+    """Return the warm rounds that the medians rest on."""
+    return interference.counted(measured.warm, measured.windows, workload.repeats)
+
+
+def _completed(phase: Phase, begun_s: float, sampler: Sampler) -> Phase:
+    """Complete a phase from the samples if the system keeps no exact peak, and count its time from the begin of the case."""
+    peak = _peak(phase, sampler)
+    return Phase(
+        name=phase.name,
+        start_s=round(phase.start_s - begun_s, 4),
+        end_s=round(phase.end_s - begun_s, 4),
+        ram_peak_bytes=peak.ram_bytes if phase.sampled else phase.ram_peak_bytes,
+        ram_anon_bytes=max(peak.anon_bytes, phase.ram_anon_bytes or 0),
+        sampled=phase.sampled,
+        disk_read_bytes=phase.disk_read_bytes,
+        vram_peak_bytes=phase.vram_peak_bytes,
+        vram_reserved_bytes=phase.vram_reserved_bytes,
+    )
+
+
+def _peak(phase: Phase, sampler: Sampler) -> Sample:
+    """Return the highest of the samples of a phase, or what the worker itself saw if there is none."""
+    anon = phase.ram_anon_bytes or 0
+    fallback = Sample(at_s=phase.end_s, ram_bytes=anon, anon_bytes=anon, vram_bytes={})
+    return sampler.peak(phase.start_s, phase.end_s) or fallback

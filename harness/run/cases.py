@@ -1,0 +1,167 @@
+"""The cases of a run: which there are, what each is planned to need, and the command that runs one alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from harness.catalog import download
+from harness.catalog.resolve import Source
+from harness.core import precisions
+from harness.core.placements import FILE, PLACEMENTS, distinct, named
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Case, Machine, Plan, Verdict, Workload
+from harness.core.units import exact_size
+from harness.machine import probe
+from harness.planning import calibration, feasibility, verdict
+from harness.planning.calibration import Calibration
+from harness.planning.device_map import user_map
+from harness.planning.device_map.infer import Device
+from harness.planning.planner import Planner
+from harness.results.store import Store
+from harness.run import forkserver
+from harness.run.model_set import ModelSet
+from harness.run.options import Options
+
+RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
+
+
+class CaseMatrix:
+    """Model x precision x placement x size of GPU as the options ask for it, and the plan of each case."""
+
+    def __init__(
+        self,
+        options: Options,
+        models: ModelSet,
+        machine: Callable[[], Machine],
+        store: Store,
+        device_map: Mapping[str, Device] | None,
+    ) -> None:
+        """Cross what the options name; `device_map` is that of `--device-map`, and results in `store` correct the estimates.
+
+        `machine` is called once, when something depends on what is here.
+        """
+        self._options, self._models, self._probe, self._store = options, models, machine, store
+        self._device_map = device_map
+        self._plans: dict[str, Plan] = {}
+
+    @cached_property
+    def _machine(self) -> Machine:
+        return self._probe()
+
+    def cases(self) -> list[Case]:
+        """Return the cases in the order they run: the widest precision first, as reference."""
+        options = self._options
+        workload = Workload(
+            prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens, batch=options.batch, repeats=options.repeats
+        )
+        return [
+            Case(model=name, precision=precision, placement=placement, workload=workload, vram_bytes=vram, ram_bytes=options.ram)
+            for name in self._models.sources
+            for precision in self._precisions(name)
+            for placement in self._placements
+            for vram in (("gpu" in PLACEMENTS[placement].devices and options.vram) or (None,))
+        ]
+
+    @cached_property
+    def _placements(self) -> list[str]:
+        """The placements asked for; unless the user named them, without those that are the same as another here."""
+        return named(named_placements(self._options), self._device_map is not None) or distinct(PLACEMENTS, len(self._machine.gpus))
+
+    def _precisions(self, model: str) -> list[str]:
+        """Return the precisions asked for; unless the user named them, the usual ones, or what a quantized checkpoint is."""
+        if "precision" in self._options.origin:
+            return _in_order(self._options.precision, PRECISIONS)
+        return precisions.defaults(download.stored_as(self._models.sources[model]))
+
+    def may_run(self, case: Case) -> bool:
+        """Say whether a model is worth fetching for a case; whether what is stored packed needs a package, the files will tell."""
+        here = PRECISIONS[case.precision].requires_checkpoint is None
+        return feasibility.gate(case, self._machine, here=here) is None
+
+    def check_model(self, model: str) -> None:
+        """Read the spec of a model that is fetched, and check the map of `--device-map` against it, if there is one.
+
+        Raises:
+            CheckpointError: nothing here loads the model.
+            UsageError: the map does not place this model on the devices of this machine.
+        """
+        spec = self._models.spec(model)
+        if self._device_map is not None:
+            user_map.check(self._device_map, spec.skeleton, len(self._machine.gpus), model=model)
+
+    def plan(self, case: Case) -> Plan:
+        """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
+        if not self._models.fetched(case.model):
+            return feasibility.decide(case, probe.limited(self._machine, case), None)
+        if case.id not in self._plans:
+            here, spec = probe.limited(self._machine, case), self._models.spec(case.model)
+            cases = [one for one in self.cases() if _limits(one) == _limits(case)]
+            trust = bool(self._options.trust_remote_code)
+            planner = Planner(spec, here, constants=self._calibration, trust=trust, device_map=self._device_map)
+            made = map(_only_planned, planner.plans(cases or [case]))
+            self._plans |= {one.case.id: one for one in made}
+        return self._plans[case.id]
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        """The constants, corrected by what earlier runs on this machine left in the store."""
+        return calibration.correct(self._store.read()[0], self._machine)
+
+
+def named_placements(options: Options) -> Sequence[str] | None:
+    """Return the placements that the user named, None if the default applies."""
+    return options.placement if "placement" in options.origin else None
+
+
+def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:
+    return [name for name in table if name in names]
+
+
+def _limits(case: Case) -> tuple[str, int | None, int | None]:
+    return case.model, case.vram_bytes, case.ram_bytes
+
+
+def _only_planned(one: Plan) -> Plan:
+    """Make a plan that takes several processes unavailable if a worker cannot be forked into them."""
+    parallel = PLACEMENTS[one.case.placement].parallel
+    if not parallel or forkserver.METHOD == "forkserver" or one.verdict not in (*RUNNABLE, Verdict.TOO_BIG):
+        return one
+    why = "processes that share a model are measured on Linux alone: run the code that fitmatrix plan --code prints, by torchrun"
+    return msgspec.structs.replace(one, verdict=Verdict.UNAVAILABLE, why=why, code=None)
+
+
+def with_free_disk(decided: Plan, free_bytes: int) -> Plan:
+    """Plan again with what is free now for offloaded weights: models were fetched since the probe, and others write as well."""
+    short = verdict.short_of_disk(decided.estimate, free_bytes)
+    if short is None or decided.verdict not in RUNNABLE:
+        return decided
+    return msgspec.structs.replace(decided, verdict=Verdict.TOO_BIG, why=short)
+
+
+def command_of(case: Case, source: Source, options: Options) -> str:
+    """Return the command that runs a case of this run alone."""
+    words = ["pytest", "cases/", "--model", _format_source(source), "--precision", case.precision, "--placement", case.placement]
+    words += ["--device-map", _relative(options.device_map)] if case.placement == FILE else []
+    limits = (("--vram", case.vram_bytes), ("--ram", case.ram_bytes))
+    words += [word for flag, size in limits if size is not None for word in (flag, exact_size(size))]
+    return f"{shlex.join(words)} {options.command()}".strip()
+
+
+def _format_source(source: Source) -> str:
+    """Write the model for a command: a directory relative to the current one, or by its name alone if its path would be private."""
+    place = Path(source.location) / (source.file or "")
+    return source.name if source.kind != "directory" else _relative(place, source.name)
+
+
+def _relative(place: Path, otherwise: str | None = None) -> str:
+    """Write a path relative to the current directory; outside of it, `otherwise` or the path's name, which tell of no folder."""
+    place = place.absolute()
+    if not place.is_relative_to(Path.cwd()):
+        return place.name if otherwise is None else otherwise
+    return f"./{place.relative_to(Path.cwd())}"
