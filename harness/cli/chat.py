@@ -1,4 +1,4 @@
-"""`fitmatrix chat MODEL [CASE]`: talk to a model in a browser on this machine, loaded as the plan says."""
+"""`fitmatrix chat MODEL [CASE]`: chat with a model in the browser on this machine, loaded as the plan recommends."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from harness.core.records import Workload
 if TYPE_CHECKING:
     from harness.core.records import Case, Plan
 
-HELP = "Talk to a model in a browser on this machine, loaded as the plan says."
+HELP = "Chat with a model in the browser on this machine, loaded as the plan recommends."
 
 _HOST, _FIRST_PORT, _PORTS = "127.0.0.1", 7860, 100
 _PROMPT, _NEW = 1024, 256
-_LOAD_S = 24 * 3600.0  # nobody waits longer for a model to load; talking takes as long as it takes
-# One process answers, and there is no map of the user's own.
+_LOAD_S = 24 * 3600.0  # more than any load takes; a chat has no limit
+# One process answers, and no custom device map is read.
 _TALKING = [name for name, row in PLACEMENTS.items() if name != FILE and not row.parallel]
 
 
@@ -28,14 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a catalog name, a hub id, a directory or a GGUF file")
     add("case", nargs="?", metavar="CASE", help="how to load it, such as int8/direct (default: what the plan recommends)")
-    add("--host", default=_HOST, metavar="ADDRESS", help=f"where to listen (default {_HOST}; 0.0.0.0: for the whole network)")
-    add("--port", metavar="N", help=f"the port to listen at (default: the first free from {_FIRST_PORT})")
-    add("--prompt-tokens", metavar="N", help=f"plan for so much of the conversation; older turns go (default {_PROMPT})")
-    add("--new-tokens", metavar="N", help=f"tokens of an answer at most (default {_NEW})")
-    add("--trust-remote-code", action="store_true", help="let code that comes with the model run")
+    add(
+        "--host",
+        default=_HOST,
+        metavar="ADDRESS",
+        help=f"address to listen on (default {_HOST}; 0.0.0.0 opens it to the whole network)",
+    )
+    add("--port", metavar="N", help=f"port to listen on (default: the first free one from {_FIRST_PORT})")
+    add("--prompt-tokens", metavar="N", help=f"tokens of conversation to keep; older turns are dropped (default {_PROMPT})")
+    add("--new-tokens", metavar="N", help=f"most tokens of an answer (default {_NEW})")
+    add("--trust-remote-code", action="store_true", help="allow code shipped with the model to run")
     parser.epilog = (
-        "There is no option to share the page: gradio would open a tunnel through a server of others, and whoever has the link "
-        "could use this machine."
+        "There is no option to share the page over the internet: gradio would tunnel it through a public server, and anyone with "
+        "the link could use this machine."
     )
 
 
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     )
     chosen = advice.best
     if chosen is None:
-        return _refuse(advice.plans[0]) if asked else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} says why")
+        return _refuse(advice.plans[0]) if asked else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} shows why")
     _need_tokenizer(advice.spec.tokenizer, source.name)
     _need_gradio()
     return _serve(args, chosen.case, port)
@@ -71,15 +76,17 @@ def run(args: argparse.Namespace) -> int:
 def _talking_case(text: str) -> tuple[str, str]:
     precision, placement = asked_case(text)
     if placement not in _TALKING:
-        raise UsageError(f"no chat by {placement}, which takes several processes or a map of yours: one of {', '.join(_TALKING)}")
+        raise UsageError(
+            f"chat does not support placement {placement} (several processes or a custom map): use one of {', '.join(_TALKING)}"
+        )
     return precision, placement
 
 
 def _free_port(host: str, port: int) -> int:
-    """Return the port asked for, or for 0 the first from gradio's own that nobody listens at.
+    """Return the port asked for, or for 0 the first free one from gradio's default port on.
 
     Raises:
-        UsageError: it is taken, there is none, or the address is none of this machine.
+        UsageError: the port is taken, none is free, or the address is not one of this machine.
     """
     import errno
     import socket
@@ -96,11 +103,11 @@ def _free_port(host: str, port: int) -> int:
                 continue
             what = f"--port {tried}" if error.errno in (errno.EADDRINUSE, errno.EACCES) else f"--host {host!r}"
             raise UsageError(f"{what}: {error.strerror}") from None
-    raise UsageError(f"no port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} is free: give one by --port")
+    raise UsageError(f"no port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} is free: pass --port")
 
 
 def _refuse(one: Plan) -> int:
-    """Say why a plan cannot be talked to. Returns the exit status; raises UsageError where it cannot be loaded at all."""
+    """Say why a case cannot be chatted with. Returns the exit status; raises UsageError if it cannot be loaded at all."""
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
     return _say(f"{one.case.id}: {one.why}")
@@ -115,7 +122,7 @@ def _say(sentence: str) -> int:
 
 def _need_tokenizer(has_one: bool, model: str) -> None:
     if not has_one:
-        raise UsageError(f"{model} has no tokenizer beside its weights, as synthetic ones have none: there are no words to talk in")
+        raise UsageError(f"{model} has no tokenizer beside its weights (synthetic weights have none), and a chat needs one")
 
 
 def _need_gradio() -> None:
@@ -151,7 +158,7 @@ def _serve(args: argparse.Namespace, case: Case, port: int) -> int:
             run = Run(decided, subject, session.setting)
             try:
                 served = run.chat(args.host, port)
-                print(f"Talk to {one.id} at {served.url} (Ctrl-C ends it)", flush=True)
+                print(f"Chat with {one.id} at {served.url} (Ctrl-C to stop)", flush=True)
                 run.wait()
             except CaseEnded as ended:
                 return _say(f"{one.id}: {ended.why}")

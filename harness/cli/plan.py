@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from harness.planning.device_map.infer import Device
     from harness.planning.recommend import Recommendation
 
-HELP = "Say which ways of loading a model fit, before loading or even downloading it."
+HELP = "Predict which ways of loading a model fit, before loading or even downloading it."
 
 _USUAL = Workload()
-# Options that say nothing of training.
+# Options that do not apply to training.
 _ABOUT_RUNNING = (
     "--precision", "--placement", "--device-map", "--prompt-tokens", "--new-tokens", "--batch", "--context", "--code", "--explain",
     "--results", "--prove-min-ram",
@@ -48,36 +48,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="a catalog name, a hub id, a directory or a GGUF file")
-    add("--file", metavar="NAME", help="this GGUF file of MODEL, where it has several")
+    add("--file", metavar="NAME", help="GGUF file of MODEL, if it has several")
     add(
         "--gpu",
         action="append",
         metavar="NAME|SIZE",
-        help='plan for a machine with this card, "RTX 3060 12GB" or 8GiB (repeatable)',
+        help='plan for a machine with this GPU, "RTX 3060 12GB" or 8GiB (repeatable)',
     )
-    add("--ram", metavar="SIZE", help="plan for a machine with so much RAM")
-    add("--disk", metavar="SIZE", help="plan for a machine with so much free disk space")
-    add("--precision", action="append", metavar="NAME", help=f"only this: {', '.join(PRECISIONS)}, or all (repeatable)")
-    add("--placement", action="append", metavar="NAME", help=f"only this: {', '.join(PLACEMENTS)} (repeatable)")
-    add("--device-map", metavar="FILE", help=f"plan a device_map of yours, JSON or TOML, as placement {FILE}")
-    add("--prompt-tokens", metavar="N", help=f"tokens of each prompt (default {_USUAL.prompt_tokens})")
-    add("--new-tokens", metavar="N", help=f"tokens to generate from each prompt (default {_USUAL.new_tokens})")
-    add("--batch", metavar="N", help="prompts generated from at once (default 1)")
-    add("--context", metavar="N", help="plan for so many tokens, prompt and answer together")
-    add("--code", metavar="CASE", help="print a script that loads and generates, for a case such as int8/direct")
-    add(
-        "--trust-remote-code", action="store_true", help="plan and write code that lets the model's own code run; nothing runs here"
-    )
+    add("--ram", metavar="SIZE", help="plan for a machine with this much RAM")
+    add("--disk", metavar="SIZE", help="plan for a machine with this much free disk space")
+    add("--precision", action="append", metavar="NAME", help=f"only these: {', '.join(PRECISIONS)}, or all (repeatable)")
+    add("--placement", action="append", metavar="NAME", help=f"only these: {', '.join(PLACEMENTS)} (repeatable)")
+    add("--device-map", metavar="FILE", help=f"plan your own device_map, JSON or TOML, as placement {FILE}")
+    add("--prompt-tokens", metavar="N", help=f"tokens per prompt (default {_USUAL.prompt_tokens})")
+    add("--new-tokens", metavar="N", help=f"tokens generated per prompt (default {_USUAL.new_tokens})")
+    add("--batch", metavar="N", help="batch size (default 1)")
+    add("--context", metavar="N", help="plan for this many tokens, prompt and answer together")
+    add("--code", metavar="CASE", help="print a script that loads the model and generates, for a case such as int8/direct")
+    add("--trust-remote-code", action="store_true", help="plan for a model with code of its own, without running any of it")
     add("--json", action="store_true", help="print one JSON object")
-    add("--explain", metavar="CASE", help="show every term of a case such as int8/direct")
-    add("--training", metavar="STAGE", help=f"what training by DeepSpeed's ZeRO would take instead: {', '.join(STAGES)}")
-    add("--nodes", metavar="N", help="with --training: so many machines like this one (default 1)")
+    add("--explain", metavar="CASE", help="show every term of the estimate for a case such as int8/direct")
+    add("--training", metavar="STAGE", help=f"estimate training with DeepSpeed ZeRO instead: {', '.join(STAGES)}")
+    add("--nodes", metavar="N", help="with --training: number of machines like this one (default 1)")
     add(
         "--prove-min-ram",
         action="store_true",
-        help="run the cases under limits until the smallest RAM that works is known within 5 %% (default placement: cpu)",
+        help="run the cases under RAM limits to find the smallest RAM that works, within 5 %% (default placement: cpu)",
     )
-    add("--results", metavar="DIR", help="correct the seconds by results of this machine in DIR (default fitmatrix-results)")
+    add("--results", metavar="DIR", help="correct estimated times with results of this machine in DIR (default fitmatrix-results)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     machine, here = described(args)
     asked = [asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
-        raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
+        raise UsageError("--code and --explain show one case: give one MODEL and no --json")
     device_map = _device_map(args, [placement for _, placement in asked])
     calibration = constants(args.results, machine) if here else None
     recommendations = [
@@ -123,22 +121,22 @@ def _sources(args: argparse.Namespace) -> list[Source]:
     from harness.catalog import resolve
 
     if args.file and len(args.models) > 1:
-        raise UsageError("--file names a file of one model: name one MODEL, or the files by their paths")
+        raise UsageError("--file selects a file of one model: give one MODEL, or the files by their paths")
     return [resolve.resolve(model, args.file) for model in args.models]
 
 
 def _train(args: argparse.Namespace) -> int:
-    """Say what training the models takes. Returns 0 if some way fits for each model, 1 if none does for one."""
+    """Estimate the memory of training the models. Returns 0 if some way fits for each model, 1 if none does for one."""
     from harness.architecture import model_spec
     from harness.cli import training
 
     if args.training is None:
-        raise UsageError(f"--nodes is about training: add --training {' or '.join(STAGES)}")
+        raise UsageError(f"--nodes applies to training only: add --training {' or '.join(STAGES)}")
     if args.training not in STAGES:
         raise UsageError(f"--training: no {args.training!r}: {did_you_mean(args.training, STAGES)}")
     for flag in _ABOUT_RUNNING:
         if getattr(args, flag.removeprefix("--").replace("-", "_")):
-            raise UsageError(f"{flag} is about running a model, and --training about training it: give one of them")
+            raise UsageError(f"{flag} does not apply to --training: drop one of them")
     nodes = count(args.nodes, "--nodes", 1, 1)
     machine, _ = described(args)
     spec = [model_spec.read_spec(source) for source in _sources(args)]
@@ -159,17 +157,17 @@ def workload(args: argparse.Namespace) -> Workload:
     """Return the workload that the options describe.
 
     Raises:
-        UsageError: a number is none, too small, or --context leaves no room for a prompt.
+        UsageError: not a number, too small, or --context leaves no room for a prompt.
     """
     new = count(args.new_tokens, "--new-tokens", 2, _USUAL.new_tokens)
     prompt = count(args.prompt_tokens, "--prompt-tokens", 1, _USUAL.prompt_tokens)
     if args.context is not None:
         if args.prompt_tokens is not None:
-            raise UsageError("--context and --prompt-tokens both say how long the prompt is: give one of them")
+            raise UsageError("--context and --prompt-tokens both set the prompt length: give one of them")
         context = count(args.context, "--context", 3, 0)
         if context <= new:
             raise UsageError(
-                f"--context {context} has no room for a prompt beside {new} new tokens: raise it or lower --new-tokens"
+                f"--context {context} leaves no room for a prompt beside {new} new tokens: raise it or lower --new-tokens"
             )
         prompt = context - new
     return Workload(prompt_tokens=prompt, new_tokens=new, batch=count(args.batch, "--batch", 1, 1))
@@ -179,7 +177,7 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
     """Return the machine to plan for, and whether it is this one.
 
     Raises:
-        UsageError: no such card, or not a size.
+        UsageError: an unknown card, or not a size.
     """
     if args.gpu or args.ram or args.disk:
         from harness.machine.gpus import profile
@@ -234,7 +232,7 @@ def _print_code(advice: Recommendation) -> None:
 
 
 def _head(advice: Recommendation, one: Plan) -> str:
-    """Write where the model is; this code is for the user alone and may name a directory, which results must not."""
+    """Write where the model is. Only the user sees this code, so it may name a directory; results must not."""
     from msgspec.structs import replace
 
     from harness.planning import code

@@ -20,44 +20,38 @@ SPLITS_DEVICES = "divides"
 
 
 class Placement(Record, frozen=True, kw_only=True):
-    """One row of the table.
-
-    `call` is the way of loading: "from_pretrained", "load_checkpoint_and_dispatch", or "to" (load in RAM, then move).
-    `device_map` is passed on as it is, but for RECOMMENDED_MAP and USER_MAP. `limits` names the rule that computes `max_memory`
-    (`max_memory.LIMITS`): None passes none. `traits` are what a precision may refuse. `devices` are where the weights may end
-    up, best first. It needs `least_gpus`; on fewer it is no case of its own where `on_fewer` says what it comes to there. What is
-    `on_request` is no part of a matrix unless it is named. `parallel`: a process for each GPU, which share every layer; without any
-    GPU so many share the RAM.
-    """
+    """One row of the table: how the model is loaded, and where its weights may go."""
 
     name: str
     title: str
     help: str
-    call: str
-    device_map: str | Mapping[str, str | int] | None
-    devices: tuple[str, ...]
-    limits: str | None = None
-    traits: tuple[str, ...] = ()
-    least_gpus: int = 0
-    on_fewer: str | None = None
-    on_request: bool = False
-    parallel: int = 0
-    offload_folder: bool = False
+    call: str  #: "from_pretrained", "load_checkpoint_and_dispatch", or "to" (load in RAM, then move)
+    device_map: str | Mapping[str, str | int] | None  #: passed on unchanged, except RECOMMENDED_MAP and USER_MAP
+    devices: tuple[str, ...]  #: where the weights may go, fastest first
+    limits: str | None = None  #: the rule that computes `max_memory` (`max_memory.LIMITS`); None passes none
+    traits: tuple[str, ...] = ()  #: what a precision may be incompatible with
+    least_gpus: int = 0  #: the number of GPUs that it needs
+    on_fewer: str | None = (
+        None  #: why it is skipped on fewer GPUs, such as what it is identical to; None if it is unavailable there
+    )
+    on_request: bool = False  #: runs only if it is named
+    parallel: int = 0  #: one process per GPU, each with a part of every layer; without a GPU this number of processes in RAM
+    offload_folder: bool = False  #: passes a folder for weights that are offloaded to disk
 
     @property
     def needs_gpu(self) -> bool:
         return self.least_gpus > 0 and not self.parallel
 
     def lacks_gpus(self, gpus: int) -> bool:
-        """Say whether a machine with so many GPUs has too few."""
+        """Say whether a machine with this number of GPUs has too few."""
         return gpus < self.least_gpus and (gpus > 0 or self.needs_gpu)
 
     def ranks(self, gpus: int) -> int:
-        """Return how many processes hold the model on a machine with so many GPUs."""
+        """Return the number of processes that hold the model on a machine with this number of GPUs."""
         return (gpus or self.parallel) if self.parallel else 1
 
     def given(self, device_map: Mapping[str, str | int]) -> Placement:
-        """Return this row as one file fills it: an explicit map says which devices are used, and what a precision may refuse.
+        """Return this row with the user's device map, which decides the devices and what a precision may refuse.
 
         The map is not checked here.
         """
@@ -88,13 +82,13 @@ class Placement(Record, frozen=True, kw_only=True):
         return given
 
 
-_AUTO_THERE = "with fewer than two GPUs it is the same as auto"
+_AUTO_THERE = "identical to auto with fewer than two GPUs"
 
 _ROWS = (
     Placement(
         name="direct",
         title="straight to the GPU",
-        help='device_map={"": 0}: onto the first GPU, without a copy of the model in RAM',
+        help='device_map={"": 0}: load straight onto the first GPU, without a copy of the model in RAM',
         call="from_pretrained",
         device_map={"": 0},
         devices=("gpu",),
@@ -103,7 +97,7 @@ _ROWS = (
     Placement(
         name="ram-to-gpu",
         title="RAM, then GPU",
-        help='load in RAM, then .to("cuda"): the old default, for comparison',
+        help='load into RAM, then .to("cuda"): the former default, for comparison',
         call="to",
         device_map={"": "cpu"},
         devices=("gpu",),
@@ -112,7 +106,7 @@ _ROWS = (
     Placement(
         name="auto",
         title="auto",
-        help='device_map="auto" with no limits: GPUs first, then RAM, then disk',
+        help='device_map="auto" without max_memory: GPUs first, then RAM, then disk',
         call="from_pretrained",
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
@@ -120,7 +114,7 @@ _ROWS = (
     Placement(
         name="balanced",
         title="balanced",
-        help='device_map="balanced": what auto is in transformers 5, an even share for each GPU',
+        help='device_map="balanced": an even share of the weights for each GPU; identical to auto in transformers 5',
         call="from_pretrained",
         device_map="balanced",
         devices=("gpu", "cpu", "disk"),
@@ -130,8 +124,8 @@ _ROWS = (
     ),
     Placement(
         name="balanced_low_0",
-        title="balanced, first GPU free",
-        help='device_map="balanced_low_0": the first GPU takes what the others cannot',
+        title="balanced, first GPU kept free",
+        help='device_map="balanced_low_0": balanced over the other GPUs; the first one gets only what they cannot hold',
         call="from_pretrained",
         device_map="balanced_low_0",
         devices=("gpu", "cpu", "disk"),
@@ -140,28 +134,28 @@ _ROWS = (
     ),
     Placement(
         name="sequential",
-        title="GPU after GPU",
-        help='device_map="sequential": fills one GPU after the other',
+        title="one GPU after another",
+        help='device_map="sequential": fills one GPU after another',
         call="from_pretrained",
         device_map="sequential",
         devices=("gpu", "cpu", "disk"),
         least_gpus=2,
-        on_fewer=f"{_AUTO_THERE}, but that it leaves no tenth of the GPU free",
+        on_fewer=f"{_AUTO_THERE}, except that it does not keep a tenth of the GPU free",
     ),
     Placement(
         name="recommended",
-        title="our device map",
-        help="a device_map of ours: blocks fill the GPUs in order, each with its KV cache, and inference keeps the room it needs",
+        title="computed device map",
+        help="device_map computed by fitmatrix: blocks fill the GPUs in order, with room for their KV cache and for inference",
         call="from_pretrained",
         device_map=RECOMMENDED_MAP,
         devices=("gpu", "cpu", "disk"),
         least_gpus=1,
-        on_fewer="without a GPU it is the same as cpu",
+        on_fewer="identical to cpu without a GPU",
     ),
     Placement(
         name="dispatch",
         title="accelerate's dispatch",
-        help="init_empty_weights + load_checkpoint_and_dispatch: accelerate's own way",
+        help="init_empty_weights + load_checkpoint_and_dispatch: accelerate's own loader",
         call="load_checkpoint_and_dispatch",
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
@@ -171,7 +165,7 @@ _ROWS = (
     Placement(
         name="gpu+cpu",
         title="GPU + RAM",
-        help="max_memory that leaves room on the GPU for inference, the rest of the weights in RAM",
+        help="max_memory leaves room on the GPU for inference; the remaining weights are offloaded to RAM",
         call="from_pretrained",
         device_map="auto",
         devices=("gpu", "cpu"),
@@ -182,7 +176,7 @@ _ROWS = (
     Placement(
         name="disk",
         title="GPU + RAM + disk",
-        help="GPU if there is one, then RAM, then disk; limited so that some blocks really lie on disk",
+        help="GPU (if any), then RAM, then disk; max_memory is set so that some blocks are offloaded to disk",
         call="from_pretrained",
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
@@ -202,20 +196,20 @@ _ROWS = (
     Placement(
         name="tp",
         title="tensor parallel",
-        help="tensor parallelism, as by torchrun: a process for each GPU, which share every layer (without one: two, in RAM)",
+        help="tensor parallelism, as with torchrun: one process per GPU, each with a part of every layer (without a GPU: two in RAM)",
         call="from_pretrained",
         device_map=None,
         devices=("gpu", "cpu"),
         traits=("parallel",),
         least_gpus=2,
-        on_fewer="tensor parallelism shares every layer among two GPUs or more, and there is one",
+        on_fewer="tensor parallelism splits every layer over at least two GPUs, and this machine has one",
         on_request=True,
         parallel=2,
     ),
     Placement(
         name=FILE,
-        title="a map of yours",
-        help="the device_map that --device-map FILE holds",
+        title="custom device map",
+        help="your own device_map, read from --device-map FILE",
         call="from_pretrained",
         device_map=USER_MAP,
         devices=("gpu", "cpu", "disk"),
@@ -227,15 +221,15 @@ PLACEMENTS: Mapping[str, Placement] = {row.name: row for row in _ROWS}
 
 
 def distinct(names: Iterable[str], gpus: int) -> list[str]:
-    """Leave out the placements that are the same as another on a machine with so many GPUs, and those that want to be named."""
+    """Leave out the placements that are identical to another on a machine with this number of GPUs, and those on request."""
     rows = [PLACEMENTS[name] for name in names]
     return [row.name for row in rows if not row.on_request and (gpus >= row.least_gpus or row.on_fewer is None)]
 
 
 def named(given: Iterable[str] | None, has_file: bool) -> list[str]:
-    """Return the placements that were asked for in the table's order, none where all that differ are meant.
+    """Return the placements that were asked for in the table's order; none if all that differ are meant.
 
-    A map of the user's own is asked for by being given: alone, if nothing else is named.
+    A custom device map is asked for by being given: alone, if nothing else is named.
     """
     wanted = {*(given or ()), *([FILE] if has_file else ())}
     return [name for name in PLACEMENTS if name in wanted]

@@ -31,7 +31,7 @@ def gate(case: Case, machine: Machine, here: bool = True, placement: Placement |
         if trait in precision.incompatible:
             return Verdict.INVALID, precision.incompatible[trait]
     if placement.lacks_gpus(len(machine.gpus)):
-        return Verdict.UNAVAILABLE, placement.on_fewer or "needs a GPU, and NVML knows none here"
+        return Verdict.UNAVAILABLE, placement.on_fewer or "no NVIDIA GPU detected"
     if beyond := _beyond(case, machine):
         return Verdict.UNAVAILABLE, beyond
     missing = [package for package in precision.needs if here and not _is_installed(package)]

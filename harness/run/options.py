@@ -99,7 +99,7 @@ def _text(text: str) -> str:
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="model",
-        help=f"a model to run: a catalog name, a hub id, a directory or a GGUF file (repeatable; default {DEFAULT})",
+        help=f"model to run: a catalog name, a hub id, a directory or a GGUF file (repeatable; default {DEFAULT})",
         parse=_text,
         repeat=True,
         default=(DEFAULT,),
@@ -107,15 +107,15 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="weights",
-        help="real ones, or synthetic: random weights of the model's true shape, made here without a download (default real)",
+        help="real, or synthetic: random weights in the model's true shapes, generated without a download (default real)",
         parse=_one_of("real", "synthetic"),
         default="real",
         metavar="KIND",
     ),
     Option(
         name="precision",
-        help=f"how to hold the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(DEFAULTS)}, "
-        "or what a quantized checkpoint is)",
+        help=f"precision of the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(DEFAULTS)}, "
+        "or the format of a quantized checkpoint)",
         parse=_from_table(PRECISIONS, "precision"),
         repeat=True,
         every=tuple(PRECISIONS),
@@ -124,7 +124,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="placement",
-        help=f"where to put them: {', '.join(PLACEMENTS)} (repeatable; default all that differ here)",
+        help=f"where the weights go: {', '.join(PLACEMENTS)} (repeatable; default all that differ on this machine)",
         parse=_from_table(PLACEMENTS, "placement"),
         repeat=True,
         default=tuple(PLACEMENTS),
@@ -132,34 +132,36 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="device-map",
-        help='a device_map to load by, JSON or TOML: module -> 0, "cuda:0", "cpu" or "disk" (placement file, alone unless others '
-        "are named)",
+        help='load with this device_map, JSON or TOML: module -> 0, "cuda:0", "cpu" or "disk" (placement file; no other unless '
+        "named)",
         parse=Path,
         metavar="FILE",
     ),
-    Option(name="prompt-tokens", help="tokens of each prompt (default 64)", parse=_at_least(1), default=64, metavar="N"),
-    Option(name="new-tokens", help="tokens to generate from each prompt (default 16)", parse=_at_least(2), default=16, metavar="N"),
-    Option(name="batch", help="prompts generated from at once (default 1)", parse=_at_least(1), default=1, metavar="N"),
+    Option(name="prompt-tokens", help="tokens per prompt (default 64)", parse=_at_least(1), default=64, metavar="N"),
+    Option(name="new-tokens", help="tokens generated per prompt (default 16)", parse=_at_least(2), default=16, metavar="N"),
+    Option(name="batch", help="batch size (default 1)", parse=_at_least(1), default=1, metavar="N"),
     Option(
         name="repeats",
-        help="undisturbed warm rounds, after one cold round (default 5); up to three times as many run",
+        help="undisturbed warm rounds after one cold round (default 5); up to three times as many are run",
         parse=_at_least(1),
         default=5,
         metavar="N",
     ),
     Option(
         name="vram",
-        help="let each case use so much of each GPU, as a card of that size, e.g. 8GiB (repeatable; default all)",
+        help="emulate a GPU with this much memory, e.g. 8GiB (repeatable; default all of it)",
         parse=parse_size,
         repeat=True,
         default=(),
         metavar="SIZE",
     ),
-    Option(name="ram", help="let each case use so much RAM, e.g. 16GiB (default all)", parse=parse_size, metavar="SIZE"),
-    Option(name="case-timeout", help="seconds that one case may take (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
+    Option(
+        name="ram", help="emulate a machine with this much RAM, e.g. 16GiB (default all of it)", parse=parse_size, metavar="SIZE"
+    ),
+    Option(name="case-timeout", help="time limit of a case in seconds (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
     Option(
         name="phase-timeout",
-        help="seconds that one phase of a case may take: loading, a round, the probe (default 900)",
+        help="time limit of one phase of a case in seconds: loading, a round, the probe (default 900)",
         parse=_seconds,
         default=900.0,
         metavar="S",
@@ -173,30 +175,30 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="baseline",
-        help="earlier results, a file or a directory: what got worse since fails (default none)",
+        help="earlier results to compare with, a file or a directory; regressions fail (default none)",
         parse=Path,
         metavar="FILE",
     ),
-    Option(name="html", help="where to write the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
+    Option(name="html", help="path of the page (default index.html in the results directory)", parse=Path, metavar="FILE"),
     Option(
         name="trust-remote-code",
-        help="let code that comes with a model run (its config's or tokenizer's auto_map, a generate of its own)",
+        help="allow code shipped with the model to run (auto_map of its config or tokenizer, its own generate)",
         switch=True,
         default=False,
     ),
     Option(
         name="resume",
-        help="keep the results that still hold, and run what is missing, has changed, crashed or failed",
+        help="keep results that are still valid; run what is missing, has changed, crashed or failed",
         switch=True,
         default=False,
     ),
     Option(
         name="run-all",
-        help="also run what the plan expects to fail, and with --resume what ran out of memory",
+        help="also run what the plan expects to fail and, with --resume, what ran out of memory",
         switch=True,
         default=False,
     ),
-    Option(name="fail-on-oom", help="let running out of memory fail the test", switch=True, default=False),
+    Option(name="fail-on-oom", help="fail the test if a case runs out of memory", switch=True, default=False),
 )
 
 _BY_KEY = {option.key: option for option in OPTIONS}
