@@ -1,4 +1,4 @@
-"""No figure of a case may fall behind the baseline, and what worked must still work."""
+"""No figure of a case may be worse than the baseline, and what worked must still work."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A case must load, the way it was asked for."""
+"""A case must load with the precision and placement that were asked for."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A case must stay within what its tiers have."""
+"""A case must stay within the capacity of its memory tiers."""
 
 import pytest
 
@@ -14,4 +14,4 @@ def test_memory(result: Result, machine: Machine) -> None:
             used = phase.ram_anon_bytes if tier.name == "cpu" else phase.vram_reserved_bytes.get(tier.name)
             most = tier.limit_bytes or tier.total_bytes
             if used is not None and most is not None:
-                assert used <= most, f"{phase.name} used {format_size(used)} of {tier.name}, which has {format_size(most)}"
+                assert used <= most, f"{phase.name} used {format_size(used)} of {tier.name}, capacity {format_size(most)}"

@@ -1,4 +1,4 @@
-"""The weights that were just timed must still speak sense."""
+"""The weights that were just timed must still give sensible answers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A case must generate exactly what it was asked for; pytest-benchmark times the rounds."""
+"""A case must generate exactly the requested number of tokens; pytest-benchmark times the rounds."""
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture

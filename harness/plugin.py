@@ -23,7 +23,7 @@ from harness.run.session import Session
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
 _LIVE: pytest.StashKey[LiveLine] = pytest.StashKey()
 
-# What a test shows whose case ended: category of the summary, letter and word. The others fail or are skipped as usual.
+# What a test shows if its case ended: category of the summary, letter and word. The others fail or are skipped as usual.
 _STATUS = {Outcome.OOM: ("oom", "M", "OOM"), Outcome.TIMEOUT: ("timeout", "T", "TIMEOUT")}
 
 
@@ -62,14 +62,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     session = config.stash[SESSION]
     if session.options.baseline is None:
         items[:] = [item for item in items if "worse" not in getattr(item, "fixturenames", ())]
-    yield  # what others choose among
+    yield  # other plugins deselect here
     order = {case.id: index for index, case in enumerate(session.cases())}
     found = {item: case for item in items if (case := _case_of(item)) is not None}
     places = [index for index, item in enumerate(items) if item in found]
     stable = sorted((items[index] for index in places), key=lambda item: (order[found[item].id], _stage(item)))
     for index, item in zip(places, stable, strict=True):
         items[index] = item
-        # No mistake of the test: the case ended before there was a round to time.
+        # Not an error of the test: the case ended before there was a round to time.
         item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all"))
 
 
@@ -80,7 +80,7 @@ def _stage(item: pytest.Item) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Fetch models and start the fork server before the first case; a user's mistake ends the run here."""
+    """Fetch models and start the fork server before the first case; a usage error ends the run here."""
     config = session.config
     cases = [case for item in session.items if (case := _case_of(item)) is not None]
     if not cases or config.option.collectonly or hasattr(config, "workerinput"):
@@ -89,8 +89,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         return  # pytest ends the run
     ours = config.stash[SESSION]
     ours.interrupts.install()
-    # Before anything of the session is settled; and only between tests is the terminal where it seems to be: during them pytest
-    # captures its file descriptor.
+    # Before the session prepares anything; and only between tests does the descriptor lead to the terminal: during them pytest
+    # captures it.
     if config.pluginmanager.has_plugin("terminalreporter"):
         live = LiveLine(config.get_terminal_writer()._file, total=len({case.id for case in cases}))
         ours.on_sample = config.stash[_LIVE] = live
@@ -102,7 +102,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 
 def _write_by_case(session: pytest.Session) -> None:
-    """Let the terminal show a line a case, its tests' letters between its name and its figures; -v and -q stay as they are."""
+    """Let the terminal show one line per case, its tests' letters between its name and its figures; -v and -q do not change."""
     reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and reporter.verbosity == 0:
         reporter.showfspath = False
@@ -144,14 +144,14 @@ class _ByCase:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
-    """Refuse to measure cases side by side. pytest-xdist calls this in the one process that may still say so."""
+    """Refuse to measure cases in parallel. pytest-xdist calls this in the only process that can still report it."""
     cases = [case.id.encode("unicode_escape").decode() for case in node.config.stash[SESSION].cases()]  # as pytest writes an id
     if any(case in name for name in ids for case in cases):
-        raise pytest.UsageError("cases cannot be measured side by side: run pytest cases/ without -n (pytest-xdist)")
+        raise pytest.UsageError("cases cannot be measured in parallel: run pytest cases/ without -n (pytest-xdist)")
 
 
 def _show_live(item: pytest.Item) -> Generator[None, object, object]:
-    """Show the live line while a test works; between its steps the terminal is pytest's."""
+    """Show the live line while a test runs; between its steps the terminal belongs to pytest."""
     live = item.config.stash.get(_LIVE, None)
     with live.shown() if live else nullcontext():
         return (yield)
@@ -162,7 +162,7 @@ pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_show
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
-    """End a case with the last of its tests: from then on nothing takes its result away."""
+    """End a case with the last of its tests: from then on its result is safe."""
     yield from _show_live(item)
     session, case = item.config.stash[SESSION], _case_of(item)
     run = session.current
@@ -188,7 +188,7 @@ def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | Kept | No
     session = request.config.stash[SESSION]
     run = session.start(plan)
     yield run
-    if isinstance(run, Run) and session.current is run:  # its last test did not come to an end
+    if isinstance(run, Run) and session.current is run:  # its last test did not finish
         session.finish(run)
 
 
@@ -208,17 +208,17 @@ def loaded(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) 
 
 @pytest.fixture
 def result(loaded: Run) -> Result:
-    """What the case has shown, generation included."""
+    """The result of the case so far, generation included."""
     loaded.first_round()
     return loaded.result()
 
 
 @pytest.fixture
 def worse(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -> tuple[str, ...]:
-    """What got worse since the baseline, a sentence each; the tests before have measured."""
+    """What got worse since the baseline, a sentence each; the earlier tests have measured it."""
     found = request.config.stash[SESSION].against_baseline(plan.case)
     if found is None:
-        pytest.skip("the baseline has no such case")
+        pytest.skip("not in the baseline")
     return found
 
 
@@ -226,7 +226,7 @@ def worse(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Turn the end of a case into the test's outcome, and let the result of the case know of a failure."""
+    """Turn the end of a case into the test's outcome, and record a failure in the result of the case."""
     report = yield
     case = _case_of(item)
     if case is None or call.excinfo is None:
@@ -241,17 +241,17 @@ def pytest_runtest_makereport(
 
 
 def _tell(item: pytest.Item, ended: CaseEnded, report: pytest.TestReport) -> None:
-    """Report the end of a case: what does not fit is a finding, not a failure; and so is OK, for what is kept from before."""
+    """Report the end of a case: what does not fit is a finding, not a failure, and so is OK of a kept result."""
     why = line(str(ended))
     report.longrepr = why
     finding = ended.outcome is not Outcome.CRASH
     if ended.outcome is Outcome.OOM and _was_to_fit(item):
         finding = False
-        report.longrepr = f"{why}; the plan said that it fits"
+        report.longrepr = f"{why}; the plan predicted that it fits"
     if finding and not (ended.outcome is Outcome.OOM and item.config.stash[SESSION].options.fail_on_oom):
         report.outcome = "skipped"
         report.longrepr = (str(item.path), (item.location[1] or 0) + 1, why)
-    for properties in (report.user_properties, item.user_properties):  # of this step, and of those to come, which JUnit XML takes
+    for properties in (report.user_properties, item.user_properties):  # of this step, and of later ones, which JUnit XML reads
         properties.append(("outcome", ended.outcome.value))
 
 
@@ -271,7 +271,7 @@ def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
-    """Put everything in order once all is measured, and render the page; its name is the last line of the run."""
+    """Clean up once everything is measured, and render the page; its path is the last line of the run."""
     ours = session.config.stash[SESSION]
     ours.interrupts.hold()
     stops_between_tests = session.shouldstop or session.shouldfail
@@ -283,7 +283,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
 
 
 def _wind_up(session: pytest.Session, ours: Session) -> None:
-    """Leave results, a page and nothing else, even where pytest's own last words failed (its terminal may be gone)."""
+    """Leave results, a page and nothing else, even if pytest's own last output failed (its terminal may be gone)."""
     if live := session.config.stash.get(_LIVE, None):
         live.close()
     ours.close()

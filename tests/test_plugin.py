@@ -351,7 +351,7 @@ def test_running_out_of_memory_fails_where_the_plan_promised_that_it_fits(projec
     project.behave(fp32="bad_alloc")
     done = project.run()
     assert done.ret == pytest.ExitCode.TESTS_FAILED
-    done.stdout.fnmatch_lines(["*out of memory during load*; the plan said that it fits"])
+    done.stdout.fnmatch_lines(["*out of memory during load*; the plan predicted that it fits"])
     assert [(result.verdict.value, result.outcome) for result in project.results] == [("fits", Outcome.OOM)]
 
 
@@ -608,7 +608,7 @@ def test_a_kept_out_of_memory_that_was_to_fit_fails_again(project: Project) -> N
     project.run()
     done = project.run("--resume")
     assert done.ret == pytest.ExitCode.TESTS_FAILED
-    done.stdout.fnmatch_lines(["kept from *: out of memory during load*; the plan said that it fits"])
+    done.stdout.fnmatch_lines(["kept from *: out of memory during load*; the plan predicted that it fits"])
     assert len(project.results) == 1
 
 

@@ -1,4 +1,4 @@
-"""`fitmatrix chat MODEL [CASE]`: talk to a model in a browser on this machine, loaded as the plan says."""
+"""`fitmatrix chat MODEL [CASE]`: chat with a model in the browser on this machine, loaded as the plan recommends."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from harness.core.records import Workload
 if TYPE_CHECKING:
     from harness.core.records import Case, Plan
 
-HELP = "Talk to a model in a browser on this machine, loaded as the plan says."
+HELP = "Chat with a model in the browser on this machine, loaded as the plan recommends."
 
 _PORTS = 100
-_LOAD_S = 24 * 3600.0  # nobody waits longer for a model to load; talking takes as long as it takes
-# One process answers, and there is no map of the user's own.
+_LOAD_S = 24 * 3600.0  # more than any load takes; a chat has no limit
+# One process answers, and no custom device map is read.
 _TALKING = [name for name, row in PLACEMENTS.items() if name != FILE and not row.parallel]
 
 
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser, "chat", "host", "port", "prompt-tokens", "new-tokens", "trust-remote-code")
     parser.epilog = (
-        "There is no option to share the page: gradio would open a tunnel through a server of others, and whoever has the link "
-        "could use this machine."
+        "There is no option to share the page over the internet: gradio would tunnel it through a public server, and anyone with "
+        "the link could use this machine."
     )
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     )
     chosen = advice.best
     if chosen is None:
-        return _refuse(advice.plans[0]) if asked else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} says why")
+        return _refuse(advice.plans[0]) if asked else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} shows why")
     _need_tokenizer(advice.spec.tokenizer, source.name)
     _need_gradio()
     return _serve(args, chosen.case, host, port)
@@ -66,15 +66,17 @@ def run(args: argparse.Namespace) -> int:
 def _talking_case(text: str) -> tuple[str, str]:
     precision, placement = asked_case(text)
     if placement not in _TALKING:
-        raise UsageError(f"no chat by {placement}, which takes several processes or a map of yours: one of {', '.join(_TALKING)}")
+        raise UsageError(
+            f"chat does not support placement {placement} (several processes or a custom map): use one of {', '.join(_TALKING)}"
+        )
     return precision, placement
 
 
 def _free_port(host: str, port: int | None) -> int:
-    """Return the port asked for, or for None the first from gradio's own that nobody listens at.
+    """Return the port asked for, or for None the first free one from gradio's default port on.
 
     Raises:
-        UsageError: it is taken, there is none, or the address is none of this machine.
+        UsageError: the port is taken, none is free, or the address is not one of this machine.
     """
     import errno
     import socket
@@ -91,11 +93,11 @@ def _free_port(host: str, port: int | None) -> int:
                 continue
             what = f"--port {tried}" if error.errno in (errno.EADDRINUSE, errno.EACCES) else f"--host {host!r}"
             raise UsageError(f"{what}: {error.strerror}") from None
-    raise UsageError(f"no port from {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} is free: give one by --port")
+    raise UsageError(f"no port from {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} is free: pass --port")
 
 
 def _refuse(one: Plan) -> int:
-    """Say why a plan cannot be talked to. Returns the exit status; raises UsageError where it cannot be loaded at all."""
+    """Say why a case cannot be chatted with. Returns the exit status; raises UsageError if it cannot be loaded at all."""
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
     return _say(f"{one.case.id}: {one.why}")
@@ -110,7 +112,7 @@ def _say(sentence: str) -> int:
 
 def _need_tokenizer(has_one: bool, model: str) -> None:
     if not has_one:
-        raise UsageError(f"{model} has no tokenizer beside its weights, as synthetic ones have none: there are no words to talk in")
+        raise UsageError(f"{model} has no tokenizer beside its weights (synthetic weights have none), and a chat needs one")
 
 
 def _need_gradio() -> None:
@@ -146,7 +148,7 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
             run = Run(decided, model, session.context)
             try:
                 served = run.chat(host, port)
-                print(f"Talk to {one.id} at {served.url} (Ctrl-C ends it)", flush=True)
+                print(f"Chat with {one.id} at {served.url} (Ctrl-C to stop)", flush=True)
                 run.wait()
             except CaseEnded as ended:
                 return _say(f"{one.id}: {ended.why}")

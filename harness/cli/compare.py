@@ -1,4 +1,4 @@
-"""`fitmatrix compare`: two sets of results side by side, and an exit status for CI."""
+"""`fitmatrix compare`: compare two sets of results, with an exit status for CI."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from harness.core.errors import UsageError
 if TYPE_CHECKING:
     from harness.core.records import Result
 
-HELP = "Compare two sets of results: memory, load, speed, quality; exit status 1 where something got worse."
+HELP = "Compare two sets of results: memory, load time, speed, quality; exit status 1 if something got worse."
 SCHEMA = 1
 GOT_WORSE = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("before", type=Path, metavar="BEFORE", help="results.jsonl, or the directory that holds it")
+    parser.add_argument("before", type=Path, metavar="BEFORE", help="results.jsonl, or its directory")
     parser.add_argument("after", type=Path, metavar="AFTER", help="the same, newer")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print one JSON object")
@@ -38,7 +38,7 @@ def run(given: argparse.Namespace) -> int:
     limits = compare.thresholds(read_config(Path.cwd()).get("gate", {}))
     found = compare.compare(_read(given.before), _read(given.after), limits)
     if not any(pair.before and pair.after for pair in found.pairs):
-        raise UsageError(f"{given.before} and {given.after} share no case of the same workload: nothing to compare")
+        raise UsageError(f"{given.before} and {given.after} have no case with the same workload in common: nothing to compare")
     if given.junit is not None:
         _write(given.junit, changes.junit(found))
     if given.json:

@@ -18,7 +18,7 @@ USAGE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake is one sentence on standard error and exit status 2."""
+    """Run one command; a usage error is one sentence on standard error and exit status 2."""
     parser = build_parser()
     try:
         given = parser.parse_args(arguments)
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HarnessError as error:
         print(f"fitmatrix: {line(str(error))}", file=sys.stderr)
         return USAGE
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         # Python flushes standard output once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Look the version up when it is asked for: argparse's own action wants it beforehand, for every command."""
+    """Look up the version only on request: argparse's own action needs it in advance, for every command."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"fitmatrix {harness.__version__}")

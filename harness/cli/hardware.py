@@ -1,4 +1,4 @@
-"""`fitmatrix hardware`: where bytes can live, on this machine or on one described by its parts."""
+"""`fitmatrix hardware`: memory tiers, bandwidth and links of this machine, or of one described by its parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness.core.records import Machine, Tier
     from harness.machine.probe import Link
 
-HELP = "Show where bytes can live: memory, bandwidth and links of this machine, or of one described by its parts."
+HELP = "Show memory, bandwidth and links of this machine, or of one that you describe."
 SCHEMA = 1
 UNKNOWN = "-"
 
@@ -26,12 +26,12 @@ UNKNOWN = "-"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_options(parser, "hardware", "json", "measure")
-    other = parser.add_argument_group("a machine that is not here", "What is not given is unknown.")
+    other = parser.add_argument_group("describe another machine", "Sizes that are not given are unknown.")
     add_options(other, "hardware", "gpu", "ram", "disk")
 
 
 def run(given: argparse.Namespace) -> int:
-    """Show a machine; raises UsageError for a card or a size that is none."""
+    """Show a machine; raises UsageError for an unknown card or size."""
     described = _described(given)
     is_here, machine = described is None, described or _here(given.measure)
     links, versions = _links(machine, is_here), _versions(is_here)
@@ -45,30 +45,30 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _described(given: argparse.Namespace) -> Machine | None:
-    """Return the machine that --gpu, --ram and --disk describe, None without them."""
+    """Return the machine that --gpu, --ram and --disk describe, or None without them."""
     if not given.gpu and given.ram is None and given.disk is None:
         return None
     if given.measure:
-        raise UsageError("--measure is for this machine, and --gpu, --ram and --disk describe another: leave one of them out")
+        raise UsageError("--measure is for this machine, and --gpu, --ram and --disk describe another: drop --measure or those")
     from harness.machine.gpus import profile
 
     return profile(given.gpu or (), given.ram, given.disk)
 
 
 def _here(measure: bool) -> Machine:
-    """Probe this machine; measure what nobody has measured yet, and all of it if asked to."""
+    """Probe this machine; measure what has not been measured yet, or everything if `measure`."""
     from harness.machine.probe import probe
 
     machine = probe()
     if not measure and all(tier.bytes_per_s is not None for tier in machine.tiers if _can_be_measured(tier)):
         return machine
     once = "" if measure else ", once"
-    print(f"measuring how fast RAM and disk are read{once} (1 to 3 s) ...", file=sys.stderr, flush=True)
+    print(f"measuring the read bandwidth of RAM and disk{once} (1 to 3 s) ...", file=sys.stderr, flush=True)
     return probe(measure=True)
 
 
 def _can_be_measured(tier: Tier) -> bool:
-    """Say whether measuring may give a figure, so that nobody waits for it again and again in vain."""
+    """Say whether measuring can give a figure; otherwise every call would wait for it in vain."""
     if tier.kind == "disk":
         return hasattr(os, "posix_fadvise") and os.access(Path.cwd(), os.W_OK)
     return tier.kind == "cpu"
@@ -81,7 +81,7 @@ def _links(machine: Machine, is_here: bool) -> tuple[Link, ...]:
 
 
 def _versions(is_here: bool) -> dict[str, str]:
-    """Return the versions that decide how models load; of a machine that is not here they are unknown."""
+    """Return the versions that decide how models load; unknown for a described machine."""
     from harness.machine.probe import versions
 
     return versions() if is_here else {}
@@ -106,7 +106,7 @@ def _gib(size: int | None) -> str:
 def _device(tier: Tier, is_here: bool) -> str:
     from harness.report.terminal.tables import line
 
-    return line(tier.model or ("of this directory" if tier.kind == "disk" and is_here else ""), 34)
+    return line(tier.model or ("current directory" if tier.kind == "disk" and is_here else ""), 34)
 
 
 def _facts(machine: Machine, links: Iterable[Link], versions: dict[str, str]) -> Iterator[tuple[str, str | list[str]]]:

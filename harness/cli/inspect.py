@@ -1,4 +1,4 @@
-"""`fitmatrix inspect MODEL`: a checkpoint made visible, from its headers alone."""
+"""`fitmatrix inspect MODEL`: the contents of a checkpoint, from its headers alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from harness.architecture.skeleton import Skeleton
     from harness.checkpoint.reader import Checkpoint
 
-HELP = "Show what a checkpoint holds: files, parameters, dtypes, blocks, ties. Reads headers, never weights."
+HELP = "Show what a checkpoint contains: files, parameters, dtypes, blocks, tied weights. Reads headers, never weights."
 MOST_FILES = 8
 MOST_PARTS = 60
 MOST_TIES = 5
@@ -33,13 +33,13 @@ WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("model", metavar="MODEL", help="catalog name, hub id, directory or file")
+    parser.add_argument("model", metavar="MODEL", help="a catalog name, a hub id, a directory or a file")
     add_options(parser, "inspect", "file", "revision", "json")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a treemap")
 
 
 def run(given: argparse.Namespace) -> int:
-    """Show a checkpoint; raises CheckpointError for damaged files, UsageError for a model that cannot be had."""
+    """Show a checkpoint; raises CheckpointError for damaged files, UsageError for a model that is not found."""
     found = look(given.model, given.file, given.revision)
     if given.json:
         output.print_json(found)
@@ -55,7 +55,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def look(model: str, file: str | None = None, revision: str | None = None) -> Inspection:
-    """Inspect a model by catalog name, path or hub id; for the hub only headers travel.
+    """Inspect a model by catalog name, path or hub id; for a hub id only headers are downloaded.
 
     A catalog name wins over a path of that name, and a path over a hub id.
     """
@@ -72,7 +72,7 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
         asked, known = _skeleton(there), history(source.hub_id)
         return inspect(there, name=source.name, kind=source.kind, source=source.hub_id, history=known, skeleton=asked)
     if revision:
-        raise UsageError(f"{model} is not on the hub: leave out --revision")
+        raise UsageError(f"{model} is not on the hub: drop --revision")
     if source:
         with show_progress() as report:
             path = fetch(source, progress=report)
@@ -84,7 +84,7 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
 
 
 def _skeleton(found: Checkpoint) -> Skeleton | None:
-    """Return what a config asks for, where that is at hand; a GGUF file has no config."""
+    """Return the skeleton that the config describes, if it is available; a GGUF file has no config."""
     from harness.architecture import skeleton_source
     from harness.catalog.wheel_cache import cache_dir
 
@@ -93,7 +93,7 @@ def _skeleton(found: Checkpoint) -> Skeleton | None:
 
 
 def _path(model: str) -> Path | None:
-    """Return the path that `model` is, in full; None where nothing is there."""
+    """Return `model` as a full path; None if nothing is there."""
     if not model:  # it would be the directory one stands in
         return None
     try:
@@ -132,7 +132,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
     yield "file" if len(found.files) == 1 else "files", _in_files(found)
     yield "quantized", found.quantization or "no"
     if found.notes:
-        yield "odd", [line(note, 400) for note in found.notes]
+        yield "note", [line(note, 400) for note in found.notes]
     if found.ties:
         sentences = [line(explain(tie, format_size(tie.extra_bytes)), 200) for tie in found.ties[:MOST_TIES]]
         more = len(found.ties) - MOST_TIES

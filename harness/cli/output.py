@@ -1,6 +1,6 @@
 """The commands of `fitmatrix`, one module each: HELP, `add_arguments` and `run`.
 
-All of these modules are imported to build the parser, so what is slow to import comes with `run`.
+All of these modules are imported to build the parser, so slow imports are made in `run`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def print_json(value: object) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print text that goes into a file or another program: in UTF-8 and with its own ends of lines, whatever the terminal has."""
+    """Print text for a file or another program: in UTF-8 and with its own line ends, whatever the terminal uses."""
     import sys
 
     sys.stdout.flush()
@@ -32,5 +32,5 @@ def print_text(text: str) -> None:
 
 
 def machine_json(machine: Machine) -> dict[str, Any]:
-    """Return what the objects of `plan` say of a machine."""
+    """Return a machine as the JSON of `plan` describes it."""
     return {"name": machine.name, "tiers": [{key: getattr(tier, key) for key in _TIER_KEYS} for tier in machine.tiers]}

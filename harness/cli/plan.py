@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from harness.planning.device_map.infer import Device
     from harness.planning.recommend import Recommendation
 
-HELP = "Say which ways of loading a model fit, before loading or even downloading it."
+HELP = "Predict which ways of loading a model fit, before loading or even downloading it."
 
-# Options that say nothing of training.
+# Options that do not apply to training.
 _ABOUT_RUNNING = (
     "precision", "placement", "device-map", "prompt-tokens", "new-tokens", "batch", "context", "code", "explain", "results",
     "prove-min-ram",
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     machine, here = described(args)
     asked = [asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
-        raise UsageError("--code and --explain are about one case: name one MODEL, without --json")
+        raise UsageError("--code and --explain show one case: give one MODEL and no --json")
     device_map = _device_map(args, [placement for _, placement in asked])
     calibration = constants(args.results, machine) if here else None
     recommendations = [
@@ -94,20 +94,20 @@ def _sources(args: argparse.Namespace) -> list[Source]:
     from harness.catalog import resolve
 
     if args.file and len(args.models) > 1:
-        raise UsageError("--file names a file of one model: name one MODEL, or the files by their paths")
+        raise UsageError("--file selects a file of one model: give one MODEL, or the files by their paths")
     return [resolve.resolve(model, args.file) for model in args.models]
 
 
 def _train(args: argparse.Namespace) -> int:
-    """Say what training the models takes. Returns 0 if some way fits for each model, 1 if none does for one."""
+    """Estimate the memory of training the models. Returns 0 if some way fits for each model, 1 if none does for one."""
     from harness.architecture import model_spec
     from harness.cli import training
 
     if args.training is None:
-        raise UsageError(f"--nodes is about training: add --training {' or '.join(STAGES)}")
+        raise UsageError(f"--nodes applies to training only: add --training {' or '.join(STAGES)}")
     for name in _ABOUT_RUNNING:
         if getattr(args, name.replace("-", "_")):
-            raise UsageError(f"--{name} is about running a model, and --training about training it: give one of them")
+            raise UsageError(f"--{name} does not apply to --training: drop one of them")
     machine, _ = described(args)
     spec = [model_spec.read_spec(source) for source in _sources(args)]
     return training.show(spec, machine, args.training, args.nodes or 1, as_json=args.json)
@@ -129,10 +129,10 @@ def workload(args: argparse.Namespace) -> Workload:
     prompt, new, batch = (given_or_default(args, "plan", name) for name in ("prompt-tokens", "new-tokens", "batch"))
     if args.context is not None:
         if args.prompt_tokens is not None:
-            raise UsageError("--context and --prompt-tokens both say how long the prompt is: give one of them")
+            raise UsageError("--context and --prompt-tokens both set the prompt length: give one of them")
         if args.context <= new:
             raise UsageError(
-                f"--context {args.context} has no room for a prompt beside {new} new tokens: raise it or lower --new-tokens"
+                f"--context {args.context} leaves no room for a prompt beside {new} new tokens: raise it or lower --new-tokens"
             )
         prompt = args.context - new
     return Workload(prompt_tokens=prompt, new_tokens=new, batch=batch)
@@ -142,7 +142,7 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
     """Return the machine to plan for, and whether it is this one.
 
     Raises:
-        UsageError: no such card.
+        UsageError: an unknown card.
     """
     if args.gpu or args.ram is not None or args.disk is not None:
         from harness.machine.gpus import profile
@@ -181,7 +181,7 @@ def _print_code(advice: Recommendation) -> None:
 
 
 def _head(advice: Recommendation, one: Plan) -> str:
-    """Write where the model is; this code is for the user alone and may name a directory, which results must not."""
+    """Write where the model is. Only the user sees this code, so it may name a directory; results must not."""
     from msgspec.structs import replace
 
     from harness.planning import code

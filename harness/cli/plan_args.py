@@ -1,4 +1,4 @@
-"""What the commands that plan have in common: they read cases, and ask for advice on one model."""
+"""What the planning commands share: parsing cases, and planning one model."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def asked_case(text: str) -> tuple[str, str]:
 
 
 def constants(results: Path | None, machine: Machine) -> Calibration:
-    """Return the calibration by earlier results of this machine, the plain one where there are none.
+    """Return the calibration by earlier results of this machine, the default one if there are none.
 
     Raises:
-        UsageError: results are named, and there are none.
+        UsageError: results are named, but there are none.
     """
     from harness.planning import calibration
 
     directory = results or RESULTS
     if not (directory / "results.jsonl").is_file():
         if results:
-            raise UsageError(f"--results {directory}: no results.jsonl there")
+            raise UsageError(f"--results {directory}: no results.jsonl in this directory")
         return calibration.default()
     from harness.results.store import Store
 
@@ -68,12 +68,12 @@ def advise_on(
     device_map: Mapping[str, Device] | None = None,
     trust: bool = False,
 ) -> Recommendation:
-    """Plan the cases `asked` for, else every precision with every placement: the usual ones where none are named.
+    """Plan the cases `asked` for, else every precision with every placement: the default ones if none are named.
 
     `calibration` is None for a machine that is only described, not this one.
 
     Raises:
-        UsageError, CheckpointError: the model cannot be had or planned, or the map is not one of it.
+        UsageError, CheckpointError: the model is not found or cannot be planned, or the map does not match it.
     """
     from harness.architecture import model_spec
     from harness.planning.device_map import user_map

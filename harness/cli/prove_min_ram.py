@@ -1,4 +1,4 @@
-"""`fitmatrix plan MODEL... --prove-min-ram`: run cases under limits until the smallest RAM that works is known."""
+"""`fitmatrix plan MODEL... --prove-min-ram`: run cases under RAM limits to find the smallest RAM that works."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from harness.run.session import Session
 
 
 def prove(args: argparse.Namespace, precisions: Sequence[str], placements: Sequence[str], load: Workload) -> int:
-    """Find the smallest RAM that each case works in, and print it beside the estimate. Returns 1 if one works in none.
+    """Find the smallest RAM that each case works in, and print it beside the estimate. Returns 1 if a case works under no limit.
 
     Raises:
-        UsageError: options that describe another machine, or no case that could work here.
+        UsageError: options that describe another machine, or no case that fits here.
     """
     if clash := [flag for flag in ("gpu", "ram", "disk", "code", "explain") if getattr(args, flag)]:
-        raise UsageError(f"--prove-min-ram runs on this machine: leave --{clash[0]} out")
+        raise UsageError(f"--prove-min-ram runs on this machine: drop --{clash[0]}")
     asked = {"model": args.models, "precision": precisions, "placement": placements, "batch": load.batch}
     asked |= {"device_map": args.device_map, "prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
     with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
@@ -56,18 +56,18 @@ def _found_json(one: Minimum) -> dict[str, Any]:
 
 
 def tell(result: Result) -> None:
-    """Say on standard error, where that is a terminal, how a case fared under a limit."""
+    """Report on standard error, if it is a terminal, how a case ended under a limit."""
     if sys.stderr.isatty():
         print(tables.line(f"{result.id}  {failed(result) or 'works'}"), file=sys.stderr)
 
 
 def show(found: Sequence[Minimum]) -> None:
-    """Print the smallest RAM that each case works in beside the estimate, and why less does not do."""
-    table = tables.table("case", "works in", "not in", "estimate", "at most", "off", left=1)
+    """Print the smallest RAM that each case works in beside the estimate, and why less is not enough."""
+    table = tables.table("case", "works in", "fails in", "estimate", "at most", "error", left=1)
     for one in found:
         sizes = (one.works_bytes, one.fails_bytes, one.estimate_bytes, one.estimate_high_bytes)
         off = format_share(one.estimate_bytes / one.works_bytes - 1) if one.works_bytes else ""
         table.add_row(tables.line(one.case.id), *(format_gib(size) if size is not None else "–" for size in sizes), off)
     reasons = "\n".join(tables.line(f"{one.case.id} with less: {one.why}") for one in found if one.why)
-    held = "" if cgroup.is_allowed() else "No control group can be made here: only memory that cannot be dropped was limited."
+    held = "" if cgroup.is_allowed() else "No control group can be created here: only anonymous memory was limited."
     tables.show(tables.said("RAM in GiB"), table, *(tables.said(text) for text in (reasons, held) if text))

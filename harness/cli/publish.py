@@ -1,4 +1,4 @@
-"""`fitmatrix publish`: the results of many machines, joined into a static site."""
+"""`fitmatrix publish`: a static site from the results of many machines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.core.errors import UsageError
 
-HELP = "Join the results of many machines into a static site; refuses what cannot be, and says why."
+HELP = "Build a static site from the results of many machines; invalid results are refused with a reason."
 REFUSED = 1
 
 
@@ -19,16 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="directory (each results.jsonl and .zip below it counts), zip archive, or file of results",
+        help="directory (every results.jsonl and .zip below it is read), zip archive, or file of results",
     )
     parser.add_argument(
-        "--to", type=Path, default=Path("site"), metavar="OUT", help="directory of the site, replaced whole (default site)"
+        "--to", type=Path, default=Path("site"), metavar="OUT", help="directory of the site, replaced as a whole (default site)"
     )
-    parser.add_argument("--strict", action="store_true", help="where anything is refused, write nothing: exit status 1")
+    parser.add_argument("--strict", action="store_true", help="write nothing if anything is refused, with exit status 1")
 
 
 def run(given: argparse.Namespace) -> int:
-    """Write the site and name it; raises StoreError, and UsageError where nothing can be published."""
+    """Write the site and print its path; raises StoreError, and UsageError if nothing can be published."""
     from datetime import datetime, timezone
 
     from harness.core.text import line, plural
@@ -62,4 +62,4 @@ def run(given: argparse.Namespace) -> int:
 
 
 class _Refused(Exception):
-    """Something was refused, and all was wanted."""
+    """Something was refused although --strict was given."""

@@ -1,4 +1,4 @@
-"""`fitmatrix report`: a directory's results as a page, as Markdown, as data, and as badges."""
+"""`fitmatrix report`: the results in a directory as a page, Markdown, data or badges."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from harness.report.export.formats import FORMATS
 if TYPE_CHECKING:
     from harness.core.records import Result
 
-HELP = "Show the results of a directory: a page, Markdown, JSON, CSV, badges."
+HELP = "Render the results in a directory as a page, Markdown, JSON, CSV or badges."
 DETAILS = (
-    "With no option this writes the page. Exit status: 0 when everything was written, whatever the results say, 2 for a mistake; "
-    "`fitmatrix compare` and pytest have one for CI."
+    "Without options this writes the page. Exit status: 0 if everything was written, whatever the results say, 2 for a usage "
+    "error; `fitmatrix compare` and pytest have exit statuses for CI."
 )
 
 
@@ -30,7 +30,7 @@ class Target(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What goes into one file, or to standard output: what it is called, and the option that names its place."""
+    """The text of one file or of standard output, what it is called, and the option that names its path."""
 
     what: str
     option: str
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = DETAILS
     shapes = "; ".join(f"{name}: {entry.what}" for name, entry in FORMATS.items())
     parser.add_argument("directory", type=Path, metavar="DIR", help="directory with a results.jsonl")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the page (default DIR/index.html)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="path of the page (default DIR/index.html)")
     parser.add_argument(
         "--format", action="append", choices=tuple(FORMATS), default=[], metavar="NAME", help=f"{shapes} (repeatable; default html)"
     )
@@ -53,18 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="where to write md, json or csv (default standard output; for several formats repeat it: the endings tell them apart)",
+        help="file for md, json or csv (default standard output; repeat it for several formats, told apart by file ending)",
     )
     parser.add_argument(
         "--badge",
         type=Path,
         metavar="PATH",
-        help="write SVG badges, one for each model and size of card, into this directory; or, if it ends in .svg, the only one",
+        help="directory for SVG badges, one per model and GPU size; or, if it ends in .svg, the file for the only badge",
     )
 
 
 def run(given: argparse.Namespace) -> int:
-    """Make what was asked for, then write it and name it; raises StoreError, UsageError."""
+    """Render what was asked for, write it and print its path; raises StoreError, UsageError."""
     from harness.core.text import line
     from harness.results.store import Store
 
@@ -81,13 +81,13 @@ def _targets(given: argparse.Namespace) -> Iterator[Target]:
     """Find a file for each format that was asked for, in the order of FORMATS.
 
     Raises:
-        UsageError: an --output of no format, or two formats for standard output.
+        UsageError: an --output of unknown format, or two formats for standard output.
     """
     wanted = dict.fromkeys(given.format)
     files = _by_format(given.output, list(wanted))
     if given.html:
         if "html" in files:
-            raise UsageError(f"--html {given.html} and --output {files['html']} both name the page: leave one of them out")
+            raise UsageError(f"--html {given.html} and --output {files['html']} both name the page: drop one of them")
         files["html"] = given.html
     wanted |= dict.fromkeys(files)
     if not wanted and not given.badge:
@@ -112,10 +112,10 @@ def _by_format(files: Sequence[Path], wanted: Sequence[str]) -> dict[str, Path]:
         if name is None:
             endings = ", ".join(entry.suffixes[0] for entry in FORMATS.values())
             raise UsageError(
-                f"--output {file}: which format? End its name in one of {endings}, or give one --format and one --output"
+                f"--output {file}: unknown format: use one of the endings {endings}, or give one --format and one --output"
             )
         if name in found:
-            raise UsageError(f"--output {found[name]} and --output {file} are both {name}: leave one of them out")
+            raise UsageError(f"--output {found[name]} and --output {file} are both {name}: drop one of them")
         found[name] = file
     return found
 
@@ -127,10 +127,10 @@ def _rendered(targets: Sequence[Target], results: Sequence[Result], problems: Se
 
 
 def _badges(place: Path | None, results: Sequence[Result]) -> Iterator[Text]:
-    """Draw badges for a directory, or the only one for a file.
+    """Draw badges for a directory, or the only badge for a file.
 
     Raises:
-        UsageError: a file was named, and there is not one badge.
+        UsageError: a file was named, but there is not exactly one badge.
     """
     if place is None:
         return
@@ -147,7 +147,7 @@ def _badges(place: Path | None, results: Sequence[Result]) -> Iterator[Text]:
 
 
 def _write(texts: Sequence[Text]) -> None:
-    """Write all texts, and name the files: on standard error where a text has standard output for itself."""
+    """Write all texts and print their paths: on standard error if a text goes to standard output."""
     from harness.core.text import line
     from harness.report.page import render
 

@@ -1,4 +1,4 @@
-"""`fitmatrix synth`: a checkpoint of a model's true shape with random weights, to measure before downloading."""
+"""`fitmatrix synth`: a checkpoint with random weights in a model's true shapes, to measure it before downloading."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from harness.cli.options import add_options
 from harness.core.errors import UsageError
 from harness.core.units import format_size
 
-HELP = "Write a checkpoint of a model's true shape, files and dtype with random weights, to measure a fit before downloading it."
+HELP = "Write a checkpoint with random weights in a model's true shapes, files and dtype, to measure it before downloading."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("model", metavar="MODEL", help="a catalog name, a hub id of the catalog, or a directory with a config.json")
     parser.add_argument(
-        "directory", nargs="?", type=Path, metavar="DIR", help="where to write it (default: the cache, for --weights synthetic)"
+        "directory", nargs="?", type=Path, metavar="DIR", help="directory to write to (default: the cache, for --weights synthetic)"
     )
-    parser.add_argument("--format", choices=("safetensors", "bin"), help="file format (default: as the model is published)")
+    parser.add_argument("--format", choices=("safetensors", "bin"), help="file format (default: as published)")
     add_options(parser, "synth", "shard")
-    parser.add_argument("--hollow", action="store_true", help="sparse files that take no disk, to plan with; they cannot be run")
-    parser.add_argument("--remove", action="store_true", help="remove it from the cache instead")
+    parser.add_argument(
+        "--hollow", action="store_true", help="write sparse files that take no disk space; they can be planned but not run"
+    )
+    parser.add_argument("--remove", action="store_true", help="remove the checkpoint from the cache instead")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -36,9 +38,9 @@ def run(given: argparse.Namespace) -> int:
 
     source = resolve.resolve(given.model, weights=False)
     if given.hollow and given.directory is None:
-        raise UsageError("--hollow needs DIR: the cache is for checkpoints that can be run")
+        raise UsageError("--hollow needs DIR: the cache keeps only checkpoints that can be run")
     if (given.format or given.shard is not None) and given.directory is None:
-        raise UsageError("--format and --shard need DIR: a run takes what is written as the model is published")
+        raise UsageError("--format and --shard need DIR: the cache keeps checkpoints as they are published")
     made = synthetic.describe(source, file_format=given.format, shard_bytes=given.shard)
     with show_progress() as report:
         if given.directory is None:
@@ -51,22 +53,20 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _remove(given: argparse.Namespace) -> int:
-    """Empty the cache of a model and say what went; raises UsageError for whatever is about writing."""
+    """Empty the cache of a model and say what went; raises UsageError for options of writing."""
     from harness.architecture import synthetic
     from harness.catalog import resolve
     from harness.core.text import line
 
     if given.directory is not None:
-        raise UsageError(
-            f"--remove is for the cache and takes no DIR: leave {quote(str(given.directory))} out, or delete it yourself"
-        )
+        raise UsageError(f"--remove empties the cache and takes no DIR: drop {quote(str(given.directory))}, or delete it yourself")
     for option in ("format", "shard", "hollow"):
         if getattr(given, option):
-            raise UsageError(f"--{option} says how to write, and --remove writes nothing: leave one of them out")
+            raise UsageError(f"--{option} has no effect with --remove, which writes nothing: drop one of them")
     source = resolve.resolve(given.model, weights=False)
     gone = synthetic.remove(source)
     for there, size in gone:
         print(f"removed {line(str(there))} ({format_size(size)})")
     if not gone:
-        print(f"the cache holds no synthetic {line(source.name)}")
+        print(f"no synthetic {line(source.name)} in the cache")
     return 0

@@ -1,4 +1,4 @@
-"""`fitmatrix plan MODEL... --training STAGE`: what training would take, by DeepSpeed's own arithmetic."""
+"""`fitmatrix plan MODEL... --training STAGE`: memory of training, by DeepSpeed's own formulas."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from harness.report.terminal import tables
 from harness.report.terminal.plans import COLOURS
 
 TITLES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
-_WORDS = {Verdict.UNKNOWN: "unknown: add --ram SIZE"}
+_WORDS = {Verdict.UNKNOWN: "unknown: pass --ram SIZE"}
 
 
 def show(models: Sequence[ModelSpec], machine: Machine, stage: str, nodes: int, *, as_json: bool) -> int:
-    """Print every way of the stage for each model. Returns 0 if one fits for each, 1 if none does for one.
+    """Print every configuration of the stage for each model. Returns 0 if something fits for each model, 1 if nothing does for one.
 
     Raises:
         UsageError: the machine has no GPU.
     """
     room = zero.room(machine)
     if not room.gpus:
-        raise UsageError('--training needs GPUs, and there is none here: name each, such as --gpu "RTX 3090" --gpu "RTX 3090"')
+        raise UsageError('--training needs GPUs, and this machine has none: describe them, e.g. --gpu "RTX 3090" --gpu "RTX 3090"')
     trained = [zero.of_skeleton(spec.skeleton, gpus=room.gpus, nodes=nodes) for spec in models]
     ways = [zero.estimate(stage, one) for one in trained]
     if as_json:
@@ -68,19 +68,19 @@ def _json(spec: ModelSpec, trained: Trained, ways: Sequence[States], machine: Ma
 
 
 def _print(names: Sequence[str], models: Sequence[Trained], held: Sequence[Sequence[States]], room: Room, stage: str) -> None:
-    """Print for each model a table of the ways to hold it, and once what the figures follow and leave out."""
+    """Print for each model a table of the configurations, and once what the figures follow and leave out."""
     parts: list[RenderableType] = []
     for name, trained, ways in zip(names, models, held, strict=True):
         parts += [tables.title(_headline(name, trained, stage)), _table(ways, room)]
         if not any(room.verdict(way) in (Verdict.FITS, Verdict.UNKNOWN) for way in ways):
-            parts.append(Text("Nothing fits: add GPUs or RAM, name more machines with --nodes, or train fewer parameters."))
-    tables.show(*parts, Text(f"GiB of each GPU and of the RAM of each node. {_basis(stage)}"))
+            parts.append(Text("Nothing fits: add GPUs or RAM, use more machines with --nodes, or train fewer parameters."))
+    tables.show(*parts, Text(f"GiB per GPU, and of RAM per node. {_basis(stage)}"))
 
 
 def _headline(name: str, trained: Trained, stage: str) -> str:
     nodes = f" in each of {trained.nodes} nodes" if trained.nodes > 1 else ""
     gpus = f"{trained.gpus} GPU{'s' if trained.gpus > 1 else ''}{nodes}"
-    return f"{name}: training {format_count(trained.parameters)} parameters by {TITLES[stage]} on {gpus}"
+    return f"{name}: training {format_count(trained.parameters)} parameters with {TITLES[stage]} on {gpus}"
 
 
 def _basis(stage: str) -> str:
@@ -89,7 +89,7 @@ def _basis(stage: str) -> str:
 
 def _table(ways: Sequence[States], room: Room) -> Table:
     heads = (f"GPU\nof {_gib(room.gpu_bytes)}", f"RAM\nof {_gib(room.cpu_bytes)}")
-    table = tables.table("optimizer\non", "parameters\non", "made\nin parts", "verdict", *heads, left=4)
+    table = tables.table("optimizer\non", "parameters\non", "zero.Init", "verdict", *heads, left=4)
     for way in ways:
         verdict = room.verdict(way)
         word = Text(_WORDS.get(verdict, verdict.value.replace("_", " ")), style=COLOURS.get(verdict, ""))

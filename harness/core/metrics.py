@@ -1,4 +1,4 @@
-"""METRICS: every figure of a result, what it is called, its unit, which way is better, and how it is measured."""
+"""METRICS: every figure of a result: its label, its unit, which way is better, and how it is measured."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from harness.core.records import Record
 
 
 class Metric(Record, frozen=True, kw_only=True):
-    """One row of the table. `better` is "lower" or "higher"; `unit` picks the formatter."""
+    """One row of the table."""
 
     label: str
-    unit: str
-    better: str
-    how: str
+    unit: str  #: a key of FORMATTERS
+    better: str  #: "lower" or "higher"
+    how: str  #: how it is measured
 
 
 FORMATTERS: Mapping[str, Callable[[float], str]] = {
@@ -30,14 +30,14 @@ FORMATTERS: Mapping[str, Callable[[float], str]] = {
 METRICS: Mapping[str, Metric] = {
     "load_s": Metric(label="load", unit="s", better="lower", how="wall time of the loading code, imports already done"),
     "first_token_s": Metric(
-        label="first token",
+        label="time to first token",
         unit="s",
         better="lower",
-        how="wall time of the first generate up to its first token, cold: mapped weights are read here",
+        how="wall time of the first generate() up to its first token, cold: memory-mapped weights are read here",
     ),
     "ready_s": Metric(label="ready", unit="s", better="lower", how="load_s + first_token_s"),
     "warm_first_token_s": Metric(
-        label="first token, warm",
+        label="time to first token, warm",
         unit="s",
         better="lower",
         how="median over the undisturbed warm rounds, prompt in to first token out",
@@ -67,43 +67,48 @@ METRICS: Mapping[str, Metric] = {
         label="peak RAM",
         unit="bytes",
         better="lower",
-        how="the kernel's high-water mark (VmHWM) over load and generation; of several processes the sum, less the pages of files "
-        "that more than one of them maps (smaps, after each request)",
+        how="kernel high-water mark (VmHWM) over load and generation; the sum over several processes, minus the file pages that "
+        "they share (smaps, after each request)",
     ),
     "ram_anon_peak_bytes": Metric(
         label="peak RAM, must fit",
         unit="bytes",
         better="lower",
-        how="anonymous memory, the part the kernel cannot drop; highest of the parent's samples and the ends of phases, several "
-        "processes added up",
+        how="anonymous memory, which the kernel cannot drop; highest of the parent's samples and the ends of phases, summed over "
+        "processes",
     ),
     "load_ram_peak_bytes": Metric(label="peak RAM while loading", unit="bytes", better="lower", how="VmHWM of the load phase"),
     "vram_peak_bytes": Metric(
-        label="peak VRAM, allocated", unit="bytes", better="lower", how="torch.cuda.max_memory_allocated, the fullest GPU"
+        label="peak VRAM, allocated", unit="bytes", better="lower", how="torch.cuda.max_memory_allocated of the fullest GPU"
     ),
     "vram_process_peak_bytes": Metric(
-        label="peak VRAM, process", unit="bytes", better="lower", how="NVML's figure for the process, sampled, the fullest GPU"
+        label="peak VRAM, process",
+        unit="bytes",
+        better="lower",
+        how="memory of the process as NVML reports it, sampled, of the fullest GPU",
     ),
     "load_vram_peak_bytes": Metric(
         label="peak VRAM while loading",
         unit="bytes",
         better="lower",
-        how="torch.cuda.max_memory_allocated of the load phase, the fullest GPU",
+        how="torch.cuda.max_memory_allocated of the load phase, of the fullest GPU",
     ),
     "disk_bytes": Metric(label="weights on disk", unit="bytes", better="lower", how="bytes of the parameters that stay on disk"),
     "token_disk_bytes": Metric(
-        label="read from the disk per token",
+        label="disk reads per token",
         unit="bytes",
         better="lower",
-        how="bytes that the kernel fetched in the warm rounds / passes: weights in RAM that memory is too short for are read anew",
+        how="bytes read from disk in the warm rounds / forward passes: mapped weights that do not fit in RAM are read again",
     ),
     "energy_j": Metric(
         label="energy",
         unit="j",
         better="lower",
-        how="NVML's energy counters of the GPUs that hold weights: mean of the rounds that count, times as many as were asked for",
+        how="NVML energy counters of the GPUs that hold weights: mean of the rounds that count, times the rounds requested",
     ),
-    "import_s": Metric(label="imports", unit="s", better="lower", how="what this precision imports beyond torch and transformers"),
+    "import_s": Metric(
+        label="imports", unit="s", better="lower", how="time of the imports that this precision needs beyond torch and transformers"
+    ),
     "tokenizer_s": Metric(label="tokenizer", unit="s", better="lower", how="wall time of AutoTokenizer.from_pretrained"),
     "weights_s": Metric(label="weights", unit="s", better="lower", how="part of load_s spent reading (and quantizing) weights"),
     "dispatch_s": Metric(label="dispatch", unit="s", better="lower", how="part of load_s spent moving and hooking modules"),
@@ -123,7 +128,7 @@ METRICS: Mapping[str, Metric] = {
         label="answers correct",
         unit="count",
         better="higher",
-        how="of the probe's ten short questions, and one more of a model with tools",
+        how="of the ten short questions of the probe, plus one for a model with tools",
     ),
 }
 

@@ -103,13 +103,13 @@ class Placement(Record, frozen=True, kw_only=True):
         return given
 
 
-_AUTO_THERE = "with fewer than two GPUs it is the same as auto"
+_AUTO_THERE = "identical to auto with fewer than two GPUs"
 
 _ROWS = (
     Placement(
         name="direct",
         title="straight to the GPU",
-        help='device_map={"": 0}: onto the first GPU, without a copy of the model in RAM',
+        help='device_map={"": 0}: load straight onto the first GPU, without a copy of the model in RAM',
         device_map={"": 0},
         devices=("gpu",),
         least_gpus=1,
@@ -118,7 +118,7 @@ _ROWS = (
     Placement(
         name="ram-to-gpu",
         title="RAM, then GPU",
-        help='load in RAM, then .to("cuda"): the old default, for comparison',
+        help='load into RAM, then .to("cuda"): the former default, for comparison',
         device_map={"": "cpu"},
         devices=("gpu",),
         least_gpus=1,
@@ -128,14 +128,14 @@ _ROWS = (
     Placement(
         name="auto",
         title="auto",
-        help='device_map="auto" with no limits: GPUs first, then RAM, then disk',
+        help='device_map="auto" without max_memory: GPUs first, then RAM, then disk',
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
     ),
     Placement(
         name="balanced",
         title="balanced",
-        help='device_map="balanced": what auto is in transformers 5, an even share for each GPU',
+        help='device_map="balanced": an even share of the weights for each GPU; identical to auto in transformers 5',
         device_map="balanced",
         devices=("gpu", "cpu", "disk"),
         least_gpus=2,
@@ -144,8 +144,8 @@ _ROWS = (
     ),
     Placement(
         name="balanced_low_0",
-        title="balanced, first GPU free",
-        help='device_map="balanced_low_0": the first GPU takes what the others cannot',
+        title="balanced, first GPU kept free",
+        help='device_map="balanced_low_0": balanced over the other GPUs; the first one gets only what they cannot hold',
         device_map="balanced_low_0",
         devices=("gpu", "cpu", "disk"),
         least_gpus=2,
@@ -153,26 +153,26 @@ _ROWS = (
     ),
     Placement(
         name="sequential",
-        title="GPU after GPU",
-        help='device_map="sequential": fills one GPU after the other',
+        title="one GPU after another",
+        help='device_map="sequential": fills one GPU after another',
         device_map="sequential",
         devices=("gpu", "cpu", "disk"),
         least_gpus=2,
-        on_fewer=f"{_AUTO_THERE}, but that it leaves no tenth of the GPU free",
+        on_fewer=f"{_AUTO_THERE}, except that it does not keep a tenth of the GPU free",
     ),
     Placement(
         name="recommended",
-        title="our device map",
-        help="a device_map of ours: blocks fill the GPUs in order, each with its KV cache, and inference keeps the room it needs",
+        title="computed device map",
+        help="device_map computed by fitmatrix: blocks fill the GPUs in order, with room for their KV cache and for inference",
         device_map=RECOMMENDED_MAP,
         devices=("gpu", "cpu", "disk"),
         least_gpus=1,
-        on_fewer="without a GPU it is the same as cpu",
+        on_fewer="identical to cpu without a GPU",
     ),
     Placement(
         name="dispatch",
         title="accelerate's dispatch",
-        help="init_empty_weights + load_checkpoint_and_dispatch: accelerate's own way",
+        help="init_empty_weights + load_checkpoint_and_dispatch: accelerate's own loader",
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
         traits=("dispatches",),
@@ -184,7 +184,7 @@ _ROWS = (
     Placement(
         name="gpu+cpu",
         title="GPU + RAM",
-        help="max_memory that leaves room on the GPU for inference, the rest of the weights in RAM",
+        help="max_memory leaves room on the GPU for inference; the remaining weights are offloaded to RAM",
         device_map="auto",
         devices=("gpu", "cpu"),
         limits="spill-to-cpu",
@@ -195,7 +195,7 @@ _ROWS = (
     Placement(
         name="disk",
         title="GPU + RAM + disk",
-        help="GPU if there is one, then RAM, then disk; limited so that some blocks really lie on disk",
+        help="GPU (if any), then RAM, then disk; max_memory is set so that some blocks are offloaded to disk",
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
         limits="spill-to-disk",
@@ -214,19 +214,19 @@ _ROWS = (
     Placement(
         name="tp",
         title="tensor parallel",
-        help="tensor parallelism, as by torchrun: a process for each GPU, which share every layer (without one: two, in RAM)",
+        help="tensor parallelism, as with torchrun: one process per GPU, each with part of every layer (without a GPU: two in RAM)",
         device_map=None,
         devices=("gpu", "cpu"),
         traits=("parallel",),
         least_gpus=2,
-        on_fewer="tensor parallelism shares every layer among two GPUs or more, and there is one",
+        on_fewer="tensor parallelism splits every layer over at least two GPUs, and this machine has one",
         on_request=True,
         parallel=2,
     ),
     Placement(
         name=FILE,
-        title="a map of yours",
-        help="the device_map that --device-map FILE holds",
+        title="custom device map",
+        help="your own device_map, read from --device-map FILE",
         device_map=USER_MAP,
         devices=("gpu", "cpu", "disk"),
         on_request=True,
@@ -237,7 +237,7 @@ PLACEMENTS: Mapping[str, Placement] = {row.name: row for row in _ROWS}
 
 
 def distinct(names: Iterable[str], gpus: int) -> list[str]:
-    """Leave out the placements that are the same as another on a machine with this many GPUs, and those on request only."""
+    """Leave out the placements that are identical to another on a machine with this number of GPUs, and those on request."""
     rows = [PLACEMENTS[name] for name in names]
     return [row.name for row in rows if not row.on_request and (gpus >= row.least_gpus or row.on_fewer is None)]
 
@@ -245,7 +245,7 @@ def distinct(names: Iterable[str], gpus: int) -> list[str]:
 def named(given: Iterable[str] | None, has_file: bool) -> list[str]:
     """Return the placements that were asked for in the table's order; none if all that differ are meant.
 
-    A map of the user's own is asked for by being given: alone, if nothing else is named.
+    A custom device map is asked for by being given: alone, if nothing else is named.
     """
     wanted = {*(given or ()), *([FILE] if has_file else ())}
     return [name for name in PLACEMENTS if name in wanted]

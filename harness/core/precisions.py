@@ -1,4 +1,4 @@
-"""PRECISIONS: how weights can be held, widest first. One entry gives the option, the gate, the loader's arguments and the check."""
+"""PRECISIONS: how weights can be stored in memory, widest first. One row gives option, gate, arguments of the loader and check."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Config(Record, frozen=True, kw_only=True):
 
 
 class Precision(Record, frozen=True, kw_only=True):
-    """One row of the table: how the weights are held, how transformers is asked for it, and where it cannot work."""
+    """One row of the table: how the weights are stored in memory, how transformers is asked for it, and what it excludes."""
 
     name: str
     title: str
-    bits: float  #: bits a weight, scales included
+    bits: float  #: bits per weight, scales included
     dtype: str  #: the dtype that transformers is asked for
     linear_dtype: str  #: what Linear weights must be after loading: a dtype, or a scheme (`Loaded.linear_dtype_bytes`)
     quality_kept: float  #: share of the answers that stay right, as a rule of thumb
@@ -43,7 +43,7 @@ class Precision(Record, frozen=True, kw_only=True):
 
     @property
     def quantizes(self) -> bool:
-        """Whether it makes narrower weights of 16-bit ones while loading."""
+        """Whether it quantizes 16-bit weights while loading."""
         return self.quantization is not None and self.requires_checkpoint is None
 
     def dtype_on(self, compute_capability: str | None) -> str:
@@ -52,24 +52,24 @@ class Precision(Record, frozen=True, kw_only=True):
         return self.dtype_before_cc80 if old and self.dtype_before_cc80 else self.dtype
 
 
-_DISPATCHES = "load_checkpoint_and_dispatch places weights as they are stored and does not quantize them"
-_ALONE = "nobody here has shared such weights among processes yet: use bf16 or fp16"
+_DISPATCHES = "load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"
+_ALONE = "tensor parallelism is untested with these weights: use bf16 or fp16"
 _BNB_INCOMPATIBLE = {
-    "offloads_to_cpu": "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU, or on the disk at all "
+    "offloads_to_cpu": "transformers does not offload bitsandbytes weights from a GPU to the CPU, nor to disk at all "
     '("Some modules are dispatched on the CPU or the disk")',
-    "parallel": "transformers 5.23 shares no bitsandbytes weights among processes: its tensors lose what they were quantized with",
+    "parallel": "transformers 5.23 cannot split bitsandbytes weights over processes: the parts lose their quantization state",
     "dispatches": _DISPATCHES,
 }
 # "fp32" is history: transformers 5.23 leaves every module that an explicit map has on the CPU or the disk in the dtype asked for,
 # in 4 bits as in 8. Of device_map="auto" it quantizes them all the same, and generating fails.
 _BNB_OFF_GPU = {"llm_int8_enable_fp32_cpu_offload": True}
 _QUANTO_INCOMPATIBLE = {
-    "offloads_to_cpu": "transformers refuses to quantize with quanto for the CPU beside a GPU, or for the disk "
+    "offloads_to_cpu": "transformers does not offload quanto weights from a GPU to the CPU, nor to disk at all "
     '("a device_map that contains a CPU or disk device")',
     "dispatches": _DISPATCHES,
     "parallel": _ALONE,
 }
-_TORCHAO_OFFLOADS = "transformers moves what torchao is to quantize for the CPU or the disk to a GPU first, and offloads none of it"
+_TORCHAO_OFFLOADS = "transformers moves weights to a GPU for torchao to quantize, and offloads none of them"
 _STORED_INCOMPATIBLE = {
     "dispatches": "load_checkpoint_and_dispatch builds the model without its packed modules",
     "parallel": _ALONE,
@@ -83,7 +83,7 @@ def _bitsandbytes(**settings: Any) -> dict[str, Any]:
 def _nf4(
     name: str, title: str, bits: float, *, linear_dtype: str, stored: str, quality_kept: float, default: bool = False, **more: Any
 ) -> Precision:
-    """Return a row of bitsandbytes' 4 bits; `more` is what its config says beside that."""
+    """Return a 4-bit row of bitsandbytes; `more` are further settings of its config."""
     return Precision(
         name=name,
         title=title,
@@ -164,7 +164,7 @@ def _gptq(bits: int, quality_kept: float) -> Precision:
 def _chatglm(bits: int, quality_kept: float) -> Precision:
     return Precision(
         name=f"chatglm-int{bits}",
-        title=f"{bits}-bit, ChatGLM-6B's own",
+        title=f"{bits}-bit, ChatGLM-6B format",
         bits=bits,
         dtype="float16",
         linear_dtype="int8",
@@ -175,7 +175,7 @@ def _chatglm(bits: int, quality_kept: float) -> Precision:
     )
 
 
-# torchao's only format of 4 bits for processors.
+# torchao's only 4-bit format for CPUs.
 _TORCHAO_INT4_ON_CPU = Config(
     imports=(
         "from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig",
@@ -208,10 +208,10 @@ _ROWS = (
         off_gpu=_BNB_OFF_GPU,
         stored="bitsandbytes 8-bit",
     ),
-    _torchao("torchao-int8", "8-bit, torchao, weights only", 8, "Int8WeightOnlyConfig()", linear_dtype="int8", quality_kept=0.97),
+    _torchao("torchao-int8", "8-bit, torchao, weight-only", 8, "Int8WeightOnlyConfig()", linear_dtype="int8", quality_kept=0.97),
     _torchao(
         "torchao-int8-dynamic",
-        "8-bit, torchao, activations too",
+        "8-bit, torchao, weights and activations",
         8,
         "Int8DynamicActivationInt8WeightConfig()",
         linear_dtype="int8 dynamic",
@@ -229,8 +229,8 @@ _ROWS = (
         scheme="fp8",
         min_compute_capability=8.9,
         incompatible={
-            "ram": 'transformers quantizes to fp8 on a GPU alone ("No GPU or XPU found")',
-            "offloads_to_cpu": "transformers refuses to quantize to fp8 beside a GPU "
+            "ram": 'transformers quantizes to fp8 on a GPU only ("No GPU or XPU found")',
+            "offloads_to_cpu": "transformers does not quantize to fp8 when it offloads from a GPU "
             '("a device_map that contains a cpu/disk device")',
             "dispatches": _DISPATCHES,
             "parallel": _ALONE,
@@ -259,7 +259,7 @@ _ROWS = (
     ),
     Precision(
         name="gguf",
-        title="GGUF, in its blocks",
+        title="GGUF, kept packed",
         bits=4.5,  # of a file of Q4; each says its own
         # ggml's kernels compute in float32 and would cast anything else at every Linear.
         dtype="float32",
@@ -270,8 +270,7 @@ _ROWS = (
         extra="gguf",
         min_compute_capability=7.5,
         incompatible={
-            "ram": "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor: load it with "
-            "--precision bf16, fp16 or fp32",
+            "ram": "transformers runs packed GGUF on GPUs only and unpacks it on the CPU: use --precision bf16, fp16 or fp32",
         },
         stored="gguf",
         requires_checkpoint="GGUF",
@@ -284,7 +283,7 @@ _ROWS = (
         linear_dtype="uint8",
         quality_kept=0.85,
         quantization={"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}},
-        unsupported='transformers 5 has no HQQ on loading ("not available yet and will be supported soon")',
+        unsupported='transformers 5 cannot quantize to HQQ while loading ("not available yet and will be supported soon")',
         stored="hqq",
     ),
     _torchao(
@@ -313,7 +312,7 @@ _ROWS = (
     ),
     _nf4(
         "nf4-dq",
-        "4-bit, bitsandbytes nf4, scales quantized too",
+        "4-bit, bitsandbytes nf4, double quantization",
         4.127,
         linear_dtype="nf4 nested",
         stored="bitsandbytes 4-bit nf4, nested",
@@ -329,15 +328,15 @@ DEFAULTS = tuple(name for name, row in PRECISIONS.items() if row.default)
 
 
 def row_of(stored: str) -> Precision | None:
-    """Return the row that a checkpoint is, by the description of how it is quantized (`quantized.describe`), or None."""
+    """Return the row of a checkpoint that is already quantized, by its description (`quantization.describe`), or None."""
     rows = [row for row in _ROWS if row.stored is not None and stored.startswith(row.stored)]
     return max(rows, key=lambda row: len(row.stored or ""), default=None)
 
 
 def defaults(stored: str | None, among: Iterable[str] = DEFAULTS) -> list[str]:
-    """Return what is in the matrix unless the user names others: `among`, or of a quantized checkpoint what it is.
+    """Return the precisions of the matrix unless the user names others: `among`, or the format of a quantized checkpoint.
 
-    A GGUF file is unpacked as well.
+    A GGUF file is also unpacked.
     """
     plain = [name for name in among if not PRECISIONS[name].quantizes]
     own = row_of(stored) if stored is not None else None

@@ -153,7 +153,7 @@ def test_the_cache_keeps_it_and_lets_it_go(
     assert main(["synth", str(tmp_path / "real"), "--remove"]) == 0
     assert not there.exists()
     assert main(["synth", str(tmp_path / "real"), "--remove"]) == 0
-    assert "the cache holds no synthetic real" in capsys.readouterr().out
+    assert "no synthetic real in the cache" in capsys.readouterr().out
 
 
 def test_runs_that_want_the_same_write_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,10 +198,10 @@ def test_what_the_cache_holds_of_a_model_goes_whatever_its_format(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("there",), "--remove is for the cache and takes no DIR: leave 'there' out, or delete it yourself"),
-        (("--format", "bin"), "--format says how to write, and --remove writes nothing: leave one of them out"),
-        (("--shard", "1GiB"), "--shard says how to write, and --remove writes nothing: leave one of them out"),
-        (("--hollow",), "--hollow says how to write, and --remove writes nothing: leave one of them out"),
+        (("there",), "--remove empties the cache and takes no DIR: drop 'there', or delete it yourself"),
+        (("--format", "bin"), "--format has no effect with --remove, which writes nothing: drop one of them"),
+        (("--shard", "1GiB"), "--shard has no effect with --remove, which writes nothing: drop one of them"),
+        (("--hollow",), "--hollow has no effect with --remove, which writes nothing: drop one of them"),
     ],
 )
 def test_removing_takes_nothing_that_is_about_writing(

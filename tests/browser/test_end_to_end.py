@@ -80,7 +80,7 @@ def test_page_shows_the_measured_numbers(directory: Path, results: dict[str, Res
                 assert shown & {str(value), repr(value), f"{value:.0f}"}, f"{result.id} {key} {value}"
     text = browser.find_element("tag name", "body").text
     assert "smollm2-135m" in text
-    assert "cannot work" in text
+    assert "unsupported combination" in text
 
 
 def test_printed_code_loads_the_model(results: dict[str, Result]) -> None:

@@ -124,7 +124,7 @@ def test_folded_cases_are_filtered_too(show: Open, results: list[Result]) -> Non
     assert not browser.find_element(By.CSS_SELECTOR, "table.matrix").is_displayed()
     fold.find_element(By.TAG_NAME, "summary").click()
     assert [item.text for item in fold.find_elements(By.TAG_NAME, "li") if item.is_displayed()] == [
-        f"{precision} direct not here" for precision in ("fp32", "bf16", "int4")
+        f"{precision} direct unavailable" for precision in ("fp32", "bf16", "int4")
     ]
 
 
@@ -188,7 +188,7 @@ def test_the_least_memory_comes_first_and_a_card_opens_its_details(show: Open, g
     assert "Loading code" in details.text
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert browser.switch_to.active_element == cards[1].find_element(By.TAG_NAME, "a")
-    choose(browser, "order", "as in the table")
+    choose(browser, "order", "table order")
     assert browser.find_element(By.CSS_SELECTOR, ".cases").find_elements(By.ID, "case-chatglm-6b-int4-ram-to-gpu")
 
 

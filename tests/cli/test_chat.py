@@ -54,8 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["nosuchmodel"], "unknown model 'nosuchmodel'"),
         (["chatglm-6b", "int8"], "no case 'int8': write PRECISION/PLACEMENT"),
-        (["chatglm-6b", "fp16/tp"], "no chat by tp, which takes several processes or a map of yours: one of"),
-        (["chatglm-6b", "fp16/file"], "no chat by file, which takes several processes or a map of yours: one of"),
+        (["chatglm-6b", "fp16/tp"], "chat does not support placement tp (several processes or a custom map): use one of"),
+        (["chatglm-6b", "fp16/file"], "chat does not support placement file (several processes or a custom map): use one of"),
         (["chatglm-6b", "--port", "0"], "--port: 0 is too small: at least 1"),
         (["chatglm-6b", "--port", "70000"], "--port: 70000 is too large: at most 65535"),
         (["chatglm-6b", "--new-tokens", "1"], "--new-tokens: 1 is too small: at least 2"),
@@ -92,7 +92,7 @@ def test_nobody_can_share_the_page_and_the_help_says_why(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["chat", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "There is no option to share the page: gradio would open a tunnel" in told
+    assert "There is no option to share the page over the internet: gradio would tunnel" in told
 
 
 def test_what_does_not_fit_is_refused_in_the_words_of_the_plan(
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused_in_the_words_of_the_plan(
     assert main(["chat", "chatglm-6b", "fp32/cpu"]) == 1
     assert capsys.readouterr().err == f"fitmatrix: chatglm-6b/fp32/cpu: {why}\n"
     assert main(["chat", "chatglm-6b", "int8/direct"]) == 2
-    assert "chatglm-6b/int8/direct cannot be loaded: needs a GPU" in capsys.readouterr().err
+    assert "chatglm-6b/int8/direct cannot be loaded: no NVIDIA GPU detected" in capsys.readouterr().err
 
 
 def test_without_gradio_the_way_out_is_told_before_anything_is_loaded(
@@ -120,7 +120,7 @@ def test_without_gradio_the_way_out_is_told_before_anything_is_loaded(
 def test_a_model_without_words_cannot_be_talked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_models.save("llama", tmp_path / "mute")
     assert main(["chat", str(tmp_path / "mute"), "fp32/cpu"]) == 2
-    assert "mute has no tokenizer beside its weights, as synthetic ones have none" in capsys.readouterr().err
+    assert "mute has no tokenizer beside its weights (synthetic weights have none)" in capsys.readouterr().err
 
 
 # What a model is shown, and what it says
@@ -240,7 +240,7 @@ def test_a_turn_is_answered_over_http_on_this_machine_alone_until_ctrl_c(folder:
     port = free_port()
     with serving(folder, port) as (process, told):
         url = f"http://127.0.0.1:{port}/"
-        assert told == f"Talk to tiny/fp32/cpu at {url} (Ctrl-C ends it)\n"
+        assert told == f"Chat with tiny/fp32/cpu at {url} (Ctrl-C to stop)\n"
         events = ask(url, "Hello")
         assert events[-1] == ("complete", words(folder, greedy(folder, "Hello")))
         assert [kind for kind, _ in events].count("generating") > 1, "it comes at once, not as it is written"

@@ -159,7 +159,7 @@ def test_a_reader_who_has_seen_enough_is_no_mistake(
         assert run.stderr
         run.stdout.close()
         said = run.stderr.read().decode()
-    assert said == ("" if measured else "measuring how fast RAM and disk are read, once (1 to 3 s) ...\n")
+    assert said == ("" if measured else "measuring the read bandwidth of RAM and disk, once (1 to 3 s) ...\n")
     assert run.returncode == 0
 
 

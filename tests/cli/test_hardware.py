@@ -82,10 +82,10 @@ def test_bandwidth_is_measured_once_and_again_on_request(say: Said, measured: li
     assert (status, measured) == (0, ["ram", "disk"])
     assert row(table, "cpu")[-1] == "16.2"
     assert row(table, "disk")[-1] == "1.44"
-    assert note == "measuring how fast RAM and disk are read, once (1 to 3 s) ...\n"
+    assert note == "measuring the read bandwidth of RAM and disk, once (1 to 3 s) ...\n"
     assert say()[2] == ""
     assert measured == ["ram", "disk"]
-    assert say("--measure")[2].startswith("measuring how fast")
+    assert say("--measure")[2].startswith("measuring the read bandwidth")
     assert measured == ["ram", "disk"] * 2
 
 

@@ -375,7 +375,7 @@ def test_a_name_that_is_none_is_one_sentence(say: Said, name: str, words: str) -
 def test_a_revision_is_for_the_hub(say: Said, model: Path) -> None:
     status, _, err = say(model, "--revision", "main")
     assert status == 2
-    assert "leave out --revision" in err
+    assert "drop --revision" in err
 
 
 def test_as_a_process_there_is_no_traceback(tmp_path: Path) -> None:

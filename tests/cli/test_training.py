@@ -74,7 +74,7 @@ def test_the_smallest_card_decides(say: Said) -> None:
 def test_the_table_says_what_it_follows_and_leaves_out(say: Said) -> None:
     status, out, _ = say("chatglm-6b", "smollm2-135m-instruct", "--training", "zero2", "--gpu", "24GiB", "--ram", "64GiB")
     assert status == 1  # nothing fits the first
-    assert "chatglm-6b: training 6.17 B parameters by ZeRO-2 on 1 GPU" in out
+    assert "chatglm-6b: training 6.17 B parameters with ZeRO-2 on 1 GPU" in out
     said = " ".join(out.split())
     assert "Follows the code of DeepSpeed at commit edaa722. Without offloading its document (memory.rst) says otherwise" in said
     assert "Not counted: activations" in said
@@ -85,7 +85,7 @@ def test_the_table_says_what_it_follows_and_leaves_out(say: Said) -> None:
 def test_ram_that_nobody_told_is_unknown_and_does_not_fit(say: Said) -> None:
     status, out, _ = say("chatglm-6b", "--training", "zero2", "--gpu", "24GiB")
     assert status == 1
-    assert "unknown: add --ram SIZE" in out
+    assert "unknown: pass --ram SIZE" in out
     assert "too big" in out  # what the card cannot hold is known all the same
 
 
@@ -93,11 +93,11 @@ def test_ram_that_nobody_told_is_unknown_and_does_not_fit(say: Said) -> None:
     ("arguments", "said"),
     [
         (["--training", "zero1", *TWO], "--training: unknown stage 'zero1': did you mean"),
-        (["--training", "zero2", "--ram", "8GiB"], "--training needs GPUs, and there is none here: name each"),
+        (["--training", "zero2", "--ram", "8GiB"], "--training needs GPUs, and this machine has none: describe them"),
         (["--training", "zero2", *TWO, "--nodes", "0"], "--nodes: 0 is too small: at least 1"),
-        (["--nodes", "2"], "--nodes is about training: add --training zero2 or zero3"),
-        (["--training", "zero2", *TWO, "--precision", "int8"], "--precision is about running a model"),
-        (["--training", "zero2", *TWO, "--code", "int8/cpu"], "--code is about running a model"),
+        (["--nodes", "2"], "--nodes applies to training only: add --training zero2 or zero3"),
+        (["--training", "zero2", *TWO, "--precision", "int8"], "--precision does not apply to --training"),
+        (["--training", "zero2", *TWO, "--code", "int8/cpu"], "--code does not apply to --training"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_exit_status_2(say: Said, arguments: list[str], said: str) -> None:

@@ -161,17 +161,17 @@ def test_a_map_of_ones_own_is_judged_by_what_it_uses(device_map: dict[str, int |
 @pytest.mark.parametrize(
     ("on", "names", "said"),
     [
-        (NO_GPU, ("bf16", "recommended"), "without a GPU it is the same as cpu"),
+        (NO_GPU, ("bf16", "recommended"), "identical to cpu without a GPU"),
         (AMPERE, ("gguf", "cpu"), "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor"),
         (NO_GPU, ("bf16", "direct"), "no NVIDIA GPU detected"),
-        (NO_GPU, ("fp8", "cpu"), 'transformers quantizes to fp8 on a GPU alone ("No GPU or XPU found")'),
+        (NO_GPU, ("fp8", "cpu"), 'transformers quantizes to fp8 on a GPU only ("No GPU or XPU found")'),
         (AMPERE, ("fp8", "direct"), "fp8 needs compute capability 8.9, and RTX 3060 has 8.6"),
         (AMPERE, ("hqq-int4", "direct"), "transformers 5 has no HQQ on loading"),
         (AMPERE, ("quanto-int8", "gpu+cpu"), "transformers refuses to quantize with quanto for the CPU beside a GPU"),
         (NO_GPU, ("torchao-int8", "disk"), "transformers moves what torchao is to quantize for the CPU or the disk to a GPU first"),
         (PASCAL, ("int8", "direct"), "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
         (AMPERE, ("int8", "gpu+cpu"), "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU"),
-        (AMPERE, ("int4", "dispatch"), "load_checkpoint_and_dispatch places weights as they are stored and does not quantize them"),
+        (AMPERE, ("int4", "dispatch"), "load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"),
     ],
 )
 def test_a_refusal_says_why(on: Machine, names: tuple[str, str], said: str) -> None:

@@ -110,7 +110,7 @@ def test_the_code_names_every_module_and_numbers_the_cards() -> None:
 
 def test_without_a_gpu_it_is_no_case_of_its_own() -> None:
     found = Planner(spec("chatglm-6b"), machine()).plan(case("bf16", "recommended"))
-    assert (found.verdict, found.why) == (Verdict.UNAVAILABLE, "without a GPU it is the same as cpu")
+    assert (found.verdict, found.why) == (Verdict.UNAVAILABLE, "identical to cpu without a GPU")
     assert "recommended" not in distinct(PLACEMENTS, gpus=0)
     assert "recommended" in distinct(PLACEMENTS, gpus=1)
 

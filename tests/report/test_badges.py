@@ -59,7 +59,7 @@ def test_emulated_sizes_have_a_badge_each_and_no_speed_of_the_larger_card() -> N
         ("chatglm-6b-8GiB", "does not fit 8 GiB"),
         ("chatglm-6b-12GiB", "int8 fits 12 GiB"),
     ]
-    assert "held to vram12GiB" in (drawn(found[1]).findtext(f"{SVG}title") or "")
+    assert "limited to vram12GiB" in (drawn(found[1]).findtext(f"{SVG}title") or "")
 
 
 def test_what_needs_the_ram_as_well_says_so() -> None:

@@ -98,7 +98,7 @@ def test_each_size_of_card_has_its_answer() -> None:
     text = summary.render(fits)
     assert "| precision | `direct@vram6GiB` | `direct@vram12GiB` |" in text
     assert "- vram12GiB: Use bf16 with placement direct" in text
-    assert "- vram6GiB: Nothing works: 1 too big." in text
+    assert "- vram6GiB: Nothing works: 1 × too big." in text
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_a_summary_stays_below_the_limit_of_a_job_and_says_so() -> None:
     ]
     text = summary.render(many)
     assert len(text.encode()) < MIB
-    assert "Cut off here" in text
+    assert "Truncated here" in text
     assert text.rstrip().endswith("shows everything on a page.")
-    assert "Cut off here" not in summary.render(many[:50])
+    assert "Truncated here" not in summary.render(many[:50])
 
 
 def test_a_cell_says_only_what_there_is() -> None:
@@ -181,7 +181,7 @@ def test_json_is_ascii_and_has_null_for_what_is_no_number() -> None:
 def test_nothing_that_works_is_a_null_and_a_sentence() -> None:
     (answer,) = json.loads(data.render_json([worked(outcome=Outcome.OOM, stage="load")]))["answers"]
     assert answer["case"] is None
-    assert answer["said"] == "Nothing works: 1 out of memory."
+    assert answer["said"] == "Nothing works: 1 × out of memory."
 
 
 # CSV
@@ -260,7 +260,7 @@ def test_one_format_and_one_file_need_no_ending(folder: Path, capsys: pytest.Cap
     ("arguments", "said"),
     [
         (["--format", "md", "--format", "csv"], "--format md and csv would both go to standard output"),
-        (["--output", "x.txt"], "--output x.txt: which format?"),
+        (["--output", "x.txt"], "--output x.txt: unknown format"),
         (["--output", "x.md", "--output", "y.md"], "are both md"),
         (["--html", "a.html", "--output", "b.html"], "both name the page"),
         (["--format", "md", "--badge", "b.svg"], "there are 2 badges, not one"),

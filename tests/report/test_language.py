@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,9 +14,15 @@ from harness.catalog.resolve import CATALOG
 from harness.core.metrics import METRICS
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
+from harness.data import DATA
 from harness.report.page.figures import PLANNED, STATUSES
 from harness.report.page.language import CHINESE, block, table
 from harness.report.page.tradeoff import SHAPES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "harness" / "report" / "templates"
@@ -24,6 +31,8 @@ PAGE = ("page.html.j2", "parts.html.j2", "overview.html.j2")
 NAMES = {"fitmatrix", "CPU", "GiB", "tokens/s", "EN", "bfloat16", "Ctrl", "· fitmatrix", "GiB, tokens/s"}
 SLOT = re.compile(r"\{(\w+)\}")
 SAID = table(CHINESE)
+# Without what only results of earlier versions say.
+NOW = tomllib.loads((DATA / "zh.toml").read_text(encoding="utf-8").partition("\n# Reasons as results of earlier versions")[0])
 
 
 def flat(text: str) -> str:
@@ -96,22 +105,19 @@ def test_every_word_of_our_tables_is_in_the_table(texts: list[str]) -> None:
 
 
 def test_every_text_of_the_table_is_said_somewhere() -> None:
-    files = [
-        *(ROOT / "harness").glob("*.py"),
-        *(ROOT / "harness" / "report").glob("*.py"),
-        ROOT / "harness" / "data" / "catalog.toml",
-    ]
+    files = [*(ROOT / "harness").rglob("*.py"), ROOT / "harness" / "data" / "catalog.toml"]
     files += [TEMPLATES / "page.js", *(TEMPLATES / name for name in PAGE)]
     code = "\n".join(path.read_text(encoding="utf-8") for path in files)
     code = re.sub(r'"\s*\n\s*f?"|\\\n', "", code).replace("\\N{NO-BREAK SPACE}", " ")
     spoken = flat(code) + flat(re.sub(r"<[^>]*>", " ", code)) + flat(re.sub(r"<[^>]*>", "", code))
     unused = [
         (key, piece)
-        for key in SAID
+        for key in NOW
         for part in SLOT.split(key)[::2]
         for piece in map(in_words, re.split(r"\(s\)|[,;:.] |[()]", part))
         if piece not in spoken and piece.removeprefix("placement ") not in spoken
     ]
+    assert len(NOW) < len(SAID)
     assert unused == []
 
 

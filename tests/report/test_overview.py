@@ -76,7 +76,7 @@ def test_the_front_is_what_no_sound_case_beats(made: list[tuple[int, float, str]
 def test_a_case_that_failed_a_check_is_not_on_the_front() -> None:
     found = panel(case("a", GIB, 30, checks={"dtype": "float32 where float16 was to be"}), case("b", 2 * GIB, 20))
     assert [point.name for point in tradeoff.front(found.points)] == ["b/cpu"]
-    assert found.sentence == "b/cpu takes the least memory (2.00 GiB) and is the fastest (20.0 tokens/s)."
+    assert found.sentence == "b/cpu uses the least memory (2.00 GiB) and is the fastest (20.0 tokens/s)."
 
 
 @given(st.lists(st.tuples(SIZES, st.floats(10, 99)), min_size=3, max_size=12, unique_by=lambda pair: pair[0]))
@@ -354,7 +354,7 @@ def test_hostile_names_stay_text_and_are_cut() -> None:
     assert shown.forecast
     html = render.render(results)
     start = html.index('<div class="overview">')
-    drawn = html[start : html.index("<h4>Every case</h4>", start)]
+    drawn = html[start : html.index("<h4>All cases</h4>", start)]
     assert "<script" not in drawn
     assert "\u202e" not in drawn
     assert len(drawn) < 20_000

@@ -241,8 +241,8 @@ WORDS = [
     (Outcome.CRASH, Verdict.FITS, "crashed"),
     (Outcome.UNSUPPORTED, Verdict.UNKNOWN, "not supported"),
     (Outcome.SKIPPED, Verdict.TOO_BIG, "too big"),
-    (Outcome.SKIPPED, Verdict.INVALID, "cannot work"),
-    (Outcome.SKIPPED, Verdict.UNAVAILABLE, "not here"),
+    (Outcome.SKIPPED, Verdict.INVALID, "unsupported combination"),
+    (Outcome.SKIPPED, Verdict.UNAVAILABLE, "unavailable"),
     (Outcome.SKIPPED, Verdict.FITS, "skipped"),
 ]
 
@@ -261,7 +261,7 @@ def test_a_combination_that_was_refused_without_running_cannot_work(result: Resu
     refused = variant(result, "fp16", outcome=Outcome.UNSUPPORTED, verdict=Verdict.INVALID, stage="plan", metrics={}, estimate=None)
     refused = replace(refused, why="a rule forbids it")
     root = rendered([result, refused])
-    assert cell_of(root, refused).text == "cannot work a rule forbids it"
+    assert cell_of(root, refused).text == "unsupported combination a rule forbids it"
     assert "Not run." in details_of(root, refused).text
 
 
@@ -271,7 +271,7 @@ def test_placements_that_need_a_gpu_fold_into_one_line(golden: list[Result]) -> 
     line = "3 placements need a GPU: direct, ram-to-gpu, gpu+cpu"
     (fold,) = root.all("details", look="fold")
     assert fold.all("summary")[0].text == line
-    assert [cell.text for cell in fold.all("li", look="cell")][:2] == ["fp32 direct not here", "bf16 direct not here"]
+    assert [cell.text for cell in fold.all("li", look="cell")][:2] == ["fp32 direct unavailable", "bf16 direct unavailable"]
     columns = [head.text.split()[0] for head in root.all("table", look="matrix")[0].all("th", scope="col")]
     assert columns == ["auto", "dispatch", "disk", "cpu"]
     group = root.all("details", look="group")[0]
@@ -282,7 +282,7 @@ def test_placements_that_need_a_gpu_fold_into_one_line(golden: list[Result]) -> 
 def test_a_page_without_any_possible_case_has_no_empty_matrix(golden: list[Result]) -> None:
     root = rendered([result for result in golden if result.verdict is Verdict.UNAVAILABLE])
     assert not root.all("table", look="matrix")
-    assert "None of the 13 cases works here: 13 not here." in root.all("p", look="say")[0].text
+    assert "None of the 13 cases works here: 13 × unavailable." in root.all("p", look="say")[0].text
 
 
 def judged(verdict: str) -> Quality:
@@ -324,15 +324,17 @@ def test_the_answer_comes_first_with_its_figures_and_the_code(result: Result) ->
         "answers intact."
     )
     assert "".join(str(child) for child in answer.all("code")[0].children) == result.code
-    assert "Leaves more memory free: fp16 with placement direct, 4.00 of 11.6 GiB VRAM, 5.00 tokens/s" in answer.text
+    assert "Uses the least memory: fp16 with placement direct, 4.00 of 11.6 GiB VRAM, 5.00 tokens/s" in answer.text
 
 
 def test_where_nothing_works_the_answer_says_how_it_ended_and_what_was_nearest(golden: list[Result]) -> None:
     failed = [r for r in selection.newest(golden) if r.outcome is not Outcome.OK and r.machine.gpus]
     answer = rendered(failed).all("div", look="answer")[0]
-    assert answer.text.startswith("None of the 19 cases works here: 2 out of memory, 3 timed out, 1 crashed, 1 not supported")
-    assert "Nearest to fitting is bf16 with placement direct" not in answer.text
-    assert "Nearest to fitting is bf16 with placement ram-to-gpu, expected to need 12.1 of 11.6 GiB VRAM." in answer.text
+    assert answer.text.startswith(
+        "None of the 19 cases works here: 2 × out of memory, 3 × timed out, 1 × crashed, 1 × not supported"
+    )
+    assert "Closest to fitting: bf16 with placement direct" not in answer.text
+    assert "Closest to fitting: bf16 with placement ram-to-gpu, predicted to need 12.1 of 11.6 GiB VRAM." in answer.text
 
 
 def test_answers_that_are_broken_everywhere_are_no_recommendation(result: Result) -> None:
@@ -420,7 +422,7 @@ def test_a_surprise_is_counted_and_named(golden: list[Result], root: Node) -> No
     refused = next(r for r in golden if r.case.id == f"{GPU_MODEL}/int8/ram-to-gpu")
     assert "plan too big" in cell_of(root, refused).text
     assert "Plan: too big (a false refusal)." in details_of(root, refused).text
-    assert "The plan was wrong about memory 3 times: 2 false fits, 1 false refusal." in root.text
+    assert "The memory prediction was wrong 3 times: 2 false fits, 1 false refusal." in root.text
 
 
 def test_what_was_found_wrong_after_loading_shows_in_the_cell(golden: list[Result], root: Node) -> None:
@@ -449,7 +451,7 @@ def test_the_page_says_how_it_was_measured_and_what_was_set_aside(golden: list[R
     root = rendered(golden, problems=["results.jsonl:17: the line is cut off"])
     for key in {key for one in golden for key in one.metrics}:
         assert " ".join(METRICS[key].how.split()) in root.text
-    assert "1 line of the store set aside: results.jsonl:17: the line is cut off" in root.text
+    assert "1 line of the results file ignored: results.jsonl:17: the line is cut off" in root.text
     assert "3 runs" in root.text
     assert "set aside" not in rendered(golden).text
 
@@ -470,7 +472,7 @@ def test_the_title_is_the_case_of_a_single_block_unless_given(golden: list[Resul
 
 
 def test_a_page_without_results_says_how_to_get_some() -> None:
-    assert "There are no results yet" in rendered([]).text
+    assert "No results yet" in rendered([]).text
 
 
 def test_the_page_names_no_other_file_or_host(golden: list[Result], root: Node) -> None:
@@ -620,7 +622,7 @@ def test_nothing_recorded_draws_nothing() -> None:
 def test_what_nobody_measures_draws_nothing() -> None:
     phase = Phase(name="load", start_s=0.0, end_s=1.0)
     assert charts.timeline(Timeline(t_s=[], ram_bytes=[1]), []) is None
-    assert "no samples" in (charts.timeline(Timeline(t_s=[0.0], ram_bytes=[1, 2]), [phase]) or "")
+    assert "not sampled" in (charts.timeline(Timeline(t_s=[0.0], ram_bytes=[1, 2]), [phase]) or "")
     assert charts.timeline(None, [replace(phase, start_s=-1e308, end_s=1e308)]) is None
     assert charts.timeline(None, [replace(phase, end_s=1e308)]) is None
     assert charts.timeline(None, [replace(phase, start_s=1e308, end_s=1e308)]) is None

@@ -227,7 +227,7 @@ def test_a_model_says_which_card_it_needs(built: Path) -> None:
     root = page_of(built, "models/chatglm-6b.html")
     answer = root.all("div", look="answer")[0].text
     assert "A card with 8 GiB works: int4, direct takes 5.61 GiB VRAM" in answer
-    assert "( NVIDIA GeForce RTX 3060 held to 8 GiB by --vram)" in answer
+    assert "( NVIDIA GeForce RTX 3060 limited to 8 GiB by --vram)" in answer
     assert "predicted A card with 6 GiB should do: int4, direct takes 5.61 GiB (measured)." in answer
     told = json.loads((built / "models/chatglm-6b.json").read_text())
     by_size = {one["card_bytes"] // GIB: one for one in told["cards"]}
@@ -499,7 +499,7 @@ def test_what_a_model_needs_is_the_most_that_any_card_measured_of_what_lies_on_i
 def test_torchs_figure_alone_is_told_and_what_cuda_takes_is_added() -> None:
     machine = builders.machine(card(8 * GIB, "A"))
     (model,) = drawn(of(machine, "int4", "direct", metrics={"vram_peak_bytes": 5.0 * GIB})).models
-    assert model.needs[0].basis == "measured by torch alone"
+    assert model.needs[0].basis == "measured by torch only"
 
 
 def test_a_usual_size_that_was_measured_is_not_predicted_as_well() -> None:

@@ -326,7 +326,7 @@ def test_one_gpu_is_not_shared(make: Make) -> None:
     session.machine = builders.machine(builders.gpu())
     (result,) = measure(session)
     assert (result.outcome, result.verdict) == (Outcome.SKIPPED, Verdict.UNAVAILABLE)
-    assert result.why == "tensor parallelism shares every layer among two GPUs or more, and there is one"
+    assert result.why == "tensor parallelism splits every layer over at least two GPUs, and this machine has one"
 
 
 def test_the_default_matrix_is_no_longer_than_what_differs_here(make: Make) -> None:

@@ -63,9 +63,9 @@ def sentences(matrix: Matrix) -> Iterator[str]:
     """Say the answer of a whole matrix, and what takes less memory or comes nearest to fitting."""
     yield _use(matrix.best) if matrix.best else matrix.sentence
     if matrix.least:
-        yield f"Least memory: {named(matrix.least)}, {held(matrix.least)}, {matrix.least.speed.text}."
+        yield f"Uses the least memory: {named(matrix.least)}, {held(matrix.least)}, {matrix.least.speed.text}."
     if matrix.nearest and not matrix.best:
-        yield f"Nearest to fitting: {named(matrix.nearest)}, expected to need {held(matrix.nearest)}."
+        yield f"Closest to fitting: {named(matrix.nearest)}, predicted to need {held(matrix.nearest)}."
 
 
 def named(cell: Cell) -> str:
@@ -95,5 +95,5 @@ def _use(best: Cell) -> str:
 def _nothing(cells: Sequence[Cell]) -> str:
     broken = sum(cell.status.look == "works" for cell in cells)
     words = Counter("answers broken" if cell.status.look == "works" else cell.status.word for cell in cells)
-    ends = ", ".join(f"{count:,} {word}" for word, count in words.items())
+    ends = ", ".join(f"{count:,} × {word}" for word, count in words.items())
     return f"{'Nothing gives sound answers' if broken else 'Nothing works'}: {ends}."

@@ -65,7 +65,7 @@ def badges(results: Sequence[Result]) -> list[Badge]:
 
 def _badge(answer: Answer, size: _Size, newest: str, anchors: Anchors) -> Badge:
     block, (said, colour) = answer.block, _said(answer, size)
-    limits = f", held to {answer.limits}" if answer.limits else ""
+    limits = f", limited to {answer.limits}" if answer.limits else ""
     title = f"{block.model} on {block.machine.name}{limits}: {answer.sentence} {newest[:10]}"
     name = f"{block.model}-{re.sub(' (?=[GM]iB)', '', size.text)}"
     if block.synthetic:

@@ -1,6 +1,6 @@
 """FORMATS: the ways of writing a report, each from results to the text of a file.
 
-The command line lists these before anything is read, so what renders is imported by the call.
+The command line lists these before anything is read, so the renderers are imported by the call.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def _csv(results: Sequence[Result], _problems: Sequence[str]) -> str:
 
 
 class Format(Record, frozen=True, kw_only=True):
-    """One row of the table. `render` takes results in file order and what could not be read, a sentence each."""
+    """One row of the table."""
 
     what: str
     suffixes: tuple[str, ...]
-    render: Render
+    render: Render  #: takes results in file order, and a sentence for each line that could not be read
 
 
 FORMATS: Mapping[str, Format] = {
     "html": Format(what="the page", suffixes=(".html", ".htm"), render=_html),
-    "md": Format(what="Markdown for a job's summary or a README", suffixes=(".md", ".markdown"), render=_markdown),
-    "json": Format(what="one object for programs", suffixes=(".json",), render=_json),
-    "csv": Format(what="a row for each case", suffixes=(".csv",), render=_csv),
+    "md": Format(what="Markdown for a job summary or a README", suffixes=(".md", ".markdown"), render=_markdown),
+    "json": Format(what="one JSON object", suffixes=(".json",), render=_json),
+    "csv": Format(what="one row per case", suffixes=(".csv",), render=_csv),
 }

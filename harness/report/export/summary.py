@@ -21,9 +21,9 @@ _ICONS: Mapping[str, str] = {"works": "✅", "oom": "❌", "timeout": "⏱️", 
 
 
 def render(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
-    """Write results as Markdown of less than MOST_BYTES; what does not go in is said at the end."""
+    """Write results as Markdown of less than MOST_BYTES; the end says what was left out."""
     found = blocks(results)
-    parts = ["There are no results yet. Run `pytest cases/ --model MODEL` to make some.\n"] if not found else []
+    parts = ["No results yet. Run `pytest cases/ --model MODEL` to make some.\n"] if not found else []
     if len(found) > 1:
         parts += ["\n".join(_contents(found)) + "\n"]
     if problems:
@@ -40,7 +40,7 @@ def _bounded(parts: list[str], of_blocks: Mapping[str, list[str]]) -> list[str]:
             if left < 0:
                 rest = len(of_blocks) - done
                 said = (
-                    f"**Cut off here:** of {plural(rest, 'block')} of model and machine not all fits into a job's summary (1 MiB)."
+                    f"**Truncated here:** a job summary (1 MiB) does not hold all of {plural(rest, 'block')} of model and machine."
                 )
                 return [*parts, f"{said} `fitmatrix report DIR` shows everything on a page.\n"]
             parts.append(part)
@@ -82,12 +82,12 @@ def _answer(block: Block, matrix: Matrix) -> Iterator[str]:
         yield ""
         yield from (f"- {escaped(answer.limits) or 'no limit'}: {escaped(answer.sentence, _REASON)}" for answer in by_limits)
     if block.synthetic:
-        yield "With synthetic weights memory and speed are real, and answers mean nothing."
+        yield "With synthetic weights, memory and speed are real, but the answers are meaningless."
 
 
 def _matrix(matrix: Matrix) -> list[str]:
     if not matrix.rows:
-        return ["None of these placements can be had here."]
+        return ["None of these placements is available on this machine."]
     columns = ["precision", *(code(_place(cells), _NAME) for cells in zip(*(cells for _, cells in matrix.rows), strict=True))]
     rows = [[code(heading.name, _NAME), *map(_cell, cells)] for heading, cells in matrix.rows]
     return table(columns, rows)
@@ -123,7 +123,7 @@ def _unmeasured(matrix: Matrix) -> list[str]:
     """Fold what was not run into one line, with its reasons behind it."""
     cells = [cell for cell in every(matrix) if not cell.ran]
     words = Counter(cell.status.word for cell in matrix.cells if not cell.ran)
-    ends = [*(escaped(fold.text) for fold in matrix.folds), *(f"{count:,} {word}" for word, count in words.items())]
+    ends = [*(escaped(fold.text) for fold in matrix.folds), *(f"{count:,} × {word}" for word, count in words.items())]
     summary = f"{len(cells):,} of {plural(len(every(matrix)), 'case')} not measured: {'; '.join(ends)}"
     return folded(summary, _reasons(cells)) if cells else []
 
@@ -131,7 +131,7 @@ def _unmeasured(matrix: Matrix) -> list[str]:
 def _failed(matrix: Matrix) -> list[str]:
     """Fold what ran and did not work, or not as it should."""
     cells = [cell for cell in every(matrix) if cell.ran and (cell.status.look != "works" or cell.faults)]
-    return folded(f"{plural(len(cells), 'case')} ran and did not work, or failed a check", _reasons(cells)) if cells else []
+    return folded(f"{plural(len(cells), 'case')} ran but did not work, or failed a check", _reasons(cells)) if cells else []
 
 
 def _reasons(cells: Iterable[Cell]) -> list[str]:

@@ -238,4 +238,4 @@ def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
 
 def _summary(scale: Scale, lines: Sequence[Series]) -> str:
     highest = ", ".join(f"{visible(line.name)} up to {units.format_size(max(line.values))}" for line in lines)
-    return f"Memory over {units.format_seconds(scale.since.high)}: {highest or 'no samples, only the peaks of the phases'}"
+    return f"Memory over {units.format_seconds(scale.since.high)}: {highest or 'not sampled, only the peak of each phase'}"

@@ -19,7 +19,7 @@ _UNKNOWN = f'<td><span class="none" title="not recorded in this phase">{DASH}</s
 
 
 class Map(msgspec.Struct, frozen=True):
-    """Where the modules lie, as loaded or as planned."""
+    """Where the modules are, as loaded or as planned."""
 
     loaded: bool
     strip: Markup
@@ -112,13 +112,13 @@ def _map(result: Result) -> Map | None:
 
 
 def _held(result: Result) -> tuple[tuple[str, tuple[Figure, ...]], ...]:
-    """List what was really loaded: bytes by tier, by process of several, by dtype, and by dtype of the Linear weights."""
+    """List what was loaded: bytes by tier, by rank of several processes, by dtype, and by dtype of the Linear weights."""
     if not result.loaded:
         return ()
     tables = {
-        "by tier": result.loaded.tier_bytes,
-        "by rank": {f"rank {number}": size for number, size in enumerate(result.loaded.rank_bytes)},
-        "by dtype": result.loaded.dtype_bytes,
+        "Weights by tier": result.loaded.tier_bytes,
+        "Weights by rank": {f"rank {number}": size for number, size in enumerate(result.loaded.rank_bytes)},
+        "Weights by dtype": result.loaded.dtype_bytes,
         "Linear weights": result.loaded.linear_dtype_bytes,
     }
     shown = [(title, tuple(_held_figure(n, size) for n, size in sizes.items())) for title, sizes in tables.items() if sizes]

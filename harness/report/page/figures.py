@@ -34,8 +34,8 @@ _ENDED: Mapping[Outcome, Status] = {
 }
 _NOT_RUN: Mapping[Verdict, Status] = {
     Verdict.TOO_BIG: Status("too big", "too-big"),
-    Verdict.INVALID: Status("cannot work", "invalid"),
-    Verdict.UNAVAILABLE: Status("not here", "unavailable"),
+    Verdict.INVALID: Status("unsupported combination", "invalid"),
+    Verdict.UNAVAILABLE: Status("unavailable", "unavailable"),
 }
 _SKIPPED = Status("skipped", "skipped")
 STATUSES = (*_ENDED.values(), *_NOT_RUN.values(), _SKIPPED)
@@ -44,8 +44,8 @@ PLANNED: Mapping[Verdict, str] = {
     Verdict.FITS: "fits",
     Verdict.TIGHT: "tight",
     Verdict.TOO_BIG: "too big",
-    Verdict.INVALID: "cannot work",
-    Verdict.UNAVAILABLE: "not here",
+    Verdict.INVALID: "unsupported combination",
+    Verdict.UNAVAILABLE: "unavailable",
     Verdict.UNKNOWN: "no estimate",
 }
 
@@ -88,7 +88,7 @@ class Figure(msgspec.Struct, frozen=True):
             return f'<span class="none" title="{_attribute(self.why)}">{self.text}</span>'
         doubts = f'<em class="doubt" title="{_attribute(self.noisy)}">noisy</em> ' if self.noisy else ""
         if self.sampled:
-            doubts += '<em class="doubt" title="read at intervals: the true peak may be higher">sampled</em> '
+            doubts += '<em class="doubt" title="sampled: the true peak may be higher">sampled</em> '
         key = f' data-key="{_attribute(self.key)}"' if self.key else ""
         return f'{doubts}<data value="{self.value}"{key}>{self.text}</data>'
 
@@ -115,7 +115,7 @@ def metric(result: Result, key: str) -> Figure:
 
 def _absent(result: Result, key: str, value: float | None) -> str:
     if value is not None:
-        return f"not a number that can be shown: {value}"
+        return f"not a finite number: {value}"
     if not ran(result):
         return f"not run: {status(result).word}"
     if result.outcome is not Outcome.OK:
@@ -124,7 +124,7 @@ def _absent(result: Result, key: str, value: float | None) -> str:
         return "this machine has no GPU"
     if key in ("top1_agreement", "kl") and not (result.quality and result.quality.reference):
         compared = result.quality and result.quality.verdict not in ("not compared", "not measured")
-        return "the others are compared with this case" if compared else "no reference to compare with"
+        return "this case is the reference" if compared else "no reference to compare with"
     return "not recorded in this run"
 
 

@@ -234,11 +234,11 @@ def _numbers(point: Point, is_in_front: bool) -> str:
 
 def _in_words(best: Sequence[Point]) -> str:
     if not best:
-        return "No case here works soundly."
+        return "No case here works with sound answers."
     least, fastest = best[0], best[-1]
     if least is fastest:
-        return f"{least.name} takes the least memory ({least.gib} GiB) and is the fastest ({least.cell.speed.text})."
+        return f"{least.name} uses the least memory ({least.gib} GiB) and is the fastest ({least.cell.speed.text})."
     return (
-        f"{least.name} takes the least memory ({least.gib} GiB, {least.cell.speed.text}), "
+        f"{least.name} uses the least memory ({least.gib} GiB, {least.cell.speed.text}), "
         f"{fastest.name} is the fastest ({fastest.cell.speed.text}, {fastest.gib} GiB)."
     )

@@ -291,7 +291,7 @@ def _folds(names: Mapping[str, str], placed: Mapping[tuple[str, str], Cell]) -> 
         no_gpu = no_gpu and not any(cell.result.machine.gpus for (_, at), cell in placed.items() if at == name)
         by_reason.setdefault("a GPU" if no_gpu else "", []).append(name)
     for reason, group in by_reason.items():
-        verb = ("needs a GPU" if len(group) == 1 else "need a GPU") if reason else "cannot be had here"
+        verb = ("needs a GPU" if len(group) == 1 else "need a GPU") if reason else "unavailable"
         cells = [placed[row, at] for at in group for row in ordered({r for r, c in placed if c == at}, PRECISIONS)]
         yield Fold(f"{plural(len(group), 'placement')} {verb}: {', '.join(group)}", tuple(cells))
 
@@ -321,17 +321,17 @@ def _sentence(cells: Sequence[Cell]) -> str:
     broken = sum(cell.status.look == "works" for cell in cells)
     if broken:
         return f"{plural(broken, 'case')} can be loaded here, but the answers are broken."
-    ends = [f"{count:,} {entry.word}" for entry, count in _counts(cells)]
+    ends = [f"{count:,} × {entry.word}" for entry, count in _counts(cells)]
     return f"None of the {plural(len(cells), 'case')} works here: {', '.join(ends)}."
 
 
 def _place(tier: Tier) -> Place:
     speed = None if tier.bytes_per_s is None else f"{units.format_size(tier.bytes_per_s)}/s"
     figures = (
-        _size("total", tier.total_bytes, "not known"),
-        _size("free", tier.free_bytes, "not known"),
-        _size("limit", tier.limit_bytes, "no limit is set"),
-        known("", "speed", tier.bytes_per_s, speed) if tier.bytes_per_s and speed else _none("not known"),
+        _size("total", tier.total_bytes, "unknown"),
+        _size("free", tier.free_bytes, "unknown"),
+        _size("limit", tier.limit_bytes, "no limit"),
+        known("", "speed", tier.bytes_per_s, speed) if tier.bytes_per_s and speed else _none("unknown"),
     )
     return Place(tier.name, tier.model or "", figures)
 

@@ -82,7 +82,10 @@ def _peak(row: Row) -> tuple[float, str]:
         return size, "measured"
     tiers = row.result.estimate.tiers if row.result.estimate else {}
     more = max((tier.overhead_bytes for name, tier in tiers.items() if name not in ("cpu", "disk")), default=0)
-    return size + more, f"measured by torch, and {units.format_size(more)} for CUDA itself" if more else "measured by torch alone"
+    return (
+        size + more,
+        f"measured by torch, and {units.format_size(more)} for the CUDA context" if more else "measured by torch only",
+    )
 
 
 def _planned_need(rows: Sequence[Row]) -> Need | None:

@@ -11,7 +11,7 @@
     name: "{model}: {precision} / {place}",
     short: "{precision} / {place}",
     more: "show more ({left} left)",
-    unreadable: "This browser cannot unpack the details: a newer one can.",
+    unreadable: "This browser is too old to unpack the details: use a newer one.",
     copy: "copy",
     auto: "◐ auto",
     light: "☀ light",
@@ -77,7 +77,7 @@
       if (hash !== location.hash) history[how ?? "pushState"](null, "", hash);
     };
 
-    // Every case of the page, read from its cells when it is first needed; most figures of most cases never are.
+    // All cases of the page, read from its cells when it is first needed; most figures of most cases never are.
     class Item {
       off = false;
       constructor(cell, link, names) {

@@ -19,7 +19,7 @@ from harness.planning import calibration
 from harness.planning.recommend import Recommendation
 from harness.report.terminal import tables
 
-# Colour supports the word and never stands for it (Okabe and Ito).
+# Colour supports the word and never replaces it (Okabe and Ito).
 COLOURS = {Verdict.FITS: "#009e73", Verdict.TIGHT: "#e69f00", Verdict.TOO_BIG: "#d55e00"}
 _SHORT = 4
 
@@ -28,7 +28,7 @@ TERMS = (
     ("KV cache", "kv_bytes"),
     ("activations", "activation_bytes"),
     ("overhead", "overhead_bytes"),
-    ("allocated, as torch says", "allocated_bytes"),
+    ("allocated by torch", "allocated_bytes"),
     ("peak", "peak_bytes"),
     ("  at least", "low_bytes"),
     ("  at most", "high_bytes"),
@@ -40,7 +40,7 @@ TERMS = (
 
 
 def show(recommendations: Sequence[Recommendation], machine: Machine, load: Workload) -> None:
-    """Print the machine, and for each model a table, why what does not fit does not, and what to do."""
+    """Print the machine, and for each model a table, the reasons of what does not fit, and the recommendation."""
     here = any(advice.planner.here for advice in recommendations)
     parts: list[RenderableType] = [tables.said(_machine_line(machine))]
     if here and (assumed := _assumed(machine)):
@@ -55,7 +55,7 @@ def show(recommendations: Sequence[Recommendation], machine: Machine, load: Work
 
 
 def explain(advice: Recommendation) -> None:
-    """Print every term of the one case of `advice`, with its interval, and the constants that it rests on."""
+    """Print every term of the one case of `advice`, with its interval, and the constants that were used."""
     one = advice.plans[0]
     parts: list[RenderableType] = [tables.title(f"{one.case.id}: {_word(one)}"), *([tables.said(one.why)] if one.why else [])]
     if one.estimate is not None:
@@ -85,7 +85,7 @@ def _tier_line(tier: Tier) -> str:
 
 
 def _assumed(machine: Machine) -> str:
-    """Say what the seconds rest on until RAM and disk of this machine are measured; planning itself measures nothing."""
+    """Say which bandwidths the times assume until RAM and disk of this machine are measured; planning measures nothing."""
     unmeasured = {tier.kind for tier in machine.tiers if not tier.bytes_per_s}
     if "cpu" not in unmeasured:  # a disk alone may be one that cannot be measured
         return ""
@@ -95,7 +95,7 @@ def _assumed(machine: Machine) -> str:
         for kind, name, found in (("cpu", "RAM", known["ram_bytes_per_s"]), ("disk", "disk", known["disk_bytes_per_s"]))
         if kind in unmeasured
     ]
-    return f"Seconds assume {', '.join(speeds)}, not measured yet: fitmatrix hardware measures once, in 1 to 3 s."
+    return f"Times assume {', '.join(speeds)}, not measured yet: fitmatrix hardware measures once (1 to 3 s)."
 
 
 def _span_of(tier: TierEstimate | None) -> str:
@@ -107,27 +107,24 @@ def _best_of(tier: TierEstimate | None) -> str:
 
 
 class _Layout(NamedTuple):
-    """What a table of plans shows beside verdict and tokens/s: what must fit in each tier, in how many seconds it is ready.
+    """What a table of plans shows beside verdict and tokens/s."""
 
-    `lacks` is what a wider one shows.
-    """
-
-    amount: Callable[[TierEstimate | None], str] | None
-    ready: bool
-    lacks: str = ""
+    amount: Callable[[TierEstimate | None], str] | None  #: formats what must fit in a tier; None leaves the tiers out
+    ready: bool  #: whether the time until ready is shown
+    lacks: str = ""  #: what a wider table shows in addition
 
 
 # The first that is not too wide is shown.
 _LAYOUTS = (
     _Layout(_span_of, ready=True),
-    _Layout(_best_of, ready=True, lacks="how much more each tier may need at worst"),
-    _Layout(_best_of, ready=False, lacks="how much more each tier may need at worst, and when it is ready"),
-    _Layout(None, ready=True, lacks="what each tier needs"),
+    _Layout(_best_of, ready=True, lacks="the upper bound of each tier"),
+    _Layout(_best_of, ready=False, lacks="the upper bound of each tier and the time until ready"),
+    _Layout(None, ready=True, lacks="the memory of each tier"),
 )
 
 
 def _table(advice: Recommendation, machine: Machine) -> tuple[Table, str]:
-    """Draw a row for each case that can be, with what must fit in GiB, as far as there is room; and say what there is none for."""
+    """Draw a row for each case that can be loaded, as detailed as the screen is wide; and say what was left out."""
     for layout in _LAYOUTS:
         table = _drawn(advice, machine, layout)
         if tables.has_room_for(table):
@@ -161,7 +158,7 @@ def _range(span: Span) -> str:
 
 
 def _reasons(plans: Sequence[Plan]) -> Iterator[str]:
-    """Say each reason once, with the cases that it is about."""
+    """Yield each reason once, with the cases that it applies to."""
     reasons: dict[str, list[str]] = {}
     for one in plans:
         if one.verdict is not Verdict.FITS and one.why:
@@ -178,7 +175,7 @@ def _conclusion(advice: Recommendation, load: Workload) -> str:
         return f"Nothing fits. {planned}"
     name, case = _sayable(advice), f"{best.case.precision}/{best.case.placement}"
     context = advice.planner.max_context(best)
-    room = f" It holds a context of up to {context:,} tokens." if context else ""
+    room = f" The longest context that fits is {context:,} tokens." if context else ""
     given = " --device-map FILE" if best.case.placement == FILE else ""
     return (
         f"Best: {case}: {advice.reason.removesuffix('.')}.{room} {planned}\n"
