@@ -31,18 +31,18 @@ from harness.core.errors import UsageError
 from harness.core.progress import Report, silent
 from harness.core.records import Record
 
-MARK = "fitmatrix-synthetic.json"
+SYNTHETIC_MARK = "fitmatrix-synthetic.json"
 _SHARD_BYTES = 5_000_000_000
 _FLOATS = ("float32", "float16", "bfloat16")
 
-FORMATS: Mapping[str, tuple[str, str, Callable[[Path, Sequence[TensorToWrite], Pieces | None], None]]] = {
+WRITERS: Mapping[str, tuple[str, str, Callable[[Path, Sequence[TensorToWrite], Pieces | None], None]]] = {
     "safetensors": ("model", ".safetensors", write_safetensors),
     "bin": ("pytorch_model", ".bin", write_bin),
 }
 
 
 class Synthetic(Record, frozen=True, kw_only=True):
-    """A checkpoint to be written: its config, its files with their tensors, in one of FORMATS."""
+    """A checkpoint to be written: its config, its files with their tensors, in one of WRITERS."""
 
     name: str
     config: dict[str, Any]
@@ -199,12 +199,14 @@ def _write(made: Synthetic, directory: Path, hollow: bool, report: Report, varia
         if not directory.exists():
             build.rename(directory)
             return
-        for file in sorted(build.iterdir(), key=lambda file: file.name == MARK):  # the mark last: it says that all is there
+        for file in sorted(
+            build.iterdir(), key=lambda file: file.name == SYNTHETIC_MARK
+        ):  # last: it says that all is there
             file.rename(directory / file.name)
 
 
 def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
-    stem, suffix, writer = FORMATS[made.format]
+    stem, suffix, writer = WRITERS[made.format]
     done, total = 0, made.bytes
     packed = quantization.packed(made.config)
 
@@ -225,7 +227,7 @@ def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
         index = {"metadata": {"total_size": made.bytes}, "weight_map": names}
         (build / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2))
     (build / "config.json").write_text(json.dumps(made.config, indent=2))
-    (build / MARK).write_text(json.dumps({"model": made.name, "key": made.key, "hollow": hollow, "bytes": made.bytes}))
+    (build / SYNTHETIC_MARK).write_text(json.dumps({"model": made.name, "key": made.key, "hollow": hollow, "bytes": made.bytes}))
 
 
 def place(made: Synthetic) -> Path:
@@ -279,4 +281,4 @@ def remove(source: Source) -> list[tuple[Path, int]]:
 
 def is_synthetic(directory: Path) -> bool:
     """Say whether a directory holds a whole synthetic checkpoint; its weights are random, and what it answers means nothing."""
-    return (directory / MARK).is_file()
+    return (directory / SYNTHETIC_MARK).is_file()

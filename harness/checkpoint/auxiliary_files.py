@@ -20,7 +20,7 @@ from harness.core.errors import CheckpointError
 from harness.core.records import Record
 from harness.core.units import format_size
 
-TEXT_BYTES = 64 << 20  # the largest tokenizers known have 35 MB
+MOST_TEXT_BYTES = 64 << 20  # the largest tokenizers known have 35 MB
 TEXT_MARKS = 8_000_000
 PATH_LETTERS = 4096  # PATH_MAX of Linux: no system opens a longer path
 MOST_PATHS = 1000
@@ -170,9 +170,10 @@ def _check_paths(folder: Folder, where: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_bounds(blob: Blob) -> None:
-    if blob.size > TEXT_BYTES:
+    if blob.size > MOST_TEXT_BYTES:
         raise CheckpointError(
-            blob.where, f"has {format_size(blob.size)} while {format_size(TEXT_BYTES)} is the most: this is not what its name says"
+            blob.where,
+            f"has {format_size(blob.size)} while {format_size(MOST_TEXT_BYTES)} is the most: this is not what its name says",
         )
     if not blob.name.endswith(".json"):
         return

@@ -27,7 +27,13 @@ __all__ = ["Checkpoint", "FileInfo", "StoredTensor", "read", "read_hub"]
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-FORMATS: Mapping[str, str] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin", ".pth": "bin", GGUF.suffix: GGUF.name}
+SUFFIXES: Mapping[str, str] = {
+    ".safetensors": "safetensors",
+    ".bin": "bin",
+    ".pt": "bin",
+    ".pth": "bin",
+    GGUF.suffix: GGUF.name,
+}
 
 PARALLEL_REQUESTS = 8
 LARGEST_SIZE = 1 << 32
@@ -195,7 +201,7 @@ def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[S
 
 
 def _read_file(folder: Folder, name: str) -> tuple[FileInfo, list[StoredTensor]]:
-    kind = FORMATS[Path(name).suffix]
+    kind = SUFFIXES[Path(name).suffix]
     with closing(folder.open(name)) as blob:
         return FileInfo(name=name, bytes=blob.size, format=kind), _reader(kind)(blob)
 
@@ -232,8 +238,8 @@ def _weight_files(folder: Folder, file: str | None) -> tuple[list[str], dict[str
     if file.endswith(".index.json"):
         listed = _index(folder, file)
         return _present(folder, sorted(set(listed.values())), file), listed
-    if Path(file).suffix not in FORMATS:
-        raise UsageError(f"{folder.where}/{file} is no file of weights: name one that ends in {', '.join(FORMATS)}")
+    if Path(file).suffix not in SUFFIXES:
+        raise UsageError(f"{folder.where}/{file} is no file of weights: name one that ends in {', '.join(SUFFIXES)}")
     if folder.size(file) is None:
         raise UsageError(f"{folder.where} has no file {file!r}: {did_you_mean(file, folder.names())}")
     split = _SPLIT.fullmatch(file)
@@ -271,7 +277,7 @@ def _index(folder: Folder, index: str) -> dict[str, str]:
         where = blob.where
     for name in sorted(set(listed.values())):
         check_enclosed(folder, where, f"the shard {quote(name)}", name)
-        if Path(name).suffix not in FORMATS or name.endswith(GGUF.suffix):
+        if Path(name).suffix not in SUFFIXES or name.endswith(GGUF.suffix):
             raise CheckpointError(
                 where, f"names the shard {quote(name)}, which is neither .safetensors nor .bin: correct the index"
             )

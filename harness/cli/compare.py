@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from harness.core.records import Result
 
 HELP = "Compare two sets of results: memory, load, speed, quality; exit status 1 where something got worse."
-SCHEMA = 1
+COMPARE_SCHEMA = 1
 GOT_WORSE = 1
 
 
@@ -42,7 +42,7 @@ def run(given: argparse.Namespace) -> int:
     if given.junit is not None:
         _write(given.junit, changes.junit(found))
     if given.json:
-        output.print_json({"schema": SCHEMA, "failures": found.failures, "pairs": found.pairs})
+        output.print_json({"schema": COMPARE_SCHEMA, "failures": found.failures, "pairs": found.pairs})
     elif given.markdown:
         print(changes.markdown(found), end="")
     else:

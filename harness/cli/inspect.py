@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 HELP = "Show what a checkpoint holds: files, parameters, dtypes, blocks, ties. Reads headers, never weights."
 MOST_FILES = 8
-MOST_PARTS = 60
-MOST_TIES = 5
-NAME_LETTERS = 26
+MOST_ROWS = 60
+MOST_TIED = 5
+BLOCK_LETTERS = 26
 OUTSIDE = "outside blocks"
 # Another file may be one shard of several.
-WHOLE = ("model.safetensors", "pytorch_model.bin")
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def _skeleton(found: Checkpoint) -> Skeleton | None:
     from harness.architecture import skeleton
     from harness.catalog.wheel_cache import cache_dir
 
-    is_whole = len(found.files) > 1 or found.files[0].name in WHOLE
+    is_whole = len(found.files) > 1 or found.files[0].name in WHOLE_FILES
     return skeleton.at_hand(found.config, cache_dir()) if is_whole and "model_type" in found.config else None
 
 
@@ -114,7 +114,7 @@ def _show(found: Inspection) -> None:
     if len(found.dtype_bytes) > 1:
         parts.append(_dtypes(found, console))
     tables.show(*parts, _anatomy(found, console), console=console)
-    hidden = len(found.parts) - MOST_PARTS
+    hidden = len(found.parts) - MOST_ROWS
     if hidden > 0:
         print(f"\nand {hidden} smaller parts: --html or --json shows them")
 
@@ -134,8 +134,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
     if found.notes:
         yield "odd", [line(note, 400) for note in found.notes]
     if found.ties:
-        sentences = [line(explain(tie, format_size(tie.extra_bytes)), 200) for tie in found.ties[:MOST_TIES]]
-        more = len(found.ties) - MOST_TIES
+        sentences = [line(explain(tie, format_size(tie.extra_bytes)), 200) for tie in found.ties[:MOST_TIED]]
+        more = len(found.ties) - MOST_TIED
         yield "tied", [*sentences, *([f"and {more} more"] if more > 0 else [])]
     if found.history:
         yield "history", found.history
@@ -197,7 +197,7 @@ def _anatomy(found: Inspection, console: Console) -> Table:
     from harness.architecture.inspection import largest, runs
     from harness.report.terminal import tables
 
-    rows = [row for run in runs(largest(found.parts, MOST_PARTS)) for row in zip(_labels(run), run.parts, strict=True)]
+    rows = [row for run in runs(largest(found.parts, MOST_ROWS)) for row in zip(_labels(run), run.parts, strict=True)]
     width = _bar_width(console, max((len(label) for label, _ in rows), default=0) + 46)
     most = max((part.bytes for _, part in rows), default=0) or 1
     table = tables.table("block", "kind", "parameters", "size", "share", "", left=2)
@@ -217,6 +217,6 @@ def _labels(run: Run) -> list[str]:
     """Say what the rows of a run stand for: its blocks in the first, how many and how large in the second."""
     from harness.report.terminal.tables import line
 
-    first = line(run.block, NAME_LETTERS) if run.block else OUTSIDE
+    first = line(run.block, BLOCK_LETTERS) if run.block else OUTSIDE
     each = f"  {run.repeats} x {format_size(run.bytes / run.repeats)}" if run.repeats > 1 else ""
     return [first, each, *[""] * len(run.parts)][: len(run.parts)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cli import output
 from harness.cli.options import add_options, given_or_default
-from harness.cli.output import SCHEMA
+from harness.cli.output import PLAN_SCHEMA
 from harness.cli.plan_args import FITS, NOTHING_FITS, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import named
@@ -156,7 +156,7 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
 def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
     if args.json:
         objects = [as_json(advice, machine, load) for advice in recommendations]
-        output.print_json(objects[0] if len(objects) == 1 else {"schema": SCHEMA, "models": objects})
+        output.print_json(objects[0] if len(objects) == 1 else {"schema": PLAN_SCHEMA, "models": objects})
     elif args.code:
         _print_code(recommendations[0])
     else:
@@ -197,7 +197,7 @@ def as_json(advice: Recommendation, machine: Machine, load: Workload) -> dict[st
 
     spec = advice.spec
     return {
-        "schema": SCHEMA,
+        "schema": PLAN_SCHEMA,
         "model": {
             "name": spec.name,
             "source": spec.source,

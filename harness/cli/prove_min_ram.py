@@ -44,7 +44,7 @@ def prove(args: argparse.Namespace, precisions: Sequence[str], placements: Seque
             session.close()
     if args.json:
         minimums = [{"case": one.case.id} | _found_json(one) for one in found]
-        output.print_json({"schema": output.SCHEMA, "minimums": minimums})
+        output.print_json({"schema": output.PLAN_SCHEMA, "minimums": minimums})
     else:
         show(found)
     return FITS if all(one.works_bytes is not None for one in found) else NOTHING_FITS

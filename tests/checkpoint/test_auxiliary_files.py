@@ -168,7 +168,7 @@ def refused(folder: Path) -> str:
 def test_text_is_bounded_in_size(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     with (folder / name).open("wb") as file:
-        file.truncate(auxiliary_files.TEXT_BYTES + 1)
+        file.truncate(auxiliary_files.TOKENIZER_TEXT_BYTES + 1)
     assert "is the most" in refused(folder)
 
 

@@ -153,7 +153,7 @@ def test_no_results_say_how_to_make_some() -> None:
 
 def test_json_holds_the_newest_result_of_each_case_under_the_names_of_the_records(golden: list[Result]) -> None:
     found = json.loads(data.render_json(golden, ["one line is none"]))
-    assert found["schema"] == data.SCHEMA
+    assert found["schema"] == data.EXPORT_SCHEMA
     assert found["problems"] == ["one line is none"]
     newest = view.newest(golden)
     assert [entry["id"] for entry in found["cases"]] == [one.id for one in newest]

@@ -179,7 +179,7 @@ def test_the_json_of_a_machine_holds_its_results_as_the_store_does(built: Path, 
     seen = set()
     for file in (built / "machines").glob("*.json"):
         told = json.loads(file.read_text())
-        assert told["schema"] == build.SCHEMA
+        assert told["schema"] == build.SITE_SCHEMA
         for one in told["results"]:
             line = (file.parent / one["raw"]).read_bytes()
             result = store.decode(line)
@@ -193,7 +193,7 @@ def test_the_json_of_a_machine_holds_its_results_as_the_store_does(built: Path, 
 def test_beside_every_page_lies_its_data(built: Path) -> None:
     for file in built.rglob("*.html"):
         told = json.loads(file.with_suffix(".json").read_text())
-        assert told["schema"] == build.SCHEMA
+        assert told["schema"] == build.SITE_SCHEMA
         assert file.with_suffix(".json").name in targets(read(file.read_text(encoding="utf-8")))
 
 

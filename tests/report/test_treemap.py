@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.checkpoint.size_breakdown import Part
+from harness.checkpoint.size_breakdown import SizePart
 from harness.report.page.treemap import HEIGHT, LEAST_SHARE, MOST_BLOCKS, WIDTH, Box, divide, draw, grid
 
 SIZES = st.lists(st.integers(1, 1 << 40), min_size=1, max_size=40).map(lambda sizes: sorted(sizes, reverse=True))
@@ -18,8 +18,8 @@ SIDES = st.floats(1, 2000)
 RECT = re.compile(r'<g class="m-(\w+)"><title>([^<]*)</title><rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"/>')
 
 
-def part(block: str, repeats: int, kind: str, size: int) -> Part:
-    return Part(
+def part(block: str, repeats: int, kind: str, size: int) -> SizePart:
+    return SizePart(
         block=block, repeats=repeats, kind=kind, tensors=repeats, parameters=size // 2, bytes=size, dtype_bytes={"float16": size}
     )
 

@@ -24,7 +24,7 @@ from harness.report.page import view
 from harness.report.page.figures import predictions
 from harness.report.page.view import blocks
 
-SCHEMA = 1
+EXPORT_SCHEMA = 1
 
 _CASE = ("model", "precision", "placement", "vram_bytes", "ram_bytes", "workload")
 _RESULT = ("weights", "verdict", "outcome", "stage", "why", "metrics", "noisy", "checks", "estimate", "environment", "failed")
@@ -38,7 +38,7 @@ def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
     """
     arranged = blocks(results)
     found = {
-        "schema": SCHEMA,
+        "schema": EXPORT_SCHEMA,
         "fitmatrix": harness.__version__,
         "answers": [_answer(answer) for block in arranged for answer in answers(block)],
         "cases": [_case(result) for result in view.newest(results)],

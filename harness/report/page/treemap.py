@@ -13,7 +13,7 @@ import squarify
 from markupsafe import Markup
 
 from harness.architecture.inspection import KIND_ORDER, Inspection, Run, explain, largest, runs
-from harness.checkpoint.size_breakdown import Part
+from harness.checkpoint.size_breakdown import SizePart
 from harness.core.text import plural, visible
 from harness.core.units import format_count, format_share, format_size
 from harness.report.page.axes import short
@@ -61,7 +61,7 @@ def render(inspection: Inspection) -> str:
     )
 
 
-def draw(parts: Sequence[Part], total: int) -> Markup:
+def draw(parts: Sequence[SizePart], total: int) -> Markup:
     """Draw parts as a treemap; `total` bytes are what shares are of."""
     ordered = sorted((run for run in _apart(runs(parts)) if run.bytes), key=lambda run: -run.bytes)
     one_by_one = sum(run.repeats for run in ordered) <= MOST_BLOCKS
@@ -137,7 +137,7 @@ def _kinds_of(run: Run, count: int, box: Box, name: str, total: int) -> Iterator
         yield _cell(part, count, place, name, part is ordered[0] and count > 1, total)
 
 
-def _cell(part: Part, count: int, box: Box, name: str, is_numbered: bool, total: int) -> Markup:
+def _cell(part: SizePart, count: int, box: Box, name: str, is_numbered: bool, total: int) -> Markup:
     size = part.bytes / count
     where = f"{visible(name)}: " if name else ""
     title = f"{where}{part.kind}, {format_count(part.parameters // count)} parameters, {format_size(size)}"
@@ -169,7 +169,7 @@ def _fitted(text: str, width: float) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _kinds(parts: Sequence[Part]) -> list[tuple[str, int]]:
+def _kinds(parts: Sequence[SizePart]) -> list[tuple[str, int]]:
     """Add up the bytes by kind, in KIND_ORDER, for the legend."""
     sums = {kind: sum(part.bytes for part in parts if part.kind == kind) for kind in KIND_ORDER}
     return [(kind, size) for kind, size in sums.items() if size]

@@ -9,7 +9,7 @@
     raw/            each result as a file of its own, which every figure leads to
     provenance.html the files that all of it comes from, and what was refused
 
-Beside each page lies its data, with the ending .json: one object with `schema` (SCHEMA), whose links (`page`, `raw`) are relative
+Beside each page lies its data, with the ending .json: one object with `schema`, whose links (`page`, `raw`) are relative
 to itself, as those of the page are. So a site works from any folder, path and server, and from disk.
 """
 
@@ -42,7 +42,7 @@ from harness.results import audit, collect
 from harness.results.audit import Joined, PublishedResult, Refusal
 from harness.results.collect import Artifact
 
-SCHEMA = 1
+SITE_SCHEMA = 1
 MARKER = "fitmatrix-site"
 # All that stands at the root of a site; what else lies there is its owner's.
 NAMES = frozenset(
@@ -179,7 +179,7 @@ def _machine_page(digests: Sequence[str], folder: Path) -> None:
 def _write(folder: Path, link: str, html: str, data: Mapping[str, Any]) -> None:
     path = folder / link
     path.write_text(html, encoding="utf-8")
-    path.with_suffix(".json").write_bytes(msgspec.json.encode({"schema": SCHEMA, **data}) + b"\n")
+    path.with_suffix(".json").write_bytes(msgspec.json.encode({"schema": SITE_SCHEMA, **data}) + b"\n")
 
 
 @contextmanager
