@@ -46,7 +46,7 @@ class Inspection(Record, frozen=True, kw_only=True):
         return count_blocks(self.parts)
 
 
-class Run(Record, frozen=True, kw_only=True):
+class BlockRun(Record, frozen=True, kw_only=True):
     """Parts that belong together: those of alike blocks, or those beside the blocks (`block` is empty)."""
 
     block: str
@@ -81,7 +81,7 @@ def inspect(
     )
 
 
-def runs(parts: Iterable[SizePart]) -> list[Run]:
+def runs(parts: Iterable[SizePart]) -> list[BlockRun]:
     """Gather neighbouring parts of the same blocks, in their order; the kinds of a run come in KIND_ORDER."""
     gathered: list[list[SizePart]] = []
     for part in parts:
@@ -91,7 +91,7 @@ def runs(parts: Iterable[SizePart]) -> list[Run]:
             gathered.append([part])
     for found in gathered:
         found.sort(key=lambda part: KIND_ORDER.index(part.kind))
-    return [Run(block=found[0].block, repeats=found[0].repeats, parts=tuple(found)) for found in gathered]
+    return [BlockRun(block=found[0].block, repeats=found[0].repeats, parts=tuple(found)) for found in gathered]
 
 
 def count_blocks(parts: Iterable[SizePart]) -> dict[str, int]:

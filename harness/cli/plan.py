@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     precisions = [name for name in PRECISIONS if not args.precision or name in args.precision]
     load = workload(args)
     if args.prove_min_ram:
-        from harness.cli.prove_min_ram import prove
+        from harness.cli.prove_min_ram import prove_plans
 
-        return prove(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
+        return prove_plans(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
     machine, here = described(args)
     asked = [asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
@@ -110,7 +110,7 @@ def _train(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name} is about running a model, and --training about training it: give one of them")
     machine, _ = described(args)
     spec = [model_spec.read_spec(source) for source in _sources(args)]
-    return training.show(spec, machine, args.training, args.nodes or 1, as_json=args.json)
+    return training.show_training(spec, machine, args.training, args.nodes or 1, as_json=args.json)
 
 
 def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Device] | None:

@@ -25,7 +25,7 @@ TITLES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 _WORDS = {Verdict.UNKNOWN: "unknown: add --ram SIZE"}
 
 
-def show(models: Sequence[ModelSpec], machine: Machine, stage: str, nodes: int, *, as_json: bool) -> int:
+def show_training(models: Sequence[ModelSpec], machine: Machine, stage: str, nodes: int, *, as_json: bool) -> int:
     """Print every way of the stage for each model. Returns 0 if one fits for each, 1 if none does for one.
 
     Raises:

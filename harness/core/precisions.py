@@ -325,7 +325,7 @@ _ROWS = (
 )
 
 PRECISIONS: Mapping[str, Precision] = {row.name: row for row in _ROWS}
-DEFAULTS = tuple(name for name, row in PRECISIONS.items() if row.default)
+DEFAULT_PRECISIONS = tuple(name for name, row in PRECISIONS.items() if row.default)
 
 
 def row_of(stored: str) -> Precision | None:
@@ -334,7 +334,7 @@ def row_of(stored: str) -> Precision | None:
     return max(rows, key=lambda row: len(row.stored or ""), default=None)
 
 
-def defaults(stored: str | None, among: Iterable[str] = DEFAULTS) -> list[str]:
+def defaults(stored: str | None, among: Iterable[str] = DEFAULT_PRECISIONS) -> list[str]:
     """Return what is in the matrix unless the user names others: `among`, or of a quantized checkpoint what it is.
 
     A GGUF file is unpacked as well.

@@ -144,7 +144,7 @@ class Gpus:
     def __init__(self) -> None:
         self._open = ExitStack()
         self._library = self._open.enter_context(nvml.lent())
-        self._cards = nvml.visible(self._library)
+        self._cards = nvml.visible_gpus(self._library)
 
     def close(self) -> None:
         """Give the library back."""

@@ -285,7 +285,7 @@ def source_of(folder: Path, config: dict[str, Any]) -> resolve.Source:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build skeletons here: a worker costs seconds."""
-    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))
+    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build_skeleton(config))
 
 
 def multiplied_with(layer: Any) -> torch.Tensor:

@@ -51,8 +51,8 @@ UP = "model.layers.3.mlp.up_proj.weight"
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build skeletons here: a worker costs seconds."""
-    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build(config))
-    monkeypatch.setattr(skeleton, "build_gguf", lambda metadata, tensors, _: worker.build_gguf(metadata, tensors))
+    monkeypatch.setattr(skeleton, "build", lambda config, _: worker.build_skeleton(config))
+    monkeypatch.setattr(skeleton, "build_gguf", lambda metadata, tensors, _: worker.build_gguf_skeleton(metadata, tensors))
     transformers.logging.disable_progress_bar()
 
 

@@ -14,7 +14,7 @@ import pytest
 from harness.catalog import download
 from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import DEFAULTS, PRECISIONS
+from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS
 from harness.measure import sampler
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ PROMPT = "The capital of France is"
 WORKLOAD = ("--new-tokens", "8")
 CASES = [
     f"{precision.name}/{placement.name}"
-    for precision in map(PRECISIONS.__getitem__, DEFAULTS)
+    for precision in map(PRECISIONS.__getitem__, DEFAULT_PRECISIONS)
     for placement in PLACEMENTS.values()
     if not precision.incompatible.keys() & set(placement.traits)
 ]

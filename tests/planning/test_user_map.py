@@ -155,7 +155,7 @@ def load(directory: Path, plan: Plan, place: Path) -> Loaded:
         loaded, _ = work.load(Load(model=str(directory), code=plan.code, tokenizer=False), lambda _: contextlib.nullcontext())
         ids = torch.tensor([[1, 2, 3]])
         loaded.module.generate(ids, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
-        return work.inspect(loaded)
+        return work.loaded_facts(loaded)
 
 
 @pytest.mark.parametrize("form", ["llama", "llama_bin"])

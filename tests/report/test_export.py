@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 
 from harness.cli.entry import main
 from harness.core.metrics import METRICS, format_metric
-from harness.core.records import Case, Outcome, Result, Verdict, encode
+from harness.core.records import Case, Outcome, Result, Verdict, encode_record
 from harness.core.text import visible
 from harness.core.units import GIB, MIB
 from harness.report.export import data, summary
@@ -280,7 +280,7 @@ def test_what_cannot_be_meant_is_one_sentence(
 
 
 def test_lines_that_are_none_are_told_in_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / store.NAME).write_bytes(b"\n".join([encode(worked()), b"{torn", b""]))
+    (tmp_path / store.NAME).write_bytes(b"\n".join([encode_record(worked()), b"{torn", b""]))
     for name in ("md", "json", "csv"):
         assert main(["report", str(tmp_path), "--format", name]) == 0
         shown = capsys.readouterr()

@@ -89,14 +89,14 @@ def runs_here(precision: str) -> bool:
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if runs_here(name)])
 def test_every_precision_takes_effect_on_the_cpu(tiny: Path, precision: str) -> None:
-    found = work.inspect(load(tiny, precision)[0])
+    found = work.loaded_facts(load(tiny, precision)[0])
     assert set(found.linear_dtype_bytes) == {PRECISIONS[precision].linear_dtype}
     assert found.tier_bytes.keys() == {"cpu"}
     assert found.model_class == "LlamaForCausalLM"
 
 
 def test_tied_weights_count_once(loaded: Model) -> None:
-    total = sum(work.inspect(loaded).dtype_bytes.values())
+    total = sum(work.loaded_facts(loaded).dtype_bytes.values())
     assert total == sum(parameter.numel() for parameter in loaded.module.parameters()) * 4
 
 
@@ -116,13 +116,13 @@ def test_dispatch_times_its_placing(tiny: Path) -> None:
     found, seconds, _ = load(tiny, "bf16", "dispatch")
     assert seconds["weights_s"] > 0
     assert seconds["dispatch_s"] > 0
-    assert set(work.inspect(found).linear_dtype_bytes) == {"bfloat16"}
+    assert set(work.loaded_facts(found).linear_dtype_bytes) == {"bfloat16"}
 
 
 def test_disk_placement_leaves_blocks_on_the_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     embedding, block = VOCABULARY * 64 * 2, 64 * 64 * 2 * 2
-    found = work.inspect(load(tiny, "bf16", "disk", cpu=embedding * 2 + block * 6)[0])
+    found = work.loaded_facts(load(tiny, "bf16", "disk", cpu=embedding * 2 + block * 6)[0])
     assert found.tier_bytes["disk"] > 0
     assert found.tier_bytes["cpu"] > 0
     assert "disk" in found.device_map.values()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import squarify
 from markupsafe import Markup
 
-from harness.architecture.inspection import KIND_ORDER, Inspection, Run, explain, largest, runs
+from harness.architecture.inspection import KIND_ORDER, BlockRun, Inspection, explain, largest, runs
 from harness.checkpoint.size_breakdown import SizePart
 from harness.core.text import plural, visible
 from harness.core.units import format_count, format_share, format_size
@@ -93,16 +93,16 @@ def grid(count: int, box: Box) -> Iterator[Box]:
         y += height
 
 
-def _apart(found: Sequence[Run]) -> Iterator[Run]:
+def _apart(found: Sequence[BlockRun]) -> Iterator[BlockRun]:
     """Give each part outside the blocks a place of its own: nothing holds them together."""
     for run in found:
         if run.block:
             yield run
         else:
-            yield from (Run(block="", repeats=1, parts=(part,)) for part in run.parts)
+            yield from (BlockRun(block="", repeats=1, parts=(part,)) for part in run.parts)
 
 
-def _run(run: Run, box: Box, total: int, one_by_one: bool) -> Iterator[Markup]:
+def _run(run: BlockRun, box: Box, total: int, one_by_one: bool) -> Iterator[Markup]:
     """Draw the frame of a run, and in it its blocks."""
     if not run.block:
         yield from _kinds_of(run, 1, box, "", total)
@@ -121,7 +121,7 @@ def _run(run: Run, box: Box, total: int, one_by_one: bool) -> Iterator[Markup]:
         yield from _kinds_of(run, count, place.inside(1), name, total)
 
 
-def _names(run: Run, count: int) -> list[str]:
+def _names(run: BlockRun, count: int) -> list[str]:
     """Name the blocks of a run that are drawn: "model.layers.7", or the run where it is drawn as one."""
     if count == 1:
         return [run.block]
@@ -130,7 +130,7 @@ def _names(run: Run, count: int) -> list[str]:
     return [f"{prefix}.{number}" for first, _, last in spans for number in range(int(first), int(last or first) + 1)]
 
 
-def _kinds_of(run: Run, count: int, box: Box, name: str, total: int) -> Iterator[Markup]:
+def _kinds_of(run: BlockRun, count: int, box: Box, name: str, total: int) -> Iterator[Markup]:
     """Draw one of `count` equal blocks of a run: a rectangle for each kind of module."""
     ordered = sorted(run.parts, key=lambda part: -part.bytes)
     for part, place in zip(ordered, divide([part.bytes for part in ordered], box), strict=True):

@@ -30,7 +30,7 @@ import msgspec
 from markupsafe import Markup
 
 from harness.core.errors import StoreError
-from harness.core.records import Result, encode, to_builtins
+from harness.core.records import Result, encode_record, to_builtins
 from harness.core.redact import clean_text
 from harness.report.page import render
 from harness.report.site import atlas
@@ -91,11 +91,11 @@ def _take(numbered: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[
             if isinstance(result, str):
                 refused.append(Refusal(source=number, line=line, why=clean_text(result)))
                 continue
-            data = encode(result)
+            data = encode_record(result)
             digest = audit.digest(data)
             (folder / f"{digest}.json").write_bytes(data + b"\n")
             entry = PublishedResult(result=audit.light(result), digest=digest, source=number, line=line, cleaned=result is not read)
-            entries.append(encode(entry))
+            entries.append(encode_record(entry))
     except StoreError as error:
         why = str(error).removeprefix(f"{artifact.where}: ")
         refused.append(Refusal(source=number, line=None, why=clean_text(why)))
