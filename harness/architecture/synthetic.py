@@ -164,7 +164,7 @@ def _sharded(tensors: Sequence[TensorToWrite], most: int | None) -> Iterator[tup
     yield tuple(shard)
 
 
-def write(made: Synthetic, directory: Path, *, hollow: bool = False, report: Report = silent) -> Path:
+def write_synthetic(made: Synthetic, directory: Path, *, hollow: bool = False, report: Report = silent) -> Path:
     """Write the checkpoint into `directory`, which must not hold anything yet; all of it or nothing, alone if others write there.
 
     `hollow` files are sparse: full size, all zeros, no disk; for planning, not for running.
@@ -241,7 +241,7 @@ def _cached_name(model: str) -> str:
     return model.replace("/", "--")
 
 
-def fetch(source: Source, report: Report = silent) -> Path:
+def fetch_synthetic(source: Source, report: Report = silent) -> Path:
     """Return the synthetic twin of a model from the cache; write it if it is not there.
 
     Raises:

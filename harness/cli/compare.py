@@ -46,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
     elif given.markdown:
         print(changes.markdown(found), end="")
     else:
-        changes.show(found, given.all)
+        changes.show_changes(found, given.all)
     return GOT_WORSE if found.failures else 0
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HELP = "Show what a checkpoint holds: files, parameters, dtypes, blocks, ties. Reads headers, never weights."
 MOST_FILES = 8
-MOST_ROWS = 60
+MOST_SIZE_ROWS = 60
 MOST_TIED = 5
 BLOCK_LETTERS = 26
 OUTSIDE = "outside blocks"
@@ -49,7 +49,7 @@ def run(given: argparse.Namespace) -> int:
         from harness.core.text import line
         from harness.report.page import render, treemap
 
-        render.write(given.html, treemap.render(found))
+        render.write(given.html, treemap.render_treemap(found))
         print(f"page: {line(str(given.html))}", file=sys.stderr if given.json else sys.stdout)
     return 0
 
@@ -114,7 +114,7 @@ def _show(found: Inspection) -> None:
     if len(found.dtype_bytes) > 1:
         parts.append(_dtypes(found, console))
     tables.show(*parts, _anatomy(found, console), console=console)
-    hidden = len(found.parts) - MOST_ROWS
+    hidden = len(found.parts) - MOST_SIZE_ROWS
     if hidden > 0:
         print(f"\nand {hidden} smaller parts: --html or --json shows them")
 
@@ -187,7 +187,7 @@ def _dtypes(found: Inspection, console: Console) -> Table:
     width, most = _bar_width(console, 40), max(found.dtype_bytes.values(), default=0) or 1
     for dtype, size in found.dtype_bytes.items():
         share = format_share(size / (found.bytes or 1))
-        table.add_row(dtype, format_size(size), share, tables.bar(size / most, width, console))
+        table.add_row(dtype, format_size(size), share, tables.text_bar(size / most, width, console))
     table.columns[-1].justify = "left"
     return table
 
@@ -197,13 +197,13 @@ def _anatomy(found: Inspection, console: Console) -> Table:
     from harness.architecture.inspection import largest, runs
     from harness.report.terminal import tables
 
-    rows = [row for run in runs(largest(found.parts, MOST_ROWS)) for row in zip(_labels(run), run.parts, strict=True)]
+    rows = [row for run in runs(largest(found.parts, MOST_SIZE_ROWS)) for row in zip(_labels(run), run.parts, strict=True)]
     width = _bar_width(console, max((len(label) for label, _ in rows), default=0) + 46)
     most = max((part.bytes for _, part in rows), default=0) or 1
     table = tables.table("block", "kind", "parameters", "size", "share", "", left=2)
     table.columns[-1].justify = "left"
     for label, part in rows:
-        bar = tables.bar(part.bytes / most, width, console, tables.KIND_COLOURS[part.kind])
+        bar = tables.text_bar(part.bytes / most, width, console, tables.KIND_COLOURS[part.kind])
         share = format_share(part.bytes / (found.bytes or 1))
         table.add_row(label, part.kind, format_count(part.parameters), format_size(part.bytes), share, bar)
     return table

@@ -163,9 +163,9 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
         from harness.report.terminal import plans
 
         if args.explain:
-            plans.explain(recommendations[0])
+            plans.explain_plan(recommendations[0])
         else:
-            plans.show(recommendations, machine, load)
+            plans.show_plans(recommendations, machine, load)
     return FITS if all(advice.best for advice in recommendations) else NOTHING_FITS
 
 

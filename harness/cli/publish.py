@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> int:
                 raise UsageError(f"nothing to publish: no result in {plural(len(found), 'file')}, {refused}")
             if joined.refusals and given.strict:
                 raise _Refused
-            pages = build.write(joined, folder, now)
+            pages = build.write_site(joined, folder, now)
     except _Refused:
         print(f"fitmatrix: {refused}, so nothing was written; without --strict the rest is published", file=sys.stderr)
         return REFUSED

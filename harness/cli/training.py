@@ -35,7 +35,7 @@ def show_training(models: Sequence[ModelSpec], machine: Machine, stage: str, nod
     if not room.gpus:
         raise UsageError('--training needs GPUs, and there is none here: name each, such as --gpu "RTX 3090" --gpu "RTX 3090"')
     trained = [zero.of_skeleton(spec.skeleton, gpus=room.gpus, nodes=nodes) for spec in models]
-    ways = [zero.estimate(stage, one) for one in trained]
+    ways = [zero.estimate_states(stage, one) for one in trained]
     if as_json:
         objects = [_json(*found, machine, room, stage) for found in zip(models, trained, ways, strict=True)]
         output.print_json(objects[0] if len(objects) == 1 else {"schema": PLAN_SCHEMA, "models": objects})

@@ -162,7 +162,7 @@ class Session:
         for name in runnable:
             spec = self.models.spec(name)
             if self.device_map is not None:
-                user_map.check(self.device_map, spec.skeleton, len(self.machine.gpus), model=name)
+                user_map.check_map(self.device_map, spec.skeleton, len(self.machine.gpus), model=name)
         forkserver.live_in(self._scratch.path)
         if self.worker_main is None and any(self._why_again(case) for case in cases if case.model in runnable):
             forkserver.warm_up(self.models.modeling_modules(runnable))

@@ -298,7 +298,7 @@ def test_what_is_made_of_the_catalog_is_whole(name: str, tmp_path: Path) -> None
         made = synthetic.describe(resolve.resolve(name, weights=False))
     except UsageError:
         pytest.skip("published quantized")
-    synthetic.write(made, tmp_path / "made", hollow=True)
+    synthetic.write_synthetic(made, tmp_path / "made", hollow=True)
     assert odd(spec(tmp_path / "made")) == ()
 
 

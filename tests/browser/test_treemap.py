@@ -60,7 +60,7 @@ def show(browser: Chrome, tmp_path: Path) -> Open:
 
     def opened(of: Inspection, width: int = 1280, scheme: str = "light") -> Chrome:
         file = tmp_path / "inspect.html"
-        render.write(file, treemap.render(of))
+        render.write(file, treemap.render_treemap(of))
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]

@@ -57,7 +57,7 @@ def rows(text: str) -> list[dict[str, str]]:
 
 
 def test_markdown_gives_the_answer_then_the_matrix_then_what_was_not_measured(golden: list[Result]) -> None:
-    text = summary.render(golden)
+    text = summary.render_summary(golden)
     block = blocks(golden)[0]
     best = block.matrices[0].best
     assert best is not None
@@ -71,7 +71,7 @@ def test_markdown_gives_the_answer_then_the_matrix_then_what_was_not_measured(go
 
 
 def test_every_case_of_the_matrix_stands_in_the_table_with_its_figures(golden: list[Result]) -> None:
-    text = summary.render(golden)
+    text = summary.render_summary(golden)
     for block in blocks(golden):
         for heading, cells in block.matrices[0].rows:
             line = next(
@@ -96,7 +96,7 @@ def test_each_size_of_card_has_its_answer() -> None:
             ("bf16", big, Outcome.OK, Verdict.FITS), ("bf16", small, Outcome.SKIPPED, Verdict.TOO_BIG),
         )
     ]  # fmt: skip
-    text = summary.render(fits)
+    text = summary.render_summary(fits)
     assert "| precision | `direct@vram6GiB` | `direct@vram12GiB` |" in text
     assert "- vram12GiB: Use bf16 with placement direct" in text
     assert "- vram6GiB: Nothing works: 1 too big." in text
@@ -106,7 +106,7 @@ def test_each_size_of_card_has_its_answer() -> None:
     "name", [EVIL, FORMULA, "x" * 10_000, "| a |\n|---|", "</details><h1>", "``` \n# h"], ids=lambda name: name[:8]
 )
 def test_hostile_names_stay_text_in_markdown(name: str) -> None:
-    text = summary.render([hostile(name), worked()], [name])
+    text = summary.render_summary([hostile(name), worked()], [name])
     assert "\u202e" not in text
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
     inner = [child for token in tokens for child in token.children or []]
@@ -130,22 +130,22 @@ def test_a_summary_stays_below_the_limit_of_a_job_and_says_so() -> None:
         )
         for number in range(2500)
     ]
-    text = summary.render(many)
+    text = summary.render_summary(many)
     assert len(text.encode()) < MIB
     assert "Cut off here" in text
     assert text.rstrip().endswith("shows everything on a page.")
-    assert "Cut off here" not in summary.render(many[:50])
+    assert "Cut off here" not in summary.render_summary(many[:50])
 
 
 def test_a_cell_says_only_what_there_is() -> None:
-    text = summary.render([worked(), msgspec.structs.replace(hostile("x"), machine=machine())])
+    text = summary.render_summary([worked(), msgspec.structs.replace(hostile("x"), machine=machine())])
     assert "| `int8` | ✅ **works** ⭐<br>2.00 GiB of 16.0 GiB RAM<br>20.1 tokens/s |" in text
     assert "| `x` | 💥 crashed |" in text
     assert "<sub>Newest result 2026-11-24T08:00:00Z.</sub>" in text
 
 
 def test_no_results_say_how_to_make_some() -> None:
-    assert "pytest cases/ --model MODEL" in summary.render([])
+    assert "pytest cases/ --model MODEL" in summary.render_summary([])
 
 
 # JSON

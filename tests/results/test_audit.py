@@ -271,7 +271,7 @@ def test_machines_of_one_name_are_told_apart_by_their_hardware_alone() -> None:
 def test_a_source_tells_what_came_of_it() -> None:
     refused = [Refusal(source=0, line=9, why="not a result")]
     (source,) = audit.join(["a"], [entry(sound()), entry(sound(), 0, 2)], refused).sources
-    assert source == audit.Source(
+    assert source == audit.ResultsFile(
         name="a",
         results=1,
         repeated=1,

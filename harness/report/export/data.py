@@ -19,7 +19,7 @@ import harness
 from harness.core.metrics import METRICS
 from harness.core.records import Result, Workload
 from harness.core.text import line
-from harness.report.export.answers import Answer, answers
+from harness.report.export.answers import PublishedAnswer, answers
 from harness.report.page import view
 from harness.report.page.figures import predictions
 from harness.report.page.view import blocks
@@ -49,7 +49,7 @@ def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
     return json.dumps(plain, indent=2) + "\n"
 
 
-def _answer(answer: Answer) -> dict[str, Any]:
+def _answer(answer: PublishedAnswer) -> dict[str, Any]:
     last = answer.cells[-1].result
     best = answer.best
     memory = best.memory if best else None

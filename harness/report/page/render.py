@@ -38,7 +38,7 @@ _BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
 
 
 @dataclass(frozen=True)
-class Facts:
+class PageFacts:
     """What the page says of itself: how much was measured, how often the plan was wrong, what was set aside."""
 
     shown: int
@@ -123,10 +123,10 @@ def _title(found: Sequence[view.Block]) -> str:
     return f"{found[0].model} on {found[0].machine.name}" if len(found) == 1 else "What fits where"
 
 
-def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
+def _facts(results: Sequence[Result], problems: Sequence[str]) -> PageFacts:
     shown = view.newest(results)
     surprises = [surprise(result) for result in shown]
-    return Facts(
+    return PageFacts(
         shown=len(shown),
         read=len(results),
         runs=len({result.run for result in results}),

@@ -19,7 +19,7 @@ from harness.core.units import format_count, format_share, format_size
 from harness.report.page.axes import short
 from harness.report.page.render import template
 
-WIDTH, HEIGHT = 1200, 620
+TREEMAP_WIDTH, TREEMAP_HEIGHT = 1200, 620
 # More parts, or more blocks drawn one by one, than these make a page slow and tell nothing.
 MOST_PARTS = 400
 MOST_BLOCKS = 512
@@ -46,7 +46,7 @@ class Box:
         return Box(self.x + gap, self.y + gap + top, self.width - 2 * gap, self.height - 2 * gap - top)
 
 
-def render(inspection: Inspection) -> str:
+def render_treemap(inspection: Inspection) -> str:
     """Render a checkpoint as one page that loads nothing."""
     shown = largest(inspection.parts, MOST_PARTS)
     return template("inspect.html.j2").render(
@@ -65,10 +65,12 @@ def draw(parts: Sequence[SizePart], total: int) -> Markup:
     """Draw parts as a treemap; `total` bytes are what shares are of."""
     ordered = sorted((run for run in _apart(runs(parts)) if run.bytes), key=lambda run: -run.bytes)
     one_by_one = sum(run.repeats for run in ordered) <= MOST_BLOCKS
-    places = divide([run.bytes for run in ordered], Box(0, 0, WIDTH, HEIGHT))
+    places = divide([run.bytes for run in ordered], Box(0, 0, TREEMAP_WIDTH, TREEMAP_HEIGHT))
     drawn = [piece for run, box in zip(ordered, places, strict=True) for piece in _run(run, box, total, one_by_one)]
     label = f"Treemap of {format_size(total)} in {plural(len(parts), 'part')}; the table below says the same"
-    opening = Markup('<svg class="treemap" role="img" aria-label="{}" viewBox="0 0 {} {}">').format(label, WIDTH, HEIGHT)
+    opening = Markup('<svg class="treemap" role="img" aria-label="{}" viewBox="0 0 {} {}">').format(
+        label, TREEMAP_WIDTH, TREEMAP_HEIGHT
+    )
     return opening + Markup("").join(drawn) + Markup("</svg>")
 
 

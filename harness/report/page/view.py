@@ -21,7 +21,7 @@ from harness.report.page.figures import (
     PLANNED,
     STATUSES,
     Figure,
-    Memory,
+    MemoryFigure,
     Status,
     faults,
     known,
@@ -42,7 +42,7 @@ class Cell(msgspec.Struct, frozen=True):
     result: Result
     anchor: str
     status: Status
-    memory: Memory | None
+    memory: MemoryFigure | None
     ready: Figure
     speed: Figure
     quality: str
@@ -101,7 +101,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Place:
+class PagePlace:
     """A tier of a machine as the page shows it."""
 
     name: str
@@ -120,7 +120,7 @@ class Block:
     model: str
     machine: Machine
     matrices: tuple[Matrix, ...]
-    tiers: tuple[Place, ...]
+    tiers: tuple[PagePlace, ...]
     facts: tuple[tuple[str, str], ...]
     synthetic: bool
     history: str
@@ -366,7 +366,7 @@ def _sentence(cells: Sequence[Cell]) -> str:
     return f"None of the {plural(len(cells), 'case')} works here: {', '.join(ends)}."
 
 
-def _place(tier: Tier) -> Place:
+def _place(tier: Tier) -> PagePlace:
     speed = None if tier.bytes_per_s is None else f"{units.format_size(tier.bytes_per_s)}/s"
     figures = (
         _size("total", tier.total_bytes, "not known"),
@@ -374,7 +374,7 @@ def _place(tier: Tier) -> Place:
         _size("limit", tier.limit_bytes, "no limit is set"),
         known("", "speed", tier.bytes_per_s, speed) if tier.bytes_per_s and speed else _none("not known"),
     )
-    return Place(tier.name, tier.model or "", figures)
+    return PagePlace(tier.name, tier.model or "", figures)
 
 
 def _size(label: str, size: int | None, why: str) -> Figure:

@@ -102,7 +102,7 @@ def _take(numbered: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[
     return entries, refused
 
 
-def write(joined: Joined, folder: Path, now: datetime) -> int:
+def write_site(joined: Joined, folder: Path, now: datetime) -> int:
     """Write all pages of a site into a folder that `gather` has begun; return how many there are."""
     drawn = atlas.draw(joined.entries)
     (folder / ".nojekyll").touch()  # GitHub's own generator would leave files out
