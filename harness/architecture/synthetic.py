@@ -30,6 +30,7 @@ from harness.checkpoint.quantization import Packed
 from harness.core.errors import UsageError
 from harness.core.progress import Report, silent
 from harness.core.records import Record
+from harness.machine import atomic
 
 SYNTHETIC_MARK = "fitmatrix-synthetic.json"
 _SHARD_BYTES = 5_000_000_000
@@ -194,7 +195,7 @@ def _write(made: Synthetic, directory: Path, hollow: bool, report: Report, varia
     """Write the checkpoint to its place, where nothing is but perhaps an empty directory, which somebody may stand in."""
     if not hollow:
         wheel_cache.check_space(made.bytes + (64 << 20), directory.parent, variable)
-    with wheel_cache.building(directory) as build:
+    with atomic.draft_directory(directory) as build:
         _fill(made, build, hollow, report)
         if not directory.exists():
             build.rename(directory)

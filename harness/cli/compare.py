@@ -60,8 +60,9 @@ def _read(place: Path) -> list[Result]:
 
 
 def _write(path: Path, data: bytes) -> None:
+    from harness.machine import atomic
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        atomic.write_bytes(path, data)
     except OSError as error:
         raise UsageError(f"--junit {path}: cannot be written: {error.strerror}") from None

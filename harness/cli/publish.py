@@ -41,7 +41,7 @@ def run(given: argparse.Namespace) -> int:
     if not found:
         raise UsageError(f"{line(' '.join(map(str, given.places)))}: no results.jsonl below; run: pytest cases/ --results DIR")
     try:
-        with atomic.replaced(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
+        with atomic.replace_directory(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
             joined = build.gather(found, folder, now)
             for refusal in joined.refusals:
                 where = place(found[refusal.source].where, refusal.line)

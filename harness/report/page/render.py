@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import hashlib
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import psutil
 from markupsafe import Markup
 
 from harness.core import units
@@ -22,6 +19,7 @@ from harness.core.metrics import METRICS
 from harness.core.records import Result
 from harness.core.redact import clean_text
 from harness.core.text import line, plural, visible
+from harness.machine import atomic
 from harness.report.page import charts, language, view
 from harness.report.page.details import details
 from harness.report.page.figures import surprise
@@ -99,24 +97,10 @@ def write(path: Path, text: str, what: str = "the page", option: str = "--html")
     Raises:
         StoreError: the file cannot be written there.
     """
-    draft = path.parent / f".{path.name}.{os.getpid()}"  # the name may be empty, as that of . is
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_dead_drafts(path)
-        draft.write_text(text, encoding="utf-8", newline="")
-        draft.replace(path)
+        atomic.write_text(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
         raise StoreError(path, f"{what} cannot be written: {error.strerror}. Give another file with {option}") from error
-
-
-def _drop_dead_drafts(path: Path) -> None:
-    """Remove drafts whose writers were killed."""
-    for draft in path.parent.glob(f".{path.name}.*"):
-        pid = draft.name.rpartition(".")[2]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            draft.unlink(missing_ok=True)
 
 
 def _title(found: Sequence[view.Block]) -> str:
