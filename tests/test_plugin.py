@@ -22,7 +22,7 @@ import pytest
 from harness.core.metrics import format_metric
 from harness.core.options import OPTIONS
 from harness.core.precisions import PRECISIONS
-from harness.core.records import Case, Outcome, Result, encode
+from harness.core.records import Case, Outcome, Result, encode_record
 from harness.measure import system_counters
 from harness.results import store
 from harness.run import worker_process
@@ -222,7 +222,7 @@ def baseline_of(project: Project, **changes: Any) -> str:
     """Keep the results so far as a baseline, changed in their metrics or otherwise."""
     metrics = changes.pop("metrics", {})
     kept = [msgspec.structs.replace(result, metrics=result.metrics | metrics, **changes) for result in project.results]
-    (project.path / "before.jsonl").write_bytes(b"".join(encode(result) + b"\n" for result in kept))
+    (project.path / "before.jsonl").write_bytes(b"".join(encode_record(result) + b"\n" for result in kept))
     return "before.jsonl"
 
 

@@ -8,10 +8,10 @@ from harness.architecture import validate
 from harness.architecture.skeleton import Skeleton
 from harness.checkpoint.quantization import packed
 from harness.checkpoint.reader import Checkpoint, FileInfo
-from harness.checkpoint.size_breakdown import Part, Tie, anatomy, ties
+from harness.checkpoint.size_breakdown import SizePart, Tie, anatomy, ties
 from harness.core.records import Record
 
-SCHEMA = 1
+INSPECT_SCHEMA = 1
 # The order in which kinds are told, which is about the order in which a token meets them.
 KIND_ORDER = ("embedding", "attention", "mlp", "norm", "head", "other")
 
@@ -23,7 +23,7 @@ class Inspection(Record, frozen=True, kw_only=True):
     it, or looks as if files were mixed.
     """
 
-    schema: int = SCHEMA
+    schema: int = INSPECT_SCHEMA
     name: str
     kind: str
     source: str
@@ -35,7 +35,7 @@ class Inspection(Record, frozen=True, kw_only=True):
     files: tuple[FileInfo, ...]
     quantization: str | None
     context_length: int | None
-    parts: tuple[Part, ...]
+    parts: tuple[SizePart, ...]
     ties: tuple[Tie, ...]
     history: str = ""
     notes: tuple[str, ...] = ()
@@ -46,12 +46,12 @@ class Inspection(Record, frozen=True, kw_only=True):
         return count_blocks(self.parts)
 
 
-class Run(Record, frozen=True, kw_only=True):
+class BlockRun(Record, frozen=True, kw_only=True):
     """Parts that belong together: those of alike blocks, or those beside the blocks (`block` is empty)."""
 
     block: str
     repeats: int
-    parts: tuple[Part, ...]
+    parts: tuple[SizePart, ...]
 
     @property
     def bytes(self) -> int:
@@ -81,9 +81,9 @@ def inspect(
     )
 
 
-def runs(parts: Iterable[Part]) -> list[Run]:
+def runs(parts: Iterable[SizePart]) -> list[BlockRun]:
     """Gather neighbouring parts of the same blocks, in their order; the kinds of a run come in KIND_ORDER."""
-    gathered: list[list[Part]] = []
+    gathered: list[list[SizePart]] = []
     for part in parts:
         if gathered and gathered[-1][-1].block == part.block:
             gathered[-1].append(part)
@@ -91,10 +91,10 @@ def runs(parts: Iterable[Part]) -> list[Run]:
             gathered.append([part])
     for found in gathered:
         found.sort(key=lambda part: KIND_ORDER.index(part.kind))
-    return [Run(block=found[0].block, repeats=found[0].repeats, parts=tuple(found)) for found in gathered]
+    return [BlockRun(block=found[0].block, repeats=found[0].repeats, parts=tuple(found)) for found in gathered]
 
 
-def count_blocks(parts: Iterable[Part]) -> dict[str, int]:
+def count_blocks(parts: Iterable[SizePart]) -> dict[str, int]:
     """Count the blocks by what they are in: {"model.layers": 30}."""
     counted: dict[str, int] = {}
     for run in runs(part for part in parts if part.block):
@@ -103,7 +103,7 @@ def count_blocks(parts: Iterable[Part]) -> dict[str, int]:
     return counted
 
 
-def largest(parts: Iterable[Part], most: int) -> tuple[Part, ...]:
+def largest(parts: Iterable[SizePart], most: int) -> tuple[SizePart, ...]:
     """Return the `most` largest parts, in their order: a listing must stay readable whatever a file holds."""
     parts = tuple(parts)
     kept = set(sorted(range(len(parts)), key=lambda place: -parts[place].bytes)[:most])

@@ -190,7 +190,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         CheckpointError: the files do not belong together, must not reach a library, or are a kind that our architecture lacks.
     """
     if directory is not None:
-        auxiliary_files.check(Directory(directory))
+        auxiliary_files.check_files(Directory(directory))
     found, note, refused = _skeleton_of(read)
     if refused is not None and is_native(read.config):  # no other code loads it, nor does the one that it may come with
         raise CheckpointError(f"{read.path}/{CONFIG}", str(refused))

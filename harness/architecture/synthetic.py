@@ -24,25 +24,26 @@ from harness.catalog import download, shipped, wheel_cache
 from harness.catalog.resolve import Source
 from harness.checkpoint import quantization
 from harness.checkpoint.formats.files import Directory
-from harness.checkpoint.formats.safetensors_header import read_config
+from harness.checkpoint.formats.safetensors_header import parse_config
 from harness.checkpoint.formats.tensor_writer import DTYPES, Pieces, TensorToWrite, write_bin, write_safetensors
 from harness.checkpoint.quantization import Packed
 from harness.core.errors import UsageError
 from harness.core.progress import Report, silent
 from harness.core.records import Record
+from harness.machine import atomic
 
-MARK = "fitmatrix-synthetic.json"
+SYNTHETIC_MARK = "fitmatrix-synthetic.json"
 _SHARD_BYTES = 5_000_000_000
 _FLOATS = ("float32", "float16", "bfloat16")
 
-FORMATS: Mapping[str, tuple[str, str, Callable[[Path, Sequence[TensorToWrite], Pieces | None], None]]] = {
+WRITERS: Mapping[str, tuple[str, str, Callable[[Path, Sequence[TensorToWrite], Pieces | None], None]]] = {
     "safetensors": ("model", ".safetensors", write_safetensors),
     "bin": ("pytorch_model", ".bin", write_bin),
 }
 
 
 class Synthetic(Record, frozen=True, kw_only=True):
-    """A checkpoint to be written: its config, its files with their tensors, in one of FORMATS."""
+    """A checkpoint to be written: its config, its files with their tensors, in one of WRITERS."""
 
     name: str
     config: dict[str, Any]
@@ -92,7 +93,7 @@ def _known(source: Source) -> tuple[dict[str, Any], Stored]:
     if here is None:
         raise UsageError(f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once")
     with closing(Directory(here).open("config.json")) as blob:
-        return read_config(blob), usual
+        return parse_config(blob), usual
 
 
 def _unwritten(found: Skeleton, packed: Packed) -> str | None:
@@ -164,7 +165,7 @@ def _sharded(tensors: Sequence[TensorToWrite], most: int | None) -> Iterator[tup
     yield tuple(shard)
 
 
-def write(made: Synthetic, directory: Path, *, hollow: bool = False, report: Report = silent) -> Path:
+def write_synthetic(made: Synthetic, directory: Path, *, hollow: bool = False, report: Report = silent) -> Path:
     """Write the checkpoint into `directory`, which must not hold anything yet; all of it or nothing, alone if others write there.
 
     `hollow` files are sparse: full size, all zeros, no disk; for planning, not for running.
@@ -194,17 +195,17 @@ def _write(made: Synthetic, directory: Path, hollow: bool, report: Report, varia
     """Write the checkpoint to its place, where nothing is but perhaps an empty directory, which somebody may stand in."""
     if not hollow:
         wheel_cache.check_space(made.bytes + (64 << 20), directory.parent, variable)
-    with wheel_cache.building(directory) as build:
+    with atomic.draft_directory(directory) as build:
         _fill(made, build, hollow, report)
         if not directory.exists():
             build.rename(directory)
             return
-        for file in sorted(build.iterdir(), key=lambda file: file.name == MARK):  # the mark last: it says that all is there
+        for file in sorted(build.iterdir(), key=lambda file: file.name == SYNTHETIC_MARK):  # last: it says that all is there
             file.rename(directory / file.name)
 
 
 def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
-    stem, suffix, writer = FORMATS[made.format]
+    stem, suffix, writer = WRITERS[made.format]
     done, total = 0, made.bytes
     packed = quantization.packed(made.config)
 
@@ -225,7 +226,7 @@ def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
         index = {"metadata": {"total_size": made.bytes}, "weight_map": names}
         (build / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2))
     (build / "config.json").write_text(json.dumps(made.config, indent=2))
-    (build / MARK).write_text(json.dumps({"model": made.name, "key": made.key, "hollow": hollow, "bytes": made.bytes}))
+    (build / SYNTHETIC_MARK).write_text(json.dumps({"model": made.name, "key": made.key, "hollow": hollow, "bytes": made.bytes}))
 
 
 def place(made: Synthetic) -> Path:
@@ -241,7 +242,7 @@ def _cached_name(model: str) -> str:
     return model.replace("/", "--")
 
 
-def fetch(source: Source, report: Report = silent) -> Path:
+def fetch_synthetic(source: Source, report: Report = silent) -> Path:
     """Return the synthetic twin of a model from the cache; write it if it is not there.
 
     Raises:
@@ -279,4 +280,4 @@ def remove(source: Source) -> list[tuple[Path, int]]:
 
 def is_synthetic(directory: Path) -> bool:
     """Say whether a directory holds a whole synthetic checkpoint; its weights are random, and what it answers means nothing."""
-    return (directory / MARK).is_file()
+    return (directory / SYNTHETIC_MARK).is_file()

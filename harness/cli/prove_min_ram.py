@@ -21,7 +21,7 @@ from harness.run.options import Options
 from harness.run.session import Session
 
 
-def prove(args: argparse.Namespace, precisions: Sequence[str], placements: Sequence[str], load: Workload) -> int:
+def prove_plans(args: argparse.Namespace, precisions: Sequence[str], placements: Sequence[str], load: Workload) -> int:
     """Find the smallest RAM that each case works in, and print it beside the estimate. Returns 1 if a case works under no limit.
 
     Raises:
@@ -44,9 +44,9 @@ def prove(args: argparse.Namespace, precisions: Sequence[str], placements: Seque
             session.close()
     if args.json:
         minimums = [{"case": one.case.id} | _found_json(one) for one in found]
-        output.print_json({"schema": output.SCHEMA, "minimums": minimums})
+        output.print_json({"schema": output.PLAN_SCHEMA, "minimums": minimums})
     else:
-        show(found)
+        show_minimums(found)
     return FITS if all(one.works_bytes is not None for one in found) else NOTHING_FITS
 
 
@@ -61,7 +61,7 @@ def tell(result: Result) -> None:
         print(tables.line(f"{result.id}  {failed(result) or 'works'}"), file=sys.stderr)
 
 
-def show(found: Sequence[Minimum]) -> None:
+def show_minimums(found: Sequence[Minimum]) -> None:
     """Print the smallest RAM that each case works in beside the estimate, and why less is not enough."""
     table = tables.table("case", "works in", "fails in", "estimate", "at most", "error", left=1)
     for one in found:

@@ -41,7 +41,7 @@ def run(given: argparse.Namespace) -> int:
     if not found:
         raise UsageError(f"{line(' '.join(map(str, given.places)))}: no results.jsonl below; run: pytest cases/ --results DIR")
     try:
-        with atomic.replaced(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
+        with atomic.replace_directory(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
             joined = build.gather(found, folder, now)
             for refusal in joined.refusals:
                 where = place(found[refusal.source].where, refusal.line)
@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> int:
                 raise UsageError(f"nothing to publish: no result in {plural(len(found), 'file')}, {refused}")
             if joined.refusals and given.strict:
                 raise _Refused
-            pages = build.write(joined, folder, now)
+            pages = build.write_site(joined, folder, now)
     except _Refused:
         print(f"fitmatrix: {refused}, so nothing was written; without --strict the rest is published", file=sys.stderr)
         return REFUSED

@@ -46,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
         if given.directory is None:
             there = synthetic.keep(made, report)
         else:
-            there = synthetic.write(made, given.directory, hollow=given.hollow, report=report)
+            there = synthetic.write_synthetic(made, given.directory, hollow=given.hollow, report=report)
     held = f"{format_size(made.bytes)} of random weights in {len(made.shards)} {made.format} file(s)"
     print(f"{line(str(there))}: {line(made.name)}, {held}")
     return 0

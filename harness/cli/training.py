@@ -11,7 +11,7 @@ from rich.text import Text
 
 from harness.architecture.model_spec import ModelSpec
 from harness.cli import output
-from harness.cli.output import SCHEMA
+from harness.cli.output import PLAN_SCHEMA
 from harness.cli.plan_args import FITS, NOTHING_FITS
 from harness.core.errors import UsageError
 from harness.core.records import Machine, Verdict
@@ -25,7 +25,7 @@ TITLES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 _WORDS = {Verdict.UNKNOWN: "unknown: pass --ram SIZE"}
 
 
-def show(models: Sequence[ModelSpec], machine: Machine, stage: str, nodes: int, *, as_json: bool) -> int:
+def show_training(models: Sequence[ModelSpec], machine: Machine, stage: str, nodes: int, *, as_json: bool) -> int:
     """Print every configuration of the stage for each model. Returns 0 if something fits for each model, 1 if nothing does for one.
 
     Raises:
@@ -35,10 +35,10 @@ def show(models: Sequence[ModelSpec], machine: Machine, stage: str, nodes: int, 
     if not room.gpus:
         raise UsageError('--training needs GPUs, and this machine has none: describe them, e.g. --gpu "RTX 3090" --gpu "RTX 3090"')
     trained = [zero.of_skeleton(spec.skeleton, gpus=room.gpus, nodes=nodes) for spec in models]
-    ways = [zero.estimate(stage, one) for one in trained]
+    ways = [zero.estimate_states(stage, one) for one in trained]
     if as_json:
         objects = [_json(*found, machine, room, stage) for found in zip(models, trained, ways, strict=True)]
-        output.print_json(objects[0] if len(objects) == 1 else {"schema": SCHEMA, "models": objects})
+        output.print_json(objects[0] if len(objects) == 1 else {"schema": PLAN_SCHEMA, "models": objects})
     else:
         _print([spec.name for spec in models], trained, ways, room, stage)
     return FITS if all(any(room.verdict(way) is Verdict.FITS for way in found) for found in ways) else NOTHING_FITS
@@ -47,7 +47,7 @@ def show(models: Sequence[ModelSpec], machine: Machine, stage: str, nodes: int, 
 def _json(spec: ModelSpec, trained: Trained, ways: Sequence[States], machine: Machine, room: Room, stage: str) -> dict[str, Any]:
     keys = ("optimizer", "parameters", "init", "gpu_bytes", "cpu_bytes")
     return {
-        "schema": SCHEMA,
+        "schema": PLAN_SCHEMA,
         "model": {
             "name": spec.name,
             "source": spec.source,

@@ -13,7 +13,7 @@ import msgspec
 
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.placements import PLACEMENTS
-from harness.core.precisions import ALL, DEFAULTS, PRECISIONS
+from harness.core.precisions import ALL, DEFAULT_PRECISIONS, PRECISIONS
 from harness.core.records import Record, Workload
 from harness.core.units import parse_size
 
@@ -154,12 +154,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="precision",
-        help=f"precision of the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(DEFAULTS)}, "
+        help=f"precision of the weights: {', '.join(PRECISIONS)}, or all (repeatable; default {' '.join(DEFAULT_PRECISIONS)}, "
         "or the format of a quantized checkpoint)",
         parse=name_in(PRECISIONS, "precision"),
         repeat=True,
         every=tuple(PRECISIONS),
-        default=DEFAULTS,
+        default=DEFAULT_PRECISIONS,
         metavar="NAME",
     ),
     Option(

@@ -324,7 +324,7 @@ _ROWS = (
 )
 
 PRECISIONS: Mapping[str, Precision] = {row.name: row for row in _ROWS}
-DEFAULTS = tuple(name for name, row in PRECISIONS.items() if row.default)
+DEFAULT_PRECISIONS = tuple(name for name, row in PRECISIONS.items() if row.default)
 
 
 def row_of(stored: str) -> Precision | None:
@@ -333,7 +333,7 @@ def row_of(stored: str) -> Precision | None:
     return max(rows, key=lambda row: len(row.stored or ""), default=None)
 
 
-def defaults(stored: str | None, among: Iterable[str] = DEFAULTS) -> list[str]:
+def defaults(stored: str | None, among: Iterable[str] = DEFAULT_PRECISIONS) -> list[str]:
     """Return the precisions of the matrix unless the user names others: `among`, or the format of a quantized checkpoint.
 
     A GGUF file is also unpacked.

@@ -347,7 +347,7 @@ class Result(Record, frozen=True, kw_only=True):
     failed: list[str] = []
 
 
-def encode(record: Record) -> bytes:
+def encode_record(record: Record) -> bytes:
     """Write a record as one line of JSON, without the newline."""
     return msgspec.json.encode(record)
 

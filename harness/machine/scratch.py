@@ -26,7 +26,7 @@ class Scratch:
     """A new folder, locked until `remove`; making it removes what dead runs left beside it."""
 
     def __init__(self, parent: Path | None = None) -> None:
-        parent = parent or place()
+        parent = parent or scratch_place()
         sweep(parent)
         self._lock: int | None = None
         while self._lock is None:
@@ -55,7 +55,7 @@ class Scratch:
             self._lock = None
 
 
-def place() -> Path:
+def scratch_place() -> Path:
     """Return where scratch folders go: the directory that TMPDIR names, else the system's own.
 
     Where that keeps its files in RAM (tmpfs), offloaded weights would take up what they are to spare: then it is /var/tmp.
@@ -84,7 +84,7 @@ def sweep(parent: Path | None = None) -> None:
     """
     if sys.platform == "win32":
         return
-    parent = parent or place()
+    parent = parent or scratch_place()
     if (parent / _LOCK).exists():
         parent = parent.parent
     for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):

@@ -35,7 +35,7 @@ class Breach(Record, frozen=True, kw_only=True):
     held_bytes: int
 
 
-class Rule(NamedTuple):
+class LimitRule(NamedTuple):
     """One row: `broken(value, limit)` ends the case; the value is the sample's, or what is available to everybody."""
 
     name: str
@@ -45,9 +45,11 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule("ram-limit", lambda limits: limits.anon_bytes, lambda sample, _: sample.anon_bytes, operator.gt),
-    Rule("vram-limit", lambda limits: limits.vram_bytes, lambda sample, _: max(sample.vram_bytes.values(), default=0), operator.gt),
-    Rule("machine-memory", lambda limits: limits.floor_bytes, lambda _, available: available(), operator.lt),
+    LimitRule("ram-limit", lambda limits: limits.anon_bytes, lambda sample, _: sample.anon_bytes, operator.gt),
+    LimitRule(
+        "vram-limit", lambda limits: limits.vram_bytes, lambda sample, _: max(sample.vram_bytes.values(), default=0), operator.gt
+    ),
+    LimitRule("machine-memory", lambda limits: limits.floor_bytes, lambda _, available: available(), operator.lt),
 )
 
 
@@ -59,7 +61,7 @@ class LimitGuard:
         self.breach: Breach | None = None
 
     def __call__(self, sample: Sample) -> None:
-        if self.breach is None and (breach := judge(sample, self.limits, self._available)) is not None:
+        if self.breach is None and (breach := judge_limits(sample, self.limits, self._available)) is not None:
             self.trip(breach)
 
     def trip(self, breach: Breach) -> None:
@@ -68,7 +70,7 @@ class LimitGuard:
         self._end(breach.rule)
 
 
-def judge(sample: Sample, limits: Limits, available: Available) -> Breach | None:
+def judge_limits(sample: Sample, limits: Limits, available: Available) -> Breach | None:
     """Return the first rule that a sample breaks, None if it breaks none."""
     for rule in RULES:
         limit = rule.limit(limits)

@@ -139,9 +139,9 @@ def _breached(evidence: Evidence) -> str:
     return f"out of memory during {evidence.where}: {said}"
 
 
-Row = tuple[Callable[[Evidence], bool], Outcome, Callable[[Evidence], str]]
+OutcomeRow = tuple[Callable[[Evidence], bool], Outcome, Callable[[Evidence], str]]
 
-TABLE: tuple[Row, ...] = (
+TABLE: tuple[OutcomeRow, ...] = (
     (
         lambda e: e.ended_by == "timeout",
         Outcome.TIMEOUT,

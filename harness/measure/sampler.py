@@ -7,7 +7,6 @@ Elsewhere the peak is the highest sample, and is marked as sampled.
 from __future__ import annotations
 
 import mmap
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -19,8 +18,8 @@ import psutil
 
 from harness.core.records import Record, Timeline
 from harness.machine import nvml
+from harness.measure.system_counters import LINUX
 
-LINUX = sys.platform == "linux"
 _PAGE = mmap.PAGESIZE
 _RESET_PEAK = "5"  # proc(5): writing 5 to clear_refs sets the peak of resident memory to its current value
 
@@ -144,7 +143,7 @@ class Gpus:
     def __init__(self) -> None:
         self._open = ExitStack()
         self._library = self._open.enter_context(nvml.lent())
-        self._cards = nvml.visible(self._library)
+        self._cards = nvml.visible_gpus(self._library)
 
     def close(self) -> None:
         """Give the library back."""

@@ -52,7 +52,7 @@ class MossPreTrainedModel(CodeGenPreTrainedModel):
         One published repository says 4 bits of weights that have 8.
         """
         if isinstance(config, MossConfig) and Path(pretrained_model_name_or_path).is_dir():
-            bits = quantization.packed_bits(reader.read(Path(pretrained_model_name_or_path)).tensors)[1]
+            bits = quantization.first_packed(reader.read(Path(pretrained_model_name_or_path)).tensors)[1]
             if bits != (config.wbits if config.wbits < _UNPACKED else 0):
                 _LOG.warning(
                     "the config says wbits %d, the weights have %s: loading what they have", config.wbits, bits or "no packing"

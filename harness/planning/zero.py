@@ -86,7 +86,7 @@ def of_skeleton(skeleton: Skeleton, gpus: int = 1, nodes: int = 1) -> Trained:
     return Trained(parameters=skeleton.parameters, largest_layer=max(layers, default=0), gpus=gpus, nodes=nodes)
 
 
-def estimate(stage: str, trained: Trained) -> list[States]:
+def estimate_states(stage: str, trained: Trained) -> list[States]:
     """Return every way of a stage of STAGES, what needs least on the GPU first."""
     ways = _zero2(trained) if stage == "zero2" else _zero3(trained)
     return sorted(ways, key=lambda way: (way.gpu_bytes, way.cpu_bytes))

@@ -71,7 +71,7 @@ class Refusal(Record, frozen=True, kw_only=True):
     why: str
 
 
-class Source(Record, frozen=True, kw_only=True):
+class ResultsFile(Record, frozen=True, kw_only=True):
     """A file of results: its name, how many of its results are published, were there already or refused, and what ran."""
 
     name: str
@@ -90,7 +90,7 @@ class Joined(Record, frozen=True, kw_only=True):
 
     entries: tuple[PublishedResult, ...]
     refusals: tuple[Refusal, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[ResultsFile, ...]
 
     def where(self, refusal: Refusal) -> str:
         """Name the place of a refused line: "artifacts/gpu-1/results.jsonl:3"."""
@@ -186,11 +186,11 @@ def _difference(one: Result, other: Result) -> str:
     return f"they differ in {', '.join(names[:3]) or 'their samples or log'}"
 
 
-def _source(number: int, name: str, kept: Sequence[PublishedResult], wrong: Sequence[Refusal], repeated: int) -> Source:
+def _source(number: int, name: str, kept: Sequence[PublishedResult], wrong: Sequence[Refusal], repeated: int) -> ResultsFile:
     ours = [entry for entry in kept if entry.source == number]
     results = [entry.result for entry in ours]
     versions = {f"{name} {result.environment[name]}" for result in results for name in VERSIONS if name in result.environment}
-    return Source(
+    return ResultsFile(
         name=name,
         results=len(ours),
         repeated=repeated,

@@ -20,7 +20,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from harness.core.errors import StoreError
-from harness.core.records import SCHEMA, Case, Result, encode
+from harness.core.records import SCHEMA, Case, Result, encode_record
 from harness.core.units import KIB, MIB, format_size
 
 NAME = "results.jsonl"
@@ -74,7 +74,7 @@ class Store:
         Raises:
             StoreError: the disk is full or the file cannot be written; what was there before is intact.
         """
-        line = encode(result) + b"\n"
+        line = encode_record(result) + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up meanwhile
             with self._locked(), self.path.open("a+b", buffering=0) as file:

@@ -93,7 +93,7 @@ class CaseMatrix:
         """
         spec = self._models.spec(model)
         if self._device_map is not None:
-            user_map.check(self._device_map, spec.skeleton, len(self._machine.gpus), model=model)
+            user_map.check_map(self._device_map, spec.skeleton, len(self._machine.gpus), model=model)
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""

@@ -41,7 +41,7 @@ class ModelSet:
             for name in names:
                 source = self.sources[name]
                 self._locations[name] = (
-                    synth.fetch(source, progress)
+                    synth.fetch_synthetic(source, progress)
                     if self._synthetic
                     else download.fetch(source, progress=progress, trust_remote_code=self._trust)
                 )

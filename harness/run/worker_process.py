@@ -196,7 +196,7 @@ class Worker:
     def _time_over(self, limit: str) -> None:
         self._ended_by = limit
         if self.ranks:
-            self._note = ", ".join(f"rank {number} was {process_tree.status(pid)}" for number, pid in enumerate(self.ranks))
+            self._note = ", ".join(f"rank {number} was {process_tree.process_status(pid)}" for number, pid in enumerate(self.ranks))
         self._process.kill()
 
     def _decode(self, line: bytes) -> Event:

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from harness.core.records import encode
+from harness.core.records import encode_record
 from harness.machine.accelerators import Card, Seen
 
 
@@ -48,4 +48,4 @@ def _card(properties: object) -> Card:
 
 if __name__ == "__main__":
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # NVML's order, as the cases have it
-    sys.stdout.buffer.write(encode(describe()) + b"\n")
+    sys.stdout.buffer.write(encode_record(describe()) + b"\n")

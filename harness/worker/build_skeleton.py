@@ -34,15 +34,15 @@ from harness.architecture.skeleton_source import UNKNOWN_TYPE, UnknownType
 from harness.catalog import shipped
 from harness.checkpoint.auxiliary_files import KERNEL_KEYS
 from harness.data import DATA
-from harness.worker.extra_architectures import WRITTEN, Written
+from harness.worker.extra_architectures import WRITTEN, ExtraModel
 from harness.worker.read_key_mapping import naming
 
-MOST_BYTES = 4 << 30
+MOST_GROWTH_BYTES = 4 << 30
 _WAY_OUT = "correct 'model_type' in config.json, or try a newer transformers"
 _NOT_OF_THE_SHAPE = frozenset(("architectures", "quantization_config", "quantization_bit", "wbits"))
 
 
-def build(config: Mapping[str, Any], naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
+def build_skeleton(config: Mapping[str, Any], naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
     """Build the skeleton of a causal language model; `naming` says how the names in its files become those of the model.
 
     Raises:
@@ -60,7 +60,7 @@ def build(config: Mapping[str, Any], naming: Callable[[Any], Naming | None] = na
     return _of_written(model.to(torch.bfloat16))
 
 
-def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], str]]) -> Skeleton:
+def build_gguf_skeleton(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], str]]) -> Skeleton:
     """Build the skeleton of a GGUF file from its metadata and its tensors (name, shape, dtype).
 
     Raises:
@@ -69,7 +69,7 @@ def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[i
     from harness.worker import gguf_config  # the gguf package is not needed for anything else here
 
     architecture = str(metadata.get("general.architecture"))
-    return build(gguf_config.config_of(metadata, tensors), partial(gguf_config.naming, architecture=architecture))
+    return build_skeleton(gguf_config.config_of(metadata, tensors), partial(gguf_config.gguf_naming, architecture=architecture))
 
 
 def _nearest(kind: str) -> str:
@@ -103,7 +103,7 @@ def _limit_memory() -> None:
 
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        most = held + MOST_BYTES
+        most = held + MOST_GROWTH_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
@@ -143,7 +143,7 @@ def _of_model(model: Any, naming: Callable[[Any], Naming | None] = naming) -> Sk
     )
 
 
-def _of_written(model: Written) -> Skeleton:
+def _of_written(model: ExtraModel) -> Skeleton:
     config = model.config
     kept = _not_converted(model, model.tied, None)
     return Skeleton(
@@ -297,7 +297,7 @@ def write_catalog() -> None:
     for entry in shipped.catalog().values():
         key = skeleton_source.fingerprint(entry.config)
         if key not in lines:
-            lines[key] = msgspec.json.encode([key, build(entry.config)])
+            lines[key] = msgspec.json.encode([key, build_skeleton(entry.config)])
     (DATA / "skeletons.jsonl").write_bytes(b"".join(line + b"\n" for line in lines.values()))
 
 
@@ -309,7 +309,7 @@ def main() -> None:
     _limit_memory()
     asked = json.load(sys.stdin)
     try:
-        built = build_gguf(**asked["gguf"]) if "gguf" in asked else build(asked)
+        built = build_gguf_skeleton(**asked["gguf"]) if "gguf" in asked else build_skeleton(asked)
     except UnknownType as error:
         print(error, file=sys.stderr)
         sys.exit(UNKNOWN_TYPE)

@@ -95,7 +95,7 @@ class Talk:
     def _inputs(self, said: list[dict[str, str]]) -> dict[str, torch.Tensor]:
         """Encode the conversation, its oldest turns left out until it is no longer than planned."""
         while True:
-            inputs = quality_probe.encode(self._model, [self._prompt(said)])
+            inputs = quality_probe.encode_text(self._model, [self._prompt(said)])
             length = inputs["input_ids"].shape[1]
             if length <= self._prompt_most:
                 return inputs

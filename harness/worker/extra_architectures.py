@@ -12,7 +12,7 @@ from typing import Any
 from torch import empty, nn
 
 
-class Written(nn.Module):
+class ExtraModel(nn.Module):
     """A tree with what transformers' models say about themselves. `kv` is (heads, key width, value width) of every layer."""
 
     def __init__(self, config: Mapping[str, Any], no_split: str, kv: tuple[int, int, int], tied: Mapping[str, str]) -> None:
@@ -76,7 +76,7 @@ class InternLM2DecoderLayer(Tree):
         )
 
 
-class BaichuanForCausalLM(Written):
+class BaichuanForCausalLM(ExtraModel):
     """Baichuan2. The 13B model names its context length otherwise, and its layers too."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ class BaichuanForCausalLM(Written):
         self.lm_head = NormHead(hidden, config["vocab_size"])
 
 
-class InternLM2ForCausalLM(Written):
+class InternLM2ForCausalLM(ExtraModel):
     """InternLM2 and 2.5: grouped heads, packed by group."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ class InternLM2ForCausalLM(Written):
         self.output = _flat(hidden, config["vocab_size"])
 
 
-WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Written]] = {
+WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], ExtraModel]] = {
     "baichuan": BaichuanForCausalLM,
     "internlm2": InternLM2ForCausalLM,
 }

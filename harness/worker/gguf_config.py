@@ -46,7 +46,7 @@ def config_of(metadata: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[in
     return config
 
 
-def naming(model: Any, architecture: str) -> Naming | None:
+def gguf_naming(model: Any, architecture: str) -> Naming | None:
     """Return the names that a GGUF's tensors get in a model; None where some get another shape or become several."""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     if architecture in GGUF.packed_architectures or processor not in (TensorProcessor, LlamaTensorProcessor):

@@ -122,7 +122,7 @@ class Server:
             return protocol.Confined(file_bytes=file, anon_bytes=used.anon_bytes, shared_bytes=shared)
         if isinstance(request, protocol.Load):
             self._model, seconds = model.load(request, self.phase)
-            return protocol.LoadDone(seconds=seconds, loaded=model.inspect(self._model), phases=self._phases)
+            return protocol.LoadDone(seconds=seconds, loaded=model.loaded_facts(self._model), phases=self._phases)
         if self._model is None:
             raise RuntimeError("nothing is loaded")
         if isinstance(request, protocol.Generate):

@@ -109,7 +109,7 @@ def cap_vram(vram_bytes: int, gpus: Sequence[int], context_bytes: int) -> None:
     if gpus and max(gpus) >= count:
         raise RuntimeError(f"no CUDA-capable device gpu:{max(gpus)}, which --vram limits: torch sees {count}")
     with nvml.lent() as library:
-        cards = nvml.visible(library)
+        cards = nvml.visible_gpus(library)
         for index in gpus:
             free = _nvml_free(library, cards, index)
             torch.zeros(1, device=index)  # makes the context
@@ -194,7 +194,7 @@ def _clocked(owner: Any, name: str, seconds: dict[str, float], key: str) -> Iter
         setattr(owner, name, original)
 
 
-def inspect(model: Model) -> Loaded:
+def loaded_facts(model: Model) -> Loaded:
     """Count what really was loaded: bytes of the tensors by dtype and by tier, and of the Linear weights by dtype or scheme."""
     by_dtype: dict[str, int] = defaultdict(int)
     by_tier: dict[str, int] = defaultdict(int)

@@ -157,7 +157,7 @@ def _continue(
     """
     tokenizer = model.tokenizer
     stops = ending_ids(model, ends)
-    batch = encode(model, prompts)
+    batch = encode_text(model, prompts)
     output = model.module.generate(  # type: ignore[operator]  # transformers' stubs take the mixin's method for a tensor
         **batch,
         do_sample=False,
@@ -181,7 +181,7 @@ def ending_ids(model: Model, ends: Sequence[str]) -> set[int]:
     return {*ids, *(model.tokenizer.convert_tokens_to_ids(end) for end in ends)}
 
 
-def encode(model: Model, prompts: list[str]) -> dict[str, torch.Tensor]:
+def encode_text(model: Model, prompts: list[str]) -> dict[str, torch.Tensor]:
     """Return the inputs of generate for prompts, as one left-padded batch on the model's device."""
     tokenizer = model.tokenizer
     tokenizer.padding_side = "left"

@@ -18,7 +18,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _MOST_S = 5.0  # a process that hangs in the kernel ends when that lets go of it
 
 
-def keep() -> None:
+def keep_watch() -> None:
     """Adopt orphans, and at the end of this very process (not of one forked from it) end them and sweep."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -40,4 +40,4 @@ def _leave_nothing(owner: int, parent: int) -> None:
     scratch.sweep()
 
 
-keep()
+keep_watch()

@@ -158,7 +158,7 @@ class _Leader:
                     told += 1
                     self._send(event)
         doubled = sampler.doubled_bytes(rank.pid for rank in self._ranks)
-        return together([answers[number] for number in sorted(answers)], doubled)
+        return run_together([answers[number] for number in sorted(answers)], doubled)
 
     def _read(self, pipe: Connection) -> protocol.Event:
         try:
@@ -217,7 +217,7 @@ def _of(rank: int, failed: Failed) -> Failed:
     return replace(failed, rank=rank, phases=phases)
 
 
-def together(answers: Sequence[Answered], doubled_bytes: int) -> Answered:
+def run_together(answers: Sequence[Answered], doubled_bytes: int) -> Answered:
     """Return one answer for those of all ranks to one request: the first one's, with memory added up.
 
     `doubled_bytes` of the resident memory are pages of files that several ranks map, which count once.

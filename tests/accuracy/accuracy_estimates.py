@@ -23,7 +23,7 @@ from harness.checkpoint import reader
 from harness.core.metrics import METRICS
 from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import DEFAULTS, PRECISIONS
+from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict, Workload
 from harness.core.units import GIB, format_seconds, format_share
 from harness.machine import probe
@@ -149,7 +149,7 @@ def _is_quantized(case: Case) -> bool:
 def _plans(models: dict[str, Path], here: Machine) -> Iterator[Plan]:
     for name, location in models.items():
         spec = model_spec.of_checkpoint(name, str(location), reader.read(location), location)
-        usual = list(DEFAULTS)
+        usual = list(DEFAULT_PRECISIONS)
         cases = [Case(model=name, precision=precision, placement="cpu", workload=WORK) for precision in usual]
         yield from Planner(spec, here).plans(cases)
 
@@ -251,7 +251,9 @@ def test_planning_is_quick(figures: list[Figure], models: dict[str, Path]) -> No
     start, usual = time.perf_counter(), distinct(PLACEMENTS, gpus=3)
     for name in known():
         spec = model_spec.read_spec(resolve.resolve(name))
-        cases = [Case(model=name, precision=precision, placement=placement) for precision in DEFAULTS for placement in usual]
+        cases = [
+            Case(model=name, precision=precision, placement=placement) for precision in DEFAULT_PRECISIONS for placement in usual
+        ]
         Planner(spec, profile(["RTX 3060 12GB", "RTX 4090", "RTX 3090"], ram=64 * GIB), here=False).plans(cases)
     seconds = time.perf_counter() - start
     what = "all models of the catalog on three GPUs"

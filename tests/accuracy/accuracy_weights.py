@@ -82,7 +82,9 @@ def test_weights_that_bitsandbytes_saved(
     way: str, saved: dict[str, tuple[Path, Skeleton]], figures: list[Figure], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Models that have Linears to quantize, saved and loaded again as they are."""
-    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
+    monkeypatch.setattr(
+        skeleton_source, "build", lambda config, _: worker.build_skeleton(config)
+    )  # in this process: a worker costs seconds
     errors = []
     for name, (folder, built) in saved.items():
         if any(weight.quantizes for weight in built.weights):

@@ -199,7 +199,7 @@ def test_shipped_skeletons_are_what_the_worker_builds(name: str) -> None:
     from harness.worker import build_skeleton as worker
 
     found = skeleton_source.named(name)
-    assert msgspec.structs.replace(worker.build(CATALOG[shipped.hub_id(name)].config), source=found.source) == found
+    assert msgspec.structs.replace(worker.build_skeleton(CATALOG[shipped.hub_id(name)].config), source=found.source) == found
 
 
 def test_layers_of_linear_attention_keep_a_state_of_fixed_size() -> None:
@@ -213,7 +213,7 @@ def test_layers_of_linear_attention_keep_a_state_of_fixed_size() -> None:
         "linear_value_head_dim": 8,
     }
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-    model = worker.build(TINY_LLAMA | sizes | experts | {"model_type": "qwen3_next", "num_hidden_layers": 4})
+    model = worker.build_skeleton(TINY_LLAMA | sizes | experts | {"model_type": "qwen3_next", "num_hidden_layers": 4})
     kinds = [model.attention[i] for i in model.layers]
     # Four heads of 8 x 8, and the last four inputs of a convolution over queries, keys and values.
     assert [kind.state for kind in kinds] == [4 * 8 * 8 + 4 * (2 * 16 + 32)] * 3 + [0]

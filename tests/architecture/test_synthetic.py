@@ -41,7 +41,7 @@ from tests.support.packed_files import save_awq, save_gptq, spec
 def test_it_loads_and_computes_finite_numbers(name: str, kind: str, tmp_path: Path) -> None:
     small_models.save(name, tmp_path / "real")
     source = resolve.resolve(str(tmp_path / "real"))
-    there = synthetic.write(synthetic.describe(source, file_format=kind, shard_bytes=500_000), tmp_path / "twin")
+    there = synthetic.write_synthetic(synthetic.describe(source, file_format=kind, shard_bytes=500_000), tmp_path / "twin")
     assert len(list(there.glob(f"*.{'bin' if kind == 'bin' else 'safetensors'}"))) > 1
     real, twin = reader.read(tmp_path / "real"), reader.read(there)
     assert (twin.parameters, twin.dtype_bytes) == (real.parameters, real.dtype_bytes)
@@ -61,7 +61,7 @@ def test_a_head_that_is_stored_again_is_tied_as_in_the_real_files(tmp_path: Path
     (shard,) = once.shards
     embedding = next(tensor for tensor in shard if tensor.name == "model.embed_tokens.weight")
     head = msgspec.structs.replace(embedding, name="lm_head.weight", repeats=embedding.name)
-    there = synthetic.write(msgspec.structs.replace(once, shards=((*shard, head),)), tmp_path / "twin")
+    there = synthetic.write_synthetic(msgspec.structs.replace(once, shards=((*shard, head),)), tmp_path / "twin")
     model = AutoModelForCausalLM.from_pretrained(there)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -130,7 +130,7 @@ def test_writing_takes_the_memory_of_a_piece(tmp_path: Path) -> None:
     made = synthetic.describe(resolve.resolve("codegen-350m-mono"))
     tracemalloc.start()
     try:
-        synthetic.write(made, tmp_path / "twin")
+        synthetic.write_synthetic(made, tmp_path / "twin")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -144,9 +144,9 @@ def test_the_cache_keeps_it_and_lets_it_go(
     monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
     small_models.save("llama", tmp_path / "real")
     source = resolve.resolve(str(tmp_path / "real"))
-    there = synthetic.fetch(source)
+    there = synthetic.fetch_synthetic(source)
     stamp = (there / "model.safetensors").stat().st_mtime_ns
-    assert synthetic.fetch(source) == there
+    assert synthetic.fetch_synthetic(source) == there
     assert (there / "model.safetensors").stat().st_mtime_ns == stamp
     assert synthetic.is_synthetic(there)
     assert not synthetic.is_synthetic(tmp_path / "real")
@@ -174,9 +174,9 @@ def test_runs_that_want_the_same_write_it_once(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(synthetic, "_fill", slow)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(synthetic.fetch, source)
+        first = pool.submit(synthetic.fetch_synthetic, source)
         assert begun.wait(60)
-        second = pool.submit(synthetic.fetch, source, report)
+        second = pool.submit(synthetic.fetch_synthetic, source, report)
         assert first.result() == second.result()
     assert len(filled) == 1
 
@@ -189,7 +189,7 @@ def test_what_the_cache_holds_of_a_model_goes_whatever_its_format(
     source = resolve.resolve(str(tmp_path / "real"))
     twins = [synthetic.keep(synthetic.describe(source, file_format=file_format)) for file_format in ("safetensors", "bin")]
     other = twins[0].rename(twins[0].with_name(twins[0].name.replace("real-", "real-too-")))
-    synthetic.fetch(source)
+    synthetic.fetch_synthetic(source)
     assert main(["synth", str(tmp_path / "real"), "--remove"]) == 0
     assert capsys.readouterr().out.count("removed ") == 2
     assert [path for path in other.parent.iterdir() if path.is_dir()] == [other]
@@ -209,7 +209,7 @@ def test_removing_takes_nothing_that_is_about_writing(
 ) -> None:
     monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path))
     small_models.save("llama", tmp_path / "real")
-    there = synthetic.fetch(resolve.resolve(str(tmp_path / "real")))
+    there = synthetic.fetch_synthetic(resolve.resolve(str(tmp_path / "real")))
     assert main(["synth", str(tmp_path / "real"), *words, "--remove"]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert there.exists()
@@ -251,7 +251,7 @@ def test_what_ends_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthetic.write(made, tmp_path / "twin", report=interrupted)
+        synthetic.write_synthetic(made, tmp_path / "twin", report=interrupted)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -285,7 +285,7 @@ def source_of(folder: Path, config: dict[str, Any]) -> resolve.Source:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build skeletons here: a worker costs seconds."""
-    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build_skeleton(config))
 
 
 def multiplied_with(layer: Any) -> torch.Tensor:
@@ -302,7 +302,7 @@ def multiplied_with(layer: Any) -> torch.Tensor:
 def test_a_quantized_model_is_imitated_in_its_own_layout(name: str, kind: str, tmp_path: Path) -> None:
     config, module = PACKED[name]
     made = synthetic.describe(source_of(tmp_path / "only", config), file_format=kind, shard_bytes=500_000)
-    there = synthetic.write(made, tmp_path / "twin")
+    there = synthetic.write_synthetic(made, tmp_path / "twin")
     assert len(made.shards) > 1
     one = spec(there)
     assert validate.check(reader.read(there), one.skeleton, one.packed) == ()
@@ -330,7 +330,7 @@ def test_a_quantized_model_is_imitated_in_its_own_layout(name: str, kind: str, t
 def test_gptq_and_awq_are_imitated_as_their_packages_load_them(method: str, save: Callable[..., object], tmp_path: Path) -> None:
     save(tmp_path / "real", group=128)
     real = reader.read(tmp_path / "real")
-    there = synthetic.write(synthetic.describe(resolve.resolve(str(tmp_path / "real"))), tmp_path / "twin")
+    there = synthetic.write_synthetic(synthetic.describe(resolve.resolve(str(tmp_path / "real"))), tmp_path / "twin")
     twin = reader.read(there)
     shapes, wanted = ({tensor.name: (tensor.dtype, tensor.shape) for tensor in one.tensors} for one in (twin, real))
     assert shapes == wanted
@@ -359,7 +359,7 @@ def test_packed_weights_take_the_memory_of_a_piece(tmp_path: Path) -> None:
     few = msgspec.structs.replace(made, shards=(made.shards[0][1:60],))  # without the embedding
     tracemalloc.start()
     try:
-        synthetic.write(few, tmp_path / "twin")
+        synthetic.write_synthetic(few, tmp_path / "twin")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -51,8 +51,8 @@ UP = "model.layers.3.mlp.up_proj.weight"
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build skeletons here: a worker costs seconds."""
-    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))
-    monkeypatch.setattr(skeleton_source, "build_gguf", lambda metadata, tensors, _: worker.build_gguf(metadata, tensors))
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build_skeleton(config))
+    monkeypatch.setattr(skeleton_source, "build_gguf", lambda metadata, tensors, _: worker.build_gguf_skeleton(metadata, tensors))
     transformers.logging.disable_progress_bar()
 
 
@@ -298,7 +298,7 @@ def test_what_is_made_of_the_catalog_is_whole(name: str, tmp_path: Path) -> None
         made = synthetic.describe(resolve.resolve(name, weights=False))
     except UsageError:
         pytest.skip("published quantized")
-    synthetic.write(made, tmp_path / "made", hollow=True)
+    synthetic.write_synthetic(made, tmp_path / "made", hollow=True)
     assert odd(spec(tmp_path / "made")) == ()
 
 

@@ -21,7 +21,7 @@ import msgspec
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.core.records import Machine, Result, Tier, Timeline, encode
+from harness.core.records import Machine, Result, Tier, Timeline, encode_record
 from harness.core.units import GIB, format_size
 from harness.results import store
 from tests.support.builders import GOLDEN
@@ -69,7 +69,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(MACHINES):
         place = folder / f"matrix-{number}"
         place.mkdir()
-        (place / store.NAME).write_bytes(b"".join(encode(result) + b"\n" for result in dealt(number, golden, chance)))
+        (place / store.NAME).write_bytes(b"".join(encode_record(result) + b"\n" for result in dealt(number, golden, chance)))
     return folder
 
 

@@ -32,7 +32,7 @@ def seconds_of_dd(path: Path, size: int) -> float:
 
 def seconds_of_synth(made: synthetic.Synthetic, directory: Path) -> float:
     start = time.perf_counter()
-    synthetic.write(made, directory)
+    synthetic.write_synthetic(made, directory)
     for file in directory.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)

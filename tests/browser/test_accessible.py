@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
 from harness.cli import entry
-from harness.core.records import Result, encode
+from harness.core.records import Result, encode_record
 from harness.core.units import GIB
 from harness.results import store
 from tests.browser.pages import Open, cell, lacking, many, settled
@@ -232,7 +232,7 @@ def test_axe_core_finds_nothing_in_a_site(
 ) -> None:
     media(scheme)
     past = [msgspec.structs.replace(result, at=result.at.replace("2026", "2024")) for result in few]
-    (tmp_path / store.NAME).write_bytes(b"".join(encode(result) + b"\n" for result in past))
+    (tmp_path / store.NAME).write_bytes(b"".join(encode_record(result) + b"\n" for result in past))
     assert entry.main(["publish", str(tmp_path), "--to", str(tmp_path / "site")]) == 0
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

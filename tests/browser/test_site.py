@@ -12,7 +12,7 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
 from harness.cli import entry as cli
-from harness.core.records import Result, encode
+from harness.core.records import Result, encode_record
 from harness.results import store
 from tests.browser.pages import SCRIPT, logged, requested
 from tests.support.builders import GOLDEN
@@ -36,7 +36,7 @@ def site(results: list[Result], tmp_path_factory: pytest.TempPathFactory) -> Pat
     case = replace(result.case, model=f"{SCRIPT}\u202e")
     attack = replace(result, case=case, id=case.id, machine=replace(result.machine, name=f'"><{SCRIPT}', cpu=SCRIPT))
     later = replace(result, run="later", at="2024-12-01T00:00:00Z", environment=result.environment | {"torch": "2.12.0"})
-    (folder / store.NAME).write_bytes(b"".join(encode(one) + b"\n" for one in [*results, later, attack]))
+    (folder / store.NAME).write_bytes(b"".join(encode_record(one) + b"\n" for one in [*results, later, attack]))
     assert cli.main(["publish", str(folder), "--to", str(folder / "a path/site")]) == 0
     return folder / "a path/site"
 

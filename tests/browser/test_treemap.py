@@ -11,7 +11,7 @@ from selenium.webdriver.common.by import By
 
 from harness.architecture.inspection import Inspection
 from harness.checkpoint.reader import FileInfo
-from harness.checkpoint.size_breakdown import Part, Tie
+from harness.checkpoint.size_breakdown import SizePart, Tie
 from harness.report.page import render, treemap
 from tests.browser.pages import LONG, SCRIPT, logged, requested
 
@@ -21,8 +21,8 @@ MIB = 1 << 20
 Open = Callable[..., Chrome]
 
 
-def part(block: str, repeats: int, kind: str, size: int) -> Part:
-    return Part(
+def part(block: str, repeats: int, kind: str, size: int) -> SizePart:
+    return SizePart(
         block=block, repeats=repeats, kind=kind, tensors=repeats, parameters=size // 2, bytes=size, dtype_bytes={"float16": size}
     )
 
@@ -35,7 +35,7 @@ PARTS = (
 )
 
 
-def inspection(parts: tuple[Part, ...] = PARTS, name: str = "tiny") -> Inspection:
+def inspection(parts: tuple[SizePart, ...] = PARTS, name: str = "tiny") -> Inspection:
     size = sum(part.bytes for part in parts)
     return Inspection(
         name=name,
@@ -60,7 +60,7 @@ def show(browser: Chrome, tmp_path: Path) -> Open:
 
     def opened(of: Inspection, width: int = 1280, scheme: str = "light") -> Chrome:
         file = tmp_path / "inspect.html"
-        render.write(file, treemap.render(of))
+        render.write(file, treemap.render_treemap(of))
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]

@@ -149,7 +149,7 @@ def test_a_kernel_of_the_hub_is_code(real: Path) -> None:
 
 def refused(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        auxiliary_files.check(Directory(folder))
+        auxiliary_files.check_files(Directory(folder))
     return str(caught.value)
 
 
@@ -168,7 +168,7 @@ def refused(folder: Path) -> str:
 def test_text_is_bounded_in_size(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     with (folder / name).open("wb") as file:
-        file.truncate(auxiliary_files.TEXT_BYTES + 1)
+        file.truncate(auxiliary_files.MOST_TEXT_BYTES + 1)
     assert "is the most" in refused(folder)
 
 
@@ -227,7 +227,7 @@ def test_paths_that_lead_nowhere_or_stay_inside_are_left_alone(folder: Path) -> 
         "vocab_file": "./vocab.txt",
     }
     change(folder / "tokenizer_config.json", {**paths, "name_or_path": str(folder.parent), "chat_template": "/{{ a }}\0"})
-    auxiliary_files.check(Directory(folder))
+    auxiliary_files.check_files(Directory(folder))
 
 
 def test_so_many_paths_are_no_config(folder: Path) -> None:
@@ -240,7 +240,7 @@ def test_text_is_no_link_to_elsewhere_and_weights_may_be(folder: Path) -> None:
         (folder.parent / name).write_bytes((folder / "model.safetensors").read_bytes())
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
-    auxiliary_files.check(Directory(folder))
+    auxiliary_files.check_files(Directory(folder))
     (folder / "vocab.txt").symlink_to(folder.parent / "elsewhere.txt")
     assert "is a link to a place outside its directory" in refused(folder)
 
@@ -260,6 +260,6 @@ def test_the_links_of_a_hub_cache_stay_inside(tmp_path: Path) -> None:
         (snapshot / name).symlink_to(f"../../blobs/{number}")
     write_safetensors(blobs / "w", {"w": (2, 2)})
     (snapshot / "a.safetensors").symlink_to("../../blobs/w")
-    auxiliary_files.check(Directory(snapshot))
+    auxiliary_files.check_files(Directory(snapshot))
     assert reader.read(snapshot).tensors[0].name == "w"
     assert remote_code(Directory(snapshot), {}) == ()

@@ -32,7 +32,7 @@ from harness.checkpoint.formats.bin_header import read_bin
 from harness.checkpoint.formats.files import Cursor, LocalFile
 from harness.checkpoint.formats.gguf_header import TYPES, read_gguf
 from harness.checkpoint.formats.pickle_reader import OPERATIONS
-from harness.checkpoint.formats.safetensors_header import StoredTensor, read_config, read_index, read_safetensors
+from harness.checkpoint.formats.safetensors_header import StoredTensor, parse_config, read_index, read_safetensors
 from harness.core.dtypes import DTYPE_BITS
 from harness.core.errors import CheckpointError
 from tests.support.gguf_files import small_gguf
@@ -416,7 +416,7 @@ def test_bin_cut_short_anywhere(tmp_path: Path, options: dict[str, Any]) -> None
             parse_bytes(tmp_path, whole[:size], read_bin)
 
 
-@pytest.mark.parametrize("read", [read_safetensors, read_gguf, read_bin, read_config, read_index])
+@pytest.mark.parametrize("read", [read_safetensors, read_gguf, read_bin, parse_config, read_index])
 def test_what_stands_in_for_a_file_is_named(tmp_path: Path, read: Reader) -> None:
     with pytest.raises(CheckpointError, match="is empty"):
         parse_bytes(tmp_path, b"", read)
@@ -444,11 +444,11 @@ def test_what_stands_in_for_a_file_is_named(tmp_path: Path, read: Reader) -> Non
 )
 def test_config_that_is_none(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        parse_bytes(tmp_path, text if isinstance(text, bytes) else text.encode(), read_config)
+        parse_bytes(tmp_path, text if isinstance(text, bytes) else text.encode(), parse_config)
 
 
 def test_config_may_hold_infinity(tmp_path: Path) -> None:
-    assert parse_bytes(tmp_path, b'{"time_step_limit": [0.0, Infinity]}', read_config)["time_step_limit"] == [0.0, float("inf")]
+    assert parse_bytes(tmp_path, b'{"time_step_limit": [0.0, Infinity]}', parse_config)["time_step_limit"] == [0.0, float("inf")]
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": []}', "[]", "{"])
@@ -483,7 +483,7 @@ SEEDS: dict[str, tuple[Callable[[Path], bytes], Reader]] = {
     "gguf": (lambda path: small_gguf(path / "seed.gguf").read_bytes(), read_gguf),
     "zip": (lambda _: saved(STATE), read_bin),
     "legacy": (lambda _: saved({"a": torch.zeros(3), "b": torch.ones(2)}, _use_new_zipfile_serialization=False), read_bin),
-    "config": (lambda _: b'{"hidden_size": 8, "a": [1, {"b": null}], "c": "d\\u00e9"}', read_config),
+    "config": (lambda _: b'{"hidden_size": 8, "a": [1, {"b": null}], "c": "d\\u00e9"}', parse_config),
     "index": (lambda _: b'{"metadata": {"total_size": 4}, "weight_map": {"a": "1.bin", "b": "2.bin"}}', read_index),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.reader import Checkpoint, StoredTensor
-from harness.checkpoint.size_breakdown import Part, Tie, anatomy, kind_of, ties
+from harness.checkpoint.size_breakdown import SizePart, Tie, anatomy, kind_of, ties
 
 
 def tensor(name: str, *shape: int, dtype: str = "float16", storage: str | None = None) -> StoredTensor:
@@ -33,7 +33,7 @@ HEAD = tensor("lm_head.weight", 10, 4)
 NORM = tensor("model.norm.weight", 4)
 
 
-def shown(parts: list[Part]) -> list[tuple[str, int, str, int, int]]:
+def shown(parts: list[SizePart]) -> list[tuple[str, int, str, int, int]]:
     return [(part.block, part.repeats, part.kind, part.tensors, part.bytes) for part in parts]
 
 

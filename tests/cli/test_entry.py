@@ -16,7 +16,7 @@ from harness.cli import entry
 from harness.cli.entry import COMMANDS, build_parser, main
 from harness.core.errors import UsageError
 from harness.core.options import OPTIONS
-from harness.core.records import encode
+from harness.core.records import encode_record
 from harness.core.text import visible
 from harness.core.units import MIB
 from harness.machine import bandwidth, probe
@@ -112,7 +112,7 @@ def test_report_writes_where_it_is_told_to(results: Path) -> None:
 
 
 def test_report_tells_of_lines_that_it_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / NAME).write_bytes(b"\n".join([encode(result()), b"{torn", b""]))
+    (tmp_path / NAME).write_bytes(b"\n".join([encode_record(result()), b"{torn", b""]))
     assert main(["report", str(tmp_path)]) == 0
     shown = capsys.readouterr()
     assert shown.err.startswith(f"fitmatrix: {tmp_path / NAME}:2: not a result, set aside: ")

@@ -17,7 +17,7 @@ import pytest
 from harness.catalog import resolve, shipped
 from harness.cli.entry import main
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import DEFAULTS
+from harness.core.precisions import DEFAULT_PRECISIONS
 from harness.core.units import MIB
 from harness.machine import bandwidth, probe
 from tests.support.packed_files import write_plain
@@ -73,7 +73,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
     assert found["workload"] == {"prompt_tokens": 64, "new_tokens": 16, "batch": 1}
     assert [tier["name"] for tier in found["machine"]["tiers"]] == ["gpu:0", "cpu", "disk"]
     assert found["machine"]["tiers"][0].keys() == {"name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s"}
-    usual = list(DEFAULTS)
+    usual = list(DEFAULT_PRECISIONS)
     assert [plan["precision"] for plan in found["plans"]] == [name for name in usual for _ in distinct(PLACEMENTS, gpus=1)]
     for plan in found["plans"]:
         assert plan.keys() == PLAN_KEYS

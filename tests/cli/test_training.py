@@ -49,7 +49,7 @@ def test_the_json_holds_every_way_with_its_verdict(say: Said) -> None:
     }
     assert said["training"]["gpus"] == 2
     assert [tier["name"] for tier in said["machine"]["tiers"]] == ["gpu:0", "gpu:1", "cpu", "disk"]
-    expected = zero.estimate("zero3", Trained(parameters=6_173_286_400, largest_layer=130_528 * 4096, gpus=2))
+    expected = zero.estimate_states("zero3", Trained(parameters=6_173_286_400, largest_layer=130_528 * 4096, gpus=2))
     assert [(way["gpu_bytes"], way["cpu_bytes"]) for way in said["ways"]] == [(way.gpu_bytes, way.cpu_bytes) for way in expected]
     for way in said["ways"]:
         fits = way["gpu_bytes"] <= 24 * GIB and way["cpu_bytes"] <= 144 * GIB

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from harness.core import records as records
-from harness.core.records import SCHEMA, Case, Machine, Outcome, Record, Result, Tier, Verdict, encode, to_builtins
+from harness.core.records import SCHEMA, Case, Machine, Outcome, Record, Result, Tier, Verdict, encode_record, to_builtins
 from harness.core.units import GIB
 from tests.support import builders
 from tests.support.builders import machine, result
@@ -88,7 +88,7 @@ def numbers_in(annotation: Any) -> set[Any]:
 
 
 def test_a_result_is_one_line_whatever_it_holds() -> None:
-    line = encode(result(why="two\nlines\r\u2028", log_tail="a\nb", metrics={"load_s": 0.1}))
+    line = encode_record(result(why="two\nlines\r\u2028", log_tail="a\nb", metrics={"load_s": 0.1}))
     assert b"\n" not in line
     assert b"\r" not in line
     assert json.loads(line)["why"] == "two\nlines\r\u2028"
@@ -103,7 +103,7 @@ def test_a_result_comes_back_as_it_was() -> None:
         quality=records.Quality(probe="1", verdict="intact", why="because"),
         environment={"torch": "2.9"},
     )
-    assert msgspec.json.decode(encode(whole), type=Result) == whole
+    assert msgspec.json.decode(encode_record(whole), type=Result) == whole
 
 
 def test_outcomes_and_verdicts_are_stored_as_their_words() -> None:
@@ -132,7 +132,7 @@ def test_the_records_have_a_json_schema() -> None:
 
 
 def test_equal_machines_are_equal_whoever_probed_them() -> None:
-    again = msgspec.json.decode(encode(machine(builders.gpu())), type=Machine)
+    again = msgspec.json.decode(encode_record(machine(builders.gpu())), type=Machine)
     assert again == machine(builders.gpu())
 
 

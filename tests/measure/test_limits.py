@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from harness.core.records import Outcome, Result
 from harness.core.units import GIB, MIB
 from harness.machine import cgroup, headroom
-from harness.measure.limits import RULES, Breach, LimitGuard, Limits, judge
+from harness.measure.limits import RULES, Breach, LimitGuard, Limits, judge_limits
 from harness.measure.sampler import Sample
 from harness.planning import feasibility
 from harness.run.case_result import CaseEnded, CaseModel, RunContext
@@ -44,11 +44,11 @@ def _fork_server() -> Iterator[None]:
 )
 def test_the_first_rule_that_is_broken(limits: Limits, available: int, broken: tuple[str, int, int] | None) -> None:
     expected = None if broken is None else Breach(rule=broken[0], limit_bytes=broken[1], value_bytes=broken[2], held_bytes=2 * GIB)
-    assert judge(SAMPLE, limits, lambda: available) == expected
+    assert judge_limits(SAMPLE, limits, lambda: available) == expected
 
 
 def test_no_gpu_breaks_no_limit_on_vram() -> None:
-    assert judge(replace(SAMPLE, vram_bytes={}), Limits(vram_bytes=1), lambda: GIB) is None
+    assert judge_limits(replace(SAMPLE, vram_bytes={}), Limits(vram_bytes=1), lambda: GIB) is None
 
 
 def test_a_case_is_ended_once() -> None:

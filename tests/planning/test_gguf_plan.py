@@ -27,7 +27,7 @@ from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Outcome, Plan, Verdict
-from harness.measure import sampler, verify
+from harness.measure import system_counters, verify
 from harness.measure.protocol import Load
 from harness.planning.code import Facts, loading_code
 from harness.planning.cost import estimate
@@ -51,7 +51,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(metadata: dict[str, Any], tensors: Any, _: Path) -> skeleton.Skeleton:
         try:
-            return worker.build_gguf(metadata, tensors)
+            return worker.build_gguf_skeleton(metadata, tensors)
         except ValueError as error:
             raise UsageError(f"no skeleton: {error}") from None
 
@@ -88,7 +88,7 @@ def test_what_is_unpacked_takes_what_was_estimated_and_is_checked(precision: str
     assert one.skeleton.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     planned = Planner(one, machine()).plan(case(precision, "cpu"))
     assert planned.verdict is Verdict.FITS
-    assert set(verify.checks(planned, work.inspect(found)).values()) == {verify.OK}
+    assert set(verify.checks(planned, work.loaded_facts(found)).values()) == {verify.OK}
     assert found.tokenizer(PROMPT)["input_ids"]
 
 
@@ -99,7 +99,7 @@ def test_a_header_is_enough_for_the_skeleton(tmp_path: Path) -> None:
     assert model_spec.of_checkpoint("tiny", "tiny", read, None).skeleton.parameters == read.parameters
 
 
-@pytest.mark.skipif(not sampler.LINUX, reason="VmHWM is Linux's")
+@pytest.mark.skipif(not system_counters.LINUX, reason="VmHWM is Linux's")
 def test_the_printed_code_runs_in_the_memory_that_was_estimated(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -143,7 +143,9 @@ def test_what_stays_in_blocks_takes_what_was_estimated(kind: str, tmp_path: Path
     found = loaded(one, tmp_path, "gguf")
     assert expected_bytes(one, "gguf") == pytest.approx(held_bytes(found.module), rel=NEAR)
     assert expected_bytes(one, "gguf") < 0.3 * expected_bytes(one, "fp32")
-    assert verify.checks(Plan(case=case("gguf", "cpu"), verdict=Verdict.UNKNOWN), work.inspect(found))["precision"] == verify.OK
+    assert (
+        verify.checks(Plan(case=case("gguf", "cpu"), verdict=Verdict.UNKNOWN), work.loaded_facts(found))["precision"] == verify.OK
+    )
     tokens = torch.tensor([found.prompt(8)])
     assert torch.isfinite(found.module(tokens).logits).all()
 
@@ -151,7 +153,7 @@ def test_what_stays_in_blocks_takes_what_was_estimated(kind: str, tmp_path: Path
 def test_blocks_that_were_unpacked_after_all_are_told(tmp_path: Path) -> None:
     """Without the kernels transformers unpacks, with a warning in its log and nothing else."""
     one = spec(write_lfm2(tmp_path / "model.gguf"))
-    found = work.inspect(loaded(one, tmp_path, "gguf"))
+    found = work.loaded_facts(loaded(one, tmp_path, "gguf"))
     said = verify.checks(Plan(case=case("gguf", "cpu"), verdict=Verdict.UNKNOWN), found)["precision"]
     assert said.startswith("gguf did not take effect: 0.0 % of the Linear weights are uint8 (float32 ")
 

@@ -65,7 +65,7 @@ def described(name: str) -> tuple[dict[str, Any], Skeleton]:
     from harness.worker import build_skeleton as worker
 
     if name in BUILT:
-        return BUILT[name], worker.build(BUILT[name])
+        return BUILT[name], worker.build_skeleton(BUILT[name])
     config = shipped.catalog()[shipped.hub_id(name)].config
     return config, skeleton_source.named(name)
 
@@ -143,7 +143,7 @@ def test_map_is_the_one_that_loading_makes(tmp_path: Path) -> None:
     config: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "vocab_size": 512}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**config)).save_pretrained(tmp_path)
-    ours = worker.build(json.loads((tmp_path / "config.json").read_text()))
+    ours = worker.build_skeleton(json.loads((tmp_path / "config.json").read_text()))
     memory: dict[Device, int] = {"cpu": int(measure(ours, Widths("float32"))[""] * 0.8)}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, device_map="auto", max_memory=dict(memory), dtype=torch.float32, offload_folder=tmp_path / "offload"

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.planning.cost import kernel_launches
 from harness.planning.cost.kernel_launches import Operations
-from harness.worker.build_skeleton import build
+from harness.worker.build_skeleton import build_skeleton
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 64}
 GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_head": 4, "vocab_size": 64}
@@ -69,7 +69,7 @@ def dispatched(name: str, layers: int) -> int:
 
 
 def counted(name: str, layers: int) -> Operations:
-    return kernel_launches.count(build(config(name, layers)))
+    return kernel_launches.count(build_skeleton(config(name, layers)))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

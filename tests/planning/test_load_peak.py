@@ -17,12 +17,12 @@ from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import TierEstimate
 from harness.core.units import MIB
-from harness.measure import sampler
+from harness.measure import system_counters
 from harness.planning.code import loading_code
 from harness.planning.planner import Planner
 from tests.support import builders, load_peak
 
-pytestmark = pytest.mark.skipif(not sampler.LINUX, reason="anonymous memory is told by Linux")
+pytestmark = pytest.mark.skipif(not system_counters.LINUX, reason="anonymous memory is told by Linux")
 
 NEOX = GPTNeoXConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, vocab_size=20_000)
 CODEGEN = CodeGenConfig(n_embd=512, n_layer=8, n_head=8, rotary_dim=32, vocab_size=20_000, bos_token_id=1, eos_token_id=2)

@@ -14,8 +14,8 @@ import pytest
 from harness.catalog import download
 from harness.core.options import DEFAULT_MODEL
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import DEFAULTS, PRECISIONS
-from harness.measure import sampler
+from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS
+from harness.measure import system_counters
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "The capital of France is"
@@ -23,7 +23,7 @@ PROMPT = "The capital of France is"
 WORKLOAD = ("--new-tokens", "8")
 CASES = [
     f"{precision.name}/{placement.name}"
-    for precision in map(PRECISIONS.__getitem__, DEFAULTS)
+    for precision in map(PRECISIONS.__getitem__, DEFAULT_PRECISIONS)
     for placement in PLACEMENTS.values()
     if not precision.incompatible.keys() & set(placement.traits)
 ]
@@ -33,7 +33,7 @@ PEAK = "print(next(line for line in open('/proc/self/status') if line.startswith
 # varies from run to run.
 NEAR = 0.15
 
-pytestmark = pytest.mark.skipif(not sampler.LINUX, reason="VmHWM is Linux's")
+pytestmark = pytest.mark.skipif(not system_counters.LINUX, reason="VmHWM is Linux's")
 
 
 def fitmatrix(*arguments: str) -> str:

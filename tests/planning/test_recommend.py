@@ -129,7 +129,7 @@ def test_a_map_in_full_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     row = PLACEMENTS["recommended"]
     code = loading_code(PRECISIONS["bf16"], row, "bfloat16", Destination(device_map=MAP))
     request = Load(model=str(tmp_path / "model"), code=code, tokenizer=False)
-    found = work.inspect(work.load(request, lambda _: contextlib.nullcontext())[0])
+    found = work.loaded_facts(work.load(request, lambda _: contextlib.nullcontext())[0])
     assert found.tier_bytes["disk"] > 0
     assert checked(found) == verify.OK
 

@@ -17,7 +17,7 @@ from harness.architecture import model_spec, skeleton_source
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.download import stored_as
 from harness.catalog.resolve import resolve
-from harness.core.precisions import DEFAULTS, PRECISIONS, defaults, row_of
+from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS, defaults, row_of
 from harness.core.records import Plan, Verdict
 from harness.core.units import GIB
 from harness.measure import verify
@@ -35,7 +35,7 @@ from tests.support.small_models import held_bytes
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build skeletons here: a worker costs seconds."""
-    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build_skeleton(config))
     transformers.logging.disable_progress_bar()
 
 
@@ -87,7 +87,7 @@ def test_what_has_no_row_runs_in_the_plain_ones(stored: str) -> None:
 
 
 def test_a_plain_checkpoint_has_the_usual_matrix_and_no_more() -> None:
-    assert defaults(None) == list(DEFAULTS) == ["fp32", "bf16", "fp16", "int8", "int4"]
+    assert defaults(None) == list(DEFAULT_PRECISIONS) == ["fp32", "bf16", "fp16", "int8", "int4"]
 
 
 # The published files that are quantized, one .bin each, and what is known of them: GB, how near, the row.
@@ -191,7 +191,7 @@ def test_gptq_is_loaded_as_it_is_and_checked(bits: int, group: int, tmp_path: Pa
     one = spec(tmp_path)
     plan = planned(one, name)
     found = loaded(tmp_path, plan)
-    assert set(verify.checks(plan, work.inspect(found)).values()) == {verify.OK}
+    assert set(verify.checks(plan, work.loaded_facts(found)).values()) == {verify.OK}
     assert estimated(one, name) == pytest.approx(held_bytes(found.module), rel=0.005)
     layer: Any = found.module.get_submodule("model.layers.0.mlp.up_proj")
     got = layer(torch.eye(256, dtype=torch.float16)).float().T
@@ -208,7 +208,7 @@ def test_awq_is_loaded_as_it_is_and_checked(group: int, tmp_path: Path) -> None:
     one = spec(tmp_path)
     plan = planned(one, "awq-int4")
     found = loaded(tmp_path, plan)
-    assert set(verify.checks(plan, work.inspect(found)).values()) == {verify.OK}
+    assert set(verify.checks(plan, work.loaded_facts(found)).values()) == {verify.OK}
     assert estimated(one, "awq-int4") == pytest.approx(held_bytes(found.module), rel=0.005)
     layer: Any = found.module.get_submodule("model.layers.0.mlp.up_proj")
     got = layer(torch.eye(256, dtype=torch.float16)).float().T
@@ -235,14 +235,14 @@ def test_what_bitsandbytes_saved_is_its_row_again(way: str, tmp_path: Path) -> N
     assert plan.verdict is Verdict.FITS, plan.why
     assert "quantization_config" not in (plan.code or "")
     found = loaded(tmp_path / "packed", plan)
-    assert set(verify.checks(plan, work.inspect(found)).values()) == {verify.OK}
+    assert set(verify.checks(plan, work.loaded_facts(found)).values()) == {verify.OK}
 
 
 @pytest.mark.parametrize("way", [name for name, row in small_models.WAYS.items() if row.quantizes])
 def test_what_quantizes_took_effect(way: str, tmp_path: Path) -> None:
     small_models.save("llama", tmp_path)
     row = PRECISIONS[way]
-    found = work.inspect(work.Model(small_models.load(tmp_path, row), None))
+    found = work.loaded_facts(work.Model(small_models.load(tmp_path, row), None))
     assert set(found.linear_dtype_bytes) == {row.linear_dtype}
 
 
@@ -261,4 +261,4 @@ def test_our_own_architectures_read_what_is_packed_without_a_package() -> None:
     plan = Planner(spec(folder), machine()).plan(case("chatglm-int4", "cpu"))
     assert plan.verdict is Verdict.FITS, plan.why
     found = loaded(folder, plan, "harness.models")
-    assert set(verify.checks(plan, work.inspect(found)).values()) == {verify.OK}
+    assert set(verify.checks(plan, work.loaded_facts(found)).values()) == {verify.OK}

@@ -96,7 +96,7 @@ WHOLE: dict[str, Device] = {"model.embed_tokens": "cpu", "model.norm": "cpu", "l
 
 @pytest.mark.parametrize("good", [WHOLE, {"": 0}, {"model": "cpu", "lm_head": "cpu"}, {**WHOLE, "model.rotary_emb": 0}])
 def test_a_map_that_places_every_tensor_once_is_good(good: dict[str, Device]) -> None:
-    user_map.check(good, MODEL, 1, model="m")
+    user_map.check_map(good, MODEL, 1, model="m")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_map_that_places_every_tensor_once_is_good(good: dict[str, Device]) ->
 )
 def test_a_map_that_does_not_fit_says_which_module(wrong: dict[str, Device], said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(f"the device map does not fit m: {said}")):
-        user_map.check(wrong, MODEL, 1, model="m")
+        user_map.check_map(wrong, MODEL, 1, model="m")
 
 
 # Planning and loading
@@ -143,7 +143,7 @@ def llama_bin(llama: Path) -> Path:
 def planned(directory: Path, device_map: dict[str, Device], precision: str = "bf16", on: Machine | None = None) -> Plan:
     spec = model_spec.of_checkpoint("tiny", str(directory), reader.read(directory), directory)
     on = on or machine()
-    user_map.check(device_map, spec.skeleton, len(on.gpus), model="tiny")
+    user_map.check_map(device_map, spec.skeleton, len(on.gpus), model="tiny")
     return Planner(spec, on, device_map=device_map).plan(case(precision, "file"))
 
 
@@ -155,7 +155,7 @@ def load(directory: Path, plan: Plan, place: Path) -> Loaded:
         loaded, _ = work.load(Load(model=str(directory), code=plan.code, tokenizer=False), lambda _: contextlib.nullcontext())
         ids = torch.tensor([[1, 2, 3]])
         loaded.module.generate(ids, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
-        return work.inspect(loaded)
+        return work.loaded_facts(loaded)
 
 
 @pytest.mark.parametrize("form", ["llama", "llama_bin"])

@@ -61,7 +61,7 @@ def test_weights_are_those_of_the_loaded_model(saved: tuple[Path, Skeleton], way
 
 
 def test_models_are_small_and_of_every_kind() -> None:
-    built = {name: worker.build({"model_type": name, **MODELS[name]}) for name in MODELS}
+    built = {name: worker.build_skeleton({"model_type": name, **MODELS[name]}) for name in MODELS}
     assert max(one.parameters for one in built.values()) * 2 < 30e6
     blocks = {name: {block.linear for block in one.blocks} for name, one in built.items()}
     assert "conv1d" in blocks["gpt2"]
@@ -110,7 +110,9 @@ def test_a_quantized_model_of_the_catalog_takes_what_the_hub_holds(name: str, ma
 @pytest.mark.parametrize("way", ["int8", "int4", "fp4", "nf4-dq"])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v2"])
 def test_what_bitsandbytes_saved_is_held_as_it_was(name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build(config))  # in this process: a worker costs seconds
+    monkeypatch.setattr(
+        skeleton_source, "build", lambda config, _: worker.build_skeleton(config)
+    )  # in this process: a worker costs seconds
     small_models.save(name, tmp_path / "plain")
     model: Any = small_models.load(tmp_path / "plain", WAYS[way])
     model.save_pretrained(tmp_path / "packed")
@@ -130,7 +132,7 @@ def test_a_gguf_file_holds_what_its_header_says(kind: str, tmp_path: Path) -> No
 
 
 def test_int8_has_a_scale_for_each_output_of_a_transposed_weight() -> None:
-    built = worker.build({"model_type": "gpt2", **MODELS["gpt2"]})
+    built = worker.build_skeleton({"model_type": "gpt2", **MODELS["gpt2"]})
     sizes = weight_bytes(built, WeightFormat(dtype="float16", quantizer="int8"))
     assert sizes["transformer.h.0.mlp.c_fc.weight"] == 256 * 1024 + 4 * 1024
     assert sizes["transformer.h.0.mlp.c_proj.weight"] == 256 * 1024 + 4 * 256

@@ -14,7 +14,7 @@ T5_3B = Trained(parameters=2851_000_000, largest_layer=32_000_000, gpus=8)  # as
 
 def gib(stage: str, trained: Trained, **how: object) -> tuple[float, float]:
     """Return (RAM, GPU) in GiB of the one way that is so."""
-    found = [way for way in zero.estimate(stage, trained) if all(getattr(way, key) == value for key, value in how.items())]
+    found = [way for way in zero.estimate_states(stage, trained) if all(getattr(way, key) == value for key, value in how.items())]
     assert len(found) == 1
     return round(found[0].cpu_bytes / GIB, 2), round(found[0].gpu_bytes / GIB, 2)
 
@@ -44,7 +44,7 @@ def test_zero2_follows_the_code_where_the_document_says_otherwise() -> None:
 def test_more_nodes_take_less_of_each() -> None:
     one = Trained(parameters=2851_000_000, largest_layer=32_000_000, gpus=4, nodes=1)
     two = Trained(parameters=2851_000_000, largest_layer=32_000_000, gpus=4, nodes=2)
-    for first, second in zip(zero.estimate("zero3", one), zero.estimate("zero3", two), strict=True):
+    for first, second in zip(zero.estimate_states("zero3", one), zero.estimate_states("zero3", two), strict=True):
         assert second.gpu_bytes <= first.gpu_bytes
         assert second.cpu_bytes <= first.cpu_bytes
 

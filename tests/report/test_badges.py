@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from harness.cli.entry import main
-from harness.core.records import Case, Machine, Outcome, Quality, Result, Verdict, encode
+from harness.core.records import Case, Machine, Outcome, Quality, Result, Verdict, encode_record
 from harness.core.units import GIB
 from harness.report.export.badges import Badge, badges
 from harness.results import store
@@ -181,7 +181,7 @@ def test_the_command_writes_a_directory_of_badges(tmp_path: Path, capsys: pytest
 
 
 def test_the_command_writes_one_file_where_there_is_one_badge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / store.NAME).write_bytes(encode(one()) + b"\n")
+    (tmp_path / store.NAME).write_bytes(encode_record(one()) + b"\n")
     assert main(["report", str(tmp_path), "--badge", str(tmp_path / "b.svg"), "--format", "md"]) == 0
     assert (tmp_path / "b.svg").read_text(encoding="utf-8").startswith("<svg ")
     assert "badge: " not in capsys.readouterr().out

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 
 from harness.cli.entry import main
 from harness.core.metrics import METRICS, format_metric
-from harness.core.records import Case, Outcome, Result, Verdict, encode
+from harness.core.records import Case, Outcome, Result, Verdict, encode_record
 from harness.core.text import visible
 from harness.core.units import GIB, MIB
 from harness.report.export import data, summary
@@ -56,7 +56,7 @@ def rows(text: str) -> list[dict[str, str]]:
 
 
 def test_markdown_gives_the_answer_then_the_matrix_then_what_was_not_measured(golden: list[Result]) -> None:
-    text = summary.render(golden)
+    text = summary.render_summary(golden)
     block = blocks(golden)[0]
     best = block.matrices[0].best
     assert best is not None
@@ -70,7 +70,7 @@ def test_markdown_gives_the_answer_then_the_matrix_then_what_was_not_measured(go
 
 
 def test_every_case_of_the_matrix_stands_in_the_table_with_its_figures(golden: list[Result]) -> None:
-    text = summary.render(golden)
+    text = summary.render_summary(golden)
     for block in blocks(golden):
         for heading, cells in block.matrices[0].rows:
             line = next(
@@ -95,7 +95,7 @@ def test_each_size_of_card_has_its_answer() -> None:
             ("bf16", big, Outcome.OK, Verdict.FITS), ("bf16", small, Outcome.SKIPPED, Verdict.TOO_BIG),
         )
     ]  # fmt: skip
-    text = summary.render(fits)
+    text = summary.render_summary(fits)
     assert "| precision | `direct@vram6GiB` | `direct@vram12GiB` |" in text
     assert "- vram12GiB: Use bf16 with placement direct" in text
     assert "- vram6GiB: Nothing works: 1 × too big." in text
@@ -105,7 +105,7 @@ def test_each_size_of_card_has_its_answer() -> None:
     "name", [EVIL, FORMULA, "x" * 10_000, "| a |\n|---|", "</details><h1>", "``` \n# h"], ids=lambda name: name[:8]
 )
 def test_hostile_names_stay_text_in_markdown(name: str) -> None:
-    text = summary.render([hostile(name), worked()], [name])
+    text = summary.render_summary([hostile(name), worked()], [name])
     assert "\u202e" not in text
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
     inner = [child for token in tokens for child in token.children or []]
@@ -129,22 +129,22 @@ def test_a_summary_stays_below_the_limit_of_a_job_and_says_so() -> None:
         )
         for number in range(2500)
     ]
-    text = summary.render(many)
+    text = summary.render_summary(many)
     assert len(text.encode()) < MIB
     assert "Truncated here" in text
     assert text.rstrip().endswith("shows everything on a page.")
-    assert "Truncated here" not in summary.render(many[:50])
+    assert "Truncated here" not in summary.render_summary(many[:50])
 
 
 def test_a_cell_says_only_what_there_is() -> None:
-    text = summary.render([worked(), msgspec.structs.replace(hostile("x"), machine=machine())])
+    text = summary.render_summary([worked(), msgspec.structs.replace(hostile("x"), machine=machine())])
     assert "| `int8` | ✅ **works** ⭐<br>2.00 GiB of 16.0 GiB RAM<br>20.1 tokens/s |" in text
     assert "| `x` | 💥 crashed |" in text
     assert "<sub>Newest result 2026-11-24T08:00:00Z.</sub>" in text
 
 
 def test_no_results_say_how_to_make_some() -> None:
-    assert "pytest cases/ --model MODEL" in summary.render([])
+    assert "pytest cases/ --model MODEL" in summary.render_summary([])
 
 
 # JSON
@@ -152,7 +152,7 @@ def test_no_results_say_how_to_make_some() -> None:
 
 def test_json_holds_the_newest_result_of_each_case_under_the_names_of_the_records(golden: list[Result]) -> None:
     found = json.loads(data.render_json(golden, ["one line is none"]))
-    assert found["schema"] == data.SCHEMA
+    assert found["schema"] == data.EXPORT_SCHEMA
     assert found["problems"] == ["one line is none"]
     newest = selection.newest(golden)
     assert [entry["id"] for entry in found["cases"]] == [one.id for one in newest]
@@ -279,7 +279,7 @@ def test_what_cannot_be_meant_is_one_sentence(
 
 
 def test_lines_that_are_none_are_told_in_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / store.NAME).write_bytes(b"\n".join([encode(worked()), b"{torn", b""]))
+    (tmp_path / store.NAME).write_bytes(b"\n".join([encode_record(worked()), b"{torn", b""]))
     for name in ("md", "json", "csv"):
         assert main(["report", str(tmp_path), "--format", name]) == 0
         shown = capsys.readouterr()

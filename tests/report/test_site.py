@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.cli import entry as cli
-from harness.core.records import Case, Machine, Outcome, Result, Tier, Verdict, encode
+from harness.core.records import Case, Machine, Outcome, Result, Tier, Verdict, encode_record
 from harness.core.units import GIB
 from harness.report.site import atlas, build, rows
 from harness.results import audit, store
@@ -44,7 +44,7 @@ def golden() -> list[Result]:
 
 def save(folder: Path, results: Iterable[Result]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / store.NAME).write_bytes(b"".join(encode(result) + b"\n" for result in results))
+    (folder / store.NAME).write_bytes(b"".join(encode_record(result) + b"\n" for result in results))
     return folder
 
 
@@ -173,13 +173,13 @@ def test_every_figure_leads_to_the_result_that_holds_it(built: Path) -> None:
 
 
 def test_the_json_of_a_machine_holds_its_results_as_the_store_does(built: Path, artifacts: Path) -> None:
-    given = {encode(one) for file in artifacts.rglob(store.NAME) for one in store.read(file)[0]}
+    given = {encode_record(one) for file in artifacts.rglob(store.NAME) for one in store.read(file)[0]}
     raw = {store.decode(file.read_bytes()) and file.read_bytes().rstrip(b"\n") for file in (built / "raw").iterdir()}
     assert raw == given
     seen = set()
     for file in (built / "machines").glob("*.json"):
         told = json.loads(file.read_text())
-        assert told["schema"] == build.SCHEMA
+        assert told["schema"] == build.SITE_SCHEMA
         for one in told["results"]:
             line = (file.parent / one["raw"]).read_bytes()
             result = store.decode(line)
@@ -193,7 +193,7 @@ def test_the_json_of_a_machine_holds_its_results_as_the_store_does(built: Path, 
 def test_beside_every_page_lies_its_data(built: Path) -> None:
     for file in built.rglob("*.html"):
         told = json.loads(file.with_suffix(".json").read_text())
-        assert told["schema"] == build.SCHEMA
+        assert told["schema"] == build.SITE_SCHEMA
         assert file.with_suffix(".json").name in targets(read(file.read_text(encoding="utf-8")))
 
 
@@ -369,7 +369,7 @@ def test_whatever_is_accepted_can_be_shown(golden: list[Result], tmp_path: Path,
     """Results with one value of another kind than a run writes: most are sound as far as can be told."""
     chance, lines = random.Random(seed), []
     for number in range(200):
-        plain = json.loads(encode(replace(chance.choice(golden), run=f"{number}")))
+        plain = json.loads(encode_record(replace(chance.choice(golden), run=f"{number}")))
         *way, last = chance.choice(list(leaves(plain)))
         of = functools.reduce(lambda value, key: value[key], way, plain)
         of[last] = chance.choice(ODD[type(of[last])])
@@ -469,7 +469,7 @@ def test_many_files_are_shared_among_processes_and_keep_their_order(tmp_path: Pa
 
 def drawn(*results: Result) -> atlas.Atlas:
     entries = [
-        audit.PublishedResult(result=result, digest=audit.digest(encode(result)), source=0, line=i)
+        audit.PublishedResult(result=result, digest=audit.digest(encode_record(result)), source=0, line=i)
         for i, result in enumerate(results)
     ]
     return atlas.draw(entries)

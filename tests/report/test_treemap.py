@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.checkpoint.size_breakdown import Part
-from harness.report.page.treemap import HEIGHT, LEAST_SHARE, MOST_BLOCKS, WIDTH, Box, divide, draw, grid
+from harness.checkpoint.size_breakdown import SizePart
+from harness.report.page.treemap import LEAST_SHARE, MOST_BLOCKS, TREEMAP_HEIGHT, TREEMAP_WIDTH, Box, divide, draw, grid
 
 SIZES = st.lists(st.integers(1, 1 << 40), min_size=1, max_size=40).map(lambda sizes: sorted(sizes, reverse=True))
 SIDES = st.floats(1, 2000)
 RECT = re.compile(r'<g class="m-(\w+)"><title>([^<]*)</title><rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"/>')
 
 
-def part(block: str, repeats: int, kind: str, size: int) -> Part:
-    return Part(
+def part(block: str, repeats: int, kind: str, size: int) -> SizePart:
+    return SizePart(
         block=block, repeats=repeats, kind=kind, tensors=repeats, parameters=size // 2, bytes=size, dtype_bytes={"float16": size}
     )
 
@@ -70,7 +70,7 @@ def test_every_block_and_kind_has_its_rectangle() -> None:
     assert "layers.5: mlp, 500 parameters, 1000 bytes (20.4 %)" in titles
     assert "embedding, 250 parameters, 500 bytes (10.2 %)" in titles
     covered = sum(float(width) * float(height) for *_, width, height in drawn)
-    assert covered > 0.85 * WIDTH * HEIGHT
+    assert covered > 0.85 * TREEMAP_WIDTH * TREEMAP_HEIGHT
 
 
 def test_more_blocks_than_can_be_told_apart_are_drawn_as_one() -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.core.records import Answer, Interference, Phase, Quality, Result, Timeline, Workload, encode
+from harness.core.records import Answer, Interference, Phase, Quality, Result, Timeline, Workload, encode_record
 from harness.core.units import GIB
 from harness.results import audit, store
 from harness.results.audit import PublishedResult, Refusal
@@ -60,7 +60,7 @@ def sound(**changes: Any) -> Result:
 
 
 def entry(result: Result, source: int = 0, line: int = 1) -> PublishedResult:
-    return PublishedResult(result=audit.light(result), digest=audit.digest(encode(result)), source=source, line=line)
+    return PublishedResult(result=audit.light(result), digest=audit.digest(encode_record(result)), source=source, line=line)
 
 
 def with_metrics(**metrics: float) -> Callable[[Result], Result]:
@@ -250,7 +250,7 @@ def test_the_order_of_files_decides_nothing(seed: int) -> None:
     entries = [entry(result, number % 2, number + 1) for number, result in enumerate([*three, three[0], against])]
     random.Random(seed).shuffle(entries)
     joined = audit.join(["a", "b"], entries, [])
-    assert {one.digest for one in joined.entries} == {audit.digest(encode(result)) for result in three[:2]}
+    assert {one.digest for one in joined.entries} == {audit.digest(encode_record(result)) for result in three[:2]}
     assert len(joined.refusals) == 2
 
 
@@ -271,7 +271,7 @@ def test_machines_of_one_name_are_told_apart_by_their_hardware_alone() -> None:
 def test_a_source_tells_what_came_of_it() -> None:
     refused = [Refusal(source=0, line=9, why="not a result")]
     (source,) = audit.join(["a"], [entry(sound()), entry(sound(), 0, 2)], refused).sources
-    assert source == audit.Source(
+    assert source == audit.ResultsFile(
         name="a",
         results=1,
         repeated=1,

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from harness.core.errors import StoreError, UsageError
-from harness.core.records import Result, encode
+from harness.core.records import Result, encode_record
 from harness.results import collect, store
 from harness.results.collect import Artifact
 from tests.support import builders
 
-LINE = encode(builders.result()) + b"\n"
+LINE = encode_record(builders.result()) + b"\n"
 
 
 def kept(place: Path, data: bytes = LINE) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from harness.cli.entry import main
 from harness.core.errors import UsageError
 from harness.core.metrics import METRICS
-from harness.core.records import Case, Machine, Outcome, Quality, Result, Tier, Verdict, Workload, encode
+from harness.core.records import Case, Machine, Outcome, Quality, Result, Tier, Verdict, Workload, encode_record
 from harness.report.export import changes
 from harness.results import compare, store
 from harness.results.compare import RULES, Call
@@ -137,7 +137,7 @@ def test_thresholds_that_are_none_are_refused(config: dict[str, Any], said: str)
 
 def write(folder: Path, *results: Result) -> Path:
     folder.mkdir()
-    (folder / store.NAME).write_bytes(b"".join(encode(result) + b"\n" for result in results))
+    (folder / store.NAME).write_bytes(b"".join(encode_record(result) + b"\n" for result in results))
     return folder
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from harness.core.errors import StoreError
-from harness.core.records import SCHEMA, Result, Timeline, encode, to_builtins
+from harness.core.records import SCHEMA, Result, Timeline, encode_record, to_builtins
 from harness.results import store as store_module
 from harness.results.store import NAME, Store, decode, read
 from tests.support import goldens
@@ -126,7 +126,7 @@ def test_two_processes_at_once_lose_nothing(store: Store) -> None:
 def test_after_a_line_that_was_cut_short_the_next_begins_anew(store: Store) -> None:
     store.append(result(run="first"))
     with store.path.open("ab") as file:
-        file.write(encode(result())[:200])
+        file.write(encode_record(result())[:200])
     store.append(result(run="third"))
     results, (problem,) = store.read()
     assert [each.run for each in results] == ["first", "third"]
@@ -134,7 +134,7 @@ def test_after_a_line_that_was_cut_short_the_next_begins_anew(store: Store) -> N
 
 
 def test_a_whole_line_that_lacks_only_its_newline_counts(store: Store) -> None:
-    store.path.write_bytes(encode(result(run="first")))
+    store.path.write_bytes(encode_record(result(run="first")))
     store.append(result(run="second"))
     results, problems = store.read()
     assert ([each.run for each in results], problems) == (["first", "second"], [])
@@ -319,14 +319,14 @@ def test_a_line_takes_no_more_than_was_asked_for() -> None:
     samples = {"token_s": [0.123456789012345678] * 150 * 511, "round_s": [0.123456789012345678] * 150}
     device_map = {f"model.layers.{number}": "gpu:0" for number in range(200)}
     worst = result(of, log_tail="\x1b" * (32 << 10), timeline=timeline, samples=samples, device_map=device_map)
-    assert len(encode(worst)) < store_module.most_bytes(of)
+    assert len(encode_record(worst)) < store_module.most_bytes(of)
 
 
 # What a power loss leaves
 
 
-WHOLE = encode(result(run="whole", why="größer"))
-LOST = encode(result(run="lost", why="größer"))
+WHOLE = encode_record(result(run="whole", why="größer"))
+LOST = encode_record(result(run="lost", why="größer"))
 
 
 def runs_of(store: Store) -> list[str]:
@@ -342,13 +342,13 @@ def test_a_line_cut_at_any_byte_costs_no_other(store: Store) -> None:
         assert len(problems) == (0 < cut < len(LOST)), cut
         with store.path.open("a+b", buffering=0) as file, pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fsync", lambda _: None)
-            store_module._append(file.fileno(), encode(result(run="next")) + b"\n")
+            store_module._append(file.fileno(), encode_record(result(run="next")) + b"\n")
         assert runs_of(store) == ["whole", *["lost"] * is_there, "next"], cut
         assert len(store.read()[1]) == (0 < cut < len(LOST)), cut
 
 
 def test_a_file_cut_at_any_byte_keeps_all_lines_before(store: Store) -> None:
-    data = b"".join(encode(result(run=f"{number}")) + b"\n" for number in range(2))
+    data = b"".join(encode_record(result(run=f"{number}")) + b"\n" for number in range(2))
     ends = [len(data) // 2 * number - 1 for number in (1, 2)]
     store.path.write_bytes(data)
     for cut in reversed(range(len(data))):
@@ -359,7 +359,7 @@ def test_a_file_cut_at_any_byte_keeps_all_lines_before(store: Store) -> None:
 @pytest.mark.parametrize("cut", [1, 10, 300, len(LOST) - 1, len(LOST)])
 def test_a_line_that_was_written_behind_a_cut_one_is_found(store: Store, cut: int) -> None:
     """As a writer that looks for no newline does, or `cat` of two such files."""
-    store.path.write_bytes(LOST[:cut] + WHOLE + b"\n" + encode(result(run="next")))
+    store.path.write_bytes(LOST[:cut] + WHOLE + b"\n" + encode_record(result(run="next")))
     assert runs_of(store) == [*["lost"] * (cut == len(LOST)), "whole", "next"]
     assert [problem.line for problem in store.read()[1]] == [1] * (cut < len(LOST))
 
@@ -410,7 +410,7 @@ def test_no_results_yet_says_how_to_get_them(store: Store) -> None:
         pytest.param(b"\xff\xfe{}", "not a result, set aside: JSON is malformed", id="UTF-16"),
         pytest.param(b"\0" * 512, "not a result, set aside", id="a hole that a crash left"),
         pytest.param(b'{"schema": 1, "id": ' + b"[" * 200_000, "not a result, set aside", id="nested without end"),
-        pytest.param(encode(result())[:-9], "not a result, set aside: Input data was truncated", id="cut short"),
+        pytest.param(encode_record(result())[:-9], "not a result, set aside: Input data was truncated", id="cut short"),
         pytest.param(
             plain(schema=SCHEMA + 1),
             f"has format {SCHEMA + 1}, and this version reads up to {SCHEMA}; update fitmatrix",
@@ -424,7 +424,7 @@ def test_no_results_yet_says_how_to_get_them(store: Store) -> None:
     ],
 )
 def test_a_line_that_is_no_result_is_named_and_the_others_survive(store: Store, line: bytes, said: str) -> None:
-    store.path.write_bytes(b"\n".join([encode(result(run="a")), line, encode(result(run="b")), b""]))
+    store.path.write_bytes(b"\n".join([encode_record(result(run="a")), line, encode_record(result(run="b")), b""]))
     results, (problem,) = store.read()
     assert [each.run for each in results] == ["a", "b"]
     assert problem.line == 2
@@ -435,7 +435,7 @@ def test_a_line_that_is_no_result_is_named_and_the_others_survive(store: Store, 
 
 
 def test_blank_lines_and_foreign_line_ends_are_no_problem(store: Store) -> None:
-    store.path.write_bytes(b"\n" + encode(result(run="a")) + b"\r\n  \n\n" + encode(result(run="b")))
+    store.path.write_bytes(b"\n" + encode_record(result(run="a")) + b"\r\n  \n\n" + encode_record(result(run="b")))
     results, problems = store.read()
     assert ([each.run for each in results], problems) == (["a", "b"], [])
 
@@ -447,7 +447,7 @@ def test_blank_lines_and_foreign_line_ends_are_no_problem(store: Store) -> None:
 @example(b'{"schema": 1, "id": "\\ud800"}')
 def test_no_bytes_make_reading_fail(tmp_path: Path, junk: bytes) -> None:
     path = tmp_path / NAME
-    path.write_bytes(encode(result(run="a")) + b"\n" + junk + b"\n" + encode(result(run="b")))
+    path.write_bytes(encode_record(result(run="a")) + b"\n" + junk + b"\n" + encode_record(result(run="b")))
     results, problems = read(path)
     assert [each.run for each in results] == ["a", "b"]
     assert all(1 < (problem.line or 0) < path.read_bytes().count(b"\n") + 1 for problem in problems)
@@ -473,7 +473,7 @@ def test_nothing_that_a_golden_line_says_is_lost(path: Path) -> None:
         written = msgspec.json.decode(line)
         if written["schema"] == SCHEMA:
             assert_within(written, to_builtins(each))
-        assert decode(encode(each)) == each
+        assert decode(encode_record(each)) == each
 
 
 def assert_within(written: Any, found: Any) -> None:
@@ -525,6 +525,6 @@ def test_old_lines_are_upgraded_on_reading_and_stay_as_they_are(store: Store, mo
 
 
 def test_decoding_one_line_says_what_is_wrong() -> None:
-    assert isinstance(decode(encode(result())), Result)
+    assert isinstance(decode(encode_record(result())), Result)
     with pytest.raises(msgspec.ValidationError):
         decode(plain(case=None))

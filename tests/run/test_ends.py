@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.core.records import Case, Outcome, Plan, Result, Verdict, Workload, encode
+from harness.core.records import Case, Outcome, Plan, Result, Verdict, Workload, encode_record
 from harness.machine import cgroup
 from harness.results.store import decode
 from harness.run import forkserver
@@ -185,7 +185,7 @@ def assert_kept(result: Result) -> None:
     assert result.timeline is not None
     assert result.timeline.ram_bytes
     assert "the end is near" in result.log_tail
-    assert decode(encode(result)) == result
+    assert decode(encode_record(result)) == result
 
 
 def test_the_whole_case_has_a_limit_too(model: Path, context: RunContext) -> None:

@@ -58,7 +58,7 @@ def test_a_name_or_a_reason_moves_no_cursor(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(min_ram, "measure", lambda *_: evil)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     prove_min_ram.tell(evil)
-    prove_min_ram.show([prove(session(9 * GIB), evil.case)])
+    prove_min_ram.show_minimums([prove(session(9 * GIB), evil.case)])
     said = "".join(capsys.readouterr())
     assert "title" in said
     assert not {"\x1b", "\x07"} & set(said)

@@ -12,7 +12,7 @@ import pytest
 from harness.core.errors import UsageError
 from harness.core.options import DEFAULT_MODEL, OPTIONS, Option
 from harness.core.placements import PLACEMENTS
-from harness.core.precisions import DEFAULTS, PRECISIONS
+from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS
 from harness.core.units import GIB
 from harness.run.options import Options, read_config
 
@@ -105,7 +105,7 @@ def test_the_help_tells_the_default(option: Option) -> None:
         "html": "default index.html",
         "baseline": "default none",
         "device-map": "no other unless named",
-        "precision": f"default {' '.join(DEFAULTS)}",
+        "precision": f"default {' '.join(DEFAULT_PRECISIONS)}",
     } | dict.fromkeys(("placement", "vram", "ram"), "default all")
     if not option.switch:
         default = option.default if not isinstance(option.default, float) else f"{option.default:.0f}"

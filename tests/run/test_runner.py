@@ -14,8 +14,8 @@ import psutil
 import pytest
 from msgspec.structs import replace as replaced
 
-from harness.core.precisions import DEFAULTS
-from harness.core.records import Interference, Outcome, Plan, Result, Verdict, Workload, encode
+from harness.core.precisions import DEFAULT_PRECISIONS
+from harness.core.records import Interference, Outcome, Plan, Result, Verdict, Workload, encode_record
 from harness.core.units import GIB, MIB
 from harness.machine import cgroup
 from harness.measure import sampler, system_counters
@@ -144,7 +144,7 @@ def test_an_end_has_its_outcome_and_keeps_what_came_before(bench: Bench, behavio
     assert why in str(result.why)
     assert [phase.name for phase in result.phases] == phases.split()
     assert result.metrics.keys() == metrics
-    assert decode(encode(result)) == result
+    assert decode(encode_record(result)) == result
 
 
 def test_case_that_works_shows_everything(bench: Bench) -> None:
@@ -282,7 +282,7 @@ def test_precision_without_effect_is_told_and_measured_nevertheless(bench: Bench
     assert "decode_tok_s" in result.metrics
 
 
-@pytest.mark.parametrize("precision", DEFAULTS)
+@pytest.mark.parametrize("precision", DEFAULT_PRECISIONS)
 def test_precision_that_took_effect_is_ok(bench: Bench, precision: str) -> None:
     run = bench.start("ok", precision=precision)
     run.load()

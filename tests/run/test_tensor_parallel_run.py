@@ -317,7 +317,7 @@ def test_one_answer_for_all_adds_up_memory_and_keeps_the_first_one_s_times() -> 
         loaded = builders.loaded({"bfloat16": 500}, {f"gpu:{rank}": 508}, {"": f"gpu:{rank}"})
         return LoadDone(seconds={"load_s": 1.0 + rank}, loaded=loaded, phases=[phase])
 
-    done = tensor_parallel.together([answer(0, 1000, 600), answer(1, 900, 500)], doubled_bytes=350)
+    done = tensor_parallel.run_together([answer(0, 1000, 600), answer(1, 900, 500)], doubled_bytes=350)
     assert isinstance(done, LoadDone)
     assert done.seconds == {"load_s": 1.0}
     (phase,) = done.phases
@@ -343,14 +343,14 @@ def test_together_they_hold_no_less_than_the_one_that_holds_most() -> None:
         ]
         return LoadDone(seconds={}, loaded=builders.loaded({"bfloat16": 9}, {"cpu": 9}, {"": "cpu"}), phases=phases)
 
-    done = tensor_parallel.together([answer(0), answer(1)], doubled_bytes=900)
+    done = tensor_parallel.run_together([answer(0), answer(1)], doubled_bytes=900)
     assert isinstance(done, LoadDone)
     assert [phase.ram_peak_bytes for phase in done.phases] == [101, 1101]
 
 
 def test_libraries_are_charged_once() -> None:
     parts = [Confined(file_bytes=30, anon_bytes=100, shared_bytes=1), Confined(file_bytes=31, anon_bytes=90, shared_bytes=2)]
-    assert tensor_parallel.together(parts, 0) == Confined(file_bytes=31, anon_bytes=190, shared_bytes=3)
+    assert tensor_parallel.run_together(parts, 0) == Confined(file_bytes=31, anon_bytes=190, shared_bytes=3)
 
 
 def test_each_is_told_its_part() -> None:

@@ -44,4 +44,6 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Sequence[
     file_format, count = FORMS[form]
     each = -(-len(tensors) // count)
     shards = tuple(tuple(tensors[begin : begin + each]) for begin in range(0, len(tensors), each))
-    return synthetic.write(Synthetic(name="made", config=dict(config), format=file_format, shards=shards), folder, hollow=True)
+    return synthetic.write_synthetic(
+        Synthetic(name="made", config=dict(config), format=file_format, shards=shards), folder, hollow=True
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from harness.core.records import SCHEMA, Result, encode
+from harness.core.records import SCHEMA, Result, encode_record
 from tests.support import builders
 
 DATA = Path(__file__).parents[1] / "data"
@@ -23,7 +23,7 @@ NOW = DATA / "results-now.jsonl"
 def lines() -> bytes:
     """Write a full and a bare result."""
     full = msgspec.convert(_filled(inspect.type_info(Result), "result"), Result)
-    return b"".join(encode(each) + b"\n" for each in (full, builders.result()))
+    return b"".join(encode_record(each) + b"\n" for each in (full, builders.result()))
 
 
 def _filled(kind: inspect.Type, name: str) -> Any:

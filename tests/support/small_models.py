@@ -84,7 +84,7 @@ def save(name: str, folder: Path, **settings: int) -> Skeleton:
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **{**MODELS[name], **settings})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return worker.build(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return worker.build_skeleton(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def write_letters(folder: Path, vocabulary: int) -> None:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
-from harness.measure import sampler
+from harness.measure import system_counters
 from harness.measure.protocol import Generate, Load, Score
 from harness.measure.quality import PROBE
 from harness.planning.code import Destination, loading_code
@@ -89,14 +89,14 @@ def runs_here(precision: str) -> bool:
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if runs_here(name)])
 def test_every_precision_takes_effect_on_the_cpu(tiny: Path, precision: str) -> None:
-    found = work.inspect(load(tiny, precision)[0])
+    found = work.loaded_facts(load(tiny, precision)[0])
     assert set(found.linear_dtype_bytes) == {PRECISIONS[precision].linear_dtype}
     assert found.tier_bytes.keys() == {"cpu"}
     assert found.model_class == "LlamaForCausalLM"
 
 
 def test_tied_weights_count_once(loaded: Model) -> None:
-    total = sum(work.inspect(loaded).dtype_bytes.values())
+    total = sum(work.loaded_facts(loaded).dtype_bytes.values())
     assert total == sum(parameter.numel() for parameter in loaded.module.parameters()) * 4
 
 
@@ -116,13 +116,13 @@ def test_dispatch_times_its_placing(tiny: Path) -> None:
     found, seconds, _ = load(tiny, "bf16", "dispatch")
     assert seconds["weights_s"] > 0
     assert seconds["dispatch_s"] > 0
-    assert set(work.inspect(found).linear_dtype_bytes) == {"bfloat16"}
+    assert set(work.loaded_facts(found).linear_dtype_bytes) == {"bfloat16"}
 
 
 def test_disk_placement_leaves_blocks_on_the_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     embedding, block = VOCABULARY * 64 * 2, 64 * 64 * 2 * 2
-    found = work.inspect(load(tiny, "bf16", "disk", cpu=embedding * 2 + block * 6)[0])
+    found = work.loaded_facts(load(tiny, "bf16", "disk", cpu=embedding * 2 + block * 6)[0])
     assert found.tier_bytes["disk"] > 0
     assert found.tier_bytes["cpu"] > 0
     assert "disk" in found.device_map.values()
@@ -207,7 +207,7 @@ def test_equal_favourites_agree() -> None:
     assert quality_probe._compare(ours, theirs)[0] == 1
 
 
-@pytest.mark.skipif(not sampler.LINUX, reason="pagemap is Linux's")
+@pytest.mark.skipif(not system_counters.LINUX, reason="pagemap is Linux's")
 @pytest.mark.parametrize("refused", [False, True])
 def test_own_leaves_nothing_shared_with_the_parent_or_says_how_much(monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
     if refused:
@@ -253,7 +253,7 @@ def test_a_card_that_holds_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyP
     assert waited == [1]
 
 
-@pytest.mark.skipif(not sampler.LINUX, reason="pagemap is Linux's")
+@pytest.mark.skipif(not system_counters.LINUX, reason="pagemap is Linux's")
 def test_replay_maps_pages_that_were_present() -> None:
     runs = prefault.resident_runs()
     assert sum(length for _, length in runs) > 10 << 20  # torch alone is more

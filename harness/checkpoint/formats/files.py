@@ -15,7 +15,7 @@ from typing import Protocol
 from harness.core.errors import CheckpointError
 
 FIRST_BYTES = 1 << 16
-MOST_BYTES = 4 << 20
+MOST_FILE_BYTES = 4 << 20
 
 DOWNLOAD_AGAIN = "download it again"
 
@@ -134,7 +134,7 @@ class Directory:
 class Cursor:
     """Moves forward through a blob, from `start` to `end`, and holds one window of it at a time.
 
-    The first window has `first` bytes; each later one is twice as large, up to `MOST_BYTES`, so that a header costs few
+    The first window has `first` bytes; each later one is twice as large, up to `MOST_FILE_BYTES`, so that a header costs few
     requests over a network and little more than its own bytes.
     """
 
@@ -217,7 +217,7 @@ class Cursor:
         size = min(max(length, self._window), self._end - start)
         self._data = self.blob.read(start, size)
         self._base, self._at = start, 0
-        self._window = min(self._window * 2, MOST_BYTES)
+        self._window = min(self._window * 2, MOST_FILE_BYTES)
 
 
 def quote(value: object, most: int = 60) -> str:

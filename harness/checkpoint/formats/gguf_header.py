@@ -14,13 +14,13 @@ from harness.checkpoint.formats.safetensors_header import StoredTensor, check_sh
 from harness.core.errors import CheckpointError
 from harness.core.units import format_size
 
-HEADER_BYTES = 24 << 20  # a vocabulary of 260,000 words and 510,000 merges takes 15 MB
-FIRST_BYTES = 1 << 19  # a tokenizer of 50,000 words
-MOST_TENSORS = 100_000
+GGUF_HEADER_BYTES = 24 << 20  # a vocabulary of 260,000 words and 510,000 merges takes 15 MB
+FIRST_GGUF_BYTES = 1 << 19  # a tokenizer of 50,000 words
+MOST_GGUF_TENSORS = 100_000
 MOST_KEYS = 2_000
 MOST_STRINGS = 1_000_000  # of all arrays together
 NAME_BYTES = 1 << 10
-TEXT_BYTES = 1 << 20
+GGUF_TEXT_BYTES = 1 << 20
 KEPT_VALUES = 512
 
 # ggml's number of a type -> (name here, elements in a block, bytes of a block)
@@ -74,10 +74,10 @@ def read_gguf(blob: Blob) -> tuple[dict[str, Any], list[StoredTensor]]:
     Long arrays and arrays of strings (the vocabulary) are given as {"type": ..., "count": ...}.
     """
     check_present(blob)
-    cursor = Cursor(blob, end=HEADER_BYTES, first=FIRST_BYTES)
+    cursor = Cursor(blob, end=GGUF_HEADER_BYTES, first=FIRST_GGUF_BYTES)
     _check_version(blob, cursor)
     tensors, keys = cursor.unpack("<Q"), cursor.unpack("<Q")
-    if tensors > MOST_TENSORS or keys > MOST_KEYS:
+    if tensors > MOST_GGUF_TENSORS or keys > MOST_KEYS:
         raise damaged(blob, f"says it has {tensors} tensors and {keys} keys")
     metadata: dict[str, Any] = {}
     strings = MOST_STRINGS
@@ -115,7 +115,7 @@ def _text(cursor: Cursor, most: int, errors: str = "strict") -> str:
 def _value(cursor: Cursor, key: str, most_strings: int) -> Any:
     kind = cursor.unpack("<I")
     if kind == STRING:
-        return _text(cursor, TEXT_BYTES, "replace")
+        return _text(cursor, GGUF_TEXT_BYTES, "replace")
     if kind == ARRAY:
         return _array(cursor, key, most_strings)
     return _scalars(cursor, key, kind, 1)[0]

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from harness.checkpoint.formats.files import Cursor, damaged, quote
-from harness.checkpoint.formats.safetensors_header import MOST_BYTES, check_shape
+from harness.checkpoint.formats.safetensors_header import MOST_TENSOR_BYTES, check_shape
 from harness.core.dtypes import DTYPE_BITS
 from harness.core.errors import CheckpointError
 
@@ -222,7 +222,7 @@ class Unpickler:
 
 
 def _is_sizes(values: Any) -> bool:
-    return type(values) is tuple and all(type(value) is int and 0 <= value < MOST_BYTES for value in values)
+    return type(values) is tuple and all(type(value) is int and 0 <= value < MOST_TENSOR_BYTES for value in values)
 
 
 STOP = ord(".")

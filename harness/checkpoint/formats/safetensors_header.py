@@ -26,7 +26,7 @@ HEADER_MARKS = 1_500_000
 
 CONFIG_DEPTH = 64
 MOST_DIMENSIONS = 16
-MOST_BYTES = 1 << 60
+MOST_TENSOR_BYTES = 1 << 60
 
 SAFETENSORS_DTYPES: Mapping[str, str] = {
     "BOOL": "bool",
@@ -71,8 +71,10 @@ class StoredTensor(Record, frozen=True, kw_only=True):
 
 class _Entry(msgspec.Struct, frozen=True):
     dtype: str
-    shape: tuple[Annotated[int, msgspec.Meta(ge=0, lt=MOST_BYTES)], ...]
-    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0, lt=MOST_BYTES)], Annotated[int, msgspec.Meta(ge=0, lt=MOST_BYTES)]]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0, lt=MOST_TENSOR_BYTES)], ...]
+    data_offsets: tuple[
+        Annotated[int, msgspec.Meta(ge=0, lt=MOST_TENSOR_BYTES)], Annotated[int, msgspec.Meta(ge=0, lt=MOST_TENSOR_BYTES)]
+    ]
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -84,7 +86,7 @@ _HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENTRY = msgspec.json.Decoder(_Entry)
 
 
-def read_config(blob: Blob) -> dict[str, Any]:
+def parse_config(blob: Blob) -> dict[str, Any]:
     """Read a config.json: an object of bounded size and depth. NaN and Infinity pass, as they do in transformers."""
     data = _read_json(blob, CONFIG_BYTES, CONFIG_MARKS)
     try:
@@ -134,8 +136,8 @@ def read_safetensors(blob: Blob) -> list[StoredTensor]:
 
 def check_shape(blob: Blob, name: str, shape: tuple[int, ...]) -> int:
     """Return the number of elements, else raise CheckpointError: too many dimensions or elements to be real."""
-    elements = math.prod(shape) if len(shape) <= MOST_DIMENSIONS else MOST_BYTES
-    if elements >= MOST_BYTES or max(shape, default=0) >= MOST_BYTES:
+    elements = math.prod(shape) if len(shape) <= MOST_DIMENSIONS else MOST_TENSOR_BYTES
+    if elements >= MOST_TENSOR_BYTES or max(shape, default=0) >= MOST_TENSOR_BYTES:
         raise damaged(blob, f"tensor {quote(name)} has an impossible shape of {len(shape)} dimensions")
     return elements
 

@@ -22,7 +22,7 @@ LATENT = 34  # keys and values of multi-head latent attention are split, expande
 WRITTEN_OUT = 26  # attention that is computed step by step, in the layers of EAGER
 GELU = 8
 ROUTER = 27  # scores, the best of them, sorting tokens by expert and back
-TOKEN = 60  # generate itself: inputs, masks, logits processors, the choice
+TOKEN_LAUNCHES = 60  # generate itself: inputs, masks, logits processors, the choice
 # Positions that enter as a bias of the scores: nothing rotates, and no second embedding says so.
 _BIASED = frozenset(("bloom", "mpt"))
 
@@ -56,7 +56,10 @@ def count(skeleton: Skeleton) -> Operations:
         linears=linears,
         quantizable=quantizable,
         experts=experts,
-        others=others + routers * ROUTER + _layers(skeleton, rotates=embeddings < 2 and skeleton.model_type not in _BIASED) + TOKEN,
+        others=others
+        + routers * ROUTER
+        + _layers(skeleton, rotates=embeddings < 2 and skeleton.model_type not in _BIASED)
+        + TOKEN_LAUNCHES,
     )
 
 

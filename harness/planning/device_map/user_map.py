@@ -101,7 +101,7 @@ def _device(value: object, module: str, path: Path) -> Device:
     raise UsageError(f'--device-map {path}: {module!r} is on {value!r}, which is no device: write "cpu", "disk", 0 or "cuda:0"')
 
 
-def check(device_map: Mapping[str, Device], skeleton: Skeleton, gpus: int, *, model: str) -> None:
+def check_map(device_map: Mapping[str, Device], skeleton: Skeleton, gpus: int, *, model: str) -> None:
     """Check that a map places every tensor of a model, once, on devices that a machine with so many GPUs has.
 
     Raises:

@@ -11,7 +11,7 @@ from harness.results.selection import best_result
 
 
 @dataclass(frozen=True)
-class Answer:
+class PublishedAnswer:
     """What may be used of one model, on one machine, under one pair of limits; `best` is None where nothing works."""
 
     block: Block
@@ -38,14 +38,14 @@ class Answer:
         return _use(self.best) if self.best else _nothing(self.cells)
 
 
-def answers(block: Block) -> Iterator[Answer]:
+def answers(block: Block) -> Iterator[PublishedAnswer]:
     """Answer for each workload and each pair of limits, in the order of the columns."""
     for matrix in block.matrices:
         by_limits: dict[tuple[int | None, int | None], list[Cell]] = {}
         for cell in every(matrix):
             by_limits.setdefault((cell.result.case.vram_bytes, cell.result.case.ram_bytes), []).append(cell)
         for cells in by_limits.values():
-            yield Answer(block, matrix, tuple(cells), best_of(cells))
+            yield PublishedAnswer(block, matrix, tuple(cells), best_of(cells))
 
 
 def every(matrix: Matrix) -> tuple[Cell, ...]:

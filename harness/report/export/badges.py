@@ -19,7 +19,7 @@ from badgepy.precalculated_text_measurer import PrecalculatedTextMeasurer
 from harness.core.records import Result
 from harness.core.text import line, plural
 from harness.core.units import GIB, MIB, significant
-from harness.report.export.answers import Answer, answers, best_of
+from harness.report.export.answers import PublishedAnswer, answers, best_of
 from harness.report.page.view import Anchors, Cell, blocks
 
 
@@ -50,7 +50,7 @@ _SQUARE = 110
 
 def badges(results: Sequence[Result]) -> list[Badge]:
     """Make the badges of all models and sizes; where machines have cards of one size, the newest result's counts."""
-    found: dict[tuple[str, bool, str], tuple[str, Answer, _Size]] = {}
+    found: dict[tuple[str, bool, str], tuple[str, PublishedAnswer, _Size]] = {}
     for block in blocks(results):
         for answer in answers(block):
             if answer.matrix is not block.matrices[0]:  # the page's answer is the first one too
@@ -63,7 +63,7 @@ def badges(results: Sequence[Result]) -> list[Badge]:
     return [_badge(answer, size, newest, anchors) for newest, answer, size in found.values()]
 
 
-def _badge(answer: Answer, size: _Size, newest: str, anchors: Anchors) -> Badge:
+def _badge(answer: PublishedAnswer, size: _Size, newest: str, anchors: Anchors) -> Badge:
     block, (said, colour) = answer.block, _said(answer, size)
     limits = f", limited to {answer.limits}" if answer.limits else ""
     title = f"{block.model} on {block.machine.name}{limits}: {answer.sentence} {newest[:10]}"
@@ -74,7 +74,7 @@ def _badge(answer: Answer, size: _Size, newest: str, anchors: Anchors) -> Badge:
     return Badge(slug, block.model, said, _svg(slug, line(block.model, _MOST_LETTERS), said, title, colour))
 
 
-def _size(answer: Answer) -> _Size:
+def _size(answer: PublishedAnswer) -> _Size:
     gpus = answer.block.machine.gpus
     if not gpus:
         ram = answer.block.machine.tier("cpu")
@@ -95,7 +95,7 @@ def _short(size: int | None) -> str:
     return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {name}"
 
 
-def _said(answer: Answer, size: _Size) -> tuple[str, str]:
+def _said(answer: PublishedAnswer, size: _Size) -> tuple[str, str]:
     """Say what fits, and in which colour."""
     on_cards = [cell for cell in answer.cells if cell.memory and cell.memory.kind == "VRAM"]
     best = best_of(on_cards) if answer.block.machine.gpus else answer.best

@@ -26,7 +26,7 @@ def verdict(comparison: Comparison) -> str:
     return f"{plural(failed, 'failure')} in {compared}" if failed else f"{compared} compared, nothing got worse"
 
 
-def show(comparison: Comparison, everything: bool) -> None:
+def show_changes(comparison: Comparison, everything: bool) -> None:
     """Print failures, then a table of what changed; with `everything` also of what did not."""
     rows = list(_rows(comparison, everything))
     parts: list[Text | Table] = [tables.title(verdict(comparison))]

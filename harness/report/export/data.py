@@ -19,12 +19,12 @@ import harness
 from harness.core.metrics import METRICS
 from harness.core.records import Result, Workload
 from harness.core.text import line
-from harness.report.export.answers import Answer, answers
+from harness.report.export.answers import PublishedAnswer, answers
 from harness.report.page.figures import predictions
 from harness.report.page.view import blocks
 from harness.results import selection
 
-SCHEMA = 1
+EXPORT_SCHEMA = 1
 
 _CASE = ("model", "precision", "placement", "vram_bytes", "ram_bytes", "workload")
 _RESULT = ("weights", "verdict", "outcome", "stage", "why", "metrics", "noisy", "checks", "estimate", "environment", "failed")
@@ -38,7 +38,7 @@ def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
     """
     arranged = blocks(results)
     found = {
-        "schema": SCHEMA,
+        "schema": EXPORT_SCHEMA,
         "fitmatrix": harness.__version__,
         "answers": [_answer(answer) for block in arranged for answer in answers(block)],
         "cases": [_case(result) for result in selection.newest(results)],
@@ -49,7 +49,7 @@ def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
     return json.dumps(plain, indent=2) + "\n"
 
 
-def _answer(answer: Answer) -> dict[str, Any]:
+def _answer(answer: PublishedAnswer) -> dict[str, Any]:
     last = answer.cells[-1].result
     best = answer.best
     memory = best.memory if best else None

@@ -21,7 +21,7 @@ def _html(results: Sequence[Result], problems: Sequence[str]) -> str:
 def _markdown(results: Sequence[Result], problems: Sequence[str]) -> str:
     from harness.report.export import summary
 
-    return summary.render(results, problems)
+    return summary.render_summary(results, problems)
 
 
 def _json(results: Sequence[Result], problems: Sequence[str]) -> str:

@@ -13,15 +13,15 @@ from harness.report.export.markdown import code, escaped, folded, table
 from harness.report.page.view import Block, Cell, Matrix, blocks
 
 # GitHub drops a step's summary of more than 1 MiB; the rest is for whatever else the step says.
-MOST_BYTES = 1_000_000
+MOST_SUMMARY_BYTES = 1_000_000
 _NAME, _REASON, _FACTS = 120, 300, 1000
 _MOST_REASONS = 30
 # Beside the word, so that a wide table is read at a glance.
 _ICONS: Mapping[str, str] = {"works": "✅", "oom": "❌", "timeout": "⏱️", "crash": "💥", "too-big": "❌"}
 
 
-def render(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
-    """Write results as Markdown of less than MOST_BYTES; the end says what was left out."""
+def render_summary(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
+    """Write results as Markdown of less than MOST_SUMMARY_BYTES; the end says what was left out."""
     found = blocks(results)
     parts = ["No results yet. Run `pytest cases/ --model MODEL` to make some.\n"] if not found else []
     if len(found) > 1:
@@ -33,7 +33,7 @@ def render(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
 
 def _bounded(parts: list[str], of_blocks: Mapping[str, list[str]]) -> list[str]:
     """Take parts as long as there is room for them and for the sentence that says what was left out."""
-    left = MOST_BYTES - 1000 - sum(len(part.encode()) + 1 for part in parts)
+    left = MOST_SUMMARY_BYTES - 1000 - sum(len(part.encode()) + 1 for part in parts)
     for done, block in enumerate(of_blocks.values()):
         for part in block:
             left -= len(part.encode()) + 1

@@ -128,7 +128,7 @@ def _absent(result: Result, key: str, value: float | None) -> str:
     return "not recorded in this run"
 
 
-class Memory(msgspec.Struct, frozen=True):
+class MemoryFigure(msgspec.Struct, frozen=True):
     """The peak of a case in one tier, against what a case may use there."""
 
     tier: str
@@ -147,7 +147,7 @@ class Memory(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self.peak, text=number) if same else self.peak
 
 
-def memory(result: Result) -> Memory | None:
+def memory(result: Result) -> MemoryFigure | None:
     """Tell the peak that decides: VRAM where some was used, else RAM; what the plan expects where nothing ran."""
     if result.metrics.get("vram_peak_bytes"):
         return _measured(result, _fullest_gpu(result), "vram_peak_bytes")
@@ -156,7 +156,7 @@ def memory(result: Result) -> Memory | None:
     return None if ran(result) else _expected(result)
 
 
-def _measured(result: Result, tier: str, key: str) -> Memory | None:
+def _measured(result: Result, tier: str, key: str) -> MemoryFigure | None:
     peak, place = metric(result, key), result.machine.tier(tier)
     if not peak.value:
         return None
@@ -170,7 +170,7 @@ def _fullest_gpu(result: Result) -> str:
     return max(peaks)[1] if peaks else next((gpu.name for gpu in result.machine.gpus), "gpu:0")
 
 
-def _expected(result: Result) -> Memory | None:
+def _expected(result: Result) -> MemoryFigure | None:
     tiers = result.estimate.tiers.items() if result.estimate else ()
     limited = [(needed(tier) / tier.capacity_bytes, name, tier) for name, tier in tiers if tier.capacity_bytes]
     if not limited:
@@ -187,13 +187,13 @@ def needed(tier: TierEstimate) -> int:
 
 def _memory(
     tier: str, peak: Figure, size: float, capacity: int | None, *, firm: float | None = None, predicted: bool = False
-) -> Memory:
+) -> MemoryFigure:
     kind = {"cpu": "RAM", "disk": "disk"}.get(tier, "VRAM")
     if not capacity:
-        return Memory(tier, kind, peak, None, None, 0.0, predicted)
+        return MemoryFigure(tier, kind, peak, None, None, 0.0, predicted)
     limit = known("capacity_bytes", "capacity", capacity, units.format_size(capacity))
     bar = charts.bar(size, capacity, firm=firm, predicted=predicted)
-    return Memory(tier, kind, peak, limit, bar, size / capacity, predicted)
+    return MemoryFigure(tier, kind, peak, limit, bar, size / capacity, predicted)
 
 
 class Compared(msgspec.Struct, frozen=True):

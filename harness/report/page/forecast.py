@@ -97,7 +97,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Row:
+class ForecastRow:
     """One case, its memory and its speed against the prediction, and whether the plan was wrong about what fits."""
 
     cell: Cell
@@ -115,9 +115,9 @@ class Row:
 class Forecast:
     """All rows, in numbers for a table, and the farthest off drawn; `ground` lies behind a column of marks, `scale` above it."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ForecastRow, ...]
     numbers: Markup
-    drawn: tuple[tuple[Row, tuple[Markup, Markup]], ...]
+    drawn: tuple[tuple[ForecastRow, tuple[Markup, Markup]], ...]
     ground: Markup
     scale: Markup
     sentence: str
@@ -147,14 +147,14 @@ def forecast(cells: Iterable[Cell]) -> Forecast | None:
     )
 
 
-def _row(cell: Cell) -> Row | None:
+def _row(cell: Cell) -> ForecastRow | None:
     result, wrong = cell.result, surprise(cell.result)
     if not result.estimate or not (result.outcome is Outcome.OK or wrong):
         return None
     expected, at_least = predictions(result.estimate), result.outcome is not Outcome.OK
     memory = _check(_memory(cell), expected, at_least)
     speed = None if at_least else _check(cell.speed, expected)
-    return Row(cell, name(cell), memory, speed, wrong) if memory or speed or wrong else None
+    return ForecastRow(cell, name(cell), memory, speed, wrong) if memory or speed or wrong else None
 
 
 def _memory(cell: Cell) -> Figure:
@@ -182,7 +182,7 @@ def _ends(check: Check) -> tuple[float, float]:
     return low, high
 
 
-def _distance(row: Row) -> tuple[bool, float]:
+def _distance(row: ForecastRow) -> tuple[bool, float]:
     return bool(row.surprise), max((abs(math.log(check.ratio)) for check in row.checks), default=0.0)
 
 
@@ -204,7 +204,7 @@ def _inside(ratio: float, axis: Axis) -> float:
     return axis.at(min(max(ratio, axis.low), axis.high))
 
 
-def _numbers(row: Row) -> str:
+def _numbers(row: ForecastRow) -> str:
     """Write a row of the table: name, then measured, predicted, interval and how far off of memory and of speed."""
     cells = [_cells(check) for check in (row.memory, row.speed)]
     wrong = f' <b class="bad">{row.surprise}</b>' if row.surprise else ""
@@ -229,7 +229,7 @@ def _scale(axis: Axis, ticks: Mapping[float, str]) -> Markup:
     return Markup(f"<svg>{''.join(texts)}</svg>")
 
 
-def _in_words(rows: Sequence[Row]) -> str:
+def _in_words(rows: Sequence[ForecastRow]) -> str:
     wrong = [row.surprise for row in rows]
     kinds = [plural(wrong.count(kind), kind) for kind in ("false fit", "false refusal") if kind in wrong]
     parts = [_held("Memory", [row.memory for row in rows]), _held("Speed", [row.speed for row in rows]), ", ".join(kinds)]

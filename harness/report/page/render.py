@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import hashlib
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import psutil
 from markupsafe import Markup
 
 from harness.core import units
@@ -22,6 +19,7 @@ from harness.core.metrics import METRICS
 from harness.core.records import Result
 from harness.core.redact import clean_text
 from harness.core.text import line, plural, visible
+from harness.machine import atomic
 from harness.report.page import charts, language, view
 from harness.report.page.details import details
 from harness.report.page.figures import surprise
@@ -39,7 +37,7 @@ _BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
 
 
 @dataclass(frozen=True)
-class Facts:
+class PageFacts:
     """What the page says of itself: how much was measured, how often the plan was wrong, what was set aside."""
 
     shown: int
@@ -100,34 +98,20 @@ def write(path: Path, text: str, what: str = "the page", option: str = "--html")
     Raises:
         StoreError: the file cannot be written there.
     """
-    draft = path.parent / f".{path.name}.{os.getpid()}"  # the name may be empty, as that of . is
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_dead_drafts(path)
-        draft.write_text(text, encoding="utf-8", newline="")
-        draft.replace(path)
+        atomic.write_text(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
         raise StoreError(path, f"{what} cannot be written: {error.strerror}. Give another file with {option}") from error
-
-
-def _drop_dead_drafts(path: Path) -> None:
-    """Remove drafts whose writers were killed."""
-    for draft in path.parent.glob(f".{path.name}.*"):
-        pid = draft.name.rpartition(".")[2]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            draft.unlink(missing_ok=True)
 
 
 def _title(found: Sequence[view.Block]) -> str:
     return f"{found[0].model} on {found[0].machine.name}" if len(found) == 1 else "What fits where"
 
 
-def _facts(results: Sequence[Result], problems: Sequence[str]) -> Facts:
+def _facts(results: Sequence[Result], problems: Sequence[str]) -> PageFacts:
     shown = selection.newest(results)
     surprises = [surprise(result) for result in shown]
-    return Facts(
+    return PageFacts(
         shown=len(shown),
         read=len(results),
         runs=len({result.run for result in results}),

@@ -15,7 +15,7 @@ from harness.core.text import line
 from harness.core.units import GIB, format_gib, format_size, significant
 from harness.report.page import labels
 from harness.report.page.axes import Axis, is_drawable, percent, short, text_width, tick_texts
-from harness.report.page.figures import Memory
+from harness.report.page.figures import MemoryFigure
 from harness.report.page.view import Cell
 from harness.results.selection import is_sound
 
@@ -34,7 +34,7 @@ class Point:
     """One case that works: the peak of its memory in bytes, its decode speed in tokens/s, and how its answers are."""
 
     cell: Cell
-    memory: Memory
+    memory: MemoryFigure
     name: str
     size: float
     speed: float

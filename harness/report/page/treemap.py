@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import squarify
 from markupsafe import Markup
 
-from harness.architecture.inspection import KIND_ORDER, Inspection, Run, explain, largest, runs
-from harness.checkpoint.size_breakdown import Part
+from harness.architecture.inspection import KIND_ORDER, BlockRun, Inspection, explain, largest, runs
+from harness.checkpoint.size_breakdown import SizePart
 from harness.core.text import plural, visible
 from harness.core.units import format_count, format_share, format_size
 from harness.report.page.axes import short
 from harness.report.page.render import template
 
-WIDTH, HEIGHT = 1200, 620
+TREEMAP_WIDTH, TREEMAP_HEIGHT = 1200, 620
 # More parts, or more blocks drawn one by one, than these make a page slow and tell nothing.
 MOST_PARTS = 400
 MOST_BLOCKS = 512
@@ -46,7 +46,7 @@ class Box:
         return Box(self.x + gap, self.y + gap + top, self.width - 2 * gap, self.height - 2 * gap - top)
 
 
-def render(inspection: Inspection) -> str:
+def render_treemap(inspection: Inspection) -> str:
     """Render a checkpoint as one page that loads nothing."""
     shown = largest(inspection.parts, MOST_PARTS)
     return template("inspect.html.j2").render(
@@ -61,14 +61,16 @@ def render(inspection: Inspection) -> str:
     )
 
 
-def draw(parts: Sequence[Part], total: int) -> Markup:
+def draw(parts: Sequence[SizePart], total: int) -> Markup:
     """Draw parts as a treemap; `total` bytes are what shares are of."""
     ordered = sorted((run for run in _apart(runs(parts)) if run.bytes), key=lambda run: -run.bytes)
     one_by_one = sum(run.repeats for run in ordered) <= MOST_BLOCKS
-    places = divide([run.bytes for run in ordered], Box(0, 0, WIDTH, HEIGHT))
+    places = divide([run.bytes for run in ordered], Box(0, 0, TREEMAP_WIDTH, TREEMAP_HEIGHT))
     drawn = [piece for run, box in zip(ordered, places, strict=True) for piece in _run(run, box, total, one_by_one)]
     label = f"Treemap of {format_size(total)} in {plural(len(parts), 'part')}; the table below says the same"
-    opening = Markup('<svg class="treemap" role="img" aria-label="{}" viewBox="0 0 {} {}">').format(label, WIDTH, HEIGHT)
+    opening = Markup('<svg class="treemap" role="img" aria-label="{}" viewBox="0 0 {} {}">').format(
+        label, TREEMAP_WIDTH, TREEMAP_HEIGHT
+    )
     return opening + Markup("").join(drawn) + Markup("</svg>")
 
 
@@ -93,16 +95,16 @@ def grid(count: int, box: Box) -> Iterator[Box]:
         y += height
 
 
-def _apart(found: Sequence[Run]) -> Iterator[Run]:
+def _apart(found: Sequence[BlockRun]) -> Iterator[BlockRun]:
     """Give each part outside the blocks a place of its own: nothing holds them together."""
     for run in found:
         if run.block:
             yield run
         else:
-            yield from (Run(block="", repeats=1, parts=(part,)) for part in run.parts)
+            yield from (BlockRun(block="", repeats=1, parts=(part,)) for part in run.parts)
 
 
-def _run(run: Run, box: Box, total: int, one_by_one: bool) -> Iterator[Markup]:
+def _run(run: BlockRun, box: Box, total: int, one_by_one: bool) -> Iterator[Markup]:
     """Draw the frame of a run, and in it its blocks."""
     if not run.block:
         yield from _kinds_of(run, 1, box, "", total)
@@ -121,7 +123,7 @@ def _run(run: Run, box: Box, total: int, one_by_one: bool) -> Iterator[Markup]:
         yield from _kinds_of(run, count, place.inside(1), name, total)
 
 
-def _names(run: Run, count: int) -> list[str]:
+def _names(run: BlockRun, count: int) -> list[str]:
     """Name the blocks of a run that are drawn: "model.layers.7", or the run where it is drawn as one."""
     if count == 1:
         return [run.block]
@@ -130,14 +132,14 @@ def _names(run: Run, count: int) -> list[str]:
     return [f"{prefix}.{number}" for first, _, last in spans for number in range(int(first), int(last or first) + 1)]
 
 
-def _kinds_of(run: Run, count: int, box: Box, name: str, total: int) -> Iterator[Markup]:
+def _kinds_of(run: BlockRun, count: int, box: Box, name: str, total: int) -> Iterator[Markup]:
     """Draw one of `count` equal blocks of a run: a rectangle for each kind of module."""
     ordered = sorted(run.parts, key=lambda part: -part.bytes)
     for part, place in zip(ordered, divide([part.bytes for part in ordered], box), strict=True):
         yield _cell(part, count, place, name, part is ordered[0] and count > 1, total)
 
 
-def _cell(part: Part, count: int, box: Box, name: str, is_numbered: bool, total: int) -> Markup:
+def _cell(part: SizePart, count: int, box: Box, name: str, is_numbered: bool, total: int) -> Markup:
     size = part.bytes / count
     where = f"{visible(name)}: " if name else ""
     title = f"{where}{part.kind}, {format_count(part.parameters // count)} parameters, {format_size(size)}"
@@ -169,7 +171,7 @@ def _fitted(text: str, width: float) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _kinds(parts: Sequence[Part]) -> list[tuple[str, int]]:
+def _kinds(parts: Sequence[SizePart]) -> list[tuple[str, int]]:
     """Add up the bytes by kind, in KIND_ORDER, for the legend."""
     sums = {kind: sum(part.bytes for part in parts if part.kind == kind) for kind in KIND_ORDER}
     return [(kind, size) for kind, size in sums.items() if size]

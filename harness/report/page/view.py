@@ -21,7 +21,7 @@ from harness.report.page.figures import (
     PLANNED,
     STATUSES,
     Figure,
-    Memory,
+    MemoryFigure,
     Status,
     known,
     memory,
@@ -38,7 +38,7 @@ class Cell(msgspec.Struct, frozen=True):
     result: Result
     anchor: str
     status: Status
-    memory: Memory | None
+    memory: MemoryFigure | None
     ready: Figure
     speed: Figure
     quality: str
@@ -97,7 +97,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Place:
+class PagePlace:
     """A tier of a machine as the page shows it."""
 
     name: str
@@ -116,7 +116,7 @@ class Block:
     model: str
     machine: Machine
     matrices: tuple[Matrix, ...]
-    tiers: tuple[Place, ...]
+    tiers: tuple[PagePlace, ...]
     facts: tuple[tuple[str, str], ...]
     synthetic: bool
     history: str
@@ -325,7 +325,7 @@ def _sentence(cells: Sequence[Cell]) -> str:
     return f"None of the {plural(len(cells), 'case')} works here: {', '.join(ends)}."
 
 
-def _place(tier: Tier) -> Place:
+def _place(tier: Tier) -> PagePlace:
     speed = None if tier.bytes_per_s is None else f"{units.format_size(tier.bytes_per_s)}/s"
     figures = (
         _size("total", tier.total_bytes, "unknown"),
@@ -333,7 +333,7 @@ def _place(tier: Tier) -> Place:
         _size("limit", tier.limit_bytes, "no limit"),
         known("", "speed", tier.bytes_per_s, speed) if tier.bytes_per_s and speed else _none("unknown"),
     )
-    return Place(tier.name, tier.model or "", figures)
+    return PagePlace(tier.name, tier.model or "", figures)
 
 
 def _size(label: str, size: int | None, why: str) -> Figure:

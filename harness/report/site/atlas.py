@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from harness.core.records import Workload
 from harness.report.site.needs import Need, Rung, fitting, needs_of, rungs_of
-from harness.report.site.rows import Card, Link, Row, best, current, grouped, rows_of
+from harness.report.site.rows import Card, Row, RowLink, best, current, grouped, rows_of
 from harness.report.site.trends import Trend, trends_of
 from harness.results.audit import PublishedResult
 
@@ -21,7 +21,7 @@ from harness.results.audit import PublishedResult
 class Tally:
     """Rows that belong together, the best of them, and how many work."""
 
-    link: Link
+    link: RowLink
     rows: tuple[Row, ...]
     best: Row | None
     works: int
@@ -33,10 +33,10 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelPage:
     """The page of a model. Its answers are about one workload, that of most results."""
 
-    link: Link
+    link: RowLink
     workload: Workload
     others: int
     synthetic: bool
@@ -73,10 +73,10 @@ class OnCard:
 
     card: Card
     models: tuple[Tally, ...]
-    machines: tuple[Link, ...]
+    machines: tuple[RowLink, ...]
 
     @property
-    def link(self) -> Link:
+    def link(self) -> RowLink:
         return self.card.link
 
     @property
@@ -96,7 +96,7 @@ class OnCard:
 class Atlas:
     """Everything that a site shows; `history` are all results of a machine by its page, also those that newer ones replaced."""
 
-    models: tuple[Model, ...]
+    models: tuple[ModelPage, ...]
     cards: tuple[OnCard, ...]
     machines: tuple[Tally, ...]
     history: Mapping[str, tuple[Row, ...]]
@@ -123,19 +123,19 @@ def of_machine(entries: Sequence[PublishedResult]) -> tuple[Tally, list[Row]]:
     return _tally(rows[0].machine, current(rows)), rows
 
 
-def _by_name(rows: Iterable[Row], link: Callable[[Row], Link]) -> list[list[Row]]:
+def _by_name(rows: Iterable[Row], link: Callable[[Row], RowLink]) -> list[list[Row]]:
     found = grouped(rows, link)
     return [found[key] for key in sorted(found, key=lambda key: (key.name.casefold(), key.page))]
 
 
-def _tally(link: Link, rows: Sequence[Row], need: Need | None = None) -> Tally:
+def _tally(link: RowLink, rows: Sequence[Row], need: Need | None = None) -> Tally:
     return Tally(link, tuple(rows), best(rows), sum(row.works for row in rows), need)
 
 
-def _model(rows: Sequence[Row], history: Sequence[Row]) -> Model:
+def _model(rows: Sequence[Row], history: Sequence[Row]) -> ModelPage:
     ours = _of_most(rows)
     needs = needs_of(ours)
-    return Model(
+    return ModelPage(
         link=rows[0].model,
         workload=ours[0].result.case.workload,
         others=len({row.result.case.workload for row in rows}) - 1,
@@ -155,13 +155,13 @@ def _of_most(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.result.case.workload == workload]
 
 
-def _cards(rows: Iterable[Row], models: Sequence[Model]) -> list[OnCard]:
+def _cards(rows: Iterable[Row], models: Sequence[ModelPage]) -> list[OnCard]:
     found = grouped(((row.card, row) for row in rows if row.card), lambda pair: pair[0].link.page)
     cards = [_on_card(pairs[0][0], [row for _, row in pairs], models) for pairs in found.values()]
     return sorted(cards, key=lambda one: (one.card.size, one.card.name))
 
 
-def _on_card(card: Card, rows: Sequence[Row], models: Sequence[Model]) -> OnCard:
+def _on_card(card: Card, rows: Sequence[Row], models: Sequence[ModelPage]) -> OnCard:
     of_model = grouped(rows, lambda row: row.model.page)
     tallies = [_tally(model.link, of_model.get(model.link.page, ()), fitting(model.needs, card)) for model in models]
     return OnCard(card, tuple(t for t in tallies if t.rows or t.need), tuple(dict.fromkeys(row.machine for row in rows)))

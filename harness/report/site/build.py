@@ -9,7 +9,7 @@
     raw/            each result as a file of its own, which every figure leads to
     provenance.html the files that all of it comes from, and what was refused
 
-Beside each page lies its data, with the ending .json: one object with `schema` (SCHEMA), whose links (`page`, `raw`) are relative
+Beside each page lies its data, with the ending .json: one object with `schema`, whose links (`page`, `raw`) are relative
 to itself, as those of the page are. So a site works from any folder, path and server, and from disk.
 """
 
@@ -30,7 +30,7 @@ import msgspec
 from markupsafe import Markup
 
 from harness.core.errors import StoreError
-from harness.core.records import Result, encode, to_builtins
+from harness.core.records import Result, encode_record, to_builtins
 from harness.core.redact import clean_text
 from harness.report.page import render
 from harness.report.site import atlas
@@ -42,7 +42,7 @@ from harness.results import audit, collect
 from harness.results.audit import Joined, PublishedResult, Refusal
 from harness.results.collect import Artifact
 
-SCHEMA = 1
+SITE_SCHEMA = 1
 MARKER = "fitmatrix-site"
 # All that stands at the root of a site; what else lies there is its owner's.
 NAMES = frozenset(
@@ -91,18 +91,18 @@ def _take(numbered: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[
             if isinstance(result, str):
                 refused.append(Refusal(source=number, line=line, why=clean_text(result)))
                 continue
-            data = encode(result)
+            data = encode_record(result)
             digest = audit.digest(data)
             (folder / f"{digest}.json").write_bytes(data + b"\n")
             entry = PublishedResult(result=audit.light(result), digest=digest, source=number, line=line, cleaned=result is not read)
-            entries.append(encode(entry))
+            entries.append(encode_record(entry))
     except StoreError as error:
         why = str(error).removeprefix(f"{artifact.where}: ")
         refused.append(Refusal(source=number, line=None, why=clean_text(why)))
     return entries, refused
 
 
-def write(joined: Joined, folder: Path, now: datetime) -> int:
+def write_site(joined: Joined, folder: Path, now: datetime) -> int:
     """Write all pages of a site into a folder that `gather` has begun; return how many there are."""
     drawn = atlas.draw(joined.entries)
     (folder / ".nojekyll").touch()  # GitHub's own generator would leave files out
@@ -179,7 +179,7 @@ def _machine_page(digests: Sequence[str], folder: Path) -> None:
 def _write(folder: Path, link: str, html: str, data: Mapping[str, Any]) -> None:
     path = folder / link
     path.write_text(html, encoding="utf-8")
-    path.with_suffix(".json").write_bytes(msgspec.json.encode({"schema": SCHEMA, **data}) + b"\n")
+    path.with_suffix(".json").write_bytes(msgspec.json.encode({"schema": SITE_SCHEMA, **data}) + b"\n")
 
 
 @contextmanager

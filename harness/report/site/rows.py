@@ -13,7 +13,7 @@ from harness.core import units
 from harness.core.placements import PLACEMENTS
 from harness.core.records import Outcome, Result
 from harness.core.units import GIB
-from harness.report.page.figures import Figure, Memory, Status, memory, metric, status
+from harness.report.page.figures import Figure, MemoryFigure, Status, memory, metric, status
 from harness.results import selection
 from harness.results.audit import PublishedResult, identity
 
@@ -47,7 +47,7 @@ def gib(size: int) -> str:
 
 
 @dataclass(frozen=True)
-class Link:
+class RowLink:
     """Something that has a page: its name and the page, seen from the root of the site."""
 
     name: str
@@ -71,8 +71,8 @@ class Card:
         return f"{f'{self.count} × ' if self.count > 1 else ''}{self.model}, {units.format_size(self.size)}"
 
     @property
-    def link(self) -> Link:
-        return Link(self.name, f"cards/{slug(self.name)}.html")
+    def link(self) -> RowLink:
+        return RowLink(self.name, f"cards/{slug(self.name)}.html")
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Row:
     """
 
     entry: PublishedResult
-    model: Link
-    machine: Link
+    model: RowLink
+    machine: RowLink
     card: Card | None
     status: Status
-    memory: Memory | None
+    memory: MemoryFigure | None
     takes: Figure | None
     kind: str
     ready: Figure
@@ -115,10 +115,10 @@ def rows_of(entries: Sequence[PublishedResult]) -> list[Row]:
     return [_row(entry, machines) for entry in entries]
 
 
-def _machine_links(entries: Iterable[PublishedResult]) -> dict[str, Link]:
+def _machine_links(entries: Iterable[PublishedResult]) -> dict[str, RowLink]:
     found = {identity(entry.result.machine): entry.result.machine for entry in entries}
     return {
-        key: Link(
+        key: RowLink(
             machine.name,
             f"machines/{slug(machine.name, key)}.html",
             ", ".join(filter(None, [machine.cpu, units.format_count(machine.cores) + " cores" if machine.cores else None])),
@@ -127,7 +127,7 @@ def _machine_links(entries: Iterable[PublishedResult]) -> dict[str, Link]:
     }
 
 
-def _row(entry: PublishedResult, machines: Mapping[str, Link]) -> Row:
+def _row(entry: PublishedResult, machines: Mapping[str, RowLink]) -> Row:
     result, card = entry.result, card_of(entry.result)
     found = memory(result)
     vram = max(
@@ -136,7 +136,7 @@ def _row(entry: PublishedResult, machines: Mapping[str, Link]) -> Row:
     measured = found.peak if found and not found.predicted else None
     return Row(
         entry=entry,
-        model=Link(result.case.model, f"models/{slug(result.case.model)}.html"),
+        model=RowLink(result.case.model, f"models/{slug(result.case.model)}.html"),
         machine=machines[identity(result.machine)],
         card=card,
         status=status(result),

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.core.records import to_builtins
-from harness.report.site.atlas import Model, OnCard, Tally
+from harness.report.site.atlas import ModelPage, OnCard, Tally
 from harness.report.site.needs import Need, Rung
-from harness.report.site.rows import Link, Row
+from harness.report.site.rows import Row, RowLink
 from harness.report.site.trends import Trend
 from harness.results.audit import Joined
 
@@ -21,7 +21,7 @@ class Data:
 
     up: str
 
-    def link(self, link: Link) -> Plain:
+    def link(self, link: RowLink) -> Plain:
         return {"name": link.name, "page": self.up + link.page}
 
     def result(self, row: Row) -> Plain:
@@ -76,7 +76,7 @@ class Data:
         machine = self.link(trend.row.machine)
         return {"id": trend.row.result.id, "machine": machine, "change": trend.change, "versions": versions}
 
-    def model_line(self, model: Model) -> Plain:
+    def model_line(self, model: ModelPage) -> Plain:
         smallest = model.smallest
         return {
             **self.link(model.link),
@@ -87,7 +87,7 @@ class Data:
             "works": model.works,
         }
 
-    def model(self, model: Model) -> Plain:
+    def model(self, model: ModelPage) -> Plain:
         return {
             "model": model.link.name,
             "workload": to_builtins(model.workload),

@@ -39,7 +39,7 @@ TERMS = (
 )
 
 
-def show(recommendations: Sequence[Recommendation], machine: Machine, load: Workload) -> None:
+def show_plans(recommendations: Sequence[Recommendation], machine: Machine, load: Workload) -> None:
     """Print the machine, and for each model a table, the reasons of what does not fit, and the recommendation."""
     here = any(advice.planner.here for advice in recommendations)
     parts: list[RenderableType] = [tables.said(_machine_line(machine))]
@@ -54,7 +54,7 @@ def show(recommendations: Sequence[Recommendation], machine: Machine, load: Work
     tables.show(*parts)
 
 
-def explain(advice: Recommendation) -> None:
+def explain_plan(advice: Recommendation) -> None:
     """Print every term of the one case of `advice`, with its interval, and the constants that were used."""
     one = advice.plans[0]
     parts: list[RenderableType] = [tables.title(f"{one.case.id}: {_word(one)}"), *([tables.said(one.why)] if one.why else [])]

@@ -89,7 +89,7 @@ def facts(pairs: Iterable[tuple[str, str | Sequence[str]]]) -> Table:
     return made
 
 
-def bar(share: float, width: int, console: Console, colour: str = "") -> Text:
+def text_bar(share: float, width: int, console: Console, colour: str = "") -> Text:
     """Draw `share` of a full bar of `width` letters: blocks on a terminal that has them, # elsewhere.
 
     What is not nothing is at least a mark, the thinnest there is.
