@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused_in_the_words_of_the_plan(
     assert main(["chat", "chatglm-6b", "fp32/cpu"]) == 1
     assert capsys.readouterr().err == f"fitmatrix: chatglm-6b/fp32/cpu: {why}\n"
     assert main(["chat", "chatglm-6b", "int8/direct"]) == 2
-    assert "chatglm-6b/int8/direct cannot be loaded: needs a GPU" in capsys.readouterr().err
+    assert "chatglm-6b/int8/direct cannot be loaded: no NVIDIA GPU detected" in capsys.readouterr().err
 
 
 def test_without_gradio_the_way_out_is_told_before_anything_is_loaded(
