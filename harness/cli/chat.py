@@ -62,11 +62,9 @@ def run(args: argparse.Namespace) -> int:
     )
     chosen = recommendation.best
     if chosen is None:
-        return (
-            _refuse(recommendation.plans[0])
-            if asked
-            else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} says why")
-        )
+        if asked:
+            return _refuse(recommendation.plans[0])
+        return _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} says why")
     _need_tokenizer(recommendation.spec.tokenizer, source.name)
     _need_gradio()
     return _serve(args, chosen.case, port)
