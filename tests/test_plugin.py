@@ -382,9 +382,9 @@ def test_lines_of_cases_stand_in_columns_and_fit_the_terminal(project: Project) 
     assert len(lines) == 4
     done.stdout.fnmatch_lines(
         [
-            "tiny/fp32/direct  ssss  *needs a GPU*",
+            "tiny/fp32/direct  ssss  *no NVIDIA GPU detected*",
             "tiny/fp32/cpu     ....  works  *  intact",
-            "tiny/bf16/direct  ssss  *needs a GPU*",
+            "tiny/bf16/direct  ssss  *no NVIDIA GPU detected*",
             "tiny/bf16/cpu     Msss  out of memory*",
         ],
         consecutive=True,
@@ -444,7 +444,7 @@ def test_a_surprise_fails_its_test_alone(project: Project, behaviour: str, test:
 def test_what_cannot_work_here_is_skipped_with_its_reason_and_has_a_result(project: Project) -> None:
     done = project.run("-rs", placement="direct")
     done.assert_outcomes(skipped=4)
-    done.stdout.fnmatch_lines(["SKIPPED*unavailable: needs a GPU*"])
+    done.stdout.fnmatch_lines(["SKIPPED*unavailable: no NVIDIA GPU detected*"])
     assert project.outcomes == {"fp32": Outcome.SKIPPED}
     done = project.run("-rs", precisions="int4", placement="disk")
     done.stdout.fnmatch_lines(["SKIPPED*invalid: transformers refuses bitsandbytes weights*"])

@@ -1,4 +1,4 @@
-"""A rough skeleton of an architecture nobody knows, from the tensors of its checkpoint and the usual keys of its config.
+"""A rough skeleton of an unknown architecture, from the tensors of its checkpoint and the usual keys of its config.
 
 Which modules are Linear is guessed from shapes and names, the KV cache from the config. What is planned from it has a wider
 interval.
@@ -40,8 +40,8 @@ _GGUF_KEYS = {
 _Tree = dict[str, Any]
 
 
-def sketch(checkpoint: Checkpoint) -> Skeleton:
-    """Draw the module tree that the names of the tensors describe.
+def infer_skeleton(checkpoint: Checkpoint) -> Skeleton:
+    """Infer the module tree that the names of the tensors describe.
 
     Raises:
         CheckpointError: the config, or the metadata of a GGUF, does not give layers, heads and width.
@@ -52,7 +52,7 @@ def sketch(checkpoint: Checkpoint) -> Skeleton:
     width = _first(config, ("head_dim", "kv_channels")) or hidden // heads
     kv_heads = _first(config, _KV_HEADS) or heads
     blocks: list[Block] = []
-    _draw("Model", _tree(checkpoint), blocks)
+    _add_block("Model", _tree(checkpoint), blocks)
     return Skeleton(
         model_class=checkpoint.architecture or "unknown",
         model_type=str(checkpoint.config.get("model_type", "unknown")),
@@ -75,14 +75,14 @@ def _translated(checkpoint: Checkpoint) -> Checkpoint:
     kind = checkpoint.config.get("general.architecture")
     if kind is None:
         return checkpoint
-    said = {key: checkpoint.config.get(f"{kind}.{name}") for name, key in _GGUF_KEYS.items()}
+    values = {key: checkpoint.config.get(f"{kind}.{name}") for name, key in _GGUF_KEYS.items()}
     lacking = [f"{kind}.{name}" for name in list(_GGUF_KEYS)[:3] if type(checkpoint.config.get(f"{kind}.{name}")) is not int]
     if lacking:
         raise CheckpointError(checkpoint.path, f"does not say {' nor '.join(lacking)}: get a GGUF file of a whole model")
     words = checkpoint.config.get("tokenizer.ggml.tokens")
-    if isinstance(words, dict) and said["vocab_size"] is None:
-        said["vocab_size"] = words.get("count")
-    return replace(checkpoint, config={"model_type": kind, **{key: value for key, value in said.items() if type(value) is int}})
+    if isinstance(words, dict) and values["vocab_size"] is None:
+        values["vocab_size"] = words.get("count")
+    return replace(checkpoint, config={"model_type": kind, **{key: value for key, value in values.items() if type(value) is int}})
 
 
 def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -112,10 +112,10 @@ def _tree(checkpoint: Checkpoint) -> _Tree:
     return root
 
 
-def _draw(class_name: str, tree: _Tree, blocks: list[Block]) -> int:
+def _add_block(class_name: str, tree: _Tree, blocks: list[Block]) -> int:
     """Add the block of a module, after those inside it; return its place in `blocks`. Blocks that are alike are one."""
     children = tuple(
-        Child(name=name, block=_draw("Repeated" if _NUMBER.fullmatch(name) else "Module", inside, blocks))
+        Child(name=name, block=_add_block("Repeated" if _NUMBER.fullmatch(name) else "Module", inside, blocks))
         for name, inside in tree.items()
         if name
     )

@@ -1,4 +1,4 @@
-"""What `fitmatrix inspect` tells of a checkpoint: one record for the terminal, the page and --json."""
+"""What `fitmatrix inspect` shows of a checkpoint: one record for the terminal, the page and --json."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from harness.checkpoint.size_breakdown import SizePart, Tie, anatomy, ties
 from harness.core.records import Record
 
 INSPECT_SCHEMA = 1
-# The order in which kinds are told, which is about the order in which a token meets them.
+# The order in which kinds are listed, which is about the order in which a token meets them.
 KIND_ORDER = ("embedding", "attention", "mlp", "norm", "head", "other")
 
 
 class Inspection(Record, frozen=True, kw_only=True):
-    """A checkpoint in figures. `kind` says what was named: catalog, hub, directory or file; `source` where its files are.
-
-    `history` is what became of the model since 2023, of those that this project began with. `notes` say what would hinder loading
-    it, or looks as if files were mixed.
-    """
+    """A checkpoint in figures."""
 
     schema: int = INSPECT_SCHEMA
     name: str
-    kind: str
-    source: str
+    kind: str  #: what was named: catalog, hub, directory or file
+    source: str  #: where its files are
     architecture: str | None
     parameters: int
     bytes: int
@@ -37,8 +33,8 @@ class Inspection(Record, frozen=True, kw_only=True):
     context_length: int | None
     parts: tuple[SizePart, ...]
     ties: tuple[Tie, ...]
-    history: str = ""
-    notes: tuple[str, ...] = ()
+    history: str = ""  #: what became of the model since 2023, of those that this project began with
+    notes: tuple[str, ...] = ()  #: what would hinder loading it, or looks as if files were mixed
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -61,7 +57,7 @@ class BlockRun(Record, frozen=True, kw_only=True):
 def inspect(
     checkpoint: Checkpoint, *, name: str, kind: str, source: str, history: str = "", skeleton: Skeleton | None = None
 ) -> Inspection:
-    """Put together all that is told of a checkpoint; with the skeleton of its config also whether it holds what that asks for."""
+    """Put together all that is shown of a checkpoint; with the skeleton of its config also whether it holds what that asks for."""
     return Inspection(
         name=name,
         kind=kind,

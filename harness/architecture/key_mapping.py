@@ -75,7 +75,7 @@ class Conversion(Renaming, frozen=True, kw_only=True, omit_defaults=True, dict=T
 
 
 def _joined(shapes: Sequence[Shape], along: int) -> Shape | None:
-    """Return the shape of tensors put together along a dimension; None where the others differ."""
+    """Return the shape of tensors put together along a dimension; None if the others differ."""
     others = {(*shape[:along], *shape[along + 1 :]) for shape in shapes}
     if len(others) > 1 or along >= len(shapes[0]):
         return None

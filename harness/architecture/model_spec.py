@@ -39,19 +39,14 @@ _NO_TOKENIZER = "there is no tokenizer beside the weights: prompts are token ids
 
 
 class Gguf(Record, frozen=True, kw_only=True):
-    """What loading a GGUF file depends on.
-
-    `elements` are those of each tensor in the order of the file, in which they are unpacked; `strings` the entries of its
-    vocabulary and merges. `packed_bits` is the mean width of the weights that are stored in blocks, 0 where none is.
-    `unloadable` says why transformers cannot load it.
-    """
+    """What loading a GGUF file depends on."""
 
     file: str
     architecture: str
-    elements: tuple[int, ...]
-    strings: int
-    packed_bits: float
-    unloadable: str | None = None
+    elements: tuple[int, ...]  #: of each tensor in the order of the file, in which they are unpacked
+    strings: int  #: entries of its vocabulary and merges
+    packed_bits: float  #: mean width of the weights that are stored in blocks, 0 if none is
+    unloadable: str | None = None  #: why transformers cannot load it
 
     @property
     def packs(self) -> bool:
@@ -64,7 +59,7 @@ class Gguf(Record, frozen=True, kw_only=True):
         return self.architecture not in GGUF.packed_architectures
 
     def refusal(self, precision: Precision, placement: Placement) -> str | None:
-        """Say why transformers does not load it this way, None if it does."""
+        """Say why transformers does not load it this way; None if it does."""
         if self.unloadable is not None:
             return self.unloadable
         refused = next((GGUF.refusals[trait] for trait in placement.traits if trait in GGUF.refusals), None)
@@ -81,22 +76,17 @@ class Gguf(Record, frozen=True, kw_only=True):
 
 
 class Stored(Record, frozen=True, kw_only=True):
-    """How a model lies on the hub where its config does not tell: a row of `data/stored.toml`.
-
-    `mask` names the boolean causal mask of a layer, `mask_side` squared, that its files hold. `shard_bytes` is the most that one
-    file holds; None where there is one file. `repeats_head`: a tied head is stored nevertheless. `float32` stands in the names of
-    what is stored in that dtype whatever the rest is.
-    """
+    """How a model is stored on the hub, as far as its config does not say: a row of `data/stored.toml`."""
 
     bytes: int
     origin: str
     dtype: str | None = None
     format: str = "safetensors"
-    mask: str | None = None
-    mask_side: int = 0
-    shard_bytes: int | None = None
-    repeats_head: bool = False
-    float32: str | None = None
+    mask: str | None = None  #: name of the boolean causal mask of a layer in its files
+    mask_side: int = 0  #: the mask has this many rows and columns
+    shard_bytes: int | None = None  #: the most bytes in one file; None if there is one file
+    repeats_head: bool = False  #: whether a tied head is stored nevertheless
+    float32: str | None = None  #: part of the names of what is stored in float32 whatever the rest is
 
     @property
     def largest_file(self) -> tuple[str, int]:
@@ -107,42 +97,35 @@ class Stored(Record, frozen=True, kw_only=True):
 
 
 class ModelSpec(Record, frozen=True, kw_only=True):
-    """A model to be planned; `native` says that `harness.models` has its architecture and transformers has not.
-
-    `stored` maps dtypes to bytes in the files. `tensor_bytes` are the stored bytes of a checkpoint that is quantized already and
-    whose headers were read. `repeated` are the paths of tied weights that the files store all the same, `largest_file` is what
-    the largest file is called and its bytes, where that is known. `notes` say what is odd about the files, and what the plan rests
-    on where that is less than a skeleton from transformers. `remote_code` is the code that the files ask for, `has_class` whether
-    transformers has its own for this architecture, and `unknown` why nothing loads it here where neither is so.
-    """
+    """A model to be planned."""
 
     name: str
     source: str
     skeleton: Skeleton
-    stored: dict[str, int]
+    stored: dict[str, int]  #: bytes in the files by dtype
     checkpoint_bytes: int
     context_length: int | None = None
     file_format: str = "safetensors"
     packed: Packed | None = None
-    tensor_bytes: int | None = None
-    repeated: frozenset[str] = frozenset()
-    largest_file: tuple[str, int] | None = None
+    tensor_bytes: int | None = None  #: stored bytes of a checkpoint that is quantized already and whose headers were read
+    repeated: frozenset[str] = frozenset()  #: paths of tied weights that the files store all the same
+    largest_file: tuple[str, int] | None = None  #: what the largest file is called, and its bytes
     tokenizer: bool = True
-    notes: tuple[str, ...] = ()
-    remote_code: tuple[RemoteCode, ...] = ()
-    has_class: bool = True
+    notes: tuple[str, ...] = ()  #: what is odd about the files, and what the plan rests on without a skeleton from transformers
+    remote_code: tuple[RemoteCode, ...] = ()  #: the code that the files ask for
+    has_class: bool = True  #: whether transformers has a class of its own for this architecture
     gguf: Gguf | None = None
-    native: bool = False
-    unknown: str | None = None
+    native: bool = False  #: whether `harness.models` has the architecture, and transformers has not
+    unknown: str | None = None  #: why nothing here loads it
 
     @property
     def gguf_file(self) -> str | None:
-        """The name of the GGUF file, which loaders must be told."""
+        """The name of the GGUF file, which loaders need."""
         return self.gguf.file if self.gguf else None
 
     @property
     def stored_as(self) -> str | None:
-        """How it is quantized already (`quantized.describe`); None where it is not, or is unpacked on loading."""
+        """How it is quantized already (`quantization.describe`); None if it is not, or is unpacked on loading."""
         return GGUF.name if self.gguf else self.packed.title if self.packed and not self.packed.unpacks else None
 
     @property
@@ -272,9 +255,9 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
             return _built(read, is_gguf), None, None
         except UsageError as error:
             why, refused = str(error), error
-    from harness.architecture.inferred_skeleton import sketch
+    from harness.architecture.inferred_skeleton import infer_skeleton
 
-    return sketch(read), f"planned from its tensors, less surely: {why}", refused
+    return infer_skeleton(read), f"planned from its tensors, less surely: {why}", refused
 
 
 def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
@@ -350,8 +333,8 @@ def _published() -> Mapping[str, Stored]:
 
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
     """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
-    held = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
-    return sum(count * _stored_bytes(weight, packed) for weight, count in held)
+    saved = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
+    return sum(count * _stored_bytes(weight, packed) for weight, count in saved)
 
 
 def _stored_bytes(weight: Weight, packed: Packed) -> int:

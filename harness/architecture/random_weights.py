@@ -1,6 +1,6 @@
 """What the tensors of a synthetic checkpoint hold: numbers of sane scale, in pieces of bounded size.
 
-Weights are drawn once, some megabytes, and repeated from place to place: what they are does not matter to memory or speed, as long
+Weights are generated once, some megabytes, and repeated from place to place: their values do not matter to memory or speed, as long
 as nothing overflows. Those of a packed layout have the spread of plain ones once they are unpacked.
 """
 
@@ -73,7 +73,7 @@ def _pool(dtype: str, filling: str) -> memoryview:
 def _packed_pool(holds: Holds, bits: int) -> memoryview:
     """Make the bytes that parts of packed weights are filled from.
 
-    Integers are drawn evenly from all but the lowest that `bits` (4 or 8) can say, so that their mean is 0: from -7 to 7, or from
+    Integers are uniform over all but the lowest that `bits` (4 or 8) can say, so that their mean is 0: from -7 to 7, or from
     -127 to 127. The deviation of n consecutive numbers is sqrt((n^2 - 1) / 12); their scale makes _STD of it.
     """
     import numpy as np

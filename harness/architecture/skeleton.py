@@ -16,17 +16,13 @@ _NUMBER = re.compile(r"\d+")
 
 
 class ParameterSpec(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """One tensor of a block.
-
-    `kind` is parameter, buffer (saved) or unsaved (a buffer that no file holds). `dtype` is set where the model fixes it, whatever
-    it is loaded as. `fp32` says when the model keeps it in float32 on loading: "fp16", or "half" for bfloat16 as well.
-    """
+    """One tensor of a block."""
 
     name: str
     shape: tuple[int, ...]
-    kind: str = "parameter"
-    dtype: str | None = None
-    fp32: str | None = None
+    kind: str = "parameter"  #: parameter, buffer (saved) or unsaved (a buffer that is in no file)
+    dtype: str | None = None  #: if the model fixes it, whatever it is loaded as
+    fp32: str | None = None  #: when loading keeps it in float32: "fp16", or "half" for bfloat16 as well
 
 
 class Child(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -38,32 +34,24 @@ class Child(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Block(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """A module with its own tensors and children, in order.
-
-    `linear` is "linear" (exactly torch's Linear), "conv1d" (GPT-2's, transposed) or None; `exempt` marks one that quantizers leave
-    alone, such as the output embedding.
-    """
+    """A module with its own tensors and children, in order."""
 
     class_name: str
     tensors: tuple[ParameterSpec, ...] = ()
     children: tuple[Child, ...] = ()
-    linear: str | None = None
-    exempt: bool = False
+    linear: str | None = None  #: "linear" (exactly torch's Linear), "conv1d" (GPT-2's, transposed) or None
+    exempt: bool = False  #: whether quantizers leave it alone, as the output embedding
 
 
 class Attention(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """What a layer keeps of a sequence.
-
-    `heads` x (`key_dim` + `value_dim`) elements per token, of at most `window` tokens, and `state` elements once (linear
-    attention). Multi-head latent attention caches its latent; `expanded` is the width per token of the keys and values it
-    computes from that, which other implementations cache instead.
-    """
+    """What a layer keeps of a sequence: `heads` x (`key_dim` + `value_dim`) elements per token."""
 
     heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
-    window: int | None = None
-    state: int = 0
+    window: int | None = None  #: the most tokens that it keeps
+    state: int = 0  #: elements kept once (linear attention)
+    #: Multi-head latent attention caches its latent: the width per token of the keys and values computed from it.
     expanded: int | None = None
 
     @property
@@ -73,7 +61,7 @@ class Attention(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Weight(NamedTuple):
-    """A tensor at its place. `quantizes`: bitsandbytes would hold it in fewer bits. `tied_to` names the weight that it shares."""
+    """A tensor at its place. `quantizes`: bitsandbytes would quantize it. `tied_to` names the weight that it shares."""
 
     path: str
     elements: int
@@ -141,7 +129,7 @@ class Piece(NamedTuple):
     """What no device map splits: a whole block, a module without children, a tensor beside children.
 
     `like` is the first piece of its kind: the same block in the same place but for the numbers in its path, and no weights tied.
-    What is counted of that one holds for all.
+    What is counted of that one is true of all.
     """
 
     path: str

@@ -110,7 +110,7 @@ def at_hand(config: Mapping[str, Any], cache: Path) -> Skeleton | None:
     from importlib.metadata import PackageNotFoundError
 
     try:
-        return shipped(config) or _kept(cache / f"{_name(config)}.json")
+        return shipped(config) or _read_cached(cache / f"{_name(config)}.json")
     except PackageNotFoundError:  # without transformers
         return None
 
@@ -155,7 +155,7 @@ def _version() -> str:
 def _cached(name: str, cache: Path, asked: Mapping[str, Any], what: str) -> Skeleton:
     """Return what is kept under `name`, else what a worker answers, which is put there."""
     kept = cache / f"{name}.json"
-    found = _kept(kept)
+    found = _read_cached(kept)
     if found is not None:
         return found
     text = _run_worker(asked, what)
@@ -166,7 +166,7 @@ def _cached(name: str, cache: Path, asked: Mapping[str, Any], what: str) -> Skel
     return msgspec.json.decode(text, type=Skeleton)
 
 
-def _kept(path: Path) -> Skeleton | None:
+def _read_cached(path: Path) -> Skeleton | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Skeleton)
     except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields

@@ -229,7 +229,7 @@ def _fill(made: Synthetic, build: Path, hollow: bool, report: Report) -> None:
     (build / SYNTHETIC_MARK).write_text(json.dumps({"model": made.name, "key": made.key, "hollow": hollow, "bytes": made.bytes}))
 
 
-def place(made: Synthetic) -> Path:
+def cached_path(made: Synthetic) -> Path:
     """Return where the cache keeps a synthetic checkpoint."""
     return _cached() / f"{_cached_name(made.name)}-{made.key}"
 
@@ -248,16 +248,16 @@ def fetch_synthetic(source: Source, report: Report = silent) -> Path:
     Raises:
         UsageError, CheckpointError: as `describe` and `write`.
     """
-    return keep(describe(source), report)
+    return make_cached(describe(source), report)
 
 
-def keep(made: Synthetic, report: Report = silent) -> Path:
+def make_cached(made: Synthetic, report: Report = silent) -> Path:
     """Return a synthetic checkpoint from the cache; write it if it is not there, once if several runs ask for it.
 
     Raises:
         UsageError: the disk has no room.
     """
-    there = place(made)
+    there = cached_path(made)
     if is_synthetic(there):
         return there
     with _alone(there, report, "FITMATRIX_CACHE"):

@@ -85,10 +85,10 @@ class _Comparison:
         self.arrived: dict[str, list[Held]] = defaultdict(list)
         self.converted: dict[tuple[int, str], dict[int, list[Held]]] = defaultdict(lambda: defaultdict(list))
         self.lost: list[Held] = []
-        for held in _held(read, self.layout):
-            self._place(held)
+        for held in _stored_weights(read, self.layout):
+            self._assign(held)
 
-    def _place(self, held: Held) -> None:
+    def _assign(self, held: Held) -> None:
         naming = self.naming or Naming()
         place = Place(held.name) if held.name in self.wanted else naming.place(held.name, self.wanted)
         if place.name not in self.wanted:
@@ -140,7 +140,7 @@ class _Comparison:
     def _raise_unpacked(self) -> None:
         if self.packed is None or self.layout is None:
             return
-        packed = [held for held in _held(self.read, self.layout) if held.packed]
+        packed = [held for held in _stored_weights(self.read, self.layout) if held.packed]
         if packed:
             self._raise_partless(packed)
         elif not self.packed.method.startswith("bitsandbytes"):  # which packs what it finds
@@ -296,7 +296,7 @@ class _Comparison:
         return CheckpointError(path if path.endswith(f"/{file}") else f"{path}/{file}", what)
 
 
-def _held(read: Checkpoint, layout: Layout | None) -> Iterator[Held]:
+def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[Held]:
     """Gather the parts of packed weights; everything else is itself."""
     packed: dict[str, dict[str, StoredTensor]] = {}
     for tensor in read.tensors:

@@ -24,9 +24,9 @@ SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 def stored_as(source: Source) -> str | None:
-    """Say how a model is quantized already (`quantized.describe`, "gguf" for short), from its config; None where it is not.
+    """Say how a model is quantized already (`quantization.describe`, "gguf" for short), from its config; None if it is not.
 
-    The config is that of the files here, of the catalog, or of the hub; None as well where none can be had. Of MOSS the headers
+    The config is that of the files here, of the catalog, or of the hub; None as well if none can be had. Of MOSS the headers
     tell, where they are here: one published config says 4 bits of weights that have 8.
     """
     from harness.checkpoint.quantization import describe_quantization, tensors_tell
@@ -193,7 +193,7 @@ def _cached_snapshot(hub_id: str) -> Path | None:
 
 
 def _bar(report: Report, step: str) -> Any:
-    """Make a class that huggingface_hub takes for tqdm; it draws nothing and reports the bytes."""
+    """Make a class that huggingface_hub takes for tqdm; it shows nothing and reports the bytes."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):

@@ -30,7 +30,7 @@ from harness.machine.signals import deferred
 
 MANIFEST = "fitmatrix.json"
 
-# Raise it when `worker/convert.py` makes something else of the same wheel.
+# Raise it when `worker/convert_gguf.py` makes something else of the same wheel.
 _CONVERSION = 1
 _ELSEWHERE = "or give --model a directory"
 _UNREACHED = re.compile(r"Retrying \(|ConnectionError|ConnectTimeout|ReadTimeout|NameResolution|ProxyError|SSLError")
@@ -72,7 +72,7 @@ def cache_dir() -> Path:
 
 def find_made(name: str, wheel: Wheel) -> Path | None:
     """Return the checkpoint of `name` if it is here and whole."""
-    place = _place(name)
+    place = _checkpoint_path(name)
     return place if place.exists() and not _damage(place, wheel) else None
 
 
@@ -86,9 +86,9 @@ def make(name: str, wheel: Wheel, report: Report) -> Path:
     if place:
         return place
     try:
-        with locked(_place(name), report):
+        with locked(_checkpoint_path(name), report):
             # Another run may have made it while this one waited.
-            return find_made(name, wheel) or _replace(_place(name), wheel, report)
+            return find_made(name, wheel) or _replace(_checkpoint_path(name), wheel, report)
     except OSError as error:
         raise UsageError(disk_sentence(error, cache_dir(), "FITMATRIX_CACHE")) from error
 
@@ -110,7 +110,7 @@ def disk_sentence(error: OSError, directory: Path, variable: str) -> str:
     return f"cannot use {directory} ({reason}): point {variable} at a directory that you may write to"
 
 
-def _place(name: str) -> Path:
+def _checkpoint_path(name: str) -> Path:
     return cache_dir() / "models" / name
 
 

@@ -52,13 +52,17 @@ def run(args: argparse.Namespace) -> int:
     here = probe.probe()
     places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
     source = resolve.resolve(args.model)
-    advice = advise_on(
+    recommendation = advise_on(
         source, here, load, calibration=constants(None, here), asked=asked, placements=places, trust=args.trust_remote_code
     )
-    chosen = advice.best
+    chosen = recommendation.best
     if chosen is None:
-        return _refuse(advice.plans[0]) if asked else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} shows why")
-    _need_tokenizer(advice.spec.tokenizer, source.name)
+        return (
+            _refuse(recommendation.plans[0])
+            if asked
+            else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} shows why")
+        )
+    _need_tokenizer(recommendation.spec.tokenizer, source.name)
     _need_gradio()
     return _serve(args, chosen.case, host, port)
 

@@ -155,7 +155,7 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
 
 def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
     if args.json:
-        objects = [as_json(advice, machine, load) for advice in recommendations]
+        objects = [as_json(recommendation, machine, load) for recommendation in recommendations]
         output.print_json(objects[0] if len(objects) == 1 else {"schema": PLAN_SCHEMA, "models": objects})
     elif args.code:
         _print_code(recommendations[0])
@@ -166,36 +166,36 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
             plans.explain_plan(recommendations[0])
         else:
             plans.show_plans(recommendations, machine, load)
-    return FITS if all(advice.best for advice in recommendations) else NOTHING_FITS
+    return FITS if all(recommendation.best for recommendation in recommendations) else NOTHING_FITS
 
 
-def _print_code(advice: Recommendation) -> None:
+def _print_code(recommendation: Recommendation) -> None:
     from harness.core.text import line
     from harness.planning import code
 
-    one = advice.plans[0]
+    one = recommendation.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    script = code.script(_head(advice, one), one, advice.spec.gguf_file)
+    script = code.script(_head(recommendation, one), one, recommendation.spec.gguf_file)
     print(script if one.verdict.is_good else f"# {line(str(one.why))}\n{script}", end="")
 
 
-def _head(advice: Recommendation, one: Plan) -> str:
+def _head(recommendation: Recommendation, one: Plan) -> str:
     """Write where the model is. Only the user sees this code, so it may name a directory; results must not."""
     from msgspec.structs import replace
 
     from harness.planning import code
 
-    source = advice.source
+    source = recommendation.source
     named = replace(source, name=source.location) if source.kind == "directory" else source
     return code.code_head(named, one.case.placement)
 
 
-def as_json(advice: Recommendation, machine: Machine, load: Workload) -> dict[str, Any]:
+def as_json(recommendation: Recommendation, machine: Machine, load: Workload) -> dict[str, Any]:
     """Return the object that the contract of the command line describes."""
     from harness.catalog import resolve
 
-    spec = advice.spec
+    spec = recommendation.spec
     return {
         "schema": PLAN_SCHEMA,
         "model": {
@@ -210,12 +210,12 @@ def as_json(advice: Recommendation, machine: Machine, load: Workload) -> dict[st
         },
         "machine": output.machine_json(machine),
         "workload": {key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")},
-        "plans": [_plan_json(advice, one) for one in advice.plans],
-        "recommended": advice.best.case.id if advice.best else None,
+        "plans": [_plan_json(recommendation, one) for one in recommendation.plans],
+        "recommended": recommendation.best.case.id if recommendation.best else None,
     }
 
 
-def _plan_json(advice: Recommendation, one: Plan) -> dict[str, Any]:
+def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
     expected = one.estimate
     spans = {
         key: {end: getattr(getattr(expected, key), end) for end in ("low", "best", "high")} if expected else None
@@ -232,6 +232,6 @@ def _plan_json(advice: Recommendation, one: Plan) -> dict[str, Any]:
         **spans,
         "device_map": one.device_map,
         "max_memory": one.max_memory,
-        "max_context_tokens": advice.planner.max_context(one),
-        "code": _head(advice, one) + one.code if one.code else None,
+        "max_context_tokens": recommendation.planner.max_context(one),
+        "code": _head(recommendation, one) + one.code if one.code else None,
     }

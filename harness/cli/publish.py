@@ -35,16 +35,16 @@ def run(given: argparse.Namespace) -> int:
     from harness.machine import atomic
     from harness.report.site import build
     from harness.results import collect
-    from harness.results.audit import place
+    from harness.results.audit import format_place
 
-    found, now = collect.find(given.places), datetime.now(timezone.utc)
+    found, now = collect.find_artifacts(given.places), datetime.now(timezone.utc)
     if not found:
         raise UsageError(f"{line(' '.join(map(str, given.places)))}: no results.jsonl below; run: pytest cases/ --results DIR")
     try:
         with atomic.replace_directory(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
             joined = build.gather(found, folder, now)
             for refusal in joined.refusals:
-                where = place(found[refusal.source].where, refusal.line)
+                where = format_place(found[refusal.source].where, refusal.line)
                 print(f"fitmatrix: {line(f'{where}: {refusal.why}')}", file=sys.stderr)
             refused = plural(len(joined.refusals), "line") + " refused"
             if not joined.entries:

@@ -44,7 +44,7 @@ def run(given: argparse.Namespace) -> int:
     made = synthetic.describe(source, file_format=given.format, shard_bytes=given.shard)
     with show_progress() as report:
         if given.directory is None:
-            there = synthetic.keep(made, report)
+            there = synthetic.make_cached(made, report)
         else:
             there = synthetic.write_synthetic(made, given.directory, hollow=given.hollow, report=report)
     held = f"{format_size(made.bytes)} of random weights in {len(made.shards)} {made.format} file(s)"

@@ -17,13 +17,13 @@ import msgspec
 from harness.core.records import Estimate, Machine, Outcome, Record, Result
 from harness.data import DATA
 
-# Raised when the seconds of a case are computed in another way (`speed_cost`): what results showed of the old one does not hold.
+# Raised when the seconds of a case are computed in another way (`planning.cost.speed`): ratios found by the old way are void.
 ARITHMETIC = 1
 # A ratio beyond this is another kind of trouble (a busy machine, swapping), not a property of the machine.
 BOUND = 16.0
 # Less than this of what is left of a token beside its bytes says that the bandwidth was underrated, not the processor.
 _FASTEST = 0.25
-# Where less than this share of a token is left beside its bytes, the result tells nothing of the rest.
+# Where less than this share of a token is left beside its bytes, the result says nothing about the rest.
 _TELLING = 0.2
 # A load differs by this much from run to run: one of a tenth of it must not make that of a large model ten times as long.
 _CHANCE_S = 1.0
@@ -85,7 +85,7 @@ class Calibration(Record, frozen=True, kw_only=True):
         return self.constants[name]
 
     def ratio(self, figure: str, device: str, precision: str) -> Ratio | None:
-        """Return the correction of a figure, None where no result gives one."""
+        """Return the correction of a figure; None if no result gives one."""
         return self.ratios.get(f"{figure}/{device}/{precision}")
 
 
@@ -98,8 +98,8 @@ def default() -> Calibration:
 
 
 def _digest(constants: Mapping[str, Constant]) -> str:
-    said = [ARITHMETIC, *((name, constants[name].best) for name in sorted(constants))]
-    return f"{crc32(repr(said).encode()):08x}"
+    parts = [ARITHMETIC, *((name, constants[name].best) for name in sorted(constants))]
+    return f"{crc32(repr(parts).encode()):08x}"
 
 
 def correct(results: Iterable[Result], machine: Machine | None = None, base: Calibration | None = None) -> Calibration:

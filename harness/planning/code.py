@@ -146,7 +146,7 @@ def _device(tier: str) -> str | int:
 def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
     """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
 
-    Needs the plan's `code`. A GGUF file holds its tokenizer. Inputs go to the first GPU of the plan, if any, where
+    Needs the plan's `code`. A GGUF file has its tokenizer inside. Inputs go to the first GPU of the plan, if any, where
     accelerate's hooks take them. CUDA numbers the GPUs as the plan does, which has to be set unless only the first is used.
     """
     workload, numbers, ranks = one.case.workload, gpus(one), _ranks(one)

@@ -16,7 +16,7 @@ from harness.planning.planner import Planner
 _HALF_TOK_S = 3.0
 
 
-def recommend(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
+def choose_best(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
     """Return the best way to load and why: what surely fits, then speed weighed with quality; None if nothing fits."""
     fitting = [one for one in plans if one.verdict is Verdict.FITS] or [one for one in plans if one.verdict is Verdict.TIGHT]
     if not fitting:
@@ -42,7 +42,7 @@ class Recommendation(Record, frozen=True, kw_only=True):
 def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
     """Plan the cases of one model and choose the best."""
     plans = planner.plans(cases)
-    best, reason = recommend(plans) or (None, "nothing fits")
+    best, reason = choose_best(plans) or (None, "nothing fits")
     return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason)
 
 

@@ -37,9 +37,9 @@ class Trained(Record, frozen=True, kw_only=True):
 
 
 class States(Record, frozen=True, kw_only=True):
-    """One way to hold the model's states: where optimiser and parameters lie, and bytes on each GPU and in each node's RAM.
+    """One way to lay out the model's states: where optimizer and parameters lie, and bytes on each GPU and in each node's RAM.
 
-    `init`: parameters are partitioned while the model is made (zero.Init), so that no process ever holds it whole.
+    `init`: parameters are partitioned while the model is made (zero.Init), so that it is never whole in one process.
     """
 
     stage: str
@@ -58,7 +58,7 @@ class Room(Record, frozen=True, kw_only=True):
     cpu_bytes: int | None
 
     def verdict(self, way: States) -> Verdict:
-        """Say whether the states fit; UNKNOWN where only the size that nobody told could hold them."""
+        """Say whether the states fit; UNKNOWN if that depends on a size that is unknown."""
         pairs = ((way.gpu_bytes, self.gpu_bytes), (way.cpu_bytes, self.cpu_bytes))
         if any(most is not None and needed > most for needed, most in pairs):
             return Verdict.TOO_BIG

@@ -42,7 +42,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "top1_agreement": (0, 1 + _CLOSE),
     "kl": (-0.01, math.inf),  # what was measured before the divergence of a rounded reference was never negative
 }
-# What `private.clean` leaves as it is and may hold text.
+# What `redact.clean` leaves as it is and may contain text.
 _NUMBERS = {"schema", "verdict", "outcome", "samples", "phases", "timeline", "estimate", "allowed_s"}
 _KEPT = tuple(name for name in Result.__struct_fields__ if redact.KEPT.fullmatch(name) and name not in _NUMBERS)
 _RAM = ("ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_peak_bytes")
@@ -94,10 +94,10 @@ class Joined(Record, frozen=True, kw_only=True):
 
     def where(self, refusal: Refusal) -> str:
         """Name the place of a refused line: "artifacts/gpu-1/results.jsonl:3"."""
-        return place(self.sources[refusal.source].name, refusal.line)
+        return format_place(self.sources[refusal.source].name, refusal.line)
 
 
-def place(name: str, line: int | None) -> str:
+def format_place(name: str, line: int | None) -> str:
     """Name a line of a file."""
     return name if line is None else f"{name}:{line}"
 
@@ -172,7 +172,7 @@ def join(sources: Sequence[str], entries: Iterable[PublishedResult], refusals: I
 
 def _contradictions(sources: Sequence[str], group: Sequence[PublishedResult]) -> Iterator[Refusal]:
     for entry, other in zip(group, [*group[1:], group[0]], strict=True):
-        where, difference = place(sources[other.source], other.line), _difference(entry.result, other.result)
+        where, difference = format_place(sources[other.source], other.line), _difference(entry.result, other.result)
         why = f"contradicts {where}, the same case of the same run ({quote(entry.result.id)}): {difference}; neither is published"
         yield Refusal(source=entry.source, line=entry.line, why=why)
 
@@ -208,7 +208,7 @@ VERSIONS = ("fitmatrix", "torch", "transformers", "accelerate", "bitsandbytes")
 
 
 def doubt(result: Result, now: datetime) -> str | None:
-    """Say why no run of ours can have written this result; None where nothing contradicts it."""
+    """Say why no run of ours can have written this result; None if nothing contradicts it."""
     return next((said for check in CHECKS for said in check(result, now)), None)
 
 
@@ -219,9 +219,10 @@ def _names(result: Result, _: datetime) -> Iterator[str]:
         yield f"was estimated by constants {quote(result.estimate.constants)}, which is no digest of any"
     if not _FINGERPRINT.fullmatch(result.fingerprint):
         yield f"has fingerprint {quote(result.fingerprint)}, which is none of the files of a model"
-    load = result.case.workload
-    if min(load.prompt_tokens, load.new_tokens, load.batch, load.repeats) < 1:
-        yield f"asks for {load.prompt_tokens} + {load.new_tokens} tokens, batch {load.batch}, {load.repeats} rounds: 1 is the least"
+    asked = result.case.workload
+    if min(asked.prompt_tokens, asked.new_tokens, asked.batch, asked.repeats) < 1:
+        tokens = f"{asked.prompt_tokens} + {asked.new_tokens} tokens"
+        yield f"asks for {tokens}, batch {asked.batch}, {asked.repeats} rounds: 1 is the least"
 
 
 def _dates(result: Result, now: datetime) -> Iterator[str]:
@@ -238,7 +239,7 @@ def _dates(result: Result, now: datetime) -> Iterator[str]:
 
 
 def moment(text: str, form: str = "%Y-%m-%dT%H:%M:%SZ") -> datetime | None:
-    """Read a date as results write it, None where it is none."""
+    """Read a date as results write it; None if it is none."""
     try:
         return datetime.strptime(text, form).replace(tzinfo=timezone.utc)
     except ValueError:
@@ -266,9 +267,9 @@ def _medians(result: Result, _: datetime) -> Iterator[str]:
         if value is None or not values or _close(value, median(values)):
             continue
         if not disturbed:
-            yield f"says {_told(key, value)}, and the median of its {len(values)} samples is {_told(key, median(values))}"
+            yield f"says {_figure(key, value)}, and the median of its {len(values)} samples is {_figure(key, median(values))}"
         elif not _is_median_of_some(value, sorted(values)):
-            yield f"says {_told(key, value)}, which is the median of none of its {len(values)} samples"
+            yield f"says {_figure(key, value)}, which is the median of none of its {len(values)} samples"
 
 
 def _is_median_of_some(value: float, values: Sequence[float]) -> bool:
@@ -287,12 +288,12 @@ def _sums(result: Result, _: datetime) -> Iterator[str]:
     if metrics.keys() >= {"ready_s", "load_s", "first_token_s"}:
         ready = metrics["load_s"] + metrics["first_token_s"]
         if not _close(metrics["ready_s"], ready):
-            yield f"says {_told('ready_s', metrics['ready_s'])}, and load and first token take {_told('ready_s', ready)}"
+            yield f"says {_figure('ready_s', metrics['ready_s'])}, and load and first token take {_figure('ready_s', ready)}"
     speeds, tokens = samples.get("decode_tok_s", []), samples.get("token_s", [])
-    load = result.case.workload
-    if speeds and min(speeds) > 0 and len(tokens) == len(speeds) * (load.new_tokens - 1):
-        took = sum((load.new_tokens - 1) * load.batch / speed for speed in speeds)
-        if not _close(took, sum(tokens) * load.batch):
+    workload = result.case.workload
+    if speeds and min(speeds) > 0 and len(tokens) == len(speeds) * (workload.new_tokens - 1):
+        took = sum((workload.new_tokens - 1) * workload.batch / speed for speed in speeds)
+        if not _close(took, sum(tokens) * workload.batch):
             yield f"has rounds that took {took:.6g} s by their speed and {sum(tokens):.6g} s by their tokens"
     if result.quality and "answers_correct" in metrics:
         right = sum(answer.correct for answer in result.quality.answers)
@@ -310,11 +311,11 @@ def _peaks(result: Result, _: datetime) -> Iterator[str]:
         for key in keys:
             if size is not None and key in result.metrics and result.metrics[key] > size:
                 has = f"has {format_size(size)} of {kind}" if size else "has no GPU"
-                yield f"says {_told(key, result.metrics[key])}, and its machine {has}"
+                yield f"says {_figure(key, result.metrics[key])}, and its machine {has}"
     highest = aggregate.of_phases(result.phases)
     for key in ("ram_peak_bytes", "vram_peak_bytes"):
         if key in highest and key in result.metrics and not _close(highest[key], result.metrics[key]):
-            yield f"says {_told(key, result.metrics[key])}, and the highest of its phases is {_told(key, highest[key])}"
+            yield f"says {_figure(key, result.metrics[key])}, and the highest of its phases is {_figure(key, highest[key])}"
     for tier in result.machine.tiers:
         sizes = (tier.total_bytes, tier.free_bytes, tier.limit_bytes)
         if any(size is not None and size < 0 for size in sizes):
@@ -335,13 +336,13 @@ def _times(result: Result, _: datetime) -> Iterator[str]:
                 yield f"has a {what} that begins at {start} s, before the one ahead of it ended, at {end} s"
     loads = [phase.end_s - phase.start_s for phase in result.phases if phase.name == "load"]
     if loads and "load_s" in result.metrics and result.metrics["load_s"] > sum(loads) + _S:
-        yield f"says {_told('load_s', result.metrics['load_s'])}, and its phase took {sum(loads):.6g} s"
-    drawn = result.timeline
-    if drawn is not None:
-        columns = [drawn.ram_bytes, drawn.ram_anon_bytes, *drawn.vram_bytes.values()]
-        if any(column and len(column) != len(drawn.t_s) for column in columns):
+        yield f"says {_figure('load_s', result.metrics['load_s'])}, and its phase took {sum(loads):.6g} s"
+    timeline = result.timeline
+    if timeline is not None:
+        columns = [timeline.ram_bytes, timeline.ram_anon_bytes, *timeline.vram_bytes.values()]
+        if any(column and len(column) != len(timeline.t_s) for column in columns):
             yield "has a timeline whose columns differ in length"
-        if any(later < earlier for earlier, later in pairwise(drawn.t_s)):
+        if any(later < earlier for earlier, later in pairwise(timeline.t_s)):
             yield "has a timeline that goes back in time"
 
 
@@ -363,5 +364,5 @@ def _close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=_CLOSE, abs_tol=1e-12)
 
 
-def _told(key: str, value: float) -> str:
+def _figure(key: str, value: float) -> str:
     return f"{METRICS[key].label} {format_metric(key, value) if math.isfinite(value) else value}"

@@ -39,7 +39,7 @@ class Artifact(Record, frozen=True, kw_only=True):
         return self.path if self.member is None else f"{self.path}/{self.member}"
 
 
-def find(places: Iterable[Path]) -> list[Artifact]:
+def find_artifacts(places: Iterable[Path]) -> list[Artifact]:
     """Return all files of results that are meant: a file itself, and each `results.jsonl` below a directory or in an archive.
 
     Links to directories are not followed. A file that several places lead to is there once.

@@ -128,9 +128,9 @@ def _newest(results: Iterable[Result]) -> dict[str, Result]:
 
 
 def _name(result: Result) -> str:
-    load = result.case.workload
+    workload = result.case.workload
     synthetic = "" if result.weights == "real" else f" {result.weights}"
-    return f"{result.id} {load.prompt_tokens}+{load.new_tokens}x{load.batch}{synthetic}"
+    return f"{result.id} {workload.prompt_tokens}+{workload.new_tokens}x{workload.batch}{synthetic}"
 
 
 def _pair(name: str, before: Result | None, after: Result | None, limits: Mapping[str, float]) -> Pair:
@@ -155,10 +155,10 @@ def _ends(before: Result, after: Result) -> tuple[str | None, bool]:
     if before.outcome is Outcome.OK:
         if after.outcome is Outcome.SKIPPED and after.verdict.value == "unavailable":
             return f"worked, and cannot be tried here now: {after.why}", False
-        return f"worked, and now {_said(after)}", True
+        return f"worked, and now {_format_end(after)}", True
     if after.outcome is Outcome.OK:
-        return f"works now; before: {_said(before)}", False
-    return f"{_said(after)}; before: {_said(before)}", False
+        return f"works now; before: {_format_end(before)}", False
+    return f"{_format_end(after)}; before: {_format_end(before)}", False
 
 
 def _answers(before: Result, after: Result) -> tuple[str | None, bool]:
@@ -169,7 +169,7 @@ def _answers(before: Result, after: Result) -> tuple[str | None, bool]:
     return f"answers were {old.verdict}, and now are {new.verdict}: {new.why}", new.verdict == "broken"
 
 
-def _said(result: Result) -> str:
+def _format_end(result: Result) -> str:
     return f"{result.outcome.value}: {result.why}" if result.why else result.outcome.value
 
 

@@ -153,8 +153,8 @@ def _sync(folder: Path) -> None:
 
 def most_bytes(case: Case) -> int:
     """Return what the line of a case takes at most: a constant, and one sample a token and a round, of which noise adds some."""
-    load = case.workload
-    return _LINE_BYTES + _SAMPLE_BYTES * load.most_rounds * (load.new_tokens + 4)
+    workload = case.workload
+    return _LINE_BYTES + _SAMPLE_BYTES * workload.most_rounds * (workload.new_tokens + 4)
 
 
 def check_room(folder: Path, need_bytes: int, what: str, option: str) -> None:

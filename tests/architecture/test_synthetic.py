@@ -187,7 +187,7 @@ def test_what_the_cache_holds_of_a_model_goes_whatever_its_format(
     monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
     small_models.save("llama", tmp_path / "real")
     source = resolve.resolve(str(tmp_path / "real"))
-    twins = [synthetic.keep(synthetic.describe(source, file_format=file_format)) for file_format in ("safetensors", "bin")]
+    twins = [synthetic.make_cached(synthetic.describe(source, file_format=file_format)) for file_format in ("safetensors", "bin")]
     other = twins[0].rename(twins[0].with_name(twins[0].name.replace("real-", "real-too-")))
     synthetic.fetch_synthetic(source)
     assert main(["synth", str(tmp_path / "real"), "--remove"]) == 0

@@ -26,7 +26,7 @@ from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.planner import Planner
-from harness.planning.recommend import recommend
+from harness.planning.recommend import choose_best
 from tests.support.builders import weight_bytes
 from tests.support.checkpoint_files import write_safetensors
 
@@ -200,7 +200,7 @@ def test_bitsandbytes_is_too_big_where_auto_would_spill() -> None:
     assert "weights would lie on cpu" in plan.why
 
 
-def test_what_nobody_told_is_not_guessed() -> None:
+def test_an_unknown_size_is_not_guessed() -> None:
     unknown = planner(machine=profile(["12GiB"]))
     assert unknown.plan(case("int8/direct")).verdict is Verdict.FITS
     plan = unknown.plan(case("int8/cpu"))
@@ -215,14 +215,14 @@ def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
 
 def test_the_recommendation_fits_and_says_why() -> None:
     everything = [case(f"{precision}/{placement}") for precision in PRECISIONS for placement in PLACEMENTS]
-    best = recommend(planner().plans(everything))
+    best = choose_best(planner().plans(everything))
     assert best is not None
     assert best[0].case.id == "chatglm-6b/int8/direct"
     assert "times as fast as" in best[1]
-    roomy = recommend(planner(machine=profile(["A100 80GB"], ram=64 * GIB)).plans(everything))
+    roomy = choose_best(planner(machine=profile(["A100 80GB"], ram=64 * GIB)).plans(everything))
     assert roomy is not None
     assert roomy[0].case.id == "chatglm-6b/bf16/direct"
-    assert recommend(planner(machine=profile(["1GiB"], ram=GIB)).plans(everything)) is None
+    assert choose_best(planner(machine=profile(["1GiB"], ram=GIB)).plans(everything)) is None
 
 
 def test_the_largest_context_is_where_it_stops_to_fit() -> None:

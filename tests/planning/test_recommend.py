@@ -23,7 +23,7 @@ from harness.measure.protocol import Load
 from harness.planning.code import Destination, loading_code
 from harness.planning.device_map.infer import device_of
 from harness.planning.planner import Planner
-from harness.planning.recommend import recommend
+from harness.planning.recommend import choose_best
 from harness.worker import model as work
 from tests.support import small_models
 from tests.support.builders import case, loaded, machine
@@ -58,7 +58,7 @@ def test_the_worst_case_fits_on_every_gpu(name: str, sizes: list[str]) -> None:
 def test_it_is_chosen_where_it_is_better_and_says_why() -> None:
     plans = planned("qwen2.5-7b-instruct", cards("12GiB", "8GiB"))
     assert (plans["auto"].verdict, plans["recommended"].verdict) == (Verdict.TIGHT, Verdict.FITS)
-    best = recommend(plans.values())
+    best = choose_best(plans.values())
     assert best is not None
     assert best[0].case.placement == "recommended"
     assert "auto, told to leave the same room for inference, has" in best[1]
@@ -76,7 +76,7 @@ def test_it_fits_where_auto_does_not() -> None:
 def test_where_it_is_no_better_the_plain_way_is_chosen() -> None:
     plans = planned("qwen2.5-7b-instruct", cards("24GiB"))
     assert plans["recommended"].device_map == plans["direct"].device_map == {"": "gpu:0"}
-    best = recommend(plans.values())
+    best = choose_best(plans.values())
     assert best is not None
     assert best[0].case.placement == "direct"
 

@@ -33,7 +33,7 @@ def archive(place: Path, **members: bytes) -> Path:
 
 
 def names(*places: Path) -> list[str]:
-    return [artifact.name for artifact in collect.find(places)]
+    return [artifact.name for artifact in collect.find_artifacts(places)]
 
 
 def test_files_directories_and_archives_are_found_below_any_depth(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_what_others_read_tells_no_directory_of_the_user(tmp_path: Path, monkeyp
 
 def test_a_place_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such file or directory; name directories"):
-        collect.find([tmp_path / "none"])
+        collect.find_artifacts([tmp_path / "none"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
@@ -83,7 +83,7 @@ def test_a_link_to_nothing_is_left_out(tmp_path: Path) -> None:
 
 def test_lines_have_their_numbers_whole_or_not(tmp_path: Path) -> None:
     file = kept(tmp_path / "results.jsonl", LINE + b"\n" + LINE[:40] + b"\n" + LINE[:40] + LINE + LINE.rstrip())
-    (artifact,) = collect.find([file])
+    (artifact,) = collect.find_artifacts([file])
     read = [(number, type(one)) for number, one in collect.read(artifact)]
     assert read == [(1, Result), (3, str), (4, Result), (4, str), (5, Result)]
 
@@ -91,7 +91,7 @@ def test_lines_have_their_numbers_whole_or_not(tmp_path: Path) -> None:
 def test_what_is_read_is_what_the_store_reads(tmp_path: Path) -> None:
     kept(tmp_path / "results.jsonl", LINE + b"{}\n" + LINE[:50] + LINE)
     results, problems = store.read(tmp_path / "results.jsonl")
-    (artifact,) = collect.find([tmp_path])
+    (artifact,) = collect.find_artifacts([tmp_path])
     read = list(collect.read(artifact))
     assert [one for _, one in read if isinstance(one, Result)] == results
     assert [(number, said) for number, said in read if isinstance(said, str)] == [
@@ -101,7 +101,7 @@ def test_what_is_read_is_what_the_store_reads(tmp_path: Path) -> None:
 
 def test_an_archive_is_read_without_being_unpacked(tmp_path: Path) -> None:
     place = archive(tmp_path / "a.zip", **{"x/results.jsonl": LINE * 3})
-    (artifact,) = collect.find([place])
+    (artifact,) = collect.find_artifacts([place])
     assert artifact.where == f"{place}/x/results.jsonl"
     assert [number for number, _ in collect.read(artifact)] == [1, 2, 3]
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
@@ -109,7 +109,7 @@ def test_an_archive_is_read_without_being_unpacked(tmp_path: Path) -> None:
 
 def test_a_name_in_an_archive_leads_nowhere(tmp_path: Path) -> None:
     place = archive(tmp_path / "in/a.zip", **{"../../results.jsonl": LINE, "/etc/results.jsonl": LINE})
-    assert [len(list(collect.read(artifact))) for artifact in collect.find([place])] == [1, 1]
+    assert [len(list(collect.read(artifact))) for artifact in collect.find_artifacts([place])] == [1, 1]
     assert not (tmp_path / "results.jsonl").exists()
 
 
@@ -117,7 +117,7 @@ def test_a_name_in_an_archive_leads_nowhere(tmp_path: Path) -> None:
 def test_a_damaged_archive_is_one_sentence(tmp_path: Path, data: bytes) -> None:
     kept(tmp_path / "results.jsonl")
     kept(tmp_path / "a.zip", data)
-    good, bad = sorted(collect.find([tmp_path]), key=lambda artifact: artifact.damage)
+    good, bad = sorted(collect.find_artifacts([tmp_path]), key=lambda artifact: artifact.damage)
     assert len(list(collect.read(good))) == 1
     with pytest.raises(StoreError, match=r"a\.zip: ") as error:
         list(collect.read(bad))
@@ -129,13 +129,13 @@ def test_damage_inside_an_archive_is_one_sentence(tmp_path: Path) -> None:
     data = bytearray(place.read_bytes())
     data[60:90] = bytes(30)
     place.write_bytes(data)
-    (artifact,) = collect.find([place])
+    (artifact,) = collect.find_artifacts([place])
     with pytest.raises(StoreError, match="cannot be unpacked"):
         list(collect.read(artifact))
 
 
 def test_what_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (artifact,) = collect.find([archive(tmp_path / "a.zip", **{"results.jsonl": LINE * 50})])
+    (artifact,) = collect.find_artifacts([archive(tmp_path / "a.zip", **{"results.jsonl": LINE * 50})])
     monkeypatch.setattr(collect, "_MEMBER_BYTES", len(LINE) * 49)
     with pytest.raises(StoreError, match=r"unpacks to .*: more than any results"):
         list(collect.read(artifact))
@@ -144,7 +144,7 @@ def test_what_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_an_endless_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect, "_LINE_BYTES", len(LINE) + 1)
     file = kept(tmp_path / "results.jsonl", LINE + b"x" * 2 * len(LINE) + b"\n" + LINE)
-    read = list(collect.read(collect.find([file])[0]))
+    read = list(collect.read(collect.find_artifacts([file])[0]))
     assert [(number, type(one)) for number, one in read] == [(1, Result), (2, str)]
     assert "is longer than" in str(read[1][1])
 

@@ -222,7 +222,7 @@ def test_a_case_that_ends_badly_does_not_end_the_run(make: Make, tmp_path: Path)
     ("precision", "placement", "verdict", "outcome", "why"),
     [
         ("int4", "disk", Verdict.INVALID, Outcome.UNSUPPORTED, "transformers refuses bitsandbytes weights"),
-        ("bf16", "direct", Verdict.UNAVAILABLE, Outcome.SKIPPED, "needs a GPU"),
+        ("bf16", "direct", Verdict.UNAVAILABLE, Outcome.SKIPPED, "no NVIDIA GPU detected"),
     ],
 )
 def test_case_that_cannot_run_here_has_a_result_that_says_why(

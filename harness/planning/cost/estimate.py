@@ -4,7 +4,7 @@ What a term means:
 
 - weights: bytes in memory, tensor by tensor, where the device map puts them (`memory.module_bytes`)
 - KV cache: at the end of the workload, where the layers run
-- activations: the most that a forward pass holds beside the two
+- activations: the most that a forward pass takes beside the two
 - overhead: the process itself: CUDA context and what the allocator keeps; in the RAM the imports, the tokenizer, the heap
 - load peak: the most while loading; in the RAM the pages of the file count where copies are made from them
 """
@@ -41,7 +41,7 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFo
 def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
     """Return bits per quantized weight, scales and zeros included, and whether stacked experts are quantized as well.
 
-    From the headers where they were read: the experts are if the files are too small to hold them in 16 bits. Else from the scheme.
+    From the headers if they were read: the experts are if the files are too small for them in 16 bits. Else from the scheme.
     """
     packed = spec.packed
     assert packed is not None

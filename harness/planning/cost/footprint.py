@@ -199,7 +199,7 @@ class Footprint:
     def _kept_mapped(self, beyond: float) -> Bytes:
         """Return how much of the files, read for other tiers or to compare, stays mapped beside the weights in the RAM.
 
-        All of it where there is one file. Of several those go that hold nothing else, and the one that is shared keeps at most all
+        All of it if there is one file. Of several those go that hold nothing else, and the one that is shared keeps at most all
         of its pages, which no token reads: the kernel drops them first.
         """
         largest = self.spec.largest_file
@@ -212,7 +212,7 @@ class Footprint:
 
     @cached_property
     def _copies_brought(self) -> bool:
-        """Whether the RAM holds copies of what comes from the disk for each token.
+        """Whether the RAM keeps copies of what comes from the disk for each token.
 
         accelerate's own dispatch copies what it wrote, for a GPU as well. transformers maps a safetensors file as it is held, or
         casts what it left in the checkpoint: on the GPU if there is one.
@@ -232,7 +232,7 @@ class Footprint:
         return self.loading.rewrites and self.spec.file_format == "bin"
 
     def _read_whole(self, here: TensorTotals, elsewhere: float, runs: float, brought: int) -> TierTerms:
-        """Return the terms of the RAM where a file is there whole, until what others hold of it and what was cast has gone."""
+        """Return the terms of the RAM while a file is there whole, until what went elsewhere and what was cast is freed."""
         largest = self.spec.largest_file
         gone = elsewhere + here.made_from + here.twice
         return TierTerms(

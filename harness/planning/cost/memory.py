@@ -15,7 +15,7 @@ _EAGER = ("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss
 EAGER = frozenset((*_EAGER, *(name for name, family in FAMILIES.items() if family.eager_attention)))
 # Classes derived from torch's Linear: some quantizers take them for one, others take exactly Linear.
 DERIVED_LINEARS = frozenset(("FalconLinear",))
-# What GELU's formula in Python holds at once beside its input, in widths of the MLP: gelu_new of these classes.
+# What GELU's formula in Python keeps at once beside its input, in widths of the MLP: gelu_new of these classes.
 _PLAIN_GELU = ("codegen", "gptj", "gpt2", "gpt_neo", "phi")
 PLAIN_GELU = frozenset((*_PLAIN_GELU, *(name for name, family in FAMILIES.items() if family.plain_gelu)))
 
@@ -92,10 +92,10 @@ def _elements(kind: Attention, tokens: int) -> int:
 
 
 class Prefill:
-    """What a forward pass over the prompt holds beside weights and cache; what does not depend on the workload is counted once.
+    """What a forward pass over the prompt takes beside weights and cache; what does not depend on the workload is counted once.
 
-    A layer peaks in its MLP: input, residual, norm and output (4 x hidden), and what gate, up and their product hold (3 x
-    intermediate; without a gate 2 x, or more where GELU is written out). Eager attention holds all its scores, which may be more.
+    A layer peaks in its MLP: input, residual, norm and output (4 x hidden), and what gate, up and their product take (3 x
+    intermediate; without a gate 2 x, or more where GELU is written out). Eager attention keeps all its scores, which may be more.
     """
 
     def __init__(self, skeleton: Skeleton, fmt: WeightFormat, device: str) -> None:
@@ -112,7 +112,7 @@ class Prefill:
         self.unpacking = UNPACKINGS[fmt.unpacking] if fmt.unpacking else None
 
     def bytes(self, workload: Workload) -> int:
-        """Return the most that a pass holds at once."""
+        """Return the most bytes that a pass takes at once."""
         tokens = workload.batch * workload.prompt_tokens
         inputs = tokens * 4 * self.hidden * self.element
         layer = inputs + tokens * self.inner * self.element
@@ -121,7 +121,7 @@ class Prefill:
         return max(layer + self.unpacked(tokens) + tokens * self.per_token, self.logits(workload))
 
     def unpacked(self, tokens: int) -> int:
-        """Return what a Linear is unpacked to that is held packed."""
+        """Return the bytes that a packed Linear is unpacked to."""
         if self.unpacking is not None:
             return self.unpacking.temporary_bytes(self.largest, self.device, tokens)
         return self.largest * self.element if self.whole else 0

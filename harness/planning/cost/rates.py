@@ -29,7 +29,7 @@ class Rates:
         self.work, self.machine, self.calibration, self.pick = work, machine, calibration, pick
         self.gpu = next((tier for tier in machine.gpus if tier.name in work.read), None)
 
-    def kept(self) -> float:
+    def kept_bytes(self) -> float:
         """Return the bytes that a page cache which is too small keeps from token to token: none if a limit makes it too small."""
         cpu = self.machine.tier("cpu")
         limited = cpu is not None and cpu.limit_bytes is not None and cpu.capacity_bytes == cpu.limit_bytes

@@ -134,10 +134,10 @@ class _Timing:
         return self._moved() if is_measured and not self.gpu else 0.0
 
     def _moved(self, first: bool = False) -> float:
-        """Bring what a token reads. A page cache that does not hold all of it drops first what comes next, and keeps little."""
+        """Bring what a token reads. A page cache that is too small for all of it drops first what comes next, and keeps little."""
         read = dict(self.work.read)
         if "disk" in read and not self.rates.stays_cached():
             mapped = min(self.work.mapped, read.get("cpu", 0.0))
-            anew = max(0.0, read["disk"] + mapped - (0.0 if first else self.rates.kept()))
+            anew = max(0.0, read["disk"] + mapped - (0.0 if first else self.rates.kept_bytes()))
             read |= {"disk": anew, "cpu": read.get("cpu", 0.0) + read["disk"] - anew}
         return sum(size / self.rates.path(name) for name, size in read.items() if size)

@@ -1,7 +1,7 @@
-"""Tensor parallelism: which models transformers can share among processes, a GPU for each, and what each of them then holds.
+"""Tensor parallelism: which models transformers can share among processes, a GPU for each, and what lies in each of them.
 
 transformers 5.23 shares by a plan that an architecture's config has (`base_model_tp_plan`): with tp_plan="auto" every matrix is
-cut evenly, embedding and head too, and what is no matrix is held by each process whole. Some matrices stay whole as well: those of
+cut evenly, embedding and head too, and everything else is whole in each process. Some matrices stay whole as well: those of
 WHOLE, and a few small ones (routers, latent projections) which here count as cut.
 """
 
@@ -31,7 +31,7 @@ SHARED = frozenset(_NAMES.split())
 ROWWISE = frozenset(("o_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "c_proj", "dt_proj"))
 
 
-# Modules that each process holds whole, by model_type, as loading tiny models of them shows. Others may have some too.
+# Modules that are whole in each process, by model_type, as loading tiny models of them shows. Others may have some too.
 _ATTENTION = "self_attn"
 WHOLE: Mapping[str, frozenset[str]] = {
     "gpt_neox": frozenset(("embed_in",)),
@@ -41,7 +41,7 @@ WHOLE: Mapping[str, frozenset[str]] = {
 
 
 def refusal(skeleton: Skeleton, ranks: int, among: str = "GPUs") -> str | None:
-    """Say why transformers does not share a model among so many GPUs (or processes, as `among` says), None if it does."""
+    """Say why transformers does not share a model among `ranks` GPUs (or processes, as `among` says); None if it does."""
     if skeleton.model_type not in SHARED:
         return f"transformers has no plan to share {skeleton.model_class} among {among} (no base_model_tp_plan in its config)"
     heads = {skeleton.heads, *(kind.heads for kind in skeleton.attention if kind.expanded is None)} - {0}
@@ -52,7 +52,7 @@ def refusal(skeleton: Skeleton, ranks: int, among: str = "GPUs") -> str | None:
 
 
 def is_cut(weight: Weight, skeleton: Skeleton) -> bool:
-    """Say whether each process holds a part of a tensor; of the others it holds all."""
+    """Say whether a tensor is cut among processes rather than whole in each."""
     whole = WHOLE.get(skeleton.model_type, frozenset())
     return weight.tensor.kind == "parameter" and len(weight.tensor.shape) > 1 and whole.isdisjoint(weight.path.split("."))
 

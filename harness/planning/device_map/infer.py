@@ -213,7 +213,7 @@ class _Pour:
         alone = self.used[device] + self.sizes[item.path]
         together = alone + sum(self.sizes[partner.path] for partner in partners)
         if together <= limit:
-            self._place([item, *partners], device, together)
+            self._assign([item, *partners], device, together)
         elif alone <= limit and self._split_one(partners):
             self.queue.insert(0, item)
         elif _splits(item):
@@ -222,7 +222,7 @@ class _Pour:
             self.at += 1
             self.queue.insert(0, item)
 
-    def _place(self, items: list[Item], device: Device, used: Bytes) -> None:
+    def _assign(self, items: list[Item], device: Device, used: Bytes) -> None:
         self.used[device] = used
         self.placed |= {item.path: device for item in items}
         if len(items) > 1:

@@ -52,7 +52,7 @@ class Sizes:
 
 
 def _spill_to_cpu(sizes: Sizes, machine: Machine) -> dict[str, int]:
-    """Let about 60 % of the blocks live on the first GPU, less where three quarters of it do not hold them; the rest in RAM."""
+    """Let about 60 % of the blocks live on the first GPU, less if three quarters of it are too small for them; the rest in RAM."""
     wanted = sizes.outside_bytes + sizes.blocks_bytes * 6 // 10 + sizes.room_bytes
     gpu, cpu = machine.gpus[0], machine.tier("cpu")
     return {
@@ -62,7 +62,7 @@ def _spill_to_cpu(sizes: Sizes, machine: Machine) -> dict[str, int]:
 
 
 def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
-    """Let the fast tiers hold the embedding and half of the blocks between them; the other half stays on the disk."""
+    """Let the fast tiers take the embedding and half of the blocks between them; the other half stays on the disk."""
     if not machine.gpus:
         return {"cpu": sizes.outside_bytes + sizes.blocks_bytes // 2 + sizes.room_bytes}
     gpu = machine.gpus[0]

@@ -20,16 +20,13 @@ _SPILL = ("cpu", "disk")
 
 
 class RecommendedMap(Record, frozen=True, kw_only=True):
-    """A map, the bytes of weights and KV cache that it puts on each device, and in words how it compares with "auto".
-
-    `blocks_off` of the `blocks` are not on a GPU.
-    """
+    """A map, the bytes that it puts on each device, and how it compares with "auto"."""
 
     device_map: dict[str, Device]
     weights_bytes: dict[Device, int]
     kv_bytes: dict[Device, int]
     blocks: int
-    blocks_off: int
+    blocks_off: int  #: of these, not on a GPU
     why: str
 
 
@@ -186,10 +183,10 @@ def _spill(parts: list[_Part], ram: int) -> _Placed:
 
 
 def _weights_by_device(placed: _Placed) -> dict[Device, int]:
-    held: dict[Device, int] = {}
+    sizes: dict[Device, int] = {}
     for part, device in placed.items():
-        held[device] = held.get(device, 0) + int(part.weights)
-    return held
+        sizes[device] = sizes.get(device, 0) + int(part.weights)
+    return sizes
 
 
 def _kv_by_device(placed: _Placed) -> dict[Device, int]:
@@ -221,19 +218,19 @@ def _compare(ours: _Placed, auto: _Auto, room: Mapping[Device, int], budgets: Ma
 
 
 def _against_auto(ours: _Placed, here: list[_Part], auto: _Auto, room: Mapping[Device, int]) -> str:
-    """Compare with what auto does if it is told to leave the same room, which only smaller limits can: as small as ours."""
+    """Compare with auto under limits that leave the same room."""
     cached = _kv_by_device(ours)
-    told = auto({device: max(0, size - cached.get(device, 0)) for device, size in room.items()})
-    there = _off(told)
+    theirs = auto({device: max(0, size - cached.get(device, 0)) for device, size in room.items()})
+    there = _off(theirs)
     if not here and not there:
         return "All of it is on the GPU."
     total = sum(part.block for part in ours)
-    said = f"Off the GPU: {_format_parts(here, total)}; auto, told to leave the same room for inference, has"
+    words = f"Off the GPU: {_format_parts(here, total)}; auto, told to leave the same room for inference, has"
     more = sum(part.weights for part in here) - sum(part.weights for part in there)
     if more == 0:
-        return f"{said} as much there."
-    short = _shortage(told, room) if more > 0 else ""
-    return f"{said} {_format_parts(there, total)} there{short and ', and would leave it ' + short}."
+        return f"{words} as much there."
+    short = _shortage(theirs, room) if more > 0 else ""
+    return f"{words} {_format_parts(there, total)} there{short and ', and would leave it ' + short}."
 
 
 def _format_parts(parts: list[_Part], total: int) -> str:

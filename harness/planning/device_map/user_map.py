@@ -102,7 +102,7 @@ def _device(value: object, module: str, path: Path) -> Device:
 
 
 def check_map(device_map: Mapping[str, Device], skeleton: Skeleton, gpus: int, *, model: str) -> None:
-    """Check that a map places every tensor of a model, once, on devices that a machine with so many GPUs has.
+    """Check that a map places every tensor of a model, once, on devices of a machine with `gpus` GPUs.
 
     Raises:
         UsageError: it does not; the message names the module.
@@ -153,7 +153,7 @@ def _above(module: str) -> Iterator[str]:
 
 
 def _missing(device_map: Mapping[str, Device], skeleton: Skeleton) -> Iterator[str]:
-    """Find what no entry places; buffers that no file holds are made in RAM, and need none."""
+    """Find what no entry places; buffers that are in no file are made in RAM, and need none."""
     if "" in device_map:
         return
     lacking = [

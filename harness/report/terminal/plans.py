@@ -41,25 +41,25 @@ TERMS = (
 
 def show_plans(recommendations: Sequence[Recommendation], machine: Machine, load: Workload) -> None:
     """Print the machine, and for each model a table, the reasons of what does not fit, and the recommendation."""
-    here = any(advice.planner.here for advice in recommendations)
+    here = any(recommendation.planner.here for recommendation in recommendations)
     parts: list[RenderableType] = [tables.said(_machine_line(machine))]
     if here and (assumed := _assumed(machine)):
         parts.append(tables.said(assumed))
-    for advice in recommendations:
-        table, left_out = _table(advice, machine)
-        parts += [tables.title(_headline(advice)), table]
-        reasons = "\n".join(_reasons(advice.plans))
-        said = (left_out, history(advice.spec.name), *advice.spec.notes, reasons, _conclusion(advice, load))
+    for recommendation in recommendations:
+        table, left_out = _table(recommendation, machine)
+        parts += [tables.title(_headline(recommendation)), table]
+        reasons = "\n".join(_reasons(recommendation.plans))
+        said = (left_out, history(recommendation.spec.name), *recommendation.spec.notes, reasons, _conclusion(recommendation, load))
         parts += [tables.said(text) for text in said if text]
     tables.show(*parts)
 
 
-def explain_plan(advice: Recommendation) -> None:
-    """Print every term of the one case of `advice`, with its interval, and the constants that were used."""
-    one = advice.plans[0]
+def explain_plan(recommendation: Recommendation) -> None:
+    """Print every term of the one case of `recommendation`, with its interval, and the constants that were used."""
+    one = recommendation.plans[0]
     parts: list[RenderableType] = [tables.title(f"{one.case.id}: {_word(one)}"), *([tables.said(one.why)] if one.why else [])]
     if one.estimate is not None:
-        parts += [_terms(one.estimate), tables.facts(_seconds(one.estimate)), _constants(advice, one)]
+        parts += [_terms(one.estimate), tables.facts(_seconds(one.estimate)), _constants(recommendation, one)]
     tables.show(*parts)
 
 
@@ -67,8 +67,8 @@ def _word(one: Plan) -> str:
     return one.verdict.value.replace("_", " ")
 
 
-def _headline(advice: Recommendation) -> str:
-    spec = advice.spec
+def _headline(recommendation: Recommendation) -> str:
+    spec = recommendation.spec
     context = f", context {spec.context_length:,}" if spec.context_length else ""
     return f"{spec.name}: {format_count(spec.skeleton.parameters)} parameters, {len(spec.skeleton.layers)} blocks{context}"
 
@@ -123,24 +123,24 @@ _LAYOUTS = (
 )
 
 
-def _table(advice: Recommendation, machine: Machine) -> tuple[Table, str]:
+def _table(recommendation: Recommendation, machine: Machine) -> tuple[Table, str]:
     """Draw a row for each case that can be loaded, as detailed as the screen is wide; and say what was left out."""
     for layout in _LAYOUTS:
-        table = _drawn(advice, machine, layout)
+        table = _drawn(recommendation, machine, layout)
         if tables.has_room_for(table):
             break
     return table, f"A wider terminal, --explain CASE and --json show {layout.lacks}." if layout.lacks else ""
 
 
-def _drawn(advice: Recommendation, machine: Machine, layout: _Layout) -> Table:
+def _drawn(recommendation: Recommendation, machine: Machine, layout: _Layout) -> Table:
     tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu")] if layout.amount else []
     heads = [f"{'RAM' if tier.kind == 'cpu' else tier.name}\nof {_gib(tier.capacity_bytes)}" for tier in tiers]
     ready = ["ready"] if layout.ready else []
     table = tables.table("precision", "placement", "verdict", *heads, *ready, "tokens/s", "", left=3)
-    for one in advice.plans:
+    for one in recommendation.plans:
         if one.estimate is not None:
             amounts = [layout.amount(one.estimate.tiers.get(tier.name)) for tier in tiers if layout.amount]
-            mark = "<-" if one is advice.best else ""
+            mark = "<-" if one is recommendation.best else ""
             verdict = Text(_word(one), style=COLOURS.get(one.verdict, ""))
             seconds, speed = _speed(one, one.estimate)
             table.add_row(one.case.precision, one.case.placement, verdict, *amounts, *([seconds] * len(ready)), speed, mark)
@@ -168,17 +168,17 @@ def _reasons(plans: Sequence[Plan]) -> Iterator[str]:
         yield f"{', '.join(cases[:_SHORT])}{more}: {why}"
 
 
-def _conclusion(advice: Recommendation, load: Workload) -> str:
+def _conclusion(recommendation: Recommendation, load: Workload) -> str:
     planned = f"Estimates for {load.prompt_tokens} + {load.new_tokens} tokens, batch {load.batch}."
-    best = advice.best
+    best = recommendation.best
     if best is None:
         return f"Nothing fits. {planned}"
-    name, case = _sayable(advice), f"{best.case.precision}/{best.case.placement}"
-    context = advice.planner.max_context(best)
+    name, case = _sayable(recommendation), f"{best.case.precision}/{best.case.placement}"
+    context = recommendation.planner.max_context(best)
     room = f" The longest context that fits is {context:,} tokens." if context else ""
     given = " --device-map FILE" if best.case.placement == FILE else ""
     return (
-        f"Best: {case}: {advice.reason.removesuffix('.')}.{room} {planned}\n"
+        f"Best: {case}: {recommendation.reason.removesuffix('.')}.{room} {planned}\n"
         f"To load it:   fitmatrix plan {name} --code {case}{given}\n{_proof(best, name, given)}"
     )
 
@@ -188,9 +188,9 @@ def _proof(best: Plan, name: str, given: str) -> str:
     return f"To prove it:  pytest cases/ --model {name}{named}{given}"
 
 
-def _sayable(advice: Recommendation) -> str:
+def _sayable(recommendation: Recommendation) -> str:
     """Write the model as an argument of a command: a directory by its path from here."""
-    source = advice.source
+    source = recommendation.source
     if source.kind != "directory":
         return f"{source.location} --file {shlex.quote(source.file)}" if source.file else source.name
     place = Path(source.location) / (source.file or "")
@@ -216,8 +216,8 @@ def _seconds(expected: Estimate) -> Iterator[tuple[str, str]]:
         yield "corrected", f"{figure} by {significant(factor)}, from results of this machine"
 
 
-def _constants(advice: Recommendation, one: Plan) -> Table:
-    used = advice.planner.used(one)
+def _constants(recommendation: Recommendation, one: Plan) -> Table:
+    used = recommendation.planner.used(one)
     return tables.facts((name, f"{found.best:g}, {found.low:g} to {found.high:g}. {found.origin}") for name, found in used.items())
 
 
