@@ -196,7 +196,7 @@ _ROWS = (
     Placement(
         name="tp",
         title="tensor parallel",
-        help="tensor parallelism, as with torchrun: one process per GPU, each with a part of every layer (without a GPU: two in RAM)",
+        help="tensor parallelism, as with torchrun: one process per GPU, each with part of every layer (without a GPU: two in RAM)",
         call="from_pretrained",
         device_map=None,
         devices=("gpu", "cpu"),

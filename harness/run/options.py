@@ -265,7 +265,7 @@ def _parsed(option: Option, value: Any) -> Any:
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """Return `[tool.fitmatrix]` of `root`/pyproject.toml, or nothing where there is none.
+    """Return `[tool.fitmatrix]` of `root`/pyproject.toml, or nothing if there is none.
 
     Raises:
         UsageError: the file is not TOML.

@@ -11,7 +11,7 @@ from harness.report.page.view import Block, Cell, Matrix, recommend
 
 @dataclass(frozen=True)
 class Answer:
-    """What may be used of one model, on one machine, under one pair of limits; `best` is None where nothing works."""
+    """What may be used of one model, on one machine, under one pair of limits; `best` is None if nothing works."""
 
     block: Block
     matrix: Matrix
@@ -28,7 +28,7 @@ class Answer:
 
     @property
     def limits(self) -> str:
-        """The limits as the name of a case tells them, `vram8GiB`; empty where there are none."""
+        """The limits as the name of a case tells them, `vram8GiB`; empty if there are none."""
         return self.cells[0].result.case.place.partition("@")[2].replace("@", ", ")
 
     @property
@@ -73,7 +73,7 @@ def named(cell: Cell) -> str:
 
 
 def held(cell: Cell) -> str:
-    """Say the memory that decides: "8.20 GiB of 11.0 GiB VRAM"; empty where none is known."""
+    """Say the memory that decides: "8.20 GiB of 11.0 GiB VRAM"; empty if none is known."""
     if not cell.memory:
         return ""
     capacity = f" of {cell.memory.capacity.text}" if cell.memory.capacity else ""
