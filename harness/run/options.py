@@ -67,7 +67,7 @@ class Options:
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """Return `[tool.fitmatrix]` of `root`/pyproject.toml, or nothing where there is none.
+    """Return `[tool.fitmatrix]` of `root`/pyproject.toml, or nothing if there is none.
 
     Raises:
         UsageError: the file is not TOML.

@@ -159,4 +159,4 @@ def test_speed(results: list[Result], figures: list[Figure], pairs: list[Pair]) 
 def pairs(section: Section) -> Iterator[list[Pair]]:
     found: list[Pair] = []
     yield found
-    section.notes.extend(["All cases with its code and timeline: [reports/full-size](full-size/index.html).", details(found)])
+    section.notes.extend(["Every case with its code and timeline: [reports/full-size](full-size/index.html).", details(found)])

@@ -12,7 +12,7 @@ from harness.results.selection import best_result
 
 @dataclass(frozen=True)
 class PublishedAnswer:
-    """What may be used of one model, on one machine, under one pair of limits; `best` is None where nothing works."""
+    """What may be used of one model, on one machine, under one pair of limits; `best` is None if nothing works."""
 
     block: Block
     matrix: Matrix
@@ -29,7 +29,7 @@ class PublishedAnswer:
 
     @property
     def limits(self) -> str:
-        """The limits as the name of a case tells them, `vram8GiB`; empty where there are none."""
+        """The limits as the name of a case tells them, `vram8GiB`; empty if there are none."""
         return self.cells[0].result.case.place.partition("@")[2].replace("@", ", ")
 
     @property
@@ -74,7 +74,7 @@ def named(cell: Cell) -> str:
 
 
 def held(cell: Cell) -> str:
-    """Say the memory that decides: "8.20 GiB of 11.0 GiB VRAM"; empty where none is known."""
+    """Say the memory that decides: "8.20 GiB of 11.0 GiB VRAM"; empty if none is known."""
     if not cell.memory:
         return ""
     capacity = f" of {cell.memory.capacity.text}" if cell.memory.capacity else ""

@@ -1,6 +1,6 @@
 """Badges: for each model and size of card one line as SVG, "chatglm-6b | int8 fits 12 GiB, 23.1 tok/s".
 
-A badge is one file that loads nothing, drawn by badgepy. Its texts have a fixed length, so that they fit in any font.
+A badge is one file that loads nothing, made by badgepy. Its texts have a fixed length, so that they fit in any font.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _spill(best: Cell) -> str:
 
 
 def _figures(best: Cell, size: _Size) -> str:
-    """Say the speed, which a larger card that is held to less memory does not tell of the smaller one, and doubts."""
+    """Say the speed, unless the size was emulated on a larger card, and doubts."""
     rate = best.result.metrics.get("decode_tok_s")
     speed = f", {significant(rate)} tok/s" if rate and best.speed.value and not size.emulated else ""
     doubt = f", answers {best.quality}" if best.quality == "degraded" else ""

@@ -1,7 +1,7 @@
 """Results as data for programs: one JSON object, or a CSV table with a row for each case.
 
 Both hold the newest result of each case, under the names and in the units of the records (`harness.core.records`): bytes, seconds,
-tokens/s. What is drawn from many points (timelines, samples, phases) stays in `results.jsonl`.
+tokens/s. Long series (timelines, samples, phases) stay in `results.jsonl`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RESULT = ("weights", "verdict", "outcome", "stage", "why", "metrics", "noisy", 
 def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
     """Write one object: schema, fitmatrix, answers, cases, machines, problems.
 
-    An answer is of one model, machine, kind of weights, workload and pair of limits; its `case` is null where nothing works.
+    An answer is of one model, machine, kind of weights, workload and pair of limits; its `case` is null if nothing works.
     What is not a finite number is null.
     """
     arranged = blocks(results)

@@ -37,7 +37,7 @@ class Axis:
         return self.start + (self.end - self.start) * share
 
     def ticks(self, about: int, unit: float = 1) -> list[float]:
-        """Choose about so many round values to mark: steps of 1, 2 or 5 times a power of ten in `unit`s; powers of ten if `log`."""
+        """Choose about this many round values: steps of 1, 2 or 5 times a power of ten in `unit`s; powers of ten if `log`."""
         return _log_ticks(self.low, self.high, about) if self.log else _ticks(self.low, self.high, unit, about)
 
 
@@ -69,7 +69,7 @@ def percent(share: float) -> str:
 
 
 def is_drawable(value: float) -> bool:
-    """Tell whether an axis can hold a value that is above 0: beyond these nobody measures, and drawings lead out of the numbers."""
+    """Tell whether an axis can hold a value that is above 0: larger ones are never measured."""
     return 1e-18 < value < 1e18
 
 

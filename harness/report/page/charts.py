@@ -69,7 +69,7 @@ class Group(msgspec.Struct, frozen=True):
 
 
 def timeline(samples: Timeline | None, phases: Sequence[Phase], *, points: int = POINTS) -> Markup | None:
-    """Draw memory over time with the phases as bands and their exact peaks as dashes; None where nothing recorded can be drawn."""
+    """Draw memory over time with the phases as bands and their exact peaks as dashes; None if nothing recorded can be shown."""
     lines = series(samples) if samples else []
     if not phases and not lines:
         return None
@@ -152,7 +152,7 @@ def series(samples: Timeline) -> list[Series]:
 
 
 def _scale(times: Sequence[float], phases: Sequence[Phase], lines: Sequence[Series]) -> Scale | None:
-    """Fit a drawing to times and sizes; None for those that lead out of the numbers, which nobody measures."""
+    """Fit a drawing to times and sizes; None if they exceed the range of numbers."""
     moments = [*times[:1], *times[-1:], *(moment for phase in phases for moment in (phase.start_s, phase.end_s))]
     start, end = min(moments, default=0.0), max(moments, default=0.0)
     sizes = [max(line.values) for line in lines] + [phase.ram_peak_bytes or 0 for phase in phases]

@@ -80,7 +80,7 @@ class Figure(msgspec.Struct, frozen=True):
 
     @property
     def number(self) -> float:
-        """The stored number; nan where there is none."""
+        """The stored number; nan if there is none."""
         return float(self.value or "nan")
 
     def __html__(self) -> str:
@@ -148,7 +148,7 @@ class MemoryFigure(msgspec.Struct, frozen=True):
 
 
 def memory(result: Result) -> MemoryFigure | None:
-    """Tell the peak that decides: VRAM where some was used, else RAM; what the plan expects where nothing ran."""
+    """Return the peak that decides: VRAM if some was used, else RAM; the prediction if nothing ran."""
     if result.metrics.get("vram_peak_bytes"):
         return _measured(result, _fullest_gpu(result), "vram_peak_bytes")
     if result.metrics.get("ram_peak_bytes"):

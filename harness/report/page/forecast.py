@@ -129,7 +129,7 @@ class Forecast:
 
 
 def forecast(cells: Iterable[Cell]) -> Forecast | None:
-    """Draw how far cases are from their prediction; None where fewer than two have one that can be drawn."""
+    """Draw how far cases are from their prediction; None if fewer than two have one that can be shown."""
     rows = [row for row in map(_row, cells) if row]
     reaches = [_reach(check) for row in rows for check in row.checks]
     if sum(bool(row.checks) for row in rows) < 2:

@@ -26,7 +26,7 @@ class Overview:
 
 
 def overview(cells: Sequence[Cell]) -> Overview | None:
-    """Draw the cases of one matrix; None where fewer than two can be drawn."""
+    """Draw the cases of one matrix; None if there are fewer than two."""
     panels, checked = tradeoff.panels(cells), forecast(cells)
     if not panels and not checked:
         return None

@@ -88,7 +88,7 @@ def render(
 
 
 def most_bytes(cases: int, stored_bytes: int) -> int:
-    """Return what a page takes at most with so many more cases in a store of so many bytes: style, script, and both of these."""
+    """Return the most bytes that a page of `cases` cases takes, style and script included, whose store has `stored_bytes`."""
     return _BARE_BYTES + _CASE_BYTES * cases + 2 * stored_bytes
 
 

@@ -21,7 +21,7 @@ from harness.results.selection import is_sound
 
 HEIGHT = 300
 HEIGHT_OF_SEVERAL = 210
-# Speeds that differ more than so many times are drawn by their logarithm.
+# Speeds that differ by more than this factor are drawn on a log scale.
 MOST_LINEAR = 10
 # More names than these make a drawing unreadable.
 MOST_NAMES = 16
@@ -180,7 +180,7 @@ def _capacities(found: Iterable[float], scales: Scales) -> Iterable[str]:
 
 
 def _steps(best: Sequence[Point], scales: Scales) -> Iterable[str]:
-    """Draw the most speed that can be had with so much memory."""
+    """Draw the highest speed at each amount of memory."""
     if best:
         height = short(scales.height)
         path = "".join(f"H{scales.x(point.size)}V{scales.y(point.speed)}" for point in best)

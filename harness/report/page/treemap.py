@@ -40,7 +40,7 @@ class Box:
     height: float
 
     def inside(self, gap: float, top: float = 0) -> Box:
-        """Return what is left within a margin of `gap`, and `top` more above; all of it where nothing would be."""
+        """Return what is left within a margin of `gap`, and `top` more above; all of it if nothing would be left."""
         if self.width < 4 * gap or self.height < 4 * gap + top:
             return self
         return Box(self.x + gap, self.y + gap + top, self.width - 2 * gap, self.height - 2 * gap - top)

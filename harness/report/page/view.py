@@ -50,7 +50,7 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 class Heading(msgspec.Struct, frozen=True):
-    """The head of a row or a column: the name to type and what it means, and of a column the limits it is held to."""
+    """The head of a row or a column: the name to type and what it means, and of a column its limits."""
 
     name: str
     title: str
@@ -67,9 +67,9 @@ class Fold:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Precision by placement for one workload; a cell is None where there is no result.
+    """Precision by placement for one workload; a cell is None if there is no result.
 
-    `groups` are the placements, each with the number of its columns: more than one where it was held to several limits.
+    `groups` are the placements, each with the number of its columns: more than one if it ran under several limits.
     """
 
     caption: str
@@ -87,7 +87,7 @@ class Matrix:
 
     @property
     def limited(self) -> bool:
-        """Whether a column is held to limits."""
+        """Whether a column has limits."""
         return any(column.limits for column in self.columns)
 
     @property

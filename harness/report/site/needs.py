@@ -1,4 +1,4 @@
-"""Which card a model needs: what its weights were seen to take of one, and what that says of cards nobody tried."""
+"""Which card a model needs: what its weights were seen to take of one, and what that says of cards that were not tried."""
 
 from __future__ import annotations
 
@@ -120,6 +120,6 @@ def rungs_of(rows: Iterable[Row], needs: Sequence[Need]) -> Iterable[Rung]:
 
 
 def fitting(needs: Iterable[Need], card: Card) -> Need | None:
-    """Find the way that takes most of a card and still fits: the least compromise, where nothing was measured on it."""
+    """Find the way that takes most of a card and still fits: the least compromise, if nothing was measured on it."""
     room = card.size if card.emulated else card.size - reserve(card.size)
     return max((need for need in needs if need.bytes <= room), key=lambda need: need.bytes, default=None)

@@ -79,7 +79,7 @@ class Card:
 class Row:
     """One result as a line of a table. `raw` is its own file, seen from the root of the site.
 
-    `takes` is what its process took of a card or, without one, of the RAM, `kind` which of them; None where nothing was measured.
+    `takes` is what its process took of a card or, without one, of the RAM, `kind` which of them; None if nothing was measured.
     """
 
     entry: PublishedResult
@@ -151,7 +151,7 @@ def _row(entry: PublishedResult, machines: Mapping[str, RowLink]) -> Row:
 
 
 def card_of(result: Result) -> Card | None:
-    """Return the card that a case had, None where it had none or was not to use it."""
+    """Return the card that a case had, None if it had none or was not to use it."""
     gpus, placement = result.machine.gpus, PLACEMENTS.get(result.case.placement)
     if not gpus or (placement and "gpu" not in placement.devices):
         return None
