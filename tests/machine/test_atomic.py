@@ -96,13 +96,13 @@ def test_a_full_disk_or_a_read_only_place_is_one_sentence(tmp_path: Path) -> Non
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from harness.machine.probe import atomic as swap
+from harness.machine import atomic as swap
 place = Path(sys.argv[1])
 def stop(*_): os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "between":
     rename = Path.rename
     Path.rename = lambda self, to: (rename(self, to), stop())
-with swap.replaced(place, marker="mark", ours=frozenset({"mark", "page"}), option="--to") as folder:
+with swap.replace_directory(place, marker="mark", ours=frozenset({"mark", "page"}), option="--to") as folder:
     (folder / "page").write_text("half")
     if sys.argv[2] == "writing": stop()
 """
@@ -136,6 +136,6 @@ def test_a_file_is_written_whole_with_its_folder_and_the_drafts_of_the_dead_go(t
 def test_what_cannot_be_written_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
     (tmp_path / "page").mkdir()
     (tmp_path / "page/old").write_text("old")
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError):
         atomic.write_text(tmp_path / "page", "new")
     assert content(tmp_path) == {"page/old": "old"}
