@@ -22,7 +22,7 @@ LEAST_BYTES = 1 << 16
 
 
 def cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
-    """Return the directory of a repository in the local cache, complete or not; None where there is none."""
+    """Return the directory of a repository in the local cache, complete or not; None if there is none."""
     try:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except errors.LocalEntryNotFoundError as error:

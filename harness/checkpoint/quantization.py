@@ -34,22 +34,16 @@ _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_he
 
 
 class Packed(Record, frozen=True, kw_only=True):
-    """How a checkpoint is quantized already: "gptq 4-bit, groups of 128", by which method, its bits and group (0: whole columns).
+    """How a checkpoint is quantized already."""
 
-    `varies`: bits differ from module to module. `selects`: the config names modules that are packed, or that are not. `foreign`:
-    files hold it in a layout that is none of LAYOUTS. `unpacks`: transformers makes 16-bit weights of it on loading, where the
-    package for its kernels is not there (mxfp4). `own`: the config says it in words of the model's own, MOSS's or ChatGLM-6B's,
-    which `harness.models` reads and no package does.
-    """
-
-    title: str
+    title: str  #: "gptq 4-bit, groups of 128" (`describe_quantization`)
     bits: int
-    group: int
-    varies: bool = False
-    selects: bool = False
-    foreign: bool = False
-    unpacks: bool = False
-    own: bool = False
+    group: int  #: 0: whole columns
+    varies: bool = False  #: bits differ from module to module
+    selects: bool = False  #: the config names modules that are packed, or that are not
+    foreign: bool = False  #: the layout in the files is not one of LAYOUTS
+    unpacks: bool = False  #: transformers makes 16-bit weights of it on loading if its kernels are not installed (mxfp4)
+    own: bool = False  #: the config says it by keys of the model's family, which `harness.models` reads and no package does
 
     @property
     def method(self) -> str:
@@ -59,12 +53,12 @@ class Packed(Record, frozen=True, kw_only=True):
 
     @property
     def layout(self) -> Layout | None:
-        """How its weights lie in the files, None where that is not known."""
+        """How its weights lie in the files, None if that is not known."""
         return None if self.foreign else LAYOUTS.get(self.method)
 
     @property
     def precision(self) -> str | None:
-        """The row of PRECISIONS that it is, None where there is none, or it is unpacked."""
+        """The row of PRECISIONS that it is, None if there is none, or it is unpacked."""
         row = None if self.unpacks else row_of(self.title)
         return row.name if row else None
 
@@ -108,21 +102,15 @@ class Part(NamedTuple):
 
 
 class Layout(Record, frozen=True, kw_only=True):
-    """One row of LAYOUTS: how a quantizer stores a weight of outputs x inputs.
+    """One row of LAYOUTS: how a quantizer stores a weight of outputs x inputs."""
 
-    `main` is the part that holds the weights, under the name of the module, `beside` what helps to unpack it. With `integers`
-    only integers are packed under that name. `shapes` gives the parts of a weight for (outputs, inputs, bits, groups); those that
-    it does not name may have any shape. `parts` says what they are, all that a weight needs; it is empty where not all is known.
-    `bits` are the widths that it knows; with `whole` only whole groups of inputs are packed.
-    """
-
-    main: str
-    beside: tuple[str, ...]
-    shapes: Callable[[int, int, int, int], Mapping[str, Sides]]
-    parts: Mapping[str, Part] = {}
-    bits: tuple[int, ...] = (4, 8)
-    integers: bool = False
-    whole: bool = False
+    main: str  #: the part with the weights, behind the name of the module
+    beside: tuple[str, ...]  #: the parts that help to unpack it
+    shapes: Callable[[int, int, int, int], Mapping[str, Sides]]  #: (outputs, inputs, bits, groups) -> the shapes that are fixed
+    parts: Mapping[str, Part] = {}  #: what the parts contain, all that a weight needs; empty if not all is known
+    bits: tuple[int, ...] = (4, 8)  #: the widths that it has
+    integers: bool = False  #: only integers are packed under the name of `main`
+    whole: bool = False  #: only whole groups of inputs are packed
 
     def split(self, name: str, dtype: str) -> tuple[str | None, str]:
         """Return the module that a tensor is a part of, and which part; None for one that is not packed."""
@@ -132,7 +120,7 @@ class Layout(Record, frozen=True, kw_only=True):
         return None, ""
 
     def holds(self, name: str, dtype: str) -> Holds | None:
-        """Say what a tensor of this name holds, as a part of a packed weight; None where it is none."""
+        """Say what a tensor of this name holds, as a part of a packed weight; None if it is none."""
         part = self.parts.get(self.split(name, dtype)[1])
         return part.holds if part else None
 
@@ -152,7 +140,7 @@ class Layout(Record, frozen=True, kw_only=True):
         return words or bool(self.whole and group and shape[1] % group)
 
     def fault(self, parts: Mapping[str, StoredTensor], shape: Sides, bits: int, group: int) -> tuple[str, Sides] | None:
-        """Return a part that is not as a weight of `shape` has it, and how it should be; None where all are."""
+        """Return a part that is not as a weight of `shape` has it, and how it should be; None if all are."""
         asked = self._shapes(shape, bits, group)
         return next(((part, asked[part]) for part in asked if part in parts and parts[part].shape != asked[part]), None)
 
@@ -233,7 +221,7 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str | None:
-    """Say in a few words how the stored weights are quantized: "gptq 4-bit, groups of 128"; None where they are not."""
+    """Say in a few words how the stored weights are quantized: "gptq 4-bit, groups of 128"; None if they are not."""
     tensors = tuple(tensors)
     dtypes = {tensor.dtype for tensor in tensors}
     if dtypes:

@@ -114,12 +114,12 @@ class Checkpoint(Record, frozen=True, kw_only=True):
 
     @property
     def quantization(self) -> str | None:
-        """Say in a few words how the stored weights are quantized, None where they are not."""
+        """Say in a few words how the stored weights are quantized, None if they are not."""
         return describe_quantization(self.config, self.tensors)
 
     @property
     def context_length(self) -> int | None:
-        """Return the most tokens the config promises, None where it does not say."""
+        """Return the most tokens the config promises, None if it does not say."""
         return context_length(self.config)
 
     def size(self, *keys: str) -> int:
@@ -328,7 +328,7 @@ def _check_sizes(where: str, config: Mapping[str, Any]) -> None:
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """Return the most tokens that a config, or a GGUF's metadata, promises, None where it does not say."""
+    """Return the most tokens that a config, or a GGUF's metadata, promises, None if it does not say."""
     return _find_size(config, (*CONTEXT_KEYS, f"{config.get('general.architecture')}.context_length"))
 
 

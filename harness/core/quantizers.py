@@ -27,21 +27,15 @@ Size = Callable[[int, int, int], int]
 
 
 class Scheme(Record, frozen=True, kw_only=True):
-    """One row of the table.
+    """One row of the table."""
 
-    `size` counts the bytes of a weight. `counted` is what transformers counts for an element when it infers a device map.
-    `like` names the constants of speed and heap that were measured for it, `library` those of its import (`data/calibration.toml`).
-    `conv1d`: GPT-2's Conv1D is quantized as well as Linear, `derived`: and what is derived from Linear. On a processor the outputs
-    must be a multiple of `rows`.
-    """
-
-    size: Size
-    counted: float
-    like: str
-    library: str
-    conv1d: bool = False
-    derived: bool = False
-    rows: int = 1
+    size: Size  #: counts the bytes of a weight
+    counted: float  #: what transformers counts for an element when it infers a device map
+    like: str  #: the constants of speed and heap that were measured for it (`data/calibration.toml`)
+    library: str  #: the constants of its import
+    conv1d: bool = False  #: GPT-2's Conv1D is quantized as well as Linear
+    derived: bool = False  #: and what is derived from Linear
+    rows: int = 1  #: on a processor the outputs must be a multiple of it
 
 
 def _int8(outputs: int, inputs: int, _: int) -> int:
@@ -117,7 +111,7 @@ class Unpacking(Record, frozen=True, kw_only=True):
     beside: float = 0.0
 
     def temporary_bytes(self, elements: int, device: str, tokens: int) -> int:
-        """Return the most that a layer of so many weights takes at once beside its input and product."""
+        """Return the most that a layer of this many weights takes at once beside its input and product."""
         block = min(elements, block_elements(device, tokens))
         return int(block * (self.cpu_bytes if device == "cpu" else self.gpu_bytes) + elements * self.beside)
 
@@ -139,5 +133,5 @@ _GPU_BLOCK = 1 << 25
 
 
 def block_elements(device: str, tokens: int) -> int:
-    """Return how many weights are unpacked at once to multiply so many tokens with, on a "cpu" or anything else."""
+    """Return how many weights are unpacked at once to multiply this many tokens with, on a "cpu" or anything else."""
     return min(_CPU_BLOCK * max(tokens, 1), _CPU_BLOCK_AT_MOST) if device == "cpu" else _GPU_BLOCK

@@ -93,18 +93,15 @@ class Case(Record, frozen=True, kw_only=True):
 
 
 class Tier(Record, frozen=True, kw_only=True):
-    """One place bytes can live. `limit_bytes` is what a container or the user allows; unknown figures are None.
+    """One level of memory: a GPU, the RAM or the disk. Unknown figures are None."""
 
-    `bytes_per_s` is how fast it is read where it is, `link_bytes_per_s` how fast the RAM's bytes reach it.
-    """
-
-    name: str
-    kind: str
+    name: str  #: "gpu:0", "cpu" or "disk"
+    kind: str  #: "gpu", "cpu" or "disk"
     total_bytes: int | None = None
     free_bytes: int | None = None
-    limit_bytes: int | None = None
-    bytes_per_s: float | None = None
-    link_bytes_per_s: float | None = None
+    limit_bytes: int | None = None  #: what a container or the user allows
+    bytes_per_s: float | None = None  #: how fast it is read by its own processor
+    link_bytes_per_s: float | None = None  #: how fast bytes of the RAM reach it
     model: str | None = None
     compute_capability: str | None = None
 
@@ -116,19 +113,15 @@ class Tier(Record, frozen=True, kw_only=True):
 
 
 class Machine(Record, frozen=True, kw_only=True):
-    """The tiers of a machine, fastest first, and what else describes it.
-
-    `mapping_bytes` is the largest file that the system maps for torch and safetensors; None where it sets no such limit, or is
-    not known to.
-    """
+    """The tiers of a machine, and what else describes it."""
 
     name: str
-    tiers: tuple[Tier, ...]
+    tiers: tuple[Tier, ...]  #: fastest first
     cpu: str | None = None
     cores: int | None = None
     system: str | None = None
     driver: str | None = None
-    mapping_bytes: int | None = None
+    mapping_bytes: int | None = None  #: the largest file that the system maps for torch and safetensors; None if no limit is known
 
     @property
     def gpus(self) -> tuple[Tier, ...]:
@@ -148,63 +141,48 @@ class Span(Record, frozen=True, kw_only=True):
 
 
 class TierEstimate(Record, frozen=True, kw_only=True):
-    """Bytes that a case is expected to use in one tier; `allocated` is what torch reports, `peak` what nvidia-smi shows.
-
-    `low` to `high` is the interval of `peak`. In the RAM, `peak` counts every resident page; `anon` and `load_anon` are the part
-    of the peak and of the load peak that the kernel cannot drop. `needed` is what the verdict holds against `capacity`: what cannot
-    be dropped and the mapped weights that every token reads.
-    """
+    """Bytes that a case is expected to use in one tier."""
 
     weights_bytes: int
     kv_bytes: int
     activation_bytes: int
     overhead_bytes: int
-    allocated_bytes: int
-    peak_bytes: int
+    allocated_bytes: int  #: what torch reports
+    peak_bytes: int  #: what nvidia-smi shows; in the RAM, every resident page
     load_peak_bytes: int
-    low_bytes: int
-    high_bytes: int
+    low_bytes: int  #: lower end of the interval of `peak_bytes`
+    high_bytes: int  #: its upper end
     capacity_bytes: int | None
-    anon_bytes: int = 0
-    load_anon_bytes: int = 0
-    needed_bytes: int = 0
-    needed_high_bytes: int = 0
+    anon_bytes: int = 0  #: the part of the peak that the kernel cannot drop
+    load_anon_bytes: int = 0  #: the part of the load peak that the kernel cannot drop
+    needed_bytes: int = 0  #: what the verdict compares with the capacity: anonymous bytes, and mapped weights read for every token
+    needed_high_bytes: int = 0  #: the upper end of its interval
 
 
 class Estimate(Record, frozen=True, kw_only=True):
-    """What the planner expects of a case.
-
-    `corrections` are the factors that results of this machine put into the seconds; of a token's seconds they leave `fixed_token_s`
-    as it is, the bytes that it reads over the bandwidth that was measured. `constants` is the digest of those it was made by, empty
-    where it is not known (`calibration.Calibration`).
-    """
+    """What the planner expects of a case."""
 
     tiers: dict[str, TierEstimate]
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
-    corrections: dict[str, float] = {}
-    fixed_token_s: float = 0.0
-    constants: str = ""
+    corrections: dict[str, float] = {}  #: factors that results of this machine put into the seconds
+    fixed_token_s: float = 0.0  #: the part of a token's seconds that they leave: bytes read over the measured bandwidth
+    constants: str = ""  #: digest of the constants it was made by (`calibration.Calibration`); empty if unknown
 
 
 class Plan(Record, frozen=True, kw_only=True):
-    """One case, decided: whether it can work here, and the code that loads it.
-
-    `code` is Python that leaves the loaded model in the name `model`; it expects the model's id or directory in `MODEL`
-    (`planning.code.script` prints it whole). `max_memory` and `device_map` are what that code passes on. `remote_code` names the
-    code of the model that a library would run; it does only if it is `trusted`.
-    """
+    """One case, decided: whether it can work here, and the code that loads it."""
 
     case: Case
     verdict: Verdict
     why: str | None = None
-    code: str | None = None
-    device_map: str | dict[str, str | int] | None = None
-    max_memory: dict[str, int] | None = None
+    code: str | None = None  #: Python that loads what `MODEL` names into `model` (`planning.code.script` prints it whole)
+    device_map: str | dict[str, str | int] | None = None  #: what the code passes on
+    max_memory: dict[str, int] | None = None  #: what the code passes on
     estimate: Estimate | None = None
-    remote_code: list[str] = []
-    trusted: bool = False
+    remote_code: list[str] = []  #: code of the model that a library would run
+    trusted: bool = False  #: whether it may
 
 
 class Phase(Record, frozen=True, kw_only=True):
@@ -212,7 +190,7 @@ class Phase(Record, frozen=True, kw_only=True):
 
     `name` is import, load, cold, warm or score. `ram_peak_bytes` is the kernel's high-water mark (sampled on systems that
     keep none: `sampled`); `vram` maps a tier's name to torch's peak of allocated and of reserved bytes. `disk_read_bytes` came
-    from the disk meanwhile, pages of mapped weights among them; None where the system does not count.
+    from the disk meanwhile, pages of mapped weights among them; None if the system does not count.
     """
 
     name: str
@@ -295,25 +273,18 @@ class Quality(Record, frozen=True, kw_only=True):
 
 
 class Loaded(Record, frozen=True, kw_only=True):
-    """What really was loaded: bytes by dtype, those of Linear weights by dtype or scheme ("nf4"), and bytes by tier.
-
-    Where several processes share the model they are the sums, `rank_bytes` what each holds, and `device_map` says where each is.
-    """
+    """What was really loaded; if several processes share the model, their sums."""
 
     model_class: str
-    dtype_bytes: dict[str, int]
-    linear_dtype_bytes: dict[str, int]
-    tier_bytes: dict[str, int]
-    device_map: dict[str, str]
-    rank_bytes: list[int] = []
+    dtype_bytes: dict[str, int]  #: bytes by dtype
+    linear_dtype_bytes: dict[str, int]  #: those of Linear weights, by dtype or scheme ("nf4")
+    tier_bytes: dict[str, int]  #: bytes by tier
+    device_map: dict[str, str]  #: module, or rank, -> tier
+    rank_bytes: list[int] = []  #: bytes of each process
 
 
 class Result(Record, frozen=True, kw_only=True):
-    """What one case showed. One line of `results.jsonl`.
-
-    `fingerprint` tells the files of the model from others, `allowed_s` are the time limits of the case by option, `failed` names
-    the tests that failed; all three are for `--resume`. `remote_code` names the model's own code that ran with it.
-    """
+    """What one case showed. One line of `results.jsonl`."""
 
     schema: int = SCHEMA
     id: str
@@ -340,11 +311,11 @@ class Result(Record, frozen=True, kw_only=True):
     code: str | None = None
     command: str | None = None
     environment: dict[str, str] = {}
-    remote_code: list[str] = []
+    remote_code: list[str] = []  #: the model's own code that ran with it
     log_tail: str = ""
-    fingerprint: str = ""
-    allowed_s: dict[str, float] = {}
-    failed: list[str] = []
+    fingerprint: str = ""  #: tells the files of the model from others, for `--resume`
+    allowed_s: dict[str, float] = {}  #: time limits of the case by option, for `--resume`
+    failed: list[str] = []  #: tests that failed, for `--resume`
 
 
 def encode_record(record: Record) -> bytes:

@@ -101,7 +101,7 @@ def clean_name(name: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def gives_away(text: str) -> str | None:
-    """Say what in a text is private by its look, whoever's it is and wherever it comes from; None where nothing is.
+    """Say what in a text is private by its look, whoever's it is and wherever it comes from; None if nothing is.
 
     For what `clean` must keep as it is, and for results of other machines, whose names and variables nobody here knows.
     """

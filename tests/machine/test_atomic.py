@@ -102,7 +102,7 @@ def stop(*_): os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "between":
     rename = Path.rename
     Path.rename = lambda self, to: (rename(self, to), stop())
-with atomic.replaced(place, marker="mark", ours=frozenset({"mark", "page"}), option="--to") as folder:
+with atomic.replace_directory(place, marker="mark", ours=frozenset({"mark", "page"}), option="--to") as folder:
     (folder / "page").write_text("half")
     if sys.argv[2] == "writing": stop()
 """

@@ -49,7 +49,7 @@ class Folder(Protocol):
         """Return the names of the files at the top level, or of those right in the folder `under`, sorted; none where it is not."""
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file, None where there is no such file."""
+        """Return the bytes of a file, None if there is no such file."""
 
     def encloses(self, name: str) -> bool:
         """Say whether a file, every link followed, is part of this folder."""

@@ -46,7 +46,7 @@ STORAGE_DTYPES: Mapping[str, str] = {
 
 
 class Storage(msgspec.Struct, frozen=True):
-    """A run of bytes that tensors view; `dtype` is None where the tensor says it."""
+    """A run of bytes that tensors view; `dtype` is None if the tensor says it."""
 
     key: str
     dtype: str | None
