@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from harness.cli.options import FIRST_PORT, add_options, given_or_default
-from harness.cli.plan_args import NOTHING_FITS, advise_on, asked_case, constants
+from harness.cli.plan_args import NOTHING_FITS, Question, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import FILE, PLACEMENTS, distinct
 from harness.core.records import Workload
@@ -46,22 +46,19 @@ def run(args: argparse.Namespace) -> int:
     from harness.machine import probe
 
     prompt, new, host = (given_or_default(args, "chat", name) for name in ("prompt-tokens", "new-tokens", "host"))
-    load = Workload(prompt_tokens=prompt, new_tokens=new)
+    workload = Workload(prompt_tokens=prompt, new_tokens=new)
     asked = [_talking_case(args.case)] if args.case else []
     port = _free_port(host, args.port)
     here = probe.probe()
     places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
     source = resolve.resolve(args.model)
-    recommendation = advise_on(
-        source, here, load, calibration=constants(None, here), asked=asked, placements=places, trust=args.trust_remote_code
-    )
+    question = Question(cases=asked, placements=places, trust=args.trust_remote_code)
+    recommendation = advise_on(source, here, workload, question, constants(None, here))
     chosen = recommendation.best
+    if chosen is None and asked:
+        return _refuse(recommendation.plans[0])
     if chosen is None:
-        return (
-            _refuse(recommendation.plans[0])
-            if asked
-            else _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} shows why")
-        )
+        return _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} shows why")
     _need_tokenizer(recommendation.spec.tokenizer, source.name)
     _need_gradio()
     return _serve(args, chosen.case, host, port)

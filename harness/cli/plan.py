@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness.cli import output
 from harness.cli.options import add_options, given_or_default
 from harness.cli.output import PLAN_SCHEMA
-from harness.cli.plan_args import FITS, NOTHING_FITS, advise_on, asked_case, constants
+from harness.cli.plan_args import FITS, NOTHING_FITS, Question, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import named
 from harness.core.precisions import PRECISIONS
@@ -73,20 +73,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--code and --explain show one case: give one MODEL and no --json")
     device_map = _device_map(args, [placement for _, placement in asked])
     calibration = constants(args.results, machine) if here else None
-    recommendations = [
-        advise_on(
-            source,
-            machine,
-            load,
-            calibration=calibration,
-            asked=asked,
-            precisions=precisions if args.precision else None,
-            placements=named(args.placement, device_map is not None),
-            device_map=device_map,
-            trust=args.trust_remote_code,
-        )
-        for source in _sources(args)
-    ]
+    question = Question(
+        cases=asked,
+        precisions=precisions if args.precision else None,
+        placements=named(args.placement, device_map is not None),
+        device_map=device_map,
+        trust=args.trust_remote_code,
+    )
+    recommendations = [advise_on(source, machine, load, question, calibration) for source in _sources(args)]
     return _print(recommendations, args, machine, load)
 
 

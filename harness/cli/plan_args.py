@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.options import RESULTS
@@ -56,19 +56,24 @@ def constants(results: Path | None, machine: Machine) -> Calibration:
     return calibration.correct(Store(directory).read()[0], machine)
 
 
+class Question(NamedTuple):
+    """What is asked of a model; what is empty is the default."""
+
+    cases: Sequence[tuple[str, str]] = ()  #: precision and placement of single cases
+    precisions: Sequence[str] | None = None
+    placements: Sequence[str] = ()
+    device_map: Mapping[str, Device] | None = None  #: the user's own
+    trust: bool = False  #: whether code that comes with the model may run
+
+
 def advise_on(
     source: Source,
     machine: Machine,
-    load: Workload,
-    *,
+    workload: Workload,
+    question: Question,
     calibration: Calibration | None,
-    asked: Sequence[tuple[str, str]] = (),
-    precisions: Sequence[str] | None = None,
-    placements: Sequence[str] = (),
-    device_map: Mapping[str, Device] | None = None,
-    trust: bool = False,
 ) -> Recommendation:
-    """Plan the cases `asked` for, else every precision with every placement: the default ones if none are named.
+    """Plan the cases of a question, else every precision with every placement: the default ones if none are named.
 
     `calibration` is None for a machine that is only described, not this one.
 
@@ -81,11 +86,12 @@ def advise_on(
     from harness.planning.recommend import advise
 
     spec = model_spec.read_spec(source)
-    if device_map is not None:
-        user_map.check_map(device_map, spec.skeleton, len(machine.gpus), model=spec.name)
+    if question.device_map is not None:
+        user_map.check_map(question.device_map, spec.skeleton, len(machine.gpus), model=spec.name)
     here = calibration is not None
-    planner = Planner(spec, machine, here=here, constants=calibration, trust=trust, device_map=device_map)
-    places = placements or distinct(PLACEMENTS, len(machine.gpus))
-    pairs = asked or [(precision, placement) for precision in precisions or defaults(spec.stored_as) for placement in places]
-    cases = [Case(model=spec.name, precision=precision, placement=placement, workload=load) for precision, placement in pairs]
+    planner = Planner(spec, machine, here=here, constants=calibration, trust=question.trust, device_map=question.device_map)
+    places = question.placements or distinct(PLACEMENTS, len(machine.gpus))
+    asked = question.precisions or defaults(spec.stored_as)
+    pairs = question.cases or [(precision, placement) for precision in asked for placement in places]
+    cases = [Case(model=spec.name, precision=precision, placement=placement, workload=workload) for precision, placement in pairs]
     return advise(source, planner, cases)

@@ -80,51 +80,30 @@ def _bitsandbytes(**settings: Any) -> dict[str, Any]:
     return {"quant_method": "bitsandbytes", **settings}
 
 
-def _nf4(
-    name: str, title: str, bits: float, *, linear_dtype: str, stored: str, quality_kept: float, default: bool = False, **more: Any
-) -> Precision:
-    """Return a 4-bit row of bitsandbytes; `more` are further settings of its config."""
-    return Precision(
-        name=name,
-        title=title,
-        bits=bits,
-        dtype="bfloat16",
-        dtype_before_cc80="float16",
-        linear_dtype=linear_dtype,
-        quality_kept=quality_kept,
-        default=default,
-        quantization=_bitsandbytes(load_in_4bit=True, **more),
-        scheme=name,
-        needs=("bitsandbytes",),
-        min_compute_capability=6.0,
-        incompatible=_BNB_INCOMPATIBLE,
-        off_gpu=_BNB_OFF_GPU,
-        stored=stored,
-    )
+# What the 4-bit rows of bitsandbytes share.
+_BNB_4BIT: Mapping[str, Any] = {
+    "dtype": "bfloat16",
+    "dtype_before_cc80": "float16",
+    "needs": ("bitsandbytes",),
+    "min_compute_capability": 6.0,
+    "incompatible": _BNB_INCOMPATIBLE,
+    "off_gpu": _BNB_OFF_GPU,
+}
+# What the rows of torchao share.
+_TORCHAO: Mapping[str, Any] = {
+    "dtype": "bfloat16",
+    "needs": ("torchao",),
+    "extra": "torchao",
+    "min_compute_capability": 8.0,
+    "incompatible": {"dispatches": _DISPATCHES, "offloads": _TORCHAO_OFFLOADS, "parallel": _ALONE},
+}
 
 
-def _torchao(
-    name: str, title: str, bits: float, made: str, *, linear_dtype: str, quality_kept: float, on_cpu: Config | None = None
-) -> Precision:
+def _torchao_config(made: str) -> Config:
     kind = made.partition("(")[0]
-    return Precision(
-        name=name,
-        title=title,
-        bits=bits,
-        dtype="bfloat16",
-        linear_dtype=linear_dtype,
-        quality_kept=quality_kept,
-        quantization=Config(
-            imports=(f"from torchao.quantization import {kind}", "from transformers import TorchAoConfig"),
-            expression=f"TorchAoConfig({made})",
-        ),
-        quantization_on_cpu=on_cpu,
-        scheme=name,
-        needs=("torchao",),
-        extra="torchao",
-        min_compute_capability=8.0,
-        incompatible={"dispatches": _DISPATCHES, "offloads": _TORCHAO_OFFLOADS, "parallel": _ALONE},
-        stored=f"torchao {kind}",
+    return Config(
+        imports=(f"from torchao.quantization import {kind}", "from transformers import TorchAoConfig"),
+        expression=f"TorchAoConfig({made})",
     )
 
 
@@ -208,14 +187,27 @@ _ROWS = (
         off_gpu=_BNB_OFF_GPU,
         stored="bitsandbytes 8-bit",
     ),
-    _torchao("torchao-int8", "8-bit, torchao, weight-only", 8, "Int8WeightOnlyConfig()", linear_dtype="int8", quality_kept=0.97),
-    _torchao(
-        "torchao-int8-dynamic",
-        "8-bit, torchao, weights and activations",
-        8,
-        "Int8DynamicActivationInt8WeightConfig()",
+    Precision(
+        name="torchao-int8",
+        title="8-bit, torchao, weight-only",
+        bits=8,
+        linear_dtype="int8",
+        quality_kept=0.97,
+        quantization=_torchao_config("Int8WeightOnlyConfig()"),
+        scheme="torchao-int8",
+        stored="torchao Int8WeightOnlyConfig",
+        **_TORCHAO,
+    ),
+    Precision(
+        name="torchao-int8-dynamic",
+        title="8-bit, torchao, weights and activations",
+        bits=8,
         linear_dtype="int8 dynamic",
         quality_kept=0.95,
+        quantization=_torchao_config("Int8DynamicActivationInt8WeightConfig()"),
+        scheme="torchao-int8-dynamic",
+        stored="torchao Int8DynamicActivationInt8WeightConfig",
+        **_TORCHAO,
     ),
     _quanto(8, 8, quality_kept=0.97),
     Precision(
@@ -238,24 +230,28 @@ _ROWS = (
         stored="fp8",
     ),
     _chatglm(8, quality_kept=0.97),
-    _nf4(
-        "int4",
-        "4-bit, bitsandbytes nf4",
-        4.5,
+    Precision(
+        name="int4",
+        title="4-bit, bitsandbytes nf4",
+        bits=4.5,
         linear_dtype="nf4",
-        stored="bitsandbytes 4-bit nf4",
         quality_kept=0.85,
         default=True,
-        bnb_4bit_quant_type="nf4",
+        quantization=_bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        scheme="int4",
+        stored="bitsandbytes 4-bit nf4",
+        **_BNB_4BIT,
     ),
-    _nf4(
-        "fp4",
-        "4-bit, bitsandbytes fp4",
-        4.5,
+    Precision(
+        name="fp4",
+        title="4-bit, bitsandbytes fp4",
+        bits=4.5,
         linear_dtype="fp4",
-        stored="bitsandbytes 4-bit fp4",
         quality_kept=0.78,
-        bnb_4bit_quant_type="fp4",
+        quantization=_bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+        scheme="fp4",
+        stored="bitsandbytes 4-bit fp4",
+        **_BNB_4BIT,
     ),
     Precision(
         name="gguf",
@@ -286,14 +282,17 @@ _ROWS = (
         unsupported='transformers 5 cannot quantize to HQQ while loading ("not available yet and will be supported soon")',
         stored="hqq",
     ),
-    _torchao(
-        "torchao-int4",
-        "4-bit, torchao, groups of 64",
-        4.5,
-        'Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")',
+    Precision(
+        name="torchao-int4",
+        title="4-bit, torchao, groups of 64",
+        bits=4.5,
         linear_dtype="int4",
         quality_kept=0.85,
-        on_cpu=_TORCHAO_INT4_ON_CPU,
+        quantization_on_cpu=_TORCHAO_INT4_ON_CPU,
+        quantization=_torchao_config('Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")'),
+        scheme="torchao-int4",
+        stored="torchao Int4WeightOnlyConfig",
+        **_TORCHAO,
     ),
     _quanto(4, 4.25, quality_kept=0.85),
     _gptq(4, quality_kept=0.88),
@@ -310,15 +309,16 @@ _ROWS = (
         stored="awq 4-bit",
         requires_checkpoint="AWQ",
     ),
-    _nf4(
-        "nf4-dq",
-        "4-bit, bitsandbytes nf4, double quantization",
-        4.127,
+    Precision(
+        name="nf4-dq",
+        title="4-bit, bitsandbytes nf4, double quantization",
+        bits=4.127,
         linear_dtype="nf4 nested",
-        stored="bitsandbytes 4-bit nf4, nested",
         quality_kept=0.85,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        quantization=_bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        scheme="nf4-dq",
+        stored="bitsandbytes 4-bit nf4, nested",
+        **_BNB_4BIT,
     ),
     _chatglm(4, quality_kept=0.85),
 )

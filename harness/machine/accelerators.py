@@ -40,7 +40,7 @@ class TorchBuild(Record, frozen=True, kw_only=True):
         return next((f"built for {name} {version}" for name, version in named if version), "built for the CPU only")
 
 
-class Card(Record, frozen=True, kw_only=True):
+class TorchDevice(Record, frozen=True, kw_only=True):
     """One device as torch sees it."""
 
     name: str
@@ -53,7 +53,7 @@ class Seen(Record, frozen=True, kw_only=True):
     """What torch found when it was asked to use its accelerator."""
 
     kind: str | None = None  #: "cuda", "hip", "mps", "xpu"; None: no accelerator
-    cards: tuple[Card, ...] = ()
+    cards: tuple[TorchDevice, ...] = ()
     architectures: tuple[str, ...] = ()  #: what this torch has kernels for: "sm_80", "compute_90"
     error: str | None = None  #: what torch said when it could not
 
@@ -71,7 +71,7 @@ def torch_build() -> TorchBuild | None:
     return TorchBuild(version=version, **entries)
 
 
-def look(package_root: Path = Path(__file__).parents[2]) -> Seen:
+def ask_torch(package_root: Path = Path(__file__).parents[2]) -> Seen:
     """Ask torch in a process of its own what it can use; takes the seconds of its import. What goes wrong is in `error`."""
     command = [sys.executable, "-m", "harness.worker.accelerators"]
     try:
@@ -155,9 +155,9 @@ def _number(name: str) -> int:
     return int(digits) if digits else 10**6
 
 
-Row = tuple[Callable[[_Contact], object], Callable[[_Contact], str]]
+ProblemRow = tuple[Callable[[_Contact], object], Callable[[_Contact], str]]
 
-PROBLEMS: tuple[Row, ...] = (
+PROBLEMS: tuple[ProblemRow, ...] = (
     (
         lambda at: at.build.cuda is None,
         lambda at: (

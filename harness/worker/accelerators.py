@@ -8,10 +8,10 @@ import sys
 import torch
 
 from harness.core.records import encode_record
-from harness.machine.accelerators import Card, Seen
+from harness.machine.accelerators import Seen, TorchDevice
 
 
-def describe() -> Seen:
+def describe_accelerators() -> Seen:
     """Initialize torch's accelerator and return what it is; a failure of torch or of its driver is returned, not raised."""
     try:
         return _described()
@@ -29,16 +29,16 @@ def _described() -> Seen:
     if found is None or found.type not in ("mps", "xpu"):
         return Seen()
     if found.type == "mps":
-        return Seen(kind="mps", cards=(Card(name="Apple GPU", total_bytes=torch.mps.recommended_max_memory()),))
+        return Seen(kind="mps", cards=(TorchDevice(name="Apple GPU", total_bytes=torch.mps.recommended_max_memory()),))
     cards = tuple(_card(torch.xpu.get_device_properties(index)) for index in range(torch.xpu.device_count()))
     return Seen(kind="xpu", cards=cards)
 
 
-def _card(properties: object) -> Card:
+def _card(properties: object) -> TorchDevice:
     """Turn what torch says of a device into a Card; what this torch does not say is None."""
     uuid, major = getattr(properties, "uuid", None), getattr(properties, "major", None)
     architecture = getattr(properties, "gcnArchName", None) or (f"sm_{major}{getattr(properties, 'minor', 0)}" if major else None)
-    return Card(
+    return TorchDevice(
         name=str(getattr(properties, "name", "")),
         total_bytes=getattr(properties, "total_memory", None),
         uuid=str(uuid) if uuid is not None else None,
@@ -48,4 +48,4 @@ def _card(properties: object) -> Card:
 
 if __name__ == "__main__":
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # NVML's order, as the cases have it
-    sys.stdout.buffer.write(encode_record(describe()) + b"\n")
+    sys.stdout.buffer.write(encode_record(describe_accelerators()) + b"\n")

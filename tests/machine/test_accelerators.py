@@ -7,7 +7,7 @@ import re
 import pytest
 
 from harness.core.records import Machine, Tier
-from harness.machine.accelerators import Card, Seen, TorchBuild, hidden, look, problem, torch_build
+from harness.machine.accelerators import Seen, TorchBuild, TorchDevice, ask_torch, hidden, problem, torch_build
 
 FOR_CUDA = TorchBuild(version="2.13.0+cu130", cuda="13.0")
 FOR_CPU = TorchBuild(version="2.13.0+cpu")
@@ -23,7 +23,7 @@ def machine(*cards: tuple[str, str], driver: str | None = "580.82") -> Machine:
 
 
 RTX = machine(("NVIDIA GeForce RTX 4090", "8.9"))
-SEES_IT = Seen(kind="cuda", cards=(Card(name="NVIDIA GeForce RTX 4090"),), architectures=ARCHITECTURES)
+SEES_IT = Seen(kind="cuda", cards=(TorchDevice(name="NVIDIA GeForce RTX 4090"),), architectures=ARCHITECTURES)
 
 
 def test_torch_that_sees_the_card_has_no_problem() -> None:
@@ -55,7 +55,7 @@ def test_torch_that_sees_the_card_has_no_problem() -> None:
         (
             machine(("Tesla P100", "6.0")),
             FOR_CUDA,
-            Seen(kind="cuda", cards=(Card(name="Tesla P100"),), architectures=ARCHITECTURES),
+            Seen(kind="cuda", cards=(TorchDevice(name="Tesla P100"),), architectures=ARCHITECTURES),
             r"no kernels for compute capability 6\.0",
         ),
     ],
@@ -77,15 +77,15 @@ def test_what_torch_cannot_use_is_said_with_its_cure(where: Machine, build: Torc
     ],
 )
 def test_which_cards_have_kernels(capability: str, architectures: tuple[str, ...], runs: bool) -> None:
-    seen = Seen(kind="cuda", cards=(Card(name="X"),), architectures=architectures)
+    seen = Seen(kind="cuda", cards=(TorchDevice(name="X"),), architectures=architectures)
     assert (problem(machine(("X", capability)), FOR_CUDA, seen) is None) == runs
 
 
 def test_accelerators_that_are_not_measured_are_said_to_be_hidden() -> None:
     assert hidden(machine(), Seen()) is None
     assert hidden(RTX, SEES_IT) is None
-    assert "an AMD GPU is here (MI300X)" in str(hidden(machine(), Seen(kind="hip", cards=(Card(name="MI300X"),))))
-    assert "an Apple GPU is here" in str(hidden(machine(), Seen(kind="mps", cards=(Card(name="M4"),))))
+    assert "an AMD GPU is here (MI300X)" in str(hidden(machine(), Seen(kind="hip", cards=(TorchDevice(name="MI300X"),))))
+    assert "an Apple GPU is here" in str(hidden(machine(), Seen(kind="mps", cards=(TorchDevice(name="M4"),))))
     assert "NVML does not" in str(hidden(machine(), SEES_IT))
 
 
@@ -95,6 +95,6 @@ def test_torch_is_asked_in_a_process_of_its_own() -> None:
     build = torch_build()
     assert build is not None
     assert (build.version, build.cuda, build.hip) == (torch.__version__, torch.version.cuda, torch.version.hip)
-    seen = look()
+    seen = ask_torch()
     assert len(seen.cards) == (torch.cuda.device_count() if torch.cuda.is_available() else len(seen.cards))
     assert seen.kind is not None or not seen.cards

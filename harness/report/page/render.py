@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -50,15 +51,21 @@ class PageFacts:
     problems: tuple[str, ...]
 
 
+class Frame(NamedTuple):
+    """What a site puts around a page."""
+
+    above: Markup | None = None
+    below: Markup | None = None
+    styles: Sequence[str] = ()  #: the files of its style
+    most_points: int = charts.POINTS  #: of a line in a chart; a page of many cases has fewer
+
+
 def render(
     results: Sequence[Result],
     *,
     title: str | None = None,
     problems: Sequence[str] = (),
-    above: Markup | None = None,
-    below: Markup | None = None,
-    styles: Sequence[str] = (),
-    most_points: int = charts.POINTS,
+    frame: Frame | None = None,
 ) -> str:
     """Render results as one page.
 
@@ -66,14 +73,14 @@ def render(
         results: in the order of the file; the last one of a case counts.
         title: the page's title; by default the model and the machine.
         problems: what could not be read from the store, one sentence each.
-        above, below: what a site puts around it, and `styles` the files of its style.
-        most_points: of a line in a chart; a page of many cases has fewer.
+        frame: what a site puts around it.
     """
-    points = min(most_points, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
+    frame = frame or Frame()
+    points = min(frame.most_points, max(_FEWEST_POINTS, _POINTS_OF_A_PAGE // max(len(results), 1)))
     found = view.blocks(results)
     facts = _facts(results, problems)
     measured = {key for result in results for key in result.metrics}
-    return template("page.html.j2", *styles).render(
+    return template("page.html.j2", *frame.styles).render(
         title=title or _title(found),
         named=title,
         blocks=found,
@@ -82,8 +89,8 @@ def render(
         packed=facts.shown > _MOST_UNPACKED,
         how=[(key, entry) for key, entry in METRICS.items() if key in measured],
         facts=facts,
-        above=above,
-        below=below,
+        above=frame.above,
+        below=frame.below,
     )
 
 

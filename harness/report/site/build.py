@@ -171,7 +171,8 @@ def _machine_page(digests: Sequence[str], folder: Path) -> None:
     link = tally.link.page
     parts: Any = render.template("site_machine.html.j2", *_STYLES).module
     above, below = Markup(parts.above(tally)), Markup(parts.below(tally, _data_beside(link)))
-    html = render.render(results, title=tally.link.name, above=above, below=below, styles=_STYLES, most_points=_MOST_POINTS)
+    frame = render.Frame(above, below, _STYLES, _MOST_POINTS)
+    html = render.render(results, title=tally.link.name, frame=frame)
     data = Data(_up(link))
     _write(folder, link, html, {"machine": to_builtins(results[-1].machine), "results": [data.result(row) for row in rows]})
 
