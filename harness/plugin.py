@@ -233,13 +233,13 @@ def pytest_runtest_makereport(
     if isinstance(call.excinfo.value, HarnessError):
         report.longrepr = line(str(call.excinfo.value))
     elif isinstance(call.excinfo.value, CaseEnded):
-        _tell(item, call.excinfo.value, report)
+        _report_end(item, call.excinfo.value, report)
     if report.failed:
         item.config.stash[SESSION].failed(case, item.name.partition("[")[0])
     return report
 
 
-def _tell(item: pytest.Item, ended: CaseEnded, report: pytest.TestReport) -> None:
+def _report_end(item: pytest.Item, ended: CaseEnded, report: pytest.TestReport) -> None:
     """Report the end of a case: what does not fit is a finding, not a failure; and so is OK, for what is kept from before."""
     why = line(str(ended))
     report.longrepr = why
@@ -282,7 +282,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
 
 
 def _wind_up(session: pytest.Session, ours: Session) -> None:
-    """Leave results, a page and nothing else, even where pytest's own last words failed (its terminal may be gone)."""
+    """Leave results, a page and nothing else, even if pytest's own last words failed (its terminal may be gone)."""
     if live := session.config.stash.get(_LIVE, None):
         live.close()
     ours.close()

@@ -26,7 +26,7 @@ class Scratch:
     """A new folder, locked until `remove`; making it removes what dead runs left beside it."""
 
     def __init__(self, parent: Path | None = None) -> None:
-        parent = parent or place()
+        parent = parent or base_folder()
         sweep(parent)
         self._lock: int | None = None
         while self._lock is None:
@@ -55,7 +55,7 @@ class Scratch:
             self._lock = None
 
 
-def place() -> Path:
+def base_folder() -> Path:
     """Return where scratch folders go: the directory that TMPDIR names, else the system's own.
 
     Where that keeps its files in RAM (tmpfs), offloaded weights would take up what they are to spare: then it is /var/tmp.
@@ -84,11 +84,11 @@ def sweep(parent: Path | None = None) -> None:
     """
     if sys.platform == "win32":
         return
-    parent = parent or place()
+    parent = parent or base_folder()
     if (parent / _LOCK).exists():
         parent = parent.parent
     for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
-        with contextlib.suppress(OSError), _held(lock):
+        with contextlib.suppress(OSError), _locked(lock):
             if lock.parent.lstat().st_uid == os.geteuid() and not lock.parent.is_symlink():
                 _remove(lock)
 
@@ -106,7 +106,7 @@ def _remove(lock: Path) -> None:
 
 
 @contextlib.contextmanager
-def _held(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     """Hold a lock that is there already. Raises OSError: somebody else has it, or it is gone."""
     descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
     try:

@@ -1,4 +1,4 @@
-"""OPTIONS: everything a run can be told, declared once.
+"""OPTIONS: everything that can be asked of a run, declared once.
 
 Each value comes from the default, then `[tool.fitmatrix]` of pyproject.toml, then the command line; `Options.origin` says
 which. The pytest plugin adds the options from this table and hands back what was given; it knows none of them by name.
@@ -263,7 +263,7 @@ def _parsed(option: Option, value: Any) -> Any:
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """Return `[tool.fitmatrix]` of `root`/pyproject.toml, or nothing where there is none.
+    """Return `[tool.fitmatrix]` of `root`/pyproject.toml, or nothing if there is none.
 
     Raises:
         UsageError: the file is not TOML.

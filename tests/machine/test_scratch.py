@@ -116,7 +116,7 @@ def test_a_directory_that_the_user_named_is_taken(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(scratch, "_in_ram", lambda _: True)
-    assert scratch.place() == tmp_path
+    assert scratch.base_folder() == tmp_path
 
 
 @pytest.mark.parametrize(("in_ram", "place"), [(set(), "usual"), ({"usual"}, "/var/tmp"), ({"usual", "/var/tmp"}, "usual")])
@@ -128,7 +128,7 @@ def test_files_do_not_lie_in_ram_if_it_can_be_helped(
     for name in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(scratch, "_in_ram", lambda folder: folder in {places[name] for name in in_ram})
-    assert scratch.place() == places[place]
+    assert scratch.base_folder() == places[place]
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in RAM here")
