@@ -234,13 +234,13 @@ def pytest_runtest_makereport(
     if isinstance(call.excinfo.value, HarnessError):
         report.longrepr = line(str(call.excinfo.value))
     elif isinstance(call.excinfo.value, CaseEnded):
-        _tell(item, call.excinfo.value, report)
+        _report_end(item, call.excinfo.value, report)
     if report.failed:
         item.config.stash[SESSION].failed(case, item.name.partition("[")[0])
     return report
 
 
-def _tell(item: pytest.Item, ended: CaseEnded, report: pytest.TestReport) -> None:
+def _report_end(item: pytest.Item, ended: CaseEnded, report: pytest.TestReport) -> None:
     """Report the end of a case: what does not fit is a finding, not a failure, and so is OK of a kept result."""
     why = line(str(ended))
     report.longrepr = why

@@ -29,12 +29,12 @@ _ROUNDS = 3
 
 
 def ram(identity: str, threads: int, room_bytes: int, measure: bool = False) -> float | None:
-    """Return the bytes of RAM that `threads` threads read per second together, None if nobody measured and nobody asks to."""
+    """Return the bytes of RAM that `threads` threads read per second together, None if it was never measured and is not now."""
     return _remembered(f"ram, {identity}", partial(measure_ram, threads, room_bytes) if measure else None)
 
 
 def disk(identity: str, folder: Path, room_bytes: int, measure: bool = False) -> float | None:
-    """Return the bytes per second that a file in `folder` is read with, None if nobody measured and nobody asks to."""
+    """Return the bytes per second that a file in `folder` is read with, None if it was never measured and is not now."""
     return _remembered(f"disk, {identity}", partial(measure_disk, folder, room_bytes) if measure else None)
 
 
@@ -63,7 +63,7 @@ def measure_ram(threads: int, room_bytes: int = BUFFER_BYTES) -> float | None:
 def measure_disk(folder: Path, room_bytes: int = FILE_BYTES, patience_s: float = 1.0) -> float | None:
     """Measure how fast a new file in `folder` is read, front to back, past the page cache: the best of three times.
 
-    Writes `room_bytes` at most, for about `patience_s` seconds. None where the file cannot be made, and where the system has no
+    Writes `room_bytes` at most, for about `patience_s` seconds. None if the file cannot be made, and where the system has no
     way to leave the cache out: a figure from the cache would be one of RAM. A cache below us, of a host or a controller, is not
     left out.
     """

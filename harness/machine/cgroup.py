@@ -30,7 +30,7 @@ def memory(root: Path = ROOT) -> tuple[int | None, int | None]:
     """Return the least limit on memory that applies to this process, and the least that is left below any such limit.
 
     What is left is the limit less what a group holds that the kernel cannot drop: page cache does not count, shared memory
-    does. Both are bytes, None where nothing limits.
+    does. Both are bytes, None if nothing limits.
     """
     limits = _limits(root)
     return min(limits.values(), default=None), _left(limits)
@@ -56,8 +56,8 @@ def _limits(root: Path) -> dict[Path, int]:
 
 
 def _left(limits: Mapping[Path, int]) -> int | None:
-    held = {folder: _held(folder, _read_stat(folder / "memory.stat")) for folder in limits}
-    return min((max(limit - held[folder], 0) for folder, limit in limits.items()), default=None)
+    used = {folder: _used_bytes(folder, _read_stat(folder / "memory.stat")) for folder in limits}
+    return min((max(limit - used[folder], 0) for folder, limit in limits.items()), default=None)
 
 
 def cores(root: Path = ROOT) -> int:
@@ -69,7 +69,7 @@ def cores(root: Path = ROOT) -> int:
 
 
 def withheld(root: Path = ROOT) -> Callable[[], float] | None:
-    """Return a function that says how many seconds of CPU quotas have withheld from our groups; None where there is no quota.
+    """Return a function that says how many seconds of CPU quotas have withheld from our groups; None if there is no quota.
 
     Each CPU that had to wait counts for itself (cpu.stat: throttled_usec in v2, throttled_time in ns in v1).
     """
@@ -129,7 +129,7 @@ class ControlGroup:
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most that the group has held, None where the kernel does not say."""
+        """The most that the group has used, None if the kernel does not say."""
         return _read_int(self._folder / self._files.peak)
 
     def remove(self) -> None:
@@ -147,7 +147,7 @@ class ControlGroup:
 
 
 def group(limit_bytes: int, root: Path = ROOT) -> ControlGroup | None:
-    """Make an empty group with a limit below our own, or beside it where v2 allows none below; None where none can be made.
+    """Make an empty group with a limit below our own, or beside it if v2 allows none below; None if none can be made.
 
     Removes what runs that are no more have left behind. The caller removes the group after its processes' end.
     """
@@ -226,7 +226,7 @@ def _cached(descriptor: int) -> int:
         return sum(page & 1 for page in bytes(pages)) * mmap.PAGESIZE
 
 
-def _held(folder: Path, stat: dict[str, int]) -> int:
+def _used_bytes(folder: Path, stat: dict[str, int]) -> int:
     """Bytes that the group at `folder` and those below it hold and the kernel cannot drop."""
     used = next((size for name in _USED if (size := _read_int(folder / name)) is not None), 0)
     # v1 counts a group alone under the plain names and with all below it under total_*

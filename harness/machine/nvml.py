@@ -29,7 +29,7 @@ def lent() -> Iterator[Any]:
 
 
 def ask(library: Any, call: str, *args: object) -> Any:
-    """Return what NVML's `call` says, None where this card or driver does not support it."""
+    """Return what NVML's `call` says, None if this card or driver does not support it."""
     if library is None:
         return None
     try:

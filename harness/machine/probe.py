@@ -45,7 +45,7 @@ _SHARE = 8  # measuring takes an eighth of what is free at most
 
 
 class Link(Record, frozen=True, kw_only=True):
-    """The way between the RAM and a card: PCI Express of a `generation` with so many `lanes`, one way. None is unknown."""
+    """The way between the RAM and a card: PCI Express of a `generation` with this many `lanes`, one way. None is unknown."""
 
     tier: str
     generation: int | None = None
@@ -147,7 +147,7 @@ def _mapping_bytes(root: Path) -> int | None:
         if mode == "0":
             return sizes["MemTotal"] + sizes["SwapTotal"]
         return max(0, sizes["CommitLimit"] - sizes["Committed_AS"]) if mode == "2" else None
-    except KeyError:  # a sandbox that plays Linux does not tell everything
+    except KeyError:  # a sandbox that plays Linux does not report everything
         return None
 
 

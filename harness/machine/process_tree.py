@@ -12,14 +12,14 @@ import psutil
 
 
 def children(pid: int) -> list[int]:
-    """Return the ids of the children of `pid`, of all of its threads (proc(5), task/TID/children); none where it is gone."""
+    """Return the ids of the children of `pid`, of all of its threads (proc(5), task/TID/children); none if it is gone."""
     try:
         return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
     except OSError:  # no Linux, a kernel without CONFIG_PROC_CHILDREN, or a thread that ended meanwhile
-        return _listed(pid)
+        return _read_children(pid)
 
 
-def _listed(pid: int) -> list[int]:
+def _read_children(pid: int) -> list[int]:
     try:
         return [child.pid for child in psutil.Process(pid).children()]
     except psutil.Error:

@@ -88,7 +88,7 @@ def sweep(parent: Path | None = None) -> None:
     if (parent / _LOCK).exists():
         parent = parent.parent
     for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
-        with contextlib.suppress(OSError), _held(lock):
+        with contextlib.suppress(OSError), _locked(lock):
             if lock.parent.lstat().st_uid == os.geteuid() and not lock.parent.is_symlink():
                 _remove(lock)
 
@@ -106,7 +106,7 @@ def _remove(lock: Path) -> None:
 
 
 @contextlib.contextmanager
-def _held(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     """Hold a lock that is there already. Raises OSError: somebody else has it, or it is gone."""
     descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
     try:

@@ -1,1 +1,1 @@
-"""What a worker tells, what is sampled around it, and the pure functions that judge it."""
+"""What a worker reports, what is sampled around it, and the pure functions that judge it."""

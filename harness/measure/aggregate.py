@@ -82,7 +82,7 @@ def of_phases(phases: Sequence[Phase]) -> dict[str, float]:
 
 
 def rereads(phases: Sequence[Phase], passes: int) -> dict[str, float]:
-    """Return what a token reads from the disk in the warm rounds of so many passes each; nothing where it reads none."""
+    """Return what a token reads from the disk in the warm rounds of this many passes each; nothing if it reads none."""
     warm = [phase.disk_read_bytes for phase in phases if phase.name == "warm" and phase.disk_read_bytes is not None]
     read = statistics.median(warm) / passes if warm else 0.0
     return {"token_disk_bytes": read} if read else {}
@@ -109,7 +109,7 @@ def noise(raw: Mapping[str, Sequence[float]]) -> dict[str, str]:
     return found
 
 
-def held(loaded: Loaded, dtype: str) -> float:
+def dtype_share(loaded: Loaded, dtype: str) -> float:
     """Return the share of the bytes of Linear weights that have `dtype`; 1.0 when there are none."""
     total = sum(loaded.linear_dtype_bytes.values())
     return loaded.linear_dtype_bytes.get(dtype, 0) / total if total else 1.0

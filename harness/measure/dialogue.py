@@ -67,9 +67,9 @@ class Dialogue(Record, frozen=True, kw_only=True):
 
     def ask(self, question: Question) -> str:
         """Return the prompt of a question."""
-        return self.put(question.prompt)
+        return self.format_prompt(question.prompt)
 
-    def put(self, *said: str) -> str:
+    def format_prompt(self, *said: str) -> str:
         """Return the prompt of the last of `said`: a person's questions, and between them the model's answers."""
         first, *rest = said
         form = self.opening or self.prompt if rest else self.prompt
@@ -80,7 +80,7 @@ class Dialogue(Record, frozen=True, kw_only=True):
 
 
 class Written(NamedTuple):
-    """What a model wrote in one call, and the token that ended it: None where it did not stop by itself."""
+    """What a model wrote in one call, and the token that ended it: None if it did not stop by itself."""
 
     text: str
     end: str | None
@@ -113,15 +113,15 @@ def second_prompt(asked: Dialogue, tool: Tool, called: Written) -> str:
 
 
 def fault_of_call(tool: Tool, called: Written) -> str:
-    """Say what is wrong with the first call; empty where it is a command of the form that is allowed, rightly ended."""
+    """Say what is wrong with the first call; empty if it is a command of the form that is allowed, rightly ended."""
     fault = _fault(tool.call, called)
     if fault or _commands(tool, called):
         return fault
-    return f"its command {_quote(_said(tool.call, called))} is not of the form {tool.command_shown}"
+    return f"its command {_quote(_content(tool.call, called))} is not of the form {tool.command_shown}"
 
 
 def fault_of_answer(tool: Tool, answered: Written) -> str:
-    """Say what is wrong with the second call; empty where it is an answer that the results hold, rightly ended."""
+    """Say what is wrong with the second call; empty if it is an answer that the results hold, rightly ended."""
     fault = _fault(tool.answer, answered)
     if not fault and not is_correct(tool.question, answered.text):
         fault = f"it answers {_quote(answered.text)}, which does not use them"
@@ -145,19 +145,19 @@ def _fault(turn: Turn, written: Written) -> str:
         return f"it does not stop at {turn.end} within {turn.tokens} tokens"
     if written.end != turn.end:
         return f"it stops at {written.end} instead of {turn.end}"
-    if not _said(turn, written):
+    if not _content(turn, written):
         return f"it writes {_quote(written.text)} instead of {turn.shown}"
     return ""
 
 
-def _said(turn: Turn, written: Written) -> str:
+def _content(turn: Turn, written: Written) -> str:
     found = re.fullmatch(turn.form, written.text, re.DOTALL)
     return found["said"].strip() if found else ""
 
 
 def _commands(tool: Tool, called: Written) -> list[str]:
-    """Return the commands of a call, which commas part; none where one of them has another form."""
-    said = _said(tool.call, called)
+    """Return the commands of a call, which commas part; none if one of them has another form."""
+    said = _content(tool.call, called)
     if not re.fullmatch(rf"{tool.command}(\s*,\s*{tool.command})*", said):
         return []
     return re.findall(tool.command, said)

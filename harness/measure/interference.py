@@ -92,7 +92,7 @@ class InterferenceWatch:
         self._glances: list[_Glance] = []
         self._glanced_s = 0.0
         # Where a container hides our own id from NVML, whoever is on the card already is a stranger.
-        self._strangers = {pid for held in _held(gpus).values() for pid in held}
+        self._strangers = {pid for held in _process_bytes(gpus).values() for pid in held}
 
     def begin(self) -> None:
         """Read the counters before a request."""
@@ -110,7 +110,7 @@ class InterferenceWatch:
             self._glances.append(_Glance(system_counters.cpu_mhz(self._cpus), sm, reasons))
 
     def end(self, phase: str) -> Interference:
-        """Read the counters after the answer, and tell what others did; what the system does not tell is None."""
+        """Read the counters after the answer, and return what others did; what the system does not report is None."""
         mhz = [glance.cpu_mhz for glance in self._glances if glance.cpu_mhz is not None]
         window = Interference(
             phase=phase,
@@ -120,10 +120,10 @@ class InterferenceWatch:
             gpus=self._of_gpus(),
             **_between(self._before, self._count()),
         )
-        return replace(window, why=", ".join(said for tell in _TELLS if (said := tell([window]))))
+        return replace(window, why=", ".join(said for check in _CHECKS if (said := check([window]))))
 
     def _count(self) -> _Counted | None:
-        """Read the counters; None where the system has none, or the worker is gone."""
+        """Read the counters; None if the system has none, or the worker is gone."""
         try:
             now, cpu = time.monotonic(), system_counters.cpu(self._cpus)
             worker, mine = system_counters.used(self._pid), psutil.Process().cpu_times()
@@ -136,7 +136,7 @@ class InterferenceWatch:
     def _of_gpus(self) -> dict[str, GpuInterference]:
         if self._gpus is None:
             return {}
-        ours, held = set(system_counters.tree(self._pid)), _held(self._gpus)
+        ours, held = set(system_counters.tree(self._pid)), _process_bytes(self._gpus)
         hidden = not any(ours & pids.keys() for pids in held.values())
         used = self._gpus.ask("nvmlDeviceGetProcessUtilization", self._begun_us)
         most = self._gpus.ask("nvmlDeviceGetMaxClockInfo", _SM_CLOCK)
@@ -182,7 +182,7 @@ def _between(before: _Counted | None, after: _Counted | None) -> dict[str, Any]:
     }
 
 
-def _held(gpus: Gpus | None) -> dict[str, dict[int, int]]:
+def _process_bytes(gpus: Gpus | None) -> dict[str, dict[int, int]]:
     """Return the bytes that each process holds, by tier and process id."""
     found: dict[str, dict[int, int]] = {}
     for call in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
@@ -200,7 +200,7 @@ def _gpu_share(samples: Iterable[Any], is_foreign: Callable[[int], bool]) -> flo
     return round(sum(map(statistics.fmean, by_pid.values())) / 100, 4)
 
 
-# Judging: what is said of one or several windows of a phase, empty where nothing was too much.
+# Judging: what is said of one or several windows of a phase, empty if nothing was too much.
 
 
 def _others(windows: Sequence[Interference]) -> str:
@@ -287,7 +287,7 @@ def _tiers(windows: Sequence[Interference]) -> list[str]:
     return sorted({tier for window in windows for tier in window.gpus})
 
 
-_TELLS: Sequence[Callable[[Sequence[Interference]], str]] = (
+_CHECKS: Sequence[Callable[[Sequence[Interference]], str]] = (
     _others,
     _stolen,
     _withheld,
@@ -316,7 +316,7 @@ def noise(windows: Sequence[Interference], *, left_out: int = 0) -> dict[str, st
     found: dict[str, str] = {}
     for phase, keys in _FIGURES.items():
         of_phase = [window for window in windows if window.phase == phase]
-        if said := _told(of_phase):
+        if said := _describe(of_phase):
             if phase == "warm" and left_out:
                 said += f"; the median is of the other {len(of_phase) - left_out}"
             for key in keys:
@@ -324,13 +324,13 @@ def noise(windows: Sequence[Interference], *, left_out: int = 0) -> dict[str, st
     return found
 
 
-def _told(windows: Sequence[Interference]) -> str:
+def _describe(windows: Sequence[Interference]) -> str:
     """Say of the windows of one phase what disturbed how many of them, or all of them together."""
     said = []
-    for tell in _TELLS:
-        hit = [window for window in windows if tell([window])]
+    for check in _CHECKS:
+        hit = [window for window in windows if check([window])]
         if hit and windows[0].phase == "warm":
-            said.append(f"{tell(hit)} in {len(hit)} of {len(windows)} warm rounds")
-        elif windows and (text := tell(hit or windows)):
+            said.append(f"{check(hit)} in {len(hit)} of {len(windows)} warm rounds")
+        elif windows and (text := check(hit or windows)):
             said.append(f"{text} during {windows[0].phase}" if windows[0].phase != "warm" else f"{text} over the warm rounds")
     return ", ".join(said)

@@ -1,6 +1,6 @@
 """The guard: called with every sample, it ends a case that passes its own limit, or before the machine is out of memory.
 
-RULES is the table: what is held against what, and in which direction. Where the kernel holds a case to its limit on RAM
+RULES is the table: what is compared with what, and in which direction. If the kernel enforces a case's limit on RAM
 (`harness.machine.cgroup`), the guard leaves that one to it.
 """
 

@@ -13,26 +13,19 @@ from harness.measure.protocol import Failed
 
 
 class Evidence(Record, frozen=True, kw_only=True):
-    """What is known of an end.
-
-    `failed` is the worker's own report, `exit_code` that of its process (negative: the signal), `ended_by` the reason why we
-    ended it ("timeout", "phase timeout", "protocol", a rule of the guard), "fork server" if that was ended by somebody else, or
-    None; `limit_s` is the limit that was reached, `breach` what the guard saw, `oom_kills` how many processes the kernel killed for
-    want of memory meanwhile, `group_kills` those in the case's own group, which may hold `ram_bytes`, `log_tail` the last of the
-    output. `rank` is the process that came to its end, of several that share a model.
-    """
+    """What is known of how a case ended."""
 
     phase: str
-    failed: Failed | None = None
-    exit_code: int | None = None
-    ended_by: str | None = None
-    oom_kills: int = 0
-    breach: Breach | None = None
-    group_kills: int = 0
-    ram_bytes: int | None = None
-    limit_s: float | None = None
-    log_tail: str = ""
-    rank: int | None = None
+    failed: Failed | None = None  #: the worker's own report
+    exit_code: int | None = None  #: of its process; negative for a signal
+    ended_by: str | None = None  #: why we ended it ("timeout", "phase timeout", "protocol", a rule of the guard); "fork server"
+    oom_kills: int = 0  #: processes that the kernel killed meanwhile because memory ran out
+    breach: Breach | None = None  #: what the guard saw
+    group_kills: int = 0  #: kills in the case's own control group
+    ram_bytes: int | None = None  #: the limit of that group
+    limit_s: float | None = None  #: the time limit that was reached
+    log_tail: str = ""  #: the last of the output
+    rank: int | None = None  #: the process that ended first, of several that share a model
 
     @property
     def where(self) -> str:
@@ -93,7 +86,7 @@ def _signal(evidence: Evidence) -> str | None:
         return f"signal {-evidence.exit_code}"
 
 
-def _said(evidence: Evidence) -> str:
+def _describe_failure(evidence: Evidence) -> str:
     failed = evidence.failed
     if failed is None:
         return ""
@@ -123,20 +116,20 @@ def _last_words(evidence: Evidence) -> str:
     return f", and said last: {said[:300]}" if said else ""
 
 
-# What the guard says of a case that it ended: the value, its limit, and what the case held that cannot be dropped.
+# What the guard says of a case that it ended: the value, its limit, and what the case used that cannot be dropped.
 _BREACHES = {
-    "ram-limit": "it held {0} that cannot be dropped, and --ram allows {1}",
-    OVER_AT_START: "it held {0} even before it loaded, and --ram allows {1}",
-    "vram-limit": "the process held {0} on one GPU, and --vram allows {1}",
-    "machine-memory": "it was ended when the machine had only {0} left, less than the {1} that are kept free; the case held {2}",
+    "ram-limit": "it needed {0} that cannot be dropped, and --ram allows {1}",
+    OVER_AT_START: "it needed {0} even before it loaded, and --ram allows {1}",
+    "vram-limit": "the process used {0} on one GPU, and --vram allows {1}",
+    "machine-memory": "it was ended when the machine had only {0} left, less than the {1} that are kept free; the case used {2}",
 }
 
 
 def _breached(evidence: Evidence) -> str:
     breach = evidence.breach
     assert breach is not None
-    said = _BREACHES[breach.rule].format(*map(format_size, (breach.value_bytes, breach.limit_bytes, breach.held_bytes)))
-    return f"out of memory during {evidence.where}: {said}"
+    why = _BREACHES[breach.rule].format(*map(format_size, (breach.value_bytes, breach.limit_bytes, breach.held_bytes)))
+    return f"out of memory during {evidence.where}: {why}"
 
 
 OutcomeRow = tuple[Callable[[Evidence], bool], Outcome, Callable[[Evidence], str]]
@@ -152,14 +145,18 @@ TABLE: tuple[OutcomeRow, ...] = (
         Outcome.TIMEOUT,
         lambda e: f"{e.where} was not done after {format_seconds(e.limit_s or 0)} (--phase-timeout)",
     ),
-    (lambda e: e.ended_by == "protocol", Outcome.CRASH, lambda e: f"the worker spoke nonsense during {e.where}"),
+    (lambda e: e.ended_by == "protocol", Outcome.CRASH, lambda e: f"worker protocol error during {e.where}"),
     (lambda e: e.breach is not None and e.ended_by == e.breach.rule, Outcome.OOM, _breached),
     (
         lambda e: _signal(e) == "SIGKILL" and e.group_kills > 0,
         Outcome.OOM,
         lambda e: f"out of memory during {e.where}: it needed more than --ram {exact_size(e.ram_bytes or 0)} allows",
     ),
-    (lambda e: _raised(e, _OOM_TYPES, _OOM_WORDS), Outcome.OOM, lambda e: f"out of memory during {e.where}: {_said(e)}"),
+    (
+        lambda e: _raised(e, _OOM_TYPES, _OOM_WORDS),
+        Outcome.OOM,
+        lambda e: f"out of memory during {e.where}: {_describe_failure(e)}",
+    ),
     (
         lambda e: (_signal(e) == "SIGKILL" or e.ended_by == "fork server") and e.oom_kills > 0,
         Outcome.OOM,
@@ -173,14 +170,14 @@ TABLE: tuple[OutcomeRow, ...] = (
     (
         lambda e: _raised(e, _UNSUPPORTED_TYPES, _UNSUPPORTED_WORDS),
         Outcome.UNSUPPORTED,
-        lambda e: f"not supported, says the library during {e.where}: {_said(e)}",
+        lambda e: f"not supported, says the library during {e.where}: {_describe_failure(e)}",
     ),
     (
         _disk_is_full,
         Outcome.CRASH,
-        lambda e: f"the disk is full, {e.where} failed: {_said(e)}; set TMPDIR to a directory on a larger disk",
+        lambda e: f"the disk is full, {e.where} failed: {_describe_failure(e)}; set TMPDIR to a directory on a larger disk",
     ),
-    (lambda e: e.failed is not None, Outcome.CRASH, lambda e: f"{e.where} failed: {_said(e)}"),
+    (lambda e: e.failed is not None, Outcome.CRASH, lambda e: f"{e.where} failed: {_describe_failure(e)}"),
     (
         lambda e: e.ended_by == "fork server",
         Outcome.CRASH,

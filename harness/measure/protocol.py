@@ -24,8 +24,8 @@ class Confine(Message, frozen=True, kw_only=True, tag="confine"):
     """Live within limits from now on, before anything is loaded.
 
     `ram`: take over what memory the process shares with the fork server, so that the limit of its group counts it.
-    `vram_bytes`: keep the process within so much on each of `gpus`; `context_bytes` is what a CUDA context takes of it where NVML
-    does not tell.
+    `vram_bytes`: limit the process to this much on each of `gpus`; `context_bytes` is what a CUDA context takes of it where NVML
+    does not report it.
     """
 
     ram: bool = False
@@ -35,7 +35,7 @@ class Confine(Message, frozen=True, kw_only=True, tag="confine"):
 
 
 class Share(Message, frozen=True, kw_only=True, tag="share"):
-    """Be so many processes from now on, which share a model and answer as one; told before anything else."""
+    """Be this many processes from now on, which share a model and answer as one; sent before anything else."""
 
     ranks: int
 
@@ -43,7 +43,7 @@ class Share(Message, frozen=True, kw_only=True, tag="share"):
 class Load(Message, frozen=True, kw_only=True, tag="load"):
     """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code.
 
-    `gguf_file` is the file there that holds the tokenizer, where that is a GGUF.
+    `gguf_file` is the file there that holds the tokenizer, if that is a GGUF.
     """
 
     model: str
@@ -75,7 +75,7 @@ class Score(Message, frozen=True, kw_only=True, tag="score"):
 
 
 class Chat(Message, frozen=True, kw_only=True, tag="chat"):
-    """Serve a page to talk to the model at `host`:`port`, until told to stop. `model` is its name, by which it is asked.
+    """Serve a page to talk to the model at `host`:`port`, until asked to stop. `model` is its name, by which it is asked.
 
     It is shown the latest `prompt_tokens` of a conversation at most, and answers with `new_tokens` at most.
     """
@@ -145,7 +145,7 @@ class GenerateDone(Message, frozen=True, kw_only=True, tag="generated"):
 class ScoreDone(Message, frozen=True, kw_only=True, tag="scored"):
     """What the probe measured: summed negative log-likelihood in nats over `positions`, agreement with the reference, answers.
 
-    `dialogue` names the dialogue that the questions were put in; empty where they were put plainly or by a chat template.
+    `dialogue` names the dialogue that the questions were put in; empty if they were put plainly or by a chat template.
     """
 
     nll: float
@@ -179,7 +179,7 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class Lost(Message, frozen=True, kw_only=True, tag="lost"):
-    """One of several processes ended before it answered; `exit_code` is negative for a signal, None where it cannot be had."""
+    """One of several processes ended before it answered; `exit_code` is negative for a signal, None if it cannot be had."""
 
     rank: int
     exit_code: int | None

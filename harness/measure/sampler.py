@@ -38,7 +38,7 @@ class Memory(Record, frozen=True, kw_only=True):
 def memory(pid: int) -> Memory:
     """Read the resident memory of `pid`.
 
-    Elsewhere than on Linux `anon_bytes` is psutil's unique set size, or the whole where the system refuses to tell.
+    Elsewhere than on Linux `anon_bytes` is psutil's unique set size, or the whole if the system refuses that.
 
     Raises:
         ProcessLookupError: no such process.
@@ -86,7 +86,7 @@ def doubled_bytes(pids: Iterable[int]) -> int:
     """Return by how much the resident memory of several processes adds up to too much: pages of files that several of them map.
 
     Of such pages those of the process that has most are kept. proc(5), smaps: "shared" are pages that more than one process maps.
-    0 where the system does not tell.
+    0 if the system does not report it.
     """
     shared = [_shared_file_bytes(pid) for pid in pids]
     return sum(shared) - max(shared, default=0)
@@ -155,12 +155,12 @@ class Gpus:
         return [f"gpu:{index}" for index in range(len(self._cards))]
 
     def ask(self, call: str, *args: object) -> dict[str, Any]:
-        """Return what the cards answer to NVML's `call`, by tier; a card that does not tell is absent."""
+        """Return what the cards answer to NVML's `call`, by tier; a card that reports nothing is absent."""
         answers = {tier: nvml.ask(self._library, call, card, *args) for tier, card in zip(self.tiers, self._cards, strict=True)}
         return {tier: answer for tier, answer in answers.items() if answer is not None}
 
     def process_bytes(self, *pids: int) -> dict[str, int]:
-        """Return bytes of device memory that these processes hold, by tier; a card that does not tell is absent."""
+        """Return bytes of device memory that these processes hold, by tier; a card that reports nothing is absent."""
         found: dict[str, int] = {}
         for tier, processes in self.ask("nvmlDeviceGetComputeRunningProcesses").items():
             used = [p.usedGpuMemory for p in processes if p.pid in pids and p.usedGpuMemory is not None]
@@ -169,7 +169,7 @@ class Gpus:
         return found
 
     def energy_j(self, tiers: Collection[str]) -> float | None:
-        """Return the joules that these cards have used since the driver was loaded; None for none, or where one has no counter."""
+        """Return the joules that these cards have used since the driver was loaded; None for none, or if one has no counter."""
         used = self.ask("nvmlDeviceGetTotalEnergyConsumption")
         return float(sum(used[tier] for tier in tiers)) / 1000 if tiers and used.keys() >= {*tiers} else None
 
@@ -258,10 +258,10 @@ class Sampler:
             self._taken += 1
 
     def peak(self, start_s: float, end_s: float) -> Sample | None:
-        """Return the maxima of the samples between two moments, or None where there is none.
+        """Return the maxima of the samples between two moments, or None if there is none.
 
         Once a long timeline is thinned, a sample that only reaches into that time counts as well: a peak of a neighbour may be
-        told twice, but none is missed.
+        counted twice, but none is missed.
         """
         with self._lock:
             inside = [sample for sample in self._samples if sample.at_s <= end_s and start_s <= sample.at_s + sample.span_s]
@@ -295,7 +295,7 @@ def _maxima(first: Sample, second: Sample) -> Sample:
 
 
 def oom_kills() -> int:
-    """Return how many processes the kernel has killed for want of memory since boot (0 where it does not say)."""
+    """Return how many processes the kernel has killed for want of memory since boot (0 if it does not say)."""
     try:
         text = Path("/proc/vmstat").read_text()
     except FileNotFoundError:

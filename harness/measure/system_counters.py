@@ -1,6 +1,6 @@
 """What the system counts while a measurement runs: seconds of its CPUs and of a tree of processes, swapping, clocks, throttling.
 
-Everything is cheap enough to be read before and after each request. What a system does not tell is None.
+Everything is cheap enough to be read before and after each request. What a system does not report is None.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOOKED_AT = 8  # CPUs whose clocks are read: they speak for the rest, and readi
 
 
 class Cpu(NamedTuple):
-    """Seconds that CPUs have idled, were taken by a hypervisor and ran programs (in user mode; None where not told apart)."""
+    """Seconds that CPUs have idled, were taken by a hypervisor and ran programs (in user mode; None if not counted separately)."""
 
     cpus: int
     idle_s: float
@@ -109,13 +109,13 @@ def swap() -> Swap | None:
 
 
 def cpu_mhz(only: frozenset[int] | None = None) -> float | None:
-    """Return the clock of the fastest CPU, which is a busy one; None where the system sets none, as in virtual machines."""
+    """Return the clock of the fastest CPU, which is a busy one; None if the system sets none, as in virtual machines."""
     clocks = _numbers("cpufreq/scaling_cur_freq", only)
     return max(clocks) / 1000 if clocks else None
 
 
 def cpu_throttles(only: frozenset[int] | None = None) -> int:
-    """Return how often the CPUs were slowed down for heat since boot, 0 where the system does not count it."""
+    """Return how often the CPUs were slowed down for heat since boot, 0 if the system does not count it."""
     return sum(_numbers("thermal_throttle/core_throttle_count", only))
 
 

@@ -8,7 +8,7 @@ from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Loaded, Plan
 from harness.core.units import format_share, format_size
-from harness.measure.aggregate import held
+from harness.measure.aggregate import dtype_share
 
 OK = "ok"
 _HELD_LEAST = 0.99  # a few modules may be kept in 32 bits by the architecture
@@ -28,7 +28,7 @@ def checks(plan: Plan, loaded: Loaded) -> dict[str, str]:
 
 def _precision(plan: Plan, loaded: Loaded) -> str:
     precision = PRECISIONS[plan.case.precision]
-    share = held(loaded, precision.linear_dtype)
+    share = dtype_share(loaded, precision.linear_dtype)
     divided = precision.off_gpu is not None and len(_kinds(plan)) > 1  # what lies off the GPUs keeps its dtype
     if share >= _HELD_LEAST or (divided and share > 0):
         return OK

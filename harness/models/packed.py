@@ -102,7 +102,7 @@ class GroupScaledLinear(nn.Module):
 
 
 def _blocks(states: torch.Tensor, rows: int, width: int) -> Iterator[slice]:
-    """Cut so many rows, each of `width` weights, into blocks for the product with `states`."""
+    """Cut this many rows, each of `width` weights, into blocks for the product with `states`."""
     each = max(1, block_elements(states.device.type, states.shape[:-1].numel()) // width)
     return (slice(start, min(start + each, rows)) for start in range(0, rows, each))
 

@@ -179,7 +179,7 @@ def noise(workload: Workload, measured: Measured) -> dict[str, str]:
     rounds = _counted(workload, measured)
     found = interference.noise(measured.windows, left_out=len(measured.warm) - len(rounds))
     if measured.vram_by_torch:
-        found["vram_peak_bytes"] = "torch alone held --vram: NVML does not list the process"
+        found["vram_peak_bytes"] = "only torch enforced --vram: NVML does not list the process"
     spread = aggregate.noise(aggregate.samples(rounds))
     return found | {key: f"{why}; {found[key]}" if key in found else why for key, why in spread.items()}
 

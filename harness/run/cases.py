@@ -80,7 +80,7 @@ class CaseMatrix:
         return precisions.defaults(download.stored_as(self._models.sources[model]))
 
     def may_run(self, case: Case) -> bool:
-        """Say whether a model is worth fetching for a case; whether what is stored packed needs a package, the files will tell."""
+        """Say whether a model is worth fetching for a case; whether packed weights need a package is decided by the files."""
         here = PRECISIONS[case.precision].requires_checkpoint is None
         return feasibility.gate(case, self._machine, here=here) is None
 
@@ -160,7 +160,7 @@ def _format_source(source: Source) -> str:
 
 
 def _relative(place: Path, otherwise: str | None = None) -> str:
-    """Write a path relative to the current directory; outside of it, `otherwise` or the path's name, which tell of no folder."""
+    """Write a path relative to the current directory; outside of it, `otherwise` or the path's name, which reveal no folder."""
     place = place.absolute()
     if not place.is_relative_to(Path.cwd()):
         return place.name if otherwise is None else otherwise

@@ -182,6 +182,6 @@ def _forget_files(files: Path) -> None:
     while (kept_bytes := cgroup.forget_files(files)) > _UNCOUNTED_BYTES:
         if time.monotonic() > until_s:
             size = format_size(kept_bytes)
-            why = f"another process holds {size} of the model's files, which --ram could not count: end it first"
+            why = f"another process keeps {size} of the model's files in memory, which --ram could not count: end it first"
             raise CaseEnded(Outcome.SKIPPED, why)
         time.sleep(0.2)

@@ -23,9 +23,9 @@ from harness.core.errors import UsageError
 from harness.machine import process_tree
 
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-_KEEPER = "harness.worker.reaper"  # first: what it does holds while the others are imported
+_REAPER = "harness.worker.reaper"  # first: what it does applies while the others are imported
 _PRELOAD = ("harness.worker.preload", "harness.worker.main")
-_RESIDENCY = "harness.worker.prefault"  # last: it records which pages the imports have touched
+_PREFAULT = "harness.worker.prefault"  # last: it records which pages the imports have touched
 # What ends a run comes to all processes of a terminal or a job; the parent alone puts things in order.
 PARENTS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)}
 
@@ -33,7 +33,7 @@ PARENTS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 def warm_up(modules: Sequence[str] = ()) -> None:
     """Start the fork server, importing `modules` besides torch and transformers; returns at once.
 
-    The imports go on in the background; the first worker waits for them. Does nothing where processes are spawned, or when
+    The imports go on in the background; the first worker waits for them. Does nothing if processes are spawned, or when
     the fork server runs already.
 
     Raises:
@@ -41,13 +41,13 @@ def warm_up(modules: Sequence[str] = ()) -> None:
     """
     if METHOD != "forkserver":
         return
-    preload(*_PRELOAD, *modules, _RESIDENCY)
+    preload(*_PRELOAD, *modules, _PREFAULT)
     start()
 
 
 def preload(*modules: str) -> None:
-    """Let the fork server import these, and its keeper, when it starts."""
-    multiprocessing.set_forkserver_preload([_KEEPER, *modules])
+    """Let the fork server import these, and its reaper, when it starts."""
+    multiprocessing.set_forkserver_preload([_REAPER, *modules])
 
 
 def live_in(home: Path) -> None:

@@ -27,7 +27,7 @@ _BELOW, _BACK = "\x1bD\x1b[A\x1b7\x1b[B\r\x1b[2K", "\x1b8"
 
 
 class LiveLine:
-    """Called with every sample, from the sampler's thread; draws at most four times a second, while shown, on a terminal only.
+    """Called with every sample, from the sampler's thread; paints at most four times a second, while shown, on a terminal only.
 
     It writes to the terminal past pytest, which captures file descriptors while a test runs.
     """
@@ -35,7 +35,7 @@ class LiveLine:
     def __init__(self, stream: TextIO, total: int) -> None:
         self._terminal = os.dup(stream.fileno()) if stream.isatty() else None
         self._total = total
-        self._drawn_s, self._is_shown, self._is_drawn = 0.0, False, False
+        self._painted_s, self._is_shown, self._is_painted = 0.0, False, False
         self._seen: list[str] = []
         self._lock = threading.Lock()
 
@@ -43,16 +43,16 @@ class LiveLine:
         if run.plan.case.id not in self._seen:
             self._seen.append(run.plan.case.id)
         now = time.monotonic()
-        if now - self._drawn_s < _EVERY_S:
+        if now - self._painted_s < _EVERY_S:
             return
         with self._lock:
             if self._is_shown:
-                self._drawn_s, self._is_drawn = now, True
-                self._draw(line(run, sample, len(self._seen), self._total))
+                self._painted_s, self._is_painted = now, True
+                self._paint(line(run, sample, len(self._seen), self._total))
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Draw meanwhile, and leave nothing behind: what comes after may write to the terminal."""
+        """Paint meanwhile, and leave nothing behind: what comes after may write to the terminal."""
         with self._lock:
             self._is_shown = True
         try:
@@ -60,11 +60,11 @@ class LiveLine:
         finally:
             with self._lock:
                 self._is_shown = False
-                if self._is_drawn:
-                    self._draw("")
-                    self._is_drawn = False
+                if self._is_painted:
+                    self._paint("")
+                    self._is_painted = False
 
-    def _draw(self, words: str) -> None:
+    def _paint(self, words: str) -> None:
         if self._terminal is None:
             return
         try:
@@ -74,7 +74,7 @@ class LiveLine:
             self.close()
 
     def close(self) -> None:
-        """Draw no more."""
+        """Paint no more."""
         if self._terminal is not None:
             os.close(self._terminal)
             self._terminal = None

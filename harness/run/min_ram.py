@@ -1,6 +1,6 @@
 """The smallest RAM that a case works in, found by running it under limits: the estimate, proved.
 
-A case works under a limit if it ends well and does not live on rereading its weights: where memory is too short for what every
+A case works under a limit if it ends well and does not live on rereading its weights: if memory is too short for what every
 token reads, the kernel drops pages of the file and fetches them again, for each token.
 """
 
@@ -26,18 +26,15 @@ _REREAD_SHARE = 0.05  # of the weights in RAM, by each token: more is thrashing
 
 
 class Minimum(Record, frozen=True, kw_only=True):
-    """What was found: `works_bytes` does and `fails_bytes` does not, None where no limit was found that does; and the estimate.
-
-    `why` says how the case fared at `fails_bytes`; `runs` counts the limits that were tried.
-    """
+    """What was found, and the estimate that it proves."""
 
     case: Case
-    works_bytes: int | None
-    fails_bytes: int | None
-    why: str | None
+    works_bytes: int | None  #: the smallest limit that works, None if none does
+    fails_bytes: int | None  #: the largest limit that does not
+    why: str | None  #: how the case fared at `fails_bytes`
     estimate_bytes: int
     estimate_high_bytes: int
-    runs: int
+    runs: int  #: the limits that were tried
 
 
 def prove(session: Session, case: Case, *, within: float = WITHIN, tried: Callable[[Result], None] | None = None) -> Minimum:
@@ -106,7 +103,7 @@ def measure(session: Session, case: Case) -> Result:
 def failed(result: Result) -> str | None:
     """Say why a case does not work under its limit, None if it does. Raises UsageError: it could not be tried."""
     if result.outcome is Outcome.SKIPPED:
-        raise UsageError(f"{result.id} tells nothing: {result.why}")
+        raise UsageError(f"{result.id} could not be tried: {result.why}")
     if result.outcome is not Outcome.OK:
         return result.why
     reread = result.metrics.get("token_disk_bytes", 0.0)

@@ -20,7 +20,7 @@ from harness.core.progress import show_progress
 class ModelSet:
     """Models by name. What is not `fetched` yet has a source and nothing else.
 
-    `synthetic` writes weights of the true shape where others would be downloaded; `trust` lets code of the models' own come along.
+    `synthetic` writes weights of the true shape instead of downloading any; `trust` lets code that comes with a model run.
     """
 
     def __init__(self, models: Sequence[str], *, synthetic: bool, trust: bool) -> None:
@@ -28,14 +28,14 @@ class ModelSet:
         self._synthetic, self._trust = synthetic, trust
         self._locations: dict[str, Path] = {}
         self._checkpoints: dict[str, Checkpoint] = {}
-        self._blueprints: dict[str, ModelSpec] = {}
+        self._specs: dict[str, ModelSpec] = {}
         self._fingerprints: dict[str, str] = {}
 
     def fetch(self, names: Collection[str]) -> None:
         """Bring the files of these models here and read their headers.
 
         Raises:
-            UsageError, CheckpointError: a model cannot be had, or its files do not hold together.
+            UsageError, CheckpointError: a model cannot be downloaded, or its files contradict each other.
         """
         with show_progress() as progress:
             for name in names:
@@ -59,7 +59,7 @@ class ModelSet:
         return self._locations.get(name, Path(self.sources[name].location))
 
     def fingerprint(self, name: str) -> str:
-        """Return what tells the files of a model from others; empty before they are fetched."""
+        """Return what distinguishes the files of a model from others; empty before they are fetched."""
         return self._fingerprints.get(name, "")
 
     def spec(self, name: str) -> ModelSpec:
@@ -68,13 +68,13 @@ class ModelSet:
         Raises:
             CheckpointError: its config or its files are wrong, or nothing here loads it.
         """
-        if name not in self._blueprints:
+        if name not in self._specs:
             location = self._locations[name]
             spec = model_spec.of_checkpoint(name, self.sources[name].location, self._checkpoints[name], location)
             if spec.unknown is not None:
                 raise CheckpointError(location / reader.CONFIG, spec.unknown)
-            self._blueprints[name] = spec
-        return self._blueprints[name]
+            self._specs[name] = spec
+        return self._specs[name]
 
     def weights(self, name: str) -> str:
         """Return "synthetic" or "real": what the weights of a model are; a directory that is given as real may hold others."""
@@ -87,7 +87,7 @@ class ModelSet:
 
 
 def _resolved(models: Sequence[str], *, real: bool) -> dict[str, Source]:
-    """Resolve models to sources by name; two directories of one name could not be told apart in the results."""
+    """Resolve models to sources by name; two directories of one name would have one name in the results."""
     sources: dict[str, Source] = {}
     for source in (resolve.resolve(model, weights=real) for model in models):
         other = sources.setdefault(source.name, source)

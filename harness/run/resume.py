@@ -1,4 +1,4 @@
-"""Which cases of a run need not run again, because what an earlier run showed of them still holds. Pure functions.
+"""Which cases of a run need not run again, because what an earlier run showed of them is still valid. Pure functions.
 
 A result is kept when case, files of the model, loading code, versions and machine are what they were, and the case came to an
 end that would be the same again. What failed a test is never kept in silence: a second run must not be green where the first
@@ -35,7 +35,7 @@ class Kept:
         self.ended: CaseEnded | None = None
 
     def end(self) -> CaseEnded:
-        """Return how the case ended, for its tests to raise. What did not work is told once, as when it happened."""
+        """Return how the case ended, for its tests to raise. What did not work is reported once, as when it happened."""
         why = f"{since(self.result)}: {self.result.why}" if self.result.why else since(self.result)
         end = CaseEnded(self.result.outcome, why)
         if self.result.outcome is not Outcome.OK:
@@ -49,7 +49,7 @@ def since(result: Result) -> str:
 
 
 def why_again(earlier: Result | None, now: Result, *, run_all: bool = False) -> str | None:
-    """Say in a few words why a case must run again; None where its earlier result still holds.
+    """Say in a few words why a case must run again; None if its earlier result is still valid.
 
     `now` is what can be said of the case before it runs (`case_result.not_run`). `run_all` asks for what ran out of memory.
     """

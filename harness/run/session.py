@@ -159,7 +159,7 @@ class Session:
 
     def finish(self, run: Run) -> Result:
         """End a case and append its result; one that the user interrupted leaves none, so that an older result stays the newest."""
-        with self.interrupts.held():  # what was measured is kept, whatever comes meanwhile
+        with self.interrupts.deferred():  # what was measured is kept, whatever comes meanwhile
             self.current = None
             result = run.finish()
             if self.interrupted:

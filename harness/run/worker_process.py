@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,7 +48,7 @@ def _child(main: WorkerMain, pipe: Connection, log: str, scratch: str) -> None:
 
 
 def _let_go_of_fork_server() -> None:
-    """Close the pipe that keeps the fork server alive as long as anybody holds it.
+    """Close the pipe that keeps the fork server alive as long as any process has it open.
 
     So it ends with the parent, and takes along a worker that is too busy to see the parent's end (PR_SET_PDEATHSIG).
     """
@@ -65,7 +64,7 @@ def torch_worker(pipe: Connection, log: str, scratch: str) -> None:
 
 
 class Ended(Exception):
-    """The worker ended, or was ended, before it answered. `ended_by` says who did it: None is not us.
+    """The worker ended, or was ended, before it answered. `ended_by` names who ended it, None if nobody here did.
 
     `rank` is the first process to end, and `note` what each of them did at a limit of time, of several that share a model.
     """
@@ -120,7 +119,7 @@ class Worker:
 
     def __init__(self, main: WorkerMain, *, log: Path, scratch: Path, start_s: float = _START_S) -> None:
         """Start it. The fork server is given `start_s` seconds; a stopped one would never answer, and is replaced."""
-        self.log, self.phase, self.entered_s = log, "start", time.monotonic()
+        self.log, self.phase = log, "start"
         self.ranks: Sequence[int] = ()
         self._ended_by: str | None = None
         self._note: str | None = None
@@ -136,20 +135,20 @@ class Worker:
     def pid(self) -> int:
         return int(self._process.pid or 0)
 
-    def ask(self, request: Request, patience: Deadline) -> Event:
-        """Send a request and wait for its answer, blocking, as long as patience lasts.
+    def ask(self, request: Request, deadline: Deadline) -> Event:
+        """Send a request and wait for its answer, blocking, until the deadline at most.
 
         Raises:
             Ended: the process died, or the time is over and it was killed.
             WorkerError: it sent something that is no message; it was killed.
         """
         try:
-            patience.begin_phase()
+            deadline.begin_phase()
             self._send(request)
-            while isinstance(event := self._next(patience), Entered):
-                self.phase, self.entered_s = event.phase, event.at_s
-                patience.begin_phase()
-        except KeyboardInterrupt:  # nobody waits for the answer any more
+            while isinstance(event := self._next(deadline), Entered):
+                self.phase = event.phase
+                deadline.begin_phase()
+        except KeyboardInterrupt:  # no one waits for the answer any more
             self.kill()
             raise
         if isinstance(event, Lost):
@@ -159,7 +158,7 @@ class Worker:
         return event
 
     def wait(self) -> NoReturn:
-        """Wait until the process ends, which nobody has asked it to. Raises Ended."""
+        """Wait until the process ends, without being asked to. Raises Ended."""
         try:
             multiprocessing.connection.wait([self._process.sentinel])
         except KeyboardInterrupt:
@@ -173,19 +172,19 @@ class Worker:
         except (BrokenPipeError, ConnectionResetError):
             raise self._dead() from None
 
-    def _next(self, patience: Deadline) -> Event:
+    def _next(self, deadline: Deadline) -> Event:
         look_at = [self._pipe, self._process.sentinel]
-        ready = patience.wait(lambda most_s: multiprocessing.connection.wait(look_at, timeout=most_s))
+        ready = deadline.wait(lambda most_s: multiprocessing.connection.wait(look_at, timeout=most_s))
         if self._pipe in ready:
-            return self._decode(self._receive(patience))
+            return self._decode(self._receive(deadline))
         if not ready:
-            self._time_over(patience.reached)
+            self._time_over(deadline.reached)
         raise self._dead()
 
-    def _receive(self, patience: Deadline) -> bytes:
+    def _receive(self, deadline: Deadline) -> bytes:
         """Read the message that has begun to arrive; a worker that stops in the middle of it is killed when the time is over."""
         try:
-            with _watchdog(max(patience.left_s, _GRACE_S), lambda: self._time_over(patience.reached)):
+            with _watchdog(max(deadline.left_s, _GRACE_S), lambda: self._time_over(deadline.reached)):
                 return self._pipe.recv_bytes(_MESSAGE_MOST)
         except (EOFError, OSError) as error:
             if self._pipe.readable:  # the length was fine, so it ended, perhaps in the middle of the message
@@ -242,7 +241,7 @@ class Worker:
             return
         self._kill_group()
         self._process.join(_GRACE_S)
-        if self._process.is_alive():  # the fork server, which would tell of the end, is stopped
+        if self._process.is_alive():  # the fork server, which would report the end, is stopped
             forkserver.end()
             self._process.join(_GRACE_S)
         forkserver.end_strays(within_s=_GRACE_S)

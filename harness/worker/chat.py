@@ -108,7 +108,7 @@ class Talk:
         tokenizer = self._model.tokenizer
         if tokenizer.chat_template:
             return str(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
-        return self._asked.put(*(one["content"] for one in said)) if self._asked else said[-1]["content"]
+        return self._asked.format_prompt(*(one["content"] for one in said)) if self._asked else said[-1]["content"]
 
 
 def _plain(said: Said) -> dict[str, str]:
@@ -126,7 +126,7 @@ def _in_turns(said: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 def serve(model: Model, request: Chat) -> Chatting:
     """Serve the page from threads of this process, and return when it can be opened.
 
-    Nothing leaves the machine: no link is shared, and gradio counts nobody's use.
+    Nothing leaves the machine: no link is shared, and gradio counts no use.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio

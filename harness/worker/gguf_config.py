@@ -47,7 +47,7 @@ def config_of(metadata: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[in
 
 
 def gguf_naming(model: Any, architecture: str) -> Naming | None:
-    """Return the names that a GGUF's tensors get in a model; None where some get another shape or become several."""
+    """Return the names that a GGUF's tensors get in a model; None if some get another shape or become several."""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     if architecture in GGUF.packed_architectures or processor not in (TensorProcessor, LlamaTensorProcessor):
         return None

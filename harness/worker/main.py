@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(pipe: Connection, log: str, scratch: str) -> None:
-    """Serve requests until told to stop or until the parent is gone."""
+    """Serve requests until asked to stop or until the parent is gone."""
     _settle(log, scratch)
     Server(pipe).serve()
     # Nothing is left to save, and tearing torch down takes longer than a short case.

@@ -99,8 +99,8 @@ def vram_peaks() -> tuple[dict[str, int], dict[str, int]]:
 def cap_vram(vram_bytes: int, gpus: Sequence[int], context_bytes: int) -> None:
     """Keep the process within `vram_bytes` on these GPUs, as nvidia-smi shows it: cap torch's allocator at what its context leaves.
 
-    The context is what the card has less after torch has begun on it; where NVML does not tell, `context_bytes`. Kernels that CUDA
-    loads later come on top; the parent's guard ends the process when NVML shows more than the limit.
+    The context is what the card has less after torch has begun on it; if NVML does not report it, `context_bytes`. Kernels that
+    CUDA loads later come on top; the parent's guard ends the process when NVML shows more than the limit.
 
     Raises:
         RuntimeError: torch sees no GPU of such a number.
@@ -208,7 +208,7 @@ def loaded_facts(model: Model) -> Loaded:
         dtype_bytes=dict(by_dtype),
         linear_dtype_bytes=_linear_bytes(model.module),
         tier_bytes=dict(by_tier),
-        device_map=model.device_map or {"": _place(model.device)},
+        device_map=model.device_map or {"": _tier_of_device(model.device)},
     )
 
 
@@ -263,14 +263,14 @@ def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _place(device: torch.device) -> str:
+def _tier_of_device(device: torch.device) -> str:
     return f"gpu:{device.index or 0}" if device.type == "cuda" else device.type
 
 
 def _tier(name: str, parameter: torch.Tensor, device_map: dict[str, str]) -> str:
     """Name the tier of a parameter; accelerate leaves what it offloads on the meta device, and the device map tells."""
     if parameter.device.type != "meta":
-        return _place(parameter.device)
+        return _tier_of_device(parameter.device)
     prefixes = [prefix for prefix in device_map if not prefix or name == prefix or name.startswith(prefix + ".")]
     place = device_map[max(prefixes, key=len)] if prefixes else "meta"
     return f"gpu:{place}" if place.isdecimal() else place

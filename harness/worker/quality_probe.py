@@ -129,18 +129,18 @@ def _prompts(model: Model, asked: Dialogue | None) -> list[str]:
 
 
 def _answer_with_tool(model: Model, asked: Dialogue, tool: Tool) -> Answer | None:
-    """Ask in two calls: for a command, and for the answer that follows from its results; None where that takes too long here."""
-    called = _say(model, dialogue.first_prompt(asked, tool), tool.call, tool.ends)
+    """Ask in two calls: for a command, and for the answer that follows from its results; None if that takes too long here."""
+    called = _write_turn(model, dialogue.first_prompt(asked, tool), tool.call, tool.ends)
     if called is None:
         return None
     if dialogue.fault_of_call(tool, called):
         return dialogue.mark(tool, called, None)
-    answered = _say(model, dialogue.second_prompt(asked, tool, called), tool.answer, tool.ends)
+    answered = _write_turn(model, dialogue.second_prompt(asked, tool, called), tool.answer, tool.ends)
     return None if answered is None else dialogue.mark(tool, called, answered)
 
 
-def _say(model: Model, prompt: str, turn: Turn, ends: Sequence[str]) -> Written | None:
-    """Return what the model writes in one call; None where its time was up first."""
+def _write_turn(model: Model, prompt: str, turn: Turn, ends: Sequence[str]) -> Written | None:
+    """Return what the model writes in one call; None if its time was up first."""
     [(ids, end)] = _continue(model, [prompt], turn.tokens, ends, seconds=_CALL_S)
     if end is None and len(ids) < turn.tokens:
         return None

@@ -13,7 +13,7 @@ _RENAMINGS = (WeightRenaming, PrefixChange)
 
 
 def naming(model: Any) -> Naming | None:
-    """Return the naming of a model on the meta device; None where transformers renames by rules that are not known here."""
+    """Return the naming of a model on the meta device; None if transformers renames by rules that are not known here."""
     steps = get_model_conversion_mapping(model)
     if any(type(step) not in (*_RENAMINGS, WeightConverter) for step in steps):
         return None

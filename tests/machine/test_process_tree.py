@@ -20,7 +20,7 @@ child.wait()
 """
 
 
-@pytest.mark.parametrize("listed", [process_tree.children, process_tree._listed])
+@pytest.mark.parametrize("listed", [process_tree.children, process_tree._read_children])
 def test_children_are_known_by_the_kernel_and_by_psutil(listed: object) -> None:
     assert callable(listed)
     child = subprocess.Popen(["sleep", "600"])

@@ -52,8 +52,8 @@ def test_what_must_not_be_cut_short_is_not(interrupts: Interrupts) -> None:
     done = []
 
     def careful() -> None:
-        with interrupts.held():
-            with interrupts.held():
+        with interrupts.deferred():
+            with interrupts.deferred():
                 send(signal.SIGTERM)
                 done.append("inner")
             done.append("outer")
@@ -67,7 +67,7 @@ def test_at_the_end_a_signal_is_only_noted(interrupts: Interrupts) -> None:
     interrupts.install()
     interrupts.hold()
     send(signal.SIGTERM)
-    with interrupts.held():
+    with interrupts.deferred():
         pass
     assert interrupts.exit_status == 143
 

@@ -226,4 +226,4 @@ def test_every_figure_is_in_the_table() -> None:
     ("linear", "share"), [({"uint8": 75, "bfloat16": 25}, 0.75), ({"uint8": 10}, 1.0), ({"bfloat16": 10}, 0.0), ({}, 1.0)]
 )
 def test_how_much_is_held_as_asked_is_a_share_of_bytes(linear: dict[str, int], share: float) -> None:
-    assert aggregate.held(loaded(linear), "uint8") == share
+    assert aggregate.dtype_share(loaded(linear), "uint8") == share

@@ -87,13 +87,13 @@ def test_stablelm_hears_three_parts_and_chatglm_the_question_alone() -> None:
 )
 def test_a_conversation_is_written_as_the_model_was_taught(name: str, whole: str) -> None:
     asked = next(one for one in DIALOGUES if one.name == name)
-    assert asked.put("a?", "b.", "c?", "d.", "e?").endswith(whole)
+    assert asked.format_prompt("a?", "b.", "c?", "d.", "e?").endswith(whole)
 
 
 def test_each_turn_of_moss_with_plugins_has_all_its_parts() -> None:
-    whole = PLUGIN.put("a?", "b.", "c?")
-    assert whole.startswith(f"{PLUGIN.put('a?')} b.<eom>\n<|Human|>: c?<eoh>\n<|Inner Thoughts|>: None<eot>\n")
-    assert whole.endswith(PLUGIN.put("c?")[PLUGIN.put("c?").index("<|Human|>") :])
+    whole = PLUGIN.format_prompt("a?", "b.", "c?")
+    assert whole.startswith(f"{PLUGIN.format_prompt('a?')} b.<eom>\n<|Human|>: c?<eoh>\n<|Inner Thoughts|>: None<eot>\n")
+    assert whole.endswith(PLUGIN.format_prompt("c?")[PLUGIN.format_prompt("c?").index("<|Human|>") :])
 
 
 def test_the_parts_of_moss_stand_in_the_documented_order() -> None:

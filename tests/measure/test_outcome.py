@@ -59,7 +59,7 @@ ENDS = [
         2,
         Evidence(phase="cold", ended_by="protocol", exit_code=-9),
         Outcome.CRASH,
-        "the worker spoke nonsense during cold",
+        "worker protocol error during cold",
         id="nonsense on the pipe",
     ),
     *(
@@ -77,13 +77,13 @@ ENDS = [
             id=rule,
         )
         for rule, said in (
-            ("ram-limit", "it held 1.00 GiB that cannot be dropped, and --ram allows 2.00 GiB"),
-            ("vram-limit", "the process held 1.00 GiB on one GPU, and --vram allows 2.00 GiB"),
-            (limits.OVER_AT_START, "it held 1.00 GiB even before it loaded, and --ram allows 2.00 GiB"),
+            ("ram-limit", "it needed 1.00 GiB that cannot be dropped, and --ram allows 2.00 GiB"),
+            ("vram-limit", "the process used 1.00 GiB on one GPU, and --vram allows 2.00 GiB"),
+            (limits.OVER_AT_START, "it needed 1.00 GiB even before it loaded, and --ram allows 2.00 GiB"),
             (
                 "machine-memory",
                 "it was ended when the machine had only 1.00 GiB left, less than the 2.00 GiB that are kept free; "
-                "the case held 3.00 GiB",
+                "the case used 3.00 GiB",
             ),
         )
     ),

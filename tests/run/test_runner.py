@@ -129,9 +129,9 @@ ENDS: dict[str, tuple[Outcome, str, str, str, set[str]]] = {
     "hang_in_cold": (Outcome.TIMEOUT, "cold", "cold was not done when", "import load", LOAD),
     "hang_in_score": (Outcome.TIMEOUT, "score", "score was not done when", "import load cold warm warm", WARM),
     "hang_in_a_message": (Outcome.TIMEOUT, "load", "load was not done when", "", set()),
-    "nonsense": (Outcome.CRASH, "load", "the worker spoke nonsense during load", "", set()),
-    "past_the_framing": (Outcome.CRASH, "load", "the worker spoke nonsense during load", "", set()),
-    "closed_pipe": (Outcome.CRASH, "load", "the worker spoke nonsense during load", "", set()),
+    "nonsense": (Outcome.CRASH, "load", "worker protocol error during load", "", set()),
+    "past_the_framing": (Outcome.CRASH, "load", "worker protocol error during load", "", set()),
+    "closed_pipe": (Outcome.CRASH, "load", "worker protocol error during load", "", set()),
     "no_tokens": (Outcome.CRASH, "warm", "timed none of 5 tokens", "import load cold warm", COLD),
 }
 
@@ -260,7 +260,7 @@ def test_where_nvml_does_not_list_the_worker_the_result_says_who_held_the_limit(
     bench.runs.append(run)
     run.load()
     said = noise(limited.case.workload, run.measured).get("vram_peak_bytes")
-    assert said == ("torch alone held --vram: NVML does not list the process" if alone else None)
+    assert said == ("only torch enforced --vram: NVML does not list the process" if alone else None)
 
 
 def test_a_group_that_the_worker_may_not_enter_is_removed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
