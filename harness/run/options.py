@@ -132,8 +132,8 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="device-map",
-        help='load with this device_map, JSON or TOML: module -> 0, "cuda:0", "cpu" or "disk" (placement file; no other unless '
-        "named)",
+        help='load with this device_map, JSON or TOML: module -> 0, "cuda:0", "cpu" or "disk" (placement file, alone unless '
+        "others are named)",
         parse=Path,
         metavar="FILE",
     ),
