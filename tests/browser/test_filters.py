@@ -244,7 +244,7 @@ def test_without_scripts_a_packed_page_says_what_is_missing_and_shows_no_bar(
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         show(many(results, 2))
-        assert "details of the 112 cases are packed" in browser.find_element(By.TAG_NAME, "noscript").text
+        assert "details of the 112 cases are compressed" in browser.find_element(By.TAG_NAME, "noscript").text
         assert not browser.find_element(By.ID, "filters").is_displayed()
         assert browser.find_element(By.CSS_SELECTOR, "td.cell.best").is_displayed()
         assert not any(button.is_displayed() for button in browser.find_elements(By.CSS_SELECTOR, "button"))
