@@ -132,7 +132,7 @@ def test_ways_to_share_among_gpus_want_two(placement: str) -> None:
     refused = [gate(case("int8", placement), on) for on in (NO_GPU, AMPERE, machine(gpu(), gpu(1)))]
     assert refused[0] is not None
     assert refused[0] == refused[1]
-    assert refused[0][1].startswith("with fewer than two GPUs it is the same as auto")
+    assert refused[0][1].startswith("identical to auto with fewer than two GPUs")
     assert refused[2] is None
     old = gate(case("int8", placement), machine(gpu(), gpu(1, compute_capability="6.1")))
     assert old == (Verdict.UNAVAILABLE, "int8 needs compute capability 7.5, and RTX 3060 has 6.1")
@@ -147,7 +147,7 @@ def test_ways_to_share_among_gpus_want_two(placement: str) -> None:
         ({"a": "cpu"}, None),
         (
             {"a": "cpu", "b": "disk"},
-            "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU, or on the disk",
+            "transformers does not offload bitsandbytes weights from a GPU to the CPU, nor to disk at all",
         ),
         ({"a": 2}, "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
     ],
@@ -162,15 +162,15 @@ def test_a_map_of_ones_own_is_judged_by_what_it_uses(device_map: dict[str, int |
     ("on", "names", "said"),
     [
         (NO_GPU, ("bf16", "recommended"), "identical to cpu without a GPU"),
-        (AMPERE, ("gguf", "cpu"), "transformers has kernels for packed GGUF on GPUs alone and unpacks it for the processor"),
+        (AMPERE, ("gguf", "cpu"), "transformers runs packed GGUF on GPUs only and unpacks it on the CPU"),
         (NO_GPU, ("bf16", "direct"), "no NVIDIA GPU detected"),
         (NO_GPU, ("fp8", "cpu"), 'transformers quantizes to fp8 on a GPU only ("No GPU or XPU found")'),
         (AMPERE, ("fp8", "direct"), "fp8 needs compute capability 8.9, and RTX 3060 has 8.6"),
-        (AMPERE, ("hqq-int4", "direct"), "transformers 5 has no HQQ on loading"),
-        (AMPERE, ("quanto-int8", "gpu+cpu"), "transformers refuses to quantize with quanto for the CPU beside a GPU"),
-        (NO_GPU, ("torchao-int8", "disk"), "transformers moves what torchao is to quantize for the CPU or the disk to a GPU first"),
+        (AMPERE, ("hqq-int4", "direct"), "transformers 5 cannot quantize to HQQ while loading"),
+        (AMPERE, ("quanto-int8", "gpu+cpu"), "transformers does not offload quanto weights from a GPU to the CPU"),
+        (NO_GPU, ("torchao-int8", "disk"), "transformers moves weights to a GPU for torchao to quantize"),
         (PASCAL, ("int8", "direct"), "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
-        (AMPERE, ("int8", "gpu+cpu"), "transformers refuses bitsandbytes weights on the CPU or the disk beside a GPU"),
+        (AMPERE, ("int8", "gpu+cpu"), "transformers does not offload bitsandbytes weights from a GPU"),
         (AMPERE, ("int4", "dispatch"), "load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"),
     ],
 )

@@ -17,6 +17,10 @@ from harness.planning.cost.overhead import Overhead
 # The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
 PAGE_BYTES = 1 << 20
 
+# 16-bit copies of the largest Linear that are on a GPU at once while it is quantized, traced on hollow checkpoints: int8 goes to
+# the RAM and back, 4 bits are made on the GPU.
+_COPIES_IN_FLIGHT = {"int8": 1.5, "int4": 0.75, "fp4": 0.75, "nf4-dq": 0.75}
+
 
 class TierTerms(Record, frozen=True, kw_only=True):
     """The terms of one tier, in bytes."""
@@ -140,7 +144,7 @@ class Footprint:
 
     def _on_gpu(self, name: str) -> TierTerms:
         constant, kv = self.calibration, self.kv.get(name, 0)
-        runs = self.inventory.gpu_prefill.bytes(self.workload)
+        runs = self.inventory.on_gpu.bytes(self.workload)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
         return TierTerms(
             weights=self.weights[name],
@@ -161,9 +165,20 @@ class Footprint:
         return self._copied_at_once[homes]
 
     def _in_flight(self, name: str) -> Bytes:
-        """Return what lies on the GPU only while loading: 16-bit copies of what is quantized there. Casts are made in the RAM."""
+        """Return what lies on the GPU only while loading: 16-bit copies of what is quantized there, and the parts of a stack.
+
+        Casts are made in the RAM. Experts that files hold one by one are stacked on the GPU, a layer at a time, and gate and up are
+        then joined: beside the result their parts are alive, half of it where tensors are copied one by one, as they are while
+        quantizing, and all of it where four threads copy ahead.
+        """
         copy_bytes = self.inventory.largest_copy if self.sums[name].quantized else 0
-        return Bytes(best=2.0 * copy_bytes, high=max(4.0 * copy_bytes, self.inventory.largest))
+        stack = self.inventory.largest_stack if self.sums[name].joined else 0
+        copies = _COPIES_IN_FLIGHT.get(self.fmt.quantizer or "", 2.0) * copy_bytes
+        return Bytes(
+            low=stack / 2,
+            best=max(copies, stack / 2 if copy_bytes else stack),
+            high=max(4.0 * copy_bytes, self.inventory.largest, stack),
+        )
 
     def _in_ram(self) -> TierTerms:
         here, away = self.sums.get("cpu") or TensorTotals(), self.sums.get("disk") or TensorTotals()
@@ -174,7 +189,7 @@ class Footprint:
         elsewhere = sum(self.sums[gpu].stored for gpu in self.gpus) + (rewritten or away.made_from)
         # A head that is stored again lies at the end of the files, among what went elsewhere if anything did.
         file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
-        runs = 0 if self.gpus else self.inventory.cpu_prefill.bytes(self.workload) * self.processes
+        runs = 0 if self.gpus else self.inventory.on_cpu.bytes(self.workload) * self.processes
         brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
         passing = self.inventory.total.made - here.made if self.loading.through_ram else 0
         if self._reads_files:

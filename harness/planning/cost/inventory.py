@@ -12,6 +12,7 @@ from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Module, Weight
 from harness.core.dtypes import DTYPE_BYTES
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
+from harness.planning.cost.activations import Activations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
 
@@ -78,8 +79,8 @@ class Inventory:
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
-        self.gpu_prefill = memory.Prefill(self.skeleton, fmt, "gpu")
-        self.cpu_prefill = memory.Prefill(self.skeleton, fmt, "cpu")
+        self.on_gpu = Activations(self.skeleton, fmt, "gpu")
+        self.on_cpu = Activations(self.skeleton, fmt, "cpu")
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
 
     @cached_property
@@ -120,6 +121,11 @@ class Inventory:
     def largest_copy(self) -> int:
         """Bytes of the largest 16-bit copy that quantizing makes."""
         return max((self._copied(weight) for weight, _ in self.skeleton.tally), default=0)
+
+    @cached_property
+    def largest_stack(self) -> int:
+        """Bytes of the largest tensor that loading stacks from single experts, and joins."""
+        return max((self.sizes[weight.path] for weight, _ in self.skeleton.tally if self._stacks(weight)), default=0)
 
     @cached_property
     def at_once(self) -> dict[str, int]:

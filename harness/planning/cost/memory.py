@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.families import FAMILIES
-from harness.core.quantizers import SCHEMES, UNPACKINGS
-from harness.core.records import Record, Workload
+from harness.core.quantizers import SCHEMES
+from harness.core.records import Record
 
 # Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
 _EAGER = ("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "openai-gpt")
@@ -89,79 +89,6 @@ def kv_bytes(skeleton: Skeleton, tokens: int, batch: int, element_bytes: int) ->
 def _elements(kind: Attention, tokens: int) -> int:
     cached = min(tokens, kind.window) if kind.window else tokens
     return kind.per_token * cached + kind.state
-
-
-class Prefill:
-    """What a forward pass over the prompt takes beside weights and cache; what does not depend on the workload is counted once.
-
-    A layer peaks in its MLP: input, residual, norm and output (4 x hidden), and what gate, up and their product take (3 x
-    intermediate; without a gate 2 x, or more where GELU is written out). Eager attention keeps all its scores, which may be more.
-    """
-
-    def __init__(self, skeleton: Skeleton, fmt: WeightFormat, device: str) -> None:
-        self.hidden, self.vocabulary, self.heads = skeleton.hidden_size, skeleton.vocab_size, skeleton.heads
-        self.inner, self.eager = mlp_widths(skeleton), skeleton.model_type in EAGER
-        self.element = fmt.element_bytes
-        linears = [weight.tensor.shape for weight, _ in skeleton.tally if weight.quantizes and len(weight.tensor.shape) == 2]
-        packed = fmt.quantizer is not None or fmt.packed_bits is not None
-        in_int8 = fmt.quantizer == "int8" and device == "gpu"
-        # int8 on a GPU: the input in int8 and the product in int32. Else one Linear is unpacked to the dtype, or by blocks of it.
-        self.per_token = max((4 * rows + columns for rows, columns in linears), default=0) if in_int8 else 0
-        self.largest, self.device = max((rows * columns for rows, columns in linears), default=0), device
-        self.whole = packed and not in_int8
-        self.unpacking = UNPACKINGS[fmt.unpacking] if fmt.unpacking else None
-
-    def bytes(self, workload: Workload) -> int:
-        """Return the most bytes that a pass takes at once."""
-        tokens = workload.batch * workload.prompt_tokens
-        inputs = tokens * 4 * self.hidden * self.element
-        layer = inputs + tokens * self.inner * self.element
-        if self.eager:
-            layer = max(layer, inputs + self._scores(workload))
-        return max(layer + self.unpacked(tokens) + tokens * self.per_token, self.logits(workload))
-
-    def unpacked(self, tokens: int) -> int:
-        """Return the bytes that a packed Linear is unpacked to."""
-        if self.unpacking is not None:
-            return self.unpacking.temporary_bytes(self.largest, self.device, tokens)
-        return self.largest * self.element if self.whole else 0
-
-    def _scores(self, workload: Workload) -> int:
-        """Count attention written out: scores in the dtype, their softmax in float32 and its copy in the dtype."""
-        return workload.batch * self.heads * workload.prompt_tokens**2 * (4 + 2 * self.element)
-
-    def logits(self, workload: Workload) -> int:
-        """Count the logits of the last token of each sequence (transformers 4.45 and later), and generate's two float32 copies."""
-        return workload.batch * self.vocabulary * (self.element + 2 * 4)
-
-
-def mlp_widths(skeleton: Skeleton) -> int:
-    """Return how many elements a token occupies in the MLP at once."""
-    inner = skeleton.intermediate_size
-    if skeleton.experts:
-        return 4 * expert_width(skeleton) * max(1, skeleton.experts_per_token)
-    if is_gated(skeleton):
-        return 3 * inner
-    return 5 * inner if skeleton.model_type in PLAIN_GELU else 2 * inner
-
-
-def expert_width(skeleton: Skeleton) -> int:
-    """Return the inner width of one expert: from its stacked weights, [experts, hidden, width] either way round."""
-    for weight, _ in skeleton.tally:
-        if weight.path.endswith("experts.down_proj"):
-            inner = [size for size in weight.tensor.shape[1:] if size != skeleton.hidden_size]
-            return inner[0] if inner else skeleton.hidden_size
-    return skeleton.intermediate_size
-
-
-def is_gated(skeleton: Skeleton) -> bool:
-    """Say whether the MLP multiplies two projections: it then has two Linears of its inner width, or one of twice that."""
-    inner, found = skeleton.intermediate_size, 0
-    for block in skeleton.blocks:
-        children = [skeleton.blocks[child.block] for child in block.children]
-        rows = [child.tensors[0].shape[0] for child in children if child.linear == "linear" and child.tensors]
-        found = max(found, rows.count(inner) + 2 * rows.count(2 * inner))
-    return found > 1
 
 
 def read_per_token(skeleton: Skeleton, sizes: Mapping[str, int]) -> dict[str, float]:

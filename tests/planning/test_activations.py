@@ -1,0 +1,84 @@
+"""Planned peaks against traced ones: transformers' own code on fake tensors of a GPU, every storage counted.
+
+`tests/data/traced_peaks.csv` has the peaks that torch would allocate, of 12 architectures at 64 to 32,768 tokens (torch 2.13,
+transformers 5.23, bitsandbytes 0.50, attention kernels of compute capability 8.0).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from statistics import median, quantiles
+
+import pytest
+
+from harness.architecture import model_spec
+from harness.architecture.model_spec import ModelSpec
+from harness.catalog import resolve
+from harness.core.records import Case, Machine, Plan, TierEstimate, Verdict, Workload
+from harness.core.units import GIB
+from harness.machine.gpus import profile
+from harness.planning.planner import Planner
+
+with (Path(__file__).parents[1] / "data/traced_peaks.csv").open(newline="") as _file:
+    ROWS = list(csv.DictReader(_file))
+
+
+@cache
+def spec(model: str) -> ModelSpec:
+    return model_spec.read_spec(resolve.resolve(model))
+
+
+@cache
+def planner(model: str, machine: Machine) -> Planner:
+    return Planner(spec(model), machine, here=False)
+
+
+def plan(model: str, precision: str, workload: Workload, machine: Machine) -> Plan:
+    case = Case(model=spec(model).name, precision=precision, placement="direct", workload=workload)
+    return planner(model, machine).plan(case)
+
+
+def planned(row: dict[str, str]) -> TierEstimate:
+    workload = Workload(prompt_tokens=int(row["prompt_tokens"]), new_tokens=int(row["new_tokens"]), batch=int(row["batch"]))
+    found = plan(row["model"], row["precision"], workload, profile(["2000GiB"], ram=4000 * GIB))
+    assert found.estimate is not None
+    return found.estimate.tiers["gpu:0"]
+
+
+def errors(precision: str) -> Iterator[tuple[float, dict[str, str]]]:
+    """Yield the error of each row of a precision, as a share of the traced peak."""
+    for row in ROWS:
+        if row["precision"] == precision:
+            yield planned(row).allocated_bytes / int(row["peak_allocated_bytes"]) - 1, row
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_allocated_bytes_are_what_was_traced(precision: str) -> None:
+    found = [abs(error) for error, _ in errors(precision)]
+    assert len(found) > 60
+    assert median(found) < 0.003
+    assert quantiles(found, n=100)[98] < 0.02
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_no_traced_peak_is_above_the_interval(precision: str) -> None:
+    assert not [row for _, row in errors(precision) if int(row["peak_allocated_bytes"]) > planned(row).high_bytes]
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "prompt", "batch", "traced_gib"),
+    [
+        ("mistral-7b-instruct-v0.1", "20GiB", 32_000, 1, 21.98),  # sliding windows keep slices of the whole prompt
+        ("mixtral-8x7b-instruct-v0.1", "96GiB", 64, 16, 97.6),  # decoding copies the weights of the chosen experts
+        ("gemma-3-4b-it", "12GiB", 32_768, 1, 15.8),  # a mask of prompt x prompt for the layers with a window
+    ],
+)
+def test_what_was_said_to_fit_and_does_not(model: str, card: str, prompt: int, batch: int, traced_gib: float) -> None:
+    workload = Workload(prompt_tokens=prompt, new_tokens=16, batch=batch)
+    found = plan(model, "bf16", workload, profile([card], ram=128 * GIB))
+    assert found.verdict is Verdict.TOO_BIG
+    assert found.estimate is not None
+    assert found.estimate.tiers["gpu:0"].allocated_bytes / GIB == pytest.approx(traced_gib, rel=0.01)
