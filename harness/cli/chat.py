@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import FIRST_PORT, add_options, given_or_default
 from harness.cli.plan_args import NOTHING_FITS, Question, advise_on, asked_case, constants
@@ -134,7 +134,7 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
 
     workload = case.workload
     asked = {"model": [args.model], "precision": [case.precision], "placement": [case.placement]}
-    about = {"prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
+    about: dict[str, Any] = {"prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     about |= {"trust_remote_code": args.trust_remote_code, "case_timeout": _LOAD_S, "phase_timeout": _LOAD_S}
     with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
         session = Session(Options(given={**asked, **about, "results": nothing_kept}))
