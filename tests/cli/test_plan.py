@@ -64,13 +64,13 @@ def test_a_card_that_torch_cannot_use_is_planned_without_and_torch_is_not_asked(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(accelerators, "look", lambda: pytest.fail("torch was imported"))
     monkeypatch.setattr(accelerators, "torch_build", lambda: accelerators.TorchBuild(version="2.13.0+cu130", cuda="13.0"))
-    assert planned(say, "smollm2-135m")["machine"]["tiers"][0]["name"] == "gpu:0"
+    assert planned(say, "qwen2.5-7b-instruct")["machine"]["tiers"][0]["name"] == "gpu:0"
     monkeypatch.setattr(accelerators, "torch_build", lambda: accelerators.TorchBuild(version="2.13.0+cpu"))
-    found = planned(say, "smollm2-135m", "--precision", "bf16")
+    found = planned(say, "qwen2.5-7b-instruct", "--precision", "bf16")
     assert [tier["name"] for tier in found["machine"]["tiers"]] == ["cpu", "disk"]
     direct = next(one for one in found["plans"] if one["placement"] == "direct")
     assert (direct["verdict"], direct["why"]) == ("unavailable", found["machine"]["gpu_problem"])
-    table = " ".join(say("smollm2-135m", "--precision", "bf16")[1].split())
+    table = " ".join(say("qwen2.5-7b-instruct", "--precision", "bf16")[1].split())
     assert "is built for the CPU only and cannot use the NVIDIA GeForce RTX 4090: install torch for CUDA" in table
 
 
