@@ -121,6 +121,20 @@ def hidden(machine: Machine, seen: Seen | None) -> str | None:
     return f"{article} {maker} GPU is here{named}; this version measures the CPU only, and the GPU is hidden from all cases"
 
 
+def doubt(machine: Machine) -> str | None:
+    """Say where the driver may use RAM for VRAM, so that what is too big runs slowly and does not fail: on Windows, and within it.
+
+    Source: NVIDIA's "System Memory Fallback" of drivers from 536.40 on, which the control panel turns off.
+    """
+    system = machine.system or ""
+    if not machine.gpus or not (system.startswith("Windows") or system.endswith("(WSL)")):
+        return None
+    return (
+        "this driver may use RAM for VRAM (CUDA sysmem fallback): what is too big for the card may run slowly here and not fail;"
+        ' set the fallback policy to "prefer no sysmem fallback" in NVIDIA\'s control panel to measure the card alone'
+    )
+
+
 def usable(probed: Machine, *, ask: bool = True) -> Machine:
     """Return the machine as torch can use it: without its GPUs, and with the sentence that says why, where torch cannot use them.
 

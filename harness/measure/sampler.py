@@ -169,6 +169,10 @@ class Gpus:
                 found[tier] = sum(used)
         return found
 
+    def free_bytes(self) -> dict[str, int]:
+        """Return what is free on each card, whoever holds the rest; a card that does not tell is absent."""
+        return {tier: int(memory.free) for tier, memory in self.ask("nvmlDeviceGetMemoryInfo").items()}
+
     def energy_j(self, tiers: Collection[str]) -> float | None:
         """Return the joules that these cards have used since the driver was loaded; None for none, or where one has no counter."""
         used = self.ask("nvmlDeviceGetTotalEnergyConsumption")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+from msgspec.structs import replace
 
 from harness.core.records import Machine, Tier
 from harness.machine import accelerators
-from harness.machine.accelerators import Card, Seen, TorchBuild, hidden, look, problem, torch_build, usable
+from harness.machine.accelerators import Card, Seen, TorchBuild, doubt, hidden, look, problem, torch_build, usable
 
 FOR_CUDA = TorchBuild(version="2.13.0+cu130", cuda="13.0")
 FOR_CPU = TorchBuild(version="2.13.0+cpu")
@@ -126,6 +127,15 @@ def test_a_gpu_that_is_not_measured_is_said_of_the_machine(monkeypatch: pytest.M
     can_do(monkeypatch, FOR_CPU, Seen(kind="mps", cards=(Card(name="Apple GPU"),)))
     monkeypatch.setattr("sys.platform", "darwin")  # its torch does not say what it was built for
     assert "an Apple GPU is here" in str(usable(machine()).gpu_problem)
+
+
+@pytest.mark.parametrize(
+    ("system", "said"),
+    [("Linux 6.18", False), ("Linux 6.6 (WSL)", True), ("Windows 11", True), ("Darwin 24.5", False), (None, False)],
+)
+def test_a_driver_that_may_use_ram_for_vram_is_said(system: str | None, said: bool) -> None:
+    assert bool(doubt(replace(RTX, system=system))) == said
+    assert doubt(replace(machine(), system=system)) is None
 
 
 def test_torch_is_asked_in_a_process_of_its_own() -> None:

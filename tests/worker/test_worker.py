@@ -254,6 +254,18 @@ def test_a_card_that_holds_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(not sampler.LINUX, reason="pagemap is Linux's")
+def test_a_card_that_holds_nothing_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes initializes CUDA when it is imported, beside int8 on the processor as well."""
+    held = {0: 0, 1: 5}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: held[index])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index: 2 * held[index])
+    assert work.vram_peaks() == ({"gpu:1": 5}, {"gpu:1": 10})
+    held[1] = 0
+    assert work.vram_peaks() == ({}, {})
+
+
 def test_replay_maps_pages_that_were_present() -> None:
     runs = prefault.resident_runs()
     assert sum(length for _, length in runs) > 10 << 20  # torch alone is more
