@@ -102,6 +102,7 @@ def result_of(
 ) -> Result:
     """Return the result of a case from what it has shown so far."""
     metrics = metrics_of(plan.case.workload, model, measured, sampler)
+    doubts = noise(plan.case.workload, measured) | _unlisted(measured, sampler)
     loaded = measured.loaded.loaded if measured.loaded else None
     return Result(
         **_common(plan, model, context, measured.at),
@@ -110,9 +111,7 @@ def result_of(
         why=ended.why if ended else None,
         metrics=metrics,
         samples=aggregate.samples(measured.warm) if measured.warm else {},
-        noisy={
-            key: why for key, why in (noise(plan.case.workload, measured) | _unlisted(measured, sampler)).items() if key in metrics
-        },
+        noisy={key: why for key, why in doubts.items() if key in metrics},
         interference=measured.windows,
         phases=[_completed(phase, measured.begun_s, sampler) for phase in measured.phases],
         timeline=sampler.timeline(measured.begun_s),

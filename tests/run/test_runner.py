@@ -36,6 +36,7 @@ from tests.support import builders, scripted
 
 WORKLOAD = Workload(prompt_tokens=6, new_tokens=5, batch=2, repeats=2)
 LONG_S, SHORT_S = 60.0, 1.5
+UNLISTED = "NVML does not list the process"
 
 LOAD = {"import_s", "tokenizer_s", "load_s", "load_ram_peak_bytes", "ram_peak_bytes", "ram_anon_peak_bytes"}
 COLD = LOAD | {"first_token_s", "ready_s"}
@@ -278,9 +279,9 @@ def held_by_torch(run: Run, **sizes: int) -> None:
             {},
             {"gpu:0": 700, "gpu:1": 5000},
             700,
-            "NVML does not list the process: what the card had in use beyond the start of the case",
+            f"{UNLISTED}: what the card had in use beyond the start of the case",
         ),
-        ({}, {}, 500 + 450_000_000, "NVML does not list the process: what torch reserved and 429 MiB for a CUDA context"),
+        ({}, {}, 500 + 450_000_000, f"{UNLISTED}: what torch reserved and 429 MiB for a CUDA context"),
     ],
     ids=["listed", "a container", "nothing is told"],
 )
