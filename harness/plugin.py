@@ -98,6 +98,10 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         ours.prepare(cases)
     except HarnessError as error:
         raise pytest.UsageError(line(str(error))) from None
+    reporter: TerminalReporter | None = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        for notice in ours.notices():
+            reporter.write_line(line(notice))
     _write_by_case(session)
 
 

@@ -122,6 +122,7 @@ class Machine(Record, frozen=True, kw_only=True):
     system: str | None = None
     driver: str | None = None
     mapping_bytes: int | None = None  #: the largest file that the system maps for torch and safetensors; None if no limit is known
+    gpu_problem: str | None = None  #: why GPUs that are here are not among the tiers; None if all of them are
 
     @property
     def gpus(self) -> tuple[Tier, ...]:

@@ -210,6 +210,10 @@ def _cpu_model(root: Path) -> str | None:
 
 
 def _system() -> str:
-    """Name the system and its release to the second figure, "Linux 6.18"; longer ones may carry a builder's name."""
+    """Name the system and its release to the second figure, "Linux 6.18"; longer ones may carry a builder's name.
+
+    Linux within Windows says so: there the driver is that of Windows.
+    """
     release = re.match(r"\d+(?:\.\d+)?", platform.release())
-    return " ".join([platform.system() or sys.platform, *([release[0]] if release else [])])
+    within = ["(WSL)"] if "microsoft" in platform.release().lower() else []
+    return " ".join([platform.system() or sys.platform, *([release[0]] if release else []), *within])

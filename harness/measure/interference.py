@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
@@ -26,14 +26,18 @@ T = TypeVar("T")
 _GLANCE_S = 0.5
 _SM_CLOCK = 1  # NVML_CLOCK_SM
 
-# The bits of nvmlDeviceGetCurrentClocksThrottleReasons that slow a card down; idling and clocks that somebody chose are none of it.
+# The bits of nvmlDeviceGetCurrentClocksThrottleReasons that slow a card down; idling is none of it.
 _THROTTLES: Mapping[int, str] = {
+    0x02: "chosen clock",
     0x04: "power cap",
     0x08: "hardware slowdown",
     0x20: "heat",
     0x40: "heat, by hardware",
     0x80: "power brake",
 }
+# Properties of the card as it is set up, which every round has: a laptop's card is at its power cap whenever it works. They are
+# kept with the result, disturb nothing, and explain a low clock.
+_SET_UP = ("chosen clock", "power cap")
 
 # With a thread on each core the share that others take of one core is the share by which all threads wait, so the limit is in
 # shares of one core however many there are. The counters have ticks of 10 ms: against the times of all single processes a window
@@ -46,6 +50,9 @@ _ROOM = 0.75  # with this share of the CPUs that we may use idle a foreign proce
 _MOST_SWAPPED_PER_S = 1 << 20
 _MOST_GPU_SHARE = 0.05
 _MOST_CLOCK_CHANGE = 0.10
+# A card that comes from rest takes a second or two from 200-350 MHz to its clock. Cards at work stay somewhat below the most that
+# NVML names (4090: 2,500 to 2,800 of 3,105), so only much less is a ramp. Not yet verified on a card.
+_LEAST_CLOCK_SHARE = 0.6
 _ENOUGH = 3  # undisturbed rounds make a median
 
 # The metrics that rest on each phase.
@@ -91,8 +98,13 @@ class InterferenceWatch:
         self._before: _Counted | None = None
         self._glances: list[_Glance] = []
         self._glanced_s = 0.0
+        self._at_work: Collection[str] | None = None
         # Where a container hides our own id from NVML, whoever is on the card already is a stranger.
         self._strangers = {pid for held in _process_bytes(gpus).values() for pid in held}
+
+    def expect(self, tiers: Collection[str]) -> None:
+        """Note which cards are to work: the clock of one that rests says nothing. Before that, all are."""
+        self._at_work = tiers
 
     def begin(self) -> None:
         """Read the counters before a request."""
@@ -105,12 +117,21 @@ class InterferenceWatch:
         now = time.monotonic()
         if now - self._glanced_s >= _GLANCE_S:
             self._glanced_s = now
-            sm = self._gpus.ask("nvmlDeviceGetClockInfo", _SM_CLOCK) if self._gpus else {}
-            reasons = self._gpus.ask("nvmlDeviceGetCurrentClocksThrottleReasons") if self._gpus else {}
-            self._glances.append(_Glance(system_counters.cpu_mhz(self._cpus), sm, reasons))
+            self._glances.append(self._look(system_counters.cpu_mhz(self._cpus)))
+
+    def _look(self, cpu_mhz: float | None) -> _Glance:
+        sm = self._gpus.ask("nvmlDeviceGetClockInfo", _SM_CLOCK) if self._gpus else {}
+        reasons = self._gpus.ask("nvmlDeviceGetCurrentClocksThrottleReasons") if self._gpus else {}
+        return _Glance(cpu_mhz, sm, reasons)
 
     def end(self, phase: str) -> Interference:
-        """Read the counters after the answer, and return what others did; what the system does not report is None."""
+        """Read the counters after the answer, and return what others did; what the system does not report is None.
+
+        The cards are looked at once more: a round may be over before the first glance, and their clock counts as it was at the end.
+        That of the CPUs falls as soon as they rest, and is the mean of the glances.
+        """
+        if self._gpus:
+            self._glances.append(self._look(None))
         mhz = [glance.cpu_mhz for glance in self._glances if glance.cpu_mhz is not None]
         window = Interference(
             phase=phase,
@@ -146,13 +167,14 @@ class InterferenceWatch:
 
         found = {}
         for tier in self._gpus.tiers:
-            sm = [glance.sm_mhz[tier] for glance in self._glances if tier in glance.sm_mhz]
+            works = self._at_work is None or tier in self._at_work
+            sm = [glance.sm_mhz[tier] for glance in self._glances if tier in glance.sm_mhz] if works else []
             reasons = [glance.throttles.get(tier, 0) for glance in self._glances]
             found[tier] = GpuInterference(
                 others_share=_gpu_share(used[tier], is_foreign) if tier in used else None,
                 others_bytes=sum(size for pid, size in held[tier].items() if is_foreign(pid)) if tier in held else None,
                 throttles=tuple(word for bit, word in _THROTTLES.items() if any(reason & bit for reason in reasons)),
-                sm_mhz=round(statistics.fmean(sm)) if sm else None,
+                sm_mhz=sm[-1] if sm else None,
                 sm_most_mhz=most.get(tier),
             )
         return found
@@ -253,16 +275,23 @@ def _heat(windows: Sequence[Interference]) -> str:
 
 
 def _clock(windows: Sequence[Interference]) -> str:
-    """Look for a clock that changed from window to window."""
-    clocks = {"the CPU's clock": [window.cpu_mhz for window in windows]}
-    for tier in _tiers(windows):
-        clocks[f"the clock of {tier}"] = [window.gpus[tier].sm_mhz for window in windows if tier in window.gpus]
-    said = []
-    for what, values in clocks.items():
-        known = [value for value in values if value]
-        if known and min(known) < (1 - _MOST_CLOCK_CHANGE) * max(known):
-            said.append(f"{what} was between {min(known)} and {max(known)} MHz")
-    return ", ".join(said)
+    """Look for a clock of the CPUs that changed from window to window."""
+    known = [window.cpu_mhz for window in windows if window.cpu_mhz]
+    if not known or min(known) >= (1 - _MOST_CLOCK_CHANGE) * max(known):
+        return ""
+    return f"the CPU's clock was between {min(known)} and {max(known)} MHz"
+
+
+def _gpu_clock(windows: Sequence[Interference]) -> str:
+    """Look for cards that had not come to their clock by the end of a window, though they are not set up to stay below it."""
+    low: dict[str, list[GpuInterference]] = {}
+    for window in windows:
+        for tier, card in window.gpus.items() if window.phase == "warm" else ():  # while it loads, a card waits for its weights
+            far = card.sm_mhz and card.sm_most_mhz and card.sm_mhz < _LEAST_CLOCK_SHARE * card.sm_most_mhz
+            if far and not set(_SET_UP) & set(card.throttles):
+                low.setdefault(tier, []).append(card)
+    slowest = {tier: min(cards, key=lambda card: card.sm_mhz or 0) for tier, cards in sorted(low.items())}
+    return ", ".join(f"{tier} ran at {card.sm_mhz} of {card.sm_most_mhz} MHz" for tier, card in slowest.items())
 
 
 def _gpu_others(windows: Sequence[Interference]) -> str:
@@ -277,7 +306,8 @@ def _gpu_others(windows: Sequence[Interference]) -> str:
 def _gpu_throttles(windows: Sequence[Interference]) -> str:
     said = []
     for tier in _tiers(windows):
-        words = dict.fromkeys(word for window in windows if tier in window.gpus for word in window.gpus[tier].throttles)
+        reasons = (word for window in windows if tier in window.gpus for word in window.gpus[tier].throttles)
+        words = dict.fromkeys(word for word in reasons if word not in _SET_UP)
         if words:
             said.append(f"{tier} was throttled ({', '.join(words)})")
     return ", ".join(said)
@@ -295,8 +325,18 @@ _CHECKS: Sequence[Callable[[Sequence[Interference]], str]] = (
     _heat,
     _gpu_others,
     _gpu_throttles,
+    _gpu_clock,
     _clock,
 )
+
+
+def power_capped(windows: Sequence[Interference]) -> str:
+    """Say which cards were at their power cap in how many of the warm rounds; empty if none was."""
+    warm = [window for window in windows if window.phase == "warm"]
+    hits = {
+        tier: sum("power cap" in window.gpus[tier].throttles for window in warm if tier in window.gpus) for tier in _tiers(warm)
+    }
+    return ", ".join(f"{tier} was at its power cap in {hit} of {len(warm)} warm rounds" for tier, hit in hits.items() if hit)
 
 
 def undisturbed(rounds: Sequence[T], windows: Sequence[Interference]) -> list[T]:

@@ -168,6 +168,14 @@ class Gpus:
                 found[tier] = sum(used)
         return found
 
+    def free_bytes(self) -> dict[str, int]:
+        """Return what is free on each card, whoever holds the rest; a card that does not tell is absent."""
+        return {tier: int(memory.free) for tier, memory in self.ask("nvmlDeviceGetMemoryInfo").items()}
+
+    def used_bytes(self) -> dict[str, int]:
+        """Return what is in use on each card, whoever holds it; a card that does not tell is absent."""
+        return {tier: int(memory.used) for tier, memory in self.ask("nvmlDeviceGetMemoryInfo").items()}
+
     def energy_j(self, tiers: Collection[str]) -> float | None:
         """Return the joules that these cards have used since the driver was loaded; None for none, or if one has no counter."""
         used = self.ask("nvmlDeviceGetTotalEnergyConsumption")
@@ -175,13 +183,18 @@ class Gpus:
 
 
 class Sample(Record, frozen=True, kw_only=True):
-    """What the sampler saw at one moment of the monotonic clock, or the maxima of the `span_s` that began there."""
+    """What the sampler saw at one moment of the monotonic clock, or the maxima of the `span_s` that began there.
+
+    `vram_bytes` is what NVML says of the process; `grown_bytes`, where it says nothing, is by how much more of each card was in use
+    than when the sampler was made, whoever holds it.
+    """
 
     at_s: float
     span_s: float = 0.0
     ram_bytes: int
     anon_bytes: int
     vram_bytes: dict[str, int]
+    grown_bytes: dict[str, int] = {}
 
 
 class Sampler:
@@ -202,6 +215,7 @@ class Sampler:
     ) -> None:
         self._pids: Sequence[int] = (pid,)
         self._gpus, self._interval_s, self._most = gpus, interval_s, most
+        self._used_before = gpus.used_bytes() if gpus else {}
         self._on_sample = on_sample
         self._samples: list[Sample] = []
         self._stride, self._taken = 1, 0
@@ -242,7 +256,9 @@ class Sampler:
         used = together(memory(pid) for pid in pids)
         gpus = self._gpus
         vram = gpus.process_bytes(*pids) if gpus else {}
-        return Sample(at_s=now, ram_bytes=used.ram_bytes, anon_bytes=used.anon_bytes, vram_bytes=vram)
+        in_use = gpus.used_bytes() if gpus and not vram else {}
+        grown = {tier: max(size - self._used_before.get(tier, size), 0) for tier, size in in_use.items()}
+        return Sample(at_s=now, ram_bytes=used.ram_bytes, anon_bytes=used.anon_bytes, vram_bytes=vram, grown_bytes=grown)
 
     def _keep(self, sample: Sample) -> None:
         with self._lock:
@@ -284,14 +300,18 @@ class Sampler:
 
 
 def _maxima(first: Sample, second: Sample) -> Sample:
-    tiers = first.vram_bytes.keys() | second.vram_bytes.keys()
     return Sample(
         at_s=first.at_s,
         span_s=second.at_s + second.span_s - first.at_s,
         ram_bytes=max(first.ram_bytes, second.ram_bytes),
         anon_bytes=max(first.anon_bytes, second.anon_bytes),
-        vram_bytes={tier: max(first.vram_bytes.get(tier, 0), second.vram_bytes.get(tier, 0)) for tier in tiers},
+        vram_bytes=_highest(first.vram_bytes, second.vram_bytes),
+        grown_bytes=_highest(first.grown_bytes, second.grown_bytes),
     )
+
+
+def _highest(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {tier: max(first.get(tier, 0), second.get(tier, 0)) for tier in first.keys() | second.keys()}
 
 
 def oom_kills() -> int:

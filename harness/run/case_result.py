@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.core import redact
 from harness.core.records import Interference, Machine, Outcome, Phase, Plan, Quality, Result, Verdict, Workload
+from harness.core.units import format_size
 from harness.machine import probe
 from harness.measure import aggregate, interference, quality
 from harness.measure.protocol import GenerateDone, LoadDone, ScoreDone
 from harness.measure.sampler import Gpus, Sample, Sampler
+from harness.planning import calibration
 from harness.planning.code import loading_program
 from harness.run.worker_process import WorkerMain
 
@@ -100,6 +102,7 @@ def result_of(
 ) -> Result:
     """Return the result of a case from what it has shown so far."""
     metrics = metrics_of(plan.case.workload, model, measured, sampler)
+    doubts = noise(plan.case.workload, measured) | _unlisted(measured, sampler)
     loaded = measured.loaded.loaded if measured.loaded else None
     return Result(
         **_common(plan, model, context, measured.at),
@@ -108,7 +111,7 @@ def result_of(
         why=ended.why if ended else None,
         metrics=metrics,
         samples=aggregate.samples(measured.warm) if measured.warm else {},
-        noisy={key: why for key, why in noise(plan.case.workload, measured).items() if key in metrics},
+        noisy={key: why for key, why in doubts.items() if key in metrics},
         interference=measured.windows,
         phases=[_completed(phase, measured.begun_s, sampler) for phase in measured.phases],
         timeline=sampler.timeline(measured.begun_s),
@@ -154,12 +157,44 @@ def metrics_of(workload: Workload, model: CaseModel, measured: Measured, sampler
     found |= aggregate.of_rounds(measured.cold, _counted(workload, measured), asked=workload.repeats)
     found |= aggregate.of_phases(phases)
     found |= aggregate.ready(found) | aggregate.rereads(measured.phases, workload.new_tokens)
-    generating = [_peak(phase, sampler) for phase in measured.phases if phase.name in aggregate.GENERATING]
-    if process := [size for sample in generating for size in sample.vram_bytes.values()]:
-        found["vram_process_peak_bytes"] = max(process)
+    if process := _process_vram(measured, sampler):
+        found["vram_process_peak_bytes"] = process.peak_bytes
     if measured.scored:
         found |= quality.metrics_of(measured.scored, real_weights=model.real_weights)
     return found
+
+
+class _ProcessVram(NamedTuple):
+    peak_bytes: int
+    doubt: str = ""  #: how it was had, where NVML does not say it of the process
+
+
+def _process_vram(measured: Measured, sampler: Sampler) -> _ProcessVram | None:
+    """Return the peak of what the process held on a card, as nvidia-smi shows it: its CUDA context included.
+
+    In a container without the host's ids NVML does not list it: then it is what the card had in use beyond the case's start, and
+    where that is not told either, what torch reserved and the context that is usual.
+    """
+    phases = [phase for phase in measured.phases if phase.name in aggregate.GENERATING]
+    samples = [_peak(phase, sampler) for phase in phases]
+    if listed := [size for sample in samples for size in sample.vram_bytes.values()]:
+        return _ProcessVram(max(listed))
+    reserved = [item for phase in phases for item in phase.vram_reserved_bytes.items()]
+    if not reserved:
+        return None
+    used = {tier for tier, _ in reserved}
+    if grown := [size for sample in samples for tier, size in sample.grown_bytes.items() if tier in used]:
+        return _ProcessVram(max(grown), "NVML does not list the process: what the card had in use beyond the start of the case")
+    context = int(calibration.default()["gpu_context_bytes"].best)
+    return _ProcessVram(
+        max(size for _, size in reserved) + context,
+        f"NVML does not list the process: what torch reserved and {format_size(context)} for a CUDA context",
+    )
+
+
+def _unlisted(measured: Measured, sampler: Sampler) -> dict[str, str]:
+    process = _process_vram(measured, sampler)
+    return {"vram_process_peak_bytes": process.doubt} if process and process.doubt else {}
 
 
 def quality_of(model: CaseModel, measured: Measured) -> Quality | None:

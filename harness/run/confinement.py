@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -24,6 +24,7 @@ from harness.run.worker_process import Ended, Worker
 
 _OTHERS_S = 20.0
 _UNCOUNTED_BYTES = 8 * MIB
+_VRAM_BACK_S, _VRAM_ROUNDING_BYTES = 10.0, 64 * MIB
 
 Ask = Callable[[Request], Event]
 
@@ -36,6 +37,7 @@ class ConfinedWorker:
         self._case, self._gpus = case, context.gpus
         self.deadline = Deadline(case_s=context.timeout_s, phase_s=context.phase_timeout_s)
         self.vram_by_torch = False
+        self._free_before = context.gpus.free_bytes() if context.gpus else {}
         self._oom_kills = oom_kills()
         self._directory = TemporaryDirectory(prefix="case-", dir=context.scratch, ignore_cleanup_errors=True)
         scratch = Path(self._directory.name)
@@ -115,6 +117,8 @@ class ConfinedWorker:
             CaseEnded: it needs more even before it loads, or others keep the model's files in memory, which could not be counted.
         """
         case, group = self._case, self._group
+        self._watch.expect({f"gpu:{number}" for number in gpus})
+        self._worker.uses_gpu = bool(gpus)
         if group is None and case.vram_bytes is None:
             return
         if group is not None:
@@ -162,14 +166,28 @@ class ConfinedWorker:
         try:
             self.sampler.stop()
             self._worker.stop()
+            self._await_vram()
             return self._worker.log_tail()
         finally:
             self._release()
+
+    def _await_vram(self) -> None:
+        """Wait until the cards have as much free as when the case began: the driver takes it back after a process has ended."""
+        until_s = time.monotonic() + _VRAM_BACK_S
+        while self._worker.uses_gpu and self._gpus and not _is_back(self._free_before, self._gpus.free_bytes()):
+            if time.monotonic() > until_s:  # somebody else has it by now; the next case's plan stands, and its figures tell
+                return
+            time.sleep(0.1)
 
     def _release(self) -> None:
         if self._group is not None:
             self._group.remove()
         self._directory.cleanup()
+
+
+def _is_back(before: Mapping[str, int], now: Mapping[str, int]) -> bool:
+    """Say whether every card has as much free as before, or nearly; one that does not tell has."""
+    return all(now.get(tier, size) >= size - _VRAM_ROUNDING_BYTES for tier, size in before.items())
 
 
 def _forget_files(files: Path) -> None:

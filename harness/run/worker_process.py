@@ -31,6 +31,9 @@ from harness.run.deadline import Deadline
 WorkerMain = Callable[[Connection, str, str], None]
 
 _GRACE_S = 2.0
+# Tearing down a process with tens of gigabytes on a card takes longer than this machine's own memory does, and what is not awaited
+# costs a new fork server.
+_GPU_GRACE_S = 20.0
 _START_S = 600.0  # the first worker waits for the fork server's imports
 _LOG_MOST, _LOG_KEEP = 4 << 20, 32 << 10
 _MESSAGE_MOST = 64 << 20  # what claims to be longer was written to the pipe by somebody else
@@ -120,6 +123,7 @@ class Worker:
     def __init__(self, main: WorkerMain, *, log: Path, scratch: Path, start_s: float = _START_S) -> None:
         """Start it. The fork server is given `start_s` seconds; a stopped one would never answer, and is replaced."""
         self.log, self.phase = log, "start"
+        self.uses_gpu = False  #: it is given longer to end
         self.ranks: Sequence[int] = ()
         self._ended_by: str | None = None
         self._note: str | None = None
@@ -130,6 +134,10 @@ class Worker:
         except (EOFError, ConnectionError):  # the fork server was killed: another one takes its place
             forkserver.end()
             self._pipe, self._process = _started(main, log, scratch, _START_S)
+
+    @property
+    def _grace_s(self) -> float:
+        return _GPU_GRACE_S if self.uses_gpu else _GRACE_S
 
     @property
     def pid(self) -> int:
@@ -231,7 +239,7 @@ class Worker:
             if self._process.is_alive():
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     self._pipe.send_bytes(protocol.encode(protocol.Stop()))
-                self._process.join(_GRACE_S)
+                self._process.join(self._grace_s)
         finally:
             self.kill()
 
@@ -240,7 +248,7 @@ class Worker:
         if self._is_gone:
             return
         self._kill_group()
-        self._process.join(_GRACE_S)
+        self._process.join(self._grace_s)
         if self._process.is_alive():  # the fork server, which would report the end, is stopped
             forkserver.end()
             self._process.join(_GRACE_S)

@@ -86,13 +86,16 @@ def reset_vram_peaks() -> None:
 
 
 def vram_peaks() -> tuple[dict[str, int], dict[str, int]]:
-    """Return torch's peaks of allocated and of reserved bytes by tier; empty without a GPU in use."""
+    """Return torch's peaks of allocated and of reserved bytes by tier; empty without a GPU in use.
+
+    A library may initialize CUDA and leave the cards alone, as bitsandbytes does when it is imported: nothing held is no peak of 0.
+    """
     if not torch.cuda.is_initialized():
         return {}, {}
-    tiers = range(torch.cuda.device_count())
+    indices = [index for index in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(index)]
     return (
-        {f"gpu:{index}": torch.cuda.max_memory_allocated(index) for index in tiers},
-        {f"gpu:{index}": torch.cuda.max_memory_reserved(index) for index in tiers},
+        {f"gpu:{index}": torch.cuda.max_memory_allocated(index) for index in indices},
+        {f"gpu:{index}": torch.cuda.max_memory_reserved(index) for index in indices},
     )
 
 

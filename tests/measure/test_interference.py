@@ -19,7 +19,7 @@ from harness.core.records import GpuInterference, Interference
 from harness.core.units import MIB
 from harness.machine import cgroup
 from harness.measure import interference, system_counters
-from harness.measure.interference import InterferenceWatch, noise
+from harness.measure.interference import InterferenceWatch, noise, power_capped
 from harness.measure.sampler import Gpus
 from harness.measure.system_counters import Cpu, Swap, Used
 from tests.machine.test_probe import Nvml
@@ -266,7 +266,8 @@ def test_in_a_container_that_hides_our_id_only_those_before_us_are_others(instal
     [
         (0x0, ""),
         (0x1 | 0x2 | 0x10 | 0x100, ""),
-        (0x4, "gpu:0 was throttled (power cap)"),
+        (0x4, ""),
+        (0x4 | 0x20, "gpu:0 was throttled (heat)"),
         (0x8 | 0x40, "gpu:0 was throttled (hardware slowdown, heat, by hardware)"),
         (0x20, "gpu:0 was throttled (heat)"),
         (0x80, "gpu:0 was throttled (power brake)"),
@@ -279,6 +280,57 @@ def test_a_throttled_card_is_told_with_its_reasons(install: Install, reasons: in
 def test_a_card_s_clock_stands_beside_its_highest(install: Install) -> None:
     found = on_gpu(install({"nvmlDeviceGetClockInfo": 1500, "nvmlDeviceGetMaxClockInfo": 1980})).gpus["gpu:0"]
     assert (found.sm_mhz, found.sm_most_mhz) == (1500, 1980)
+
+
+@pytest.mark.parametrize(
+    ("mhz", "reasons", "why"),
+    [
+        (1980, 0x0, ""),
+        (1500, 0x0, ""),  # a boost below the most is usual
+        (345, 0x1, "gpu:0 ran at 345 of 1980 MHz"),
+        (800, 0x4, ""),  # at its power cap
+        (800, 0x2, ""),  # nvidia-smi --lock-gpu-clocks
+    ],
+)
+def test_a_card_that_has_not_come_to_its_clock(install: Install, mhz: int, reasons: int, why: str) -> None:
+    card = {"nvmlDeviceGetClockInfo": mhz, "nvmlDeviceGetMaxClockInfo": 1980}
+    assert on_gpu(install({**card, "nvmlDeviceGetCurrentClocksThrottleReasons": reasons})).why == why
+
+
+def test_the_clock_of_a_card_that_has_nothing_to_do_says_nothing(install: Install) -> None:
+    """Beside a case on the CPU, or on the other card; and while a model is read."""
+    watch = InterferenceWatch(os.getpid(), gpus=install({"nvmlDeviceGetClockInfo": 210, "nvmlDeviceGetMaxClockInfo": 1980}))
+    watch.begin()
+    assert watch.end("load").why == ""
+    assert watch.end("warm").why != ""
+    watch.expect(())
+    assert (watch.end("warm").why, watch.end("warm").gpus["gpu:0"].sm_mhz) == ("", None)
+
+
+def test_a_card_s_clock_counts_as_it_is_at_the_end_of_a_round(install: Install) -> None:
+    """A round may be over before the first glance, and begins on a card at rest."""
+    card: dict[str, Any] = {"nvmlDeviceGetClockInfo": 345, "nvmlDeviceGetMaxClockInfo": 1980}
+    gpus = install(card)
+
+    def during() -> None:
+        card["nvmlDeviceGetClockInfo"] = 1965
+
+    assert on_gpu(gpus, during).gpus["gpu:0"].sm_mhz == 1965
+
+
+def test_a_power_cap_is_said_and_no_round_is_left_out_for_it() -> None:
+    capped = GpuInterference(throttles=("power cap",), sm_mhz=900, sm_most_mhz=1980)
+    windows = [window("load", gpus={"gpu:0": capped}), window(gpus={"gpu:0": capped}), window(gpus={"gpu:0": GpuInterference()})]
+    assert noise(windows) == {}
+    assert interference.undisturbed("ab", windows) == ["a", "b"]
+    assert power_capped(windows) == "gpu:0 was at its power cap in 1 of 2 warm rounds"
+    assert power_capped(windows[:1]) == ""
+
+
+def test_a_clock_that_comes_up_over_the_rounds_leaves_the_first_out() -> None:
+    clocks = [GpuInterference(sm_mhz=mhz, sm_most_mhz=2805) for mhz in (1410, 2400, 2805)]
+    windows = [window(gpus={"gpu:0": card}, why="ramp" if number == 0 else "") for number, card in enumerate(clocks)]
+    assert noise(windows, left_out=1)["decode_tok_s"].startswith("gpu:0 ran at 1410 of 2805 MHz in 1 of 3 warm rounds")
 
 
 def test_clocks_are_looked_at_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,9 +386,8 @@ def test_a_clock_that_changed_between_rounds_is_told() -> None:
     assert noise([window(cpu_mhz=4000), window(cpu_mhz=3700)]) == {}
     said = noise([window(cpu_mhz=4500), window(), window(cpu_mhz=3100)])["decode_tok_s"]
     assert said == "the CPU's clock was between 3100 and 4500 MHz over the warm rounds"
-    gpus = [{"gpu:0": GpuInterference(sm_mhz=mhz)} for mhz in (1965, 1500)]
-    said = noise([window(gpus=each) for each in gpus])["decode_tok_s"]
-    assert said == "the clock of gpu:0 was between 1500 and 1965 MHz over the warm rounds"
+    gpus = [{"gpu:0": GpuInterference(sm_mhz=mhz, sm_most_mhz=1980)} for mhz in (1965, 1500)]
+    assert noise([window(gpus=each) for each in gpus]) == {}
 
 
 @pytest.mark.parametrize(

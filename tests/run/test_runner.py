@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -30,10 +31,12 @@ from harness.run.case_result import CaseEnded, CaseModel, RunContext, noise, not
 from harness.run.confinement import ConfinedWorker
 from harness.run.runner import Run
 from harness.run.worker_process import WorkerMain
+from tests.machine.test_probe import Nvml
 from tests.support import builders, scripted
 
 WORKLOAD = Workload(prompt_tokens=6, new_tokens=5, batch=2, repeats=2)
 LONG_S, SHORT_S = 60.0, 1.5
+UNLISTED = "NVML does not list the process"
 
 LOAD = {"import_s", "tokenizer_s", "load_s", "load_ram_peak_bytes", "ram_peak_bytes", "ram_anon_peak_bytes"}
 COLD = LOAD | {"first_token_s", "ready_s"}
@@ -261,6 +264,60 @@ def test_where_nvml_does_not_list_the_worker_the_result_says_who_held_the_limit(
     run.load()
     said = noise(limited.case.workload, run.measured).get("vram_peak_bytes")
     assert said == ("only torch enforced --vram: NVML does not list the process" if alone else None)
+
+
+def held_by_torch(run: Run, **sizes: int) -> None:
+    """Say that torch reserved so much on gpu:0 in the phase that ran last."""
+    run.measured.phases[-1] = replaced(run.measured.phases[-1], vram_reserved_bytes={"gpu:0": sizes["reserved"]})
+
+
+@pytest.mark.parametrize(
+    ("listed", "grown", "peak", "how"),
+    [
+        ({"gpu:0": 900}, {}, 900, None),
+        (
+            {},
+            {"gpu:0": 700, "gpu:1": 5000},
+            700,
+            f"{UNLISTED}: what the card had in use beyond the start of the case",
+        ),
+        ({}, {}, 500 + 450_000_000, f"{UNLISTED}: what torch reserved and 429 MiB for a CUDA context"),
+    ],
+    ids=["listed", "a container", "nothing is told"],
+)
+def test_the_memory_of_the_process_on_a_card_is_one_thing_however_it_is_had(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, listed: dict[str, int], grown: dict[str, int], peak: int, how: str | None
+) -> None:
+    seen = Sample(at_s=0, ram_bytes=1, anon_bytes=1, vram_bytes=listed, grown_bytes=grown)
+    monkeypatch.setattr(sampler.Sampler, "peak", lambda *_: seen)
+    run = bench.start("ok")
+    run.load()
+    held_by_torch(run, reserved=500)
+    result = run.finish()
+    assert result.metrics["vram_process_peak_bytes"] == peak
+    assert result.noisy.get("vram_process_peak_bytes") == how
+
+
+def test_a_case_on_the_processor_held_nothing_on_a_card_that_others_use(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Sample(at_s=0, ram_bytes=1, anon_bytes=1, vram_bytes={}, grown_bytes={"gpu:0": 700})
+    monkeypatch.setattr(sampler.Sampler, "peak", lambda *_: seen)
+    assert "vram_process_peak_bytes" not in go_through(bench.start("ok")).finish().metrics
+
+
+def test_the_next_case_waits_until_the_card_is_free_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver takes the memory of a killed process back after its end; a case that begins before would see less."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    memory = SimpleNamespace(total=24 * GIB, free=23 * GIB, used=GIB)
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml({"nvmlDeviceGetMemoryInfo": memory}))
+    context = replace(bench.context(scripted.worker("ok")), gpus=sampler.Gpus())
+    run = Run(replaced(planned(), device_map={"": "gpu:0"}), CaseModel(location=Path("tiny")), context)
+    bench.runs.append(run)
+    run.load()
+    memory.free = 10 * GIB
+    back = threading.Timer(0.7, lambda: setattr(memory, "free", 23 * GIB - 32 * MIB))
+    back.start()
+    run.finish()
+    assert memory.free > 22 * GIB
 
 
 def test_a_group_that_the_worker_may_not_enter_is_removed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

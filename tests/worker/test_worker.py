@@ -207,6 +207,18 @@ def test_equal_favourites_agree() -> None:
     assert quality_probe._compare(ours, theirs)[0] == 1
 
 
+def test_a_card_that_holds_nothing_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes initializes CUDA when it is imported, beside int8 on the processor as well."""
+    held = {0: 0, 1: 5}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: held[index])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index: 2 * held[index])
+    assert work.vram_peaks() == ({"gpu:1": 5}, {"gpu:1": 10})
+    held[1] = 0
+    assert work.vram_peaks() == ({}, {})
+
+
 @pytest.mark.skipif(not system_counters.LINUX, reason="pagemap is Linux's")
 @pytest.mark.parametrize("refused", [False, True])
 def test_own_leaves_nothing_shared_with_the_parent_or_says_how_much(monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 from harness.core import units
 from harness.core.records import Phase, Result
 from harness.core.text import visible
+from harness.measure import interference
 from harness.report.page import charts
 from harness.report.page.figures import DASH, Compared, Figure, compared, known
 from harness.results.selection import ran
@@ -136,4 +137,6 @@ def _disturbances(result: Result) -> tuple[tuple[str, str], ...]:
         name = f"warm round {next(rounds)}" if window.phase == "warm" else window.phase
         if window.why:
             found.append((name, window.why))
+    if capped := interference.power_capped(result.interference):
+        found.append(("no disturbance", capped))
     return tuple(found)

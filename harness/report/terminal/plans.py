@@ -43,6 +43,8 @@ def show_plans(recommendations: Sequence[Recommendation], machine: Machine, work
     """Print the machine, and for each model a table, the reasons of what does not fit, and the recommendation."""
     here = any(recommendation.planner.here for recommendation in recommendations)
     parts: list[RenderableType] = [tables.said(_machine_line(machine))]
+    if machine.gpu_problem:
+        parts.append(tables.said(f"{machine.gpu_problem}."))
     if here and (assumed := _assumed(machine)):
         parts.append(tables.said(assumed))
     for recommendation in recommendations:
