@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from msgspec.structs import replace
-
 from harness.core.placements import PLACEMENTS
-from harness.core.records import Loaded, Result
+from harness.core.records import Result
 from tests.gpu import test_placements as suite
 from tests.support import builders
 
-LOADED = Loaded(
-    model_class="Tiny",
-    dtype_bytes={"bfloat16": 1000},
-    linear_dtype_bytes={"bfloat16": 900},
-    tier_bytes={"gpu:0": 1000},
-    device_map={"": "0"},
-)
 
 def test_every_case_that_is_looked_at_is_asked_for() -> None:
     pairs = list(zip(suite.WORDS[::2], suite.WORDS[1::2], strict=True))
@@ -28,7 +19,7 @@ def test_every_case_that_is_looked_at_is_asked_for() -> None:
 
 def held(**tier_bytes: int) -> Result:
     tiers = {name.replace("gpu", "gpu:"): size for name, size in tier_bytes.items()}
-    return builders.result(loaded=replace(LOADED, tier_bytes=tiers))
+    return builders.result(loaded=builders.loaded(tiers=tiers))
 
 
 def test_some_gpu_is_enough_where_the_first_is_kept_free() -> None:
@@ -37,7 +28,7 @@ def test_some_gpu_is_enough_where_the_first_is_kept_free() -> None:
 
 
 def test_a_copy_in_ram_is_found() -> None:
-    weights = sum(LOADED.dtype_bytes.values())
-    one, other = (builders.result(loaded=LOADED, metrics={"ram_anon_peak_bytes": 1.0e9 + more}) for more in (0, weights))
+    weights = sum(builders.loaded().dtype_bytes.values())
+    one, other = (builders.result(loaded=builders.loaded(), metrics={"ram_anon_peak_bytes": 1.0e9 + more}) for more in (0, weights))
     assert not suite.keeps_no_copy(one, one)
     assert suite.keeps_no_copy(one, other)
