@@ -106,7 +106,8 @@ def _gib(size: int | None) -> str:
 def _device(tier: Tier, is_here: bool) -> str:
     from harness.report.terminal.tables import line
 
-    return line(tier.model or ("current directory" if tier.kind == "disk" and is_here else ""), 34)
+    shared = ", shares the RAM" if tier.shared else ""
+    return line((tier.model or ("current directory" if tier.kind == "disk" and is_here else "")) + shared, 34)
 
 
 def _facts(machine: Machine, links: Iterable[Link], versions: dict[str, str]) -> Iterator[tuple[str, str | list[str]]]:

@@ -136,6 +136,11 @@ class Machine(Record, frozen=True, kw_only=True):
     def gpus(self) -> tuple[Tier, ...]:
         return tuple(tier for tier in self.tiers if tier.kind == "gpu")
 
+    @property
+    def shares_ram(self) -> bool:
+        """Whether a GPU has no memory but the machine's."""
+        return any(gpu.shared for gpu in self.gpus)
+
     def tier(self, name: str) -> Tier | None:
         """Return the tier called `name`, such as "gpu:0", "cpu" or "disk"."""
         return next((tier for tier in self.tiers if tier.name == name), None)

@@ -12,6 +12,7 @@ from harness.core.dtypes import DTYPE_BYTES
 from harness.core.placements import Placement
 from harness.core.records import Machine
 from harness.planning.device_map.infer import MARGIN, STRATEGIES, free_bytes
+from harness.planning.device_map.tiers import fillable
 
 if TYPE_CHECKING:
     from harness.checkpoint.reader import Checkpoint
@@ -80,7 +81,7 @@ def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes
     """
     if placement.limits is not None:
         return LIMITS[placement.limits](sizes(), machine)
-    tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu") and tier.capacity_bytes is not None]
+    tiers = [tier for tier in fillable(machine) if tier.capacity_bytes is not None]
     if placement.device_map not in STRATEGIES or all(tier.limit_bytes is None for tier in tiers):
         return None
     takes_all = {"cpu": placement.takes_all_ram, "gpu": len(machine.gpus) > 1}
