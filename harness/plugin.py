@@ -98,6 +98,9 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         ours.prepare(cases)
     except HarnessError as error:
         raise pytest.UsageError(line(str(error))) from None
+    reporter: TerminalReporter | None = config.pluginmanager.get_plugin("terminalreporter")
+    for notice in ours.notices() if reporter else ():
+        reporter.write_line(line(notice))
     _write_by_case(session)
 
 

@@ -6,6 +6,7 @@ Whether they are workflows at all, the lint environment asks check-jsonschema.
 from __future__ import annotations
 
 import configparser
+import contextlib
 import json
 import os
 import re
@@ -15,12 +16,15 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import yaml
 
 from harness.cli.entry import build_parser
+from harness.core.records import Outcome, encode
 from harness.results import store
-from tests.support.builders import GOLDEN
+from tests.support import builders
+from tests.support.builders import GOLDEN, loaded, result
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / ".github/workflows").iterdir())
@@ -235,6 +239,23 @@ def test_the_published_results_are_those_of_main_and_of_nobody_s_pull_request(ca
         lists = run(step, calls)
         assert [call[:7] for call in lists] == [["gh", "run", "list", "--workflow", "matrix.yml", "--branch", "main"]] * len(events)
         assert [call[call.index("--event") + 1] for call in lists] == events
+
+
+@pytest.mark.parametrize(
+    ("cards", "tiers", "passes"),
+    [(1, {"gpu:0": 5, "cpu": 5}, True), (1, {"cpu": 5, "gpu:0": 0}, False), (0, {"cpu": 5}, True), (None, {"cpu": 5}, True)],
+)
+def test_a_runner_whose_gpu_nothing_ran_on_fails(calls: Path, cards: int | None, tiers: dict[str, int], passes: bool) -> None:
+    """`cards` is None without nvidia-smi."""
+    without = builders.machine()
+    said = result(machine=msgspec.structs.replace(without, gpu_problem="torch is for the CPU only"), loaded=loaded(tiers=tiers))
+    (calls / "results").mkdir()
+    (calls / "results" / store.NAME).write_bytes(encode(said) + b"\n" + encode(result(outcome=Outcome.SKIPPED)) + b"\n")
+    if cards is not None:
+        (calls / "bin/nvidia-smi").write_text("#!/bin/sh\n" + "echo 'GPU 0: NVIDIA L4 (UUID: GPU-1)'\n" * cards)
+        (calls / "bin/nvidia-smi").chmod(0o755)
+    with contextlib.nullcontext() if passes else pytest.raises(subprocess.CalledProcessError):
+        run(step_of("matrix.yml", "See that the GPU was measured"), calls)
 
 
 def test_a_label_of_another_name_starts_nothing_and_ends_nothing() -> None:

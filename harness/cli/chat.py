@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
         UsageError, CheckpointError: the request or the model is wrong, or gradio is missing; exit status 2.
     """
     from harness.catalog import resolve
-    from harness.machine import probe
+    from harness.machine import accelerators, probe
 
     prompt, new, host = (given_or_default(args, "chat", name) for name in ("prompt-tokens", "new-tokens", "host"))
     load = Workload(prompt_tokens=prompt, new_tokens=new)
     asked = [_talking_case(args.case)] if args.case else []
     port = _free_port(host, args.port)
-    here = probe.probe()
+    here = accelerators.usable(probe.probe(), ask=False)
     places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
     source = resolve.resolve(args.model)
     advice = advise_on(

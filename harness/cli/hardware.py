@@ -16,6 +16,7 @@ from harness.core.units import format_bandwidth, format_gib, significant
 
 if TYPE_CHECKING:
     from harness.core.records import Machine, Tier
+    from harness.machine.accelerators import TorchReport
     from harness.machine.probe import Link
 
 HELP = "Show memory, bandwidth and links of this machine, or of one that you describe."
@@ -34,13 +35,14 @@ def run(given: argparse.Namespace) -> int:
     """Show a machine; raises UsageError for an unknown card or size."""
     described = _described(given)
     is_here, machine = described is None, described or _here(given.measure)
-    links, versions = _links(machine, is_here), _versions(is_here)
+    links, versions, torch = _links(machine, is_here), _versions(is_here), _torch(machine, is_here)
     if given.json:
         from harness.core.records import to_builtins
 
-        output.print_json({"schema": SCHEMA, **to_builtins(machine), "links": links, "versions": versions})
+        known = {"gpu_problem": torch.problem if torch else None, "links": links, "versions": versions, "torch": torch}
+        output.print_json({"schema": SCHEMA, **to_builtins(machine), **known})
     else:
-        _show(machine, is_here, links, versions)
+        _show(machine, is_here, links, versions, torch)
     return 0
 
 
@@ -87,7 +89,14 @@ def _versions(is_here: bool) -> dict[str, str]:
     return versions() if is_here else {}
 
 
-def _show(machine: Machine, is_here: bool, links: Iterable[Link], versions: dict[str, str]) -> None:
+def _torch(machine: Machine, is_here: bool) -> TorchReport | None:
+    """Return what torch can do with the cards; it is asked only where there are any. None without torch, or for another machine."""
+    from harness.machine import accelerators
+
+    return accelerators.report(machine) if is_here else None
+
+
+def _show(machine: Machine, is_here: bool, links: Iterable[Link], versions: dict[str, str], torch: TorchReport | None) -> None:
     from harness.report.terminal import tables
 
     table = tables.table("tier", "device", "total\nGiB", "free\nGiB", "limit\nGiB", "usable\nGiB", "read at\nGB/s", left=2)
@@ -96,7 +105,7 @@ def _show(machine: Machine, is_here: bool, links: Iterable[Link], versions: dict
         speed = UNKNOWN if tier.bytes_per_s is None else significant(tier.bytes_per_s / 1e9)
         sizes = (_gib(tier.total_bytes), _gib(tier.free_bytes), limit, _gib(tier.capacity_bytes))
         table.add_row(tier.name, _device(tier, is_here), *sizes, speed)
-    tables.show(tables.title(machine.name), table, tables.facts(_facts(machine, links, versions)))
+    tables.show(tables.title(machine.name), table, tables.facts(_facts(machine, links, versions, torch)))
 
 
 def _gib(size: int | None) -> str:
@@ -110,7 +119,9 @@ def _device(tier: Tier, is_here: bool) -> str:
     return line((tier.model or ("current directory" if tier.kind == "disk" and is_here else "")) + shared, 34)
 
 
-def _facts(machine: Machine, links: Iterable[Link], versions: dict[str, str]) -> Iterator[tuple[str, str | list[str]]]:
+def _facts(
+    machine: Machine, links: Iterable[Link], versions: dict[str, str], torch: TorchReport | None
+) -> Iterator[tuple[str, str | list[str]]]:
     ways = [sentence for link in links if (sentence := _way(link))]
     if ways:
         yield "links", ways
@@ -118,6 +129,9 @@ def _facts(machine: Machine, links: Iterable[Link], versions: dict[str, str]) ->
         yield "cpu", machine.cpu + (f", {machine.cores} cores usable" if machine.cores else "")
     if machine.system:
         yield "system", machine.system + (f", driver {machine.driver}" if machine.driver else "")
+    if torch:
+        sees = f"; sees {len(torch.seen.cards)} of {len(machine.gpus)} GPUs" if torch.seen else ""
+        yield "torch", [f"{torch.build.version}, {torch.build.title}{sees}", *([torch.problem] if torch.problem else [])]
     if versions:
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 

@@ -148,9 +148,9 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
         from harness.machine.gpus import profile
 
         return profile(args.gpu or (), ram=args.ram, disk=args.disk), False
-    from harness.machine import probe
+    from harness.machine import accelerators, probe
 
-    return probe.probe(), True
+    return accelerators.usable(probe.probe(), ask=False), True
 
 
 def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, load: Workload) -> int:

@@ -121,7 +121,7 @@ class Machine(Record, frozen=True, kw_only=True):
     """The tiers of a machine, fastest first, and what else describes it.
 
     `mapping_bytes` is the largest file that the system maps for torch and safetensors; None where it sets no such limit, or is
-    not known to.
+    not known to. `gpu_problem` says in a sentence why GPUs that are here are not among the tiers, None if all of them are.
     """
 
     name: str
@@ -131,6 +131,7 @@ class Machine(Record, frozen=True, kw_only=True):
     system: str | None = None
     driver: str | None = None
     mapping_bytes: int | None = None
+    gpu_problem: str | None = None
 
     @property
     def gpus(self) -> tuple[Tier, ...]:

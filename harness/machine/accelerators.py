@@ -15,11 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from harness.core.records import Machine, Record
+from harness.machine.gpus import machine_name
 
 LOOK_S = 60.0
 _START = "https://pytorch.org/get-started/locally/"
+_FOR_CPU = "built for the CPU only"
 _ENTRY = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=\n]*= *'([^'\n]+)'", re.MULTILINE)
 # Least drivers for the CUDA that torch was built for, Linux: CUDA Toolkit release notes, table "minor version compatibility".
 _LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}
@@ -37,7 +40,7 @@ class TorchBuild(Record, frozen=True, kw_only=True):
     def title(self) -> str:
         """In words: "built for CUDA 13.0"."""
         named = (("CUDA", self.cuda), ("ROCm's HIP", self.hip), ("Intel GPUs, SYCL", self.xpu))
-        return next((f"built for {name} {version}" for name, version in named if version), "built for the CPU only")
+        return next((f"built for {name} {version}" for name, version in named if version), _FOR_CPU)
 
 
 class Card(Record, frozen=True, kw_only=True):
@@ -56,6 +59,14 @@ class Seen(Record, frozen=True, kw_only=True):
     cards: tuple[Card, ...] = ()
     architectures: tuple[str, ...] = ()  #: what this torch has kernels for: "sm_80", "compute_90"
     error: str | None = None  #: what torch said when it could not
+
+
+class TorchReport(Record, frozen=True, kw_only=True):
+    """What the installed torch was built for, what it saw, None if it was not asked, and why it cannot use the cards."""
+
+    build: TorchBuild
+    seen: Seen | None = None
+    problem: str | None = None
 
 
 def torch_build() -> TorchBuild | None:
@@ -108,6 +119,45 @@ def hidden(machine: Machine, seen: Seen | None) -> str | None:
     named = f" ({seen.cards[0].name})" if seen and seen.cards else ""
     article = "a" if maker not in ("AMD", "Apple", "Intel") else "an"
     return f"{article} {maker} GPU is here{named}; this version measures the CPU only, and the GPU is hidden from all cases"
+
+
+def usable(probed: Machine, *, ask: bool = True) -> Machine:
+    """Return the machine as torch can use it: without its GPUs, and with the sentence that says why, where torch cannot use them.
+
+    So no result of the CPU stands under a card's name. `ask` lets torch be asked, in a process of its own, if what it was built for
+    leaves the question open; without it only what stands in its files decides, which takes no time.
+    """
+    build = torch_build()
+    why = problem(probed, build, None)
+    if why is None and ask and _is_open(probed, build):
+        seen = look()
+        why = problem(probed, build, seen) or hidden(probed, seen)
+    if why is None:
+        return probed
+    tiers = tuple(tier for tier in probed.tiers if tier.kind != "gpu")
+    return replace(probed, name=machine_name(tiers, probed.cores), tiers=tiers, gpu_problem=why)
+
+
+def report(probed: Machine) -> TorchReport | None:
+    """Say what torch was built for, what it sees of the cards, and what is wrong; it is asked only where there is a card.
+
+    None without torch.
+    """
+    build = torch_build()
+    if build is None:
+        return None
+    seen = look() if probed.gpus and build.title != _FOR_CPU else None
+    return TorchReport(build=build, seen=seen, problem=problem(probed, build, seen))
+
+
+def _is_open(probed: Machine, build: TorchBuild | None) -> bool:
+    """Say whether only torch can tell what it can use: there is a card, or it was built for more than processors.
+
+    A torch of macOS is always built for Apple's GPU too, and its version.py does not say so.
+    """
+    if build is None:
+        return False
+    return bool(probed.gpus or build.cuda or build.hip or build.xpu) or sys.platform == "darwin"
 
 
 class _Contact(Record, frozen=True, kw_only=True):

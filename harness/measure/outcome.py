@@ -56,6 +56,7 @@ _OOM_WORDS = re.compile(
             r"std::bad_alloc",  # libstdc++
             r"memory allocation of \d+ bytes failed",  # Rust: safetensors, tokenizers
             r"Cannot allocate memory",  # the kernel's ENOMEM
+            r"Cuda failure (?:\d+ )?'out of memory'",  # NCCL, inside ncclUnhandledCudaError
         )
     )
 )
@@ -68,10 +69,16 @@ _UNSUPPORTED_WORDS = re.compile(
         (
             r"not supported|does not support|unsupported",
             r"does not recognize this architecture|pass the argument `trust_remote_code=True`",
-            r"Torch not compiled with CUDA enabled",  # a torch for processors beside a card that NVML knows
+            r"Torch not compiled with (?:CUDA|XPU)",  # a torch for processors beside a card that NVML knows
             r"no kernel image is available for execution on the device",  # a torch without code for this card
-            r"NVIDIA driver on your system is too old",
-            r"no CUDA-capable device",
+            r"Cannot access accelerator device",  # torch.device(0) where there is none, before anything is moved
+            r"NVIDIA driver on your system is too old|Found no NVIDIA driver|No CUDA GPUs are available",
+            r"CUDA driver initialization failed|CUDA unknown error - this may be due to an incorrectly set up environment",
+            r"libcudart functions unavailable",
+            # What the CUDA runtime says of a card that this process cannot have (cudaGetErrorString).
+            r"no CUDA-capable device|busy or unavailable|system not yet initialized",
+            r"driver version is insufficient for CUDA runtime|forward compatibility was attempted on non supported HW",
+            r"No HIP GPUs are available|No XPU are available|MPS is not available",
         )
     ),
     re.IGNORECASE,

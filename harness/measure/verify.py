@@ -44,6 +44,12 @@ def _kinds(plan: Plan) -> set[str]:
     return {str(tier).split(":")[0] for tier in placed}
 
 
+def _planned_kinds(plan: Plan) -> set[str]:
+    """Return the kinds of tiers that the estimate has weights on; empty without an estimate."""
+    tiers = plan.estimate.tiers if plan.estimate else {}
+    return {name.split(":")[0] for name, tier in tiers.items() if tier.weights_bytes}
+
+
 def _max_memory(plan: Plan, loaded: Loaded) -> str:
     for tier, most in (plan.max_memory or {}).items():
         used = loaded.tier_bytes.get(tier, 0)
@@ -53,12 +59,19 @@ def _max_memory(plan: Plan, loaded: Loaded) -> str:
 
 
 def _placement(plan: Plan, loaded: Loaded) -> str:
-    """Check that weights lie where the placement says: on no other kind of tier, and in the last where it must spill."""
+    """Check that weights lie where the placement says: on no other kind of tier, and in the last where it must spill.
+
+    What was planned for a GPU must have some of its weights on one, and what was not must have none: the libraries go on in the RAM
+    when they cannot use a card, and such a figure would stand under the card's name.
+    """
     placement = PLACEMENTS[plan.case.placement]
     used = {tier.split(":")[0] for tier, size in loaded.tier_bytes.items() if size}
     strange = used - set(placement.devices)
     if strange:
         return f"weights lie on {', '.join(sorted(strange))}, which {placement.name} does not use"
+    planned = _planned_kinds(plan)
+    if planned and not loaded.rank_bytes and ("gpu" in planned) != ("gpu" in used):
+        return f"weights lie on {', '.join(sorted(used)) or 'nothing'}, and were planned on {', '.join(sorted(planned))}"
     if "offloads_to_cpu" in placement.traits and placement.devices[-1] not in used:
         return f"{placement.name} put nothing on the {placement.devices[-1]}"
     return _mapped(plan, loaded) if placement.prints_map else OK

@@ -14,7 +14,7 @@ from zlib import crc32
 
 import msgspec
 
-from harness.core.records import Estimate, Machine, Outcome, Record, Result
+from harness.core.records import Estimate, Loaded, Machine, Outcome, Record, Result
 from harness.data import DATA
 
 # Raised when the seconds of a case are computed in another way (`speed_cost`): what results showed of the old one does not hold.
@@ -106,7 +106,8 @@ def correct(results: Iterable[Result], machine: Machine | None = None, base: Cal
     """Return the constants with the ratios that `results` show: those of `machine` alone, if it is given.
 
     Only cases that ran to their end and carry an estimate by the same constants count; not those under a limit on RAM, whose files
-    are read anew from the disk, nor those of several processes, which wait for one another. Figures that something disturbed count
+    are read anew from the disk, nor those of several processes, which wait for one another, nor those whose weights lay elsewhere
+    than was estimated: seconds of a CPU say nothing of a GPU. Figures that something disturbed count
     only where there are no others. A correction that was already in an estimate is taken out again, so that it does not matter in
     which order results came.
     """
@@ -119,7 +120,7 @@ def correct(results: Iterable[Result], machine: Machine | None = None, base: Cal
             and result.estimate
             and result.estimate.constants == base.digest
             and result.case.ram_bytes is None
-            and not (result.loaded and result.loaded.rank_bytes)
+            and not (result.loaded and (result.loaded.rank_bytes or _lay_elsewhere(result.loaded, result.estimate)))
             and (machine is None or _same(result.machine, machine))
         ):
             for key, ratio, noisy in _ratios(result, result.estimate):
@@ -139,6 +140,15 @@ def _same(one: Machine, other: Machine) -> bool:
     return (one.cpu, one.cores, [gpu.model for gpu in one.gpus]) == (other.cpu, other.cores, [gpu.model for gpu in other.gpus])
 
 
+def _estimated_on(estimate: Estimate) -> str:
+    return device_of({name: tier for name, tier in estimate.tiers.items() if tier.weights_bytes})
+
+
+def _lay_elsewhere(loaded: Loaded, estimate: Estimate) -> bool:
+    """Say whether other kinds of devices held weights than the estimate has them on."""
+    return device_of({name: size for name, size in loaded.tier_bytes.items() if size}) != _estimated_on(estimate)
+
+
 def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float, bool]]:
     """Yield what a result shows: the key of a correction, its ratio, and whether what was measured was disturbed."""
     # The median token rather than the mean speed: another process that took the machine for a moment is no property of it.
@@ -152,7 +162,7 @@ def _ratios(result: Result, estimate: Estimate) -> Iterable[tuple[str, float, bo
         FIRST_TOKEN: estimate.first_token_s.best,
         TOKEN: result.case.workload.batch / estimate.decode_tok_s.best if estimate.decode_tok_s.best else 0.0,
     }
-    device = device_of({name: tier for name, tier in estimate.tiers.items() if tier.weights_bytes})
+    device = _estimated_on(estimate)
     for figure, seconds in measured.items():
         if seconds and estimated[figure]:
             fixed = estimate.fixed_token_s if figure == TOKEN else 0.0

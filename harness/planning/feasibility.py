@@ -31,7 +31,9 @@ def gate(case: Case, machine: Machine, here: bool = True, placement: Placement |
         if trait in precision.incompatible:
             return Verdict.INVALID, precision.incompatible[trait]
     if placement.lacks_gpus(len(machine.gpus)):
-        return Verdict.UNAVAILABLE, placement.on_fewer or "no NVIDIA GPU detected"
+        return Verdict.UNAVAILABLE, placement.on_fewer or machine.gpu_problem or "no NVIDIA GPU detected"
+    if machine.gpu_problem and _takes_apples_gpu(placement, machine):
+        return Verdict.UNAVAILABLE, machine.gpu_problem
     if beyond := _beyond(case, machine):
         return Verdict.UNAVAILABLE, beyond
     missing = [package for package in precision.needs if here and not _is_installed(package)]
@@ -39,6 +41,11 @@ def gate(case: Case, machine: Machine, here: bool = True, placement: Placement |
         what = f"fitmatrix[{precision.extra}]" if precision.extra else missing[0]
         return Verdict.UNAVAILABLE, f"needs the package {missing[0]}: pip install {what}"
     return _too_old(precision, placement, machine)
+
+
+def _takes_apples_gpu(placement: Placement, machine: Machine) -> bool:
+    """Say whether accelerate would load on Apple's GPU, which nothing hides: its get_max_memory has "mps" instead of "cpu"."""
+    return (machine.system or "").startswith("Darwin") and placement.device_map == "auto" and placement.limits is None
 
 
 def _is_installed(module: str) -> bool:
@@ -51,7 +58,7 @@ def _is_installed(module: str) -> bool:
 def _beyond(case: Case, machine: Machine) -> str | None:
     """Say why a limit cannot be emulated here: there must be at least as much memory, else the result is of another size."""
     if case.vram_bytes is not None and not machine.gpus:
-        return f"--vram {exact_size(case.vram_bytes)} limits a GPU, and no NVIDIA GPU was detected"
+        return f"--vram {exact_size(case.vram_bytes)} limits a GPU, and {machine.gpu_problem or 'no NVIDIA GPU was detected'}"
     for tier in machine.tiers:
         option, limit = {"gpu": ("--vram", case.vram_bytes), "cpu": ("--ram", case.ram_bytes)}.get(tier.kind, ("", None))
         there = tier.total_bytes if tier.free_bytes is None else tier.free_bytes

@@ -26,6 +26,14 @@ METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 _KEEPER = "harness.worker.reaper"  # first: what it does holds while the others are imported
 _PRELOAD = ("harness.worker.preload", "harness.worker.main")
 _RESIDENCY = "harness.worker.prefault"  # last: it records which pages the imports have touched
+# With these no library finds a GPU, whoever made it; Apple's cannot be hidden. ("CUDA environment variables", "GPU isolation" of
+# ROCm, "Environment variables" of DPC++.)
+_NO_GPU = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+    "ROCR_VISIBLE_DEVICES": "",
+    "ONEAPI_DEVICE_SELECTOR": "*:*;!*:gpu",
+}
 # What ends a run comes to all processes of a terminal or a job; the parent alone puts things in order.
 PARENTS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)}
 
@@ -56,6 +64,11 @@ def live_in(home: Path) -> None:
         _config()["tempdir"] = str(home)
 
 
+def hide_gpus(hide: bool) -> None:
+    """Start what comes from now on with no GPU in sight, or with all of them; a fork server that runs already stays as it is."""
+    _config()["no_gpu"] = hide
+
+
 def cool_down(home: Path) -> None:
     """End the fork server that lives in `home`, with all that is below it."""
     if _config().get("tempdir") != str(home):
@@ -65,7 +78,7 @@ def cool_down(home: Path) -> None:
 
 
 def _config() -> dict[str, Any]:
-    """Return what multiprocessing keeps of this process; `tempdir` is where its sockets go."""
+    """Return what multiprocessing keeps of this process; `tempdir` is where its sockets go, `no_gpu` is ours."""
     config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]  # typeshed leaves it out
     return config
 
@@ -134,6 +147,8 @@ def environment() -> Iterator[None]:
     settings["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if home := _config().get("tempdir"):
         settings["TMPDIR"] = home
+    if _config().get("no_gpu"):
+        settings |= _NO_GPU
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.core.errors import UsageError
 from harness.core.records import Case, Machine, Plan, Result, Verdict
-from harness.machine import probe
+from harness.machine import accelerators, probe
 from harness.machine.scratch import Scratch
 from harness.machine.signals import Interrupts
 from harness.measure.sampler import Gpus
@@ -58,8 +58,8 @@ class Session:
 
     @cached_property
     def machine(self) -> Machine:
-        """This machine, probed once."""
-        return probe.probe(scratch=self._scratch.path)
+        """This machine as torch can use it, probed and asked once."""
+        return accelerators.usable(probe.probe(scratch=self._scratch.path))
 
     @cached_property
     def _scratch(self) -> Scratch:
@@ -107,8 +107,13 @@ class Session:
         for name in runnable:
             self._matrix.check_model(name)
         forkserver.live_in(self._scratch.path)
+        forkserver.hide_gpus(self.machine.gpu_problem is not None)
         if self.worker_main is None and any(self._why_again(case) for case in asked if case.model in runnable):
             forkserver.warm_up(self.models.modeling_modules(runnable))
+
+    def notices(self) -> list[str]:
+        """Return what is to be said of this machine once, before the first case."""
+        return [self.machine.gpu_problem] if self.machine.gpu_problem else []
 
     def case_model(self, case: Case) -> CaseModel:
         """Return the model of a case and what its predictions are compared with."""

@@ -16,7 +16,8 @@ import pytest
 
 from harness.cli.entry import main
 from harness.core.units import GIB
-from harness.machine import bandwidth, cgroup
+from harness.machine import accelerators, bandwidth, cgroup
+from harness.machine.accelerators import Card, Seen, TorchBuild
 from tests.machine.test_probe import Nvml, card
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +121,8 @@ def test_json_is_the_machine_with_links_and_versions(say: Said) -> None:
     status, out, _ = say("--json")
     found = json.loads(out)
     assert status == 0
-    assert found.keys() == {"schema", "name", "tiers", "cpu", "cores", "system", "driver", "mapping_bytes", "links", "versions"}
+    expected = {"schema", "name", "tiers", "cpu", "cores", "system", "driver", "mapping_bytes", "links", "versions"}
+    assert found.keys() == {*expected, "gpu_problem", "torch"}
     assert all(tier.keys() >= TIER_KEYS for tier in found["tiers"])
     gpu, cpu, disk = found["tiers"]
     assert (gpu["name"], gpu["free_bytes"], gpu["bytes_per_s"]) == ("gpu:0", 11 * GIB, 360e9)
@@ -128,6 +130,29 @@ def test_json_is_the_machine_with_links_and_versions(say: Said) -> None:
     assert (cpu["bytes_per_s"], disk["bytes_per_s"]) == (16.2e9, 1.44e9)
     assert (found["links"][0]["generation"], found["links"][0]["lanes"]) == (4, 8)
     assert found["versions"]["python"]
+
+
+@pytest.mark.usefixtures("nvml")
+def test_what_torch_can_do_with_the_cards(say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch is asked where there is a card that it may be able to use, and only there."""
+    monkeypatch.setattr(accelerators, "torch_build", lambda: TorchBuild(version="2.13.0+cu130", cuda="13.0"))
+    monkeypatch.setattr(accelerators, "look", lambda: Seen(kind="cuda", cards=(Card(name="RTX 3060"),)))
+    assert "torch     2.13.0+cu130, built for CUDA 13.0; sees 1 of 1 GPUs" in say()[1]
+    monkeypatch.setattr(accelerators, "look", lambda: Seen(error="CUDA driver initialization failed"))
+    found = json.loads(say("--json")[1])
+    assert found["torch"]["seen"]["error"] == "CUDA driver initialization failed"
+    assert found["gpu_problem"] == found["torch"]["problem"]
+    assert "check the driver" in found["gpu_problem"]
+
+
+@pytest.mark.usefixtures("nvml")
+def test_a_torch_for_processors_is_shown_and_not_asked(say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerators, "torch_build", lambda: TorchBuild(version="2.13.0+cpu"))
+    monkeypatch.setattr(accelerators, "look", lambda: pytest.fail("torch was imported"))
+    shown = " ".join(say()[1].split())
+    assert "torch 2.13.0+cpu, built for the CPU only" in shown
+    assert "cannot use the NVIDIA GeForce RTX 3060: install torch for CUDA" in shown
+    assert "gpu:0 NVIDIA GeForce RTX 3060" in shown
 
 
 # Machines that are not here

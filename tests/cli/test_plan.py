@@ -19,7 +19,8 @@ from harness.cli.entry import main
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULTS
 from harness.core.units import MIB
-from harness.machine import bandwidth, probe
+from harness.machine import accelerators, bandwidth, probe
+from tests.machine.test_probe import Nvml, card
 from tests.support.packed_files import write_plain
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,21 @@ def planned(say: Said, *arguments: str) -> dict[str, Any]:
     assert (status, err) == (0, "")
     found: dict[str, Any] = json.loads(out)
     return found
+
+
+def test_a_card_that_torch_cannot_use_is_planned_without_and_torch_is_not_asked(say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(card("NVIDIA GeForce RTX 4090", 24 << 30, 23 << 30, (8, 9))))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(accelerators, "look", lambda: pytest.fail("torch was imported"))
+    monkeypatch.setattr(accelerators, "torch_build", lambda: accelerators.TorchBuild(version="2.13.0+cu130", cuda="13.0"))
+    assert planned(say, "qwen2.5-7b-instruct")["machine"]["tiers"][0]["name"] == "gpu:0"
+    monkeypatch.setattr(accelerators, "torch_build", lambda: accelerators.TorchBuild(version="2.13.0+cpu"))
+    found = planned(say, "qwen2.5-7b-instruct", "--precision", "bf16")
+    assert [tier["name"] for tier in found["machine"]["tiers"]] == ["cpu", "disk"]
+    direct = next(one for one in found["plans"] if one["placement"] == "direct")
+    assert (direct["verdict"], direct["why"]) == ("unavailable", found["machine"]["gpu_problem"])
+    table = " ".join(say("qwen2.5-7b-instruct", "--precision", "bf16")[1].split())
+    assert "is built for the CPU only and cannot use the NVIDIA GeForce RTX 4090: install torch for CUDA" in table
 
 
 def test_the_json_is_the_contract(say: Said) -> None:

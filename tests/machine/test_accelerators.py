@@ -7,7 +7,8 @@ import re
 import pytest
 
 from harness.core.records import Machine, Tier
-from harness.machine.accelerators import Card, Seen, TorchBuild, hidden, look, problem, torch_build
+from harness.machine import accelerators
+from harness.machine.accelerators import Card, Seen, TorchBuild, hidden, look, problem, torch_build, usable
 
 FOR_CUDA = TorchBuild(version="2.13.0+cu130", cuda="13.0")
 FOR_CPU = TorchBuild(version="2.13.0+cpu")
@@ -87,6 +88,44 @@ def test_accelerators_that_are_not_measured_are_said_to_be_hidden() -> None:
     assert "an AMD GPU is here (MI300X)" in str(hidden(machine(), Seen(kind="hip", cards=(Card(name="MI300X"),))))
     assert "an Apple GPU is here" in str(hidden(machine(), Seen(kind="mps", cards=(Card(name="M4"),))))
     assert "NVML does not" in str(hidden(machine(), SEES_IT))
+
+
+def can_do(monkeypatch: pytest.MonkeyPatch, build: TorchBuild | None, seen: Seen | None) -> None:
+    """Let torch be built so, and see that; None: it must not be asked."""
+    monkeypatch.setattr(accelerators, "torch_build", lambda: build)
+    monkeypatch.setattr(accelerators, "look", lambda: seen or pytest.fail("torch was asked"))
+
+
+def test_a_machine_whose_cards_work_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    can_do(monkeypatch, FOR_CUDA, SEES_IT)
+    assert usable(RTX) is RTX
+    can_do(monkeypatch, FOR_CUDA, None)
+    assert usable(RTX, ask=False) is RTX
+    can_do(monkeypatch, FOR_CPU, None)
+    assert usable(machine()).gpu_problem is None  # nobody has a card
+
+
+@pytest.mark.parametrize(
+    ("build", "seen"),
+    [(FOR_CPU, None), (FOR_CUDA, Seen(error="CUDA unknown error")), (FOR_CUDA, Seen())],
+    ids=["known without asking", "an error", "no card"],
+)
+def test_cards_that_torch_cannot_use_are_no_part_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, build: TorchBuild, seen: Seen | None
+) -> None:
+    can_do(monkeypatch, build, seen)
+    found = usable(RTX)
+    assert [tier.name for tier in found.tiers] == ["cpu"]
+    assert found.name == "32.0 GiB RAM"
+    assert "cannot use the NVIDIA GeForce RTX 4090" in str(found.gpu_problem)
+
+
+def test_a_gpu_that_is_not_measured_is_said_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    can_do(monkeypatch, TorchBuild(version="2.13.0+rocm7", hip="7.0"), Seen(kind="hip", cards=(Card(name="MI300X"),)))
+    assert "an AMD GPU is here (MI300X)" in str(usable(machine()).gpu_problem)
+    can_do(monkeypatch, FOR_CPU, Seen(kind="mps", cards=(Card(name="Apple GPU"),)))
+    monkeypatch.setattr("sys.platform", "darwin")  # its torch does not say what it was built for
+    assert "an Apple GPU is here" in str(usable(machine()).gpu_problem)
 
 
 def test_torch_is_asked_in_a_process_of_its_own() -> None:

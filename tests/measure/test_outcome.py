@@ -315,6 +315,8 @@ def test_memory_words_in_the_log_count_only_for_an_abort() -> None:
         "cuModuleLoadData failed: CUDA_ERROR_OUT_OF_MEMORY",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 'out of memory'",
     ],
 )
 def test_memory_that_is_not_there_has_many_words(message: str) -> None:
@@ -331,6 +333,20 @@ def test_memory_that_is_not_there_has_many_words(message: str) -> None:
         ),
         ("RuntimeError", "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver ..."),
         ("RuntimeError", "CUDA error: no CUDA-capable device is detected"),
+        ("RuntimeError", "Cannot access accelerator device when none is available."),
+        ("RuntimeError", "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"),
+        ("RuntimeError", "CUDA driver initialization failed, you might not have a CUDA gpu."),
+        ("RuntimeError", "CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env variable"),
+        ("AcceleratorError", "CUDA error: system not yet initialized\nCUDA kernel errors might be ..."),
+        ("AcceleratorError", "CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+        ("AcceleratorError", "CUDA error: CUDA driver version is insufficient for CUDA runtime version"),
+        ("RuntimeError", "Error 804: forward compatibility was attempted on non supported HW"),
+        ("AssertionError", "libcudart functions unavailable. It looks like you have a broken build?"),
+        ("RuntimeError", "No CUDA GPUs are available"),
+        ("RuntimeError", "No HIP GPUs are available"),
+        ("RuntimeError", "No XPU are available"),
+        ("RuntimeError", "MPS is not available"),
+        ("AssertionError", "Torch not compiled with XPU enabled"),
     ],
 )
 def test_a_torch_that_cannot_use_the_card_is_no_crash(kind: str, message: str) -> None:

@@ -108,6 +108,24 @@ def test_weights_where_they_do_not_belong(placement: str, tiers: dict[str, int],
     assert failing(planned("bf16", placement), loaded(tiers=tiers)) == {"placement": said}
 
 
+@pytest.mark.parametrize(
+    ("planned_on", "found", "said"),
+    [
+        ("gpu:0", {"gpu:0": 5}, OK),
+        ("gpu:0", {"gpu:1": 5, "cpu": 5}, OK),  # which card transformers begins with is its own affair
+        ("gpu:0", {"cpu": 5}, "weights lie on cpu, and were planned on gpu"),
+        ("gpu:0", {"cpu": 5, "disk": 5, "gpu:0": 0}, "weights lie on cpu, disk, and were planned on gpu"),
+        ("cpu", {"cpu": 5, "disk": 5}, OK),
+        ("cpu", {"gpu:0": 5}, "weights lie on gpu, and were planned on cpu"),
+    ],
+)
+def test_what_was_planned_on_a_gpu_lies_on_one_and_nothing_else_does(planned_on: str, found: dict[str, int], said: str) -> None:
+    """Without a card that torch can use, auto and dispatch go on in the RAM and say nothing."""
+    for placement in ("auto", "dispatch"):
+        plan = replace(planned("bf16", placement), estimate=shared(planned_on).estimate)
+        assert checks(plan, loaded(tiers=found))["placement"] == said
+
+
 def test_every_placement_is_checked_here() -> None:
     assert {name for name in PLACEMENTS if failing(planned("bf16", name), loaded(tiers={"meta": 1}))} == set(PLACEMENTS)
 

@@ -106,6 +106,17 @@ def test_a_token_that_is_nearly_all_reading_tells_nothing_of_the_rest() -> None:
     assert correct([ran(expected=estimate(fixed_token_s=0.09))]).ratio("token", "cpu", "bf16") is None
 
 
+@pytest.mark.parametrize(
+    ("tiers", "counts"),
+    [({"gpu:0": GIB}, True), ({"gpu:0": GIB, "cpu": 0}, True), ({"cpu": GIB}, False), ({"gpu:0": GIB, "cpu": GIB}, False)],
+)
+def test_weights_that_lay_elsewhere_than_estimated_correct_nothing(tiers: dict[str, int], counts: bool) -> None:
+    """Seen with a torch for CPU beside a card: auto went on in the RAM, and its seconds became the ratio of the GPU."""
+    on_gpu = msgspec.structs.replace(estimate(), tiers={"gpu:0": estimate().tiers["cpu"]})
+    result = msgspec.structs.replace(ran(expected=on_gpu), loaded=builders.loaded(tiers=tiers))
+    assert (correct([result]).ratio("token", "gpu", "bf16") is not None) == counts
+
+
 def test_only_what_ran_here_and_to_its_end_counts() -> None:
     other = builders.machine(builders.gpu())
     failed = builders.result(outcome=Outcome.OOM, estimate=estimate(), metrics={"token_p50_s": 1.0})

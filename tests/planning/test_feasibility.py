@@ -605,3 +605,20 @@ def test_auto_finds_on_a_card_what_its_context_leaves() -> None:
         "gpu:0": 0,
         "cpu": int(16 * GIB * MARGIN),
     }
+
+
+@pytest.mark.parametrize("placement", ["direct", "ram-to-gpu", "gpu+cpu"])
+def test_a_card_that_torch_cannot_use_is_the_reason(placement: str) -> None:
+    without = replace(NO_GPU, gpu_problem="torch 2.13.0+cpu is built for the CPU only")
+    assert gate(case("bf16", placement), without) == (Verdict.UNAVAILABLE, "torch 2.13.0+cpu is built for the CPU only")
+    limited = gate(replace(case("bf16", "disk"), vram_bytes=8 * GIB), without)
+    assert limited == (Verdict.UNAVAILABLE, "--vram 8GiB limits a GPU, and torch 2.13.0+cpu is built for the CPU only")
+
+
+def test_what_loads_on_apples_gpu_by_itself_is_not_measured_as_the_cpu() -> None:
+    """Nothing hides that GPU from accelerate; the others are hidden from the workers."""
+    said = "an Apple GPU is here"
+    for system, refused in (("Darwin 24.5", {"auto", "dispatch"}), ("Linux 6.18", set())):
+        without = replace(NO_GPU, gpu_problem=said, system=system)
+        found = {name: gate(case("bf16", name), without) for name in ("auto", "dispatch", "disk", "cpu")}
+        assert {name for name, why in found.items() if why == (Verdict.UNAVAILABLE, said)} == refused

@@ -43,6 +43,8 @@ def show(recommendations: Sequence[Recommendation], machine: Machine, load: Work
     """Print the machine, and for each model a table, the reasons of what does not fit, and the recommendation."""
     here = any(advice.planner.here for advice in recommendations)
     parts: list[RenderableType] = [tables.said(_machine_line(machine))]
+    if machine.gpu_problem:
+        parts.append(tables.said(f"{machine.gpu_problem}."))
     if here and (assumed := _assumed(machine)):
         parts.append(tables.said(assumed))
     for advice in recommendations:
