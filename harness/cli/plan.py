@@ -158,7 +158,7 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
         objects = [as_json(advice, machine, load) for advice in recommendations]
         output.print_json(objects[0] if len(objects) == 1 else {"schema": SCHEMA, "models": objects})
     elif args.code:
-        _print_code(recommendations[0])
+        _print_code(recommendations[0], gpus_differ=machine.gpus_differ)
     else:
         from harness.report.terminal import plans
 
@@ -169,14 +169,14 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
     return FITS if all(advice.best for advice in recommendations) else NOTHING_FITS
 
 
-def _print_code(advice: Recommendation) -> None:
+def _print_code(advice: Recommendation, *, gpus_differ: bool) -> None:
     from harness.core.text import line
     from harness.planning import code
 
     one = advice.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    script = code.script(_head(advice, one), one, advice.spec.gguf_file)
+    script = code.script(_head(advice, one), one, advice.spec.gguf_file, gpus_differ=gpus_differ)
     print(script if one.verdict.is_good else f"# {line(str(one.why))}\n{script}", end="")
 
 

@@ -8,6 +8,7 @@ built for stands in its version.py and is read without importing it, which `fitm
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from harness.core.records import Machine, Record
 from harness.machine.gpus import machine_name
 
 LOOK_S = 60.0
+_ORDER = "PCI_BUS_ID"
 _START = "https://pytorch.org/get-started/locally/"
 _FOR_CPU = "built for the CPU only"
 _ENTRY = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=\n]*= *'([^'\n]+)'", re.MULTILINE)
@@ -119,6 +121,17 @@ def hidden(machine: Machine, seen: Seen | None) -> str | None:
     named = f" ({seen.cards[0].name})" if seen and seen.cards else ""
     article = "a" if maker not in ("AMD", "Apple", "Intel") else "an"
     return f"{article} {maker} GPU is here{named}; this version measures the CPU only, and the GPU is hidden from all cases"
+
+
+def overruled_order(machine: Machine) -> str | None:
+    """Say that the order of the GPUs which the user asked CUDA for is not the one they are numbered in here; None if it is."""
+    asked = os.environ.get("CUDA_DEVICE_ORDER")
+    if asked in (None, _ORDER) or len(machine.gpus) < 2:
+        return None
+    return (
+        f"CUDA_DEVICE_ORDER={asked} is overruled: the GPUs are numbered by {_ORDER}, as by NVML; to choose another order, list"
+        " their UUIDs (nvidia-smi -L) in CUDA_VISIBLE_DEVICES"
+    )
 
 
 def usable(probed: Machine, *, ask: bool = True) -> Machine:

@@ -50,7 +50,8 @@ class Planner:
         self.spec, self.machine, self.here, self.trust = spec, machine, here, trust
         self.constants = constants or calibration.default()
         self.judge = Judge(spec=spec, machine=machine, here=here, trust=trust)
-        self._placements = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
+        rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
+        self._placements = {name: row.on(machine.main_gpu) for name, row in rows.items()}
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[WeightFormat, Inventory] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
@@ -118,7 +119,7 @@ class Planner:
 
     def _dtype(self, precision: Precision, placement: Placement) -> str:
         on_gpu = placement.devices[0] == "gpu" and self.machine.gpus
-        return precision.dtype_on(self.machine.gpus[0].compute_capability if on_gpu else None)
+        return precision.dtype_on(self.machine.gpus[placement.gpu].compute_capability if on_gpu else None)
 
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, fmt.element_bytes, fmt.quantizer, fmt.packed_embeddings)

@@ -113,7 +113,8 @@ class Session:
 
     def notices(self) -> list[str]:
         """Return what is to be said of this machine once, before the first case."""
-        return [self.machine.gpu_problem] if self.machine.gpu_problem else []
+        said = (self.machine.gpu_problem, accelerators.overruled_order(self.machine))
+        return [sentence for sentence in said if sentence]
 
     def case_model(self, case: Case) -> CaseModel:
         """Return the model of a case and what its predictions are compared with."""

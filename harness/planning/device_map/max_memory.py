@@ -53,9 +53,9 @@ class Sizes:
 
 
 def _spill_to_cpu(sizes: Sizes, machine: Machine) -> dict[str, int]:
-    """Let about 60 % of the blocks live on the first GPU, less where three quarters of it do not hold them; the rest in RAM."""
+    """Let about 60 % of the blocks live on one GPU, less where three quarters of it do not hold them; the rest in RAM."""
     wanted = sizes.outside_bytes + sizes.blocks_bytes * 6 // 10 + sizes.room_bytes
-    gpu, cpu = machine.gpus[0], machine.tier("cpu")
+    gpu, cpu = machine.gpus[machine.main_gpu], machine.tier("cpu")
     return {
         gpu.name: min(wanted, (gpu.capacity_bytes or wanted) * 3 // 4),
         "cpu": (cpu.capacity_bytes if cpu else None) or 1 << 40,
@@ -66,7 +66,7 @@ def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
     """Let the fast tiers hold the embedding and half of the blocks between them; the other half stays on the disk."""
     if not machine.gpus:
         return {"cpu": sizes.outside_bytes + sizes.blocks_bytes // 2 + sizes.room_bytes}
-    gpu = machine.gpus[0]
+    gpu = machine.gpus[machine.main_gpu]
     wanted = sizes.outside_bytes + sizes.blocks_bytes // 4 + sizes.room_bytes
     return {
         gpu.name: min(wanted, (gpu.capacity_bytes or wanted) * 3 // 4),

@@ -22,7 +22,7 @@ def device_map(
 ) -> dict[str, Device]:
     """Return the map that this placement's call ends up with: module -> number of a GPU, "cpu" or "disk"."""
     if placement.moves_after_loading:
-        return {"": 0}
+        return {"": placement.gpu}
     if not isinstance(placement.device_map, str):
         return dict(placement.device_map or {"": "cpu"})
     if max_memory is not None:
