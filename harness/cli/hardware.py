@@ -115,7 +115,8 @@ def _gib(size: int | None) -> str:
 def _device(tier: Tier, is_here: bool) -> str:
     from harness.report.terminal.tables import line
 
-    return line(tier.model or ("current directory" if tier.kind == "disk" and is_here else ""), 34)
+    shared = ", shares the RAM" if tier.shared else ""
+    return line((tier.model or ("current directory" if tier.kind == "disk" and is_here else "")) + shared, 34)
 
 
 def _facts(
@@ -129,8 +130,11 @@ def _facts(
     if machine.system:
         yield "system", machine.system + (f", driver {machine.driver}" if machine.driver else "")
     if torch:
+        from harness.machine.accelerators import overruled_order
+
         sees = f"; sees {len(torch.seen.cards)} of {len(machine.gpus)} GPUs" if torch.seen else ""
-        yield "torch", [f"{torch.build.version}, {torch.build.title}{sees}", *([torch.problem] if torch.problem else [])]
+        said = (torch.problem, overruled_order(machine))
+        yield "torch", [f"{torch.build.version}, {torch.build.title}{sees}", *(sentence for sentence in said if sentence)]
     if versions:
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 

@@ -152,7 +152,7 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
         objects = [as_json(recommendation, machine, workload) for recommendation in recommendations]
         output.print_json(objects[0] if len(objects) == 1 else {"schema": PLAN_SCHEMA, "models": objects})
     elif args.code:
-        _print_code(recommendations[0])
+        _print_code(recommendations[0], gpus_differ=machine.gpus_differ)
     else:
         from harness.report.terminal import plans
 
@@ -163,14 +163,14 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
     return FITS if all(recommendation.best for recommendation in recommendations) else NOTHING_FITS
 
 
-def _print_code(recommendation: Recommendation) -> None:
+def _print_code(recommendation: Recommendation, *, gpus_differ: bool) -> None:
     from harness.core.text import line
     from harness.planning import code
 
     one = recommendation.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    script = code.script(_head(recommendation, one), one, recommendation.spec.gguf_file)
+    script = code.script(_head(recommendation, one), one, recommendation.spec.gguf_file, gpus_differ=gpus_differ)
     print(script if one.verdict.is_good else f"# {line(str(one.why))}\n{script}", end="")
 
 

@@ -37,7 +37,8 @@ class Placement(Record, frozen=True, kw_only=True):
     dispatches_stored: bool = False  #: load_checkpoint_and_dispatch on a directory, not from_pretrained
     takes_all_ram: bool = False  #: fills the RAM without the margin that transformers keeps
     rewrites_offloaded: bool = False  #: writes what stays on the disk into the offload folder, whatever the files are
-    first_gpu_only: bool = False  #: leaves every GPU but the first empty
+    first_gpu_only: bool = False  #: leaves every GPU but one empty: the first, unless another has more memory
+    gpu: int = 0  #: the number of that one
 
     @property
     def map_is_recommended(self) -> bool:
@@ -70,6 +71,15 @@ class Placement(Record, frozen=True, kw_only=True):
     def ranks(self, gpus: int) -> int:
         """Return how many processes hold the model on a machine with this many GPUs."""
         return (gpus or self.parallel) if self.parallel else 1
+
+    def on(self, gpu: int) -> Placement:
+        """Return this row with another GPU than the first, where it uses one alone."""
+        if not self.first_gpu_only or gpu == 0:
+            return self
+        placed = self.device_map
+        if isinstance(placed, Mapping):
+            placed = {path: gpu if device == 0 else device for path, device in placed.items()}
+        return msgspec.structs.replace(self, gpu=gpu, device_map=placed)
 
     def filled(self, device_map: Mapping[str, str | int]) -> Placement:
         """Return this row as one file fills it: an explicit map says which devices are used, and what a precision may refuse.

@@ -104,6 +104,7 @@ class Tier(Record, frozen=True, kw_only=True):
     link_bytes_per_s: float | None = None  #: how fast bytes of the RAM reach it
     model: str | None = None
     compute_capability: str | None = None
+    shared: bool = False  #: a GPU without memory of its own: what lies in it lies in the RAM, and both are one budget
 
     @property
     def capacity_bytes(self) -> int | None:
@@ -127,6 +128,22 @@ class Machine(Record, frozen=True, kw_only=True):
     @property
     def gpus(self) -> tuple[Tier, ...]:
         return tuple(tier for tier in self.tiers if tier.kind == "gpu")
+
+    @property
+    def gpus_differ(self) -> bool:
+        """Whether there are GPUs of several models: then their order decides what is measured."""
+        return len({gpu.model for gpu in self.gpus}) > 1
+
+    @property
+    def main_gpu(self) -> int:
+        """The number of the GPU that what needs one alone goes to: the first, or of several models that with the most memory."""
+        sizes = [gpu.total_bytes or 0 for gpu in self.gpus]
+        return sizes.index(max(sizes)) if self.gpus_differ else 0
+
+    @property
+    def shares_ram(self) -> bool:
+        """Whether a GPU has no memory but the machine's."""
+        return any(gpu.shared for gpu in self.gpus)
 
     def tier(self, name: str) -> Tier | None:
         """Return the tier called `name`, such as "gpu:0", "cpu" or "disk"."""

@@ -8,6 +8,7 @@ built for stands in its version.py and is read without importing it, which `fitm
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from harness.core.records import Machine, Record
 from harness.machine.gpus import machine_name
 
 LOOK_S = 60.0
+_ORDER = "PCI_BUS_ID"
 _START = "https://pytorch.org/get-started/locally/"
 _FOR_CPU = "built for the CPU only"
 _ENTRY = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=\n]*= *'([^'\n]+)'", re.MULTILINE)
@@ -132,6 +134,17 @@ def doubt(machine: Machine) -> str | None:
     return (
         "this driver may use RAM for VRAM (CUDA sysmem fallback): what is too big for the card may run slowly here and not fail;"
         ' set the fallback policy to "prefer no sysmem fallback" in NVIDIA\'s control panel to measure the card alone'
+    )
+
+
+def overruled_order(machine: Machine) -> str | None:
+    """Say that the order of the GPUs which the user asked CUDA for is not the one they are numbered in here; None if it is."""
+    asked = os.environ.get("CUDA_DEVICE_ORDER")
+    if asked in (None, _ORDER) or len(machine.gpus) < 2:
+        return None
+    return (
+        f"CUDA_DEVICE_ORDER={asked} is overruled: the GPUs are numbered by {_ORDER}, as by NVML; to choose another order, list"
+        " their UUIDs (nvidia-smi -L) in CUDA_VISIBLE_DEVICES"
     )
 
 

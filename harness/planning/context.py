@@ -7,7 +7,7 @@ import msgspec
 from harness.core.records import Case
 from harness.planning.cost import estimate
 from harness.planning.cost.footprint import Footprint
-from harness.planning.verdict import Judge
+from harness.planning.verdict import Judge, pooled
 
 # Where a config does not say how many tokens its model knows.
 _MOST_TOKENS = 1 << 20
@@ -31,5 +31,5 @@ def _fits(footprint: Footprint, case: Case, judge: Judge, context: int) -> bool:
     """Say whether a case fits with `context` tokens, by the best estimate."""
     prompt = max(1, context - case.workload.new_tokens)
     longer = footprint.with_workload(msgspec.structs.replace(case.workload, prompt_tokens=prompt))
-    tiers = estimate.memory(longer, judge.machine)
+    tiers = pooled(estimate.memory(longer, judge.machine), judge.machine)
     return not any(judge.is_short(name, tier, case) for name, tier in tiers.items() if name != "disk")

@@ -23,7 +23,7 @@ def gate(case: Case, machine: Machine, here: bool = True, placement: Placement |
     What cannot work anywhere is invalid; what this machine or its packages lack is unavailable. `here` is False for a machine that
     was only described: what is installed on this one says nothing about it. `placement` stands for the row of that name.
     """
-    precision, placement = PRECISIONS[case.precision], placement or PLACEMENTS[case.placement]
+    precision, placement = PRECISIONS[case.precision], placement or PLACEMENTS[case.placement].on(machine.main_gpu)
     if precision.unsupported:
         return Verdict.INVALID, precision.unsupported
     # Without a GPU what may use one lies in RAM alone.
@@ -81,7 +81,7 @@ def _too_old(precision: Precision, placement: Placement, machine: Machine) -> tu
 def _used(placement: Placement, machine: Machine) -> Sequence[Tier]:
     """Return the GPUs that a placement may put weights on."""
     if placement.first_gpu_only:
-        return machine.gpus[:1]
+        return machine.gpus[placement.gpu : placement.gpu + 1]
     if isinstance(placement.device_map, Mapping):
         return [gpu for number, gpu in enumerate(machine.gpus) if number in placement.device_map.values()]
     return machine.gpus
@@ -92,9 +92,9 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     refused = gate(case, machine)
     if refused:
         return Plan(case=case, verdict=refused[0], why=refused[1])
-    precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement]
+    precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement].on(machine.main_gpu)
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
-    dtype = precision.dtype_on(machine.gpus[0].compute_capability if on_gpu else None)
+    dtype = precision.dtype_on(machine.gpus[placement.gpu].compute_capability if on_gpu else None)
     if placement.prints_map or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
     limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))

@@ -22,7 +22,7 @@ from harness.planning.device_map import max_memory, recommended, tiers
 from harness.planning.device_map.infer import Device, Widths
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
 from harness.planning.device_map.recommended import RecommendedMap
-from harness.planning.verdict import Judge, leaves_off_gpu
+from harness.planning.verdict import Judge, leaves_off_gpu, pooled
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
@@ -50,7 +50,8 @@ class Planner:
         self.spec, self.machine, self.here, self.trust = spec, machine, here, trust
         self.constants = constants or calibration.default()
         self.judge = Judge(spec=spec, machine=machine, here=here, trust=trust)
-        self._placements = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
+        rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
+        self._placements = {name: row.on(machine.main_gpu) for name, row in rows.items()}
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[WeightFormat, Inventory] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
@@ -118,7 +119,7 @@ class Planner:
 
     def _dtype(self, precision: Precision, placement: Placement) -> str:
         on_gpu = placement.devices[0] == "gpu" and self.machine.gpus
-        return precision.dtype_on(self.machine.gpus[0].compute_capability if on_gpu else None)
+        return precision.dtype_on(self.machine.gpus[placement.gpu].compute_capability if on_gpu else None)
 
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, fmt.element_bytes, fmt.quantizer, fmt.packed_embeddings)
@@ -138,8 +139,8 @@ class Planner:
         key = (fmt.element_bytes, fmt.quantizer, fmt.packed_bits, workload)
         if key in self._recommended:
             return self._recommended[key]
-        on_tiers = [tier for tier in self.machine.tiers if tier.kind in ("gpu", "cpu")]
-        capacities = {tier.name: self.judge.usable_bytes(tier, case) or tiers.ENDLESS for tier in on_tiers}
+        homes = {tier.name: self.machine.tier("cpu") if tier.shared else tier for tier in tiers.fillable(self.machine)}
+        capacities = {name: self.judge.usable_bytes(home, case) or tiers.ENDLESS for name, home in homes.items()}
         recommend = partial(
             recommended.recommend_map,
             skeleton,
@@ -148,11 +149,13 @@ class Planner:
             kv_bytes=memory.kv_bytes(skeleton, workload.cached_tokens, workload.batch, fmt.element_bytes),
         )
         reserve = {tiers.device(name): self._reserve(name, fmt, workload, size) for name, size in capacities.items()}
+        if self.machine.shares_ram:
+            reserve[0] += self._reserve("cpu", fmt, workload, 0)
         for attempt in range(_TRIES):
             found = recommend(reserve=reserve, explain=False)
-            needs = estimate.memory(self._footprint(case, fmt, found.device_map), self.machine)
-            gpus = [gpu.name for gpu in self.machine.gpus if gpu.name in needs]
-            short = {name: max(0, needs[name].needed_high_bytes - capacities[name]) for name in gpus}
+            needs = pooled(estimate.memory(self._footprint(case, fmt, found.device_map), self.machine), self.machine)
+            on = {gpu.name: needs["cpu" if gpu.shared else gpu.name] for gpu in self.machine.gpus if gpu.name in needs}
+            short = {name: max(0, need.needed_high_bytes - capacities[name]) for name, need in on.items()}
             if not any(short.values()):
                 break
             reserve |= {tiers.device(name): reserve[tiers.device(name)] + size * 4**attempt for name, size in short.items()}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
 from harness.architecture.model_spec import ModelSpec
 from harness.checkpoint.formats.files import quote
 from harness.core.families import GGUF
@@ -94,7 +98,7 @@ class Judge(Record, frozen=True, kw_only=True):
     def _fit(self, case: Case, expected: Estimate) -> tuple[Verdict, str | None]:
         """Compare what each tier needs, at best and at worst, with what it has."""
         tight = None
-        for name, tier in expected.tiers.items():
+        for name, tier in pooled(expected.tiers, self.machine).items():
             if name == "disk":
                 if short := short_of_disk(expected, tier.capacity_bytes):
                     return Verdict.TOO_BIG, short
@@ -102,11 +106,17 @@ class Judge(Record, frozen=True, kw_only=True):
             if tier.capacity_bytes is None:
                 continue
             if self.is_short(name, tier, case):
-                return Verdict.TOO_BIG, f"too big for {name}: needs {_format_need(tier)}, {self._format_free(name, tier, case)}."
+                where = self._memory(name)
+                return Verdict.TOO_BIG, f"too big for {where}: needs {_format_need(tier)}, {self._format_free(name, tier, case)}."
             if self.is_short(name, tier, case, doubt=tier.needed_high_bytes - tier.needed_bytes):
                 most, free = format_gib(tier.needed_high_bytes), self._format_free(name, tier, case)
-                tight = f"tight on {name}: needs {_format_need(tier)}, up to {most} at worst, {free}."
+                tight = f"tight on {self._memory(name)}: needs {_format_need(tier)}, up to {most} at worst, {free}."
         return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
+
+    def _memory(self, name: str) -> str:
+        """Name a tier, and the GPUs that share it."""
+        sharing = [gpu.name for gpu in self.machine.gpus if gpu.shared] if name == "cpu" else []
+        return f"the memory that {' and '.join([*sharing, name])} share" if sharing else name
 
     def is_short(self, name: str, tier: TierEstimate, case: Case, doubt: int = 0) -> bool:
         """Say whether a tier has too little for a case that needs `doubt` bytes more than is likely."""
@@ -142,6 +152,27 @@ class Judge(Record, frozen=True, kw_only=True):
             f"too big for cpu: {largest[0]} has {format_size(largest[1])}, and Linux maps no file larger than {format_size(most)}"
         )
         return f"{what} for torch here: add swap, set vm.overcommit_memory to 1, or take a copy in several files."
+
+
+def pooled(tiers: Mapping[str, TierEstimate], machine: Machine) -> dict[str, TierEstimate]:
+    """Add to the RAM what lies on GPUs that share it: one budget, and nothing on a GPU can be dropped from it."""
+    sharing = [gpu.name for gpu in machine.gpus if gpu.shared and gpu.name in tiers]
+    if not sharing or "cpu" not in tiers:
+        return dict(tiers)
+    total = tiers["cpu"]
+    for name in sharing:
+        one = tiers[name]
+        total = replace(
+            total,
+            weights_bytes=total.weights_bytes + one.weights_bytes,
+            kv_bytes=total.kv_bytes + one.kv_bytes,
+            activation_bytes=total.activation_bytes + one.activation_bytes,
+            overhead_bytes=total.overhead_bytes + one.overhead_bytes,
+            anon_bytes=total.anon_bytes + one.needed_bytes,
+            needed_bytes=total.needed_bytes + one.needed_bytes,
+            needed_high_bytes=total.needed_high_bytes + one.needed_high_bytes,
+        )
+    return {**tiers, "cpu": total}
 
 
 def leaves_off_gpu(precision: Precision, placement: Placement) -> bool:

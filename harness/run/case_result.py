@@ -141,7 +141,7 @@ def _common(plan: Plan, model: CaseModel, context: RunContext, at: datetime) -> 
         "machine": probe.limited(context.machine, plan.case),
         "verdict": plan.verdict,
         "estimate": plan.estimate,
-        "code": loading_program(model.code_head, plan) if plan.code else None,
+        "code": loading_program(model.code_head, plan, in_order=context.machine.gpus_differ) if plan.code else None,
         "command": model.command or None,
         "environment": dict(context.environment),
         "remote_code": plan.remote_code if plan.trusted else [],

@@ -113,7 +113,7 @@ class Session:
 
     def notices(self) -> list[str]:
         """Return what is to be said of this machine once, before the first case."""
-        said = (self.machine.gpu_problem, accelerators.doubt(self.machine))
+        said = (self.machine.gpu_problem, accelerators.doubt(self.machine), accelerators.overruled_order(self.machine))
         return [sentence for sentence in said if sentence]
 
     def case_model(self, case: Case) -> CaseModel:

@@ -47,5 +47,5 @@ def _card(properties: object) -> TorchDevice:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # NVML's order, as the cases have it
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # NVML's order, as the cases have it
     sys.stdout.buffer.write(encode_record(describe_accelerators()) + b"\n")

@@ -10,29 +10,31 @@ from pathlib import Path
 import pytest
 
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import PRECISIONS
+from harness.core.precisions import PRECISIONS, defaults
 from harness.core.records import Outcome, Result
 from harness.results import store
 
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parents[2]
+ASKED = defaults(None)
 PLACED = [row.name for row in PLACEMENTS.values() if "gpu" in row.devices and row.name in distinct(PLACEMENTS, gpus=2)]
+WORDS = [
+    *(word for name in ASKED for word in ("--precision", name)),
+    *(word for name in PLACED for word in ("--placement", name)),
+]
 POSSIBLE = [
-    (precision.name, placement)
-    for precision in PRECISIONS.values()
+    (precision, placement)
+    for precision in ASKED
     for placement in PLACED
-    if precision.requires_checkpoint is None
-    and not precision.unsupported
-    and not any(trait in precision.incompatible for trait in PLACEMENTS[placement].traits)
+    if not any(trait in PRECISIONS[precision].incompatible for trait in PLACEMENTS[placement].traits)
 ]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Result]:
     directory = tmp_path_factory.mktemp("results")
-    options = [word for name in PLACED for word in ("--placement", name)]
-    command = [sys.executable, "-m", "pytest", "cases", "-q", "--results", str(directory), *options]
+    command = [sys.executable, "-m", "pytest", "cases", "-q", "--results", str(directory), *WORDS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (directory / store.NAME).exists(), done.stdout + done.stderr
     found, problems = store.Store(directory).read()
@@ -48,22 +50,38 @@ def get(results: dict[tuple[str, str], Result], precision: str, placement: str) 
     return result
 
 
+def on_gpus(result: Result) -> dict[str, int]:
+    """Return the bytes of weights by GPU, of those that hold any."""
+    held = result.loaded.tier_bytes if result.loaded else {}
+    return {tier: size for tier, size in held.items() if tier.startswith("gpu:") and size}
+
+
+def keeps_no_copy(direct: Result, moved: Result) -> bool:
+    """Say whether loading straight onto the GPU took clearly less RAM of its own than loading into RAM first."""
+    weights = sum(direct.loaded.dtype_bytes.values()) if direct.loaded else 0
+    return direct.metrics["ram_anon_peak_bytes"] < moved.metrics["ram_anon_peak_bytes"] - weights / 4
+
+
 @pytest.mark.parametrize(("precision", "placement"), POSSIBLE)
 def test_loads_where_and_as_asked(results: dict[tuple[str, str], Result], precision: str, placement: str) -> None:
     result = get(results, precision, placement)
     assert result.loaded is not None
     assert set(result.checks.values()) == {"ok"}
-    assert result.loaded.tier_bytes.get("gpu:0", 0) > 0
+    held = on_gpus(result)
+    assert held, f"no GPU holds weights: {result.loaded.tier_bytes}"
+    if PLACEMENTS[placement].device_map != "balanced_low_0":  # which keeps the first GPU for others
+        assert "gpu:0" in held
 
 
 @pytest.mark.parametrize(("precision", "placement"), POSSIBLE)
 def test_vram_is_measured_and_holds_the_weights(results: dict[tuple[str, str], Result], precision: str, placement: str) -> None:
     result = get(results, precision, placement)
     assert result.loaded is not None
-    assert result.metrics["vram_peak_bytes"] >= result.loaded.tier_bytes["gpu:0"]
+    most = max(on_gpus(result).values())
+    assert result.metrics["vram_peak_bytes"] >= most
     assert result.metrics["load_vram_peak_bytes"] <= result.metrics["vram_peak_bytes"] * 1.5
     if "vram_process_peak_bytes" in result.metrics:  # NVML does not see into every container
-        assert result.metrics["vram_process_peak_bytes"] > result.loaded.tier_bytes["gpu:0"]
+        assert result.metrics["vram_process_peak_bytes"] > most
 
 
 @pytest.mark.parametrize(("precision", "placement"), POSSIBLE)
@@ -73,12 +91,11 @@ def test_answers_are_sound(results: dict[tuple[str, str], Result], precision: st
     assert result.quality.verdict != "broken", result.quality.why
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_direct_keeps_no_copy_in_ram(results: dict[tuple[str, str], Result], precision: str) -> None:
+    """The default model is stored in bfloat16, so that the RAM holds a copy, not the file, where it is loaded there first."""
     direct, moved = get(results, precision, "direct"), get(results, precision, "ram-to-gpu")
-    assert direct.loaded is not None
-    weights = sum(direct.loaded.dtype_bytes.values())
-    assert direct.metrics["ram_anon_peak_bytes"] < moved.metrics["ram_peak_bytes"] + weights / 2
+    assert keeps_no_copy(direct, moved), f"{direct.metrics['ram_anon_peak_bytes']} of {moved.metrics['ram_anon_peak_bytes']} B"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

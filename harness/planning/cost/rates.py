@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from harness.core.records import Machine, Tier
-from harness.machine.gpus import Gpu, known_gpu
+from harness.machine.gpus import card_of
 from harness.planning.calibration import Calibration
 from harness.planning.cost.work import TokenWork
 
@@ -13,13 +13,7 @@ from harness.planning.cost.work import TokenWork
 _SPEED_AT = {"low": "high", "best": "best", "high": "low"}
 
 
-@lru_cache(maxsize=64)
-def _look_up(model: str, total_bytes: int | None) -> Gpu | None:
-    return known_gpu(model, total_bytes)
-
-
-def _card(tier: Tier | None) -> Gpu | None:
-    return _look_up(tier.model, tier.total_bytes) if tier is not None and tier.model else None
+_card = lru_cache(maxsize=64)(card_of)
 
 
 class Rates:

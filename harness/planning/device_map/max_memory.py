@@ -12,6 +12,7 @@ from harness.core.dtypes import DTYPE_BYTES
 from harness.core.placements import Placement
 from harness.core.records import Machine
 from harness.planning.device_map.infer import MARGIN, STRATEGIES, free_bytes
+from harness.planning.device_map.tiers import fillable
 
 if TYPE_CHECKING:
     from harness.checkpoint.reader import Checkpoint
@@ -52,9 +53,9 @@ class Sizes:
 
 
 def _spill_to_cpu(sizes: Sizes, machine: Machine) -> dict[str, int]:
-    """Let about 60 % of the blocks live on the first GPU, less if three quarters of it are too small for them; the rest in RAM."""
+    """Let about 60 % of the blocks live on one GPU, less if three quarters of it are too small for them; the rest in RAM."""
     wanted = sizes.outside_bytes + sizes.blocks_bytes * 6 // 10 + sizes.room_bytes
-    gpu, cpu = machine.gpus[0], machine.tier("cpu")
+    gpu, cpu = machine.gpus[machine.main_gpu], machine.tier("cpu")
     return {
         gpu.name: min(wanted, (gpu.capacity_bytes or wanted) * 3 // 4),
         "cpu": (cpu.capacity_bytes if cpu else None) or 1 << 40,
@@ -65,7 +66,7 @@ def _spill_to_disk(sizes: Sizes, machine: Machine) -> dict[str, int]:
     """Let the fast tiers take the embedding and half of the blocks between them; the other half stays on the disk."""
     if not machine.gpus:
         return {"cpu": sizes.outside_bytes + sizes.blocks_bytes // 2 + sizes.room_bytes}
-    gpu = machine.gpus[0]
+    gpu = machine.gpus[machine.main_gpu]
     wanted = sizes.outside_bytes + sizes.blocks_bytes // 4 + sizes.room_bytes
     return {
         gpu.name: min(wanted, (gpu.capacity_bytes or wanted) * 3 // 4),
@@ -80,7 +81,7 @@ def max_memory(placement: Placement, machine: Machine, sizes: Callable[[], Sizes
     """
     if placement.limits is not None:
         return LIMITS[placement.limits](sizes(), machine)
-    tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu") and tier.capacity_bytes is not None]
+    tiers = [tier for tier in fillable(machine) if tier.capacity_bytes is not None]
     if placement.device_map not in STRATEGIES or all(tier.limit_bytes is None for tier in tiers):
         return None
     takes_all = {"cpu": placement.takes_all_ram, "gpu": len(machine.gpus) > 1}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from harness.architecture.skeleton import Skeleton
 from harness.core.placements import Placement
-from harness.core.records import Machine
+from harness.core.records import Machine, Tier
 from harness.planning.device_map.infer import MARGIN, Device, Widths, device_of, free_bytes, infer
 
 # A tier of unknown size counts as endless for the map; the verdict says that it is unknown.
@@ -22,7 +22,7 @@ def device_map(
 ) -> dict[str, Device]:
     """Return the map that this placement's call ends up with: module -> number of a GPU, "cpu" or "disk"."""
     if placement.moves_after_loading:
-        return {"": 0}
+        return {"": placement.gpu}
     if not isinstance(placement.device_map, str):
         return dict(placement.device_map or {"": "cpu"})
     if max_memory is not None:
@@ -32,11 +32,20 @@ def device_map(
 
 
 def _free(placement: Placement, machine: Machine) -> dict[Device, int]:
-    found = {device(tier.name): free_bytes(tier) for tier in machine.tiers if tier.kind in ("gpu", "cpu")}
+    found = {device(tier.name): free_bytes(tier) for tier in fillable(machine)}
     free = {place: ENDLESS if size is None else size for place, size in found.items()}
     if placement.takes_all_ram and "cpu" in free:
         free["cpu"] = int(free["cpu"] / MARGIN)  # accelerate's own dispatch takes all of the RAM
     return free
+
+
+def fillable(machine: Machine) -> list[Tier]:
+    """Return the tiers that libraries fill before the disk: the GPUs and the RAM, but for a GPU that shares it.
+
+    There accelerate lists no "cpu", which would count the same bytes twice (utils/modeling.py, get_max_memory).
+    """
+    kinds = ("gpu",) if machine.shares_ram else ("gpu", "cpu")
+    return [tier for tier in machine.tiers if tier.kind in kinds]
 
 
 def device(tier: str) -> Device:
