@@ -7,12 +7,12 @@ handful of rows remains. The KV cache is kept apart from them, by kind of layer,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from harness.core.records import Record
 
+Range = tuple[int, int | None]  # first and last, None without end
 # Of batch B and length S: 1, B, S, B S, S², B S².
 Polynomial = tuple[float, ...]
 BEFORE, AFTER = -1, -2  # the places of moments outside of the decoder layers: no layer has cached the new tokens yet, or all have
@@ -54,8 +54,8 @@ class Regime(Record, frozen=True, kw_only=True, array_like=True):
     `before` and `cached` are the bytes of the KV cache of one layer, by kind, before and after the pass.
     """
 
-    lengths: tuple[int, int | None]
-    batches: tuple[int, int | None]
+    lengths: Range
+    batches: Range
     before: tuple[Polynomial, ...]
     cached: tuple[Polynomial, ...]
     rows: tuple[Row, ...]
@@ -155,8 +155,8 @@ def _regime(regimes: Sequence[Regime], batch: int, length: int) -> Regime | None
 
 
 def value(polynomial: Sequence[float], at: Sequence[int]) -> float:
-    """Return a polynomial's value, at what `monomials` says."""
-    return math.sumprod(polynomial, at) if hasattr(math, "sumprod") else sum(map(float.__mul__, map(float, polynomial), map(float, at)))
+    """Return a polynomial's value, at what `monomials` says; one without coefficients is 0."""
+    return sum(coefficient * power for coefficient, power in zip(polynomial, at, strict=False))
 
 
 def _all(traced: TracedMemory, cached: Sequence[Polynomial], batch: int, length: int) -> int:

@@ -114,8 +114,8 @@ class Moments(NamedTuple):
 
 def moments(one: Pass, polynomials: Array, kinds: Sequence[int]) -> Moments:
     """Follow a pass and note what is alive after each storage is made, without the KV cache that belongs to the place."""
-    cache = [np.array([polynomials[list(layer)].sum(axis=0) for layer in side]).reshape(-1, 6) for side in (one.before, one.cached)]
-    apart = _cache_at(cache[0], cache[1])
+    apart = _cache_at(*cache_of(one, polynomials, bool(kinds)))
+    after = max(apart)
     plain, extra = polynomials[: one.held].sum(axis=0), defaultdict[str, Array](lambda: np.zeros(6))
     found: list[tuple[int, Array, str | None, Array, int]] = []
     for step, event in enumerate(one.steps):
@@ -128,12 +128,21 @@ def moments(one: Pass, polynomials: Array, kinds: Sequence[int]) -> Moments:
         if event < 0:
             continue
         layer = one.layers[storage]
-        place = BEFORE if layer < 0 else AFTER if layer >= len(kinds) else kinds[layer]
+        number = -1 if layer < 0 else min(layer, after) if kinds else after
+        place = BEFORE if number < 0 else AFTER if number == after else kinds[number]
         taken = next((name for name, nbytes in extra.items() if nbytes.any()), None)
         more = extra[taken] if taken is not None else np.zeros(6)
-        found.append((place, plain - apart[min(layer, len(kinds))], taken, more, step))
+        found.append((place, plain - apart[number], taken, more, step))
     places, nbytes, conditions, extras, steps = zip(*found, strict=True)
     return Moments(list(places), np.array(nbytes), list(conditions), np.array(extras), list(steps))
+
+
+def cache_of(one: Pass, polynomials: Array, by_layer: bool) -> tuple[Array, Array]:
+    """Return the KV cache before and after a pass [layers, 6]; as that of one layer where it is not kept by layer."""
+    before, after = (
+        np.array([polynomials[list(layer)].sum(axis=0) for layer in side]).reshape(-1, 6) for side in (one.before, one.cached)
+    )
+    return (before, after) if by_layer else (before.sum(axis=0, keepdims=True), after.sum(axis=0, keepdims=True))
 
 
 def _cache_at(before: Array, after: Array) -> dict[int, Array]:
@@ -164,21 +173,23 @@ def worst(found: Moments, grid: Sequence[Point]) -> list[int]:
 
 def row(one: Pass, polynomials: Array, found: Moments, index: int, names: dict[str, int], numbers: Mapping[str | None, int]) -> Row:
     """Write one moment down, with the largest tensors that are alive in it."""
-    cache = {storage for side in (one.before, one.cached) for layer in side for storage in layer}
+    cached = {storage for side in (one.before, one.cached) for layer in side for storage in layer}
     live = dict.fromkeys(range(one.held))
     for event in one.steps[: found.steps[index] + 1]:
         if event >= 0:
             live[event] = None
         else:
             del live[~event]
-    parts = sorted(_parts(one, polynomials, set(live) - cache), key=lambda part: -part[2])[:MOST_PARTS]
+    parts = sorted(_parts(one, polynomials, set(live) - cached), key=lambda part: -part[2])[:MOST_PARTS]
     return Row(
-        found.places[index],
-        _tidy(found.nbytes[index]),
-        numbers[found.conditions[index]],
-        _tidy(found.extra[index]),
-        tuple(Part(names.setdefault(label, len(names)), monomial, nbytes) for label, monomial, _, nbytes in parts),
-    )  # fmt: skip
+        place=found.places[index],
+        nbytes=tidy(found.nbytes[index]),
+        condition=numbers[found.conditions[index]],
+        extra=tidy(found.extra[index]),
+        parts=tuple(
+            Part(name=names.setdefault(label, len(names)), monomial=monomial, nbytes=nbytes) for label, monomial, _, nbytes in parts
+        ),
+    )
 
 
 REFERENCE = (1, 4096)  # what decides which tensors are named
@@ -192,7 +203,8 @@ def _parts(one: Pass, polynomials: Array, live: set[int]) -> Iterator[tuple[str,
         yield one.labels[storage], largest, float(weighed[largest]), _number(polynomials[storage][largest])
 
 
-def _tidy(polynomial: Array) -> Polynomial:
+def tidy(polynomial: Array) -> Polynomial:
+    """Write a polynomial with whole coefficients where it has such; one of nothing is empty."""
     numbers = [_number(coefficient) for coefficient in polynomial]
     return tuple(numbers) if any(numbers) else ()
 

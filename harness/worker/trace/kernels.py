@@ -46,6 +46,19 @@ CARDS = (
 )
 
 
+def card_of(capability: str) -> Card:
+    """Return the card of the table for a compute capability ("8.6"): the newest that is not newer.
+
+    Raises:
+        ValueError: all are newer.
+    """
+    major, _, minor = capability.partition(".")
+    older = [card for card in CARDS if card.capability <= (int(major), int(minor or 0))]
+    if not older:
+        raise ValueError(f"no trace for compute capability {capability}: the table of kernels begins at {CARDS[0].name}")
+    return older[-1]
+
+
 class Kernel(NamedTuple):
     """One row: from which compute capability on, by dtype, and what it takes; tried in order.
 

@@ -7,18 +7,20 @@ order, and the bytes of each are a polynomial in batch and length that a few poi
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
-from harness.architecture.traced_memory import UNALIGNED, Condition, Polynomial, Regime, TracedMemory, evaluate
+from harness.architecture.traced_memory import UNALIGNED, Condition, Polynomial, Range, Regime, TracedMemory, evaluate, monomials, value
 from harness.worker.trace import fake_model, kernels, workload
 from harness.worker.trace.fake_model import Layers
-from harness.worker.trace.fit import Pass, Point, fit, moments, passes_of, row, worst
+from harness.worker.trace.fit import Pass, Point, cache_of, fit, moments, passes_of, row, tidy, worst
 from harness.worker.trace.kernels import Card
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
 
@@ -27,6 +29,7 @@ NEW_TOKENS = 3  # the prompt's pass, the first step and one like all that follow
 PROBES = (3, 67, 1009, 8209, 131101)
 PAIR, MANY = 2, 48  # batches looked at
 LEAST_WIDTH = 8  # a shorter regime is counted to the one above it
+LEAST_LENGTH, SLACK = 41, 1 << 16
 AGREES = 0.002  # what one sequence alone may differ from the polynomials of several
 DEVIATION = 0.005  # what a record may differ from a trace of all layers; beyond, all are traced
 CHECKED = (2, 1501)
@@ -80,6 +83,17 @@ class Tracer:
         sizes = {size for name, size in config.items() if isinstance(size, int) and ("window" in name or "chunk" in name)}
         return sorted(size + off for size in sizes for off in (-3, -2, -1, 0, 1) if low < size + off < high)
 
+    def crowd(self, number: int, length: int) -> int | None:
+        """Return the batch from which on other operators run than for two sequences, up to MANY; None if none does."""
+        same = self._signature(number, PAIR, length)
+        low, high = PAIR, MANY
+        if self._signature(number, MANY, length) == same:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._signature(number, middle, length) == same else (low, middle)
+        return high
+
     def _signature(self, number: int, batch: int, length: int) -> int:
         return self.passes((batch, length))[number].signature
 
@@ -89,7 +103,7 @@ class Tracer:
 
 
 class Recorder:
-    """Turns the traces of one model into regimes."""
+    """Turns the traces of one model into regimes; `conditions` are numbered as the record has them."""
 
     def __init__(self, tracer: Tracer, conditions: Sequence[Condition]) -> None:
         self._tracer, self._kinds = tracer, tracer.kinds()
@@ -97,38 +111,127 @@ class Recorder:
         self.names: dict[str, int] = {}
 
     def regimes(self, number: int) -> Iterator[Regime]:
-        """Yield the regimes of a pass, one sequence alone before several where it differs."""
-        starts = [1, *self._tracer.changes(number, PAIR)]
-        starts = [start for start, after in zip(starts, [*starts[1:], None], strict=True) if after is None or after - start >= LEAST_WIDTH]
-        for index, (start, after) in enumerate(zip(starts, [*starts[1:], None], strict=True)):
-            lengths = (1 if index == 0 else start, after - 1 if after is not None else None)
+        """Yield the regimes of a pass; one sequence alone has its own where what it holds does not follow from that of several."""
+        changes = self._tracer.changes(number, PAIR)
+        ends = [change for change, after in pairwise([*changes, None]) if change and (not after or after - change >= LEAST_WIDTH)]
+        for start, after in pairwise([1, *ends, None]):
+            lengths = (int(start or 1), after - 1 if after else None)
             sizes = _samples(*lengths)
-            several = self._regime(number, lengths, (PAIR, None), [(b, s) for s in sizes[:3] for b in (PAIR, 3)] + [(5, sizes[3])])
-            if self._agrees(number, several, sizes[1]):
-                yield Regime(several.lengths, (1, None), *(getattr(several, name) for name in ("before", "cached", "rows")))
+            crowd = self._tracer.crowd(number, sizes[0])
+            several = self._regime(number, lengths, (PAIR, crowd - 1 if crowd else None), _points(PAIR, sizes))
+            if self._agrees(number, several, (1, sizes[1])):
+                several = msgspec.structs.replace(several, batches=(1, several.batches[1]))
             else:
-                yield self._regime(number, lengths, (1, 1), [(1, s) for s in sizes])
-                yield several
+                yield self._regime(number, lengths, (1, 1), [(1, size) for size in sizes])
+            yield several
+            if crowd:
+                yield self._regime(number, lengths, (crowd, None), _points(crowd, sizes))
 
-    def _regime(self, number: int, lengths: tuple[int, int | None], batches: tuple[int, int | None], points: list[Point]) -> Regime:
+    def _regime(self, number: int, lengths: Range, batches: Range, points: list[Point]) -> Regime:
         if not self._tracer.alike(number, points):
             raise ValueError(f"pass {number} runs other operators at some of {points}")
         traced = [self._tracer.passes(point)[number] for point in points]
         polynomials = fit(points, np.array([one.nbytes for one in traced], dtype=np.float64))
-        one, kinds = traced[0], self._kinds
-        found = moments(one, polynomials, kinds)
-        grid = [(batch, length) for batch in _batches(*batches) for length in _spread(*lengths)]
+        one = traced[1]
+        found = moments(one, polynomials, self._kinds)
+        grid = [(batch, length) for batch in _spread(*batches, most=256) for length in _spread(*lengths, most=1 << 18)]
         rows = tuple(row(one, polynomials, found, index, self.names, self._numbers) for index in worst(found, grid))
-        before, cached = (self._by_kind(side, polynomials) for side in (one.before, one.cached))
-        return Regime(lengths, batches, before, cached, rows)
+        before, cached = (self._by_kind(side) for side in cache_of(one, polynomials, bool(self._kinds)))
+        return Regime(lengths=lengths, batches=batches, before=before, cached=cached, rows=rows)
 
-    def _by_kind(self, cache: Sequence[Sequence[int]], polynomials: Any) -> tuple[Polynomial, ...]:
-        kinds = self._kinds or (0,) * len(cache)
-        by_layer = [polynomials[list(layer)].sum(axis=0) for layer in cache]
-        if not self._kinds:
-            return (tuple(map(float, np.sum(by_layer, axis=0))) if by_layer else (),)
-        return tuple(tuple(map(float, by_layer[kinds.index(kind)])) for kind in range(max(kinds) + 1))
+    def _by_kind(self, cache: Any) -> tuple[Polynomial, ...]:
+        kinds = self._kinds or (0,)
+        return tuple(tidy(cache[kinds.index(kind)]) for kind in range(max(kinds) + 1))
 
-    def _agrees(self, number: int, regime: Regime, length: int) -> bool:
-        """Say whether the polynomials of several sequences give what one alone holds, at its worst."""
-        ...
+    def _agrees(self, number: int, regime: Regime, point: Point) -> bool:
+        """Say whether a regime gives what was traced at a size outside of it, in every place."""
+        one = self._tracer.passes(point)[number]
+        real = np.zeros((len(one.nbytes), 6))
+        real[:, 0] = one.nbytes
+        found, at = moments(one, real, self._kinds), monomials(*point)
+        held: dict[int, float] = defaultdict(float)
+        for place, nbytes in zip(found.places, (found.nbytes + found.extra)[:, 0], strict=True):
+            held[place] = max(held[place], nbytes)
+        given: dict[int, float] = defaultdict(float)
+        for line in regime.rows:
+            given[line.place] = max(given[line.place], value(line.nbytes, at) + value(line.extra, at))
+        slack = AGREES * max(*held.values(), sum(one.nbytes[: one.held])) + SLACK
+        return all(abs(given[place] - held[place]) <= slack for place in held)
+
+
+def _points(batch: int, sizes: Sequence[int]) -> list[Point]:
+    """Choose where to trace for six coefficients, and a point more to confirm them."""
+    return [*((number, size) for size in sizes[:3] for number in (batch, batch + 1)), (batch + 3, sizes[3])]
+
+
+def _samples(first: int, last: int | None) -> list[int]:
+    """Choose four lengths within a range, odd as those looked at."""
+    low = max(first, LEAST_LENGTH) if last is None or last > 2 * LEAST_LENGTH else max(first, 2)
+    high = min(last, 4 * low) if last is not None else 4 * low
+    step = (high - low) / 4
+    sizes = [int(low + step * share) | 1 for share in (0.05, 1.5, 3.5, 2.5)]
+    return [min(size, high if high % 2 else high - 1) for size in sizes]
+
+
+def _spread(first: int, last: int | None, most: int) -> list[int]:
+    """Choose values across a range, each twice the one before it."""
+    end = min(last, most) if last is not None else max(most, first)
+    return sorted({*(min(first << power, end) for power in range(most.bit_length())), end})
+
+
+def record(config: Mapping[str, Any], precision: str, attention: str | None = None, capability: str = "8.0") -> TracedMemory:
+    """Trace an architecture in a precision, as on a card of this compute capability, and return its record.
+
+    Raises:
+        ValueError: transformers has no class for it, no trace is made in this precision, or its sizes are no polynomials.
+    """
+    card = kernels.card_of(capability)
+    model = fake_model.build(config, precision, attention)
+    conditions = [Condition(name=UNALIGNED), *_unpackings(model)]
+    with fake_card({}, card.capability) as ledger:
+        fake_model.place(model)
+        gc.collect()
+        gc.freeze()  # what is there stays: looking for circles in it would take longer than a trace
+        weights, layers = ledger.live[CARD], fake_model.layers_of(model)
+        with kernels.chosen_as_on(card, ledger, whole=False):
+            whole = workload.run(ledger, model, layers, *CHECKED, NEW_TOKENS).peak_bytes
+        about = _about(model, precision, weights)
+        kinds = layers.kinds if layers is not None else (0,)
+        if layers is not None:
+            layers = fake_model.keep(model, layers, fake_model.representatives(kinds))
+        recorder = Recorder(Tracer(ledger, model, layers, card), conditions)
+        prefill, first, later = (tuple(recorder.regimes(number)) for number in range(NEW_TOKENS))
+        made = TracedMemory(
+            **about,
+            layers=kinds,
+            prefill=prefill,
+            first=first,
+            later=later,
+            conditions=tuple(conditions),
+            names=tuple(recorder.names),
+        )
+        return _checked(made, whole, card)
+
+
+def _checked(made: TracedMemory, whole: int, card: Card) -> TracedMemory:
+    """Note how far a record is from a trace of all layers."""
+    batch, prompt = CHECKED
+    given = evaluate(made, batch, prompt, NEW_TOKENS, card.name)
+    deviation = given.allocated_bytes / whole - 1 if given is not None else float("inf")
+    if abs(deviation) > DEVIATION:
+        raise ValueError(f"{len(made.layers)} layers hold {whole} bytes, of the traces of some of them follows {deviation:+.1%}")
+    return msgspec.structs.replace(made, deviation=round(deviation, 6))
+
+
+def _about(model: Any, precision: str, weights: int) -> dict[str, Any]:
+    libraries = ("transformers", "torch", "bitsandbytes")
+    source = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in libraries)
+    attention = model.config._attn_implementation or "eager"
+    return {"source": source, "precision": precision, "attention": attention, "weights_bytes": weights}
+
+
+def _unpackings(model: Any) -> Iterator[Condition]:
+    dtype = next((module.compute_dtype for module in model.modules() if type(module).__name__ == "Linear4bit"), torch.bfloat16)
+    for outputs, inputs in fake_model.linears_in_4_bits(model):
+        ranges = {card.name: tuple(kernels.packed_rows(dtype, outputs, inputs, card)) for card in kernels.CARDS}
+        yield Condition(name=f"unpack {outputs} {inputs}", packed=ranges)
