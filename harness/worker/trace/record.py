@@ -7,6 +7,7 @@ order, and the bytes of each are a polynomial in batch and length that a few poi
 from __future__ import annotations
 
 import gc
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -197,8 +198,9 @@ def record(config: Mapping[str, Any], precision: str, attention: str | None = No
             whole = workload.run(ledger, model, layers, *CHECKED, NEW_TOKENS).peak_bytes
         about = _about(model, precision, weights)
         kinds = layers.kinds if layers is not None else (0,)
+        chosen = fake_model.representatives(kinds)
         if layers is not None:
-            layers = fake_model.keep(model, layers, fake_model.representatives(kinds))
+            layers = fake_model.keep(model, layers, chosen)
         recorder = Recorder(Tracer(ledger, model, layers, card), conditions)
         prefill, first, later = (tuple(recorder.regimes(number)) for number in range(NEW_TOKENS))
         made = TracedMemory(
@@ -208,9 +210,17 @@ def record(config: Mapping[str, Any], precision: str, attention: str | None = No
             first=first,
             later=later,
             conditions=tuple(conditions),
-            names=tuple(recorder.names),
+            names=tuple(_numbered(name, layers, chosen) for name in recorder.names),
         )
         return _checked(made, whole, card)
+
+
+def _numbered(name: str, layers: Layers | None, chosen: Sequence[int]) -> str:
+    """Give the layers in a name the numbers that they have in the whole model."""
+    if layers is None:
+        return name
+    own = re.escape(layers.path)
+    return re.sub(rf"(?<= {own}\.)\d+", lambda number: str(chosen[int(number[0])]), name)
 
 
 def _checked(made: TracedMemory, whole: int, card: Card) -> TracedMemory:
