@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -44,12 +45,13 @@ class Request(Record, frozen=True, kw_only=True):
 def main() -> None:
     """Answer one request from the standard input, or rebuild the records that are shipped."""
     parser = argparse.ArgumentParser(prog="harness.worker.trace", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--precision", nargs="+", default=PRECISIONS, help="of the shipped records")
     parser.add_argument("--catalog", nargs="*", metavar="MODEL", help="rebuild the shipped records, of these models or of all")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     if asked.catalog is not None:
-        rebuild(asked.catalog)
+        rebuild(asked.catalog, asked.precision)
         return
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     given = request.config, request.precision
@@ -58,7 +60,7 @@ def main() -> None:
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 
-def rebuild(names: list[str]) -> None:
+def rebuild(names: Sequence[str], precisions: Sequence[str]) -> None:
     """Trace models of the catalog, all if none is named, and put their records into data/traces.jsonl, printing what changed."""
     known = shipped.catalog()
     wanted = [shipped.hub_id(name) for name in names] or list(known)
@@ -67,8 +69,8 @@ def rebuild(names: list[str]) -> None:
         config = known[name].config
         key = traces.key_of(config)
         before = {precision: traces.shipped(config, precision) for precision in PRECISIONS}
-        made: dict[str, TracedMemory] = {}
-        for precision in PRECISIONS:
+        made = {precision: one for precision, one in before.items() if one is not None and precision not in precisions}
+        for precision in precisions:
             start = time.monotonic()
             try:
                 made[precision] = record(config, precision)
