@@ -30,7 +30,7 @@ NEW_TOKENS = 3  # the prompt's pass, the first step and one like all that follow
 # Lengths looked at for a change of operators, odd ones, as a mask then takes its padding; between two that differ it is sought.
 PROBES = (3, 43, 1009, 8209, 131101)
 PAIR, MANY = 2, 48  # batches looked at
-LEAST_WIDTH = 8  # a shorter regime is counted to the one above it
+LEAST_WIDTH = 32  # a shorter regime is counted to the one above it
 LEAST_LENGTH, SLACK = 41, 1 << 16
 AGREES = 0.002  # what one sequence alone may differ from the polynomials of several
 DEVIATION = 0.005  # what a record may differ from a trace of all layers; beyond, all are traced
@@ -57,8 +57,14 @@ class Tracer:
         layers = self._layers
         return layers.kinds if layers is not None and len(layers.kinds) == len(self.passes((PAIR, PROBES[1]))[0].cached) else ()
 
-    def changes(self, number: int, batch: int) -> list[int]:
-        """Return the lengths at which a pass begins to run other operators."""
+    def starts(self, number: int) -> list[int]:
+        """Return the lengths, beyond 1, at which a regime of a pass begins: other operators run, or a window is full."""
+        changes = self._changes(number, PAIR)
+        full = [window - number for window in self._windows() if window > LEAST_WIDTH + number]
+        found = sorted({*changes, *(size for size in full if all(abs(size - change) > 8 for change in changes))})
+        return [start for start, after in pairwise([*found, None]) if start and start >= LEAST_WIDTH and (not after or after - start >= LEAST_WIDTH)]
+
+    def _changes(self, number: int, batch: int) -> list[int]:
         found = []
         for low, high in pairwise(PROBES):
             while self._signature(number, batch, low) != self._signature(number, batch, high):
@@ -81,9 +87,14 @@ class Tracer:
 
     def _hints(self, low: int, high: int) -> list[int]:
         """Return lengths around the windows of the config, where operators use to change."""
+        return sorted(size + off for size in self._windows() for off in (-3, -2, -1, 0, 1) if low < size + off < high)
+
+    def _windows(self) -> set[int]:
         config = self._model.config.get_text_config(decoder=True).to_dict()
-        sizes = {size for name, size in config.items() if isinstance(size, int) and ("window" in name or "chunk" in name)}
-        return sorted(size + off for size in sizes for off in (-3, -2, -1, 0, 1) if low < size + off < high)
+        sizes = {name: size for name, size in config.items() if "window" in name or "chunk" in name}
+        if config.get("use_sliding_window") is False:
+            sizes = {}
+        return {size for name, size in sizes.items() if type(size) is int and not name.startswith("max_")}
 
     def crowd(self, number: int, length: int) -> int | None:
         """Return the batch from which on other operators run than for two sequences, up to MANY; None if none does."""
@@ -114,13 +125,14 @@ class Recorder:
 
     def regimes(self, number: int) -> Iterator[Regime]:
         """Yield the regimes of a pass; one sequence alone has its own where what it holds does not follow from that of several."""
-        changes = self._tracer.changes(number, PAIR)
-        ends = [change for change, after in pairwise([*changes, None]) if change and (not after or after - change >= LEAST_WIDTH)]
-        for start, after in pairwise([1, *ends, None]):
+        for start, after in pairwise([1, *self._tracer.starts(number), None]):
             lengths = (int(start or 1), after - 1 if after else None)
             sizes = _samples(*lengths)
             crowd = self._tracer.crowd(number, sizes[0])
             several = self._regime(number, lengths, (PAIR, crowd - 1 if crowd else None), _points(PAIR, sizes))
+            for probe in PROBES:
+                if several.covers(PAIR, probe) and probe >= LEAST_LENGTH and not self._agrees(number, several, (PAIR, probe)):
+                    raise ValueError(f"pass {number} holds other than its polynomials say at a length of {probe}")
             if self._agrees(number, several, (1, sizes[1])):
                 several = msgspec.structs.replace(several, batches=(1, several.batches[1]))
             else:
@@ -167,12 +179,12 @@ def _points(batch: int, sizes: Sequence[int]) -> list[Point]:
 
 
 def _samples(first: int, last: int | None) -> list[int]:
-    """Choose four lengths within a range, odd as those looked at."""
-    low = max(first, LEAST_LENGTH) if last is None or last > 2 * LEAST_LENGTH else max(first, 2)
-    high = min(last, 4 * low) if last is not None else 4 * low
-    step = (high - low) / 4
-    sizes = [int(low + step * share) | 1 for share in (0.05, 1.5, 3.5, 2.5)]
-    return [min(size, high if high % 2 else high - 1) for size in sizes]
+    """Choose four lengths within a range, odd as those looked at, the same for ranges that begin or end nearly alike."""
+    low = max(first, LEAST_LENGTH) if last is None or last > 2 * LEAST_LENGTH else first
+    low, high = -(-low // 8) * 8, min(last // 8 * 8 if last is not None else 4 * low, 4 * low)
+    if high - low < 16:
+        raise ValueError(f"lengths from {first} to {last} are too few to tell how sizes grow")
+    return [int(low + (high - low) * share) | 1 for share in (0.0, 0.4, 0.9, 0.6)]
 
 
 def _spread(first: int, last: int | None, most: int) -> list[int]:
