@@ -72,7 +72,8 @@ def records() -> dict[tuple[str, str], TracedMemory]:
 
 
 @pytest.mark.parametrize(
-    ("model", "precision"), [*((name, "bf16") for name in MODELS), ("llama", "int8"), ("llama", "int4"), ("qwen 3, experts", "fp32")]
+    ("model", "precision"),
+    [*((name, "bf16") for name in MODELS), ("llama", "int8"), ("llama", "int4"), ("qwen 3, experts", "fp32")],
 )
 def test_a_record_gives_what_a_trace_of_all_layers_gives(model: str, precision: str) -> None:
     made = record(MODELS[model], precision)
@@ -82,7 +83,9 @@ def test_a_record_gives_what_a_trace_of_all_layers_gives(model: str, precision: 
         assert traced.guesses == 0
         assert given.weights_bytes == traced.weights_bytes
         assert given.kv_bytes == pytest.approx(traced.kv_bytes, rel=0.005)
-        assert given.allocated_bytes - traced.weights_bytes == pytest.approx(traced.peak_bytes - traced.weights_bytes, rel=0.005, abs=1 << 16)
+        assert given.allocated_bytes - traced.weights_bytes == pytest.approx(
+            traced.peak_bytes - traced.weights_bytes, rel=0.005, abs=1 << 16
+        )
 
 
 def test_weights_and_cache_are_what_the_shapes_say() -> None:
@@ -162,7 +165,7 @@ def test_a_mask_with_shared_heads_has_no_kernel_but_the_plain_one() -> None:
 def test_bitsandbytes_unpacks_no_weight_for_a_few_rows_and_any_for_many() -> None:
     ranges = kernels.packed_rows(torch.bfloat16, 14336, 4096, kernels.card_of("8.0"))
     assert ranges[0][0] == 1
-    assert 4 <= ranges[0][1]
+    assert ranges[0][1] >= 4
     assert ranges[-1][1] <= kernels.MOST_PACKED_ROWS
     assert kernels.packed_rows(torch.bfloat16, 256, 100, kernels.card_of("8.0")) == []
 

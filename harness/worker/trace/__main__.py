@@ -44,7 +44,9 @@ class Request(Record, frozen=True, kw_only=True):
 
 def main() -> None:
     """Answer one request from the standard input, or rebuild the records that are shipped."""
-    parser = argparse.ArgumentParser(prog="harness.worker.trace", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="harness.worker.trace", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, help="of the shipped records")
     parser.add_argument("--catalog", nargs="*", metavar="MODEL", help="rebuild the shipped records, of these models or of all")
     asked = parser.parse_args()
@@ -74,7 +76,13 @@ def rebuild(names: Sequence[str], precisions: Sequence[str]) -> None:
             start = time.monotonic()
             try:
                 made[precision] = record(config, precision)
-            except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:  # told, and left to the formulas
+            except (
+                ValueError,
+                RuntimeError,
+                TypeError,
+                AttributeError,
+                NotImplementedError,
+            ) as error:  # told, and left to the formulas
                 print(f"{name} {precision}: no record: {str(error).splitlines()[0][:200]}", flush=True)
                 continue
             same = next((other for other, one in made.items() if other != precision and _alike(one, made[precision])), None)

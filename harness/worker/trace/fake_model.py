@@ -82,8 +82,8 @@ def place(model: Any) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CARD)
 
 
-def _placed(parameter: Any, module: nn.Module) -> nn.Parameter:
-    """Return one parameter on the card. bitsandbytes' own classes cannot be made of fake tensors; a plain one carries their parts."""
+def _placed(parameter: Any, module: Any) -> nn.Parameter:
+    """Return one parameter on the card. bitsandbytes' classes cannot be made of fake tensors: a plain one carries the parts."""
     kind = type(parameter).__name__
     if kind == "Int8Params":
         packed = nn.Parameter(torch.empty(parameter.shape, dtype=torch.int8, device=CARD), requires_grad=False)
@@ -93,7 +93,7 @@ def _placed(parameter: Any, module: nn.Module) -> nn.Parameter:
     if kind == "Params4bit":
         from bitsandbytes.functional import quantize_4bit
 
-        values = torch.empty(parameter.shape, dtype=module.compute_dtype, device=CARD)  # type: ignore[arg-type]
+        values = torch.empty(parameter.shape, dtype=module.compute_dtype, device=CARD)
         nested, scheme = parameter.compress_statistics, parameter.quant_type
         data, state = quantize_4bit(values, blocksize=parameter.blocksize, compress_statistics=nested, quant_type=scheme)
         held = nn.Parameter(data, requires_grad=False)

@@ -167,7 +167,11 @@ def worst(found: Moments, grid: Sequence[Point]) -> list[int]:
         for condition in {found.conditions[index] for index in members} - {None}:
             under = np.array([index for index in members if found.conditions[index] == condition])
             total = plain[under] + extra[under]
-            chosen |= {int(under[row]) for row, top, least in zip(total.argmax(axis=0), total.max(axis=0), best, strict=True) if top > least}
+            chosen |= {
+                int(under[row])
+                for row, top, least in zip(total.argmax(axis=0), total.max(axis=0), best, strict=True)
+                if top > least
+            }
     return sorted(chosen)
 
 

@@ -23,7 +23,9 @@ from harness.worker.trace.ledger import Ledger, swapped
 
 aten = torch.ops.aten
 ALIGNED = 16  # keys in a bias of the memory-efficient kernel: pad_bias<16> in sdp_utils
-WIDEST_ACCUMULATED = 128  # wider values are accumulated in float32 in memory (mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer)
+WIDEST_ACCUMULATED = (
+    128  # wider values are accumulated in float32 in memory (mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer)
+)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -74,7 +76,7 @@ class Kernel(NamedTuple):
 
 
 KERNELS = (
-    Kernel("flash", {half: (8, 0) for half in _HALVES}, masked=False, grouped=True, widest=256, one_width=True),
+    Kernel("flash", dict.fromkeys(_HALVES, (8, 0)), masked=False, grouped=True, widest=256, one_width=True),
     Kernel(
         "efficient",
         {torch.float16: (5, 0), torch.bfloat16: (8, 0), torch.float32: (5, 0)},
@@ -281,7 +283,7 @@ def rules(ledger: Ledger, card: Card, whole: bool) -> dict[Any, Callable[..., An
     except ImportError:
         return found
     theirs, own = torch.ops.bitsandbytes, _Bitsandbytes(ledger, card, whole)
-    named = {
+    named: dict[str, Callable[..., Any]] = {
         "int8_vectorwise_quant": own.quantize,
         "int8_scaled_mm": own.multiply,
         "int8_mm_dequant": own.dequantize,

@@ -94,7 +94,7 @@ class Ledger(TorchDispatchMode):
         with swapped(self, "_operator", operator):
             torch.empty(nbytes, dtype=torch.uint8, device=CARD)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:  # noqa: ARG002 torch's interface
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (aten._local_scalar_dense.default, aten.is_nonzero.default) and isinstance(args[0], FakeTensor):
             value = self._value(args[0])
@@ -188,7 +188,7 @@ class _Indexed(TorchFunctionMode):
         super().__init__()
         self._ledger = ledger
 
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:  # noqa: ARG002 torch's interface
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and (real := self._ledger.real(args[0])) is not None:
             with unset_fake_temporarily(), torch._C.DisableTorchFunction():

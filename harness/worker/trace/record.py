@@ -18,7 +18,17 @@ import msgspec
 import numpy as np
 import torch
 
-from harness.architecture.traced_memory import UNALIGNED, Condition, Polynomial, Range, Regime, TracedMemory, evaluate, monomials, value
+from harness.architecture.traced_memory import (
+    UNALIGNED,
+    Condition,
+    Polynomial,
+    Range,
+    Regime,
+    TracedMemory,
+    evaluate,
+    monomials,
+    value,
+)
 from harness.core.precisions import PRECISIONS
 from harness.worker.trace import fake_model, kernels, workload
 from harness.worker.trace.fake_model import Layers
@@ -62,7 +72,11 @@ class Tracer:
         changes = self._changes(number, PAIR)
         full = [window - number for window in self._windows() if window > LEAST_WIDTH + number]
         found = sorted({*changes, *(size for size in full if all(abs(size - change) > 8 for change in changes))})
-        return [start for start, after in pairwise([*found, None]) if start and start >= LEAST_WIDTH and (not after or after - start >= LEAST_WIDTH)]
+        return [
+            start
+            for start, after in pairwise([*found, None])
+            if start and start >= LEAST_WIDTH and (not after or after - start >= LEAST_WIDTH)
+        ]
 
     def _changes(self, number: int, batch: int) -> list[int]:
         found = []
@@ -181,7 +195,8 @@ def _points(batch: int, sizes: Sequence[int]) -> list[Point]:
 def _samples(first: int, last: int | None) -> list[int]:
     """Choose four lengths within a range, odd as those looked at, the same for ranges that begin or end nearly alike."""
     low = max(first, LEAST_LENGTH) if last is None or last > 2 * LEAST_LENGTH else first
-    low, high = -(-low // 8) * 8, min(last // 8 * 8 if last is not None else 4 * low, 4 * low)
+    low = -(-low // 8) * 8
+    high = min(last // 8 * 8 if last is not None else 4 * low, 4 * low)
     if high - low < 16:
         raise ValueError(f"lengths from {first} to {last} are too few to tell how sizes grow")
     return [int(low + (high - low) * share) | 1 for share in (0.0, 0.4, 0.9, 0.6)]
