@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import harness.models  # noqa: F401 registers our own architectures
-from harness.architecture.traced_memory import TracedMemory, evaluate
+from harness.architecture.traced_memory import evaluate
 from harness.core.records import Workload
 from harness.worker.trace import fake_model, kernels, ledger
 from harness.worker.trace.direct import trace
 from harness.worker.trace.record import record
 
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 512}
-SMALL |= {"num_hidden_layers": 6, "head_dim": 32, "max_position_embeddings": 4096}
+SMALL |= {"num_hidden_layers": 3, "head_dim": 32, "max_position_embeddings": 4096}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SMALL},
     "mistral with a window": {"model_type": "mistral", **SMALL, "sliding_window": 96},
@@ -66,14 +66,9 @@ LOADS = (
 )
 
 
-@pytest.fixture(scope="module")
-def records() -> dict[tuple[str, str], TracedMemory]:
-    return {}
-
-
 @pytest.mark.parametrize(
     ("model", "precision"),
-    [*((name, "bf16") for name in MODELS), ("llama", "int8"), ("llama", "int4"), ("qwen 3, experts", "fp32")],
+    [*((name, "bf16") for name in MODELS), ("llama", "int8"), ("llama", "int4")],
 )
 def test_a_record_gives_what_a_trace_of_all_layers_gives(model: str, precision: str) -> None:
     made = record(MODELS[model], precision)
@@ -93,14 +88,14 @@ def test_weights_and_cache_are_what_the_shapes_say() -> None:
     (traced,) = trace(config, "bf16", [Workload(prompt_tokens=100, new_tokens=3, batch=2)])
     layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 704 + 2 * 256
     frequencies = 2 * 4 * 16
-    assert traced.weights_bytes == pytest.approx(2 * (6 * layer + 2 * 512 * 256 + 256) + frequencies, abs=4096)
-    assert traced.kv_bytes == 6 * 2 * 4 * 32 * 102 * 2 * 2
+    assert traced.weights_bytes == pytest.approx(2 * (3 * layer + 2 * 512 * 256 + 256) + frequencies, abs=4096)
+    assert traced.kv_bytes == 3 * 2 * 4 * 32 * 102 * 2 * 2
 
 
 def test_a_cache_with_a_window_keeps_the_whole_prompt_until_the_next_token() -> None:
     config = MODELS["mistral with a window"]
     prompt, step = trace(config, "bf16", [Workload(prompt_tokens=1000, new_tokens=new, batch=1) for new in (1, 2)])
-    per_token = 6 * 2 * 4 * 32 * 2
+    per_token = 3 * 2 * 4 * 32 * 2
     assert (prompt.kv_bytes, step.kv_bytes) == (1000 * per_token, 96 * per_token)
 
 
@@ -109,7 +104,7 @@ def test_the_largest_tensors_have_the_names_of_the_model() -> None:
     given = evaluate(made, 1, 4000, 4)
     assert given is not None
     largest, nbytes = max(given.worst.tensors, key=lambda tensor: tensor[1])
-    assert largest == "where bfloat16[B, 1, S, S] of model.layers.5.self_attn"
+    assert largest == "where bfloat16[B, 1, S, S] of model.layers.2.self_attn"
     assert nbytes == 2 * 4000**2
 
 
@@ -174,9 +169,10 @@ def test_what_is_taken_of_torch_that_is_not_public_is_there() -> None:
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     slots = (ctypes.c_void_p * 21).in_dll(library, ledger.GUARDS)
     assert slots[14]  # Meta's guard, that CUDA borrows
-    assert issubclass(Ledger := ledger.Ledger, TorchDispatchMode)
-    with FakeTensorMode(), Ledger() as counted:
-        assert isinstance(made := torch.ones(3), FakeTensor)
+    assert issubclass(ledger.Ledger, TorchDispatchMode)
+    with FakeTensorMode(), ledger.Ledger() as counted:
+        made = torch.ones(3)
+        assert isinstance(made, FakeTensor)
         assert counted.number(made) == 0
 
 

@@ -64,7 +64,11 @@ def _quantized(model: Any, settings: Mapping[str, Any], dtype: str) -> Any:
     given = {name: value for name, value in settings.items() if name != "quant_method"}
     kept = get_keys_to_not_convert(model)
     asked = BitsAndBytesConfig(**given, **compute)
-    return replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=asked).eval()
+    quantized = replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=asked).eval()
+    for module in quantized.modules():
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit") and module.bias is not None:
+            module.bias.data = module.bias.data.to(getattr(torch, dtype))  # made in float32, loaded in the dtype
+    return quantized
 
 
 def place(model: Any) -> None:

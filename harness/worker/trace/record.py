@@ -231,6 +231,7 @@ def record(config: Mapping[str, Any], precision: str, attention: str | None = No
         chosen = fake_model.representatives(kinds)
         if layers is not None:
             layers = fake_model.keep(model, layers, chosen)
+        workload.run(ledger, model, layers, 1, PROBES[0], 2)  # what is made once and kept is there before a trace begins
         recorder = Recorder(Tracer(ledger, model, layers, card), conditions)
         prefill, first, later = (tuple(recorder.regimes(number)) for number in range(NEW_TOKENS))
         made = TracedMemory(
