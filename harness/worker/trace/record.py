@@ -231,7 +231,8 @@ def record(config: Mapping[str, Any], precision: str, attention: str | None = No
         chosen = fake_model.representatives(kinds)
         if layers is not None:
             layers = fake_model.keep(model, layers, chosen)
-        workload.run(ledger, model, layers, 1, PROBES[0], 2)  # what is made once and kept is there before a trace begins
+        with kernels.chosen_as_on(card, ledger, whole=True):
+            workload.run(ledger, model, layers, 1, PROBES[0], 2)  # what is made once and kept is there before a trace begins
         recorder = Recorder(Tracer(ledger, model, layers, card), conditions)
         prefill, first, later = (tuple(recorder.regimes(number)) for number in range(NEW_TOKENS))
         made = TracedMemory(
