@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from harness.architecture.skeleton import fingerprint
+from harness.architecture.skeleton_source import fingerprint
 from harness.architecture.traced_memory import TracedMemory
 from harness.core.errors import UsageError
 from harness.data import DATA
