@@ -117,6 +117,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     gguf: Gguf | None = None
     native: bool = False  #: whether `harness.models` has the architecture, and transformers has not
     unknown: str | None = None  #: why nothing here loads it
+    config: Mapping[str, Any] = {}  #: config.json, empty if there is none; what records of traces are found by
 
     @property
     def gguf_file(self) -> str | None:
@@ -201,6 +202,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         gguf=gguf,
         native=is_native(read.config),
         unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
+        config=read.config or {},
     )
 
 
@@ -312,6 +314,7 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
         repeated=frozenset(shape.tied if stored and stored.repeats_head else ()),
         largest_file=stored.largest_file if stored else None,
         native=is_native(entry.config),
+        config=entry.config,
     )
 
 

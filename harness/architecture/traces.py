@@ -65,6 +65,8 @@ def record_for(config: Mapping[str, Any], precision: str, cache: Path, build: bo
     found = shipped(config, precision)
     if found is not None:
         return found
+    if not build and not any(cache.glob(f"{_KEPT}-*-{key_of(config)}-{precision}.json")):
+        return None  # without asking which transformers is installed, which takes longer than all else
     kept = cache / f"{_name(config, precision)}.json"
     try:
         return msgspec.json.decode(kept.read_bytes(), type=TracedMemory)

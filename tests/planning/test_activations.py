@@ -17,13 +17,18 @@ import pytest
 from harness.architecture import model_spec
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
+from harness.cli.entry import main
+from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Machine, Plan, TierEstimate, Verdict, Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
+from harness.planning.cost import estimate
+from harness.planning.cost.activations import Activations
 from harness.planning.planner import Planner
 
 with (Path(__file__).parents[1] / "data/traced_peaks.csv").open(newline="") as _file:
     ROWS = list(csv.DictReader(_file))
+DTYPES = {"bf16": "bfloat16", "int8": "float16", "int4": "bfloat16"}
 
 
 @cache
@@ -82,3 +87,26 @@ def test_what_was_said_to_fit_and_does_not(model: str, card: str, prompt: int, b
     assert found.verdict is Verdict.TOO_BIG
     assert found.estimate is not None
     assert found.estimate.tiers["gpu:0"].allocated_bytes / GIB == pytest.approx(traced_gib, rel=0.01)
+
+
+def test_records_of_traces_and_formulas_agree() -> None:
+    """A plan takes the record of a trace where one is shipped; the formulas are for all other models, and say the same."""
+    for row in ROWS:
+        found, at = planned(row), (int(row["prompt_tokens"]), int(row["batch"]))
+        fmt = estimate.weight_format(PRECISIONS[row["precision"]], DTYPES[row["precision"]], spec(row["model"]))
+        workload = Workload(prompt_tokens=at[0], new_tokens=int(row["new_tokens"]), batch=at[1])
+        by_formula = Activations(spec(row["model"]).skeleton, fmt, "gpu").bytes(workload)
+        assert found.weights_bytes + found.kv_bytes + by_formula == pytest.approx(found.allocated_bytes, rel=0.02), (
+            row["model"],
+            at,
+        )
+
+
+def test_explaining_names_what_is_alive_at_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("mistral-7b-instruct-v0.1", "--gpu", "24GiB", "--ram", "64GiB", "--prompt-tokens", "16000")
+    main(["plan", *words, "--explain", "bf16/direct"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Alive at the traced peak beside the weights: KV cache, 1.95 GiB; " in said
+    assert "of model.layers.31.mlp" in said
+    main(["plan", "bloom-7b1", "--gpu", "24GiB", "--ram", "64GiB", "--explain", "bf16/direct"])
+    assert "this model has not been traced" in " ".join(capsys.readouterr().out.split())

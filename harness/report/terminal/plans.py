@@ -14,7 +14,7 @@ from rich.text import Text
 from harness.catalog.resolve import history
 from harness.core.placements import FILE, PLACEMENTS
 from harness.core.records import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict, Workload
-from harness.core.units import format_bandwidth, format_count, format_gib, format_seconds, significant
+from harness.core.units import format_bandwidth, format_count, format_gib, format_seconds, format_size, significant
 from harness.planning import calibration
 from harness.planning.recommend import Recommendation
 from harness.report.terminal import tables
@@ -62,8 +62,22 @@ def explain_plan(recommendation: Recommendation) -> None:
     one = recommendation.plans[0]
     parts: list[RenderableType] = [tables.title(f"{one.case.id}: {_word(one)}"), *([tables.said(one.why)] if one.why else [])]
     if one.estimate is not None:
-        parts += [_terms(one.estimate), tables.facts(_seconds(one.estimate)), _constants(recommendation, one)]
+        parts += [_terms(one.estimate), *_largest(recommendation, one)]
+        parts += [tables.facts(_seconds(one.estimate)), _constants(recommendation, one)]
     tables.show(*parts)
+
+
+def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
+    """Name the largest tensors beside the weights at the peak on the GPU, as traced; say so if formulas stand in for a trace."""
+    footprint = recommendation.planner.footprints.get(one.case.id)
+    if footprint is None or not footprint.gpus:
+        return []
+    peak = footprint.inventory.traced_peak(one.case.workload)
+    if peak is None:
+        return [tables.said("Activations are computed by formulas: this model has not been traced in this precision.")]
+    tensors = "; ".join(f"{name}, {format_size(size)}" for name, size in peak.worst.tensors)
+    kv = f"KV cache, {format_size(peak.worst.kv_bytes)}"
+    return [tables.said(f"Alive at the traced peak beside the weights: {kv}; {tensors}.")]
 
 
 def _word(one: Plan) -> str:
