@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.architecture import skeleton_source, validate
+from harness.architecture.ask_worker import UnknownType
 from harness.architecture.skeleton import Skeleton, Weight
-from harness.architecture.skeleton_source import UnknownType
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
 from harness.checkpoint.auxiliary_files import RemoteCode

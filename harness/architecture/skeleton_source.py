@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from harness.architecture.ask_worker import ask_worker
 from harness.architecture.skeleton import Skeleton
 from harness.catalog.shipped import catalog, hub_id
 from harness.core.errors import UsageError
 from harness.data import DATA
+from harness.machine.atomic import write_bytes
 
 BUILD_S = 120.0
-UNKNOWN_TYPE = 3  # the exit status of the worker
 # What skeletons in the cache are called; another number when they hold more than those of an earlier version did.
 _KEPT = "skeleton2"
 
@@ -46,10 +44,6 @@ _ROTARY = frozenset((
 # fmt: on
 # What transformers reads of a GGUF's metadata beside the keys of its architecture. A name decides between Llama and Mistral.
 _SHAPING = frozenset(("general.architecture", "general.name", "general.alignment", "tokenizer.ggml.tokens"))
-
-
-class UnknownType(UsageError):
-    """The transformers that is installed has no architecture of this model type."""
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -158,11 +152,8 @@ def _cached(name: str, cache: Path, asked: Mapping[str, Any], what: str) -> Skel
     found = _read_cached(kept)
     if found is not None:
         return found
-    text = _run_worker(asked, what)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(text)
-    partial.replace(kept)
+    text = ask_worker("build_skeleton", asked, f"no skeleton for {what}", BUILD_S)
+    write_bytes(kept, text)
     return msgspec.json.decode(text, type=Skeleton)
 
 
@@ -171,24 +162,3 @@ def _read_cached(path: Path) -> Skeleton | None:
         return msgspec.json.decode(path.read_bytes(), type=Skeleton)
     except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields
         return None
-
-
-def _run_worker(asked: Mapping[str, Any], model: str) -> bytes:
-    from harness.machine.scratch import Scratch  # tempfile is slow to import
-
-    command = [sys.executable, "-m", "harness.worker.build_skeleton"]
-    what = f"no skeleton for {model}"
-    text = json.dumps(asked).encode()
-    # `-m` looks in the current directory first: not the user's, which may hold anything, but the one this package lies in.
-    home = DATA.parent.parent
-    try:
-        with Scratch() as scratch:  # importing torch makes a folder for temporary files
-            settings = {**os.environ, "TMPDIR": str(scratch)}
-            done = subprocess.run(command, input=text, capture_output=True, timeout=BUILD_S, check=False, cwd=home, env=settings)
-    except subprocess.TimeoutExpired:
-        raise UsageError(f"{what}: transformers did not build it in {BUILD_S:.0f} s") from None
-    if done.returncode != 0:
-        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        kind = UnknownType if done.returncode == UNKNOWN_TYPE else UsageError
-        raise kind(f"{what}: {last.strip().removeprefix('ValueError: ')}")
-    return done.stdout

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from harness.architecture.ask_worker import ask_worker
 from harness.architecture.skeleton_source import fingerprint
 from harness.architecture.traced_memory import TracedMemory
-from harness.core.errors import UsageError
 from harness.data import DATA
+from harness.machine.atomic import write_bytes
 
 SHIPPED = DATA / "traces.jsonl"
 BUILD_S = 300.0
@@ -85,29 +83,7 @@ def _name(config: Mapping[str, Any], precision: str) -> str:
 
 
 def _built(config: Mapping[str, Any], precision: str, kept: Path) -> TracedMemory:
-    text = _run_worker({"config": config, "precision": precision})
-    found = msgspec.json.decode(text, type=TracedMemory)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(text)
-    partial.replace(kept)
-    return found
-
-
-def _run_worker(asked: Mapping[str, Any]) -> bytes:
-    from harness.machine.scratch import Scratch  # tempfile is slow to import
-
-    what = f"no trace for model_type {asked['config'].get('model_type')!r} in {asked['precision']}"
-    command, text = [sys.executable, "-m", "harness.worker.trace"], json.dumps(asked).encode()
-    # `-m` looks in the current directory first: not the user's, which may hold anything, but the one this package lies in.
-    home = DATA.parent.parent
-    try:
-        with Scratch() as scratch:  # importing torch makes a folder for temporary files
-            settings = {**os.environ, "TMPDIR": str(scratch)}
-            done = subprocess.run(command, input=text, capture_output=True, timeout=BUILD_S, check=False, cwd=home, env=settings)
-    except subprocess.TimeoutExpired:
-        raise UsageError(f"{what}: its worker did not answer in {BUILD_S:.0f} s") from None
-    if done.returncode != 0:
-        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise UsageError(f"{what}: {last.strip().removeprefix('ValueError: ')}")
-    return done.stdout
+    what = f"no trace for model_type {config.get('model_type')!r} in {precision}"
+    text = ask_worker("trace", {"config": config, "precision": precision}, what, BUILD_S)
+    write_bytes(kept, text)
+    return msgspec.json.decode(text, type=TracedMemory)

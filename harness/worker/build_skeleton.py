@@ -28,9 +28,9 @@ from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness.architecture import skeleton_source
+from harness.architecture.ask_worker import UNKNOWN_TYPE, UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec, Skeleton
-from harness.architecture.skeleton_source import UNKNOWN_TYPE, UnknownType
 from harness.catalog import shipped
 from harness.checkpoint.auxiliary_files import KERNEL_KEYS
 from harness.data import DATA

@@ -109,7 +109,7 @@ def test_a_record_is_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert built is not None
     (kept,) = tmp_path.iterdir()
     assert msgspec.json.decode(kept.read_bytes(), type=TracedMemory) == built
-    monkeypatch.setattr(traces, "_run_worker", None)  # nobody is asked again
+    monkeypatch.setattr(traces, "ask_worker", None)  # nobody is asked again
     assert traces.record_for(TINY, "bf16", tmp_path, build=True) == built
 
 

@@ -108,5 +108,5 @@ def test_explaining_names_what_is_alive_at_the_peak(capsys: pytest.CaptureFixtur
     said = " ".join(capsys.readouterr().out.split())
     assert "Alive at the traced peak beside the weights: KV cache, 1.95 GiB; " in said
     assert "of model.layers.31.mlp" in said
-    main(["plan", "bloom-7b1", "--gpu", "24GiB", "--ram", "64GiB", "--explain", "bf16/direct"])
+    main(["plan", *words, "--explain", "fp4/direct"])
     assert "this model has not been traced" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,43 @@
+"""Ask a worker that knows transformers one question, in a process of its own; what it answers can be kept in the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from harness.core.errors import UsageError
+from harness.data import DATA
+
+UNKNOWN_TYPE = 3  # its exit status if the transformers that is installed has no such architecture
+
+
+class UnknownType(UsageError):
+    """The transformers that is installed has no architecture of this model type."""
+
+
+def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: float) -> bytes:
+    """Return what `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
+
+    Raises:
+        UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. UnknownType is one of these.
+    """
+    from harness.machine.scratch import Scratch  # tempfile is slow to import
+
+    command, text = [sys.executable, "-m", f"harness.worker.{module}"], json.dumps(question).encode()
+    # `-m` looks in the current directory first: not the user's, which may hold anything, but the one this package lies in.
+    home = DATA.parent.parent
+    try:
+        with Scratch() as scratch:  # importing torch makes a folder for temporary files
+            settings = {**os.environ, "TMPDIR": str(scratch)}
+            done = subprocess.run(command, input=text, capture_output=True, timeout=limit_s, check=False, cwd=home, env=settings)
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"{what}: transformers did not answer in {limit_s:.0f} s") from None
+    if done.returncode != 0:
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        kind = UnknownType if done.returncode == UNKNOWN_TYPE else UsageError
+        raise kind(f"{what}: {last.strip().removeprefix('ValueError: ')}")
+    return done.stdout
