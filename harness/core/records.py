@@ -95,7 +95,8 @@ class Case(Record, frozen=True, kw_only=True):
 class Tier(Record, frozen=True, kw_only=True):
     """One place bytes can live. `limit_bytes` is what a container or the user allows; unknown figures are None.
 
-    `bytes_per_s` is how fast it is read where it is, `link_bytes_per_s` how fast the RAM's bytes reach it.
+    `bytes_per_s` is how fast it is read where it is, `link_bytes_per_s` how fast the RAM's bytes reach it. `context_bytes` is what
+    a CUDA context takes of a card, once it was measured.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Tier(Record, frozen=True, kw_only=True):
     link_bytes_per_s: float | None = None
     model: str | None = None
     compute_capability: str | None = None
+    context_bytes: int | None = None
 
     @property
     def capacity_bytes(self) -> int | None:

@@ -30,6 +30,7 @@ from harness.measure.protocol import (
     ScoreDone,
     Shared,
 )
+from harness.planning.calibration import gpu_context
 from harness.planning.code import gpus
 from harness.run.case_result import CaseEnded, CaseModel, Measured, RunContext, is_unsettled, metrics_of, quality_of, result_of
 from harness.run.confinement import ConfinedWorker
@@ -45,7 +46,7 @@ class Run:
         if plan.code is None:
             raise ValueError(f"{plan.case.id} has no loading code")
         self.plan, self.model, self.context = plan, model, context
-        self.measured = Measured(begun_s=time.monotonic())
+        self.measured = Measured(begun_s=time.monotonic(), context_bytes=gpu_context(context.machine).best)
         self.ended: CaseEnded | None = None
         self._worker = ConfinedWorker(plan.case, context, self.measured.begun_s)
         on_sample = context.on_sample
