@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from harness.core.metrics import METRICS
 from harness.core.records import Phase
@@ -227,3 +228,15 @@ def test_every_figure_is_in_the_table() -> None:
 )
 def test_how_much_is_held_as_asked_is_a_share_of_bytes(linear: dict[str, int], share: float) -> None:
     assert aggregate.held(loaded(linear), "uint8") == share
+
+
+def test_a_round_of_several_generations_is_their_mean() -> None:
+    """On a GPU one generation is over before the clock stands; the raw times of all tokens are kept."""
+    one = paced(0.1, 0.01)
+    round_ = replace(one, more_token_s=[[0.3, 0.33, 0.36, 0.39, 0.42]], energy_j=6.0)
+    raw = aggregate.samples([round_])
+    assert raw["warm_first_token_s"] == [pytest.approx(0.2)]
+    assert raw["prefill_tok_s"] == [pytest.approx(one.prompt_tokens * one.batch / 0.2)]
+    assert raw["decode_tok_s"] == [pytest.approx(one.batch * 8 / 0.16)]
+    assert raw["token_s"] == pytest.approx([0.01] * 4 + [0.03] * 4)
+    assert aggregate.of_rounds(None, [round_], asked=5)["energy_j"] == pytest.approx(3.0 * 5)  # five generations, as asked for
