@@ -105,6 +105,7 @@ class Tier(Record, frozen=True, kw_only=True):
     model: str | None = None
     compute_capability: str | None = None
     shared: bool = False  #: a GPU without memory of its own: what lies in it lies in the RAM, and both are one budget
+    context_bytes: int | None = None  #: what a CUDA context takes of a card, once it was measured
 
     @property
     def capacity_bytes(self) -> int | None:

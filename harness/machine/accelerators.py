@@ -18,11 +18,14 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from harness.core.records import Machine, Record
+from harness.core.records import Machine, Record, Tier
+from harness.machine import bandwidth
 from harness.machine.gpus import machine_name
 
 LOOK_S = 60.0
 _ORDER = "PCI_BUS_ID"
+# A context outside of this was measured while others took or gave back memory of the card.
+_PLAUSIBLE = (50_000_000, 4_000_000_000)
 _START = "https://pytorch.org/get-started/locally/"
 _FOR_CPU = "built for the CPU only"
 _ENTRY = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=\n]*= *'([^'\n]+)'", re.MULTILINE)
@@ -52,6 +55,7 @@ class TorchDevice(Record, frozen=True, kw_only=True):
     total_bytes: int | None = None
     uuid: str | None = None  #: without NVML's "GPU-" before it
     architecture: str | None = None  #: "sm_86", "gfx942"; None if torch does not say
+    context_bytes: int | None = None  #: what a CUDA context took of it, if that was to be measured and NVML told
 
 
 class Seen(Record, frozen=True, kw_only=True):
@@ -84,9 +88,12 @@ def torch_build() -> TorchBuild | None:
     return TorchBuild(version=version, **entries)
 
 
-def ask_torch(package_root: Path = Path(__file__).parents[2]) -> Seen:
-    """Ask torch in a process of its own what it can use; takes the seconds of its import. What goes wrong is in `error`."""
-    command = [sys.executable, "-m", "harness.worker.accelerators"]
+def ask_torch(package_root: Path = Path(__file__).parents[2], *, measure: bool = False) -> Seen:
+    """Ask torch in a process of its own what it can use; takes the seconds of its import. What goes wrong is in `error`.
+
+    `measure` lets it begin on every card, to see what a CUDA context takes.
+    """
+    command = [sys.executable, "-m", "harness.worker.accelerators", *(["--measure"] if measure else [])]
     try:
         done = subprocess.run(command, capture_output=True, timeout=LOOK_S, check=False, cwd=package_root)
     except subprocess.TimeoutExpired:
@@ -157,10 +164,10 @@ def usable(probed: Machine, *, ask: bool = True) -> Machine:
     build = torch_build()
     why = problem(probed, build, None)
     if why is None and ask and _is_open(probed, build):
-        seen = ask_torch()
+        seen = _look_once(probed, build)
         why = problem(probed, build, seen) or hidden(probed, seen)
     if why is None:
-        return probed
+        return _with_contexts(probed, build)
     tiers = tuple(tier for tier in probed.tiers if tier.kind != "gpu")
     return replace(probed, name=machine_name(tiers, probed.cores), tiers=tiers, gpu_problem=why)
 
@@ -173,8 +180,32 @@ def report(probed: Machine) -> TorchReport | None:
     build = torch_build()
     if build is None:
         return None
-    seen = ask_torch() if probed.gpus and build.title != _FOR_CPU else None
+    seen = _look_once(probed, build) if probed.gpus and build.title != _FOR_CPU else None
     return TorchReport(build=build, seen=seen, problem=problem(probed, build, seen))
+
+
+def _look_once(probed: Machine, build: TorchBuild | None) -> Seen:
+    """Ask torch, and measure on the way what nobody has measured yet of these cards."""
+    unknown = any(bandwidth.gpu_context(_identity(gpu, probed, build)) is None for gpu in probed.gpus)
+    seen = ask_torch(measure=True) if unknown else ask_torch()
+    if len(seen.cards) == len(probed.gpus):
+        for gpu, card in zip(probed.gpus, seen.cards, strict=True):
+            if card.context_bytes and _PLAUSIBLE[0] < card.context_bytes < _PLAUSIBLE[1]:
+                bandwidth.gpu_context(_identity(gpu, probed, build), card.context_bytes)
+    return seen
+
+
+def _with_contexts(probed: Machine, build: TorchBuild | None) -> Machine:
+    """Return the machine with what is known of the contexts on its cards."""
+    known = {gpu.name: bandwidth.gpu_context(_identity(gpu, probed, build)) for gpu in probed.gpus}
+    if not any(known.values()):
+        return probed
+    return replace(probed, tiers=tuple(replace(tier, context_bytes=known.get(tier.name)) for tier in probed.tiers))
+
+
+def _identity(gpu: Tier, machine: Machine, build: TorchBuild | None) -> str:
+    """Name what a context depends on: card, driver, and the libraries of CUDA that come with torch."""
+    return f"{gpu.model}, driver {machine.driver}, torch {build.version if build else None}"
 
 
 def _is_open(probed: Machine, build: TorchBuild | None) -> bool:

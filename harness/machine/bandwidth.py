@@ -1,4 +1,4 @@
-"""How fast RAM and disk are read here: measured once, kept in the cache, measured again on request.
+"""How fast RAM and disk are read here, and what a CUDA context takes: measured once, kept in the cache, measured again on request.
 
 The figures bound what a model can do: decoding on the CPU reads all weights from RAM for each token, loading and offloading read
 them from disk.
@@ -36,6 +36,12 @@ def ram(identity: str, threads: int, room_bytes: int, measure: bool = False) -> 
 def disk(identity: str, folder: Path, room_bytes: int, measure: bool = False) -> float | None:
     """Return the bytes per second that a file in `folder` is read with, None if it was never measured and is not now."""
     return _remembered(f"disk, {identity}", partial(measure_disk, folder, room_bytes) if measure else None)
+
+
+def gpu_context(identity: str, measured: int | None = None) -> int | None:
+    """Return the bytes that a CUDA context takes on a card, None if nobody measured; what was `measured` just now is kept."""
+    kept = _remembered(f"context, {identity}", partial(float, measured) if measured else None)
+    return None if kept is None else int(kept)
 
 
 def measure_ram(threads: int, room_bytes: int = BUFFER_BYTES) -> float | None:

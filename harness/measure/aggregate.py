@@ -26,27 +26,29 @@ def of_load(done: LoadDone) -> dict[str, float]:
 def samples(rounds: Sequence[GenerateDone]) -> dict[str, list[float]]:
     """Return the raw samples of the warm rounds, one a round, and the times between all their tokens.
 
-    A round that stopped at its first token has no speed of decoding.
+    A round of several generations counts as their mean. One that stopped at its first token has no speed of decoding.
     """
+    firsts = [statistics.fmean(times[0] for times in done.generations) for done in rounds]
     return {
-        "warm_first_token_s": [done.token_s[0] for done in rounds],
-        "prefill_tok_s": [done.prompt_tokens * done.batch / done.token_s[0] for done in rounds],
+        "warm_first_token_s": firsts,
+        "prefill_tok_s": [done.prompt_tokens * done.batch / first for done, first in zip(rounds, firsts, strict=True)],
         "decode_tok_s": [decode_tok_s(done) for done in rounds if len(done.token_s) > 1],
-        "token_s": [later - earlier for done in rounds for earlier, later in pairwise(done.token_s)],
+        "token_s": [later - earlier for done in rounds for times in done.generations for earlier, later in pairwise(times)],
         "round_s": [done.total_s for done in rounds],
     }
 
 
 def decode_tok_s(done: GenerateDone) -> float:
-    """Return batch x (new tokens - 1) / (last token - first token)."""
-    span = done.token_s[-1] - done.token_s[0]
-    return done.batch * (len(done.token_s) - 1) / span
+    """Return batch x (new tokens - 1) / (last token - first token), over all generations of the round."""
+    span = sum(times[-1] - times[0] for times in done.generations)
+    return done.batch * sum(len(times) - 1 for times in done.generations) / span
 
 
 def of_rounds(cold: GenerateDone | None, warm: Sequence[GenerateDone], *, asked: int | None = None) -> dict[str, float]:
     """Return the metrics of speed: the cold round's first token, and the medians of the warm rounds.
 
-    Energy is the mean of these rounds times as many as were `asked` for: more may have run, and fewer may count.
+    Energy is that of a generation, the mean of these rounds, times as many as were `asked` for: more may have run, and fewer may
+    count.
     """
     figures: dict[str, float] = {}
     if cold is not None:
@@ -61,7 +63,7 @@ def of_rounds(cold: GenerateDone | None, warm: Sequence[GenerateDone], *, asked:
         figures["token_p50_s"] = statistics.median(tokens)
     if len(tokens) >= _P95_NEEDS:
         figures["token_p95_s"] = tokens[math.ceil(0.95 * len(tokens)) - 1]
-    energy = [done.energy_j for done in warm if done.energy_j is not None]
+    energy = [done.energy_j / len(done.generations) for done in warm if done.energy_j is not None]
     if len(energy) == len(warm):
         figures["energy_j"] = statistics.fmean(energy) * (len(energy) if asked is None else asked)
     return figures

@@ -54,13 +54,18 @@ class Load(Message, frozen=True, kw_only=True, tag="load"):
     trust_remote_code: bool = False
 
 
+# The tokens of a round of several generations; a longer generation is a round alone. It keeps results from growing without end.
+MOST_ROUND_TOKENS = 1024
+
+
 class Generate(Message, frozen=True, kw_only=True, tag="generate"):
-    """Generate exactly `new_tokens` greedy tokens from each of `batch` prompts of `prompt_tokens`, once."""
+    """Generate exactly `new_tokens` greedy tokens from each of `batch` prompts of `prompt_tokens`, `times` times in one round."""
 
     prompt_tokens: int
     new_tokens: int
     batch: int
     phase: str = "warm"
+    times: int = 1
 
 
 class Score(Message, frozen=True, kw_only=True, tag="score"):
@@ -130,7 +135,11 @@ class LoadDone(Message, frozen=True, kw_only=True, tag="loaded"):
 
 
 class GenerateDone(Message, frozen=True, kw_only=True, tag="generated"):
-    """One round. `token_s` holds the times of the tokens since the call; `text` is the first prompt's continuation."""
+    """One round of one or several generations, all alike.
+
+    `token_s` holds the times of the tokens since the call, `more_token_s` those of each further generation since its own; `total_s`
+    and `energy_j` are the whole round's; `text` is the first prompt's continuation.
+    """
 
     token_s: list[float]
     total_s: float
@@ -140,6 +149,12 @@ class GenerateDone(Message, frozen=True, kw_only=True, tag="generated"):
     text: str
     phases: list[Phase]
     energy_j: float | None = None
+    more_token_s: list[list[float]] = []
+
+    @property
+    def generations(self) -> list[list[float]]:
+        """The times of the tokens of each generation."""
+        return [self.token_s, *self.more_token_s]
 
 
 class ScoreDone(Message, frozen=True, kw_only=True, tag="scored"):

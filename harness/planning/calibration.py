@@ -27,6 +27,8 @@ _FASTEST = 0.25
 _TELLING = 0.2
 # A load differs by this much from run to run: one of a tenth of it must not make that of a large model ten times as long.
 _CHANCE_S = 1.0
+# Kernels that CUDA loads when they are first called come on top of a context that was measured empty.
+_KERNELS_BYTES = 200e6
 # What a corrected figure may still be off by, with one result and with many.
 SPREAD_ONE, SPREAD_MANY = 1.35, 1.2
 
@@ -95,6 +97,20 @@ def default() -> Calibration:
     text = (DATA / "calibration.toml").read_bytes()
     constants = msgspec.toml.decode(text, type=dict[str, Constant])
     return Calibration(constants=constants, digest=_digest(constants))
+
+
+def gpu_context(machine: Machine) -> Constant:
+    """Return what a CUDA context takes: as it was measured on the cards of this machine, else the constant."""
+    measured = [gpu.context_bytes for gpu in machine.gpus if gpu.context_bytes]
+    if not measured:
+        return default()["gpu_context_bytes"]
+    low, high = min(measured), max(measured) + _KERNELS_BYTES
+    return Constant(best=max(measured), low=low, high=high, origin="measured: what a card of this machine had less free")
+
+
+def with_context(base: Calibration, machine: Machine) -> Calibration:
+    """Return the constants with the context of this machine's cards. The digest stays: speeds do not depend on it."""
+    return msgspec.structs.replace(base, constants={**base.constants, "gpu_context_bytes": gpu_context(machine)})
 
 
 def _digest(constants: Mapping[str, Constant]) -> str:

@@ -48,7 +48,7 @@ class Planner:
         device_map: Mapping[str, Device] | None = None,
     ) -> None:
         self.spec, self.machine, self.here, self.trust = spec, machine, here, trust
-        self.constants = constants or calibration.default()
+        self.constants = calibration.with_context(constants or calibration.default(), machine)
         self.judge = Judge(spec=spec, machine=machine, here=here, trust=trust)
         rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
         self._placements = {name: row.on(machine.main_gpu) for name, row in rows.items()}

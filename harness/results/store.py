@@ -20,8 +20,10 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from harness.core.errors import StoreError
+from harness.core.placements import PLACEMENTS
 from harness.core.records import SCHEMA, Case, Result, encode_record
 from harness.core.units import KIB, MIB, format_size
+from harness.measure.protocol import MOST_ROUND_TOKENS
 
 NAME = "results.jsonl"
 
@@ -153,8 +155,9 @@ def _sync(folder: Path) -> None:
 
 def most_bytes(case: Case) -> int:
     """Return what the line of a case takes at most: a constant, and one sample a token and a round, of which noise adds some."""
-    workload = case.workload
-    return _LINE_BYTES + _SAMPLE_BYTES * workload.most_rounds * (workload.new_tokens + 4)
+    load, on_gpu = case.workload, "gpu" in PLACEMENTS[case.placement].devices
+    tokens = max(load.new_tokens, MOST_ROUND_TOKENS) if on_gpu else load.new_tokens
+    return _LINE_BYTES + _SAMPLE_BYTES * load.most_rounds * (tokens + 4)
 
 
 def check_room(folder: Path, need_bytes: int, what: str, option: str) -> None:

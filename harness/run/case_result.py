@@ -16,7 +16,6 @@ from harness.machine import probe
 from harness.measure import aggregate, interference, quality
 from harness.measure.protocol import GenerateDone, LoadDone, ScoreDone
 from harness.measure.sampler import Gpus, Sample, Sampler
-from harness.planning import calibration
 from harness.planning.code import loading_program
 from harness.run.worker_process import WorkerMain
 
@@ -92,6 +91,7 @@ class Measured:
     phases: list[Phase] = field(default_factory=list)
     windows: list[Interference] = field(default_factory=list)  #: one for each request that was measured
     vram_by_torch: bool = False  #: NVML does not list the worker, so torch alone enforces --vram
+    context_bytes: float = 0.0  #: what a CUDA context takes here
     stage: str = "done"  #: the phase that the case ended in
     log: str = ""
     traceback: str = ""
@@ -185,7 +185,7 @@ def _process_vram(measured: Measured, sampler: Sampler) -> _ProcessVram | None:
     used = {tier for tier, _ in reserved}
     if grown := [size for sample in samples for tier, size in sample.grown_bytes.items() if tier in used]:
         return _ProcessVram(max(grown), "NVML does not list the process: what the card had in use beyond the start of the case")
-    context = int(calibration.default()["gpu_context_bytes"].best)
+    context = int(measured.context_bytes)
     return _ProcessVram(
         max(size for _, size in reserved) + context,
         f"NVML does not list the process: what torch reserved and {format_size(context)} for a CUDA context",

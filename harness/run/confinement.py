@@ -35,6 +35,7 @@ class ConfinedWorker:
     def __init__(self, case: Case, context: RunContext, begun_s: float) -> None:
         """Start the worker, in a control group if RAM is limited and a group can be made; nothing is left if that fails."""
         self._case, self._gpus = case, context.gpus
+        self._context_bytes = calibration.gpu_context(context.machine).best
         self.deadline = Deadline(case_s=context.timeout_s, phase_s=context.phase_timeout_s)
         self.vram_by_torch = False
         self._free_before = context.gpus.free_bytes() if context.gpus else {}
@@ -124,7 +125,7 @@ class ConfinedWorker:
         if group is not None:
             _forget_files(files)
         listed_before = self._is_listed()
-        context = int(calibration.default()["gpu_context_bytes"].best)
+        context = int(self._context_bytes)
         done = ask(Confine(ram=group is not None, vram_bytes=case.vram_bytes, gpus=gpus, context_bytes=context))
         assert isinstance(done, Confined)
         if case.vram_bytes is not None and gpus and (listed_before or not self._is_listed()):

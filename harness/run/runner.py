@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -16,6 +17,7 @@ from harness.core.records import Plan, Quality, Result, Workload
 from harness.measure import verify
 from harness.measure.outcome import classify
 from harness.measure.protocol import (
+    MOST_ROUND_TOKENS,
     Chat,
     Chatting,
     Confined,
@@ -30,11 +32,15 @@ from harness.measure.protocol import (
     ScoreDone,
     Shared,
 )
+from harness.planning.calibration import gpu_context
 from harness.planning.code import gpus
 from harness.run.case_result import CaseEnded, CaseModel, Measured, RunContext, is_unsettled, metrics_of, quality_of, result_of
 from harness.run.confinement import ConfinedWorker
 from harness.run.worker_process import Ended
 
+# A card comes to its clock within a second or two, and its counter of energy moves every 20 to 100 ms: a round on one is as many
+# generations as take this long.
+_GPU_ROUND_S = 1.0
 _SPARE_ROUNDS = 4  # an extra round begins only while there is time for this many, so that it cannot end the case
 
 
@@ -45,7 +51,7 @@ class Run:
         if plan.code is None:
             raise ValueError(f"{plan.case.id} has no loading code")
         self.plan, self.model, self.context = plan, model, context
-        self.measured = Measured(begun_s=time.monotonic())
+        self.measured = Measured(begun_s=time.monotonic(), context_bytes=gpu_context(context.machine).best)
         self.ended: CaseEnded | None = None
         self._worker = ConfinedWorker(plan.case, context, self.measured.begun_s)
         on_sample = context.on_sample
@@ -112,9 +118,21 @@ class Run:
     def round(self) -> GenerateDone:
         """Generate once more, warm. Raises CaseEnded."""
         self.first_round()
-        done = self._generate("warm")
+        times = self._times(self.warm[-1]) if self.warm else 1
+        done = self._generate("warm", times)
+        if not self.warm and (times := self._times(done)) > 1:  # too short: it has warmed the card up, and does not count
+            del self.measured.windows[-1:], self.measured.phases[-len(done.phases) :]
+            done = self._generate("warm", times)
         self.warm.append(done)
         return done
+
+    def _times(self, last: GenerateDone) -> int:
+        """Return how many generations make a round: several on a GPU that is quick, which nothing is that reads the disk."""
+        tiers = self.plan.estimate.tiers if self.plan.estimate else {}
+        if not gpus(self.plan) or "disk" in tiers:
+            return 1
+        most = MOST_ROUND_TOKENS // self.plan.case.workload.new_tokens
+        return max(1, min(most, math.ceil(_GPU_ROUND_S * len(last.generations) / last.total_s)))
 
     def extra_rounds(self) -> Iterator[float]:
         """Generate on while too few of the warm rounds were undisturbed or their spread is wide; yield the seconds of each round.
@@ -128,10 +146,11 @@ class Run:
             self.round()
             yield time.perf_counter() - begun_s
 
-    def _generate(self, phase: str) -> GenerateDone:
+    def _generate(self, phase: str, times: int = 1) -> GenerateDone:
         asked = self.plan.case.workload
         energy_j = self._worker.energy_j(used := gpus(self.plan))
-        done = self._ask(Generate(prompt_tokens=asked.prompt_tokens, new_tokens=asked.new_tokens, batch=asked.batch, phase=phase))
+        each = {"prompt_tokens": asked.prompt_tokens, "new_tokens": asked.new_tokens, "batch": asked.batch}
+        done = self._ask(Generate(**each, phase=phase, times=times))
         assert isinstance(done, GenerateDone)
         if not done.token_s:
             note = f"it timed none of {asked.new_tokens} tokens"

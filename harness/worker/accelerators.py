@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from harness.core.records import encode_record
+from harness.machine import nvml
 from harness.machine.accelerators import Seen, TorchDevice
 
 
-def describe_accelerators() -> Seen:
-    """Initialize torch's accelerator and return what it is; a failure of torch or of its driver is returned, not raised."""
+def describe_accelerators(*, measure: bool = False) -> Seen:
+    """Initialize torch's accelerator and return what it is; a failure of torch or of its driver is returned, not raised.
+
+    `measure` begins on every NVIDIA GPU, to see by NVML what a context takes.
+    """
     try:
-        return _described()
+        seen = _described()
+        return replace(seen, cards=_measured(seen.cards)) if measure and seen.kind == "cuda" else seen
     except (RuntimeError, AssertionError, OSError, ValueError) as error:  # what torch raises if it cannot begin
         return Seen(error=" ".join(str(error).split())[:300] or type(error).__name__)
 
@@ -34,8 +42,32 @@ def _described() -> Seen:
     return Seen(kind="xpu", cards=cards)
 
 
+def _measured(cards: tuple[TorchDevice, ...]) -> tuple[TorchDevice, ...]:
+    with nvml.lent() as library:
+        handles = nvml.visible_gpus(library)
+        return tuple(replace(card, context_bytes=begin(library, handles, index)) for index, card in enumerate(cards))
+
+
+def begin(library: Any, handles: Sequence[Any], index: int) -> int | None:
+    """Have torch begin on a GPU; return the bytes of its context, which is what the card has less then, None if NVML does not tell.
+
+    Kernels that CUDA loads later come on top.
+    """
+    free = _free(library, handles, index)
+    torch.zeros(1, device=index)  # makes the context
+    torch.cuda.synchronize(index)
+    left, reserved = _free(library, handles, index), torch.cuda.memory_reserved(index)
+    torch.cuda.empty_cache()
+    return None if free is None or left is None else max(free - left - reserved, 0)
+
+
+def _free(library: Any, handles: Sequence[Any], index: int) -> int | None:
+    memory = nvml.ask(library, "nvmlDeviceGetMemoryInfo", handles[index]) if index < len(handles) else None
+    return int(memory.free) if memory is not None else None
+
+
 def _card(properties: object) -> TorchDevice:
-    """Turn what torch says of a device into a Card; what this torch does not say is None."""
+    """Turn what torch says of a device into a TorchDevice; what this torch does not say is None."""
     uuid, major = getattr(properties, "uuid", None), getattr(properties, "major", None)
     architecture = getattr(properties, "gcnArchName", None) or (f"sm_{major}{getattr(properties, 'minor', 0)}" if major else None)
     return TorchDevice(
@@ -48,4 +80,4 @@ def _card(properties: object) -> TorchDevice:
 
 if __name__ == "__main__":
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # NVML's order, as the cases have it
-    sys.stdout.buffer.write(encode_record(describe_accelerators()) + b"\n")
+    sys.stdout.buffer.write(encode_record(describe_accelerators(measure="--measure" in sys.argv)) + b"\n")

@@ -21,6 +21,7 @@ from harness.core.records import Loaded
 from harness.machine import nvml
 from harness.measure import quality
 from harness.measure.protocol import Generate, Load
+from harness.worker import accelerators
 
 PhaseContext = Callable[[str], AbstractContextManager[None]]
 
@@ -114,20 +115,10 @@ def cap_vram(vram_bytes: int, gpus: Sequence[int], context_bytes: int) -> None:
     with nvml.lent() as library:
         cards = nvml.visible_gpus(library)
         for index in gpus:
-            free = _nvml_free(library, cards, index)
-            torch.zeros(1, device=index)  # makes the context
-            torch.cuda.synchronize(index)
-            left, context = _nvml_free(library, cards, index), context_bytes
-            if free is not None and left is not None:
-                context = max(free - left - torch.cuda.memory_reserved(index), 0)
-            torch.cuda.empty_cache()
+            measured = accelerators.begin(library, cards, index)
+            context = context_bytes if measured is None else measured
             total = torch.cuda.get_device_properties(index).total_memory
             torch.cuda.set_per_process_memory_fraction(min(max(vram_bytes - context, 0) / total, 1.0), index)
-
-
-def _nvml_free(library: Any, cards: Sequence[Any], index: int) -> int | None:
-    memory = nvml.ask(library, "nvmlDeviceGetMemoryInfo", cards[index]) if index < len(cards) else None
-    return int(memory.free) if memory is not None else None
 
 
 def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:
@@ -296,7 +287,15 @@ class Clock(BaseStreamer):
 
 
 def generate(model: Model, request: Generate) -> dict[str, Any]:
-    """Generate exactly `new_tokens` greedy tokens from `batch` equal prompts; return the fields of GenerateDone."""
+    """Generate as often as asked for, and time it as one round; return the fields of GenerateDone."""
+    first = _generate_once(model, request)
+    more = [_generate_once(model, request) for _ in range(request.times - 1)]
+    total_s = first["total_s"] + sum(each["total_s"] for each in more)
+    return {**first, "total_s": total_s, "more_token_s": [each["token_s"] for each in more]}
+
+
+def _generate_once(model: Model, request: Generate) -> dict[str, Any]:
+    """Generate exactly `new_tokens` greedy tokens from `batch` equal prompts."""
     ids = torch.tensor([model.prompt(request.prompt_tokens)] * request.batch, device=model.device)
     mask = torch.ones_like(ids)
     clock = Clock()

@@ -136,9 +136,9 @@ def test_json_is_the_machine_with_links_and_versions(say: Said) -> None:
 def test_what_torch_can_do_with_the_cards(say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch is asked where there is a card that it may be able to use, and only there."""
     monkeypatch.setattr(accelerators, "torch_build", lambda: TorchBuild(version="2.13.0+cu130", cuda="13.0"))
-    monkeypatch.setattr(accelerators, "ask_torch", lambda: Seen(kind="cuda", cards=(TorchDevice(name="RTX 3060"),)))
+    monkeypatch.setattr(accelerators, "ask_torch", lambda **_: Seen(kind="cuda", cards=(TorchDevice(name="RTX 3060"),)))
     assert "torch     2.13.0+cu130, built for CUDA 13.0; sees 1 of 1 GPUs" in say()[1]
-    monkeypatch.setattr(accelerators, "ask_torch", lambda: Seen(error="CUDA driver initialization failed"))
+    monkeypatch.setattr(accelerators, "ask_torch", lambda **_: Seen(error="CUDA driver initialization failed"))
     found = json.loads(say("--json")[1])
     assert found["torch"]["seen"]["error"] == "CUDA driver initialization failed"
     assert found["gpu_problem"] == found["torch"]["problem"]
@@ -148,7 +148,7 @@ def test_what_torch_can_do_with_the_cards(say: Said, monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("nvml")
 def test_a_torch_for_processors_is_shown_and_not_asked(say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerators, "torch_build", lambda: TorchBuild(version="2.13.0+cpu"))
-    monkeypatch.setattr(accelerators, "ask_torch", lambda: pytest.fail("torch was imported"))
+    monkeypatch.setattr(accelerators, "ask_torch", lambda **_: pytest.fail("torch was imported"))
     shown = " ".join(say()[1].split())
     assert "torch 2.13.0+cpu, built for the CPU only" in shown
     assert "cannot use the NVIDIA GeForce RTX 3060: install torch for CUDA" in shown

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from msgspec.structs import replace
 
 from harness.core.records import Machine, Tier
+from harness.core.units import GIB, MIB
 from harness.machine import accelerators
 from harness.machine.accelerators import Seen, TorchBuild, TorchDevice, ask_torch, doubt, hidden, problem, torch_build, usable
+from tests.machine.test_probe import Nvml
 
 FOR_CUDA = TorchBuild(version="2.13.0+cu130", cuda="13.0")
 FOR_CPU = TorchBuild(version="2.13.0+cpu")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
 
 
 def machine(*cards: tuple[str, str], driver: str | None = "580.82") -> Machine:
@@ -94,7 +103,7 @@ def test_accelerators_that_are_not_measured_are_said_to_be_hidden() -> None:
 def can_do(monkeypatch: pytest.MonkeyPatch, build: TorchBuild | None, seen: Seen | None) -> None:
     """Let torch be built so, and see that; None: it must not be asked."""
     monkeypatch.setattr(accelerators, "torch_build", lambda: build)
-    monkeypatch.setattr(accelerators, "ask_torch", lambda: seen or pytest.fail("torch was asked"))
+    monkeypatch.setattr(accelerators, "ask_torch", lambda **_: seen or pytest.fail("torch was asked"))
 
 
 def test_a_machine_whose_cards_work_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +136,47 @@ def test_a_gpu_that_is_not_measured_is_said_of_the_machine(monkeypatch: pytest.M
     can_do(monkeypatch, FOR_CPU, Seen(kind="mps", cards=(TorchDevice(name="Apple GPU"),)))
     monkeypatch.setattr("sys.platform", "darwin")  # its torch does not say what it was built for
     assert "an Apple GPU is here" in str(usable(machine()).gpu_problem)
+
+
+def test_what_a_context_takes_is_measured_once_for_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def ask_torch(*, measure: bool = False) -> Seen:
+        asked.append(measure)
+        card = TorchDevice(name="NVIDIA GeForce RTX 4090", context_bytes=520_000_000 if measure else None)
+        return Seen(kind="cuda", cards=(card,), architectures=ARCHITECTURES)
+
+    monkeypatch.setattr(accelerators, "torch_build", lambda: FOR_CUDA)
+    monkeypatch.setattr(accelerators, "ask_torch", ask_torch)
+    assert usable(RTX, ask=False).gpus[0].context_bytes is None
+    assert [usable(RTX).gpus[0].context_bytes for _ in range(2)] == [520_000_000] * 2
+    assert asked == [True, False]
+    assert usable(RTX, ask=False).gpus[0].context_bytes == 520_000_000  # what plan does
+    assert usable(replace(RTX, driver="590.1"), ask=False).gpus[0].context_bytes is None
+
+
+@pytest.mark.parametrize("odd", [0, 1000, 30 << 30, None])
+def test_a_context_that_others_disturbed_is_not_kept(monkeypatch: pytest.MonkeyPatch, odd: int | None) -> None:
+    seen = Seen(kind="cuda", cards=(TorchDevice(name="RTX 4090", context_bytes=odd),), architectures=ARCHITECTURES)
+    can_do(monkeypatch, FOR_CUDA, seen)
+    assert usable(RTX).gpus[0].context_bytes is None
+
+
+def test_a_context_is_what_the_card_has_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less what torch's allocator took for the tensor that makes it; made up, as there is no card here."""
+    torch, worker = pytest.importorskip("torch"), pytest.importorskip("harness.worker.accelerators")
+    free = {"bytes": 23 * GIB}
+    library = Nvml({"nvmlDeviceGetMemoryInfo": SimpleNamespace(free=0)})
+
+    def ask(*_: object) -> SimpleNamespace:
+        return SimpleNamespace(free=free["bytes"])
+
+    monkeypatch.setattr(worker.nvml, "ask", ask)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: free.update(bytes=free["bytes"] - 500_000_000 - 2 * MIB))
+    for name, answer in (("synchronize", None), ("memory_reserved", 2 * MIB), ("empty_cache", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    assert worker.begin(library, [object()], 0) == 500_000_000
+    assert worker.begin(library, [], 0) is None  # NVML has no such card
 
 
 @pytest.mark.parametrize(

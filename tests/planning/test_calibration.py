@@ -6,10 +6,12 @@ import re
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from harness.core.records import Case, Estimate, Machine, Outcome, Result, Span, TierEstimate
 from harness.core.units import GIB
-from harness.planning.calibration import BOUND, _digest, correct, default, device_of
+from harness.planning.calibration import BOUND, _digest, correct, default, device_of, gpu_context, with_context
+from harness.planning.device_map.infer import free_bytes
 from tests.support import builders
 
 HERE = builders.machine()
@@ -158,3 +160,19 @@ def test_a_disturbed_figure_counts_only_where_there_is_no_other() -> None:
     loaded = both.ratio("load", "cpu", "bf16")
     assert loaded is not None
     assert loaded.results == 2  # loading was not disturbed
+
+
+def test_a_context_that_was_measured_here_stands_in_for_the_constant() -> None:
+    assert gpu_context(builders.machine(builders.gpu())) == default()["gpu_context_bytes"]
+    cards = [replace(builders.gpu(index), context_bytes=size) for index, size in enumerate((300_000_000, 520_000_000))]
+    found = with_context(default(), builders.machine(*cards))
+    assert (found["gpu_context_bytes"].best, found["gpu_context_bytes"].low) == (520_000_000, 300_000_000)
+    assert found.digest == default().digest
+    assert default()["gpu_context_bytes"].best == 450e6
+
+
+def test_auto_is_planned_with_what_a_context_leaves_of_the_card() -> None:
+    one = builders.gpu()
+    assert one.capacity_bytes is not None
+    assert free_bytes(one) == one.capacity_bytes - 450_000_000
+    assert free_bytes(replace(one, context_bytes=520_000_000)) == one.capacity_bytes - 520_000_000

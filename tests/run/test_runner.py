@@ -304,6 +304,24 @@ def test_a_case_on_the_processor_held_nothing_on_a_card_that_others_use(bench: B
     assert "vram_process_peak_bytes" not in go_through(bench.start("ok")).finish().metrics
 
 
+def test_a_round_on_a_gpu_is_as_many_generations_as_take_a_second(bench: Bench) -> None:
+    """The first of them, too short to be one, has warmed the card up and counts nowhere."""
+    run = Run(replaced(planned(), device_map={"": "gpu:0"}), CaseModel(location=Path("tiny")), bench.context(scripted.worker("ok")))
+    bench.runs.append(run)
+    go_through(run)
+    assert [len(done.generations) for done in run.warm] == [20, 20]  # of 0.05 s each
+    result = run.finish()
+    assert [phase.name for phase in result.phases].count("warm") == 2
+    assert [window.phase for window in result.interference].count("warm") == 2
+    assert result.samples["round_s"] == pytest.approx([1.0, 1.0])
+    assert len(result.samples["token_s"]) == 2 * 20 * (WORKLOAD.new_tokens - 1)
+
+
+def test_a_round_on_the_processor_is_one_generation(bench: Bench) -> None:
+    run = go_through(bench.start("ok"))
+    assert [len(done.generations) for done in run.warm] == [1, 1]
+
+
 def test_the_next_case_waits_until_the_card_is_free_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver takes the memory of a killed process back after its end; a case that begins before would see less."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

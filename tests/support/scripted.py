@@ -140,9 +140,11 @@ def generate(player: Player, request: protocol.Request) -> Message:
 
 
 def generated(player: Player, request: Generate, tokens: int) -> GenerateDone:
+    times = [TOKEN_S * (index + 1) for index in range(tokens)]
     return GenerateDone(
-        token_s=[TOKEN_S * (index + 1) for index in range(tokens)],
-        total_s=TOKEN_S * tokens,
+        token_s=times,
+        more_token_s=[times] * (request.times - 1),
+        total_s=TOKEN_S * tokens * request.times,
         prompt_tokens=request.prompt_tokens,
         new_tokens=tokens,
         batch=request.batch,

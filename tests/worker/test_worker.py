@@ -138,6 +138,14 @@ def test_generates_exactly_what_was_asked(loaded: Model, prompt_tokens: int, new
     assert 0 < done["token_s"][0] < done["token_s"][-1] <= done["total_s"]
 
 
+def test_several_generations_make_a_round_and_each_is_timed_on_its_own(loaded: Model) -> None:
+    done = work.generate(loaded, Generate(prompt_tokens=5, new_tokens=3, batch=1, times=3))
+    generations = [done["token_s"], *done["more_token_s"]]
+    assert [len(times) for times in generations] == [3, 3, 3]
+    assert all(times == sorted(times) for times in generations)
+    assert sum(times[-1] for times in generations) <= done["total_s"]
+
+
 def test_prompts_without_a_tokenizer_are_ids_of_the_vocabulary(loaded: Model) -> None:
     ids = loaded.prompt(200)
     assert len(ids) == 200

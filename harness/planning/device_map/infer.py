@@ -70,7 +70,7 @@ def free_bytes(tier: Tier) -> int | None:
     """
     if tier.capacity_bytes is None or tier.kind != "gpu":
         return tier.capacity_bytes
-    return max(0, tier.capacity_bytes - int(calibration.default()["gpu_context_bytes"].best))
+    return max(0, tier.capacity_bytes - (tier.context_bytes or int(calibration.default()["gpu_context_bytes"].best)))
 
 
 def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> dict[str, Bytes]:
