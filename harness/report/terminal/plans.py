@@ -60,6 +60,7 @@ def explain(advice: Recommendation) -> None:
     """Print every term of the one case of `advice`, with its interval, and the constants that were used."""
     one = advice.plans[0]
     parts: list[RenderableType] = [tables.title(f"{one.case.id}: {_word(one)}"), *([tables.said(one.why)] if one.why else [])]
+    parts += [tables.said(note) for note in advice.planner.notes(one)]
     if one.estimate is not None:
         parts += [_terms(one.estimate), tables.facts(_seconds(one.estimate)), _constants(advice, one)]
     tables.show(*parts)
