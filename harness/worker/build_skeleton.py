@@ -107,13 +107,21 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
-def _construct(config: Mapping[str, Any]) -> Any:
-    """Build the model that AutoModelForCausalLM chooses, reading the config as a published file is read."""
+def read_config(config: Mapping[str, Any]) -> Any:
+    """Return transformers' config of a published one, read as a file is read, for the class that holds the same model."""
+    return _read(_translate(config))
+
+
+def _read(native: Mapping[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        (Path(folder) / "config.json").write_text(json.dumps(native))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _construct(native: Mapping[str, Any]) -> Any:
+    """Build the model that AutoModelForCausalLM chooses."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(read, dtype=torch.bfloat16, trust_remote_code=False).eval()
+        return AutoModelForCausalLM.from_config(_read(native), dtype=torch.bfloat16, trust_remote_code=False).eval()
 
 
 def _of_model(model: Any, naming: Callable[[Any], Naming | None] = naming) -> Skeleton:

@@ -1,0 +1,197 @@
+"""What a traced model holds for any workload: live bytes as polynomials in batch and length, and the arithmetic on them. No torch.
+
+A trace follows transformers' own code (`harness.worker.trace`) through three passes: the prompt's, the first decode step, and those
+after it. A pass is a sequence of moments, each with what is alive; where one moment is never above another it is left out, and a
+handful of rows remains. The KV cache is kept apart from them, by kind of layer, so that the passes of a few layers hold for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from harness.core.records import Record
+
+Range = tuple[int, int | None]  # first and last, None without end
+# Of batch B and length S: 1, B, S, B S, S², B S².
+Polynomial = tuple[float, ...]
+BEFORE, AFTER = -1, -2  # the places of moments outside of the decoder layers: no layer has cached the new tokens yet, or all have
+UNALIGNED = "unaligned"
+ALIGNED = 16  # a multiple of so many keys needs no copy of the mask (`harness.worker.trace.kernels`)
+# One that every shipped record has, for cards that none of them names.
+USUAL_CARD = "A100"
+
+
+def monomials(batch: int, length: int) -> tuple[int, ...]:
+    """Return what the coefficients of a polynomial are multiplied with."""
+    return 1, batch, length, batch * length, length**2, batch * length**2
+
+
+class Part(Record, frozen=True, kw_only=True, array_like=True):
+    """One of the largest tensors of a row: its name in `TracedMemory.names`, and `nbytes` times one of the monomials."""
+
+    name: int
+    monomial: int
+    nbytes: float
+
+
+class Row(Record, frozen=True, kw_only=True, array_like=True):
+    """A moment: bytes alive beside weights and KV cache, in layers of the kind `place`, or BEFORE or AFTER them.
+
+    `extra` are bytes that come on top where `condition`, a number in `TracedMemory.conditions`, holds; -1 without one.
+    """
+
+    place: int
+    nbytes: Polynomial
+    condition: int
+    extra: Polynomial
+    parts: tuple[Part, ...]
+
+
+class Regime(Record, frozen=True, kw_only=True, array_like=True):
+    """Lengths and batches (first, last; None without end) in which a pass runs the same operators.
+
+    `before` and `cached` are the bytes of the KV cache of one layer, by kind, before and after the pass.
+    """
+
+    lengths: Range
+    batches: Range
+    before: tuple[Polynomial, ...]
+    cached: tuple[Polynomial, ...]
+    rows: tuple[Row, ...]
+
+    def covers(self, batch: int, length: int) -> bool:
+        """Say whether a workload lies inside."""
+        sides = ((batch, self.batches), (length, self.lengths))
+        return all(first <= value and (last is None or value <= last) for value, (first, last) in sides)
+
+
+class Condition(Record, frozen=True, kw_only=True):
+    """What decides on extra bytes: keys that are no multiple of 16, or rows of a 4-bit product outside of the ranges of a card."""
+
+    name: str
+    packed: dict[str, tuple[tuple[int, int], ...]] = {}
+
+    def holds(self, tokens: int, keys: int, card: str) -> bool:
+        """Say so of a pass over so many tokens of all sequences, that sees so many keys."""
+        if self.name == UNALIGNED:
+            return keys % ALIGNED != 0
+        ranges = self.packed.get(card, self.packed.get(USUAL_CARD, ()))
+        return not any(first <= tokens <= last for first, last in ranges)
+
+
+class TracedMemory(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """One architecture in one precision. `layers` has the kind of each decoder layer; `source` names the libraries that ran.
+
+    `deviation` is the relative error of the peak that this record gives where the whole model was traced beside it.
+    """
+
+    source: str
+    precision: str
+    attention: str
+    weights_bytes: int
+    layers: tuple[int, ...]
+    prefill: tuple[Regime, ...]
+    first: tuple[Regime, ...]
+    later: tuple[Regime, ...]
+    conditions: tuple[Condition, ...] = ()
+    names: tuple[str, ...] = ()
+    deviation: float = 0.0
+
+
+class Moment(NamedTuple):
+    """What is held at the worst moment of a pass: all bytes beside the weights, those of the KV cache, the largest tensors."""
+
+    nbytes: int
+    kv_bytes: int
+    tensors: tuple[tuple[str, int], ...]
+
+
+class TracedPeak(NamedTuple):
+    """What a workload holds on one card: the weights, the KV cache at the end, and the worst moments of prefill and decode."""
+
+    weights_bytes: int
+    kv_bytes: int
+    prefill: Moment
+    decode: Moment | None
+
+    @property
+    def worst(self) -> Moment:
+        """The larger of the two."""
+        return max((moment for moment in (self.prefill, self.decode) if moment is not None), key=lambda moment: moment.nbytes)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What torch's allocator has handed out at the peak, without the CUDA context."""
+        return self.weights_bytes + self.worst.nbytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """What the peak has beyond the weights and the final KV cache."""
+        return max(self.worst.nbytes - self.kv_bytes, 0)
+
+
+def evaluate(traced: TracedMemory, batch: int, prompt: int, new_tokens: int, card: str = USUAL_CARD) -> TracedPeak | None:
+    """Return what generating `new_tokens` from `batch` prompts of `prompt` tokens holds; None of a length that was not traced."""
+    start = _regime(traced.prefill, batch, prompt)
+    if start is None:
+        return None
+    prefill, kv_bytes = _worst(traced, start, batch, prompt, batch * prompt, card), _all(traced, start.cached, batch, prompt)
+    steps = [(traced.first, prompt)] if new_tokens > 1 else []
+    steps += [(traced.later, prompt + new_tokens - 3)] if new_tokens > 2 else []
+    moments = []
+    for regimes, length in steps:
+        regime = _regime(regimes, batch, length)
+        if regime is None:
+            return None
+        moments.append(_worst(traced, regime, batch, length, batch, card))
+        kv_bytes = _all(traced, regime.cached, batch, length)
+    decode = max(moments, key=lambda moment: moment.nbytes, default=None)
+    return TracedPeak(traced.weights_bytes, kv_bytes, prefill, decode)
+
+
+def _regime(regimes: Sequence[Regime], batch: int, length: int) -> Regime | None:
+    return next((regime for regime in regimes if regime.covers(batch, length)), None)
+
+
+def value(polynomial: Sequence[float], at: Sequence[int]) -> float:
+    """Return a polynomial's value, at what `monomials` says; one without coefficients is 0."""
+    return sum(coefficient * power for coefficient, power in zip(polynomial, at, strict=False))
+
+
+def _all(traced: TracedMemory, cached: Sequence[Polynomial], batch: int, length: int) -> int:
+    at = monomials(batch, length)
+    return round(sum(value(cached[kind], at) for kind in traced.layers))
+
+
+def _worst(traced: TracedMemory, regime: Regime, batch: int, length: int, tokens: int, card: str) -> Moment:
+    """Find the moment that holds the most. A pass over many tokens is that of the prompt, and sees as many keys as it has."""
+    at, keys = monomials(batch, length), length
+    held = {place: max(options) for place, options in _cached(traced.layers, regime, at).items()}
+    met = [condition.holds(tokens, keys, card) for condition in traced.conditions]
+
+    def total(row: Row) -> float:
+        extra = value(row.extra, at) if row.condition >= 0 and met[row.condition] else 0.0
+        return held[row.place] + value(row.nbytes, at) + extra
+
+    row = max(regime.rows, key=total)
+    tensors = tuple((traced.names[part.name], round(part.nbytes * at[part.monomial])) for part in row.parts)
+    return Moment(round(total(row)), round(held[row.place]), tensors)
+
+
+def _cached(layers: Sequence[int], regime: Regime, at: Sequence[int]) -> Mapping[int, list[float]]:
+    """Return the bytes of the whole KV cache while a layer of each kind runs, the first or the last of it, and outside of all."""
+    before = [value(polynomial, at) for polynomial in regime.before]
+    after = [value(polynomial, at) for polynomial in regime.cached]
+    sums = list(_sums([after[kind] - before[kind] for kind in layers], sum(before[kind] for kind in layers)))
+    found: dict[int, list[float]] = {BEFORE: [sums[0]], AFTER: [sums[-1]]}
+    for index, kind in enumerate(layers):  # while it runs, the new tokens are in its cache and in those before
+        found.setdefault(kind, []).append(sums[index + 1])
+    return found
+
+
+def _sums(steps: Sequence[float], start: float) -> Iterator[float]:
+    yield start
+    for step in steps:
+        start += step
+        yield start

@@ -1,0 +1,158 @@
+"""A model on a fake card, from its config alone: built on meta, quantized and placed as transformers' loader leaves it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from harness.core.precisions import PRECISIONS
+from harness.worker.build_skeleton import read_config
+from harness.worker.trace.ledger import CARD
+
+
+class Layers(NamedTuple):
+    """The decoder layers of a model: the list that holds them, its path, and the kind of each; layers of a kind are alike."""
+
+    held: nn.ModuleList
+    path: str
+    kinds: tuple[int, ...]
+
+
+def build(config: Mapping[str, Any], precision: str, attention: str | None = None) -> Any:
+    """Build a causal language model on meta, of a config as published, in a precision of the table.
+
+    Raises:
+        ValueError: transformers has no class for this config, or no trace is made in this precision.
+    """
+    row = PRECISIONS[precision]
+    quantization = row.quantization
+    if quantization is not None and not (isinstance(quantization, dict) and quantization["quant_method"] == "bitsandbytes"):
+        raise ValueError(f"no trace in {precision}: what its kernels allocate is not known")
+    if row.requires_checkpoint:
+        raise ValueError(f"no trace in {precision}: what its kernels allocate is not known")
+    chosen = {"attn_implementation": attention} if attention else {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            read_config(config), dtype=getattr(torch, row.dtype), trust_remote_code=False, **chosen
+        ).eval()
+    model.tie_weights()
+    _keep_in_float32(model, row.dtype)
+    return _quantized(model, quantization, row.dtype) if isinstance(quantization, dict) else model
+
+
+def _keep_in_float32(model: Any, dtype: str) -> None:
+    """Widen what the model's class keeps in float32 on loading: some of it in float16 alone, the rest in bfloat16 as well."""
+    halves = {"float16": ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"), "bfloat16": ("_keep_in_fp32_modules_strict",)}
+    patterns = [pattern for name in halves.get(dtype, ()) for pattern in getattr(model, name, None) or ()]
+    for name, parameter in model.named_parameters():
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns):
+            parameter.data = parameter.data.float()
+
+
+def _quantized(model: Any, settings: Mapping[str, Any], dtype: str) -> Any:
+    """Replace the Linears that bitsandbytes takes, as its quantizer in transformers does before loading."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    compute = {"bnb_4bit_compute_dtype": dtype} if settings.get("load_in_4bit") else {}
+    given = {name: value for name, value in settings.items() if name != "quant_method"}
+    kept = get_keys_to_not_convert(model)
+    asked = BitsAndBytesConfig(**given, **compute)
+    quantized = replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=asked).eval()
+    for module in quantized.modules():
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit") and module.bias is not None:
+            module.bias.data = module.bias.data.to(getattr(torch, dtype))  # made in float32, loaded in the dtype
+    return quantized
+
+
+def place(model: Any) -> None:
+    """Put every parameter and buffer of a model on meta on the fake card; a tensor that several modules share stays one."""
+    placed: dict[int, tuple[Any, nn.Parameter]] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in placed:
+                placed[id(parameter)] = parameter, _placed(parameter, module)  # which keeps the number from being given again
+            module._parameters[name] = placed[id(parameter)][1]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CARD)
+
+
+def _placed(parameter: Any, module: Any) -> nn.Parameter:
+    """Return one parameter on the card. bitsandbytes' classes cannot be made of fake tensors: a plain one carries the parts."""
+    kind = type(parameter).__name__
+    if kind == "Int8Params":
+        packed = nn.Parameter(torch.empty(parameter.shape, dtype=torch.int8, device=CARD), requires_grad=False)
+        scales = torch.empty(parameter.shape[0], dtype=torch.float32, device=CARD)
+        packed.CB, packed.SCB = packed.data, scales  # type: ignore[attr-defined]
+        return packed
+    if kind == "Params4bit":
+        from bitsandbytes.functional import quantize_4bit
+
+        values = torch.empty(parameter.shape, dtype=module.compute_dtype, device=CARD)
+        nested, scheme = parameter.compress_statistics, parameter.quant_type
+        data, state = quantize_4bit(values, blocksize=parameter.blocksize, compress_statistics=nested, quant_type=scheme)
+        held = nn.Parameter(data, requires_grad=False)
+        held.quant_state = state  # type: ignore[attr-defined]
+        return held
+    empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=CARD)
+    return nn.Parameter(empty, requires_grad=False)
+
+
+def layers_of(model: Any) -> Layers | None:
+    """Find the decoder layers: as many modules in a list as the text config says; None where there is no such list."""
+    config = model.config.get_text_config(decoder=True)
+    count = getattr(config, "num_hidden_layers", None)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and not _is_of_vision(path):
+            types = getattr(config, "layer_types", None) or [None] * count
+            kinds: dict[Any, int] = {}
+            numbers = (kinds.setdefault((kind, _shape(layer)), len(kinds)) for kind, layer in zip(types, module, strict=True))
+            return Layers(module, path, tuple(numbers))
+    return None
+
+
+def _is_of_vision(path: str) -> bool:
+    return any(word in path for word in ("vision", "visual", "audio", "encoder."))
+
+
+def _shape(layer: nn.Module) -> tuple[Any, ...]:
+    """Say what a layer is made of: classes, and parameters by name and shape."""
+    classes = tuple(type(module).__name__ for module in layer.modules())
+    return classes, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+
+
+def representatives(kinds: Sequence[int]) -> list[int]:
+    """Choose the layers that stand for all: the first, and the last, of every kind."""
+    last = {kind: index for index, kind in enumerate(kinds)}
+    return sorted({kinds.index(kind) for kind in last} | set(last.values()))
+
+
+def keep(model: Any, layers: Layers, chosen: Sequence[int]) -> Layers:
+    """Leave only the chosen layers in a model, numbered anew."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in chosen]
+    config.num_hidden_layers = len(chosen)
+    kept = [layers.held[index] for index in chosen]
+    del layers.held[:]
+    layers.held.extend(kept)
+    for index, layer in enumerate(kept):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index  # type: ignore[assignment]
+    return Layers(layers.held, layers.path, tuple(layers.kinds[index] for index in chosen))
+
+
+def linears_in_4_bits(model: Any) -> Counter[tuple[int, int]]:
+    """Count the Linears that are held in 4 bits by (outputs, inputs)."""
+    found = (module for module in model.modules() if type(module).__name__ == "Linear4bit")
+    return Counter((module.out_features, module.in_features) for module in found)

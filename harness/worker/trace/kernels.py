@@ -1,0 +1,303 @@
+"""KERNELS: which kernel a card takes for scaled dot product attention; RULES: what kernels allocate that fakes do not show.
+
+Sources: ATen/native/transformers/cuda/sdp_utils.cpp and attention.cu of torch 2.13, backends/cuda/ops.py of bitsandbytes 0.50.
+What a kernel takes only under a condition is noted under its name (`Ledger.only_if`): "unaligned" where the keys are no multiple
+of 16, "unpack N K" where bitsandbytes unpacks a weight of that shape.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 its usual name
+
+from harness.worker.trace.ledger import Ledger, swapped
+
+aten = torch.ops.aten
+ALIGNED = 16  # keys in a bias of the memory-efficient kernel: pad_bias<16> in sdp_utils
+WIDEST_ACCUMULATED = (
+    128  # wider values are accumulated in float32 in memory (mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer)
+)
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class Card(NamedTuple):
+    """A kind of card as far as kernels are chosen by it: compute capability and number of multiprocessors."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+
+
+CARDS = (
+    Card("T4", (7, 5), 40),
+    Card("A100", (8, 0), 108),
+    Card("RTX 3090", (8, 6), 82),
+    Card("RTX 4090", (8, 9), 128),
+    Card("H100", (9, 0), 132),
+    Card("B200", (10, 0), 148),
+    Card("RTX 5090", (12, 0), 170),
+)
+
+
+def card_of(capability: str) -> Card:
+    """Return the card of the table for a compute capability ("8.6"): the newest that is not newer.
+
+    Raises:
+        ValueError: all are newer.
+    """
+    major, _, minor = capability.partition(".")
+    older = [card for card in CARDS if card.capability <= (int(major), int(minor or 0))]
+    if not older:
+        raise ValueError(f"no trace for compute capability {capability}: the table of kernels begins at {CARDS[0].name}")
+    return older[-1]
+
+
+class Kernel(NamedTuple):
+    """One row: from which compute capability on, by dtype, and what it takes; tried in order.
+
+    cuDNN's kernel, which torch prefers on some cards from 9.0 on, is taken to allocate as flash does.
+    """
+
+    name: str
+    since: Mapping[torch.dtype, tuple[int, int]]
+    masked: bool
+    grouped: bool
+    widest: int
+    one_width: bool
+
+
+KERNELS = (
+    Kernel("flash", dict.fromkeys(_HALVES, (8, 0)), masked=False, grouped=True, widest=256, one_width=True),
+    Kernel(
+        "efficient",
+        {torch.float16: (5, 0), torch.bfloat16: (8, 0), torch.float32: (5, 0)},
+        masked=True,
+        grouped=False,
+        widest=1 << 16,
+        one_width=False,
+    ),
+)
+
+
+def choose(query: Any, key: Any, value: Any, mask: Any, capability: tuple[int, int]) -> str:
+    """Name the kernel that CUDA takes for these tensors [batch, heads, tokens, width]; "math" is attention written out."""
+    widths = query.shape[-1], value.shape[-1]
+    grouped = not query.shape[1] == key.shape[1] == value.shape[1]
+    align = 8 if query.dtype in _HALVES else 4
+    for kernel in KERNELS:
+        since = kernel.since.get(query.dtype)
+        if since is None or capability < since or (mask is not None and not kernel.masked) or (grouped and not kernel.grouped):
+            continue
+        if max(widths) > kernel.widest or (kernel.one_width and widths[0] != widths[1]):
+            continue
+        if kernel.masked and any(width % align for width in widths):  # flash pads, this one does not
+            continue
+        return kernel.name
+    return "math"
+
+
+class Attention:
+    """Stands for F.scaled_dot_product_attention on a fake card; `whole`: whatever the size, take what an unaligned one takes."""
+
+    def __init__(self, ledger: Ledger, capability: tuple[int, int], whole: bool) -> None:
+        self._ledger, self._capability, self._whole = ledger, capability, whole
+        self._own = F.scaled_dot_product_attention
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        if query.device.type != "cuda":
+            more: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return self._own(query, key, value, attn_mask=attn_mask, **more)
+        kernel = choose(query, key, value, attn_mask, self._capability)
+        mask = _additive(attn_mask, query.dtype)
+        if kernel == "flash":
+            return _flash(query, key, value, is_causal, scale)
+        if kernel == "efficient":
+            return self._efficient(query, key, value, mask, is_causal, scale)
+        out: torch.Tensor = aten._scaled_dot_product_attention_math(
+            query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )[0]
+        return out
+
+    def _efficient(self, query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scale: float | None) -> torch.Tensor:
+        if mask is not None:
+            mask, _spare = self._padded(mask)  # both are there until the kernel is done
+            mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        out: torch.Tensor = aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, False, 0.0, is_causal, scale=scale
+        )[0]
+        if value.shape[-1] > WIDEST_ACCUMULATED and query.dtype is not torch.float32:
+            self._ledger.temporary(out.numel() * 4, "accumulator of attention")
+        return out
+
+    def _padded(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a mask whose rows are aligned, and the one that it was copied from or as good as nothing."""
+        keys = mask.shape[-1]
+        over = ALIGNED if self._whole else (-keys) % ALIGNED  # in records the most, so that sizes are polynomials
+        with self._ledger.only_if("unaligned"):
+            if not over and not self._whole:
+                return mask, mask.new_empty(0)
+            return mask.new_empty((*mask.shape[:-1], keys + over))[..., :keys], mask
+
+
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Turn a mask of bools into one to add, as convert_boolean_attn_mask does."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    nothing = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, nothing, torch.full((), -math.inf, dtype=dtype, device=mask.device))
+
+
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None) -> torch.Tensor:
+    width = query.shape[-1]
+    factor = scale if scale is not None else 1 / math.sqrt(width)
+    if width % 8:
+        query, key, value = (F.pad(part, (0, 8 - width % 8)) for part in (query, key, value))
+    out: torch.Tensor = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=factor)[0]
+    return out[..., :width]
+
+
+# How bitsandbytes decides whether to unpack a weight: (dtype, rows of the input, outputs, inputs, card) -> it does not.
+@functools.cache
+def _multiplies_packed() -> Callable[[torch.dtype, int, int, int, Card], bool]:
+    """Take bitsandbytes' own heuristic out of its backend for CUDA, which cannot be imported where its library has no CUDA.
+
+    Versions before 0.49 have none: they multiplied packed weights with one row alone.
+    """
+    from bitsandbytes import _ops
+
+    source = Path(inspect.getfile(_ops)).parent / "backends" / "cuda" / "ops.py"
+    card: list[Card] = []
+    names: dict[str, Any] = {"torch": torch, "_gpu_dispatch_props": lambda _: (card[0].processors, *card[0].capability)}
+    wanted = "_gemm_4bit_use_custom_cuda"
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        constant = isinstance(node, ast.Assign) and str(getattr(node.targets[0], "id", "")).startswith("_GEMM_4BIT")
+        if isinstance(node, ast.FunctionDef) and node.name == wanted:
+            node.decorator_list = []
+        elif not constant:
+            continue
+        exec(compile(ast.Module([node], []), str(source), "exec"), names)  # a function of the library that is installed
+    if wanted not in names:
+        return lambda dtype, rows, outputs, inputs, of: rows == 1  # noqa: ARG005
+
+    def packed(dtype: torch.dtype, rows: int, outputs: int, inputs: int, of: Card) -> bool:
+        card[:] = [of]
+        return rows <= MOST_PACKED_ROWS and bool(names[wanted](0, dtype, rows, outputs, inputs))
+
+    return packed
+
+
+MOST_PACKED_ROWS = 1536  # bitsandbytes' _gemm_4bit_custom_max_m for CUDA
+NF4_BLOCK = 64  # inputs that are no multiple of a block of scales are unpacked at any size
+
+
+def packed_rows(dtype: torch.dtype, outputs: int, inputs: int, card: Card) -> list[tuple[int, int]]:
+    """Return the ranges of rows (first, last) for which a card multiplies a 4-bit weight as it is, without unpacking it."""
+    if inputs % NF4_BLOCK:
+        return []
+    heuristic, runs = _multiplies_packed(), list[tuple[int, int]]()
+    for rows in range(1, MOST_PACKED_ROWS + 1):
+        if not heuristic(dtype, rows, outputs, inputs, card):
+            continue
+        runs = [*runs[:-1], (runs[-1][0], rows)] if runs and runs[-1][1] == rows - 1 else [*runs, (rows, rows)]
+    return runs
+
+
+class _Bitsandbytes:
+    """What its kernels for CUDA allocate between their input and their result; its own fakes give the results alone."""
+
+    def __init__(self, ledger: Ledger, card: Card, whole: bool) -> None:
+        self._ledger, self._card, self._whole = ledger, card, whole
+
+    def quantize(self, inputs: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Do int8_vectorwise_quant: no outliers are taken to be there."""
+        statistics = torch.empty(inputs.numel() // inputs.shape[-1], device=inputs.device, dtype=torch.float32)
+        out = torch.empty(inputs.shape, device=inputs.device, dtype=torch.int8)
+        columns = None
+        if threshold > 0.0:
+            outliers = inputs.abs() >= threshold
+            columns = torch.empty(0, device=inputs.device, dtype=torch.int64)
+            del outliers
+        return out, statistics, columns
+
+    def multiply(self, given: Any, weight: Any, rows: Any, columns: Any, bias: Any = None, dtype: Any = None) -> torch.Tensor:
+        """Do int8_scaled_mm: a product in int32, its result in float16, a cast of that."""
+        product = torch.empty((*given.shape[:-1], weight.shape[0]), device=given.device, dtype=torch.int32)
+        return self.dequantize(product, rows, columns, dtype, bias)
+
+    def dequantize(self, product: Any, rows: Any, columns: Any, dtype: Any = None, bias: Any = None) -> torch.Tensor:  # noqa: ARG002
+        """Do int8_mm_dequant: its kernel writes float16."""
+        out = torch.empty_like(product, dtype=torch.float16)
+        if bias is not None and bias.dtype != torch.float16:
+            out.add_(bias)
+        return out.to(dtype or torch.float16)
+
+    def mixed(self, given: Any, packed: Any, weight: Any, *stats: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do int8_mixed_scaled_mm without outliers: (rows, columns, outlier columns, bias) follow the weight."""
+        rows, columns, _, bias = (*stats, None, None)[:4]
+        return self.multiply(packed, weight, rows, columns, bias, given.dtype), given.new_empty(0)
+
+    def multiply_4bit(
+        self, given: Any, weight: Any, shape: Any, absmax: Any, blocksize: int, kind: str, bias: Any = None, *nested: Any
+    ) -> torch.Tensor:
+        """Do gemm_4bit: the weight as it is, or unpacked first, as the heuristic says."""
+        outputs, inputs = shape
+        rows = given.numel() // inputs
+        unpacks = self._whole or inputs % blocksize or not _multiplies_packed()(given.dtype, rows, outputs, inputs, self._card)
+        with self._ledger.only_if(f"unpack {outputs} {inputs}"):
+            scales = torch.empty(nested[0].shape if unpacks and nested and nested[0] is not None else 0, device=given.device)
+            unpacked = torch.empty((outputs, inputs) if unpacks else 0, device=given.device, dtype=given.dtype)
+        out = torch.empty((*given.shape[:-1], outputs), device=given.device, dtype=given.dtype)
+        del scales, unpacked, weight, absmax, kind, bias
+        return out
+
+
+def _grouped(left: Any, right: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:  # noqa: ARG001
+    """Do _grouped_mm: torch's fake takes bfloat16 alone, its kernel 16 and 32 bits."""
+    return torch.empty((left.shape[0], right.shape[-1]), dtype=out_dtype or left.dtype, device=left.device)
+
+
+def rules(ledger: Ledger, card: Card, whole: bool) -> dict[Any, Callable[..., Any]]:
+    """Return the table for `Ledger`; `whole`: take what a kernel takes only under a condition whether or not that holds."""
+    found: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped}
+    try:
+        import bitsandbytes  # noqa: F401 registers its operators
+    except ImportError:
+        return found
+    theirs, own = torch.ops.bitsandbytes, _Bitsandbytes(ledger, card, whole)
+    named: dict[str, Callable[..., Any]] = {
+        "int8_vectorwise_quant": own.quantize,
+        "int8_scaled_mm": own.multiply,
+        "int8_mm_dequant": own.dequantize,
+        "int8_mixed_scaled_mm": own.mixed,
+        "gemm_4bit": own.multiply_4bit,
+    }
+    return found | {getattr(theirs, name).default: rule for name, rule in named.items() if hasattr(theirs, name)}
+
+
+@contextlib.contextmanager
+def chosen_as_on(card: Card, ledger: Ledger, whole: bool) -> Iterator[None]:
+    """Have kernels chosen, and take memory, as on this card."""
+    with (
+        swapped(ledger, "rules", rules(ledger, card, whole)),
+        swapped(F, "scaled_dot_product_attention", Attention(ledger, card.capability, whole)),
+    ):
+        yield

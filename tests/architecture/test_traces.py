@@ -1,0 +1,138 @@
+"""Records of traced memory: those that are shipped against peaks traced one by one, and finding, building and reading them.
+
+`python -m tests.architecture.test_traces` prints the table of errors.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+
+from harness.architecture import traces
+from harness.architecture.traced_memory import TracedMemory, evaluate
+from harness.catalog.shipped import catalog, hub_id
+from harness.core.errors import UsageError
+
+# Peaks of whole models, or of four layers and the cache of all, by another program that traces: transformers 5.23 on a card of 8.0.
+PEAKS = Path(__file__).parent.parent / "data" / "traced_peaks.csv"
+MEDIAN, NINETY_NINTH = 0.003, 0.02
+TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"vocab_size": 96}
+
+
+class Error(NamedTuple):
+    """A row of the file and what the record gives beside it, as a share of the row."""
+
+    model: str
+    precision: str
+    prompt: int
+    batch: int
+    weights: float
+    kv: float
+    peak: float
+
+
+def errors() -> Iterator[Error]:
+    """Hold the shipped records against every row whose model and precision have one."""
+    with PEAKS.open(newline="") as rows:
+        for row in csv.DictReader(rows):
+            record = traces.shipped(catalog()[hub_id(row["model"])].config, row["precision"])
+            if record is None:
+                continue
+            prompt, batch = int(row["prompt_tokens"]), int(row["batch"])
+            given = evaluate(record, batch, prompt, int(row["new_tokens"]))
+            assert given is not None, row
+            pairs = (
+                (given.weights_bytes, row["weights_bytes"]),
+                (given.kv_bytes, row["kv_bytes"]),
+                (given.allocated_bytes, row["peak_allocated_bytes"]),
+            )
+            yield Error(row["model"], row["precision"], prompt, batch, *(ours / int(traced) - 1 for ours, traced in pairs))
+
+
+def test_shipped_records_give_the_traced_peaks() -> None:
+    found = list(errors())
+    assert len(found) > 100
+    off = sorted(abs(error.peak) for error in found)
+    assert statistics.median(off) <= MEDIAN
+    assert off[int(0.99 * (len(off) - 1))] <= NINETY_NINTH
+    assert max(abs(error.weights) for error in found) < 0.001
+    assert max(abs(error.kv) for error in found) < 0.002
+
+
+def test_a_record_is_found_and_evaluated_without_decoding_the_others() -> None:
+    config = catalog()[hub_id("llama-3.1-8b-instruct")].config
+    start = time.perf_counter()
+    record = traces.shipped(config, "bf16")
+    assert record is not None
+    given = evaluate(record, 1, 2048, 16)
+    assert given is not None
+    assert given.decode is not None
+    assert given.worst is given.prefill
+    assert time.perf_counter() - start < 1
+
+
+def test_shipped_records_stay_small() -> None:
+    assert traces.SHIPPED.stat().st_size < 1_500_000
+
+
+def test_the_peak_grows_with_every_side_of_the_workload() -> None:
+    record = traces.shipped(catalog()[hub_id("mistral-7b-instruct-v0.1")].config, "bf16")
+    assert record is not None
+    for batch, prompt in ((1, 100), (2, 4000), (4, 8192)):
+        peaks = [evaluate(record, *load) for load in ((batch, prompt, 8), (2 * batch, prompt, 8), (2 * batch, 2 * prompt, 8))]
+        sizes = [peak.allocated_bytes for peak in peaks if peak is not None]
+        assert sizes == sorted(sizes)
+        assert len(set(sizes)) == 3
+
+
+def test_an_activation_makes_another_key() -> None:
+    assert traces.key_of(TINY) != traces.key_of(TINY | {"hidden_act": "gelu"})
+    assert traces.key_of(TINY) == traces.key_of(TINY | {"eos_token_id": 3})
+
+
+def test_no_worker_runs_unless_it_is_asked_for(tmp_path: Path) -> None:
+    assert traces.record_for(TINY, "bf16", tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_is_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = traces.record_for(TINY, "bf16", tmp_path, build=True)
+    assert built is not None
+    (kept,) = tmp_path.iterdir()
+    assert msgspec.json.decode(kept.read_bytes(), type=TracedMemory) == built
+    monkeypatch.setattr(traces, "_run_worker", None)  # nobody is asked again
+    assert traces.record_for(TINY, "bf16", tmp_path, build=True) == built
+
+
+def test_an_architecture_that_nobody_has_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no trace for model_type 'nosuch' in bf16: "):
+        traces.record_for({"model_type": "nosuch"}, "bf16", tmp_path, build=True)
+
+
+def main() -> None:
+    """Print the errors by model and precision, and over all."""
+    groups = defaultdict(list)
+    for error in errors():
+        groups[error.model, error.precision].append(error)
+        groups["all", error.precision].append(error)
+        groups["all", "all"].append(error)
+    print(f"{'model':28} {'precision':9} {'rows':>4} {'median %':>9} {'p99 %':>8} {'worst %':>8} {'weights %':>9} {'KV %':>8}")
+    for (model, precision), group in sorted(groups.items()):
+        off = sorted(100 * abs(error.peak) for error in group)
+        worst = max((error.peak for error in group), key=abs)
+        weights, kv = (max((100 * getattr(error, name) for error in group), key=abs) for name in ("weights", "kv"))
+        row = f"{len(off):4} {statistics.median(off):9.4f} {off[int(0.99 * (len(off) - 1))]:8.4f} {100 * worst:+8.4f}"
+        print(f"{model:28} {precision:9} {row} {weights:+9.4f} {kv:+8.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Tracing on a card that is not there: what it counts, and that records say for any size what a trace of that size says."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import harness.models  # noqa: F401 registers our own architectures
+from harness.architecture.traced_memory import evaluate
+from harness.core.records import Workload
+from harness.worker.trace import fake_model, kernels, ledger
+from harness.worker.trace.direct import trace
+from harness.worker.trace.record import record
+
+SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 512}
+SMALL |= {"num_hidden_layers": 3, "head_dim": 32, "max_position_embeddings": 4096}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **SMALL},
+    "mistral with a window": {"model_type": "mistral", **SMALL, "sliding_window": 96},
+    "gemma 3, alternating": {"model_type": "gemma3_text", **SMALL, "sliding_window": 128, "sliding_window_pattern": 3},
+    "qwen 3, experts": {
+        "model_type": "qwen3_moe",
+        **SMALL,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "mlp_only_layers": [0],
+    },
+    "codegen, eager": {
+        "model_type": "codegen",
+        "n_embd": 256,
+        "n_layer": 4,
+        "n_head": 8,
+        "rotary_dim": 16,
+        "vocab_size": 512,
+        "n_positions": 2048,
+    },
+    "chatglm, ours": {
+        "model_type": "chatglm",
+        "hidden_size": 256,
+        "inner_hidden_size": 1024,
+        "num_attention_heads": 8,
+        "num_layers": 4,
+        "vocab_size": 512,
+        "bos_token_id": 500,
+        "eos_token_id": 501,
+        "mask_token_id": 502,
+        "gmask_token_id": 503,
+        "pad_token_id": 3,
+        "max_sequence_length": 2048,
+    },
+}
+# Away from the points that records are fitted at, on both sides of the windows, with keys that are a multiple of 16 and not.
+LOADS = (
+    Workload(prompt_tokens=64, new_tokens=2, batch=1),
+    Workload(prompt_tokens=333, new_tokens=5, batch=3),
+    Workload(prompt_tokens=512, new_tokens=3, batch=8),
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [*((name, "bf16") for name in MODELS), ("llama", "int8"), ("llama", "int4")],
+)
+def test_a_record_gives_what_a_trace_of_all_layers_gives(model: str, precision: str) -> None:
+    made = record(MODELS[model], precision)
+    for load, traced in zip(LOADS, trace(MODELS[model], precision, LOADS), strict=True):
+        given = evaluate(made, load.batch, load.prompt_tokens, load.new_tokens)
+        assert given is not None
+        assert traced.guesses == 0
+        assert given.weights_bytes == traced.weights_bytes
+        assert given.kv_bytes == pytest.approx(traced.kv_bytes, rel=0.005)
+        assert given.allocated_bytes - traced.weights_bytes == pytest.approx(
+            traced.peak_bytes - traced.weights_bytes, rel=0.005, abs=1 << 16
+        )
+
+
+def test_weights_and_cache_are_what_the_shapes_say() -> None:
+    config = MODELS["llama"]
+    (traced,) = trace(config, "bf16", [Workload(prompt_tokens=100, new_tokens=3, batch=2)])
+    layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 704 + 2 * 256
+    frequencies = 2 * 4 * 16
+    assert traced.weights_bytes == pytest.approx(2 * (3 * layer + 2 * 512 * 256 + 256) + frequencies, abs=4096)
+    assert traced.kv_bytes == 3 * 2 * 4 * 32 * 102 * 2 * 2
+
+
+def test_a_cache_with_a_window_keeps_the_whole_prompt_until_the_next_token() -> None:
+    config = MODELS["mistral with a window"]
+    prompt, step = trace(config, "bf16", [Workload(prompt_tokens=1000, new_tokens=new, batch=1) for new in (1, 2)])
+    per_token = 3 * 2 * 4 * 32 * 2
+    assert (prompt.kv_bytes, step.kv_bytes) == (1000 * per_token, 96 * per_token)
+
+
+def test_the_largest_tensors_have_the_names_of_the_model() -> None:
+    made = record(MODELS["mistral with a window"], "bf16")
+    given = evaluate(made, 1, 4000, 4)
+    assert given is not None
+    largest, nbytes = max(given.worst.tensors, key=lambda tensor: tensor[1])
+    assert largest == "where bfloat16[B, 1, S, S] of model.layers.2.self_attn"
+    assert nbytes == 2 * 4000**2
+
+
+def test_the_ledger_counts_what_lives_and_no_view_twice() -> None:
+    with ledger.fake_card({}, (8, 0)) as counted:
+        kept = torch.zeros(1000, 10, device="cuda")
+        view = kept[:10].t()
+        held = counted.live[ledger.CARD]
+        copy = view.contiguous()
+        top = counted.live[ledger.CARD]
+        del copy, kept
+        gc.collect()
+        assert counted.live[ledger.CARD] == held == 40448  # the view keeps it; rounded to 512
+        del view
+        assert counted.live[ledger.CARD] == 0
+    assert counted.peak[ledger.CARD] == top == 40448 + 512
+
+
+def test_the_ledger_counts_real_tensors_of_the_processor_alike() -> None:
+    cpu = torch.device("cpu")
+    with torch.no_grad(), ledger.Ledger() as counted:
+        model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+        inputs = torch.ones(128, 64)
+        counted.reset()
+        held = counted.live[cpu]
+        out = model(inputs)
+        assert counted.live[cpu] - held == out.nbytes
+    hidden = 128 * 256 * 4
+    assert counted.peak[cpu] - held == 2 * hidden  # the first product and its ReLU
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "masked", "kernel"),
+    [
+        ((8, 0), torch.bfloat16, False, "flash"),
+        ((8, 0), torch.bfloat16, True, "efficient"),
+        ((8, 0), torch.float32, False, "efficient"),
+        ((7, 5), torch.float16, False, "efficient"),
+        ((7, 5), torch.bfloat16, False, "math"),
+    ],
+)
+def test_a_card_takes_a_kernel_by_its_compute_capability(
+    capability: tuple[int, int], dtype: torch.dtype, masked: bool, kernel: str
+) -> None:
+    states = torch.empty(1, 8, 32, 64, dtype=dtype)
+    mask = torch.empty(1, 1, 32, 32, dtype=torch.bool) if masked else None
+    assert kernels.choose(states, states, states, mask, capability) == kernel
+
+
+def test_a_mask_with_shared_heads_has_no_kernel_but_the_plain_one() -> None:
+    query, key = torch.empty(1, 8, 32, 64, dtype=torch.float16), torch.empty(1, 4, 32, 64, dtype=torch.float16)
+    assert kernels.choose(query, key, key, None, (8, 0)) == "flash"
+    assert kernels.choose(query, key, key, torch.empty(1, 1, 32, 32), (8, 0)) == "math"
+
+
+def test_bitsandbytes_unpacks_no_weight_for_a_few_rows_and_any_for_many() -> None:
+    ranges = kernels.packed_rows(torch.bfloat16, 14336, 4096, kernels.card_of("8.0"))
+    assert ranges[0][0] == 1
+    assert ranges[0][1] >= 4
+    assert ranges[-1][1] <= kernels.MOST_PACKED_ROWS
+    assert kernels.packed_rows(torch.bfloat16, 256, 100, kernels.card_of("8.0")) == []
+
+
+def test_what_is_taken_of_torch_that_is_not_public_is_there() -> None:
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    slots = (ctypes.c_void_p * 21).in_dll(library, ledger.GUARDS)
+    assert slots[14]  # Meta's guard, that CUDA borrows
+    assert issubclass(ledger.Ledger, TorchDispatchMode)
+    with FakeTensorMode(), ledger.Ledger() as counted:
+        made = torch.ones(3)
+        assert isinstance(made, FakeTensor)
+        assert counted.number(made) == 0
+
+
+def test_the_first_and_the_last_layer_of_each_kind_stand_for_all() -> None:
+    assert fake_model.representatives([0, 0, 1, 0, 0, 1, 0]) == [0, 2, 5, 6]
+    assert fake_model.representatives([0]) == [0]
