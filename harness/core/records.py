@@ -125,10 +125,20 @@ class Machine(Record, frozen=True, kw_only=True):
     driver: str | None = None
     mapping_bytes: int | None = None  #: the largest file that the system maps for torch and safetensors; None if no limit is known
     gpu_problem: str | None = None  #: why GPUs that are here are not among the tiers; None if all of them are
+    avx512_bf16: bool | None = None  #: whether the processor multiplies bfloat16 in AVX-512; None if unknown
 
     @property
     def gpus(self) -> tuple[Tier, ...]:
         return tuple(tier for tier in self.tiers if tier.kind == "gpu")
+
+    @property
+    def fuses_4bit(self) -> bool | None:
+        """Whether bitsandbytes multiplies with 4-bit weights in RAM as they are; None if that depends on an unknown processor.
+
+        It loads one library, for CUDA or for processors, and only the latter has that product, for AVX-512 with bfloat16
+        (bitsandbytes 0.50, cextension.py, `get_native_library`); otherwise weights are unpacked for every token.
+        """
+        return False if self.gpus else self.avx512_bf16
 
     @property
     def gpus_differ(self) -> bool:

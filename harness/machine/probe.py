@@ -81,6 +81,7 @@ def probe(
         system=_system(),
         driver=driver,
         mapping_bytes=_mapping_bytes(root),
+        avx512_bf16=_has_flag(root, "avx512_bf16"),
     )
 
 
@@ -206,6 +207,14 @@ def _cpu_model(root: Path) -> str | None:
         if found:
             return " ".join(found[1].split())
     return platform.processor() or None
+
+
+def _has_flag(root: Path, flag: str) -> bool | None:
+    """Say whether the kernel lists a feature of the processor; None where it lists none, as on other than x86."""
+    with suppress(OSError):
+        found = re.search(r"^flags\s*:(.*)$", (root / "proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+        return flag in found[1].split() if found else None
+    return None
 
 
 def _system() -> str:

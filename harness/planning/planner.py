@@ -18,14 +18,20 @@ from harness.planning.cost import estimate, memory
 from harness.planning.cost.footprint import Footprint, Loading
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
+from harness.planning.cost.work import multiplies_4bit_in_ram
 from harness.planning.device_map import max_memory, recommended, tiers
-from harness.planning.device_map.infer import Device, Widths
+from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
 from harness.planning.device_map.recommended import RecommendedMap
 from harness.planning.verdict import Judge, leaves_off_gpu, pooled
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
+_BFLOAT16_FROM = 8.0  # the compute capability
+_EMULATED = "bfloat16 is emulated on the {}, compute capability {}, and slow: fp16 is not"
+_FUSED = "4-bit weights in RAM are multiplied as they are: the processor has AVX512_BF16, and bitsandbytes loads its library for it"
+_UNFUSED = "4-bit weights in RAM are unpacked for every token: {} the product for AVX512_BF16"
+_MAYBE_FUSED = "4-bit weights in RAM are taken to be multiplied as they are: without AVX512_BF16 it is tens of times slower"
 # How often our device map is computed again with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
 
@@ -108,6 +114,11 @@ class Planner:
             trusted=self.trust and bool(code),
         )
 
+    def _looks_for_itself(self, placement: Placement) -> bool:
+        """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""
+        is_limited = any(tier.limit_bytes is not None for tier in self.machine.tiers if tier.kind in ("gpu", "cpu"))
+        return placement.device_map in STRATEGIES and placement.limits is None and not is_limited
+
     @cached_property
     def _facts(self) -> Facts:
         spec = self.spec
@@ -183,6 +194,7 @@ class Planner:
             rewrites=placement.rewrites_offloaded,
             off_gpu=self._inventory(WeightFormat(dtype=fmt.dtype)) if plain_off_gpu else None,
             processes=placement.ranks(len(self.machine.gpus)),
+            begins_on=tuple(gpu.name for gpu in self.machine.gpus) if self._looks_for_itself(placement) else (),
         )
         on_tiers = tiers.tiers(self.spec.skeleton, placed)
         footprint = Footprint(self._inventory(fmt), on_tiers, case.workload, self.constants, loading)
@@ -196,6 +208,19 @@ class Planner:
         foreign = other if self.spec.gguf else (*other, "gguf_")
         foreign = foreign if PLACEMENTS[one.case.placement].parallel else (*foreign, "ram_ranks")
         return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(foreign)}
+
+    def notes(self, one: Plan) -> list[str]:
+        """Return what else decides how fast a plan is on this machine, in sentences."""
+        footprint = self.footprints.get(one.case.id)
+        if footprint is None:
+            return []
+        used = [gpu for gpu in self.machine.gpus if gpu.name in footprint.gpus and footprint.fmt.dtype == "bfloat16"]
+        old = [gpu for gpu in used if gpu.compute_capability and float(gpu.compute_capability) < _BFLOAT16_FROM]
+        said = [_EMULATED.format(gpu.model or gpu.name, gpu.compute_capability) for gpu in old[:1]]
+        if footprint.gpus or not multiplies_4bit_in_ram(footprint.fmt):
+            return said
+        beside = "beside a GPU bitsandbytes loads its CUDA library, which lacks" if self.machine.gpus else "this processor lacks"
+        return [*said, {True: _FUSED, False: _UNFUSED.format(beside), None: _MAYBE_FUSED}[self.machine.fuses_4bit]]
 
     def max_context(self, one: Plan) -> int | None:
         """Return the most tokens, prompt and answer together, with which a plan still fits; None if it does not fit at all."""

@@ -187,7 +187,7 @@ def test_what_our_layers_read_is_planned_by_what_they_take() -> None:
     """A token of MOSS took 7 ns a weight, where the plan said bitsandbytes' 0.04: gptqmodel's layers keep that."""
     here = profile([], ram=64 * GIB)
     found = {ours: read_by("moss-moon-003-sft-int4", ours) for ours in (True, False)}
-    counted = {ours: count_work(count, "gptq-int4") for ours, count in found.items()}
+    counted = {ours: count_work(count, "gptq-int4", here) for ours, count in found.items()}
     assert {ours: work.like for ours, work in counted.items()} == {True: "moss_int4", False: "int4"}
     linears = 34 * (18432 + 6144 + 24576 + 24576) * 6144
     assert {ours: work.anew for ours, work in counted.items()} == {True: linears, False: 0}

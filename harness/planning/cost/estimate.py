@@ -61,7 +61,7 @@ def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
 def estimate(footprint: Footprint, precision: str, machine: Machine) -> Estimate:
     """Return what a case is expected to need, tier by tier, and how fast it runs."""
     tiers = memory(footprint, machine)
-    spent = seconds(count_work(footprint, precision), footprint.workload, machine, footprint.calibration)
+    spent = seconds(count_work(footprint, precision, machine), footprint.workload, machine, footprint.calibration)
     return Estimate(
         tiers=tiers,
         load_s=spent.load_s,

@@ -47,6 +47,7 @@ class Loading(NamedTuple):
     through_ram: bool = False  #: everything is loaded into RAM first
     rewrites: bool = False  #: what goes to the disk is written there even if a file has it already
     off_gpu: Inventory | None = None  #: what lies off the GPUs, if its weight format is another
+    begins_on: tuple[str, ...] = ()  #: GPUs that a library begins on to see what is free, weights or not
     processes: int = 1  #: how many share every layer (tensor parallelism), each on a GPU of its own or all in RAM
 
 
@@ -122,6 +123,8 @@ class Footprint:
     def terms(self) -> dict[str, TierTerms]:
         """Return the terms of every tier that takes part; the RAM always does."""
         found = {name: self._on_gpu(name) for name in self.gpus}
+        for name in self.loading.begins_on:
+            found.setdefault(name, TierTerms(overhead=self.calibration["gpu_context_bytes"].amount()))
         found["cpu"] = self._in_ram()
         if "disk" in self.weights:
             found["disk"] = TierTerms(weights=self.weights["disk"], written=self.written)

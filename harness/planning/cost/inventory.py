@@ -134,11 +134,9 @@ class Inventory:
         return int(found)
 
     @cached_property
-    def unpacked_anew(self) -> int:
-        """How many weights the layers of `harness.models` unpack for every pass over them."""
-        return (
-            sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes) if self.fmt.unpacking else 0
-        )
+    def quantizable(self) -> int:
+        """How many weights a quantizer takes: those that are unpacked for every pass where they are unpacked at all."""
+        return sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes)
 
     @cached_property
     def largest(self) -> int:

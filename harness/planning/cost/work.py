@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.core.quantizers import SCHEMES, UNPACKINGS
-from harness.core.records import Record
+from harness.core.records import Machine, Record
 from harness.planning.calibration import device_of
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.kernel_launches import Operations
@@ -35,13 +35,14 @@ class TokenWork(Record, frozen=True, kw_only=True):
     anew: int  #: weights that are unpacked for each token
 
 
-def count_work(footprint: Footprint, precision: str) -> TokenWork:
+def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenWork:
     """Count what a case does: bytes to read, weights to multiply, tensors to open."""
     inventory, in_ram, gguf = footprint.inventory, footprint.sums.get("cpu"), footprint.spec.gguf
+    anew = not footprint.gpus and multiplies_4bit_in_ram(footprint.fmt) and machine.fuses_4bit is False
     return TokenWork(
         device=device_of(footprint.weights),
         precision=precision,
-        like=constants_like(footprint.fmt),
+        like=f"{constants_like(footprint.fmt)}_unpacked" if anew else constants_like(footprint.fmt),
         dtype=footprint.fmt.dtype,
         read={
             # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
@@ -58,9 +59,14 @@ def count_work(footprint: Footprint, precision: str) -> TokenWork:
         copied_bytes=int(in_ram.made) if in_ram else 0,
         written=footprint.written,
         quantized=int(sum(sums.quantized for sums in footprint.sums.values()) / 2),
-        anew=inventory.unpacked_anew,
+        anew=inventory.quantizable if anew or footprint.fmt.unpacking else 0,
         to_gpu_bytes=sum(footprint.weights[gpu] for gpu in footprint.gpus),
     )
+
+
+def multiplies_4bit_in_ram(fmt: WeightFormat) -> bool:
+    """Say whether bitsandbytes' 4-bit product runs in the RAM, where no GPU takes part."""
+    return fmt.quantizer is not None and SCHEMES[fmt.quantizer].like == "int4"
 
 
 def constants_like(fmt: WeightFormat) -> str | None:

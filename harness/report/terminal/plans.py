@@ -61,6 +61,7 @@ def explain_plan(recommendation: Recommendation) -> None:
     """Print every term of the one case of `recommendation`, with its interval, and the constants that were used."""
     one = recommendation.plans[0]
     parts: list[RenderableType] = [tables.title(f"{one.case.id}: {_word(one)}"), *([tables.said(one.why)] if one.why else [])]
+    parts += [tables.said(note) for note in advice.planner.notes(one)]
     if one.estimate is not None:
         parts += [_terms(one.estimate), *_largest(recommendation, one)]
         parts += [tables.facts(_seconds(one.estimate)), _constants(recommendation, one)]
