@@ -14,6 +14,8 @@ MOST_METHODS, MOST_PARAMETERS, MOST_LINES = 20, 6, 60
 # Signatures that a library dictates: it passes these arguments by their names.
 DICTATED = {
     "models/chatglm.py forward",  # transformers calls a model with what generate and the Trainer prepare
+    "worker/trace/kernels.py __call__",  # torch's scaled_dot_product_attention
+    "worker/trace/kernels.py multiply_4bit",  # bitsandbytes' operator gemm_4bit
     "models/tokenization_chatglm.py __init__",  # AutoTokenizer passes the fields of tokenizer_config.json
 }
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -27,7 +27,7 @@ def monomials(batch: int, length: int) -> tuple[int, ...]:
     return 1, batch, length, batch * length, length**2, batch * length**2
 
 
-class Part(Record, frozen=True, kw_only=True, array_like=True):
+class TensorPart(Record, frozen=True, kw_only=True, array_like=True):
     """One of the largest tensors of a row: its name in `TracedMemory.names`, and `nbytes` times one of the monomials."""
 
     name: int
@@ -35,7 +35,7 @@ class Part(Record, frozen=True, kw_only=True, array_like=True):
     nbytes: float
 
 
-class Row(Record, frozen=True, kw_only=True, array_like=True):
+class MomentRow(Record, frozen=True, kw_only=True, array_like=True):
     """A moment: bytes alive beside weights and KV cache, in layers of the kind `place`, or BEFORE or AFTER them.
 
     `extra` are bytes that come on top where `condition`, a number in `TracedMemory.conditions`, holds; -1 without one.
@@ -45,7 +45,7 @@ class Row(Record, frozen=True, kw_only=True, array_like=True):
     nbytes: Polynomial
     condition: int
     extra: Polynomial
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
 
 class Regime(Record, frozen=True, kw_only=True, array_like=True):
@@ -58,7 +58,7 @@ class Regime(Record, frozen=True, kw_only=True, array_like=True):
     batches: Range
     before: tuple[Polynomial, ...]
     cached: tuple[Polynomial, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[MomentRow, ...]
 
     def covers(self, batch: int, length: int) -> bool:
         """Say whether a workload lies inside."""
@@ -170,7 +170,7 @@ def _worst(traced: TracedMemory, regime: Regime, batch: int, length: int, tokens
     held = {place: max(options) for place, options in _cached(traced.layers, regime, at).items()}
     met = [condition.holds(tokens, keys, card) for condition in traced.conditions]
 
-    def total(row: Row) -> float:
+    def total(row: MomentRow) -> float:
         extra = value(row.extra, at) if row.condition >= 0 and met[row.condition] else 0.0
         return held[row.place] + value(row.nbytes, at) + extra
 

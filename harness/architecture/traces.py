@@ -21,7 +21,7 @@ from harness.data import DATA
 from harness.machine.atomic import write_bytes
 
 SHIPPED = DATA / "traces.jsonl"
-BUILD_S = 300.0
+TRACE_S = 300.0
 # What records in the cache are called; another number when they hold more than those of an earlier version did.
 _KEPT = "trace1"
 # What changes no shape, and so no skeleton, but what an MLP holds while it runs.
@@ -36,7 +36,7 @@ def key_of(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def shipped(config: Mapping[str, Any], precision: str) -> TracedMemory | None:
+def shipped_trace(config: Mapping[str, Any], precision: str) -> TracedMemory | None:
     """Return the record that is shipped for this config, if any. Reads one line, decodes nothing else."""
     if not SHIPPED.exists():
         return None
@@ -60,7 +60,7 @@ def record_for(config: Mapping[str, Any], precision: str, cache: Path, build: bo
     Raises:
         UsageError: the worker could not trace it; only with `build`.
     """
-    found = shipped(config, precision)
+    found = shipped_trace(config, precision)
     if found is not None:
         return found
     if not build and not any(cache.glob(f"{_KEPT}-*-{key_of(config)}-{precision}.json")):
@@ -84,6 +84,6 @@ def _name(config: Mapping[str, Any], precision: str) -> str:
 
 def _built(config: Mapping[str, Any], precision: str, kept: Path) -> TracedMemory:
     what = f"no trace for model_type {config.get('model_type')!r} in {precision}"
-    text = ask_worker("trace", {"config": config, "precision": precision}, what, BUILD_S)
+    text = ask_worker("trace", {"config": config, "precision": precision}, what, TRACE_S)
     write_bytes(kept, text)
     return msgspec.json.decode(text, type=TracedMemory)

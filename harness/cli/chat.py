@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import FIRST_PORT, add_options, given_or_default
-from harness.cli.plan_args import NOTHING_FITS, Question, advise_on, asked_case, constants
+from harness.cli.plan_args import NOTHING_FITS, PlanQuestion, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import FILE, PLACEMENTS, distinct
 from harness.core.records import Workload
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     here = accelerators.usable(probe.probe(), ask=False)
     places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
     source = resolve.resolve(args.model)
-    question = Question(cases=asked, placements=places, trust=args.trust_remote_code)
+    question = PlanQuestion(cases=asked, placements=places, trust=args.trust_remote_code)
     recommendation = advise_on(source, here, workload, question, constants(None, here))
     chosen = recommendation.best
     if chosen is None and asked:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness.cli import output
 from harness.cli.options import add_options, given_or_default
 from harness.cli.output import PLAN_SCHEMA
-from harness.cli.plan_args import FITS, NOTHING_FITS, Question, advise_on, asked_case, constants
+from harness.cli.plan_args import FITS, NOTHING_FITS, PlanQuestion, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import named
 from harness.core.precisions import PRECISIONS
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--code and --explain show one case: give one MODEL and no --json")
     device_map = _device_map(args, [placement for _, placement in asked])
     calibration = constants(args.results, machine) if here else None
-    question = Question(
+    question = PlanQuestion(
         cases=asked,
         precisions=precisions if args.precision else None,
         placements=named(args.placement, device_map is not None),

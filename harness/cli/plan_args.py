@@ -56,7 +56,7 @@ def constants(results: Path | None, machine: Machine) -> Calibration:
     return calibration.correct(Store(directory).read()[0], machine)
 
 
-class Question(NamedTuple):
+class PlanQuestion(NamedTuple):
     """What is asked of a model; what is empty is the default."""
 
     cases: Sequence[tuple[str, str]] = ()  #: precision and placement of single cases
@@ -70,7 +70,7 @@ def advise_on(
     source: Source,
     machine: Machine,
     workload: Workload,
-    question: Question,
+    question: PlanQuestion,
     calibration: Calibration | None,
 ) -> Recommendation:
     """Plan the cases of a question, else every precision with every placement: the default ones if none are named.

@@ -130,7 +130,7 @@ def hidden(machine: Machine, seen: Seen | None) -> str | None:
     return f"{article} {maker} GPU is here{named}; this version measures the CPU only, and the GPU is hidden from all cases"
 
 
-def doubt(machine: Machine) -> str | None:
+def ram_fallback(machine: Machine) -> str | None:
     """Say where the driver may use RAM for VRAM, so that what is too big runs slowly and does not fail: on Windows, and within it.
 
     Source: NVIDIA's "System Memory Fallback" of drivers from 536.40 on, which the control panel turns off.

@@ -171,7 +171,7 @@ RULES: tuple[Callable[[Result, Result], str | None], ...] = (
 """Each says why a case must run again, or None; the first that says something is the reason given."""
 
 
-def summary(kept: int, again: Sequence[str], reloaded: Sequence[str] = ()) -> str:
+def describe_kept(kept: int, again: Sequence[str], reloaded: Sequence[str] = ()) -> str:
     """Return e.g. ``--resume: 12 cases kept, 3 run: 2 not measured before, 1 crashed``.
 
     `again` is why each of the others ran, `reloaded` the cases whose predictions were made again for others to compare with.

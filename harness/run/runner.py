@@ -118,21 +118,15 @@ class Run:
     def round(self) -> GenerateDone:
         """Generate once more, warm. Raises CaseEnded."""
         self.first_round()
-        times = self._times(self.warm[-1]) if self.warm else 1
+        times = _generations(self.plan, self.warm[-1]) if self.warm else 1
         done = self._generate("warm", times)
-        if not self.warm and (times := self._times(done)) > 1:  # too short: it has warmed the card up, and does not count
+        if (
+            not self.warm and (times := _generations(self.plan, done)) > 1
+        ):  # too short: it has warmed the card up, and does not count
             del self.measured.windows[-1:], self.measured.phases[-len(done.phases) :]
             done = self._generate("warm", times)
         self.warm.append(done)
         return done
-
-    def _times(self, last: GenerateDone) -> int:
-        """Return how many generations make a round: several on a GPU that is quick, which nothing is that reads the disk."""
-        tiers = self.plan.estimate.tiers if self.plan.estimate else {}
-        if not gpus(self.plan) or "disk" in tiers:
-            return 1
-        most = MOST_ROUND_TOKENS // self.plan.case.workload.new_tokens
-        return max(1, min(most, math.ceil(_GPU_ROUND_S * len(last.generations) / last.total_s)))
 
     def extra_rounds(self) -> Iterator[float]:
         """Generate on while too few of the warm rounds were undisturbed or their spread is wide; yield the seconds of each round.
@@ -247,3 +241,12 @@ def _is_time_for_more(workload: Workload, warm: Sequence[GenerateDone], left_s: 
     if not asked <= len(took) < workload.most_rounds or sum(took[asked:]) + max(took) > sum(took[:asked]):
         return False
     return _SPARE_ROUNDS * max(took) <= left_s
+
+
+def _generations(plan: Plan, last: GenerateDone) -> int:
+    """Return how many generations make a round: several on a GPU that is quick, which nothing is that reads the disk."""
+    tiers = plan.estimate.tiers if plan.estimate else {}
+    if not gpus(plan) or "disk" in tiers:
+        return 1
+    most = MOST_ROUND_TOKENS // plan.case.workload.new_tokens
+    return max(1, min(most, math.ceil(_GPU_ROUND_S * len(last.generations) / last.total_s)))

@@ -113,7 +113,7 @@ class Session:
 
     def notices(self) -> list[str]:
         """Return what is to be said of this machine once, before the first case."""
-        said = (self.machine.gpu_problem, accelerators.doubt(self.machine), accelerators.overruled_order(self.machine))
+        said = (self.machine.gpu_problem, accelerators.ram_fallback(self.machine), accelerators.overruled_order(self.machine))
         return [sentence for sentence in said if sentence]
 
     def case_model(self, case: Case) -> CaseModel:
@@ -200,7 +200,7 @@ class Session:
 
     def resumed(self) -> str | None:
         """Say what was kept and why the rest was run; None without --resume."""
-        return resume.summary(len(self.kept), self._again, self._references.reloaded) if self.options.resume else None
+        return resume.describe_kept(len(self.kept), self._again, self._references.reloaded) if self.options.resume else None
 
     def _record(self, result: Result) -> None:
         self.store.append(result)

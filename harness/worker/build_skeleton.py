@@ -107,7 +107,7 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
-def read_config(config: Mapping[str, Any]) -> Any:
+def read_model_config(config: Mapping[str, Any]) -> Any:
     """Return transformers' config of a published one, read as a file is read, for the class that holds the same model."""
     return _read(_translate(config))
 

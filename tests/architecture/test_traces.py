@@ -44,7 +44,7 @@ def errors() -> Iterator[Error]:
     """Hold the shipped records against every row whose model and precision have one."""
     with PEAKS.open(newline="") as rows:
         for row in csv.DictReader(rows):
-            record = traces.shipped(catalog()[hub_id(row["model"])].config, row["precision"])
+            record = traces.shipped_trace(catalog()[hub_id(row["model"])].config, row["precision"])
             if record is None:
                 continue
             prompt, batch = int(row["prompt_tokens"]), int(row["batch"])
@@ -71,7 +71,7 @@ def test_shipped_records_give_the_traced_peaks() -> None:
 def test_a_record_is_found_and_evaluated_without_decoding_the_others() -> None:
     config = catalog()[hub_id("llama-3.1-8b-instruct")].config
     start = time.perf_counter()
-    record = traces.shipped(config, "bf16")
+    record = traces.shipped_trace(config, "bf16")
     assert record is not None
     given = evaluate(record, 1, 2048, 16)
     assert given is not None
@@ -85,7 +85,7 @@ def test_shipped_records_stay_small() -> None:
 
 
 def test_the_peak_grows_with_every_side_of_the_workload() -> None:
-    record = traces.shipped(catalog()[hub_id("mistral-7b-instruct-v0.1")].config, "bf16")
+    record = traces.shipped_trace(catalog()[hub_id("mistral-7b-instruct-v0.1")].config, "bf16")
     assert record is not None
     for batch, prompt in ((1, 100), (2, 4000), (4, 8192)):
         peaks = [evaluate(record, *load) for load in ((batch, prompt, 8), (2 * batch, prompt, 8), (2 * batch, 2 * prompt, 8))]

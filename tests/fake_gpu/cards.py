@@ -30,7 +30,7 @@ from harness.worker.trace.ledger import Ledger
 
 aten = torch.ops.aten
 _OWN_ATTENTION = torch.nn.functional.scaled_dot_product_attention
-_A100 = kernels.card_of("8.0")
+_A100 = kernels.kernels_of("8.0")
 
 
 def _flash(query: Any, key: Any, value: Any, _dropout: float = 0.0, causal: bool = False, _mask: bool = False, **given: Any) -> Any:
@@ -89,7 +89,7 @@ def put_in() -> None:
     _PUT_IN.append(found)
     stack = contextlib.ExitStack()
     ledger.lend_guard()
-    attention = kernels.Attention(found, _A100.capability, whole=False)
+    attention = kernels.AttentionCall(found, _A100.capability, whole=False)
     stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
     for owner, name, value in (*_cuda(found), *_libraries()):
         stack.enter_context(mock.patch.object(owner, name, value, create=True))
@@ -140,7 +140,7 @@ def _cuda(cards: Cards) -> Iterator[tuple[Any, str, Any]]:
         "is_bf16_supported": lambda *_, **__: True,
         "set_device": lambda device: setattr(cards, "current", cards.index(device)),
         "mem_get_info": lambda device=None: (cards.total - cards.on(cards.live, device), cards.total),
-        "memory_stats": lambda device=None: {"allocated_bytes.all.peak": peak(device), "reserved_bytes.all.peak": peak(device)},
+        "memory_stats": lambda device=None: {"allocated_bytes.all.peak": peak(device), "reserved_bytes.all.peak": peak(device)},  # type: ignore[no-untyped-call]  # torch types its own so
         "reset_peak_memory_stats": reset,
         "set_per_process_memory_fraction": limit,
         "device": current,
@@ -193,7 +193,7 @@ def _materialize_copy(tensor: Any, device: Any = None, dtype: Any = None) -> tor
 
 @contextlib.contextmanager
 def _init_on_device(device: Any, include_buffers: bool | None = None) -> Iterator[None]:
-    with _disable_current_modes(), _INIT_ON_DEVICE(device, include_buffers):  # type: ignore[arg-type]
+    with _disable_current_modes(), _INIT_ON_DEVICE(device, include_buffers):
         yield
 
 
@@ -206,24 +206,24 @@ class File:
             self._file = _OPEN(filename, framework=framework, device="cpu", **given)
 
     def __enter__(self) -> File:
-        self._file.__enter__()
+        self._file.__enter__()  # type: ignore[no-untyped-call]  # safetensors ships no types
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._file.__exit__(*error)
+        self._file.__exit__(*error)  # type: ignore[no-untyped-call]  # safetensors ships no types
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     def keys(self) -> Sequence[str]:
         """Return the names of the tensors."""
-        names: Sequence[str] = self._file.keys()
+        names: Sequence[str] = self._file.keys()  # type: ignore[no-untyped-call]  # safetensors ships no types
         return names
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Return one tensor on the device that was asked for."""
         with _outside():
-            tensor: torch.Tensor = self._file.get_tensor(name)
+            tensor: torch.Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]  # safetensors ships no types
         return tensor if str(self._device) == "cpu" else tensor.to(self._device)
 
 

@@ -12,7 +12,17 @@ from msgspec.structs import replace
 from harness.core.records import Machine, Tier
 from harness.core.units import GIB, MIB
 from harness.machine import accelerators
-from harness.machine.accelerators import Seen, TorchBuild, TorchDevice, ask_torch, doubt, hidden, problem, torch_build, usable
+from harness.machine.accelerators import (
+    Seen,
+    TorchBuild,
+    TorchDevice,
+    ask_torch,
+    hidden,
+    problem,
+    ram_fallback,
+    torch_build,
+    usable,
+)
 from tests.machine.test_probe import Nvml
 
 FOR_CUDA = TorchBuild(version="2.13.0+cu130", cuda="13.0")
@@ -184,8 +194,8 @@ def test_a_context_is_what_the_card_has_less(monkeypatch: pytest.MonkeyPatch) ->
     [("Linux 6.18", False), ("Linux 6.6 (WSL)", True), ("Windows 11", True), ("Darwin 24.5", False), (None, False)],
 )
 def test_a_driver_that_may_use_ram_for_vram_is_said(system: str | None, said: bool) -> None:
-    assert bool(doubt(replace(RTX, system=system))) == said
-    assert doubt(replace(machine(), system=system)) is None
+    assert bool(ram_fallback(replace(RTX, system=system))) == said
+    assert ram_fallback(replace(machine(), system=system)) is None
 
 
 def test_torch_is_asked_in_a_process_of_its_own() -> None:

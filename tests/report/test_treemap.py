@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.checkpoint.size_breakdown import SizePart
-from harness.report.page.treemap import LEAST_SHARE, MOST_BLOCKS, TREEMAP_HEIGHT, TREEMAP_WIDTH, Box, divide, draw, grid
+from harness.report.page.treemap import LEAST_SHARE, MOST_BLOCKS, TREEMAP_HEIGHT, TREEMAP_WIDTH, Rectangle, divide, draw, grid
 
 SIZES = st.lists(st.integers(1, 1 << 40), min_size=1, max_size=40).map(lambda sizes: sorted(sizes, reverse=True))
 SIDES = st.floats(1, 2000)
@@ -24,11 +24,11 @@ def part(block: str, repeats: int, kind: str, size: int) -> SizePart:
     )
 
 
-def area(box: Box) -> float:
+def area(box: Rectangle) -> float:
     return box.width * box.height
 
 
-def overlap(one: Box, other: Box) -> float:
+def overlap(one: Rectangle, other: Rectangle) -> float:
     width = min(one.x + one.width, other.x + other.width) - max(one.x, other.x)
     height = min(one.y + one.height, other.y + other.height) - max(one.y, other.y)
     return max(width, 0) * max(height, 0)
@@ -36,7 +36,7 @@ def overlap(one: Box, other: Box) -> float:
 
 @given(SIZES, SIDES, SIDES)
 def test_areas_are_sizes_and_nothing_overlaps(sizes: list[int], width: float, height: float) -> None:
-    boxes = divide(sizes, Box(3, 5, width, height))
+    boxes = divide(sizes, Rectangle(3, 5, width, height))
     for size, box in zip(sizes, boxes, strict=True):
         assert area(box) == pytest.approx(width * height * size / sum(sizes), rel=1e-6, abs=LEAST_SHARE * width * height)
         assert min(box.x - 3, box.y - 5) > -1e-6
@@ -46,18 +46,18 @@ def test_areas_are_sizes_and_nothing_overlaps(sizes: list[int], width: float, he
 
 
 def test_equal_sizes_become_squares() -> None:
-    assert all(box.width == pytest.approx(box.height) for box in divide([1] * 16, Box(0, 0, 400, 400)))
+    assert all(box.width == pytest.approx(box.height) for box in divide([1] * 16, Rectangle(0, 0, 400, 400)))
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0], [5, 0, 0]])
 def test_nothing_has_no_area(sizes: list[int]) -> None:
-    boxes = divide(sizes, Box(0, 0, 10, 10))
+    boxes = divide(sizes, Rectangle(0, 0, 10, 10))
     assert [area(box) for box in boxes] == [100.0 if size else 0.0 for size in sizes]
 
 
 @given(st.integers(1, 200), SIDES, SIDES)
 def test_a_grid_has_equal_areas_in_reading_order(count: int, width: float, height: float) -> None:
-    boxes = list(grid(count, Box(0, 0, width, height)))
+    boxes = list(grid(count, Rectangle(0, 0, width, height)))
     assert [area(box) for box in boxes] == pytest.approx([width * height / count] * count)
     assert all(one.y < other.y or (one.y == other.y and one.x < other.x) for one, other in pairwise(boxes))
 

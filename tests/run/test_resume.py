@@ -224,7 +224,7 @@ def test_a_kept_out_of_memory_is_told_once() -> None:
     ],
 )
 def test_the_summary_counts_what_was_kept_and_why_the_rest_ran(kept: int, again: list[str], reloaded: list[str], said: str) -> None:
-    assert resume.summary(kept, again, reloaded) == said
+    assert resume.describe_kept(kept, again, reloaded) == said
 
 
 def test_tiers_without_a_total_are_the_same_machine() -> None:

@@ -151,21 +151,21 @@ def test_a_card_takes_a_kernel_by_its_compute_capability(
 ) -> None:
     states = torch.empty(1, 8, 32, 64, dtype=dtype)
     mask = torch.empty(1, 1, 32, 32, dtype=torch.bool) if masked else None
-    assert kernels.choose(states, states, states, mask, capability) == kernel
+    assert kernels.choose_kernel(states, states, states, mask, capability) == kernel
 
 
 def test_a_mask_with_shared_heads_has_no_kernel_but_the_plain_one() -> None:
     query, key = torch.empty(1, 8, 32, 64, dtype=torch.float16), torch.empty(1, 4, 32, 64, dtype=torch.float16)
-    assert kernels.choose(query, key, key, None, (8, 0)) == "flash"
-    assert kernels.choose(query, key, key, torch.empty(1, 1, 32, 32), (8, 0)) == "math"
+    assert kernels.choose_kernel(query, key, key, None, (8, 0)) == "flash"
+    assert kernels.choose_kernel(query, key, key, torch.empty(1, 1, 32, 32), (8, 0)) == "math"
 
 
 def test_bitsandbytes_unpacks_no_weight_for_a_few_rows_and_any_for_many() -> None:
-    ranges = kernels.packed_rows(torch.bfloat16, 14336, 4096, kernels.card_of("8.0"))
+    ranges = kernels.packed_rows(torch.bfloat16, 14336, 4096, kernels.kernels_of("8.0"))
     assert ranges[0][0] == 1
     assert ranges[0][1] >= 4
     assert ranges[-1][1] <= kernels.MOST_PACKED_ROWS
-    assert kernels.packed_rows(torch.bfloat16, 256, 100, kernels.card_of("8.0")) == []
+    assert kernels.packed_rows(torch.bfloat16, 256, 100, kernels.kernels_of("8.0")) == []
 
 
 def test_what_is_taken_of_torch_that_is_not_public_is_there() -> None:

@@ -147,7 +147,7 @@ class Footprint:
 
     def _on_gpu(self, name: str) -> TierTerms:
         constant, kv = self.calibration, self.kv.get(name, 0)
-        runs = self.inventory.activation_bytes(self.workload)
+        runs = self.inventory.on_gpu.bytes(self.workload)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
         return TierTerms(
             weights=self.weights[name],

@@ -7,23 +7,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from harness.architecture import skeleton, traces
+from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Module, Weight
-from harness.architecture.traced_memory import TracedMemory, TracedPeak, evaluate
-from harness.catalog.wheel_cache import cache_dir
 from harness.core.dtypes import DTYPE_BYTES
-from harness.core.records import Workload
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
 from harness.planning.cost.activations import Activations
+from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
-# The precisions that records of traces go by, and of those that bitsandbytes quantizes the dtype they compute in.
-_TRACED_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_TRACED_QUANTIZED = {"int8": "float16", "int4": "bfloat16"}
 # glibc's largest threshold (M_MMAP_THRESHOLD, 32 MiB): what is larger is given back as soon as it is freed.
 HEAP_LIMIT = 32 << 20
 
@@ -85,31 +80,9 @@ class Inventory:
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
-        self.on_gpu = Activations(self.skeleton, fmt, "gpu")
+        self.on_gpu = GpuActivations(spec, fmt)
         self.on_cpu = Activations(self.skeleton, fmt, "cpu")
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
-
-    @cached_property
-    def traced(self) -> TracedMemory | None:
-        """The record of what this model allocated when it was traced in this format; None if there is none."""
-        fmt = self.fmt
-        if fmt.packed_bits is not None or not self.spec.config:
-            return None
-        precision = fmt.quantizer or _TRACED_DTYPES.get(fmt.dtype)
-        if precision is None or (fmt.quantizer is not None and _TRACED_QUANTIZED.get(fmt.quantizer) != fmt.dtype):
-            return None
-        return traces.record_for(self.spec.config, precision, cache_dir())
-
-    def activation_bytes(self, workload: Workload) -> int:
-        """Return the most that generating holds on a GPU beside weights and final KV cache: as traced, else by the formulas."""
-        peak = self.traced_peak(workload)
-        return self.on_gpu.bytes(workload) if peak is None else peak.activation_bytes
-
-    def traced_peak(self, workload: Workload) -> TracedPeak | None:
-        """Return the traced peak of a workload on a GPU, with its largest tensors; None without a record for it."""
-        if self.traced is None:
-            return None
-        return evaluate(self.traced, workload.batch, workload.prompt_tokens, workload.new_tokens)
 
     @cached_property
     def total(self) -> TensorTotals:

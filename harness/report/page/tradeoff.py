@@ -19,7 +19,7 @@ from harness.report.page.figures import MemoryFigure
 from harness.report.page.view import Cell
 from harness.results.selection import is_sound
 
-HEIGHT = 300
+PANEL_HEIGHT = 300
 HEIGHT_OF_SEVERAL = 210
 # Speeds that differ by more than this factor are drawn on a log scale.
 MOST_LINEAR = 10
@@ -91,7 +91,9 @@ def panels(cells: Iterable[Cell]) -> list[Panel]:
     shown = {kind: sorted(found, key=lambda point: point.size) for kind, found in by_kind.items() if len(found) > 1}
     if not shown:
         return []
-    speeds = _speeds([point.speed for found in shown.values() for point in found], HEIGHT if len(shown) == 1 else HEIGHT_OF_SEVERAL)
+    speeds = _speeds(
+        [point.speed for found in shown.values() for point in found], PANEL_HEIGHT if len(shown) == 1 else HEIGHT_OF_SEVERAL
+    )
     return [_panel(kind, found, speeds) for kind, found in shown.items()]
 
 

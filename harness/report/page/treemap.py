@@ -31,7 +31,7 @@ _LINE, _LETTER = 15, 6.6
 
 
 @dataclass(frozen=True)
-class Box:
+class Rectangle:
     """A rectangle of the drawing."""
 
     x: float
@@ -39,11 +39,11 @@ class Box:
     width: float
     height: float
 
-    def inside(self, gap: float, top: float = 0) -> Box:
+    def inside(self, gap: float, top: float = 0) -> Rectangle:
         """Return what is left within a margin of `gap`, and `top` more above; all of it if nothing would be left."""
         if self.width < 4 * gap or self.height < 4 * gap + top:
             return self
-        return Box(self.x + gap, self.y + gap + top, self.width - 2 * gap, self.height - 2 * gap - top)
+        return Rectangle(self.x + gap, self.y + gap + top, self.width - 2 * gap, self.height - 2 * gap - top)
 
 
 def render_treemap(inspection: Inspection) -> str:
@@ -65,7 +65,7 @@ def draw(parts: Sequence[SizePart], total: int) -> Markup:
     """Draw parts as a treemap; `total` bytes are what shares are of."""
     ordered = sorted((run for run in _apart(runs(parts)) if run.bytes), key=lambda run: -run.bytes)
     one_by_one = sum(run.repeats for run in ordered) <= MOST_BLOCKS
-    places = divide([run.bytes for run in ordered], Box(0, 0, TREEMAP_WIDTH, TREEMAP_HEIGHT))
+    places = divide([run.bytes for run in ordered], Rectangle(0, 0, TREEMAP_WIDTH, TREEMAP_HEIGHT))
     drawn = [piece for run, box in zip(ordered, places, strict=True) for piece in _run(run, box, total, one_by_one)]
     label = f"Treemap of {format_size(total)} in {plural(len(parts), 'part')}; the table below says the same"
     opening = Markup('<svg class="treemap" role="img" aria-label="{}" viewBox="0 0 {} {}">').format(
@@ -74,24 +74,24 @@ def draw(parts: Sequence[SizePart], total: int) -> Markup:
     return opening + Markup("").join(drawn) + Markup("</svg>")
 
 
-def divide(sizes: Sequence[float], box: Box) -> list[Box]:
+def divide(sizes: Sequence[float], box: Rectangle) -> list[Rectangle]:
     """Divide a box among sizes, largest first, into rectangles as square as can be; sizes too small to be seen get none of it."""
     least = LEAST_SHARE * sum(sizes)
     seen = [size for size in sizes if size > least] if box.width > 0 and box.height > 0 else []
     areas = squarify.normalize_sizes(seen, box.width, box.height)
     found = squarify.squarify(areas, box.x, box.y, box.width, box.height)
-    boxes = [Box(place["x"], place["y"], place["dx"], place["dy"]) for place in found]
-    return boxes + [Box(box.x, box.y, 0, 0)] * (len(sizes) - len(seen))
+    boxes = [Rectangle(place["x"], place["y"], place["dx"], place["dy"]) for place in found]
+    return boxes + [Rectangle(box.x, box.y, 0, 0)] * (len(sizes) - len(seen))
 
 
-def grid(count: int, box: Box) -> Iterator[Box]:
+def grid(count: int, box: Rectangle) -> Iterator[Rectangle]:
     """Divide a box into `count` equal areas in reading order, about square; rows differ by one in how many they hold."""
     rows = min(max(round(math.sqrt(count * box.height / max(box.width, 1e-9))), 1), count)
     y = box.y
     for number in range(rows):
         columns = count // rows + (number < count % rows)
         height = box.height * columns / count
-        yield from (Box(box.x + box.width * place / columns, y, box.width / columns, height) for place in range(columns))
+        yield from (Rectangle(box.x + box.width * place / columns, y, box.width / columns, height) for place in range(columns))
         y += height
 
 
@@ -104,7 +104,7 @@ def _apart(found: Sequence[BlockRun]) -> Iterator[BlockRun]:
             yield from (BlockRun(block="", repeats=1, parts=(part,)) for part in run.parts)
 
 
-def _run(run: BlockRun, box: Box, total: int, one_by_one: bool) -> Iterator[Markup]:
+def _run(run: BlockRun, box: Rectangle, total: int, one_by_one: bool) -> Iterator[Markup]:
     """Draw the frame of a run, and in it its blocks."""
     if not run.block:
         yield from _kinds_of(run, 1, box, "", total)
@@ -132,14 +132,14 @@ def _names(run: BlockRun, count: int) -> list[str]:
     return [f"{prefix}.{number}" for first, _, last in spans for number in range(int(first), int(last or first) + 1)]
 
 
-def _kinds_of(run: BlockRun, count: int, box: Box, name: str, total: int) -> Iterator[Markup]:
+def _kinds_of(run: BlockRun, count: int, box: Rectangle, name: str, total: int) -> Iterator[Markup]:
     """Draw one of `count` equal blocks of a run: a rectangle for each kind of module."""
     ordered = sorted(run.parts, key=lambda part: -part.bytes)
     for part, place in zip(ordered, divide([part.bytes for part in ordered], box), strict=True):
         yield _cell(part, count, place, name, part is ordered[0] and count > 1, total)
 
 
-def _cell(part: SizePart, count: int, box: Box, name: str, is_numbered: bool, total: int) -> Markup:
+def _cell(part: SizePart, count: int, box: Rectangle, name: str, is_numbered: bool, total: int) -> Markup:
     size = part.bytes / count
     where = f"{visible(name)}: " if name else ""
     title = f"{where}{part.kind}, {format_count(part.parameters // count)} parameters, {format_size(size)}"
@@ -149,7 +149,7 @@ def _cell(part: SizePart, count: int, box: Box, name: str, is_numbered: bool, to
     return cell + Markup("").join(_labels(part.kind, number, format_size(size), box)) + Markup("</g>")
 
 
-def _labels(kind: str, number: str, size: str, box: Box) -> Iterator[Markup]:
+def _labels(kind: str, number: str, size: str, box: Rectangle) -> Iterator[Markup]:
     """Write into a rectangle what has room there: the kind, then the number of its block, then the size."""
     room = box.width - 10
     if box.height < _LINE + 5 or len(kind) * _LETTER > room:
@@ -177,5 +177,5 @@ def _kinds(parts: Sequence[SizePart]) -> list[tuple[str, int]]:
     return [(kind, size) for kind, size in sums.items() if size]
 
 
-def _numbers(box: Box) -> tuple[str, str, str, str]:
+def _numbers(box: Rectangle) -> tuple[str, str, str, str]:
     return short(box.x), short(box.y), short(box.width), short(box.height)

@@ -61,7 +61,7 @@ def explain_plan(recommendation: Recommendation) -> None:
     """Print every term of the one case of `recommendation`, with its interval, and the constants that were used."""
     one = recommendation.plans[0]
     parts: list[RenderableType] = [tables.title(f"{one.case.id}: {_word(one)}"), *([tables.said(one.why)] if one.why else [])]
-    parts += [tables.said(note) for note in advice.planner.notes(one)]
+    parts += [tables.said(note) for note in recommendation.planner.notes(one)]
     if one.estimate is not None:
         parts += [_terms(one.estimate), *_largest(recommendation, one)]
         parts += [tables.facts(_seconds(one.estimate)), _constants(recommendation, one)]
@@ -73,7 +73,7 @@ def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
     footprint = recommendation.planner.footprints.get(one.case.id)
     if footprint is None or not footprint.gpus:
         return []
-    peak = footprint.inventory.traced_peak(one.case.workload)
+    peak = footprint.inventory.on_gpu.traced_peak(one.case.workload)
     if peak is None:
         return [tables.said("Activations are computed by formulas: this model has not been traced in this precision.")]
     tensors = "; ".join(f"{name}, {format_size(size)}" for name, size in peak.worst.tensors)

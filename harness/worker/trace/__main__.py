@@ -27,12 +27,12 @@ from harness.core.records import Record, Workload
 from harness.worker.trace.direct import trace
 from harness.worker.trace.record import record
 
-PRECISIONS = ("bf16", "fp16", "fp32", "int8", "int4")  # of the records that are shipped
+TRACED_PRECISIONS = ("bf16", "fp16", "fp32", "int8", "int4")  # of the records that are shipped
 COMPARED = ((1, 64, 16), (1, 4096, 16), (8, 4096, 16), (1, 32768, 16))  # batch, prompt, new tokens
 CHANGED = 0.001
 
 
-class Request(Record, frozen=True, kw_only=True):
+class TraceRequest(Record, frozen=True, kw_only=True):
     """What a trace is asked for."""
 
     config: dict[str, Any]
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="harness.worker.trace", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--precision", nargs="+", default=PRECISIONS, help="of the shipped records")
+    parser.add_argument("--precision", nargs="+", default=TRACED_PRECISIONS, help="of the shipped records")
     parser.add_argument("--catalog", nargs="*", metavar="MODEL", help="rebuild the shipped records, of these models or of all")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def main() -> None:
     if asked.catalog is not None:
         rebuild(asked.catalog, asked.precision)
         return
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=TraceRequest)
     given = request.config, request.precision
     more = request.attention, request.capability
     answer: Any = trace(*given, request.workloads, *more) if request.workloads else record(*given, *more)
@@ -70,7 +70,7 @@ def rebuild(names: Sequence[str], precisions: Sequence[str]) -> None:
     for name in dict.fromkeys(wanted):
         config = known[name].config
         key = traces.key_of(config)
-        before = {precision: traces.shipped(config, precision) for precision in PRECISIONS}
+        before = {precision: traces.shipped_trace(config, precision) for precision in TRACED_PRECISIONS}
         made = {precision: one for precision, one in before.items() if one is not None and precision not in precisions}
         for precision in precisions:
             start = time.monotonic()

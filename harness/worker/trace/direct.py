@@ -30,10 +30,10 @@ def trace(
     Raises:
         ValueError: transformers has no class for it, or no trace is made in this precision.
     """
-    card = kernels.card_of(capability)
-    model = fake_model.build(config, precision, attention)
+    card = kernels.kernels_of(capability)
+    model = fake_model.build_fake(config, precision, attention)
     with fake_card({}, card.capability) as ledger, kernels.chosen_as_on(card, ledger, whole=False):
-        fake_model.place(model)
+        fake_model.place_on_card(model)
         weights, layers = ledger.live[CARD], fake_model.layers_of(model)
         found = []
         for load in loads:

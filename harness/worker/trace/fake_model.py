@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from harness.core.precisions import PRECISIONS
-from harness.worker.build_skeleton import read_config
+from harness.worker.build_skeleton import read_model_config
 from harness.worker.trace.ledger import CARD
 
 
@@ -24,7 +24,7 @@ class Layers(NamedTuple):
     kinds: tuple[int, ...]
 
 
-def build(config: Mapping[str, Any], precision: str, attention: str | None = None) -> Any:
+def build_fake(config: Mapping[str, Any], precision: str, attention: str | None = None) -> Any:
     """Build a causal language model on meta, of a config as published, in a precision of the table.
 
     Raises:
@@ -39,7 +39,7 @@ def build(config: Mapping[str, Any], precision: str, attention: str | None = Non
     chosen = {"attn_implementation": attention} if attention else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            read_config(config), dtype=getattr(torch, row.dtype), trust_remote_code=False, **chosen
+            read_model_config(config), dtype=getattr(torch, row.dtype), trust_remote_code=False, **chosen
         ).eval()
     model.tie_weights()
     _keep_in_float32(model, row.dtype)
@@ -71,7 +71,7 @@ def _quantized(model: Any, settings: Mapping[str, Any], dtype: str) -> Any:
     return quantized
 
 
-def place(model: Any) -> None:
+def place_on_card(model: Any) -> None:
     """Put every parameter and buffer of a model on meta on the fake card; a tensor that several modules share stays one."""
     placed: dict[int, tuple[Any, nn.Parameter]] = {}
     for module in model.modules():

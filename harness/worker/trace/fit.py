@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.architecture.traced_memory import AFTER, BEFORE, Part, Polynomial, Row, monomials
+from harness.architecture.traced_memory import AFTER, BEFORE, MomentRow, Polynomial, TensorPart, monomials
 from harness.worker.trace.workload import Trace
 
-Point = tuple[int, int]  # batch, length
+TracedPoint = tuple[int, int]  # batch, length
 Array = NDArray[np.float64]
 
 SLACK_BYTES, SLACK_SHARE = 512, 0.001  # what a fitted size may be off at a point that it was not fitted to
-MOST_PARTS = 4
+MOST_TENSORS = 4
 
 
 class Pass(NamedTuple):
@@ -42,7 +42,7 @@ class Pass(NamedTuple):
         return hash((operators, self.layers, self.held, self.steps, self.before, self.cached))
 
 
-def passes_of(trace: Trace, point: Point) -> list[Pass]:
+def passes_of(trace: Trace, point: TracedPoint) -> list[Pass]:
     """Take a trace apart into its passes, with the storages of each numbered from 0."""
     ends = [*trace.passes[1:], len(trace.events)]
     live: dict[int, None] = {}
@@ -75,14 +75,14 @@ def passes_of(trace: Trace, point: Point) -> list[Pass]:
     return found
 
 
-def _symbols(shape: Sequence[int], point: Point) -> str:
+def _symbols(shape: Sequence[int], point: TracedPoint) -> str:
     """Write a shape with B for the batch and S for the length."""
     batch, length = point
     named = {length: "S", length + 1: "S+1", batch * length: "B*S"}
     return ", ".join(named.get(size, "B" if size == batch and not index else str(size)) for index, size in enumerate(shape))
 
 
-def fit(points: Sequence[Point], sizes: Array) -> Array:
+def fit(points: Sequence[TracedPoint], sizes: Array) -> Array:
     """Return the polynomials [storages, 6] through sizes [points, storages].
 
     Raises:
@@ -152,7 +152,7 @@ def _cache_at(before: Array, after: Array) -> dict[int, Array]:
     return {-1: before.sum(axis=0), **whole, count: after.sum(axis=0)}
 
 
-def worst(found: Moments, grid: Sequence[Point]) -> list[int]:
+def worst(found: Moments, grid: Sequence[TracedPoint]) -> list[int]:
     """Choose the moments that are the largest of their place somewhere on a grid, with and without their condition."""
     at = np.array([monomials(*point) for point in grid], dtype=np.float64).T
     plain, extra = found.nbytes @ at, found.extra @ at
@@ -175,7 +175,9 @@ def worst(found: Moments, grid: Sequence[Point]) -> list[int]:
     return sorted(chosen)
 
 
-def row(one: Pass, polynomials: Array, found: Moments, index: int, names: dict[str, int], numbers: Mapping[str | None, int]) -> Row:
+def row(
+    one: Pass, polynomials: Array, found: Moments, index: int, names: dict[str, int], numbers: Mapping[str | None, int]
+) -> MomentRow:
     """Write one moment down, with the largest tensors that are alive in it."""
     cached = {storage for side in (one.before, one.cached) for layer in side for storage in layer}
     live = dict.fromkeys(range(one.held))
@@ -184,14 +186,15 @@ def row(one: Pass, polynomials: Array, found: Moments, index: int, names: dict[s
             live[event] = None
         else:
             del live[~event]
-    parts = sorted(_parts(one, polynomials, set(live) - cached), key=lambda part: -part[2])[:MOST_PARTS]
-    return Row(
+    parts = sorted(_parts(one, polynomials, set(live) - cached), key=lambda part: -part[2])[:MOST_TENSORS]
+    return MomentRow(
         place=found.places[index],
         nbytes=tidy(found.nbytes[index]),
         condition=numbers[found.conditions[index]],
         extra=tidy(found.extra[index]),
         parts=tuple(
-            Part(name=names.setdefault(label, len(names)), monomial=monomial, nbytes=nbytes) for label, monomial, _, nbytes in parts
+            TensorPart(name=names.setdefault(label, len(names)), monomial=monomial, nbytes=nbytes)
+            for label, monomial, _, nbytes in parts
         ),
     )
 

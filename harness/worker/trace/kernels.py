@@ -21,15 +21,15 @@ import torch.nn.functional as F  # noqa: N812 its usual name
 
 from harness.worker.trace.ledger import Ledger, swapped
 
-aten = torch.ops.aten
-ALIGNED = 16  # keys in a bias of the memory-efficient kernel: pad_bias<16> in sdp_utils
+_aten = torch.ops.aten
+MASK_ALIGNMENT = 16  # keys in a bias of the memory-efficient kernel: pad_bias<16> in sdp_utils
 WIDEST_ACCUMULATED = (
     128  # wider values are accumulated in float32 in memory (mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer)
 )
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-class Card(NamedTuple):
+class CardKernels(NamedTuple):
     """A kind of card as far as kernels are chosen by it: compute capability and number of multiprocessors."""
 
     name: str
@@ -38,17 +38,17 @@ class Card(NamedTuple):
 
 
 CARDS = (
-    Card("T4", (7, 5), 40),
-    Card("A100", (8, 0), 108),
-    Card("RTX 3090", (8, 6), 82),
-    Card("RTX 4090", (8, 9), 128),
-    Card("H100", (9, 0), 132),
-    Card("B200", (10, 0), 148),
-    Card("RTX 5090", (12, 0), 170),
+    CardKernels("T4", (7, 5), 40),
+    CardKernels("A100", (8, 0), 108),
+    CardKernels("RTX 3090", (8, 6), 82),
+    CardKernels("RTX 4090", (8, 9), 128),
+    CardKernels("H100", (9, 0), 132),
+    CardKernels("B200", (10, 0), 148),
+    CardKernels("RTX 5090", (12, 0), 170),
 )
 
 
-def card_of(capability: str) -> Card:
+def kernels_of(capability: str) -> CardKernels:
     """Return the card of the table for a compute capability ("8.6"): the newest that is not newer.
 
     Raises:
@@ -88,7 +88,7 @@ KERNELS = (
 )
 
 
-def choose(query: Any, key: Any, value: Any, mask: Any, capability: tuple[int, int]) -> str:
+def choose_kernel(query: Any, key: Any, value: Any, mask: Any, capability: tuple[int, int]) -> str:
     """Name the kernel that CUDA takes for these tensors [batch, heads, tokens, width]; "math" is attention written out."""
     widths = query.shape[-1], value.shape[-1]
     grouped = not query.shape[1] == key.shape[1] == value.shape[1]
@@ -105,7 +105,7 @@ def choose(query: Any, key: Any, value: Any, mask: Any, capability: tuple[int, i
     return "math"
 
 
-class Attention:
+class AttentionCall:
     """Stands for F.scaled_dot_product_attention on a fake card; `whole`: whatever the size, take what an unaligned one takes."""
 
     def __init__(self, ledger: Ledger, capability: tuple[int, int], whole: bool) -> None:
@@ -126,13 +126,13 @@ class Attention:
         if query.device.type != "cuda":
             more: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
             return self._own(query, key, value, attn_mask=attn_mask, **more)
-        kernel = choose(query, key, value, attn_mask, self._capability)
+        kernel = choose_kernel(query, key, value, attn_mask, self._capability)
         mask = _additive(attn_mask, query.dtype)
         if kernel == "flash":
             return _flash(query, key, value, is_causal, scale)
         if kernel == "efficient":
             return self._efficient(query, key, value, mask, is_causal, scale)
-        out: torch.Tensor = aten._scaled_dot_product_attention_math(
+        out: torch.Tensor = _aten._scaled_dot_product_attention_math(
             query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
         )[0]
         return out
@@ -141,7 +141,7 @@ class Attention:
         if mask is not None:
             mask, _spare = self._padded(mask)  # both are there until the kernel is done
             mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        out: torch.Tensor = aten._scaled_dot_product_efficient_attention(
+        out: torch.Tensor = _aten._scaled_dot_product_efficient_attention(
             query, key, value, mask, False, 0.0, is_causal, scale=scale
         )[0]
         if value.shape[-1] > WIDEST_ACCUMULATED and query.dtype is not torch.float32:
@@ -151,7 +151,7 @@ class Attention:
     def _padded(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a mask whose rows are aligned, and the one that it was copied from or as good as nothing."""
         keys = mask.shape[-1]
-        over = ALIGNED if self._whole else (-keys) % ALIGNED  # in records the most, so that sizes are polynomials
+        over = MASK_ALIGNMENT if self._whole else (-keys) % MASK_ALIGNMENT  # in records the most, so that sizes are polynomials
         with self._ledger.only_if("unaligned"):
             if not over and not self._whole:
                 return mask, mask.new_empty(0)
@@ -171,13 +171,13 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causa
     factor = scale if scale is not None else 1 / math.sqrt(width)
     if width % 8:
         query, key, value = (F.pad(part, (0, 8 - width % 8)) for part in (query, key, value))
-    out: torch.Tensor = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=factor)[0]
+    out: torch.Tensor = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=factor)[0]
     return out[..., :width]
 
 
 # How bitsandbytes decides whether to unpack a weight: (dtype, rows of the input, outputs, inputs, card) -> it does not.
 @functools.cache
-def _multiplies_packed() -> Callable[[torch.dtype, int, int, int, Card], bool]:
+def _multiplies_packed() -> Callable[[torch.dtype, int, int, int, CardKernels], bool]:
     """Take bitsandbytes' own heuristic out of its backend for CUDA, which cannot be imported where its library has no CUDA.
 
     Versions before 0.49 have none: they multiplied packed weights with one row alone.
@@ -185,7 +185,7 @@ def _multiplies_packed() -> Callable[[torch.dtype, int, int, int, Card], bool]:
     from bitsandbytes import _ops
 
     source = Path(inspect.getfile(_ops)).parent / "backends" / "cuda" / "ops.py"
-    card: list[Card] = []
+    card: list[CardKernels] = []
     names: dict[str, Any] = {"torch": torch, "_gpu_dispatch_props": lambda _: (card[0].processors, *card[0].capability)}
     wanted = "_gemm_4bit_use_custom_cuda"
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
@@ -198,7 +198,7 @@ def _multiplies_packed() -> Callable[[torch.dtype, int, int, int, Card], bool]:
     if wanted not in names:
         return lambda dtype, rows, outputs, inputs, of: rows == 1  # noqa: ARG005
 
-    def packed(dtype: torch.dtype, rows: int, outputs: int, inputs: int, of: Card) -> bool:
+    def packed(dtype: torch.dtype, rows: int, outputs: int, inputs: int, of: CardKernels) -> bool:
         card[:] = [of]
         return rows <= MOST_PACKED_ROWS and bool(names[wanted](0, dtype, rows, outputs, inputs))
 
@@ -206,12 +206,12 @@ def _multiplies_packed() -> Callable[[torch.dtype, int, int, int, Card], bool]:
 
 
 MOST_PACKED_ROWS = 1536  # bitsandbytes' _gemm_4bit_custom_max_m for CUDA
-NF4_BLOCK = 64  # inputs that are no multiple of a block of scales are unpacked at any size
+NF4_BLOCK_WEIGHTS = 64  # inputs that are no multiple of a block of scales are unpacked at any size
 
 
-def packed_rows(dtype: torch.dtype, outputs: int, inputs: int, card: Card) -> list[tuple[int, int]]:
+def packed_rows(dtype: torch.dtype, outputs: int, inputs: int, card: CardKernels) -> list[tuple[int, int]]:
     """Return the ranges of rows (first, last) for which a card multiplies a 4-bit weight as it is, without unpacking it."""
-    if inputs % NF4_BLOCK:
+    if inputs % NF4_BLOCK_WEIGHTS:
         return []
     heuristic, runs = _multiplies_packed(), list[tuple[int, int]]()
     for rows in range(1, MOST_PACKED_ROWS + 1):
@@ -224,7 +224,7 @@ def packed_rows(dtype: torch.dtype, outputs: int, inputs: int, card: Card) -> li
 class _Bitsandbytes:
     """What its kernels for CUDA allocate between their input and their result; its own fakes give the results alone."""
 
-    def __init__(self, ledger: Ledger, card: Card, whole: bool) -> None:
+    def __init__(self, ledger: Ledger, card: CardKernels, whole: bool) -> None:
         self._ledger, self._card, self._whole = ledger, card, whole
 
     def quantize(self, inputs: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -275,9 +275,9 @@ def _grouped(left: Any, right: Any, offs: Any = None, bias: Any = None, out_dtyp
     return torch.empty((left.shape[0], right.shape[-1]), dtype=out_dtype or left.dtype, device=left.device)
 
 
-def rules(ledger: Ledger, card: Card, whole: bool) -> dict[Any, Callable[..., Any]]:
+def rules(ledger: Ledger, card: CardKernels, whole: bool) -> dict[Any, Callable[..., Any]]:
     """Return the table for `Ledger`; `whole`: take what a kernel takes only under a condition whether or not that holds."""
-    found: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped}
+    found: dict[Any, Callable[..., Any]] = {_aten._grouped_mm.default: _grouped}
     try:
         import bitsandbytes  # noqa: F401 registers its operators
     except ImportError:
@@ -294,10 +294,10 @@ def rules(ledger: Ledger, card: Card, whole: bool) -> dict[Any, Callable[..., An
 
 
 @contextlib.contextmanager
-def chosen_as_on(card: Card, ledger: Ledger, whole: bool) -> Iterator[None]:
+def chosen_as_on(card: CardKernels, ledger: Ledger, whole: bool) -> Iterator[None]:
     """Have kernels chosen, and take memory, as on this card."""
     with (
         swapped(ledger, "rules", rules(ledger, card, whole)),
-        swapped(F, "scaled_dot_product_attention", Attention(ledger, card.capability, whole)),
+        swapped(F, "scaled_dot_product_attention", AttentionCall(ledger, card.capability, whole)),
     ):
         yield

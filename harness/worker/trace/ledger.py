@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 CARD = torch.device("cuda:0")
 GRAIN = 512  # torch's allocator for CUDA hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 # Tensors of so many elements and less are computed for real beside the fake, where they hold whole numbers: lengths, masks, ids.
@@ -96,9 +96,9 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (aten._local_scalar_dense.default, aten.is_nonzero.default) and isinstance(args[0], FakeTensor):
+        if func in (_aten._local_scalar_dense.default, _aten.is_nonzero.default) and isinstance(args[0], FakeTensor):
             value = self._value(args[0])
-            return bool(value) if func is aten.is_nonzero.default else value
+            return bool(value) if func is _aten.is_nonzero.default else value
         rule = self.rules.get(func)
         if rule is not None and any(isinstance(given, FakeTensor) and given.device.type == "cuda" for given in args):
             with self:
@@ -162,7 +162,7 @@ class Ledger(TorchDispatchMode):
             self._shadows.pop(leaf, None)
         if any(leaf.numel() > MOST_SHADOWED or leaf.dtype.is_floating_point for leaf in made):
             return
-        if func is aten.argmax.default:  # what the model says is not known: any token does
+        if func is _aten.argmax.default:  # what the model says is not known: any token does
             with unset_fake_temporarily():
                 self._shadows[made[0]] = torch.full(made[0].shape, 7, dtype=made[0].dtype)
             return

@@ -32,8 +32,8 @@ from harness.architecture.traced_memory import (
 from harness.core.precisions import PRECISIONS
 from harness.worker.trace import fake_model, kernels, workload
 from harness.worker.trace.fake_model import Layers
-from harness.worker.trace.fit import Pass, Point, cache_of, fit, moments, passes_of, row, tidy, worst
-from harness.worker.trace.kernels import Card
+from harness.worker.trace.fit import Pass, TracedPoint, cache_of, fit, moments, passes_of, row, tidy, worst
+from harness.worker.trace.kernels import CardKernels
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
 
 NEW_TOKENS = 3  # the prompt's pass, the first step and one like all that follow
@@ -44,17 +44,17 @@ LEAST_WIDTH = 32  # a shorter regime is counted to the one above it
 LEAST_LENGTH, SLACK = 41, 1 << 16
 AGREES = 0.002  # what one sequence alone may differ from the polynomials of several
 DEVIATION = 0.005  # what a record may differ from a trace of all layers; beyond, all are traced
-CHECKED = (2, 1501, 2)  # batch, prompt, new tokens
+CHECKED_SIZES = (2, 1501, 2)  # batch, prompt, new tokens
 
 
 class Tracer:
     """Traces one placed model at any size, each size once, as if every kernel took all that it ever takes."""
 
-    def __init__(self, ledger: Ledger, model: Any, layers: Layers | None, card: Card) -> None:
+    def __init__(self, ledger: Ledger, model: Any, layers: Layers | None, card: CardKernels) -> None:
         self._ledger, self._model, self._layers, self._card = ledger, model, layers, card
-        self._traces: dict[Point, list[Pass]] = {}
+        self._traces: dict[TracedPoint, list[Pass]] = {}
 
-    def passes(self, point: Point) -> list[Pass]:
+    def passes(self, point: TracedPoint) -> list[Pass]:
         """Return the passes of a batch and a prompt's length."""
         if point not in self._traces:
             with kernels.chosen_as_on(self._card, self._ledger, whole=True):
@@ -124,7 +124,7 @@ class Tracer:
     def _signature(self, number: int, batch: int, length: int) -> int:
         return self.passes((batch, length))[number].signature
 
-    def alike(self, number: int, points: Sequence[Point]) -> bool:
+    def alike(self, number: int, points: Sequence[TracedPoint]) -> bool:
         """Say whether a pass runs the same operators at all these sizes."""
         return len({self._signature(number, *point) for point in points}) == 1
 
@@ -155,7 +155,7 @@ class Recorder:
             if crowd:
                 yield self._regime(number, lengths, (crowd, None), _points(crowd, sizes))
 
-    def _regime(self, number: int, lengths: Range, batches: Range, points: list[Point]) -> Regime:
+    def _regime(self, number: int, lengths: Range, batches: Range, points: list[TracedPoint]) -> Regime:
         if not self._tracer.alike(number, points):
             raise ValueError(f"pass {number} runs other operators at some of {points}")
         traced = [self._tracer.passes(point)[number] for point in points]
@@ -171,7 +171,7 @@ class Recorder:
         kinds = self._kinds or (0,)
         return tuple(tidy(cache[kinds.index(kind)]) for kind in range(max(kinds) + 1))
 
-    def _agrees(self, number: int, regime: Regime, point: Point) -> bool:
+    def _agrees(self, number: int, regime: Regime, point: TracedPoint) -> bool:
         """Say whether a regime gives what was traced at a size outside of it, in every place."""
         one = self._tracer.passes(point)[number]
         real = np.zeros((len(one.nbytes), 6))
@@ -187,7 +187,7 @@ class Recorder:
         return all(abs(given[place] - held[place]) <= slack for place in held)
 
 
-def _points(batch: int, sizes: Sequence[int]) -> list[Point]:
+def _points(batch: int, sizes: Sequence[int]) -> list[TracedPoint]:
     """Choose where to trace for six coefficients, and a point more to confirm them."""
     return [*((number, size) for size in sizes[:3] for number in (batch, batch + 1)), (batch + 3, sizes[3])]
 
@@ -214,18 +214,18 @@ def record(config: Mapping[str, Any], precision: str, attention: str | None = No
     Raises:
         ValueError: transformers has no class for it, no trace is made in this precision, or its sizes are no polynomials.
     """
-    card = kernels.card_of(capability)
-    model = fake_model.build(config, precision, attention)
+    card = kernels.kernels_of(capability)
+    model = fake_model.build_fake(config, precision, attention)
     conditions = [Condition(name=UNALIGNED), *_unpackings(model)]
     with fake_card({}, card.capability) as ledger:
-        fake_model.place(model)
+        fake_model.place_on_card(model)
         gc.collect()
         gc.freeze()  # what is there stays: looking for circles in it would take longer than a trace
         weights, layers = ledger.live[CARD], fake_model.layers_of(model)
         whole = None
         if not PRECISIONS[precision].quantizes:  # else the layers are the same, and have been looked at
             with kernels.chosen_as_on(card, ledger, whole=False):
-                whole = workload.run(ledger, model, layers, *CHECKED).peak_bytes
+                whole = workload.run(ledger, model, layers, *CHECKED_SIZES).peak_bytes
         about = _about(model, precision, weights)
         kinds = layers.kinds if layers is not None else (0,)
         chosen = fake_model.representatives(kinds)
@@ -255,9 +255,9 @@ def _numbered(name: str, layers: Layers | None, chosen: Sequence[int]) -> str:
     return re.sub(rf"(?<= {own}\.)\d+", lambda number: str(chosen[int(number[0])]), name)
 
 
-def _checked(made: TracedMemory, whole: int, card: Card) -> TracedMemory:
+def _checked(made: TracedMemory, whole: int, card: CardKernels) -> TracedMemory:
     """Note how far a record is from a trace of all layers."""
-    given = evaluate(made, *CHECKED, card.name)
+    given = evaluate(made, *CHECKED_SIZES, card.name)
     deviation = given.allocated_bytes / whole - 1 if given is not None else float("inf")
     if abs(deviation) > DEVIATION:
         raise ValueError(f"{len(made.layers)} layers hold {whole} bytes, of the traces of some of them follows {deviation:+.1%}")

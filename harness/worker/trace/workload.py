@@ -14,7 +14,7 @@ from torch import nn
 from harness.worker.trace.fake_model import Layers
 from harness.worker.trace.ledger import CARD, Allocation, Ledger
 
-TOKEN = 7  # any that no model gives a meaning
+PROMPT_TOKEN = 7  # any that no model gives a meaning
 
 
 class Trace(NamedTuple):
@@ -61,7 +61,7 @@ def run(ledger: Ledger, model: Any, layers: Layers | None, batch: int, prompt: i
 
 
 def _generate(model: Any, batch: int, prompt: int, new_tokens: int) -> None:
-    tokens = [TOKEN] * prompt
+    tokens = [PROMPT_TOKEN] * prompt
     ending = list(getattr(model, "prompt_ending", ()))
     if ending:
         tokens = (tokens + ending)[-prompt:]
