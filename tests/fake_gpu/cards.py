@@ -65,7 +65,9 @@ class Cards(Ledger):
         device = tensor.device
         if device.type == "cuda" and self.live[device] > self.room[device.index]:
             asked, room = tensor.untyped_storage().nbytes(), self.room[device.index]
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {asked} bytes. GPU {device.index} has {room} bytes.")
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. Tried to allocate {asked} bytes. GPU {device.index} has {room} bytes."
+            )
 
     def _shadow(self, func: Any, args: Any, kwargs: Any, made: list[FakeTensor]) -> None:
         if not made:
@@ -75,6 +77,15 @@ class Cards(Ledger):
             got = _VALUES.get(func, func)(*real_args, **real_kwargs)
         for leaf, real in zip(made, [leaf for leaf in tree_leaves(got) if isinstance(leaf, torch.Tensor)], strict=False):
             self._shadows[leaf] = real
+
+
+class _Numbered(ledger._Indexed):
+    """Takes the bare number of a card for the card, as a torch with CUDA does, in Module.to as well."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch._C._nn._parse_to:
+            args = tuple(map(ledger._indexed, args))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def put_in() -> None:
@@ -94,7 +105,7 @@ def put_in() -> None:
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # modes belong to a thread
     _forget_what_was_asked()
     stack.enter_context(ledger._as_real())
-    for mode in (torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), found, ledger._Indexed(found)):
+    for mode in (torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), found, _Numbered(found)):
         stack.enter_context(mode)
     _PUT_IN.append(stack)
 
@@ -191,7 +202,7 @@ def _materialize_copy(tensor: Any, device: Any = None, dtype: Any = None) -> tor
 
 @contextlib.contextmanager
 def _init_on_device(device: Any, include_buffers: bool | None = None) -> Iterator[None]:
-    with _disable_current_modes(), _INIT_ON_DEVICE(device, include_buffers):  # type: ignore[arg-type]
+    with _disable_current_modes(), _INIT_ON_DEVICE(device, include_buffers):
         yield
 
 
@@ -200,6 +211,7 @@ class File:
 
     def __init__(self, filename: Any, framework: str = "pt", device: Any = "cpu", **given: Any) -> None:
         self._device = device
+        self._file: Any  # safetensors' class is not typed
         with _outside():
             self._file = _OPEN(filename, framework=framework, device="cpu", **given)
 
@@ -224,6 +236,10 @@ class File:
             tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor if str(self._device) == "cpu" else tensor.to(self._device)
 
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        """Return all tensors on the device that was asked for."""
+        return {name: self.get_tensor(name) for name in self.keys()}
+
 
 def _forget_what_was_asked() -> None:
     """Have the libraries ask again whether there is a card."""
@@ -232,5 +248,3 @@ def _forget_what_was_asked() -> None:
             forget = getattr(getattr(module, name), "cache_clear", None)
             if forget and any(word in name for word in ("cuda", "available", "device")):
                 forget()
-
-

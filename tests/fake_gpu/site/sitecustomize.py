@@ -58,4 +58,4 @@ class Finder:
 
 
 if os.environ.get("FAKE_CARDS"):
-    sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]  # a class does as well as an instance
+    sys.meta_path.insert(0, Finder)
