@@ -111,6 +111,7 @@ def put_in() -> None:
 
 
 _PUT_IN: list[Any] = []
+_PEAKS = ("allocated_bytes.all.peak", "reserved_bytes.all.peak")
 
 
 def _cuda(cards: Cards) -> Iterator[tuple[Any, str, Any]]:
@@ -149,7 +150,7 @@ def _cuda(cards: Cards) -> Iterator[tuple[Any, str, Any]]:
         "is_bf16_supported": lambda *_, **__: True,
         "set_device": lambda device: setattr(cards, "current", cards.index(device)),
         "mem_get_info": lambda device=None: (cards.total - cards.on(cards.live, device), cards.total),
-        "memory_stats": lambda device=None: {"allocated_bytes.all.peak": peak(device), "reserved_bytes.all.peak": peak(device)},
+        "memory_stats": lambda device=None: dict.fromkeys(_PEAKS, peak(device)),
         "reset_peak_memory_stats": reset,
         "set_per_process_memory_fraction": limit,
         "device": current,
@@ -175,6 +176,7 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
     yield fake_tensor.FakeTensor, "__new__", staticmethod(remade)
     yield fake_tensor, "init_gpu_context", lambda _: None
     yield fake_tensor.FakeTensorMode, "avoid_device_init", property(lambda _: True)
+    yield torch.nn.Module, "to", _module_to
     yield transformers.core_model_loading, "_materialize_copy", _materialize_copy
     yield accelerate.big_modeling, "init_on_device", _init_on_device
     for name, module in list(sys.modules.items()):
@@ -183,7 +185,18 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
 
 
 _OPEN = safetensors.safe_open
-_INIT_ON_DEVICE = accelerate.big_modeling.init_on_device
+_MODULE_TO = torch.nn.Module.to
+
+
+def _module_to(module: torch.nn.Module, *given: Any, **named: Any) -> torch.nn.Module:
+    """Move only the buffers where all parameters are in place: fake ones torch swaps even then, and cannot."""
+    wanted = ledger._indexed(given[0]) if len(given) == 1 and not named else None
+    settled = isinstance(wanted, (str, torch.device)) and {one.device for one in module.parameters()} == {torch.device(wanted)}
+    if not settled:
+        return _MODULE_TO(module, *given, **named)
+    for part in module.modules():
+        part._buffers = {name: None if buffer is None else buffer.to(wanted) for name, buffer in part._buffers.items()}
+    return module
 
 
 @contextlib.contextmanager
