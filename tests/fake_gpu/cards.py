@@ -186,6 +186,7 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
 
 _OPEN = safetensors.safe_open
 _MODULE_TO = torch.nn.Module.to
+_INIT_ON_DEVICE = accelerate.big_modeling.init_on_device
 
 
 def _module_to(module: torch.nn.Module, *given: Any, **named: Any) -> torch.nn.Module:
