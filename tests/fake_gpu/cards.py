@@ -79,6 +79,15 @@ class Cards(Ledger):
             self._shadows[leaf] = real
 
 
+class _Numbered(ledger._Indexed):
+    """Takes the bare number of a card for the card, as a torch with CUDA does, in Module.to as well."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch._C._nn._parse_to:
+            args = tuple(map(ledger._indexed, args))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def put_in() -> None:
     """Put the cards of FAKE_CARDS into this process, for as long as it lives; once."""
     if _PUT_IN:
@@ -96,12 +105,13 @@ def put_in() -> None:
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # modes belong to a thread
     _forget_what_was_asked()
     stack.enter_context(ledger._as_real())
-    for mode in (torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), found, ledger._Indexed(found)):
+    for mode in (torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), found, _Numbered(found)):
         stack.enter_context(mode)
     _PUT_IN.append(stack)
 
 
 _PUT_IN: list[Any] = []
+_PEAKS = ("allocated_bytes.all.peak", "reserved_bytes.all.peak")
 
 
 def _cuda(cards: Cards) -> Iterator[tuple[Any, str, Any]]:
@@ -140,7 +150,7 @@ def _cuda(cards: Cards) -> Iterator[tuple[Any, str, Any]]:
         "is_bf16_supported": lambda *_, **__: True,
         "set_device": lambda device: setattr(cards, "current", cards.index(device)),
         "mem_get_info": lambda device=None: (cards.total - cards.on(cards.live, device), cards.total),
-        "memory_stats": lambda device=None: {"allocated_bytes.all.peak": peak(device), "reserved_bytes.all.peak": peak(device)},  # type: ignore[no-untyped-call]  # torch types its own so
+        "memory_stats": lambda device=None: dict.fromkeys(_PEAKS, peak(device)),  # type: ignore[no-untyped-call]  # torch.cuda types nothing
         "reset_peak_memory_stats": reset,
         "set_per_process_memory_fraction": limit,
         "device": current,
@@ -166,6 +176,7 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
     yield fake_tensor.FakeTensor, "__new__", staticmethod(remade)
     yield fake_tensor, "init_gpu_context", lambda _: None
     yield fake_tensor.FakeTensorMode, "avoid_device_init", property(lambda _: True)
+    yield torch.nn.Module, "to", _module_to
     yield transformers.core_model_loading, "_materialize_copy", _materialize_copy
     yield accelerate.big_modeling, "init_on_device", _init_on_device
     for name, module in list(sys.modules.items()):
@@ -174,7 +185,19 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
 
 
 _OPEN = safetensors.safe_open
+_MODULE_TO = torch.nn.Module.to
 _INIT_ON_DEVICE = accelerate.big_modeling.init_on_device
+
+
+def _module_to(module: torch.nn.Module, *given: Any, **named: Any) -> torch.nn.Module:
+    """Move only the buffers where all parameters are in place: fake ones torch swaps even then, and cannot."""
+    wanted = ledger._indexed(given[0]) if len(given) == 1 and not named else None
+    settled = isinstance(wanted, (str, torch.device)) and {one.device for one in module.parameters()} == {torch.device(wanted)}
+    if not settled:
+        return _MODULE_TO(module, *given, **named)
+    for part in module.modules():
+        part._buffers = {name: None if buffer is None else buffer.to(wanted) for name, buffer in part._buffers.items()}
+    return module
 
 
 @contextlib.contextmanager
@@ -202,29 +225,34 @@ class File:
 
     def __init__(self, filename: Any, framework: str = "pt", device: Any = "cpu", **given: Any) -> None:
         self._device = device
+        self._file: Any  # safetensors' class is not typed
         with _outside():
             self._file = _OPEN(filename, framework=framework, device="cpu", **given)
 
     def __enter__(self) -> File:
-        self._file.__enter__()  # type: ignore[no-untyped-call]  # safetensors ships no types
+        self._file.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._file.__exit__(*error)  # type: ignore[no-untyped-call]  # safetensors ships no types
+        self._file.__exit__(*error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     def keys(self) -> Sequence[str]:
         """Return the names of the tensors."""
-        names: Sequence[str] = self._file.keys()  # type: ignore[no-untyped-call]  # safetensors ships no types
+        names: Sequence[str] = self._file.keys()
         return names
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Return one tensor on the device that was asked for."""
         with _outside():
-            tensor: torch.Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]  # safetensors ships no types
+            tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor if str(self._device) == "cpu" else tensor.to(self._device)
+
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        """Return all tensors on the device that was asked for."""
+        return {name: self.get_tensor(name) for name in self.keys()}
 
 
 def _forget_what_was_asked() -> None:
