@@ -35,6 +35,8 @@ class Family(Record, frozen=True, kw_only=True):
     ties_by_default: bool = False  #: output and embedding are one without a word in the config
     eager_attention: bool = False  #: attention keeps all scores at once
     plain_gelu: bool = False  #: the activation is a chain of operations that each keep a result
+    fp32_scores: bool = False  #: queries, keys and scores are computed in float32, whatever the dtype
+    prefix_mask: bool = False  #: the prompt is read both ways, which takes a mask for every sequence
 
 
 # transformers 5.23: its `integrations.gguf` (GGUF_ARCHS); the refusals are what it says, or would say.
@@ -52,7 +54,7 @@ GGUF = SelfContained(
     },
 )
 # ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B.
-CHATGLM = Family(model_type="chatglm", bits_key="quantization_bit", method="chatglm", ties_by_default=True)
+CHATGLM = Family(model_type="chatglm", bits_key="quantization_bit", method="chatglm", ties_by_default=True, prefix_mask=True)
 MOSS = Family(
     model_type="moss",
     bits_key="wbits",
@@ -62,6 +64,7 @@ MOSS = Family(
     shapes_decide_bits=True,
     eager_attention=True,
     plain_gelu=True,
+    fp32_scores=True,
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (CHATGLM, MOSS)}
 

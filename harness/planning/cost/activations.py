@@ -9,17 +9,18 @@ Kernels' own temporaries (cuBLAS's workspace, a sort) are not in it.
 from __future__ import annotations
 
 from harness.architecture.skeleton import Skeleton, is_stacked
+from harness.core.families import FAMILIES
 from harness.core.quantizers import UNPACKINGS
 from harness.core.records import Workload
 from harness.planning.cost.memory import EAGER, PLAIN_GELU, WeightFormat, kv_bytes
 
 # Of EAGER, who computes queries, keys and scores in float32 whatever the dtype, and who keeps even the softmax in the dtype.
-FP32_SCORES = frozenset(("codegen", "gpt_neo", "gptj", "moss"))
+FP32_SCORES = frozenset(("codegen", "gpt_neo", "gptj", *(name for name, family in FAMILIES.items() if family.fp32_scores)))
 PLAIN_SOFTMAX = frozenset(("gpt_oss",))
 # Routers in float32: two of the four copies that joining the experts' outputs makes are in float32 too.
 FP32_ROUTER = frozenset(("deepseek_v2", "deepseek_v3", "glm4_moe"))
-# ChatGLM-6B attends to all of the prompt both ways: a mask for every sequence, and the input of a layer is kept, scaled.
-PREFIX_MASK = frozenset(("chatglm",))
+# A prompt that is read both ways takes a mask for every sequence; these models keep the input of a layer, scaled, as well.
+PREFIX_MASK = frozenset(name for name, family in FAMILIES.items() if family.prefix_mask)
 # Up to so many rows bitsandbytes multiplies 4-bit weights as they are; more are multiplied with an unpacked copy.
 _ROWS_UNPACKED_BEYOND = 4
 _INDICES_BYTES = 24  # a token's id, position and mask, 8 bytes each
@@ -116,7 +117,7 @@ class Activations:
 
     @property
     def _beside(self) -> int:
-        """Elements of the hidden size that the MLP holds beside its inner width: norm and output, and ChatGLM's scaled input."""
+        """Elements of the hidden size that the MLP holds beside its inner width: norm, output, and a scaled input if there is one."""
         return (3 if self._prefix else 2) * self.hidden
 
     @property
