@@ -17,7 +17,7 @@ Range = tuple[int, int | None]  # first and last, None without end
 Polynomial = tuple[float, ...]
 BEFORE, AFTER = -1, -2  # the places of moments outside of the decoder layers: no layer has cached the new tokens yet, or all have
 UNALIGNED = "unaligned"
-ALIGNED = 16  # a multiple of so many keys needs no copy of the mask (`harness.worker.trace.kernels`)
+ALIGNED = 16  # a multiple of this many keys needs no copy of the mask (`harness.worker.trace.kernels`)
 # One that every shipped record has, for cards that none of them names.
 USUAL_CARD = "A100"
 
@@ -73,7 +73,7 @@ class Condition(Record, frozen=True, kw_only=True):
     packed: dict[str, tuple[tuple[int, int], ...]] = {}
 
     def holds(self, tokens: int, keys: int, card: str) -> bool:
-        """Say so of a pass over so many tokens of all sequences, that sees so many keys."""
+        """Return whether it holds for a pass over `tokens` tokens of all sequences that attends to `keys` keys."""
         if self.name == UNALIGNED:
             return keys % ALIGNED != 0
         ranges = self.packed.get(card, self.packed.get(USUAL_CARD, ()))

@@ -55,7 +55,7 @@ def shipped_trace(config: Mapping[str, Any], precision: str) -> TracedMemory | N
 def record_for(config: Mapping[str, Any], precision: str, cache: Path, build: bool = False) -> TracedMemory | None:
     """Return the record of a config in a precision: shipped, kept in `cache`, or with `build` traced by a worker (seconds).
 
-    None where there is none; the formulas of `planning.cost.memory` then have to do.
+    None if there is none; planning then uses its formulas (`planning.cost.activations`).
 
     Raises:
         UsageError: the worker could not trace it; only with `build`.

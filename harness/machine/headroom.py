@@ -34,5 +34,5 @@ def floor_bytes() -> int:
 
 
 def floor_of(allowed: int) -> int:
-    """Return what is left of so much memory: 2 %, at least 256 MiB, and never more than an eighth."""
+    """Return what is left to the machine of this much memory: 2 %, at least 256 MiB, and never more than an eighth."""
     return int(min(max(_FLOOR_BYTES, _FLOOR_SHARE * allowed), _FLOOR_MOST_SHARE * allowed))

@@ -210,7 +210,7 @@ def _cpu_model(root: Path) -> str | None:
 
 
 def _has_flag(root: Path, flag: str) -> bool | None:
-    """Say whether the kernel lists a feature of the processor; None where it lists none, as on other than x86."""
+    """Say whether the kernel lists a feature of the processor; None if it lists none, as on other processors than x86."""
     with suppress(OSError):
         found = re.search(r"^flags\s*:(.*)$", (root / "proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
         return flag in found[1].split() if found else None

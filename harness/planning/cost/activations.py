@@ -117,7 +117,7 @@ class Activations:
 
     @property
     def _beside(self) -> int:
-        """Elements of the hidden size that the MLP holds beside its inner width: norm, output, and a scaled input if there is one."""
+        """Elements that the MLP holds beside its inner width: norm and output, and a scaled input if there is one."""
         return (3 if self._prefix else 2) * self.hidden
 
     @property
