@@ -447,7 +447,7 @@ def test_what_cannot_work_here_is_skipped_with_its_reason_and_has_a_result(proje
     done.stdout.fnmatch_lines(["SKIPPED*unavailable: no NVIDIA GPU detected*"])
     assert project.outcomes == {"fp32": Outcome.SKIPPED}
     done = project.run("-rs", precisions="int4", placement="disk")
-    done.stdout.fnmatch_lines(["SKIPPED*invalid: transformers refuses bitsandbytes weights*"])
+    done.stdout.fnmatch_lines(["SKIPPED*invalid: transformers does not offload bitsandbytes weights*"])
     assert project.outcomes["int4"] is Outcome.UNSUPPORTED
 
 
@@ -632,7 +632,7 @@ def test_a_part_of_a_case_is_not_taken_for_the_whole(project: Project) -> None:
 @pytest.mark.parametrize("words", [("-n", "2"), ("-n", "1", "--dist", "loadfile")])
 def test_cases_are_not_measured_side_by_side(project: Project, words: tuple[str, ...]) -> None:
     done = project.pytester.runpytest_subprocess("-p", "xdist", *project.words(*words))
-    assert "cases cannot be measured side by side: run pytest cases/ without -n" in usage_error(done)
+    assert "cases cannot be measured in parallel: run pytest cases/ without -n" in usage_error(done)
 
 
 def test_tests_that_name_a_case_of_another_model_run_side_by_side(project: Project) -> None:

@@ -60,7 +60,7 @@ def test_planning_a_catalog_model_needs_neither_torch_nor_time() -> None:
 
 
 def test_shipped_data_is_small() -> None:
-    assert sum(file.stat().st_size for file in DATA.glob("*.json*")) < 300_000
+    assert sum(file.stat().st_size for file in DATA.glob("*.json*")) < 1_500_000
 
 
 def test_tensors_carry_full_names_shapes_and_what_quantizers_do() -> None:

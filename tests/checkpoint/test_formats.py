@@ -593,7 +593,7 @@ def most_members() -> bytes:
 
 
 LARGEST = {
-    largest_config: "read_config",
+    largest_config: "parse_config",
     largest_index: "read_index",
     widest_shape: "read_safetensors",
     most_entries: "read_safetensors",

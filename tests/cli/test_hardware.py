@@ -122,7 +122,7 @@ def test_json_is_the_machine_with_links_and_versions(say: Said) -> None:
     found = json.loads(out)
     assert status == 0
     expected = {"schema", "name", "tiers", "cpu", "cores", "system", "driver", "mapping_bytes", "links", "versions"}
-    assert found.keys() == {*expected, "gpu_problem", "torch"}
+    assert found.keys() == {*expected, "gpu_problem", "torch", "avx512_bf16"}
     assert all(tier.keys() >= TIER_KEYS for tier in found["tiers"])
     gpu, cpu, disk = found["tiers"]
     assert (gpu["name"], gpu["free_bytes"], gpu["bytes_per_s"]) == ("gpu:0", 11 * GIB, 360e9)

@@ -578,9 +578,9 @@ def test_under_a_limit_auto_is_told_what_it_would_take_of_a_machine_of_that_size
     assert emulated.device_map == real.device_map
     assert emulated.estimate is not None
     assert real.estimate is not None
-    assert {name: tier.needed_bytes for name, tier in emulated.estimate.tiers.items()} == {
-        name: tier.needed_bytes for name, tier in real.estimate.tiers.items()
-    }
+    used = [name for name, tier in real.estimate.tiers.items() if tier.weights_bytes]  # max_memory spares other cards a context
+    needed = [{name: one.tiers[name].needed_bytes for name in used} for one in (emulated.estimate, real.estimate)]
+    assert needed[0] == needed[1]
     if PLACEMENTS[placement].device_map in STRATEGIES:
         assert emulated.code is not None
         assert "max_memory={0: " in emulated.code

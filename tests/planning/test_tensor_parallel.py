@@ -166,7 +166,7 @@ def test_what_cannot_be_shared_is_said_before_it_is_tried(talking: Path) -> None
     assert planned(talking, on=machine(gpu())).verdict is Verdict.UNAVAILABLE
     refused = planned(talking, "int8")
     assert refused.verdict is Verdict.INVALID
-    assert str(refused.why).startswith("transformers 5.23 shares no bitsandbytes weights")
+    assert str(refused.why).startswith("transformers 5.23 cannot split bitsandbytes weights over processes")
     small = replace(TWO, tiers=tuple(replace(tier, free_bytes=1 << 20) if tier.kind == "gpu" else tier for tier in TWO.tiers))
     assert planned(talking, on=small).verdict is Verdict.TOO_BIG
 

@@ -183,7 +183,7 @@ def test_sets_that_share_nothing_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["compare", str(write(tmp_path / "a", made("int8"))), str(write(tmp_path / "b", made("int4")))]) == 2
-    assert "share no case" in capsys.readouterr().err
+    assert "no case with the same workload in common" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "none"), str(GOLDEN)]) == 2
 
 

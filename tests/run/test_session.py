@@ -221,7 +221,7 @@ def test_a_case_that_ends_badly_does_not_end_the_run(make: Make, tmp_path: Path)
 @pytest.mark.parametrize(
     ("precision", "placement", "verdict", "outcome", "why"),
     [
-        ("int4", "disk", Verdict.INVALID, Outcome.UNSUPPORTED, "transformers refuses bitsandbytes weights"),
+        ("int4", "disk", Verdict.INVALID, Outcome.UNSUPPORTED, "transformers does not offload bitsandbytes weights"),
         ("bf16", "direct", Verdict.UNAVAILABLE, Outcome.SKIPPED, "no NVIDIA GPU detected"),
     ],
 )

@@ -12,10 +12,10 @@ from typing import Any
 
 def _in_the_parent(module: ModuleType) -> None:
     count, _, gib = os.environ["FAKE_CARDS"].partition("x")
-    card = module.Card(name="NVIDIA A100-SXM4-80GB", total_bytes=int(float(gib) * (1 << 30)), architecture="sm_80")
+    card = module.TorchDevice(name="NVIDIA A100-SXM4-80GB", total_bytes=int(float(gib) * (1 << 30)), architecture="sm_80")
     module.torch_build = lambda: module.TorchBuild(version="2.13.0", cuda="13.0")  # type: ignore[attr-defined]
     seen = module.Seen(kind="cuda", cards=(card,) * int(count), architectures=("sm_80",))
-    module.look = lambda *_: seen  # type: ignore[attr-defined]
+    module.ask_torch = lambda *_, **__: seen  # type: ignore[attr-defined]
 
 
 def _in_the_worker(module: ModuleType) -> None:
