@@ -82,9 +82,22 @@ def taken(browser: Chrome, theme: str, width: int, height: int, at: str) -> Imag
     top = browser.execute_script(script, FONT, at)
     settled(browser)
     clip = {"x": 0, "y": top, "width": width, "height": height, "scale": 1}
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
+    image = _painted(browser, clip)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    return Image.open(BytesIO(b64decode(shot["data"]))).convert("RGB")
+    return image
+
+
+def _painted(browser: Chrome, clip: dict[str, float]) -> Image.Image:
+    """Take the same picture until it stays as it is: on a busy machine the first ones come before all of it is painted."""
+    before = None
+    for _ in range(20):
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
+        image = Image.open(BytesIO(b64decode(shot["data"]))).convert("RGB")
+        is_blank = len(image.getcolors(1) or ()) == 1
+        if not is_blank and before is not None and image.tobytes() == before.tobytes():
+            break
+        before = image
+    return image
 
 
 def different(one: Image.Image, other: Image.Image) -> float:
