@@ -141,7 +141,7 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
     """An architecture at one size. `blocks` end with the root. `layers` gives each layer's place in `attention`.
 
     `source` says where it comes from: "transformers 5.23.0", or "description" where transformers lacks the class. `naming` brings
-    the names in files to these; None where that is not known.
+    the names in files to these; None if that is not known.
     """
 
     model_class: str

@@ -55,7 +55,7 @@ class TorchDevice(Record, frozen=True, kw_only=True):
     total_bytes: int | None = None
     uuid: str | None = None  #: without NVML's "GPU-" before it
     architecture: str | None = None  #: "sm_86", "gfx942"; None if torch does not say
-    context_bytes: int | None = None  #: what a CUDA context took of it, if that was to be measured and NVML told
+    context_bytes: int | None = None  #: what a CUDA context took of it, if it was measured and NVML reports it
 
 
 class Seen(Record, frozen=True, kw_only=True):
@@ -185,7 +185,7 @@ def report(probed: Machine) -> TorchReport | None:
 
 
 def _look_once(probed: Machine, build: TorchBuild | None) -> Seen:
-    """Ask torch, and measure on the way what nobody has measured yet of these cards."""
+    """Ask torch, and measure the contexts of cards that are not in the cache yet."""
     unknown = any(bandwidth.gpu_context(_identity(gpu, probed, build)) is None for gpu in probed.gpus)
     seen = ask_torch(measure=True) if unknown else ask_torch()
     if len(seen.cards) == len(probed.gpus):
