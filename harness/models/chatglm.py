@@ -26,6 +26,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import eager_attention_forwa
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from harness.models.cache_argument import CACHE, takes_cache
 from harness.models.chatglm2 import ChatGLM2Config
 from harness.models.packed import RowScaledLinear, replace_linears
 
@@ -44,7 +45,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "num_hidden_layers": "num_layers",
         "max_position_embeddings": "max_sequence_length",
@@ -178,7 +179,7 @@ class ChatGLMAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = hidden_states.shape[:-1]
@@ -186,8 +187,8 @@ class ChatGLMAttention(nn.Module):
         query, key, value = heads.chunk(3, dim=-1)
         query, key = rotated(query, *position_embeddings).transpose(1, 2), rotated(key, *position_embeddings).transpose(1, 2)
         value = value.transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -227,7 +228,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}
@@ -254,6 +255,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.word_embeddings = value  # type: ignore[assignment]  # an Embedding, which transformers calls a Module
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -261,7 +263,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -270,29 +272,22 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
-            position_ids = self._positions(input_ids, attention_mask, past_key_values, seen)
+            position_ids = self._positions(input_ids, attention_mask, cache, seen)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             or_mask_function=_sees_prompt(position_ids, seen) if inputs_embeds.shape[1] > 1 else None,
         )
         states, tables = inputs_embeds, self.rotary(inputs_embeds, position_ids)
         for layer in self.layers:
-            states = layer(
-                states,
-                position_embeddings=tables,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(states), past_key_values=past_key_values)
+            states = layer(states, position_embeddings=tables, attention_mask=mask, cache=cache, use_cache=use_cache, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(states), **{CACHE: cache})
 
     def _positions(
         self, input_ids: torch.Tensor | None, visible: torch.Tensor | None, cache: Cache | None, seen: int
@@ -340,13 +335,14 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -363,7 +359,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -376,7 +372,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

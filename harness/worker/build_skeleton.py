@@ -34,6 +34,7 @@ from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec
 from harness.catalog import shipped
 from harness.checkpoint.auxiliary_files import KERNEL_KEYS
 from harness.data import DATA
+from harness.models.cache_argument import cache_of
 from harness.worker.extra_architectures import WRITTEN, ExtraModel
 from harness.worker.read_key_mapping import naming
 
@@ -199,8 +200,7 @@ def _attention(model: Any) -> list[Attention]:
                 out = decoder(input_ids=token, use_cache=True)
         except (RuntimeError, TypeError, ValueError):
             continue  # multimodal models look at values, and a meta tensor has none; their text model does without
-        cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
-        return [_layer(layer, config) for layer in getattr(cache, "layers", ())]
+        return [_layer(layer, config) for layer in getattr(cache_of(out), "layers", ())]
     return [_of_config(config)] * config.num_hidden_layers
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from harness.models.cache_argument import cache_of
 from harness.worker.trace.fake_model import Layers
 from harness.worker.trace.ledger import CARD, Allocation, Ledger
 
@@ -117,9 +118,7 @@ def _followed(ledger: Ledger, model: nn.Module, layers: Layers | None) -> Iterat
 
 
 def _cache_layers(out: Any) -> list[Any]:
-    cache = getattr(out, "past_key_values", None)
-    cache = getattr(out, "cache_params", None) if cache is None else cache
-    return list(getattr(cache, "layers", ()))
+    return list(getattr(cache_of(out), "layers", ()))
 
 
 def _numbers(ledger: Ledger, layer: Any) -> Iterator[int]:
