@@ -12,9 +12,9 @@ from harness.architecture.skeleton import Skeleton, is_stacked
 from harness.core.families import FAMILIES
 from harness.core.quantizers import UNPACKINGS
 from harness.core.records import Workload
-from harness.planning.cost.memory import EAGER, PLAIN_GELU, WeightFormat, kv_bytes
+from harness.planning.cost.memory import PLAIN_GELU, WeightFormat, kv_bytes
 
-# Of EAGER, who computes queries, keys and scores in float32 whatever the dtype, and who keeps even the softmax in the dtype.
+# Who computes queries, keys and scores in float32 whatever the dtype, and who keeps even the softmax in the dtype.
 FP32_SCORES = frozenset(("codegen", "gpt_neo", "gptj", *(name for name, family in FAMILIES.items() if family.fp32_scores)))
 PLAIN_SOFTMAX = frozenset(("gpt_oss",))
 # Routers in float32: two of the four copies that joining the experts' outputs makes are in float32 too.
@@ -155,7 +155,7 @@ class Activations:
         tokens, of which attention makes a copy in the dtype for each sequence, padded keys and values beside it.
         """
         pairs = prompt * prompt
-        if self.skeleton.model_type in EAGER:
+        if self.skeleton.eager:
             made = batch * pairs * self.element * self._mask_kinds
             return {"between": made, "attention": made}
         if self._prefix:
@@ -178,7 +178,7 @@ class Activations:
 
         A GPU casts float16 inside the softmax (4 + 2 e bytes a score), bfloat16 before it (10); GPT-OSS stays in the dtype (3 e).
         """
-        if self.skeleton.model_type not in EAGER:
+        if not self.skeleton.eager:
             return 0
         if self.skeleton.model_type in PLAIN_SOFTMAX:
             each = 3 * self.element
