@@ -2,7 +2,7 @@
 
     python -m tests.oracle.gate --against REV
 
-Each revision plans every row of tests/data/traced_rows.csv twice, in a process of its own: with the records it ships, and by its
+Each revision plans every traced row (`tests.oracle.rows`) twice, in a process of its own: with the records it ships, and by its
 formulas alone, which every model without a record gets. The mean error may grow by 5 %, in no part by more than 10 %.
 """
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", metavar="REV", default="HEAD^", help="the revision to compare with (default HEAD^)")
     asked = parser.parse_args(arguments)
     try:
-        return compare(asked.against, rows.read())
+        return compare(asked.against, rows.everything())
     except NotCompared as why:
         print(why)
         return why.status

@@ -82,12 +82,11 @@ def models() -> list[str]:
 def traced(model: str) -> Iterator[Row]:
     """Yield the rows of one model in every precision that can be traced."""
     config = shipped.catalog()[model].config
-    context = _context(config)
     usual = [(batch, prompt) for prompt in PROMPTS for batch in BATCHES]
     for precision, sizes in {**dict.fromkeys(PRECISIONS, usual), **MORE}.items():
-        within = [size for size in sizes if size[1] + NEW_TOKENS <= context]
         try:
-            yield from _rows(model, config, precision, within)
+            context = _context(config)
+            yield from _rows(model, config, precision, [size for size in sizes if size[1] + NEW_TOKENS <= context])
         except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
             print(f"{model} {precision}: not traced: {str(error).splitlines()[0][:200]}", flush=True)
 
