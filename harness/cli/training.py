@@ -95,12 +95,17 @@ def _table(ways: Sequence[States], room: Room) -> Table:
         word = Text(_WORDS.get(verdict, verdict.value.replace("_", " ")), style=COLOURS.get(verdict, ""))
         made = "yes" if way.init else "no"
         table.add_row(
-            _place(way.optimizer), _place(way.parameters), made, word, format_gib(way.gpu_bytes), format_gib(way.cpu_bytes)
+            _device_word(way.optimizer),
+            _device_word(way.parameters),
+            made,
+            word,
+            format_gib(way.gpu_bytes),
+            format_gib(way.cpu_bytes),
         )
     return table
 
 
-def _place(kind: str) -> str:
+def _device_word(kind: str) -> str:
     return "RAM" if kind == "cpu" else kind.upper()
 
 
