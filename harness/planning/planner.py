@@ -17,6 +17,7 @@ from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
 from harness.planning.cost.footprint import Footprint, Loading
 from harness.planning.cost.inventory import Inventory
+from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.cost.work import multiplies_4bit_in_ram
 from harness.planning.device_map import max_memory, recommended, tiers
@@ -208,6 +209,17 @@ class Planner:
         foreign = other if self.spec.gguf else (*other, "gguf_")
         foreign = foreign if PLACEMENTS[one.case.placement].parallel else (*foreign, "ram_ranks")
         return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(foreign)}
+
+    def made_up(self, one: Plan) -> Plan:
+        """Return a plan whose estimate says what each constant has a part in, so that its result can correct them."""
+        footprint = self.footprints.get(one.case.id)
+        if one.estimate is None or footprint is None:
+            return one
+        base = calibration.with_context(calibration.default(), self.machine)
+        measured = {"gpu_context_bytes"} if base["gpu_context_bytes"] != calibration.default()["gpu_context_bytes"] else set()
+        names = self.used(one).keys() - measured
+        parts = makeup(footprint, one.case.precision, self.machine, base, sorted(names))
+        return msgspec.structs.replace(one, estimate=msgspec.structs.replace(one.estimate, makeup=parts))
 
     def notes(self, one: Plan) -> list[str]:
         """Return what else decides how fast a plan is on this machine, in sentences."""

@@ -18,7 +18,7 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.core.units import exact_size
 from harness.machine import probe
-from harness.planning import calibration, feasibility, verdict
+from harness.planning import feasibility, kept_calibration, verdict
 from harness.planning.calibration import Calibration
 from harness.planning.device_map import user_map
 from harness.planning.device_map.infer import Device
@@ -104,14 +104,14 @@ class CaseMatrix:
             cases = [one for one in self.cases() if _limits(one) == _limits(case)]
             trust = bool(self._options.trust_remote_code)
             planner = Planner(spec, here, constants=self._calibration, trust=trust, device_map=self._device_map)
-            made = map(_only_planned, planner.plans(cases or [case]))
-            self._plans |= {one.case.id: one for one in made}
+            for one in map(_only_planned, planner.plans(cases or [case])):
+                self._plans[one.case.id] = planner.made_up(one) if one.verdict in RUNNABLE else one
         return self._plans[case.id]
 
     @cached_property
     def _calibration(self) -> Calibration:
-        """The constants, corrected by what earlier runs on this machine left in the store."""
-        return calibration.correct(self._store.read()[0], self._machine)
+        """The constants, corrected by what was calibrated here and by what earlier runs on this machine left in the store."""
+        return kept_calibration.corrected(self._store.read()[0], self._machine)
 
 
 def named_placements(options: Options) -> Sequence[str] | None:

@@ -67,8 +67,7 @@ def estimate(footprint: Footprint, precision: str, machine: Machine) -> Estimate
         load_s=spent.load_s,
         first_token_s=spent.first_token_s,
         decode_tok_s=spent.decode_tok_s,
-        corrections=spent.corrections,
-        fixed_token_s=spent.fixed_token_s,
+        corrections={name: found.factor for name, found in footprint.calibration.fitted.items()},
         constants=footprint.calibration.digest,
     )
 
