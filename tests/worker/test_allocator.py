@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.worker.trace import allocator, ledger
-from harness.worker.trace.allocator import CachingAllocator, needs, replay
+from harness.worker.trace.allocator import CachingAllocator, needs, run_events
 
 KIB, MIB = 1 << 10, 1 << 20
 HEADER = Path(torch.__file__).parent / "include" / "c10" / "core" / "AllocatorConfig.h"
@@ -167,13 +167,13 @@ def test_free_pages_go_back_one_by_one_and_are_mapped_again_at_the_lowest_addres
 
 
 def test_an_empty_tensor_asks_for_nothing() -> None:
-    assert replay([0, 512], [0, 1, ~0]).allocated == 512
+    assert run_events([0, 512], [0, 1, ~0]).allocated == 512
 
 
 def test_what_is_warmed_up_takes_in_what_comes_after_it() -> None:
     sizes = [12 * MIB] * 4
-    assert replay(sizes, range(4), sum(sizes)).peak_reserved == 48 * MIB
-    assert replay([11 * MIB] * 4, range(4)).peak_reserved == 48 * MIB
+    assert run_events(sizes, range(4), sum(sizes)).peak_reserved == 48 * MIB
+    assert run_events([11 * MIB] * 4, range(4)).peak_reserved == 48 * MIB
 
 
 def programs() -> st.SearchStrategy[tuple[list[int], list[int]]]:
@@ -231,4 +231,4 @@ def test_the_least_limit_works_and_lies_between_what_is_allocated_and_reserved(
     check(*program, found.least, expandable)
     if found.least > -(-found.allocated // (2 * MIB)) * 2 * MIB:
         with pytest.raises(MemoryError):
-            replay(*program, limit=found.least - 2 * MIB, expandable=expandable)
+            run_events(*program, limit=found.least - 2 * MIB, expandable=expandable)

@@ -277,7 +277,7 @@ class Replayed(NamedTuple):
     least: int
 
 
-def replay(
+def run_events(
     sizes: Sequence[int], events: Sequence[int], first: int = 0, *, limit: int | None = None, expandable: bool = False
 ) -> CachingAllocator:
     """Run events through an allocator: the number of a size in `sizes` when it is allocated, ~number when it is freed.
@@ -302,12 +302,12 @@ def replay(
 
 def needs(sizes: Sequence[int], events: Sequence[int], first: int = 0, *, expandable: bool = False) -> Replayed:
     """Return what events reserve, and find the least limit that they get through with, to the size of a small segment."""
-    free = replay(sizes, events, first, expandable=expandable)
+    free = run_events(sizes, events, first, expandable=expandable)
     low, high = -(-free.peak_allocated // SMALL_SEGMENT) - 1, free.peak_reserved // SMALL_SEGMENT  # all is reserved in such steps
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            replay(sizes, events, first, limit=middle * SMALL_SEGMENT, expandable=expandable)
+            run_events(sizes, events, first, limit=middle * SMALL_SEGMENT, expandable=expandable)
             high = middle
         except MemoryError:
             low = middle
