@@ -10,12 +10,14 @@ import msgspec
 from harness.architecture.model_spec import ModelSpec
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
+from harness.core.progress import Report
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.planning import calibration, context, feasibility
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
 from harness.planning.cost.footprint import Footprint, Loading
+from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
@@ -81,6 +83,24 @@ class Planner:
         """Plan the cases; what is too big says what to try instead, of these cases."""
         found = [self.plan(case) for case in cases]
         return [_with_hint(one, found) for one in found]
+
+    def untraced(self, cases: Sequence[Case]) -> list[GpuActivations]:
+        """Return what these cases would allocate on a GPU where it is by formulas, and a trace could say it."""
+        for case in cases:
+            self.plan(case)
+        footprints = [self.footprints[case.id] for case in cases if case.id in self.footprints]
+        found = {id(one.inventory): one.inventory.on_gpu for one in footprints if one.gpus and one.inventory.on_gpu.lacks_trace}
+        return list(found.values())
+
+    def trace(self, untraced: Iterable[GpuActivations], report: Report) -> list[str]:
+        """Have a worker trace them, seconds each, so that plans rest on it; return why some cannot be traced, each once."""
+        said = []
+        for one in untraced:
+            report(f"tracing {self.spec.name} in {one.precision}, once")
+            one.build()
+            said += [one.why_formulas] * one.lacks_trace
+        self._recommended.clear()
+        return list(dict.fromkeys(said))
 
     def plan(self, case: Case) -> Plan:
         """Plan one case."""
@@ -184,7 +204,8 @@ class Planner:
 
     def _inventory(self, fmt: WeightFormat) -> Inventory:
         if fmt not in self._inventories:
-            self._inventories[fmt] = Inventory(self.spec, fmt)
+            known = [gpu.compute_capability for gpu in self.machine.gpus if gpu.compute_capability]
+            self._inventories[fmt] = Inventory(self.spec, fmt, min(known, key=float, default=None))
         return self._inventories[fmt]
 
     def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
