@@ -152,11 +152,13 @@ def read_spec(source: Source) -> ModelSpec:
         UsageError: it is neither here nor in the catalog, and the hub does not tell.
         CheckpointError: its files are damaged, or its config does not say enough.
     """
-    here = _local(source)
+    here = local(source)
     if here is not None:
         where = str(here) if source.kind == "directory" else source.location
         return of_checkpoint(source.name, where, reader.read(here / (source.file or "")), here)
-    known = _in_catalog(source) if source.file is None else None
+    from harness.catalog.resolve import shipped_id
+
+    known = shipped_id(source) if source.file is None else None
     if known is not None:
         return _of_catalog(source, known)
     if source.hub_id is None:
@@ -272,7 +274,7 @@ def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
     )
 
 
-def _local(source: Source) -> Path | None:
+def local(source: Source) -> Path | None:
     """Return where the files are, if they are on this machine; huggingface_hub is not imported for a model its cache lacks."""
     from harness.catalog import download
 
@@ -286,13 +288,6 @@ def _hub_folder(hub_id: str) -> Path:
     home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
     return Path(cache).expanduser() / f"models--{hub_id.replace('/', '--')}"
-
-
-def _in_catalog(source: Source) -> str | None:
-    try:
-        return shipped.hub_id(source.hub_id or source.name)
-    except UsageError:
-        return None
 
 
 def _of_catalog(source: Source, known: str) -> ModelSpec:
@@ -337,10 +332,10 @@ def _published() -> Mapping[str, Stored]:
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
     """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
     saved = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
-    return sum(count * _stored_bytes(weight, packed) for weight, count in saved)
+    return sum(count * packed_weight_bytes(weight, packed) for weight, count in saved)
 
 
-def _stored_bytes(weight: Weight, packed: Packed) -> int:
+def packed_weight_bytes(weight: Weight, packed: Packed) -> int:
     """Count one weight. Of mxfp4 the experts are packed, whose weights are stacked: 4 bits and 8 for each 32."""
     sides = weight.tensor.shape
     if packed.unpacks:
