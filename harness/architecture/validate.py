@@ -17,7 +17,8 @@ from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.quantization import Layout, Packed, bits_said, first_packed, tensors_tell, weights_in
+from harness.checkpoint.layouts import Layout
+from harness.checkpoint.quantization import Packed, bits_said, first_packed, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
 from harness.core.errors import CheckpointError
@@ -143,12 +144,17 @@ class _Comparison:
         packed = [held for held in _stored_weights(self.read, self.layout) if held.packed]
         if packed:
             self._raise_partless(packed)
-        elif not self.packed.method.startswith("bitsandbytes"):  # which packs what it finds
+        elif not self.packed.name.startswith("bitsandbytes"):  # which packs what it finds
             what = f"says {self.packed.title}, and no tensor of the files is packed so ({self.layout.main})"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
 
     def _raise_partless(self, packed: list[Held]) -> None:
-        """Raise for a packed weight that lacks a part which most others have: some libraries write more than others."""
+        """Raise for a packed weight without scales, or that lacks a part which most others have: some libraries write more."""
+        assert self.layout is not None
+        for held in packed:
+            if self.layout.scales and not held.parts.keys() & set(self.layout.scales):
+                name = f"{held.name.removesuffix('.weight')}{self.layout.scales[0]}"
+                raise self._error(held.tensor.file, f"holds {shown(held.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
         usual = Counter(frozenset(held.parts) for held in packed).most_common(1)[0][0]
         for held in packed:
             for part in sorted(usual - held.parts.keys()):
@@ -306,7 +312,10 @@ def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[Held]:
         else:
             packed.setdefault(base, {})[part] = tensor
     for base, parts in packed.items():
-        yield Held(f"{base}.weight", parts, packed=True)
+        if layout is not None and layout.main in parts:
+            yield Held(layout.whole_name(base), parts, packed=True)
+        else:  # a scale, or what is called so, without a packed weight
+            yield from (Held(tensor.name, {"": tensor}) for tensor in parts.values())
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
