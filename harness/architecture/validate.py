@@ -17,7 +17,8 @@ from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.quantization import Layout, Packed, bits_said, first_packed, tensors_tell, weights_in
+from harness.checkpoint.layouts import Layout
+from harness.checkpoint.quantization import Packed, bits_said, first_packed, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
 from harness.core.errors import CheckpointError
@@ -143,19 +144,22 @@ class _Comparison:
         packed = [stored for stored in _stored_weights(self.read, self.layout) if stored.packed]
         if packed:
             self._raise_partless(packed)
-        elif not self.packed.method.startswith("bitsandbytes"):  # which packs what it finds
+        elif not self.packed.name.startswith("bitsandbytes"):  # which packs what it finds
             what = f"says {self.packed.title}, and no tensor of the files is packed so ({self.layout.main})"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
 
     def _raise_partless(self, packed: list[StoredWeight]) -> None:
-        """Raise for a packed weight that lacks a part which most others have: some libraries write more than others."""
-        usual = Counter(frozenset(stored.parts) for stored in packed).most_common(1)[0][0]
-        for stored in packed:
-            for part in sorted(usual - stored.parts.keys()):
-                name = f"{stored.name.removesuffix('.weight')}{part}"
-                raise self._error(
-                    stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
-                )
+        """Raise for a packed weight without scales, or that lacks a part which most others have: some libraries write more."""
+        assert self.layout is not None
+        for held in packed:
+            if self.layout.scales and not held.parts.keys() & set(self.layout.scales):
+                name = f"{held.name.removesuffix('.weight')}{self.layout.scales[0]}"
+                raise self._error(held.tensor.file, f"holds {shown(held.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
+        usual = Counter(frozenset(held.parts) for held in packed).most_common(1)[0][0]
+        for held in packed:
+            for part in sorted(usual - held.parts.keys()):
+                name = f"{held.name.removesuffix('.weight')}{part}"
+                raise self._error(held.tensor.file, f"holds {shown(held.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
 
     def _raise_misplaced(self) -> None:
         """Raise for what is packed outside of Linear modules, such as the embedding in ChatGLM-6B's int4-qe files.
@@ -308,7 +312,10 @@ def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[StoredW
         else:
             packed.setdefault(base, {})[part] = tensor
     for base, parts in packed.items():
-        yield StoredWeight(f"{base}.weight", parts, packed=True)
+        if layout is not None and layout.main in parts:
+            yield StoredWeight(layout.whole_name(base), parts, packed=True)
+        else:  # a scale, or what is called so, without a packed weight
+            yield from (StoredWeight(tensor.name, {"": tensor}) for tensor in parts.values())
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
