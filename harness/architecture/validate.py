@@ -253,6 +253,11 @@ class _Comparison:
             what = f"asks for {len(missing)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
         name = missing[0]
+        if self._is_headless(missing):
+            what = f"holds all of {self.found.model_class} but its output head ({shown(name)})"
+            raise self._error(
+                self.read.files[0].name, f"{what}, as embedding models do: it continues no text, and AutoModel loads it"
+            )
         listed = self.read.listed.get(name)
         if listed is not None:
             what = f"does not hold {shown(name)}{more(missing)}, which the index says it does"
@@ -265,6 +270,11 @@ class _Comparison:
         where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
         what = f"asks for {shown(name)}{more(missing)}, which {where} holds"
         raise self._error(CONFIG, f"{what}: complete the download, or {_TOGETHER}")
+
+    def _is_headless(self, missing: list[str]) -> bool:
+        """Say whether nothing is missing but the output embedding, which no index lists either."""
+        heads = {weight.path for module in self.found.root.walk() if module.block.exempt for weight in module.weights}
+        return heads.issuperset(missing) and not self.read.listed.keys() & set(missing)
 
     def _missing(self, naming: Naming) -> Iterator[str]:
         ignored = _any_of(naming.may_miss)

@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from harness.catalog import wheel_cache
+from harness.checkpoint.foreign_folder import refuse
 from harness.checkpoint.formats.files import Directory
 from harness.checkpoint.reader import WEIGHTS, shards
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
@@ -121,14 +122,18 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
     if "config.json" not in names and any(name.endswith(GGUF.suffix) for name in names):
         return  # a GGUF file has its config within
     if "config.json" not in names:
-        raise CheckpointError(path, "no config.json: give the directory that save_pretrained wrote or that was downloaded whole")
+        raise refuse(
+            Directory(path),
+            sorted(names),
+            "no config.json: give the directory that save_pretrained wrote or that was downloaded whole",
+        )
     if not weights:
         return
     chosen = choose_weights(names)
     if chosen and chosen.endswith(".index.json"):
         shards(Directory(path), chosen)
     elif not any(name.endswith((".safetensors", ".bin", GGUF.suffix)) for name in names):
-        raise CheckpointError(path, f"no weights ({WEIGHTS[0]} or {WEIGHTS[2]}): download the model again, whole")
+        raise refuse(Directory(path), sorted(names), f"no weights ({WEIGHTS[0]} or {WEIGHTS[2]}): download the model again, whole")
 
 
 def _directory(model: str) -> Path | None:

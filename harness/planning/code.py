@@ -22,6 +22,7 @@ class Facts(NamedTuple):
     gguf_file: str | None = None  #: the name of its GGUF file
     stored: bool = False  #: whether it is stored quantized, and so is loaded as it is, without a config
     native: bool = False  #: whether `harness.models` has its architecture
+    auto_class: str = "AutoModelForCausalLM"  #: the class of transformers that loads it
     #: Whether the model's own code may run; None if it has none. Left out, transformers would ask at the terminal.
     trusted: bool | None = None
 
@@ -70,11 +71,11 @@ def loading_code(
     imports = ["import harness.models  # registers architectures that transformers lacks"] if facts.native else []
     given = config.imports if isinstance(config, Config) else ()
     if placement.dispatches_stored:
-        return "\n".join([*imports, *_imports(*given), *_dispatch_code(arguments, facts.trusted)]) + "\n"
+        return "\n".join([*imports, *_imports(*given), *_dispatch_code(arguments, facts)]) + "\n"
     if facts.trusted is not None:
         arguments["trust_remote_code"] = facts.trusted
-    imports += _imports("from transformers import AutoModelForCausalLM", *given)
-    lines = [*imports, "", "model = AutoModelForCausalLM.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
+    imports += _imports(f"from transformers import {facts.auto_class}", *given)
+    lines = [*imports, "", f"model = {facts.auto_class}.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
     if placement.moves_after_loading:
         lines.append(f"model = model.to({_literal(f'cuda:{placement.gpu}' if placement.gpu else 'cuda')})")
     return "\n".join(lines) + "\n"
@@ -96,15 +97,15 @@ def _imports(*lines: str) -> list[str]:
     return [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
 
 
-def _dispatch_code(arguments: Mapping[str, Any], trusted: bool | None) -> list[str]:
-    dtype, trust = arguments["dtype"], _trust(trusted)
+def _dispatch_code(arguments: Mapping[str, Any], facts: Facts) -> list[str]:
+    dtype, trust, auto = arguments["dtype"], _trust(facts.trusted), facts.auto_class
     return [
         "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
-        "from transformers import AutoConfig, AutoModelForCausalLM",
+        f"from transformers import AutoConfig, {auto}",
         "",
         f"config = AutoConfig.from_pretrained(MODEL{trust})",
         "with init_empty_weights():",
-        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)}{trust})",
+        f"    model = {auto}.from_config(config, dtype={_literal(dtype)}{trust})",
         "model.tie_weights()",
         "model = load_checkpoint_and_dispatch(",
         "    model,",

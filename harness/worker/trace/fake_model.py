@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from harness.core.precisions import PRECISIONS
-from harness.worker.build_skeleton import read_model_config
+from harness.worker.auto_class import auto_class_of
+from harness.worker.build_skeleton import construct, read_model_config
 from harness.worker.trace.ledger import CARD
 
 
@@ -37,10 +38,8 @@ def build_fake(config: Mapping[str, Any], precision: str, attention: str | None 
     if row.requires_checkpoint:
         raise ValueError(f"no trace in {precision}: what its kernels allocate is not known")
     chosen = {"attn_implementation": attention} if attention else {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            read_model_config(config), dtype=getattr(torch, row.dtype), trust_remote_code=False, **chosen
-        ).eval()
+    read = read_model_config(config)
+    model = construct(auto_class_of(read, None), read, getattr(torch, row.dtype), **chosen)
     model.tie_weights()
     _keep_in_float32(model, row.dtype)
     return _quantized(model, quantization, row.dtype) if isinstance(quantization, dict) else model
