@@ -31,7 +31,8 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
     """Return what `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
 
     Raises:
-        UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. UnknownType and NotMeasured are of these.
+        UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. Of these are
+            UnknownType and NotMeasured.
     """
     from harness.machine.scratch import Scratch  # tempfile is slow to import
 

@@ -93,7 +93,7 @@ def named(name: str) -> Skeleton:
 
 
 def shipped(config: Mapping[str, Any]) -> Skeleton | None:
-    """Return the skeleton that is shipped for this config and the class that it names, if any. Reads one line, decodes nothing else."""
+    """Return the skeleton that is shipped for this config and the class that it names, if any. Decodes one line, nothing else."""
     lines = (DATA / "skeletons.jsonl").read_bytes()
     start = lines.find(b'["%s",' % fingerprint(config).encode())
     if start < 0:

@@ -44,11 +44,12 @@ def _fixed(what: str, way: str) -> Callable[[Folder, str], str]:
     return lambda _, name: f"is {what} ({quote(name)}), not a model of transformers: {way}"
 
 
+_OF_MAKERS = ("a model as its makers' own code keeps it", "take the copy for transformers, which has a config.json")
 FOREIGN = (
     Foreign(ADAPTER, _adapter),
     Foreign("model_index.json", _fixed("a pipeline of diffusers, which makes images or sound", "DiffusionPipeline loads it")),
-    Foreign("params.json", _fixed("a model as its makers' own code keeps it", "take the copy for transformers, with a config.json")),
-    Foreign("consolidated*", _fixed("a model as its makers' own code keeps it", "take the copy for transformers, with a config.json")),
+    Foreign("params.json", _fixed(*_OF_MAKERS)),
+    Foreign("consolidated*", _fixed(*_OF_MAKERS)),
     Foreign("ggml-*.bin", _fixed("a file of llama.cpp from before GGUF", "convert it by an older llama.cpp, or take a GGUF")),
     Foreign("openvino_model.xml", _fixed("an export for OpenVINO", "optimum-intel loads it; here take the original")),
     Foreign("*.engine", _fixed("an engine of TensorRT-LLM", "TensorRT-LLM runs it on the card that it was built for")),

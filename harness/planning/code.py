@@ -37,6 +37,9 @@ class Destination(NamedTuple):
 
 PLAIN, ANYWHERE = Facts(), Destination()
 
+# What a worker does as well (`worker.model`): a model's own generation_config may ask for beams, samples or several answers.
+GREEDY = "model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # greedy, one answer"
+
 
 def loading_code(
     precision: Precision,
@@ -155,12 +158,13 @@ def script(head: str, one: Plan, gguf_file: str | None = None, *, gpus_differ: b
     device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
     file = f", {GGUF.argument}={_literal(gguf_file)}" if gguf_file else ""
     lines = [
-        "from transformers import AutoTokenizer",
+        "from transformers import AutoTokenizer, GenerationConfig",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained(MODEL{file}{_trust(one.trusted if one.remote_code else None)})",
         'inputs = tokenizer(["The capital of France is"] * '
         f'{workload.batch}, return_tensors="pt").to({"model.device" if ranks > 1 else device})',
-        f"output = model.generate(**inputs, max_new_tokens={workload.new_tokens}, do_sample=False)",
+        GREEDY,
+        f"output = model.generate(**inputs, max_new_tokens={workload.new_tokens})",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
     program = loading_program(head, one, in_order=gpus_differ or numbers not in ((), (0,)))

@@ -70,6 +70,4 @@ def _classes(auto: Any, config: Any) -> tuple[str, ...]:
 def _sentence(named: str, auto: str, noun: str | None = None) -> str:
     words = " ".join(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", auto.removeprefix("AutoModelFor")))
     what = noun or _NOUNS.get(auto) or (f"a model for {words}" if auto != "AutoModel" else "a model without a head for text")
-    return (
-        f"names {named}, {what}, which {auto} loads: here models are measured that continue a text, as AutoModelForCausalLM loads"
-    )
+    return f"names {named}, {what}, which {auto} loads: only models are measured that continue a text (AutoModelForCausalLM)"

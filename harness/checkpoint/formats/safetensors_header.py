@@ -80,6 +80,7 @@ class _Entry(msgspec.Struct, frozen=True):
 
 class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
+    metadata: dict[str, Any] | None = None
 
 
 _INDEX = msgspec.json.Decoder(_Index)
@@ -108,12 +109,15 @@ def read_index(blob: Blob) -> dict[str, str]:
     """Return the shard of each tensor that a `*.index.json` lists; of one tensor at least."""
     data = _read_json(blob, INDEX_BYTES, INDEX_MARKS)
     try:
-        listed = _INDEX.decode(data).weight_map
+        index = _INDEX.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _not_json(blob, error) from error
-    if not listed:
+    if not index.weight_map:
         raise CheckpointError(blob.where, f'its "weight_map" is empty: {DOWNLOAD_AGAIN}')
-    return listed
+    if index.metadata is None:
+        what = 'has no "metadata", without which transformers ends in a KeyError'
+        raise CheckpointError(blob.where, f'{what}: write "metadata": {{}} into it, or {DOWNLOAD_AGAIN}')
+    return index.weight_map
 
 
 def read_safetensors(blob: Blob) -> list[StoredTensor]:
