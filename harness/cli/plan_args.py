@@ -39,21 +39,21 @@ def asked_case(text: str) -> tuple[str, str]:
 
 
 def constants(results: Path | None, machine: Machine) -> Calibration:
-    """Return the calibration by earlier results of this machine, the default one if there are none.
+    """Return the constants by what was calibrated on this machine and by earlier results of it.
 
     Raises:
         UsageError: results are named, but there are none.
     """
-    from harness.planning import calibration
+    from harness.planning import kept_calibration
 
     directory = results or RESULTS
     if not (directory / "results.jsonl").is_file():
         if results:
             raise UsageError(f"--results {directory}: no results.jsonl in this directory")
-        return calibration.default()
+        return kept_calibration.corrected((), machine)
     from harness.results.store import Store
 
-    return calibration.correct(Store(directory).read()[0], machine)
+    return kept_calibration.corrected(Store(directory).read()[0], machine)
 
 
 class PlanQuestion(NamedTuple):

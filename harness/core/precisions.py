@@ -40,6 +40,7 @@ class Precision(Record, frozen=True, kw_only=True):
     unsupported: str | None = None  #: why it cannot be loaded at all
     stored: str | None = None  #: how the description of a checkpoint begins that is stored so (`quantization.describe`)
     requires_checkpoint: str | None = None  #: the form of checkpoint that this row reads, if it makes nothing of others
+    unpacks: bool = False  #: transformers makes 16-bit weights of such a checkpoint as well
 
     @property
     def quantizes(self) -> bool:
@@ -81,6 +82,10 @@ _STORED_INCOMPATIBLE = {
     "dispatches": "load_checkpoint_and_dispatch builds the model without its packed modules",
     "parallel": _ALONE,
 }
+
+
+def _unpacks_in_ram(title: str) -> dict[str, str]:
+    return {"ram": f"transformers unpacks {title} on a processor: use --precision bf16, fp16 or fp32", **_STORED_INCOMPATIBLE}
 
 
 def _bitsandbytes(**settings: Any) -> dict[str, Any]:
@@ -235,8 +240,22 @@ _ROWS = (
             "parallel": _ALONE,
         },
         stored="fp8",
+        unpacks=True,
     ),
     _chatglm(8, quality_kept=0.97),
+    Precision(
+        name="mxfp8",
+        title="8-bit float, groups of 32 (MXFP8)",
+        bits=8,
+        dtype="bfloat16",
+        linear_dtype="float8_e4m3fn",
+        quality_kept=0.98,
+        min_compute_capability=8.9,
+        incompatible=_unpacks_in_ram("MXFP8"),
+        stored="mxfp8",
+        requires_checkpoint="MXFP8",
+        unpacks=True,
+    ),
     Precision(
         name="int4",
         title="4-bit, bitsandbytes nf4",
@@ -277,6 +296,7 @@ _ROWS = (
         },
         stored="gguf",
         requires_checkpoint="GGUF",
+        unpacks=True,
     ),
     Precision(
         name="hqq-int4",
@@ -302,6 +322,21 @@ _ROWS = (
         **_TORCHAO,
     ),
     _quanto(4, 4.25, quality_kept=0.85),
+    Precision(
+        name="mxfp4",
+        title="4-bit float experts, groups of 32 (MXFP4)",
+        bits=4.25,
+        dtype="bfloat16",
+        # Its experts alone are packed; what is Linear stays in 16 bits.
+        linear_dtype="bfloat16",
+        quality_kept=0.9,
+        needs=("kernels", "triton"),
+        min_compute_capability=7.5,
+        incompatible=_unpacks_in_ram("MXFP4"),
+        stored="mxfp4",
+        requires_checkpoint="MXFP4",
+        unpacks=True,
+    ),
     _gptq(4, quality_kept=0.88),
     Precision(
         name="awq-int4",
@@ -343,10 +378,10 @@ def row_of(stored: str) -> Precision | None:
 def defaults(stored: str | None, among: Iterable[str] = DEFAULT_PRECISIONS) -> list[str]:
     """Return the precisions of the matrix unless the user names others: `among`, or the format of a quantized checkpoint.
 
-    A GGUF file is also unpacked.
+    What transformers can unpack is unpacked as well.
     """
     plain = [name for name in among if not PRECISIONS[name].quantizes]
     own = row_of(stored) if stored is not None else None
     if own is None:
         return list(among) if stored is None else plain
-    return [*plain, own.name] if own.name == "gguf" else [own.name]
+    return [*plain, own.name] if own.unpacks else [own.name]

@@ -20,7 +20,7 @@ from harness.core.progress import Report
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.core.units import exact_size
 from harness.machine import probe
-from harness.planning import calibration, feasibility, verdict
+from harness.planning import feasibility, kept_calibration, verdict
 from harness.planning.calibration import Calibration
 from harness.planning.device_map import user_map
 from harness.planning.device_map.infer import Device
@@ -102,12 +102,16 @@ class CaseMatrix:
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
+        fault = self._models.faults.get(case.model)
+        if fault is not None:
+            return Plan(case=case, verdict=Verdict.UNAVAILABLE, why=fault)
         if not self._models.fetched(case.model):
             return feasibility.decide(case, probe.limited(self._machine, case), None)
         if case.id not in self._plans:
             cases = [one for one in self.cases() if _limits(one) == _limits(case)]
-            made = map(_only_planned, self._planner(case).plans(cases or [case]))
-            self._plans |= {one.case.id: one for one in made}
+            planner = self._planner(case)
+            for one in map(_only_planned, planner.plans(cases or [case])):
+                self._plans[one.case.id] = planner.made_up(one) if one.verdict in RUNNABLE else one
         return self._plans[case.id]
 
     def trace(self, asked: Iterable[Case], report: Report) -> list[str]:
@@ -132,8 +136,8 @@ class CaseMatrix:
 
     @cached_property
     def _calibration(self) -> Calibration:
-        """The constants, corrected by what earlier runs on this machine left in the store."""
-        return calibration.correct(self._store.read()[0], self._machine)
+        """The constants, corrected by what was calibrated here and by what earlier runs on this machine left in the store."""
+        return kept_calibration.corrected(self._store.read()[0], self._machine)
 
 
 def named_placements(options: Options) -> Sequence[str] | None:

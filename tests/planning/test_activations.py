@@ -115,6 +115,25 @@ def test_explaining_names_what_is_alive_at_the_peak(capsys: pytest.CaptureFixtur
     assert "this model has not been traced in this precision" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("model", "prompt", "batch", "traced"),
+    [
+        ("qwen3-0.6b", 2048, 4, 6805260800),
+        ("qwen2.5-0.5b-instruct", 4096, 2, 6212642816),
+        ("llama-2-7b-hf", 2048, 4, 37171251712),  # a head of keys for each of queries: memory-efficient attention
+    ],
+)
+def test_float32_writes_attention_out_where_heads_are_grouped(model: str, prompt: int, batch: int, traced: int) -> None:
+    """No fused kernel takes both: all scores are in memory. Traced on fake tensors, as rows of tests/data/traced_rows.csv."""
+    fmt = estimate.weight_format(PRECISIONS["fp32"], "float32", spec(model))
+    workload = Workload(prompt_tokens=prompt, new_tokens=3, batch=batch)
+    by_formula = Activations(spec(model).skeleton, fmt, "gpu").bytes(workload)
+    tier = plan(model, "fp32", workload, profile(["2000GiB"], ram=4000 * GIB)).estimate
+    assert tier is not None
+    held = tier.tiers["gpu:0"].weights_bytes + tier.tiers["gpu:0"].kv_bytes
+    assert held + by_formula == pytest.approx(traced, rel=0.01)
+
+
 def test_explaining_a_case_has_it_traced_where_nobody_has(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The first time by a worker; then a plan without torch has the record at hand, and the sentence is gone."""
     model = tmp_path / "model"

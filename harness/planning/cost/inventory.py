@@ -74,9 +74,9 @@ class Inventory:
         self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, fmt).items()}
         self.per_token = memory.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = spec.stored_dtype
-        # Bytes of the file for each weight: the blocks of a GGUF hold less than a byte each.
+        # Bytes of the file for each weight: what is packed may hold several in a byte.
         packed = spec.checkpoint_bytes / max(1, self.skeleton.parameters)
-        self.stored_width = packed if spec.gguf else DTYPE_BYTES.get(self.stored_dtype, 2)
+        self.stored_width = packed if spec.stored_as else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]

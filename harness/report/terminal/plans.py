@@ -47,6 +47,8 @@ def show_plans(recommendations: Sequence[Recommendation], machine: Machine, work
         parts.append(tables.said(f"{machine.gpu_problem}."))
     if here and (assumed := _assumed(machine)):
         parts.append(tables.said(assumed))
+    if note := recommendations[0].planner.constants.note:
+        parts.append(tables.said(f"{note}."))
     for recommendation in recommendations:
         table, left_out = _table(recommendation, machine)
         parts += [tables.title(_headline(recommendation)), table]
@@ -242,8 +244,8 @@ def _seconds(expected: Estimate) -> Iterator[tuple[str, str]]:
     for label, span in spans.items():
         unit = "tokens/s" if label == "decode" else "s"
         yield label, f"{significant(span.best)} {unit}, {significant(span.low)} to {significant(span.high)}"
-    for figure, factor in expected.corrections.items():
-        yield "corrected", f"{figure} by {significant(factor)}, from results of this machine"
+    if expected.corrections:
+        yield "corrected", f"{', '.join(expected.corrections)}: measured on this machine, see below"
 
 
 def _constants(recommendation: Recommendation, one: Plan) -> Table:
