@@ -40,8 +40,10 @@ def rebuild(names: Sequence[str], precisions: Sequence[str], capabilities: Seque
     precision, else 0.
     """
     known = shipped.catalog()
-    by_key = {traces.key_of(entry.config): name for name, entry in reversed(list(known.items()))}  # the first has it
-    kinds = {entry.config.get("model_type"): traces.key_of(entry.config) for entry in reversed(list(known.values()))}
+    by_key, kinds = dict[str, str](), dict[str, str]()  # the first model of each key, and the first key of each type
+    for name, entry in known.items():
+        by_key.setdefault(traces.key_of(entry.config), name)
+        kinds.setdefault(str(entry.config["model_type"]), traces.key_of(entry.config))
     shelf, done = _shelf(), Counter[str]()
     for gone in shelf.keys() - by_key.keys():
         print(f"{gone}: gone, no model of the catalog has this key any more")
@@ -52,7 +54,7 @@ def rebuild(names: Sequence[str], precisions: Sequence[str], capabilities: Seque
         for precision, capability in product(precisions, capabilities):
             old = traces.find(records, precision, capability)
             if (capability == WITH_FLASH or precision in BEFORE_FLASH_TOO) and not (missing and old and old.source == source()):
-                check = precision == "bf16" and kinds[config.get("model_type")] == key  # one of each kind with all its layers
+                check = precision == "bf16" and kinds[str(config["model_type"])] == key  # one of each kind with all its layers
                 outcome, told = _remade(records, config, (precision, capability), check)
                 done[outcome] += 1
                 print(f"{by_key[key]} {precision} {capability}: {told}", flush=True)

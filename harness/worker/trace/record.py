@@ -245,8 +245,7 @@ def _recorded(
     conditions = [Condition(name=UNALIGNED), Condition(name=UNALIGNED_WIDE), *_unpackings(model, cards)]
     with fake_card({}, card.capability) as ledger:
         fake_model.place_on_card(model)
-        gc.collect()
-        gc.freeze()  # what is there stays: looking for circles in it would take longer than a trace
+        _settle()
         weights, layers = ledger.live[CARD], fake_model.layers_of(model)
         whole = None
         if check and not PRECISIONS[precision].quantizes:
@@ -273,10 +272,18 @@ def _run_once(ledger: Ledger, model: Any, layers: Layers | None, card: CardKerne
     try:
         with kernels.chosen_as_on(card, ledger, whole=True):
             workload.run(ledger, model, layers, 1, PROBES[0], 2)
+        _settle()
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         if may_differ:
             raise LayersDiffer(str(error)) from error
         raise
+
+
+def _settle() -> None:
+    """Look for circles in all that is there once, and leave it out when a trace looks, which else takes as long as the trace."""
+    gc.unfreeze()  # of the model before this one nothing stays
+    gc.collect()
+    gc.freeze()
 
 
 def _without_spares(made: TracedMemory) -> TracedMemory:
