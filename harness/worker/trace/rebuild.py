@@ -66,7 +66,7 @@ def rebuild(names: Sequence[str], precisions: Sequence[str], capabilities: Seque
 def _remade(records: Records, config: Mapping[str, Any], wanted: tuple[str, str], check: bool) -> tuple[str, str]:
     """Trace one record of an architecture anew; return what became of it, in a word and in a sentence."""
     precision, capability = wanted
-    start, before, name = time.monotonic(), traces.find(records, *wanted), traces.name_of(*wanted)
+    start, before, name = time.monotonic(), traces.find(records, *wanted), traces.record_name(*wanted)
     try:
         made = record(config, precision, capability=capability, check=check)
     except FAILURES as error:
@@ -80,7 +80,7 @@ def _remade(records: Records, config: Mapping[str, Any], wanted: tuple[str, str]
 
 def _stand_in(records: Records, made: TracedMemory) -> str | None:
     """Return the name of the record that holds the same bytes for every workload that is compared, if there is one."""
-    other = STAND_INS.get(traces.name_of(made.precision, made.capability))
+    other = STAND_INS.get(traces.record_name(made.precision, made.capability))
     kept = traces.find(records, *other.split()) if other else None
     if kept is None or kept.attention != made.attention:
         return None

@@ -35,7 +35,7 @@ from harness.architecture.traced_memory import (
 from harness.core.precisions import PRECISIONS
 from harness.worker.trace import fake_model, kernels, workload
 from harness.worker.trace.fake_model import Layers
-from harness.worker.trace.fit import Pass, TracedPoint, cache_of, fit, moments, passes_of, row, tidy, worst
+from harness.worker.trace.fit import Pass, TracedPoint, fit, kv_cache_of, moments, passes_of, row, tidy, worst
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
 
 NEW_TOKENS = 3  # the prompt's pass, the first step and one like all that follow
@@ -172,7 +172,7 @@ class Recorder:
         found = moments(one, polynomials, self._kinds)
         grid = [(batch, length) for batch in _spread(*batches, most=256) for length in _spread(*lengths, most=1 << 18)]
         rows = tuple(row(one, polynomials, found, index, self.names, self._numbers) for index in worst(found, grid))
-        before, cached = (self._by_kind(side) for side in cache_of(one, polynomials, bool(self._kinds)))
+        before, cached = (self._by_kind(side) for side in kv_cache_of(one, polynomials, bool(self._kinds)))
         return Regime(lengths=lengths, batches=batches, before=before, cached=cached, rows=rows)
 
     def _by_kind(self, cache: Any) -> tuple[Polynomial, ...]:
