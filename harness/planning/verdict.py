@@ -113,6 +113,17 @@ class Judge(Record, frozen=True, kw_only=True):
                 tight = f"tight on {self._memory(name)}: needs {_format_need(tier)}, up to {most} at worst, {free}."
         return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
 
+    def needs_expandable(self, case: Case, usual: Estimate) -> str:
+        """Say which tier is too small, or nearly, for torch's usual segments, of a case that fits with expandable ones."""
+        name, tier = next(
+            (name, tier)
+            for name, tier in pooled(usual.tiers, self.machine).items()
+            if name != "disk" and self.is_short(name, tier, case, doubt=tier.needed_high_bytes - tier.needed_bytes)
+        )
+        needs = f"{format_gib(tier.needed_bytes)} GiB, up to {format_gib(tier.needed_high_bytes)} at worst"
+        what = f"fits {self._memory(name)} with expandable segments, which the code turns on"
+        return f"{what}: torch's usual ones need {needs}, {self._format_free(name, tier, case)}."
+
     def _memory(self, name: str) -> str:
         """Name a tier, and the GPUs that share it."""
         sharing = [gpu.name for gpu in self.machine.gpus if gpu.shared] if name == "cpu" else []

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from harness.architecture import traces
 from harness.architecture.model_spec import ModelSpec
-from harness.architecture.traced_memory import TracedMemory, TracedPeak, evaluate
+from harness.architecture.traced_memory import Gaps, TracedMemory, TracedPeak, evaluate
 from harness.catalog.wheel_cache import cache_dir
 from harness.core.records import Workload
 from harness.planning.cost.activations import Activations
@@ -34,6 +34,11 @@ class GpuActivations:
         if self._traced is None:
             return None
         return evaluate(self._traced, workload.batch, workload.prompt_tokens, workload.new_tokens)
+
+    def gaps(self, *, expandable: bool) -> Gaps | None:
+        """Return what torch's allocator takes beyond what is allocated, as shares of that; None without a record that tells."""
+        reserved = self._traced.reserved if self._traced is not None else None
+        return None if reserved is None else reserved.expandable if expandable else reserved.usual
 
     @cached_property
     def _traced(self) -> TracedMemory | None:

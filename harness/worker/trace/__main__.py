@@ -3,6 +3,7 @@
     python -m harness.worker.trace < {"config": {...}, "precision": "bf16"} > record.json
     python -m harness.worker.trace < {"config": ..., "precision": ..., "workloads": [{"prompt_tokens": 64, "batch": 1}, ...]}
     python -m harness.worker.trace --catalog [MODEL ...]    # rebuilds harness/data/traces.jsonl, and says what changed
+    python -m harness.worker.trace --reserved [MODEL ...]   # only what torch's allocator takes beyond, in the records there are
 
 A request may name an `attention` implementation and a compute `capability`. With workloads, all layers are run for each.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from harness.catalog import shipped
 from harness.core.records import Record, Workload
 from harness.worker.trace.direct import trace
 from harness.worker.trace.record import record
+from harness.worker.trace.reserve import reserved_of
 
 TRACED_PRECISIONS = ("bf16", "fp16", "fp32", "int8", "int4")  # of the records that are shipped
 COMPARED = ((1, 64, 16), (1, 4096, 16), (8, 4096, 16), (1, 32768, 16))  # batch, prompt, new tokens
@@ -49,11 +51,15 @@ def main() -> None:
     )
     parser.add_argument("--precision", nargs="+", default=TRACED_PRECISIONS, help="of the shipped records")
     parser.add_argument("--catalog", nargs="*", metavar="MODEL", help="rebuild the shipped records, of these models or of all")
+    parser.add_argument("--reserved", nargs="*", metavar="MODEL", help="replay the shipped records, of these models or of all")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     if asked.catalog is not None:
         rebuild(asked.catalog, asked.precision)
+        return
+    if asked.reserved is not None:
+        replay_again(asked.reserved, asked.precision)
         return
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TraceRequest)
     given = request.config, request.precision
@@ -64,11 +70,8 @@ def main() -> None:
 
 def rebuild(names: Sequence[str], precisions: Sequence[str]) -> None:
     """Trace models of the catalog, all if none is named, and put their records into data/traces.jsonl, printing what changed."""
-    known = shipped.catalog()
-    wanted = [shipped.hub_id(name) for name in names] or list(known)
     lines = _lines()
-    for name in dict.fromkeys(wanted):
-        config = known[name].config
+    for name, config in _wanted(names):
         key = traces.key_of(config)
         before = {precision: traces.shipped_trace(config, precision) for precision in TRACED_PRECISIONS}
         made = {precision: one for precision, one in before.items() if one is not None and precision not in precisions}
@@ -90,6 +93,29 @@ def rebuild(names: Sequence[str], precisions: Sequence[str]) -> None:
             change = _change(before[precision], made[precision])
             print(f"{name} {precision}: {change}, {time.monotonic() - start:.0f} s", flush=True)
         _write(lines)
+
+
+def replay_again(names: Sequence[str], precisions: Sequence[str]) -> None:
+    """Put into the shipped records of these models what torch's allocator takes beyond what is allocated, printing it."""
+    lines = _lines()
+    for name, config in _wanted(names):
+        key = traces.key_of(config)
+        for precision in precisions:
+            line = lines.get((key, precision))
+            found = msgspec.json.decode(line, type=traces.Line)[2] if line else None
+            if not isinstance(found, TracedMemory):
+                continue
+            made = msgspec.structs.replace(found, reserved=reserved_of(config, precision))
+            lines[key, precision] = msgspec.json.encode([key, precision, made])
+            print(f"{name} {precision}: {made.reserved}", flush=True)
+            _write(lines)
+
+
+def _wanted(names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the names and configs of models of the catalog; of all if none is named."""
+    known = shipped.catalog()
+    wanted = [shipped.hub_id(name) for name in names] or list(known)
+    yield from ((name, known[name].config) for name in dict.fromkeys(wanted))
 
 
 def _alike(one: TracedMemory, other: TracedMemory) -> bool:

@@ -30,11 +30,12 @@ from harness.architecture.traced_memory import (
     value,
 )
 from harness.core.precisions import PRECISIONS
-from harness.worker.trace import fake_model, kernels, workload
+from harness.worker.trace import fake_model, kernels, reserve, workload
 from harness.worker.trace.fake_model import Layers
 from harness.worker.trace.fit import Pass, TracedPoint, cache_of, fit, moments, passes_of, row, tidy, worst
 from harness.worker.trace.kernels import CardKernels
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
+from harness.worker.trace.whole import stand_ins
 
 NEW_TOKENS = 3  # the prompt's pass, the first step and one like all that follow
 # Lengths looked at for a change of operators, odd ones, as a mask then takes its padding; between two that differ it is sought.
@@ -222,7 +223,7 @@ def record(config: Mapping[str, Any], precision: str, attention: str | None = No
         gc.collect()
         gc.freeze()  # what is there stays: looking for circles in it would take longer than a trace
         weights, layers = ledger.live[CARD], fake_model.layers_of(model)
-        whole = None
+        placed, whole = reserve.Weights.on(ledger), None
         if not PRECISIONS[precision].quantizes:  # else the layers are the same, and have been looked at
             with kernels.chosen_as_on(card, ledger, whole=False):
                 whole = workload.run(ledger, model, layers, *CHECKED_SIZES).peak_bytes
@@ -243,6 +244,7 @@ def record(config: Mapping[str, Any], precision: str, attention: str | None = No
             later=later,
             conditions=tuple(conditions),
             names=tuple(_numbered(name, layers, chosen) for name in recorder.names),
+            reserved=reserve.reserved(ledger, model, layers, stand_ins(kinds, chosen), placed, card),
         )
         return _checked(made, whole, card) if whole is not None else made
 
