@@ -159,6 +159,7 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
     vocab_size: int
     experts: int = 0
     experts_per_token: int = 0
+    eager: bool = False  #: its class has no SDPA: attention is computed step by step, with all scores in memory
     naming: Naming | None = None
 
     @cached_property

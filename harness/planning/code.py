@@ -21,7 +21,6 @@ class Facts(NamedTuple):
     """What loading code must say of a model."""
 
     gguf_file: str | None = None  #: the name of its GGUF file
-    stored: bool = False  #: whether it is stored quantized, and so is loaded as it is, without a config
     native: bool = False  #: whether `harness.models` has its architecture
     #: Whether the model's own code may run; None if it has none. Left out, transformers would ask at the terminal.
     trusted: bool | None = None
@@ -49,15 +48,14 @@ def loading_code(
 ) -> str:
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
-    Of a GGUF file a precision that quantizes nothing asks for the weights unpacked: transformers' default depends on the machine.
+    Of a checkpoint that is quantized already, `precision` is the row as it holds of that (`ModelSpec.adapted`): it asks for the
+    weights unpacked, where transformers' default depends on the machine, or for nothing.
     """
     max_memory, device_map, on_gpu = destination
     arguments: dict[str, Any] = {GGUF.argument: facts.gguf_file} if facts.gguf_file else {}
     arguments["dtype"] = dtype
-    config = None if facts.stored else precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
-    if facts.gguf_file and precision.quantization is None:
-        arguments["quantization_config"] = dict(GGUF.unpacked)
-    elif isinstance(config, Config):
+    config = precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
+    if isinstance(config, Config):
         arguments["quantization_config"] = config
     elif config is not None:
         off_gpu = precision.off_gpu if placement.splits_devices else None

@@ -148,6 +148,7 @@ def _of_model(model: Any, naming: Callable[[Any], Naming | None] = naming) -> Sk
         vocab_size=config.vocab_size,
         experts=_first(config, "num_local_experts", "num_experts", "n_routed_experts") or 0,
         experts_per_token=_first(config, "num_experts_per_tok") or 0,
+        eager=model.config._attn_implementation == "eager",
         naming=naming(model),
     )
 

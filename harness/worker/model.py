@@ -151,41 +151,50 @@ def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _parts_timed(seconds: dict[str, float]) -> Iterator[None]:
     """Time the libraries' own steps inside the loading code: reading weights, and placing modules with hooks."""
+    clock = _StepClock(seconds)
     with (
-        _clocked(transformers.modeling_utils.PreTrainedModel, "_load_pretrained_model", seconds, "weights_s"),
-        _clocked(transformers.modeling_utils, "accelerate_dispatch", seconds, "dispatch_s"),
-        _clocked(accelerate.big_modeling, "load_checkpoint_in_model", seconds, "weights_s"),
-        _clocked(accelerate.big_modeling, "dispatch_model", seconds, "dispatch_s"),
-        _clocked(torch.nn.Module, "to", seconds, "dispatch_s"),
+        clock.timing(transformers.modeling_utils.PreTrainedModel, "_load_pretrained_model", "weights_s"),
+        clock.timing(transformers.modeling_utils, "accelerate_dispatch", "dispatch_s"),
+        clock.timing(accelerate.big_modeling, "load_checkpoint_in_model", "weights_s"),
+        clock.timing(accelerate.big_modeling, "dispatch_model", "dispatch_s"),
+        clock.timing(torch.nn.Module, "to", "dispatch_s"),
     ):
         yield
 
 
-@contextlib.contextmanager
-def _clocked(owner: Any, name: str, seconds: dict[str, float], key: str) -> Iterator[None]:
-    """Add the time spent in the outermost call of `owner.name` to `seconds[key]`; a version without it has no such figure."""
-    original = owner.__dict__.get(name)
-    if original is None:
-        yield
-        return
-    function = original.__func__ if isinstance(original, (classmethod, staticmethod)) else original
-    depth = 0
+class _StepClock:
+    """Adds up the seconds of steps. A step inside another is part of that one, so that all together take no longer than loading."""
 
-    def clocked(*args: Any, **kwargs: Any) -> Any:
-        nonlocal depth
-        depth, start = depth + 1, time.perf_counter()
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._is_inside = seconds, False
+
+    @contextlib.contextmanager
+    def timing(self, owner: Any, name: str, key: str) -> Iterator[None]:
+        """Time the calls of `owner.name` meanwhile; a version of the library without it has no such figure."""
+        original = owner.__dict__.get(name)
+        if original is None:
+            yield
+            return
+        function = original.__func__ if isinstance(original, (classmethod, staticmethod)) else original
+        timed = self._timed(function, key)
+        setattr(owner, name, type(original)(timed) if isinstance(original, (classmethod, staticmethod)) else timed)
         try:
-            return function(*args, **kwargs)
+            yield
         finally:
-            depth -= 1
-            if depth == 0:
-                seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
+            setattr(owner, name, original)
 
-    setattr(owner, name, type(original)(clocked) if isinstance(original, (classmethod, staticmethod)) else clocked)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+    def _timed(self, function: Callable[..., Any], key: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._is_inside:
+                return function(*args, **kwargs)
+            self._is_inside, start = True, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._is_inside = False
+                self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - start
+
+        return timed
 
 
 def loaded_facts(model: Model) -> Loaded:

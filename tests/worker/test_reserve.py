@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import harness.models  # noqa: F401 registers our own architectures
+from harness.architecture.card_kernels import kernels_of
 from harness.worker.trace import fake_model, kernels, reserve, workload
 from harness.worker.trace.ledger import fake_card
 from harness.worker.trace.reserve import ReplayedWorkload, Weights
 from harness.worker.trace.whole import Events, stand_ins
 
-CARD = kernels.kernels_of("8.0")
+CARD = kernels_of("8.0")
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 1024,

@@ -11,11 +11,11 @@ from itertools import accumulate
 from statistics import median
 from typing import Any, NamedTuple
 
+from harness.architecture.card_kernels import WITH_FLASH, CardKernels, kernels_of
 from harness.architecture.traced_memory import Gaps, Reserved, Spread
 from harness.worker.trace import fake_model, kernels, workload
 from harness.worker.trace.allocator import Replayed, needs, round_size
 from harness.worker.trace.fake_model import Layers
-from harness.worker.trace.kernels import CardKernels
 from harness.worker.trace.ledger import Ledger, fake_card
 from harness.worker.trace.whole import Events, stand_ins, whole
 
@@ -94,13 +94,13 @@ def reserved(
     )
 
 
-def reserved_of(config: Mapping[str, Any], precision: str, capability: str = "8.0") -> Reserved | None:
+def reserved_of(config: Mapping[str, Any], precision: str, capability: str = WITH_FLASH) -> Reserved | None:
     """Build an architecture in a precision and replay it, which takes seconds where a record takes longer.
 
     Raises:
         ValueError: transformers has no class for it, or no trace is made in this precision.
     """
-    card, model = kernels.kernels_of(capability), fake_model.build_fake(config, precision)
+    card, model = kernels_of(capability), fake_model.build_fake(config, precision, capability=capability)
     with fake_card({}, card.capability) as ledger:
         fake_model.place_on_card(model)
         weights, layers = Weights.on(ledger), fake_model.layers_of(model)
