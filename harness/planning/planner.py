@@ -12,7 +12,7 @@ from harness.architecture.skeleton import Weight
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report
-from harness.core.records import Case, Estimate, Machine, Plan, Verdict, Workload
+from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.planning import calibration, context, feasibility
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
@@ -36,7 +36,6 @@ _EMULATED = "bfloat16 is emulated on the {}, compute capability {}, and slow: fp
 _FUSED = "4-bit weights in RAM are multiplied as they are: the processor has AVX512_BF16, and bitsandbytes loads its library for it"
 _UNFUSED = "4-bit weights in RAM are unpacked for every token: {} the product for AVX512_BF16"
 _MAYBE_FUSED = "4-bit weights in RAM are taken to be multiplied as they are: without AVX512_BF16 it is tens of times slower"
-_NOT_ON_WINDOWS = "It would fit with expandable segments, which torch does not have on Windows."
 # How often our device map is computed again with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
 
@@ -126,7 +125,8 @@ class Planner:
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
         placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, fmt, limits)
         footprint = self._footprint(case, fmt, placed)
-        expected, verdict, why, expandable = self._judged(case, placement, footprint)
+        expected, verdict, why, footprint = self.judge.judge(case, placement, footprint)
+        self.footprints[case.id] = footprint
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in placed.items()}
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
         destination = Destination(max_memory=limits, device_map=by_module, on_gpu=on_gpu)
@@ -140,23 +140,8 @@ class Planner:
             estimate=expected,
             remote_code=code,
             trusted=self.trust and bool(code),
-            expandable_segments=expandable,
+            expandable_segments=footprint.loading.expandable,
         )
-
-    def _judged(self, case: Case, placement: Placement, footprint: Footprint) -> tuple[Estimate, Verdict, str | None, bool]:
-        """Return a case's estimate, verdict and reason, and whether it takes torch's expandable segments to fit surely."""
-        expected = estimate.estimate(footprint, case.precision, self.machine)
-        verdict, why = self.judge.verdict(case, placement, expected, footprint)
-        if verdict not in (Verdict.TIGHT, Verdict.TOO_BIG) or not footprint.gpus:
-            return expected, verdict, why, False
-        other = footprint.with_expandable_segments()
-        better = msgspec.structs.replace(expected, tiers=estimate.memory(other, self.machine))
-        if self.judge.verdict(case, placement, better, other)[0] is not Verdict.FITS:
-            return expected, verdict, why, False
-        if (self.machine.system or "").startswith("Windows"):
-            return expected, verdict, f"{why} {_NOT_ON_WINDOWS}", False
-        self.footprints[case.id] = other
-        return better, Verdict.FITS, self.judge.needs_expandable(case, expected), True
 
     def _looks_for_itself(self, placement: Placement) -> bool:
         """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""
