@@ -1,7 +1,7 @@
 """What torch's allocator needs and keeps, planned against replayed.
 
-Workloads of other sizes than those that records and constants rest on are traced, and their allocations run through the model of the
-allocator (`harness.worker.trace.allocator`): nothing here ran on a card.
+Workloads of other sizes than those that records rest on are traced, and their allocations run through the model of the allocator
+(`harness.worker.trace.allocator`): nothing here ran on a card.
 """
 
 from __future__ import annotations
