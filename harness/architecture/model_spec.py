@@ -17,7 +17,8 @@ import msgspec
 from msgspec.structs import replace
 
 from harness.architecture import skeleton, skeleton_source, validate
-from harness.architecture.ask_worker import UnknownType
+from harness.architecture.ask_worker import NotMeasured, UnknownType
+from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
@@ -192,6 +193,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     found, note, refused = _skeleton_of(read)
     if refused is not None and is_native(read.config):  # no other code loads it, nor does the one that it may come with
         raise CheckpointError(f"{read.path}/{CONFIG}", str(refused))
+    found, untied = _untied(found, read)
     gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == GGUF.name else None
     packed = quantization.packed(read.config, read.tensors) if gguf is None else None
     notes = validate.check(read, found, packed)
@@ -210,7 +212,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
         largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=tokenizer,
-        notes=tuple(filter(None, (note, *notes, None if tokenizer else _NO_TOKENIZER))),
+        notes=tuple(filter(None, (note, *notes, untied, None if tokenizer else _NO_TOKENIZER))),
         remote_code=read.remote_code,
         has_class=_has_class(read.config, found),
         gguf=gguf,
@@ -218,6 +220,20 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
         config=read.config or {},
     )
+
+
+def _untied(found: Skeleton, read: Checkpoint) -> tuple[Skeleton, str | None]:
+    """Return the skeleton without the tie of a head that the files hold with other values, and a sentence that says so."""
+    if read.other_head is None or not found.tied:
+        return found, None
+    wanted = {weight.path: weight for weight in found.weights}
+    placed = (found.naming or Naming()).place(read.other_head, wanted).name
+    head = read.other_head if read.other_head in wanted else placed
+    if head not in found.tied:
+        return found, None
+    rest = {name: source for name, source in found.tied.items() if name != head}
+    what = f"{CONFIG} ties {head} to {found.tied[head]}, and the files hold another: transformers loads both"
+    return replace(found, tied=rest), what
 
 
 def _loaded_bytes(read: Checkpoint) -> int:
@@ -258,6 +274,9 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
     """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors.
 
     With it a note that says so, and what transformers said where it was asked and could not build it.
+
+    Raises:
+        CheckpointError: it is a model of another kind, which continues no text.
     """
     is_gguf = read.files[0].format == GGUF.name
     known = skeleton_source.shipped(read.config) if read.config and not is_gguf else None
@@ -269,6 +288,8 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
     if not missing and (is_gguf or read.config.get("model_type")):
         try:
             return _built(read, is_gguf), None, None
+        except NotMeasured as error:
+            raise CheckpointError(f"{read.path}/{CONFIG}", str(error)) from None
         except UsageError as error:
             why, refused = str(error), error
     from harness.architecture.inferred_skeleton import infer_skeleton

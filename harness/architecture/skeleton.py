@@ -146,6 +146,7 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
 
     model_class: str
     model_type: str
+    auto_class: str = "AutoModelForCausalLM"  #: the class of transformers that loads it
     source: str
     blocks: tuple[Block, ...]
     no_split: tuple[str, ...]

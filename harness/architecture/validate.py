@@ -151,15 +151,19 @@ class _Comparison:
     def _raise_partless(self, packed: list[StoredWeight]) -> None:
         """Raise for a packed weight without scales, or that lacks a part which most others have: some libraries write more."""
         assert self.layout is not None
-        for held in packed:
-            if self.layout.scales and not held.parts.keys() & set(self.layout.scales):
-                name = f"{held.name.removesuffix('.weight')}{self.layout.scales[0]}"
-                raise self._error(held.tensor.file, f"holds {shown(held.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
-        usual = Counter(frozenset(held.parts) for held in packed).most_common(1)[0][0]
-        for held in packed:
-            for part in sorted(usual - held.parts.keys()):
-                name = f"{held.name.removesuffix('.weight')}{part}"
-                raise self._error(held.tensor.file, f"holds {shown(held.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
+        for stored in packed:
+            if self.layout.scales and not stored.parts.keys() & set(self.layout.scales):
+                name = f"{stored.name.removesuffix('.weight')}{self.layout.scales[0]}"
+                raise self._error(
+                    stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
+                )
+        usual = Counter(frozenset(stored.parts) for stored in packed).most_common(1)[0][0]
+        for stored in packed:
+            for part in sorted(usual - stored.parts.keys()):
+                name = f"{stored.name.removesuffix('.weight')}{part}"
+                raise self._error(
+                    stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
+                )
 
     def _raise_misplaced(self) -> None:
         """Raise for what is packed outside of Linear modules, such as the embedding in ChatGLM-6B's int4-qe files.
@@ -259,6 +263,11 @@ class _Comparison:
             what = f"asks for {len(missing)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
         name = missing[0]
+        if self._is_headless(missing):
+            what = f"holds all of {self.found.model_class} but its output head ({shown(name)})"
+            raise self._error(
+                self.read.files[0].name, f"{what}, as embedding models do: it continues no text, and AutoModel loads it"
+            )
         listed = self.read.listed.get(name)
         if listed is not None:
             what = f"does not hold {shown(name)}{more(missing)}, which the index says it does"
@@ -271,6 +280,11 @@ class _Comparison:
         where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
         what = f"asks for {shown(name)}{more(missing)}, which {where} holds"
         raise self._error(CONFIG, f"{what}: complete the download, or {_TOGETHER}")
+
+    def _is_headless(self, missing: list[str]) -> bool:
+        """Say whether nothing is missing but the output embedding, which no index lists either."""
+        heads = {weight.path for module in self.found.root.walk() if module.block.exempt for weight in module.weights}
+        return heads.issuperset(missing) and not self.read.listed.keys() & set(missing)
 
     def _missing(self, naming: Naming) -> Iterator[str]:
         ignored = _any_of(naming.may_miss)

@@ -102,6 +102,9 @@ class CaseMatrix:
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
+        fault = self._models.faults.get(case.model)
+        if fault is not None:
+            return Plan(case=case, verdict=Verdict.UNAVAILABLE, why=fault)
         if not self._models.fetched(case.model):
             return feasibility.decide(case, probe.limited(self._machine, case), None)
         if case.id not in self._plans:

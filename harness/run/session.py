@@ -103,11 +103,10 @@ class Session:
         self.store.prepare(to_come)
         _prepare_page(self.html, page.most_bytes(len(asked), self.store.path.stat().st_size))
         runnable = sorted({case.model for case in asked if self._matrix.may_run(case)})
-        self.models.fetch(runnable)
+        self.models.fetch(runnable, self._matrix.check_model)
+        runnable = [name for name in runnable if name not in self.models.faults]
         if self.options.resume:
             self._earlier = selection.last_on(self.machine, self.store.read()[0])
-        for name in runnable:
-            self._matrix.check_model(name)
         if self.worker_main is None and self.machine.gpus:
             with show_progress() as report:  # the run has torch anyway, and is held against its plans
                 self._untraced = self._matrix.trace([case for case in asked if case.model in runnable], report)

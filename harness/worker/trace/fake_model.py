@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from harness.architecture.card_kernels import WITH_FLASH
 from harness.core.precisions import PRECISIONS
-from harness.worker.build_skeleton import read_model_config
+from harness.worker.auto_class import auto_class_of
+from harness.worker.build_skeleton import construct, read_model_config
 from harness.worker.trace.ledger import CARD
 
 _NOT_BY_LAYER = ("architectures", "bos_token_id", "eos_token_id")  # lists that may be as long by chance
@@ -38,10 +39,8 @@ def build_fake(config: Mapping[str, Any], precision: str, attention: str | None 
         raise ValueError(f"no trace in {precision}: what its kernels allocate is not known")
     dtype = row.dtype_on(capability)
     chosen = {"attn_implementation": attention} if attention else {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            read_model_config(config), dtype=getattr(torch, dtype), trust_remote_code=False, **chosen
-        ).eval()
+    read = read_model_config(config)
+    model = construct(auto_class_of(read, None), read, getattr(torch, dtype), **chosen)
     model.tie_weights()
     _keep_in_float32(model, dtype)
     return _quantized(model, row.quantization, dtype) if isinstance(row.quantization, Mapping) else model
