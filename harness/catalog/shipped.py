@@ -40,6 +40,9 @@ class _Lines(Mapping[str, ShippedModel]):
             self._decoded[hub_id] = msgspec.json.decode(line, type=ShippedModel)
         return self._decoded[hub_id]
 
+    def __contains__(self, hub_id: object) -> bool:
+        return hub_id in self._places
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
