@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from harness.catalog import shipped, wheel_cache
 from harness.catalog.names import meant, near_misses, read_name, words
+from harness.checkpoint.foreign_folder import refuse
 from harness.checkpoint.formats.files import Directory
 from harness.checkpoint.reader import WEIGHTS, shards
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
@@ -218,14 +219,14 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
         return  # a GGUF file has its config within
     if "config.json" not in names:
         way_out = "give the directory that save_pretrained wrote or that was downloaded whole"
-        raise CheckpointError(path, f"no config.json: {way_out}{_namesake(path.name)}")
+        raise refuse(Directory(path), sorted(names), f"no config.json: {way_out}{_namesake(path.name)}")
     if not weights:
         return
     chosen = choose_weights(names)
     if chosen and chosen.endswith(".index.json"):
         shards(Directory(path), chosen)
     elif not any(name.endswith((".safetensors", ".bin", GGUF.suffix)) for name in names):
-        raise CheckpointError(path, f"no weights ({WEIGHTS[0]} or {WEIGHTS[2]}): download the model again, whole")
+        raise refuse(Directory(path), sorted(names), f"no weights ({WEIGHTS[0]} or {WEIGHTS[2]}): download the model again, whole")
 
 
 def _namesake(name: str) -> str:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from harness.cli import output
 from harness.cli.options import add_options
 from harness.core.errors import UsageError
 from harness.core.units import format_count, format_share, format_size
+from harness.report.terminal import output
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -126,8 +126,7 @@ def hidden(machine: Machine, seen: Seen | None) -> str | None:
             "torch sees an NVIDIA GPU and NVML does not (libnvidia-ml is missing): only the CPU is measured, and the GPU is hidden"
         )
     named = f" ({seen.cards[0].name})" if seen and seen.cards else ""
-    article = "a" if maker not in ("AMD", "Apple", "Intel") else "an"
-    return f"{article} {maker} GPU is here{named}; this version measures the CPU only, and the GPU is hidden from all cases"
+    return f"an {maker} GPU is here{named}; this version measures the CPU only, and the GPU is hidden from all cases"
 
 
 def ram_fallback(machine: Machine) -> str | None:

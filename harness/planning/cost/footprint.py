@@ -98,6 +98,13 @@ class Footprint:
         other.__dict__.pop("kv", None)
         return other
 
+    def with_calibration(self, calibration: Calibration) -> Footprint:
+        """Return the same case by other constants; what does not depend on them is not counted again."""
+        other = copy(self)
+        other.calibration = calibration
+        other.overhead = Overhead(self.inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
+        return other
+
     @cached_property
     def kv(self) -> dict[str, int]:
         """KV cache at the end of the workload, by the device that its layer runs on."""
