@@ -19,6 +19,7 @@ import transformers
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness.architecture import traces
+from harness.architecture.card_kernels import kernels_of
 from harness.catalog import shipped
 from harness.worker.trace import fake_model, kernels, workload
 from harness.worker.trace.fake_model import Layers
@@ -99,7 +100,7 @@ def _context(config: Mapping[str, Any]) -> int:
 
 
 def _rows(model: str, config: Mapping[str, Any], precision: str, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
-    card = kernels.kernels_of(CAPABILITY)
+    card = kernels_of(CAPABILITY)
     fake = fake_model.build_fake(config, precision)
     with fake_card({}, card.capability) as ledger:
         fake_model.place_on_card(fake)
