@@ -14,7 +14,7 @@ import pytest
 
 from harness.machine import accelerators, probe
 from tests.gpu import report
-from tests.gpu.contact import Contact
+from tests.gpu.contact import OPTIONS, Contact
 
 # Later modules need what earlier ones show: that torch sees the card, that a case runs, that its figures are right.
 ORDER = ("contact", "placements", "estimates", "quantized", "limits", "overhead", "recovery", "tp", "gguf")
@@ -42,7 +42,8 @@ def contact() -> Contact:
     machine = accelerators.usable(probe.probe())
     if machine.gpu_problem:
         pytest.skip(machine.gpu_problem)
-    return Contact(_place(), machine, os.environ.get("FIRST_CONTACT_MODEL"))
+    options = os.environ.get("FIRST_CONTACT_OPTIONS", "").split() or OPTIONS
+    return Contact(_place(), machine, os.environ.get("FIRST_CONTACT_MODEL"), options)
 
 
 def _place() -> Path:

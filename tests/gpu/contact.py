@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.core.records import Machine, Outcome, Result
@@ -13,13 +14,17 @@ ROOT = Path(__file__).parents[2]
 # Written offline in seconds, and large enough that its weights are no rounding error beside a context.
 MODEL = "codegen-350m-mono"
 RUN_S = 280.0
+OPTIONS = ("--repeats", "3")
 
 
 class Contact:
-    """Runs cases of one model into one directory. `model` is a directory of weights; None is MODEL with synthetic ones."""
+    """Runs cases of one model into one directory.
 
-    def __init__(self, directory: Path, machine: Machine, model: str | None = None) -> None:
-        self.directory, self.machine = directory, machine
+    `model` is a directory of weights; None is MODEL with synthetic ones. `options` are those of every case.
+    """
+
+    def __init__(self, directory: Path, machine: Machine, model: str | None = None, options: Sequence[str] = OPTIONS) -> None:
+        self.directory, self.machine, self.options = directory, machine, options
         self.asked = ["--model", model] if model else ["--model", MODEL, "--weights", "synthetic"]
         self._ran: dict[tuple[str, ...], list[Result]] = {}
 
@@ -51,19 +56,8 @@ class Contact:
 
     def run(self, *words: str) -> str:
         """Run the main job, and return what it printed last."""
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "cases",
-            "-q",
-            "--results",
-            str(self.directory),
-            "--repeats",
-            "3",
-            *self.asked,
-            *words,
-        ]
+        asked = ["--results", str(self.directory), *self.options, *self.asked, *words]
+        command = [sys.executable, "-m", "pytest", "cases", "-q", *asked]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_S, check=False)
         except subprocess.TimeoutExpired:
