@@ -37,13 +37,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def contact() -> Contact:
+def contact(request: pytest.FixtureRequest) -> Contact:
     """All cases of this contact, measured into one directory; skips what needs a card that torch cannot use."""
     machine = accelerators.usable(probe.probe())
     if machine.gpu_problem:
         pytest.skip(machine.gpu_problem)
     options = os.environ.get("FIRST_CONTACT_OPTIONS", "").split() or OPTIONS
-    return Contact(_place(), machine, os.environ.get("FIRST_CONTACT_MODEL"), options)
+    made = Contact(_place(), machine, os.environ.get("FIRST_CONTACT_MODEL"), options)
+    given = [
+        item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    ]
+    made.wanted = {(one["precision"], one["placement"]) for one in given if {"precision", "placement"} <= one.keys()}
+    return made
 
 
 def _place() -> Path:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.core.placements import PLACEMENTS, distinct
 from harness.core.records import Machine, Outcome, Result
 from harness.results import store
 
@@ -26,7 +27,9 @@ class Contact:
     def __init__(self, directory: Path, machine: Machine, model: str | None = None, options: Sequence[str] = OPTIONS) -> None:
         self.directory, self.machine, self.options = directory, machine, options
         self.asked = ["--model", model] if model else ["--model", MODEL, "--weights", "synthetic"]
+        self.wanted: set[tuple[str, str]] = set()  #: precision and placement of what will be asked for
         self._ran: dict[tuple[str, ...], list[Result]] = {}
+        self._together: dict[tuple[str, str], Result] = {}
 
     def cases(self, *words: str) -> list[Result]:
         """Run cases once, and return their results.
@@ -41,6 +44,22 @@ class Contact:
             assert found, f"pytest cases {' '.join(words)} left no result: {done}"
             self._ran[words] = found
         return self._ran[words]
+
+    def together(self, precision: str, placement: str) -> Result:
+        """Return the result of a case, which runs with all that will be asked for in this precision.
+
+        Raises:
+            AssertionError: the run left none.
+        """
+        if (precision, placement) not in self._together:
+            differ = distinct(PLACEMENTS, len(self.machine.gpus))
+            asked = [name for name in differ if name == placement or (precision, name) in self.wanted]
+            new = [name for name in asked if (precision, name) not in self._together]
+            found = self.cases("--precision", precision, *(word for name in new for word in ("--placement", name)))
+            self._together |= {(precision, result.case.placement): result for result in found}
+        left = [f"{one}/{other}" for one, other in self._together]
+        assert (precision, placement) in self._together, f"the run left no result of {precision}/{placement}, only of {left}"
+        return self._together[precision, placement]
 
     def case(self, precision: str, placement: str, *words: str) -> Result:
         """Run one case, and return its result."""

@@ -29,19 +29,11 @@ POSSIBLE = [
 ]
 
 
-def words(gpus: int) -> list[str]:
-    """Return the options that ask for all placements which differ on so many cards."""
-    return [word for name in distinct(PLACEMENTS, gpus) if name in PLACED for word in ("--placement", name)]
-
-
 def get(contact: Contact, precision: str, placement: str) -> Result:
-    """Return the result of a case; all placements of a precision run together."""
-    asked = words(len(contact.machine.gpus))
-    if placement not in asked:
+    """Return the result of a case."""
+    if placement not in distinct(PLACEMENTS, len(contact.machine.gpus)):
         pytest.skip(f"on one card {placement} is what another placement is")
-    found = {result.case.placement: result for result in contact.cases("--precision", precision, *asked)}
-    assert placement in found, f"the run left no result of {precision}/{placement}, only of {sorted(found)}"
-    result = found[placement]
+    result = contact.together(precision, placement)
     if result.outcome is Outcome.SKIPPED:
         pytest.skip(str(result.why))
     return ended_well(result)
