@@ -17,7 +17,8 @@ from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.quantization import Layout, Packed, bits_said, first_packed, tensors_tell, weights_in
+from harness.checkpoint.layouts import Layout
+from harness.checkpoint.quantization import Packed, bits_said, first_packed, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
 from harness.core.errors import CheckpointError
@@ -143,12 +144,19 @@ class _Comparison:
         packed = [stored for stored in _stored_weights(self.read, self.layout) if stored.packed]
         if packed:
             self._raise_partless(packed)
-        elif not self.packed.method.startswith("bitsandbytes"):  # which packs what it finds
+        elif not self.packed.name.startswith("bitsandbytes"):  # which packs what it finds
             what = f"says {self.packed.title}, and no tensor of the files is packed so ({self.layout.main})"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
 
     def _raise_partless(self, packed: list[StoredWeight]) -> None:
-        """Raise for a packed weight that lacks a part which most others have: some libraries write more than others."""
+        """Raise for a packed weight without scales, or that lacks a part which most others have: some libraries write more."""
+        assert self.layout is not None
+        for stored in packed:
+            if self.layout.scales and not stored.parts.keys() & set(self.layout.scales):
+                name = f"{stored.name.removesuffix('.weight')}{self.layout.scales[0]}"
+                raise self._error(
+                    stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
+                )
         usual = Counter(frozenset(stored.parts) for stored in packed).most_common(1)[0][0]
         for stored in packed:
             for part in sorted(usual - stored.parts.keys()):
@@ -255,6 +263,11 @@ class _Comparison:
             what = f"asks for {len(missing)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
         name = missing[0]
+        if self._is_headless(missing):
+            what = f"holds all of {self.found.model_class} but its output head ({shown(name)})"
+            raise self._error(
+                self.read.files[0].name, f"{what}, as embedding models do: it continues no text, and AutoModel loads it"
+            )
         listed = self.read.listed.get(name)
         if listed is not None:
             what = f"does not hold {shown(name)}{more(missing)}, which the index says it does"
@@ -267,6 +280,11 @@ class _Comparison:
         where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
         what = f"asks for {shown(name)}{more(missing)}, which {where} holds"
         raise self._error(CONFIG, f"{what}: complete the download, or {_TOGETHER}")
+
+    def _is_headless(self, missing: list[str]) -> bool:
+        """Say whether nothing is missing but the output embedding, which no index lists either."""
+        heads = {weight.path for module in self.found.root.walk() if module.block.exempt for weight in module.weights}
+        return heads.issuperset(missing) and not self.read.listed.keys() & set(missing)
 
     def _missing(self, naming: Naming) -> Iterator[str]:
         ignored = _any_of(naming.may_miss)
@@ -308,7 +326,10 @@ def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[StoredW
         else:
             packed.setdefault(base, {})[part] = tensor
     for base, parts in packed.items():
-        yield StoredWeight(f"{base}.weight", parts, packed=True)
+        if layout is not None and layout.main in parts:
+            yield StoredWeight(layout.whole_name(base), parts, packed=True)
+        else:  # a scale, or what is called so, without a packed weight
+            yield from (StoredWeight(tensor.name, {"": tensor}) for tensor in parts.values())
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:

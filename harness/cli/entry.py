@@ -64,6 +64,7 @@ class _Version(argparse.Action):
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
     "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
+    "models": (inspect.MODELS_HELP, inspect.add_models_arguments, inspect.run_models),
     "plan": (plan.HELP, plan.add_arguments, plan.run),
     "calibrate": (calibrate.HELP, calibrate.add_arguments, calibrate.run),
     "chat": (chat.HELP, chat.add_arguments, chat.run),

@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         placements=named(args.placement, device_map is not None),
         device_map=device_map,
         trust=args.trust_remote_code,
+        traces=args.explain is not None,
     )
     recommendations = [advise_on(source, machine, workload, question, calibration) for source in _sources(args)]
     return _print(recommendations, args, machine, workload)

@@ -64,6 +64,7 @@ class PlanQuestion(NamedTuple):
     placements: Sequence[str] = ()
     device_map: Mapping[str, Device] | None = None  #: the user's own
     trust: bool = False  #: whether code that comes with the model may run
+    traces: bool = False  #: whether what no record is of is traced now, by a worker
 
 
 def advise_on(
@@ -94,4 +95,9 @@ def advise_on(
     asked = question.precisions or defaults(spec.stored_as)
     pairs = question.cases or [(precision, placement) for precision in asked for placement in places]
     cases = [Case(model=spec.name, precision=precision, placement=placement, workload=workload) for precision, placement in pairs]
+    if question.traces and (untraced := planner.untraced(cases)):
+        from harness.core.progress import show_progress
+
+        with show_progress() as report:
+            planner.trace(untraced, report)
     return advise(source, planner, cases)

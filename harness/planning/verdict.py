@@ -8,7 +8,6 @@ from msgspec.structs import replace
 
 from harness.architecture.model_spec import ModelSpec
 from harness.checkpoint.formats.files import quote
-from harness.core.families import GGUF
 from harness.core.placements import Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
@@ -68,7 +67,7 @@ class Judge(Record, frozen=True, kw_only=True):
 
     def verdict(self, case: Case, placement: Placement, expected: Estimate, footprint: Footprint) -> tuple[Verdict, str | None]:
         """Say whether a case fits, and why not or how narrowly."""
-        refused = self._spill_refusal(PRECISIONS[case.precision], placement, footprint)
+        refused = self._spill_refusal(self.spec.adapted(PRECISIONS[case.precision]), placement, footprint)
         if refused:
             return Verdict.TOO_BIG, refused
         unknown = [
@@ -91,8 +90,8 @@ class Judge(Record, frozen=True, kw_only=True):
         if spilled and "offloads_to_cpu" in precision.incompatible and not leaves_off_gpu(precision, placement):
             where, reason = " and ".join(spilled), precision.incompatible["offloads_to_cpu"]
             return f"too big for {placement.name}: weights would lie on {where}; {reason}"
-        if "disk" in footprint.weights and self.spec.gguf is not None:
-            return f"too big for {placement.name}: weights would lie on disk; {GGUF.refusals['offloads']}"
+        if "disk" in spilled and "offloads" in precision.incompatible:
+            return f"too big for {placement.name}: weights would lie on disk; {precision.incompatible['offloads']}"
         return None
 
     def _fit(self, case: Case, expected: Estimate) -> tuple[Verdict, str | None]:

@@ -47,7 +47,7 @@ def contact(request: pytest.FixtureRequest) -> Contact:
     given = [
         item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")
     ]
-    made.wanted = {(one["precision"], one["placement"]) for one in given if {"precision", "placement"} <= one.keys()}
+    made.wanted = {(str(one["precision"]), str(one["placement"])) for one in given if {"precision", "placement"} <= one.keys()}
     return made
 
 

@@ -70,7 +70,7 @@ class Contact:
         from harness.run.model_set import ModelSet
 
         models = ModelSet((self.asked[1],), synthetic="synthetic" in self.asked, trust=False)
-        models.fetch(list(models.sources))
+        models.fetch(list(models.sources), lambda _: None)
         return str(models.location(next(iter(models.sources))))
 
     def run(self, *words: str) -> str:

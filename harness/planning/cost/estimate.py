@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
-from harness.core.families import GGUF
 from harness.core.precisions import Precision
 from harness.core.records import Estimate, Machine, Tier, TierEstimate
 from harness.planning.calibration import Calibration
@@ -28,14 +27,23 @@ ROUGH_SHARE, KNOWN_SHARE = 0.10, 0.005
 
 def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFormat:
     """Return the format of a model's weights in a precision: a quantized checkpoint stays so, except a GGUF that is unpacked."""
+    if not spec.keeps_packed(precision):
+        return WeightFormat(dtype=dtype, quantizer=precision.scheme if spec.stored_as is None else None)
     if spec.gguf is not None:
-        bits = spec.gguf.packed_bits if precision.requires_checkpoint == GGUF.title else None
-        return WeightFormat(dtype=dtype, packed_bits=bits, packed_experts=bits is not None, packed_embeddings=bits is not None)
-    if spec.packed is not None and not spec.packed.unpacks:
-        bits, experts = packed_bits(spec)
-        own = spec.packed.precision if spec.unpacks_itself else None
-        return WeightFormat(dtype=dtype, packed_bits=bits, packed_experts=experts, unpacking=own)
-    return WeightFormat(dtype=dtype, quantizer=precision.scheme)
+        return WeightFormat(dtype=dtype, packed_bits=spec.gguf.packed_bits, packed_experts=True, packed_embeddings=True)
+    assert spec.packed is not None
+    method = spec.packed.method
+    assert method is not None
+    bits, experts = packed_bits(spec)
+    return WeightFormat(
+        dtype=dtype,
+        packed_bits=bits,
+        packed_linears=method.packs_linears,
+        counted_as=precision.scheme if method.counted is not None else None,
+        margin=method.margin,
+        packed_experts=experts,
+        unpacking=spec.packed.precision if spec.packed.own else None,
+    )
 
 
 def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
@@ -46,11 +54,13 @@ def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
     packed = spec.packed
     assert packed is not None
     saved = [(w, w.elements * count) for w, count in spec.skeleton.tally if not w.tied_to and w.tensor.kind != "unsaved"]
-    quantized = sum(elements for weight, elements in saved if weight.quantizes)
+    linears = packed.method is None or packed.method.packs_linears
+    quantized = sum(elements for weight, elements in saved if linears and weight.quantizes)
     experts = sum(elements for weight, elements in saved if skeleton.is_stacked(weight))
     plain = 2 * (sum(elements for _, elements in saved) - quantized)
     if spec.tensor_bytes is None or not quantized + experts:
-        return packed.bits + ((16 + packed.bits) / packed.group if packed.group else 0.0), bool(experts)
+        group = 32 if not linears else packed.group
+        return packed.bits + ((8 if not linears else 16 + packed.bits) / group if group else 0.0), bool(experts)
     if experts and spec.tensor_bytes < plain:
         plain, quantized = plain - 2 * experts, quantized + experts
     else:

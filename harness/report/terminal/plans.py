@@ -54,7 +54,7 @@ def show_plans(recommendations: Sequence[Recommendation], machine: Machine, work
         parts += [tables.title(_headline(recommendation)), table]
         reasons = "\n".join(_reasons(recommendation.plans))
         spec, conclusion = recommendation.spec, _conclusion(recommendation, workload)
-        said = (left_out, history(spec.name), *spec.notes, reasons, conclusion)
+        said = (left_out, history(spec.name), *spec.notes, reasons, _by_formulas(recommendation), conclusion)
         parts += [tables.said(text) for text in said if text]
     tables.show(*parts)
 
@@ -77,10 +77,24 @@ def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
         return []
     peak = footprint.inventory.on_gpu.traced_peak(one.case.workload)
     if peak is None:
-        return [tables.said("Activations are computed by formulas: this model has not been traced in this precision.")]
+        return [tables.said(f"Activations are computed by formulas: {footprint.inventory.on_gpu.why_formulas}.")]
     tensors = "; ".join(f"{name}, {format_size(size)}" for name, size in peak.worst.tensors)
     kv = f"KV cache, {format_size(peak.worst.kv_bytes)}"
     return [tables.said(f"Alive at the traced peak beside the weights: {kv}; {tensors}.")]
+
+
+def _by_formulas(recommendation: Recommendation) -> str:
+    """Say for which precisions the memory of a GPU is by formulas although a trace could say it, and how to have it traced."""
+    footprints = recommendation.planner.footprints
+    by_formulas: dict[str, str] = {}
+    for one in recommendation.plans:
+        footprint = footprints.get(one.case.id)
+        if footprint is not None and footprint.gpus and footprint.inventory.on_gpu.lacks_trace:
+            by_formulas.setdefault(one.case.precision, f"{one.case.precision}/{one.case.placement}")
+    if not by_formulas:
+        return ""
+    traces = next(iter(by_formulas.values()))
+    return f"Activations on the GPU are computed by formulas for {', '.join(by_formulas)}; --explain {traces} traces the model."
 
 
 def _word(one: Plan) -> str:
