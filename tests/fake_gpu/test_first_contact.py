@@ -31,7 +31,7 @@ def test_what_a_fake_card_carries_is_green_and_reported(tmp_path: Path) -> None:
         "FIRST_CONTACT_OPTIONS": "--repeats 1 --prompt-tokens 16 --new-tokens 4",
     }
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider", "-k", CHOSEN]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=420, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     text = (tmp_path / "contact/report.md").read_text(encoding="utf-8")
     assert "First contact: A100" in text
