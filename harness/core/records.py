@@ -223,6 +223,7 @@ class Plan(Record, frozen=True, kw_only=True):
     estimate: Estimate | None = None
     remote_code: list[str] = []  #: code of the model that a library would run
     trusted: bool = False  #: whether it may
+    expandable_segments: bool = False  #: whether torch's allocator has to use them on the GPUs
 
 
 class Phase(Record, frozen=True, kw_only=True):

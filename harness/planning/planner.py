@@ -125,8 +125,8 @@ class Planner:
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
         placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, fmt, limits)
         footprint = self._footprint(case, fmt, placed)
-        expected = estimate.estimate(footprint, case.precision, self.machine)
-        verdict, why = self.judge.verdict(case, placement, expected, footprint)
+        expected, verdict, why, footprint = self.judge.judge(case, placement, footprint)
+        self.footprints[case.id] = footprint
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in placed.items()}
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
         destination = Destination(max_memory=limits, device_map=by_module, on_gpu=on_gpu)
@@ -140,6 +140,7 @@ class Planner:
             estimate=expected,
             remote_code=code,
             trusted=self.trust and bool(code),
+            expandable_segments=footprint.loading.expandable,
         )
 
     def _looks_for_itself(self, placement: Placement) -> bool:

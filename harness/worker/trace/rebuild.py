@@ -17,6 +17,7 @@ from harness.architecture.traces import Records
 from harness.catalog import shipped
 from harness.machine.atomic import write_bytes
 from harness.worker.trace.record import record, source
+from harness.worker.trace.reserve import reserved_of
 
 SHIPPED_PRECISIONS = ("bf16", "int8", "int4", "fp16", "fp32")
 BEFORE_FLASH_TOO = ("fp16", "int8", "int4")  # bfloat16 is emulated on old cards, and float32 needs no record of its own there
@@ -59,6 +60,22 @@ def rebuild(names: Sequence[str], precisions: Sequence[str], capabilities: Seque
         _write(shelf)
     print(", ".join(f"{count} {outcome}" for outcome, count in done.items()), f"{traces.SHIPPED.stat().st_size} bytes")
     return int(done["without a record"] > 0)
+
+
+def replay_again(names: Sequence[str], precisions: Sequence[str]) -> None:
+    """Put into the shipped records of these models, or of all, what torch's allocator takes beyond what is allocated; print it.
+
+    A record that stands for others tells for all of them.
+    """
+    known, shelf = shipped.catalog(), _shelf()
+    for name in [shipped.hub_id(name) for name in names] or known:
+        records = shelf.get(traces.key_of(known[name].config), {})
+        for goes_by, one in list(records.items()):
+            if isinstance(one, TracedMemory) and one.precision in precisions and one.reserved is None:
+                gaps = reserved_of(known[name].config, one.precision, one.capability)
+                records[goes_by] = msgspec.structs.replace(one, reserved=gaps)
+                print(f"{name} {goes_by}: {gaps}", flush=True)
+                _write(shelf)
 
 
 def _remade(records: Records, config: Mapping[str, Any], wanted: tuple[str, str], check: bool) -> tuple[str, str]:

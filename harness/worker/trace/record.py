@@ -33,10 +33,11 @@ from harness.architecture.traced_memory import (
     value,
 )
 from harness.core.precisions import PRECISIONS
-from harness.worker.trace import fake_model, kernels, workload
+from harness.worker.trace import fake_model, kernels, reserve, workload
 from harness.worker.trace.fake_model import Layers
 from harness.worker.trace.fit import Pass, TracedPoint, cache_of, fit, moments, passes_of, row, tidy, worst
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
+from harness.worker.trace.whole import stand_ins
 
 NEW_TOKENS = 3  # the prompt's pass, the first step and one like all that follow
 # Lengths looked at for a change of operators, odd ones, as a mask then takes its padding; between two that differ it is sought.
@@ -248,7 +249,7 @@ def _recorded(
         gc.collect()
         gc.freeze()  # what is there stays: looking for circles in it would take longer than a trace
         weights, layers = ledger.live[CARD], fake_model.layers_of(model)
-        whole = None
+        placed, whole = reserve.Weights.on(ledger), None
         if check and not PRECISIONS[precision].quantizes:
             with kernels.chosen_as_on(card, ledger, whole=False):
                 whole = workload.run(ledger, model, layers, *CHECKED_SIZES).peak_bytes
@@ -261,8 +262,9 @@ def _recorded(
         recorder = Recorder(Tracer(ledger, model, layers, card), conditions)
         prefill, first, later = (tuple(recorder.regimes(number)) for number in range(NEW_TOKENS))
         names = tuple(_numbered(name, layers, chosen) for name in recorder.names)
+        gaps = reserve.reserved(ledger, model, layers, stand_ins(kinds, chosen), placed, card)
     traced = TracedMemory(
-        **about, layers=kinds, prefill=prefill, first=first, later=later, conditions=tuple(conditions), names=names
+        **about, layers=kinds, prefill=prefill, first=first, later=later, conditions=tuple(conditions), names=names, reserved=gaps
     )
     made = _without_first(_without_spares(traced))
     return made if whole is None else _checked(made, whole)
