@@ -35,7 +35,15 @@ _ROUNDS, _STEP, _STILL = 40, 0.7, 1e-4
 _OUTLYING, CONTRADICTS = 2.5, 1.5
 _DISTURBED = 4.0  # times the noise of a figure that nothing disturbed
 # Settled anew in each process, or by the activations of one model: fitted, so that nothing else answers for them, and left.
-_NOT_OF_THE_MACHINE = ("heap_", "page_cache_", "ram_resident_", "gpu_activation_", "cpu_activation_", "gpu_fragmentation_")
+_NOT_OF_THE_MACHINE = (
+    "heap_",
+    "page_cache_",
+    "ram_resident_",
+    "gpu_activation_",
+    "cpu_activation_",
+    "gpu_fragmentation_",
+    "gpu_cached_",
+)
 
 
 class CaseFigure(Record, frozen=True, kw_only=True):
