@@ -9,6 +9,7 @@ import msgspec
 
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Weight
+from harness.core.methods.packages import asked_of_pip
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
@@ -119,6 +120,8 @@ class Planner:
             estimate=expected,
             remote_code=code,
             trusted=self.trust and bool(code),
+            needs=asked_of_pip(precision.needs),
+            linear_dtype=None if precision.linear_dtype == PRECISIONS[case.precision].linear_dtype else precision.linear_dtype,
         )
 
     def _looks_for_itself(self, placement: Placement) -> bool:
@@ -142,11 +145,16 @@ class Planner:
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, fmt)
         if key not in self._maps:
-            packed = fmt.packed_bits is not None
-            sizes = self._inventory(fmt).sizes if packed and fmt.counted_as is None else None
-            widths = Widths(fmt.dtype, fmt.counted_as or fmt.quantizer, sizes, fmt.margin if packed else None)
-            self._maps[key] = tiers.device_map(self.spec.skeleton, placement, widths, self.machine, limits)
+            self._maps[key] = tiers.device_map(self.spec.skeleton, placement, self.widths(fmt), self.machine, limits)
         return self._maps[key]
+
+    def widths(self, fmt: WeightFormat) -> Widths:
+        """Return how transformers counts a weight format when it infers a device map."""
+        if fmt.packed_bits is None:
+            return Widths(fmt.dtype, fmt.quantizer)
+        kinds = self.spec.skeleton.kinds if fmt.counted_as is None else ()
+        sizes = {path: size for kind in kinds for path, size in memory.counted_bytes(kind, fmt).items()}
+        return Widths(fmt.dtype, fmt.counted_as, sizes or None, fmt.margin)
 
     def _recommendation(self, case: Case, fmt: WeightFormat) -> RecommendedMap:
         """Map the model so that every tier keeps what the worst case takes beside weights and KV cache.
