@@ -136,6 +136,27 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     )
 
 
+def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:
+    """Return how a model of this config would be stored for a precision that reads one form only; None if it cannot be.
+
+    GPTQ and AWQ in groups of 128, as nearly all are published. ChatGLM-6B's form and MXFP4 are of one architecture each.
+    """
+    title, family = precision.stored or "", family_of(config)
+    name = title.partition(" ")[0]
+    of_family = family is not None and family.method == name
+    only = {"mxfp4": "gpt_oss", CHATGLM.method: CHATGLM.model_type}.get(name)
+    if (name not in LAYOUTS and name != "mxfp8") or only not in (None, config.get("model_type")):
+        return None
+    group, bits = 128 if name in ("gptq", "awq") else 0, re.search(r"(\d+)-bit", title)
+    return Packed(
+        title=f"{title}, groups of {group}" if group else title,
+        name=family.model_type if family is not None and of_family else name,
+        bits=int(bits[1]) if bits else METHODS[name].bits,
+        group=group,
+        stored_by=name,
+    )
+
+
 def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
     """Return the row of LAYOUTS that a quantization_config means; None where it names a layout that its method has not usually."""
     if method == "compressed-tensors":

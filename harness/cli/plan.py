@@ -223,7 +223,7 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         "placement": one.case.placement,
         "verdict": one.verdict.value,
         "why": one.why,
-        "needs": one.needs,
+        "needs": [*one.needs, *([one.needs_checkpoint] if one.needs_checkpoint else [])],
         "tiers": {name: {key: getattr(tier, key) for key in _TIER_KEYS} for name, tier in tiers},
         **spans,
         "device_map": one.device_map,

@@ -7,8 +7,11 @@ from functools import cached_property, partial
 
 import msgspec
 
+from harness.architecture import model_spec
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Weight
+from harness.checkpoint import quantization
+from harness.checkpoint.quantization import Packed
 from harness.core.methods.packages import asked_of_pip
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
@@ -25,7 +28,7 @@ from harness.planning.device_map import max_memory, recommended, tiers
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
 from harness.planning.device_map.recommended import RecommendedMap
-from harness.planning.verdict import Judge, leaves_off_gpu, pooled
+from harness.planning.verdict import Judge, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
@@ -63,6 +66,7 @@ class Planner:
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[WeightFormat, Inventory] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
+        self._other_forms: dict[str, Planner] = {}
         self._by_format: dict[WeightFormat, Sizes] = {}
         self.footprints: dict[str, Footprint] = {}
 
@@ -87,7 +91,12 @@ class Planner:
         return [_with_hint(one, found) for one in found]
 
     def plan(self, case: Case) -> Plan:
-        """Plan one case."""
+        """Plan one case; one that reads another form of checkpoint as if the model were stored so."""
+        row = PRECISIONS[case.precision]
+        if self.spec.stored_as is None and row.requires_checkpoint is not None:
+            form = quantization.form_for(row, self.spec.config or {"model_type": self.spec.skeleton.model_type})
+            if form is not None:
+                return self._in_another_form(case, form)
         placement = self._placements[case.placement]
         refused = self.judge.refusal(case, placement)
         if refused:
@@ -123,6 +132,24 @@ class Planner:
             needs=asked_of_pip(precision.needs),
             linear_dtype=None if precision.linear_dtype == PRECISIONS[case.precision].linear_dtype else precision.linear_dtype,
         )
+
+    def _in_another_form(self, case: Case, form: Packed) -> Plan:
+        """Plan a case for a checkpoint that is not there: with figures, and the published ones that the catalog knows."""
+        row = PRECISIONS[case.precision]
+        if case.precision not in self._other_forms:
+            other = model_spec.in_form(self.spec, form)
+            constants, trust = self.constants, self.trust
+            self._other_forms[case.precision] = Planner(other, self.machine, here=self.here, constants=constants, trust=trust)
+        one = self._other_forms[case.precision].plan(case)
+        if case.id in self._other_forms[case.precision].footprints:
+            self.footprints[case.id] = self._other_forms[case.precision].footprints[case.id]
+        needed = f"{with_article(str(row.requires_checkpoint))} checkpoint"
+        what = f"needs {needed}, and this one is {self.spec.stored_dtype}"
+        published = model_spec.published_in(self.spec, row)
+        known = f": published as {' and '.join(published[:2])}" if published else ": quantize it, or look for one on the hub"
+        then = f"; {one.why}" if one.why else ""
+        verdict = one.verdict if one.verdict in (Verdict.TOO_BIG, Verdict.INVALID) else Verdict.UNAVAILABLE
+        return msgspec.structs.replace(one, verdict=verdict, why=f"{what}{known}{then}", code=None, needs_checkpoint=needed)
 
     def _looks_for_itself(self, placement: Placement) -> bool:
         """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""

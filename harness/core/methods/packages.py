@@ -33,7 +33,7 @@ REQUIREMENTS: Mapping[str, str] = {
     "gguf": "gguf>=0.10.0",
 }
 # What is installed with this package.
-OURS = ("bitsandbytes",)
+BUNDLED = ("bitsandbytes",)
 
 
 def lacking(modules: Sequence[str]) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def lacking(modules: Sequence[str]) -> tuple[str, ...]:
 
     Versions of what comes with this package are pip's business.
     """
-    return tuple(module for module in modules if not (_is_here(module) and (module in OURS or _is_accepted(module))))
+    return tuple(module for module in modules if not (_is_here(module) and (module in BUNDLED or _is_accepted(module))))
 
 
 def how_to_install(modules: Sequence[str], extra: str | None = None) -> str:
@@ -53,7 +53,7 @@ def how_to_install(modules: Sequence[str], extra: str | None = None) -> str:
 
 def asked_of_pip(modules: Sequence[str]) -> list[str]:
     """Return what pip is asked for beside what comes with this package."""
-    return [REQUIREMENTS.get(module, module) for module in modules if module not in OURS]
+    return [REQUIREMENTS.get(module, module) for module in modules if module not in BUNDLED]
 
 
 def name_of(module: str) -> str:
