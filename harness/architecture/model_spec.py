@@ -18,7 +18,8 @@ import msgspec
 from msgspec.structs import replace
 
 from harness.architecture import skeleton, skeleton_source, validate
-from harness.architecture.ask_worker import UnknownType
+from harness.architecture.ask_worker import NotMeasured, UnknownType
+from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
@@ -165,11 +166,13 @@ def read_spec(source: Source) -> ModelSpec:
         UsageError: it is neither here nor in the catalog, and the hub does not tell.
         CheckpointError: its files are damaged, or its config does not say enough.
     """
-    here = _local(source)
+    here = local(source)
     if here is not None:
         where = str(here) if source.kind == "directory" else source.location
         return of_checkpoint(source.name, where, reader.read(here / (source.file or "")), here)
-    known = _in_catalog(source) if source.file is None else None
+    from harness.catalog.resolve import shipped_id
+
+    known = shipped_id(source) if source.file is None else None
     if known is not None:
         return _of_catalog(source, known)
     if source.hub_id is None:
@@ -191,6 +194,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     found, note, refused = _skeleton_of(read)
     if refused is not None and is_native(read.config):  # no other code loads it, nor does the one that it may come with
         raise CheckpointError(f"{read.path}/{CONFIG}", str(refused))
+    found, untied = _untied(found, read)
     gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == GGUF.name else None
     packed = quantization.packed(read.config, read.tensors) if gguf is None else None
     notes = validate.check(read, found, packed)
@@ -209,7 +213,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
         largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=tokenizer,
-        notes=tuple(filter(None, (note, *notes, None if tokenizer else _NO_TOKENIZER))),
+        notes=tuple(filter(None, (note, *notes, untied, None if tokenizer else _NO_TOKENIZER))),
         remote_code=read.remote_code,
         has_class=_has_class(read.config, found),
         gguf=gguf,
@@ -217,6 +221,20 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
         config=read.config or {},
     )
+
+
+def _untied(found: Skeleton, read: Checkpoint) -> tuple[Skeleton, str | None]:
+    """Return the skeleton without the tie of a head that the files hold with other values, and a sentence that says so."""
+    if read.other_head is None or not found.tied:
+        return found, None
+    wanted = {weight.path: weight for weight in found.weights}
+    placed = (found.naming or Naming()).place(read.other_head, wanted).name
+    head = read.other_head if read.other_head in wanted else placed
+    if head not in found.tied:
+        return found, None
+    rest = {name: source for name, source in found.tied.items() if name != head}
+    what = f"{CONFIG} ties {head} to {found.tied[head]}, and the files hold another: transformers loads both"
+    return replace(found, tied=rest), what
 
 
 def _loaded_bytes(read: Checkpoint) -> int:
@@ -257,6 +275,9 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
     """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors.
 
     With it a note that says so, and what transformers said where it was asked and could not build it.
+
+    Raises:
+        CheckpointError: it is a model of another kind, which continues no text.
     """
     is_gguf = read.files[0].format == GGUF.name
     known = skeleton_source.shipped(read.config) if read.config and not is_gguf else None
@@ -268,6 +289,8 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
     if not missing and (is_gguf or read.config.get("model_type")):
         try:
             return _built(read, is_gguf), None, None
+        except NotMeasured as error:
+            raise CheckpointError(f"{read.path}/{CONFIG}", str(error)) from None
         except UsageError as error:
             why, refused = str(error), error
     from harness.architecture.inferred_skeleton import infer_skeleton
@@ -285,7 +308,7 @@ def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
     )
 
 
-def _local(source: Source) -> Path | None:
+def local(source: Source) -> Path | None:
     """Return where the files are, if they are on this machine; huggingface_hub is not imported for a model its cache lacks."""
     from harness.catalog import download
 
@@ -299,13 +322,6 @@ def _hub_folder(hub_id: str) -> Path:
     home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
     return Path(cache).expanduser() / f"models--{hub_id.replace('/', '--')}"
-
-
-def _in_catalog(source: Source) -> str | None:
-    try:
-        return shipped.hub_id(source.hub_id or source.name)
-    except UsageError:
-        return None
 
 
 def _of_catalog(source: Source, known: str) -> ModelSpec:
@@ -366,10 +382,10 @@ def _published() -> Mapping[str, Stored]:
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
     """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
     saved = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
-    return sum(count * _stored_bytes(weight, packed) for weight, count in saved)
+    return sum(count * packed_weight_bytes(weight, packed) for weight, count in saved)
 
 
-def _stored_bytes(weight: Weight, packed: Packed) -> int:
+def packed_weight_bytes(weight: Weight, packed: Packed) -> int:
     """Count one weight; what is packed into a layout that is not known takes its bits, and 8 for the scale of each 32."""
     sides, method = weight.tensor.shape, packed.method
     if skeleton.is_stacked(weight) and method is not None and method.packs_experts:

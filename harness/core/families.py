@@ -31,7 +31,6 @@ class Family(Record, frozen=True, kw_only=True):
     group: int = 0  #: the group size of a config that says none
     shapes_decide_bits: bool = False  #: published configs are wrong about bits, and the shapes of the tensors are right
     ties_by_default: bool = False  #: output and embedding are one without a word in the config
-    eager_attention: bool = False  #: attention keeps all scores at once
     plain_gelu: bool = False  #: the activation is a chain of operations that each keep a result
     fp32_scores: bool = False  #: queries, keys and scores are computed in float32, whatever the dtype
     prefix_mask: bool = False  #: the prompt is read both ways, which takes a mask for every sequence
@@ -54,7 +53,6 @@ MOSS = Family(
     group_key="groupsize",
     group=128,
     shapes_decide_bits=True,
-    eager_attention=True,
     plain_gelu=True,
     fp32_scores=True,
 )

@@ -47,6 +47,13 @@ class Precision(Record, frozen=True, kw_only=True):
         """Whether it quantizes 16-bit weights while loading."""
         return self.quantization is not None and self.requires_checkpoint is None
 
+    @property
+    def is_traceable(self) -> bool:
+        """Whether what its kernels allocate is known, so that a trace of it can be made (`harness.worker.trace.kernels`)."""
+        quantization = self.quantization
+        known = quantization is None or (isinstance(quantization, Mapping) and quantization["quant_method"] == "bitsandbytes")
+        return known and self.requires_checkpoint is None
+
     def dtype_on(self, compute_capability: str | None) -> str:
         """Return the dtype to ask for on a GPU of this compute capability (None: no GPU)."""
         old = compute_capability is not None and float(compute_capability) < 8.0

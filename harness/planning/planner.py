@@ -9,19 +9,22 @@ import msgspec
 
 from harness.architecture import model_spec
 from harness.architecture.model_spec import ModelSpec
-from harness.architecture.skeleton import Weight
+from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint import quantization
 from harness.checkpoint.quantization import Packed
 from harness.core.methods.packages import asked_of_pip
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
+from harness.core.progress import Report
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.planning import calibration, context, feasibility
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
 from harness.planning.cost.footprint import Footprint, Loading
+from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.inventory import Inventory
+from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.cost.work import multiplies_4bit_in_ram
 from harness.planning.device_map import max_memory, recommended, tiers
@@ -70,18 +73,12 @@ class Planner:
         self._by_format: dict[WeightFormat, Sizes] = {}
         self.footprints: dict[str, Footprint] = {}
 
-    @cached_property
-    def _paths(self) -> dict[str, Weight]:
-        """The weights of the model by their path, each with that of the first piece of its kind; tied ones are left out."""
-        pieces = self.spec.skeleton.pieces
-        inside = {like: [w for module in like.walk() for w in module.weights if not w.tied_to] for _, _, like in pieces}
-        return {f"{path}{w.path.removeprefix(like.path)}": w for path, _, like in pieces for w in inside[like]}
-
     def _sizes(self, fmt: WeightFormat) -> Sizes:
         if fmt not in self._by_format:
-            stock = Stock([Named(path, weight.tensor.shape) for path, weight in self._paths.items()])
+            weights = _weights_by_path(self.spec.skeleton)
+            stock = Stock([Named(path, weight.tensor.shape) for path, weight in weights.items()])
             sizes = self._inventory(fmt).sizes if fmt.packed_bits is not None else {}
-            packed = {path: sizes[weight.path] for path, weight in self._paths.items()} if sizes else None
+            packed = {path: sizes[weight.path] for path, weight in weights.items()} if sizes else None
             self._by_format[fmt] = Sizes(stock, fmt.dtype, packed)
         return self._by_format[fmt]
 
@@ -89,6 +86,24 @@ class Planner:
         """Plan the cases; what is too big says what to try instead, of these cases."""
         found = [self.plan(case) for case in cases]
         return [_with_hint(one, found) for one in found]
+
+    def untraced(self, cases: Sequence[Case]) -> list[GpuActivations]:
+        """Return what these cases would allocate on a GPU where it is by formulas, and a trace could say it."""
+        for case in cases:
+            self.plan(case)
+        footprints = [self.footprints[case.id] for case in cases if case.id in self.footprints]
+        found = {id(one.inventory): one.inventory.on_gpu for one in footprints if one.gpus and one.inventory.on_gpu.lacks_trace}
+        return list(found.values())
+
+    def trace(self, untraced: Iterable[GpuActivations], report: Report) -> list[str]:
+        """Have a worker trace them, seconds each, so that plans rest on it; return why some cannot be traced, each once."""
+        said = []
+        for one in untraced:
+            report(f"tracing {self.spec.name} in {one.precision}, once")
+            one.build()
+            said += [one.why_formulas] * one.lacks_trace
+        self._recommended.clear()
+        return list(dict.fromkeys(said))
 
     def plan(self, case: Case) -> Plan:
         """Plan one case; one that reads another form of checkpoint as if the model were stored so."""
@@ -114,8 +129,8 @@ class Planner:
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
         placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, fmt, limits)
         footprint = self._footprint(case, fmt, placed)
-        expected = estimate.estimate(footprint, case.precision, self.machine)
-        verdict, why = self.judge.verdict(case, placement, expected, footprint)
+        expected, verdict, why, footprint = self.judge.judge(case, placement, footprint)
+        self.footprints[case.id] = footprint
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in placed.items()}
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
         destination = Destination(max_memory=limits, device_map=by_module, on_gpu=on_gpu)
@@ -131,6 +146,7 @@ class Planner:
             trusted=self.trust and bool(code),
             needs=asked_of_pip(precision.needs),
             linear_dtype=None if precision.linear_dtype == PRECISIONS[case.precision].linear_dtype else precision.linear_dtype,
+            expandable_segments=footprint.loading.expandable,
         )
 
     def _in_another_form(self, case: Case, form: Packed) -> Plan:
@@ -160,7 +176,7 @@ class Planner:
     def _facts(self) -> Facts:
         spec = self.spec
         trusted = self.trust if spec.remote_code else None
-        return Facts(gguf_file=spec.gguf_file, native=spec.native, trusted=trusted)
+        return Facts(gguf_file=spec.gguf_file, native=spec.native, auto_class=spec.skeleton.auto_class, trusted=trusted)
 
     def _between(self, ranks: int) -> str:
         return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
@@ -172,16 +188,10 @@ class Planner:
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, fmt)
         if key not in self._maps:
-            self._maps[key] = tiers.device_map(self.spec.skeleton, placement, self.widths(fmt), self.machine, limits)
+            self._maps[key] = tiers.device_map(
+                self.spec.skeleton, placement, tiers.widths_of(self.spec.skeleton, fmt), self.machine, limits
+            )
         return self._maps[key]
-
-    def widths(self, fmt: WeightFormat) -> Widths:
-        """Return how transformers counts a weight format when it infers a device map."""
-        if fmt.packed_bits is None:
-            return Widths(fmt.dtype, fmt.quantizer)
-        kinds = self.spec.skeleton.kinds if fmt.counted_as is None else ()
-        sizes = {path: size for kind in kinds for path, size in memory.counted_bytes(kind, fmt).items()}
-        return Widths(fmt.dtype, fmt.counted_as, sizes or None, fmt.margin)
 
     def _recommendation(self, case: Case, fmt: WeightFormat) -> RecommendedMap:
         """Map the model so that every tier keeps what the worst case takes beside weights and KV cache.
@@ -226,7 +236,8 @@ class Planner:
 
     def _inventory(self, fmt: WeightFormat) -> Inventory:
         if fmt not in self._inventories:
-            self._inventories[fmt] = Inventory(self.spec, fmt)
+            known = [gpu.compute_capability for gpu in self.machine.gpus if gpu.compute_capability]
+            self._inventories[fmt] = Inventory(self.spec, fmt, min(known, key=float, default=None))
         return self._inventories[fmt]
 
     def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
@@ -252,6 +263,17 @@ class Planner:
         foreign = foreign if PLACEMENTS[one.case.placement].parallel else (*foreign, "ram_ranks")
         return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(foreign)}
 
+    def made_up(self, one: Plan) -> Plan:
+        """Return a plan whose estimate says what each constant has a part in, so that its result can correct them."""
+        footprint = self.footprints.get(one.case.id)
+        if one.estimate is None or footprint is None:
+            return one
+        base = calibration.with_context(calibration.default(), self.machine)
+        measured = {"gpu_context_bytes"} if base["gpu_context_bytes"] != calibration.default()["gpu_context_bytes"] else set()
+        names = self.used(one).keys() - measured
+        parts = makeup(footprint, one.case.precision, self.machine, base, sorted(names))
+        return msgspec.structs.replace(one, estimate=msgspec.structs.replace(one.estimate, makeup=parts))
+
     def notes(self, one: Plan) -> list[str]:
         """Return what else decides how fast a plan is on this machine, in sentences."""
         footprint = self.footprints.get(one.case.id)
@@ -271,6 +293,12 @@ class Planner:
         if one.estimate is None or footprint is None or not one.verdict.is_good:
             return None
         return context.max_context(footprint, one.case, self.judge)
+
+
+def _weights_by_path(skeleton: Skeleton) -> dict[str, Weight]:
+    """Return the weights of a model by their path, each as that of the first piece of its kind; tied ones are left out."""
+    inside = {like: [w for module in like.walk() for w in module.weights if not w.tied_to] for _, _, like in skeleton.pieces}
+    return {f"{path}{w.path.removeprefix(like.path)}": w for path, _, like in skeleton.pieces for w in inside[like]}
 
 
 def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:

@@ -25,12 +25,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from harness.architecture.card_kernels import kernels_of
 from harness.worker.trace import kernels, ledger
 from harness.worker.trace.ledger import Ledger
 
 aten = torch.ops.aten
 _OWN_ATTENTION = torch.nn.functional.scaled_dot_product_attention
-_A100 = kernels.kernels_of("8.0")
+_A100 = kernels_of("8.0")
 
 
 def _flash(query: Any, key: Any, value: Any, _dropout: float = 0.0, causal: bool = False, _mask: bool = False, **given: Any) -> Any:
@@ -98,7 +99,7 @@ def put_in() -> None:
     _PUT_IN.append(found)
     stack = contextlib.ExitStack()
     ledger.lend_guard()
-    attention = kernels.AttentionCall(found, _A100.capability, whole=False)
+    attention = kernels.AttentionCall(found, _A100, whole=False)
     stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
     for owner, name, value in (*_cuda(found), *_libraries()):
         stack.enter_context(mock.patch.object(owner, name, value, create=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from harness.architecture import model_spec
@@ -79,7 +81,7 @@ def test_fp8_replaces_experts_in_transformers_as_well() -> None:
 
     asked = transformers.FineGrainedFP8Config()
     quantizer = AutoHfQuantizer.from_config(asked, pre_quantized=False)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_local_experts": 2, "vocab_size": 64}
+    sizes: Any = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_local_experts": 2, "vocab_size": 64}
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=4))
     quantizer.preprocess_model(model=model, dtype=torch.bfloat16, device_map="auto")

@@ -28,6 +28,7 @@ from harness.machine.gpus import profile
 from harness.measure import verify
 from harness.measure.protocol import Load
 from harness.planning.cost import estimate
+from harness.planning.device_map import tiers
 from harness.planning.device_map.infer import infer
 from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
@@ -217,8 +218,7 @@ def test_auto_s_map_is_transformers_own(form: str, packed: bool, tmp_path: Path,
     model, quantizer = as_auto_sees_it(tmp_path, asked)
     monkeypatch.undo()
     monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build_skeleton(config))
-    planner = Planner(one, profile(["RTX 4090", "RTX 4090"], ram=64 * GIB), here=False)
-    counted = planner.widths(estimate.weight_format(PRECISIONS[name], "bfloat16", one))
+    counted = tiers.widths_of(one.skeleton, estimate.weight_format(PRECISIONS[name], "bfloat16", one))
     for memory in budgets(one.skeleton.parameters * 2):
         expected = _get_device_map(model, "auto", dict(memory), quantizer)
         assert infer(one.skeleton, counted, max_memory=memory) == expected, str(memory)

@@ -66,10 +66,10 @@ class Inventory:
     """The tensors of a model in one weight format.
 
     `sizes` and `per_token` go by the path of each tensor in the first piece of its kind; `rows` are all pieces in order, each with
-    the sum of its tensors.
+    the sum of its tensors. `capability` is the compute capability of the oldest GPU.
     """
 
-    def __init__(self, spec: ModelSpec, fmt: WeightFormat) -> None:
+    def __init__(self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None) -> None:
         self.spec, self.fmt, self.skeleton = spec, fmt, spec.skeleton
         self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, fmt).items()}
         self.per_token = memory.read_per_token(self.skeleton, self.sizes)
@@ -80,7 +80,7 @@ class Inventory:
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
-        self.on_gpu = GpuActivations(spec, fmt)
+        self.on_gpu = GpuActivations(spec, fmt, capability)
         self.on_cpu = Activations(self.skeleton, fmt, "cpu")
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
 

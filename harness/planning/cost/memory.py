@@ -10,9 +10,6 @@ from harness.core.families import FAMILIES
 from harness.core.quantizers import SCHEMES
 from harness.core.records import Record
 
-# Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
-_EAGER = ("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "openai-gpt")
-EAGER = frozenset((*_EAGER, *(name for name, family in FAMILIES.items() if family.eager_attention)))
 # Classes derived from torch's Linear: some quantizers take them for one, others take exactly Linear.
 DERIVED_LINEARS = frozenset(("FalconLinear",))
 # What GELU's formula in Python keeps at once beside its input, in widths of the MLP: gelu_new of these classes.

@@ -73,10 +73,15 @@ def table(*columns: str, left: int = 1) -> Table:
     return made
 
 
+def width_of(part: RenderableType) -> int:
+    """Return how many columns something takes where nothing is wrapped or cut."""
+    console = screen()
+    return Measurement.get(console, console.options.update(max_width=_ENDLESS), part).maximum
+
+
 def has_room_for(part: RenderableType) -> bool:
     """Say whether the screen is wide enough to show something without wrapping or cutting it."""
-    console = screen()
-    return Measurement.get(console, console.options.update(max_width=_ENDLESS), part).maximum <= console.width
+    return width_of(part) <= screen().width
 
 
 def facts(pairs: Iterable[tuple[str, str | Sequence[str]]]) -> Table:

@@ -57,5 +57,5 @@ class Finder:
         return spec
 
 
-if os.environ.get("FAKE_CARDS"):
+if os.environ.get("FAKE_CARDS") and "harness.worker.trace" not in sys.orig_argv:  # which makes a card of its own
     sys.meta_path.insert(0, Finder)  # a class does as well as an instance
