@@ -128,7 +128,7 @@ class AttentionCall:
         with self._ledger.only_if(condition):
             if not over and not self._whole:
                 return mask, mask.new_empty(0)
-            return mask.new_empty((*mask.shape[:-1], keys + over))[..., :keys], mask
+            return mask.new_empty((*mask.shape[:-1], keys + over))[..., :keys].copy_(mask), mask
 
 
 def _flash_package(ledger: Ledger) -> Callable[..., Any]:
