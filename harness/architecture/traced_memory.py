@@ -14,6 +14,7 @@ from harness.architecture.card_kernels import WITH_FLASH, CardKernels, cards_of,
 from harness.core.records import Record
 
 Range = tuple[int, int | None]  # first and last, None without end
+Spread = tuple[float, float, float]  # the least, the median and the most of several
 # Of batch B and length S: 1, B, S, B S, S², B S²; what is not written is 0.
 Polynomial = tuple[float, ...]
 BEFORE, AFTER = -1, -2  # the places of moments outside of the decoder layers: no layer has cached the new tokens yet, or all have
@@ -82,12 +83,30 @@ class Condition(Record, frozen=True, kw_only=True, array_like=True):
         return not any(first <= tokens <= last for first, last in self.packed[number])
 
 
+class Gaps(Record, frozen=True, kw_only=True, array_like=True):
+    """What torch's allocator takes beyond what is allocated at the peak, as shares of that without the weights.
+
+    `least` of what it gets through with once it has given back what it can, `kept` of what it takes where there is room.
+    """
+
+    least: Spread
+    kept: Spread
+
+
+class Reserved(Record, frozen=True, kw_only=True, array_like=True):
+    """The gaps of a model with torch's usual segments and with expandable ones, over workloads of many sizes."""
+
+    usual: Gaps
+    expandable: Gaps
+
+
 class TracedMemory(Record, frozen=True, kw_only=True, omit_defaults=True):
     """One architecture in one precision. `layers` has the kind of each decoder layer; `source` names the libraries that ran.
 
     It holds for the cards of the family `capability` (`harness.architecture.card_kernels`). `first` is empty where the first decode
     step is like all later ones, one token earlier. `deviation` is the relative error of the peak that this record gives where the
-    whole model was traced beside it.
+    whole model was traced beside it. `reserved` comes from a replay of what it allocates
+    (`harness.worker.trace.reserve`); None where that could not be made.
     """
 
     source: str
@@ -102,6 +121,7 @@ class TracedMemory(Record, frozen=True, kw_only=True, omit_defaults=True):
     conditions: tuple[Condition, ...] = ()
     names: tuple[str, ...] = ()
     deviation: float = 0.0
+    reserved: Reserved | None = None
 
 
 class Moment(NamedTuple):

@@ -57,6 +57,6 @@ def _form(config: Mapping[str, Any]) -> str:
     """Name how weights are stored, by the row of PRECISIONS where there is one."""
     found = packed(config)
     if found is not None:
-        return found.precision or found.method
+        return found.precision or found.name
     dtype = str(config.get("torch_dtype") or config.get("dtype") or "float16")
     return next((name for name, row in PRECISIONS.items() if row.linear_dtype == dtype), dtype)

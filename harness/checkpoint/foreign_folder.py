@@ -13,16 +13,16 @@ from harness.checkpoint.formats.safetensors_header import parse_config
 from harness.core.errors import CheckpointError
 
 
-class Foreign(NamedTuple):
+class ForeignFolder(NamedTuple):
     """A kind of folder: known by a file whose name fits `pattern`; `say` makes the sentence of it."""
 
     pattern: str
     say: Callable[[Folder, str], str]
 
 
-def describe(folder: Folder, names: Sequence[str]) -> str | None:
+def what_it_is(folder: Folder, names: Sequence[str]) -> str | None:
     """Say what a folder without a model of transformers is and what loads it; None where nothing is known of it."""
-    for kind in FOREIGN:
+    for kind in FOREIGN_FOLDERS:
         found = next((name for name in names if fnmatchcase(name, kind.pattern)), None)
         if found is not None:
             return kind.say(folder, found)
@@ -45,21 +45,21 @@ def _fixed(what: str, way: str) -> Callable[[Folder, str], str]:
 
 
 _OF_MAKERS = ("a model as its makers' own code keeps it", "take the copy for transformers, which has a config.json")
-FOREIGN = (
-    Foreign(ADAPTER, _adapter),
-    Foreign("model_index.json", _fixed("a pipeline of diffusers, which makes images or sound", "DiffusionPipeline loads it")),
-    Foreign("params.json", _fixed(*_OF_MAKERS)),
-    Foreign("consolidated*", _fixed(*_OF_MAKERS)),
-    Foreign("ggml-*.bin", _fixed("a file of llama.cpp from before GGUF", "convert it by an older llama.cpp, or take a GGUF")),
-    Foreign("openvino_model.xml", _fixed("an export for OpenVINO", "optimum-intel loads it; here take the original")),
-    Foreign("*.engine", _fixed("an engine of TensorRT-LLM", "TensorRT-LLM runs it on the card that it was built for")),
-    Foreign("*.onnx", _fixed("an export to ONNX", "onnxruntime or optimum load it; here take the original")),
-    Foreign("tf_model.h5", _fixed("a checkpoint of TensorFlow", "transformers 5 has no TensorFlow: take one with safetensors")),
-    Foreign("flax_model.msgpack", _fixed("a checkpoint of Flax", "transformers 5 has no Flax: take one with safetensors")),
-    Foreign("*.nemo", _fixed("an archive of NeMo", "NeMo loads it; here take the copy for transformers")),
+FOREIGN_FOLDERS = (
+    ForeignFolder(ADAPTER, _adapter),
+    ForeignFolder("model_index.json", _fixed("a pipeline of diffusers, which makes images or sound", "DiffusionPipeline loads it")),
+    ForeignFolder("params.json", _fixed(*_OF_MAKERS)),
+    ForeignFolder("consolidated*", _fixed(*_OF_MAKERS)),
+    ForeignFolder("ggml-*.bin", _fixed("a file of llama.cpp from before GGUF", "convert it by an older llama.cpp, or take a GGUF")),
+    ForeignFolder("openvino_model.xml", _fixed("an export for OpenVINO", "optimum-intel loads it; here take the original")),
+    ForeignFolder("*.engine", _fixed("an engine of TensorRT-LLM", "TensorRT-LLM runs it on the card that it was built for")),
+    ForeignFolder("*.onnx", _fixed("an export to ONNX", "onnxruntime or optimum load it; here take the original")),
+    ForeignFolder("tf_model.h5", _fixed("a checkpoint of TensorFlow", "transformers 5 reads none: take one with safetensors")),
+    ForeignFolder("flax_model.msgpack", _fixed("a checkpoint of Flax", "transformers 5 reads none: take one with safetensors")),
+    ForeignFolder("*.nemo", _fixed("an archive of NeMo", "NeMo loads it; here take the copy for transformers")),
 )  # fmt: skip
 
 
 def refuse(folder: Folder, names: Sequence[str], otherwise: str) -> CheckpointError:
     """Return the error for a folder that lacks what transformers needs: what it is, else the sentence `otherwise`."""
-    return CheckpointError(folder.where, describe(folder, names) or otherwise)
+    return CheckpointError(folder.where, what_it_is(folder, names) or otherwise)

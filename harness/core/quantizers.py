@@ -35,6 +35,7 @@ class Scheme(Record, frozen=True, kw_only=True):
     library: str  #: the constants of its import
     conv1d: bool = False  #: GPT-2's Conv1D is quantized as well as Linear
     derived: bool = False  #: and what is derived from Linear
+    experts: bool = False  #: the stacked experts of a mixture are quantized as well
     rows: int = 1  #: on a processor the outputs must be a multiple of it
 
 
@@ -93,7 +94,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "torchao-int4": Scheme(size=_torchao_int4, counted=0.5, like="torchao_int4", library="torchao", derived=True, rows=16),
     "quanto-int8": Scheme(size=_quanto_int8, counted=1, like="quanto_int8", library="quanto", derived=True),
     "quanto-int4": Scheme(size=_quanto_int4, counted=0.5, like="quanto_int4", library="quanto", derived=True, rows=16),
-    "fp8": Scheme(size=_fp8, counted=1, like="int8", library="bitsandbytes"),
+    "fp8": Scheme(size=_fp8, counted=1, like="int8", library="bitsandbytes", experts=True),
 }
 
 

@@ -32,6 +32,10 @@ _ENTRY = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=\n]*= *'([^'\n]+)'", re.MU
 # Least drivers for the CUDA that torch was built for, Linux: CUDA Toolkit release notes, table "minor version compatibility".
 _LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
+# torch's allocator reads it when it is first used (c10/core/AllocatorConfig.h); PYTORCH_CUDA_ALLOC_CONF is its older name.
+ALLOCATOR_OPTIONS = "PYTORCH_ALLOC_CONF"
+EXPANDABLE_SEGMENTS = "expandable_segments:True"
+
 
 class TorchBuild(Record, frozen=True, kw_only=True):
     """What torch was built for, as its version.py says; all None but the version: for processors only."""

@@ -11,6 +11,7 @@ from harness.core.families import GGUF
 from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import Config, Precision
 from harness.core.records import Plan
+from harness.machine.accelerators import ALLOCATOR_OPTIONS, EXPANDABLE_SEGMENTS
 
 if TYPE_CHECKING:
     from harness.catalog.resolve import Source
@@ -35,6 +36,8 @@ class Destination(NamedTuple):
 
 
 PLAIN, ANYWHERE = Facts(), Destination()
+_IN_ORDER = 'os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs'
+_EXPANDABLE = f'os.environ.setdefault("{ALLOCATOR_OPTIONS}", "{EXPANDABLE_SEGMENTS}")  # else it may not fit'
 
 # What a worker does as well (`worker.model`): a model's own generation_config may ask for beams, samples or several answers.
 GREEDY = "model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # greedy, one answer"
@@ -174,8 +177,10 @@ def loading_program(head: str, one: Plan, *, in_order: bool = False) -> str:
 
     `in_order` lets CUDA number the GPUs as NVML does and the plan; by itself it would begin with the fastest.
     """
-    if in_order and gpus(one):
-        head = f'import os\n\nos.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs\n\n{head}'
+    lines = [_IN_ORDER] if in_order and gpus(one) else []
+    lines += [_EXPANDABLE] if one.expandable_segments else []
+    if lines:
+        head = "\n".join(["import os", "", *lines, "", head])
     start = f"# Start it by: torchrun --nproc-per-node {ranks} THIS_FILE\n" if (ranks := _ranks(one)) > 1 else ""
     return f"{start}{head}{one.code}"
 

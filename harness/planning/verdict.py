@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -14,9 +15,20 @@ from harness.core.quantizers import SCHEMES, Scheme
 from harness.core.records import Case, Estimate, Machine, Record, Tier, TierEstimate, Verdict
 from harness.core.units import format_gib, format_size
 from harness.machine import headroom
-from harness.planning.cost import tensor_parallel
+from harness.planning.cost import estimate, tensor_parallel
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import MAPPED
+
+_NOT_ON_WINDOWS = "It would fit with expandable segments, which torch does not have on Windows."
+
+
+class Judgment(NamedTuple):
+    """What a case is expected to need, the verdict with its reason, and the case as it was counted for both."""
+
+    estimate: Estimate
+    verdict: Verdict
+    why: str | None
+    footprint: Footprint
 
 
 class Judge(Record, frozen=True, kw_only=True):
@@ -54,7 +66,7 @@ class Judge(Record, frozen=True, kw_only=True):
         if precision.scheme is not None and not self.machine.gpus:
             return self._unpackable(SCHEMES[precision.scheme])
         if precision.requires_checkpoint is not None:
-            return f"needs {_with_article(precision.requires_checkpoint)} checkpoint, and this one is {self.spec.stored_dtype}"
+            return f"needs {with_article(precision.requires_checkpoint)} checkpoint, and this one is {self.spec.stored_dtype}"
         return None
 
     def _unpackable(self, scheme: Scheme) -> str | None:
@@ -111,6 +123,32 @@ class Judge(Record, frozen=True, kw_only=True):
                 most, free = format_gib(tier.needed_high_bytes), self._format_free(name, tier, case)
                 tight = f"tight on {self._memory(name)}: needs {_format_need(tier)}, up to {most} at worst, {free}."
         return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
+
+    def judge(self, case: Case, placement: Placement, footprint: Footprint) -> Judgment:
+        """Estimate a case and judge it: by torch's expandable segments if it surely fits by them alone, and its system has them."""
+        expected = estimate.estimate(footprint, case.precision, self.machine)
+        verdict, why = self.verdict(case, placement, expected, footprint)
+        usual = Judgment(expected, verdict, why, footprint)
+        if verdict not in (Verdict.TIGHT, Verdict.TOO_BIG) or not footprint.gpus:
+            return usual
+        other = footprint.with_expandable_segments()
+        better = replace(expected, tiers=estimate.memory(other, self.machine))
+        if self.verdict(case, placement, better, other)[0] is not Verdict.FITS:
+            return usual
+        if (self.machine.system or "").startswith("Windows"):
+            return usual._replace(why=f"{why} {_NOT_ON_WINDOWS}")
+        return Judgment(better, Verdict.FITS, self.needs_expandable(case, expected), other)
+
+    def needs_expandable(self, case: Case, usual: Estimate) -> str:
+        """Say which tier is too small, or nearly, for torch's usual segments, of a case that fits with expandable ones."""
+        name, tier = next(
+            (name, tier)
+            for name, tier in pooled(usual.tiers, self.machine).items()
+            if name != "disk" and self.is_short(name, tier, case, doubt=tier.needed_high_bytes - tier.needed_bytes)
+        )
+        needs = f"{format_gib(tier.needed_bytes)} GiB, up to {format_gib(tier.needed_high_bytes)} at worst"
+        what = f"fits {self._memory(name)} with expandable segments, which the code turns on"
+        return f"{what}: torch's usual ones need {needs}, {self._format_free(name, tier, case)}."
 
     def _memory(self, name: str) -> str:
         """Name a tier, and the GPUs that share it."""
@@ -201,5 +239,6 @@ def _format_need(tier: TierEstimate) -> str:
     return f"{format_gib(tier.needed_bytes)} GiB ({listed})"
 
 
-def _with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'AEIO' else 'a'} {noun}"
+def with_article(noun: str) -> str:
+    """Put "a" or "an" before a noun as it is spoken: an MXFP4 checkpoint."""
+    return f"{'an' if noun[0] in 'AEIOM' else 'a'} {noun}"

@@ -36,7 +36,7 @@ class ModelSet:
     def fetch(self, names: Collection[str], check: Callable[[str], object]) -> None:
         """Bring the files of these models here, read their headers, and `check` each.
 
-        A model that cannot be had, or that contradicts itself, is among `faults` from then on, and the others are not held up by it.
+        A model that cannot be had, or that contradicts itself, is among `faults` from then on, and holds up none of the others.
 
         Raises:
             UsageError, CheckpointError: that of the last, if no model is left.

@@ -28,13 +28,13 @@ from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness.architecture import skeleton_source
-from harness.architecture.ask_worker import NOT_MEASURED, UNKNOWN_TYPE, NotMeasured, UnknownType
+from harness.architecture.ask_worker import NO_DECODER, UNKNOWN_TYPE, NotMeasured, UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec, Skeleton
 from harness.catalog import shipped
 from harness.checkpoint.auxiliary_files import KERNEL_KEYS
 from harness.data import DATA
-from harness.models.cache_argument import cache_of
+from harness.models.cache_argument import kv_cache_of
 from harness.worker.auto_class import auto_class_of
 from harness.worker.extra_architectures import WRITTEN, ExtraModel
 from harness.worker.read_key_mapping import naming
@@ -70,10 +70,10 @@ def build_gguf_skeleton(metadata: Mapping[str, Any], tensors: Sequence[tuple[str
     Raises:
         ValueError: transformers does not load this architecture, or one of the block types.
     """
-    from harness.worker import gguf_config  # the gguf package is not needed for anything else here
+    from harness.worker.gguf import metadata as gguf_metadata  # the gguf package is not needed for anything else here
 
     architecture = str(metadata.get("general.architecture"))
-    return build_skeleton(gguf_config.config_of(metadata, tensors), partial(gguf_config.gguf_naming, architecture=architecture))
+    return build_skeleton(gguf_metadata.config_of(metadata, tensors), partial(gguf_metadata.gguf_naming, architecture=architecture))
 
 
 def _nearest(kind: str) -> str:
@@ -135,7 +135,7 @@ def _named(config: Mapping[str, Any]) -> str | None:
     return first if isinstance(first, str) else None
 
 
-def _of_model(model: Any, auto: str, naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
+def _of_model(model: Any, auto: str = "AutoModelForCausalLM", naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
     config = model.config.get_text_config()
     tied = dict(model.all_tied_weights_keys)
     keep = {"fp16": model._keep_in_fp32_modules or (), "half": model._keep_in_fp32_modules_strict or ()}
@@ -212,7 +212,7 @@ def _attention(model: Any) -> list[Attention]:
                 out = decoder(input_ids=token, use_cache=True)
         except (RuntimeError, TypeError, ValueError):
             continue  # multimodal models look at values, and a meta tensor has none; their text model does without
-        return [_layer(layer, config) for layer in getattr(cache_of(out), "layers", ())]
+        return [_layer(layer, config) for layer in getattr(kv_cache_of(out), "layers", ())]
     return [_of_config(config)] * config.num_hidden_layers
 
 
@@ -332,7 +332,7 @@ def main() -> None:
         built = build_gguf_skeleton(**asked["gguf"]) if "gguf" in asked else build_skeleton(asked)
     except (UnknownType, NotMeasured) as error:
         print(error, file=sys.stderr)
-        sys.exit(UNKNOWN_TYPE if isinstance(error, UnknownType) else NOT_MEASURED)
+        sys.exit(UNKNOWN_TYPE if isinstance(error, UnknownType) else NO_DECODER)
     sys.stdout.buffer.write(msgspec.json.encode(built))
 
 

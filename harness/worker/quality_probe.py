@@ -136,10 +136,10 @@ def _prompts(model: Model, asked: Dialogue | None) -> list[str]:
         return [asked.ask(question) for question in questions]
     if not tokenizer.chat_template:
         return [quality.plain_prompt(question) for question in questions]
-    return [render(tokenizer, quality.messages(question)) for question in questions]
+    return [in_template(tokenizer, quality.messages(question)) for question in questions]
 
 
-def render(tokenizer: Any, said: Sequence[dict[str, str]]) -> str:
+def in_template(tokenizer: Any, said: Sequence[dict[str, str]]) -> str:
     """Put a conversation into the model's own template.
 
     Templates of models that see or hear want a list of parts where others want text; one that is given text ends in an error, or

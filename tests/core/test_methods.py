@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -204,7 +205,7 @@ def test_a_version_that_transformers_does_not_take_is_as_good_as_none(
     there: str, lacks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packages, "_is_here", lambda _: True)
-    monkeypatch.setattr(packages, "version", lambda _: there)
+    monkeypatch.setattr(metadata, "version", lambda _: there)
     assert lacking(("kernels",)) == (("kernels",) if lacks else ())
 
 

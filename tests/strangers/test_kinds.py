@@ -16,11 +16,18 @@ from harness.architecture import model_spec
 from harness.architecture.ask_worker import NotMeasured
 from harness.catalog import resolve
 from harness.checkpoint import auxiliary_files, foreign_folder, reader, tied_head
+from harness.checkpoint.formats.files import Directory
 from harness.core.errors import CheckpointError
 from harness.worker.auto_class import auto_class_of
 from tests.support import strangers
 
-TEXT = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 # The class that a config names, its config class, and what the refusal must say: the kind and the class that loads it.
 OTHERS = [
@@ -119,7 +126,7 @@ def test_a_base_model_whose_head_is_tied_generates(tmp_path: Path) -> None:
         ({"model_index.json": {}}, "DiffusionPipeline loads it"),
         ({"params.json": {}, "consolidated.00.pth": {}}, "take the copy for transformers"),
         ({"config.json": {}, "model.onnx": {}}, "onnxruntime"),
-        ({"config.json": {}, "tf_model.h5": {}}, "no TensorFlow"),
+        ({"config.json": {}, "tf_model.h5": {}}, "a checkpoint of TensorFlow"),
     ],
 )
 def test_folders_of_others_are_told(tmp_path: Path, files: dict[str, Any], said: str) -> None:
@@ -135,7 +142,7 @@ def test_a_folder_of_nobody_knows_what_keeps_its_sentence(tmp_path: Path) -> Non
     (tmp_path / "notes.md").touch()
     with pytest.raises(CheckpointError, match=r"no config\.json: give the directory"):
         resolve.resolve(str(tmp_path))
-    assert foreign_folder.describe(reader.Directory(tmp_path), ["notes.md"]) is None
+    assert foreign_folder.what_it_is(Directory(tmp_path), ["notes.md"]) is None
 
 
 # Heads
@@ -170,7 +177,7 @@ def test_one_row_that_differs_is_enough(tmp_path: Path) -> None:
     weights["lm_head.weight"][1000:] += 1
     save_file(weights, tmp_path / "model.safetensors")
     read = reader.read(tmp_path / "model.safetensors")
-    assert tied_head.other_head(reader.Directory(tmp_path), read.tensors) == "lm_head.weight"
+    assert tied_head.other_head(Directory(tmp_path), read.tensors) == "lm_head.weight"
 
 
 # What transformers reads, and nothing else

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 import harness.models  # noqa: F401 registers our own architectures
+from harness.architecture.card_kernels import kernels_of
 from harness.worker.trace import fake_model, kernels, workload
 from harness.worker.trace.ledger import fake_card
 from harness.worker.trace.whole import Events, stand_ins, whole
 from tests.worker.test_trace import MODELS
 
-CARD = kernels.kernels_of("8.0")
+CARD = kernels_of("8.0")
 PRECISIONS = [("bf16", kind) for kind in MODELS] + [("int4", "llama"), ("int8", "qwen 3, experts"), ("fp16", "codegen, eager")]
 WINDOWS = ("mistral with a window", "gemma 3, alternating")  # whose caches hold a number for every layer, made in another order
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer")

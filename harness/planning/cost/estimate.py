@@ -40,6 +40,8 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFo
         packed_bits=bits,
         packed_linears=method.packs_linears,
         counted_as=precision.scheme if method.counted is not None else None,
+        counted_bits=None if method.counts_scales else spec.packed.bits,
+        wide_bias=method.wide_bias,
         margin=method.margin,
         packed_experts=experts,
         unpacking=spec.packed.precision if spec.packed.own else None,
@@ -89,7 +91,7 @@ def memory(footprint: Footprint, machine: Machine) -> dict[str, TierEstimate]:
 
 def beside_weights(terms: TierTerms) -> float:
     """Return the most that generating needs of a tier beside its weights and the KV cache."""
-    return terms.overhead.high + terms.heap.high + terms.libraries.high + terms.activation.high
+    return terms.overhead.high + terms.fragments.high + terms.heap.high + terms.libraries.high + terms.activation.high
 
 
 def _tier(terms: TierTerms, tier: Tier | None, footprint: Footprint) -> TierEstimate:
@@ -97,25 +99,33 @@ def _tier(terms: TierTerms, tier: Tier | None, footprint: Footprint) -> TierEsti
     capacity = tier.capacity_bytes if tier else None
     if tier is not None and tier.kind == "cpu":
         return _ram(terms, tier, rough, footprint.calibration)
-    run = terms.weights + terms.kv + terms.activation.best
-    best = max(run, terms.weights + terms.loading.best) + terms.overhead.best
-    low = terms.weights * (1 - rough) + terms.kv + terms.activation.low + terms.overhead.low
-    high = max(terms.kv + terms.activation.high, terms.loading.high) + terms.weights * (1 + rough) + terms.overhead.high
-    needed = (terms.written, terms.written) if tier is not None and tier.kind == "disk" else (best, max(high, best))
+    run, load = terms.weights + terms.kv + terms.activation.best, terms.weights + terms.loading.best
+    needed = max(run + terms.fragments.best, load) + terms.overhead.best
+    runs_high = terms.kv + terms.activation.high
+    most = max(runs_high + terms.fragments.high, terms.loading.high) + terms.weights * (1 + rough) + terms.overhead.high
+    best = _with_cached(max(run + terms.cached.best, load) + terms.overhead.best, needed, capacity)
+    low = terms.weights * (1 - rough) + terms.kv + terms.activation.low + terms.fragments.low + terms.overhead.low
+    high = max(runs_high + terms.cached.high, terms.loading.high) + terms.weights * (1 + rough) + terms.overhead.high
+    needs = (terms.written, terms.written) if tier is not None and tier.kind == "disk" else (needed, max(most, needed))
     return TierEstimate(
         weights_bytes=terms.weights,
         kv_bytes=terms.kv,
         activation_bytes=int(terms.activation.best),
-        overhead_bytes=int(terms.overhead.best),
+        overhead_bytes=int(terms.overhead.best + terms.fragments.best),
         allocated_bytes=int(run),
         peak_bytes=int(best),
-        load_peak_bytes=int(terms.weights + terms.loading.best + terms.overhead.best),
+        load_peak_bytes=int(load + terms.overhead.best),
         low_bytes=int(min(low, best)),
         high_bytes=int(max(high, best)),
         capacity_bytes=capacity,
-        needed_bytes=int(needed[0]),
-        needed_high_bytes=int(needed[1]),
+        needed_bytes=int(needs[0]),
+        needed_high_bytes=int(needs[1]),
     )
+
+
+def _with_cached(wanted: float, needed: float, capacity: int | None) -> float:
+    """Return what is reserved on a GPU: torch's allocator gives back what it caches before a card is too small."""
+    return wanted if capacity is None else min(wanted, max(needed, capacity))
 
 
 def _ram(terms: TierTerms, tier: Tier, rough: float, calibration: Calibration) -> TierEstimate:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from harness.core.records import Record, Workload
 from harness.planning.calibration import Bytes, Calibration
 from harness.planning.cost import memory, tensor_parallel
+from harness.planning.cost.fragmentation import fragmentation
 from harness.planning.cost.inventory import Inventory, TensorTotals
 from harness.planning.cost.overhead import Overhead
 
@@ -34,6 +35,8 @@ class TierTerms(Record, frozen=True, kw_only=True):
     kv: int = 0
     activation: Bytes = Bytes()
     overhead: Bytes = Bytes()  #: the process, anonymous; on a GPU its context
+    fragments: Bytes = Bytes()  #: on a GPU what torch's allocator needs beyond what it has handed out while generating
+    cached: Bytes = Bytes()  #: the same where there is room for what it would give back
     heap: Bytes = Bytes()  #: what the heap keeps of freed copies, anonymous
     libraries: Bytes = Bytes()  #: mapped pages of libraries
     loading: Bytes = Bytes()  #: needed only while loading
@@ -49,6 +52,7 @@ class Loading(NamedTuple):
     off_gpu: Inventory | None = None  #: what lies off the GPUs, if its weight format is another
     begins_on: tuple[str, ...] = ()  #: GPUs that a library begins on to see what is free, weights or not
     processes: int = 1  #: how many share every layer (tensor parallelism), each on a GPU of its own or all in RAM
+    expandable: bool = False  #: whether torch's allocator uses expandable segments
 
 
 PLAIN = Loading()
@@ -96,6 +100,12 @@ class Footprint:
         other = copy(self)
         other.workload = workload
         other.__dict__.pop("kv", None)
+        return other
+
+    def with_expandable_segments(self) -> Footprint:
+        """Return the same case with torch's expandable segments."""
+        other = copy(self)
+        other.loading = self.loading._replace(expandable=True)
         return other
 
     def with_calibration(self, calibration: Calibration) -> Footprint:
@@ -156,11 +166,16 @@ class Footprint:
         constant, kv = self.calibration, self.kv.get(name, 0)
         runs = self.inventory.on_gpu.bytes(self.workload)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
+        expandable = self.loading.expandable
+        gaps = self.inventory.on_gpu.gaps(expandable=expandable)
+        fragments, cached = fragmentation(gaps, constant, kv + runs, expandable=expandable)
         return TierTerms(
             weights=self.weights[name],
             kv=kv,
             activation=constant["gpu_activation_share"].amount(runs) + _exact(brought),
-            overhead=self.overhead.context + constant["gpu_fragmentation_share"].amount(kv + runs),
+            overhead=self.overhead.context,
+            fragments=fragments,
+            cached=cached,
             loading=self._in_flight(name) + _exact(self.sums[name].twice),
         )
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from harness.architecture import traces
 from harness.architecture.model_spec import ModelSpec
-from harness.architecture.traced_memory import TracedMemory, TracedPeak, evaluate
+from harness.architecture.traced_memory import Gaps, TracedMemory, TracedPeak, evaluate
 from harness.catalog.wheel_cache import cache_dir
 from harness.core.errors import UsageError
 from harness.core.precisions import PRECISIONS
@@ -56,6 +56,12 @@ class GpuActivations:
             self._built = traces.build_record(self._config, self.precision, cache_dir(), self._capability)
         except UsageError as error:
             self.why_formulas = str(error)
+
+    def gaps(self, *, expandable: bool) -> Gaps | None:
+        """Return what torch's allocator takes beyond what is allocated, as shares of that; None without a record that tells."""
+        record = self._built or self._at_hand
+        reserved = record.reserved if record is not None else None
+        return None if reserved is None else reserved.expandable if expandable else reserved.usual
 
     @cached_property
     def precision(self) -> str | None:

@@ -169,7 +169,7 @@ class Inventory:
 
     def _copied(self, weight: Weight) -> int:
         """Return the bytes of the 16-bit copy that quantizing makes of a tensor."""
-        return weight.elements * 2 if self.fmt.quantizer and weight.quantizes else 0
+        return weight.elements * 2 if memory.is_taken(weight, self.fmt.quantizer) else 0
 
     def _sums(self, weight: Weight, copied: bool = False) -> TensorTotals:
         if weight.tied_to:
@@ -205,7 +205,7 @@ class Inventory:
 
     def _makes(self, weight: Weight) -> bool:
         """Say whether loading makes something else of a stored tensor than a view of the file: other bits, or a stack."""
-        if self.fmt.quantizer is not None and weight.quantizes:
+        if memory.is_taken(weight, self.fmt.quantizer):
             return True
         return self._casts(weight) or self._stacks(weight) or self.spec.file_format not in MAPPED
 

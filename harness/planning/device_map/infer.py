@@ -17,6 +17,7 @@ from harness.core.quantizers import SCHEMES
 from harness.core.records import Tier
 from harness.core.units import parse_size
 from harness.planning import calibration
+from harness.planning.cost.memory import is_taken
 
 Device = int | str
 Bytes = float  # whole, or halves: a 4-bit weight is counted as half a byte per element
@@ -84,7 +85,7 @@ def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> dict[str, Bytes]:
     sizes: dict[str, Bytes] = {}
     for weight, _ in skeleton.tally:
         fixed = weight.tensor.dtype
-        width = quantized if quantized is not None and weight.quantizes else DTYPE_BYTES[fixed] if fixed else plain
+        width = quantized if quantized is not None and is_taken(weight, quantizer) else DTYPE_BYTES[fixed] if fixed else plain
         sizes[weight.path] = 0 if weight.tied_to else weights[weight.path] if weights else weight.elements * width
     of_kind = {kind: sum(_owned(module, sizes) for module in kind.walk()) for kind in skeleton.kinds}
     sizes |= {piece.path: of_kind[piece.like] for piece in skeleton.pieces}
