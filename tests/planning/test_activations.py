@@ -30,7 +30,8 @@ from harness.planning.planner import Planner
 from tests.support import small_models
 
 with (Path(__file__).parents[1] / "data/traced_peaks.csv").open(newline="") as _file:
-    ROWS = list(csv.DictReader(_file))
+    # CodeGen has SDPA as of transformers 5.24, and was traced before it.
+    ROWS = [row for row in csv.DictReader(_file) if not row["model"].startswith("codegen")]
 DTYPES = {"bf16": "bfloat16", "int8": "float16", "int4": "bfloat16"}
 
 
