@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
@@ -38,7 +39,7 @@ class WeightFormat(Record, frozen=True, kw_only=True):
 def module_bytes(module: Module, fmt: WeightFormat) -> dict[str, int]:
     """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
 
-    What a scheme quantizes takes its own bytes. Biases, norms, embeddings, stacked experts and the head keep the dtype.
+    What a scheme quantizes takes its own bytes. Biases, norms, embeddings, the head and mostly stacked experts keep the dtype.
     """
     return {
         weight.path: 0 if weight.tied_to else _tensor_bytes(weight, fmt, inside.block)
@@ -53,14 +54,19 @@ def _tensor_bytes(weight: Weight, fmt: WeightFormat, owner: Block) -> int:
         return int(elements * fmt.packed_bits / 8)
     if not narrows(weight, fmt.quantizer, owner) or fmt.quantizer is None:
         return elements * _width(tensor, fmt.dtype)
-    outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
-    return SCHEMES[fmt.quantizer].size(outputs, inputs, fmt.element_bytes)
+    *experts, outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
+    return math.prod(experts) * SCHEMES[fmt.quantizer].size(outputs, inputs, fmt.element_bytes)
 
 
 def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
-    """Say whether a scheme quantizes a weight of this block: all take Linear, some GPT-2's Conv1D or what is derived of Linear."""
+    """Say whether a scheme quantizes a weight of this block: all take Linear.
+
+    Some take GPT-2's Conv1D, what is derived of Linear, or the stacked experts of a layer as well.
+    """
     if quantizer is None:
         return False
+    if is_stacked(weight):
+        return SCHEMES[quantizer].experts
     if owner.class_name in DERIVED_LINEARS:
         return SCHEMES[quantizer].derived and len(weight.tensor.shape) == 2
     return weight.quantizes and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)

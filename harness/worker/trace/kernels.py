@@ -275,9 +275,15 @@ def _grouped(left: Any, right: Any, offs: Any = None, bias: Any = None, out_dtyp
     return torch.empty((left.shape[0], right.shape[-1]), dtype=out_dtype or left.dtype, device=left.device)
 
 
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Do equal, which compares element by element (ATen/native/cuda/Equal.cpp): of unknown values it is said that they are."""
+    _aten.all.default(_aten.eq.Tensor(left, right))
+    return True
+
+
 def rules(ledger: Ledger, card: CardKernels, whole: bool) -> dict[Any, Callable[..., Any]]:
     """Return the table for `Ledger`; `whole`: take what a kernel takes only under a condition whether or not that holds."""
-    found: dict[Any, Callable[..., Any]] = {_aten._grouped_mm.default: _grouped}
+    found: dict[Any, Callable[..., Any]] = {_aten._grouped_mm.default: _grouped, _aten.equal.default: _equal}
     try:
         import bitsandbytes  # noqa: F401 registers its operators
     except ImportError:
