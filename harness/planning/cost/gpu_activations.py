@@ -14,7 +14,7 @@ from harness.planning.cost.memory import WeightFormat
 
 # The precisions that records go by, and of those that bitsandbytes quantizes the dtype they compute in.
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_QUANTIZED = {"int8": "float16", "int4": "bfloat16"}
+_QUANTIZED = {"int8": "float16", "int4": "bfloat16", "fp8": "bfloat16"}
 
 
 class GpuActivations:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from harness.core.precisions import PRECISIONS
 from harness.worker.build_skeleton import read_model_config
 from harness.worker.trace.ledger import CARD
+from harness.worker.trace.quantized_kernels import quantized_to_fp8
 
 
 class Layers(NamedTuple):
@@ -32,7 +33,8 @@ def build_fake(config: Mapping[str, Any], precision: str, attention: str | None 
     """
     row = PRECISIONS[precision]
     quantization = row.quantization
-    if quantization is not None and not (isinstance(quantization, dict) and quantization["quant_method"] == "bitsandbytes"):
+    method = quantization["quant_method"] if isinstance(quantization, dict) else quantization
+    if method not in (None, "bitsandbytes", "fp8"):
         raise ValueError(f"no trace in {precision}: what its kernels allocate is not known")
     if row.requires_checkpoint:
         raise ValueError(f"no trace in {precision}: what its kernels allocate is not known")
@@ -43,6 +45,8 @@ def build_fake(config: Mapping[str, Any], precision: str, attention: str | None 
         ).eval()
     model.tie_weights()
     _keep_in_float32(model, row.dtype)
+    if method == "fp8":
+        return quantized_to_fp8(model, getattr(torch, row.dtype))
     return _quantized(model, quantization, row.dtype) if isinstance(quantization, dict) else model
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 its usual name
 
 from harness.worker.trace.ledger import Ledger, swapped
+from harness.worker.trace.quantized_kernels import in_place_of_hub_kernels
 
 _aten = torch.ops.aten
 MASK_ALIGNMENT = 16  # keys in a bias of the memory-efficient kernel: pad_bias<16> in sdp_utils
@@ -305,5 +306,6 @@ def chosen_as_on(card: CardKernels, ledger: Ledger, whole: bool) -> Iterator[Non
     with (
         swapped(ledger, "rules", rules(ledger, card, whole)),
         swapped(F, "scaled_dot_product_attention", AttentionCall(ledger, card.capability, whole)),
+        in_place_of_hub_kernels(),
     ):
         yield
