@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from harness.core.errors import HarnessError
+from harness.core.errors import HarnessError, UsageError
 from harness.core.options import OPTIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result
 from harness.core.text import line
@@ -199,6 +199,9 @@ def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | Kept | No
 @pytest.fixture
 def loaded(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -> Run:
     """A case in its own process, with the model loaded in it."""
+    fault = request.config.stash[SESSION].models.faults.get(plan.case.model)
+    if fault is not None:
+        raise UsageError(fault)
     if _run is None:
         refused = request.config.stash[SESSION].shown(plan.case)
         pytest.skip(line(f"{refused.verdict.value}: {refused.why}") if refused else "not run")

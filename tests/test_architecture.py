@@ -50,7 +50,7 @@ DOORS = {
     "tqdm": {"worker", "catalog.download"},
     "pytest": {"plugin"},
     "_pytest": {"plugin"},
-    "jinja2": {"report"},
+    "jinja2": {"report", "worker"},
     "badgepy": {"report"},
     "squarify": {"report"},
     "markupsafe": {"report"},

@@ -12,18 +12,27 @@ from typing import Any
 from harness.core.errors import UsageError
 from harness.data import DATA
 
-UNKNOWN_TYPE = 3  # its exit status if the transformers that is installed has no such architecture
+# Its exit status if the transformers that is installed has no such architecture, and if the model is not of a kind to measure.
+UNKNOWN_TYPE, NOT_MEASURED = 3, 4
 
 
 class UnknownType(UsageError):
     """The transformers that is installed has no architecture of this model type."""
 
 
+class NotMeasured(UsageError):
+    """The model is none that continues a text; the sentence says what it is, and what loads it."""
+
+
+_REFUSALS = {UNKNOWN_TYPE: UnknownType, NOT_MEASURED: NotMeasured}
+
+
 def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: float) -> bytes:
     """Return what `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
 
     Raises:
-        UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. UnknownType is one of these.
+        UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. Of these are
+            UnknownType and NotMeasured.
     """
     from harness.machine.scratch import Scratch  # tempfile is slow to import
 
@@ -38,6 +47,6 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
         raise UsageError(f"{what}: transformers did not answer in {limit_s:.0f} s") from None
     if done.returncode != 0:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        kind = UnknownType if done.returncode == UNKNOWN_TYPE else UsageError
-        raise kind(f"{what}: {last.strip().removeprefix('ValueError: ')}")
+        refusal = _REFUSALS.get(done.returncode, UsageError)
+        raise refusal(f"{what}: {last.strip().removeprefix('ValueError: ')}" if refusal is not NotMeasured else last.strip())
     return done.stdout

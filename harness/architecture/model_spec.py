@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec.structs import replace
 
-from harness.architecture import skeleton_source, validate
-from harness.architecture.ask_worker import UnknownType
+from harness.architecture import skeleton, skeleton_source, validate
+from harness.architecture.ask_worker import NotMeasured, UnknownType
+from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
@@ -27,6 +29,7 @@ from harness.checkpoint.reader import CONFIG, Checkpoint, context_length
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.families import GGUF, is_native
+from harness.core.methods.table import METHODS
 from harness.core.placements import Placement
 from harness.core.precisions import Precision
 from harness.core.records import Record
@@ -62,7 +65,8 @@ class Gguf(Record, frozen=True, kw_only=True):
         """Say why transformers does not load it this way; None if it does."""
         if self.unloadable is not None:
             return self.unloadable
-        refused = next((GGUF.refusals[trait] for trait in placement.traits if trait in GGUF.refusals), None)
+        refuses = METHODS[GGUF.name].refuses
+        refused = next((refuses[trait] for trait in placement.traits if trait in refuses), None)
         if refused is not None:
             return refused
         if precision.quantizes:
@@ -127,13 +131,22 @@ class ModelSpec(Record, frozen=True, kw_only=True):
 
     @property
     def stored_as(self) -> str | None:
-        """How it is quantized already (`quantization.describe`); None if it is not, or is unpacked on loading."""
-        return GGUF.name if self.gguf else self.packed.title if self.packed and not self.packed.unpacks else None
+        """How it is quantized already (`quantization.describe`); None if it is not."""
+        return GGUF.name if self.gguf else self.packed.title if self.packed else None
 
-    @property
-    def unpacks_itself(self) -> bool:
-        """Whether the layers of `harness.models` read what is packed, and no package is needed: MOSS's and ChatGLM-6B's files."""
-        return self.native and self.packed is not None and self.packed.own
+    def keeps_packed(self, precision: Precision) -> bool:
+        """Say whether a precision keeps what is stored packed as it is."""
+        if self.gguf is not None:
+            return precision.requires_checkpoint == GGUF.title
+        return self.packed is not None and not self.packed.unpacks(precision)
+
+    def adapted(self, precision: Precision) -> Precision:
+        """Return the row of a precision as it holds of this checkpoint: kept packed or unpacked if it is quantized already."""
+        if self.gguf is not None:
+            method, keeps = METHODS[GGUF.name], self.keeps_packed(precision)
+            asked = precision.quantization if keeps or precision.quantizes else method.unpacked
+            return replace(precision, quantization=asked, incompatible={**precision.incompatible, **method.refuses})
+        return self.packed.adapted(precision) if self.packed is not None else precision
 
     @property
     def stored_dtype(self) -> str:
@@ -153,11 +166,13 @@ def read_spec(source: Source) -> ModelSpec:
         UsageError: it is neither here nor in the catalog, and the hub does not tell.
         CheckpointError: its files are damaged, or its config does not say enough.
     """
-    here = _local(source)
+    here = local(source)
     if here is not None:
         where = str(here) if source.kind == "directory" else source.location
         return of_checkpoint(source.name, where, reader.read(here / (source.file or "")), here)
-    known = _in_catalog(source) if source.file is None else None
+    from harness.catalog.resolve import shipped_id
+
+    known = shipped_id(source) if source.file is None else None
     if known is not None:
         return _of_catalog(source, known)
     if source.hub_id is None:
@@ -179,6 +194,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     found, note, refused = _skeleton_of(read)
     if refused is not None and is_native(read.config):  # no other code loads it, nor does the one that it may come with
         raise CheckpointError(f"{read.path}/{CONFIG}", str(refused))
+    found, untied = _untied(found, read)
     gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == GGUF.name else None
     packed = quantization.packed(read.config, read.tensors) if gguf is None else None
     notes = validate.check(read, found, packed)
@@ -194,12 +210,12 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         context_length=read.context_length,
         file_format=read.files[0].format if read.files else "safetensors",
         packed=packed,
-        tensor_bytes=_loaded_bytes(read) if packed and not packed.unpacks else None,
+        tensor_bytes=_loaded_bytes(read) if packed else None,
         as_held=_as_held(found, names),
         repeated=frozenset(found.tied.keys() & names),
         largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=tokenizer,
-        notes=tuple(filter(None, (note, *notes, None if tokenizer else _NO_TOKENIZER))),
+        notes=tuple(filter(None, (note, *notes, untied, None if tokenizer else _NO_TOKENIZER))),
         remote_code=read.remote_code,
         has_class=_has_class(read.config, found),
         gguf=gguf,
@@ -212,6 +228,20 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
 def _as_held(found: Skeleton, names: Set[str]) -> bool:
     """Say whether files hold every tensor of a model under its own name."""
     return all(weight.path in names for weight in found.weights if weight.tensor.kind != "unsaved" and not weight.tied_to)
+
+
+def _untied(found: Skeleton, read: Checkpoint) -> tuple[Skeleton, str | None]:
+    """Return the skeleton without the tie of a head that the files hold with other values, and a sentence that says so."""
+    if read.other_head is None or not found.tied:
+        return found, None
+    wanted = {weight.path: weight for weight in found.weights}
+    placed = (found.naming or Naming()).place(read.other_head, wanted).name
+    head = read.other_head if read.other_head in wanted else placed
+    if head not in found.tied:
+        return found, None
+    rest = {name: source for name, source in found.tied.items() if name != head}
+    what = f"{CONFIG} ties {head} to {found.tied[head]}, and the files hold another: transformers loads both"
+    return replace(found, tied=rest), what
 
 
 def _loaded_bytes(read: Checkpoint) -> int:
@@ -252,6 +282,9 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
     """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors.
 
     With it a note that says so, and what transformers said where it was asked and could not build it.
+
+    Raises:
+        CheckpointError: it is a model of another kind, which continues no text.
     """
     is_gguf = read.files[0].format == GGUF.name
     known = skeleton_source.shipped(read.config) if read.config and not is_gguf else None
@@ -263,6 +296,8 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
     if not missing and (is_gguf or read.config.get("model_type")):
         try:
             return _built(read, is_gguf), None, None
+        except NotMeasured as error:
+            raise CheckpointError(f"{read.path}/{CONFIG}", str(error)) from None
         except UsageError as error:
             why, refused = str(error), error
     from harness.architecture.inferred_skeleton import infer_skeleton
@@ -280,7 +315,7 @@ def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
     )
 
 
-def _local(source: Source) -> Path | None:
+def local(source: Source) -> Path | None:
     """Return where the files are, if they are on this machine; huggingface_hub is not imported for a model its cache lacks."""
     from harness.catalog import download
 
@@ -294,13 +329,6 @@ def _hub_folder(hub_id: str) -> Path:
     home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
     return Path(cache).expanduser() / f"models--{hub_id.replace('/', '--')}"
-
-
-def _in_catalog(source: Source) -> str | None:
-    try:
-        return shipped.hub_id(source.hub_id or source.name)
-    except UsageError:
-        return None
 
 
 def _of_catalog(source: Source, known: str) -> ModelSpec:
@@ -327,8 +355,8 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
 
 
 def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> str:
-    if packed is not None and packed.unpacks:
-        return "uint8"
+    if packed is not None and packed.method is not None and not packed.method.packs_linears:
+        return packed.method.held
     return stored.dtype if stored is not None and stored.dtype else said
 
 
@@ -345,16 +373,16 @@ def _published() -> Mapping[str, Stored]:
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
     """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
     saved = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
-    return sum(count * _stored_bytes(weight, packed) for weight, count in saved)
+    return sum(count * packed_weight_bytes(weight, packed) for weight, count in saved)
 
 
-def _stored_bytes(weight: Weight, packed: Packed) -> int:
-    """Count one weight. Of mxfp4 the experts are packed, whose weights are stacked: 4 bits and 8 for each 32."""
-    sides = weight.tensor.shape
-    if packed.unpacks:
-        return weight.elements * 17 // 32 if len(sides) == 3 else weight.elements * 2
-    if not weight.quantizes or len(sides) != 2:
+def packed_weight_bytes(weight: Weight, packed: Packed) -> int:
+    """Count one weight; what is packed into a layout that is not known takes its bits, and 8 for the scale of each 32."""
+    sides, method = weight.tensor.shape, packed.method
+    if skeleton.is_stacked(weight) and method is not None and method.packs_experts:
+        return weight.elements * packed.bits // 8 + (weight.elements // 32 if packed.bits < 8 else 0)
+    if not weight.quantizes or len(sides) != 2 or (method is not None and not method.packs_linears):
         return weight.elements * 2
-    if packed.layout is None:
+    if packed.layout is None or not packed.layout.parts:
         return weight.elements * packed.bits // 8
     return packed.layout.stored_bytes(sides, packed.bits, packed.group)

@@ -12,7 +12,8 @@ from functools import lru_cache
 from hashlib import sha256
 
 from harness.checkpoint.formats.tensor_writer import TensorToWrite
-from harness.checkpoint.quantization import Holds, Packed
+from harness.checkpoint.layouts import Holds
+from harness.checkpoint.quantization import Packed
 from harness.core.dtypes import DTYPE_BYTES
 
 _PIECE_BYTES = 16 << 20

@@ -146,6 +146,7 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
 
     model_class: str
     model_type: str
+    auto_class: str = "AutoModelForCausalLM"  #: the class of transformers that loads it
     source: str
     blocks: tuple[Block, ...]
     no_split: tuple[str, ...]
@@ -159,6 +160,7 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
     vocab_size: int
     experts: int = 0
     experts_per_token: int = 0
+    eager: bool = False  #: its class has no SDPA: attention is computed step by step, with all scores in memory
     naming: Naming | None = None
 
     @cached_property

@@ -19,12 +19,13 @@ from harness.architecture.ask_worker import ask_worker
 from harness.architecture.skeleton import Skeleton
 from harness.catalog.shipped import catalog, hub_id
 from harness.core.errors import UsageError
+from harness.core.families import is_native
 from harness.data import DATA
 from harness.machine.atomic import write_bytes
 
 BUILD_S = 120.0
 # What skeletons in the cache are called; another number when they hold more than those of an earlier version did.
-_KEPT = "skeleton2"
+_KEPT = "skeleton3"
 
 # fmt: off
 # What never changes a name, a shape or the KV cache: most configs of one architecture differ in these alone.
@@ -42,6 +43,8 @@ _ROTARY = frozenset((
     "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe",
 ))
 # fmt: on
+# How the names of classes end that continue a text.
+_DECODERS = ("ForCausalLM", "LMHeadModel")
 # What transformers reads of a GGUF's metadata beside the keys of its architecture. A name decides between Llama and Mistral.
 _SHAPING = frozenset(("general.architecture", "general.name", "general.alignment", "tokenizer.ggml.tokens"))
 
@@ -90,13 +93,14 @@ def named(name: str) -> Skeleton:
 
 
 def shipped(config: Mapping[str, Any]) -> Skeleton | None:
-    """Return the skeleton that is shipped for this config, if any. Reads one line, decodes nothing else."""
+    """Return the skeleton that is shipped for this config and the class that it names, if any. Decodes one line, nothing else."""
     lines = (DATA / "skeletons.jsonl").read_bytes()
     start = lines.find(b'["%s",' % fingerprint(config).encode())
     if start < 0:
         return None
     line = lines[start : lines.index(b"\n", start)]
-    return msgspec.json.decode(line, type=tuple[str, Skeleton])[1]
+    found = msgspec.json.decode(line, type=tuple[str, Skeleton])[1]
+    return None if _names_other(config, found) else found
 
 
 def at_hand(config: Mapping[str, Any], cache: Path) -> Skeleton | None:
@@ -137,7 +141,20 @@ def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[i
 
 
 def _name(config: Mapping[str, Any]) -> str:
-    return f"{_KEPT}-{_version()}-{fingerprint(config)}"
+    named = "" if is_decoder(config) else f"-{hashlib.sha256(repr(config.get('architectures')).encode()).hexdigest()[:8]}"
+    return f"{_KEPT}-{_version()}-{fingerprint(config)}{named}"
+
+
+def is_decoder(config: Mapping[str, Any]) -> bool:
+    """Say whether a config names no class, or one that AutoModelForCausalLM would load by its name; the worker knows better."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    return is_native(config) or not first or str(first).endswith(_DECODERS)
+
+
+def _names_other(config: Mapping[str, Any], found: Skeleton) -> bool:
+    """Say whether a config names another class than that of the skeleton, of which a shape alone says nothing."""
+    return not is_decoder(config) and config["architectures"][0] != found.model_class
 
 
 def _version() -> str:

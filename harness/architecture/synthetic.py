@@ -74,9 +74,9 @@ def describe(source: Source, *, file_format: str | None = None, shard_bytes: int
     if dtype not in _FLOATS:
         raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(_FLOATS)}")
     found = skeleton_source.build(config, wheel_cache.cache_dir())
-    if packed is not None and (why := _unwritten(found, packed)):
+    if packed is not None and (why := unwritten(found, packed)):
         raise UsageError(f"{source.name} is quantized ({packed.title}), and {why}: name the 16-bit model that it was made from")
-    shards = _sharded(list(_tensors(found, stored, dtype, packed)), shard_bytes or stored.shard_bytes)
+    shards = _sharded(list(stored_tensors(found, stored, dtype, packed)), shard_bytes or stored.shard_bytes)
     return Synthetic(name=source.name, config=config, format=file_format or stored.format, shards=tuple(shards))
 
 
@@ -96,7 +96,7 @@ def _known(source: Source) -> tuple[dict[str, Any], Stored]:
         return parse_config(blob), usual
 
 
-def _unwritten(found: Skeleton, packed: Packed) -> str | None:
+def unwritten(found: Skeleton, packed: Packed) -> str | None:
     """Say why what is packed is not written here; None if it is: every Linear but the head in a layout whose parts are known."""
     if packed.layout is None or not packed.layout.parts:
         return "how its files hold that is not known here"
@@ -115,7 +115,7 @@ def _unwritten(found: Skeleton, packed: Packed) -> str | None:
     return None
 
 
-def _tensors(found: Skeleton, stored: Stored, dtype: str, packed: Packed | None) -> Iterator[TensorToWrite]:
+def stored_tensors(found: Skeleton, stored: Stored, dtype: str, packed: Packed | None) -> Iterator[TensorToWrite]:
     """Yield what the files hold, in the order of the modules: parameters and saved buffers, masks before the rest of their layer.
 
     Names are transformers' own; experts are stacked, as it holds them. What is packed is there by its parts.

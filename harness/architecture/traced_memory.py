@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from harness.architecture.card_kernels import WITH_FLASH, CardKernels, cards_of, family, kernels_of
 from harness.core.records import Record
 
 Range = tuple[int, int | None]  # first and last, None without end
-# Of batch B and length S: 1, B, S, B S, S², B S².
+Spread = tuple[float, float, float]  # the least, the median and the most of several
+# Of batch B and length S: 1, B, S, B S, S², B S²; what is not written is 0.
 Polynomial = tuple[float, ...]
 BEFORE, AFTER = -1, -2  # the places of moments outside of the decoder layers: no layer has cached the new tokens yet, or all have
-UNALIGNED = "unaligned"
-ALIGNED = 16  # a multiple of this many keys needs no copy of the mask (`harness.worker.trace.kernels`)
-# One that every shipped record has, for cards that none of them names.
-USUAL_CARD = "A100"
+# A copy of the mask, unless the keys are a multiple of 16; cuDNN takes a mask as it is, but no head as wide as the second's.
+UNALIGNED, UNALIGNED_WIDE = "unaligned", "unaligned wide"
+ALIGNED = 16
 
 
 def monomials(batch: int, length: int) -> tuple[int, ...]:
@@ -66,24 +67,46 @@ class Regime(Record, frozen=True, kw_only=True, array_like=True):
         return all(first <= value and (last is None or value <= last) for value, (first, last) in sides)
 
 
-class Condition(Record, frozen=True, kw_only=True):
-    """What decides on extra bytes: keys that are no multiple of 16, or rows of a 4-bit product outside of the ranges of a card."""
+class Condition(Record, frozen=True, kw_only=True, array_like=True):
+    """What decides on extra bytes: keys that are no multiple of 16, or rows of a 4-bit product outside of the ranges of a card.
+
+    `packed` has these ranges (first, last) for each of the cards that the record is for, in the order of their table.
+    """
 
     name: str
-    packed: dict[str, tuple[tuple[int, int], ...]] = {}
+    packed: tuple[tuple[tuple[int, int], ...], ...] = ()
 
-    def holds(self, tokens: int, keys: int, card: str) -> bool:
-        """Return whether it holds for a pass over `tokens` tokens of all sequences that attends to `keys` keys."""
-        if self.name == UNALIGNED:
-            return keys % ALIGNED != 0
-        ranges = self.packed.get(card, self.packed.get(USUAL_CARD, ()))
-        return not any(first <= tokens <= last for first, last in ranges)
+    def holds(self, tokens: int, keys: int, number: int, card: CardKernels) -> bool:
+        """Return whether it holds for a pass over `tokens` tokens of all sequences that attends to `keys` keys, on a card."""
+        if self.name in (UNALIGNED, UNALIGNED_WIDE):
+            return keys % ALIGNED != 0 and not (card.takes_cudnn and self.name == UNALIGNED)
+        return not any(first <= tokens <= last for first, last in self.packed[number])
+
+
+class Gaps(Record, frozen=True, kw_only=True, array_like=True):
+    """What torch's allocator takes beyond what is allocated at the peak, as shares of that without the weights.
+
+    `least` of what it gets through with once it has given back what it can, `kept` of what it takes where there is room.
+    """
+
+    least: Spread
+    kept: Spread
+
+
+class Reserved(Record, frozen=True, kw_only=True, array_like=True):
+    """The gaps of a model with torch's usual segments and with expandable ones, over workloads of many sizes."""
+
+    usual: Gaps
+    expandable: Gaps
 
 
 class TracedMemory(Record, frozen=True, kw_only=True, omit_defaults=True):
     """One architecture in one precision. `layers` has the kind of each decoder layer; `source` names the libraries that ran.
 
-    `deviation` is the relative error of the peak that this record gives where the whole model was traced beside it.
+    It holds for the cards of the family `capability` (`harness.architecture.card_kernels`). `first` is empty where the first decode
+    step is like all later ones, one token earlier. `deviation` is the relative error of the peak that this record gives where the
+    whole model was traced beside it. `reserved` comes from a replay of what it allocates
+    (`harness.worker.trace.reserve`); None where that could not be made.
     """
 
     source: str
@@ -92,11 +115,13 @@ class TracedMemory(Record, frozen=True, kw_only=True, omit_defaults=True):
     weights_bytes: int
     layers: tuple[int, ...]
     prefill: tuple[Regime, ...]
-    first: tuple[Regime, ...]
     later: tuple[Regime, ...]
+    first: tuple[Regime, ...] = ()
+    capability: str = WITH_FLASH
     conditions: tuple[Condition, ...] = ()
     names: tuple[str, ...] = ()
     deviation: float = 0.0
+    reserved: Reserved | None = None
 
 
 class Moment(NamedTuple):
@@ -131,13 +156,21 @@ class TracedPeak(NamedTuple):
         return max(self.worst.nbytes - self.kv_bytes, 0)
 
 
-def evaluate(traced: TracedMemory, batch: int, prompt: int, new_tokens: int, card: str = USUAL_CARD) -> TracedPeak | None:
-    """Return what generating `new_tokens` from `batch` prompts of `prompt` tokens holds; None of a length that was not traced."""
+def evaluate(traced: TracedMemory, batch: int, prompt: int, new_tokens: int, capability: str | None = None) -> TracedPeak | None:
+    """Return what generating `new_tokens` from `batch` prompts of `prompt` tokens holds on a card of a compute capability.
+
+    None of a length that was not traced, and of a card that the record does not hold for. Without a capability it is that of the
+    family.
+    """
+    card = kernels_of(capability or traced.capability)
+    if family(card, traced.precision) != traced.capability:
+        return None
     start = _regime(traced.prefill, batch, prompt)
     if start is None:
         return None
     prefill, kv_bytes = _worst(traced, start, batch, prompt, batch * prompt, card), _all(traced, start.cached, batch, prompt)
-    steps = [(traced.first, prompt)] if new_tokens > 1 else []
+    first = (traced.first, prompt) if traced.first else (traced.later, max(prompt - 1, 1))
+    steps = [first] if new_tokens > 1 else []
     steps += [(traced.later, prompt + new_tokens - 3)] if new_tokens > 2 else []
     moments = []
     for regimes, length in steps:
@@ -156,7 +189,7 @@ def _regime(regimes: Sequence[Regime], batch: int, length: int) -> Regime | None
 
 def value(polynomial: Sequence[float], at: Sequence[int]) -> float:
     """Return a polynomial's value, at what `monomials` says; one without coefficients is 0."""
-    return sum(coefficient * power for coefficient, power in zip(polynomial, at, strict=False))
+    return sum(coefficient * power for coefficient, power in zip(polynomial, at, strict=False))  # what is not written is 0
 
 
 def _all(traced: TracedMemory, cached: Sequence[Polynomial], batch: int, length: int) -> int:
@@ -164,11 +197,12 @@ def _all(traced: TracedMemory, cached: Sequence[Polynomial], batch: int, length:
     return round(sum(value(cached[kind], at) for kind in traced.layers))
 
 
-def _worst(traced: TracedMemory, regime: Regime, batch: int, length: int, tokens: int, card: str) -> Moment:
+def _worst(traced: TracedMemory, regime: Regime, batch: int, length: int, tokens: int, card: CardKernels) -> Moment:
     """Find the moment that holds the most. A pass over many tokens is that of the prompt, and sees as many keys as it has."""
     at, keys = monomials(batch, length), length
     held = {place: max(options) for place, options in _cached(traced.layers, regime, at).items()}
-    met = [condition.holds(tokens, keys, card) for condition in traced.conditions]
+    number = cards_of(traced.capability).index(card) if card in cards_of(traced.capability) else 0
+    met = [condition.holds(tokens, keys, number, card) for condition in traced.conditions]
 
     def total(row: MomentRow) -> float:
         extra = value(row.extra, at) if row.condition >= 0 and met[row.condition] else 0.0

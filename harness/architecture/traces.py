@@ -1,33 +1,41 @@
 """Records of traced memory: shipped for the catalog, built once by a worker for other models and kept. Nothing here needs torch.
 
-`data/traces.jsonl` has a line for each architecture and precision, `[key, precision, record]`; where two precisions hold the same
-bytes, the name of the other stands for the record. `python -m harness.worker.trace --catalog` rebuilds them.
+`data/traces.jsonl` has a line for each architecture, `[key, packed]`: its records as JSON, deflated, as they say much alike. A
+record is found by precision and family of cards; where another holds the same bytes, the name of that one stands for it.
+`python -m harness.worker.trace --catalog` rebuilds them.
 """
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from harness.architecture.ask_worker import ask_worker
+from harness.architecture.card_kernels import family, kernels_of
 from harness.architecture.skeleton_source import fingerprint
 from harness.architecture.traced_memory import TracedMemory
+from harness.core.precisions import PRECISIONS
 from harness.data import DATA
 from harness.machine.atomic import write_bytes
 
 SHIPPED = DATA / "traces.jsonl"
 TRACE_S = 300.0
-# What records in the cache are called; another number when they hold more than those of an earlier version did.
-_KEPT = "trace1"
+# What records in the cache are called; another number when they hold other fields than those of an earlier version did.
+_KEPT = "trace2"
 # What changes no shape, and so no skeleton, but what an MLP holds while it runs.
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
+# What was built in this process, for a cache that cannot be written: by key, precision and family of cards.
+_BUILT: dict[tuple[str, str, str], TracedMemory] = {}
 
-Line = tuple[str, str, TracedMemory | str]
+Records = dict[str, TracedMemory | str]  # by "precision capability"; a name stands for another record
 
 
 def key_of(config: Mapping[str, Any]) -> str:
@@ -36,54 +44,91 @@ def key_of(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def shipped_trace(config: Mapping[str, Any], precision: str) -> TracedMemory | None:
-    """Return the record that is shipped for this config, if any. Reads one line, decodes nothing else."""
-    if not SHIPPED.exists():
-        return None
-    lines, key = SHIPPED.read_bytes(), key_of(config)
-    for _ in range(2):  # the second time for the precision that the first stands for
-        start = lines.find(b'["%s","%s",' % (key.encode(), precision.encode()))
-        if start < 0:
-            return None
-        found = msgspec.json.decode(lines[start : lines.index(b"\n", start)], type=Line)[2]
-        if isinstance(found, TracedMemory):
-            return found
-        precision = found
-    return None
+def shipped_records(key: str) -> Records:
+    """Return the records that are shipped under a key (`key_of`); unpacks one line."""
+    lines = SHIPPED.read_bytes() if SHIPPED.exists() else b""
+    start = lines.find(b'["%s",' % key.encode())
+    return unpack(lines[start : lines.index(b"\n", start)])[1] if start >= 0 else {}
 
 
-def record_for(config: Mapping[str, Any], precision: str, cache: Path, build: bool = False) -> TracedMemory | None:
-    """Return the record of a config in a precision: shipped, kept in `cache`, or with `build` traced by a worker (seconds).
+def pack(key: str, records: Records) -> bytes:
+    """Write the line of an architecture."""
+    packed = zlib.compress(msgspec.json.encode(records), 9)
+    return msgspec.json.encode([key, binascii.b2a_base64(packed, newline=False).decode()])
+
+
+def unpack(line: bytes) -> tuple[str, Records]:
+    """Read the line of an architecture."""
+    key, packed = msgspec.json.decode(line, type=tuple[str, str])
+    return key, msgspec.json.decode(zlib.decompress(binascii.a2b_base64(packed)), type=Records)
+
+
+def name_of(precision: str, capability: str | None) -> str:
+    """Return what the record of a precision for cards of a compute capability goes by."""
+    return f"{precision} {family(kernels_of(capability), precision)}"
+
+
+def shipped_trace(config: Mapping[str, Any], precision: str, capability: str | None = None) -> TracedMemory | None:
+    """Return the record that is shipped for this config and cards of this compute capability, if any."""
+    return find(shipped_records(key_of(config)), precision, capability)
+
+
+def find(records: Records, precision: str, capability: str | None = None) -> TracedMemory | None:
+    """Return one of the records of an architecture, or what stands for it."""
+    found = records.get(name_of(precision, capability))
+    while isinstance(found, str):
+        found = records.get(found)
+    return None if found is None else _standing(found, precision, family(kernels_of(capability), precision))
+
+
+def _standing(record: TracedMemory, precision: str, cards: str) -> TracedMemory:
+    """Let a record stand for another precision, or other cards, that hold the same bytes."""
+    dtypes = PRECISIONS[record.precision].dtype, PRECISIONS[precision].dtype
+    names = tuple(name.replace(f" {dtypes[0]}[", f" {dtypes[1]}[") for name in record.names)
+    return msgspec.structs.replace(record, precision=precision, capability=cards, names=names)
+
+
+def record_for(config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None) -> TracedMemory | None:
+    """Return the record of a config in a precision for cards of a compute capability, shipped or kept in `cache`; starts nothing.
 
     None if there is none; planning then uses its formulas (`planning.cost.activations`).
-
-    Raises:
-        UsageError: the worker could not trace it; only with `build`.
     """
-    found = shipped_trace(config, precision)
+    cards = family(kernels_of(capability), precision)
+    found = shipped_trace(config, precision, capability) or _BUILT.get((key_of(config), precision, cards))
     if found is not None:
         return found
-    if not build and not any(cache.glob(f"{_KEPT}-*-{key_of(config)}-{precision}.json")):
+    if not any(cache.glob(f"{_KEPT}-*-{key_of(config)}-{precision}-{cards}.json")):
         return None  # without asking which transformers is installed, which takes longer than all else
-    kept = cache / f"{_name(config, precision)}.json"
     try:
-        return msgspec.json.decode(kept.read_bytes(), type=TracedMemory)
-    except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields
-        return _built(config, precision, kept) if build else None
+        return msgspec.json.decode((cache / _name(config, precision, cards)).read_bytes(), type=TracedMemory)
+    except (OSError, msgspec.DecodeError):  # of another transformers, or by a fitmatrix that wrote other fields
+        return None
 
 
-def _name(config: Mapping[str, Any], precision: str) -> str:
+def build_record(config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None) -> TracedMemory:
+    """Return the record of a config as `record_for` does, else have a worker trace it (seconds) and keep it in `cache`.
+
+    Raises:
+        UsageError: the worker could not trace it.
+    """
+    found = record_for(config, precision, cache, capability)
+    if found is not None:
+        return found
+    cards = family(kernels_of(capability), precision)
+    what = f"no trace for model_type {config.get('model_type')!r} in {precision}"
+    text = ask_worker("trace", {"config": config, "precision": precision, "capability": cards}, what, TRACE_S)
+    with suppress(OSError):  # what is kept spares time, no more
+        write_bytes(cache / _name(config, precision, cards), text)
+    built = msgspec.json.decode(text, type=TracedMemory)
+    _BUILT[key_of(config), precision, cards] = built
+    return built
+
+
+def _name(config: Mapping[str, Any], precision: str, cards: str) -> str:
     from importlib.metadata import PackageNotFoundError, version  # slow to import
 
     try:
         libraries = version("transformers")
     except PackageNotFoundError:
         libraries = "none"
-    return f"{_KEPT}-{libraries}-{key_of(config)}-{precision}"
-
-
-def _built(config: Mapping[str, Any], precision: str, kept: Path) -> TracedMemory:
-    what = f"no trace for model_type {config.get('model_type')!r} in {precision}"
-    text = ask_worker("trace", {"config": config, "precision": precision}, what, TRACE_S)
-    write_bytes(kept, text)
-    return msgspec.json.decode(text, type=TracedMemory)
+    return f"{_KEPT}-{libraries}-{key_of(config)}-{precision}-{cards}.json"

@@ -17,7 +17,8 @@ from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.quantization import Layout, Packed, bits_said, first_packed, tensors_tell, weights_in
+from harness.checkpoint.layouts import Layout
+from harness.checkpoint.quantization import Packed, bits_said, first_packed, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
 from harness.core.errors import CheckpointError
@@ -28,7 +29,7 @@ _MOST_MISSING = 0.02
 _TOGETHER = "use the config.json that belongs to the weights"
 
 
-class Held(Record, frozen=True):
+class StoredWeight(Record, frozen=True):
     """What stands for one weight in the files: itself, or what it is packed into, by the parts of its layout."""
 
     name: str
@@ -82,21 +83,21 @@ class _Comparison:
         self.silent = packed is not None and self.layout is None
         self.naming = found.naming
         self.wanted = {} if self.silent else {w.path: w for w in found.weights if w.tensor.kind != "unsaved"}
-        self.arrived: dict[str, list[Held]] = defaultdict(list)
-        self.converted: dict[tuple[int, str], dict[int, list[Held]]] = defaultdict(lambda: defaultdict(list))
-        self.lost: list[Held] = []
-        for held in _stored_weights(read, self.layout):
-            self._assign(held)
+        self.arrived: dict[str, list[StoredWeight]] = defaultdict(list)
+        self.converted: dict[tuple[int, str], dict[int, list[StoredWeight]]] = defaultdict(lambda: defaultdict(list))
+        self.lost: list[StoredWeight] = []
+        for stored in _stored_weights(read, self.layout):
+            self._assign(stored)
 
-    def _assign(self, held: Held) -> None:
+    def _assign(self, stored: StoredWeight) -> None:
         naming = self.naming or Naming()
-        place = Place(held.name) if held.name in self.wanted else naming.place(held.name, self.wanted)
+        place = Place(stored.name) if stored.name in self.wanted else naming.place(stored.name, self.wanted)
         if place.name not in self.wanted:
-            self.lost.append(held)
+            self.lost.append(stored)
         elif place.conversion is None:
-            self.arrived[place.name].append(held)
+            self.arrived[place.name].append(stored)
         else:
-            self.converted[place.conversion, place.name][place.source].append(held)
+            self.converted[place.conversion, place.name][place.source].append(stored)
 
     def raise_first(self) -> None:
         """Raise CheckpointError for the first thing that is wrong, if anything is."""
@@ -106,9 +107,9 @@ class _Comparison:
         self._raise_misplaced()
         wrong = [*self._misshapen(), *self._misconverted()]
         if wrong:
-            held, what = wrong[0]
+            stored, what = wrong[0]
             is_one_file = self.naming is not None and self.naming.names
-            raise self._error(held.tensor.file, f"{what}{more(wrong)}: {DOWNLOAD_AGAIN if is_one_file else _TOGETHER}")
+            raise self._error(stored.tensor.file, f"{what}{more(wrong)}: {DOWNLOAD_AGAIN if is_one_file else _TOGETHER}")
         if self.naming is None:
             self._raise_short()
         else:
@@ -121,10 +122,10 @@ class _Comparison:
         shapes = {tensor.name: tensor.shape for tensor in self.read.tensors}
         ignored = _any_of(self.naming.may_have)
         left = []
-        for held in self.lost:
-            tensor = held.tensor
+        for stored in self.lost:
+            tensor = stored.tensor
             counts = weights_in(tensor, shapes, self.read.config)
-            if counts and not held.packed and not (ignored and ignored.search(held.name)) and not self._belongs(held.name):
+            if counts and not stored.packed and not (ignored and ignored.search(stored.name)) and not self._belongs(stored.name):
                 left.append(tensor)
         if left:
             what = f"{shown(left[0].name)} in {shown(left[0].file)}{more(left)}"
@@ -133,27 +134,36 @@ class _Comparison:
     def _belongs(self, name: str) -> bool:
         """Say whether a name is a part of a packed weight: a bias that its layout adds, or a part that LAYOUTS leaves out."""
         base = name.rpartition(".")[0]
-        return any(held.packed and held.name.startswith(f"{base}.") for held in self.arrived.get(f"{base}.weight", ()))
+        return any(stored.packed and stored.name.startswith(f"{base}.") for stored in self.arrived.get(f"{base}.weight", ()))
 
     # ---- packed ----
 
     def _raise_unpacked(self) -> None:
         if self.packed is None or self.layout is None:
             return
-        packed = [held for held in _stored_weights(self.read, self.layout) if held.packed]
+        packed = [stored for stored in _stored_weights(self.read, self.layout) if stored.packed]
         if packed:
             self._raise_partless(packed)
-        elif not self.packed.method.startswith("bitsandbytes"):  # which packs what it finds
+        elif not self.packed.name.startswith("bitsandbytes"):  # which packs what it finds
             what = f"says {self.packed.title}, and no tensor of the files is packed so ({self.layout.main})"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
 
-    def _raise_partless(self, packed: list[Held]) -> None:
-        """Raise for a packed weight that lacks a part which most others have: some libraries write more than others."""
-        usual = Counter(frozenset(held.parts) for held in packed).most_common(1)[0][0]
-        for held in packed:
-            for part in sorted(usual - held.parts.keys()):
-                name = f"{held.name.removesuffix('.weight')}{part}"
-                raise self._error(held.tensor.file, f"holds {shown(held.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
+    def _raise_partless(self, packed: list[StoredWeight]) -> None:
+        """Raise for a packed weight without scales, or that lacks a part which most others have: some libraries write more."""
+        assert self.layout is not None
+        for stored in packed:
+            if self.layout.scales and not stored.parts.keys() & set(self.layout.scales):
+                name = f"{stored.name.removesuffix('.weight')}{self.layout.scales[0]}"
+                raise self._error(
+                    stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
+                )
+        usual = Counter(frozenset(stored.parts) for stored in packed).most_common(1)[0][0]
+        for stored in packed:
+            for part in sorted(usual - stored.parts.keys()):
+                name = f"{stored.name.removesuffix('.weight')}{part}"
+                raise self._error(
+                    stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
+                )
 
     def _raise_misplaced(self) -> None:
         """Raise for what is packed outside of Linear modules, such as the embedding in ChatGLM-6B's int4-qe files.
@@ -167,14 +177,14 @@ class _Comparison:
             if module.block.linear or "Linear" in kind:
                 continue
             for weight in module.weights:
-                held = next((held for held in self.arrived.get(weight.path, ()) if held.packed), None)
-                if held is not None and len(weight.tensor.shape) == 2:
-                    main = held.parts.get(self.layout.main, held.tensor)
+                stored = next((stored for stored in self.arrived.get(weight.path, ()) if stored.packed), None)
+                if stored is not None and len(weight.tensor.shape) == 2:
+                    main = stored.parts.get(self.layout.main, stored.tensor)
                     what = f"holds {shown(main.name)} packed, and only Linear modules are loaded so, not {kind}"
                     way = "take a checkpoint that packs those alone, or the 16-bit one with --precision int8 or int4"
                     raise self._error(main.file, f"{what}: {way}")
 
-    def _packed_fault(self, held: Held, shape: Shape) -> str | None:
+    def _packed_fault(self, stored: StoredWeight, shape: Shape) -> str | None:
         """Say what is wrong with the parts of a packed weight of this shape."""
         assert self.packed is not None
         assert self.layout is not None
@@ -182,55 +192,55 @@ class _Comparison:
             return None
         bits, group = self.packed.bits, self.packed.group
         if self.layout.whole and group and shape[1] % group:
-            return f"{shown(held.tensor.name)} is of {shape[1]} inputs, which groups of {group} do not divide"
-        wrong = self.layout.fault(held.parts, shape, bits, group)
+            return f"{shown(stored.tensor.name)} is of {shape[1]} inputs, which groups of {group} do not divide"
+        wrong = self.layout.fault(stored.parts, shape, bits, group)
         if wrong is None:
             return None
         part, asked = wrong
-        what = f"{shown(held.parts[part].name)} is {_by(held.parts[part].shape)}"
+        what = f"{shown(stored.parts[part].name)} is {_by(stored.parts[part].shape)}"
         for other in self.layout.bits:
-            if other != bits and self.layout.fault(held.parts, shape, other, group) is None:
+            if other != bits and self.layout.fault(stored.parts, shape, other, group) is None:
                 return f"{what}, which means {other} bits, and the config says {bits}"
-        groups = held.parts[".scales"].shape[:1] if ".scales" in held.parts else ()
+        groups = stored.parts[".scales"].shape[:1] if ".scales" in stored.parts else ()
         for other in {-(-shape[1] // max(count, 1)) for count in groups} - {group}:
-            if self.layout.fault(held.parts, shape, bits, other) is None:
+            if self.layout.fault(stored.parts, shape, bits, other) is None:
                 return f"{what}, which means groups of {other}, and the config says {group or 'none'}"
         return f"{what}, the config asks for {_by(asked)}"
 
     # ---- shapes ----
 
-    def _misshapen(self) -> Iterator[tuple[Held, str]]:
+    def _misshapen(self) -> Iterator[tuple[StoredWeight, str]]:
         for path, group in self.arrived.items():
-            for held in group:
-                what = self._fault(held, self.wanted[path])
+            for stored in group:
+                what = self._fault(stored, self.wanted[path])
                 if what is not None:
-                    yield held, what
+                    yield stored, what
 
-    def _fault(self, held: Held, weight: Weight) -> str | None:
-        shape, tensor = weight.tensor.shape, held.tensor
-        if held.packed:
-            return self._packed_fault(held, shape)
-        if tensor.shape != shape and not self._converts(held, shape):
+    def _fault(self, stored: StoredWeight, weight: Weight) -> str | None:
+        shape, tensor = weight.tensor.shape, stored.tensor
+        if stored.packed:
+            return self._packed_fault(stored, shape)
+        if tensor.shape != shape and not self._converts(stored, shape):
             return f"{shown(tensor.name)} is {_by(tensor.shape)}, the config asks for {_by(shape)}"
         numbers = weight.tensor.dtype is None or "float" in weight.tensor.dtype
         if numbers and tensor.dtype.startswith(("int", "uint", "bool")):
             return f"{shown(tensor.name)} is {tensor.dtype}, and the config says nothing of packed weights"
         return None
 
-    def _converts(self, held: Held, shape: Shape) -> bool:
+    def _converts(self, stored: StoredWeight, shape: Shape) -> bool:
         """Say whether a conversion that keeps the name, such as one that transposes, makes this shape of the tensor."""
         steps = self.naming.conversions if self.naming else ()
-        return any(step.apply(held.name) and not step.fault({0: [held.tensor.shape]}, [shape]) for step in steps)
+        return any(step.apply(stored.name) and not step.fault({0: [stored.tensor.shape]}, [shape]) for step in steps)
 
-    def _misconverted(self) -> Iterator[tuple[Held, str]]:
+    def _misconverted(self) -> Iterator[tuple[StoredWeight, str]]:
         assert self.naming is not None or not self.converted
         for (number, name), sources in self.converted.items():
-            everything = [held for group in sources.values() for held in group]
-            if self.naming is None or any(held.packed for held in everything):
+            everything = [stored for group in sources.values() for stored in group]
+            if self.naming is None or any(stored.packed for stored in everything):
                 continue
             step, made = self.naming.conversions[number], self.naming.others(Place(name, number))
             wanted = [self.wanted[path].tensor.shape for path in made if path in self.wanted]
-            shapes = {source: [held.tensor.shape for held in group] for source, group in sources.items()}
+            shapes = {source: [stored.tensor.shape for stored in group] for source, group in sources.items()}
             if step.fault(shapes, wanted):
                 asked = " and ".join(_by(shape) for shape in wanted)
                 count = f"{len(everything)} tensors" if len(everything) > 1 else "one tensor"
@@ -253,6 +263,11 @@ class _Comparison:
             what = f"asks for {len(missing)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
         name = missing[0]
+        if self._is_headless(missing):
+            what = f"holds all of {self.found.model_class} but its output head ({shown(name)})"
+            raise self._error(
+                self.read.files[0].name, f"{what}, as embedding models do: it continues no text, and AutoModel loads it"
+            )
         listed = self.read.listed.get(name)
         if listed is not None:
             what = f"does not hold {shown(name)}{more(missing)}, which the index says it does"
@@ -265,6 +280,11 @@ class _Comparison:
         where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
         what = f"asks for {shown(name)}{more(missing)}, which {where} holds"
         raise self._error(CONFIG, f"{what}: complete the download, or {_TOGETHER}")
+
+    def _is_headless(self, missing: list[str]) -> bool:
+        """Say whether nothing is missing but the output embedding, which no index lists either."""
+        heads = {weight.path for module in self.found.root.walk() if module.block.exempt for weight in module.weights}
+        return heads.issuperset(missing) and not self.read.listed.keys() & set(missing)
 
     def _missing(self, naming: Naming) -> Iterator[str]:
         ignored = _any_of(naming.may_miss)
@@ -288,25 +308,28 @@ class _Comparison:
             what = f"does not hold {shown(absent[0])}{more(absent)}, which the index says it does"
             raise self._error(self.read.listed[absent[0]], f"{what}: {DOWNLOAD_AGAIN}")
         if self.packed is None and self.arrived and self.read.parameters < (1 - _MOST_MISSING) * self.found.parameters:
-            held, asked = format_count(self.read.parameters), format_count(self.found.parameters)
-            raise self._error(CONFIG, f"describes {asked} parameters, and the files hold {held}: {_TOGETHER}")
+            stored, asked = format_count(self.read.parameters), format_count(self.found.parameters)
+            raise self._error(CONFIG, f"describes {asked} parameters, and the files hold {stored}: {_TOGETHER}")
 
     def _error(self, file: str, what: str) -> CheckpointError:
         path = self.read.path
         return CheckpointError(path if path.endswith(f"/{file}") else f"{path}/{file}", what)
 
 
-def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[Held]:
+def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[StoredWeight]:
     """Gather the parts of packed weights; everything else is itself."""
     packed: dict[str, dict[str, StoredTensor]] = {}
     for tensor in read.tensors:
         base, part = layout.split(tensor.name, tensor.dtype) if layout else (None, "")
         if base is None:
-            yield Held(tensor.name, {"": tensor})
+            yield StoredWeight(tensor.name, {"": tensor})
         else:
             packed.setdefault(base, {})[part] = tensor
     for base, parts in packed.items():
-        yield Held(f"{base}.weight", parts, packed=True)
+        if layout is not None and layout.main in parts:
+            yield StoredWeight(layout.whole_name(base), parts, packed=True)
+        else:  # a scale, or what is called so, without a packed weight
+            yield from (StoredWeight(tensor.name, {"": tensor}) for tensor in parts.values())
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:

@@ -40,9 +40,7 @@ def stored_as(source: Source) -> str | None:
         return GGUF.name
     config = _config(source, here)
     tensors = reader.read(here).tensors if here is not None and weights and config is not None and tensors_tell(config) else ()
-    title = describe_quantization(config, tensors) if config is not None else None
-    # transformers unpacks it, where the package for its kernels is not there.
-    return None if title is None or title.startswith("mxfp4") else title
+    return describe_quantization(config, tensors) if config is not None else None
 
 
 def _config(source: Source, here: Path | None) -> dict[str, Any] | None:

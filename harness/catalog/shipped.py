@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,19 +13,58 @@ from harness.core.errors import UsageError, did_you_mean
 from harness.core.records import Record
 from harness.data import DATA
 
+_START = re.compile(rb'^"([^"]+)": ', re.MULTILINE)
+
 
 class ShippedModel(Record, frozen=True, kw_only=True):
-    """A model of the catalog: its config and its number of parameters, as published (`source` says by whom)."""
+    """A model of the catalog: its config, and how many parameters that makes, tied ones once.
+
+    `published` is what others say of that number, `published_by` who does; `source` is where the config stands.
+    """
 
     parameters: int
+    published: int
+    published_by: str
     source: str
     config: dict[str, Any]
+
+
+class _Lines(Mapping[str, ShippedModel]):
+    """The entries of a JSON object that has a line for each: only those that are asked for are decoded."""
+
+    def __init__(self, text: bytes) -> None:
+        starts = list(_START.finditer(text))
+        ends = [start.start() for start in starts[1:]] + [text.rindex(b"}")]
+        self._places = {start[1].decode(): slice(start.end(), end) for start, end in zip(starts, ends, strict=True)}
+        self._text = text
+        self._decoded: dict[str, ShippedModel] = {}
+
+    def __getitem__(self, hub_id: str) -> ShippedModel:
+        if hub_id not in self._decoded:
+            line = self._text[self._places[hub_id]].rstrip().removesuffix(b",")
+            self._decoded[hub_id] = msgspec.json.decode(line, type=ShippedModel)
+        return self._decoded[hub_id]
+
+    def __contains__(self, hub_id: object) -> bool:
+        return hub_id in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @lru_cache(maxsize=1)
 def catalog() -> Mapping[str, ShippedModel]:
     """Read the catalog: hub id -> entry."""
-    return msgspec.json.decode((DATA / "configs.json").read_bytes(), type=dict[str, ShippedModel])
+    return _Lines((DATA / "configs.json").read_bytes())
+
+
+@lru_cache(maxsize=1)
+def renamed() -> Mapping[str, str]:
+    """Read which hub ids of the catalog were called otherwise before: old -> new; the hub answers to both."""
+    return msgspec.toml.decode((DATA / "renamed.toml").read_bytes(), type=dict[str, str])
 
 
 def hub_id(name: str) -> str:

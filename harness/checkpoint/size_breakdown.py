@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.checkpoint.quantization import weights_in
 from harness.checkpoint.reader import Checkpoint, StoredTensor
+from harness.checkpoint.tied_head import EMBEDDING, HEAD
 from harness.core.families import family_of
 from harness.core.records import Record
 
@@ -23,8 +24,6 @@ KINDS = (
 OTHER = "other"
 
 _BLOCK = re.compile(r"(?P<prefix>.*?)\.(?P<number>\d{1,5})\.(?P<rest>.+)")
-_EMBEDDING = re.compile(r"(^|\.)(wte|token_embd|tok_embeddings|embed_tokens|embed_in|word_embeddings)\.weight$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer|output)\.weight$")
 
 
 class SizePart(Record, frozen=True, kw_only=True):
@@ -82,8 +81,8 @@ def ties(checkpoint: Checkpoint) -> list[Tie]:
         if tensor.storage is not None and tensor.bytes:
             shared[tensor.file, tensor.storage].append(tensor.name)
     found = [Tie(names=tuple(names), how="shared", extra_bytes=0) for names in shared.values() if len(names) > 1]
-    embedding = next((tensor for tensor in checkpoint.tensors if _EMBEDDING.search(tensor.name)), None)
-    head = next((tensor for tensor in checkpoint.tensors if _HEAD.search(tensor.name)), None)
+    embedding = next((tensor for tensor in checkpoint.tensors if EMBEDDING.search(tensor.name)), None)
+    head = next((tensor for tensor in checkpoint.tensors if HEAD.search(tensor.name)), None)
     if embedding is None or not _is_tied(checkpoint, head):
         return found
     if head is None:
@@ -96,6 +95,8 @@ def ties(checkpoint: Checkpoint) -> list[Tie]:
 def _is_tied(checkpoint: Checkpoint, head: StoredTensor | None) -> bool:
     """Say whether the output uses the embedding's weights: a config says so by a key, or the files by leaving the head out."""
     said = checkpoint.config.get("tie_word_embeddings")
+    if checkpoint.other_head is not None:
+        return False
     if said is None and "general.architecture" in checkpoint.config:
         return head is None
     if said is None:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli import output
 from harness.core.errors import UsageError
+from harness.report.terminal import output
 
 if TYPE_CHECKING:
     from harness.core.records import Result

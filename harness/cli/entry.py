@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import harness
-from harness.cli import chat, compare, hardware, inspect, plan, publish, report, synth
+from harness.cli import calibrate, chat, compare, hardware, inspect, plan, publish, report, synth
 from harness.core.errors import HarnessError
 from harness.core.text import line
 
@@ -64,7 +64,9 @@ class _Version(argparse.Action):
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
     "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
+    "models": (inspect.MODELS_HELP, inspect.add_models_arguments, inspect.run_models),
     "plan": (plan.HELP, plan.add_arguments, plan.run),
+    "calibrate": (calibrate.HELP, calibrate.add_arguments, calibrate.run),
     "chat": (chat.HELP, chat.add_arguments, chat.run),
     "synth": (synth.HELP, synth.add_arguments, synth.run),
     "report": (report.HELP, report.add_arguments, report.run),

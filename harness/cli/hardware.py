@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli import output
 from harness.cli.options import add_options
 from harness.core.errors import UsageError
 from harness.core.units import format_bandwidth, format_gib, significant
+from harness.report.terminal import output
 
 if TYPE_CHECKING:
     from harness.core.records import Machine, Tier
@@ -96,8 +96,19 @@ def _torch(machine: Machine, is_here: bool) -> TorchReport | None:
     return accelerators.report(machine) if is_here else None
 
 
+def _estimates(machine: Machine) -> str:
+    """Say what the estimates of this machine rest on: what was calibrated here, or the package alone."""
+    from harness.planning import kept_calibration
+
+    found = kept_calibration.corrected((), machine)
+    said = found.note or "by the constants of the package: fitmatrix calibrate corrects them by results"
+    return f"{said}: {', '.join(found.fitted)}" if found.fitted else said
+
+
 def _show(machine: Machine, is_here: bool, links: Iterable[Link], versions: dict[str, str], torch: TorchReport | None) -> None:
     from harness.report.terminal import tables
+
+    estimates = _estimates(machine) if is_here else None
 
     table = tables.table("tier", "device", "total\nGiB", "free\nGiB", "limit\nGiB", "usable\nGiB", "read at\nGB/s", left=2)
     for tier in machine.tiers:
@@ -105,7 +116,7 @@ def _show(machine: Machine, is_here: bool, links: Iterable[Link], versions: dict
         speed = UNKNOWN if tier.bytes_per_s is None else significant(tier.bytes_per_s / 1e9)
         sizes = (_gib(tier.total_bytes), _gib(tier.free_bytes), limit, _gib(tier.capacity_bytes))
         table.add_row(tier.name, _device(tier, is_here), *sizes, speed)
-    tables.show(tables.title(machine.name), table, tables.facts(_facts(machine, links, versions, torch)))
+    tables.show(tables.title(machine.name), table, tables.facts(_facts(machine, links, versions, torch, estimates)))
 
 
 def _gib(size: int | None) -> str:
@@ -120,7 +131,7 @@ def _device(tier: Tier, is_here: bool) -> str:
 
 
 def _facts(
-    machine: Machine, links: Iterable[Link], versions: dict[str, str], torch: TorchReport | None
+    machine: Machine, links: Iterable[Link], versions: dict[str, str], torch: TorchReport | None, estimates: str | None
 ) -> Iterator[tuple[str, str | list[str]]]:
     ways = [sentence for link in links if (sentence := _way(link))]
     if ways:
@@ -135,6 +146,8 @@ def _facts(
         sees = f"; sees {len(torch.seen.cards)} of {len(machine.gpus)} GPUs" if torch.seen else ""
         said = (torch.problem, overruled_order(machine))
         yield "torch", [f"{torch.build.version}, {torch.build.title}{sees}", *(sentence for sentence in said if sentence)]
+    if estimates:
+        yield "plans", estimates
     if versions:
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 

@@ -1,17 +1,19 @@
-"""`fitmatrix inspect MODEL`: the contents of a checkpoint, from its headers alone."""
+"""`fitmatrix inspect MODEL`: the contents of a checkpoint, from its headers alone; `fitmatrix models`: what is known offline."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli import output
+import msgspec
+
 from harness.cli.options import add_options
 from harness.core.errors import UsageError
 from harness.core.units import format_count, format_share, format_size
+from harness.report.terminal import output
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
 
     from harness.architecture.inspection import BlockRun, Inspection
     from harness.architecture.skeleton import Skeleton
+    from harness.catalog.listing import KnownModel
     from harness.checkpoint.reader import Checkpoint
 
 HELP = "Show what a checkpoint contains: files, parameters, dtypes, blocks, tied weights. Reads headers, never weights."
+MODELS_HELP = "List the models that are known offline: names, stored form, parameters, context."
+MODELS_SCHEMA = 1
 MOST_FILES = 8
 MOST_SIZE_ROWS = 60
 MOST_TIED = 5
@@ -55,32 +60,50 @@ def run(given: argparse.Namespace) -> int:
 
 
 def look(model: str, file: str | None = None, revision: str | None = None) -> Inspection:
-    """Inspect a model by catalog name, path or hub id; for a hub id only headers are downloaded.
+    """Inspect a model by path, catalog name or hub id: of the catalog from what is shipped, of the hub from headers alone.
 
-    A catalog name wins over a path of that name, and a path over a hub id.
+    A path that exists comes first. A `revision` reads the headers on the hub, whatever the catalog knows.
     """
-    from harness.architecture.inspection import inspect
-    from harness.catalog.download import fetch
-    from harness.catalog.resolve import CATALOG, history, resolve
-    from harness.checkpoint.reader import read, read_hub
-    from harness.core.progress import show_progress
+    path = _path(model)
+    if path is not None:
+        if revision:
+            raise UsageError(f"{model} is not on the hub: drop --revision")
+        return _look_at(path / file if file else path, "directory" if path.is_dir() else "file")
+    return _look_up(model, file, revision)
 
-    path = None if model in CATALOG else _path(model)
-    source = None if path else resolve(model)
-    if source and source.hub_id:
-        there = read_hub(source.hub_id, revision, file)
-        asked, known = _skeleton(there), history(source.hub_id)
-        return inspect(there, name=source.name, kind=source.kind, source=source.hub_id, history=known, skeleton=asked)
-    if revision:
-        raise UsageError(f"{model} is not on the hub: drop --revision")
-    if source:
-        with show_progress() as report:
-            path = fetch(source, progress=report)
-    assert path is not None, "resolve raises for what is neither a path, nor on the hub, nor made here"
-    place = path / file if file else path
-    kind = source.kind if source else "directory" if path.is_dir() else "file"
-    name, found = source.name if source else path.name or str(path), read(place)
-    return inspect(found, name=name, kind=kind, source=str(place), skeleton=_skeleton(found))
+
+def _look_at(place: Path, kind: str) -> Inspection:
+    from harness.architecture.inspection import inspect
+    from harness.catalog.resolve import name_of
+    from harness.checkpoint.reader import read
+
+    found, path = read(place), place if kind == "file" or place.is_dir() else place.parent
+    name = name_of(path) if path.is_dir() else path.name
+    return inspect(found, name=name or str(path), kind=kind, source=str(place), skeleton=_skeleton(found))
+
+
+def _look_up(model: str, file: str | None, revision: str | None) -> Inspection:
+    """Inspect what is no path: in the hub's cache, in the catalog, or on the hub."""
+    from harness.architecture import model_spec
+    from harness.architecture.inspection import inspect
+    from harness.architecture.shipped_checkpoint import NOTE, describe_shipped
+    from harness.catalog import resolve
+    from harness.catalog.names import read_name
+    from harness.checkpoint.reader import read, read_hub
+
+    written = read_name(model, resolve.hub_host())
+    file, revision = file or written.file, revision or written.revision
+    source = resolve.of_name(written.name, model) if written.name != model else resolve.resolve(model)
+    where, known = source.hub_id or source.location, resolve.history(source.name)
+    full = resolve.shipped_id(source) if file is None and revision is None else None
+    if source.hub_id is None and (file or revision):
+        raise UsageError(f"{model} is not on the hub: drop {'--file' if file else '--revision'}")
+    here = model_spec.local(source) if full is not None else None
+    if full is not None and here is None:
+        shown = inspect(describe_shipped(full), name=source.name, kind=source.kind, source=where, history=known)
+        return msgspec.structs.replace(shown, notes=(NOTE, *shown.notes))
+    found = read(here) if here is not None else read_hub(where, revision, file)
+    return inspect(found, name=source.name, kind=source.kind, source=where, history=known, skeleton=_skeleton(found))
 
 
 def _skeleton(found: Checkpoint) -> Skeleton | None:
@@ -129,7 +152,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
     if found.context_length:
         yield "context", f"{found.context_length:,} tokens"
     yield "stored", _stored(found)
-    yield "file" if len(found.files) == 1 else "files", _in_files(found)
+    if found.files:
+        yield "file" if len(found.files) == 1 else "files", _in_files(found)
     yield "quantized", found.quantization or "no"
     if found.notes:
         yield "note", [line(note, 400) for note in found.notes]
@@ -220,3 +244,45 @@ def _labels(run: BlockRun) -> list[str]:
     first = line(run.block, BLOCK_LETTERS) if run.block else OUTSIDE
     each = f"  {run.repeats} x {format_size(run.bytes / run.repeats)}" if run.repeats > 1 else ""
     return [first, each, *[""] * len(run.parts)][: len(run.parts)]
+
+
+def add_models_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `fitmatrix models`."""
+    parser.add_argument("filter", nargs="*", metavar="FILTER", help="words that the name, hub id or form must contain")
+    add_options(parser, "models", "json")
+
+
+def run_models(given: argparse.Namespace) -> int:
+    """List the models; raises UsageError if none matches."""
+    from harness.catalog.listing import known_models
+
+    found = known_models(" ".join(given.filter))
+    if given.json:
+        output.print_json({"schema": MODELS_SCHEMA, "models": found})
+    else:
+        _show_models(found)
+    return 0
+
+
+def _show_models(found: Sequence[KnownModel]) -> None:
+    """Print a line for each model. A terminal too narrow for hub ids does without: the name is enough for every command."""
+    from harness.report.terminal import tables
+
+    console, whole = tables.screen(), _models_table(found, hub_ids=True)
+    if not tables.has_room_for(whole) and console.is_terminal:
+        whole = _models_table(found, hub_ids=False)
+    elif not console.is_terminal:
+        console.width = max(console.width, tables.width_of(whole))
+    tables.show(whole, console=console)
+
+
+def _models_table(found: Sequence[KnownModel], *, hub_ids: bool) -> Table:
+    from harness.report.terminal import tables
+
+    names = ("name", "hub id", "form") if hub_ids else ("name", "form")
+    table = tables.table(*names, "parameters", "context", left=len(names))
+    for row in found:
+        middle = (row.hub_id or "made here",) if hub_ids else ()
+        context = f"{row.context_length:,}" if row.context_length else "-"
+        table.add_row(row.name, *middle, row.form, format_count(row.parameters), context)
+    return table

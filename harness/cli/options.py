@@ -50,6 +50,8 @@ _ROWS = (
         switch=True,
     ),
     Option(name="measure", help="measure the read bandwidth of RAM and disk again (1 to 3 s)", switch=True),
+    Option(name="dry-run", help="show what the results say and keep nothing", switch=True),
+    Option(name="reset", help="forget what was kept for this machine", switch=True),
     Option(
         name="host",
         help=f"address to listen on (default {HOST}; 0.0.0.0 opens it to the whole network)",

@@ -6,15 +6,15 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.cli import output
 from harness.cli.options import add_options, given_or_default
-from harness.cli.output import PLAN_SCHEMA
 from harness.cli.plan_args import FITS, NOTHING_FITS, PlanQuestion, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import named
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Workload
 from harness.planning.zero import STAGES
+from harness.report.terminal import output
+from harness.report.terminal.output import PLAN_SCHEMA
 
 if TYPE_CHECKING:
     from harness.catalog.resolve import Source
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         placements=named(args.placement, device_map is not None),
         device_map=device_map,
         trust=args.trust_remote_code,
+        traces=args.explain is not None,
     )
     recommendations = [advise_on(source, machine, workload, question, calibration) for source in _sources(args)]
     return _print(recommendations, args, machine, workload)

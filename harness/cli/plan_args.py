@@ -39,21 +39,21 @@ def asked_case(text: str) -> tuple[str, str]:
 
 
 def constants(results: Path | None, machine: Machine) -> Calibration:
-    """Return the calibration by earlier results of this machine, the default one if there are none.
+    """Return the constants by what was calibrated on this machine and by earlier results of it.
 
     Raises:
         UsageError: results are named, but there are none.
     """
-    from harness.planning import calibration
+    from harness.planning import kept_calibration
 
     directory = results or RESULTS
     if not (directory / "results.jsonl").is_file():
         if results:
             raise UsageError(f"--results {directory}: no results.jsonl in this directory")
-        return calibration.default()
+        return kept_calibration.corrected((), machine)
     from harness.results.store import Store
 
-    return calibration.correct(Store(directory).read()[0], machine)
+    return kept_calibration.corrected(Store(directory).read()[0], machine)
 
 
 class PlanQuestion(NamedTuple):
@@ -64,6 +64,7 @@ class PlanQuestion(NamedTuple):
     placements: Sequence[str] = ()
     device_map: Mapping[str, Device] | None = None  #: the user's own
     trust: bool = False  #: whether code that comes with the model may run
+    traces: bool = False  #: whether what no record is of is traced now, by a worker
 
 
 def advise_on(
@@ -94,4 +95,9 @@ def advise_on(
     asked = question.precisions or defaults(spec.stored_as)
     pairs = question.cases or [(precision, placement) for precision in asked for placement in places]
     cases = [Case(model=spec.name, precision=precision, placement=placement, workload=workload) for precision, placement in pairs]
+    if question.traces and (untraced := planner.untraced(cases)):
+        from harness.core.progress import show_progress
+
+        with show_progress() as report:
+            planner.trace(untraced, report)
     return advise(source, planner, cases)

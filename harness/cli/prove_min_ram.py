@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness.cli import output
 from harness.cli.plan_args import FITS, NOTHING_FITS
 from harness.core.errors import UsageError
 from harness.core.records import Result, Workload
 from harness.core.units import format_gib, format_share
 from harness.machine import cgroup
-from harness.report.terminal import tables
+from harness.report.terminal import output, tables
 from harness.run import min_ram
 from harness.run.min_ram import Minimum, failed
 from harness.run.options import Options

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from harness.cli import output
 from harness.core.errors import UsageError
 from harness.report.export.formats import FORMATS
+from harness.report.terminal import output
 
 if TYPE_CHECKING:
     from harness.core.records import Result

@@ -10,15 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.architecture.model_spec import ModelSpec
-from harness.cli import output
-from harness.cli.output import PLAN_SCHEMA
 from harness.cli.plan_args import FITS, NOTHING_FITS
 from harness.core.errors import UsageError
 from harness.core.records import Machine, Verdict
 from harness.core.units import format_count, format_gib
 from harness.planning import zero
 from harness.planning.zero import Room, States, Trained
-from harness.report.terminal import tables
+from harness.report.terminal import output, tables
+from harness.report.terminal.output import PLAN_SCHEMA
 from harness.report.terminal.plans import COLOURS
 
 TITLES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
@@ -95,12 +94,17 @@ def _table(ways: Sequence[States], room: Room) -> Table:
         word = Text(_WORDS.get(verdict, verdict.value.replace("_", " ")), style=COLOURS.get(verdict, ""))
         made = "yes" if way.init else "no"
         table.add_row(
-            _place(way.optimizer), _place(way.parameters), made, word, format_gib(way.gpu_bytes), format_gib(way.cpu_bytes)
+            _device_word(way.optimizer),
+            _device_word(way.parameters),
+            made,
+            word,
+            format_gib(way.gpu_bytes),
+            format_gib(way.cpu_bytes),
         )
     return table
 
 
-def _place(kind: str) -> str:
+def _device_word(kind: str) -> str:
     return "RAM" if kind == "cpu" else kind.upper()
 
 

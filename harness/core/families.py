@@ -18,9 +18,7 @@ class SelfContained(Record, frozen=True, kw_only=True):
     title: str  #: `Precision.requires_checkpoint` of that row
     suffix: str
     argument: str  #: the keyword that `from_pretrained` takes the name of the file by
-    unpacked: Mapping[str, Any]  #: the `quantization_config` that asks for 16- or 32-bit weights
     packed_architectures: frozenset[str]  #: by the format's names, those whose blocks transformers can keep
-    refusals: Mapping[str, str]  #: trait of a placement -> why such a file cannot be loaded that way
 
 
 class Family(Record, frozen=True, kw_only=True):
@@ -33,25 +31,18 @@ class Family(Record, frozen=True, kw_only=True):
     group: int = 0  #: the group size of a config that says none
     shapes_decide_bits: bool = False  #: published configs are wrong about bits, and the shapes of the tensors are right
     ties_by_default: bool = False  #: output and embedding are one without a word in the config
-    eager_attention: bool = False  #: attention keeps all scores at once
     plain_gelu: bool = False  #: the activation is a chain of operations that each keep a result
     fp32_scores: bool = False  #: queries, keys and scores are computed in float32, whatever the dtype
     prefix_mask: bool = False  #: the prompt is read both ways, which takes a mask for every sequence
 
 
-# transformers 5.23: its `integrations.gguf` (GGUF_ARCHS); the refusals are what it says, or would say.
+# transformers 5.24: its `integrations.gguf` (GGUF_ARCHS).
 GGUF = SelfContained(
     name="gguf",
     title="GGUF",
     suffix=".gguf",
     argument="gguf_file",
-    unpacked={"quant_method": "gguf", "dequantize": True},
     packed_architectures=frozenset(("lfm2", "qwen35", "qwen35moe")),
-    refusals={
-        "dispatches": "load_checkpoint_and_dispatch does not read GGUF",
-        "parallel": "a GGUF file is not shared among GPUs here: load a checkpoint in safetensors",
-        "offloads": "transformers does not offload a GGUF to the disk: what it would put there stays in RAM",
-    },
 )
 # ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B.
 CHATGLM = Family(model_type="chatglm", bits_key="quantization_bit", method="chatglm", ties_by_default=True, prefix_mask=True)
@@ -62,7 +53,6 @@ MOSS = Family(
     group_key="groupsize",
     group=128,
     shapes_decide_bits=True,
-    eager_attention=True,
     plain_gelu=True,
     fp32_scores=True,
 )

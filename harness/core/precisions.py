@@ -40,11 +40,19 @@ class Precision(Record, frozen=True, kw_only=True):
     unsupported: str | None = None  #: why it cannot be loaded at all
     stored: str | None = None  #: how the description of a checkpoint begins that is stored so (`quantization.describe`)
     requires_checkpoint: str | None = None  #: the form of checkpoint that this row reads, if it makes nothing of others
+    unpacks: bool = False  #: transformers makes 16-bit weights of such a checkpoint as well
 
     @property
     def quantizes(self) -> bool:
         """Whether it quantizes 16-bit weights while loading."""
         return self.quantization is not None and self.requires_checkpoint is None
+
+    @property
+    def is_traceable(self) -> bool:
+        """Whether what its kernels allocate is known, so that a trace of it can be made (`harness.worker.trace.kernels`)."""
+        quantization = self.quantization
+        known = quantization is None or (isinstance(quantization, Mapping) and quantization["quant_method"] in _TRACED_METHODS)
+        return known and self.requires_checkpoint is None
 
     def dtype_on(self, compute_capability: str | None) -> str:
         """Return the dtype to ask for on a GPU of this compute capability (None: no GPU)."""
@@ -52,6 +60,8 @@ class Precision(Record, frozen=True, kw_only=True):
         return self.dtype_before_cc80 if old and self.dtype_before_cc80 else self.dtype
 
 
+# Quantizers whose kernels' memory is known (`harness.worker.trace`).
+_TRACED_METHODS = ("bitsandbytes", "fp8")
 _DISPATCHES = "load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"
 _ALONE = "tensor parallelism is untested with these weights: use bf16 or fp16"
 _BNB_INCOMPATIBLE = {
@@ -74,6 +84,10 @@ _STORED_INCOMPATIBLE = {
     "dispatches": "load_checkpoint_and_dispatch builds the model without its packed modules",
     "parallel": _ALONE,
 }
+
+
+def _unpacks_in_ram(title: str) -> dict[str, str]:
+    return {"ram": f"transformers unpacks {title} on a processor: use --precision bf16, fp16 or fp32", **_STORED_INCOMPATIBLE}
 
 
 def _bitsandbytes(**settings: Any) -> dict[str, Any]:
@@ -228,8 +242,22 @@ _ROWS = (
             "parallel": _ALONE,
         },
         stored="fp8",
+        unpacks=True,
     ),
     _chatglm(8, quality_kept=0.97),
+    Precision(
+        name="mxfp8",
+        title="8-bit float, groups of 32 (MXFP8)",
+        bits=8,
+        dtype="bfloat16",
+        linear_dtype="float8_e4m3fn",
+        quality_kept=0.98,
+        min_compute_capability=8.9,
+        incompatible=_unpacks_in_ram("MXFP8"),
+        stored="mxfp8",
+        requires_checkpoint="MXFP8",
+        unpacks=True,
+    ),
     Precision(
         name="int4",
         title="4-bit, bitsandbytes nf4",
@@ -270,6 +298,7 @@ _ROWS = (
         },
         stored="gguf",
         requires_checkpoint="GGUF",
+        unpacks=True,
     ),
     Precision(
         name="hqq-int4",
@@ -295,6 +324,21 @@ _ROWS = (
         **_TORCHAO,
     ),
     _quanto(4, 4.25, quality_kept=0.85),
+    Precision(
+        name="mxfp4",
+        title="4-bit float experts, groups of 32 (MXFP4)",
+        bits=4.25,
+        dtype="bfloat16",
+        # Its experts alone are packed; what is Linear stays in 16 bits.
+        linear_dtype="bfloat16",
+        quality_kept=0.9,
+        needs=("kernels", "triton"),
+        min_compute_capability=7.5,
+        incompatible=_unpacks_in_ram("MXFP4"),
+        stored="mxfp4",
+        requires_checkpoint="MXFP4",
+        unpacks=True,
+    ),
     _gptq(4, quality_kept=0.88),
     Precision(
         name="awq-int4",
@@ -336,10 +380,10 @@ def row_of(stored: str) -> Precision | None:
 def defaults(stored: str | None, among: Iterable[str] = DEFAULT_PRECISIONS) -> list[str]:
     """Return the precisions of the matrix unless the user names others: `among`, or the format of a quantized checkpoint.
 
-    A GGUF file is also unpacked.
+    What transformers can unpack is unpacked as well.
     """
     plain = [name for name in among if not PRECISIONS[name].quantizes]
     own = row_of(stored) if stored is not None else None
     if own is None:
         return list(among) if stored is None else plain
-    return [*plain, own.name] if own.name == "gguf" else [own.name]
+    return [*plain, own.name] if own.unpacks else [own.name]

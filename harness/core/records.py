@@ -188,6 +188,16 @@ class TierEstimate(Record, frozen=True, kw_only=True):
     needed_high_bytes: int = 0  #: the upper end of its interval
 
 
+class Makeup(Record, frozen=True, kw_only=True):
+    """How a figure is made up, in its unit: the whole, and by constant of the cost model the part that is proportional to it.
+
+    A negative part is that of a speed or a share of one: the figure shrinks as the constant grows.
+    """
+
+    whole: float
+    parts: dict[str, float] = {}
+
+
 class Estimate(Record, frozen=True, kw_only=True):
     """What the planner expects of a case."""
 
@@ -195,9 +205,10 @@ class Estimate(Record, frozen=True, kw_only=True):
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
-    corrections: dict[str, float] = {}  #: factors that results of this machine put into the seconds
-    fixed_token_s: float = 0.0  #: the part of a token's seconds that they leave: bytes read over the measured bandwidth
+    corrections: dict[str, float] = {}  #: factors that results of this machine gave to constants; of older results, to figures
+    fixed_token_s: float = 0.0  #: of older results: the part of a token's seconds that was not corrected
     constants: str = ""  #: digest of the constants it was made by (`calibration.Calibration`); empty if unknown
+    makeup: dict[str, Makeup] = {}  #: by figure (`planning.evidence.FIGURES`), without corrections; empty of what is not measured
 
 
 class Plan(Record, frozen=True, kw_only=True):
@@ -212,6 +223,7 @@ class Plan(Record, frozen=True, kw_only=True):
     estimate: Estimate | None = None
     remote_code: list[str] = []  #: code of the model that a library would run
     trusted: bool = False  #: whether it may
+    expandable_segments: bool = False  #: whether torch's allocator has to use them on the GPUs
 
 
 class Phase(Record, frozen=True, kw_only=True):

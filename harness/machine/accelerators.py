@@ -32,6 +32,10 @@ _ENTRY = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=\n]*= *'([^'\n]+)'", re.MU
 # Least drivers for the CUDA that torch was built for, Linux: CUDA Toolkit release notes, table "minor version compatibility".
 _LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
+# torch's allocator reads it when it is first used (c10/core/AllocatorConfig.h); PYTORCH_CUDA_ALLOC_CONF is its older name.
+ALLOCATOR_OPTIONS = "PYTORCH_ALLOC_CONF"
+EXPANDABLE_SEGMENTS = "expandable_segments:True"
+
 
 class TorchBuild(Record, frozen=True, kw_only=True):
     """What torch was built for, as its version.py says; all None but the version: for processors only."""
@@ -126,8 +130,7 @@ def hidden(machine: Machine, seen: Seen | None) -> str | None:
             "torch sees an NVIDIA GPU and NVML does not (libnvidia-ml is missing): only the CPU is measured, and the GPU is hidden"
         )
     named = f" ({seen.cards[0].name})" if seen and seen.cards else ""
-    article = "a" if maker not in ("AMD", "Apple", "Intel") else "an"
-    return f"{article} {maker} GPU is here{named}; this version measures the CPU only, and the GPU is hidden from all cases"
+    return f"an {maker} GPU is here{named}; this version measures the CPU only, and the GPU is hidden from all cases"
 
 
 def ram_fallback(machine: Machine) -> str | None:

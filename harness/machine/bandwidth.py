@@ -126,13 +126,18 @@ def _sum(pool: Executor, parts: Iterable[Any], add: Callable[[Any], Any]) -> flo
     return time.perf_counter() - start
 
 
-def _cache_file() -> Path:
+def cache_folder() -> Path:
+    """Return the folder where this user keeps what was measured: FITMATRIX_CACHE, or the system's place for it."""
     named = os.environ.get("FITMATRIX_CACHE")
     if named:
-        return Path(named).expanduser().absolute() / "bandwidth.json"
+        return Path(named).expanduser().absolute()
     from platformdirs import user_cache_path
 
-    return user_cache_path("fitmatrix") / "bandwidth.json"
+    return user_cache_path("fitmatrix")
+
+
+def _cache_file() -> Path:
+    return cache_folder() / "bandwidth.json"
 
 
 def _read(place: Path) -> dict[str, float]:

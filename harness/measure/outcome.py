@@ -175,6 +175,11 @@ TABLE: tuple[OutcomeRow, ...] = (
         lambda e: f"out of memory during {e.where}: a library aborted because it could not allocate",
     ),
     (
+        lambda e: e.failed is not None and "ModelFault" in e.failed.types,
+        Outcome.UNSUPPORTED,
+        lambda e: f"the model's files contradict each other: {_describe_failure(e).removeprefix('ModelFault: ')}",
+    ),
+    (
         lambda e: _raised(e, _UNSUPPORTED_TYPES, _UNSUPPORTED_WORDS),
         Outcome.UNSUPPORTED,
         lambda e: f"not supported, says the library during {e.where}: {_describe_failure(e)}",

@@ -25,13 +25,14 @@ class Confine(Message, frozen=True, kw_only=True, tag="confine"):
 
     `ram`: take over what memory the process shares with the fork server, so that the limit of its group counts it.
     `vram_bytes`: limit the process to this much on each of `gpus`; `context_bytes` is what a CUDA context takes of it where NVML
-    does not report it.
+    does not report it. `expandable_segments`: have torch's allocator use them.
     """
 
     ram: bool = False
     vram_bytes: int | None = None
     gpus: tuple[int, ...] = ()
     context_bytes: int = 0
+    expandable_segments: bool = False
 
 
 class Share(Message, frozen=True, kw_only=True, tag="share"):

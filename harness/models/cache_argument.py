@@ -10,7 +10,7 @@ from typing import Any
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 OLD = "past_key_values"
-NAMES = ("cache", OLD, "cache_params")  # the last is Mamba's, before 5.24
+_NAMES = ("cache", OLD, "cache_params")  # the last is Mamba's, before 5.24
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else OLD
 
 
@@ -26,6 +26,6 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     return renamed
 
 
-def cache_of(output: Any) -> Any:
+def kv_cache_of(output: Any) -> Any:
     """Return the cache of a model's output, whatever its class calls it, or None."""
-    return next((output[name] for name in NAMES if name in output), None)
+    return next((output[name] for name in _NAMES if name in output), None)

@@ -287,7 +287,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         states, tables = inputs_embeds, self.rotary(inputs_embeds, position_ids)
         for layer in self.layers:
             states = layer(states, position_embeddings=tables, attention_mask=mask, cache=cache, use_cache=use_cache, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(states), **{CACHE: cache})
+        kept: dict[str, Any] = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(states), **kept)
 
     def _positions(
         self, input_ids: torch.Tensor | None, visible: torch.Tensor | None, cache: Cache | None, seen: int
@@ -377,11 +378,9 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # transformers names its arguments, and passes them by name
-        self, input_ids: torch.LongTensor, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
         """Give the decoder the positions of the tokens that it is about to see; they follow from the whole sequence."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]  # its mixin names a protocol as self
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         visible = kwargs.get("attention_mask")
         anchored = anchors(self.config, input_ids, visible)
         places = torch.arange(input_ids.shape[1], device=input_ids.device) - _padding(visible, input_ids)[:, None]

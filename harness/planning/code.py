@@ -11,6 +11,7 @@ from harness.core.families import GGUF
 from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import Config, Precision
 from harness.core.records import Plan
+from harness.machine.accelerators import ALLOCATOR_OPTIONS, EXPANDABLE_SEGMENTS
 
 if TYPE_CHECKING:
     from harness.catalog.resolve import Source
@@ -20,8 +21,8 @@ class Facts(NamedTuple):
     """What loading code must say of a model."""
 
     gguf_file: str | None = None  #: the name of its GGUF file
-    stored: bool = False  #: whether it is stored quantized, and so is loaded as it is, without a config
     native: bool = False  #: whether `harness.models` has its architecture
+    auto_class: str = "AutoModelForCausalLM"  #: the class of transformers that loads it
     #: Whether the model's own code may run; None if it has none. Left out, transformers would ask at the terminal.
     trusted: bool | None = None
 
@@ -35,6 +36,11 @@ class Destination(NamedTuple):
 
 
 PLAIN, ANYWHERE = Facts(), Destination()
+_IN_ORDER = 'os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs'
+_EXPANDABLE = f'os.environ.setdefault("{ALLOCATOR_OPTIONS}", "{EXPANDABLE_SEGMENTS}")  # else it may not fit'
+
+# What a worker does as well (`worker.model`): a model's own generation_config may ask for beams, samples or several answers.
+GREEDY = "model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # greedy, one answer"
 
 
 def loading_code(
@@ -46,15 +52,14 @@ def loading_code(
 ) -> str:
     """Write Python that loads the model named by MODEL into `model`; what a case runs is exactly this text.
 
-    Of a GGUF file a precision that quantizes nothing asks for the weights unpacked: transformers' default depends on the machine.
+    Of a checkpoint that is quantized already, `precision` is the row as it holds of that (`ModelSpec.adapted`): it asks for the
+    weights unpacked, where transformers' default depends on the machine, or for nothing.
     """
     max_memory, device_map, on_gpu = destination
     arguments: dict[str, Any] = {GGUF.argument: facts.gguf_file} if facts.gguf_file else {}
     arguments["dtype"] = dtype
-    config = None if facts.stored else precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
-    if facts.gguf_file and precision.quantization is None:
-        arguments["quantization_config"] = dict(GGUF.unpacked)
-    elif isinstance(config, Config):
+    config = precision.quantization if on_gpu else precision.quantization_on_cpu or precision.quantization
+    if isinstance(config, Config):
         arguments["quantization_config"] = config
     elif config is not None:
         off_gpu = precision.off_gpu if placement.splits_devices else None
@@ -70,11 +75,11 @@ def loading_code(
     imports = ["import harness.models  # registers architectures that transformers lacks"] if facts.native else []
     given = config.imports if isinstance(config, Config) else ()
     if placement.dispatches_stored:
-        return "\n".join([*imports, *_imports(*given), *_dispatch_code(arguments, facts.trusted)]) + "\n"
+        return "\n".join([*imports, *_imports(*given), *_dispatch_code(arguments, facts)]) + "\n"
     if facts.trusted is not None:
         arguments["trust_remote_code"] = facts.trusted
-    imports += _imports("from transformers import AutoModelForCausalLM", *given)
-    lines = [*imports, "", "model = AutoModelForCausalLM.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
+    imports += _imports(f"from transformers import {facts.auto_class}", *given)
+    lines = [*imports, "", f"model = {facts.auto_class}.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
     if placement.moves_after_loading:
         lines.append(f"model = model.to({_literal(f'cuda:{placement.gpu}' if placement.gpu else 'cuda')})")
     return "\n".join(lines) + "\n"
@@ -96,15 +101,15 @@ def _imports(*lines: str) -> list[str]:
     return [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
 
 
-def _dispatch_code(arguments: Mapping[str, Any], trusted: bool | None) -> list[str]:
-    dtype, trust = arguments["dtype"], _trust(trusted)
+def _dispatch_code(arguments: Mapping[str, Any], facts: Facts) -> list[str]:
+    dtype, trust, auto = arguments["dtype"], _trust(facts.trusted), facts.auto_class
     return [
         "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
-        "from transformers import AutoConfig, AutoModelForCausalLM",
+        f"from transformers import AutoConfig, {auto}",
         "",
         f"config = AutoConfig.from_pretrained(MODEL{trust})",
         "with init_empty_weights():",
-        f"    model = AutoModelForCausalLM.from_config(config, dtype={_literal(dtype)}{trust})",
+        f"    model = {auto}.from_config(config, dtype={_literal(dtype)}{trust})",
         "model.tie_weights()",
         "model = load_checkpoint_and_dispatch(",
         "    model,",
@@ -154,12 +159,13 @@ def script(head: str, one: Plan, gguf_file: str | None = None, *, gpus_differ: b
     device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
     file = f", {GGUF.argument}={_literal(gguf_file)}" if gguf_file else ""
     lines = [
-        "from transformers import AutoTokenizer",
+        "from transformers import AutoTokenizer, GenerationConfig",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained(MODEL{file}{_trust(one.trusted if one.remote_code else None)})",
         'inputs = tokenizer(["The capital of France is"] * '
         f'{workload.batch}, return_tensors="pt").to({"model.device" if ranks > 1 else device})',
-        f"output = model.generate(**inputs, max_new_tokens={workload.new_tokens}, do_sample=False)",
+        GREEDY,
+        f"output = model.generate(**inputs, max_new_tokens={workload.new_tokens})",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
     program = loading_program(head, one, in_order=gpus_differ or numbers not in ((), (0,)))
@@ -171,8 +177,10 @@ def loading_program(head: str, one: Plan, *, in_order: bool = False) -> str:
 
     `in_order` lets CUDA number the GPUs as NVML does and the plan; by itself it would begin with the fastest.
     """
-    if in_order and gpus(one):
-        head = f'import os\n\nos.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs\n\n{head}'
+    lines = [_IN_ORDER] if in_order and gpus(one) else []
+    lines += [_EXPANDABLE] if one.expandable_segments else []
+    if lines:
+        head = "\n".join(["import os", "", *lines, "", head])
     start = f"# Start it by: torchrun --nproc-per-node {ranks} THIS_FILE\n" if (ranks := _ranks(one)) > 1 else ""
     return f"{start}{head}{one.code}"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from harness.core.methods.packages import how_to_install, lacking
 from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.records import Case, Machine, Plan, Tier, Verdict
@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from harness.checkpoint.reader import Checkpoint
 
 
-def gate(case: Case, machine: Machine, here: bool = True, placement: Placement | None = None) -> tuple[Verdict, str] | None:
+def gate(
+    case: Case,
+    machine: Machine,
+    here: bool = True,
+    placement: Placement | None = None,
+    precision: Precision | None = None,
+) -> tuple[Verdict, str] | None:
     """Return the verdict and reason of a case that cannot run, from the tables alone; None if it may.
 
     What cannot work anywhere is invalid; what this machine or its packages lack is unavailable. `here` is False for a machine that
-    was only described: what is installed on this one says nothing about it. `placement` stands for the row of that name.
+    was only described: what is installed on this one says nothing about it. `placement` and `precision` stand for the rows of those
+    names.
     """
-    precision, placement = PRECISIONS[case.precision], placement or PLACEMENTS[case.placement].on(machine.main_gpu)
+    precision, placement = precision or PRECISIONS[case.precision], placement or PLACEMENTS[case.placement].on(machine.main_gpu)
     if precision.unsupported:
         return Verdict.INVALID, precision.unsupported
     # Without a GPU what may use one lies in RAM alone.
@@ -36,23 +43,15 @@ def gate(case: Case, machine: Machine, here: bool = True, placement: Placement |
         return Verdict.UNAVAILABLE, machine.gpu_problem
     if beyond := _beyond(case, machine):
         return Verdict.UNAVAILABLE, beyond
-    missing = [package for package in precision.needs if here and not _is_installed(package)]
+    missing = lacking(precision.needs) if here else ()
     if missing:
-        what = f"fitmatrix[{precision.extra}]" if precision.extra else missing[0]
-        return Verdict.UNAVAILABLE, f"needs the package {missing[0]}: pip install {what}"
+        return Verdict.UNAVAILABLE, f"needs {how_to_install(missing, precision.extra)}"
     return _too_old(precision, placement, machine)
 
 
 def _takes_apples_gpu(placement: Placement, machine: Machine) -> bool:
     """Say whether accelerate would load on Apple's GPU, which nothing hides: its get_max_memory has "mps" instead of "cpu"."""
     return (machine.system or "").startswith("Darwin") and placement.device_map == "auto" and placement.limits is None
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
-        return False
 
 
 def _beyond(case: Case, machine: Machine) -> str | None:

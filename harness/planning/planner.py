@@ -8,15 +8,19 @@ from functools import cached_property, partial
 import msgspec
 
 from harness.architecture.model_spec import ModelSpec
+from harness.architecture.skeleton import Weight
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
+from harness.core.progress import Report
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.planning import calibration, context, feasibility
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
 from harness.planning.cost.footprint import Footprint, Loading
+from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.inventory import Inventory
+from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.cost.work import multiplies_4bit_in_ram
 from harness.planning.device_map import max_memory, recommended, tiers
@@ -61,44 +65,68 @@ class Planner:
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[WeightFormat, Inventory] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
-        self._by_dtype: dict[str, Sizes] = {}
+        self._by_format: dict[WeightFormat, Sizes] = {}
         self.footprints: dict[str, Footprint] = {}
 
     @cached_property
-    def _stock(self) -> Stock:
+    def _paths(self) -> dict[str, Weight]:
+        """The weights of the model by their path, each with that of the first piece of its kind; tied ones are left out."""
         pieces = self.spec.skeleton.pieces
         inside = {like: [w for module in like.walk() for w in module.weights if not w.tied_to] for _, _, like in pieces}
-        named = ((f"{path}{w.path.removeprefix(like.path)}", w.tensor.shape) for path, _, like in pieces for w in inside[like])
-        return Stock([Named(name, shape) for name, shape in named])
+        return {f"{path}{w.path.removeprefix(like.path)}": w for path, _, like in pieces for w in inside[like]}
 
-    def _sizes(self, dtype: str) -> Sizes:
-        if dtype not in self._by_dtype:
-            self._by_dtype[dtype] = Sizes(self._stock, dtype)
-        return self._by_dtype[dtype]
+    def _sizes(self, fmt: WeightFormat) -> Sizes:
+        if fmt not in self._by_format:
+            stock = Stock([Named(path, weight.tensor.shape) for path, weight in self._paths.items()])
+            sizes = self._inventory(fmt).sizes if fmt.packed_bits is not None else {}
+            packed = {path: sizes[weight.path] for path, weight in self._paths.items()} if sizes else None
+            self._by_format[fmt] = Sizes(stock, fmt.dtype, packed)
+        return self._by_format[fmt]
 
     def plans(self, cases: Sequence[Case]) -> list[Plan]:
         """Plan the cases; what is too big says what to try instead, of these cases."""
         found = [self.plan(case) for case in cases]
         return [_with_hint(one, found) for one in found]
 
+    def untraced(self, cases: Sequence[Case]) -> list[GpuActivations]:
+        """Return what these cases would allocate on a GPU where it is by formulas, and a trace could say it."""
+        for case in cases:
+            self.plan(case)
+        footprints = [self.footprints[case.id] for case in cases if case.id in self.footprints]
+        found = {id(one.inventory): one.inventory.on_gpu for one in footprints if one.gpus and one.inventory.on_gpu.lacks_trace}
+        return list(found.values())
+
+    def trace(self, untraced: Iterable[GpuActivations], report: Report) -> list[str]:
+        """Have a worker trace them, seconds each, so that plans rest on it; return why some cannot be traced, each once."""
+        said = []
+        for one in untraced:
+            report(f"tracing {self.spec.name} in {one.precision}, once")
+            one.build()
+            said += [one.why_formulas] * one.lacks_trace
+        self._recommended.clear()
+        return list(dict.fromkeys(said))
+
     def plan(self, case: Case) -> Plan:
         """Plan one case."""
-        precision, placement = PRECISIONS[case.precision], self._placements[case.placement]
-        installed = self.here and not self.spec.unpacks_itself
-        refused = self.judge.refusal(case, placement) or feasibility.gate(case, self.machine, installed, placement)
+        placement = self._placements[case.placement]
+        refused = self.judge.refusal(case, placement)
+        if refused:
+            return Plan(case=case, verdict=refused[0], why=refused[1])
+        precision = self.spec.adapted(PRECISIONS[case.precision])
+        refused = feasibility.gate(case, self.machine, self.here, placement, precision)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         code = [str(one) for one in self.spec.remote_code]
         dtype = self._dtype(precision, placement)
         fmt = estimate.weight_format(precision, dtype, self.spec)
-        limits = max_memory.max_memory(placement, self.machine, lambda: self._sizes(dtype))
+        limits = max_memory.max_memory(placement, self.machine, lambda: self._sizes(fmt))
         ours = self._recommendation(case, fmt) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
         placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, fmt, limits)
         footprint = self._footprint(case, fmt, placed)
-        expected = estimate.estimate(footprint, case.precision, self.machine)
-        verdict, why = self.judge.verdict(case, placement, expected, footprint)
+        expected, verdict, why, footprint = self.judge.judge(case, placement, footprint)
+        self.footprints[case.id] = footprint
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in placed.items()}
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
         destination = Destination(max_memory=limits, device_map=by_module, on_gpu=on_gpu)
@@ -112,6 +140,7 @@ class Planner:
             estimate=expected,
             remote_code=code,
             trusted=self.trust and bool(code),
+            expandable_segments=footprint.loading.expandable,
         )
 
     def _looks_for_itself(self, placement: Placement) -> bool:
@@ -123,7 +152,7 @@ class Planner:
     def _facts(self) -> Facts:
         spec = self.spec
         trusted = self.trust if spec.remote_code else None
-        return Facts(gguf_file=spec.gguf_file, stored=spec.packed is not None, native=spec.native, trusted=trusted)
+        return Facts(gguf_file=spec.gguf_file, native=spec.native, auto_class=spec.skeleton.auto_class, trusted=trusted)
 
     def _between(self, ranks: int) -> str:
         return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
@@ -133,10 +162,11 @@ class Planner:
         return precision.dtype_on(self.machine.gpus[placement.gpu].compute_capability if on_gpu else None)
 
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
-        key = (placement.name, fmt.element_bytes, fmt.quantizer, fmt.packed_embeddings)
+        key = (placement.name, fmt)
         if key not in self._maps:
-            packed = self._inventory(fmt).sizes if fmt.packed_embeddings else None
-            widths = Widths(fmt.dtype, fmt.quantizer, packed)
+            packed = fmt.packed_bits is not None
+            sizes = self._inventory(fmt).sizes if packed and fmt.counted_as is None else None
+            widths = Widths(fmt.dtype, fmt.counted_as or fmt.quantizer, sizes, fmt.margin if packed else None)
             self._maps[key] = tiers.device_map(self.spec.skeleton, placement, widths, self.machine, limits)
         return self._maps[key]
 
@@ -183,12 +213,13 @@ class Planner:
 
     def _inventory(self, fmt: WeightFormat) -> Inventory:
         if fmt not in self._inventories:
-            self._inventories[fmt] = Inventory(self.spec, fmt)
+            known = [gpu.compute_capability for gpu in self.machine.gpus if gpu.compute_capability]
+            self._inventories[fmt] = Inventory(self.spec, fmt, min(known, key=float, default=None))
         return self._inventories[fmt]
 
     def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
         gguf, placement = self.spec.gguf, self._placements[case.placement]
-        plain_off_gpu = leaves_off_gpu(PRECISIONS[case.precision], placement)
+        plain_off_gpu = leaves_off_gpu(self.spec.adapted(PRECISIONS[case.precision]), placement)
         loading = Loading(
             through_ram=placement.moves_after_loading or (gguf is not None and gguf.through_ram),
             rewrites=placement.rewrites_offloaded,
@@ -208,6 +239,17 @@ class Planner:
         foreign = other if self.spec.gguf else (*other, "gguf_")
         foreign = foreign if PLACEMENTS[one.case.placement].parallel else (*foreign, "ram_ranks")
         return {name: constant for name, constant in self.constants.constants.items() if not name.startswith(foreign)}
+
+    def made_up(self, one: Plan) -> Plan:
+        """Return a plan whose estimate says what each constant has a part in, so that its result can correct them."""
+        footprint = self.footprints.get(one.case.id)
+        if one.estimate is None or footprint is None:
+            return one
+        base = calibration.with_context(calibration.default(), self.machine)
+        measured = {"gpu_context_bytes"} if base["gpu_context_bytes"] != calibration.default()["gpu_context_bytes"] else set()
+        names = self.used(one).keys() - measured
+        parts = makeup(footprint, one.case.precision, self.machine, base, sorted(names))
+        return msgspec.structs.replace(one, estimate=msgspec.structs.replace(one.estimate, makeup=parts))
 
     def notes(self, one: Plan) -> list[str]:
         """Return what else decides how fast a plan is on this machine, in sentences."""

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from harness.architecture.model_spec import ModelSpec
 from harness.checkpoint.formats.files import quote
-from harness.core.families import GGUF
 from harness.core.placements import Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
 from harness.core.records import Case, Estimate, Machine, Record, Tier, TierEstimate, Verdict
 from harness.core.units import format_gib, format_size
 from harness.machine import headroom
-from harness.planning.cost import tensor_parallel
+from harness.planning.cost import estimate, tensor_parallel
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import MAPPED
+
+_NOT_ON_WINDOWS = "It would fit with expandable segments, which torch does not have on Windows."
+
+
+class Judgment(NamedTuple):
+    """What a case is expected to need, the verdict with its reason, and the case as it was counted for both."""
+
+    estimate: Estimate
+    verdict: Verdict
+    why: str | None
+    footprint: Footprint
 
 
 class Judge(Record, frozen=True, kw_only=True):
@@ -68,7 +79,7 @@ class Judge(Record, frozen=True, kw_only=True):
 
     def verdict(self, case: Case, placement: Placement, expected: Estimate, footprint: Footprint) -> tuple[Verdict, str | None]:
         """Say whether a case fits, and why not or how narrowly."""
-        refused = self._spill_refusal(PRECISIONS[case.precision], placement, footprint)
+        refused = self._spill_refusal(self.spec.adapted(PRECISIONS[case.precision]), placement, footprint)
         if refused:
             return Verdict.TOO_BIG, refused
         unknown = [
@@ -91,8 +102,8 @@ class Judge(Record, frozen=True, kw_only=True):
         if spilled and "offloads_to_cpu" in precision.incompatible and not leaves_off_gpu(precision, placement):
             where, reason = " and ".join(spilled), precision.incompatible["offloads_to_cpu"]
             return f"too big for {placement.name}: weights would lie on {where}; {reason}"
-        if "disk" in footprint.weights and self.spec.gguf is not None:
-            return f"too big for {placement.name}: weights would lie on disk; {GGUF.refusals['offloads']}"
+        if "disk" in spilled and "offloads" in precision.incompatible:
+            return f"too big for {placement.name}: weights would lie on disk; {precision.incompatible['offloads']}"
         return None
 
     def _fit(self, case: Case, expected: Estimate) -> tuple[Verdict, str | None]:
@@ -112,6 +123,32 @@ class Judge(Record, frozen=True, kw_only=True):
                 most, free = format_gib(tier.needed_high_bytes), self._format_free(name, tier, case)
                 tight = f"tight on {self._memory(name)}: needs {_format_need(tier)}, up to {most} at worst, {free}."
         return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
+
+    def judge(self, case: Case, placement: Placement, footprint: Footprint) -> Judgment:
+        """Estimate a case and judge it: by torch's expandable segments if it surely fits by them alone, and its system has them."""
+        expected = estimate.estimate(footprint, case.precision, self.machine)
+        verdict, why = self.verdict(case, placement, expected, footprint)
+        usual = Judgment(expected, verdict, why, footprint)
+        if verdict not in (Verdict.TIGHT, Verdict.TOO_BIG) or not footprint.gpus:
+            return usual
+        other = footprint.with_expandable_segments()
+        better = replace(expected, tiers=estimate.memory(other, self.machine))
+        if self.verdict(case, placement, better, other)[0] is not Verdict.FITS:
+            return usual
+        if (self.machine.system or "").startswith("Windows"):
+            return usual._replace(why=f"{why} {_NOT_ON_WINDOWS}")
+        return Judgment(better, Verdict.FITS, self.needs_expandable(case, expected), other)
+
+    def needs_expandable(self, case: Case, usual: Estimate) -> str:
+        """Say which tier is too small, or nearly, for torch's usual segments, of a case that fits with expandable ones."""
+        name, tier = next(
+            (name, tier)
+            for name, tier in pooled(usual.tiers, self.machine).items()
+            if name != "disk" and self.is_short(name, tier, case, doubt=tier.needed_high_bytes - tier.needed_bytes)
+        )
+        needs = f"{format_gib(tier.needed_bytes)} GiB, up to {format_gib(tier.needed_high_bytes)} at worst"
+        what = f"fits {self._memory(name)} with expandable segments, which the code turns on"
+        return f"{what}: torch's usual ones need {needs}, {self._format_free(name, tier, case)}."
 
     def _memory(self, name: str) -> str:
         """Name a tier, and the GPUs that share it."""

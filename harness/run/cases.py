@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from harness.catalog.resolve import Source
 from harness.core import precisions
 from harness.core.placements import FILE, PLACEMENTS, distinct, named
 from harness.core.precisions import PRECISIONS
+from harness.core.progress import Report
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.core.units import exact_size
 from harness.machine import probe
-from harness.planning import calibration, feasibility, verdict
+from harness.planning import feasibility, kept_calibration, verdict
 from harness.planning.calibration import Calibration
 from harness.planning.device_map import user_map
 from harness.planning.device_map.infer import Device
@@ -29,6 +31,8 @@ from harness.run.model_set import ModelSet
 from harness.run.options import Options
 
 RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
+
+_Limits = tuple[str, int | None, int | None]  # model, VRAM, RAM
 
 
 class CaseMatrix:
@@ -49,6 +53,7 @@ class CaseMatrix:
         self._options, self._models, self._probe, self._store = options, models, machine, store
         self._device_map = device_map
         self._plans: dict[str, Plan] = {}
+        self._planners: dict[_Limits, Planner] = {}
 
     @cached_property
     def _machine(self) -> Machine:
@@ -97,21 +102,42 @@ class CaseMatrix:
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
+        fault = self._models.faults.get(case.model)
+        if fault is not None:
+            return Plan(case=case, verdict=Verdict.UNAVAILABLE, why=fault)
         if not self._models.fetched(case.model):
             return feasibility.decide(case, probe.limited(self._machine, case), None)
         if case.id not in self._plans:
-            here, spec = probe.limited(self._machine, case), self._models.spec(case.model)
             cases = [one for one in self.cases() if _limits(one) == _limits(case)]
+            planner = self._planner(case)
+            for one in map(_only_planned, planner.plans(cases or [case])):
+                self._plans[one.case.id] = planner.made_up(one) if one.verdict in RUNNABLE else one
+        return self._plans[case.id]
+
+    def trace(self, asked: Iterable[Case], report: Report) -> list[str]:
+        """Have a worker trace what these cases allocate on GPUs, where no record says it; return why some cannot be traced."""
+        by_limits: dict[_Limits, list[Case]] = defaultdict(list)
+        for case in asked:
+            by_limits[_limits(case)].append(case)
+        said = []
+        for cases in by_limits.values():
+            planner = self._planner(cases[0])
+            said += planner.trace(planner.untraced(cases), report)
+        return list(dict.fromkeys(said))
+
+    def _planner(self, case: Case) -> Planner:
+        """Return the planner of all cases that share a model and limits."""
+        if _limits(case) not in self._planners:
+            here, spec = probe.limited(self._machine, case), self._models.spec(case.model)
             trust = bool(self._options.trust_remote_code)
             planner = Planner(spec, here, constants=self._calibration, trust=trust, device_map=self._device_map)
-            made = map(_only_planned, planner.plans(cases or [case]))
-            self._plans |= {one.case.id: one for one in made}
-        return self._plans[case.id]
+            self._planners[_limits(case)] = planner
+        return self._planners[_limits(case)]
 
     @cached_property
     def _calibration(self) -> Calibration:
-        """The constants, corrected by what earlier runs on this machine left in the store."""
-        return calibration.correct(self._store.read()[0], self._machine)
+        """The constants, corrected by what was calibrated here and by what earlier runs on this machine left in the store."""
+        return kept_calibration.corrected(self._store.read()[0], self._machine)
 
 
 def named_placements(options: Options) -> Sequence[str] | None:
@@ -123,7 +149,7 @@ def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:
     return [name for name in table if name in names]
 
 
-def _limits(case: Case) -> tuple[str, int | None, int | None]:
+def _limits(case: Case) -> _Limits:
     return case.model, case.vram_bytes, case.ram_bytes
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
+from msgspec.structs import replace
+
 from harness.core.records import Case, Interference, Outcome
 from harness.core.units import MIB, format_size
 from harness.machine import cgroup, headroom
@@ -111,8 +113,10 @@ class ConfinedWorker:
         self._pids = done.pids
         self.sampler.follow(done.pids)
 
-    def confine(self, ask: Ask, files: Path, gpus: tuple[int, ...]) -> None:
+    def confine(self, ask: Ask, files: Path, gpus: tuple[int, ...], *, expandable: bool = False) -> None:
         """Have the worker obey the limits of its case, if it has any; `files` are the model's, `gpus` the numbers of those it uses.
+
+        `expandable`: have torch's allocator use expandable segments, as the case's code does by itself, but too late here.
 
         Raises:
             CaseEnded: it needs more even before it loads, or others keep the model's files in memory, which could not be counted.
@@ -120,13 +124,14 @@ class ConfinedWorker:
         case, group = self._case, self._group
         self._watch.expect({f"gpu:{number}" for number in gpus})
         self._worker.uses_gpu = bool(gpus)
-        if group is None and case.vram_bytes is None:
+        if group is None and case.vram_bytes is None and not expandable:
             return
         if group is not None:
             _forget_files(files)
         listed_before = self._is_listed()
         context = int(self._context_bytes)
-        done = ask(Confine(ram=group is not None, vram_bytes=case.vram_bytes, gpus=gpus, context_bytes=context))
+        limits = Confine(ram=group is not None, vram_bytes=case.vram_bytes, gpus=gpus, context_bytes=context)
+        done = ask(replace(limits, expandable_segments=expandable))
         assert isinstance(done, Confined)
         if case.vram_bytes is not None and gpus and (listed_before or not self._is_listed()):
             self.vram_by_torch = True

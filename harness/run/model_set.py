@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from harness.architecture import model_spec
@@ -13,46 +14,64 @@ from harness.catalog import download, fingerprint, resolve
 from harness.catalog.resolve import Source
 from harness.checkpoint import reader
 from harness.checkpoint.reader import Checkpoint
-from harness.core.errors import CheckpointError, UsageError
-from harness.core.progress import show_progress
+from harness.core.errors import CheckpointError, HarnessError, UsageError
+from harness.core.progress import Report, show_progress
 
 
 class ModelSet:
-    """Models by name. What is not `fetched` yet has a source and nothing else.
+    """Models by name. What is not `fetched` yet has a source and nothing else; of `faults` a sentence each says why it cannot be.
 
     `synthetic` writes weights of the true shape instead of downloading any; `trust` lets code that comes with a model run.
     """
 
     def __init__(self, models: Sequence[str], *, synthetic: bool, trust: bool) -> None:
         self.sources = _resolved(models, real=not synthetic)
+        self.faults: dict[str, str] = {}
         self._synthetic, self._trust = synthetic, trust
         self._locations: dict[str, Path] = {}
         self._checkpoints: dict[str, Checkpoint] = {}
         self._specs: dict[str, ModelSpec] = {}
         self._fingerprints: dict[str, str] = {}
 
-    def fetch(self, names: Collection[str]) -> None:
-        """Bring the files of these models here and read their headers.
+    def fetch(self, names: Collection[str], check: Callable[[str], object]) -> None:
+        """Bring the files of these models here, read their headers, and `check` each.
+
+        A model that cannot be had, or that contradicts itself, is among `faults` from then on, and holds up none of the others.
 
         Raises:
-            UsageError, CheckpointError: a model cannot be downloaded, or its files contradict each other.
+            UsageError, CheckpointError: that of the last, if no model is left.
         """
         with show_progress() as progress:
-            for name in names:
-                source = self.sources[name]
-                self._locations[name] = (
-                    synth.fetch_synthetic(source, progress)
-                    if self._synthetic
-                    else download.fetch(source, progress=progress, trust_remote_code=self._trust)
-                )
+            self._take(names, (partial(self._bring, progress=progress),))
+        self._take(names, (self._read, check))
+
+    def _take(self, names: Collection[str], steps: Sequence[Callable[[str], object]]) -> None:
+        """Take each model through the steps; raise what went wrong only if nothing is left."""
         for name in names:
-            location = self._locations[name]
-            self._checkpoints[name] = read = reader.read(location / (self.sources[name].file or ""))
-            self._fingerprints[name] = fingerprint.of_model(location, read, trusted=self._trust)
+            try:
+                for step in steps if name not in self.faults else ():
+                    step(name)
+            except HarnessError as error:
+                self.faults[name] = str(error)
+                if self.faults.keys() >= set(names):
+                    raise
+
+    def _bring(self, name: str, progress: Report) -> None:
+        source = self.sources[name]
+        self._locations[name] = (
+            synth.fetch_synthetic(source, progress)
+            if self._synthetic
+            else download.fetch(source, progress=progress, trust_remote_code=self._trust)
+        )
+
+    def _read(self, name: str) -> None:
+        location = self._locations[name]
+        self._checkpoints[name] = read = reader.read(location / (self.sources[name].file or ""))
+        self._fingerprints[name] = fingerprint.of_model(location, read, trusted=self._trust)
 
     def fetched(self, name: str) -> bool:
         """Say whether the files of a model are here and were read."""
-        return name in self._checkpoints
+        return name in self._checkpoints and name not in self.faults
 
     def location(self, name: str) -> Path:
         """Return the directory that the files of a model are in; before they are fetched, the path or id that it goes by."""

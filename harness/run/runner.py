@@ -101,7 +101,7 @@ class Run:
             ranks = PLACEMENTS[self.plan.case.placement].ranks(len(self.context.machine.gpus))
             if ranks > 1:
                 self._worker.share(self._ask, ranks)
-            self._worker.confine(self._ask, self.model.location, gpus(self.plan))
+            self._worker.confine(self._ask, self.model.location, gpus(self.plan), expandable=self.plan.expandable_segments)
         except CaseEnded as ended:
             self.ended, self.measured.stage = ended, self.phase
             raise

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from harness.core.errors import UsageError
+from harness.core.progress import show_progress
 from harness.core.records import Case, Machine, Plan, Result, Verdict
 from harness.machine import accelerators, probe
 from harness.machine.scratch import Scratch
@@ -52,6 +53,7 @@ class Session:
         self.run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         self._references = References(list(self.models.sources), lambda: self._scratch.path)
         self._earlier: dict[tuple[Case, str], Result] = {}
+        self._untraced: list[str] = []  #: why the memory of some cases is not from a trace
         self._again: list[str] = []  #: why each of the others ran
         self._baseline: list[Result] = []
         self._last: Result | None = None
@@ -101,20 +103,23 @@ class Session:
         self.store.prepare(to_come)
         _prepare_page(self.html, page.most_bytes(len(asked), self.store.path.stat().st_size))
         runnable = sorted({case.model for case in asked if self._matrix.may_run(case)})
-        self.models.fetch(runnable)
+        self.models.fetch(runnable, self._matrix.check_model)
+        runnable = [name for name in runnable if name not in self.models.faults]
         if self.options.resume:
             self._earlier = selection.last_on(self.machine, self.store.read()[0])
-        for name in runnable:
-            self._matrix.check_model(name)
+        if self.worker_main is None and self.machine.gpus:
+            with show_progress() as report:  # the run has torch anyway, and is held against its plans
+                self._untraced = self._matrix.trace([case for case in asked if case.model in runnable], report)
         forkserver.live_in(self._scratch.path)
         forkserver.hide_gpus(self.machine.gpu_problem is not None)
         if self.worker_main is None and any(self._why_again(case) for case in asked if case.model in runnable):
             forkserver.warm_up(self.models.modeling_modules(runnable))
 
     def notices(self) -> list[str]:
-        """Return what is to be said of this machine once, before the first case."""
+        """Return what is to be said of this machine and of the plans once, before the first case."""
         said = (self.machine.gpu_problem, accelerators.ram_fallback(self.machine), accelerators.overruled_order(self.machine))
-        return [sentence for sentence in said if sentence]
+        by_formulas = (f"activations are computed by formulas: {why}" for why in self._untraced)
+        return [sentence for sentence in (*said, *by_formulas) if sentence]
 
     def case_model(self, case: Case) -> CaseModel:
         """Return the model of a case and what its predictions are compared with."""

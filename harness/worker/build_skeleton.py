@@ -23,18 +23,19 @@ import msgspec
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness.architecture import skeleton_source
-from harness.architecture.ask_worker import UNKNOWN_TYPE, UnknownType
+from harness.architecture.ask_worker import NOT_MEASURED, UNKNOWN_TYPE, NotMeasured, UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec, Skeleton
 from harness.catalog import shipped
 from harness.checkpoint.auxiliary_files import KERNEL_KEYS
 from harness.data import DATA
-from harness.models.cache_argument import cache_of
+from harness.models.cache_argument import kv_cache_of
+from harness.worker.auto_class import auto_class_of
 from harness.worker.extra_architectures import WRITTEN, ExtraModel
 from harness.worker.read_key_mapping import naming
 
@@ -53,7 +54,9 @@ def build_skeleton(config: Mapping[str, Any], naming: Callable[[Any], Naming | N
     kind = str(native.get("model_type"))
     if kind in transformers.CONFIG_MAPPING:
         same = kind == config.get("model_type")  # else the model's own class loads the files, by names of its own
-        return _of_model(_construct(native), naming if same else lambda _: None)
+        read = _read(native)
+        auto = auto_class_of(read, _named(config) if same else None)
+        return _of_model(construct(auto, read), auto.__name__, naming if same else lambda _: None)
     if kind not in WRITTEN:
         raise UnknownType(f"transformers {transformers.__version__} has no class for it{_nearest(kind)}: {_WAY_OUT}")
     with torch.device("meta"):
@@ -67,10 +70,10 @@ def build_gguf_skeleton(metadata: Mapping[str, Any], tensors: Sequence[tuple[str
     Raises:
         ValueError: transformers does not load this architecture, or one of the block types.
     """
-    from harness.worker import gguf_config  # the gguf package is not needed for anything else here
+    from harness.worker.gguf import metadata as gguf_metadata  # the gguf package is not needed for anything else here
 
     architecture = str(metadata.get("general.architecture"))
-    return build_skeleton(gguf_config.config_of(metadata, tensors), partial(gguf_config.gguf_naming, architecture=architecture))
+    return build_skeleton(gguf_metadata.config_of(metadata, tensors), partial(gguf_metadata.gguf_naming, architecture=architecture))
 
 
 def _nearest(kind: str) -> str:
@@ -119,13 +122,20 @@ def _read(native: Mapping[str, Any]) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _construct(native: Mapping[str, Any]) -> Any:
-    """Build the model that AutoModelForCausalLM chooses."""
+def construct(auto: Any, config: Any, dtype: torch.dtype = torch.bfloat16, **chosen: Any) -> Any:
+    """Build the model that an Auto class chooses for a config, on meta."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_read(native), dtype=torch.bfloat16, trust_remote_code=False).eval()
+        return auto.from_config(config, dtype=dtype, trust_remote_code=False, **chosen).eval()
 
 
-def _of_model(model: Any, naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
+def _named(config: Mapping[str, Any]) -> str | None:
+    """Return the class that a config.json names first."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) else None
+
+
+def _of_model(model: Any, auto: str = "AutoModelForCausalLM", naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
     config = model.config.get_text_config()
     tied = dict(model.all_tied_weights_keys)
     keep = {"fp16": model._keep_in_fp32_modules or (), "half": model._keep_in_fp32_modules_strict or ()}
@@ -135,6 +145,7 @@ def _of_model(model: Any, naming: Callable[[Any], Naming | None] = naming) -> Sk
     return Skeleton(
         model_class=type(model).__name__,
         model_type=model.config.model_type,
+        auto_class=auto,
         source=f"transformers {transformers.__version__}",
         blocks=_Packer(tied, kept, keep).pack(model),
         no_split=tuple(sorted(model._no_split_modules or ())),
@@ -148,6 +159,7 @@ def _of_model(model: Any, naming: Callable[[Any], Naming | None] = naming) -> Sk
         vocab_size=config.vocab_size,
         experts=_first(config, "num_local_experts", "num_experts", "n_routed_experts") or 0,
         experts_per_token=_first(config, "num_experts_per_tok") or 0,
+        eager=model.config._attn_implementation == "eager",
         naming=naming(model),
     )
 
@@ -200,7 +212,7 @@ def _attention(model: Any) -> list[Attention]:
                 out = decoder(input_ids=token, use_cache=True)
         except (RuntimeError, TypeError, ValueError):
             continue  # multimodal models look at values, and a meta tensor has none; their text model does without
-        return [_layer(layer, config) for layer in getattr(cache_of(out), "layers", ())]
+        return [_layer(layer, config) for layer in getattr(kv_cache_of(out), "layers", ())]
     return [_of_config(config)] * config.num_hidden_layers
 
 
@@ -318,9 +330,9 @@ def main() -> None:
     asked = json.load(sys.stdin)
     try:
         built = build_gguf_skeleton(**asked["gguf"]) if "gguf" in asked else build_skeleton(asked)
-    except UnknownType as error:
+    except (UnknownType, NotMeasured) as error:
         print(error, file=sys.stderr)
-        sys.exit(UNKNOWN_TYPE)
+        sys.exit(UNKNOWN_TYPE if isinstance(error, UnknownType) else NOT_MEASURED)
     sys.stdout.buffer.write(msgspec.json.encode(built))
 
 

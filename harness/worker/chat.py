@@ -107,7 +107,7 @@ class Talk:
     def _prompt(self, said: list[dict[str, str]]) -> str:
         tokenizer = self._model.tokenizer
         if tokenizer.chat_template:
-            return str(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
+            return quality_probe.in_template(tokenizer, said)
         return self._asked.format_prompt(*(one["content"] for one in said)) if self._asked else said[-1]["content"]
 
 

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from harness.core.records import Phase
+from harness.machine.accelerators import ALLOCATOR_OPTIONS, EXPANDABLE_SEGMENTS
 from harness.measure import protocol, sampler
 from harness.worker import chat, model, prefault, quality_probe, tensor_parallel
 
@@ -114,6 +115,8 @@ class Server:
 
     def _do(self, request: protocol.Request) -> protocol.Event:
         if isinstance(request, protocol.Confine):
+            if request.expandable_segments:
+                os.environ.setdefault(ALLOCATOR_OPTIONS, EXPANDABLE_SEGMENTS)
             shared = prefault.own() if request.ram else 0
             used = sampler.memory(os.getpid())  # before CUDA's libraries are read, which this process is charged for
             if request.vram_bytes is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import accelerate.big_modeling
 import torch
 import transformers.modeling_utils
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +26,10 @@ from harness.worker import accelerators
 PhaseContext = Callable[[str], AbstractContextManager[None]]
 
 
+class ModelFault(Exception):
+    """The files of a model contradict each other in a way that shows only when it is used; the message is for users."""
+
+
 class Model:
     """A loaded model, its tokenizer (None: prompts are token ids) and the device that its inputs go to.
 
@@ -34,6 +38,7 @@ class Model:
 
     def __init__(self, module: PreTrainedModel, tokenizer: Any) -> None:
         self.module, self.tokenizer = module, tokenizer
+        self.vocabulary = _vocabulary(module)
         self.ending: list[int] = list(getattr(module, "prompt_ending", ()))
         self.device_map = {name: str(place) for name, place in getattr(module, "hf_device_map", {}).items()}
         self.device = self._input_device()
@@ -57,13 +62,31 @@ class Model:
         return [*(self._prompt * times)[:body], *self.ending][:length]
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without the ending that the tokenizer may add."""
-        return list(self.tokenizer(text, add_special_tokens=not self.ending)["input_ids"])
+        """Return the token ids of a text, without the ending that the tokenizer may add. Raises ModelFault."""
+        return self.known(list(self.tokenizer(text, add_special_tokens=not self.ending)["input_ids"]))
+
+    def known(self, ids: list[int]) -> list[int]:
+        """Return the ids, all of which the embedding must have.
+
+        Raises:
+            ModelFault: the tokenizer is another model's.
+        """
+        largest = max(ids, default=0)
+        if largest >= self.vocabulary:
+            way = "take the tokenizer that belongs to the weights, or take it away to measure without quality"
+            raise ModelFault(f"the tokenizer makes token {largest} of a text, and the model knows {self.vocabulary} tokens: {way}")
+        return ids
 
     def _any_tokens(self) -> list[int]:
-        size = self.module.config.get_text_config().vocab_size
-        tokens = ((index * 7919 + 11) % size for index in range(4096))
+        tokens = ((index * 7919 + 11) % self.vocabulary for index in range(4096))
         return [token for token in tokens if token not in self.ending]
+
+
+def _vocabulary(module: PreTrainedModel) -> int:
+    """Return how many tokens the embedding has, which may be more than the config says; of what hides its embedding, the config."""
+    embedding = module.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    return int(rows or module.config.get_text_config().vocab_size)
 
 
 def synchronize() -> None:
@@ -137,7 +160,21 @@ def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:
     names: dict[str, Any] = {"MODEL": request.model}
     with phase("load"), _parts_timed(seconds), _timed(seconds, "load_s"):
         exec(program, names)  # our own code, from harness.planning.code: what is measured is what is printed
-    return Model(names["model"].eval(), tokenizer), seconds
+    module = names["model"].eval()
+    _forget_generation(module)
+    return Model(module, tokenizer), seconds
+
+
+def _forget_generation(module: PreTrainedModel) -> None:
+    """Keep of the model's own generation_config what ends a text, and nothing else, as the printed code does (`code.GREEDY`).
+
+    Beams, several answers, sampling, look-up of the prompt, a time limit, another cache: each would measure something else.
+    """
+    own = module.generation_config
+    if own is not None:
+        module.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+        )
 
 
 @contextlib.contextmanager
@@ -151,41 +188,50 @@ def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _parts_timed(seconds: dict[str, float]) -> Iterator[None]:
     """Time the libraries' own steps inside the loading code: reading weights, and placing modules with hooks."""
+    clock = _StepClock(seconds)
     with (
-        _clocked(transformers.modeling_utils.PreTrainedModel, "_load_pretrained_model", seconds, "weights_s"),
-        _clocked(transformers.modeling_utils, "accelerate_dispatch", seconds, "dispatch_s"),
-        _clocked(accelerate.big_modeling, "load_checkpoint_in_model", seconds, "weights_s"),
-        _clocked(accelerate.big_modeling, "dispatch_model", seconds, "dispatch_s"),
-        _clocked(torch.nn.Module, "to", seconds, "dispatch_s"),
+        clock.timing(transformers.modeling_utils.PreTrainedModel, "_load_pretrained_model", "weights_s"),
+        clock.timing(transformers.modeling_utils, "accelerate_dispatch", "dispatch_s"),
+        clock.timing(accelerate.big_modeling, "load_checkpoint_in_model", "weights_s"),
+        clock.timing(accelerate.big_modeling, "dispatch_model", "dispatch_s"),
+        clock.timing(torch.nn.Module, "to", "dispatch_s"),
     ):
         yield
 
 
-@contextlib.contextmanager
-def _clocked(owner: Any, name: str, seconds: dict[str, float], key: str) -> Iterator[None]:
-    """Add the time spent in the outermost call of `owner.name` to `seconds[key]`; a version without it has no such figure."""
-    original = owner.__dict__.get(name)
-    if original is None:
-        yield
-        return
-    function = original.__func__ if isinstance(original, (classmethod, staticmethod)) else original
-    depth = 0
+class _StepClock:
+    """Adds up the seconds of steps. A step inside another is part of that one, so that all together take no longer than loading."""
 
-    def clocked(*args: Any, **kwargs: Any) -> Any:
-        nonlocal depth
-        depth, start = depth + 1, time.perf_counter()
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._is_inside = seconds, False
+
+    @contextlib.contextmanager
+    def timing(self, owner: Any, name: str, key: str) -> Iterator[None]:
+        """Time the calls of `owner.name` meanwhile; a version of the library without it has no such figure."""
+        original = owner.__dict__.get(name)
+        if original is None:
+            yield
+            return
+        function = original.__func__ if isinstance(original, (classmethod, staticmethod)) else original
+        timed = self._timed(function, key)
+        setattr(owner, name, type(original)(timed) if isinstance(original, (classmethod, staticmethod)) else timed)
         try:
-            return function(*args, **kwargs)
+            yield
         finally:
-            depth -= 1
-            if depth == 0:
-                seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
+            setattr(owner, name, original)
 
-    setattr(owner, name, type(original)(clocked) if isinstance(original, (classmethod, staticmethod)) else clocked)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+    def _timed(self, function: Callable[..., Any], key: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._is_inside:
+                return function(*args, **kwargs)
+            self._is_inside, start = True, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._is_inside = False
+                self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - start
+
+        return timed
 
 
 def loaded_facts(model: Model) -> Loaded:

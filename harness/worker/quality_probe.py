@@ -8,10 +8,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from harness.checkpoint import reader
 from harness.core.records import Answer
 from harness.measure import dialogue, quality
 from harness.measure.dialogue import Dialogue, Tool, Turn, Written
@@ -73,7 +75,13 @@ def dialogue_of(model: Model, name: str) -> Dialogue | None:
 def _texts(model: Model) -> list[list[int]]:
     if model.tokenizer is None:
         return [model.prompt(_SYNTHETIC_POSITIONS)[: -len(model.ending) or None]]
-    return [model.encode(passage.text) for passage in quality.PROBE.passages]
+    most = (_context(model) or 1 << 30) - len(model.ending)
+    return [model.encode(passage.text)[:most] for passage in quality.PROBE.passages]
+
+
+def _context(model: Model) -> int | None:
+    """Return the most tokens that the model has positions for, if its config says."""
+    return reader.context_length(model.module.config.to_dict())
 
 
 @torch.no_grad()  # in inference mode the tensors of some quantizers cannot be made
@@ -109,8 +117,11 @@ def _write(path: Path, kept: list[Predictions]) -> None:
 
 def _answers(model: Model, asked: Dialogue | None) -> list[Answer]:
     """Ask all questions as one batch, and the one that takes a tool where the model was taught to use one."""
-    questions = quality.PROBE.questions
-    written = _continue(model, _prompts(model, asked), _ANSWER_TOKENS, asked.ends if asked else ())
+    questions, prompts = quality.PROBE.questions, _prompts(model, asked)
+    longest = encode_text(model, prompts)["input_ids"].shape[1]
+    if longest + _ANSWER_TOKENS > (_context(model) or 1 << 30):
+        return []  # no room for an answer
+    written = _continue(model, prompts, _ANSWER_TOKENS, asked.ends if asked else ())
     answers = []
     for question, (ids, _) in zip(questions, written, strict=True):
         text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -125,7 +136,23 @@ def _prompts(model: Model, asked: Dialogue | None) -> list[str]:
         return [asked.ask(question) for question in questions]
     if not tokenizer.chat_template:
         return [quality.plain_prompt(question) for question in questions]
-    return [tokenizer.apply_chat_template(quality.messages(q), add_generation_prompt=True, tokenize=False) for q in questions]
+    return [in_template(tokenizer, quality.messages(question)) for question in questions]
+
+
+def in_template(tokenizer: Any, said: Sequence[dict[str, str]]) -> str:
+    """Put a conversation into the model's own template.
+
+    Templates of models that see or hear want a list of parts where others want text; one that is given text ends in an error, or
+    leaves it out.
+    """
+    listed = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in said]
+    try:
+        text = str(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
+    except (jinja2.TemplateError, TypeError):
+        return str(tokenizer.apply_chat_template(listed, add_generation_prompt=True, tokenize=False))
+    if said[-1]["content"].strip() in text:
+        return text
+    return str(tokenizer.apply_chat_template(listed, add_generation_prompt=True, tokenize=False))
 
 
 def _answer_with_tool(model: Model, asked: Dialogue, tool: Tool) -> Answer | None:
@@ -188,4 +215,6 @@ def encode_text(model: Model, prompts: list[str]) -> dict[str, torch.Tensor]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = pad_id(model)
     encoded = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    for row in encoded["input_ids"].tolist():
+        model.known(row)
     return {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}

@@ -28,7 +28,7 @@ from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict, 
 from harness.core.units import GIB, format_seconds, format_share
 from harness.machine import probe
 from harness.machine.gpus import profile
-from harness.planning import calibration
+from harness.planning import calibration, fit
 from harness.planning.cost import estimate as cost
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
@@ -219,7 +219,7 @@ def test_speed_after_one_calibration_run(
 ) -> None:
     """The default model calibrates; the others are predicted."""
     calibrating = [result for case in runs for result in case if result.case.model == DEFAULT_MODEL]
-    constants = calibration.correct(calibrating, here)
+    constants = fit.correct(calibrating, here)
     errors = []
     for case in runs:
         result = case[0]

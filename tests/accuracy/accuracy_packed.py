@@ -15,7 +15,7 @@ from harness.core.records import Case, Machine, Workload
 from harness.core.units import format_share
 from harness.machine import probe
 from harness.models import ChatGLMConfig, ChatGLMForCausalLM, MossConfig, MossForCausalLM
-from harness.models.cache_argument import CACHE, cache_of
+from harness.models.cache_argument import CACHE, kv_cache_of
 from harness.planning.planner import Planner
 from tests.support.reporting import Figure
 
@@ -60,11 +60,11 @@ def seconds_of_a_token(model: Any) -> float:
     """Return those of the fastest: two threads that wait for each other take many times as long where anything else runs."""
     prompt = torch.tensor([[5] * 14 + [7999, 7996]])  # [gMASK] and <sop> of the first
     with torch.inference_mode():
-        past = cache_of(model(prompt, use_cache=True))
+        past = kv_cache_of(model(prompt, use_cache=True))
         taken = []
         for _ in range(TOKENS):
             start = time.perf_counter()
-            past = cache_of(model(torch.tensor([[9]]), **{CACHE: past}, use_cache=True))
+            past = kv_cache_of(model(torch.tensor([[9]]), **{CACHE: past}, use_cache=True))
             taken.append(time.perf_counter() - start)
     return min(taken)
 

@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import transformers
+from transformers import AutoModelForCausalLM
 
 from harness.architecture import skeleton_source
 from harness.architecture.skeleton import Skeleton
@@ -67,7 +68,7 @@ def test_weights_of_full_size_models(figures: list[Figure]) -> None:
     """Every skeleton that is shipped against the model that transformers builds on the meta device, in bfloat16."""
     errors, parameters = [], []
     for name, config in full_size().items():
-        ours, model = skeleton_source.named(name), worker._construct(config)
+        ours, model = skeleton_source.named(name), worker.construct(AutoModelForCausalLM, worker.read_model_config(config))
         estimated = sum(weight_bytes(ours, WeightFormat(dtype="bfloat16")).values())
         errors.append(estimated / small_models.held_bytes(model) - 1)
         parameters.append(ours.parameters / sum(parameter.numel() for parameter in model.parameters()) - 1)

@@ -81,7 +81,30 @@ def test_a_record_is_found_and_evaluated_without_decoding_the_others() -> None:
 
 
 def test_shipped_records_stay_small() -> None:
-    assert traces.SHIPPED.stat().st_size < 1_500_000
+    assert traces.SHIPPED.stat().st_size < 300_000
+
+
+def test_a_record_stands_for_another_precision_under_its_own_names() -> None:
+    (config,) = [entry.config for name, entry in catalog().items() if name.endswith("Mistral-7B-Instruct-v0.1")]
+    record = traces.shipped_trace(config, "bf16")
+    assert record is not None
+    stands = traces.find({"bf16 8.0": record, "fp16 8.0": "bf16 8.0"}, "fp16", "8.9")
+    assert stands is not None
+    assert stands.precision == "fp16"
+    assert any(" float16[" in name for name in stands.names)
+    assert not any(" bfloat16[" in name for name in stands.names)
+    given, own = evaluate(stands, 2, 5000, 3), evaluate(record, 2, 5000, 3)
+    assert given is not None
+    assert own is not None
+    assert given.allocated_bytes == own.allocated_bytes
+
+
+def test_what_is_packed_is_unpacked() -> None:
+    line = traces.SHIPPED.read_bytes().splitlines()[0]
+    key, records = traces.unpack(line)
+    assert traces.pack(key, records) == line
+    assert traces.shipped_records(key) == records
+    assert traces.shipped_records("0" * 16) == {}
 
 
 def test_the_peak_grows_with_every_side_of_the_workload() -> None:
@@ -105,17 +128,36 @@ def test_no_worker_runs_unless_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_record_is_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = traces.record_for(TINY, "bf16", tmp_path, build=True)
-    assert built is not None
+    built = traces.build_record(TINY, "bf16", tmp_path)
+    assert traces.record_for(TINY, "bf16", tmp_path) == built
     (kept,) = tmp_path.iterdir()
     assert msgspec.json.decode(kept.read_bytes(), type=TracedMemory) == built
     monkeypatch.setattr(traces, "ask_worker", None)  # nobody is asked again
-    assert traces.record_for(TINY, "bf16", tmp_path, build=True) == built
+    assert traces.build_record(TINY, "bf16", tmp_path) == built
+    assert traces.record_for(TINY, "bf16", tmp_path, "7.5") is None  # on which other kernels run
+    monkeypatch.setattr(traces, "_BUILT", {})  # as in another process
+    assert traces.record_for(TINY, "bf16", tmp_path, "8.9") == built
+
+
+def test_a_cache_that_cannot_be_written_only_takes_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = traces.shipped_trace(catalog()[hub_id("phi-2")].config, "bf16")
+    monkeypatch.setattr(traces, "ask_worker", lambda *_: msgspec.json.encode(record))
+    monkeypatch.setattr(traces, "_BUILT", {})
+    cache = tmp_path / "a file"
+    cache.touch()
+    assert traces.build_record(TINY, "bf16", cache) == record
+    assert traces.record_for(TINY, "bf16", cache) == record
+
+
+def test_a_damaged_record_in_the_cache_is_none(tmp_path: Path) -> None:
+    config = TINY | {"num_hidden_layers": 7}
+    (tmp_path / traces._name(config, "bf16", "8.0")).write_bytes(b'{"source": ')
+    assert traces.record_for(config, "bf16", tmp_path) is None
 
 
 def test_an_architecture_that_nobody_has_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no trace for model_type 'nosuch' in bf16: "):
-        traces.record_for({"model_type": "nosuch"}, "bf16", tmp_path, build=True)
+        traces.build_record({"model_type": "nosuch"}, "bf16", tmp_path)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def main(model_dir: str, dtype: str, prompt_tokens: int, new_tokens: int, rounds
     speeds, seconds = [], []
     for _ in range(rounds + 1):
         clock, start = Clock(), time.perf_counter()
-        model.generate(  # type: ignore[misc]  # transformers' stubs take the mixin for something else
+        model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             streamer=clock,

@@ -155,11 +155,16 @@ def test_a_directory_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
         resolve.resolve(str(directory))
 
 
-def test_a_name_of_the_catalog_wins_over_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_exists_as_written_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / DEFAULT_MODEL, "config.json", "model.safetensors")
-    assert resolve.resolve(DEFAULT_MODEL).kind == "catalog"
-    assert resolve.resolve(f"./{DEFAULT_MODEL}").kind == "directory"
+    fill(tmp_path / "Qwen" / "Qwen3-8B", "config.json", "model.safetensors")
+    (tmp_path / "chatglm").mkdir()
+    for written in (DEFAULT_MODEL, f"./{DEFAULT_MODEL}", "Qwen/Qwen3-8B"):
+        assert resolve.resolve(written).kind == "directory"
+    assert resolve.resolve("hf:Qwen/Qwen3-8B").kind == "hub"
+    with pytest.raises(CheckpointError, match=r"no config\.json: .* for the model of that name write hf:chatglm-6b"):
+        resolve.resolve("chatglm")
 
 
 def fill(directory: Path, *names: str) -> Path:
@@ -231,9 +236,8 @@ def test_an_index_that_is_none_is_refused(index: str, said: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("smolm2-135m", "did you mean 'smollm2-135m'?"),
-        ("ChatGLM-6B", "did you mean 'chatglm-6b'"),
-        ("zzz", "known: chatglm-6b, "),
+        ("smolm2-135m", "did you mean 'smollm2-135m' or"),
+        ("zzz", "'fitmatrix models' lists the names known offline"),
         ("", "a hub id such as org/name"),
         ("a/b/c", "unknown model 'a/b/c'"),
         ("org/mo--del", "unknown model 'org/mo--del'"),

@@ -17,7 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from harness.catalog import resolve
+from harness.architecture import skeleton_source
+from harness.catalog import resolve, shipped
 from harness.checkpoint.reader import read
 from harness.cli.entry import main
 from tests.checkpoint.test_reader import CONFIG, total, weights, write_config, write_index, write_sharded
@@ -149,19 +150,27 @@ def test_the_directory_that_one_stands_in_has_its_name(say: Said, model: Path, m
     assert shown(say, "model.safetensors")["name"] == "model.safetensors"
 
 
-def test_a_name_of_the_catalog_is_made_if_need_be(say: Said, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched: list[str] = []
+@pytest.mark.parametrize("name", [source.name for source in resolve.known_sources()])
+def test_what_the_catalog_knows_is_inspected_offline(name: str, say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.checkpoint.reader.read_hub", None)
+    monkeypatch.setattr("harness.catalog.download.fetch", None)
+    monkeypatch.setattr("harness.catalog.download.cached", lambda *_: None)
+    found = shown(say, name)
+    full = resolve.shipped_id(resolve.resolve(name))
+    assert full is not None
+    assert (found["name"], found["kind"], found["files"]) == (name, "catalog", [])
+    known, repeated = shipped.catalog()[full], sum(tie["how"] == "repeated" for tie in found["ties"])
+    saved = sum(weight.elements for weight in skeleton_source.named(full).weights if weight.tensor.kind == "buffer")
+    embedding = sum(part["parameters"] for part in found["parts"] if part["kind"] == "embedding")
+    assert found["parameters"] == known.parameters + saved + repeated * embedding
+    assert found["bytes"] == sum(part["bytes"] for part in found["parts"]) > 0
+    assert any("from the catalog, not from its files" in note for note in found["notes"])
 
-    def fetch(source: Any, progress: Any) -> Path:
-        progress("making it")
-        fetched.append(source.name)
-        return model
 
-    monkeypatch.setattr("harness.catalog.download.fetch", fetch)
-    status, out, err = say("smollm2-135m", "--json")
-    found = json.loads(out)
-    assert (status, err, fetched) == (0, "making it\n", ["smollm2-135m"])
-    assert (found["name"], found["kind"], found["source"]) == ("smollm2-135m", "catalog", str(model))
+def test_files_that_are_here_come_before_what_the_catalog_knows(say: Said, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.catalog.download.cached", lambda *_: model)
+    found = shown(say, "smollm2-135m")
+    assert (found["name"], found["kind"], found["parameters"]) == ("smollm2-135m", "catalog", 792)
 
 
 # How it looks
@@ -360,7 +369,7 @@ def test_damage_is_one_sentence_and_exit_status_2(say: Said, tmp_path: Path, nam
         ("./nowhere", "no directory './nowhere'"),
         ("/nowhere/at/all", "no directory '/nowhere/at/all'"),
         ("~nobody-of-this-name/model", "cannot be read"),
-        ("smolm2-135m", "did you mean 'smollm2-135m'?"),
+        ("smolm2-135m", "did you mean 'smollm2-135m' or"),
         ("", "unknown model ''"),
         ("a/b/c", "unknown model 'a/b/c'"),
         ("x" * 5000, ""),
@@ -404,9 +413,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         yield server
 
 
-def test_only_headers_travel_for_a_name_of_the_catalog(hub: HubServer, tmp_path: Path) -> None:
+def test_only_headers_travel_for_a_revision_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
     before = hub.sent
-    done = run("chatglm-6b", "--json", HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path))
+    done = run("chatglm-6b", "--revision", "main", "--json", HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert (found["name"], found["kind"], found["source"]) == ("chatglm-6b", "catalog", "THUDM/chatglm-6b")
@@ -434,3 +443,38 @@ def test_offline_says_offline(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("fitmatrix: offline")
     assert "gated" not in done.stderr
+
+
+# The models that are known offline
+
+
+def test_the_models_known_offline_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["schema"] == 1
+    assert [row["name"] for row in listed["models"]] == sorted(source.name for source in resolve.known_sources())
+    for row in listed["models"]:
+        assert row.keys() == {"name", "hub_id", "parameters", "context_length", "form"}
+        assert resolve.resolve(row["name"]).hub_id == row["hub_id"]
+    assert {"gpt-oss-20b", "smollm2-135m"} <= {row["name"] for row in listed["models"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["moss", "int4"], ["moss-moon-003-sft-int4", "moss-moon-003-sft-plugin-int4"]),
+        (["QWEN/qwen3-8b"], ["qwen3-8b", "qwen3-8b-base"]),
+        (["gpt-oss mxfp4"], ["gpt-oss-120b", "gpt-oss-20b"]),
+    ],
+)
+def test_a_filter_looks_at_names_hub_ids_and_forms(words: list[str], names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", *words]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names, "piped, a model is one line"
+
+
+def test_a_filter_that_nothing_matches_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "qwen3-9b"]) == 2
+    said = capsys.readouterr().err
+    assert "no model that is known offline has 'qwen3-9b'" in said
+    assert "did you mean 'qwen3-8b'" in said

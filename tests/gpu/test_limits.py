@@ -5,36 +5,26 @@ Not run on a card yet.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from harness.core.records import Outcome, Result
-from harness.core.units import GIB
+from harness.core.records import Outcome
+from harness.core.units import GIB, MIB
+from harness.machine import nvml
 from harness.planning import calibration
-from harness.results import store
+from tests.gpu.contact import ROOT, Contact, ended_well, explain
+from tests.gpu.test_contact import printed
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).parents[2]
-
-
-def measured(directory: Path, *words: str) -> list[Result]:
-    command = [sys.executable, "-m", "pytest", "cases", "-q", "--run-all", "--results", str(directory), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (directory / store.NAME).exists(), done.stdout + done.stderr
-    found, problems = store.Store(directory).read()
-    assert not problems
-    return found
-
 
 @pytest.mark.parametrize("placement", ["direct", "auto"])
-def test_a_case_lives_within_its_vram(tmp_path: Path, placement: str) -> None:
-    words = ("--precision", "bf16", "--placement", placement, "--vram", "2GiB", "--vram", "3GiB")
-    for result in measured(tmp_path, *words):
-        assert result.outcome is Outcome.OK, f"{result.why}\n{result.log_tail}"
+def test_a_case_lives_within_its_vram(contact: Contact, placement: str) -> None:
+    for result in contact.cases("--precision", "bf16", "--placement", placement, "--vram", "2GiB", "--vram", "3GiB", "--run-all"):
+        ended_well(result)
         limit = result.case.vram_bytes
         assert limit in (2 * GIB, 3 * GIB)
         assert [gpu.limit_bytes for gpu in result.machine.gpus] == [limit] * len(result.machine.gpus)
@@ -42,18 +32,16 @@ def test_a_case_lives_within_its_vram(tmp_path: Path, placement: str) -> None:
         assert result.metrics.get("vram_process_peak_bytes", 0) <= limit
 
 
-def test_what_needs_more_than_its_vram_is_out_of_memory(tmp_path: Path) -> None:
-    (result,) = measured(tmp_path, "--precision", "fp32", "--placement", "direct", "--vram", "768MiB")
-    assert result.outcome is Outcome.OOM
+def test_what_needs_more_than_its_vram_is_out_of_memory(contact: Contact) -> None:
+    result = contact.case("fp32", "direct", "--vram", "1GiB", "--run-all")
+    assert result.outcome is Outcome.OOM, explain(result)
     assert result.why is not None
     assert "memory" in result.why
 
 
-def printed(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def test_a_card_that_the_plan_does_not_use_gets_no_context() -> None:
+def test_a_card_that_the_plan_does_not_use_gets_no_context(contact: Contact) -> None:
+    if len(contact.machine.gpus) < 2:
+        pytest.skip("there is one card")
     code = """
 import torch
 from harness.worker import model
@@ -67,19 +55,34 @@ print(*(torch._C._cuda_hasPrimaryContext(index) for index in range(torch.cuda.de
 """
     first, *others = printed(code).split()
     assert first == "True"
-    if not others:
-        pytest.skip("there is one card")
     assert set(others) == {"False"}
 
 
-def test_accelerate_finds_free_what_a_context_leaves() -> None:
+def test_accelerate_finds_free_what_a_context_leaves(contact: Contact) -> None:
     code = """
 from accelerate.utils import get_max_memory
 from harness.machine import nvml
 
 with nvml.lent() as library:
-    free = nvml.ask(library, "nvmlDeviceGetMemoryInfo", nvml.visible(library)[0]).free
+    free = nvml.ask(library, "nvmlDeviceGetMemoryInfo", nvml.visible_gpus(library)[0]).free
 print(free - get_max_memory()[0])
 """
+    if contact.machine.shares_ram:
+        pytest.skip("NVML does not tell what is free of a card that shares the RAM")
     context = calibration.default()["gpu_context_bytes"]
-    assert context.low <= int(printed(code)) <= context.high
+    assert context.low - 64 * MIB <= int(printed(code)) <= context.high
+
+
+def cards_seen(visible: str) -> int:
+    """Return how many cards the probe sees where CUDA_VISIBLE_DEVICES is this."""
+    code = "from harness.machine import probe; print(len(probe.probe().gpus))"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)
+    return int(done.stdout)
+
+
+def test_cards_are_hidden_and_chosen_as_cuda_does(contact: Contact) -> None:
+    assert contact.machine.gpus
+    with nvml.lent() as library:
+        uuid = str(nvml.ask(library, "nvmlDeviceGetUUID", nvml.visible_gpus(library)[0]))
+    assert [cards_seen(visible) for visible in ("", "0", uuid)] == [0, 1, 1]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GlmConfig,
 
 import harness.models
 from harness.measure.protocol import Generate, Score
-from harness.models.cache_argument import CACHE, cache_of
+from harness.models.cache_argument import CACHE, kv_cache_of
 from harness.models.chatglm import ChatGLMForCausalLM, anchors, positions
 from harness.models.packed import GroupScaledLinear, RowScaledLinear
 from harness.worker import model as work
@@ -72,7 +72,7 @@ def test_chatglm_agrees_layer_by_layer(attention: str, arrays: Arrays) -> None:
     assert distance(output.logits, arrays["logits"]) < NEAR
     for layer, hidden in enumerate(output.hidden_states):
         assert distance(hidden, arrays[f"hidden_{layer}"]) < NEAR
-    for layer, kept in enumerate(cache_of(output).layers):
+    for layer, kept in enumerate(kv_cache_of(output).layers):
         assert distance(kept.keys, arrays[f"past_k_{layer}"]) < NEAR
         assert distance(kept.values, arrays[f"past_v_{layer}"]) < NEAR
 
@@ -113,7 +113,7 @@ def test_chatglm_decodes_from_its_cache_without_being_given_positions(chatglm: A
     steps = []
     for _ in range(8):
         steps.append(output.logits[:, -1])
-        output = chatglm(steps[-1].argmax(-1)[:, None], **{CACHE: cache_of(output)}, use_cache=True)
+        output = chatglm(steps[-1].argmax(-1)[:, None], **{CACHE: kv_cache_of(output)}, use_cache=True)
     assert distance(torch.stack(steps, dim=1), arrays["decode_logits"]) < NEAR
 
 

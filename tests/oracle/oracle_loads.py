@@ -24,6 +24,7 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, TierEstimate, Workload
 from harness.core.units import GIB, MIB
 from harness.machine.gpus import profile
+from harness.planning import calibration
 from harness.planning.planner import Planner
 from harness.worker.trace.load import Cards, LoadPeak, trace_load
 from tests.support import hollow
@@ -31,6 +32,7 @@ from tests.support.reporting import Figure, Section, table
 
 MACHINE = profile(["2000GiB"], ram=4000 * GIB)
 SHARE, SLACK = 0.02, 64 * MIB
+CONTEXT = int(sum(calibration.default()[name].best for name in ("gpu_context_bytes", "gpu_workspace_bytes")))
 
 
 class Checkpoint(NamedTuple):
@@ -90,7 +92,7 @@ def test_load_peaks(tmp_path: Path, figures: list[Figure], section: Section) -> 
         for precision in one.precisions:
             alone, ahead = traced(folder, precision)
             tier = planned(folder, precision)
-            given = tier.load_peak_bytes - tier.overhead_bytes
+            given = tier.load_peak_bytes - CONTEXT
             off.append((abs(given - ahead.peak_bytes), ahead.peak_bytes))
             over = [f"{size / MIB:,.1f}" for size in (alone.over_bytes, ahead.over_bytes, given - tier.weights_bytes)]
             rows.append([one.model, one.what, precision, f"{alone.held_bytes / GIB:.3f}", *over])

@@ -16,7 +16,10 @@ from msgspec.structs import replace
 from harness.architecture import model_spec, skeleton_source
 from harness.catalog import resolve
 from harness.catalog.resolve import Source
+from harness.checkpoint import quantization
 from harness.checkpoint.reader import Checkpoint, StoredTensor
+from harness.core.methods.packages import how_to_install
+from harness.core.methods.table import METHODS
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS, Config
 from harness.core.records import Machine, Plan, Verdict
@@ -194,7 +197,7 @@ def test_a_package_that_is_not_here(monkeypatch: pytest.MonkeyPatch, names: tupl
     refused = gate(case(*names), NO_GPU)
     assert (refused[0] if refused else None) is verdict
     if refused and verdict is Verdict.UNAVAILABLE:
-        assert refused[1] == "needs the package bitsandbytes: pip install bitsandbytes"
+        assert refused[1] == "needs the package bitsandbytes: pip install 'bitsandbytes>=0.46.1'"
 
 
 @pytest.mark.parametrize(("placement", "refused"), [("direct", False), ("ram-to-gpu", False), ("auto", True), ("cpu", False)])
@@ -285,10 +288,9 @@ def test_a_map_that_leaves_the_disk_alone_needs_no_folder_for_it() -> None:
 
 
 def test_of_a_gguf_file_only_its_own_precision_keeps_the_blocks() -> None:
-    codes = {
-        name: loading_code(PRECISIONS[name], PLACEMENTS["cpu"], "float32", facts=Facts(gguf_file="a.gguf"))
-        for name in ("bf16", "gguf")
-    }
+    rows = {"bf16": replace(PRECISIONS["bf16"], quantization=METHODS["gguf"].unpacked), "gguf": PRECISIONS["gguf"]}
+    facts = Facts(gguf_file="a.gguf")
+    codes = {name: loading_code(row, PLACEMENTS["cpu"], "float32", facts=facts) for name, row in rows.items()}
     quantization = {name: keywords(code)["quantization_config"] for name, code in codes.items()}
     assert quantization == {"bf16": {"quant_method": "gguf", "dequantize": True}, "gguf": {"quant_method": "gguf"}}
     assert {keywords(code)["gguf_file"] for code in codes.values()} == {"a.gguf"}
@@ -310,7 +312,10 @@ def test_what_takes_objects_imports_them_and_packs_for_the_device_that_computes(
 
 
 def test_what_is_stored_quantized_gets_no_config() -> None:
-    assert "quantization_config" not in loading_code(PRECISIONS["int4"], PLACEMENTS["cpu"], "bfloat16", facts=Facts(stored=True))
+    stored = quantization.packed({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    assert stored is not None
+    row = stored.adapted(PRECISIONS["int4"])
+    assert "quantization_config" not in loading_code(row, PLACEMENTS["cpu"], "bfloat16")
 
 
 @pytest.mark.parametrize("precision", ["torchao-int8", "quanto-int4", "gptq-int4"])
@@ -319,7 +324,8 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, prec
     for module in row.needs:
         monkeypatch.setitem(sys.modules, module, None)
     refused = gate(case(precision, "cpu"), NO_GPU)
-    assert refused == (Verdict.UNAVAILABLE, f"needs the package {row.needs[0]}: pip install fitmatrix[{row.extra}]")
+    assert refused == (Verdict.UNAVAILABLE, f"needs {how_to_install(row.needs, row.extra)}")
+    assert f"pip install fitmatrix[{row.extra}]" in refused[1]
 
 
 def test_the_kernels_of_gguf_are_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

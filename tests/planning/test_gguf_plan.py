@@ -66,7 +66,7 @@ def spec(path: Path) -> ModelSpec:
 def loaded(one: ModelSpec, folder: Path, precision: str) -> work.Model:
     """Load in RAM by the code that `plan` prints."""
     row = PRECISIONS[precision]
-    code = loading_code(row, PLACEMENTS["cpu"], row.dtype, facts=Facts(gguf_file=one.gguf_file))
+    code = loading_code(one.adapted(row), PLACEMENTS["cpu"], row.dtype, facts=Facts(gguf_file=one.gguf_file))
     return work.load(Load(model=str(folder), code=code, gguf_file=one.gguf_file), lambda _: contextlib.nullcontext())[0]
 
 

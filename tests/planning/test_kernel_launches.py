@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.models.cache_argument import CACHE, cache_of
+from harness.models.cache_argument import CACHE, kv_cache_of
 from harness.planning.cost import kernel_launches
 from harness.planning.cost.kernel_launches import Operations
 from harness.worker.build_skeleton import build_skeleton
@@ -62,7 +62,7 @@ def dispatched(name: str, layers: int) -> int:
     """Count one step with a cache."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(name, layers)), dtype=torch.bfloat16).eval()
     with torch.no_grad():
-        past = cache_of(model(torch.arange(8)[None], use_cache=True))
+        past = kv_cache_of(model(torch.arange(8)[None], use_cache=True))
         counter = Counter()  # type: ignore[no-untyped-call]  # torch's class
         with counter:
             model(torch.tensor([[3]]), **{CACHE: past}, use_cache=True)

@@ -18,9 +18,10 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, TierEstimate, Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
+from harness.planning import calibration
 from harness.planning.cost.estimate import weight_format
 from harness.planning.cost.inventory import Inventory
-from harness.planning.cost.load_order import on_card, sort_key, stored_name
+from harness.planning.load_order import on_card, sort_key, stored_name
 from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker.trace.ledger import GRAIN
@@ -87,7 +88,8 @@ def planned(folder: Path, precision: str, placement: str = "direct") -> dict[str
 
 
 def over(tier: TierEstimate) -> int:
-    return tier.load_peak_bytes - tier.weights_bytes - tier.overhead_bytes
+    context = sum(calibration.default()[name].best for name in ("gpu_context_bytes", "gpu_workspace_bytes"))
+    return tier.load_peak_bytes - tier.weights_bytes - int(context)
 
 
 def rounding(folder: Path) -> int:

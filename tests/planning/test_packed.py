@@ -177,8 +177,9 @@ def test_every_row_has_constants_of_its_own() -> None:
 def read_by(name: str, ours: bool) -> Footprint:
     """Count MOSS's int4 files for a processor, read by our layers or by gptqmodel."""
     one = model_spec.read_spec(resolve.resolve(name))
-    assert one.unpacks_itself
-    one = replace(one, native=ours)
+    assert one.packed is not None
+    assert one.packed.own
+    one = one if ours else replace(one, packed=replace(one.packed, name="gptq"))
     row = PRECISIONS["gptq-int4"]
     return Footprint(Inventory(one, estimate.weight_format(row, row.dtype, one)), "cpu", Workload(prompt_tokens=1), default())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -9,15 +10,18 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from harness.catalog.resolve import CATALOG
 from harness.core.metrics import METRICS
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.data import DATA
+from harness.machine import accelerators
 from harness.report.page.figures import PLANNED, STATUSES
 from harness.report.page.language import CHINESE, block, table
 from harness.report.page.tradeoff import SHAPES
+from tests.support import builders
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -102,6 +106,69 @@ def test_every_text_of_the_script_is_in_the_table() -> None:
 )
 def test_every_word_of_our_tables_is_in_the_table(texts: list[str]) -> None:
     assert [text for text in texts if not is_said(text)] == []
+
+
+# What speaks of cards on a page: reasons of cases, disturbances, doubts. Of a module all of it, or what is called so in it.
+SPEAKERS = {
+    "machine/accelerators.py": {"PROBLEMS", "hidden", "title"},
+    "measure/interference.py": {"power_capped", "_gpu_others", "_gpu_clock", "_gpu_throttles"},
+    "planning/feasibility.py": {"gate", "decide", "_beyond", "_too_old"},
+    "run/case_result.py": {"_process_vram", "noise"},
+}
+# All that the page quotes: others' words, and names.
+QUOTED = {"Intel GPUs, SYCL", "ROCm's HIP"}
+
+
+def sentences(module: str, owners: set[str]) -> Iterator[str]:
+    """Yield the texts of two words and more in what is called so, between the values that are put into them."""
+    tree = ast.parse((ROOT / "harness" / module).read_text(encoding="utf-8"))
+    for owner in (node for node in ast.walk(tree) if name_of(node) in owners):
+        documented = ast.get_docstring(owner, clean=False) if isinstance(owner, ast.FunctionDef) else None
+        for node in ast.walk(owner):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value != documented:
+                yield from (text for piece in SLOT.split(node.value) if len((text := in_words(flat(piece))).split()) > 1)
+
+
+def name_of(node: ast.AST) -> str | None:
+    if isinstance(node, ast.AnnAssign):
+        return node.target.id if isinstance(node.target, ast.Name) else None
+    return node.name if isinstance(node, ast.FunctionDef) else None
+
+
+@pytest.mark.parametrize("module", SPEAKERS)
+def test_every_sentence_about_cards_has_its_chinese(module: str) -> None:
+    known = "\n".join(flat(form) for key in SAID for form in (key.replace("(s)", ""), key.replace("(s)", "s")))
+    found = set(sentences(module, SPEAKERS[module]))
+    assert found, f"nothing in {module} is called {SPEAKERS[module]}"
+    assert sorted(text for text in found - QUOTED if text not in known) == []
+
+
+MACHINE = builders.machine(builders.gpu())
+BUILDS = [
+    accelerators.TorchBuild(version="2.13.0+cpu"),
+    accelerators.TorchBuild(version="2.13.0+rocm6.4", hip="6.4"),
+    accelerators.TorchBuild(version="2.13.0+xpu", xpu="2025.2"),
+    accelerators.TorchBuild(version="2.13.0", cuda="13.0"),
+]
+CARD = accelerators.TorchDevice(name="RTX 3060", architecture="sm_86")
+LOOKS = [
+    None,
+    accelerators.Seen(error="CUDA driver initialization failed"),
+    accelerators.Seen(),
+    accelerators.Seen(kind="cuda", cards=(CARD, CARD)),
+    accelerators.Seen(kind="cuda", cards=(CARD,), architectures=("sm_100",)),
+]
+
+
+def test_why_torch_cannot_use_a_card_is_said_in_chinese() -> None:
+    """Whole sentences, as they are put together: each row of PROBLEMS, and each maker whose GPU is hidden."""
+    old = replace(MACHINE, driver="470.1")
+    said = {accelerators.problem(machine, build, look) for machine in (MACHINE, old) for build in BUILDS for look in LOOKS}
+    none = builders.machine()
+    kinds = ("hip", "mps", "xpu", "cuda")
+    said |= {accelerators.hidden(none, accelerators.Seen(kind=kind, cards=cards)) for kind in kinds for cards in ((CARD,), ())}
+    assert len(said - {None}) >= len(accelerators.PROBLEMS) + 2 * len(kinds) - 1
+    assert [text for text in said if text and not is_said(text)] == []
 
 
 def test_every_text_of_the_table_is_said_somewhere() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 its usual name
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import harness.models  # noqa: F401 registers our own architectures
+from harness.architecture.card_kernels import kernels_of
 from harness.architecture.traced_memory import evaluate
 from harness.core.records import Workload
 from harness.worker.trace import fake_model, kernels, ledger
@@ -71,9 +73,33 @@ LOADS = (
     [*((name, "bf16") for name in MODELS), ("llama", "int8"), ("llama", "int4"), ("llama", "fp8"), ("qwen 3, experts", "fp8")],
 )
 def test_a_record_gives_what_a_trace_of_all_layers_gives(model: str, precision: str) -> None:
-    made = record(MODELS[model], precision)
-    for load, traced in zip(LOADS, trace(MODELS[model], precision, LOADS), strict=True):
-        given = evaluate(made, load.batch, load.prompt_tokens, load.new_tokens)
+    _agrees(MODELS[model], precision, "8.0")
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "capability"),
+    [
+        ("llama", "fp16", "7.5"),  # grouped heads without flash attention: written out
+        ("llama", "int4", "7.5"),
+        ("mistral with a window", "fp16", "7.0"),
+        ("mistral with a window", "bf16", "9.0"),  # cuDNN takes masks as they are
+        ("gemma 3, alternating", "bf16", "12.0"),
+    ],
+)
+def test_a_record_holds_for_all_cards_of_its_family(model: str, precision: str, capability: str) -> None:
+    _agrees(MODELS[model], precision, capability)
+
+
+def test_a_record_says_nothing_of_cards_that_it_does_not_hold_for() -> None:
+    made = record(MODELS["llama"], "fp16")
+    assert evaluate(made, 1, 64, 2, "8.9") is not None
+    assert evaluate(made, 1, 64, 2, "7.5") is None
+
+
+def _agrees(config: dict[str, Any], precision: str, capability: str) -> None:
+    made = record(config, precision, capability=capability)
+    for load, traced in zip(LOADS, trace(config, precision, LOADS, capability=capability), strict=True):
+        given = evaluate(made, load.batch, load.prompt_tokens, load.new_tokens, capability)
         assert given is not None
         assert traced.guesses == 0
         assert given.weights_bytes == traced.weights_bytes
@@ -139,33 +165,62 @@ def test_the_ledger_counts_real_tensors_of_the_processor_alike() -> None:
 @pytest.mark.parametrize(
     ("capability", "dtype", "masked", "kernel"),
     [
-        ((8, 0), torch.bfloat16, False, "flash"),
-        ((8, 0), torch.bfloat16, True, "efficient"),
-        ((8, 0), torch.float32, False, "efficient"),
-        ((7, 5), torch.float16, False, "efficient"),
-        ((7, 5), torch.bfloat16, False, "math"),
+        ("8.0", torch.bfloat16, False, "flash"),
+        ("8.0", torch.bfloat16, True, "efficient"),
+        ("8.0", torch.float32, False, "efficient"),
+        ("8.9", torch.float16, False, "flash"),
+        ("9.0", torch.bfloat16, True, "cudnn"),
+        ("10.0", torch.bfloat16, False, "cudnn"),
+        ("12.0", torch.bfloat16, True, "efficient"),
+        ("12.0", torch.bfloat16, False, "flash"),
+        ("7.5", torch.float16, False, "efficient"),
+        ("7.0", torch.float16, True, "efficient"),
+        ("7.5", torch.bfloat16, False, "math"),
+        ("6.1", torch.float32, False, "efficient"),
     ],
 )
-def test_a_card_takes_a_kernel_by_its_compute_capability(
-    capability: tuple[int, int], dtype: torch.dtype, masked: bool, kernel: str
-) -> None:
+def test_a_card_takes_a_kernel_by_its_compute_capability(capability: str, dtype: torch.dtype, masked: bool, kernel: str) -> None:
     states = torch.empty(1, 8, 32, 64, dtype=dtype)
     mask = torch.empty(1, 1, 32, 32, dtype=torch.bool) if masked else None
-    assert kernels.choose_kernel(states, states, states, mask, capability) == kernel
+    assert kernels.choose_kernel(states, states, states, mask, kernels_of(capability)) == kernel
+
+
+@pytest.mark.parametrize(
+    ("widths", "masked", "capability", "kernel"),
+    [
+        ((256, 256), False, "9.0", "flash"),  # wider than cuDNN's
+        ((256, 256), True, "9.0", "efficient"),
+        ((320, 320), False, "8.0", "efficient"),  # wider than flash attention's
+        ((192, 128), False, "8.0", "efficient"),  # flash attention has one width
+        ((100, 100), False, "8.0", "flash"),  # which pads
+        ((100, 100), True, "8.0", "math"),
+    ],
+)
+def test_a_kernel_has_limits_of_width(widths: tuple[int, int], masked: bool, capability: str, kernel: str) -> None:
+    query, value = (torch.empty(1, 8, 32, width, dtype=torch.bfloat16) for width in widths)
+    mask = torch.empty(1, 1, 32, 32) if masked else None
+    assert kernels.choose_kernel(query, query, value, mask, kernels_of(capability)) == kernel
+
+
+def test_torch_has_no_grouped_heads_but_in_flash_attention() -> None:
+    """The rows of KERNELS are of this release: a later one takes grouped heads in the memory-efficient kernel as well."""
+    said = Path(torch.__file__).parent / "include/ATen/native/transformers/sdp_utils_cpp.h"
+    assert "supports_mqa" not in said.read_text(encoding="utf-8")
+    assert "It currently works only for Flash_attention" in str(F.scaled_dot_product_attention.__doc__)
 
 
 def test_a_mask_with_shared_heads_has_no_kernel_but_the_plain_one() -> None:
     query, key = torch.empty(1, 8, 32, 64, dtype=torch.float16), torch.empty(1, 4, 32, 64, dtype=torch.float16)
-    assert kernels.choose_kernel(query, key, key, None, (8, 0)) == "flash"
-    assert kernels.choose_kernel(query, key, key, torch.empty(1, 1, 32, 32), (8, 0)) == "math"
+    assert kernels.choose_kernel(query, key, key, None, kernels_of("8.0")) == "flash"
+    assert kernels.choose_kernel(query, key, key, torch.empty(1, 1, 32, 32), kernels_of("8.0")) == "math"
 
 
 def test_bitsandbytes_unpacks_no_weight_for_a_few_rows_and_any_for_many() -> None:
-    ranges = kernels.packed_rows(torch.bfloat16, 14336, 4096, kernels.kernels_of("8.0"))
+    ranges = kernels.packed_rows(torch.bfloat16, 14336, 4096, kernels_of("8.0"))
     assert ranges[0][0] == 1
     assert ranges[0][1] >= 4
     assert ranges[-1][1] <= kernels.MOST_PACKED_ROWS
-    assert kernels.packed_rows(torch.bfloat16, 256, 100, kernels.kernels_of("8.0")) == []
+    assert kernels.packed_rows(torch.bfloat16, 256, 100, kernels_of("8.0")) == []
 
 
 def test_what_is_taken_of_torch_that_is_not_public_is_there() -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import accelerate.big_modeling
 import msgspec
 import numpy as np
 import pytest
@@ -278,3 +279,22 @@ def test_replay_maps_pages_that_were_present() -> None:
     runs = prefault.resident_runs()
     assert sum(length for _, length in runs) > 10 << 20  # torch alone is more
     prefault.replay()
+
+
+def test_a_step_inside_another_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's dispatch_model moves modules itself: what Module.to takes there is in the seconds of dispatch_model already."""
+    now = iter(float(second) for second in range(100))
+    monkeypatch.setattr("harness.worker.model.time.perf_counter", lambda: next(now))
+    small = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(accelerate.big_modeling, "dispatch_model", lambda module: module.to("cpu"))
+    seconds: dict[str, float] = {}
+    with work._parts_timed(seconds):
+        accelerate.big_modeling.dispatch_model(small)
+        small.to("cpu")
+    assert seconds == {"dispatch_s": 2.0}  # two steps, of a second between the looks at a clock that each takes
+
+
+def test_the_steps_of_loading_take_no_longer_than_loading(tiny: Path) -> None:
+    for placement in ("dispatch", "cpu", "disk"):
+        _, seconds, _ = load(tiny, "bf16", placement)
+        assert seconds.get("weights_s", 0.0) + seconds.get("dispatch_s", 0.0) <= seconds["load_s"]

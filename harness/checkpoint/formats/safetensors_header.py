@@ -67,6 +67,7 @@ class StoredTensor(Record, frozen=True, kw_only=True):
     bytes: int
     file: str
     storage: str | None = None
+    offset: int | None = None  #: where its bytes begin in the file, of safetensors
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -79,6 +80,7 @@ class _Entry(msgspec.Struct, frozen=True):
 
 class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
+    metadata: dict[str, Any] | None = None
 
 
 _INDEX = msgspec.json.Decoder(_Index)
@@ -107,12 +109,19 @@ def read_index(blob: Blob) -> dict[str, str]:
     """Return the shard of each tensor that a `*.index.json` lists; of one tensor at least."""
     data = _read_json(blob, INDEX_BYTES, INDEX_MARKS)
     try:
-        listed = _INDEX.decode(data).weight_map
+        index = _INDEX.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _not_json(blob, error) from error
-    if not listed:
+    if not index.weight_map:
         raise CheckpointError(blob.where, f'its "weight_map" is empty: {DOWNLOAD_AGAIN}')
-    return listed
+    return index.weight_map
+
+
+def check_metadata(blob: Blob) -> None:
+    """Refuse an index that transformers would end at in a KeyError; accelerate alone does without."""
+    if _INDEX.decode(_read_json(blob, INDEX_BYTES, INDEX_MARKS)).metadata is None:
+        what = 'has no "metadata", without which transformers ends in a KeyError'
+        raise CheckpointError(blob.where, f'{what}: write "metadata": {{}} into it, or {DOWNLOAD_AGAIN}')
 
 
 def read_safetensors(blob: Blob) -> list[StoredTensor]:
@@ -131,7 +140,7 @@ def read_safetensors(blob: Blob) -> list[StoredTensor]:
         raise CheckpointError(blob.where, f"has a header of {format_size(length)}; this reader takes {format_size(HEADER_BYTES)}")
     entries = _decode_header(blob, cursor.take(length))
     _check_layout(blob, entries, blob.size - 8 - length)
-    return [_tensor(blob, name, entry) for name, entry in entries.items()]
+    return [_tensor(blob, name, entry, 8 + length) for name, entry in entries.items()]
 
 
 def check_shape(blob: Blob, name: str, shape: tuple[int, ...]) -> int:
@@ -182,9 +191,16 @@ def _bits(blob: Blob, name: str, dtype: str) -> int:
     return DTYPE_BITS[SAFETENSORS_DTYPES[dtype]]
 
 
-def _tensor(blob: Blob, name: str, entry: _Entry) -> StoredTensor:
+def _tensor(blob: Blob, name: str, entry: _Entry, start: int) -> StoredTensor:
     begin, end = entry.data_offsets
-    return StoredTensor(name=name, dtype=SAFETENSORS_DTYPES[entry.dtype], shape=entry.shape, bytes=end - begin, file=blob.name)
+    return StoredTensor(
+        name=name,
+        dtype=SAFETENSORS_DTYPES[entry.dtype],
+        shape=entry.shape,
+        bytes=end - begin,
+        file=blob.name,
+        offset=start + begin,
+    )
 
 
 def _read_json(blob: Blob, most_bytes: int, most_marks: int) -> bytes:

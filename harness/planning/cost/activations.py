@@ -12,9 +12,9 @@ from harness.architecture.skeleton import Skeleton, is_stacked
 from harness.core.families import FAMILIES
 from harness.core.quantizers import UNPACKINGS
 from harness.core.records import Workload
-from harness.planning.cost.memory import EAGER, PLAIN_GELU, WeightFormat, kv_bytes
+from harness.planning.cost.memory import PLAIN_GELU, WeightFormat, kv_bytes
 
-# Of EAGER, who computes queries, keys and scores in float32 whatever the dtype, and who keeps even the softmax in the dtype.
+# Who computes queries, keys and scores in float32 whatever the dtype, and who keeps even the softmax in the dtype.
 FP32_SCORES = frozenset(("codegen", "gpt_neo", "gptj", *(name for name, family in FAMILIES.items() if family.fp32_scores)))
 PLAIN_SOFTMAX = frozenset(("gpt_oss",))
 # Routers in float32: two of the four copies that joining the experts' outputs makes are in float32 too.
@@ -37,11 +37,12 @@ class Activations:
         self._fmt = fmt
         self.hidden, self.inner, self.heads = skeleton.hidden_size, skeleton.intermediate_size, skeleton.heads
         self._fused, self._gated = _gate_of_mlp(skeleton)
-        windows = {kind.window for kind in skeleton.attention}
-        self._mask_kinds = len(windows)
-        self._window = min((window for window in windows if window), default=None)
+        self._windows = {kind.window for kind in skeleton.attention}
+        self._mask_kinds = len(self._windows)
+        self._window = min((window for window in self._windows if window), default=None)
         self._head_dim = max((kind.key_dim for kind in skeleton.attention if kind.expanded is None), default=0)
         self._head_dim = self._head_dim or self.hidden // max(1, self.heads)
+        self._grouped = any(0 < kind.heads < self.heads and kind.expanded is None for kind in skeleton.attention)
         linears = [weight.tensor.shape for weight, _ in skeleton.tally if weight.quantizes and len(weight.tensor.shape) == 2]
         self.largest = max((rows * columns for rows, columns in linears), default=0)
         self._stacked = any(is_stacked(weight) for weight, _ in skeleton.tally)
@@ -158,7 +159,7 @@ class Activations:
         tokens, of which attention makes a copy in the dtype for each sequence, padded keys and values beside it.
         """
         pairs = prompt * prompt
-        if self.skeleton.model_type in EAGER:
+        if self.skeleton.eager:
             made = batch * pairs * self.element * self._mask_kinds
             return {"between": made, "attention": made}
         if self._prefix:
@@ -180,9 +181,13 @@ class Activations:
         """Return the bytes of attention written out: scores, their softmax in float32, its copy in the dtype.
 
         A GPU casts float16 inside the softmax (4 + 2 e bytes a score), bfloat16 before it (10); GPT-OSS stays in the dtype (3 e).
+        SDPA in float32 writes attention out as well where heads are grouped and no mask makes transformers repeat them: flash takes
+        16 bits alone, memory-efficient attention no groups (ATen's sdp_utils.cpp). Its causal mask is one for all.
         """
-        if self.skeleton.model_type not in EAGER:
-            return 0
+        if not self.skeleton.eager:
+            plain = not self._prefix and any(window is None or prompt < window for window in self._windows)
+            written_out = self._grouped and self.element == 4 and self.device == "gpu" and plain
+            return (2 * batch * self.heads + 1) * prompt * prompt * 4 if written_out else 0
         if self.skeleton.model_type in PLAIN_SOFTMAX:
             each = 3 * self.element
         elif self.element == 4:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
-from harness.core.families import GGUF
 from harness.core.precisions import Precision
 from harness.core.records import Estimate, Machine, Tier, TierEstimate
 from harness.planning.calibration import Calibration
@@ -28,14 +27,23 @@ ROUGH_SHARE, KNOWN_SHARE = 0.10, 0.005
 
 def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFormat:
     """Return the format of a model's weights in a precision: a quantized checkpoint stays so, except a GGUF that is unpacked."""
+    if not spec.keeps_packed(precision):
+        return WeightFormat(dtype=dtype, quantizer=precision.scheme if spec.stored_as is None else None)
     if spec.gguf is not None:
-        bits = spec.gguf.packed_bits if precision.requires_checkpoint == GGUF.title else None
-        return WeightFormat(dtype=dtype, packed_bits=bits, packed_experts=bits is not None, packed_embeddings=bits is not None)
-    if spec.packed is not None and not spec.packed.unpacks:
-        bits, experts = packed_bits(spec)
-        own = spec.packed.precision if spec.unpacks_itself else None
-        return WeightFormat(dtype=dtype, packed_bits=bits, packed_experts=experts, unpacking=own)
-    return WeightFormat(dtype=dtype, quantizer=precision.scheme)
+        return WeightFormat(dtype=dtype, packed_bits=spec.gguf.packed_bits, packed_experts=True, packed_embeddings=True)
+    assert spec.packed is not None
+    method = spec.packed.method
+    assert method is not None
+    bits, experts = packed_bits(spec)
+    return WeightFormat(
+        dtype=dtype,
+        packed_bits=bits,
+        packed_linears=method.packs_linears,
+        counted_as=precision.scheme if method.counted is not None else None,
+        margin=method.margin,
+        packed_experts=experts,
+        unpacking=spec.packed.precision if spec.packed.own else None,
+    )
 
 
 def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
@@ -46,11 +54,13 @@ def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
     packed = spec.packed
     assert packed is not None
     saved = [(w, w.elements * count) for w, count in spec.skeleton.tally if not w.tied_to and w.tensor.kind != "unsaved"]
-    quantized = sum(elements for weight, elements in saved if weight.quantizes)
+    linears = packed.method is None or packed.method.packs_linears
+    quantized = sum(elements for weight, elements in saved if linears and weight.quantizes)
     experts = sum(elements for weight, elements in saved if skeleton.is_stacked(weight))
     plain = 2 * (sum(elements for _, elements in saved) - quantized)
     if spec.tensor_bytes is None or not quantized + experts:
-        return packed.bits + ((16 + packed.bits) / packed.group if packed.group else 0.0), bool(experts)
+        group = 32 if not linears else packed.group
+        return packed.bits + ((8 if not linears else 16 + packed.bits) / group if group else 0.0), bool(experts)
     if experts and spec.tensor_bytes < plain:
         plain, quantized = plain - 2 * experts, quantized + experts
     else:
@@ -67,8 +77,7 @@ def estimate(footprint: Footprint, precision: str, machine: Machine) -> Estimate
         load_s=spent.load_s,
         first_token_s=spent.first_token_s,
         decode_tok_s=spent.decode_tok_s,
-        corrections=spent.corrections,
-        fixed_token_s=spent.fixed_token_s,
+        corrections={name: found.factor for name, found in footprint.calibration.fitted.items()},
         constants=footprint.calibration.digest,
     )
 
@@ -80,7 +89,7 @@ def memory(footprint: Footprint, machine: Machine) -> dict[str, TierEstimate]:
 
 def beside_weights(terms: TierTerms) -> float:
     """Return the most that generating needs of a tier beside its weights and the KV cache."""
-    return terms.overhead.high + terms.heap.high + terms.libraries.high + terms.activation.high
+    return terms.overhead.high + terms.fragments.high + terms.heap.high + terms.libraries.high + terms.activation.high
 
 
 def _tier(terms: TierTerms, tier: Tier | None, footprint: Footprint) -> TierEstimate:
@@ -88,25 +97,33 @@ def _tier(terms: TierTerms, tier: Tier | None, footprint: Footprint) -> TierEsti
     capacity = tier.capacity_bytes if tier else None
     if tier is not None and tier.kind == "cpu":
         return _ram(terms, tier, rough, footprint.calibration)
-    run = terms.weights + terms.kv + terms.activation.best
-    best = max(run, terms.weights + terms.loading.best) + terms.overhead.best
-    low = terms.weights * (1 - rough) + terms.kv + terms.activation.low + terms.overhead.low
-    high = max(terms.kv + terms.activation.high, terms.loading.high) + terms.weights * (1 + rough) + terms.overhead.high
-    needed = (terms.written, terms.written) if tier is not None and tier.kind == "disk" else (best, max(high, best))
+    run, load = terms.weights + terms.kv + terms.activation.best, terms.weights + terms.loading.best
+    needed = max(run + terms.fragments.best, load) + terms.overhead.best
+    runs_high = terms.kv + terms.activation.high
+    most = max(runs_high + terms.fragments.high, terms.loading.high) + terms.weights * (1 + rough) + terms.overhead.high
+    best = _with_cached(max(run + terms.cached.best, load) + terms.overhead.best, needed, capacity)
+    low = terms.weights * (1 - rough) + terms.kv + terms.activation.low + terms.fragments.low + terms.overhead.low
+    high = max(runs_high + terms.cached.high, terms.loading.high) + terms.weights * (1 + rough) + terms.overhead.high
+    needs = (terms.written, terms.written) if tier is not None and tier.kind == "disk" else (needed, max(most, needed))
     return TierEstimate(
         weights_bytes=terms.weights,
         kv_bytes=terms.kv,
         activation_bytes=int(terms.activation.best),
-        overhead_bytes=int(terms.overhead.best),
+        overhead_bytes=int(terms.overhead.best + terms.fragments.best),
         allocated_bytes=int(run),
         peak_bytes=int(best),
-        load_peak_bytes=int(terms.weights + terms.loading.best + terms.overhead.best),
+        load_peak_bytes=int(load + terms.overhead.best),
         low_bytes=int(min(low, best)),
         high_bytes=int(max(high, best)),
         capacity_bytes=capacity,
-        needed_bytes=int(needed[0]),
-        needed_high_bytes=int(needed[1]),
+        needed_bytes=int(needs[0]),
+        needed_high_bytes=int(needs[1]),
     )
+
+
+def _with_cached(wanted: float, needed: float, capacity: int | None) -> float:
+    """Return what is reserved on a GPU: torch's allocator gives back what it caches before a card is too small."""
+    return wanted if capacity is None else min(wanted, max(needed, capacity))
 
 
 def _ram(terms: TierTerms, tier: Tier, rough: float, calibration: Calibration) -> TierEstimate:

@@ -9,8 +9,10 @@ from functools import cached_property
 from typing import NamedTuple
 
 from harness.core.records import Record, Workload
+from harness.planning import load_order
 from harness.planning.calibration import Bytes, Calibration
-from harness.planning.cost import load_order, memory, tensor_parallel
+from harness.planning.cost import memory, tensor_parallel
+from harness.planning.cost.fragmentation import fragmentation
 from harness.planning.cost.inventory import Inventory, TensorTotals
 from harness.planning.cost.overhead import Overhead
 
@@ -30,6 +32,8 @@ class TierTerms(Record, frozen=True, kw_only=True):
     kv: int = 0
     activation: Bytes = Bytes()
     overhead: Bytes = Bytes()  #: the process, anonymous; on a GPU its context
+    fragments: Bytes = Bytes()  #: on a GPU what torch's allocator needs beyond what it has handed out while generating
+    cached: Bytes = Bytes()  #: the same where there is room for what it would give back
     heap: Bytes = Bytes()  #: what the heap keeps of freed copies, anonymous
     libraries: Bytes = Bytes()  #: mapped pages of libraries
     loading: Bytes = Bytes()  #: needed only while loading
@@ -45,6 +49,7 @@ class Loading(NamedTuple):
     off_gpu: Inventory | None = None  #: what lies off the GPUs, if its weight format is another
     begins_on: tuple[str, ...] = ()  #: GPUs that a library begins on to see what is free, weights or not
     processes: int = 1  #: how many share every layer (tensor parallelism), each on a GPU of its own or all in RAM
+    expandable: bool = False  #: whether torch's allocator uses expandable segments
 
 
 PLAIN = Loading()
@@ -92,6 +97,19 @@ class Footprint:
         other = copy(self)
         other.workload = workload
         other.__dict__.pop("kv", None)
+        return other
+
+    def with_expandable_segments(self) -> Footprint:
+        """Return the same case with torch's expandable segments."""
+        other = copy(self)
+        other.loading = self.loading._replace(expandable=True)
+        return other
+
+    def with_calibration(self, calibration: Calibration) -> Footprint:
+        """Return the same case by other constants; what does not depend on them is not counted again."""
+        other = copy(self)
+        other.calibration = calibration
+        other.overhead = Overhead(self.inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
         return other
 
     @cached_property
@@ -145,11 +163,16 @@ class Footprint:
         constant, kv = self.calibration, self.kv.get(name, 0)
         runs = self.inventory.on_gpu.bytes(self.workload)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
+        expandable = self.loading.expandable
+        gaps = self.inventory.on_gpu.gaps(expandable=expandable)
+        fragments, cached = fragmentation(gaps, constant, kv + runs, expandable=expandable)
         return TierTerms(
             weights=self.weights[name],
             kv=kv,
             activation=constant["gpu_activation_share"].amount(runs) + _exact(brought),
-            overhead=self.overhead.context + constant["gpu_fragmentation_share"].amount(kv + runs),
+            overhead=self.overhead.context,
+            fragments=fragments,
+            cached=cached,
             loading=self._in_flight(name) + _exact(self.sums[name].twice),
         )
 

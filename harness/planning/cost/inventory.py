@@ -16,8 +16,8 @@ from harness.planning.cost import kernel_launches, memory, tensor_parallel
 from harness.planning.cost.activations import Activations
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
-from harness.planning.cost.load_order import LoadStep, conversion_of, copies, sort_key, stored_name
 from harness.planning.cost.memory import WeightFormat
+from harness.planning.load_order import LoadStep, conversion_of, copies, sort_key, stored_name
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -68,21 +68,21 @@ class Inventory:
     """The tensors of a model in one weight format.
 
     `sizes` and `per_token` go by the path of each tensor in the first piece of its kind; `rows` are all pieces in order, each with
-    the sum of its tensors.
+    the sum of its tensors. `capability` is the compute capability of the oldest GPU.
     """
 
-    def __init__(self, spec: ModelSpec, fmt: WeightFormat) -> None:
+    def __init__(self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None) -> None:
         self.spec, self.fmt, self.skeleton = spec, fmt, spec.skeleton
         self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, fmt).items()}
         self.per_token = memory.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = spec.stored_dtype
-        # Bytes of the file for each weight: the blocks of a GGUF hold less than a byte each.
+        # Bytes of the file for each weight: what is packed may hold several in a byte.
         packed = spec.checkpoint_bytes / max(1, self.skeleton.parameters)
-        self.stored_width = packed if spec.gguf else DTYPE_BYTES.get(self.stored_dtype, 2)
+        self.stored_width = packed if spec.stored_as else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
-        self.on_gpu = GpuActivations(spec, fmt)
+        self.on_gpu = GpuActivations(spec, fmt, capability)
         self.on_cpu = Activations(self.skeleton, fmt, "cpu")
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from harness.architecture.skeleton import Block, Skeleton
 from harness.core.records import Record
-from harness.planning.cost.memory import EAGER, PLAIN_GELU
+from harness.planning.cost.memory import PLAIN_GELU
 
 LINEAR = 4
 # A norm with a bias is torch's one kernel; one without is written out: casts, square, mean, root, two products.
@@ -19,7 +19,7 @@ LAYER_NORM, RMS_NORM = 1, 8
 # A layer beside its modules: views, cache, attention, activation, residuals; and where positions are turned into rotations.
 LAYER, ROTARY = 20, 14
 LATENT = 34  # keys and values of multi-head latent attention are split, expanded and joined again
-WRITTEN_OUT = 26  # attention that is computed step by step, in the layers of EAGER
+WRITTEN_OUT = 26  # attention that is computed step by step, where a class has no SDPA
 GELU = 8
 ROUTER = 27  # scores, the best of them, sorting tokens by expert and back
 TOKEN_LAUNCHES = 60  # generate itself: inputs, masks, logits processors, the choice
@@ -67,7 +67,7 @@ def _layers(skeleton: Skeleton, *, rotates: bool) -> int:
     """Count what layers do beside their modules."""
     each = LAYER
     each += ROTARY if rotates else 0
-    each += WRITTEN_OUT if skeleton.model_type in EAGER else 0
+    each += WRITTEN_OUT if skeleton.eager else 0
     each += GELU if skeleton.model_type in PLAIN_GELU else 0
     latent = [kind.expanded is not None for kind in skeleton.attention]
     return sum(each + LATENT * latent[kind] for kind in skeleton.layers)

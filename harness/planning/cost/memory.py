@@ -11,9 +11,6 @@ from harness.core.families import FAMILIES
 from harness.core.quantizers import SCHEMES
 from harness.core.records import Record
 
-# Architectures whose attention transformers computes step by step, with all scores in memory: no sdpa in their classes.
-_EAGER = ("bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "openai-gpt")
-EAGER = frozenset((*_EAGER, *(name for name, family in FAMILIES.items() if family.eager_attention)))
 # Classes derived from torch's Linear: some quantizers take them for one, others take exactly Linear.
 DERIVED_LINEARS = frozenset(("FalconLinear",))
 # What GELU's formula in Python keeps at once beside its input, in widths of the MLP: gelu_new of these classes.
@@ -27,8 +24,11 @@ class WeightFormat(Record, frozen=True, kw_only=True):
     dtype: str  #: of what is not quantized
     quantizer: str | None = None  #: the row of SCHEMES that quantizes while loading
     packed_bits: float | None = None  #: bits a weight, scales included, of a checkpoint that is quantized already
+    packed_linears: bool = True  #: whether its Linear weights are quantized
     packed_experts: bool = False  #: whether its stacked experts are quantized too
     packed_embeddings: bool = False  #: whether its embedding and head are quantized too
+    counted_as: str | None = None  #: the row of SCHEMES by which transformers counts what is packed; None: by its own bytes
+    margin: bool = False  #: whether transformers keeps a tenth of the memory free for what is packed
     unpacking: str | None = None  #: the row of UNPACKINGS, if layers of `harness.models` run it
 
     @property
@@ -73,7 +73,7 @@ def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
 
 
 def _is_packed(weight: Weight, fmt: WeightFormat, owner: Block) -> bool:
-    if weight.quantizes or (fmt.packed_experts and is_stacked(weight)):
+    if (fmt.packed_linears and weight.quantizes) or (fmt.packed_experts and is_stacked(weight)):
         return True
     looks_up = "Embedding" in owner.class_name or owner.linear is not None
     return fmt.packed_embeddings and looks_up and len(weight.tensor.shape) == 2

@@ -8,7 +8,7 @@ Weights beside the GPU need no special case: their path is the link, or the disk
 from __future__ import annotations
 
 from harness.core.records import Machine, Record, Span, Workload
-from harness.planning.calibration import FIRST_TOKEN, LOAD, TOKEN, Calibration
+from harness.planning.calibration import Calibration
 from harness.planning.cost.kernel_launches import LINEAR
 from harness.planning.cost.rates import Rates
 from harness.planning.cost.work import TokenWork
@@ -22,37 +22,15 @@ class Seconds(Record, frozen=True, kw_only=True):
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
-    corrections: dict[str, float]
-    fixed_token_s: float
 
 
 def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> Seconds:
-    """Return load seconds, seconds to the first token, tokens/s, and what of them results of this machine corrected.
-
-    The correction of a token is one of the processor, not of the memory: a small model that calibrates spends its time between
-    the Linears, and would make a large one, which waits for its weights, too fast or too slow.
-    """
-    timings = {pick: _Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS}
-    fixed = {TOKEN: timings["best"].fixed()}
-    spans = {
-        LOAD: [timing.load() for timing in timings.values()],
-        FIRST_TOKEN: [timing.first_token() for timing in timings.values()],
-        TOKEN: [timing.token() for timing in timings.values()],
-    }
-    corrections = {}
-    for figure, values in spans.items():
-        ratio = calibration.ratio(figure, work.device, work.precision)
-        if ratio is not None:
-            kept = fixed.get(figure, 0.0)
-            best = kept + (values[1] - kept) * ratio.best
-            spans[figure] = [best * ratio.low / ratio.best, best, best * ratio.high / ratio.best]
-            corrections[figure] = ratio.best
+    """Return load seconds, seconds to the first token, and tokens/s."""
+    timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
     return Seconds(
-        load_s=_span(spans[LOAD]),
-        first_token_s=_span(spans[FIRST_TOKEN]),
-        decode_tok_s=_span([workload.batch / value for value in reversed(spans[TOKEN])]),
-        corrections=corrections,
-        fixed_token_s=fixed[TOKEN],
+        load_s=_span([timing.load() for timing in timings]),
+        first_token_s=_span([timing.first_token() for timing in timings]),
+        decode_tok_s=_span([workload.batch / timing.token() for timing in reversed(timings)]),
     )
 
 
@@ -126,12 +104,6 @@ class _Timing:
         each = self.rates.cost(f"{kind}_operations_per_linear{self.suffix}") if quantized else 0.0
         started = counted.others + LINEAR * (counted.linears - quantized) + each * quantized
         return (started + (0 if self.gpu else counted.experts)) * self.rates.cost(f"{kind}_s_per_operation")
-
-    def fixed(self) -> float:
-        """Return what of a token's seconds is settled: reading the RAM at a measured bandwidth."""
-        cpu = self.machine.tier("cpu")
-        is_measured = cpu is not None and cpu.bytes_per_s and self.work.read.keys() == {"cpu"}
-        return self._moved() if is_measured and not self.gpu else 0.0
 
     def _moved(self, first: bool = False) -> float:
         """Bring what a token reads. A page cache that is too small for all of it drops first what comes next, and keeps little."""

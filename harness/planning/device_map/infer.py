@@ -32,7 +32,8 @@ class Widths(NamedTuple):
 
     dtype: str = "bfloat16"
     quantizer: str | None = None  #: a row of SCHEMES
-    weights: Mapping[str, Bytes] | None = None  #: bytes by path, if modules are replaced before transformers infers: packed GGUF
+    weights: Mapping[str, Bytes] | None = None  #: bytes by path, if modules are replaced before transformers infers: what is packed
+    margin: bool | None = None  #: whether a tenth of everything is kept free for a quantizer; None: where one is at work
 
 
 BFLOAT16 = Widths()
@@ -58,7 +59,7 @@ def infer(
         raise UsageError(f"no device map strategy {strategy!r}: {did_you_mean(strategy, STRATEGIES)}")
     sizes = measure(skeleton, widths)
     budgets = _budgets(skeleton, sizes, strategy, max_memory, free or {})
-    if widths.quantizer is not None:
+    if widths.quantizer is not None if widths.margin is None else widths.margin:
         budgets = {device: size * MARGIN for device, size in budgets.items()}
     return merge(_Pour(skeleton, sizes, budgets).run())
 
@@ -78,7 +79,7 @@ def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> dict[str, Bytes]:
 
     The tensors inside a piece are there for the first of each kind, as they are in `widths.weights`.
     """
-    dtype, quantizer, weights = widths
+    dtype, quantizer, weights, _ = widths
     plain, scheme = DTYPE_BYTES[dtype], SCHEMES[quantizer] if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
     for weight, _ in skeleton.tally:

@@ -35,18 +35,22 @@ class Stock(NamedTuple):
 
 
 class Sizes:
-    """Bytes of a model's weights in one 16- or 32-bit dtype: the largest tensor outside the blocks, and the blocks."""
+    """Bytes of a model's weights: the largest tensor outside the blocks, and the blocks.
 
-    def __init__(self, weights: Checkpoint | Stock, dtype: str) -> None:
+    They take a 16- or 32-bit dtype, but for those in `packed`, bytes by name.
+    """
+
+    def __init__(self, weights: Checkpoint | Stock, dtype: str, packed: Mapping[str, int] | None = None) -> None:
         blocks: dict[str, int] = defaultdict(int)
         outside = [0]
         for tensor in weights.tensors:
-            count = math.prod(tensor.shape)
+            plain = math.prod(tensor.shape) * DTYPE_BYTES[dtype]
+            size = packed.get(tensor.name, plain) if packed else plain
             block = _BLOCK.search(tensor.name)
             if block:
-                blocks[tensor.name[: block.end() - 1]] += count * DTYPE_BYTES[dtype]
+                blocks[tensor.name[: block.end() - 1]] += size
             else:
-                outside.append(count * DTYPE_BYTES[dtype])
+                outside.append(size)
         self.outside_bytes, self.blocks_bytes = max(outside), sum(blocks.values())
         # The placement algorithm keeps room for the largest layer on every device from which it spills to the disk.
         self.room_bytes = max(self.outside_bytes, max(blocks.values(), default=0))

@@ -88,12 +88,12 @@ def _answer(block: Block, matrix: Matrix) -> Iterator[str]:
 def _matrix(matrix: Matrix) -> list[str]:
     if not matrix.rows:
         return ["None of these placements is available on this machine."]
-    columns = ["precision", *(code(_place(cells), _NAME) for cells in zip(*(cells for _, cells in matrix.rows), strict=True))]
+    columns = ["precision", *(code(_column(cells), _NAME) for cells in zip(*(cells for _, cells in matrix.rows), strict=True))]
     rows = [[code(heading.name, _NAME), *map(_cell, cells)] for heading, cells in matrix.rows]
     return table(columns, rows)
 
 
-def _place(cells: Iterable[Cell | None]) -> str:
+def _column(cells: Iterable[Cell | None]) -> str:
     """Name a column as the ids of its cases do: the placement with its limits."""
     return next(cell.result.case.place for cell in cells if cell)
 

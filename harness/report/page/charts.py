@@ -118,7 +118,7 @@ def bar(size: float, capacity: float, *, firm: float | None = None, predicted: b
 def groups(device_map: Mapping[str, str]) -> list[Group]:
     """Collapse the consecutive blocks of a device map: model.layers.0 to 14 on cpu become one group."""
     found: list[Group] = []
-    for (prefix, suffix, tier), run in itertools.groupby(device_map.items(), key=_place):
+    for (prefix, suffix, tier), run in itertools.groupby(device_map.items(), key=_block_of):
         names = [name for name, _ in run]
         numbers = [match[2] for name in names if (match := _BLOCK.fullmatch(name))]
         if prefix is None or len(numbers) < 2:
@@ -140,7 +140,7 @@ def strip(found: Sequence[Group]) -> Markup:
     return Markup(f"{_WIDE.format('strip')}{''.join(parts)}</svg>")
 
 
-def _place(item: tuple[str, str]) -> tuple[str | None, str, str]:
+def _block_of(item: tuple[str, str]) -> tuple[str | None, str, str]:
     match = _BLOCK.fullmatch(item[0])
     return (match[1], match[3], item[1]) if match else (None, "", item[1])
 

@@ -56,7 +56,7 @@ def details(result: Result, *, points: int) -> Details:
         columns=tuple(peaks),
         phases=Markup("".join(map(_phase_row, result.phases, *peaks.values()))),
         map=_map(result),
-        held=_held(result),
+        held=_loaded_tables(result),
         disturbances=_disturbances(result),
         versions=", ".join(f"{name} {value}" for name, value in result.environment.items()),
     )
@@ -112,7 +112,7 @@ def _map(result: Result) -> Map | None:
     return Map(loaded=bool(loaded), strip=charts.strip(found), groups=tuple(found))
 
 
-def _held(result: Result) -> tuple[tuple[str, tuple[Figure, ...]], ...]:
+def _loaded_tables(result: Result) -> tuple[tuple[str, tuple[Figure, ...]], ...]:
     """List what was loaded: bytes by tier, by rank of several processes, by dtype, and by dtype of the Linear weights."""
     if not result.loaded:
         return ()

@@ -232,11 +232,15 @@ def _scale(axis: Axis, ticks: Mapping[float, str]) -> Markup:
 def _in_words(rows: Sequence[ForecastRow]) -> str:
     wrong = [row.surprise for row in rows]
     kinds = [plural(wrong.count(kind), kind) for kind in ("false fit", "false refusal") if kind in wrong]
-    parts = [_held("Memory", [row.memory for row in rows]), _held("Speed", [row.speed for row in rows]), ", ".join(kinds)]
+    parts = [
+        _share_inside("Memory", [row.memory for row in rows]),
+        _share_inside("Speed", [row.speed for row in rows]),
+        ", ".join(kinds),
+    ]
     return " ".join(f"{part}." for part in parts if part)
 
 
-def _held(what: str, checks: Iterable[Check | None]) -> str:
+def _share_inside(what: str, checks: Iterable[Check | None]) -> str:
     known = [check for check in checks if check and not check.at_least]
     if not known:
         return ""

@@ -97,7 +97,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class PagePlace:
+class PageTier:
     """A tier of a machine as the page shows it."""
 
     name: str
@@ -116,7 +116,7 @@ class Block:
     model: str
     machine: Machine
     matrices: tuple[Matrix, ...]
-    tiers: tuple[PagePlace, ...]
+    tiers: tuple[PageTier, ...]
     facts: tuple[tuple[str, str], ...]
     synthetic: bool
     history: str
@@ -182,7 +182,7 @@ def _block(results: Sequence[Result], anchors: Anchors) -> Block:
         model=last.case.model,
         machine=last.machine,
         matrices=tuple(_matrix(workload, found) for workload, found in largest_first),
-        tiers=tuple(_place(tier) for tier in last.machine.tiers),
+        tiers=tuple(_page_tier(tier) for tier in last.machine.tiers),
         facts=(*_facts(last.machine), *_versions(results)),
         synthetic=last.weights == "synthetic",
         history=history(last.case.model),
@@ -325,7 +325,7 @@ def _sentence(cells: Sequence[Cell]) -> str:
     return f"None of the {plural(len(cells), 'case')} works here: {', '.join(ends)}."
 
 
-def _place(tier: Tier) -> PagePlace:
+def _page_tier(tier: Tier) -> PageTier:
     speed = None if tier.bytes_per_s is None else f"{units.format_size(tier.bytes_per_s)}/s"
     figures = (
         _size("total", tier.total_bytes, "unknown"),
@@ -333,7 +333,7 @@ def _place(tier: Tier) -> PagePlace:
         _size("limit", tier.limit_bytes, "no limit"),
         known("", "speed", tier.bytes_per_s, speed) if tier.bytes_per_s and speed else _none("unknown"),
     )
-    return PagePlace(tier.name, tier.model or "", figures)
+    return PageTier(tier.name, tier.model or "", figures)
 
 
 def _size(label: str, size: int | None, why: str) -> Figure:

@@ -47,12 +47,14 @@ def show_plans(recommendations: Sequence[Recommendation], machine: Machine, work
         parts.append(tables.said(f"{machine.gpu_problem}."))
     if here and (assumed := _assumed(machine)):
         parts.append(tables.said(assumed))
+    if note := recommendations[0].planner.constants.note:
+        parts.append(tables.said(f"{note}."))
     for recommendation in recommendations:
         table, left_out = _table(recommendation, machine)
         parts += [tables.title(_headline(recommendation)), table]
         reasons = "\n".join(_reasons(recommendation.plans))
         spec, conclusion = recommendation.spec, _conclusion(recommendation, workload)
-        said = (left_out, history(spec.name), *spec.notes, reasons, conclusion)
+        said = (left_out, history(spec.name), *spec.notes, reasons, _by_formulas(recommendation), conclusion)
         parts += [tables.said(text) for text in said if text]
     tables.show(*parts)
 
@@ -75,10 +77,24 @@ def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
         return []
     peak = footprint.inventory.on_gpu.traced_peak(one.case.workload)
     if peak is None:
-        return [tables.said("Activations are computed by formulas: this model has not been traced in this precision.")]
+        return [tables.said(f"Activations are computed by formulas: {footprint.inventory.on_gpu.why_formulas}.")]
     tensors = "; ".join(f"{name}, {format_size(size)}" for name, size in peak.worst.tensors)
     kv = f"KV cache, {format_size(peak.worst.kv_bytes)}"
     return [tables.said(f"Alive at the traced peak beside the weights: {kv}; {tensors}.")]
+
+
+def _by_formulas(recommendation: Recommendation) -> str:
+    """Say for which precisions the memory of a GPU is by formulas although a trace could say it, and how to have it traced."""
+    footprints = recommendation.planner.footprints
+    by_formulas: dict[str, str] = {}
+    for one in recommendation.plans:
+        footprint = footprints.get(one.case.id)
+        if footprint is not None and footprint.gpus and footprint.inventory.on_gpu.lacks_trace:
+            by_formulas.setdefault(one.case.precision, f"{one.case.precision}/{one.case.placement}")
+    if not by_formulas:
+        return ""
+    traces = next(iter(by_formulas.values()))
+    return f"Activations on the GPU are computed by formulas for {', '.join(by_formulas)}; --explain {traces} traces the model."
 
 
 def _word(one: Plan) -> str:
@@ -230,8 +246,8 @@ def _seconds(expected: Estimate) -> Iterator[tuple[str, str]]:
     for label, span in spans.items():
         unit = "tokens/s" if label == "decode" else "s"
         yield label, f"{significant(span.best)} {unit}, {significant(span.low)} to {significant(span.high)}"
-    for figure, factor in expected.corrections.items():
-        yield "corrected", f"{figure} by {significant(factor)}, from results of this machine"
+    if expected.corrections:
+        yield "corrected", f"{', '.join(expected.corrections)}: measured on this machine, see below"
 
 
 def _constants(recommendation: Recommendation, one: Plan) -> Table:

@@ -2,7 +2,8 @@
 
     python -m harness.worker.trace < {"config": {...}, "precision": "bf16"} > record.json
     python -m harness.worker.trace < {"config": ..., "precision": ..., "workloads": [{"prompt_tokens": 64, "batch": 1}, ...]}
-    python -m harness.worker.trace --catalog [MODEL ...]    # rebuilds harness/data/traces.jsonl, and says what changed
+    python -m harness.worker.trace --catalog [MODEL ...]    # rebuilds harness/data/traces.jsonl, and prints what changed
+    python -m harness.worker.trace --reserved [MODEL ...]   # only what torch's allocator takes beyond, in the records there are
 
 A request may name an `attention` implementation and a compute `capability`. With workloads, all layers are run for each.
 """
@@ -11,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -20,16 +19,11 @@ import torch
 import transformers
 
 import harness.models  # noqa: F401 registers our own architectures
-from harness.architecture import traces
-from harness.architecture.traced_memory import TracedMemory, evaluate
-from harness.catalog import shipped
+from harness.architecture.card_kernels import BEFORE_FLASH, WITH_FLASH
 from harness.core.records import Record, Workload
 from harness.worker.trace.direct import trace
+from harness.worker.trace.rebuild import SHIPPED_PRECISIONS, rebuild, replay_again
 from harness.worker.trace.record import record
-
-TRACED_PRECISIONS = ("bf16", "fp16", "fp32", "int8", "int4")  # of the records that are shipped
-COMPARED = ((1, 64, 16), (1, 4096, 16), (8, 4096, 16), (1, 32768, 16))  # batch, prompt, new tokens
-CHANGED = 0.001
 
 
 class TraceRequest(Record, frozen=True, kw_only=True):
@@ -39,7 +33,7 @@ class TraceRequest(Record, frozen=True, kw_only=True):
     precision: str
     workloads: tuple[Workload, ...] = ()
     attention: str | None = None
-    capability: str = "8.0"
+    capability: str = WITH_FLASH
 
 
 def main() -> None:
@@ -47,91 +41,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="harness.worker.trace", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--precision", nargs="+", default=TRACED_PRECISIONS, help="of the shipped records")
     parser.add_argument("--catalog", nargs="*", metavar="MODEL", help="rebuild the shipped records, of these models or of all")
+    parser.add_argument("--reserved", nargs="*", metavar="MODEL", help="replay the shipped records, of these models or of all")
+    parser.add_argument("--precision", nargs="+", default=SHIPPED_PRECISIONS, help="of the shipped records")
+    parser.add_argument(
+        "--capability", nargs="+", default=(WITH_FLASH, BEFORE_FLASH), help="families of cards, by compute capability"
+    )
+    parser.add_argument("--missing", action="store_true", help="only those that are missing, or made by other releases")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     if asked.catalog is not None:
-        rebuild(asked.catalog, asked.precision)
+        sys.exit(rebuild(asked.catalog, asked.precision, asked.capability, missing=asked.missing))
+    if asked.reserved is not None:
+        replay_again(asked.reserved, asked.precision)
         return
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TraceRequest)
     given = request.config, request.precision
     more = request.attention, request.capability
     answer: Any = trace(*given, request.workloads, *more) if request.workloads else record(*given, *more)
     sys.stdout.buffer.write(msgspec.json.encode(answer))
-
-
-def rebuild(names: Sequence[str], precisions: Sequence[str]) -> None:
-    """Trace models of the catalog, all if none is named, and put their records into data/traces.jsonl, printing what changed."""
-    known = shipped.catalog()
-    wanted = [shipped.hub_id(name) for name in names] or list(known)
-    lines = _lines()
-    for name in dict.fromkeys(wanted):
-        config = known[name].config
-        key = traces.key_of(config)
-        before = {precision: traces.shipped_trace(config, precision) for precision in TRACED_PRECISIONS}
-        made = {precision: one for precision, one in before.items() if one is not None and precision not in precisions}
-        for precision in precisions:
-            start = time.monotonic()
-            try:
-                made[precision] = record(config, precision)
-            except (
-                ValueError,
-                RuntimeError,
-                TypeError,
-                AttributeError,
-                NotImplementedError,
-            ) as error:  # told, and left to the formulas
-                print(f"{name} {precision}: no record: {str(error).splitlines()[0][:200]}", flush=True)
-                continue
-            same = next((other for other, one in made.items() if other != precision and _alike(one, made[precision])), None)
-            lines[key, precision] = msgspec.json.encode([key, precision, same or made[precision]])
-            change = _change(before[precision], made[precision])
-            print(f"{name} {precision}: {change}, {time.monotonic() - start:.0f} s", flush=True)
-        _write(lines)
-
-
-def _alike(one: TracedMemory, other: TracedMemory) -> bool:
-    plain = [msgspec.structs.replace(record, precision="", names=()) for record in (one, other)]
-    rows = [msgspec.json.encode([_sizes(record), record.layers, record.weights_bytes, record.conditions]) for record in plain]
-    return rows[0] == rows[1]
-
-
-def _sizes(record: TracedMemory) -> list[Any]:
-    passes = (record.prefill, record.first, record.later)
-    return [
-        [regime.lengths, regime.batches, regime.before, regime.cached, [(row.place, row.nbytes, row.condition, row.extra)]]
-        for regimes in passes
-        for regime in regimes
-        for row in regime.rows
-    ]
-
-
-def _change(before: TracedMemory | None, after: TracedMemory) -> str:
-    """Say what a record gives that the one before it did not."""
-    if before is None:
-        return "new"
-    told = []
-    for batch, prompt, new in COMPARED:
-        old, now = (evaluate(one, batch, prompt, new) for one in (before, after))
-        if old and now and abs(now.allocated_bytes / old.allocated_bytes - 1) > CHANGED:
-            change = now.allocated_bytes / old.allocated_bytes - 1
-            told.append(f"{change:+.1%} at {batch} x {prompt} ({old.allocated_bytes} -> {now.allocated_bytes} bytes)")
-    return f"changed from {before.source}: {'; '.join(told)}" if told else "as before"
-
-
-def _lines() -> dict[tuple[str, str], bytes]:
-    if not traces.SHIPPED.exists():
-        return {}
-    lines = traces.SHIPPED.read_bytes().splitlines()
-    return {tuple(msgspec.json.decode(line)[:2]): line for line in lines}
-
-
-def _write(lines: dict[tuple[str, str], bytes]) -> None:
-    partial = traces.SHIPPED.with_suffix(".partial")
-    partial.write_bytes(b"".join(line + b"\n" for line in lines.values()))
-    partial.replace(traces.SHIPPED)
 
 
 if __name__ == "__main__":

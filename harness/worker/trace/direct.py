@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from harness.architecture.card_kernels import WITH_FLASH, kernels_of
 from harness.core.records import Record, Workload
 from harness.worker.trace import fake_model, kernels, workload
 from harness.worker.trace.ledger import CARD, fake_card
@@ -23,15 +24,15 @@ class Traced(Record, frozen=True, kw_only=True):
 
 
 def trace(
-    config: Mapping[str, Any], precision: str, loads: Iterable[Workload], attention: str | None = None, capability: str = "8.0"
+    config: Mapping[str, Any], precision: str, loads: Iterable[Workload], attention: str | None = None, capability: str = WITH_FLASH
 ) -> list[Traced]:
     """Trace workloads of a model, from its config alone, as on a card of this compute capability.
 
     Raises:
         ValueError: transformers has no class for it, or no trace is made in this precision.
     """
-    card = kernels.kernels_of(capability)
-    model = fake_model.build_fake(config, precision, attention)
+    card = kernels_of(capability)
+    model = fake_model.build_fake(config, precision, attention, capability)
     with fake_card({}, card.capability) as ledger, kernels.chosen_as_on(card, ledger, whole=False):
         fake_model.place_on_card(model)
         weights, layers = ledger.live[CARD], fake_model.layers_of(model)

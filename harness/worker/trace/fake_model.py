@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
+from harness.architecture.card_kernels import WITH_FLASH
 from harness.core.precisions import PRECISIONS
-from harness.worker.build_skeleton import read_model_config
+from harness.worker.auto_class import auto_class_of
+from harness.worker.build_skeleton import construct, read_model_config
 from harness.worker.trace.ledger import CARD
 from harness.worker.trace.quantized_kernels import quantized_to_fp8
+
+_NOT_BY_LAYER = ("architectures", "bos_token_id", "eos_token_id")  # lists that may be as long by chance
 
 
 class Layers(NamedTuple):
@@ -25,29 +29,26 @@ class Layers(NamedTuple):
     kinds: tuple[int, ...]
 
 
-def build_fake(config: Mapping[str, Any], precision: str, attention: str | None = None) -> Any:
-    """Build a causal language model on meta, of a config as published, in a precision of the table.
+def build_fake(config: Mapping[str, Any], precision: str, attention: str | None = None, capability: str = WITH_FLASH) -> Any:
+    """Build a causal language model on meta, of a config as published, in a precision of the table for such a card.
 
     Raises:
         ValueError: transformers has no class for this config, or no trace is made in this precision.
     """
     row = PRECISIONS[precision]
-    quantization = row.quantization
-    method = quantization["quant_method"] if isinstance(quantization, dict) else quantization
-    if method not in (None, "bitsandbytes", "fp8"):
+    if not row.is_traceable:
         raise ValueError(f"no trace in {precision}: what its kernels allocate is not known")
-    if row.requires_checkpoint:
-        raise ValueError(f"no trace in {precision}: what its kernels allocate is not known")
+    dtype = row.dtype_on(capability)
     chosen = {"attn_implementation": attention} if attention else {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            read_model_config(config), dtype=getattr(torch, row.dtype), trust_remote_code=False, **chosen
-        ).eval()
+    read = read_model_config(config)
+    model = construct(auto_class_of(read, None), read, getattr(torch, dtype), **chosen)
     model.tie_weights()
-    _keep_in_float32(model, row.dtype)
-    if method == "fp8":
-        return quantized_to_fp8(model, getattr(torch, row.dtype))
-    return _quantized(model, quantization, row.dtype) if isinstance(quantization, dict) else model
+    _keep_in_float32(model, dtype)
+    if not isinstance(row.quantization, Mapping):
+        return model
+    if row.quantization["quant_method"] == "fp8":
+        return quantized_to_fp8(model, getattr(torch, dtype))
+    return _quantized(model, row.quantization, dtype)
 
 
 def _keep_in_float32(model: Any, dtype: str) -> None:
@@ -141,11 +142,8 @@ def representatives(kinds: Sequence[int]) -> list[int]:
 
 
 def keep(model: Any, layers: Layers, chosen: Sequence[int]) -> Layers:
-    """Leave only the chosen layers in a model, numbered anew."""
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in chosen]
-    config.num_hidden_layers = len(chosen)
+    """Leave only the chosen layers in a model, numbered anew; what its config lists by layer is cut alike."""
+    _cut_lists(model.config, len(layers.kinds), chosen)
     kept = [layers.held[index] for index in chosen]
     del layers.held[:]
     layers.held.extend(kept)
@@ -154,6 +152,16 @@ def keep(model: Any, layers: Layers, chosen: Sequence[int]) -> Layers:
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = index  # type: ignore[assignment]
     return Layers(layers.held, layers.path, tuple(layers.kinds[index] for index in chosen))
+
+
+def _cut_lists(config: Any, count: int, chosen: Sequence[int]) -> None:
+    """Cut every list of a config, and of those within it, that has as many entries as there are layers; their number as well."""
+    text = config.get_text_config(decoder=True)
+    for part in (config, text) if text is not config else (config,):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, (list, tuple)) and len(value) == count and name not in _NOT_BY_LAYER:
+                setattr(part, name, type(value)(value[index] for index in chosen))
+    text.num_hidden_layers = len(chosen)
 
 
 def linears_in_4_bits(model: Any) -> Counter[tuple[int, int]]:

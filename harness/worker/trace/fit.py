@@ -17,6 +17,7 @@ Array = NDArray[np.float64]
 
 SLACK_BYTES, SLACK_SHARE = 512, 0.001  # what a fitted size may be off at a point that it was not fitted to
 MOST_TENSORS = 4
+LEAST_NAMED = 0.1  # of the largest: what is smaller is not named
 
 
 class Pass(NamedTuple):
@@ -187,6 +188,7 @@ def row(
         else:
             del live[~event]
     parts = sorted(_parts(one, polynomials, set(live) - cached), key=lambda part: -part[2])[:MOST_TENSORS]
+    parts = [part for part in parts if part[2] >= LEAST_NAMED * parts[0][2]]
     return MomentRow(
         place=found.places[index],
         nbytes=tidy(found.nbytes[index]),
@@ -211,9 +213,11 @@ def _parts(one: Pass, polynomials: Array, live: set[int]) -> Iterator[tuple[str,
 
 
 def tidy(polynomial: Array) -> Polynomial:
-    """Write a polynomial with whole coefficients where it has such; one of nothing is empty."""
+    """Write a polynomial with whole coefficients where it has such, up to the last that is not 0."""
     numbers = [_number(coefficient) for coefficient in polynomial]
-    return tuple(numbers) if any(numbers) else ()
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def _number(value: float) -> float:

@@ -2,7 +2,7 @@
 
 Sources: ATen/native/transformers/cuda/sdp_utils.cpp and attention.cu of torch 2.13, backends/cuda/ops.py of bitsandbytes 0.50.
 What a kernel takes only under a condition is noted under its name (`Ledger.only_if`): "unaligned" where the keys are no multiple
-of 16, "unpack N K" where bitsandbytes unpacks a weight of that shape.
+of 16, "unpack N K" where bitsandbytes unpacks a weight of that shape (`harness.architecture.traced_memory.Condition`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812 its usual name
 
+from harness.architecture.card_kernels import FLASH_SINCE, CardKernels
+from harness.architecture.traced_memory import UNALIGNED, UNALIGNED_WIDE
 from harness.worker.trace.ledger import Ledger, swapped
 from harness.worker.trace.quantized_kernels import in_place_of_hub_kernels
 
@@ -30,42 +32,11 @@ WIDEST_ACCUMULATED = (
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-class CardKernels(NamedTuple):
-    """A kind of card as far as kernels are chosen by it: compute capability and number of multiprocessors."""
-
-    name: str
-    capability: tuple[int, int]
-    processors: int
-
-
-CARDS = (
-    CardKernels("T4", (7, 5), 40),
-    CardKernels("A100", (8, 0), 108),
-    CardKernels("RTX 3090", (8, 6), 82),
-    CardKernels("RTX 4090", (8, 9), 128),
-    CardKernels("H100", (9, 0), 132),
-    CardKernels("B200", (10, 0), 148),
-    CardKernels("RTX 5090", (12, 0), 170),
-)
-
-
-def kernels_of(capability: str) -> CardKernels:
-    """Return the card of the table for a compute capability ("8.6"): the newest that is not newer.
-
-    Raises:
-        ValueError: all are newer.
-    """
-    major, _, minor = capability.partition(".")
-    older = [card for card in CARDS if card.capability <= (int(major), int(minor or 0))]
-    if not older:
-        raise ValueError(f"no trace for compute capability {capability}: the table of kernels begins at {CARDS[0].name}")
-    return older[-1]
-
-
 class Kernel(NamedTuple):
     """One row: from which compute capability on, by dtype, and what it takes; tried in order.
 
-    cuDNN's kernel, which torch prefers on some cards from 9.0 on, is taken to allocate as flash does.
+    `grouped`: key and value may have fewer heads. `multiple`: of which the widths of the heads must be a multiple in 16 bits, on
+    cards with flash attention in 32; flash pads instead.
     """
 
     name: str
@@ -74,33 +45,32 @@ class Kernel(NamedTuple):
     grouped: bool
     widest: int
     one_width: bool
+    multiple: tuple[int, int] | None
 
 
+# check_prefer_cudnn_attention, can_use_*_attention; grouped heads in the memory-efficient kernel are not in torch 2.13.
+_FLASH = dict.fromkeys(_HALVES, FLASH_SINCE)
+_EFFICIENT = {torch.float16: (5, 0), torch.bfloat16: (8, 0), torch.float32: (5, 0)}
 KERNELS = (
-    Kernel("flash", dict.fromkeys(_HALVES, (8, 0)), masked=False, grouped=True, widest=256, one_width=True),
-    Kernel(
-        "efficient",
-        {torch.float16: (5, 0), torch.bfloat16: (8, 0), torch.float32: (5, 0)},
-        masked=True,
-        grouped=False,
-        widest=1 << 16,
-        one_width=False,
-    ),
+    Kernel("cudnn", _FLASH, masked=True, grouped=True, widest=128, one_width=False, multiple=(8, 8)),
+    Kernel("flash", _FLASH, masked=False, grouped=True, widest=256, one_width=True, multiple=None),
+    Kernel("efficient", _EFFICIENT, masked=True, grouped=False, widest=1 << 16, one_width=False, multiple=(8, 4)),
 )
 
 
-def choose_kernel(query: Any, key: Any, value: Any, mask: Any, capability: tuple[int, int]) -> str:
+def choose_kernel(query: Any, key: Any, value: Any, mask: Any, card: CardKernels) -> str:
     """Name the kernel that CUDA takes for these tensors [batch, heads, tokens, width]; "math" is attention written out."""
     widths = query.shape[-1], value.shape[-1]
     grouped = not query.shape[1] == key.shape[1] == value.shape[1]
-    align = 8 if query.dtype in _HALVES else 4
     for kernel in KERNELS:
         since = kernel.since.get(query.dtype)
-        if since is None or capability < since or (mask is not None and not kernel.masked) or (grouped and not kernel.grouped):
+        if since is None or card.capability < since or (mask is not None and not kernel.masked) or (grouped and not kernel.grouped):
             continue
         if max(widths) > kernel.widest or (kernel.one_width and widths[0] != widths[1]):
             continue
-        if kernel.masked and any(width % align for width in widths):  # flash pads, this one does not
+        if kernel.multiple and any(width % kernel.multiple[query.dtype not in _HALVES] for width in widths):
+            continue
+        if kernel.name == "cudnn" and (not card.takes_cudnn or key.shape[-2] == 1):
             continue
         return kernel.name
     return "math"
@@ -109,8 +79,8 @@ def choose_kernel(query: Any, key: Any, value: Any, mask: Any, capability: tuple
 class AttentionCall:
     """Stands for F.scaled_dot_product_attention on a fake card; `whole`: whatever the size, take what an unaligned one takes."""
 
-    def __init__(self, ledger: Ledger, capability: tuple[int, int], whole: bool) -> None:
-        self._ledger, self._capability, self._whole = ledger, capability, whole
+    def __init__(self, ledger: Ledger, card: CardKernels, whole: bool) -> None:
+        self._ledger, self._card, self._whole = ledger, card, whole
         self._own = F.scaled_dot_product_attention
 
     def __call__(
@@ -127,8 +97,10 @@ class AttentionCall:
         if query.device.type != "cuda":
             more: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
             return self._own(query, key, value, attn_mask=attn_mask, **more)
-        kernel = choose_kernel(query, key, value, attn_mask, self._capability)
+        kernel = choose_kernel(query, key, value, attn_mask, self._card)
         mask = _additive(attn_mask, query.dtype)
+        if kernel == "cudnn":
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))  # it takes masks as they are, broadcast, and grouped heads
         if kernel == "flash":
             return _flash(query, key, value, is_causal, scale)
         if kernel == "efficient":
@@ -140,7 +112,8 @@ class AttentionCall:
 
     def _efficient(self, query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scale: float | None) -> torch.Tensor:
         if mask is not None:
-            mask, _spare = self._padded(mask)  # both are there until the kernel is done
+            wide = max(query.shape[-1], value.shape[-1]) > KERNELS[0].widest
+            mask, _spare = self._padded(mask, UNALIGNED_WIDE if wide else UNALIGNED)  # both are there until the kernel is done
             mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         out: torch.Tensor = _aten._scaled_dot_product_efficient_attention(
             query, key, value, mask, False, 0.0, is_causal, scale=scale
@@ -149,14 +122,14 @@ class AttentionCall:
             self._ledger.temporary(out.numel() * 4, "accumulator of attention")
         return out
 
-    def _padded(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, mask: torch.Tensor, condition: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a mask whose rows are aligned, and the one that it was copied from or as good as nothing."""
         keys = mask.shape[-1]
         over = MASK_ALIGNMENT if self._whole else (-keys) % MASK_ALIGNMENT  # in records the most, so that sizes are polynomials
-        with self._ledger.only_if("unaligned"):
+        with self._ledger.only_if(condition):
             if not over and not self._whole:
                 return mask, mask.new_empty(0)
-            return mask.new_empty((*mask.shape[:-1], keys + over))[..., :keys], mask
+            return mask.new_empty((*mask.shape[:-1], keys + over))[..., :keys].copy_(mask), mask
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -305,7 +278,7 @@ def chosen_as_on(card: CardKernels, ledger: Ledger, whole: bool) -> Iterator[Non
     """Have kernels chosen, and take memory, as on this card."""
     with (
         swapped(ledger, "rules", rules(ledger, card, whole)),
-        swapped(F, "scaled_dot_product_attention", AttentionCall(ledger, card.capability, whole)),
+        swapped(F, "scaled_dot_product_attention", AttentionCall(ledger, card, whole)),
         in_place_of_hub_kernels(),
     ):
         yield

@@ -27,6 +27,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedModel, modeling_utils
 
+from harness.architecture.card_kernels import kernels_of
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Record
 from harness.worker.trace import kernels
@@ -91,7 +92,7 @@ def trace_load(
 
 def _counted(cards: Cards, found: list[Ledger], counting: contextlib.ExitStack) -> Iterator[tuple[Any, str, Any]]:
     """Yield the two stages of from_pretrained that meet the cards: before them a model is shapes alone."""
-    card = kernels.kernels_of(cards.capability)
+    card = kernels_of(cards.capability)
     load, place = PreTrainedModel._load_pretrained_model, transformers.integrations.accelerate._get_device_map
 
     def loads(*given: Any, **named: Any) -> Any:
@@ -183,7 +184,7 @@ def _torch(cards: Cards, found: list[Ledger]) -> Iterator[tuple[Any, str, Any]]:
     def live(device: Any = None) -> int:
         return found[0].live[torch.device("cuda", _number(device))] if found else 0
 
-    card = kernels.kernels_of(cards.capability)
+    card = kernels_of(cards.capability)
     facts = SimpleNamespace(
         name=card.name,
         total_memory=cards.total_bytes,

@@ -7,6 +7,7 @@ order, and the bytes of each are a polynomial in batch and length that a few poi
 from __future__ import annotations
 
 import gc
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ import msgspec
 import numpy as np
 import torch
 
+from harness.architecture.card_kernels import WITH_FLASH, CardKernels, cards_of, family, kernels_of
 from harness.architecture.traced_memory import (
     UNALIGNED,
+    UNALIGNED_WIDE,
     Condition,
     Polynomial,
     Range,
@@ -30,11 +33,11 @@ from harness.architecture.traced_memory import (
     value,
 )
 from harness.core.precisions import PRECISIONS
-from harness.worker.trace import fake_model, kernels, workload
+from harness.worker.trace import fake_model, kernels, reserve, workload
 from harness.worker.trace.fake_model import Layers
 from harness.worker.trace.fit import Pass, TracedPoint, cache_of, fit, moments, passes_of, row, tidy, worst
-from harness.worker.trace.kernels import CardKernels
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
+from harness.worker.trace.whole import stand_ins
 
 NEW_TOKENS = 3  # the prompt's pass, the first step and one like all that follow
 # Lengths looked at for a change of operators, odd ones, as a mask then takes its padding; between two that differ it is sought.
@@ -100,8 +103,14 @@ class Tracer:
         return low
 
     def _hints(self, low: int, high: int) -> list[int]:
-        """Return lengths around the windows of the config, where operators use to change."""
-        return sorted(size + off for size in self._windows() for off in (-3, -2, -1, 0, 1) if low < size + off < high)
+        """Return lengths around the sizes of the config where operators use to change."""
+        return sorted(size + off for size in self._turns() for off in (-4, 2) if low < size + off < high)
+
+    def _turns(self) -> set[int]:
+        """Return the windows, and what scaled positions were scaled from."""
+        config = self._model.config.get_text_config(decoder=True).to_dict()
+        named = [*config.items(), *(config.get("rope_parameters") or {}).items()]
+        return self._windows() | {size for name, size in named if type(size) is int and "max_position" in name}
 
     def _windows(self) -> set[int]:
         config = self._model.config.get_text_config(decoder=True).to_dict()
@@ -208,43 +217,95 @@ def _spread(first: int, last: int | None, most: int) -> list[int]:
     return sorted({*(min(first << power, end) for power in range(most.bit_length())), end})
 
 
-def record(config: Mapping[str, Any], precision: str, attention: str | None = None, capability: str = "8.0") -> TracedMemory:
-    """Trace an architecture in a precision, as on a card of this compute capability, and return its record.
+class LayersDiffer(ValueError):
+    """A few layers of a model do not stand for all of them."""
+
+
+def record(
+    config: Mapping[str, Any], precision: str, attention: str | None = None, capability: str = WITH_FLASH, check: bool = True
+) -> TracedMemory:
+    """Trace an architecture in a precision, as on cards of the family of this compute capability, and return its record.
+
+    With `check` one workload is traced with all layers as well, but where weights are quantized: what runs is the same.
 
     Raises:
         ValueError: transformers has no class for it, no trace is made in this precision, or its sizes are no polynomials.
     """
-    card = kernels.kernels_of(capability)
-    model = fake_model.build_fake(config, precision, attention)
-    conditions = [Condition(name=UNALIGNED), *_unpackings(model)]
+    cards = cards_of(family(kernels_of(capability), precision))
+    try:
+        return _recorded(config, precision, attention, cards, check)
+    except LayersDiffer:  # traced whole, which takes longer
+        return _recorded(config, precision, attention, cards, check=False, few=False)
+
+
+def _recorded(
+    config: Mapping[str, Any], precision: str, attention: str | None, cards: Sequence[CardKernels], check: bool, few: bool = True
+) -> TracedMemory:
+    card, capability = cards[0], f"{cards[0].capability[0]}.{cards[0].capability[1]}"
+    model = fake_model.build_fake(config, precision, attention, capability)
+    conditions = [Condition(name=UNALIGNED), Condition(name=UNALIGNED_WIDE), *_unpackings(model, cards)]
     with fake_card({}, card.capability) as ledger:
         fake_model.place_on_card(model)
         gc.collect()
         gc.freeze()  # what is there stays: looking for circles in it would take longer than a trace
         weights, layers = ledger.live[CARD], fake_model.layers_of(model)
-        whole = None
-        if not PRECISIONS[precision].quantizes:  # else the layers are the same, and have been looked at
+        placed, whole = reserve.Weights.on(ledger), None
+        if check and not PRECISIONS[precision].quantizes:
             with kernels.chosen_as_on(card, ledger, whole=False):
                 whole = workload.run(ledger, model, layers, *CHECKED_SIZES).peak_bytes
-        about = _about(model, precision, weights)
+        about = _about(model, precision, weights, capability)
         kinds = layers.kinds if layers is not None else (0,)
-        chosen = fake_model.representatives(kinds)
+        chosen = fake_model.representatives(kinds) if few else list(range(len(kinds)))
         if layers is not None:
             layers = fake_model.keep(model, layers, chosen)
-        with kernels.chosen_as_on(card, ledger, whole=True):
-            workload.run(ledger, model, layers, 1, PROBES[0], 2)  # what is made once and kept is there before a trace begins
+        _run_once(ledger, model, layers, card, may_differ=len(chosen) < len(kinds))
         recorder = Recorder(Tracer(ledger, model, layers, card), conditions)
         prefill, first, later = (tuple(recorder.regimes(number)) for number in range(NEW_TOKENS))
-        made = TracedMemory(
-            **about,
-            layers=kinds,
-            prefill=prefill,
-            first=first,
-            later=later,
-            conditions=tuple(conditions),
-            names=tuple(_numbered(name, layers, chosen) for name in recorder.names),
-        )
-        return _checked(made, whole, card) if whole is not None else made
+        names = tuple(_numbered(name, layers, chosen) for name in recorder.names)
+        gaps = reserve.reserved(ledger, model, layers, stand_ins(kinds, chosen), placed, card)
+    traced = TracedMemory(
+        **about, layers=kinds, prefill=prefill, first=first, later=later, conditions=tuple(conditions), names=names, reserved=gaps
+    )
+    made = _without_first(_without_spares(traced))
+    return made if whole is None else _checked(made, whole)
+
+
+def _run_once(ledger: Ledger, model: Any, layers: Layers | None, card: CardKernels, may_differ: bool) -> None:
+    """Run a model, so that what is made once and kept is there before a trace begins."""
+    try:
+        with kernels.chosen_as_on(card, ledger, whole=True):
+            workload.run(ledger, model, layers, 1, PROBES[0], 2)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        if may_differ:
+            raise LayersDiffer(str(error)) from error
+        raise
+
+
+def _without_spares(made: TracedMemory) -> TracedMemory:
+    """Leave out the conditions that no moment has."""
+    used = sorted({row.condition for passes in (made.prefill, made.first, made.later) for one in passes for row in one.rows} - {-1})
+    numbers = {-1: -1} | {old: new for new, old in enumerate(used)}
+
+    def numbered(regime: Regime) -> Regime:
+        rows = tuple(msgspec.structs.replace(row, condition=numbers[row.condition]) for row in regime.rows)
+        return msgspec.structs.replace(regime, rows=rows)
+
+    passes = {name: tuple(map(numbered, getattr(made, name))) for name in ("prefill", "first", "later")}
+    return msgspec.structs.replace(made, conditions=tuple(made.conditions[number] for number in used), **passes)
+
+
+def _without_first(made: TracedMemory) -> TracedMemory:
+    """Leave out the first decode step where it holds what a later one holds that is a token earlier."""
+    short = msgspec.structs.replace(made, first=())
+    edges = [edge for regime in (*made.first, *made.later) for edge in regime.lengths if edge]
+    lengths = {64, 1500, 40_000, *(max(edge + off, 2) for edge in edges for off in (-1, 0, 1))}
+    for batch, length in itertools.product((1, 2, 64), sorted(lengths)):
+        full, shorter = (evaluate(one, batch, length, 2) for one in (made, short))
+        if full is None or full.decode is None or shorter is None or shorter.decode is None:
+            return made
+        if abs(full.decode.nbytes - shorter.decode.nbytes) > AGREES * full.decode.nbytes + SLACK:
+            return made
+    return short
 
 
 def _numbered(name: str, layers: Layers | None, chosen: Sequence[int]) -> str:
@@ -255,24 +316,29 @@ def _numbered(name: str, layers: Layers | None, chosen: Sequence[int]) -> str:
     return re.sub(rf"(?<= {own}\.)\d+", lambda number: str(chosen[int(number[0])]), name)
 
 
-def _checked(made: TracedMemory, whole: int, card: CardKernels) -> TracedMemory:
+def _checked(made: TracedMemory, whole: int) -> TracedMemory:
     """Note how far a record is from a trace of all layers."""
-    given = evaluate(made, *CHECKED_SIZES, card.name)
+    given = evaluate(made, *CHECKED_SIZES)
     deviation = given.allocated_bytes / whole - 1 if given is not None else float("inf")
     if abs(deviation) > DEVIATION:
-        raise ValueError(f"{len(made.layers)} layers hold {whole} bytes, of the traces of some of them follows {deviation:+.1%}")
-    return msgspec.structs.replace(made, deviation=round(deviation, 6))
+        raise LayersDiffer(f"{len(made.layers)} layers hold {whole} bytes, of the traces of some of them follows {deviation:+.1%}")
+    return msgspec.structs.replace(made, deviation=round(deviation, 6) + 0.0)  # no -0.0
 
 
-def _about(model: Any, precision: str, weights: int) -> dict[str, Any]:
+def source() -> str:
+    """Name the libraries that are installed and run in a trace, with their versions."""
     libraries = ("transformers", "torch", "bitsandbytes")
-    source = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in libraries)
+    return ", ".join(f"{name} {version(name).partition('+')[0]}" for name in libraries)
+
+
+def _about(model: Any, precision: str, weights: int, capability: str) -> dict[str, Any]:
     attention = model.config._attn_implementation or "eager"
-    return {"source": source, "precision": precision, "attention": attention, "weights_bytes": weights}
+    said: dict[str, Any] = {"source": source(), "precision": precision, "attention": attention}
+    return said | {"weights_bytes": weights} | ({"capability": capability} if capability != WITH_FLASH else {})
 
 
-def _unpackings(model: Any) -> Iterator[Condition]:
+def _unpackings(model: Any, cards: Sequence[CardKernels]) -> Iterator[Condition]:
     dtype = next((module.compute_dtype for module in model.modules() if type(module).__name__ == "Linear4bit"), torch.bfloat16)
     for outputs, inputs in fake_model.linears_in_4_bits(model):
-        ranges = {card.name: tuple(kernels.packed_rows(dtype, outputs, inputs, card)) for card in kernels.CARDS}
+        ranges = tuple(tuple(kernels.packed_rows(dtype, outputs, inputs, card)) for card in cards)
         yield Condition(name=f"unpack {outputs} {inputs}", packed=ranges)

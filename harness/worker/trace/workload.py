@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from harness.models.cache_argument import cache_of
+from harness.models.cache_argument import kv_cache_of
 from harness.worker.trace.fake_model import Layers
 from harness.worker.trace.ledger import CARD, Allocation, Ledger
 
@@ -118,7 +118,7 @@ def _followed(ledger: Ledger, model: nn.Module, layers: Layers | None) -> Iterat
 
 
 def _cache_layers(out: Any) -> list[Any]:
-    return list(getattr(cache_of(out), "layers", ()))
+    return list(getattr(kv_cache_of(out), "layers", ()))
 
 
 def _numbers(ledger: Ledger, layer: Any) -> Iterator[int]:

@@ -1,7 +1,4 @@
-"""The commands of `fitmatrix`, one module each: HELP, `add_arguments` and `run`.
-
-All of these modules are imported to build the parser, so slow imports are made in `run`.
-"""
+"""What commands print for other programs: JSON, and text as it is."""
 
 from __future__ import annotations
 

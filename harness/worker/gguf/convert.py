@@ -1,4 +1,4 @@
-"""Turn a GGUF into a normal checkpoint: `python -m harness.worker.convert_gguf GGUF DIRECTORY`, in a process of its own."""
+"""Turn a GGUF into a normal checkpoint: `python -m harness.worker.gguf.convert GGUF DIRECTORY`, in a process of its own."""
 
 from __future__ import annotations
 

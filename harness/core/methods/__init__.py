@@ -1,0 +1,1 @@
+"""Quantization methods as transformers has them: one table that planning, inspecting, verifying and printed code read."""

@@ -1,0 +1,82 @@
+"""REQUIREMENTS: what quantization methods need beside torch and transformers, and in which versions transformers takes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+# Module that is imported -> what pip is asked for. The limits are transformers 5.24's own (`utils.import_utils`), as far as it
+# has any; of what needs a GPU to install, or is not on PyPI, the way that its project describes.
+REQUIREMENTS: Mapping[str, str] = {
+    "bitsandbytes": "bitsandbytes>=0.46.1",
+    "gptqmodel": "gptqmodel>=1.4.3",
+    "optimum": "optimum>=1.24.0",
+    "optimum.quanto": "optimum-quanto",
+    "aqlm": "aqlm[gpu,cpu]",
+    "quark": "amd-quark>=0.12",
+    "fouroversix": "fouroversix",
+    "fp_quant": "fp_quant>=0.3.2",
+    "qutlass": "git+https://github.com/IST-DASLab/qutlass",
+    "kernels": "kernels>=0.18.2,<0.19.0",
+    "triton": "triton>=3.4.0",
+    "flute": "flute-kernel>=0.4.1",
+    "fast_hadamard_transform": "fast_hadamard_transform",
+    "hqq": "hqq>=0.2.1",
+    "compressed_tensors": "compressed-tensors>=0.15.0",
+    "fbgemm_gpu": "fbgemm-gpu",
+    "torchao": "torchao>=0.15.0",
+    "vptq": "vptq>=0.0.4",
+    "spqr_quant": "spqr_quant[gpu]",
+    "auto_round": "auto-round>=0.5.0",
+    "sinq": "sinq",
+    "gguf": "gguf>=0.10.0",
+}
+
+
+def lacking(modules: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the modules that cannot be imported here, or are of a version that transformers does not take."""
+    return tuple(module for module in modules if not (_is_here(module) and _is_accepted(REQUIREMENTS.get(module, module))))
+
+
+def how_to_install(modules: Sequence[str], extra: str | None = None) -> str:
+    """Say which packages are needed and what installs them, in words that follow "needs"; an extra of ours brings them all."""
+    names = [name_of(module) for module in modules]
+    wanted = f"fitmatrix[{extra}]" if extra else " ".join(_quoted(REQUIREMENTS.get(module, module)) for module in modules)
+    return f"the package{'s' if len(names) > 1 else ''} {' and '.join(names)}: pip install {wanted}"
+
+
+def name_of(module: str) -> str:
+    """Return the name of the package that a module is in, as pip knows it."""
+    return re.split(r"[\[<>=]", REQUIREMENTS.get(module, module))[0].rpartition("/")[2]
+
+
+def _quoted(requirement: str) -> str:
+    return f"'{requirement}'" if re.search(r"[<>\[]", requirement) else requirement
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def _is_accepted(requirement: str) -> bool:
+    """Say whether the version that is installed lies within a requirement's limits; so does what does not tell its version."""
+    limits = re.findall(r"(>=|<)([\d.]+)", requirement)
+    name = re.split(r"[\[<>=]", requirement)[0]
+    try:
+        found = _numbers(version(name))
+    except PackageNotFoundError:
+        return True
+    return all(found >= _numbers(limit) if sign == ">=" else found < _numbers(limit) for sign, limit in limits)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers that a version begins with: (0, 18, 2) of "0.18.2.dev1"; without zeros at its end."""
+    numbers = [int(part) for part in re.match(r"\d+(?:\.\d+)*", text or "0").group().split(".")]  # type: ignore[union-attr]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)

@@ -1,0 +1,137 @@
+"""What `fitmatrix calibrate` keeps for this user: observations of results, by kind of machine; and the constants that follow.
+
+The observations are kept, not the constants: with those of a directory of results they are fitted anew, each result once. A file of
+another version of the constants counts for nothing, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
+
+from harness.core.errors import StoreError, UsageError
+from harness.core.records import Machine, Record, Result
+from harness.machine import atomic, bandwidth
+from harness.planning import calibration, evidence, fit
+from harness.planning.calibration import Calibration
+from harness.planning.evidence import Observation
+
+FILE_NAME = "calibration.json"
+KEPT_SCHEMA = 1
+
+
+class KeptEvidence(Record, frozen=True, kw_only=True):
+    """The observations of one kind of machine, by the constants of `digest`, as of the day `at`."""
+
+    machine: str
+    digest: str
+    at: str
+    observations: tuple[Observation, ...]
+
+    @property
+    def results(self) -> int:
+        """How many results they come from."""
+        return len({one.result for one in self.observations})
+
+
+class _File(Record, frozen=True, kw_only=True):
+    """The whole file."""
+
+    schema: int = KEPT_SCHEMA
+    machines: tuple[KeptEvidence, ...] = ()
+
+
+def kept_file() -> Path:
+    """Return where it is kept: in the cache of this user, or FITMATRIX_CACHE."""
+    return bandwidth.cache_folder() / FILE_NAME
+
+
+def kept_evidence(machine: Machine) -> KeptEvidence | None:
+    """Return what is kept for a kind of machine.
+
+    Raises:
+        StoreError: the file is damaged or of a newer version.
+    """
+    return next((kept for kept in _read().machines if kept.machine == evidence.machine_kind(machine)), None)
+
+
+def keep_evidence(machine: Machine, observations: Iterable[Observation]) -> KeptEvidence:
+    """Keep the observations for a kind of machine, instead of what was kept.
+
+    Raises:
+        StoreError: the file is damaged.
+        UsageError: it cannot be written.
+    """
+    kept = KeptEvidence(
+        machine=evidence.machine_kind(machine),
+        digest=calibration.default().digest,
+        at=f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        observations=tuple(observations),
+    )
+    others = tuple(other for other in _read().machines if other.machine != kept.machine)
+    _write(_File(machines=(*others, kept)))
+    return kept
+
+
+def forget(machine: Machine) -> bool:
+    """Drop what is kept for a kind of machine, and a damaged file whole; say whether there was any.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        machines = _read().machines
+    except StoreError:
+        _write(_File())
+        return True
+    others = tuple(kept for kept in machines if kept.machine != evidence.machine_kind(machine))
+    if len(others) == len(machines):
+        return False
+    _write(_File(machines=others))
+    return True
+
+
+def corrected(results: Iterable[Result], machine: Machine) -> Calibration:
+    """Return the constants by what is kept for this machine and by `results`, each result once; `note` says what was kept."""
+    base = calibration.default()
+    note: str | None
+    try:
+        kept = kept_evidence(machine)
+        note = _note(kept, base.digest) if kept else None
+    except StoreError as error:
+        kept, note = None, str(error)
+    old = kept.observations if kept and kept.digest == base.digest else ()
+    found = fit.fit_constants(base, [*old, *evidence.observations(results, base.digest, machine)])
+    return replace(found.calibration, note=note)
+
+
+def _note(kept: KeptEvidence, digest: str) -> str:
+    if kept.digest != digest:
+        return f"What fitmatrix calibrate kept on {kept.at} is for other constants and does not count: calibrate again"
+    return f"Calibrated on {kept.at} by {kept.results} results of this machine"
+
+
+def _read() -> _File:
+    path = kept_file()
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_File)
+    except FileNotFoundError:
+        return _File()
+    except (OSError, msgspec.DecodeError) as error:
+        raise StoreError(path, f"does not count, for it cannot be read ({error}): fitmatrix calibrate --reset removes it") from None
+    if found.schema > KEPT_SCHEMA:
+        raise StoreError(path, f"does not count, for a newer fitmatrix wrote it (schema {found.schema}): update fitmatrix")
+    return found
+
+
+def _write(file: _File) -> None:
+    try:
+        atomic.write_bytes(kept_file(), msgspec.json.encode(file))
+    except OSError as error:
+        raise UsageError(
+            f"{kept_file()} cannot be written ({error.strerror}): set FITMATRIX_CACHE to a directory that can"
+        ) from None

@@ -1,0 +1,231 @@
+"""Compare how far two revisions' plans are from traced rows, and fail if this one's are worse. Without torch, in seconds.
+
+    python -m tests.oracle.gate --against REV
+
+Each revision plans every traced row (`tests.oracle.rows`) twice, in a process of its own: with the records it ships, and by its
+formulas alone, which every model without a record gets. The mean error may grow by 5 %, in no part by more than 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.oracle import rows
+from tests.oracle.rows import Row
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = "tests/oracle/planned_rows.py"  # of the revision itself, as it knows its own modules; ours where it has none
+RECORDS = "harness/data/traces*"
+ALLOWED, ALLOWED_IN_PART = 0.05, 0.10
+# Errors below this count as this. The traces themselves were held against published cards to a median of 0.1 % (docs/estimates.md):
+# a plan that is nearer to a trace than that is no better for it, and what rounding moves there is no news.
+FLOOR = 0.001
+TOLD = 0.005  # what a part must move to be in the table
+FIGURES = {"weights": "weights_bytes", "kv": "kv_bytes", "allocated": "peak_bytes"}
+WAYS = ("as planned", "by formulas")
+COMPARED, WORSE, IMPOSSIBLE = 0, 1, 2
+
+Answers = Sequence[Mapping[str, int] | None]
+Part = tuple[str, str]
+
+
+class Moved(NamedTuple):
+    """A part of the rows, and the mean errors of both revisions in it."""
+
+    part: Part
+    figures: int
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        """How much larger the error has become, as a share of what it was."""
+        return self.after / self.before - 1
+
+    @property
+    def fails(self) -> bool:
+        """Whether it has become larger than is allowed."""
+        return self.change > (ALLOWED if self.part == EVERYTHING else ALLOWED_IN_PART)
+
+
+EVERYTHING: Part = ("all", "all")
+
+
+class NotCompared(Exception):
+    """There is no revision to compare with; `status` is what the command exits with."""
+
+    def __init__(self, why: str, status: int) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, and print the parts that moved. Returns 0, 1 if a part is worse, 2 if the revision is none."""
+    parser = argparse.ArgumentParser(prog="tests.oracle.gate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--against", metavar="REV", default="HEAD^", help="the revision to compare with (default HEAD^)")
+    asked = parser.parse_args(arguments)
+    try:
+        return compare(asked.against, rows.everything())
+    except NotCompared as why:
+        print(why)
+        return why.status
+
+
+def compare(revision: str, traced: Sequence[Row]) -> int:
+    """Plan the rows by this working tree and by a revision, and print what moved. Returns the exit status.
+
+    Raises:
+        NotCompared: the repository has no such revision, or it plans in a way that cannot be asked for.
+    """
+    with tempfile.TemporaryDirectory(prefix="oracle-gate-") as folder:
+        then, now = Path(folder) / "then", Path(folder) / "now"
+        _extract(revision, then)
+        _copy(now)
+        with ThreadPoolExecutor(2) as pool:
+            before, after = pool.map(lambda tree: plans_of(tree, traced), (then, now))
+    found = parts(traced, before, after)
+    print("\n".join(told(revision, found, lost(traced, before, after))))
+    return WORSE if any(one.fails for one in found) or lost(traced, before, after) else COMPARED
+
+
+def _extract(revision: str, tree: Path) -> None:
+    known = _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    if known.returncode != 0:
+        shallow = _git("rev-parse", "--is-shallow-repository").stdout.strip() == b"true"
+        cure = "skipped, as this clone is shallow: fetch with more depth to compare" if shallow else "give one that it has"
+        raise NotCompared(f"no revision {revision!r} in this repository: {cure}", COMPARED if shallow else IMPOSSIBLE)
+    archive = subprocess.run(["git", "archive", known.stdout.decode().strip()], cwd=ROOT, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        wanted = [member for member in tar.getmembers() if member.name == PROGRAM or member.name.startswith("harness/")]
+        tar.extractall(tree, wanted, filter="data")
+    if not (tree / PROGRAM).exists():
+        (tree / PROGRAM).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / PROGRAM, tree / PROGRAM)
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=False)
+
+
+def _copy(tree: Path) -> None:
+    shutil.copytree(ROOT / "harness", tree / "harness", ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / PROGRAM).parent.mkdir(parents=True)
+    shutil.copy(ROOT / PROGRAM, tree / PROGRAM)
+
+
+def plans_of(tree: Path, traced: Sequence[Row]) -> dict[str, Answers]:
+    """Have the code in a folder plan the rows, first with the records it ships and then without."""
+    planned = answers(tree, traced)
+    for records in tree.glob(RECORDS):
+        records.unlink()
+    return dict(zip(WAYS, (planned, answers(tree, traced)), strict=True))
+
+
+def answers(tree: Path, traced: Sequence[Row]) -> Answers:
+    """Ask the code in a folder what it plans for the rows: bytes by figure, or None, of each."""
+    questions = [{name: getattr(row, name) for name in _ASKED} for row in traced]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FITMATRIX_", "HF_", "XDG_", "PYTHON"))}
+    with tempfile.TemporaryDirectory(prefix="oracle-home-") as home:  # in which nothing was measured or traced
+        done = subprocess.run(
+            [sys.executable, tree / PROGRAM],
+            input="".join(f"{json.dumps(question)}\n" for question in questions),
+            capture_output=True,
+            text=True,
+            cwd=tree,
+            env={**kept, "HOME": home, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+            check=False,
+        )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise NotCompared(f"{PROGRAM} of {tree.name} cannot plan the rows: {last}", IMPOSSIBLE)
+    about, *found = (json.loads(line) for line in done.stdout.splitlines())
+    if not Path(about["harness"]).resolve().is_relative_to(tree.resolve()):
+        raise NotCompared(f"the plans of {tree.name} came from {about['harness']}: PYTHONPATH was not heeded", IMPOSSIBLE)
+    return found
+
+
+_ASKED = ("model", "precision", "placement", "tier", "cards", "prompt_tokens", "batch", "new_tokens")
+
+
+def parts(traced: Sequence[Row], before: Mapping[str, Answers], after: Mapping[str, Answers]) -> list[Moved]:
+    """Average the errors over all rows that both revisions plan, and over each part of them."""
+    errors: dict[Part, list[tuple[float, float]]] = defaultdict(list)
+    for way in WAYS:
+        for row, old, new in zip(traced, before[way], after[way], strict=True):
+            for figure, field in FIGURES.items():
+                if old is None or new is None or not {figure} <= old.keys() & new.keys():
+                    continue
+                pair = _error(old[figure], getattr(row, field)), _error(new[figure], getattr(row, field))
+                for part in _parts_of(row, figure, way):
+                    errors[part].append(pair)
+    return [
+        Moved(part, len(pairs), *(sum(side) / len(pairs) for side in zip(*pairs, strict=True))) for part, pairs in errors.items()
+    ]
+
+
+def _error(planned: int, traced: int) -> float:
+    return max(abs(planned / traced - 1), FLOOR)
+
+
+def _parts_of(row: Row, figure: str, way: str) -> Iterator[Part]:
+    yield EVERYTHING
+    yield "architecture", row.architecture
+    yield "precision", row.precision
+    yield "placement", row.placement
+    yield "figure", f"{figure}, {way}"
+    yield "peak in", f"{row.peak_in}, {way}"
+
+
+def lost(traced: Sequence[Row], before: Mapping[str, Answers], after: Mapping[str, Answers]) -> list[Row]:
+    """Name the rows that the revision plans and this working tree does not."""
+    return [row for row, old, new in zip(traced, before[WAYS[0]], after[WAYS[0]], strict=True) if old is not None and new is None]
+
+
+def told(revision: str, found: Sequence[Moved], missing: Sequence[Row]) -> Iterator[str]:
+    """Write what moved: a line for everything, and one for each part that did, those that fail marked."""
+    shown = [one for one in found if one.part == EVERYTHING or abs(one.change) > TOLD]
+    yield f"Mean errors of plans against traces, {revision} and now; below {FLOOR:.1%} they count as {FLOOR:.1%}:"
+    yield from _aligned(
+        [
+            ("part", "", "figures", "then", "now", "change", ""),
+            *(
+                (*one.part, str(one.figures), f"{one.before:.3%}", f"{one.after:.3%}", f"{one.change:+.1%}", "WORSE" * one.fails)
+                for one in sorted(shown, key=lambda one: (one.part != EVERYTHING, -one.change))
+            ),
+        ]
+    )
+    if missing:
+        first = missing[0]
+        yield f"{len(missing)} rows are planned no more, the first is {first.model} {first.precision} {first.placement}"
+    failing = [one for one in found if one.fails]
+    if failing:
+        yield f"{len(failing)} parts are worse by more than {ALLOWED_IN_PART:.0%}, or all by more than {ALLOWED:.0%}"
+    elif not missing:
+        yield "no part is worse"
+
+
+def _aligned(lines: Iterable[Sequence[str]]) -> Iterator[str]:
+    table = list(lines)
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        yield "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
