@@ -10,11 +10,9 @@ import math
 import os
 import re
 from collections.abc import Mapping, Set
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from msgspec.structs import replace
 
 from harness.architecture import skeleton, skeleton_source, validate
@@ -25,6 +23,7 @@ from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
 from harness.checkpoint.auxiliary_files import RemoteCode
 from harness.checkpoint.formats.files import Directory, quote
+from harness.checkpoint.published import Stored, published
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.reader import CONFIG, Checkpoint, context_length
 from harness.core.dtypes import DTYPE_BYTES
@@ -34,7 +33,6 @@ from harness.core.methods.table import METHODS
 from harness.core.placements import Placement
 from harness.core.precisions import Precision
 from harness.core.records import Record
-from harness.data import DATA
 
 if TYPE_CHECKING:
     from harness.catalog.resolve import Source
@@ -78,27 +76,6 @@ class Gguf(Record, frozen=True, kw_only=True):
             known = ", ".join(sorted(GGUF.packed_architectures))
             return f"transformers keeps the blocks of {known} only and unpacks {self.architecture}: use bf16, fp16 or fp32"
         return None
-
-
-class Stored(Record, frozen=True, kw_only=True):
-    """How a model is stored on the hub, as far as its config does not say: a row of `data/stored.toml`."""
-
-    bytes: int
-    origin: str
-    dtype: str | None = None
-    format: str = "safetensors"
-    mask: str | None = None  #: name of the boolean causal mask of a layer in its files
-    mask_side: int = 0  #: the mask has this many rows and columns
-    shard_bytes: int | None = None  #: the most bytes in one file; None if there is one file
-    repeats_head: bool = False  #: whether a tied head is stored nevertheless
-    float32: str | None = None  #: part of the names of what is stored in float32 whatever the rest is
-
-    @property
-    def largest_file(self) -> tuple[str, int]:
-        """What its largest file is called, and its bytes at most."""
-        if self.shard_bytes is None:
-            return f"its only file, a .{self.format},", self.bytes
-        return "a file", min(self.bytes, self.shard_bytes)
 
 
 class ModelSpec(Record, frozen=True, kw_only=True):
@@ -375,16 +352,6 @@ def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> st
     if packed is not None and packed.method is not None and not packed.method.packs_linears:
         return packed.method.held
     return stored.dtype if stored is not None and stored.dtype else said
-
-
-def published(hub_id: str) -> Stored | None:
-    """Return how a model of the catalog lies on the hub, where its config does not tell."""
-    return _published().get(hub_id)
-
-
-@lru_cache(maxsize=1)
-def _published() -> Mapping[str, Stored]:
-    return msgspec.toml.decode((DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
 
 
 def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
