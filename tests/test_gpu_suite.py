@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from harness.core.placements import PLACEMENTS
+from harness.core.placements import PLACEMENTS, distinct
 from harness.core.records import Estimate, Makeup, Outcome, Result, Span, TierEstimate
 from harness.core.units import GIB
 from harness.planning.calibration import default
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_case_that_is_looked_at_is_asked_for() -> None:
-    placements = {name for flag, name in zip(suite.WORDS[::2], suite.WORDS[1::2], strict=True) if flag == "--placement"}
+    placements = set(suite.PLACED)
+    assert placements > placements & set(distinct(PLACEMENTS, 1)) > set()
     assert {precision for precision, _ in suite.POSSIBLE} == set(suite.ASKED)
     assert {placement for _, placement in suite.POSSIBLE} == placements
     assert {"direct", "balanced_low_0"} <= placements <= PLACEMENTS.keys()
@@ -132,12 +133,13 @@ def test_the_report_names_estimates_failures_and_the_constants_that_follow(tmp_p
     kept = store.Store(tmp_path)
     kept.prepare()
     context = 3 * 450e6  # three times what the package says of a context
-    slow = on_a_card(process=(4.5 * GIB - 450e6 + context) / GIB, tok_s=8.0)
-    kept.append(slow)
+    for number in range(3):
+        slow = on_a_card(process=(4.5 * GIB - 450e6 + context) / GIB, tok_s=8.0)
+        kept.append(replace(slow, case=replace(slow.case, model=f"model{number}")))
     kept.append(on_a_card(outcome=Outcome.OOM, stage="load", why="CUDA out of memory"))
     text = report.write(tmp_path, 61.0)
     assert text == (tmp_path / report.NAME).read_text(encoding="utf-8")
-    assert "2 cases in 61 s. 1 of 3 estimates held." in text
+    assert "4 cases in 61 s. 3 of 9 estimates held." in text
     assert "| `bf16/direct` | decode | 8.00 tokens/s | 10 to 40 tokens/s | **no** |" in text
     assert "| `tiny/bf16/direct` | oom | load | CUDA out of memory |" in text
     assert {"`gpu_context_bytes`", "`gpu_s_per_operation`"} <= set(text.replace("|", " ").split())

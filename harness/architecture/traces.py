@@ -63,7 +63,7 @@ def unpack(line: bytes) -> tuple[str, Records]:
     return key, msgspec.json.decode(zlib.decompress(binascii.a2b_base64(packed)), type=Records)
 
 
-def name_of(precision: str, capability: str | None) -> str:
+def record_name(precision: str, capability: str | None) -> str:
     """Return what the record of a precision for cards of a compute capability goes by."""
     return f"{precision} {family(kernels_of(capability), precision)}"
 
@@ -75,7 +75,7 @@ def shipped_trace(config: Mapping[str, Any], precision: str, capability: str | N
 
 def find(records: Records, precision: str, capability: str | None = None) -> TracedMemory | None:
     """Return one of the records of an architecture, or what stands for it."""
-    found = records.get(name_of(precision, capability))
+    found = records.get(record_name(precision, capability))
     while isinstance(found, str):
         found = records.get(found)
     return None if found is None else _standing(found, precision, family(kernels_of(capability), precision))

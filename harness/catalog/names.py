@@ -31,6 +31,7 @@ _UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufe
 _WORD = re.compile(
     r"(?:int|uint|fp|bf|nf|mxfp|nvfp)\d+(?![a-z\d])|w\d+a\d+|a\d+(?:\.\d+)?b(?![a-z\d])|\d+(?:[.x]\d+)*[a-z]*|[^\W\d_]+"
 )
+_DECIMAL = re.compile(r"(?<![.\d]\d)(?<=\d)_(?=\d(?![\da-z.]))")  # as in "phi-1_5"
 _SIZE = re.compile(r"a?\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[bm]")
 _TUNED = frozenset(("chat", "instruct", "it", "sft", "tuned"))
 _UNTUNED = frozenset(("base", "pt", "plugin"))
@@ -102,7 +103,7 @@ def _without_tag(text: str, name: str) -> WrittenName:
 
 def words(name: str) -> tuple[str, ...]:
     """Split a name into what counts of it: words, and figures with their units."""
-    return tuple(_WORD.findall(re.sub(r"(?<=\d)_(?=\d(?![\da-z]))", ".", unicodedata.normalize("NFKC", name).casefold())))
+    return tuple(_WORD.findall(_DECIMAL.sub(".", unicodedata.normalize("NFKC", name).casefold())))
 
 
 def meant(text: str, known: Mapping[str, Sequence[str]]) -> str | None:

@@ -96,7 +96,8 @@ def of_name(name: str, written: str) -> Source:
     if _HUB_ID.fullmatch(name):
         return Source(name=name, kind="hub", location=name, hub_id=name)
     if "/" not in name:
-        found = name.casefold() if name.casefold() in short else meant(name, _spelled())
+        exact = name.casefold()
+        found = exact if exact in CATALOG or exact in short else meant(name, _spelled())
         if found is not None:
             return _of_catalog(found)
     what = "a catalog name, a directory, or a hub id such as org/name"

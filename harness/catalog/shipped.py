@@ -17,9 +17,14 @@ _START = re.compile(rb'^"([^"]+)": ', re.MULTILINE)
 
 
 class ShippedModel(Record, frozen=True, kw_only=True):
-    """A model of the catalog: its config and its number of parameters, as published (`source` says by whom)."""
+    """A model of the catalog: its config, and how many parameters that makes, tied ones once.
+
+    `published` is what others say of that number, `published_by` who does; `source` is where the config stands.
+    """
 
     parameters: int
+    published: int
+    published_by: str
     source: str
     config: dict[str, Any]
 
@@ -39,6 +44,9 @@ class _Lines(Mapping[str, ShippedModel]):
             line = self._text[self._places[hub_id]].rstrip().removesuffix(b",")
             self._decoded[hub_id] = msgspec.json.decode(line, type=ShippedModel)
         return self._decoded[hub_id]
+
+    def __contains__(self, hub_id: object) -> bool:
+        return hub_id in self._places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -18,7 +18,7 @@ import msgspec
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
 from harness.checkpoint.foreign_folder import refuse
 from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, quote
-from harness.checkpoint.formats.safetensors_header import StoredTensor, parse_config, read_index, read_safetensors
+from harness.checkpoint.formats.safetensors_header import StoredTensor, check_metadata, parse_config, read_index, read_safetensors
 from harness.checkpoint.quantization import describe_quantization, weights_in
 from harness.checkpoint.tied_head import other_head
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
@@ -241,7 +241,10 @@ def _weight_files(folder: Folder, file: str | None) -> tuple[list[str], dict[str
         file = next((name for name in WEIGHTS if folder.size(name) is not None), None) or _only_gguf(folder)
     if file.endswith(".index.json"):
         listed = _index(folder, file)
-        return _present(folder, sorted(set(listed.values())), file), listed
+        there = _present(folder, sorted(set(listed.values())), file)
+        with closing(folder.open(file)) as blob:
+            check_metadata(blob)
+        return there, listed
     if Path(file).suffix not in SUFFIXES:
         raise UsageError(f"{folder.where}/{file} is no file of weights: name one that ends in {', '.join(SUFFIXES)}")
     if folder.size(file) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,10 @@ from harness.cli.options import add_options
 from harness.core.errors import UsageError
 from harness.core.options import RESULTS
 from harness.core.text import plural
-from harness.core.units import significant
 from harness.report.terminal import output
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
     from harness.core.records import Machine, Result
     from harness.planning.evidence import Observation
@@ -136,7 +134,7 @@ def _show(fitted: Fit, machine: Machine, found: Sequence[Observation], *, kept: 
     from harness.report.terminal import tables
 
     results, figures = plural(len({one.result for one in found}), "result"), plural(len(fitted.groups), "figure")
-    parts: list[RenderableType] = [tables.title(f"{machine.name}: {results}, {figures}"), _table(fitted)]
+    parts: list[RenderableType] = [tables.title(f"{machine.name}: {results}, {figures}"), tables.facts(_constants(fitted))]
     before, after = (f"{100 * _error(ratios):.0f} %" for ratios in (fitted.before, fitted.after))
     parts.append(tables.said(f"Half of the estimates of these figures were off by {before} or more, and are by {after} now."))
     if fitted.contradicting:
@@ -148,14 +146,12 @@ def _show(fitted: Fit, machine: Machine, found: Sequence[Observation], *, kept: 
     tables.show(*parts)
 
 
-def _table(fitted: Fit) -> Table:
+def _constants(fitted: Fit) -> Iterator[tuple[str, str]]:
+    """Yield each constant that is corrected: what it is here, with its interval, of the package, and by how many results."""
     from harness.planning import calibration
-    from harness.report.terminal import tables
 
     base, now = calibration.default(), fitted.calibration
-    table = tables.table("constant", "of the\npackage", "here", "from", "to", "results", "cases", left=1)
     for name, one in now.fitted.items():
-        here = now[name]
-        ends = (significant(size) for size in (base[name].best, here.best, here.low, here.high))
-        table.add_row(name, *ends, str(one.results), str(one.cases))
-    return table
+        here, cases = now[name], plural(one.cases, "case")
+        said = f"{here.best:.3g}, {here.low:.3g} to {here.high:.3g}; of the package {base[name].best:.3g}"
+        yield name, f"{said}; {plural(one.results, 'result')}, {cases}"

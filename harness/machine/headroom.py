@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import psutil
-
 from harness.core.units import MIB
 from harness.machine import cgroup
 
@@ -18,6 +16,8 @@ Available = Callable[[], int]
 
 def available() -> Available:
     """Return a function that says what can be had without swapping: of the machine, or of the container where that is less."""
+    import psutil  # slow to import, and a plan for a machine that is described does without
+
     left_in_container = cgroup.watch()
 
     def bytes_now() -> int:
@@ -29,6 +29,8 @@ def available() -> Available:
 
 def floor_bytes() -> int:
     """Return what is left to the machine, or to the container."""
+    import psutil
+
     total = int(psutil.virtual_memory().total)
     return floor_of(min(total, cgroup.memory()[0] or total))
 

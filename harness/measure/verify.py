@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
@@ -30,27 +30,20 @@ def _precision(plan: Plan, loaded: Loaded) -> str:
     precision = PRECISIONS[plan.case.precision]
     wanted = plan.linear_dtype or precision.linear_dtype
     share = dtype_share(loaded, wanted)
-    divided = precision.off_gpu is not None and len(_kinds(plan)) > 1  # what lies off the GPUs keeps its dtype
+    placed = map(str, plan.device_map.values()) if isinstance(plan.device_map, dict) else ()
+    divided = precision.off_gpu is not None and len(_kinds_of(placed)) > 1  # what lies off the GPUs keeps its dtype
     if share >= _HELD_LEAST or (divided and share > 0):
         return OK
     found = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sorted(loaded.linear_dtype_bytes.items()))
     return f"{precision.name} did not take effect: {format_share(share)} of the Linear weights are {wanted} ({found})"
 
 
-def _kinds(plan: Plan) -> set[str]:
-    """Return the kinds of tiers that the device map names."""
-    placed = plan.device_map.values() if isinstance(plan.device_map, dict) else ()
-    return {str(tier).split(":")[0] for tier in placed}
-
-
-def _planned_kinds(plan: Plan) -> set[str]:
-    """Return the kinds of tiers that the estimate has weights on; empty without an estimate."""
-    tiers = plan.estimate.tiers if plan.estimate else {}
-    return {name.split(":")[0] for name, tier in tiers.items() if tier.weights_bytes}
-
-
 def _max_memory(plan: Plan, loaded: Loaded) -> str:
-    for tier, most in (plan.max_memory or {}).items():
+    """Check that no tier holds more than it may, and a GPU that is not named nothing; what is left over lies on the disk."""
+    if plan.max_memory is None:
+        return OK
+    allowed = {tier: 0 for tier in loaded.tier_bytes if tier.startswith("gpu")} | plan.max_memory
+    for tier, most in allowed.items():
         used = loaded.tier_bytes.get(tier, 0)
         if used > most * _OVER_MOST:
             return f"{tier} holds {format_size(used)} of weights, and max_memory allows {format_size(most)}"
@@ -58,22 +51,47 @@ def _max_memory(plan: Plan, loaded: Loaded) -> str:
 
 
 def _placement(plan: Plan, loaded: Loaded) -> str:
-    """Check that weights lie where the placement says: on no other kind of tier, and in the last where it must spill.
-
-    What was planned for a GPU must have some of its weights on one, and what was not must have none: the libraries go on in the RAM
-    when they cannot use a card, and such a figure would stand under the card's name.
-    """
+    """Check that weights lie where the placement says: on no other kind of tier, in the last where it must spill, as planned."""
     placement = PLACEMENTS[plan.case.placement]
-    used = {tier.split(":")[0] for tier, size in loaded.tier_bytes.items() if size}
+    used = _kinds_of(_holding(loaded))
     strange = used - set(placement.devices)
     if strange:
         return f"weights lie on {', '.join(sorted(strange))}, which {placement.name} does not use"
-    planned = _planned_kinds(plan)
-    if planned and not loaded.rank_bytes and ("gpu" in planned) != ("gpu" in used):
-        return f"weights lie on {', '.join(sorted(used)) or 'nothing'}, and were planned on {', '.join(sorted(planned))}"
+    if said := _astray(plan, loaded):
+        return said
     if "offloads_to_cpu" in placement.traits and placement.devices[-1] not in used:
         return f"{placement.name} put nothing on the {placement.devices[-1]}"
     return _mapped(plan, loaded) if placement.prints_map else OK
+
+
+def _astray(plan: Plan, loaded: Loaded) -> str:
+    """Say where weights lie that were planned elsewhere; an empty text if none do.
+
+    A placement that names its device must have used that very one. With others the libraries look for themselves which GPUs have
+    room; but what was planned on a GPU must have weights on one, and what was not must have none: they go on in the RAM when they
+    cannot use a card, and such a figure would stand under the card's name.
+    """
+    planned = {name for name, tier in plan.estimate.tiers.items() if tier.weights_bytes} if plan.estimate else set()
+    found = _holding(loaded)
+    if not planned or loaded.rank_bytes:
+        return ""
+    if not isinstance(PLACEMENTS[plan.case.placement].device_map, Mapping):
+        planned, found = _kinds_of(planned), _kinds_of(found)
+        found = planned if ("gpu" in planned) == ("gpu" in found) else found
+    return "" if found == planned else f"weights lie on {_listed(found)}, and were planned on {_listed(planned)}"
+
+
+def _holding(loaded: Loaded) -> set[str]:
+    """Return the tiers that hold weights."""
+    return {tier for tier, size in loaded.tier_bytes.items() if size}
+
+
+def _kinds_of(tiers: Iterable[str]) -> set[str]:
+    return {tier.split(":")[0] for tier in tiers}
+
+
+def _listed(tiers: Iterable[str]) -> str:
+    return ", ".join(sorted(tiers)) or "nothing"
 
 
 def _ranks(plan: Plan, loaded: Loaded) -> str:

@@ -21,6 +21,8 @@ def max_context(footprint: Footprint, case: Case, judge: Judge) -> int | None:
     least, most = case.workload.new_tokens + 1, judge.spec.context_length or _MOST_TOKENS
     if not _fits(footprint, case, judge, least):
         return None
+    if _fits(footprint, case, judge, most):  # as it mostly does: no search
+        return most
     while least < most:
         middle = (least + most + 1) // 2
         least, most = (middle, most) if _fits(footprint, case, judge, middle) else (least, middle - 1)

@@ -27,9 +27,9 @@ class Measure(NamedTuple):
 # differs by about a second from run to run: one of a tenth of it must not make that of a large model ten times as long.
 FIGURES = {
     "load_s": Measure("load_s", "load_s", 0.2, 1.0),
-    "first_token_s": Measure("first_token_s", "first_token_s", 0.2, 0.05),
+    "first_token_s": Measure("first_token_s", "first_token_s", 0.3, 0.05),
     "token_s": Measure("token_p50_s", "decode_tok_s", 0.12),
-    "ram_anon_bytes": Measure("ram_anon_peak_bytes", "", 0.03),
+    "ram_anon_bytes": Measure("ram_anon_peak_bytes", "", 0.1),
     "vram_allocated_bytes": Measure("vram_peak_bytes", "", 0.01),
     "vram_process_bytes": Measure("vram_process_peak_bytes", "", 0.02),
 }

@@ -22,8 +22,12 @@ from harness.planning.evidence import FIGURES, Observation, observations
 _NINETY = 1.645
 # Intervals are what somebody thought likely. Half again as wide they still give way to what was measured.
 _DOUBT = 1.5
-# What a corrected constant may still be off by for another model, learnt from one case and from many.
+# What a corrected constant may still be off by for another model, learnt from one case and from many. Memory, which decides what
+# fits, is corrected by many alone.
 SPREAD_ONE, SPREAD_MANY, _MANY = 1.35, 1.2, 3
+# A constant with a smaller part in a figure is not corrected by it: what the figure is off by may be anything, and a large model
+# may wait for nothing else, as for the RAM where a small one waits for the processor.
+_TELLING = 0.3
 # A constant of whose uncertainty the figures leave more than this is not settled by them.
 _UNSETTLED = 0.8
 _ROUNDS, _STEP, _STILL = 40, 0.7, 1e-4
@@ -31,7 +35,15 @@ _ROUNDS, _STEP, _STILL = 40, 0.7, 1e-4
 _OUTLYING, CONTRADICTS = 2.5, 1.5
 _DISTURBED = 4.0  # times the noise of a figure that nothing disturbed
 # Settled anew in each process, or by the activations of one model: fitted, so that nothing else answers for them, and left.
-_NOT_OF_THE_MACHINE = ("heap_", "page_cache_", "ram_resident_", "gpu_activation_", "cpu_activation_", "gpu_fragmentation_")
+_NOT_OF_THE_MACHINE = (
+    "heap_",
+    "page_cache_",
+    "ram_resident_",
+    "gpu_activation_",
+    "cpu_activation_",
+    "gpu_fragmentation_",
+    "gpu_cached_",
+)
 
 
 class CaseFigure(Record, frozen=True, kw_only=True):
@@ -62,9 +74,10 @@ def fit_constants(base: Calibration, found: Iterable[Observation]) -> Fit:
     factors, variances = _solve(groups, spreads)
     fitted, constants = {}, dict(base.constants)
     for name, spread in spreads.items():
-        if variances[name] < _UNSETTLED * spread**2 and not name.startswith(_NOT_OF_THE_MACHINE):
-            told = [group for group in groups if group.makeup.parts.get(name)]
-            results, cases = sum(group.results for group in told), len({group.case for group in told})
+        told = [group for group in groups if name in _telling(group)]
+        results, cases = sum(group.results for group in told), len({group.case for group in told})
+        is_settled = variances[name] < _UNSETTLED * spread**2 and cases >= (_MANY if name.endswith("_bytes") else 1)
+        if is_settled and not name.startswith(_NOT_OF_THE_MACHINE):
             fitted[name] = Fitted(factor=math.exp(factors[name]), results=results, cases=cases)
             constants[name] = _corrected(base[name], fitted[name], variances[name])
     kept = {name: factors[name] for name in fitted}
@@ -165,12 +178,19 @@ def _normal_equations(
         left = _left(group, whole)
         weight = 1 / group.noise**2 / (1 + (left / group.noise / _OUTLYING) ** 2)
         told = whole + FIGURES[group.figure].chance
-        slopes = {name: _slope(part, factors[name]) / told for name, part in group.makeup.parts.items() if name in at}
+        slopes = {name: _slope(part, factors[name]) / told for name, part in _telling(group).items() if name in at}
         for name, slope in slopes.items():
             wanted[at[name]] += weight * slope * left
             for other, its in slopes.items():
                 matrix[at[name]][at[other]] += weight * slope * its
     return matrix, wanted
+
+
+def _telling(group: CaseFigure) -> dict[str, float]:
+    """Return the parts that are large enough for a figure to say anything of their constants, beside what chance adds to it."""
+    share = 0.0 if group.figure.endswith("_bytes") else _TELLING  # weights are known to the byte, so that what is left is told
+    least = share * (group.makeup.whole + FIGURES[group.figure].chance)
+    return {name: part for name, part in group.makeup.parts.items() if abs(part) > least or name.startswith(_NOT_OF_THE_MACHINE)}
 
 
 def _slope(part: float, factor: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from harness.architecture import skeleton, skeleton_source
+from harness.architecture import model_spec, skeleton, skeleton_source
 from harness.catalog import shipped
 from harness.core.errors import UsageError
 from harness.data import DATA
@@ -34,8 +34,18 @@ def test_total_is_the_published_one(name: str) -> None:
     assert skeleton_source.named(name).parameters == CATALOG[name].parameters
 
 
+@pytest.mark.parametrize("name", CATALOG)
+def test_total_is_what_others_publish(name: str) -> None:
+    entry, stored = CATALOG[name], model_spec.published(name)
+    head = sum(weight.elements for weight in skeleton_source.named(name).weights if weight.tied_to)
+    counted = {entry.parameters, entry.parameters + (head if stored and stored.repeats_head else 0)}
+    assert min(abs(number / entry.published - 1) for number in counted) < 0.01
+    assert entry.published_by
+    assert entry.source
+
+
 def test_catalog_has_its_models_under_short_names_too() -> None:
-    assert len(CATALOG) >= 85
+    assert len(CATALOG) >= 150
     assert shipped.hub_id("qwen2.5-7b-instruct") == "Qwen/Qwen2.5-7B-Instruct"
     assert shipped.hub_id("ChatGLM-6B") == shipped.hub_id("thudm/chatglm-6b") == "THUDM/chatglm-6b"
     assert len({name.rpartition("/")[2].casefold() for name in CATALOG}) == len(CATALOG)

@@ -189,7 +189,7 @@ def shards(tmp_path: Path) -> Path:
 
 def relist(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": change(json.loads(index.read_text())["weight_map"])}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": change(json.loads(index.read_text())["weight_map"])}))
 
 
 def test_a_shard_without_what_the_index_says_is_named(shards: Path) -> None:

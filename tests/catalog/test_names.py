@@ -44,13 +44,13 @@ CASES = (str, str.upper, str.lower, str.title, str.swapcase)
 DASHES = ("-", "\u2010", "\u2011", "\u2013", "\u2014", "\u2212", "_", " ", "\u00a0", "\u200b-")
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(hub_id=st.sampled_from(ON_HUB), page=st.sampled_from(PAGES), around=st.sampled_from(AROUND))
 def test_every_address_of_a_model_finds_it(hub_id: str, page: str, around: str) -> None:
     assert resolve.resolve(around.format(page.format(hub_id))).hub_id == hub_id
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(
     name=st.sampled_from(sorted(SOURCES)), case=st.sampled_from(CASES), dash=st.sampled_from(DASHES), around=st.sampled_from(AROUND)
 )
@@ -67,7 +67,7 @@ def test_a_hub_id_in_another_case_and_a_folder_of_the_cache_find_the_model(hub_i
     assert shipped.hub_id(hub_id) == hub_id
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(name=st.sampled_from(sorted(SOURCES)), size=st.sampled_from(["0.7b", "2.2b", "5b", "17b", "77b", "177b", "93m"]))
 def test_a_size_that_a_model_does_not_have_is_never_taken_for_another(name: str, size: str) -> None:
     other = SIZE.sub(size, name, count=1)
@@ -77,7 +77,7 @@ def test_a_size_that_a_model_does_not_have_is_never_taken_for_another(name: str,
         resolve.resolve(other)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(SOURCES)))
 def test_a_shortened_name_finds_no_other_size_and_generation(data: st.DataObject, name: str) -> None:
     has = names.words(name)
@@ -86,6 +86,8 @@ def test_a_shortened_name_finds_no_other_size_and_generation(data: st.DataObject
     try:
         found = names.words(resolve.resolve(written).name)
     except HarnessError:
+        return
+    if found == names.words(written):
         return
     rest = iter(found)
     assert all(word in rest for word in (has[place] for place in kept)), "all that is written stands in the name, in its order"

@@ -205,7 +205,7 @@ def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
 def test_no_index_leads_out_of_the_directory(folder: Path, index: str, shard: str) -> None:
     (folder.parent / "secret.bin").write_text("secret")
     (folder / "out.safetensors").symlink_to(folder.parent / "secret.bin")
-    (folder / index).write_text(json.dumps({"weight_map": {"w": shard}}))
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": {"w": shard}}))
     assert "outside its directory" in refused(folder)
 
 
@@ -253,7 +253,7 @@ def test_the_links_of_a_hub_cache_stay_inside(tmp_path: Path) -> None:
     files = {
         "config.json": json.dumps(LLAMA),
         "tokenizer.json": '{"model": {}}',
-        "model.safetensors.index.json": '{"weight_map": {"w": "a.safetensors"}}',
+        "model.safetensors.index.json": '{"metadata": {}, "weight_map": {"w": "a.safetensors"}}',
     }
     for number, (name, text) in enumerate(files.items()):
         (blobs / str(number)).write_text(text)

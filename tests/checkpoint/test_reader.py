@@ -68,7 +68,7 @@ def write_sharded(folder: Path, suffix: str, stem: str) -> Path:
 def write_index(folder: Path, *shards: str) -> Path:
     write_config(folder)
     mapped = {f"t{number}": name for number, name in enumerate(shards)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapped}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": mapped}))
     return folder
 
 

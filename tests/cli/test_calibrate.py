@@ -55,7 +55,8 @@ def test_what_it_keeps_corrects_plans_from_then_on(here: Machine, tmp_path: Path
     assert factor(here) == 1.0
     assert main(["calibrate", str(results)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert f"{NAME} 0.0000105" in out
+    assert f"{NAME} 2.6" in out
+    assert "of the package 1.05e-05; 4 results, 4 cases" in out
     assert "4 results, 4 figures" in out
     assert "were off by 100 % or more" in out
     assert factor(here) > 1.5

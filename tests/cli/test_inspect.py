@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from harness.architecture import skeleton_source
 from harness.catalog import resolve, shipped
 from harness.checkpoint.reader import read
 from harness.cli.entry import main
@@ -159,8 +160,9 @@ def test_what_the_catalog_knows_is_inspected_offline(name: str, say: Said, monke
     assert full is not None
     assert (found["name"], found["kind"], found["files"]) == (name, "catalog", [])
     known, repeated = shipped.catalog()[full], sum(tie["how"] == "repeated" for tie in found["ties"])
+    saved = sum(weight.elements for weight in skeleton_source.named(full).weights if weight.tensor.kind == "buffer")
     embedding = sum(part["parameters"] for part in found["parts"] if part["kind"] == "embedding")
-    assert found["parameters"] == known.parameters + repeated * embedding
+    assert found["parameters"] == known.parameters + saved + repeated * embedding
     assert found["bytes"] == sum(part["bytes"] for part in found["parts"]) > 0
     assert any("from the catalog, not from its files" in note for note in found["notes"])
 
@@ -461,7 +463,7 @@ def test_the_models_known_offline_are_listed(capsys: pytest.CaptureFixture[str])
     ("words", "names"),
     [
         (["moss", "int4"], ["moss-moon-003-sft-int4", "moss-moon-003-sft-plugin-int4"]),
-        (["QWEN/qwen3-8b"], ["qwen3-8b"]),
+        (["QWEN/qwen3-8b"], ["qwen3-8b", "qwen3-8b-base"]),
         (["gpt-oss mxfp4"], ["gpt-oss-120b", "gpt-oss-20b"]),
     ],
 )

@@ -1,7 +1,7 @@
 """Cards for a worker: torch.cuda says that they are there, tensors on them are fake, and real ones on the CPU hold their values.
 
-FAKE_CARDS="2x8" are two cards of 8 GiB; FAKE_ROOM, if set, is how many bytes each really has: what goes beyond is out of memory,
-as on a card that somebody else took since it was asked.
+FAKE_CARDS="8,12" are two cards of 8 and 12 GiB. What goes beyond a card, or beyond what --vram leaves of it, is out of memory. The
+modes that make tensors fake belong to a thread, so nothing may be loaded by another: HF_DEACTIVATE_ASYNC_LOAD is set.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from unittest import mock
 
 import accelerate.big_modeling
 import accelerate.utils.imports
+import pynvml
 import safetensors
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
@@ -39,17 +40,26 @@ def _flash(query: Any, key: Any, value: Any, _dropout: float = 0.0, causal: bool
     return [_OWN_ATTENTION(query, key, value, is_causal=causal, scale=given.get("scale"), enable_gqa=grouped)]
 
 
+def _efficient(
+    query: Any, key: Any, value: Any, bias: Any, _sums: bool, _dropout: float = 0.0, causal: bool = False, **given: Any
+) -> Any:
+    return [_OWN_ATTENTION(query, key, value, attn_mask=bias, is_causal=causal, scale=given.get("scale"))]
+
+
 # Kernels that the processor lacks, for values.
-_VALUES: dict[Any, Callable[..., Any]] = {aten._scaled_dot_product_flash_attention.default: _flash}
+_VALUES: dict[Any, Callable[..., Any]] = {
+    aten._scaled_dot_product_flash_attention.default: _flash,
+    aten._scaled_dot_product_efficient_attention.default: _efficient,
+}
 
 
 class Cards(Ledger):
-    """A ledger of several cards of one size, with the values of everything on them, that refuses what does not fit."""
+    """A ledger of several cards, with the values of everything on them, that refuses what does not fit."""
 
-    def __init__(self, count: int, total: int, room: int) -> None:
+    def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__({})
-        self.count, self.total, self.current = count, total, 0
-        self.room = dict.fromkeys(range(count), room)
+        self.sizes, self.current = list(sizes), 0
+        self.room = dict(enumerate(sizes))
 
     def on(self, counted: dict[torch.device, int], device: Any = None) -> int:
         """Return what is counted of one card."""
@@ -62,9 +72,11 @@ class Cards(Ledger):
         return device if isinstance(device, int) else torch.device(device).index or 0
 
     def _note(self, tensor: torch.Tensor, operator: str) -> None:
-        super()._note(tensor, operator)
         device = tensor.device
+        before = self.peak[device]
+        super()._note(tensor, operator)
         if device.type == "cuda" and self.live[device] > self.room[device.index]:
+            self.peak[device] = before
             asked, room = tensor.untyped_storage().nbytes(), self.room[device.index]
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {asked} bytes. GPU {device.index} has {room} bytes."
@@ -93,9 +105,7 @@ def put_in() -> None:
     """Put the cards of FAKE_CARDS into this process, for as long as it lives; once."""
     if _PUT_IN:
         return
-    count, _, gib = os.environ["FAKE_CARDS"].partition("x")
-    total = int(float(gib) * (1 << 30))
-    found = Cards(int(count), total, int(os.environ.get("FAKE_ROOM", total)))
+    found = Cards(pynvml.SIZES)
     _PUT_IN.append(found)
     stack = contextlib.ExitStack()
     ledger.lend_guard()
@@ -117,12 +127,18 @@ _PEAKS = ("allocated_bytes.all.peak", "reserved_bytes.all.peak")
 
 def _cuda(cards: Cards) -> Iterator[tuple[Any, str, Any]]:
     """Yield what torch.cuda says of the cards."""
-    name = "NVIDIA A100-SXM4-80GB"
-    facts = SimpleNamespace(name=name, total_memory=cards.total, major=8, minor=0, multi_processor_count=108, is_integrated=False)
+
+    def facts(device: Any = None) -> SimpleNamespace:
+        name, total = pynvml.name(cards.index(device)), cards.sizes[cards.index(device)]
+        return SimpleNamespace(name=name, total_memory=total, major=8, minor=0, multi_processor_count=108, is_integrated=False)
 
     def limit(share: float, device: Any = None) -> None:
         index = cards.index(device)
-        cards.room[index] = min(cards.room[index], int(share * cards.total))
+        cards.room[index] = int(share * cards.sizes[index])
+
+    def free(device: Any = None) -> tuple[int, int]:
+        total = cards.sizes[cards.index(device)]
+        return total - cards.on(cards.live, device), total
 
     def reset(device: Any = None) -> None:
         at = torch.device("cuda", cards.index(device))
@@ -142,15 +158,15 @@ def _cuda(cards: Cards) -> Iterator[tuple[Any, str, Any]]:
         **dict.fromkeys(("init", "_lazy_init", "empty_cache"), lambda: None),
         **dict.fromkeys(("memory_allocated", "memory_reserved"), live),
         **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), peak),
-        "device_count": lambda: cards.count,
+        "device_count": lambda: len(cards.sizes),
         "current_device": lambda: cards.current,
         "synchronize": lambda device=None: None,  # noqa: ARG005 torch's interface
-        "get_device_properties": lambda device=None: facts,  # noqa: ARG005
+        "get_device_properties": facts,
         "get_device_capability": lambda device=None: (8, 0),  # noqa: ARG005
-        "get_device_name": lambda device=None: name,  # noqa: ARG005
+        "get_device_name": lambda device=None: pynvml.name(cards.index(device)),
         "is_bf16_supported": lambda *_, **__: True,
         "set_device": lambda device: setattr(cards, "current", cards.index(device)),
-        "mem_get_info": lambda device=None: (cards.total - cards.on(cards.live, device), cards.total),
+        "mem_get_info": free,
         "memory_stats": lambda device=None: dict.fromkeys(_PEAKS, peak(device)),  # type: ignore[no-untyped-call]  # torch.cuda types nothing
         "reset_peak_memory_stats": reset,
         "set_per_process_memory_fraction": limit,

@@ -14,7 +14,7 @@ import pytest
 
 from harness.machine import accelerators, probe
 from tests.gpu import report
-from tests.gpu.contact import Contact
+from tests.gpu.contact import OPTIONS, Contact
 
 # Later modules need what earlier ones show: that torch sees the card, that a case runs, that its figures are right.
 ORDER = ("contact", "placements", "estimates", "quantized", "limits", "overhead", "recovery", "tp", "gguf")
@@ -37,12 +37,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def contact() -> Contact:
+def contact(request: pytest.FixtureRequest) -> Contact:
     """All cases of this contact, measured into one directory; skips what needs a card that torch cannot use."""
     machine = accelerators.usable(probe.probe())
     if machine.gpu_problem:
         pytest.skip(machine.gpu_problem)
-    return Contact(_place(), machine, os.environ.get("FIRST_CONTACT_MODEL"))
+    options = os.environ.get("FIRST_CONTACT_OPTIONS", "").split() or OPTIONS
+    made = Contact(_place(), machine, os.environ.get("FIRST_CONTACT_MODEL"), options)
+    given = [
+        item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    ]
+    made.wanted = {(str(one["precision"]), str(one["placement"])) for one in given if {"precision", "placement"} <= one.keys()}
+    return made
 
 
 def _place() -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from harness.core.placements import PLACEMENTS, distinct
 from harness.core.records import Machine, Outcome, Result
 from harness.results import store
 
@@ -13,15 +15,21 @@ ROOT = Path(__file__).parents[2]
 # Written offline in seconds, and large enough that its weights are no rounding error beside a context.
 MODEL = "codegen-350m-mono"
 RUN_S = 280.0
+OPTIONS = ("--repeats", "3")
 
 
 class Contact:
-    """Runs cases of one model into one directory. `model` is a directory of weights; None is MODEL with synthetic ones."""
+    """Runs cases of one model into one directory.
 
-    def __init__(self, directory: Path, machine: Machine, model: str | None = None) -> None:
-        self.directory, self.machine = directory, machine
+    `model` is a directory of weights; None is MODEL with synthetic ones. `options` are those of every case.
+    """
+
+    def __init__(self, directory: Path, machine: Machine, model: str | None = None, options: Sequence[str] = OPTIONS) -> None:
+        self.directory, self.machine, self.options = directory, machine, options
         self.asked = ["--model", model] if model else ["--model", MODEL, "--weights", "synthetic"]
+        self.wanted: set[tuple[str, str]] = set()  #: precision and placement of what will be asked for
         self._ran: dict[tuple[str, ...], list[Result]] = {}
+        self._together: dict[tuple[str, str], Result] = {}
 
     def cases(self, *words: str) -> list[Result]:
         """Run cases once, and return their results.
@@ -37,6 +45,22 @@ class Contact:
             self._ran[words] = found
         return self._ran[words]
 
+    def together(self, precision: str, placement: str) -> Result:
+        """Return the result of a case, which runs with all that will be asked for in this precision.
+
+        Raises:
+            AssertionError: the run left none.
+        """
+        if (precision, placement) not in self._together:
+            differ = distinct(PLACEMENTS, len(self.machine.gpus))
+            asked = [name for name in differ if name == placement or (precision, name) in self.wanted]
+            new = [name for name in asked if (precision, name) not in self._together]
+            found = self.cases("--precision", precision, *(word for name in new for word in ("--placement", name)))
+            self._together |= {(precision, result.case.placement): result for result in found}
+        left = [f"{one}/{other}" for one, other in self._together]
+        assert (precision, placement) in self._together, f"the run left no result of {precision}/{placement}, only of {left}"
+        return self._together[precision, placement]
+
     def case(self, precision: str, placement: str, *words: str) -> Result:
         """Run one case, and return its result."""
         return self.cases("--precision", precision, "--placement", placement, *words)[0]
@@ -51,19 +75,8 @@ class Contact:
 
     def run(self, *words: str) -> str:
         """Run the main job, and return what it printed last."""
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "cases",
-            "-q",
-            "--results",
-            str(self.directory),
-            "--repeats",
-            "3",
-            *self.asked,
-            *words,
-        ]
+        asked = ["--results", str(self.directory), *self.options, *self.asked, *words]
+        command = [sys.executable, "-m", "pytest", "cases", "-q", *asked]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_S, check=False)
         except subprocess.TimeoutExpired:

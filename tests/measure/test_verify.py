@@ -66,6 +66,11 @@ def test_up_to_max_memory_and_a_little_slack_for_buffers(used: int) -> None:
     assert failing(planned("bf16", "gpu+cpu", gpu=GIB, cpu=GIB), loaded(tiers={"gpu:0": used, "cpu": GIB})) == {}
 
 
+def test_max_memory_allows_nothing_on_a_card_that_it_does_not_name() -> None:
+    said = failing(planned("bf16", "gpu+cpu", gpu=GIB, cpu=GIB), loaded(tiers={"gpu:1": GIB, "cpu": GIB}))
+    assert said == {"max_memory": "gpu:1 holds 1.00 GiB of weights, and max_memory allows 0 bytes"}
+
+
 def test_max_memory_of_a_tier_that_was_not_used() -> None:
     assert failing(planned("bf16", "disk", cpu=GIB), loaded(tiers={"disk": GIB})) == {}
 
@@ -124,6 +129,15 @@ def test_what_was_planned_on_a_gpu_lies_on_one_and_nothing_else_does(planned_on:
     for placement in ("auto", "dispatch"):
         plan = replace(planned("bf16", placement), estimate=shared(planned_on).estimate)
         assert checks(plan, loaded(tiers=found))["placement"] == said
+
+
+@pytest.mark.parametrize("placement", ["direct", "ram-to-gpu"])
+def test_a_placement_that_names_its_card_uses_no_other(placement: str) -> None:
+    plan = replace(planned("bf16", placement), estimate=shared("gpu:1").estimate)
+    assert checks(plan, loaded(tiers={"gpu:1": 5}))["placement"] == OK
+    said = "weights lie on gpu:0, and were planned on gpu:1"
+    assert checks(plan, loaded(tiers={"gpu:0": 5}))["placement"] == said
+    assert checks(plan, loaded(tiers={"gpu:0": 5, "gpu:1": 5}))["placement"].startswith("weights lie on gpu:0, gpu:1, and")
 
 
 def test_every_placement_is_checked_here() -> None:

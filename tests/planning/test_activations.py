@@ -140,7 +140,7 @@ def test_explaining_a_case_has_it_traced_where_nobody_has(capsys: pytest.Capture
     small_models.save("llama", model)
     words = ["plan", str(model), "--gpu", "8GiB", "--ram", "64GiB", "--precision", "bf16", "--placement", "direct"]
     main(words)
-    assert "by formulas for bf16; --explain bf16/direct traces the model" in " ".join(capsys.readouterr().out.split())
+    assert "computed by formulas; --explain bf16/direct traces the model" in " ".join(capsys.readouterr().out.split())
     main([*words[:-4], "--explain", "bf16/direct"])
     said = capsys.readouterr()
     assert "tracing model in bf16, once" in said.err

@@ -150,6 +150,23 @@ def test_what_a_process_settles_anew_is_no_property_of_the_machine() -> None:
     assert factor(found, "ram_import_anon_bytes") < 1.2  # and the imports do not answer for it
 
 
+def test_memory_is_corrected_by_three_cases_and_no_fewer() -> None:
+    """It decides what fits: what one model shows of it is too little."""
+    anon = estimate({"ram_anon_bytes": Makeup(whole=400e6, parts={"ram_import_anon_bytes": 274e6})})
+    runs = [
+        replace(ran(expected=anon, of=builders.case(model=f"model{number}")), metrics={"ram_anon_peak_bytes": 450e6})
+        for number in range(3)
+    ]
+    assert not correct(runs[:2]).fitted
+    assert factor(correct(runs), "ram_import_anon_bytes") == pytest.approx(1 + 50 / 274, abs=0.08)
+
+
+def test_a_small_part_of_a_figure_teaches_nothing() -> None:
+    """Seen with SmolLM2 in int8: reading takes a quarter of its token, and what the rest was off by slowed ChatGLM's by half."""
+    small = Makeup(whole=0.07, parts={"cpu_s_per_operation": 0.05, "ram_bandwidth_share_int8": -0.02})
+    assert correct([ran(0.14, expected=estimate({"token_s": small}))]).fitted.keys() == {"cpu_s_per_operation"}
+
+
 def test_a_speed_and_a_cost_grow_the_other_way() -> None:
     assert predicted(TOKEN, {"cpu_s_per_operation": 0.6931472}) == pytest.approx(0.16)
     assert predicted(TOKEN, {"ram_bandwidth_share_bfloat16": 0.6931472}) == pytest.approx(0.08)

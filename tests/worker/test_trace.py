@@ -237,3 +237,35 @@ def test_what_is_taken_of_torch_that_is_not_public_is_there() -> None:
 def test_the_first_and_the_last_layer_of_each_kind_stand_for_all() -> None:
     assert fake_model.representatives([0, 0, 1, 0, 0, 1, 0]) == [0, 2, 5, 6]
     assert fake_model.representatives([0]) == [0]
+
+
+def test_attention_can_be_chosen() -> None:
+    """Eager attention holds scores of all heads; the package flash-attn holds what torch's flash kernel does, masks or not."""
+    loads = [Workload(prompt_tokens=1000, new_tokens=3, batch=1)]
+    peaks = {
+        attention: trace(MODELS["mistral with a window"], "bf16", loads, attention)[0].peak_bytes
+        for attention in ("sdpa", "eager", "flash_attention_2")
+    }
+    scores = 8 * 1000**2 * 2
+    assert peaks["eager"] > peaks["flash_attention_2"] + 3 * scores
+    assert peaks["sdpa"] > peaks["flash_attention_2"] + 2 * 1000**2  # the mask of the window
+    (full,) = trace(MODELS["llama"], "bf16", loads, "flash_attention_2")
+    (torchs,) = trace(MODELS["llama"], "bf16", loads)
+    assert full.peak_bytes == pytest.approx(torchs.peak_bytes, rel=0.002)
+
+
+def test_attention_that_a_model_does_not_support_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no trace with flash_attention_2: .* does not support it"):
+        fake_model.build_fake(MODELS["chatglm, ours"], "bf16", "flash_attention_2")
+
+
+def test_what_a_config_lists_by_layer_is_cut_with_its_layers() -> None:
+    config = {"model_type": "smollm3", **SMALL, "num_hidden_layers": 8, "pad_token_id": 0}
+    config |= {"no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 0]}
+    model = fake_model.build_fake(config, "bf16")
+    layers = fake_model.layers_of(model)
+    assert layers is not None
+    kept = fake_model.keep(model, layers, [0, 3, 7])
+    assert model.config.no_rope_layers == [1, 0, 0]
+    assert len(model.config.layer_types) == 3
+    assert model.config.num_hidden_layers == len(kept.held) == 3

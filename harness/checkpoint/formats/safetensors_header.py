@@ -114,10 +114,14 @@ def read_index(blob: Blob) -> dict[str, str]:
         raise _not_json(blob, error) from error
     if not index.weight_map:
         raise CheckpointError(blob.where, f'its "weight_map" is empty: {DOWNLOAD_AGAIN}')
-    if index.metadata is None:
+    return index.weight_map
+
+
+def check_metadata(blob: Blob) -> None:
+    """Refuse an index that transformers would end at in a KeyError; accelerate alone does without."""
+    if _INDEX.decode(_read_json(blob, INDEX_BYTES, INDEX_MARKS)).metadata is None:
         what = 'has no "metadata", without which transformers ends in a KeyError'
         raise CheckpointError(blob.where, f'{what}: write "metadata": {{}} into it, or {DOWNLOAD_AGAIN}')
-    return index.weight_map
 
 
 def read_safetensors(blob: Blob) -> list[StoredTensor]:

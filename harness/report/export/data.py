@@ -27,7 +27,20 @@ from harness.results import selection
 EXPORT_SCHEMA = 1
 
 _CASE = ("model", "precision", "placement", "vram_bytes", "ram_bytes", "workload")
-_RESULT = ("weights", "verdict", "outcome", "stage", "why", "metrics", "noisy", "checks", "estimate", "environment", "failed")
+_RESULT = (
+    "weights",
+    "verdict",
+    "outcome",
+    "stage",
+    "why",
+    "metrics",
+    "noisy",
+    "checks",
+    "estimate",
+    "environment",
+    "failed",
+    "device_map",
+)
 
 
 def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:

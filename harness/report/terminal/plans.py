@@ -84,17 +84,15 @@ def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
 
 
 def _by_formulas(recommendation: Recommendation) -> str:
-    """Say for which precisions the memory of a GPU is by formulas although a trace could say it, and how to have it traced."""
+    """Say of a model that nobody has traced for these cards that its activations are by formulas, and how to have it traced."""
     footprints = recommendation.planner.footprints
-    by_formulas: dict[str, str] = {}
-    for one in recommendation.plans:
-        footprint = footprints.get(one.case.id)
-        if footprint is not None and footprint.gpus and footprint.inventory.on_gpu.lacks_trace:
-            by_formulas.setdefault(one.case.precision, f"{one.case.precision}/{one.case.placement}")
-    if not by_formulas:
+    pairs = [(one.case, footprints[one.case.id]) for one in recommendation.plans if one.case.id in footprints]
+    on_gpu = [(case, footprint.inventory.on_gpu) for case, footprint in pairs if footprint.gpus]
+    lacking = [case for case, found in on_gpu if found.lacks_trace]
+    if not lacking or any(found.precision and not found.lacks_trace for _, found in on_gpu):
         return ""
-    traces = next(iter(by_formulas.values()))
-    return f"Activations on the GPU are computed by formulas for {', '.join(by_formulas)}; --explain {traces} traces the model."
+    case = f"{lacking[0].precision}/{lacking[0].placement}"
+    return f"Activations on the GPU are computed by formulas; --explain {case} traces the model, once for each precision."
 
 
 def _word(one: Plan) -> str:

@@ -10,8 +10,8 @@ import io
 import sys
 from collections.abc import Iterable, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +20,7 @@ from harness.core.text import visible
 
 WIDEST = 100
 NARROWEST = 40
-_ENDLESS = 1000
+_GAP = 2  # between columns
 
 # The colours of Okabe and Ito that the pages use, by kind of module.
 KIND_COLOURS = {
@@ -64,7 +64,7 @@ def title(text: str) -> Text:
 
 def table(*columns: str, left: int = 1) -> Table:
     """Make a table without lines; the first `left` columns are words, the others figures. A heading may have two lines."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
     for number, heading in enumerate(columns):
         is_word = number < left
         made.add_column(
@@ -73,15 +73,24 @@ def table(*columns: str, left: int = 1) -> Table:
     return made
 
 
-def width_of(part: RenderableType) -> int:
-    """Return how many columns something takes where nothing is wrapped or cut."""
-    console = screen()
-    return Measurement.get(console, console.options.update(max_width=_ENDLESS), part).maximum
+def width_of(part: Table) -> int:
+    """Return how many columns of the screen a table takes where nothing is wrapped or cut."""
+    return sum(_widths(part)) + _GAP * (len(part.columns) - 1)
 
 
-def has_room_for(part: RenderableType) -> bool:
-    """Say whether the screen is wide enough to show something without wrapping or cutting it."""
-    return width_of(part) <= screen().width
+def has_room_for(part: Table) -> bool:
+    """Say whether the screen is wide enough to show a table without wrapping or cutting it; then its columns are fixed."""
+    if width_of(part) > screen().width:
+        return False
+    for column, width in zip(part.columns, _widths(part), strict=True):
+        column.width = width  # else rich lays out every cell once more to find it
+    return True
+
+
+def _widths(part: Table) -> list[int]:
+    """Return the width of each column: of the widest line of plain or styled text in it."""
+    cells = ((column.header, *column.cells) for column in part.columns)
+    return [max(cell_len(line) for cell in column for line in str(cell).split("\n")) for column in cells]
 
 
 def facts(pairs: Iterable[tuple[str, str | Sequence[str]]]) -> Table:

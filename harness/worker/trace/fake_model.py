@@ -31,16 +31,23 @@ class Layers(NamedTuple):
 def build_fake(config: Mapping[str, Any], precision: str, attention: str | None = None, capability: str = WITH_FLASH) -> Any:
     """Build a causal language model on meta, of a config as published, in a precision of the table for such a card.
 
+    `attention` is an implementation as transformers names it: "sdpa", "eager", "flash_attention_2"; None for the model's default.
+
     Raises:
-        ValueError: transformers has no class for this config, or no trace is made in this precision.
+        ValueError: transformers has no class for this config, or no trace is made in this precision or with this attention.
     """
     row = PRECISIONS[precision]
     if not row.is_traceable:
         raise ValueError(f"no trace in {precision}: what its kernels allocate is not known")
     dtype = row.dtype_on(capability)
-    chosen = {"attn_implementation": attention} if attention else {}
+    flash = attention if attention and attention.startswith("flash_attention") else None
+    chosen = {"attn_implementation": attention} if attention and not flash else {}
     read = read_model_config(config)
     model = construct(auto_class_of(read, None), read, getattr(torch, dtype), **chosen)
+    if flash and not model._supports_flash_attn:
+        raise ValueError(f"no trace with {flash}: {type(model).__name__} does not support it")
+    if flash:  # without the package, which transformers looks for when it is asked for in the beginning
+        model.config._attn_implementation = flash
     model.tie_weights()
     _keep_in_float32(model, dtype)
     return _quantized(model, row.quantization, dtype) if isinstance(row.quantization, Mapping) else model

@@ -16,7 +16,7 @@ TracedPoint = tuple[int, int]  # batch, length
 Array = NDArray[np.float64]
 
 SLACK_BYTES, SLACK_SHARE = 512, 0.001  # what a fitted size may be off at a point that it was not fitted to
-MOST_TENSORS = 4
+MOST_NAMED = 4
 LEAST_NAMED = 0.1  # of the largest: what is smaller is not named
 
 
@@ -115,7 +115,7 @@ class Moments(NamedTuple):
 
 def moments(one: Pass, polynomials: Array, kinds: Sequence[int]) -> Moments:
     """Follow a pass and note what is alive after each storage is made, without the KV cache that belongs to the place."""
-    apart = _cache_at(*cache_of(one, polynomials, bool(kinds)))
+    apart = _cache_at(*kv_cache_of(one, polynomials, bool(kinds)))
     after = max(apart)
     plain, extra = polynomials[: one.held].sum(axis=0), defaultdict[str, Array](lambda: np.zeros(6))
     found: list[tuple[int, Array, str | None, Array, int]] = []
@@ -138,7 +138,7 @@ def moments(one: Pass, polynomials: Array, kinds: Sequence[int]) -> Moments:
     return Moments(list(places), np.array(nbytes), list(conditions), np.array(extras), list(steps))
 
 
-def cache_of(one: Pass, polynomials: Array, by_layer: bool) -> tuple[Array, Array]:
+def kv_cache_of(one: Pass, polynomials: Array, by_layer: bool) -> tuple[Array, Array]:
     """Return the KV cache before and after a pass [layers, 6]; as that of one layer where it is not kept by layer."""
     before, after = (
         np.array([polynomials[list(layer)].sum(axis=0) for layer in side]).reshape(-1, 6) for side in (one.before, one.cached)
@@ -187,7 +187,7 @@ def row(
             live[event] = None
         else:
             del live[~event]
-    parts = sorted(_parts(one, polynomials, set(live) - cached), key=lambda part: -part[2])[:MOST_TENSORS]
+    parts = sorted(_parts(one, polynomials, set(live) - cached), key=lambda part: -part[2])[:MOST_NAMED]
     parts = [part for part in parts if part[2] >= LEAST_NAMED * parts[0][2]]
     return MomentRow(
         place=found.places[index],

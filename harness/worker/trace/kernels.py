@@ -128,7 +128,20 @@ class AttentionCall:
         with self._ledger.only_if(condition):
             if not over and not self._whole:
                 return mask, mask.new_empty(0)
-            return mask.new_empty((*mask.shape[:-1], keys + over))[..., :keys], mask
+            return mask.new_empty((*mask.shape[:-1], keys + over))[..., :keys].copy_(mask), mask
+
+
+def _flash_package(ledger: Ledger) -> Callable[..., Any]:
+    """Stand for what transformers imports of the package flash-attn: its kernels allocate the result and a sum for each row."""
+
+    def attend(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        with swapped(ledger, "_operator", "flash_attn"):
+            sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+            out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        del sums
+        return out
+
+    return lambda *_, **__: ((attend, attend, None, None, None), (lambda **_: {}, None))
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -269,7 +282,10 @@ def rules(ledger: Ledger, card: CardKernels, whole: bool) -> dict[Any, Callable[
 @contextlib.contextmanager
 def chosen_as_on(card: CardKernels, ledger: Ledger, whole: bool) -> Iterator[None]:
     """Have kernels chosen, and take memory, as on this card."""
+    from transformers import modeling_flash_attention_utils
+
     with (
+        swapped(modeling_flash_attention_utils, "lazy_import_flash_attention", _flash_package(ledger)),
         swapped(ledger, "rules", rules(ledger, card, whole)),
         swapped(F, "scaled_dot_product_attention", AttentionCall(ledger, card, whole)),
     ):

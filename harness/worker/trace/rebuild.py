@@ -41,8 +41,10 @@ def rebuild(names: Sequence[str], precisions: Sequence[str], capabilities: Seque
     precision, else 0.
     """
     known = shipped.catalog()
-    by_key = {traces.key_of(entry.config): name for name, entry in reversed(list(known.items()))}  # the first has it
-    kinds = {entry.config.get("model_type"): traces.key_of(entry.config) for entry in reversed(list(known.values()))}
+    by_key, kinds = dict[str, str](), dict[str, str]()  # the first model of each key, and the first key of each type
+    for name, entry in known.items():
+        by_key.setdefault(traces.key_of(entry.config), name)
+        kinds.setdefault(str(entry.config["model_type"]), traces.key_of(entry.config))
     shelf, done = _shelf(), Counter[str]()
     for gone in shelf.keys() - by_key.keys():
         print(f"{gone}: gone, no model of the catalog has this key any more")
@@ -53,7 +55,7 @@ def rebuild(names: Sequence[str], precisions: Sequence[str], capabilities: Seque
         for precision, capability in product(precisions, capabilities):
             old = traces.find(records, precision, capability)
             if (capability == WITH_FLASH or precision in BEFORE_FLASH_TOO) and not (missing and old and old.source == source()):
-                check = precision == "bf16" and kinds[config.get("model_type")] == key  # one of each kind with all its layers
+                check = precision == "bf16" and kinds[str(config["model_type"])] == key  # one of each kind with all its layers
                 outcome, told = _remade(records, config, (precision, capability), check)
                 done[outcome] += 1
                 print(f"{by_key[key]} {precision} {capability}: {told}", flush=True)
@@ -81,7 +83,7 @@ def replay_again(names: Sequence[str], precisions: Sequence[str]) -> None:
 def _remade(records: Records, config: Mapping[str, Any], wanted: tuple[str, str], check: bool) -> tuple[str, str]:
     """Trace one record of an architecture anew; return what became of it, in a word and in a sentence."""
     precision, capability = wanted
-    start, before, name = time.monotonic(), traces.find(records, *wanted), traces.name_of(*wanted)
+    start, before, name = time.monotonic(), traces.find(records, *wanted), traces.record_name(*wanted)
     try:
         made = record(config, precision, capability=capability, check=check)
     except FAILURES as error:
@@ -95,7 +97,7 @@ def _remade(records: Records, config: Mapping[str, Any], wanted: tuple[str, str]
 
 def _stand_in(records: Records, made: TracedMemory) -> str | None:
     """Return the name of the record that holds the same bytes for every workload that is compared, if there is one."""
-    other = STAND_INS.get(traces.name_of(made.precision, made.capability))
+    other = STAND_INS.get(traces.record_name(made.precision, made.capability))
     kept = traces.find(records, *other.split()) if other else None
     if kept is None or kept.attention != made.attention:
         return None

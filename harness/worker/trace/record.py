@@ -35,7 +35,7 @@ from harness.architecture.traced_memory import (
 from harness.core.precisions import PRECISIONS
 from harness.worker.trace import fake_model, kernels, reserve, workload
 from harness.worker.trace.fake_model import Layers
-from harness.worker.trace.fit import Pass, TracedPoint, cache_of, fit, moments, passes_of, row, tidy, worst
+from harness.worker.trace.fit import Pass, TracedPoint, fit, kv_cache_of, moments, passes_of, row, tidy, worst
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
 from harness.worker.trace.whole import stand_ins
 
@@ -173,7 +173,7 @@ class Recorder:
         found = moments(one, polynomials, self._kinds)
         grid = [(batch, length) for batch in _spread(*batches, most=256) for length in _spread(*lengths, most=1 << 18)]
         rows = tuple(row(one, polynomials, found, index, self.names, self._numbers) for index in worst(found, grid))
-        before, cached = (self._by_kind(side) for side in cache_of(one, polynomials, bool(self._kinds)))
+        before, cached = (self._by_kind(side) for side in kv_cache_of(one, polynomials, bool(self._kinds)))
         return Regime(lengths=lengths, batches=batches, before=before, cached=cached, rows=rows)
 
     def _by_kind(self, cache: Any) -> tuple[Polynomial, ...]:
@@ -246,8 +246,7 @@ def _recorded(
     conditions = [Condition(name=UNALIGNED), Condition(name=UNALIGNED_WIDE), *_unpackings(model, cards)]
     with fake_card({}, card.capability) as ledger:
         fake_model.place_on_card(model)
-        gc.collect()
-        gc.freeze()  # what is there stays: looking for circles in it would take longer than a trace
+        _settle()
         weights, layers = ledger.live[CARD], fake_model.layers_of(model)
         placed, whole = reserve.Weights.on(ledger), None
         if check and not PRECISIONS[precision].quantizes:
@@ -275,10 +274,18 @@ def _run_once(ledger: Ledger, model: Any, layers: Layers | None, card: CardKerne
     try:
         with kernels.chosen_as_on(card, ledger, whole=True):
             workload.run(ledger, model, layers, 1, PROBES[0], 2)
+        _settle()
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         if may_differ:
             raise LayersDiffer(str(error)) from error
         raise
+
+
+def _settle() -> None:
+    """Look for circles in all that is there once, and leave it out when a trace looks, which else takes as long as the trace."""
+    gc.unfreeze()  # of the model before this one nothing stays
+    gc.collect()
+    gc.freeze()
 
 
 def _without_spares(made: TracedMemory) -> TracedMemory:

@@ -1,4 +1,4 @@
-"""NVML of cards that are not there: FAKE_CARDS="2x8" is two cards of 8 GiB. It is found before the real one by PYTHONPATH."""
+"""NVML of cards that are not there: FAKE_CARDS="8,12" are two, of 8 and of 12 GiB. PYTHONPATH puts it before the real one."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-_COUNT, _, _GIB = os.environ.get("FAKE_CARDS", "0x0").partition("x")
+SIZES = [int(float(gib) * (1 << 30)) for gib in os.environ.get("FAKE_CARDS", "").split(",") if gib]
+_NAMES = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB")  # a kind for each size
 _TOLD: dict[str, Any] = {
-    "nvmlDeviceGetName": lambda _: "NVIDIA A100-SXM4-80GB",
+    "nvmlDeviceGetName": lambda card: name(card),
     "nvmlDeviceGetUUID": lambda card: f"GPU-fake-{card}",
     "nvmlDeviceGetCudaComputeCapability": lambda _: (8, 0),
     "nvmlDeviceGetComputeRunningProcesses": lambda _: [],
     "nvmlDeviceGetGraphicsRunningProcesses": lambda _: [],
     "nvmlDeviceGetHandleByIndex": lambda index: index,
-    "nvmlDeviceGetCount": lambda: int(_COUNT),
+    "nvmlDeviceGetCount": lambda: len(SIZES),
     "nvmlSystemGetDriverVersion": lambda: "580.95.05",
     "nvmlInit": lambda: None,
     "nvmlShutdown": lambda: None,
@@ -25,10 +26,14 @@ class NVMLError(Exception):
     """What every call says that these cards do not support."""
 
 
-def nvmlDeviceGetMemoryInfo(_card: int, *_version: object) -> SimpleNamespace:  # noqa: N802 # NVML's name
+def name(card: int) -> str:
+    """Return the name of a card: those of another size than the first are of another kind."""
+    return _NAMES[SIZES[card] != SIZES[0]]
+
+
+def nvmlDeviceGetMemoryInfo(card: int, *_version: object) -> SimpleNamespace:  # noqa: N802 # NVML's name
     """Tell the size of a card, all of it free."""
-    total = int(float(_GIB) * (1 << 30))
-    return SimpleNamespace(total=total, free=total, used=0)
+    return SimpleNamespace(total=SIZES[card], free=SIZES[card], used=0)
 
 
 def _refuse(*_: object) -> None:

@@ -1,26 +1,41 @@
-"""Put fake cards into every Python that finds this folder: torch is said to be built for CUDA, and workers run on the cards."""
+"""Put fake cards into every Python that finds this folder: torch is said to be built for CUDA, and workers run on the cards.
+
+FAKE_CODE, a pattern and what to put in its place, separated by a tab, has workers run other loading code than was planned: what a
+library does that takes no notice of what it was told.
+"""
 
 from __future__ import annotations
 
 import importlib.machinery
 import os
+import re
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import msgspec
+import pynvml
+
 
 def _in_the_parent(module: ModuleType) -> None:
-    count, _, gib = os.environ["FAKE_CARDS"].partition("x")
-    card = module.TorchDevice(name="NVIDIA A100-SXM4-80GB", total_bytes=int(float(gib) * (1 << 30)), architecture="sm_80")
+    cards = [
+        module.TorchDevice(name=pynvml.name(at), total_bytes=size, architecture="sm_80") for at, size in enumerate(pynvml.SIZES)
+    ]
     module.torch_build = lambda: module.TorchBuild(version="2.13.0", cuda="13.0")  # type: ignore[attr-defined]
-    seen = module.Seen(kind="cuda", cards=(card,) * int(count), architectures=("sm_80",))
+    seen = module.Seen(kind="cuda", cards=tuple(cards), architectures=("sm_80",))
     module.ask_torch = lambda *_, **__: seen  # type: ignore[attr-defined]
 
 
 def _in_the_worker(module: ModuleType) -> None:
-    for name in ("load", "cap_vram"):
-        setattr(module, name, _on_cards(getattr(module, name)))
+    load = module.load
+
+    def load_other(request: Any, *given: Any) -> Any:
+        pattern, _, other = os.environ["FAKE_CODE"].partition("\t")
+        return load(msgspec.structs.replace(request, code=re.sub(pattern, other, request.code, flags=re.DOTALL)), *given)
+
+    module.load = _on_cards(load_other if os.environ.get("FAKE_CODE") else load)  # type: ignore[attr-defined]
+    module.cap_vram = _on_cards(module.cap_vram)  # type: ignore[attr-defined]
 
 
 def _on_cards(function: Callable[..., Any]) -> Callable[..., Any]:
