@@ -9,7 +9,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     file_format: str = "safetensors"
     packed: Packed | None = None
     tensor_bytes: int | None = None  #: stored bytes of a checkpoint that is quantized already and whose headers were read
+    as_held: bool = False  #: whether the files, whose headers were read, name every tensor as the model does: no stack is made
     repeated: frozenset[str] = frozenset()  #: paths of tied weights that the files store all the same
     largest_file: tuple[str, int] | None = None  #: what the largest file is called, and its bytes
     tokenizer: bool = True
@@ -200,6 +201,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     notes = validate.check(read, found, packed)
     tokenizer = directory is None or "tokenizer.ggml.model" in read.config or auxiliary_files.has_tokenizer(Directory(directory))
     code = any(one.kind == "model" for one in read.remote_code)
+    names = {tensor.name for tensor in read.tensors}
     return ModelSpec(
         name=name,
         source=where,
@@ -210,7 +212,8 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         file_format=read.files[0].format if read.files else "safetensors",
         packed=packed,
         tensor_bytes=_loaded_bytes(read) if packed else None,
-        repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
+        as_held=_as_held(found, names),
+        repeated=frozenset(found.tied.keys() & names),
         largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=tokenizer,
         notes=tuple(filter(None, (note, *notes, untied, None if tokenizer else _NO_TOKENIZER))),
@@ -221,6 +224,11 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
         config=read.config or {},
     )
+
+
+def _as_held(found: Skeleton, names: Set[str]) -> bool:
+    """Say whether files hold every tensor of a model under its own name."""
+    return all(weight.path in names for weight in found.weights if weight.tensor.kind != "unsaved" and not weight.tied_to)
 
 
 def _untied(found: Skeleton, read: Checkpoint) -> tuple[Skeleton, str | None]:

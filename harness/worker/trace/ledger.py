@@ -49,6 +49,12 @@ class Allocation(NamedTuple):
     path: str
     layer: int
     condition: str | None
+    device: torch.device
+
+    @property
+    def handed_out(self) -> int:
+        """The bytes that torch's allocator hands out for it."""
+        return -(-self.nbytes // GRAIN) * GRAIN
 
 
 class Ledger(TorchDispatchMode):
@@ -117,15 +123,7 @@ class Ledger(TorchDispatchMode):
         key, device = storage._cdata, tensor.device
         if key in self._known:
             return
-        size = -(-storage.nbytes() // GRAIN) * GRAIN
         number, events = len(self.allocations), self.events
-
-        def gone(_: Any) -> None:
-            self._known.pop(key, None)
-            self.live[device] -= size
-            events.append(~number)  # of the list that it came in: a later one knows nothing of it
-
-        self._known[key] = weakref.ref(storage, gone), number
         what = Allocation(
             storage.nbytes(),
             self._operator or operator,
@@ -134,7 +132,16 @@ class Ledger(TorchDispatchMode):
             self.path,
             self.layer,
             self._condition,
+            device,
         )
+        size = what.handed_out
+
+        def gone(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live[device] -= size
+            events.append(~number)  # of the list that it came in: a later one knows nothing of it
+
+        self._known[key] = weakref.ref(storage, gone), number
         self.allocations.append(what)
         events.append(number)
         self.live[device] += size
