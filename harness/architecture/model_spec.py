@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Mapping, Set
 from functools import lru_cache
 from pathlib import Path
@@ -338,7 +337,7 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = quantization.packed(entry.config)
     stored = published(known)
-    size = _packed_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
+    size = packed_model_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
     return ModelSpec(
         name=source.name,
         source=known,
@@ -353,22 +352,6 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
         native=is_native(entry.config),
         config=entry.config,
     )
-
-
-def in_form(spec: ModelSpec, form: Packed) -> ModelSpec:
-    """Return the spec of the same model as it would be if it were stored in another form."""
-    size = _packed_bytes(spec.skeleton, form)
-    dtype = form.method.held if form.method else spec.stored_dtype
-    return replace(spec, packed=form, tensor_bytes=None, checkpoint_bytes=size, stored={dtype: size}, repeated=frozenset())
-
-
-def published_in(spec: ModelSpec, precision: Precision) -> list[str]:
-    """Return the hub ids of the catalog that hold a model in the form that a precision reads, by their names."""
-    name = spec.source.rpartition("/")[2]
-    alike = re.compile(rf"(.*/)?{re.escape(name)}([-_.](gptq|awq|int[48]|[48]bit|fp8|mxfp4))+", re.IGNORECASE)
-    named = (hub_id for hub_id in shipped.catalog() if alike.fullmatch(hub_id))
-    found = ((hub_id, quantization.packed(shipped.catalog()[hub_id].config)) for hub_id in named)
-    return [hub_id for hub_id, packed in found if packed is not None and packed.precision == precision.name]
 
 
 def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> str:
@@ -387,7 +370,7 @@ def _published() -> Mapping[str, Stored]:
     return msgspec.toml.decode((DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
 
 
-def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
+def packed_model_bytes(shape: Skeleton, packed: Packed) -> int:
     """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
     saved = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
     return sum(count * packed_weight_bytes(weight, packed) for weight, count in saved)
