@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 import msgspec
 
@@ -23,10 +23,10 @@ from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.cost.work import multiplies_4bit_in_ram
-from harness.planning.device_map import max_memory, recommended, tiers
+from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
-from harness.planning.device_map.recommended import RecommendedMap
+from harness.planning.device_map.recommended import RecommendedMap, Recommender
 from harness.planning.verdict import Judge, leaves_off_gpu, pooled
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
@@ -72,15 +72,18 @@ class Planner:
     def _paths(self) -> dict[str, Weight]:
         """The weights of the model by their path, each with that of the first piece of its kind; tied ones are left out."""
         pieces = self.spec.skeleton.pieces
-        inside = {like: [w for module in like.walk() for w in module.weights if not w.tied_to] for _, _, like in pieces}
+        inside = {like: [w for module in like.inside for w in module.weights if not w.tied_to] for _, _, like in pieces}
         return {f"{path}{w.path.removeprefix(like.path)}": w for path, _, like in pieces for w in inside[like]}
+
+    @cached_property
+    def _stock(self) -> Stock:
+        return Stock([Named(path, weight.tensor.shape) for path, weight in self._paths.items()])
 
     def _sizes(self, fmt: WeightFormat) -> Sizes:
         if fmt not in self._by_format:
-            stock = Stock([Named(path, weight.tensor.shape) for path, weight in self._paths.items()])
             sizes = self._inventory(fmt).sizes if fmt.packed_bits is not None else {}
             packed = {path: sizes[weight.path] for path, weight in self._paths.items()} if sizes else None
-            self._by_format[fmt] = Sizes(stock, fmt.dtype, packed)
+            self._by_format[fmt] = Sizes(self._stock, fmt.dtype, packed)
         return self._by_format[fmt]
 
     def plans(self, cases: Sequence[Case]) -> list[Plan]:
@@ -182,8 +185,7 @@ class Planner:
             return self._recommended[key]
         homes = {tier.name: self.machine.tier("cpu") if tier.shared else tier for tier in tiers.fillable(self.machine)}
         capacities = {name: self.judge.usable_bytes(home, case) or tiers.ENDLESS for name, home in homes.items()}
-        recommend = partial(
-            recommended.recommend_map,
+        recommender = Recommender(
             skeleton,
             {tiers.device(name): size for name, size in capacities.items()},
             Widths(fmt.dtype, fmt.quantizer, self._inventory(fmt).sizes),
@@ -193,14 +195,14 @@ class Planner:
         if self.machine.shares_ram:
             reserve[0] += self._reserve("cpu", fmt, workload, 0)
         for attempt in range(_TRIES):
-            found = recommend(reserve=reserve, explain=False)
+            found = recommender.recommend(reserve, explain=False)
             needs = pooled(estimate.memory(self._footprint(case, fmt, found.device_map), self.machine), self.machine)
             on = {gpu.name: needs["cpu" if gpu.shared else gpu.name] for gpu in self.machine.gpus if gpu.name in needs}
             short = {name: max(0, need.needed_high_bytes - capacities[name]) for name, need in on.items()}
             if not any(short.values()):
                 break
             reserve |= {tiers.device(name): reserve[tiers.device(name)] + size * 4**attempt for name, size in short.items()}
-        self._recommended[key] = recommend(reserve=reserve)
+        self._recommended[key] = recommender.recommend(reserve, explain=True)
         return self._recommended[key]
 
     def _reserve(self, name: str, fmt: WeightFormat, workload: Workload, capacity: int) -> int:

@@ -79,7 +79,7 @@ class Inventory:
         self.stored_width = packed if spec.stored_as else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
-        self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
+        self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.inside)]
         self.on_gpu = GpuActivations(spec, fmt, capability)
         self.on_cpu = Activations(self.skeleton, fmt, "cpu")
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
@@ -130,7 +130,7 @@ class Inventory:
     def at_once(self) -> dict[str, int]:
         """By the path of each piece the bytes of its largest module's own tensors; those beside modules count at their first."""
         sizes, kinds = self.sizes, self.skeleton.kinds
-        most = {kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.walk()) for kind in kinds}
+        most = {kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.inside) for kind in kinds}
         found = {piece.path: most[piece.like] for piece in self.skeleton.pieces}
         for beside in (module.weights for module in self.skeleton.frame if module.weights):
             found[beside[0].path] = sum(found[weight.path] for weight in beside)
@@ -162,7 +162,7 @@ class Inventory:
 
     def _sum(self, kind: Module) -> TensorTotals:
         total = TensorTotals()
-        for module in kind.walk():
+        for module in kind.inside:
             for weight in module.weights:
                 total.add(self._sums(weight))
         return total
