@@ -13,7 +13,7 @@ from harness.core.errors import UsageError
 from harness.data import DATA
 
 # Its exit status if the transformers that is installed has no such architecture, and if the model is not of a kind to measure.
-UNKNOWN_TYPE, NOT_MEASURED = 3, 4
+UNKNOWN_TYPE, NO_DECODER = 3, 4
 
 
 class UnknownType(UsageError):
@@ -24,7 +24,7 @@ class NotMeasured(UsageError):
     """The model is none that continues a text; the sentence says what it is, and what loads it."""
 
 
-_REFUSALS = {UNKNOWN_TYPE: UnknownType, NOT_MEASURED: NotMeasured}
+_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured}
 
 
 def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: float) -> bytes:

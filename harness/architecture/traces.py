@@ -10,7 +10,6 @@ from __future__ import annotations
 import binascii
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -113,7 +112,7 @@ def record_for(config: Mapping[str, Any], precision: str, cache: Path, capabilit
 
 def _names_in(directory: Path) -> list[str]:
     try:
-        return os.listdir(directory)  # several times as fast as Path.glob, and every precision of every model asks
+        return [path.name for path in directory.iterdir()]  # faster than Path.glob, and every precision of every model asks
     except OSError:
         return []
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
 _BESIDE = re.compile(
-    r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format|qzeros|scales|g_idx|weight_scale|weight_scale_2"
+    r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format|qzeros|scales|qbiases|g_idx|weight_scale|weight_global_scale|input_global_scale|weight_scale_2"
     r"|weight_scale_inv|weight_shape|weight_zero_point|weight_g_idx|input_scale|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
     r"|position_ids)$|\.quant_state\.|_scales$"
 )
@@ -29,6 +29,8 @@ _PACKED_SUFFIXES = (".qweight", ".weight_packed")
 
 # quant_method of transformers -> the key in its config that gives the bits
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
+# Methods that pack several weights into a byte under the name of the weight, beside a ".weight_scale".
+_BYTES_OF_BITS = ("bitnet", "gemma")
 _GROUP_KEYS = ("group_size", "q_group_size")
 # ... that say which modules are packed, where those are not all Linears but the head
 _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head")
@@ -43,6 +45,7 @@ class Packed(Record, frozen=True, kw_only=True):
     group: int  #: 0: whole columns
     varies: bool = False  #: bits differ from module to module
     selects: bool = False  #: the config names modules that are packed, or that are not
+    scales: str | None = None  #: the dtype of its scales, if the headers were read
     stored_by: str | None = None  #: the row of LAYOUTS; None: how its files hold weights is not known
 
     @property
@@ -76,9 +79,14 @@ class Packed(Record, frozen=True, kw_only=True):
             return foreign(self.name)
         if self.method.unsupported is not None:
             return self.method.unsupported
+        method_dtypes = () if self.method.unpacked else self.method.dtypes
         if precision.name == self.precision:
             return None
         plain = not precision.quantizes and precision.requires_checkpoint is None
+        if plain and self.precision is None and method_dtypes and precision.dtype not in method_dtypes:
+            return f"transformers runs {self.method.title} with the rest in {' or '.join(method_dtypes)} only"
+        if plain and self.method.scales_decide and self.scales not in (None, precision.dtype):
+            return f"transformers unpacks {self.method.title} weights to the dtype of their scales, which is {self.scales} here"
         if plain and (self.precision is None or self.method.unpacked is not None):
             return None
         ways = [*([] if self.precision and not self.method.unpacked else ["bf16", "fp16"]), *filter(None, [self.precision])]
@@ -101,11 +109,13 @@ class Packed(Record, frozen=True, kw_only=True):
             min_compute_capability=method.packs_from or precision.min_compute_capability,
             incompatible=refuses,
             off_gpu=None,
+            linear_dtype=precision.linear_dtype if precision.name == self.precision else method.held,
         )
 
 
 def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> Packed | None:
     """Read from a config, and from the tensors where they are known, how weights are quantized already."""
+    tensors = tuple(tensors)
     title = describe_quantization(config, tensors)
     if title is None:
         return None
@@ -121,7 +131,29 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         group=int(group[1]) if group else 0,
         varies=bool((settings or {}).get("dynamic")),
         selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
+        scales=next((tensor.dtype for tensor in tensors if tensor.name.endswith((".scales", "_scale"))), None),
         stored_by=_layout_name(name, settings) if settings else family.method if family else MOSS.method,
+    )
+
+
+def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:
+    """Return how a model of this config would be stored for a precision that reads one form only; None if it cannot be.
+
+    GPTQ and AWQ in groups of 128, as nearly all are published. ChatGLM-6B's form and MXFP4 are of one architecture each.
+    """
+    title, family = precision.stored or "", family_of(config)
+    name = title.partition(" ")[0]
+    of_family = family is not None and family.method == name
+    only = {"mxfp4": "gpt_oss", CHATGLM.method: CHATGLM.model_type}.get(name)
+    if (name not in LAYOUTS and name != "mxfp8") or only not in (None, config.get("model_type")):
+        return None
+    group, bits = 128 if name in ("gptq", "awq") else 0, re.search(r"(\d+)-bit", title)
+    return Packed(
+        title=f"{title}, groups of {group}" if group else title,
+        name=family.model_type if family is not None and of_family else name,
+        bits=int(bits[1]) if bits else METHODS[name].bits,
+        group=group,
+        stored_by=name,
     )
 
 
@@ -195,11 +227,17 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
     name, elements = tensor.name, math.prod(tensor.shape)
     if _BESIDE.search(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
         return 0
+    settings = settings_of(config) or {}
+    method, said = method_name(settings), _bits(settings) or _positive(config.get(MOSS.bits_key)) or 4
     if name.endswith(_PACKED_SUFFIXES) and tensor.dtype == "int32":
-        said = _bits(settings_of(config) or {}) or _positive(config.get(MOSS.bits_key)) or 4
         return elements * 32 // (_bits_of(name.removesuffix(".qweight"), shapes) or said)
+    if tensor.dtype == "uint32" and f"{name.removesuffix('.weight')}.scales" in shapes:
+        return elements * 32 // said
+    if tensor.dtype == "uint8" and method in _BYTES_OF_BITS and f"{name}_scale" in shapes:
+        return elements * 8 // (_bits(settings) or METHODS[method].bits)
     nibbles = (
-        tensor.dtype == "uint8" and (f"{name}.absmax" in shapes or f"{name}_scale_2" in shapes or name.endswith("_blocks"))
+        tensor.dtype == "uint8"
+        and (f"{name}.absmax" in shapes or f"{name}_scale_2" in shapes or name.endswith(("_blocks", ".weight_packed")))
     ) or (tensor.dtype == "int8" and f"{name}_scale" in shapes and config.get(CHATGLM.bits_key) == 4)
     return elements * 2 if nibbles else elements
 

@@ -201,12 +201,13 @@ def as_json(recommendation: Recommendation, machine: Machine, workload: Workload
             "checkpoint_bytes": spec.checkpoint_bytes,
             "context_length": spec.context_length,
             "history": resolve.history(spec.name),
-            **({"notes": list(spec.notes)} if spec.notes else {}),
+            **({"notes": notes} if (notes := recommendation.notes) else {}),
         },
         "machine": output.machine_json(machine),
         "workload": {key: getattr(workload, key) for key in ("prompt_tokens", "new_tokens", "batch")},
         "plans": [_plan_json(recommendation, one) for one in recommendation.plans],
         "recommended": recommendation.best.case.id if recommendation.best else None,
+        **({"nearest": recommendation.nearest} if recommendation.nearest else {}),
     }
 
 
@@ -223,6 +224,7 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         "placement": one.case.placement,
         "verdict": one.verdict.value,
         "why": one.why,
+        "needs": [*one.needs, *([one.needs_checkpoint] if one.needs_checkpoint else [])],
         "tiers": {name: {key: getattr(tier, key) for key in _TIER_KEYS} for name, tier in tiers},
         **spans,
         "device_map": one.device_map,

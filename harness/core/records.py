@@ -228,6 +228,9 @@ class Plan(Record, frozen=True, kw_only=True):
     estimate: Estimate | None = None
     remote_code: list[str] = []  #: code of the model that a library would run
     trusted: bool = False  #: whether it may
+    needs: list[str] = []  #: what pip is asked for, beside what comes with this package
+    needs_checkpoint: str | None = None  #: the form that the weights would have to be stored in, where they are not
+    linear_dtype: str | None = None  #: what Linear weights must be after loading, where that is not what the precision says
     expandable_segments: bool = False  #: whether torch's allocator has to use them on the GPUs
 
 

@@ -8,12 +8,15 @@ from functools import cached_property
 import msgspec
 
 from harness.architecture.model_spec import ModelSpec
-from harness.architecture.skeleton import Weight
+from harness.architecture.skeleton import Skeleton, Weight
+from harness.checkpoint import quantization
+from harness.checkpoint.quantization import Packed
+from harness.core.methods.packages import asked_of_pip
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
-from harness.planning import calibration, context, feasibility
+from harness.planning import calibration, context, feasibility, other_form
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
@@ -27,7 +30,8 @@ from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
 from harness.planning.device_map.recommended import RecommendedMap, Recommender
-from harness.planning.verdict import Judge, leaves_off_gpu, pooled
+from harness.planning.load_order import LoadOrder
+from harness.planning.verdict import Judge, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
@@ -62,28 +66,21 @@ class Planner:
         self.judge = Judge(spec=spec, machine=machine, here=here, trust=trust)
         rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
         self._placements = {name: row.on(machine.main_gpu) for name, row in rows.items()}
+        self._load_order, self._weights = LoadOrder(spec), dict[str, Weight]()
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[WeightFormat, Inventory] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
+        self._other_forms: dict[str, Planner] = {}
         self._by_format: dict[WeightFormat, Sizes] = {}
         self.footprints: dict[str, Footprint] = {}
 
-    @cached_property
-    def _paths(self) -> dict[str, Weight]:
-        """The weights of the model by their path, each with that of the first piece of its kind; tied ones are left out."""
-        pieces = self.spec.skeleton.pieces
-        inside = {like: [w for module in like.inside for w in module.weights if not w.tied_to] for _, _, like in pieces}
-        return {f"{path}{w.path.removeprefix(like.path)}": w for path, _, like in pieces for w in inside[like]}
-
-    @cached_property
-    def _stock(self) -> Stock:
-        return Stock([Named(path, weight.tensor.shape) for path, weight in self._paths.items()])
-
     def _sizes(self, fmt: WeightFormat) -> Sizes:
         if fmt not in self._by_format:
+            self._weights = self._weights or _weights_by_path(self.spec.skeleton)
+            stock = Stock([Named(path, weight.tensor.shape) for path, weight in self._weights.items()])
             sizes = self._inventory(fmt).sizes if fmt.packed_bits is not None else {}
-            packed = {path: sizes[weight.path] for path, weight in self._paths.items()} if sizes else None
-            self._by_format[fmt] = Sizes(self._stock, fmt.dtype, packed)
+            packed = {path: sizes[weight.path] for path, weight in self._weights.items()} if sizes else None
+            self._by_format[fmt] = Sizes(stock, fmt.dtype, packed)
         return self._by_format[fmt]
 
     def plans(self, cases: Sequence[Case]) -> list[Plan]:
@@ -110,7 +107,12 @@ class Planner:
         return list(dict.fromkeys(said))
 
     def plan(self, case: Case) -> Plan:
-        """Plan one case."""
+        """Plan one case; one that reads another form of checkpoint as if the model were stored so."""
+        row = PRECISIONS[case.precision]
+        if self.spec.stored_as is None and row.requires_checkpoint is not None:
+            form = quantization.form_for(row, self.spec.config or {"model_type": self.spec.skeleton.model_type})
+            if form is not None:
+                return self._in_another_form(case, form)
         placement = self._placements[case.placement]
         refused = self.judge.refusal(case, placement)
         if refused:
@@ -143,8 +145,28 @@ class Planner:
             estimate=expected,
             remote_code=code,
             trusted=self.trust and bool(code),
+            needs=asked_of_pip(precision.needs),
+            linear_dtype=None if precision.linear_dtype == PRECISIONS[case.precision].linear_dtype else precision.linear_dtype,
             expandable_segments=footprint.loading.expandable,
         )
+
+    def _in_another_form(self, case: Case, form: Packed) -> Plan:
+        """Plan a case for a checkpoint that is not there: with figures, and the published ones that the catalog knows."""
+        row = PRECISIONS[case.precision]
+        if case.precision not in self._other_forms:
+            other = other_form.in_form(self.spec, form)
+            constants, trust = self.constants, self.trust
+            self._other_forms[case.precision] = Planner(other, self.machine, here=self.here, constants=constants, trust=trust)
+        one = self._other_forms[case.precision].plan(case)
+        if case.id in self._other_forms[case.precision].footprints:
+            self.footprints[case.id] = self._other_forms[case.precision].footprints[case.id]
+        needed = f"{with_article(str(row.requires_checkpoint))} checkpoint"
+        what = f"needs {needed}, and this one is {self.spec.stored_dtype}"
+        published = other_form.published_in(self.spec, row)
+        known = f": published as {' and '.join(published[:2])}" if published else ": quantize it, or look for one on the hub"
+        then = f"; {one.why}" if one.why else ""
+        verdict = one.verdict if one.verdict in (Verdict.TOO_BIG, Verdict.INVALID) else Verdict.UNAVAILABLE
+        return msgspec.structs.replace(one, verdict=verdict, why=f"{what}{known}{then}", code=None, needs_checkpoint=needed)
 
     def _looks_for_itself(self, placement: Placement) -> bool:
         """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""
@@ -167,10 +189,9 @@ class Planner:
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, fmt)
         if key not in self._maps:
-            packed = fmt.packed_bits is not None
-            sizes = self._inventory(fmt).sizes if packed and fmt.counted_as is None else None
-            widths = Widths(fmt.dtype, fmt.counted_as or fmt.quantizer, sizes, fmt.margin if packed else None)
-            self._maps[key] = tiers.device_map(self.spec.skeleton, placement, widths, self.machine, limits)
+            self._maps[key] = tiers.device_map(
+                self.spec.skeleton, placement, tiers.widths_of(self.spec.skeleton, fmt), self.machine, limits
+            )
         return self._maps[key]
 
     def _recommendation(self, case: Case, fmt: WeightFormat) -> RecommendedMap:
@@ -216,7 +237,7 @@ class Planner:
     def _inventory(self, fmt: WeightFormat) -> Inventory:
         if fmt not in self._inventories:
             known = [gpu.compute_capability for gpu in self.machine.gpus if gpu.compute_capability]
-            self._inventories[fmt] = Inventory(self.spec, fmt, min(known, key=float, default=None))
+            self._inventories[fmt] = Inventory(self.spec, fmt, min(known, key=float, default=None), self._load_order)
         return self._inventories[fmt]
 
     def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
@@ -272,6 +293,12 @@ class Planner:
         if one.estimate is None or footprint is None or not one.verdict.is_good:
             return None
         return context.max_context(footprint, one.case, self.judge)
+
+
+def _weights_by_path(skeleton: Skeleton) -> dict[str, Weight]:
+    """Return the weights of a model by their path, each as that of the first piece of its kind; tied ones are left out."""
+    inside = {like: [w for module in like.inside for w in module.weights if not w.tied_to] for _, _, like in skeleton.pieces}
+    return {f"{path}{w.path.removeprefix(like.path)}": w for path, _, like in skeleton.pieces for w in inside[like]}
 
 
 def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:

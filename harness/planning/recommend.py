@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.resolve import Source
+from harness.core.methods.packages import quoted
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Plan, Record, Verdict
 from harness.core.units import significant
+from harness.planning.nearest import nearest_way
+from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
 
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
@@ -33,17 +36,27 @@ class Recommendation(Record, frozen=True, kw_only=True):
     plans: list[Plan]
     best: Plan | None
     reason: str
+    nearest: str | None = None  #: where nothing fits, what comes closest
 
     @property
     def spec(self) -> ModelSpec:
         return self.planner.spec
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the model, what plans need on a machine that is only described, and what experts do to precisions."""
+        wide = left_wide(self.spec, (one.case.precision for one in self.plans))
+        asked = {tuple(one.needs): one.case.precision for one in self.plans if one.needs and not self.planner.here}
+        needs = [f"{precision} needs pip install {quoted(needs)}" for needs, precision in asked.items()]
+        return [*self.spec.notes, *needs, *([wide] if wide else [])]
 
 
 def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
     """Plan the cases of one model and choose the best."""
     plans = planner.plans(cases)
     best, reason = choose_best(plans) or (None, "nothing fits")
-    return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason)
+    nearest = nearest_way(planner, plans, choose_best) if best is None else None
+    return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, nearest=nearest)
 
 
 def _worth(one: Plan) -> tuple[float, int]:

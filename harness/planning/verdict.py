@@ -66,7 +66,7 @@ class Judge(Record, frozen=True, kw_only=True):
         if precision.scheme is not None and not self.machine.gpus:
             return self._unpackable(SCHEMES[precision.scheme])
         if precision.requires_checkpoint is not None:
-            return f"needs {_with_article(precision.requires_checkpoint)} checkpoint, and this one is {self.spec.stored_dtype}"
+            return f"needs {with_article(precision.requires_checkpoint)} checkpoint, and this one is {self.spec.stored_dtype}"
         return None
 
     def _unpackable(self, scheme: Scheme) -> str | None:
@@ -239,5 +239,6 @@ def _format_need(tier: TierEstimate) -> str:
     return f"{format_gib(tier.needed_bytes)} GiB ({listed})"
 
 
-def _with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'AEIO' else 'a'} {noun}"
+def with_article(noun: str) -> str:
+    """Put "a" or "an" before a noun as it is spoken: an MXFP4 checkpoint."""
+    return f"{'an' if noun[0] in 'AEIOM' else 'a'} {noun}"

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness.architecture import skeleton_source
-from harness.architecture.ask_worker import NOT_MEASURED, UNKNOWN_TYPE, NotMeasured, UnknownType
+from harness.architecture.ask_worker import NO_DECODER, UNKNOWN_TYPE, NotMeasured, UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec, Skeleton
 from harness.catalog import shipped
@@ -332,7 +332,7 @@ def main() -> None:
         built = build_gguf_skeleton(**asked["gguf"]) if "gguf" in asked else build_skeleton(asked)
     except (UnknownType, NotMeasured) as error:
         print(error, file=sys.stderr)
-        sys.exit(UNKNOWN_TYPE if isinstance(error, UnknownType) else NOT_MEASURED)
+        sys.exit(UNKNOWN_TYPE if isinstance(error, UnknownType) else NO_DECODER)
     sys.stdout.buffer.write(msgspec.json.encode(built))
 
 

@@ -253,10 +253,11 @@ def loaded_facts(model: Model) -> Loaded:
 
 
 def _weights(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all parameters, and of modules that pack their weights the buffers too: that is where GPTQ's are."""
+    """Yield all parameters, and of modules that pack their weights the buffers too: that is where GPTQ's and BitNet's are."""
     yield from module.named_parameters()
     for path, part in module.named_modules():
-        if isinstance(getattr(part, "qweight", None), torch.Tensor):
+        own = dict(part.named_buffers(recurse=False))
+        if own.keys() & {"qweight", "weight"}:
             yield from ((f"{path}.{name}", buffer) for name, buffer in part.named_buffers(recurse=False))
 
 
@@ -280,7 +281,8 @@ def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
     for part in module.modules():
         if (isinstance(part, (torch.nn.Linear, Conv1D)) or hasattr(part, "in_features")) and part is not head:
             packed = getattr(part, "qweight", None)
-            weight = packed if isinstance(packed, torch.Tensor) else part.get_parameter("weight")
+            weight = packed if isinstance(packed, torch.Tensor) else part.weight  # a parameter, or a buffer
+            assert isinstance(weight, torch.Tensor)
             values = max(plain(weight), key=lambda tensor: tensor.nbytes)
             by_dtype[_scheme(weight) or _dtype(values)] += values.numel() * values.element_size()
     return dict(by_dtype)

@@ -30,7 +30,7 @@ TIER_KEYS = {
     "low_bytes", "high_bytes", "capacity_bytes",
 }  # fmt: skip
 PLAN_KEYS = {
-    "case", "precision", "placement", "verdict", "why", "tiers", "load_s", "first_token_s", "decode_tok_s", "device_map",
+    "case", "precision", "placement", "verdict", "why", "needs", "tiers", "load_s", "first_token_s", "decode_tok_s", "device_map",
     "max_memory", "max_context_tokens", "code",
 }  # fmt: skip
 

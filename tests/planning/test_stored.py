@@ -20,6 +20,7 @@ from harness.catalog.resolve import resolve
 from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS, defaults, row_of
 from harness.core.records import Plan, Verdict
 from harness.core.units import GIB
+from harness.machine.gpus import profile
 from harness.measure import verify
 from harness.measure.protocol import Load
 from harness.planning.cost import estimate
@@ -161,13 +162,36 @@ def test_other_rows_name_the_one_that_it_is(tmp_path: Path) -> None:
     assert "quantization_config" not in (plan.code or "")
 
 
-@pytest.mark.parametrize(
-    ("precision", "what"), [("gptq-int4", "a GPTQ"), ("awq-int4", "an AWQ"), ("chatglm-int8", "a ChatGLM-6B int8")]
-)
-def test_a_plain_checkpoint_is_none_of_the_stored_ones(precision: str, what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "what"), [("gptq-int4", "a GPTQ"), ("awq-int4", "an AWQ"), ("mxfp8", "an MXFP8")])
+def test_a_plain_checkpoint_shows_what_it_would_take_in_another_form(precision: str, what: str, tmp_path: Path) -> None:
     small_models.save("llama", tmp_path)
-    plan = planned(spec(tmp_path), precision)
+    one = spec(tmp_path)
+    plan = Planner(one, profile(["RTX 4090"], ram=16 * GIB), here=False).plan(case(precision, "direct"))
+    assert plan.verdict is Verdict.UNAVAILABLE
+    assert (plan.why or "").startswith(f"needs {what} checkpoint, and this one is bfloat16: ")
+    assert (plan.needs_checkpoint, plan.code) == (f"{what} checkpoint", None)
+    assert plan.estimate is not None
+    plain = sum(weight_bytes(one.skeleton, estimate.weight_format(PRECISIONS["bf16"], "bfloat16", one)).values())
+    assert 0 < plan.estimate.tiers["gpu:0"].weights_bytes < plain
+
+
+@pytest.mark.parametrize(("precision", "what"), [("chatglm-int8", "a ChatGLM-6B int8"), ("mxfp4", "an MXFP4"), ("gguf", "a GGUF")])
+def test_a_form_that_its_architecture_has_not_is_refused(precision: str, what: str, tmp_path: Path) -> None:
+    small_models.save("llama", tmp_path)
+    plan = Planner(spec(tmp_path), profile(["RTX 4090"], ram=16 * GIB), here=False).plan(case(precision, "direct"))
     assert (plan.verdict, plan.why) == (Verdict.INVALID, f"needs {what} checkpoint, and this one is bfloat16")
+
+
+def test_of_moss_the_published_int4_is_named_with_the_bytes_that_it_takes() -> None:
+    plain, packed = (model_spec.read_spec(resolve(f"moss-moon-003-sft{form}")) for form in ("", "-int4"))
+    on = profile(["RTX 4090"], ram=64 * GIB)
+    plan = Planner(plain, on, here=False).plan(case("gptq-int4", "direct"))
+    assert "published as fnlp/moss-moon-003-sft-int4;" in f"{plan.why};"
+    real = Planner(packed, on, here=False).plan(case("gptq-int4", "direct"))
+    assert plan.estimate is not None
+    assert real.estimate is not None
+    found = plan.estimate.tiers["gpu:0"].weights_bytes
+    assert found == pytest.approx(real.estimate.tiers["gpu:0"].weights_bytes, rel=0.005)
 
 
 @pytest.mark.parametrize("precision", ["torchao-int4", "quanto-int4"])

@@ -21,7 +21,8 @@ STRANGE = {"model_type": "nosuch"}
 def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A catalog of two models, one of which transformers does not have, and no records yet."""
     models = {
-        f"us/{name}": ShippedModel(parameters=1, source="", config=config) for name, config in (("tiny", TINY), ("odd", STRANGE))
+        f"us/{name}": ShippedModel(parameters=1, published=1, published_by="", source="", config=config)
+        for name, config in (("tiny", TINY), ("odd", STRANGE))
     }
     monkeypatch.setattr(shipped, "catalog", lambda: models)
     monkeypatch.setattr(traces, "SHIPPED", tmp_path / "traces.jsonl")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 # Module that is imported -> what pip is asked for. The limits are transformers 5.24's own (`utils.import_utils`), as far as it
@@ -33,18 +32,28 @@ REQUIREMENTS: Mapping[str, str] = {
     "sinq": "sinq",
     "gguf": "gguf>=0.10.0",
 }
+# What is installed with this package.
+BUNDLED = ("bitsandbytes",)
 
 
 def lacking(modules: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the modules that cannot be imported here, or are of a version that transformers does not take."""
-    return tuple(module for module in modules if not (_is_here(module) and _is_accepted(REQUIREMENTS.get(module, module))))
+    """Return those of the modules that cannot be imported here, or are of a version that transformers does not take.
+
+    Versions of what comes with this package are pip's business.
+    """
+    return tuple(module for module in modules if not (_is_here(module) and (module in BUNDLED or _is_accepted(module))))
 
 
 def how_to_install(modules: Sequence[str], extra: str | None = None) -> str:
-    """Say which packages are needed and what installs them, in words that follow "needs"; an extra of ours brings them all."""
+    """Name packages and the command that installs them; an extra of ours brings them all."""
     names = [name_of(module) for module in modules]
-    wanted = f"fitmatrix[{extra}]" if extra else " ".join(_quoted(REQUIREMENTS.get(module, module)) for module in modules)
-    return f"the package{'s' if len(names) > 1 else ''} {' and '.join(names)}: pip install {wanted}"
+    wanted = f"fitmatrix[{extra}]" if extra else quoted([REQUIREMENTS.get(module, module) for module in modules])
+    return f"{' and '.join(names)}: pip install {wanted}"
+
+
+def asked_of_pip(modules: Sequence[str]) -> list[str]:
+    """Return what pip is asked for beside what comes with this package."""
+    return [REQUIREMENTS.get(module, module) for module in modules if module not in BUNDLED]
 
 
 def name_of(module: str) -> str:
@@ -52,8 +61,9 @@ def name_of(module: str) -> str:
     return re.split(r"[\[<>=]", REQUIREMENTS.get(module, module))[0].rpartition("/")[2]
 
 
-def _quoted(requirement: str) -> str:
-    return f"'{requirement}'" if re.search(r"[<>\[]", requirement) else requirement
+def quoted(requirements: Sequence[str]) -> str:
+    """Write requirements as arguments of a shell's pip install."""
+    return " ".join(f"'{one}'" if re.search(r"[<>\[]", one) else one for one in requirements)
 
 
 def _is_here(module: str) -> bool:
@@ -63,13 +73,17 @@ def _is_here(module: str) -> bool:
         return False
 
 
-def _is_accepted(requirement: str) -> bool:
+def _is_accepted(module: str) -> bool:
     """Say whether the version that is installed lies within a requirement's limits; so does what does not tell its version."""
+    requirement = REQUIREMENTS.get(module, module)
     limits = re.findall(r"(>=|<)([\d.]+)", requirement)
-    name = re.split(r"[\[<>=]", requirement)[0]
+    if not limits:
+        return True
+    from importlib import metadata  # slow to import, and seldom asked
+
     try:
-        found = _numbers(version(name))
-    except PackageNotFoundError:
+        found = _numbers(metadata.version(re.split(r"[\[<>=]", requirement)[0]))
+    except metadata.PackageNotFoundError:
         return True
     return all(found >= _numbers(limit) if sign == ">=" else found < _numbers(limit) for sign, limit in limits)
 

@@ -32,6 +32,9 @@ class Method(Record, frozen=True, kw_only=True):
     bits: int = 4  #: of a weight, where the config does not say
     packs_linears: bool = True  #: Linear weights are packed
     packs_experts: bool = False  #: stacked experts of a mixture are
+    counts_scales: bool = True  #: scales count when a device map is inferred; they may come into their module afterwards
+    wide_bias: bool = False  #: the biases of packed experts are in float32
+    scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
 
     def unpacks_on(self, kind: str, capability: float | None) -> bool:
@@ -225,12 +228,15 @@ _ROWS = (
         refuses=_STORED,
         packs_linears=False,
         packs_experts=True,
+        counts_scales=False,
+        wide_bias=True,
     ),
     Method(
         name="metal",
         title="Metal affine",
         packs_on=frozenset(),  # but Apple's GPU
         unpacked=_dequantize("MetalConfig"),
+        scales_decide=True,
         refuses=_STORED,
         held="uint32",
     ),

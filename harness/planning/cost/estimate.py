@@ -40,6 +40,8 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFo
         packed_bits=bits,
         packed_linears=method.packs_linears,
         counted_as=precision.scheme if method.counted is not None else None,
+        counted_bits=None if method.counts_scales else spec.packed.bits,
+        wide_bias=method.wide_bias,
         margin=method.margin,
         packed_experts=experts,
         unpacking=spec.packed.precision if spec.packed.own else None,

@@ -9,13 +9,15 @@ from functools import cached_property
 
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
-from harness.architecture.skeleton import Module, Weight
+from harness.architecture.skeleton import Block, Module, Weight
 from harness.core.dtypes import DTYPE_BYTES
+from harness.core.quantizers import SCHEMES
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
 from harness.planning.cost.activations import Activations
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
+from harness.planning.load_order import LoadOrder, LoadStep, conversion_of, copies
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -69,8 +71,11 @@ class Inventory:
     the sum of its tensors. `capability` is the compute capability of the oldest GPU.
     """
 
-    def __init__(self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None, load_order: LoadOrder | None = None
+    ) -> None:
         self.spec, self.fmt, self.skeleton = spec, fmt, spec.skeleton
+        self._load_order = load_order or LoadOrder(spec)
         self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, fmt).items()}
         self.per_token = memory.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = spec.stored_dtype
@@ -117,14 +122,30 @@ class Inventory:
         return max(self.sizes.values(), default=0)
 
     @cached_property
-    def largest_copy(self) -> int:
-        """Bytes of the largest 16-bit copy that quantizing makes."""
-        return max((self._copied(weight) for weight, _ in self.skeleton.tally), default=0)
+    def load_steps(self) -> list[LoadStep]:
+        """What loading onto a GPU makes, in its order; nothing if it never holds more than what stays."""
+        passing = {
+            weight.path: self._passing(weight, inside.block)
+            for kind in self.skeleton.kinds
+            for inside in kind.inside
+            for weight in inside.weights
+        }
+        if not any(passing.values()):
+            return []
+        return sorted(LoadStep(key, piece, self.sizes[path], passing[path]) for key, piece, path in self._load_order.rows)
 
-    @cached_property
-    def largest_stack(self) -> int:
-        """Bytes of the largest tensor that loading stacks from single experts, and joins."""
-        return max((self.sizes[weight.path] for weight, _ in self.skeleton.tally if self._stacks(weight)), default=0)
+    def _passing(self, weight: Weight, owner: Block) -> float:
+        """Return what is on a GPU beside a tensor while it is made: the parts of a stack, what a quantizer takes."""
+        if weight.tied_to or weight.tensor.kind == "unsaved":
+            return 0.0
+        held, plain, most = self.sizes[weight.path], weight.elements * self.fmt.element_bytes, 0.0
+        if self.fmt.packed_bits is None and self._stacks(weight):
+            most = 2 * plain - held
+        if self.fmt.quantizer is not None and memory.narrows(weight, self.fmt.quantizer, owner):
+            scheme = SCHEMES[self.fmt.quantizer]
+            taken = scheme.in_flight + (scheme.turned if owner.linear == "conv1d" else 0.0)
+            most = max(most, 2 * weight.elements * taken if held < plain else 0.0)  # what is left as it is costs nothing
+        return most
 
     @cached_property
     def at_once(self) -> dict[str, int]:
@@ -169,7 +190,7 @@ class Inventory:
 
     def _copied(self, weight: Weight) -> int:
         """Return the bytes of the 16-bit copy that quantizing makes of a tensor."""
-        return weight.elements * 2 if self.fmt.quantizer and weight.quantizes else 0
+        return weight.elements * 2 if memory.is_taken(weight, self.fmt.quantizer) else 0
 
     def _sums(self, weight: Weight, copied: bool = False) -> TensorTotals:
         if weight.tied_to:
@@ -205,7 +226,7 @@ class Inventory:
 
     def _makes(self, weight: Weight) -> bool:
         """Say whether loading makes something else of a stored tensor than a view of the file: other bits, or a stack."""
-        if self.fmt.quantizer is not None and weight.quantizes:
+        if memory.is_taken(weight, self.fmt.quantizer):
             return True
         return self._casts(weight) or self._stacks(weight) or self.spec.file_format not in MAPPED
 
@@ -214,8 +235,11 @@ class Inventory:
         return other and self.fmt.packed_bits is None
 
     def _stacks(self, weight: Weight) -> bool:
-        """Say whether transformers stacks a tensor from what files hold expert by expert; GPT-OSS's files have the stacks."""
-        return skeleton.is_stacked(weight) and self.skeleton.model_type != "gpt_oss"
+        """Say whether transformers makes a tensor of what files hold part by part, which its naming tells where it is known."""
+        if self.spec.as_held:
+            return False
+        naming = self.skeleton.naming
+        return copies(conversion_of(weight.path, naming)) if naming is not None else skeleton.is_stacked(weight)
 
     def _parts_kept(self, weight: Weight, size: int) -> float:
         """Return what the heap may keep of the experts that a stack is made from: their casts, else what joining two takes.

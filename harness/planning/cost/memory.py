@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
@@ -27,6 +28,8 @@ class WeightFormat(Record, frozen=True, kw_only=True):
     packed_experts: bool = False  #: whether its stacked experts are quantized too
     packed_embeddings: bool = False  #: whether its embedding and head are quantized too
     counted_as: str | None = None  #: the row of SCHEMES by which transformers counts what is packed; None: by its own bytes
+    counted_bits: float | None = None  #: bits a weight by which it counts instead, where scales do not
+    wide_bias: bool = False  #: whether the biases of packed experts are in float32
     margin: bool = False  #: whether transformers keeps a tenth of the memory free for what is packed
     unpacking: str | None = None  #: the row of UNPACKINGS, if layers of `harness.models` run it
 
@@ -38,7 +41,7 @@ class WeightFormat(Record, frozen=True, kw_only=True):
 def module_bytes(module: Module, fmt: WeightFormat) -> dict[str, int]:
     """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
 
-    What a scheme quantizes takes its own bytes. Biases, norms, embeddings, stacked experts and the head keep the dtype.
+    What a scheme quantizes takes its own bytes. Biases, norms, embeddings, the head and mostly stacked experts keep the dtype.
     """
     return {
         weight.path: 0 if weight.tied_to else _tensor_bytes(weight, fmt, inside.block)
@@ -49,24 +52,46 @@ def module_bytes(module: Module, fmt: WeightFormat) -> dict[str, int]:
 
 def _tensor_bytes(weight: Weight, fmt: WeightFormat, owner: Block) -> int:
     tensor, elements = weight.tensor, weight.elements
-    if fmt.packed_bits is not None and _is_packed(weight, fmt, owner):
+    if fmt.packed_bits is not None and is_packed(weight, fmt, owner):
         return int(elements * fmt.packed_bits / 8)
+    if fmt.wide_bias and "experts" in weight.path and tensor.name.endswith("_bias"):
+        return elements * 4
     if not narrows(weight, fmt.quantizer, owner) or fmt.quantizer is None:
         return elements * _width(tensor, fmt.dtype)
-    outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
-    return SCHEMES[fmt.quantizer].size(outputs, inputs, fmt.element_bytes)
+    *experts, outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
+    return math.prod(experts) * SCHEMES[fmt.quantizer].size(outputs, inputs, fmt.element_bytes)
+
+
+def is_taken(weight: Weight, quantizer: str | None) -> bool:
+    """Say whether a scheme quantizes a weight while loading: a Linear, or with some the experts that are stacked."""
+    return quantizer is not None and (weight.quantizes or (SCHEMES[quantizer].experts and is_stacked(weight)))
 
 
 def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
-    """Say whether a scheme quantizes a weight of this block: all take Linear, some GPT-2's Conv1D or what is derived of Linear."""
+    """Say whether a scheme quantizes a weight of this block: all take Linear.
+
+    Some take GPT-2's Conv1D, what is derived of Linear, or the stacked experts of a layer as well.
+    """
     if quantizer is None:
         return False
+    if is_stacked(weight):
+        return SCHEMES[quantizer].experts
     if owner.class_name in DERIVED_LINEARS:
         return SCHEMES[quantizer].derived and len(weight.tensor.shape) == 2
     return weight.quantizes and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)
 
 
-def _is_packed(weight: Weight, fmt: WeightFormat, owner: Block) -> bool:
+def counted_bytes(module: Module, fmt: WeightFormat) -> dict[str, int]:
+    """Return the bytes by which transformers counts every tensor of a module for a device map, where it is packed."""
+    sizes = module_bytes(module, fmt)
+    if fmt.counted_bits is None:
+        return sizes
+    packed = ((w, inside.block) for inside in module.walk() for w in inside.weights if not w.tied_to)
+    return sizes | {w.path: int(w.elements * fmt.counted_bits / 8) for w, owner in packed if is_packed(w, fmt, owner)}
+
+
+def is_packed(weight: Weight, fmt: WeightFormat, owner: Block) -> bool:
+    """Say whether a weight is quantized in a checkpoint that is quantized already."""
     if (fmt.packed_linears and weight.quantizes) or (fmt.packed_experts and is_stacked(weight)):
         return True
     looks_up = "Embedding" in owner.class_name or owner.linear is not None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from harness.architecture.skeleton import Skeleton
 from harness.core.placements import Placement
 from harness.core.records import Machine, Tier
+from harness.planning.cost.memory import WeightFormat, counted_bytes
 from harness.planning.device_map.infer import MARGIN, Device, Widths, device_of, free_bytes, infer
 
 # A tier of unknown size counts as endless for the map; the verdict says that it is unknown.
@@ -65,3 +66,12 @@ def tiers(skeleton: Skeleton, placed: Mapping[str, Device]) -> dict[str, str] | 
         return tier(homes.pop())
     found = ((piece.path, device_of(placed, piece.path)) for piece in skeleton.pieces)
     return {path: "cpu" if place is None else tier(place) for path, place in found}
+
+
+def widths_of(skeleton: Skeleton, fmt: WeightFormat) -> Widths:
+    """Return how transformers counts a weight format when it infers a device map."""
+    if fmt.packed_bits is None:
+        return Widths(fmt.dtype, fmt.quantizer)
+    kinds = skeleton.kinds if fmt.counted_as is None else ()
+    sizes = {path: size for kind in kinds for path, size in counted_bytes(kind, fmt).items()}
+    return Widths(fmt.dtype, fmt.counted_as, sizes or None, fmt.margin)

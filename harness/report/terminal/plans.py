@@ -54,7 +54,7 @@ def show_plans(recommendations: Sequence[Recommendation], machine: Machine, work
         parts += [tables.title(_headline(recommendation)), table]
         reasons = "\n".join(_reasons(recommendation.plans))
         spec, conclusion = recommendation.spec, _conclusion(recommendation, workload)
-        said = (left_out, history(spec.name), *spec.notes, reasons, _by_formulas(recommendation), conclusion)
+        said = (left_out, history(spec.name), *recommendation.notes, reasons, _by_formulas(recommendation), conclusion)
         parts += [tables.said(text) for text in said if text]
     tables.show(*parts)
 
@@ -204,7 +204,8 @@ def _conclusion(recommendation: Recommendation, workload: Workload) -> str:
     planned = f"Estimates for {workload.prompt_tokens} + {workload.new_tokens} tokens, batch {workload.batch}."
     best = recommendation.best
     if best is None:
-        return f"Nothing fits. {planned}"
+        nearest = f" Nearest: {recommendation.nearest}." if recommendation.nearest else ""
+        return f"Nothing fits.{nearest} {planned}"
     name, case = _sayable(recommendation), f"{best.case.precision}/{best.case.placement}"
     context = recommendation.planner.max_context(best)
     room = f" The longest context that fits is {context:,} tokens." if context else ""

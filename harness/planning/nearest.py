@@ -1,0 +1,81 @@
+"""Where nothing fits: the nearest way that works, by another precision or placement, with a package, or on other hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from harness.core.methods.packages import how_to_install, lacking
+from harness.core.placements import PLACEMENTS, distinct
+from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS, defaults
+from harness.core.records import Case, Machine, Plan, Verdict, Workload
+from harness.machine.gpus import profile
+from harness.planning.planner import Planner
+
+# Cards that people can get, smallest first; the last more than once.
+_CARDS = ("RTX 3060 12GB", "RTX 4060 Ti 16GB", "RTX 4090", "RTX 5090", "L40S", "A100 80GB", "H100 PCIe 80GB", "H200 SXM")
+_MOST_CARDS = 8
+_HOST_RAM = 1 << 40  # enough that only the cards decide
+
+
+Choose = Callable[[Sequence[Plan]], tuple[Plan, str] | None]
+
+
+def nearest_way(planner: Planner, plans: Sequence[Plan], choose: Choose) -> str | None:
+    """Say which way of loading a model comes closest where none of `plans` fits; None if nothing that is known here does.
+
+    `choose` picks the best of plans that fit.
+    """
+    reasons = {one.why for one in plans if one.verdict is Verdict.INVALID}
+    if planner.spec.packed is not None and len(reasons) == 1 and all(one.verdict is Verdict.INVALID for one in plans):
+        return None  # no hardware helps, and the reason says what reads it
+    if not plans:
+        return None
+    workload = plans[0].case.workload
+    return _here(planner, workload, choose) or _elsewhere(planner, workload)
+
+
+def _here(planner: Planner, workload: Workload, choose: Choose) -> str | None:
+    """Say what else fits this machine: as it is, or once packages are installed."""
+    anyhow = Planner(planner.spec, planner.machine, here=False, constants=planner.constants, trust=planner.trust)
+    asked = list(dict.fromkeys((*defaults(planner.spec.stored_as), *DEFAULT_PRECISIONS, *PRECISIONS)))
+    chosen = choose(list(_plans(anyhow, asked, workload)))
+    if chosen is None:
+        return None
+    one = chosen[0]
+    missing = lacking(planner.spec.adapted(PRECISIONS[one.case.precision]).needs) if planner.here else ()
+    named = f"--precision {one.case.precision} --placement {one.case.placement}"
+    return f"{named} fits with {how_to_install(missing)}" if missing else f"{named} fits"
+
+
+def _elsewhere(planner: Planner, workload: Workload) -> str | None:
+    """Say which card, or how many of the largest, the model would fit on as it is stored, and which in FP8 or 4 bits."""
+    found: dict[str, str] = {}
+    for precision in (*defaults(planner.spec.stored_as, ("bf16",))[-1:], *(() if planner.spec.stored_as else ("fp8", "int4"))):
+        for machine in _machines():
+            placement = "direct" if len(machine.gpus) == 1 else "auto"
+            one = next(iter(_plans(Planner(planner.spec, machine, here=False), [precision], workload, [placement])))
+            if one.verdict.is_good and set(one.estimate.tiers if one.estimate else ()) <= {"cpu", *(g.name for g in machine.gpus)}:
+                found.setdefault(_named(machine), f"{precision}/{placement}")
+                break
+    if not found:
+        return None
+    ways = [f"{case} fits {where}" for where, case in found.items()]
+    return " and ".join(ways)
+
+
+def _machines() -> Iterable[Machine]:
+    yield from (profile([card], ram=_HOST_RAM) for card in _CARDS)
+    yield from (profile([_CARDS[-1]] * count, ram=_HOST_RAM) for count in range(2, _MOST_CARDS + 1, 2))
+
+
+def _named(machine: Machine) -> str:
+    card = machine.gpus[0].model or machine.gpus[0].name
+    return f"{len(machine.gpus)} cards like {card}" if len(machine.gpus) > 1 else f"a card like {card}"
+
+
+def _plans(
+    planner: Planner, precisions: Sequence[str], workload: Workload, placements: Sequence[str] | None = None
+) -> Iterable[Plan]:
+    for placement in placements or distinct(PLACEMENTS, len(planner.machine.gpus)):
+        for precision in precisions:
+            yield planner.plan(Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload))

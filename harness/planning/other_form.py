@@ -1,0 +1,70 @@
+"""A model in other forms: what it would take stored so, where that is published, and which forms pack a mixture's experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from harness.architecture import model_spec
+from harness.architecture.model_spec import ModelSpec
+from harness.architecture.skeleton import is_stacked
+from harness.catalog import shipped
+from harness.checkpoint import quantization
+from harness.checkpoint.quantization import Packed
+from harness.core.methods.table import METHODS
+from harness.core.precisions import PRECISIONS, Precision
+from harness.core.quantizers import SCHEMES
+from harness.core.units import format_count, significant
+
+# Below this share of the weights nobody would wonder.
+_WORTH_A_WORD = 0.1
+
+
+def in_form(spec: ModelSpec, form: Packed) -> ModelSpec:
+    """Return the spec of the same model as it would be if it were stored in another form."""
+    size = model_spec.packed_model_bytes(spec.skeleton, form)
+    dtype = form.method.held if form.method else spec.stored_dtype
+    return replace(spec, packed=form, tensor_bytes=None, checkpoint_bytes=size, stored={dtype: size}, repeated=frozenset())
+
+
+def published_in(spec: ModelSpec, precision: Precision) -> list[str]:
+    """Return the hub ids of the catalog that hold a model in the form that a precision reads, by their names."""
+    name = spec.source.rpartition("/")[2]
+    alike = re.compile(rf"(.*/)?{re.escape(name)}([-_.](gptq|awq|int[48]|[48]bit|fp8|mxfp4))+", re.IGNORECASE)
+    named = (hub_id for hub_id in shipped.catalog() if alike.fullmatch(hub_id))
+    found = ((hub_id, quantization.packed(shipped.catalog()[hub_id].config)) for hub_id in named)
+    return [hub_id for hub_id, packed in found if packed is not None and packed.precision == precision.name]
+
+
+def left_wide(spec: ModelSpec, precisions: Iterable[str]) -> str | None:
+    """Say why the quantizing ones of these precisions take more than their bits of a mixture of experts; None if they do not.
+
+    transformers 5 stacks the experts of a layer in one tensor that is no Linear, which most quantizers pass over.
+    """
+    rows = [PRECISIONS[name] for name in dict.fromkeys(precisions)]
+    wide = [row for row in rows if row.scheme is not None and not SCHEMES[row.scheme].experts]
+    counted = [(weight, weight.elements * count) for weight, count in spec.skeleton.tally if not weight.tied_to]
+    experts = sum(elements for weight, elements in counted if is_stacked(weight))
+    total = sum(elements for _, elements in counted)
+    if not wide or spec.stored_as is not None or experts < _WORTH_A_WORD * total:
+        return None
+    libraries = " and ".join(dict.fromkeys(SCHEMES[row.scheme].library for row in wide if row.scheme))
+    said = ", ".join(f"{row.name} is {significant(_mean_bits(row, experts, total))} bits a weight" for row in wide)
+    what = f"{format_count(experts)} of {format_count(total)} parameters are experts, which {libraries} leaves in 16 bits"
+    return f"{what} under transformers 5: {said}. {packing_experts()}"
+
+
+def _mean_bits(row: Precision, experts: int, total: int) -> float:
+    """Return how many bits a weight takes in the mean, if all but the experts were packed."""
+    return (16 * experts + row.bits * (total - experts)) / total
+
+
+def packing_experts() -> str:
+    """Say which forms pack experts, and where."""
+    fp8, mxfp4 = METHODS["fp8"], METHODS["mxfp4"]
+    return (
+        f"Experts are packed by --precision fp8 (GPUs of compute capability {fp8.packs_from} or higher), "
+        f"and in checkpoints that are stored as FP8 or, of GPT-OSS, as {mxfp4.title} ({mxfp4.packs_from} or higher)."
+    )

@@ -1,0 +1,91 @@
+"""Where nothing fits the nearest way stands beside it, and a mixture of experts is told straight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from harness.architecture import model_spec
+from harness.catalog.resolve import resolve
+from harness.core.quantizers import SCHEMES
+from harness.core.records import Machine, Verdict
+from harness.core.units import GIB
+from harness.machine.gpus import profile
+from harness.planning.other_form import left_wide
+from harness.planning.planner import Planner
+from harness.planning.recommend import Recommendation, advise
+from tests.support.builders import case
+
+SMALL_CARD = profile(["RTX 3060 12GB"], ram=16 * GIB)
+
+
+def advised(name: str, on: Machine, *cases: tuple[str, str], here: bool = False) -> Recommendation:
+    source = resolve(name)
+    planner = Planner(model_spec.read_spec(source), on, here=here)
+    return advise(source, planner, [case(*one, model=name) for one in cases])
+
+
+def test_another_precision_or_placement_of_this_machine_comes_first() -> None:
+    found = advised("qwen2.5-7b-instruct", SMALL_CARD, ("fp32", "direct"))
+    assert found.best is None
+    assert found.nearest is not None
+    words = found.nearest.split()
+    precision, placement = words[words.index("--precision") + 1], words[words.index("--placement") + 1]
+    again = Planner(found.spec, SMALL_CARD, here=False).plan(case(precision, placement))
+    assert again.verdict.is_good
+
+
+def test_else_the_hardware_that_would_do() -> None:
+    bare = profile([], ram=8 * GIB)
+    found = advised("mixtral-8x7b-instruct-v0.1", bare, ("bf16", "cpu"), ("int4", "cpu"))
+    assert found.best is None
+    if "--precision" not in (found.nearest or ""):  # a disk is known to be there
+        assert "fits a card like" in (found.nearest or "")
+
+
+def test_what_fits_needs_no_other_way() -> None:
+    found = advised("qwen2.5-0.5b-instruct", SMALL_CARD, ("bf16", "direct"))
+    assert found.best is not None
+    assert found.nearest is None
+
+
+def test_of_a_mixture_it_is_said_why_4_bits_are_not_4() -> None:
+    spec = model_spec.read_spec(resolve("mixtral-8x7b-instruct-v0.1"))
+    said = left_wide(spec, ["int4", "bf16"])
+    assert said is not None
+    assert said.startswith("45.1 B of 46.7 B parameters are experts, which bitsandbytes leaves in 16 bits under transformers 5")
+    assert left_wide(spec, ["bf16", "fp8"]) is None
+    assert left_wide(model_spec.read_spec(resolve("qwen2.5-7b-instruct")), ["int4"]) is None
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b-instruct-v0.1", "qwen3-30b-a3b"])
+def test_fp8_packs_experts_and_what_bitsandbytes_makes_of_them_is_as_wide_as_said(name: str) -> None:
+    spec = model_spec.read_spec(resolve(name))
+    large = profile(["H200 SXM"], ram=256 * GIB)
+    held = {}
+    for precision in ("bf16", "fp8", "int4"):
+        plan = Planner(spec, large, here=False).plan(case(precision, "direct", model=name))
+        assert plan.verdict in (Verdict.FITS, Verdict.TIGHT), plan.why
+        assert plan.estimate is not None
+        held[precision] = plan.estimate.tiers["gpu:0"].weights_bytes
+    assert held["fp8"] == pytest.approx(held["bf16"] / 2, rel=0.05)
+    assert held["int4"] > 0.9 * held["bf16"]
+
+
+def test_fp8_replaces_experts_in_transformers_as_well() -> None:
+    """And bitsandbytes does not: by the modules that each puts in their place."""
+    import torch
+    import transformers
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    asked = transformers.FineGrainedFP8Config()
+    quantizer = AutoHfQuantizer.from_config(asked, pre_quantized=False)
+    sizes: Any = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_local_experts": 2, "vocab_size": 64}
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=4))
+    quantizer.preprocess_model(model=model, dtype=torch.bfloat16, device_map="auto")
+    stacked = [parameter for name, parameter in model.named_parameters() if name.endswith("experts.gate_up_proj")]
+    assert [parameter.dtype for parameter in stacked] == [torch.float8_e4m3fn]
+    assert SCHEMES["fp8"].experts
+    assert not any(row.experts for name, row in SCHEMES.items() if name != "fp8")
