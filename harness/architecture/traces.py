@@ -13,6 +13,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def shipped_records(key: str) -> Records:
     """Return the records that are shipped under a key (`key_of`); unpacks one line."""
     lines = SHIPPED.read_bytes() if SHIPPED.exists() else b""
     start = lines.find(b'["%s",' % key.encode())
-    return unpack(lines[start : lines.index(b"\n", start)])[1] if start >= 0 else {}
+    return _unpacked(lines[start : lines.index(b"\n", start)])[1] if start >= 0 else {}
 
 
 def pack(key: str, records: Records) -> bytes:
@@ -61,6 +62,10 @@ def unpack(line: bytes) -> tuple[str, Records]:
     """Read the line of an architecture."""
     key, packed = msgspec.json.decode(line, type=tuple[str, str])
     return key, msgspec.json.decode(zlib.decompress(binascii.a2b_base64(packed)), type=Records)
+
+
+# Every precision and every card asks for the line of the same model.
+_unpacked = lru_cache(maxsize=4)(unpack)
 
 
 def record_name(precision: str, capability: str | None) -> str:
@@ -93,16 +98,23 @@ def record_for(config: Mapping[str, Any], precision: str, cache: Path, capabilit
 
     None if there is none; planning then uses its formulas (`planning.cost.activations`).
     """
-    cards = family(kernels_of(capability), precision)
-    found = shipped_trace(config, precision, capability) or _BUILT.get((key_of(config), precision, cards))
+    cards, key = family(kernels_of(capability), precision), key_of(config)
+    found = find(shipped_records(key), precision, capability) or _BUILT.get((key, precision, cards))
     if found is not None:
         return found
-    if not any(cache.glob(f"{_KEPT}-*-{key_of(config)}-{precision}-{cards}.json")):
+    if not any(name.startswith(f"{_KEPT}-") and name.endswith(f"-{key}-{precision}-{cards}.json") for name in _names_in(cache)):
         return None  # without asking which transformers is installed, which takes longer than all else
     try:
         return msgspec.json.decode((cache / _name(config, precision, cards)).read_bytes(), type=TracedMemory)
     except (OSError, msgspec.DecodeError):  # of another transformers, or by a fitmatrix that wrote other fields
         return None
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return [path.name for path in directory.iterdir()]  # faster than Path.glob, and every precision of every model asks
+    except OSError:
+        return []
 
 
 def build_record(config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None) -> TracedMemory:
