@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -315,7 +314,7 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = quantization.packed(entry.config)
     stored = published(known)
-    size = _packed_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
+    size = packed_model_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
     return ModelSpec(
         name=source.name,
         source=known,
@@ -332,29 +331,13 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
     )
 
 
-def in_form(spec: ModelSpec, form: Packed) -> ModelSpec:
-    """Return the spec of the same model as it would be if it were stored in another form."""
-    size = _packed_bytes(spec.skeleton, form)
-    dtype = form.method.held if form.method else spec.stored_dtype
-    return replace(spec, packed=form, tensor_bytes=None, checkpoint_bytes=size, stored={dtype: size}, repeated=frozenset())
-
-
-def published_in(spec: ModelSpec, precision: Precision) -> list[str]:
-    """Return the hub ids of the catalog that hold a model in the form that a precision reads, by their names."""
-    name = spec.source.rpartition("/")[2]
-    alike = re.compile(rf"(.*/)?{re.escape(name)}([-_.](gptq|awq|int[48]|[48]bit|fp8|mxfp4))+", re.IGNORECASE)
-    named = (hub_id for hub_id in shipped.catalog() if alike.fullmatch(hub_id))
-    found = ((hub_id, quantization.packed(shipped.catalog()[hub_id].config)) for hub_id in named)
-    return [hub_id for hub_id, packed in found if packed is not None and packed.precision == precision.name]
-
-
 def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> str:
     if packed is not None and packed.method is not None and not packed.method.packs_linears:
         return packed.method.held
     return stored.dtype if stored is not None and stored.dtype else said
 
 
-def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
+def packed_model_bytes(shape: Skeleton, packed: Packed) -> int:
     """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
     saved = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
     return sum(count * packed_weight_bytes(weight, packed) for weight, count in saved)
