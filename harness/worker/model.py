@@ -373,10 +373,8 @@ def _generate_once(model: Model, request: Generate) -> dict[str, Any]:
 
 
 def pad_id(model: Model) -> int:
-    """Return a token id to pad with: the tokenizer's, else an end-of-text id, else 0."""
-    if model.tokenizer is not None and model.tokenizer.pad_token_id is not None:
-        return int(model.tokenizer.pad_token_id)
+    """Return a token to pad with that the model has: the tokenizer's, else one that ends a text, else 0."""
     end = model.module.generation_config.eos_token_id
-    if isinstance(end, list):
-        end = end[0] if end else None
-    return int(end) if end is not None else 0
+    ends = end if isinstance(end, list) else [end]
+    own = [model.tokenizer.pad_token_id] if model.tokenizer is not None else []
+    return next((token for token in (*own, *ends) if isinstance(token, int) and 0 <= token < model.vocabulary), 0)
