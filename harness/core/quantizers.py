@@ -37,6 +37,7 @@ class Scheme(Record, frozen=True, kw_only=True):
     derived: bool = False  #: and what is derived from Linear
     experts: bool = False  #: the stacked experts of a mixture are quantized as well
     rows: int = 1  #: on a processor the outputs must be a multiple of it
+    flat: bool = False  #: on a processor it multiplies rows of tokens, and nothing of more dimensions than a batch of them
 
 
 def _int8(outputs: int, inputs: int, _: int) -> int:
@@ -85,7 +86,7 @@ def _fp8(outputs: int, inputs: int, _: int) -> int:
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True),
+    "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True, flat=True),
     "int4": Scheme(size=_nf4, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
     "fp4": Scheme(size=_nf4, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
     "nf4-dq": Scheme(size=_nested, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),

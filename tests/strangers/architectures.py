@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from tests.support import small_models
 from tests.support.small_models import write_letters
@@ -63,11 +63,15 @@ DECODERS: Mapping[str, Mapping[str, Any]] = {
         **_GROUPED, "head_dim": 32, "num_local_experts": 4, "intermediate_size": 128,
         "layer_types": ["linear_attention", "full_attention"],
     },
-    "mamba2": {**_STATES, "num_heads": 16, "head_dim": 32, "n_groups": 2, "expand": 2},
-    "falcon_mamba": _STATES,
+    "mamba": {**_STATES, "initializer_range": 0.01},
+    "mamba2": {**_STATES, "initializer_range": 0.01, "num_heads": 16, "head_dim": 32, "n_groups": 2, "expand": 2},
+    "falcon_mamba": {**_STATES, "initializer_range": 0.01},
     "rwkv": {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 2, "attention_hidden_size": 256},
     "jamba": {**_GROUPED, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-    "recurrent_gemma": {**_GROUPED, "num_hidden_layers": 3, "head_dim": 32, "lru_width": 256, "attention_window_size": 32},
+    "recurrent_gemma": {
+        **_GROUPED, "num_hidden_layers": 3, "head_dim": 32, "lru_width": 256, "attention_window_size": 32,
+        "initializer_range": 0.002,
+    },
     "biogpt": {**_USUAL, "max_position_embeddings": 512},
     "xglm": {
         "vocab_size": VOCABULARY, "d_model": 256, "ffn_dim": 512, "num_layers": 2, "attention_heads": 8,
@@ -147,30 +151,27 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
 
 def names() -> tuple[str, ...]:
     """Name every architecture that can be made."""
-    return (*small_models.MODELS, *DECODERS, *SEEING, *OTHERS)
+    return tuple(dict.fromkeys((*small_models.MODELS, *DECODERS, *SEEING, *OTHERS)))
 
 
 def save(name: str, folder: Path) -> Path:
     """Save one with random weights in bfloat16 and a tokenizer of single letters."""
     torch.manual_seed(0)
-    make, given = _maker(name)
-    given = dict(given)
-    config = AutoConfig.for_model(given.pop("model_type", name), **given)
-    make(config, dtype=torch.bfloat16).save_pretrained(folder)
+    config = config_of(name)
+    auto_class(name).from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     write_letters(folder, VOCABULARY)
     return folder
 
 
-def _maker(name: str) -> tuple[Callable[..., Any], Mapping[str, Any]]:
-    if name in SEEING:
-        return AutoModelForImageTextToText.from_config, SEEING[name]
+def config_of(name: str, **settings: int) -> Any:
+    """Return the config of an architecture, with other settings where some are given."""
+    small = {**small_models.MODELS[name], "vocab_size": VOCABULARY} if name in small_models.MODELS else {}
+    given = {**(DECODERS.get(name) or SEEING.get(name) or OTHERS.get(name) or small), **settings}
+    return AutoConfig.for_model(str(given.pop("model_type", name)), **given)
+
+
+def auto_class(name: str) -> Any:
+    """Return the class of transformers that makes one."""
     if name in OTHERS:
-        return _masked_or_seq2seq, OTHERS[name]
-    return AutoModelForCausalLM.from_config, DECODERS.get(name) or {**small_models.MODELS[name], "vocab_size": VOCABULARY}
-
-
-def _masked_or_seq2seq(config: Any, dtype: torch.dtype) -> Any:
-    import transformers
-
-    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForMaskedLM
-    return auto.from_config(config, dtype=dtype)
+        return AutoModelForSeq2SeqLM if name == "t5" else AutoModelForMaskedLM
+    return AutoModelForImageTextToText if name in SEEING else AutoModelForCausalLM
