@@ -12,7 +12,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from harness.architecture.traced_memory import TracedMemory
 from harness.core.methods.table import settings_of
 from harness.core.precisions import PRECISIONS
 from harness.data import DATA
-from harness.machine.atomic import write_bytes
+from harness.machine.cache import keep, kept, kept_names
 
 SHIPPED = DATA / "traces.jsonl"
 TRACE_S = 300.0
@@ -57,7 +57,7 @@ def shipped_records(key: str) -> Records:
     """Return the records that are shipped under a key (`key_of`); unpacks one line."""
     lines = SHIPPED.read_bytes() if SHIPPED.exists() else b""
     start = lines.find(b'["%s",' % key.encode())
-    return unpack(lines[start : lines.index(b"\n", start)])[1] if start >= 0 else {}
+    return _unpacked(lines[start : lines.index(b"\n", start)])[1] if start >= 0 else {}
 
 
 def pack(key: str, records: Records) -> bytes:
@@ -70,6 +70,10 @@ def unpack(line: bytes) -> tuple[str, Records]:
     """Read the line of an architecture."""
     key, packed = msgspec.json.decode(line, type=tuple[str, str])
     return key, msgspec.json.decode(zlib.decompress(binascii.a2b_base64(packed)), type=Records)
+
+
+# Every precision and every card asks for the line of the same model.
+_unpacked = lru_cache(maxsize=4)(unpack)
 
 
 def record_name(precision: str, capability: str | None) -> str:
@@ -102,16 +106,14 @@ def record_for(config: Mapping[str, Any], precision: str, cache: Path, capabilit
 
     None if there is none; planning then uses its formulas (`planning.cost.activations`).
     """
-    cards = family(kernels_of(capability), precision)
-    found = shipped_trace(config, precision, capability) or _BUILT.get((packed_key(config, precision), precision, cards))
+    cards, key = family(kernels_of(capability), precision), packed_key(config, precision)
+    found = find(shipped_records(key), precision, capability) or _BUILT.get((key, precision, cards))
     if found is not None:
         return found
-    if not any(cache.glob(f"{_KEPT}-*-{packed_key(config, precision)}-{precision}-{cards}.json")):
+    end = f"-{key}-{precision}-{cards}.json"
+    if not any(name.startswith(f"{_KEPT}-") and name.endswith(end) for name in kept_names(cache)):
         return None  # without asking which transformers is installed, which takes longer than all else
-    try:
-        return msgspec.json.decode((cache / _name(config, precision, cards)).read_bytes(), type=TracedMemory)
-    except (OSError, msgspec.DecodeError):  # of another transformers, or by a fitmatrix that wrote other fields
-        return None
+    return kept(cache / _name(config, precision, cards), TracedMemory)
 
 
 def build_record(config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None) -> TracedMemory:
@@ -126,8 +128,7 @@ def build_record(config: Mapping[str, Any], precision: str, cache: Path, capabil
     cards = family(kernels_of(capability), precision)
     what = f"no trace for model_type {config.get('model_type')!r} in {precision}"
     text = ask_worker("trace", {"config": config, "precision": precision, "capability": cards}, what, TRACE_S)
-    with suppress(OSError):  # what is kept spares time, no more
-        write_bytes(cache / _name(config, precision, cards), text)
+    keep(cache / _name(config, precision, cards), text)
     built = msgspec.json.decode(text, type=TracedMemory)
     _BUILT[packed_key(config, precision), precision, cards] = built
     return built

@@ -8,12 +8,13 @@ from harness.architecture import traces
 from harness.architecture.card_kernels import kernels_of
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.traced_memory import Gaps, TracedMemory, TracedPeak, evaluate
-from harness.catalog.wheel_cache import cache_dir
 from harness.core.errors import UsageError
 from harness.core.methods import kernels
 from harness.core.methods.kernels import PackedProduct, PackedScheme
+from harness.core.methods.table import settings_of
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Workload
+from harness.machine.cache import cache_dir
 from harness.planning.cost.activations import Activations
 from harness.planning.cost.memory import WeightFormat
 
@@ -33,23 +34,26 @@ class GpuActivations:
         self.product = self._product()
         self._formulas = Activations(spec.skeleton, fmt, "gpu", self.product)
         self._built: TracedMemory | None = None
+        self._bytes: dict[Workload, int] = {}
         self.why_formulas = _NOT_TRACED
 
     def bytes(self, workload: Workload) -> int:
         """Return the most that generating holds beside weights and final KV cache, in bytes."""
-        peak = self.traced_peak(workload)
-        return self._room + (self._formulas.bytes(workload) if peak is None else peak.activation_bytes)
+        if workload not in self._bytes:  # every placement asks for the same
+            peak = self.traced_peak(workload)
+            self._bytes[workload] = self._room + (self._formulas.bytes(workload) if peak is None else peak.activation_bytes)
+        return self._bytes[workload]
 
     def _product(self) -> PackedProduct | None:
         """Return what multiplies weights that are stored as GPTQ or AWQ, as the config or the form of the checkpoint says."""
         packed = self._spec.packed
         if self._fmt.packed_bits is None or packed is None or packed.own or packed.name not in ("gptq", "awq"):
             return None
-        said = kernels.scheme_of(self._config) if "quantization_config" in self._config else None
-        scheme = said or PackedScheme(method=packed.name, bits=packed.bits, group=packed.group, symmetric=packed.name == "gptq")
+        usual = PackedScheme(method=packed.name, bits=packed.bits, group=packed.group, symmetric=packed.name == "gptq")
+        scheme = kernels.scheme_of(self._config) if settings_of(self._config) else usual
         card = kernels_of(self._capability)
-        kernel = kernels.kernel_for(scheme, card.capability[0] + card.capability[1] / 10)
-        return None if kernel is None else PackedProduct(kernel=kernel, scheme=scheme, processors=card.processors)
+        kernel = kernels.kernel_for(scheme, card.capability[0] + card.capability[1] / 10) if scheme is not None else None
+        return None if kernel is None or scheme is None else PackedProduct(kernel=kernel, scheme=scheme, processors=card.processors)
 
     @property
     def kernel(self) -> str:
@@ -92,6 +96,7 @@ class GpuActivations:
             self._built = traces.build_record(self._config, self.precision, cache_dir(), self._capability)
         except UsageError as error:
             self.why_formulas = str(error)
+        self._bytes.clear()
 
     def gaps(self, *, expandable: bool) -> Gaps | None:
         """Return what torch's allocator takes beyond what is allocated, as shares of that; None without a record that tells."""
@@ -103,7 +108,7 @@ class GpuActivations:
     def precision(self) -> str | None:
         """The precision whose record holds for this format; None of formats that are not traced."""
         fmt, packed = self._fmt, self._spec.packed
-        if not self._config or (fmt.packed_bits is not None and "quantization_config" not in self._config):
+        if not self._config or (fmt.packed_bits is not None and not settings_of(self._config)):
             return None  # of a form in which it is not stored there is no config
         name = fmt.quantizer or _DTYPES.get(fmt.dtype)
         if fmt.packed_bits is not None:

@@ -60,7 +60,8 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = outputs, inputs = sides
         self.scheme, self.kernel = scheme, kernel
         groups = -(-inputs // (scheme.group or inputs))
-        held = {"qweight": ((inputs * scheme.bits // 32, outputs), torch.int32), "scales": ((groups, outputs), torch.float16)}
+        held: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"scales": ((groups, outputs), torch.float16)}
+        held["qweight"] = ((inputs * scheme.bits // 32, outputs), torch.int32)
         if kernel.keeps_zeros or (kernel.reduces and scheme.method == "awq"):
             held["qzeros"] = ((groups, outputs * scheme.bits // 32), torch.int32)
         elif not scheme.symmetric:
