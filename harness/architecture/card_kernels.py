@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from harness.core.precisions import PRECISIONS
+
 
 class CardKernels(NamedTuple):
     """A kind of card as far as kernels are chosen by it: compute capability and number of multiprocessors."""
@@ -47,10 +49,17 @@ def kernels_of(capability: str | None) -> CardKernels:
 
 
 def family(card: CardKernels, precision: str) -> str:
-    """Return the compute capability that the records for a card are made for; flash attention has no float32 on any."""
+    """Return the compute capability that the records for a card are made for; flash attention has no float32 on any.
+
+    Weights that are stored packed are multiplied by kernels that each kind of card has for itself.
+    """
+    if PRECISIONS[precision].is_packed_for_cards:
+        return f"{card.capability[0]}.{card.capability[1]}"
     return BEFORE_FLASH if card.capability < FLASH_SINCE and precision != "fp32" else WITH_FLASH
 
 
-def cards_of(capability: str) -> tuple[CardKernels, ...]:
+def cards_of(capability: str, precision: str) -> tuple[CardKernels, ...]:
     """Return the cards of a family."""
+    if PRECISIONS[precision].is_packed_for_cards:
+        return (kernels_of(capability),)
     return tuple(card for card in CARDS if (card.capability < FLASH_SINCE) == (capability == BEFORE_FLASH))

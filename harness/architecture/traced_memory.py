@@ -203,7 +203,8 @@ def _worst(traced: TracedMemory, regime: Regime, batch: int, length: int, tokens
     """Find the moment that holds the most. A pass over many tokens is that of the prompt, and sees as many keys as it has."""
     at, keys = monomials(batch, length), length
     held = {place: max(options) for place, options in _cached(traced.layers, regime, at).items()}
-    number = cards_of(traced.capability).index(card) if card in cards_of(traced.capability) else 0
+    cards = cards_of(traced.capability, traced.precision)
+    number = cards.index(card) if card in cards else 0
     met = [condition.holds(tokens, keys, number, card) for condition in traced.conditions]
 
     def total(row: MomentRow) -> float:

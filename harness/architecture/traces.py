@@ -22,6 +22,7 @@ from harness.architecture.ask_worker import ask_worker
 from harness.architecture.card_kernels import family, kernels_of
 from harness.architecture.skeleton_source import fingerprint
 from harness.architecture.traced_memory import TracedMemory
+from harness.core.methods.table import settings_of
 from harness.core.precisions import PRECISIONS
 from harness.data import DATA
 from harness.machine.cache import keep, kept, kept_names
@@ -42,6 +43,14 @@ def key_of(config: Mapping[str, Any]) -> str:
     """Hash what a config says about memory; 16 hex digits."""
     said = [fingerprint(config), *(config.get(name) for name in _ACTIVATIONS)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def packed_key(config: Mapping[str, Any], precision: str) -> str:
+    """Return the key of one precision: where weights are stored packed, how they are is part of it."""
+    if not PRECISIONS[precision].is_packed_for_cards:
+        return key_of(config)
+    said = json.dumps([key_of(config), settings_of(config)], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def shipped_records(key: str) -> Records:
@@ -74,7 +83,7 @@ def record_name(precision: str, capability: str | None) -> str:
 
 def shipped_trace(config: Mapping[str, Any], precision: str, capability: str | None = None) -> TracedMemory | None:
     """Return the record that is shipped for this config and cards of this compute capability, if any."""
-    return find(shipped_records(key_of(config)), precision, capability)
+    return find(shipped_records(packed_key(config, precision)), precision, capability)
 
 
 def find(records: Records, precision: str, capability: str | None = None) -> TracedMemory | None:
@@ -97,7 +106,7 @@ def record_for(config: Mapping[str, Any], precision: str, cache: Path, capabilit
 
     None if there is none; planning then uses its formulas (`planning.cost.activations`).
     """
-    cards, key = family(kernels_of(capability), precision), key_of(config)
+    cards, key = family(kernels_of(capability), precision), packed_key(config, precision)
     found = find(shipped_records(key), precision, capability) or _BUILT.get((key, precision, cards))
     if found is not None:
         return found
@@ -121,7 +130,7 @@ def build_record(config: Mapping[str, Any], precision: str, cache: Path, capabil
     text = ask_worker("trace", {"config": config, "precision": precision, "capability": cards}, what, TRACE_S)
     keep(cache / _name(config, precision, cards), text)
     built = msgspec.json.decode(text, type=TracedMemory)
-    _BUILT[key_of(config), precision, cards] = built
+    _BUILT[packed_key(config, precision), precision, cards] = built
     return built
 
 
@@ -132,4 +141,4 @@ def _name(config: Mapping[str, Any], precision: str, cards: str) -> str:
         libraries = version("transformers")
     except PackageNotFoundError:
         libraries = "none"
-    return f"{_KEPT}-{libraries}-{key_of(config)}-{precision}-{cards}.json"
+    return f"{_KEPT}-{libraries}-{packed_key(config, precision)}-{precision}-{cards}.json"

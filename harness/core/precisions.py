@@ -52,7 +52,12 @@ class Precision(Record, frozen=True, kw_only=True):
         """Whether what its kernels allocate is known, so that a trace of it can be made (`harness.worker.trace.kernels`)."""
         quantization = self.quantization
         known = quantization is None or (isinstance(quantization, Mapping) and quantization["quant_method"] in _TRACED_METHODS)
-        return known and self.requires_checkpoint is None
+        return known and self.requires_checkpoint in (None, *_TRACED_FORMS)
+
+    @property
+    def is_packed_for_cards(self) -> bool:
+        """Whether every kind of card has kernels of its own for it, so that a trace holds for one kind."""
+        return self.requires_checkpoint in _TRACED_FORMS
 
     def dtype_on(self, compute_capability: str | None) -> str:
         """Return the dtype to ask for on a GPU of this compute capability (None: no GPU)."""
@@ -62,6 +67,8 @@ class Precision(Record, frozen=True, kw_only=True):
 
 # Quantizers whose kernels' memory is known (`harness.worker.trace`).
 _TRACED_METHODS = ("bitsandbytes", "fp8")
+# Forms of checkpoints whose kernels' memory is (`harness.core.methods.kernels`).
+_TRACED_FORMS = ("GPTQ", "AWQ", "MXFP4")
 _DISPATCHES = "load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"
 _ALONE = "tensor parallelism is untested with these weights: use bf16 or fp16"
 _BNB_INCOMPATIBLE = {

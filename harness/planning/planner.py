@@ -282,6 +282,7 @@ class Planner:
         used = [gpu for gpu in self.machine.gpus if gpu.name in footprint.gpus and footprint.fmt.dtype == "bfloat16"]
         old = [gpu for gpu in used if gpu.compute_capability and float(gpu.compute_capability) < _BFLOAT16_FROM]
         said = [_EMULATED.format(gpu.model or gpu.name, gpu.compute_capability) for gpu in old[:1]]
+        said += [footprint.inventory.on_gpu.kernel] * bool(footprint.gpus and footprint.inventory.on_gpu.kernel)
         if footprint.gpus or not multiplies_4bit_in_ram(footprint.fmt):
             return said
         beside = "beside a GPU bitsandbytes loads its CUDA library, which lacks" if self.machine.gpus else "this processor lacks"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from harness.architecture.skeleton import Skeleton, is_stacked
 from harness.core.families import FAMILIES
+from harness.core.methods.kernels import PackedProduct
 from harness.core.quantizers import UNPACKINGS
 from harness.core.records import Workload
 from harness.planning.cost.memory import PLAIN_GELU, WeightFormat, kv_bytes
@@ -26,14 +27,15 @@ _ROWS_UNPACKED_BEYOND = 4
 # Kernels for these take no 16-bit copy: LLM.int8 of bitsandbytes, and those of fp8, which quantize their input as they go
 # (transformers 5.24, integrations/finegrained_fp8.py, fp8_linear).
 _MULTIPLIED_AS_THEY_ARE = frozenset(("int8", "fp8"))
+_PAIR_BYTES = 18  # of a token and an expert: two orders, where its product goes, and its weight
 _INDICES_BYTES = 24  # a token's id, position and mask, 8 bytes each
 
 
 class Activations:
     """The activations of one model in one weight format on one kind of device ("gpu" or "cpu")."""
 
-    def __init__(self, skeleton: Skeleton, fmt: WeightFormat, device: str) -> None:
-        self.skeleton, self.device, self.element = skeleton, device, fmt.element_bytes
+    def __init__(self, skeleton: Skeleton, fmt: WeightFormat, device: str, product: PackedProduct | None = None) -> None:
+        self.skeleton, self.device, self.element, self._product = skeleton, device, fmt.element_bytes, product
         self._fmt = fmt
         self.hidden, self.inner, self.heads = skeleton.hidden_size, skeleton.intermediate_size, skeleton.heads
         self._fused, self._gated = _gate_of_mlp(skeleton)
@@ -89,7 +91,7 @@ class Activations:
         each sequence (`_optimize_model_for_decode`): batch x k x 3 x H x w elements.
         """
         step = batch * (self._around + max(self._mlp, self._attention)) + self.unpacked(batch)
-        if not (self.skeleton.experts and self._stacked) or self.device == "cpu":
+        if not (self.skeleton.experts and self._stacked) or self.device == "cpu" or self.packs_experts:
             return step
         chosen = batch * max(1, self.skeleton.experts_per_token)
         return step + chosen * 3 * self.hidden * expert_width(self.skeleton) * self.element
@@ -100,6 +102,10 @@ class Activations:
 
     def unpacked(self, rows: int) -> int:
         """Return the bytes that one Linear is unpacked to that is kept packed, for this many rows of input."""
+        if self._product is not None:
+            return self._product.temporary_bytes(self.largest, self.hidden, rows)
+        if self.packs_experts:
+            return 0
         if self._unpacking is not None:
             return self._unpacking.temporary_bytes(self.largest, self.device, rows)
         if self._fmt.quantizer in _MULTIPLIED_AS_THEY_ARE and self.device == "gpu":
@@ -139,9 +145,21 @@ class Activations:
         return (self._beside + widths * self.inner) * self.element
 
     @property
+    def packs_experts(self) -> bool:
+        """Whether a GPU multiplies stacked experts as they are stored, with nothing else packed: MXFP4."""
+        return self._fmt.packed_experts and not self._fmt.packed_linears and self.device == "gpu"
+
+    @property
     def _experts(self) -> int:
-        """Bytes a token of routed experts: while they compute 4 k w + k H, or while their outputs are joined four copies of k H."""
+        """Bytes a token of routed experts: while they compute 4 k w + k H, or while their outputs are joined four copies of k H.
+
+        Packed in MXFP4 their activations and outputs: k w + k H, the sum of these, H, and the order of the pairs
+        (`harness.worker.trace.quantized_kernels`).
+        """
         chosen = max(1, self.skeleton.experts_per_token)
+        if self.packs_experts:
+            pairs = chosen * (expert_width(self.skeleton) + self.hidden) * self.element + chosen * _PAIR_BYTES
+            return (self._beside - self.hidden) * self.element + pairs + self.hidden * self.element
         computing = 4 * expert_width(self.skeleton) * chosen * self.element + chosen * self.hidden * self.element
         wide = 4 if self.skeleton.model_type in FP32_ROUTER else self.element
         joining = chosen * self.hidden * (2 * self.element + 2 * wide)

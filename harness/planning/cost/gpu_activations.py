@@ -5,9 +5,13 @@ from __future__ import annotations
 from functools import cached_property
 
 from harness.architecture import traces
+from harness.architecture.card_kernels import kernels_of
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.traced_memory import Gaps, TracedMemory, TracedPeak, evaluate
 from harness.core.errors import UsageError
+from harness.core.methods import kernels
+from harness.core.methods.kernels import PackedProduct, PackedScheme
+from harness.core.methods.table import settings_of
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Workload
 from harness.machine.cache import cache_dir
@@ -26,8 +30,9 @@ class GpuActivations:
     """
 
     def __init__(self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None) -> None:
-        self._config, self._fmt, self._capability = spec.config, fmt, capability
-        self._formulas = Activations(spec.skeleton, fmt, "gpu")
+        self._config, self._fmt, self._capability, self._spec = spec.config, fmt, capability, spec
+        self.product = self._product()
+        self._formulas = Activations(spec.skeleton, fmt, "gpu", self.product)
         self._built: TracedMemory | None = None
         self._bytes: dict[Workload, int] = {}
         self.why_formulas = _NOT_TRACED
@@ -36,8 +41,40 @@ class GpuActivations:
         """Return the most that generating holds beside weights and final KV cache, in bytes."""
         if workload not in self._bytes:  # every placement asks for the same
             peak = self.traced_peak(workload)
-            self._bytes[workload] = self._formulas.bytes(workload) if peak is None else peak.activation_bytes
+            self._bytes[workload] = self._room + (self._formulas.bytes(workload) if peak is None else peak.activation_bytes)
         return self._bytes[workload]
+
+    def _product(self) -> PackedProduct | None:
+        """Return what multiplies weights that are stored as GPTQ or AWQ, as the config or the form of the checkpoint says."""
+        packed = self._spec.packed
+        if self._fmt.packed_bits is None or packed is None or packed.own or packed.name not in ("gptq", "awq"):
+            return None
+        usual = PackedScheme(method=packed.name, bits=packed.bits, group=packed.group, symmetric=packed.name == "gptq")
+        scheme = kernels.scheme_of(self._config) if settings_of(self._config) else usual
+        card = kernels_of(self._capability)
+        kernel = kernels.kernel_for(scheme, card.capability[0] + card.capability[1] / 10) if scheme is not None else None
+        return None if kernel is None or scheme is None else PackedProduct(kernel=kernel, scheme=scheme, processors=card.processors)
+
+    @property
+    def kernel(self) -> str:
+        """Say which kernel is taken to multiply weights that are stored packed; "" of others."""
+        if self.product is not None:
+            return self.product.said
+        packed = self._spec.packed
+        if self._fmt.packed_bits is not None and packed is not None and packed.name in ("gptq", "awq"):
+            return kernels.NO_KERNEL
+        return kernels.MXFP4_KERNEL if self._formulas.packs_experts else ""
+
+    @cached_property
+    def _room(self) -> int:
+        """Bytes that a kernel keeps for itself as long as the model is there."""
+        if self.product is None:
+            return 0
+        linears = [
+            weight.tensor.shape for weight, _ in self._spec.skeleton.tally if weight.quantizes and len(weight.tensor.shape) == 2
+        ]
+        method, kept = self.product.scheme.method, self.product.kernel.kept_bytes
+        return max((kept(method, outputs, inputs) for outputs, inputs in linears), default=0)
 
     def traced_peak(self, workload: Workload) -> TracedPeak | None:
         """Return the traced peak of a workload, with its largest tensors; None without a record for it."""
@@ -70,10 +107,12 @@ class GpuActivations:
     @cached_property
     def precision(self) -> str | None:
         """The precision whose record holds for this format; None of formats that are not traced."""
-        fmt = self._fmt
-        if fmt.packed_bits is not None or not self._config:
-            return None
+        fmt, packed = self._fmt, self._spec.packed
+        if not self._config or (fmt.packed_bits is not None and not settings_of(self._config)):
+            return None  # of a form in which it is not stored there is no config
         name = fmt.quantizer or _DTYPES.get(fmt.dtype)
+        if fmt.packed_bits is not None:
+            name = packed.precision if packed is not None and not packed.own else None
         row = PRECISIONS.get(name or "")
         traceable = row is not None and row.is_traceable and row.dtype_on(self._capability) == fmt.dtype
         return name if traceable else None

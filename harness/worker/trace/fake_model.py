@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from harness.architecture.card_kernels import WITH_FLASH
+from harness.architecture.card_kernels import WITH_FLASH, kernels_of
 from harness.core.precisions import PRECISIONS
 from harness.worker.auto_class import auto_class_of
 from harness.worker.build_skeleton import construct, read_model_config
 from harness.worker.trace.ledger import CARD
-from harness.worker.trace.quantized_kernels import quantized_to_fp8
+from harness.worker.trace.quantized_kernels import packed_for, packed_to_mxfp4, quantized_to_fp8
 
 _NOT_BY_LAYER = ("architectures", "bos_token_id", "eos_token_id")  # lists that may be as long by chance
 
@@ -51,11 +51,21 @@ def build_fake(config: Mapping[str, Any], precision: str, attention: str | None 
         model.config._attn_implementation = flash
     model.tie_weights()
     _keep_in_float32(model, dtype)
+    if row.requires_checkpoint is not None:
+        return _packed(model, config, precision, capability)
     if not isinstance(row.quantization, Mapping):
         return model
     if row.quantization["quant_method"] == "fp8":
         return quantized_to_fp8(model, getattr(torch, dtype))
     return _quantized(model, row.quantization, dtype)
+
+
+def _packed(model: Any, config: Mapping[str, Any], precision: str, capability: str) -> Any:
+    """Replace what is stored packed, as it is after loading on a card of this compute capability."""
+    if PRECISIONS[precision].requires_checkpoint == "MXFP4":
+        return packed_to_mxfp4(model)
+    layers = layers_of(model)
+    return packed_for(model, config, precision, kernels_of(capability), layers.path if layers is not None else None)
 
 
 def _keep_in_float32(model: Any, dtype: str) -> None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812 its usual name
 from harness.architecture.card_kernels import FLASH_SINCE, CardKernels
 from harness.architecture.traced_memory import UNALIGNED, UNALIGNED_WIDE
 from harness.worker.trace.ledger import Ledger, swapped
-from harness.worker.trace.quantized_kernels import in_place_of_hub_kernels
+from harness.worker.trace.quantized_kernels import in_place_of_hub_kernels, in_place_of_packages
 
 _aten = torch.ops.aten
 MASK_ALIGNMENT = 16  # keys in a bias of the memory-efficient kernel: pad_bias<16> in sdp_utils
@@ -296,5 +296,6 @@ def chosen_as_on(card: CardKernels, ledger: Ledger, whole: bool) -> Iterator[Non
         swapped(ledger, "rules", rules(ledger, card, whole)),
         swapped(F, "scaled_dot_product_attention", AttentionCall(ledger, card, whole)),
         in_place_of_hub_kernels(),
+        in_place_of_packages(ledger, card, whole),
     ):
         yield

@@ -37,6 +37,7 @@ from harness.worker.trace import fake_model, kernels, reserve, workload
 from harness.worker.trace.fake_model import Layers
 from harness.worker.trace.fit import Pass, TracedPoint, cached_bytes, fit, moments, passes_of, row, tidy, worst
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
+from harness.worker.trace.quantized_kernels import conditions_of
 from harness.worker.trace.whole import stand_ins
 
 NEW_TOKENS = 3  # the prompt's pass, the first step and one like all that follow
@@ -231,7 +232,7 @@ def record(
     Raises:
         ValueError: transformers has no class for it, no trace is made in this precision, or its sizes are no polynomials.
     """
-    cards = cards_of(family(kernels_of(capability), precision))
+    cards = cards_of(family(kernels_of(capability), precision), precision)
     try:
         return _recorded(config, precision, attention, cards, check)
     except LayersDiffer:  # traced whole, which takes longer
@@ -349,3 +350,5 @@ def _unpackings(model: Any, cards: Sequence[CardKernels]) -> Iterator[Condition]
     for outputs, inputs in fake_model.linears_in_4_bits(model):
         ranges = tuple(tuple(kernels.packed_rows(dtype, outputs, inputs, card)) for card in cards)
         yield Condition(name=f"unpack {outputs} {inputs}", packed=ranges)
+    for one in conditions_of(model):
+        yield Condition(name=one.name, packed=(one.rows,) * len(cards))
