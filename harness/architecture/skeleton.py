@@ -109,6 +109,11 @@ class Module:
         for child in self.children:
             yield from child.walk()
 
+    @cached_property
+    def inside(self) -> tuple[Module, ...]:
+        """This module and all inside it as `walk` visits them: of a piece, which many sums go through."""
+        return tuple(self.walk())
+
     def alone(self, weight: Weight) -> Module:
         """Return the module as if it had one of its own tensors and nothing else, under the name of that tensor."""
         module = Module(weight.path, self.block, self._skeleton)
@@ -194,7 +199,7 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
     @cached_property
     def tally(self) -> tuple[tuple[Weight, int], ...]:
         """Every tensor of the first piece of each kind, and how many there are like it."""
-        return tuple((weight, count) for kind, count in self.kinds.items() for module in kind.walk() for weight in module.weights)
+        return tuple((weight, count) for kind, count in self.kinds.items() for module in kind.inside for weight in module.weights)
 
     @cached_property
     def frame(self) -> tuple[Module, ...]:

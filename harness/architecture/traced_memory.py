@@ -8,6 +8,7 @@ handful of rows remains. The KV cache is kept apart from them, by kind of layer,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import mul
 from typing import NamedTuple
 
 from harness.architecture.card_kernels import WITH_FLASH, CardKernels, cards_of, family, kernels_of
@@ -189,7 +190,7 @@ def _regime(regimes: Sequence[Regime], batch: int, length: int) -> Regime | None
 
 def value(polynomial: Sequence[float], at: Sequence[int]) -> float:
     """Return a polynomial's value, at what `monomials` says; one without coefficients is 0."""
-    return sum(coefficient * power for coefficient, power in zip(polynomial, at, strict=False))  # what is not written is 0
+    return sum(map(mul, polynomial, at))  # what is not written is 0
 
 
 def _all(traced: TracedMemory, cached: Sequence[Polynomial], batch: int, length: int) -> int:

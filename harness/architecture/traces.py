@@ -12,6 +12,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def shipped_records(key: str) -> Records:
     """Return the records that are shipped under a key (`key_of`); unpacks one line."""
     lines = SHIPPED.read_bytes() if SHIPPED.exists() else b""
     start = lines.find(b'["%s",' % key.encode())
-    return unpack(lines[start : lines.index(b"\n", start)])[1] if start >= 0 else {}
+    return _unpacked(lines[start : lines.index(b"\n", start)])[1] if start >= 0 else {}
 
 
 def pack(key: str, records: Records) -> bytes:
@@ -60,6 +61,10 @@ def unpack(line: bytes) -> tuple[str, Records]:
     """Read the line of an architecture."""
     key, packed = msgspec.json.decode(line, type=tuple[str, str])
     return key, msgspec.json.decode(zlib.decompress(binascii.a2b_base64(packed)), type=Records)
+
+
+# Every precision and every card asks for the line of the same model.
+_unpacked = lru_cache(maxsize=4)(unpack)
 
 
 def record_name(precision: str, capability: str | None) -> str:
@@ -92,11 +97,11 @@ def record_for(config: Mapping[str, Any], precision: str, cache: Path, capabilit
 
     None if there is none; planning then uses its formulas (`planning.cost.activations`).
     """
-    cards = family(kernels_of(capability), precision)
-    found = shipped_trace(config, precision, capability) or _BUILT.get((key_of(config), precision, cards))
+    cards, key = family(kernels_of(capability), precision), key_of(config)
+    found = find(shipped_records(key), precision, capability) or _BUILT.get((key, precision, cards))
     if found is not None:
         return found
-    end = f"-{key_of(config)}-{precision}-{cards}.json"
+    end = f"-{key}-{precision}-{cards}.json"
     if not any(name.startswith(f"{_KEPT}-") and name.endswith(end) for name in kept_names(cache)):
         return None  # without asking which transformers is installed, which takes longer than all else
     return kept(cache / _name(config, precision, cards), TracedMemory)

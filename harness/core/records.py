@@ -11,6 +11,7 @@ History of the format of a result (`SCHEMA`):
 from __future__ import annotations
 
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -114,7 +115,7 @@ class Tier(Record, frozen=True, kw_only=True):
         return min(known, default=self.total_bytes)
 
 
-class Machine(Record, frozen=True, kw_only=True):
+class Machine(Record, frozen=True, kw_only=True, dict=True):
     """The tiers of a machine, and what else describes it."""
 
     name: str
@@ -127,7 +128,7 @@ class Machine(Record, frozen=True, kw_only=True):
     gpu_problem: str | None = None  #: why GPUs that are here are not among the tiers; None if all of them are
     avx512_bf16: bool | None = None  #: whether the processor multiplies bfloat16 in AVX-512; None if unknown
 
-    @property
+    @cached_property
     def gpus(self) -> tuple[Tier, ...]:
         return tuple(tier for tier in self.tiers if tier.kind == "gpu")
 
@@ -158,7 +159,11 @@ class Machine(Record, frozen=True, kw_only=True):
 
     def tier(self, name: str) -> Tier | None:
         """Return the tier called `name`, such as "gpu:0", "cpu" or "disk"."""
-        return next((tier for tier in self.tiers if tier.name == name), None)
+        return self._by_name.get(name)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Tier]:
+        return {tier.name: tier for tier in self.tiers}
 
 
 class Span(Record, frozen=True, kw_only=True):

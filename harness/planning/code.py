@@ -133,7 +133,10 @@ def _literal(value: Any) -> str:
     if isinstance(value, Config):
         return value.expression
     if isinstance(value, str):
-        return "".join(letter if letter.isprintable() else _escaped(letter) for letter in json.dumps(value, ensure_ascii=False))
+        written = json.dumps(value, ensure_ascii=False)
+        if written.isprintable():
+            return written
+        return "".join(letter if letter.isprintable() else _escaped(letter) for letter in written)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
     return repr(value)

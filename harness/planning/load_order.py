@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from harness.architecture.key_mapping import Conversion, Naming
+from harness.architecture.model_spec import ModelSpec
 from harness.planning.calibration import Bytes
 
 # Of transformers' operations, those that leave views or what they were given where they work along the first dimension.
@@ -37,11 +39,29 @@ class LoadStep(NamedTuple):
     passing: float
 
 
+class LoadOrder:
+    """The tensors of a model in the order of their stored names, found once for all formats of its weights."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._skeleton, self._naming = spec.skeleton, None if spec.as_held else spec.skeleton.naming
+
+    @cached_property
+    def rows(self) -> list[tuple[SortKey, str, str]]:
+        """Each tensor's key, the piece that it lies in, and its path in the first piece of that kind."""
+        inside = {kind: [weight.path for module in kind.inside for weight in module.weights] for kind in self._skeleton.kinds}
+        return sorted(
+            (sort_key(stored_name(f"{piece.path}{path.removeprefix(piece.like.path)}", self._naming)), piece.path, path)
+            for piece in self._skeleton.pieces
+            for path in inside[piece.like]
+        )
+
+
 def sort_key(name: str) -> SortKey:
     """Return what transformers sorts stored names by (`core_model_loading.dot_natural_key`)."""
     return tuple(_part(part) for part in name.split("."))
 
 
+@lru_cache(maxsize=4096)  # a layer has the words of the one before
 def _part(part: str) -> tuple[int | str, ...]:
     if part.isdigit():
         return 0, int(part)
@@ -58,8 +78,7 @@ def stored_name(path: str, naming: Naming | None) -> str:
         target = next(target for target in made.targets if target in path)
         path = min((path.replace(target, source.replace("*", "0")) for source in made.sources), key=sort_key)
     for renaming in reversed(naming.renamings):
-        literal = _LITERAL.fullmatch(renaming.pattern)
-        if literal and not renaming.scopes and renaming.target in path:
+        if renaming.target in path and not renaming.scopes and (literal := _LITERAL.fullmatch(renaming.pattern)):
             path = path.replace(renaming.target, literal[1].replace("\\", ""), 1)
     return path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 import msgspec
 
@@ -26,10 +26,11 @@ from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.cost.work import multiplies_4bit_in_ram
-from harness.planning.device_map import max_memory, recommended, tiers
+from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
-from harness.planning.device_map.recommended import RecommendedMap
+from harness.planning.device_map.recommended import RecommendedMap, Recommender
+from harness.planning.load_order import LoadOrder
 from harness.planning.verdict import Judge, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
@@ -65,6 +66,7 @@ class Planner:
         self.judge = Judge(spec=spec, machine=machine, here=here, trust=trust)
         rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
         self._placements = {name: row.on(machine.main_gpu) for name, row in rows.items()}
+        self._load_order, self._weights = LoadOrder(spec), dict[str, Weight]()
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._inventories: dict[WeightFormat, Inventory] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
@@ -74,10 +76,10 @@ class Planner:
 
     def _sizes(self, fmt: WeightFormat) -> Sizes:
         if fmt not in self._by_format:
-            weights = _weights_by_path(self.spec.skeleton)
-            stock = Stock([Named(path, weight.tensor.shape) for path, weight in weights.items()])
+            self._weights = self._weights or _weights_by_path(self.spec.skeleton)
+            stock = Stock([Named(path, weight.tensor.shape) for path, weight in self._weights.items()])
             sizes = self._inventory(fmt).sizes if fmt.packed_bits is not None else {}
-            packed = {path: sizes[weight.path] for path, weight in weights.items()} if sizes else None
+            packed = {path: sizes[weight.path] for path, weight in self._weights.items()} if sizes else None
             self._by_format[fmt] = Sizes(stock, fmt.dtype, packed)
         return self._by_format[fmt]
 
@@ -204,8 +206,7 @@ class Planner:
             return self._recommended[key]
         homes = {tier.name: self.machine.tier("cpu") if tier.shared else tier for tier in tiers.fillable(self.machine)}
         capacities = {name: self.judge.usable_bytes(home, case) or tiers.ENDLESS for name, home in homes.items()}
-        recommend = partial(
-            recommended.recommend_map,
+        recommender = Recommender(
             skeleton,
             {tiers.device(name): size for name, size in capacities.items()},
             Widths(fmt.dtype, fmt.quantizer, self._inventory(fmt).sizes),
@@ -215,14 +216,14 @@ class Planner:
         if self.machine.shares_ram:
             reserve[0] += self._reserve("cpu", fmt, workload, 0)
         for attempt in range(_TRIES):
-            found = recommend(reserve=reserve, explain=False)
+            found = recommender.recommend(reserve, explain=False)
             needs = pooled(estimate.memory(self._footprint(case, fmt, found.device_map), self.machine), self.machine)
             on = {gpu.name: needs["cpu" if gpu.shared else gpu.name] for gpu in self.machine.gpus if gpu.name in needs}
             short = {name: max(0, need.needed_high_bytes - capacities[name]) for name, need in on.items()}
             if not any(short.values()):
                 break
             reserve |= {tiers.device(name): reserve[tiers.device(name)] + size * 4**attempt for name, size in short.items()}
-        self._recommended[key] = recommend(reserve=reserve)
+        self._recommended[key] = recommender.recommend(reserve, explain=True)
         return self._recommended[key]
 
     def _reserve(self, name: str, fmt: WeightFormat, workload: Workload, capacity: int) -> int:
@@ -236,7 +237,7 @@ class Planner:
     def _inventory(self, fmt: WeightFormat) -> Inventory:
         if fmt not in self._inventories:
             known = [gpu.compute_capability for gpu in self.machine.gpus if gpu.compute_capability]
-            self._inventories[fmt] = Inventory(self.spec, fmt, min(known, key=float, default=None))
+            self._inventories[fmt] = Inventory(self.spec, fmt, min(known, key=float, default=None), self._load_order)
         return self._inventories[fmt]
 
     def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
@@ -296,7 +297,7 @@ class Planner:
 
 def _weights_by_path(skeleton: Skeleton) -> dict[str, Weight]:
     """Return the weights of a model by their path, each as that of the first piece of its kind; tied ones are left out."""
-    inside = {like: [w for module in like.walk() for w in module.weights if not w.tied_to] for _, _, like in skeleton.pieces}
+    inside = {like: [w for module in like.inside for w in module.weights if not w.tied_to] for _, _, like in skeleton.pieces}
     return {f"{path}{w.path.removeprefix(like.path)}": w for path, _, like in skeleton.pieces for w in inside[like]}
 
 

@@ -47,11 +47,15 @@ class Activations:
         self.largest = max((rows * columns for rows, columns in linears), default=0)
         self._stacked = any(is_stacked(weight) for weight, _ in skeleton.tally)
         self._unpacking = UNPACKINGS[fmt.unpacking] if fmt.unpacking else None
+        self._bytes: dict[Workload, int] = {}
 
     def bytes(self, workload: Workload) -> int:
         """Return the most that generating holds beside weights and the final KV cache, in bytes."""
-        prefill = max(self.prefill_moments(workload).values())
-        return self.prompt_kept(workload) + max(prefill, self.decode(workload.batch), self.logits(workload.batch))
+        if workload not in self._bytes:  # every placement asks for the same
+            prefill = max(self.prefill_moments(workload).values())
+            moments = max(prefill, self.decode(workload.batch), self.logits(workload.batch))
+            self._bytes[workload] = self.prompt_kept(workload) + moments
+        return self._bytes[workload]
 
     def prompt_kept(self, workload: Workload) -> int:
         """Return the bytes by which the KV cache after the prompt exceeds the final one.

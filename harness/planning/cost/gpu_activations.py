@@ -29,12 +29,15 @@ class GpuActivations:
         self._config, self._fmt, self._capability = spec.config, fmt, capability
         self._formulas = Activations(spec.skeleton, fmt, "gpu")
         self._built: TracedMemory | None = None
+        self._bytes: dict[Workload, int] = {}
         self.why_formulas = _NOT_TRACED
 
     def bytes(self, workload: Workload) -> int:
         """Return the most that generating holds beside weights and final KV cache, in bytes."""
-        peak = self.traced_peak(workload)
-        return self._formulas.bytes(workload) if peak is None else peak.activation_bytes
+        if workload not in self._bytes:  # every placement asks for the same
+            peak = self.traced_peak(workload)
+            self._bytes[workload] = self._formulas.bytes(workload) if peak is None else peak.activation_bytes
+        return self._bytes[workload]
 
     def traced_peak(self, workload: Workload) -> TracedPeak | None:
         """Return the traced peak of a workload, with its largest tensors; None without a record for it."""
@@ -56,6 +59,7 @@ class GpuActivations:
             self._built = traces.build_record(self._config, self.precision, cache_dir(), self._capability)
         except UsageError as error:
             self.why_formulas = str(error)
+        self._bytes.clear()
 
     def gaps(self, *, expandable: bool) -> Gaps | None:
         """Return what torch's allocator takes beyond what is allocated, as shares of that; None without a record that tells."""

@@ -17,7 +17,7 @@ from harness.planning.cost.activations import Activations
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.load_order import LoadStep, conversion_of, copies, sort_key, stored_name
+from harness.planning.load_order import LoadOrder, LoadStep, conversion_of, copies
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -71,8 +71,11 @@ class Inventory:
     the sum of its tensors. `capability` is the compute capability of the oldest GPU.
     """
 
-    def __init__(self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None, load_order: LoadOrder | None = None
+    ) -> None:
         self.spec, self.fmt, self.skeleton = spec, fmt, spec.skeleton
+        self._load_order = load_order or LoadOrder(spec)
         self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, fmt).items()}
         self.per_token = memory.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = spec.stored_dtype
@@ -81,7 +84,7 @@ class Inventory:
         self.stored_width = packed if spec.stored_as else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
-        self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.walk())]
+        self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.inside)]
         self.on_gpu = GpuActivations(spec, fmt, capability)
         self.on_cpu = Activations(self.skeleton, fmt, "cpu")
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
@@ -121,22 +124,15 @@ class Inventory:
     @cached_property
     def load_steps(self) -> list[LoadStep]:
         """What loading onto a GPU makes, in its order; nothing if it never holds more than what stays."""
-        of_kind = {
-            kind: [
-                (weight.path.removeprefix(kind.path), self.sizes[weight.path], self._passing(weight, inside.block))
-                for inside in kind.walk()
-                for weight in inside.weights
-            ]
+        passing = {
+            weight.path: self._passing(weight, inside.block)
             for kind in self.skeleton.kinds
+            for inside in kind.inside
+            for weight in inside.weights
         }
-        if not any(passing for rows in of_kind.values() for _, _, passing in rows):
+        if not any(passing.values()):
             return []
-        naming = None if self.spec.as_held else self.skeleton.naming
-        return sorted(
-            LoadStep(sort_key(stored_name(f"{piece.path}{end}", naming)), piece.path, held, passing)
-            for piece in self.skeleton.pieces
-            for end, held, passing in of_kind[piece.like]
-        )
+        return sorted(LoadStep(key, piece, self.sizes[path], passing[path]) for key, piece, path in self._load_order.rows)
 
     def _passing(self, weight: Weight, owner: Block) -> float:
         """Return what is on a GPU beside a tensor while it is made: the parts of a stack, what a quantizer takes."""
@@ -155,7 +151,7 @@ class Inventory:
     def at_once(self) -> dict[str, int]:
         """By the path of each piece the bytes of its largest module's own tensors; those beside modules count at their first."""
         sizes, kinds = self.sizes, self.skeleton.kinds
-        most = {kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.walk()) for kind in kinds}
+        most = {kind: max(sum(sizes[weight.path] for weight in module.weights) for module in kind.inside) for kind in kinds}
         found = {piece.path: most[piece.like] for piece in self.skeleton.pieces}
         for beside in (module.weights for module in self.skeleton.frame if module.weights):
             found[beside[0].path] = sum(found[weight.path] for weight in beside)
@@ -187,7 +183,7 @@ class Inventory:
 
     def _sum(self, kind: Module) -> TensorTotals:
         total = TensorTotals()
-        for module in kind.walk():
+        for module in kind.inside:
             for weight in module.weights:
                 total.add(self._sums(weight))
         return total

@@ -45,7 +45,7 @@ def module_bytes(module: Module, fmt: WeightFormat) -> dict[str, int]:
     """
     return {
         weight.path: 0 if weight.tied_to else _tensor_bytes(weight, fmt, inside.block)
-        for inside in module.walk()
+        for inside in module.inside
         for weight in inside.weights
     }
 
@@ -127,7 +127,7 @@ def read_per_token(skeleton: Skeleton, sizes: Mapping[str, int]) -> dict[str, fl
 def _read(skeleton: Skeleton, sizes: Mapping[str, int]) -> Iterator[tuple[str, float]]:
     shared = set(skeleton.tied.values())
     chosen = skeleton.experts_per_token / skeleton.experts if skeleton.experts else 1.0
-    for module in (module for kind in skeleton.kinds for module in kind.walk()):
+    for module in (module for kind in skeleton.kinds for module in kind.inside):
         embedding = "Embedding" in module.block.class_name and "Rotary" not in module.block.class_name
         for weight in module.weights:
             if embedding and weight.path not in shared:

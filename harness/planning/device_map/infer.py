@@ -88,7 +88,7 @@ def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> dict[str, Bytes]:
         taken = scheme is not None and is_taken(weight, quantizer)
         width = scheme.counted if scheme is not None and taken else DTYPE_BYTES[fixed] if fixed else plain
         sizes[weight.path] = 0 if weight.tied_to else weights[weight.path] if weights else weight.elements * width
-    of_kind = {kind: sum(_owned(module, sizes) for module in kind.walk()) for kind in skeleton.kinds}
+    of_kind = {kind: sum(_owned(module, sizes) for module in kind.inside) for kind in skeleton.kinds}
     sizes |= {piece.path: of_kind[piece.like] for piece in skeleton.pieces}
     for module in reversed(skeleton.frame):  # children before parents
         sizes[module.path] = _owned(module, sizes) + sum(sizes[child.path] for child in module.children)
@@ -157,7 +157,7 @@ def _largest_share(skeleton: Skeleton, sizes: Mapping[str, Bytes]) -> Bytes:
     """Return the size of the largest block that is not split, or of the largest set of tensors of one module."""
     around = [_owned(module, sizes) for module in skeleton.frame if module.path]
     beside = {weight.path for module in skeleton.frame for weight in module.weights}
-    inside = [_owned(module, sizes) for kind in skeleton.kinds if kind.path not in beside for module in kind.walk() if module.path]
+    inside = [_owned(module, sizes) for kind in skeleton.kinds if kind.path not in beside for module in kind.inside if module.path]
     whole = [sizes[module.path] for module in (*skeleton.frame, *skeleton.kinds) if module.whole]
     return max(whole + around + inside, default=0)
 
@@ -200,19 +200,29 @@ class _Pour:
         self.roomy: set[Device] = {"mps"} if "mps" in gpus else {*gpus[:1], "cpu"}
         self.queue: list[Item] = [*_direct(skeleton.root), *skeleton.root.children, *_direct(skeleton.root, buffers=True)]
         self.room, self.largest = self._find_largest(self.queue)
+        self.left: Bytes = sum(sizes[item.path] for item in self.queue)  # to be placed yet, and buffers that splitting left out
 
     def run(self) -> dict[str, Device]:
         """Place everything; return path -> device, not merged."""
-        while self.queue:
+        while self.queue and not self._holds_the_rest():
             self._step(self.queue.pop(0))
+        for item in self.queue:
+            self.placed |= {one.path: self.devices[self.at] for one in (item, *(self._partners(item) if self.tied else ()))}
         return self.placed
+
+    def _holds_the_rest(self) -> bool:
+        """Say whether all that is left fits on this device: nothing of it is split then, as the room to keep never grows."""
+        return self.left + self.used[self.devices[self.at]] <= self._limit
+
+    @property
+    def _limit(self) -> Bytes:
+        device = self.devices[self.at]
+        return float("inf") if device == "disk" else self.budgets[device] - (self.room if device in self.roomy else 0)
 
     def _step(self, item: Item) -> None:
         self._forget(item)
         partners = self._partners(item)
-        device = self.devices[self.at]
-        room = self.room if device in self.roomy else 0
-        limit = float("inf") if device == "disk" else self.budgets[device] - room
+        device, limit = self.devices[self.at], self._limit
         alone = self.used[device] + self.sizes[item.path]
         together = alone + sum(self.sizes[partner.path] for partner in partners)
         if together <= limit:
@@ -226,6 +236,7 @@ class _Pour:
             self.queue.insert(0, item)
 
     def _assign(self, items: list[Item], device: Device, used: Bytes) -> None:
+        self.left -= used - self.used[device]
         self.used[device] = used
         self.placed |= {item.path: device for item in items}
         if len(items) > 1:

@@ -42,9 +42,9 @@ class Sizes:
 
     def __init__(self, weights: Checkpoint | Stock, dtype: str, packed: Mapping[str, int] | None = None) -> None:
         blocks: dict[str, int] = defaultdict(int)
-        outside = [0]
+        outside, width = [0], DTYPE_BYTES[dtype]
         for tensor in weights.tensors:
-            plain = math.prod(tensor.shape) * DTYPE_BYTES[dtype]
+            plain = math.prod(tensor.shape) * width
             size = packed.get(tensor.name, plain) if packed else plain
             block = _BLOCK.search(tensor.name)
             if block:

@@ -61,25 +61,44 @@ def recommend_map(
     them). `kv_bytes` is the KV cache of each layer, which lies where the layer runs; what spills runs on the first GPU. `reserve`
     is what else must stay free: activations, context. Without `explain` the words, which take longer than the map, are left out.
     """
-    kept_free = reserve or {}
-    room = {device: size - kept_free.get(device, 0) for device, size in budgets.items() if device != "disk"}
-    plain = widths._replace(weights=None)  # "auto" counts no bytes but its own
-    parts = _parts(skeleton, widths.weights or measure(skeleton, plain), kv_bytes)
-    placed = _place_parts(parts, room)
-    device_map = merge({path: device for part, device in placed.items() for path in part.paths})
-    cached = _kv_by_device(placed)
+    return Recommender(skeleton, budgets, widths, kv_bytes=kv_bytes).recommend(reserve or {}, explain=explain)
 
-    def auto(limits: Mapping[Device, int]) -> _Placed:
-        return _placed_by(infer(skeleton, plain, max_memory=limits), parts)
 
-    return RecommendedMap(
-        device_map=device_map,
-        weights_bytes=_weights_by_device(placed),
-        kv_bytes=cached,
-        blocks=sum(part.block for part in parts),
-        blocks_off=sum(part.block for part in _off(placed)),
-        why=_compare(placed, auto, room, budgets) if explain else "",
-    )
+class Recommender:
+    """The maps of one model on devices of these budgets, for one reserve after the other; what they share is counted once.
+
+    For the arguments see `recommend_map`.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, budgets: Mapping[Device, int], widths: Widths = BFLOAT16, *, kv_bytes: Sequence[int] = ()
+    ) -> None:
+        self._skeleton, self._budgets = skeleton, budgets
+        self._plain = widths._replace(weights=None)  # "auto" counts no bytes but its own
+        self._parts = _parts(skeleton, widths.weights or measure(skeleton, self._plain), kv_bytes)
+        self._by_room: dict[tuple[int, ...], _Placed] = {}
+
+    def recommend(self, reserve: Mapping[Device, int], *, explain: bool) -> RecommendedMap:
+        """Fill the devices but for what must stay free; without `explain` the words are left out."""
+        room = {device: size - reserve.get(device, 0) for device, size in self._budgets.items() if device != "disk"}
+        placed = self._placed(room)
+        return RecommendedMap(
+            device_map=merge({path: device for part, device in placed.items() for path in part.paths}),
+            weights_bytes=_weights_by_device(placed),
+            kv_bytes=_kv_by_device(placed),
+            blocks=sum(part.block for part in self._parts),
+            blocks_off=sum(part.block for part in _off(placed)),
+            why=_compare(placed, self._auto, room, self._budgets) if explain else "",
+        )
+
+    def _placed(self, room: Mapping[Device, int]) -> _Placed:
+        key = tuple(room.values())
+        if key not in self._by_room:
+            self._by_room[key] = _place_parts(self._parts, room)
+        return self._by_room[key]
+
+    def _auto(self, limits: Mapping[Device, int]) -> _Placed:
+        return _placed_by(infer(self._skeleton, self._plain, max_memory=limits), self._parts)
 
 
 def _parts(skeleton: Skeleton, weights: Mapping[str, Bytes], kv_bytes: Sequence[int]) -> list[_Part]:
@@ -87,7 +106,7 @@ def _parts(skeleton: Skeleton, weights: Mapping[str, Bytes], kv_bytes: Sequence[
     parts: list[_Part] = []
     layers = iter(kv_bytes)
     owned = {
-        kind: [sum(weights.get(weight.path, 0) for weight in module.weights) for module in kind.walk()] for kind in skeleton.kinds
+        kind: [sum(weights.get(weight.path, 0) for weight in module.weights) for module in kind.inside] for kind in skeleton.kinds
     }
     for path, whole, like in skeleton.pieces:
         kv = next(layers, 0) if whole else 0
@@ -167,12 +186,13 @@ def _fill(parts: Mapping[_Part, Bytes], free: Mapping[Device, Bytes]) -> _Placed
     left = dict(free)
     devices = list(free)
     for part, size in parts.items():
-        device = next((device for device in devices if size <= left[device]), None)
-        if device is None:
-            return None
-        left[device] -= size
-        placed[part] = device
-        devices = devices[devices.index(device) :] + devices[: devices.index(device)]
+        if size > left[devices[0]]:  # go on with the next that has room
+            device = next((device for device in devices if size <= left[device]), None)
+            if device is None:
+                return None
+            devices = devices[devices.index(device) :] + devices[: devices.index(device)]
+        left[devices[0]] -= size
+        placed[part] = devices[0]
     return placed
 
 
