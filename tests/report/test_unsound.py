@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from typing import Any
 
 import msgspec
 import pytest
@@ -25,7 +26,7 @@ BROKEN = Quality(probe="1", verdict="broken", why="a perplexity of 507, and 0 of
 SAID = "int4 did not take effect"
 FIGURES = {"decode_tok_s": 20.0, "ram_anon_peak_bytes": 2.0 * (1 << 30), "ram_peak_bytes": 2.0 * (1 << 30)}
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "answers broken": {"quality": BROKEN},
     "check failed": {"checks": {"precision": SAID}},
 }
