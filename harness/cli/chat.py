@@ -53,7 +53,13 @@ def run(args: argparse.Namespace) -> int:
     places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
     source = resolve.resolve(args.model)
     question = PlanQuestion(cases=asked, placements=places, trust=args.trust_remote_code)
-    recommendation = advise_on(source, here, workload, question, constants(None, here))
+    calibration = constants(None, here)
+    recommendation = advise_on(source, here, workload, question, calibration)
+    known = recommendation.spec.context_length
+    if args.prompt_tokens is None and known is not None and 4 <= known < prompt + new:  # the usual lengths are beyond this model
+        new = min(new, known // 2) if args.new_tokens is None else new
+        workload = Workload(prompt_tokens=max(1, known - new), new_tokens=new)
+        recommendation = advise_on(source, here, workload, question, calibration)
     chosen = recommendation.best
     if chosen is None and asked:
         return _refuse(recommendation.plans[0])

@@ -303,12 +303,15 @@ def _weights_by_path(skeleton: Skeleton) -> dict[str, Weight]:
 
 
 def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:
-    """Add to a plan that is too big which other precision or placement would do."""
+    """Add to a plan that is too big which other precision, of no more bits, or placement would do."""
     if one.verdict is not Verdict.TOO_BIG or one.why is None:
         return one
     order = sorted(others, key=lambda other: other.verdict is not Verdict.FITS)
     good = [other.case for other in order if other.verdict.is_good and other.case.model == one.case.model]
-    precision = next((case.precision for case in good if case.placement == one.case.placement), None)
+    bits = PRECISIONS[one.case.precision].bits
+    smaller = [case.precision for case in good if PRECISIONS[case.precision].bits <= bits]
+    beside = {case.precision for case in good if case.placement == one.case.placement}
+    precision = next((name for name in smaller if name in beside), None)
     placement = next((case.placement for case in good if case.precision == one.case.precision), None)
     words = [f"--precision {precision}"] * bool(precision) + [f"--placement {placement}"] * bool(placement)
     return msgspec.structs.replace(one, why=f"{one.why} Try {' or '.join(words)}.") if words else one

@@ -24,8 +24,24 @@ def choose_best(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
     fitting = [one for one in plans if one.verdict is Verdict.FITS] or [one for one in plans if one.verdict is Verdict.TIGHT]
     if not fitting:
         return None
-    best = max(fitting, key=_worth)
+    best = _smallest_alike(max(fitting, key=_worth), fitting)
     return best, _reason(best, fitting)
+
+
+def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
+    """Return what keeps as much quality in fewer bits where `best` is faster by no more than its own speed is in doubt."""
+    assert best.estimate is not None
+    row = PRECISIONS[best.case.precision]
+    alike = [
+        one
+        for one in fitting
+        if one.estimate is not None
+        and PRECISIONS[one.case.precision].bits < row.bits
+        and PRECISIONS[one.case.precision].quality_kept >= row.quality_kept
+        and one.case.placement == best.case.placement
+        and one.estimate.decode_tok_s.best >= best.estimate.decode_tok_s.low
+    ]
+    return max(alike, key=_worth, default=best)
 
 
 class Recommendation(Record, frozen=True, kw_only=True):

@@ -123,7 +123,17 @@ class Judge(Record, frozen=True, kw_only=True):
             unmapped := self._unmapped()
         ):  # accelerate's own dispatch reads files, and maps none
             return Verdict.TOO_BIG, unmapped
-        return self._fit(case, expected)
+        return self._context_refusal(case) or self._fit(case, expected)
+
+    def _context_refusal(self, case: Case) -> tuple[Verdict, str] | None:
+        """Say that a model was not made for so many tokens: positions beyond its context end in an error or in nonsense."""
+        most, load = self.spec.context_length, case.workload
+        if most is None or load.prompt_tokens + load.new_tokens <= most:
+            return None
+        asked = (
+            f"{load.prompt_tokens + load.new_tokens:,} tokens are asked for ({load.prompt_tokens:,} in, {load.new_tokens:,} out)"
+        )
+        return Verdict.INVALID, f"{self.spec.name} has a context of {most:,} tokens, and {asked}: ask for {most:,} at most."
 
     def _spill_refusal(self, precision: Precision, placement: Placement, footprint: Footprint) -> str | None:
         """Say why weights must not lie where this case would spill them."""

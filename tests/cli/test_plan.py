@@ -17,7 +17,7 @@ import pytest
 from harness.catalog import resolve, shipped
 from harness.cli.entry import main
 from harness.core.placements import PLACEMENTS, distinct
-from harness.core.precisions import DEFAULT_PRECISIONS
+from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS
 from harness.core.units import MIB
 from harness.machine import accelerators, bandwidth, probe
 from tests.machine.test_probe import Nvml, card
@@ -173,6 +173,28 @@ def test_the_code_of_what_is_too_big_says_so(say: Said) -> None:
     status, out, _ = say("chatglm-6b", "--gpu", "8GiB", "--ram", "32GiB", "--code", "fp16/direct")
     assert status == 1
     assert out.startswith("# too big for gpu:0: needs ")
+
+
+def test_more_tokens_than_a_model_has_are_refused_with_what_it_has(say: Said) -> None:
+    status, out, err = say("chatglm-6b", *PROFILE, "--context", "4096")
+    assert (status, err) == (1, "")
+    said = " ".join(out.split())
+    assert (
+        "chatglm-6b has a context of 2,048 tokens, and 4,096 tokens are asked for (4,080 in, 16 out): ask for 2,048 at most" in said
+    )
+    assert "Nothing fits" in said
+    assert "It worked in 2023" not in said, "what fits elsewhere is no answer where nothing does"
+    found = planned(say, "chatglm-6b", *PROFILE, "--context", "2048")
+    assert found["recommended"] is not None
+
+
+@pytest.mark.parametrize("model", ["chatglm-6b", "qwen2.5-7b-instruct", "codegen-16b-mono"])
+@pytest.mark.parametrize("size", ["6GiB", "10GiB", "16GiB"])
+def test_what_is_too_big_is_told_to_try_nothing_larger(say: Said, model: str, size: str) -> None:
+    _, out, _ = say(model, "--gpu", size, "--ram", "64GiB", "--json")
+    for one in json.loads(out)["plans"]:
+        for name in re.findall(r"Try .*--precision (\S+?)[ .]", one["why"] or ""):
+            assert PRECISIONS[name].bits <= PRECISIONS[one["precision"]].bits, one
 
 
 def test_context_is_prompt_and_answer_together(say: Said) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import transformers
+from msgspec.structs import replace
 
 from harness.architecture import model_spec
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog import resolve
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS
-from harness.core.records import Loaded, Machine, Plan, Verdict
+from harness.core.records import Loaded, Machine, Plan, Span, Verdict
 from harness.core.units import GIB
 from harness.machine.gpus import profile
 from harness.measure import verify
@@ -148,3 +149,19 @@ def test_a_map_that_was_not_obeyed_is_told() -> None:
     )
     said = verify.checks(one, found)["placement"]
     assert said == "1 of 3 entries of the device map were not obeyed: model.layers.1 is on gpu:0"
+
+
+@pytest.mark.parametrize(("faster", "chosen"), [(1.06, "bf16"), (9.0, "fp32")])
+def test_fewer_bits_win_inside_the_doubt_of_the_speed(faster: float, chosen: str) -> None:
+    """Twice the memory for a few percent that nobody can be sure of is no bargain; what is surely faster is."""
+    on = profile([], ram=32 * GIB)
+    planner = Planner(spec("smollm2-135m"), on, here=False)
+    small, large = planner.plans([case("bf16", "cpu"), case("fp32", "cpu")])
+    assert small.estimate is not None
+    assert large.estimate is not None
+    best = small.estimate.decode_tok_s.best
+    speed = Span(low=best * faster * 0.8, best=best * faster, high=best * faster * 1.2)
+    large = replace(large, estimate=replace(large.estimate, decode_tok_s=speed))
+    found = choose_best([large, small])
+    assert found is not None
+    assert found[0].case.precision == chosen

@@ -54,7 +54,14 @@ def show_plans(recommendations: Sequence[Recommendation], machine: Machine, work
         parts += [tables.title(_headline(recommendation)), table]
         reasons = "\n".join(_reasons(recommendation.plans))
         spec, conclusion = recommendation.spec, _conclusion(recommendation, workload)
-        said = (left_out, history(spec.name), *recommendation.notes, reasons, _by_formulas(recommendation), conclusion)
+        said = (
+            left_out,
+            history(spec.name) if recommendation.best else "",
+            *recommendation.notes,
+            reasons,
+            _by_formulas(recommendation),
+            conclusion,
+        )
         parts += [tables.said(text) for text in said if text]
     tables.show(*parts)
 
