@@ -8,13 +8,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from msgspec.structs import replace
 
 from harness.architecture import skeleton, skeleton_source, validate
@@ -25,6 +22,7 @@ from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
 from harness.checkpoint.auxiliary_files import RemoteCode
 from harness.checkpoint.formats.files import Directory, quote
+from harness.checkpoint.published import Stored, published
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.reader import CONFIG, Checkpoint, context_length
 from harness.core.dtypes import DTYPE_BYTES
@@ -34,7 +32,6 @@ from harness.core.methods.table import METHODS
 from harness.core.placements import Placement
 from harness.core.precisions import Precision
 from harness.core.records import Record
-from harness.data import DATA
 
 if TYPE_CHECKING:
     from harness.catalog.resolve import Source
@@ -80,27 +77,6 @@ class Gguf(Record, frozen=True, kw_only=True):
         return None
 
 
-class Stored(Record, frozen=True, kw_only=True):
-    """How a model is stored on the hub, as far as its config does not say: a row of `data/stored.toml`."""
-
-    bytes: int
-    origin: str
-    dtype: str | None = None
-    format: str = "safetensors"
-    mask: str | None = None  #: name of the boolean causal mask of a layer in its files
-    mask_side: int = 0  #: the mask has this many rows and columns
-    shard_bytes: int | None = None  #: the most bytes in one file; None if there is one file
-    repeats_head: bool = False  #: whether a tied head is stored nevertheless
-    float32: str | None = None  #: part of the names of what is stored in float32 whatever the rest is
-
-    @property
-    def largest_file(self) -> tuple[str, int]:
-        """What its largest file is called, and its bytes at most."""
-        if self.shard_bytes is None:
-            return f"its only file, a .{self.format},", self.bytes
-        return "a file", min(self.bytes, self.shard_bytes)
-
-
 class ModelSpec(Record, frozen=True, kw_only=True):
     """A model to be planned."""
 
@@ -113,6 +89,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     file_format: str = "safetensors"
     packed: Packed | None = None
     tensor_bytes: int | None = None  #: stored bytes of a checkpoint that is quantized already and whose headers were read
+    as_held: bool = False  #: whether the files, whose headers were read, name every tensor as the model does: no stack is made
     repeated: frozenset[str] = frozenset()  #: paths of tied weights that the files store all the same
     largest_file: tuple[str, int] | None = None  #: what the largest file is called, and its bytes
     tokenizer: bool = True
@@ -200,6 +177,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     notes = validate.check(read, found, packed)
     tokenizer = directory is None or "tokenizer.ggml.model" in read.config or auxiliary_files.has_tokenizer(Directory(directory))
     code = any(one.kind == "model" for one in read.remote_code)
+    names = {tensor.name for tensor in read.tensors}
     return ModelSpec(
         name=name,
         source=where,
@@ -210,7 +188,8 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         file_format=read.files[0].format if read.files else "safetensors",
         packed=packed,
         tensor_bytes=_loaded_bytes(read) if packed else None,
-        repeated=frozenset(found.tied.keys() & {tensor.name for tensor in read.tensors}),
+        as_held=_as_held(found, names),
+        repeated=frozenset(found.tied.keys() & names),
         largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=tokenizer,
         notes=tuple(filter(None, (note, *notes, untied, None if tokenizer else _NO_TOKENIZER))),
@@ -221,6 +200,11 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
         config=read.config or {},
     )
+
+
+def _as_held(found: Skeleton, names: Set[str]) -> bool:
+    """Say whether files hold every tensor of a model under its own name."""
+    return all(weight.path in names for weight in found.weights if weight.tensor.kind != "unsaved" and not weight.tied_to)
 
 
 def _untied(found: Skeleton, read: Checkpoint) -> tuple[Skeleton, str | None]:
@@ -330,7 +314,7 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
     dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
     packed = quantization.packed(entry.config)
     stored = published(known)
-    size = _packed_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
+    size = packed_model_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
     return ModelSpec(
         name=source.name,
         source=known,
@@ -347,39 +331,13 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
     )
 
 
-def in_form(spec: ModelSpec, form: Packed) -> ModelSpec:
-    """Return the spec of the same model as it would be if it were stored in another form."""
-    size = _packed_bytes(spec.skeleton, form)
-    dtype = form.method.held if form.method else spec.stored_dtype
-    return replace(spec, packed=form, tensor_bytes=None, checkpoint_bytes=size, stored={dtype: size}, repeated=frozenset())
-
-
-def published_in(spec: ModelSpec, precision: Precision) -> list[str]:
-    """Return the hub ids of the catalog that hold a model in the form that a precision reads, by their names."""
-    name = spec.source.rpartition("/")[2]
-    alike = re.compile(rf"(.*/)?{re.escape(name)}([-_.](gptq|awq|int[48]|[48]bit|fp8|mxfp4))+", re.IGNORECASE)
-    named = (hub_id for hub_id in shipped.catalog() if alike.fullmatch(hub_id))
-    found = ((hub_id, quantization.packed(shipped.catalog()[hub_id].config)) for hub_id in named)
-    return [hub_id for hub_id, packed in found if packed is not None and packed.precision == precision.name]
-
-
 def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> str:
     if packed is not None and packed.method is not None and not packed.method.packs_linears:
         return packed.method.held
     return stored.dtype if stored is not None and stored.dtype else said
 
 
-def published(hub_id: str) -> Stored | None:
-    """Return how a model of the catalog lies on the hub, where its config does not tell."""
-    return _published().get(hub_id)
-
-
-@lru_cache(maxsize=1)
-def _published() -> Mapping[str, Stored]:
-    return msgspec.toml.decode((DATA / "stored.toml").read_bytes(), type=dict[str, Stored])
-
-
-def _packed_bytes(shape: Skeleton, packed: Packed) -> int:
+def packed_model_bytes(shape: Skeleton, packed: Packed) -> int:
     """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
     saved = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
     return sum(count * packed_weight_bytes(weight, packed) for weight, count in saved)

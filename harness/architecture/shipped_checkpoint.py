@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from harness.architecture import model_spec, skeleton_source, synthetic
-from harness.architecture.model_spec import Stored
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.checkpoint import quantization
+from harness.checkpoint.published import Stored, published
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.reader import Checkpoint, StoredTensor
 
@@ -20,7 +20,7 @@ def describe_shipped(hub_id: str) -> Checkpoint:
 
     Its files are not known, so it has none.
     """
-    config, stored = shipped.catalog()[hub_id].config, model_spec.published(hub_id) or Stored(bytes=0, origin="")
+    config, stored = shipped.catalog()[hub_id].config, published(hub_id) or Stored(bytes=0, origin="")
     shape, packed = skeleton_source.named(hub_id), quantization.packed(config)
     dtype = stored.dtype or str(config.get("torch_dtype") or config.get("dtype") or "float16")
     if packed is not None and synthetic.unwritten(shape, packed):

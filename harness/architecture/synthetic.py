@@ -17,8 +17,7 @@ from typing import Any
 
 import msgspec
 
-from harness.architecture import model_spec, random_weights, skeleton, skeleton_source
-from harness.architecture.model_spec import Stored
+from harness.architecture import random_weights, skeleton, skeleton_source
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.catalog import download, shipped, wheel_cache
 from harness.catalog.resolve import Source
@@ -26,6 +25,7 @@ from harness.checkpoint import quantization
 from harness.checkpoint.formats.files import Directory
 from harness.checkpoint.formats.safetensors_header import parse_config
 from harness.checkpoint.formats.tensor_writer import DTYPES, Pieces, TensorToWrite, write_bin, write_safetensors
+from harness.checkpoint.published import Stored, published
 from harness.checkpoint.quantization import Packed
 from harness.core.errors import UsageError
 from harness.core.progress import Report, silent
@@ -88,7 +88,7 @@ def _known(source: Source) -> tuple[dict[str, Any], Stored]:
             known = shipped.hub_id(source.hub_id)
         except UsageError:
             raise UsageError(f"{source.hub_id} is not in the catalog: put its config.json into a directory and name that") from None
-        return dict(shipped.catalog()[known].config), model_spec.published(known) or usual
+        return dict(shipped.catalog()[known].config), published(known) or usual
     here = download.cached(source)
     if here is None:
         raise UsageError(f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once")

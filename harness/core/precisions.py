@@ -51,7 +51,7 @@ class Precision(Record, frozen=True, kw_only=True):
     def is_traceable(self) -> bool:
         """Whether what its kernels allocate is known, so that a trace of it can be made (`harness.worker.trace.kernels`)."""
         quantization = self.quantization
-        known = quantization is None or (isinstance(quantization, Mapping) and quantization["quant_method"] == "bitsandbytes")
+        known = quantization is None or (isinstance(quantization, Mapping) and quantization["quant_method"] in _TRACED_METHODS)
         return known and self.requires_checkpoint is None
 
     def dtype_on(self, compute_capability: str | None) -> str:
@@ -60,6 +60,8 @@ class Precision(Record, frozen=True, kw_only=True):
         return self.dtype_before_cc80 if old and self.dtype_before_cc80 else self.dtype
 
 
+# Quantizers whose kernels' memory is known (`harness.worker.trace`).
+_TRACED_METHODS = ("bitsandbytes", "fp8")
 _DISPATCHES = "load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"
 _ALONE = "tensor parallelism is untested with these weights: use bf16 or fp16"
 _BNB_INCOMPATIBLE = {

@@ -6,6 +6,7 @@ UNPACKINGS: what the layers of `harness.models` take to multiply with weights th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from harness.core.records import Record
 
@@ -38,6 +39,10 @@ class Scheme(Record, frozen=True, kw_only=True):
     experts: bool = False  #: the stacked experts of a mixture are quantized as well
     rows: int = 1  #: on a processor the outputs must be a multiple of it
     flat: bool = False  #: on a processor it multiplies rows of tokens, and nothing of more dimensions than a batch of them
+    # How many 16-bit copies of a weight are on a GPU, beside what stays, while it is quantized there (`worker.trace.load`), and how
+    # many more of a Conv1D, which is transposed first.
+    in_flight: float = 2.0
+    turned: float = 0.0
 
 
 def _int8(outputs: int, inputs: int, _: int) -> int:
@@ -81,21 +86,26 @@ def quanto_group(inputs: int) -> int:
     return group if inputs > QUANTO_GROUP and inputs % group == 0 else inputs
 
 
-def _fp8(outputs: int, inputs: int, _: int) -> int:
-    return outputs * inputs + 4 * -(-outputs // FP8_BLOCK) * -(-inputs // FP8_BLOCK)
+def _fp8(outputs: int, inputs: int, width: int) -> int:
+    if outputs % FP8_BLOCK or inputs % FP8_BLOCK:  # left as it is
+        return outputs * inputs * width
+    return outputs * inputs + 4 * (outputs // FP8_BLOCK) * (inputs // FP8_BLOCK)
 
+
+# What the 4-bit rows of bitsandbytes share.
+_BNB_4BIT: Mapping[str, Any] = {"counted": 0.5, "like": "int4", "library": "bitsandbytes", "conv1d": True, "turned": 1}
 
 SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True, flat=True),
-    "int4": Scheme(size=_nf4, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
-    "fp4": Scheme(size=_nf4, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
-    "nf4-dq": Scheme(size=_nested, counted=0.5, like="int4", library="bitsandbytes", conv1d=True),
+    "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True, flat=True, in_flight=2),
+    "int4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
+    "fp4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
+    "nf4-dq": Scheme(size=_nested, in_flight=1 + 4 / NF4_BLOCK, **_BNB_4BIT),
     "torchao-int8": Scheme(size=_torchao_int8, counted=1, like="torchao_int8", library="torchao", derived=True),
     "torchao-int8-dynamic": Scheme(size=_torchao_int8, counted=1, like="torchao_dynamic", library="torchao", derived=True),
     "torchao-int4": Scheme(size=_torchao_int4, counted=0.5, like="torchao_int4", library="torchao", derived=True, rows=16),
     "quanto-int8": Scheme(size=_quanto_int8, counted=1, like="quanto_int8", library="quanto", derived=True),
     "quanto-int4": Scheme(size=_quanto_int4, counted=0.5, like="quanto_int4", library="quanto", derived=True, rows=16),
-    "fp8": Scheme(size=_fp8, counted=1, like="int8", library="bitsandbytes", experts=True),
+    "fp8": Scheme(size=_fp8, counted=1, like="int8", library="bitsandbytes", experts=True, in_flight=7),
 }
 
 

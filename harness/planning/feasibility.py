@@ -45,7 +45,8 @@ def gate(
         return Verdict.UNAVAILABLE, beyond
     missing = lacking(precision.needs) if here else ()
     if missing:
-        return Verdict.UNAVAILABLE, f"needs {how_to_install(missing, precision.extra)}"
+        what = "needs the packages" if len(missing) > 1 else "needs the package"
+        return Verdict.UNAVAILABLE, f"{what} {how_to_install(missing, precision.extra)}"
     return _too_old(precision, placement, machine)
 
 

@@ -7,7 +7,6 @@ from functools import cached_property, partial
 
 import msgspec
 
-from harness.architecture import model_spec
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint import quantization
@@ -17,7 +16,7 @@ from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
-from harness.planning import calibration, context, feasibility
+from harness.planning import calibration, context, feasibility, other_form
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
@@ -153,7 +152,7 @@ class Planner:
         """Plan a case for a checkpoint that is not there: with figures, and the published ones that the catalog knows."""
         row = PRECISIONS[case.precision]
         if case.precision not in self._other_forms:
-            other = model_spec.in_form(self.spec, form)
+            other = other_form.in_form(self.spec, form)
             constants, trust = self.constants, self.trust
             self._other_forms[case.precision] = Planner(other, self.machine, here=self.here, constants=constants, trust=trust)
         one = self._other_forms[case.precision].plan(case)
@@ -161,7 +160,7 @@ class Planner:
             self.footprints[case.id] = self._other_forms[case.precision].footprints[case.id]
         needed = f"{with_article(str(row.requires_checkpoint))} checkpoint"
         what = f"needs {needed}, and this one is {self.spec.stored_dtype}"
-        published = model_spec.published_in(self.spec, row)
+        published = other_form.published_in(self.spec, row)
         known = f": published as {' and '.join(published[:2])}" if published else ": quantize it, or look for one on the hub"
         then = f"; {one.why}" if one.why else ""
         verdict = one.verdict if one.verdict in (Verdict.TOO_BIG, Verdict.INVALID) else Verdict.UNAVAILABLE

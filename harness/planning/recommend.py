@@ -11,8 +11,8 @@ from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Plan, Record, Verdict
 from harness.core.units import significant
-from harness.planning.experts import left_wide
 from harness.planning.nearest import nearest_way
+from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
 
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.

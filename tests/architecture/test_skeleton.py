@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from harness.architecture import model_spec, skeleton, skeleton_source
+from harness.architecture import skeleton, skeleton_source
 from harness.catalog import shipped
+from harness.checkpoint.published import published
 from harness.core.errors import UsageError
 from harness.data import DATA
 
@@ -36,7 +37,7 @@ def test_total_is_the_published_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", CATALOG)
 def test_total_is_what_others_publish(name: str) -> None:
-    entry, stored = CATALOG[name], model_spec.published(name)
+    entry, stored = CATALOG[name], published(name)
     head = sum(weight.elements for weight in skeleton_source.named(name).weights if weight.tied_to)
     counted = {entry.parameters, entry.parameters + (head if stored and stored.repeats_head else 0)}
     assert min(abs(number / entry.published - 1) for number in counted) < 0.01

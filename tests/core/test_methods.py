@@ -190,11 +190,9 @@ def test_gptqmodel_is_as_new_as_the_library_asks() -> None:
 
 
 def test_what_is_missing_comes_with_the_command_that_installs_it() -> None:
-    assert how_to_install(("kernels", "triton")) == (
-        "the packages kernels and triton: pip install 'kernels>=0.18.2,<0.19.0' 'triton>=3.4.0'"
-    )
-    assert how_to_install(("sinq",)) == "the package sinq: pip install sinq"
-    assert how_to_install(("gptqmodel",), "gptq") == "the package gptqmodel: pip install fitmatrix[gptq]"
+    assert how_to_install(("kernels", "triton")) == ("kernels and triton: pip install 'kernels>=0.18.2,<0.19.0' 'triton>=3.4.0'")
+    assert how_to_install(("sinq",)) == "sinq: pip install sinq"
+    assert how_to_install(("gptqmodel",), "gptq") == "gptqmodel: pip install fitmatrix[gptq]"
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def _precisions() -> Rows:
 
 
 def _precisions_in_short() -> Rows:
-    for row in (row for row in PRECISIONS.values() if not row.unsupported):
+    for row in (row for row in PRECISIONS.values() if not row.unsupported and not row.requires_checkpoint):
         yield f"`{row.name}`", row.title, "; ".join([*_needs(row), *(["GPU"] if _needs_gpu(row) else [])])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import transformers
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES
 
 from harness.core.records import Workload
 from harness.worker.trace.direct import trace
@@ -27,7 +27,20 @@ LEAST_SHARE = 0.95
 LOAD = Workload(prompt_tokens=33, new_tokens=3, batch=2)
 LAYERS, FEW = ("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 4
 # What some classes leave open that every published config says; filled in alike for all.
-OPEN = {"head_dim": 64, "num_experts_per_tok": 2, "n_routed_experts": 8, "num_experts": 8, "n_shared_experts": 1}
+OPEN: dict[str, Any] = {
+    "head_dim": 64,
+    "num_key_value_heads": 8,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "num_experts": 8,
+    "n_shared_experts": 1,
+    "attn_layer_indices": [1],
+    "indexer_n_heads": 8,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 64,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
 
 
 def configs(kind: str) -> Iterator[dict[str, Any]]:
@@ -36,7 +49,19 @@ def configs(kind: str) -> Iterator[dict[str, Any]]:
         yield few_layers(kind)
     said: dict[str, Any] = CONFIG_MAPPING[kind]().to_dict()
     yield said
-    yield said | {name: value for name, value in OPEN.items() if name in said and said[name] is None}
+    yield filled(said)
+
+
+def filled(said: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a config leaves open: sizes, a decoder where one is asked for, a layer of attention among those without."""
+    open_ones = {name: value for name, value in OPEN.items() if name in said and said[name] is None}
+    if "is_decoder" in said:
+        open_ones["is_decoder"] = True
+    kinds = said.get("layer_types", ())
+    if kinds is None or (kinds and "attention" not in {kind.removeprefix("full_") for kind in kinds}):
+        count = said["num_hidden_layers"]
+        open_ones["layer_types"] = [*(kinds or ["full_attention"] * count)[: count - 1], "full_attention"]
+    return said | open_ones
 
 
 def few_layers(kind: str) -> dict[str, Any]:
@@ -58,7 +83,7 @@ def few_layers(kind: str) -> dict[str, Any]:
 def kinds() -> Iterator[str]:
     """Yield the model types that have a causal language model: text in, text out."""
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if kind in CONFIG_MAPPING and not getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False):
+        if kind in CONFIG_MAPPING and kind not in MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES:
             yield kind
 
 
@@ -86,9 +111,10 @@ def apart(kind: str) -> str | None:
 def failure(kind: str) -> str | None:
     """Trace a model type from the first of its configs that can be; say why none can."""
     why = None
-    for config in configs(kind):
+    # Some code mixes in float32 whatever the dtype of the weights, and runs in no other.
+    for config, precision in ((config, precision) for precision in ("bf16", "fp32") for config in configs(kind)):
         try:
-            (traced,) = trace(config, "bf16", [LOAD])
+            (traced,) = trace(config, precision, [LOAD])
         except Exception as error:  # noqa: BLE001 every kind of failure is what is counted here
             why = _told(error)
         else:

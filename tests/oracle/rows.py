@@ -15,8 +15,6 @@ from harness.core.records import Record
 
 ROWS = Path(__file__).parents[1] / "data/traced_rows.csv"
 GIVEN = ROWS.with_name("traced_peaks.csv")
-# Architectures whose code has changed since: CodeGen has SDPA as of transformers 5.24.
-OUTDATED = ("codegen",)
 
 
 class Row(Record, frozen=True, kw_only=True):
@@ -58,7 +56,7 @@ def given() -> list[Row]:
         lines = list(csv.DictReader(file))
     same = {"placement": "direct", "tier": "gpu:0", "peak_in": "unknown"}
     renamed = ({**line, **same, "architecture": known[line["model"]], "peak_bytes": line["peak_allocated_bytes"]} for line in lines)
-    return list(_read(line for line in renamed if line["architecture"] not in OUTDATED))
+    return list(_read(renamed))
 
 
 def read(path: Path = ROWS) -> list[Row]:

@@ -19,8 +19,9 @@ import transformers
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness.architecture import traces
-from harness.architecture.card_kernels import kernels_of
+from harness.architecture.card_kernels import WITH_FLASH, kernels_of
 from harness.catalog import shipped
+from harness.core.precisions import PRECISIONS as TABLE
 from harness.worker.trace import fake_model, kernels, workload
 from harness.worker.trace.fake_model import Layers
 from harness.worker.trace.ledger import CARD, GRAIN, Ledger, fake_card
@@ -32,7 +33,6 @@ PROMPTS, BATCHES, NEW_TOKENS = (64, 501, 2048, 4000, 8192, 32768), (1, 8), 3
 PRECISIONS = ("bf16", "int8", "int4")
 # Of the other precisions, which hold what one of these does in other widths, a size or two.
 MORE = {"fp16": ((1, 2048), (8, 4000)), "fp32": ((1, 501), (4, 2048))}
-CAPABILITY = "8.0"
 
 
 class Whole(NamedTuple):
@@ -85,6 +85,8 @@ def traced(model: str) -> Iterator[Row]:
     config = shipped.catalog()[model].config
     usual = [(batch, prompt) for prompt in PROMPTS for batch in BATCHES]
     for precision, sizes in {**dict.fromkeys(PRECISIONS, usual), **MORE}.items():
+        if config.get("quantization_config") and TABLE[precision].quantizes:
+            continue  # what is quantized already is not quantized again
         try:
             context = _context(config)
             yield from _rows(model, config, precision, [size for size in sizes if size[1] + NEW_TOKENS <= context])
@@ -100,7 +102,7 @@ def _context(config: Mapping[str, Any]) -> int:
 
 
 def _rows(model: str, config: Mapping[str, Any], precision: str, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
-    card = kernels_of(CAPABILITY)
+    card = kernels_of(WITH_FLASH)
     fake = fake_model.build_fake(config, precision)
     with fake_card({}, card.capability) as ledger:
         fake_model.place_on_card(fake)

@@ -1,7 +1,7 @@
 """Planned peaks against traced ones: transformers' own code on fake tensors of a GPU, every storage counted.
 
 `tests/data/traced_peaks.csv` has the peaks that torch would allocate, of 12 architectures at 64 to 32,768 tokens (torch 2.13,
-transformers 5.23, bitsandbytes 0.50, attention kernels of compute capability 8.0).
+transformers 5.23, CodeGen 5.24, which gave it SDPA; bitsandbytes 0.50, attention kernels of compute capability 8.0).
 """
 
 from __future__ import annotations

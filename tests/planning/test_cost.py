@@ -150,6 +150,8 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
                 assert found.needed_high_bytes <= found.capacity_bytes
         for span in (plan.estimate.load_s, plan.estimate.first_token_s, plan.estimate.decode_tok_s):
             assert 0 < span.low <= span.best <= span.high
+        if plan.needs_checkpoint:
+            continue  # what another form would take is held against real files in tests/strangers
         held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
         kept = estimate.weight_format(
             PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec
@@ -159,7 +161,7 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
 
 def test_more_tokens_and_more_prompts_need_more() -> None:
     few, many, batch = (
-        tier(planner().plan(case("int8/direct", prompt_tokens=prompt, batch=prompts)), "gpu:0").peak_bytes
+        tier(planner().plan(case("int8/direct", prompt_tokens=prompt, batch=prompts)), "gpu:0").allocated_bytes  # loading apart
         for prompt, prompts in ((64, 1), (2000, 1), (2000, 4))
     )
     assert few < many < batch
@@ -187,9 +189,9 @@ def test_too_big_says_what_is_needed_of_what_and_what_to_try() -> None:
     cases = [case("fp16/direct"), case("int8/direct"), case("fp16/gpu+cpu")]
     why = planner().plans(cases)[0].why
     assert why is not None
-    # Its files hold the tied head twice, and transformers lays both on the card before it drops one.
-    assert why.startswith("too big for gpu:0: needs 12.9 GiB (weights 11.5, ")
-    assert "more while loading 0.9" in why
+    # Its files hold the tied head twice, and transformers lays both on the card and compares them before it drops one.
+    assert why.startswith("too big for gpu:0: needs 13.4 GiB (weights 11.5, ")
+    assert "more while loading 1.4" in why
     assert why.endswith("free 11.8. Try --precision int8 or --placement gpu+cpu.")
 
 

@@ -324,7 +324,8 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, prec
     for module in row.needs:
         monkeypatch.setitem(sys.modules, module, None)
     refused = gate(case(precision, "cpu"), NO_GPU)
-    assert refused == (Verdict.UNAVAILABLE, f"needs {how_to_install(row.needs, row.extra)}")
+    packages = "packages" if len(row.needs) > 1 else "package"
+    assert refused == (Verdict.UNAVAILABLE, f"needs the {packages} {how_to_install(row.needs, row.extra)}")
     assert f"pip install fitmatrix[{row.extra}]" in refused[1]
 
 

@@ -12,7 +12,7 @@ from harness.core.quantizers import SCHEMES
 from harness.core.records import Machine, Verdict
 from harness.core.units import GIB
 from harness.machine.gpus import profile
-from harness.planning.experts import left_wide
+from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
 from harness.planning.recommend import Recommendation, advise
 from tests.support.builders import case

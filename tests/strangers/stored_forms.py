@@ -163,6 +163,14 @@ FORMS: Mapping[str, Form] = {
         lambda o, i: {".weight": (U8, (o // 4, i)), ".weight_scale": (BF16, (1,))},
         {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"},
     ),
+    "hqq": Form(
+        lambda o, i: {".W_q": (U8, (o * i // 128, 64)), ".scale": (BF16, (o * i // 64, 1)), ".zero": (BF16, (o * i // 64, 1))},
+        {
+            "quant_method": "hqq",
+            "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1}},
+            "skip_modules": ["lm_head"],
+        },
+    ),
     "modelopt-nvfp4": Form(
         lambda o, i: {
             ".weight": (U8, (o, i // 2)),

@@ -40,7 +40,7 @@ from tests.support.small_models import held_bytes
 NEAR = 0.005
 FOREIGN_FORMS = ("modelopt-nvfp4", "modelopt-fp8", "mlx", "mlx-in-its-new-place", "no-method", "exl2")
 OF_BITSANDBYTES = ("bnb-nf4", "bnb-int8")  # whose values its own package makes, in tests/planning/test_stored.py
-LOADED = (*(name for name in FORMS if name not in (*FOREIGN_FORMS, *OF_BITSANDBYTES)), "mxfp4")
+LOADED = (*(name for name in FORMS if name not in (*FOREIGN_FORMS, *OF_BITSANDBYTES, "hqq")), "mxfp4")
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +159,19 @@ def test_transformers_does_not_load_it_right_either(form: str, tmp_path: Path) -
     except (RuntimeError, ValueError):
         return
     assert loaded[1]["unexpected_keys"] or loaded[1]["missing_keys"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_of_hqq_transformers_leaves_out_what_the_files_hold(tmp_path: Path) -> None:
+    """It would run with random numbers for weights, after a warning, so nothing that is stored so may run here."""
+    one = spec(save_form(tmp_path, "hqq"))
+    plan = planned(one, "bf16", "direct", profile(["RTX 4090"], ram=64 * GIB))
+    assert plan.verdict is Verdict.INVALID
+    assert "it leaves out their W_q" in (plan.why or "")
+    pytest.importorskip("hqq")
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16", output_loading_info=True)
+    assert "model.layers.0.mlp.up_proj.W_q" in loaded[1]["unexpected_keys"]
+    assert "model.layers.0.mlp.up_proj.weight" in loaded[1]["missing_keys"]
 
 
 # ---- auto: transformers' own map -------------------------------------------------------------------------------------------

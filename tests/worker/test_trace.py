@@ -70,7 +70,7 @@ LOADS = (
 
 @pytest.mark.parametrize(
     ("model", "precision"),
-    [*((name, "bf16") for name in MODELS), ("llama", "int8"), ("llama", "int4")],
+    [*((name, "bf16") for name in MODELS), ("llama", "int8"), ("llama", "int4"), ("llama", "fp8"), ("qwen 3, experts", "fp8")],
 )
 def test_a_record_gives_what_a_trace_of_all_layers_gives(model: str, precision: str) -> None:
     _agrees(MODELS[model], precision, "8.0")

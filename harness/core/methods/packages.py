@@ -45,10 +45,10 @@ def lacking(modules: Sequence[str]) -> tuple[str, ...]:
 
 
 def how_to_install(modules: Sequence[str], extra: str | None = None) -> str:
-    """Say which packages are needed and what installs them, in words that follow "needs"; an extra of ours brings them all."""
+    """Name packages and the command that installs them; an extra of ours brings them all."""
     names = [name_of(module) for module in modules]
     wanted = f"fitmatrix[{extra}]" if extra else quoted([REQUIREMENTS.get(module, module) for module in modules])
-    return f"the package{'s' if len(names) > 1 else ''} {' and '.join(names)}: pip install {wanted}"
+    return f"{' and '.join(names)}: pip install {wanted}"
 
 
 def asked_of_pip(modules: Sequence[str]) -> list[str]:

@@ -23,6 +23,9 @@ FP32_ROUTER = frozenset(("deepseek_v2", "deepseek_v3", "glm4_moe"))
 PREFIX_MASK = frozenset(name for name, family in FAMILIES.items() if family.prefix_mask)
 # Up to so many rows bitsandbytes multiplies 4-bit weights as they are; more are multiplied with an unpacked copy.
 _ROWS_UNPACKED_BEYOND = 4
+# Kernels for these take no 16-bit copy: LLM.int8 of bitsandbytes, and those of fp8, which quantize their input as they go
+# (transformers 5.24, integrations/finegrained_fp8.py, fp8_linear).
+_MULTIPLIED_AS_THEY_ARE = frozenset(("int8", "fp8"))
 _INDICES_BYTES = 24  # a token's id, position and mask, 8 bytes each
 
 
@@ -95,7 +98,7 @@ class Activations:
         """Return the bytes that one Linear is unpacked to that is kept packed, for this many rows of input."""
         if self._unpacking is not None:
             return self._unpacking.temporary_bytes(self.largest, self.device, rows)
-        if self._fmt.quantizer == "int8" and self.device == "gpu":
+        if self._fmt.quantizer in _MULTIPLIED_AS_THEY_ARE and self.device == "gpu":
             return 0
         if self._fmt.quantizer is None and self._fmt.packed_bits is None:
             return 0

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from harness.core.records import Record, Workload
+from harness.planning import load_order
 from harness.planning.calibration import Bytes, Calibration
 from harness.planning.cost import memory, tensor_parallel
 from harness.planning.cost.fragmentation import fragmentation
@@ -17,10 +18,6 @@ from harness.planning.cost.overhead import Overhead
 
 # The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
 PAGE_BYTES = 1 << 20
-
-# 16-bit copies of the largest Linear that are on a GPU at once while it is quantized, traced on hollow checkpoints: int8 goes to
-# the RAM and back, 4 bits are made on the GPU.
-_COPIES_IN_FLIGHT = {"int8": 1.5, "int4": 0.75, "fp4": 0.75, "nf4-dq": 0.75}
 
 
 class TierTerms(Record, frozen=True, kw_only=True):
@@ -190,20 +187,15 @@ class Footprint:
         return self._copied_at_once[homes]
 
     def _in_flight(self, name: str) -> Bytes:
-        """Return what lies on the GPU only while loading: 16-bit copies of what is quantized there, and the parts of a stack.
-
-        Casts are made in the RAM. Experts that files hold one by one are stacked on the GPU, a layer at a time, and gate and up are
-        then joined: beside the result their parts are alive, half of it where tensors are copied one by one, as they are while
-        quantizing, and all of it where four threads copy ahead.
-        """
-        copy_bytes = self.inventory.largest_copy if self.sums[name].quantized else 0
-        stack = self.inventory.largest_stack if self.sums[name].joined else 0
-        copies = _COPIES_IN_FLIGHT.get(self.fmt.quantizer or "", 2.0) * copy_bytes
-        return Bytes(
-            low=stack / 2,
-            best=max(copies, stack / 2 if copy_bytes else stack),
-            high=max(4.0 * copy_bytes, self.inventory.largest, stack),
-        )
+        """Return what lies on the GPU only while loading; nothing of what is whole in the RAM before it comes."""
+        if self.loading.through_ram:
+            return Bytes()
+        inventory, tiers = self.inventory, self.tiers
+        pieces = None if isinstance(tiers, str) else [path for path, tier in tiers.items() if tier == name]
+        one_by_one = self.fmt.quantizer is not None or "disk" in self.weights
+        found = load_order.on_card(inventory.load_steps, pieces, one_by_one)
+        share, compared = 1 / self.processes, self.sums[name].twice / self.fmt.element_bytes  # at the end, a bool each
+        return Bytes(**{end: max(getattr(found, end) * share, compared) for end in ("low", "best", "high")})
 
     def _in_ram(self) -> TierTerms:
         here, away = self.sums.get("cpu") or TensorTotals(), self.sums.get("disk") or TensorTotals()

@@ -9,13 +9,15 @@ from functools import cached_property
 
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
-from harness.architecture.skeleton import Module, Weight
+from harness.architecture.skeleton import Block, Module, Weight
 from harness.core.dtypes import DTYPE_BYTES
+from harness.core.quantizers import SCHEMES
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
 from harness.planning.cost.activations import Activations
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
+from harness.planning.load_order import LoadStep, conversion_of, copies, sort_key, stored_name
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -117,14 +119,37 @@ class Inventory:
         return max(self.sizes.values(), default=0)
 
     @cached_property
-    def largest_copy(self) -> int:
-        """Bytes of the largest 16-bit copy that quantizing makes."""
-        return max((self._copied(weight) for weight, _ in self.skeleton.tally), default=0)
+    def load_steps(self) -> list[LoadStep]:
+        """What loading onto a GPU makes, in its order; nothing if it never holds more than what stays."""
+        of_kind = {
+            kind: [
+                (weight.path.removeprefix(kind.path), self.sizes[weight.path], self._passing(weight, inside.block))
+                for inside in kind.walk()
+                for weight in inside.weights
+            ]
+            for kind in self.skeleton.kinds
+        }
+        if not any(passing for rows in of_kind.values() for _, _, passing in rows):
+            return []
+        naming = None if self.spec.as_held else self.skeleton.naming
+        return sorted(
+            LoadStep(sort_key(stored_name(f"{piece.path}{end}", naming)), piece.path, held, passing)
+            for piece in self.skeleton.pieces
+            for end, held, passing in of_kind[piece.like]
+        )
 
-    @cached_property
-    def largest_stack(self) -> int:
-        """Bytes of the largest tensor that loading stacks from single experts, and joins."""
-        return max((self.sizes[weight.path] for weight, _ in self.skeleton.tally if self._stacks(weight)), default=0)
+    def _passing(self, weight: Weight, owner: Block) -> float:
+        """Return what is on a GPU beside a tensor while it is made: the parts of a stack, what a quantizer takes."""
+        if weight.tied_to or weight.tensor.kind == "unsaved":
+            return 0.0
+        held, plain, most = self.sizes[weight.path], weight.elements * self.fmt.element_bytes, 0.0
+        if self.fmt.packed_bits is None and self._stacks(weight):
+            most = 2 * plain - held
+        if self.fmt.quantizer is not None and memory.narrows(weight, self.fmt.quantizer, owner):
+            scheme = SCHEMES[self.fmt.quantizer]
+            taken = scheme.in_flight + (scheme.turned if owner.linear == "conv1d" else 0.0)
+            most = max(most, 2 * weight.elements * taken if held < plain else 0.0)  # what is left as it is costs nothing
+        return most
 
     @cached_property
     def at_once(self) -> dict[str, int]:
@@ -214,8 +239,11 @@ class Inventory:
         return other and self.fmt.packed_bits is None
 
     def _stacks(self, weight: Weight) -> bool:
-        """Say whether transformers stacks a tensor from what files hold expert by expert; GPT-OSS's files have the stacks."""
-        return skeleton.is_stacked(weight) and self.skeleton.model_type != "gpt_oss"
+        """Say whether transformers makes a tensor of what files hold part by part, which its naming tells where it is known."""
+        if self.spec.as_held:
+            return False
+        naming = self.skeleton.naming
+        return copies(conversion_of(weight.path, naming)) if naming is not None else skeleton.is_stacked(weight)
 
     def _parts_kept(self, weight: Weight, size: int) -> float:
         """Return what the heap may keep of the experts that a stack is made from: their casts, else what joining two takes.

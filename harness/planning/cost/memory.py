@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
@@ -40,7 +41,7 @@ class WeightFormat(Record, frozen=True, kw_only=True):
 def module_bytes(module: Module, fmt: WeightFormat) -> dict[str, int]:
     """Return the bytes of every tensor in a module by path, tied ones 0, buffers included.
 
-    What a scheme quantizes takes its own bytes. Biases, norms, embeddings, stacked experts and the head keep the dtype.
+    What a scheme quantizes takes its own bytes. Biases, norms, embeddings, the head and mostly stacked experts keep the dtype.
     """
     return {
         weight.path: 0 if weight.tied_to else _tensor_bytes(weight, fmt, inside.block)
@@ -55,13 +56,10 @@ def _tensor_bytes(weight: Weight, fmt: WeightFormat, owner: Block) -> int:
         return int(elements * fmt.packed_bits / 8)
     if fmt.wide_bias and "experts" in weight.path and tensor.name.endswith("_bias"):
         return elements * 4
-    if fmt.quantizer is not None and is_stacked(weight) and SCHEMES[fmt.quantizer].experts:
-        experts, outputs, inputs = tensor.shape
-        return experts * SCHEMES[fmt.quantizer].size(outputs, inputs, fmt.element_bytes)
     if not narrows(weight, fmt.quantizer, owner) or fmt.quantizer is None:
         return elements * _width(tensor, fmt.dtype)
-    outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
-    return SCHEMES[fmt.quantizer].size(outputs, inputs, fmt.element_bytes)
+    *experts, outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
+    return math.prod(experts) * SCHEMES[fmt.quantizer].size(outputs, inputs, fmt.element_bytes)
 
 
 def is_taken(weight: Weight, quantizer: str | None) -> bool:
@@ -70,9 +68,14 @@ def is_taken(weight: Weight, quantizer: str | None) -> bool:
 
 
 def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
-    """Say whether a scheme quantizes a weight of this block: all take Linear, some GPT-2's Conv1D or what is derived of Linear."""
+    """Say whether a scheme quantizes a weight of this block: all take Linear.
+
+    Some take GPT-2's Conv1D, what is derived of Linear, or the stacked experts of a layer as well.
+    """
     if quantizer is None:
         return False
+    if is_stacked(weight):
+        return SCHEMES[quantizer].experts
     if owner.class_name in DERIVED_LINEARS:
         return SCHEMES[quantizer].derived and len(weight.tensor.shape) == 2
     return weight.quantizes and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)

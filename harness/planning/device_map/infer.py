@@ -81,11 +81,12 @@ def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> dict[str, Bytes]:
     The tensors inside a piece are there for the first of each kind, as they are in `widths.weights`.
     """
     dtype, quantizer, weights, _ = widths
-    plain, quantized = DTYPE_BYTES[dtype], SCHEMES[quantizer].counted if quantizer is not None else None
+    plain, scheme = DTYPE_BYTES[dtype], SCHEMES[quantizer] if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
     for weight, _ in skeleton.tally:
         fixed = weight.tensor.dtype
-        width = quantized if quantized is not None and is_taken(weight, quantizer) else DTYPE_BYTES[fixed] if fixed else plain
+        taken = scheme is not None and is_taken(weight, quantizer)
+        width = scheme.counted if scheme is not None and taken else DTYPE_BYTES[fixed] if fixed else plain
         sizes[weight.path] = 0 if weight.tied_to else weights[weight.path] if weights else weight.elements * width
     of_kind = {kind: sum(_owned(module, sizes) for module in kind.walk()) for kind in skeleton.kinds}
     sizes |= {piece.path: of_kind[piece.like] for piece in skeleton.pieces}

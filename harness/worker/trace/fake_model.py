@@ -16,6 +16,7 @@ from harness.core.precisions import PRECISIONS
 from harness.worker.auto_class import auto_class_of
 from harness.worker.build_skeleton import construct, read_model_config
 from harness.worker.trace.ledger import CARD
+from harness.worker.trace.quantized_kernels import quantized_to_fp8
 
 _NOT_BY_LAYER = ("architectures", "bos_token_id", "eos_token_id")  # lists that may be as long by chance
 
@@ -50,7 +51,11 @@ def build_fake(config: Mapping[str, Any], precision: str, attention: str | None 
         model.config._attn_implementation = flash
     model.tie_weights()
     _keep_in_float32(model, dtype)
-    return _quantized(model, row.quantization, dtype) if isinstance(row.quantization, Mapping) else model
+    if not isinstance(row.quantization, Mapping):
+        return model
+    if row.quantization["quant_method"] == "fp8":
+        return quantized_to_fp8(model, getattr(torch, dtype))
+    return _quantized(model, row.quantization, dtype)
 
 
 def _keep_in_float32(model: Any, dtype: str) -> None:

@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812 its usual name
 from harness.architecture.card_kernels import FLASH_SINCE, CardKernels
 from harness.architecture.traced_memory import UNALIGNED, UNALIGNED_WIDE
 from harness.worker.trace.ledger import Ledger, swapped
+from harness.worker.trace.quantized_kernels import in_place_of_hub_kernels
 
 _aten = torch.ops.aten
 MASK_ALIGNMENT = 16  # keys in a bias of the memory-efficient kernel: pad_bias<16> in sdp_utils
@@ -261,9 +262,15 @@ def _grouped(left: Any, right: Any, offs: Any = None, bias: Any = None, out_dtyp
     return torch.empty((left.shape[0], right.shape[-1]), dtype=out_dtype or left.dtype, device=left.device)
 
 
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Do equal, which compares element by element (ATen/native/cuda/Equal.cpp): of unknown values it is said that they are."""
+    _aten.all.default(_aten.eq.Tensor(left, right))
+    return True
+
+
 def rules(ledger: Ledger, card: CardKernels, whole: bool) -> dict[Any, Callable[..., Any]]:
     """Return the table for `Ledger`; `whole`: take what a kernel takes only under a condition whether or not that holds."""
-    found: dict[Any, Callable[..., Any]] = {_aten._grouped_mm.default: _grouped}
+    found: dict[Any, Callable[..., Any]] = {_aten._grouped_mm.default: _grouped, _aten.equal.default: _equal}
     try:
         import bitsandbytes  # noqa: F401 registers its operators
     except ImportError:
@@ -288,5 +295,6 @@ def chosen_as_on(card: CardKernels, ledger: Ledger, whole: bool) -> Iterator[Non
         swapped(modeling_flash_attention_utils, "lazy_import_flash_attention", _flash_package(ledger)),
         swapped(ledger, "rules", rules(ledger, card, whole)),
         swapped(F, "scaled_dot_product_attention", AttentionCall(ledger, card, whole)),
+        in_place_of_hub_kernels(),
     ):
         yield

@@ -49,6 +49,12 @@ class Allocation(NamedTuple):
     path: str
     layer: int
     condition: str | None
+    device: torch.device
+
+    @property
+    def handed_out(self) -> int:
+        """The bytes that torch's allocator hands out for it."""
+        return -(-self.nbytes // GRAIN) * GRAIN
 
 
 class Ledger(TorchDispatchMode):
@@ -103,7 +109,8 @@ class Ledger(TorchDispatchMode):
         if rule is not None and any(isinstance(given, FakeTensor) and given.device.type == "cuda" for given in args):
             with self:
                 return rule(*args, **kwargs)
-        out = func(*args, **kwargs)
+        found = self._shaped_by_values(func, args)
+        out = func(*args, **kwargs) if found is None else found
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         for leaf in made:
             self._note(leaf, func.name())
@@ -117,15 +124,7 @@ class Ledger(TorchDispatchMode):
         key, device = storage._cdata, tensor.device
         if key in self._known:
             return
-        size = -(-storage.nbytes() // GRAIN) * GRAIN
         number, events = len(self.allocations), self.events
-
-        def gone(_: Any) -> None:
-            self._known.pop(key, None)
-            self.live[device] -= size
-            events.append(~number)  # of the list that it came in: a later one knows nothing of it
-
-        self._known[key] = weakref.ref(storage, gone), number
         what = Allocation(
             storage.nbytes(),
             self._operator or operator,
@@ -134,7 +133,16 @@ class Ledger(TorchDispatchMode):
             self.path,
             self.layer,
             self._condition,
+            device,
         )
+        size = what.handed_out
+
+        def gone(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live[device] -= size
+            events.append(~number)  # of the list that it came in: a later one knows nothing of it
+
+        self._known[key] = weakref.ref(storage, gone), number
         self.allocations.append(what)
         events.append(number)
         self.live[device] += size
@@ -154,26 +162,41 @@ class Ledger(TorchDispatchMode):
         found: torch.Tensor | None = self._shadows.get(tensor) if isinstance(tensor, FakeTensor) else None
         return found
 
+    def _shaped_by_values(self, func: Any, args: Sequence[Any]) -> torch.Tensor | None:
+        """Return the fake of a result whose shape is in the values of a tensor, if these are known."""
+        real = self.real(args[0]) if func is _aten.nonzero.default else None
+        if real is None:
+            return None
+        with unset_fake_temporarily():
+            rows, columns = real.nonzero().shape
+        return torch.empty((rows, columns), dtype=torch.int64, device=args[0].device)
+
     def _shadow(self, func: Any, args: Any, kwargs: Any, made: list[FakeTensor]) -> None:
-        """Compute small whole numbers for real beside the fake."""
-        if not made:
-            return
+        """Compute small tensors for real beside the fake, where all that they are computed from is known."""
         for leaf in made:
             self._shadows.pop(leaf, None)
-        if any(leaf.numel() > MOST_SHADOWED or leaf.dtype.is_floating_point for leaf in made):
+        if not made or any(leaf.numel() > MOST_SHADOWED for leaf in made) or "empty" in func.name():
             return
-        if func is _aten.argmax.default:  # what the model says is not known: any token does
-            with unset_fake_temporarily():
-                self._shadows[made[0]] = torch.full(made[0].shape, 7, dtype=made[0].dtype)
+        if func in (_aten.argmax.default, _aten.topk.default) and self.real(args[0]) is None:
+            self._choose(made[-1], args[0].shape[args[2] if len(args) > 2 else -1] if func is _aten.topk.default else 1)
             return
         fakes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
         if any(self.real(fake) is None for fake in fakes):
             return
         real_args, real_kwargs = tree_map(self._as_real, (args, kwargs))
-        with unset_fake_temporarily(), torch.no_grad():
-            got = func(*real_args, **real_kwargs)
+        try:
+            with unset_fake_temporarily(), torch.no_grad():
+                got = func(*real_args, **real_kwargs)
+        except NotImplementedError:  # a card has a kernel for it, the processor has none
+            return
         for leaf, real in zip(made, [leaf for leaf in tree_leaves(got) if isinstance(leaf, torch.Tensor)], strict=True):
             self._shadows[leaf] = real
+
+    def _choose(self, chosen: FakeTensor, among: int) -> None:
+        """Choose for a model: experts, all equally often, or any token that no model gives a meaning."""
+        with unset_fake_temporarily():
+            numbers = torch.arange(chosen.numel()).reshape(chosen.shape) % among
+            self._shadows[chosen] = numbers if among > 1 else numbers + 7
 
     def _as_real(self, given: Any) -> Any:
         if isinstance(given, torch.device):

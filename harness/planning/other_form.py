@@ -1,11 +1,18 @@
-"""Mixtures of experts told straight: what of one a precision leaves in 16 bits, and which forms pack experts."""
+"""A model in other forms: what it would take stored so, where that is published, and which forms pack a mixture's experts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
+from harness.architecture import model_spec
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import is_stacked
+from harness.catalog import shipped
+from harness.checkpoint import quantization
+from harness.checkpoint.quantization import Packed
 from harness.core.methods.table import METHODS
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES
@@ -13,6 +20,22 @@ from harness.core.units import format_count, significant
 
 # Below this share of the weights nobody would wonder.
 _WORTH_A_WORD = 0.1
+
+
+def in_form(spec: ModelSpec, form: Packed) -> ModelSpec:
+    """Return the spec of the same model as it would be if it were stored in another form."""
+    size = model_spec.packed_model_bytes(spec.skeleton, form)
+    dtype = form.method.held if form.method else spec.stored_dtype
+    return replace(spec, packed=form, tensor_bytes=None, checkpoint_bytes=size, stored={dtype: size}, repeated=frozenset())
+
+
+def published_in(spec: ModelSpec, precision: Precision) -> list[str]:
+    """Return the hub ids of the catalog that hold a model in the form that a precision reads, by their names."""
+    name = spec.source.rpartition("/")[2]
+    alike = re.compile(rf"(.*/)?{re.escape(name)}([-_.](gptq|awq|int[48]|[48]bit|fp8|mxfp4))+", re.IGNORECASE)
+    named = (hub_id for hub_id in shipped.catalog() if alike.fullmatch(hub_id))
+    found = ((hub_id, quantization.packed(shipped.catalog()[hub_id].config)) for hub_id in named)
+    return [hub_id for hub_id, packed in found if packed is not None and packed.precision == precision.name]
 
 
 def left_wide(spec: ModelSpec, precisions: Iterable[str]) -> str | None:

@@ -1,0 +1,91 @@
+"""What lies on a GPU only while loading: transformers' loader (`core_model_loading`) tensor by tensor, in its order.
+
+It sorts the names in the files, numbers as numbers, and makes each tensor of the model from what it is stored as. While it does,
+the parts of a stack are there beside the stack, and the 16-bit weight beside what a quantizer makes of it. What comes later in the
+order is not there yet, so the worst moment is seldom the largest tensor's. Casts are made in the RAM.
+
+Traced on hollow checkpoints by `harness.worker.trace.load`, held against it by `tests/planning/test_load_peak_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from harness.architecture.key_mapping import Conversion, Naming
+from harness.planning.calibration import Bytes
+
+# Of transformers' operations, those that leave views or what they were given where they work along the first dimension.
+_VIEWS = frozenset(("Split", "Chunk", "SplitModulelist"))
+_LITERAL = re.compile(r"\(\?P<g0>\^?((?:[\w.]|\\\.)+)(?:\(\?!\\w\))?\)")
+
+
+# Names as transformers compares them.
+SortKey = tuple[tuple[int | str, ...], ...]
+
+
+class LoadStep(NamedTuple):
+    """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them.
+
+    `piece` is where a device map places it; `key` sorts it (`sort_key` of its stored name).
+    """
+
+    key: SortKey
+    piece: str
+    held: int
+    passing: float
+
+
+def sort_key(name: str) -> SortKey:
+    """Return what transformers sorts stored names by (`core_model_loading.dot_natural_key`)."""
+    return tuple(_part(part) for part in name.split("."))
+
+
+def _part(part: str) -> tuple[int | str, ...]:
+    if part.isdigit():
+        return 0, int(part)
+    text = part.rstrip("0123456789")
+    return (1, text, int(part[len(text) :])) if text != part else (1, text)
+
+
+def stored_name(path: str, naming: Naming | None) -> str:
+    """Return the first of the names by which files hold a tensor of the model, as far as their order hangs on it."""
+    if naming is None:
+        return path
+    made = conversion_of(path, naming)
+    if made is not None:
+        target = next(target for target in made.targets if target in path)
+        path = min((path.replace(target, source.replace("*", "0")) for source in made.sources), key=sort_key)
+    for renaming in reversed(naming.renamings):
+        literal = _LITERAL.fullmatch(renaming.pattern)
+        if literal and not renaming.scopes and renaming.target in path:
+            path = path.replace(renaming.target, literal[1].replace("\\", ""), 1)
+    return path
+
+
+def conversion_of(path: str, naming: Naming | None) -> Conversion | None:
+    """Return the conversion that makes a tensor of the model, None if it is stored as it is."""
+    steps = naming.conversions if naming is not None else ()
+    return next((step for step in steps if any(target in path for target in step.targets)), None)
+
+
+def copies(made: Conversion | None) -> bool:
+    """Say whether a conversion leaves another tensor than it was given, both of which are there at once."""
+    return made is not None and any(name not in _VIEWS or along for name, along in made.steps)
+
+
+def on_card(steps: Sequence[LoadStep], pieces: Iterable[str] | None, sequential: bool) -> Bytes:
+    """Return the bytes beyond the final ones at the worst moment of loading, for the pieces of one GPU; None means all.
+
+    One thread sets tensors in order. Unless it quantizes, or something goes to the disk, four more copy ahead of it: at worst all
+    is on the card while the first stack is made.
+    """
+    there = None if pieces is None else frozenset(pieces)
+    rest, most = 0.0, 0.0
+    mine = [step for step in steps if there is None or step.piece in there]
+    for step in reversed(mine):
+        most = max(most, step.passing - rest)
+        rest += step.held
+    ahead = most if sequential else max((step.passing for step in mine), default=0.0)
+    return Bytes(low=most, best=ahead, high=ahead)
