@@ -38,11 +38,14 @@ class TokenWork(Record, frozen=True, kw_only=True):
 def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenWork:
     """Count what a case does: bytes to read, weights to multiply, tensors to open."""
     inventory, in_ram, gguf = footprint.inventory, footprint.sums.get("cpu"), footprint.spec.gguf
-    anew = not footprint.gpus and multiplies_4bit_in_ram(footprint.fmt) and machine.fuses_4bit is False
+    anew = (
+        not footprint.gpus and multiplies_4bit_in_ram(footprint.fmt) and machine.fuses_4bit is False and inventory.quantizable > 0
+    )
+    like = constants_like(footprint.fmt) if inventory.is_quantized else None
     return TokenWork(
         device=device_of(footprint.weights),
         precision=precision,
-        like=f"{constants_like(footprint.fmt)}_unpacked" if anew else constants_like(footprint.fmt),
+        like=f"{like}_unpacked" if anew else like,
         dtype=footprint.fmt.dtype,
         read={
             # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
