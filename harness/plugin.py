@@ -157,8 +157,14 @@ def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None
 def _show_live(item: pytest.Item) -> Generator[None, object, object]:
     """Show the live line while a test runs; between its steps the terminal belongs to pytest."""
     live = item.config.stash.get(_LIVE, None)
-    with live.shown() if live else nullcontext():
-        return (yield)
+    try:
+        with live.shown() if live else nullcontext():
+            return (yield)
+    except KeyboardInterrupt:
+        # Its fixtures end outside of any test, where pytest-benchmark's warning of a fixture not used may be an error.
+        if (benchmark := getattr(item, "funcargs", {}).get("benchmark")) is not None:
+            benchmark.skipped = True
+        raise
 
 
 pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_show_live)

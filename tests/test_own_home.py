@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness.catalog.wheel_cache import cache_dir
 from harness.machine import bandwidth
+from harness.machine.cache import cache_dir
 
 ROOT = Path(harness.__file__).parents[1]
 # Says where things would be kept, and keeps something there.
@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 import pytest
 from huggingface_hub import constants
-from harness.catalog.wheel_cache import cache_dir
+from harness.machine.cache import cache_dir
 
 @pytest.mark.parametrize("turn", range(4))
 def test_looks(turn):

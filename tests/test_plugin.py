@@ -692,6 +692,24 @@ def test_a_run_that_is_ended_keeps_what_is_finished_and_leaves_nothing(
         assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("stage", ["load", "cold", "score"])
+def test_ctrl_c_ends_a_run_in_a_few_lines_whatever_warnings_are(
+    project: Project, stage: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """pytest-benchmark warns of a fixture not used once the run is interrupted, and our own settings make that an error."""
+    project.behave(bf16=f"hang_in_{stage}")
+    scratch = tmp_path_factory.mktemp("t")
+    with running(project, scratch, "-W", "error", precisions="fp32 bf16") as run:
+        wait_for_hanging(scratch)
+        os.killpg(run.pid, signal.SIGINT)
+        output = run.communicate(timeout=60)[0]
+    after = output.partition("KeyboardInterrupt")[2]
+    assert run.returncode == pytest.ExitCode.INTERRUPTED, output
+    assert [word for word in ("Traceback", "Benchmark fixture") if word in output] == []
+    assert after.rstrip().splitlines()[-1] == "page: fitmatrix-results/index.html"
+    assert len(after.splitlines()) < 16, after
+
+
 def test_a_run_whose_terminal_is_closed_writes_its_page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
     project.behave(bf16="hang_in_load")
     scratch = tmp_path_factory.mktemp("t")

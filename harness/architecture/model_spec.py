@@ -283,7 +283,7 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
 
 
 def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
-    from harness.catalog.wheel_cache import cache_dir
+    from harness.machine.cache import cache_dir
 
     if not is_gguf:
         return skeleton_source.build(read.config, cache_dir())

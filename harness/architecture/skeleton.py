@@ -12,6 +12,7 @@ from typing import NamedTuple
 from harness.architecture.key_mapping import Naming
 from harness.core.records import Record
 
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.weight)?$")
 _NUMBER = re.compile(r"\d+")
 
 
@@ -210,6 +211,11 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
     def parameters(self) -> int:
         """Number of parameters, tied ones once."""
         return sum(w.elements * count for w, count in self.tally if w.tensor.kind == "parameter" and w.tied_to is None)
+
+    def looks_up_positions(self, context: int) -> bool:
+        """Say whether positions are rows of a table that ends with its context, which some begin with two rows for padding."""
+        tables = (weight for weight, _ in self.tally if _POSITIONS.search(weight.path) and len(weight.tensor.shape) == 2)
+        return any(context <= weight.tensor.shape[0] <= context + 2 for weight in tables)
 
 
 def _pieces(module: Module) -> Iterator[Module]:

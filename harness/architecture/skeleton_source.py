@@ -21,7 +21,7 @@ from harness.catalog.shipped import catalog, hub_id
 from harness.core.errors import UsageError
 from harness.core.families import is_native
 from harness.data import DATA
-from harness.machine.atomic import write_bytes
+from harness.machine.cache import keep, kept
 
 BUILD_S = 120.0
 # What skeletons in the cache are called; another number when they hold more than those of an earlier version did.
@@ -108,7 +108,7 @@ def at_hand(config: Mapping[str, Any], cache: Path) -> Skeleton | None:
     from importlib.metadata import PackageNotFoundError
 
     try:
-        return shipped(config) or _read_cached(cache / f"{_name(config)}.json")
+        return shipped(config) or kept(cache / f"{_name(config)}.json", Skeleton)
     except PackageNotFoundError:  # without transformers
         return None
 
@@ -165,17 +165,10 @@ def _version() -> str:
 
 def _cached(name: str, cache: Path, asked: Mapping[str, Any], what: str) -> Skeleton:
     """Return what is kept under `name`, else what a worker answers, which is put there."""
-    kept = cache / f"{name}.json"
-    found = _read_cached(kept)
+    place = cache / f"{name}.json"
+    found = kept(place, Skeleton)
     if found is not None:
         return found
     text = ask_worker("build_skeleton", asked, f"no skeleton for {what}", BUILD_S)
-    write_bytes(kept, text)
+    keep(place, text)
     return msgspec.json.decode(text, type=Skeleton)
-
-
-def _read_cached(path: Path) -> Skeleton | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Skeleton)
-    except (FileNotFoundError, msgspec.DecodeError):  # not built yet, or by a fitmatrix that wrote other fields
-        return None

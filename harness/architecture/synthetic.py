@@ -31,6 +31,7 @@ from harness.core.errors import UsageError
 from harness.core.progress import Report, silent
 from harness.core.records import Record
 from harness.machine import atomic
+from harness.machine.cache import cache_dir
 
 SYNTHETIC_MARK = "fitmatrix-synthetic.json"
 _SHARD_BYTES = 5_000_000_000
@@ -73,7 +74,7 @@ def describe(source: Source, *, file_format: str | None = None, shard_bytes: int
     dtype = stored.dtype or str(config.get("torch_dtype") or config.get("dtype") or "float16")
     if dtype not in _FLOATS:
         raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(_FLOATS)}")
-    found = skeleton_source.build(config, wheel_cache.cache_dir())
+    found = skeleton_source.build(config, cache_dir())
     if packed is not None and (why := unwritten(found, packed)):
         raise UsageError(f"{source.name} is quantized ({packed.title}), and {why}: name the 16-bit model that it was made from")
     shards = _sharded(list(stored_tensors(found, stored, dtype, packed)), shard_bytes or stored.shard_bytes)
@@ -235,7 +236,7 @@ def cached_path(made: Synthetic) -> Path:
 
 
 def _cached() -> Path:
-    return wheel_cache.cache_dir() / "synthetic"
+    return cache_dir() / "synthetic"
 
 
 def _cached_name(model: str) -> str:

@@ -190,7 +190,8 @@ def _regime(regimes: Sequence[Regime], batch: int, length: int) -> Regime | None
 
 def value(polynomial: Sequence[float], at: Sequence[int]) -> float:
     """Return a polynomial's value, at what `monomials` says; one without coefficients is 0."""
-    return sum(map(mul, polynomial, at))  # what is not written is 0
+    total: float = sum(map(mul, polynomial, at))  # what is not written is 0
+    return total
 
 
 def _all(traced: TracedMemory, cached: Sequence[Polynomial], batch: int, length: int) -> int:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from harness.architecture.skeleton_source import fingerprint
 from harness.architecture.traced_memory import TracedMemory
 from harness.core.precisions import PRECISIONS
 from harness.data import DATA
-from harness.machine.atomic import write_bytes
+from harness.machine.cache import keep, kept, kept_names
 
 SHIPPED = DATA / "traces.jsonl"
 TRACE_S = 300.0
@@ -102,19 +101,10 @@ def record_for(config: Mapping[str, Any], precision: str, cache: Path, capabilit
     found = find(shipped_records(key), precision, capability) or _BUILT.get((key, precision, cards))
     if found is not None:
         return found
-    if not any(name.startswith(f"{_KEPT}-") and name.endswith(f"-{key}-{precision}-{cards}.json") for name in _names_in(cache)):
+    end = f"-{key}-{precision}-{cards}.json"
+    if not any(name.startswith(f"{_KEPT}-") and name.endswith(end) for name in kept_names(cache)):
         return None  # without asking which transformers is installed, which takes longer than all else
-    try:
-        return msgspec.json.decode((cache / _name(config, precision, cards)).read_bytes(), type=TracedMemory)
-    except (OSError, msgspec.DecodeError):  # of another transformers, or by a fitmatrix that wrote other fields
-        return None
-
-
-def _names_in(directory: Path) -> list[str]:
-    try:
-        return [path.name for path in directory.iterdir()]  # faster than Path.glob, and every precision of every model asks
-    except OSError:
-        return []
+    return kept(cache / _name(config, precision, cards), TracedMemory)
 
 
 def build_record(config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None) -> TracedMemory:
@@ -129,8 +119,7 @@ def build_record(config: Mapping[str, Any], precision: str, cache: Path, capabil
     cards = family(kernels_of(capability), precision)
     what = f"no trace for model_type {config.get('model_type')!r} in {precision}"
     text = ask_worker("trace", {"config": config, "precision": precision, "capability": cards}, what, TRACE_S)
-    with suppress(OSError):  # what is kept spares time, no more
-        write_bytes(cache / _name(config, precision, cards), text)
+    keep(cache / _name(config, precision, cards), text)
     built = msgspec.json.decode(text, type=TracedMemory)
     _BUILT[key_of(config), precision, cards] = built
     return built

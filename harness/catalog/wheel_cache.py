@@ -19,13 +19,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 import msgspec
-from platformdirs import user_cache_path
 
 from harness.core.errors import UsageError
 from harness.core.progress import Report
 from harness.core.records import Record
 from harness.core.units import format_size
 from harness.machine import atomic
+from harness.machine.cache import cache_dir
 from harness.machine.signals import deferred
 
 MANIFEST = "fitmatrix.json"
@@ -64,16 +64,13 @@ class Manifest(Record, frozen=True, kw_only=True):
     files: dict[str, FileFact]
 
 
-def cache_dir() -> Path:
-    """Return the directory for what is made once: `FITMATRIX_CACHE`, else the user's cache."""
-    named = os.environ.get("FITMATRIX_CACHE")
-    return Path(named).expanduser().absolute() if named else user_cache_path("fitmatrix")
-
-
 def find_made(name: str, wheel: Wheel) -> Path | None:
     """Return the checkpoint of `name` if it is here and whole."""
     place = _checkpoint_path(name)
-    return place if place.exists() and not _damage(place, wheel) else None
+    try:
+        return place if place.exists() and not _damage(place, wheel) else None
+    except OSError:  # what cannot be looked at is not here
+        return None
 
 
 def make(name: str, wheel: Wheel, report: Report) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,27 +15,41 @@ from harness.core.text import line
 
 Command = Callable[[argparse.Namespace], int]
 
-USAGE = 2
+USAGE, UNWRITTEN = 2, 1
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a usage error is one sentence on standard error and exit status 2."""
-    parser = build_parser()
     try:
-        given = parser.parse_args(arguments)
-        command: Command = given.command
-        status = command(given)
-        sys.stdout.flush()
-        return status
+        try:
+            given = build_parser().parse_args(arguments)
+            command: Command = given.command
+            return command(given)
+        finally:  # after the parser's own help as well
+            if sys.stdout is not None:  # closed before we began
+                sys.stdout.flush()
     except HarnessError as error:
         print(f"fitmatrix: {line(str(error))}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:  # the reader closed the pipe
-        # Python flushes standard output once more at its end, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITTEN:  # what fails to open has a name
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"fitmatrix: {line(f'{where}{error.strerror or error}')}", file=sys.stderr)
+            return USAGE
+        _drop_output()
+        print(f"fitmatrix: standard output cannot be written ({error.strerror or error})", file=sys.stderr)
+        return UNWRITTEN
     except KeyboardInterrupt:
         return 130
+
+
+def _drop_output() -> None:
+    """Let what is left for standard output go nowhere: Python flushes it once more at its end, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

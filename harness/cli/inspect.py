@@ -109,7 +109,7 @@ def _look_up(model: str, file: str | None, revision: str | None) -> Inspection:
 def _skeleton(found: Checkpoint) -> Skeleton | None:
     """Return the skeleton that the config describes, if it is available; a GGUF file has no config."""
     from harness.architecture import skeleton_source
-    from harness.catalog.wheel_cache import cache_dir
+    from harness.machine.cache import cache_dir
 
     is_whole = len(found.files) > 1 or found.files[0].name in WHOLE_FILES
     return skeleton_source.at_hand(found.config, cache_dir()) if is_whole and "model_type" in found.config else None

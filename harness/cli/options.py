@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from harness.core.options import OPTION, Meaning, Option, name_in, whole_number
-from harness.core.units import parse_size
+from harness.core.units import parse_capacity
 from harness.planning.zero import STAGES
 
 HOST, FIRST_PORT = "127.0.0.1", 7860
@@ -26,7 +26,7 @@ _ROWS = (
         name="disk",
         help="plan for a machine with this much free disk space, e.g. 500GB",
         in_command={"hardware": Meaning(help="its free disk space, e.g. 500GB")},
-        parse=parse_size,
+        parse=parse_capacity,
         metavar="SIZE",
     ),
     Option(
@@ -64,7 +64,7 @@ _ROWS = (
         parse=whole_number(1, 65535),
         metavar="N",
     ),
-    Option(name="shard", help="largest size of a file (default: as published)", parse=parse_size, metavar="SIZE"),
+    Option(name="shard", help="largest size of a file (default: as published)", parse=parse_capacity, metavar="SIZE"),
 )
 _OWN = {row.name: row for row in _ROWS}
 

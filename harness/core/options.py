@@ -15,7 +15,7 @@ from harness.core.errors import UsageError, did_you_mean
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import ALL, DEFAULT_PRECISIONS, PRECISIONS
 from harness.core.records import Record, Workload
-from harness.core.units import parse_size
+from harness.core.units import parse_capacity
 
 DEFAULT_MODEL = "smollm2-135m"
 RESULTS = Path("fitmatrix-results")
@@ -210,7 +210,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="vram",
         help="emulate a GPU with this much memory, e.g. 8GiB (repeatable; default all of it)",
-        parse=parse_size,
+        parse=parse_capacity,
         repeat=True,
         default=(),
         metavar="SIZE",
@@ -218,7 +218,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="ram",
         help="emulate a machine with this much RAM, e.g. 16GiB (default all of it)",
-        parse=parse_size,
+        parse=parse_capacity,
         metavar="SIZE",
         in_command={
             "plan": Meaning(help="plan for a machine with this much RAM, e.g. 32GiB"),

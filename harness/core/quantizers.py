@@ -38,6 +38,7 @@ class Scheme(Record, frozen=True, kw_only=True):
     derived: bool = False  #: and what is derived from Linear
     experts: bool = False  #: the stacked experts of a mixture are quantized as well
     rows: int = 1  #: on a processor the outputs must be a multiple of it
+    flat: bool = False  #: on a processor it multiplies rows of tokens, and nothing of more dimensions than a batch of them
     # How many 16-bit copies of a weight are on a GPU, beside what stays, while it is quantized there (`worker.trace.load`), and how
     # many more of a Conv1D, which is transposed first.
     in_flight: float = 2.0
@@ -95,7 +96,7 @@ def _fp8(outputs: int, inputs: int, width: int) -> int:
 _BNB_4BIT: Mapping[str, Any] = {"counted": 0.5, "like": "int4", "library": "bitsandbytes", "conv1d": True, "turned": 1}
 
 SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True, in_flight=2),
+    "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True, flat=True, in_flight=2),
     "int4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
     "fp4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
     "nf4-dq": Scheme(size=_nested, in_flight=1 + 4 / NF4_BLOCK, **_BNB_4BIT),

@@ -171,7 +171,9 @@ def _without(text: str, value: str, mark: str) -> str:
 def _places(model: Path | None) -> Iterator[tuple[str, str]]:
     """Yield the directories that tell of this machine or its user, as written and with links followed, and their marks."""
     home = os.environ.get("HOME") or os.environ.get("USERPROFILE")
-    known = [(tempfile.gettempdir(), "<tmp>")]
+    known = []
+    with contextlib.suppress(FileNotFoundError):  # no directory takes temporary files
+        known.append((tempfile.gettempdir(), "<tmp>"))
     known += [(sys.prefix, "<python>")] if sys.prefix != "/usr/local" else []
     known += [(str(model), "<model>")] if model and model.is_absolute() else []
     with contextlib.suppress(OSError):  # the directory one stands in may be gone

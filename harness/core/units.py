@@ -39,6 +39,19 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def parse_capacity(text: str) -> int:
+    """Read the size of a memory, a disk or a file as `parse_size` does, but no bare number that only a slip can mean as bytes.
+
+    Raises:
+        UsageError: not a size, or a number below 1 MiB without a unit; the sentence says how to write it.
+    """
+    size = parse_size(text)
+    if size >= MIB or not text.strip()[-1].isdigit():
+        return size
+    meant = f"{text.strip()}{'GiB' if size < 4096 else 'MiB'}"
+    raise UsageError(f"{text!r} without a unit is {size:,} bytes: write {meant}")
+
+
 def exact_size(size: int) -> str:
     """Write bytes so that `parse_size` gives the same back: 8GiB, 1536MiB, 12GB, else a bare number."""
     factors = [(unit, factor) for unit, factor in (("GiB", GIB), ("MiB", MIB), ("GB", 10**9), ("MB", 10**6)) if size % factor == 0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.core.units import MIB
-from harness.machine import atomic
+from harness.machine.cache import cache_dir, keep, kept
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -40,8 +39,8 @@ def disk(identity: str, folder: Path, room_bytes: int, measure: bool = False) ->
 
 def gpu_context(identity: str, measured: int | None = None) -> int | None:
     """Return the bytes that a CUDA context takes on a card, None if nobody measured; what was `measured` just now is kept."""
-    kept = _remembered(f"context, {identity}", partial(float, measured) if measured else None)
-    return None if kept is None else int(kept)
+    found = _remembered(f"context, {identity}", partial(float, measured) if measured else None)
+    return None if found is None else int(found)
 
 
 def measure_ram(threads: int, room_bytes: int = BUFFER_BYTES) -> float | None:
@@ -91,11 +90,16 @@ def _remembered(key: str, measure: Callable[[], float | None] | None) -> float |
     """Return what is kept under `key`, or what `measure` finds, and keep that."""
     place = _cache_file()
     if measure is None:
-        return _read(place).get(key)
+        return _figures(place).get(key)
     figure = measure()
     if figure is not None:
-        _write(place, {**_read(place), key: figure})
+        keep(place, msgspec.json.encode({**_figures(place), key: figure}))
     return figure
+
+
+def _figures(place: Path) -> dict[str, float]:
+    """Return the figures kept that something may have been measured as."""
+    return {key: figure for key, figure in (kept(place, dict[str, float]) or {}).items() if figure > 0}
 
 
 def _fill(file: int, size: int, patience_s: float) -> int:
@@ -126,29 +130,5 @@ def _sum(pool: Executor, parts: Iterable[Any], add: Callable[[Any], Any]) -> flo
     return time.perf_counter() - start
 
 
-def cache_folder() -> Path:
-    """Return the folder where this user keeps what was measured: FITMATRIX_CACHE, or the system's place for it."""
-    named = os.environ.get("FITMATRIX_CACHE")
-    if named:
-        return Path(named).expanduser().absolute()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("fitmatrix")
-
-
 def _cache_file() -> Path:
-    return cache_folder() / "bandwidth.json"
-
-
-def _read(place: Path) -> dict[str, float]:
-    """Read the figures kept; a file that cannot be read has none."""
-    try:
-        return msgspec.json.decode(place.read_bytes(), type=dict[str, float])
-    except (OSError, msgspec.DecodeError):
-        return {}
-
-
-def _write(place: Path, figures: dict[str, float]) -> None:
-    """Replace the file whole, so that another process never reads half of it."""
-    with suppress(OSError):  # a read-only home is no reason to fail: the next one measures again
-        atomic.write_bytes(place, msgspec.json.encode(figures))
+    return cache_dir() / "bandwidth.json"

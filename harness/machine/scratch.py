@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.core.errors import UsageError
+
 if sys.platform != "win32":
     import fcntl
 
@@ -23,11 +25,22 @@ _IN_RAM = ("tmpfs", "ramfs")
 
 
 class Scratch:
-    """A new folder, locked until `remove`; making it removes what dead runs left beside it."""
+    """A new folder, locked until `remove`; making it removes what dead runs left beside it.
+
+    Raises:
+        UsageError: there is no temporary directory, or it takes no more.
+    """
 
     def __init__(self, parent: Path | None = None) -> None:
-        parent = parent or scratch_place()
-        sweep(parent)
+        try:
+            parent = parent or scratch_place()
+            sweep(parent)
+            self._make(parent)
+        except OSError as error:
+            where, why = parent or "any temporary directory", error.strerror or error
+            raise UsageError(f"cannot make temporary files in {where} ({why}): set TMPDIR to a directory that takes them") from None
+
+    def _make(self, parent: Path) -> None:
         self._lock: int | None = None
         while self._lock is None:
             self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True)

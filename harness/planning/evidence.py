@@ -47,6 +47,11 @@ class Observation(Record, frozen=True, kw_only=True):
     makeup: Makeup
     disturbed: bool = False
 
+    @property
+    def is_plausible(self) -> bool:
+        """Whether what was measured and what was estimated are figures, and near enough to each other to say anything."""
+        return self.measured > 0 and self.makeup.whole > 0 and 1 / BOUND < self.measured / self.makeup.whole < BOUND
+
 
 def observations(results: Iterable[Result], digest: str, machine: Machine | None = None) -> list[Observation]:
     """Return what the results say that carry an estimate by the constants of `digest`: those of `machine` alone, if it is given."""
@@ -78,10 +83,12 @@ def _of_result(result: Result, digest: str) -> Iterator[Observation]:
     for name, makeup in expected.makeup.items():
         figure = FIGURES.get(name)
         measured = result.metrics.get(figure.metric) if figure else None
-        if figure and measured and makeup.whole > 0 and 1 / BOUND < measured / makeup.whole < BOUND:
+        if figure and measured:
             disturbed = figure.disturbed in result.noisy
             who = f"{result.run} {result.case.id} {result.at}"
-            yield Observation(result=who, case=case, figure=name, measured=measured, makeup=makeup, disturbed=disturbed)
+            one = Observation(result=who, case=case, figure=name, measured=measured, makeup=makeup, disturbed=disturbed)
+            if one.is_plausible:
+                yield one
 
 
 def _lay_elsewhere(loaded: Loaded, estimate: Estimate) -> bool:

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 
 from harness.core.errors import StoreError, UsageError
 from harness.core.records import Machine, Record, Result
-from harness.machine import atomic, bandwidth
+from harness.machine import atomic
+from harness.machine.cache import cache_dir
 from harness.planning import calibration, evidence, fit
 from harness.planning.calibration import Calibration
 from harness.planning.evidence import Observation
@@ -47,7 +48,7 @@ class _File(Record, frozen=True, kw_only=True):
 
 def kept_file() -> Path:
     """Return where it is kept: in the cache of this user, or FITMATRIX_CACHE."""
-    return bandwidth.cache_folder() / FILE_NAME
+    return cache_dir() / FILE_NAME
 
 
 def kept_evidence(machine: Machine) -> KeptEvidence | None:
@@ -104,7 +105,7 @@ def corrected(results: Iterable[Result], machine: Machine) -> Calibration:
         note = _note(kept, base.digest) if kept else None
     except StoreError as error:
         kept, note = None, str(error)
-    old = kept.observations if kept and kept.digest == base.digest else ()
+    old = [one for one in kept.observations if one.is_plausible] if kept and kept.digest == base.digest else []
     found = fit.fit_constants(base, [*old, *evidence.observations(results, base.digest, machine)])
     return replace(found.calibration, note=note)
 
@@ -121,7 +122,7 @@ def _read() -> _File:
         found = msgspec.json.decode(path.read_bytes(), type=_File)
     except FileNotFoundError:
         return _File()
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreError(path, f"does not count, for it cannot be read ({error}): fitmatrix calibrate --reset removes it") from None
     if found.schema > KEPT_SCHEMA:
         raise StoreError(path, f"does not count, for a newer fitmatrix wrote it (schema {found.schema}): update fitmatrix")
@@ -133,5 +134,5 @@ def _write(file: _File) -> None:
         atomic.write_bytes(kept_file(), msgspec.json.encode(file))
     except OSError as error:
         raise UsageError(
-            f"{kept_file()} cannot be written ({error.strerror}): set FITMATRIX_CACHE to a directory that can"
+            f"{kept_file()} cannot be written ({error.strerror or error}): set FITMATRIX_CACHE to a directory that can"
         ) from None

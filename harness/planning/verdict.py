@@ -19,6 +19,8 @@ from harness.planning.cost import estimate, tensor_parallel
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import MAPPED
 
+# Classes that take the weight of this Linear and multiply by it themselves, whatever bitsandbytes has made of it.
+_TAKES_WEIGHTS = {"MambaForCausalLM": "dt_proj"}
 _NOT_ON_WINDOWS = "It would fit with expandable segments, which torch does not have on Windows."
 
 
@@ -54,7 +56,7 @@ class Judge(Record, frozen=True, kw_only=True):
         alone = ranks > 1 and tensor_parallel.refusal(self.spec.skeleton, ranks, "GPUs" if gpus else "processes")
         if alone:
             return Verdict.INVALID, alone
-        why = self._precision_refusal(PRECISIONS[case.precision], placement)
+        why = self._too_long(case) or self._precision_refusal(PRECISIONS[case.precision], placement)
         return (Verdict.INVALID, why) if why else None
 
     def _precision_refusal(self, precision: Precision, placement: Placement) -> str | None:
@@ -63,19 +65,46 @@ class Judge(Record, frozen=True, kw_only=True):
             return gguf.refusal(precision, placement)
         if packed is not None:
             return packed.refusal(precision)
-        if precision.scheme is not None and not self.machine.gpus:
-            return self._unpackable(SCHEMES[precision.scheme])
+        if precision.scheme is not None:
+            scheme, off_gpu = SCHEMES[precision.scheme], not self.machine.gpus or "gpu" not in placement.devices
+            why = self._passed_by(scheme) or (self._unpackable(scheme) if off_gpu else None)
+            if why is not None:
+                return why
         if precision.requires_checkpoint is not None:
             return f"needs {with_article(precision.requires_checkpoint)} checkpoint, and this one is {self.spec.stored_dtype}"
         return None
 
+    def _passed_by(self, scheme: Scheme) -> str | None:
+        """Say that a library replaces no Linear of a model, as it goes by the class of a module, or that the model passes it by."""
+        found = self.spec.skeleton
+        taken = _TAKES_WEIGHTS.get(found.model_class)
+        if taken is not None and scheme.library == "bitsandbytes":
+            return f"{found.model_class} multiplies by the weight of {taken} itself, which {scheme.library} packs"
+        if scheme.derived or scheme.experts or any(weight.quantizes for weight, _ in found.tally):
+            return None
+        return (
+            f"{scheme.library} packs torch's own Linear, and {found.model_class} has none beside its head: all would stay as it is"
+        )
+
     def _unpackable(self, scheme: Scheme) -> str | None:
-        """Say which weight a scheme cannot pack for a processor; transformers would end with an error of torch's."""
-        for weight, _ in self.spec.skeleton.tally:
+        """Say what a scheme cannot pack or multiply on a processor; the libraries would end with an error of torch's."""
+        found = self.spec.skeleton
+        if scheme.flat and any(one.expanded for one in found.attention):
+            what = f"{scheme.library} multiplies its int8 on processors with rows of tokens alone"
+            return f"{what}, and the latent attention of {found.model_class} has rows for each head: take another precision"
+        for weight, _ in found.tally:
             if weight.quantizes and weight.tensor.shape[0] % scheme.rows:
                 outputs = weight.tensor.shape[0]
                 return f"{scheme.library} packs 4 bits for processors in {scheme.rows} outputs, and {weight.path} has {outputs}"
         return None
+
+    def _too_long(self, case: Case) -> str | None:
+        """Say that a model has no position for the last tokens of a case: it looks them up, and would end in an error."""
+        most, load = self.spec.context_length, case.workload
+        if most is None or load.prompt_tokens + load.new_tokens <= most or not self.spec.skeleton.looks_up_positions(most):
+            return None
+        what = f"the model has {most:,} positions, and {load.prompt_tokens:,} + {load.new_tokens:,} tokens need more"
+        return f"{what}: lower --prompt-tokens or --new-tokens"
 
     def verdict(self, case: Case, placement: Placement, expected: Estimate, footprint: Footprint) -> tuple[Verdict, str | None]:
         """Say whether a case fits, and why not or how narrowly."""

@@ -54,12 +54,17 @@ def find_artifacts(places: Iterable[Path]) -> list[Artifact]:
             raise UsageError(f"{given}: there is no such file or directory; name directories, results.jsonl files or zip archives")
         root = given.resolve()
         for path in _below(given):
-            name = clean_text(Path(root.name, path.relative_to(given)).as_posix())
+            name = clean_text(_decodable(Path(root.name, path.relative_to(given)).as_posix()))
             for artifact in _in_file(path, name):
                 found.setdefault(f"{path.resolve()}\0{artifact.member}", artifact)
                 if len(found) > _MOST_FILES:
                     raise StoreError(given, f"holds more than {_MOST_FILES:,} files of results; publish fewer at once")
     return list(found.values())
+
+
+def _decodable(name: str) -> str:
+    """Return the name of a file with a question mark for each byte that is no letter of any encoding known here."""
+    return name.encode(errors="replace").decode()
 
 
 def _below(place: Path) -> Iterator[Path]:

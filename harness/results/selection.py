@@ -25,6 +25,11 @@ def is_sound(result: Result) -> bool:
     return result.outcome is Outcome.OK and _quality(result) not in ("degraded", "broken") and not faults(result)
 
 
+def is_broken(result: Result) -> bool:
+    """Tell whether the weights no longer give sensible answers."""
+    return _quality(result) == "broken"
+
+
 def _quality(result: Result) -> str:
     return result.quality.verdict if result.quality else ""
 
@@ -56,7 +61,7 @@ def best_result(results: Iterable[Result]) -> Result | None:
 
     Of those that are as fast but for what noise may hide, one that nobody disturbed.
     """
-    usable = [result for result in results if result.outcome is Outcome.OK and _quality(result) != "broken"]
+    usable = [result for result in results if result.outcome is Outcome.OK and not is_broken(result)]
     found = [result for result in usable if is_sound(result)] or usable
     fastest = max((_speed(result) for result in found), default=0.0)
     near = [result for result in found if _speed(result) >= _AS_FAST * fastest]

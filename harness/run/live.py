@@ -15,6 +15,7 @@ from harness.core.records import Outcome, Result
 from harness.core.units import format_size
 from harness.measure.sampler import Sample
 from harness.report.page.figures import status
+from harness.results.selection import is_broken
 
 if TYPE_CHECKING:
     from harness.run.runner import Run
@@ -106,6 +107,6 @@ def summary(result: Result) -> str:
     ):
         if key in result.metrics:
             shown.append(form.format(format_metric(key, result.metrics[key])))
-    if result.quality is not None:
+    if result.quality is not None and not is_broken(result):  # the first word says it
         shown.append(result.quality.verdict)
     return "  ".join(shown + (["noisy"] if result.noisy else []))

@@ -274,18 +274,26 @@ def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
     """Sum the weights of the Linear modules by dtype, without the output embedding, which quantizers leave alone.
 
-    Scales are no weights. What replaces a Linear may be none of torch's, and is known by what it multiplies.
+    Scales are no weights. What replaces a Linear may be none of torch's, and is known by what it multiplies. What an architecture
+    derives from Linear, such as a router, says nothing of a quantizer that goes by the class and leaves it.
     """
     by_dtype: dict[str, int] = defaultdict(int)
     head = module.get_output_embeddings()
+    quantized = bool(getattr(module, "is_quantized", False))
     for part in module.modules():
         if (isinstance(part, (torch.nn.Linear, Conv1D)) or hasattr(part, "in_features")) and part is not head:
             packed = getattr(part, "qweight", None)
             weight = packed if isinstance(packed, torch.Tensor) else part.weight  # a parameter, or a buffer
             assert isinstance(weight, torch.Tensor)
             values = max(plain(weight), key=lambda tensor: tensor.nbytes)
+            if quantized and type(weight) is torch.nn.Parameter and _is_derived(part) and values.dtype is module.dtype:
+                continue
             by_dtype[_scheme(weight) or _dtype(values)] += values.numel() * values.element_size()
     return dict(by_dtype)
+
+
+def _is_derived(part: torch.nn.Module) -> bool:
+    return isinstance(part, torch.nn.Linear) and type(part).__module__.startswith("transformers.models.")
 
 
 def _scheme(weight: torch.Tensor) -> str | None:
@@ -373,10 +381,8 @@ def _generate_once(model: Model, request: Generate) -> dict[str, Any]:
 
 
 def pad_id(model: Model) -> int:
-    """Return a token id to pad with: the tokenizer's, else an end-of-text id, else 0."""
-    if model.tokenizer is not None and model.tokenizer.pad_token_id is not None:
-        return int(model.tokenizer.pad_token_id)
+    """Return a token to pad with that the model has: the tokenizer's, else one that ends a text, else 0."""
     end = model.module.generation_config.eos_token_id
-    if isinstance(end, list):
-        end = end[0] if end else None
-    return int(end) if end is not None else 0
+    ends = end if isinstance(end, list) else [end]
+    own = [model.tokenizer.pad_token_id] if model.tokenizer is not None else []
+    return next((token for token in (*own, *ends) if isinstance(token, int) and 0 <= token < model.vocabulary), 0)

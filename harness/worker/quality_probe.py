@@ -18,7 +18,7 @@ from harness.core.records import Answer
 from harness.measure import dialogue, quality
 from harness.measure.dialogue import Dialogue, Tool, Turn, Written
 from harness.measure.protocol import Score
-from harness.worker.model import Model, pad_id
+from harness.worker.model import Model, ModelFault, pad_id
 
 _ANSWER_TOKENS = 12
 # A call with a tool takes many tokens. Weights that come from the disk make them slow, and must not make the case a time-out.
@@ -144,15 +144,32 @@ def in_template(tokenizer: Any, said: Sequence[dict[str, str]]) -> str:
 
     Templates of models that see or hear want a list of parts where others want text; one that is given text ends in an error, or
     leaves it out.
+
+    Raises:
+        ModelFault: it fails with both, or nothing of what is said is in its text.
     """
-    listed = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in said]
-    try:
-        text = str(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
-    except (jinja2.TemplateError, TypeError):
-        return str(tokenizer.apply_chat_template(listed, add_generation_prompt=True, tokenize=False))
-    if said[-1]["content"].strip() in text:
-        return text
-    return str(tokenizer.apply_chat_template(listed, add_generation_prompt=True, tokenize=False))
+    *before, last = said
+    longer = [*before, {**last, "content": f"{last['content']}?"}]
+    texts, fault = [], "leaves out what is said"
+    for form in (list, _in_parts):
+        try:
+            text, other = (str(_put(tokenizer, form(each))) for each in (said, longer))
+        except (jinja2.TemplateError, TypeError) as error:
+            fault = f"fails: {error}"
+        else:
+            texts += [text] if text != other else []
+    if not texts:
+        way = "take the template that belongs to the model, or take it away to ask without"
+        raise ModelFault(f"the chat template of the tokenizer {fault}; {way}")
+    return next((text for text in texts if last["content"].strip() in text), texts[0])
+
+
+def _in_parts(said: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in said]
+
+
+def _put(tokenizer: Any, said: Sequence[dict[str, Any]]) -> Any:
+    return tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
 
 
 def _answer_with_tool(model: Model, asked: Dialogue, tool: Tool) -> Answer | None:
@@ -204,17 +221,23 @@ def _continue(
 def ending_ids(model: Model, ends: Sequence[str]) -> set[int]:
     """Return the tokens that end what a model says: those of its own config, and `ends` of the dialogue that it was taught."""
     own = model.module.generation_config.eos_token_id
-    ids = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
+    ids = [one for one in (own if isinstance(own, list) else [own]) if isinstance(one, int)]
     return {*ids, *(model.tokenizer.convert_tokens_to_ids(end) for end in ends)}
 
 
 def encode_text(model: Model, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Return the inputs of generate for prompts, as one left-padded batch on the model's device."""
-    tokenizer = model.tokenizer
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = pad_id(model)
-    encoded = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-    for row in encoded["input_ids"].tolist():
-        model.known(row)
-    return {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    """Return the inputs of generate for prompts, as one left-padded batch on the model's device.
+
+    Tokenizers pad with tokens that the model may not have, or with none.
+
+    Raises:
+        ModelFault: the tokenizer makes tokens that the model does not have, or none.
+    """
+    special = not model.tokenizer.chat_template
+    rows = [model.known(list(model.tokenizer(prompt, add_special_tokens=special)["input_ids"])) for prompt in prompts]
+    longest, pad = max(map(len, rows)), pad_id(model)
+    if not all(rows):
+        raise ModelFault("the tokenizer makes no token of a question: take the one that belongs to the weights, or take it away")
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids, device=model.device), "attention_mask": torch.tensor(mask, device=model.device)}

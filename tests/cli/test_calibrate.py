@@ -129,6 +129,14 @@ def test_what_was_kept_for_other_constants_is_said_and_does_not_count(here: Mach
     assert "calibrate again" in (constants(None, here).note or "")
 
 
+@pytest.mark.parametrize(("measured", "whole"), [(0.0, 0.1), (0.1, 0.0), (-1.0, 0.1), (1e300, 1e-300)])
+def test_a_figure_that_cannot_be_one_corrects_nothing(here: Machine, measured: float, whole: float) -> None:
+    (kept,) = evidence.observations([ran(here, 2.0)], default().digest)
+    makeup = msgspec.structs.replace(TOKEN, whole=whole)
+    kept_calibration.keep_evidence(here, [msgspec.structs.replace(kept, measured=measured, makeup=makeup)])
+    assert factor(here) == 1.0
+
+
 ELSEWHERE = builders.machine(Tier(name="gpu:0", kind="gpu", model="another card"))
 
 

@@ -205,6 +205,10 @@ def test_what_is_not_given_is_unknown(say: Said) -> None:
         (["--ram=plenty"], ["'plenty' is not a size"]),
         (["--ram="], ["'' is not a size"]),
         (["--disk=-1GiB"], ["is not a size"]),
+        (["--ram=32"], ["--ram: '32' without a unit is 32 bytes: write 32GiB"]),
+        (["--disk=500"], ["--disk: '500' without a unit is 500 bytes: write 500GiB"]),
+        (["--gpu=24"], ["'24' is neither a card nor a size: write 24GiB"]),
+        (["--gpu=192"], ["'192' is neither a card nor a size: write 192GiB"]),
         (["--gpu=4090", "--measure"], ["--measure is for this machine"]),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from harness.core import units
 from harness.core.errors import UsageError
-from harness.core.units import GIB, KIB, MIB, TIB, exact_size, parse_size
+from harness.core.units import GIB, KIB, MIB, TIB, exact_size, parse_capacity, parse_size
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,19 @@ def test_refuses_a_small_b_which_may_mean_bits(text: str, binary: str, decimal: 
 def test_refuses_a_size_that_nothing_has(text: str) -> None:
     with pytest.raises(UsageError, match="out of range"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("32", "32GiB"), (" 8 ", "8GiB"), ("1.5", "1.5GiB"), ("4095", "4095GiB"), ("8192", "8192MiB")]
+)
+def test_a_capacity_is_no_bare_number_that_only_a_slip_can_mean(text: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"without a unit is [0-9,]+ bytes: write {meant}$"):
+        parse_capacity(text)
+
+
+@pytest.mark.parametrize(("text", "size"), [("32GiB", 32 * GIB), ("512B", 512), ("1048576", MIB), ("17179869184", 16 * GIB)])
+def test_a_capacity_with_a_unit_or_of_many_bytes_is_read_as_it_stands(text: str, size: int) -> None:
+    assert parse_capacity(text) == size
 
 
 @given(st.text(max_size=20))

@@ -151,6 +151,8 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
                 assert found.needed_high_bytes <= found.capacity_bytes
         for span in (plan.estimate.load_s, plan.estimate.first_token_s, plan.estimate.decode_tok_s):
             assert 0 < span.low <= span.best <= span.high
+        if plan.needs_checkpoint:
+            continue  # what another form would take is held against real files in tests/strangers
         held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
         kept = estimate.weight_format(
             PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec
@@ -440,12 +442,12 @@ def derived(spec: ModelSpec) -> ModelSpec:
 def test_a_model_of_which_nothing_is_quantized_is_as_fast_as_in_its_dtype(bf16: bool | None) -> None:
     spec = derived(model_spec.read_spec(resolve.resolve("qwen2.5-7b-instruct")))
     machine = replace(profile([], ram=64 * GIB), avx512_bf16=bf16)
-    plans = planner(spec, machine).plans(
-        [case(f"{precision}/cpu", spec) for precision in ("bf16", "int8", "int4", "fp4", "nf4-dq")]
-    )
-    speeds = {plan.case.precision: plan.estimate.decode_tok_s.best for plan in plans if plan.estimate}
-    assert speeds.keys() >= {"bf16", "int4", "nf4-dq"}
-    assert speeds["int4"] == speeds["nf4-dq"] == pytest.approx(speeds["bf16"])
+    speeds = []
+    for quantizer in (None, "int8", "int4", "fp4", "nf4-dq"):
+        kept = Inventory(spec, WeightFormat(dtype="bfloat16", quantizer=quantizer))
+        count = Footprint(kept, "cpu", Workload(), default())
+        speeds.append(estimate.estimate(count, quantizer or "bf16", machine).decode_tok_s)
+    assert speeds == speeds[:1] * 5
 
 
 def test_every_row_that_names_constants_has_them_all() -> None:

@@ -63,6 +63,14 @@ def test_what_others_read_tells_no_directory_of_the_user(tmp_path: Path, monkeyp
     assert names(tmp_path / "home/alice-b/runs") == ["runs/results.jsonl"]
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are text there")
+def test_a_name_that_is_no_text_can_be_published(tmp_path: Path) -> None:
+    kept(tmp_path / os.fsdecode(b"gpu-\xff") / "results.jsonl")
+    (artifact,) = collect.find_artifacts([tmp_path])
+    assert artifact.name.encode().endswith(b"/gpu-?/results.jsonl")
+    assert [one for _, one in collect.read(artifact) if isinstance(one, Result)]
+
+
 def test_a_place_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such file or directory; name directories"):
         collect.find_artifacts([tmp_path / "none"])

@@ -223,3 +223,10 @@ def test_the_command_gives_back_what_was_changed(option: Option) -> None:
 def test_the_command_repeats_what_the_file_said_too(tmp_path: Path) -> None:
     options = from_file(tmp_path, "batch = 2\nrun-all = true\nresults = 'elsewhere'\nprecision = 'int4'")
     assert options.command() == "--batch 2 --run-all"
+
+
+@pytest.mark.parametrize("name", ["ram", "vram"])
+def test_a_memory_without_a_unit_is_refused_with_the_way_out(name: str) -> None:
+    option = next(option for option in OPTIONS if option.name == name)
+    with pytest.raises(UsageError, match=f"--{name}: '32' without a unit is 32 bytes: write 32GiB"):
+        Options(given={option.key: ["32"] if option.repeat else "32"})

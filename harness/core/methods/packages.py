@@ -46,7 +46,7 @@ def lacking(modules: Sequence[str]) -> tuple[str, ...]:
 
 def how_to_install(modules: Sequence[str], extra: str | None = None) -> str:
     """Name packages and the command that installs them; an extra of ours brings them all."""
-    names = [name_of(module) for module in modules]
+    names = [pip_name(module) for module in modules]
     wanted = f"fitmatrix[{extra}]" if extra else quoted([REQUIREMENTS.get(module, module) for module in modules])
     return f"{' and '.join(names)}: pip install {wanted}"
 
@@ -56,7 +56,7 @@ def asked_of_pip(modules: Sequence[str]) -> list[str]:
     return [REQUIREMENTS.get(module, module) for module in modules if module not in BUNDLED]
 
 
-def name_of(module: str) -> str:
+def pip_name(module: str) -> str:
     """Return the name of the package that a module is in, as pip knows it."""
     return re.split(r"[\[<>=]", REQUIREMENTS.get(module, module))[0].rpartition("/")[2]
 

@@ -52,7 +52,7 @@ class Loading(NamedTuple):
     expandable: bool = False  #: whether torch's allocator uses expandable segments
 
 
-PLAIN = Loading()
+PLAIN_LOADING = Loading()
 
 
 class Footprint:
@@ -67,7 +67,7 @@ class Footprint:
         tiers: Mapping[str, str] | str,
         workload: Workload,
         calibration: Calibration,
-        loading: Loading = PLAIN,
+        loading: Loading = PLAIN_LOADING,
     ) -> None:
         self.inventory, self.tiers, self.workload, self.calibration, self.loading = inventory, tiers, workload, calibration, loading
         self.fmt, self.skeleton, self.spec = inventory.fmt, inventory.skeleton, inventory.spec

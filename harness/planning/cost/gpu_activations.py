@@ -7,10 +7,10 @@ from functools import cached_property
 from harness.architecture import traces
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.traced_memory import Gaps, TracedMemory, TracedPeak, evaluate
-from harness.catalog.wheel_cache import cache_dir
 from harness.core.errors import UsageError
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Workload
+from harness.machine.cache import cache_dir
 from harness.planning.cost.activations import Activations
 from harness.planning.cost.memory import WeightFormat
 

@@ -117,14 +117,6 @@ class Inventory:
         return sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes)
 
     @cached_property
-    def is_quantized(self) -> bool:
-        """Whether the format leaves any weight in fewer bits: bitsandbytes takes none of a model whose Linear are its own class."""
-        scheme, kinds = self.fmt.quantizer, self.skeleton.kinds
-        if scheme is None:
-            return self.fmt.unpacking is None or self.quantizable > 0
-        return any(memory.narrows(w, scheme, part.block) for kind in kinds for part in kind.inside for w in part.weights)
-
-    @cached_property
     def largest(self) -> int:
         """Bytes of the largest tensor in memory."""
         return max(self.sizes.values(), default=0)

@@ -93,7 +93,7 @@ def _use(best: Cell) -> str:
 
 
 def _nothing(cells: Sequence[Cell]) -> str:
-    broken = sum(cell.status.look == "works" for cell in cells)
-    words = Counter("answers broken" if cell.status.look == "works" else cell.status.word for cell in cells)
+    broken = any(cell.status.look == "broken" for cell in cells)
+    words = Counter(cell.status.word for cell in cells)
     ends = ", ".join(f"{count:,} × {word}" for word, count in words.items())
     return f"{'Nothing gives sound answers' if broken else 'Nothing works'}: {ends}."

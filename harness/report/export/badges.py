@@ -104,7 +104,7 @@ def _said(answer: PublishedAnswer, size: _Size) -> tuple[str, str]:
     if answer.best:
         return f"{answer.best.result.case.precision} in RAM only{_figures(answer.best, size)}", _DOUBTFUL
     looks = {cell.status.look for cell in answer.cells}
-    if "works" in looks:
+    if "broken" in looks:
         return f"answers broken on {size.text}", _BAD
     if looks & {"too-big", "oom"}:
         return f"does not fit {size.text}", _BAD

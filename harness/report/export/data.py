@@ -20,7 +20,7 @@ from harness.core.metrics import METRICS
 from harness.core.records import Result, Workload
 from harness.core.text import line
 from harness.report.export.answers import PublishedAnswer, answers
-from harness.report.page.figures import predictions
+from harness.report.page.figures import predictions, status
 from harness.report.page.view import blocks
 from harness.results import selection
 
@@ -94,6 +94,7 @@ def _case(result: Result) -> dict[str, Any]:
         **{name: getattr(result.case, name) for name in _CASE},
         "machine": result.machine.name,
         **{name: getattr(result, name) for name in _RESULT},
+        "status": status(result).word,
         "quality": quality.verdict if quality else None,
         "quality_why": quality.why if quality else None,
     }
@@ -120,6 +121,7 @@ COLUMNS = (
     *METRICS,
     *(f"predicted_{key}" for key in _PREDICTED),
     *_VERSIONS,
+    "status",
 )
 
 
@@ -149,6 +151,7 @@ def _row(result: Result) -> Iterator[tuple[str, object]]:
     expected = predictions(result.estimate) if result.estimate else {}
     yield from ((f"predicted_{key}", span.best) for key, span in expected.items())
     yield from ((name, result.environment.get(name)) for name in _VERSIONS)
+    yield "status", status(result).word
 
 
 # What a spreadsheet takes for a formula when it begins a cell, in both widths (OWASP, CSV injection).

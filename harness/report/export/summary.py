@@ -17,7 +17,15 @@ MOST_SUMMARY_BYTES = 1_000_000
 _NAME, _REASON, _FACTS = 120, 300, 1000
 _MOST_REASONS = 30
 # Beside the word, so that a wide table is read at a glance.
-_ICONS: Mapping[str, str] = {"works": "✅", "oom": "❌", "timeout": "⏱️", "crash": "💥", "too-big": "❌"}
+_ICONS: Mapping[str, str] = {
+    "works": "✅",
+    "broken": "⚠️",
+    "fault": "⚠️",
+    "oom": "❌",
+    "timeout": "⏱️",
+    "crash": "💥",
+    "too-big": "❌",
+}
 
 
 def render_summary(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
@@ -101,8 +109,7 @@ def _column(cells: Iterable[Cell | None]) -> str:
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    unsound = cell.status.look == "works" and (cell.quality == "broken" or cell.faults)
-    icon = "⚠️" if unsound else _ICONS.get(cell.status.look, "")
+    icon = _ICONS.get(cell.status.look, "")
     word = f"**{cell.status.word}** ⭐" if cell.best else cell.status.word
     return "<br>".join(filter(None, [f"{icon} {word}".strip(), *map(escaped, _figures(cell))]))
 
@@ -112,10 +119,10 @@ def _figures(cell: Cell) -> Iterator[str]:
         yield f"needs {cell.memory.peak.text}, {cell.memory.capacity.text} {cell.memory.kind} free"
     elif cell.memory:
         yield held(cell)
-    if cell.status.look != "works":
+    if not cell.status.measured:
         return
     yield speed(cell) if cell.speed.value else ""
-    yield f"answers {cell.quality}" if cell.quality in ("degraded", "broken") else ""
+    yield f"answers {cell.quality}" if cell.quality == "degraded" else ""
     yield f"{plural(len(cell.faults), 'check')} failed" if cell.faults else ""
 
 
@@ -130,18 +137,22 @@ def _unmeasured(matrix: Matrix) -> list[str]:
 
 def _failed(matrix: Matrix) -> list[str]:
     """Fold what ran and did not work, or not as it should."""
-    cells = [cell for cell in every(matrix) if cell.ran and (cell.status.look != "works" or cell.faults)]
+    cells = [cell for cell in every(matrix) if cell.ran and cell.status.look != "works"]
     return folded(f"{plural(len(cells), 'case')} ran but did not work, or failed a check", _reasons(cells)) if cells else []
 
 
 def _reasons(cells: Iterable[Cell]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for cell in cells:
-        said = "; ".join(filter(None, (cell.result.why, *cell.faults))) or cell.status.word
+        said = "; ".join(filter(None, (cell.result.why, *cell.faults, _broken(cell)))) or cell.status.word
         by_reason.setdefault(said, []).append(f"{cell.result.case.precision}/{cell.result.case.place}")
     lines = [f"- {', '.join(code(name, _NAME) for name in names)}: {escaped(said, _REASON)}" for said, names in by_reason.items()]
     more = len(lines) - _MOST_REASONS
     return [*lines[:_MOST_REASONS], f"- and {plural(more, 'other reason')}"] if more > 0 else lines
+
+
+def _broken(cell: Cell) -> str:
+    return cell.result.quality.why if cell.result.quality and cell.status.look == "broken" else ""
 
 
 def _code(matrix: Matrix) -> list[str]:

@@ -13,7 +13,7 @@ from harness.core.metrics import METRICS, format_metric
 from harness.core.records import Estimate, Outcome, Result, Span, TierEstimate, Verdict
 from harness.core.text import plural, visible
 from harness.report.page import charts
-from harness.results.selection import ran
+from harness.results.selection import faults, is_broken, ran
 
 DASH = "–"
 
@@ -23,6 +23,11 @@ class Status(msgspec.Struct, frozen=True):
 
     word: str
     look: str
+
+    @property
+    def measured(self) -> bool:
+        """Whether the case came to its end, so that it has all its figures, sound or not."""
+        return self in (_ENDED[Outcome.OK], _BROKEN, _FAULT)
 
 
 _ENDED: Mapping[Outcome, Status] = {
@@ -38,7 +43,9 @@ _NOT_RUN: Mapping[Verdict, Status] = {
     Verdict.UNAVAILABLE: Status("unavailable", "unavailable"),
 }
 _SKIPPED = Status("skipped", "skipped")
-STATUSES = (*_ENDED.values(), *_NOT_RUN.values(), _SKIPPED)
+# What came to its end, and is not what was asked for.
+_BROKEN, _FAULT = Status("answers broken", "broken"), Status("check failed", "fault")
+STATUSES = (_ENDED[Outcome.OK], _BROKEN, _FAULT, *tuple(_ENDED.values())[1:], *_NOT_RUN.values(), _SKIPPED)
 
 PLANNED: Mapping[Verdict, str] = {
     Verdict.FITS: "fits",
@@ -51,8 +58,12 @@ PLANNED: Mapping[Verdict, str] = {
 
 
 def status(result: Result) -> Status:
-    """Say how a case ended, or why it was not run."""
-    return _ENDED[result.outcome] if ran(result) else _NOT_RUN.get(result.verdict, _SKIPPED)
+    """Say how a case ended, or why it was not run; "works" is what loaded as asked for and still answers."""
+    if not ran(result):
+        return _NOT_RUN.get(result.verdict, _SKIPPED)
+    if result.outcome is Outcome.OK and is_broken(result):
+        return _BROKEN
+    return _FAULT if result.outcome is Outcome.OK and faults(result) else _ENDED[result.outcome]
 
 
 def surprise(result: Result) -> str:

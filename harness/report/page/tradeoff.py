@@ -112,7 +112,7 @@ def name(cell: Cell) -> str:
 
 
 def _point(cell: Cell) -> Point | None:
-    if cell.status.look != "works" or not cell.memory or cell.memory.predicted:
+    if not cell.status.measured or not cell.memory or cell.memory.predicted:
         return None
     size, speed = cell.memory.peak.number, cell.speed.number
     if not is_drawable(size) or not is_drawable(speed):

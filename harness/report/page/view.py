@@ -318,7 +318,7 @@ def _nearest(cells: Sequence[Cell]) -> Cell | None:
 
 def _sentence(cells: Sequence[Cell]) -> str:
     """Say in words that nothing can be recommended, and how the cases ended."""
-    broken = sum(cell.status.look == "works" for cell in cells)
+    broken = sum(cell.status.look == "broken" for cell in cells)
     if broken:
         return f"{plural(broken, 'case')} can be loaded here, but the answers are broken."
     ends = [f"{count:,} × {entry.word}" for entry, count in _counts(cells)]

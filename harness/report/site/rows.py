@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from harness.core import units
 from harness.core.placements import PLACEMENTS
-from harness.core.records import Outcome, Result
+from harness.core.records import Result
 from harness.core.units import GIB
 from harness.report.page.figures import Figure, MemoryFigure, Status, memory, metric, status
 from harness.results import selection
@@ -101,7 +101,7 @@ class Row:
 
     @property
     def works(self) -> bool:
-        return self.result.outcome is Outcome.OK
+        return self.status.look == "works"
 
     @property
     def way(self) -> str:

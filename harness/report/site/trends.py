@@ -47,7 +47,7 @@ class Trend:
 def trends_of(rows: Iterable[Row]) -> tuple[Trend, ...]:
     """Find the cases that ran in several environments: first those that work no more, then the largest changes of speed."""
     by_case = grouped(
-        (row for row in rows if row.status.look in ("works", "oom", "timeout", "crash")),
+        (row for row in rows if row.status.measured or row.status.look in ("oom", "timeout", "crash")),
         lambda row: (row.machine, row.result.case, row.result.weights),
     )
     found = [trend for group in by_case.values() if (trend := _trend(group))]

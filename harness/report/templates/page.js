@@ -87,7 +87,8 @@
         this.link = link;
         this.look = looks.find((look) => look.startsWith("s-")).slice(2);
         this.planned = looks.includes("plan");
-        this.sound = this.look === "works" && !looks.includes("unsound");
+        this.measured = this.look === "works" || looks.includes("unsound");
+        this.sound = this.look === "works";
       }
       figure(key) {
         return Number(one(`data[data-key${key}]`, this.cell)?.value ?? NaN);
@@ -96,11 +97,11 @@
         return this.link.getAttribute("href").slice(1);
       }
       get speed() {
-        return (this.tokens ??= this.look === "works" ? this.figure("=decode_tok_s") : NaN);
+        return (this.tokens ??= this.measured ? this.figure("=decode_tok_s") : NaN);
       }
       // What ran out of memory or time took less than it needs.
       get need() {
-        return (this.bytes ??= this.planned ? this.figure("=needed_bytes") : this.look === "works" ? this.figure("$=_peak_bytes") : NaN);
+        return (this.bytes ??= this.planned ? this.figure("=needed_bytes") : this.measured ? this.figure("$=_peak_bytes") : NaN);
       }
       get place() {
         return tongue.inEnglish(this.link, "aria-label")?.split(", ").at(-1) ?? one("span", this.cell).textContent;

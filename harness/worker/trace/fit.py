@@ -115,7 +115,7 @@ class Moments(NamedTuple):
 
 def moments(one: Pass, polynomials: Array, kinds: Sequence[int]) -> Moments:
     """Follow a pass and note what is alive after each storage is made, without the KV cache that belongs to the place."""
-    apart = _cache_at(*kv_cache_of(one, polynomials, bool(kinds)))
+    apart = _cache_at(*cached_bytes(one, polynomials, bool(kinds)))
     after = max(apart)
     plain, extra = polynomials[: one.held].sum(axis=0), defaultdict[str, Array](lambda: np.zeros(6))
     found: list[tuple[int, Array, str | None, Array, int]] = []
@@ -138,7 +138,7 @@ def moments(one: Pass, polynomials: Array, kinds: Sequence[int]) -> Moments:
     return Moments(list(places), np.array(nbytes), list(conditions), np.array(extras), list(steps))
 
 
-def kv_cache_of(one: Pass, polynomials: Array, by_layer: bool) -> tuple[Array, Array]:
+def cached_bytes(one: Pass, polynomials: Array, by_layer: bool) -> tuple[Array, Array]:
     """Return the KV cache before and after a pass [layers, 6]; as that of one layer where it is not kept by layer."""
     before, after = (
         np.array([polynomials[list(layer)].sum(axis=0) for layer in side]).reshape(-1, 6) for side in (one.before, one.cached)

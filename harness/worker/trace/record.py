@@ -35,7 +35,7 @@ from harness.architecture.traced_memory import (
 from harness.core.precisions import PRECISIONS
 from harness.worker.trace import fake_model, kernels, reserve, workload
 from harness.worker.trace.fake_model import Layers
-from harness.worker.trace.fit import Pass, TracedPoint, fit, kv_cache_of, moments, passes_of, row, tidy, worst
+from harness.worker.trace.fit import Pass, TracedPoint, cached_bytes, fit, moments, passes_of, row, tidy, worst
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
 from harness.worker.trace.whole import stand_ins
 
@@ -173,7 +173,7 @@ class Recorder:
         found = moments(one, polynomials, self._kinds)
         grid = [(batch, length) for batch in _spread(*batches, most=256) for length in _spread(*lengths, most=1 << 18)]
         rows = tuple(row(one, polynomials, found, index, self.names, self._numbers) for index in worst(found, grid))
-        before, cached = (self._by_kind(side) for side in kv_cache_of(one, polynomials, bool(self._kinds)))
+        before, cached = (self._by_kind(side) for side in cached_bytes(one, polynomials, bool(self._kinds)))
         return Regime(lengths=lengths, batches=batches, before=before, cached=cached, rows=rows)
 
     def _by_kind(self, cache: Any) -> tuple[Polynomial, ...]:
