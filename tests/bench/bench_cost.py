@@ -6,6 +6,7 @@ Run by `tox run -e bench` on a quiet machine; its report shows the limits beside
 from __future__ import annotations
 
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -17,11 +18,14 @@ from tempfile import TemporaryDirectory
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.catalog import download
+from harness.catalog import download, resolve
+from harness.catalog.shipped import catalog
 from harness.checkpoint import reader
+from harness.cli.plan_args import PlanQuestion, advise_on
 from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Case, Plan, Workload
 from harness.machine import probe
+from harness.machine.gpus import profile
 from harness.planning.feasibility import decide
 from harness.run import forkserver, worker_process
 from harness.run.case_result import CaseModel, RunContext
@@ -171,3 +175,40 @@ def test_whole_default_matrix(benchmark: BenchmarkFixture, figures: list[Figure]
     wall, ran = found[0]
     figures.append(Figure(what=f"the default matrix, {ran} cases", found=f"{wall:.0f} s", wanted="150 s"))
     assert wall <= 150
+
+
+CARDS = ("RTX 4090", "T4", "H100 SXM5 80GB")
+
+
+def test_plans_of_the_catalog(benchmark: BenchmarkFixture, figures: list[Figure]) -> None:
+    """150 models on three cards, every default precision and placement, in one process: seconds of the processor."""
+    machines = [profile([card]) for card in CARDS]
+    sources = [resolve.resolve(name) for name in sorted(catalog())[:150]]
+    assert len(sources) == 150
+    spent: list[float] = []
+
+    def once() -> None:
+        begun = time.process_time()
+        for source in sources:
+            assert all(advise_on(source, machine, Workload(), PlanQuestion(), None).plans for machine in machines)
+        spent.append(time.process_time() - begun)
+
+    benchmark.pedantic(once, rounds=1)
+    figures.append(Figure(what="plans of 150 models on 3 cards", found=f"{spent[0]:.1f} s", wanted="4 s"))
+    assert spent[0] <= 4
+
+
+def test_one_plan_from_a_cold_start(benchmark: BenchmarkFixture, figures: list[Figure]) -> None:
+    """`fitmatrix plan` of a model of the catalog, the interpreter's start included: seconds of the processor."""
+    spent: list[float] = []
+
+    def once() -> None:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "harness", "plan", "qwen2.5-7b-instruct", "--gpu", CARDS[0]]
+        subprocess.run(command, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+    benchmark.pedantic(once, rounds=5)
+    figures.append(Figure(what="one plan from a cold start", found=f"{statistics.median(spent):.2f} s", wanted="0.3 s"))
+    assert statistics.median(spent) <= 0.3

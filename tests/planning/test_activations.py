@@ -159,3 +159,13 @@ def test_a_trace_that_fails_leaves_the_formulas_and_one_sentence(
     main(["plan", "baichuan2-7b-chat", "--gpu", "24GiB", "--ram", "64GiB", "--explain", "bf16/direct"])
     said = "Activations are computed by formulas: no trace for model_type 'baichuan' in bf16: transformers did not answer in 300 s."
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("prompt", "batch", "traced"), [(256, 1, 13432320), (2048, 1, 533255680), (1024, 4, 567363072)])
+def test_cards_before_flash_write_attention_out_where_heads_are_grouped(prompt: int, batch: int, traced: int) -> None:
+    """Qwen2.5 0.5B in float16 on a T4 (7.5), traced on fake tensors beside weights and cache."""
+    found = spec("qwen2.5-0.5b-instruct")
+    fmt = estimate.weight_format(PRECISIONS["fp16"], "float16", found)
+    workload = Workload(prompt_tokens=prompt, new_tokens=2, batch=batch)
+    assert Activations(found.skeleton, fmt, "gpu", flash=False).bytes(workload) == pytest.approx(traced, rel=0.02)
+    assert Activations(found.skeleton, fmt, "gpu").bytes(workload) < traced * 0.8

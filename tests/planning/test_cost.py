@@ -17,6 +17,7 @@ from harness.checkpoint.reader import read
 from harness.core.errors import CheckpointError
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
+from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Case, Machine, Plan, Tier, TierEstimate, Verdict, Workload
 from harness.core.units import GIB, MIB
 from harness.machine.gpus import profile
@@ -425,3 +426,37 @@ def test_own_dispatch_holds_a_file_whole_that_is_no_safetensors() -> None:
     assert several.anon_bytes > several.weights_bytes + GIB
     mapped = tier(planner(spec, card).plan(case("fp16/gpu+cpu", spec)), "cpu")
     assert mapped.anon_bytes < GIB
+
+
+# ---- what a quantizer leaves as it is ---------------------------------------------------------------------------------
+
+
+def derived(spec: ModelSpec) -> ModelSpec:
+    """Return a model whose Linear are of a class of its own, as Falcon's are: bitsandbytes takes exactly Linear."""
+    skeleton = spec.skeleton
+    blocks = [replace(one, class_name="FalconLinear", linear=None) if one.linear else one for one in skeleton.blocks]
+    return replace(spec, skeleton=replace(skeleton, blocks=type(skeleton.blocks)(blocks)))
+
+
+@pytest.mark.parametrize("bf16", [True, False, None])
+def test_a_model_of_which_nothing_is_quantized_is_as_fast_as_in_its_dtype(bf16: bool | None) -> None:
+    spec = derived(model_spec.read_spec(resolve.resolve("qwen2.5-7b-instruct")))
+    machine = replace(profile([], ram=64 * GIB), avx512_bf16=bf16)
+    speeds = []
+    for quantizer in (None, "int8", "int4", "fp4", "nf4-dq"):
+        kept = Inventory(spec, WeightFormat(dtype="bfloat16", quantizer=quantizer))
+        count = Footprint(kept, "cpu", Workload(), default())
+        speeds.append(estimate.estimate(count, quantizer or "bf16", machine).decode_tok_s)
+    assert speeds == speeds[:1] * 5
+
+
+def test_every_row_that_names_constants_has_them_all() -> None:
+    """What a scheme or an unpacking is `like` names constants of speed in `calibration.toml`: none may be missing."""
+    stored = [one.like for one in UNPACKINGS.values()]
+    unpacked = [*stored, "int4_unpacked"]
+    packed = {one.like for one in SCHEMES.values()}
+    wanted = {f"cpu_operations_per_linear_{like}" for like in (*packed, *unpacked)}
+    wanted |= {f"gpu_operations_per_linear_{like}" for like in (*packed, *stored)}
+    wanted |= {f"ram_bandwidth_share_{like}" for like in packed}
+    wanted |= {f"unpacked_elements_per_core_s_{like}" for like in unpacked}
+    assert wanted <= default().constants.keys()

@@ -32,9 +32,12 @@ _INDICES_BYTES = 24  # a token's id, position and mask, 8 bytes each
 
 
 class Activations:
-    """The activations of one model in one weight format on one kind of device ("gpu" or "cpu")."""
+    """The activations of one model in one weight format on one kind of device ("gpu" or "cpu"), which may have flash attention."""
 
-    def __init__(self, skeleton: Skeleton, fmt: WeightFormat, device: str, product: PackedProduct | None = None) -> None:
+    def __init__(
+        self, skeleton: Skeleton, fmt: WeightFormat, device: str, product: PackedProduct | None = None, *, flash: bool = True
+    ) -> None:
+        self._flash = flash and fmt.element_bytes < 4
         self.skeleton, self.device, self.element, self._product = skeleton, device, fmt.element_bytes, product
         self._fmt = fmt
         self.hidden, self.inner, self.heads = skeleton.hidden_size, skeleton.intermediate_size, skeleton.heads
@@ -203,13 +206,15 @@ class Activations:
         """Return the bytes of attention written out: scores, their softmax in float32, its copy in the dtype.
 
         A GPU casts float16 inside the softmax (4 + 2 e bytes a score), bfloat16 before it (10); GPT-OSS stays in the dtype (3 e).
-        SDPA in float32 writes attention out as well where heads are grouped and no mask makes transformers repeat them: flash takes
-        16 bits alone, memory-efficient attention no groups (ATen's sdp_utils.cpp). Its causal mask is one for all.
+        SDPA writes attention out as well, in float32, where heads are grouped and no mask makes transformers repeat them: flash
+        takes 16 bits and no card before 8.0, memory-efficient attention no groups (ATen's sdp_utils.cpp). Its mask is one for
+        all; keys are repeated, and of 16 bits queries and values cast as well.
         """
         if not self.skeleton.eager:
             plain = not self._prefix and any(window is None or prompt < window for window in self._windows)
-            written_out = self._grouped and self.element == 4 and self.device == "gpu" and plain
-            return (2 * batch * self.heads + 1) * prompt * prompt * 4 if written_out else 0
+            written_out = self._grouped and not self._flash and self.device == "gpu" and plain
+            copies = batch * prompt * self.heads * self._head_dim * (1 if self.element == 4 else 3)
+            return ((2 * batch * self.heads + 1) * prompt * prompt + copies) * 4 if written_out else 0
         if self.skeleton.model_type in PLAIN_SOFTMAX:
             each = 3 * self.element
         elif self.element == 4:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from harness.architecture import traces
-from harness.architecture.card_kernels import kernels_of
+from harness.architecture.card_kernels import FLASH_SINCE, kernels_of
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.traced_memory import Gaps, TracedMemory, TracedPeak, evaluate
 from harness.core.errors import UsageError
@@ -32,7 +32,8 @@ class GpuActivations:
     def __init__(self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None) -> None:
         self._config, self._fmt, self._capability, self._spec = spec.config, fmt, capability, spec
         self.product = self._product()
-        self._formulas = Activations(spec.skeleton, fmt, "gpu", self.product)
+        flash = kernels_of(capability).capability >= FLASH_SINCE
+        self._formulas = Activations(spec.skeleton, fmt, "gpu", self.product, flash=flash)
         self._built: TracedMemory | None = None
         self._bytes: dict[Workload, int] = {}
         self.why_formulas = _NOT_TRACED

@@ -5,7 +5,9 @@ from __future__ import annotations
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Machine, Record
 from harness.planning.calibration import device_of
+from harness.planning.cost import memory
 from harness.planning.cost.footprint import Footprint
+from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
 
@@ -38,11 +40,14 @@ class TokenWork(Record, frozen=True, kw_only=True):
 def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenWork:
     """Count what a case does: bytes to read, weights to multiply, tensors to open."""
     inventory, in_ram, gguf = footprint.inventory, footprint.sums.get("cpu"), footprint.spec.gguf
-    anew = not footprint.gpus and multiplies_4bit_in_ram(footprint.fmt) and machine.fuses_4bit is False
+    anew = (
+        not footprint.gpus and multiplies_4bit_in_ram(footprint.fmt) and machine.fuses_4bit is False and inventory.quantizable > 0
+    )
+    like = constants_like(footprint.fmt) if _is_quantized(inventory) else None
     return TokenWork(
         device=device_of(footprint.weights),
         precision=precision,
-        like=f"{constants_like(footprint.fmt)}_unpacked" if anew else constants_like(footprint.fmt),
+        like=f"{like}_unpacked" if anew else like,
         dtype=footprint.fmt.dtype,
         read={
             # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
@@ -62,6 +67,15 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         anew=inventory.quantizable if anew or footprint.fmt.unpacking else 0,
         to_gpu_bytes=sum(footprint.weights[gpu] for gpu in footprint.gpus),
     )
+
+
+def _is_quantized(inventory: Inventory) -> bool:
+    """Say whether the format leaves any weight in fewer bits: a scheme may take none, as the classes of the modules are."""
+    scheme = inventory.fmt.quantizer
+    if scheme is None:
+        return inventory.fmt.unpacking is None or inventory.quantizable > 0
+    inside = (part for kind in inventory.skeleton.kinds for part in kind.inside)
+    return any(memory.narrows(weight, scheme, part.block) for part in inside for weight in part.weights)
 
 
 def multiplies_4bit_in_ram(fmt: WeightFormat) -> bool:

@@ -20,11 +20,12 @@ from unittest import mock
 
 import torch
 from torch import nn
-from transformers import FineGrainedFP8Config, Mxfp4Config
+from transformers import FineGrainedFP8Config
 from transformers.integrations import finegrained_fp8, hub_kernels, mxfp4
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import Mxfp4Config
 
 from harness.architecture.card_kernels import CardKernels
 from harness.core.methods.kernels import TILE_STEP, PackedKernel, PackedScheme, kernel_for, scheme_of
