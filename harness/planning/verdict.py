@@ -56,7 +56,7 @@ class Judge(Record, frozen=True, kw_only=True):
         alone = ranks > 1 and tensor_parallel.refusal(self.spec.skeleton, ranks, "GPUs" if gpus else "processes")
         if alone:
             return Verdict.INVALID, alone
-        why = self._too_long(case) or self._precision_refusal(PRECISIONS[case.precision], placement)
+        why = self._precision_refusal(PRECISIONS[case.precision], placement)
         return (Verdict.INVALID, why) if why else None
 
     def _precision_refusal(self, precision: Precision, placement: Placement) -> str | None:
@@ -98,14 +98,6 @@ class Judge(Record, frozen=True, kw_only=True):
                 return f"{scheme.library} packs 4 bits for processors in {scheme.rows} outputs, and {weight.path} has {outputs}"
         return None
 
-    def _too_long(self, case: Case) -> str | None:
-        """Say that a model has no position for the last tokens of a case: it looks them up, and would end in an error."""
-        most, load = self.spec.context_length, case.workload
-        if most is None or load.prompt_tokens + load.new_tokens <= most or not self.spec.skeleton.looks_up_positions(most):
-            return None
-        what = f"the model has {most:,} positions, and {load.prompt_tokens:,} + {load.new_tokens:,} tokens need more"
-        return f"{what}: lower --prompt-tokens or --new-tokens"
-
     def verdict(self, case: Case, placement: Placement, expected: Estimate, footprint: Footprint) -> tuple[Verdict, str | None]:
         """Say whether a case fits, and why not or how narrowly."""
         refused = self._spill_refusal(self.spec.adapted(PRECISIONS[case.precision]), placement, footprint)
@@ -133,7 +125,8 @@ class Judge(Record, frozen=True, kw_only=True):
         asked = (
             f"{load.prompt_tokens + load.new_tokens:,} tokens are asked for ({load.prompt_tokens:,} in, {load.new_tokens:,} out)"
         )
-        return Verdict.INVALID, f"{self.spec.name} has a context of {most:,} tokens, and {asked}: ask for {most:,} at most."
+        ends = " and no positions beyond" if self.spec.skeleton.looks_up_positions(most) else ""
+        return Verdict.INVALID, f"{self.spec.name} has a context of {most:,} tokens{ends}, and {asked}: ask for {most:,} at most."
 
     def _spill_refusal(self, precision: Precision, placement: Placement, footprint: Footprint) -> str | None:
         """Say why weights must not lie where this case would spill them."""
