@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
+from functools import lru_cache
 
 from harness.core.methods.packages import how_to_install, lacking
 from harness.core.placements import PLACEMENTS, distinct
@@ -31,14 +32,17 @@ def nearest_way(planner: Planner, plans: Sequence[Plan], choose: Choose) -> str 
     if not plans:
         return None
     workload = plans[0].case.workload
-    return _here(planner, workload, choose) or _elsewhere(planner, workload)
+    # On a machine that is only described no package is asked for: what was planned and does not fit, does not.
+    known = set() if planner.here else {one.case for one in plans}
+    return _here(planner, workload, choose, known) or _elsewhere(planner, workload)
 
 
-def _here(planner: Planner, workload: Workload, choose: Choose) -> str | None:
-    """Say what else fits this machine: as it is, or once packages are installed."""
+def _here(planner: Planner, workload: Workload, choose: Choose, known: Set[Case]) -> str | None:
+    """Say what else than the cases `known` not to fit does fit this machine: as it is, or once packages are installed."""
     anyhow = Planner(planner.spec, planner.machine, here=False, constants=planner.constants, trust=planner.trust)
     asked = list(dict.fromkeys((*defaults(planner.spec.stored_as), *DEFAULT_PRECISIONS, *PRECISIONS)))
-    chosen = choose(list(_plans(anyhow, asked, workload)))
+    cases = [case for case in _cases(anyhow, asked, workload) if case not in known]
+    chosen = choose([anyhow.plan(case) for case in cases])
     if chosen is None:
         return None
     one = chosen[0]
@@ -53,7 +57,8 @@ def _elsewhere(planner: Planner, workload: Workload) -> str | None:
     for precision in (*defaults(planner.spec.stored_as, ("bf16",))[-1:], *(() if planner.spec.stored_as else ("fp8", "int4"))):
         for machine in _machines():
             placement = "direct" if len(machine.gpus) == 1 else "auto"
-            one = next(iter(_plans(Planner(planner.spec, machine, here=False), [precision], workload, [placement])))
+            case = Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload)
+            one = Planner(planner.spec, machine, here=False).plan(case)
             if one.verdict.is_good and set(one.estimate.tiers if one.estimate else ()) <= {"cpu", *(g.name for g in machine.gpus)}:
                 found.setdefault(_named(machine), f"{precision}/{placement}")
                 break
@@ -63,9 +68,10 @@ def _elsewhere(planner: Planner, workload: Workload) -> str | None:
     return " and ".join(ways)
 
 
-def _machines() -> Iterable[Machine]:
-    yield from (profile([card], ram=_HOST_RAM) for card in _CARDS)
-    yield from (profile([_CARDS[-1]] * count, ram=_HOST_RAM) for count in range(2, _MOST_CARDS + 1, 2))
+@lru_cache(maxsize=1)
+def _machines() -> tuple[Machine, ...]:
+    single = [profile([card], ram=_HOST_RAM) for card in _CARDS]
+    return *single, *(profile([_CARDS[-1]] * count, ram=_HOST_RAM) for count in range(2, _MOST_CARDS + 1, 2))
 
 
 def _named(machine: Machine) -> str:
@@ -73,9 +79,7 @@ def _named(machine: Machine) -> str:
     return f"{len(machine.gpus)} cards like {card}" if len(machine.gpus) > 1 else f"a card like {card}"
 
 
-def _plans(
-    planner: Planner, precisions: Sequence[str], workload: Workload, placements: Sequence[str] | None = None
-) -> Iterable[Plan]:
-    for placement in placements or distinct(PLACEMENTS, len(planner.machine.gpus)):
+def _cases(planner: Planner, precisions: Sequence[str], workload: Workload) -> Iterable[Case]:
+    for placement in distinct(PLACEMENTS, len(planner.machine.gpus)):
         for precision in precisions:
-            yield planner.plan(Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload))
+            yield Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload)
