@@ -26,7 +26,9 @@ def printed(width: int) -> str:
     """
     figures = tables.figures(RECORD)
     lines = scripted(width).splitlines()
-    return "\n".join(re.sub(r"^(\S+)( +)[.F]{4}  (?:works|check failed)  .+$", lambda found: _line(found, figures), line) for line in lines)
+    return "\n".join(
+        re.sub(r"^(\S+)( +)[.F]{4}  (?:works|check failed)  .+$", lambda found: _line(found, figures), line) for line in lines
+    )
 
 
 def _line(found: re.Match[str], figures: dict[str, str]) -> str:

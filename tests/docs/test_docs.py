@@ -17,7 +17,9 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 REPOSITORY = re.compile(r"https://github\.com/fitmatrix/fitmatrix/(?:blob|tree)/main/([^)#\s]+)")
 FENCE = re.compile(r"^```\w*\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 # Options of other programs that the pages name: pytest, pip.
-OTHERS = {"--junit-xml", "--collect-only", "--benchmark-json", "--no-build-isolation", "--catalog", "--missing"}
+OTHERS = {"--junit-xml", "--collect-only", "--benchmark-json", "--no-build-isolation"}
+# Of commands for developers that are no commands of fitmatrix.
+OTHERS |= {"--catalog", "--missing", "--against"}
 
 
 def text_of(path: Path) -> str:
@@ -56,7 +58,10 @@ def test_every_output_and_every_marked_block_is_checked(path: Path) -> None:
 
 
 def test_kept_results_are_of_the_cases_that_the_matrix_runs() -> None:
-    ran = {found[1] for found in re.finditer(r"^(\S+/\S+) +[.F]{4}  (?:works|check failed)", recorded.scripted(blocks.WIDTH), re.MULTILINE)}
+    ran = {
+        found[1]
+        for found in re.finditer(r"^(\S+/\S+) +[.F]{4}  (?:works|check failed)", recorded.scripted(blocks.WIDTH), re.MULTILINE)
+    }
     assert ran == set(tables.figures(recorded.RECORD))
 
 
