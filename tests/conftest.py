@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Move into an empty home before any module looks for its cache; processes that are started inherit it."""
     config.stash[_GIVEN] = {name: value for name, value in os.environ.items() if name.startswith(_LEADS)}
     started_in_it = hasattr(config, "workerinput")  # by xdist
+    os.environ.pop("PYTEST_XDIST_WORKER", None)  # else pytest-benchmark takes every run that a test starts for one of xdist
     if config.getoption("caches", "own") == "user" or started_in_it:
         return
     if wanted := next((path for path in _pip_settings() if path.is_file()), None):

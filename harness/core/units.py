@@ -53,9 +53,9 @@ def parse_capacity(text: str) -> int:
 
 
 def exact_size(size: int) -> str:
-    """Write bytes so that `parse_size` gives the same back: 8GiB, 1536MiB, 12GB, else a bare number."""
+    """Write bytes so that `parse_capacity` gives the same back: 8GiB, 1536MiB, 12GB, else a bare number, or 512B."""
     factors = [(unit, factor) for unit, factor in (("GiB", GIB), ("MiB", MIB), ("GB", 10**9), ("MB", 10**6)) if size % factor == 0]
-    unit, factor = factors[0] if factors else ("", 1)
+    unit, factor = factors[0] if factors else ("" if size >= MIB else "B", 1)
     return f"{size // factor}{unit}"
 
 

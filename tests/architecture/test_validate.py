@@ -531,7 +531,7 @@ def test_a_config_that_describes_other_packing_is_refused(method: str, settings:
     ("part", "said"),
     [
         (".qzeros", f"holds '{FIRST}.qweight' without its '{FIRST}.qzeros': download it again"),
-        (".qweight", f"holds '{FIRST}.qzeros' without its '{FIRST}.qweight': download it again"),
+        (".qweight", f"config.json: asks for '{FIRST}.weight', which no file holds: {COMPLETE}"),
         ("", f"config.json: asks for '{FIRST}.weight', which no file holds: {COMPLETE}"),
     ],
 )
@@ -593,7 +593,7 @@ def test_the_shapes_of_moss_tell_its_bits(said: int | None, words: str, tmp_path
     assert one.packed is not None
     assert one.packed.precision == "gptq-int8"
     assert Planner(one, builders.machine(), here=False).plan(builders.case("gptq-int8", "cpu")).verdict is not Verdict.INVALID
-    first = "'transformer.h.0.attn.qkv_proj.qweight' in 'model.safetensors'"
+    first = "'transformer.h.0.attn.out_proj.qweight' in 'model.safetensors'"
     note = f"config.json says {words}, and {first} has 8 bits: it is planned and loaded as what it has"
     assert odd(one) == (note,)
     assert reader.read(tmp_path).parameters == pytest.approx(one.skeleton.parameters, rel=0.001)
@@ -652,7 +652,7 @@ def test_a_kind_that_our_architectures_lack_is_told_before_loading(
 def test_an_embedding_that_is_packed_is_refused(tmp_path: Path) -> None:
     """As in ChatGLM-6B's int4-qe files: our class packs what is in the blocks and nothing else."""
     shutil.copytree(GOLDEN / "chatglm_l2_h64_int4", tmp_path / "qe")
-    assert odd(spec(tmp_path / "qe")) == ()
+    assert ["another" in note for note in odd(spec(tmp_path / "qe"))] == [True]  # of its head, which is random and tied
     file, name = tmp_path / "qe" / "model.safetensors", "transformer.word_embeddings.weight"
     tensors = load_file(file)
     rows, columns = tensors[name].shape

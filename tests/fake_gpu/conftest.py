@@ -13,7 +13,7 @@ from tests.fake_gpu.runs import Runs
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    shared = base.parent if os.environ.get("PYTEST_XDIST_TESTRUNUID") else base
     found = Runs(shared / "fake_cards")
     with FileLock(shared / "fake_cards.lock"):
         if not found.folder.exists():

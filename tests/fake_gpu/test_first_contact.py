@@ -24,7 +24,7 @@ def test_what_a_fake_card_carries_is_green_and_reported(tmp_path: Path) -> None:
     small_models.save("llama", tmp_path / "tiny", num_hidden_layers=6, vocab_size=512, hidden_size=64, intermediate_size=172)
     env = {
         **os.environ,
-        "FAKE_CARDS": "1x8",
+        "FAKE_CARDS": "8",
         "PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT)]),
         "FIRST_CONTACT": str(tmp_path / "contact"),
         "FIRST_CONTACT_MODEL": str(tmp_path / "tiny"),

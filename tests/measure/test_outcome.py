@@ -146,20 +146,27 @@ ENDS = [
     ),
     pytest.param(
         8,
+        raised("ModelFault", message="the tokenizer makes token 299 of a text, and the model knows 200 tokens"),
+        Outcome.UNSUPPORTED,
+        "the model's files contradict each other: the tokenizer makes token 299 of a text, and the model knows 200 tokens",
+        id="files that contradict each other",
+    ),
+    pytest.param(
+        9,
         raised("ImportError", message="Using `bitsandbytes` 4-bit quantization requires bitsandbytes", phase="import"),
         Outcome.UNSUPPORTED,
         "not supported, says the library during import: ImportError: Using `bitsandbytes` 4-bit quantization requires bitsandbytes",
         id="a package is missing",
     ),
     pytest.param(
-        8,
+        9,
         raised("ModuleNotFoundError", "ImportError", message="No module named 'einops'"),
         Outcome.UNSUPPORTED,
         "not supported, says the library during load: ModuleNotFoundError: No module named 'einops'",
         id="a module is missing",
     ),
     pytest.param(
-        8,
+        9,
         raised("NotImplementedError", "RuntimeError", message="Could not run 'aten::foo' with arguments from the 'CUDA' backend"),
         Outcome.UNSUPPORTED,
         "not supported, says the library during load: NotImplementedError: "
@@ -167,14 +174,14 @@ ENDS = [
         id="not implemented",
     ),
     pytest.param(
-        8,
+        9,
         raised("ValueError", message="`.to` is not supported for `8-bit` bitsandbytes models."),
         Outcome.UNSUPPORTED,
         "not supported, says the library during load: ValueError: `.to` is not supported for `8-bit` bitsandbytes models.",
         id="in words",
     ),
     pytest.param(
-        8,
+        9,
         raised("ValueError", message="The checkpoint has model type `x` but Transformers does not recognize this architecture."),
         Outcome.UNSUPPORTED,
         "not supported, says the library during load: ValueError: "
@@ -182,51 +189,51 @@ ENDS = [
         id="unknown architecture",
     ),
     pytest.param(
-        10,
+        11,
         raised("KeyError", "LookupError", message="'lm_head'", phase="score"),
         Outcome.CRASH,
         "score failed: KeyError: 'lm_head'",
         id="any other exception",
     ),
     pytest.param(
-        13,
+        14,
         died(signal.SIGSEGV, phase="warm"),
         Outcome.CRASH,
         "the process died during warm: segmentation fault (SIGSEGV)",
         id="segmentation fault",
     ),
     pytest.param(
-        13,
+        14,
         died(signal.SIGILL),
         Outcome.CRASH,
         "the process died during load: illegal instruction: a library was built for another processor (SIGILL)",
         id="illegal instruction",
     ),
     pytest.param(
-        12,
+        13,
         died(signal.SIGABRT, log_tail="double free or corruption\nFatal Python error: Aborted\n\nCurrent thread"),
         Outcome.CRASH,
         "the process died during load: aborted (SIGABRT), and said last: double free or corruption",
         id="abort without a word of memory",
     ),
     pytest.param(
-        13,
+        14,
         died(signal.SIGKILL, log_tail=CUDA_OOM),
         Outcome.CRASH,
         "the process died during load: killed from outside (SIGKILL)",
         id="killed, and not by the kernel",
     ),
     pytest.param(
-        13, died(signal.SIGTERM), Outcome.CRASH, "the process died during load: killed from outside (SIGTERM)", id="terminated"
+        14, died(signal.SIGTERM), Outcome.CRASH, "the process died during load: killed from outside (SIGTERM)", id="terminated"
     ),
     pytest.param(
-        13, died(200), Outcome.CRASH, "the process died during load: killed from outside (signal 200)", id="a signal without a name"
+        14, died(200), Outcome.CRASH, "the process died during load: killed from outside (signal 200)", id="a signal without a name"
     ),
     pytest.param(
-        14, Evidence(phase="load", exit_code=1), Outcome.CRASH, "the process ended during load with exit code 1", id="exit status"
+        15, Evidence(phase="load", exit_code=1), Outcome.CRASH, "the process ended during load with exit code 1", id="exit status"
     ),
     pytest.param(
-        14, Evidence(phase="start", exit_code=0), Outcome.CRASH, "the process ended during start with exit code 0", id="quiet exit"
+        15, Evidence(phase="start", exit_code=0), Outcome.CRASH, "the process ended during start with exit code 0", id="quiet exit"
     ),
     pytest.param(
         6,
@@ -250,21 +257,21 @@ ENDS = [
         id="Rust",
     ),
     pytest.param(
-        9,
+        10,
         raised("OSError", message="[Errno 28] No space left on device"),
         Outcome.CRASH,
         "the disk is full, load failed: OSError: [Errno 28] No space left on device; set TMPDIR to a directory on a larger disk",
         id="disk full",
     ),
     pytest.param(
-        11,
+        12,
         Evidence(phase="warm", exit_code=255, ended_by="fork server"),
         Outcome.CRASH,
         "the process died during warm: its fork server was killed from outside",
         id="fork server killed",
     ),
     pytest.param(
-        14,
+        15,
         Evidence(phase="load", exit_code=1, log_tail="OMP: Error #15: Initializing libiomp5.so\n"),
         Outcome.CRASH,
         "the process ended during load with exit code 1, and said last: OMP: Error #15: Initializing libiomp5.so",

@@ -282,7 +282,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 def test_our_own_architectures_read_what_is_packed_without_a_package() -> None:
     folder = GOLDEN / "chatglm_l2_h64_int4"
-    plan = Planner(spec(folder), machine()).plan(case("chatglm-int4", "cpu"))
+    plan = Planner(spec(folder), machine()).plan(case("chatglm-int4", "cpu", prompt_tokens=32))
     assert plan.verdict is Verdict.FITS, plan.why
     found = loaded(folder, plan, "harness.models")
     assert set(verify.checks(plan, work.loaded_facts(found)).values()) == {verify.OK}

@@ -154,7 +154,7 @@ def test_without_a_gpu_two_processes_share_it_in_ram(talking: Path) -> None:
         ("qwen2.5-7b-instruct", 2, None),
         ("qwen2.5-7b-instruct", 3, "3 GPUs cannot share 4 attention heads evenly"),
         ("smollm2-135m-instruct", 2, "2 GPUs cannot share 3 attention heads evenly"),
-        ("codegen-6b-mono", 2, "transformers has no plan to share CodeGenForCausalLM among GPUs"),
+        ("moss-moon-003-sft", 2, "transformers has no plan to share MossForCausalLM among GPUs"),
     ],
 )
 def test_who_can_be_shared(name: str, gpus: int, said: str | None) -> None:

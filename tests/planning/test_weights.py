@@ -94,7 +94,8 @@ def test_an_awq_checkpoint_takes_what_its_file_holds_and_what_was_published(
     work = Workload(prompt_tokens=1, new_tokens=2048)
     count = Footprint(Inventory(one, held), "gpu:0", work, calibration.default())
     allocated = estimate.memory(count, profile(["A100 80GB"]))["gpu:0"].allocated_bytes
-    assert allocated == pytest.approx(published * GIB, rel=0.01)
+    # Its own kernels unpack a weight for each product, and gptqmodel's Marlin, which is planned, does not.
+    assert allocated == pytest.approx(published * GIB, rel=0.02)
 
 
 @pytest.mark.parametrize(

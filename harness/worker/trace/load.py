@@ -246,6 +246,7 @@ def _transformers(ahead: bool, warm: bool) -> Iterator[tuple[Any, str, Any]]:
         import bitsandbytes
     except ImportError:
         return
+    yield bitsandbytes.functional, "name2qmap", dict[str, Any]()  # its own is kept for good, and would hold a fake tensor
     for name in ("Int8Params", "Params4bit"):
         yield bitsandbytes.nn, name, functools.partial(_Quantized, getattr(bitsandbytes.nn, name))
 
