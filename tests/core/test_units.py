@@ -181,6 +181,6 @@ def test_writes_rates_shares_and_bare_gib() -> None:
     assert units.format_gib(11.6 * GIB) == "11.6"
 
 
-@pytest.mark.parametrize("text", ["8GiB", "1536MiB", "12GB", "700MB", "12345", "1"])
+@pytest.mark.parametrize("text", ["8GiB", "1536MiB", "12GB", "700MB", "1048577", "12345B", "1B"])
 def test_an_exact_size_is_read_back_as_it_was(text: str) -> None:
     assert exact_size(parse_size(text)) == text
