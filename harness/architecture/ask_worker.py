@@ -12,8 +12,9 @@ from typing import Any
 from harness.core.errors import UsageError
 from harness.data import DATA
 
-# Its exit status if the transformers that is installed has no such architecture, and if the model is not of a kind to measure.
-UNKNOWN_TYPE, NO_DECODER = 3, 4
+# Its exit status if the transformers that is installed has no such architecture, if the model is not of a kind to measure, and if
+# transformers' own classes end in an error with such a config.
+UNKNOWN_TYPE, NO_DECODER, REFUSED = 3, 4, 5
 
 
 class UnknownType(UsageError):
@@ -24,7 +25,12 @@ class NotMeasured(UsageError):
     """The model is none that continues a text; the sentence says what it is, and what loads it."""
 
 
-_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured}
+class RefusedConfig(UsageError):
+    """transformers has the architecture, and makes no model of this config; the sentence is its own."""
+
+
+_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured, REFUSED: RefusedConfig}
+_WHOLE_SENTENCES = (NotMeasured, RefusedConfig)
 
 
 def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: float) -> bytes:
@@ -32,7 +38,7 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
 
     Raises:
         UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. Of these are
-            UnknownType and NotMeasured.
+            UnknownType, NotMeasured and RefusedConfig.
     """
     from harness.machine.scratch import Scratch  # tempfile is slow to import
 
@@ -48,5 +54,5 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
     if done.returncode != 0:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         refusal = _REFUSALS.get(done.returncode, UsageError)
-        raise refusal(f"{what}: {last.strip().removeprefix('ValueError: ')}" if refusal is not NotMeasured else last.strip())
+        raise refusal(last.strip() if refusal in _WHOLE_SENTENCES else f"{what}: {last.strip().removeprefix('ValueError: ')}")
     return done.stdout
