@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from harness.architecture.key_mapping import Conversion, Naming
-from harness.architecture.model_spec import ModelSpec
+from harness.architecture.skeleton import Skeleton
 from harness.planning.calibration import Bytes
 
 # Of transformers' operations, those that leave views or what they were given where they work along the first dimension.
@@ -39,21 +39,19 @@ class LoadStep(NamedTuple):
     passing: float
 
 
-class LoadOrder:
-    """The tensors of a model in the order of their stored names, found once for all formats of its weights."""
+@lru_cache(maxsize=4)  # all formats of a model's weights go through the same
+def load_rows(skeleton: Skeleton, *, as_held: bool) -> list[tuple[SortKey, str, str]]:
+    """Return the tensors of a model in the order of their stored names, which are the model's own where files hold it `as_held`.
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self._skeleton, self._naming = spec.skeleton, None if spec.as_held else spec.skeleton.naming
-
-    @cached_property
-    def rows(self) -> list[tuple[SortKey, str, str]]:
-        """Each tensor's key, the piece that it lies in, and its path in the first piece of that kind."""
-        inside = {kind: [weight.path for module in kind.inside for weight in module.weights] for kind in self._skeleton.kinds}
-        return sorted(
-            (sort_key(stored_name(f"{piece.path}{path.removeprefix(piece.like.path)}", self._naming)), piece.path, path)
-            for piece in self._skeleton.pieces
-            for path in inside[piece.like]
-        )
+    Of each its key, the piece that it lies in, and its path in the first piece of that kind.
+    """
+    naming = None if as_held else skeleton.naming
+    inside = {kind: [weight.path for module in kind.inside for weight in module.weights] for kind in skeleton.kinds}
+    return sorted(
+        (sort_key(stored_name(f"{piece.path}{path.removeprefix(piece.like.path)}", naming)), piece.path, path)
+        for piece in skeleton.pieces
+        for path in inside[piece.like]
+    )
 
 
 def sort_key(name: str) -> SortKey:

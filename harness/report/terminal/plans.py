@@ -82,9 +82,9 @@ def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
     footprint = recommendation.planner.footprints.get(one.case.id)
     if footprint is None or not footprint.gpus:
         return []
-    peak = footprint.inventory.on_gpu.traced_peak(one.case.workload)
+    peak = footprint.on_gpu.traced_peak(one.case.workload)
     if peak is None:
-        return [tables.said(f"Activations are computed by formulas: {footprint.inventory.on_gpu.why_formulas}.")]
+        return [tables.said(f"Activations are computed by formulas: {footprint.on_gpu.why_formulas}.")]
     tensors = "; ".join(f"{name}, {format_size(size)}" for name, size in peak.worst.tensors)
     kv = f"KV cache, {format_size(peak.worst.kv_bytes)}"
     return [tables.said(f"Alive at the traced peak beside the weights: {kv}; {tensors}.")]
@@ -94,7 +94,7 @@ def _by_formulas(recommendation: Recommendation) -> str:
     """Say of a model that nobody has traced for these cards that its activations are by formulas, and how to have it traced."""
     footprints = recommendation.planner.footprints
     pairs = [(one.case, footprints[one.case.id]) for one in recommendation.plans if one.case.id in footprints]
-    on_gpu = [(case, footprint.inventory.on_gpu) for case, footprint in pairs if footprint.gpus]
+    on_gpu = [(case, footprint.on_gpu) for case, footprint in pairs if footprint.gpus]
     lacking = [case for case, found in on_gpu if found.lacks_trace]
     if not lacking or any(found.precision and not found.lacks_trace for _, found in on_gpu):
         return ""
