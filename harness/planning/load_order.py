@@ -9,9 +9,12 @@ Traced on hollow checkpoints by `harness.worker.trace.load`, held against it by 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from harness.architecture.key_mapping import Conversion, Naming
@@ -28,14 +31,22 @@ SortKey = tuple[tuple[int | str, ...], ...]
 
 
 class LoadStep(NamedTuple):
-    """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them.
+    """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them, in a piece of a device map."""
 
-    `piece` is where a device map places it; `key` sorts it (`sort_key` of its stored name).
-    """
-
-    key: SortKey
     piece: str
     held: int
+    passing: float
+
+
+class LoadRun(NamedTuple):
+    """Tensors of one piece that are loaded one after the other: bytes that stay, and at most at once beside them.
+
+    `beyond` is the most beside them less those of the run that come later; `passing` the most of any.
+    """
+
+    piece: str
+    held: int
+    beyond: float
     passing: float
 
 
@@ -92,7 +103,19 @@ def copies(made: Conversion | None) -> bool:
     return made is not None and any(name not in _VIEWS or along for name, along in made.steps)
 
 
-def on_card(steps: Sequence[LoadStep], pieces: Iterable[str] | None, sequential: bool) -> Bytes:
+def runs_of(steps: Iterable[LoadStep]) -> list[LoadRun]:
+    """Join the steps of one piece that follow each other: what a placement does not split."""
+    found = []
+    for piece, run in groupby(steps, key=attrgetter("piece")):
+        held, beyond, passing = 0, -math.inf, 0.0
+        for step in reversed(list(run)):
+            beyond, passing = max(beyond, step.passing - held), max(passing, step.passing)
+            held += step.held
+        found.append(LoadRun(piece, held, beyond, passing))
+    return found
+
+
+def on_card(runs: Sequence[LoadRun], pieces: Iterable[str] | None, sequential: bool) -> Bytes:
     """Return the bytes beyond the final ones at the worst moment of loading, for the pieces of one GPU; None means all.
 
     One thread sets tensors in order. Unless it quantizes, or something goes to the disk, four more copy ahead of it: at worst all
@@ -100,9 +123,9 @@ def on_card(steps: Sequence[LoadStep], pieces: Iterable[str] | None, sequential:
     """
     there = None if pieces is None else frozenset(pieces)
     rest, most = 0.0, 0.0
-    mine = [step for step in steps if there is None or step.piece in there]
-    for step in reversed(mine):
-        most = max(most, step.passing - rest)
-        rest += step.held
-    ahead = most if sequential else max((step.passing for step in mine), default=0.0)
+    mine = [run for run in runs if there is None or run.piece in there]
+    for run in reversed(mine):
+        most = max(most, run.beyond - rest)
+        rest += run.held
+    ahead = most if sequential else max((run.passing for run in mine), default=0.0)
     return Bytes(low=most, best=ahead, high=ahead)

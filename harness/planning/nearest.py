@@ -43,7 +43,7 @@ def _here(planner: Planner, workload: Workload, choose: Choose, known: Set[Case]
     asked = dict.fromkeys((*defaults(planner.spec.stored_as), *DEFAULT_PRECISIONS, *PRECISIONS))
     # What needs a checkpoint of another form never fits as this one is.
     loadable = [name for name in asked if planner.spec.stored_as is not None or PRECISIONS[name].requires_checkpoint is None]
-    cases = [case for case in _cases(anyhow, loadable, workload) if case not in known]
+    cases = [case for case in _cases(anyhow, loadable, workload) if case not in known and anyhow.can_hold(case)]
     chosen = choose([anyhow.plan(case) for case in cases])
     if chosen is None:
         return None
@@ -69,17 +69,17 @@ def _elsewhere(planner: Planner, workload: Workload) -> str | None:
 
 
 def _smallest(planner: Planner, precision: str, workload: Workload) -> Machine | None:
-    """Return the first of the machines on whose cards a precision fits; those that cannot hold its weights alone are passed over."""
+    """Return the first of the machines on whose cards a precision fits; those too small for the weights alone are passed over."""
     weights = 0
     for machine in _machines():
         if weights > sum(gpu.capacity_bytes or 0 for gpu in machine.gpus):
             continue
         case = Case(model=planner.spec.name, precision=precision, placement=_placement(machine), workload=workload)
         one = Planner(planner.spec, machine, here=False).plan(case)
-        tiers = one.estimate.tiers if one.estimate else {}
-        if one.verdict.is_good and set(tiers) <= {"cpu", *(gpu.name for gpu in machine.gpus)}:
+        held = {name: tier.weights_bytes for name, tier in one.estimate.tiers.items()} if one.estimate else {}
+        if one.verdict.is_good and not any(size for name, size in held.items() if not name.startswith("gpu")):
             return machine
-        weights = sum(tier.weights_bytes for tier in tiers.values())
+        weights = sum(held.values())
     return None
 
 

@@ -137,6 +137,15 @@ class Planner:
             expandable_segments=footprint.loading.expandable,
         )
 
+    def can_hold(self, case: Case) -> bool:
+        """Say whether the memory of known size that a placement fills is as large as the weights: if not, no plan of it fits."""
+        placement, precision = self._placements[case.placement], self.spec.adapted(PRECISIONS[case.precision])
+        fmt = estimate.weight_format(precision, self._dtype(precision, placement), self.spec)
+        filled = [tier for tier in tiers.fillable(self.machine) if tier.kind in placement.devices]
+        if "disk" in placement.devices and all(tier.capacity_bytes is not None for tier in filled):
+            return True
+        return self.counted.inventory(fmt).total.held <= sum(tier.capacity_bytes or 0 for tier in filled)
+
     def _in_another_form(self, case: Case, form: Packed) -> Plan:
         """Plan a case for a checkpoint that is not there: with figures, and the published ones that the catalog knows."""
         row = PRECISIONS[case.precision]

@@ -200,7 +200,7 @@ class Footprint:
         inventory, tiers = self.inventory, self.tiers
         pieces = None if isinstance(tiers, str) else [path for path, tier in tiers.items() if tier == name]
         one_by_one = self.fmt.quantizer is not None or "disk" in self.weights
-        found = load_order.on_card(inventory.load_steps, pieces, one_by_one)
+        found = load_order.on_card(inventory.load_runs, pieces, one_by_one)
         share, compared = 1 / self.processes, self.sums[name].twice / self.fmt.element_bytes  # at the end, a bool each
         return Bytes(**{end: max(getattr(found, end) * share, compared) for end in ("low", "best", "high")})
 

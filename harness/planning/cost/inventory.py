@@ -17,7 +17,7 @@ from harness.planning.cost.activations import Activations
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.load_order import LoadStep, conversion_of, copies, load_rows
+from harness.planning.load_order import LoadRun, LoadStep, conversion_of, copies, load_rows, runs_of
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -125,7 +125,7 @@ class Inventory:
         return max(self.sizes.values(), default=0)
 
     @cached_property
-    def load_steps(self) -> list[LoadStep]:
+    def load_runs(self) -> list[LoadRun]:
         """What loading onto a GPU makes, in its order; nothing if it never holds more than what stays."""
         passing = {
             weight.path: self._passing(weight, inside.block)
@@ -136,7 +136,7 @@ class Inventory:
         if not any(passing.values()):
             return []
         rows = load_rows(self.skeleton, as_held=self.spec.as_held)
-        return [LoadStep(key, piece, self.sizes[path], passing[path]) for key, piece, path in rows]
+        return runs_of(LoadStep(piece, self.sizes[path], passing[path]) for _, piece, path in rows)
 
     def _passing(self, weight: Weight, owner: Block) -> float:
         """Return what is on a GPU beside a tensor while it is made: the parts of a stack, what a quantizer takes."""
