@@ -493,6 +493,13 @@ def test_later_runs_add_to_the_results(project: Project) -> None:
     assert "tiny/bf16/cpu" in page
 
 
+def test_what_pytest_writes_names_no_host(project: Project) -> None:
+    project.run("--junit-xml", "junit.xml", "--benchmark-json", "benchmark.json")
+    suite = next(ElementTree.parse(project.path / "junit.xml").iter("testsuite"))
+    assert suite.get("hostname") == "localhost"
+    assert json.loads((project.path / "benchmark.json").read_text())["machine_info"]["node"] == "localhost"
+
+
 def test_junit_xml_has_reasons_and_outcomes(project: Project) -> None:
     project.behave(fp32="bad_alloc", bf16="bug")
     project.run("--junit-xml", "junit.xml", "-k", "load", precisions="fp32 bf16")
