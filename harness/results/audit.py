@@ -63,11 +63,12 @@ class PublishedResult(Record, frozen=True, kw_only=True):
 
 
 class Refusal(Record, frozen=True, kw_only=True):
-    """A line that is not published, and why."""
+    """A line that is not published, and why; `line` is None where it is a whole file, or all of `lines` that are not told alone."""
 
     source: int
     line: int | None
     why: str
+    lines: int = 1
 
 
 class ResultsFile(Record, frozen=True, kw_only=True):
@@ -90,6 +91,11 @@ class Joined(Record, frozen=True, kw_only=True):
     entries: tuple[PublishedResult, ...]
     refusals: tuple[Refusal, ...]
     sources: tuple[ResultsFile, ...]
+
+    @property
+    def refused(self) -> int:
+        """How many lines are not published."""
+        return sum(refusal.lines for refusal in self.refusals)
 
     def where(self, refusal: Refusal) -> str:
         """Name the place of a refused line: "artifacts/gpu-1/results.jsonl:3"."""
@@ -200,7 +206,7 @@ def _source(number: int, name: str, kept: Sequence[PublishedResult], wrong: Sequ
         name=name,
         results=len(ours),
         repeated=repeated,
-        refused=sum(refusal.source == number for refusal in wrong),
+        refused=sum(refusal.lines for refusal in wrong if refusal.source == number),
         cleaned=sum(entry.cleaned for entry in ours),
         runs=tuple(dict.fromkeys(result.run for result in results)),
         first=min((result.at for result in results), default=""),

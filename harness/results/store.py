@@ -10,11 +10,12 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -29,10 +30,14 @@ NAME = "results.jsonl"
 
 # The most that a line takes, all but always less: the log's tail, each byte of it escaped, and timeline, phases, maps, answers.
 _LINE_BYTES = 320 * KIB
+_LONGEST_BYTES = 64 * MIB  # what a day's run takes is some MiB; what is longer is no line of ours
+_MOST_TORN = 100  # whole results behind torn ones on one line
+_MOST_TOLD = 10  # lines that are no results, each told by itself
 _SAMPLE_BYTES = 24  # a float, written out
 _PATIENCE_S = 60.0  # another run holds the lock for some milliseconds a result
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_STRANGE = "it is no regular file"
 _ELSEWHERE = "choose another directory with --results"
 # Where a result begins. In the text of another one the quotes would be escaped.
 _BEGIN = re.compile(rb'(?=\{"schema"\s*:)')
@@ -58,8 +63,9 @@ class Store:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab"):
-                pass
+            if not self.path.exists():
+                self.path.touch()
+            open_regular(self.path, os.O_RDWR | os.O_APPEND).close()
             _sync(folder)
         except OSError as error:
             raise StoreError(self.path, f"cannot write results here ({error.strerror}); {_ELSEWHERE}") from None
@@ -195,25 +201,52 @@ def file_of(place: Path) -> Path:
 
 
 def read(path: Path) -> tuple[list[Result], list[StoreError]]:
-    """Return the results of a file in file order, and one error for each line that is none.
+    """Return the results of a file in file order, and one error for each line that is none; where they are many, one for all.
 
     Raises:
         StoreError: the file cannot be read.
     """
+    results: list[Result] = []
+    problems: list[StoreError] = []
+    wrong = 0
     try:
-        data = path.read_bytes()
+        with open_regular(path) as stream:
+            for number, one in read_lines(stream):
+                if isinstance(one, Result):
+                    results.append(one)
+                elif (wrong := wrong + 1) <= _MOST_TOLD:
+                    problems.append(StoreError(path, one, number))
     except FileNotFoundError:
         raise StoreError(path, "no results here; run: pytest cases/ --results DIR") from None
     except OSError as error:
-        raise StoreError(path, f"cannot be read: {error.strerror}") from None
-    results: list[Result] = []
-    problems: list[StoreError] = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        read_ones = read_line(line)
-        results += (one for one in read_ones if isinstance(one, Result))
-        wrong = [one for one in read_ones if isinstance(one, str)]
-        problems += (StoreError(path, why, number) for why in wrong[:1])
+        raise StoreError(path, f"cannot be read: {error.strerror or error}") from None
+    if wrong > _MOST_TOLD:
+        first = str(problems[0]).removeprefix(f"{path}:")
+        problems = [StoreError(path, f"{wrong:,} lines are no results; the first is line {first}")]
     return results, problems
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> IO[bytes]:
+    """Open a file to read it. Raises OSError: it cannot be opened, or is a pipe or a device, which might never end."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) if stat.S_ISDIR(kind) else OSError(errno.EINVAL, _STRANGE)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, Result | str]]:
+    """Yield each result with the number of its line, and for each line that is none why; never more than one line is held."""
+    number = 0
+    while line := stream.readline(_LONGEST_BYTES):
+        number += 1
+        if len(line) == _LONGEST_BYTES:
+            yield number, f"is longer than {format_size(_LONGEST_BYTES)}, and nothing behind it was read"
+            return
+        ones = read_line(line)
+        yield from ((number, one) for one in ones if isinstance(one, Result))
+        yield from ((number, one) for one in [one for one in ones if isinstance(one, str)][:1])
 
 
 def read_line(line: bytes) -> list[Result | str]:
@@ -227,7 +260,7 @@ def read_line(line: bytes) -> list[Result | str]:
     alone = _read_one(line)
     if isinstance(alone, Result):
         return [alone]
-    return [_read_one(piece.strip(b"\0 \t\r")) for piece in _BEGIN.split(line) if piece.strip()]
+    return [_read_one(piece.strip(b"\0 \t\r\n")) for piece in _BEGIN.split(line, _MOST_TORN) if piece.strip()]
 
 
 def _read_one(text: bytes) -> Result | str:
