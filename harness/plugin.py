@@ -16,6 +16,7 @@ from harness.core.options import OPTIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result
 from harness.core.text import line
 from harness.machine import atomic
+from harness.results.store import settle
 from harness.run.case_result import CaseEnded
 from harness.run.live import LiveLine, summary
 from harness.run.options import Options, read_config
@@ -321,15 +322,18 @@ def _wind_up(session: pytest.Session, ours: Session) -> None:
     if live := session.config.stash.get(_LIVE, None):
         live.close()
     ours.close()
+    settled = settle(ours.store)
     try:
         page = ours.render()
     except HarnessError as error:
-        raise pytest.UsageError(line(str(error))) from None
+        raise pytest.UsageError(line("; ".join(filter(None, [settled, str(error)])))) from None
     finally:
         ours.interrupts.restore()
     if ours.interrupts.exit_status is not None:
         session.exitstatus = ours.interrupts.exit_status
     reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
+    if settled is not None and reporter is not None:
+        reporter.write_line(line(settled), red=True)
     if page is not None and reporter is not None:
         if resumed := ours.resumed():
             reporter.write_line(line(resumed))

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from harness.core.errors import StoreError
 from harness.core.placements import PLACEMENTS
 from harness.core.records import SCHEMA, Case, Result, encode_record
+from harness.core.text import plural
 from harness.core.units import KIB, MIB, format_size
 from harness.measure.protocol import MOST_ROUND_TOKENS
 
@@ -53,6 +54,8 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / NAME
+        self.unwritten: list[Result] = []  #: what could not be appended so far, oldest first
+        self.late = 0  #: how many results could not be appended at once
 
     def prepare(self, to_come_bytes: int = 0) -> None:
         """Make the directory and the file, before anything is measured, and try what appending will need.
@@ -77,11 +80,26 @@ class Store:
         check_room(folder, to_come_bytes, "the results of this run", "--results")
 
     def append(self, result: Result) -> None:
-        """Add one result: under a lock, in one write, and on the disk when this returns.
+        """Add one result, behind those that could not be added before; each is on the disk when this returns.
 
         Raises:
-            StoreError: the disk is full or the file cannot be written; what was there before is intact.
+            StoreError: the disk is full or the file cannot be written; what was there is intact, and what was to be added is kept.
         """
+        self.unwritten.append(result)
+        try:
+            self.settle()
+        except StoreError:
+            self.late += 1
+            raise
+
+    def settle(self) -> None:
+        """Add what could not be added so far. Raises StoreError: some of it still cannot."""
+        while self.unwritten:
+            self._append(self.unwritten[0])
+            del self.unwritten[0]
+
+    def _append(self, result: Result) -> None:
+        """Add a result under a lock, in one write."""
         line = encode_record(result) + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up meanwhile
@@ -124,6 +142,28 @@ class Store:
             StoreError: there is no such file.
         """
         return read(self.path)
+
+
+def settle(store: Store) -> str | None:
+    """Write what could not be written during a run, where it belongs or else anywhere; say what became of it, if there is any."""
+    try:
+        store.settle()
+    except StoreError as error:
+        return _rescue(store, str(error))
+    return f"{plural(store.late, 'result')} could not be written at once; now all are in {store.path}" if store.late else None
+
+
+def _rescue(store: Store, why: str) -> str:
+    """Write what a store does not take to a directory for temporary files; say in a sentence where it is, or that it is nowhere."""
+    count = plural(len(store.unwritten), "result")
+    try:
+        other = Store(Path(tempfile.mkdtemp(prefix="fitmatrix-rescued-")))
+        for result in store.unwritten:
+            other.append(result)
+    except (OSError, StoreError):
+        names = ", ".join(result.id for result in store.unwritten)
+        return f"{why}; nor could a temporary directory take it, so {count} of this run are lost: {names}"
+    return f"{why}; {count} of this run: {other.path}; make room, then: cat {other.path} >> {store.path}"
 
 
 def _append(descriptor: int, line: bytes) -> None:
