@@ -575,7 +575,9 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(project: Project, times: 
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     assert sorted(project.outcomes) == ["bf16", "fp16", "fp32"]
     assert len(project.results) == 3
-    done.stdout.fnmatch_lines(["*cannot append the result of tiny/fp??/cpu: the disk is full", "* could not be written at once; now all are in *"])
+    done.stdout.fnmatch_lines(
+        ["*cannot append the result of tiny/fp??/cpu: the disk is full", "* could not be written at once; now all are in *"]
+    )
     done.stdout.fnmatch_lines(["3 results in fitmatrix-results/results.jsonl", "page: *"])
     assert all(f"tiny/{name}/cpu" in (project.path / "fitmatrix-results/index.html").read_text() for name in project.outcomes)
 

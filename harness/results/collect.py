@@ -18,7 +18,8 @@ from harness.core.errors import CheckpointError, StoreError, UsageError
 from harness.core.records import Record, Result
 from harness.core.redact import cleaner
 from harness.core.units import GIB, MIB, format_size
-from harness.results.store import NAME, open_regular, read_lines
+from harness.machine.regular import open_regular
+from harness.results.store import NAME, read_lines
 
 # Results are packed to a seventh or less. What small archives may unpack to is so little that it does not matter.
 _MEMBER_BYTES, _PACKED_BYTES, _MOST_RATIO = 4 * GIB, MIB, 50

@@ -10,7 +10,6 @@ import errno
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from harness.core.placements import PLACEMENTS
 from harness.core.records import SCHEMA, Case, Result, encode_record
 from harness.core.text import plural
 from harness.core.units import KIB, MIB, format_size
+from harness.machine.regular import open_regular
 from harness.measure.protocol import MOST_ROUND_TOKENS
 
 NAME = "results.jsonl"
@@ -38,7 +38,6 @@ _SAMPLE_BYTES = 24  # a float, written out
 _PATIENCE_S = 60.0  # another run holds the lock for some milliseconds a result
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_STRANGE = "it is no regular file"
 _ELSEWHERE = "choose another directory with --results"
 # Where a result begins. In the text of another one the quotes would be escaped.
 _BEGIN = re.compile(rb'(?=\{"schema"\s*:)')
@@ -264,16 +263,6 @@ def read(path: Path) -> tuple[list[Result], list[StoreError]]:
         first = str(problems[0]).removeprefix(f"{path}:")
         problems = [StoreError(path, f"{wrong:,} lines are no results; the first is line {first}")]
     return results, problems
-
-
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> IO[bytes]:
-    """Open a file to read it. Raises OSError: it cannot be opened, or is a pipe or a device, which might never end."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    kind = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(kind):
-        os.close(descriptor)
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) if stat.S_ISDIR(kind) else OSError(errno.EINVAL, _STRANGE)
-    return os.fdopen(descriptor, "rb")
 
 
 def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, Result | str]]:
