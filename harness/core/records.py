@@ -102,6 +102,7 @@ class Tier(Record, frozen=True, kw_only=True):
     free_bytes: int | None = None
     limit_bytes: int | None = None  #: what a container or the user allows
     bytes_per_s: float | None = None  #: how fast it is read by its own processor
+    is_under_load: bool = False  #: whether that was measured while others worked, so that it is a lower bound
     link_bytes_per_s: float | None = None  #: how fast bytes of the RAM reach it
     model: str | None = None
     compute_capability: str | None = None
