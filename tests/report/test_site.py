@@ -517,7 +517,7 @@ def test_what_a_model_needs_is_the_most_that_any_card_measured_of_what_lies_on_i
 def test_torchs_figure_alone_is_told_and_what_cuda_takes_is_added() -> None:
     machine = builders.machine(card(8 * GIB, "A"))
     (model,) = drawn(of(machine, "int4", "direct", metrics={"vram_peak_bytes": 5.0 * GIB})).models
-    assert model.needs[0].basis == "measured by torch only"
+    assert model.needs[0].basis == "what torch allocated, without the CUDA context, which is not known"
 
 
 def test_a_usual_size_that_was_measured_is_not_predicted_as_well() -> None:
