@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from harness.run.session import Session
 
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
 _LIVE: pytest.StashKey[LiveLine] = pytest.StashKey()
+_LEAST_ROOM = 30  # columns for a verdict behind its case
 
 # What a test shows if its case ended: category of the summary, letter and word. The others fail or are skipped as usual.
 _STATUS = {Outcome.OOM: ("oom", "M", "OOM"), Outcome.TIMEOUT: ("timeout", "T", "TIMEOUT")}
@@ -141,9 +143,16 @@ class _ByCase:
         if case is None or self._last[case] != nodeid or (result := self._ours.shown(case)) is None:
             return
         kept = f"{since(result)}: " if case in self._ours.kept else ""
-        text, width = f"{kept}{summary(result)}", self._reporter._tw.fullwidth - self._reporter._tw.width_of_current_line - 3
-        self._reporter.write(f"  {text if len(text) <= width else text[: width - 1] + '…'}")
+        self._reporter.write(f"  {self._wrapped(kept + summary(result))}")
         self._end_line()
+
+    def _wrapped(self, text: str) -> str:
+        """Wrap a verdict below its own beginning on a terminal; a log has it in one line, and neither cuts it."""
+        column = self._reporter._tw.width_of_current_line + 2
+        room = self._reporter._tw.fullwidth - column - 1
+        if not self._reporter.isatty or len(text) <= room:
+            return text
+        return f"\n{' ' * column}".join(textwrap.wrap(text, max(room, _LEAST_ROOM), break_long_words=False))
 
     def _end_line(self) -> None:
         if self._reporter._tw.width_of_current_line:
