@@ -101,6 +101,10 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     unknown: str | None = None  #: why nothing here loads it
     config: Mapping[str, Any] = {}  #: config.json, empty if there is none; what records of traces are found by
 
+    def __hash__(self) -> int:
+        """Hash what differs from model to model: what is counted of one is kept by it."""
+        return hash((self.name, self.source, self.checkpoint_bytes, self.packed))
+
     @property
     def gguf_file(self) -> str | None:
         """The name of the GGUF file, which loaders need."""

@@ -179,7 +179,7 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
     names, listed = _weight_files(folder, file)
     if names[0].endswith(GGUF.suffix):
         return _read_split_gguf(folder, names, path)
-    config = _config(folder)
+    config = read_config(folder)
     parts = _read_files(folder, names)
     # As in transformers, a name that two shards hold means the later one.
     tensors = {tensor.name: tensor for _, found in parts for tensor in found}
@@ -308,8 +308,8 @@ def _is_complete(folder: Folder, file: str | None) -> bool:
         return False
 
 
-def _config(folder: Folder) -> dict[str, Any]:
-    """Return the checked config.json, {} where there is none: files can be looked at without it."""
+def read_config(folder: Folder) -> dict[str, Any]:
+    """Return the checked config.json, {} where there is none: files can be looked at without it. Raises CheckpointError."""
     if folder.size(CONFIG) is None:
         return {}
     with closing(folder.open(CONFIG)) as blob:
