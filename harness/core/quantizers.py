@@ -38,6 +38,7 @@ class Scheme(Record, frozen=True, kw_only=True):
     derived: bool = False  #: and what is derived from Linear
     experts: bool = False  #: the stacked experts of a mixture are quantized as well
     rows: int = 1  #: on a processor the outputs must be a multiple of it
+    fused: tuple[int, int] = (1, 1)  #: ... and outputs and inputs, where the processor multiplies the weights as they are
     flat: bool = False  #: on a processor it multiplies rows of tokens, and nothing of more dimensions than a batch of them
     # How many 16-bit copies of a weight are on a GPU, beside what stays, while it is quantized there (`worker.trace.load`), and how
     # many more of a Conv1D, which is transposed first.
@@ -93,7 +94,14 @@ def _fp8(outputs: int, inputs: int, width: int) -> int:
 
 
 # What the 4-bit rows of bitsandbytes share.
-_BNB_4BIT: Mapping[str, Any] = {"counted": 0.5, "like": "int4", "library": "bitsandbytes", "conv1d": True, "turned": 1}
+_BNB_4BIT: Mapping[str, Any] = {
+    "counted": 0.5,
+    "like": "int4",
+    "library": "bitsandbytes",
+    "conv1d": True,
+    "turned": 1,
+    "fused": (32, NF4_BLOCK),  # bitsandbytes 0.50: functional.py, _convert_weight_packed_for_cpu
+}
 
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True, flat=True, in_flight=2),

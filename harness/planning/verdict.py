@@ -96,6 +96,19 @@ class Judge(Record, frozen=True, kw_only=True):
             if weight.quantizes and weight.tensor.shape[0] % scheme.rows:
                 outputs = weight.tensor.shape[0]
                 return f"{scheme.library} packs 4 bits for processors in {scheme.rows} outputs, and {weight.path} has {outputs}"
+        return self._unfusable(scheme) if self.machine.fuses_4bit else None
+
+    def _unfusable(self, scheme: Scheme) -> str | None:
+        """Say which weight a processor with AVX512_BF16 cannot multiply as it is, whatever one without it would do."""
+        turned = any(block.linear == "conv1d" for block in self.spec.skeleton.blocks)
+        for weight, _ in self.spec.skeleton.tally:
+            if not weight.quantizes or len(weight.tensor.shape) != 2:
+                continue
+            outputs, inputs = reversed(weight.tensor.shape) if turned else weight.tensor.shape
+            if outputs % scheme.fused[0] or inputs % scheme.fused[1]:
+                rows, columns = scheme.fused
+                what = f"{scheme.library} multiplies 4 bits on this processor by {rows} outputs and {columns} inputs"
+                return f"{what}, and {weight.path} has {outputs} and {inputs}: take another precision"
         return None
 
     def verdict(self, case: Case, placement: Placement, expected: Estimate, footprint: Footprint) -> tuple[Verdict, str | None]:

@@ -56,6 +56,10 @@ class ModelSet:
             self._forms[name] = model, precision
         return name
 
+    def fault(self, model: str, precision: str) -> str | None:
+        """Say why the files of a case cannot be had or contradict themselves; None if they do not."""
+        return self.faults.get(self.files_of(model, precision))
+
     def form_of(self, name: str) -> str | None:
         """Return the form that files are written in for a precision that reads it alone; None for those of the model itself."""
         return PRECISIONS[self._forms[name][1]].requires_checkpoint if name in self._forms else None

@@ -122,10 +122,6 @@ class Session:
         by_formulas = (f"activations are computed by formulas: {why}" for why in self._untraced)
         return [sentence for sentence in (*said, *by_formulas) if sentence]
 
-    def fault(self, case: Case) -> str | None:
-        """Say why the files of a case cannot be had or contradict themselves; None if they do not."""
-        return self.models.faults.get(self._matrix.files_of(case))
-
     def case_model(self, case: Case) -> CaseModel:
         """Return the model of a case and what its predictions are compared with."""
         source, reference, files = self.models.sources[case.model], self._references.of(case.model), self._matrix.files_of(case)
@@ -175,9 +171,6 @@ class Session:
         now = case_result.not_run(self.plan(case), self.case_model(case), self.context)
         lesser = resume.judged_by_a_lesser(earlier, reference.case, self.cases()) if reference else None
         return resume.why_again(earlier, now, run_all=self.options.run_all) or lesser
-
-    def _earlier_of(self, case: Case) -> Result | None:
-        return self._earlier.get((case, self.models.weights(self._matrix.files_of(case))))
 
     def finish(self, run: Run) -> Result:
         """End a case and append its result; one that the user interrupted leaves none, so that an older result stays the newest."""

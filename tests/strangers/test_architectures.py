@@ -12,16 +12,20 @@ import bitsandbytes.nn.modules
 import pytest
 import torch
 import transformers
+from msgspec.structs import replace
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from harness.architecture import model_spec
 from harness.catalog import resolve
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
+from harness.core.quantizers import SCHEMES
 from harness.core.records import Verdict
+from harness.machine import probe
 from harness.measure.protocol import Generate, Load
 from harness.planning import planner
 from harness.planning.code import GREEDY, loading_code
+from harness.planning.verdict import Judge
 from harness.worker import model as work
 from harness.worker import quality_probe
 from harness.worker.build_skeleton import build_skeleton
@@ -106,10 +110,47 @@ def test_int8_of_what_has_no_linear_of_torch_is_refused(tmp_path: Path) -> None:
     assert planned(folder, "torchao-int8")[0] is not Verdict.INVALID
 
 
-def load(folder: Path, precision: str) -> work.Model:
+@pytest.mark.skipif(not probe.probe().avx512_bf16, reason="the processor has no AVX512_BF16")
+@pytest.mark.parametrize(
+    ("name", "sizes", "runs"),
+    [
+        ("llama", {"hidden_size": 128, "intermediate_size": 192}, True),
+        ("llama", {"hidden_size": 128, "intermediate_size": 176}, False),  # outputs
+        (
+            "llama",
+            {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4},
+            False,
+        ),  # inputs
+        ("gpt2", {"n_embd": 64, "n_head": 4}, True),
+        ("gpt2", {"n_embd": 48, "n_head": 4}, False),
+        ("falcon_mamba", {}, False),
+    ],
+)
+def test_sides_that_the_fused_product_of_4_bits_does_not_take_are_refused(
+    name: str, sizes: dict[str, Any], runs: bool, tmp_path: Path
+) -> None:
+    """Until bitsandbytes pads them or unpacks such weights, which ends this test."""
+    config = architectures.config_of(name, **sizes)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    request = Generate(phase="cold", prompt_tokens=8, new_tokens=2, batch=1, times=1)
+    with contextlib.nullcontext() if runs else pytest.raises((AssertionError, RuntimeError)):
+        work.generate(load(tmp_path, "int4", tokenizer=False), request)
+    skeleton = build_skeleton(json.loads((tmp_path / "config.json").read_text()))
+    spec = SimpleNamespace(skeleton=skeleton)
+    fuses = replace(machine(), avx512_bf16=True)
+    judge: Any = Judge(spec=spec, machine=fuses, here=True, trust=False)  # type: ignore[arg-type]
+    why = judge._unpackable(SCHEMES["int4"])
+    assert (why is None) is runs
+    assert runs or "bitsandbytes multiplies 4 bits on this processor by 32 outputs and 64 inputs, and " in why
+    judge = Judge(spec=spec, machine=replace(fuses, avx512_bf16=False), here=True, trust=False)  # type: ignore[arg-type]
+    assert judge._unpackable(SCHEMES["int4"]) is None
+
+
+def load(folder: Path, precision: str, *, tokenizer: bool = True) -> work.Model:
     row = PRECISIONS[precision]
     code = loading_code(row, PLACEMENTS["cpu"], row.dtype)
-    loaded, _ = work.load(Load(model=str(folder), code=code), lambda _: contextlib.nullcontext())
+    loaded, _ = work.load(Load(model=str(folder), code=code, tokenizer=tokenizer), lambda _: contextlib.nullcontext())
     return loaded
 
 
