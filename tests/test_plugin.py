@@ -238,10 +238,10 @@ def test_what_is_as_good_as_the_baseline_passes(project: Project) -> None:
 
 def test_a_figure_that_fell_behind_the_baseline_fails(project: Project) -> None:
     project.run()
-    baseline = baseline_of(project, samples={}, metrics={"ram_peak_bytes": 1024.0})
+    baseline = baseline_of(project, samples={}, metrics={"ram_needed_bytes": 1024.0, "ram_anon_peak_bytes": 1024.0})
     done = project.run("--baseline", baseline)
     done.assert_outcomes(passed=4, failed=1)
-    done.stdout.fnmatch_lines(["*peak RAM *, was 1.00 KiB*"])
+    done.stdout.fnmatch_lines(["*RAM needed *, was 1.00 KiB*"])
 
 
 def test_what_worked_in_the_baseline_and_does_not_fit_any_more_fails(project: Project) -> None:
