@@ -131,8 +131,7 @@ def _need_gradio() -> None:
 
 def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     """Fetch and load the model in a worker of its own, which serves the page, and wait."""
-    from tempfile import TemporaryDirectory
-
+    from harness.machine.scratch import Scratch
     from harness.run.case_result import CaseEnded
     from harness.run.options import Options
     from harness.run.runner import Run
@@ -142,7 +141,7 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     asked = {"model": [args.model], "precision": [case.precision], "placement": [case.placement]}
     about: dict[str, Any] = {"prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     about |= {"trust_remote_code": args.trust_remote_code, "case_timeout": _LOAD_S, "phase_timeout": _LOAD_S}
-    with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
+    with Scratch() as nothing_kept:  # which the next run removes if this one is killed
         session = Session(Options(given={**asked, **about, "results": nothing_kept}))
         session.interrupts.install()
         try:

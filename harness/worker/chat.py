@@ -16,6 +16,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 from harness.measure.protocol import Chat, Chatting
 from harness.worker import quality_probe
 from harness.worker.model import Model, pad_id
+from harness.worker.web.door import Door
 
 Said = Mapping[str, Any]
 
@@ -130,6 +131,7 @@ def serve(model: Model, request: Chat) -> Chatting:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio
+    from starlette.middleware import Middleware
 
     talk = Talk(model, request)
 
@@ -154,5 +156,6 @@ def serve(model: Model, request: Chat) -> Chatting:
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
+        app_kwargs={"middleware": [Middleware(Door, name=request.host)]},
     )
     return Chatting(url=url)

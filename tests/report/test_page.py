@@ -473,7 +473,7 @@ def test_the_page_says_how_it_was_measured_and_what_was_set_aside(golden: list[R
     root = rendered(golden, problems=["results.jsonl:17: the line is cut off"])
     for key in {key for one in golden for key in one.metrics}:
         assert " ".join(METRICS[key].how.split()) in root.text
-    assert "1 line of the results file ignored: results.jsonl:17: the line is cut off" in root.text
+    assert "Lines of the results file that were ignored: results.jsonl:17: the line is cut off" in root.text
     assert "3 runs" in root.text
     assert "set aside" not in rendered(golden).text
 

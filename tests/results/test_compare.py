@@ -198,7 +198,9 @@ def test_a_name_is_never_cut_and_the_way_out_is_said(
     said = capsys.readouterr().out
     assert "m/quanto-int8/cpu64+16x1" in "".join(said.split())
     assert "…" not in said
-    assert "Worse is what is beyond: memory 5.0 %, load 30.0 %, speed 10.0 %, quality 2.0 %" in " ".join(said.split()).replace("\xa0", " ")
+    assert "Worse is what is beyond: memory 5.0 %, load 30.0 %, speed 10.0 %, quality 2.0 %" in " ".join(said.split()).replace(
+        "\xa0", " "
+    )
     assert "keep the newer results as the baseline" in " ".join(said.split())
     suite = ElementTree.parse(tmp_path / "junit.xml").getroot()
     counts = {

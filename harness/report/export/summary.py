@@ -35,7 +35,8 @@ def render_summary(results: Sequence[Result], problems: Sequence[str] = ()) -> s
     if len(found) > 1:
         parts += ["\n".join(_contents(found)) + "\n"]
     if problems:
-        parts.append(f"{plural(len(problems), 'line')} of the results could not be read: {escaped(problems[0], _REASON)}\n")
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        parts.append(f"Ignored of the results: {escaped(problems[0], _REASON)}{more}\n")
     return "\n".join(_bounded(parts, {block.anchor: list(_parts(block)) for block in found}))
 
 
