@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import msgspec
 import psutil
 import pytest
 
+from harness.cli.entry import main
 from harness.core.metrics import format_metric
 from harness.core.options import OPTIONS
 from harness.core.precisions import PRECISIONS
@@ -224,6 +227,33 @@ def baseline_of(project: Project, **changes: Any) -> str:
     kept = [msgspec.structs.replace(result, metrics=result.metrics | metrics, **changes) for result in project.results]
     (project.path / "before.jsonl").write_bytes(b"".join(encode_record(result) + b"\n" for result in kept))
     return "before.jsonl"
+
+
+# Commands that are printed
+
+
+def test_the_command_of_every_result_runs_the_same_case_again_when_it_is_pasted(project: Project) -> None:
+    project.run("--prompt-tokens", "8", "--batch", "2", precisions="fp32 bf16")
+    first = {result.case: result.command for result in project.results}
+    assert len(first) == 2
+    for case, command in first.items():
+        assert command
+        program, *words = shlex.split(command)
+        assert program == "pytest"
+        done = project.raw(*words, "--results", "again")
+        assert done.ret == 0
+        assert store.read(project.path / "again/results.jsonl")[0][-1].case == case
+
+
+def test_the_proof_that_a_plan_names_can_be_pasted(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--prompt-tokens", "8", "--new-tokens", "4", "--precision", "fp32", "--placement", "cpu"]
+    assert main(["plan", "./tiny", "--ram", "64GiB", *asked]) == 0
+    proof = re.search(r"To prove it: +(pytest .+)", re.sub(r"\n +", " ", capsys.readouterr().out))
+    assert proof
+    done = project.raw(*shlex.split(proof[1])[1:])
+    assert done.ret == 0
+    (case,) = {result.case for result in project.results}
+    assert (case.precision, case.placement, case.workload.prompt_tokens, case.workload.new_tokens) == ("fp32", "cpu", 8, 4)
 
 
 def test_nothing_is_held_against_a_baseline_without_one(project: Project) -> None:
