@@ -245,7 +245,9 @@ def worse(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -
     found = request.config.stash[SESSION].against_baseline(plan.case)
     if found is None:
         pytest.skip("not in the baseline")
-    return found
+    if found.unjudged and not found.failures:
+        pytest.skip(f"not judged, for other programs disturbed it: {'; '.join(found.unjudged)}")
+    return found.failures
 
 
 @pytest.hookimpl(wrapper=True)

@@ -196,13 +196,13 @@ class Session:
             return self.current.result()
         return self._last if self._last is not None and self._last.case == case else None
 
-    def against_baseline(self, case: Case) -> tuple[str, ...] | None:
-        """Say what got worse since the baseline, a sentence each; None if the baseline has no such case."""
+    def against_baseline(self, case: Case) -> compare.Comparison | None:
+        """Compare a case with the baseline; None if that has no such case."""
         now = self.shown(case)
         found = compare.compare(self._baseline, [now], self.options.gate).pairs[:1] if now else ()
         if not found or found[0].before is None:
             return None
-        return compare.Comparison(pairs=found).failures
+        return compare.Comparison(pairs=found, limits=dict(self.options.gate))
 
     def resumed(self) -> str | None:
         """Say what was kept and why the rest was run; None without --resume."""

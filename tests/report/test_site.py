@@ -24,6 +24,7 @@ from harness.cli import entry as cli
 from harness.core.records import Case, Machine, Outcome, Result, Tier, Verdict, encode_record
 from harness.core.units import GIB
 from harness.report.site import atlas, build, rows
+from harness.report.site.sitedata import Data
 from harness.results import audit, store
 from tests.report.test_page import Node, programs, read
 from tests.support import builders
@@ -512,6 +513,27 @@ def test_what_a_model_needs_is_the_most_that_any_card_measured_of_what_lies_on_i
     (need,) = model.needs
     assert (need.precision, need.bytes, need.card, need.planned) == ("int4", 5.5 * GIB, 6 * GIB, False)
     assert [(rung.label, rung.row is not None) for rung in model.rungs] == [("6 GiB", False), ("8 GiB", True), ("24 GiB", True)]
+
+
+def test_a_line_about_a_model_is_of_one_case_and_the_same_on_both_pages() -> None:
+    small, large = builders.machine(card(8 * GIB, "A")), replace(builders.machine(card(24 * GIB, "B")), name="another machine")
+    found = drawn(
+        of(small, "int8", "direct", metrics={"vram_process_peak_bytes": 7.0 * GIB, "decode_tok_s": 5.0}),
+        of(large, "int4", "direct", metrics={"vram_process_peak_bytes": 5.0 * GIB, "decode_tok_s": 90.0}),
+    )
+    (model,) = found.models
+    assert model.shown is not None
+    assert (model.shown.result.case.precision, model.shown.speed.value) == ("int8", "5")
+    line = Data("").model_line(model)
+    assert (line["smallest_card_bytes"], line["predicted_card_bytes"]) == (8 * GIB, 6 * GIB)
+    assert line["best"]["needed_bytes"] == 7 * GIB
+    assert line["best"]["metrics"]["decode_tok_s"] == 5.0
+    entries = tuple(row.entry for row in model.rows)
+    joined = audit.Joined(entries=entries, refusals=(), sources=())
+    pages = {page.link: read(page.html()) for page in build._pages(found, joined, datetime(2026, 1, 1, tzinfo=timezone.utc))}
+    index, about = pages["index.html"].all("table")[0].text, pages[model.link.page].all("div", look="answer")[0].text
+    assert all("6 GiB" in text and "8 GiB" in text and "5.00 tokens/s" in text for text in (index, about))
+    assert "90.0" not in index
 
 
 def test_torchs_figure_alone_is_told_and_what_cuda_takes_is_added() -> None:
