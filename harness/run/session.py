@@ -57,6 +57,7 @@ class Session:
         self._again: list[str] = []  #: why each of the others ran
         self._baseline: list[Result] = []
         self._last: Result | None = None
+        self._recorded = 0  # results of this run, on the disk or not
 
     @cached_property
     def machine(self) -> Machine:
@@ -208,14 +209,17 @@ class Session:
         return resume.describe_kept(len(self.kept), self._again, self._references.reloaded) if self.options.resume else None
 
     def _record(self, result: Result) -> None:
+        self._last, self._recorded = result, self._recorded + 1
         self.store.append(result)
-        self._last, self.added = result, self.added + 1
+        self.added = self._recorded
 
     def render(self) -> Path | None:
-        """Write the page from everything in the store, if this run came to any case."""
+        """Write the page from everything in the store, and what it could not take, if this run came to any case."""
         if self._last is None:
             return None
         results, problems = self.store.read()
+        results += self.store.unwritten
+        self.added = self._recorded - len(self.store.unwritten)
         page.write(self.html, page.render(results, problems=[str(problem) for problem in problems]))
         self.page = self.html
         return self.page

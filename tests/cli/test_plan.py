@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 PROFILE = ("--gpu", "RTX 3060 12GB", "--ram", "32GiB")
 TIER_KEYS = {
     "weights_bytes", "kv_bytes", "activation_bytes", "overhead_bytes", "allocated_bytes", "peak_bytes", "load_peak_bytes",
-    "low_bytes", "high_bytes", "capacity_bytes",
+    "low_bytes", "high_bytes", "needed_bytes", "needed_high_bytes", "capacity_bytes",
 }  # fmt: skip
 PLAN_KEYS = {
     "case", "precision", "placement", "verdict", "why", "needs", "tiers", "load_s", "first_token_s", "decode_tok_s", "device_map",

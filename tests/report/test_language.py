@@ -114,6 +114,7 @@ SPEAKERS = {
     "measure/interference.py": {"power_capped", "_gpu_others", "_gpu_clock", "_gpu_throttles"},
     "planning/feasibility.py": {"gate", "decide", "_beyond", "_too_old"},
     "run/case_result.py": {"_process_vram", "noise"},
+    "results/needed.py": {"need_of"},
 }
 # All that the page quotes: others' words, and names.
 QUOTED = {"Intel GPUs, SYCL", "ROCm's HIP"}

@@ -427,6 +427,24 @@ def test_what_is_refused_is_told_and_the_rest_published(
     assert str(tmp_path) not in shown
 
 
+def test_refused_lines_are_counted_and_few_of_them_told(
+    golden: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (save(tmp_path / "in", golden[:3]) / store.NAME).open("ab") as file:
+        file.write(b"x\n" * 100)
+    with (save(tmp_path / "worse", golden[3:5]) / store.NAME).open("ab") as file:
+        file.write(b"x\n" * 100_000)
+    assert cli.main(["publish", str(tmp_path / "in"), str(tmp_path / "worse"), "--to", str(tmp_path / "site")]) == 0
+    out, err = capsys.readouterr()
+    assert "1,101 lines refused)" in out
+    told = err.splitlines()
+    assert len(told) == 20 + 1 + 20 + 1 + 1
+    assert any(line.endswith("in/results.jsonl: refused as well: 80 more lines") for line in told)
+    assert any(line.endswith("1,000 lines that are no results, and nothing behind line 1,002 was read") for line in told)
+    data = json.loads((tmp_path / "site/provenance.json").read_text())
+    assert [source["refused"] for source in data["sources"]] == [100, 1001]
+
+
 def test_strict_writes_nothing_where_anything_is_refused(golden: list[Result], tmp_path: Path) -> None:
     folder, place = save(tmp_path / "in", golden), tmp_path / "site"
     assert cli.main(["publish", str(folder), "--to", str(place), "--strict"]) == 0
@@ -499,7 +517,7 @@ def test_what_a_model_needs_is_the_most_that_any_card_measured_of_what_lies_on_i
 def test_torchs_figure_alone_is_told_and_what_cuda_takes_is_added() -> None:
     machine = builders.machine(card(8 * GIB, "A"))
     (model,) = drawn(of(machine, "int4", "direct", metrics={"vram_peak_bytes": 5.0 * GIB})).models
-    assert model.needs[0].basis == "measured by torch only"
+    assert model.needs[0].basis == "what torch allocated, without the CUDA context, which is not known"
 
 
 def test_a_usual_size_that_was_measured_is_not_predicted_as_well() -> None:

@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "results-v1.jsonl"
 def made(name: str = "int8", *, machine: Machine = HERE, outcome: Outcome = Outcome.OK, **fields: Any) -> Result:
     case = Case(model="m", precision=name, placement="cpu", workload=fields.pop("workload", Workload()))
     usual: dict[str, Any] = {
-        "metrics": {"decode_tok_s": 20.0, "ram_peak_bytes": 2e9, "ready_s": 4.0, "perplexity": 12.0},
+        "metrics": {"decode_tok_s": 20.0, "ram_needed_bytes": 2e9, "ready_s": 4.0, "perplexity": 12.0},
         "samples": {"decode_tok_s": [19.8, 20.0, 20.1, 20.0, 20.2]},
     }
     return Result(
@@ -61,7 +61,7 @@ def test_slower_for_sure_is_worse_and_slower_perhaps_is_unsure() -> None:
     assert calls(made(), surely, speed=0.5)["decode_tok_s"] is Call.SAME
 
 
-@pytest.mark.parametrize(("key", "group"), [("ram_peak_bytes", "memory"), ("ready_s", "load"), ("perplexity", "quality")])
+@pytest.mark.parametrize(("key", "group"), [("ram_needed_bytes", "memory"), ("ready_s", "load"), ("perplexity", "quality")])
 def test_a_figure_without_samples_is_held_to_its_threshold(key: str, group: str) -> None:
     limit, usual = RULES[group].worse, made().metrics[key]
     assert calls(made(), with_metrics(None, **{key: usual * (1 + limit) * 1.01}))[key] is Call.WORSE
@@ -94,10 +94,10 @@ def test_broken_answers_are_a_failure() -> None:
 
 
 def test_speed_of_another_machine_is_shown_and_stops_nothing() -> None:
-    slower = with_metrics({"decode_tok_s": [9.8, 10.0, 10.1, 10.0, 10.2]}, decode_tok_s=10.0, ram_peak_bytes=4e9)
+    slower = with_metrics({"decode_tok_s": [9.8, 10.0, 10.1, 10.0, 10.2]}, decode_tok_s=10.0, ram_needed_bytes=4e9)
     other = msgspec.structs.replace(slower, machine=msgspec.structs.replace(HERE, name="1 core"))
     found = compare.compare([made()], [other])
-    assert [failure.partition(": ")[2].partition(" ")[0] for failure in found.failures] == ["peak"]  # memory is still held
+    assert [failure.partition(": ")[2].partition(" ")[0] for failure in found.failures] == ["RAM"]  # memory is still held
     assert any("another machine" in note for note in found.pairs[0].notes)
 
 
@@ -169,7 +169,7 @@ def test_the_command_takes_its_thresholds_from_pyproject(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before, after = write(tmp_path / "a", made()), write(tmp_path / "b", with_metrics(ram_peak_bytes=2.4e9))
+    before, after = write(tmp_path / "a", made()), write(tmp_path / "b", with_metrics(ram_needed_bytes=2.4e9))
     assert main(["compare", str(before), str(after)]) == 1
     (tmp_path / "pyproject.toml").write_text("[tool.fitmatrix.gate]\nmemory = 0.3\n")
     assert main(["compare", str(before), str(after)]) == 0

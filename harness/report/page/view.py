@@ -91,6 +91,12 @@ class Matrix:
         return any(column.limits for column in self.columns)
 
     @property
+    def drops_pages(self) -> bool:
+        """Whether a bar shows pages of files beside what is needed."""
+        memories = [cell.memory for cell in self.cells if cell.memory and cell.memory.resident]
+        return any(memory.resident and memory.resident.number > memory.need.number for memory in memories)
+
+    @property
     def cells(self) -> tuple[Cell, ...]:
         """The cells that are shown, row by row."""
         return tuple(cell for _, row in self.rows for cell in row if cell)
@@ -305,9 +311,9 @@ def _least(cells: Sequence[Cell], best: Cell | None) -> Cell | None:
     """Find the sound case that takes clearly less of the same memory than the best one."""
     if not best or not best.memory:
         return None
-    limit, kind = float(best.memory.peak.value) * 0.9, best.memory.kind
+    limit, kind = float(best.memory.need.value) * 0.9, best.memory.kind
     sound = [cell for cell in cells if is_sound(cell.result)]
-    smaller = [(float(c.memory.peak.value), c) for c in sound if c.memory and c.memory.kind == kind]
+    smaller = [(float(c.memory.need.value), c) for c in sound if c.memory and c.memory.kind == kind]
     return min((pair for pair in smaller if pair[0] < limit), key=lambda pair: pair[0], default=(0.0, None))[1]
 
 

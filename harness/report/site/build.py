@@ -31,7 +31,8 @@ from markupsafe import Markup
 
 from harness.core.errors import StoreError
 from harness.core.records import Result, encode_record, to_builtins
-from harness.core.redact import clean_text
+from harness.core.redact import cleaner
+from harness.core.text import plural
 from harness.report.page import render
 from harness.report.site import atlas
 from harness.report.site.atlas import Atlas
@@ -53,6 +54,8 @@ _STYLES = ("site.css",)
 _WORTH_SHARING = 32
 # Points of a line in a chart: raw results have all of them.
 _MOST_POINTS = 120
+# Refused lines of a file that are told one by one.
+_MOST_TOLD = 20
 # Trends that a page shows; its JSON has all.
 _MOST_TRENDS = 40
 
@@ -85,21 +88,32 @@ def _take(numbered: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[
     number, artifact = numbered
     entries: list[bytes] = []
     refused: list[Refusal] = []
+    clean = cleaner()
+    untold = 0
     try:
         for line, read in collect.read(artifact):
             result = audit.examine(read, now) if isinstance(read, Result) else read
-            if isinstance(result, str):
-                refused.append(Refusal(source=number, line=line, why=clean_text(result)))
-                continue
-            data = encode_record(result)
-            digest = audit.digest(data)
-            (folder / f"{digest}.json").write_bytes(data + b"\n")
-            entry = PublishedResult(result=audit.light(result), digest=digest, source=number, line=line, cleaned=result is not read)
-            entries.append(encode_record(entry))
+            if isinstance(result, Result):
+                known = PublishedResult(result=result, digest="", source=number, line=line, cleaned=result is not read)
+                entries.append(_keep(known, folder))
+            elif len(refused) < _MOST_TOLD:
+                refused.append(Refusal(source=number, line=line, why=clean(result)))
+            else:
+                untold += 1
     except StoreError as error:
         why = str(error).removeprefix(f"{artifact.where}: ")
-        refused.append(Refusal(source=number, line=None, why=clean_text(why)))
+        refused.append(Refusal(source=number, line=None, why=clean(why)))
+    if untold:
+        refused.append(Refusal(source=number, line=None, why=f"refused as well: {plural(untold, 'more line')}", lines=untold))
     return entries, refused
+
+
+def _keep(known: PublishedResult, folder: Path) -> bytes:
+    """Write a sound result into `folder`; return what is to be known of it, encoded."""
+    data = encode_record(known.result)
+    digest = audit.digest(data)
+    (folder / f"{digest}.json").write_bytes(data + b"\n")
+    return encode_record(msgspec.structs.replace(known, result=audit.light(known.result), digest=digest))
 
 
 def write_site(joined: Joined, folder: Path, now: datetime) -> int:
@@ -132,7 +146,7 @@ class _Page:
 
 def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
     newest = max(entry.result.at for entry in joined.entries)[:10]
-    facts = {"results": len(joined.entries), "newest": newest, "refused": len(joined.refusals), "sources": len(joined.sources)}
+    facts = {"results": len(joined.entries), "newest": newest, "refused": joined.refused, "sources": len(joined.sources)}
     data = Data(up="")
     index = {
         **facts,

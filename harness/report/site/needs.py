@@ -12,8 +12,9 @@ from harness.core.records import Result
 from harness.core.units import GIB
 from harness.machine.gpus import reserve
 from harness.report.page import view
-from harness.report.page.figures import Figure, known, needed
+from harness.report.page.figures import Figure, known
 from harness.report.site.rows import Card, Row, best, grouped
+from harness.results.needed import predicted_need
 
 # What cards are sold with.
 DEFAULTS = tuple(size * GIB for size in (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192))
@@ -68,30 +69,17 @@ def _is_whole(result: Result) -> bool:
 
 
 def _measured_need(rows: Iterable[Row]) -> Need | None:
-    peaks = [(row, *_peak(row)) for row in rows if row.works and row.kind == "VRAM" and row.takes]
-    if not peaks:
+    taken = [(row, row.measured.need) for row in rows if row.works and row.measured and row.measured.kind == "VRAM"]
+    if not taken:
         return None
-    row, size, basis = max(peaks, key=lambda peak: peak[1])
-    return _need(row, size, planned=False, basis=basis)
-
-
-def _peak(row: Row) -> tuple[float, str]:
-    """Return what a process took of the card: as measured, or torch's figure and what the plan allows for the context."""
-    size = float(row.takes.value) if row.takes else 0.0
-    if "vram_process_peak_bytes" in row.result.metrics:
-        return size, "measured"
-    tiers = row.result.estimate.tiers if row.result.estimate else {}
-    more = max((tier.overhead_bytes for name, tier in tiers.items() if name not in ("cpu", "disk")), default=0)
-    return (
-        size + more,
-        f"measured by torch, and {units.format_size(more)} for the CUDA context" if more else "measured by torch only",
-    )
+    row, need = max(taken, key=lambda pair: pair[1].number)
+    return _need(row, need.number, planned=False, basis=need.derived or need.noisy or "measured")
 
 
 def _planned_need(rows: Sequence[Row]) -> Need | None:
     for row in reversed(rows):
         tiers = row.result.estimate.tiers if row.result.estimate else {}
-        sizes = [needed(tier) for name, tier in tiers.items() if name not in ("cpu", "disk")]
+        sizes = [predicted_need(tier).best for name, tier in tiers.items() if name not in ("cpu", "disk")]
         if most := max(sizes, default=0):
             return _need(row, most, planned=True, basis="predicted by the plan")
     return None

@@ -96,9 +96,9 @@ def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
     footprint = recommendation.planner.footprints.get(one.case.id)
     if footprint is None or not footprint.gpus:
         return []
-    peak = footprint.inventory.on_gpu.traced_peak(one.case.workload)
+    peak = footprint.on_gpu.traced_peak(one.case.workload)
     if peak is None:
-        return [tables.said(f"Activations are computed by formulas: {footprint.inventory.on_gpu.why_formulas}.")]
+        return [tables.said(f"Activations are computed by formulas: {footprint.on_gpu.why_formulas}.")]
     tensors = "; ".join(f"{name}, {format_size(size)}" for name, size in peak.worst.tensors)
     kv = f"KV cache, {format_size(peak.worst.kv_bytes)}"
     return [tables.said(f"Alive at the traced peak beside the weights: {kv}; {tensors}.")]

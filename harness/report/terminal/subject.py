@@ -48,7 +48,7 @@ def by_formulas(recommendation: Recommendation) -> str:
     """Say of a model that nobody has traced for these cards that its activations are by formulas, and how to have it traced."""
     footprints = recommendation.planner.footprints
     pairs = [(one.case, footprints[one.case.id]) for one in recommendation.plans if one.case.id in footprints]
-    on_gpu = [(case, footprint.inventory.on_gpu) for case, footprint in pairs if footprint.gpus]
+    on_gpu = [(case, footprint.on_gpu) for case, footprint in pairs if footprint.gpus]
     lacking = [case for case, found in on_gpu if found.lacks_trace]
     if not lacking or any(found.precision and not found.lacks_trace for _, found in on_gpu):
         return ""
