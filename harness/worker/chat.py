@@ -46,7 +46,7 @@ class Wish(NamedTuple):
         }
 
 
-GREEDY = Wish()
+PLAINLY = Wish()
 
 
 class Reply(NamedTuple):
@@ -117,13 +117,13 @@ class Talk:
         except ModelFault:
             return False
 
-    def answer(self, message: str, history: Sequence[Said] = (), wish: Wish = GREEDY) -> Iterator[Reply]:
+    def answer(self, message: str, history: Sequence[Said] = (), wish: Wish = PLAINLY) -> Iterator[Reply]:
         """Yield the answer, a little longer each time, and at last with how it ended.
 
         Raises:
             TooLong: the message alone is longer than what was planned for.
         """
-        inputs, dropped = self._inputs(_in_turns([*map(plain, history), _turn("user", message)]), wish.system.strip())
+        inputs, dropped = self._inputs(_in_turns([*map(entry, history), _turn("user", message)]), wish.system.strip())
         streamer, unheard = _Streamer(self._model.tokenizer, self._ends), threading.Event()
         most = min(wish.most_tokens or self.answer_most, self.answer_most)
         prompt = inputs["input_ids"].shape[1]
@@ -179,7 +179,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def plain(said: Said) -> dict[str, str]:
+def entry(said: Said) -> dict[str, str]:
     """Take the words out of an entry of gradio's history: a text, or a list of parts."""
     content = said["content"]
     parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]

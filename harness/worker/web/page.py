@@ -12,8 +12,8 @@ import torch
 from harness.core.units import format_rate, format_size
 from harness.measure import sampler
 from harness.measure.protocol import Chat, Chatting
-from harness.worker.chat import Reply, Said, Talk, TooLong, Wish, plain
-from harness.worker.model import Model
+from harness.worker.chat import Reply, Said, Talk, TooLong, Wish, entry
+from harness.worker.model import Model, loaded_facts
 from harness.worker.web.door import Door
 
 _EVERY_S = 2.0  # the memory that is shown is read anew
@@ -45,7 +45,9 @@ def serve(model: Model, request: Chat) -> Chatting:
     from starlette.middleware import Middleware
 
     theme = gradio.themes.Default(font=_FONTS, font_mono=("ui-monospace", "monospace"))
-    _, url, _ = _page(Talk(model, request), request).launch(
+    facts = loaded_facts(model)
+    kept = (facts.mapped_bytes or 0) + (facts.library_bytes or 0)
+    _, url, _ = _page(_Events(Talk(model, request), request, kept)).launch(
         server_name=request.host,
         server_port=request.port,
         share=False,
@@ -64,20 +66,23 @@ def serve(model: Model, request: Chat) -> Chatting:
     return Chatting(url=url)
 
 
-def memory_now() -> dict[str, int]:
-    """Return what this process holds: by tier, in bytes; of RAM what is resident, of a GPU what torch's allocator has."""
-    held = {"RAM": sampler.memory(os.getpid()).ram_bytes}
+def memory_now(kept_bytes: int) -> dict[str, int]:
+    """Return by tier what this process holds, as the plan counts it; of a GPU what torch's allocator has.
+
+    Of RAM that is what the kernel cannot drop, and `kept_bytes` of files that are used all the time: weights and libraries.
+    """
+    held = {"RAM": sampler.memory(os.getpid()).anon_bytes + kept_bytes}
     if torch.cuda.is_initialized():
         held |= {f"gpu:{index}": torch.cuda.memory_reserved(index) for index in range(torch.cuda.device_count())}
     return {name: size for name, size in held.items() if size}
 
 
-def _page(talk: Talk, request: Chat) -> Any:
+def _page(events: _Events) -> Any:
     """Lay the page out: what is loaded, the conversation, what to say, and how it is to be answered."""
     import gradio
     from gradio.events import api
 
-    events = _Events(talk, request)
+    talk, request = events.talk, events.request
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     with gradio.Blocks(title=request.model, analytics_enabled=False, fill_height=True) as page:
         gradio.HTML(f"<h1>{escape(request.model)}</h1> <span>{talk.how}</span>", padding=False, elem_id="about")
@@ -129,15 +134,15 @@ def _settings(talk: Talk) -> list[Any]:
 class _Events:
     """What the page does: each method takes and returns what its parts show."""
 
-    def __init__(self, talk: Talk, request: Chat) -> None:
-        self._talk, self._request = talk, request
+    def __init__(self, talk: Talk, request: Chat, kept_bytes: int) -> None:
+        self.talk, self.request, self._kept_bytes = talk, request, kept_bytes
 
     def answer(self, message: str) -> Iterator[str]:
         """Answer one message, for programs."""
         import gradio
 
         try:
-            for reply in self._talk.answer(message):
+            for reply in self.talk.answer(message):
                 yield reply.text
         except TooLong as error:
             raise gradio.Error(str(error)) from None
@@ -162,11 +167,11 @@ class _Events:
         wish = Wish(str(system), float(temperature), float(top_p), int(top_k), float(penalty), int(most))
         reply: Reply | None = None
         try:
-            for reply in self._talk.answer(plain(last)["content"], before, wish):
+            for reply in self.talk.answer(entry(last)["content"], before, wish):
                 answered = [*said, {"role": "assistant", "content": reply.text}] if reply.text else said
                 yield answered, self.figures(reply), _note(reply), gradio.skip()
         except TooLong as error:
-            yield before, gradio.skip(), f"Not sent: {error}.", plain(last)["content"]
+            yield before, gradio.skip(), f"Not sent: {error}.", entry(last)["content"]
         except RuntimeError as error:  # what torch raises where memory runs out, and for tokens that a model has no place for
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
@@ -179,18 +184,18 @@ class _Events:
 
     def memory(self) -> str:
         """Say what is loaded, and what it takes now beside what was planned."""
-        planned = {"RAM" if name == "cpu" else name: size for name, size in self._request.planned_bytes.items()}
+        planned = {"RAM" if name == "cpu" else name: size for name, size in self.request.planned_bytes.items()}
         now = [
             f"{escape(name)} <b>{format_size(size)}</b> now"
             + (f", {format_size(planned[name])} planned at most" if name in planned else "")
-            for name, size in memory_now().items()
+            for name, size in memory_now(self._kept_bytes).items()
         ]
-        return _line([f"loaded as <b>{escape(self._request.case)}</b>", *now])
+        return _line([f"loaded as <b>{escape(self.request.case)}</b>", *now])
 
     def figures(self, reply: Reply | None) -> str:
         """Say how fast an answer was written, and how much of the context is used."""
         used = reply.prompt_tokens + reply.new_tokens if reply else 0
-        room = self._talk.prompt_most + self._talk.answer_most
+        room = self.talk.prompt_most + self.talk.answer_most
         rate = reply.tokens_per_s if reply else None
         dropped = [f"{reply.dropped_turns} oldest turns left out"] if reply and reply.dropped_turns else []
         return _line([f"<b>{format_rate(rate)}</b>" if rate else "", f"<b>{used:,}</b> of {room:,} tokens of context", *dropped])
