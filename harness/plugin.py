@@ -218,7 +218,7 @@ def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | Kept | No
 @pytest.fixture
 def loaded(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -> Run:
     """A case in its own process, with the model loaded in it."""
-    fault = request.config.stash[SESSION].models.faults.get(plan.case.model)
+    fault = request.config.stash[SESSION].fault(plan.case)
     if fault is not None:
         raise UsageError(fault)
     if _run is None:

@@ -38,7 +38,7 @@ _WHOLE_SENTENCES = (NotMeasured, RefusedConfig)
 
 
 def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: float) -> bytes:
-    """Return what `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
+    """Return the last line that `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
 
     Raises:
         UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. Of these are
@@ -59,7 +59,7 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
         last = _last_said(done)
         refusal = _REFUSALS.get(done.returncode, UsageError)
         raise refusal(last if refusal in _WHOLE_SENTENCES else f"{what}: {last.removeprefix('ValueError: ')}")
-    return done.stdout
+    return done.stdout.strip().rpartition(b"\n")[2]  # packages of quantizers print as transformers imports them
 
 
 def _last_said(done: subprocess.CompletedProcess[bytes]) -> str:
