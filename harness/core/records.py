@@ -61,6 +61,11 @@ class Workload(Record, frozen=True, kw_only=True):
     repeats: int = 5
 
     @property
+    def asked(self) -> Workload:
+        """The same without how often it was measured: what two results must share for their figures to compare."""
+        return msgspec.structs.replace(self, repeats=1)
+
+    @property
     def most_rounds(self) -> int:
         """How many warm rounds may run where others disturb those that were asked for."""
         return 3 * self.repeats

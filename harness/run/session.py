@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.core.errors import UsageError
 from harness.core.progress import show_progress
-from harness.core.records import Case, Machine, Plan, Result, Verdict
+from harness.core.records import Case, Machine, Plan, Result
 from harness.machine import accelerators, probe
 from harness.machine.scratch import Scratch
 from harness.machine.signals import Interrupts
@@ -162,10 +162,8 @@ class Session:
 
     def _why_again(self, case: Case) -> str | None:
         """Say why a case must run although an earlier run may have measured it; None if its result is kept."""
-        earlier, reference = (
-            self._earlier.get((case, self.models.weights(self._matrix.files_of(case)))),
-            self._references.of(case.model),
-        )
+        earlier = self._earlier.get((case, self.models.weights(self._matrix.files_of(case))))
+        reference = self._references.of(case.model)
         if earlier is None:
             return resume.NEW
         now = case_result.not_run(self.plan(case), self.case_model(case), self.context)
@@ -188,24 +186,19 @@ class Session:
         if self.current is not None and self.current.plan.case == case and test not in self.current.measured.failed:
             self.current.measured.failed.append(test)
 
-    def promised(self, case: Case) -> bool:
-        """Say whether the plan said that a case fits; of a kept one, the plan of its time."""
-        kept = self.kept.get(case)
-        return (kept.verdict if kept else self.plan(case).verdict) is Verdict.FITS
-
     def shown(self, case: Case) -> Result | None:
         """Return what the case of this moment has shown so far, None before it began."""
         if self.current is not None and self.current.plan.case == case:
             return self.current.result()
         return self._last if self._last is not None and self._last.case == case else None
 
-    def against_baseline(self, case: Case) -> tuple[str, ...] | None:
-        """Say what got worse since the baseline, a sentence each; None if the baseline has no such case."""
+    def against_baseline(self, case: Case) -> compare.Comparison | None:
+        """Compare a case with the baseline; None if that has no such case."""
         now = self.shown(case)
         found = compare.compare(self._baseline, [now], self.options.gate).pairs[:1] if now else ()
         if not found or found[0].before is None:
             return None
-        return compare.Comparison(pairs=found).failures
+        return compare.Comparison(pairs=found, limits=dict(self.options.gate))
 
     def resumed(self) -> str | None:
         """Say what was kept and why the rest was run; None without --resume."""

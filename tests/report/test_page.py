@@ -346,6 +346,24 @@ def test_answers_that_are_broken_everywhere_are_no_recommendation(result: Result
     assert answer.text == "1 case can be loaded here, but the answers are broken."
 
 
+def test_how_often_it_was_measured_makes_no_matrix_and_no_case_of_its_own(result: Result) -> None:
+    fewer, more = (replace(result.case.workload, repeats=repeats) for repeats in (3, 7))
+    found = [variant(result, "fp16", workload=fewer), result, variant(result, result.case.precision, workload=more)]
+    (block,) = view.blocks(found)
+    (matrix,) = block.matrices
+    assert len(matrix.cells) == 2
+    assert matrix.caption.endswith("3 to 7 warm rounds")
+    assert {cell.result.case.workload.repeats for cell in matrix.cells} == {3, 7}
+
+
+def test_each_answer_of_several_workloads_says_what_it_is_for(result: Result) -> None:
+    longer = replace(result.case.workload, prompt_tokens=512)
+    root = rendered([result, variant(result, "int8", workload=longer)])
+    heads = [head.text for head in root.all("h3") if head.text.startswith("Answer ")]
+    assert len(heads) == len(root.all("div", look="answer")) == 2
+    assert any("512 tokens in" in head for head in heads)
+
+
 def test_workloads_are_not_mixed_in_one_matrix(result: Result) -> None:
     longer = Workload(prompt_tokens=1024, new_tokens=256)
     root = rendered([variant(result, "fp16"), result, variant(result, "int8", workload=longer, metrics=speed(99.0))])

@@ -17,7 +17,7 @@ from harness.planning.cost.activations import Activations
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.load_order import LoadRun, LoadStep, conversion_of, copies, load_rows, runs_of
+from harness.planning.load_order import LoadRun, LoadStep, conversion_of, copies, load_rows, runs_of, unpacked_mxfp4
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -149,6 +149,9 @@ class Inventory:
             scheme = SCHEMES[self.fmt.quantizer]
             taken = scheme.in_flight + (scheme.turned if owner.linear == "conv1d" else 0.0)
             most = max(most, 2 * weight.elements * taken if held < plain else 0.0)  # what is left as it is costs nothing
+        packed = self.spec.packed
+        if packed is not None and packed.name == "mxfp4" and self.fmt.packed_bits is None and skeleton.is_stacked(weight):
+            most = unpacked_mxfp4(weight.elements)
         return most
 
     @cached_property
@@ -192,10 +195,6 @@ class Inventory:
                 total.add(self._sums(weight))
         return total
 
-    def _copied(self, weight: Weight) -> int:
-        """Return the bytes of the 16-bit copy that quantizing makes of a tensor."""
-        return weight.elements * 2 if memory.is_taken(weight, self.fmt.quantizer) else 0
-
     def _sums(self, weight: Weight, copied: bool = False) -> TensorTotals:
         if weight.tied_to:
             return self._repeated(weight)
@@ -203,7 +202,7 @@ class Inventory:
         makes = copied or self._makes(weight)
         in_file = weight.tensor.kind != "unsaved"
         stored = int(weight.elements * self.stored_width) if in_file and self.fmt.packed_bits is None else size
-        copies = self._copied(weight)
+        copies = weight.elements * 2 if memory.is_taken(weight, self.fmt.quantizer) else 0  # in 16 bits, to be quantized
         view = not makes and weight.tensor.kind != "unsaved"
         return TensorTotals(
             held=size,

@@ -83,7 +83,8 @@ class Data:
         return {
             **self.link(model.link),
             "smallest_card_bytes": smallest.size if smallest else None,
-            "best": self.brief(model.best),
+            "predicted_card_bytes": model.least.card if model.least else None,
+            "best": self.brief(model.shown),
             "machines": len(model.machines),
             "cases": len(model.rows),
             "works": model.works,

@@ -7,6 +7,7 @@ from collections import Counter
 from harness.architecture.model_spec import ModelSpec
 from harness.core.records import Machine, Plan, Tier
 from harness.core.units import format_bandwidth, format_count, format_gib
+from harness.machine import headroom
 from harness.planning import calibration
 from harness.planning.recommend import Recommendation
 
@@ -27,12 +28,18 @@ def _tier_line(tier: Tier) -> str:
     name = "RAM" if tier.kind == "cpu" else tier.model or "GPU"
     speed = f", {format_bandwidth(tier.bytes_per_s)}" if tier.bytes_per_s else ""
     free = f"{format_gib(tier.capacity_bytes)} GiB free" if tier.capacity_bytes is not None else "size unknown"
+    total = tier.total_bytes or 0
+    left = headroom.system_bytes(total) if tier.kind == "cpu" and tier.total_bytes else 0
+    if left and tier.free_bytes == total - left:  # of a machine that is only described
+        free = f"{free} of {format_gib(total)}, {format_gib(left)} left to the system"
     return f"{name}: {free}{speed}"
 
 
 def assumed(machine: Machine) -> str:
     """Say which bandwidths the times assume until RAM and disk of this machine are measured; planning measures nothing."""
     unmeasured = {tier.kind for tier in machine.tiers if not tier.bytes_per_s}
+    if any(tier.is_under_load for tier in machine.tiers if tier.kind == "cpu"):
+        return "The speed of the RAM was measured while other programs worked: fitmatrix hardware measures it again."
     if "cpu" not in unmeasured:  # a disk alone may be one that cannot be measured
         return ""
     known = calibration.default()
