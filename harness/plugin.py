@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from _pytest.terminal import TerminalReporter
 
 from harness.core.errors import HarnessError, UsageError
 from harness.core.options import OPTIONS
-from harness.core.records import Case, Machine, Outcome, Plan, Result
+from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict
 from harness.core.text import line
 from harness.machine import atomic
 from harness.results.store import settle
@@ -26,6 +27,7 @@ from harness.run.session import Session
 
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
 _LIVE: pytest.StashKey[LiveLine] = pytest.StashKey()
+_LEAST_ROOM = 30  # columns for a verdict behind its case
 
 # What a test shows if its case ended: category of the summary, letter and word. The others fail or are skipped as usual.
 _STATUS = {Outcome.OOM: ("oom", "M", "OOM"), Outcome.TIMEOUT: ("timeout", "T", "TIMEOUT")}
@@ -152,9 +154,16 @@ class _ByCase:
         if case is None or self._last[case] != nodeid or (result := self._ours.shown(case)) is None:
             return
         kept = f"{since(result)}: " if case in self._ours.kept else ""
-        text, width = f"{kept}{summary(result)}", self._reporter._tw.fullwidth - self._reporter._tw.width_of_current_line - 3
-        self._reporter.write(f"  {text if len(text) <= width else text[: width - 1] + '…'}")
+        self._reporter.write(f"  {self._wrapped(kept + summary(result))}")
         self._end_line()
+
+    def _wrapped(self, text: str) -> str:
+        """Wrap a verdict below its own beginning on a terminal; a log has it in one line, and neither cuts it."""
+        column = self._reporter._tw.width_of_current_line + 2
+        room = self._reporter._tw.fullwidth - column - 1
+        if not self._reporter.isatty or len(text) <= room:
+            return text
+        return f"\n{' ' * column}".join(textwrap.wrap(text, max(room, _LEAST_ROOM), break_long_words=False))
 
     def _end_line(self) -> None:
         if self._reporter._tw.width_of_current_line:
@@ -220,7 +229,7 @@ def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | Kept | No
 @pytest.fixture
 def loaded(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -> Run:
     """A case in its own process, with the model loaded in it."""
-    fault = request.config.stash[SESSION].models.faults.get(plan.case.model)
+    fault = request.config.stash[SESSION].fault(plan.case)
     if fault is not None:
         raise UsageError(fault)
     if _run is None:
@@ -247,7 +256,9 @@ def worse(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -
     found = request.config.stash[SESSION].against_baseline(plan.case)
     if found is None:
         pytest.skip("not in the baseline")
-    return found
+    if found.unjudged and not found.failures:
+        pytest.skip(f"not judged, for other programs disturbed it: {'; '.join(found.unjudged)}")
+    return found.failures
 
 
 @pytest.hookimpl(wrapper=True)
@@ -284,9 +295,9 @@ def _report_end(item: pytest.Item, ended: CaseEnded, report: pytest.TestReport) 
 
 
 def _was_to_fit(item: pytest.Item) -> bool:
-    """Say whether the plan of an item's case promised that it fits: then running out of memory is a surprise."""
-    case = _case_of(item)
-    return case is not None and item.config.stash[SESSION].promised(case)
+    """Say whether the plan of an item's case promised that it fits, that of its time if it is kept: else there is no surprise."""
+    case, session = _case_of(item), item.config.stash[SESSION]
+    return case is not None and (session.kept.get(case) or session.plan(case)).verdict is Verdict.FITS
 
 
 def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -> tuple[str, str, Any] | None:

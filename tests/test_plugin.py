@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ import msgspec
 import psutil
 import pytest
 
+from harness.cli.entry import main
 from harness.core.metrics import format_metric
 from harness.core.options import OPTIONS
 from harness.core.precisions import PRECISIONS
@@ -227,6 +230,33 @@ def baseline_of(project: Project, **changes: Any) -> str:
     return "before.jsonl"
 
 
+# Commands that are printed
+
+
+def test_the_command_of_every_result_runs_the_same_case_again_when_it_is_pasted(project: Project) -> None:
+    project.run("--prompt-tokens", "8", "--batch", "2", precisions="fp32 bf16")
+    first = {result.case: result.command for result in project.results}
+    assert len(first) == 2
+    for case, command in first.items():
+        assert command
+        program, *words = shlex.split(command)
+        assert program == "pytest"
+        done = project.raw(*words, "--results", "again")
+        assert done.ret == 0
+        assert store.read(project.path / "again/results.jsonl")[0][-1].case == case
+
+
+def test_the_proof_that_a_plan_names_can_be_pasted(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--prompt-tokens", "8", "--new-tokens", "4", "--precision", "fp32", "--placement", "cpu"]
+    assert main(["plan", "./tiny", "--ram", "64GiB", *asked]) == 0
+    proof = re.search(r"To prove it: +(pytest .+)", re.sub(r"\n +", " ", capsys.readouterr().out))
+    assert proof
+    done = project.raw(*shlex.split(proof[1])[1:])
+    assert done.ret == 0
+    (case,) = {result.case for result in project.results}
+    assert (case.precision, case.placement, case.workload.prompt_tokens, case.workload.new_tokens) == ("fp32", "cpu", 8, 4)
+
+
 def test_nothing_is_held_against_a_baseline_without_one(project: Project) -> None:
     assert "test_baseline" not in project.run("--collect-only", "-q").stdout.str()
 
@@ -239,10 +269,10 @@ def test_what_is_as_good_as_the_baseline_passes(project: Project) -> None:
 
 def test_a_figure_that_fell_behind_the_baseline_fails(project: Project) -> None:
     project.run()
-    baseline = baseline_of(project, samples={}, metrics={"ram_peak_bytes": 1024.0})
+    baseline = baseline_of(project, samples={}, metrics={"ram_needed_bytes": 1024.0, "ram_anon_peak_bytes": 1024.0})
     done = project.run("--baseline", baseline)
     done.assert_outcomes(passed=4, failed=1)
-    done.stdout.fnmatch_lines(["*peak RAM *, was 1.00 KiB*"])
+    done.stdout.fnmatch_lines(["*RAM needed *, was 1.00 KiB*"])
 
 
 def test_what_worked_in_the_baseline_and_does_not_fit_any_more_fails(project: Project) -> None:

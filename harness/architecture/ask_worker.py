@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,8 +14,9 @@ from typing import Any
 from harness.core.errors import UsageError
 from harness.data import DATA
 
-# Its exit status if the transformers that is installed has no such architecture, and if the model is not of a kind to measure.
-UNKNOWN_TYPE, NO_DECODER = 3, 4
+# Its exit status if the transformers that is installed has no such architecture, if the model is not of a kind to measure, and if
+# transformers' own classes end in an error with such a config.
+UNKNOWN_TYPE, NO_DECODER, CONFIG_REFUSED = 3, 4, 5
 
 
 class UnknownType(UsageError):
@@ -24,15 +27,22 @@ class NotMeasured(UsageError):
     """The model is none that continues a text; the sentence says what it is, and what loads it."""
 
 
-_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured}
+class RefusedConfig(UsageError):
+    """transformers has the architecture, and makes no model of this config; the sentence is its own."""
+
+
+# What Python says of an error under the lines of code that it came through; a line that ends in a colon goes on.
+_RAISED = re.compile(r"^Traceback \(most recent call last\):\n(?: .*\n)*(\S.*(?:(?<=:)\n.*)*)", re.M)
+_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured, CONFIG_REFUSED: RefusedConfig}
+_WHOLE_SENTENCES = (NotMeasured, RefusedConfig)
 
 
 def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: float) -> bytes:
-    """Return what `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
+    """Return the last line that `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
 
     Raises:
         UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. Of these are
-            UnknownType and NotMeasured.
+            UnknownType, NotMeasured and RefusedConfig.
     """
     from harness.machine.scratch import Scratch  # tempfile is slow to import
 
@@ -46,7 +56,16 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
     except subprocess.TimeoutExpired:
         raise UsageError(f"{what}: transformers did not answer in {limit_s:.0f} s") from None
     if done.returncode != 0:
-        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        last = _last_said(done)
         refusal = _REFUSALS.get(done.returncode, UsageError)
-        raise refusal(f"{what}: {last.strip().removeprefix('ValueError: ')}" if refusal is not NotMeasured else last.strip())
-    return done.stdout
+        raise refusal(last if refusal in _WHOLE_SENTENCES else f"{what}: {last.removeprefix('ValueError: ')}")
+    return done.stdout.strip().rpartition(b"\n")[2]  # packages of quantizers print as transformers imports them
+
+
+def _last_said(done: subprocess.CompletedProcess[bytes]) -> str:
+    """Return what a process that failed ended with: a signal, an error up to its first line without a colon, or its last line."""
+    if done.returncode < 0:
+        return f"its process was ended by {signal.Signals(-done.returncode).name}"
+    text = done.stderr.decode(errors="replace").strip()
+    raised = _RAISED.findall(text)
+    return " ".join((raised or text.splitlines() or ["no message"])[-1].split())

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from harness.checkpoint import settings_check
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
 from harness.checkpoint.foreign_folder import refuse
 from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, quote
@@ -320,6 +321,9 @@ def read_config(folder: Folder) -> dict[str, Any]:
             if not isinstance(inner.get("model_type"), str | None):
                 what = f"gives 'model_type' as {quote(inner['model_type'])}; it must be text"
                 raise CheckpointError(where, f"{what}: use the config.json that belongs to the weights")
+    refused = settings_check.fault(config)
+    if refused is not None:
+        raise CheckpointError(where, f"{refused}: use the config.json that belongs to the weights")
     return config
 
 

@@ -44,7 +44,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 }
 # Texts of the longest are the log's tail, loading code and maps of modules.
 _MOST_TEXT = 4_000_000
-_RAM = ("ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_peak_bytes")
+_RAM = ("ram_needed_bytes", "ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_peak_bytes")
 _VRAM = ("vram_peak_bytes", "vram_process_peak_bytes", "load_vram_peak_bytes")
 
 
@@ -328,6 +328,9 @@ def _peaks(result: Result, _: datetime) -> Iterator[str]:
     for key in ("ram_peak_bytes", "vram_peak_bytes"):
         if key in highest and key in result.metrics and not _close(highest[key], result.metrics[key]):
             yield f"says {_figure(key, result.metrics[key])}, and the highest of its phases is {_figure(key, highest[key])}"
+    needed, anonymous = result.metrics.get("ram_needed_bytes"), result.metrics.get("ram_anon_peak_bytes", 0.0)
+    if needed is not None and not anonymous <= needed <= result.metrics.get("ram_peak_bytes", math.inf):
+        yield f"says {_figure('ram_needed_bytes', needed)}, which is not between its anonymous and its resident peak"
     for tier in result.machine.tiers:
         sizes = (tier.total_bytes, tier.free_bytes, tier.limit_bytes)
         if any(size is not None and size < 0 for size in sizes):

@@ -26,6 +26,7 @@ from harness.core.text import plural
 from harness.core.units import KIB, MIB, format_size
 from harness.machine.regular import open_regular
 from harness.measure.protocol import MOST_ROUND_TOKENS
+from harness.results.needed import completed
 
 NAME = "results.jsonl"
 
@@ -323,4 +324,4 @@ def decode(line: bytes) -> Result:
         raise _TooNew(f"has format {schema}, and this version reads up to {SCHEMA}; update fitmatrix")
     for version in range(schema, SCHEMA):
         plain = UPGRADES[version](plain)
-    return msgspec.convert(plain, Result)
+    return completed(msgspec.convert(plain, Result))

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import csv
+import re
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import msgspec
 import pytest
 
 from harness.architecture import traces
+from harness.architecture.ask_worker import ask_worker
 from harness.architecture.traced_memory import TracedMemory, evaluate
 from harness.catalog.shipped import catalog, hub_id
 from harness.core.errors import UsageError
@@ -178,3 +181,34 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+RAISED = """Traceback (most recent call last):
+  File "a.py", line 1, in f
+    raise E
+KeyError: 'b'
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "a.py", line 9, in g
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("kill -SEGV $$", "its process was ended by SIGSEGV"),
+        ("echo 'no such model' >&2; exit 1", "no such model"),
+        (f"cat >&2 <<'.'\n{RAISED}TypeError: of two lines\n    of which this is one\n.\nexit 1", "TypeError: of two lines"),
+        (f"cat >&2 <<'.'\n{RAISED}a.E: in g:\n    KeyError: 'c'\n.\nexit 1", "a.E: in g: KeyError: 'c'"),
+        ("exit 9", "no message"),
+    ],
+)
+def test_how_a_worker_ended_is_said(does: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = tmp_path / "python"
+    worker.write_text(f"#!/bin/sh\n{does}\n")
+    worker.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    with pytest.raises(UsageError, match=f"^no record: {re.escape(told)}$"):
+        ask_worker("trace", {}, "no record", 10)

@@ -132,7 +132,7 @@ TAMPERED: dict[str, tuple[Callable[[Result], Result], str]] = {
     ),
     "ready": (with_metrics(ready_s=1.0), "says ready 1.00 s, and load and first token take ready 2.50 s"),
     "answers": (with_metrics(answers_correct=9.0), "says 9 answers correct, and 1 are"),
-    "RAM": (with_metrics(ram_peak_bytes=17.0 * GIB), "says peak RAM 17.0 GiB, and its machine has 16.0 GiB of RAM"),
+    "RAM": (with_metrics(ram_peak_bytes=17.0 * GIB), "says peak RAM, resident 17.0 GiB, and its machine has 16.0 GiB of RAM"),
     "VRAM": (with_metrics(vram_process_peak_bytes=13.0 * GIB), "peak VRAM, process 13.0 GiB, and its machine has 12.0 GiB of VRAM"),
     "no GPU": (lambda r: replace(r, machine=builders.machine()), "says peak VRAM, allocated 6.00 GiB, and its machine has no GPU"),
     "smaller": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,20 @@ def test_the_ledger_counts_what_lives_and_no_view_twice() -> None:
         del view
         assert counted.live[ledger.CARD] == 0
     assert counted.peak[ledger.CARD] == top == 40448 + 512
+
+
+def test_values_that_are_known_choose_as_those_of_real_tensors_do() -> None:
+    """Copies with deepcopy, masks in an index and the best of a few: models shape tensors by them."""
+    with ledger.fake_card({}, (8, 0)) as counted:
+        given, mask = torch.empty(6, 4, device="cuda"), torch.tensor([True, False, True, False, False, True]).to("cuda")
+        held = counted.live[ledger.CARD]
+        copy: Any = deepcopy({"a": given, "b": [given]})
+        assert counted.live[ledger.CARD] - held == ledger.GRAIN
+        assert copy["a"] is copy["b"][0]
+        assert given[mask].shape == (3, 4)
+        assert given[:, :1].topk(1, dim=1).indices.flatten().tolist() == [0] * 6  # of one there is no other
+        assert given.argmax(dim=-1).tolist() == [ledger.TOKEN] * 6
+    assert not counted.guesses
 
 
 def test_the_ledger_counts_real_tensors_of_the_processor_alike() -> None:

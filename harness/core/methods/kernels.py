@@ -1,8 +1,8 @@
 """PACKED_KERNELS: what multiplies GPTQ and AWQ weights on a card, which of them a card takes, and the memory that each takes.
 
 gptqmodel 7.7.0 tries its kernels by priority and takes the first that the card, the bits and the zero points allow
-(gptqmodel/utils/importer.py, `select_quant_linear`; SUPPORTS_* and `validate_device` of each class in nn_modules/qlinear). Those of
-Blackwell, Hopper, Marlin and ExLlamaV2 are compiled when they are first used, which needs nvcc: without it Triton's is taken for
+(gptqmodel/utils/importer.py, `select_quant_linear`); tests/core/test_packed_kernels.py holds the table against its answers. Those
+of Blackwell, Hopper, Marlin and ExLlamaV2 are compiled when they are first used, which needs nvcc: without it Triton's is taken for
 GPTQ, which unpacks every weight for its product, and for AWQ one that is not in this table.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+
+from msgspec.structs import replace
 
 from harness.core.methods.table import method_name, settings_of
 from harness.core.records import Record
@@ -46,6 +48,7 @@ class PackedKernel(Record, frozen=True, kw_only=True):
     bits: tuple[int, ...] = (4, 8)
     groups: tuple[int, ...] = (0, 32, 64, 128)
     symmetric_gptq: bool = False  #: GPTQ with zero points is not taken
+    plain_8_bits: bool = False  #: neither are 8 bits with zero points or in another order
     multiple: tuple[int, int] = (1, 1)  #: of which outputs and inputs must be multiples
     reduces: bool = False  #: sums up in float32 beside its product
     unpacks_from: Mapping[int, int] = {}  #: by bits, the rows from which on it makes a 16-bit copy of the weight
@@ -58,7 +61,8 @@ class PackedKernel(Record, frozen=True, kw_only=True):
         since = self.since.get(scheme.method)
         known = since is not None and since <= capability < self.before
         zeros = self.symmetric_gptq and scheme.method == "gptq" and not scheme.symmetric
-        return known and scheme.bits in self.bits and scheme.group in self.groups and not zeros
+        odd = self.plain_8_bits and scheme.bits == 8 and (scheme.reorders or not scheme.symmetric)
+        return known and scheme.bits in self.bits and scheme.group in self.groups and not zeros and not odd
 
     def fits(self, outputs: int, inputs: int) -> bool:
         """Say whether it takes a weight of these sides."""
@@ -101,25 +105,30 @@ class PackedProduct(Record, frozen=True, kw_only=True):
 
 
 _EVERY_ROW = {4: 1, 8: 1}
+_SWORDFISH = PackedKernel(
+    name="Swordfish",
+    source="gptqmodel_ext/swordfish/libtorch_stable/quantization/swordfish/swordfish_mm.cu",
+    since={"gptq": 10.0},
+    before=12.0,
+    plain_8_bits=True,
+    multiple=(64, 64),
+    unpacks_from={4: 4096, 8: 1024},  # dense_tier_min_m, of cards with 100 multiprocessors and more
+    keeps_zeros=False,
+)
+_MACHETE = PackedKernel(
+    name="Machete",
+    source="gptqmodel_ext/machete/machete_mm_launcher.cuh",
+    since={"gptq": 9.0},
+    before=9.1,
+    groups=(0, 64, 128),
+    multiple=(128, 64),
+    keeps_zeros=False,
+)
 PACKED_KERNELS = (
-    PackedKernel(
-        name="Swordfish",
-        source="gptqmodel_ext/swordfish/libtorch_stable/quantization/swordfish/swordfish_mm.cu",
-        since={"gptq": 10.0, "awq": 10.0},
-        before=12.0,
-        multiple=(64, 64),
-        unpacks_from={4: 4096, 8: 1024},  # dense_tier_min_m, of cards with 100 multiprocessors and more
-        keeps_zeros=False,
-    ),
-    PackedKernel(
-        name="Machete",
-        source="gptqmodel_ext/machete/machete_mm_launcher.cuh",
-        since={"gptq": 9.0, "awq": 9.0},
-        before=9.1,
-        groups=(0, 64, 128),
-        multiple=(128, 64),
-        keeps_zeros=False,
-    ),
+    _SWORDFISH,
+    replace(_SWORDFISH, since={"awq": 10.0}, bits=(4,)),
+    _MACHETE,
+    replace(_MACHETE, since={"awq": 9.0}, groups=(0, 32, 64, 128)),
     PackedKernel(
         name="Marlin",
         source="gptqmodel_ext/marlin/gptq_marlin.cu",

@@ -117,7 +117,7 @@ def _cell(cell: Cell | None) -> str:
 
 def _figures(cell: Cell) -> Iterator[str]:
     if cell.memory and cell.memory.predicted and cell.memory.capacity:
-        yield f"needs {cell.memory.peak.text}, {cell.memory.capacity.text} {cell.memory.kind} free"
+        yield f"needs {cell.memory.need.text}, {cell.memory.capacity.text} {cell.memory.kind} free"
     elif cell.memory:
         yield held(cell)
     if not cell.status.measured:

@@ -27,13 +27,14 @@ from harness.worker.trace.record import record
 
 
 class TraceRequest(Record, frozen=True, kw_only=True):
-    """What a trace is asked for."""
+    """What a trace is asked for. `check`: hold the record against all layers, and tell by how much it differs."""
 
     config: dict[str, Any]
     precision: str
     workloads: tuple[Workload, ...] = ()
     attention: str | None = None
     capability: str = WITH_FLASH
+    check: bool = True
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TraceRequest)
     given = request.config, request.precision
     more = request.attention, request.capability
-    answer: Any = trace(*given, request.workloads, *more) if request.workloads else record(*given, *more)
+    answer: Any = trace(*given, request.workloads, *more) if request.workloads else record(*given, *more, check=request.check)
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 

@@ -28,6 +28,7 @@ CARD = torch.device("cuda:0")
 GRAIN = 512  # torch's allocator for CUDA hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 # Tensors of so many elements and less are computed for real beside the fake, where they hold whole numbers: lengths, masks, ids.
 MOST_SHADOWED = 1 << 22
+TOKEN = 7  # any that no model gives a meaning
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
 _CUDA, _META, _DEVICE_TYPES = 1, 14, 21  # c10/core/DeviceType.h
 
@@ -109,6 +110,8 @@ class Ledger(TorchDispatchMode):
         if rule is not None and any(isinstance(given, FakeTensor) and given.device.type == "cuda" for given in args):
             with self:
                 return rule(*args, **kwargs)
+        if func is _aten.index.Tensor:
+            args = (args[0], self._numbered(args[1]))
         found = self._shaped_by_values(func, args)
         out = func(*args, **kwargs) if found is None else found
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
@@ -171,6 +174,17 @@ class Ledger(TorchDispatchMode):
             rows, columns = real.nonzero().shape
         return torch.empty((rows, columns), dtype=torch.int64, device=args[0].device)
 
+    def _numbered(self, index: Sequence[Any]) -> list[Any]:
+        """Return an index with the numbers of what its masks choose, as ATen does (expandTensors), where its values are known."""
+        made = list[Any]()
+        for part in index:
+            if self.real(part) is None or part.dtype is not torch.bool:
+                made.append(part)
+                continue
+            with self:
+                made += _aten.nonzero.default(part).unbind(1)
+        return made
+
     def _shadow(self, func: Any, args: Any, kwargs: Any, made: list[FakeTensor]) -> None:
         """Compute small tensors for real beside the fake, where all that they are computed from is known."""
         for leaf in made:
@@ -178,7 +192,7 @@ class Ledger(TorchDispatchMode):
         if not made or any(leaf.numel() > MOST_SHADOWED for leaf in made) or "empty" in func.name():
             return
         if func in (_aten.argmax.default, _aten.topk.default) and self.real(args[0]) is None:
-            self._choose(made[-1], args[0].shape[args[2] if len(args) > 2 else -1] if func is _aten.topk.default else 1)
+            self._choose(made[-1], args[0].shape[args[2] if len(args) > 2 else -1] if func is _aten.topk.default else None)
             return
         fakes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
         if any(self.real(fake) is None for fake in fakes):
@@ -192,11 +206,11 @@ class Ledger(TorchDispatchMode):
         for leaf, real in zip(made, [leaf for leaf in tree_leaves(got) if isinstance(leaf, torch.Tensor)], strict=True):
             self._shadows[leaf] = real
 
-    def _choose(self, chosen: FakeTensor, among: int) -> None:
-        """Choose for a model: experts, all equally often, or any token that no model gives a meaning."""
+    def _choose(self, chosen: FakeTensor, among: int | None) -> None:
+        """Choose for a model: experts among so many, all equally often, or else any token that no model gives a meaning."""
         with unset_fake_temporarily():
-            numbers = torch.arange(chosen.numel()).reshape(chosen.shape) % among
-            self._shadows[chosen] = numbers if among > 1 else numbers + 7
+            numbers = torch.arange(chosen.numel()).reshape(chosen.shape)
+            self._shadows[chosen] = numbers % among if among is not None else torch.full_like(numbers, TOKEN)
 
     def _as_real(self, given: Any) -> Any:
         if isinstance(given, torch.device):
@@ -218,6 +232,9 @@ class _Indexed(TorchFunctionMode):
                 return func(real, *args[1:], **kwargs)
         if func is torch.device and args and type(args[0]) is int:
             return torch.device("cuda", args[0])
+        if func is torch.Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
+            copy = args[1][id(args[0])] = args[0].clone()  # else its mode would be copied with it
+            return copy
         if func is torch.Tensor.cuda:
             return args[0].to(CARD)
         if func is torch.Tensor.to:

@@ -11,20 +11,21 @@ from typing import Any
 import msgspec
 
 from harness.architecture import traces
+from harness.architecture.ask_worker import ask_worker
 from harness.architecture.card_kernels import BEFORE_FLASH, WITH_FLASH
 from harness.architecture.traced_memory import TracedMemory, evaluate
 from harness.architecture.traces import Records
 from harness.catalog import shipped
+from harness.core.errors import UsageError
 from harness.machine.atomic import write_bytes
-from harness.worker.trace.record import record, source
+from harness.worker.trace.record import source
 from harness.worker.trace.reserve import reserved_of
 
 SHIPPED_PRECISIONS = ("bf16", "int8", "int4", "fp16", "fp32")
 BEFORE_FLASH_TOO = ("fp16", "int8", "int4")  # bfloat16 is emulated on old cards, and float32 needs no record of its own there
 COMPARED = ((1, 64, 16), (1, 4096, 16), (8, 4096, 16), (1, 32768, 16))  # batch, prompt, new tokens
 CHANGED, ALIKE = 0.001, 0.0005
-# What a trace may fail with, as anything that runs models: printed, and left to the formulas.
-FAILURES = (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError, LookupError, AssertionError, ImportError)
+LIMIT_S = 3600.0  # of one record: minutes where nobody else computes
 
 # Records that may hold the same bytes as another.
 STAND_INS = {
@@ -81,14 +82,20 @@ def replay_again(names: Sequence[str], precisions: Sequence[str]) -> None:
 
 
 def _remade(records: Records, config: Mapping[str, Any], wanted: tuple[str, str], check: bool) -> tuple[str, str]:
-    """Trace one record of an architecture anew; return what became of it, in a word and in a sentence."""
+    """Trace one record of an architecture anew, in a process of its own; return what became of it, in a word and in a sentence.
+
+    Whatever ends that process is the architecture's: an error of any kind, a crash of torch's, a lack of memory. It is printed,
+    and the formulas are left.
+    """
     precision, capability = wanted
     start, before, name = time.monotonic(), traces.find(records, *wanted), traces.record_name(*wanted)
+    asked = {"config": config, "precision": precision, "capability": capability, "check": check}
     try:
-        made = record(config, precision, capability=capability, check=check)
-    except FAILURES as error:
+        text = ask_worker("trace", asked, "no record", LIMIT_S)
+    except UsageError as error:
         records.pop(name, None)
-        return "without a record", f"no record: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+        return "without a record", str(error)[:200]
+    made = msgspec.json.decode(text, type=TracedMemory)
     other = _stand_in(records, made)
     records[name] = other or made
     told = _change(before, made)

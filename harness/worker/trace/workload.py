@@ -13,9 +13,7 @@ from torch import nn
 
 from harness.models.cache_argument import kv_cache_of
 from harness.worker.trace.fake_model import Layers
-from harness.worker.trace.ledger import CARD, Allocation, Ledger
-
-PROMPT_TOKEN = 7  # any that no model gives a meaning
+from harness.worker.trace.ledger import CARD, TOKEN, Allocation, Ledger
 
 
 class Trace(NamedTuple):
@@ -62,7 +60,7 @@ def run(ledger: Ledger, model: Any, layers: Layers | None, batch: int, prompt: i
 
 
 def _generate(model: Any, batch: int, prompt: int, new_tokens: int) -> None:
-    tokens = [PROMPT_TOKEN] * prompt
+    tokens = [TOKEN] * prompt
     ending = list(getattr(model, "prompt_ending", ()))
     if ending:
         tokens = (tokens + ending)[-prompt:]
