@@ -44,7 +44,7 @@ DOORS = {
     "accelerate": {"worker"},
     "bitsandbytes": {"worker"},
     "gguf": {"worker"},
-    "gradio": {"worker.chat"},
+    "gradio": {"worker.web.page"},
     "safetensors": {"worker"},
     "numpy": {"worker", "machine.bandwidth", "architecture.random_weights"},
     "tqdm": {"worker", "catalog.download"},

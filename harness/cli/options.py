@@ -65,6 +65,7 @@ _ROWS = (
         default=HOST,
         metavar="ADDRESS",
     ),
+    Option(name="anyway", help="load what the plan says does not fit or may not; memory is still watched", switch=True),
     Option(
         name="port",
         help=f"port to listen on (default: the first free one from {FIRST_PORT})",

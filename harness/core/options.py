@@ -186,7 +186,11 @@ OPTIONS: tuple[Option, ...] = (
         parse=whole_number(1),
         default=_USUAL.prompt_tokens,
         metavar="N",
-        in_command={"chat": Meaning(help="tokens of conversation to keep; older turns are dropped (default 1024)", default=1024)},
+        in_command={
+            "chat": Meaning(
+                help="tokens of conversation to keep; older turns are dropped (default: what fits, 8192 at most)", default=1024
+            )
+        },
     ),
     Option(
         name="new-tokens",

@@ -26,6 +26,9 @@ _VIEWS = frozenset(("Split", "Chunk", "SplitModulelist"))
 _LITERAL = re.compile(r"\(\?P<g0>\^?((?:[\w.]|\\\.)+)(?:\(\?!\\w\))?\)")
 
 
+# Rows of 32 weights that transformers unpacks of MXFP4 at once (`convert_moe_packed_tensors` in integrations/mxfp4.py).
+_MX_ROWS, _MX_WEIGHTS = 32768 * 1024, 32
+
 # Names as transformers compares them.
 SortKey = tuple[tuple[int | str, ...], ...]
 
@@ -101,6 +104,17 @@ def conversion_of(path: str, naming: Naming | None) -> Conversion | None:
 def copies(made: Conversion | None) -> bool:
     """Say whether a conversion leaves another tensor than it was given, both of which are there at once."""
     return made is not None and any(name not in _VIEWS or along for name, along in made.steps)
+
+
+def unpacked_mxfp4(elements: int) -> float:
+    """Return the bytes beside a stack of experts in 16 bits while it is unpacked of MXFP4.
+
+    What is packed, its scales and these in int32; then an index in int32 and what it finds for half of the rows' weights, or at the
+    end the stack before it is turned round.
+    """
+    rows = elements / _MX_WEIGHTS
+    packed, scales = elements / 2, rows * (1 + 4)
+    return packed + scales + max(min(rows, _MX_ROWS) * _MX_WEIGHTS / 2 * (4 + 2), elements * 2)
 
 
 def runs_of(steps: Iterable[LoadStep]) -> list[LoadRun]:

@@ -15,7 +15,7 @@ from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
-from harness.planning import calibration, context, feasibility, other_form
+from harness.planning import calibration, feasibility, other_form
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
@@ -284,7 +284,7 @@ class Planner:
         footprint = self.footprints.get(one.case.id)
         if one.estimate is None or footprint is None or not one.verdict.is_good:
             return None
-        return context.max_context(footprint, one.case, self.judge)
+        return self.judge.max_context(footprint, one.case)
 
 
 def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from transformers.core_model_loading import dot_natural_key
+from transformers.integrations import mxfp4
 
 from harness.architecture import model_spec, skeleton_source
 from harness.architecture.model_spec import ModelSpec
@@ -18,7 +20,7 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, TierEstimate, Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
-from harness.planning import calibration
+from harness.planning import calibration, load_order
 from harness.planning.cost.estimate import weight_format
 from harness.planning.cost.inventory import Inventory
 from harness.planning.load_order import on_card, sort_key, stored_name
@@ -118,6 +120,24 @@ def least_over(folder: Path, precision: str) -> float:
     inventory = Inventory(spec, weight_format(row, row.dtype, spec))
     twice = inventory.total.twice  # a head that is stored although it is tied, compared with what it is tied to
     return twice + max(on_card(inventory.load_runs, None, sequential=True).low, twice / 2)
+
+
+@pytest.mark.parametrize("experts", [4, 12])
+def test_experts_in_mxfp4_are_unpacked_beside_their_stack(tmp_path: Path, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few experts the index into the table of values is the most, with more than are unpacked at once the turned stack."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 64}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 512, "num_local_experts": experts, "num_experts_per_tok": 2}
+    folder = hollow.write(tmp_path / "m", {"model_type": "gpt_oss", **sizes, "quantization_config": {"quant_method": "mxfp4"}})
+    rows = 4 * 1024 * 512 // 32  # of four experts
+    own = mxfp4._convert_moe_packed_tensors
+    assert signature(own).parameters["rows_per_chunk"].default == load_order._MX_ROWS
+    monkeypatch.setattr(
+        mxfp4, "_convert_moe_packed_tensors", lambda *given, **named: own(*given, **named | {"rows_per_chunk": rows})
+    )
+    monkeypatch.setattr(load_order, "_MX_ROWS", rows)
+    (found,) = trace_load(folder, "bf16", {"": 0}, Cards(capability="9.0"), ahead=True)
+    assert over(planned(folder, "bf16")["gpu:0"]) == pytest.approx(found.over_bytes, abs=rounding(folder))
+    assert found.over_bytes > 10 * rounding(folder)
 
 
 def test_the_small_models_are_large_enough_to_tell(folders: dict[str, Path]) -> None:

@@ -29,6 +29,7 @@ DTYPES: Mapping[str, tuple[str, str]] = {
     "bfloat16": ("BF16", "BFloat16Storage"),
     "bool": ("BOOL", "BoolStorage"),
     "int8": ("I8", "CharStorage"),
+    "uint8": ("U8", "ByteStorage"),
     "int32": ("I32", "IntStorage"),
 }
 

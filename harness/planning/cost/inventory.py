@@ -17,7 +17,7 @@ from harness.planning.cost.activations import Activations
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.load_order import LoadRun, LoadStep, conversion_of, copies, load_rows, runs_of
+from harness.planning.load_order import LoadRun, LoadStep, conversion_of, copies, load_rows, runs_of, unpacked_mxfp4
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -149,6 +149,9 @@ class Inventory:
             scheme = SCHEMES[self.fmt.quantizer]
             taken = scheme.in_flight + (scheme.turned if owner.linear == "conv1d" else 0.0)
             most = max(most, 2 * weight.elements * taken if held < plain else 0.0)  # what is left as it is costs nothing
+        packed = self.spec.packed
+        if packed is not None and packed.name == "mxfp4" and self.fmt.packed_bits is None and skeleton.is_stacked(weight):
+            most = unpacked_mxfp4(weight.elements)
         return most
 
     @cached_property

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.core.records import Workload
-from harness.report.site.needs import Need, Rung, fitting, needs_of, rungs_of
+from harness.report.site.needs import Need, Rung, fitting, needs_of, rungs_of, ways_of
 from harness.report.site.rows import Card, Row, RowLink, best, current, grouped, rows_of
 from harness.report.site.trends import Trend, trends_of
 from harness.results.audit import PublishedResult
@@ -46,6 +46,7 @@ class ModelPage:
     trends: tuple[Trend, ...]
     rows: tuple[Row, ...]
     best: Row | None
+    ways: tuple[Row, ...]
 
     @property
     def works(self) -> int:
@@ -152,6 +153,7 @@ def _model(rows: Sequence[Row], history: Sequence[Row]) -> ModelPage:
         trends=trends_of(history),
         rows=tuple(rows),
         best=best(ours),
+        ways=ways_of(ours),
     )
 
 

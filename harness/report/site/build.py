@@ -36,6 +36,7 @@ from harness.core.text import plural
 from harness.report.page import render
 from harness.report.site import atlas
 from harness.report.site.atlas import Atlas
+from harness.report.site.needs import known_cards
 from harness.report.site.rows import gib
 from harness.report.site.sitedata import Data, of_sources
 from harness.report.site.trends import spark
@@ -141,7 +142,7 @@ class _Page:
 
     def html(self) -> str:
         says = {"up": _up(self.link), "data": _data_beside(self.link), "gib": gib, **self.says}
-        return render.template(self.template, *_STYLES, scripts=("site.js",)).render(says)
+        return render.template(self.template, *_STYLES, scripts=("language.js", "site.js")).render(says)
 
 
 def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
@@ -154,7 +155,7 @@ def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
         "cards": [data.card_line(on) for on in drawn.cards],
         "machines": [data.machine_line(tally) for tally in drawn.machines],
     }
-    yield _Page("index.html", "site_index.html.j2", {"atlas": drawn, "facts": facts}, index)
+    yield _Page("index.html", "site_index.html.j2", {"atlas": drawn, "facts": facts, "known_cards": known_cards()}, index)
     for model in drawn.models:
         says = {"model": model, "trends": [(trend, spark(trend)) for trend in model.trends[:_MOST_TRENDS]]}
         yield _Page(model.link.page, "site_model.html.j2", says, Data(_up(model.link.page)).model(model))

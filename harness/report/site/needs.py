@@ -10,7 +10,7 @@ from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Result
 from harness.core.units import GIB
-from harness.machine.gpus import reserve
+from harness.machine.gpus import find_gpu, reserve
 from harness.report.page import view
 from harness.report.page.figures import Figure, known
 from harness.report.site.rows import Card, Row, best, grouped
@@ -18,6 +18,10 @@ from harness.results.needed import predicted_need
 
 # What cards are sold with.
 DEFAULTS = tuple(size * GIB for size in (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192))
+_POPULAR = (
+    "RTX 3050 8GB", "RTX 4060", "RTX 3060 12GB", "RTX 4070", "RTX 4060 Ti 16GB", "RTX 4080", "RTX 3090", "RTX 4090", "RTX 5090",
+    "T4", "L4", "L40S", "A100 80GB", "H100 PCIe 80GB", "H200 SXM",
+)  # fmt: skip
 # Cards of one size as it is sold differ by so much: those of 80 GB have 79.1 to 80 GiB.
 _ALIKE = 0.03
 
@@ -89,6 +93,29 @@ def _need(row: Row, size: float, *, planned: bool, basis: str) -> Need:
     case, figure = row.result.case, known("", "VRAM", int(size), units.format_size(size))
     holds = next((usual for usual in DEFAULTS if usual - reserve(usual) >= size), None)
     return Need(case.precision, case.placement, figure, holds, row, planned, basis)
+
+
+def ways_of(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Return the ways that work and are worth choosing: none needs less of the same memory, is as fast and answers as well."""
+    found = [row for row in rows if row.works and row.measured and row.speed.value]
+    return tuple(row for row in found if not any(_is_better(other, row) for other in found))
+
+
+def _is_better(one: Row, other: Row) -> bool:
+    ours, theirs = _weighed(one), _weighed(other)
+    same = one.measured is not None and other.measured is not None and one.measured.kind == other.measured.kind
+    return same and ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+
+def _weighed(row: Row) -> tuple[float, float, bool]:
+    """Return what is weighed of a way, less being better: its memory, its speed, and whether its answers are not sound."""
+    return row.measured.need.number if row.measured else 0.0, -row.speed.number, not row.answers_well
+
+
+def known_cards() -> tuple[tuple[str, int], ...]:
+    """Return cards that people have, with their memory in bytes, smallest first."""
+    cards = [(card.name, card.total_bytes or card.vram_bytes) for card in map(find_gpu, _POPULAR)]
+    return tuple(sorted(cards, key=lambda pair: pair[1]))
 
 
 def rungs_of(rows: Iterable[Row], needs: Sequence[Need]) -> Iterable[Rung]:

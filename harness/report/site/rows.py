@@ -95,8 +95,23 @@ class Row:
         return self.entry.result
 
     @property
+    def mark(self) -> str:
+        """The anchor of its line on the page of its machine, which has one for each case that is not replaced by a newer result."""
+        return f"raw-{self.entry.digest[:12]}"
+
+    @property
+    def page(self) -> str:
+        """Where it stands on the page of its machine, seen from the root of the site."""
+        return f"{self.machine.page}#{self.mark}"
+
+    @property
     def works(self) -> bool:
         return self.status.look == "works"
+
+    @property
+    def answers_well(self) -> bool:
+        """Whether nothing was found to be wrong with its answers."""
+        return self.quality not in ("broken", "degraded")
 
     @property
     def measured(self) -> MemoryFigure | None:

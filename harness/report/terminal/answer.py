@@ -21,10 +21,14 @@ _LINES = 6
 def answer(recommendation: Recommendation, asked: Asked) -> RenderableType:
     """Return the first lines of what a plan says."""
     best, verdict = recommendation.best, tables.title(_verdict(recommendation))
-    return Group(verdict, tables.facts([*_figures(best, asked), ("code", code(recommendation, best, asked))])) if best else verdict
+    return (
+        Group(verdict, tables.facts([*_figures(best, asked), ("code", code_or_command(recommendation, best, asked))]))
+        if best
+        else verdict
+    )
 
 
-def code(recommendation: Recommendation, best: Plan, asked: Asked) -> str:
+def code_or_command(recommendation: Recommendation, best: Plan, asked: Asked) -> str:
     """Return what the answer has room for: the call that loads the model, if nothing else belongs to it, or the command for it."""
     taken = tables.height(tables.title(_verdict(recommendation)))
     case = f"{best.case.precision}/{best.case.placement}"

@@ -10,7 +10,7 @@ from harness.catalog.resolve import history
 from harness.core.records import Plan, Verdict
 from harness.planning.recommend import Recommendation
 from harness.report.terminal import plan_table, tables
-from harness.report.terminal.answer import answer, code, main_reason
+from harness.report.terminal.answer import answer, code_or_command, main_reason
 from harness.report.terminal.next_steps import Asked, code_command, plan_command, proof_command
 from harness.report.terminal.subject import assumed, by_formulas, machine_line, model_line
 
@@ -91,5 +91,5 @@ def _left_out(recommendation: Recommendation, asked: Asked, lacks: str, rows: in
 def _steps(recommendation: Recommendation, best: Plan, asked: Asked) -> str:
     """Name the next commands; what the answer shows already is not said again."""
     script = code_command(recommendation, best, asked)
-    shown = code(recommendation, best, asked) == script
+    shown = code_or_command(recommendation, best, asked) == script
     return ("" if shown else f"To load it:   {script}\n") + f"To prove it:  {proof_command(recommendation, best, asked)}"

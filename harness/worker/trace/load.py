@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import accelerate.hooks
 import accelerate.utils.imports
 import torch
 import transformers.core_model_loading as loading
@@ -28,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedModel, modeling_utils
 
 from harness.architecture.card_kernels import kernels_of
+from harness.core.methods.table import METHODS, method_name, settings_of
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Record
 from harness.worker.trace import kernels
@@ -63,31 +66,52 @@ class Cards(Record, frozen=True, kw_only=True):
     capability: str = "8.0"
 
 
+class Loader(Record, frozen=True, kw_only=True):
+    """How the loader goes about it.
+
+    `ahead`: all tensors are copied before the first is set. `warm`: the block counts as well that transformers asks for first, to
+    have the memory of all weights from the driver at once; it is gone before the first tensor comes. `dispatches`: modules get
+    accelerate's hooks, so that the model can run.
+    """
+
+    ahead: bool = False
+    warm: bool = False
+    dispatches: bool = False
+
+
 def trace_load(
     directory: Path, precision: str, device_map: Any, cards: Cards | None = None, ahead: bool = False, warm: bool = False
 ) -> list[LoadPeak]:
-    """Load a checkpoint on fake cards and return what each of them held.
-
-    `device_map` is that of from_pretrained. With `warm` the block that transformers asks for first, to have the memory of all
-    weights from the driver at once, counts as well: it is gone before the first tensor comes.
+    """Load a checkpoint on fake cards and return what each of them held. `device_map` is that of from_pretrained.
 
     Raises:
         ValueError: no trace is made of loading in this precision.
     """
     cards = cards or Cards()
+    with loaded(directory, precision, device_map, cards, Loader(ahead=ahead, warm=warm)) as (ledger, _):
+        peaks = [_peak(ledger, torch.device("cuda", number)) for number in range(cards.count)]
+    return [peak for peak in peaks if peak.peak_bytes]
+
+
+@contextlib.contextmanager
+def loaded(directory: Path, precision: str, device_map: Any, cards: Cards, loader: Loader) -> Iterator[tuple[Ledger, Any]]:
+    """Load a checkpoint on fake cards, which are there as long as the block runs, and give what they hold and the model.
+
+    Raises:
+        ValueError: no trace is made of loading in this precision.
+    """
     found: list[Ledger] = []
     with contextlib.ExitStack() as stack:
         counting = contextlib.ExitStack()
-        for owner, name, value in (*_torch(cards, found), *_transformers(ahead, warm), *_counted(cards, found, counting)):
+        for owner, name, value in (*_torch(cards, found), *_transformers(loader), *_counted(cards, found, counting)):
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))  # modes belong to a thread
         stack.enter_context(_asked_anew())
         stack.enter_context(counting)
-        model = AutoModelForCausalLM.from_pretrained(directory, device_map=device_map, **_arguments(precision))
+        model = AutoModelForCausalLM.from_pretrained(directory, device_map=device_map, **_arguments(directory, precision))
         gc.collect()
-        peaks = [_peak(found[0], torch.device("cuda", number)) for number in range(cards.count)]
+        yield found[0], model
         del model
-    return [peak for peak in peaks if peak.peak_bytes]
 
 
 def _counted(cards: Cards, found: list[Ledger], counting: contextlib.ExitStack) -> Iterator[tuple[Any, str, Any]]:
@@ -112,12 +136,14 @@ def _counted(cards: Cards, found: list[Ledger], counting: contextlib.ExitStack) 
     yield modeling_utils, "_get_device_map", places
 
 
-def _arguments(precision: str) -> dict[str, Any]:
+def _arguments(directory: Path, precision: str) -> dict[str, Any]:
     """Return what a row of the table asks from_pretrained for."""
     row = PRECISIONS[precision]
     dtype = getattr(torch, row.dtype)
-    if row.quantization is None or row.requires_checkpoint:
+    if row.requires_checkpoint:
         return {"dtype": dtype}
+    if row.quantization is None:
+        return {"dtype": dtype, **_unpacking(directory)}
     if not isinstance(row.quantization, Mapping):
         raise ValueError(f"no trace of loading in {precision}: its tensors are of a class that no fake can be")
     settings = {name: value for name, value in row.quantization.items() if name != "quant_method"}
@@ -127,6 +153,17 @@ def _arguments(precision: str) -> dict[str, Any]:
         compute = {"bnb_4bit_compute_dtype": dtype} if settings.get("load_in_4bit") else {}
         return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**settings, **compute)}
     raise ValueError(f"no trace of loading in {precision}: what its quantizer allocates is not known")
+
+
+def _unpacking(directory: Path) -> dict[str, Any]:
+    """Return what asks for 16-bit weights of a checkpoint that is stored packed; nothing for others."""
+    settings = settings_of(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    method = METHODS.get(method_name(settings)) if settings else None
+    if method is None or method.unpacked is None:
+        return {}
+    names = dict[str, Any]()
+    exec("\n".join(method.unpacked.imports), names)  # of our own table
+    return {"quantization_config": eval(method.unpacked.expression, names)}
 
 
 def _peak(ledger: Ledger, device: torch.device) -> LoadPeak:
@@ -233,14 +270,17 @@ def _number(device: Any) -> int:
     return device if isinstance(device, int) else torch.device(device).index or 0 if device is not None else 0
 
 
-def _transformers(ahead: bool, warm: bool) -> Iterator[tuple[Any, str, Any]]:
+def _transformers(loader: Loader) -> Iterator[tuple[Any, str, Any]]:
     """Yield what transformers does differently with fake tensors: files are read outside of the modes, or not at all."""
     yield loading, "_materialize_copy", _materialize_copy
     yield modeling_utils, "load_state_dict", _load_state_dict
-    yield modeling_utils, "accelerate_dispatch", lambda *_: None  # hooks hold no tensors
-    if ahead:
+    if loader.dispatches:
+        yield accelerate.hooks, "set_module_tensor_to_device", _set_on_device
+    else:
+        yield modeling_utils, "accelerate_dispatch", lambda *_: None  # hooks hold no tensors
+    if loader.ahead:
         yield loading, "spawn_materialize", _spawn_ahead
-    if not warm:
+    if not loader.warm:
         yield modeling_utils, "caching_allocator_warmup", lambda *_: None
     try:
         import bitsandbytes
@@ -265,6 +305,15 @@ def _spawn_ahead(_: Any, tensor: Any, device: Any = None, dtype: Any = None, **s
     assert sharding.get("sharding_op") is None
     copied = _materialize_copy(tensor, device, dtype)
     return lambda: copied
+
+
+def _set_on_device(module: torch.nn.Module, name: str, device: Any, value: Any = None, **_: Any) -> None:
+    """Move a tensor of a module as accelerate's hooks do, which would make a parameter of a fake's class."""
+    path, last = name.rpartition(".")[::2]
+    owner = module.get_submodule(path)
+    before = getattr(owner, last)
+    moved = (before if value is None else value).to(device)
+    setattr(owner, last, torch.nn.Parameter(moved, requires_grad=False) if last in owner._parameters else moved)
 
 
 _LOAD_STATE_DICT = modeling_utils.load_state_dict
