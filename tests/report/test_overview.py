@@ -354,7 +354,7 @@ def test_hostile_names_stay_text_and_are_cut() -> None:
     assert shown.forecast
     html = render.render(results)
     start = html.index('<div class="overview">')
-    drawn = html[start : html.index("<h3>Machine and versions</h3>", start)]
+    drawn = html[start : html.rindex("</div>", start, html.index("<h3>Machine and versions</h3>", start))]
     assert "<script" not in drawn
     assert "\u202e" not in drawn
     assert len(drawn) < 20_000

@@ -555,7 +555,7 @@ def test_a_line_about_a_model_is_of_one_case_and_the_same_on_both_pages() -> Non
     entries = tuple(row.entry for row in model.rows)
     joined = audit.Joined(entries=entries, refusals=(), sources=())
     pages = {page.link: read(page.html()) for page in build._pages(found, joined, datetime(2026, 1, 1, tzinfo=timezone.utc))}
-    index, about = pages["index.html"].all("table")[0].text, pages[model.link.page].all("div", look="answer")[0].text
+    index, about = pages["index.html"].all("table", look="list")[0].text, pages[model.link.page].all("div", look="answer")[0].text
     assert all("6 GiB" in text and "8 GiB" in text and "5.00 tokens/s" in text for text in (index, about))
     assert "90.0" not in index
 
