@@ -16,7 +16,7 @@ from harness.data import DATA
 
 # Its exit status if the transformers that is installed has no such architecture, if the model is not of a kind to measure, and if
 # transformers' own classes end in an error with such a config.
-UNKNOWN_TYPE, NO_DECODER, REFUSED = 3, 4, 5
+UNKNOWN_TYPE, NO_DECODER, CONFIG_REFUSED = 3, 4, 5
 
 
 class UnknownType(UsageError):
@@ -33,12 +33,12 @@ class RefusedConfig(UsageError):
 
 # What Python says of an error under the lines of code that it came through; a line that ends in a colon goes on.
 _RAISED = re.compile(r"^Traceback \(most recent call last\):\n(?: .*\n)*(\S.*(?:(?<=:)\n.*)*)", re.M)
-_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured, REFUSED: RefusedConfig}
+_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured, CONFIG_REFUSED: RefusedConfig}
 _WHOLE_SENTENCES = (NotMeasured, RefusedConfig)
 
 
 def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: float) -> bytes:
-    """Return what `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
+    """Return the last line that `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
 
     Raises:
         UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. Of these are
@@ -59,7 +59,7 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
         last = _last_said(done)
         refusal = _REFUSALS.get(done.returncode, UsageError)
         raise refusal(last if refusal in _WHOLE_SENTENCES else f"{what}: {last.removeprefix('ValueError: ')}")
-    return done.stdout
+    return done.stdout.strip().rpartition(b"\n")[2]  # packages of quantizers print as transformers imports them
 
 
 def _last_said(done: subprocess.CompletedProcess[bytes]) -> str:

@@ -165,6 +165,16 @@ def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:
     )
 
 
+def config_in(form: Packed, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a model as it would be if its weights were stored in a form: by its family's keys, or by settings."""
+    family = family_of(config)
+    if form.own and family is not None:
+        grouped = {family.group_key: form.group} if family.group_key else {}
+        return {**config, family.bits_key: form.bits, **grouped}
+    said = {"quant_method": form.name, "bits": form.bits, "group_size": form.group or -1}
+    return {**config, "quantization_config": {**said, **(form.method.writes if form.method else {})}}
+
+
 def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
     """Return the row of LAYOUTS that a quantization_config means; None where it names a layout that its method has not usually."""
     if method == "compressed-tensors":

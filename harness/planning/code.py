@@ -225,8 +225,13 @@ def _once(lines: Sequence[str]) -> list[str]:
     return ["import torch.distributed", *shared, "if torch.distributed.get_rank() == 0:", f"    {last}", leave]
 
 
-def code_head(source: Source, placement: str) -> str:
-    """Write the lines before the loading code: where MODEL comes from, without naming anybody's directories."""
+def code_head(source: Source, placement: str, form: str | None = None) -> str:
+    """Write the lines before the loading code: where MODEL comes from, without naming anybody's directories.
+
+    `form` is that of a checkpoint which was made for the case, in another than the model is published in.
+    """
+    if form is not None:
+        return f"MODEL = {_literal(source.name)}  # a directory of the model as {form}\n\n"
     if source.kind == "directory":
         return f"MODEL = {_literal(source.name)}  # the directory of the model\n\n"
     if source.hub_id is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.core.errors import UsageError
 from harness.core.progress import show_progress
-from harness.core.records import Case, Machine, Plan, Result, Verdict
+from harness.core.records import Case, Machine, Plan, Result
 from harness.machine import accelerators, probe
 from harness.machine.scratch import Scratch
 from harness.machine.signals import Interrupts
@@ -103,17 +103,17 @@ class Session:
         to_come = sum(map(store.most_bytes, asked))
         self.store.prepare(to_come)
         _prepare_page(self.html, page.most_bytes(len(asked), self.store.path.stat().st_size))
-        runnable = sorted({case.model for case in asked if self._matrix.may_run(case)})
+        runnable = sorted({self._matrix.files_of(case) for case in asked if self._matrix.may_run(case)})
         self.models.fetch(runnable, self._matrix.check_model)
         runnable = [name for name in runnable if name not in self.models.faults]
         if self.options.resume:
             self._earlier = selection.last_on(self.machine, self.store.read()[0])
         if self.worker_main is None and self.machine.gpus:
             with show_progress() as report:  # the run has torch anyway, and is held against its plans
-                self._untraced = self._matrix.trace([case for case in asked if case.model in runnable], report)
+                self._untraced = self._matrix.trace([case for case in asked if self._matrix.files_of(case) in runnable], report)
         forkserver.live_in(self._scratch.path)
         forkserver.hide_gpus(self.machine.gpu_problem is not None)
-        if self.worker_main is None and any(self._why_again(case) for case in asked if case.model in runnable):
+        if self.worker_main is None and any(self._why_again(case) for case in asked if self._matrix.files_of(case) in runnable):
             forkserver.warm_up(self.models.modeling_modules(runnable))
 
     def notices(self) -> list[str]:
@@ -122,18 +122,22 @@ class Session:
         by_formulas = (f"activations are computed by formulas: {why}" for why in self._untraced)
         return [sentence for sentence in (*said, *by_formulas) if sentence]
 
+    def fault(self, case: Case) -> str | None:
+        """Say why the files of a case cannot be had or contradict themselves; None if they do not."""
+        return self.models.faults.get(self._matrix.files_of(case))
+
     def case_model(self, case: Case) -> CaseModel:
         """Return the model of a case and what its predictions are compared with."""
-        source, reference = self.models.sources[case.model], self._references.of(case.model)
-        spec = self.models.spec(case.model) if self.models.fetched(case.model) else None
+        source, reference, files = self.models.sources[case.model], self._references.of(case.model), self._matrix.files_of(case)
+        spec = self.models.spec(files) if self.models.fetched(files) else None
         return CaseModel(
-            location=self.models.location(case.model),
-            weights=self.models.weights(case.model),
+            location=self.models.location(files),
+            weights=self.models.weights(files),
             tokenizer=spec.tokenizer if spec else False,
             gguf_file=spec.gguf_file if spec else None,
             native=spec.native if spec else False,
-            fingerprint=self.models.fingerprint(case.model),
-            code_head=code.code_head(source, case.placement),
+            fingerprint=self.models.fingerprint(files),
+            code_head=code.code_head(source, case.placement, self.models.form_of(files)),
             command=cases.command_of(case, source, self.options),
             reference=reference.reference if reference else None,
             reference_file=reference.file if reference else None,
@@ -144,7 +148,7 @@ class Session:
         """Start a case; or keep what an earlier run showed of it; or record why it is not run and return None."""
         case, again = decided.case, self._why_again(decided.case)
         if again is None:
-            self.kept[case] = self._last = earlier = self._earlier[case, self.models.weights(case.model)]
+            self.kept[case] = self._last = earlier = self._earlier[case, self.models.weights(self._matrix.files_of(case))]
             self._references.keep(earlier)
             return Kept(earlier)
         decided = cases.with_free_disk(decided, shutil.disk_usage(self._scratch.path).free)
@@ -162,7 +166,8 @@ class Session:
 
     def _why_again(self, case: Case) -> str | None:
         """Say why a case must run although an earlier run may have measured it; None if its result is kept."""
-        earlier, reference = self._earlier.get((case, self.models.weights(case.model))), self._references.of(case.model)
+        earlier = self._earlier.get((case, self.models.weights(self._matrix.files_of(case))))
+        reference = self._references.of(case.model)
         if earlier is None:
             return resume.NEW
         now = case_result.not_run(self.plan(case), self.case_model(case), self.context)
@@ -184,11 +189,6 @@ class Session:
         """Take note that a test of the case that runs has failed."""
         if self.current is not None and self.current.plan.case == case and test not in self.current.measured.failed:
             self.current.measured.failed.append(test)
-
-    def promised(self, case: Case) -> bool:
-        """Say whether the plan said that a case fits; of a kept one, the plan of its time."""
-        kept = self.kept.get(case)
-        return (kept.verdict if kept else self.plan(case).verdict) is Verdict.FITS
 
     def shown(self, case: Case) -> Result | None:
         """Return what the case of this moment has shown so far, None before it began."""

@@ -35,6 +35,7 @@ class Method(Record, frozen=True, kw_only=True):
     counts_scales: bool = True  #: scales count when a device map is inferred; they may come into their module afterwards
     wide_bias: bool = False  #: the biases of packed experts are in float32
     blocks: bool = False  #: a scale is for a block of outputs x inputs
+    writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
 
@@ -95,7 +96,15 @@ def _derived(row: Method, **changed: Any) -> Method:
 
 
 _ROWS = (
-    Method(name="awq", title="AWQ", needs=("gptqmodel",), dtypes=("float16",), refuses=_STORED, held="int32"),
+    Method(
+        name="awq",
+        title="AWQ",
+        needs=("gptqmodel",),
+        dtypes=("float16",),
+        refuses=_STORED,
+        held="int32",
+        writes={"zero_point": True, "version": "gemm"},
+    ),
     Method(
         name="bitsandbytes_4bit",
         title="bitsandbytes 4-bit",
@@ -114,7 +123,15 @@ _ROWS = (
         held="int8",
         bits=8,
     ),
-    Method(name="gptq", title="GPTQ", needs=("optimum", "gptqmodel"), dtypes=("float16",), refuses=_STORED, held="int32"),
+    Method(
+        name="gptq",
+        title="GPTQ",
+        needs=("optimum", "gptqmodel"),
+        dtypes=("float16",),
+        refuses=_STORED,
+        held="int32",
+        writes={"sym": True, "desc_act": False},
+    ),
     Method(name="aqlm", title="AQLM", needs=("aqlm",), refuses=_STORED, held="int16"),
     Method(
         name="quanto",
