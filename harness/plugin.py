@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,8 @@ from harness.core.errors import HarnessError, UsageError
 from harness.core.options import OPTIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result
 from harness.core.text import line
+from harness.machine import atomic
+from harness.results.store import settle
 from harness.run.case_result import CaseEnded
 from harness.run.live import LiveLine, summary
 from harness.run.options import Options, read_config
@@ -22,6 +27,7 @@ from harness.run.session import Session
 
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
 _LIVE: pytest.StashKey[LiveLine] = pytest.StashKey()
+_LEAST_ROOM = 30  # columns for a verdict behind its case
 
 # What a test shows if its case ended: category of the summary, letter and word. The others fail or are skipped as usual.
 _STATUS = {Outcome.OOM: ("oom", "M", "OOM"), Outcome.TIMEOUT: ("timeout", "T", "TIMEOUT")}
@@ -137,9 +143,16 @@ class _ByCase:
         if case is None or self._last[case] != nodeid or (result := self._ours.shown(case)) is None:
             return
         kept = f"{since(result)}: " if case in self._ours.kept else ""
-        text, width = f"{kept}{summary(result)}", self._reporter._tw.fullwidth - self._reporter._tw.width_of_current_line - 3
-        self._reporter.write(f"  {text if len(text) <= width else text[: width - 1] + '…'}")
+        self._reporter.write(f"  {self._wrapped(kept + summary(result))}")
         self._end_line()
+
+    def _wrapped(self, text: str) -> str:
+        """Wrap a verdict below its own beginning on a terminal; a log has it in one line, and neither cuts it."""
+        column = self._reporter._tw.width_of_current_line + 2
+        room = self._reporter._tw.fullwidth - column - 1
+        if not self._reporter.isatty or len(text) <= room:
+            return text
+        return f"\n{' ' * column}".join(textwrap.wrap(text, max(room, _LEAST_ROOM), break_long_words=False))
 
     def _end_line(self) -> None:
         if self._reporter._tw.width_of_current_line:
@@ -205,7 +218,7 @@ def _run(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Run | Kept | No
 @pytest.fixture
 def loaded(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -> Run:
     """A case in its own process, with the model loaded in it."""
-    fault = request.config.stash[SESSION].models.faults.get(plan.case.model)
+    fault = request.config.stash[SESSION].fault(plan.case)
     if fault is not None:
         raise UsageError(fault)
     if _run is None:
@@ -232,7 +245,9 @@ def worse(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -
     found = request.config.stash[SESSION].against_baseline(plan.case)
     if found is None:
         pytest.skip("not in the baseline")
-    return found
+    if found.unjudged and not found.failures:
+        pytest.skip(f"not judged, for other programs disturbed it: {'; '.join(found.unjudged)}")
+    return found.failures
 
 
 @pytest.hookimpl(wrapper=True)
@@ -291,8 +306,26 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
     ours.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED and not stops_between_tests
     try:
         yield
+        if any(_case_of(item) is not None for item in session.items):
+            _name_no_host(session.config.getoption("xmlpath", None))
     finally:
         _wind_up(session, ours)
+
+
+def _name_no_host(junit: str | None) -> None:
+    """Take the machine's name out of the JUnit XML that pytest has written, which is published as results are."""
+    if junit is not None and (path := Path(junit)).is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+            atomic.write_text(path, re.sub(r'(<testsuite [^>]*\bhostname=")[^"]*', r"\1localhost", text))
+        except OSError as error:
+            raise pytest.UsageError(line(f"--junit-xml {path}: {error.strerror}, so it still names this machine")) from None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Leave the machine's name out of what pytest-benchmark writes."""
+    machine_info["node"] = "localhost"
 
 
 def _wind_up(session: pytest.Session, ours: Session) -> None:
@@ -300,15 +333,18 @@ def _wind_up(session: pytest.Session, ours: Session) -> None:
     if live := session.config.stash.get(_LIVE, None):
         live.close()
     ours.close()
+    settled = settle(ours.store)
     try:
         page = ours.render()
     except HarnessError as error:
-        raise pytest.UsageError(line(str(error))) from None
+        raise pytest.UsageError(line("; ".join(filter(None, [settled, str(error)])))) from None
     finally:
         ours.interrupts.restore()
     if ours.interrupts.exit_status is not None:
         session.exitstatus = ours.interrupts.exit_status
     reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
+    if settled is not None and reporter is not None:
+        reporter.write_line(line(settled), red=True)
     if page is not None and reporter is not None:
         if resumed := ours.resumed():
             reporter.write_line(line(resumed))

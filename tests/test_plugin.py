@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import msgspec
 import psutil
 import pytest
 
+from harness.cli.entry import main
 from harness.core.metrics import format_metric
 from harness.core.options import OPTIONS
 from harness.core.precisions import PRECISIONS
@@ -226,6 +229,33 @@ def baseline_of(project: Project, **changes: Any) -> str:
     return "before.jsonl"
 
 
+# Commands that are printed
+
+
+def test_the_command_of_every_result_runs_the_same_case_again_when_it_is_pasted(project: Project) -> None:
+    project.run("--prompt-tokens", "8", "--batch", "2", precisions="fp32 bf16")
+    first = {result.case: result.command for result in project.results}
+    assert len(first) == 2
+    for case, command in first.items():
+        assert command
+        program, *words = shlex.split(command)
+        assert program == "pytest"
+        done = project.raw(*words, "--results", "again")
+        assert done.ret == 0
+        assert store.read(project.path / "again/results.jsonl")[0][-1].case == case
+
+
+def test_the_proof_that_a_plan_names_can_be_pasted(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--prompt-tokens", "8", "--new-tokens", "4", "--precision", "fp32", "--placement", "cpu"]
+    assert main(["plan", "./tiny", "--ram", "64GiB", *asked]) == 0
+    proof = re.search(r"To prove it: +(pytest .+)", re.sub(r"\n +", " ", capsys.readouterr().out))
+    assert proof
+    done = project.raw(*shlex.split(proof[1])[1:])
+    assert done.ret == 0
+    (case,) = {result.case for result in project.results}
+    assert (case.precision, case.placement, case.workload.prompt_tokens, case.workload.new_tokens) == ("fp32", "cpu", 8, 4)
+
+
 def test_nothing_is_held_against_a_baseline_without_one(project: Project) -> None:
     assert "test_baseline" not in project.run("--collect-only", "-q").stdout.str()
 
@@ -238,10 +268,10 @@ def test_what_is_as_good_as_the_baseline_passes(project: Project) -> None:
 
 def test_a_figure_that_fell_behind_the_baseline_fails(project: Project) -> None:
     project.run()
-    baseline = baseline_of(project, samples={}, metrics={"ram_peak_bytes": 1024.0})
+    baseline = baseline_of(project, samples={}, metrics={"ram_needed_bytes": 1024.0, "ram_anon_peak_bytes": 1024.0})
     done = project.run("--baseline", baseline)
     done.assert_outcomes(passed=4, failed=1)
-    done.stdout.fnmatch_lines(["*peak RAM *, was 1.00 KiB*"])
+    done.stdout.fnmatch_lines(["*RAM needed *, was 1.00 KiB*"])
 
 
 def test_what_worked_in_the_baseline_and_does_not_fit_any_more_fails(project: Project) -> None:
@@ -493,6 +523,13 @@ def test_later_runs_add_to_the_results(project: Project) -> None:
     assert "tiny/bf16/cpu" in page
 
 
+def test_what_pytest_writes_names_no_host(project: Project) -> None:
+    project.run("--junit-xml", "junit.xml", "--benchmark-json", "benchmark.json")
+    suite = next(ElementTree.parse(project.path / "junit.xml").iter("testsuite"))
+    assert suite.get("hostname") == "localhost"
+    assert json.loads((project.path / "benchmark.json").read_text())["machine_info"]["node"] == "localhost"
+
+
 def test_junit_xml_has_reasons_and_outcomes(project: Project) -> None:
     project.behave(fp32="bad_alloc", bf16="bug")
     project.run("--junit-xml", "junit.xml", "-k", "load", precisions="fp32 bf16")
@@ -533,6 +570,72 @@ def full(request, plan):
     assert "cannot append the result of tiny/fp32/cpu" in done.stdout.str()
     assert "Traceback" not in done.stdout.str() + done.stderr.str()
     assert "harness/" not in done.stdout.str()
+
+
+FULL = """
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session):
+    import errno, os
+    from harness.results import store
+
+    append, times = store._append, iter([{times}])
+
+    def full(descriptor, line):
+        if str(os.readlink(f"/proc/self/fd/{{descriptor}}")).startswith({where}) and next(times, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(descriptor, line)
+
+    store._append = full
+"""
+
+
+def fill(project: Project, times: str, where: str = "''") -> None:
+    """Have the disk be full, or not, in the appends of a run, each in its turn."""
+    with (project.path / "conftest.py").open("a") as file:
+        file.write(FULL.format(times=times, where=where))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+@pytest.mark.parametrize("times", ["True, False, False, False", "True, True, True, False", "False, False, True, False"])
+def test_a_disk_that_is_full_for_a_while_loses_nothing(project: Project, times: str) -> None:
+    """With the next result, or at the end of the run."""
+    fill(project, times)
+    done = project.pytester.runpytest_subprocess(*project.words("-k", "load", precisions="fp32 bf16 fp16"))
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    assert sorted(project.outcomes) == ["bf16", "fp16", "fp32"]
+    assert len(project.results) == 3
+    done.stdout.fnmatch_lines(
+        ["*cannot append the result of tiny/fp??/cpu: the disk is full", "* could not be written at once; now all are in *"]
+    )
+    done.stdout.fnmatch_lines(["3 results in fitmatrix-results/results.jsonl", "page: *"])
+    assert all(f"tiny/{name}/cpu" in (project.path / "fitmatrix-results/index.html").read_text() for name in project.outcomes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_what_a_full_disk_never_took_lies_elsewhere_and_the_run_says_where(
+    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path_factory.mktemp("t")
+    monkeypatch.setenv("TMPDIR", str(other))
+    fill(project, ", ".join(["True"] * 99), where=f"'{project.path}/fitmatrix-results'")
+    done = project.pytester.runpytest_subprocess(*project.words("-k", "load", precisions="fp32 bf16"))
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    (rescued,) = other.glob("fitmatrix-rescued-*/results.jsonl")
+    assert [result.id for result in store.read(rescued)[0]] == ["tiny/fp32/cpu", "tiny/bf16/cpu"]
+    assert (
+        f"2 results of this run: {rescued}; make room, then: cat {rescued} >> fitmatrix-results/results.jsonl" in done.stdout.str()
+    )
+    assert "tiny/fp32/cpu" in (project.path / "fitmatrix-results/index.html").read_text()
+    assert "0 results in" in done.stdout.str()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_what_no_disk_takes_is_named(project: Project) -> None:
+    fill(project, ", ".join(["True"] * 99))
+    done = project.pytester.runpytest_subprocess(*project.words("-k", "load", precisions="fp32 bf16"))
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    assert "so 2 results of this run are lost: tiny/fp32/cpu, tiny/bf16/cpu" in done.stdout.str()
 
 
 def test_page_that_cannot_be_written_in_the_end_is_told_in_one_sentence(project: Project) -> None:

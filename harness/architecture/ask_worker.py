@@ -14,8 +14,9 @@ from typing import Any
 from harness.core.errors import UsageError
 from harness.data import DATA
 
-# Its exit status if the transformers that is installed has no such architecture, and if the model is not of a kind to measure.
-UNKNOWN_TYPE, NO_DECODER = 3, 4
+# Its exit status if the transformers that is installed has no such architecture, if the model is not of a kind to measure, and if
+# transformers' own classes end in an error with such a config.
+UNKNOWN_TYPE, NO_DECODER, REFUSED = 3, 4, 5
 
 
 class UnknownType(UsageError):
@@ -26,17 +27,22 @@ class NotMeasured(UsageError):
     """The model is none that continues a text; the sentence says what it is, and what loads it."""
 
 
+class RefusedConfig(UsageError):
+    """transformers has the architecture, and makes no model of this config; the sentence is its own."""
+
+
 # What Python says of an error under the lines of code that it came through; a line that ends in a colon goes on.
 _RAISED = re.compile(r"^Traceback \(most recent call last\):\n(?: .*\n)*(\S.*(?:(?<=:)\n.*)*)", re.M)
-_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured}
+_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured, REFUSED: RefusedConfig}
+_WHOLE_SENTENCES = (NotMeasured, RefusedConfig)
 
 
 def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: float) -> bytes:
-    """Return what `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
+    """Return the last line that `python -m harness.worker.MODULE` prints for a question, which it reads as JSON.
 
     Raises:
         UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. Of these are
-            UnknownType and NotMeasured.
+            UnknownType, NotMeasured and RefusedConfig.
     """
     from harness.machine.scratch import Scratch  # tempfile is slow to import
 
@@ -52,8 +58,8 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
     if done.returncode != 0:
         last = _last_said(done)
         refusal = _REFUSALS.get(done.returncode, UsageError)
-        raise refusal(f"{what}: {last.removeprefix('ValueError: ')}" if refusal is not NotMeasured else last)
-    return done.stdout
+        raise refusal(last if refusal in _WHOLE_SENTENCES else f"{what}: {last.removeprefix('ValueError: ')}")
+    return done.stdout.strip().rpartition(b"\n")[2]  # packages of quantizers print as transformers imports them
 
 
 def _last_said(done: subprocess.CompletedProcess[bytes]) -> str:

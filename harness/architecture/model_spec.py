@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from harness.architecture import skeleton, skeleton_source, validate
-from harness.architecture.ask_worker import NotMeasured, UnknownType
+from harness.architecture.ask_worker import NotMeasured, RefusedConfig, UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.catalog import shipped
@@ -100,6 +100,10 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     native: bool = False  #: whether `harness.models` has the architecture, and transformers has not
     unknown: str | None = None  #: why nothing here loads it
     config: Mapping[str, Any] = {}  #: config.json, empty if there is none; what records of traces are found by
+
+    def __hash__(self) -> int:
+        """Hash what differs from model to model: what is counted of one is kept by it."""
+        return hash((self.name, self.source, self.checkpoint_bytes, self.packed))
 
     @property
     def gguf_file(self) -> str | None:
@@ -261,7 +265,7 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
     With it a note that says so, and what transformers said where it was asked and could not build it.
 
     Raises:
-        CheckpointError: it is a model of another kind, which continues no text.
+        CheckpointError: it is a model of another kind, which continues no text, or transformers makes none of its config.
     """
     is_gguf = read.files[0].format == GGUF.name
     known = skeleton_source.shipped(read.config) if read.config and not is_gguf else None
@@ -269,12 +273,17 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
         return known, None, None
     wanted = ("torch", "transformers", *([GGUF.name] if is_gguf else []))
     missing = [package for package in wanted if importlib.util.find_spec(package) is None]
-    why, refused = f"{' and '.join(missing)} not installed" if missing else "config.json gives no 'model_type'", None
+    why = f"{' and '.join(missing)} not installed" if missing else "config.json gives no 'model_type'"
+    refused: UsageError | None = None
     if not missing and (is_gguf or read.config.get("model_type")):
         try:
             return _built(read, is_gguf), None, None
         except NotMeasured as error:
             raise CheckpointError(f"{read.path}/{CONFIG}", str(error)) from None
+        except RefusedConfig as error:
+            why, refused = str(error), error
+            if not is_gguf and not any(one.kind == "model" for one in read.remote_code):  # which may read it otherwise
+                raise CheckpointError(f"{read.path}/{CONFIG}", f"{why}: use the config.json that belongs to the weights") from None
         except UsageError as error:
             why, refused = str(error), error
     from harness.architecture.inferred_skeleton import infer_skeleton

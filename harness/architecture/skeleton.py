@@ -169,6 +169,10 @@ class Skeleton(Record, frozen=True, kw_only=True, omit_defaults=True, dict=True)
     eager: bool = False  #: its class has no SDPA: attention is computed step by step, with all scores in memory
     naming: Naming | None = None
 
+    def __hash__(self) -> int:
+        """Hash what differs from model to model; all else is compared."""
+        return hash((self.model_class, self.layers, self.hidden_size, self.intermediate_size, self.vocab_size))
+
     @cached_property
     def root(self) -> Module:
         """The module tree, every block in its place."""

@@ -28,6 +28,7 @@ from harness.checkpoint.formats.tensor_writer import DTYPES, Pieces, TensorToWri
 from harness.checkpoint.published import Stored, published
 from harness.checkpoint.quantization import Packed
 from harness.core.errors import UsageError
+from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report, silent
 from harness.core.records import Record
 from harness.machine import atomic
@@ -62,19 +63,27 @@ class Synthetic(Record, frozen=True, kw_only=True):
         return sha256(msgspec.json.encode(self)).hexdigest()[:16]
 
 
-def describe(source: Source, *, file_format: str | None = None, shard_bytes: int | None = None) -> Synthetic:
+def describe(
+    source: Source, *, file_format: str | None = None, shard_bytes: int | None = None, precision: str | None = None
+) -> Synthetic:
     """Lay out the synthetic twin of a model, as it is published where that is known, else in shards of 5 GB.
+
+    With a `precision` that reads one form of checkpoints alone it is stored so, whatever it is published as.
 
     Raises:
         UsageError: nothing here tells its shape, or its weights are quantized in a way that is not written here.
         CheckpointError: its config is damaged.
     """
     config, stored = _known(source)
+    if precision is not None:
+        config, stored = _in_form(source, PRECISIONS[precision], config), Stored(bytes=0, origin="", shard_bytes=_SHARD_BYTES)
     packed = quantization.packed(config)
     dtype = stored.dtype or str(config.get("torch_dtype") or config.get("dtype") or "float16")
     if dtype not in _FLOATS:
         raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(_FLOATS)}")
     found = skeleton_source.build(config, cache_dir())
+    if packed is not None and precision is not None and (why := unwritten(found, packed)):
+        raise UsageError(f"{source.name} cannot be written for --precision {precision}: {why}")
     if packed is not None and (why := unwritten(found, packed)):
         raise UsageError(f"{source.name} is quantized ({packed.title}), and {why}: name the 16-bit model that it was made from")
     shards = _sharded(list(stored_tensors(found, stored, dtype, packed)), shard_bytes or stored.shard_bytes)
@@ -95,6 +104,25 @@ def _known(source: Source) -> tuple[dict[str, Any], Stored]:
         raise UsageError(f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once")
     with closing(Directory(here).open("config.json")) as blob:
         return parse_config(blob), usual
+
+
+def form_of(source: Source, precision: Precision) -> Packed | None:
+    """Return the form that a model would be written in for a precision that reads only that; None if it is stored so, or cannot be.
+
+    Raises:
+        UsageError, CheckpointError: nothing here tells its config, or that is damaged.
+    """
+    if precision.requires_checkpoint is None:
+        return None
+    config, _ = _known(source)
+    return None if quantization.packed(config) is not None else quantization.form_for(precision, config)
+
+
+def _in_form(source: Source, precision: Precision, config: Mapping[str, Any]) -> dict[str, Any]:
+    form = quantization.form_for(precision, config)
+    if form is None:
+        raise UsageError(f"{source.name} has no {precision.requires_checkpoint} form: drop --precision {precision.name}")
+    return quantization.config_in(form, config)
 
 
 def unwritten(found: Skeleton, packed: Packed) -> str | None:
@@ -243,13 +271,13 @@ def _cached_name(model: str) -> str:
     return model.replace("/", "--")
 
 
-def fetch_synthetic(source: Source, report: Report = silent) -> Path:
-    """Return the synthetic twin of a model from the cache; write it if it is not there.
+def fetch_synthetic(source: Source, report: Report = silent, precision: str | None = None) -> Path:
+    """Return the synthetic twin of a model from the cache; write it if it is not there, in the form of a precision if one is given.
 
     Raises:
         UsageError, CheckpointError: as `describe` and `write`.
     """
-    return make_cached(describe(source), report)
+    return make_cached(describe(source, precision=precision), report)
 
 
 def make_cached(made: Synthetic, report: Report = silent) -> Path:

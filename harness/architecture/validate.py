@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.layouts import Layout
+from harness.checkpoint.layouts import FP8_SCALES, Layout
 from harness.checkpoint.quantization import Packed, bits_said, first_packed, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
 from harness.core.errors import CheckpointError
+from harness.core.methods.table import settings_of
 from harness.core.records import Record
 from harness.core.units import format_count
 
@@ -82,6 +83,7 @@ class _Comparison:
         self.layout = packed.layout if packed else None
         self.silent = packed is not None and self.layout is None
         self.naming = found.naming
+        self.names = frozenset(tensor.name for tensor in read.tensors)
         self.wanted = {} if self.silent else {w.path: w for w in found.weights if w.tensor.kind != "unsaved"}
         self.arrived: dict[str, list[StoredWeight]] = defaultdict(list)
         self.converted: dict[tuple[int, str], dict[int, list[StoredWeight]]] = defaultdict(lambda: defaultdict(list))
@@ -144,7 +146,7 @@ class _Comparison:
         packed = [stored for stored in _stored_weights(self.read, self.layout) if stored.packed]
         if packed:
             self._raise_partless(packed)
-        elif not self.packed.name.startswith("bitsandbytes"):  # which packs what it finds
+        elif any(weight.quantizes for weight, _ in self.found.tally) or not self.packed.name.startswith("bitsandbytes"):
             what = f"says {self.packed.title}, and no tensor of the files is packed so ({self.layout.main})"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
 
@@ -152,6 +154,7 @@ class _Comparison:
         """Raise for a packed weight without scales, or that lacks a part which most others have: some libraries write more."""
         assert self.layout is not None
         for stored in packed:
+            self._raise_other_type(stored)
             if self.layout.scales and not stored.parts.keys() & set(self.layout.scales):
                 name = f"{stored.name.removesuffix('.weight')}{self.layout.scales[0]}"
                 raise self._error(
@@ -164,6 +167,16 @@ class _Comparison:
                 raise self._error(
                     stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
                 )
+
+    def _raise_other_type(self, stored: StoredWeight) -> None:
+        """Raise for a weight of bitsandbytes whose state is that of another type than the config's."""
+        said = (settings_of(self.read.config) or {}).get("bnb_4bit_quant_type", "fp4")
+        state = next((tensor for part, tensor in stored.parts.items() if ".quant_state." in part), None)
+        kind = state.name.rpartition("__")[2] if state is not None else said
+        if state is not None and kind != said:
+            raise self._error(
+                CONFIG, f"says {quote(said)}, and {shown(stored.tensor.name)} in {shown(state.file)} is {kind}: {_TOGETHER}"
+            )
 
     def _raise_misplaced(self) -> None:
         """Raise for what is packed outside of Linear modules, such as the embedding in ChatGLM-6B's int4-qe files.
@@ -191,6 +204,11 @@ class _Comparison:
         if len(shape) != 2 or self.packed.varies:
             return None
         bits, group = self.packed.bits, self.packed.group
+        if self.packed.block is not None:
+            return _block_fault(stored, shape, self.packed.block)
+        if self.layout.groups and group not in (0, shape[1], *self.layout.groups) and not self.packed.own:
+            known = ", ".join(map(str, self.layout.groups))
+            return f"{shown(stored.tensor.name)} is packed in groups of {group} by the config, and kernels know {known}"
         if self.layout.whole and group and shape[1] % group:
             return f"{shown(stored.tensor.name)} is of {shape[1]} inputs, which groups of {group} do not divide"
         wrong = self.layout.fault(stored.parts, shape, bits, group)
@@ -222,6 +240,9 @@ class _Comparison:
             return self._packed_fault(stored, shape)
         if tensor.shape != shape and not self._converts(stored, shape):
             return f"{shown(tensor.name)} is {_by(tensor.shape)}, the config asks for {_by(shape)}"
+        if self.packed is None and tensor.dtype.startswith("float8") and (scale := _scale_of(tensor.name, self.names)):
+            what = f"{shown(tensor.name)} is {tensor.dtype} with {shown(scale)} beside it"
+            return f"{what}, which transformers leaves out: the config says nothing of packed weights"
         numbers = weight.tensor.dtype is None or "float" in weight.tensor.dtype
         if numbers and tensor.dtype.startswith(("int", "uint", "bool")):
             return f"{shown(tensor.name)} is {tensor.dtype}, and the config says nothing of packed weights"
@@ -330,6 +351,21 @@ def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[StoredW
             yield StoredWeight(layout.whole_name(base), parts, packed=True)
         else:  # a scale, or what is called so, without a packed weight
             yield from (StoredWeight(tensor.name, {"": tensor}) for tensor in parts.values())
+
+
+def _scale_of(name: str, names: Set[str]) -> str | None:
+    """Return which of the tensors scales a weight of 8 bits, None if none does."""
+    return next((scale for part in FP8_SCALES if (scale := f"{name.removesuffix('.weight')}{part}") in names), None)
+
+
+def _block_fault(stored: StoredWeight, shape: Shape, block: Shape) -> str | None:
+    """Say that a weight has not one scale for each block that its config speaks of."""
+    scale = next((tensor for part, tensor in stored.parts.items() if part in FP8_SCALES), None)
+    asked = tuple(-(-side // by) for side, by in zip(shape, block, strict=True))
+    if scale is None or scale.shape == asked:
+        return None
+    what = f"{shown(scale.name)} is {_by(scale.shape)}"
+    return f"{what}, and blocks of {_by(block)}, as the config says, have {_by(asked)} scales"
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:

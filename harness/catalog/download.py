@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,19 +48,15 @@ def _config(source: Source, here: Path | None) -> dict[str, Any] | None:
 
     try:
         if here is not None:
-            text = (here / "config.json").read_bytes()
-        elif source.hub_id is not None:
-            if source.hub_id in shipped.catalog():
-                return dict(shipped.catalog()[source.hub_id].config)
-            with hub.connected():
-                file = hub.Repository(source.hub_id).open("config.json")
-                text = file.read(0, file.size)
-        else:
+            return reader.read_config(Directory(here)) or None
+        if source.hub_id is None:
             return None
-        config = json.loads(text)
-    except (OSError, ValueError, KeyError, UsageError, CheckpointError):  # whoever fetches or reads it says what is wrong
+        if source.hub_id in shipped.catalog():
+            return dict(shipped.catalog()[source.hub_id].config)
+        with hub.connected():
+            return reader.read_config(hub.Repository(source.hub_id)) or None
+    except (UsageError, CheckpointError):  # whoever fetches or reads it says what is wrong
         return None
-    return config if isinstance(config, dict) else None
 
 
 def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_code: bool = False) -> Path:
@@ -121,11 +116,13 @@ def _fetch_hub(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
 
 def _download(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
     """Download the files that are needed and no others."""
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
 
-    # Without a time-out it would wait for ever for a hub that takes the connection and says nothing.
-    info = HfApi().model_info(hub_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    from harness.checkpoint import hub
+
+    hub.bounded_session()
+    info = hub.model_files(hub_id)
+    sizes = {name: size or 0 for name, size in info.sizes.items()}
     names = _needed(hub_id, sizes, trust_remote_code)
     index = choose_weights(sizes)
     if index and index.endswith(".index.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -21,8 +22,10 @@ from harness.core.families import GGUF
 from harness.core.records import Record
 from harness.core.redact import clean_name
 from harness.data import DATA
+from harness.machine.regular import read_regular
 
 # What huggingface_hub accepts, with an owner: no "--", no "..", nothing odd at either end, 96 characters at most.
+_COMMIT_BYTES = 1 << 10
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{3,96}$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 
@@ -188,8 +191,9 @@ def snapshot_of(path: Path) -> Path:
     if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
         return path
     found = {child.name: child for child in sorted((path / "snapshots").iterdir()) if child.is_dir()}
-    main = path / "refs" / "main"
-    commit = main.read_text(errors="replace").strip() if main.is_file() else ""
+    commit = ""
+    with contextlib.suppress(OSError):
+        commit = read_regular(path / "refs" / "main", _COMMIT_BYTES).decode(errors="replace").strip()
     if commit in found:
         return found[commit]
     if len(found) == 1 and not commit:

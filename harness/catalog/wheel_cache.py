@@ -25,7 +25,8 @@ from harness.core.progress import Report
 from harness.core.records import Record
 from harness.core.units import format_size
 from harness.machine import atomic
-from harness.machine.cache import cache_dir
+from harness.machine.cache import MOST_BYTES, cache_dir
+from harness.machine.regular import read_regular
 from harness.machine.signals import deferred
 
 MANIFEST = "fitmatrix.json"
@@ -114,7 +115,7 @@ def _checkpoint_path(name: str) -> Path:
 def _damage(place: Path, wheel: Wheel) -> str | None:
     """Say what is wrong with a checkpoint: all sizes are checked, and the contents of files that were touched."""
     try:
-        manifest = msgspec.json.decode((place / MANIFEST).read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(read_regular(place / MANIFEST, MOST_BYTES), type=Manifest)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return f"damaged ({MANIFEST} is missing or unreadable)"
     if (manifest.conversion, manifest.wheel_sha256) != (_CONVERSION, wheel.sha256):

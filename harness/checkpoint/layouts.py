@@ -42,6 +42,7 @@ class Layout(Record, frozen=True, kw_only=True):
     bits: tuple[int, ...] = (4, 8)  #: the widths that it has
     dtypes: tuple[str, ...] = ()  #: how the dtypes begin that are packed under the name of `main`; empty: all
     scales: tuple[str, ...] = ()  #: parts of which a weight has at least one: without it nothing unpacks it
+    groups: tuple[int, ...] = ()  #: the inputs that may share a scale, beside all of them; empty: any number
     whole: bool = False  #: only whole groups of inputs are packed
 
     def split(self, name: str, dtype: str) -> tuple[str | None, str]:
@@ -124,6 +125,15 @@ def _halves(outputs: int, inputs: int, _: int, groups: int) -> Mapping[str, Side
     return {".weight_packed": (outputs, -(-inputs // 2))} | _grouped(outputs, groups)
 
 
+def _metal(outputs: int, inputs: int, bits: int, groups: int) -> Mapping[str, Sides]:
+    scales = (outputs, groups)
+    return {".weight": (outputs, inputs * bits // _WORD), ".scales": scales, ".qbiases": scales}
+
+
+def _bitnet(outputs: int, inputs: int, bits: int, _: int) -> Mapping[str, Sides]:
+    return {".weight": (outputs * bits // 8, inputs), ".weight_scale": (1,)}
+
+
 def _unknown(_: int, __: int, ___: int, ____: int) -> Mapping[str, Sides]:
     return {}
 
@@ -152,16 +162,18 @@ _COMPRESSED = (
     ".input_scale",
     ".input_global_scale",
 )
-# DeepSeek's name for a scale, and what others call it; transformers reads all three.
+# DeepSeek's name for a scale, and what others call it; transformers reads three of them, compressed-tensors the last.
 _FP8_SCALES = (".weight_scale_inv", ".scale", ".qscale_weight")
+FP8_SCALES = (*_FP8_SCALES, ".weight_scale")
 _EIGHT = ("int8", "float8")
 # What is known of how quantizers store weights, by `Packed.stored_by`: AutoGPTQ's and MOSS's, AutoAWQ's "gemm", ChatGLM-6B's own,
-# bitsandbytes as transformers saves it, the formats of compressed-tensors, DeepSeek's FP8, GPT-OSS's stacks.
+# bitsandbytes as transformers saves it, the formats of compressed-tensors, DeepSeek's FP8, Metal's, BitNet's, GPT-OSS's stacks.
 LAYOUTS: Mapping[str, Layout] = {
     "gptq": Layout(
         main=".qweight",
         beside=_GROUPED,
         scales=(".scales",),
+        groups=(16, 32, 64, 128, 256, 512, 1024),  # SUPPORTS_GROUP_SIZE of gptqmodel 7.7's kernels, all together
         shapes=_gptq,
         parts={
             ".qweight": Part("int32", "fields"),
@@ -209,6 +221,18 @@ LAYOUTS: Mapping[str, Layout] = {
         bits=(8,),
         dtypes=("float8",),
         scales=_FP8_SCALES,
+    ),
+    "metal": Layout(
+        main=".weight",
+        beside=(".scales", ".qbiases"),
+        scales=(".scales",),
+        shapes=_metal,
+        bits=(2, 4, 8),
+        dtypes=("uint32",),
+        whole=True,
+    ),
+    "bitnet": Layout(
+        main=".weight", beside=(".weight_scale",), scales=(".weight_scale",), shapes=_bitnet, bits=(2,), dtypes=("uint8",)
     ),
     "mxfp4": Layout(main="_blocks", beside=("_scales",), shapes=_unknown, bits=(4,), scales=("_scales",)),
     "compressed-tensors pack-quantized": _compressed(".weight_packed", _words, (2, 3, 4, 5, 6, 7, 8), ("int32",)),

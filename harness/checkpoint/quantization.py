@@ -43,6 +43,7 @@ class Packed(Record, frozen=True, kw_only=True):
     name: str  #: the row of METHODS or OWN; one of neither, if transformers does not know it
     bits: int
     group: int  #: 0: whole columns
+    block: tuple[int, int] | None = None  #: outputs and inputs that share a scale, of methods that scale blocks
     varies: bool = False  #: bits differ from module to module
     selects: bool = False  #: the config names modules that are packed, or that are not
     scales: str | None = None  #: the dtype of its scales, if the headers were read
@@ -129,11 +130,18 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         name=name,
         bits=int(bits[1]) if bits else known.bits if known else 4,
         group=int(group[1]) if group else 0,
+        block=_block(name, settings or {}),
         varies=bool((settings or {}).get("dynamic")),
         selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
         scales=next((tensor.dtype for tensor in tensors if tensor.name.endswith((".scales", "_scale"))), None),
         stored_by=_layout_name(name, settings) if settings else family.method if family else MOSS.method,
     )
+
+
+def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the sides of the blocks that are scaled, which settings without a word take for 128 x 128; None: no such blocks."""
+    sides = settings.get("weight_block_size", (128, 128)) if METHODS.get(method) and METHODS[method].blocks else None
+    return (int(sides[0]), int(sides[1])) if sides else None
 
 
 def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:
@@ -157,12 +165,24 @@ def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:
     )
 
 
+def config_in(form: Packed, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a model as it would be if its weights were stored in a form: by its family's keys, or by settings."""
+    family = family_of(config)
+    if form.own and family is not None:
+        grouped = {family.group_key: form.group} if family.group_key else {}
+        return {**config, family.bits_key: form.bits, **grouped}
+    said = {"quant_method": form.name, "bits": form.bits, "group_size": form.group or -1}
+    return {**config, "quantization_config": {**said, **(form.method.writes if form.method else {})}}
+
+
 def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
     """Return the row of LAYOUTS that a quantization_config means; None where it names a layout that its method has not usually."""
     if method == "compressed-tensors":
         return f"{method} {settings.get('format')}"
     keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
     formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
+    if settings.get("quantization_mode") == "online":  # of BitNet: stored in 16 bits
+        return None
     usual = not settings.get("is_marlin_format") and formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
     return {"mxfp8": "fp8"}.get(method, method) if usual else None
 

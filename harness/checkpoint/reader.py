@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from harness.checkpoint import settings_check
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
 from harness.checkpoint.foreign_folder import refuse
 from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, quote
@@ -178,7 +179,7 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
     names, listed = _weight_files(folder, file)
     if names[0].endswith(GGUF.suffix):
         return _read_split_gguf(folder, names, path)
-    config = _config(folder)
+    config = read_config(folder)
     parts = _read_files(folder, names)
     # As in transformers, a name that two shards hold means the later one.
     tensors = {tensor.name: tensor for _, found in parts for tensor in found}
@@ -307,8 +308,8 @@ def _is_complete(folder: Folder, file: str | None) -> bool:
         return False
 
 
-def _config(folder: Folder) -> dict[str, Any]:
-    """Return the checked config.json, {} where there is none: files can be looked at without it."""
+def read_config(folder: Folder) -> dict[str, Any]:
+    """Return the checked config.json, {} where there is none: files can be looked at without it. Raises CheckpointError."""
     if folder.size(CONFIG) is None:
         return {}
     with closing(folder.open(CONFIG)) as blob:
@@ -320,6 +321,9 @@ def _config(folder: Folder) -> dict[str, Any]:
             if not isinstance(inner.get("model_type"), str | None):
                 what = f"gives 'model_type' as {quote(inner['model_type'])}; it must be text"
                 raise CheckpointError(where, f"{what}: use the config.json that belongs to the weights")
+    refused = settings_check.fault(config)
+    if refused is not None:
+        raise CheckpointError(where, f"{refused}: use the config.json that belongs to the weights")
     return config
 
 

@@ -10,14 +10,19 @@ from harness.cli.options import FIRST_PORT, add_options, given_or_default
 from harness.cli.plan_args import NOTHING_FITS, PlanQuestion, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import FILE, PLACEMENTS, distinct
-from harness.core.records import Workload
+from harness.core.records import Verdict, Workload
 
 if TYPE_CHECKING:
-    from harness.core.records import Case, Plan
+    from collections.abc import Sequence
+
+    from harness.catalog.resolve import Source
+    from harness.core.records import Case, Machine, Plan
+    from harness.planning.recommend import Recommendation
 
 HELP = "Chat with a model in the browser on this machine, loaded as the plan recommends."
 
 _PORTS = 100
+_LONGEST = 8192  # tokens of a conversation, unless more are asked for: what is read anew for each answer takes time
 _LOAD_S = 24 * 3600.0  # more than any load takes; a chat has no limit
 # One process answers, and no custom device map is read.
 _TALKING = [name for name, row in PLACEMENTS.items() if name != FILE and not row.parallel]
@@ -29,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "case", nargs="?", metavar="CASE", help="how to load it, such as int8/direct (default: what the plan recommends)"
     )
-    add_options(parser, "chat", "host", "port", "prompt-tokens", "new-tokens", "trust-remote-code")
+    add_options(parser, "chat", "host", "port", "prompt-tokens", "new-tokens", "anyway", "trust-remote-code")
     parser.epilog = (
         "There is no option to share the page over the internet: gradio would tunnel it through a public server, and anyone with "
         "the link could use this machine."
@@ -45,29 +50,46 @@ def run(args: argparse.Namespace) -> int:
     from harness.catalog import resolve
     from harness.machine import accelerators, probe
 
-    prompt, new, host = (given_or_default(args, "chat", name) for name in ("prompt-tokens", "new-tokens", "host"))
-    workload = Workload(prompt_tokens=prompt, new_tokens=new)
-    asked = [_talking_case(args.case)] if args.case else []
+    host = given_or_default(args, "chat", "host")
     port = _free_port(host, args.port)
     here = accelerators.usable(probe.probe(), ask=False)
-    places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
     source = resolve.resolve(args.model)
-    question = PlanQuestion(cases=asked, placements=places, trust=args.trust_remote_code)
-    calibration = constants(None, here)
-    recommendation = advise_on(source, here, workload, question, calibration)
-    known = recommendation.spec.context_length
-    if args.prompt_tokens is None and known is not None and 4 <= known < prompt + new:  # the usual lengths are beyond this model
-        new = min(new, known // 2) if args.new_tokens is None else new
-        workload = Workload(prompt_tokens=max(1, known - new), new_tokens=new)
-        recommendation = advise_on(source, here, workload, question, calibration)
-    chosen = recommendation.best
-    if chosen is None and asked:
-        return _refuse(recommendation.plans[0])
+    asked = [_talking_case(args.case)] if args.case else []
+    recommendation = _advised(args, source, here, asked)
+    chosen = recommendation.best or (recommendation.plans[0] if asked else None)
+    if chosen is None and args.anyway:
+        raise UsageError(
+            f"--anyway loads the case that you name, and nothing fits: name one, fitmatrix plan {source.name} --all lists them"
+        )
     if chosen is None:
         return _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} shows why")
+    if chosen.code is None or not (chosen.verdict.is_good or args.anyway):
+        return _refuse(chosen)
     _need_tokenizer(recommendation.spec.tokenizer, source.name)
     _need_gradio()
     return _serve(args, chosen.case, host, port)
+
+
+def _advised(args: argparse.Namespace, source: Source, here: Machine, asked: Sequence[tuple[str, str]]) -> Recommendation:
+    """Plan for the usual conversation, or for what is asked; then for a longer one where nothing is asked and more fits as well."""
+    prompt, new = (given_or_default(args, "chat", name) for name in ("prompt-tokens", "new-tokens"))
+    places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
+    question = PlanQuestion(cases=asked, placements=places, trust=args.trust_remote_code)
+    calibration = constants(None, here)
+    planned = advise_on(source, here, Workload(prompt_tokens=prompt, new_tokens=new), question, calibration)
+    if args.prompt_tokens is not None:
+        return planned
+    known = planned.spec.context_length
+    if known is not None and 4 <= known < prompt + new:  # the usual lengths are beyond this model
+        new = min(new, known // 2) if args.new_tokens is None else new
+        return advise_on(source, here, Workload(prompt_tokens=max(1, known - new), new_tokens=new), question, calibration)
+    fitting = planned.planner.max_context(planned.best) if planned.best else None
+    if planned.best is None or planned.best.verdict is not Verdict.FITS or fitting is None or fitting <= prompt + new:
+        return planned
+    longer = Workload(prompt_tokens=min(fitting, _LONGEST) - new, new_tokens=new)
+    best = planned.best.case
+    found = advise_on(source, here, longer, question._replace(cases=[(best.precision, best.placement)]), calibration)
+    return found if found.best else planned
 
 
 def _talking_case(text: str) -> tuple[str, str]:
@@ -107,7 +129,7 @@ def _refuse(one: Plan) -> int:
     """Say why a case cannot be chatted with. Returns the exit status; raises UsageError if it cannot be loaded at all."""
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    return _say(f"{one.case.id}: {one.why}")
+    return _say(f"{one.case.id}: {(one.why or '').removesuffix('.')}. --anyway loads it all the same")
 
 
 def _say(sentence: str) -> int:
@@ -131,8 +153,7 @@ def _need_gradio() -> None:
 
 def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     """Fetch and load the model in a worker of its own, which serves the page, and wait."""
-    from tempfile import TemporaryDirectory
-
+    from harness.machine.scratch import Scratch
     from harness.run.case_result import CaseEnded
     from harness.run.options import Options
     from harness.run.runner import Run
@@ -142,7 +163,7 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     asked = {"model": [args.model], "precision": [case.precision], "placement": [case.placement]}
     about: dict[str, Any] = {"prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     about |= {"trust_remote_code": args.trust_remote_code, "case_timeout": _LOAD_S, "phase_timeout": _LOAD_S}
-    with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
+    with Scratch() as nothing_kept:  # which the next run removes if this one is killed
         session = Session(Options(given={**asked, **about, "results": nothing_kept}))
         session.interrupts.install()
         try:
@@ -150,8 +171,10 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
             session.prepare([one])
             decided, model = session.plan(one), session.case_model(one)
             _need_tokenizer(model.tokenizer, one.model)
-            if not decided.verdict.is_good:
+            if decided.code is None or not (decided.verdict.is_good or args.anyway):
                 return _refuse(decided)
+            if not decided.verdict.is_good:
+                _say(f"{one.id}: {decided.why} Loading it all the same")
             run = Run(decided, model, session.context)
             try:
                 served = run.chat(host, port)

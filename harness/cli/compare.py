@@ -42,7 +42,8 @@ def run(given: argparse.Namespace) -> int:
     if given.junit is not None:
         _write(given.junit, changes.junit(found))
     if given.json:
-        output.print_json({"schema": COMPARE_SCHEMA, "failures": found.failures, "pairs": found.pairs})
+        said = {"failures": found.failures, "not_judged": found.unjudged, "thresholds": found.limits}
+        output.print_json({"schema": COMPARE_SCHEMA, **said, "pairs": found.pairs})
     elif given.markdown:
         print(changes.markdown(found), end="")
     else:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import harness
 from harness.cli import calibrate, chat, compare, hardware, inspect, plan, publish, report, synth
-from harness.core.errors import HarnessError
+from harness.cli.options import CommandParser
+from harness.core.errors import HarnessError, did_you_mean
 from harness.core.text import line
 
 Command = Callable[[argparse.Namespace], int]
@@ -23,9 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a usage error is one sentence on standard error and exit status 2."""
     try:
         try:
-            given = build_parser().parse_args(arguments)
-            command: Command = given.command
-            return command(given)
+            return _run(sys.argv[1:] if arguments is None else arguments)
         finally:  # after the parser's own help as well
             if sys.stdout is not None:  # closed before we began
                 sys.stdout.flush()
@@ -47,6 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _run(words: Sequence[str]) -> int:
+    """Run the command that the words ask for; of no words, show what can be asked."""
+    parser = build_parser()
+    if not words:
+        parser.print_help()
+        return 0
+    if words[0] not in COMMANDS and not words[0].startswith("-"):
+        parser.error(f"no command {words[0]!r}: {did_you_mean(words[0], COMMANDS)}")
+    given = parser.parse_args(words)
+    command: Command = given.command
+    return command(given)
+
+
 def _drop_output() -> None:
     """Let what is left for standard output go nowhere: Python flushes it once more at its end, and would complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +66,7 @@ def _drop_output() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser, with one subcommand for each row of COMMANDS."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fitmatrix",
         description="Which ways of loading a language model fit this machine, and how well do they run?",
         epilog="To measure: pytest cases/ --model MODEL",

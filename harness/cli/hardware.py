@@ -58,13 +58,14 @@ def _described(given: argparse.Namespace) -> Machine | None:
 
 
 def _here(measure: bool) -> Machine:
-    """Probe this machine; measure what has not been measured yet, or everything if `measure`."""
+    """Probe this machine; measure what has not been measured yet, or only under load; everything if `measure`."""
     from harness.machine.probe import probe
 
     machine = probe()
-    if not measure and all(tier.bytes_per_s is not None for tier in machine.tiers if _can_be_measured(tier)):
+    lacking = [tier for tier in machine.tiers if _can_be_measured(tier) and (tier.bytes_per_s is None or tier.is_under_load)]
+    if not measure and not lacking:
         return machine
-    once = "" if measure else ", once"
+    once = "" if measure else ", once" if any(tier.bytes_per_s is None for tier in lacking) else " again"
     print(f"measuring the read bandwidth of RAM and disk{once} (1 to 3 s) ...", file=sys.stderr, flush=True)
     return probe(measure=True)
 
@@ -114,6 +115,7 @@ def _show(machine: Machine, is_here: bool, links: Iterable[Link], versions: dict
     for tier in machine.tiers:
         limit = "none" if is_here and tier.limit_bytes is None else _gib(tier.limit_bytes)
         speed = UNKNOWN if tier.bytes_per_s is None else significant(tier.bytes_per_s / 1e9)
+        speed = f"at least {speed}" if tier.is_under_load else speed
         sizes = (_gib(tier.total_bytes), _gib(tier.free_bytes), limit, _gib(tier.capacity_bytes))
         table.add_row(tier.name, _device(tier, is_here), *sizes, speed)
     tables.show(tables.title(machine.name), table, tables.facts(_facts(machine, links, versions, torch, estimates)))
@@ -146,6 +148,12 @@ def _facts(
         sees = f"; sees {len(torch.seen.cards)} of {len(machine.gpus)} GPUs" if torch.seen else ""
         said = (torch.problem, overruled_order(machine))
         yield "torch", [f"{torch.build.version}, {torch.build.title}{sees}", *(sentence for sentence in said if sentence)]
+    marked = [tier.name for tier in machine.tiers if tier.is_under_load]
+    if marked:
+        yield (
+            "load",
+            f"the speed of {' and '.join(marked)} was measured while other programs worked, and is measured again next time",
+        )
     if estimates:
         yield "plans", estimates
     if versions:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import shlex
+import sys
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
+from harness.core.errors import did_you_mean
 from harness.core.options import OPTION, Meaning, Option, name_in, whole_number
+from harness.core.text import line
 from harness.core.units import parse_capacity
 from harness.planning.zero import STAGES
 
@@ -49,6 +55,7 @@ _ROWS = (
         help="run the cases under RAM limits to find the smallest RAM that works, within 5 % (default placement: cpu)",
         switch=True,
     ),
+    Option(name="all", help="show every way, with the reason of each that does not fit or cannot work", switch=True),
     Option(name="measure", help="measure the read bandwidth of RAM and disk again (1 to 3 s)", switch=True),
     Option(name="dry-run", help="show what the results say and keep nothing", switch=True),
     Option(name="reset", help="forget what was kept for this machine", switch=True),
@@ -58,6 +65,7 @@ _ROWS = (
         default=HOST,
         metavar="ADDRESS",
     ),
+    Option(name="anyway", help="load what the plan says does not fit or may not; memory is still watched", switch=True),
     Option(
         name="port",
         help=f"port to listen on (default: the first free one from {FIRST_PORT})",
@@ -70,15 +78,81 @@ _OWN = {row.name: row for row in _ROWS}
 
 
 class _Read(argparse.Action):
-    """Read what is given by the row's parser: its sentence is the error."""
+    """Read what is given by the row's parser: its sentence is the error. What was typed is kept, to be printed again."""
 
     def __init__(self, row: Option, **how: Any) -> None:
         super().__init__(**how, nargs=0 if row.switch else None, metavar=row.metavar, help=row.help.replace("%", "%%"))
-        self._row = row
+        self.row = row
 
     def __call__(self, _: argparse.ArgumentParser, given: argparse.Namespace, value: Any, *__: object) -> None:
-        read = self._row.read(True if self._row.switch else [value] if self._row.repeat else value)
-        setattr(given, self.dest, (*(getattr(given, self.dest) or ()), *read) if self._row.repeat else read)
+        read = self.row.read(True if self.row.switch else [value] if self.row.repeat else value)
+        setattr(given, self.dest, (*(getattr(given, self.dest) or ()), *read) if self.row.repeat else read)
+        typed = (self.row.flag,) if self.row.switch else (self.row.flag, value)
+        given.typed = (*getattr(given, "typed", ()), (self.row.name, shlex.join(typed)))
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parses the words of a command; a mistake is one sentence that names the command and what was probably meant.
+
+    Options and the rest may stand in any order: argparse alone takes what is optional, or may be several, once. A repeatable option
+    that takes names of a table takes all such names that follow it.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the parsed words and no others: what is not known is a mistake."""
+        words = sys.argv[1:] if args is None else args
+        if self._subparsers:
+            return super().parse_known_args([self._known(words[0]), *words[1:]], namespace)
+        given, left = super().parse_known_args(self._options_first(words), namespace)
+        if left:
+            self.error(f"{left[0]!r} is one word too many")
+        return given, left
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence and exit with status 2."""
+        print(f"{self.prog}: {line(message)} ({self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+    def _options_first(self, words: Sequence[str]) -> list[str]:
+        options, others, left = list[str](), list[str](), deque(words)
+        while left:
+            word = left.popleft()
+            if word == "--":
+                return [*options, *others, word, *left]
+            if not word.startswith("-") or word == "-":
+                others.append(word)
+                continue
+            flag, is_joined, value = word.partition("=")
+            action = self._option_string_actions[self._known(flag)]
+            if action.nargs is None and not is_joined:
+                is_joined, value = "=", self._value(action, left)
+            options.append(action.option_strings[-1] + is_joined + value)
+            if isinstance(action, _Read) and action.row.repeat:
+                while left and left[0] in action.row.table:
+                    options.append(f"{action.row.flag}={left.popleft()}")
+        return [*options, *others]
+
+    def _known(self, word: str) -> str:
+        """Return a word as it is, or an option of this name, or the only one that begins so."""
+        if not word.startswith("-"):
+            return word
+        known = self._option_string_actions
+        meant = [word] if word in known else [name for name in known if word.startswith("--") and name.startswith(word)]
+        if len(meant) > 1:
+            self.error(f"{word} can mean {' or '.join(meant)}: write out which")
+        if not meant:
+            self.error(f"no option {word}: {did_you_mean(word, (name for name in known if name.startswith('--')))}")
+        return meant[0]
+
+    def _value(self, action: argparse.Action, left: deque[str]) -> str:
+        if not left or left[0] in self._option_string_actions:
+            self.error(f"{action.option_strings[-1]} needs a value: {action.option_strings[-1]} {action.metavar}")
+        return left.popleft()
+
+
+def typed_options(given: argparse.Namespace, *names: str) -> str:
+    """Return the options of these rows as they were typed, in shell quotes and each with a blank before it."""
+    return "".join(f" {words}" for name, words in getattr(given, "typed", ()) if name in names)
 
 
 def add_options(parser: argparse._ActionsContainer, command: str, *names: str) -> None:

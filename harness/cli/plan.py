@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.cli.options import add_options, given_or_default
+from harness.cli.options import add_options, given_or_default, typed_options
 from harness.cli.plan_args import FITS, NOTHING_FITS, PlanQuestion, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import named
@@ -31,7 +31,7 @@ _ABOUT_RUNNING = (
 )  # fmt: skip
 _OPTIONS = (
     "file", "gpu", "ram", "disk", "precision", "placement", "device-map", "prompt-tokens", "new-tokens", "batch", "context", "code",
-    "trust-remote-code", "json", "explain", "training", "nodes", "prove-min-ram", "results",
+    "trust-remote-code", "all", "json", "explain", "training", "nodes", "prove-min-ram", "results",
 )  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
@@ -43,6 +43,8 @@ _TIER_KEYS = (
     "load_peak_bytes",
     "low_bytes",
     "high_bytes",
+    "needed_bytes",
+    "needed_high_bytes",
     "capacity_bytes",
 )
 
@@ -155,13 +157,20 @@ def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, 
     elif args.code:
         _print_code(recommendations[0], gpus_differ=machine.gpus_differ)
     else:
-        from harness.report.terminal import plans
-
-        if args.explain:
-            plans.explain_plan(recommendations[0])
-        else:
-            plans.show_plans(recommendations, machine, workload)
+        _show(recommendations, args, machine, workload)
     return FITS if all(recommendation.best for recommendation in recommendations) else NOTHING_FITS
+
+
+def _show(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, workload: Workload) -> None:
+    from harness.report.terminal import explain, plans
+    from harness.report.terminal.next_steps import Asked
+
+    if args.explain:
+        explain.explain_plan(recommendations[0], whole=args.all)
+        return
+    of_machine = typed_options(args, "gpu", "ram", "disk", "results", "prompt-tokens", "new-tokens", "batch", "context")
+    of_code, cases = typed_options(args, "device-map", "trust-remote-code"), typed_options(args, "precision", "placement")
+    plans.show_plans(recommendations, Asked(machine, workload, of_machine, cases, of_code, args.all))
 
 
 def _print_code(recommendation: Recommendation, *, gpus_differ: bool) -> None:

@@ -46,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
             for refusal in joined.refusals:
                 where = format_place(found[refusal.source].where, refusal.line)
                 print(f"fitmatrix: {line(f'{where}: {refusal.why}')}", file=sys.stderr)
-            refused = plural(len(joined.refusals), "line") + " refused"
+            refused = plural(joined.refused, "line") + " refused"
             if not joined.entries:
                 raise UsageError(f"nothing to publish: no result in {plural(len(found), 'file')}, {refused}")
             if joined.refusals and given.strict:

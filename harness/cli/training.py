@@ -18,7 +18,7 @@ from harness.planning import zero
 from harness.planning.zero import Room, States, Trained
 from harness.report.terminal import output, tables
 from harness.report.terminal.output import PLAN_SCHEMA
-from harness.report.terminal.plans import COLOURS
+from harness.report.terminal.plan_table import COLOURS
 
 TITLES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 _WORDS = {Verdict.UNKNOWN: "unknown: pass --ram SIZE"}

@@ -63,15 +63,22 @@ METRICS: Mapping[str, Metric] = {
         better="lower",
         how="over all tokens of the undisturbed warm rounds; absent below 20 tokens",
     ),
+    "ram_needed_bytes": Metric(
+        label="RAM needed",
+        unit="bytes",
+        better="lower",
+        how="what must fit: anonymous memory, and the pages of files that every token reads (mapped weights, libraries); the most "
+        "over load and generation. Verdicts, filters and rankings go by it",
+    ),
     "ram_peak_bytes": Metric(
-        label="peak RAM",
+        label="peak RAM, resident",
         unit="bytes",
         better="lower",
         how="kernel high-water mark (VmHWM) over load and generation; the sum over several processes, minus the file pages that "
         "they share (smaps, after each request)",
     ),
     "ram_anon_peak_bytes": Metric(
-        label="peak RAM, must fit",
+        label="peak RAM, anonymous",
         unit="bytes",
         better="lower",
         how="anonymous memory, which the kernel cannot drop; highest of the parent's samples and the ends of phases, summed over "

@@ -39,6 +39,7 @@ class Option(Record, frozen=True, kw_only=True):
     default: Any = None
     metavar: str | None = None
     repeat: bool = False  #: may be given several times
+    table: tuple[str, ...] = ()  #: the names that it takes, where no other text is a value
     every: tuple[str, ...] = ()  #: what "all" stands for
     switch: bool = False  #: takes no value
     in_command: Mapping[str, Meaning] = {}  #: command of `fitmatrix` -> its own meaning
@@ -158,6 +159,7 @@ OPTIONS: tuple[Option, ...] = (
         "or the format of a quantized checkpoint)",
         parse=name_in(PRECISIONS, "precision"),
         repeat=True,
+        table=(*PRECISIONS, ALL),
         every=tuple(PRECISIONS),
         default=DEFAULT_PRECISIONS,
         metavar="NAME",
@@ -167,6 +169,7 @@ OPTIONS: tuple[Option, ...] = (
         help=f"where the weights go: {', '.join(PLACEMENTS)} (repeatable; default all that differ on this machine)",
         parse=name_in(PLACEMENTS, "placement"),
         repeat=True,
+        table=tuple(PLACEMENTS),
         default=tuple(PLACEMENTS),
         metavar="NAME",
     ),
@@ -183,7 +186,11 @@ OPTIONS: tuple[Option, ...] = (
         parse=whole_number(1),
         default=_USUAL.prompt_tokens,
         metavar="N",
-        in_command={"chat": Meaning(help="tokens of conversation to keep; older turns are dropped (default 1024)", default=1024)},
+        in_command={
+            "chat": Meaning(
+                help="tokens of conversation to keep; older turns are dropped (default: what fits, 8192 at most)", default=1024
+            )
+        },
     ),
     Option(
         name="new-tokens",

@@ -61,6 +61,11 @@ class Workload(Record, frozen=True, kw_only=True):
     repeats: int = 5
 
     @property
+    def asked(self) -> Workload:
+        """The same without how often it was measured: what two results must share for their figures to compare."""
+        return msgspec.structs.replace(self, repeats=1)
+
+    @property
     def most_rounds(self) -> int:
         """How many warm rounds may run where others disturb those that were asked for."""
         return 3 * self.repeats
@@ -102,6 +107,7 @@ class Tier(Record, frozen=True, kw_only=True):
     free_bytes: int | None = None
     limit_bytes: int | None = None  #: what a container or the user allows
     bytes_per_s: float | None = None  #: how fast it is read by its own processor
+    is_under_load: bool = False  #: whether that was measured while others worked, so that it is a lower bound
     link_bytes_per_s: float | None = None  #: how fast bytes of the RAM reach it
     model: str | None = None
     compute_capability: str | None = None
@@ -191,6 +197,7 @@ class TierEstimate(Record, frozen=True, kw_only=True):
     load_anon_bytes: int = 0  #: the part of the load peak that the kernel cannot drop
     needed_bytes: int = 0  #: what the verdict compares with the capacity: anonymous bytes, and mapped weights read for every token
     needed_high_bytes: int = 0  #: the upper end of its interval
+    needed_low_bytes: int = 0  #: the lower end; of older results 0
 
 
 class Makeup(Record, frozen=True, kw_only=True):
@@ -330,6 +337,8 @@ class Loaded(Record, frozen=True, kw_only=True):
     tier_bytes: dict[str, int]  #: bytes by tier
     device_map: dict[str, str]  #: module, or rank, -> tier
     rank_bytes: list[int] = []  #: bytes of each process
+    mapped_bytes: int | None = None  #: of those in RAM, pages of a file that every token reads; None if the system does not tell
+    library_bytes: int | None = None  #: pages of libraries that are resident beside them
 
 
 class Result(Record, frozen=True, kw_only=True):

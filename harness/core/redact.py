@@ -15,13 +15,16 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
+from harness.core.private import looks
+from harness.core.private.own_words import is_ours
 from harness.core.records import Result
 
 # By these a case is found again and compared, loaded again and drawn. They hold names of ours, the model's, which is private only
@@ -49,30 +52,21 @@ PLAIN_NAME = re.compile(
     r"|(OMP|MKL|OPENBLAS|NUMEXPR|TOKENIZERS|TQDM|PYTORCH)_\w+|TORCH_\w+|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER)|HF_(ENDPOINT|HUB_OFFLINE)|_"
 )
 # TOKENS are counted, as in MAX_TOKENS.
-SECRET = re.compile(r"TOKEN(?!S|IZER)|KEY|SECRET|PASS|AUTH|CRED|COOKIE", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN(?!S|IZER)|KEY|SECRET|PASS|AUTH(?!OR)|CRED|COOKIE", re.IGNORECASE)
 LEAST_VALUE, LEAST_SECRET, LEAST_NAME = 8, 6, 3
 # A text of so many letters may have been cut in the middle of a value; so much of it must be left to be found.
 CUT_TEXT, LEAST_CUT = 500, 6
-
-# Secrets known by their look, wherever they come from. Sources: the documentation of Hugging Face, GitHub, OpenAI, AWS, Slack, JWT.
-_TOKENS = re.compile(
-    r"\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{16,}"
-    r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bxox[abposr]-[\w-]{10,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|(?<=Bearer )[\w.~+/=-]{8,}"
-    r"|(?<=://)[^\s/@:'\"]+:[^\s/@'\"]+(?=@)",
-    re.ASCII,
-)
-_HOMES = re.compile(r"(?:/home/|/Users/|[A-Za-z]:\\{1,2}Users\\{1,2})[^\s/\\'\":,;)<>]+")
 
 Cleaner = Callable[[str], str]
 
 
 def clean(result: Result, model: Path | None = None) -> Result:
     """Return the result without what is private; `model` is the directory of its model, which becomes "<model>"."""
-    texts = _cleaner(public=result.id, model=model)
-    plain: dict[str, Any] = msgspec.to_builtins(result)
+    texts = cleaner(public=result.id, model=model)
+    changed = {name: _walk(getattr(result, name), texts) for name in result.__struct_fields__ if not KEPT.fullmatch(name)}
     if result.code is not None:
-        plain["code"] = _FILE.sub(lambda file: clean_name(file[0]), result.code)
-    return msgspec.convert({key: value if KEPT.fullmatch(key) else _walk(value, texts) for key, value in plain.items()}, Result)
+        changed["code"] = _FILE.sub(lambda file: clean_name(file[0]), result.code)
+    return msgspec.structs.replace(result, **changed)
 
 
 def is_clean(result: Result) -> bool:
@@ -80,15 +74,15 @@ def is_clean(result: Result) -> bool:
 
     Short texts are looked at together, long ones alone, because a value may be cut off at either end of them.
     """
-    texts = [text for name in result.__struct_fields__ if not KEPT.fullmatch(name) for text in _texts(getattr(result, name))]
-    cleaned = _cleaner(public=result.id)
+    texts = [text for name in result.__struct_fields__ if not KEPT.fullmatch(name) for text in texts_in(getattr(result, name))]
+    cleaned = cleaner(public=result.id)
     together = ["\0".join(text for text in texts if len(text) < CUT_TEXT)]
     return all(cleaned(text) == text for text in together + [text for text in texts if len(text) >= CUT_TEXT])
 
 
 def clean_text(text: str) -> str:
     """Return a text without what is private."""
-    return _cleaner()(text)
+    return cleaner()(text)
 
 
 def clean_name(name: str) -> str:
@@ -96,60 +90,89 @@ def clean_name(name: str) -> str:
 
     The values of other variables stay: MODEL=NAME of a script that runs us makes no secret of what is to be named.
     """
-    return _cleaner(secrets_only=True)(name)
+    return cleaner(secrets_only=True)(name)
 
 
-@functools.lru_cache(maxsize=4096)
-def gives_away(text: str) -> str | None:
-    """Say what in a text is private by its look, whoever's it is and wherever it comes from; None if nothing is.
+def gives_away(value: Any) -> str | None:
+    """Say what in a field of a result is private by its look, whoever's it is and wherever it comes from; None if nothing is.
 
     For what `clean` must keep as it is, and for results of other machines, whose names and variables nobody here knows.
     """
-    return "a secret" if _TOKENS.search(text) else "a user's directory" if _HOMES.search(text) else None
+    return looks.private("\n".join(texts_in(value)))
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts in a field of a result, keys of tables included."""
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield the texts in a field of a result as they are read, keys of tables included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield key
-            yield from _texts(inner)
+            yield from texts_in(key)
+            yield from texts_in(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _texts(inner)
+            yield from texts_in(inner)
     elif isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
-            yield from _texts(getattr(value, name))
+            yield from texts_in(getattr(value, name))
 
 
 def _walk(value: Any, texts: Cleaner) -> Any:
+    if isinstance(value, Enum):
+        return value
     if isinstance(value, str):
         return texts(value)
     if isinstance(value, dict):
-        return {key if key.isidentifier() else texts(key): _walk(inner, texts) for key, inner in value.items()}
-    return [_walk(inner, texts) for inner in value] if isinstance(value, list) else value
+        return {_walk(key, texts): _walk(inner, texts) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_walk(inner, texts) for inner in value)
+    if isinstance(value, msgspec.Struct):
+        return msgspec.structs.replace(value, **{name: _walk(getattr(value, name), texts) for name in value.__struct_fields__})
+    return value
 
 
-def _cleaner(public: str = "", model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
+def cleaner(public: str = "", model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
     """Make a function that cleans texts; the parts of `public`, between its slashes, and its words are no secrets of anybody's."""
-    places = sorted(_places(model), key=lambda place: -len(place[0]))
-    values = sorted(((value, f"<${name}>") for name, value in _values(secrets_only)), key=lambda pair: -len(pair[0]))
+    known = _known(_surroundings())
+    places = [*_written(str(model), "<model>"), *known.places] if model and model.is_absolute() else known.places
+    values = [(value, mark) for value, mark, secret in known.values if secret or not secrets_only]
     values = [(value, mark) for value, mark in values if f"/{value}/" not in f"/{public}/"]
-    names = [(pattern, mark) for name, mark in _names() for pattern in [_word(name)] if not pattern.search(public)]
+    names = [(pattern, mark) for pattern, mark in known.names if not pattern.search(public)]
 
     def cleaned(text: str) -> str:
         for place, mark in places:
             text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w-])", mark, text)
         for value, mark in values:
             text = _without(text, value, mark)
-        text = _HOMES.sub("~", _TOKENS.sub("<token>", text))
+        text = looks.without(text)
         for pattern, mark in names:
             text = pattern.sub(mark, text)
         return text
 
     return cleaned
+
+
+class _Known(NamedTuple):
+    """What is private on this machine: directories, values of variables and whether they are secrets, names; the longest first."""
+
+    places: list[tuple[str, str]]
+    values: list[tuple[str, str, bool]]
+    names: list[tuple[re.Pattern[str], str]]
+
+
+def _surroundings() -> tuple[object, ...]:
+    """Return what all that is private on this machine follows from, so that it is looked up once and not for every text."""
+    here = ""
+    with contextlib.suppress(OSError):  # the directory one stands in may be gone
+        here = str(Path.cwd())
+    return tuple(os.environ.items()), here, sys.prefix, tempfile.tempdir, socket.gethostname()
+
+
+@functools.lru_cache(maxsize=4)
+def _known(_: tuple[object, ...]) -> _Known:
+    places = sorted(_places(), key=lambda place: -len(place[0]))
+    values = sorted(_values(), key=lambda one: -len(one[0]))
+    return _Known(places, values, [(_word(name), mark) for name, mark in _names()])
 
 
 def _without(text: str, value: str, mark: str) -> str:
@@ -168,35 +191,39 @@ def _without(text: str, value: str, mark: str) -> str:
     return text
 
 
-def _places(model: Path | None) -> Iterator[tuple[str, str]]:
-    """Yield the directories that tell of this machine or its user, as written and with links followed, and their marks."""
+def _places() -> Iterator[tuple[str, str]]:
+    """Yield the directories that tell of this machine or its user, and their marks."""
     home = os.environ.get("HOME") or os.environ.get("USERPROFILE")
     known = []
     with contextlib.suppress(FileNotFoundError):  # no directory takes temporary files
         known.append((tempfile.gettempdir(), "<tmp>"))
     known += [(sys.prefix, "<python>")] if sys.prefix != "/usr/local" else []
-    known += [(str(model), "<model>")] if model and model.is_absolute() else []
     with contextlib.suppress(OSError):  # the directory one stands in may be gone
         known.append((str(Path.cwd()), "<here>"))
     known += [(home, "~")] if home else []
     with contextlib.suppress(RuntimeError):
         known.append((str(Path.home()), "~"))
     for place, mark in known:
-        for written in {place.rstrip("/\\"), os.path.realpath(place)}:
-            # Nearer the root than this, a path names nobody, and would be found in others.
-            if written.count(os.sep) > 1 or (mark in ("~", "<model>") and len(written) > 1):
-                yield written, mark
+        yield from _written(place, mark)
 
 
-def _values(secrets_only: bool) -> Iterator[tuple[str, str]]:
-    """Yield the environment variables whose values nobody else should read."""
+def _written(place: str, mark: str) -> Iterator[tuple[str, str]]:
+    """Yield a directory as it is written and with links followed, and its mark."""
+    for written in {place.rstrip("/\\"), os.path.realpath(place)}:
+        # Nearer the root than this, a path names nobody, and would be found in others.
+        if written.count(os.sep) > 1 or (mark in ("~", "<model>") and len(written) > 1):
+            yield written, mark
+
+
+def _values() -> Iterator[tuple[str, str, bool]]:
+    """Yield the environment variables whose values nobody else should read, and whether they are secrets."""
     for name, value in os.environ.items():
         is_secret = SECRET.search(name) is not None
         if len(value) < (LEAST_SECRET if is_secret else LEAST_VALUE) or PLAIN_NAME.fullmatch(name) or value in OURS:
             continue
         is_word = value.isalpha() or value.replace(".", "").isdigit()  # too likely to stand in a text by itself
-        if is_secret or not (is_word or secrets_only):
-            yield name, value
+        if (is_secret or not is_word) and not is_ours(value):
+            yield value, f"<${name}>", is_secret
 
 
 def _names() -> Iterator[tuple[str, str]]:
@@ -221,8 +248,12 @@ def _users() -> set[str]:
     return found
 
 
-@functools.lru_cache(maxsize=64)
 def _word(name: str) -> re.Pattern[str]:
-    """Match a name as a word of its own: a short one may be a part of any identifier, so there _ joins."""
+    """Match a name as a word of its own: a short one may be a part of any identifier, so there _ joins.
+
+    A name that is a word of ours is one only where a directory is called so.
+    """
+    if is_ours(name):
+        return re.compile(rf"(?<=/){re.escape(name)}(?=/)")
     joined = r"A-Za-z0-9" if len(name) > 4 else r"\w"
     return re.compile(rf"(?<![{joined}]){re.escape(name)}(?![{joined}])")

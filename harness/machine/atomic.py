@@ -74,6 +74,10 @@ def replace_directory(place: Path, *, marker: str, ours: Set[str], option: str) 
         UsageError: something else is there, or it cannot be written to.
     """
     place = place.resolve()
+    if not place.name:
+        raise UsageError(
+            f"{option} {place} is the root of the file system, which nothing takes the place of; name another directory"
+        )
     draft = _beside(place, _NEW)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

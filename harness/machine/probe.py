@@ -117,7 +117,7 @@ def versions() -> dict[str, str]:
 
 
 def _cpu_tier(ram_bytes: int | None, root: Path, threads: int, measure: bool) -> Tier:
-    memory = psutil.virtual_memory()
+    memory, identity = psutil.virtual_memory(), f"{_cpu_model(root)}, {threads} threads"
     limit, left = cgroup.memory(root)
     free = memory.available if left is None else min(memory.available, left)
     if limit is not None and limit >= memory.total:  # a container may be allowed more than there is, which limits nothing
@@ -128,7 +128,8 @@ def _cpu_tier(ram_bytes: int | None, root: Path, threads: int, measure: bool) ->
         total_bytes=memory.total,
         free_bytes=free,
         limit_bytes=min((size for size in (limit, ram_bytes) if size is not None), default=None),
-        bytes_per_s=bandwidth.ram(f"{_cpu_model(root)}, {threads} threads", threads, free // _SHARE, measure),
+        bytes_per_s=bandwidth.ram(identity, threads, free // _SHARE, measure),
+        is_under_load=bandwidth.is_under_load("ram", identity),
     )
 
 
@@ -159,8 +160,10 @@ def _disk_tier(scratch: Path, measure: bool) -> Tier:
         usage, device = shutil.disk_usage(there), there.stat().st_dev
     except OSError:
         return Tier(name="disk", kind="disk")
-    speed = bandwidth.disk(f"device {device} of {usage.total} bytes", there, usage.free // _SHARE, measure)
-    return Tier(name="disk", kind="disk", total_bytes=usage.total, free_bytes=usage.free, bytes_per_s=speed)
+    identity = f"device {device} of {usage.total} bytes"
+    speed = bandwidth.disk(identity, there, usage.free // _SHARE, measure)
+    marked = bandwidth.is_under_load("disk", identity)
+    return Tier(name="disk", kind="disk", total_bytes=usage.total, free_bytes=usage.free, bytes_per_s=speed, is_under_load=marked)
 
 
 class _Ram(NamedTuple):

@@ -83,7 +83,8 @@ class Score(Message, frozen=True, kw_only=True, tag="score"):
 class Chat(Message, frozen=True, kw_only=True, tag="chat"):
     """Serve a page to talk to the model at `host`:`port`, until asked to stop. `model` is its name, by which it is asked.
 
-    It is shown the latest `prompt_tokens` of a conversation at most, and answers with `new_tokens` at most.
+    It is shown the latest `prompt_tokens` of a conversation at most, and answers with `new_tokens` at most. `case` is how it is
+    loaded, `planned_bytes` what the plan says each tier must have for it at most; the page shows both.
     """
 
     model: str
@@ -91,6 +92,8 @@ class Chat(Message, frozen=True, kw_only=True, tag="chat"):
     port: int
     prompt_tokens: int
     new_tokens: int
+    case: str = ""
+    planned_bytes: dict[str, int] = {}
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="stop"):

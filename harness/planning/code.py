@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +39,11 @@ class Destination(NamedTuple):
 PLAIN, ANYWHERE = Facts(), Destination()
 _IN_ORDER = 'os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs'
 _EXPANDABLE = f'os.environ.setdefault("{ALLOCATOR_OPTIONS}", "{EXPANDABLE_SEGMENTS}")  # else it may not fit'
+
+# A program that does nothing but load: the address of the model, one import, one call with an argument a line.
+_ONE_CALL = re.compile(
+    r'MODEL = (".*")\n\nfrom transformers import (\w+)\n\nmodel = \2\.from_pretrained\(\n    MODEL,\n((?: {4}.*,\n)*)\)\n'
+)
 
 # What a worker does as well (`worker.model`): a model's own generation_config may ask for beams, samples or several answers.
 GREEDY = "model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # greedy, one answer"
@@ -171,8 +177,13 @@ def script(head: str, one: Plan, gguf_file: str | None = None, *, gpus_differ: b
         f"output = model.generate(**inputs, max_new_tokens={workload.new_tokens})",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]
-    program = loading_program(head, one, in_order=gpus_differ or numbers not in ((), (0,)))
+    program = loading_program(head, one, in_order=is_numbered(one, gpus_differ))
     return f"{program}\n" + "\n".join(_once(lines) if ranks > 1 else lines) + "\n"
+
+
+def is_numbered(one: Plan, gpus_differ: bool) -> bool:
+    """Say whether the code of a plan holds only where CUDA numbers the GPUs as the plan does."""
+    return gpus_differ or gpus(one) not in ((), (0,))
 
 
 def loading_program(head: str, one: Plan, *, in_order: bool = False) -> str:
@@ -186,6 +197,15 @@ def loading_program(head: str, one: Plan, *, in_order: bool = False) -> str:
         head = "\n".join(["import os", "", *lines, "", head])
     start = f"# Start it by: torchrun --nproc-per-node {ranks} THIS_FILE\n" if (ranks := _ranks(one)) > 1 else ""
     return f"{start}{head}{one.code}"
+
+
+def one_call(program: str) -> str | None:
+    """Return the call of a loading program in one line; None if more than the import of the class belongs to it."""
+    found = _ONE_CALL.fullmatch(program)
+    if found is None:
+        return None
+    arguments = ", ".join((found[1], *(line.strip().removesuffix(",") for line in found[3].splitlines())))
+    return f"{found[2]}.from_pretrained({arguments})"
 
 
 def _ranks(one: Plan) -> int:
@@ -205,8 +225,13 @@ def _once(lines: Sequence[str]) -> list[str]:
     return ["import torch.distributed", *shared, "if torch.distributed.get_rank() == 0:", f"    {last}", leave]
 
 
-def code_head(source: Source, placement: str) -> str:
-    """Write the lines before the loading code: where MODEL comes from, without naming anybody's directories."""
+def code_head(source: Source, placement: str, form: str | None = None) -> str:
+    """Write the lines before the loading code: where MODEL comes from, without naming anybody's directories.
+
+    `form` is that of a checkpoint which was made for the case, in another than the model is published in.
+    """
+    if form is not None:
+        return f"MODEL = {_literal(source.name)}  # a directory of the model as {form}\n\n"
     if source.kind == "directory":
         return f"MODEL = {_literal(source.name)}  # the directory of the model\n\n"
     if source.hub_id is None:

@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from harness.core.errors import StoreError, UsageError
 from harness.core.records import Machine, Record, Result
 from harness.machine import atomic
-from harness.machine.cache import cache_dir
+from harness.machine.cache import MOST_BYTES, cache_dir
+from harness.machine.regular import read_regular
 from harness.planning import calibration, evidence, fit
 from harness.planning.calibration import Calibration
 from harness.planning.evidence import Observation
@@ -119,7 +120,7 @@ def _note(kept: KeptEvidence, digest: str) -> str:
 def _read() -> _File:
     path = kept_file()
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=_File)
+        found = msgspec.json.decode(read_regular(path, MOST_BYTES), type=_File)
     except FileNotFoundError:
         return _File()
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

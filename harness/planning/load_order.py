@@ -9,13 +9,16 @@ Traced on hollow checkpoints by `harness.worker.trace.load`, held against it by 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from harness.architecture.key_mapping import Conversion, Naming
-from harness.architecture.model_spec import ModelSpec
+from harness.architecture.skeleton import Skeleton
 from harness.planning.calibration import Bytes
 
 # Of transformers' operations, those that leave views or what they were given where they work along the first dimension.
@@ -31,32 +34,38 @@ SortKey = tuple[tuple[int | str, ...], ...]
 
 
 class LoadStep(NamedTuple):
-    """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them.
+    """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them, in a piece of a device map."""
 
-    `piece` is where a device map places it; `key` sorts it (`sort_key` of its stored name).
-    """
-
-    key: SortKey
     piece: str
     held: int
     passing: float
 
 
-class LoadOrder:
-    """The tensors of a model in the order of their stored names, found once for all formats of its weights."""
+class LoadRun(NamedTuple):
+    """Tensors of one piece that are loaded one after the other: bytes that stay, and at most at once beside them.
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self._skeleton, self._naming = spec.skeleton, None if spec.as_held else spec.skeleton.naming
+    `beyond` is the most beside them less those of the run that come later; `passing` the most of any.
+    """
 
-    @cached_property
-    def rows(self) -> list[tuple[SortKey, str, str]]:
-        """Each tensor's key, the piece that it lies in, and its path in the first piece of that kind."""
-        inside = {kind: [weight.path for module in kind.inside for weight in module.weights] for kind in self._skeleton.kinds}
-        return sorted(
-            (sort_key(stored_name(f"{piece.path}{path.removeprefix(piece.like.path)}", self._naming)), piece.path, path)
-            for piece in self._skeleton.pieces
-            for path in inside[piece.like]
-        )
+    piece: str
+    held: int
+    beyond: float
+    passing: float
+
+
+@lru_cache(maxsize=4)  # all formats of a model's weights go through the same
+def load_rows(skeleton: Skeleton, *, as_held: bool) -> list[tuple[SortKey, str, str]]:
+    """Return the tensors of a model in the order of their stored names, which are the model's own where files hold it `as_held`.
+
+    Of each its key, the piece that it lies in, and its path in the first piece of that kind.
+    """
+    naming = None if as_held else skeleton.naming
+    inside = {kind: [weight.path for module in kind.inside for weight in module.weights] for kind in skeleton.kinds}
+    return sorted(
+        (sort_key(stored_name(f"{piece.path}{path.removeprefix(piece.like.path)}", naming)), piece.path, path)
+        for piece in skeleton.pieces
+        for path in inside[piece.like]
+    )
 
 
 def sort_key(name: str) -> SortKey:
@@ -108,7 +117,19 @@ def unpacked_mxfp4(elements: int) -> float:
     return packed + scales + max(min(rows, _MX_ROWS) * _MX_WEIGHTS / 2 * (4 + 2), elements * 2)
 
 
-def on_card(steps: Sequence[LoadStep], pieces: Iterable[str] | None, sequential: bool) -> Bytes:
+def runs_of(steps: Iterable[LoadStep]) -> list[LoadRun]:
+    """Join the steps of one piece that follow each other: what a placement does not split."""
+    found = []
+    for piece, run in groupby(steps, key=attrgetter("piece")):
+        held, beyond, passing = 0, -math.inf, 0.0
+        for step in reversed(list(run)):
+            beyond, passing = max(beyond, step.passing - held), max(passing, step.passing)
+            held += step.held
+        found.append(LoadRun(piece, held, beyond, passing))
+    return found
+
+
+def on_card(runs: Sequence[LoadRun], pieces: Iterable[str] | None, sequential: bool) -> Bytes:
     """Return the bytes beyond the final ones at the worst moment of loading, for the pieces of one GPU; None means all.
 
     One thread sets tensors in order. Unless it quantizes, or something goes to the disk, four more copy ahead of it: at worst all
@@ -116,9 +137,9 @@ def on_card(steps: Sequence[LoadStep], pieces: Iterable[str] | None, sequential:
     """
     there = None if pieces is None else frozenset(pieces)
     rest, most = 0.0, 0.0
-    mine = [step for step in steps if there is None or step.piece in there]
-    for step in reversed(mine):
-        most = max(most, step.passing - rest)
-        rest += step.held
-    ahead = most if sequential else max((step.passing for step in mine), default=0.0)
+    mine = [run for run in runs if there is None or run.piece in there]
+    for run in reversed(mine):
+        most = max(most, run.beyond - rest)
+        rest += run.held
+    ahead = most if sequential else max((run.passing for run in mine), default=0.0)
     return Bytes(low=most, best=ahead, high=ahead)

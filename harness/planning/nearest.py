@@ -40,8 +40,10 @@ def nearest_way(planner: Planner, plans: Sequence[Plan], choose: Choose) -> str 
 def _here(planner: Planner, workload: Workload, choose: Choose, known: Set[Case]) -> str | None:
     """Say what else than the cases `known` not to fit does fit this machine: as it is, or once packages are installed."""
     anyhow = Planner(planner.spec, planner.machine, here=False, constants=planner.constants, trust=planner.trust)
-    asked = list(dict.fromkeys((*defaults(planner.spec.stored_as), *DEFAULT_PRECISIONS, *PRECISIONS)))
-    cases = [case for case in _cases(anyhow, asked, workload) if case not in known]
+    asked = dict.fromkeys((*defaults(planner.spec.stored_as), *DEFAULT_PRECISIONS, *PRECISIONS))
+    # What needs a checkpoint of another form never fits as this one is.
+    loadable = [name for name in asked if planner.spec.stored_as is not None or PRECISIONS[name].requires_checkpoint is None]
+    cases = [case for case in _cases(anyhow, loadable, workload) if case not in known and anyhow.can_hold(case)]
     chosen = choose([anyhow.plan(case) for case in cases])
     if chosen is None:
         return None
@@ -53,19 +55,36 @@ def _here(planner: Planner, workload: Workload, choose: Choose, known: Set[Case]
 
 def _elsewhere(planner: Planner, workload: Workload) -> str | None:
     """Say which card, or how many of the largest, the model would fit on as it is stored, and which in FP8 or 4 bits."""
+    stored = planner.spec.stored_as is not None
+    asked = (*defaults(planner.spec.stored_as, ("bf16",))[-1:], *(() if stored else ("fp8", "int4")))
     found: dict[str, str] = {}
-    for precision in (*defaults(planner.spec.stored_as, ("bf16",))[-1:], *(() if planner.spec.stored_as else ("fp8", "int4"))):
-        for machine in _machines():
-            placement = "direct" if len(machine.gpus) == 1 else "auto"
-            case = Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload)
-            one = Planner(planner.spec, machine, here=False).plan(case)
-            if one.verdict.is_good and set(one.estimate.tiers if one.estimate else ()) <= {"cpu", *(g.name for g in machine.gpus)}:
-                found.setdefault(_named(machine), f"{precision}/{placement}")
-                break
+    for precision in asked:
+        machine = _smallest(planner, precision, workload)
+        if machine is not None:
+            found.setdefault(_named(machine), f"{precision}/{_placement(machine)}")
     if not found:
         return None
     ways = [f"{case} fits {where}" for where, case in found.items()]
     return " and ".join(ways)
+
+
+def _smallest(planner: Planner, precision: str, workload: Workload) -> Machine | None:
+    """Return the first of the machines on whose cards a precision fits; those too small for the weights alone are passed over."""
+    weights = 0
+    for machine in _machines():
+        if weights > sum(gpu.capacity_bytes or 0 for gpu in machine.gpus):
+            continue
+        case = Case(model=planner.spec.name, precision=precision, placement=_placement(machine), workload=workload)
+        one = Planner(planner.spec, machine, here=False).plan(case)
+        held = {name: tier.weights_bytes for name, tier in one.estimate.tiers.items()} if one.estimate else {}
+        if one.verdict.is_good and not any(size for name, size in held.items() if not name.startswith("gpu")):
+            return machine
+        weights = sum(held.values())
+    return None
+
+
+def _placement(machine: Machine) -> str:
+    return "direct" if len(machine.gpus) == 1 else "auto"
 
 
 @lru_cache(maxsize=1)

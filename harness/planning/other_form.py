@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from msgspec.structs import replace
 
@@ -22,6 +23,7 @@ from harness.core.units import format_count, significant
 _WORTH_A_WORD = 0.1
 
 
+@lru_cache(maxsize=16)
 def in_form(spec: ModelSpec, form: Packed) -> ModelSpec:
     """Return the spec of the same model as it would be if it were stored in another form."""
     size = model_spec.packed_model_bytes(spec.skeleton, form)

@@ -8,7 +8,6 @@ from functools import cached_property
 import msgspec
 
 from harness.architecture.model_spec import ModelSpec
-from harness.architecture.skeleton import Skeleton, Weight
 from harness.checkpoint import quantization
 from harness.checkpoint.quantization import Packed
 from harness.core.methods.packages import asked_of_pip
@@ -16,21 +15,19 @@ from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
-from harness.planning import calibration, context, feasibility, other_form
+from harness.planning import calibration, feasibility, other_form
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
 from harness.planning.cost.footprint import Footprint, Loading
 from harness.planning.cost.gpu_activations import GpuActivations
-from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.cost.work import multiplies_4bit_in_ram
+from harness.planning.counted import counted
 from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
-from harness.planning.device_map.max_memory import Named, Sizes, Stock
 from harness.planning.device_map.recommended import RecommendedMap, Recommender
-from harness.planning.load_order import LoadOrder
 from harness.planning.verdict import Judge, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
@@ -61,27 +58,18 @@ class Planner:
         trust: bool = False,
         device_map: Mapping[str, Device] | None = None,
     ) -> None:
-        self.spec, self.machine, self.here, self.trust = spec, machine, here, trust
+        self.counted = counted(spec)
+        self.spec, self.machine, self.here, self.trust = self.counted.spec, machine, here, trust
         self.constants = calibration.with_context(constants or calibration.default(), machine)
-        self.judge = Judge(spec=spec, machine=machine, here=here, trust=trust)
+        self.judge = Judge(spec=self.spec, machine=machine, here=here, trust=trust)
         rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
         self._placements = {name: row.on(machine.main_gpu) for name, row in rows.items()}
-        self._load_order, self._weights = LoadOrder(spec), dict[str, Weight]()
+        known = [gpu.compute_capability for gpu in machine.gpus if gpu.compute_capability]
+        self._capability = min(known, key=float, default=None)
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
-        self._inventories: dict[WeightFormat, Inventory] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
         self._other_forms: dict[str, Planner] = {}
-        self._by_format: dict[WeightFormat, Sizes] = {}
         self.footprints: dict[str, Footprint] = {}
-
-    def _sizes(self, fmt: WeightFormat) -> Sizes:
-        if fmt not in self._by_format:
-            self._weights = self._weights or _weights_by_path(self.spec.skeleton)
-            stock = Stock([Named(path, weight.tensor.shape) for path, weight in self._weights.items()])
-            sizes = self._inventory(fmt).sizes if fmt.packed_bits is not None else {}
-            packed = {path: sizes[weight.path] for path, weight in self._weights.items()} if sizes else None
-            self._by_format[fmt] = Sizes(stock, fmt.dtype, packed)
-        return self._by_format[fmt]
 
     def plans(self, cases: Sequence[Case]) -> list[Plan]:
         """Plan the cases; what is too big says what to try instead, of these cases."""
@@ -93,8 +81,7 @@ class Planner:
         for case in cases:
             self.plan(case)
         footprints = [self.footprints[case.id] for case in cases if case.id in self.footprints]
-        found = {id(one.inventory): one.inventory.on_gpu for one in footprints if one.gpus and one.inventory.on_gpu.lacks_trace}
-        return list(found.values())
+        return list(dict.fromkeys(one.on_gpu for one in footprints if one.gpus and one.on_gpu.lacks_trace))
 
     def trace(self, untraced: Iterable[GpuActivations], report: Report) -> list[str]:
         """Have a worker trace them, seconds each, so that plans rest on it; return why some cannot be traced, each once."""
@@ -124,7 +111,7 @@ class Planner:
         code = [str(one) for one in self.spec.remote_code]
         dtype = self._dtype(precision, placement)
         fmt = estimate.weight_format(precision, dtype, self.spec)
-        limits = max_memory.max_memory(placement, self.machine, lambda: self._sizes(fmt))
+        limits = max_memory.max_memory(placement, self.machine, lambda: self.counted.sizes(fmt))
         ours = self._recommendation(case, fmt) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
@@ -149,6 +136,15 @@ class Planner:
             linear_dtype=None if precision.linear_dtype == PRECISIONS[case.precision].linear_dtype else precision.linear_dtype,
             expandable_segments=footprint.loading.expandable,
         )
+
+    def can_hold(self, case: Case) -> bool:
+        """Say whether the memory of known size that a placement fills is as large as the weights: if not, no plan of it fits."""
+        placement, precision = self._placements[case.placement], self.spec.adapted(PRECISIONS[case.precision])
+        fmt = estimate.weight_format(precision, self._dtype(precision, placement), self.spec)
+        filled = [tier for tier in tiers.fillable(self.machine) if tier.kind in placement.devices]
+        if "disk" in placement.devices and all(tier.capacity_bytes is not None for tier in filled):
+            return True
+        return self.counted.inventory(fmt).total.held <= sum(tier.capacity_bytes or 0 for tier in filled)
 
     def _in_another_form(self, case: Case, form: Packed) -> Plan:
         """Plan a case for a checkpoint that is not there: with figures, and the published ones that the catalog knows."""
@@ -209,7 +205,7 @@ class Planner:
         recommender = Recommender(
             skeleton,
             {tiers.device(name): size for name, size in capacities.items()},
-            Widths(fmt.dtype, fmt.quantizer, self._inventory(fmt).sizes),
+            Widths(fmt.dtype, fmt.quantizer, self.counted.inventory(fmt).sizes),
             kv_bytes=memory.kv_bytes(skeleton, workload.cached_tokens, workload.batch, fmt.element_bytes),
         )
         reserve = {tiers.device(name): self._reserve(name, fmt, workload, size) for name, size in capacities.items()}
@@ -229,16 +225,10 @@ class Planner:
     def _reserve(self, name: str, fmt: WeightFormat, workload: Workload, capacity: int) -> int:
         """Return the bytes of a tier that generating needs beside weights and KV cache, at worst."""
         on = name if name.startswith("gpu") else self.machine.gpus[0].name
-        inventory = self._inventory(fmt)
-        terms = Footprint(inventory, on, workload, self.constants).terms()[name]
+        inventory = self.counted.inventory(fmt)
+        terms = Footprint(inventory, on, workload, self.constants, Loading(capability=self._capability)).terms()[name]
         doubt = estimate.ROUGH_SHARE if self.spec.rough else estimate.KNOWN_SHARE
         return int(estimate.beside_weights(terms) + doubt * min(inventory.total.held, capacity))
-
-    def _inventory(self, fmt: WeightFormat) -> Inventory:
-        if fmt not in self._inventories:
-            known = [gpu.compute_capability for gpu in self.machine.gpus if gpu.compute_capability]
-            self._inventories[fmt] = Inventory(self.spec, fmt, min(known, key=float, default=None), self._load_order)
-        return self._inventories[fmt]
 
     def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
         gguf, placement = self.spec.gguf, self._placements[case.placement]
@@ -246,12 +236,13 @@ class Planner:
         loading = Loading(
             through_ram=placement.moves_after_loading or (gguf is not None and gguf.through_ram),
             rewrites=placement.rewrites_offloaded,
-            off_gpu=self._inventory(WeightFormat(dtype=fmt.dtype)) if plain_off_gpu else None,
+            off_gpu=self.counted.inventory(WeightFormat(dtype=fmt.dtype)) if plain_off_gpu else None,
             processes=placement.ranks(len(self.machine.gpus)),
             begins_on=tuple(gpu.name for gpu in self.machine.gpus) if self._looks_for_itself(placement) else (),
+            capability=self._capability,
         )
         on_tiers = tiers.tiers(self.spec.skeleton, placed)
-        footprint = Footprint(self._inventory(fmt), on_tiers, case.workload, self.constants, loading)
+        footprint = Footprint(self.counted.inventory(fmt), on_tiers, case.workload, self.constants, loading)
         self.footprints[case.id] = footprint
         return footprint
 
@@ -282,7 +273,7 @@ class Planner:
         used = [gpu for gpu in self.machine.gpus if gpu.name in footprint.gpus and footprint.fmt.dtype == "bfloat16"]
         old = [gpu for gpu in used if gpu.compute_capability and float(gpu.compute_capability) < _BFLOAT16_FROM]
         said = [_EMULATED.format(gpu.model or gpu.name, gpu.compute_capability) for gpu in old[:1]]
-        said += [footprint.inventory.on_gpu.kernel] * bool(footprint.gpus and footprint.inventory.on_gpu.kernel)
+        said += [footprint.on_gpu.kernel] * bool(footprint.gpus and footprint.on_gpu.kernel)
         if footprint.gpus or not multiplies_4bit_in_ram(footprint.fmt):
             return said
         beside = "beside a GPU bitsandbytes loads its CUDA library, which lacks" if self.machine.gpus else "this processor lacks"
@@ -293,13 +284,7 @@ class Planner:
         footprint = self.footprints.get(one.case.id)
         if one.estimate is None or footprint is None or not one.verdict.is_good:
             return None
-        return context.max_context(footprint, one.case, self.judge)
-
-
-def _weights_by_path(skeleton: Skeleton) -> dict[str, Weight]:
-    """Return the weights of a model by their path, each as that of the first piece of its kind; tied ones are left out."""
-    inside = {like: [w for module in like.inside for w in module.weights if not w.tied_to] for _, _, like in skeleton.pieces}
-    return {f"{path}{w.path.removeprefix(like.path)}": w for path, _, like in skeleton.pieces for w in inside[like]}
+        return self.judge.max_context(footprint, one.case)
 
 
 def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:

@@ -24,8 +24,38 @@ def choose_best(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
     fitting = [one for one in plans if one.verdict is Verdict.FITS] or [one for one in plans if one.verdict is Verdict.TIGHT]
     if not fitting:
         return None
-    best = _smallest_alike(max(fitting, key=_worth), fitting)
+    best = _simplest_alike(_smallest_alike(max(fitting, key=_worth), fitting), fitting)
     return best, _reason(best, fitting)
+
+
+def _simplest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
+    """Return the simplest placement of the same weights where neither speed is outside the doubt of the other.
+
+    Simpler is what keeps them in fewer of the same tiers, or in those by a plainer call; and what computes is the same.
+    """
+    held = _tiers(best)
+    alike = [
+        one
+        for one in fitting
+        if one.case.precision == best.case.precision
+        and _tiers(one) <= held
+        and any(tier.startswith("gpu") for tier in _tiers(one)) == any(tier.startswith("gpu") for tier in held)
+        and _is_as_fast(one, best)
+    ]
+    return min(alike, key=lambda one: (len(_tiers(one)), _order(one)), default=best)
+
+
+def _tiers(one: Plan) -> set[str]:
+    """Return the tiers that hold weights."""
+    return {name for name, tier in one.estimate.tiers.items() if tier.weights_bytes} if one.estimate else set()
+
+
+def _is_as_fast(one: Plan, other: Plan) -> bool:
+    """Say whether each speed lies in the interval of the other: then nobody knows which is faster."""
+    if one.estimate is None or other.estimate is None:
+        return False
+    first, second = one.estimate.decode_tok_s, other.estimate.decode_tok_s
+    return first.best >= second.low and second.best <= first.high
 
 
 def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
@@ -78,8 +108,12 @@ def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommend
 def _worth(one: Plan) -> tuple[float, int]:
     assert one.estimate is not None
     speed = one.estimate.decode_tok_s.best
-    order = ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
-    return round(PRECISIONS[one.case.precision].quality_kept * speed / (speed + _HALF_TOK_S), 4), -order
+    return round(PRECISIONS[one.case.precision].quality_kept * speed / (speed + _HALF_TOK_S), 4), -_order(one)
+
+
+def _order(one: Plan) -> int:
+    """Return the place of a plan among those that do the same: the plainest call comes first."""
+    return ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
 
 
 def _reason(best: Plan, fitting: Sequence[Plan]) -> str:

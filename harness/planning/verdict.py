@@ -21,6 +21,7 @@ from harness.planning.cost.inventory import MAPPED
 
 # Classes that take the weight of this Linear and multiply by it themselves, whatever bitsandbytes has made of it.
 _TAKES_WEIGHTS = {"MambaForCausalLM": "dt_proj"}
+_MOST_TOKENS = 1 << 20  # where a config does not say how many its model knows
 _NOT_ON_WINDOWS = "It would fit with expandable segments, which torch does not have on Windows."
 
 
@@ -181,6 +182,28 @@ class Judge(Record, frozen=True, kw_only=True):
         needs = f"{format_gib(tier.needed_bytes)} GiB, up to {format_gib(tier.needed_high_bytes)} at worst"
         what = f"fits {self._memory(name)} with expandable segments, which the code turns on"
         return f"{what}: torch's usual ones need {needs}, {self._format_free(name, tier, case)}."
+
+    def max_context(self, footprint: Footprint, case: Case) -> int | None:
+        """Return the most tokens, prompt and answer together, with which a case still fits; at most what the model knows.
+
+        None if it does not even fit with one token of prompt.
+        """
+        least, most = case.workload.new_tokens + 1, self.spec.context_length or _MOST_TOKENS
+        if not self._holds(footprint, case, least):
+            return None
+        if self._holds(footprint, case, most):  # as it mostly does: no search
+            return most
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if self._holds(footprint, case, middle) else (least, middle - 1)
+        return least
+
+    def _holds(self, footprint: Footprint, case: Case, context: int) -> bool:
+        """Say whether a case fits with `context` tokens, by the best estimate."""
+        prompt = max(1, context - case.workload.new_tokens)
+        longer = footprint.with_workload(replace(case.workload, prompt_tokens=prompt))
+        tiers = pooled(estimate.memory(longer, self.machine), self.machine)
+        return not any(self.is_short(name, tier, case) for name, tier in tiers.items() if name != "disk")
 
     def _memory(self, name: str) -> str:
         """Name a tier, and the GPUs that share it."""

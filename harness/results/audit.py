@@ -42,10 +42,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "top1_agreement": (0, 1 + _CLOSE),
     "kl": (-0.01, math.inf),  # what was measured before the divergence of a rounded reference was never negative
 }
-# What `redact.clean` leaves as it is and may contain text.
-_NUMBERS = {"schema", "verdict", "outcome", "samples", "phases", "timeline", "estimate", "allowed_s"}
-_KEPT = tuple(name for name in Result.__struct_fields__ if redact.KEPT.fullmatch(name) and name not in _NUMBERS)
-_RAM = ("ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_peak_bytes")
+# Texts of the longest are the log's tail, loading code and maps of modules.
+_MOST_TEXT = 4_000_000
+_RAM = ("ram_needed_bytes", "ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_peak_bytes")
 _VRAM = ("vram_peak_bytes", "vram_process_peak_bytes", "load_vram_peak_bytes")
 
 
@@ -64,11 +63,12 @@ class PublishedResult(Record, frozen=True, kw_only=True):
 
 
 class Refusal(Record, frozen=True, kw_only=True):
-    """A line that is not published, and why."""
+    """A line that is not published, and why; `line` is None where it is a whole file, or all of `lines` that are not told alone."""
 
     source: int
     line: int | None
     why: str
+    lines: int = 1
 
 
 class ResultsFile(Record, frozen=True, kw_only=True):
@@ -91,6 +91,11 @@ class Joined(Record, frozen=True, kw_only=True):
     entries: tuple[PublishedResult, ...]
     refusals: tuple[Refusal, ...]
     sources: tuple[ResultsFile, ...]
+
+    @property
+    def refused(self) -> int:
+        """How many lines are not published."""
+        return sum(refusal.lines for refusal in self.refusals)
 
     def where(self, refusal: Refusal) -> str:
         """Name the place of a refused line: "artifacts/gpu-1/results.jsonl:3"."""
@@ -120,9 +125,16 @@ def examine(result: Result, now: datetime) -> Result | str:
 
 def cleaned(result: Result) -> Result | str:
     """Return a result without what is private, or say what of it is private and cannot be taken out."""
-    clean = result if redact.is_clean(result) else redact.clean(result)
-    for name in _KEPT:
-        if said := redact.gives_away(msgspec.json.encode(getattr(clean, name)).decode()):
+    if (length := sum(map(len, redact.texts_in(result)))) > _MOST_TEXT:
+        return f"holds {length:,} letters, and no result has more than {_MOST_TEXT:,}"
+    is_clean = redact.is_clean(result)
+    clean = result if is_clean else redact.clean(result)
+    for name in clean.__struct_fields__:
+        if is_clean and not redact.KEPT.fullmatch(name):
+            continue
+        # Packages have versions of four numbers, which are nobody's address.
+        told = [f"{package}=={version}" for package, version in clean.environment.items()] if name == "environment" else None
+        if said := redact.gives_away(told or getattr(clean, name)):
             return f"tells {said} in its {name}, which cannot be taken out: measure again without it"
     return clean
 
@@ -194,7 +206,7 @@ def _source(number: int, name: str, kept: Sequence[PublishedResult], wrong: Sequ
         name=name,
         results=len(ours),
         repeated=repeated,
-        refused=sum(refusal.source == number for refusal in wrong),
+        refused=sum(refusal.lines for refusal in wrong if refusal.source == number),
         cleaned=sum(entry.cleaned for entry in ours),
         runs=tuple(dict.fromkeys(result.run for result in results)),
         first=min((result.at for result in results), default=""),
@@ -316,6 +328,9 @@ def _peaks(result: Result, _: datetime) -> Iterator[str]:
     for key in ("ram_peak_bytes", "vram_peak_bytes"):
         if key in highest and key in result.metrics and not _close(highest[key], result.metrics[key]):
             yield f"says {_figure(key, result.metrics[key])}, and the highest of its phases is {_figure(key, highest[key])}"
+    needed, anonymous = result.metrics.get("ram_needed_bytes"), result.metrics.get("ram_anon_peak_bytes", 0.0)
+    if needed is not None and not anonymous <= needed <= result.metrics.get("ram_peak_bytes", math.inf):
+        yield f"says {_figure('ram_needed_bytes', needed)}, which is not between its anonymous and its resident peak"
     for tier in result.machine.tiers:
         sizes = (tier.total_bytes, tier.free_bytes, tier.limit_bytes)
         if any(size is not None and size < 0 for size in sizes):

@@ -38,7 +38,9 @@ class Rule(Record, frozen=True, kw_only=True):
 # The defaults are wider than what ten runs of one case differ by on a quiet machine: 1 % of memory, 5 % of speed, 15 % of loading.
 RULES: Mapping[str, Rule] = {
     "memory": Rule(
-        keys=("ram_peak_bytes", "load_ram_peak_bytes", "vram_peak_bytes", "load_vram_peak_bytes"), worse=0.05, of_machine=False
+        keys=("ram_needed_bytes", "vram_process_peak_bytes", "vram_peak_bytes", "load_vram_peak_bytes"),
+        worse=0.05,
+        of_machine=False,
     ),
     "load": Rule(keys=("ready_s",), worse=0.30, of_machine=True),
     "speed": Rule(keys=("decode_tok_s", "prefill_tok_s"), worse=0.10, of_machine=True),
@@ -47,12 +49,16 @@ RULES: Mapping[str, Rule] = {
 
 
 class Call(str, Enum):
-    """What is said of one figure: `better` and `worse` are sure, `unsure` is worse with an interval that reaches the threshold."""
+    """What is said of one figure: `better` and `worse` are sure, `unsure` is worse with an interval that reaches the threshold.
+
+    A change beyond the threshold of a figure that others disturbed is `not judged`, however narrow its interval.
+    """
 
     SAME = "same"
     BETTER = "better"
     WORSE = "worse"
     UNSURE = "unsure"
+    UNJUDGED = "not judged"
 
 
 class Change(Record, frozen=True, kw_only=True):
@@ -81,9 +87,27 @@ class Pair(Record, frozen=True, kw_only=True):
 
 
 class Comparison(Record, frozen=True, kw_only=True):
-    """All cases of two sets, in the order of the second."""
+    """All cases of two sets, in the order of the second, and the thresholds that they were held to."""
 
     pairs: tuple[Pair, ...]
+    limits: dict[str, float] = {}
+
+    @property
+    def compared(self) -> tuple[Pair, ...]:
+        """The cases that are in both sets."""
+        return tuple(pair for pair in self.pairs if pair.before and pair.after)
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether every case is in both sets and no figure, no end and no circumstance differs."""
+        same = (not pair.said and not pair.notes and all(one.before == one.after for one in pair.changes) for pair in self.pairs)
+        return len(self.compared) == len(self.pairs) and all(same)
+
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """One sentence for each figure that changed and was not judged, for others disturbed it."""
+        found = ((pair, change) for pair in self.pairs for change in pair.changes if change.call is Call.UNJUDGED)
+        return tuple(f"{pair.id}: {sentence(change)}" for pair, change in found)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -119,7 +143,7 @@ def compare(before: Iterable[Result], after: Iterable[Result], limits: Mapping[s
     old, new = _newest(before), _newest(after)
     limits = limits or thresholds({})
     ids = [*new, *(name for name in old if name not in new)]
-    return Comparison(pairs=tuple(_pair(name, old.get(name), new.get(name), limits) for name in ids))
+    return Comparison(pairs=tuple(_pair(name, old.get(name), new.get(name), limits) for name in ids), limits=dict(limits))
 
 
 def _newest(results: Iterable[Result]) -> dict[str, Result]:
@@ -216,7 +240,7 @@ def _change(key: str, before: Result, after: Result, limit: float, *, gated: boo
         change=ratio - 1,
         low=ends[0],
         high=ends[1],
-        call=Call.UNSURE if noisy and call is Call.WORSE else call,
+        call=Call.UNJUDGED if noisy and call is not Call.SAME else call,
         gated=gated,
     )
 

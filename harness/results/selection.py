@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from harness.core.records import Case, Machine, Outcome, Result
 
 # What a disturbance may take from a speed that is not slower.
@@ -35,14 +37,14 @@ def _quality(result: Result) -> str:
 
 
 def newest(results: Iterable[Result]) -> list[Result]:
-    """Keep the last result of every case on every machine, by what its weights were, in file order.
+    """Keep the last result of every case on every machine, by what its weights were, in file order; rounds make no other case.
 
     What a case showed stands against a later plan that was not run (one run with --run-all, the next without), unless the versions
     have changed: then the plan may know better.
     """
     kept: dict[tuple[str, Case, str], Result] = {}
     for result in results:
-        key = (result.machine.name, result.case, result.weights)
+        key = (result.machine.name, replace(result.case, workload=result.case.workload.asked), result.weights)
         earlier = kept.get(key)
         if earlier and ran(earlier) and not ran(result) and earlier.environment == result.environment:
             continue

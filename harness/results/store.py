@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -22,13 +22,19 @@ from filelock import FileLock, Timeout
 from harness.core.errors import StoreError
 from harness.core.placements import PLACEMENTS
 from harness.core.records import SCHEMA, Case, Result, encode_record
+from harness.core.text import plural
 from harness.core.units import KIB, MIB, format_size
+from harness.machine.regular import open_regular
 from harness.measure.protocol import MOST_ROUND_TOKENS
+from harness.results.needed import completed
 
 NAME = "results.jsonl"
 
 # The most that a line takes, all but always less: the log's tail, each byte of it escaped, and timeline, phases, maps, answers.
 _LINE_BYTES = 320 * KIB
+_LONGEST_BYTES = 64 * MIB  # what a day's run takes is some MiB; what is longer is no line of ours
+_MOST_TORN = 100  # whole results behind torn ones on one line
+_MOST_TOLD = 10  # lines that are no results, each told by itself
 _SAMPLE_BYTES = 24  # a float, written out
 _PATIENCE_S = 60.0  # another run holds the lock for some milliseconds a result
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -48,6 +54,8 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / NAME
+        self.unwritten: list[Result] = []  #: what could not be appended so far, oldest first
+        self.late = 0  #: how many results could not be appended at once
 
     def prepare(self, to_come_bytes: int = 0) -> None:
         """Make the directory and the file, before anything is measured, and try what appending will need.
@@ -58,8 +66,9 @@ class Store:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab"):
-                pass
+            if not self.path.exists():
+                self.path.touch()
+            open_regular(self.path, os.O_RDWR | os.O_APPEND).close()
             _sync(folder)
         except OSError as error:
             raise StoreError(self.path, f"cannot write results here ({error.strerror}); {_ELSEWHERE}") from None
@@ -71,11 +80,26 @@ class Store:
         check_room(folder, to_come_bytes, "the results of this run", "--results")
 
     def append(self, result: Result) -> None:
-        """Add one result: under a lock, in one write, and on the disk when this returns.
+        """Add one result, behind those that could not be added before; each is on the disk when this returns.
 
         Raises:
-            StoreError: the disk is full or the file cannot be written; what was there before is intact.
+            StoreError: the disk is full or the file cannot be written; what was there is intact, and what was to be added is kept.
         """
+        self.unwritten.append(result)
+        try:
+            self.settle()
+        except StoreError:
+            self.late += 1
+            raise
+
+    def settle(self) -> None:
+        """Add what could not be added so far. Raises StoreError: some of it still cannot."""
+        while self.unwritten:
+            self._append(self.unwritten[0])
+            del self.unwritten[0]
+
+    def _append(self, result: Result) -> None:
+        """Add a result under a lock, in one write."""
         line = encode_record(result) + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up meanwhile
@@ -118,6 +142,28 @@ class Store:
             StoreError: there is no such file.
         """
         return read(self.path)
+
+
+def settle(store: Store) -> str | None:
+    """Write what could not be written during a run, where it belongs or else anywhere; say what became of it, if there is any."""
+    try:
+        store.settle()
+    except StoreError as error:
+        return _rescue(store, str(error))
+    return f"{plural(store.late, 'result')} could not be written at once; now all are in {store.path}" if store.late else None
+
+
+def _rescue(store: Store, why: str) -> str:
+    """Write what a store does not take to a directory for temporary files; say in a sentence where it is, or that it is nowhere."""
+    count = plural(len(store.unwritten), "result")
+    try:
+        other = Store(Path(tempfile.mkdtemp(prefix="fitmatrix-rescued-")))
+        for result in store.unwritten:
+            other.append(result)
+    except (OSError, StoreError):
+        names = ", ".join(result.id for result in store.unwritten)
+        return f"{why}; nor could a temporary directory take it, so {count} of this run are lost: {names}"
+    return f"{why}; {count} of this run: {other.path}; make room, then: cat {other.path} >> {store.path}"
 
 
 def _append(descriptor: int, line: bytes) -> None:
@@ -195,25 +241,42 @@ def file_of(place: Path) -> Path:
 
 
 def read(path: Path) -> tuple[list[Result], list[StoreError]]:
-    """Return the results of a file in file order, and one error for each line that is none.
+    """Return the results of a file in file order, and one error for each line that is none; where they are many, one for all.
 
     Raises:
         StoreError: the file cannot be read.
     """
+    results: list[Result] = []
+    problems: list[StoreError] = []
+    wrong = 0
     try:
-        data = path.read_bytes()
+        with open_regular(path) as stream:
+            for number, one in read_lines(stream):
+                if isinstance(one, Result):
+                    results.append(one)
+                elif (wrong := wrong + 1) <= _MOST_TOLD:
+                    problems.append(StoreError(path, one, number))
     except FileNotFoundError:
         raise StoreError(path, "no results here; run: pytest cases/ --results DIR") from None
     except OSError as error:
-        raise StoreError(path, f"cannot be read: {error.strerror}") from None
-    results: list[Result] = []
-    problems: list[StoreError] = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        read_ones = read_line(line)
-        results += (one for one in read_ones if isinstance(one, Result))
-        wrong = [one for one in read_ones if isinstance(one, str)]
-        problems += (StoreError(path, why, number) for why in wrong[:1])
+        raise StoreError(path, f"cannot be read: {error.strerror or error}") from None
+    if wrong > _MOST_TOLD:
+        first = str(problems[0]).removeprefix(f"{path}:")
+        problems = [StoreError(path, f"{wrong:,} lines are no results; the first is line {first}")]
     return results, problems
+
+
+def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, Result | str]]:
+    """Yield each result with the number of its line, and for each line that is none why; never more than one line is held."""
+    number = 0
+    while line := stream.readline(_LONGEST_BYTES):
+        number += 1
+        if len(line) == _LONGEST_BYTES:
+            yield number, f"is longer than {format_size(_LONGEST_BYTES)}, and nothing behind it was read"
+            return
+        ones = read_line(line)
+        yield from ((number, one) for one in ones if isinstance(one, Result))
+        yield from ((number, one) for one in [one for one in ones if isinstance(one, str)][:1])
 
 
 def read_line(line: bytes) -> list[Result | str]:
@@ -227,7 +290,7 @@ def read_line(line: bytes) -> list[Result | str]:
     alone = _read_one(line)
     if isinstance(alone, Result):
         return [alone]
-    return [_read_one(piece.strip(b"\0 \t\r")) for piece in _BEGIN.split(line) if piece.strip()]
+    return [_read_one(piece.strip(b"\0 \t\r\n")) for piece in _BEGIN.split(line, _MOST_TORN) if piece.strip()]
 
 
 def _read_one(text: bytes) -> Result | str:
@@ -260,4 +323,4 @@ def decode(line: bytes) -> Result:
         raise _TooNew(f"has format {schema}, and this version reads up to {SCHEMA}; update fitmatrix")
     for version in range(schema, SCHEMA):
         plain = UPGRADES[version](plain)
-    return msgspec.convert(plain, Result)
+    return completed(msgspec.convert(plain, Result))

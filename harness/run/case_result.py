@@ -17,6 +17,7 @@ from harness.measure import aggregate, interference, quality
 from harness.measure.protocol import GenerateDone, LoadDone, ScoreDone
 from harness.measure.sampler import Gpus, Sample, Sampler
 from harness.planning.code import loading_program
+from harness.results.needed import completed
 from harness.run.worker_process import WorkerMain
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def result_of(
     metrics = metrics_of(plan.case.workload, model, measured, sampler)
     doubts = noise(plan.case.workload, measured) | _unlisted(measured, sampler)
     loaded = measured.loaded.loaded if measured.loaded else None
-    return Result(
+    found = Result(
         **_common(plan, model, context, measured.at),
         outcome=ended.outcome if ended else Outcome.OK,
         stage=measured.stage,
@@ -122,6 +123,7 @@ def result_of(
         log_tail=f"{measured.log}\n{measured.traceback}".strip(),
         failed=list(measured.failed),
     )
+    return completed(found)
 
 
 def not_run(plan: Plan, model: CaseModel, context: RunContext) -> Result:

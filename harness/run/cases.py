@@ -32,7 +32,7 @@ from harness.run.options import Options
 
 RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
 
-_Limits = tuple[str, int | None, int | None]  # model, VRAM, RAM
+_Limits = tuple[str, int | None, int | None]  # what the files go by, VRAM, RAM
 
 
 class CaseMatrix:
@@ -102,13 +102,14 @@ class CaseMatrix:
 
     def plan(self, case: Case) -> Plan:
         """Plan one case, and with the first of a model all that share its limits: what is too big names one that fits."""
-        fault = self._models.faults.get(case.model)
+        files = self.files_of(case)
+        fault = self._models.faults.get(files)
         if fault is not None:
             return Plan(case=case, verdict=Verdict.UNAVAILABLE, why=fault)
-        if not self._models.fetched(case.model):
+        if not self._models.fetched(files):
             return feasibility.decide(case, probe.limited(self._machine, case), None)
         if case.id not in self._plans:
-            cases = [one for one in self.cases() if _limits(one) == _limits(case)]
+            cases = [one for one in self.cases() if self._limits(one) == self._limits(case)]
             planner = self._planner(case)
             for one in map(_only_planned, planner.plans(cases or [case])):
                 self._plans[one.case.id] = planner.made_up(one) if one.verdict in RUNNABLE else one
@@ -118,7 +119,7 @@ class CaseMatrix:
         """Have a worker trace what these cases allocate on GPUs, where no record says it; return why some cannot be traced."""
         by_limits: dict[_Limits, list[Case]] = defaultdict(list)
         for case in asked:
-            by_limits[_limits(case)].append(case)
+            by_limits[self._limits(case)].append(case)
         said = []
         for cases in by_limits.values():
             planner = self._planner(cases[0])
@@ -127,12 +128,20 @@ class CaseMatrix:
 
     def _planner(self, case: Case) -> Planner:
         """Return the planner of all cases that share a model and limits."""
-        if _limits(case) not in self._planners:
-            here, spec = probe.limited(self._machine, case), self._models.spec(case.model)
+        limits = self._limits(case)
+        if limits not in self._planners:
+            here, spec = probe.limited(self._machine, case), self._models.spec(limits[0])
             trust = bool(self._options.trust_remote_code)
             planner = Planner(spec, here, constants=self._calibration, trust=trust, device_map=self._device_map)
-            self._planners[_limits(case)] = planner
-        return self._planners[_limits(case)]
+            self._planners[limits] = planner
+        return self._planners[limits]
+
+    def files_of(self, case: Case) -> str:
+        """Return what the files of a case go by in the set of models."""
+        return self._models.files_of(case.model, case.precision)
+
+    def _limits(self, case: Case) -> _Limits:
+        return self.files_of(case), case.vram_bytes, case.ram_bytes
 
     @cached_property
     def _calibration(self) -> Calibration:
@@ -147,10 +156,6 @@ def named_placements(options: Options) -> Sequence[str] | None:
 
 def _in_order(names: Sequence[str], table: Mapping[str, Any]) -> list[str]:
     return [name for name in table if name in names]
-
-
-def _limits(case: Case) -> _Limits:
-    return case.model, case.vram_bytes, case.ram_bytes
 
 
 def _only_planned(one: Plan) -> Plan:

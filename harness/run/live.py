@@ -15,13 +15,14 @@ from harness.core.records import Outcome, Result
 from harness.core.units import format_size
 from harness.measure.sampler import Sample
 from harness.report.page.figures import status
+from harness.results.needed import need_of
 from harness.results.selection import is_broken
 
 if TYPE_CHECKING:
     from harness.run.runner import Run
 
 _EVERY_S = 0.25
-_SUMMARY = (("vram_peak_bytes", " VRAM"), ("ram_peak_bytes", " RAM"), ("decode_tok_s", ""))
+_PARTS = {"ready_s": ("load_s", "first_token_s")}
 # Make sure of a line below (IND scrolls where there is none), save the cursor, go there, erase; afterwards restore it.
 # So the terminal's own output goes on where it was, wherever that is.
 _BELOW, _BACK = "\x1bD\x1b[A\x1b7\x1b[B\r\x1b[2K", "\x1b8"
@@ -99,14 +100,16 @@ def summary(result: Result) -> str:
     if result.outcome is not Outcome.OK:
         return f"{word}: {text.line(result.why)}" if result.why else word
     shown = [word]
-    for key, form in (
-        ("vram_peak_bytes", "{} VRAM"),
-        ("ram_peak_bytes", "{} RAM"),
-        ("ready_s", "ready {}"),
-        ("decode_tok_s", "{}"),
-    ):
+    if need := need_of(result):
+        shown.append(f"{format_size(need.bytes)} {'RAM' if need.tier == 'cpu' else 'VRAM'}")
+    for key, form in (("ready_s", "ready {}"), ("decode_tok_s", "{}")):
         if key in result.metrics:
-            shown.append(form.format(format_metric(key, result.metrics[key])))
+            shown.append(form.format(format_metric(key, result.metrics[key])) + _doubt(result, key))
     if result.quality is not None and not is_broken(result):  # the first word says it
         shown.append(result.quality.verdict)
-    return "  ".join(shown + (["noisy"] if result.noisy else []))
+    return "  ".join(shown)
+
+
+def _doubt(result: Result, key: str) -> str:
+    """Mark a figure that is noisy, or that is the sum of one that is."""
+    return " (noisy)" if any(part in result.noisy for part in (key, *_PARTS.get(key, ()))) else ""

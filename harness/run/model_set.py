@@ -15,6 +15,8 @@ from harness.catalog.resolve import Source
 from harness.checkpoint import reader
 from harness.checkpoint.reader import Checkpoint
 from harness.core.errors import CheckpointError, HarnessError, UsageError
+from harness.core.methods.packages import lacking
+from harness.core.precisions import PRECISIONS
 from harness.core.progress import Report, show_progress
 
 
@@ -22,6 +24,7 @@ class ModelSet:
     """Models by name. What is not `fetched` yet has a source and nothing else; of `faults` a sentence each says why it cannot be.
 
     `synthetic` writes weights of the true shape instead of downloading any; `trust` lets code that comes with a model run.
+    A synthetic model is written once more for each precision that reads another form (`files_of`), and has a name of its own so.
     """
 
     def __init__(self, models: Sequence[str], *, synthetic: bool, trust: bool) -> None:
@@ -32,6 +35,30 @@ class ModelSet:
         self._checkpoints: dict[str, Checkpoint] = {}
         self._specs: dict[str, ModelSpec] = {}
         self._fingerprints: dict[str, str] = {}
+        self._forms: dict[str, tuple[str, str]] = {}
+
+    def files_of(self, model: str, precision: str) -> str:
+        """Return what the files of a case go by: the model's name, or one for files that are written in the form of the precision.
+
+        A form whose packages are missing here is not written.
+        """
+        row = PRECISIONS[precision]
+        if not self._synthetic or row.requires_checkpoint is None:
+            return model
+        name = f"{model} as {precision}"
+        if name not in self._forms:
+            try:
+                form = synth.form_of(self.sources[model], row)
+            except HarnessError:  # which fetching the model itself says
+                return model
+            if form is None or form.method is None or lacking(form.method.needs):
+                return model
+            self._forms[name] = model, precision
+        return name
+
+    def form_of(self, name: str) -> str | None:
+        """Return the form that files are written in for a precision that reads it alone; None for those of the model itself."""
+        return PRECISIONS[self._forms[name][1]].requires_checkpoint if name in self._forms else None
 
     def fetch(self, names: Collection[str], check: Callable[[str], object]) -> None:
         """Bring the files of these models here, read their headers, and `check` each.
@@ -57,17 +84,22 @@ class ModelSet:
                     raise
 
     def _bring(self, name: str, progress: Report) -> None:
-        source = self.sources[name]
+        model, form = self._forms.get(name, (name, None))
+        source = self.sources[model]
         self._locations[name] = (
-            synth.fetch_synthetic(source, progress)
+            synth.fetch_synthetic(source, progress, form)
             if self._synthetic
             else download.fetch(source, progress=progress, trust_remote_code=self._trust)
         )
 
     def _read(self, name: str) -> None:
         location = self._locations[name]
-        self._checkpoints[name] = read = reader.read(location / (self.sources[name].file or ""))
+        self._checkpoints[name] = read = reader.read(location / (self._source(name).file or ""))
         self._fingerprints[name] = fingerprint.of_model(location, read, trusted=self._trust)
+
+    def _source(self, name: str) -> Source:
+        """Return where the model comes from that files go by the name of."""
+        return self.sources[self._forms[name][0] if name in self._forms else name]
 
     def fetched(self, name: str) -> bool:
         """Say whether the files of a model are here and were read."""
@@ -75,7 +107,7 @@ class ModelSet:
 
     def location(self, name: str) -> Path:
         """Return the directory that the files of a model are in; before they are fetched, the path or id that it goes by."""
-        return self._locations.get(name, Path(self.sources[name].location))
+        return self._locations.get(name, Path(self._source(name).location))
 
     def fingerprint(self, name: str) -> str:
         """Return what distinguishes the files of a model from others; empty before they are fetched."""
@@ -89,7 +121,8 @@ class ModelSet:
         """
         if name not in self._specs:
             location = self._locations[name]
-            spec = model_spec.of_checkpoint(name, self.sources[name].location, self._checkpoints[name], location)
+            source = self._source(name)
+            spec = model_spec.of_checkpoint(source.name, source.location, self._checkpoints[name], location)
             if spec.unknown is not None:
                 raise CheckpointError(location / reader.CONFIG, spec.unknown)
             self._specs[name] = spec
@@ -97,7 +130,7 @@ class ModelSet:
 
     def weights(self, name: str) -> str:
         """Return "synthetic" or "real": what the weights of a model are; a directory that is given as real may hold others."""
-        is_here = self.fetched(name) or self.sources[name].kind == "directory"
+        is_here = self.fetched(name) or self._source(name).kind == "directory"
         return "synthetic" if self._synthetic or (is_here and synth.is_synthetic(self.location(name))) else "real"
 
     def modeling_modules(self, names: Collection[str]) -> list[str]:

@@ -169,9 +169,17 @@ class Run:
     def chat(self, host: str, port: int) -> Chatting:
         """Serve a page to talk to the model, within the workload that was planned for. Raises CaseEnded."""
         self.load()
-        asked = self.plan.case.workload
+        asked, expected = self.plan.case.workload, self.plan.estimate
         done = self._ask(
-            Chat(model=self.plan.case.model, host=host, port=port, prompt_tokens=asked.prompt_tokens, new_tokens=asked.new_tokens)
+            Chat(
+                model=self.plan.case.model,
+                host=host,
+                port=port,
+                prompt_tokens=asked.prompt_tokens,
+                new_tokens=asked.new_tokens,
+                case=self.plan.case.id,
+                planned_bytes={name: tier.needed_high_bytes for name, tier in expected.tiers.items()} if expected else {},
+            )
         )
         assert isinstance(done, Chatting)
         return done

@@ -57,6 +57,7 @@ class Session:
         self._again: list[str] = []  #: why each of the others ran
         self._baseline: list[Result] = []
         self._last: Result | None = None
+        self._recorded = 0  # results of this run, on the disk or not
 
     @cached_property
     def machine(self) -> Machine:
@@ -102,17 +103,17 @@ class Session:
         to_come = sum(map(store.most_bytes, asked))
         self.store.prepare(to_come)
         _prepare_page(self.html, page.most_bytes(len(asked), self.store.path.stat().st_size))
-        runnable = sorted({case.model for case in asked if self._matrix.may_run(case)})
+        runnable = sorted({self._matrix.files_of(case) for case in asked if self._matrix.may_run(case)})
         self.models.fetch(runnable, self._matrix.check_model)
         runnable = [name for name in runnable if name not in self.models.faults]
         if self.options.resume:
             self._earlier = selection.last_on(self.machine, self.store.read()[0])
         if self.worker_main is None and self.machine.gpus:
             with show_progress() as report:  # the run has torch anyway, and is held against its plans
-                self._untraced = self._matrix.trace([case for case in asked if case.model in runnable], report)
+                self._untraced = self._matrix.trace([case for case in asked if self._matrix.files_of(case) in runnable], report)
         forkserver.live_in(self._scratch.path)
         forkserver.hide_gpus(self.machine.gpu_problem is not None)
-        if self.worker_main is None and any(self._why_again(case) for case in asked if case.model in runnable):
+        if self.worker_main is None and any(self._why_again(case) for case in asked if self._matrix.files_of(case) in runnable):
             forkserver.warm_up(self.models.modeling_modules(runnable))
 
     def notices(self) -> list[str]:
@@ -121,18 +122,22 @@ class Session:
         by_formulas = (f"activations are computed by formulas: {why}" for why in self._untraced)
         return [sentence for sentence in (*said, *by_formulas) if sentence]
 
+    def fault(self, case: Case) -> str | None:
+        """Say why the files of a case cannot be had or contradict themselves; None if they do not."""
+        return self.models.faults.get(self._matrix.files_of(case))
+
     def case_model(self, case: Case) -> CaseModel:
         """Return the model of a case and what its predictions are compared with."""
-        source, reference = self.models.sources[case.model], self._references.of(case.model)
-        spec = self.models.spec(case.model) if self.models.fetched(case.model) else None
+        source, reference, files = self.models.sources[case.model], self._references.of(case.model), self._matrix.files_of(case)
+        spec = self.models.spec(files) if self.models.fetched(files) else None
         return CaseModel(
-            location=self.models.location(case.model),
-            weights=self.models.weights(case.model),
+            location=self.models.location(files),
+            weights=self.models.weights(files),
             tokenizer=spec.tokenizer if spec else False,
             gguf_file=spec.gguf_file if spec else None,
             native=spec.native if spec else False,
-            fingerprint=self.models.fingerprint(case.model),
-            code_head=code.code_head(source, case.placement),
+            fingerprint=self.models.fingerprint(files),
+            code_head=code.code_head(source, case.placement, self.models.form_of(files)),
             command=cases.command_of(case, source, self.options),
             reference=reference.reference if reference else None,
             reference_file=reference.file if reference else None,
@@ -143,7 +148,7 @@ class Session:
         """Start a case; or keep what an earlier run showed of it; or record why it is not run and return None."""
         case, again = decided.case, self._why_again(decided.case)
         if again is None:
-            self.kept[case] = self._last = earlier = self._earlier[case, self.models.weights(case.model)]
+            self.kept[case] = self._last = earlier = self._earlier[case, self.models.weights(self._matrix.files_of(case))]
             self._references.keep(earlier)
             return Kept(earlier)
         decided = cases.with_free_disk(decided, shutil.disk_usage(self._scratch.path).free)
@@ -161,12 +166,18 @@ class Session:
 
     def _why_again(self, case: Case) -> str | None:
         """Say why a case must run although an earlier run may have measured it; None if its result is kept."""
-        earlier, reference = self._earlier.get((case, self.models.weights(case.model))), self._references.of(case.model)
+        earlier, reference = (
+            self._earlier.get((case, self.models.weights(self._matrix.files_of(case)))),
+            self._references.of(case.model),
+        )
         if earlier is None:
             return resume.NEW
         now = case_result.not_run(self.plan(case), self.case_model(case), self.context)
         lesser = resume.judged_by_a_lesser(earlier, reference.case, self.cases()) if reference else None
         return resume.why_again(earlier, now, run_all=self.options.run_all) or lesser
+
+    def _earlier_of(self, case: Case) -> Result | None:
+        return self._earlier.get((case, self.models.weights(self._matrix.files_of(case))))
 
     def finish(self, run: Run) -> Result:
         """End a case and append its result; one that the user interrupted leaves none, so that an older result stays the newest."""
@@ -195,27 +206,30 @@ class Session:
             return self.current.result()
         return self._last if self._last is not None and self._last.case == case else None
 
-    def against_baseline(self, case: Case) -> tuple[str, ...] | None:
-        """Say what got worse since the baseline, a sentence each; None if the baseline has no such case."""
+    def against_baseline(self, case: Case) -> compare.Comparison | None:
+        """Compare a case with the baseline; None if that has no such case."""
         now = self.shown(case)
         found = compare.compare(self._baseline, [now], self.options.gate).pairs[:1] if now else ()
         if not found or found[0].before is None:
             return None
-        return compare.Comparison(pairs=found).failures
+        return compare.Comparison(pairs=found, limits=dict(self.options.gate))
 
     def resumed(self) -> str | None:
         """Say what was kept and why the rest was run; None without --resume."""
         return resume.describe_kept(len(self.kept), self._again, self._references.reloaded) if self.options.resume else None
 
     def _record(self, result: Result) -> None:
+        self._last, self._recorded = result, self._recorded + 1
         self.store.append(result)
-        self._last, self.added = result, self.added + 1
+        self.added = self._recorded
 
     def render(self) -> Path | None:
-        """Write the page from everything in the store, if this run came to any case."""
+        """Write the page from everything in the store, and what it could not take, if this run came to any case."""
         if self._last is None:
             return None
         results, problems = self.store.read()
+        results += self.store.unwritten
+        self.added = self._recorded - len(self.store.unwritten)
         page.write(self.html, page.render(results, problems=[str(problem) for problem in problems]))
         self.page = self.html
         return self.page

@@ -9,6 +9,7 @@ The model is built as `from_pretrained` builds it, in bfloat16, so a tensor of a
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -22,13 +23,14 @@ from typing import Any
 import msgspec
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness.architecture import skeleton_source
-from harness.architecture.ask_worker import NO_DECODER, UNKNOWN_TYPE, NotMeasured, UnknownType
+from harness.architecture.ask_worker import NO_DECODER, REFUSED, UNKNOWN_TYPE, NotMeasured, RefusedConfig, UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec, Skeleton
 from harness.catalog import shipped
@@ -41,6 +43,9 @@ from harness.worker.read_key_mapping import naming
 
 MOST_GROWTH_BYTES = 4 << 30
 _WAY_OUT = "correct 'model_type' in config.json, or try a newer transformers"
+_STATUSES = {UnknownType: UNKNOWN_TYPE, NotMeasured: NO_DECODER, RefusedConfig: REFUSED}
+# What transformers' configs and models raise for sizes that contradict each other.
+_CONTRADICTIONS = (StrictDataclassError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError)
 _NOT_OF_THE_SHAPE = frozenset(("architectures", "quantization_config", "quantization_bit", "wbits"))
 
 
@@ -49,14 +54,19 @@ def build_skeleton(config: Mapping[str, Any], naming: Callable[[Any], Naming | N
 
     Raises:
         UnknownType: transformers has no class for this config, nor is it described in `harness.worker.extra_architectures`.
+        NotMeasured: it is no decoder.
+        RefusedConfig: transformers makes no model of it, or one that multiplies nothing.
     """
     native = _translate(config)
     kind = str(native.get("model_type"))
     if kind in transformers.CONFIG_MAPPING:
         same = kind == config.get("model_type")  # else the model's own class loads the files, by names of its own
-        read = _read(native)
+        with _refusals():
+            read = _read(native)
         auto = auto_class_of(read, _named(config) if same else None)
-        return _of_model(construct(auto, read), auto.__name__, naming if same else lambda _: None)
+        with _refusals():
+            model = construct(auto, read)
+        return _of_model(model, auto.__name__, naming if same else lambda _: None)
     if kind not in WRITTEN:
         raise UnknownType(f"transformers {transformers.__version__} has no class for it{_nearest(kind)}: {_WAY_OUT}")
     with torch.device("meta"):
@@ -74,6 +84,22 @@ def build_gguf_skeleton(metadata: Mapping[str, Any], tensors: Sequence[tuple[str
 
     architecture = str(metadata.get("general.architecture"))
     return build_skeleton(gguf_metadata.config_of(metadata, tensors), partial(gguf_metadata.gguf_naming, architecture=architecture))
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Say in a sentence what transformers' own classes find wrong with a config. Raises RefusedConfig."""
+    try:
+        yield
+    except _CONTRADICTIONS as error:
+        raise RefusedConfig(_refused(error)) from error
+
+
+def _refused(error: Exception) -> str:
+    """Write the sentence of a config that transformers refuses; the last line of its error says what is wrong."""
+    last = (str(error).strip().splitlines() or [""])[-1].strip().removeprefix("ValueError: ").rstrip(".")
+    said = last if isinstance(error, (ValueError, RuntimeError, StrictDataclassError)) else f"{type(error).__name__} {last}".strip()
+    return f'transformers {transformers.__version__} refuses it: "{said}"'
 
 
 def _nearest(kind: str) -> str:
@@ -203,16 +229,24 @@ def _not_converted(model: nn.Module, tied: Mapping[str, str], head: nn.Module | 
 
 
 def _attention(model: Any) -> list[Attention]:
-    """Push one token through the empty model and look at the shapes that its KV cache took."""
+    """Push one token through the empty model and look at the shapes that its KV cache took.
+
+    Raises:
+        RefusedConfig: the sizes of its tensors do not go together.
+    """
     config = model.config.get_text_config()
-    token = torch.ones((1, 1), dtype=torch.long, device="meta")
+    token, wrong = torch.ones((1, 1), dtype=torch.long, device="meta"), None
     for decoder in (model, model.get_decoder()):
         try:
             with torch.no_grad():
                 out = decoder(input_ids=token, use_cache=True)
-        except (RuntimeError, TypeError, ValueError):
-            continue  # multimodal models look at values, and a meta tensor has none; their text model does without
+        except (RuntimeError, TypeError, ValueError) as error:
+            # Multimodal models look at values, and a meta tensor has none; their text model does without.
+            wrong = error if type(error) is RuntimeError and "meta tensor" not in str(error) else None
+            continue
         return [_layer(layer, config) for layer in getattr(kv_cache_of(out), "layers", ())]
+    if wrong is not None:
+        raise RefusedConfig(_refused(wrong))
     return [_of_config(config)] * config.num_hidden_layers
 
 
@@ -330,9 +364,9 @@ def main() -> None:
     asked = json.load(sys.stdin)
     try:
         built = build_gguf_skeleton(**asked["gguf"]) if "gguf" in asked else build_skeleton(asked)
-    except (UnknownType, NotMeasured) as error:
+    except tuple(_STATUSES) as error:
         print(error, file=sys.stderr)
-        sys.exit(UNKNOWN_TYPE if isinstance(error, UnknownType) else NO_DECODER)
+        sys.exit(_STATUSES[type(error)])
     sys.stdout.buffer.write(msgspec.json.encode(built))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from harness.core.records import Phase
 from harness.machine.accelerators import ALLOCATOR_OPTIONS, EXPANDABLE_SEGMENTS
 from harness.measure import protocol, sampler
-from harness.worker import chat, model, prefault, quality_probe, tensor_parallel
+from harness.worker import model, prefault, quality_probe, tensor_parallel
 
 _PR_SET_PDEATHSIG = 1
 
@@ -137,7 +137,9 @@ class Server:
                 scored = quality_probe.score(self._model, request)
             return protocol.ScoreDone(**scored, phases=self._phases)
         if isinstance(request, protocol.Chat):
-            return chat.serve(self._model, request)
+            from harness.worker.web import page  # needs gradio
+
+            return page.serve(self._model, request)
         raise RuntimeError(f"no such request: {request!r}")
 
     @contextlib.contextmanager

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from harness.core.records import Loaded
 from harness.machine import nvml
-from harness.measure import quality
+from harness.measure import file_pages, quality
 from harness.measure.protocol import Generate, Load
 from harness.worker import accelerators
 
@@ -238,18 +238,30 @@ def loaded_facts(model: Model) -> Loaded:
     """Count what really was loaded: bytes of the tensors by dtype and by tier, and of the Linear weights by dtype or scheme."""
     by_dtype: dict[str, int] = defaultdict(int)
     by_tier: dict[str, int] = defaultdict(int)
+    mapped, files, looked_up = 0, file_pages.own_mappings(), _looked_up(model.module)
     for name, whole in _weights(model.module):
         for part in plain(whole):
             size = part.numel() * part.element_size()
             by_dtype[_dtype(part)] += size
             by_tier[_tier(name, part, model.device_map)] += size
+            if files and part.device.type == "cpu" and part.data_ptr() != looked_up:
+                mapped += size if file_pages.lies_in_file(part.data_ptr(), files) else 0
     return Loaded(
         model_class=type(model.module).__name__,
         dtype_bytes=dict(by_dtype),
         linear_dtype_bytes=_linear_bytes(model.module),
         tier_bytes=dict(by_tier),
         device_map=model.device_map or {"": _tier_of_device(model.device)},
+        mapped_bytes=None if files is None else mapped,
+        library_bytes=None if files is None else file_pages.library_bytes(files),
     )
+
+
+def _looked_up(module: PreTrainedModel) -> int | None:
+    """Return the address of the embedding, of which a token reads a row; None if the head multiplies with all of it."""
+    embedding = getattr(module.get_input_embeddings(), "weight", None)
+    head = getattr(module.get_output_embeddings(), "weight", None)
+    return embedding.data_ptr() if isinstance(embedding, torch.Tensor) and embedding is not head else None
 
 
 def _weights(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

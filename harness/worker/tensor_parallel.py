@@ -265,6 +265,7 @@ def _loaded(parts: Sequence[Loaded]) -> Loaded:
         tier_bytes=_sum(part.tier_bytes for part in parts),
         device_map={f"rank {number}": max(part.tier_bytes, key=part.tier_bytes.__getitem__) for number, part in enumerate(parts)},
         rank_bytes=[sum(part.tier_bytes.values()) for part in parts],
+        mapped_bytes=None if parts[0].mapped_bytes is None else sum(part.mapped_bytes or 0 for part in parts),
     )
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 from selenium import webdriver
 
 from harness.core.records import Result
 from harness.report.page import render
+from harness.results import store
 from tests.browser.pages import Open, case_of, hostile, logged, started
 from tests.support.builders import GOLDEN
 
@@ -23,7 +23,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 @pytest.fixture(scope="session")
 def results() -> list[Result]:
-    return [msgspec.json.decode(line, type=Result) for line in GOLDEN.read_bytes().splitlines()]
+    return [store.decode(line) for line in GOLDEN.read_bytes().splitlines()]
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import pytest
 from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
@@ -13,6 +12,7 @@ from selenium.webdriver.common.by import By
 from harness.core.records import Outcome, Result
 from harness.core.units import GIB
 from harness.report.page import render
+from harness.results import store
 from tests.support.builders import GOLDEN
 
 pytestmark = pytest.mark.browser
@@ -22,7 +22,7 @@ Open = Callable[..., Chrome]
 
 @pytest.fixture(scope="module")
 def results() -> list[Result]:
-    return [msgspec.json.decode(line, type=Result) for line in GOLDEN.read_bytes().splitlines()]
+    return [store.decode(line) for line in GOLDEN.read_bytes().splitlines()]
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 from selenium.webdriver import Chrome
 
 from harness.core.records import Result
+from harness.results import store
 from tests.browser.pages import Open, settled
 from tests.support.reporting import REPORTS
 
@@ -40,7 +40,7 @@ VIEWS = {
 
 @pytest.fixture(scope="module")
 def measured() -> list[Result]:
-    return [msgspec.json.decode(line, type=Result) for line in RESULTS.read_bytes().splitlines()]
+    return [store.decode(line) for line in RESULTS.read_bytes().splitlines()]
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,54 @@ def test_the_way_from_the_index_to_a_raw_result(show: Open, results: list[Result
     assert browser.find_element(By.TAG_NAME, "h1").text == "What fits where"
 
 
+def fitting(browser: Chrome) -> list[tuple[str, str, float]]:
+    """Return the ways that the front door shows: model, kind and bytes of memory."""
+    rows = [row for row in browser.find_elements(By.CSS_SELECTOR, "table.ways tbody tr") if row.is_displayed()]
+    return [
+        (str(row.get_attribute("data-of")), str(row.get_attribute("data-kind")), float(str(row.get_attribute("data-need"))))
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_front_door_leaves_the_best_way_of_each_model_that_fits_a_card(show: Open, width: int) -> None:
+    browser = show(width=width)
+    assert browser.find_element(By.TAG_NAME, "h2").text == "What runs on my card"
+    everything = fitting(browser)
+    assert len({model for model, _, _ in everything}) == len(everything) > 1
+    browser.find_element(By.ID, "vram").send_keys("4")
+    browser.find_element(By.ID, "ram").send_keys("1")
+    assert len(fitting(browser)) < len(everything)
+    assert all(need < (4 if kind == "VRAM" else 1) * 2**30 for _, kind, need in fitting(browser))
+    browser.find_element(By.CSS_SELECTOR, "#card option[value]:last-child").click()
+    assert float(str(browser.find_element(By.ID, "vram").get_attribute("value"))) > 100
+    assert {kind for _, kind, _ in fitting(browser)} == {"VRAM", "RAM"}
+    told = browser.find_element(By.CSS_SELECTOR, "#door output").text
+    assert told.startswith(f"{len(fitting(browser))} of ")
+    figure = browser.find_element(By.CSS_SELECTOR, "table.ways tr:not([hidden]) a.fig")
+    x, right = figure.rect["x"], figure.rect["x"] + figure.rect["width"]
+    assert 0 <= x < right <= width, "its memory can be read without scrolling"
+    figure.click()
+    assert "/machines/" in browser.current_url
+    assert browser.find_element(By.CSS_SELECTOR, "tr:target a[aria-label^='raw result of']").is_displayed()
+
+
+def test_language_and_theme_are_chosen_once_for_all_pages(show: Open) -> None:
+    browser = show()
+    browser.find_element(By.CSS_SELECTOR, "[data-lang=zh]").click()
+    browser.find_element(By.ID, "theme").click()
+    assert browser.find_element(By.TAG_NAME, "h1").text == "什么模型装得进什么机器"
+    try:
+        browser.find_element(By.LINK_TEXT, "chatglm-6b").click()
+        assert browser.find_element(By.ID, "answer").text == "我需要哪张显卡？"
+        assert browser.execute_script("return document.documentElement.dataset.theme") == "light"
+        assert browser.find_element(By.ID, "theme").text == "☀ 浅色"
+        browser.find_element(By.CSS_SELECTOR, "#where ~ .scroll tbody th a").click()
+        assert browser.execute_script("return document.documentElement.lang") == "zh-Hans"
+    finally:
+        browser.execute_script("localStorage.clear()")
+
+
 def test_the_filter_leaves_what_has_all_words(show: Open) -> None:
     browser = show()
 
@@ -83,7 +131,7 @@ def test_the_filter_leaves_what_has_all_words(show: Open) -> None:
     field.send_keys("rtx 31.3")
     assert 0 < len(shown()) < len(everything)
     assert all("RTX 3060" in row for row in shown())
-    assert browser.find_element(By.TAG_NAME, "output").text == f"{len(shown())} of {len(everything)} rows"
+    assert browser.find_element(By.CSS_SELECTOR, "output[for=filter]").text == f"{len(shown())} of {len(everything)} rows"
     field.send_keys(" no such thing")
     assert shown() == []
     field.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -20,15 +21,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harness.cli import chat as chat_command
 from harness.cli.entry import main
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
+from harness.core.records import Case, Workload
 from harness.core.units import GIB
 from harness.machine import probe
 from harness.machine.gpus import profile
 from harness.measure.protocol import Chat, Load
 from harness.planning.code import loading_code
-from harness.worker import chat
+from harness.worker import chat, quality_probe
 from harness.worker import model as work
 from tests.support import small_models
 
@@ -104,9 +107,48 @@ def test_what_does_not_fit_is_refused_in_the_words_of_the_plan(
     why = json.loads(capsys.readouterr().out)["plans"][0]["why"]
     assert why.startswith("too big for cpu: needs ")
     assert main(["chat", "chatglm-6b", "fp32/cpu"]) == 1
-    assert capsys.readouterr().err == f"fitmatrix: chatglm-6b/fp32/cpu: {why}\n"
+    way_out = "--anyway loads it all the same"
+    assert capsys.readouterr().err == f"fitmatrix: chatglm-6b/fp32/cpu: {why.removesuffix('.')}. {way_out}\n"
     assert main(["chat", "chatglm-6b", "int8/direct"]) == 2
     assert "chatglm-6b/int8/direct cannot be loaded: no NVIDIA GPU detected" in capsys.readouterr().err
+
+
+def test_what_the_plan_doubts_is_loaded_anyway(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "probe", lambda: profile([], ram=GIB // 8))
+    served: list[tuple[bool, str]] = []
+
+    def serve(args: argparse.Namespace, case: Case, *_: object) -> int:
+        served.append((args.anyway, case.id))
+        return 0
+
+    monkeypatch.setattr(chat_command, "_serve", serve)
+    assert main(["chat", str(folder), "fp32/cpu"]) == 1
+    assert "too big for cpu" in capsys.readouterr().err
+    assert main(["chat", str(folder), "fp32/cpu", "--anyway"]) == 0
+    assert served == [(True, "tiny/fp32/cpu")]
+    assert main(["chat", str(folder), "--anyway"]) == 2
+    assert "--anyway loads the case that you name" in capsys.readouterr().err
+    assert main(["chat", str(folder), "fp32/direct", "--anyway"]) == 2
+    assert "cannot be loaded: no NVIDIA GPU detected" in capsys.readouterr().err
+
+
+def test_the_conversation_is_as_long_as_fits_unless_it_is_asked_to_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the usual length is all that fits, or the model has no more, it stays."""
+    served: list[Workload] = []
+
+    def serve(_: object, case: Case, *__: object) -> int:
+        served.append(case.workload)
+        return 0
+
+    monkeypatch.setattr(chat_command, "_serve", serve)
+    for ram, words in ((64, []), (64, ["--prompt-tokens", "99"]), (64, ["--new-tokens", "30"])):
+        monkeypatch.setattr(probe, "probe", lambda ram=ram: profile([], ram=ram * GIB))
+        assert main(["chat", "qwen2.5-0.5b-instruct", "bf16/cpu", *words]) == 0
+    assert [(load.prompt_tokens, load.new_tokens) for load in served] == [(8192 - 256, 256), (99, 256), (8192 - 30, 30)]
+    assert main(["chat", "chatglm-6b", "int4/cpu"]) == 0
+    assert served[-1].prompt_tokens + served[-1].new_tokens == 2048
 
 
 def test_without_gradio_the_way_out_is_told_before_anything_is_loaded(
@@ -151,14 +193,54 @@ def test_the_conversation_is_put_by_the_template_and_its_oldest_turns_go_first(f
     one = talk(folder, template=TEMPLATE, prompt_tokens=30)
     said = [("user", "old"), ("assistant", "yes"), ("user", "new"), ("assistant", [{"type": "text", "text": "no"}])]
     history = [{"role": role, "content": content, "metadata": None} for role, content in said]
-    assert list(one.answer("why", history))[-1] == words(folder, greedy(folder, "u:old;a:yes;u:new;a:no;u:why;a:"[12:]))
+    assert list(one.answer("why", history))[-1].text == words(folder, greedy(folder, "u:old;a:yes;u:new;a:no;u:why;a:"[12:]))
     roomy = talk(folder, template=TEMPLATE)
-    assert list(roomy.answer("why", history))[-1] == words(folder, greedy(folder, "u:old;a:yes;u:new;a:no;u:why;a:"))
+    assert list(roomy.answer("why", history))[-1].text == words(folder, greedy(folder, "u:old;a:yes;u:new;a:no;u:why;a:"))
 
 
 def test_what_was_not_answered_is_left_out(folder: Path) -> None:
     history = [{"role": role, "content": content} for role, content in (("user", "a"), ("user", "b"), ("assistant", "c"))]
-    assert list(talk(folder, template=TEMPLATE).answer("d", history))[-1] == words(folder, greedy(folder, "u:b;a:c;u:d;a:"))
+    assert list(talk(folder, template=TEMPLATE).answer("d", history))[-1].text == words(folder, greedy(folder, "u:b;a:c;u:d;a:"))
+
+
+def test_a_system_prompt_is_said_first_and_never_left_out(folder: Path) -> None:
+    one = talk(folder, template=TEMPLATE, prompt_tokens=24)
+    wish = chat.Wish(system="be")
+    assert one.takes_system
+    history = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "yes"}]
+    reply = list(one.answer("why", history, wish))[-1]
+    assert reply.text == words(folder, greedy(folder, "s:be;u:why;a:"))
+    assert reply.dropped_turns == 1
+    assert not talk(folder).takes_system, "there is no place for it"
+    assert list(talk(folder).answer("why", (), wish))[-1].text == words(folder, greedy(folder, "why"))
+
+
+def test_an_answer_is_sampled_as_it_is_wanted_and_else_greedy(folder: Path) -> None:
+    one = talk(folder)
+    assert len({list(one.answer("Hello"))[-1].text for _ in range(2)}) == 1
+    hot = chat.Wish(temperature=2.0)
+    assert len({list(one.answer("Hello", (), hot))[-1].text for _ in range(4)}) > 1
+    only = chat.Wish(temperature=2.0, top_k=1)
+    assert list(one.answer("Hello", (), only))[-1].text == words(folder, greedy(folder, "Hello"))
+
+
+def test_a_reply_tells_its_tokens_its_speed_and_that_it_was_cut(folder: Path) -> None:
+    one = talk(folder)
+    *before, last = one.answer("Hello", (), chat.Wish(most_tokens=5))
+    assert (last.prompt_tokens, last.new_tokens, last.is_cut) == (5, 5, True)
+    assert last.tokens_per_s == pytest.approx(4 / last.decode_s)
+    assert not any(reply.is_cut for reply in before)
+    assert list(one.answer("Hello", (), chat.Wish(most_tokens=999)))[-1].new_tokens == 12, "more than was planned is not given"
+    ids = greedy(folder, "Hello")
+    one._ends.add(ids[4])
+    assert not list(one.answer("Hello", (), chat.Wish(most_tokens=5)))[-1].is_cut, "it ended by itself"
+
+
+def test_what_is_far_too_long_is_not_even_tokenized(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = talk(folder)
+    monkeypatch.setattr(quality_probe, "encode_text", lambda *_: pytest.fail("it was tokenized"))
+    with pytest.raises(chat.TooLong, match="this takes 4,000,000 letters, and there is room for 100 tokens"):
+        next(one.answer("x" * 4_000_000))
 
 
 def test_what_is_too_long_is_told(folder: Path) -> None:
@@ -173,7 +255,7 @@ def test_the_token_that_ends_an_answer_is_no_part_of_it(folder: Path) -> None:
     last = next(index for index in range(1, len(ids)) if ids[index] not in ids[:index])
     one = talk(folder)
     one._ends.add(ids[last])
-    assert list(one.answer("Hello"))[-1] == words(folder, ids[:last])
+    assert list(one.answer("Hello"))[-1].text == words(folder, ids[:last])
 
 
 def test_an_answer_that_nobody_reads_is_not_written_to_its_end(folder: Path) -> None:
@@ -181,7 +263,7 @@ def test_an_answer_that_nobody_reads_is_not_written_to_its_end(folder: Path) -> 
     answer = one.answer("Hello")
     next(answer)
     answer.close()  # type: ignore[attr-defined]  # a generator, as every page that is closed does
-    assert list(one.answer("Hello"))[-1] == words(folder, greedy(folder, "Hello", 90))
+    assert list(one.answer("Hello"))[-1].text == words(folder, greedy(folder, "Hello", 90))
 
 
 def test_a_model_that_fails_says_so_instead_of_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +314,8 @@ def ask(url: str, message: str) -> list[tuple[str, str]]:
         lines = reply.read().decode().splitlines()
     kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
-    return [(kind, str(said[0]) if said else "") for kind, said in zip(kinds, data, strict=True)]
+    texts = [str(said["error"]) if isinstance(said, dict) else str(said[0]) if said else "" for said in data]
+    return list(zip(kinds, texts, strict=True))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio, the extra chat")
@@ -248,6 +331,11 @@ def test_a_turn_is_answered_over_http_on_this_machine_alone_until_ctrl_c(folder:
         sockets = [found for one in tree for found in one.net_connections("inet")]
         assert (socket.AF_INET, ("127.0.0.1", port)) in [(found.family, found.laddr) for found in sockets]
         assert {found.laddr.ip for found in sockets} == {"127.0.0.1"}
+        assert ask(url, "x" * 500)[-1] == (
+            "error",
+            "this takes 500 tokens, and there is room for 188: shorten it, or raise --prompt-tokens",
+        )
+        assert ask(url, "Hello")[-1] == events[-1], "a long message ends nothing"
         with urllib.request.urlopen(f"{url}config", timeout=60) as reply:
             config = json.load(reply)
         assert not config["analytics_enabled"]

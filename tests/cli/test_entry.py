@@ -74,8 +74,63 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"fitmatrix {harness.__version__}\n"
 
 
+def test_without_a_command_it_shows_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "usage: fitmatrix" in shown.out
+    assert [name for name in COMMANDS if f"    {name}" not in shown.out] == []
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["--fast"], ["report"], ["report", "a", "b"], ["hardware", "--colour"]], ids=" ".join
+    ("words", "said"),
+    [
+        ("plna", "fitmatrix: no command 'plna': did you mean 'plan'?"),
+        ("--vesion", "fitmatrix: no option --vesion: did you mean '--version'?"),
+        ("plan chatglm-6b --precison int4", "fitmatrix plan: no option --precison: did you mean '--precision'"),
+        ("plan chatglm-6b --gqu 8GiB", "fitmatrix plan: no option --gqu: did you mean '--gpu'?"),
+        ("hardware --meassure", "fitmatrix hardware: no option --meassure: did you mean '--measure'?"),
+        ("hardware --colour", "fitmatrix hardware: no option --colour: known: --disk, --gpu,"),
+        ("plan chatglm-6b --pr 8", "fitmatrix plan: --pr can mean --precision or --prompt-tokens or --prove-min-ram:"),
+        ("plan chatglm-6b --ram --json", "fitmatrix plan: --ram needs a value: --ram SIZE"),
+        ("report here there", "fitmatrix report: 'there' is one word too many"),
+    ],
+)
+def test_a_wrong_word_names_its_command_and_what_was_probably_meant(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words.split())
+    assert left.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(said)
+    assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "chatglm-6b --gpu rtx-3060 --ram 16GiB --precision int8 int4 --json",
+        "--gpu rtx-3060 --ram 16GiB --precision int4 int8 chatglm-6b --json",
+        "--gpu rtx-3060 --precision=int4 int8 --json chatglm-6b --ram=16GiB",
+        "--ram 16GiB --json --gpu rtx-3060 --precision int4 --precision int8 -- chatglm-6b",
+    ],
+)
+def test_the_words_of_a_command_may_stand_in_any_order(words: str) -> None:
+    given = build_parser().parse_args(["plan", *words.split()])
+    assert given.models == ["chatglm-6b"]
+    assert sorted(given.precision) == ["int4", "int8"]
+    assert (given.gpu, given.ram, given.json) == (("rtx-3060",), 16 << 30, True)
+
+
+def test_what_is_optional_may_stand_after_options() -> None:
+    given = build_parser().parse_args(["chat", "chatglm-6b", "--port", "8000", "int4/cpu"])
+    assert (given.model, given.case, given.port) == ("chatglm-6b", "int4/cpu", 8000)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fly"], ["--fast"], ["report"], ["report", "a", "b"], ["hardware", "--colour"]], ids=" ".join
 )
 def test_a_wrong_command_line_is_exit_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:

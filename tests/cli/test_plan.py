@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 PROFILE = ("--gpu", "RTX 3060 12GB", "--ram", "32GiB")
 TIER_KEYS = {
     "weights_bytes", "kv_bytes", "activation_bytes", "overhead_bytes", "allocated_bytes", "peak_bytes", "load_peak_bytes",
-    "low_bytes", "high_bytes", "capacity_bytes",
+    "low_bytes", "high_bytes", "needed_bytes", "needed_high_bytes", "capacity_bytes",
 }  # fmt: skip
 PLAN_KEYS = {
     "case", "precision", "placement", "verdict", "why", "needs", "tiers", "load_s", "first_token_s", "decode_tok_s", "device_map",
@@ -119,7 +120,7 @@ def test_a_map_of_ones_own_is_planned_alone_and_printed(say: Said, tmp_path: Pat
     assert status == 0
     assert 'device_map={"model": 0, "lm_head": "cpu"}' in out
     _, out, _ = say("qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json")
-    assert "/file --device-map FILE" in " ".join(out.split())
+    assert "fitmatrix plan qwen2.5-7b-instruct --device-map map.json --gpu" in " ".join(out.split())
 
 
 def test_several_models_are_one_object(say: Said) -> None:
@@ -133,17 +134,18 @@ def test_the_table_says_verdict_reason_and_what_to_do(say: Said) -> None:
     assert status == 0
     assert "chatglm-6b: 6.17 B parameters, 28 blocks, context 2,048" in out
     best = next(line for line in out.splitlines() if line.endswith("<-"))
-    assert best.split()[:3] == ["int8", "direct", "fits"]
-    assert "too big for gpu:0: needs 12.9 GiB" in " ".join(out.split())
-    assert "fitmatrix plan chatglm-6b --code int8/direct" in out
+    assert best.split()[:3] == ["int8", "direct,", "auto,"]
+    assert " fits " in best
+    assert "fitmatrix plan chatglm-6b --gpu 'RTX 3060 12GB' --ram 32GiB --code int8/direct" in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
+    assert "too big for gpu:0: needs 12.9 GiB" in " ".join(say("chatglm-6b", *PROFILE, "--all")[1].split())
 
 
 @pytest.mark.parametrize(
-    ("cards", "shown"), [(0, "RAM.*ready"), (1, "gpu:0.*RAM.*ready"), (2, "gpu:1.*RAM.*tokens/s"), (8, "verdict.*ready")]
+    ("cards", "shown"), [(0, "RAM.*ready"), (1, "gpu:0.*RAM.*ready"), (2, "gpu:1.*RAM.*tokens/s"), (8, "fullest.*GPU.*tokens/s")]
 )
 def test_the_table_keeps_every_name_whole_in_80_columns(say: Said, cards: int, shown: str) -> None:
-    _, out, _ = say("chatglm-6b", *(["--gpu", "RTX 3060 12GB"] * cards), "--ram", "32GiB", "--precision", "bf16")
+    _, out, _ = say("chatglm-6b", *(["--gpu", "RTX 3060 12GB"] * cards), "--ram", "32GiB", "--precision", "bf16", "--all")
     rows = [line.split() for line in out.splitlines() if line.startswith("bf16 ")]
     names = {row[1] for row in rows}
     assert {"cpu", "disk", *(["balanced_low_0", "recommended"] if cards > 1 else [])} <= names <= {*PLACEMENTS}
@@ -156,7 +158,108 @@ def test_explain_names_every_term_and_where_its_constants_come_from(say: Said) -
     status, out, _ = say("chatglm-6b", *PROFILE, "--explain", "int8/direct")
     assert status == 0
     terms = ("weights", "KV cache", "activations", "overhead", "peak while loading", "first token")
-    assert not [word for word in (*terms, "gpu_context_bytes", "published") if word not in out]
+    assert not [word for word in (*terms, "gpu_bandwidth_share_quantised", "published") if word not in out]
+    assert len(out.splitlines()) <= 20
+    whole = say("chatglm-6b", *PROFILE, "--explain", "int8/direct", "--all")[1]
+    assert not [word for word in (*terms, "allocated by torch", "gpu_context_bytes", "published: vLLM's int4") if word not in whole]
+
+
+@pytest.mark.parametrize(
+    ("case", "foreign"), [("int8/direct", ("cpu_", "disk_", "moss")), ("bf16/cpu", ("gpu_", "link_", "quantise"))]
+)
+def test_explain_names_no_constant_that_has_no_part_in_the_case(say: Said, case: str, foreign: tuple[str, ...]) -> None:
+    _, out, _ = say("chatglm-6b", *PROFILE, "--explain", case, "--all")
+    named = {line.split()[0] for line in out.splitlines() if re.match(r"[a-z0-9_]+_[a-z0-9_]+  ", line)}
+    assert len(named) > 4
+    assert not [name for name in named for part in foreign if part in name]
+
+
+def block(text: str) -> list[str]:
+    """Return the lines up to the first empty one."""
+    return text.split("\n\n")[0].splitlines()
+
+
+ASKED = [
+    ("chatglm-6b", "--gpu", "RTX 3060 12GB", "--ram", "32GiB"),
+    ("qwen2.5-7b-instruct", "--gpu", "24GiB", "--ram", "64GiB"),
+    ("llama-3.1-70b-instruct", "--gpu", "8GiB", "--ram", "8GiB"),
+    ("llama-3.1-70b-instruct", *("--gpu", "80GiB") * 8, "--ram", "1TiB"),
+    ("smollm2-135m", "--ram", "8GiB"),
+]
+
+
+@pytest.mark.parametrize("words", ASKED, ids=" ".join)
+def test_the_answer_comes_first_in_six_lines(say: Said, words: tuple[str, ...]) -> None:
+    status, out, _ = say(*words)
+    found = planned(say, *words)
+    best = next(plan for plan in found["plans"] if plan["case"] == found["recommended"])
+    said = block(out)
+    assert status == 0
+    assert len(said) <= 6
+    assert said[0].startswith(f"Best for {words[0]}: {best['precision']}/{best['placement']}, ")
+    assert [line.split()[0] for line in said if not line.startswith(" ")][-3:] == ["memory", "speed", "code"]
+    assert re.search(r"RAM \d\S+-\d\S+ of \d", " ".join(said))
+    assert not [tier for tier in best["tiers"] if tier.startswith("gpu")] or re.search(r"gpu:\d.* of \d", " ".join(said))
+    code = " ".join(" ".join(said).partition(" code ")[2].split())
+    assert f"--code {best['precision']}/{best['placement']}" in code or code.startswith("AutoModelForCausalLM.from_pretrained(")
+
+
+@pytest.mark.parametrize("words", ASKED, ids=" ".join)
+def test_no_two_rows_are_equal_and_all_of_them_are_behind_all(say: Said, words: tuple[str, ...]) -> None:
+    shown, whole = say(*words)[1], say(*words, "--all")[1]
+    good = {"fits", "tight", "too_big"}
+    planned = json.loads(say(*words, "--json")[1])["plans"]
+    cases = [f"{plan['precision']} {plan['placement']}" for plan in planned if plan["verdict"] in good]
+    assert len([line for line in whole.splitlines() if " ".join(line.split()[:2]) in cases]) == len(cases)
+    rows = [line for line in shown.splitlines() if re.match(r"\S+(, \S+)? .*(fits|tight|too big)  ", line)]
+    figures = [re.search(r"(fits|tight|too big) .*", row) for row in rows]
+    assert 1 < len(rows) < len(cases)
+    by_precision = [(row.split()[0], found[0]) for row, found in zip(rows, figures, strict=True) if found]
+    assert len(set(by_precision)) == len(rows)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("words", ASKED, ids=" ".join)
+def test_nothing_is_cut_and_memory_stays(say: Said, words: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for more in ((), ("--all",)):
+        out = say(*words, *more)[1]
+        assert "…" not in out
+        assert re.search(r"^ .* RAM\b.*\n.* of \d", out, re.MULTILINE)
+        assert max(map(len, out.splitlines())) <= columns
+
+
+def test_a_pipe_has_every_sentence_and_row_in_one_line(say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS")
+    out = say("chatglm-6b", *PROFILE, "--all")[1]
+    found = planned(say, "chatglm-6b", *PROFILE)
+    for plan in found["plans"]:
+        assert plan["verdict"] == "fits" or any(plan["why"] in line for line in out.splitlines()), plan["case"]
+    assert re.search(r"^int8 +direct +fits +8\.18-8\.63 +2\.01-4\.78 ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [*ASKED, ("chatglm-6b", *PROFILE, "--context", "1024", "--precision", "int8", "int4", "--placement", "cpu", "direct")],
+    ids=" ".join,
+)
+def test_what_it_prints_can_be_pasted(say: Said, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands ask of the same machine and the same tokens: what was recommended is what they load."""
+    monkeypatch.setenv("COLUMNS", "60")  # so that the code is a command
+    status, out, _ = say(*words)
+    best = re.match(rf"Best for {words[0]}: (\S+),", out)
+    joined = re.sub(r"\n +", " ", out)
+    commands = [
+        shlex.split(line) for line in re.findall(r"fitmatrix (plan (?s:.*?)(?:--code \S+|--all))", re.sub(r"\s+", " ", joined))
+    ]
+    assert status == 0
+    assert best
+    assert best[1] in {command[-1] for command in commands} <= {best[1], "--all"}
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in commands:
+        status, again, err = say(*command[1:])
+        assert (status, err) == (0, "")
+        assert again.startswith(f"Best for {words[0]}: {best[1]},") or not again.startswith(("#", "Best"))
 
 
 @pytest.mark.parametrize("case", ["int8/direct", "chatglm-6b/bf16/gpu+cpu", "fp16/dispatch"])
@@ -205,7 +308,8 @@ def test_context_is_prompt_and_answer_together(say: Said) -> None:
 def test_nothing_fits_is_exit_status_1(say: Said) -> None:
     status, out, _ = say("llama-3.1-70b-instruct", "--gpu", "8GiB", "--ram", "8GiB", "--precision", "bf16", "--placement", "cpu")
     assert status == 1
-    assert "Nothing fits." in out
+    assert out.startswith("Nothing fits: too big for cpu: needs 130 GiB")
+    assert "Nearest: --precision" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

@@ -139,3 +139,11 @@ def test_what_cannot_be_written_leaves_the_old_file_and_no_draft(tmp_path: Path)
     with pytest.raises(IsADirectoryError):
         atomic.write_text(tmp_path / "page", "new")
     assert content(tmp_path) == {"page/old": "old"}
+
+
+def test_nothing_takes_the_place_of_the_root() -> None:
+    with (
+        pytest.raises(UsageError, match="--to / is the root of the file system"),
+        atomic.replace_directory(Path("/"), marker="mark", ours=OURS, option="--to"),
+    ):
+        raise AssertionError

@@ -67,6 +67,49 @@ def test_measured_once_and_again_on_request(monkeypatch: pytest.MonkeyPatch) -> 
     assert bandwidth.ram("another cpu", 2, MIB) is None
 
 
+class Busy:
+    """Processors that others took whole, for as many measurements as are said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *loads: float) -> None:
+        clock, worked = [0.0], [0.0]
+        self._loads, self._clock, self._worked = iter(loads), clock, worked
+        monkeypatch.setattr("time.monotonic", lambda: clock[0])
+        monkeypatch.setattr("time.process_time", lambda: 0.0)
+        monkeypatch.setattr(bandwidth, "_busy_s", lambda: worked[0])
+        monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+    def pass_second(self) -> None:
+        self._clock[0] += 1
+        self._worked[0] += 2 * next(self._loads)
+
+
+def test_what_was_measured_under_load_is_marked_and_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, figures = Busy(monkeypatch, 0.5, 0.5, 0.05, 0.5), iter([2e9, 1e9, 9e9, 3e9])
+
+    def measured(*_: int) -> float:
+        busy.pass_second()
+        return next(figures)
+
+    monkeypatch.setattr(bandwidth, "measure_ram", measured)
+    assert not bandwidth.is_under_load("ram", "cpu")
+    assert bandwidth.ram("cpu", 2, MIB, measure=True) == 2e9
+    assert bandwidth.is_under_load("ram", "cpu")
+    assert bandwidth.ram("cpu", 2, MIB, measure=True) == 2e9  # load only takes: what is more is nearer
+    assert bandwidth.ram("cpu", 2, MIB, measure=True) == 9e9
+    assert not bandwidth.is_under_load("ram", "cpu")
+    assert bandwidth.ram("cpu", 2, MIB, measure=True) == 9e9
+    assert bandwidth.ram("cpu", 2, MIB) == 9e9
+    assert not bandwidth.is_under_load("ram", "cpu")
+
+
+def test_a_busy_processor_is_noticed() -> None:
+    """The processors' times are the system's: those of all of them, in which our own are included."""
+    with bandwidth._OthersAtWork() as others:
+        pass
+    assert not others.are_many
+    assert bandwidth._busy_s() > 0
+
+
 def test_ram_and_disk_are_kept_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bandwidth, "measure_ram", lambda *_: 2e9)
     monkeypatch.setattr(bandwidth, "measure_disk", lambda *_: 1e9)

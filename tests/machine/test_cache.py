@@ -39,11 +39,25 @@ def make_sealed(place: Path) -> None:
     place.mkdir(mode=0)
 
 
+def make_pipes(place: Path) -> None:
+    place.mkdir()
+    for name in ("bandwidth.json", "calibration.json"):
+        os.mkfifo(place / name)
+
+
+def make_devices(place: Path) -> None:
+    place.mkdir()
+    for name in ("bandwidth.json", "calibration.json"):
+        (place / name).symlink_to("/dev/zero")
+
+
 BROKEN: dict[str, Callable[[Path], None]] = {
     "a file": make_file,
     "folders for files": make_folders_of_files,
     "a link to itself": make_loop,
     "no right to enter": make_sealed,
+    "pipes for files": make_pipes,
+    "devices for files": make_devices,
 }
 DAMAGED = [
     b"",
@@ -95,7 +109,7 @@ def test_a_damaged_file_is_not_there(data: bytes, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["mkdir", "write_bytes", "read_bytes", "replace", "glob", "unlink"])
+@pytest.mark.parametrize("call", ["mkdir", "write_bytes", "open", "replace", "glob", "unlink"])
 def test_every_call_may_fail_in_every_way(call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(tmp_path / "figures", b'{"a": 1}')
 
@@ -103,7 +117,7 @@ def test_every_call_may_fail_in_every_way(call: str, number: int, tmp_path: Path
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as broken:
-        broken.setattr(Path, call, fail)
+        broken.setattr(os if call == "open" else Path, call, fail)
         keep(tmp_path / "figures", b'{"a": 2}')
         assert kept(tmp_path / "figures", Figures) in (None, {"a": 1}, {"a": 2})
     assert kept(tmp_path / "figures", Figures) in ({"a": 1}, {"a": 2}), "what was kept stays whole"

@@ -204,7 +204,7 @@ def test_a_machine_with_a_card_by_name() -> None:
     gpu, cpu, disk = machine.tiers
     assert (gpu.name, gpu.kind, gpu.model, gpu.compute_capability) == ("gpu:0", "gpu", "GeForce RTX 3060 12 GB", "8.6")
     assert (gpu.total_bytes, gpu.free_bytes, gpu.bytes_per_s) == (12 * GIB, 12 * GIB - 256 * MIB, 360e9)
-    assert (cpu.name, cpu.total_bytes, cpu.free_bytes) == ("cpu", 32 * GIB, 32 * GIB)
+    assert (cpu.name, cpu.total_bytes, cpu.free_bytes) == ("cpu", 32 * GIB, 30 * GIB)  # a system takes some
     assert (disk.name, disk.total_bytes, disk.free_bytes) == ("disk", 500 * GIB, 500 * GIB)
 
 

@@ -119,7 +119,7 @@ def least_over(folder: Path, precision: str) -> float:
     row, spec = PRECISIONS[precision], spec_of(folder)
     inventory = Inventory(spec, weight_format(row, row.dtype, spec))
     twice = inventory.total.twice  # a head that is stored although it is tied, compared with what it is tied to
-    return twice + max(on_card(inventory.load_steps, None, sequential=True).low, twice / 2)
+    return twice + max(on_card(inventory.load_runs, None, sequential=True).low, twice / 2)
 
 
 @pytest.mark.parametrize("experts", [4, 12])
@@ -158,7 +158,7 @@ def test_each_of_two_cards_has_its_own_peak(folders: dict[str, Path], precision:
     spec = spec_of(folder)
     first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0")
     homes = {**dict.fromkeys(first, 0), "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
-    steps = Inventory(spec, weight_format(row, row.dtype, spec)).load_steps
+    steps = Inventory(spec, weight_format(row, row.dtype, spec)).load_runs
     for number, found in enumerate(trace_load(folder, precision, homes, Cards(count=2))):
         pieces = [path for path, home in homes.items() if home == number]
         given = on_card(steps, pieces, sequential=True).low

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -36,12 +37,26 @@ def test_another_precision_or_placement_of_this_machine_comes_first() -> None:
     assert again.verdict.is_good
 
 
-def test_else_the_hardware_that_would_do() -> None:
-    bare = profile([], ram=8 * GIB)
-    found = advised("mixtral-8x7b-instruct-v0.1", bare, ("bf16", "cpu"), ("int4", "cpu"))
+@pytest.mark.parametrize(("name", "ways"), [("mixtral-8x7b-instruct-v0.1", 1), ("llama-3.1-405b-instruct", 3)])
+def test_else_the_hardware_whose_cards_hold_every_weight(name: str, ways: int) -> None:
+    found = advised(name, profile(["T4"]), ("bf16", "direct"))
     assert found.best is None
-    if "--precision" not in (found.nearest or ""):  # a disk is known to be there
-        assert "fits a card like" in (found.nearest or "")
+    assert found.nearest is not None
+    said = re.findall(r"(\w+)/(\w+) fits (a card|\d+ cards) like ([\w ]+?) [\d.]+ ?GB", found.nearest)
+    assert len(said) >= ways, found.nearest
+    for precision, placement, count, card in said:
+        on = profile([card] * (1 if count == "a card" else int(count.split()[0])), ram=1 << 40)
+        plan = Planner(found.spec, on, here=False).plan(case(precision, placement))
+        assert plan.verdict.is_good
+        assert plan.estimate is not None
+        assert plan.estimate.tiers["cpu"].weights_bytes == 0
+        assert "disk" not in plan.estimate.tiers
+
+
+def test_a_model_is_counted_once_for_all_machines() -> None:
+    read = [model_spec.read_spec(resolve("qwen2.5-0.5b-instruct")) for _ in range(2)]
+    one, other = (Planner(spec, on, here=False) for spec, on in zip(read, (SMALL_CARD, profile(["T4"])), strict=True))
+    assert one.counted is other.counted
 
 
 def test_what_fits_needs_no_other_way() -> None:

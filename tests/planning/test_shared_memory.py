@@ -87,7 +87,7 @@ def test_the_recommended_map_leaves_the_process_its_ram() -> None:
 
 
 def test_the_longest_context_counts_on_one_budget() -> None:
-    tight = profile(["GB10"], ram=15 * GIB)
+    tight = profile(["GB10"], ram=17 * GIB)
     own = replace(tight, tiers=(replace(tight.gpus[0], shared=False), *tight.tiers[1:]))
     contexts = []
     for machine in (tight, own):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -86,6 +87,22 @@ def test_a_file_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(UsageError, match="is not JSON"):
         user_map.read(tmp_path / "bytes.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("what", ["pipe", "device", "sparse"])
+def test_a_map_that_never_ends_or_never_begins_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "map.json"
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(3 << 30)
+    said = "more than a device map can need" if what == "sparse" else "it is no regular file"
+    with pytest.raises(UsageError, match=said):
+        user_map.read(path)
 
 
 # Checking

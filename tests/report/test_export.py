@@ -23,6 +23,7 @@ from harness.report.export import data, summary
 from harness.report.export.formats import FORMATS
 from harness.report.page.view import blocks
 from harness.results import selection, store
+from harness.results.needed import need_of
 from tests.support.builders import GOLDEN, case, gpu, machine, result
 
 EVIL = "<script>alert(1)</script>|`*x*\u202e\n@everyone [a](https://a.example)"
@@ -64,7 +65,10 @@ def test_markdown_gives_the_answer_then_the_matrix_then_what_was_not_measured(go
     places = [text.index(piece) for piece in order]
     assert all(here < there for here, there in pairwise(places))
     answer = text.splitlines()[text.splitlines().index("### `chatglm-6b` on RTX 3060 12GB, 31.3 GiB RAM") + 2]
-    for key in ("ready_s", "decode_tok_s", "vram_peak_bytes"):
+    need = need_of(best.result)
+    assert need
+    assert format_metric(need.key, need.bytes) in answer
+    for key in ("ready_s", "decode_tok_s"):
         assert format_metric(key, best.result.metrics[key]) in answer
     assert f"{block.facts[0][0]} {block.facts[0][1]}" in text
 
@@ -165,7 +169,9 @@ def test_json_holds_the_newest_result_of_each_case_under_the_names_of_the_record
     chosen = found["answers"][0]
     assert (chosen["case"], chosen["machine"]) == ("chatglm-6b/int4/direct", "RTX 3060 12GB, 31.3 GiB RAM")
     one = next(one for one in newest if one.id == chosen["case"])
-    assert chosen["peak_bytes"] == one.metrics["vram_peak_bytes"]
+    need = need_of(one)
+    assert need
+    assert chosen["needed_bytes"] == chosen["peak_bytes"] == int(need.bytes)
     assert chosen["decode_tok_s"] == one.metrics["decode_tok_s"]
     assert chosen["code"] == one.code
 

@@ -21,6 +21,7 @@ from harness.machine import accelerators
 from harness.report.page.figures import PLANNED, STATUSES
 from harness.report.page.language import CHINESE, block, table
 from harness.report.page.tradeoff import SHAPES
+from harness.results.audit import CHECKED
 from tests.support import builders
 
 if sys.version_info >= (3, 11):
@@ -35,6 +36,7 @@ PAGE = ("page.html.j2", "parts.html.j2", "overview.html.j2")
 NAMES = {"fitmatrix", "CPU", "GiB", "tokens/s", "EN", "bfloat16", "Ctrl", "· fitmatrix", "GiB, tokens/s"}
 SLOT = re.compile(r"\{(\w+)\}")
 SAID = table(CHINESE)
+SITE = ("site_parts", "site_index", "site_model", "site_card", "site_machine", "site_provenance")
 # Without what only results of earlier versions say.
 NOW = tomllib.loads((DATA / "zh.toml").read_text(encoding="utf-8").partition("\n# Reasons as results of earlier versions")[0])
 
@@ -83,6 +85,27 @@ def test_every_text_of_a_template_is_in_the_table(name: str) -> None:
     assert [text for text in sorted(found) if text not in words] == []
 
 
+@pytest.mark.parametrize("name", SITE)
+def test_every_text_of_a_site_is_in_its_table(name: str) -> None:
+    keys = [form for key in table(CHINESE, "site") for form in (key.replace("(s)", ""), key.replace("(s)", "s"))]
+    words = "\n".join(in_words(flat(piece)) for key in keys for piece in (key, *SLOT.split(key)[::2]))
+    found = set(map(in_words, fragments((TEMPLATES / f"{name}.html.j2").read_text(encoding="utf-8"))))
+    assert found
+    assert [text for text in sorted(found) if text not in words and text not in NAMES] == []
+
+
+def test_every_rule_of_a_site_is_in_its_table() -> None:
+    assert [rule for rule in CHECKED if rule not in table(CHINESE, "site")] == []
+
+
+def test_every_text_of_a_site_s_script_is_in_its_table() -> None:
+    said = re.search(r"const SAY = \{(.*?)\n  \};", (TEMPLATES / "site.js").read_text(encoding="utf-8"), flags=re.S)
+    assert said
+    texts = re.findall(r'^ +\w+: "(.*)",$', said[1], flags=re.M)
+    assert len(texts) > 4
+    assert [text for text in texts if text not in table(CHINESE, "site")] == []
+
+
 def test_every_text_of_the_script_is_in_the_table() -> None:
     said = re.search(r"const SAY = \{(.*?)\n  \};", (TEMPLATES / "page.js").read_text(encoding="utf-8"), flags=re.S)
     assert said
@@ -114,6 +137,7 @@ SPEAKERS = {
     "measure/interference.py": {"power_capped", "_gpu_others", "_gpu_clock", "_gpu_throttles"},
     "planning/feasibility.py": {"gate", "decide", "_beyond", "_too_old"},
     "run/case_result.py": {"_process_vram", "noise"},
+    "results/needed.py": {"need_of"},
 }
 # All that the page quotes: others' words, and names.
 QUOTED = {"Intel GPUs, SYCL", "ROCm's HIP"}

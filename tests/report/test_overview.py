@@ -7,7 +7,6 @@ import re
 from itertools import combinations
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from harness.report.page import forecast as forecasts
 from harness.report.page import labels, render, tradeoff, view
 from harness.report.page.overview import overview
 from harness.report.page.view import Cell
+from harness.results import store
 from tests.report.test_page import Node, read, replace
 from tests.support import builders
 
@@ -316,7 +316,7 @@ def test_predictions_that_are_no_numbers_are_not_drawn() -> None:
 @pytest.fixture(scope="module")
 def real() -> Node:
     lines = builders.GOLDEN.read_bytes().splitlines()
-    return read(render.render([msgspec.json.decode(line, type=Result) for line in lines]))
+    return read(render.render([store.decode(line) for line in lines]))
 
 
 def test_every_point_leads_to_its_case_and_every_drawing_has_a_name(real: Node) -> None:

@@ -23,7 +23,7 @@ from harness.core.records import Answer, Interference, Machine, Outcome, Phase, 
 from harness.core.text import visible
 from harness.core.units import GIB
 from harness.report.page import charts, figures, render, view
-from harness.results import selection
+from harness.results import needed, selection, store
 from tests.support import builders
 
 GOLDEN = Path(__file__).parents[1] / "data/results-v1.jsonl"
@@ -109,7 +109,7 @@ def rendered(results: list[Result], **options: Any) -> Node:
 
 @pytest.fixture(scope="module")
 def golden() -> list[Result]:
-    return [msgspec.json.decode(line, type=Result) for line in GOLDEN.read_bytes().splitlines()]
+    return [store.decode(line) for line in GOLDEN.read_bytes().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +177,11 @@ def test_the_cells_show_memory_ready_time_speed_and_quality(golden: list[Result]
     for result in selection.newest(golden):
         if result.outcome is not Outcome.OK:
             continue
-        shown = {figure.attrs["data-key"]: float(figure.attrs["value"]) for figure in cell_of(root, result).all("data")}
-        memory = "vram_peak_bytes" if "vram_peak_bytes" in result.metrics else "ram_peak_bytes"
-        assert shown == {key: result.metrics[key] for key in (memory, "ready_s", "decode_tok_s")}
+        shown = {figure.attrs.get("data-key", ""): float(figure.attrs["value"]) for figure in cell_of(root, result).all("data")}
+        need = needed.need_of(result)
+        assert need
+        memory = {"" if need.how else need.key: need.bytes}
+        assert shown == memory | {key: result.metrics[key] for key in ("ready_s", "decode_tok_s")}
         assert result.quality
         assert result.quality.verdict in cell_of(root, result).text
 
@@ -316,15 +318,17 @@ def test_the_answer_comes_first_with_its_figures_and_the_code(result: Result) ->
     root = rendered([variant(result, "fp16", metrics=speed(5.0)), result])
     answer = root.all("div", look="answer")[0]
     capacity = result.machine.gpus[0].capacity_bytes
+    need = needed.need_of(result)
     assert capacity
+    assert need
     assert answer.all("p", look="say")[0].text == (
         f"{GPU_MODEL} fits this machine: int8 on gpu:0 (placement direct, straight to the GPU), "
-        f"{units.format_gib(result.metrics['vram_peak_bytes'])} of {units.format_size(capacity)} VRAM, "
+        f"{units.format_gib(need.bytes)} of {units.format_size(capacity)} VRAM, "
         f"{units.format_rate(result.metrics['decode_tok_s'])}, ready in {units.format_seconds(result.metrics['ready_s'])}, "
         "answers intact."
     )
     assert "".join(str(child) for child in answer.all("code")[0].children) == result.code
-    assert "Uses the least memory: fp16 with placement direct, 4.00 of 11.6 GiB VRAM, 5.00 tokens/s" in answer.text
+    assert "Uses the least memory: fp16 with placement direct, derived 4.34 of 11.6 GiB VRAM, 5.00 tokens/s" in answer.text
 
 
 def test_where_nothing_works_the_answer_says_how_it_ended_and_what_was_nearest(golden: list[Result]) -> None:
@@ -340,6 +344,24 @@ def test_where_nothing_works_the_answer_says_how_it_ended_and_what_was_nearest(g
 def test_answers_that_are_broken_everywhere_are_no_recommendation(result: Result) -> None:
     answer = rendered([replace(result, quality=judged("broken"))]).all("div", look="answer")[0]
     assert answer.text == "1 case can be loaded here, but the answers are broken."
+
+
+def test_how_often_it_was_measured_makes_no_matrix_and_no_case_of_its_own(result: Result) -> None:
+    fewer, more = (replace(result.case.workload, repeats=repeats) for repeats in (3, 7))
+    found = [variant(result, "fp16", workload=fewer), result, variant(result, result.case.precision, workload=more)]
+    (block,) = view.blocks(found)
+    (matrix,) = block.matrices
+    assert len(matrix.cells) == 2
+    assert matrix.caption.endswith("3 to 7 warm rounds")
+    assert {cell.result.case.workload.repeats for cell in matrix.cells} == {3, 7}
+
+
+def test_each_answer_of_several_workloads_says_what_it_is_for(result: Result) -> None:
+    longer = replace(result.case.workload, prompt_tokens=512)
+    root = rendered([result, variant(result, "int8", workload=longer)])
+    heads = [head.text for head in root.all("h3") if head.text.startswith("Answer ")]
+    assert len(heads) == len(root.all("div", look="answer")) == 2
+    assert any("512 tokens in" in head for head in heads)
 
 
 def test_workloads_are_not_mixed_in_one_matrix(result: Result) -> None:
@@ -413,7 +435,7 @@ def test_a_case_that_was_too_big_shows_what_it_needs(golden: list[Result], root:
     tier = result.estimate.tiers["gpu:0"]
     cell = cell_of(root, result)
     values = [int(figure.attrs["value"]) for figure in cell.all("data")]
-    assert values == [figures.needed(tier), tier.capacity_bytes]
+    assert values == [needed.predicted_need(tier).best, tier.capacity_bytes]
     assert cell.all("rect", look="guess")
     assert cell.all("path", look="limit")
 
@@ -451,7 +473,7 @@ def test_the_page_says_how_it_was_measured_and_what_was_set_aside(golden: list[R
     root = rendered(golden, problems=["results.jsonl:17: the line is cut off"])
     for key in {key for one in golden for key in one.metrics}:
         assert " ".join(METRICS[key].how.split()) in root.text
-    assert "1 line of the results file ignored: results.jsonl:17: the line is cut off" in root.text
+    assert "Lines of the results file that were ignored: results.jsonl:17: the line is cut off" in root.text
     assert "3 runs" in root.text
     assert "set aside" not in rendered(golden).text
 

@@ -132,7 +132,7 @@ TAMPERED: dict[str, tuple[Callable[[Result], Result], str]] = {
     ),
     "ready": (with_metrics(ready_s=1.0), "says ready 1.00 s, and load and first token take ready 2.50 s"),
     "answers": (with_metrics(answers_correct=9.0), "says 9 answers correct, and 1 are"),
-    "RAM": (with_metrics(ram_peak_bytes=17.0 * GIB), "says peak RAM 17.0 GiB, and its machine has 16.0 GiB of RAM"),
+    "RAM": (with_metrics(ram_peak_bytes=17.0 * GIB), "says peak RAM, resident 17.0 GiB, and its machine has 16.0 GiB of RAM"),
     "VRAM": (with_metrics(vram_process_peak_bytes=13.0 * GIB), "peak VRAM, process 13.0 GiB, and its machine has 12.0 GiB of VRAM"),
     "no GPU": (lambda r: replace(r, machine=builders.machine()), "says peak VRAM, allocated 6.00 GiB, and its machine has no GPU"),
     "smaller": (
@@ -297,9 +297,23 @@ def test_what_is_private_is_taken_out_of_texts() -> None:
     [
         ({"environment": {"torch": "hf_abcDEF0123456789abcd"}}, "tells a secret in its environment"),
         ({"code": 'MODEL = "/home/alice/model"'}, "tells a user's directory in its code"),
+        ({"code": 'MODEL = "C:\\\\Users\\\\alice\\\\model"'}, "tells a user's directory in its code"),
+        ({"samples": {"sk_live_51Habcdefghijkl": [1.0]}}, "tells a secret in its samples"),
+        ({"timeline": Timeline(vram_bytes={"npm_a1B2c3D4e5f6G7h8i9J0": []})}, "tells a secret in its timeline"),
+        ({"phases": [Phase(name="hf_abcDEF0123456789", start_s=0, end_s=1)]}, "tells a secret in its phases"),
+        ({"allowed_s": {"alice@mail.example.org": 1.0}}, "tells an e-mail address in its allowed_s"),
+        ({"environment": {"proxy": "https://alice:x1@10.0.0.3"}}, "tells a secret in its environment"),
+        ({"failed": ["test_x[192.168.1.17]"]}, "tells a network address in its failed"),
+        ({"stage": "ghp_0123456789abcdefABCD"}, "tells a secret in its stage"),
+        ({"log_tail": "x" * 4_000_001}, "holds 4,0"),
         ({"device_map": {"/Users/alice": "cpu"}}, "tells a user's directory in its device_map"),
         ({"machine": replace(builders.machine(builders.gpu()), cpu="C:\\Users\\alice")}, "tells a user's directory in its machine"),
     ],
 )
 def test_what_is_private_and_must_stay_is_refused(changes: dict[str, Any], said: str) -> None:
     assert str(audit.examine(sound(**changes), NOW)).startswith(said)
+
+
+def test_packages_may_have_versions_of_four_numbers() -> None:
+    told = sound(environment={"torch": "2.9.1", "nvidia-cublas-cu12": "12.1.3.1", "odd": "10.2.0.1"})
+    assert audit.examine(told, NOW) == told

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import sys
 import zipfile
@@ -76,17 +78,47 @@ def test_a_place_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
         collect.find_artifacts([tmp_path / "none"])
 
 
+def said(*places: Path) -> list[str]:
+    """What is wrong with the files of results there, and nothing is to be read from any."""
+    found = []
+    for artifact in collect.find_artifacts(places):
+        with pytest.raises(StoreError) as error:
+            list(collect.read(artifact))
+        found.append(str(error.value).removeprefix(f"{artifact.where}: "))
+    return found
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
-def test_pipes_block_nobody_and_loops_of_links_end(tmp_path: Path) -> None:
+def test_pipes_and_devices_block_nobody_are_told_and_loops_of_links_end(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "results.jsonl")
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert names(tmp_path) == []
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/results.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/results.jsonl").symlink_to(tmp_path / "b/results.jsonl")
+    assert said(tmp_path) == ["is no regular file, and was not read"] * 2 + ["is a link that leads nowhere"]
+    assert said(Path("/dev/zero")) == ["is no regular file, and was not read"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links")
-def test_a_link_to_nothing_is_left_out(tmp_path: Path) -> None:
+def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").symlink_to(tmp_path / "gone")
-    assert names(tmp_path) == []
+    assert said(tmp_path) == ["is a link that leads nowhere"]
+
+
+def test_a_directory_that_cannot_be_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(tmp_path / "a/results.jsonl")
+    kept(tmp_path / "b/results.jsonl")
+    listed = os.scandir
+
+    def sealed(place: str) -> object:
+        if str(place).endswith("/b"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), place)
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", sealed)
+    good, bad = collect.find_artifacts([tmp_path])
+    assert (good.damage, bad.damage) == ("", "cannot be looked into (Permission denied)")
 
 
 def test_lines_have_their_numbers_whole_or_not(tmp_path: Path) -> None:
@@ -149,8 +181,44 @@ def test_what_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest
         list(collect.read(artifact))
 
 
+@pytest.mark.parametrize("unpacked", [b"\n" * 5_000_000, b"x\n" * 1_000_000, LINE * 20_000])
+def test_a_small_archive_of_much_is_refused_unread(tmp_path: Path, unpacked: bytes) -> None:
+    place = archive(tmp_path / "a.zip", **{"results.jsonl": unpacked})
+    assert [line.startswith("unpacks to ") and line.endswith("unpack it first if you trust it") for line in said(place)] == [True]
+
+
+def test_many_files_that_share_their_bytes_are_as_many(tmp_path: Path) -> None:
+    """Each is small beside the archive, all together are not."""
+    place = archive(tmp_path / "a.zip", **{f"{number}/results.jsonl": b"\n" * 200_000 for number in range(60)})
+    assert [line.startswith("unpacks to 11.4 MiB from ") for line in said(place)] == [True]
+
+
+def test_an_archive_of_many_files_is_not_searched_for_each(tmp_path: Path) -> None:
+    place = archive(tmp_path / "a.zip", **{f"{number}/results.jsonl": b"" for number in range(1001)})
+    assert said(place) == ["holds 1,001 files of results among 1,001; unpack it first"]
+
+
+def test_what_is_packed_so_that_it_takes_much_memory_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("results.jsonl", LINE)
+    assert said(tmp_path) == ["is packed by another method than deflate; pack it anew"]
+
+
+def test_lines_that_are_no_results_are_not_read_without_end(tmp_path: Path) -> None:
+    file = kept(tmp_path / "results.jsonl", LINE + b"x\n" * 100_000 + LINE)
+    (artifact,) = collect.find_artifacts([file])
+    with pytest.raises(StoreError, match="has 1,000 lines that are no results, and nothing behind line 1,001 was read"):
+        list(collect.read(artifact))
+    assert len(list(itertools.islice(collect.read(artifact), 1001))) == 1001
+
+
+def test_a_line_of_many_pieces_is_no_flood(tmp_path: Path) -> None:
+    file = kept(tmp_path / "results.jsonl", b'{"schema":' * 100_000 + LINE)
+    assert len(store.read_line(file.read_bytes())) < 200
+
+
 def test_an_endless_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "_LINE_BYTES", len(LINE) + 1)
+    monkeypatch.setattr(store, "_LONGEST_BYTES", len(LINE) + 1)
     file = kept(tmp_path / "results.jsonl", LINE + b"x" * 2 * len(LINE) + b"\n" + LINE)
     read = list(collect.read(collect.find_artifacts([file])[0]))
     assert [(number, type(one)) for number, one in read] == [(1, Result), (2, str)]

@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "results-v1.jsonl"
 def made(name: str = "int8", *, machine: Machine = HERE, outcome: Outcome = Outcome.OK, **fields: Any) -> Result:
     case = Case(model="m", precision=name, placement="cpu", workload=fields.pop("workload", Workload()))
     usual: dict[str, Any] = {
-        "metrics": {"decode_tok_s": 20.0, "ram_peak_bytes": 2e9, "ready_s": 4.0, "perplexity": 12.0},
+        "metrics": {"decode_tok_s": 20.0, "ram_needed_bytes": 2e9, "ready_s": 4.0, "perplexity": 12.0},
         "samples": {"decode_tok_s": [19.8, 20.0, 20.1, 20.0, 20.2]},
     }
     return Result(
@@ -49,7 +49,7 @@ def test_the_same_is_the_same() -> None:
     found = compare.compare([made()], [made()])
     assert not found.failures
     assert {change.call for change in found.pairs[0].changes} == {Call.SAME}
-    assert changes.verdict(found) == "1 case compared, nothing got worse"
+    assert changes.verdict(found) == "1 case compared, nothing got worse: every figure is the same"
 
 
 def test_slower_for_sure_is_worse_and_slower_perhaps_is_unsure() -> None:
@@ -61,7 +61,7 @@ def test_slower_for_sure_is_worse_and_slower_perhaps_is_unsure() -> None:
     assert calls(made(), surely, speed=0.5)["decode_tok_s"] is Call.SAME
 
 
-@pytest.mark.parametrize(("key", "group"), [("ram_peak_bytes", "memory"), ("ready_s", "load"), ("perplexity", "quality")])
+@pytest.mark.parametrize(("key", "group"), [("ram_needed_bytes", "memory"), ("ready_s", "load"), ("perplexity", "quality")])
 def test_a_figure_without_samples_is_held_to_its_threshold(key: str, group: str) -> None:
     limit, usual = RULES[group].worse, made().metrics[key]
     assert calls(made(), with_metrics(None, **{key: usual * (1 + limit) * 1.01}))[key] is Call.WORSE
@@ -94,10 +94,10 @@ def test_broken_answers_are_a_failure() -> None:
 
 
 def test_speed_of_another_machine_is_shown_and_stops_nothing() -> None:
-    slower = with_metrics({"decode_tok_s": [9.8, 10.0, 10.1, 10.0, 10.2]}, decode_tok_s=10.0, ram_peak_bytes=4e9)
+    slower = with_metrics({"decode_tok_s": [9.8, 10.0, 10.1, 10.0, 10.2]}, decode_tok_s=10.0, ram_needed_bytes=4e9)
     other = msgspec.structs.replace(slower, machine=msgspec.structs.replace(HERE, name="1 core"))
     found = compare.compare([made()], [other])
-    assert [failure.partition(": ")[2].partition(" ")[0] for failure in found.failures] == ["peak"]  # memory is still held
+    assert [failure.partition(": ")[2].partition(" ")[0] for failure in found.failures] == ["RAM"]  # memory is still held
     assert any("another machine" in note for note in found.pairs[0].notes)
 
 
@@ -107,6 +107,8 @@ def test_a_noisy_figure_never_fails_for_sure() -> None:
     )
     found = compare.compare([made()], [noisy])
     assert not found.failures
+    assert [change.call for change in found.pairs[0].changes if change.key == "decode_tok_s"] == [Call.UNJUDGED]
+    assert found.unjudged[0].startswith("m/int8/cpu 64+16x1: decode 10.0 tokens/s, was 20.0")
     assert any("others took 90 %" in note for note in found.pairs[0].notes)
 
 
@@ -169,13 +171,55 @@ def test_the_command_takes_its_thresholds_from_pyproject(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before, after = write(tmp_path / "a", made()), write(tmp_path / "b", with_metrics(ram_peak_bytes=2.4e9))
+    before, after = write(tmp_path / "a", made()), write(tmp_path / "b", with_metrics(ram_needed_bytes=2.4e9))
     assert main(["compare", str(before), str(after)]) == 1
     (tmp_path / "pyproject.toml").write_text("[tool.fitmatrix.gate]\nmemory = 0.3\n")
     assert main(["compare", str(before), str(after)]) == 0
     (tmp_path / "pyproject.toml").write_text("[tool.fitmatrix.gate]\nmemry = 0.3\n")
     assert main(["compare", str(before), str(after)]) == 2
     assert "did you mean 'memory'" in capsys.readouterr().err
+
+
+def test_identical_sets_print_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    same = str(write(tmp_path / "a", *(made(name) for name in ("int8", "bf16", "int4"))))
+    assert main(["compare", same, same]) == 0
+    assert capsys.readouterr().out.strip() == "3 cases compared, nothing got worse: every figure is the same"
+
+
+def test_a_name_is_never_cut_and_the_way_out_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    before = write(tmp_path / "a", made("quanto-int8"))
+    after = write(tmp_path / "b", made("quanto-int8", metrics=made().metrics | {"ram_needed_bytes": 4e9, "perplexity": 24.0}))
+    assert main(["compare", str(before), str(after), "--junit", str(tmp_path / "junit.xml")]) == 1
+    said = capsys.readouterr().out
+    assert "m/quanto-int8/cpu64+16x1" in "".join(said.split())
+    assert "…" not in said
+    assert "Worse is what is beyond: memory 5.0 %, load 30.0 %, speed 10.0 %, quality 2.0 %" in " ".join(said.split()).replace(
+        "\xa0", " "
+    )
+    assert "keep the newer results as the baseline" in " ".join(said.split())
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    counts = {
+        name: len(suite.findall(f".//{tag}"))
+        for name, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped"))
+    }
+    assert {name: int(suite.get(name) or -1) for name in counts} == counts == {"tests": 1, "failures": 1, "skipped": 0}
+
+
+def test_noise_takes_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("int8", "bf16", "int4", "fp16", "fp32")
+    slower = made().metrics | {"decode_tok_s": 10.0}
+    before = write(tmp_path / "a", *(made(name) for name in names))
+    after = write(tmp_path / "b", *(made(name, metrics=slower, noisy={"decode_tok_s": "others took 90 %"}) for name in names))
+    assert main(["compare", str(before), str(after)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("not judged") == 1
+    assert "and 2 other figures" in said
 
 
 def test_sets_that_share_nothing_are_refused(

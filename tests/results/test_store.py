@@ -528,3 +528,29 @@ def test_decoding_one_line_says_what_is_wrong() -> None:
     assert isinstance(decode(encode_record(result())), Result)
     with pytest.raises(msgspec.ValidationError):
         decode(plain(case=None))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_no_file_of_results(store: Store, what: str) -> None:
+    """The first would never be opened, the second never be read to its end."""
+    if what == "pipe":
+        os.mkfifo(store.path)
+    else:
+        store.path.symlink_to("/dev/zero")
+    with pytest.raises(StoreError, match=r"cannot write results here \(it is no regular file\)"):
+        store.prepare()
+    with pytest.raises(StoreError, match="cannot be read: it is no regular file"):
+        store.read()
+
+
+def test_many_lines_that_are_no_results_are_told_in_one(store: Store) -> None:
+    store.path.write_bytes(b"x\n" * 100_000 + encode_record(result()) + b"\n")
+    results, problems = store.read()
+    assert len(results) == 1
+    assert [str(one) for one in problems] == [
+        f"{store.path}: 100,000 lines are no results; the first is line 1: "
+        "not a result, set aside: JSON is malformed: invalid character (byte 0)"
+    ]
+    store.path.write_bytes(b"x\n" * 3)
+    assert [problem.line for problem in store.read()[1]] == [1, 2, 3]

@@ -189,8 +189,16 @@ METRICS = {"vram_peak_bytes": 8.1 * GIB, "ram_peak_bytes": 1.2 * GIB, "ready_s":
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metrics": METRICS}, "works  8.10 GiB VRAM  1.20 GiB RAM  ready 21.0 s  23.1 tokens/s"),
-        ({"metrics": {"ready_s": 21.0}, "noisy": {"decode_tok_s": "12 %"}}, "works  ready 21.0 s  noisy"),
+        ({"metrics": METRICS}, "works  8.10 GiB VRAM  ready 21.0 s  23.1 tokens/s"),
+        ({"metrics": {"ready_s": 21.0}, "noisy": {"decode_tok_s": "12 %"}}, "works  ready 21.0 s"),
+        (
+            {"metrics": {"ready_s": 21.0, "decode_tok_s": 23.1}, "noisy": {"decode_tok_s": "12 %"}},
+            "works  ready 21.0 s  23.1 tokens/s (noisy)",
+        ),
+        (
+            {"metrics": {"ready_s": 21.0, "decode_tok_s": 23.1}, "noisy": {"load_s": "12 %"}},
+            "works  ready 21.0 s (noisy)  23.1 tokens/s",
+        ),
         ({"quality": Quality(probe="1", verdict="intact", why="")}, "works  intact"),
         ({"outcome": Outcome.OOM, "why": "no room for weights", "metrics": METRICS}, "out of memory: no room for weights"),
         ({"outcome": Outcome.TIMEOUT, "why": "load was not done"}, "timed out: load was not done"),
@@ -302,7 +310,7 @@ def test_pytest_s_own_output_stays_intact(project: Path, words: str, rows: int) 
 
 def expected(words: str) -> list[str]:
     if words != "-v":
-        return [f"tiny/{precision}/cpu  ..  works  700 MiB RAM  intact" for precision in ("fp32", "bf16")]
+        return [f"tiny/{precision}/cpu  ..  works  420 MiB RAM  intact" for precision in ("fp32", "bf16")]
     lines = []
     for number, precision in enumerate(("fp32", "fp32", "bf16", "bf16")):
         test = ("load", "quality")[number % 2]
@@ -317,3 +325,22 @@ def test_nothing_is_drawn_into_a_pipe(project: Path) -> None:
     assert run.returncode == 0
     assert "\x1b" not in output
     assert "  RAM " not in output
+
+
+VERDICT = "unsupported combination: load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"
+UNSUPPORTED = ("--placement", "dispatch", "--precision", "int8")
+
+
+def test_a_verdict_is_wrapped_on_a_terminal_and_never_cut(project: Path) -> None:
+    terminal = Terminal(50)
+    with pytest_in(project, terminal.file, *UNSUPPORTED):
+        lines = terminal.show(terminal.read())
+    os.close(terminal.master)
+    assert VERDICT in " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= COLUMNS
+
+
+def test_a_log_has_a_verdict_in_one_line(project: Path) -> None:
+    with pytest_in(project, subprocess.PIPE, *UNSUPPORTED) as run:
+        output = run.communicate()[0].decode()
+    assert [line for line in output.splitlines() if line.startswith("tiny/int8/dispatch") and line.endswith(VERDICT)]

@@ -265,9 +265,9 @@ MXFP4 = {
 def save_form(folder: Path, name: str) -> Path:
     """Write a small checkpoint in a form, with values."""
     if name == "mxfp4":
-        return _save(folder, {**SMALL_GPT_OSS, "quantization_config": MXFP4}, experts_of(SMALL_GPT_OSS), {})
+        return save_tensors(folder, {**SMALL_GPT_OSS, "quantization_config": MXFP4}, experts_of(SMALL_GPT_OSS), {})
     form = FORMS[name]
-    return _save(folder, {**SMALL, form.where: form.settings}, *tensors_of(SMALL, form))
+    return save_tensors(folder, {**SMALL, form.where: form.settings}, *tensors_of(SMALL, form))
 
 
 def save_hollow(folder: Path, name: str) -> Path:
@@ -290,7 +290,8 @@ def save_hollow(folder: Path, name: str) -> Path:
     return folder
 
 
-def _save(folder: Path, config: Mapping[str, Any], tensors: Tensors, linears: Mapping[str, tuple[int, int]]) -> Path:
+def save_tensors(folder: Path, config: Mapping[str, Any], tensors: Tensors, linears: Mapping[str, tuple[int, int]]) -> Path:
+    """Write a config, and tensors with values; `linears` are the shapes of what is packed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)

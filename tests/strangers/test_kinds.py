@@ -27,6 +27,7 @@ TEXT: dict[str, Any] = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
 }
 
 # The class that a config names, its config class, and what the refusal must say: the kind and the class that loads it.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gzip
 import json
 import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,10 +21,11 @@ class HubServer(ThreadingHTTPServer):
     """Serves ROOT/OWNER/NAME/FILE as files of the model OWNER/NAME. What is in a repository's name decides how it behaves:
 
     gated (403), broken (503), wholesale (ranges are ignored), elsewhere (files redirect to another host, as to a CDN),
-    garbled (an answer that is no JSON).
+    garbled (an answer that is no JSON). NASTY says of others what their list of files is.
     """
 
     daemon_threads = True
+    block_on_close = False  # of what drips and never ends
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -51,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
         if model := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/([^/]+))?", path):
             return self.model_info(model[1], model[3])
+        if "slow-file" in path and "resolve" in path:
+            return _drip_body(self)
         if file := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             return self.resolve(file[1], file[2])
         if file := re.fullmatch(r"/elsewhere/(.+)", path):
@@ -62,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         folder = self.server.root / name
         if "garbled" in name:
             return self.answer(200, b"<html>Please log in")
+        if (kind := name.partition("/")[2]) in NASTY:
+            return NASTY[kind](self)
         if not folder.is_dir():
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         if revision not in (None, "main", COMMIT):
@@ -99,8 +107,90 @@ class Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):  # the reader had enough of a whole file
             self.close_connection = True
 
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (BrokenPipeError, ConnectionResetError):  # the reader had enough
+            self.close_connection = True
+
     def log_message(self, *_: Any) -> None:
         """Keep quiet."""
+
+
+def _endless(handler: Handler) -> None:
+    """Go on and on, as fast as the reader takes it."""
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(b'{"siblings": [')
+    while True:
+        handler.wfile.write(b'{"rfilename": "model.safetensors", "size": 1},' * 10_000)
+
+
+def _drip(handler: Handler, data: bytes) -> None:
+    """A byte at a time, each in time for any time limit of a socket."""
+    for byte in data * 100:
+        handler.wfile.write(bytes([byte]))
+        time.sleep(0.05)
+
+
+def _drip_body(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    _drip(handler, b" ")
+
+
+def _drip_headers(handler: Handler) -> None:
+    _drip(handler, b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100)
+
+
+def _bomb(handler: Handler) -> None:
+    """Half a megabyte that unpacks to half a gigabyte."""
+    handler.answer(200, _packed(b'{"siblings": []') + _packed(b" " * 1_000_000) * 500 + _packed(b"}"), {"Content-Encoding": "gzip"})
+
+
+@functools.cache
+def _packed(data: bytes) -> bytes:
+    return gzip.compress(data)
+
+
+def _says(value: Any) -> Callable[[Handler], None]:
+    return lambda handler: handler.answer(200, json.dumps(value).encode())
+
+
+def _refuses(value: Any) -> Callable[[Handler], None]:
+    return lambda handler: handler.answer(500, json.dumps(value).encode())
+
+
+def _in_circles(handler: Handler) -> None:
+    handler.answer(302, b"", {"Location": handler.path})
+
+
+NASTY: dict[str, Callable[[Handler], None]] = {
+    "endless": _endless,
+    "drip-body": _drip_body,
+    "drip-headers": _drip_headers,
+    "bomb": _bomb,
+    "circles": _in_circles,
+    "away": lambda handler: handler.answer(302, b"", {"Location": "/elsewhere/list"}),
+    "list": _says([]),
+    "null": _says(None),
+    "text": _says("siblings"),
+    "siblings-text": _says({"siblings": "x"}),
+    "siblings-of-numbers": _says({"siblings": [1]}),
+    "name-number": _says({"siblings": [{"rfilename": 1}]}),
+    "size-text": _says({"siblings": [{"rfilename": "config.json", "size": "1"}]}),
+    "size-negative": _says({"siblings": [{"rfilename": "config.json", "size": -1}]}),
+    "size-huge": _says({"siblings": [{"rfilename": "config.json", "size": 10**30}]}),
+    "sha-path": _says({"sha": "../../x", "siblings": []}),
+    "nothing": _says({}),
+    "config-huge": _says(
+        {"siblings": [{"rfilename": "config.json", "size": 1 << 50}, {"rfilename": "model.safetensors", "size": 9}]}
+    ),
+    "names-odd": _says({"siblings": [{"rfilename": "../../../config.json"}, {"rfilename": "a\nb"}, {"rfilename": ""}]}),
+    "error-list": _refuses([]),
+    "error-shape": _refuses({"error": {"a": 1}, "errors": [1]}),
+    "error-text": _refuses("no"),
+}
 
 
 @contextmanager

@@ -119,6 +119,8 @@ def loaded(player: Player, dtype: str) -> LoadDone:
             linear_dtype_bytes={dtype: 7000},
             tier_bytes={"cpu": 8000 - on_disk, **({"disk": on_disk} if on_disk else {})},
             device_map={"": "cpu"},
+            mapped_bytes=0,
+            library_bytes=20 * MIB,
         ),
         phases=player.phases,
     )

@@ -40,14 +40,14 @@ def _stored(config: Mapping[str, Any], method: str, bits: int = 4, **more: Any) 
     return {**config, "quantization_config": {"quant_method": method, "bits": bits, "group_size": 128, **more}}
 
 
-def _inventory(config: Mapping[str, Any], precision: str, capability: str) -> Inventory:
+def _inventory(config: Mapping[str, Any], precision: str) -> Inventory:
     built, packed = build_skeleton(config), quantization.packed(config)
     assert packed is not None
     size = model_spec.packed_model_bytes(built, packed)
     stored = {"int32": size}
     spec = ModelSpec(name="m", source="m", skeleton=built, stored=stored, checkpoint_bytes=size, packed=packed, config=config)
     row = spec.adapted(PRECISIONS[precision])
-    return Inventory(spec, estimate.weight_format(row, row.dtype, spec), capability)
+    return Inventory(spec, estimate.weight_format(row, row.dtype, spec))
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def _inventory(config: Mapping[str, Any], precision: str, capability: str) -> In
 def test_formulas_say_of_packed_weights_what_a_trace_says(
     config: dict[str, Any], precision: str, capability: str, kernel: str
 ) -> None:
-    traced, counted = trace(config, precision, [LOAD], capability=capability)[0], _inventory(config, precision, capability)
+    traced, counted = trace(config, precision, [LOAD], capability=capability)[0], _inventory(config, precision)
     kv = sum(memory.kv_bytes(counted.skeleton, LOAD.cached_tokens, LOAD.batch, counted.fmt.element_bytes))
     assert traced.guesses == 0
     assert kv == traced.kv_bytes
-    assert counted.total.held + kv + counted.on_gpu.bytes(LOAD) == pytest.approx(traced.peak_bytes, rel=0.02)
-    assert kernel in counted.on_gpu.kernel
+    assert counted.total.held + kv + counted.on_gpu(capability).bytes(LOAD) == pytest.approx(traced.peak_bytes, rel=0.02)
+    assert kernel in counted.on_gpu(capability).kernel
 
 
 def test_a_record_of_packed_weights_gives_what_a_trace_gives() -> None:

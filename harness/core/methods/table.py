@@ -34,6 +34,8 @@ class Method(Record, frozen=True, kw_only=True):
     packs_experts: bool = False  #: stacked experts of a mixture are
     counts_scales: bool = True  #: scales count when a device map is inferred; they may come into their module afterwards
     wide_bias: bool = False  #: the biases of packed experts are in float32
+    blocks: bool = False  #: a scale is for a block of outputs x inputs
+    writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
 
@@ -54,6 +56,8 @@ def _dequantize(name: str) -> Config:
     return Config(imports=(f"from transformers import {name}",), expression=f"{name}(dequantize=True)")
 
 
+# Where a config keeps that of its text model (transformers' get_text_config).
+TEXT_CONFIGS = ("decoder", "generator", "text_config")
 _GPU = frozenset(("gpu",))
 _DISPATCHES = "load_checkpoint_and_dispatch builds the model without its packed modules"
 _ALONE = "tensor parallelism is untested with these weights: use bf16 or fp16"
@@ -81,6 +85,7 @@ _FP8 = Method(
     refuses=_STORED,
     held="float8_e4m3fn",
     bits=8,
+    blocks=True,
     packs_experts=True,
 )
 
@@ -91,7 +96,15 @@ def _derived(row: Method, **changed: Any) -> Method:
 
 
 _ROWS = (
-    Method(name="awq", title="AWQ", needs=("gptqmodel",), dtypes=("float16",), refuses=_STORED, held="int32"),
+    Method(
+        name="awq",
+        title="AWQ",
+        needs=("gptqmodel",),
+        dtypes=("float16",),
+        refuses=_STORED,
+        held="int32",
+        writes={"zero_point": True, "version": "gemm"},
+    ),
     Method(
         name="bitsandbytes_4bit",
         title="bitsandbytes 4-bit",
@@ -110,7 +123,15 @@ _ROWS = (
         held="int8",
         bits=8,
     ),
-    Method(name="gptq", title="GPTQ", needs=("optimum", "gptqmodel"), dtypes=("float16",), refuses=_STORED, held="int32"),
+    Method(
+        name="gptq",
+        title="GPTQ",
+        needs=("optimum", "gptqmodel"),
+        dtypes=("float16",),
+        refuses=_STORED,
+        held="int32",
+        writes={"sym": True, "desc_act": False},
+    ),
     Method(name="aqlm", title="AQLM", needs=("aqlm",), refuses=_STORED, held="int16"),
     Method(
         name="quanto",
@@ -272,7 +293,7 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
     MLX writes a key of its own, which transformers passes over.
     """
-    places = (config, *(config.get(name) for name in ("decoder", "generator", "text_config")))
+    places = (config, *(config.get(name) for name in TEXT_CONFIGS))
     for place in places:
         settings = place.get("quantization_config") if isinstance(place, Mapping) else None
         if isinstance(settings, Mapping) and settings:

@@ -120,6 +120,7 @@ def _tier(terms: TierTerms, tier: Tier | None, footprint: Footprint) -> TierEsti
         capacity_bytes=capacity,
         needed_bytes=int(needs[0]),
         needed_high_bytes=int(needs[1]),
+        needed_low_bytes=int(min(needs[0], low)),
     )
 
 
@@ -153,6 +154,7 @@ def _ram(terms: TierTerms, tier: Tier, rough: float, calibration: Calibration) -
         load_anon_bytes=int(best["load_anon"]),
         needed_bytes=int(best["needed"]),
         needed_high_bytes=int(high["needed"]),
+        needed_low_bytes=int(low["needed"]),
     )
 
 

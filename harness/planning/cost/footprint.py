@@ -13,6 +13,7 @@ from harness.planning import load_order
 from harness.planning.calibration import Bytes, Calibration
 from harness.planning.cost import memory, tensor_parallel
 from harness.planning.cost.fragmentation import fragmentation
+from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.inventory import Inventory, TensorTotals
 from harness.planning.cost.overhead import Overhead
 
@@ -50,6 +51,7 @@ class Loading(NamedTuple):
     begins_on: tuple[str, ...] = ()  #: GPUs that a library begins on to see what is free, weights or not
     processes: int = 1  #: how many share every layer (tensor parallelism), each on a GPU of its own or all in RAM
     expandable: bool = False  #: whether torch's allocator uses expandable segments
+    capability: str | None = None  #: the compute capability of the oldest GPU: which kernels run goes by it
 
 
 PLAIN_LOADING = Loading()
@@ -112,6 +114,11 @@ class Footprint:
         other.overhead = Overhead(self.inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
         return other
 
+    @property
+    def on_gpu(self) -> GpuActivations:
+        """What it allocates on a GPU beside weights and KV cache."""
+        return self.inventory.on_gpu(self.loading.capability)
+
     @cached_property
     def kv(self) -> dict[str, int]:
         """KV cache at the end of the workload, by the device that its layer runs on."""
@@ -161,10 +168,10 @@ class Footprint:
 
     def _on_gpu(self, name: str) -> TierTerms:
         constant, kv = self.calibration, self.kv.get(name, 0)
-        runs = self.inventory.on_gpu.bytes(self.workload)
+        runs = self.on_gpu.bytes(self.workload)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
         expandable = self.loading.expandable
-        gaps = self.inventory.on_gpu.gaps(expandable=expandable)
+        gaps = self.on_gpu.gaps(expandable=expandable)
         fragments, cached = fragmentation(gaps, constant, kv + runs, expandable=expandable)
         return TierTerms(
             weights=self.weights[name],
@@ -193,7 +200,7 @@ class Footprint:
         inventory, tiers = self.inventory, self.tiers
         pieces = None if isinstance(tiers, str) else [path for path, tier in tiers.items() if tier == name]
         one_by_one = self.fmt.quantizer is not None or "disk" in self.weights
-        found = load_order.on_card(inventory.load_steps, pieces, one_by_one)
+        found = load_order.on_card(inventory.load_runs, pieces, one_by_one)
         share, compared = 1 / self.processes, self.sums[name].twice / self.fmt.element_bytes  # at the end, a bool each
         return Bytes(**{end: max(getattr(found, end) * share, compared) for end in ("low", "best", "high")})
 

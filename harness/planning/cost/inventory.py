@@ -17,7 +17,7 @@ from harness.planning.cost.activations import Activations
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.load_order import LoadOrder, LoadStep, conversion_of, copies, unpacked_mxfp4
+from harness.planning.load_order import LoadRun, LoadStep, conversion_of, copies, load_rows, runs_of, unpacked_mxfp4
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -68,14 +68,11 @@ class Inventory:
     """The tensors of a model in one weight format.
 
     `sizes` and `per_token` go by the path of each tensor in the first piece of its kind; `rows` are all pieces in order, each with
-    the sum of its tensors. `capability` is the compute capability of the oldest GPU.
+    the sum of its tensors.
     """
 
-    def __init__(
-        self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None, load_order: LoadOrder | None = None
-    ) -> None:
+    def __init__(self, spec: ModelSpec, fmt: WeightFormat) -> None:
         self.spec, self.fmt, self.skeleton = spec, fmt, spec.skeleton
-        self._load_order = load_order or LoadOrder(spec)
         self.sizes = {path: size for kind in self.skeleton.kinds for path, size in memory.module_bytes(kind, fmt).items()}
         self.per_token = memory.read_per_token(self.skeleton, self.sizes)
         self.stored_dtype = spec.stored_dtype
@@ -85,9 +82,15 @@ class Inventory:
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.inside)]
-        self.on_gpu = GpuActivations(spec, fmt, capability)
+        self._on_gpu: dict[str | None, GpuActivations] = {}
         self.on_cpu = Activations(self.skeleton, fmt, "cpu")
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
+
+    def on_gpu(self, capability: str | None) -> GpuActivations:
+        """Return what generating allocates on a GPU of this compute capability, in bytes beside weights and KV cache."""
+        if capability not in self._on_gpu:
+            self._on_gpu[capability] = GpuActivations(self.spec, self.fmt, capability)
+        return self._on_gpu[capability]
 
     @cached_property
     def total(self) -> TensorTotals:
@@ -122,7 +125,7 @@ class Inventory:
         return max(self.sizes.values(), default=0)
 
     @cached_property
-    def load_steps(self) -> list[LoadStep]:
+    def load_runs(self) -> list[LoadRun]:
         """What loading onto a GPU makes, in its order; nothing if it never holds more than what stays."""
         passing = {
             weight.path: self._passing(weight, inside.block)
@@ -132,7 +135,8 @@ class Inventory:
         }
         if not any(passing.values()):
             return []
-        return sorted(LoadStep(key, piece, self.sizes[path], passing[path]) for key, piece, path in self._load_order.rows)
+        rows = load_rows(self.skeleton, as_held=self.spec.as_held)
+        return runs_of(LoadStep(piece, self.sizes[path], passing[path]) for _, piece, path in rows)
 
     def _passing(self, weight: Weight, owner: Block) -> float:
         """Return what is on a GPU beside a tensor while it is made: the parts of a stack, what a quantizer takes."""

@@ -34,15 +34,17 @@ class Rates:
         return max(0.0, self.room() - self.work.copied_bytes)
 
     def path(self, tier: str) -> float:
-        """Return the bytes per second from a tier to what computes."""
+        """Return the bytes per second from a tier to what computes: no faster than the tiers that they pass on the way."""
         if tier == "disk":
             faults = self._disk() * self.rate("disk_fault_share")
-            return self.rate("page_cache_bytes_per_s") if self.stays_cached() else faults
+            return min(self.rate("page_cache_bytes_per_s") if self.stays_cached() else faults, self.path("cpu"))
         if tier == "cpu":
-            return self.link() if self.gpu else self._ram()
-        found = self.machine.tier(tier)
+            return min(self.link(), self._vram(self.gpu)) if self.gpu else self._ram()
+        return self._vram(self.machine.tier(tier))
+
+    def _vram(self, gpu: Tier | None) -> float:
         share = "gpu_bandwidth_share" + ("_quantised" if self.work.like else "")
-        return self.known(found, "gpu_bytes_per_s") * self.rate(share)
+        return self.known(gpu, "gpu_bytes_per_s") * self.rate(share)
 
     def known(self, tier: Tier | None, constant: str) -> float:
         """Return the bandwidth of a tier, the constant if it was not measured."""

@@ -8,6 +8,7 @@ the oddity is kept; the comments name it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from harness.architecture.skeleton import Module, Skeleton, Weight
@@ -75,11 +76,17 @@ def free_bytes(tier: Tier) -> int | None:
     return max(0, tier.capacity_bytes - (tier.context_bytes or int(calibration.default()["gpu_context_bytes"].best)))
 
 
-def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> dict[str, Bytes]:
+def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> Mapping[str, Bytes]:
     """Count bytes as transformers does for a device map: path of every piece and module around it -> bytes.
 
     The tensors inside a piece are there for the first of each kind, as they are in `widths.weights`.
     """
+    if widths.weights is None:
+        return _measure_plain(skeleton, widths)
+    return _measure(skeleton, widths)
+
+
+def _measure(skeleton: Skeleton, widths: Widths) -> dict[str, Bytes]:
     dtype, quantizer, weights, _ = widths
     plain, scheme = DTYPE_BYTES[dtype], SCHEMES[quantizer] if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
@@ -95,6 +102,9 @@ def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> dict[str, Bytes]:
     return sizes
 
 
+_measure_plain = lru_cache(maxsize=16)(_measure)  # every placement asks for the same; no weights of their own, so hashable
+
+
 def _owned(module: Module, sizes: Mapping[str, Bytes]) -> Bytes:
     return sum(sizes[weight.path] for weight in module.weights)
 
@@ -103,10 +113,10 @@ def merge(placed: Mapping[str, Device], path: str = "") -> dict[str, Device]:
     """Write every module whose parts share a device as one entry."""
     if len(placed) > 1 and len(set(placed.values())) == 1:
         return {path: next(iter(placed.values()))}
-    depth = path.count(".") + 2 if path else 1
     groups: dict[str, dict[str, Device]] = {}
     for name, device in placed.items():
-        groups.setdefault(".".join(name.split(".")[:depth]), {})[name] = device
+        end = name.find(".", len(path) + 1)
+        groups.setdefault(name if end < 0 else name[:end], {})[name] = device
     merged: dict[str, Device] = {}
     for name, group in groups.items():
         merged |= group if name in group else merge(group, name)

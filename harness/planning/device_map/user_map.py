@@ -6,6 +6,7 @@ or tied weights apart fail at the first token, with an error of torch's. So what
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 from harness.architecture.skeleton import Skeleton
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.placements import FILE
+from harness.machine.regular import read_regular
 from harness.planning.device_map.infer import Device, device_of
 
 if sys.version_info >= (3, 11):
@@ -49,13 +51,12 @@ def read(path: Path) -> dict[str, Device]:
         UsageError: no such file, neither JSON nor TOML, no map, or something that is no device.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UsageError(f"--device-map {path}: more than a device map can need, {MOST_BYTES >> 20} MiB")
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, MOST_BYTES).decode()
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, object_pairs_hook=_unrepeated)
         return _entries(found, path)
     except OSError as error:
-        raise UsageError(f"--device-map {path}: {error.strerror}") from None
+        what = f"more than a device map can need, {MOST_BYTES >> 20} MiB" if error.errno == errno.EFBIG else error.strerror
+        raise UsageError(f"--device-map {path}: {what}") from None
     except (ValueError, RecursionError) as error:  # of JSON, TOML and UTF-8; or too deep, or a number too long to be written
         kind = "TOML" if path.suffix == ".toml" else "JSON"
         raise UsageError(f"--device-map {path} is not {kind}: {error}") from None

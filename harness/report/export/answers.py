@@ -78,7 +78,7 @@ def held(cell: Cell) -> str:
     if not cell.memory:
         return ""
     capacity = f" of {cell.memory.capacity.text}" if cell.memory.capacity else ""
-    return f"{cell.memory.peak.text}{capacity} {cell.memory.kind}"
+    return f"{cell.memory.need.text}{capacity} {cell.memory.kind}"
 
 
 def speed(cell: Cell) -> str:

@@ -10,20 +10,27 @@ from rich.text import Text
 
 from harness.core.metrics import METRICS, format_metric
 from harness.core.text import plural, visible
+from harness.core.units import format_share
 from harness.report.export.markdown import escaped, folded, table
 from harness.report.terminal import tables
 from harness.results.compare import Call, Change, Comparison, Pair, sentence, signed
 
-_STYLES = {Call.WORSE: "bold red", Call.BETTER: "green", Call.UNSURE: "yellow", Call.SAME: "dim"}
+_STYLES = {Call.WORSE: "bold red", Call.BETTER: "green", Call.UNSURE: "yellow", Call.UNJUDGED: "dim", Call.SAME: "dim"}
+_MOST_NAMED = 3
 
 
 def verdict(comparison: Comparison) -> str:
-    """Say the whole in one sentence."""
-    both = [pair for pair in comparison.pairs if pair.before and pair.after]
-    failed, compared = len(comparison.failures), plural(len(both), "case")
-    if not both:
+    """Say the whole in one sentence; a case that fails counts once, as in JUnit XML."""
+    failed, compared = len(_failed(comparison)), plural(len(comparison.compared), "case")
+    if not comparison.compared:
         return "nothing to compare: the two sets share no case"
+    if comparison.is_identical:
+        return f"{compared} compared, nothing got worse: every figure is the same"
     return f"{plural(failed, 'failure')} in {compared}" if failed else f"{compared} compared, nothing got worse"
+
+
+def _failed(comparison: Comparison) -> list[Pair]:
+    return [pair for pair in comparison.pairs if _failures(pair)]
 
 
 def show_changes(comparison: Comparison, everything: bool) -> None:
@@ -33,18 +40,28 @@ def show_changes(comparison: Comparison, everything: bool) -> None:
     parts += [Text(f"  {tables.line(failure)}") for failure in comparison.failures]
     if rows:
         made = tables.table("case", "figure", "before", "now", "change", "", left=2)
+        made.columns[0].overflow = "fold"  # a name that is cut cannot be run again
         for pair, change in rows:
             style = _STYLES[change.call]
             made.add_row(*map(tables.line, _cells(pair, change)), Text(change.call.value, style=style))
         parts.append(made)
     parts += [Text(tables.line(note), style="dim") for note in _notes(comparison)]
+    parts += [Text(said) for said in _way_out(comparison)]
     tables.show(*parts)
+
+
+def _way_out(comparison: Comparison) -> Iterator[str]:
+    """Say, where a case fails, what it was held to and how a change is accepted."""
+    if _failed(comparison):
+        held = ", ".join(f"{group} {format_share(limit)}" for group, limit in comparison.limits.items())
+        yield f"Worse is what is beyond: {held} ([tool.fitmatrix.gate] in pyproject.toml)."
+        yield "To accept a change, keep the newer results as the baseline."
 
 
 def _rows(comparison: Comparison, everything: bool) -> Iterator[tuple[Pair, Change]]:
     for pair in comparison.pairs:
         for change in pair.changes:
-            if everything or change.call is not Call.SAME:
+            if everything or change.call not in (Call.SAME, Call.UNJUDGED):
                 yield pair, change
 
 
@@ -62,6 +79,9 @@ def _notes(comparison: Comparison) -> Iterator[str]:
             seen.setdefault(note, []).append(pair.id)
         if pair.said and not pair.failed:
             yield f"{pair.id}: {pair.said}"
+    if noisy := comparison.unjudged:
+        more = f"; and {plural(len(noisy) - _MOST_NAMED, 'other figure')}" if len(noisy) > _MOST_NAMED else ""
+        yield f"not judged, for other programs disturbed them: {'; '.join(noisy[:_MOST_NAMED])}{more}"
     for note, ids in seen.items():
         yield f"{note} ({ids[0] if len(ids) == 1 else plural(len(ids), 'case')})"
 
@@ -78,6 +98,7 @@ def markdown(comparison: Comparison) -> str:
         lines += ["", *folded(f"{plural(len(steady), 'figure')} unchanged", _table(steady))]
     notes = list(_notes(comparison))
     lines += ["", *(f"- {escaped(note)}" for note in notes)] if notes else []
+    lines += ["", *map(escaped, _way_out(comparison))] if comparison.failures else []
     return "\n".join(lines) + "\n"
 
 
@@ -88,14 +109,19 @@ def _table(rows: Iterable[tuple[Pair, Change]]) -> list[str]:
 
 def junit(comparison: Comparison) -> bytes:
     """Write JUnit XML: a test case for each pair, failed where the gate stops."""
-    failed = [pair for pair in comparison.pairs if _failures(pair)]
-    totals = {"tests": str(len(comparison.pairs)), "failures": str(len(failed)), "errors": "0"}
+    skipped = len(comparison.pairs) - len(comparison.compared)
+    totals = {
+        "tests": str(len(comparison.pairs)),
+        "failures": str(len(_failed(comparison))),
+        "errors": "0",
+        "skipped": str(skipped),
+    }
     suites = ElementTree.Element("testsuites", totals)
     suite = ElementTree.SubElement(suites, "testsuite", {"name": "fitmatrix compare", **totals})
     for pair in comparison.pairs:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "fitmatrix", "name": visible(pair.id)})
-        for failure in _failures(pair):
-            ElementTree.SubElement(case, "failure", {"message": visible(failure)}).text = visible(failure)
+        if said := [visible(failure) for failure in _failures(pair)]:
+            ElementTree.SubElement(case, "failure", {"message": "; ".join(said)}).text = "\n".join(said)
         if pair.before is None or pair.after is None:
             ElementTree.SubElement(case, "skipped", {"message": pair.said or ""})
     return bytes(ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True))

@@ -35,7 +35,8 @@ def render_summary(results: Sequence[Result], problems: Sequence[str] = ()) -> s
     if len(found) > 1:
         parts += ["\n".join(_contents(found)) + "\n"]
     if problems:
-        parts.append(f"{plural(len(problems), 'line')} of the results could not be read: {escaped(problems[0], _REASON)}\n")
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        parts.append(f"Ignored of the results: {escaped(problems[0], _REASON)}{more}\n")
     return "\n".join(_bounded(parts, {block.anchor: list(_parts(block)) for block in found}))
 
 
@@ -116,7 +117,7 @@ def _cell(cell: Cell | None) -> str:
 
 def _figures(cell: Cell) -> Iterator[str]:
     if cell.memory and cell.memory.predicted and cell.memory.capacity:
-        yield f"needs {cell.memory.peak.text}, {cell.memory.capacity.text} {cell.memory.kind} free"
+        yield f"needs {cell.memory.need.text}, {cell.memory.capacity.text} {cell.memory.kind} free"
     elif cell.memory:
         yield held(cell)
     if not cell.status.measured:

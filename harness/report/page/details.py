@@ -66,7 +66,7 @@ def _peaks(phases: Sequence[Phase]) -> dict[str, list[int | None]]:
     """Return the columns of the phases' peaks by their label, those alone in which a phase has a figure."""
     gpus = sorted({tier for phase in phases for tier in phase.vram_peak_bytes})
     found = {
-        "peak RAM": [phase.ram_peak_bytes for phase in phases],
+        "peak RAM, resident": [phase.ram_peak_bytes for phase in phases],
         "anonymous RAM": [phase.ram_anon_bytes for phase in phases],
         **{f"peak {gpu}": [phase.vram_peak_bytes.get(gpu) for phase in phases] for gpu in gpus},
         **{f"reserved {gpu}": [phase.vram_reserved_bytes.get(gpu) for phase in phases] for gpu in gpus},

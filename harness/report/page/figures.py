@@ -10,9 +10,10 @@ from markupsafe import Markup, escape
 
 from harness.core import units
 from harness.core.metrics import METRICS, format_metric
-from harness.core.records import Estimate, Outcome, Result, Span, TierEstimate, Verdict
+from harness.core.records import Estimate, Outcome, Result, Span, Verdict
 from harness.core.text import plural, visible
 from harness.report.page import charts
+from harness.results import needed
 from harness.results.selection import faults, is_broken, ran
 
 DASH = "–"
@@ -88,6 +89,7 @@ class Figure(msgspec.Struct, frozen=True):
     why: str = ""
     noisy: str = ""
     sampled: bool = False
+    derived: str = ""  #: from what, where it was not measured as such
 
     @property
     def number(self) -> float:
@@ -98,6 +100,8 @@ class Figure(msgspec.Struct, frozen=True):
         if not self.value:
             return f'<span class="none" title="{_attribute(self.why)}">{self.text}</span>'
         doubts = f'<em class="doubt" title="{_attribute(self.noisy)}">noisy</em> ' if self.noisy else ""
+        if self.derived:
+            doubts += f'<em class="doubt" title="{_attribute(self.derived)}">derived</em> '
         if self.sampled:
             doubts += '<em class="doubt" title="sampled: the true peak may be higher">sampled</em> '
         key = f' data-key="{_attribute(self.key)}"' if self.key else ""
@@ -120,7 +124,7 @@ def metric(result: Result, key: str) -> Figure:
     if value is None or not math.isfinite(value):
         return Figure(key=key, label=label, text=DASH, why=_absent(result, key, value))
     stored = known(key, label, value, format_metric(key, value) if key in METRICS else units.significant(value))
-    sampled = key in ("ram_peak_bytes", "load_ram_peak_bytes") and any(phase.sampled for phase in result.phases)
+    sampled = key in ("ram_needed_bytes", "ram_peak_bytes", "load_ram_peak_bytes") and any(phase.sampled for phase in result.phases)
     return msgspec.structs.replace(stored, noisy=result.noisy.get(key, ""), sampled=sampled)
 
 
@@ -140,71 +144,67 @@ def _absent(result: Result, key: str, value: float | None) -> str:
 
 
 class MemoryFigure(msgspec.Struct, frozen=True):
-    """The peak of a case in one tier, against what a case may use there."""
+    """What a case needs of the tier that decides (`harness.results.needed`), against what it may use there.
+
+    `resident` is what was there at most beside it, of the RAM: the kernel may drop the difference.
+    """
 
     tier: str
     kind: str
-    peak: Figure
+    need: Figure
     capacity: Figure | None
-    bar: Markup | None
-    share: float
+    resident: Figure | None = None
     predicted: bool = False
 
     @property
     def brief(self) -> Figure:
-        """The peak as it stands before "of" and the capacity: without its unit, if that is the same."""
-        number, _, unit = self.peak.text.partition(" ")
+        """What is needed as it stands before "of" and the capacity: without its unit, if that is the same."""
+        number, _, unit = self.need.text.partition(" ")
         same = self.capacity is not None and self.capacity.text.partition(" ")[2] == unit
-        return msgspec.structs.replace(self.peak, text=number) if same else self.peak
+        return msgspec.structs.replace(self.need, text=number) if same else self.need
+
+    @property
+    def share(self) -> float:
+        """The part of the capacity that is needed; 0 if that is not known."""
+        return self.need.number / self.capacity.number if self.capacity else 0.0
+
+    @property
+    def bar(self) -> Markup | None:
+        """The bar of both sizes against the capacity."""
+        if self.capacity is None:
+            return None
+        size, most = self.need.number, self.resident.number if self.resident else 0.0
+        return charts.bar(max(size, most), self.capacity.number, firm=None if self.predicted else size, predicted=self.predicted)
 
 
 def memory(result: Result) -> MemoryFigure | None:
-    """Return the peak that decides: VRAM if some was used, else RAM; the prediction if nothing ran."""
-    if result.metrics.get("vram_peak_bytes"):
-        return _measured(result, _fullest_gpu(result), "vram_peak_bytes")
-    if result.metrics.get("ram_peak_bytes"):
-        return _measured(result, "cpu", "ram_peak_bytes")
-    return None if ran(result) else _expected(result)
-
-
-def _measured(result: Result, tier: str, key: str) -> MemoryFigure | None:
-    peak, place = metric(result, key), result.machine.tier(tier)
-    if not peak.value:
-        return None
-    capacity = place.capacity_bytes if place else None
-    firm = result.metrics.get("ram_anon_peak_bytes") if tier == "cpu" else result.metrics[key]
-    return _memory(tier, peak, result.metrics[key], capacity, firm=firm)
-
-
-def _fullest_gpu(result: Result) -> str:
-    peaks = [(size, tier) for phase in result.phases for tier, size in phase.vram_peak_bytes.items()]
-    return max(peaks)[1] if peaks else next((gpu.name for gpu in result.machine.gpus), "gpu:0")
+    """Return what is needed of the memory that decides, as it was measured; as it was predicted if nothing ran."""
+    found = needed.need_of(result)
+    if found is None:
+        return None if ran(result) else _expected(result)
+    place = result.machine.tier(found.tier)
+    key = "" if found.how else found.key  # what was derived is no metric of the result
+    shown = known(key, METRICS[found.key].label, found.bytes, format_metric(found.key, found.bytes))
+    need = metric(result, key) if key in result.metrics else msgspec.structs.replace(shown, derived=found.how)
+    resident = metric(result, "ram_peak_bytes") if found.tier == "cpu" else None
+    return _memory(found.tier, need, place.capacity_bytes if place else None, resident=resident)
 
 
 def _expected(result: Result) -> MemoryFigure | None:
-    tiers = result.estimate.tiers.items() if result.estimate else ()
-    limited = [(needed(tier) / tier.capacity_bytes, name, tier) for name, tier in tiers if tier.capacity_bytes]
-    if not limited:
+    scarcest = needed.scarcest(result.estimate)
+    if scarcest is None:
         return None
-    _, name, tier = max(limited, key=lambda entry: entry[0])
-    peak = known("needed_bytes", "needs", needed(tier), units.format_size(needed(tier)))
-    return _memory(name, peak, needed(tier), tier.capacity_bytes, predicted=True)
-
-
-def needed(tier: TierEstimate) -> int:
-    """Return the most a case is expected to hold in a tier, while loading or while running."""
-    return max(tier.peak_bytes, tier.load_peak_bytes)
+    name, tier = scarcest
+    size = needed.predicted_need(tier).best
+    return _memory(name, known("needed_bytes", "needs", size, units.format_size(size)), tier.capacity_bytes, predicted=True)
 
 
 def _memory(
-    tier: str, peak: Figure, size: float, capacity: int | None, *, firm: float | None = None, predicted: bool = False
+    tier: str, need: Figure, capacity: int | None, *, resident: Figure | None = None, predicted: bool = False
 ) -> MemoryFigure:
     kind = {"cpu": "RAM", "disk": "disk"}.get(tier, "VRAM")
-    if not capacity:
-        return MemoryFigure(tier, kind, peak, None, None, 0.0, predicted)
-    limit = known("capacity_bytes", "capacity", capacity, units.format_size(capacity))
-    bar = charts.bar(size, capacity, firm=firm, predicted=predicted)
-    return MemoryFigure(tier, kind, peak, limit, bar, size / capacity, predicted)
+    limit = known("capacity_bytes", "capacity", capacity, units.format_size(capacity)) if capacity else None
+    return MemoryFigure(tier, kind, need, limit, resident if resident and resident.value else None, predicted)
 
 
 class Compared(msgspec.Struct, frozen=True):
@@ -224,6 +224,7 @@ _EXPECTED = frozenset(
         "ready_s",
         "prefill_tok_s",
         "decode_tok_s",
+        "ram_needed_bytes",
         "ram_peak_bytes",
         "ram_anon_peak_bytes",
         "vram_peak_bytes",
@@ -265,11 +266,12 @@ def predictions(estimate: Estimate) -> dict[str, Span]:
     found = {"load_s": estimate.load_s, "first_token_s": estimate.first_token_s, "decode_tok_s": estimate.decode_tok_s}
     gpus = [tier for name, tier in estimate.tiers.items() if name not in ("cpu", "disk")]
     if gpus:
-        fullest = max(gpus, key=lambda tier: tier.peak_bytes)
+        fullest = max(gpus, key=lambda tier: tier.peak_bytes)  # not what is needed: a card may be full of what torch caches
         found["vram_peak_bytes"] = _exactly(fullest.allocated_bytes)
         found["vram_process_peak_bytes"] = Span(low=fullest.low_bytes, best=fullest.peak_bytes, high=fullest.high_bytes)
         found["load_vram_peak_bytes"] = _exactly(fullest.load_peak_bytes)
     if ram := estimate.tiers.get("cpu"):
+        found["ram_needed_bytes"] = needed.predicted_need(ram)
         found["ram_peak_bytes"] = Span(low=ram.low_bytes, best=ram.peak_bytes, high=ram.high_bytes)
         found["load_ram_peak_bytes"] = _exactly(ram.load_peak_bytes)
     if (disk := estimate.tiers.get("disk")) and disk.weights_bytes:

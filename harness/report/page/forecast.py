@@ -152,16 +152,15 @@ def _row(cell: Cell) -> ForecastRow | None:
     if not result.estimate or not (result.outcome is Outcome.OK or wrong):
         return None
     expected, at_least = predictions(result.estimate), result.outcome is not Outcome.OK
-    memory = _check(_memory(cell), expected, at_least)
+    memory = _check(_memory(cell), expected, at_least) if cell.memory and not cell.memory.predicted else None
     speed = None if at_least else _check(cell.speed, expected)
     return ForecastRow(cell, name(cell), memory, speed, wrong) if memory or speed or wrong else None
 
 
 def _memory(cell: Cell) -> Figure:
-    """Choose the figure to compare: of the memory that the case is judged by, the one that the plan gives an interval for."""
-    if cell.memory and cell.memory.kind == "VRAM" and "vram_process_peak_bytes" in cell.result.metrics:
-        return metric(cell.result, "vram_process_peak_bytes")
-    return cell.memory.peak if cell.memory else metric(cell.result, "ram_peak_bytes")
+    """Choose the figure to compare: what was measured as the plan predicts it, which of a derived one is what torch allocated."""
+    assert cell.memory is not None
+    return metric(cell.result, "vram_peak_bytes") if cell.memory.need.derived else cell.memory.need
 
 
 def _check(figure: Figure, expected: Mapping[str, Span], at_least: bool = False) -> Check | None:

@@ -20,15 +20,16 @@ CHINESE = "zh"
 
 
 @functools.cache
-def table(language: str) -> Mapping[str, str]:
-    """Return what the page says in a language, by the English text."""
-    text = (DATA / f"{language}.toml").read_text(encoding="utf-8")
-    said: dict[str, str] = tomllib.loads(text)
+def table(language: str, *more: str) -> Mapping[str, str]:
+    """Return what the page says in a language, by the English text; what `more` pages say beside it as well, such as "site"."""
+    said: dict[str, str] = {}
+    for name in (language, *(f"{language}_{page}" for page in more)):
+        said |= tomllib.loads((DATA / f"{name}.toml").read_text(encoding="utf-8"))
     return said
 
 
 @functools.cache
-def block(language: str) -> Markup:
-    """Write the table of a language as JSON for a block of data in a page; without "<", nothing in it can end the block."""
-    text = json.dumps(table(language), ensure_ascii=False, separators=(",", ":"))
+def block(language: str, *more: str) -> Markup:
+    """Write such a table as JSON for a block of data in a page; without "<", nothing in it can end the block."""
+    text = json.dumps(table(language, *more), ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))

@@ -134,7 +134,7 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> PageFacts:
 def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS) -> jinja2.Template:
     """Return one of our templates, all of which share their parts, their style and how they write text.
 
-    `styles` are files that add to the style, and `scripts` are all that may run.
+    `styles` are files that add to the style, with what their pages say in other languages; `scripts` are all that may run.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -158,7 +158,7 @@ def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS) -
     environment.globals |= {
         "style_css": Markup(style),
         "page_js": Markup(code),
-        "chinese": language.block(language.CHINESE),
+        "chinese": language.block(language.CHINESE, *(Path(file).stem for file in styles)),
         "policy": _policy(style, code),
         "overview": overview,
     }

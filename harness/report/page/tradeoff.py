@@ -114,7 +114,7 @@ def name(cell: Cell) -> str:
 def _point(cell: Cell) -> Point | None:
     if not cell.status.measured or not cell.memory or cell.memory.predicted:
         return None
-    size, speed = cell.memory.peak.number, cell.speed.number
+    size, speed = cell.memory.need.number, cell.speed.number
     if not is_drawable(size) or not is_drawable(speed):
         return None
     shape = cell.quality if cell.quality in SHAPES else "not checked"
@@ -227,7 +227,7 @@ def _names(best: Sequence[Point], others: Sequence[Point], scales: Scales, taken
 
 def _numbers(point: Point, is_in_front: bool) -> str:
     """Write a row of the table: name, memory in GiB, tokens/s, answers."""
-    size, speed = escape(point.memory.peak.value), escape(point.cell.speed.value)
+    size, speed = escape(point.memory.need.value), escape(point.cell.speed.value)
     noisy = '<em class="doubt">noisy</em> ' if point.cell.speed.noisy else ""
     figures = f'<td><data value="{size}">{point.gib}</data></td><td>{noisy}<data value="{speed}">{point.rate}</data></td>'
     place = ", on the front" if is_in_front else ""

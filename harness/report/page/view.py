@@ -91,6 +91,12 @@ class Matrix:
         return any(column.limits for column in self.columns)
 
     @property
+    def drops_pages(self) -> bool:
+        """Whether a bar shows pages of files beside what is needed."""
+        memories = [cell.memory for cell in self.cells if cell.memory and cell.memory.resident]
+        return any(memory.resident and memory.resident.number > memory.need.number for memory in memories)
+
+    @property
     def cells(self) -> tuple[Cell, ...]:
         """The cells that are shown, row by row."""
         return tuple(cell for _, row in self.rows for cell in row if cell)
@@ -175,13 +181,13 @@ def _block(results: Sequence[Result], anchors: Anchors) -> Block:
     cells = [_cell(result, anchors.give(f"case-{result.case.id}")) for result in results]
     by_workload: dict[Workload, list[Cell]] = {}
     for cell in cells:
-        by_workload.setdefault(cell.result.case.workload, []).append(cell)
+        by_workload.setdefault(cell.result.case.workload.asked, []).append(cell)
     largest_first = sorted(by_workload.items(), key=lambda item: -len(item[1]))
     return Block(
         anchor=anchor,
         model=last.case.model,
         machine=last.machine,
-        matrices=tuple(_matrix(workload, found) for workload, found in largest_first),
+        matrices=tuple(_matrix(found) for _, found in largest_first),
         tiers=tuple(_page_tier(tier) for tier in last.machine.tiers),
         facts=(*_facts(last.machine), *_versions(results)),
         synthetic=last.weights == "synthetic",
@@ -209,7 +215,7 @@ def _quality(result: Result) -> str:
     return result.quality.verdict if result.quality else ""
 
 
-def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
+def _matrix(cells: Sequence[Cell]) -> Matrix:
     best = best_result(cell.result for cell in cells)
     placed = {(cell.result.case.precision, cell.result.case.place): _marked(cell, best) for cell in cells}
     rows = ordered({row for row, _ in placed}, PRECISIONS)
@@ -222,7 +228,7 @@ def _matrix(workload: Workload, cells: Sequence[Cell]) -> Matrix:
     marked = list(placed.values())
     chosen = next((cell for cell in marked if cell.best), None)
     return Matrix(
-        caption=_caption(workload),
+        caption=_caption([cell.result.case.workload for cell in cells]),
         columns=tuple(heads),
         groups=tuple((next(same), 1 + sum(1 for _ in same)) for _, same in groupby(heads, key=lambda head: head.name)),
         rows=tuple((_row_heading(row), tuple(placed.get((row, name)) for name in shown)) for row in used),
@@ -271,10 +277,11 @@ def _row_heading(name: str) -> Heading:
     return Heading(name, PRECISIONS[name].title if name in PRECISIONS else "")
 
 
-def _caption(workload: Workload) -> str:
+def _caption(workloads: Sequence[Workload]) -> str:
+    one, rounds = workloads[0], sorted({workload.repeats for workload in workloads})
+    asked = f"{plural(one.prompt_tokens, 'token')} in, {one.new_tokens:,} out, batch {one.batch}"
     return (
-        f"{plural(workload.prompt_tokens, 'token')} in, {workload.new_tokens:,} out, batch {workload.batch}, "
-        f"{plural(workload.repeats, 'warm round')}"
+        f"{asked}, {plural(rounds[0], 'warm round')}" if len(rounds) == 1 else f"{asked}, {rounds[0]} to {rounds[-1]} warm rounds"
     )
 
 
@@ -305,9 +312,9 @@ def _least(cells: Sequence[Cell], best: Cell | None) -> Cell | None:
     """Find the sound case that takes clearly less of the same memory than the best one."""
     if not best or not best.memory:
         return None
-    limit, kind = float(best.memory.peak.value) * 0.9, best.memory.kind
+    limit, kind = float(best.memory.need.value) * 0.9, best.memory.kind
     sound = [cell for cell in cells if is_sound(cell.result)]
-    smaller = [(float(c.memory.peak.value), c) for c in sound if c.memory and c.memory.kind == kind]
+    smaller = [(float(c.memory.need.value), c) for c in sound if c.memory and c.memory.kind == kind]
     return min((pair for pair in smaller if pair[0] < limit), key=lambda pair: pair[0], default=(0.0, None))[1]
 
 

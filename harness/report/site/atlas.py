@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.core.records import Workload
-from harness.report.site.needs import Need, Rung, fitting, needs_of, rungs_of
+from harness.report.site.needs import Need, Rung, fitting, needs_of, rungs_of, ways_of
 from harness.report.site.rows import Card, Row, RowLink, best, current, grouped, rows_of
 from harness.report.site.trends import Trend, trends_of
 from harness.results.audit import PublishedResult
@@ -46,6 +46,7 @@ class ModelPage:
     trends: tuple[Trend, ...]
     rows: tuple[Row, ...]
     best: Row | None
+    ways: tuple[Row, ...]
 
     @property
     def works(self) -> int:
@@ -62,9 +63,15 @@ class ModelPage:
         return best(row for row in self.rows if row.card is None)
 
     @property
+    def shown(self) -> Row | None:
+        """The case that a line about the model is of: the best way on its smallest card, else the best without one."""
+        return self.smallest.row if self.smallest else self.without
+
+    @property
     def least(self) -> Need | None:
-        """The way that takes least of a card."""
-        return min(self.needs, key=lambda need: need.bytes, default=None)
+        """The way that takes least of a card, if it should fit one that is smaller than any that the model was seen to work on."""
+        need = min((need for need in self.needs if need.card), key=lambda need: need.bytes, default=None)
+        return need if need and need.card and (self.smallest is None or need.card < self.smallest.size) else None
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def _model(rows: Sequence[Row], history: Sequence[Row]) -> ModelPage:
     return ModelPage(
         link=rows[0].model,
         workload=ours[0].result.case.workload,
-        others=len({row.result.case.workload for row in rows}) - 1,
+        others=len({row.result.case.workload.asked for row in rows}) - 1,
         synthetic=any(row.result.weights == "synthetic" for row in ours),
         rungs=tuple(rungs_of(ours, needs)),
         needs=needs,
@@ -146,13 +153,14 @@ def _model(rows: Sequence[Row], history: Sequence[Row]) -> ModelPage:
         trends=trends_of(history),
         rows=tuple(rows),
         best=best(ours),
+        ways=ways_of(ours),
     )
 
 
 def _of_most(rows: Sequence[Row]) -> list[Row]:
     """Keep those of the workload that most have: figures of others do not compare."""
-    ((workload, _),) = Counter(row.result.case.workload for row in rows).most_common(1)
-    return [row for row in rows if row.result.case.workload == workload]
+    ((workload, _),) = Counter(row.result.case.workload.asked for row in rows).most_common(1)
+    return [row for row in rows if row.result.case.workload.asked == workload]
 
 
 def _cards(rows: Iterable[Row], models: Sequence[ModelPage]) -> list[OnCard]:

@@ -31,10 +31,12 @@ from markupsafe import Markup
 
 from harness.core.errors import StoreError
 from harness.core.records import Result, encode_record, to_builtins
-from harness.core.redact import clean_text
+from harness.core.redact import cleaner
+from harness.core.text import plural
 from harness.report.page import render
 from harness.report.site import atlas
 from harness.report.site.atlas import Atlas
+from harness.report.site.needs import known_cards
 from harness.report.site.rows import gib
 from harness.report.site.sitedata import Data, of_sources
 from harness.report.site.trends import spark
@@ -53,6 +55,8 @@ _STYLES = ("site.css",)
 _WORTH_SHARING = 32
 # Points of a line in a chart: raw results have all of them.
 _MOST_POINTS = 120
+# Refused lines of a file that are told one by one.
+_MOST_TOLD = 20
 # Trends that a page shows; its JSON has all.
 _MOST_TRENDS = 40
 
@@ -85,21 +89,32 @@ def _take(numbered: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[
     number, artifact = numbered
     entries: list[bytes] = []
     refused: list[Refusal] = []
+    clean = cleaner()
+    untold = 0
     try:
         for line, read in collect.read(artifact):
             result = audit.examine(read, now) if isinstance(read, Result) else read
-            if isinstance(result, str):
-                refused.append(Refusal(source=number, line=line, why=clean_text(result)))
-                continue
-            data = encode_record(result)
-            digest = audit.digest(data)
-            (folder / f"{digest}.json").write_bytes(data + b"\n")
-            entry = PublishedResult(result=audit.light(result), digest=digest, source=number, line=line, cleaned=result is not read)
-            entries.append(encode_record(entry))
+            if isinstance(result, Result):
+                known = PublishedResult(result=result, digest="", source=number, line=line, cleaned=result is not read)
+                entries.append(_keep(known, folder))
+            elif len(refused) < _MOST_TOLD:
+                refused.append(Refusal(source=number, line=line, why=clean(result)))
+            else:
+                untold += 1
     except StoreError as error:
         why = str(error).removeprefix(f"{artifact.where}: ")
-        refused.append(Refusal(source=number, line=None, why=clean_text(why)))
+        refused.append(Refusal(source=number, line=None, why=clean(why)))
+    if untold:
+        refused.append(Refusal(source=number, line=None, why=f"refused as well: {plural(untold, 'more line')}", lines=untold))
     return entries, refused
+
+
+def _keep(known: PublishedResult, folder: Path) -> bytes:
+    """Write a sound result into `folder`; return what is to be known of it, encoded."""
+    data = encode_record(known.result)
+    digest = audit.digest(data)
+    (folder / f"{digest}.json").write_bytes(data + b"\n")
+    return encode_record(msgspec.structs.replace(known, result=audit.light(known.result), digest=digest))
 
 
 def write_site(joined: Joined, folder: Path, now: datetime) -> int:
@@ -127,12 +142,12 @@ class _Page:
 
     def html(self) -> str:
         says = {"up": _up(self.link), "data": _data_beside(self.link), "gib": gib, **self.says}
-        return render.template(self.template, *_STYLES, scripts=("site.js",)).render(says)
+        return render.template(self.template, *_STYLES, scripts=("language.js", "site.js")).render(says)
 
 
 def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
     newest = max(entry.result.at for entry in joined.entries)[:10]
-    facts = {"results": len(joined.entries), "newest": newest, "refused": len(joined.refusals), "sources": len(joined.sources)}
+    facts = {"results": len(joined.entries), "newest": newest, "refused": joined.refused, "sources": len(joined.sources)}
     data = Data(up="")
     index = {
         **facts,
@@ -140,7 +155,7 @@ def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
         "cards": [data.card_line(on) for on in drawn.cards],
         "machines": [data.machine_line(tally) for tally in drawn.machines],
     }
-    yield _Page("index.html", "site_index.html.j2", {"atlas": drawn, "facts": facts}, index)
+    yield _Page("index.html", "site_index.html.j2", {"atlas": drawn, "facts": facts, "known_cards": known_cards()}, index)
     for model in drawn.models:
         says = {"model": model, "trends": [(trend, spark(trend)) for trend in model.trends[:_MOST_TRENDS]]}
         yield _Page(model.link.page, "site_model.html.j2", says, Data(_up(model.link.page)).model(model))

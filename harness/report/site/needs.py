@@ -10,13 +10,18 @@ from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Result
 from harness.core.units import GIB
-from harness.machine.gpus import reserve
+from harness.machine.gpus import find_gpu, reserve
 from harness.report.page import view
-from harness.report.page.figures import Figure, known, needed
+from harness.report.page.figures import Figure, known
 from harness.report.site.rows import Card, Row, best, grouped
+from harness.results.needed import predicted_need
 
 # What cards are sold with.
 DEFAULTS = tuple(size * GIB for size in (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192))
+_POPULAR = (
+    "RTX 3050 8GB", "RTX 4060", "RTX 3060 12GB", "RTX 4070", "RTX 4060 Ti 16GB", "RTX 4080", "RTX 3090", "RTX 4090", "RTX 5090",
+    "T4", "L4", "L40S", "A100 80GB", "H100 PCIe 80GB", "H200 SXM",
+)  # fmt: skip
 # Cards of one size as it is sold differ by so much: those of 80 GB have 79.1 to 80 GiB.
 _ALIKE = 0.03
 
@@ -68,30 +73,17 @@ def _is_whole(result: Result) -> bool:
 
 
 def _measured_need(rows: Iterable[Row]) -> Need | None:
-    peaks = [(row, *_peak(row)) for row in rows if row.works and row.kind == "VRAM" and row.takes]
-    if not peaks:
+    taken = [(row, row.measured.need) for row in rows if row.works and row.measured and row.measured.kind == "VRAM"]
+    if not taken:
         return None
-    row, size, basis = max(peaks, key=lambda peak: peak[1])
-    return _need(row, size, planned=False, basis=basis)
-
-
-def _peak(row: Row) -> tuple[float, str]:
-    """Return what a process took of the card: as measured, or torch's figure and what the plan allows for the context."""
-    size = float(row.takes.value) if row.takes else 0.0
-    if "vram_process_peak_bytes" in row.result.metrics:
-        return size, "measured"
-    tiers = row.result.estimate.tiers if row.result.estimate else {}
-    more = max((tier.overhead_bytes for name, tier in tiers.items() if name not in ("cpu", "disk")), default=0)
-    return (
-        size + more,
-        f"measured by torch, and {units.format_size(more)} for the CUDA context" if more else "measured by torch only",
-    )
+    row, need = max(taken, key=lambda pair: pair[1].number)
+    return _need(row, need.number, planned=False, basis=need.derived or need.noisy or "measured")
 
 
 def _planned_need(rows: Sequence[Row]) -> Need | None:
     for row in reversed(rows):
         tiers = row.result.estimate.tiers if row.result.estimate else {}
-        sizes = [needed(tier) for name, tier in tiers.items() if name not in ("cpu", "disk")]
+        sizes = [predicted_need(tier).best for name, tier in tiers.items() if name not in ("cpu", "disk")]
         if most := max(sizes, default=0):
             return _need(row, most, planned=True, basis="predicted by the plan")
     return None
@@ -101,6 +93,29 @@ def _need(row: Row, size: float, *, planned: bool, basis: str) -> Need:
     case, figure = row.result.case, known("", "VRAM", int(size), units.format_size(size))
     holds = next((usual for usual in DEFAULTS if usual - reserve(usual) >= size), None)
     return Need(case.precision, case.placement, figure, holds, row, planned, basis)
+
+
+def ways_of(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Return the ways that work and are worth choosing: none needs less of the same memory, is as fast and answers as well."""
+    found = [row for row in rows if row.works and row.measured and row.speed.value]
+    return tuple(row for row in found if not any(_is_better(other, row) for other in found))
+
+
+def _is_better(one: Row, other: Row) -> bool:
+    ours, theirs = _weighed(one), _weighed(other)
+    same = one.measured is not None and other.measured is not None and one.measured.kind == other.measured.kind
+    return same and ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+
+def _weighed(row: Row) -> tuple[float, float, bool]:
+    """Return what is weighed of a way, less being better: its memory, its speed, and whether its answers are not sound."""
+    return row.measured.need.number if row.measured else 0.0, -row.speed.number, not row.answers_well
+
+
+def known_cards() -> tuple[tuple[str, int], ...]:
+    """Return cards that people have, with their memory in bytes, smallest first."""
+    cards = [(card.name, card.total_bytes or card.vram_bytes) for card in map(find_gpu, _POPULAR)]
+    return tuple(sorted(cards, key=lambda pair: pair[1]))
 
 
 def rungs_of(rows: Iterable[Row], needs: Sequence[Need]) -> Iterable[Rung]:

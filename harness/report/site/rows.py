@@ -77,10 +77,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Row:
-    """One result as a line of a table. `raw` is its own file, seen from the root of the site.
-
-    `takes` is what its process took of a card or, without one, of the RAM, `kind` which of them; None if nothing was measured.
-    """
+    """One result as a line of a table. `raw` is its own file, seen from the root of the site."""
 
     entry: PublishedResult
     model: RowLink
@@ -88,8 +85,6 @@ class Row:
     card: Card | None
     status: Status
     memory: MemoryFigure | None
-    takes: Figure | None
-    kind: str
     ready: Figure
     speed: Figure
     quality: str
@@ -100,8 +95,28 @@ class Row:
         return self.entry.result
 
     @property
+    def mark(self) -> str:
+        """The anchor of its line on the page of its machine, which has one for each case that is not replaced by a newer result."""
+        return f"raw-{self.entry.digest[:12]}"
+
+    @property
+    def page(self) -> str:
+        """Where it stands on the page of its machine, seen from the root of the site."""
+        return f"{self.machine.page}#{self.mark}"
+
+    @property
     def works(self) -> bool:
         return self.status.look == "works"
+
+    @property
+    def answers_well(self) -> bool:
+        """Whether nothing was found to be wrong with its answers."""
+        return self.quality not in ("broken", "degraded")
+
+    @property
+    def measured(self) -> MemoryFigure | None:
+        """What it was measured to need; None if nothing was."""
+        return self.memory if self.memory and not self.memory.predicted else None
 
     @property
     def way(self) -> str:
@@ -129,20 +144,13 @@ def _machine_links(entries: Iterable[PublishedResult]) -> dict[str, RowLink]:
 
 def _row(entry: PublishedResult, machines: Mapping[str, RowLink]) -> Row:
     result, card = entry.result, card_of(entry.result)
-    found = memory(result)
-    vram = max(
-        (metric(result, key) for key in ("vram_peak_bytes", "vram_process_peak_bytes")), key=lambda one: float(one.value or 0)
-    )
-    measured = found.peak if found and not found.predicted else None
     return Row(
         entry=entry,
         model=RowLink(result.case.model, f"models/{slug(result.case.model)}.html"),
         machine=machines[identity(result.machine)],
         card=card,
         status=status(result),
-        memory=found,
-        takes=vram if vram.value else measured,
-        kind="VRAM" if vram.value else found.kind if found else "",
+        memory=memory(result),
         ready=metric(result, "ready_s"),
         speed=metric(result, "decode_tok_s"),
         quality=result.quality.verdict.replace("_", " ") if result.quality else "",

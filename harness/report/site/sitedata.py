@@ -39,6 +39,7 @@ class Data:
             "outcome": result.outcome.value,
             "stage": result.stage,
             "why": result.why,
+            **_need(row),
             "metrics": result.metrics,
             "noisy": result.noisy,
             "answers": row.quality or None,
@@ -51,7 +52,8 @@ class Data:
         if row is None:
             return None
         result = row.result
-        return {"id": result.id, "machine": self.link(row.machine), "metrics": result.metrics, "raw": self.up + row.raw}
+        said = {"id": result.id, "machine": self.link(row.machine), **_need(row)}
+        return {**said, "metrics": result.metrics, "raw": self.up + row.raw}
 
     def tally(self, tally: Tally) -> Plain:
         return {**self.link(tally.link), "best": self.brief(tally.best), "cases": len(tally.rows), "works": tally.works}
@@ -81,7 +83,8 @@ class Data:
         return {
             **self.link(model.link),
             "smallest_card_bytes": smallest.size if smallest else None,
-            "best": self.brief(model.best),
+            "predicted_card_bytes": model.least.card if model.least else None,
+            "best": self.brief(model.shown),
             "machines": len(model.machines),
             "cases": len(model.rows),
             "works": model.works,
@@ -106,6 +109,12 @@ class Data:
     def card(self, on: OnCard) -> Plain:
         models = [{**self.tally(tally), "predicted": self.need(tally.need)} for tally in on.models]
         return {**self.card_line(on), "machines": [self.link(link) for link in on.machines], "models": models}
+
+
+def _need(row: Row) -> Plain:
+    """Return what the case needs of the tier that decides, both null where nothing was measured."""
+    found = row.measured
+    return {"tier": found.tier if found else None, "needed_bytes": int(found.need.number) if found else None}
 
 
 def of_sources(joined: Joined) -> Plain:

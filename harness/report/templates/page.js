@@ -90,18 +90,18 @@
         this.measured = this.look === "works" || looks.includes("unsound");
         this.sound = this.look === "works";
       }
-      figure(key) {
-        return Number(one(`data[data-key${key}]`, this.cell)?.value ?? NaN);
+      figureIn(place) {
+        return Number(one(place, this.cell)?.value ?? NaN);
       }
       get anchor() {
         return this.link.getAttribute("href").slice(1);
       }
       get speed() {
-        return (this.tokens ??= this.measured ? this.figure("=decode_tok_s") : NaN);
+        return (this.tokens ??= this.measured ? this.figureIn("data[data-key=decode_tok_s]") : NaN);
       }
       // What ran out of memory or time took less than it needs.
       get need() {
-        return (this.bytes ??= this.planned ? this.figure("=needed_bytes") : this.measured ? this.figure("$=_peak_bytes") : NaN);
+        return (this.bytes ??= this.planned || this.measured ? this.figureIn(".need data") : NaN);
       }
       get place() {
         return tongue.inEnglish(this.link, "aria-label")?.split(", ").at(-1) ?? one("span", this.cell).textContent;

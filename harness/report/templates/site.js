@@ -1,19 +1,115 @@
-// Filters the tables of the index by what is typed. Without it all rows are there.
+// Filters the tables of the index by what is typed, and leaves of the ways to run a model the best that fits a card. Without it all
+// rows are there. The theme and the language are chosen as on the page of a machine.
 (() => {
-  const field = document.getElementById("filter");
-  if (!field) return;
-  const said = field.parentElement.querySelector("output");
-  const rows = [...document.querySelectorAll("table.list tbody tr")].map((row) => [row, row.textContent.toLowerCase()]);
-  const filter = () => {
-    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    for (const [row, text] of rows) {
-      row.hidden = !words.every((word) => text.includes(word));
-      shown += !row.hidden;
-    }
-    said.textContent = words.length ? `${shown} of ${rows.length} rows` : "";
+  "use strict";
+  const SAY = {
+    auto: "◐ auto",
+    light: "☀ light",
+    dark: "☾ dark",
+    rows: "{n} of {n1} rows",
+    models: "{n} of {n1} models fit",
   };
-  field.parentElement.hidden = false;
-  field.addEventListener("input", filter);
-  filter();
+  const GIB = 2 ** 30;
+  const MIB = 2 ** 20;
+  const THEMES = ["auto", "light", "dark"];
+  const root = document.documentElement;
+  root.classList.add("scripted-page");
+  const kept = (name) => {
+    try {
+      return localStorage.getItem(name);
+    } catch {} // where a file may keep nothing
+  };
+  const keep = (name, value) => {
+    try {
+      localStorage.setItem(name, value);
+    } catch {}
+  };
+  let theme = kept("fitmatrix-theme");
+  if (!THEMES.includes(theme)) theme = "auto";
+  root.dataset.theme = theme;
+
+  const start = () => {
+    const tongue = speaking(JSON.parse(document.getElementById("zh").textContent));
+    const say = (key, values) => tongue.say(SAY[key], values);
+    const tellers = []; // what writes texts anew in another language
+    const button = document.getElementById("theme");
+    tellers.push(() => (button.textContent = say(theme)));
+    button.addEventListener("click", () => {
+      theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
+      root.dataset.theme = theme;
+      keep("fitmatrix-theme", theme);
+      button.textContent = say(theme);
+    });
+    const retell = () => tellers.forEach((tell) => tell());
+    for (const choice of document.querySelectorAll("[data-lang]"))
+      choice.addEventListener("click", () => {
+        tongue.remember(choice.dataset.lang);
+        tongue.speak(choice.dataset.lang, retell);
+      });
+    filterRows(say, tellers);
+    openDoor(say, tellers);
+    tongue.speak("", retell);
+    retell();
+  };
+
+  const filterRows = (say, tellers) => {
+    const field = document.getElementById("filter");
+    if (!field) return;
+    const said = field.parentElement.querySelector("output");
+    const rows = [...document.querySelectorAll("table.list tbody tr")].map((row) => [row, row.textContent.toLowerCase()]);
+    const filter = () => {
+      const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let shown = 0;
+      for (const [row, text] of rows) {
+        row.hidden = !words.every((word) => text.includes(word));
+        shown += !row.hidden;
+      }
+      said.textContent = words.length ? say("rows", { n: shown, n1: rows.length }) : "";
+    };
+    field.parentElement.hidden = false;
+    field.addEventListener("input", filter);
+    tellers.push(filter);
+  };
+
+  // What the driver keeps of a card, as harness.machine.gpus.reserve counts it.
+  const free = (size) => size - Math.min(Math.max(size * 0.015, 256 * MIB), 768 * MIB);
+
+  const openDoor = (say, tellers) => {
+    const door = document.getElementById("door");
+    if (!door) return;
+    const [card, vram, ram] = ["card", "vram", "ram"].map((name) => document.getElementById(name));
+    const said = door.querySelector("output");
+    const byModel = new Map();
+    for (const row of document.querySelectorAll("table.ways tbody tr")) byModel.set(row.dataset.of, [...(byModel.get(row.dataset.of) ?? []), row]);
+    const bytes = (field) => (field.value === "" ? undefined : Number(field.value) * GIB);
+    const update = () => {
+      const nothing = vram.value === "" && ram.value === ""; // is asked: then everything fits
+      const room = { VRAM: nothing ? Infinity : free(bytes(vram) ?? 0), RAM: bytes(ram) ?? Infinity };
+      let fitting = 0;
+      for (const rows of byModel.values()) {
+        const fits = rows.filter((row) => Number(row.dataset.need) <= room[row.dataset.kind]);
+        const sound = fits.filter((row) => "sound" in row.dataset);
+        const usable = (sound.length ? sound : fits).sort((a, b) => b.dataset.speed - a.dataset.speed);
+        const best = usable.find((row) => row.dataset.kind === "VRAM") ?? usable[0];
+        for (const row of rows) row.hidden = row !== best;
+        fitting += best !== undefined;
+      }
+      said.textContent = say("models", { n: fitting, n1: byModel.size });
+    };
+    card.addEventListener("change", () => {
+      if (card.value) vram.value = Math.round((card.value / GIB) * 10) / 10;
+      update();
+    });
+    for (const field of [vram, ram])
+      field.addEventListener("input", () => {
+        if (field === vram) card.value = "";
+        update();
+      });
+    door.addEventListener("submit", (event) => event.preventDefault());
+    door.hidden = false;
+    tellers.push(update);
+  };
+
+  if (document.readyState === "loading") addEventListener("DOMContentLoaded", start);
+  else start();
 })();

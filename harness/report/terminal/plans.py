@@ -1,265 +1,95 @@
-"""Plans in the terminal: a table of precision x placement, the reasons, the recommendation; or every term of one case."""
+"""Plans in the terminal: the answer first, then the ways that differ, or with `--all` every case and every reason."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from harness.catalog.resolve import history
-from harness.core.placements import FILE, PLACEMENTS
-from harness.core.records import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict, Workload
-from harness.core.units import format_bandwidth, format_count, format_gib, format_seconds, format_size, significant
-from harness.planning import calibration
+from harness.core.records import Plan, Verdict
 from harness.planning.recommend import Recommendation
-from harness.report.terminal import tables
+from harness.report.terminal import plan_table, tables
+from harness.report.terminal.answer import answer, code_or_command, main_reason
+from harness.report.terminal.next_steps import Asked, code_command, plan_command, proof_command
+from harness.report.terminal.subject import assumed, by_formulas, machine_line, model_line
 
-# Colour supports the word and never replaces it (Okabe and Ito).
-COLOURS = {Verdict.FITS: "#009e73", Verdict.TIGHT: "#e69f00", Verdict.TOO_BIG: "#d55e00"}
 _SHORT = 4
 
-TERMS = (
-    ("weights", "weights_bytes"),
-    ("KV cache", "kv_bytes"),
-    ("activations", "activation_bytes"),
-    ("overhead", "overhead_bytes"),
-    ("allocated by torch", "allocated_bytes"),
-    ("peak", "peak_bytes"),
-    ("  at least", "low_bytes"),
-    ("  at most", "high_bytes"),
-    ("peak while loading", "load_peak_bytes"),
-    ("must fit", "needed_bytes"),
-    ("  at most", "needed_high_bytes"),
-    ("capacity", "capacity_bytes"),
-)
 
-
-def show_plans(recommendations: Sequence[Recommendation], machine: Machine, workload: Workload) -> None:
-    """Print the machine, and for each model a table, the reasons of what does not fit, and the recommendation."""
+def show_plans(recommendations: Sequence[Recommendation], asked: Asked) -> None:
+    """Print for each model the answer, a table of what differs and what else must be known; then what holds for all of them."""
     here = any(recommendation.planner.here for recommendation in recommendations)
-    parts: list[RenderableType] = [tables.said(_machine_line(machine))]
-    if machine.gpu_problem:
-        parts.append(tables.said(f"{machine.gpu_problem}."))
-    if here and (assumed := _assumed(machine)):
-        parts.append(tables.said(assumed))
-    if note := recommendations[0].planner.constants.note:
-        parts.append(tables.said(f"{note}."))
-    for recommendation in recommendations:
-        table, left_out = _table(recommendation, machine)
-        parts += [tables.title(_headline(recommendation)), table]
-        reasons = "\n".join(_reasons(recommendation.plans))
-        spec, conclusion = recommendation.spec, _conclusion(recommendation, workload)
-        said = (
-            left_out,
-            history(spec.name) if recommendation.best else "",
-            *recommendation.notes,
-            reasons,
-            _by_formulas(recommendation),
-            conclusion,
-        )
-        parts += [tables.said(text) for text in said if text]
-    tables.show(*parts)
+    parts = [part for recommendation in recommendations for part in _parts(recommendation, asked)]
+    machine = asked.machine
+    said = (
+        f"{machine.gpu_problem}." if machine.gpu_problem else "",
+        assumed(machine) if here else "",
+        f"{note}." if (note := recommendations[0].planner.constants.note) else "",
+    )
+    tables.show(*parts, *(tables.said(text) for text in said if text))
 
 
-def explain_plan(recommendation: Recommendation) -> None:
-    """Print every term of the one case of `recommendation`, with its interval, and the constants that were used."""
-    one = recommendation.plans[0]
-    parts: list[RenderableType] = [tables.title(f"{one.case.id}: {_word(one)}"), *([tables.said(one.why)] if one.why else [])]
-    parts += [tables.said(note) for note in recommendation.planner.notes(one)]
-    if one.estimate is not None:
-        parts += [_terms(one.estimate), *_largest(recommendation, one)]
-        parts += [tables.facts(_seconds(one.estimate)), _constants(recommendation, one)]
-    tables.show(*parts)
+def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableType]:
+    best, spec = recommendation.best, recommendation.spec
+    yield answer(recommendation, asked)
+    yield tables.said(f"{model_line(spec)}\n{machine_line(asked.machine)}\n{_tokens(recommendation, asked)}")
+    table, lacks = (plan_table.of_cases if asked.all else plan_table.of_ways)(recommendation, asked.machine)
+    if table.row_count:
+        yield table
+    said = (
+        "\n".join(_reasons(recommendation, recommendation.plans if asked.all else _unshown(recommendation))),
+        best.why if best else None,
+        history(spec.name) if best else "",
+        *recommendation.notes,
+        by_formulas(recommendation),
+        _left_out(recommendation, asked, lacks, table.row_count),
+        _steps(recommendation, best, asked) if best else "",
+    )
+    yield from (tables.said(text) for text in said if text)
 
 
-def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
-    """Name the largest tensors beside the weights at the peak on the GPU, as traced; say so if formulas stand in for a trace."""
-    footprint = recommendation.planner.footprints.get(one.case.id)
-    if footprint is None or not footprint.gpus:
-        return []
-    peak = footprint.inventory.on_gpu.traced_peak(one.case.workload)
-    if peak is None:
-        return [tables.said(f"Activations are computed by formulas: {footprint.inventory.on_gpu.why_formulas}.")]
-    tensors = "; ".join(f"{name}, {format_size(size)}" for name, size in peak.worst.tensors)
-    kv = f"KV cache, {format_size(peak.worst.kv_bytes)}"
-    return [tables.said(f"Alive at the traced peak beside the weights: {kv}; {tensors}.")]
+def _tokens(recommendation: Recommendation, asked: Asked) -> str:
+    """Say for how many tokens the estimates are, and how many would fit."""
+    workload, best = asked.workload, recommendation.best
+    most = recommendation.planner.max_context(best) if best else None
+    batch = f" in a batch of {workload.batch}" if workload.batch > 1 else ""
+    room = f"; up to {most:,} fit" if most else ""
+    return f"Estimates for {workload.prompt_tokens:,} + {workload.new_tokens:,} tokens{batch}{room}"
 
 
-def _by_formulas(recommendation: Recommendation) -> str:
-    """Say of a model that nobody has traced for these cards that its activations are by formulas, and how to have it traced."""
-    footprints = recommendation.planner.footprints
-    pairs = [(one.case, footprints[one.case.id]) for one in recommendation.plans if one.case.id in footprints]
-    on_gpu = [(case, footprint.inventory.on_gpu) for case, footprint in pairs if footprint.gpus]
-    lacking = [case for case, found in on_gpu if found.lacks_trace]
-    if not lacking or any(found.precision and not found.lacks_trace for _, found in on_gpu):
-        return ""
-    case = f"{lacking[0].precision}/{lacking[0].placement}"
-    return f"Activations on the GPU are computed by formulas; --explain {case} traces the model, once for each precision."
+def _unshown(recommendation: Recommendation) -> list[Plan]:
+    """Return the plans whose reason no row of the short table tells: what is too big if nothing fits, and whole precisions."""
+    good = {one.case.precision for one in recommendation.plans if one.verdict.is_good}
+    too_big = {one.case.precision for one in recommendation.plans if one.verdict is Verdict.TOO_BIG}
+    if recommendation.best is None:
+        return [one for one in recommendation.plans if one.verdict is Verdict.TOO_BIG or one.case.precision not in too_big]
+    return [one for one in recommendation.plans if one.case.precision not in good | too_big]
 
 
-def _word(one: Plan) -> str:
-    return one.verdict.value.replace("_", " ")
-
-
-def _headline(recommendation: Recommendation) -> str:
-    spec = recommendation.spec
-    context = f", context {spec.context_length:,}" if spec.context_length else ""
-    return f"{spec.name}: {format_count(spec.skeleton.parameters)} parameters, {len(spec.skeleton.layers)} blocks{context}"
-
-
-def _machine_line(machine: Machine) -> str:
-    return "   ".join(_tier_line(tier) for tier in machine.tiers if tier.kind in ("gpu", "cpu"))
-
-
-def _tier_line(tier: Tier) -> str:
-    name = "RAM" if tier.kind == "cpu" else tier.model or tier.name
-    speed = f", {format_bandwidth(tier.bytes_per_s)}" if tier.bytes_per_s else ""
-    free = f"{format_gib(tier.capacity_bytes)} GiB free" if tier.capacity_bytes is not None else "size unknown"
-    return f"{name}: {free}{speed}"
-
-
-def _assumed(machine: Machine) -> str:
-    """Say which bandwidths the times assume until RAM and disk of this machine are measured; planning measures nothing."""
-    unmeasured = {tier.kind for tier in machine.tiers if not tier.bytes_per_s}
-    if "cpu" not in unmeasured:  # a disk alone may be one that cannot be measured
-        return ""
-    known = calibration.default()
-    speeds = [
-        f"{name} at {format_bandwidth(found.low)} to {format_bandwidth(found.high)}"
-        for kind, name, found in (("cpu", "RAM", known["ram_bytes_per_s"]), ("disk", "disk", known["disk_bytes_per_s"]))
-        if kind in unmeasured
-    ]
-    return f"Times assume {', '.join(speeds)}, not measured yet: fitmatrix hardware measures once (1 to 3 s)."
-
-
-def _span_of(tier: TierEstimate | None) -> str:
-    return f"{format_gib(tier.needed_bytes)}-{format_gib(tier.needed_high_bytes)}" if tier else ""
-
-
-def _best_of(tier: TierEstimate | None) -> str:
-    return format_gib(tier.needed_bytes) if tier else ""
-
-
-class _Layout(NamedTuple):
-    """What a table of plans shows beside verdict and tokens/s."""
-
-    amount: Callable[[TierEstimate | None], str] | None  #: formats what must fit in a tier; None leaves the tiers out
-    ready: bool  #: whether the time until ready is shown
-    lacks: str = ""  #: what a wider table shows in addition
-
-
-# The first that is not too wide is shown.
-_LAYOUTS = (
-    _Layout(_span_of, ready=True),
-    _Layout(_best_of, ready=True, lacks="the upper bound of each tier"),
-    _Layout(_best_of, ready=False, lacks="the upper bound of each tier and the time until ready"),
-    _Layout(None, ready=True, lacks="the memory of each tier"),
-)
-
-
-def _table(recommendation: Recommendation, machine: Machine) -> tuple[Table, str]:
-    """Draw a row for each case that can be loaded, as detailed as the screen is wide; and say what was left out."""
-    for layout in _LAYOUTS:
-        table = _drawn(recommendation, machine, layout)
-        if tables.has_room_for(table):
-            break
-    return table, f"A wider terminal, --explain CASE and --json show {layout.lacks}." if layout.lacks else ""
-
-
-def _drawn(recommendation: Recommendation, machine: Machine, layout: _Layout) -> Table:
-    tiers = [tier for tier in machine.tiers if tier.kind in ("gpu", "cpu")] if layout.amount else []
-    heads = [f"{'RAM' if tier.kind == 'cpu' else tier.name}\nof {_gib(tier.capacity_bytes)}" for tier in tiers]
-    ready = ["ready"] if layout.ready else []
-    table = tables.table("precision", "placement", "verdict", *heads, *ready, "tokens/s", "", left=3)
-    for one in recommendation.plans:
-        if one.estimate is not None:
-            amounts = [layout.amount(one.estimate.tiers.get(tier.name)) for tier in tiers if layout.amount]
-            mark = "<-" if one is recommendation.best else ""
-            verdict = Text(_word(one), style=COLOURS.get(one.verdict, ""))
-            seconds, speed = _speed(one, one.estimate)
-            table.add_row(one.case.precision, one.case.placement, verdict, *amounts, *([seconds] * len(ready)), speed, mark)
-    return table
-
-
-def _speed(one: Plan, expected: Estimate) -> tuple[str, str]:
-    if not one.verdict.is_good:
-        return "", ""
-    return format_seconds(expected.load_s.best + expected.first_token_s.best), _range(expected.decode_tok_s)
-
-
-def _range(span: Span) -> str:
-    return f"{significant(span.low, 2)}-{significant(span.high, 2)}"
-
-
-def _reasons(plans: Sequence[Plan]) -> Iterator[str]:
-    """Yield each reason once, with the cases that it applies to."""
+def _reasons(recommendation: Recommendation, plans: Sequence[Plan]) -> Iterator[str]:
+    """Yield each reason once, with the cases that it applies to; the main one is in the answer."""
     reasons: dict[str, list[str]] = {}
     for one in plans:
-        if one.verdict is not Verdict.FITS and one.why:
+        if one.verdict is not Verdict.FITS and one.why and one.why != main_reason(recommendation):
             reasons.setdefault(one.why, []).append(f"{one.case.precision}/{one.case.placement}")
     for why, cases in reasons.items():
         more = f" and {len(cases) - _SHORT} more" if len(cases) > _SHORT else ""
         yield f"{', '.join(cases[:_SHORT])}{more}: {why}"
 
 
-def _conclusion(recommendation: Recommendation, workload: Workload) -> str:
-    planned = f"Estimates for {workload.prompt_tokens} + {workload.new_tokens} tokens, batch {workload.batch}."
-    best = recommendation.best
-    if best is None:
-        nearest = f" Nearest: {recommendation.nearest}." if recommendation.nearest else ""
-        return f"Nothing fits.{nearest} {planned}"
-    name, case = _sayable(recommendation), f"{best.case.precision}/{best.case.placement}"
-    context = recommendation.planner.max_context(best)
-    room = f" The longest context that fits is {context:,} tokens." if context else ""
-    given = " --device-map FILE" if best.case.placement == FILE else ""
-    return (
-        f"Best: {case}: {recommendation.reason.removesuffix('.')}.{room} {planned}\n"
-        f"To load it:   fitmatrix plan {name} --code {case}{given}\n{_proof(best, name, given)}"
-    )
+def _left_out(recommendation: Recommendation, asked: Asked, lacks: str, rows: int) -> str:
+    """Say what is not shown, and how it is."""
+    wider = f"A wider terminal, --explain CASE and --json show {lacks}." if lacks and rows else ""
+    planned = len(recommendation.plans)
+    if asked.all or rows in (0, planned):
+        return wider
+    command = plan_command(recommendation, asked, more="--all")
+    return f"{wider} All {planned} cases, and why some cannot work: {command}".strip()
 
 
-def _proof(best: Plan, name: str, given: str) -> str:
-    named = f" --placement {best.case.placement}" if PLACEMENTS[best.case.placement].parallel else ""
-    return f"To prove it:  pytest cases/ --model {name}{named}{given}"
-
-
-def _sayable(recommendation: Recommendation) -> str:
-    """Write the model as an argument of a command: a directory by its path from here."""
-    source = recommendation.source
-    if source.kind != "directory":
-        return f"{source.location} --file {shlex.quote(source.file)}" if source.file else source.name
-    place = Path(source.location) / (source.file or "")
-    if not place.is_relative_to(Path.cwd()):
-        return shlex.quote(source.location)
-    inside = place.relative_to(Path.cwd())
-    return shlex.quote(f"./{inside}") if inside.parts else "."
-
-
-def _terms(expected: Estimate) -> Table:
-    table = tables.table("GiB", *expected.tiers)
-    for label, key in TERMS:
-        table.add_row(label, *(_gib(getattr(tier, key)) for tier in expected.tiers.values()))
-    return table
-
-
-def _seconds(expected: Estimate) -> Iterator[tuple[str, str]]:
-    spans = {"load": expected.load_s, "first token": expected.first_token_s, "decode": expected.decode_tok_s}
-    for label, span in spans.items():
-        unit = "tokens/s" if label == "decode" else "s"
-        yield label, f"{significant(span.best)} {unit}, {significant(span.low)} to {significant(span.high)}"
-    if expected.corrections:
-        yield "corrected", f"{', '.join(expected.corrections)}: measured on this machine, see below"
-
-
-def _constants(recommendation: Recommendation, one: Plan) -> Table:
-    used = recommendation.planner.used(one)
-    return tables.facts((name, f"{found.best:g}, {found.low:g} to {found.high:g}. {found.origin}") for name, found in used.items())
-
-
-def _gib(size: int | None) -> str:
-    return "unknown" if size is None else format_gib(size)
+def _steps(recommendation: Recommendation, best: Plan, asked: Asked) -> str:
+    """Name the next commands; what the answer shows already is not said again."""
+    script = code_command(recommendation, best, asked)
+    shown = code_or_command(recommendation, best, asked) == script
+    return ("" if shown else f"To load it:   {script}\n") + f"To prove it:  {proof_command(recommendation, best, asked)}"

@@ -7,11 +7,12 @@ except for names that are not.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +22,7 @@ from harness.core.text import visible
 WIDEST = 100
 NARROWEST = 40
 _GAP = 2  # between columns
+_ENDLESS = 1 << 16
 
 # The colours of Okabe and Ito that the pages use, by kind of module.
 KIND_COLOURS = {
@@ -34,20 +36,29 @@ KIND_COLOURS = {
 
 
 def screen() -> Console:
-    """Return the console of standard output, no wider than can be read; letters that its encoding lacks become "?"."""
+    """Return the console of standard output, no wider than can be read; letters that its encoding lacks become "?".
+
+    A pipe or a file has no width: nothing is wrapped or left out there, unless COLUMNS says how wide it is.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False, markup=False, emoji=False)
-    console.width = min(max(console.width, NARROWEST), WIDEST)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        console.width = min(max(console.width, NARROWEST), WIDEST)
+    else:
+        console.width = _ENDLESS
     return console
 
 
 def show(*parts: RenderableType, console: Console | None = None) -> None:
     """Print the parts with an empty line between them; what goes to no terminal has no blanks at the ends of its lines."""
     console = console or screen()
+    width = console.width
     with console.capture() as captured:
         for number, part in enumerate(parts):
-            console.print("\n" if number else "", part, sep="", end="" if isinstance(part, Table) else "\n")
+            console.width = max(width, _fixed_width(part))  # a terminal wraps what rich would cut
+            console.print("\n" if number else "", end="")
+            console.print(part, end="" if isinstance(part, (Group, Table)) else "\n")
     text = captured.get()
     sys.stdout.write(text if console.is_terminal else "".join(f"{row.rstrip()}\n" for row in text.splitlines()))
 
@@ -67,9 +78,7 @@ def table(*columns: str, left: int = 1) -> Table:
     made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
     for number, heading in enumerate(columns):
         is_word = number < left
-        made.add_column(
-            heading, justify="left" if is_word else "right", vertical="bottom" if is_word else "top", no_wrap=not is_word
-        )
+        made.add_column(heading, justify="left" if is_word else "right", no_wrap=not is_word)
     return made
 
 
@@ -78,13 +87,25 @@ def width_of(part: Table) -> int:
     return sum(_widths(part)) + _GAP * (len(part.columns) - 1)
 
 
-def has_room_for(part: Table) -> bool:
-    """Say whether the screen is wide enough to show a table without wrapping or cutting it; then its columns are fixed."""
-    if width_of(part) > screen().width:
-        return False
-    for column, width in zip(part.columns, _widths(part), strict=True):
-        column.width = width  # else rich lays out every cell once more to find it
-    return True
+def has_room_for(part: Table, *, wrapping: Sequence[int] = ()) -> bool:
+    """Fix the columns of a table, and say whether the screen is wide enough to show it without cutting anything.
+
+    The columns of these numbers may be wrapped at their blanks, the first one first; else nothing is.
+    """
+    widths, room = _widths(part), screen().width - _GAP * (len(part.columns) - 1)
+    for number in wrapping:
+        cells = (part.columns[number].header, *part.columns[number].cells)
+        longest = max(cell_len(word) for cell in cells for word in str(cell).split())
+        widths[number] = max(widths[number] - max(sum(widths) - room, 0), longest)
+    for column, width in zip(part.columns, widths, strict=True):
+        column.width = width  # else rich lays out every cell once more to find it, and cuts figures
+    return sum(widths) <= room
+
+
+def _fixed_width(part: RenderableType) -> int:
+    """Return how wide a table is whose columns are fixed."""
+    widths = [column.width or 0 for column in part.columns] if isinstance(part, Table) else []
+    return sum(widths) + _GAP * (len(widths) - 1) if all(widths) and widths else 0
 
 
 def _widths(part: Table) -> list[int]:
@@ -101,6 +122,11 @@ def facts(pairs: Iterable[tuple[str, str | Sequence[str]]]) -> Table:
     for name, value in pairs:
         made.add_row(name, Text("\n").join(said(text) for text in ([value] if isinstance(value, str) else value)))
     return made
+
+
+def height(part: RenderableType) -> int:
+    """Return how many lines of the screen something takes."""
+    return len(screen().render_lines(part, pad=False))
 
 
 def text_bar(share: float, width: int, console: Console, colour: str = "") -> Text:

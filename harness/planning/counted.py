@@ -1,0 +1,49 @@
+"""What is counted of a model whatever the machine: its tensors in every weight format, for every placement."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from harness.architecture.model_spec import ModelSpec
+from harness.architecture.skeleton import Skeleton, Weight
+from harness.planning.cost.inventory import Inventory
+from harness.planning.cost.memory import WeightFormat
+from harness.planning.device_map.max_memory import Named, Sizes, Stock
+
+
+class Counted:
+    """One model, counted once for all machines that it is planned on."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._inventories: dict[WeightFormat, Inventory] = {}
+        self._sizes: dict[WeightFormat, Sizes] = {}
+        self._weights: dict[str, Weight] = {}
+
+    def inventory(self, fmt: WeightFormat) -> Inventory:
+        """Return its tensors in a format."""
+        if fmt not in self._inventories:
+            self._inventories[fmt] = Inventory(self.spec, fmt)
+        return self._inventories[fmt]
+
+    def sizes(self, fmt: WeightFormat) -> Sizes:
+        """Return the bytes of its blocks, and of what lies outside of them, as a placement's own limits go by them."""
+        if fmt not in self._sizes:
+            self._weights = self._weights or _weights_by_path(self.spec.skeleton)
+            stock = Stock([Named(path, weight.tensor.shape) for path, weight in self._weights.items()])
+            sizes = self.inventory(fmt).sizes if fmt.packed_bits is not None else {}
+            packed = {path: sizes[weight.path] for path, weight in self._weights.items()} if sizes else None
+            self._sizes[fmt] = Sizes(stock, fmt.dtype, packed)
+        return self._sizes[fmt]
+
+
+@lru_cache(maxsize=16)
+def counted(spec: ModelSpec) -> Counted:
+    """Return what is counted of a model; of the last ones, each in some forms, it is kept."""
+    return Counted(spec)
+
+
+def _weights_by_path(skeleton: Skeleton) -> dict[str, Weight]:
+    """Return the weights of a model by their path, each as that of the first piece of its kind; tied ones are left out."""
+    inside = {like: [w for module in like.inside for w in module.weights if not w.tied_to] for _, _, like in skeleton.pieces}
+    return {f"{path}{w.path.removeprefix(like.path)}": w for path, _, like in skeleton.pieces for w in inside[like]}

@@ -1,0 +1,60 @@
+"""The commands that a plan ends with: each is whole, so that what is pasted asks of the same machine and the same tokens."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.core.placements import PLACEMENTS
+from harness.core.records import Machine, Plan, Workload
+from harness.planning.recommend import Recommendation
+
+_USUAL = Workload()
+
+
+class Asked(NamedTuple):
+    """What was asked, as far as what is printed depends on it."""
+
+    machine: Machine
+    workload: Workload
+    options: str = ""  #: as they were typed, each with a blank before it, less those that choose cases and what is printed
+    cases: str = ""  #: those that choose cases
+    code: str = ""  #: those that the code depends on, and that a run takes as well
+    all: bool = False  #: whether every case is shown
+
+
+def code_command(recommendation: Recommendation, one: Plan, asked: Asked) -> str:
+    """Return the command that prints the script of a case."""
+    return f"fitmatrix plan {_sayable(recommendation)}{asked.code}{asked.options} --code {one.case.precision}/{one.case.placement}"
+
+
+def plan_command(recommendation: Recommendation, asked: Asked, *, more: str) -> str:
+    """Return the command that was given, for one model, with another option."""
+    return f"fitmatrix plan {_sayable(recommendation)}{asked.code}{asked.options}{asked.cases} {more}"
+
+
+def proof_command(recommendation: Recommendation, one: Plan, asked: Asked) -> str:
+    """Return the command that measures what was planned, on the machine where it is given."""
+    workload = asked.workload
+    tokens = "".join(
+        f" --{key.replace('_', '-')} {getattr(workload, key)}"
+        for key in ("prompt_tokens", "new_tokens", "batch")
+        if getattr(workload, key) != getattr(_USUAL, key)
+    )
+    row = PLACEMENTS[one.case.placement]
+    named = f" --placement {row.name}" if row.parallel and "--placement" not in asked.cases else ""
+    return f"pytest cases/ --model {_sayable(recommendation, file_option=False)}{tokens}{asked.code}{asked.cases}{named}"
+
+
+def _sayable(recommendation: Recommendation, *, file_option: bool = True) -> str:
+    """Write the model as an argument of a command: a directory by its path from here."""
+    source = recommendation.source
+    if source.kind != "directory":
+        file = f" --file {shlex.quote(source.file)}" if source.file and file_option else ""
+        return f"{source.location if source.file else source.name}{file}"
+    place = Path(source.location) / (source.file or "")
+    if not place.is_relative_to(Path.cwd()):
+        return shlex.quote(source.location)
+    inside = place.relative_to(Path.cwd())
+    return shlex.quote(f"./{inside}") if inside.parts else "."
