@@ -14,7 +14,7 @@ from _pytest.terminal import TerminalReporter
 
 from harness.core.errors import HarnessError, UsageError
 from harness.core.options import OPTIONS
-from harness.core.records import Case, Machine, Outcome, Plan, Result
+from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict
 from harness.core.text import line
 from harness.machine import atomic
 from harness.results.store import settle
@@ -284,9 +284,9 @@ def _report_end(item: pytest.Item, ended: CaseEnded, report: pytest.TestReport) 
 
 
 def _was_to_fit(item: pytest.Item) -> bool:
-    """Say whether the plan of an item's case promised that it fits: then running out of memory is a surprise."""
-    case = _case_of(item)
-    return case is not None and item.config.stash[SESSION].promised(case)
+    """Say whether the plan of an item's case promised that it fits, that of its time if it is kept: else there is no surprise."""
+    case, session = _case_of(item), item.config.stash[SESSION]
+    return case is not None and (session.kept.get(case) or session.plan(case)).verdict is Verdict.FITS
 
 
 def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -> tuple[str, str, Any] | None:

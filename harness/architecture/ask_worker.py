@@ -16,7 +16,7 @@ from harness.data import DATA
 
 # Its exit status if the transformers that is installed has no such architecture, if the model is not of a kind to measure, and if
 # transformers' own classes end in an error with such a config.
-UNKNOWN_TYPE, NO_DECODER, REFUSED = 3, 4, 5
+UNKNOWN_TYPE, NO_DECODER, CONFIG_REFUSED = 3, 4, 5
 
 
 class UnknownType(UsageError):
@@ -33,7 +33,7 @@ class RefusedConfig(UsageError):
 
 # What Python says of an error under the lines of code that it came through; a line that ends in a colon goes on.
 _RAISED = re.compile(r"^Traceback \(most recent call last\):\n(?: .*\n)*(\S.*(?:(?<=:)\n.*)*)", re.M)
-_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured, REFUSED: RefusedConfig}
+_REFUSALS = {UNKNOWN_TYPE: UnknownType, NO_DECODER: NotMeasured, CONFIG_REFUSED: RefusedConfig}
 _WHOLE_SENTENCES = (NotMeasured, RefusedConfig)
 
 

@@ -38,7 +38,7 @@ class Counted:
 
 
 @lru_cache(maxsize=16)
-def counted(spec: ModelSpec) -> Counted:
+def count_model(spec: ModelSpec) -> Counted:
     """Return what is counted of a model; of the last ones, each in some forms, it is kept."""
     return Counted(spec)
 

@@ -24,7 +24,7 @@ from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.cost.work import multiplies_4bit_in_ram
-from harness.planning.counted import counted
+from harness.planning.counted import count_model
 from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.recommended import RecommendedMap, Recommender
@@ -58,7 +58,7 @@ class Planner:
         trust: bool = False,
         device_map: Mapping[str, Device] | None = None,
     ) -> None:
-        self.counted = counted(spec)
+        self.counted = count_model(spec)
         self.spec, self.machine, self.here, self.trust = self.counted.spec, machine, here, trust
         self.constants = calibration.with_context(constants or calibration.default(), machine)
         self.judge = Judge(spec=self.spec, machine=machine, here=here, trust=trust)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.core.errors import UsageError
 from harness.core.progress import show_progress
-from harness.core.records import Case, Machine, Plan, Result, Verdict
+from harness.core.records import Case, Machine, Plan, Result
 from harness.machine import accelerators, probe
 from harness.machine.scratch import Scratch
 from harness.machine.signals import Interrupts
@@ -166,18 +166,13 @@ class Session:
 
     def _why_again(self, case: Case) -> str | None:
         """Say why a case must run although an earlier run may have measured it; None if its result is kept."""
-        earlier, reference = (
-            self._earlier.get((case, self.models.weights(self._matrix.files_of(case)))),
-            self._references.of(case.model),
-        )
+        earlier = self._earlier.get((case, self.models.weights(self._matrix.files_of(case))))
+        reference = self._references.of(case.model)
         if earlier is None:
             return resume.NEW
         now = case_result.not_run(self.plan(case), self.case_model(case), self.context)
         lesser = resume.judged_by_a_lesser(earlier, reference.case, self.cases()) if reference else None
         return resume.why_again(earlier, now, run_all=self.options.run_all) or lesser
-
-    def _earlier_of(self, case: Case) -> Result | None:
-        return self._earlier.get((case, self.models.weights(self._matrix.files_of(case))))
 
     def finish(self, run: Run) -> Result:
         """End a case and append its result; one that the user interrupted leaves none, so that an older result stays the newest."""
@@ -194,11 +189,6 @@ class Session:
         """Take note that a test of the case that runs has failed."""
         if self.current is not None and self.current.plan.case == case and test not in self.current.measured.failed:
             self.current.measured.failed.append(test)
-
-    def promised(self, case: Case) -> bool:
-        """Say whether the plan said that a case fits; of a kept one, the plan of its time."""
-        kept = self.kept.get(case)
-        return (kept.verdict if kept else self.plan(case).verdict) is Verdict.FITS
 
     def shown(self, case: Case) -> Result | None:
         """Return what the case of this moment has shown so far, None before it began."""

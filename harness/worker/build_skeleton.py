@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
 from harness.architecture import skeleton_source
-from harness.architecture.ask_worker import NO_DECODER, REFUSED, UNKNOWN_TYPE, NotMeasured, RefusedConfig, UnknownType
+from harness.architecture.ask_worker import CONFIG_REFUSED, NO_DECODER, UNKNOWN_TYPE, NotMeasured, RefusedConfig, UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec, Skeleton
 from harness.catalog import shipped
@@ -43,7 +43,7 @@ from harness.worker.read_key_mapping import naming
 
 MOST_GROWTH_BYTES = 4 << 30
 _WAY_OUT = "correct 'model_type' in config.json, or try a newer transformers"
-_STATUSES = {UnknownType: UNKNOWN_TYPE, NotMeasured: NO_DECODER, RefusedConfig: REFUSED}
+_STATUSES = {UnknownType: UNKNOWN_TYPE, NotMeasured: NO_DECODER, RefusedConfig: CONFIG_REFUSED}
 # What transformers' configs and models raise for sizes that contradict each other.
 _CONTRADICTIONS = (StrictDataclassError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError)
 _NOT_OF_THE_SHAPE = frozenset(("architectures", "quantization_config", "quantization_bit", "wbits"))

@@ -72,6 +72,7 @@ class Footprint:
         loading: Loading = PLAIN_LOADING,
     ) -> None:
         self.inventory, self.tiers, self.workload, self.calibration, self.loading = inventory, tiers, workload, calibration, loading
+        self.on_gpu: GpuActivations = inventory.on_gpu(loading.capability)
         self.fmt, self.skeleton, self.spec = inventory.fmt, inventory.skeleton, inventory.spec
         self.processes = loading.processes
         self.sums = self._sums_by_tier()
@@ -113,11 +114,6 @@ class Footprint:
         other.calibration = calibration
         other.overhead = Overhead(self.inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
         return other
-
-    @property
-    def on_gpu(self) -> GpuActivations:
-        """What it allocates on a GPU beside weights and KV cache."""
-        return self.inventory.on_gpu(self.loading.capability)
 
     @cached_property
     def kv(self) -> dict[str, int]:

@@ -195,10 +195,6 @@ class Inventory:
                 total.add(self._sums(weight))
         return total
 
-    def _copied(self, weight: Weight) -> int:
-        """Return the bytes of the 16-bit copy that quantizing makes of a tensor."""
-        return weight.elements * 2 if memory.is_taken(weight, self.fmt.quantizer) else 0
-
     def _sums(self, weight: Weight, copied: bool = False) -> TensorTotals:
         if weight.tied_to:
             return self._repeated(weight)
@@ -206,7 +202,7 @@ class Inventory:
         makes = copied or self._makes(weight)
         in_file = weight.tensor.kind != "unsaved"
         stored = int(weight.elements * self.stored_width) if in_file and self.fmt.packed_bits is None else size
-        copies = self._copied(weight)
+        copies = weight.elements * 2 if memory.is_taken(weight, self.fmt.quantizer) else 0  # in 16 bits, to be quantized
         view = not makes and weight.tensor.kind != "unsaved"
         return TensorTotals(
             held=size,

@@ -25,7 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MOST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 20
 _GPU = re.compile(r"(?:cuda|gpu):(\d{1,4})")
 _MOST_GPUS = 10_000  # as many as four digits number
 _SHOWN = 3
@@ -51,11 +51,11 @@ def read(path: Path) -> dict[str, Device]:
         UsageError: no such file, neither JSON nor TOML, no map, or something that is no device.
     """
     try:
-        text = read_regular(path, MOST_BYTES).decode()
+        text = read_regular(path, _MOST_BYTES).decode()
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, object_pairs_hook=_unrepeated)
         return _entries(found, path)
     except OSError as error:
-        what = f"more than a device map can need, {MOST_BYTES >> 20} MiB" if error.errno == errno.EFBIG else error.strerror
+        what = f"more than a device map can need, {_MOST_BYTES >> 20} MiB" if error.errno == errno.EFBIG else error.strerror
         raise UsageError(f"--device-map {path}: {what}") from None
     except (ValueError, RecursionError) as error:  # of JSON, TOML and UTF-8; or too deep, or a number too long to be written
         kind = "TOML" if path.suffix == ".toml" else "JSON"
