@@ -188,7 +188,7 @@ def test_the_rows_are_a_thousand_and_of_every_kind() -> None:
     assert len(found) >= 1000
     assert len({row.architecture for row in found}) >= 15
     assert {row.precision for row in found} >= {"bf16", "int8", "int4", "fp16", "fp32"}
-    assert {row.peak_in for row in found} == {"prefill", "decode", "unknown"}
+    assert {row.peak_in for row in found} == {"prefill", "decode", "load", "unknown"}
     assert {row.placement for row in found} >= {"direct", "auto", "sequential", "gpu+cpu"}
     assert any(row.load_peak_bytes for row in found)
     assert len({(row.model, row.precision, row.placement, row.tier, row.cards, row.size) for row in found}) == len(found)
