@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     given = {option.key: config.getoption(f"fitmatrix_{option.key}") for option in OPTIONS}
-    try:
+    with _sentence(pytest.UsageError):
         config.stash[SESSION] = Session(Options(config=read_config(config.rootpath), given=given))
-    except HarnessError as error:
-        raise pytest.UsageError(line(str(error))) from None
+
+
+@contextmanager
+def _sentence(kind: type[Exception]) -> Iterator[None]:
+    """Raise what is wrong with the request or with a file as pytest's own error, of one sentence."""
+    try:
+        yield
+    except (HarnessError, OSError) as error:
+        raise kind(_said(error)) from None
+
+
+def _said(error: BaseException) -> str:
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    return line(f"{where}{getattr(error, 'strerror', None) or error}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "plan" in metafunc.fixturenames:
-        cases = metafunc.config.stash[SESSION].cases()
+        with _sentence(pytest.Collector.CollectError):
+            cases = metafunc.config.stash[SESSION].cases()
         metafunc.parametrize("plan", cases, ids=[case.id for case in cases], indirect=True, scope="session")
 
 
@@ -100,10 +113,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if config.pluginmanager.has_plugin("terminalreporter"):
         live = LiveLine(config.get_terminal_writer()._file, total=len({case.id for case in cases}))
         ours.on_sample = config.stash[_LIVE] = live
-    try:
+    with _sentence(pytest.UsageError):
         ours.prepare(cases)
-    except HarnessError as error:
-        raise pytest.UsageError(line(str(error))) from None
     reporter: TerminalReporter | None = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         for notice in ours.notices():
@@ -259,8 +270,8 @@ def pytest_runtest_makereport(
     case = _case_of(item)
     if case is None or call.excinfo is None:
         return report
-    if isinstance(call.excinfo.value, HarnessError):
-        report.longrepr = line(str(call.excinfo.value))
+    if isinstance(call.excinfo.value, HarnessError | OSError):
+        report.longrepr = _said(call.excinfo.value)
     elif isinstance(call.excinfo.value, CaseEnded):
         _report_end(item, call.excinfo.value, report)
     if report.failed:
@@ -336,8 +347,8 @@ def _wind_up(session: pytest.Session, ours: Session) -> None:
     settled = settle(ours.store)
     try:
         page = ours.render()
-    except HarnessError as error:
-        raise pytest.UsageError(line("; ".join(filter(None, [settled, str(error)])))) from None
+    except (HarnessError, OSError) as error:
+        raise pytest.UsageError("; ".join(filter(None, [settled, _said(error)]))) from None
     finally:
         ours.interrupts.restore()
     if ours.interrupts.exit_status is not None:

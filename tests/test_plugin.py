@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
@@ -552,7 +553,10 @@ def test_benchmark_json_has_every_case_with_its_rounds(project: Project) -> None
     assert all(one["extra_info"]["decode_tok_s"] > 0 for one in found)
 
 
-def test_result_that_cannot_be_written_is_told_in_one_sentence(project: Project) -> None:
+def test_result_that_cannot_be_written_is_told_in_one_sentence(
+    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("t")))  # where it is written instead
     with (project.path / "conftest.py").open("a") as file:
         file.write(
             """

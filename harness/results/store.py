@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,7 +133,8 @@ class Store:
         try:
             yield
         finally:
-            lock.release()
+            with suppress(OSError):  # what was written is written
+                lock.release()
 
     def read(self) -> tuple[list[Result], list[StoreError]]:
         """Return the results in file order, and one error for each line that is none.

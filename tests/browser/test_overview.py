@@ -13,6 +13,7 @@ from harness.core.records import Outcome, Result
 from harness.core.units import GIB
 from harness.report.page import render
 from harness.results import store
+from harness.results.needed import need_of
 from tests.support.builders import GOLDEN
 
 pytestmark = pytest.mark.browser
@@ -78,13 +79,15 @@ def test_the_table_says_the_figures_of_the_store(show: Open, results: list[Resul
     details = browser.find_element(By.CSS_SELECTOR, "details.numbers")
     details.find_element(By.CSS_SELECTOR, "summary").click()
     newest = {f"{result.case.precision}/{result.case.place}": result for result in results if result.machine.gpus}
-    by_name = {name: result.metrics for name, result in newest.items() if result.outcome is Outcome.OK}
+    by_name = {name: result for name, result in newest.items() if result.outcome is Outcome.OK}
     rows = details.find_elements(By.CSS_SELECTOR, "tbody tr")
     assert sorted(row.find_element(By.CSS_SELECTOR, "th").text for row in rows) == sorted(by_name)
     for row in rows:
-        metrics = by_name[row.find_element(By.CSS_SELECTOR, "th").text]
+        result = by_name[row.find_element(By.CSS_SELECTOR, "th").text]
+        metrics, need = result.metrics, need_of(result)
+        assert need
         size, speed = row.find_elements(By.CSS_SELECTOR, "data")
-        peak = metrics.get("vram_peak_bytes") or metrics["ram_peak_bytes"]
+        peak = need.bytes
         assert (float(size.get_attribute("value") or 0), float(speed.get_attribute("value") or 0)) == (
             peak,
             metrics["decode_tok_s"],

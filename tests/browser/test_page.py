@@ -10,6 +10,7 @@ from selenium.webdriver.common.by import By
 from harness.core.metrics import format_metric
 from harness.core.records import Result
 from harness.report.page import render
+from harness.results.needed import need_of
 from tests.browser.pages import SCRIPT, Open, case_of, cell, logged, requested
 
 pytestmark = pytest.mark.browser
@@ -17,11 +18,15 @@ pytestmark = pytest.mark.browser
 
 def test_a_cell_says_the_figures_of_its_record(show: Open, results: list[Result]) -> None:
     browser = show(results)
-    for placement, memory in (("direct", "vram_peak_bytes"), ("cpu", "ram_peak_bytes")):
-        metrics = case_of(results, f"chatglm-6b/int4/{placement}").metrics
+    for placement in ("direct", "cpu"):
+        result = case_of(results, f"chatglm-6b/int4/{placement}")
+        metrics, need = result.metrics, need_of(result)
+        assert need
         shown = cell(browser, "int4", placement)
         assert shown.text.splitlines()[0] == "works"
-        for key in (memory, "ready_s", "decode_tok_s"):
+        taken = shown.find_element(By.CSS_SELECTOR, ".need data")
+        assert (float(taken.get_attribute("value") or "nan"), taken.text) == (need.bytes, format_metric(need.key, need.bytes))
+        for key in ("ready_s", "decode_tok_s"):
             figure = shown.find_element(By.CSS_SELECTOR, f"data[data-key={key}]")
             assert float(figure.get_attribute("value") or "nan") == metrics[key]
             assert figure.text == format_metric(key, metrics[key])
@@ -34,7 +39,9 @@ def test_the_bar_is_as_long_as_the_peak_is_of_the_capacity(show: Open, results: 
     gpu = result.machine.tier("gpu:0")
     assert gpu
     assert gpu.capacity_bytes
-    assert filled / track == pytest.approx(result.metrics["vram_peak_bytes"] / gpu.capacity_bytes, abs=0.01)
+    need = need_of(result)
+    assert need
+    assert filled / track == pytest.approx(need.bytes / gpu.capacity_bytes, abs=0.01)
 
 
 def test_a_click_on_a_cell_opens_its_details(show: Open, results: list[Result]) -> None:

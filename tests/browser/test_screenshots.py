@@ -32,6 +32,7 @@ SQUARE, COLOUR, SHARE = 16, 24, 0.02  # pixels; of 255; of the squares that may 
 VIEWS = {
     "page-light": ("light", 1280, 1000, "body"),
     "page-dark": ("dark", 1280, 1000, "body"),
+    "page-wide": ("dark", 1920, 1080, "body"),
     "page-phone": ("light", 360, 800, "body"),
     "charts": ("light", 1280, 700, ".overview"),
     "details": ("light", 1280, 1000, "details.case"),

@@ -34,7 +34,7 @@ ALLOWED, ALLOWED_IN_PART = 0.05, 0.10
 # a plan that is nearer to a trace than that is no better for it, and what rounding moves there is no news.
 FLOOR = 0.001
 TOLD = 0.005  # what a part must move to be in the table
-FIGURES = {"weights": "weights_bytes", "kv": "kv_bytes", "allocated": "peak_bytes"}
+FIGURES = {"weights": "weights_bytes", "kv": "kv_bytes", "allocated": "peak_bytes", "load": "load_peak_bytes"}
 WAYS = ("as planned", "by formulas")
 COMPARED, WORSE, IMPOSSIBLE = 0, 1, 2
 
@@ -166,7 +166,7 @@ def parts(traced: Sequence[Row], before: Mapping[str, Answers], after: Mapping[s
     for way in WAYS:
         for row, old, new in zip(traced, before[way], after[way], strict=True):
             for figure, field in FIGURES.items():
-                if old is None or new is None or not {figure} <= old.keys() & new.keys():
+                if old is None or new is None or figure not in old.keys() & new.keys() or not getattr(row, field):
                     continue
                 pair = _error(old[figure], getattr(row, field)), _error(new[figure], getattr(row, field))
                 for part in _parts_of(row, figure, way):

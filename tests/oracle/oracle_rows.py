@@ -57,7 +57,7 @@ def real(row: Row, tier: TierEstimate) -> int:
 
 @pytest.fixture(scope="module")
 def direct() -> list[Row]:
-    return [row for row in ROWS if row.placement == "direct"]
+    return [row for row in ROWS if row.placement == "direct" and row.peak_bytes]
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,11 @@ from harness.catalog import resolve
 from harness.core.records import Case, Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
+from harness.planning import calibration
 from harness.planning.planner import Planner
 
 RAM_BYTES = 4000 * GIB
+CONTEXT_BYTES = int(sum(calibration.default()[name].best for name in ("gpu_context_bytes", "gpu_workspace_bytes")))
 
 
 @cache
@@ -46,7 +48,8 @@ def answer(asked: dict[str, Any]) -> dict[str, int] | None:
     tier = found.tiers.get(asked["tier"]) if found is not None else None
     if tier is None:
         return None
-    return {"weights": tier.weights_bytes, "kv": tier.kv_bytes, "allocated": tier.allocated_bytes}
+    loading = tier.load_peak_bytes - CONTEXT_BYTES
+    return {"weights": tier.weights_bytes, "kv": tier.kv_bytes, "allocated": tier.allocated_bytes, "load": loading}
 
 
 def main() -> None:

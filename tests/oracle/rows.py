@@ -1,7 +1,7 @@
 """Traced rows: what one workload of one model was traced to hold on a card. Nothing here needs torch.
 
-`tests/data/traced_rows.csv` is written by `python -m tests.oracle.trace_rows`; `tests/data/traced_peaks.csv` was made by another
-tracer, before this one, and is held as well.
+`tests/data/traced_rows.csv` is written by `python -m tests.oracle.trace_rows`, `traced_placements.csv` beside it by
+`python -m tests.oracle.trace_placements`; `traced_peaks.csv` was made by another tracer, before this one, and is held as well.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from harness.core.records import Record
 
 ROWS = Path(__file__).parents[1] / "data/traced_rows.csv"
 GIVEN = ROWS.with_name("traced_peaks.csv")
+PLACED = ROWS.with_name("traced_placements.csv")
 
 
 class Row(Record, frozen=True, kw_only=True):
     """One traced workload: bytes on one tier, rounded as torch's allocator for CUDA rounds them, the CUDA context not among them.
 
     `peak_bytes` is the most of both passes, weights included; `peak_in` says which of them holds it, as far as is known. `cards`
-    are the sizes of the machine's cards, such as "24GiB+24GiB".
+    are the sizes of the machine's cards, such as "24GiB+24GiB". `load_peak_bytes` is the most while loading; 0 where only the
+    passes were traced, as `peak_bytes` is where only loading was.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Row(Record, frozen=True, kw_only=True):
     peak_bytes: int
     peak_in: str
     cards: str = "2000GiB"
+    load_peak_bytes: int = 0
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -46,7 +49,7 @@ class Row(Record, frozen=True, kw_only=True):
 
 def everything() -> list[Row]:
     """Read the rows that are written here and those that were given."""
-    return [*read(), *given()]
+    return [*read(), *read(PLACED), *given()]
 
 
 def given() -> list[Row]:

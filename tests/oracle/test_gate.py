@@ -52,6 +52,12 @@ def some() -> list[Row]:
     return [row for row in rows.everything() if row.architecture in ("llama", "gemma2")]
 
 
+@pytest.fixture(scope="module")
+def placed() -> list[Row]:
+    """Rows of loading and of models that are split over cards."""
+    return rows.read(rows.PLACED)
+
+
 def change(path: Path, before: str, after: str) -> None:
     text = path.read_text()
     assert before in text
@@ -90,6 +96,21 @@ def test_formulas_that_no_record_shows_are_held_as_well(tree: Path, some: list[R
     )
     assert gate.compare("HEAD", some) == gate.WORSE
     assert "by formulas" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "before", "after", "part"),
+    [
+        (ESTIMATE, "load_peak_bytes=int(load +", "load_peak_bytes=int(1.03 * load +", "load, as planned"),
+        (ESTIMATE, PLANNED, "allocated_bytes=int(run * (1.03 if tier and tier.name == 'gpu:1' else 1)),", "auto"),
+    ],
+)
+def test_loading_and_splits_are_held_as_well(
+    tree: Path, placed: list[Row], capsys: pytest.CaptureFixture[str], source: str, before: str, after: str, part: str
+) -> None:
+    change(tree / source, before, after)
+    assert gate.compare("HEAD", placed) == gate.WORSE
+    assert any(part in line for line in capsys.readouterr().out.splitlines() if line.endswith("WORSE"))
 
 
 def test_rows_that_are_planned_no_more_fail(tree: Path, some: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +188,9 @@ def test_the_rows_are_a_thousand_and_of_every_kind() -> None:
     assert len(found) >= 1000
     assert len({row.architecture for row in found}) >= 15
     assert {row.precision for row in found} >= {"bf16", "int8", "int4", "fp16", "fp32"}
-    assert {row.peak_in for row in found} == {"prefill", "decode", "unknown"}
+    assert {row.peak_in for row in found} == {"prefill", "decode", "load", "unknown"}
+    assert {row.placement for row in found} >= {"direct", "auto", "sequential", "gpu+cpu"}
+    assert any(row.load_peak_bytes for row in found)
     assert len({(row.model, row.precision, row.placement, row.tier, row.cards, row.size) for row in found}) == len(found)
 
 

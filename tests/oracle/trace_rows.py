@@ -83,13 +83,14 @@ def models() -> list[str]:
 def traced(model: str) -> Iterator[Row]:
     """Yield the rows of one model in every precision that can be traced."""
     config = shipped.catalog()[model].config
-    usual = [(batch, prompt) for prompt in PROMPTS for batch in BATCHES]
+    usual = tuple((batch, prompt) for prompt in PROMPTS for batch in BATCHES)
     for precision, sizes in {**dict.fromkeys(PRECISIONS, usual), **MORE}.items():
         if config.get("quantization_config") and TABLE[precision].quantizes:
             continue  # what is quantized already is not quantized again
         try:
             context = _context(config)
-            yield from _rows(model, config, precision, [size for size in sizes if size[1] + NEW_TOKENS <= context])
+            fitting = [(batch, prompt, NEW_TOKENS) for batch, prompt in sizes if prompt + NEW_TOKENS <= context]
+            yield from placed_rows(model, config, precision, fitting)
         except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
             print(f"{model} {precision}: not traced: {str(error).splitlines()[0][:200]}", flush=True)
 
@@ -101,7 +102,8 @@ def _context(config: Mapping[str, Any]) -> int:
     return int(getattr(text, "max_position_embeddings", None) or getattr(text, "max_sequence_length", None) or 1 << 15)
 
 
-def _rows(model: str, config: Mapping[str, Any], precision: str, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
+def placed_rows(model: str, config: Mapping[str, Any], precision: str, sizes: Sequence[tuple[int, int, int]]) -> Iterator[Row]:
+    """Yield a row for each batch, prompt and number of new tokens on a card that holds the whole model."""
     card = kernels_of(WITH_FLASH)
     fake = fake_model.build_fake(config, precision)
     with fake_card({}, card.capability) as ledger:
@@ -111,13 +113,13 @@ def _rows(model: str, config: Mapping[str, Any], precision: str, sizes: Sequence
         gc.freeze()
         with kernels.chosen_as_on(card, ledger, whole=False):
             workload.run(ledger, fake, layers, 1, 3, 2)  # what is made once and kept, such as tables of positions
-            for batch, prompt in sizes:
-                run = workload.run(ledger, fake, layers, batch, prompt, NEW_TOKENS)
-                yield _row(model, fake, precision, (batch, prompt), whole, run)
+            for size in sizes:
+                run = workload.run(ledger, fake, layers, *size)
+                yield _row(model, fake, precision, size, whole, run)
     gc.unfreeze()
 
 
-def _row(model: str, fake: Any, precision: str, size: tuple[int, int], whole: Whole, run: Trace) -> Row:
+def _row(model: str, fake: Any, precision: str, size: tuple[int, int, int], whole: Whole, run: Trace) -> Row:
     peak = peak_of(run, whole)
     return Row(
         model=_short(model),
@@ -127,7 +129,7 @@ def _row(model: str, fake: Any, precision: str, size: tuple[int, int], whole: Wh
         tier="gpu:0",
         prompt_tokens=size[1],
         batch=size[0],
-        new_tokens=NEW_TOKENS,
+        new_tokens=size[2],
         weights_bytes=whole.weights_bytes,
         kv_bytes=peak.kv_bytes,
         peak_bytes=max(peak.passes),

@@ -36,13 +36,16 @@ class Section(NamedTuple):
     notes: list[str]
 
 
-def gathered(request: pytest.FixtureRequest, report: str, heading: str, command: str) -> Iterator[Section]:
-    """Be the body of a module's fixture: give it a section to fill, and write it unless only some tests were chosen with -k."""
-    title = (request.module.__doc__ or request.module.__name__).splitlines()[0].rstrip(".")
+def gathered(request: pytest.FixtureRequest, report: str, heading: str, command: str, part: str = "") -> Iterator[Section]:
+    """Be the body of a module's fixture: give it a section to fill, and write it unless only some tests were chosen with -k.
+
+    `part` names one of the sections of a module that has several, each measured by itself.
+    """
+    title = part.capitalize() or (request.module.__doc__ or request.module.__name__).splitlines()[0].rstrip(".")
     section = Section(title, [], [])
     yield section
     if section.figures and not request.config.option.keyword:
-        key = request.module.__name__.rpartition(".")[2]
+        key = "_".join(filter(None, [request.module.__name__.rpartition(".")[2], part]))
         path = REPORTS / report
         path.parent.mkdir(exist_ok=True)
         before = path.read_text(encoding="utf-8") if path.is_file() else ""

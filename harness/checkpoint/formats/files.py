@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -83,7 +84,8 @@ class LocalFile:
         return data
 
     def close(self) -> None:
-        self._stream.close()
+        with suppress(OSError):  # all of it was read
+            self._stream.close()
 
 
 class Directory:

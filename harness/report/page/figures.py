@@ -169,6 +169,12 @@ class MemoryFigure(msgspec.Struct, frozen=True):
         return self.need.number / self.capacity.number if self.capacity else 0.0
 
     @property
+    def left(self) -> str:
+        """What the capacity has beyond what is needed, in words; empty if it has none, or is not known."""
+        left = self.capacity.number - self.need.number if self.capacity else 0.0
+        return units.format_size(left) if left > 0 else ""
+
+    @property
     def bar(self) -> Markup | None:
         """The bar of both sizes against the capacity."""
         if self.capacity is None:

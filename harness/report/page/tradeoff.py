@@ -162,7 +162,7 @@ def _grid(kind: str, scales: Scales) -> Iterable[str]:
         yield f'<line class="grid" x1="{x}%" x2="{x}%" y2="{short(bottom)}"/>'
         yield f'<text class="middle" x="{x}%" y="{short(bottom + 18)}">{text}</text>'
     yield f'<text x="-44" y="-12">tokens/s{log}</text><text class="end" x="100%" y="-12">↖ is better</text>'
-    yield f'<text class="end" x="100%" y="{short(bottom + 36)}">peak {escape(kind)}, GiB</text></g>'
+    yield f'<text class="end" x="100%" y="{short(bottom + 36)}">{escape(kind)} needed, GiB</text></g>'
 
 
 def _capacity(size: float) -> str:
