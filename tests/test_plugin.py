@@ -117,7 +117,6 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, cache: P
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("FITMATRIX_CACHE", str(cache))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # else pytest-benchmark believes that xdist runs the cases
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing hypothesis takes longer than a test
     monkeypatch.setattr(worker_process, "_GRACE_S", 0.5)
     monkeypatch.setattr(system_counters, "cpu", scripted.no_counters)

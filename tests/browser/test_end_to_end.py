@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +23,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("results")
     options = ["--precision", "bf16", "--precision", "int4", "--placement", "cpu", "--placement", "disk", *FAST]
     command = [sys.executable, "-m", "pytest", "cases", "-q", "--results", str(directory), *options]
-    # pytest-benchmark would believe that xdist runs the cases.
-    settings = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=settings)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().splitlines()[-1] == f"page: {directory / 'index.html'}"
     return directory

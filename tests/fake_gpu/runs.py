@@ -122,7 +122,6 @@ class Runs:
         """Run cases on cards such as "8,12", two of 8 and 12 GiB, and note how it went."""
         path = os.pathsep.join([str(SITE), str(ROOT)])
         env = {**os.environ, "FAKE_CARDS": cards, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **settings}  # tensors are tiny
-        env.pop("PYTEST_XDIST_WORKER", None)  # else pytest-benchmark believes that xdist runs the cases
         command = [sys.executable, "-m", "pytest", "cases", "-q", "--model", str(model), "--results", str(self.folder / name)]
         done = subprocess.run(
             [*command, "--precision", "bf16", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800
