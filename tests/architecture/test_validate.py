@@ -639,7 +639,8 @@ def test_a_kind_that_our_architectures_lack_is_told_before_loading(
     write_checkpoint(tmp_path / "made", config | given | {"auto_map": code}, list(specs(whole, "float16").values()))
     assert main(["plan", "made", "--ram", "64GiB"]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert f"config.json: no skeleton for model_type 'chatglm': {said}" in told
+    assert "config.json: " in told
+    assert said in told
     assert "--trust-remote-code" not in told
     session = Session(Options(given={"model": ["made"], "results": "results"}))
     try:

@@ -147,7 +147,7 @@ def test_the_whole_reason_shows_at_the_pointer_and_at_the_focus(show: Open, resu
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", died)
     settled(browser)
     ActionChains(browser).move_to_element(cell(browser, "int4", "direct")).pause(0.5).perform()
-    assert tip.text == "Peak 5.17 of 11.6 GiB VRAM, measured. Predicted: fits."
+    assert tip.text == "Needs 5.61 of 11.6 GiB VRAM, measured. Predicted: fits."
     box, window = tip.rect, browser.execute_script("return [scrollX, scrollY, innerWidth, innerHeight]")
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= window[2]

@@ -33,7 +33,7 @@ return [...found];
 KEPT = (
     "fitmatrix|[KMGT]iB|bytes|tokens?|tokens/s|ms|min|GB|GB/s|MHz|CPU|GPU|KV|KL|NVML|PCIe|dtype|Linear|device map|nats?|batch|"
     "float32|bfloat16|bitsandbytes|LLM|int8|nf4|fp4|torchao|optimum|quanto|accelerate|transformers|torch|GPTQ|AWQ|HQQ|GGUF|ChatGLM-6B|"
-    "VmHWM|smaps|load_s|first_token_s|generate|Ctrl|Linux|"
+    "VmHWM|smaps|load_s|first_token_s|generate|Ctrl|CUDA|Linux|"
     r"gpu:\d|cpu|python|fp32|bf16|fp16|int4|\d+x"
 )
 CALLS = r"torch\.cuda\.max_memory_allocated|AutoTokenizer\.from_pretrained|load_checkpoint_and_dispatch"
@@ -80,7 +80,7 @@ def test_one_model_is_answered_in_chinese(show: Open, results: list[Result]) -> 
     shown = [result for result in results if result.machine.gpus]
     browser = show(shown, fragment="lang=zh")
     assert browser.find_element(By.CSS_SELECTOR, ".answer .say").text == (
-        "本机装得下 chatglm-6b：int4 放在 gpu:0（放置方式 direct：直接加载到 GPU），占用 5.17 / 11.6 GiB 显存，"
+        "本机装得下 chatglm-6b：int4 放在 gpu:0（放置方式 direct：直接加载到 GPU），占用 5.61 / 11.6 GiB 显存，"
         "19.7 tokens/s，21.9 s 就绪，回答正常。"
     )
     assert cell(browser, "int4", "direct").text.splitlines()[:2] == ["可用", "推荐"]
@@ -140,7 +140,7 @@ def test_chinese_works_where_nothing_may_be_kept(show: Open, few: list[Result]) 
 def test_filters_order_tooltip_and_copy_speak_chinese(show: Open, results: list[Result]) -> None:
     browser = show([result for result in results if result.machine.gpus], fragment="lang=zh")
     browser.execute_script("document.querySelector('td.best > a').focus()")
-    assert browser.find_element(By.ID, "tip").text == "峰值 5.17 / 11.6 GiB 显存（实测）。预测：装得下。"
+    assert browser.find_element(By.ID, "tip").text == "需要 5.61 / 11.6 GiB 显存（实测）。预测：装得下。"
     field = "const field = document.querySelector('#filters').elements[arguments[0]]; field.value = arguments[1]; "
     change = field + "field.dispatchEvent(new Event('change', { bubbles: true }))"
     browser.execute_script(change, "precision", "int4")

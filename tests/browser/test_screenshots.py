@@ -72,7 +72,8 @@ def taken(browser: Chrome, theme: str, width: int, height: int, at: str) -> Imag
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
     script = """
     const sheet = new CSSStyleSheet();
-    sheet.replaceSync(`:root { font-family: "${arguments[0]}" } * { transition: none !important; caret-color: transparent }`);
+    sheet.replaceSync(`:root { font-family: "${arguments[0]}" }
+      * { transition: none !important; caret-color: transparent; content-visibility: visible !important }`);
     document.adoptedStyleSheets = [sheet];
     for (const part of document.querySelectorAll(arguments[1] === "details.case" ? arguments[1] : "nothing")) {
       part.open = true;

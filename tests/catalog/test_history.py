@@ -60,7 +60,7 @@ def test_stablelm_is_twice_as_large_in_its_files() -> None:
     one = spec("stablelm-tuned-alpha-7b")
     assert f"{one.checkpoint_bytes / 1e9:.1f} GB" == "31.7 GB"
     assert "31.7 GB" in history("stablelm-tuned-alpha-7b")
-    cpu = planned("stablelm-tuned-alpha-7b", "fp16/cpu", ram="16GiB").tiers["cpu"]
+    cpu = planned("stablelm-tuned-alpha-7b", "fp16/cpu", ram="20GiB").tiers["cpu"]
     assert 2 * one.skeleton.parameters < cpu.load_anon_bytes < 16.5e9
 
 

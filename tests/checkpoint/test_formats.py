@@ -336,7 +336,7 @@ def test_nothing_of_a_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.Mon
     started = time.process_time()
     with pytest.raises(CheckpointError, match=message):
         parse_bytes(tmp_path, data, read_bin)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 5  # of the processor, on a busy machine
     assert not (tmp_path / MARKER).exists()
 
 

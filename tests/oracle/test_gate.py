@@ -153,6 +153,7 @@ def test_noise_passes_and_growth_does_not(some: list[Row], before: float, after:
 
 
 def test_a_part_may_not_pay_for_the_others(some: list[Row]) -> None:
+    some = [row for row in some if row.placement == "direct"]  # one of gemma2's is split as no other here is
     found = gate.parts(some, answers(some, 0.02), answers(some, 0.01, {"gemma2": 0.023}))
     assert {one.part for one in found if one.fails} == {("architecture", "gemma2")}
 

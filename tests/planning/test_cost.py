@@ -325,10 +325,17 @@ def allowed(ram: int) -> Machine:
     return Machine(name="allowed", tiers=(cpu,))
 
 
+def idle(ram: int) -> Machine:
+    """A machine without a GPU, all of whose RAM is free: of one that is only described the system takes some."""
+    return Machine(
+        name="idle", tiers=(Tier(name="cpu", kind="cpu", total_bytes=ram, free_bytes=ram), Tier(name="disk", kind="disk"))
+    )
+
+
 def test_what_the_page_cache_does_not_hold_whole_comes_from_the_disk_for_every_token() -> None:
     """Measured: in 8 GiB of a cgroup every byte of ChatGLM 6B and CodeGen 6B; of codegen-16b, without a limit, 24 of 32 GB."""
     rate, speeds = 1e9, {}
-    machines = {"allowed": allowed(11 * GIB), "small": profile([], ram=11 * GIB), "large": profile([], ram=15 * GIB)}
+    machines = {"allowed": allowed(11 * GIB), "small": idle(11 * GIB), "large": idle(15 * GIB)}
     for name, machine in machines.items():
         plan = planner(machine=with_disk(machine, rate)).plan(case("fp16/disk"))
         assert plan.estimate is not None
@@ -366,7 +373,7 @@ def test_one_file_stays_mapped_whole_and_of_several_those_that_the_ram_holds_not
 def test_what_is_being_written_leaves_less_of_the_ram_to_what_is_read() -> None:
     """Measured: of 14 GiB that MOSS writes into its offload folder 13.2 to 14.9 were resident in 22 GiB."""
     spec = model_spec.read_spec(resolve.resolve("moss-moon-003-sft"))
-    roomy, full = (tier(planner(spec, profile([], ram=ram * GIB)).plan(case("fp16/disk", spec)), "cpu") for ram in (64, 22))
+    roomy, full = (tier(planner(spec, idle(ram * GIB)).plan(case("fp16/disk", spec)), "cpu") for ram in (64, 22))
     assert full.load_peak_bytes == pytest.approx(22 * GIB * default()["ram_resident_share_writing"].best, abs=2)
     assert roomy.load_peak_bytes > 1.1 * full.load_peak_bytes
 
@@ -392,18 +399,18 @@ def test_what_comes_from_the_disk_is_mapped_unless_it_is_cast_each_time(way: str
 
 def test_what_a_run_leaves_to_the_machine_is_not_counted_on() -> None:
     """A run's guard ends a case before the last 2 % are taken; pages of files can be dropped. What is described has no guard."""
-    found = tier(planner(machine=profile([], ram=64 * GIB)).plan(case("fp32/cpu")), "cpu")
+    found = tier(planner(machine=idle(64 * GIB)).plan(case("fp32/cpu")), "cpu")
     for ram, verdicts in (
         (found.needed_bytes + 100 * MIB, (Verdict.TIGHT, Verdict.TOO_BIG)),
         (found.needed_high_bytes + 100 * MIB, (Verdict.FITS, Verdict.TIGHT)),
         (found.needed_high_bytes + GIB, (Verdict.FITS, Verdict.FITS)),
     ):
-        plans = [Planner(CHATGLM, profile([], ram=ram), here=here).plan(case("fp32/cpu")) for here in (False, True)]
+        plans = [Planner(CHATGLM, idle(ram), here=here).plan(case("fp32/cpu")) for here in (False, True)]
         assert tuple(plan.verdict for plan in plans) == verdicts
         left = ", of which a run leaves 0.5" in str(plans[1].why)
         assert left == (plans[1].verdict is not Verdict.FITS)
-    mapped = tier(planner(machine=profile([], ram=64 * GIB)).plan(case("fp16/cpu")), "cpu")
-    small = profile([], ram=mapped.needed_high_bytes + 100 * MIB)
+    mapped = tier(planner(machine=idle(64 * GIB)).plan(case("fp16/cpu")), "cpu")
+    small = idle(mapped.needed_high_bytes + 100 * MIB)
     assert Planner(CHATGLM, small).plan(case("fp16/cpu")).verdict is Verdict.FITS
 
 

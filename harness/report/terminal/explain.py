@@ -29,7 +29,7 @@ _MORE_TERMS = (
     ("  at least", "low_bytes"),
     ("  at most", "high_bytes"),
 )
-_CONSTANTS = 4  # that decide most; all of them take `--all`
+_CONSTANTS = 2  # that decide most; all of them take `--all`
 
 
 def explain_plan(recommendation: Recommendation, *, whole: bool = False) -> None:
@@ -43,11 +43,10 @@ def explain_plan(recommendation: Recommendation, *, whole: bool = False) -> None
     if one.estimate is None:
         tables.show(verdict, *notes)
         return
-    figures = Group(verdict, _terms(one.estimate, whole), tables.facts(_seconds(one.estimate)))
+    alive = _largest(recommendation, one, None if whole else 1)
+    figures = Group(verdict, _terms(one.estimate, whole), tables.facts(_seconds(one.estimate)), *alive)
     rest = [] if whole else [tables.said("All terms and constants, and where each comes from: add --all.")]
-    tables.show(
-        figures, *notes, *(_largest(recommendation, one) if whole else ()), Group(_constants(recommendation, one, whole), *rest)
-    )
+    tables.show(figures, *notes, Group(_constants(recommendation, one, whole), *rest))
 
 
 def _terms(expected: Estimate, whole: bool) -> Table:
@@ -91,7 +90,7 @@ def _shares(one: Plan) -> dict[str, float]:
     return shares
 
 
-def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
+def _largest(recommendation: Recommendation, one: Plan, most: int | None) -> list[RenderableType]:
     """Name the largest tensors beside the weights at the peak on the GPU, as traced; say so if formulas stand in for a trace."""
     footprint = recommendation.planner.footprints.get(one.case.id)
     if footprint is None or not footprint.gpus:
@@ -99,6 +98,6 @@ def _largest(recommendation: Recommendation, one: Plan) -> list[RenderableType]:
     peak = footprint.on_gpu.traced_peak(one.case.workload)
     if peak is None:
         return [tables.said(f"Activations are computed by formulas: {footprint.on_gpu.why_formulas}.")]
-    tensors = "; ".join(f"{name}, {format_size(size)}" for name, size in peak.worst.tensors)
+    tensors = "; ".join(f"{name}, {format_size(size)}" for name, size in peak.worst.tensors[:most])
     kv = f"KV cache, {format_size(peak.worst.kv_bytes)}"
     return [tables.said(f"Alive at the traced peak beside the weights: {kv}; {tensors}.")]

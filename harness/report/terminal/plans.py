@@ -44,9 +44,10 @@ def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableT
         *recommendation.notes,
         by_formulas(recommendation),
         _left_out(recommendation, asked, lacks, table.row_count),
-        _steps(recommendation, best, asked) if best else "",
     )
     yield from (tables.said(text) for text in said if text)
+    if best:
+        yield tables.commands(_steps(recommendation, best, asked))
 
 
 def _tokens(recommendation: Recommendation, asked: Asked) -> str:

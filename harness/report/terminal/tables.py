@@ -68,6 +68,11 @@ def said(text: str) -> Text:
     return Text(visible(text))
 
 
+def commands(text: str) -> Text:
+    """Write commands, a line each, which a terminal may wrap but nobody else: what is pasted is one line."""
+    return Text(visible(text), no_wrap=True)
+
+
 def title(text: str) -> Text:
     """Write the name of what is shown."""
     return Text(line(text), style="bold")
@@ -103,7 +108,9 @@ def has_room_for(part: Table, *, wrapping: Sequence[int] = ()) -> bool:
 
 
 def _fixed_width(part: RenderableType) -> int:
-    """Return how wide a table is whose columns are fixed."""
+    """Return how wide a table is whose columns are fixed, or a text that is not to be wrapped."""
+    if isinstance(part, Text) and part.no_wrap:
+        return max(cell_len(line) for line in part.plain.split("\n"))
     widths = [column.width or 0 for column in part.columns] if isinstance(part, Table) else []
     return sum(widths) + _GAP * (len(widths) - 1) if all(widths) and widths else 0
 
