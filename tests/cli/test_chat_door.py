@@ -18,7 +18,6 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from harness.machine.scratch import sweep
 from harness.worker.web.door import MOST_BODY_BYTES
 from tests.cli.test_chat import ask, folder, free_port, serving
 
@@ -175,17 +174,6 @@ def test_a_body_without_end_is_not_held(served: Served) -> None:
 
 def tree(pid: int) -> list[psutil.Process]:
     return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-
-
-def test_a_killed_chat_leaves_what_the_next_run_removes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with serving(folder, free_port()) as (process, told):
-        assert told.startswith("Chat with ")
-        left = tree(process.pid)
-        process.kill()
-        psutil.wait_procs(left, timeout=30)
-    sweep(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_websocket_is_closed(served: Served) -> None:
