@@ -26,6 +26,7 @@ class Facts(NamedTuple):
     auto_class: str = "AutoModelForCausalLM"  #: the class of transformers that loads it
     #: Whether the model's own code may run; None if it has none. Left out, transformers would ask at the terminal.
     trusted: bool | None = None
+    adapter: bool = False  #: whether ADAPTER is loaded on top, which takes peft
 
 
 class Destination(NamedTuple):
@@ -88,6 +89,8 @@ def loading_code(
     lines = [*imports, "", f"model = {facts.auto_class}.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
     if placement.moves_after_loading:
         lines.append(f"model = model.to({_literal(f'cuda:{placement.gpu}' if placement.gpu else 'cuda')})")
+    if facts.adapter:
+        lines.append("model.load_adapter(ADAPTER)")
     return "\n".join(lines) + "\n"
 
 
@@ -230,6 +233,9 @@ def code_head(source: Source, placement: str, form: str | None = None) -> str:
 
     `form` is that of a checkpoint which was made for the case, in another than the model is published in.
     """
+    if source.base is not None:
+        adapter = f"ADAPTER = {_literal(source.name)}  # the directory of the adapter, which peft loads"
+        return f"{code_head(source.base, placement).rstrip()}\n{adapter}\n\n"
     if form is not None:
         return f"MODEL = {_literal(source.name)}  # a directory of the model as {form}\n\n"
     if source.kind == "directory":

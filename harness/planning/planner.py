@@ -173,7 +173,7 @@ class Planner:
     def _facts(self) -> Facts:
         spec = self.spec
         trusted = self.trust if spec.remote_code else None
-        return Facts(gguf_file=spec.gguf_file, native=spec.native, auto_class=spec.skeleton.auto_class, trusted=trusted)
+        return Facts(spec.gguf_file, spec.native, spec.skeleton.auto_class, trusted, adapter=spec.adapter is not None)
 
     def _between(self, ranks: int) -> str:
         return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
