@@ -12,7 +12,7 @@ What a term means:
 from __future__ import annotations
 
 from harness.architecture import skeleton
-from harness.architecture.model_spec import ModelSpec
+from harness.architecture.model_spec import ModelSpec, packed_weight_bytes
 from harness.core.precisions import Precision
 from harness.core.records import Estimate, Machine, Tier, TierEstimate
 from harness.planning.calibration import Calibration
@@ -51,7 +51,8 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFo
 def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
     """Return bits per quantized weight, scales and zeros included, and whether stacked experts are quantized as well.
 
-    From the headers if they were read: the experts are if the files are too small for them in 16 bits. Else from the scheme.
+    From the headers if they were read: the experts are if the files are too small for them in 16 bits. Else part by part, as its layout
+    has them, or from the scheme.
     """
     packed = spec.packed
     assert packed is not None
@@ -60,6 +61,9 @@ def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
     quantized = sum(elements for weight, elements in saved if linears and weight.quantizes)
     experts = sum(elements for weight, elements in saved if skeleton.is_stacked(weight))
     plain = 2 * (sum(elements for _, elements in saved) - quantized)
+    if spec.tensor_bytes is None and linears and quantized and packed.layout is not None and packed.layout.parts:
+        held = sum(packed_weight_bytes(weight, packed) * count for weight, count in spec.skeleton.tally if weight.quantizes)
+        return 8.0 * held / quantized, bool(experts)
     if spec.tensor_bytes is None or not quantized + experts:
         group = 32 if not linears else packed.group
         return packed.bits + ((8 if not linears else 16 + packed.bits) / group if group else 0.0), bool(experts)
