@@ -47,7 +47,7 @@ class CatalogRow(Record, frozen=True, kw_only=True):
 class Source(Record, frozen=True, kw_only=True):
     """Where a model comes from.
 
-    `kind` is catalog, hub, directory or adapter. `location` is a directory, a hub id or, for a catalog name that is made
+    `kind` is catalog, hub, directory, adapter or unknown. `location` is a directory, a hub id or, for a catalog name that is made
     here, what pip fetches. `hub_id` is None for what is not on the hub. `file` names one GGUF file there, where the user did.
     `base` is the model that an adapter is loaded onto.
     """
@@ -97,6 +97,12 @@ def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Sou
     found = of_name(written.name, model)
     chosen = file if file is not None else written.file
     return _picked(found, chosen) if chosen is not None else found
+
+
+def unresolved(model: str) -> Source:
+    """Return what stands for a model that is not to be found, by the last part of what was written."""
+    place = Path(model).absolute()
+    return Source(name=clean_name(place.name) or model, kind="unknown", location=str(place))
 
 
 def of_name(name: str, written: str) -> Source:

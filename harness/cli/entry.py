@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 import harness
 from harness.cli import calibrate, chat, compare, hardware, inspect, plan, publish, report, synth
 from harness.cli.options import CommandParser
+from harness.cli.plan_args import USAGE
 from harness.core.errors import HarnessError, did_you_mean
 from harness.core.text import line
 
 Command = Callable[[argparse.Namespace], int]
 
-USAGE, UNWRITTEN = 2, 1
+UNWRITTEN = 1
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import add_options, given_or_default, typed_options
-from harness.cli.plan_args import FITS, NOTHING_FITS, PlanQuestion, advise_on, asked_case, constants
-from harness.core.errors import UsageError
+from harness.cli.plan_args import FITS, NOTHING_FITS, USAGE, PlanQuestion, advise_on, asked_case, constants
+from harness.core.errors import CheckpointError, UsageError
 from harness.core.placements import named
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Workload
+from harness.core.text import line
 from harness.planning.zero import STAGES
 from harness.report.terminal import output
 from harness.report.terminal.output import PLAN_SCHEMA
@@ -19,6 +21,7 @@ from harness.report.terminal.output import PLAN_SCHEMA
 if TYPE_CHECKING:
     from harness.catalog.resolve import Source
     from harness.core.records import Machine, Plan
+    from harness.planning.calibration import Calibration
     from harness.planning.device_map.infer import Device
     from harness.planning.recommend import Recommendation
 
@@ -56,10 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan the models, or prove plans. Returns 0 if something fits for each model, 1 if nothing does for one.
+    """Plan the models, or prove plans. Returns 0 if something fits for each model, 1 if nothing does for one, 2 if one is wrong.
 
     Raises:
-        UsageError, CheckpointError: the request or a model is wrong; exit status 2.
+        UsageError, CheckpointError: the request or every model is wrong; exit status 2.
     """
     if args.training is not None or args.nodes is not None:
         return _train(args)
@@ -83,15 +86,45 @@ def run(args: argparse.Namespace) -> int:
         trust=args.trust_remote_code,
         traces=args.explain is not None,
     )
-    recommendations = [advise_on(source, machine, workload, question, calibration) for source in _sources(args)]
-    return _print(recommendations, args, machine, workload)
+    recommendations, faults = _advised(args, machine, workload, question, calibration)
+    status = _print(recommendations, args, machine, workload, faults)
+    for fault in faults.values():
+        print(f"fitmatrix: {line(fault)}", file=sys.stderr)
+    return USAGE if faults else status
+
+
+def _advised(
+    args: argparse.Namespace, machine: Machine, workload: Workload, question: PlanQuestion, calibration: Calibration | None
+) -> tuple[list[Recommendation], dict[str, str]]:
+    """Plan each model; of those that cannot be planned return why, by what was written for them.
+
+    Raises:
+        UsageError, CheckpointError: that of the last, if none can.
+    """
+    from harness.catalog import resolve
+
+    _check_file(args)
+    found: list[Recommendation] = []
+    faults: dict[str, str] = {}
+    for model in args.models:
+        try:
+            found.append(advise_on(resolve.resolve(model, args.file), machine, workload, question, calibration))
+        except (UsageError, CheckpointError) as error:
+            faults[model] = str(error)
+            if len(faults) == len(set(args.models)):
+                raise
+    return found, faults
+
+
+def _check_file(args: argparse.Namespace) -> None:
+    if args.file and len(args.models) > 1:
+        raise UsageError("--file selects a file of one model: give one MODEL, or the files by their paths")
 
 
 def _sources(args: argparse.Namespace) -> list[Source]:
     from harness.catalog import resolve
 
-    if args.file and len(args.models) > 1:
-        raise UsageError("--file selects a file of one model: give one MODEL, or the files by their paths")
+    _check_file(args)
     return [resolve.resolve(model, args.file) for model in args.models]
 
 
@@ -150,10 +183,17 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
     return accelerators.usable(probe.probe(), ask=False), True
 
 
-def _print(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, workload: Workload) -> int:
+def _print(
+    recommendations: Sequence[Recommendation],
+    args: argparse.Namespace,
+    machine: Machine,
+    workload: Workload,
+    faults: Mapping[str, str],
+) -> int:
     if args.json:
         objects = [as_json(recommendation, machine, workload) for recommendation in recommendations]
-        output.print_json(objects[0] if len(objects) == 1 else {"schema": PLAN_SCHEMA, "models": objects})
+        several = {"schema": PLAN_SCHEMA, "models": objects, **({"faults": dict(faults)} if faults else {})}
+        output.print_json(objects[0] if len(args.models) == 1 else several)
     elif args.code:
         _print_code(recommendations[0], gpus_differ=machine.gpus_differ)
     else:
@@ -174,7 +214,6 @@ def _show(recommendations: Sequence[Recommendation], args: argparse.Namespace, m
 
 
 def _print_code(recommendation: Recommendation, *, gpus_differ: bool) -> None:
-    from harness.core.text import line
     from harness.planning import code
 
     one = recommendation.plans[0]

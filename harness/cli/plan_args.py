@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from harness.planning.device_map.infer import Device
     from harness.planning.recommend import Recommendation
 
-FITS, NOTHING_FITS = 0, 1
+FITS, NOTHING_FITS, USAGE = 0, 1, 2
 
 
 def asked_case(text: str) -> tuple[str, str]:

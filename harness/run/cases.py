@@ -82,6 +82,8 @@ class CaseMatrix:
         """Return the precisions asked for; unless the user named them, the usual ones, or what a quantized checkpoint is."""
         if "precision" in self._options.origin:
             return _in_order(self._options.precision, PRECISIONS)
+        if model in self._models.faults:
+            return precisions.defaults(None)
         return precisions.defaults(download.stored_as(self._models.sources[model]))
 
     def may_run(self, case: Case) -> bool:

@@ -29,8 +29,8 @@ class ModelSet:
     """
 
     def __init__(self, models: Sequence[str], *, synthetic: bool, trust: bool) -> None:
-        self.sources = _resolved(models, real=not synthetic)
         self.faults: dict[str, str] = {}
+        self.sources = _resolved(models, self.faults, real=not synthetic)
         self._synthetic, self._trust = synthetic, trust
         self._locations: dict[str, Path] = {}
         self._checkpoints: dict[str, Checkpoint] = {}
@@ -148,13 +148,25 @@ class ModelSet:
         return sorted(filter(None, {_modeling_module(self._checkpoints[name]) for name in names}))
 
 
-def _resolved(models: Sequence[str], *, real: bool) -> dict[str, Source]:
-    """Resolve models to sources by name; two directories of one name would have one name in the results."""
+def _resolved(models: Sequence[str], faults: dict[str, str], *, real: bool) -> dict[str, Source]:
+    """Resolve models to sources by name; two directories of one name would have one name in the results.
+
+    Why one cannot be found is put among `faults`, and raised only if none can.
+    """
     sources: dict[str, Source] = {}
-    for source in (resolve.resolve(model, weights=real) for model in models):
+    errors: list[HarnessError] = []
+    for model in models:
+        try:
+            source = resolve.resolve(model, weights=real)
+        except HarnessError as error:
+            errors.append(error)
+            source = resolve.unresolved(model)
+            faults[source.name] = str(error)
         other = sources.setdefault(source.name, source)
         if other.location != source.location:
             raise UsageError(f"two models are called {source.name!r}: {other.location} and {source.location}; rename a directory")
+    if errors and sources.keys() <= faults.keys():
+        raise errors[-1]
     return sources
 
 

@@ -22,6 +22,8 @@ from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS
 from harness.core.units import MIB
 from harness.machine import accelerators, bandwidth, probe
 from tests.machine.test_probe import Nvml, card
+from tests.support import small_models
+from tests.support.bad_models import BAD, write_bad
 from tests.support.packed_files import write_plain
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +75,23 @@ def test_a_card_that_torch_cannot_use_is_planned_without_and_torch_is_not_asked(
     assert (direct["verdict"], direct["why"]) == ("unavailable", found["machine"]["gpu_problem"])
     table = " ".join(say("qwen2.5-7b-instruct", "--precision", "bf16")[1].split())
     assert "is built for the CPU only and cannot use the NVIDIA GeForce RTX 4090: install torch for CUDA" in table
+
+
+def test_bad_models_are_told_beside_the_plans_of_the_others(say: Said, tmp_path: Path) -> None:
+    small_models.save("llama", tmp_path / "good")
+    named = write_bad(tmp_path, tmp_path / "good")
+    status, out, err = say(named[0], "qwen2.5-7b-instruct", *named[1:], "./good", "--ram", "16GiB")
+    assert status == 2
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("Best for")] == ["qwen2.5-7b-instruct:", "good:"]
+    told = [line for line in err.splitlines() if line.startswith("fitmatrix: ")]
+    assert [bad.said in line for bad, line in zip(BAD.values(), told, strict=True)] == [True] * len(BAD)
+    status, out, err = say("./good", *named[:3], "--ram", "16GiB", "--json")
+    found = json.loads(out)
+    assert (status, [one["model"]["name"] for one in found["models"]]) == (2, ["good"])
+    assert list(found["faults"]) == named[:3]
+    status, out, err = say(*named[:2])
+    assert (status, out) == (2, "")
+    assert BAD["empty"].said in err
 
 
 def test_the_json_is_the_contract(say: Said) -> None:

@@ -9,13 +9,15 @@ import pytest
 
 from harness.architecture import synthetic as synth
 from harness.catalog import resolve
-from harness.core.errors import UsageError
+from harness.core.errors import CheckpointError, UsageError
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Verdict
 from harness.planning.planner import Planner
 from harness.run import model_set
 from harness.run.model_set import ModelSet
 from tests.strangers.stored_forms import SMALL
+from tests.support import small_models
+from tests.support.bad_models import BAD, write_bad
 from tests.support.builders import case, machine
 
 CONFIGS = {
@@ -94,3 +96,37 @@ def test_a_form_that_a_model_has_not_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="llama has no MXFP4 form: drop --precision mxfp4"):
         synth.describe(source, precision="mxfp4")
     assert synth.form_of(source, PRECISIONS["bf16"]) is None
+
+
+@pytest.fixture
+def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small model that is whole, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    small_models.save("llama", tmp_path / "good")
+    return tmp_path / "good"
+
+
+def test_bad_models_of_every_kind_hold_up_none_of_the_others(good: Path) -> None:
+    """In whatever order: what cannot be found, what cannot be read, what does not generate."""
+    named = write_bad(good.parent, good)
+    models = ModelSet([*named[:3], "./good", *named[3:]], synthetic=False, trust=False)
+    models.fetch(list(models.sources), models.spec)
+    assert list(models.sources) == [*list(BAD)[:3], "good", *list(BAD)[3:]]
+    assert models.fetched("good")
+    assert models.faults.keys() == BAD.keys()
+    assert {name: bad.said in models.faults[name] for name, bad in BAD.items()} == dict.fromkeys(BAD, True)
+
+
+def test_if_no_model_is_left_the_last_fault_is_raised(good: Path) -> None:
+    named = write_bad(good.parent, good)
+    with pytest.raises(UsageError, match=r"no directory '\./missing'"):
+        ModelSet([*named[1:2], named[0]], synthetic=False, trust=False)
+    models = ModelSet([named[0], "./cut"], synthetic=False, trust=False)
+    with pytest.raises(CheckpointError, match="download it again"):
+        models.fetch(["missing", "cut"], models.spec)
+
+
+@pytest.mark.usefixtures("good")
+def test_what_is_not_found_must_not_be_called_as_a_good_model_is() -> None:
+    with pytest.raises(UsageError, match=r"two models are called 'good': .*; rename"):
+        ModelSet(["./good", "./elsewhere/good/"], synthetic=False, trust=False)

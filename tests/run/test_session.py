@@ -22,6 +22,7 @@ from harness.run.options import Options
 from harness.run.runner import Run
 from harness.run.session import Session
 from tests.support import builders, scripted
+from tests.support.bad_models import BAD, write_bad
 
 FAST = {"new_tokens": "3", "repeats": "2", "case_timeout": "60"}
 
@@ -216,6 +217,19 @@ def test_a_case_that_ends_badly_does_not_end_the_run(make: Make, tmp_path: Path)
     scripted.write_model(tmp_path / "frail", fp32="bad_alloc", bf16="segfault", fp16="ok")
     results = measure(make(model=["frail"], precision=["fp32", "bf16", "fp16"]))
     assert [result.outcome for result in results] == [Outcome.OOM, Outcome.CRASH, Outcome.OK]
+
+
+def test_bad_models_stand_on_the_page_beside_what_ran(make: Make, tmp_path: Path) -> None:
+    session = make(model=["tiny", *write_bad(tmp_path, tmp_path / "tiny")], precision=["bf16"])
+    found = {result.case.model: result for result in measure(session)}
+    assert found.pop("tiny").outcome is Outcome.OK
+    assert {name: (one.outcome, one.stage) for name, one in found.items()} == dict.fromkeys(BAD, (Outcome.SKIPPED, "plan"))
+    assert [bad.said in str(found[name].why) for name, bad in BAD.items()] == [True] * len(BAD)
+    page = session.render()
+    assert page is not None
+    shown = page.read_text(encoding="utf-8")
+    assert [name for name in BAD if name not in shown] == []
+    assert str(tmp_path) not in shown
 
 
 @pytest.mark.parametrize(
