@@ -45,6 +45,9 @@ def _faults(settings: Mapping[str, Any]) -> Iterator[str]:
     if name is not None and not isinstance(name, str):
         yield f"gives {KEY}.quant_method as {quote(name)}, which is no name"
     method = method_name(settings)
+    need = NEEDS.get(method)
+    if need is not None and not any(isinstance(value := settings.get(key), Mapping) and value for key in need.keys):
+        yield f"gives no {KEY}.{' or '.join(need.keys)}, without which transformers {need.otherwise}"
     for one in SETTINGS.get(method, ()):
         wants = f"transformers wants of {METHODS[method].title}: {one.wanted}"
         if one.key not in settings:
@@ -52,6 +55,22 @@ def _faults(settings: Mapping[str, Any]) -> Iterator[str]:
                 yield f"gives no {KEY}.{one.key}, which {wants}"
         elif not one.takes(settings[one.key]):
             yield f"gives {KEY}.{one.key} as {quote(settings[one.key])}, and {wants}"
+
+
+class PackedTables(NamedTuple):
+    """Tables of settings, one of which says what is packed and how; `otherwise` is what transformers does without any."""
+
+    keys: tuple[str, ...]
+    otherwise: str
+
+
+# None of them is asked for when the config is made: what is missing shows while the model is loaded, or never.
+NEEDS: Mapping[str, PackedTables] = {
+    "compressed-tensors": PackedTables(("config_groups",), "takes no layer for packed and fills all that are with random numbers"),
+    "vptq": PackedTables(("config_for_layers", "shared_layer_config"), "knows the code books of no layer, and ends in an error"),
+    "spqr": PackedTables(("shapes",), "knows the size of no packed layer, and ends in an error"),
+    "torchao": PackedTables(("quant_type",), "makes no config of the settings"),
+}
 
 
 def _one_of(*values: Any) -> Callable[[Any], bool]:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import integrations
+from transformers.utils import quantization_config
 
-from harness.checkpoint.settings_check import SETTINGS, fault
+from harness.checkpoint.settings_check import NEEDS, SETTINGS, fault
 
 # Values that people write, right and wrong, for every key that is checked.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, 2, 3, 4, 5, 7, 8, 16, 64, 100, 128, -1, -2, 6.0, "4", "128", "", "dynamic", "STATIC", "float", "ue8m0",
     "fp8", "fp4", "nf4", "gemm", "GEMV", "marlin", "bitlinear", "offline", "sinq", [], [128, 128], [0, 128], [128], [1, 32], {},
 )  # fmt: skip
+# What NEEDS asks for.
+NEEDED: dict[str, dict[str, Any]] = {
+    "compressed-tensors": {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}},
+    "vptq": {"shared_layer_config": {"q_proj": {"vector_lens": [-1, 8]}}},
+    "spqr": {"shapes": {"model.layers.0.self_attn.q_proj.dense_weights.shape": 8}},
+    "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
+}
 BASE: dict[str, dict[str, Any]] = {
+    "spqr": NEEDED["spqr"],
     "gptq": {"bits": 4},
     "bitsandbytes_4bit": {"load_in_4bit": True},
     "bitsandbytes_8bit": {"load_in_8bit": True},
@@ -49,7 +63,46 @@ def test_what_is_taken_of_a_key_is_what_transformers_takes(method: str, key: str
 @pytest.mark.parametrize("method", SETTINGS)
 def test_settings_without_a_word_are_taken_unless_one_is_required(method: str) -> None:
     bare = {"quant_method": settings_of_method(method)["quant_method"], **(BASE[method] if "bits" in method else {})}
+    bare |= NEEDED.get(method, {})
     assert (fault({"quantization_config": bare}) is None) == is_taken(bare)
+
+
+@pytest.mark.parametrize("method", NEEDS)
+@pytest.mark.parametrize("empty", [None, {}, "left out"])
+def test_what_is_packed_must_be_said(method: str, empty: Any) -> None:
+    given = {"quant_method": method, **NEEDED[method]}
+    assert fault({"quantization_config": given}) is None
+    bare = {key: value for key, value in given.items() if key == "quant_method" or empty != "left out"}
+    bare |= dict.fromkeys(bare.keys() - {"quant_method"}, empty)
+    assert f"gives no quantization_config.{NEEDS[method].keys[0]}" in str(fault({"quantization_config": bare}))
+
+
+def test_compressed_tensors_without_groups_replace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So says transformers' config class, whatever its package makes of groups."""
+    monkeypatch.setattr(quantization_config, "is_compressed_tensors_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "compressed_tensors.quantization", SimpleNamespace(QuantizationConfig=object))
+    config = quantization_config.CompressedTensorsConfig(format="pack-quantized", quantization_status="compressed")
+    assert (config.quantization_config, config.is_quantized) == (None, False)
+
+
+@pytest.mark.parametrize(("method", "raised"), [("vptq", TypeError), ("spqr", KeyError)])
+def test_layers_without_a_word_end_in_an_error(method: str, raised: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In transformers' own replacement of modules; of the package only the class of a layer is asked for."""
+    layer = SimpleNamespace(create_placeholder=None)
+    monkeypatch.setitem(sys.modules, "vptq", SimpleNamespace(VQuantLinear=layer))
+    monkeypatch.setitem(sys.modules, "spqr_quant", SimpleNamespace(QuantizedLinear=layer))
+    monkeypatch.setattr(integrations.spqr, "is_spqr_available", lambda: True)
+    replace = {"vptq": integrations.vptq.replace_with_vptq_linear, "spqr": integrations.spqr.replace_with_spqr_linear}[method]
+    made = {"vptq": quantization_config.VptqConfig, "spqr": quantization_config.SpQRConfig}[method]()
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})})
+    with pytest.raises(raised):
+        replace(model, quantization_config=made)
+
+
+def test_torchao_without_a_type_makes_no_config() -> None:
+    asked = inspect.signature(quantization_config.TorchAoConfig.__init__).parameters
+    assert asked["quant_type"].default is inspect.Parameter.empty
 
 
 @pytest.mark.parametrize(
