@@ -25,7 +25,7 @@ from harness.checkpoint.auxiliary_files import RemoteCode
 from harness.checkpoint.formats.files import Directory, quote
 from harness.checkpoint.published import Stored, published
 from harness.checkpoint.quantization import Packed
-from harness.checkpoint.reader import CONFIG, Checkpoint, context_length
+from harness.checkpoint.reader import CONFIG, Checkpoint, context_length, stated_dtype
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.families import GGUF, is_native
@@ -354,7 +354,7 @@ def _hub_folder(hub_id: str) -> Path:
 def _of_catalog(source: Source, known: str) -> ModelSpec:
     entry = shipped.catalog()[known]
     shape = skeleton_source.named(known)
-    dtype = str(entry.config.get("torch_dtype") or entry.config.get("dtype") or "float16")
+    dtype = stated_dtype(entry.config)
     packed = quantization.packed(entry.config)
     stored = published(known)
     size = packed_model_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)

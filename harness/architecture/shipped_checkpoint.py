@@ -10,7 +10,7 @@ from harness.catalog import shipped
 from harness.checkpoint import quantization
 from harness.checkpoint.published import Stored, published
 from harness.checkpoint.quantization import Packed
-from harness.checkpoint.reader import Checkpoint, StoredTensor
+from harness.checkpoint.reader import Checkpoint, StoredTensor, stated_dtype
 
 NOTE = "from the catalog, not from its files; --revision main reads their headers on the hub"
 
@@ -22,7 +22,7 @@ def describe_shipped(hub_id: str) -> Checkpoint:
     """
     config, stored = shipped.catalog()[hub_id].config, published(hub_id) or Stored(bytes=0, origin="")
     shape, packed = skeleton_source.named(hub_id), quantization.packed(config)
-    dtype = stored.dtype or str(config.get("torch_dtype") or config.get("dtype") or "float16")
+    dtype = stored.dtype or stated_dtype(config)
     if packed is not None and synthetic.unwritten(shape, packed):
         tensors = tuple(_whole_tensors(shape, dtype, packed))
     else:

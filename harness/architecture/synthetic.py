@@ -27,6 +27,7 @@ from harness.checkpoint.formats.safetensors_header import parse_config
 from harness.checkpoint.formats.tensor_writer import DTYPES, Pieces, TensorToWrite, write_bin, write_safetensors
 from harness.checkpoint.published import Stored, published
 from harness.checkpoint.quantization import Packed
+from harness.checkpoint.reader import stated_dtype
 from harness.core.errors import UsageError
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report, silent
@@ -78,7 +79,7 @@ def describe(
     if precision is not None:
         config, stored = _in_form(source, PRECISIONS[precision], config), Stored(bytes=0, origin="", shard_bytes=_SHARD_BYTES)
     packed = quantization.packed(config)
-    dtype = stored.dtype or str(config.get("torch_dtype") or config.get("dtype") or "float16")
+    dtype = stored.dtype or stated_dtype(config)
     if dtype not in _FLOATS:
         raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(_FLOATS)}")
     found = skeleton_source.build(config, cache_dir())

@@ -9,7 +9,7 @@ from harness.catalog import shipped
 from harness.catalog.names import near_misses
 from harness.catalog.resolve import Source, known_sources, shipped_id
 from harness.checkpoint.quantization import packed
-from harness.checkpoint.reader import context_length
+from harness.checkpoint.reader import context_length, stated_dtype
 from harness.core.errors import UsageError
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Record
@@ -58,5 +58,5 @@ def _form(config: Mapping[str, Any]) -> str:
     found = packed(config)
     if found is not None:
         return found.precision or found.name
-    dtype = str(config.get("torch_dtype") or config.get("dtype") or "float16")
+    dtype = stated_dtype(config)
     return next((name for name, row in PRECISIONS.items() if row.linear_dtype == dtype), dtype)

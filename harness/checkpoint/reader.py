@@ -343,6 +343,13 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return _find_size(config, (*CONTEXT_KEYS, f"{config.get('general.architecture')}.context_length"))
 
 
+def stated_dtype(config: Mapping[str, Any]) -> str:
+    """Return the dtype that a config, or that of its language model, says its weights have; float16 if neither does."""
+    sources = [config, *(inner for key in INNER_CONFIGS if isinstance(inner := config.get(key), dict))]
+    said = (source.get(key) for source in sources for key in ("torch_dtype", "dtype"))
+    return next((str(dtype) for dtype in said if dtype), "float16")
+
+
 def _find_size(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     for source in (config, *(config.get(key) for key in INNER_CONFIGS)):
         if isinstance(source, dict):
