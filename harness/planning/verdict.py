@@ -139,8 +139,8 @@ class Judge(Record, frozen=True, kw_only=True):
         asked = (
             f"{load.prompt_tokens + load.new_tokens:,} tokens are asked for ({load.prompt_tokens:,} in, {load.new_tokens:,} out)"
         )
-        ends = " and no positions beyond" if self.spec.skeleton.looks_up_positions(most) else ""
-        return Verdict.INVALID, f"{self.spec.name} has a context of {most:,} tokens{ends}, and {asked}: ask for {most:,} at most."
+        tokens = "tokens and no positions beyond" if self.spec.skeleton.looks_up_positions(most) else "tokens"
+        return Verdict.INVALID, f"{self.spec.name} has a context of {most:,} {tokens}, and {asked}: ask for {most:,} at most."
 
     def _spill_refusal(self, precision: Precision, placement: Placement, footprint: Footprint) -> str | None:
         """Say why weights must not lie where this case would spill them."""

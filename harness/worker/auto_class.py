@@ -8,7 +8,7 @@ config names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
@@ -20,7 +20,7 @@ MEASURED = (AutoModelForCausalLM, AutoModelForImageTextToText)
 # Tables that repeat what others say more precisely.
 _LAST = ("AutoModelForPreTraining", "AutoModelForMultimodalLM", "AutoModelForTextEncoding", "AutoModel")
 # What the names of the tables do not say in plain words; the others are read as they are written.
-_NOUNS = {
+NOUNS: Mapping[str, str] = {
     "AutoModelForSeq2SeqLM": "an encoder-decoder",
     "AutoModelForMaskedLM": "an encoder, trained to fill gaps",
     "AutoModelForSpeechSeq2Seq": "a model that writes down speech",
@@ -56,7 +56,7 @@ def auto_class_of(config: Any, named: str | None) -> Any:
 def _tables() -> Iterator[Any]:
     """Yield the Auto classes that are for something, the most telling first; not AutoModel, whose classes have no head."""
     names = [name for name in dir(transformers) if name.startswith("AutoModelFor")]
-    first = [name for name in _NOUNS if name not in _LAST]
+    first = [name for name in NOUNS if name not in _LAST]
     for name in dict.fromkeys([*first, *(name for name in names if name not in _LAST), *_LAST[:-1]]):
         yield getattr(transformers, name)
 
@@ -69,5 +69,5 @@ def _classes(auto: Any, config: Any) -> tuple[str, ...]:
 
 def _sentence(named: str, auto: str, noun: str | None = None) -> str:
     words = " ".join(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", auto.removeprefix("AutoModelFor")))
-    what = noun or _NOUNS.get(auto) or (f"a model for {words}" if auto != "AutoModel" else "a model without a head for text")
+    what = noun or NOUNS.get(auto) or (f"a model for {words}" if auto != "AutoModel" else "a model without a head for text")
     return f"names {named}, {what}, which {auto} loads: only models are measured that continue a text (AutoModelForCausalLM)"

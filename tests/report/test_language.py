@@ -13,6 +13,8 @@ import pytest
 from msgspec.structs import replace
 
 from harness.catalog.resolve import CATALOG
+from harness.checkpoint.adapter import ON_OTHERS, REFUSES
+from harness.core.methods.table import METHODS, OWN
 from harness.core.metrics import METRICS
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
@@ -124,18 +126,25 @@ def test_every_text_of_the_script_is_in_the_table() -> None:
         [precision.title for precision in PRECISIONS.values()],
         [placement.title for placement in PLACEMENTS.values()],
         [flat(entry.history) for entry in CATALOG.values() if entry.history],
+        [why for row in PRECISIONS.values() for why in (*row.incompatible.values(), row.unsupported) if why],
+        [why for row in (*METHODS.values(), *OWN.values()) for why in (*row.refuses.values(), row.unsupported) if why],
+        [*REFUSES.values(), ON_OTHERS],
     ],
-    ids=["outcomes", "plans", "figures", "how", "precisions", "placements", "history"],
+    ids=["outcomes", "plans", "figures", "how", "precisions", "placements", "history", "refused", "refused as stored", "adapters"],
 )
 def test_every_word_of_our_tables_is_in_the_table(texts: list[str]) -> None:
     assert [text for text in texts if not is_said(text)] == []
 
 
-# What speaks of cards on a page: reasons of cases, disturbances, doubts. Of a module all of it, or what is called so in it.
+# What speaks on a page of cards and of models that are refused: reasons of cases, disturbances, doubts. Of a module all of it, or
+# what is called so in it.
 SPEAKERS = {
     "machine/accelerators.py": {"PROBLEMS", "hidden", "title"},
     "measure/interference.py": {"power_capped", "_gpu_others", "_gpu_clock", "_gpu_throttles"},
     "planning/feasibility.py": {"gate", "decide", "_beyond", "_too_old"},
+    "planning/verdict.py": {"_passed_by", "_unpackable", "_unfusable", "_context_refusal"},
+    "planning/cost/tensor_parallel.py": {"refusal"},
+    "worker/auto_class.py": {"NOUNS", "_sentence"},
     "run/case_result.py": {"_process_vram", "noise"},
     "results/needed.py": {"need_of"},
 }
@@ -160,7 +169,7 @@ def name_of(node: ast.AST) -> str | None:
 
 
 @pytest.mark.parametrize("module", SPEAKERS)
-def test_every_sentence_about_cards_has_its_chinese(module: str) -> None:
+def test_every_sentence_about_a_card_or_a_refusal_has_its_chinese(module: str) -> None:
     known = "\n".join(flat(form) for key in SAID for form in (key.replace("(s)", ""), key.replace("(s)", "s")))
     found = set(sentences(module, SPEAKERS[module]))
     assert found, f"nothing in {module} is called {SPEAKERS[module]}"
