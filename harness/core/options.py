@@ -11,10 +11,11 @@ from typing import Any
 
 import msgspec
 
+from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import ALL, DEFAULT_PRECISIONS, PRECISIONS
-from harness.core.records import Record, Workload
+from harness.core.records import USUAL_KV, Record, Workload
 from harness.core.units import parse_capacity
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -171,6 +172,24 @@ OPTIONS: tuple[Option, ...] = (
         repeat=True,
         table=tuple(PLACEMENTS),
         default=tuple(PLACEMENTS),
+        metavar="NAME",
+    ),
+    Option(
+        name="kv",
+        help=f"how the KV cache is kept: {', '.join(KV_FORMS)} (repeatable; default {USUAL_KV}, in the model's dtype)",
+        parse=name_in(KV_FORMS, "form of the KV cache"),
+        repeat=True,
+        table=tuple(KV_FORMS),
+        default=(USUAL_KV,),
+        metavar="FORM",
+    ),
+    Option(
+        name="attention",
+        help=f"implementation of attention: {', '.join(ATTENTIONS)} (repeatable; default what transformers chooses)",
+        parse=name_in(ATTENTIONS, "implementation of attention"),
+        repeat=True,
+        table=tuple(ATTENTIONS),
+        default=(),
         metavar="NAME",
     ),
     Option(

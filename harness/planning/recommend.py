@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.resolve import Source
+from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.methods.packages import quoted
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
-from harness.core.records import Case, Plan, Record, Verdict
+from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict
 from harness.core.units import significant
 from harness.planning.nearest import nearest_way
 from harness.planning.other_form import left_wide
@@ -92,8 +93,8 @@ class Recommendation(Record, frozen=True, kw_only=True):
     def notes(self) -> list[str]:
         """What is odd about the model, what plans need on a machine that is only described, and what experts do to precisions."""
         wide = left_wide(self.spec, (one.case.precision for one in self.plans))
-        asked = {tuple(one.needs): one.case.precision for one in self.plans if one.needs and not self.planner.here}
-        needs = [f"{precision} needs pip install {quoted(needs)}" for needs, precision in asked.items()]
+        asked = {tuple(one.needs): _named(one.case) for one in self.plans if one.needs and not self.planner.here}
+        needs = [f"{what} needs pip install {quoted(needs)}" for needs, what in asked.items()]
         return [*self.spec.notes, *needs, *([wide] if wide else [])]
 
 
@@ -105,15 +106,30 @@ def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommend
     return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, nearest=nearest)
 
 
+def _named(case: Case) -> str:
+    """Name what of a case takes packages."""
+    kv = [f"KV {case.kv}"] if KV_FORMS[case.kv].needs else []
+    attention = [case.attention] if case.attention and ATTENTIONS[case.attention].needs else []
+    return " with ".join(
+        [*([case.precision] if PRECISIONS[case.precision].needs or not (kv or attention) else []), *kv, *attention]
+    )
+
+
 def _worth(one: Plan) -> tuple[float, int]:
     assert one.estimate is not None
     speed = one.estimate.decode_tok_s.best
-    return round(PRECISIONS[one.case.precision].quality_kept * speed / (speed + _HALF_TOK_S), 4), -_order(one)
+    return round(quality_kept(one.case) * speed / (speed + _HALF_TOK_S), 4), -_order(one)
+
+
+def quality_kept(case: Case) -> float:
+    """Return the share of the answers that stay right, by the rules of thumb of the tables."""
+    return PRECISIONS[case.precision].quality_kept * KV_FORMS[case.kv].quality_kept
 
 
 def _order(one: Plan) -> int:
     """Return the place of a plan among those that do the same: the plainest call comes first."""
-    return ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
+    plain = 0 if one.case.kv == USUAL_KV and one.case.attention is None else len(PLACEMENTS)
+    return plain + ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
 
 
 def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
@@ -133,5 +149,5 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     rival = max(wider, key=_worth)
     assert rival.estimate is not None
     times = best.estimate.decode_tok_s.best / rival.estimate.decode_tok_s.best
-    name = f"{rival.case.precision}/{rival.case.placement}"
+    name = rival.case.way
     return f"{significant(times, 2)} times as fast as {name}, which is worth the bits it gives up"

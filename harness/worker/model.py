@@ -42,6 +42,7 @@ class Model:
         self.ending: list[int] = list(getattr(module, "prompt_ending", ()))
         self.device_map = {name: str(place) for name, place in getattr(module, "hf_device_map", {}).items()}
         self.device = self._input_device()
+        self.cache: dict[str, Any] = {}  #: what generate takes for the form of the KV cache
         self._prompt: list[int] | None = None
 
     def _input_device(self) -> torch.device:
@@ -162,11 +163,13 @@ def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:
         exec(program, names)  # our own code, from harness.planning.code: what is measured is what is printed
     module = names["model"].eval()
     _forget_generation(module)
-    return Model(module, tokenizer), seconds
+    model = Model(module, tokenizer)
+    model.cache = dict(request.cache)
+    return model, seconds
 
 
 def _forget_generation(module: PreTrainedModel) -> None:
-    """Keep of the model's own generation_config what ends a text, and nothing else, as the printed code does (`code.GREEDY`).
+    """Keep of the model's own generation_config what ends a text, and nothing else, as the printed code does (`code.greedy`).
 
     Beams, several answers, sampling, look-up of the prompt, a time limit, another cache: each would measure something else.
     """
@@ -378,6 +381,7 @@ def _generate_once(model: Model, request: Generate) -> dict[str, Any]:
         min_new_tokens=request.new_tokens,
         max_new_tokens=request.new_tokens,
         pad_token_id=pad_id(model),
+        **model.cache,
     )
     synchronize()
     total = time.perf_counter() - start

@@ -31,7 +31,7 @@ def answer(recommendation: Recommendation, asked: Asked) -> RenderableType:
 def code_or_command(recommendation: Recommendation, best: Plan, asked: Asked) -> str:
     """Return what the answer has room for: the call that loads the model, if nothing else belongs to it, or the command for it."""
     taken = tables.height(tables.title(_verdict(recommendation)))
-    case = f"{best.case.precision}/{best.case.placement}"
+    case = best.case.way
     for text in (_call(recommendation, best, asked), code_command(recommendation, best, asked)):
         if text and taken + tables.height(tables.facts([*_figures(best, asked), ("code", text)])) <= _LINES:
             return text

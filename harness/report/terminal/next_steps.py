@@ -26,7 +26,7 @@ class Asked(NamedTuple):
 
 def code_command(recommendation: Recommendation, one: Plan, asked: Asked) -> str:
     """Return the command that prints the script of a case."""
-    return f"fitmatrix plan {_sayable(recommendation)}{asked.code}{asked.options} --code {one.case.precision}/{one.case.placement}"
+    return f"fitmatrix plan {_sayable(recommendation)}{asked.code}{asked.options} --code {one.case.way}"
 
 
 def plan_command(recommendation: Recommendation, asked: Asked, *, more: str) -> str:

@@ -61,7 +61,7 @@ _LAYOUTS = (
 def of_cases(recommendation: Recommendation, machine: Machine) -> tuple[Table, str]:
     """Return a table of each case that has figures, and what a wider one would show in addition."""
     plans = [one for one in recommendation.plans if one.estimate is not None]
-    rows = [Way((one.case.precision,), (one.case.placement,), one) for one in plans]
+    rows = [Way((one.case.precision,), (one.case.place,), one) for one in plans]
     return _fitting(lambda _: rows, recommendation, machine)
 
 

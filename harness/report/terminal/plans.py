@@ -73,7 +73,7 @@ def _reasons(recommendation: Recommendation, plans: Sequence[Plan]) -> Iterator[
     reasons: dict[str, list[str]] = {}
     for one in plans:
         if one.verdict is not Verdict.FITS and one.why and one.why != main_reason(recommendation):
-            reasons.setdefault(one.why, []).append(f"{one.case.precision}/{one.case.placement}")
+            reasons.setdefault(one.why, []).append(one.case.way)
     for why, cases in reasons.items():
         more = f" and {len(cases) - _SHORT} more" if len(cases) > _SHORT else ""
         yield f"{', '.join(cases[:_SHORT])}{more}: {why}"

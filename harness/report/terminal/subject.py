@@ -59,7 +59,7 @@ def by_formulas(recommendation: Recommendation) -> str:
     lacking = [case for case, found in on_gpu if found.lacks_trace]
     if not lacking or any(found.precision and not found.lacks_trace for _, found in on_gpu):
         return ""
-    case = f"{lacking[0].precision}/{lacking[0].placement}"
+    case = lacking[0].way
     return f"Activations on the GPU are computed by formulas; --explain {case} traces the model, once for each precision."
 
 
