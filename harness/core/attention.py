@@ -20,7 +20,7 @@ GROUP = 64  # `q_group_size` of QuantizedLayer: elements that share a scale and 
 _SCALE_BYTES = 4  # of a layer and of keys or values, by Fp8QuantizedLayer
 
 
-class Attention(Record, frozen=True, kw_only=True):
+class Implementation(Record, frozen=True, kw_only=True):
     """One row: its name in transformers (`attn_implementation`), and what it needs."""
 
     name: str
@@ -35,9 +35,9 @@ class Attention(Record, frozen=True, kw_only=True):
 _HALF = ("float16", "bfloat16")
 # The limits of flash-attn 2 are in its README ("NVIDIA CUDA Support"), those of 3 in that of its folder hopper.
 _IMPLEMENTATIONS = (
-    Attention(name="eager", help="step by step, with all scores in memory: the reference"),
-    Attention(name="sdpa", help="torch's scaled dot product attention, what transformers takes where a model has it"),
-    Attention(
+    Implementation(name="eager", help="step by step, with all scores in memory: the reference"),
+    Implementation(name="sdpa", help="torch's scaled dot product attention, what transformers takes where a model has it"),
+    Implementation(
         name="flash_attention_2",
         help="the package flash-attn, on NVIDIA cards since Ampere in 16 bits",
         needs=("flash_attn",),
@@ -46,7 +46,7 @@ _IMPLEMENTATIONS = (
         dtypes=_HALF,
         most_head_dim=256,
     ),
-    Attention(
+    Implementation(
         name="flash_attention_3",
         help="flash-attn 3, on Hopper in 16 bits",
         needs=("flash_attn_interface",),
@@ -56,7 +56,7 @@ _IMPLEMENTATIONS = (
         most_head_dim=256,
     ),
 )
-ATTENTIONS: Mapping[str, Attention] = {row.name: row for row in _IMPLEMENTATIONS}
+ATTENTIONS: Mapping[str, Implementation] = {row.name: row for row in _IMPLEMENTATIONS}
 
 
 @cache

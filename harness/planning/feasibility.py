@@ -54,7 +54,8 @@ def gate(
 
 
 def _needs(missing: Sequence[str], extra: str | None = None) -> str:
-    return f"needs the {'packages' if len(missing) > 1 else 'package'} {how_to_install(missing, extra)}"
+    what = "needs the packages" if len(missing) > 1 else "needs the package"
+    return f"{what} {how_to_install(missing, extra)}"
 
 
 def _takes_apples_gpu(placement: Placement, machine: Machine) -> bool:
