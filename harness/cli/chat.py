@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from harness.catalog.resolve import Source
     from harness.core.records import Case, Machine, Plan
-    from harness.planning.recommend import Recommendation
+    from harness.planning.choice.recommend import Recommendation
 
 HELP = "Chat with a model in the browser on this machine, loaded as the plan recommends."
 

@@ -20,8 +20,8 @@ from harness.report.terminal.output import PLAN_SCHEMA
 if TYPE_CHECKING:
     from harness.catalog.resolve import Source
     from harness.core.records import Machine, Plan
+    from harness.planning.choice.recommend import Recommendation
     from harness.planning.device_map.infer import Device
-    from harness.planning.recommend import Recommendation
 
 HELP = "Predict which ways of loading a model fit, before loading or even downloading it."
 
@@ -32,7 +32,8 @@ _ABOUT_RUNNING = (
 )  # fmt: skip
 _OPTIONS = (
     "file", "gpu", "ram", "disk", "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens", "batch",
-    "context", "code", "trust-remote-code", "all", "json", "explain", "training", "nodes", "prove-min-ram", "results",
+    "context", "code", "trust-remote-code", "best", "min-speed", "all", "json", "explain", "training", "nodes", "prove-min-ram",
+    "results",
 )  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
@@ -85,7 +86,15 @@ def run(args: argparse.Namespace) -> int:
         traces=args.explain is not None,
         kv=[name for name in KV_FORMS if name in (args.kv or (USUAL_KV,))],
         attention=[name for name in ATTENTIONS if name in (args.attention or ())] or [None],
+        search=args.best,
+        least_tok_s=args.min_speed or 0.0,
     )
+    if args.min_speed is not None and not args.best:
+        raise UsageError("--min-speed is what a search asks for: add --best")
+    if args.best and (
+        searched := typed_options(args, "precision", "placement", "kv", "attention", "device-map", "code", "explain")
+    ):
+        raise UsageError(f"--best searches every precision, placement and KV cache: drop{searched}")
     recommendations = [advise_on(source, machine, workload, question, calibration) for source in _sources(args)]
     return _print(recommendations, args, machine, workload)
 
@@ -244,6 +253,6 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         **spans,
         "device_map": one.device_map,
         "max_memory": one.max_memory,
-        "max_context_tokens": recommendation.planner.max_context(one),
+        "max_context_tokens": recommendation.contexts.get(one.case.id) or recommendation.planner.max_context(one),
         "code": _head(recommendation, one) + one.code if one.code else None,
     }

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from harness.catalog.resolve import Source
     from harness.core.records import Machine
     from harness.planning.calibration import Calibration
+    from harness.planning.choice.recommend import Recommendation
     from harness.planning.device_map.infer import Device
-    from harness.planning.recommend import Recommendation
 
 FITS, NOTHING_FITS = 0, 1
 
@@ -81,6 +81,8 @@ class PlanQuestion(NamedTuple):
     device_map: Mapping[str, Device] | None = None  #: the user's own
     kv: Sequence[str] = (USUAL_KV,)
     attention: Sequence[str | None] = (None,)
+    search: bool = False  #: whether the best ways are searched for, whatever is named above
+    least_tok_s: float = 0.0  #: of a search, tokens/s that a way must reach
     trust: bool = False  #: whether code that comes with the model may run
     traces: bool = False  #: whether what no record is of is traced now, by a worker
 
@@ -100,15 +102,17 @@ def advise_on(
         UsageError, CheckpointError: the model is not found or cannot be planned, or the map does not match it.
     """
     from harness.architecture import model_spec
+    from harness.planning.choice.recommend import advise, advise_best
     from harness.planning.device_map import user_map
     from harness.planning.planner import Planner
-    from harness.planning.recommend import advise
 
     spec = model_spec.read_spec(source)
     if question.device_map is not None:
         user_map.check_map(question.device_map, spec.skeleton, len(machine.gpus), model=spec.name)
     here = calibration is not None
     planner = Planner(spec, machine, here=here, constants=calibration, trust=question.trust, device_map=question.device_map)
+    if question.search:
+        return advise_best(source, planner, workload, question.least_tok_s)
     places = question.placements or distinct(PLACEMENTS, len(machine.gpus))
     asked = question.precisions or defaults(spec.stored_as)
     pairs = question.cases or [AskedCase(precision, placement) for precision in asked for placement in places]

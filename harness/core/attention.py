@@ -76,7 +76,8 @@ class KvForm(Record, frozen=True, kw_only=True):
     """One row: its name, what `generate` takes for it, and what becomes of keys and values.
 
     `temporary_bytes` was traced through transformers 5.24 on a fake card (`tests/oracle/test_kv_forms.py` does it again).
-    `moved_bytes` counts its code: growing copies the cache (read, write), and attention reads it.
+    `moved_bytes` counts its code: growing copies the cache (read, write), and attention reads it. What is static is read alone, but
+    with a mask that rules out faster kernels: it is taken to be as fast until it is measured.
     `bits` is what an element takes once it is quantized; None: nothing is, and it keeps the model's dtype. `grouped`: whether
     groups of elements share a scale and a zero point in the model's dtype, and the latest tokens stay as they are.
     """
@@ -129,7 +130,6 @@ _FORMS = (
         title="static",
         help="in the model's dtype, allocated once for the whole length: nothing is copied as it grows",
         arguments={"cache_implementation": "static", "disable_compile": True},
-        moved_bytes=2.0,
     ),
     KvForm(
         name="offloaded",

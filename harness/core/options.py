@@ -5,6 +5,7 @@ A row knows its help, its parser and its default; where a command means somethin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ def whole_number(least: int, most: int = _MOST) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def positive_number(text: str) -> float:
+    """Return a number above 0 that a text stands for."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a number") from None
+    if not 0 < value < math.inf:
+        raise UsageError(f"{text} is out of range: more than 0")
+    return value
 
 
 def one_of(*words: str) -> Callable[[str], str]:

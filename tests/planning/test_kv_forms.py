@@ -34,7 +34,7 @@ def spec(saved: Path) -> ModelSpec:
 
 
 def planned(spec: ModelSpec, machine: Machine = HERE, **how: Any) -> Plan:
-    given = {"precision": "bf16", "placement": "cpu", "workload": Workload(prompt_tokens=20, new_tokens=4)} | how
+    given: dict[str, Any] = {"precision": "bf16", "placement": "cpu", "workload": Workload(prompt_tokens=20, new_tokens=4)} | how
     return Planner(spec, machine, here=False).plan(Case(model=spec.name, **given))
 
 

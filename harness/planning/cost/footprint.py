@@ -175,7 +175,7 @@ class Footprint:
 
     def _on_gpu(self, name: str) -> TierTerms:
         constant, kv = self.calibration, self.kv.get(name, 0)
-        runs = self._activations(self.on_gpu)
+        runs = _activations(self, self.on_gpu)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
         expandable = self.loading.expandable
         gaps = self.on_gpu.gaps(expandable=expandable)
@@ -189,13 +189,6 @@ class Footprint:
             cached=cached,
             loading=self._in_flight(name) + _exact(self.sums[name].twice),
         )
-
-    def _activations(self, computed: GpuActivations | Activations) -> int:
-        """Return the most that computing holds beside weights and the KV cache as it is kept at the end."""
-        if not self.kv_form.is_quantized:
-            return computed.bytes(self.workload)
-        beside = memory.kv_beside(self.skeleton, self.workload, self.fmt.element_bytes, self.kv_form)
-        return max(*(held + more for held, more in zip(computed.phases(self.workload), beside, strict=True)), 0)
 
     def _brought(self, homes: tuple[str, ...]) -> int:
         """Return what accelerate copies at once of what lies in these tiers: one module's tensors."""
@@ -227,7 +220,7 @@ class Footprint:
         elsewhere = sum(self.sums[gpu].stored for gpu in self.gpus) + (rewritten or away.made_from)
         # A head that is stored again lies at the end of the files, among what went elsewhere if anything did.
         file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
-        runs = 0 if self.gpus else self._activations(self.inventory.on_cpu(self.loading.attention)) * self.processes
+        runs = 0 if self.gpus else _activations(self, self.inventory.on_cpu(self.loading.attention)) * self.processes
         brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
         passing = self.inventory.total.made - here.made if self.loading.through_ram else 0
         if self._reads_files:
@@ -302,6 +295,14 @@ class Footprint:
     def _rows_touched(self) -> int:
         """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
         return (self.workload.prompt_tokens + self.workload.new_tokens) * PAGE_BYTES
+
+
+def _activations(of: Footprint, computed: GpuActivations | Activations) -> int:
+    """Return the most that computing holds beside weights and the KV cache as it is kept at the end."""
+    if not of.kv_form.is_quantized:
+        return computed.bytes(of.workload)
+    beside = memory.kv_beside(of.skeleton, of.workload, of.fmt.element_bytes, of.kv_form)
+    return max(*(held + more for held, more in zip(computed.phases(of.workload), beside, strict=True)), 0)
 
 
 def _gpus(count: int) -> list[str]:

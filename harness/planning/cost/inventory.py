@@ -127,11 +127,6 @@ class Inventory:
         return sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes)
 
     @cached_property
-    def largest(self) -> int:
-        """Bytes of the largest tensor in memory."""
-        return max(self.sizes.values(), default=0)
-
-    @cached_property
     def load_runs(self) -> list[LoadRun]:
         """What loading onto a GPU makes, in its order; nothing if it never holds more than what stays."""
         passing = {

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from harness.core.records import Estimate, Plan
 from harness.core.units import format_gib, format_share, format_size, significant
-from harness.planning.recommend import Recommendation
+from harness.planning.choice.recommend import Recommendation
 from harness.report.terminal import tables
 from harness.report.terminal.subject import word
 

@@ -9,7 +9,7 @@ from harness.core.records import Machine, Plan, Tier
 from harness.core.units import format_bandwidth, format_count, format_gib
 from harness.machine import headroom
 from harness.planning import calibration
-from harness.planning.recommend import Recommendation
+from harness.planning.choice.recommend import Recommendation
 
 
 def model_line(spec: ModelSpec) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from harness.core.records import Plan, Verdict
-from harness.planning.recommend import quality_kept
+from harness.planning.choice.search import quality_kept
 
 Cells = tuple[str, ...]
 # What differs by less is the same to a person, and to the estimate by far.

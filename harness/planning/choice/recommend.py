@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.resolve import Source
@@ -10,9 +10,10 @@ from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.methods.packages import quoted
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
-from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict
+from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict, Workload
 from harness.core.units import significant
-from harness.planning.nearest import nearest_way
+from harness.planning.choice.nearest import nearest_way
+from harness.planning.choice.search import quality_kept, search
 from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
 
@@ -84,6 +85,7 @@ class Recommendation(Record, frozen=True, kw_only=True):
     best: Plan | None
     reason: str
     nearest: str | None = None  #: where nothing fits, what comes closest
+    contexts: Mapping[str, int] = {}  #: of a search, by case: the most tokens with which each way that stays fits
 
     @property
     def spec(self) -> ModelSpec:
@@ -106,6 +108,16 @@ def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommend
     return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, nearest=nearest)
 
 
+def advise_best(source: Source, planner: Planner, workload: Workload, least_tok_s: float = 0.0) -> Recommendation:
+    """Search for the ways that no other is better than in everything, and choose the best of them."""
+    found = search(planner, workload, least_tok_s)
+    best, reason = choose_best(found.plans) or (None, "nothing fits")
+    nearest = nearest_way(planner, found.plans, choose_best) if best is None else None
+    return Recommendation(
+        source=source, planner=planner, plans=found.plans, best=best, reason=reason, nearest=nearest, contexts=found.contexts
+    )
+
+
 def _named(case: Case) -> str:
     """Name what of a case takes packages."""
     kv = [f"KV {case.kv}"] if KV_FORMS[case.kv].needs else []
@@ -119,11 +131,6 @@ def _worth(one: Plan) -> tuple[float, int]:
     assert one.estimate is not None
     speed = one.estimate.decode_tok_s.best
     return round(quality_kept(one.case) * speed / (speed + _HALF_TOK_S), 4), -_order(one)
-
-
-def quality_kept(case: Case) -> float:
-    """Return the share of the answers that stay right, by the rules of thumb of the tables."""
-    return PRECISIONS[case.precision].quality_kept * KV_FORMS[case.kv].quality_kept
 
 
 def _order(one: Plan) -> int:
