@@ -22,7 +22,7 @@ _SPEED_ALIKE, _CONTEXT_ALIKE = 0.05, 0.1
 
 
 class Searched(NamedTuple):
-    """What a search found: the ways that stay, then of each precision without one the plan that needs least, with its limit.
+    """What a search found: the ways that stay, then of each precision that does not work the plan that comes nearest, with its limit.
 
     `contexts` has for each way that stays the most tokens, prompt and answer together, with which it fits.
     """
@@ -63,7 +63,7 @@ def search(planner: Planner, workload: Workload, least_tok_s: float = 0.0) -> Se
     front = _front(planner, fast)
     kept = [way.plan for way in front]
     slow = [_too_slow(one, least_tok_s) for one in good if one not in fast]
-    return Searched(kept + _failing([*plans, *slow], kept), {way.plan.case.id: way.context for way in front})
+    return Searched(kept + _failing([*plans, *slow], fast), {way.plan.case.id: way.context for way in front})
 
 
 def _planned(planner: Planner, workload: Workload) -> Iterator[Plan]:
@@ -113,9 +113,9 @@ def _too_slow(one: Plan, least_tok_s: float) -> Plan:
     return replace(one, verdict=Verdict.TOO_BIG, why=f"too slow: {why}.")
 
 
-def _failing(plans: Sequence[Plan], kept: Sequence[Plan]) -> list[Plan]:
-    """Return of each precision without a way that stays what comes nearest: the fastest that is too slow, else what lacks least."""
-    there = {one.case.precision for one in kept}
+def _failing(plans: Sequence[Plan], good: Sequence[Plan]) -> list[Plan]:
+    """Return of each precision without a good plan what comes nearest: the fastest that is too slow, else what lacks least."""
+    there = {one.case.precision for one in good}
     nearest: dict[str, Plan] = {}
     for one in sorted(plans, key=_distance):
         if one.case.precision not in there and not one.verdict.is_good:
