@@ -22,7 +22,7 @@ _SPEED_ALIKE, _CONTEXT_ALIKE = 0.05, 0.1
 
 
 class Searched(NamedTuple):
-    """What a search found: the ways that stay, then of each precision that does not work the plan that comes nearest, with its limit.
+    """What a search found: the ways that stay, then of each precision that does not work the plan that comes nearest.
 
     `contexts` has for each way that stays the most tokens, prompt and answer together, with which it fits.
     """
