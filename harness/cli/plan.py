@@ -251,6 +251,7 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         "needs": [*one.needs, *([one.needs_checkpoint] if one.needs_checkpoint else [])],
         "tiers": {name: {key: getattr(tier, key) for key in _TIER_KEYS} for name, tier in tiers},
         **spans,
+        "bound_by": expected.bound_by if expected else None,
         "device_map": one.device_map,
         "max_memory": one.max_memory,
         "max_context_tokens": recommendation.contexts.get(one.case.id) or recommendation.planner.max_context(one),

@@ -227,6 +227,7 @@ class Estimate(Record, frozen=True, kw_only=True):
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
+    bound_by: str = ""  #: what a token waits for most, in words; empty in older results
     corrections: dict[str, float] = {}  #: factors that results of this machine gave to constants; of older results, to figures
     fixed_token_s: float = 0.0  #: of older results: the part of a token's seconds that was not corrected
     constants: str = ""  #: digest of the constants it was made by (`calibration.Calibration`); empty if unknown

@@ -19,6 +19,7 @@ from harness.planning.planner import Planner
 
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
+_SLOWER = 1.2  # what is slower than that surprises, where it has fewer bits
 
 
 def choose_best(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
@@ -97,7 +98,20 @@ class Recommendation(Record, frozen=True, kw_only=True):
         wide = left_wide(self.spec, (one.case.precision for one in self.plans))
         asked = {tuple(one.needs): _named(one.case) for one in self.plans if one.needs and not self.planner.here}
         needs = [f"{what} needs pip install {quoted(needs)}" for needs, what in asked.items()]
-        return [*self.spec.notes, *needs, *([wide] if wide else [])]
+        return [*self.spec.notes, *needs, *([wide] if wide else []), *self._slower()]
+
+    def _slower(self) -> list[str]:
+        """Say of the precision in the fewest bits that it is slower than a wider one where both go the way of the best, and why."""
+        best = self.best
+        alike = [one for one in self.plans if best and one.verdict.is_good and one.case.place == best.case.place and one.estimate]
+        for one in sorted(alike, key=lambda one: PRECISIONS[one.case.precision].bits):
+            wider = [other for other in alike if PRECISIONS[other.case.precision].bits > PRECISIONS[one.case.precision].bits]
+            other = max(wider, key=_speed, default=one)
+            if _speed(other) > _SLOWER * _speed(one):
+                times = significant(_speed(other) / _speed(one), 2)
+                names = f"{one.case.way} is {times} times slower than {other.case.way}"
+                return [f"{names}: {one.estimate.bound_by}." if one.estimate else names]
+        return []
 
 
 def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
@@ -125,6 +139,10 @@ def _named(case: Case) -> str:
     return " with ".join(
         [*([case.precision] if PRECISIONS[case.precision].needs or not (kv or attention) else []), *kv, *attention]
     )
+
+
+def _speed(one: Plan) -> float:
+    return one.estimate.decode_tok_s.best if one.estimate else 0.0
 
 
 def _worth(one: Plan) -> tuple[float, int]:

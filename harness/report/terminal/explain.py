@@ -63,6 +63,8 @@ def _seconds(expected: Estimate) -> Iterator[tuple[str, str]]:
     for label, span in spans.items():
         unit = "tokens/s" if label == "decode" else "s"
         yield label, f"{significant(span.best)} {unit}, {significant(span.low)} to {significant(span.high)}"
+    if expected.bound_by:
+        yield "bound by", expected.bound_by
     if expected.corrections:
         yield "corrected", f"{', '.join(expected.corrections)}: measured on this machine, see below"
 
