@@ -79,8 +79,7 @@ def _memory(expected: Estimate, machine: Machine) -> Iterator[str]:
 def _speed(expected: Estimate) -> str:
     ready, speed = expected.load_s.best + expected.first_token_s.best, expected.decode_tok_s
     spread = f"{significant(speed.low, 2)} to {significant(speed.high, 2)}"
-    bound = f"; {expected.bound_by}" if expected.bound_by else ""
-    return f"{significant(speed.best, 2)} tokens/s ({spread}), ready in {format_seconds(ready)}{bound}"
+    return f"{significant(speed.best, 2)} tokens/s ({spread}), ready in {format_seconds(ready)}"
 
 
 def _call(recommendation: Recommendation, best: Plan, asked: Asked) -> str | None:

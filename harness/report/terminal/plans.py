@@ -42,6 +42,7 @@ def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableT
     said = (
         "\n".join(_reasons(recommendation, recommendation.plans if asked.all else _unshown(recommendation))),
         best.why if best else None,
+        f"{best.case.way}: {best.estimate.bound_by}." if best and best.estimate else "",
         _QUALITY if recommendation.contexts else "",
         history(spec.name) if best else "",
         *recommendation.notes,
