@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +58,13 @@ def run(args: argparse.Namespace) -> int:
     asked = [_talking_case(args.case)] if args.case else []
     recommendation = _advised(args, source, here, asked)
     chosen = recommendation.best or (recommendation.plans[0] if asked else None)
+    command = _plan_command(args, recommendation.plans[0].case.workload)
     if chosen is None and args.anyway:
-        raise UsageError(
-            f"--anyway loads the case that you name, and nothing fits: name one, fitmatrix plan {source.name} --all lists them"
-        )
+        raise UsageError(f"--anyway loads the case that you name, and nothing fits: name one, {command} --all lists them")
     if chosen is None:
-        return _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} shows why")
+        return _say(f"{source.name}: nothing fits; {command} shows why")
     if chosen.code is None or not (chosen.verdict.is_good or args.anyway):
-        return _refuse(chosen)
+        return _refuse(args, chosen)
     _need_tokenizer(recommendation.spec.tokenizer, source.name)
     _need_gradio()
     return _serve(args, chosen.case, host, port)
@@ -132,11 +132,19 @@ def _free_port(host: str, port: int | None) -> int:
     raise UsageError(f"no port from {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} is free: pass --port")
 
 
-def _refuse(one: Plan) -> int:
+def _plan_command(args: argparse.Namespace, workload: Workload) -> str:
+    """Return the command that plans what was asked for: the same files, and the tokens of this conversation."""
+    tokens = ["--prompt-tokens", str(workload.prompt_tokens), "--new-tokens", str(workload.new_tokens)]
+    trusted = ["--trust-remote-code"] if args.trust_remote_code else []
+    return shlex.join(["fitmatrix", "plan", args.model, *tokens, *trusted])
+
+
+def _refuse(args: argparse.Namespace, one: Plan) -> int:
     """Say why a case cannot be chatted with. Returns the exit status; raises UsageError if it cannot be loaded at all."""
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    return _say(f"{one.case.id}: {(one.why or '').removesuffix('.')}. --anyway loads it all the same")
+    why = (one.why or "").partition(" Try ")[0].removesuffix(".")  # options of a plan, which a chat does not have
+    return _say(f"{one.case.id}: {why}. {_plan_command(args, one.case.workload)} shows what fits, --anyway loads it all the same")
 
 
 def _say(sentence: str) -> int:
@@ -180,7 +188,7 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
             decided, model = session.plan(one), session.case_model(one)
             _need_tokenizer(model.tokenizer, one.model)
             if decided.code is None or not (decided.verdict.is_good or args.anyway):
-                return _refuse(decided)
+                return _refuse(args, decided)
             if not decided.verdict.is_good:
                 _say(f"{one.id}: {decided.why} Loading it all the same")
             run = Run(decided, model, session.context)

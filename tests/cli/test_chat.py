@@ -7,6 +7,8 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -107,10 +109,43 @@ def test_what_does_not_fit_is_refused_in_the_words_of_the_plan(
     why = json.loads(capsys.readouterr().out)["plans"][0]["why"]
     assert why.startswith("too big for cpu: needs ")
     assert main(["chat", "chatglm-6b", "fp32/cpu"]) == 1
-    way_out = "--anyway loads it all the same"
-    assert capsys.readouterr().err == f"fitmatrix: chatglm-6b/fp32/cpu: {why.removesuffix('.')}. {way_out}\n"
+    way_out = "fitmatrix plan chatglm-6b --prompt-tokens 1024 --new-tokens 256 shows what fits, --anyway loads it all the same"
+    assert capsys.readouterr().err == f"fitmatrix: chatglm-6b/fp32/cpu: {why.partition(' Try ')[0].removesuffix('.')}. {way_out}\n"
     assert main(["chat", "chatglm-6b", "int8/direct"]) == 2
     assert "chatglm-6b/int8/direct cannot be loaded: no NVIDIA GPU detected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", [[], ["fp32/cpu"]], ids=["nothing fits", "a case does not"])
+@pytest.mark.parametrize("more", [[], ["--anyway"]], ids=["", "anyway"])
+@pytest.mark.parametrize(
+    "given", [[], ["--prompt-tokens", "90", "--new-tokens", "30"], ["--new-tokens", "20", "--trust-remote-code"]], ids=" ".join
+)
+def test_the_command_that_shows_why_keeps_what_was_asked_and_can_be_pasted(
+    folder: Path,
+    given: list[str],
+    case: list[str],
+    more: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if case and more:
+        pytest.skip("it is loaded")
+    spaced = folder.parent / "a model"  # a name to be quoted
+    if not spaced.exists():
+        spaced.symlink_to(folder)
+    monkeypatch.setattr(probe, "probe", lambda: profile([], ram=GIB // 8))
+    assert main(["chat", str(spaced), *case, *given, *more]) == (2 if more else 1)
+    said = capsys.readouterr().err
+    found = re.search(r"fitmatrix (plan .+?) (?:shows|(?=--all lists))", said)
+    assert found, said
+    words = shlex.split(found[1])
+    assert set(given) <= set(words)
+    assert main([*words, "--json"]) == 1
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["model"]["source"] == str(spaced.resolve())
+    asked = {"--prompt-tokens": planned["workload"]["prompt_tokens"], "--new-tokens": planned["workload"]["new_tokens"]}
+    assert asked == {name: int(words[words.index(name) + 1]) for name in asked}
+    assert sum(asked.values()) <= 200  # of the conversation, not of a run
 
 
 def test_what_the_plan_doubts_is_loaded_anyway(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 
-from harness.cli.entry import COMMANDS, build_parser
+from harness.cli.entry import COMMANDS, build_parser, main
 from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.methods.packages import asked_of_pip
 from harness.core.metrics import METRICS
@@ -18,8 +18,22 @@ from harness.results import store
 from harness.results.compare import thresholds
 from harness.results.selection import ran
 from harness.run.live import summary
+from harness.run.options import Options
 
-__all__ = ["COMMANDS", "MAKERS", "OPTIONS", "PLACEMENTS", "PRECISIONS", "figures", "flags", "table"]
+__all__ = [
+    "COMMANDS",
+    "MAKERS",
+    "OPTIONS",
+    "PLACEMENTS",
+    "PRECISIONS",
+    "actions",
+    "figures",
+    "flags",
+    "main",
+    "parsed",
+    "positionals",
+]
+__all__ += ["run_options", "table"]
 
 ROOT = Path(__file__).parents[2]
 Rows = Iterator[tuple[str, ...]]
@@ -36,6 +50,26 @@ def flags(command: str) -> set[str]:
     """Return the options that a command of `fitmatrix` takes, such as "--gpu"."""
     actions = _subparsers()[command]._option_string_actions
     return {flag for flag in actions if flag.startswith("--")}
+
+
+def actions(command: str) -> Mapping[str, argparse.Action]:
+    """Return what a command of `fitmatrix` makes of each of its options, by the option."""
+    return _subparsers()[command]._option_string_actions
+
+
+def positionals(command: str) -> list[argparse.Action]:
+    """Return what a command of `fitmatrix` makes of its names."""
+    return [action for action in _subparsers()[command]._actions if not action.option_strings]
+
+
+def parsed(words: Iterable[str]) -> argparse.Namespace:
+    """Read the words behind `fitmatrix`."""
+    return build_parser().parse_args([*words])
+
+
+def run_options(given: Mapping[str, object]) -> Options:
+    """Read the options of a run as pytest gives them."""
+    return Options(given=given)
 
 
 def figures(directory: Path) -> dict[str, str]:
