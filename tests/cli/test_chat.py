@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from harness.measure.protocol import Chat, Load
 from harness.planning.code import loading_code
 from harness.worker import chat, quality_probe
 from harness.worker import model as work
+from harness.worker.web import page
 from tests.support import small_models
 
 ROOT = Path(__file__).parents[2]
@@ -309,6 +312,72 @@ def test_a_model_that_fails_says_so_instead_of_nothing(folder: Path, monkeypatch
     monkeypatch.setattr(one._model.module, "generate", fails)
     with pytest.raises(RuntimeError, match="no memory left"):
         list(one.answer("Hello"))
+
+
+ENDS = {
+    "torch on a card": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+    "Python": MemoryError(),
+}
+
+
+def runs_out(model: Any, monkeypatch: pytest.MonkeyPatch, end: BaseException | None) -> list[weakref.ref[torch.Tensor]]:
+    """Let the model's layers run out of memory from the third token on, with an error or by really asking for a petabyte.
+
+    Returns references to what was allocated before.
+    """
+    held: list[weakref.ref[torch.Tensor]] = []
+    forward = model.module.forward
+
+    def failing(*given: Any, **named: Any) -> Any:
+        cache = torch.zeros(1000)
+        held.append(weakref.ref(cache))
+        if len(held) > 2:
+            if end:
+                raise end
+            torch.empty(1 << 50)
+        return forward(*given, **named)
+
+    monkeypatch.setattr(model.module, "forward", failing)
+    return held
+
+
+@pytest.mark.parametrize("end", [None, *ENDS.values()], ids=["this machine", *ENDS])
+def test_memory_that_runs_out_in_an_answer_is_free_for_the_next(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException | None
+) -> None:
+    one = talk(folder)
+    gc.disable()  # a conversation does not wait for it
+    try:
+        with monkeypatch.context() as patch:
+            held = runs_out(one._model, patch, end)
+            with pytest.raises(chat.NoAnswer, match=r"allocate|out of memory") as caught:
+                list(one.answer("Hello"))
+            assert "\n" not in str(caught.value)
+            assert [one() for one in held] == [None] * 3
+    finally:
+        gc.enable()
+    assert list(one.answer("Hello"))[-1].text == words(folder, greedy(folder, "Hello"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio, the extra chat")
+def test_the_page_says_that_memory_ran_out_keeps_what_was_said_and_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradio = pytest.importorskip("gradio")
+    one = talk(folder)
+    events = page._Events(one, Chat(model="tiny", case="fp32/cpu", host="127.0.0.1", port=1, prompt_tokens=100, new_tokens=12), 0)
+    wanted = ("", 0, 1, 0, 1, 12)
+    said = [{"role": "user", "content": "Hello"}]
+    with monkeypatch.context() as patch:
+        runs_out(one._model, patch, ENDS["torch on a card"])
+        kept, _, note, _ = list(events.write(said, *wanted))[-1]
+        assert (kept, note) == (
+            said,
+            "No answer: CUDA out of memory. Tried to allocate 2.00 GiB. Shorten the conversation and try again.",
+        )
+        with pytest.raises(gradio.Error, match="CUDA out of memory"):
+            list(events.answer("Hello"))
+    kept, _, note, _ = list(events.write(said, *wanted))[-1]
+    assert kept[-1] == {"role": "assistant", "content": words(folder, greedy(folder, "Hello"))}
+    assert note == "Cut at 12 tokens."
 
 
 # The page
