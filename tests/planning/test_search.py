@@ -80,6 +80,13 @@ def searched(least_tok_s: float) -> Searched:
     return search(planner_for("llama-2-7b-chat-hf", ("8GiB",), 16), Workload(), least_tok_s)
 
 
+def test_what_a_machine_without_a_gpu_lacks_is_no_gpu_where_a_package_is() -> None:
+    planner = planner_for("smollm2-135m-instruct", (), 8)
+    told = {one.case.precision: str(one.why) for one in search(planner, Workload()).plans}
+    assert "GPU" in told.pop("fp8")
+    assert not any("no NVIDIA GPU" in why for why in told.values())
+
+
 def test_what_is_too_slow_is_no_way_and_says_so() -> None:
     any_speed, fast = searched(0.0), searched(20.0)
     assert {one.case.precision for one in fast.plans if one.case.id in fast.contexts} == {"int4"}

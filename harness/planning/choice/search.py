@@ -68,8 +68,10 @@ def search(planner: Planner, workload: Workload, least_tok_s: float = 0.0) -> Se
 
 def _planned(planner: Planner, workload: Workload) -> Iterator[Plan]:
     """Yield the plans; a KV cache in another form only where the usual one does not fit or not with the whole context."""
+    gpus = len(planner.machine.gpus)
+    places = [name for name in distinct(PLACEMENTS, gpus) if not PLACEMENTS[name].lacks_gpus(gpus)]
     for precision in _precisions(planner):
-        for placement in distinct(PLACEMENTS, len(planner.machine.gpus)):
+        for placement in places:
             case = Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload)
             usual = planner.plan(case)
             yield usual
