@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import FIRST_PORT, add_options, given_or_default
-from harness.cli.plan_args import NOTHING_FITS, PlanQuestion, advise_on, asked_case, constants
+from harness.cli.plan_args import NOTHING_FITS, AskedCase, PlanQuestion, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import FILE, PLACEMENTS, distinct
 from harness.core.records import Verdict, Workload
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from harness.catalog.resolve import Source
     from harness.core.records import Case, Machine, Plan
-    from harness.planning.recommend import Recommendation
+    from harness.planning.choice.recommend import Recommendation
 
 HELP = "Chat with a model in the browser on this machine, loaded as the plan recommends."
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return _serve(args, chosen.case, host, port)
 
 
-def _advised(args: argparse.Namespace, source: Source, here: Machine, asked: Sequence[tuple[str, str]]) -> Recommendation:
+def _advised(args: argparse.Namespace, source: Source, here: Machine, asked: Sequence[AskedCase]) -> Recommendation:
     """Plan for the usual conversation, or for what is asked; then for a longer one where nothing is asked and more fits as well."""
     prompt, new = (given_or_default(args, "chat", name) for name in ("prompt-tokens", "new-tokens"))
     places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
@@ -88,17 +88,24 @@ def _advised(args: argparse.Namespace, source: Source, here: Machine, asked: Seq
         return planned
     longer = Workload(prompt_tokens=min(fitting, _LONGEST) - new, new_tokens=new)
     best = planned.best.case
-    found = advise_on(source, here, longer, question._replace(cases=[(best.precision, best.placement)]), calibration)
+    found = advise_on(
+        source,
+        here,
+        longer,
+        question._replace(cases=[AskedCase(best.precision, best.placement, best.kv, best.attention)]),
+        calibration,
+    )
     return found if found.best else planned
 
 
-def _talking_case(text: str) -> tuple[str, str]:
-    precision, placement = asked_case(text)
-    if placement not in _TALKING:
+def _talking_case(text: str) -> AskedCase:
+    asked = asked_case(text)
+    if asked.placement not in _TALKING:
         raise UsageError(
-            f"chat does not support placement {placement} (several processes or a custom map): use one of {', '.join(_TALKING)}"
+            f"chat does not support placement {asked.placement} (several processes or a custom map): "
+            f"use one of {', '.join(_TALKING)}"
         )
-    return precision, placement
+    return asked
 
 
 def _free_port(host: str, port: int | None) -> int:
@@ -168,7 +175,8 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     from harness.run.session import Session
 
     workload = case.workload
-    asked = {"model": [args.model], "precision": [case.precision], "placement": [case.placement]}
+    asked = {"model": [args.model], "precision": [case.precision], "placement": [case.placement], "kv": [case.kv]}
+    asked |= {"attention": [case.attention]} if case.attention else {}
     about: dict[str, Any] = {"prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     about |= {"trust_remote_code": args.trust_remote_code, "case_timeout": _LOAD_S, "phase_timeout": _LOAD_S}
     with Scratch() as nothing_kept:  # which the next run removes if this one is killed

@@ -153,6 +153,7 @@ class Talk:
             **how,
             num_beams=1,
             pad_token_id=pad_id(self._model),
+            **self._model.cache,
             eos_token_id=sorted(self._ends) or None,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([lambda *_, **__: unheard.is_set()]),

@@ -365,7 +365,7 @@ def test_the_page_says_that_memory_ran_out_keeps_what_was_said_and_goes_on(folde
     one = talk(folder)
     events = page._Events(one, Chat(model="tiny", case="fp32/cpu", host="127.0.0.1", port=1, prompt_tokens=100, new_tokens=12), 0)
     wanted = ("", 0, 1, 0, 1, 12)
-    said = [{"role": "user", "content": "Hello"}]
+    said: list[Any] = [{"role": "user", "content": "Hello"}]
     with monkeypatch.context() as patch:
         runs_out(one._model, patch, ENDS["torch on a card"])
         kept, _, note, _ = list(events.write(said, *wanted))[-1]

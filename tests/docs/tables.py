@@ -8,6 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 
 from harness.cli.entry import COMMANDS, build_parser, main
+from harness.core.attention import ATTENTIONS, KV_FORMS
+from harness.core.methods.packages import asked_of_pip
 from harness.core.metrics import METRICS
 from harness.core.options import OPTIONS
 from harness.core.placements import PLACEMENTS
@@ -101,6 +103,23 @@ def _precisions() -> Rows:
         yield f"`{row.name}`", row.title, f"{row.bits:.3g}", _YES if row.default else "", "; ".join(needs)
 
 
+def _kv_forms() -> Rows:
+    for row in KV_FORMS.values():
+        needs = [
+            *asked_of_pip(row.needs),
+            *(["full attention"] if row.full_attention_only else []),
+            *(["GPU"] if row.in_ram else []),
+        ]
+        yield f"`{row.name}`", row.help, f"{row.bits or ''}", "; ".join(needs)
+
+
+def _attentions() -> Rows:
+    for row in ATTENTIONS.values():
+        capability = [f"GPU of compute capability {row.least_capability:g}"] if row.least_capability else []
+        width = [f"heads of {row.most_head_dim} at most"] if row.most_head_dim else []
+        yield f"`{row.name}`", row.help, "; ".join([*asked_of_pip(row.needs), *capability, *width])
+
+
 def _precisions_in_short() -> Rows:
     for row in (row for row in PRECISIONS.values() if not row.unsupported and not row.requires_checkpoint):
         yield f"`{row.name}`", row.title, "; ".join([*_needs(row), *(["GPU"] if _needs_gpu(row) else [])])
@@ -164,6 +183,8 @@ MAKERS: Mapping[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "precisions": (("precision", "weights", "bits", "in the default matrix", "requires"), _precisions),
     "placements in short": (("placement", "what it does"), _placements_in_short),
     "placements": (("placement", "what it does", "GPUs", "in the default matrix"), _placements),
+    "kv": (("form", "what it does", "bits", "requires"), _kv_forms),
+    "attention": (("attention", "what it is", "requires"), _attentions),
     "metrics": (("name in results", "label", "unit", "better", "how it is measured"), _metrics),
     "accuracy": (("what", "rows", "found", "wanted"), _report("accuracy.md")),
     "bench": (("what", "found", "wanted"), _report("bench.md")),

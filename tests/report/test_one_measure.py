@@ -10,7 +10,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -41,8 +43,12 @@ def of_cards(known: str) -> list[Result]:
     return found
 
 
-SETS = {file.parent.name: lambda file=file: store.read(file)[0] for file in FILES}
-SETS |= {"cards": lambda: of_cards("process"), "cards by torch": lambda: of_cards("torch")}
+def stored(file: Path) -> list[Result]:
+    return list(store.read(file)[0])
+
+
+SETS: dict[str, Callable[[], list[Result]]] = {file.parent.name: partial(stored, file) for file in FILES}
+SETS |= {"cards": partial(of_cards, "process"), "cards by torch": partial(of_cards, "torch")}
 
 
 @pytest.fixture(scope="module", params=SETS)

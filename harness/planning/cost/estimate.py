@@ -79,6 +79,7 @@ def estimate(footprint: Footprint, precision: str, machine: Machine) -> Estimate
         load_s=spent.load_s,
         first_token_s=spent.first_token_s,
         decode_tok_s=spent.decode_tok_s,
+        bound_by=spent.bound_by,
         corrections={name: found.factor for name, found in footprint.calibration.fitted.items()},
         constants=footprint.calibration.digest,
     )

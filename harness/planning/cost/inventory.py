@@ -13,7 +13,7 @@ from harness.architecture.skeleton import Block, Module, Weight
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.quantizers import SCHEMES
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
-from harness.planning.cost.activations import Activations
+from harness.planning.cost.activations import Activations, with_attention
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
@@ -82,15 +82,22 @@ class Inventory:
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.inside)]
-        self._on_gpu: dict[str | None, GpuActivations] = {}
-        self.on_cpu = Activations(self.skeleton, fmt, "cpu")
+        self._on_gpu: dict[tuple[str | None, str | None], GpuActivations] = {}
+        self._on_cpu: dict[str | None, Activations] = {}
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
 
-    def on_gpu(self, capability: str | None) -> GpuActivations:
+    def on_gpu(self, capability: str | None, attention: str | None = None) -> GpuActivations:
         """Return what generating allocates on a GPU of this compute capability, in bytes beside weights and KV cache."""
-        if capability not in self._on_gpu:
-            self._on_gpu[capability] = GpuActivations(self.spec, self.fmt, capability)
-        return self._on_gpu[capability]
+        key = (capability, attention)
+        if key not in self._on_gpu:
+            self._on_gpu[key] = GpuActivations(self.spec, self.fmt, capability, attention)
+        return self._on_gpu[key]
+
+    def on_cpu(self, attention: str | None = None) -> Activations:
+        """Return what generating allocates in RAM, in bytes beside weights and KV cache."""
+        if attention not in self._on_cpu:
+            self._on_cpu[attention] = Activations(with_attention(self.skeleton, attention), self.fmt, "cpu")
+        return self._on_cpu[attention]
 
     @cached_property
     def total(self) -> TensorTotals:
@@ -118,11 +125,6 @@ class Inventory:
     def quantizable(self) -> int:
         """How many weights a quantizer takes: those that are unpacked for every pass where they are unpacked at all."""
         return sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes)
-
-    @cached_property
-    def largest(self) -> int:
-        """Bytes of the largest tensor in memory."""
-        return max(self.sizes.values(), default=0)
 
     @cached_property
     def load_runs(self) -> list[LoadRun]:

@@ -14,7 +14,7 @@ from harness.catalog.resolve import history
 from harness.core import units
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
-from harness.core.records import Case, Machine, Result, Tier, Workload
+from harness.core.records import USUAL_KV, Case, Machine, Result, Tier, Workload
 from harness.core.text import plural
 from harness.report.page.figures import (
     PLANNED,
@@ -277,8 +277,9 @@ def _columns(cases: Iterable[Case]) -> dict[str, str]:
 
 
 def _limits(case: Case) -> str:
+    asked = [f"KV {case.kv}"] * (case.kv != USUAL_KV) + ([case.attention] if case.attention else [])
     sizes = ((case.vram_bytes, "VRAM"), (case.ram_bytes, "RAM"))
-    return ", ".join(f"{_spaced(units.exact_size(size))} {kind}" for size, kind in sizes if size is not None)
+    return ", ".join([*asked, *(f"{_spaced(units.exact_size(size))} {kind}" for size, kind in sizes if size is not None)])
 
 
 def _spaced(size: str) -> str:
