@@ -93,11 +93,28 @@ def loading_code(
         arguments["trust_remote_code"] = facts.trusted
     if facts.attention is not None:
         arguments["attn_implementation"] = facts.attention
+    if placement.experts_in_ram:
+        imports = ["import torch", *imports]
+        given = (*given, "from accelerate.hooks import AlignDevicesHook", "from accelerate.hooks import add_hook_to_module")
     imports += _imports(f"from transformers import {facts.auto_class}", *given)
     lines = [*imports, "", f"model = {facts.auto_class}.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
+    if placement.experts_in_ram:
+        lines += ["", *_moving_all_but_experts(placement.gpu)]
     if placement.moves_after_loading:
         lines.append(f"model = model.to({_literal(f'cuda:{placement.gpu}' if placement.gpu else 'cuda')})")
     return "\n".join(lines) + "\n"
+
+
+def _moving_all_but_experts(gpu: int) -> list[str]:
+    """Write what brings a model from RAM to a GPU and leaves its experts behind; their output goes where their input came from."""
+    return [
+        'experts = {name: part for name, part in model.named_modules() if name.endswith(".experts")}',
+        "for name in experts:",
+        "    model.set_submodule(name, torch.nn.Identity())",
+        f"model = model.to({_literal(f'cuda:{gpu}' if gpu else 'cuda')})",
+        "for name, part in experts.items():",
+        '    model.set_submodule(name, add_hook_to_module(part, AlignDevicesHook("cpu", io_same_device=True)))',
+    ]
 
 
 def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -25,6 +25,11 @@ MAPPED = ("safetensors", "bin")
 HEAP_LIMIT = 32 << 20
 
 
+def is_expert(path: str) -> bool:
+    """Say whether a tensor is one of routed experts, by the module that holds them; not of those that every token passes."""
+    return ".experts." in f".{path}"
+
+
 @dataclass(slots=True)
 class TensorTotals:
     """Bytes of tensors, summed."""
@@ -42,6 +47,7 @@ class TensorTotals:
     joined: float = 0  #: of `held`, what is made by stacking
     twice: float = 0  #: tied weights that the files store again, until transformers 5 finds both equal and ties them
     compared: float = 0  #: read from the file for that comparison, if both are views of it
+    passed_by: float = 0  #: of `held`, experts that a token does not choose, in one tensor with those that it does
 
     def add(self, other: TensorTotals) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -58,6 +64,7 @@ class TensorTotals:
         self.joined += other.joined
         self.twice += other.twice
         self.compared += other.compared
+        self.passed_by += other.passed_by
 
     def times(self, factor: float) -> TensorTotals:
         """Return every field multiplied by `factor`."""
@@ -218,6 +225,7 @@ class Inventory:
             stacked=self._parts_kept(weight, size),
             joined=size if self._stacks(weight) else 0,
             kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
+            passed_by=size - read if skeleton.is_stacked(weight) else 0,
         )
 
     def _repeated(self, weight: Weight) -> TensorTotals:
@@ -254,3 +262,11 @@ class Inventory:
         if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
             return 0.0
         return size if self._casts(weight) and self.fmt.quantizer is None else size / 3
+
+
+def experts_apart(inventory: Inventory) -> tuple[TensorTotals, TensorTotals]:
+    """Return the sums of what every token passes and of the routed experts."""
+    others, experts = TensorTotals(), TensorTotals()
+    for weight, times in inventory.skeleton.tally:
+        (experts if is_expert(weight.path) else others).add(inventory._sums(weight).times(times))
+    return others, experts
