@@ -105,10 +105,6 @@ class Activations:
         chosen = batch * max(1, self.skeleton.experts_per_token)
         return step + chosen * 3 * self.hidden * expert_width(self.skeleton) * self.element
 
-    def routed(self, workload: Workload) -> int:
-        """Return the bytes that routed experts hold while they compute a prompt, and its tokens as they come to them."""
-        return workload.batch * workload.prompt_tokens * (self._experts + self.hidden * self.element)
-
     def logits(self, batch: int) -> int:
         """Return the bytes of the logits of the last token (transformers 4.45 and later), and of generate's two float32 copies."""
         return batch * self.skeleton.vocab_size * (self.element + 2 * 4)

@@ -230,7 +230,7 @@ class Footprint:
         # A head that is stored again lies at the end of the files, among what went elsewhere if anything did.
         file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
         on_cpu = self.inventory.on_cpu(self.loading.attention)
-        runs = on_cpu.routed(self.workload) * self.loading.experts_in_ram
+        runs = on_cpu.prefill_moments(self.workload)["experts"] if self.loading.experts_in_ram else 0
         runs += 0 if self.gpus else _activations(self, on_cpu) * self.processes
         brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
         passing = self.inventory.total.made - here.made if self.loading.through_ram else 0
