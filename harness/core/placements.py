@@ -206,7 +206,7 @@ _ROWS = (
     Placement(
         name="experts-in-ram",
         title="GPU, experts in RAM",
-        help="of a mixture of experts: attention, norms and embeddings on the GPU, routed experts in RAM, multiplied there",
+        help="routed experts in RAM, multiplied there; all else on the GPU",
         device_map={"": "cpu"},
         devices=("gpu", "cpu"),
         least_gpus=1,
