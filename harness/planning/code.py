@@ -28,6 +28,7 @@ class Facts(NamedTuple):
     #: Whether the model's own code may run; None if it has none. Left out, transformers would ask at the terminal.
     trusted: bool | None = None
     attention: str | None = None  #: the implementation that is asked for; None is what transformers chooses
+    adapter: bool = False  #: whether ADAPTER is loaded on top, which takes peft
 
 
 class Destination(NamedTuple):
@@ -102,6 +103,8 @@ def loading_code(
         lines += ["", *_moving_all_but_experts(placement.gpu)]
     if placement.moves_after_loading:
         lines.append(f"model = model.to({_literal(f'cuda:{placement.gpu}' if placement.gpu else 'cuda')})")
+    if facts.adapter:
+        lines.append("model.load_adapter(ADAPTER)")
     return "\n".join(lines) + "\n"
 
 
@@ -257,6 +260,9 @@ def code_head(source: Source, placement: str, form: str | None = None) -> str:
 
     `form` is that of a checkpoint which was made for the case, in another than the model is published in.
     """
+    if source.base is not None:
+        adapter = f"ADAPTER = {_literal(source.name)}  # the directory of the adapter, which peft loads"
+        return f"{code_head(source.base, placement).rstrip()}\n{adapter}\n\n"
     if form is not None:
         return f"MODEL = {_literal(source.name)}  # a directory of the model as {form}\n\n"
     if source.kind == "directory":

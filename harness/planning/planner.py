@@ -182,6 +182,7 @@ class Planner:
             auto_class=spec.skeleton.auto_class,
             trusted=trusted,
             attention=case.attention,
+            adapter=spec.adapter is not None,
         )
 
     def _between(self, ranks: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Block, Module, Weight
 from harness.core.dtypes import DTYPE_BYTES
+from harness.core.methods.table import settings_of
 from harness.core.quantizers import SCHEMES
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
 from harness.planning.cost.activations import Activations, with_attention
@@ -87,7 +88,7 @@ class Inventory:
         packed = spec.checkpoint_bytes / max(1, self.skeleton.parameters)
         self.stored_width = packed if spec.stored_as else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
-        self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
+        self.rows = _with_adapter([(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces], spec, fmt)
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.inside)]
         self._on_gpu: dict[tuple[str | None, str | None], GpuActivations] = {}
         self._on_cpu: dict[str | None, Activations] = {}
@@ -117,7 +118,7 @@ class Inventory:
     @cached_property
     def operations(self) -> Operations:
         """What one token starts."""
-        return kernel_launches.count(self.skeleton)
+        return kernel_launches.count(self.skeleton, len(self.spec.adapter.modules) if self.spec.adapter else 0)
 
     @cached_property
     def parameters(self) -> int:
@@ -270,3 +271,37 @@ def experts_apart(inventory: Inventory) -> tuple[TensorTotals, TensorTotals]:
     for weight, times in inventory.skeleton.tally:
         (experts if is_expert(weight.path) else others).add(inventory._sums(weight).times(times))
     return others, experts
+
+
+def _with_adapter(rows: Sequence[tuple[str, TensorTotals]], spec: ModelSpec, fmt: WeightFormat) -> list[tuple[str, TensorTotals]]:
+    """Add the matrices of an adapter to the pieces that they lie in; a device map is inferred before they are there."""
+    adapter = spec.adapter
+    if adapter is None:
+        return list(rows)
+    dtype = _adapter_dtype(spec, fmt)
+    places, found = {path: number for number, (path, _) in enumerate(rows)}, list(rows)
+    for name, module in adapter.modules.items():
+        path = name
+        while path not in places:
+            path = path.rpartition(".")[0]
+        held, made = module.elements * DTYPE_BYTES[dtype], adapter.dtype != dtype
+        stored = module.elements * DTYPE_BYTES.get(adapter.dtype, 2)
+        sums = TensorTotals(held=held, read=held, stored=stored, viewed=0 if made else held, viewed_used=0 if made else held)
+        sums.made, sums.made_from = (held, stored) if made else (0, 0)
+        sums.add(found[places[path]][1])
+        found[places[path]] = (found[places[path]][0], sums)
+    return found
+
+
+def _adapter_dtype(spec: ModelSpec, fmt: WeightFormat) -> str:
+    """Return the dtype that peft gives the matrices of an adapter (0.21, `_get_base_layer_device_and_dtype`).
+
+    That of the weights; of bitsandbytes' 4 bits that of their products, which the loading code says and a checkpoint may say;
+    beside 8 bits they stay in float32.
+    """
+    if fmt.quantizer is not None:
+        return fmt.dtype if SCHEMES[fmt.quantizer].counted < 1 else "float32"
+    if fmt.packed_bits is None:
+        return fmt.dtype
+    settings = settings_of(spec.config) or {}
+    return str(settings.get("bnb_4bit_compute_dtype") or "float32") if settings.get("load_in_4bit") else "float32"
