@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from harness.architecture import validate
 from harness.architecture.skeleton import Skeleton
+from harness.checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
 from harness.checkpoint.quantization import packed
 from harness.checkpoint.reader import Checkpoint, FileInfo
 from harness.checkpoint.size_breakdown import SizePart, Tie, anatomy, ties
@@ -16,12 +19,22 @@ INSPECT_SCHEMA = 1
 KIND_ORDER = ("embedding", "attention", "mlp", "norm", "head", "other")
 
 
+class OnTop(Record, frozen=True, kw_only=True):
+    """What an adapter is."""
+
+    base: str
+    rank: int
+    alpha: float | None
+    targets: tuple[str, ...]
+    modules: int
+
+
 class Inspection(Record, frozen=True, kw_only=True):
     """A checkpoint in figures."""
 
     schema: int = INSPECT_SCHEMA
     name: str
-    kind: str  #: what was named: catalog, hub, directory or file
+    kind: str  #: what was named: catalog, hub, directory, file or adapter
     source: str  #: where its files are
     architecture: str | None
     parameters: int
@@ -35,6 +48,7 @@ class Inspection(Record, frozen=True, kw_only=True):
     ties: tuple[Tie, ...]
     history: str = ""  #: what became of the model since 2023, of those that this project began with
     notes: tuple[str, ...] = ()  #: what would hinder loading it, or looks as if files were mixed
+    adapter: OnTop | None = None  #: of an adapter, which has no weights but its own
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -75,6 +89,15 @@ def inspect(
         history=history,
         notes=validate.notes(checkpoint, skeleton, packed(checkpoint.config, checkpoint.tensors)),
     )
+
+
+def inspect_adapter(adapter: Adapter, *, name: str) -> Inspection:
+    """Put together all that is shown of an adapter: its own tensors, and what it is loaded onto."""
+    file = FileInfo(name=ADAPTER_WEIGHTS, bytes=adapter.file_bytes, format="safetensors")
+    checkpoint = Checkpoint(path=adapter.path, config={}, tensors=adapter.tensors, files=(file,))
+    facts = {key: getattr(adapter, key) for key in ("base", "rank", "alpha", "targets")}
+    found = inspect(checkpoint, name=name, kind="adapter", source=adapter.path)
+    return replace(found, adapter=OnTop(**facts, modules=len(adapter.modules)))
 
 
 def runs(parts: Iterable[SizePart]) -> list[BlockRun]:

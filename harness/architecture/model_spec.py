@@ -20,6 +20,7 @@ from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
+from harness.checkpoint.adapter import Adapter, read_adapter, under_adapter, without_base
 from harness.checkpoint.auxiliary_files import RemoteCode
 from harness.checkpoint.formats.files import Directory, quote
 from harness.checkpoint.published import Stored, published
@@ -32,6 +33,7 @@ from harness.core.methods.table import METHODS
 from harness.core.placements import Placement
 from harness.core.precisions import Precision
 from harness.core.records import Record
+from harness.core.units import format_size
 
 if TYPE_CHECKING:
     from harness.catalog.resolve import Source
@@ -100,6 +102,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     native: bool = False  #: whether `harness.models` has the architecture, and transformers has not
     unknown: str | None = None  #: why nothing here loads it
     config: Mapping[str, Any] = {}  #: config.json, empty if there is none; what records of traces are found by
+    adapter: Adapter | None = None  #: what is loaded on top, its modules by their path in the skeleton
 
     def __hash__(self) -> int:
         """Hash what differs from model to model: what is counted of one is kept by it."""
@@ -123,6 +126,10 @@ class ModelSpec(Record, frozen=True, kw_only=True):
 
     def adapted(self, precision: Precision) -> Precision:
         """Return the row of a precision as it holds of this checkpoint: kept packed or unpacked if it is quantized already."""
+        row = self._kept(precision)
+        return row if self.adapter is None else under_adapter(row)
+
+    def _kept(self, precision: Precision) -> Precision:
         if self.gguf is not None:
             method, keeps = METHODS[GGUF.name], self.keeps_packed(precision)
             asked = precision.quantization if keeps or precision.quantizes else method.unpacked
@@ -145,8 +152,14 @@ def read_spec(source: Source) -> ModelSpec:
 
     Raises:
         UsageError: it is neither here nor in the catalog, and the hub does not tell.
-        CheckpointError: its files are damaged, or its config does not say enough.
+        CheckpointError: its files are damaged, or its config does not say enough, or it is an adapter of another model.
     """
+    if source.base is not None:
+        adapter = read_adapter(Path(source.location))
+        try:
+            return on_top(adapter, source, read_spec(source.base))
+        except UsageError as error:
+            raise without_base(source.location, adapter.base, error) from None
     here = local(source)
     if here is not None:
         where = str(here) if source.kind == "directory" else source.location
@@ -162,6 +175,27 @@ def read_spec(source: Source) -> ModelSpec:
         )
 
     return of_checkpoint(source.name, source.location, reader.read_hub(source.hub_id, file=source.file), None)
+
+
+def on_top(adapter: Adapter, source: Source, base: ModelSpec) -> ModelSpec:
+    """Return the spec of a base with an adapter on top, whose modules transformers must have, each of its size.
+
+    Raises:
+        CheckpointError: it belongs to another model, or nothing loads it onto weights that are stored so.
+    """
+    method = base.packed.method if base.packed else None
+    if base.gguf is not None or (base.packed is not None and (method is None or "bitsandbytes" not in method.needs)):
+        way = "name the 16-bit model as base_model_name_or_path"
+        raise CheckpointError(source.location, f"is an adapter on {base.stored_as} weights, and that is not measured here: {way}")
+    placed = replace(adapter, modules=validate.modules_of(adapter, base.skeleton))
+    said = f"{adapter}: {format_size(adapter.bytes)} on top of {quote(adapter.base)}, loaded by peft"
+    return replace(
+        base,
+        name=source.name,
+        adapter=placed,
+        checkpoint_bytes=base.checkpoint_bytes + adapter.bytes,
+        notes=(said, *base.notes),
+    )
 
 
 def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | None) -> ModelSpec:

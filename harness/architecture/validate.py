@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Set
 
 from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
+from harness.checkpoint.adapter import Adapter, LoraModule
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.layouts import FP8_SCALES, Layout
@@ -375,3 +376,20 @@ def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
 
 def _by(shape: Shape) -> str:
     return " x ".join(str(side) for side in shape) or "a single number"
+
+
+def modules_of(adapter: Adapter, skeleton: Skeleton) -> dict[str, LoraModule]:
+    """Return the modules of an adapter by their paths in its base.
+
+    Raises:
+        CheckpointError: the base lacks one, or has it in another size.
+    """
+    wanted = {weight.path: weight.tensor.shape for weight in skeleton.weights}
+    naming, found = skeleton.naming or Naming(), {}
+    for name, module in adapter.modules.items():
+        path = naming.place(f"{name}.weight", wanted).name
+        if sorted(wanted.get(path, ())) != sorted((module.inputs, module.outputs)):
+            what = f"is an adapter for {quote(name)} of {module.outputs} x {module.inputs}, which {quote(adapter.base)} has not"
+            raise CheckpointError(adapter.path, f"{what}: give the base that it was trained on, in the names of transformers 5")
+        found[path.removesuffix(".weight")] = module
+    return found

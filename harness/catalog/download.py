@@ -30,6 +30,7 @@ def stored_as(source: Source) -> str | None:
     """
     from harness.checkpoint.quantization import describe_quantization, tensors_tell
 
+    source = source.of_base
     if source.file is not None:
         return GGUF.name
     here = cached(source)
@@ -60,7 +61,7 @@ def _config(source: Source, here: Path | None) -> dict[str, Any] | None:
 
 
 def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_code: bool = False) -> Path:
-    """Return a local directory that `from_pretrained` loads; fetch or make it if need be.
+    """Return a local directory that `from_pretrained` loads, of an adapter that of its base; fetch or make it if need be.
 
     Code from the hub (`*.py`) comes along only with `trust_remote_code`.
 
@@ -68,7 +69,7 @@ def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_c
         UsageError: it cannot be had; the sentence says why and what to do.
         CheckpointError: a directory that lacks its config or weights.
     """
-    source = resolve(model) if isinstance(model, str) else model
+    source = (resolve(model) if isinstance(model, str) else model).of_base
     report = progress or silent
     if source.kind == "directory":
         if source.file is None:
@@ -80,8 +81,8 @@ def fetch(model: Source | str, *, progress: Report | None = None, trust_remote_c
 
 
 def cached(model: Source | str) -> Path | None:
-    """Return the directory of `model` if it is whole and on this machine already; without network."""
-    source = resolve(model) if isinstance(model, str) else model
+    """Return the directory of `model`, of an adapter that of its base, if it is whole and on this machine; without network."""
+    source = (resolve(model) if isinstance(model, str) else model).of_base
     if source.kind == "directory":
         return Path(source.location)
     return _cached_snapshot(source.hub_id) if source.hub_id else wheel_cache.find_made(source.name, _wheel(source))

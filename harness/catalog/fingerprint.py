@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 
 from harness.catalog.download import SMALL_FILES
+from harness.checkpoint.adapter import ADAPTER_WEIGHTS
+from harness.checkpoint.auxiliary_files import ADAPTER
 from harness.checkpoint.reader import Checkpoint
 from harness.core.errors import CheckpointError
 from harness.core.units import MIB
@@ -13,8 +15,10 @@ from harness.core.units import MIB
 _WHOLE_BYTES, _END_BYTES = 64 * MIB, MIB
 
 
-def of_model(directory: Path, read: Checkpoint, *, trusted: bool = False) -> str:
+def of_model(directory: Path, read: Checkpoint, *, trusted: bool = False, adapter: Path | None = None) -> str:
     """Return a digest of the files that a model is loaded from, in well under a second for any size of model.
+
+    Those of the directory of an `adapter` that is loaded on top are among them.
 
     Config, tokenizer and code go in whole. Of a file of weights: name, size, its first and last MiB (the headers of safetensors
     among them), and what else tells it from another: in a cache of the hub the name of the blob, which is the hash of
@@ -37,6 +41,9 @@ def of_model(directory: Path, read: Checkpoint, *, trusted: bool = False) -> str
         for name in sorted(weights | small | code):
             found.update(f"{name}\0".encode())
             _add(found, directory / name, of_weights=name in weights)
+        if adapter is not None:
+            _add(found, adapter / ADAPTER, of_weights=False)
+            _add(found, adapter / ADAPTER_WEIGHTS, of_weights=True)
     except OSError as error:
         raise CheckpointError(error.filename or directory, f"cannot be read ({error.strerror})") from None
     return found.hexdigest()[:32]

@@ -14,8 +14,9 @@ from msgspec.structs import replace
 
 from harness.catalog import shipped, wheel_cache
 from harness.catalog.names import meant, near_misses, read_name, words
+from harness.checkpoint.adapter import is_adapter, read_adapter, without_base
 from harness.checkpoint.foreign_folder import refuse
-from harness.checkpoint.formats.files import Directory
+from harness.checkpoint.formats.files import Directory, quote
 from harness.checkpoint.reader import WEIGHTS, shards
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.families import GGUF
@@ -46,8 +47,9 @@ class CatalogRow(Record, frozen=True, kw_only=True):
 class Source(Record, frozen=True, kw_only=True):
     """Where a model comes from.
 
-    `kind` is catalog, hub or directory. `location` is a directory, a hub id or, for a catalog name that is made here, what
-    pip fetches. `hub_id` is None for what is not on the hub. `file` names one GGUF file there, where the user did.
+    `kind` is catalog, hub, directory or adapter. `location` is a directory, a hub id or, for a catalog name that is made
+    here, what pip fetches. `hub_id` is None for what is not on the hub. `file` names one GGUF file there, where the user did.
+    `base` is the model that an adapter is loaded onto.
     """
 
     name: str
@@ -55,6 +57,17 @@ class Source(Record, frozen=True, kw_only=True):
     location: str
     hub_id: str | None = None
     file: str | None = None
+    base: Source | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `location` is a directory of this machine."""
+        return self.kind in ("directory", "adapter")
+
+    @property
+    def of_base(self) -> Source:
+        """Where the weights of the model itself come from: of an adapter its base, else this."""
+        return self.base or self
 
 
 CATALOG = msgspec.toml.decode((DATA / "catalog.toml").read_bytes(), type=dict[str, CatalogRow])
@@ -119,9 +132,28 @@ def _of_path(path: Path, weights: bool) -> Source:
     if path.suffix == GGUF.suffix and not path.is_dir():
         return Source(name=clean_name(path.stem), kind="directory", location=str(path.parent), file=path.name)
     directory = snapshot_of(path)
+    if is_adapter(directory):
+        return _of_adapter(directory)
     check_directory(directory, weights=weights)
     # The name goes into results; somebody's home may be a model's directory.
     return Source(name=name_of(directory) or str(directory), kind="directory", location=str(directory))
+
+
+def _of_adapter(directory: Path) -> Source:
+    """Return an adapter with its base, which may be anything that a model may be named by.
+
+    Raises:
+        UsageError, CheckpointError: it cannot be planned, or its base is not found.
+    """
+    adapter = read_adapter(directory)
+    try:
+        base = resolve(adapter.base)
+    except (UsageError, CheckpointError) as error:
+        raise without_base(directory, adapter.base, error) from None
+    if base.base is not None:
+        what = f"is an adapter for {quote(adapter.base)}, another adapter"
+        raise CheckpointError(directory, f"{what}: merge that into its base first")
+    return Source(name=name_of(directory) or str(directory), kind="adapter", location=str(directory), base=base)
 
 
 def history(model: str) -> str:

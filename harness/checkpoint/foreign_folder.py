@@ -36,8 +36,8 @@ def _adapter(folder: Folder, name: str) -> str:
     base, rank, kind = config.get("base_model_name_or_path"), config.get("r"), str(config.get("peft_type") or "peft")
     what = f"is an adapter ({quote(kind)}{f' of rank {rank}' if isinstance(rank, int) else ''}), not a model"
     if not isinstance(base, str) or not base:
-        return f"{what}: plan the model that it was made for, and load it by peft on top"
-    return f"{what}: plan the model that it was made for, {quote(base)}, and load it by peft on top, or merge it into a copy first"
+        return f"{what}: write the model that it was made for as base_model_name_or_path into {ADAPTER}"
+    return f"{what}: download it and name its directory, which is planned on top of {quote(base)}"
 
 
 def _fixed(what: str, way: str) -> Callable[[Folder, str], str]:

@@ -73,10 +73,13 @@ def look(model: str, file: str | None = None, revision: str | None = None) -> In
 
 
 def _look_at(place: Path, kind: str) -> Inspection:
-    from harness.architecture.inspection import inspect
+    from harness.architecture.inspection import inspect, inspect_adapter
     from harness.catalog.resolve import name_of
+    from harness.checkpoint.adapter import is_adapter, read_adapter
     from harness.checkpoint.reader import read
 
+    if is_adapter(place):
+        return inspect_adapter(read_adapter(place), name=name_of(place))
     found, path = read(place), place if kind == "file" or place.is_dir() else place.parent
     name = name_of(path) if path.is_dir() else path.name
     return inspect(found, name=name or str(path), kind=kind, source=str(place), skeleton=_skeleton(found))
@@ -148,6 +151,11 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
 
     if found.architecture:
         yield "architecture", line(found.architecture, 60)
+    if found.adapter:
+        one = found.adapter
+        scale = f", alpha {one.alpha:g}" if one.alpha is not None else ""
+        yield "adapter", f"LoRA of rank {one.rank}{scale} on {one.modules} modules: {line(', '.join(one.targets), 200)}"
+        yield "base", line(one.base, 200)
     yield "parameters", f"{format_count(found.parameters)}{_in_blocks(found)}"
     if found.context_length:
         yield "context", f"{found.context_length:,} tokens"

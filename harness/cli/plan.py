@@ -203,8 +203,10 @@ def _head(recommendation: Recommendation, one: Plan) -> str:
 
     from harness.planning import code
 
-    source = recommendation.source
-    named = replace(source, name=source.location) if source.kind == "directory" else source
+    source, base = recommendation.source, recommendation.source.base
+    named = replace(source, name=source.location) if source.is_local else source
+    if base is not None and base.is_local:
+        named = replace(named, base=replace(base, name=base.location))
     return code.code_head(named, one.case.placement)
 
 

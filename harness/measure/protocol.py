@@ -44,8 +44,8 @@ class Share(Message, frozen=True, kw_only=True, tag="share"):
 class Load(Message, frozen=True, kw_only=True, tag="load"):
     """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code.
 
-    `gguf_file` is the file there that holds the tokenizer, if that is a GGUF. `cache` is what `generate` takes for the form of the
-    KV cache.
+    `gguf_file` is the file there that holds the tokenizer, if that is a GGUF; `adapter` becomes ADAPTER. `cache` is what `generate`
+    takes for the form of the KV cache.
     """
 
     model: str
@@ -53,6 +53,7 @@ class Load(Message, frozen=True, kw_only=True, tag="load"):
     imports: tuple[str, ...] = ()
     tokenizer: bool = True
     gguf_file: str | None = None
+    adapter: str | None = None
     trust_remote_code: bool = False
     cache: dict[str, Any] = {}
 

@@ -28,6 +28,7 @@ class Facts(NamedTuple):
     #: Whether the model's own code may run; None if it has none. Left out, transformers would ask at the terminal.
     trusted: bool | None = None
     attention: str | None = None  #: the implementation that is asked for; None is what transformers chooses
+    adapter: bool = False  #: whether ADAPTER is loaded on top, which takes peft
 
 
 class Destination(NamedTuple):
@@ -93,11 +94,30 @@ def loading_code(
         arguments["trust_remote_code"] = facts.trusted
     if facts.attention is not None:
         arguments["attn_implementation"] = facts.attention
+    if placement.experts_in_ram:
+        imports = ["import torch", *imports]
+        given = (*given, "from accelerate.hooks import AlignDevicesHook", "from accelerate.hooks import add_hook_to_module")
     imports += _imports(f"from transformers import {facts.auto_class}", *given)
     lines = [*imports, "", f"model = {facts.auto_class}.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
+    if placement.experts_in_ram:
+        lines += ["", *_moving_all_but_experts(placement.gpu)]
     if placement.moves_after_loading:
         lines.append(f"model = model.to({_literal(f'cuda:{placement.gpu}' if placement.gpu else 'cuda')})")
+    if facts.adapter:
+        lines.append("model.load_adapter(ADAPTER)")
     return "\n".join(lines) + "\n"
+
+
+def _moving_all_but_experts(gpu: int) -> list[str]:
+    """Write what brings a model from RAM to a GPU and leaves its experts behind; their output goes where their input came from."""
+    return [
+        'experts = {name: part for name, part in model.named_modules() if name.endswith(".experts")}',
+        "for name in experts:",
+        "    model.set_submodule(name, torch.nn.Identity())",
+        f"model = model.to({_literal(f'cuda:{gpu}' if gpu else 'cuda')})",
+        "for name, part in experts.items():",
+        '    model.set_submodule(name, add_hook_to_module(part, AlignDevicesHook("cpu", io_same_device=True)))',
+    ]
 
 
 def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -240,6 +260,9 @@ def code_head(source: Source, placement: str, form: str | None = None) -> str:
 
     `form` is that of a checkpoint which was made for the case, in another than the model is published in.
     """
+    if source.base is not None:
+        adapter = f"ADAPTER = {_literal(source.name)}  # the directory of the adapter, which peft loads"
+        return f"{code_head(source.base, placement).rstrip()}\n{adapter}\n\n"
     if form is not None:
         return f"MODEL = {_literal(source.name)}  # a directory of the model as {form}\n\n"
     if source.kind == "directory":

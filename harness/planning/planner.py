@@ -28,7 +28,7 @@ from harness.planning.counted import count_model
 from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.recommended import RecommendedMap, Recommender
-from harness.planning.verdict import Judge, leaves_off_gpu, pooled, with_article
+from harness.planning.verdict import Judge, experts_of, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
@@ -116,11 +116,15 @@ class Planner:
         ours = self._recommendation(case, fmt) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
-        placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, fmt, limits)
+        if placement.experts_in_ram:
+            whole = {"": placement.gpu}
+        placed = ours.device_map if ours else whole if ranks > 1 or placement.experts_in_ram else self._map(placement, fmt, limits)
         footprint = self._footprint(case, fmt, placed)
         expected, verdict, why, footprint = self.judge.judge(case, placement, footprint)
         self.footprints[case.id] = footprint
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in placed.items()}
+        if placement.experts_in_ram:
+            by_module |= dict.fromkeys(experts_of(self.spec.skeleton), "cpu")
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
         destination = Destination(max_memory=limits, device_map=by_module, on_gpu=on_gpu)
         return Plan(
@@ -178,6 +182,7 @@ class Planner:
             auto_class=spec.skeleton.auto_class,
             trusted=trusted,
             attention=case.attention,
+            adapter=spec.adapter is not None,
         )
 
     def _between(self, ranks: int) -> str:
@@ -240,7 +245,8 @@ class Planner:
         gguf, placement = self.spec.gguf, self._placements[case.placement]
         plain_off_gpu = leaves_off_gpu(self.spec.adapted(PRECISIONS[case.precision]), placement)
         loading = Loading(
-            through_ram=placement.moves_after_loading or (gguf is not None and gguf.through_ram),
+            through_ram=placement.moves_after_loading or placement.experts_in_ram or (gguf is not None and gguf.through_ram),
+            experts_in_ram=placement.experts_in_ram,
             rewrites=placement.rewrites_offloaded,
             off_gpu=self.counted.inventory(WeightFormat(dtype=fmt.dtype)) if plain_off_gpu else None,
             processes=placement.ranks(len(self.machine.gpus)),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from harness.architecture.model_spec import ModelSpec
+from harness.architecture.skeleton import Skeleton, is_stacked
 from harness.checkpoint.formats.files import quote
 from harness.core.attention import ATTENTIONS, GROUP, KV_FORMS, lacks
 from harness.core.placements import Placement
@@ -18,7 +19,7 @@ from harness.core.units import format_gib, format_size
 from harness.machine import headroom
 from harness.planning.cost import estimate, tensor_parallel
 from harness.planning.cost.footprint import Footprint
-from harness.planning.cost.inventory import MAPPED
+from harness.planning.cost.inventory import MAPPED, is_expert
 
 # Classes that take the weight of this Linear and multiply by it themselves, whatever bitsandbytes has made of it.
 _TAKES_WEIGHTS = {"MambaForCausalLM": "dt_proj"}
@@ -264,7 +265,29 @@ class Judge(Record, frozen=True, kw_only=True):
 
 def generating_refusal(spec: ModelSpec, machine: Machine, case: Case, placement: Placement) -> tuple[Verdict, str] | None:
     """Say why a model does not keep its KV cache, or compute attention, as a case asks for; None if it does."""
-    return _kv_refusal(spec, machine, case, placement) or _attention_refusal(spec, machine, case, placement)
+    return (
+        _experts_refusal(spec, case, placement)
+        or _kv_refusal(spec, machine, case, placement)
+        or _attention_refusal(spec, machine, case, placement)
+    )
+
+
+def experts_of(skeleton: Skeleton) -> list[str]:
+    """Return the modules that hold routed experts, stacked as transformers 5 does; none of a dense model."""
+    inside = ((piece, weight) for piece in skeleton.pieces for part in piece.like.inside for weight in part.weights)
+    stacked = ((piece, weight.path) for piece, weight in inside if is_stacked(weight) and is_expert(weight.path))
+    return list(dict.fromkeys(piece.path + path.rpartition(".")[0].removeprefix(piece.like.path) for piece, path in stacked))
+
+
+def _experts_refusal(spec: ModelSpec, case: Case, placement: Placement) -> tuple[Verdict, str] | None:
+    """Say why routed experts cannot stay behind in RAM; None if they can."""
+    if not placement.experts_in_ram:
+        return None
+    if not experts_of(spec.skeleton):
+        return Verdict.INVALID, f"{spec.skeleton.model_class} has no routed experts that could stay in RAM: take gpu+cpu"
+    if PRECISIONS[case.precision].scheme is not None or spec.packed is not None or spec.gguf is not None:
+        return Verdict.INVALID, f"experts stay in RAM as they are computed, and {case.precision} packs weights for one device"
+    return None
 
 
 def _kv_refusal(spec: ModelSpec, machine: Machine, case: Case, placement: Placement) -> tuple[Verdict, str] | None:

@@ -56,6 +56,7 @@ class CaseModel:
     tokenizer: bool = True  #: a tokenizer is among the files
     fingerprint: str = ""
     gguf_file: str | None = None
+    adapter: Path | None = None  #: the directory of what is loaded on top
     native: bool = False  #: `harness.models` has its architecture
     code_head: str = ""  #: the lines of the printed program that locate the model
     command: str = ""  #: the command that repeats the case
@@ -67,6 +68,11 @@ class CaseModel:
     def real_weights(self) -> bool:
         """Whether the weights are the model's own, so that its answers mean something."""
         return self.weights == "real"
+
+    def cleaned(self, result: Result) -> Result:
+        """Return a result without what is private, the directories of the model among it."""
+        found = redact.clean(result, self.location)
+        return redact.clean(found, self.adapter) if self.adapter else found
 
 
 class CaseEnded(Exception):
@@ -130,7 +136,7 @@ def not_run(plan: Plan, model: CaseModel, context: RunContext) -> Result:
     """Return the result of a case that is not run, from its plan."""
     outcome = Outcome.UNSUPPORTED if plan.verdict is Verdict.INVALID else Outcome.SKIPPED
     common = _common(plan, model, context, datetime.now(timezone.utc))
-    return redact.clean(Result(**common, outcome=outcome, stage="plan", why=plan.why), model.location)
+    return model.cleaned(Result(**common, outcome=outcome, stage="plan", why=plan.why))
 
 
 def _common(plan: Plan, model: CaseModel, context: RunContext, at: datetime) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def command_of(case: Case, source: Source, options: Options) -> str:
 def _format_source(source: Source) -> str:
     """Write the model for a command: a directory relative to the current one, or by its name alone if its path would be private."""
     place = Path(source.location) / (source.file or "")
-    return source.name if source.kind != "directory" else _relative(place, source.name)
+    return source.name if not source.is_local else _relative(place, source.name)
 
 
 def _relative(place: Path, otherwise: str | None = None) -> str:

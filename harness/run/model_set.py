@@ -13,6 +13,7 @@ from harness.architecture.model_spec import ModelSpec
 from harness.catalog import download, fingerprint, resolve
 from harness.catalog.resolve import Source
 from harness.checkpoint import reader
+from harness.checkpoint.adapter import read_adapter
 from harness.checkpoint.reader import Checkpoint
 from harness.core.errors import CheckpointError, HarnessError, UsageError
 from harness.core.methods.packages import lacking
@@ -90,6 +91,8 @@ class ModelSet:
     def _bring(self, name: str, progress: Report) -> None:
         model, form = self._forms.get(name, (name, None))
         source = self.sources[model]
+        if self._synthetic and source.base is not None:
+            raise UsageError(f"--weights synthetic writes none for the adapter {source.name}: take it away, or name the base alone")
         self._locations[name] = (
             synth.fetch_synthetic(source, progress, form)
             if self._synthetic
@@ -97,9 +100,10 @@ class ModelSet:
         )
 
     def _read(self, name: str) -> None:
-        location = self._locations[name]
-        self._checkpoints[name] = read = reader.read(location / (self._source(name).file or ""))
-        self._fingerprints[name] = fingerprint.of_model(location, read, trusted=self._trust)
+        location, source = self._locations[name], self._source(name)
+        self._checkpoints[name] = read = reader.read(location / (source.of_base.file or ""))
+        adapter = Path(source.location) if source.base else None
+        self._fingerprints[name] = fingerprint.of_model(location, read, trusted=self._trust, adapter=adapter)
 
     def _source(self, name: str) -> Source:
         """Return where the model comes from that files go by the name of."""
@@ -111,7 +115,7 @@ class ModelSet:
 
     def location(self, name: str) -> Path:
         """Return the directory that the files of a model are in; before they are fetched, the path or id that it goes by."""
-        return self._locations.get(name, Path(self._source(name).location))
+        return self._locations.get(name, Path(self._source(name).of_base.location))
 
     def fingerprint(self, name: str) -> str:
         """Return what distinguishes the files of a model from others; empty before they are fetched."""
@@ -125,10 +129,12 @@ class ModelSet:
         """
         if name not in self._specs:
             location = self._locations[name]
-            source = self._source(name)
-            spec = model_spec.of_checkpoint(source.name, source.location, self._checkpoints[name], location)
+            source, base = self._source(name), self._source(name).of_base
+            spec = model_spec.of_checkpoint(base.name, base.location, self._checkpoints[name], location)
             if spec.unknown is not None:
                 raise CheckpointError(location / reader.CONFIG, spec.unknown)
+            if source.base is not None:
+                spec = model_spec.on_top(read_adapter(Path(source.location)), source, spec)
             self._specs[name] = spec
         return self._specs[name]
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import msgspec
 
-from harness.core import redact
+from harness.checkpoint import adapter
 from harness.core.attention import KV_FORMS
 from harness.core.errors import WorkerError
 from harness.core.placements import PLACEMENTS
@@ -86,11 +86,12 @@ class Run:
             request = Load(
                 model=str(self.model.location),
                 code=plan.code or "",
-                imports=_imports(PRECISIONS[plan.case.precision], self.model.native),
+                imports=_imports(PRECISIONS[plan.case.precision], self.model),
                 tokenizer=self.model.tokenizer,
                 trust_remote_code=plan.trusted,
                 gguf_file=self.model.gguf_file,
                 cache=dict(KV_FORMS[plan.case.kv].arguments),
+                adapter=str(self.model.adapter) if self.model.adapter else None,
             )
             done = self._ask(request)
             assert isinstance(done, LoadDone)
@@ -236,13 +237,13 @@ class Run:
     def finish(self) -> Result:
         """End the worker, remove its files, and return the result, without what is private."""
         self.measured.log = self._worker.stop()
-        return redact.clean(self.result(), self.model.location)
+        return self.model.cleaned(self.result())
 
 
-def _imports(precision: Precision, native: bool) -> tuple[str, ...]:
+def _imports(precision: Precision, model: CaseModel) -> tuple[str, ...]:
     """List what is imported before loading; our own architectures read what is packed without another package."""
-    needs = () if native and precision.requires_checkpoint is not None else precision.needs
-    return (*needs, "harness.models") if native else needs
+    needs = () if model.native and precision.requires_checkpoint is not None else precision.needs
+    return (*needs, *["harness.models"] * model.native, *[adapter.MODULE] * (model.adapter is not None))
 
 
 def _is_time_for_more(workload: Workload, warm: Sequence[GenerateDone], left_s: float) -> bool:

@@ -131,6 +131,7 @@ class Session:
             weights=self.models.weights(files),
             tokenizer=spec.tokenizer if spec else False,
             gguf_file=spec.gguf_file if spec else None,
+            adapter=Path(source.location) if source.base else None,
             native=spec.native if spec else False,
             fingerprint=self.models.fingerprint(files),
             code_head=code.code_head(source, case.placement, self.models.form_of(files)),

@@ -157,10 +157,9 @@ def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:
         with phase("tokenizer"), _timed(seconds, "tokenizer_s"):
             given = {"gguf_file": request.gguf_file} if request.gguf_file else {}
             tokenizer = AutoTokenizer.from_pretrained(request.model, trust_remote_code=request.trust_remote_code, **given)
-    program = compile(request.code, "<loading code>", "exec")
-    names: dict[str, Any] = {"MODEL": request.model}
+    names: dict[str, Any] = {"MODEL": request.model, "ADAPTER": request.adapter}
     with phase("load"), _parts_timed(seconds), _timed(seconds, "load_s"):
-        exec(program, names)  # our own code, from harness.planning.code: what is measured is what is printed
+        exec(compile(request.code, "<loading code>", "exec"), names)  # of harness.planning.code: what is printed
     module = names["model"].eval()
     _forget_generation(module)
     return Model(module, tokenizer, request.cache), seconds
@@ -291,9 +290,10 @@ def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
     derives from Linear, such as a router, says nothing of a quantizer that goes by the class and leaves it.
     """
     by_dtype: dict[str, int] = defaultdict(int)
-    head = module.get_output_embeddings()
-    quantized = bool(getattr(module, "is_quantized", False))
-    for part in module.modules():
+    head, quantized = module.get_output_embeddings(), bool(getattr(module, "is_quantized", False))
+    for path, part in module.named_modules():
+        if ".lora_" in path or hasattr(part, "base_layer"):  # of an adapter, which no precision is about
+            continue
         if (isinstance(part, (torch.nn.Linear, Conv1D)) or hasattr(part, "in_features")) and part is not head:
             packed = getattr(part, "qweight", None)
             weight = packed if isinstance(packed, torch.Tensor) else part.weight  # a parameter, or a buffer

@@ -120,10 +120,22 @@ def test_a_base_model_whose_head_is_tied_generates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}, r"'LORA' of rank 8.* planned on top of 'org/base'"),
+        ({"peft_type": "IA3"}, "write the model that it was made for as base_model_name_or_path"),
+    ],
+)
+def test_a_repository_with_an_adapter_is_told(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    """Of a directory with one `tests/planning/test_adapters.py` tells more."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=said):
+        reader.read(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"adapter_config.json": {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}}, r"an adapter .*'org/base'"),
-        ({"adapter_config.json": {"peft_type": "IA3"}}, "plan the model that it was made for"),
         ({"model_index.json": {}}, "DiffusionPipeline loads it"),
         ({"params.json": {}, "consolidated.00.pth": {}}, "take the copy for transformers"),
         ({"config.json": {}, "model.onnx": {}}, "onnxruntime"),

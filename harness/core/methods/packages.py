@@ -33,6 +33,7 @@ REQUIREMENTS: Mapping[str, str] = {
     "gguf": "gguf>=0.10.0",
     "flash_attn": "flash-attn",
     "flash_attn_interface": "flash-attn-3",
+    "peft": "peft>=0.20.0",
 }
 # What is installed with this package.
 BUNDLED = ("bitsandbytes",)

@@ -16,6 +16,7 @@ from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS, defaults
 from harness.core.records import USUAL_KV, Case, Plan, Verdict, Workload
 from harness.core.units import significant
 from harness.planning.planner import Planner
+from harness.planning.verdict import experts_of
 
 # Speeds and contexts that are nearer to each other than this are alike: then the plainer way stays.
 _SPEED_ALIKE, _CONTEXT_ALIKE = 0.05, 0.1
@@ -70,6 +71,7 @@ def _planned(planner: Planner, workload: Workload) -> Iterator[Plan]:
     """Yield the plans; a KV cache in another form only where the usual one does not fit or not with the whole context."""
     gpus = len(planner.machine.gpus)
     places = [name for name in distinct(PLACEMENTS, gpus) if not PLACEMENTS[name].lacks_gpus(gpus)]
+    places += [row.name for row in PLACEMENTS.values() if row.experts_in_ram and gpus and experts_of(planner.spec.skeleton)]
     for precision in _precisions(planner):
         for placement in places:
             case = Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload)

@@ -16,7 +16,7 @@ from harness.planning.cost import memory, tensor_parallel
 from harness.planning.cost.activations import Activations
 from harness.planning.cost.fragmentation import fragmentation
 from harness.planning.cost.gpu_activations import GpuActivations
-from harness.planning.cost.inventory import Inventory, TensorTotals
+from harness.planning.cost.inventory import Inventory, TensorTotals, experts_apart
 from harness.planning.cost.overhead import Overhead
 
 # The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
@@ -52,6 +52,7 @@ class Loading(NamedTuple):
     off_gpu: Inventory | None = None  #: what lies off the GPUs, if its weight format is another
     begins_on: tuple[str, ...] = ()  #: GPUs that a library begins on to see what is free, weights or not
     processes: int = 1  #: how many share every layer (tensor parallelism), each on a GPU of its own or all in RAM
+    experts_in_ram: bool = False  #: whether routed experts stay in RAM and are multiplied there
     expandable: bool = False  #: whether torch's allocator uses expandable segments
     attention: str | None = None  #: the implementation that is asked for
     capability: str | None = None  #: the compute capability of the oldest GPU: which kernels run goes by it
@@ -84,8 +85,13 @@ class Footprint:
         self.sums = self._sums_by_tier()
         self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
         # GPUs that share a layer read at the same time, so one of them stands for all.
-        self.read = {tier: sums.read for tier, sums in [*self.sums.items()][: 1 if self.processes > 1 else None] if sums.read}
         self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
+        sums = [*self.sums.items()][: 1 if self.processes > 1 else None]
+        # To a GPU accelerate copies whole tensors, and stacked experts are one, whichever of them a token chooses.
+        whole = bool(self.gpus) and not loading.experts_in_ram
+        self.read = {
+            tier: one.read + (one.passed_by if whole and not tier.startswith("gpu") else 0.0) for tier, one in sums if one.read
+        }
         # The device that computes what lies on no GPU.
         self.main = self.gpus[0] if self.gpus else "cpu"
         self.overhead = Overhead(inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
@@ -95,6 +101,9 @@ class Footprint:
         inventory, tiers, count = self.inventory, self.tiers, self.processes
         if count > 1:
             return {"cpu": inventory.cut_in_ram(count)} if tiers == "cpu" else dict.fromkeys(_gpus(count), inventory.cut(count))
+        if self.loading.experts_in_ram:
+            assert isinstance(tiers, str)
+            return dict(zip((tiers, "cpu"), experts_apart(inventory), strict=True))
         sums = inventory.by_tier(tiers)
         if self.loading.off_gpu is not None:
             others = self.loading.off_gpu.by_tier(tiers)
@@ -220,7 +229,9 @@ class Footprint:
         elsewhere = sum(self.sums[gpu].stored for gpu in self.gpus) + (rewritten or away.made_from)
         # A head that is stored again lies at the end of the files, among what went elsewhere if anything did.
         file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
-        runs = 0 if self.gpus else _activations(self, self.inventory.on_cpu(self.loading.attention)) * self.processes
+        on_cpu = self.inventory.on_cpu(self.loading.attention)
+        runs = on_cpu.prefill_moments(self.workload)["experts"] if self.loading.experts_in_ram else 0
+        runs += 0 if self.gpus else _activations(self, on_cpu) * self.processes
         brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
         passing = self.inventory.total.made - here.made if self.loading.through_ram else 0
         if self._reads_files:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Block, Module, Weight
 from harness.core.dtypes import DTYPE_BYTES
+from harness.core.methods.table import settings_of
 from harness.core.quantizers import SCHEMES
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
 from harness.planning.cost.activations import Activations, with_attention
@@ -23,6 +24,11 @@ from harness.planning.load_order import LoadRun, LoadStep, conversion_of, copies
 MAPPED = ("safetensors", "bin")
 # glibc's largest threshold (M_MMAP_THRESHOLD, 32 MiB): what is larger is given back as soon as it is freed.
 HEAP_LIMIT = 32 << 20
+
+
+def is_expert(path: str) -> bool:
+    """Say whether a tensor is one of routed experts, by the module that holds them; not of those that every token passes."""
+    return ".experts." in f".{path}"
 
 
 @dataclass(slots=True)
@@ -42,6 +48,7 @@ class TensorTotals:
     joined: float = 0  #: of `held`, what is made by stacking
     twice: float = 0  #: tied weights that the files store again, until transformers 5 finds both equal and ties them
     compared: float = 0  #: read from the file for that comparison, if both are views of it
+    passed_by: float = 0  #: of `held`, experts that a token does not choose, in one tensor with those that it does
 
     def add(self, other: TensorTotals) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -58,6 +65,7 @@ class TensorTotals:
         self.joined += other.joined
         self.twice += other.twice
         self.compared += other.compared
+        self.passed_by += other.passed_by
 
     def times(self, factor: float) -> TensorTotals:
         """Return every field multiplied by `factor`."""
@@ -80,7 +88,7 @@ class Inventory:
         packed = spec.checkpoint_bytes / max(1, self.skeleton.parameters)
         self.stored_width = packed if spec.stored_as else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
-        self.rows = [(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces]
+        self.rows = _with_adapter([(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces], spec, fmt)
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.inside)]
         self._on_gpu: dict[tuple[str | None, str | None], GpuActivations] = {}
         self._on_cpu: dict[str | None, Activations] = {}
@@ -110,7 +118,7 @@ class Inventory:
     @cached_property
     def operations(self) -> Operations:
         """What one token starts."""
-        return kernel_launches.count(self.skeleton)
+        return kernel_launches.count(self.skeleton, len(self.spec.adapter.modules) if self.spec.adapter else 0)
 
     @cached_property
     def parameters(self) -> int:
@@ -218,6 +226,7 @@ class Inventory:
             stacked=self._parts_kept(weight, size),
             joined=size if self._stacks(weight) else 0,
             kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
+            passed_by=size - read if skeleton.is_stacked(weight) else 0,
         )
 
     def _repeated(self, weight: Weight) -> TensorTotals:
@@ -254,3 +263,45 @@ class Inventory:
         if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
             return 0.0
         return size if self._casts(weight) and self.fmt.quantizer is None else size / 3
+
+
+def experts_apart(inventory: Inventory) -> tuple[TensorTotals, TensorTotals]:
+    """Return the sums of what every token passes and of the routed experts."""
+    others, experts = TensorTotals(), TensorTotals()
+    for weight, times in inventory.skeleton.tally:
+        (experts if is_expert(weight.path) else others).add(inventory._sums(weight).times(times))
+    return others, experts
+
+
+def _with_adapter(rows: Sequence[tuple[str, TensorTotals]], spec: ModelSpec, fmt: WeightFormat) -> list[tuple[str, TensorTotals]]:
+    """Add the matrices of an adapter to the pieces that they lie in; a device map is inferred before they are there."""
+    adapter = spec.adapter
+    if adapter is None:
+        return list(rows)
+    dtype = _adapter_dtype(spec, fmt)
+    places, found = {path: number for number, (path, _) in enumerate(rows)}, list(rows)
+    for name, module in adapter.modules.items():
+        path = name
+        while path not in places:
+            path = path.rpartition(".")[0]
+        held, made = module.elements * DTYPE_BYTES[dtype], adapter.dtype != dtype
+        stored = module.elements * DTYPE_BYTES.get(adapter.dtype, 2)
+        sums = TensorTotals(held=held, read=held, stored=stored, viewed=0 if made else held, viewed_used=0 if made else held)
+        sums.made, sums.made_from = (held, stored) if made else (0, 0)
+        sums.add(found[places[path]][1])
+        found[places[path]] = (found[places[path]][0], sums)
+    return found
+
+
+def _adapter_dtype(spec: ModelSpec, fmt: WeightFormat) -> str:
+    """Return the dtype that peft gives the matrices of an adapter (0.21, `_get_base_layer_device_and_dtype`).
+
+    That of the weights; of bitsandbytes' 4 bits that of their products, which the loading code says and a checkpoint may say;
+    beside 8 bits they stay in float32.
+    """
+    if fmt.quantizer is not None:
+        return fmt.dtype if SCHEMES[fmt.quantizer].counted < 1 else "float32"
+    if fmt.packed_bits is None:
+        return fmt.dtype
+    settings = settings_of(spec.config) or {}
+    return str(settings.get("bnb_4bit_compute_dtype") or "float32") if settings.get("load_in_4bit") else "float32"

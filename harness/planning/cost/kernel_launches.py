@@ -14,6 +14,7 @@ from harness.core.records import Record
 from harness.planning.cost.memory import PLAIN_GELU
 
 LINEAR = 4
+LORA = 2  # a product and a sum beside the two Linears of each module that has one
 # A norm with a bias is torch's one kernel; one without is written out: casts, square, mean, root, two products.
 LAYER_NORM, RMS_NORM = 1, 8
 # A layer beside its modules: views, cache, attention, activation, residuals; and where positions are turned into rotations.
@@ -36,8 +37,8 @@ class Operations(Record, frozen=True, kw_only=True):
     others: float
 
 
-def count(skeleton: Skeleton) -> Operations:
-    """Count what one token starts, from the blocks and how often each occurs."""
+def count(skeleton: Skeleton, adapted: int = 0) -> Operations:
+    """Count what one token starts, from the blocks and how often each occurs, and with LoRA on `adapted` modules."""
     linears = quantizable = others = 0.0
     experts = routers = embeddings = 0
     for block, times in _occurrences(skeleton):
@@ -53,12 +54,13 @@ def count(skeleton: Skeleton) -> Operations:
         experts += int(times) * skeleton.experts * products
         routers += int(times) * bool(products)
     return Operations(
-        linears=linears,
+        linears=linears + 2 * adapted,
         quantizable=quantizable,
         experts=experts,
         others=others
         + routers * ROUTER
         + _layers(skeleton, rotates=embeddings < 2 and skeleton.model_type not in _BIASED)
+        + LORA * adapted
         + TOKEN_LAUNCHES,
     )
 

@@ -87,14 +87,15 @@ class _Timing:
     def token(self, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
         host, moved = self._host(), sum(self._moved(first).values()) + self._unpacked_anew()
-        return max(host, moved) if self.gpu else host + moved
+        return max(host, moved) if self.gpu and not self.work.handed_over else host + moved
 
     def bound_by(self) -> str:
         """Say what a token waits for: the host, where it is behind a GPU, else the longest of what is moved and unpacked."""
         host, moved, unpacking = self._host(), self._moved(), self._unpacked_anew()
-        if host >= (sum(moved.values()) + unpacking if self.gpu else max(*moved.values(), unpacking)):
+        waits = self.gpu is not None and not self.work.handed_over  # or each takes its turn
+        if host >= (sum(moved.values()) + unpacking if waits else max(*moved.values(), unpacking)):
             started = f"{self._started():,.0f}"
-            if self.gpu:
+            if waits:
                 return f"starting {started} operations a token takes longer than the GPU computes"
             return f"starting {started} operations a token takes longest"
         if unpacking > max(moved.values()):
@@ -105,7 +106,8 @@ class _Timing:
             cached = self.rates.stays_cached()
             return f"reads {size} GiB a token through the page cache" if cached else f"reads {size} GiB a token from disk"
         if slowest == "cpu":
-            return f"reads {size} GiB a token from RAM over the link" if self.gpu else f"reads {size} GiB a token from RAM"
+            brought = self.gpu and not self.work.handed_over
+            return f"reads {size} GiB a token from RAM over the link" if brought else f"reads {size} GiB a token from RAM"
         return f"reads {size} GiB a token from GPU memory"
 
     def _unpacked_anew(self) -> float:
@@ -121,14 +123,15 @@ class _Timing:
 
     def _host(self) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
-        return self._started() * self.rates.cost(f"{'gpu' if self.gpu else 'cpu'}_s_per_operation")
+        in_ram = self.work.operations.experts * self.rates.cost("cpu_s_per_operation") if self.work.handed_over else 0.0
+        return self._started() * self.rates.cost(f"{'gpu' if self.gpu else 'cpu'}_s_per_operation") + in_ram
 
     def _started(self) -> float:
         counted = self.work.operations
         quantized = counted.quantizable if self.suffix else 0.0
         each = self.rates.cost(f"{'gpu' if self.gpu else 'cpu'}_operations_per_linear{self.suffix}") if quantized else 0.0
         started = counted.others + LINEAR * (counted.linears - quantized) + each * quantized
-        return started + (0 if self.gpu else counted.experts)
+        return started + (0 if self.gpu else counted.experts) + self.work.handed_over
 
     def _moved(self, first: bool = False) -> dict[str, float]:
         """Return the seconds by tier of bringing what a token reads."""

@@ -32,6 +32,7 @@ class TokenWork(Record, frozen=True, kw_only=True):
     quantized: int  #: weights quantized while loading
     to_gpu_bytes: int
     anew: int  #: weights that are unpacked for each token
+    handed_over: int = 0  #: times that a token goes from the GPU to experts in RAM or back
 
 
 def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenWork:
@@ -63,6 +64,7 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         written=footprint.written,
         quantized=int(sum(sums.quantized for sums in footprint.sums.values()) / 2),
         anew=inventory.quantizable if anew or footprint.fmt.unpacking else 0,
+        handed_over=2 * len(footprint.skeleton.layers) if footprint.loading.experts_in_ram else 0,
         to_gpu_bytes=sum(footprint.weights[gpu] for gpu in footprint.gpus),
     )
 

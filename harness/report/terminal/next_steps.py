@@ -57,7 +57,7 @@ def _options_of(case: Case) -> str:
 def _sayable(recommendation: Recommendation, *, file_option: bool = True) -> str:
     """Write the model as an argument of a command: a directory by its path from here."""
     source = recommendation.source
-    if source.kind != "directory":
+    if not source.is_local:
         file = f" --file {shlex.quote(source.file)}" if source.file and file_option else ""
         return f"{source.location if source.file else source.name}{file}"
     place = Path(source.location) / (source.file or "")
