@@ -195,6 +195,7 @@ Traceback (most recent call last):
 """
 
 
+@pytest.mark.starts_workers
 @pytest.mark.parametrize(
     ("does", "told"),
     [
