@@ -31,7 +31,7 @@ PARTS = ("load", "prefill", "decode")
 # of several processes need cards that take part in collectives.
 SINGLE = tuple(row.name for row in PLACEMENTS.values() if "gpu" in row.devices and not row.parallel and not row.experts_in_ram)
 # On one card, of a model with experts.
-MIXED = ("cpu", "direct", *(row.name for row in PLACEMENTS.values() if row.experts_in_ram))
+MIXED = ("cpu", *(row.name for row in PLACEMENTS.values() if row.experts_in_ram))
 ON_ONE = tuple(name for name in SINGLE if PLACEMENTS[name].least_gpus <= 1)
 ON_TWO = SINGLE
 # On two cards that are together too small: those that fill what they find.
