@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from harness.architecture import ask_worker
+from tests.support import asked
+
 # Nothing is timed in a test: a busy neighbour makes any example slow.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -69,3 +72,16 @@ def _signals_as_a_terminal_leaves_them() -> Iterator[None]:
     yield
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="session")
+def _answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[asked.Answer]:
+    with asked.answering(tmp_path_factory.mktemp("asked")) as answer:
+        yield answer
+
+
+@pytest.fixture(autouse=True)
+def _asked_of_forks(request: pytest.FixtureRequest, _answer: asked.Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a process that has imported transformers fork for each question to it, which else imports it again."""
+    if request.node.get_closest_marker("starts_workers") is None:
+        monkeypatch.setattr(ask_worker, "_run", _answer)

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.core.errors import UsageError
@@ -47,12 +47,10 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
     from harness.machine.scratch import Scratch  # tempfile is slow to import
 
     command, text = [sys.executable, "-m", f"harness.worker.{module}"], json.dumps(question).encode()
-    # `-m` looks in the current directory first: not the user's, which may hold anything, but the one this package lies in.
-    home = DATA.parent.parent
     try:
         with Scratch() as scratch:  # importing torch makes a folder for temporary files
             settings = {**os.environ, "TMPDIR": str(scratch)}
-            done = subprocess.run(command, input=text, capture_output=True, timeout=limit_s, check=False, cwd=home, env=settings)
+            done = _run(command, text, limit_s, settings)
     except subprocess.TimeoutExpired:
         raise UsageError(f"{what}: transformers did not answer in {limit_s:.0f} s") from None
     if done.returncode != 0:
@@ -60,6 +58,12 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
         refusal = _REFUSALS.get(done.returncode, UsageError)
         raise refusal(last if refusal in _WHOLE_SENTENCES else f"{what}: {last.removeprefix('ValueError: ')}")
     return done.stdout.strip().rpartition(b"\n")[2]  # packages of quantizers print as transformers imports them
+
+
+def _run(command: Sequence[str], text: bytes, limit_s: float, settings: Mapping[str, str]) -> subprocess.CompletedProcess[bytes]:
+    # `-m` looks in the current directory first: not the user's, which may hold anything, but the one this package lies in.
+    home = DATA.parent.parent
+    return subprocess.run(command, input=text, capture_output=True, timeout=limit_s, check=False, cwd=home, env=settings)
 
 
 def _last_said(done: subprocess.CompletedProcess[bytes]) -> str:

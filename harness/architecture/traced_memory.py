@@ -154,7 +154,13 @@ class TracedPeak(NamedTuple):
     @property
     def activation_bytes(self) -> int:
         """What the peak has beyond the weights and the final KV cache."""
-        return max(self.worst.nbytes - self.kv_bytes, 0)
+        return max(*self.phases, 0)
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """What prefill and decode have at most beyond the weights and the final KV cache; less than 0 if that is larger."""
+        decode = self.decode.nbytes if self.decode is not None else 0
+        return self.prefill.nbytes - self.kv_bytes, decode - self.kv_bytes
 
 
 def evaluate(traced: TracedMemory, batch: int, prompt: int, new_tokens: int, capability: str | None = None) -> TracedPeak | None:

@@ -101,37 +101,50 @@ def _standing(record: TracedMemory, precision: str, cards: str) -> TracedMemory:
     return msgspec.structs.replace(record, precision=precision, capability=cards, names=names)
 
 
-def record_for(config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None) -> TracedMemory | None:
+def record_for(
+    config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None, attention: str | None = None
+) -> TracedMemory | None:
     """Return the record of a config in a precision for cards of a compute capability, shipped or kept in `cache`; starts nothing.
 
-    None if there is none; planning then uses its formulas (`planning.cost.activations`).
+    `attention` is the implementation that is asked for; None is what transformers chooses. None if there is none; planning then
+    uses its formulas (`planning.cost.activations`).
     """
-    cards, key = family(kernels_of(capability), precision), packed_key(config, precision)
-    found = find(shipped_records(key), precision, capability) or _BUILT.get((key, precision, cards))
-    if found is not None:
-        return found
+    cards, key = _cards(precision, capability, attention), packed_key(config, precision)
+    shipped = find(shipped_records(key), precision, capability)
+    if shipped is not None and attention in (None, shipped.attention):
+        return shipped
+    if (built := _BUILT.get((key, precision, cards))) is not None:
+        return built
     end = f"-{key}-{precision}-{cards}.json"
     if not any(name.startswith(f"{_KEPT}-") and name.endswith(end) for name in kept_names(cache)):
         return None  # without asking which transformers is installed, which takes longer than all else
     return kept(cache / _name(config, precision, cards), TracedMemory)
 
 
-def build_record(config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None) -> TracedMemory:
+def build_record(
+    config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None, attention: str | None = None
+) -> TracedMemory:
     """Return the record of a config as `record_for` does, else have a worker trace it (seconds) and keep it in `cache`.
 
     Raises:
         UsageError: the worker could not trace it.
     """
-    found = record_for(config, precision, cache, capability)
+    found = record_for(config, precision, cache, capability, attention)
     if found is not None:
         return found
-    cards = family(kernels_of(capability), precision)
+    cards, of = _cards(precision, capability, attention), family(kernels_of(capability), precision)
     what = f"no trace for model_type {config.get('model_type')!r} in {precision}"
-    text = ask_worker("trace", {"config": config, "precision": precision, "capability": cards}, what, TRACE_S)
+    asked = {"config": config, "precision": precision, "capability": of, "attention": attention}
+    text = ask_worker("trace", asked, what, TRACE_S)
     keep(cache / _name(config, precision, cards), text)
     built = msgspec.json.decode(text, type=TracedMemory)
     _BUILT[packed_key(config, precision), precision, cards] = built
     return built
+
+
+def _cards(precision: str, capability: str | None, attention: str | None) -> str:
+    """Return what the records of one family of cards go by, and of an attention that is asked for."""
+    return "-".join((family(kernels_of(capability), precision), *([attention] if attention else [])))
 
 
 def _name(config: Mapping[str, Any], precision: str, cards: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import FIRST_PORT, add_options, given_or_default
-from harness.cli.plan_args import NOTHING_FITS, PlanQuestion, advise_on, asked_case, constants
+from harness.cli.plan_args import NOTHING_FITS, AskedCase, PlanQuestion, advise_on, asked_case, constants
 from harness.core.errors import UsageError
 from harness.core.placements import FILE, PLACEMENTS, distinct
 from harness.core.records import Verdict, Workload
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from harness.catalog.resolve import Source
     from harness.core.records import Case, Machine, Plan
-    from harness.planning.recommend import Recommendation
+    from harness.planning.choice.recommend import Recommendation
 
 HELP = "Chat with a model in the browser on this machine, loaded as the plan recommends."
 
@@ -57,20 +58,19 @@ def run(args: argparse.Namespace) -> int:
     asked = [_talking_case(args.case)] if args.case else []
     recommendation = _advised(args, source, here, asked)
     chosen = recommendation.best or (recommendation.plans[0] if asked else None)
+    command = _plan_command(args, recommendation.plans[0].case.workload)
     if chosen is None and args.anyway:
-        raise UsageError(
-            f"--anyway loads the case that you name, and nothing fits: name one, fitmatrix plan {source.name} --all lists them"
-        )
+        raise UsageError(f"--anyway loads the case that you name, and nothing fits: name one, {command} --all lists them")
     if chosen is None:
-        return _say(f"{source.name}: nothing fits; fitmatrix plan {source.name} shows why")
+        return _say(f"{source.name}: nothing fits; {command} shows why")
     if chosen.code is None or not (chosen.verdict.is_good or args.anyway):
-        return _refuse(chosen)
+        return _refuse(args, chosen)
     _need_tokenizer(recommendation.spec.tokenizer, source.name)
     _need_gradio()
     return _serve(args, chosen.case, host, port)
 
 
-def _advised(args: argparse.Namespace, source: Source, here: Machine, asked: Sequence[tuple[str, str]]) -> Recommendation:
+def _advised(args: argparse.Namespace, source: Source, here: Machine, asked: Sequence[AskedCase]) -> Recommendation:
     """Plan for the usual conversation, or for what is asked; then for a longer one where nothing is asked and more fits as well."""
     prompt, new = (given_or_default(args, "chat", name) for name in ("prompt-tokens", "new-tokens"))
     places = [name for name in distinct(PLACEMENTS, len(here.gpus)) if name in _TALKING]
@@ -88,17 +88,24 @@ def _advised(args: argparse.Namespace, source: Source, here: Machine, asked: Seq
         return planned
     longer = Workload(prompt_tokens=min(fitting, _LONGEST) - new, new_tokens=new)
     best = planned.best.case
-    found = advise_on(source, here, longer, question._replace(cases=[(best.precision, best.placement)]), calibration)
+    found = advise_on(
+        source,
+        here,
+        longer,
+        question._replace(cases=[AskedCase(best.precision, best.placement, best.kv, best.attention)]),
+        calibration,
+    )
     return found if found.best else planned
 
 
-def _talking_case(text: str) -> tuple[str, str]:
-    precision, placement = asked_case(text)
-    if placement not in _TALKING:
+def _talking_case(text: str) -> AskedCase:
+    asked = asked_case(text)
+    if asked.placement not in _TALKING:
         raise UsageError(
-            f"chat does not support placement {placement} (several processes or a custom map): use one of {', '.join(_TALKING)}"
+            f"chat does not support placement {asked.placement} (several processes or a custom map): "
+            f"use one of {', '.join(_TALKING)}"
         )
-    return precision, placement
+    return asked
 
 
 def _free_port(host: str, port: int | None) -> int:
@@ -125,11 +132,19 @@ def _free_port(host: str, port: int | None) -> int:
     raise UsageError(f"no port from {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} is free: pass --port")
 
 
-def _refuse(one: Plan) -> int:
+def _plan_command(args: argparse.Namespace, workload: Workload) -> str:
+    """Return the command that plans what was asked for: the same files, and the tokens of this conversation."""
+    tokens = ["--prompt-tokens", str(workload.prompt_tokens), "--new-tokens", str(workload.new_tokens)]
+    trusted = ["--trust-remote-code"] if args.trust_remote_code else []
+    return shlex.join(["fitmatrix", "plan", args.model, *tokens, *trusted])
+
+
+def _refuse(args: argparse.Namespace, one: Plan) -> int:
     """Say why a case cannot be chatted with. Returns the exit status; raises UsageError if it cannot be loaded at all."""
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    return _say(f"{one.case.id}: {(one.why or '').removesuffix('.')}. --anyway loads it all the same")
+    why = (one.why or "").partition(" Try ")[0].removesuffix(".")  # options of a plan, which a chat does not have
+    return _say(f"{one.case.id}: {why}. {_plan_command(args, one.case.workload)} shows what fits, --anyway loads it all the same")
 
 
 def _say(sentence: str) -> int:
@@ -160,7 +175,8 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     from harness.run.session import Session
 
     workload = case.workload
-    asked = {"model": [args.model], "precision": [case.precision], "placement": [case.placement]}
+    asked = {"model": [args.model], "precision": [case.precision], "placement": [case.placement], "kv": [case.kv]}
+    asked |= {"attention": [case.attention]} if case.attention else {}
     about: dict[str, Any] = {"prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     about |= {"trust_remote_code": args.trust_remote_code, "case_timeout": _LOAD_S, "phase_timeout": _LOAD_S}
     with Scratch() as nothing_kept:  # which the next run removes if this one is killed
@@ -172,7 +188,7 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
             decided, model = session.plan(one), session.case_model(one)
             _need_tokenizer(model.tokenizer, one.model)
             if decided.code is None or not (decided.verdict.is_good or args.anyway):
-                return _refuse(decided)
+                return _refuse(args, decided)
             if not decided.verdict.is_good:
                 _say(f"{one.id}: {decided.why} Loading it all the same")
             run = Run(decided, model, session.context)

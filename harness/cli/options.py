@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from harness.core.errors import did_you_mean
-from harness.core.options import OPTION, Meaning, Option, name_in, whole_number
+from harness.core.options import OPTION, Meaning, Option, name_in, positive_number, whole_number
 from harness.core.text import line
 from harness.core.units import parse_capacity
 from harness.planning.zero import STAGES
@@ -55,6 +55,12 @@ _ROWS = (
         help="run the cases under RAM limits to find the smallest RAM that works, within 5 % (default placement: cpu)",
         switch=True,
     ),
+    Option(
+        name="best",
+        help="search all precisions, placements and KV caches for the best in speed, quality and context",
+        switch=True,
+    ),
+    Option(name="min-speed", help="with --best: tokens/s that a way must reach", parse=positive_number, metavar="N"),
     Option(name="all", help="show every way, with the reason of each that does not fit or cannot work", switch=True),
     Option(name="measure", help="measure the read bandwidth of RAM and disk again (1 to 3 s)", switch=True),
     Option(name="dry-run", help="show what the results say and keep nothing", switch=True),

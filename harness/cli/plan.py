@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import add_options, given_or_default, typed_options
 from harness.cli.plan_args import FITS, NOTHING_FITS, USAGE, PlanQuestion, advise_on, asked_case, constants
+from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.placements import named
 from harness.core.precisions import PRECISIONS
-from harness.core.records import Workload
+from harness.core.records import USUAL_KV, Workload
 from harness.core.text import line
 from harness.planning.zero import STAGES
 from harness.report.terminal import output
@@ -22,19 +23,20 @@ if TYPE_CHECKING:
     from harness.catalog.resolve import Source
     from harness.core.records import Machine, Plan
     from harness.planning.calibration import Calibration
+    from harness.planning.choice.recommend import Recommendation
     from harness.planning.device_map.infer import Device
-    from harness.planning.recommend import Recommendation
 
 HELP = "Predict which ways of loading a model fit, before loading or even downloading it."
 
 # Options that do not apply to training.
 _ABOUT_RUNNING = (
-    "precision", "placement", "device-map", "prompt-tokens", "new-tokens", "batch", "context", "code", "explain", "results",
-    "prove-min-ram",
+    "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens", "batch", "context", "code",
+    "explain", "results", "prove-min-ram",
 )  # fmt: skip
 _OPTIONS = (
-    "file", "gpu", "ram", "disk", "precision", "placement", "device-map", "prompt-tokens", "new-tokens", "batch", "context", "code",
-    "trust-remote-code", "all", "json", "explain", "training", "nodes", "prove-min-ram", "results",
+    "file", "gpu", "ram", "disk", "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens", "batch",
+    "context", "code", "trust-remote-code", "best", "min-speed", "all", "json", "explain", "training", "nodes", "prove-min-ram",
+    "results",
 )  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     asked = [asked_case(text) for text in (args.code, args.explain) if text]
     if asked and (len(args.models) > 1 or args.json):
         raise UsageError("--code and --explain show one case: give one MODEL and no --json")
-    device_map = _device_map(args, [placement for _, placement in asked])
+    device_map = _device_map(args, [one.placement for one in asked])
     calibration = constants(args.results, machine) if here else None
     question = PlanQuestion(
         cases=asked,
@@ -85,7 +87,17 @@ def run(args: argparse.Namespace) -> int:
         device_map=device_map,
         trust=args.trust_remote_code,
         traces=args.explain is not None,
+        kv=[name for name in KV_FORMS if name in (args.kv or (USUAL_KV,))],
+        attention=[name for name in ATTENTIONS if name in (args.attention or ())] or [None],
+        search=args.best,
+        least_tok_s=args.min_speed or 0.0,
     )
+    if args.min_speed is not None and not args.best:
+        raise UsageError("--min-speed is what a search asks for: add --best")
+    if args.best and (
+        searched := typed_options(args, "precision", "placement", "kv", "attention", "device-map", "code", "explain")
+    ):
+        raise UsageError(f"--best searches every precision, placement and KV cache: drop{searched}")
     recommendations, faults = _advised(args, machine, workload, question, calibration)
     status = _print(recommendations, args, machine, workload, faults)
     for fault in faults.values():
@@ -209,7 +221,8 @@ def _show(recommendations: Sequence[Recommendation], args: argparse.Namespace, m
         explain.explain_plan(recommendations[0], whole=args.all)
         return
     of_machine = typed_options(args, "gpu", "ram", "disk", "results", "prompt-tokens", "new-tokens", "batch", "context")
-    of_code, cases = typed_options(args, "device-map", "trust-remote-code"), typed_options(args, "precision", "placement")
+    of_code = typed_options(args, "device-map", "trust-remote-code")
+    cases = typed_options(args, "precision", "placement", "kv", "attention")
     plans.show_plans(recommendations, Asked(machine, workload, of_machine, cases, of_code, args.all))
 
 
@@ -272,13 +285,16 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         "case": one.case.id,
         "precision": one.case.precision,
         "placement": one.case.placement,
+        "kv": one.case.kv,
+        "attention": one.case.attention,
         "verdict": one.verdict.value,
         "why": one.why,
         "needs": [*one.needs, *([one.needs_checkpoint] if one.needs_checkpoint else [])],
         "tiers": {name: {key: getattr(tier, key) for key in _TIER_KEYS} for name, tier in tiers},
         **spans,
+        "bound_by": expected.bound_by if expected else None,
         "device_map": one.device_map,
         "max_memory": one.max_memory,
-        "max_context_tokens": recommendation.planner.max_context(one),
+        "max_context_tokens": recommendation.contexts.get(one.case.id) or recommendation.planner.max_context(one),
         "code": _head(recommendation, one) + one.code if one.code else None,
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.options import RESULTS
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS, defaults
-from harness.core.records import Case, Workload
+from harness.core.records import USUAL_KV, Case, Workload
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,25 +18,40 @@ if TYPE_CHECKING:
     from harness.catalog.resolve import Source
     from harness.core.records import Machine
     from harness.planning.calibration import Calibration
+    from harness.planning.choice.recommend import Recommendation
     from harness.planning.device_map.infer import Device
-    from harness.planning.recommend import Recommendation
 
 FITS, NOTHING_FITS, USAGE = 0, 1, 2
 
 
-def asked_case(text: str) -> tuple[str, str]:
-    """Split a case, "int8/direct" or a whole id, into precision and placement.
+class AskedCase(NamedTuple):
+    """One case as it is asked for; what is None is the question's."""
+
+    precision: str
+    placement: str
+    kv: str | None = None
+    attention: str | None = None
+
+
+def asked_case(text: str) -> AskedCase:
+    """Read a case, "int8/direct", "bf16/cpu@kv-fp8@eager" or a whole id.
 
     Raises:
         UsageError: there is no such case.
     """
-    precision, _, placement = text.rpartition("/")
+    precision, _, place = text.rpartition("/")
     precision = precision.rpartition("/")[2]
-    if precision not in PRECISIONS:
-        raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(precision, PRECISIONS)}")
-    if placement not in PLACEMENTS:
-        raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(placement, PLACEMENTS)}")
-    return precision, placement
+    placement, *more = place.split("@")
+    kv = next((name for name in KV_FORMS if f"kv-{name}" in more), None)
+    attention = next((name for name in ATTENTIONS if name in more), None)
+    unknown = [word for word in more if word not in (f"kv-{kv}", attention)]
+    for given, table in ((precision, PRECISIONS), (placement, PLACEMENTS)):
+        if given not in table:
+            raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(given, table)}")
+    if unknown:
+        known = [*(f"kv-{name}" for name in KV_FORMS), *ATTENTIONS]
+        raise UsageError(f"no case {text!r}: after @ comes how it generates; {did_you_mean(unknown[0], known)}")
+    return AskedCase(precision, placement, kv, attention)
 
 
 def constants(results: Path | None, machine: Machine) -> Calibration:
@@ -59,10 +75,14 @@ def constants(results: Path | None, machine: Machine) -> Calibration:
 class PlanQuestion(NamedTuple):
     """What is asked of a model; what is empty is the default."""
 
-    cases: Sequence[tuple[str, str]] = ()  #: precision and placement of single cases
+    cases: Sequence[AskedCase] = ()  #: single cases
     precisions: Sequence[str] | None = None
     placements: Sequence[str] = ()
     device_map: Mapping[str, Device] | None = None  #: the user's own
+    kv: Sequence[str] = (USUAL_KV,)
+    attention: Sequence[str | None] = (None,)
+    search: bool = False  #: whether the best ways are searched for, whatever is named above
+    least_tok_s: float = 0.0  #: of a search, tokens/s that a way must reach
     trust: bool = False  #: whether code that comes with the model may run
     traces: bool = False  #: whether what no record is of is traced now, by a worker
 
@@ -82,19 +102,26 @@ def advise_on(
         UsageError, CheckpointError: the model is not found or cannot be planned, or the map does not match it.
     """
     from harness.architecture import model_spec
+    from harness.planning.choice.recommend import advise, advise_best
     from harness.planning.device_map import user_map
     from harness.planning.planner import Planner
-    from harness.planning.recommend import advise
 
     spec = model_spec.read_spec(source)
     if question.device_map is not None:
         user_map.check_map(question.device_map, spec.skeleton, len(machine.gpus), model=spec.name)
     here = calibration is not None
     planner = Planner(spec, machine, here=here, constants=calibration, trust=question.trust, device_map=question.device_map)
+    if question.search:
+        return advise_best(source, planner, workload, question.least_tok_s)
     places = question.placements or distinct(PLACEMENTS, len(machine.gpus))
     asked = question.precisions or defaults(spec.stored_as)
-    pairs = question.cases or [(precision, placement) for precision in asked for placement in places]
-    cases = [Case(model=spec.name, precision=precision, placement=placement, workload=workload) for precision, placement in pairs]
+    pairs = question.cases or [AskedCase(precision, placement) for precision in asked for placement in places]
+    cases = [
+        Case(model=spec.name, precision=one.precision, placement=one.placement, workload=workload, kv=kv, attention=attention)
+        for one in pairs
+        for kv in ([one.kv] if one.kv else question.kv)
+        for attention in ([one.attention] if one.attention else question.attention)
+    ]
     if question.traces and (untraced := planner.untraced(cases)):
         from harness.core.progress import show_progress
 

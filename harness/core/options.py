@@ -5,16 +5,18 @@ A row knows its help, its parser and its default; where a command means somethin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import ALL, DEFAULT_PRECISIONS, PRECISIONS
-from harness.core.records import Record, Workload
+from harness.core.records import USUAL_KV, Record, Workload
 from harness.core.units import parse_capacity
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -110,6 +112,17 @@ def whole_number(least: int, most: int = _MOST) -> Callable[[str], int]:
     return parse
 
 
+def positive_number(text: str) -> float:
+    """Return a number above 0 that a text stands for."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a number") from None
+    if not 0 < value < math.inf:
+        raise UsageError(f"{text} is out of range: more than 0")
+    return value
+
+
 def one_of(*words: str) -> Callable[[str], str]:
     """Return a parser of these words."""
 
@@ -171,6 +184,24 @@ OPTIONS: tuple[Option, ...] = (
         repeat=True,
         table=tuple(PLACEMENTS),
         default=tuple(PLACEMENTS),
+        metavar="NAME",
+    ),
+    Option(
+        name="kv",
+        help=f"how the KV cache is kept: {', '.join(KV_FORMS)} (repeatable; default {USUAL_KV}, in the model's dtype)",
+        parse=name_in(KV_FORMS, "form of the KV cache"),
+        repeat=True,
+        table=tuple(KV_FORMS),
+        default=(USUAL_KV,),
+        metavar="FORM",
+    ),
+    Option(
+        name="attention",
+        help=f"implementation of attention: {', '.join(ATTENTIONS)} (repeatable; default what transformers chooses)",
+        parse=name_in(ATTENTIONS, "implementation of attention"),
+        repeat=True,
+        table=tuple(ATTENTIONS),
+        default=(),
         metavar="NAME",
     ),
     Option(

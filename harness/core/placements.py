@@ -38,6 +38,7 @@ class Placement(Record, frozen=True, kw_only=True):
     takes_all_ram: bool = False  #: fills the RAM without the margin that transformers keeps
     rewrites_offloaded: bool = False  #: writes what stays on the disk into the offload folder, whatever the files are
     first_gpu_only: bool = False  #: leaves every GPU but one empty: the first, unless another has more memory
+    experts_in_ram: bool = False  #: what is routed stays in RAM after loading, where the processor multiplies with it
     gpu: int = 0  #: the number of that one
 
     @property
@@ -201,6 +202,17 @@ _ROWS = (
         traits=("offloads_to_cpu",),
         least_gpus=1,
         first_gpu_only=True,
+    ),
+    Placement(
+        name="experts-in-ram",
+        title="GPU, experts in RAM",
+        help="routed experts in RAM, multiplied there; all else on the GPU",
+        device_map={"": "cpu"},
+        devices=("gpu", "cpu"),
+        least_gpus=1,
+        on_request=True,
+        first_gpu_only=True,
+        experts_in_ram=True,
     ),
     Placement(
         name="disk",

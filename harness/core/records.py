@@ -19,6 +19,7 @@ import msgspec
 from harness.core.units import exact_size
 
 SCHEMA = 1
+USUAL_KV = "dynamic"  # the form of the KV cache that generate makes by itself
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,17 +86,26 @@ class Case(Record, frozen=True, kw_only=True):
     workload: Workload = Workload()
     vram_bytes: int | None = None
     ram_bytes: int | None = None
+    kv: str = USUAL_KV  #: how the KV cache is kept (`kv_forms.KV_FORMS`)
+    attention: str | None = None  #: the implementation that is asked for (`attention.ATTENTIONS`); None: transformers chooses
 
     @property
     def place(self) -> str:
-        """The placement and the limits: `direct`, `gpu+cpu@vram8GiB@ram16GiB`."""
+        """The placement, what else is asked for and the limits: `direct`, `gpu+cpu@vram8GiB@ram16GiB`, `cpu@kv-fp8@eager`."""
+        asked = [f"@kv-{self.kv}"] * (self.kv != USUAL_KV) + [f"@{self.attention}"] * (self.attention is not None)
         limits = (("vram", self.vram_bytes), ("ram", self.ram_bytes))
-        return self.placement + "".join(f"@{kind}{exact_size(size)}" for kind, size in limits if size is not None)
+        sizes = [f"@{kind}{exact_size(size)}" for kind, size in limits if size is not None]
+        return "".join([self.placement, *asked, *sizes])
+
+    @property
+    def way(self) -> str:
+        """`precision/placement`, with what else is asked for and the limits where there are any."""
+        return f"{self.precision}/{self.place}"
 
     @property
     def id(self) -> str:
-        """`model/precision/placement`, with the limits where there are any."""
-        return f"{self.model}/{self.precision}/{self.place}"
+        """`model/precision/placement`, with what else is asked for and the limits where there are any."""
+        return f"{self.model}/{self.way}"
 
 
 class Tier(Record, frozen=True, kw_only=True):
@@ -217,6 +227,7 @@ class Estimate(Record, frozen=True, kw_only=True):
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
+    bound_by: str = ""  #: what a token waits for most, in words; empty in older results
     corrections: dict[str, float] = {}  #: factors that results of this machine gave to constants; of older results, to figures
     fixed_token_s: float = 0.0  #: of older results: the part of a token's seconds that was not corrected
     constants: str = ""  #: digest of the constants it was made by (`calibration.Calibration`); empty if unknown

@@ -7,7 +7,7 @@ Each answer carries the figures of the phases it ran. Times are seconds of the m
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -44,7 +44,8 @@ class Share(Message, frozen=True, kw_only=True, tag="share"):
 class Load(Message, frozen=True, kw_only=True, tag="load"):
     """Run the loading code. `imports` are imported (and timed) first; `model` becomes MODEL in the code.
 
-    `gguf_file` is the file there that holds the tokenizer, if that is a GGUF; `adapter` becomes ADAPTER.
+    `gguf_file` is the file there that holds the tokenizer, if that is a GGUF; `adapter` becomes ADAPTER. `cache` is what `generate`
+    takes for the form of the KV cache.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Load(Message, frozen=True, kw_only=True, tag="load"):
     gguf_file: str | None = None
     adapter: str | None = None
     trust_remote_code: bool = False
+    cache: dict[str, Any] = {}
 
 
 # The tokens of a round of several generations; a longer generation is a round alone. It keeps results from growing without end.

@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from harness.core.attention import KV_FORMS
 from harness.core.families import GGUF
 from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import Config, Precision
-from harness.core.records import Plan
+from harness.core.records import USUAL_KV, Plan
 from harness.machine.accelerators import ALLOCATOR_OPTIONS, EXPANDABLE_SEGMENTS
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Facts(NamedTuple):
     auto_class: str = "AutoModelForCausalLM"  #: the class of transformers that loads it
     #: Whether the model's own code may run; None if it has none. Left out, transformers would ask at the terminal.
     trusted: bool | None = None
+    attention: str | None = None  #: the implementation that is asked for; None is what transformers chooses
     adapter: bool = False  #: whether ADAPTER is loaded on top, which takes peft
 
 
@@ -47,7 +49,12 @@ _ONE_CALL = re.compile(
 )
 
 # What a worker does as well (`worker.model`): a model's own generation_config may ask for beams, samples or several answers.
-GREEDY = "model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)  # greedy, one answer"
+_GREEDY = "model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id{})  # greedy, one answer"
+
+
+def greedy(kv: str = USUAL_KV) -> str:
+    """Write the line that lets a model continue greedily, with its KV cache kept in a form."""
+    return _GREEDY.format("".join(f", {name}={_literal(value)}" for name, value in KV_FORMS[kv].arguments.items()))
 
 
 def loading_code(
@@ -85,13 +92,32 @@ def loading_code(
         return "\n".join([*imports, *_imports(*given), *_dispatch_code(arguments, facts)]) + "\n"
     if facts.trusted is not None:
         arguments["trust_remote_code"] = facts.trusted
+    if facts.attention is not None:
+        arguments["attn_implementation"] = facts.attention
+    if placement.experts_in_ram:
+        imports = ["import torch", *imports]
+        given = (*given, "from accelerate.hooks import AlignDevicesHook", "from accelerate.hooks import add_hook_to_module")
     imports += _imports(f"from transformers import {facts.auto_class}", *given)
     lines = [*imports, "", f"model = {facts.auto_class}.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
+    if placement.experts_in_ram:
+        lines += ["", *_moving_all_but_experts(placement.gpu)]
     if placement.moves_after_loading:
         lines.append(f"model = model.to({_literal(f'cuda:{placement.gpu}' if placement.gpu else 'cuda')})")
     if facts.adapter:
         lines.append("model.load_adapter(ADAPTER)")
     return "\n".join(lines) + "\n"
+
+
+def _moving_all_but_experts(gpu: int) -> list[str]:
+    """Write what brings a model from RAM to a GPU and leaves its experts behind; their output goes where their input came from."""
+    return [
+        'experts = {name: part for name, part in model.named_modules() if name.endswith(".experts")}',
+        "for name in experts:",
+        "    model.set_submodule(name, torch.nn.Identity())",
+        f"model = model.to({_literal(f'cuda:{gpu}' if gpu else 'cuda')})",
+        "for name, part in experts.items():",
+        '    model.set_submodule(name, add_hook_to_module(part, AlignDevicesHook("cpu", io_same_device=True)))',
+    ]
 
 
 def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -112,13 +138,14 @@ def _imports(*lines: str) -> list[str]:
 
 def _dispatch_code(arguments: Mapping[str, Any], facts: Facts) -> list[str]:
     dtype, trust, auto = arguments["dtype"], _trust(facts.trusted), facts.auto_class
+    attention = f", attn_implementation={_literal(facts.attention)}" if facts.attention else ""
     return [
         "from accelerate import init_empty_weights, load_checkpoint_and_dispatch",
         f"from transformers import AutoConfig, {auto}",
         "",
         f"config = AutoConfig.from_pretrained(MODEL{trust})",
         "with init_empty_weights():",
-        f"    model = {auto}.from_config(config, dtype={_literal(dtype)}{trust})",
+        f"    model = {auto}.from_config(config, dtype={_literal(dtype)}{trust}{attention})",
         "model.tie_weights()",
         "model = load_checkpoint_and_dispatch(",
         "    model,",
@@ -176,7 +203,7 @@ def script(head: str, one: Plan, gguf_file: str | None = None, *, gpus_differ: b
         f"tokenizer = AutoTokenizer.from_pretrained(MODEL{file}{_trust(one.trusted if one.remote_code else None)})",
         'inputs = tokenizer(["The capital of France is"] * '
         f'{workload.batch}, return_tensors="pt").to({"model.device" if ranks > 1 else device})',
-        GREEDY,
+        greedy(one.case.kv),
         f"output = model.generate(**inputs, max_new_tokens={workload.new_tokens})",
         "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
     ]

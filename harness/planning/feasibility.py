@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from harness.core.attention import modules_for
 from harness.core.methods.packages import how_to_install, lacking
 from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
@@ -45,9 +46,16 @@ def gate(
         return Verdict.UNAVAILABLE, beyond
     missing = lacking(precision.needs) if here else ()
     if missing:
-        what = "needs the packages" if len(missing) > 1 else "needs the package"
-        return Verdict.UNAVAILABLE, f"{what} {how_to_install(missing, precision.extra)}"
+        return Verdict.UNAVAILABLE, _needs(missing, precision.extra)
+    missing = lacking(modules_for(case.kv, case.attention)) if here else ()
+    if missing:
+        return Verdict.UNAVAILABLE, _needs(missing)
     return _too_old(precision, placement, machine)
+
+
+def _needs(missing: Sequence[str], extra: str | None = None) -> str:
+    what = "needs the packages" if len(missing) > 1 else "needs the package"
+    return f"{what} {how_to_install(missing, extra)}"
 
 
 def _takes_apples_gpu(placement: Placement, machine: Machine) -> bool:

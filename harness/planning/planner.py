@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 
 import msgspec
 
 from harness.architecture.model_spec import ModelSpec
 from harness.checkpoint import quantization
 from harness.checkpoint.quantization import Packed
+from harness.core.attention import KV_FORMS, modules_for
 from harness.core.methods.packages import asked_of_pip
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report
-from harness.core.records import Case, Machine, Plan, Verdict, Workload
+from harness.core.records import Case, Machine, Plan, Verdict
 from harness.planning import calibration, feasibility, other_form
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
@@ -28,7 +28,7 @@ from harness.planning.counted import count_model
 from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.recommended import RecommendedMap, Recommender
-from harness.planning.verdict import Judge, leaves_off_gpu, pooled, with_article
+from harness.planning.verdict import Judge, experts_of, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
@@ -39,6 +39,7 @@ _UNFUSED = "4-bit weights in RAM are unpacked for every token: {} the product fo
 _MAYBE_FUSED = "4-bit weights in RAM are taken to be multiplied as they are: without AVX512_BF16 it is tens of times slower"
 # How often our device map is computed again with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
+_AXES = ("precision", "placement", "kv", "attention")  # of a case, beside its model
 
 
 class Planner:
@@ -115,24 +116,28 @@ class Planner:
         ours = self._recommendation(case, fmt) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
         whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
-        placed = ours.device_map if ours else whole if ranks > 1 else self._map(placement, fmt, limits)
+        if placement.experts_in_ram:
+            whole = {"": placement.gpu}
+        placed = ours.device_map if ours else whole if ranks > 1 or placement.experts_in_ram else self._map(placement, fmt, limits)
         footprint = self._footprint(case, fmt, placed)
         expected, verdict, why, footprint = self.judge.judge(case, placement, footprint)
         self.footprints[case.id] = footprint
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in placed.items()}
+        if placement.experts_in_ram:
+            by_module |= dict.fromkeys(experts_of(self.spec.skeleton), "cpu")
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
         destination = Destination(max_memory=limits, device_map=by_module, on_gpu=on_gpu)
         return Plan(
             case=case,
             verdict=verdict,
             why=why or (ours.why if ours else self._between(ranks) if ranks > 1 else None),
-            code=loading_code(precision, placement, dtype, destination, self._facts),
+            code=loading_code(precision, placement, dtype, destination, self._facts(case)),
             device_map=None if ranks > 1 else by_module,
             max_memory=limits,
             estimate=expected,
             remote_code=code,
             trusted=self.trust and bool(code),
-            needs=asked_of_pip(precision.needs),
+            needs=asked_of_pip((*precision.needs, *modules_for(case.kv, case.attention))),
             linear_dtype=None if precision.linear_dtype == PRECISIONS[case.precision].linear_dtype else precision.linear_dtype,
             expandable_segments=footprint.loading.expandable,
         )
@@ -169,11 +174,16 @@ class Planner:
         is_limited = any(tier.limit_bytes is not None for tier in self.machine.tiers if tier.kind in ("gpu", "cpu"))
         return placement.device_map in STRATEGIES and placement.limits is None and not is_limited
 
-    @cached_property
-    def _facts(self) -> Facts:
-        spec = self.spec
-        trusted = self.trust if spec.remote_code else None
-        return Facts(spec.gguf_file, spec.native, spec.skeleton.auto_class, trusted, adapter=spec.adapter is not None)
+    def _facts(self, case: Case) -> Facts:
+        spec, trusted = self.spec, self.trust if self.spec.remote_code else None
+        return Facts(
+            gguf_file=spec.gguf_file,
+            native=spec.native,
+            auto_class=spec.skeleton.auto_class,
+            trusted=trusted,
+            attention=case.attention,
+            adapter=spec.adapter is not None,
+        )
 
     def _between(self, ranks: int) -> str:
         return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
@@ -197,7 +207,7 @@ class Planner:
         much in the next, for only whole blocks leave it.
         """
         workload, skeleton = case.workload, self.spec.skeleton
-        key = (fmt.element_bytes, fmt.quantizer, fmt.packed_bits, workload)
+        key = (fmt.element_bytes, fmt.quantizer, fmt.packed_bits, workload, case.kv, case.attention)
         if key in self._recommended:
             return self._recommended[key]
         homes = {tier.name: self.machine.tier("cpu") if tier.shared else tier for tier in tiers.fillable(self.machine)}
@@ -206,11 +216,11 @@ class Planner:
             skeleton,
             {tiers.device(name): size for name, size in capacities.items()},
             Widths(fmt.dtype, fmt.quantizer, self.counted.inventory(fmt).sizes),
-            kv_bytes=memory.kv_bytes(skeleton, workload.cached_tokens, workload.batch, fmt.element_bytes),
+            kv_bytes=memory.kept_kv_bytes(skeleton, workload, fmt.element_bytes, KV_FORMS[case.kv]),
         )
-        reserve = {tiers.device(name): self._reserve(name, fmt, workload, size) for name, size in capacities.items()}
+        reserve = {tiers.device(name): self._reserve(name, fmt, case, size) for name, size in capacities.items()}
         if self.machine.shares_ram:
-            reserve[0] += self._reserve("cpu", fmt, workload, 0)
+            reserve[0] += self._reserve("cpu", fmt, case, 0)
         for attempt in range(_TRIES):
             found = recommender.recommend(reserve, explain=False)
             needs = pooled(estimate.memory(self._footprint(case, fmt, found.device_map), self.machine), self.machine)
@@ -222,11 +232,12 @@ class Planner:
         self._recommended[key] = recommender.recommend(reserve, explain=True)
         return self._recommended[key]
 
-    def _reserve(self, name: str, fmt: WeightFormat, workload: Workload, capacity: int) -> int:
+    def _reserve(self, name: str, fmt: WeightFormat, case: Case, capacity: int) -> int:
         """Return the bytes of a tier that generating needs beside weights and KV cache, at worst."""
         on = name if name.startswith("gpu") else self.machine.gpus[0].name
         inventory = self.counted.inventory(fmt)
-        terms = Footprint(inventory, on, workload, self.constants, Loading(capability=self._capability)).terms()[name]
+        loading = Loading(attention=case.attention, capability=self._capability)
+        terms = Footprint(inventory, on, case.workload, self.constants, loading, KV_FORMS[case.kv]).terms()[name]
         doubt = estimate.ROUGH_SHARE if self.spec.rough else estimate.KNOWN_SHARE
         return int(estimate.beside_weights(terms) + doubt * min(inventory.total.held, capacity))
 
@@ -234,15 +245,18 @@ class Planner:
         gguf, placement = self.spec.gguf, self._placements[case.placement]
         plain_off_gpu = leaves_off_gpu(self.spec.adapted(PRECISIONS[case.precision]), placement)
         loading = Loading(
-            through_ram=placement.moves_after_loading or (gguf is not None and gguf.through_ram),
+            through_ram=placement.moves_after_loading or placement.experts_in_ram or (gguf is not None and gguf.through_ram),
+            experts_in_ram=placement.experts_in_ram,
             rewrites=placement.rewrites_offloaded,
             off_gpu=self.counted.inventory(WeightFormat(dtype=fmt.dtype)) if plain_off_gpu else None,
             processes=placement.ranks(len(self.machine.gpus)),
             begins_on=tuple(gpu.name for gpu in self.machine.gpus) if self._looks_for_itself(placement) else (),
+            attention=case.attention,
             capability=self._capability,
         )
         on_tiers = tiers.tiers(self.spec.skeleton, placed)
-        footprint = Footprint(self.counted.inventory(fmt), on_tiers, case.workload, self.constants, loading)
+        kept = KV_FORMS[case.kv]
+        footprint = Footprint(self.counted.inventory(fmt), on_tiers, case.workload, self.constants, loading, kept)
         self.footprints[case.id] = footprint
         return footprint
 
@@ -288,15 +302,14 @@ class Planner:
 
 
 def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:
-    """Add to a plan that is too big which other precision, of no more bits, or placement would do."""
+    """Add to a plan that is too big what else would do: another precision of no more bits, or one other thing in which it goes."""
     if one.verdict is not Verdict.TOO_BIG or one.why is None:
         return one
     order = sorted(others, key=lambda other: other.verdict is not Verdict.FITS)
     good = [other.case for other in order if other.verdict.is_good and other.case.model == one.case.model]
-    bits = PRECISIONS[one.case.precision].bits
-    smaller = [case.precision for case in good if PRECISIONS[case.precision].bits <= bits]
-    beside = {case.precision for case in good if case.placement == one.case.placement}
-    precision = next((name for name in smaller if name in beside), None)
-    placement = next((case.placement for case in good if case.precision == one.case.precision), None)
-    words = [f"--precision {precision}"] * bool(precision) + [f"--placement {placement}"] * bool(placement)
+    bits, words = PRECISIONS[one.case.precision].bits, []
+    for axis in _AXES:
+        alike = (case for case in good if all(getattr(case, name) == getattr(one.case, name) for name in _AXES if name != axis))
+        found = next((case for case in alike if PRECISIONS[case.precision].bits <= bits and getattr(case, axis)), None)
+        words += [f"--{axis} {getattr(found, axis)}"] if found is not None else []
     return msgspec.structs.replace(one, why=f"{one.why} Try {' or '.join(words)}.") if words else one

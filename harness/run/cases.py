@@ -14,10 +14,11 @@ import msgspec
 from harness.catalog import download
 from harness.catalog.resolve import Source
 from harness.core import precisions
+from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.placements import FILE, PLACEMENTS, distinct, named
 from harness.core.precisions import PRECISIONS
 from harness.core.progress import Report
-from harness.core.records import Case, Machine, Plan, Verdict, Workload
+from harness.core.records import USUAL_KV, Case, Machine, Plan, Verdict, Workload
 from harness.core.units import exact_size
 from harness.machine import probe
 from harness.planning import feasibility, kept_calibration, verdict
@@ -66,11 +67,22 @@ class CaseMatrix:
             prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens, batch=options.batch, repeats=options.repeats
         )
         return [
-            Case(model=name, precision=precision, placement=placement, workload=workload, vram_bytes=vram, ram_bytes=options.ram)
+            Case(
+                model=name,
+                precision=precision,
+                placement=placement,
+                workload=workload,
+                vram_bytes=vram,
+                ram_bytes=options.ram,
+                kv=kv,
+                attention=attention,
+            )
             for name in self._models.sources
             for precision in self._precisions(name)
             for placement in self._placements
             for vram in (("gpu" in PLACEMENTS[placement].devices and options.vram) or (None,))
+            for kv in _in_order(options.kv, KV_FORMS)
+            for attention in _in_order(options.attention, ATTENTIONS) or (None,)
         ]
 
     @cached_property
@@ -181,6 +193,8 @@ def command_of(case: Case, source: Source, options: Options) -> str:
     """Return the command that runs a case of this run alone."""
     words = ["pytest", "cases/", "--model", _format_source(source), "--precision", case.precision, "--placement", case.placement]
     words += ["--device-map", _relative(options.device_map)] if case.placement == FILE else []
+    words += ["--kv", case.kv] if case.kv != USUAL_KV else []
+    words += ["--attention", case.attention] if case.attention else []
     limits = (("--vram", case.vram_bytes), ("--ram", case.ram_bytes))
     words += [word for flag, size in limits if size is not None for word in (flag, exact_size(size))]
     return f"{shlex.join(words)} {options.command()}".strip()

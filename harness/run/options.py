@@ -57,7 +57,20 @@ class Options:
 
     def command(self) -> str:
         """Return the options of the command line that repeats this run, those of single cases left out."""
-        skip = {"model", "precision", "placement", "device_map", "vram", "ram", "results", "html", "resume", "baseline"}
+        skip = {
+            "model",
+            "precision",
+            "placement",
+            "device_map",
+            "kv",
+            "attention",
+            "vram",
+            "ram",
+            "results",
+            "html",
+            "resume",
+            "baseline",
+        }
         words: list[str] = []
         for option in OPTIONS:
             value = self._values[option.key]

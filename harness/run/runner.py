@@ -10,6 +10,7 @@ from typing import NoReturn
 import msgspec
 
 from harness.checkpoint import adapter
+from harness.core.attention import KV_FORMS
 from harness.core.errors import WorkerError
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS, Precision
@@ -89,6 +90,7 @@ class Run:
                 tokenizer=self.model.tokenizer,
                 trust_remote_code=plan.trusted,
                 gguf_file=self.model.gguf_file,
+                cache=dict(KV_FORMS[plan.case.kv].arguments),
                 adapter=str(self.model.adapter) if self.model.adapter else None,
             )
             done = self._ask(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -24,6 +25,10 @@ _LETTERS_A_TOKEN = 128
 
 class TooLong(ValueError):
     """What a person says takes more tokens than the plan has room for."""
+
+
+class NoAnswer(RuntimeError):
+    """The model failed while it answered: memory ran out, or torch refused; the next answer may succeed."""
 
 
 class Wish(NamedTuple):
@@ -122,6 +127,7 @@ class Talk:
 
         Raises:
             TooLong: the message alone is longer than what was planned for.
+            NoAnswer: generating failed; what it had allocated is free again.
         """
         inputs, dropped = self._inputs(_in_turns([*map(entry, history), _turn("user", message)]), wish.system.strip())
         streamer, unheard = _Streamer(self._model.tokenizer, self._ends), threading.Event()
@@ -134,7 +140,8 @@ class Talk:
             for piece in streamer:
                 text += piece
                 yield Reply(text.strip(), prompt, streamer.tokens, streamer.last_s - streamer.first_s, dropped)
-            writing.result()
+            if failure := writing.exception():
+                raise _no_answer(failure) from None
         finally:
             unheard.set()  # the page was closed, or its stop button pressed
         is_cut = streamer.tokens >= most and not streamer.has_ended
@@ -146,6 +153,7 @@ class Talk:
             **how,
             num_beams=1,
             pad_token_id=pad_id(self._model),
+            **self._model.cache,
             eos_token_id=sorted(self._ends) or None,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([lambda *_, **__: unheard.is_set()]),
@@ -173,6 +181,17 @@ class Talk:
         if tokenizer.chat_template:
             return quality_probe.in_template(tokenizer, said)
         return self._asked.format_prompt(*(one["content"] for one in said)) if self._asked else said[-1]["content"]
+
+
+def _no_answer(failure: BaseException) -> BaseException:
+    """Let go of what a failure holds, and say of those that torch and Python raise where memory runs out what they say."""
+    if not isinstance(failure, (RuntimeError, MemoryError)):
+        return failure
+    # Its frames hold the KV cache and the activations, which is the memory that the next answer needs.
+    traceback.clear_frames(failure.__traceback__)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return NoAnswer((str(failure).strip() or "out of memory").splitlines()[0])
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

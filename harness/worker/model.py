@@ -6,8 +6,9 @@ import contextlib
 import importlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import accelerate.big_modeling
@@ -31,13 +32,13 @@ class ModelFault(Exception):
 
 
 class Model:
-    """A loaded model, its tokenizer (None: prompts are token ids) and the device that its inputs go to.
+    """A loaded model, its tokenizer (None: prompts are token ids), what `generate` takes for its KV cache, and where inputs go.
 
     `ending` are the tokens that a prompt must end with for the model to answer; architectures of `harness.models` have some.
     """
 
-    def __init__(self, module: PreTrainedModel, tokenizer: Any) -> None:
-        self.module, self.tokenizer = module, tokenizer
+    def __init__(self, module: PreTrainedModel, tokenizer: Any, cache: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.module, self.tokenizer, self.cache = module, tokenizer, cache
         self.vocabulary = _vocabulary(module)
         self.ending: list[int] = list(getattr(module, "prompt_ending", ()))
         self.device_map = {name: str(place) for name, place in getattr(module, "hf_device_map", {}).items()}
@@ -161,11 +162,11 @@ def load(request: Load, phase: PhaseContext) -> tuple[Model, dict[str, float]]:
         exec(compile(request.code, "<loading code>", "exec"), names)  # of harness.planning.code: what is printed
     module = names["model"].eval()
     _forget_generation(module)
-    return Model(module, tokenizer), seconds
+    return Model(module, tokenizer, request.cache), seconds
 
 
 def _forget_generation(module: PreTrainedModel) -> None:
-    """Keep of the model's own generation_config what ends a text, and nothing else, as the printed code does (`code.GREEDY`).
+    """Keep of the model's own generation_config what ends a text, and nothing else, as the printed code does (`code.greedy`).
 
     Beams, several answers, sampling, look-up of the prompt, a time limit, another cache: each would measure something else.
     """
@@ -356,8 +357,7 @@ class Clock(BaseStreamer):
 
 def generate(model: Model, request: Generate) -> dict[str, Any]:
     """Generate as often as asked for, and time it as one round; return the fields of GenerateDone."""
-    first = _generate_once(model, request)
-    more = [_generate_once(model, request) for _ in range(request.times - 1)]
+    first, *more = (_generate_once(model, request) for _ in range(request.times))
     total_s = first["total_s"] + sum(each["total_s"] for each in more)
     return {**first, "total_s": total_s, "more_token_s": [each["token_s"] for each in more]}
 
@@ -365,19 +365,19 @@ def generate(model: Model, request: Generate) -> dict[str, Any]:
 def _generate_once(model: Model, request: Generate) -> dict[str, Any]:
     """Generate exactly `new_tokens` greedy tokens from `batch` equal prompts."""
     ids = torch.tensor([model.prompt(request.prompt_tokens)] * request.batch, device=model.device)
-    mask = torch.ones_like(ids)
     clock = Clock()
     synchronize()
     start = time.perf_counter()
     output = model.module.generate(  # type: ignore[operator]  # transformers' stubs take the mixin's method for a tensor
         ids,
-        attention_mask=mask,
+        attention_mask=torch.ones_like(ids),
         streamer=clock,
         do_sample=False,
         num_beams=1,
         min_new_tokens=request.new_tokens,
         max_new_tokens=request.new_tokens,
         pad_token_id=pad_id(model),
+        **model.cache,
     )
     synchronize()
     total = time.perf_counter() - start

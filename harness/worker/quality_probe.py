@@ -12,12 +12,14 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import QuantizedCache
 
 from harness.checkpoint import reader
 from harness.core.records import Answer
 from harness.measure import dialogue, quality
 from harness.measure.dialogue import Dialogue, Tool, Turn, Written
 from harness.measure.protocol import Score
+from harness.models.cache_argument import CACHE
 from harness.worker.model import Model, ModelFault, pad_id
 
 _ANSWER_TOKENS = 12
@@ -86,9 +88,24 @@ def _context(model: Model) -> int | None:
 
 @torch.no_grad()  # in inference mode the tensors of some quantizers cannot be made
 def _log_probabilities(model: Model, ids: list[int]) -> torch.Tensor:
-    """Return log p(next token), float32 [len(ids) - 1, vocabulary]; the text is scored as an answer, after an empty prompt."""
+    """Return log p(next token), float32 [len(ids) - 1, vocabulary]; the text is scored as an answer, after an empty prompt.
+
+    Keys and values that a cache quantizes are read as they were computed by the pass that computes them, and as they are kept by
+    those that follow: then the second half is scored by what is kept of the first.
+    """
     tokens = torch.tensor([[*model.ending, *ids]], device=model.device)
-    logits = model.module(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    settings = model.cache.get("cache_config")
+    if settings is None:
+        logits = model.module(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    else:
+        cache: Any = QuantizedCache(config=model.module.config, **settings)
+        parts = tokens.split(-(-tokens.shape[1] // 2), dim=1)
+        seen = [torch.ones_like(tokens[:, :end]) for end in (parts[0].shape[1], tokens.shape[1])]
+        halves = (
+            model.module(part, attention_mask=mask, use_cache=True, **{CACHE: cache}).logits
+            for part, mask in zip(parts, seen, strict=False)
+        )
+        logits = torch.cat(list(halves), dim=1)
     return torch.log_softmax(logits[0, len(model.ending) : -1].float(), dim=-1)
 
 
@@ -210,6 +227,7 @@ def _continue(
         max_time=seconds,
         pad_token_id=pad_id(model),
         eos_token_id=sorted(stops) or None,
+        **model.cache,
     )
     written = []
     for row in output[:, batch["input_ids"].shape[1] :].tolist():

@@ -10,6 +10,8 @@ import pytest
 from harness.architecture import ask_worker
 from harness.architecture.ask_worker import CONFIG_REFUSED, RefusedConfig
 
+pytestmark = pytest.mark.starts_workers
+
 
 def finish(monkeypatch: pytest.MonkeyPatch, status: int, out: bytes, err: bytes = b"") -> None:
     def run(*_: Any, **__: Any) -> subprocess.CompletedProcess[bytes]:

@@ -25,6 +25,7 @@ from harness.catalog.shipped import catalog, hub_id
 from harness.core.errors import UsageError
 
 # Peaks of whole models, or of four layers and the cache of all, by another program that traces: transformers 5.23 on a card of 8.0.
+ROOT = Path(__file__).parents[2]
 PEAKS = Path(__file__).parent.parent / "data" / "traced_peaks.csv"
 MEDIAN, NINETY_NINTH = 0.003, 0.02
 TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -195,6 +196,7 @@ Traceback (most recent call last):
 """
 
 
+@pytest.mark.starts_workers
 @pytest.mark.parametrize(
     ("does", "told"),
     [
@@ -212,3 +214,25 @@ def test_how_a_worker_ended_is_said(does: str, told: str, tmp_path: Path, monkey
     monkeypatch.setattr(sys, "executable", str(worker))
     with pytest.raises(UsageError, match=f"^no record: {re.escape(told)}$"):
         ask_worker("trace", {}, "no record", 10)
+
+
+# What has no record: no class in transformers, or sizes that are no polynomials of batch and length; plans of these go by formulas.
+NOT_TRACED = {"baichuan", "internlm2", "minimax_m2", "nemotron_h", "gpt_neo", "qwen3_next"}
+
+
+def test_shipped_records_are_of_the_transformers_that_is_pinned() -> None:
+    pins = re.findall(r"^transformers==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    made_by = {
+        match[1]
+        for line in traces.SHIPPED.read_bytes().splitlines()
+        for record in traces.unpack(line)[1].values()
+        if isinstance(record, TracedMemory) and (match := re.match(r"transformers (\d+\.\d+)", record.source))
+    }
+    assert made_by <= set(pins), f"made by {sorted(made_by)}: run python -m harness.worker.trace --catalog, which says what changed"
+
+
+@pytest.mark.parametrize("name", catalog())
+def test_every_model_of_the_catalog_comes_with_its_records_or_is_known_to_have_none(name: str) -> None:
+    config = catalog()[name].config
+    missing = [precision for precision in ("bf16", "int8", "int4") if traces.shipped_trace(config, precision) is None]
+    assert bool(missing) == (config["model_type"] in NOT_TRACED), missing

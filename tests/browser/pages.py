@@ -56,8 +56,8 @@ def started(profile: Path) -> Chrome:
 
 
 def cell(browser: Chrome, precision: str, placement: str) -> WebElement:
-    """Find a cell of the first matrix by the heads of its row and column."""
-    table = browser.find_element(By.CSS_SELECTOR, "table.matrix")
+    """Find a cell of the first matrix that is not folded by the heads of its row and column."""
+    table = browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) table.matrix")
     columns = [head.text.splitlines()[0] for head in table.find_elements(By.CSS_SELECTOR, "thead th")]
     rows = [row for row in table.find_elements(By.CSS_SELECTOR, "tbody tr") if row.text.split()[0] == precision]
     return rows[0].find_elements(By.CSS_SELECTOR, "td")[columns.index(placement)]

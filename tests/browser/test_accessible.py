@@ -113,7 +113,7 @@ def test_arrows_move_between_the_cells_of_a_matrix(show: Open, results: list[Res
 
 def test_arrows_pass_over_what_a_filter_hides(show: Open, results: list[Result]) -> None:
     browser = show([r for r in results if r.machine.gpus], fragment="outcome=works")
-    browser.execute_script("arguments[0].focus()", browser.find_element(By.CSS_SELECTOR, "td.best > a"))
+    browser.execute_script("arguments[0].focus()", browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) td.best > a"))
     focused(browser).send_keys(Keys.END)
     assert place(browser) == "int4, cpu"
     focused(browser).send_keys(Keys.ARROW_UP)
@@ -199,8 +199,8 @@ def test_print_shows_answer_matrix_and_opened_details_and_no_controls(show: Open
     browser = show(few, fragment="case-chatglm-6b-int4-direct")
     settled(browser)
     media("dark", "print")
-    assert browser.find_element(By.CSS_SELECTOR, ".answer").is_displayed()
-    assert browser.find_element(By.CSS_SELECTOR, "table.matrix").is_displayed()
+    assert browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) .answer").is_displayed()
+    assert browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) table.matrix").is_displayed()
     cases = [case for case in browser.find_elements(By.CSS_SELECTOR, "details.case") if case.is_displayed()]
     assert [case.get_attribute("id") for case in cases] == ["case-chatglm-6b-int4-direct"]
     controls = browser.find_elements(By.CSS_SELECTOR, "button, select, input, nav, #tip")

@@ -108,6 +108,28 @@ def test_an_outcome_without_a_model_hides_its_block_and_reset_brings_it_back(sho
     assert found(browser) == ""
 
 
+def test_a_filter_opens_what_is_folded_and_reset_folds_it_again(show: Open, results: list[Result]) -> None:
+    browser = show(results)
+    fold = browser.find_element(By.CSS_SELECTOR, ".model")
+    assert not fold.get_attribute("open")
+    chosen = browser.find_element(By.NAME, "model")
+    browser.execute_script("arguments[0].value = 'smollm2-135m'; arguments[0].form.requestSubmit()", chosen)
+    settled(browser)
+    assert fold.get_attribute("open")
+    assert {case.split("-")[1] for case in shown(browser)} == {"smollm2"}
+    browser.find_element(By.CSS_SELECTOR, "#filters [type=reset]").click()
+    settled(browser)
+    assert not fold.get_attribute("open")
+    fold.find_element(By.TAG_NAME, "summary").click()  # what a person opened stays open
+    browser.execute_script(
+        "arguments[0].value = 'int4'; arguments[0].form.requestSubmit()", browser.find_element(By.NAME, "precision")
+    )
+    settled(browser)
+    browser.find_element(By.CSS_SELECTOR, "#filters [type=reset]").click()
+    settled(browser)
+    assert fold.get_attribute("open")
+
+
 def test_where_nothing_matches_it_says_so(show: Open, gpu: list[Result]) -> None:
     browser = show(gpu, fragment="precision=fp32&outcome=works")
     assert shown(browser) == []
@@ -150,7 +172,7 @@ def test_back_and_forward_lead_through_the_views(show: Open, gpu: list[Result]) 
 def test_a_copied_address_opens_the_same_view(show: Open, gpu: list[Result], models: int) -> None:
     browser = show(many(gpu, models))
     choose(browser, "precision", "int4")
-    browser.find_element(By.CSS_SELECTOR, "td.cell.best > a").click()
+    browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) td.cell.best > a").click()
     settled(browser)
     address, narrowed = fragment(browser), shown(browser)
     assert address == "case-chatglm-6b-0-int4-direct&precision=int4"
@@ -212,7 +234,7 @@ def test_a_card_further_down_is_brought_by_its_address(show: Open, results: list
 def test_packed_details_are_unpacked_by_a_cell_by_its_address_and_by_the_button(show: Open, results: list[Result]) -> None:
     browser = show(many(results, 2))
     assert not browser.find_elements(By.CSS_SELECTOR, "details.case")
-    browser.find_element(By.CSS_SELECTOR, "td.cell.best > a").send_keys(Keys.ENTER)
+    browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) td.cell.best > a").send_keys(Keys.ENTER)
     settled(browser)
     details = browser.find_element(By.ID, "case-chatglm-6b-0-int4-direct")
     assert details.get_attribute("open")
@@ -223,6 +245,7 @@ def test_packed_details_are_unpacked_by_a_cell_by_its_address_and_by_the_button(
     assert "this machine has no GPU" in browser.find_element(By.ID, "case-smollm2-135m-1-fp32-direct").text
     packed = browser.find_elements(By.CSS_SELECTOR, ".packed")
     assert len(packed) == 2
+    packed[0].find_element(By.XPATH, "ancestor::details/summary").click()
     packed[0].find_element(By.CSS_SELECTOR, ".unpack").click()
     settled(browser)
     assert len(browser.find_elements(By.CSS_SELECTOR, ".packed")) == 1
@@ -230,7 +253,7 @@ def test_packed_details_are_unpacked_by_a_cell_by_its_address_and_by_the_button(
 
 def test_packed_details_follow_a_filter_that_was_set_before(show: Open, results: list[Result]) -> None:
     browser = show(many(results, 2), fragment="precision=int4&model=chatglm-6b-0")
-    browser.find_element(By.CSS_SELECTOR, "td.cell.best > a").click()
+    browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) td.cell.best > a").click()
     settled(browser)
     names = [
         case.text.split()[0] for case in browser.find_elements(By.CSS_SELECTOR, "details.case > summary") if case.is_displayed()
@@ -246,7 +269,7 @@ def test_without_scripts_a_packed_page_says_what_is_missing_and_shows_no_bar(
         show(many(results, 2))
         assert "details of the 112 cases are compressed" in browser.find_element(By.TAG_NAME, "noscript").text
         assert not browser.find_element(By.ID, "filters").is_displayed()
-        assert browser.find_element(By.CSS_SELECTOR, "td.cell.best").is_displayed()
+        assert browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) td.cell.best").is_displayed()
         assert not any(button.is_displayed() for button in browser.find_elements(By.CSS_SELECTOR, "button"))
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

@@ -92,7 +92,7 @@ def test_without_scripts_a_cell_leads_to_details_that_open(show: Open, browser: 
 def test_the_copy_button_copies_the_code_as_it_is(show: Open, results: list[Result]) -> None:
     browser = show(results)
     browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
-    button = browser.find_element(By.CSS_SELECTOR, ".answer button.copy")
+    button = browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) .answer button.copy")
     button.click()
     browser.execute_async_script("setTimeout(arguments[0], 100)")
     assert button.text == "copied"

@@ -6,10 +6,12 @@ that has moved, vanished or lost its colour is something. A picture that is dele
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,43 +25,56 @@ from tests.support.reporting import REPORTS
 
 pytestmark = pytest.mark.browser
 
-RESULTS = REPORTS / "smollm2-135m" / "results.jsonl"
 PICTURES = REPORTS / "screenshots"
-FONT = "DejaVu Sans"  # the pictures were taken with it; another one moves every line
+FONT, CHINESE = "DejaVu Sans", "Noto Sans CJK SC"  # the pictures were taken with them; another one moves every line
 SQUARE, COLOUR, SHARE = 16, 24, 0.02  # pixels; of 255; of the squares that may differ
 
-# Of each picture: theme, width and height in pixels, what is above its upper edge.
-VIEWS = {
-    "page-light": ("light", 1280, 1000, "body"),
-    "page-dark": ("dark", 1280, 1000, "body"),
-    "page-wide": ("dark", 1920, 1080, "body"),
-    "page-phone": ("light", 360, 800, "body"),
-    "charts": ("light", 1280, 700, ".overview"),
-    "details": ("light", 1280, 1000, "details.case"),
+
+class Picture(NamedTuple):
+    """The theme, width and height in pixels, what begins at its upper edge, and whose results it is of."""
+
+    theme: str
+    width: int
+    height: int
+    at: str = "body"
+    of: str = "smollm2-135m"
+
+
+SIZES = {"": (1280, 1000), "-wide": (1920, 1080), "-phone": (360, 800)}
+PAGES = {f"page{size}-{theme}": Picture(theme, *SIZES[size]) for size in SIZES for theme in ("light", "dark")}
+PARTS = {
+    "models": Picture("light", 1280, 1000, of="full-size"),
+    "charts": Picture("light", 1280, 700, ".overview"),
+    "details": Picture("light", 1280, 1000, "details.case"),
+    "details-wide": Picture("dark", 1920, 1080, "details.case"),
 }
+ENGLISH = PAGES | PARTS
+# Each in both languages.
+VIEWS = ENGLISH | {f"{name}-zh": picture for name, picture in ENGLISH.items()}
 
 
-@pytest.fixture(scope="module")
-def measured() -> list[Result]:
-    return [store.decode(line) for line in RESULTS.read_bytes().splitlines()]
+@functools.cache
+def measured(of: str) -> list[Result]:
+    return [store.decode(line) for line in (REPORTS / of / "results.jsonl").read_bytes().splitlines()]
 
 
-@pytest.fixture(autouse=True)
-def _has_the_font() -> None:
-    known = subprocess.run(["fc-list", ":", "family"], capture_output=True, text=True, check=False).stdout
-    if FONT not in known:
-        pytest.skip(f"the pictures were taken with {FONT}, which is not installed here")
+@functools.cache
+def fonts() -> str:
+    return subprocess.run(["fc-list", ":", "family"], capture_output=True, text=True, check=False).stdout
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_it_looks_as_it_did(show: Open, measured: list[Result], name: str) -> None:
-    theme, width, height, at = VIEWS[name]
-    browser = show(measured, width)
-    seen = taken(browser, theme, width, height, at)
+def test_it_looks_as_it_did(show: Open, name: str) -> None:
+    is_chinese, picture = name.endswith("-zh"), VIEWS[name]
+    for font in (FONT, CHINESE) if is_chinese else (FONT,):
+        if font not in fonts():
+            pytest.skip(f"the picture was taken with {font}, which is not installed here")
+    browser = show(measured(picture.of), picture.width, "lang=zh" if is_chinese else "lang=en")
+    seen = taken(browser, picture)
     path = PICTURES / f"{name}.png"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        seen.save(path, optimize=True)
+        seen.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
         pytest.fail(f"{path} was not there and is now: look at it")
     share = different(seen, Image.open(path))
     if share > SHARE:
@@ -67,12 +82,12 @@ def test_it_looks_as_it_did(show: Open, measured: list[Result], name: str) -> No
         pytest.fail(f"{share:.0%} of {path.name} look otherwise: compare with {path.stem}.now.png, delete the one that is wrong")
 
 
-def taken(browser: Chrome, theme: str, width: int, height: int, at: str) -> Image.Image:
+def taken(browser: Chrome, picture: Picture) -> Image.Image:
     """Take a picture of the page from an element on, in one font and without a caret."""
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": picture.theme}]})
     script = """
     const sheet = new CSSStyleSheet();
-    sheet.replaceSync(`:root { font-family: "${arguments[0]}" }
+    sheet.replaceSync(`body { font-family: ${arguments[0]} }
       * { transition: none !important; caret-color: transparent; content-visibility: visible !important }`);
     document.adoptedStyleSheets = [sheet];
     for (const part of document.querySelectorAll(arguments[1] === "details.case" ? arguments[1] : "nothing")) {
@@ -81,9 +96,9 @@ def taken(browser: Chrome, theme: str, width: int, height: int, at: str) -> Imag
     }
     return document.querySelector(arguments[1]).getBoundingClientRect().top + scrollY;
     """
-    top = browser.execute_script(script, FONT, at)
+    top = browser.execute_script(script, f'"{FONT}", "{CHINESE}"', picture.at)
     settled(browser)
-    clip = {"x": 0, "y": top, "width": width, "height": height, "scale": 1}
+    clip = {"x": 0, "y": top, "width": picture.width, "height": picture.height, "scale": 1}
     image = _painted(browser, clip)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     return image

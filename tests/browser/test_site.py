@@ -120,6 +120,15 @@ def test_language_and_theme_are_chosen_once_for_all_pages(show: Open) -> None:
         browser.execute_script("localStorage.clear()")
 
 
+def test_a_link_keeps_the_language(show: Open) -> None:
+    address = show().current_url.partition("#")[0]
+    for fragment, language in (("lang=zh", "zh-Hans"), ("where&lang=zh", "zh-Hans"), ("lang=en", "en"), ("lang=zhx", "en")):
+        browser = show()
+        browser.get("about:blank")
+        browser.get(f"{address}#{fragment}")
+        assert browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == language, fragment
+
+
 def test_the_filter_leaves_what_has_all_words(show: Open) -> None:
     browser = show()
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from harness.measure.protocol import Chat, Load
 from harness.planning.code import loading_code
 from harness.worker import chat, quality_probe
 from harness.worker import model as work
+from harness.worker.web import page
 from tests.support import small_models
 
 ROOT = Path(__file__).parents[2]
@@ -107,10 +112,43 @@ def test_what_does_not_fit_is_refused_in_the_words_of_the_plan(
     why = json.loads(capsys.readouterr().out)["plans"][0]["why"]
     assert why.startswith("too big for cpu: needs ")
     assert main(["chat", "chatglm-6b", "fp32/cpu"]) == 1
-    way_out = "--anyway loads it all the same"
-    assert capsys.readouterr().err == f"fitmatrix: chatglm-6b/fp32/cpu: {why.removesuffix('.')}. {way_out}\n"
+    way_out = "fitmatrix plan chatglm-6b --prompt-tokens 1024 --new-tokens 256 shows what fits, --anyway loads it all the same"
+    assert capsys.readouterr().err == f"fitmatrix: chatglm-6b/fp32/cpu: {why.partition(' Try ')[0].removesuffix('.')}. {way_out}\n"
     assert main(["chat", "chatglm-6b", "int8/direct"]) == 2
     assert "chatglm-6b/int8/direct cannot be loaded: no NVIDIA GPU detected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", [[], ["fp32/cpu"]], ids=["nothing fits", "a case does not"])
+@pytest.mark.parametrize("more", [[], ["--anyway"]], ids=["", "anyway"])
+@pytest.mark.parametrize(
+    "given", [[], ["--prompt-tokens", "90", "--new-tokens", "30"], ["--new-tokens", "20", "--trust-remote-code"]], ids=" ".join
+)
+def test_the_command_that_shows_why_keeps_what_was_asked_and_can_be_pasted(
+    folder: Path,
+    given: list[str],
+    case: list[str],
+    more: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if case and more:
+        pytest.skip("it is loaded")
+    spaced = folder.parent / "a model"  # a name to be quoted
+    if not spaced.exists():
+        spaced.symlink_to(folder)
+    monkeypatch.setattr(probe, "probe", lambda: profile([], ram=GIB // 8))
+    assert main(["chat", str(spaced), *case, *given, *more]) == (2 if more else 1)
+    said = capsys.readouterr().err
+    found = re.search(r"fitmatrix (plan .+?) (?:shows|(?=--all lists))", said)
+    assert found, said
+    words = shlex.split(found[1])
+    assert set(given) <= set(words)
+    assert main([*words, "--json"]) == 1
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["model"]["source"] == str(spaced.resolve())
+    asked = {"--prompt-tokens": planned["workload"]["prompt_tokens"], "--new-tokens": planned["workload"]["new_tokens"]}
+    assert asked == {name: int(words[words.index(name) + 1]) for name in asked}
+    assert sum(asked.values()) <= 200  # of the conversation, not of a run
 
 
 def test_what_the_plan_doubts_is_loaded_anyway(
@@ -274,6 +312,72 @@ def test_a_model_that_fails_says_so_instead_of_nothing(folder: Path, monkeypatch
     monkeypatch.setattr(one._model.module, "generate", fails)
     with pytest.raises(RuntimeError, match="no memory left"):
         list(one.answer("Hello"))
+
+
+ENDS = {
+    "torch on a card": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+    "Python": MemoryError(),
+}
+
+
+def runs_out(model: Any, monkeypatch: pytest.MonkeyPatch, end: BaseException | None) -> list[weakref.ref[torch.Tensor]]:
+    """Let the model's layers run out of memory from the third token on, with an error or by really asking for a petabyte.
+
+    Returns references to what was allocated before.
+    """
+    held: list[weakref.ref[torch.Tensor]] = []
+    forward = model.module.forward
+
+    def failing(*given: Any, **named: Any) -> Any:
+        cache = torch.zeros(1000)
+        held.append(weakref.ref(cache))
+        if len(held) > 2:
+            if end:
+                raise end
+            torch.empty(1 << 50)
+        return forward(*given, **named)
+
+    monkeypatch.setattr(model.module, "forward", failing)
+    return held
+
+
+@pytest.mark.parametrize("end", [None, *ENDS.values()], ids=["this machine", *ENDS])
+def test_memory_that_runs_out_in_an_answer_is_free_for_the_next(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException | None
+) -> None:
+    one = talk(folder)
+    gc.disable()  # a conversation does not wait for it
+    try:
+        with monkeypatch.context() as patch:
+            held = runs_out(one._model, patch, end)
+            with pytest.raises(chat.NoAnswer, match=r"allocate|out of memory") as caught:
+                list(one.answer("Hello"))
+            assert "\n" not in str(caught.value)
+            assert [one() for one in held] == [None] * 3
+    finally:
+        gc.enable()
+    assert list(one.answer("Hello"))[-1].text == words(folder, greedy(folder, "Hello"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio, the extra chat")
+def test_the_page_says_that_memory_ran_out_keeps_what_was_said_and_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradio = pytest.importorskip("gradio")
+    one = talk(folder)
+    events = page._Events(one, Chat(model="tiny", case="fp32/cpu", host="127.0.0.1", port=1, prompt_tokens=100, new_tokens=12), 0)
+    wanted = ("", 0, 1, 0, 1, 12)
+    said: list[Any] = [{"role": "user", "content": "Hello"}]
+    with monkeypatch.context() as patch:
+        runs_out(one._model, patch, ENDS["torch on a card"])
+        kept, _, note, _ = list(events.write(said, *wanted))[-1]
+        assert (kept, note) == (
+            said,
+            "No answer: CUDA out of memory. Tried to allocate 2.00 GiB. Shorten the conversation and try again.",
+        )
+        with pytest.raises(gradio.Error, match="CUDA out of memory"):
+            list(events.answer("Hello"))
+    kept, _, note, _ = list(events.write(said, *wanted))[-1]
+    assert kept[-1] == {"role": "assistant", "content": words(folder, greedy(folder, "Hello"))}
+    assert note == "Cut at 12 tokens."
 
 
 # The page

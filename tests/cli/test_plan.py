@@ -33,8 +33,8 @@ TIER_KEYS = {
     "low_bytes", "high_bytes", "needed_bytes", "needed_high_bytes", "capacity_bytes",
 }  # fmt: skip
 PLAN_KEYS = {
-    "case", "precision", "placement", "verdict", "why", "needs", "tiers", "load_s", "first_token_s", "decode_tok_s", "device_map",
-    "max_memory", "max_context_tokens", "code",
+    "case", "precision", "placement", "kv", "attention", "verdict", "why", "needs", "tiers", "load_s", "first_token_s",
+    "decode_tok_s", "bound_by", "device_map", "max_memory", "max_context_tokens", "code",
 }  # fmt: skip
 
 Said = Callable[..., tuple[int, str, str]]

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 
-from harness.cli.entry import COMMANDS, build_parser
+from harness.cli.entry import COMMANDS, build_parser, main
+from harness.core.attention import ATTENTIONS, KV_FORMS
+from harness.core.methods.packages import asked_of_pip
 from harness.core.metrics import METRICS
 from harness.core.options import OPTIONS
 from harness.core.placements import PLACEMENTS
@@ -16,8 +18,22 @@ from harness.results import store
 from harness.results.compare import thresholds
 from harness.results.selection import ran
 from harness.run.live import summary
+from harness.run.options import Options
 
-__all__ = ["COMMANDS", "MAKERS", "OPTIONS", "PLACEMENTS", "PRECISIONS", "figures", "flags", "table"]
+__all__ = [
+    "COMMANDS",
+    "MAKERS",
+    "OPTIONS",
+    "PLACEMENTS",
+    "PRECISIONS",
+    "actions",
+    "figures",
+    "flags",
+    "main",
+    "parsed",
+    "positionals",
+]
+__all__ += ["run_options", "table"]
 
 ROOT = Path(__file__).parents[2]
 Rows = Iterator[tuple[str, ...]]
@@ -34,6 +50,26 @@ def flags(command: str) -> set[str]:
     """Return the options that a command of `fitmatrix` takes, such as "--gpu"."""
     actions = _subparsers()[command]._option_string_actions
     return {flag for flag in actions if flag.startswith("--")}
+
+
+def actions(command: str) -> Mapping[str, argparse.Action]:
+    """Return what a command of `fitmatrix` makes of each of its options, by the option."""
+    return _subparsers()[command]._option_string_actions
+
+
+def positionals(command: str) -> list[argparse.Action]:
+    """Return what a command of `fitmatrix` makes of its names."""
+    return [action for action in _subparsers()[command]._actions if not action.option_strings]
+
+
+def parsed(words: Iterable[str]) -> argparse.Namespace:
+    """Read the words behind `fitmatrix`."""
+    return build_parser().parse_args([*words])
+
+
+def run_options(given: Mapping[str, object]) -> Options:
+    """Read the options of a run as pytest gives them."""
+    return Options(given=given)
 
 
 def figures(directory: Path) -> dict[str, str]:
@@ -65,6 +101,23 @@ def _precisions() -> Rows:
     for row in PRECISIONS.values():
         needs = [*_needs(row), *_capability(row)]
         yield f"`{row.name}`", row.title, f"{row.bits:.3g}", _YES if row.default else "", "; ".join(needs)
+
+
+def _kv_forms() -> Rows:
+    for row in KV_FORMS.values():
+        needs = [
+            *asked_of_pip(row.needs),
+            *(["full attention"] if row.full_attention_only else []),
+            *(["GPU"] if row.in_ram else []),
+        ]
+        yield f"`{row.name}`", row.help, f"{row.bits or ''}", "; ".join(needs)
+
+
+def _attentions() -> Rows:
+    for row in ATTENTIONS.values():
+        capability = [f"GPU of compute capability {row.least_capability:g}"] if row.least_capability else []
+        width = [f"heads of {row.most_head_dim} at most"] if row.most_head_dim else []
+        yield f"`{row.name}`", row.help, "; ".join([*asked_of_pip(row.needs), *capability, *width])
 
 
 def _precisions_in_short() -> Rows:
@@ -130,6 +183,8 @@ MAKERS: Mapping[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "precisions": (("precision", "weights", "bits", "in the default matrix", "requires"), _precisions),
     "placements in short": (("placement", "what it does"), _placements_in_short),
     "placements": (("placement", "what it does", "GPUs", "in the default matrix"), _placements),
+    "kv": (("form", "what it does", "bits", "requires"), _kv_forms),
+    "attention": (("attention", "what it is", "requires"), _attentions),
     "metrics": (("name in results", "label", "unit", "better", "how it is measured"), _metrics),
     "accuracy": (("what", "rows", "found", "wanted"), _report("accuracy.md")),
     "bench": (("what", "found", "wanted"), _report("bench.md")),

@@ -91,8 +91,8 @@ def test_formulas_that_no_record_shows_are_held_as_well(tree: Path, some: list[R
     """They are what a model without a record gets: most of those that people bring."""
     change(
         tree / "harness/planning/cost/gpu_activations.py",
-        "(self._formulas.bytes(workload) if peak",
-        "(2 * self._formulas.bytes(workload) if peak",
+        "self._formulas.phases(workload) if peak",
+        "[2 * size for size in self._formulas.phases(workload)] if peak",
     )
     assert gate.compare("HEAD", some) == gate.WORSE
     assert "by formulas" in capsys.readouterr().out

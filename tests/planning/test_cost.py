@@ -22,12 +22,12 @@ from harness.core.records import Case, Machine, Plan, Tier, TierEstimate, Verdic
 from harness.core.units import GIB, MIB
 from harness.machine.gpus import profile
 from harness.planning.calibration import default
+from harness.planning.choice.recommend import choose_best
 from harness.planning.cost import estimate, memory
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.planner import Planner
-from harness.planning.recommend import choose_best
 from tests.support.builders import weight_bytes
 from tests.support.checkpoint_files import write_safetensors
 

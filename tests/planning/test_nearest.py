@@ -13,9 +13,9 @@ from harness.core.quantizers import SCHEMES
 from harness.core.records import Machine, Verdict
 from harness.core.units import GIB
 from harness.machine.gpus import profile
+from harness.planning.choice.recommend import Recommendation, advise
 from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
-from harness.planning.recommend import Recommendation, advise
 from tests.support.builders import case
 
 SMALL_CARD = profile(["RTX 3060 12GB"], ram=16 * GIB)

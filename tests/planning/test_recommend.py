@@ -21,10 +21,10 @@ from harness.core.units import GIB
 from harness.machine.gpus import profile
 from harness.measure import verify
 from harness.measure.protocol import Load
+from harness.planning.choice.recommend import choose_best
 from harness.planning.code import Destination, loading_code
 from harness.planning.device_map.infer import device_of
 from harness.planning.planner import Planner
-from harness.planning.recommend import choose_best
 from harness.worker import model as work
 from tests.support import small_models
 from tests.support.builders import case, loaded, machine

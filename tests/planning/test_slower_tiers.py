@@ -19,8 +19,8 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Machine, Plan, Span, Verdict
 from harness.core.units import GIB
 from harness.machine.gpus import profile
+from harness.planning.choice.recommend import choose_best
 from harness.planning.planner import Planner
-from harness.planning.recommend import choose_best
 from tests.support.builders import case
 
 # Bytes per second: from what a busy minute leaves to what no machine has.

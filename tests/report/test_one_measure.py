@@ -1,6 +1,7 @@
 """One measure of memory: bars, filters and figures of a case are equal on page, Markdown, JSON, CSV, site, terminal and plan.
 
-Of every result that this repository publishes.
+Of every result that this repository publishes, and of results of cards: as they were measured, and where only what torch
+allocated is known.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from harness.report.site.rows import rows_of
 from harness.report.site.sitedata import Data
 from harness.results import selection, store
 from harness.results.audit import PublishedResult
-from harness.results.needed import completed, need_of, predicted_need, ram_needed, scarcest
+from harness.results.needed import VRAM, completed, need_of, predicted_need, ram_needed, scarcest
 from harness.run import live
 from tests.report.test_page import Node, rendered
 from tests.support import builders
@@ -33,10 +35,25 @@ from tests.support.reporting import REPORTS
 FILES = sorted(REPORTS.glob("*/results.jsonl"))
 
 
-@pytest.fixture(scope="module", params=FILES, ids=[file.parent.name for file in FILES])
+def of_cards(known: str) -> list[Result]:
+    """Return results of a card; of `known` "torch", without what the whole process held."""
+    found = [replace(one, case=replace(one.case, model=known)) for one in store.read(builders.GOLDEN)[0] if one.machine.gpus]
+    if known == "torch":
+        found = [replace(one, metrics={key: size for key, size in one.metrics.items() if key != VRAM}) for one in found]
+    return found
+
+
+def stored(file: Path) -> list[Result]:
+    return list(store.read(file)[0])
+
+
+SETS: dict[str, Callable[[], list[Result]]] = {file.parent.name: partial(stored, file) for file in FILES}
+SETS |= {"cards": partial(of_cards, "process"), "cards by torch": partial(of_cards, "torch")}
+
+
+@pytest.fixture(scope="module", params=SETS)
 def results(request: pytest.FixtureRequest) -> list[Result]:
-    file: Path = request.param
-    return selection.newest(store.read(file)[0])
+    return selection.newest(SETS[request.param]())
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +107,7 @@ def test_the_details_give_it_first_beside_the_plan_s(results: list[Result], root
         rows = {row.all("th")[0].text: row for row in details.all("tr") if row.all("th") and row.all("td")}
         values = [int(float(figure.attrs["value"])) for figure in rows["RAM needed"].all("data")]
         ram = result.estimate.tiers["cpu"] if result.estimate else None
-        assert values == [int(result.metrics["ram_needed_bytes"]), *([ram.needed_bytes] if ram else [])], result.id
+        assert values == [int(result.metrics["ram_needed_bytes"]), *([predicted_need(ram).best] if ram else [])], result.id
         assert list(rows).index("RAM needed") < list(rows).index("peak RAM, resident")
 
 
@@ -123,12 +140,41 @@ def test_markdown_says_the_same(results: list[Result]) -> None:
             assert f"{format_size(need.bytes)} of " in text, cell.result.id
 
 
+def test_the_memory_of_a_card_is_the_whole_process_s_or_says_what_it_is_derived_from() -> None:
+    whole, parts = ({one.id.partition("/")[2]: one for one in selection.newest(of_cards(known))} for known in ("process", "torch"))
+    measured = {name: one for name, one in whole.items() if VRAM in one.metrics and parts[name].metrics.get("vram_peak_bytes")}
+    assert len(measured) > 5
+    for name, one in measured.items():
+        exact, derived = need_of(one), need_of(parts[name])
+        assert exact
+        assert derived
+        assert (exact.key, exact.how, exact.bytes) == (derived.key, "", one.metrics[VRAM])
+        assert derived.bytes >= one.metrics["vram_peak_bytes"]
+        is_known = derived.bytes > one.metrics["vram_peak_bytes"]
+        said = r"and .+ for the CUDA context" if is_known else "without the CUDA context, which is not known"
+        assert re.fullmatch(rf"what torch allocated, {said}", derived.how)
+
+
+@pytest.mark.parametrize("known", ["process", "torch"])
+def test_a_derived_figure_says_so_on_page_and_site(known: str) -> None:
+    found = selection.newest(of_cards(known))
+    marks = [mark.attrs["title"] for mark in rendered(found).all("em", look="doubt") if mark.text == "derived"]
+    rows = rows_of([PublishedResult(result=one, digest=f"{n:032x}", source=0, line=n) for n, one in enumerate(found)])
+    on_site = [row.measured.need.derived for row in rows if row.measured and row.measured.need.derived]
+    derived = [need.how for one in found if (need := need_of(one)) and need.how]
+    assert len(on_site) == len(derived)
+    assert (known == "torch") == (len(derived) > 5)
+    assert {*on_site, *marks} == set(derived)
+    assert len(marks) >= 2 * len(derived)  # in the cell, and in the line of the case
+
+
 def test_the_order_of_the_plans_and_of_what_was_measured_is_by_the_same_measure(results: list[Result]) -> None:
     for result in results:
         ram = result.estimate.tiers.get("cpu") if result.estimate else None
         if result.estimate is None or ram is None:
             continue
-        assert figures.predictions(result.estimate)["ram_needed_bytes"].best == ram.needed_bytes
+        assert figures.predictions(result.estimate)["ram_needed_bytes"] == predicted_need(ram)
+        assert all(need.tier in result.estimate.tiers for need in [need_of(result)] if need and not need.how)
         need = need_of(result)
         if need and need.tier == "cpu" and result.verdict in (Verdict.FITS, Verdict.TIGHT):
             assert result.metrics["ram_anon_peak_bytes"] <= need.bytes <= result.metrics["ram_peak_bytes"]

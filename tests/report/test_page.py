@@ -22,7 +22,7 @@ from harness.core.placements import PLACEMENTS
 from harness.core.records import Answer, Interference, Machine, Outcome, Phase, Quality, Result, Tier, Timeline, Verdict, Workload
 from harness.core.text import visible
 from harness.core.units import GIB
-from harness.report.page import charts, figures, render, view
+from harness.report.page import charts, render, view
 from harness.results import needed, selection, store
 from tests.support import builders
 
@@ -161,7 +161,11 @@ def test_real_and_synthetic_results_of_a_case_stand_side_by_side() -> None:
         (False, 1),
         (True, 1),
     ]
-    assert render.render([ok, twin]).count("<span>, synthetic weights:") == 1
+    assert [head.text for head in rendered([ok, twin]).all("h2")][:3] == [
+        "As the plan said 2 models",
+        ok.case.model,
+        f"{ok.case.model} synthetic weights",
+    ]
 
 
 def test_what_a_case_showed_stands_against_a_later_plan_of_the_same_versions() -> None:
@@ -193,6 +197,10 @@ def test_the_last_result_of_a_case_counts(golden: list[Result], root: Node) -> N
     assert "58 results read, 56 cases shown" in root.text
 
 
+def judged(verdict: str) -> Quality:
+    return Quality(probe="1", verdict=verdict, why="", answers=[Answer(question="2 + 2 =", answer="5", correct=False)])
+
+
 def test_the_machine_is_shown_as_the_newest_result_found_it(result: Result) -> None:
     fuller = replace(result.machine, tiers=(replace(result.machine.tiers[0], free_bytes=5 << 30), *result.machine.tiers[1:]))
     root = rendered([result, variant(result, "fp16"), replace(result, machine=fuller)])
@@ -202,14 +210,64 @@ def test_the_machine_is_shown_as_the_newest_result_found_it(result: Result) -> N
 def test_every_machine_and_model_has_a_block_and_an_entry_in_the_contents(result: Result) -> None:
     other = replace(result, machine=replace(result.machine, name="another machine"))
     small = replace(result, case=replace(result.case, model="small"))
-    root = rendered([result, other, small])
-    assert [head.text for head in root.all("h2")][:-1] == [
-        f"{GPU_MODEL} on {result.machine.name}",
-        f"{GPU_MODEL} on another machine",
-        f"small on {result.machine.name}",
-    ]
+    noisy = [replace(one, noisy={"decode_tok_s": "another program"}) for one in (result, other, small)]
+    names = [f"{GPU_MODEL} on {result.machine.name}", f"{GPU_MODEL} on another machine", f"small on {result.machine.name}"]
+    root = rendered(noisy)
+    assert [head.text for head in root.all("h2")][:-1] == ["Worth a look 3 models", *names]
     links = [link.attrs["href"][1:] for link in root.all("nav")[0].all("a")]
     assert links == [block.attrs["id"] for block in root.all("section", look="block") if "id" in block.attrs]
+    root = rendered([noisy[0], other, small])
+    assert [head.text for head in root.all("h2")][:-1] == [
+        "Worth a look 1 model",
+        "As the plan said 2 models",
+        *names[1:],
+        names[0],
+    ]
+
+
+def lines_of(root: Node) -> list[str]:
+    """The models that are folded, as their lines read."""
+    return [model.all("summary")[0].text for model in root.all("details", look="model")]
+
+
+def test_a_model_whose_cases_work_as_planned_is_one_line_with_its_answer(result: Result) -> None:
+    small = replace(result, case=replace(result.case, model="small"))
+    root = rendered([result, small])
+    assert not root.all("nav")
+    memory = f"{units.format_size(result.metrics['vram_process_peak_bytes']).split()[0]} of 11.6 GiB VRAM"
+    answer = f"works int8 with placement direct {memory} 21.0 s ready 8.94 tokens/s"
+    assert lines_of(root) == [f"{GPU_MODEL} {answer}", f"small {answer}"]
+    assert all("open" not in model.attrs for model in root.all("details", look="model"))
+    assert not rendered([result]).all("details", look="model")  # the only model is what the page is about
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"outcome": Outcome.OOM, "stage": "load"}, "1 × out of memory 1 false fit"),
+        ({"outcome": Outcome.OOM, "stage": "load", "verdict": Verdict.TOO_BIG}, "1 × out of memory"),
+        ({"outcome": Outcome.CRASH, "stage": "load"}, "1 × crashed"),
+        ({"outcome": Outcome.SKIPPED, "stage": "plan", "verdict": Verdict.TOO_BIG, "metrics": {}}, "nothing works"),
+        ({"verdict": Verdict.TOO_BIG}, "1 false refusal"),
+        ({"noisy": {"decode_tok_s": "others"}}, "1 noisy figure"),
+        ({"quality": judged("degraded")}, "1 × answers degraded"),
+        ({"quality": judged("broken")}, "1 × answers broken"),
+        ({"checks": {"placement": "on the cpu"}}, "1 × check failed"),
+    ],
+)
+def test_what_failed_is_noisy_or_surprises_is_open_and_says_so(result: Result, changes: dict[str, object], said: str) -> None:
+    small = replace(result, case=replace(result.case, model="small"))
+    root = rendered([replace(result, **changes), small])
+    (entry,) = root.all("nav")[0].all("li")
+    assert (entry.all("a")[0].text, entry.all("span", look="doubts")[0].text) == (GPU_MODEL, said)
+    assert [line.split()[0] for line in lines_of(root)] == ["small"]
+
+
+def test_what_the_plan_left_out_does_not_open_a_model(result: Result) -> None:
+    small = replace(result, case=replace(result.case, model="small"))
+    for verdict in (Verdict.TOO_BIG, Verdict.INVALID, Verdict.UNAVAILABLE):
+        left_out = variant(result, "fp32", outcome=Outcome.SKIPPED, verdict=verdict, stage="plan", metrics={})
+        assert len(lines_of(rendered([result, left_out, small]))) == 2
 
 
 def test_every_anchor_is_unique_and_every_link_leads_somewhere(golden: list[Result], result: Result) -> None:
@@ -285,10 +343,6 @@ def test_a_page_without_any_possible_case_has_no_empty_matrix(golden: list[Resul
     root = rendered([result for result in golden if result.verdict is Verdict.UNAVAILABLE])
     assert not root.all("table", look="matrix")
     assert "None of the 13 cases works here: 13 × unavailable." in root.all("p", look="say")[0].text
-
-
-def judged(verdict: str) -> Quality:
-    return Quality(probe="1", verdict=verdict, why="", answers=[Answer(question="2 + 2 =", answer="5", correct=False)])
 
 
 def speed(tokens: float) -> dict[str, float]:
@@ -373,14 +427,41 @@ def test_workloads_are_not_mixed_in_one_matrix(result: Result) -> None:
     assert "99.0 tokens/s" not in root.all("p", look="say")[0].text
 
 
-def test_a_missing_figure_is_a_dash_with_its_reason(result: Result) -> None:
+def test_a_figure_that_is_missing_everywhere_is_left_out_and_one_that_was_predicted_says_why(result: Result) -> None:
     bare = replace(result, metrics={"load_s": 3.0}, machine=Machine(name="no GPU", tiers=(Tier(name="cpu", kind="cpu"),)))
     bare = replace(bare, quality=None)
-    dashes = {node.text: node.attrs["title"] for node in cell_of(rendered([bare]), bare).all("span", look="none")}
-    assert dashes == {"–": "not recorded in this run"}
+    cell = cell_of(rendered([bare]), bare)
+    assert not cell.all("span", look="none")
+    assert [term.text for term in cell.all("dt")] == ["answers"]
     died = replace(result, metrics={"load_s": 3.0}, outcome=Outcome.TIMEOUT, stage="cold")
-    reasons = [figures.metric(r, key).why for r, key in ((bare, "vram_peak_bytes"), (bare, "kl"), (died, "decode_tok_s"))]
-    assert reasons == ["this machine has no GPU", "no reference to compare with", "not measured: timed out during cold"]
+    rows = {row.all("th")[0].text: row.text for row in details_of(rendered([died]), died).all("tr") if row.all("td")}
+    assert "perplexity" not in rows
+    assert "not measured: timed out during cold" in rows["time to first token"]
+    assert "not measured" not in rows["decode"]  # said once
+
+
+def test_details_have_no_dashes_and_no_empty_rows_and_columns(golden: list[Result]) -> None:
+    for details in rendered(golden).all("details", look="case"):
+        for table in details.all("table", look="figures"):
+            rows = [[cell.text for cell in row.all("td")] for row in table.all("tr") if row.all("td")]
+            assert all(any(cells) for cells in rows), details.attrs
+            assert all(any(column) for column in zip(*rows, strict=True)), details.attrs
+            assert not any(cell in ("–", "-") for cells in rows for cell in cells), details.attrs
+
+
+def test_phases_of_one_name_are_one_row(result: Result) -> None:
+    phases = [
+        Phase(name=name, start_s=at, end_s=at + took, ram_peak_bytes=peak)
+        for name, at, took, peak in (("load", 0, 2, GIB), ("warm", 2, 1, GIB), ("warm", 3, 3, 2 * GIB), ("score", 6, 1, GIB))
+    ]
+    shown = replace(result, phases=phases)
+    rows = [row.text for row in details_of(rendered([shown]), shown).all("table", look="figures")[1].all("tr")]
+    assert rows == [
+        "phase time peak RAM, resident",
+        "load 2.00 s 1.00 GiB",
+        "warm ×2 1.00 s to 3.00 s 2.00 GiB",
+        "score 1.00 s 1.00 GiB",
+    ]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -483,7 +564,8 @@ def test_the_machine_is_described_by_its_tiers_and_versions(golden: list[Result]
     older = replace(shown[-1], case=replace(shown[-1].case, precision="fp8"), environment={"torch": "2.8.0"})
     root = rendered([older, *shown])
     table = root.all("table", look="tiers")[0]
-    assert "gpu:0 NVIDIA GeForce RTX 3060 12.0 GiB 11.6 GiB – 335 GiB/s" in table.text
+    assert "gpu:0 NVIDIA GeForce RTX 3060 12.0 GiB 11.6 GiB 335 GiB/s" in table.text
+    assert [head.text for head in table.all("th", scope="col")] == ["tier", "total", "free at start", "speed"]
     assert "torch 2.9.1, 2.8.0" in root.all("dl", look="facts")[0].text
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -201,7 +202,7 @@ def context(tmp_path: Path) -> Iterator[RunContext]:
         yield one
 
 
-def started(model: Path, context: RunContext, who: str = "{}", end: str = "pass", **limits: int) -> Run:
+def started(model: Path, context: RunContext, who: str = "{}", end: str = "pass", **limits: Any) -> Run:
     code = LOAD.replace("RANKS", who).replace("END", end)
     case = Case(model="tiny", precision="fp32", placement="tp", workload=WORKLOAD, **limits)
     return Run(Plan(case=case, verdict=Verdict.UNKNOWN, code=code), CaseModel(location=model, tokenizer=False), context)

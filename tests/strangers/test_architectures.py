@@ -24,7 +24,7 @@ from harness.core.records import Verdict
 from harness.machine import probe
 from harness.measure.protocol import Generate, Load
 from harness.planning import planner
-from harness.planning.code import GREEDY, loading_code
+from harness.planning.code import greedy, loading_code
 from harness.planning.verdict import Judge
 from harness.worker import model as work
 from harness.worker import quality_probe
@@ -281,7 +281,7 @@ def test_a_case_and_its_printed_code_write_the_same_whatever_the_model_asks_for(
     model = load(folder, "bf16")
     assert work.generate(model, request)["text"] == wanted
     fresh: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    exec(GREEDY, {"model": fresh, "GenerationConfig": GenerationConfig})
+    exec(greedy(), {"model": fresh, "GenerationConfig": GenerationConfig})
     ids = torch.tensor([model.prompt(8)])
     output = fresh.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=6, max_new_tokens=6, pad_token_id=0)
     assert model.tokenizer.decode(output[0, 8:], skip_special_tokens=True) == wanted

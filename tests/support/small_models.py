@@ -37,7 +37,7 @@ _GPT = {"vocab_size": 1500, "n_embd": 256, "n_layer": 2, "n_head": 8, "n_positio
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 _LATENT = {
     **_USUAL, **_EXPERTS, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "kv_lora_rank": 128,
-    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "num_key_value_heads": 8,
 }  # fmt: skip
 
 # model type -> config. So small that scales and code books count for more than in real models.

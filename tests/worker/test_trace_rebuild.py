@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from harness.architecture import traces
+from harness.architecture.ask_worker import ask_worker
 from harness.catalog import shipped
 from harness.catalog.shipped import ShippedModel
 from harness.worker.trace import rebuild
@@ -26,6 +30,15 @@ def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setattr(shipped, "catalog", lambda: models)
     monkeypatch.setattr(traces, "SHIPPED", tmp_path / "traces.jsonl")
+    answers: dict[str, bytes] = {}
+
+    def ask_once(module: str, question: Mapping[str, Any], what: str, limit_s: float) -> bytes:
+        asked = json.dumps(question, sort_keys=True)
+        if asked not in answers:
+            answers[asked] = ask_worker(module, question, what, limit_s)
+        return answers[asked]
+
+    monkeypatch.setattr(rebuild, "ask_worker", ask_once)
 
 
 @pytest.mark.usefixtures("catalog")

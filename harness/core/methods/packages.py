@@ -31,6 +31,8 @@ REQUIREMENTS: Mapping[str, str] = {
     "auto_round": "auto-round>=0.5.0",
     "sinq": "sinq",
     "gguf": "gguf>=0.10.0",
+    "flash_attn": "flash-attn",
+    "flash_attn_interface": "flash-attn-3",
     "peft": "peft>=0.20.0",
 }
 # What is installed with this package.

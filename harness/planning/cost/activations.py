@@ -8,6 +8,8 @@ Kernels' own temporaries (cuBLAS's workspace, a sort) are not in it.
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from harness.architecture.skeleton import Skeleton, is_stacked
 from harness.core.families import FAMILIES
 from harness.core.methods.kernels import PackedProduct
@@ -57,10 +59,14 @@ class Activations:
     def bytes(self, workload: Workload) -> int:
         """Return the most that generating holds beside weights and the final KV cache, in bytes."""
         if workload not in self._bytes:  # every placement asks for the same
-            prefill = max(self.prefill_moments(workload).values())
-            moments = max(prefill, self.decode(workload.batch), self.logits(workload.batch))
-            self._bytes[workload] = self.prompt_kept(workload) + moments
+            self._bytes[workload] = max(self.phases(workload))
         return self._bytes[workload]
+
+    def phases(self, workload: Workload) -> tuple[int, int]:
+        """Return what is held beside weights and the final KV cache while the prompt is read, and in the steps after it."""
+        kept = self.prompt_kept(workload)
+        prefill = max(self.prefill_moments(workload).values())
+        return kept + prefill, kept + max(self.decode(workload.batch), self.logits(workload.batch))
 
     def prompt_kept(self, workload: Workload) -> int:
         """Return the bytes by which the KV cache after the prompt exceeds the final one.
@@ -235,6 +241,11 @@ class Activations:
         if self._fmt.quantizer == "int8" and self.device == "gpu":
             return tokens * (each + rows * (6 if self._fmt.dtype == "float16" else 8) + self.hidden)
         return tokens * (each + rows * self.element) + self.unpacked(tokens)
+
+
+def with_attention(skeleton: Skeleton, attention: str | None) -> Skeleton:
+    """Return a model with the implementation of attention that is asked for; None is what transformers chooses."""
+    return skeleton if attention is None else replace(skeleton, eager=attention == "eager")
 
 
 def expert_width(skeleton: Skeleton) -> int:

@@ -51,8 +51,8 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFo
 def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
     """Return bits per quantized weight, scales and zeros included, and whether stacked experts are quantized as well.
 
-    From the headers if they were read: the experts are if the files are too small for them in 16 bits. Else part by part, as its layout
-    has them, or from the scheme.
+    From the headers if they were read: the experts are if the files are too small for them in 16 bits. Else part by part, as its
+    layout has them, or from the scheme.
     """
     packed = spec.packed
     assert packed is not None
@@ -83,6 +83,7 @@ def estimate(footprint: Footprint, precision: str, machine: Machine) -> Estimate
         load_s=spent.load_s,
         first_token_s=spent.first_token_s,
         decode_tok_s=spent.decode_tok_s,
+        bound_by=spent.bound_by,
         corrections={name: found.factor for name, found in footprint.calibration.fitted.items()},
         constants=footprint.calibration.digest,
     )

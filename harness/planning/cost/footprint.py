@@ -8,13 +8,15 @@ from copy import copy
 from functools import cached_property
 from typing import NamedTuple
 
-from harness.core.records import Record, Workload
+from harness.core.attention import KV_FORMS, KvForm
+from harness.core.records import USUAL_KV, Record, Workload
 from harness.planning import load_order
 from harness.planning.calibration import Bytes, Calibration
 from harness.planning.cost import memory, tensor_parallel
+from harness.planning.cost.activations import Activations
 from harness.planning.cost.fragmentation import fragmentation
 from harness.planning.cost.gpu_activations import GpuActivations
-from harness.planning.cost.inventory import Inventory, TensorTotals
+from harness.planning.cost.inventory import Inventory, TensorTotals, experts_apart
 from harness.planning.cost.overhead import Overhead
 
 # The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
@@ -50,17 +52,20 @@ class Loading(NamedTuple):
     off_gpu: Inventory | None = None  #: what lies off the GPUs, if its weight format is another
     begins_on: tuple[str, ...] = ()  #: GPUs that a library begins on to see what is free, weights or not
     processes: int = 1  #: how many share every layer (tensor parallelism), each on a GPU of its own or all in RAM
+    experts_in_ram: bool = False  #: whether routed experts stay in RAM and are multiplied there
     expandable: bool = False  #: whether torch's allocator uses expandable segments
+    attention: str | None = None  #: the implementation that is asked for
     capability: str | None = None  #: the compute capability of the oldest GPU: which kernels run goes by it
 
 
 PLAIN_LOADING = Loading()
+GROWING = KV_FORMS[USUAL_KV]
 
 
 class Footprint:
     """One case, counted: a model in one weight format, laid out over tiers, and asked for one workload.
 
-    `tiers` is the tier of each piece, or the one tier of all.
+    `tiers` is the tier of each piece, or the one tier of all; `kv_form` is how the KV cache is kept.
     """
 
     def __init__(
@@ -70,16 +75,23 @@ class Footprint:
         workload: Workload,
         calibration: Calibration,
         loading: Loading = PLAIN_LOADING,
+        kv_form: KvForm = GROWING,
     ) -> None:
         self.inventory, self.tiers, self.workload, self.calibration, self.loading = inventory, tiers, workload, calibration, loading
-        self.on_gpu: GpuActivations = inventory.on_gpu(loading.capability)
+        self.kv_form = kv_form
+        self.on_gpu: GpuActivations = inventory.on_gpu(loading.capability, loading.attention)
         self.fmt, self.skeleton, self.spec = inventory.fmt, inventory.skeleton, inventory.spec
         self.processes = loading.processes
         self.sums = self._sums_by_tier()
         self.weights = {tier: int(sums.held) for tier, sums in self.sums.items() if sums.held}
         # GPUs that share a layer read at the same time, so one of them stands for all.
-        self.read = {tier: sums.read for tier, sums in [*self.sums.items()][: 1 if self.processes > 1 else None] if sums.read}
         self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
+        sums = [*self.sums.items()][: 1 if self.processes > 1 else None]
+        # To a GPU accelerate copies whole tensors, and stacked experts are one, whichever of them a token chooses.
+        whole = bool(self.gpus) and not loading.experts_in_ram
+        self.read = {
+            tier: one.read + (one.passed_by if whole and not tier.startswith("gpu") else 0.0) for tier, one in sums if one.read
+        }
         # The device that computes what lies on no GPU.
         self.main = self.gpus[0] if self.gpus else "cpu"
         self.overhead = Overhead(inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
@@ -89,6 +101,9 @@ class Footprint:
         inventory, tiers, count = self.inventory, self.tiers, self.processes
         if count > 1:
             return {"cpu": inventory.cut_in_ram(count)} if tiers == "cpu" else dict.fromkeys(_gpus(count), inventory.cut(count))
+        if self.loading.experts_in_ram:
+            assert isinstance(tiers, str)
+            return dict(zip((tiers, "cpu"), experts_apart(inventory), strict=True))
         sums = inventory.by_tier(tiers)
         if self.loading.off_gpu is not None:
             others = self.loading.off_gpu.by_tier(tiers)
@@ -117,8 +132,13 @@ class Footprint:
 
     @cached_property
     def kv(self) -> dict[str, int]:
-        """KV cache at the end of the workload, by the device that its layer runs on."""
-        layers = memory.kv_bytes(self.skeleton, self.workload.cached_tokens, self.workload.batch, self.fmt.element_bytes)
+        """KV cache at the end of the workload, by the device that its layer runs on.
+
+        What is kept in RAM has on the GPU the layer that runs and the next one, which is brought meanwhile.
+        """
+        layers = memory.kept_kv_bytes(self.skeleton, self.workload, self.fmt.element_bytes, self.kv_form)
+        if self.kv_form.in_ram and self.gpus:
+            return {"cpu": sum(layers), **dict.fromkeys(self.gpus, 2 * max(layers, default=0))}
         if self.processes > 1:
             each = sum(layers) // (self.processes if tensor_parallel.cuts_cache(self.skeleton) else 1)
             return dict.fromkeys(self.gpus, each) if self.gpus else {"cpu": each * self.processes}
@@ -164,7 +184,7 @@ class Footprint:
 
     def _on_gpu(self, name: str) -> TierTerms:
         constant, kv = self.calibration, self.kv.get(name, 0)
-        runs = self.on_gpu.bytes(self.workload)
+        runs = _activations(self, self.on_gpu)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
         expandable = self.loading.expandable
         gaps = self.on_gpu.gaps(expandable=expandable)
@@ -209,7 +229,9 @@ class Footprint:
         elsewhere = sum(self.sums[gpu].stored for gpu in self.gpus) + (rewritten or away.made_from)
         # A head that is stored again lies at the end of the files, among what went elsewhere if anything did.
         file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
-        runs = 0 if self.gpus else self.inventory.on_cpu.bytes(self.workload) * self.processes
+        on_cpu = self.inventory.on_cpu(self.loading.attention)
+        runs = on_cpu.prefill_moments(self.workload)["experts"] if self.loading.experts_in_ram else 0
+        runs += 0 if self.gpus else _activations(self, on_cpu) * self.processes
         brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
         passing = self.inventory.total.made - here.made if self.loading.through_ram else 0
         if self._reads_files:
@@ -284,6 +306,14 @@ class Footprint:
     def _rows_touched(self) -> int:
         """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
         return (self.workload.prompt_tokens + self.workload.new_tokens) * PAGE_BYTES
+
+
+def _activations(of: Footprint, computed: GpuActivations | Activations) -> int:
+    """Return the most that computing holds beside weights and the KV cache as it is kept at the end."""
+    if not of.kv_form.is_quantized:
+        return computed.bytes(of.workload)
+    beside = memory.kv_beside(of.skeleton, of.workload, of.fmt.element_bytes, of.kv_form)
+    return max(*(held + more for held, more in zip(computed.phases(of.workload), beside, strict=True)), 0)
 
 
 def _gpus(count: int) -> list[str]:

@@ -15,7 +15,7 @@ from harness.core.methods.table import settings_of
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Workload
 from harness.machine.cache import cache_dir
-from harness.planning.cost.activations import Activations
+from harness.planning.cost.activations import Activations, with_attention
 from harness.planning.cost.memory import WeightFormat
 
 # The precisions that records go by where nothing is quantized.
@@ -27,13 +27,14 @@ class GpuActivations:
     """What one model allocates on a GPU beside weights and KV cache, in one weight format.
 
     `capability` is the compute capability of the card, of the oldest if there are several: which kernels run goes by it.
+    `attention` is the implementation that is asked for; None is what transformers chooses.
     """
 
-    def __init__(self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None) -> None:
-        self._config, self._fmt, self._capability, self._spec = spec.config, fmt, capability, spec
+    def __init__(self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None, attention: str | None = None) -> None:
+        self._config, self._fmt, self._capability, self._spec, self._attention = spec.config, fmt, capability, spec, attention
         self.product = self._product()
         flash = kernels_of(capability).capability >= FLASH_SINCE
-        self._formulas = Activations(spec.skeleton, fmt, "gpu", self.product, flash=flash)
+        self._formulas = Activations(with_attention(spec.skeleton, attention), fmt, "gpu", self.product, flash=flash)
         self._built: TracedMemory | None = None
         self._bytes: dict[Workload, int] = {}
         self.why_formulas = _NOT_TRACED
@@ -41,9 +42,14 @@ class GpuActivations:
     def bytes(self, workload: Workload) -> int:
         """Return the most that generating holds beside weights and final KV cache, in bytes."""
         if workload not in self._bytes:  # every placement asks for the same
-            peak = self.traced_peak(workload)
-            self._bytes[workload] = self._room + (self._formulas.bytes(workload) if peak is None else peak.activation_bytes)
+            self._bytes[workload] = max(*self.phases(workload), 0)
         return self._bytes[workload]
+
+    def phases(self, workload: Workload) -> tuple[int, int]:
+        """Return what is held beside weights and final KV cache while the prompt is read, and in the steps after it."""
+        peak = self.traced_peak(workload)
+        prefill, decode = self._formulas.phases(workload) if peak is None else peak.phases
+        return self._room + prefill, self._room + decode
 
     def _product(self) -> PackedProduct | None:
         """Return what multiplies weights that are stored as GPTQ or AWQ, as the config or the form of the checkpoint says."""
@@ -94,7 +100,7 @@ class GpuActivations:
         if self.precision is None or not self.lacks_trace:
             return
         try:
-            self._built = traces.build_record(self._config, self.precision, cache_dir(), self._capability)
+            self._built = traces.build_record(self._config, self.precision, cache_dir(), self._capability, self._attention)
         except UsageError as error:
             self.why_formulas = str(error)
         self._bytes.clear()
@@ -120,4 +126,6 @@ class GpuActivations:
 
     @cached_property
     def _at_hand(self) -> TracedMemory | None:
-        return traces.record_for(self._config, self.precision, cache_dir(), self._capability) if self.precision else None
+        if self.precision is None:
+            return None
+        return traces.record_for(self._config, self.precision, cache_dir(), self._capability, self._attention)

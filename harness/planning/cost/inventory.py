@@ -14,7 +14,7 @@ from harness.core.dtypes import DTYPE_BYTES
 from harness.core.methods.table import settings_of
 from harness.core.quantizers import SCHEMES
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
-from harness.planning.cost.activations import Activations
+from harness.planning.cost.activations import Activations, with_attention
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
@@ -24,6 +24,11 @@ from harness.planning.load_order import LoadRun, LoadStep, conversion_of, copies
 MAPPED = ("safetensors", "bin")
 # glibc's largest threshold (M_MMAP_THRESHOLD, 32 MiB): what is larger is given back as soon as it is freed.
 HEAP_LIMIT = 32 << 20
+
+
+def is_expert(path: str) -> bool:
+    """Say whether a tensor is one of routed experts, by the module that holds them; not of those that every token passes."""
+    return ".experts." in f".{path}"
 
 
 @dataclass(slots=True)
@@ -43,6 +48,7 @@ class TensorTotals:
     joined: float = 0  #: of `held`, what is made by stacking
     twice: float = 0  #: tied weights that the files store again, until transformers 5 finds both equal and ties them
     compared: float = 0  #: read from the file for that comparison, if both are views of it
+    passed_by: float = 0  #: of `held`, experts that a token does not choose, in one tensor with those that it does
 
     def add(self, other: TensorTotals) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -59,6 +65,7 @@ class TensorTotals:
         self.joined += other.joined
         self.twice += other.twice
         self.compared += other.compared
+        self.passed_by += other.passed_by
 
     def times(self, factor: float) -> TensorTotals:
         """Return every field multiplied by `factor`."""
@@ -83,15 +90,22 @@ class Inventory:
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = _with_adapter([(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces], spec, fmt)
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.inside)]
-        self._on_gpu: dict[str | None, GpuActivations] = {}
-        self.on_cpu = Activations(self.skeleton, fmt, "cpu")
+        self._on_gpu: dict[tuple[str | None, str | None], GpuActivations] = {}
+        self._on_cpu: dict[str | None, Activations] = {}
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
 
-    def on_gpu(self, capability: str | None) -> GpuActivations:
+    def on_gpu(self, capability: str | None, attention: str | None = None) -> GpuActivations:
         """Return what generating allocates on a GPU of this compute capability, in bytes beside weights and KV cache."""
-        if capability not in self._on_gpu:
-            self._on_gpu[capability] = GpuActivations(self.spec, self.fmt, capability)
-        return self._on_gpu[capability]
+        key = (capability, attention)
+        if key not in self._on_gpu:
+            self._on_gpu[key] = GpuActivations(self.spec, self.fmt, capability, attention)
+        return self._on_gpu[key]
+
+    def on_cpu(self, attention: str | None = None) -> Activations:
+        """Return what generating allocates in RAM, in bytes beside weights and KV cache."""
+        if attention not in self._on_cpu:
+            self._on_cpu[attention] = Activations(with_attention(self.skeleton, attention), self.fmt, "cpu")
+        return self._on_cpu[attention]
 
     @cached_property
     def total(self) -> TensorTotals:
@@ -119,11 +133,6 @@ class Inventory:
     def quantizable(self) -> int:
         """How many weights a quantizer takes: those that are unpacked for every pass where they are unpacked at all."""
         return sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes)
-
-    @cached_property
-    def largest(self) -> int:
-        """Bytes of the largest tensor in memory."""
-        return max(self.sizes.values(), default=0)
 
     @cached_property
     def load_runs(self) -> list[LoadRun]:
@@ -217,6 +226,7 @@ class Inventory:
             stacked=self._parts_kept(weight, size),
             joined=size if self._stacks(weight) else 0,
             kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
+            passed_by=size - read if skeleton.is_stacked(weight) else 0,
         )
 
     def _repeated(self, weight: Weight) -> TensorTotals:
@@ -253,6 +263,14 @@ class Inventory:
         if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
             return 0.0
         return size if self._casts(weight) and self.fmt.quantizer is None else size / 3
+
+
+def experts_apart(inventory: Inventory) -> tuple[TensorTotals, TensorTotals]:
+    """Return the sums of what every token passes and of the routed experts."""
+    others, experts = TensorTotals(), TensorTotals()
+    for weight, times in inventory.skeleton.tally:
+        (experts if is_expert(weight.path) else others).add(inventory._sums(weight).times(times))
+    return others, experts
 
 
 def _with_adapter(rows: Sequence[tuple[str, TensorTotals]], spec: ModelSpec, fmt: WeightFormat) -> list[tuple[str, TensorTotals]]:

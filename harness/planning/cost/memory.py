@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from msgspec.structs import replace
+
 from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
+from harness.core.attention import KV_FORMS, KvForm
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.families import FAMILIES
 from harness.core.quantizers import SCHEMES
-from harness.core.records import Record
+from harness.core.records import USUAL_KV, Record, Workload
 
 # Classes derived from torch's Linear: some quantizers take them for one, others take exactly Linear.
 DERIVED_LINEARS = frozenset(("FalconLinear",))
@@ -114,6 +117,33 @@ def kv_bytes(skeleton: Skeleton, tokens: int, batch: int, element_bytes: int) ->
 def _elements(kind: Attention, tokens: int) -> int:
     cached = min(tokens, kind.window) if kind.window else tokens
     return kind.per_token * cached + kind.state
+
+
+def kept_kv_bytes(skeleton: Skeleton, workload: Workload, element_bytes: int, form: KvForm) -> list[int]:
+    """Return the bytes of the KV cache of each layer at the end of a workload, as a form keeps it."""
+    cached, new = workload.cached_tokens, workload.new_tokens - 1
+    kept = [
+        round(form.kept_bytes(_elements(kind, cached) * workload.batch, cached, new, element_bytes)) for kind in skeleton.attention
+    ]
+    return [kept[kind] for kind in skeleton.layers]
+
+
+def kv_beside(skeleton: Skeleton, workload: Workload, element_bytes: int, form: KvForm) -> tuple[int, int]:
+    """Return the bytes that a form adds to what is computed: while the prompt is read, and in a step.
+
+    Both are beside the cache at the end, in place of one that grows in the dtype: keys and values of the layer that reads the
+    prompt are there in the dtype as well, and a step makes them anew from what is kept.
+    """
+    if not form.is_quantized:
+        return 0, 0
+    prompt = max((_elements(kind, workload.prompt_tokens) for kind in skeleton.attention), default=0) * workload.batch
+    most = max((_elements(kind, workload.cached_tokens) for kind in skeleton.attention), default=0) * workload.batch
+    usual, kept = (
+        sum(kept_kv_bytes(skeleton, workload, element_bytes, one))
+        - sum(kept_kv_bytes(skeleton, replace(workload, new_tokens=1), element_bytes, one))
+        for one in (KV_FORMS[USUAL_KV], form)
+    )  # by how much each grows after the prompt
+    return prompt * element_bytes + usual - kept, int(most * form.temporary_bytes)
 
 
 def read_per_token(skeleton: Skeleton, sizes: Mapping[str, int]) -> dict[str, float]:

@@ -39,7 +39,7 @@ class Rates:
             faults = self._disk() * self.rate("disk_fault_share")
             return min(self.rate("page_cache_bytes_per_s") if self.stays_cached() else faults, self.path("cpu"))
         if tier == "cpu":
-            return min(self.link(), self._vram(self.gpu)) if self.gpu else self._ram()
+            return min(self.link(), self._vram(self.gpu)) if self.gpu and not self.work.handed_over else self._ram()
         return self._vram(self.machine.tier(tier))
 
     def _vram(self, gpu: Tier | None) -> float:

@@ -8,6 +8,7 @@ Weights beside the GPU need no special case: their path is the link, or the disk
 from __future__ import annotations
 
 from harness.core.records import Machine, Record, Span, Workload
+from harness.core.units import format_gib
 from harness.planning.calibration import Calibration
 from harness.planning.cost.kernel_launches import LINEAR
 from harness.planning.cost.rates import Rates
@@ -22,6 +23,7 @@ class Seconds(Record, frozen=True, kw_only=True):
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
+    bound_by: str  #: what a token waits for most, in words
 
 
 def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> Seconds:
@@ -31,6 +33,7 @@ def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: 
         load_s=_span([timing.load() for timing in timings]),
         first_token_s=_span([timing.first_token() for timing in timings]),
         decode_tok_s=_span([workload.batch / timing.token() for timing in reversed(timings)]),
+        bound_by=timings[PICKS.index("best")].bound_by(),
     )
 
 
@@ -83,8 +86,29 @@ class _Timing:
 
     def token(self, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
-        host, moved = self._host(), self._moved(first) + self._unpacked_anew()
-        return max(host, moved) if self.gpu else host + moved
+        host, moved = self._host(), sum(self._moved(first).values()) + self._unpacked_anew()
+        return max(host, moved) if self.gpu and not self.work.handed_over else host + moved
+
+    def bound_by(self) -> str:
+        """Say what a token waits for: the host, where it is behind a GPU, else the longest of what is moved and unpacked."""
+        host, moved, unpacking = self._host(), self._moved(), self._unpacked_anew()
+        waits = self.gpu is not None and not self.work.handed_over  # or each takes its turn
+        if host >= (sum(moved.values()) + unpacking if waits else max(*moved.values(), unpacking)):
+            started = f"{self._started():,.0f}"
+            if waits:
+                return f"starting {started} operations a token takes longer than the GPU computes"
+            return f"starting {started} operations a token takes longest"
+        if unpacking > max(moved.values()):
+            return f"unpacks {self.work.anew / 1e9:.3g} B weights for each token"
+        slowest = max(moved, key=moved.__getitem__)
+        size = format_gib(int(self._bytes_moved(first=False)[slowest]))
+        if slowest == "disk":
+            cached = self.rates.stays_cached()
+            return f"reads {size} GiB a token through the page cache" if cached else f"reads {size} GiB a token from disk"
+        if slowest == "cpu":
+            brought = self.gpu and not self.work.handed_over
+            return f"reads {size} GiB a token from RAM over the link" if brought else f"reads {size} GiB a token from RAM"
+        return f"reads {size} GiB a token from GPU memory"
 
     def _unpacked_anew(self) -> float:
         """Return the seconds of unpacking every weight: a processor's cores compute it, the memory of a GPU is passed over."""
@@ -99,17 +123,25 @@ class _Timing:
 
     def _host(self) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
-        kind, counted = "gpu" if self.gpu else "cpu", self.work.operations
-        quantized = counted.quantizable if self.suffix else 0.0
-        each = self.rates.cost(f"{kind}_operations_per_linear{self.suffix}") if quantized else 0.0
-        started = counted.others + LINEAR * (counted.linears - quantized) + each * quantized
-        return (started + (0 if self.gpu else counted.experts)) * self.rates.cost(f"{kind}_s_per_operation")
+        in_ram = self.work.operations.experts * self.rates.cost("cpu_s_per_operation") if self.work.handed_over else 0.0
+        return self._started() * self.rates.cost(f"{'gpu' if self.gpu else 'cpu'}_s_per_operation") + in_ram
 
-    def _moved(self, first: bool = False) -> float:
-        """Bring what a token reads. A page cache that is too small for all of it drops first what comes next, and keeps little."""
+    def _started(self) -> float:
+        counted = self.work.operations
+        quantized = counted.quantizable if self.suffix else 0.0
+        each = self.rates.cost(f"{'gpu' if self.gpu else 'cpu'}_operations_per_linear{self.suffix}") if quantized else 0.0
+        started = counted.others + LINEAR * (counted.linears - quantized) + each * quantized
+        return started + (0 if self.gpu else counted.experts) + self.work.handed_over
+
+    def _moved(self, first: bool = False) -> dict[str, float]:
+        """Return the seconds by tier of bringing what a token reads."""
+        return {name: size / self.rates.path(name) if size else 0.0 for name, size in self._bytes_moved(first).items()}
+
+    def _bytes_moved(self, first: bool) -> dict[str, float]:
+        """Count what a token brings. A page cache that is too small for all of it drops first what comes next, and keeps little."""
         read = dict(self.work.read)
         if "disk" in read and not self.rates.stays_cached():
             mapped = min(self.work.mapped, read.get("cpu", 0.0))
             anew = max(0.0, read["disk"] + mapped - (0.0 if first else self.rates.kept_bytes()))
             read |= {"disk": anew, "cpu": read.get("cpu", 0.0) + read["disk"] - anew}
-        return sum(size / self.rates.path(name) for name, size in read.items() if size)
+        return read

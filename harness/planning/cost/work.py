@@ -11,9 +11,6 @@ from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
 
-# How often a token passes over the cache: transformers appends by copying it (read, write), then attention reads it.
-_CACHE_PASSES = 3
-
 
 class TokenWork(Record, frozen=True, kw_only=True):
     """What a case does, counted."""
@@ -35,11 +32,13 @@ class TokenWork(Record, frozen=True, kw_only=True):
     quantized: int  #: weights quantized while loading
     to_gpu_bytes: int
     anew: int  #: weights that are unpacked for each token
+    handed_over: int = 0  #: times that a token goes from the GPU to experts in RAM or back
 
 
 def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenWork:
     """Count what a case does: bytes to read, weights to multiply, tensors to open."""
     inventory, in_ram, gguf = footprint.inventory, footprint.sums.get("cpu"), footprint.spec.gguf
+    moved = _moved_of_cache(footprint)
     anew = (
         not footprint.gpus and multiplies_4bit_in_ram(footprint.fmt) and machine.fuses_4bit is False and inventory.quantizable > 0
     )
@@ -51,8 +50,8 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         dtype=footprint.fmt.dtype,
         read={
             # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
-            tier: footprint.read.get(tier, 0.0) + _CACHE_PASSES * footprint.kv.get(tier, 0)
-            for tier in {**footprint.read, **(footprint.kv if footprint.processes == 1 else {})}
+            tier: footprint.read.get(tier, 0.0) + moved.get(tier, 0)
+            for tier in {**footprint.read, **(moved if footprint.processes == 1 else {})}
         },
         mapped=in_ram.viewed_used if in_ram else 0.0,
         operations=inventory.operations,
@@ -65,8 +64,17 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         written=footprint.written,
         quantized=int(sum(sums.quantized for sums in footprint.sums.values()) / 2),
         anew=inventory.quantizable if anew or footprint.fmt.unpacking else 0,
+        handed_over=2 * len(footprint.skeleton.layers) if footprint.loading.experts_in_ram else 0,
         to_gpu_bytes=sum(footprint.weights[gpu] for gpu in footprint.gpus),
     )
+
+
+def _moved_of_cache(footprint: Footprint) -> dict[str, float]:
+    """Return the bytes of the KV cache that a token moves, by tier: what is kept in RAM goes over the link, to and fro."""
+    form = footprint.kv_form
+    if form.in_ram and footprint.gpus:
+        return {"cpu": 2.0 * footprint.kv["cpu"]}
+    return {tier: size * form.moved_per_byte for tier, size in footprint.kv.items()}
 
 
 def _is_quantized(inventory: Inventory) -> bool:

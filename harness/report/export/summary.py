@@ -146,7 +146,7 @@ def _reasons(cells: Iterable[Cell]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for cell in cells:
         said = "; ".join(filter(None, (cell.result.why, *cell.faults, _broken(cell)))) or cell.status.word
-        by_reason.setdefault(said, []).append(f"{cell.result.case.precision}/{cell.result.case.place}")
+        by_reason.setdefault(said, []).append(cell.result.case.way)
     lines = [f"- {', '.join(code(name, _NAME) for name in names)}: {escaped(said, _REASON)}" for said, names in by_reason.items()]
     more = len(lines) - _MOST_REASONS
     return [*lines[:_MOST_REASONS], f"- and {plural(more, 'other reason')}"] if more > 0 else lines

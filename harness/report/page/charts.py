@@ -24,7 +24,7 @@ from harness.report.page.axes import Axis, short
 POINTS = 400
 WIDTH, HEIGHT = 720, 216
 LEFT, RIGHT, TOP, BOTTOM = 66, 12, 24, 24
-# What a letter of a phase's label takes, in the units of the drawing.
+# What a letter of a label takes, in the units of the drawing.
 _LETTER = 6.5
 _MOST_BYTES = 1 << 80
 _WIDE = '<svg class="{}" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
@@ -185,7 +185,9 @@ def _grid(scale: Scale) -> Iterable[str]:
         yield f'<path class="grid" d="M{LEFT} {short(y)}H{WIDTH - RIGHT}"/>'
         yield f'<text class="size" x="{LEFT - 6}" y="{short(y + 4)}">{label}</text>'
     for seconds in scale.since.ticks(10, _time_unit(scale.since.high)):
-        yield f'<text class="time" x="{short(scale.x(scale.start + seconds))}" y="{HEIGHT - 7}">{_time_label(seconds)}</text>'
+        # A label in the middle of the last tick would be cut off by the edge.
+        x = min(scale.x(scale.start + seconds), WIDTH - len(_time_label(seconds)) * _LETTER / 2)
+        yield f'<text class="time" x="{short(x)}" y="{HEIGHT - 7}">{_time_label(seconds)}</text>'
 
 
 def _size_unit(top: float) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, groupby
 
 import msgspec
 from markupsafe import Markup, escape
@@ -13,10 +13,7 @@ from harness.core.records import Phase, Result
 from harness.core.text import visible
 from harness.measure import interference
 from harness.report.page import charts
-from harness.report.page.figures import DASH, Compared, Figure, compared, known
-from harness.results.selection import ran
-
-_UNKNOWN = f'<td><span class="none" title="not recorded in this phase">{DASH}</span></td>'
+from harness.report.page.figures import Compared, Figure, compared, known
 
 
 class Map(msgspec.Struct, frozen=True):
@@ -46,15 +43,15 @@ class Details(msgspec.Struct, frozen=True):
 def details(result: Result, *, points: int) -> Details:
     """Arrange what is known of one case; the chart takes at most `points` points a line."""
     peaks, rows = _peaks(result.phases), compared(result)
-    measured, predicted = ran(result), any(row.best for row in rows)
+    measured, predicted = any(row.figure.value for row in rows), any(row.best for row in rows)
     return Details(
-        figures=Markup("".join([_figure_row(row, measured, predicted) for row in rows])),
+        figures=Markup("".join([_figure_row(row, measured, predicted, why) for row, why in _with_doubts(rows)])),
         measured=measured,
         predicted=predicted,
         chart=charts.timeline(result.timeline, result.phases, points=points),
         lines=_lines(result),
         columns=tuple(peaks),
-        phases=Markup("".join(map(_phase_row, result.phases, *peaks.values()))),
+        phases=Markup("".join(_phase_rows(result.phases, tuple(peaks.values())))),
         map=_map(result),
         held=_loaded_tables(result),
         disturbances=_disturbances(result),
@@ -74,11 +71,21 @@ def _peaks(phases: Sequence[Phase]) -> dict[str, list[int | None]]:
     return {label: sizes for label, sizes in found.items() if any(size is not None for size in sizes)}
 
 
-def _figure_row(row: Compared, measured: bool, predicted: bool) -> str:
+def _with_doubts(rows: Iterable[Compared]) -> Iterator[tuple[Compared, str]]:
+    """Put beside each figure why it is missing or noisy, once where the same holds for several."""
+    seen = {""}
+    for row in rows:
+        why = row.figure.why or row.figure.noisy
+        yield row, "" if why in seen else why
+        seen.add(why)
+
+
+def _figure_row(row: Compared, measured: bool, predicted: bool, why: str) -> str:
     """Write one figure: what was measured, its spread and why it is missing or noisy; what was predicted and its interval."""
     cells = ""
     if measured:
-        cells += f"<td>{row.figure.__html__()}{_notes(row.figure.why, row.spread, row.figure.noisy)}</td>"
+        shown = row.figure.__html__() if row.figure.value else ""
+        cells += f"<td>{shown}{_notes(row.spread, why)}</td>"
     if predicted:
         cells += f"<td>{row.best.__html__()}{_notes(row.interval)}</td>" if row.best else "<td></td>"
     return f'<tr><th scope="row">{escape(visible(row.figure.label))}</th>{cells}</tr>\n'
@@ -88,12 +95,20 @@ def _notes(*texts: str) -> str:
     return "".join([f"<small>{escape(visible(text))}</small>" for text in texts if text])
 
 
-def _phase_row(phase: Phase, *peaks: int | None) -> str:
-    """Write one phase: its name, how long it took and its peaks."""
-    name = f"{phase.name} (sampled)" if phase.sampled else phase.name
-    cells = "".join([_UNKNOWN if size is None else f"<td>{units.format_size(size)}</td>" for size in peaks])
-    took = units.format_seconds(phase.end_s - phase.start_s)
-    return f'<tr><th scope="row">{escape(visible(name))}</th><td>{took}</td>{cells}</tr>\n'
+def _phase_rows(phases: Sequence[Phase], columns: Sequence[Sequence[int | None]]) -> Iterator[str]:
+    """Write the phases, those of one name that follow each other in one row: name, how long each took, the highest peaks."""
+    for name, numbers in groupby(range(len(phases)), key=lambda i: _phase_name(phases[i])):
+        same = list(numbers)
+        took = sorted(phases[i].end_s - phases[i].start_s for i in same)
+        times = list(dict.fromkeys(map(units.format_seconds, (took[0], took[-1]))))
+        peaks = [max([size for i in same if (size := column[i]) is not None], default=None) for column in columns]
+        cells = "".join(["<td></td>" if size is None else f"<td>{units.format_size(size)}</td>" for size in peaks])
+        label = f"{name} ×{len(same)}" if len(same) > 1 else name
+        yield f'<tr><th scope="row">{escape(visible(label))}</th><td>{" to ".join(times)}</td>{cells}</tr>\n'
+
+
+def _phase_name(phase: Phase) -> str:
+    return f"{phase.name} (sampled)" if phase.sampled else phase.name
 
 
 def _lines(result: Result) -> tuple[tuple[str, str], ...]:

@@ -1,4 +1,4 @@
-"""Figures of a result as the page shows them: the stored number beside its text, or a dash and the reason for it."""
+"""Figures of a result as the page shows them: the stored number beside its text, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from harness.core.text import plural, visible
 from harness.report.page import charts
 from harness.results import needed
 from harness.results.selection import faults, is_broken, ran
-
-DASH = "–"
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -79,7 +77,7 @@ def surprise(result: Result) -> str:
 class Figure(msgspec.Struct, frozen=True):
     """One figure, which a template writes by its name; `key` is that of its metric, if it is one.
 
-    `value` is the stored number as text, empty when there is none; `why` then says why not.
+    `value` is the stored number as text, empty when there is none; `why` then says why not, and `text` in two words.
     """
 
     key: str
@@ -98,7 +96,7 @@ class Figure(msgspec.Struct, frozen=True):
 
     def __html__(self) -> str:
         if not self.value:
-            return f'<span class="none" title="{_attribute(self.why)}">{self.text}</span>'
+            return f'<span class="none">{_attribute(self.text)}</span>'
         doubts = f'<em class="doubt" title="{_attribute(self.noisy)}">noisy</em> ' if self.noisy else ""
         if self.derived:
             doubts += f'<em class="doubt" title="{_attribute(self.derived)}">derived</em> '
@@ -122,24 +120,19 @@ def metric(result: Result, key: str) -> Figure:
     label = METRICS[key].label if key in METRICS else key
     value = result.metrics.get(key)
     if value is None or not math.isfinite(value):
-        return Figure(key=key, label=label, text=DASH, why=_absent(result, key, value))
+        return Figure(key=key, label=label, text="not measured", why=_absent(result, value))
     stored = known(key, label, value, format_metric(key, value) if key in METRICS else units.significant(value))
     sampled = key in ("ram_needed_bytes", "ram_peak_bytes", "load_ram_peak_bytes") and any(phase.sampled for phase in result.phases)
     return msgspec.structs.replace(stored, noisy=result.noisy.get(key, ""), sampled=sampled)
 
 
-def _absent(result: Result, key: str, value: float | None) -> str:
+def _absent(result: Result, value: float | None) -> str:
     if value is not None:
         return f"not a finite number: {value}"
     if not ran(result):
         return f"not run: {status(result).word}"
     if result.outcome is not Outcome.OK:
         return f"not measured: {status(result).word} during {result.stage}"
-    if "vram" in key and not result.machine.gpus:
-        return "this machine has no GPU"
-    if key in ("top1_agreement", "kl") and not (result.quality and result.quality.reference):
-        compared = result.quality and result.quality.verdict not in ("not compared", "not measured")
-        return "this case is the reference" if compared else "no reference to compare with"
     return "not recorded in this run"
 
 
@@ -222,30 +215,10 @@ class Compared(msgspec.Struct, frozen=True):
     interval: str = ""
 
 
-# Shown with the reason when they are missing; the rest of METRICS only when there.
-_EXPECTED = frozenset(
-    {
-        "load_s",
-        "first_token_s",
-        "ready_s",
-        "prefill_tok_s",
-        "decode_tok_s",
-        "ram_needed_bytes",
-        "ram_peak_bytes",
-        "ram_anon_peak_bytes",
-        "vram_peak_bytes",
-        "perplexity",
-        "top1_agreement",
-        "kl",
-        "answers_correct",
-    }
-)
-
-
 def compared(result: Result) -> list[Compared]:
-    """List the figures of a case in the order of METRICS, each beside what was predicted of it."""
+    """List the figures of a case in the order of METRICS, each beside what was predicted of it, if there is either."""
     predicted = predictions(result.estimate) if result.estimate else {}
-    keys = [key for key in METRICS if key in result.metrics or key in predicted or (ran(result) and key in _EXPECTED)]
+    keys = [key for key in METRICS if key in result.metrics or key in predicted]
     keys += sorted(key for key in result.metrics if key not in METRICS)
     return [_compared(result, key, predicted.get(key)) for key in keys]
 

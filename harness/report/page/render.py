@@ -83,7 +83,8 @@ def render(
     return template("page.html.j2", *frame.styles).render(
         title=title or _title(found),
         named=title,
-        blocks=found,
+        # What is fine is a line each, above what is worth a look.
+        blocks=sorted(found, key=lambda block: bool(block.doubts)),
         details=functools.partial(details, points=points),
         choices=view.choices(found),
         packed=facts.shown > _MOST_UNPACKED,

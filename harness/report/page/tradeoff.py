@@ -108,7 +108,7 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 def name(cell: Cell) -> str:
     """Name a case as its point is labelled: int4/cpu."""
-    return line(f"{cell.result.case.precision}/{cell.result.case.place}", NAME_LETTERS)
+    return line(cell.result.case.way, NAME_LETTERS)
 
 
 def _point(cell: Cell) -> Point | None:

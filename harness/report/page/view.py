@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -14,10 +14,9 @@ from harness.catalog.resolve import history
 from harness.core import units
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
-from harness.core.records import Case, Machine, Result, Tier, Workload
+from harness.core.records import USUAL_KV, Case, Machine, Result, Tier, Workload
 from harness.core.text import plural
 from harness.report.page.figures import (
-    DASH,
     PLANNED,
     STATUSES,
     Figure,
@@ -115,17 +114,20 @@ class PageTier:
 class Block:
     """One model on one machine, with its own weights or synthetic ones; the first matrix is of the workload with the most cases.
 
-    `history` is what became of the model since 2023, empty for most.
+    `history` is what became of the model since 2023, empty for most. `doubts` says what is worth a look, in a few words each: what
+    failed, was noisy or surprised; a page of many blocks folds those without any.
     """
 
     anchor: str
     model: str
     machine: Machine
     matrices: tuple[Matrix, ...]
+    tier_heads: tuple[str, ...]
     tiers: tuple[PageTier, ...]
     facts: tuple[tuple[str, str], ...]
     synthetic: bool
     history: str
+    doubts: tuple[str, ...]
 
 
 def blocks(results: Sequence[Result]) -> list[Block]:
@@ -183,16 +185,36 @@ def _block(results: Sequence[Result], anchors: Anchors) -> Block:
     for cell in cells:
         by_workload.setdefault(cell.result.case.workload.asked, []).append(cell)
     largest_first = sorted(by_workload.items(), key=lambda item: -len(item[1]))
+    matrices = tuple(_matrix(found) for _, found in largest_first)
+    heads, tiers = _page_tiers(last.machine.tiers)
     return Block(
         anchor=anchor,
         model=last.case.model,
         machine=last.machine,
-        matrices=tuple(_matrix(found) for _, found in largest_first),
-        tiers=tuple(_page_tier(tier) for tier in last.machine.tiers),
+        matrices=matrices,
+        tier_heads=heads,
+        tiers=tiers,
         facts=(*_facts(last.machine), *_versions(results)),
         synthetic=last.weights == "synthetic",
         history=history(last.case.model),
+        doubts=tuple(_doubts(cells)),
     )
+
+
+def _doubts(cells: Sequence[Cell]) -> Iterator[str]:
+    """Say what of these cases is not as the plan said, or cannot be relied on."""
+    works = [cell for cell in cells if cell.status.look == "works"]
+    failed = _counts([cell for cell in cells if cell.ran and cell not in works])
+    yield from (f"{count:,} × {entry.word}" for entry, count in failed)
+    if not works and not failed:
+        yield "nothing works"
+    kinds = [cell.surprise for cell in cells if cell.surprise]
+    yield from (plural(kinds.count(kind), kind) for kind in dict.fromkeys(kinds))
+    if degraded := sum(cell.quality == "degraded" for cell in works):
+        yield f"{degraded:,} × answers degraded"
+    shown = [figure for cell in cells for figure in (cell.ready, cell.speed, cell.memory and cell.memory.need)]
+    if noisy := sum(bool(figure and figure.noisy) for figure in shown):
+        yield plural(noisy, "noisy figure")
 
 
 def _cell(result: Result, anchor: str) -> Cell:
@@ -255,8 +277,9 @@ def _columns(cases: Iterable[Case]) -> dict[str, str]:
 
 
 def _limits(case: Case) -> str:
+    asked = [f"KV {case.kv}"] * (case.kv != USUAL_KV) + ([case.attention] if case.attention else [])
     sizes = ((case.vram_bytes, "VRAM"), (case.ram_bytes, "RAM"))
-    return ", ".join(f"{_spaced(units.exact_size(size))} {kind}" for size, kind in sizes if size is not None)
+    return ", ".join([*asked, *(f"{_spaced(units.exact_size(size))} {kind}" for size, kind in sizes if size is not None)])
 
 
 def _spaced(size: str) -> str:
@@ -328,27 +351,27 @@ def _sentence(cells: Sequence[Cell]) -> str:
     broken = sum(cell.status.look == "broken" for cell in cells)
     if broken:
         return f"{plural(broken, 'case')} can be loaded here, but the answers are broken."
+    if len(cells) == 1:
+        return f"The only case does not work here: {cells[0].status.word}."
     ends = [f"{count:,} × {entry.word}" for entry, count in _counts(cells)]
     return f"None of the {plural(len(cells), 'case')} works here: {', '.join(ends)}."
 
 
-def _page_tier(tier: Tier) -> PageTier:
-    speed = None if tier.bytes_per_s is None else f"{units.format_size(tier.bytes_per_s)}/s"
-    figures = (
-        _size("total", tier.total_bytes, "unknown"),
-        _size("free", tier.free_bytes, "unknown"),
-        _size("limit", tier.limit_bytes, "no limit"),
-        known("", "speed", tier.bytes_per_s, speed) if tier.bytes_per_s and speed else _none("unknown"),
-    )
-    return PageTier(tier.name, tier.model or "", figures)
+def _page_tiers(tiers: Sequence[Tier]) -> tuple[tuple[str, ...], tuple[PageTier, ...]]:
+    """Return the heads of the columns of which a tier has a figure, and the tiers with these figures."""
+    columns = {
+        "total": [_size(tier.total_bytes, "unknown") for tier in tiers],
+        "free at start": [_size(tier.free_bytes, "unknown") for tier in tiers],
+        "limit": [_size(tier.limit_bytes, "no limit") for tier in tiers],
+        "speed": [_size(tier.bytes_per_s, "unknown", "/s") for tier in tiers],
+    }
+    shown = {head: column for head, column in columns.items() if any(figure.value for figure in column)}
+    rows = zip(*shown.values(), strict=True) if shown else ((),) * len(tiers)
+    return tuple(shown), tuple(PageTier(tier.name, tier.model or "", row) for tier, row in zip(tiers, rows, strict=True))
 
 
-def _size(label: str, size: int | None, why: str) -> Figure:
-    return _none(why) if size is None else known("", label, size, units.format_size(size))
-
-
-def _none(why: str) -> Figure:
-    return Figure(key="", label="", text=DASH, why=why)
+def _size(size: float | None, why: str, per: str = "") -> Figure:
+    return Figure(key="", label="", text=why) if size is None else known("", "", size, f"{units.format_size(size)}{per}")
 
 
 def _facts(machine: Machine) -> tuple[tuple[str, str], ...]:

@@ -188,8 +188,17 @@
     };
     // On a page of hundreds of blocks the first that match are shown at once, and what is far below them when there is time.
     let unfinished = [];
+    let active = false;
+    // What is folded because all is fine is open while a filter looks into it.
+    const unfolded = new Set();
+    const unfold = (fold) => {
+      if (active && !fold.open) unfolded.add(fold);
+      if (active || unfolded.delete(fold)) fold.open = active;
+    };
     const finish = ([block, parts], ordered) => {
       const some = parts.some(([, kept]) => kept.length);
+      const fold = one(":scope > .model", block);
+      if (fold) unfold(fold);
       if (block !== form.closest(".block")) hide(block, !some || ordered);
       if (links.has(block.id)) hide(links.get(block.id), !some);
       for (const [part, kept] of parts) {
@@ -209,7 +218,7 @@
     const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link.closest("li")]));
     let filtered = false;
     const filter = (state) => {
-      const active = KEYS.some((key) => key !== "order" && state[key]);
+      active = KEYS.some((key) => key !== "order" && state[key]);
       if (!active && !filtered && !state.order) return;
       const found = [];
       const blocks = new Map();
@@ -312,6 +321,8 @@
         part.hidden &&= false;
         if (part.localName === "details") part.open = true;
       }
+      const fold = one(":scope > .model", target);
+      if (fold) fold.open = true;
       target.scrollIntoView();
       one("summary", target)?.focus({ preventScroll: true });
     };

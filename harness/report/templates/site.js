@@ -48,7 +48,7 @@
       });
     filterRows(say, tellers);
     openDoor(say, tellers);
-    tongue.speak("", retell);
+    tongue.speak(/[#&]lang=(en|zh)(?=&|$)/.exec(location.hash)?.[1] ?? "", retell);
     retell();
   };
 

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 
 from harness.core.records import Estimate, Machine, Plan, Verdict
 from harness.core.units import format_gib, format_seconds, significant
+from harness.planning.choice.recommend import Recommendation
 from harness.planning.code import code_head, is_numbered, loading_program, one_call
-from harness.planning.recommend import Recommendation
 from harness.report.terminal import tables
 from harness.report.terminal.next_steps import Asked, code_command
 from harness.report.terminal.plan_table import fullest_gpu
@@ -31,7 +31,7 @@ def answer(recommendation: Recommendation, asked: Asked) -> RenderableType:
 def code_or_command(recommendation: Recommendation, best: Plan, asked: Asked) -> str:
     """Return what the answer has room for: the call that loads the model, if nothing else belongs to it, or the command for it."""
     taken = tables.height(tables.title(_verdict(recommendation)))
-    case = f"{best.case.precision}/{best.case.placement}"
+    case = best.case.way
     for text in (_call(recommendation, best, asked), code_command(recommendation, best, asked)):
         if text and taken + tables.height(tables.facts([*_figures(best, asked), ("code", text)])) <= _LINES:
             return text
@@ -48,7 +48,7 @@ def _verdict(recommendation: Recommendation) -> str:
     name, best = recommendation.spec.name, recommendation.best
     if best is not None:
         merit = recommendation.reason.partition(f". {best.why}")[0] if best.why else recommendation.reason
-        return f"Best for {name}: {best.case.precision}/{best.case.placement}, {merit}."
+        return f"Best for {name}: {best.case.way}, {merit}."
     nearest = f" Nearest: {recommendation.nearest}." if recommendation.nearest else ""
     reason = main_reason(recommendation)
     return f"Nothing fits: {reason.removesuffix('.')}.{nearest}" if reason else f"Nothing fits for {name}.{nearest}"

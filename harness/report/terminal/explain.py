@@ -9,7 +9,7 @@ from rich.table import Table
 
 from harness.core.records import Estimate, Plan
 from harness.core.units import format_gib, format_share, format_size, significant
-from harness.planning.recommend import Recommendation
+from harness.planning.choice.recommend import Recommendation
 from harness.report.terminal import tables
 from harness.report.terminal.subject import word
 
@@ -62,7 +62,8 @@ def _seconds(expected: Estimate) -> Iterator[tuple[str, str]]:
     spans = {"load": expected.load_s, "first token": expected.first_token_s, "decode": expected.decode_tok_s}
     for label, span in spans.items():
         unit = "tokens/s" if label == "decode" else "s"
-        yield label, f"{significant(span.best)} {unit}, {significant(span.low)} to {significant(span.high)}"
+        bound = f"; {expected.bound_by}" if label == "decode" and expected.bound_by else ""
+        yield label, f"{significant(span.best)} {unit}, {significant(span.low)} to {significant(span.high)}{bound}"
     if expected.corrections:
         yield "corrected", f"{', '.join(expected.corrections)}: measured on this machine, see below"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.core.placements import PLACEMENTS
-from harness.core.records import Machine, Plan, Workload
-from harness.planning.recommend import Recommendation
+from harness.core.records import USUAL_KV, Case, Machine, Plan, Workload
+from harness.planning.choice.recommend import Recommendation
 
 _USUAL = Workload()
 
@@ -26,7 +26,7 @@ class Asked(NamedTuple):
 
 def code_command(recommendation: Recommendation, one: Plan, asked: Asked) -> str:
     """Return the command that prints the script of a case."""
-    return f"fitmatrix plan {_sayable(recommendation)}{asked.code}{asked.options} --code {one.case.precision}/{one.case.placement}"
+    return f"fitmatrix plan {_sayable(recommendation)}{asked.code}{asked.options} --code {one.case.way}"
 
 
 def plan_command(recommendation: Recommendation, asked: Asked, *, more: str) -> str:
@@ -44,7 +44,14 @@ def proof_command(recommendation: Recommendation, one: Plan, asked: Asked) -> st
     )
     row = PLACEMENTS[one.case.placement]
     named = f" --placement {row.name}" if row.parallel and "--placement" not in asked.cases else ""
-    return f"pytest cases/ --model {_sayable(recommendation, file_option=False)}{tokens}{asked.code}{asked.cases}{named}"
+    cases = _options_of(one.case) if recommendation.contexts else f"{asked.cases}{named}"
+    return f"pytest cases/ --model {_sayable(recommendation, file_option=False)}{tokens}{asked.code}{cases}"
+
+
+def _options_of(case: Case) -> str:
+    """Return the options that name a case."""
+    options = {"precision": case.precision, "placement": case.placement, "kv": case.kv, "attention": case.attention}
+    return "".join(f" --{name} {value}" for name, value in options.items() if value not in (None, USUAL_KV))
 
 
 def _sayable(recommendation: Recommendation, *, file_option: bool = True) -> str:

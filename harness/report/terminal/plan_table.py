@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
@@ -10,7 +10,8 @@ from rich.text import Text
 
 from harness.core.records import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict
 from harness.core.units import format_gib, format_seconds, significant
-from harness.planning.recommend import Recommendation
+from harness.planning.choice.recommend import Recommendation
+from harness.planning.choice.search import quality_kept
 from harness.report.terminal import tables
 from harness.report.terminal.subject import word
 from harness.report.terminal.ways import Way, ways
@@ -46,6 +47,7 @@ class _Layout(NamedTuple):
     marked: bool = True  #: whether the best way has a mark; the answer above names it
     fullest: bool = False  #: one column for all GPUs, of the one with least to spare
     lacks: str = ""  #: what a wider table shows in addition
+    contexts: Mapping[str, int] = {}  #: of a search, the most tokens of each way, by case
 
 
 # The first that is not too wide is shown, the last in any case.
@@ -61,7 +63,7 @@ _LAYOUTS = (
 def of_cases(recommendation: Recommendation, machine: Machine) -> tuple[Table, str]:
     """Return a table of each case that has figures, and what a wider one would show in addition."""
     plans = [one for one in recommendation.plans if one.estimate is not None]
-    rows = [Way((one.case.precision,), (one.case.placement,), one) for one in plans]
+    rows = [Way((one.case.precision,), (one.case.place,), one) for one in plans]
     return _fitting(lambda _: rows, recommendation, machine)
 
 
@@ -75,8 +77,15 @@ def of_ways(recommendation: Recommendation, machine: Machine) -> tuple[Table, st
     return _fitting(rows, recommendation, machine)
 
 
+def of_front(recommendation: Recommendation, machine: Machine) -> tuple[Table, str]:
+    """Return a table of the ways that a search has found, with what each keeps of quality and how long a context fits."""
+    found = [one for one in recommendation.plans if one.case.id in recommendation.contexts]
+    rows = [Way((one.case.precision,), (one.case.place,), one) for one in found]
+    return _fitting(lambda _: rows, recommendation, machine)
+
+
 def _fitting(rows: Callable[[_Layout], Sequence[Way]], recommendation: Recommendation, machine: Machine) -> tuple[Table, str]:
-    for layout in _LAYOUTS:
+    for layout in (row._replace(contexts=recommendation.contexts) for row in _LAYOUTS):
         table = _drawn(rows(layout), recommendation.best, machine, layout)
         if tables.has_room_for(table, wrapping=_WRAPPING):
             break
@@ -86,7 +95,8 @@ def _fitting(rows: Callable[[_Layout], Sequence[Way]], recommendation: Recommend
 def _drawn(rows: Sequence[Way], best: Plan | None, machine: Machine, layout: _Layout) -> Table:
     ready = ["ready"] if layout.ready else []
     words = [f"\n{name}" for name in ("precision", "placement", "verdict")]
-    figures = [f"\n{name}" for name in (*ready, "tokens/s" if layout.marked else "tok/s", *[""] * layout.marked)]
+    searched = ["quality", "context"] if layout.contexts else []
+    figures = [f"\n{name}" for name in (*ready, "tokens/s" if layout.marked else "tok/s", *searched, *[""] * layout.marked)]
     table = tables.table(*words, *_heads(machine, layout), *figures, left=3)
     for way in rows:
         verdict, *cells = _cells(way.one, machine, layout)
@@ -117,7 +127,8 @@ def _cells(one: Plan, machine: Machine, layout: _Layout) -> list[str]:
         amounts = ["", *amounts[-1:]]
     works = one.verdict.is_good
     ready = [format_seconds(one.estimate.load_s.best + one.estimate.first_token_s.best) if works else ""] * layout.ready
-    return [word(one), *amounts, *ready, layout.rate(one.estimate.decode_tok_s) if works else ""]
+    searched = [f"{quality_kept(one.case):.1%}", f"{layout.contexts.get(one.case.id, 0):,}"] if layout.contexts else []
+    return [word(one), *amounts, *ready, layout.rate(one.estimate.decode_tok_s) if works else "", *searched]
 
 
 def fullest_gpu(expected: Estimate, machine: Machine) -> Tier | None:

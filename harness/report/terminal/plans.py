@@ -8,13 +8,14 @@ from rich.console import RenderableType
 
 from harness.catalog.resolve import history
 from harness.core.records import Plan, Verdict
-from harness.planning.recommend import Recommendation
+from harness.planning.choice.recommend import Recommendation
 from harness.report.terminal import plan_table, tables
 from harness.report.terminal.answer import answer, code_or_command, main_reason
 from harness.report.terminal.next_steps import Asked, code_command, plan_command, proof_command
 from harness.report.terminal.subject import assumed, by_formulas, machine_line, model_line
 
 _SHORT = 4
+_QUALITY = "Quality is the share of the answers that stay right, by rule of thumb; context is the most tokens that fit."
 
 
 def show_plans(recommendations: Sequence[Recommendation], asked: Asked) -> None:
@@ -34,12 +35,15 @@ def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableT
     best, spec = recommendation.best, recommendation.spec
     yield answer(recommendation, asked)
     yield tables.said(f"{model_line(spec)}\n{machine_line(asked.machine)}\n{_tokens(recommendation, asked)}")
-    table, lacks = (plan_table.of_cases if asked.all else plan_table.of_ways)(recommendation, asked.machine)
+    drawn = plan_table.of_front if recommendation.contexts else plan_table.of_cases if asked.all else plan_table.of_ways
+    table, lacks = drawn(recommendation, asked.machine)
     if table.row_count:
         yield table
     said = (
         "\n".join(_reasons(recommendation, recommendation.plans if asked.all else _unshown(recommendation))),
         best.why if best else None,
+        f"{best.case.way}: {best.estimate.bound_by}." if best and best.estimate else "",
+        _QUALITY if recommendation.contexts else "",
         history(spec.name) if best else "",
         *recommendation.notes,
         by_formulas(recommendation),
@@ -63,6 +67,8 @@ def _unshown(recommendation: Recommendation) -> list[Plan]:
     """Return the plans whose reason no row of the short table tells: what is too big if nothing fits, and whole precisions."""
     good = {one.case.precision for one in recommendation.plans if one.verdict.is_good}
     too_big = {one.case.precision for one in recommendation.plans if one.verdict is Verdict.TOO_BIG}
+    if recommendation.contexts:
+        return [one for one in recommendation.plans if one.case.id not in recommendation.contexts]
     if recommendation.best is None:
         return [one for one in recommendation.plans if one.verdict is Verdict.TOO_BIG or one.case.precision not in too_big]
     return [one for one in recommendation.plans if one.case.precision not in good | too_big]
@@ -73,7 +79,7 @@ def _reasons(recommendation: Recommendation, plans: Sequence[Plan]) -> Iterator[
     reasons: dict[str, list[str]] = {}
     for one in plans:
         if one.verdict is not Verdict.FITS and one.why and one.why != main_reason(recommendation):
-            reasons.setdefault(one.why, []).append(f"{one.case.precision}/{one.case.placement}")
+            reasons.setdefault(one.why, []).append(one.case.way)
     for why, cases in reasons.items():
         more = f" and {len(cases) - _SHORT} more" if len(cases) > _SHORT else ""
         yield f"{', '.join(cases[:_SHORT])}{more}: {why}"
@@ -83,7 +89,7 @@ def _left_out(recommendation: Recommendation, asked: Asked, lacks: str, rows: in
     """Say what is not shown, and how it is."""
     wider = f"A wider terminal, --explain CASE and --json show {lacks}." if lacks and rows else ""
     planned = len(recommendation.plans)
-    if asked.all or rows in (0, planned):
+    if asked.all or rows in (0, planned) or recommendation.contexts:
         return wider
     command = plan_command(recommendation, asked, more="--all")
     return f"{wider} All {planned} cases, and why some cannot work: {command}".strip()

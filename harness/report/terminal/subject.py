@@ -9,7 +9,7 @@ from harness.core.records import Machine, Plan, Tier
 from harness.core.units import format_bandwidth, format_count, format_gib
 from harness.machine import headroom
 from harness.planning import calibration
-from harness.planning.recommend import Recommendation
+from harness.planning.choice.recommend import Recommendation
 
 
 def model_line(spec: ModelSpec) -> str:
@@ -59,7 +59,7 @@ def by_formulas(recommendation: Recommendation) -> str:
     lacking = [case for case, found in on_gpu if found.lacks_trace]
     if not lacking or any(found.precision and not found.lacks_trace for _, found in on_gpu):
         return ""
-    case = f"{lacking[0].precision}/{lacking[0].placement}"
+    case = lacking[0].way
     return f"Activations on the GPU are computed by formulas; --explain {case} traces the model, once for each precision."
 
 

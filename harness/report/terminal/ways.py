@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from harness.core.precisions import PRECISIONS
 from harness.core.records import Plan, Verdict
+from harness.planning.choice.search import quality_kept
 
 Cells = tuple[str, ...]
 # What differs by less is the same to a person, and to the estimate by far.
@@ -42,7 +42,7 @@ def ways(plans: Sequence[Plan], best: Plan | None, reason: str, cells: Callable[
     for (precision, _), alike in shown.items():
         first = best if best in alike else min(alike, key=_needed) if alike[0].verdict is Verdict.TOO_BIG else alike[0]
         assert first is not None
-        placements = tuple(dict.fromkeys((first.case.placement, *(one.case.placement for one in alike))))
+        placements = tuple(dict.fromkeys((first.case.place, *(one.case.place for one in alike))))
         joined.setdefault((placements, cells(first)), []).append((precision, first))
     return [Way(tuple(name for name, _ in same), places, same[0][1]) for (places, _), same in joined.items()]
 
@@ -58,7 +58,7 @@ def _worth_a_row(plans: Sequence[Plan], reason: str) -> list[Plan]:
 
 
 def _name(one: Plan) -> str:
-    return f"{one.case.precision}/{one.case.placement}"
+    return one.case.way
 
 
 def _is_better(one: Plan, other: Plan) -> bool:
@@ -73,7 +73,7 @@ def _weighed(one: Plan, other: Plan) -> Iterable[float]:
     assert one.estimate is not None
     assert other.estimate is not None
     yield 1.0 if one.verdict is Verdict.FITS else 2.0
-    yield 1 - PRECISIONS[one.case.precision].quality_kept + 1
+    yield 2 - quality_kept(one.case)
     yield one.estimate.load_s.best + one.estimate.first_token_s.best
     yield 1 / one.estimate.decode_tok_s.best
     for name in sorted({*one.estimate.tiers, *other.estimate.tiers}):

@@ -12,7 +12,7 @@ import torch
 from harness.core.units import format_rate, format_size
 from harness.measure import sampler
 from harness.measure.protocol import Chat, Chatting
-from harness.worker.chat import Reply, Said, Talk, TooLong, Wish, entry
+from harness.worker.chat import NoAnswer, Reply, Said, Talk, TooLong, Wish, entry
 from harness.worker.model import Model, loaded_facts
 from harness.worker.web.door import Door
 
@@ -144,7 +144,7 @@ class _Events:
         try:
             for reply in self.talk.answer(message):
                 yield reply.text
-        except TooLong as error:
+        except (TooLong, NoAnswer) as error:
             raise gradio.Error(str(error)) from None
 
     def put(self, message: str, said: list[Said]) -> tuple[str, list[Said]]:
@@ -172,15 +172,9 @@ class _Events:
                 yield answered, self.figures(reply), _note(reply), gradio.skip()
         except TooLong as error:
             yield before, gradio.skip(), f"Not sent: {error}.", entry(last)["content"]
-        except RuntimeError as error:  # what torch raises where memory runs out, and for tokens that a model has no place for
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-            yield (
-                said,
-                gradio.skip(),
-                f"No answer: {escape(str(error).splitlines()[0])}. Shorten the conversation and try again.",
-                gradio.skip(),
-            )
+        except NoAnswer as error:
+            why = escape(str(error).removesuffix("."))
+            yield said, gradio.skip(), f"No answer: {why}. Shorten the conversation and try again.", gradio.skip()
 
     def memory(self) -> str:
         """Say what is loaded, and what it takes now beside what was planned."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.resolve import Source
+from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.methods.packages import quoted
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
-from harness.core.records import Case, Plan, Record, Verdict
+from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict, Workload
 from harness.core.units import significant
-from harness.planning.nearest import nearest_way
+from harness.planning.choice.nearest import nearest_way
+from harness.planning.choice.search import quality_kept, search
 from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
 
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
+_SLOWER = 1.2  # what is slower than that surprises, where it has fewer bits
 
 
 def choose_best(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
@@ -84,6 +87,7 @@ class Recommendation(Record, frozen=True, kw_only=True):
     best: Plan | None
     reason: str
     nearest: str | None = None  #: where nothing fits, what comes closest
+    contexts: Mapping[str, int] = {}  #: of a search, by case: the most tokens with which each way that stays fits
 
     @property
     def spec(self) -> ModelSpec:
@@ -96,9 +100,22 @@ class Recommendation(Record, frozen=True, kw_only=True):
         asked: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for one in self.plans:
             if one.needs and not self.planner.here:
-                asked[tuple(one.needs)].add(one.case.precision)
+                asked[tuple(one.needs)].add(_named(one.case))
         needs = [f"{min(who) if len(who) == 1 else self.spec.name} needs pip install {quoted(what)}" for what, who in asked.items()]
-        return [*self.spec.notes, *needs, *([wide] if wide else [])]
+        return [*self.spec.notes, *needs, *([wide] if wide else []), *self._slower()]
+
+    def _slower(self) -> list[str]:
+        """Say of the precision in the fewest bits that it is slower than a wider one where both go the way of the best, and why."""
+        best = self.best
+        alike = [one for one in self.plans if best and one.verdict.is_good and one.case.place == best.case.place and one.estimate]
+        for one in sorted(alike, key=lambda one: PRECISIONS[one.case.precision].bits):
+            wider = [other for other in alike if PRECISIONS[other.case.precision].bits > PRECISIONS[one.case.precision].bits]
+            other = max(wider, key=_speed, default=one)
+            if _speed(other) > _SLOWER * _speed(one):
+                times = significant(_speed(other) / _speed(one), 2)
+                names = f"{one.case.way} is {times} times slower than {other.case.way}"
+                return [f"{names}: {one.estimate.bound_by}." if one.estimate else names]
+        return []
 
 
 def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
@@ -109,15 +126,39 @@ def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommend
     return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, nearest=nearest)
 
 
+def advise_best(source: Source, planner: Planner, workload: Workload, least_tok_s: float = 0.0) -> Recommendation:
+    """Search for the ways that no other is better than in everything, and choose the best of them."""
+    found = search(planner, workload, least_tok_s)
+    best, reason = choose_best(found.plans) or (None, "nothing fits")
+    nearest = nearest_way(planner, found.plans, choose_best) if best is None else None
+    return Recommendation(
+        source=source, planner=planner, plans=found.plans, best=best, reason=reason, nearest=nearest, contexts=found.contexts
+    )
+
+
+def _named(case: Case) -> str:
+    """Name what of a case takes packages."""
+    kv = [f"KV {case.kv}"] if KV_FORMS[case.kv].needs else []
+    attention = [case.attention] if case.attention and ATTENTIONS[case.attention].needs else []
+    return " with ".join(
+        [*([case.precision] if PRECISIONS[case.precision].needs or not (kv or attention) else []), *kv, *attention]
+    )
+
+
+def _speed(one: Plan) -> float:
+    return one.estimate.decode_tok_s.best if one.estimate else 0.0
+
+
 def _worth(one: Plan) -> tuple[float, int]:
     assert one.estimate is not None
     speed = one.estimate.decode_tok_s.best
-    return round(PRECISIONS[one.case.precision].quality_kept * speed / (speed + _HALF_TOK_S), 4), -_order(one)
+    return round(quality_kept(one.case) * speed / (speed + _HALF_TOK_S), 4), -_order(one)
 
 
 def _order(one: Plan) -> int:
     """Return the place of a plan among those that do the same: the plainest call comes first."""
-    return ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
+    plain = 0 if one.case.kv == USUAL_KV and one.case.attention is None else len(PLACEMENTS)
+    return plain + ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
 
 
 def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
@@ -137,5 +178,5 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     rival = max(wider, key=_worth)
     assert rival.estimate is not None
     times = best.estimate.decode_tok_s.best / rival.estimate.decode_tok_s.best
-    name = f"{rival.case.precision}/{rival.case.placement}"
+    name = rival.case.way
     return f"{significant(times, 2)} times as fast as {name}, which is worth the bits it gives up"

@@ -1,0 +1,107 @@
+"""The search for the best ways: nothing that an exhaustive one over the same cost model finds is missed, and each is one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from harness.architecture.model_spec import read_spec
+from harness.catalog import resolve
+from harness.core.attention import KV_FORMS
+from harness.core.placements import PLACEMENTS, distinct
+from harness.core.precisions import PRECISIONS
+from harness.core.records import Case, Plan, Verdict, Workload
+from harness.machine.gpus import profile
+from harness.planning.choice.search import Searched, quality_kept, search
+from harness.planning.planner import Planner
+
+GIB = 1 << 30
+PAIRS = [
+    ("smollm2-135m-instruct", (), 8, Workload()),
+    ("qwen2.5-7b-instruct", ("RTX 3060 12GB",), 32, Workload(prompt_tokens=8192)),
+    ("qwen2.5-14b-instruct", ("RTX 3060 12GB",), 32, Workload(prompt_tokens=16000)),
+    ("llama-3.1-8b-instruct", ("RTX 4090",), 64, Workload(prompt_tokens=32000)),
+    ("qwen3-30b-a3b", ("RTX 4090",), 64, Workload()),
+    ("gemma-2-9b-it", ("RTX 4060 Ti 16GB", "RTX 3060 12GB"), 64, Workload(prompt_tokens=4000)),
+    ("gpt-oss-20b", ("RTX 4060 Ti 16GB",), 32, Workload()),
+]
+
+
+def planner_for(model: str, cards: tuple[str, ...], ram: int) -> Planner:
+    return Planner(read_spec(resolve.resolve(model)), profile(list(cards), ram=ram * GIB), here=False)
+
+
+def everything(planner: Planner, workload: Workload) -> list[Plan]:
+    """Plan every precision, placement and KV cache that there is."""
+    places = distinct(PLACEMENTS, len(planner.machine.gpus))
+    ways = itertools.product(PRECISIONS, places, KV_FORMS)
+    plans = [
+        planner.plan(Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload, kv=kv))
+        for precision, placement, kv in ways
+    ]
+    return [one for one in plans if one.verdict.is_good]
+
+
+def speed(one: Plan) -> float:
+    assert one.estimate is not None
+    return one.estimate.decode_tok_s.best
+
+
+@pytest.mark.parametrize(("model", "cards", "ram", "workload"), PAIRS, ids=lambda value: str(value)[:40])
+def test_nothing_that_exists_is_more_than_a_little_better(model: str, cards: tuple[str, ...], ram: int, workload: Workload) -> None:
+    planner = planner_for(model, cards, ram)
+    found, there = search(planner, workload), everything(planner, workload)
+    ways = [one for one in found.plans if one.case.id in found.contexts]
+    assert bool(ways) == bool(there)
+    for one in there:
+        context = planner.max_context(one) or 0
+        assert any(
+            speed(way) >= 0.95 * speed(one)
+            and quality_kept(way.case) >= quality_kept(one.case)
+            and found.contexts[way.case.id] >= 0.9 * context
+            for way in ways
+        ), one.case.id
+
+
+@pytest.mark.parametrize(("model", "cards", "ram", "workload"), PAIRS, ids=lambda value: str(value)[:40])
+def test_each_way_is_better_than_any_other_in_something(model: str, cards: tuple[str, ...], ram: int, workload: Workload) -> None:
+    found = search(planner_for(model, cards, ram), workload)
+    ways = [one for one in found.plans if one.case.id in found.contexts]
+    for one, other in itertools.permutations(ways, 2):
+        assert (
+            speed(one) > speed(other)
+            or quality_kept(one.case) > quality_kept(other.case)
+            or found.contexts[one.case.id] > found.contexts[other.case.id]
+        )
+
+
+def searched(least_tok_s: float) -> Searched:
+    return search(planner_for("llama-2-7b-chat-hf", ("8GiB",), 16), Workload(), least_tok_s)
+
+
+def test_what_a_machine_without_a_gpu_lacks_is_no_gpu_where_a_package_is() -> None:
+    planner = planner_for("smollm2-135m-instruct", (), 8)
+    told = {one.case.precision: str(one.why) for one in search(planner, Workload()).plans}
+    assert "GPU" in told.pop("fp8")
+    assert not any("no NVIDIA GPU" in why for why in told.values())
+
+
+def test_what_is_too_slow_is_no_way_and_says_so() -> None:
+    any_speed, fast = searched(0.0), searched(20.0)
+    assert {one.case.precision for one in fast.plans if one.case.id in fast.contexts} == {"int4"}
+    assert "bf16" in {one.case.precision for one in any_speed.plans if one.case.id in any_speed.contexts}
+    slow = next(one for one in fast.plans if one.case.precision == "int8")
+    assert slow.verdict is Verdict.TOO_BIG
+    assert str(slow.why).startswith("too slow: 12 tokens/s, and at least 20")
+
+
+def test_every_precision_that_does_not_work_says_what_binds_it() -> None:
+    planner = planner_for("llama-2-7b-chat-hf", ("8GiB",), 16)
+    working = {one.case.precision for one in everything(planner, Workload())}
+    found = search(planner, Workload())
+    failing = [one for one in found.plans if one.case.id not in found.contexts]
+    assert {one.case.precision for one in failing} == {
+        name for name, row in PRECISIONS.items() if row.requires_checkpoint is None and name not in working
+    }
+    assert all(one.why for one in failing)
