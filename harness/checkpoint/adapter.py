@@ -30,6 +30,7 @@ REFUSES: Mapping[str, str] = {
     "dispatches": "load_checkpoint_and_dispatch knows no adapters: merge the adapter into a copy of its base first",
     "parallel": "tensor parallelism is untested with adapters: merge the adapter into a copy of its base first",
 }
+MOVED = "modules are moved after loading, away from where transformers puts an adapter: merge it into a copy of its base first"
 ON_OTHERS = "adapters are measured on plain weights and those of bitsandbytes alone: take bf16, fp16, fp32, int8 or int4"
 # peft puts the module that it wraps below two of its own.
 _MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Skeleton, is_stacked
+from harness.checkpoint.adapter import MOVED
 from harness.checkpoint.formats.files import quote
 from harness.core.attention import ATTENTIONS, GROUP, KV_FORMS, lacks
 from harness.core.placements import Placement
@@ -61,6 +62,8 @@ class Judge(Record, frozen=True, kw_only=True):
         alone = ranks > 1 and tensor_parallel.refusal(self.spec.skeleton, ranks, "GPUs" if gpus else "processes")
         if alone:
             return Verdict.INVALID, alone
+        if self.spec.adapter is not None and placement.experts_in_ram:
+            return Verdict.INVALID, MOVED
         why = self._precision_refusal(PRECISIONS[case.precision], placement)
         return (Verdict.INVALID, why) if why else generating_refusal(self.spec, self.machine, case, placement)
 

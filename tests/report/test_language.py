@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from harness.catalog.resolve import CATALOG
-from harness.checkpoint.adapter import ON_OTHERS, REFUSES
+from harness.checkpoint.adapter import MOVED, ON_OTHERS, REFUSES
 from harness.core.methods.table import METHODS, OWN
 from harness.core.metrics import METRICS
 from harness.core.placements import PLACEMENTS
@@ -128,7 +128,7 @@ def test_every_text_of_the_script_is_in_the_table() -> None:
         [flat(entry.history) for entry in CATALOG.values() if entry.history],
         [why for row in PRECISIONS.values() for why in (*row.incompatible.values(), row.unsupported) if why],
         [why for row in (*METHODS.values(), *OWN.values()) for why in (*row.refuses.values(), row.unsupported) if why],
-        [*REFUSES.values(), ON_OTHERS],
+        [*REFUSES.values(), ON_OTHERS, MOVED],
     ],
     ids=["outcomes", "plans", "figures", "how", "precisions", "placements", "history", "refused", "refused as stored", "adapters"],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.architecture.model_spec import ModelSpec
@@ -97,11 +96,9 @@ class Recommendation(Record, frozen=True, kw_only=True):
     def notes(self) -> list[str]:
         """What is odd about the model, what plans need on a machine that is only described, and what experts do to precisions."""
         wide = left_wide(self.spec, (one.case.precision for one in self.plans))
-        asked: dict[tuple[str, ...], set[str]] = defaultdict(set)
-        for one in self.plans:
-            if one.needs and not self.planner.here:
-                asked[tuple(one.needs)].add(_named(one.case))
-        needs = [f"{min(who) if len(who) == 1 else self.spec.name} needs pip install {quoted(what)}" for what, who in asked.items()]
+        whole = self.spec.name if self.spec.adapter else None  # whatever loads it needs peft
+        asked = {tuple(one.needs): whole or _named(one.case) for one in self.plans if one.needs and not self.planner.here}
+        needs = [f"{who} needs pip install {quoted(what)}" for what, who in asked.items()]
         return [*self.spec.notes, *needs, *([wide] if wide else []), *self._slower()]
 
     def _slower(self) -> list[str]:
