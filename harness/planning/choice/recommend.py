@@ -20,6 +20,7 @@ from harness.planning.planner import Planner
 
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
+_NAMED = 4  # as many ways as are named of those that need the same packages
 _SLOWER = 1.2  # what is slower than that surprises, where it has fewer bits
 
 
@@ -101,7 +102,10 @@ class Recommendation(Record, frozen=True, kw_only=True):
         for one in self.plans:
             if one.needs and not self.planner.here:
                 asked[tuple(one.needs)].add(_named(one.case))
-        needs = [f"{min(who) if len(who) == 1 else self.spec.name} needs pip install {quoted(what)}" for what, who in asked.items()]
+        needs = [
+            f"{', '.join(sorted(who)) if len(who) <= _NAMED else self.spec.name} needs pip install {quoted(what)}"
+            for what, who in asked.items()
+        ]
         return [*self.spec.notes, *needs, *([wide] if wide else []), *self._slower()]
 
     def _slower(self) -> list[str]:
