@@ -75,7 +75,7 @@ def lacks(model_class: str, name: str) -> bool:
 class KvForm(Record, frozen=True, kw_only=True):
     """One row: its name, what `generate` takes for it, and what becomes of keys and values.
 
-    `temporary_bytes` was traced through transformers 5.24 on a fake card (`tests/oracle/test_kv_forms.py` does it again).
+    `temporary_bytes` was traced once through transformers 5.24 on a fake card, of fp8 and quanto; HQQ is taken to be like quanto.
     `moved_bytes` counts its code: growing copies the cache (read, write), and attention reads it. What is static is read alone, but
     with a mask that rules out faster kernels: it is taken to be as fast until it is measured.
     `bits` is what an element takes once it is quantized; None: nothing is, and it keeps the model's dtype. `grouped`: whether
@@ -123,6 +123,24 @@ def _quantized(backend: str, **settings: Any) -> dict[str, Any]:
     return {"cache_implementation": "quantized", "cache_config": {"backend": backend, **settings}}
 
 
+def _in_groups(name: str, package: str, module: str, *, quality_kept: float, **settings: int) -> KvForm:
+    """Return a row of integers that share a scale and a zero point in groups."""
+    bits = settings["nbits"]
+    return KvForm(
+        name=name,
+        title=f"int{bits} ({package})",
+        help=f"{bits}-bit integers in groups of {GROUP}, by {package}",
+        arguments=_quantized(name.partition("-")[0], **settings),
+        bits=bits,
+        grouped=True,
+        needs=(module,),
+        full_attention_only=True,
+        temporary_bytes=4.7,
+        moved_bytes=15.0,
+        quality_kept=quality_kept,
+    )
+
+
 _FORMS = (
     KvForm(name=USUAL_KV, title="as computed", help="in the model's dtype, growing token by token: what generate does by itself"),
     KvForm(
@@ -150,45 +168,9 @@ _FORMS = (
         moved_bytes=23.0,
         quality_kept=0.995,
     ),
-    KvForm(
-        name="hqq-int8",
-        title="int8 (HQQ)",
-        help="8-bit integers in groups of 64, by HQQ",
-        arguments=_quantized("hqq", nbits=8, axis_key=1, axis_value=1),
-        bits=8,
-        grouped=True,
-        temporary_bytes=4.7,
-        moved_bytes=15.0,
-        needs=("hqq",),
-        full_attention_only=True,
-        quality_kept=0.999,
-    ),
-    KvForm(
-        name="hqq-int4",
-        title="int4 (HQQ)",
-        help="4-bit integers in groups of 64, by HQQ",
-        arguments=_quantized("hqq", nbits=4, axis_key=1, axis_value=1),
-        bits=4,
-        grouped=True,
-        temporary_bytes=4.7,
-        moved_bytes=15.0,
-        needs=("hqq",),
-        full_attention_only=True,
-        quality_kept=0.98,
-    ),
-    KvForm(
-        name="quanto-int4",
-        title="int4 (quanto)",
-        help="4-bit integers in groups of 64, by optimum-quanto",
-        arguments=_quantized("quanto", nbits=4),
-        bits=4,
-        grouped=True,
-        temporary_bytes=4.7,
-        moved_bytes=15.0,
-        needs=("optimum.quanto",),
-        full_attention_only=True,
-        quality_kept=0.98,
-    ),
+    _in_groups("hqq-int8", "HQQ", "hqq", quality_kept=0.999, nbits=8, axis_key=1, axis_value=1),
+    _in_groups("hqq-int4", "HQQ", "hqq", quality_kept=0.98, nbits=4, axis_key=1, axis_value=1),
+    _in_groups("quanto-int4", "optimum-quanto", "optimum.quanto", quality_kept=0.98, nbits=4),
 )
 
 KV_FORMS: Mapping[str, KvForm] = {row.name: row for row in _FORMS}
