@@ -152,7 +152,7 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
         for span in (plan.estimate.load_s, plan.estimate.first_token_s, plan.estimate.decode_tok_s):
             assert 0 < span.low <= span.best <= span.high
         if plan.needs_checkpoint or "fp32_cpu_offload" in str(plan.code):
-            continue  # another form is held against real files in tests/strangers, a map of two against a loader in test_load_peak_gpu
+            continue  # other forms are held against files in tests/strangers, maps of two against a loader in test_load_peak_gpu
         held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
         kept = estimate.weight_format(
             PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec
