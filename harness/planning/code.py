@@ -76,7 +76,8 @@ def loading_code(
     if isinstance(config, Config):
         arguments["quantization_config"] = config
     elif config is not None:
-        off_gpu = precision.off_gpu if placement.splits_devices else None
+        is_divided = placement.splits_devices and not {"cpu", "disk"}.isdisjoint((device_map or {}).values())
+        off_gpu = precision.off_gpu if is_divided else None
         arguments["quantization_config"] = _quantization(config, dtype) | dict(off_gpu or {})
     arguments |= placement.arguments()
     if placement.prints_map:
