@@ -114,7 +114,9 @@ def find_processor(text: str) -> Processor:
 @cache
 def known_processor(model: str | None) -> Processor | None:
     """Return what is known of the processor that the kernel calls `model`, such as "AMD Ryzen 5 5600 6-Core Processor"."""
-    words = _words(model or "")
+    if not model:  # of most machines that are described: the table is not read for them
+        return None
+    words = _words(model)
     hits = [row for row in processor_table() if _words(row.name) <= words]
     return max(hits, key=lambda row: len(_words(row.name)), default=None)
 
