@@ -529,6 +529,23 @@ def test_a_case_that_may_run_has_code_and_no_verdict_yet(precision: str, placeme
     assert (plan.verdict, plan.why) == (refused or (Verdict.UNKNOWN, None))
 
 
+@pytest.mark.parametrize(
+    ("precision", "placement", "on_gpu", "is_tamed"),
+    [
+        ("int8", "cpu", False, True),
+        ("int4", "disk", False, True),
+        ("torchao-int8", "auto", False, True),
+        ("int8", "direct", True, False),
+        ("bf16", "cpu", False, False),
+    ],
+)
+def test_what_quantizes_in_ram_gives_its_copies_back(precision: str, placement: str, on_gpu: bool, is_tamed: bool) -> None:
+    row = PRECISIONS[precision]
+    code = loading_code(row, PLACEMENTS[placement], row.dtype, Destination(on_gpu=on_gpu))
+    assert ("mallopt(-3, 1 << 20)" in code) == is_tamed
+    assert ast.parse(code)
+
+
 @EVERY
 def test_limits_are_in_the_plan_as_they_are_in_its_code(precision: str, placement: str) -> None:
     plan = decide(case(precision, placement), AMPERE, SMALL)
