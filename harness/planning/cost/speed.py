@@ -123,7 +123,7 @@ class _Timing:
 
     def _host(self) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
-        in_ram = self.work.operations.experts * self.rates.cost("cpu_s_per_operation") if self.work.handed_over else 0.0
+        in_ram = self.work.operations.experts * self.work.experts_in_ram * self.rates.cost("cpu_s_per_operation")
         return self._started() * self.rates.cost(f"{'gpu' if self.gpu else 'cpu'}_s_per_operation") + in_ram
 
     def _started(self) -> float:

@@ -10,6 +10,7 @@ from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
+from harness.planning.device_map.experts import blocks_of_experts
 
 
 class TokenWork(Record, frozen=True, kw_only=True):
@@ -33,6 +34,7 @@ class TokenWork(Record, frozen=True, kw_only=True):
     to_gpu_bytes: int
     anew: int  #: weights that are unpacked for each token
     handed_over: int = 0  #: times that a token goes from the GPU to experts in RAM or back
+    experts_in_ram: float = 0.0  #: the share of the blocks with experts whose experts are there
 
 
 def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenWork:
@@ -64,7 +66,8 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         written=footprint.written,
         quantized=int(sum(sums.quantized for sums in footprint.sums.values()) / 2),
         anew=inventory.quantizable if anew or footprint.fmt.unpacking else 0,
-        handed_over=2 * len(footprint.skeleton.layers) if footprint.loading.experts_in_ram else 0,
+        handed_over=2 * len(footprint.loading.experts_in_ram),
+        experts_in_ram=_share_of_experts(footprint),
         to_gpu_bytes=sum(footprint.weights[gpu] for gpu in footprint.gpus),
     )
 
@@ -75,6 +78,11 @@ def _moved_of_cache(footprint: Footprint) -> dict[str, float]:
     if form.in_ram and footprint.gpus:
         return {"cpu": 2.0 * footprint.kv["cpu"]}
     return {tier: size * form.moved_per_byte for tier, size in footprint.kv.items()}
+
+
+def _share_of_experts(footprint: Footprint) -> float:
+    in_ram = len(footprint.loading.experts_in_ram)
+    return in_ram / len(blocks_of_experts(footprint.skeleton)) if in_ram else 0.0
 
 
 def _is_quantized(inventory: Inventory) -> bool:
