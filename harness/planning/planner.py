@@ -65,7 +65,7 @@ class Planner:
         self.constants = calibration.with_context(constants or calibration.default(), machine)
         self.judge = Judge(spec=self.spec, machine=machine, here=here, trust=trust)
         rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
-        self._placements = {name: row.on(machine.main_gpu) for name, row in rows.items()}
+        self._placements = dict(rows)
         known = [gpu.compute_capability for gpu in machine.gpus if gpu.compute_capability]
         self._capability = min(known, key=float, default=None)
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
@@ -110,7 +110,7 @@ class Planner:
             form = quantization.form_for(row, self.spec.config or {"model_type": self.spec.skeleton.model_type})
             if form is not None:
                 return self._in_another_form(case, form)
-        placement = self._placements[case.placement]
+        placement = self._placement(case)
         refused = self.judge.refusal(case, placement)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
@@ -119,7 +119,7 @@ class Planner:
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         code = [str(one) for one in self.spec.remote_code]
-        dtype = self._dtype(precision, placement)
+        dtype = _dtype(precision, placement, self.machine)
         fmt = estimate.weight_format(precision, dtype, self.spec)
         limits = max_memory.max_memory(placement, self.machine, lambda: self.counted.sizes(fmt))
         ours = self._recommendation(case, fmt) if placement.map_is_recommended else None
@@ -134,6 +134,7 @@ class Planner:
         mapped = experts_map(self.spec.skeleton, placement.gpu, apart) if apart else placed
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in mapped.items()}
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
+        limits = None if placement.writes_inferred_map else limits
         destination = Destination(max_memory=limits, device_map=by_module, on_gpu=on_gpu)
         return Plan(
             case=case,
@@ -152,8 +153,8 @@ class Planner:
 
     def can_hold(self, case: Case) -> bool:
         """Say whether the memory of known size that a placement fills is as large as the weights: if not, no plan of it fits."""
-        placement, precision = self._placements[case.placement], self.spec.adapted(PRECISIONS[case.precision])
-        fmt = estimate.weight_format(precision, self._dtype(precision, placement), self.spec)
+        placement, precision = self._placement(case), self.spec.adapted(PRECISIONS[case.precision])
+        fmt = estimate.weight_format(precision, _dtype(precision, placement, self.machine), self.spec)
         filled = [tier for tier in tiers.fillable(self.machine) if tier.kind in placement.devices]
         if "disk" in placement.devices and all(tier.capacity_bytes is not None for tier in filled):
             return True
@@ -177,9 +178,9 @@ class Planner:
         verdict = one.verdict if one.verdict in (Verdict.TOO_BIG, Verdict.INVALID) else Verdict.UNAVAILABLE
         return msgspec.structs.replace(one, verdict=verdict, why=f"{what}{known}{then}", code=None, needs_checkpoint=needed)
 
-    def _dtype(self, precision: Precision, placement: Placement) -> str:
-        on_gpu = placement.devices[0] == "gpu" and self.machine.gpus
-        return precision.dtype_on(self.machine.gpus[placement.gpu].compute_capability if on_gpu else None)
+    def _placement(self, case: Case) -> Placement:
+        """Return the row of a case as it loads this checkpoint on this machine."""
+        return feasibility.row_on(self.machine, self._placements[case.placement], self.spec.adapted(PRECISIONS[case.precision]))
 
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, fmt)
@@ -262,7 +263,7 @@ class Planner:
         return blocks[-least:]
 
     def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device], apart: tuple[str, ...] = ()) -> Footprint:
-        gguf, placement = self.spec.gguf, self._placements[case.placement]
+        gguf, placement = self.spec.gguf, self._placement(case)
         plain_off_gpu = leaves_off_gpu(self.spec.adapted(PRECISIONS[case.precision]), placement)
         loading = Loading(
             through_ram=placement.moves_after_loading or (gguf is not None and gguf.through_ram),
@@ -332,6 +333,11 @@ def _looks_for_itself(placement: Placement, machine: Machine) -> bool:
     """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""
     is_limited = any(tier.limit_bytes is not None for tier in machine.tiers if tier.kind in ("gpu", "cpu"))
     return placement.device_map in STRATEGIES and placement.limits is None and not is_limited
+
+
+def _dtype(precision: Precision, placement: Placement, machine: Machine) -> str:
+    on_gpu = placement.devices[0] == "gpu" and machine.gpus
+    return precision.dtype_on(machine.gpus[placement.gpu].compute_capability if on_gpu else None)
 
 
 def _facts(spec: ModelSpec, case: Case, trust: bool) -> Facts:
