@@ -62,7 +62,7 @@ def _tiers(one: Plan) -> set[str]:
 
 
 def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
-    """Return what keeps as much quality in fewer bits where `best` is faster by no more than its own speed is in doubt."""
+    """Return what keeps more quality in fewer bits where `best` is faster inside its own doubt; or as much, where both are as fast."""
     assert best.estimate is not None
     row = PRECISIONS[best.case.precision]
     alike = [
@@ -72,9 +72,15 @@ def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
         and PRECISIONS[one.case.precision].bits < row.bits
         and PRECISIONS[one.case.precision].quality_kept >= row.quality_kept
         and one.case.placement == best.case.placement
-        and one.estimate.decode_tok_s.best >= best.estimate.decode_tok_s.low
+        and (_speed(one) >= (1 - SPEED_ALIKE) * _speed(best) or _keeps_more_in_doubt(one, best))
     ]
     return max(alike, key=worth, default=best)
+
+
+def _keeps_more_in_doubt(one: Plan, other: Plan) -> bool:
+    assert other.estimate is not None
+    keeps_more = PRECISIONS[one.case.precision].quality_kept > PRECISIONS[other.case.precision].quality_kept
+    return keeps_more and _speed(one) >= other.estimate.decode_tok_s.low
 
 
 class Recommendation(Record, frozen=True, kw_only=True):
