@@ -62,7 +62,7 @@ def _tiers(one: Plan) -> set[str]:
 
 
 def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
-    """Return what keeps more quality in fewer bits where `best` is faster inside its own doubt; or as much, where both are as fast."""
+    """Return what keeps more quality in fewer bits where `best` is faster inside its doubt; or as much, where both are as fast."""
     assert best.estimate is not None
     row = PRECISIONS[best.case.precision]
     alike = [
