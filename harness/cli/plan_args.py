@@ -86,6 +86,12 @@ class PlanQuestion(NamedTuple):
     trust: bool = False  #: whether code that comes with the model may run
     traces: bool = False  #: whether what no record is of is traced now, by a worker
 
+    @property
+    def is_open(self) -> bool:
+        """Whether no way of loading is named: then the best there is answers it."""
+        named = (self.cases, self.precisions, self.placements, self.device_map)
+        return not any(named) and (*self.kv, *self.attention) == (USUAL_KV, None)
+
 
 def advise_on(
     source: Source,
@@ -102,7 +108,7 @@ def advise_on(
         UsageError, CheckpointError: the model is not found or cannot be planned, or the map does not match it.
     """
     from harness.architecture import model_spec
-    from harness.planning.choice.recommend import advise, advise_best
+    from harness.planning.choice.recommend import advise, advise_best, advise_usual
     from harness.planning.device_map import user_map
     from harness.planning.planner import Planner
 
@@ -127,4 +133,4 @@ def advise_on(
 
         with show_progress() as report:
             planner.trace(untraced, report)
-    return advise(source, planner, cases)
+    return advise_usual(source, planner, cases) if question.is_open else advise(source, planner, cases)

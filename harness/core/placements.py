@@ -38,7 +38,7 @@ class Placement(Record, frozen=True, kw_only=True):
     takes_all_ram: bool = False  #: fills the RAM without the margin that transformers keeps
     rewrites_offloaded: bool = False  #: writes what stays on the disk into the offload folder, whatever the files are
     first_gpu_only: bool = False  #: leaves every GPU but one empty: the first, unless another has more memory
-    experts_in_ram: bool = False  #: what is routed stays in RAM after loading, where the processor multiplies with it
+    experts_in_ram: bool = False  #: what is routed and does not fit on the GPU lies in RAM, where the processor multiplies with it
     gpu: int = 0  #: the number of that one
     writes_inferred_map: bool = False  #: its code has the map that accelerate infers from limits, not the limits
 
@@ -218,7 +218,7 @@ _ROWS = (
     Placement(
         name="experts-in-ram",
         title="GPU, experts in RAM",
-        help="routed experts in RAM, multiplied there; all else on the GPU",
+        help="routed experts of as many last blocks as must be in RAM, multiplied there; all else on the GPU",
         device_map={"": "cpu"},
         devices=("gpu", "cpu"),
         least_gpus=1,

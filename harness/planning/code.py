@@ -40,6 +40,14 @@ class Destination(NamedTuple):
 
 
 PLAIN, ANYWHERE = Facts(), Destination()
+# What lets a processor multiply with what an explicit map has in RAM; its output goes where its input came from.
+_HOOKS = ("AlignDevicesHook", "add_hook_to_module", "remove_hook_from_module")
+_COMPUTING_IN_RAM = (
+    "remove_hook_from_module(model, recurse=True)  # or experts come to the GPU for every token",
+    "for name, place in model.hf_device_map.items():",
+    '    if place == "cpu":',
+    '        add_hook_to_module(model.get_submodule(name), AlignDevicesHook("cpu", io_same_device=True))',
+)
 _IN_ORDER = 'os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the plan numbers the GPUs'
 _EXPANDABLE = f'os.environ.setdefault("{ALLOCATOR_OPTIONS}", "{EXPANDABLE_SEGMENTS}")  # else it may not fit'
 
@@ -88,7 +96,7 @@ def loading_code(
         off_gpu = precision.off_gpu if is_divided else None
         arguments["quantization_config"] = _quantization(config, dtype) | dict(off_gpu or {})
     arguments |= placement.arguments()
-    if placement.prints_map:
+    if placement.prints_map or placement.experts_in_ram:
         assert device_map is not None, "its code cannot be written without the map"
         arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
     if "disk" in (device_map or {}).values():  # where a file is not safetensors, transformers asks for it
@@ -104,32 +112,19 @@ def loading_code(
     if facts.attention is not None:
         arguments["attn_implementation"] = facts.attention
     if placement.experts_in_ram:
-        imports = ["import torch", *imports]
-        given = (*given, "from accelerate.hooks import AlignDevicesHook", "from accelerate.hooks import add_hook_to_module")
+        given = (*given, *(f"from accelerate.hooks import {name}" for name in _HOOKS))
     tamed = [*_TAME_HEAP, ""] if precision.quantizes and not on_gpu else []
     if tamed:
         imports = ["import ctypes", "import sys", "", *imports]
     imports += _imports(f"from transformers import {facts.auto_class}", *given)
     lines = [*imports, "", *tamed, f"model = {facts.auto_class}.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
     if placement.experts_in_ram:
-        lines += ["", *_moving_all_but_experts(placement.gpu)]
+        lines += ["", *_COMPUTING_IN_RAM]
     if placement.moves_after_loading:
         lines.append(f"model = model.to({_literal(f'cuda:{placement.gpu}' if placement.gpu else 'cuda')})")
     if facts.adapter:
         lines.append("model.load_adapter(ADAPTER)")
     return "\n".join(lines) + "\n"
-
-
-def _moving_all_but_experts(gpu: int) -> list[str]:
-    """Write what brings a model from RAM to a GPU and leaves its experts behind; their output goes where their input came from."""
-    return [
-        'experts = {name: part for name, part in model.named_modules() if name.endswith(".experts")}',
-        "for name in experts:",
-        "    model.set_submodule(name, torch.nn.Identity())",
-        f"model = model.to({_literal(f'cuda:{gpu}' if gpu else 'cuda')})",
-        "for name, part in experts.items():",
-        '    model.set_submodule(name, add_hook_to_module(part, AlignDevicesHook("cpu", io_same_device=True)))',
-    ]
 
 
 def _quantization(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

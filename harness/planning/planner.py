@@ -26,9 +26,10 @@ from harness.planning.cost.memory import WeightFormat
 from harness.planning.cost.work import multiplies_4bit_in_ram
 from harness.planning.counted import count_model
 from harness.planning.device_map import max_memory, tiers
+from harness.planning.device_map.experts import blocks_of_experts, experts_map
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.recommended import RecommendedMap, Recommender
-from harness.planning.verdict import Judge, experts_of, leaves_off_gpu, pooled, with_article
+from harness.planning.verdict import Judge, is_windows, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
@@ -70,6 +71,8 @@ class Planner:
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
         self._other_forms: dict[str, Planner] = {}
+        self._plans: dict[Case, Plan] = {}
+        self._expert_blocks = tuple(blocks_of_experts(self.spec.skeleton))
         self.footprints: dict[str, Footprint] = {}
 
     def plans(self, cases: Sequence[Case]) -> list[Plan]:
@@ -92,10 +95,16 @@ class Planner:
             one.build()
             said += [one.why_formulas] * one.lacks_trace
         self._recommended.clear()
+        self._plans.clear()
         return list(dict.fromkeys(said))
 
     def plan(self, case: Case) -> Plan:
         """Plan one case; one that reads another form of checkpoint as if the model were stored so."""
+        if case not in self._plans:
+            self._plans[case] = self._planned(case)
+        return self._plans[case]
+
+    def _planned(self, case: Case) -> Plan:
         row = PRECISIONS[case.precision]
         if self.spec.stored_as is None and row.requires_checkpoint is not None:
             form = quantization.form_for(row, self.spec.config or {"model_type": self.spec.skeleton.model_type})
@@ -110,29 +119,28 @@ class Planner:
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         code = [str(one) for one in self.spec.remote_code]
-        dtype = self._dtype(precision, placement)
+        dtype = _dtype(precision, placement, self.machine)
         fmt = estimate.weight_format(precision, dtype, self.spec)
         limits = max_memory.max_memory(placement, self.machine, lambda: self.counted.sizes(fmt))
         ours = self._recommendation(case, fmt) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
-        whole: dict[str, Device] = {"": 0 if self.machine.gpus else "cpu"}
-        if placement.experts_in_ram:
-            whole = {"": placement.gpu}
+        whole: dict[str, Device] = {"": placement.gpu if self.machine.gpus else "cpu"}
         placed = ours.device_map if ours else whole if ranks > 1 or placement.experts_in_ram else self._map(placement, fmt, limits)
-        footprint = self._footprint(case, fmt, placed)
+        apart = self._apart(case, fmt, placement.gpu) if placement.experts_in_ram else ()
+        footprint = self._footprint(case, fmt, placed, apart)
+        footprint = footprint.with_expandable_segments() if ours and ours.expandable else footprint
         expected, verdict, why, footprint = self.judge.judge(case, placement, footprint)
         self.footprints[case.id] = footprint
-        by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in placed.items()}
-        if placement.experts_in_ram:
-            by_module |= dict.fromkeys(experts_of(self.spec.skeleton), "cpu")
+        mapped = experts_map(self.spec.skeleton, placement.gpu, apart) if apart else placed
+        by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in mapped.items()}
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
         limits = None if placement.writes_inferred_map else limits
         destination = Destination(max_memory=limits, device_map=by_module, on_gpu=on_gpu)
         return Plan(
             case=case,
             verdict=verdict,
-            why=why or (ours.why if ours else self._between(ranks) if ranks > 1 else None),
-            code=loading_code(precision, placement, dtype, destination, self._facts(case)),
+            why=why or (ours.why if ours else _spread(ranks, apart, len(self._expert_blocks), bool(self.machine.gpus))),
+            code=loading_code(precision, placement, dtype, destination, _facts(self.spec, case, self.trust)),
             device_map=None if ranks > 1 else by_module,
             max_memory=limits,
             estimate=expected,
@@ -146,7 +154,7 @@ class Planner:
     def can_hold(self, case: Case) -> bool:
         """Say whether the memory of known size that a placement fills is as large as the weights: if not, no plan of it fits."""
         placement, precision = self._placement(case), self.spec.adapted(PRECISIONS[case.precision])
-        fmt = estimate.weight_format(precision, self._dtype(precision, placement), self.spec)
+        fmt = estimate.weight_format(precision, _dtype(precision, placement, self.machine), self.spec)
         filled = [tier for tier in tiers.fillable(self.machine) if tier.kind in placement.devices]
         if "disk" in placement.devices and all(tier.capacity_bytes is not None for tier in filled):
             return True
@@ -170,32 +178,9 @@ class Planner:
         verdict = one.verdict if one.verdict in (Verdict.TOO_BIG, Verdict.INVALID) else Verdict.UNAVAILABLE
         return msgspec.structs.replace(one, verdict=verdict, why=f"{what}{known}{then}", code=None, needs_checkpoint=needed)
 
-    def _looks_for_itself(self, placement: Placement) -> bool:
-        """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""
-        is_limited = any(tier.limit_bytes is not None for tier in self.machine.tiers if tier.kind in ("gpu", "cpu"))
-        return placement.device_map in STRATEGIES and placement.limits is None and not is_limited
-
-    def _facts(self, case: Case) -> Facts:
-        spec, trusted = self.spec, self.trust if self.spec.remote_code else None
-        return Facts(
-            gguf_file=spec.gguf_file,
-            native=spec.native,
-            auto_class=spec.skeleton.auto_class,
-            trusted=trusted,
-            attention=case.attention,
-            adapter=spec.adapter is not None,
-        )
-
-    def _between(self, ranks: int) -> str:
-        return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
-
     def _placement(self, case: Case) -> Placement:
         """Return the row of a case as it loads this checkpoint on this machine."""
         return feasibility.row_on(self.machine, self._placements[case.placement], self.spec.adapted(PRECISIONS[case.precision]))
-
-    def _dtype(self, precision: Precision, placement: Placement) -> str:
-        on_gpu = placement.devices[0] == "gpu" and self.machine.gpus
-        return precision.dtype_on(self.machine.gpus[placement.gpu].compute_capability if on_gpu else None)
 
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, fmt)
@@ -223,39 +208,70 @@ class Planner:
             Widths(fmt.dtype, fmt.quantizer, self.counted.inventory(fmt).sizes),
             kv_bytes=memory.kept_kv_bytes(skeleton, workload, fmt.element_bytes, KV_FORMS[case.kv]),
         )
-        reserve = {tiers.device(name): self._reserve(name, fmt, case, size) for name, size in capacities.items()}
+        reserve = self._kept_free(recommender, case, fmt, capacities, expandable=False)
+        expandable = recommender.recommend(reserve, explain=False).bytes_off > 0 and not is_windows(self.machine)
+        if expandable:  # what they save is room for more blocks, or for a longer context
+            reserve = self._kept_free(recommender, case, fmt, capacities, expandable=True)
+        found = recommender.recommend(reserve, explain=True)
+        self._recommended[key] = msgspec.structs.replace(found, expandable=expandable)
+        return self._recommended[key]
+
+    def _kept_free(
+        self, recommender: Recommender, case: Case, fmt: WeightFormat, capacities: Mapping[str, int], *, expandable: bool
+    ) -> dict[Device, int]:
+        """Return the bytes of each device that its map must leave, with torch's usual segments or with expandable ones."""
+        reserve = {
+            tiers.device(name): self._reserve(name, fmt, case, size, expandable=expandable) for name, size in capacities.items()
+        }
         if self.machine.shares_ram:
-            reserve[0] += self._reserve("cpu", fmt, case, 0)
+            reserve[0] += self._reserve("cpu", fmt, case, 0, expandable=expandable)
         for attempt in range(_TRIES):
             found = recommender.recommend(reserve, explain=False)
-            needs = pooled(estimate.memory(self._footprint(case, fmt, found.device_map), self.machine), self.machine)
+            footprint = self._footprint(case, fmt, found.device_map)
+            footprint = footprint.with_expandable_segments() if expandable else footprint
+            needs = pooled(estimate.memory(footprint, self.machine), self.machine)
             on = {gpu.name: needs["cpu" if gpu.shared else gpu.name] for gpu in self.machine.gpus if gpu.name in needs}
             short = {name: max(0, need.needed_high_bytes - capacities[name]) for name, need in on.items()}
             if not any(short.values()):
                 break
             reserve |= {tiers.device(name): reserve[tiers.device(name)] + size * 4**attempt for name, size in short.items()}
-        self._recommended[key] = recommender.recommend(reserve, explain=True)
-        return self._recommended[key]
+        return reserve
 
-    def _reserve(self, name: str, fmt: WeightFormat, case: Case, capacity: int) -> int:
+    def _reserve(self, name: str, fmt: WeightFormat, case: Case, capacity: int, *, expandable: bool) -> int:
         """Return the bytes of a tier that generating needs beside weights and KV cache, at worst."""
         on = name if name.startswith("gpu") else self.machine.gpus[0].name
         inventory = self.counted.inventory(fmt)
-        loading = Loading(attention=case.attention, capability=self._capability)
+        loading = Loading(attention=case.attention, capability=self._capability, expandable=expandable)
         terms = Footprint(inventory, on, case.workload, self.constants, loading, KV_FORMS[case.kv]).terms()[name]
         doubt = estimate.ROUGH_SHARE if self.spec.rough else estimate.KNOWN_SHARE
         return int(estimate.beside_weights(terms) + doubt * min(inventory.total.held, capacity))
 
-    def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
+    def _apart(self, case: Case, fmt: WeightFormat, gpu: int) -> tuple[str, ...]:
+        """Return the last blocks whose experts stay in RAM: as few as the GPU surely leaves no room for, one at least."""
+        blocks, name = self._expert_blocks, self.machine.gpus[gpu].name
+        capacity = self.judge.usable_bytes(self.machine.gpus[gpu], case) or tiers.ENDLESS
+
+        def holds(count: int) -> bool:
+            footprint = self._footprint(case, fmt, {"": gpu}, blocks[-count:])
+            ways = [footprint] if is_windows(self.machine) else [footprint, footprint.with_expandable_segments()]
+            return any(estimate.memory(one, self.machine)[name].needed_high_bytes <= capacity for one in ways)
+
+        least, most = 1, len(blocks)
+        while least < most:
+            middle = (least + most) // 2
+            least, most = (least, middle) if holds(middle) else (middle + 1, most)
+        return blocks[-least:]
+
+    def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device], apart: tuple[str, ...] = ()) -> Footprint:
         gguf, placement = self.spec.gguf, self._placement(case)
         plain_off_gpu = leaves_off_gpu(self.spec.adapted(PRECISIONS[case.precision]), placement)
         loading = Loading(
-            through_ram=placement.moves_after_loading or placement.experts_in_ram or (gguf is not None and gguf.through_ram),
-            experts_in_ram=placement.experts_in_ram,
+            through_ram=placement.moves_after_loading or (gguf is not None and gguf.through_ram),
+            experts_in_ram=apart,
             rewrites=placement.rewrites_offloaded,
             off_gpu=self.counted.inventory(WeightFormat(dtype=fmt.dtype)) if plain_off_gpu else None,
             processes=placement.ranks(len(self.machine.gpus)),
-            begins_on=tuple(gpu.name for gpu in self.machine.gpus) if self._looks_for_itself(placement) else (),
+            begins_on=tuple(gpu.name for gpu in self.machine.gpus) if _looks_for_itself(placement, self.machine) else (),
             attention=case.attention,
             capability=self._capability,
         )
@@ -298,12 +314,48 @@ class Planner:
         beside = "beside a GPU bitsandbytes loads its CUDA library, which lacks" if self.machine.gpus else "this processor lacks"
         return [*said, {True: _FUSED, False: _UNFUSED.format(beside), None: _MAYBE_FUSED}[self.machine.fuses_4bit]]
 
+    def holds(self, one: Plan, tokens: int | None) -> bool:
+        """Say whether a plan that fits still does with so many tokens, prompt and answer together, and its model takes them."""
+        footprint, most = self.footprints.get(one.case.id), self.spec.context_length
+        if footprint is None or tokens is None or (most is not None and tokens > most):
+            return False
+        return self.judge.holds(footprint, one.case, tokens)
+
     def max_context(self, one: Plan) -> int | None:
         """Return the most tokens, prompt and answer together, with which a plan still fits; None if it does not fit at all."""
         footprint = self.footprints.get(one.case.id)
         if one.estimate is None or footprint is None or not one.verdict.is_good:
             return None
         return self.judge.max_context(footprint, one.case)
+
+
+def _looks_for_itself(placement: Placement, machine: Machine) -> bool:
+    """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""
+    is_limited = any(tier.limit_bytes is not None for tier in machine.tiers if tier.kind in ("gpu", "cpu"))
+    return placement.device_map in STRATEGIES and placement.limits is None and not is_limited
+
+
+def _dtype(precision: Precision, placement: Placement, machine: Machine) -> str:
+    on_gpu = placement.devices[0] == "gpu" and machine.gpus
+    return precision.dtype_on(machine.gpus[placement.gpu].compute_capability if on_gpu else None)
+
+
+def _facts(spec: ModelSpec, case: Case, trust: bool) -> Facts:
+    return Facts(
+        gguf_file=spec.gguf_file,
+        native=spec.native,
+        auto_class=spec.skeleton.auto_class,
+        trusted=trust if spec.remote_code else None,
+        attention=case.attention,
+        adapter=spec.adapter is not None,
+    )
+
+
+def _spread(ranks: int, apart: Sequence[str], blocks: int, has_gpu: bool) -> str | None:
+    """Say what a case does that is no plain map: processes that share layers, experts that stay in RAM."""
+    if ranks > 1:
+        return _BETWEEN.format(ranks, "" if has_gpu else _ONE_THREAD)
+    return f"The experts of {len(apart)} of {blocks} blocks are in RAM." if apart else None
 
 
 def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:

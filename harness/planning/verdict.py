@@ -8,7 +8,6 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from harness.architecture.model_spec import ModelSpec
-from harness.architecture.skeleton import Skeleton, is_stacked
 from harness.checkpoint.adapter import MOVED
 from harness.checkpoint.formats.files import quote
 from harness.core.attention import ATTENTIONS, GROUP, KV_FORMS, lacks
@@ -20,7 +19,8 @@ from harness.core.units import format_gib, format_size
 from harness.machine import headroom
 from harness.planning.cost import estimate, tensor_parallel
 from harness.planning.cost.footprint import Footprint
-from harness.planning.cost.inventory import MAPPED, is_expert
+from harness.planning.cost.inventory import MAPPED
+from harness.planning.device_map.experts import experts_of
 
 # Classes that take the weight of this Linear and multiply by it themselves, whatever bitsandbytes has made of it.
 _TAKES_WEIGHTS = {"MambaForCausalLM": "dt_proj"}
@@ -188,7 +188,7 @@ class Judge(Record, frozen=True, kw_only=True):
         better = replace(expected, tiers=estimate.memory(other, self.machine))
         if self.verdict(case, placement, better, other)[0] is not Verdict.FITS:
             return usual
-        if (self.machine.system or "").startswith("Windows"):
+        if is_windows(self.machine):
             return usual._replace(why=f"{why} {_NOT_ON_WINDOWS}")
         return Judgment(better, Verdict.FITS, self.needs_expandable(case, expected), other)
 
@@ -209,16 +209,16 @@ class Judge(Record, frozen=True, kw_only=True):
         None if it does not even fit with one token of prompt.
         """
         least, most = case.workload.new_tokens + 1, self.spec.context_length or _MOST_TOKENS
-        if not self._holds(footprint, case, least):
+        if not self.holds(footprint, case, least):
             return None
-        if self._holds(footprint, case, most):  # as it mostly does: no search
+        if self.holds(footprint, case, most):  # as it mostly does: no search
             return most
         while least < most:
             middle = (least + most + 1) // 2
-            least, most = (middle, most) if self._holds(footprint, case, middle) else (least, middle - 1)
+            least, most = (middle, most) if self.holds(footprint, case, middle) else (least, middle - 1)
         return least
 
-    def _holds(self, footprint: Footprint, case: Case, context: int) -> bool:
+    def holds(self, footprint: Footprint, case: Case, context: int) -> bool:
         """Say whether a case fits with `context` tokens, by the best estimate."""
         prompt = max(1, context - case.workload.new_tokens)
         longer = footprint.with_workload(replace(case.workload, prompt_tokens=prompt))
@@ -273,13 +273,6 @@ def generating_refusal(spec: ModelSpec, machine: Machine, case: Case, placement:
         or _kv_refusal(spec, machine, case, placement)
         or _attention_refusal(spec, machine, case, placement)
     )
-
-
-def experts_of(skeleton: Skeleton) -> list[str]:
-    """Return the modules that hold routed experts, stacked as transformers 5 does; none of a dense model."""
-    inside = ((piece, weight) for piece in skeleton.pieces for part in piece.like.inside for weight in part.weights)
-    stacked = ((piece, weight.path) for piece, weight in inside if is_stacked(weight) and is_expert(weight.path))
-    return list(dict.fromkeys(piece.path + path.rpartition(".")[0].removeprefix(piece.like.path) for piece, path in stacked))
 
 
 def _experts_refusal(spec: ModelSpec, case: Case, placement: Placement) -> tuple[Verdict, str] | None:
@@ -361,6 +354,11 @@ def pooled(tiers: Mapping[str, TierEstimate], machine: Machine) -> dict[str, Tie
             needed_high_bytes=total.needed_high_bytes + one.needed_high_bytes,
         )
     return {**tiers, "cpu": total}
+
+
+def is_windows(machine: Machine) -> bool:
+    """Say whether torch there lacks expandable segments."""
+    return (machine.system or "").startswith("Windows")
 
 
 def leaves_off_gpu(precision: Precision, placement: Placement) -> bool:

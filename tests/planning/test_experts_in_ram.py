@@ -17,9 +17,10 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Plan, Verdict
 from harness.machine.gpus import profile
 from harness.planning.choice.search import search
-from harness.planning.code import loading_code
+from harness.planning.code import Destination, loading_code
+from harness.planning.device_map.experts import blocks_of_experts, experts_map, experts_of
+from harness.planning.device_map.tiers import tier
 from harness.planning.planner import Planner
-from harness.planning.verdict import experts_of
 from tests.support import small_models
 
 GIB = 1 << 30
@@ -39,19 +40,33 @@ def speed(one: Plan) -> float:
     return one.estimate.decode_tok_s.best
 
 
-def test_experts_lie_in_ram_and_all_else_on_the_card() -> None:
+def test_the_card_is_filled_with_experts_of_the_first_blocks_and_the_others_lie_in_ram() -> None:
     one = plan("qwen3-30b-a3b")
     assert one.estimate is not None
     held = {name: tier.weights_bytes for name, tier in one.estimate.tiers.items()}
-    experts = 48 * 128 * 3 * 2048 * 768 * 2  # layers, experts, their matrices, in 16 bits
-    assert held["cpu"] == experts
+    of_a_block = 128 * 3 * 2048 * 768 * 2  # experts, their matrices, in 16 bits
+    assert isinstance(one.device_map, dict)
+    in_ram = [path for path, place in one.device_map.items() if place == "cpu"]
+    assert 0 < len(in_ram) < 48
+    assert in_ram == [f"model.layers.{number}.mlp.experts" for number in range(48 - len(in_ram), 48)]
+    assert held["cpu"] == len(in_ram) * of_a_block
+    assert one.why == f"The experts of {len(in_ram)} of 48 blocks are in RAM."
     whole = plan("qwen3-30b-a3b", "cpu").estimate
     assert whole is not None
     assert held["gpu:0"] + held["cpu"] == whole.tiers["cpu"].weights_bytes
-    assert isinstance(one.device_map, dict)
-    assert one.device_map[""] == "gpu:0"
-    assert one.device_map["model.layers.47.mlp.experts"] == "cpu"
-    assert len(one.device_map) == 49
+    card = one.estimate.tiers["gpu:0"]
+    assert card.needed_high_bytes <= (card.capacity_bytes or 0) < card.needed_high_bytes + of_a_block
+    assert not any(path.startswith(f"{other}.") for path in one.device_map for other in one.device_map)
+
+
+def test_a_smaller_card_holds_fewer_experts_and_a_large_one_all_but_one_block() -> None:
+    def in_ram(card: str) -> int:
+        planner = Planner(read_spec(resolve.resolve("qwen3-30b-a3b")), profile([card], ram=128 * GIB), here=False)
+        found = planner.plan(Case(model="qwen3-30b-a3b", precision="bf16", placement=NAME)).device_map
+        assert isinstance(found, dict)
+        return [*found.values()].count("cpu")
+
+    assert in_ram("4GiB") == 48 > in_ram("12GiB") > in_ram("24GiB") > in_ram("80GiB") == 1
 
 
 def test_it_is_faster_than_bringing_experts_to_the_card() -> None:
@@ -84,20 +99,6 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_code_leaves_exactly_the_planned_modules_behind(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no card, `.to` goes nowhere; what is hooked is what would stay, and the model answers as before."""
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
-    names: dict[str, Any] = {"MODEL": str(saved)}
-    exec(loading_code(PRECISIONS["bf16"], PLACEMENTS[NAME], "bfloat16"), names)
-    model = names["model"]
-    hooked = [name for name, part in model.named_modules() if hasattr(part, "_hf_hook")]
-    assert hooked == experts_of(read_spec(resolve.resolve(str(saved))).skeleton) != []
-    ids = torch.arange(12)[None]
-    plain: Any = AutoModelForCausalLM.from_pretrained(saved, dtype="bfloat16")
-    with torch.inference_mode():
-        assert torch.equal(model(ids).logits, plain(ids).logits)
-
-
 @pytest.fixture
 def brought(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of the tensors that accelerate brings to where it computes."""
@@ -123,3 +124,24 @@ def test_accelerate_brings_all_experts_of_a_layer_whichever_a_token_chooses(tmp_
     with torch.inference_mode():
         model(torch.tensor([[1]]))
     assert sum(brought) >= experts
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_the_code_multiplies_where_the_experts_of_the_last_blocks_lie(saved: Path, brought: list[int], left: int) -> None:
+    """A card that is the processor by another name is one to accelerate: its hooks bring to it what lies in RAM."""
+    skeleton = read_spec(resolve.resolve(str(saved))).skeleton
+    blocks = blocks_of_experts(skeleton)[-left:]
+    placed = {path: tier(place) for path, place in experts_map(skeleton, 0, blocks).items()}
+    code = loading_code(PRECISIONS["bf16"], PLACEMENTS[NAME], "bfloat16", Destination(device_map=placed, on_gpu=True))
+    names: dict[str, Any] = {"MODEL": str(saved), "torch": torch}
+    exec(code.replace(": 0", ': torch.device("cpu")'), names)
+    model = names["model"]
+    hooked = [name for name, part in model.named_modules() if hasattr(part, "_hf_hook")]
+    assert hooked == [module for module, block in experts_of(skeleton).items() if block in blocks] != []
+    assert not any(weight.is_meta for weight in model.parameters())
+    brought.clear()
+    ids = torch.arange(12)[None]
+    plain: Any = AutoModelForCausalLM.from_pretrained(saved, dtype="bfloat16")
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert not brought

@@ -15,6 +15,8 @@ from harness.core.records import Case, Plan, Verdict, Workload
 from harness.machine.gpus import profile
 from harness.planning.choice.search import Searched, quality_kept, search
 from harness.planning.planner import Planner
+from tests.support.every_way import PAIRS as EVERY_PAIR
+from tests.support.every_way import Pair, held
 
 GIB = 1 << 30
 PAIRS = [
@@ -105,3 +107,14 @@ def test_every_precision_that_does_not_work_says_what_binds_it() -> None:
         name for name, row in PRECISIONS.items() if row.requires_checkpoint is None and name not in working
     }
     assert all(one.why for one in failing)
+
+
+@pytest.mark.parametrize("pair", [EVERY_PAIR[number] for number in (1, 8, 9, 18, 29)], ids=lambda pair: str(pair.named))
+def test_the_winner_is_as_fast_as_any_way_that_keeps_as_much(pair: Pair) -> None:
+    """Five of the pairs of `tests/bench/bench_search.py`."""
+    found = held(pair)
+    assert found.searched is not None
+    assert found.share >= 0.95
+    assert found.lost_to_auto <= 1 / 0.95
+    assert found.usual is not None
+    assert found.usual.case == found.searched.case

@@ -14,7 +14,7 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict, Workload
 from harness.core.units import significant
 from harness.planning.choice.nearest import nearest_way
-from harness.planning.choice.search import quality_kept, search
+from harness.planning.choice.search import SPEED_ALIKE, quality_kept, search
 from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
 
@@ -26,17 +26,24 @@ _SLOWER = 1.2  # what is slower than that surprises, where it has fewer bits
 
 def choose_best(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
     """Return the best way to load and why: what surely fits, then speed weighed with quality; None if nothing fits."""
-    fitting = [one for one in plans if one.verdict is Verdict.FITS] or [one for one in plans if one.verdict is Verdict.TIGHT]
+    fitting = _surest(plans)
     if not fitting:
         return None
-    best = _simplest_alike(_smallest_alike(max(fitting, key=_worth), fitting), fitting)
+    best = _simplest_alike(_smallest_alike(max(fitting, key=worth), fitting), fitting)
     return best, _reason(best, fitting)
 
 
-def _simplest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
-    """Return the simplest placement of the same weights where neither speed is outside the doubt of the other.
+def _surest(plans: Iterable[Plan]) -> list[Plan]:
+    """Return the plans that surely fit; where none does, those that may."""
+    good = [one for one in plans if one.verdict.is_good]
+    return [one for one in good if one.verdict is Verdict.FITS] or good
 
-    Simpler is what keeps them in fewer of the same tiers, or in those by a plainer call; and what computes is the same.
+
+def _simplest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
+    """Return the simplest placement of the same weights that is as fast, or as good as.
+
+    Simpler is what keeps them in fewer of the same tiers, or in those by a plainer call; and what computes is the same. What does
+    without a tier is preferred wherever neither speed is outside the doubt of the other.
     """
     held = _tiers(best)
     alike = [
@@ -45,7 +52,7 @@ def _simplest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
         if one.case.precision == best.case.precision
         and _tiers(one) <= held
         and any(tier.startswith("gpu") for tier in _tiers(one)) == any(tier.startswith("gpu") for tier in held)
-        and _is_as_fast(one, best)
+        and (_speed(one) >= (1 - SPEED_ALIKE) * _speed(best) or (_tiers(one) < held and _is_as_fast(one, best)))
     ]
     return min(alike, key=lambda one: (len(_tiers(one)), _order(one)), default=best)
 
@@ -64,7 +71,7 @@ def _is_as_fast(one: Plan, other: Plan) -> bool:
 
 
 def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
-    """Return what keeps as much quality in fewer bits where `best` is faster by no more than its own speed is in doubt."""
+    """Return what keeps more quality in fewer bits where `best` is faster inside its doubt; or as much, where both are as fast."""
     assert best.estimate is not None
     row = PRECISIONS[best.case.precision]
     alike = [
@@ -74,9 +81,15 @@ def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
         and PRECISIONS[one.case.precision].bits < row.bits
         and PRECISIONS[one.case.precision].quality_kept >= row.quality_kept
         and one.case.placement == best.case.placement
-        and one.estimate.decode_tok_s.best >= best.estimate.decode_tok_s.low
+        and (_speed(one) >= (1 - SPEED_ALIKE) * _speed(best) or _keeps_more_in_doubt(one, best))
     ]
-    return max(alike, key=_worth, default=best)
+    return max(alike, key=worth, default=best)
+
+
+def _keeps_more_in_doubt(one: Plan, other: Plan) -> bool:
+    assert other.estimate is not None
+    keeps_more = PRECISIONS[one.case.precision].quality_kept > PRECISIONS[other.case.precision].quality_kept
+    return keeps_more and _speed(one) >= other.estimate.decode_tok_s.low
 
 
 class Recommendation(Record, frozen=True, kw_only=True):
@@ -88,6 +101,7 @@ class Recommendation(Record, frozen=True, kw_only=True):
     best: Plan | None
     reason: str
     nearest: str | None = None  #: where nothing fits, what comes closest
+    is_found: bool = False  #: whether the best is none of the cases that were asked about, but was searched for
     contexts: Mapping[str, int] = {}  #: of a search, by case: the most tokens with which each way that stays fits
 
     @property
@@ -130,14 +144,40 @@ def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommend
     return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, nearest=nearest)
 
 
+def advise_usual(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
+    """Plan the usual cases of one model, and beside them the best way that a search finds."""
+    plans = planner.plans(cases)
+    found = search(planner, cases[0].workload, choose=_best_of)
+    if found.best is None:
+        return Recommendation(
+            source=source,
+            planner=planner,
+            plans=plans,
+            best=None,
+            reason="nothing fits",
+            nearest=nearest_way(planner, plans, choose_best),
+        )
+    is_found = found.best.case not in cases
+    plans += [found.best] * is_found
+    best = next(one for one in plans if one.case == found.best.case)
+    reason = _reason(best, _surest(plans))
+    return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, is_found=is_found)
+
+
 def advise_best(source: Source, planner: Planner, workload: Workload, least_tok_s: float = 0.0) -> Recommendation:
     """Search for the ways that no other is better than in everything, and choose the best of them."""
-    found = search(planner, workload, least_tok_s)
-    best, reason = choose_best(found.plans) or (None, "nothing fits")
+    found = search(planner, workload, least_tok_s, _best_of)
+    best = found.best
+    reason = _reason(best, _surest(found.plans)) if best else "nothing fits"
     nearest = nearest_way(planner, found.plans, choose_best) if best is None else None
     return Recommendation(
         source=source, planner=planner, plans=found.plans, best=best, reason=reason, nearest=nearest, contexts=found.contexts
     )
+
+
+def _best_of(plans: Sequence[Plan]) -> Plan | None:
+    chosen = choose_best(plans)
+    return chosen[0] if chosen else None
 
 
 def _named(case: Case) -> str:
@@ -153,7 +193,8 @@ def _speed(one: Plan) -> float:
     return one.estimate.decode_tok_s.best if one.estimate else 0.0
 
 
-def _worth(one: Plan) -> tuple[float, int]:
+def worth(one: Plan) -> tuple[float, int]:
+    """Weigh speed with quality, then the plainness of the call; of plans with figures alone."""
     assert one.estimate is not None
     speed = one.estimate.decode_tok_s.best
     return round(quality_kept(one.case) * speed / (speed + _HALF_TOK_S), 4), -_order(one)
@@ -179,7 +220,7 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     wider = [one for one in fitting if PRECISIONS[one.case.precision].bits > bits]
     if not wider or bits == 16:
         return "highest quality that fits, and the fastest at that quality"
-    rival = max(wider, key=_worth)
+    rival = max(wider, key=worth)
     assert rival.estimate is not None
     times = best.estimate.decode_tok_s.best / rival.estimate.decode_tok_s.best
     name = rival.case.way

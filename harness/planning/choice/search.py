@@ -1,25 +1,27 @@
-"""The best ways there are: precision x placement x KV cache, of which those stay that no other is better than in everything.
+"""The best ways there are: precision x placement x KV cache x attention, of which those stay that no other is better than.
 
 What counts is speed, the share of the answers that stay right, and the longest context that fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from harness.core.attention import KV_FORMS
+from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS, defaults
 from harness.core.records import USUAL_KV, Case, Plan, Verdict, Workload
 from harness.core.units import significant
+from harness.planning.device_map.experts import experts_of
 from harness.planning.planner import Planner
-from harness.planning.verdict import experts_of
 
 # Speeds and contexts that are nearer to each other than this are alike: then the plainer way stays.
-_SPEED_ALIKE, _CONTEXT_ALIKE = 0.05, 0.1
+SPEED_ALIKE, _CONTEXT_ALIKE = 0.05, 0.1
+_FLASH = tuple(row.name for row in ATTENTIONS.values() if row.gpu_only)
+_RANKS = (Verdict.FITS, Verdict.TIGHT, Verdict.TOO_BIG)
 
 
 class Searched(NamedTuple):
@@ -30,6 +32,7 @@ class Searched(NamedTuple):
 
     plans: list[Plan]
     contexts: dict[str, int]
+    best: Plan | None
 
 
 class _Way(NamedTuple):
@@ -38,14 +41,8 @@ class _Way(NamedTuple):
     quality: float
     context: int
 
-    def is_no_worse(self, other: _Way, *, nearly: bool) -> bool:
-        """Say whether this is as good as another in everything, or nearly."""
-        speed, context = (_SPEED_ALIKE, _CONTEXT_ALIKE) if nearly else (0.0, 0.0)
-        return (
-            self.quality >= other.quality
-            and self.speed >= other.speed * (1 - speed)
-            and self.context >= other.context * (1 - context)
-        )
+    def is_no_worse(self, other: _Way) -> bool:
+        return self.quality >= other.quality and self.speed >= other.speed and self.context >= other.context
 
 
 def quality_kept(case: Case) -> float:
@@ -53,35 +50,50 @@ def quality_kept(case: Case) -> float:
     return PRECISIONS[case.precision].quality_kept * KV_FORMS[case.kv].quality_kept
 
 
-def search(planner: Planner, workload: Workload, least_tok_s: float = 0.0) -> Searched:
+def search(
+    planner: Planner, workload: Workload, least_tok_s: float = 0.0, choose: Callable[[Sequence[Plan]], Plan | None] = lambda _: None
+) -> Searched:
     """Plan every precision that can load the model, wherever it can go, with every KV cache that could help; keep the best.
 
-    `least_tok_s` is the speed below which a way is none.
+    `least_tok_s` is the speed below which a way is none; the one that `choose` takes of all ways stays in any case.
     """
     plans = list(_planned(planner, workload))
     good = [one for one in plans if one.verdict.is_good and one.estimate is not None]
-    fast = [one for one in good if one.estimate and one.estimate.decode_tok_s.best >= least_tok_s]
-    front = _front(planner, fast)
+    fast = [one for one in good if _speed(one) >= least_tok_s]
+    best = choose(fast)
+    front = _front(planner, fast, best)
     kept = [way.plan for way in front]
-    slow = [_too_slow(one, least_tok_s) for one in good if one not in fast]
-    return Searched(kept + _failing([*plans, *slow], fast), {way.plan.case.id: way.context for way in front})
+    slow = [_too_slow(one, least_tok_s) for one in good if _speed(one) < least_tok_s]
+    return Searched(kept + _failing([*plans, *slow], fast), {way.plan.case.id: way.context for way in front}, best)
 
 
 def _planned(planner: Planner, workload: Workload) -> Iterator[Plan]:
-    """Yield the plans; a KV cache in another form only where the usual one does not fit or not with the whole context."""
+    """Yield the plans; another KV cache or attention only where the usual ones do not fit with the whole context."""
     gpus = len(planner.machine.gpus)
-    places = [name for name in distinct(PLACEMENTS, gpus) if not PLACEMENTS[name].lacks_gpus(gpus)]
-    places += [row.name for row in PLACEMENTS.values() if row.experts_in_ram and gpus and experts_of(planner.spec.skeleton)]
-    for precision in _precisions(planner):
-        for placement in places:
-            case = Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload)
-            usual = planner.plan(case)
-            yield usual
-            if usual.estimate is None or not planner.can_hold(case):
-                continue
-            if usual.verdict is Verdict.FITS and planner.max_context(usual) == planner.spec.context_length:
-                continue
-            yield from (planner.plan(replace(case, kv=kv)) for kv in KV_FORMS if kv != USUAL_KV)
+    asked = [name for name in distinct(PLACEMENTS, gpus) if not PLACEMENTS[name].lacks_gpus(gpus)]
+    asked += [row.name for row in PLACEMENTS.values() if row.experts_in_ram and gpus and experts_of(planner.spec.skeleton)]
+    model = planner.spec.name
+    usual = [
+        planner.plan(Case(model=model, precision=precision, placement=placement, workload=workload))
+        for precision in _precisions(planner)
+        for placement in asked
+    ]
+    yield from usual
+    for one in _improvable(planner, usual):
+        yield from _varied(planner, one)
+
+
+def _varied(planner: Planner, one: Plan) -> Iterator[Plan]:
+    """Yield a plan with other attention where that takes less memory, and with every other KV cache."""
+    kinds: list[str | None] = [None]
+    for name in _FLASH if planner.machine.gpus else ():
+        other = planner.plan(replace(one.case, attention=name))
+        if other.estimate is not None and _needs(other) < _needs(one):
+            yield other
+            kinds.append(name)
+    yield from (
+        planner.plan(replace(one.case, kv=kv, attention=attention)) for attention in kinds for kv in KV_FORMS if kv != USUAL_KV
+    )
 
 
 def _precisions(planner: Planner) -> list[str]:
@@ -90,24 +102,79 @@ def _precisions(planner: Planner) -> list[str]:
     return [name for name in asked if planner.spec.stored_as is not None or PRECISIONS[name].requires_checkpoint is None]
 
 
-def _front(planner: Planner, plans: Sequence[Plan]) -> list[_Way]:
-    """Return the ways that no other is as good as in everything, best quality first and the fastest of equals."""
-    ways = [
-        _Way(one, one.estimate.decode_tok_s.best, quality_kept(one.case), planner.max_context(one) or 0)
-        for one in plans
-        if one.estimate is not None
-    ]
-    # Of what is alike the first stays: what surely fits, then the plainest.
-    ways.sort(key=lambda way: (way.plan.verdict is not Verdict.FITS, _plainness(way.plan.case)))
+def _improvable(planner: Planner, usual: Sequence[Plan]) -> list[Plan]:
+    """Return the plans that less memory for the cache could make a way, or a longer one: those that no other is as good as."""
+    planned = [one for one in usual if one.estimate is not None]
+    planned.sort(key=lambda one: (-quality_kept(one.case), -_speed(one), _RANKS.index(one.verdict) if one.verdict in _RANKS else 9))
+    leading: list[Plan] = []
+    for one in planned:
+        if not any(_is_as_good(other, one) for other in leading):
+            leading.append(one)
+    return [one for one in leading if planner.can_hold(one.case) and not _has_all(planner, one)]
+
+
+def _has_all(planner: Planner, one: Plan) -> bool:
+    return one.verdict is Verdict.FITS and planner.holds(one, planner.spec.context_length)
+
+
+def _is_as_good(one: Plan, other: Plan) -> bool:
+    """Say whether a plan is as good in quality and speed, in as little of each tier.
+
+    A map that is computed for its case gains by what is saved, so it is only held against those of other precisions.
+    """
+    if _adapts(other) and one.case.placement != other.case.placement:
+        return False
+    assert one.estimate is not None
+    assert other.estimate is not None
+    theirs = other.estimate.tiers
+    return (
+        quality_kept(one.case) >= quality_kept(other.case)
+        and _speed(one) >= _speed(other)
+        and (one.verdict.is_good or not other.verdict.is_good)
+        and all(name in theirs and tier.needed_bytes <= theirs[name].needed_bytes for name, tier in one.estimate.tiers.items())
+    )
+
+
+def _adapts(one: Plan) -> bool:
+    row = PLACEMENTS[one.case.placement]
+    spills = (
+        any(tier.weights_bytes and not name.startswith("gpu") for name, tier in one.estimate.tiers.items())
+        if one.estimate
+        else False
+    )
+    return spills and (row.map_is_recommended or row.experts_in_ram)
+
+
+def _front(planner: Planner, plans: Sequence[Plan], best: Plan | None) -> list[_Way]:
+    """Return the ways that no other is as good as in everything, best quality first and the fastest of equals.
+
+    Of what is alike the first stays: the best, then what surely fits, then the plainest. How long a context fits is counted of
+    those alone that are not beaten by a way as good in all else.
+    """
+    order = sorted(
+        plans, key=lambda one: (one is not best, one.verdict is not Verdict.FITS, _plainness(one.case), -quality_kept(one.case))
+    )
     front: list[_Way] = []
-    for way in ways:
-        if not any(other.is_no_worse(way, nearly=True) for other in front):
-            front = [other for other in front if not way.is_no_worse(other, nearly=False)] + [way]
+    for one in order:
+        speed, quality = _speed(one), quality_kept(one.case)
+        beaten = [way.context for way in front if way.quality >= quality and way.speed >= speed * (1 - SPEED_ALIKE)]
+        if beaten and not planner.holds(one, int(max(beaten) / (1 - _CONTEXT_ALIKE)) + 1):
+            continue
+        found = _Way(one, speed, quality, planner.max_context(one) or 0)
+        front = [other for other in front if other.plan is best or not found.is_no_worse(other)] + [found]
     return sorted(front, key=lambda way: (-way.quality, -way.speed))
 
 
-def _plainness(case: Case) -> tuple[int, int]:
-    return [*KV_FORMS].index(case.kv), ("direct", "cpu", "auto", *PLACEMENTS).index(case.placement)
+def _speed(one: Plan) -> float:
+    return one.estimate.decode_tok_s.best if one.estimate else 0.0
+
+
+def _needs(one: Plan) -> int:
+    return sum(tier.needed_bytes for tier in one.estimate.tiers.values()) if one.estimate else 0
+
+
+def _plainness(case: Case) -> tuple[bool, int, int]:
+    return case.attention is not None, [*KV_FORMS].index(case.kv), ("direct", "cpu", "auto", *PLACEMENTS).index(case.placement)
 
 
 def _too_slow(one: Plan, least_tok_s: float) -> Plan:

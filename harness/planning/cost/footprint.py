@@ -52,7 +52,7 @@ class Loading(NamedTuple):
     off_gpu: Inventory | None = None  #: what lies off the GPUs, if its weight format is another
     begins_on: tuple[str, ...] = ()  #: GPUs that a library begins on to see what is free, weights or not
     processes: int = 1  #: how many share every layer (tensor parallelism), each on a GPU of its own or all in RAM
-    experts_in_ram: bool = False  #: whether routed experts stay in RAM and are multiplied there
+    experts_in_ram: tuple[str, ...] = ()  #: the blocks whose routed experts stay in RAM and are multiplied there
     expandable: bool = False  #: whether torch's allocator uses expandable segments
     attention: str | None = None  #: the implementation that is asked for
     capability: str | None = None  #: the compute capability of the oldest GPU: which kernels run goes by it
@@ -87,11 +87,10 @@ class Footprint:
         # GPUs that share a layer read at the same time, so one of them stands for all.
         self.gpus = sorted(tier for tier in self.weights if tier.startswith("gpu"))
         sums = [*self.sums.items()][: 1 if self.processes > 1 else None]
-        # To a GPU accelerate copies whole tensors, and stacked experts are one, whichever of them a token chooses.
+        # To a GPU accelerate copies whole tensors: stacked experts, whichever of them a token chooses, and an embedding.
         whole = bool(self.gpus) and not loading.experts_in_ram
-        self.read = {
-            tier: one.read + (one.passed_by if whole and not tier.startswith("gpu") else 0.0) for tier, one in sums if one.read
-        }
+        read = {tier: one.read + (one.passed_by if whole and not tier.startswith("gpu") else 0.0) for tier, one in sums}
+        self.read = {tier: size for tier, size in read.items() if size}
         # The device that computes what lies on no GPU.
         self.main = self.gpus[0] if self.gpus else "cpu"
         self.overhead = Overhead(inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
@@ -103,7 +102,7 @@ class Footprint:
             return {"cpu": inventory.cut_in_ram(count)} if tiers == "cpu" else dict.fromkeys(_gpus(count), inventory.cut(count))
         if self.loading.experts_in_ram:
             assert isinstance(tiers, str)
-            return dict(zip((tiers, "cpu"), experts_apart(inventory), strict=True))
+            return dict(zip((tiers, "cpu"), experts_apart(inventory, self.loading.experts_in_ram), strict=True))
         sums = inventory.by_tier(tiers)
         if self.loading.off_gpu is not None:
             others = self.loading.off_gpu.by_tier(tiers)
@@ -215,6 +214,8 @@ class Footprint:
             return Bytes()
         inventory, tiers = self.inventory, self.tiers
         pieces = None if isinstance(tiers, str) else [path for path, tier in tiers.items() if tier == name]
+        if self.loading.experts_in_ram:  # beside them a block has nothing that is made of parts
+            pieces = [piece.path for piece in self.skeleton.pieces if piece.path not in self.loading.experts_in_ram]
         one_by_one = self.fmt.quantizer is not None or "disk" in self.weights
         found = load_order.on_card(inventory.load_runs, pieces, one_by_one)
         share, compared = 1 / self.processes, self.sums[name].twice / self.fmt.element_bytes  # at the end, a bool each

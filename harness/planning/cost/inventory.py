@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -48,7 +48,7 @@ class TensorTotals:
     joined: float = 0  #: of `held`, what is made by stacking
     twice: float = 0  #: tied weights that the files store again, until transformers 5 finds both equal and ties them
     compared: float = 0  #: read from the file for that comparison, if both are views of it
-    passed_by: float = 0  #: of `held`, experts that a token does not choose, in one tensor with those that it does
+    passed_by: float = 0  #: of `held`, what no token reads of a tensor that it does: experts not chosen, rows not looked up
 
     def add(self, other: TensorTotals) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -92,6 +92,7 @@ class Inventory:
         self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.inside)]
         self._on_gpu: dict[tuple[str | None, str | None], GpuActivations] = {}
         self._on_cpu: dict[str | None, Activations] = {}
+        self.experts_of_kinds: dict[Module, tuple[TensorTotals, TensorTotals]] = {}
         self.tensors = sum(count for weight, count in self.skeleton.tally if weight.tensor.kind != "unsaved")
 
     def on_gpu(self, capability: str | None, attention: str | None = None) -> GpuActivations:
@@ -226,7 +227,7 @@ class Inventory:
             stacked=self._parts_kept(weight, size),
             joined=size if self._stacks(weight) else 0,
             kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
-            passed_by=size - read if skeleton.is_stacked(weight) else 0,
+            passed_by=size - read if skeleton.is_stacked(weight) or weight.path not in self.per_token else 0,
         )
 
     def _repeated(self, weight: Weight) -> TensorTotals:
@@ -265,11 +266,26 @@ class Inventory:
         return size if self._casts(weight) and self.fmt.quantizer is None else size / 3
 
 
-def experts_apart(inventory: Inventory) -> tuple[TensorTotals, TensorTotals]:
-    """Return the sums of what every token passes and of the routed experts."""
+def experts_apart(inventory: Inventory, blocks: Collection[str]) -> tuple[TensorTotals, TensorTotals]:
+    """Return the sums of the routed experts of some blocks, and before them of all else."""
+    others, experts, kinds = TensorTotals(), TensorTotals(), inventory.experts_of_kinds
+    for (path, sums), piece in zip(inventory.rows, inventory.skeleton.pieces, strict=True):
+        if path in blocks:
+            if piece.like not in kinds:
+                kinds[piece.like] = _of_kind(inventory, piece.like)
+            beside, routed = kinds[piece.like]
+            others.add(beside)
+            experts.add(routed)
+        else:
+            others.add(sums)
+    return others, experts
+
+
+def _of_kind(inventory: Inventory, kind: Module) -> tuple[TensorTotals, TensorTotals]:
+    """Return the same sums of one piece of a kind."""
     others, experts = TensorTotals(), TensorTotals()
-    for weight, times in inventory.skeleton.tally:
-        (experts if is_expert(weight.path) else others).add(inventory._sums(weight).times(times))
+    for weight in (weight for module in kind.inside for weight in module.weights):
+        (experts if is_expert(weight.path) else others).add(inventory._sums(weight))
     return others, experts
 
 

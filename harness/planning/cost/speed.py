@@ -125,7 +125,7 @@ class _Timing:
 
     def _host(self) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
-        in_ram = self.work.operations.experts * self.rates.cost("cpu_s_per_operation") if self.work.handed_over else 0.0
+        in_ram = self.work.operations.experts * self.work.experts_in_ram * self.rates.cost("cpu_s_per_operation")
         count, start = self._started("best"), self.rates.start("best")
         return joined(count * start, self._started() / count, self.rates.start() / start) + in_ram
 

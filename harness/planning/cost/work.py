@@ -11,6 +11,7 @@ from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
+from harness.planning.device_map.experts import blocks_of_experts
 
 
 class TokenWork(Record, frozen=True, kw_only=True):
@@ -37,6 +38,7 @@ class TokenWork(Record, frozen=True, kw_only=True):
     to_gpu_bytes: int
     anew: int  #: weights that are unpacked for each token
     handed_over: int = 0  #: times that a token goes from the GPU to experts in RAM or back
+    experts_in_ram: float = 0.0  #: the share of the blocks with experts whose experts are there
 
 
 def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenWork:
@@ -71,7 +73,8 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         written=footprint.written,
         quantized=int(sum(sums.quantized for sums in footprint.sums.values()) / 2),
         anew=inventory.quantizable if anew or footprint.fmt.unpacking else 0,
-        handed_over=2 * len(footprint.skeleton.layers) if footprint.loading.experts_in_ram else 0,
+        handed_over=2 * len(footprint.loading.experts_in_ram),
+        experts_in_ram=_share_of_experts(footprint),
         to_gpu_bytes=sum(footprint.weights[gpu] for gpu in footprint.gpus),
     )
 
@@ -99,6 +102,11 @@ def _stored(fmt: WeightFormat) -> str | None:
     if fmt.packed_bits is None or fmt.unpacking:
         return None
     return "fp8" if fmt.in_blocks else "stored_int8" if fmt.packed_bits > 6 else "stored_int4"
+
+
+def _share_of_experts(footprint: Footprint) -> float:
+    in_ram = len(footprint.loading.experts_in_ram)
+    return in_ram / len(blocks_of_experts(footprint.skeleton)) if in_ram else 0.0
 
 
 def _is_quantized(inventory: Inventory) -> bool:

@@ -27,7 +27,9 @@ class RecommendedMap(Record, frozen=True, kw_only=True):
     kv_bytes: dict[Device, int]
     blocks: int
     blocks_off: int  #: of these, not on a GPU
+    bytes_off: int  #: of the weights, not on a GPU
     why: str
+    expandable: bool = False  #: whether it takes torch's expandable segments
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # each is itself alone: they are looked up a thousand times
@@ -88,6 +90,7 @@ class Recommender:
             kv_bytes=_kv_by_device(placed),
             blocks=sum(part.block for part in self._parts),
             blocks_off=sum(part.block for part in _off(placed)),
+            bytes_off=int(sum(part.weights for part in _off(placed))),
             why=_compare(placed, self._auto, room, self._budgets) if explain else "",
         )
 

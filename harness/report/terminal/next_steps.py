@@ -44,7 +44,7 @@ def proof_command(recommendation: Recommendation, one: Plan, asked: Asked) -> st
     )
     row = PLACEMENTS[one.case.placement]
     named = f" --placement {row.name}" if row.parallel and "--placement" not in asked.cases else ""
-    cases = _options_of(one.case) if recommendation.contexts else f"{asked.cases}{named}"
+    cases = _options_of(one.case) if recommendation.contexts or recommendation.is_found else f"{asked.cases}{named}"
     return f"pytest cases/ --model {_sayable(recommendation, file_option=False)}{tokens}{asked.code}{cases}"
 
 
