@@ -359,5 +359,7 @@ def _wind_up(session: pytest.Session, ours: Session) -> None:
     if page is not None and reporter is not None:
         if resumed := ours.resumed():
             reporter.write_line(line(resumed))
+        if disturbed := ours.disturbed():
+            reporter.write_line(line(disturbed), yellow=True)
         reporter.write_line(f"{ours.added + len(ours.kept)} results in {line(str(ours.store.path))}")
         reporter.write_line(f"page: {line(str(page))}")

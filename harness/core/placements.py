@@ -40,6 +40,7 @@ class Placement(Record, frozen=True, kw_only=True):
     first_gpu_only: bool = False  #: leaves every GPU but one empty: the first, unless another has more memory
     experts_in_ram: bool = False  #: what is routed stays in RAM after loading, where the processor multiplies with it
     gpu: int = 0  #: the number of that one
+    writes_inferred_map: bool = False  #: its code has the map that accelerate infers from limits, not the limits
 
     @property
     def map_is_recommended(self) -> bool:
@@ -54,7 +55,7 @@ class Placement(Record, frozen=True, kw_only=True):
     @property
     def prints_map(self) -> bool:
         """Whether its code names a tier for every module: transformers has no word for such a map."""
-        return self.device_map in _EXPLICIT_MAPS
+        return self.writes_inferred_map or self.device_map in _EXPLICIT_MAPS
 
     @property
     def splits_devices(self) -> bool:
@@ -81,6 +82,17 @@ class Placement(Record, frozen=True, kw_only=True):
         if isinstance(placed, Mapping):
             placed = {path: gpu if device == 0 else device for path, device in placed.items()}
         return msgspec.structs.replace(self, gpu=gpu, device_map=placed)
+
+    def mapped(self, gpus: int) -> Placement:
+        """Return this row as it loads weights that transformers leaves off the GPUs of an explicit map alone, and there in 16 bits.
+
+        What limits would send off the GPUs is written out as a map; without a GPU, and where neither limits nor a computed map may
+        leave anything off it, the row stays as it is.
+        """
+        if not (gpus or self.needs_gpu) or not (self.limits or self.map_is_recommended):
+            return self
+        traits = (_SPLITS_DEVICES, *(trait for trait in self.traits if trait != "offloads_to_cpu"))
+        return msgspec.structs.replace(self, traits=traits, writes_inferred_map=self.limits is not None)
 
     def filled(self, device_map: Mapping[str, str | int]) -> Placement:
         """Return this row as one file fills it: an explicit map says which devices are used, and what a precision may refuse.

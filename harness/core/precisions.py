@@ -72,7 +72,7 @@ _TRACED_FORMS = ("GPTQ", "AWQ", "MXFP4")
 _DISPATCHES = "load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"
 _ALONE = "tensor parallelism is untested with these weights: use bf16 or fp16"
 _BNB_INCOMPATIBLE = {
-    "offloads_to_cpu": "transformers does not offload bitsandbytes weights from a GPU to the CPU, nor to disk at all "
+    "offloads_to_cpu": "transformers leaves parts of a bitsandbytes model off the GPU by an explicit device_map alone, in 16 bits "
     '("Some modules are dispatched on the CPU or the disk")',
     "parallel": "transformers 5.23 cannot split bitsandbytes weights over processes: the parts lose their quantization state",
     "dispatches": _DISPATCHES,

@@ -339,6 +339,19 @@ def power_capped(windows: Sequence[Interference]) -> str:
     return ", ".join(f"{tier} was at its power cap in {hit} of {len(warm)} warm rounds" for tier, hit in hits.items() if hit)
 
 
+def advice(cases: Sequence[Sequence[Interference]]) -> str | None:
+    """Say of the windows of several cases that other programs took time from them, and what to do; None if from none."""
+    hit = [windows for windows in cases if any(_others([window]) for window in windows)]
+    if not hit:
+        return None
+    most = max((window for windows in hit for window in windows), key=lambda window: window.others_cores or 0.0)
+    return (
+        f"other programs took up to {most.others_cores:.2g} of {most.cpus} cores during {len(hit)} of "
+        f"{len(cases)} case{'s' * (len(cases) > 1)}, which can slow a token tenfold: measure again on a quiet machine, "
+        "or with a thread fewer, e.g. OMP_NUM_THREADS=1"
+    )
+
+
 def undisturbed(rounds: Sequence[T], windows: Sequence[Interference]) -> list[T]:
     """Return those of the warm rounds whose window says nothing of a disturbance."""
     warm = [window for window in windows if window.phase == "warm"]

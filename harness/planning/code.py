@@ -48,6 +48,14 @@ _ONE_CALL = re.compile(
     r'MODEL = (".*")\n\nfrom transformers import (\w+)\n\nmodel = \2\.from_pretrained\(\n    MODEL,\n((?: {4}.*,\n)*)\)\n'
 )
 
+# glibc maps large blocks one by one until the first of them is freed, and takes those after it from its heap. There what is kept of
+# a tensor lies in the hole of a copy: by chance the heap grew by up to 2.7 times the 16-bit weights. A threshold that is set
+# stays.
+_TAME_HEAP = (
+    'if sys.platform == "linux":',
+    "    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: give back what quantizing copies",
+)
+
 # What a worker does as well (`worker.model`): a model's own generation_config may ask for beams, samples or several answers.
 _GREEDY = "model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id{})  # greedy, one answer"
 
@@ -76,7 +84,8 @@ def loading_code(
     if isinstance(config, Config):
         arguments["quantization_config"] = config
     elif config is not None:
-        off_gpu = precision.off_gpu if placement.splits_devices else None
+        is_divided = placement.splits_devices and not {"cpu", "disk"}.isdisjoint((device_map or {}).values())
+        off_gpu = precision.off_gpu if is_divided else None
         arguments["quantization_config"] = _quantization(config, dtype) | dict(off_gpu or {})
     arguments |= placement.arguments()
     if placement.prints_map:
@@ -97,8 +106,11 @@ def loading_code(
     if placement.experts_in_ram:
         imports = ["import torch", *imports]
         given = (*given, "from accelerate.hooks import AlignDevicesHook", "from accelerate.hooks import add_hook_to_module")
+    tamed = [*_TAME_HEAP, ""] if precision.quantizes and not on_gpu else []
+    if tamed:
+        imports = ["import ctypes", "import sys", "", *imports]
     imports += _imports(f"from transformers import {facts.auto_class}", *given)
-    lines = [*imports, "", f"model = {facts.auto_class}.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
+    lines = [*imports, "", *tamed, f"model = {facts.auto_class}.from_pretrained(", "    MODEL,", *_written(arguments), ")"]
     if placement.experts_in_ram:
         lines += ["", *_moving_all_but_experts(placement.gpu)]
     if placement.moves_after_loading:

@@ -31,7 +31,8 @@ def gate(
     was only described: what is installed on this one says nothing about it. `placement` and `precision` stand for the rows of those
     names.
     """
-    precision, placement = precision or PRECISIONS[case.precision], placement or PLACEMENTS[case.placement].on(machine.main_gpu)
+    precision = precision or PRECISIONS[case.precision]
+    placement = placement or row_on(machine, PLACEMENTS[case.placement], precision)
     if precision.unsupported:
         return Verdict.INVALID, precision.unsupported
     # Without a GPU what may use one lies in RAM alone.
@@ -51,6 +52,12 @@ def gate(
     if missing:
         return Verdict.UNAVAILABLE, _needs(missing)
     return _too_old(precision, placement, machine)
+
+
+def row_on(machine: Machine, placement: Placement, precision: Precision) -> Placement:
+    """Return a row of the table as it loads a precision on a machine: on which GPU, and what leaves the GPUs by which map."""
+    on_gpu = placement.on(machine.main_gpu)
+    return on_gpu.mapped(len(machine.gpus)) if precision.off_gpu is not None else on_gpu
 
 
 def _needs(missing: Sequence[str], extra: str | None = None) -> str:
@@ -100,7 +107,8 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     refused = gate(case, machine)
     if refused:
         return Plan(case=case, verdict=refused[0], why=refused[1])
-    precision, placement = PRECISIONS[case.precision], PLACEMENTS[case.placement].on(machine.main_gpu)
+    precision = PRECISIONS[case.precision]
+    placement = row_on(machine, PLACEMENTS[case.placement], precision)
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[placement.gpu].compute_capability if on_gpu else None)
     if placement.prints_map or (placement.limits and checkpoint is None):

@@ -64,7 +64,7 @@ class Planner:
         self.constants = calibration.with_context(constants or calibration.default(), machine)
         self.judge = Judge(spec=self.spec, machine=machine, here=here, trust=trust)
         rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
-        self._placements = {name: row.on(machine.main_gpu) for name, row in rows.items()}
+        self._placements = dict(rows)
         known = [gpu.compute_capability for gpu in machine.gpus if gpu.compute_capability]
         self._capability = min(known, key=float, default=None)
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
@@ -101,7 +101,7 @@ class Planner:
             form = quantization.form_for(row, self.spec.config or {"model_type": self.spec.skeleton.model_type})
             if form is not None:
                 return self._in_another_form(case, form)
-        placement = self._placements[case.placement]
+        placement = self._placement(case)
         refused = self.judge.refusal(case, placement)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
@@ -126,6 +126,7 @@ class Planner:
         if placement.experts_in_ram:
             by_module |= dict.fromkeys(experts_of(self.spec.skeleton), "cpu")
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
+        limits = None if placement.writes_inferred_map else limits
         destination = Destination(max_memory=limits, device_map=by_module, on_gpu=on_gpu)
         return Plan(
             case=case,
@@ -144,7 +145,7 @@ class Planner:
 
     def can_hold(self, case: Case) -> bool:
         """Say whether the memory of known size that a placement fills is as large as the weights: if not, no plan of it fits."""
-        placement, precision = self._placements[case.placement], self.spec.adapted(PRECISIONS[case.precision])
+        placement, precision = self._placement(case), self.spec.adapted(PRECISIONS[case.precision])
         fmt = estimate.weight_format(precision, self._dtype(precision, placement), self.spec)
         filled = [tier for tier in tiers.fillable(self.machine) if tier.kind in placement.devices]
         if "disk" in placement.devices and all(tier.capacity_bytes is not None for tier in filled):
@@ -187,6 +188,10 @@ class Planner:
 
     def _between(self, ranks: int) -> str:
         return _BETWEEN.format(ranks, "" if self.machine.gpus else _ONE_THREAD)
+
+    def _placement(self, case: Case) -> Placement:
+        """Return the row of a case as it loads this checkpoint on this machine."""
+        return feasibility.row_on(self.machine, self._placements[case.placement], self.spec.adapted(PRECISIONS[case.precision]))
 
     def _dtype(self, precision: Precision, placement: Placement) -> str:
         on_gpu = placement.devices[0] == "gpu" and self.machine.gpus
@@ -242,7 +247,7 @@ class Planner:
         return int(estimate.beside_weights(terms) + doubt * min(inventory.total.held, capacity))
 
     def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device]) -> Footprint:
-        gguf, placement = self.spec.gguf, self._placements[case.placement]
+        gguf, placement = self.spec.gguf, self._placement(case)
         plain_off_gpu = leaves_off_gpu(self.spec.adapted(PRECISIONS[case.precision]), placement)
         loading = Loading(
             through_ram=placement.moves_after_loading or placement.experts_in_ram or (gguf is not None and gguf.through_ram),

@@ -91,7 +91,9 @@ def line(run: Run, sample: Sample, number: int, total: int) -> str:
     seconds = int(run.seconds)
     memory = [f"{tier} {format_size(size)}" for tier, size in sorted(sample.vram_bytes.items())]
     memory.append(f"RAM {format_size(sample.ram_bytes)}")
-    return text.line("  ".join([run.plan.case.id, f"{number}/{total}", phase, f"{seconds // 60:02d}:{seconds % 60:02d}", *memory]))
+    disturbed = ["disturbed" for window in run.measured.windows[-1:] if window.why]
+    told = [f"{number}/{total}", phase, f"{seconds // 60:02d}:{seconds % 60:02d}", *disturbed]
+    return text.line("  ".join([run.plan.case.id, *told, *memory]))
 
 
 def summary(result: Result) -> str:

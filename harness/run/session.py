@@ -11,10 +11,11 @@ from pathlib import Path
 
 from harness.core.errors import UsageError
 from harness.core.progress import show_progress
-from harness.core.records import Case, Machine, Plan, Result
+from harness.core.records import Case, Interference, Machine, Plan, Result
 from harness.machine import accelerators, probe
 from harness.machine.scratch import Scratch
 from harness.machine.signals import Interrupts
+from harness.measure import interference
 from harness.measure.sampler import Gpus
 from harness.planning import code
 from harness.planning.device_map import user_map
@@ -56,6 +57,7 @@ class Session:
         self._untraced: list[str] = []  #: why the memory of some cases is not from a trace
         self._again: list[str] = []  #: why each of the others ran
         self._baseline: list[Result] = []
+        self._windows: list[Sequence[Interference]] = []  #: of each case that was run
         self._last: Result | None = None
         self._recorded = 0  # results of this run, on the disk or not
 
@@ -205,7 +207,12 @@ class Session:
         """Say what was kept and why the rest was run; None without --resume."""
         return resume.describe_kept(len(self.kept), self._again, self._references.reloaded) if self.options.resume else None
 
+    def disturbed(self) -> str | None:
+        """Say what took time from the cases that were run, and what to do; None if nothing did."""
+        return interference.advice(self._windows)
+
     def _record(self, result: Result) -> None:
+        self._windows.append(result.interference)
         self._last, self._recorded = result, self._recorded + 1
         self.store.append(result)
         self.added = self._recorded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from harness.core.errors import UsageError
 from harness.data import DATA
 
 CATALOG = shipped.catalog()
+# Where a config stands: a repository, and a file of it at a commit or a release, or one of its threads.
+PLACE = re.compile(r"[\w.-]+/[\w.-]+ (?:\S+ @[\w.]{6,}|(?:issue|pull) \d+)")
 TINY_LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -42,7 +45,14 @@ def test_total_is_what_others_publish(name: str) -> None:
     counted = {entry.parameters, entry.parameters + (head if stored and stored.repeats_head else 0)}
     assert min(abs(number / entry.published - 1) for number in counted) < 0.01
     assert entry.published_by
-    assert entry.source
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_a_config_stands_in_a_public_repository(name: str) -> None:
+    source = CATALOG[name].source
+    assert PLACE.search(source)
+    # Neither decides a shape.
+    assert set(re.findall(r"(\S+) from memory", source)) <= {"torch_dtype", "rope_theta"}
 
 
 def test_catalog_has_its_models_under_short_names_too() -> None:

@@ -122,7 +122,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
 
 def test_what_cannot_be_is_known_before_loading(say: Said) -> None:
     plans = {plan["case"]: plan for plan in planned(say, "chatglm-6b", *PROFILE)["plans"]}
-    assert plans["chatglm-6b/int8/gpu+cpu"]["verdict"] == "invalid"
+    assert plans["chatglm-6b/int8/dispatch"]["verdict"] == "invalid"
     assert plans["chatglm-6b/fp16/direct"]["verdict"] == "too_big"
     assert plans["chatglm-6b/fp16/gpu+cpu"]["max_memory"].keys() == {"gpu:0", "cpu"}
     homes = set(plans["chatglm-6b/fp16/gpu+cpu"]["device_map"].values())
@@ -349,7 +349,7 @@ def test_nothing_fits_is_exit_status_1(say: Said) -> None:
         (["chatglm-6b", "--context", "200", "--prompt-tokens", "9"], "give one of them"),
         (["chatglm-6b", "--code", "int8"], "no case 'int8'"),
         (["chatglm-6b", "--code", "int8/direct", "--json"], "--code and --explain show one case"),
-        (["chatglm-6b", "--gpu", "8GiB", "--code", "int8/gpu+cpu"], "cannot be loaded: transformers does not offload"),
+        (["chatglm-6b", "--gpu", "8GiB", "--code", "quanto-int8/gpu+cpu"], "cannot be loaded: transformers does not offload"),
         (["chatglm-6b", "--ram", "8GiB", "--prove-min-ram"], "--prove-min-ram runs on this machine: drop --ram"),
         (["chatglm-6b", "--device-map", "nowhere.json"], "--device-map nowhere.json: No such file or directory"),
         (["chatglm-6b", "--placement", "file"], "placement file is a device map of yours: give it by --device-map FILE"),

@@ -46,8 +46,14 @@ def _efficient(
     return [_OWN_ATTENTION(query, key, value, attn_mask=bias, is_causal=causal, scale=given.get("scale"))]
 
 
+def _counts(values: Any, *given: Any, **named: Any) -> Any:
+    """Count whole numbers as CUDA does; a processor counts floating-point ones alone."""
+    return aten.histc.default(values.float(), *given, **named).to(values.dtype)
+
+
 # Kernels that the processor lacks, for values.
 _VALUES: dict[Any, Callable[..., Any]] = {
+    aten.histc.default: _counts,
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_efficient_attention.default: _efficient,
 }

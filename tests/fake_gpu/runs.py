@@ -30,6 +30,8 @@ PARTS = ("load", "prefill", "decode")
 # Where the table of placements can be tried: each on one card that needs no more, and on two of which the second is larger. Those
 # of several processes need cards that take part in collectives.
 SINGLE = tuple(row.name for row in PLACEMENTS.values() if "gpu" in row.devices and not row.parallel and not row.experts_in_ram)
+# On one card, of a model with experts.
+MIXED = ("cpu", "direct", *(row.name for row in PLACEMENTS.values() if row.experts_in_ram))
 ON_ONE = tuple(name for name in SINGLE if PLACEMENTS[name].least_gpus <= 1)
 ON_TWO = SINGLE
 # On two cards that are together too small: those that fill what they find.
@@ -62,7 +64,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model, self.mute = folder / "tiny", folder / "mute" / "tiny"
+        self.model, self.mute, self.mixture = folder / "tiny", folder / "mute" / "tiny", folder / "mixture"
 
     def __getitem__(self, name: str) -> Run:
         said = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -73,9 +75,11 @@ class Runs:
         sizes = {"hidden_size": WIDTH, "intermediate_size": 172, "num_attention_heads": 4, "vocab_size": VOCABULARY}
         for folder in (self.model, self.mute):
             small_models.save("llama", folder, num_hidden_layers=LAYERS, **sizes)
-        small_models.write_letters(self.model, VOCABULARY)
+        small_models.save("qwen3_moe", self.mixture, vocab_size=VOCABULARY)
+        for folder in (self.model, self.mixture):
+            small_models.write_letters(folder, VOCABULARY)
         with ThreadPoolExecutor(2) as pool:
-            jobs = (self._on_one, self._on_two, self._on_small, self._limited, self._astray)
+            jobs = (self._on_one, self._on_two, self._on_small, self._limited, self._astray, self._mixed)
             for done in [pool.submit(job) for job in jobs]:
                 done.result()
 
@@ -90,6 +94,9 @@ class Runs:
     def _on_small(self) -> None:
         limit = exact_size(CONTEXT_BYTES + self.weights_bytes * 45 // 100)
         self._run("small", "8,8", self.model, *SHORT, *_each(ON_SMALL), "--run-all", "--vram", limit)
+
+    def _mixed(self) -> None:
+        self._run("mixed", "8", self.mixture, *SHORT, *_each(MIXED))
 
     def _limited(self) -> None:
         """Run under limits that are known from a run that had enough: half the weights, a quarter of the rest, 1 KiB less."""

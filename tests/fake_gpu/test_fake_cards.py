@@ -34,7 +34,7 @@ from harness.planning.device_map.infer import STRATEGIES
 from harness.planning.device_map.tiers import device
 from harness.planning.planner import Planner
 from harness.results.audit import examine
-from tests.fake_gpu.runs import CONTEXT_BYTES, ON_ONE, ON_SMALL, ON_TWO, PARTS, SINGLE, Runs, peak
+from tests.fake_gpu.runs import CONTEXT_BYTES, MIXED, ON_ONE, ON_SMALL, ON_TWO, PARTS, SINGLE, Runs, peak
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard is lent as it lies in libc10.so")
 
@@ -90,12 +90,10 @@ def skeleton(runs: Runs) -> Any:
 
 
 def test_every_placement_that_uses_a_card_is_tried() -> None:
-    """But for tensor parallelism, whose processes speak to each other by a library that needs real cards, and for experts in RAM:
-
-    the model of these runs has none.
-    """
-    left = {row.name for row in PLACEMENTS.values() if "gpu" in row.devices} - {placement for _, placement in CASES}
-    assert left == {row.name for row in PLACEMENTS.values() if row.parallel or row.experts_in_ram}
+    """But for tensor parallelism: its processes speak to each other by a library that needs real cards."""
+    tried = {placement for _, placement in CASES} | {*MIXED}
+    left = {row.name for row in PLACEMENTS.values() if "gpu" in row.devices} - tried
+    assert left == {row.name for row in PLACEMENTS.values() if row.parallel}
     assert set(SINGLE) >= {FILE, "direct", "auto"}
 
 
@@ -111,6 +109,26 @@ def test_a_placement_writes_what_the_processor_writes(
     assert len({answer.answer for answer in result.quality.answers}) > 3
     expected = math.exp(on_the_processor["nll"] / on_the_processor["positions"])
     assert result.metrics["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("placement", MIXED[1:])
+def test_experts_answer_alike_wherever_they_lie(runs: Runs, placement: str) -> None:
+    result, usual = runs["mixed"].of(placement), runs["mixed"].of("cpu")
+    assert result.outcome is Outcome.OK, f"{result.why}\n{result.log_tail}"
+    assert set(result.checks.values()) == {verify.OK}
+    assert result.quality is not None
+    assert usual.quality is not None
+    assert [answer.answer for answer in result.quality.answers] == [answer.answer for answer in usual.quality.answers]
+    assert result.metrics["perplexity"] == pytest.approx(usual.metrics["perplexity"], rel=1e-3)
+
+
+def test_experts_that_stay_in_ram_are_all_that_does(runs: Runs) -> None:
+    result = runs["mixed"].of("experts-in-ram")
+    assert result.estimate is not None
+    assert result.loaded is not None
+    wanted = {tier: one.weights_bytes for tier, one in result.estimate.tiers.items() if one.weights_bytes}
+    assert result.loaded.tier_bytes == pytest.approx(wanted, rel=0.001)
+    assert wanted["gpu:0"] < result.metrics["vram_peak_bytes"] < wanted["gpu:0"] + wanted["cpu"] / 2
 
 
 @every_case

@@ -353,6 +353,16 @@ def window(phase: str = "warm", others: float = 0.0, why: str | None = None, **c
     return Interference(phase=phase, **found | changes)
 
 
+def test_what_others_took_is_summed_up_with_a_way_out() -> None:
+    quiet, busy = [window(), window()], [window(others=0.3), window(others=0.98)]
+    assert interference.advice([]) is None
+    assert interference.advice([quiet, quiet]) is None
+    told = interference.advice([quiet, busy, [window(others=0.5)]])
+    assert told is not None
+    assert told.startswith("other programs took up to 0.98 of 2 cores during 2 of 3 cases, ")
+    assert told.endswith(" e.g. OMP_NUM_THREADS=1")
+
+
 def test_quiet_windows_spoil_nothing() -> None:
     assert noise([window(phase) for phase in ("load", "cold", "warm", "warm", "score")]) == {}
 

@@ -151,8 +151,8 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
                 assert found.needed_high_bytes <= found.capacity_bytes
         for span in (plan.estimate.load_s, plan.estimate.first_token_s, plan.estimate.decode_tok_s):
             assert 0 < span.low <= span.best <= span.high
-        if plan.needs_checkpoint:
-            continue  # what another form would take is held against real files in tests/strangers
+        if plan.needs_checkpoint or "fp32_cpu_offload" in str(plan.code):
+            continue  # other forms are held against files in tests/strangers, maps of two against a loader in test_load_peak_gpu
         held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
         kept = estimate.weight_format(
             PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec

@@ -30,7 +30,7 @@ from harness.planning.code import Destination, Facts, code_head, loading_code, s
 from harness.planning.device_map import tiers
 from harness.planning.device_map.infer import MARGIN, STRATEGIES, Widths, infer
 from harness.planning.device_map.max_memory import LIMITS, Sizes, max_memory
-from harness.planning.feasibility import decide, gate
+from harness.planning.feasibility import decide, gate, row_on
 from harness.planning.planner import Planner
 from tests.support.builders import case, gpu, machine
 
@@ -51,8 +51,8 @@ GRIDS = {
         fp32  u      u          .    u           .        u       .    .
         bf16  u      u          .    u           .        u       .    .
         fp16  u      u          .    u           .        u       .    .
-        int8  u      u          .    u           x        x       x    .
-        int4  u      u          .    u           x        x       x    .
+        int8  u      u          .    u           x        u       x    .
+        int4  u      u          .    u           x        u       x    .
         gguf  u      u          x    u           x        u       x    x
         """,
     ),
@@ -63,8 +63,8 @@ GRIDS = {
         fp32  .      .          .    .           .        .       .    .
         bf16  .      .          .    .           .        .       .    .
         fp16  .      .          .    .           .        .       .    .
-        int8  u      u          u    u           x        x       x    .
-        int4  u      u          u    u           x        x       x    .
+        int8  u      u          u    u           x        u       u    .
+        int4  u      u          u    u           x        u       u    .
         gguf  u      u          u    u           u        u       u    x
         """,
     ),
@@ -75,8 +75,8 @@ GRIDS = {
         fp32  .      .          .    .           .        .       .    .
         bf16  .      .          .    .           .        .       .    .
         fp16  .      .          .    .           .        .       .    .
-        int8  u      u          u    u           x        x       x    .
-        int4  .      .          .    .           x        x       x    .
+        int8  u      u          u    u           x        u       u    .
+        int4  .      .          .    .           x        .       .    .
         gguf  u      u          u    u           u        u       u    x
         """,
     ),
@@ -87,8 +87,8 @@ GRIDS = {
         fp32  .      .          .    .           .        .       .    .
         bf16  .      .          .    .           .        .       .    .
         fp16  .      .          .    .           .        .       .    .
-        int8  u      u          u    u           x        x       x    .
-        int4  .      .          .    .           x        x       x    .
+        int8  u      u          u    u           x        u       u    .
+        int4  .      .          .    .           x        .       .    .
         gguf  u      u          u    u           u        u       u    x
         """,
     ),
@@ -99,8 +99,8 @@ GRIDS = {
         fp32  .      .          .    .           .        .       .    .
         bf16  .      .          .    .           .        .       .    .
         fp16  .      .          .    .           .        .       .    .
-        int8  .      .          .    .           x        x       x    .
-        int4  .      .          .    .           x        x       x    .
+        int8  .      .          .    .           x        .       .    .
+        int4  .      .          .    .           x        .       .    .
         gguf  .      .          .    .           .        .       .    x
         """,
     )),
@@ -150,7 +150,7 @@ def test_ways_to_share_among_gpus_want_two(placement: str) -> None:
         ({"a": "cpu"}, None),
         (
             {"a": "cpu", "b": "disk"},
-            "transformers does not offload bitsandbytes weights from a GPU to the CPU, nor to disk at all",
+            "transformers leaves parts of a bitsandbytes model off the GPU by an explicit device_map alone",
         ),
         ({"a": 2}, "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
     ],
@@ -173,7 +173,7 @@ def test_a_map_of_ones_own_is_judged_by_what_it_uses(device_map: dict[str, int |
         (AMPERE, ("quanto-int8", "gpu+cpu"), "transformers does not offload quanto weights from a GPU to the CPU"),
         (NO_GPU, ("torchao-int8", "disk"), "transformers moves weights to a GPU for torchao to quantize"),
         (PASCAL, ("int8", "direct"), "int8 needs compute capability 7.5, and RTX 3060 has 6.1"),
-        (AMPERE, ("int8", "gpu+cpu"), "transformers does not offload bitsandbytes weights from a GPU"),
+        (NO_GPU, ("int8", "disk"), "transformers leaves parts of a bitsandbytes model off the GPU by an explicit device_map alone"),
         (AMPERE, ("int4", "dispatch"), "load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_refusal_says_why(on: Machine, names: tuple[str, str], said: str) -> N
 
 
 def test_what_works_nowhere_is_said_before_what_is_missing_here() -> None:
-    refused = gate(case("int8", "gpu+cpu"), NO_GPU)
+    refused = gate(case("quanto-int8", "gpu+cpu"), NO_GPU)
     assert refused is not None
     assert refused[0] is Verdict.INVALID
 
@@ -524,8 +524,26 @@ def test_a_case_that_may_run_has_code_and_no_verdict_yet(precision: str, placeme
     plan = decide(case(precision, placement), AMPERE, SMALL)
     refused = gate(case(precision, placement), AMPERE)
     assert plan.case == case(precision, placement)
-    assert (plan.code is None) == (refused is not None or PLACEMENTS[placement].prints_map)
+    row = row_on(AMPERE, PLACEMENTS[placement], PRECISIONS[precision])
+    assert (plan.code is None) == (refused is not None or row.prints_map)
     assert (plan.verdict, plan.why) == (refused or (Verdict.UNKNOWN, None))
+
+
+@pytest.mark.parametrize(
+    ("precision", "placement", "on_gpu", "is_tamed"),
+    [
+        ("int8", "cpu", False, True),
+        ("int4", "disk", False, True),
+        ("torchao-int8", "auto", False, True),
+        ("int8", "direct", True, False),
+        ("bf16", "cpu", False, False),
+    ],
+)
+def test_what_quantizes_in_ram_gives_its_copies_back(precision: str, placement: str, on_gpu: bool, is_tamed: bool) -> None:
+    row = PRECISIONS[precision]
+    code = loading_code(row, PLACEMENTS[placement], row.dtype, Destination(on_gpu=on_gpu))
+    assert ("mallopt(-3, 1 << 20)" in code) == is_tamed
+    assert ast.parse(code)
 
 
 @EVERY

@@ -37,6 +37,7 @@ LLAMA = {"model_type": "llama", **SIZES}
 GPT2 = {"model_type": "gpt2", "n_embd": 1024, "n_layer": 3, "n_head": 8, "vocab_size": 128, "n_positions": 64}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": (LLAMA, {}),
+    "wide": ({**LLAMA, "hidden_size": 8192, "intermediate_size": 22528, "num_attention_heads": 64, "num_hidden_layers": 8}, {}),
     "tied": ({**LLAMA, "tie_word_embeddings": True}, {}),
     "tied and stored twice": ({**LLAMA, "tie_word_embeddings": True}, {"repeats_head": True}),
     "float32": (LLAMA, {"dtype": "float32"}),
@@ -112,6 +113,27 @@ def test_the_plan_holds_what_the_loader_holds(folders: dict[str, Path], model: s
         (ahead,) = trace_load(folder, precision, {"": 0}, cards, ahead=True)
         assert over(tier) == pytest.approx(ahead.over_bytes, abs=slack)
         assert ahead.over_bytes >= alone.over_bytes
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("placement", ["gpu+cpu", "recommended", "disk"])
+def test_the_loader_leaves_off_the_card_what_the_plan_leaves_there(
+    folders: dict[str, Path], placement: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes beside the card: the map that the plan writes out, through transformers' own checks, quantizer and loader."""
+    monkeypatch.chdir(tmp_path)  # an offload folder would lie here
+    folder = folders["wide"]
+    machine = profile([{"int8": "4GiB", "int4": "2.75GiB"}[precision]], ram=40 * GIB)
+    case = Case(model="small", precision=precision, placement=placement, workload=Workload(prompt_tokens=8, new_tokens=1, batch=1))
+    plan = Planner(spec_of(folder), machine, here=False).plan(case)
+    assert plan.verdict.is_good, plan.why
+    assert isinstance(plan.device_map, dict)
+    assert plan.estimate is not None
+    places = {path: int(str(tier).removeprefix("gpu:")) if "gpu" in str(tier) else tier for path, tier in plan.device_map.items()}
+    assert {0, "cpu"} <= {*places.values()}
+    (found,) = trace_load(folder, precision, places)
+    assert plan.estimate.tiers["gpu:0"].weights_bytes == pytest.approx(found.held_bytes, abs=rounding(folder))
+    assert over(plan.estimate.tiers["gpu:0"]) == pytest.approx(found.over_bytes, abs=rounding(folder))
 
 
 def least_over(folder: Path, precision: str) -> float:

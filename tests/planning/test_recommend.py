@@ -91,12 +91,23 @@ def test_all_of_moss_stays_on_two_cards() -> None:
     assert set(found.device_map.values()) == {"gpu:0", "gpu:1"}
 
 
-def test_what_may_not_spill_fits_on_the_gpus_or_not_at_all() -> None:
-    assert planned("qwen2.5-7b-instruct", cards("8GiB"), "int4")["recommended"].verdict.is_good
-    found = planned("moss-moon-003-sft", cards("8GiB"), "int4")["recommended"]
-    assert found.verdict is Verdict.TOO_BIG
-    assert found.why is not None
-    assert found.why.startswith("too big for recommended: weights would lie on cpu")
+def homes(one: Plan) -> set[str]:
+    assert isinstance(one.device_map, Mapping)
+    return {str(home) for home in one.device_map.values()}
+
+
+def test_what_spills_of_bitsandbytes_stays_in_16_bits() -> None:
+    assert homes(planned("qwen2.5-7b-instruct", cards("8GiB"), "int4")["recommended"]) == {"gpu:0"}
+    found = planned("moss-moon-003-sft", cards("8GiB"), "int4")
+    assert found["auto"].verdict is Verdict.TOO_BIG
+    assert str(found["auto"].why).startswith(
+        "too big for auto: weights would lie on cpu; transformers leaves parts of a bitsandbytes"
+    )
+    one = found["recommended"]
+    assert one.verdict.is_good
+    assert homes(one) == {"gpu:0", "cpu"}
+    assert '"llm_int8_enable_fp32_cpu_offload": True' in str(one.code)
+    assert "max_memory" not in str(one.code)
 
 
 def test_the_code_names_every_module_and_numbers_the_cards() -> None:

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import msgspec
 import pytest
 
-from harness.core.records import Outcome, Quality, Workload
+from harness.core.records import Interference, Outcome, Quality, Workload
 from harness.core.units import GIB, MIB
 from harness.measure.sampler import Sample
 from harness.planning import feasibility
@@ -166,6 +167,15 @@ def test_line_follows_the_case(run: Run) -> None:
 
 def replaced(vram: dict[str, int]) -> Sample:
     return Sample(at_s=0, ram_bytes=SAMPLE.ram_bytes, anon_bytes=MIB, vram_bytes=vram)
+
+
+def test_line_says_that_something_took_time_from_the_last_request(run: Run) -> None:
+    run.load()
+    quiet = Interference(phase="load", start_s=0, end_s=1)
+    run.measured.windows[:] = [quiet]
+    assert "disturbed" not in live.line(run, SAMPLE, 1, 1)
+    run.measured.windows[:] = [quiet, msgspec.structs.replace(quiet, why="others used 0.9 of 2 cores")]
+    assert re.search(r"  \d\d:\d\d  disturbed  RAM ", live.line(run, SAMPLE, 1, 1))
 
 
 def test_last_warm_round_is_not_followed_by_another(run: Run) -> None:

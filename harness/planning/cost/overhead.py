@@ -64,10 +64,8 @@ class Overhead:
     def heap(self, in_ram: TensorTotals) -> Bytes:
         """Return what the heap keeps of the copies that quantizing on the processor makes and frees again.
 
-        What is kept of each tensor lies in the hole of a copy, which is then too short for the next: the heap grows by all of
-        them, but for those large enough to be mapped one by one, of which little stays. In int4 it does in half of all processes:
-        which one it will be hangs on where small objects lie, and differs with each start of the same program, so the interval
-        spans both.
+        Little, since the loading code has each large copy mapped by itself (`planning.code`). Else what is kept of a tensor lies in
+        the hole of a copy, which is then too short for the next, and the heap grows by all of them: in half of all processes.
         """
         total = self.calibration["heap_share_stack"].amount(in_ram.stacked)
         if self.fmt.quantizer is None or not in_ram.quantized or self.on_gpu:

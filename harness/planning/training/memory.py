@@ -17,6 +17,7 @@ from harness.architecture.ask_worker import ask_worker
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Skeleton, is_stacked
 from harness.core.errors import UsageError, did_you_mean
+from harness.core.families import is_native
 from harness.core.records import Machine, Tier, Verdict
 from harness.core.training.setup import OPTIMIZERS, TracedStep, TrainingSetup
 from harness.machine.cache import cache_dir, keep, kept
@@ -127,7 +128,7 @@ def _refusal(spec: ModelSpec, card: Tier, setup: TrainingSetup) -> str | None:
     longest, length = spec.context_length, setup.sequence_length
     if longest is not None and length > longest:
         return f"--sequence-length {length} is beyond the context of {spec.name}, {longest} tokens: lower it"
-    if spec.stored_as is not None or not spec.config or not spec.has_class:
+    if spec.stored_as is not None or not spec.config or not spec.has_class or is_native(spec.config):
         stored = f"is stored as {spec.stored_as}" if spec.stored_as else "has no class in transformers"
         return f"--training {setup.method}: {spec.name} {stored}, and training starts from 16-bit weights: name the original model"
     since = tuple(map(int, (card.compute_capability or "8.0").split(".")))

@@ -108,7 +108,9 @@ def loaded(directory: Path, precision: str, device_map: Any, cards: Cards, loade
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))  # modes belong to a thread
         stack.enter_context(_asked_anew())
         stack.enter_context(counting)
-        model = AutoModelForCausalLM.from_pretrained(directory, device_map=device_map, **_arguments(directory, precision))
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, device_map=device_map, **_arguments(directory, precision, device_map)
+        )
         gc.collect()
         yield found[0], model
         del model
@@ -136,9 +138,10 @@ def _counted(cards: Cards, found: list[Ledger], counting: contextlib.ExitStack) 
     yield modeling_utils, "_get_device_map", places
 
 
-def _arguments(directory: Path, precision: str) -> dict[str, Any]:
-    """Return what a row of the table asks from_pretrained for."""
+def _arguments(directory: Path, precision: str, device_map: Any) -> dict[str, Any]:
+    """Return what a row of the table asks from_pretrained for, of a map with parts off the cards what leaves those as they are."""
     row = PRECISIONS[precision]
+    is_divided = isinstance(device_map, Mapping) and not {"cpu", "disk"}.isdisjoint(device_map.values())
     dtype = getattr(torch, row.dtype)
     if row.requires_checkpoint:
         return {"dtype": dtype}
@@ -150,8 +153,9 @@ def _arguments(directory: Path, precision: str) -> dict[str, Any]:
     if row.quantization["quant_method"] == "fp8":
         return {"dtype": dtype, "quantization_config": FineGrainedFP8Config(**settings)}
     if row.quantization["quant_method"] == "bitsandbytes":
+        off_gpu = row.off_gpu if is_divided and row.off_gpu else {}
         compute = {"bnb_4bit_compute_dtype": dtype} if settings.get("load_in_4bit") else {}
-        return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**settings, **compute)}
+        return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**settings, **compute, **off_gpu)}
     raise ValueError(f"no trace of loading in {precision}: what its quantizer allocates is not known")
 
 
