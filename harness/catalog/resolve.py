@@ -21,7 +21,6 @@ from harness.checkpoint.reader import WEIGHTS, shards
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.families import GGUF
 from harness.core.records import Record
-from harness.core.redact import clean_name
 from harness.data import DATA
 from harness.machine.regular import read_regular
 
@@ -102,7 +101,7 @@ def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Sou
 def unresolved(model: str) -> Source:
     """Return what stands for a model that is not to be found, by the last part of what was written."""
     place = Path(model).absolute()
-    return Source(name=clean_name(place.name) or model, kind="unknown", location=str(place))
+    return Source(name=_clean(place.name) or model, kind="unknown", location=str(place))
 
 
 def of_name(name: str, written: str) -> Source:
@@ -136,7 +135,7 @@ def _of_catalog(name: str) -> Source:
 def _of_path(path: Path, weights: bool) -> Source:
     """Return what lies at a path that exists: a GGUF file or a directory."""
     if path.suffix == GGUF.suffix and not path.is_dir():
-        return Source(name=clean_name(path.stem), kind="directory", location=str(path.parent), file=path.name)
+        return Source(name=_clean(path.stem), kind="directory", location=str(path.parent), file=path.name)
     directory = snapshot_of(path)
     if is_adapter(directory):
         return _of_adapter(directory)
@@ -188,7 +187,7 @@ def _picked(source: Source, file: str) -> Source:
     if source.kind == "directory" and not (Path(source.location) / file).is_file():
         names = sorted(path.name for path in Path(source.location).glob(f"*{GGUF.suffix}"))
         raise UsageError(f"{source.location} has no file {file!r}: {did_you_mean(file, names)}")
-    return replace(source, name=clean_name(Path(file).stem), file=file)
+    return replace(source, name=_clean(Path(file).stem), file=file)
 
 
 @lru_cache(maxsize=1)
@@ -245,7 +244,7 @@ def name_of(directory: Path) -> str:
     """Return what a directory is called in results: by its name; a snapshot in the hub's cache by that of its model."""
     cache = directory.parent.parent
     in_cache = directory.parent.name == "snapshots" and cache.name.startswith("models--")
-    return clean_name(cache.name.rpartition("--")[2] if in_cache else directory.name)
+    return _clean(cache.name.rpartition("--")[2] if in_cache else directory.name)
 
 
 def check_directory(path: Path, *, weights: bool = True) -> None:
@@ -320,3 +319,10 @@ def _named_in_utf8(path: Path) -> Path:
 def choose_weights(names: Iterable[str]) -> str | None:
     """Choose what transformers would load: safetensors before .bin, one file before an index."""
     return next((name for name in WEIGHTS if name in names), None)
+
+
+def _clean(name: str) -> str:
+    """Return the name of a folder or file without what tells of a person."""
+    from harness.core.redact import clean_name  # compiles many patterns, and most names are of the catalog or the hub
+
+    return clean_name(name)

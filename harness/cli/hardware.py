@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_options(parser, "hardware", "json", "measure")
     other = parser.add_argument_group("describe another machine", "Sizes that are not given are unknown.")
-    add_options(other, "hardware", "gpu", "ram", "disk")
+    add_options(other, "hardware", "gpu", "cpu", "ram", "disk")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -47,14 +47,14 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _described(given: argparse.Namespace) -> Machine | None:
-    """Return the machine that --gpu, --ram and --disk describe, or None without them."""
-    if not given.gpu and given.ram is None and given.disk is None:
+    """Return the machine that --gpu, --cpu, --ram and --disk describe, or None without them."""
+    if not (given.gpu or given.cpu or given.ram or given.disk):
         return None
     if given.measure:
-        raise UsageError("--measure is for this machine, and --gpu, --ram and --disk describe another: drop --measure or those")
-    from harness.machine.gpus import profile
+        raise UsageError("--measure is for this machine; --gpu, --cpu, --ram and --disk describe another: drop --measure or those")
+    from harness.machine.described.machine import assemble
 
-    return profile(given.gpu or (), given.ram, given.disk)
+    return assemble(given.gpu or (), given.cpu, given.ram, given.disk)
 
 
 def _here(measure: bool) -> Machine:
@@ -139,7 +139,10 @@ def _facts(
     if ways:
         yield "links", ways
     if machine.cpu:
-        yield "cpu", machine.cpu + (f", {machine.cores} cores usable" if machine.cores else "")
+        usable = " usable" if machine.system else ""  # which is unknown of a machine that is only described
+        yield "cpu", machine.cpu + (f", {machine.cores} cores{usable}" if machine.cores else "")
+    if machine.assumed:
+        yield "assumed", list(machine.assumed)
     if machine.system:
         yield "system", machine.system + (f", driver {machine.driver}" if machine.driver else "")
     if torch:

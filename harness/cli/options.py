@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness.core.errors import did_you_mean
 from harness.core.options import OPTION, Meaning, Option, name_in, positive_number, whole_number
@@ -16,7 +16,30 @@ from harness.core.training.setup import DEFAULT_OPTIMIZER, OPTIMIZERS, TRAINING_
 from harness.core.units import parse_capacity
 from harness.planning.training.zero import STAGES
 
+if TYPE_CHECKING:
+    from harness.machine.described.memory import Disk, Ram
+    from harness.machine.described.processors import Processor
+
 HOST, FIRST_PORT = "127.0.0.1", 7860
+
+
+def _processor(text: str) -> Processor:
+    from harness.machine.described.processors import find_processor  # with its table, which few commands need
+
+    return find_processor(text)
+
+
+def _ram(text: str) -> Ram:
+    from harness.machine.described.memory import parse_ram
+
+    return parse_ram(text)
+
+
+def _disk(text: str) -> Disk:
+    from harness.machine.described.memory import parse_disk
+
+    return parse_disk(text)
+
 
 _ROWS = (
     Option(name="file", help="GGUF file of MODEL, if it has several", metavar="NAME"),
@@ -30,10 +53,24 @@ _ROWS = (
         metavar="NAME|SIZE",
     ),
     Option(
+        name="cpu",
+        help='plan for a machine with this processor, e.g. "Ryzen 5 5600"',
+        in_command={"hardware": Meaning(help='its processor, e.g. "Ryzen 5 5600"')},
+        parse=_processor,
+        metavar="NAME",
+    ),
+    Option(
+        name="ram",
+        help='plan for a machine with this RAM, 32GiB or "32GiB DDR4-3200 x2" (two channels)',
+        in_command={"hardware": Meaning(help='its RAM, 32GiB or "32GiB DDR4-3200 x2" (two channels)')},
+        parse=_ram,
+        metavar="SIZE",
+    ),
+    Option(
         name="disk",
-        help="plan for a machine with this much free disk space, e.g. 500GB",
-        in_command={"hardware": Meaning(help="its free disk space, e.g. 500GB")},
-        parse=parse_capacity,
+        help='plan for a machine with this disk: free space, kind (nvme, sata, hdd) or both, "nvme 500GB"',
+        in_command={"hardware": Meaning(help='its disk: free space, kind (nvme, sata, hdd) or both, "nvme 500GB"')},
+        parse=_disk,
         metavar="SIZE",
     ),
     Option(

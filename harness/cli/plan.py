@@ -33,9 +33,9 @@ _ABOUT_RUNNING = (
     "results", "prove-min-ram",
 )  # fmt: skip
 _OPTIONS = (
-    "file", "gpu", "ram", "disk", "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens", "batch",
-    "context", "code", "trust-remote-code", "best", "min-speed", "all", "json", "explain", "training", "rank", "target-modules",
-    "optimizer", "gradient-checkpointing", "sequence-length", "nodes", "prove-min-ram", "results",
+    "file", "gpu", "cpu", "ram", "disk", "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens",
+    "batch", "context", "code", "trust-remote-code", "best", "min-speed", "all", "json", "explain", "training", "rank",
+    "target-modules", "optimizer", "gradient-checkpointing", "sequence-length", "nodes", "prove-min-ram", "results",
 )  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
@@ -182,10 +182,10 @@ def described(args: argparse.Namespace) -> tuple[Machine, bool]:
     Raises:
         UsageError: an unknown card.
     """
-    if args.gpu or args.ram is not None or args.disk is not None:
-        from harness.machine.gpus import profile
+    if args.gpu or args.cpu or args.ram or args.disk:
+        from harness.machine.described.machine import assemble
 
-        return profile(args.gpu or (), ram=args.ram, disk=args.disk), False
+        return assemble(args.gpu or (), args.cpu, args.ram, args.disk), False
     from harness.machine import accelerators, probe
 
     return accelerators.usable(probe.probe(), ask=False), True
@@ -216,7 +216,7 @@ def _show(recommendations: Sequence[Recommendation], args: argparse.Namespace, m
     if args.explain:
         explain.explain_plan(recommendations[0], whole=args.all)
         return
-    of_machine = typed_options(args, "gpu", "ram", "disk", "results", "prompt-tokens", "new-tokens", "batch", "context")
+    of_machine = typed_options(args, "gpu", "cpu", "ram", "disk", "results", "prompt-tokens", "new-tokens", "batch", "context")
     of_code = typed_options(args, "device-map", "trust-remote-code")
     cases = typed_options(args, "precision", "placement", "kv", "attention")
     plans.show_plans(recommendations, Asked(machine, workload, of_machine, cases, of_code, args.all))

@@ -26,7 +26,7 @@ def prove_plans(args: argparse.Namespace, precisions: Sequence[str], placements:
     Raises:
         UsageError: options that describe another machine, or no case that fits here.
     """
-    if clash := [flag for flag in ("gpu", "ram", "disk", "code", "explain") if getattr(args, flag)]:
+    if clash := [flag for flag in ("gpu", "cpu", "ram", "disk", "code", "explain") if getattr(args, flag)]:
         raise UsageError(f"--prove-min-ram runs on this machine: drop --{clash[0]}")
     asked = {"model": args.models, "precision": precisions, "placement": placements, "batch": workload.batch}
     asked |= {"device_map": args.device_map, "prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}

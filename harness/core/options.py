@@ -258,10 +258,6 @@ OPTIONS: tuple[Option, ...] = (
         help="emulate a machine with this much RAM, e.g. 16GiB (default all of it)",
         parse=parse_capacity,
         metavar="SIZE",
-        in_command={
-            "plan": Meaning(help="plan for a machine with this much RAM, e.g. 32GiB"),
-            "hardware": Meaning(help="its RAM, e.g. 32GiB"),
-        },
     ),
     Option(name="case-timeout", help="time limit of a case in seconds (default 1800)", parse=_seconds, default=1800.0, metavar="S"),
     Option(

@@ -143,6 +143,7 @@ class Machine(Record, frozen=True, kw_only=True, dict=True):
     mapping_bytes: int | None = None  #: the largest file that the system maps for torch and safetensors; None if no limit is known
     gpu_problem: str | None = None  #: why GPUs that are here are not among the tiers; None if all of them are
     avx512_bf16: bool | None = None  #: whether the processor multiplies bfloat16 in AVX-512; None if unknown
+    assumed: tuple[str, ...] = ()  #: what was taken for granted of a machine that is only described
 
     @cached_property
     def gpus(self) -> tuple[Tier, ...]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import psutil
 
 from harness.core.units import MIB
 from harness.machine.cache import cache_dir, keep, kept
@@ -133,6 +132,8 @@ class _OthersAtWork:
 
 def _busy_s() -> float:
     """Return the seconds that all processors together have worked, or were taken by a hypervisor."""
+    import psutil  # slow to import, and who plans for a machine that is described measures nothing
+
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 

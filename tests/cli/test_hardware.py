@@ -122,7 +122,7 @@ def test_json_is_the_machine_with_links_and_versions(say: Said) -> None:
     found = json.loads(out)
     assert status == 0
     expected = {"schema", "name", "tiers", "cpu", "cores", "system", "driver", "mapping_bytes", "links", "versions"}
-    assert found.keys() == {*expected, "gpu_problem", "torch", "avx512_bf16"}
+    assert found.keys() == {*expected, "gpu_problem", "torch", "avx512_bf16", "assumed"}
     assert all(tier.keys() >= TIER_KEYS for tier in found["tiers"])
     gpu, cpu, disk = found["tiers"]
     assert (gpu["name"], gpu["free_bytes"], gpu["bytes_per_s"]) == ("gpu:0", 11 * GIB, 360e9)
@@ -207,6 +207,16 @@ def test_what_is_not_given_is_unknown(say: Said) -> None:
         (["--disk=-1GiB"], ["is not a size"]),
         (["--ram=32"], ["--ram: '32' without a unit is 32 bytes: write 32GiB"]),
         (["--disk=500"], ["--disk: '500' without a unit is 500 bytes: write 500GiB"]),
+        (["--ram=32GiB DDR9"], ["--ram: no memory is called 'DDR9'", "did you mean"]),
+        (["--ram=32GiB x2"], ["has channels but no kind of memory", "'32GiB DDR4-3200 x2'"]),
+        (["--ram=32GiB DDR4-9000"], ["DDR4-9000 is not sold", "at most 5,333 MT/s"]),
+        (["--ram=32GiB DDR4-3200 x0"], ["0 channels are out of range"]),
+        (["--disk=floppy"], ["'floppy' is not a size", "nvme"]),
+        (["--disk=nvme sata"], ["names two kinds of disk"]),
+        (["--cpu=Ryzen 5 560"], ["no processor is called 'Ryzen 5 560'", "did you mean 'Ryzen 5 5600'"]),
+        (["--cpu=abacus"], ["no processor is called 'abacus'", "--ram '32GiB DDR4-3200 x2'"]),
+        (["--cpu=ryzen 7"], ["'ryzen 7' could be", "others: write one of these names"]),
+        (["--cpu=5600", "--measure"], ["--measure is for this machine"]),
         (["--gpu=24"], ["'24' is neither a card nor a size: write 24GiB"]),
         (["--gpu=192"], ["'192' is neither a card nor a size: write 192GiB"]),
         (["--gpu=4090", "--measure"], ["--measure is for this machine"]),

@@ -42,6 +42,7 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFo
         counted_as=precision.scheme if method.counted is not None else None,
         counted_bits=None if method.counts_scales else spec.packed.bits,
         wide_bias=method.wide_bias,
+        in_blocks=method.blocks,
         margin=method.margin,
         packed_experts=experts,
         unpacking=spec.packed.precision if spec.packed.own else None,

@@ -34,6 +34,7 @@ class WeightFormat(Record, frozen=True, kw_only=True):
     counted_bits: float | None = None  #: bits a weight by which it counts instead, where scales do not
     wide_bias: bool = False  #: whether the biases of packed experts are in float32
     margin: bool = False  #: whether transformers keeps a tenth of the memory free for what is packed
+    in_blocks: bool = False  #: whether a scale is for a block of outputs x inputs, whose product has kernels of its own
     unpacking: str | None = None  #: the row of UNPACKINGS, if layers of `harness.models` run it
 
     @property

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 from harness.core.records import Machine, Tier
+from harness.machine.described.processors import known_processor, usual_host
 from harness.machine.gpus import card_of
 from harness.planning.calibration import Calibration
 from harness.planning.cost.work import TokenWork
 
 # Slow speeds make the high end of the seconds.
 _SPEED_AT = {"low": "high", "best": "best", "high": "low"}
-
 
 _card = lru_cache(maxsize=64)(card_of)
 
@@ -36,25 +37,25 @@ class Rates:
     def path(self, tier: str) -> float:
         """Return the bytes per second from a tier to what computes: no faster than the tiers that they pass on the way."""
         if tier == "disk":
-            faults = self._disk() * self.rate("disk_fault_share")
+            faults = self.known(self.machine.tier("disk"), "disk_bytes_per_s", "disk_fault_share")
             return min(self.rate("page_cache_bytes_per_s") if self.stays_cached() else faults, self.path("cpu"))
         if tier == "cpu":
             return min(self.link(), self._vram(self.gpu)) if self.gpu and not self.work.handed_over else self._ram()
         return self._vram(self.machine.tier(tier))
 
     def _vram(self, gpu: Tier | None) -> float:
-        share = "gpu_bandwidth_share" + ("_quantised" if self.work.like else "")
-        return self.known(gpu, "gpu_bytes_per_s") * self.rate(share)
+        return self.known(gpu, "gpu_bytes_per_s", "gpu_bandwidth_share" + ("_quantised" if self.work.like else ""))
 
-    def known(self, tier: Tier | None, constant: str) -> float:
-        """Return the bandwidth of a tier, the constant if it was not measured."""
-        return tier.bytes_per_s if tier is not None and tier.bytes_per_s else self.rate(constant)
+    def known(self, tier: Tier | None, constant: str, *shares: str) -> float:
+        """Return the bandwidth of a tier, the constant if it was not measured, times the shares of it that are reached."""
+        if tier is not None and tier.bytes_per_s:
+            return tier.bytes_per_s * self.rate(*shares)
+        return self.rate(constant, *shares)
 
     def _ram(self) -> float:
         # What is unpacked for each token takes the time that it takes to unpack, and the rest of the model is read as its dtype is.
         kind = self.work.dtype if self.work.anew else self.work.like or self.work.dtype
-        known = self.known(self.machine.tier("cpu"), "ram_bytes_per_s")
-        return known * self.rate(f"ram_bandwidth_share_{kind}")
+        return self.known(self.machine.tier("cpu"), "ram_bytes_per_s", f"ram_bandwidth_share_{kind}")
 
     def _disk(self) -> float:
         return self.known(self.machine.tier("disk"), "disk_bytes_per_s")
@@ -79,7 +80,25 @@ class Rates:
     def link(self) -> float:
         """Return the bytes per second from the RAM to the GPU."""
         sheet = self.gpu.link_bytes_per_s if self.gpu else None
-        return (sheet or self.rate("link_bytes_per_s")) * self.rate("link_share")
+        return sheet * self.rate("link_share") if sheet else self.rate("link_bytes_per_s", "link_share")
+
+    def attention(self) -> float:
+        """Return the bytes per second that a GPU attends to one token's keys and values with.
+
+        One query keeps few of its cores busy, so the kernel is as fast on a card of twice the bandwidth; a slow card bounds it.
+        """
+        return min(self.rate("gpu_attention_bytes_per_s"), self.known(self.gpu, "gpu_bytes_per_s", "gpu_bandwidth_share"))
+
+    def start(self, pick: str = "") -> float:
+        """Return the seconds in which the host starts an operation: by what its core does in a second, where that is known."""
+        kind = "gpu" if self.gpu else "cpu"
+        host = known_processor(self.machine.cpu)
+        if host:
+            return self.cost(f"{kind}_clocks_per_operation", pick) / host.clocks_per_s
+        usual = usual_host(self.gpu.model) if self.gpu and not self.machine.cpu else None
+        if usual:
+            return self.cost("gpu_clocks_per_operation_assumed", pick) / usual.clocks_per_s
+        return self.cost(f"{kind}_s_per_operation", pick)
 
     def flops(self) -> float:
         """Return the floating-point operations per second of what computes."""
@@ -88,13 +107,26 @@ class Rates:
         card = _card(self.gpu)
         sheet = card.fp16_flops if card else None
         if sheet is None:
-            sheet = self.known(self.gpu, "gpu_bytes_per_s") * self.rate("gpu_flops_per_byte")
+            return self.known(self.gpu, "gpu_bytes_per_s", "gpu_flops_per_byte", "gpu_flops_share")
         return sheet * self.rate("gpu_flops_share")
 
-    def cost(self, name: str) -> float:
-        """Return a constant of which more takes longer."""
-        return float(getattr(self.calibration[name], self.pick))
+    def cost(self, name: str, pick: str = "") -> float:
+        """Return a constant of which more takes longer, at this end of the seconds or at another."""
+        return float(getattr(self.calibration[name], pick or self.pick))
 
-    def rate(self, name: str) -> float:
-        """Return a speed: the high end of the seconds is at its low end."""
-        return float(getattr(self.calibration[name], _SPEED_AT[self.pick]))
+    def rate(self, *names: str) -> float:
+        """Return a speed, the product of constants: the high end of the seconds is at its low end.
+
+        They are independent of each other: that all are at their ends at once is rarer than that one is, so the logarithms of
+        what they are off by add up in squares.
+        """
+        constants, end = [self.calibration[name] for name in names], _SPEED_AT[self.pick]
+        if len(constants) == 1:
+            return float(getattr(constants[0], end))
+        return joined(math.prod(one.best for one in constants), *(getattr(one, end) / one.best for one in constants))
+
+
+def joined(best: float, *factors: float) -> float:
+    """Return what independent factors that lie on one side of 1 make of `best`."""
+    off = math.hypot(*map(math.log, factors))
+    return best * math.exp(math.copysign(off, math.prod(factors) - 1))

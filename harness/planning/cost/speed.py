@@ -11,7 +11,7 @@ from harness.core.records import Machine, Record, Span, Workload
 from harness.core.units import format_gib
 from harness.planning.calibration import Calibration
 from harness.planning.cost.kernel_launches import LINEAR
-from harness.planning.cost.rates import Rates
+from harness.planning.cost.rates import Rates, joined
 from harness.planning.cost.work import TokenWork
 
 PICKS = ("low", "best", "high")
@@ -68,7 +68,7 @@ class _Timing:
     def first_token(self) -> float:
         """Bring what is still on the disk, compute the prompt, and one pass over the weights."""
         tokens = self.workload.batch * self.workload.prompt_tokens
-        flops = 2.0 * self.work.parameters * tokens
+        flops = 2.0 * self.work.parameters * tokens + self.work.scored
         computed = self.rates.cost("first_token_s") + flops / self.rates.flops() + self._packed_anew()
         return computed + self.token(first=not self.work.written) + self.rates.from_disk(self._unread())
 
@@ -86,19 +86,22 @@ class _Timing:
 
     def token(self, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
-        host, moved = self._host(), sum(self._moved(first).values()) + self._unpacked_anew()
+        host, moved = self._host(), sum(self._moved(first).values()) + self._unpacked_anew() + self._attended()
         return max(host, moved) if self.gpu and not self.work.handed_over else host + moved
 
     def bound_by(self) -> str:
         """Say what a token waits for: the host, where it is behind a GPU, else the longest of what is moved and unpacked."""
-        host, moved, unpacking = self._host(), self._moved(), self._unpacked_anew()
+        host, moved, unpacking, attended = self._host(), self._moved(), self._unpacked_anew(), self._attended()
         waits = self.gpu is not None and not self.work.handed_over  # or each takes its turn
-        if host >= (sum(moved.values()) + unpacking if waits else max(*moved.values(), unpacking)):
+        longest = max(*moved.values(), unpacking, attended)
+        if host >= (sum(moved.values()) + unpacking + attended if waits else longest):
             started = f"{self._started():,.0f}"
             if waits:
                 return f"starting {started} operations a token takes longer than the GPU computes"
             return f"starting {started} operations a token takes longest"
-        if unpacking > max(moved.values()):
+        if attended == longest:
+            return f"attends to {self.workload.cached_tokens:,} tokens"
+        if unpacking == longest:
             return f"unpacks {self.work.anew / 1e9:.3g} B weights for each token"
         slowest = max(moved, key=moved.__getitem__)
         size = format_gib(int(self._bytes_moved(first=False)[slowest]))
@@ -118,20 +121,25 @@ class _Timing:
             cores = self.machine.cores or 4
             return self.work.anew / (cores * self.rates.rate(f"unpacked_elements_per_core_s{self.suffix}"))
         passed = self.work.anew * self.rates.cost(f"gpu_unpacked_bytes_per_element{self.suffix}")
-        speed = self.rates.known(self.gpu, "gpu_bytes_per_s") * self.rates.rate("gpu_bandwidth_share")
-        return passed / speed
+        return passed / self.rates.known(self.gpu, "gpu_bytes_per_s", "gpu_bandwidth_share")
 
     def _host(self) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
         in_ram = self.work.operations.experts * self.rates.cost("cpu_s_per_operation") if self.work.handed_over else 0.0
-        return self._started() * self.rates.cost(f"{'gpu' if self.gpu else 'cpu'}_s_per_operation") + in_ram
+        count, start = self._started("best"), self.rates.start("best")
+        return joined(count * start, self._started() / count, self.rates.start() / start) + in_ram
 
-    def _started(self) -> float:
+    def _started(self, pick: str = "") -> float:
         counted = self.work.operations
         quantized = counted.quantizable if self.suffix else 0.0
-        each = self.rates.cost(f"{'gpu' if self.gpu else 'cpu'}_operations_per_linear{self.suffix}") if quantized else 0.0
+        device, kernel = ("gpu", self.work.stored or self.work.like) if self.gpu else ("cpu", self.work.like)
+        each = self.rates.cost(f"{device}_operations_per_linear_{kernel}", pick) if quantized else 0.0
         started = counted.others + LINEAR * (counted.linears - quantized) + each * quantized
         return started + (0 if self.gpu else counted.experts) + self.work.handed_over
+
+    def _attended(self) -> float:
+        """Return the seconds in which a GPU attends to what is cached; a processor reads that as fast as anything."""
+        return self.work.attended / self.rates.attention() if self.gpu else 0.0
 
     def _moved(self, first: bool = False) -> dict[str, float]:
         """Return the seconds by tier of bringing what a token reads."""

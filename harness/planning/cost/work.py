@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from harness.architecture.skeleton import Skeleton
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Machine, Record
 from harness.planning.calibration import device_of
@@ -22,6 +23,9 @@ class TokenWork(Record, frozen=True, kw_only=True):
     read: dict[str, float]  #: bytes by tier that one token reads
     mapped: float  #: of those in RAM, pages of files
     operations: Operations
+    stored: str | None = None  #: names the constant of what a GPU starts for a Linear whose weights are stored packed
+    attended: float = 0.0  #: bytes of keys and values that a token attends to, once for each head that asks
+    scored: float = 0.0  #: operations of attention among the tokens of the prompt
     parameters: int  #: that a token is multiplied with
     tensors: int  #: to open while loading
     checkpoint_bytes: int  #: to read from the disk
@@ -37,7 +41,7 @@ class TokenWork(Record, frozen=True, kw_only=True):
 
 def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenWork:
     """Count what a case does: bytes to read, weights to multiply, tensors to open."""
-    inventory, in_ram, gguf = footprint.inventory, footprint.sums.get("cpu"), footprint.spec.gguf
+    inventory, in_ram, gguf, work = footprint.inventory, footprint.sums.get("cpu"), footprint.spec.gguf, footprint.workload
     moved = _moved_of_cache(footprint)
     anew = (
         not footprint.gpus and multiplies_4bit_in_ram(footprint.fmt) and machine.fuses_4bit is False and inventory.quantizable > 0
@@ -55,6 +59,9 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         },
         mapped=in_ram.viewed_used if in_ram else 0.0,
         operations=inventory.operations,
+        stored=_stored(footprint.fmt),
+        attended=footprint.fmt.element_bytes * work.batch * _asked(footprint.skeleton, work.cached_tokens),
+        scored=2.0 * work.batch * work.prompt_tokens * _asked(footprint.skeleton, work.prompt_tokens / 2),  # each sees half
         parameters=inventory.parameters,
         tensors=inventory.tensors,
         checkpoint_bytes=footprint.spec.checkpoint_bytes,
@@ -75,6 +82,23 @@ def _moved_of_cache(footprint: Footprint) -> dict[str, float]:
     if form.in_ram and footprint.gpus:
         return {"cpu": 2.0 * footprint.kv["cpu"]}
     return {tier: size * form.moved_per_byte for tier, size in footprint.kv.items()}
+
+
+def _asked(skeleton: Skeleton, seen: float) -> float:
+    """Return the elements of keys and values that a token meets which sees so many tokens, as wide as there are heads that ask."""
+    widths = [
+        (skeleton.heads * (kind.key_dim + kind.value_dim) if kind.expanded is None else kind.expanded) if kind.heads else 0
+        for kind in skeleton.attention
+    ]
+    tokens = [min(seen, kind.window or seen) for kind in skeleton.attention]
+    return float(sum(widths[kind] * tokens[kind] for kind in skeleton.layers))
+
+
+def _stored(fmt: WeightFormat) -> str | None:
+    """Name the kernels that multiply by weights which are stored packed; None if none are, or layers of ours do."""
+    if fmt.packed_bits is None or fmt.unpacking:
+        return None
+    return "fp8" if fmt.in_blocks else "stored_int8" if fmt.packed_bits > 6 else "stored_int4"
 
 
 def _is_quantized(inventory: Inventory) -> bool:

@@ -31,4 +31,5 @@ def print_text(text: str) -> None:
 def machine_json(machine: Machine) -> dict[str, Any]:
     """Return a machine as the JSON of `plan` describes it."""
     tiers = [{key: getattr(tier, key) for key in _TIER_KEYS} for tier in machine.tiers]
-    return {"name": machine.name, "tiers": tiers, **({"gpu_problem": machine.gpu_problem} if machine.gpu_problem else {})}
+    known = {"cpu": machine.cpu, "gpu_problem": machine.gpu_problem, "assumed": list(machine.assumed)}
+    return {"name": machine.name, "tiers": tiers, **{key: value for key, value in known.items() if value}}

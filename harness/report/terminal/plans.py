@@ -12,7 +12,7 @@ from harness.planning.choice.recommend import Recommendation
 from harness.report.terminal import plan_table, tables
 from harness.report.terminal.answer import answer, code_or_command, main_reason
 from harness.report.terminal.next_steps import Asked, code_command, plan_command, proof_command
-from harness.report.terminal.subject import assumed, by_formulas, machine_line, model_line
+from harness.report.terminal.subject import assumed, by_formulas, machine_line, model_line, taken_for_granted
 
 _SHORT = 4
 _QUALITY = "Quality is the share of the answers that stay right, by rule of thumb; context is the most tokens that fit."
@@ -25,7 +25,7 @@ def show_plans(recommendations: Sequence[Recommendation], asked: Asked) -> None:
     machine = asked.machine
     said = (
         f"{machine.gpu_problem}." if machine.gpu_problem else "",
-        assumed(machine) if here else "",
+        assumed(machine) if here else taken_for_granted(machine),
         f"{note}." if (note := recommendations[0].planner.constants.note) else "",
     )
     tables.show(*parts, *(tables.said(text) for text in said if text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from harness.architecture.model_spec import ModelSpec
 from harness.core.records import Machine, Plan, Tier
@@ -35,6 +36,16 @@ def _tier_line(tier: Tier) -> str:
     return f"{name}: {free}{speed}"
 
 
+def taken_for_granted(machine: Machine) -> str:
+    """Say what the times assume of a machine that is described: what was not said of its parts, and speeds of which nothing was."""
+    lacking = {tier.kind for tier in machine.tiers if tier.total_bytes and not tier.bytes_per_s}
+    unknown = _unknown_speeds(lacking)
+    ways = [way for kind, way in (("cpu", "--ram '32GiB DDR4-3200 x2'"), ("disk", "--disk nvme")) if kind in lacking]
+    more = f"; {' and '.join(ways)} {'narrow these' if len(ways) > 1 else 'narrows that'}" if ways else ""
+    said = [*machine.assumed, *unknown]
+    return f"Times assume {', '.join(said)}{more}." if said else ""
+
+
 def assumed(machine: Machine) -> str:
     """Say which bandwidths the times assume until RAM and disk of this machine are measured; planning measures nothing."""
     unmeasured = {tier.kind for tier in machine.tiers if not tier.bytes_per_s}
@@ -42,13 +53,17 @@ def assumed(machine: Machine) -> str:
         return "The speed of the RAM was measured while other programs worked: fitmatrix hardware measures it again."
     if "cpu" not in unmeasured:  # a disk alone may be one that cannot be measured
         return ""
-    known = calibration.default()
-    speeds = [
+    return f"Times assume {', '.join(_unknown_speeds(unmeasured))}, not measured yet: fitmatrix hardware measures once (1 to 3 s)."
+
+
+def _unknown_speeds(kinds: Iterable[str]) -> list[str]:
+    """Return the intervals that are assumed of memories whose speed nobody told."""
+    known, lacking = calibration.default(), set(kinds)
+    return [
         f"{name} at {format_bandwidth(found.low)} to {format_bandwidth(found.high)}"
         for kind, name, found in (("cpu", "RAM", known["ram_bytes_per_s"]), ("disk", "disk", known["disk_bytes_per_s"]))
-        if kind in unmeasured
+        if kind in lacking
     ]
-    return f"Times assume {', '.join(speeds)}, not measured yet: fitmatrix hardware measures once (1 to 3 s)."
 
 
 def by_formulas(recommendation: Recommendation) -> str:
