@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from harness.core.errors import did_you_mean
 from harness.core.options import OPTION, Meaning, Option, name_in, positive_number, whole_number
 from harness.core.text import line
+from harness.core.training.setup import DEFAULT_OPTIMIZER, OPTIMIZERS, TRAINING_METHODS
 from harness.core.units import parse_capacity
-from harness.planning.zero import STAGES
+from harness.planning.training.zero import STAGES
 
 if TYPE_CHECKING:
     from harness.machine.described.memory import Disk, Ram
@@ -82,11 +83,38 @@ _ROWS = (
     Option(name="explain", help="show every term of the estimate for a case such as int8/direct", metavar="CASE"),
     Option(
         name="training",
-        help=f"estimate training with DeepSpeed ZeRO instead: {', '.join(STAGES)}",
-        parse=name_in(STAGES, "stage"),
-        metavar="STAGE",
+        help=f"estimate training instead: {', '.join(TRAINING_METHODS)} on one card, or with DeepSpeed ZeRO {', '.join(STAGES)}",
+        parse=name_in((*TRAINING_METHODS, *STAGES), "way of training"),
+        metavar="WAY",
     ),
-    Option(name="nodes", help="with --training: number of machines like this one (default 1)", parse=whole_number(1), metavar="N"),
+    Option(
+        name="rank", help="with --training lora or qlora: rank of the adapters (default 16)", parse=whole_number(1), metavar="N"
+    ),
+    Option(
+        name="target-modules",
+        help="with --training lora or qlora: a Linear that gets an adapter, such as q_proj (repeatable; default all but the head)",
+        repeat=True,
+        metavar="NAME",
+    ),
+    Option(
+        name="optimizer",
+        help=f"with --training on one card: {', '.join(OPTIMIZERS)} (default {DEFAULT_OPTIMIZER})",
+        parse=name_in(OPTIMIZERS, "optimizer"),
+        metavar="NAME",
+    ),
+    Option(name="gradient-checkpointing", help="with --training on one card: compute activations twice, and keep few", switch=True),
+    Option(
+        name="sequence-length",
+        help="with --training on one card: tokens of a sequence (default 1024, or the model's context if that is shorter)",
+        parse=whole_number(2),
+        metavar="N",
+    ),
+    Option(
+        name="nodes",
+        help="with --training zero2 or zero3: number of machines like this one (default 1)",
+        parse=whole_number(1),
+        metavar="N",
+    ),
     Option(
         name="prove-min-ram",
         help="run the cases under RAM limits to find the smallest RAM that works, within 5 % (default placement: cpu)",

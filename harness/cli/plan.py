@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import add_options, given_or_default, typed_options
-from harness.cli.plan_args import FITS, NOTHING_FITS, USAGE, PlanQuestion, advise_on, asked_case, constants
+from harness.cli.plan_args import ABOUT_TRAINING, FITS, NOTHING_FITS, USAGE, PlanQuestion, advise_on, asked_case, constants
 from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.placements import named
 from harness.core.precisions import PRECISIONS
 from harness.core.records import USUAL_KV, Workload
 from harness.core.text import line
-from harness.planning.zero import STAGES
 from harness.report.terminal import output
 from harness.report.terminal.output import PLAN_SCHEMA
 
@@ -30,13 +29,13 @@ HELP = "Predict which ways of loading a model fit, before loading or even downlo
 
 # Options that do not apply to training.
 _ABOUT_RUNNING = (
-    "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens", "batch", "context", "code",
-    "explain", "results", "prove-min-ram",
+    "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens", "context", "code", "explain",
+    "results", "prove-min-ram",
 )  # fmt: skip
 _OPTIONS = (
     "file", "gpu", "cpu", "ram", "disk", "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens",
-    "batch", "context", "code", "trust-remote-code", "best", "min-speed", "all", "json", "explain", "training", "nodes",
-    "prove-min-ram", "results",
+    "batch", "context", "code", "trust-remote-code", "best", "min-speed", "all", "json", "explain", "training", "rank",
+    "target-modules", "optimizer", "gradient-checkpointing", "sequence-length", "nodes", "prove-min-ram", "results",
 )  # fmt: skip
 _TIER_KEYS = (
     "weights_bytes",
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError, CheckpointError: the request or every model is wrong; exit status 2.
     """
-    if args.training is not None or args.nodes is not None:
+    if args.training is not None or any(getattr(args, name.replace("-", "_")) for name in ABOUT_TRAINING):
         return _train(args)
     precisions = [name for name in PRECISIONS if not args.precision or name in args.precision]
     workload = workload_of(args)
@@ -142,17 +141,14 @@ def _sources(args: argparse.Namespace) -> list[Source]:
 
 def _train(args: argparse.Namespace) -> int:
     """Estimate the memory of training the models. Returns 0 if some way fits for each model, 1 if none does for one."""
-    from harness.architecture import model_spec
     from harness.cli import training
 
-    if args.training is None:
-        raise UsageError(f"--nodes applies to training only: add --training {' or '.join(STAGES)}")
+    training.check_options(args)
     for name in _ABOUT_RUNNING:
         if getattr(args, name.replace("-", "_")):
             raise UsageError(f"--{name} does not apply to --training: drop one of them")
     machine, _ = described(args)
-    spec = [model_spec.read_spec(source) for source in _sources(args)]
-    return training.show_training(spec, machine, args.training, args.nodes or 1, as_json=args.json)
+    return training.train(args, _sources(args), machine)
 
 
 def _device_map(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, Device] | None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from harness.planning.device_map.infer import Device
 
 FITS, NOTHING_FITS, USAGE = 0, 1, 2
+# Options that apply to training alone: on one card, of adapters, on many.
+ON_ONE_CARD, OF_ADAPTERS = ("optimizer", "gradient-checkpointing", "sequence-length"), ("rank", "target-modules")
+ABOUT_TRAINING = (*ON_ONE_CARD, *OF_ADAPTERS, "nodes")
 
 
 class AskedCase(NamedTuple):

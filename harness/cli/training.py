@@ -1,27 +1,148 @@
-"""`fitmatrix plan MODEL... --training STAGE`: memory of training, by DeepSpeed's own formulas."""
+"""`fitmatrix plan MODEL... --training WAY`: memory of training on one card, traced, or on many, by DeepSpeed's own formulas."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from harness.architecture import model_spec
 from harness.architecture.model_spec import ModelSpec
-from harness.cli.plan_args import FITS, NOTHING_FITS
+from harness.cli.plan_args import ABOUT_TRAINING, FITS, NOTHING_FITS, OF_ADAPTERS, ON_ONE_CARD
 from harness.core.errors import UsageError
+from harness.core.precisions import PRECISIONS
 from harness.core.records import Machine, Verdict
+from harness.core.training.setup import TRAINING_METHODS, TrainingSetup
 from harness.core.units import format_count, format_gib
-from harness.planning import zero
-from harness.planning.zero import Room, States, Trained
+from harness.planning.code import code_head
+from harness.planning.training import code, memory, zero
+from harness.planning.training.memory import TrainingPlan
+from harness.planning.training.zero import Room, States, Trained
 from harness.report.terminal import output, tables
 from harness.report.terminal.output import PLAN_SCHEMA
 from harness.report.terminal.plan_table import COLOURS
 
+if TYPE_CHECKING:
+    from harness.catalog.resolve import Source
+
+USUAL_LENGTH = 1024
 TITLES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 _WORDS = {Verdict.UNKNOWN: "unknown: pass --ram SIZE"}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that do not apply to the way of training that is asked for.
+
+    Raises:
+        UsageError: one does not, or no way is asked for.
+    """
+    way = args.training
+    if way in TRAINING_METHODS:
+        wrong = ("nodes", *(OF_ADAPTERS if way == "full" else ()))
+    elif way is not None:
+        wrong = (*ON_ONE_CARD, *OF_ADAPTERS, "batch")
+    else:
+        wrong = ABOUT_TRAINING
+    for name in wrong:
+        if not getattr(args, name.replace("-", "_")):
+            continue
+        if way is not None:
+            raise UsageError(f"--{name} does not apply to --training {way}: drop one of them")
+        ways = zero.STAGES if name == "nodes" else ("lora", "qlora") if name in OF_ADAPTERS else TRAINING_METHODS
+        raise UsageError(f"--{name} applies to training only: add --training {' or '.join(ways)}")
+
+
+def train(args: argparse.Namespace, sources: Sequence[Source], machine: Machine) -> int:
+    """Print what training the models takes. Returns 0 if something fits for each model, 1 if nothing does for one.
+
+    Raises:
+        UsageError: the machine has no GPU, or a model cannot be trained so.
+    """
+    specs = [model_spec.read_spec(source) for source in sources]
+    if args.training in zero.STAGES:
+        return show_training(specs, machine, args.training, args.nodes or 1, as_json=args.json)
+    found = []
+    for spec, source in zip(specs, sources, strict=True):
+        plan = memory.plan_training(spec, machine, memory.settled(spec, machine, _setup(args, spec)))
+        found.append((spec, plan, _program(source, spec, plan)))
+    if args.json:
+        objects = [_card_json(spec, plan, program, machine) for spec, plan, program in found]
+        output.print_json(objects[0] if len(objects) == 1 else {"schema": PLAN_SCHEMA, "models": objects})
+    else:
+        tables.show(*(part for one in found for part in _card_parts(*one)))
+    return FITS if all(plan.verdict.is_good for _, plan, _ in found) else NOTHING_FITS
+
+
+def _setup(args: argparse.Namespace, spec: ModelSpec) -> TrainingSetup:
+    given: dict[str, Any] = {"rank": args.rank, "targets": args.target_modules, "optimizer": args.optimizer, "batch": args.batch}
+    return TrainingSetup(
+        method=args.training,
+        sequence_length=args.sequence_length or min(USUAL_LENGTH, spec.context_length or USUAL_LENGTH),
+        checkpointing=args.gradient_checkpointing,
+        **{name: value for name, value in given.items() if value},
+    )
+
+
+def _program(source: Source, spec: ModelSpec, plan: TrainingPlan) -> str:
+    named = msgspec.structs.replace(source, name=source.location) if source.is_local else source
+    dtype = PRECISIONS[plan.setup.precision].dtype_on(plan.card.compute_capability)
+    card = int(plan.card.name.removeprefix("gpu:"))
+    return code.training_program(code_head(named, "direct"), plan.setup, dtype, spec.skeleton.auto_class, card)
+
+
+def _card_parts(spec: ModelSpec, plan: TrainingPlan, program: str) -> list[RenderableType]:
+    """Return the title, the table of what lies on the card, what is to be known of it, and the program."""
+    counts = f"{format_count(plan.trained)} of {format_count(spec.skeleton.parameters)} parameters"
+    said = f"{spec.name}: training {counts} by {TRAINING_METHODS[plan.setup.method]} on {plan.card.model or plan.card.name}"
+    table = tables.table("on the card", "GiB", left=1)
+    for name, size in plan.parts.items():
+        table.add_row(name, format_gib(size))
+    table.add_row("peak", format_gib(plan.peak_bytes))
+    return [tables.title(said), table, Text(_sentence(plan)), tables.commands(program.rstrip("\n"))]
+
+
+def _sentence(plan: TrainingPlan) -> str:
+    """Say whether it fits, with what; where it does not, what to change."""
+    setup, capacity = plan.setup, plan.card.capacity_bytes
+    checkpoints = ", with gradient checkpointing" if setup.checkpointing else ""
+    what = f"{setup.batch} x {setup.sequence_length} tokens a step, {setup.optimizer}{checkpoints}"
+    paged = f" {format_gib(plan.paged)} GiB of the optimizer go to RAM where the card is full." if plan.paged else ""
+    if capacity is None:
+        return f"{what}: the card's size is unknown.{paged}"
+    verdict = plan.verdict.value.replace("_", " ")
+    way_out = "" if plan.verdict.is_good else f" Try {' or '.join(_ways_out(setup))}."
+    return f"{what}: {verdict}, {format_gib(plan.needed.best)} of {format_gib(capacity)} GiB.{way_out}{paged}"
+
+
+def _ways_out(setup: TrainingSetup) -> list[str]:
+    """Return what of a setup could be less, what costs least first."""
+    ways = [] if setup.checkpointing else ["--gradient-checkpointing"]
+    ways += ["a smaller --batch"] if setup.batch > 1 else []
+    ways += {"full": ["--training lora"], "lora": ["--training qlora"]}.get(setup.method, [])
+    return [*ways, "a shorter --sequence-length"]
+
+
+def _card_json(spec: ModelSpec, plan: TrainingPlan, program: str, machine: Machine) -> dict[str, Any]:
+    return {
+        "schema": PLAN_SCHEMA,
+        "model": {"name": spec.name, "source": spec.source, "parameters": spec.skeleton.parameters},
+        "machine": output.machine_json(machine),
+        "training": msgspec.to_builtins(plan.setup)
+        | {"card": plan.card.name, "parameters": plan.trained, "traced_by": plan.step.source},
+        "parts_bytes": dict(plan.parts),
+        "paged_bytes": plan.paged,
+        "peak_bytes": plan.peak_bytes,
+        "low_bytes": round(plan.needed.low),
+        "high_bytes": round(plan.needed.high),
+        "capacity_bytes": plan.card.capacity_bytes,
+        "verdict": plan.verdict.value,
+        "code": program,
+    }
 
 
 def show_training(models: Sequence[ModelSpec], machine: Machine, stage: str, nodes: int, *, as_json: bool) -> int:

@@ -1,4 +1,4 @@
-"""`fitmatrix plan MODEL --training STAGE`: its table, its JSON, its exit status."""
+"""`fitmatrix plan MODEL --training WAY`: its table, its JSON, its exit status."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 from harness.cli.entry import main
 from harness.core.units import GIB
-from harness.planning import zero
-from harness.planning.zero import Trained
+from harness.planning.training import zero
+from harness.planning.training.zero import Trained
+from tests.support import small_models
 
 TWO = ("--gpu", "24GiB", "--gpu", "24GiB")
 Said = Callable[..., tuple[int, str, str]]
@@ -92,10 +93,19 @@ def test_ram_that_nobody_told_is_unknown_and_does_not_fit(say: Said) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--training", "zero1", *TWO], "--training: unknown stage 'zero1': did you mean"),
+        (["--training", "zero1", *TWO], "--training: unknown way of training 'zero1': did you mean"),
         (["--training", "zero2", "--ram", "8GiB"], "--training needs GPUs, and this machine has none: describe them"),
         (["--training", "zero2", *TWO, "--nodes", "0"], "--nodes: 0 is too small: at least 1"),
         (["--nodes", "2"], "--nodes applies to training only: add --training zero2 or zero3"),
+        (["--training", "zero2", *TWO, "--rank", "8"], "--rank does not apply to --training zero2: drop one of them"),
+        (["--training", "zero2", *TWO, "--batch", "2"], "--batch does not apply to --training zero2"),
+        (["--training", "full", *TWO, "--target-modules", "q_proj"], "--target-modules does not apply to --training full"),
+        (["--training", "lora", *TWO, "--nodes", "2"], "--nodes does not apply to --training lora"),
+        (["--training", "lora", *TWO, "--optimizer", "adam"], "--optimizer: unknown optimizer 'adam': "),
+        (["--training", "lora", *TWO, "--kv", "fp8"], "--kv does not apply to --training"),
+        (["--training", "lora", *TWO], "--training lora: chatglm-6b has no class in transformers, and training starts from"),
+        (["--rank", "8"], "--rank applies to training only: add --training lora or qlora"),
+        (["--gradient-checkpointing"], "--gradient-checkpointing applies to training only: add --training full or lora or qlora"),
         (["--training", "zero2", *TWO, "--precision", "int8"], "--precision does not apply to --training"),
         (["--training", "zero2", *TWO, "--code", "int8/cpu"], "--code does not apply to --training"),
     ],
@@ -105,3 +115,22 @@ def test_a_wrong_request_is_one_sentence_and_exit_status_2(say: Said, arguments:
     assert (status, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_one_card_has_a_table_a_sentence_and_a_program(say: Said, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small_models.save("llama", small)
+    asked = (str(small), "--training", "lora", "--rank", "4", "--sequence-length", "64", "--gradient-checkpointing")
+    status, out, _ = say(*asked, "--gpu", "24GiB")
+    assert status == 0
+    assert "small: training" in out
+    assert "parameters by LoRA on gpu:0" in " ".join(out.split())
+    assert "1 x 64 tokens a step, adamw_torch_fused, with gradient checkpointing: fits" in " ".join(out.split())
+    assert "    r=4,\n    lora_alpha=8," in out
+    status, said = found(say, *asked, "--gpu", "64MiB")
+    assert (status, said["verdict"]) == (1, "too_big")
+    assert said["peak_bytes"] == sum(said["parts_bytes"].values())
+    assert said["training"]["targets"][:2] == ["q_proj", "k_proj"]
+    compile(said["code"], "program", "exec")
+    _, out, _ = say(*asked, "--gpu", "64MiB")
+    assert "Try --training qlora or a shorter --sequence-length." in " ".join(out.split())

@@ -121,7 +121,7 @@ def put_in() -> None:
         stack.enter_context(mock.patch.object(owner, name, value, create=True))
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # modes belong to a thread
     _forget_what_was_asked()
-    stack.enter_context(ledger._as_real())
+    stack.enter_context(ledger.taken_for_real())
     for mode in (torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), found, _Numbered(found)):
         stack.enter_context(mode)
     _PUT_IN.append(stack)

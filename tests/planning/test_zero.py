@@ -6,8 +6,8 @@ import pytest
 
 from harness.architecture import skeleton_source
 from harness.core.units import GIB
-from harness.planning import zero
-from harness.planning.zero import Trained
+from harness.planning.training import zero
+from harness.planning.training.zero import Trained
 
 T5_3B = Trained(parameters=2851_000_000, largest_layer=32_000_000, gpus=8)  # as the document prints it: 2851M, 32M
 

@@ -99,24 +99,28 @@ class AttentionCall:
             return self._own(query, key, value, attn_mask=attn_mask, **more)
         kernel = choose_kernel(query, key, value, attn_mask, self._card)
         mask = _additive(attn_mask, query.dtype)
+        trains = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+        if kernel == "cudnn" and trains:  # which keeps a sum of each row for backward
+            return _cudnn(query, key, value, mask, is_causal, scale)
         if kernel == "cudnn":
             return query.new_empty((*query.shape[:-1], value.shape[-1]))  # it takes masks as they are, broadcast, and grouped heads
         if kernel == "flash":
             return _flash(query, key, value, is_causal, scale)
         if kernel == "efficient":
-            return self._efficient(query, key, value, mask, is_causal, scale)
+            return self._efficient(query, key, value, mask, (is_causal, scale, trains))
         out: torch.Tensor = _aten._scaled_dot_product_attention_math(
             query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
         )[0]
         return out
 
-    def _efficient(self, query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scale: float | None) -> torch.Tensor:
+    def _efficient(self, query: Any, key: Any, value: Any, mask: Any, how: tuple[bool, float | None, bool]) -> torch.Tensor:
+        is_causal, scale, trains = how
         if mask is not None:
             wide = max(query.shape[-1], value.shape[-1]) > KERNELS[0].widest
             mask, _spare = self._padded(mask, UNALIGNED_WIDE if wide else UNALIGNED)  # both are there until the kernel is done
             mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         out: torch.Tensor = _aten._scaled_dot_product_efficient_attention(
-            query, key, value, mask, False, 0.0, is_causal, scale=scale
+            query, key, value, mask, trains, 0.0, is_causal, scale=scale
         )[0]
         if value.shape[-1] > WIDEST_ACCUMULATED and query.dtype is not torch.float32:
             self._ledger.temporary(out.numel() * 4, "accumulator of attention")
@@ -160,6 +164,29 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causa
         query, key, value = (F.pad(part, (0, 8 - width % 8)) for part in (query, key, value))
     out: torch.Tensor = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=factor)[0]
     return out[..., :width]
+
+
+def _cudnn(query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scale: float | None) -> torch.Tensor:
+    out: torch.Tensor = _aten._scaled_dot_product_cudnn_attention(
+        query, key, value, mask, True, 0.0, is_causal, False, scale=scale
+    )[0]
+    return out
+
+
+def _flash_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:  # noqa: ARG001
+    """Do _scaled_dot_product_flash_attention_backward.
+
+    It sums up in float32, and takes keys and values of every head where heads are grouped (flash_attn/flash_api.cpp, mha_bwd).
+    """
+    batch, heads, tokens, width = query.shape
+    rows, columns = -(-tokens // 128) * 128, -(-width // 32) * 32
+    made = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    sums = [query.new_empty((batch, heads, rows), dtype=torch.float32)]
+    sums.append(query.new_empty((batch, rows, heads, columns), dtype=torch.float32))
+    if key.shape[1] != heads:
+        sums += [key.new_empty((batch, key.shape[2], heads, width)) for _ in range(2)]
+    del sums
+    return made
 
 
 # How bitsandbytes decides whether to unpack a weight: (dtype, rows of the input, outputs, inputs, card) -> it does not.
@@ -271,6 +298,7 @@ def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
 def rules(ledger: Ledger, card: CardKernels, whole: bool) -> dict[Any, Callable[..., Any]]:
     """Return the table for `Ledger`; `whole`: take what a kernel takes only under a condition whether or not that holds."""
     found: dict[Any, Callable[..., Any]] = {_aten._grouped_mm.default: _grouped, _aten.equal.default: _equal}
+    found[_aten._scaled_dot_product_flash_attention_backward.default] = _flash_backward
     try:
         import bitsandbytes  # noqa: F401 registers its operators
     except ImportError:

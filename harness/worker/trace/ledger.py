@@ -1,7 +1,7 @@
 """A card that is not there: fake tensors on "cuda" in any build of torch, and a ledger of every storage that lives on it.
 
 The code that runs is the libraries' own. What a build without CUDA lacks is lent (`lend_guard`), what a fake tensor would do
-differently from a real one is put right (`_Indexed`, `_AsReal`), and every allocation and release is written down in order.
+differently from a real one is put right (`_Indexed`, `taken_for_real`), and every allocation and release is written down in order.
 Sizes are bytes, those of the ledger rounded as torch's allocator for CUDA rounds them.
 """
 
@@ -278,7 +278,7 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_real() -> Iterator[None]:
+def taken_for_real() -> Iterator[None]:
     """Have transformers take fake tensors for real ones: it drops no mask, and reads no value, while it takes itself for traced."""
     from transformers.utils import import_utils
 
@@ -296,7 +296,7 @@ def fake_card(rules: Rules, capability: tuple[int, int]) -> Iterator[Ledger]:
     lend_guard()
     ledger = Ledger(rules)
     with (
-        _as_real(),
+        taken_for_real(),
         swapped(torch.cuda, "get_device_capability", lambda device=None: capability),  # noqa: ARG005 torch's interface
         torch.no_grad(),
         FakeTensorMode(allow_non_fake_inputs=True),

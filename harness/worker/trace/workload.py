@@ -52,7 +52,7 @@ def run(ledger: Ledger, model: Any, layers: Layers | None, batch: int, prompt: i
     ledger.reset()
     guesses = ledger.guesses.total()
     try:
-        with _followed(ledger, model, layers), _patched(model, forward):
+        with followed(ledger, model, layers), _patched(model, forward):
             _generate(model, batch, prompt, new_tokens)
     finally:
         gc.enable()
@@ -87,7 +87,7 @@ def _patched(model: Any, forward: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _followed(ledger: Ledger, model: nn.Module, layers: Layers | None) -> Iterator[None]:
+def followed(ledger: Ledger, model: nn.Module, layers: Layers | None) -> Iterator[None]:
     """Tell the ledger which module runs, by its path, and which decoder layer was begun last; -1 before the first of a pass."""
     paths = {id(module): name for name, module in model.named_modules()}
     numbers = {id(layer): index for index, layer in enumerate(layers.held)} if layers else {}
