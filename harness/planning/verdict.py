@@ -17,7 +17,7 @@ from harness.core.quantizers import SCHEMES, Scheme
 from harness.core.records import USUAL_KV, Case, Estimate, Machine, Record, Tier, TierEstimate, Verdict
 from harness.core.units import format_gib, format_size
 from harness.machine import headroom
-from harness.planning.cost import estimate, tensor_parallel
+from harness.planning.cost import estimate, memory, tensor_parallel
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import MAPPED
 from harness.planning.device_map.experts import experts_of
@@ -75,20 +75,21 @@ class Judge(Record, frozen=True, kw_only=True):
             return packed.refusal(precision)
         if precision.scheme is not None:
             scheme, off_gpu = SCHEMES[precision.scheme], not self.machine.gpus or "gpu" not in placement.devices
-            why = self._passed_by(scheme) or (self._unpackable(scheme) if off_gpu else None)
+            why = self._passed_by(precision.scheme) or (self._unpackable(scheme) if off_gpu else None)
             if why is not None:
                 return why
         if precision.requires_checkpoint is not None:
             return f"needs {with_article(precision.requires_checkpoint)} checkpoint, and this one is {self.spec.stored_dtype}"
         return None
 
-    def _passed_by(self, scheme: Scheme) -> str | None:
+    def _passed_by(self, quantizer: str) -> str | None:
         """Say that a library replaces no Linear of a model, as it goes by the class of a module, or that the model passes it by."""
-        found = self.spec.skeleton
+        found, scheme = self.spec.skeleton, SCHEMES[quantizer]
         taken = _TAKES_WEIGHTS.get(found.model_class)
         if taken is not None and scheme.library == "bitsandbytes":
             return f"{found.model_class} multiplies by the weight of {taken} itself, which {scheme.library} packs"
-        if scheme.derived or scheme.experts or any(weight.quantizes for weight, _ in found.tally):
+        parts = (part for kind in found.kinds for part in kind.inside)
+        if any(memory.narrows(weight, quantizer, part.block) for part in parts for weight in part.weights):
             return None
         return (
             f"{scheme.library} packs torch's own Linear, and {found.model_class} has none beside its head: all would stay as it is"

@@ -2,8 +2,8 @@
 
 The same ledger, with fake tensors on the CPU, against the rise of the resident memory of a process that runs the model for real:
 0.9 GB of random weights in float32, a prompt whose activations are 0.1 GB and more, so that the 8 to 16 MB which libraries take for
-themselves are less than 2 %. glibc gives freed blocks back at once in that process (MALLOC_MMAP_THRESHOLD_), so that what is resident
-is what is alive.
+themselves are less than 2 %. glibc gives freed blocks back at once in that process (MALLOC_MMAP_THRESHOLD_), so that what is
+resident is what is alive.
 """
 
 from __future__ import annotations

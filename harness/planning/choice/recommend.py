@@ -14,7 +14,7 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict, Workload
 from harness.core.units import significant
 from harness.planning.choice.nearest import nearest_way
-from harness.planning.choice.search import SPEED_ALIKE, quality_kept, search
+from harness.planning.choice.search import SPEED_ALIKE, best_way, quality_kept, search
 from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
 
@@ -29,7 +29,7 @@ def choose_best(plans: Iterable[Plan]) -> tuple[Plan, str] | None:
     fitting = _surest(plans)
     if not fitting:
         return None
-    best = _simplest_alike(_smallest_alike(max(fitting, key=worth), fitting), fitting)
+    best = _usual_alike(_simplest_alike(_smallest_alike(max(fitting, key=worth), fitting), fitting), fitting)
     return best, _reason(best, fitting)
 
 
@@ -92,6 +92,19 @@ def _keeps_more_in_doubt(one: Plan, other: Plan) -> bool:
     return keeps_more and _speed(one) >= other.estimate.decode_tok_s.low
 
 
+def _usual_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
+    """Return the usual precision that keeps as much quality the same way and is as fast: the one that most people have."""
+    alike = [
+        one
+        for one in fitting
+        if PRECISIONS[one.case.precision].default
+        and (one.case.placement, one.case.kv, one.case.attention) == (best.case.placement, best.case.kv, best.case.attention)
+        and quality_kept(one.case) == quality_kept(best.case)
+        and _speed(one) >= (1 - SPEED_ALIKE) * _speed(best)
+    ]
+    return best if PRECISIONS[best.case.precision].default else max(alike, key=worth, default=best)
+
+
 class Recommendation(Record, frozen=True, kw_only=True):
     """The plans of one model, which of them is best, and why."""
 
@@ -147,8 +160,8 @@ def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommend
 def advise_usual(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
     """Plan the usual cases of one model, and beside them the best way that a search finds."""
     plans = planner.plans(cases)
-    found = search(planner, cases[0].workload, choose=_best_of)
-    if found.best is None:
+    found = best_way(planner, cases[0].workload, _best_of)
+    if found is None:
         return Recommendation(
             source=source,
             planner=planner,
@@ -157,9 +170,9 @@ def advise_usual(source: Source, planner: Planner, cases: Sequence[Case]) -> Rec
             reason="nothing fits",
             nearest=nearest_way(planner, plans, choose_best),
         )
-    is_found = found.best.case not in cases
-    plans += [found.best] * is_found
-    best = next(one for one in plans if one.case == found.best.case)
+    is_found = found.case not in cases
+    plans += [found] * is_found
+    best = next(one for one in plans if one.case == found.case)
     reason = _reason(best, _surest(plans))
     return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, is_found=is_found)
 
@@ -217,7 +230,9 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     if best.verdict is Verdict.TIGHT:
         return "nothing fits with room to spare; this comes closest"
     bits = min(PRECISIONS[best.case.precision].bits, 16)
-    wider = [one for one in fitting if PRECISIONS[one.case.precision].bits > bits]
+    wider = [
+        one for one in fitting if PRECISIONS[one.case.precision].bits > bits and quality_kept(one.case) > quality_kept(best.case)
+    ]
     if not wider or bits == 16:
         return "highest quality that fits, and the fastest at that quality"
     rival = max(wider, key=worth)

@@ -5,7 +5,7 @@ What counts is speed, the share of the answers that stay right, and the longest 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -50,6 +50,12 @@ def quality_kept(case: Case) -> float:
     return PRECISIONS[case.precision].quality_kept * KV_FORMS[case.kv].quality_kept
 
 
+def best_way(planner: Planner, workload: Workload, choose: Callable[[Sequence[Plan]], Plan | None]) -> Plan | None:
+    """Return the way that `choose` takes of those that a search plans, without what only longer contexts would ask for."""
+    usual = _usual(planner, workload)
+    return choose(_good([*usual, *_varied_of(planner, [one for one in _leading(planner, usual) if _may_gain(planner, one)])]))
+
+
 def search(
     planner: Planner, workload: Workload, least_tok_s: float = 0.0, choose: Callable[[Sequence[Plan]], Plan | None] = lambda _: None
 ) -> Searched:
@@ -57,29 +63,38 @@ def search(
 
     `least_tok_s` is the speed below which a way is none; the one that `choose` takes of all ways stays in any case.
     """
-    plans = list(_planned(planner, workload))
-    good = [one for one in plans if one.verdict.is_good and one.estimate is not None]
-    fast = [one for one in good if _speed(one) >= least_tok_s]
-    best = choose(fast)
+    usual = _usual(planner, workload)
+    leading = [one for one in _leading(planner, usual) if not _has_all(planner, one)]
+    gaining = [one for one in leading if _may_gain(planner, one)]
+    sure = [*usual, *_varied_of(planner, gaining)]
+    plans = [*sure, *_varied_of(planner, [one for one in leading if one not in gaining])]
+    fast = [one for one in _good(plans) if _speed(one) >= least_tok_s]
+    best = choose([one for one in _good(sure) if _speed(one) >= least_tok_s]) or choose(fast)
     front = _front(planner, fast, best)
     kept = [way.plan for way in front]
-    slow = [_too_slow(one, least_tok_s) for one in good if _speed(one) < least_tok_s]
+    slow = [_too_slow(one, least_tok_s) for one in _good(plans) if _speed(one) < least_tok_s]
     return Searched(kept + _failing([*plans, *slow], fast), {way.plan.case.id: way.context for way in front}, best)
 
 
-def _planned(planner: Planner, workload: Workload) -> Iterator[Plan]:
-    """Yield the plans; another KV cache or attention only where the usual ones do not fit with the whole context."""
+def _good(plans: Iterable[Plan]) -> list[Plan]:
+    return [one for one in plans if one.verdict.is_good and one.estimate is not None]
+
+
+def _usual(planner: Planner, workload: Workload) -> list[Plan]:
+    """Plan every precision wherever it can go, with the usual KV cache and attention."""
     gpus = len(planner.machine.gpus)
     asked = [name for name in distinct(PLACEMENTS, gpus) if not PLACEMENTS[name].lacks_gpus(gpus)]
     asked += [row.name for row in PLACEMENTS.values() if row.experts_in_ram and gpus and experts_of(planner.spec.skeleton)]
     model = planner.spec.name
-    usual = [
+    return [
         planner.plan(Case(model=model, precision=precision, placement=placement, workload=workload))
         for precision in _precisions(planner)
         for placement in asked
     ]
-    yield from usual
-    for one in _improvable(planner, usual):
+
+
+def _varied_of(planner: Planner, plans: Iterable[Plan]) -> Iterator[Plan]:
+    for one in plans:
         yield from _varied(planner, one)
 
 
@@ -102,7 +117,7 @@ def _precisions(planner: Planner) -> list[str]:
     return [name for name in asked if planner.spec.stored_as is not None or PRECISIONS[name].requires_checkpoint is None]
 
 
-def _improvable(planner: Planner, usual: Sequence[Plan]) -> list[Plan]:
+def _leading(planner: Planner, usual: Sequence[Plan]) -> list[Plan]:
     """Return the plans that less memory for the cache could make a way, or a longer one: those that no other is as good as."""
     planned = [one for one in usual if one.estimate is not None]
     planned.sort(key=lambda one: (-quality_kept(one.case), -_speed(one), _RANKS.index(one.verdict) if one.verdict in _RANKS else 9))
@@ -110,7 +125,21 @@ def _improvable(planner: Planner, usual: Sequence[Plan]) -> list[Plan]:
     for one in planned:
         if not any(_is_as_good(other, one) for other in leading):
             leading.append(one)
-    return [one for one in leading if planner.can_hold(one.case) and not _has_all(planner, one)]
+    return [one for one in leading if planner.can_hold(one.case)]
+
+
+def _may_gain(planner: Planner, one: Plan) -> bool:
+    """Say whether all that another cache or attention could save makes this fit, or brings enough weights back to the GPUs."""
+    assert one.estimate is not None
+    tiers = one.estimate.tiers
+    saved = {name: tier.kv_bytes + tier.activation_bytes for name, tier in tiers.items()}
+    if one.verdict is not Verdict.FITS:
+        return all(
+            tier.capacity_bytes is None or tier.needed_high_bytes - saved[name] <= tier.capacity_bytes
+            for name, tier in tiers.items()
+        )
+    off = sum(tier.weights_bytes for name, tier in tiers.items() if not name.startswith("gpu")) if planner.machine.gpus else 0
+    return _adapts(one) and sum(saved.values()) > SPEED_ALIKE * off
 
 
 def _has_all(planner: Planner, one: Plan) -> bool:
