@@ -55,7 +55,7 @@ class Placement(Record, frozen=True, kw_only=True):
     @property
     def prints_map(self) -> bool:
         """Whether its code names a tier for every module: transformers has no word for such a map."""
-        return self.writes_inferred_map or self.device_map in _EXPLICIT_MAPS
+        return self.writes_inferred_map or self.experts_in_ram or self.device_map in _EXPLICIT_MAPS
 
     @property
     def splits_devices(self) -> bool:

@@ -96,7 +96,7 @@ def loading_code(
         off_gpu = precision.off_gpu if is_divided else None
         arguments["quantization_config"] = _quantization(config, dtype) | dict(off_gpu or {})
     arguments |= placement.arguments()
-    if placement.prints_map or placement.experts_in_ram:
+    if placement.prints_map:
         assert device_map is not None, "its code cannot be written without the map"
         arguments["device_map"] = {path: _device(str(tier)) for path, tier in device_map.items()}
     if "disk" in (device_map or {}).values():  # where a file is not safetensors, transformers asks for it

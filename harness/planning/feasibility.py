@@ -111,7 +111,7 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
     placement = row_on(machine, PLACEMENTS[case.placement], precision)
     on_gpu = placement.devices[0] == "gpu" and machine.gpus
     dtype = precision.dtype_on(machine.gpus[placement.gpu].compute_capability if on_gpu else None)
-    if placement.prints_map or placement.experts_in_ram or (placement.limits and checkpoint is None):
+    if placement.prints_map or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
     limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))
     return Plan(

@@ -110,11 +110,10 @@ class Planner:
             form = quantization.form_for(row, self.spec.config or {"model_type": self.spec.skeleton.model_type})
             if form is not None:
                 return self._in_another_form(case, form)
-        placement = self._placement(case)
-        refused = self.judge.refusal(case, placement)
+        refused = self.judge.refusal(case, self._placements[case.placement])
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
-        precision = self.spec.adapted(PRECISIONS[case.precision])
+        precision, placement = self.spec.adapted(row), self._placement(case)
         refused = feasibility.gate(case, self.machine, self.here, placement, precision)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
