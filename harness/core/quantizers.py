@@ -39,6 +39,7 @@ class Scheme(Record, frozen=True, kw_only=True):
     experts: bool = False  #: the stacked experts of a mixture are quantized as well
     rows: int = 1  #: on a processor the outputs must be a multiple of it
     fused: tuple[int, int] = (1, 1)  #: ... and outputs and inputs, where the processor multiplies the weights as they are
+    starts: float = 0.0  #: operations that a GPU starts for a product beyond those of what it is like
     flat: bool = False  #: on a processor it multiplies rows of tokens, and nothing of more dimensions than a batch of them
     # How many 16-bit copies of a weight are on a GPU, beside what stays, while it is quantized there (`worker.trace.load`), and how
     # many more of a Conv1D, which is transposed first.
@@ -107,7 +108,8 @@ SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True, flat=True, in_flight=2),
     "int4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
     "fp4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
-    "nf4-dq": Scheme(size=_nested, in_flight=1 + 4 / NF4_BLOCK, **_BNB_4BIT),
+    # Scales are unpacked and moved by their mean before each product (bitsandbytes 0.50: functional.py, gemv_4bit).
+    "nf4-dq": Scheme(size=_nested, starts=2, in_flight=1 + 4 / NF4_BLOCK, **_BNB_4BIT),
     "torchao-int8": Scheme(size=_torchao_int8, counted=1, like="torchao_int8", library="torchao", derived=True),
     "torchao-int8-dynamic": Scheme(size=_torchao_int8, counted=1, like="torchao_dynamic", library="torchao", derived=True),
     "torchao-int4": Scheme(size=_torchao_int4, counted=0.5, like="torchao_int4", library="torchao", derived=True, rows=16),

@@ -134,6 +134,7 @@ class _Timing:
         quantized = counted.quantizable if self.suffix else 0.0
         device, kernel = ("gpu", self.work.stored or self.work.like) if self.gpu else ("cpu", self.work.like)
         each = self.rates.cost(f"{device}_operations_per_linear_{kernel}", pick) if quantized else 0.0
+        each += self.work.starts if self.gpu else 0.0
         started = counted.others + LINEAR * (counted.linears - quantized) + each * quantized
         return started + (0 if self.gpu else counted.experts) + self.work.handed_over
 

@@ -24,6 +24,7 @@ class TokenWork(Record, frozen=True, kw_only=True):
     read: dict[str, float]  #: bytes by tier that one token reads
     mapped: float  #: of those in RAM, pages of files
     operations: Operations
+    starts: float = 0.0  #: operations that a GPU starts for a quantized Linear beyond the constant
     stored: str | None = None  #: names the constant of what a GPU starts for a Linear whose weights are stored packed
     attended: float = 0.0  #: bytes of keys and values that a token attends to, once for each head that asks
     scored: float = 0.0  #: operations of attention among the tokens of the prompt
@@ -61,6 +62,7 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         },
         mapped=in_ram.viewed_used if in_ram else 0.0,
         operations=inventory.operations,
+        starts=SCHEMES[footprint.fmt.quantizer].starts if footprint.fmt.quantizer else 0.0,
         stored=_stored(footprint.fmt),
         attended=footprint.fmt.element_bytes * work.batch * _asked(footprint.skeleton, work.cached_tokens),
         scored=2.0 * work.batch * work.prompt_tokens * _asked(footprint.skeleton, work.prompt_tokens / 2),  # each sees half
