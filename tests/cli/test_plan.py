@@ -129,6 +129,19 @@ def test_what_cannot_be_is_known_before_loading(say: Said) -> None:
     assert homes == {"gpu:0", "cpu"}
 
 
+def test_caches_that_are_compared_stand_beside_the_longest_context_of_each(say: Said) -> None:
+    asked = ("qwen2.5-7b-instruct", "--gpu", "8GiB", "--ram", "32GiB", "--precision", "int4", "--placement", "direct")
+    forms = ("--kv", "dynamic", "--kv", "offloaded", "--all")
+    most = {plan["kv"]: plan["max_context_tokens"] for plan in planned(say, *asked, *forms[:-1])["plans"]}
+    assert most["offloaded"] > 1.2 * most["dynamic"]
+    _, out, _ = say(*asked, *forms)
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("int4 ")}
+    assert f"  {most['dynamic']:,}" in rows["direct"]
+    assert f"  {most['offloaded']:,}" in rows["direct@kv-offloaded"]
+    assert "tokens/s  context" in out
+    assert "tokens/s  context" not in say(*asked)[1]  # where one cache alone is asked for
+
+
 def test_a_map_of_ones_own_is_planned_alone_and_printed(say: Said, tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text('{"model": 0, "lm_head": "cpu"}')
     found = planned(say, "qwen2.5-7b-instruct", *PROFILE, "--device-map", "map.json")

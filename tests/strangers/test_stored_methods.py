@@ -204,9 +204,7 @@ def budgets(total: float) -> Iterator[dict[Any, int]]:
     "form", ["ct-w4a16", "ct-fp8", "fp8-blocks", "fp8-small-blocks", "mxfp8", "metal", "bitnet", "bnb-nf4", "mxfp4"]
 )
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
-)  # torch, for BitNet
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch, for BitNet
 def test_auto_s_map_is_transformers_own(form: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations.accelerate import _get_device_map
     from transformers.quantizers import quantizer_mxfp4

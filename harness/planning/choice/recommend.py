@@ -122,6 +122,13 @@ class Recommendation(Record, frozen=True, kw_only=True):
         return self.planner.spec
 
     @property
+    def longest(self) -> Mapping[str, int]:
+        """By case the most tokens with which it fits: of a search, and where several KV caches are compared; else empty."""
+        if self.contexts or len({one.case.kv for one in self.plans}) < 2:
+            return self.contexts
+        return {one.case.id: self.planner.max_context(one) or 0 for one in self.plans if one.verdict.is_good}
+
+    @property
     def notes(self) -> list[str]:
         """What is odd about the model, what plans need on a machine that is only described, and what experts do to precisions."""
         wide = left_wide(self.spec, (one.case.precision for one in self.plans))

@@ -47,7 +47,8 @@ class _Layout(NamedTuple):
     marked: bool = True  #: whether the best way has a mark; the answer above names it
     fullest: bool = False  #: one column for all GPUs, of the one with least to spare
     lacks: str = ""  #: what a wider table shows in addition
-    contexts: Mapping[str, int] = {}  #: of a search, the most tokens of each way, by case
+    contexts: Mapping[str, int] = {}  #: the most tokens of each way, by case, where that is compared
+    quality: bool = False  #: whether what each keeps of the answers is shown
 
 
 # The first that is not too wide is shown, the last in any case.
@@ -85,7 +86,8 @@ def of_front(recommendation: Recommendation, machine: Machine) -> tuple[Table, s
 
 
 def _fitting(rows: Callable[[_Layout], Sequence[Way]], recommendation: Recommendation, machine: Machine) -> tuple[Table, str]:
-    for layout in (row._replace(contexts=recommendation.contexts) for row in _LAYOUTS):
+    longest, is_search = recommendation.longest, bool(recommendation.contexts)
+    for layout in (row._replace(contexts=longest, quality=is_search) for row in _LAYOUTS):
         table = _drawn(rows(layout), recommendation.best, machine, layout)
         if tables.has_room_for(table, wrapping=_WRAPPING):
             break
@@ -95,8 +97,8 @@ def _fitting(rows: Callable[[_Layout], Sequence[Way]], recommendation: Recommend
 def _drawn(rows: Sequence[Way], best: Plan | None, machine: Machine, layout: _Layout) -> Table:
     ready = ["ready"] if layout.ready else []
     words = [f"\n{name}" for name in ("precision", "placement", "verdict")]
-    searched = ["quality", "context"] if layout.contexts else []
-    figures = [f"\n{name}" for name in (*ready, "tokens/s" if layout.marked else "tok/s", *searched, *[""] * layout.marked)]
+    compared = [*["quality"] * layout.quality, *(["context"] if layout.contexts else [])]
+    figures = [f"\n{name}" for name in (*ready, "tokens/s" if layout.marked else "tok/s", *compared, *[""] * layout.marked)]
     table = tables.table(*words, *_heads(machine, layout), *figures, left=3)
     for way in rows:
         verdict, *cells = _cells(way.one, machine, layout)
@@ -127,8 +129,10 @@ def _cells(one: Plan, machine: Machine, layout: _Layout) -> list[str]:
         amounts = ["", *amounts[-1:]]
     works = one.verdict.is_good
     ready = [format_seconds(one.estimate.load_s.best + one.estimate.first_token_s.best) if works else ""] * layout.ready
-    searched = [f"{quality_kept(one.case):.1%}", f"{layout.contexts.get(one.case.id, 0):,}"] if layout.contexts else []
-    return [word(one), *amounts, *ready, layout.rate(one.estimate.decode_tok_s) if works else "", *searched]
+    longest = layout.contexts.get(one.case.id)
+    compared = [f"{quality_kept(one.case):.1%}"] * layout.quality
+    compared += [f"{longest:,}" if longest is not None else ""] if layout.contexts else []
+    return [word(one), *amounts, *ready, layout.rate(one.estimate.decode_tok_s) if works else "", *compared]
 
 
 def fullest_gpu(expected: Estimate, machine: Machine) -> Tier | None:
