@@ -218,7 +218,7 @@ _ROWS = (
     Placement(
         name="experts-in-ram",
         title="GPU, experts in RAM",
-        help="routed experts of as many last blocks as must be in RAM, multiplied there; all else on the GPU",
+        help="routed experts of the last blocks in RAM, multiplied there; all else on the GPU",
         device_map={"": "cpu"},
         devices=("gpu", "cpu"),
         least_gpus=1,
