@@ -12,7 +12,7 @@ SAYS = "import os; from harness.worker import preload; print(os.environ.get('GOM
 
 
 @pytest.mark.parametrize(
-    ("given", "spins"), [({}, "3000"), ({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")]
+    ("given", "spins"), [({}, "30000"), ({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")]
 )
 def test_threads_spin_briefly_unless_the_user_says_how_they_wait(given: dict[str, str], spins: str) -> None:
     usual = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
