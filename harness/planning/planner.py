@@ -314,7 +314,7 @@ class Planner:
         return [*said, {True: _FUSED, False: _UNFUSED.format(beside), None: _MAYBE_FUSED}[self.machine.fuses_4bit]]
 
     def holds(self, one: Plan, tokens: int | None) -> bool:
-        """Say whether a plan that fits still does with so many tokens, prompt and answer together, and its model takes them."""
+        """Say whether a plan still fits with `tokens` tokens, prompt and answer together, within the context of its model."""
         footprint, most = self.footprints.get(one.case.id), self.spec.context_length
         if footprint is None or tokens is None or (most is not None and tokens > most):
             return False

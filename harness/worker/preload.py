@@ -7,7 +7,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A thread of GNU's OpenMP that waits for another spins 300,000 times first (GOMP_SPINCOUNT in the manual of libgomp), some 12 ms:
 # as long as the system lets a program run that took the core of the other. Two models at once wait for each other for good then: a
-# token took 150 times longer. With a tenth of that a quiet machine is as fast (tests/bench/bench_neighbors.py).
+# token took some 40 times longer. With a tenth of that a quiet machine is as fast (tests/bench/bench_neighbors.py).
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["GOMP_SPINCOUNT"] = "30000"
 

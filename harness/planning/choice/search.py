@@ -64,10 +64,10 @@ def search(
     `least_tok_s` is the speed below which a way is none; the one that `choose` takes of all ways stays in any case.
     """
     usual = _usual(planner, workload)
-    leading = [one for one in _leading(planner, usual) if not _has_all(planner, one)]
-    gaining = [one for one in leading if _may_gain(planner, one)]
-    sure = [*usual, *_varied_of(planner, gaining)]
-    plans = [*sure, *_varied_of(planner, [one for one in leading if one not in gaining])]
+    leading = _leading(planner, usual)
+    sure = [*usual, *_varied_of(planner, [one for one in leading if _may_gain(planner, one)])]  # as in `best_way`
+    longer = [one for one in leading if not _may_gain(planner, one) and not _has_all(planner, one)]
+    plans = [*sure, *_varied_of(planner, longer)]
     fast = [one for one in _good(plans) if _speed(one) >= least_tok_s]
     best = choose([one for one in _good(sure) if _speed(one) >= least_tok_s]) or choose(fast)
     front = _front(planner, fast, best)

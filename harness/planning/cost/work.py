@@ -90,7 +90,7 @@ def _moved_of_cache(footprint: Footprint) -> dict[str, float]:
 
 
 def _asked(skeleton: Skeleton, seen: float) -> float:
-    """Return the elements of keys and values that a token meets which sees so many tokens, as wide as there are heads that ask."""
+    """Return the elements of keys and values that a token attends to among `seen` tokens, counted once for each query head."""
     widths = [
         (skeleton.heads * (kind.key_dim + kind.value_dim) if kind.expanded is None else kind.expanded) if kind.heads else 0
         for kind in skeleton.attention

@@ -57,7 +57,7 @@ def assumed(machine: Machine) -> str:
 
 
 def _unknown_speeds(kinds: Iterable[str]) -> list[str]:
-    """Return the intervals that are assumed of memories whose speed nobody told."""
+    """Return the speeds that are assumed for RAM and disk where only their size was given."""
     known, lacking = calibration.default(), set(kinds)
     return [
         f"{name} at {format_bandwidth(found.low)} to {format_bandwidth(found.high)}"

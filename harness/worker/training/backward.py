@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 _ACCUMULATES = "AccumulateGrad"
-_GRAPH = 1  # any number: by it a checkpoint knows that it is one walk that asks for what it computed anew
+_GRAPH = 1  # any id: a checkpoint recomputes once for each id of a backward pass
 
 
 class Walk:
