@@ -16,7 +16,8 @@ from harness.core.records import Record
 
 Range = tuple[int, int | None]  # first and last, None without end
 Spread = tuple[float, float, float]  # the least, the median and the most of several
-# Of batch B and length S: 1, B, S, B S, S², B S²; what is not written is 0.
+# Of batch B and length S: 1, B, S, B S, S², B S²; where sequences are padded to chunks, the same of the least length that is padded
+# as far, for what is as large for all of a chunk. What is not written is 0.
 Polynomial = tuple[float, ...]
 BEFORE, AFTER = -1, -2  # the places of moments outside of the decoder layers: no layer has cached the new tokens yet, or all have
 # A copy of the mask, unless the keys are a multiple of 16; cuDNN takes a mask as it is, but no head as wide as the second's.
@@ -24,9 +25,15 @@ UNALIGNED, UNALIGNED_WIDE = "unaligned", "unaligned wide"
 ALIGNED = 16
 
 
-def monomials(batch: int, length: int) -> tuple[int, ...]:
-    """Return what the coefficients of a polynomial are multiplied with."""
-    return 1, batch, length, batch * length, length**2, batch * length**2
+def chunk_start(length: int, step: int) -> int:
+    """Return the least length that takes as many chunks of `step` tokens."""
+    return (length - 1) // step * step + 1
+
+
+def monomials(batch: int, length: int, step: int = 1) -> tuple[int, ...]:
+    """Return what the coefficients of a polynomial are multiplied with; with chunks, those of the chunk's start follow."""
+    plain = (1, batch, length, batch * length, length**2, batch * length**2)
+    return plain if step == 1 else (*plain, *monomials(batch, chunk_start(length, step)))
 
 
 class TensorPart(Record, frozen=True, kw_only=True, array_like=True):
@@ -53,7 +60,8 @@ class MomentRow(Record, frozen=True, kw_only=True, array_like=True):
 class Regime(Record, frozen=True, kw_only=True, array_like=True):
     """Lengths and batches (first, last; None without end) in which a pass runs the same operators.
 
-    `before` and `cached` are the bytes of the KV cache of one layer, by kind, before and after the pass.
+    `before` and `cached` are the bytes of the KV cache of one layer, by kind, before and after the pass. `step` is the chunk that
+    some of what the pass makes is padded to, or 1.
     """
 
     lengths: Range
@@ -61,6 +69,7 @@ class Regime(Record, frozen=True, kw_only=True, array_like=True):
     before: tuple[Polynomial, ...]
     cached: tuple[Polynomial, ...]
     rows: tuple[MomentRow, ...]
+    step: int = 1
 
     def covers(self, batch: int, length: int) -> bool:
         """Say whether a workload lies inside."""
@@ -175,7 +184,7 @@ def evaluate(traced: TracedMemory, batch: int, prompt: int, new_tokens: int, cap
     start = _regime(traced.prefill, batch, prompt)
     if start is None:
         return None
-    prefill, kv_bytes = _worst(traced, start, batch, prompt, batch * prompt, card), _all(traced, start.cached, batch, prompt)
+    prefill, kv_bytes = _worst(traced, start, batch, prompt, batch * prompt, card), _all(traced, start, batch, prompt)
     first = (traced.first, prompt) if traced.first else (traced.later, max(prompt - 1, 1))
     steps = [first] if new_tokens > 1 else []
     steps += [(traced.later, prompt + new_tokens - 3)] if new_tokens > 2 else []
@@ -185,7 +194,7 @@ def evaluate(traced: TracedMemory, batch: int, prompt: int, new_tokens: int, cap
         if regime is None:
             return None
         moments.append(_worst(traced, regime, batch, length, batch, card))
-        kv_bytes = _all(traced, regime.cached, batch, length)
+        kv_bytes = _all(traced, regime, batch, length)
     decode = max(moments, key=lambda moment: moment.nbytes, default=None)
     return TracedPeak(traced.weights_bytes, kv_bytes, prefill, decode)
 
@@ -200,14 +209,14 @@ def value(polynomial: Sequence[float], at: Sequence[int]) -> float:
     return total
 
 
-def _all(traced: TracedMemory, cached: Sequence[Polynomial], batch: int, length: int) -> int:
-    at = monomials(batch, length)
-    return round(sum(value(cached[kind], at) for kind in traced.layers))
+def _all(traced: TracedMemory, regime: Regime, batch: int, length: int) -> int:
+    at = monomials(batch, length, regime.step)
+    return round(sum(value(regime.cached[kind], at) for kind in traced.layers))
 
 
 def _worst(traced: TracedMemory, regime: Regime, batch: int, length: int, tokens: int, card: CardKernels) -> Moment:
     """Find the moment that holds the most. A pass over many tokens is that of the prompt, and sees as many keys as it has."""
-    at, keys = monomials(batch, length), length
+    at, keys = monomials(batch, length, regime.step), length
     held = {place: max(options) for place, options in _cached(traced.layers, regime, at).items()}
     cards = cards_of(traced.capability, traced.precision)
     number = cards.index(card) if card in cards else 0

@@ -62,6 +62,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "pad_token_id": 3,
         "max_sequence_length": 2048,
     },
+    "qwen 3 next, a loop over chunks": {
+        "model_type": "qwen3_next",
+        **SMALL,
+        "num_hidden_layers": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+    "bamba, padded to chunks": {
+        "model_type": "bamba",
+        **SMALL,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 16,
+        "mamba_d_head": 32,
+        "mamba_d_state": 32,
+        "mamba_chunk_size": 64,
+    },
 }
 # Away from the points that records are fitted at, on both sides of the windows, with keys that are a multiple of 16 and not.
 LOADS = (

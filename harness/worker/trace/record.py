@@ -28,6 +28,7 @@ from harness.architecture.traced_memory import (
     Range,
     Regime,
     TracedMemory,
+    chunk_start,
     evaluate,
     monomials,
     value,
@@ -35,108 +36,16 @@ from harness.architecture.traced_memory import (
 from harness.core.precisions import PRECISIONS
 from harness.worker.trace import fake_model, kernels, reserve, workload
 from harness.worker.trace.fake_model import Layers
-from harness.worker.trace.fit import Pass, TracedPoint, cached_bytes, fit, moments, passes_of, row, tidy, worst
 from harness.worker.trace.ledger import CARD, Ledger, fake_card
+from harness.worker.trace.passes.fit import TracedPoint, by_chunk, cached_bytes, fit, moments, row, tidy, worst
+from harness.worker.trace.passes.tracer import CHUNKS, NEW_TOKENS, PAIR, PROBES, Tracer
 from harness.worker.trace.quantized_kernels import conditions_of
 from harness.worker.trace.whole import stand_ins
 
-NEW_TOKENS = 3  # the prompt's pass, the first step and one like all that follow
-# Lengths looked at for a change of operators, odd ones, as a mask then takes its padding; between two that differ it is sought.
-PROBES = (3, 43, 1009, 8209, 131101)
-PAIR, MANY = 2, 48  # batches looked at
-LEAST_WIDTH = 32  # a shorter regime is counted to the one above it
 LEAST_LENGTH, SLACK = 41, 1 << 16
 AGREES = 0.002  # what one sequence alone may differ from the polynomials of several
 DEVIATION = 0.005  # what a record may differ from a trace of all layers; beyond, all are traced
 CHECKED_SIZES = (2, 1501, 2)  # batch, prompt, new tokens
-
-
-class Tracer:
-    """Traces one placed model at any size, each size once, as if every kernel took all that it ever takes."""
-
-    def __init__(self, ledger: Ledger, model: Any, layers: Layers | None, card: CardKernels) -> None:
-        self._ledger, self._model, self._layers, self._card = ledger, model, layers, card
-        self._traces: dict[TracedPoint, list[Pass]] = {}
-
-    def passes(self, point: TracedPoint) -> list[Pass]:
-        """Return the passes of a batch and a prompt's length."""
-        if point not in self._traces:
-            with kernels.chosen_as_on(self._card, self._ledger, whole=True):
-                traced = workload.run(self._ledger, self._model, self._layers, *point, NEW_TOKENS)
-            self._traces[point] = passes_of(traced, point)
-        return self._traces[point]
-
-    def kinds(self) -> tuple[int, ...]:
-        """Return the kinds of the layers that are traced apart: none where the model keeps no cache by layer."""
-        layers = self._layers
-        return layers.kinds if layers is not None and len(layers.kinds) == len(self.passes((PAIR, PROBES[1]))[0].cached) else ()
-
-    def starts(self, number: int) -> list[int]:
-        """Return the lengths, beyond 1, at which a regime of a pass begins: other operators run, or a window is full."""
-        changes = self._changes(number, PAIR)
-        full = [window - number for window in self._windows() if window > LEAST_WIDTH + number]
-        found = sorted({*changes, *(size for size in full if all(abs(size - change) > 8 for change in changes))})
-        return [
-            start
-            for start, after in pairwise([*found, None])
-            if start and start >= LEAST_WIDTH and (not after or after - start >= LEAST_WIDTH)
-        ]
-
-    def _changes(self, number: int, batch: int) -> list[int]:
-        found = []
-        for low, high in pairwise(PROBES):
-            while self._signature(number, batch, low) != self._signature(number, batch, high):
-                low = self._last_like(number, batch, low, high) + 1
-                found.append(low)
-        return found
-
-    def _last_like(self, number: int, batch: int, low: int, high: int) -> int:
-        same = self._signature(number, batch, low)
-        for length in self._hints(low, high):
-            if self._signature(number, batch, length) == same:
-                low = length
-            else:
-                high = length
-                break
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._signature(number, batch, middle) == same else (low, middle)
-        return low
-
-    def _hints(self, low: int, high: int) -> list[int]:
-        """Return lengths around the sizes of the config where operators use to change."""
-        return sorted(size + off for size in self._turns() for off in (-4, 2) if low < size + off < high)
-
-    def _turns(self) -> set[int]:
-        """Return the windows, and what scaled positions were scaled from."""
-        config = self._model.config.get_text_config(decoder=True).to_dict()
-        named = [*config.items(), *(config.get("rope_parameters") or {}).items()]
-        return self._windows() | {size for name, size in named if type(size) is int and "max_position" in name}
-
-    def _windows(self) -> set[int]:
-        config = self._model.config.get_text_config(decoder=True).to_dict()
-        sizes = {name: size for name, size in config.items() if "window" in name or "chunk" in name}
-        if config.get("use_sliding_window") is False:
-            sizes = {}
-        return {size for name, size in sizes.items() if type(size) is int and not name.startswith("max_")}
-
-    def crowd(self, number: int, length: int) -> int | None:
-        """Return the batch from which on other operators run than for two sequences, up to MANY; None if none does."""
-        same = self._signature(number, PAIR, length)
-        low, high = PAIR, MANY
-        if self._signature(number, MANY, length) == same:
-            return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._signature(number, middle, length) == same else (low, middle)
-        return high
-
-    def _signature(self, number: int, batch: int, length: int) -> int:
-        return self.passes((batch, length))[number].signature
-
-    def alike(self, number: int, points: Sequence[TracedPoint]) -> bool:
-        """Say whether a pass runs the same operators at all these sizes."""
-        return len({self._signature(number, *point) for point in points}) == 1
 
 
 class Recorder:
@@ -147,14 +56,37 @@ class Recorder:
         self._numbers: dict[str | None, int] = {None: -1, **{one.name: index for index, one in enumerate(conditions)}}
         self.names: dict[str, int] = {}
 
+    def passes(self) -> list[tuple[Regime, ...]]:
+        """Return the regimes of all passes, by chunks of the prompt where it is walked in such, or where its length does not tell.
+
+        Raises:
+            ValueError: chunks do not tell it either.
+        """
+        if self._tracer.walks_chunks():
+            self._tracer.look_at_chunks()
+            return self._passes()
+        try:
+            return self._passes()
+        except ValueError as error:
+            said = str(error)
+        try:
+            self._tracer.look_at_chunks()
+            return self._passes()
+        except ValueError as error:
+            raise ValueError(f"{said}; by chunks of {self._tracer.step}: {error}") from None
+
+    def _passes(self) -> list[tuple[Regime, ...]]:
+        self.names.clear()
+        return [tuple(self.regimes(number)) for number in range(NEW_TOKENS)]
+
     def regimes(self, number: int) -> Iterator[Regime]:
         """Yield the regimes of a pass; one sequence alone has its own where what it holds does not follow from that of several."""
         for start, after in pairwise([1, *self._tracer.starts(number), None]):
             lengths = (int(start or 1), after - 1 if after else None)
-            sizes = _samples(*lengths)
+            sizes = _samples(*lengths, self._step(number))
             crowd = self._tracer.crowd(number, sizes[0])
             several = self._regime(number, lengths, (PAIR, crowd - 1 if crowd else None), _points(PAIR, sizes))
-            for probe in PROBES:
+            for probe in self._tracer.probes:
                 if several.covers(PAIR, probe) and probe >= LEAST_LENGTH and not self._agrees(number, several, (PAIR, probe)):
                     raise ValueError(f"pass {number} holds other than its polynomials say at a length of {probe}")
             if self._agrees(number, several, (1, sizes[1])):
@@ -165,17 +97,24 @@ class Recorder:
             if crowd:
                 yield self._regime(number, lengths, (crowd, None), _points(crowd, sizes))
 
+    def _step(self, number: int) -> int:
+        return self._tracer.step if number == 0 else 1  # after the prompt each pass takes one token
+
     def _regime(self, number: int, lengths: Range, batches: Range, points: list[TracedPoint]) -> Regime:
         if not self._tracer.alike(number, points):
             raise ValueError(f"pass {number} runs other operators at some of {points}")
         traced = [self._tracer.passes(point)[number] for point in points]
-        polynomials = fit(points, np.array([one.nbytes for one in traced], dtype=np.float64))
-        one = traced[1]
+        sizes = np.array([one.nbytes for one in traced], dtype=np.float64)
+        polynomials, one, step = fit(points, sizes), traced[1], self._step(number)
+        if step > 1:
+            batch, length = points[1]
+            further = self._tracer.passes((batch, length + 1))[number]
+            polynomials = by_chunk(polynomials, points[1], step, sizes[1], np.array(further.nbytes, dtype=np.float64))
         found = moments(one, polynomials, self._kinds)
         grid = [(batch, length) for batch in _spread(*batches, most=256) for length in _spread(*lengths, most=1 << 18)]
-        rows = tuple(row(one, polynomials, found, index, self.names, self._numbers) for index in worst(found, grid))
+        rows = tuple(row(one, polynomials, found, index, self.names, self._numbers) for index in worst(found, grid, step))
         before, cached = (self._by_kind(side) for side in cached_bytes(one, polynomials, bool(self._kinds)))
-        return Regime(lengths=lengths, batches=batches, before=before, cached=cached, rows=rows)
+        return Regime(lengths=lengths, batches=batches, before=before, cached=cached, rows=rows, step=step)
 
     def _by_kind(self, cache: Any) -> tuple[Polynomial, ...]:
         kinds = self._kinds or (0,)
@@ -186,7 +125,7 @@ class Recorder:
         one = self._tracer.passes(point)[number]
         real = np.zeros((len(one.nbytes), 6))
         real[:, 0] = one.nbytes
-        found, at = moments(one, real, self._kinds), monomials(*point)
+        found, at = moments(one, real, self._kinds), monomials(*point, regime.step)
         held: dict[int, float] = defaultdict(float)
         for place, nbytes in zip(found.places, (found.nbytes + found.extra)[:, 0], strict=True):
             held[place] = max(held[place], nbytes)
@@ -202,14 +141,16 @@ def _points(batch: int, sizes: Sequence[int]) -> list[TracedPoint]:
     return [*((number, size) for size in sizes[:3] for number in (batch, batch + 1)), (batch + 3, sizes[3])]
 
 
-def _samples(first: int, last: int | None) -> list[int]:
+def _samples(first: int, last: int | None, step: int) -> list[int]:
     """Choose four lengths within a range, odd as those looked at, the same for ranges that begin or end nearly alike."""
-    low = max(first, LEAST_LENGTH) if last is None or last > 2 * LEAST_LENGTH else first
+    least = LEAST_LENGTH if step == 1 else CHUNKS * step
+    low = max(first, least) if last is None or last > 2 * least else first
     low = -(-low // 8) * 8
     high = min(last // 8 * 8 if last is not None else 4 * low, 4 * low)
     if high - low < 16:
         raise ValueError(f"lengths from {first} to {last} are too few to tell how sizes grow")
-    return [int(low + (high - low) * share) | 1 for share in (0.0, 0.4, 0.9, 0.6)]
+    chosen = [int(low + (high - low) * share) | 1 for share in (0.0, 0.4, 0.9, 0.6)]
+    return [chunk_start(length, step) for length in chosen]
 
 
 def _spread(first: int, last: int | None, most: int) -> list[int]:
@@ -260,7 +201,7 @@ def _recorded(
             layers = fake_model.keep(model, layers, chosen)
         _run_once(ledger, model, layers, card, may_differ=len(chosen) < len(kinds))
         recorder = Recorder(Tracer(ledger, model, layers, card), conditions)
-        prefill, first, later = (tuple(recorder.regimes(number)) for number in range(NEW_TOKENS))
+        prefill, first, later = recorder.passes()
         names = tuple(_numbered(name, layers, chosen) for name in recorder.names)
         gaps = reserve.reserved(ledger, model, layers, stand_ins(kinds, chosen), placed, card)
     traced = TracedMemory(

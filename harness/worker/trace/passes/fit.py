@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.architecture.traced_memory import AFTER, BEFORE, MomentRow, Polynomial, TensorPart, monomials
+from harness.worker.trace.passes.loops import cut
 from harness.worker.trace.workload import Trace
 
 TracedPoint = tuple[int, int]  # batch, length
@@ -43,8 +44,13 @@ class Pass(NamedTuple):
         return hash((operators, self.layers, self.held, self.steps, self.before, self.cached))
 
 
-def passes_of(trace: Trace, point: TracedPoint) -> list[Pass]:
-    """Take a trace apart into its passes, with the storages of each numbered from 0."""
+def passes_of(trace: Trace, point: TracedPoint, loops_cut: bool = False) -> list[Pass]:
+    """Take a trace apart into its passes, with the storages of each numbered from 0.
+
+    With `loops_cut` a loop shows twice however often it ran (`loops.cut`), so that lengths of many chunks can be compared.
+    """
+    if loops_cut:
+        trace = cut(trace)
     ends = [*trace.passes[1:], len(trace.events)]
     live: dict[int, None] = {}
     found: list[Pass] = []
@@ -103,6 +109,28 @@ def fit(points: Sequence[TracedPoint], sizes: Array) -> Array:
     return found.T
 
 
+def by_chunk(polynomials: Array, start: TracedPoint, step: int, sizes: Array, further: Array) -> Array:
+    """Tell sizes that grow with every token from those that grow by chunks, and return the polynomials of both.
+
+    [storages, 6] become [storages, 12], as `monomials` has them.
+
+    `sizes` and `further` are those [storages] at the first length of a chunk and one token later.
+
+    Raises:
+        ValueError: some do neither.
+    """
+    padded = polynomials[:, 2:].any(axis=1) & (sizes == further)
+    found = np.zeros((len(polynomials), 12))
+    found[~padded, :6], found[padded, 6:] = polynomials[~padded], polynomials[padded]
+    off = (
+        np.abs(found @ np.array(monomials(start[0], start[1] + 1, step), dtype=np.float64) - further)
+        > SLACK_BYTES + SLACK_SHARE * sizes
+    )
+    if off.any():
+        raise ValueError(f"the sizes of {int(off.sum())} storages grow neither by the token nor by chunks of {step}")
+    return found
+
+
 class Moments(NamedTuple):
     """All moments of a pass: place, bytes beside the cache [moments, 6], condition and extra bytes, and the step they follow."""
 
@@ -117,7 +145,8 @@ def moments(one: Pass, polynomials: Array, kinds: Sequence[int]) -> Moments:
     """Follow a pass and note what is alive after each storage is made, without the KV cache that belongs to the place."""
     apart = _cache_at(*cached_bytes(one, polynomials, bool(kinds)))
     after = max(apart)
-    plain, extra = polynomials[: one.held].sum(axis=0), defaultdict[str, Array](lambda: np.zeros(6))
+    none = np.zeros(polynomials.shape[1])
+    plain, extra = polynomials[: one.held].sum(axis=0), defaultdict[str, Array](lambda: none)
     found: list[tuple[int, Array, str | None, Array, int]] = []
     for step, event in enumerate(one.steps):
         storage = event if event >= 0 else ~event
@@ -132,7 +161,7 @@ def moments(one: Pass, polynomials: Array, kinds: Sequence[int]) -> Moments:
         number = -1 if layer < 0 else min(layer, after) if kinds else after
         place = BEFORE if number < 0 else AFTER if number == after else kinds[number]
         taken = next((name for name, nbytes in extra.items() if nbytes.any()), None)
-        more = extra[taken] if taken is not None else np.zeros(6)
+        more = extra[taken] if taken is not None else none
         found.append((place, plain - apart[number], taken, more, step))
     places, nbytes, conditions, extras, steps = zip(*found, strict=True)
     return Moments(list(places), np.array(nbytes), list(conditions), np.array(extras), list(steps))
@@ -141,7 +170,8 @@ def moments(one: Pass, polynomials: Array, kinds: Sequence[int]) -> Moments:
 def cached_bytes(one: Pass, polynomials: Array, by_layer: bool) -> tuple[Array, Array]:
     """Return the KV cache before and after a pass [layers, 6]; as that of one layer where it is not kept by layer."""
     before, after = (
-        np.array([polynomials[list(layer)].sum(axis=0) for layer in side]).reshape(-1, 6) for side in (one.before, one.cached)
+        np.array([polynomials[list(layer)].sum(axis=0) for layer in side]).reshape(-1, polynomials.shape[1])
+        for side in (one.before, one.cached)
     )
     return (before, after) if by_layer else (before.sum(axis=0, keepdims=True), after.sum(axis=0, keepdims=True))
 
@@ -153,9 +183,9 @@ def _cache_at(before: Array, after: Array) -> dict[int, Array]:
     return {-1: before.sum(axis=0), **whole, count: after.sum(axis=0)}
 
 
-def worst(found: Moments, grid: Sequence[TracedPoint]) -> list[int]:
+def worst(found: Moments, grid: Sequence[TracedPoint], step: int) -> list[int]:
     """Choose the moments that are the largest of their place somewhere on a grid, with and without their condition."""
-    at = np.array([monomials(*point) for point in grid], dtype=np.float64).T
+    at = np.array([monomials(*point, step) for point in grid], dtype=np.float64).T
     plain, extra = found.nbytes @ at, found.extra @ at
     groups: dict[int, list[int]] = defaultdict(list)
     for index, place in enumerate(found.places):
@@ -205,7 +235,7 @@ REFERENCE = (1, 4096)  # what decides which tensors are named
 
 
 def _parts(one: Pass, polynomials: Array, live: set[int]) -> Iterator[tuple[str, int, float, float]]:
-    at = np.array(monomials(*REFERENCE))
+    at = np.array(monomials(*REFERENCE) * (polynomials.shape[1] // 6))
     for storage in live:
         weighed = polynomials[storage] * at
         largest = int(weighed.argmax())

@@ -1,0 +1,1 @@
+"""The passes of a trace: taken apart, compared between sizes, fitted."""
