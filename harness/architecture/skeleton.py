@@ -51,7 +51,8 @@ class Attention(Record, frozen=True, kw_only=True, omit_defaults=True):
     key_dim: int = 0
     value_dim: int = 0
     window: int | None = None  #: the most tokens that it keeps
-    state: int = 0  #: elements kept once (linear attention)
+    state: int = 0  #: elements kept once (linear attention), as wide as the model's
+    float32_state: int = 0  #: the same in float32, whatever the model's dtype
     #: Multi-head latent attention caches its latent: the width per token of the keys and values computed from it.
     expanded: int | None = None
 
@@ -59,6 +60,11 @@ class Attention(Record, frozen=True, kw_only=True, omit_defaults=True):
     def per_token(self) -> int:
         """Elements of the KV cache per token."""
         return self.heads * (self.key_dim + self.value_dim)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether it keeps something once, however long the sequence is."""
+        return bool(self.state or self.float32_state)
 
 
 class Weight(NamedTuple):

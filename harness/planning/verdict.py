@@ -299,7 +299,7 @@ def _kv_refusal(spec: ModelSpec, machine: Machine, case: Case, placement: Placem
     if form.in_ram and not machine.gpus:
         why = machine.gpu_problem or "no NVIDIA GPU detected"
         return Verdict.UNAVAILABLE, f"--kv {form.name} brings the KV cache from RAM to a GPU: {why}"
-    odd = next((kind for kind in found.attention if kind.window or kind.state), None)
+    odd = next((kind for kind in found.attention if kind.window or kind.keeps_state), None)
     if form.full_attention_only and odd is not None:
         has = f"a sliding window of {odd.window:,} tokens" if odd.window else "states of fixed size"
         what = f"transformers quantizes the KV cache of full attention alone, and {found.model_class} has layers with {has}"

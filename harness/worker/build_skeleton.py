@@ -257,26 +257,30 @@ def _of_config(config: Any) -> Attention:
 
 
 def _layer(layer: Any, config: Any) -> Attention:
-    state = sum(part.numel() for name in ("conv_states", "recurrent_states") for part in _tensors(getattr(layer, name, None)))
+    states = [part for name in ("conv_states", "recurrent_states") for part in tensors_in(getattr(layer, name, None))]
+    wide = sum(part.numel() for part in states if part.dtype == torch.float32)  # the model is in bfloat16
+    state = sum(part.numel() for part in states) - wide
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if keys is None or values is None:
-        return Attention(state=state)
+        return Attention(state=state, float32_state=wide)
     return Attention(
         heads=keys.shape[1],
         key_dim=keys.shape[-1],
         value_dim=values.shape[-1],
         window=getattr(layer, "sliding_window", None),
         state=state,
+        float32_state=wide,
         expanded=_expanded(config) if keys.shape[1] == 1 else None,
     )
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of nested tables and lists, as caches keep them."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def _expanded(config: Any) -> int | None:
@@ -303,14 +307,14 @@ class _Packer:
 
     def _block(self, module: nn.Module, path: str) -> int:
         prefix = f"{path}." if path else ""
-        tensors = tuple(self._tensors(module, prefix))
+        tensors = tuple(self.tensors_in(module, prefix))
         children = _runs([(name, self._block(child, f"{prefix}{name}")) for name, child in module.named_children()])
         linear = "conv1d" if isinstance(module, Conv1D) else "linear" if type(module) is nn.Linear else None
         exempt = linear is not None and any(_matches(pattern, path) for pattern in self.kept)
         block = Block(class_name=type(module).__name__, tensors=tensors, children=children, linear=linear, exempt=exempt)
         return self.blocks.setdefault(block, len(self.blocks))
 
-    def _tensors(self, module: nn.Module, prefix: str) -> Iterator[ParameterSpec]:
+    def tensors_in(self, module: nn.Module, prefix: str) -> Iterator[ParameterSpec]:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             # A parameter that two modules share is stored once; a tied one is named twice, and `tied` says so.
             if f"{prefix}{name}" in self.tied:

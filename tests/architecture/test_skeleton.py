@@ -223,6 +223,44 @@ def test_shipped_skeletons_are_what_the_worker_builds(name: str) -> None:
     assert msgspec.structs.replace(worker.build_skeleton(CATALOG[shipped.hub_id(name)].config), source=found.source) == found
 
 
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_hidden_layers": 4,
+    },
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8},
+    "lfm2": {"full_attn_idxs": [2], "block_multiple_of": 16},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+}
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_states_take_what_a_real_cache_holds_in_16_bits(kind: str) -> None:
+    """Some models keep a state in float32 whatever they are, some in their own dtype."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from harness.models.cache_argument import kv_cache_of
+    from harness.planning.cost.memory import kv_bytes
+    from harness.worker import build_skeleton as worker
+
+    config = TINY_LLAMA | HYBRIDS[kind] | {"model_type": kind}
+    made = transformers.AutoConfig.for_model(**config)
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        out = model(torch.ones((2, 24), dtype=torch.long), use_cache=True)
+    held = [
+        sum(part.nbytes for part in worker.tensors_in(vars(layer)) if part.dim() > 1) for layer in kv_cache_of(out).layers
+    ]  # fmt: skip
+    assert kv_bytes(worker.build_skeleton(config), 24, 2, 2) == held
+
+
 def test_layers_of_linear_attention_keep_a_state_of_fixed_size() -> None:
     from harness.worker import build_skeleton as worker
 
@@ -237,5 +275,6 @@ def test_layers_of_linear_attention_keep_a_state_of_fixed_size() -> None:
     model = worker.build_skeleton(TINY_LLAMA | sizes | experts | {"model_type": "qwen3_next", "num_hidden_layers": 4})
     kinds = [model.attention[i] for i in model.layers]
     # Four heads of 8 x 8, and the last four inputs of a convolution over queries, keys and values.
-    assert [kind.state for kind in kinds] == [4 * 8 * 8 + 4 * (2 * 16 + 32)] * 3 + [0]
+    # The state stays in float32 in a model of 16 bits.
+    assert [(kind.state, kind.float32_state) for kind in kinds] == [(4 * (2 * 16 + 32), 4 * 8 * 8)] * 3 + [(0, 0)]
     assert [kind.per_token for kind in kinds] == [0, 0, 0, 2 * 2 * 16]

@@ -75,8 +75,7 @@ class Activations:
         next token (`DynamicSlidingWindowLayer.update` of transformers 5), on every layer at once.
         """
         tokens, batch = workload.prompt_tokens, workload.batch
-        kinds = [kind.per_token * tokens + kind.state for kind in self.skeleton.attention]
-        whole = sum(kinds[kind] for kind in self.skeleton.layers) * batch * self.element
+        whole = sum(kv_bytes(self.skeleton, tokens, batch, self.element, windows=False))
         return max(0, whole - sum(kv_bytes(self.skeleton, workload.cached_tokens, batch, self.element)))
 
     def prefill_moments(self, workload: Workload) -> dict[str, int]:

@@ -109,22 +109,31 @@ def _width(tensor: ParameterSpec, dtype: str) -> int:
     return 4 if in_fp32 else DTYPE_BYTES[dtype]
 
 
-def kv_bytes(skeleton: Skeleton, tokens: int, batch: int, element_bytes: int) -> list[int]:
-    """Return the bytes of the KV cache of each layer after `tokens` tokens: sliding windows keep no more than their window."""
-    by_kind = [_elements(kind, tokens) * batch * element_bytes for kind in skeleton.attention]
+def kv_bytes(skeleton: Skeleton, tokens: int, batch: int, element_bytes: int, windows: bool = True) -> list[int]:
+    """Return the bytes of the KV cache of each layer after `tokens` tokens: sliding windows keep no more than their window.
+
+    Without `windows` they keep all: what a cache takes before it cuts.
+    """
+    by_kind = [(_elements(kind, tokens, windows) * element_bytes + _beside(kind)) * batch for kind in skeleton.attention]
     return [by_kind[kind] for kind in skeleton.layers]
 
 
-def _elements(kind: Attention, tokens: int) -> int:
-    cached = min(tokens, kind.window) if kind.window else tokens
+def _elements(kind: Attention, tokens: int, windows: bool = True) -> int:
+    cached = min(tokens, kind.window) if kind.window and windows else tokens
     return kind.per_token * cached + kind.state
+
+
+def _beside(kind: Attention) -> int:
+    return kind.float32_state * DTYPE_BYTES["float32"]
 
 
 def kept_kv_bytes(skeleton: Skeleton, workload: Workload, element_bytes: int, form: KvForm) -> list[int]:
     """Return the bytes of the KV cache of each layer at the end of a workload, as a form keeps it."""
     cached, new = workload.cached_tokens, workload.new_tokens - 1
     kept = [
-        round(form.kept_bytes(_elements(kind, cached) * workload.batch, cached, new, element_bytes)) for kind in skeleton.attention
+        round(form.kept_bytes(_elements(kind, cached) * workload.batch, cached, new, element_bytes))
+        + _beside(kind) * workload.batch
+        for kind in skeleton.attention
     ]
     return [kept[kind] for kind in skeleton.layers]
 

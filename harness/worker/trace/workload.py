@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from harness.models.cache_argument import kv_cache_of
+from harness.worker.build_skeleton import tensors_in
 from harness.worker.trace.fake_model import Layers
 from harness.worker.trace.ledger import CARD, TOKEN, Allocation, Ledger
 
@@ -121,16 +122,7 @@ def _cache_layers(out: Any) -> list[Any]:
 
 def _numbers(ledger: Ledger, layer: Any) -> Iterator[int]:
     """Yield the allocations that a layer of a cache holds, keys and values or states of any name."""
-    for tensor in {id(tensor): tensor for tensor in _tensors(vars(layer))}.values():
+    for tensor in {id(tensor): tensor for tensor in tensors_in(vars(layer))}.values():
         number = ledger.number(tensor)
         if number is not None and tensor.dim() > 1:  # beside them it keeps a number or two
             yield number
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from (tensor for part in value.values() for tensor in _tensors(part))
-    elif isinstance(value, (list, tuple)):
-        yield from (tensor for part in value for tensor in _tensors(part))
