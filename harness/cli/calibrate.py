@@ -1,4 +1,7 @@
-"""`fitmatrix calibrate [RESULTS...]`: correct the constants of the estimates by what was measured here, and keep that."""
+"""`fitmatrix calibrate [RESULTS...]`: correct the constants of the estimates by what was measured here, and keep that.
+
+Without results it measures: the cases of a small model of random weights, as every case is measured, until its minute is over.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,19 @@ if TYPE_CHECKING:
 
 HELP = "Correct the estimates by what was measured on this machine, from now on."
 CALIBRATE_SCHEMA = 1
-_MEASURE = "measure some: pytest cases/ --model MODEL"
+_MEASURE = "measure some: fitmatrix calibrate --measure, or pytest cases/ --model MODEL"
+# Large enough that tokens wait for memory, small enough that six cases end within a minute.
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+SECONDS = 60.0
+_PRECISIONS = ("bf16", "int4", "int8", "fp32", "fp16")  # in the order of how many ask for them
+_LOAD = {"prompt_tokens": 64, "new_tokens": 24, "batch": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    text = f"directories or files of results, of which those of this machine count (default: {RESULTS})"
+    text = f"directories or files of results, of which those of this machine count (default: {RESULTS}, or what is measured)"
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help=text)
-    add_options(parser, "calibrate", "dry-run", "reset", "json")
+    add_options(parser, "calibrate", "measure", "dry-run", "reset", "json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,8 +53,12 @@ def run(args: argparse.Namespace) -> int:
         return _reset(args, machine)
     from harness.planning import calibration, fit, kept_calibration
 
-    places = args.results or [RESULTS]
-    found = _evidence(places, machine)
+    if args.measure or not (args.results or RESULTS.exists()):
+        measured = _measured()
+        machine = measured[0].machine if measured else machine
+        found = _said(measured, machine, f"what was measured of {MODEL}")
+    else:
+        found = _evidence(args.results or [RESULTS], machine)
     kept = kept_calibration.kept_evidence(machine)
     if kept is not None and kept.digest == calibration.default().digest:
         found = list({(one.result, one.figure): one for one in (*kept.observations, *found)}.values())
@@ -63,8 +75,10 @@ def run(args: argparse.Namespace) -> int:
 def _reset(args: argparse.Namespace, machine: Machine) -> int:
     from harness.planning import kept_calibration
 
-    if args.results or args.dry_run:
-        raise UsageError("--reset forgets what was kept, and takes neither RESULTS nor --dry-run: drop those, or --reset")
+    if args.results or args.dry_run or args.measure:
+        raise UsageError(
+            "--reset forgets what was kept, and takes neither RESULTS nor --dry-run nor --measure: drop those, or --reset"
+        )
     had = kept_calibration.forget(machine)
     print("Forgotten: plans rest on the constants of the package." if had else "Nothing was kept for this machine.")
     return 0
@@ -76,13 +90,50 @@ def _evidence(places: Sequence[Path], machine: Machine) -> list[Observation]:
     Raises:
         UsageError: they say nothing, and why.
     """
-    from harness.planning import calibration, evidence
     from harness.results import store
 
     results = [result for place in places for result in store.read(store.file_of(place))[0]]
+    return _said(results, machine, ", ".join(map(str, places)))
+
+
+def _said(results: Sequence[Result], machine: Machine, where: str) -> list[Observation]:
+    from harness.planning import calibration, evidence
+
     found = evidence.observations(results, calibration.default().digest, machine)
     if not found:
-        raise UsageError(f"nothing to calibrate by in {', '.join(map(str, places))}: {_why_nothing(results, machine)}; {_MEASURE}")
+        raise UsageError(f"nothing to calibrate by in {where}: {_why_nothing(results, machine)}; {_MEASURE}")
+    return found
+
+
+def _measured() -> list[Result]:
+    """Measure the small model in every precision that works here, the most common first, for as long as a minute lasts."""
+    import sys
+    import time
+    from tempfile import TemporaryDirectory
+
+    from harness.report.terminal.tables import line
+    from harness.run import min_ram
+    from harness.run.options import Options
+    from harness.run.session import Session
+
+    asked = {"model": [MODEL], "weights": "synthetic", "precision": _PRECISIONS, "placement": ["cpu", "direct"], **_LOAD}
+    found: list[Result] = []
+    with TemporaryDirectory(prefix="fitmatrix-") as nothing_kept:
+        session = Session(Options(given={**asked, "results": nothing_kept}))
+        try:
+            session.prepare(asked_for := session.cases())
+            cases = [case for case in asked_for if session.plan(case).verdict.is_good]
+            cases.sort(key=lambda case: _PRECISIONS.index(case.precision))
+            begun = time.monotonic()
+            for number, case in enumerate(cases, 1):
+                print(line(f"measuring {number} of {len(cases)}: {case.id}"), file=sys.stderr)
+                found.append(min_ram.measure(session, case))
+                spent = time.monotonic() - begun
+                if spent + spent / number > SECONDS and number < len(cases):
+                    print(line(f"left out, for the minute is over: {', '.join(one.id for one in cases[number:])}"), file=sys.stderr)
+                    break
+        finally:
+            session.close()
     return found
 
 

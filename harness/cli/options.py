@@ -127,7 +127,14 @@ _ROWS = (
     ),
     Option(name="min-speed", help="with --best: tokens/s that a way must reach", parse=positive_number, metavar="N"),
     Option(name="all", help="show every way, with the reason of each that does not fit or cannot work", switch=True),
-    Option(name="measure", help="measure the read bandwidth of RAM and disk again (1 to 3 s)", switch=True),
+    Option(
+        name="measure",
+        help="measure the read bandwidth of RAM and disk again (1 to 3 s)",
+        switch=True,
+        in_command={
+            "calibrate": Meaning(help="measure a small model of random weights here (a minute), whatever results there are")
+        },
+    ),
     Option(name="dry-run", help="show what the results say and keep nothing", switch=True),
     Option(name="reset", help="forget what was kept for this machine", switch=True),
     Option(

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from harness.core.errors import StoreError, UsageError
 from harness.core.records import Machine, Record, Result
-from harness.machine import atomic
+from harness.machine import atomic, probe
 from harness.machine.cache import MOST_BYTES, cache_dir
 from harness.machine.regular import read_regular
 from harness.planning import calibration, evidence, fit
@@ -24,15 +24,17 @@ from harness.planning.evidence import Observation
 
 FILE_NAME = "calibration.json"
 KEPT_SCHEMA = 1
+_DECIDE = ("torch", "bitsandbytes", "torchao", "optimum-quanto", "gptqmodel")  # with another of these, speeds are others
 
 
 class KeptEvidence(Record, frozen=True, kw_only=True):
-    """The observations of one kind of machine, by the constants of `digest`, as of the day `at`."""
+    """The observations of one kind of machine, by the constants of `digest`, as of the day `at`, with these versions installed."""
 
     machine: str
     digest: str
     at: str
     observations: tuple[Observation, ...]
+    versions: dict[str, str] = {}
 
     @property
     def results(self) -> int:
@@ -73,6 +75,7 @@ def keep_evidence(machine: Machine, observations: Iterable[Observation]) -> Kept
         digest=calibration.default().digest,
         at=f"{datetime.now(timezone.utc):%Y-%m-%d}",
         observations=tuple(observations),
+        versions=_versions(),
     )
     others = tuple(other for other in _read().machines if other.machine != kept.machine)
     _write(_File(machines=(*others, kept)))
@@ -114,7 +117,14 @@ def corrected(results: Iterable[Result], machine: Machine) -> Calibration:
 def _note(kept: KeptEvidence, digest: str) -> str:
     if kept.digest != digest:
         return f"What fitmatrix calibrate kept on {kept.at} is for other constants and does not count: calibrate again"
-    return f"Calibrated on {kept.at} by {kept.results} results of this machine"
+    said = f"Calibrated on {kept.at} by {kept.results} results of this machine"
+    now = _versions()
+    others = [f"{name} {was} (now {now.get(name, 'none')})" for name, was in kept.versions.items() if now.get(name) != was]
+    return f"{said}, with {', '.join(others)}: calibrate again" if others else said
+
+
+def _versions() -> dict[str, str]:
+    return {name: found for name, found in probe.versions().items() if name in _DECIDE}
 
 
 def _read() -> _File:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 
 import msgspec
 import pytest
 
+from harness.cli import calibrate
 from harness.cli.entry import main
 from harness.cli.plan_args import constants
-from harness.core.records import Machine, Outcome, Result, Tier
+from harness.core.records import Case, Machine, Outcome, Result, Tier
 from harness.machine import accelerators, probe
 from harness.planning import evidence, kept_calibration
 from harness.planning.calibration import default
 from harness.results import store
+from harness.run import min_ram
+from harness.run.session import Session
 from tests.planning.test_calibration import TOKEN, estimate
-from tests.support import builders
+from tests.support import builders, small_models
 
 NAME = "cpu_s_per_operation"
 
@@ -129,6 +133,16 @@ def test_what_was_kept_for_other_constants_is_said_and_does_not_count(here: Mach
     assert "calibrate again" in (constants(None, here).note or "")
 
 
+def test_what_was_kept_with_another_torch_counts_and_says_so(here: Machine) -> None:
+    kept = kept_calibration.keep_evidence(here, evidence.observations([ran(here, 2.0)], default().digest))
+    assert kept.versions["torch"] == version("torch")
+    assert "calibrate again" not in (constants(None, here).note or "")
+    old = msgspec.structs.replace(kept, versions={"torch": "2.1.0"})
+    kept_calibration._write(kept_calibration._File(machines=(old,)))
+    assert factor(here) > 1.5
+    assert f"with torch 2.1.0 (now {version('torch')}): calibrate again" in (constants(None, here).note or "")
+
+
 @pytest.mark.parametrize(("measured", "whole"), [(0.0, 0.1), (0.1, 0.0), (-1.0, 0.1), (1e300, 1e-300)])
 def test_a_figure_that_cannot_be_one_corrects_nothing(here: Machine, measured: float, whole: float) -> None:
     (kept,) = evidence.observations([ran(here, 2.0)], default().digest)
@@ -172,7 +186,44 @@ def test_contradicting_results_are_named(here: Machine, tmp_path: Path, capsys: 
     assert "of little weight: 1 of 6 figures: model5" in out
 
 
-@pytest.mark.parametrize("words", [["--reset", "results"], ["--reset", "--dry-run"], ["missing"]])
+def test_without_results_a_small_model_is_measured(
+    here: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For real: a case in a process of its own, and no more once the minute is over."""
+    small_models.save("llama", tmp_path / "tiny")
+    monkeypatch.setattr(calibrate, "MODEL", str(tmp_path / "tiny"))
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    assert main(["calibrate", "--json"]) == 0
+    told = capsys.readouterr()
+    assert "measuring 1 of 5: tiny/bf16/cpu" in told.err
+    assert "left out, for the minute is over: tiny/int4/cpu, tiny/int8/cpu, tiny/fp32/cpu, tiny/fp16/cpu" in told.err
+    assert json.loads(told.out)["figures"] > 0
+    kept = kept_calibration.kept_evidence(here)
+    assert kept is not None
+    assert kept.results == 1
+    assert not list(tmp_path.glob("fitmatrix-results*"))
+
+
+def test_all_precisions_are_measured_where_there_is_time(
+    here: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_models.save("llama", tmp_path / "tiny")
+    monkeypatch.setattr(calibrate, "MODEL", str(tmp_path / "tiny"))
+    write(tmp_path / "fitmatrix-results", ran(here, 9.0))  # which --measure leaves alone
+    seen: list[str] = []
+
+    def measure(_: Session, case: Case) -> Result:
+        seen.append(case.precision)
+        result = ran(here, 2.0, len(seen))
+        return msgspec.structs.replace(result, case=msgspec.structs.replace(result.case, precision=case.precision))
+
+    monkeypatch.setattr(min_ram, "measure", measure)
+    assert main(["calibrate", "--measure"]) == 0
+    assert seen == ["bf16", "int4", "int8", "fp32", "fp16"]
+    assert "5 results" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--reset", "results"], ["--reset", "--dry-run"], ["--reset", "--measure"], ["missing"]])
 def test_a_wrong_request_is_one_sentence(here: Machine, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert here.tiers
     assert main(["calibrate", *words]) == 2
