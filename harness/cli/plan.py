@@ -270,6 +270,16 @@ def as_json(recommendation: Recommendation, machine: Machine, workload: Workload
     }
 
 
+def _load_json(recommendation: Recommendation, one: Plan) -> dict[str, Any] | None:
+    from msgspec import to_builtins
+
+    from harness.planning import loading
+
+    time = loading.timed(recommendation.planner, one)
+    found: dict[str, Any] | None = to_builtins(time) if time is not None else None
+    return found
+
+
 def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
     expected = one.estimate
     spans = {
@@ -288,6 +298,7 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         "needs": [*one.needs, *([one.needs_checkpoint] if one.needs_checkpoint else [])],
         "tiers": {name: {key: getattr(tier, key) for key in _TIER_KEYS} for name, tier in tiers},
         **spans,
+        "load": _load_json(recommendation, one),
         "bound_by": expected.bound_by if expected else None,
         "device_map": one.device_map,
         "max_memory": one.max_memory,

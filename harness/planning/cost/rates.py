@@ -57,12 +57,13 @@ class Rates:
         kind = self.work.dtype if self.work.anew else self.work.like or self.work.dtype
         return self.known(self.machine.tier("cpu"), "ram_bytes_per_s", f"ram_bandwidth_share_{kind}")
 
-    def _disk(self) -> float:
+    def disk(self) -> float:
+        """Return the bytes per second that files are read with from the disk."""
         return self.known(self.machine.tier("disk"), "disk_bytes_per_s")
 
     def from_disk(self, size: int) -> float:
         """Return the seconds of reading files: none if they fit the page cache; at the high end they always come from the disk."""
-        return 0.0 if self._is_cached(size) else size / self._disk()
+        return 0.0 if self._is_cached(size) else size / self.disk()
 
     def stays_cached(self) -> bool:
         """Say whether the pages of files that every token reads stay in RAM, beside what is made there; not at the high end."""

@@ -17,6 +17,18 @@ from harness.planning.cost.work import TokenWork
 PICKS = ("low", "best", "high")
 
 
+class LoadTime(Record, frozen=True, kw_only=True):
+    """Seconds of loading: by what is done, and in all with the files in the page cache and not.
+
+    `read_s` is what comes on top where they are not; `warm_s` is None where they do not fit into RAM.
+    """
+
+    by_phase: dict[str, float]
+    read_s: Span
+    warm_s: Span | None
+    cold_s: Span
+
+
 class Seconds(Record, frozen=True, kw_only=True):
     """The fields of an Estimate that say how long."""
 
@@ -37,6 +49,21 @@ def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: 
     )
 
 
+def load_time(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> LoadTime:
+    """Return what the seconds of loading go to."""
+    timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+    done = [timing.load_phases() for timing in timings]
+    once = [sum(phases.values()) for phases in done]
+    reading = [timing.reading() for timing in timings]
+    fits = work.checkpoint_bytes < timings[0].rates.room()
+    return LoadTime(
+        by_phase={name: spent for name, spent in done[PICKS.index("best")].items() if spent},
+        read_s=_span(reading),
+        warm_s=_span(once) if fits else None,
+        cold_s=_span([spent + read for spent, read in zip(once, reading, strict=True)]),
+    )
+
+
 def _span(values: list[float]) -> Span:
     return Span(low=values[0], best=values[1], high=values[2])
 
@@ -51,19 +78,29 @@ class _Timing:
 
     def load(self) -> float:
         """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantize, send."""
+        return sum(self.load_phases().values()) + self.rates.from_disk(self._wanted())
+
+    def reading(self) -> float:
+        """Return the seconds that the bytes wanted while loading take from the disk, where the page cache has none of them."""
+        return self._wanted() / self.rates.disk()
+
+    def load_phases(self) -> dict[str, float]:
+        """Return what loading takes beside reading files, by what is done."""
         work, on = self.work, "gpu" if self.gpu else f"cpu{self.suffix}"
-        wanted = work.checkpoint_bytes if work.copied_bytes or work.quantized or work.to_gpu_bytes else work.written
-        return (
-            self.rates.cost("load_s")
-            + work.tensors * self.rates.cost("load_s_per_tensor")
-            + self.rates.from_disk(wanted)
-            + self.rates.from_disk(work.written) / self.rates.rate("disk_write_share")
-            + work.copied_bytes / self.rates.rate("cast_bytes_per_s")
-            + work.unpacked / self.rates.rate("gguf_elements_per_s")
-            + work.vocabulary * self.rates.cost("gguf_s_per_string")
-            + (work.quantized / self.rates.rate(f"quantise_elements_per_s_{on}") if work.quantized else 0.0)
-            + (work.to_gpu_bytes / self.rates.link() if self.gpu else 0.0)
-        )
+        return {
+            "start": self.rates.cost("load_s"),
+            "open tensors": work.tensors * self.rates.cost("load_s_per_tensor"),
+            "write to disk": self.rates.from_disk(work.written) / self.rates.rate("disk_write_share"),
+            "cast": work.copied_bytes / self.rates.rate("cast_bytes_per_s"),
+            "unpack": work.unpacked / self.rates.rate("gguf_elements_per_s"),
+            "tokenizer": work.vocabulary * self.rates.cost("gguf_s_per_string"),
+            "quantize": work.quantized / self.rates.rate(f"quantise_elements_per_s_{on}") if work.quantized else 0.0,
+            "send to GPU": work.to_gpu_bytes / self.rates.link() if self.gpu else 0.0,
+        }
+
+    def _wanted(self) -> int:
+        work = self.work
+        return work.checkpoint_bytes if work.copied_bytes or work.quantized or work.to_gpu_bytes else work.written
 
     def first_token(self) -> float:
         """Bring what is still on the disk, compute the prompt, and one pass over the weights."""

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from harness.core.records import Estimate, Plan
+from harness.core.records import Estimate, Plan, Span
 from harness.core.units import format_gib, format_share, format_size, significant
+from harness.planning import loading
 from harness.planning.choice.recommend import Recommendation
+from harness.planning.cost.speed import LoadTime
 from harness.report.terminal import tables
 from harness.report.terminal.subject import word
 
@@ -44,7 +46,10 @@ def explain_plan(recommendation: Recommendation, *, whole: bool = False) -> None
         tables.show(verdict, *notes)
         return
     alive = _largest(recommendation, one, None if whole else 1)
-    figures = Group(verdict, _terms(one.estimate, whole), tables.facts(_seconds(one.estimate)), *alive)
+    load = loading.timed(recommendation.planner, one)
+    figures = Group(verdict, _terms(one.estimate, whole), tables.facts(_seconds(one.estimate, load)), *alive)
+    if (slow := loading.advice(recommendation.planner, one)) is not None:
+        notes.append(tables.said(f"{slow}."))
     rest = [] if whole else [tables.said("All terms and constants, and where each comes from: add --all.")]
     tables.show(figures, *notes, Group(_constants(recommendation, one, whole), *rest))
 
@@ -58,14 +63,31 @@ def _terms(expected: Estimate, whole: bool) -> Table:
     return table
 
 
-def _seconds(expected: Estimate) -> Iterator[tuple[str, str]]:
-    spans = {"load": expected.load_s, "first token": expected.first_token_s, "decode": expected.decode_tok_s}
-    for label, span in spans.items():
-        unit = "tokens/s" if label == "decode" else "s"
-        bound = f"; {expected.bound_by}" if label == "decode" and expected.bound_by else ""
-        yield label, f"{significant(span.best)} {unit}, {significant(span.low)} to {significant(span.high)}{bound}"
+def _seconds(expected: Estimate, load: LoadTime | None) -> Iterator[tuple[str, str]]:
+    if load is None:
+        yield "load", _interval(expected.load_s, "s")
+    else:
+        yield from _loading(load)
+    yield "first token", _interval(expected.first_token_s, "s")
+    yield "decode", _interval(expected.decode_tok_s, "tokens/s") + (f"; {expected.bound_by}" if expected.bound_by else "")
     if expected.corrections:
         yield "corrected", f"{', '.join(expected.corrections)}: measured on this machine, see below"
+
+
+def _loading(load: LoadTime) -> Iterator[tuple[str, str]]:
+    """Yield what loading takes with the files in RAM and not, and what it does meanwhile."""
+    done = ", ".join(f"{name} {significant(spent)}" for name, spent in load.by_phase.items())
+    if not load.read_s.high:  # what is mapped is read by the first token
+        yield "load", f"{_interval(load.cold_s, 's')}: {done}"
+        return
+    if load.warm_s is not None:
+        yield "load again", f"{_interval(load.warm_s, 's')}: {done}"
+    read = f"read {significant(load.read_s.best)}"
+    yield "load cold", f"{_interval(load.cold_s, 's')}: {read}{'' if load.warm_s is not None else f', {done}'}"
+
+
+def _interval(span: Span, unit: str) -> str:
+    return f"{significant(span.best)} {unit}, {significant(span.low)} to {significant(span.high)}"
 
 
 def _constants(recommendation: Recommendation, one: Plan, whole: bool) -> RenderableType:
