@@ -4,6 +4,7 @@
 
 Each revision plans every traced row (`tests.oracle.rows`) twice, in a process of its own: with the records it ships, and by its
 formulas alone, which every model without a record gets. The mean error may grow by 5 %, in no part by more than 10 %.
+Speeds that were published, and seconds that were measured (reports/), count by the score of their intervals: width and misses.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,13 +23,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from harness.core.records import Span
 from tests.oracle import rows
 from tests.oracle.rows import Row
+from tests.support import published
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = "tests/oracle/planned_rows.py"  # of the revision itself, as it knows its own modules; ours where it has none
+# Of the revision itself, as it knows its own modules; ours where it has none.
+PROGRAM, SPEEDS = "tests/oracle/planned_rows.py", "tests/oracle/planned_speeds.py"
 RECORDS = "harness/data/traces*"
 ALLOWED, ALLOWED_IN_PART = 0.05, 0.10
 # Errors below this count as this. The traces themselves were held against published cards to a median of 0.1 % (docs/estimates.md):
@@ -39,6 +44,7 @@ WAYS = ("as planned", "by formulas")
 COMPARED, WORSE, IMPOSSIBLE = 0, 1, 2
 
 Answers = Sequence[Mapping[str, int] | None]
+Spans = Mapping[str, Sequence[float]]
 Part = tuple[str, str]
 
 
@@ -54,6 +60,10 @@ class Moved(NamedTuple):
     def change(self) -> float:
         """How much larger the error has become, as a share of what it was."""
         return self.after / self.before - 1
+
+    def told(self, error: float) -> str:
+        """Write a mean error as a share, the mean score of intervals as a factor."""
+        return f"{math.exp(error):.2f}x" if self.part[0] == "interval" else f"{error:.3%}"
 
     @property
     def fails(self) -> bool:
@@ -96,7 +106,9 @@ def compare(revision: str, traced: Sequence[Row]) -> int:
         _copy(now)
         with ThreadPoolExecutor(2) as pool:
             before, after = pool.map(lambda tree: plans_of(tree, traced), (then, now))
-    found = parts(traced, before, after)
+        with ThreadPoolExecutor(2) as pool:
+            spans = list(pool.map(lambda tree: answers(tree, SPEEDS, questions()), (then, now)))
+    found = [*parts(traced, before, after), *scores(*spans)]
     print("\n".join(told(revision, found, lost(traced, before, after))))
     return WORSE if any(one.fails for one in found) or lost(traced, before, after) else COMPARED
 
@@ -109,11 +121,16 @@ def _extract(revision: str, tree: Path) -> None:
         raise NotCompared(f"no revision {revision!r} in this repository: {cure}", COMPARED if shallow else IMPOSSIBLE)
     archive = subprocess.run(["git", "archive", known.stdout.decode().strip()], cwd=ROOT, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        wanted = [member for member in tar.getmembers() if member.name == PROGRAM or member.name.startswith("harness/")]
+        wanted = [member for member in tar.getmembers() if member.name in (PROGRAM, SPEEDS) or member.name.startswith("harness/")]
         tar.extractall(tree, wanted, filter="data")
-    if not (tree / PROGRAM).exists():
-        (tree / PROGRAM).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / PROGRAM, tree / PROGRAM)
+    _lend(tree)
+
+
+def _lend(tree: Path) -> None:
+    for program in (PROGRAM, SPEEDS):
+        (tree / program).parent.mkdir(parents=True, exist_ok=True)
+        if not (tree / program).exists():
+            shutil.copy(ROOT / program, tree / program)
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
@@ -122,25 +139,26 @@ def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
 
 def _copy(tree: Path) -> None:
     shutil.copytree(ROOT / "harness", tree / "harness", ignore=shutil.ignore_patterns("__pycache__"))
-    (tree / PROGRAM).parent.mkdir(parents=True)
-    shutil.copy(ROOT / PROGRAM, tree / PROGRAM)
+    _lend(tree)
 
 
 def plans_of(tree: Path, traced: Sequence[Row]) -> dict[str, Answers]:
     """Have the code in a folder plan the rows, first with the records it ships and then without."""
-    planned = answers(tree, traced)
-    for records in tree.glob(RECORDS):
-        records.unlink()
-    return dict(zip(WAYS, (planned, answers(tree, traced)), strict=True))
+    asked = [{name: getattr(row, name) for name in _ASKED} for row in traced]
+    planned = answers(tree, PROGRAM, asked)
+    kept = [records.rename(records.with_suffix(".left out")) for records in tree.glob(RECORDS)]
+    by_formulas = answers(tree, PROGRAM, asked)
+    for records in kept:
+        records.rename(records.with_suffix(".jsonl"))
+    return dict(zip(WAYS, (planned, by_formulas), strict=True))
 
 
-def answers(tree: Path, traced: Sequence[Row]) -> Answers:
-    """Ask the code in a folder what it plans for the rows: bytes by figure, or None, of each."""
-    questions = [{name: getattr(row, name) for name in _ASKED} for row in traced]
+def answers(tree: Path, program: str, questions: Iterable[Mapping[str, Any]]) -> Any:
+    """Ask the code in a folder what it plans: an object by figure, or None, for each question."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FITMATRIX_", "HF_", "XDG_", "PYTHON"))}
     with tempfile.TemporaryDirectory(prefix="oracle-home-") as home:  # in which nothing was measured or traced
         done = subprocess.run(
-            [sys.executable, tree / PROGRAM],
+            [sys.executable, tree / program],
             input="".join(f"{json.dumps(question)}\n" for question in questions),
             capture_output=True,
             text=True,
@@ -150,7 +168,7 @@ def answers(tree: Path, traced: Sequence[Row]) -> Answers:
         )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise NotCompared(f"{PROGRAM} of {tree.name} cannot plan the rows: {last}", IMPOSSIBLE)
+        raise NotCompared(f"{program} of {tree.name} cannot plan the rows: {last}", IMPOSSIBLE)
     about, *found = (json.loads(line) for line in done.stdout.splitlines())
     if not Path(about["harness"]).resolve().is_relative_to(tree.resolve()):
         raise NotCompared(f"the plans of {tree.name} came from {about['harness']}: PYTHONPATH was not heeded", IMPOSSIBLE)
@@ -171,9 +189,33 @@ def parts(traced: Sequence[Row], before: Mapping[str, Answers], after: Mapping[s
                 pair = _error(old[figure], getattr(row, field)), _error(new[figure], getattr(row, field))
                 for part in _parts_of(row, figure, way):
                     errors[part].append(pair)
-    return [
-        Moved(part, len(pairs), *(sum(side) / len(pairs) for side in zip(*pairs, strict=True))) for part, pairs in errors.items()
-    ]
+    return [_moved(part, pairs) for part, pairs in errors.items()]
+
+
+def _moved(part: Part, pairs: Sequence[tuple[float, float]]) -> Moved:
+    return Moved(part, len(pairs), *(sum(side) / len(pairs) for side in zip(*pairs, strict=True)))
+
+
+def questions() -> list[dict[str, Any]]:
+    """Return what was published of speeds, and what this repository's own results have measured."""
+    stored = (line for file in sorted((ROOT / "reports").glob("*/results.jsonl")) for line in file.read_text("utf-8").splitlines())
+    results = [json.loads(line) for line in stored]
+    return [{"published": row} for row in published.rows()] + [{"result": one} for one in results if one["outcome"] == "ok"]
+
+
+def scores(before: Sequence[Spans | None], after: Sequence[Spans | None]) -> list[Moved]:
+    """Average the scores of the intervals that both revisions give, by figure (`published.score_of`)."""
+    found: dict[Part, list[tuple[float, float]]] = defaultdict(list)
+    for asked, old, new in zip(questions(), before, after, strict=True):
+        for figure in (old or {}).keys() & (new or {}).keys():
+            real = asked["published"]["tokens_per_s"] if "published" in asked else asked["result"]["metrics"].get(figure)
+            if real and old is not None and new is not None:
+                pair = [
+                    published.score_of(Span(low=spans[figure][0], best=spans[figure][1], high=spans[figure][2]), float(real))
+                    for spans in (old, new)
+                ]
+                found["interval", f"{figure}, {'published' if 'published' in asked else 'measured'}"].append((pair[0], pair[1]))
+    return [_moved(part, pairs) for part, pairs in found.items()]
 
 
 def _error(planned: int, traced: int) -> float:
@@ -196,13 +238,13 @@ def lost(traced: Sequence[Row], before: Mapping[str, Answers], after: Mapping[st
 
 def told(revision: str, found: Sequence[Moved], missing: Sequence[Row]) -> Iterator[str]:
     """Write what moved: a line for everything, and one for each part that did, those that fail marked."""
-    shown = [one for one in found if one.part == EVERYTHING or abs(one.change) > TOLD]
+    shown = [one for one in found if one.part == EVERYTHING or one.part[0] == "interval" or abs(one.change) > TOLD]
     yield f"Mean errors of plans against traces, {revision} and now; below {FLOOR:.1%} they count as {FLOOR:.1%}:"
     yield from _aligned(
         [
             ("part", "", "figures", "then", "now", "change", ""),
             *(
-                (*one.part, str(one.figures), f"{one.before:.3%}", f"{one.after:.3%}", f"{one.change:+.1%}", "WORSE" * one.fails)
+                (*one.part, str(one.figures), one.told(one.before), one.told(one.after), f"{one.change:+.1%}", "WORSE" * one.fails)
                 for one in sorted(shown, key=lambda one: (one.part != EVERYTHING, -one.change))
             ),
         ]

@@ -31,7 +31,8 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("repository")
     shutil.copytree(gate.ROOT / "harness", tree / "harness", ignore=shutil.ignore_patterns("__pycache__"))
     (tree / gate.PROGRAM).parent.mkdir(parents=True)
-    shutil.copy(gate.ROOT / gate.PROGRAM, tree / gate.PROGRAM)
+    for program in (gate.PROGRAM, gate.SPEEDS):
+        shutil.copy(gate.ROOT / program, tree / program)
     git(tree, "init", "-q")
     git(tree, "add", ".")
     git(tree, "commit", "-qm", "all")
@@ -111,6 +112,22 @@ def test_loading_and_splits_are_held_as_well(
     change(tree / source, before, after)
     assert gate.compare("HEAD", placed) == gate.WORSE
     assert any(part in line for line in capsys.readouterr().out.splitlines() if line.endswith("WORSE"))
+
+
+@pytest.mark.parametrize(
+    "wider",
+    [
+        "low=values[0] / 1.2, best=values[1], high=values[2] * 1.2",  # never wrong, and of less use
+        "low=values[1] / 1.02, best=values[1], high=values[1] * 1.02",  # narrow, and wrong
+    ],
+)
+def test_intervals_that_are_wider_or_miss_more_fail(
+    tree: Path, placed: list[Row], capsys: pytest.CaptureFixture[str], wider: str
+) -> None:
+    change(tree / "harness/planning/cost/speed.py", "low=values[0], best=values[1], high=values[2]", wider)
+    assert gate.compare("HEAD", placed[:8]) == gate.WORSE
+    (failing,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith("WORSE")]
+    assert failing.startswith("interval  tokens_per_s, published      138")
 
 
 def test_rows_that_are_planned_no_more_fail(tree: Path, some: list[Row], capsys: pytest.CaptureFixture[str]) -> None:

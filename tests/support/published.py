@@ -9,27 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from harness.architecture import model_spec
-from harness.catalog import resolve
-from harness.core.records import Record, Span, Workload
-from harness.machine.gpus import profile
-from harness.planning import calibration
-from harness.planning.cost.estimate import estimate
-from harness.planning.cost.footprint import Footprint
-from harness.planning.cost.inventory import Inventory
-from harness.planning.cost.memory import WeightFormat
+from harness.core.records import Record, Span
+from tests.oracle.planned_speeds import CARDS
+from tests.oracle.planned_speeds import published as planned
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published_figures.csv"
-# Bits a weight of a Linear with 16-bit scales and zeros of groups of 128; FP8 has a float32 for 128 x 128.
-PACKED = {
-    "BF16": None,
-    "FP8": 8 + 32 / 128**2,
-    "GPTQ-Int8": 8 + 24 / 128,
-    "GPTQ-Int4": 4 + 20 / 128,
-    "AWQ": 4 + 20 / 128,
-    "AWQ-INT4": 4 + 20 / 128,
-}
-CARDS = {"A100-80GB": "A100 80GB", "H20-96GB": "H20"}
 # The best values of the constants follow from these rows and all others are held out; how wide they are was set in sight of all.
 SEEN = frozenset(("Qwen2.5-7B-Instruct", "Qwen3-4B"))
 # Its experts were looped over by the transformers of that day; those of today call one kernel.
@@ -66,35 +50,24 @@ def published_speeds() -> tuple[Speed, ...]:
     return tuple(_speeds())
 
 
-def _speeds() -> Iterator[Speed]:
+def rows() -> Iterator[dict[str, str]]:
+    """Yield the published rows of dense models on one card, as they are written."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["gpus"] == "1" and row["gpu"] in CARDS and row["model"] not in NOT_DENSE:
-                yield Speed(
-                    card=CARDS[row["gpu"]],
-                    model=row["model"],
-                    quantization=row["quant"],
-                    prompt=int(row["input_len"]),
-                    measured=float(row["tokens_per_s"]),
-                    planned=_planned(row),
-                )
+                yield row
 
 
-def _planned(row: dict[str, str]) -> Span:
-    """Plan what was measured: all the seconds, by the tokens that were made, or on the H20 by those of the prompt as well."""
-    load = Workload(prompt_tokens=int(row["input_len"]), new_tokens=int(row["gen_len"]))
-    spec, bits = model_spec.read_spec(resolve.resolve(f"Qwen/{row['model']}")), PACKED[row["quant"]]
-    dtype = "bfloat16" if bits is None else "float16"
-    held = WeightFormat(dtype=dtype, packed_bits=bits, in_blocks=row["quant"] == "FP8")
-    footprint = Footprint(Inventory(spec, held), "gpu:0", load, calibration.default())
-    found = estimate(footprint, "bf16", profile([CARDS[row["gpu"]]]))
-    counted = load.new_tokens + (load.prompt_tokens if "(prompt+generated)" in row["env"] else 0)
-    first, decode, more = found.first_token_s, found.decode_tok_s, load.new_tokens - 1
-    return Span(
-        low=counted / (first.high + more / decode.low),
-        best=counted / (first.best + more / decode.best),
-        high=counted / (first.low + more / decode.high),
-    )
+def _speeds() -> Iterator[Speed]:
+    for row in rows():
+        yield Speed(
+            card=CARDS[row["gpu"]],
+            model=row["model"],
+            quantization=row["quant"],
+            prompt=int(row["input_len"]),
+            measured=float(row["tokens_per_s"]),
+            planned=planned(row),
+        )
 
 
 def interval_score(speeds: Iterable[Speed]) -> float:
@@ -102,12 +75,13 @@ def interval_score(speeds: Iterable[Speed]) -> float:
 
     Of logarithms, so that 1 is perfect and twice too wide is as bad at any speed (Gneiting and Raftery 2007, section 6.2).
     """
-    return math.exp(statistics.fmean(_score(one) for one in speeds))
+    return math.exp(statistics.fmean(score_of(one.planned, one.measured) for one in speeds))
 
 
-def _score(one: Speed) -> float:
-    missed = max(0.0, math.log(one.planned.low / one.measured), math.log(one.measured / one.planned.high))
-    return math.log(one.width) + 2 / (1 - SHARE) * missed
+def score_of(planned: Span, measured: float) -> float:
+    """Return the logarithm of the score of one interval."""
+    missed = max(0.0, math.log(planned.low / measured), math.log(measured / planned.high))
+    return math.log(planned.high / planned.low) + 2 / (1 - SHARE) * missed
 
 
 def median_error(speeds: Sequence[Speed]) -> float:
