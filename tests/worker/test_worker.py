@@ -22,8 +22,8 @@ from harness.measure.protocol import Generate, Load, Score
 from harness.measure.quality import PROBE
 from harness.planning.code import Destination, loading_code
 from harness.planning.feasibility import gate
+from harness.worker import accelerators, prefault, quality_probe
 from harness.worker import model as work
-from harness.worker import prefault, quality_probe
 from harness.worker.model import Model
 from tests.support import builders, small_models
 
@@ -223,9 +223,9 @@ def test_a_card_that_holds_nothing_has_no_peak(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: held[index])
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index: 2 * held[index])
-    assert work.vram_peaks() == ({"gpu:1": 5}, {"gpu:1": 10})
+    assert accelerators.vram_peaks() == ({"gpu:1": 5}, {"gpu:1": 10})
     held[1] = 0
-    assert work.vram_peaks() == ({}, {})
+    assert accelerators.vram_peaks() == ({}, {})
 
 
 @pytest.mark.skipif(not system_counters.LINUX, reason="pagemap is Linux's")
