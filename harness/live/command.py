@@ -40,7 +40,6 @@ def _is_terminal() -> bool:
 
 
 def _once(stream: Stream, pid: int | None, *, as_json: bool) -> int:
-    from harness.live import render
     from harness.live.stream import look_twice
 
     try:
@@ -52,8 +51,13 @@ def _once(stream: Stream, pid: int | None, *, as_json: bool) -> int:
         return 0
     from rich.console import Console
 
+    from harness.live import render
+
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for line in render.lines(frame, console.width):
+    drawn = render.lines(frame, console.width)
+    if console.options.ascii_only:
+        render.in_ascii(drawn)
+    for line in drawn:
         console.print(line)
     return 0
 

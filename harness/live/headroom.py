@@ -1,4 +1,9 @@
-"""How many more tokens there is room for: by how memory has grown with the tokens so far, or as the plan says it grows."""
+"""How many more tokens there is room for: from what has been held since the prompt, by what a token takes.
+
+What a token takes is counted by the plan exactly, and can be measured only roughly: memory comes and goes by more, on a processor
+by 16 MiB of copies beside 1 MiB a token. So the samples say where memory stands, and how it grows only where they show clearly that
+more grows than the KV cache.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +17,8 @@ from harness.live.reading import Reading
 from harness.measure.beacon import Announced, Beat
 
 CONTEXT = "context"
-# Growth is measured once there is enough of it to tell it from what comes and goes; before that the plan's counts.
-_LEAST_POINTS, _LEAST_TOKENS, _LEAST_BYTES = 5, 16, 8 * MIB
+_LEAST_POINTS, _LEAST_BYTES = 10, 64 * MIB  # of growth that is told from what comes and goes
+_CLEARLY_MORE = 1.25  # times what is planned
 _LEAST_PER_TOKEN = 1.0  # bytes: what grows less fills nothing
 
 
@@ -30,11 +35,11 @@ class Headroom(Record, frozen=True, kw_only=True):
 
 
 class Growth(NamedTuple):
-    """A line through what was held at counts of tokens: its value at the last count, how far points lie above it, its slope."""
+    """A line through what was held at counts of tokens: its value at the last count, and its slope in bytes for a token."""
 
     held: float
-    above: float
     slope: float
+    is_measured: bool = False
 
 
 def planned_kv(announced: Announced, tier: str, tokens: int) -> int:
@@ -59,8 +64,7 @@ Ends = Mapping[str, tuple[int | None, int | None]]
 def tokens_left(readings: Sequence[Reading], announced: Announced, ends: Ends) -> Headroom | None:
     """Return how many more tokens there is room for, and what ends first; None while no text is written.
 
-    `ends` has by tier what is held and the most that this can become. The tier is measured where it has grown by enough since the
-    prompt, by the line through all points of this text and the highest of them above it; else what is held now grows as planned.
+    `ends` has by tier what is held and the most that this can become, in bytes.
     """
     beat = readings[-1].beat
     if beat is None or not beat.tokens:
@@ -70,11 +74,10 @@ def tokens_left(readings: Sequence[Reading], announced: Announced, ends: Ends) -
         knots = announced.outlook.kv.get(tier)
         if held is None or end is None or not knots:
             continue
-        measured = growth(points_of(readings, tier))
-        grown = measured or Growth(held, 0.0, _slope(knots, beat.tokens))
+        grown = growth(points_of(readings, tier) or [(beat.tokens, held)], _slope(knots, beat.tokens))
         if grown.slope >= _LEAST_PER_TOKEN:
-            left = max(end - grown.held - grown.above, 0) / grown.slope
-            found.append(Headroom(tokens=int(left), ends=tier, bytes_per_token=grown.slope, is_measured=measured is not None))
+            left = max(end - grown.held, 0) / grown.slope
+            found.append(Headroom(tokens=int(left), ends=tier, bytes_per_token=grown.slope, is_measured=grown.is_measured))
     if announced.outlook.context_length is not None:
         found.append(Headroom(tokens=max(announced.outlook.context_length - beat.tokens, 0), ends=CONTEXT))
     return min(found, key=lambda one: one.tokens, default=None)
@@ -115,15 +118,21 @@ def _held(one: Reading, tier: str) -> int | None:
     return one.memory.anon_bytes if one.memory else None
 
 
-def growth(points: Sequence[tuple[float, int]]) -> Growth | None:
-    """Fit a line by least squares; None of too few points, tokens or bytes to tell growth from what comes and goes."""
-    if len(points) < _LEAST_POINTS or points[-1][0] - points[0][0] < _LEAST_TOKENS:
-        return None
+def growth(points: Sequence[tuple[float, int]], planned: float) -> Growth:
+    """Return where memory stands at the last of some points, and what a token takes: `planned`, or clearly more by least squares.
+
+    Where memory hardly grows, tokens fill what an earlier text has left on the heap: then it stands where it was seen last.
+    """
     middle = sum(tokens for tokens, _ in points) / len(points)
     mean = sum(size for _, size in points) / len(points)
     spread = sum((tokens - middle) ** 2 for tokens, _ in points)
-    slope = sum((tokens - middle) * (size - mean) for tokens, size in points) / spread
-    if slope * (points[-1][0] - points[0][0]) < _LEAST_BYTES:
-        return None
-    above = max(size - mean - slope * (tokens - middle) for tokens, size in points)
-    return Growth(mean + slope * (points[-1][0] - middle), above, slope)
+    last, size = points[-1]
+    if not spread:
+        return Growth(size, planned)
+    measured = sum((tokens - middle) * (size - mean) for tokens, size in points) / spread
+    if measured < planned / 2:
+        return Growth(size, planned)
+    is_clear = len(points) >= _LEAST_POINTS and measured * (last - points[0][0]) >= _LEAST_BYTES
+    is_measured = is_clear and measured > _CLEARLY_MORE * planned
+    slope = measured if is_measured else planned
+    return Growth(mean + slope * (last - middle), slope, is_measured)

@@ -27,6 +27,13 @@ FILLS: Mapping[str, tuple[str, str, str]] = {
     "free": ("·", "bright_black", "free"),
 }
 _GAP = "  "
+_ASCII = str.maketrans("█▓▒░·", "WKAR.")  # for a terminal that has no other characters
+
+
+def in_ascii(drawn: Iterable[Text]) -> None:
+    """Put letters in place of what only Unicode has, one for one, so that colors stay where they are."""
+    for one in drawn:
+        one.plain = one.plain.translate(_ASCII).encode("ascii", "replace").decode()
 
 
 def lines(frame: LiveFrame, width: int) -> list[Text]:

@@ -32,6 +32,8 @@ class WatchTarget:
         self.pid = pid
         self._now: Subject | None = None
         self._born_s = None if pid is None else _born_s(pid)
+        if pid is not None and self._born_s is None:
+            raise UsageError(f"--pid {pid}: there is no such process; leave --pid out to watch a run of yours")
 
     def look(self) -> Subject | None:
         """Return what to watch at this moment; None if nothing of ours runs.
@@ -41,11 +43,8 @@ class WatchTarget:
         """
         if self.pid is None:
             return self._any_case()
-        try:
-            if psutil.Process(self.pid).create_time() != self._born_s:  # its id is another one's by now
-                raise ProcessLookupError(self.pid)
-        except psutil.NoSuchProcess:
-            raise ProcessLookupError(self.pid) from None
+        if _born_s(self.pid) != self._born_s:
+            raise ProcessLookupError(self.pid)
         below = tuple(tree(self.pid))
         worker = next((pid for pid in below if case_folder(pid) is not None), None)
         if worker is None:
@@ -62,11 +61,13 @@ class WatchTarget:
         return self._now
 
 
-def _born_s(pid: int) -> float:
+def _born_s(pid: int) -> float | None:
+    """Return when a process began, which tells it from another that has its id later; None if there is none."""
     try:
-        return float(psutil.Process(pid).create_time())
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())  # ended, and not yet waited for
     except psutil.NoSuchProcess:
-        raise UsageError(f"--pid {pid}: there is no such process; leave --pid out to watch a run of yours") from None
+        return None
 
 
 def _subject(worker: int, others: int = 0) -> Subject:
@@ -80,14 +81,7 @@ def running() -> list[int]:
         folder = case_folder(pid)
         if folder is not None:
             found.setdefault(folder, pid)  # what it has started works there as well, and has a higher id
-    return [found[folder] for folder in sorted(found, key=_begun_s)]
-
-
-def _begun_s(folder: Path) -> float:
-    try:
-        return folder.stat().st_ctime
-    except OSError:  # it has just ended
-        return 0.0
+    return sorted(found.values(), key=lambda pid: (_born_s(pid) or 0.0, pid))
 
 
 def case_folder(pid: int) -> Path | None:

@@ -1,0 +1,128 @@
+"""The live screen by Textual's pilot: keys, widths, what ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Static
+
+from harness.live.frame import LiveFrame, frame
+from harness.live.screen import Screen
+from harness.live.subject import Subject
+from tests.live import moments
+
+Steps = Callable[[Screen, "Pilot[str]"], Any]
+
+
+class Script:
+    """A stream of the frames of the recorded run, which ends with them if it is to."""
+
+    def __init__(self, folder: Path | None = None, *, ends: bool = False) -> None:
+        readings, said = moments.recorded()
+        self._frames = [frame(readings[:count], said) for count in range(1, len(readings) + 1)]
+        self._ends, self._at = ends, 0
+        self.subject = Subject(pid=4242, pids=(4242,), folder=folder)
+        self.results = folder
+
+    def next_frame(self) -> LiveFrame:
+        self._at += 1
+        if self._ends and self._at > len(self._frames):
+            raise ProcessLookupError(4242)
+        return self._frames[min(self._at, len(self._frames)) - 1]
+
+
+def played(stream: Script, steps: Steps, size: tuple[int, int] = (80, 24)) -> Screen:
+    """Run the screen, take the steps once it shows a frame, and return it."""
+    app = Screen(stream, every_s=0.01)  # type: ignore[arg-type]  # what a screen needs of a stream
+
+    async def run() -> None:
+        async with app.run_test(size=size) as pilot:
+            await pilot.pause(0.1)
+            await steps(app, pilot)
+
+    asyncio.run(run())
+    return app
+
+
+def shown(app: Screen, name: str = "frame") -> str:
+    return str(app.query_one(f"#{name}", Static).render())
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_it_shows_frames_that_fit_the_terminal(width: int) -> None:
+    async def steps(app: Screen, _: Pilot[str]) -> None:
+        assert "more tokens, then RAM" in shown(app).replace("\n", " ")
+        assert "kv-heavy/fp32/cpu" in shown(app)
+        assert max(map(len, shown(app).splitlines())) < width
+        assert "q quit" in shown(app, "keys")
+
+    played(Script(), steps, (width, 24))
+
+
+def test_q_ends_it_without_a_word() -> None:
+    async def steps(_: Screen, pilot: Pilot[str]) -> None:
+        await pilot.press("q")
+
+    app = played(Script(), steps)
+    assert (app.return_value, app.return_code) == (None, 0)
+
+
+def test_it_ends_with_the_process_and_says_so() -> None:
+    async def steps(app: Screen, pilot: Pilot[str]) -> None:
+        for _ in range(200):
+            if app.return_value is not None:
+                return
+            await pilot.pause(0.02)
+
+    assert played(Script(ends=True), steps).return_value == "process 4242 has ended"
+
+
+def test_l_shows_the_end_of_the_log_and_hides_it_again(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("\n".join(f"line {number}" for number in range(5000)) + "\n\x1b[2Jlast", encoding="utf-8")
+
+    async def steps(app: Screen, pilot: Pilot[str]) -> None:
+        log = app.query_one("#log", Static)
+        assert not log.display
+        await pilot.press("l")
+        assert log.display
+        assert shown(app, "log").splitlines()[-1].endswith("last")
+        assert "\x1b" not in shown(app, "log")
+        assert len(shown(app, "log").splitlines()) == 12
+        (tmp_path / "log").unlink()
+        await pilot.pause(0.1)
+        assert shown(app, "log") == "the log is gone: the case has ended"
+        await pilot.press("l")
+        assert not log.display
+
+    played(Script(tmp_path), steps)
+
+
+def test_s_saves_the_timeline_beside_the_results(tmp_path: Path) -> None:
+    async def steps(app: Screen, pilot: Pilot[str]) -> None:
+        await pilot.press("s")
+        assert str(tmp_path)[:20] in shown(app, "keys")
+
+    played(Script(tmp_path), steps, (200, 24))
+    (saved,) = tmp_path.glob("watch-*.jsonl")
+    frames = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
+    assert len(frames) >= 2
+    assert {one["case"] for one in frames} == {"kv-heavy/fp32/cpu@ram560MiB"}
+
+
+def test_a_folder_that_takes_no_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("harness.live.stream.atomic.write_bytes", refused)
+
+    async def steps(app: Screen, pilot: Pilot[str]) -> None:
+        await pilot.press("s")
+        assert "not saved: Read-only file system" in shown(app, "keys")
+
+    played(Script(tmp_path), steps)
