@@ -74,10 +74,13 @@ def tokens_left(readings: Sequence[Reading], announced: Announced, ends: Ends) -
         knots = announced.outlook.kv.get(tier)
         if held is None or end is None or not knots:
             continue
-        grown = growth(points_of(readings, tier) or [(beat.tokens, held)], _slope(knots, beat.tokens))
-        if grown.slope >= _LEAST_PER_TOKEN:
-            left = max(end - grown.held, 0) / grown.slope
-            found.append(Headroom(tokens=int(left), ends=tier, bytes_per_token=grown.slope, is_measured=grown.is_measured))
+        points = points_of(readings, tier) or [(beat.tokens, held)]
+        grown = growth(points, _slope(knots, beat.tokens))
+        if grown.slope < _LEAST_PER_TOKEN:
+            continue
+        last = points[-1][0] + max(end - grown.held, 0) / grown.slope
+        left = max(int(last) - beat.tokens, 0)
+        found.append(Headroom(tokens=left, ends=tier, bytes_per_token=grown.slope, is_measured=grown.is_measured))
     if announced.outlook.context_length is not None:
         found.append(Headroom(tokens=max(announced.outlook.context_length - beat.tokens, 0), ends=CONTEXT))
     return min(found, key=lambda one: one.tokens, default=None)

@@ -1,13 +1,16 @@
-"""The live screen, by Textual: the lines of a frame, twice a second, with the worker's log below when it is asked for."""
+"""The live screen, by Textual: the lines of a frame, as often as costs little, with the worker's log below when it is asked for."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.text import Text
 from textual.app import App, ComposeResult
-from textual.containers import VerticalScroll
+from textual.geometry import Size
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
 from textual.widgets import Static
 
 from harness.core.text import visible
@@ -16,9 +19,32 @@ from harness.live.render import lines
 from harness.live.stream import Recording, Stream
 from harness.measure.beacon import LOG
 
-EVERY_S = 0.5
+EVERY_S = 1.5  # as often as half a percent of a core allows: a frame takes Textual some milliseconds
 _KEYS = "q quit  l log  s save"
 _LOG_BYTES, _LOG_LINES = 8192, 12
+
+
+class Lines(ScrollView):
+    """Lines that are drawn as they are; only those that have changed are drawn anew, which is most of what the screen costs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strips: list[Strip] = []
+
+    def show(self, drawn: Sequence[Text]) -> None:
+        """Show these lines from now on."""
+        before, self.strips = self.strips, [Strip(one.render(self.app.console)) for one in drawn]
+        size = Size(max((strip.cell_length for strip in self.strips), default=0), len(self.strips))
+        if size != self.virtual_size:
+            self.virtual_size = size
+        for row in range(max(len(before), len(self.strips))):
+            if before[row : row + 1] != self.strips[row : row + 1]:
+                self.refresh_line(row)
+
+    def render_line(self, y: int) -> Strip:
+        """Return a line of the widget, blank below the last."""
+        row, width = y + self.scroll_offset.y, self.size.width
+        return self.strips[row].adjust_cell_length(width) if row < len(self.strips) else Strip.blank(width)
 
 
 class Screen(App[str]):
@@ -33,17 +59,15 @@ class Screen(App[str]):
         self._stream, self._every_s = stream, every_s
         self._recording = Recording()
         self._frame: LiveFrame | None = None
-        self._note = ""
 
     def compose(self) -> ComposeResult:
         """Return the widgets: the frame, which scrolls where it is higher than the terminal, the log and the keys."""
-        yield VerticalScroll(Static(id="frame", markup=False))
+        yield Lines()
         yield Static(id="log", markup=False)
         yield Static(_KEYS, id="keys", markup=False)
 
     async def on_mount(self) -> None:
         """Begin to read."""
-        self.query_one("#frame").styles.width = "100%"
         self.query_one("#keys").styles.dock = "bottom"
         await self.look()
         self.set_interval(self._every_s, self.look)
@@ -65,11 +89,10 @@ class Screen(App[str]):
     def _show(self) -> None:
         if self._frame is None:
             return
-        self.query_one("#frame", Static).update(Text("\n").join(lines(self._frame, self.size.width - 1)))
+        self.query_one(Lines).show(lines(self._frame, self.size.width - 2))  # a scroll bar takes two
         log = self.query_one("#log", Static)
         if log.display:
             log.update(self._log_tail())
-        self.query_one("#keys", Static).update(f"{_KEYS}  {self._note}".rstrip())
 
     def action_log(self) -> None:
         """Show or hide the end of the worker's log."""
@@ -96,7 +119,7 @@ class Screen(App[str]):
             return
         try:
             path = self._recording.save(self._stream.results, self._frame.clock)
-            self._note = f"{len(self._recording):,} frames in {path}"
+            note = f"{len(self._recording):,} frames in {path}"
         except OSError as error:
-            self._note = f"not saved: {error.strerror or error}"
-        self._show()
+            note = f"not saved: {error.strerror or error}"
+        self.query_one("#keys", Static).update(f"{_KEYS}  {note}")

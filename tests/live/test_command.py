@@ -13,34 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.core.records import Workload
 from harness.core.units import MIB
 from harness.live import command
-from harness.machine.scratch import Scratch
-from harness.measure import beacon
-from harness.measure.beacon import Announced, Outlook
 from harness.measure.system_counters import LINUX
+from tests.live.growing import growing_worker
 from tests.support.runs import ROOT
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="looks into /proc")
 
 WATCH = (sys.executable, "-m", "harness", "watch")
-# A worker in small: what it holds grows by a MiB with every token, and it tells so.
-GROWS = """
-import sys, time
-from pathlib import Path
-from harness.measure.beacon import Pulse
-
-pulse, cache = Pulse(Path.cwd(), dict), []
-pulse.begin("load")
-pulse.begin("warm")
-pulse.prompt(1)
-print("grows", flush=True)
-while True:
-    cache.append(bytes(1 << 20).replace(b"\\0", b"\\1"))
-    pulse.token()
-    time.sleep(0.03)
-"""
 
 
 def watch(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -64,25 +45,8 @@ def started(*words: str) -> subprocess.Popen[str]:
 @pytest.fixture
 def growing(tmp_path: Path) -> Iterator[int]:
     """The id of a worker that grows."""
-    with Scratch(tmp_path) as run:
-        folder = run / "case-1"
-        folder.mkdir()
-        said = Announced(
-            case="tiny/bf16/cpu",
-            workload=Workload(),
-            outlook=Outlook(kv={"cpu": [(1, MIB), (1000, 1000 * MIB)]}, lighter={"cpu": "Try --kv fp8."}),
-            limits_bytes={"cpu": 400 * MIB},
-        )
-        beacon.announce(folder, said)
-        child = subprocess.Popen(
-            [sys.executable, "-c", GROWS], cwd=folder, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"grows\n"
-        yield child.pid
-        child.kill()
-        child.wait(timeout=20)
-        child.stdout.close()
+    with growing_worker(tmp_path, limit_bytes=400 * MIB) as pid:
+        yield pid
 
 
 def test_a_worker_that_grows_is_told_by_component_and_its_end_foreseen(growing: int) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.text import Text
 from textual.pilot import Pilot
 from textual.widgets import Static
 
 from harness.live.frame import LiveFrame, frame
-from harness.live.screen import Screen
+from harness.live.screen import Lines, Screen
 from harness.live.subject import Subject
 from tests.live import moments
 
@@ -50,16 +52,31 @@ def played(stream: Script, steps: Steps, size: tuple[int, int] = (80, 24)) -> Sc
     return app
 
 
-def shown(app: Screen, name: str = "frame") -> str:
+def frame_of(app: Screen) -> str:
+    """The lines that the terminal shows of a frame."""
+    widget = app.query_one(Lines)
+    return "\n".join(widget.render_line(row).text for row in range(widget.size.height))
+
+
+def shown(app: Screen, name: str) -> str:
     return str(app.query_one(f"#{name}", Static).render())
+
+
+async def until(holds: Callable[[], bool], pilot: Pilot[str]) -> None:
+    """Wait until something holds; fail if it never does."""
+    for _ in range(500):
+        if holds():
+            return
+        await pilot.pause(0.02)
+    raise AssertionError("it did not come to hold")
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_it_shows_frames_that_fit_the_terminal(width: int) -> None:
     async def steps(app: Screen, _: Pilot[str]) -> None:
-        assert "more tokens, then RAM" in shown(app).replace("\n", " ")
-        assert "kv-heavy/fp32/cpu" in shown(app)
-        assert max(map(len, shown(app).splitlines())) < width
+        assert "more tokens, then RAM ends" in re.sub(r"\s+", " ", frame_of(app))
+        assert frame_of(app).startswith("kv-heavy/fp32/cpu@ram560MiB  ")
+        assert {len(line) for line in frame_of(app).splitlines()} == {width}
         assert "q quit" in shown(app, "keys")
 
     played(Script(), steps, (width, 24))
@@ -75,10 +92,7 @@ def test_q_ends_it_without_a_word() -> None:
 
 def test_it_ends_with_the_process_and_says_so() -> None:
     async def steps(app: Screen, pilot: Pilot[str]) -> None:
-        for _ in range(200):
-            if app.return_value is not None:
-                return
-            await pilot.pause(0.02)
+        await until(lambda: app.return_value is not None, pilot)
 
     assert played(Script(ends=True), steps).return_value == "process 4242 has ended"
 
@@ -126,3 +140,24 @@ def test_a_folder_that_takes_no_file_is_said(tmp_path: Path, monkeypatch: pytest
         assert "not saved: Read-only file system" in shown(app, "keys")
 
     played(Script(tmp_path), steps)
+
+
+def test_a_terminal_that_is_too_low_scrolls_to_the_rest() -> None:
+    async def steps(app: Screen, pilot: Pilot[str]) -> None:
+        await until(lambda: "RAM ends: " in "".join(strip.text for strip in app.query_one(Lines).strips), pilot)  # the last frame
+        assert "then RAM ends" not in frame_of(app)
+        app.query_one(Lines).focus()
+        await pilot.press("end")
+        await until(lambda: "then RAM ends" in frame_of(app), pilot)
+
+    played(Script(), steps, (80, 8))
+
+
+def test_a_frame_with_fewer_lines_leaves_none_behind() -> None:
+    async def steps(app: Screen, _: Pilot[str]) -> None:
+        lines = app.query_one(Lines)
+        lines.show([Text("one"), Text("two")])
+        lines.show([Text("one")])
+        assert frame_of(app).split() == ["one"]
+
+    played(Script(), steps)
