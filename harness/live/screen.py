@@ -87,7 +87,7 @@ class Screen(App[str]):
         self._show()
 
     def _show(self) -> None:
-        if self._frame is None:
+        if self._frame is None or not self.query(Lines):  # nothing was read yet, or the screen is being left
             return
         self.query_one(Lines).show(lines(self._frame, self.size.width - 2))  # a scroll bar takes two
         log = self.query_one("#log", Static)

@@ -147,6 +147,7 @@ def test_a_terminal_that_is_too_low_scrolls_to_the_rest() -> None:
         await until(lambda: "RAM ends: " in "".join(strip.text for strip in app.query_one(Lines).strips), pilot)  # the last frame
         assert "then RAM ends" not in frame_of(app)
         app.query_one(Lines).focus()
+        await until(lambda: app.query_one(Lines).max_scroll_y == len(app.query_one(Lines).strips) - 7, pilot)
         await pilot.press("end")
         await until(lambda: "then RAM ends" in frame_of(app), pilot)
 
