@@ -11,7 +11,7 @@ from harness.core.errors import UsageError
 if TYPE_CHECKING:
     from harness.live.stream import Stream
 
-HELP = "Watch what is in memory while a case runs or a chat answers: by component, against the plan, with room in tokens."
+HELP = "Watch memory by component while a case runs, with room in tokens."
 _EVERY_S = 1.0
 
 
