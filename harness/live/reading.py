@@ -72,10 +72,11 @@ class Sensors:
 
     def __init__(self, gpus: Gpus) -> None:
         self._gpus = gpus
-        self._available, self._floor_bytes = headroom.available(), headroom.floor_bytes()
+        self._left_in_container, self._floor_bytes = cgroup.watch(), headroom.floor_bytes()
         self._allowed = cgroup.memory()[0]
         self._place = scratch_place()
         self._seen: dict[str, GpuReading] = {}
+        self._program: tuple[int, str] = (0, "")
         self._announced: tuple[Path | None, float, Announced | None] = (None, 0.0, None)
 
     def read(self, subject: Subject | None) -> Reading:
@@ -90,7 +91,11 @@ class Sensors:
             gpus=cards,
             gone=tuple(name for name in self._seen if name not in cards),
         )
-        return now if subject is None else _with_process(now, subject)
+        if subject is None:
+            return now
+        if self._program[0] != subject.pid:
+            self._program = (subject.pid, _program(subject.pid))
+        return _with_process(now, subject, self._program[1])
 
     def announced(self, subject: Subject | None) -> Announced | None:
         """Return what a case of ours says that it is; read again when it says more."""
@@ -119,10 +124,10 @@ class Sensors:
         }
 
     def _ram(self) -> RamReading:
-        found = psutil.virtual_memory()
+        found, left = psutil.virtual_memory(), self._left_in_container()
         return RamReading(
             total_bytes=min(found.total, self._allowed or found.total),
-            available_bytes=self._available(),
+            available_bytes=found.available if left is None else min(found.available, left),
             cached_bytes=getattr(found, "cached", 0) + getattr(found, "buffers", 0),
             floor_bytes=self._floor_bytes,
         )
@@ -144,7 +149,7 @@ def sensors() -> Iterator[Sensors]:
         gpus.close()
 
 
-def _with_process(now: Reading, subject: Subject) -> Reading:
+def _with_process(now: Reading, subject: Subject, program: str) -> Reading:
     parts = []
     for pid in subject.pids:
         with suppress(OSError):  # it has just ended, or the system hides what is another user's
@@ -153,7 +158,7 @@ def _with_process(now: Reading, subject: Subject) -> Reading:
     return replace(
         now,
         pid=subject.pid,
-        program=_program(subject.pid),
+        program=program,
         others=subject.others,
         memory=sampler.together(parts) if parts else None,
         read_bytes=sum(read) if read else None,

@@ -17,6 +17,7 @@ from harness.core.units import GIB, MIB
 from harness.live.frame import LiveFrame, TierFrame, frame
 from harness.live.render import FILLS, LEAST_COLUMNS, in_ascii, lines, one_line, tier_bar
 from tests.live import moments
+from tests.support.runs import ROOT
 
 WIDTHS = (40, 60, 80, 120)
 
@@ -48,6 +49,10 @@ def drawn(found: LiveFrame, width: int) -> str:
 def test_a_frame_looks_as_it_is_kept(width: int) -> None:
     kept = (moments.WATCHED / f"{width}.txt").read_text(encoding="utf-8")
     assert drawn(busy(), width) == kept, "python -m tests.live.test_render"
+
+
+def test_the_documentation_shows_what_is_drawn() -> None:
+    assert f"```\n{drawn(busy(), 80)}```\n" in (ROOT / "docs/watch.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("width", [1, LEAST_COLUMNS, 33, 40, 79, 200])
