@@ -32,7 +32,8 @@ class TierFrame(Record, frozen=True, kw_only=True):
     """One tier, in bytes: `parts` by the names of PARTS add up to `total_bytes`, those of OWN_PARTS to `process_bytes`.
 
     `held_bytes` is what counts against a limit: of the RAM the anonymous part; `end_bytes` the most that this can become.
-    `predicted_bytes` is the peak of the plan for what is done now, `limit_bytes` the limit of the case.
+    `predicted_bytes` is the peak of the plan for what is done now, `limit_bytes` the limit of the case; `torch_bytes` are what
+    torch has allocated and what it has reserved.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TierFrame(Record, frozen=True, kw_only=True):
     limit_bytes: int | None = None
     anonymous_bytes: int | None = None
     mapped_bytes: int | None = None
+    torch_bytes: tuple[int, int] | None = None
     link_bytes_per_s: float | None = None
     is_gone: bool = False
     is_red: bool = False
@@ -123,6 +125,7 @@ def _gpu(name: str, card: GpuReading, now: Reading, announced: Announced | None)
         end_bytes=end,
         predicted_bytes=_predicted(plan, now.beat),
         limit_bytes=limit,
+        torch_bytes=torch,
         link_bytes_per_s=card.link_bytes_per_s,
         is_red=_is_red(held or 0, end, plan, now.beat),
     )

@@ -76,6 +76,9 @@ def _tier_lines(tier: TierFrame, width: int) -> list[Text]:
         said.append((f"process {format_size(tier.process_bytes)}", ""))
     if tier.anonymous_bytes is not None and tier.mapped_bytes is not None:
         said.append((f"(anonymous {format_size(tier.anonymous_bytes)}, mapped {format_size(tier.mapped_bytes)})", ""))
+    if tier.torch_bytes is not None:
+        allocated, reserved = map(format_size, tier.torch_bytes)
+        said.append((f"(torch allocated {allocated}, reserved {reserved})", ""))
     if tier.link_bytes_per_s is not None:
         said.append((f"link {format_bandwidth(tier.link_bytes_per_s)}", ""))
     return [*_wrapped(said, width), tier_bar(tier, width), *_ticks(tier, width), *_wrapped(_legend(tier), width)]

@@ -123,7 +123,8 @@ class Pulse:
             vram=self._vram(),
         )
         with contextlib.suppress(OSError):  # the disk is full: whoever watches sees the last beat
-            os.pwrite(self._file, encode_record(beat).ljust(_BEAT_BYTES), 0)
+            os.lseek(self._file, 0, os.SEEK_SET)  # Windows has no pwrite
+            os.write(self._file, encode_record(beat).ljust(_BEAT_BYTES))
 
 
 def announce(folder: Path, what: Announced) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from harness.core.units import GIB, MIB
 from harness.live.frame import OWN_PARTS, LiveFrame, TierFrame, frame, split
 from harness.live.reading import RamReading
+from harness.measure.beacon import Outlook
 from harness.measure.sampler import Memory
 from tests.live import moments
 
@@ -126,7 +127,7 @@ def test_a_tier_that_is_nearly_full_says_what_to_try_in_the_words_of_the_plan() 
 def test_a_tier_that_holds_more_than_the_plan_said_at_worst_says_so() -> None:
     large = moments.card(total_bytes=80 * GIB, used_bytes=20 * GIB, process_bytes=20 * GIB)
     now = moments.reading(gpus={"gpu:0": large}, beat=moments.beat(5))
-    what, way = frame([now], moments.announced(outlook=moments.Outlook())).words[0].split(". ")
+    what, way = frame([now], moments.announced(outlook=Outlook())).words[0].split(". ")
     assert what == "gpu:0 holds more than planned: 20.0 GiB, peak planned 9.00 GiB"
     assert way == "fitmatrix plan chatglm-6b --best shows ways that take less."
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from harness.core.errors import UsageError
 from harness.core.records import Workload
@@ -122,7 +123,7 @@ def test_what_a_process_has_started_counts_with_it(tmp_path: Path, start: Starte
     assert len(found.pids) == 2
     with reading.sensors() as sensors:
         memory = sensors.read(found).memory
-        alone = sensors.read(reading.replace(found, pids=(parent.pid,))).memory
+        alone = sensors.read(replace(found, pids=(parent.pid,))).memory
     assert memory is not None
     assert alone is not None
     assert memory.anon_bytes > alone.anon_bytes > 0

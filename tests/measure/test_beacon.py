@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.core.records import Workload
+from harness.core.records import Workload, encode_record
 from harness.measure import beacon, sampler
 from harness.measure.beacon import Announced, Beat, Pulse
 from harness.measure.sampler import Memory
@@ -62,11 +62,11 @@ def test_a_folder_that_takes_no_file_is_done_without(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_ends_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     pulse = Pulse(tmp_path, none)
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "write", full)
     pulse.begin("load")
 
 
@@ -75,7 +75,7 @@ def test_of_several_processes_the_cards_are_put_together_and_the_memory_added(tm
     memory = Memory(ram_bytes=100, anon_bytes=60)
     for pid, at_s, start, vram in ((1, 0.0, None, {}), (2, 5.0, memory, {"gpu:0": (1, 2)}), (3, 6.0, memory, {"gpu:1": (3, 4)})):
         beat = Beat(phase="warm", begun_s=0, at_s=at_s, tokens=pid, start=start, vram=vram)
-        (tmp_path / f"pulse-{pid}").write_bytes(beacon.encode_record(beat))
+        (tmp_path / f"pulse-{pid}").write_bytes(encode_record(beat))
     found = beacon.last_beat(tmp_path)
     assert found is not None
     assert (found.tokens, found.vram) == (3, {"gpu:0": (1, 2), "gpu:1": (3, 4)})
