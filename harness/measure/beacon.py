@@ -108,6 +108,10 @@ class Pulse:
         if now >= self._due_s:
             self._beat(now)
 
+    def finish(self) -> None:
+        """Say that the text is complete."""
+        self._beat(time.monotonic())
+
     def _beat(self, now: float) -> None:
         self._due_s = now + _EVERY_S
         if self._file is None:

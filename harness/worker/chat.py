@@ -93,6 +93,8 @@ class _Streamer(TextIteratorStreamer):
     def close(self, *_: object) -> None:
         """End the text, also where generating failed: whoever waits for it goes on."""
         self.on_finalized_text("", stream_end=True)
+        if self._pulse is not None:
+            self._pulse.finish()
 
 
 class Talk:

@@ -335,7 +335,8 @@ class Clock(BaseStreamer):
         self._prompt_seen = True
 
     def end(self) -> None:
-        pass
+        if self._pulse is not None:
+            self._pulse.finish()
 
 
 def generate(model: Model, request: Generate) -> dict[str, Any]:

@@ -219,7 +219,6 @@ def test_equal_favourites_agree() -> None:
 
 def test_who_watches_is_told_of_tokens_in_the_cache(loaded: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded, "pulse", Pulse(tmp_path, accelerators.torch_memory))
-    monkeypatch.setattr("harness.measure.beacon._EVERY_S", 0.0)
     work.generate(loaded, Generate(prompt_tokens=8, new_tokens=5, batch=2))
     beat = last_beat(tmp_path)
     assert beat is not None
