@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from fcntl import ioctl
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -61,7 +62,10 @@ def cost(watcher: subprocess.Popen[bytes]) -> tuple[float, int]:
     return (after.user + after.system - before.user - before.system) / (ended - begun), peak
 
 
-@pytest.mark.parametrize("words", [("--json",), ()], ids=["json", "screen"])
+needs_textual = pytest.mark.skipif(find_spec("textual") is None, reason="needs Textual, the extra watch")
+
+
+@pytest.mark.parametrize("words", [pytest.param(("--json",), id="json"), pytest.param((), marks=needs_textual, id="screen")])
 def test_watching_costs_little(tmp_path: Path, figures: list[Figure], words: tuple[str, ...]) -> None:
     env = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
     with growing_worker(tmp_path, limit_bytes=GIB, token_bytes=64 * KIB) as pid, terminal() as inner:
