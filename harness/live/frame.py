@@ -102,7 +102,9 @@ def frame(readings: Sequence[Reading], announced: Announced | None = None) -> Li
 
 def _gpus(now: Reading, announced: Announced | None) -> list[TierFrame]:
     alive = [_gpu(name, card, now, announced) for name, card in now.gpus.items()]
-    return sorted([*alive, *(TierFrame(name=name, is_gone=True) for name in now.gone)], key=lambda tier: tier.name)
+    return sorted(
+        [*alive, *(TierFrame(name=name, is_gone=True) for name in now.gone)], key=lambda tier: (len(tier.name), tier.name)
+    )
 
 
 def _gpu(name: str, card: GpuReading, now: Reading, announced: Announced | None) -> TierFrame:

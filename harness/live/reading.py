@@ -50,7 +50,7 @@ class DiskReading(Record, frozen=True, kw_only=True):
 class Reading(Record, frozen=True, kw_only=True):
     """One moment, `at_s` of the monotonic clock. What there is not, or may not be read, is None.
 
-    `read_bytes` is what the process has had fetched from the disk; `gone` are cards that answered before and do not now.
+    `is_case`: the process is a worker of ours. `read_bytes` is what it has had fetched from the disk; `gone` are cards that answered before and do not now.
     """
 
     at_s: float
@@ -61,6 +61,7 @@ class Reading(Record, frozen=True, kw_only=True):
     gone: tuple[str, ...] = ()
     pid: int | None = None
     program: str = ""
+    is_case: bool = False
     others: int = 0
     memory: Memory | None = None
     read_bytes: int | None = None
@@ -159,6 +160,7 @@ def _with_process(now: Reading, subject: Subject, program: str) -> Reading:
         now,
         pid=subject.pid,
         program=program,
+        is_case=subject.folder is not None,
         others=subject.others,
         memory=sampler.together(parts) if parts else None,
         read_bytes=sum(read) if read else None,

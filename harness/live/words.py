@@ -69,6 +69,8 @@ def _who(found: LiveFrame, now: Reading) -> Iterator[str]:
         yield "no case runs now: pytest cases/ or fitmatrix chat begins one, --pid N watches any process"
     elif now.memory is None:
         yield f"the memory of process {now.pid} may not be read, or it has just ended"
+    elif not found.case and now.is_case:
+        yield f"process {now.pid} is a case that has not begun to load"
     elif not found.case:
         yield f"process {now.pid} is no case of fitmatrix: what it holds is known only as a whole"
     if now.others:

@@ -108,6 +108,10 @@ def test_of_another_process_only_the_whole_is_known() -> None:
     assert found.words == ["process 4242 is no case of fitmatrix: what it holds is known only as a whole"]
 
 
+def test_a_worker_that_has_said_nothing_yet_is_a_case_nevertheless() -> None:
+    assert frame([moments.reading(is_case=True)]).words == ["process 4242 is a case that has not begun to load"]
+
+
 def test_a_limit_ends_what_may_be_held_before_the_machine_does() -> None:
     said = moments.announced(limits_bytes={"cpu": 6 * GIB, "gpu:0": 9 * GIB}, uncounted_bytes=GIB // 4)
     found = frame([moments.reading(gpus={"gpu:0": moments.card()}, beat=moments.beat(5))], said)
@@ -133,8 +137,9 @@ def test_a_tier_that_holds_more_than_the_plan_said_at_worst_says_so() -> None:
 
 
 def test_a_card_that_answers_no_more_is_gone() -> None:
-    found = frame([moments.reading(gpus={"gpu:1": moments.card()}, gone=("gpu:0",))], moments.announced())
-    assert [(one.name, one.is_gone) for one in found.tiers] == [("gpu:0", True), ("gpu:1", False), ("cpu", False), ("disk", False)]
+    found = frame([moments.reading(gpus={"gpu:10": moments.card()}, gone=("gpu:0", "gpu:2"))], moments.announced())
+    cards = [("gpu:0", True), ("gpu:2", True), ("gpu:10", False)]
+    assert [(one.name, one.is_gone) for one in found.tiers] == [*cards, ("cpu", False), ("disk", False)]
     assert "gpu:0 is gone: NVML does not answer for it any more." in found.words
 
 
