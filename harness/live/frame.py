@@ -102,9 +102,8 @@ def frame(readings: Sequence[Reading], announced: Announced | None = None) -> Li
 
 def _gpus(now: Reading, announced: Announced | None) -> list[TierFrame]:
     alive = [_gpu(name, card, now, announced) for name, card in now.gpus.items()]
-    return sorted(
-        [*alive, *(TierFrame(name=name, is_gone=True) for name in now.gone)], key=lambda tier: (len(tier.name), tier.name)
-    )
+    gone = [TierFrame(name=name, is_gone=True) for name in now.gone]
+    return sorted([*alive, *gone], key=lambda tier: (len(tier.name), tier.name))  # gpu:10 after gpu:9
 
 
 def _gpu(name: str, card: GpuReading, now: Reading, announced: Announced | None) -> TierFrame:
