@@ -50,8 +50,8 @@ class DiskReading(Record, frozen=True, kw_only=True):
 class Reading(Record, frozen=True, kw_only=True):
     """One moment, `at_s` of the monotonic clock. What there is not, or may not be read, is None.
 
-    `is_case`: the process is a worker of ours. `read_bytes` is what it has had fetched from the disk; `gone` are cards that answered
-    before and do not now.
+    `is_case`: the process is a worker of ours. `read_bytes` is what it has had fetched from the disk; `gone` are cards that
+    answered before and do not now.
     """
 
     at_s: float

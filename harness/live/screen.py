@@ -19,7 +19,7 @@ from harness.live.render import lines
 from harness.live.stream import Recording, Stream
 from harness.measure.beacon import LOG
 
-EVERY_S = 2.0  # as often as half a percent of a core allows: a frame takes Textual some milliseconds
+EVERY_S = 2.5  # as often as half a percent of a core allows: a frame takes Textual some milliseconds
 _KEYS = "q quit  l log  s save"
 _LOG_BYTES, _LOG_LINES = 8192, 12
 
