@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import harness
 from harness.cli import calibrate, chat, compare, hardware, inspect, plan, publish, report, synth
-from harness.cli.options import CommandParser
+from harness.cli.options import CommandParser, add_options
 from harness.cli.plan_args import USAGE
 from harness.core.errors import HarnessError, did_you_mean
 from harness.core.text import line
+from harness.live import command as live
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -89,6 +90,10 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _watch(given: argparse.Namespace) -> int:
+    return live.run(given.pid, once=given.once, as_json=given.json)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
     "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
@@ -96,6 +101,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "plan": (plan.HELP, plan.add_arguments, plan.run),
     "calibrate": (calibrate.HELP, calibrate.add_arguments, calibrate.run),
     "chat": (chat.HELP, chat.add_arguments, chat.run),
+    "watch": (live.HELP, lambda parser: add_options(parser, "watch", "pid", "once", "json"), _watch),
     "synth": (synth.HELP, synth.add_arguments, synth.run),
     "report": (report.HELP, report.add_arguments, report.run),
     "publish": (publish.HELP, publish.add_arguments, publish.run),

@@ -44,7 +44,19 @@ def _disk(text: str) -> Disk:
 _ROWS = (
     Option(name="file", help="GGUF file of MODEL, if it has several", metavar="NAME"),
     Option(name="revision", help="branch, tag or commit on the hub", metavar="NAME"),
-    Option(name="json", help="print one JSON object", switch=True),
+    Option(
+        name="json",
+        help="print one JSON object",
+        in_command={"watch": Meaning(help="print a JSON object a second, each on a line; with --once one", default=False)},
+        switch=True,
+    ),
+    Option(
+        name="pid",
+        help="process to watch, with what it has started (default: the case of yours that began last)",
+        parse=whole_number(1),
+        metavar="N",
+    ),
+    Option(name="once", help="look once, and end", switch=True),
     Option(
         name="gpu",
         help='plan for a machine with this GPU, "RTX 3060 12GB" or 8GiB (repeatable)',

@@ -68,6 +68,14 @@ class Scratch:
             self._lock = None
 
 
+def is_scratch(folder: Path) -> bool:
+    """Say whether a folder is one of a run of this user, which removes it at its end."""
+    try:
+        return (folder / _LOCK).lstat().st_uid == os.geteuid()
+    except (OSError, AttributeError):  # there is none, or Windows, which has no such ids
+        return (folder / _LOCK).exists()
+
+
 def scratch_place() -> Path:
     """Return where scratch folders go: the directory that TMPDIR names, else the system's own.
 

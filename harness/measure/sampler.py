@@ -128,11 +128,14 @@ def peak_bytes() -> int:
     raise ProcessLookupError("no VmHWM in /proc/self/status")
 
 
-def disk_read_bytes() -> int | None:
-    """Return how many bytes this process has had fetched from the disk, page faults included (proc(5), io); None elsewhere."""
+def disk_read_bytes(pid: int | None = None) -> int | None:
+    """Return how many bytes a process, or this one, has had fetched from the disk, page faults included (proc(5), io).
+
+    None if the system does not tell.
+    """
     try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:  # another system, or a container that hides it
+        lines = Path(f"/proc/{pid or 'self'}/io").read_text().splitlines()
+    except OSError:  # another system, a container that hides it, another user's, or it has ended
         return None
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
 

@@ -29,6 +29,7 @@ from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.experts import blocks_of_experts, experts_map
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.recommended import RecommendedMap, Recommender
+from harness.planning.outlook import with_hint
 from harness.planning.verdict import Judge, is_windows, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
@@ -40,7 +41,6 @@ _UNFUSED = "4-bit weights in RAM are unpacked for every token: {} the product fo
 _MAYBE_FUSED = "4-bit weights in RAM are taken to be multiplied as they are: without AVX512_BF16 it is tens of times slower"
 # How often our device map is computed again with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
-_AXES = ("precision", "placement", "kv", "attention")  # of a case, beside its model
 
 
 class Planner:
@@ -78,7 +78,7 @@ class Planner:
     def plans(self, cases: Sequence[Case]) -> list[Plan]:
         """Plan the cases; what is too big says what to try instead, of these cases."""
         found = [self.plan(case) for case in cases]
-        return [_with_hint(one, found) for one in found]
+        return [with_hint(one, found) for one in found]
 
     def untraced(self, cases: Sequence[Case]) -> list[GpuActivations]:
         """Return what these cases would allocate on a GPU where it is by formulas, and a trace could say it."""
@@ -355,17 +355,3 @@ def _spread(ranks: int, apart: Sequence[str], blocks: int, has_gpu: bool) -> str
     if ranks > 1:
         return _BETWEEN.format(ranks, "" if has_gpu else _ONE_THREAD)
     return f"The experts of {len(apart)} of {blocks} blocks are in RAM." if apart else None
-
-
-def _with_hint(one: Plan, others: Iterable[Plan]) -> Plan:
-    """Add to a plan that is too big what else would do: another precision of no more bits, or one other thing in which it goes."""
-    if one.verdict is not Verdict.TOO_BIG or one.why is None:
-        return one
-    order = sorted(others, key=lambda other: other.verdict is not Verdict.FITS)
-    good = [other.case for other in order if other.verdict.is_good and other.case.model == one.case.model]
-    bits, words = PRECISIONS[one.case.precision].bits, []
-    for axis in _AXES:
-        alike = (case for case in good if all(getattr(case, name) == getattr(one.case, name) for name in _AXES if name != axis))
-        found = next((case for case in alike if PRECISIONS[case.precision].bits <= bits and getattr(case, axis)), None)
-        words += [f"--{axis} {getattr(found, axis)}"] if found is not None else []
-    return msgspec.structs.replace(one, why=f"{one.why} Try {' or '.join(words)}.") if words else one

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.core import redact
-from harness.core.records import Interference, Machine, Outcome, Phase, Plan, Quality, Result, Verdict, Workload
+from harness.core.records import Interference, Loaded, Machine, Outcome, Phase, Plan, Quality, Result, Verdict, Workload
 from harness.core.units import format_size
 from harness.machine import probe
 from harness.measure import aggregate, interference, quality
+from harness.measure.beacon import NO_OUTLOOK, Announced, Outlook
 from harness.measure.protocol import GenerateDone, LoadDone, ScoreDone
 from harness.measure.sampler import Gpus, Sample, Sampler
 from harness.planning.code import loading_program
@@ -39,6 +40,7 @@ class RunContext:
     phase_timeout_s: float = math.inf  #: the limit of each phase of a case
     gpus: Gpus | None = None
     on_sample: LiveLine | None = None
+    results: Path | None = None  #: the folder that results go to
 
     @property
     def allowed_s(self) -> dict[str, float]:
@@ -62,6 +64,7 @@ class CaseModel:
     command: str = ""  #: the command that repeats the case
     reference: quality.Reference | None = None
     reference_file: Path | None = None  #: the predictions of the reference
+    outlook: Outlook = NO_OUTLOOK  #: what its plan says to who watches
     keep_file: Path | None = None  #: where to write the predictions of this case, if it is the reference
 
     @property
@@ -130,6 +133,23 @@ def result_of(
         failed=list(measured.failed),
     )
     return completed(found)
+
+
+def announcement(plan: Plan, model: CaseModel, context: RunContext, loaded: Loaded | None = None) -> Announced:
+    """Return what is told of a case to who watches it, before it is loaded and after."""
+    case = plan.case
+    limits = {"cpu": case.ram_bytes, **dict.fromkeys([gpu.name for gpu in context.machine.gpus], case.vram_bytes)}
+    planned = {path: str(tier) for path, tier in plan.device_map.items()} if isinstance(plan.device_map, dict) else {}
+    return Announced(
+        case=case.id,
+        workload=case.workload,
+        tiers=plan.estimate.tiers if plan.estimate else {},
+        outlook=model.outlook,
+        limits_bytes={name: size for name, size in limits.items() if size is not None},
+        weights_bytes=loaded.tier_bytes if loaded else {},
+        device_map=loaded.device_map if loaded else planned,
+        results=str(context.results.absolute()) if context.results else None,
+    )
 
 
 def not_run(plan: Plan, model: CaseModel, context: RunContext) -> Result:

@@ -21,10 +21,12 @@ from harness.core.progress import Report
 from harness.core.records import USUAL_KV, Case, Machine, Plan, Verdict, Workload
 from harness.core.units import exact_size
 from harness.machine import probe
+from harness.measure.beacon import NO_OUTLOOK, Outlook
 from harness.planning import feasibility, kept_calibration, verdict
 from harness.planning.calibration import Calibration
 from harness.planning.device_map import user_map
 from harness.planning.device_map.infer import Device
+from harness.planning.outlook import kv_growth, lighter
 from harness.planning.planner import Planner
 from harness.results.store import Store
 from harness.run import forkserver
@@ -139,6 +141,17 @@ class CaseMatrix:
             planner = self._planner(cases[0])
             said += planner.trace(planner.untraced(cases), report)
         return list(dict.fromkeys(said))
+
+    def outlook(self, case: Case) -> Outlook:
+        """Return what the plan of a case says to who watches it run; nothing of one that has no figures."""
+        one = self.plan(case)
+        if one.estimate is None or not self._models.fetched(self.files_of(case)):
+            return NO_OUTLOOK
+        planner = self._planner(case)
+        footprint, context = planner.footprints.get(case.id), planner.spec.context_length
+        others = [self._plans[other.id] for other in self.cases() if other.id in self._plans]
+        kv = kv_growth(footprint, context) if footprint else {}
+        return Outlook(kv=kv, lighter=lighter(one, others), context_length=context)
 
     def _planner(self, case: Case) -> Planner:
         """Return the planner of all cases that share a model and limits."""

@@ -14,6 +14,8 @@ from msgspec.structs import replace
 from harness.core.records import Case, Interference, Outcome
 from harness.core.units import MIB, format_size
 from harness.machine import cgroup, headroom
+from harness.measure import beacon
+from harness.measure.beacon import Announced
 from harness.measure.interference import InterferenceWatch
 from harness.measure.limits import OVER_AT_START, Breach, LimitGuard, Limits
 from harness.measure.outcome import Evidence
@@ -40,16 +42,17 @@ class ConfinedWorker:
         self._context_bytes = calibration.gpu_context(context.machine).best
         self.deadline = Deadline(case_s=context.timeout_s, phase_s=context.phase_timeout_s)
         self.vram_by_torch = False
+        self._uncounted_bytes = 0  #: of the worker's RAM, what its control group is not charged for
         self._free_before = context.gpus.free_bytes() if context.gpus else {}
         self._oom_kills = oom_kills()
-        self._directory = TemporaryDirectory(prefix="case-", dir=context.scratch, ignore_cleanup_errors=True)
+        self._directory = TemporaryDirectory(prefix=beacon.CASE, dir=context.scratch, ignore_cleanup_errors=True)
         scratch = Path(self._directory.name)
         with contextlib.ExitStack() as undo:
             undo.callback(self._directory.cleanup)
             group = cgroup.group(case.ram_bytes) if case.ram_bytes is not None else None
             if group is not None:
                 undo.callback(group.remove)
-            self._worker = Worker(context.worker_main, log=scratch / "log", scratch=scratch, start_s=context.phase_timeout_s)
+            self._worker = Worker(context.worker_main, log=scratch / beacon.LOG, scratch=scratch, start_s=context.phase_timeout_s)
             undo.callback(self._worker.kill)
             self._pids: Sequence[int] = (self._worker.pid,)
             if group is not None and not group.add(self._worker.pid):
@@ -92,6 +95,10 @@ class ConfinedWorker:
     def phase(self) -> str:
         """The phase that the worker is in."""
         return self._worker.phase
+
+    def announce(self, what: Announced) -> None:
+        """Leave beside the worker's files what it does, for who watches it."""
+        beacon.announce(Path(self._directory.name), replace(what, uncounted_bytes=self._uncounted_bytes))
 
     def ask(self, request: Request) -> Event:
         """Send a request and wait for its answer. Raises what `Worker.ask` raises."""
@@ -136,6 +143,7 @@ class ConfinedWorker:
         if case.vram_bytes is not None and gpus and (listed_before or not self._is_listed()):
             self.vram_by_torch = True
             self.sampler.ignore_gpus()
+        self._uncounted_bytes = done.file_bytes if group is not None else 0
         charged_elsewhere = done.file_bytes + done.shared_bytes
         if group is not None and case.ram_bytes is not None and not group.limit(case.ram_bytes - charged_elsewhere):
             used = done.anon_bytes + done.file_bytes

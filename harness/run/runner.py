@@ -35,7 +35,17 @@ from harness.measure.protocol import (
 )
 from harness.planning.calibration import gpu_context
 from harness.planning.code import gpus
-from harness.run.case_result import CaseEnded, CaseModel, Measured, RunContext, is_unsettled, metrics_of, quality_of, result_of
+from harness.run.case_result import (
+    CaseEnded,
+    CaseModel,
+    Measured,
+    RunContext,
+    announcement,
+    is_unsettled,
+    metrics_of,
+    quality_of,
+    result_of,
+)
 from harness.run.confinement import ConfinedWorker
 from harness.run.worker_process import Ended
 
@@ -83,6 +93,7 @@ class Run:
         if self.measured.loaded is None:
             plan = self.plan
             self._confine()
+            self._worker.announce(announcement(plan, self.model, self.context))
             request = Load(
                 model=str(self.model.location),
                 code=plan.code or "",
@@ -95,6 +106,7 @@ class Run:
             )
             done = self._ask(request)
             assert isinstance(done, LoadDone)
+            self._worker.announce(announcement(plan, self.model, self.context, done.loaded))
             self.measured.loaded, self.measured.checks = done, verify.checks(plan, done.loaded)
         return self.measured.loaded
 

@@ -84,6 +84,7 @@ class Session:
             phase_timeout_s=self.options.phase_timeout,
             gpus=gpus,
             on_sample=self.on_sample,
+            results=self.options.results,
         )
 
     def cases(self) -> list[Case]:
@@ -140,6 +141,7 @@ class Session:
             command=cases.command_of(case, source, self.options),
             reference=reference.reference if reference else None,
             reference_file=reference.file if reference else None,
+            outlook=self._matrix.outlook(case),
             keep_file=None if reference else self._references.file_for(case.model),
         )
 

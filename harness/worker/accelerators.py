@@ -1,4 +1,4 @@
-"""Print as JSON what torch can use of this machine's accelerators: `python -m harness.worker.accelerators`."""
+"""What torch has on this machine's accelerators; as JSON what it can use of them: `python -m harness.worker.accelerators`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,35 @@ def begin(library: Any, handles: Sequence[Any], index: int) -> int | None:
     left, reserved = _free(library, handles, index), torch.cuda.memory_reserved(index)
     torch.cuda.empty_cache()
     return None if free is None or left is None else max(free - left - reserved, 0)
+
+
+def reset_vram_peaks() -> None:
+    """Begin torch's peaks of allocated and reserved memory anew on every GPU; they are torch's own counts, and touch no card."""
+    if torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+
+
+def vram_peaks() -> tuple[dict[str, int], dict[str, int]]:
+    """Return torch's peaks of allocated and of reserved bytes by tier; empty without a GPU in use.
+
+    A library may initialize CUDA and leave the cards alone, as bitsandbytes does when it is imported: nothing held is no peak of 0.
+    """
+    if not torch.cuda.is_initialized():
+        return {}, {}
+    indices = [index for index in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(index)]
+    return (
+        {f"gpu:{index}": torch.cuda.max_memory_allocated(index) for index in indices},
+        {f"gpu:{index}": torch.cuda.max_memory_reserved(index) for index in indices},
+    )
+
+
+def torch_memory() -> dict[str, tuple[int, int]]:
+    """Return by tier what torch has allocated and what it has reserved on each GPU that it holds anything of, in bytes."""
+    if not torch.cuda.is_initialized():
+        return {}
+    held = (index for index in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(index))
+    return {f"gpu:{index}": (torch.cuda.memory_allocated(index), torch.cuda.memory_reserved(index)) for index in held}
 
 
 def _free(library: Any, handles: Sequence[Any], index: int) -> int | None:

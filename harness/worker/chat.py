@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from harness.measure.beacon import Pulse
 from harness.measure.protocol import Chat
 from harness.worker import quality_probe
 from harness.worker.model import Model, ModelFault, pad_id
@@ -73,9 +74,9 @@ class Reply(NamedTuple):
 class _Streamer(TextIteratorStreamer):
     """Hands the text over as it is written, without the token that ends it, and counts and times the tokens."""
 
-    def __init__(self, tokenizer: Any, ends: set[int]) -> None:
+    def __init__(self, tokenizer: Any, ends: set[int], pulse: Pulse | None = None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._ends = ends
+        self._ends, self._pulse = ends, pulse
         self.tokens, self.has_ended = 0, False
         self.first_s = self.last_s = 0.0
 
@@ -84,12 +85,16 @@ class _Streamer(TextIteratorStreamer):
             self.last_s = time.monotonic()
             self.first_s = self.first_s or self.last_s
             self.tokens, self.has_ended = self.tokens + 1, int(value[-1]) in self._ends
+            if self._pulse is not None:
+                self._pulse.token()
         if self.next_tokens_are_prompt or not self.has_ended:
             super().put(value)  # type: ignore[no-untyped-call]  # transformers' own
 
     def close(self, *_: object) -> None:
         """End the text, also where generating failed: whoever waits for it goes on."""
         self.on_finalized_text("", stream_end=True)
+        if self._pulse is not None:
+            self._pulse.finish()
 
 
 class Talk:
@@ -130,9 +135,11 @@ class Talk:
             NoAnswer: generating failed; what it had allocated is free again.
         """
         inputs, dropped = self._inputs(_in_turns([*map(entry, history), _turn("user", message)]), wish.system.strip())
-        streamer, unheard = _Streamer(self._model.tokenizer, self._ends), threading.Event()
+        streamer, unheard = _Streamer(self._model.tokenizer, self._ends, self._model.pulse), threading.Event()
         most = min(wish.most_tokens or self.answer_most, self.answer_most)
         prompt = inputs["input_ids"].shape[1]
+        if self._model.pulse is not None:
+            self._model.pulse.prompt(prompt)
         writing = self._writer.submit(self._write, inputs, streamer, unheard, {**wish.arguments(), "max_new_tokens": most})
         writing.add_done_callback(streamer.close)
         text = ""

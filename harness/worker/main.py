@@ -18,7 +18,8 @@ from pathlib import Path
 from harness.core.records import Phase
 from harness.machine.accelerators import ALLOCATOR_OPTIONS, EXPANDABLE_SEGMENTS
 from harness.measure import protocol, sampler
-from harness.worker import model, prefault, quality_probe, tensor_parallel
+from harness.measure.beacon import Pulse
+from harness.worker import accelerators, model, prefault, quality_probe, tensor_parallel
 
 _PR_SET_PDEATHSIG = 1
 
@@ -82,6 +83,7 @@ class Server:
         self._phases: list[Phase] = []
         self._phase = "start"
         self._model: model.Model | None = None
+        self._pulse = Pulse(Path.cwd(), accelerators.torch_memory)
 
     def serve(self) -> None:
         while True:
@@ -125,6 +127,7 @@ class Server:
             return protocol.Confined(file_bytes=file, anon_bytes=used.anon_bytes, shared_bytes=shared)
         if isinstance(request, protocol.Load):
             self._model, seconds = model.load(request, self.phase)
+            self._model.pulse = self._pulse
             return protocol.LoadDone(seconds=seconds, loaded=model.loaded_facts(self._model), phases=self._phases)
         if self._model is None:
             raise RuntimeError("nothing is loaded")
@@ -139,6 +142,7 @@ class Server:
         if isinstance(request, protocol.Chat):
             from harness.worker.web import page  # needs gradio
 
+            self._pulse.begin("chat")
             return page.serve(self._model, request)
         raise RuntimeError(f"no such request: {request!r}")
 
@@ -147,7 +151,8 @@ class Server:
         """Announce a phase, and keep its times and exact peaks, also when it fails."""
         self._phase = name
         exact, read = sampler.reset_peak(), sampler.disk_read_bytes()
-        model.reset_vram_peaks()
+        accelerators.reset_vram_peaks()
+        self._pulse.begin(name)
         start = time.monotonic()
         self._send(protocol.Entered(phase=name, at_s=start))
         try:
@@ -155,7 +160,7 @@ class Server:
             model.synchronize()
         finally:
             end = time.monotonic()
-            allocated, reserved = model.vram_peaks()
+            allocated, reserved = accelerators.vram_peaks()
             now_read = sampler.disk_read_bytes()
             self._phases.append(
                 Phase(

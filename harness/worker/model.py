@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from harness.core.records import Loaded
 from harness.machine import nvml
 from harness.measure import file_pages, quality
+from harness.measure.beacon import Pulse
 from harness.measure.protocol import Generate, Load
 from harness.worker import accelerators
 
@@ -44,6 +45,7 @@ class Model:
         self.device_map = {name: str(place) for name, place in getattr(module, "hf_device_map", {}).items()}
         self.device = self._input_device()
         self._prompt: list[int] | None = None
+        self.pulse: Pulse | None = None  #: where the tokens are told that it makes
 
     def _input_device(self) -> torch.device:
         """Return the first GPU of the device map, else the CPU: accelerate's hooks take inputs from there."""
@@ -101,27 +103,6 @@ def synchronize() -> None:
                 torch.cuda.synchronize(index)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def reset_vram_peaks() -> None:
-    """Begin torch's peaks of allocated and reserved memory anew on every GPU; they are torch's own counts, and touch no card."""
-    if torch.cuda.is_initialized():
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
-
-
-def vram_peaks() -> tuple[dict[str, int], dict[str, int]]:
-    """Return torch's peaks of allocated and of reserved bytes by tier; empty without a GPU in use.
-
-    A library may initialize CUDA and leave the cards alone, as bitsandbytes does when it is imported: nothing held is no peak of 0.
-    """
-    if not torch.cuda.is_initialized():
-        return {}, {}
-    indices = [index for index in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(index)]
-    return (
-        {f"gpu:{index}": torch.cuda.max_memory_allocated(index) for index in indices},
-        {f"gpu:{index}": torch.cuda.max_memory_reserved(index) for index in indices},
-    )
 
 
 def cap_vram(vram_bytes: int, gpus: Sequence[int], context_bytes: int) -> None:
@@ -342,17 +323,20 @@ def _tier(name: str, parameter: torch.Tensor, device_map: dict[str, str]) -> str
 class Clock(BaseStreamer):
     """Note when each token is there: generate hands every token over on the CPU, so the device has finished it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse | None = None) -> None:
         self.times: list[float] = []
-        self._prompt_seen = False
+        self._prompt_seen, self._pulse = False, pulse
 
     def put(self, value: torch.Tensor) -> None:  # noqa: ARG002 the streamer's interface
         if self._prompt_seen:
             self.times.append(time.perf_counter())
+            if self._pulse is not None:
+                self._pulse.token()
         self._prompt_seen = True
 
     def end(self) -> None:
-        pass
+        if self._pulse is not None:
+            self._pulse.finish()
 
 
 def generate(model: Model, request: Generate) -> dict[str, Any]:
@@ -365,7 +349,9 @@ def generate(model: Model, request: Generate) -> dict[str, Any]:
 def _generate_once(model: Model, request: Generate) -> dict[str, Any]:
     """Generate exactly `new_tokens` greedy tokens from `batch` equal prompts."""
     ids = torch.tensor([model.prompt(request.prompt_tokens)] * request.batch, device=model.device)
-    clock = Clock()
+    clock = Clock(model.pulse)
+    if model.pulse is not None:
+        model.pulse.prompt(request.prompt_tokens, request.batch)
     synchronize()
     start = time.perf_counter()
     output = model.module.generate(  # type: ignore[operator]  # transformers' stubs take the mixin's method for a tensor

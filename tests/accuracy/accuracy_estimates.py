@@ -38,7 +38,8 @@ from harness.run import forkserver, worker_process
 from harness.run.case_result import CaseModel, RunContext
 from harness.run.runner import Run
 from tests.accuracy.chart import Pair
-from tests.support.published import PACKED, PUBLISHED
+from tests.oracle.planned_speeds import PACKED
+from tests.support.published import PUBLISHED
 from tests.support.reporting import Figure
 
 HERE = Path(__file__).parent

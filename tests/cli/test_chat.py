@@ -408,6 +408,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def watch_once(pid: int) -> dict[str, Any]:
+    """Return what `fitmatrix watch` shows of a process."""
+    command = [sys.executable, "-m", "harness", "watch", "--pid", str(pid), "--once", "--json"]
+    found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return found
+
+
 def ask(url: str, message: str) -> list[tuple[str, str]]:
     """Ask one question by the page's own interface; return the events of the answer: their kind and the text until then."""
     question = json.dumps({"data": [message]}).encode()
@@ -431,6 +438,9 @@ def test_a_turn_is_answered_over_http_on_this_machine_alone_until_ctrl_c(folder:
         events = ask(url, "Hello")
         assert events[-1] == ("complete", words(folder, greedy(folder, "Hello")))
         assert [kind for kind, _ in events].count("generating") > 1, "it comes at once, not as it is written"
+        watched = watch_once(process.pid)
+        assert (watched["case"], watched["phase"]) == ("tiny/fp32/cpu", "chat")
+        assert watched["tokens"] >= len("Hello")
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         sockets = [found for one in tree for found in one.net_connections("inet")]
         assert (socket.AF_INET, ("127.0.0.1", port)) in [(found.family, found.laddr) for found in sockets]

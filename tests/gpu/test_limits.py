@@ -44,12 +44,12 @@ def test_a_card_that_the_plan_does_not_use_gets_no_context(contact: Contact) -> 
         pytest.skip("there is one card")
     code = """
 import torch
-from harness.worker import model
+from harness.worker import accelerators, model
 
 model.cap_vram(2 << 30, (0,), 0)
 held = torch.ones(1 << 20, device=0)
-model.reset_vram_peaks()
-model.vram_peaks()
+accelerators.reset_vram_peaks()
+accelerators.vram_peaks()
 model.synchronize()
 print(*(torch._C._cuda_hasPrimaryContext(index) for index in range(torch.cuda.device_count())))
 """

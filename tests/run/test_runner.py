@@ -19,7 +19,8 @@ from harness.core.precisions import DEFAULT_PRECISIONS
 from harness.core.records import Interference, Outcome, Plan, Result, Verdict, Workload, encode_record
 from harness.core.units import GIB, MIB
 from harness.machine import cgroup
-from harness.measure import sampler, system_counters
+from harness.measure import beacon, sampler, system_counters
+from harness.measure.beacon import Outlook
 from harness.measure.interference import InterferenceWatch
 from harness.measure.quality import Reference
 from harness.measure.sampler import Sample
@@ -27,7 +28,7 @@ from harness.measure.verify import OK
 from harness.planning import feasibility
 from harness.results.store import decode
 from harness.run import confinement, runner, worker_process
-from harness.run.case_result import CaseEnded, CaseModel, RunContext, noise, not_run
+from harness.run.case_result import CaseEnded, CaseModel, RunContext, announcement, noise, not_run
 from harness.run.confinement import ConfinedWorker
 from harness.run.runner import Run
 from harness.run.worker_process import WorkerMain
@@ -585,3 +586,25 @@ def test_case_that_is_not_run_has_a_result_from_its_plan(bench: Bench, verdict: 
 def test_plan_without_code_cannot_run(bench: Bench) -> None:
     with pytest.raises(ValueError, match="no loading code"):
         Run(Plan(case=builders.case(), verdict=Verdict.INVALID), CaseModel(location=Path()), bench.context(scripted.by_model))
+
+
+# What is told to who watches
+
+
+def test_a_case_says_what_it_is_before_it_loads_and_where_its_weights_are_once_it_has(bench: Bench) -> None:
+    context = replace(bench.context(scripted.worker("ok")), results=Path("results"))
+    case = replaced(builders.case("bf16", "cpu"), workload=WORKLOAD, ram_bytes=None)
+    outlook = Outlook(kv={"cpu": [(1, 5)]}, context_length=64)
+    plan = replaced(planned(), case=case)
+    run = Run(plan, CaseModel(location=Path("tiny"), outlook=outlook), context)
+    bench.runs.append(run)
+    (folder,) = bench.scratch.glob("case-*")
+    assert beacon.announced(folder) is None
+    before = announcement(plan, run.model, context)
+    assert (before.case, before.weights_bytes, before.limits_bytes) == (case.id, {}, {})
+    run.load()
+    said = beacon.announced(folder)
+    assert said is not None
+    assert said.weights_bytes == {"cpu": 8000}
+    assert said.outlook == outlook
+    assert said.results == str(Path("results").absolute())

@@ -18,12 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.measure import system_counters
+from harness.measure.beacon import Pulse, last_beat
 from harness.measure.protocol import Generate, Load, Score
 from harness.measure.quality import PROBE
 from harness.planning.code import Destination, loading_code
 from harness.planning.feasibility import gate
+from harness.worker import accelerators, prefault, quality_probe
 from harness.worker import model as work
-from harness.worker import prefault, quality_probe
 from harness.worker.model import Model
 from tests.support import builders, small_models
 
@@ -216,6 +217,14 @@ def test_equal_favourites_agree() -> None:
     assert quality_probe._compare(ours, theirs)[0] == 1
 
 
+def test_who_watches_is_told_of_tokens_in_the_cache(loaded: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded, "pulse", Pulse(tmp_path, accelerators.torch_memory))
+    work.generate(loaded, Generate(prompt_tokens=8, new_tokens=5, batch=2))
+    beat = last_beat(tmp_path)
+    assert beat is not None
+    assert (beat.tokens, beat.made, beat.vram) == (8 + 5 - 1, 2 * 5, {})  # the last token is never fed back
+
+
 def test_a_card_that_holds_nothing_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes initializes CUDA when it is imported, beside int8 on the processor as well."""
     held = {0: 0, 1: 5}
@@ -223,9 +232,18 @@ def test_a_card_that_holds_nothing_has_no_peak(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: held[index])
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index: 2 * held[index])
-    assert work.vram_peaks() == ({"gpu:1": 5}, {"gpu:1": 10})
+    assert accelerators.vram_peaks() == ({"gpu:1": 5}, {"gpu:1": 10})
     held[1] = 0
-    assert work.vram_peaks() == ({}, {})
+    assert accelerators.vram_peaks() == ({}, {})
+
+
+def test_what_torch_has_on_the_cards_now_is_told_of_those_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerators.torch_memory() == {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: index)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 2 * index)
+    assert accelerators.torch_memory() == {"gpu:1": (1, 2), "gpu:2": (2, 4)}
 
 
 @pytest.mark.skipif(not system_counters.LINUX, reason="pagemap is Linux's")
