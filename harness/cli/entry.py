@@ -99,5 +99,6 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "synth": (synth.HELP, synth.add_arguments, synth.run),
     "report": (report.HELP, report.add_arguments, report.run),
     "publish": (publish.HELP, publish.add_arguments, publish.run),
+    "share": (publish.SHARE_HELP, publish.add_share_arguments, publish.run_share),
     "compare": (compare.HELP, compare.add_arguments, compare.run),
 }
