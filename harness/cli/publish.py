@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", type=Path, default=Path("site"), metavar="OUT", help="directory of the site, replaced as a whole (default site)"
     )
+    parser.add_argument(
+        "--planner", type=Path, metavar="DIR", help="with a page that plans in the browser, by the Pyodide in this directory"
+    )
     parser.add_argument("--strict", action="store_true", help="write nothing if anything is refused, with exit status 1")
 
 
@@ -40,8 +43,10 @@ def run(given: argparse.Namespace) -> int:
 
     from harness.core.text import line, plural
     from harness.machine import atomic
+    from harness.report.planner.bundle import find_runtime
     from harness.report.site import build
 
+    runtime = find_runtime(given.planner) if given.planner else None
     found, now = _artifacts(given.places), datetime.now(timezone.utc)
     try:
         with atomic.replace_directory(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
@@ -49,7 +54,7 @@ def run(given: argparse.Namespace) -> int:
             refused = _told(joined, found, "publish")
             if joined.refusals and given.strict:
                 raise _Refused
-            pages = build.write_site(joined, folder, now)
+            pages = build.write_site(joined, folder, now, runtime)
     except _Refused:
         print(f"fitmatrix: {refused}, so nothing was written; without --strict the rest is published", file=sys.stderr)
         return REFUSED

@@ -1,6 +1,7 @@
 """A real browser for the page: headless Chromium, driven by chromedriver."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from selenium import webdriver
 from harness.core.records import Result
 from harness.report.page import render
 from harness.results import store
-from tests.browser.pages import Open, case_of, hostile, logged, started
+from tests.browser.pages import Open, case_of, hostile, lacking, logged, started
 from tests.support.builders import GOLDEN
 
 
@@ -48,3 +49,12 @@ def show(browser: webdriver.Chrome, tmp_path: Path) -> Open:
 @pytest.fixture
 def attacked(results: list[Result]) -> list[Result]:
     return [hostile(case_of(results, f"chatglm-6b/{case}")) for case in ("int4/direct", "bf16/direct", "int4/disk")]
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The axe-core that axe-playwright-python carries; nothing else of that package is used."""
+    found = find_spec("axe_playwright_python")
+    if not found or not found.origin:
+        lacking("axe-core is not installed: pip install axe-playwright-python")
+    return (Path(found.origin).parent / "axe.min.js").read_text(encoding="utf-8")

@@ -1,0 +1,310 @@
+"""The planner's page in a real browser, from disk: the answers of `plan --json`, what was measured beside them, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from harness.catalog import shipped
+from harness.cli import entry as cli
+from harness.core import units
+from harness.core.records import encode_record
+from harness.results import store
+from tests.browser.pages import lacking, logged, requested, started, violations
+from tests.support.builders import GOLDEN
+
+pytestmark = pytest.mark.browser
+
+# The worker of the page, so that a test can ask it for a whole answer.
+CAUGHT = """
+const Plain = Worker;
+window.Worker = class extends Plain { constructor(...given) { super(...given); window.worker = this; } };
+"""
+ASK = """
+const [words, done] = arguments;
+const heard = ({ data }) => {
+  if (data.number !== "test") return;
+  worker.removeEventListener("message", heard);
+  done([data.status ?? data.failed, data.out, data.err]);
+};
+worker.addEventListener("message", heard);
+worker.postMessage({ number: "test", words });
+"""
+PATIENCE_S = 60  # Python begins in seconds, and in a minute where a machine is busy
+
+
+@pytest.fixture(scope="session")
+def runtime() -> Path:
+    """Where Python for browsers lies; `.ci/planner DIR` fetches it."""
+    folder = Path(os.environ.get("PLANNER_RUNTIME", "none"))
+    if not (folder / "package.json").is_file():
+        lacking("no Pyodide: run .ci/planner DIR and set PLANNER_RUNTIME=DIR")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planner")
+    results = [msgspec.structs.replace(result, at=result.at.replace("2026", "2024")) for result in store.read(GOLDEN)[0]]
+    (folder / store.NAME).write_bytes(b"".join(encode_record(one) + b"\n" for one in results))
+    assert cli.main(["publish", str(folder), "--to", str(folder / "a site"), "--planner", str(runtime)]) == 0
+    return folder / "a site"
+
+
+@pytest.fixture(scope="module")
+def planner(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """A browser whose planner has answered once: Python takes seconds to begin, and every test may ask it more."""
+    driver = started(tmp_path_factory.mktemp("planner-profile"))
+    driver.set_script_timeout(PATIENCE_S)
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": CAUGHT})
+    driver.get((site / "planner.html").as_uri())
+    answered(driver)
+    yield driver
+    driver.quit()
+
+
+def answered(driver: Chrome) -> str:
+    """Wait until an answer is there; return what the page says of it."""
+    told = "return document.getElementById('said').textContent"
+    WebDriverWait(driver, PATIENCE_S).until(lambda d: any(word in d.execute_script(told) for word in ("Answered", "用时")))
+    return driver.find_element(By.ID, "answer").text
+
+
+def ask(driver: Chrome, **fields: str) -> str:
+    """Fill in fields by their names, ask, and return the answer."""
+    driver.execute_script("document.getElementById('said').textContent = ''")
+    for name, value in fields.items():
+        field = driver.find_element(By.ID, name)
+        if field.tag_name == "select":
+            Select(field).select_by_value(value)
+        else:
+            field.clear()
+            field.send_keys(value)
+    driver.find_element(By.ID, "model").send_keys(Keys.ENTER)
+    return answered(driver)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert cli.main(["plan", *words, "--json"]) in (0, 1)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def close(one: object, other: object) -> bool:
+    """Compare JSON; numbers but for their last digits, as Python adds up more exactly from version to version."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    if isinstance(one, float) and isinstance(other, float | int):
+        return one == pytest.approx(other, rel=1e-12)
+    return one == other
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("chatglm-6b", "--gpu", "RTX 3060 12GB", "--ram", "32GiB"),
+        ("qwen2.5-7b", "--gpu", "10.5GiB", "--ram", "16GiB", "--context", "4096"),
+        ("smollm2-135m", "--ram", "2GiB"),
+        ("gpt-oss-20b", "--gpu", "RTX 4090", "--ram", "64GiB"),
+        ("llama-3.1-70b", "--gpu", "RTX 3060 12GB", "--ram", "16GiB"),
+        ("qwen3-30b-a3b", "--gpu", "RTX 4060", "--ram", "64GiB", "--context", "8192"),
+    ],
+)
+def test_an_answer_is_that_of_the_command_line(planner: Chrome, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = planner.execute_async_script(ASK, ["plan", *words, "--json"])
+    assert err == ""
+    found, wanted = json.loads(out), planned(capsys, *words)
+    assert status == (0 if wanted["recommended"] else 1)
+    assert close(found, wanted)
+
+
+@pytest.fixture
+def fresh(planner: Chrome, site: Path) -> Chrome:
+    """The planner as it is opened, in its usual size, light and in English; Python goes on where it runs already."""
+    show(planner, 1280, "light")
+    if planner.current_url.partition("#")[0] != (site / "planner.html").as_uri():
+        planner.get((site / "planner.html").as_uri())
+        answered(planner)
+    planner.find_element(By.CSS_SELECTOR, "[data-lang=en]").click()
+    planner.execute_script(
+        "document.getElementById('ask').reset(); document.getElementById('model').value = 'chatglm-6b';"
+        "document.getElementById('card').value = 'RTX 3060 12GB';"
+    )
+    ask(planner)
+    return planner
+
+
+def show(driver: Chrome, width: int, scheme: str) -> None:
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def test_the_page_says_what_the_plan_says(fresh: Chrome, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every figure of the answer and of the table is that of `plan --json`, written as everywhere else."""
+    answer = ask(fresh, model="qwen2.5-7b", card="RTX 4060 8GB", ram="16", context="2048")
+    wanted = planned(capsys, "qwen2.5-7b", "--gpu", "RTX 4060 8GB", "--ram", "16GiB", "--context", "2048")
+    best = next(plan for plan in wanted["plans"] if plan["case"] == wanted["recommended"])
+    speed, ready = best["decode_tok_s"], best["load_s"]["best"] + best["first_token_s"]["best"]
+    rate = {end: units.significant(speed[end], 2) for end in speed}
+    assert f"{rate['best']} tokens/s ({rate['low']} to {rate['high']})" in answer
+    assert units.format_seconds(ready) in answer
+    assert f"{best['max_context_tokens']:,} tokens" in answer
+    rows = fresh.find_elements(By.CSS_SELECTOR, "table.plans tbody tr")
+    plans = {plan["case"]: plan for plan in wanted["plans"]}
+    told = {case: row for row in rows for case in str(row.get_attribute("data-cases")).split()}
+    shown = ("fits", "tight", "too_big")
+    assert told.keys() == {case for case, plan in plans.items() if plan["tiers"] and plan["verdict"] in shown}
+    for case, row in told.items():
+        cells = row.find_elements(By.TAG_NAME, "td")[2:]
+        figures = {str(cell.get_attribute("data-label")): cell.get_property("textContent") for cell in cells}
+        for name, tier in plans[case]["tiers"].items():
+            if name != "disk":
+                ends = [units.format_gib(tier[key]) for key in ("needed_bytes", "needed_high_bytes")]
+                assert figures["RAM, GiB" if name == "cpu" else "GPU 0, GiB"] == "–".join(dict.fromkeys(ends))
+        assert row.find_element(By.TAG_NAME, "th").get_property("textContent") == plans[case]["precision"]
+    (chosen,) = fresh.find_elements(By.CSS_SELECTOR, "table.plans tr.chosen")
+    assert wanted["recommended"] in str(chosen.get_attribute("data-cases"))
+
+
+def test_an_answer_shows_what_was_measured_and_where(fresh: Chrome) -> None:
+    links = fresh.find_elements(By.CSS_SELECTOR, ".receipts a")
+    assert links
+    nearest = fresh.find_element(By.CSS_SELECTOR, ".receipts li").text
+    assert nearest.startswith("int8, direct")
+    assert "VRAM" in nearest
+    assert "RTX 3060" in nearest
+    page, _, mark = str(links[0].get_attribute("href")).partition("#")
+    assert f'id="{mark}"' in Path(page.removeprefix("file://").replace("%20", " ")).read_text(encoding="utf-8")
+
+
+def test_what_was_never_measured_says_how_it_would_be(fresh: Chrome) -> None:
+    ask(fresh, model="qwen2.5-0.5b", card="")
+    said = fresh.find_element(By.CSS_SELECTOR, "section[aria-label=Measured]").text
+    assert "No measurement of this model yet" in said
+    assert "pytest cases/ --model qwen2.5-0.5b --precision" in said
+
+
+def test_a_pasted_config_is_planned_as_the_command_line_plans_it(
+    fresh: Chrome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = json.dumps(shipped.catalog()["HuggingFaceTB/SmolLM2-135M"].config)
+    (tmp_path / "config.json").write_text(text)
+    paste(fresh, text)
+    answer = answered(fresh)
+    wanted = planned(capsys, str(tmp_path / "config.json"), "--gpu", "RTX 3060 12GB", "--ram", "32GiB")
+    best = next(plan for plan in wanted["plans"] if plan["case"] == wanted["recommended"])
+    tier = best["tiers"]["gpu:0"]
+    assert f"GPU 0 {units.format_gib(tier['needed_bytes'])}–{units.format_gib(tier['needed_high_bytes'])} GiB" in answer
+    assert "fitmatrix plan config.json --gpu 'RTX 3060 12GB' --ram 32GiB" in answer
+
+
+def paste(driver: Chrome, text: str) -> None:
+    script = """
+    const field = document.getElementById("config");
+    document.getElementById("said").textContent = "";
+    field.value = arguments[0];
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+    """
+    driver.execute_script(script, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{'model_type': 'llama'}", "This is no JSON: paste a whole config.json."),
+        ('{"a": "' + "x" * (2 << 20) + '"}', "This has 2048 KiB, and a config.json has at most 1024: paste that file alone."),
+        ('{"model_type": "of-nobody", "hidden_size": 8}', "no model of the catalog has the shape of this 'of-nobody'"),
+        ('{"model_type": 7}', "gives 'model_type' as 7; it must be text"),
+        ("[1]", "config.json: holds a JSON list, not an object"),
+        ("<script>window.owned = 1</script>", "This is no JSON"),
+    ],
+)
+def test_a_wrong_config_is_a_sentence_and_leaves_nothing_behind(fresh: Chrome, text: str, said: str) -> None:
+    paste(fresh, text)
+    shown = "return document.getElementById('said').textContent + document.querySelector('#answer').textContent"
+    WebDriverWait(fresh, PATIENCE_S).until(lambda driver: said in driver.execute_script(shown))
+    assert "Traceback" not in fresh.execute_script(shown)
+    assert not fresh.execute_script("return window.owned")
+    paste(fresh, "")
+    assert "chatglm-6b" in answered(fresh)
+
+
+def test_a_model_of_no_name_is_a_sentence(fresh: Chrome) -> None:
+    fresh.find_element(By.ID, "model").clear()
+    fresh.find_element(By.ID, "model").send_keys("of-nobody", Keys.ENTER)
+    wanted = "No model of this name is known here: choose one of the list, or paste its config.json."
+    WebDriverWait(fresh, PATIENCE_S).until(lambda driver: driver.find_element(By.ID, "said").text == wanted)
+
+
+def test_it_asks_nobody_and_complains_of_nothing(planner: Chrome, site: Path) -> None:
+    for name in ("browser", "performance"):
+        logged(planner, name)
+    planner.get("about:blank")
+    planner.get((site / "planner.html").as_uri())
+    answered(planner)
+    assert {address.partition(":")[0] for address in requested(planner)} <= {"file", "blob", "data", "about"}
+    assert logged(planner, "browser") == []
+
+
+def test_an_answer_has_an_address(planner: Chrome, site: Path) -> None:
+    planner.get("about:blank")
+    planner.get(f"{(site / 'planner.html').as_uri()}#model=qwen2.5-7b&card=size&vram=7.5&ram=24")
+    answer = answered(planner)
+    assert "fitmatrix plan qwen2.5-7b --gpu 7.5GiB --ram 24GiB" in answer
+    assert "of 7.50 GiB free" in answer
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
+def test_axe_core_finds_nothing_and_a_narrow_screen_shows_all(fresh: Chrome, axe: str, scheme: str, width: int) -> None:
+    show(fresh, width, scheme)
+    assert violations(fresh, axe) == []
+    scrolled, visible = fresh.execute_script("const page = document.documentElement; return [page.scrollWidth, page.clientWidth]")
+    assert scrolled <= visible
+    for control in fresh.find_elements(By.CSS_SELECTOR, "button, select, input, summary"):
+        if control.is_displayed():
+            assert min(control.rect["width"], control.rect["height"]) >= 24, control.get_attribute("outerHTML")
+
+
+def test_it_speaks_chinese_and_back(fresh: Chrome) -> None:
+    fresh.find_element(By.CSS_SELECTOR, "[data-lang=zh]").click()
+    answer = fresh.find_element(By.ID, "answer").text
+    for words in ("放得下", "权重", "全部方式", "实测", "命令行"):
+        assert words in answer
+    assert fresh.find_element(By.ID, "said").text.startswith("用时")
+    ask(fresh, model="qwen2.5-0.5b")
+    assert "此模型还没有实测结果" in fresh.find_element(By.ID, "answer").text
+    fresh.find_element(By.CSS_SELECTOR, "[data-lang=en]").click()
+    assert "No measurement of this model yet" in fresh.find_element(By.ID, "answer").text
+
+
+def test_files_that_are_missing_beside_the_page_are_told(planner: Chrome, site: Path, tmp_path: Path) -> None:
+    (tmp_path / "planner.html").write_bytes((site / "planner.html").read_bytes())
+    planner.get((tmp_path / "planner.html").as_uri())
+    wanted = "The planner's files beside this page did not load: open it from its folder or its site, whole."
+    WebDriverWait(planner, PATIENCE_S).until(lambda driver: driver.find_element(By.ID, "said").text == wanted)
+
+
+def test_the_page_is_small_beside_the_runtime(site: Path) -> None:
+    assert (site / "planner.html").stat().st_size + (site / "planner/fitmatrix.js").stat().st_size < 3_000_000
+
+
+def test_every_page_of_the_site_leads_to_it_first(site: Path) -> None:
+    pages = [page for page in site.rglob("*.html") if page.name != "planner.html"]
+    assert len(pages) > 4
+    for page in pages:
+        up = "../" * (len(page.relative_to(site).parts) - 1)
+        assert f'aria-label="Site"><a href="{up}planner.html">Plan a model</a>' in page.read_text(encoding="utf-8"), page
