@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
@@ -16,68 +12,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from harness.catalog import shipped
-from harness.cli import entry as cli
 from harness.core import units
-from harness.core.records import encode_record
-from harness.results import store
-from tests.browser.pages import lacking, logged, requested, started, violations
-from tests.support.builders import GOLDEN
+from tests.browser.pages import logged, requested, violations
+from tests.browser.planners import ASK, PATIENCE_S, answered, close, planned
 
 pytestmark = pytest.mark.browser
-
-# The worker of the page, so that a test can ask it for a whole answer.
-CAUGHT = """
-const Plain = Worker;
-window.Worker = class extends Plain { constructor(...given) { super(...given); window.worker = this; } };
-"""
-ASK = """
-const [words, done] = arguments;
-const heard = ({ data }) => {
-  if (data.number !== "test") return;
-  worker.removeEventListener("message", heard);
-  done([data.status ?? data.failed, data.out, data.err]);
-};
-worker.addEventListener("message", heard);
-worker.postMessage({ number: "test", words });
-"""
-PATIENCE_S = 60  # Python begins in seconds, and in a minute where a machine is busy
-
-
-@pytest.fixture(scope="session")
-def runtime() -> Path:
-    """Where Python for browsers lies; `.ci/planner DIR` fetches it."""
-    folder = Path(os.environ.get("PLANNER_RUNTIME", "none"))
-    if not (folder / "package.json").is_file():
-        lacking("no Pyodide: run .ci/planner DIR and set PLANNER_RUNTIME=DIR")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def site(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("planner")
-    results = [msgspec.structs.replace(result, at=result.at.replace("2026", "2024")) for result in store.read(GOLDEN)[0]]
-    (folder / store.NAME).write_bytes(b"".join(encode_record(one) + b"\n" for one in results))
-    assert cli.main(["publish", str(folder), "--to", str(folder / "a site"), "--planner", str(runtime)]) == 0
-    return folder / "a site"
-
-
-@pytest.fixture(scope="module")
-def planner(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    """A browser whose planner has answered once: Python takes seconds to begin, and every test may ask it more."""
-    driver = started(tmp_path_factory.mktemp("planner-profile"))
-    driver.set_script_timeout(PATIENCE_S)
-    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": CAUGHT})
-    driver.get((site / "planner.html").as_uri())
-    answered(driver)
-    yield driver
-    driver.quit()
-
-
-def answered(driver: Chrome) -> str:
-    """Wait until an answer is there; return what the page says of it."""
-    told = "return document.getElementById('said').textContent"
-    WebDriverWait(driver, PATIENCE_S).until(lambda d: any(word in d.execute_script(told) for word in ("Answered", "用时")))
-    return driver.find_element(By.ID, "answer").text
 
 
 def ask(driver: Chrome, **fields: str) -> str:
@@ -92,24 +31,6 @@ def ask(driver: Chrome, **fields: str) -> str:
             field.send_keys(value)
     driver.find_element(By.ID, "model").send_keys(Keys.ENTER)
     return answered(driver)
-
-
-def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert cli.main(["plan", *words, "--json"]) in (0, 1)
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
-
-
-def close(one: object, other: object) -> bool:
-    """Compare JSON; numbers but for their last digits, as Python adds up more exactly from version to version."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(close, one, other))
-    if isinstance(one, float) and isinstance(other, float | int):
-        return one == pytest.approx(other, rel=1e-12)
-    return one == other
 
 
 @pytest.mark.parametrize(
@@ -132,11 +53,11 @@ def test_an_answer_is_that_of_the_command_line(planner: Chrome, words: tuple[str
 
 
 @pytest.fixture
-def fresh(planner: Chrome, site: Path) -> Chrome:
+def fresh(planner: Chrome, planner_site: Path) -> Chrome:
     """The planner as it is opened, in its usual size, light and in English; Python goes on where it runs already."""
     show(planner, 1280, "light")
-    if planner.current_url.partition("#")[0] != (site / "planner.html").as_uri():
-        planner.get((site / "planner.html").as_uri())
+    if planner.current_url.partition("#")[0] != (planner_site / "planner.html").as_uri():
+        planner.get((planner_site / "planner.html").as_uri())
         answered(planner)
     planner.find_element(By.CSS_SELECTOR, "[data-lang=en]").click()
     planner.execute_script(
@@ -250,19 +171,19 @@ def test_a_model_of_no_name_is_a_sentence(fresh: Chrome) -> None:
     WebDriverWait(fresh, PATIENCE_S).until(lambda driver: driver.find_element(By.ID, "said").text == wanted)
 
 
-def test_it_asks_nobody_and_complains_of_nothing(planner: Chrome, site: Path) -> None:
+def test_it_asks_nobody_and_complains_of_nothing(planner: Chrome, planner_site: Path) -> None:
     for name in ("browser", "performance"):
         logged(planner, name)
     planner.get("about:blank")
-    planner.get((site / "planner.html").as_uri())
+    planner.get((planner_site / "planner.html").as_uri())
     answered(planner)
     assert {address.partition(":")[0] for address in requested(planner)} <= {"file", "blob", "data", "about"}
     assert logged(planner, "browser") == []
 
 
-def test_an_answer_has_an_address(planner: Chrome, site: Path) -> None:
+def test_an_answer_has_an_address(planner: Chrome, planner_site: Path) -> None:
     planner.get("about:blank")
-    planner.get(f"{(site / 'planner.html').as_uri()}#model=qwen2.5-7b&card=size&vram=7.5&ram=24")
+    planner.get(f"{(planner_site / 'planner.html').as_uri()}#model=qwen2.5-7b&card=size&vram=7.5&ram=24")
     answer = answered(planner)
     assert "fitmatrix plan qwen2.5-7b --gpu 7.5GiB --ram 24GiB" in answer
     assert "of 7.50 GiB free" in answer
@@ -282,7 +203,7 @@ def test_axe_core_finds_nothing_and_a_narrow_screen_shows_all(fresh: Chrome, axe
 def test_it_speaks_chinese_and_back(fresh: Chrome) -> None:
     fresh.find_element(By.CSS_SELECTOR, "[data-lang=zh]").click()
     answer = fresh.find_element(By.ID, "answer").text
-    for words in ("放得下", "权重", "全部方式", "实测", "命令行"):
+    for words in ("放得下", "权重", "全部方式", "实测", "命令行", "每个词元从显存读取"):
         assert words in answer
     assert fresh.find_element(By.ID, "said").text.startswith("用时")
     ask(fresh, model="qwen2.5-0.5b")
@@ -291,20 +212,20 @@ def test_it_speaks_chinese_and_back(fresh: Chrome) -> None:
     assert "No measurement of this model yet" in fresh.find_element(By.ID, "answer").text
 
 
-def test_files_that_are_missing_beside_the_page_are_told(planner: Chrome, site: Path, tmp_path: Path) -> None:
-    (tmp_path / "planner.html").write_bytes((site / "planner.html").read_bytes())
+def test_files_that_are_missing_beside_the_page_are_told(planner: Chrome, planner_site: Path, tmp_path: Path) -> None:
+    (tmp_path / "planner.html").write_bytes((planner_site / "planner.html").read_bytes())
     planner.get((tmp_path / "planner.html").as_uri())
     wanted = "The planner's files beside this page did not load: open it from its folder or its site, whole."
     WebDriverWait(planner, PATIENCE_S).until(lambda driver: driver.find_element(By.ID, "said").text == wanted)
 
 
-def test_the_page_is_small_beside_the_runtime(site: Path) -> None:
-    assert (site / "planner.html").stat().st_size + (site / "planner/fitmatrix.js").stat().st_size < 3_000_000
+def test_the_page_is_small_beside_the_runtime(planner_site: Path) -> None:
+    assert (planner_site / "planner.html").stat().st_size + (planner_site / "planner/fitmatrix.js").stat().st_size < 3_000_000
 
 
-def test_every_page_of_the_site_leads_to_it_first(site: Path) -> None:
-    pages = [page for page in site.rglob("*.html") if page.name != "planner.html"]
+def test_every_page_of_the_site_leads_to_it_first(planner_site: Path) -> None:
+    pages = [page for page in planner_site.rglob("*.html") if page.name != "planner.html"]
     assert len(pages) > 4
     for page in pages:
-        up = "../" * (len(page.relative_to(site).parts) - 1)
+        up = "../" * (len(page.relative_to(planner_site).parts) - 1)
         assert f'aria-label="Site"><a href="{up}planner.html">Plan a model</a>' in page.read_text(encoding="utf-8"), page

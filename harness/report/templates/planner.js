@@ -289,7 +289,7 @@ gc.freeze()
           headline(best, best.verdict),
           memory(best),
           figures(best),
-          ...(best.bound_by ? [why(`${best.bound_by[0].toUpperCase()}${best.bound_by.slice(1)}.`)] : []),
+          ...(best.bound_by ? [why(best.bound_by)] : []),
           ...(best.why ? [why(best.why)] : []),
           ...(script ? [code(script.trim(), SAY.copy_code)] : []),
         );
