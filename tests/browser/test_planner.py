@@ -229,3 +229,23 @@ def test_every_page_of_the_site_leads_to_it_first(planner_site: Path) -> None:
     for page in pages:
         up = "../" * (len(page.relative_to(planner_site).parts) - 1)
         assert f'aria-label="Site"><a href="{up}planner.html">Plan a model</a>' in page.read_text(encoding="utf-8"), page
+
+
+def test_a_config_may_be_a_file_of_its_size(fresh: Chrome, tmp_path: Path) -> None:
+    (tmp_path / "large.json").write_bytes(b" " * (100 << 20))
+    (tmp_path / "config.json").write_text(json.dumps(shipped.catalog()["Qwen/Qwen2.5-0.5B"].config))
+    fresh.find_element(By.CSS_SELECTOR, ".paste summary").click()
+    field = fresh.find_element(By.ID, "file")
+    field.send_keys(str(tmp_path / "large.json"))
+    wanted = "This has 102400 KiB, and a config.json has at most 1024: paste that file alone."
+    WebDriverWait(fresh, PATIENCE_S).until(lambda driver: driver.find_element(By.ID, "said").text == wanted)
+    assert fresh.find_element(By.ID, "config").get_property("value") == ""
+    field.send_keys(str(tmp_path / "config.json"))
+    assert "fitmatrix plan config.json" in answered(fresh)
+    fresh.find_element(By.CSS_SELECTOR, ".paste summary").click()
+
+
+def test_the_front_door_leads_to_it_for_other_cards(planner: Chrome, planner_site: Path) -> None:
+    planner.get((planner_site / "index.html").as_uri())
+    planner.find_element(By.CSS_SELECTOR, "#mine ~ p").find_element(By.LINK_TEXT, "Plan a model").click()
+    assert planner.find_element(By.TAG_NAME, "h1").text == "Plan a model for your machine"
