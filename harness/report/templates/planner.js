@@ -54,8 +54,10 @@ const openPlanner = (() => {
   // What runs in the worker, by its source: no file of its own could be loaded from disk.
   const work = () => {
     const GLUE = `
-import contextlib, gc, io, json
+import contextlib, gc, io, json, os
 from harness.cli.entry import main
+
+os.environ["LANGUAGE"] = "C"  # else argparse looks for a translation of each of its words, in files that are not there
 
 def ask(words):
     """Run a command; return its exit status, what it printed and what it complained of."""
