@@ -63,8 +63,8 @@ def ids(step: Step) -> str:
     return f"{step.workflow}-{step.job}-{step.name}"
 
 
-def test_they_are_the_three_of_the_readme() -> None:
-    assert list(WORKFLOWS) == ["matrix.yml", "publish.yml", "tests.yml"]
+def test_they_are_the_four_of_the_documentation() -> None:
+    assert list(WORKFLOWS) == ["intake.yml", "matrix.yml", "publish.yml", "tests.yml"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

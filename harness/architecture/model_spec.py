@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from harness.architecture import skeleton, skeleton_source, validate
 from harness.architecture.ask_worker import NotMeasured, RefusedConfig, UnknownType
 from harness.architecture.key_mapping import Naming
-from harness.architecture.skeleton import Skeleton, Weight
+from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
 from harness.checkpoint.adapter import Adapter, read_adapter, under_adapter, without_base
@@ -160,6 +160,8 @@ def read_spec(source: Source) -> ModelSpec:
             return on_top(adapter, source, read_spec(source.base))
         except UsageError as error:
             raise without_base(source.location, adapter.base, error) from None
+    if source.file == CONFIG:
+        return _of_config(source)
     here = local(source)
     if here is not None:
         where = str(here) if source.kind == "directory" else source.location
@@ -225,7 +227,8 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         context_length=read.context_length,
         file_format=read.files[0].format if read.files else "safetensors",
         packed=packed,
-        tensor_bytes=_loaded_bytes(read) if packed else None,
+        # Masks beside the weights are not loaded.
+        tensor_bytes=sum(tensor.bytes for tensor in read.distinct if tensor.dtype != "bool") if packed else None,
         as_held=_as_held(found, names),
         repeated=frozenset(found.tied.keys() & names),
         largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
@@ -257,11 +260,6 @@ def _untied(found: Skeleton, read: Checkpoint) -> tuple[Skeleton, str | None]:
     rest = {name: source for name, source in found.tied.items() if name != head}
     what = f"{CONFIG} ties {head} to {found.tied[head]}, and the files hold another: transformers loads both"
     return replace(found, tied=rest), what
-
-
-def _loaded_bytes(read: Checkpoint) -> int:
-    """Return the bytes of what is loaded: masks beside the weights are not."""
-    return sum(tensor.bytes for tensor in read.distinct if tensor.dtype != "bool")
 
 
 def _gguf(read: Checkpoint, why: str | None) -> Gguf:
@@ -305,9 +303,8 @@ def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | N
     known = skeleton_source.shipped(read.config) if read.config and not is_gguf else None
     if known is not None:
         return known, None, None
-    wanted = ("torch", "transformers", *([GGUF.name] if is_gguf else []))
-    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
-    why = f"{' and '.join(missing)} not installed" if missing else "config.json gives no 'model_type'"
+    missing = _missing("torch", "transformers", *([GGUF.name] if is_gguf else []))
+    why = missing or "config.json gives no 'model_type'"
     refused: UsageError | None = None
     if not missing and (is_gguf or read.config.get("model_type")):
         try:
@@ -352,25 +349,44 @@ def _hub_folder(hub_id: str) -> Path:
 
 
 def _of_catalog(source: Source, known: str) -> ModelSpec:
-    entry = shipped.catalog()[known]
-    shape = skeleton_source.named(known)
-    dtype = stated_dtype(entry.config)
-    packed = quantization.packed(entry.config)
-    stored = published(known)
-    size = packed_model_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
+    return _of_shape(source.name, known, shipped.catalog()[known].config, skeleton_source.named(known), published(known))
+
+
+def _of_config(source: Source) -> ModelSpec:
+    """Read the spec of a model of which there is its config alone: with weights in the dtype and the form that it states."""
+    from harness.machine.cache import cache_dir
+
+    config = reader.read_config(Directory(Path(source.location)))
+    shape = skeleton_source.shipped(config)
+    if shape is None and (missing := _missing("torch", "transformers")):
+        what = f"no model of the catalog has the shape of this {quote(str(config.get('model_type')))}"
+        raise UsageError(f"{what}, and {missing} to build it: plan it where they are, by 'fitmatrix plan DIR/{CONFIG}'")
+    return _of_shape(source.name, source.location, config, shape or skeleton_source.build(config, cache_dir()), None)
+
+
+def _missing(*packages: str) -> str | None:
+    """Say which packages are not installed, None if all are."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"{' and '.join(missing)} not installed" if missing else None
+
+
+def _of_shape(name: str, where: str, config: Mapping[str, Any], shape: Skeleton, stored: Stored | None) -> ModelSpec:
+    """Return what a config and a skeleton say of a model whose files are not here; `stored` is what is known of those."""
+    dtype, packed = stated_dtype(config), quantization.packed(config)
+    size = skeleton.packed_model_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
     return ModelSpec(
-        name=source.name,
-        source=known,
+        name=name,
+        source=where,
         skeleton=shape,
         stored={_stored_dtype(dtype, stored, packed): size},
         checkpoint_bytes=stored.bytes if stored else size,
-        context_length=context_length(entry.config),
+        context_length=context_length(config),
         file_format=stored.format if stored else "safetensors",
         packed=packed,
         repeated=frozenset(shape.tied if stored and stored.repeats_head else ()),
         largest_file=stored.largest_file if stored else None,
-        native=is_native(entry.config),
-        config=entry.config,
+        native=is_native(config),
+        config=config,
     )
 
 
@@ -378,21 +394,3 @@ def _stored_dtype(said: str, stored: Stored | None, packed: Packed | None) -> st
     if packed is not None and packed.method is not None and not packed.method.packs_linears:
         return packed.method.held
     return stored.dtype if stored is not None and stored.dtype else said
-
-
-def packed_model_bytes(shape: Skeleton, packed: Packed) -> int:
-    """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
-    saved = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
-    return sum(count * packed_weight_bytes(weight, packed) for weight, count in saved)
-
-
-def packed_weight_bytes(weight: Weight, packed: Packed) -> int:
-    """Count one weight; what is packed into a layout that is not known takes its bits, and 8 for the scale of each 32."""
-    sides, method = weight.tensor.shape, packed.method
-    if skeleton.is_stacked(weight) and method is not None and method.packs_experts:
-        return weight.elements * packed.bits // 8 + (weight.elements // 32 if packed.bits < 8 else 0)
-    if not weight.quantizes or len(sides) != 2 or (method is not None and not method.packs_linears):
-        return weight.elements * 2
-    if packed.layout is None or not packed.layout.parts:
-        return weight.elements * packed.bits // 8
-    return packed.layout.stored_bytes(sides, packed.bits, packed.group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harness.architecture import model_spec, skeleton_source, synthetic
+from harness.architecture import skeleton, skeleton_source, synthetic
 from harness.architecture.skeleton import Skeleton
 from harness.catalog import shipped
 from harness.checkpoint import quantization
@@ -36,6 +36,6 @@ def _whole_tensors(shape: Skeleton, dtype: str, packed: Packed) -> Iterator[Stor
     for weight in shape.weights:
         if weight.tensor.kind == "unsaved" or weight.tied_to:
             continue
-        size = model_spec.packed_weight_bytes(weight, packed)
+        size = skeleton.packed_weight_bytes(weight, packed)
         kept = size < weight.elements * 2
         yield StoredTensor(name=weight.path, dtype="uint8" if kept else dtype, shape=weight.tensor.shape, bytes=size, file="")

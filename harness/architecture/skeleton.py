@@ -7,10 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.architecture.key_mapping import Naming
 from harness.core.records import Record
+
+if TYPE_CHECKING:
+    from harness.checkpoint.quantization import Packed
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.weight)?$")
 _NUMBER = re.compile(r"\d+")
@@ -254,3 +257,21 @@ def _numbered(child: Child) -> list[str]:
 def is_stacked(weight: Weight) -> bool:
     """Say whether a tensor holds the weights of all experts of a layer, as transformers 5 stacks them."""
     return len(weight.tensor.shape) == 3 and "experts" in weight.path
+
+
+def packed_model_bytes(shape: Skeleton, packed: Packed) -> int:
+    """Count a checkpoint that is quantized already: what is packed with all that stands beside it, the rest in 16 bits."""
+    saved = [(weight, count) for weight, count in shape.tally if not weight.tied_to and weight.tensor.kind != "unsaved"]
+    return sum(count * packed_weight_bytes(weight, packed) for weight, count in saved)
+
+
+def packed_weight_bytes(weight: Weight, packed: Packed) -> int:
+    """Count one weight; what is packed into a layout that is not known takes its bits, and 8 for the scale of each 32."""
+    sides, method = weight.tensor.shape, packed.method
+    if is_stacked(weight) and method is not None and method.packs_experts:
+        return weight.elements * packed.bits // 8 + (weight.elements // 32 if packed.bits < 8 else 0)
+    if not weight.quantizes or len(sides) != 2 or (method is not None and not method.packs_linears):
+        return weight.elements * 2
+    if packed.layout is None or not packed.layout.parts:
+        return weight.elements * packed.bits // 8
+    return packed.layout.stored_bytes(sides, packed.bits, packed.group)

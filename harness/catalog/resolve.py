@@ -17,7 +17,7 @@ from harness.catalog.names import meant, near_misses, read_name, words
 from harness.checkpoint.adapter import is_adapter, read_adapter, without_base
 from harness.checkpoint.foreign_folder import refuse
 from harness.checkpoint.formats.files import Directory, quote
-from harness.checkpoint.reader import WEIGHTS, shards
+from harness.checkpoint.reader import CONFIG, WEIGHTS, shards
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.families import GGUF
 from harness.core.records import Record
@@ -96,6 +96,18 @@ def resolve(model: str, file: str | None = None, *, weights: bool = True) -> Sou
     found = of_name(written.name, model)
     chosen = file if file is not None else written.file
     return _picked(found, chosen) if chosen is not None else found
+
+
+def config_alone(model: str) -> Source | None:
+    """Return the source of a model of which there is a config.json alone, if `model` is the path of one.
+
+    Its shape can be planned; nothing can be loaded.
+    """
+    path = Path(model).expanduser()
+    if path.name != CONFIG or not path.is_file():
+        return None
+    there = path.absolute()
+    return Source(name=name_of(there.parent) or CONFIG, kind="directory", location=str(there.parent), file=CONFIG)
 
 
 def unresolved(model: str) -> Source:

@@ -6,7 +6,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import harness
 from harness.cli import calibrate, chat, compare, hardware, inspect, plan, publish, report, synth
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     """Run the command that the words ask for; of no words, show what can be asked."""
-    parser = build_parser()
+    parser = build_parser(words[:1])
     if not words:
         parser.print_help()
         return 0
@@ -66,8 +66,8 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser, with one subcommand for each row of COMMANDS."""
+def build_parser(called: Container[str] | None = None) -> argparse.ArgumentParser:
+    """Return the parser, with one subcommand for each row of COMMANDS, and the options of those that may be called: all if None."""
     parser = CommandParser(
         prog="fitmatrix",
         description="Which ways of loading a language model fit this machine, and how well do they run?",
@@ -77,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (help_text, add_arguments, command) in COMMANDS.items():
         sub = commands.add_parser(name, help=help_text, description=help_text)
-        add_arguments(sub)
+        if called is None or name in called:
+            add_arguments(sub)
         sub.set_defaults(command=command)
     return parser
 
@@ -105,5 +106,6 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "synth": (synth.HELP, synth.add_arguments, synth.run),
     "report": (report.HELP, report.add_arguments, report.run),
     "publish": (publish.HELP, publish.add_arguments, publish.run),
+    "share": (publish.SHARE_HELP, publish.add_share_arguments, publish.run_share),
     "compare": (compare.HELP, compare.add_arguments, compare.run),
 }

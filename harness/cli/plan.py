@@ -119,7 +119,8 @@ def _advised(
     faults: dict[str, str] = {}
     for model in args.models:
         try:
-            found.append(advise_on(resolve.resolve(model, args.file), machine, workload, question, calibration))
+            source = resolve.config_alone(model) or resolve.resolve(model, args.file)
+            found.append(advise_on(source, machine, workload, question, calibration))
         except (UsageError, CheckpointError) as error:
             faults[model] = str(error)
             if len(faults) == len(set(args.models)):

@@ -1,28 +1,38 @@
-"""`fitmatrix publish`: a static site from the results of many machines."""
+"""`fitmatrix publish`: a static site from the results of many machines; `fitmatrix share`: results ready to be sent to one."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.core.errors import UsageError
+from harness.report.terminal import output
+
+if TYPE_CHECKING:
+    from harness.results.audit import Joined
+    from harness.results.collect import Artifact
 
 HELP = "Build a static site from the results of many machines; invalid results are refused with a reason."
+SHARE_HELP = "Prepare results as a pull request, cleaned and checked."
 REFUSED = 1
+REPOSITORY = "fitmatrix/fitmatrix"
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,38}/[A-Za-z0-9_.][A-Za-z0-9_.-]{0,99}")
+_PLACES = "directory (every results.jsonl and .zip below it is read), zip archive, or file of results"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "places",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help="directory (every results.jsonl and .zip below it is read), zip archive, or file of results",
-    )
+    parser.add_argument("places", type=Path, nargs="+", metavar="DIR", help=_PLACES)
     parser.add_argument(
         "--to", type=Path, default=Path("site"), metavar="OUT", help="directory of the site, replaced as a whole (default site)"
+    )
+    parser.add_argument(
+        "--planner", type=Path, metavar="DIR", help="with a page that plans in the browser, by the Pyodide in this directory"
     )
     parser.add_argument("--strict", action="store_true", help="write nothing if anything is refused, with exit status 1")
 
@@ -33,25 +43,18 @@ def run(given: argparse.Namespace) -> int:
 
     from harness.core.text import line, plural
     from harness.machine import atomic
+    from harness.report.planner.bundle import find_runtime
     from harness.report.site import build
-    from harness.results import collect
-    from harness.results.audit import format_place
 
-    found, now = collect.find_artifacts(given.places), datetime.now(timezone.utc)
-    if not found:
-        raise UsageError(f"{line(' '.join(map(str, given.places)))}: no results.jsonl below; run: pytest cases/ --results DIR")
+    runtime = find_runtime(given.planner) if given.planner else None
+    found, now = _artifacts(given.places), datetime.now(timezone.utc)
     try:
         with atomic.replace_directory(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
             joined = build.gather(found, folder, now)
-            for refusal in joined.refusals:
-                where = format_place(found[refusal.source].where, refusal.line)
-                print(f"fitmatrix: {line(f'{where}: {refusal.why}')}", file=sys.stderr)
-            refused = plural(joined.refused, "line") + " refused"
-            if not joined.entries:
-                raise UsageError(f"nothing to publish: no result in {plural(len(found), 'file')}, {refused}")
+            refused = _told(joined, found, "publish")
             if joined.refusals and given.strict:
                 raise _Refused
-            pages = build.write_site(joined, folder, now)
+            pages = build.write_site(joined, folder, now, runtime)
     except _Refused:
         print(f"fitmatrix: {refused}, so nothing was written; without --strict the rest is published", file=sys.stderr)
         return REFUSED
@@ -63,3 +66,71 @@ def run(given: argparse.Namespace) -> int:
 
 class _Refused(Exception):
     """Something was refused although --strict was given."""
+
+
+def add_share_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fitmatrix share`."""
+    parser.add_argument("places", type=Path, nargs="+", metavar="RESULTS", help=_PLACES)
+    parser.add_argument(
+        "--to", type=Path, default=Path("share"), metavar="OUT", help="directory to write to, replaced as a whole (default share)"
+    )
+    parser.add_argument(
+        "--repository", default=REPOSITORY, metavar="OWNER/NAME", help=f"results repository on GitHub (default {REPOSITORY})"
+    )
+
+
+def run_share(given: argparse.Namespace) -> int:
+    """Write what would be published, show it and say how to send it; nothing leaves this machine.
+
+    Raises:
+        StoreError, UsageError: nothing can be shared, or the repository is no name of one.
+    """
+    from datetime import datetime, timezone
+
+    from harness.core.text import line, plural
+    from harness.machine import atomic
+    from harness.report.export import submission
+    from harness.report.site import build
+
+    if not _REPOSITORY.fullmatch(given.repository):
+        raise UsageError(f"--repository {given.repository!r} is no repository on GitHub: write OWNER/NAME, such as {REPOSITORY}")
+    found, now = _artifacts(given.places), datetime.now(timezone.utc)
+    with atomic.replace_directory(given.to, marker=submission.SHARE_MARKER, ours=submission.CONTENTS, option="--to") as folder:
+        joined = build.gather(found, folder, now)
+        refused = _told(joined, found, "share")
+        sent = submission.write_submission(joined, folder / "raw", folder)
+        shutil.rmtree(folder / "raw")
+        shown = (folder / sent.text).read_text(encoding="utf-8")
+    cleaned = sum(entry.cleaned for entry in joined.entries)
+    output.print_text(f"{shown}\n")
+    print(f"file: {line(str(given.to / sent.file))} ({plural(len(joined.entries), 'result')}, {cleaned} cleaned, {refused})")
+    print(f"text: {line(str(given.to / sent.text))}")
+    print("\nRead both: they are all that is sent. To send them:")
+    for command in submission.sending_commands(sent, given.to.resolve(), given.repository):
+        print(f"  {line(command)}")
+    return 0
+
+
+def _artifacts(places: Sequence[Path]) -> list[Artifact]:
+    """Return the files of results that are meant; raises UsageError if there is none."""
+    from harness.core.text import line
+    from harness.results import collect
+
+    found = collect.find_artifacts(places)
+    if not found:
+        raise UsageError(f"{line(' '.join(map(str, places)))}: no results.jsonl below; run: pytest cases/ --results DIR")
+    return found
+
+
+def _told(joined: Joined, found: Sequence[Artifact], what: str) -> str:
+    """Print why lines are refused, and return how many; raises UsageError if nothing is left to `what`."""
+    from harness.core.text import line, plural
+    from harness.results.audit import format_place
+
+    for refusal in joined.refusals:
+        where = format_place(found[refusal.source].where, refusal.line)
+        print(f"fitmatrix: {line(f'{where}: {refusal.why}')}", file=sys.stderr)
+    refused = plural(joined.refused, "line") + " refused"
+    if not joined.entries:
+        raise UsageError(f"nothing to {what}: no result in {plural(len(found), 'file')}, {refused}")
+    return refused

@@ -240,7 +240,7 @@ def _names() -> Iterator[tuple[str, str]]:
 def _users() -> set[str]:
     found = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")}
     found.add(Path(os.environ.get("HOME", "")).name)
-    if sys.platform != "win32":
+    if sys.platform not in ("win32", "emscripten"):  # which has no accounts
         import pwd
 
         with contextlib.suppress(KeyError):  # a container may run as a number that has no name

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from msgspec.structs import replace
 
-from harness.architecture import model_spec
+from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import is_stacked
 from harness.catalog import shipped
@@ -26,7 +26,7 @@ _WORTH_A_WORD = 0.1
 @lru_cache(maxsize=16)
 def in_form(spec: ModelSpec, form: Packed) -> ModelSpec:
     """Return the spec of the same model as it would be if it were stored in another form."""
-    size = model_spec.packed_model_bytes(spec.skeleton, form)
+    size = skeleton.packed_model_bytes(spec.skeleton, form)
     dtype = form.method.held if form.method else spec.stored_dtype
     return replace(spec, packed=form, tensor_bytes=None, checkpoint_bytes=size, stored={dtype: size}, repeated=frozenset())
 

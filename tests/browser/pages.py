@@ -21,6 +21,12 @@ from harness.core.records import Answer, Quality, Result
 SCRIPT = "<script>window.owned = 1; alert('owned')</script><img src=x onerror='window.owned = 1'>"
 LONG = "x" * 10_000
 Open = Callable[..., Chrome]
+# Every rule of the levels A and AA, and those that are off unless named.
+RULES = {
+    "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
+    "rules": {"target-size": {"enabled": True}},
+    "resultTypes": ["violations"],
+}
 
 # As root Chromium runs only without its sandbox; the rest keeps it from talking to anyone.
 FLAGS = (
@@ -118,3 +124,12 @@ def logged(browser: Chrome, name: str) -> list[dict[str, Any]]:
     """Take what a log gathered since it was last taken."""
     entries: list[dict[str, Any]] = browser.get_log(name)  # type: ignore[no-untyped-call]
     return entries
+
+
+def violations(browser: Chrome, axe: str) -> list[str]:
+    """Let axe-core judge the page as it stands."""
+    browser.set_script_timeout(120)
+    browser.execute_script(axe)
+    script = f"axe.run(document, {json.dumps(RULES)}).then(arguments[0], (error) => arguments[0]({{violations: [error.message]}}))"
+    found: dict[str, Any] = browser.execute_async_script(script)
+    return [f"{one['id']}: {[node['html'][:200] for node in one['nodes']][:3]}" for one in found["violations"]]

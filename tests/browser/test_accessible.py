@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +16,9 @@ from harness.cli import entry
 from harness.core.records import Result, encode_record
 from harness.core.units import GIB
 from harness.results import store
-from tests.browser.pages import Open, cell, lacking, many, settled
+from tests.browser.pages import Open, cell, many, settled, violations
 
 pytestmark = pytest.mark.browser
-
-# Every rule of the levels A and AA, and those that are off unless named.
-RULES = {
-    "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
-    "rules": {"target-size": {"enabled": True}},
-    "resultTypes": ["violations"],
-}
-
-
-@pytest.fixture(scope="session")
-def axe() -> str:
-    """The axe-core that axe-playwright-python carries; nothing else of that package is used."""
-    found = find_spec("axe_playwright_python")
-    if not found or not found.origin:
-        lacking("axe-core is not installed: pip install axe-playwright-python")
-    return (Path(found.origin).parent / "axe.min.js").read_text(encoding="utf-8")
-
-
-def violations(browser: Chrome, axe: str) -> list[str]:
-    """Let axe-core judge the page as it stands."""
-    browser.set_script_timeout(120)
-    browser.execute_script(axe)
-    script = f"axe.run(document, {json.dumps(RULES)}).then(arguments[0], (error) => arguments[0]({{violations: [error.message]}}))"
-    found: dict[str, Any] = browser.execute_async_script(script)
-    return [f"{one['id']}: {[node['html'][:200] for node in one['nodes']][:3]}" for one in found["violations"]]
 
 
 @pytest.fixture

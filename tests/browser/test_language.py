@@ -11,10 +11,10 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
 from harness.core.records import Result
-from tests.browser.pages import Open, case_of, cell, logged, many, settled
-from tests.browser.test_accessible import axe, few, violations
+from tests.browser.pages import Open, case_of, cell, logged, many, settled, violations
+from tests.browser.test_accessible import few
 
-__all__ = ["axe", "few"]
+__all__ = ["few"]
 pytestmark = pytest.mark.browser
 
 # Texts and attributes as a reader gets them, but for what is quoted.

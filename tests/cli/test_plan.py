@@ -455,3 +455,45 @@ def processor_s(*arguments: str) -> float:
     subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def test_a_config_alone_is_planned_as_the_model_of_its_shape(say: Said, tmp_path: Path) -> None:
+    """Qwen2.5 0.5B, of which nothing is known beside its config that would change a figure."""
+    (tmp_path / "mine").mkdir()
+    config = shipped.catalog()["Qwen/Qwen2.5-0.5B"].config
+    (tmp_path / "mine/config.json").write_text(json.dumps(config))
+    alone = planned(say, "mine/config.json", *PROFILE)
+    whole = planned(say, "qwen2.5-0.5b", *PROFILE)
+    assert alone["model"]["name"] == "mine"
+    assert alone["model"]["parameters"] == whole["model"]["parameters"]
+    assert alone["recommended"] == whole["recommended"].replace("qwen2.5-0.5b", "mine")
+    for one, other in zip(alone["plans"], whole["plans"], strict=True):
+        assert {key: one[key] for key in one.keys() - {"case", "code", "why"}} == {
+            key: other[key] for key in one.keys() - {"case", "code", "why"}
+        }
+
+
+def test_the_commands_for_a_config_alone_are_whole(say: Said, tmp_path: Path) -> None:
+    """Pasted, each takes it: the plan the file, a run its directory, with weights that are made up."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text(json.dumps(shipped.catalog()["Qwen/Qwen2.5-0.5B"].config))
+    _, out, _ = say("mine/config.json", *PROFILE)
+    text = " ".join(out.split())
+    assert "fitmatrix plan ./mine/config.json --gpu 'RTX 3060 12GB' --ram 32GiB --code" in text
+    assert "pytest cases/ --model ./mine --weights synthetic" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "config.json: cannot be understood as JSON"),
+        ("[1]", "config.json: holds a JSON list, not an object"),
+        ('{"model_type": "of-nobody"}', "no skeleton for model_type 'of-nobody'"),
+        ('{"model_type": "llama", "hidden_size": -1}', "gives 'hidden_size' as -1"),
+    ],
+)
+def test_a_wrong_config_alone_is_one_sentence(say: Said, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    status, out, err = say("config.json", *PROFILE)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert said in err

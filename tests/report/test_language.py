@@ -96,6 +96,23 @@ def test_every_text_of_a_site_is_in_its_table(name: str) -> None:
     assert [text for text in sorted(found) if text not in words and text not in NAMES] == []
 
 
+def test_every_text_of_the_planner_is_in_its_tables() -> None:
+    said = table(CHINESE, "site", "planner")
+    words = "\n".join(in_words(flat(piece)) for key in said for piece in (key, *SLOT.split(key.replace("(s)", ""))[::2]))
+    found = set(map(in_words, fragments((TEMPLATES / "planner.html.j2").read_text(encoding="utf-8"))))
+    assert len(found) > 8
+    assert [text for text in sorted(found) if text not in words] == []
+    script = re.search(r"const SAY = \{(.*?)\n  \};", (TEMPLATES / "planner.js").read_text(encoding="utf-8"), flags=re.S)
+    assert script
+    texts = re.findall(r'^ +\w+: "(.*)",$', script[1], flags=re.M)
+    assert len(texts) > 30
+    assert [text for text in texts if text not in said and text not in NAMES] == []
+    own = tomllib.loads((DATA / "zh_planner.toml").read_text(encoding="utf-8"))
+    shown = flat(" ".join((TEMPLATES / f"planner.{form}").read_text(encoding="utf-8") for form in ("js", "html.j2")))
+    pieces = [piece.strip() for key in own for piece in SLOT.split(key.replace("(s)", ""))[::2]]
+    assert [piece for piece in pieces if re.search("[A-Za-z]", piece) and piece.strip(" ,") not in shown] == []
+
+
 def test_every_rule_of_a_site_is_in_its_table() -> None:
     assert [rule for rule in CHECKED if rule not in table(CHINESE, "site")] == []
 

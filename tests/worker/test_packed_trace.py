@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness.architecture import model_spec, traces
+from harness.architecture import skeleton, traces
 from harness.architecture.card_kernels import CARDS
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.traced_memory import evaluate
@@ -43,7 +43,7 @@ def _stored(config: Mapping[str, Any], method: str, bits: int = 4, **more: Any) 
 def _inventory(config: Mapping[str, Any], precision: str) -> Inventory:
     built, packed = build_skeleton(config), quantization.packed(config)
     assert packed is not None
-    size = model_spec.packed_model_bytes(built, packed)
+    size = skeleton.packed_model_bytes(built, packed)
     stored = {"int32": size}
     spec = ModelSpec(name="m", source="m", skeleton=built, stored=stored, checkpoint_bytes=size, packed=packed, config=config)
     row = spec.adapted(PRECISIONS[precision])

@@ -12,7 +12,7 @@ What a term means:
 from __future__ import annotations
 
 from harness.architecture import skeleton
-from harness.architecture.model_spec import ModelSpec, packed_weight_bytes
+from harness.architecture.model_spec import ModelSpec
 from harness.core.precisions import Precision
 from harness.core.records import Estimate, Machine, Tier, TierEstimate
 from harness.planning.calibration import Calibration
@@ -63,7 +63,7 @@ def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
     experts = sum(elements for weight, elements in saved if skeleton.is_stacked(weight))
     plain = 2 * (sum(elements for _, elements in saved) - quantized)
     if spec.tensor_bytes is None and linears and quantized and packed.layout is not None and packed.layout.parts:
-        held = sum(packed_weight_bytes(weight, packed) * count for weight, count in spec.skeleton.tally if weight.quantizes)
+        held = sum(skeleton.packed_weight_bytes(one, packed) * count for one, count in spec.skeleton.tally if one.quantizes)
         return 8.0 * held / quantized, bool(experts)
     if spec.tensor_bytes is None or not quantized + experts:
         group = 32 if not linears else packed.group

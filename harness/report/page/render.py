@@ -32,6 +32,9 @@ PAGE_SCRIPTS = ("language.js", "page.js")
 # All charts of a page share this many points, so that a page of 500 cases stays small.
 _POINTS_OF_A_PAGE = 24_000
 _FEWEST_POINTS = 24
+# What Python for browsers takes: scripts beside the page, which no server gives where it is opened from disk, WebAssembly, and a
+# worker that the page makes of its own text.
+_PYTHON = " 'self' file: blob: 'wasm-unsafe-eval'; worker-src blob:"
 # The details of more cases than these are packed: they are most of a page, and hardly any of them is read.
 _MOST_UNPACKED = 60
 _BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
@@ -132,10 +135,11 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> PageFacts:
 
 
 @functools.cache
-def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS) -> jinja2.Template:
+def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS, runs_python: bool = False) -> jinja2.Template:
     """Return one of our templates, all of which share their parts, their style and how they write text.
 
-    `styles` are files that add to the style, with what their pages say in other languages; `scripts` are all that may run.
+    `styles` are files that add to the style, with what their pages say in other languages; `scripts` are all that may run,
+    beside Python and what it runs in a page that `runs_python`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -160,7 +164,7 @@ def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS) -
         "style_css": Markup(style),
         "page_js": Markup(code),
         "chinese": language.block(language.CHINESE, *(Path(file).stem for file in styles)),
-        "policy": _policy(style, code),
+        "policy": _policy(style, code) + _PYTHON * runs_python,
         "overview": overview,
     }
     return environment.get_template(name)
@@ -176,7 +180,7 @@ def _policy(style: str, script: str) -> str:
     """Write the Content-Security-Policy that allows this style and this script, by their hashes, and the empty icon alone."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     sources = (
-        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; img-src data:; base-uri 'none'; form-action 'none'"
+        "default-src 'none'; style-src 'sha256-{}'; img-src data:; base-uri 'none'; form-action 'none'; script-src 'sha256-{}'"
     )
     return sources.format(*hashes)
 

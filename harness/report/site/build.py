@@ -2,6 +2,8 @@
 
 ::
 
+    planner.html    plans any model of the catalog in the browser, beside what was measured; with a runtime for it alone
+    planner/        the scripts that it loads
     index.html      models, cards, machines; a field to filter them
     models/         which card a model needs, what runs it where, what changed over library versions
     cards/          what runs on a card, or on the part of one that --vram allowed
@@ -34,6 +36,8 @@ from harness.core.records import Result, encode_record, to_builtins
 from harness.core.redact import cleaner
 from harness.core.text import plural
 from harness.report.page import render
+from harness.report.planner import bundle, page
+from harness.report.planner.bundle import Runtime
 from harness.report.site import atlas
 from harness.report.site.atlas import Atlas
 from harness.report.site.needs import known_cards
@@ -48,9 +52,11 @@ SITE_SCHEMA = 1
 MARKER = "fitmatrix-site"
 # All that stands at the root of a site; what else lies there is its owner's.
 NAMES = frozenset(
-    {MARKER, ".nojekyll", "index.html", "index.json", "provenance.html", "provenance.json", "models", "cards", "machines", "raw"}
+    {MARKER, ".nojekyll", "raw", "models", "cards", "machines", bundle.FOLDER}
+    | {f"{page}.{form}" for page in ("index", "provenance", "planner") for form in ("html", "json")}
 )
 _STYLES = ("site.css",)
+_PLANNER = "planner.html.j2"
 # Fewer pieces of work than these are done before other processes have started.
 _WORTH_SHARING = 32
 # Points of a line in a chart: raw results have all of them.
@@ -117,15 +123,21 @@ def _keep(known: PublishedResult, folder: Path) -> bytes:
     return encode_record(msgspec.structs.replace(known, result=audit.light(known.result), digest=digest))
 
 
-def write_site(joined: Joined, folder: Path, now: datetime) -> int:
-    """Write all pages of a site into a folder that `gather` has begun; return how many there are."""
+def write_site(joined: Joined, folder: Path, now: datetime, runtime: Runtime | None = None) -> int:
+    """Write all pages of a site into a folder that `gather` has begun; return how many there are.
+
+    `runtime` is Python for browsers, by which the site has a planner.
+    """
     drawn = atlas.draw(joined.entries)
     (folder / ".nojekyll").touch()  # GitHub's own generator would leave files out
-    pages = list(_pages(drawn, joined, now))
+    sizes = bundle.write_bundle(runtime, folder / bundle.FOLDER) if runtime else None
+    pages = list(_pages(drawn, joined, now, has_planner=runtime is not None))
+    if sizes is not None:
+        pages.append(_planner_page(drawn, sizes))
     for name in ("models", "cards", "machines"):
         (folder / name).mkdir(exist_ok=True)
     digests = [[row.entry.digest for row in drawn.history[tally.link.page]] for tally in drawn.machines]
-    with _shared(functools.partial(_machine_page, folder=folder), digests) as machines:
+    with _shared(functools.partial(_machine_page, folder=folder, has_planner=runtime is not None), digests) as machines:
         for one in pages:
             _write(folder, one.link, one.html(), one.data)
         return len(pages) + sum(1 for _ in machines)
@@ -142,10 +154,18 @@ class _Page:
 
     def html(self) -> str:
         says = {"up": _up(self.link), "data": _data_beside(self.link), "gib": gib, **self.says}
+        if self.template == _PLANNER:
+            return render.template(_PLANNER, *page.STYLES, scripts=page.SCRIPTS, runs_python=True).render(says)
         return render.template(self.template, *_STYLES, scripts=("language.js", "site.js")).render(says)
 
 
-def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
+def _planner_page(drawn: Atlas, sizes: Mapping[str, int]) -> _Page:
+    rows = [row for model in drawn.models for row in model.rows]
+    return _Page("planner.html", _PLANNER, page.page_says(rows, sizes), page.page_data(rows))
+
+
+def _pages(drawn: Atlas, joined: Joined, now: datetime, *, has_planner: bool = False) -> Iterator[_Page]:
+    also = {"planner": has_planner}
     newest = max(entry.result.at for entry in joined.entries)[:10]
     facts = {"results": len(joined.entries), "newest": newest, "refused": joined.refused, "sources": len(joined.sources)}
     data = Data(up="")
@@ -155,13 +175,13 @@ def _pages(drawn: Atlas, joined: Joined, now: datetime) -> Iterator[_Page]:
         "cards": [data.card_line(on) for on in drawn.cards],
         "machines": [data.machine_line(tally) for tally in drawn.machines],
     }
-    yield _Page("index.html", "site_index.html.j2", {"atlas": drawn, "facts": facts, "known_cards": known_cards()}, index)
+    yield _Page("index.html", "site_index.html.j2", {"atlas": drawn, "facts": facts, "known_cards": known_cards(), **also}, index)
     for model in drawn.models:
-        says = {"model": model, "trends": [(trend, spark(trend)) for trend in model.trends[:_MOST_TRENDS]]}
+        says = {"model": model, "trends": [(trend, spark(trend)) for trend in model.trends[:_MOST_TRENDS]], **also}
         yield _Page(model.link.page, "site_model.html.j2", says, Data(_up(model.link.page)).model(model))
     for on in drawn.cards:
-        yield _Page(on.link.page, "site_card.html.j2", {"on": on, "card": on.card}, Data(_up(on.link.page)).card(on))
-    says = {"joined": joined, "checked": audit.CHECKED, "facts": facts, "built": f"{now:%Y-%m-%d %H:%M} UTC"}
+        yield _Page(on.link.page, "site_card.html.j2", {"on": on, "card": on.card, **also}, Data(_up(on.link.page)).card(on))
+    says = {"joined": joined, "checked": audit.CHECKED, "facts": facts, "built": f"{now:%Y-%m-%d %H:%M} UTC", **also}
     sources = {"built": f"{now:%Y-%m-%dT%H:%M:%SZ}", **of_sources(joined)}
     yield _Page("provenance.html", "site_provenance.html.j2", says, sources)
 
@@ -175,7 +195,7 @@ def _data_beside(link: str) -> str:
     return Path(link).with_suffix(".json").name
 
 
-def _machine_page(digests: Sequence[str], folder: Path) -> None:
+def _machine_page(digests: Sequence[str], folder: Path, *, has_planner: bool) -> None:
     """Write the page of the machine that these are all results of, oldest first; all it needs are their files."""
     read = ((folder / "raw" / f"{digest}.json").read_bytes() for digest in digests)
     results = [msgspec.json.decode(data, type=Result) for data in read]
@@ -185,7 +205,7 @@ def _machine_page(digests: Sequence[str], folder: Path) -> None:
     tally, rows = atlas.of_machine(entries)
     link = tally.link.page
     parts: Any = render.template("site_machine.html.j2", *_STYLES).module
-    above, below = Markup(parts.above(tally)), Markup(parts.below(tally, _data_beside(link)))
+    above, below = Markup(parts.above(tally, has_planner)), Markup(parts.below(tally, _data_beside(link)))
     frame = render.Frame(above, below, _STYLES, _MOST_POINTS)
     html = render.render(results, title=tally.link.name, frame=frame)
     data = Data(_up(link))

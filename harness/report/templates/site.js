@@ -48,6 +48,7 @@
       });
     filterRows(say, tellers);
     openDoor(say, tellers);
+    if (typeof openPlanner === "function") openPlanner(tongue, tellers); // of the page that has it
     tongue.speak(/[#&]lang=(en|zh)(?=&|$)/.exec(location.hash)?.[1] ?? "", retell);
     retell();
   };

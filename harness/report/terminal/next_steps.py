@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.checkpoint.reader import CONFIG
 from harness.core.placements import PLACEMENTS
 from harness.core.records import USUAL_KV, Case, Machine, Plan, Workload
 from harness.planning.choice.recommend import Recommendation
@@ -45,7 +46,8 @@ def proof_command(recommendation: Recommendation, one: Plan, asked: Asked) -> st
     row = PLACEMENTS[one.case.placement]
     named = f" --placement {row.name}" if row.parallel and "--placement" not in asked.cases else ""
     cases = _options_of(one.case) if recommendation.contexts or recommendation.is_found else f"{asked.cases}{named}"
-    return f"pytest cases/ --model {_sayable(recommendation, file_option=False)}{tokens}{asked.code}{cases}"
+    made_up = " --weights synthetic" * (recommendation.source.file == CONFIG)  # of a config alone
+    return f"pytest cases/ --model {_sayable(recommendation, file_option=False)}{made_up}{tokens}{asked.code}{cases}"
 
 
 def _options_of(case: Case) -> str:
@@ -60,8 +62,9 @@ def _sayable(recommendation: Recommendation, *, file_option: bool = True) -> str
     if not source.is_local:
         file = f" --file {shlex.quote(source.file)}" if source.file and file_option else ""
         return f"{source.location if source.file else source.name}{file}"
-    place = Path(source.location) / (source.file or "")
+    runs = not file_option and source.file == CONFIG
+    place = Path(source.location) / ("" if runs else source.file or "")
     if not place.is_relative_to(Path.cwd()):
-        return shlex.quote(source.location)
+        return shlex.quote(str(place))
     inside = place.relative_to(Path.cwd())
     return shlex.quote(f"./{inside}") if inside.parts else "."
