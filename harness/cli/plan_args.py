@@ -88,6 +88,7 @@ class PlanQuestion(NamedTuple):
     least_tok_s: float = 0.0  #: of a search, tokens/s that a way must reach
     trust: bool = False  #: whether code that comes with the model may run
     traces: bool = False  #: whether what no record is of is traced now, by a worker
+    in_context: bool = False  #: whether images are among the tokens of the prompt, and not on top of them
 
     @property
     def is_open(self) -> bool:
@@ -118,6 +119,10 @@ def advise_on(
     spec = model_spec.read_spec(source)
     if question.device_map is not None:
         user_map.check_map(question.device_map, spec.skeleton, len(machine.gpus), model=spec.name)
+    if workload.images:
+        from harness.planning.images import with_images
+
+        spec, workload = with_images(spec, source, workload, in_context=question.in_context)
     here = calibration is not None
     planner = Planner(spec, machine, here=here, constants=calibration, trust=question.trust, device_map=question.device_map)
     if question.search:

@@ -60,6 +60,7 @@ class Workload(Record, frozen=True, kw_only=True):
     new_tokens: int = 16
     batch: int = 1
     repeats: int = 5
+    images: int = 0  #: in a prompt, whose tokens are among its own; a run has none
 
     @property
     def asked(self) -> Workload:

@@ -122,6 +122,11 @@ class Recommendation(Record, frozen=True, kw_only=True):
         return self.planner.spec
 
     @property
+    def workload(self) -> Workload:
+        """What the plans are for: what was asked for, with the tokens of its images."""
+        return self.plans[0].case.workload
+
+    @property
     def longest(self) -> Mapping[str, int]:
         """By case the most tokens with which it fits: of a search, and where several KV caches are compared; else empty."""
         if self.contexts or len({one.case.kv for one in self.plans}) < 2:

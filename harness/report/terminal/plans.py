@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from harness.catalog.resolve import history
 from harness.core.records import Plan, Verdict
 from harness.planning.choice.recommend import Recommendation
+from harness.planning.images import of_images
 from harness.report.terminal import plan_table, tables
 from harness.report.terminal.answer import answer, code_or_command, main_reason
 from harness.report.terminal.next_steps import Asked, code_command, plan_command, proof_command
@@ -34,7 +35,7 @@ def show_plans(recommendations: Sequence[Recommendation], asked: Asked) -> None:
 def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableType]:
     best, spec = recommendation.best, recommendation.spec
     yield answer(recommendation, asked)
-    yield tables.said(f"{model_line(spec)}\n{machine_line(asked.machine)}\n{_tokens(recommendation, asked)}")
+    yield tables.said(f"{model_line(spec)}\n{machine_line(asked.machine)}\n{_tokens(recommendation)}")
     drawn = plan_table.of_front if recommendation.contexts else plan_table.of_cases if asked.all else plan_table.of_ways
     table, lacks = drawn(recommendation, asked.machine)
     if table.row_count:
@@ -54,13 +55,14 @@ def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableT
         yield tables.commands(_steps(recommendation, best, asked))
 
 
-def _tokens(recommendation: Recommendation, asked: Asked) -> str:
+def _tokens(recommendation: Recommendation) -> str:
     """Say for how many tokens the estimates are, and how many would fit."""
-    workload, best = asked.workload, recommendation.best
+    workload, best, image = recommendation.workload, recommendation.best, recommendation.spec.image
     most = recommendation.planner.max_context(best) if best else None
     batch = f" in a batch of {workload.batch}" if workload.batch > 1 else ""
     room = f"; up to {most:,} fit" if most else ""
-    return f"Estimates for {workload.prompt_tokens:,} + {workload.new_tokens:,} tokens{batch}{room}"
+    seen = f", {of_images(image, workload)}" if image is not None else ""
+    return f"Estimates for {workload.prompt_tokens:,} + {workload.new_tokens:,} tokens{seen}{batch}{room}"
 
 
 def _unshown(recommendation: Recommendation) -> list[Plan]:
