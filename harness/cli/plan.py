@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import add_options, given_or_default, typed_options
-from harness.cli.plan_args import ABOUT_TRAINING, FITS, NOTHING_FITS, USAGE, PlanQuestion, advise_on, asked_case, constants
+from harness.cli.plan_args import (
+    ABOUT_TRAINING,
+    FITS,
+    NOTHING_FITS,
+    USAGE,
+    PlanQuestion,
+    advise_on,
+    asked_case,
+    constants,
+    earlier_results,
+)
 from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.placements import named
@@ -81,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     if asked and (len(args.models) > 1 or args.json):
         raise UsageError("--code and --explain show one case: give one MODEL and no --json")
     device_map = _device_map(args, [one.placement for one in asked])
-    calibration = constants(args.results, machine) if here else None
+    results = earlier_results(args.results)
+    calibration = constants(results, machine) if here else None
     question = PlanQuestion(
         cases=asked,
         precisions=precisions if args.precision else None,
@@ -93,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         attention=[name for name in ATTENTIONS if name in (args.attention or ())] or [None],
         search=args.best,
         least_tok_s=args.min_speed or 0.0,
+        results=results,
         in_context=args.context is not None,
     )
     if args.min_speed is not None and not args.best:
@@ -276,6 +288,8 @@ def as_json(recommendation: Recommendation, machine: Machine) -> dict[str, Any]:
 
 
 def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
+    from harness.planning.quality import quality_kept
+
     expected = one.estimate
     spans = {
         key: {end: getattr(getattr(expected, key), end) for end in ("low", "best", "high")} if expected else None
@@ -294,6 +308,8 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         "tiers": {name: {key: getattr(tier, key) for key in _TIER_KEYS} for name, tier in tiers},
         **spans,
         "bound_by": expected.bound_by if expected else None,
+        "quality_kept": quality_kept(one),
+        "quality_from": known[1] if (known := recommendation.planner.measured.of(one.case)) else "rule of thumb",
         "device_map": one.device_map,
         "max_memory": one.max_memory,
         "max_context_tokens": recommendation.contexts.get(one.case.id) or recommendation.planner.max_context(one),
