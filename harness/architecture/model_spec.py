@@ -18,6 +18,7 @@ from harness.architecture import skeleton, skeleton_source, validate
 from harness.architecture.ask_worker import NotMeasured, RefusedConfig, UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Skeleton
+from harness.architecture.vision.image_trace import ImageTrace
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
 from harness.checkpoint.adapter import Adapter, read_adapter, under_adapter, without_base
@@ -103,6 +104,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     unknown: str | None = None  #: why nothing here loads it
     config: Mapping[str, Any] = {}  #: config.json, empty if there is none; what records of traces are found by
     adapter: Adapter | None = None  #: what is loaded on top, its modules by their path in the skeleton
+    image: ImageTrace | None = None  #: what an image takes, once prompts with images are planned
 
     def __hash__(self) -> int:
         """Hash what differs from model to model: what is counted of one is kept by it."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.weight)?$")
 _NUMBER = re.compile(r"\d+")
+# How transformers calls what sees or hears, and what brings that to the text; held against its classes by a test.
+_OTHER_SENSES = re.compile(r"vision|visual|image|vqmodel|audio|multi_modal_projector|mm_projector|connector")
 
 
 class ParameterSpec(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -252,6 +254,11 @@ def _numbered(child: Child) -> list[str]:
     if child.count == 1:
         return [child.name]
     return [str(int(child.name) + i) for i in range(child.count)]
+
+
+def reads_text(name: str) -> bool:
+    """Say whether a module or tensor of this name is on the way of every token, and not of images or sounds alone."""
+    return _OTHER_SENSES.search(name) is None
 
 
 def is_stacked(weight: Weight) -> bool:

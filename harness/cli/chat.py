@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import FIRST_PORT, add_options, given_or_default
-from harness.cli.plan_args import NOTHING_FITS, AskedCase, PlanQuestion, advise_on, asked_case, constants
+from harness.cli.plan_args import NOTHING_FITS, AskedCase, PlanQuestion, advise_on, asked_case, constants, earlier_results
 from harness.core.errors import UsageError
 from harness.core.placements import FILE, PLACEMENTS
 from harness.core.records import Verdict, Workload
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
 def _advised(args: argparse.Namespace, source: Source, here: Machine, asked: Sequence[AskedCase]) -> Recommendation:
     """Plan for the usual conversation, or for what is asked; then for a longer one where nothing is asked and more fits as well."""
     prompt, new = (given_or_default(args, "chat", name) for name in ("prompt-tokens", "new-tokens"))
-    question = PlanQuestion(cases=asked, trust=args.trust_remote_code)
-    calibration = constants(None, here)
+    results = earlier_results(None)
+    question, calibration = PlanQuestion(cases=asked, trust=args.trust_remote_code, results=results), constants(results, here)
     planned = advise_on(source, here, Workload(prompt_tokens=prompt, new_tokens=new), question, calibration)
     if args.prompt_tokens is not None:
         return planned

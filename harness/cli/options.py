@@ -91,6 +91,12 @@ _ROWS = (
         parse=whole_number(3),
         metavar="N",
     ),
+    Option(
+        name="images",
+        help="plan for this many images in each prompt, as large as the model's image processor lets through (default 0)",
+        parse=whole_number(0),
+        metavar="N",
+    ),
     Option(name="code", help="print a script that loads the model and generates, for a case such as int8/direct", metavar="CASE"),
     Option(name="explain", help="show every term of the estimate for a case such as int8/direct", metavar="CASE"),
     Option(

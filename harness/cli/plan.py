@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import add_options, given_or_default, typed_options
-from harness.cli.plan_args import ABOUT_TRAINING, FITS, NOTHING_FITS, USAGE, PlanQuestion, advise_on, asked_case, constants
+from harness.cli.plan_args import (
+    ABOUT_TRAINING,
+    FITS,
+    NOTHING_FITS,
+    USAGE,
+    PlanQuestion,
+    advise_on,
+    asked_case,
+    constants,
+    earlier_results,
+)
 from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.placements import named
@@ -29,14 +39,15 @@ HELP = "Predict which ways of loading a model fit, before loading or even downlo
 
 # Options that do not apply to training.
 _ABOUT_RUNNING = (
-    "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens", "context", "code", "explain",
-    "results", "prove-min-ram",
+    "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens", "context", "images", "code",
+    "explain", "results", "prove-min-ram",
 )  # fmt: skip
 _OPTIONS = (
     "file", "gpu", "cpu", "ram", "disk", "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens",
-    "batch", "context", "code", "trust-remote-code", "best", "min-speed", "all", "json", "explain", "training", "rank",
+    "batch", "context", "images", "code", "trust-remote-code", "best", "min-speed", "all", "json", "explain", "training", "rank",
     "target-modules", "optimizer", "gradient-checkpointing", "sequence-length", "nodes", "prove-min-ram", "results",
 )  # fmt: skip
+_OF_WORKLOAD = ("prompt-tokens", "new-tokens", "batch", "context", "images")
 _TIER_KEYS = (
     "weights_bytes",
     "kv_bytes",
@@ -70,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     precisions = [name for name in PRECISIONS if not args.precision or name in args.precision]
     workload = workload_of(args)
     if args.prove_min_ram:
+        if workload.images:
+            raise UsageError("--prove-min-ram runs prompts of text: drop --images")
         from harness.cli.prove_min_ram import prove_plans
 
         return prove_plans(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], workload)
@@ -78,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     if asked and (len(args.models) > 1 or args.json):
         raise UsageError("--code and --explain show one case: give one MODEL and no --json")
     device_map = _device_map(args, [one.placement for one in asked])
-    calibration = constants(args.results, machine) if here else None
+    results = earlier_results(args.results)
+    calibration = constants(results, machine) if here else None
     question = PlanQuestion(
         cases=asked,
         precisions=precisions if args.precision else None,
@@ -90,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         attention=[name for name in ATTENTIONS if name in (args.attention or ())] or [None],
         search=args.best,
         least_tok_s=args.min_speed or 0.0,
+        results=results,
+        in_context=args.context is not None,
     )
     if args.min_speed is not None and not args.best:
         raise UsageError("--min-speed is what a search asks for: add --best")
@@ -98,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         raise UsageError(f"--best searches every precision, placement and KV cache: drop{searched}")
     recommendations, faults = _advised(args, machine, workload, question, calibration)
-    status = _print(recommendations, args, machine, workload, faults)
+    status = _print(recommendations, args, machine, faults)
     for fault in faults.values():
         print(f"fitmatrix: {line(fault)}", file=sys.stderr)
     return USAGE if faults else status
@@ -174,7 +190,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
                 f"--context {args.context} leaves no room for a prompt beside {new} new tokens: raise it or lower --new-tokens"
             )
         prompt = args.context - new
-    return Workload(prompt_tokens=prompt, new_tokens=new, batch=batch)
+    return Workload(prompt_tokens=prompt, new_tokens=new, batch=batch, images=args.images or 0)
 
 
 def described(args: argparse.Namespace) -> tuple[Machine, bool]:
@@ -196,31 +212,30 @@ def _print(
     recommendations: Sequence[Recommendation],
     args: argparse.Namespace,
     machine: Machine,
-    workload: Workload,
     faults: Mapping[str, str],
 ) -> int:
     if args.json:
-        objects = [as_json(recommendation, machine, workload) for recommendation in recommendations]
+        objects = [as_json(recommendation, machine) for recommendation in recommendations]
         several = {"schema": PLAN_SCHEMA, "models": objects, **({"faults": dict(faults)} if faults else {})}
         output.print_json(objects[0] if len(args.models) == 1 else several)
     elif args.code:
         _print_code(recommendations[0], gpus_differ=machine.gpus_differ)
     else:
-        _show(recommendations, args, machine, workload)
+        _show(recommendations, args, machine)
     return FITS if all(recommendation.best for recommendation in recommendations) else NOTHING_FITS
 
 
-def _show(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine, workload: Workload) -> None:
+def _show(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine) -> None:
     from harness.report.terminal import explain, plans
     from harness.report.terminal.next_steps import Asked
 
     if args.explain:
         explain.explain_plan(recommendations[0], whole=args.all)
         return
-    of_machine = typed_options(args, "gpu", "cpu", "ram", "disk", "results", "prompt-tokens", "new-tokens", "batch", "context")
+    of_machine = typed_options(args, "gpu", "cpu", "ram", "disk", "results", *_OF_WORKLOAD)
     of_code = typed_options(args, "device-map", "trust-remote-code")
     cases = typed_options(args, "precision", "placement", "kv", "attention")
-    plans.show_plans(recommendations, Asked(machine, workload, of_machine, cases, of_code, args.all))
+    plans.show_plans(recommendations, Asked(machine, of_machine, cases, of_code, args.all))
 
 
 def _print_code(recommendation: Recommendation, *, gpus_differ: bool) -> None:
@@ -229,7 +244,8 @@ def _print_code(recommendation: Recommendation, *, gpus_differ: bool) -> None:
     one = recommendation.plans[0]
     if one.code is None:
         raise UsageError(f"{one.case.id} cannot be loaded: {one.why}")
-    script = code.script(_head(recommendation, one), one, recommendation.spec.gguf_file, gpus_differ=gpus_differ)
+    spec = recommendation.spec
+    script = code.script(_head(recommendation, one), one, spec.gguf_file, gpus_differ=gpus_differ, image=spec.image)
     print(script if one.verdict.is_good else f"# {line(str(one.why))}\n{script}", end="")
 
 
@@ -246,11 +262,12 @@ def _head(recommendation: Recommendation, one: Plan) -> str:
     return code.code_head(named, one.case.placement)
 
 
-def as_json(recommendation: Recommendation, machine: Machine, workload: Workload) -> dict[str, Any]:
+def as_json(recommendation: Recommendation, machine: Machine) -> dict[str, Any]:
     """Return the object that the contract of the command line describes."""
     from harness.catalog import resolve
 
-    spec = recommendation.spec
+    spec, workload = recommendation.spec, recommendation.workload
+    seen = {"images": workload.images, "image_tokens": spec.image.tokens} if spec.image else {}
     return {
         "schema": PLAN_SCHEMA,
         "model": {
@@ -264,7 +281,7 @@ def as_json(recommendation: Recommendation, machine: Machine, workload: Workload
             **({"notes": notes} if (notes := recommendation.notes) else {}),
         },
         "machine": output.machine_json(machine),
-        "workload": {key: getattr(workload, key) for key in ("prompt_tokens", "new_tokens", "batch")},
+        "workload": {key: getattr(workload, key) for key in ("prompt_tokens", "new_tokens", "batch")} | seen,
         "plans": [_plan_json(recommendation, one) for one in recommendation.plans],
         "recommended": recommendation.best.case.id if recommendation.best else None,
         **({"nearest": recommendation.nearest} if recommendation.nearest else {}),
@@ -274,14 +291,16 @@ def as_json(recommendation: Recommendation, machine: Machine, workload: Workload
 def _load_json(recommendation: Recommendation, one: Plan) -> dict[str, Any] | None:
     from msgspec import to_builtins
 
-    from harness.planning import loading
+    from harness.planning.loading import seconds
 
-    time = loading.timed(recommendation.planner, one)
+    time = seconds.timed(recommendation.planner, one)
     found: dict[str, Any] | None = to_builtins(time) if time is not None else None
     return found
 
 
 def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
+    from harness.planning.quality import quality_kept
+
     expected = one.estimate
     spans = {
         key: {end: getattr(getattr(expected, key), end) for end in ("low", "best", "high")} if expected else None
@@ -301,6 +320,8 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         **spans,
         "load": _load_json(recommendation, one),
         "bound_by": expected.bound_by if expected else None,
+        "quality_kept": quality_kept(one),
+        "quality_from": known[1] if (known := recommendation.planner.measured.of(one.case)) else "rule of thumb",
         "device_map": one.device_map,
         "max_memory": one.max_memory,
         "max_context_tokens": recommendation.contexts.get(one.case.id) or recommendation.planner.max_context(one),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from harness.catalog.resolve import Source
-    from harness.core.records import Machine
+    from harness.core.records import Machine, Result
     from harness.planning.calibration import Calibration
     from harness.planning.choice.recommend import Recommendation
     from harness.planning.device_map.infer import Device
@@ -57,22 +57,27 @@ def asked_case(text: str) -> AskedCase:
     return AskedCase(precision, placement, kv, attention)
 
 
-def constants(results: Path | None, machine: Machine) -> Calibration:
-    """Return the constants by what was calibrated on this machine and by earlier results of it.
+def earlier_results(named: Path | None) -> list[Result]:
+    """Return the results in a directory that is named, or in the usual one if there are any.
 
     Raises:
-        UsageError: results are named, but there are none.
+        UsageError: a directory is named, and has none.
     """
-    from harness.planning import kept_calibration
-
-    directory = results or RESULTS
+    directory = named or RESULTS
     if not (directory / "results.jsonl").is_file():
-        if results:
+        if named:
             raise UsageError(f"--results {directory}: no results.jsonl in this directory")
-        return kept_calibration.corrected((), machine)
+        return []
     from harness.results.store import Store
 
-    return kept_calibration.corrected(Store(directory).read()[0], machine)
+    return Store(directory).read()[0]
+
+
+def constants(results: Sequence[Result], machine: Machine) -> Calibration:
+    """Return the constants by what was calibrated on this machine and by earlier results of it."""
+    from harness.planning import kept_calibration
+
+    return kept_calibration.corrected(results, machine)
 
 
 class PlanQuestion(NamedTuple):
@@ -88,6 +93,8 @@ class PlanQuestion(NamedTuple):
     least_tok_s: float = 0.0  #: of a search, tokens/s that a way must reach
     trust: bool = False  #: whether code that comes with the model may run
     traces: bool = False  #: whether what no record is of is traced now, by a worker
+    results: Sequence[Result] = ()  #: earlier ones, which say what quality ways keep
+    in_context: bool = False  #: whether images are among the tokens of the prompt, and not on top of them
 
     @property
     def is_open(self) -> bool:
@@ -118,8 +125,16 @@ def advise_on(
     spec = model_spec.read_spec(source)
     if question.device_map is not None:
         user_map.check_map(question.device_map, spec.skeleton, len(machine.gpus), model=spec.name)
+    if workload.images:
+        from harness.planning.images import with_images
+
+        spec, workload = with_images(spec, source, workload, in_context=question.in_context)
     here = calibration is not None
     planner = Planner(spec, machine, here=here, constants=calibration, trust=question.trust, device_map=question.device_map)
+    if question.results:
+        from harness.planning.quality import measured_quality
+
+        planner.measured = measured_quality(question.results, planner.spec)
     if question.search:
         return advise_best(source, planner, workload, question.least_tok_s)
     places = question.placements or distinct(PLACEMENTS, len(machine.gpus))

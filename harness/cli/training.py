@@ -103,7 +103,9 @@ def _card_parts(spec: ModelSpec, plan: TrainingPlan, program: str) -> list[Rende
     for name, size in plan.parts.items():
         table.add_row(name, format_gib(size))
     table.add_row("peak", format_gib(plan.peak_bytes))
-    return [tables.title(said), table, Text(_sentence(plan)), tables.commands(program.rstrip("\n"))]
+    experts = memory.left_out(spec.skeleton, plan.setup)
+    notes = [Text(experts)] if experts else []
+    return [tables.title(said), table, Text(_sentence(plan)), *notes, tables.commands(program.rstrip("\n"))]
 
 
 def _sentence(plan: TrainingPlan) -> str:
@@ -141,6 +143,7 @@ def _card_json(spec: ModelSpec, plan: TrainingPlan, program: str, machine: Machi
         "high_bytes": round(plan.needed.high),
         "capacity_bytes": plan.card.capacity_bytes,
         "verdict": plan.verdict.value,
+        **({"notes": [experts]} if (experts := memory.left_out(spec.skeleton, plan.setup)) else {}),
         "code": program,
     }
 

@@ -88,6 +88,7 @@ class KvForm(Record, frozen=True, kw_only=True):
     arguments: Mapping[str, Any] = {}
     bits: int | None = None
     grouped: bool = False
+    in_pairs: bool = False  #: whether two groups are packed into one, so that an odd number of them ends in an error
     needs: tuple[str, ...] = ()  #: modules that quantize
     full_attention_only: bool = False  #: refused for sliding windows and linear attention
     in_ram: bool = False  #: kept in RAM, and brought to the GPU layer by layer
@@ -133,6 +134,7 @@ def _in_groups(name: str, package: str, module: str, *, quality_kept: float, **s
         arguments=_quantized(name.partition("-")[0], **settings),
         bits=bits,
         grouped=True,
+        in_pairs=module == "hqq" and bits == 4,  # hqq 0.2.8, core/bitpack.py, pack_4bit_u8
         needs=(module,),
         full_attention_only=True,
         temporary_bytes=4.7,

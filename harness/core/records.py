@@ -60,6 +60,7 @@ class Workload(Record, frozen=True, kw_only=True):
     new_tokens: int = 16
     batch: int = 1
     repeats: int = 5
+    images: int = 0  #: in a prompt, whose tokens are among its own; a run has none
 
     @property
     def asked(self) -> Workload:
@@ -127,8 +128,7 @@ class Tier(Record, frozen=True, kw_only=True):
     @property
     def capacity_bytes(self) -> int | None:
         """What a case may use: the least of what is free and what is allowed."""
-        known = [size for size in (self.free_bytes, self.limit_bytes) if size is not None]
-        return min(known, default=self.total_bytes)
+        return min((size for size in (self.free_bytes, self.limit_bytes) if size is not None), default=self.total_bytes)
 
 
 class Machine(Record, frozen=True, kw_only=True, dict=True):
@@ -251,6 +251,7 @@ class Plan(Record, frozen=True, kw_only=True):
     needs_checkpoint: str | None = None  #: the form that the weights would have to be stored in, where they are not
     linear_dtype: str | None = None  #: what Linear weights must be after loading, where that is not what the precision says
     expandable_segments: bool = False  #: whether torch's allocator has to use them on the GPUs
+    kept_share: float | None = None  #: the share of quality that was measured for it; None: the rule of thumb holds
 
 
 class Phase(Record, frozen=True, kw_only=True):

@@ -14,8 +14,10 @@ from harness.core.placements import PLACEMENTS, Placement
 from harness.core.precisions import Config, Precision
 from harness.core.records import USUAL_KV, Plan
 from harness.machine.accelerators import ALLOCATOR_OPTIONS, EXPANDABLE_SEGMENTS
+from harness.planning.images import lines_with_images
 
 if TYPE_CHECKING:
+    from harness.architecture.vision.image_trace import ImageTrace
     from harness.catalog.resolve import Source
 
 
@@ -194,28 +196,41 @@ def _device(tier: str) -> str | int:
     return int(tier.removeprefix("gpu:")) if tier.startswith("gpu:") else tier
 
 
-def script(head: str, one: Plan, gguf_file: str | None = None, *, gpus_differ: bool = False) -> str:
+def script(
+    head: str, one: Plan, gguf_file: str | None = None, *, gpus_differ: bool = False, image: ImageTrace | None = None
+) -> str:
     """Write a whole program for a plan: name the model, load it, ask it for the workload's tokens, print them.
 
     Needs the plan's `code`. A GGUF file has its tokenizer inside. Inputs go to the first GPU of the plan, if any, where
-    accelerate's hooks take them. CUDA numbers the GPUs as the plan does, which has to be set unless only the first of GPUs of one
-    model is used.
+    accelerate's hooks take them; where the prompt has images, each is as `image` says. CUDA numbers the GPUs as the plan does,
+    which has to be set unless only the first of GPUs of one model is used.
     """
     workload, numbers, ranks = one.case.workload, gpus(one), _ranks(one)
     device = f'"cuda:{numbers[0]}"' if numbers else '"cpu"'
-    file = f", {GGUF.argument}={_literal(gguf_file)}" if gguf_file else ""
+    device, trust = "model.device" if ranks > 1 else device, _trust(one.trusted if one.remote_code else None)
+    if image is None:
+        reader, inputs = "tokenizer", _lines_in_words(workload.batch, gguf_file, device, trust)
+    else:
+        reader, inputs = "processor", lines_with_images(image, workload, device, trust)
     lines = [
-        "from transformers import AutoTokenizer, GenerationConfig",
-        "",
-        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{file}{_trust(one.trusted if one.remote_code else None)})",
-        'inputs = tokenizer(["The capital of France is"] * '
-        f'{workload.batch}, return_tensors="pt").to({"model.device" if ranks > 1 else device})',
+        *inputs,
         greedy(one.case.kv),
         f"output = model.generate(**inputs, max_new_tokens={workload.new_tokens})",
-        "print(tokenizer.batch_decode(output, skip_special_tokens=True)[0])",
+        f"print({reader}.batch_decode(output, skip_special_tokens=True)[0])",
     ]
     program = loading_program(head, one, in_order=is_numbered(one, gpus_differ))
     return f"{program}\n" + "\n".join(_once(lines) if ranks > 1 else lines) + "\n"
+
+
+def _lines_in_words(batch: int, gguf_file: str | None, device: str, trust: str) -> list[str]:
+    """Write the lines between loading a model and `generate`: tokenizer and inputs."""
+    file = f", {GGUF.argument}={_literal(gguf_file)}" if gguf_file else ""
+    return [
+        "from transformers import AutoTokenizer, GenerationConfig",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained(MODEL{file}{trust})",
+        f'inputs = tokenizer(["The capital of France is"] * {batch}, return_tensors="pt").to({device})',
+    ]
 
 
 def is_numbered(one: Plan, gpus_differ: bool) -> bool:

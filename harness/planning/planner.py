@@ -30,6 +30,7 @@ from harness.planning.device_map.experts import blocks_of_experts, experts_map
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.recommended import RecommendedMap, Recommender
 from harness.planning.outlook import with_hint
+from harness.planning.quality import MeasuredQuality
 from harness.planning.verdict import Judge, is_windows, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
@@ -72,6 +73,7 @@ class Planner:
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
         self._other_forms: dict[str, Planner] = {}
         self._plans: dict[Case, Plan] = {}
+        self.measured = MeasuredQuality()
         self._expert_blocks = tuple(blocks_of_experts(self.spec.skeleton))
         self.footprints: dict[str, Footprint] = {}
 
@@ -101,7 +103,8 @@ class Planner:
     def plan(self, case: Case) -> Plan:
         """Plan one case; one that reads another form of checkpoint as if the model were stored so."""
         if case not in self._plans:
-            self._plans[case] = self._planned(case)
+            one, found = self._planned(case), self.measured.of(case)
+            self._plans[case] = one if found is None else msgspec.structs.replace(one, kept_share=found[0])
         return self._plans[case]
 
     def _planned(self, case: Case) -> Plan:

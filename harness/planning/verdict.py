@@ -308,6 +308,12 @@ def _kv_refusal(spec: ModelSpec, machine: Machine, case: Case, placement: Placem
     if form.grouped and any(width % GROUP for width in widths):
         what = f"{form.title} shares a scale among {GROUP} elements, and keys and values have {min(widths):,} in a token"
         return Verdict.INVALID, f"{what}: take --kv fp8 or leave it"
+    odd_groups = [width // GROUP for width in widths if case.workload.batch * width // GROUP % 2]
+    if form.in_pairs and odd_groups:
+        what = (
+            f"{form.title} packs groups of {GROUP} elements in pairs, and a token has {odd_groups[0]}: odd prompts end in an error"
+        )
+        return Verdict.INVALID, f"{what}: take --kv hqq-int8 or quanto-int4"
     return None
 
 

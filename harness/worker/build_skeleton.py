@@ -126,7 +126,7 @@ def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _without_code(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
     """Let this process grow by what no real architecture needs, so that a hostile config ends it and not the machine."""
     if sys.platform == "linux":
         import resource
@@ -364,7 +364,7 @@ def main() -> None:
     if sys.argv[1:] == ["--catalog"]:
         write_catalog()
         return
-    _limit_memory()
+    limit_memory()
     asked = json.load(sys.stdin)
     try:
         built = build_gguf_skeleton(**asked["gguf"]) if "gguf" in asked else build_skeleton(asked)

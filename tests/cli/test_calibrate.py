@@ -13,7 +13,7 @@ import pytest
 
 from harness.cli import calibrate
 from harness.cli.entry import main
-from harness.cli.plan_args import constants
+from harness.cli.plan_args import constants, earlier_results
 from harness.core.records import Case, Machine, Outcome, Result, Tier
 from harness.machine import accelerators, probe
 from harness.planning import evidence, kept_calibration
@@ -51,7 +51,7 @@ def write(directory: Path, *results: Result) -> Path:
 
 
 def factor(machine: Machine) -> float:
-    return constants(None, machine)[NAME].best / default()[NAME].best
+    return constants(earlier_results(None), machine)[NAME].best / default()[NAME].best
 
 
 def test_what_it_keeps_corrects_plans_from_then_on(here: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +71,7 @@ def test_what_it_keeps_corrects_plans_from_then_on(here: Machine, tmp_path: Path
 def test_results_that_are_kept_and_lie_in_the_directory_count_once(here: Machine, tmp_path: Path) -> None:
     results = write(tmp_path / "fitmatrix-results", ran(here, 2.0))
     assert main(["calibrate"]) == 0
-    both, kept = constants(results, here), kept_calibration.corrected((), here)
+    both, kept = constants(earlier_results(results), here), kept_calibration.corrected((), here)
     assert both == kept
     assert both.fitted[NAME].results == 1
 
@@ -79,7 +79,7 @@ def test_results_that_are_kept_and_lie_in_the_directory_count_once(here: Machine
 def test_a_second_time_adds_to_the_first(here: Machine, tmp_path: Path) -> None:
     for number in range(2):
         assert main(["calibrate", str(write(tmp_path / str(number), ran(here, 2.0, number)))]) == 0
-    assert constants(None, here).fitted[NAME].results == 2
+    assert constants(earlier_results(None), here).fitted[NAME].results == 2
 
 
 def test_a_dry_run_shows_and_keeps_nothing(here: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,14 +115,14 @@ def test_a_damaged_file_is_said_and_does_not_count(here: Machine, tmp_path: Path
     place.parent.mkdir(parents=True)
     place.write_text('{"schema": 1, "machines": [', encoding="utf-8")
     assert factor(here) == 1.0
-    note = constants(None, here).note
+    note = constants(earlier_results(None), here).note
     assert note is not None
     assert "cannot be read" in note
     assert "fitmatrix calibrate --reset removes it" in note
     assert main(["calibrate", str(write(tmp_path / "results", ran(here, 2.0)))]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["calibrate", "--reset"]) == 0
-    assert constants(None, here).note is None
+    assert constants(earlier_results(None), here).note is None
 
 
 def test_what_was_kept_for_other_constants_is_said_and_does_not_count(here: Machine) -> None:
@@ -130,17 +130,17 @@ def test_what_was_kept_for_other_constants_is_said_and_does_not_count(here: Mach
     old = msgspec.structs.replace(kept, digest="0123abcd")
     kept_calibration._write(kept_calibration._File(machines=(old,)))
     assert factor(here) == 1.0
-    assert "calibrate again" in (constants(None, here).note or "")
+    assert "calibrate again" in (constants(earlier_results(None), here).note or "")
 
 
 def test_what_was_kept_with_another_torch_counts_and_says_so(here: Machine) -> None:
     kept = kept_calibration.keep_evidence(here, evidence.observations([ran(here, 2.0)], default().digest))
     assert kept.versions["torch"] == version("torch")
-    assert "calibrate again" not in (constants(None, here).note or "")
+    assert "calibrate again" not in (constants(earlier_results(None), here).note or "")
     old = msgspec.structs.replace(kept, versions={"torch": "2.1.0"})
     kept_calibration._write(kept_calibration._File(machines=(old,)))
     assert factor(here) > 1.5
-    assert f"with torch 2.1.0 (now {version('torch')}): calibrate again" in (constants(None, here).note or "")
+    assert f"with torch 2.1.0 (now {version('torch')}): calibrate again" in (constants(earlier_results(None), here).note or "")
 
 
 @pytest.mark.parametrize(("measured", "whole"), [(0.0, 0.1), (0.1, 0.0), (-1.0, 0.1), (1e300, 1e-300)])

@@ -34,7 +34,7 @@ TIER_KEYS = {
 }  # fmt: skip
 PLAN_KEYS = {
     "case", "precision", "placement", "kv", "attention", "verdict", "why", "needs", "tiers", "load_s", "first_token_s",
-    "decode_tok_s", "bound_by", "device_map", "max_memory", "max_context_tokens", "code",
+    "decode_tok_s", "bound_by", "quality_kept", "quality_from", "device_map", "max_memory", "max_context_tokens", "code",
 }  # fmt: skip
 
 Said = Callable[..., tuple[int, str, str]]

@@ -117,6 +117,14 @@ def test_a_wrong_request_is_one_sentence_and_exit_status_2(say: Said, arguments:
     assert err.count("\n") == 1
 
 
+def test_a_plan_says_that_routed_experts_get_no_adapters(say: Said, tmp_path: Path) -> None:
+    small_models.save("qwen3_moe", tmp_path / "small")
+    asked = (str(tmp_path / "small"), "--training", "qlora", "--sequence-length", "64", "--gpu", "24GiB")
+    _, out, _ = say(*asked)
+    assert "Routed experts get no adapters and stay in 16 bits: they are stacked" in " ".join(out.split())
+    assert found(say, *asked)[1]["notes"][0].startswith("Routed experts get no adapters")
+
+
 def test_one_card_has_a_table_a_sentence_and_a_program(say: Said, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small_models.save("llama", small)

@@ -20,7 +20,7 @@ from tests.support.builders import machine, result
 
 RECORDS = [each for each in vars(records).values() if isinstance(each, type) and issubclass(each, Record) and each is not Record]
 # Numbers that count things have no unit; max_memory is what transformers calls it, corrections are ratios.
-NO_UNIT = {"prompt_tokens", "new_tokens", "batch", "repeats", "cores", "schema", "max_memory", "corrections"} | {
+NO_UNIT = {"prompt_tokens", "new_tokens", "images", "batch", "repeats", "cores", "schema", "max_memory", "corrections"} | {
     "cpus",
     "cpu_throttles",
 }

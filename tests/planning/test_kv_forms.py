@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from harness.architecture.model_spec import ModelSpec, read_spec
 from harness.catalog import resolve
-from harness.core.attention import ATTENTIONS, KV_FORMS
+from harness.core.attention import ATTENTIONS, KV_FORMS, KvForm
 from harness.core.records import Case, Machine, Plan, Tier, Verdict, Workload
 from harness.machine.gpus import profile
 from harness.planning.planner import Planner
@@ -121,6 +121,11 @@ def test_eager_attention_holds_all_scores() -> None:
     ("how", "verdict", "told"),
     [
         ({"kv": "fp8", "name": "gemma-2-9b-it"}, Verdict.INVALID, "a sliding window of 4,096 tokens: drop --kv fp8"),
+        (
+            {"kv": "hqq-int4", "name": "smollm2-135m"},
+            Verdict.INVALID,
+            "a token has 3: odd prompts end in an error: take --kv hqq-int8",
+        ),
         ({"kv": "offloaded", "placement": "cpu"}, Verdict.INVALID, "lies in RAM already"),
         ({"attention": "flash_attention_2", "card": "T4"}, Verdict.UNAVAILABLE, "needs compute capability 8.0, and"),
         ({"attention": "flash_attention_3"}, Verdict.UNAVAILABLE, "needs compute capability 9.0"),
@@ -135,6 +140,21 @@ def test_what_cannot_be_is_one_sentence(how: dict[str, Any], verdict: Verdict, t
     assert one.verdict is verdict
     assert told in str(one.why)
     assert one.code is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, as hqq calls it
+@pytest.mark.parametrize("form", [form for form in KV_FORMS.values() if "hqq" in form.needs], ids=lambda form: form.name)
+def test_an_odd_number_of_groups_is_refused_exactly_where_hqq_fails(form: KvForm) -> None:
+    quantize = pytest.importorskip("hqq.core.quantize").Quantizer.quantize
+    heads = read_spec(resolve.resolve("smollm2-135m")).skeleton.attention[0].heads
+    for batch in (1, 2):
+        keys, works = torch.randn(batch, heads, 7, 64, dtype=torch.bfloat16), True
+        try:
+            quantize(keys, nbits=form.bits, axis=1, device="cpu", compute_dtype=torch.bfloat16, group_size=64)
+        except RuntimeError:
+            works = False
+        one = on_card("smollm2-135m", kv=form.name, workload=Workload(batch=batch))
+        assert one.verdict.is_good == works
 
 
 def test_every_row_of_attention_is_one_of_the_library_or_its_default() -> None:

@@ -20,10 +20,11 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, TierEstimate, Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
-from harness.planning import calibration, load_order
+from harness.planning import calibration
 from harness.planning.cost.estimate import weight_format
 from harness.planning.cost.inventory import Inventory
-from harness.planning.load_order import on_card, sort_key, stored_name
+from harness.planning.loading import order
+from harness.planning.loading.order import on_card, sort_key, stored_name
 from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker.trace.ledger import GRAIN
@@ -152,11 +153,11 @@ def test_experts_in_mxfp4_are_unpacked_beside_their_stack(tmp_path: Path, expert
     folder = hollow.write(tmp_path / "m", {"model_type": "gpt_oss", **sizes, "quantization_config": {"quant_method": "mxfp4"}})
     rows = 4 * 1024 * 512 // 32  # of four experts
     own = mxfp4._convert_moe_packed_tensors
-    assert signature(own).parameters["rows_per_chunk"].default == load_order._MX_ROWS
+    assert signature(own).parameters["rows_per_chunk"].default == order._MX_ROWS
     monkeypatch.setattr(
         mxfp4, "_convert_moe_packed_tensors", lambda *given, **named: own(*given, **named | {"rows_per_chunk": rows})
     )
-    monkeypatch.setattr(load_order, "_MX_ROWS", rows)
+    monkeypatch.setattr(order, "_MX_ROWS", rows)
     (found,) = trace_load(folder, "bf16", {"": 0}, Cards(capability="9.0"), ahead=True)
     assert over(planned(folder, "bf16")["gpu:0"]) == pytest.approx(found.over_bytes, abs=rounding(folder))
     assert found.over_bytes > 10 * rounding(folder)

@@ -10,7 +10,7 @@ from harness.catalog.resolve import resolve
 from harness.core.records import Case, Machine, Plan, Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
-from harness.planning import loading
+from harness.planning.loading import seconds
 from harness.planning.planner import Planner
 
 MACHINE = profile(["RTX 3060"], ram=32 * GIB)
@@ -29,7 +29,7 @@ def test_the_phases_are_the_load(precision: str, placement: str) -> None:
     planner, one = planned("qwen2.5-0.5b-instruct", precision, placement)
     if one.estimate is None:
         pytest.skip(str(one.why))
-    time = loading.timed(planner, one)
+    time = seconds.timed(planner, one)
     assert time is not None
     assert time.warm_s is not None
     assert sum(time.by_phase.values()) == pytest.approx(time.warm_s.best)
@@ -42,7 +42,7 @@ def test_the_phases_are_the_load(precision: str, placement: str) -> None:
 
 def test_files_larger_than_the_ram_are_never_in_it() -> None:
     planner, one = planned("meta-llama-3-70b-instruct", "bf16", "disk")
-    time = loading.timed(planner, one)
+    time = seconds.timed(planner, one)
     assert time is not None
     assert time.warm_s is None
     assert time.cold_s.best > time.read_s.best > 0
@@ -50,7 +50,7 @@ def test_files_larger_than_the_ram_are_never_in_it() -> None:
 
 def test_what_is_mapped_is_not_read_while_loading() -> None:
     planner, one = planned("qwen2.5-0.5b-instruct", "bf16", "cpu")
-    time = loading.timed(planner, one)
+    time = seconds.timed(planner, one)
     assert time is not None
     assert time.read_s.high == 0
     assert "cast" not in time.by_phase
@@ -69,14 +69,14 @@ def test_a_slow_load_is_told_what_would_make_it_faster(precision: str, placement
     speed = 1.5e8 if "reading" in advice else 2e10
     tiers = tuple(structs.replace(tier, bytes_per_s=speed) if tier.kind == "disk" else tier for tier in MACHINE.tiers)
     planner, one = planned("llama-3.2-3b-instruct", precision, placement, structs.replace(MACHINE, tiers=tiers))
-    assert advice in (loading.advice(planner, one) or "")
+    assert advice in (seconds.speed_up(planner, one) or "")
 
 
 def test_a_fast_load_is_left_alone() -> None:
     planner, one = planned("qwen2.5-0.5b-instruct", "bf16", "direct")
-    assert loading.advice(planner, one) is None
+    assert seconds.speed_up(planner, one) is None
 
 
 def test_what_cannot_be_loaded_has_no_phases() -> None:
     planner, one = planned("qwen2.5-0.5b-instruct", "fp8", "cpu")
-    assert loading.timed(planner, one) is None or one.estimate is not None
+    assert seconds.timed(planner, one) is None or one.estimate is not None

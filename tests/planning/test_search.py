@@ -13,8 +13,9 @@ from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Plan, Verdict, Workload
 from harness.machine.gpus import profile
-from harness.planning.choice.search import Searched, quality_kept, search
+from harness.planning.choice.search import Searched, search
 from harness.planning.planner import Planner
+from harness.planning.quality import quality_kept
 from tests.support.every_way import PAIRS as EVERY_PAIR
 from tests.support.every_way import Pair, held
 
@@ -60,7 +61,7 @@ def test_nothing_that_exists_is_more_than_a_little_better(model: str, cards: tup
         context = planner.max_context(one) or 0
         assert any(
             speed(way) >= 0.95 * speed(one)
-            and quality_kept(way.case) >= quality_kept(one.case)
+            and quality_kept(way) >= quality_kept(one)
             and found.contexts[way.case.id] >= 0.9 * context
             for way in ways
         ), one.case.id
@@ -73,7 +74,7 @@ def test_each_way_is_better_than_any_other_in_something(model: str, cards: tuple
     for one, other in itertools.permutations(ways, 2):
         assert (
             speed(one) > speed(other)
-            or quality_kept(one.case) > quality_kept(other.case)
+            or quality_kept(one) > quality_kept(other)
             or found.contexts[one.case.id] > found.contexts[other.case.id]
         )
 

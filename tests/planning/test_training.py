@@ -108,22 +108,51 @@ def test_a_card_is_as_large_as_it_is(spec: ModelSpec) -> None:
     assert verdict(None) is Verdict.UNKNOWN
 
 
+def trained_by_its_program(folder: Path, setup: TrainingSetup, here: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the program of a setup for one step on the processor, in a directory of its own; return its names."""
+    program = code.training_program(f'MODEL = "{folder}"\n\n', setup, "bfloat16", "AutoModelForCausalLM", 0)
+    for card, other in (('{"": 0}', '{"": "cpu"}'), ("bf16=True", "bf16=True, use_cpu=True, max_steps=1, report_to=[]")):
+        assert program.count(card) == 1
+        program = program.replace(card, other)
+    monkeypatch.chdir(here)
+    (here / "train.txt").write_text("and so on " * 20, encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    return names
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # peft and Trainer call it
-@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=WITHOUT)])
+@pytest.mark.parametrize("method", ["full", *(pytest.param(method, marks=WITHOUT) for method in ("lora", "qlora"))])
 def test_the_printed_program_trains(
     spec: ModelSpec, folder: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = memory.settled(spec, CARD, setup_of(method, checkpointing=True))
-    program = code.training_program(f'MODEL = "{folder}"\n\n', setup, "bfloat16", spec.skeleton.auto_class, 0)
-    for card, here in (('{"": 0}', '{"": "cpu"}'), ("bf16=True", "bf16=True, use_cpu=True, max_steps=1, report_to=[]")):
-        assert program.count(card) == 1
-        program = program.replace(card, here)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.txt").write_text("and so on " * 20, encoding="utf-8")
-    names: dict[str, Any] = {}
-    exec(program, names)
+    names = trained_by_its_program(folder, setup, tmp_path, monkeypatch)
     assert names["trainer"].state.global_step == 1
     assert list((tmp_path / "trained").glob("*.safetensors"))
+    packed = [module for module in names["model"].modules() if type(module).__name__ == "Linear4bit"]
+    assert bool(packed) == (method == "qlora")
+    assert memory.left_out(spec.skeleton, setup) is None
+
+
+@WITHOUT
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_routed_experts_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence of the plan against what peft and bitsandbytes really do with stacked experts."""
+    made = tmp_path / "experts"
+    skeleton = small_models.save("qwen3_moe", made)
+    small_models.write_letters(made, skeleton.vocab_size)
+    setup = memory.settled(model_spec.read_spec(resolve.resolve(str(made))), CARD, setup_of("qlora"))
+    assert memory.left_out(skeleton, setup) == (
+        "Routed experts get no adapters and stay in 16 bits: they are stacked parameters, and peft stands beside Linears."
+    )
+    assert "16 bits" not in str(memory.left_out(skeleton, replace(setup, method="lora")))
+    assert memory.left_out(skeleton, replace(setup, method="full")) is None
+    model = trained_by_its_program(made, setup, tmp_path, monkeypatch)["model"]
+    experts = {name: one for name, one in model.named_parameters() if ".experts." in name}
+    assert experts
+    assert not [name for name in experts if "lora" in name]
+    assert {(str(one.dtype), one.requires_grad) for one in experts.values()} == {("torch.bfloat16", False)}
 
 
 def test_the_largest_card_is_taken() -> None:

@@ -14,10 +14,10 @@ from harness.core.precisions import PRECISIONS, defaults
 from harness.core.records import Case, Plan, Verdict, Workload
 from harness.machine.gpus import profile
 from harness.planning.choice.recommend import advise_best, advise_usual, worth
-from harness.planning.choice.search import quality_kept
 from harness.planning.device_map.experts import experts_of
 from harness.planning.device_map.infer import Device
 from harness.planning.planner import Planner
+from harness.planning.quality import quality_kept
 
 GIB = 1 << 30
 
@@ -180,7 +180,7 @@ def held(pair: Pair) -> Held:
     searched = advise_best(source, planner, pair.workload).best
     every = [one for one, _ in every_way(pair)]
     good = [one for one in every if one.verdict is Verdict.FITS] or [one for one in every if one.verdict.is_good]
-    kept = [one for one in good if searched and quality_kept(one.case) >= quality_kept(searched.case)]
+    kept = [one for one in good if searched and quality_kept(one) >= quality_kept(searched)]
     return Held(
         pair=pair,
         searched=searched,

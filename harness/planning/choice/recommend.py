@@ -14,9 +14,10 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict, Workload
 from harness.core.units import significant
 from harness.planning.choice.nearest import nearest_way
-from harness.planning.choice.search import SPEED_ALIKE, best_way, quality_kept, search
+from harness.planning.choice.search import SPEED_ALIKE, best_way, search
 from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
+from harness.planning.quality import quality_kept
 
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
@@ -79,7 +80,7 @@ def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
         for one in fitting
         if one.estimate is not None
         and PRECISIONS[one.case.precision].bits < row.bits
-        and PRECISIONS[one.case.precision].quality_kept >= row.quality_kept
+        and quality_kept(one) >= quality_kept(best)
         and one.case.placement == best.case.placement
         and (_speed(one) >= (1 - SPEED_ALIKE) * _speed(best) or _keeps_more_in_doubt(one, best))
     ]
@@ -88,8 +89,7 @@ def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
 
 def _keeps_more_in_doubt(one: Plan, other: Plan) -> bool:
     assert other.estimate is not None
-    keeps_more = PRECISIONS[one.case.precision].quality_kept > PRECISIONS[other.case.precision].quality_kept
-    return keeps_more and _speed(one) >= other.estimate.decode_tok_s.low
+    return quality_kept(one) > quality_kept(other) and _speed(one) >= other.estimate.decode_tok_s.low
 
 
 def _usual_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
@@ -99,7 +99,7 @@ def _usual_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
         for one in fitting
         if PRECISIONS[one.case.precision].default
         and (one.case.placement, one.case.kv, one.case.attention) == (best.case.placement, best.case.kv, best.case.attention)
-        and quality_kept(one.case) == quality_kept(best.case)
+        and quality_kept(one) == quality_kept(best)
         and _speed(one) >= (1 - SPEED_ALIKE) * _speed(best)
     ]
     return best if PRECISIONS[best.case.precision].default else max(alike, key=worth, default=best)
@@ -120,6 +120,11 @@ class Recommendation(Record, frozen=True, kw_only=True):
     @property
     def spec(self) -> ModelSpec:
         return self.planner.spec
+
+    @property
+    def workload(self) -> Workload:
+        """What the plans are for: what was asked for, with the tokens of its images."""
+        return self.plans[0].case.workload
 
     @property
     def longest(self) -> Mapping[str, int]:
@@ -217,7 +222,7 @@ def worth(one: Plan) -> tuple[float, int]:
     """Weigh speed with quality, then the plainness of the call; of plans with figures alone."""
     assert one.estimate is not None
     speed = one.estimate.decode_tok_s.best
-    return round(quality_kept(one.case) * speed / (speed + _HALF_TOK_S), 4), -_order(one)
+    return round(quality_kept(one) * speed / (speed + _HALF_TOK_S), 4), -_order(one)
 
 
 def _order(one: Plan) -> int:
@@ -237,9 +242,7 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     if best.verdict is Verdict.TIGHT:
         return "nothing fits with room to spare; this comes closest"
     bits = min(PRECISIONS[best.case.precision].bits, 16)
-    wider = [
-        one for one in fitting if PRECISIONS[one.case.precision].bits > bits and quality_kept(one.case) > quality_kept(best.case)
-    ]
+    wider = [one for one in fitting if PRECISIONS[one.case.precision].bits > bits and quality_kept(one) > quality_kept(best)]
     if not wider or bits == 16:
         return "highest quality that fits, and the fastest at that quality"
     rival = max(wider, key=worth)

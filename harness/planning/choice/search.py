@@ -17,6 +17,7 @@ from harness.core.records import USUAL_KV, Case, Plan, Verdict, Workload
 from harness.core.units import significant
 from harness.planning.device_map.experts import experts_of
 from harness.planning.planner import Planner
+from harness.planning.quality import quality_kept
 
 # Speeds and contexts that are nearer to each other than this are alike: then the plainer way stays.
 SPEED_ALIKE, _CONTEXT_ALIKE = 0.05, 0.1
@@ -43,11 +44,6 @@ class _Way(NamedTuple):
 
     def is_no_worse(self, other: _Way) -> bool:
         return self.quality >= other.quality and self.speed >= other.speed and self.context >= other.context
-
-
-def quality_kept(case: Case) -> float:
-    """Return the share of the answers that stay right, by the rules of thumb of the tables."""
-    return PRECISIONS[case.precision].quality_kept * KV_FORMS[case.kv].quality_kept
 
 
 def best_way(planner: Planner, workload: Workload, choose: Callable[[Sequence[Plan]], Plan | None]) -> Plan | None:
@@ -120,7 +116,7 @@ def _precisions(planner: Planner) -> list[str]:
 def _leading(planner: Planner, usual: Sequence[Plan]) -> list[Plan]:
     """Return the plans that less memory for the cache could make a way, or a longer one: those that no other is as good as."""
     planned = [one for one in usual if one.estimate is not None]
-    planned.sort(key=lambda one: (-quality_kept(one.case), -_speed(one), _RANKS.index(one.verdict) if one.verdict in _RANKS else 9))
+    planned.sort(key=lambda one: (-quality_kept(one), -_speed(one), _RANKS.index(one.verdict) if one.verdict in _RANKS else 9))
     leading: list[Plan] = []
     for one in planned:
         if not any(_is_as_good(other, one) for other in leading):
@@ -157,7 +153,7 @@ def _is_as_good(one: Plan, other: Plan) -> bool:
     assert other.estimate is not None
     theirs = other.estimate.tiers
     return (
-        quality_kept(one.case) >= quality_kept(other.case)
+        quality_kept(one) >= quality_kept(other)
         and _speed(one) >= _speed(other)
         and (one.verdict.is_good or not other.verdict.is_good)
         and all(name in theirs and tier.needed_bytes <= theirs[name].needed_bytes for name, tier in one.estimate.tiers.items())
@@ -181,11 +177,11 @@ def _front(planner: Planner, plans: Sequence[Plan], best: Plan | None) -> list[_
     those alone that are not beaten by a way as good in all else.
     """
     order = sorted(
-        plans, key=lambda one: (one is not best, one.verdict is not Verdict.FITS, _plainness(one.case), -quality_kept(one.case))
+        plans, key=lambda one: (one is not best, one.verdict is not Verdict.FITS, _plainness(one.case), -quality_kept(one))
     )
     front: list[_Way] = []
     for one in order:
-        speed, quality = _speed(one), quality_kept(one.case)
+        speed, quality = _speed(one), quality_kept(one)
         beaten = [way.context for way in front if way.quality >= quality and way.speed >= speed * (1 - SPEED_ALIKE)]
         if beaten and not planner.holds(one, int(max(beaten) / (1 - _CONTEXT_ALIKE)) + 1):
             continue

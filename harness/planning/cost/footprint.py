@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from harness.core.attention import KV_FORMS, KvForm
 from harness.core.records import USUAL_KV, Record, Workload
-from harness.planning import load_order
 from harness.planning.calibration import Bytes, Calibration
 from harness.planning.cost import memory, tensor_parallel
 from harness.planning.cost.activations import Activations
@@ -18,6 +17,7 @@ from harness.planning.cost.fragmentation import fragmentation
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.inventory import Inventory, TensorTotals, experts_apart
 from harness.planning.cost.overhead import Overhead
+from harness.planning.loading import order
 
 # The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
 PAGE_BYTES = 1 << 20
@@ -183,7 +183,7 @@ class Footprint:
 
     def _on_gpu(self, name: str) -> TierTerms:
         constant, kv = self.calibration, self.kv.get(name, 0)
-        runs = _activations(self, self.on_gpu)
+        runs = _activations(self, self.on_gpu, name)
         brought = self._brought(("cpu", "disk")) if name == self.main else 0
         expandable = self.loading.expandable
         gaps = self.on_gpu.gaps(expandable=expandable)
@@ -217,7 +217,7 @@ class Footprint:
         if self.loading.experts_in_ram:  # beside them a block has nothing that is made of parts
             pieces = [piece.path for piece in self.skeleton.pieces if piece.path not in self.loading.experts_in_ram]
         one_by_one = self.fmt.quantizer is not None or "disk" in self.weights
-        found = load_order.on_card(inventory.load_runs, pieces, one_by_one)
+        found = order.on_card(inventory.load_runs, pieces, one_by_one)
         share, compared = 1 / self.processes, self.sums[name].twice / self.fmt.element_bytes  # at the end, a bool each
         return Bytes(**{end: max(getattr(found, end) * share, compared) for end in ("low", "best", "high")})
 
@@ -232,7 +232,7 @@ class Footprint:
         file, beyond = (here.made_from, elsewhere + again) if elsewhere else (here.made_from + again, 0.0)
         on_cpu = self.inventory.on_cpu(self.loading.attention)
         runs = on_cpu.prefill_moments(self.workload)["experts"] if self.loading.experts_in_ram else 0
-        runs += 0 if self.gpus else _activations(self, on_cpu) * self.processes
+        runs += 0 if self.gpus else _activations(self, on_cpu, "cpu") * self.processes
         brought = self._brought(("disk",)) if self._copies_brought or not self.gpus else 0
         passing = self.inventory.total.made - here.made if self.loading.through_ram else 0
         if self._reads_files:
@@ -309,12 +309,22 @@ class Footprint:
         return (self.workload.prompt_tokens + self.workload.new_tokens) * PAGE_BYTES
 
 
-def _activations(of: Footprint, computed: GpuActivations | Activations) -> int:
-    """Return the most that computing holds beside weights and the KV cache as it is kept at the end."""
-    if not of.kv_form.is_quantized:
+def _activations(of: Footprint, computed: GpuActivations | Activations, tier: str) -> int:
+    """Return the most that computing on a tier holds beside weights and the KV cache as it is kept at the end.
+
+    Images are looked at before the first token is cached, on the device that begins; pixels stay until the end, and what the
+    tower made of them while the prompt is read.
+    """
+    images, element = of.workload.images * of.workload.batch if tier == of.main else 0, of.fmt.element_bytes
+    if not of.kv_form.is_quantized and not images:
         return computed.bytes(of.workload)
-    beside = memory.kv_beside(of.skeleton, of.workload, of.fmt.element_bytes, of.kv_form)
-    return max(*(held + more for held, more in zip(computed.phases(of.workload), beside, strict=True)), 0)
+    beside = memory.kv_beside(of.skeleton, of.workload, element, of.kv_form)
+    prefill, decode = (held + more for held, more in zip(computed.phases(of.workload), beside, strict=True))
+    image = of.spec.image
+    if image is None or not images:
+        return max(prefill, decode, 0)
+    looking = image.peak_bytes(images, element) - of.kv.get(tier, 0)
+    return max(looking, prefill + image.kept_bytes(images, element), decode + images * image.pixels_bytes * element // 2, 0)
 
 
 def _gpus(count: int) -> list[str]:

@@ -18,7 +18,7 @@ from harness.planning.cost.activations import Activations, with_attention
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.load_order import LoadRun, LoadStep, conversion_of, copies, load_rows, runs_of, unpacked_mxfp4
+from harness.planning.loading.order import LoadRun, LoadStep, conversion_of, copies, load_rows, runs_of, unpacked_mxfp4
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")

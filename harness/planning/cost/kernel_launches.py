@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harness.architecture.skeleton import Block, Skeleton
+from harness.architecture.skeleton import Block, Skeleton, reads_text
 from harness.core.records import Record
 from harness.planning.cost.memory import PLAIN_GELU
 
@@ -80,7 +80,7 @@ def _is_norm(block: Block) -> bool:
 
 
 def _occurrences(skeleton: Skeleton) -> Iterator[tuple[Block, float]]:
-    """Say how often a token passes each block: of experts that are modules of their own, those chosen alone."""
+    """Say how often a token passes each block: of experts that are modules of their own, those chosen alone; none that sees."""
     times = [0.0] * len(skeleton.blocks)
     times[-1] = 1.0
     chosen = skeleton.experts_per_token / skeleton.experts if skeleton.experts else 1.0
@@ -88,5 +88,11 @@ def _occurrences(skeleton: Skeleton) -> Iterator[tuple[Block, float]]:
         block = skeleton.blocks[index]
         yield block, times[index]
         for child in block.children:
-            share = chosen if child.name == "experts" and not skeleton.blocks[child.block].tensors else 1.0
+            share = (
+                0.0
+                if not reads_text(child.name)
+                else chosen
+                if child.name == "experts" and not skeleton.blocks[child.block].tensors
+                else 1.0
+            )
             times[child.block] += times[index] * child.count * share

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from msgspec.structs import replace
 
-from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked
+from harness.architecture.skeleton import Attention, Block, Module, ParameterSpec, Skeleton, Weight, is_stacked, reads_text
 from harness.core.attention import KV_FORMS, KvForm
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.families import FAMILIES
@@ -157,7 +157,7 @@ def kv_beside(skeleton: Skeleton, workload: Workload, element_bytes: int, form: 
 
 
 def read_per_token(skeleton: Skeleton, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Return the bytes by path that one token reads: not the rows of an embedding, and of experts only those chosen.
+    """Return the bytes by path that one token reads: not the rows of an embedding, nor what sees; of experts those chosen.
 
     Like `sizes`, of the tensors in the first piece of each kind.
     """
@@ -171,6 +171,9 @@ def _read(skeleton: Skeleton, sizes: Mapping[str, int]) -> Iterator[tuple[str, f
         embedding = "Embedding" in module.block.class_name and "Rotary" not in module.block.class_name
         for weight in module.weights:
             if embedding and weight.path not in shared:
+                continue
+            if not reads_text(weight.path):
+                yield weight.path, 0.0
                 continue
             stacked = skeleton.experts and len(weight.tensor.shape) == 3
             among = ".experts." in f".{weight.path}."

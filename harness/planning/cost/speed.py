@@ -105,7 +105,7 @@ class _Timing:
     def first_token(self) -> float:
         """Bring what is still on the disk, compute the prompt, and one pass over the weights."""
         tokens = self.workload.batch * self.workload.prompt_tokens
-        flops = 2.0 * self.work.parameters * tokens + self.work.scored
+        flops = 2.0 * self.work.parameters * tokens + self.work.scored + self.work.seen
         computed = self.rates.cost("first_token_s") + flops / self.rates.flops() + self._packed_anew()
         return computed + self.token(first=not self.work.written) + self.rates.from_disk(self._unread())
 

@@ -28,6 +28,7 @@ class TokenWork(Record, frozen=True, kw_only=True):
     stored: str | None = None  #: names the constant of what a GPU starts for a Linear whose weights are stored packed
     attended: float = 0.0  #: bytes of keys and values that a token attends to, once for each head that asks
     scored: float = 0.0  #: operations of attention among the tokens of the prompt
+    seen: float = 0.0  #: operations of the vision tower on the images of the prompt
     parameters: int  #: that a token is multiplied with
     tensors: int  #: to open while loading
     checkpoint_bytes: int  #: to read from the disk
@@ -66,6 +67,7 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         stored=_stored(footprint.fmt),
         attended=footprint.fmt.element_bytes * work.batch * _asked(footprint.skeleton, work.cached_tokens),
         scored=2.0 * work.batch * work.prompt_tokens * _asked(footprint.skeleton, work.prompt_tokens / 2),  # each sees half
+        seen=work.images * work.batch * footprint.spec.image.flops if footprint.spec.image else 0.0,
         parameters=inventory.parameters,
         tensors=inventory.tensors,
         checkpoint_bytes=footprint.spec.checkpoint_bytes,

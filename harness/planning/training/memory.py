@@ -149,6 +149,14 @@ def linear_names(skeleton: Skeleton) -> tuple[str, ...]:
     return tuple(name for name in names if not (stacked and name in OF_EXPERTS))
 
 
+def left_out(skeleton: Skeleton, setup: TrainingSetup) -> str | None:
+    """Say what of a model gets no adapters though all Linears do: routed experts that are stacked parameters; None if nothing."""
+    if setup.method == "full" or not any(is_stacked(weight) for weight, _ in skeleton.tally):
+        return None
+    packed = " and stay in 16 bits" if setup.method == "qlora" else ""
+    return f"Routed experts get no adapters{packed}: they are stacked parameters, and peft stands beside Linears."
+
+
 def traced_step(spec: ModelSpec, setup: TrainingSetup, card: Tier) -> TracedStep:
     """Return what a step holds, as it was traced once, else have a worker trace it (seconds) and keep it.
 

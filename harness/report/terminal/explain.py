@@ -9,9 +9,10 @@ from rich.table import Table
 
 from harness.core.records import Estimate, Plan, Span
 from harness.core.units import format_gib, format_share, format_size, significant
-from harness.planning import loading
 from harness.planning.choice.recommend import Recommendation
 from harness.planning.cost.speed import LoadTime
+from harness.planning.images import explained
+from harness.planning.loading import seconds
 from harness.report.terminal import tables
 from harness.report.terminal.subject import word
 
@@ -41,17 +42,24 @@ def explain_plan(recommendation: Recommendation, *, whole: bool = False) -> None
     """
     one = recommendation.plans[0]
     verdict = tables.title(f"{one.case.id}: {word(one)}" + ("" if one.why is None else f": {one.why}"))
-    notes = [tables.said(note) for note in recommendation.planner.notes(one)]
+    notes = [tables.said(note) for note in (*_of_images(recommendation, one), *recommendation.planner.notes(one))]
     if one.estimate is None:
         tables.show(verdict, *notes)
         return
     alive = _largest(recommendation, one, None if whole else 1)
-    load = loading.timed(recommendation.planner, one)
+    load = seconds.timed(recommendation.planner, one)
     figures = Group(verdict, _terms(one.estimate, whole), tables.facts(_seconds(one.estimate, load)), *alive)
-    if (slow := loading.advice(recommendation.planner, one)) is not None:
+    if (slow := seconds.speed_up(recommendation.planner, one)) is not None:
         notes.append(tables.said(f"{slow}."))
     rest = [] if whole else [tables.said("All terms and constants, and where each comes from: add --all.")]
     tables.show(figures, *notes, Group(_constants(recommendation, one, whole), *rest))
+
+
+def _of_images(recommendation: Recommendation, one: Plan) -> Iterator[str]:
+    """Yield what the images of the prompt take."""
+    image, footprint = recommendation.spec.image, recommendation.planner.footprints.get(one.case.id)
+    if image is not None and footprint is not None:
+        yield explained(image, one.case.workload, footprint.fmt.element_bytes)
 
 
 def _terms(expected: Estimate, whole: bool) -> Table:

@@ -18,7 +18,6 @@ class Asked(NamedTuple):
     """What was asked, as far as what is printed depends on it."""
 
     machine: Machine
-    workload: Workload
     options: str = ""  #: as they were typed, each with a blank before it, less those that choose cases and what is printed
     cases: str = ""  #: those that choose cases
     code: str = ""  #: those that the code depends on, and that a run takes as well
@@ -36,8 +35,8 @@ def plan_command(recommendation: Recommendation, asked: Asked, *, more: str) -> 
 
 
 def proof_command(recommendation: Recommendation, one: Plan, asked: Asked) -> str:
-    """Return the command that measures what was planned, on the machine where it is given."""
-    workload = asked.workload
+    """Return the command that measures what was planned, on the machine where it is given; images as so many tokens of text."""
+    workload = one.case.workload
     tokens = "".join(
         f" --{key.replace('_', '-')} {getattr(workload, key)}"
         for key in ("prompt_tokens", "new_tokens", "batch")

@@ -11,7 +11,7 @@ from rich.text import Text
 from harness.core.records import Estimate, Machine, Plan, Span, Tier, TierEstimate, Verdict
 from harness.core.units import format_gib, format_seconds, significant
 from harness.planning.choice.recommend import Recommendation
-from harness.planning.choice.search import quality_kept
+from harness.planning.quality import quality_kept
 from harness.report.terminal import tables
 from harness.report.terminal.subject import word
 from harness.report.terminal.ways import Way, ways
@@ -130,7 +130,7 @@ def _cells(one: Plan, machine: Machine, layout: _Layout) -> list[str]:
     works = one.verdict.is_good
     ready = [format_seconds(one.estimate.load_s.best + one.estimate.first_token_s.best) if works else ""] * layout.ready
     longest = layout.contexts.get(one.case.id)
-    compared = [f"{quality_kept(one.case):.1%}"] * layout.quality
+    compared = [f"{quality_kept(one):.1%}"] * layout.quality
     compared += [f"{longest:,}" if longest is not None else ""] if layout.contexts else []
     return [word(one), *amounts, *ready, layout.rate(one.estimate.decode_tok_s) if works else "", *compared]
 

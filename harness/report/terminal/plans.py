@@ -9,13 +9,16 @@ from rich.console import RenderableType
 from harness.catalog.resolve import history
 from harness.core.records import Plan, Verdict
 from harness.planning.choice.recommend import Recommendation
+from harness.planning.images import of_images
+from harness.planning.quality import ON_MODEL, ON_SIMILAR
 from harness.report.terminal import plan_table, tables
 from harness.report.terminal.answer import answer, code_or_command, main_reason
 from harness.report.terminal.next_steps import Asked, code_command, plan_command, proof_command
 from harness.report.terminal.subject import assumed, by_formulas, machine_line, model_line, taken_for_granted
 
 _SHORT = 4
-_QUALITY = "Quality is the share of the answers that stay right, by rule of thumb; context is the most tokens that fit."
+_BY_RULE = "Quality is the share of the answers that stay right, by rule of thumb; context is the most tokens that fit."
+_WHERE = {ON_MODEL: "on this model", ON_SIMILAR: "on similar models"}
 
 
 def show_plans(recommendations: Sequence[Recommendation], asked: Asked) -> None:
@@ -34,7 +37,7 @@ def show_plans(recommendations: Sequence[Recommendation], asked: Asked) -> None:
 def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableType]:
     best, spec = recommendation.best, recommendation.spec
     yield answer(recommendation, asked)
-    yield tables.said(f"{model_line(spec)}\n{machine_line(asked.machine)}\n{_tokens(recommendation, asked)}")
+    yield tables.said(f"{model_line(spec)}\n{machine_line(asked.machine)}\n{_tokens(recommendation)}")
     drawn = plan_table.of_front if recommendation.contexts else plan_table.of_cases if asked.all else plan_table.of_ways
     table, lacks = drawn(recommendation, asked.machine)
     if table.row_count:
@@ -43,7 +46,7 @@ def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableT
         "\n".join(_reasons(recommendation, recommendation.plans if asked.all else _unshown(recommendation))),
         best.why if best else None,
         f"{best.case.way}: {best.estimate.bound_by}." if best and best.estimate else "",
-        _QUALITY if recommendation.contexts else "",
+        _quality(recommendation),
         history(spec.name) if best else "",
         *recommendation.notes,
         by_formulas(recommendation),
@@ -54,13 +57,28 @@ def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableT
         yield tables.commands(_steps(recommendation, best, asked))
 
 
-def _tokens(recommendation: Recommendation, asked: Asked) -> str:
+def _quality(recommendation: Recommendation) -> str:
+    """Say where the quality of the ways comes from: of a search always, else where some was measured."""
+    measured, ways = recommendation.planner.measured, dict[str, dict[str, None]]()
+    for one in recommendation.plans:
+        found = measured.of(one.case) if one.verdict.is_good else None
+        if found is not None:
+            ways.setdefault(found[1], {})[one.case.precision] = None
+    if not ways:
+        return _BY_RULE if recommendation.contexts else ""
+    said = "; ".join(f"{', '.join(names)} measured {_WHERE[where]}" for where, names in ways.items())
+    context = "; context is the most tokens that fit" if recommendation.contexts else ""
+    return f"Quality is the share of the next tokens that stay as in 16 bits: {said}, others by rule of thumb{context}."
+
+
+def _tokens(recommendation: Recommendation) -> str:
     """Say for how many tokens the estimates are, and how many would fit."""
-    workload, best = asked.workload, recommendation.best
+    workload, best, image = recommendation.workload, recommendation.best, recommendation.spec.image
     most = recommendation.planner.max_context(best) if best else None
     batch = f" in a batch of {workload.batch}" if workload.batch > 1 else ""
     room = f"; up to {most:,} fit" if most else ""
-    return f"Estimates for {workload.prompt_tokens:,} + {workload.new_tokens:,} tokens{batch}{room}"
+    seen = f", {of_images(image, workload)}" if image is not None else ""
+    return f"Estimates for {workload.prompt_tokens:,} + {workload.new_tokens:,} tokens{seen}{batch}{room}"
 
 
 def _unshown(recommendation: Recommendation) -> list[Plan]:

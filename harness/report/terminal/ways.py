@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from harness.core.records import Plan, Verdict
-from harness.planning.choice.search import quality_kept
+from harness.planning.quality import quality_kept
 
 Cells = tuple[str, ...]
 # What differs by less is the same to a person, and to the estimate by far.
@@ -73,7 +73,7 @@ def _weighed(one: Plan, other: Plan) -> Iterable[float]:
     assert one.estimate is not None
     assert other.estimate is not None
     yield 1.0 if one.verdict is Verdict.FITS else 2.0
-    yield 2 - quality_kept(one.case)
+    yield 2 - quality_kept(one)
     yield one.estimate.load_s.best + one.estimate.first_token_s.best
     yield 1 / one.estimate.decode_tok_s.best
     for name in sorted({*one.estimate.tiers, *other.estimate.tiers}):

@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 _aten = torch.ops.aten
+# How long what these return is, the values of their input say.
+_SHAPED_BY_VALUES = (_aten.nonzero.default, _aten.repeat_interleave.Tensor, _aten.unique_consecutive.default)
 CARD = torch.device("cuda:0")
 GRAIN = 512  # torch's allocator for CUDA hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 # Tensors of so many elements and less are computed for real beside the fake, where they hold whole numbers: lengths, masks, ids.
@@ -112,7 +114,7 @@ class Ledger(TorchDispatchMode):
                 return rule(*args, **kwargs)
         if func is _aten.index.Tensor:
             args = (args[0], self._numbered(args[1]))
-        found = self._shaped_by_values(func, args)
+        found = self._shaped_by_values(func, args, kwargs)
         out = func(*args, **kwargs) if found is None else found
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         for leaf in made:
@@ -165,14 +167,14 @@ class Ledger(TorchDispatchMode):
         found: torch.Tensor | None = self._shadows.get(tensor) if isinstance(tensor, FakeTensor) else None
         return found
 
-    def _shaped_by_values(self, func: Any, args: Sequence[Any]) -> torch.Tensor | None:
+    def _shaped_by_values(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the fake of a result whose shape is in the values of a tensor, if these are known."""
-        real = self.real(args[0]) if func is _aten.nonzero.default else None
+        real = self.real(args[0]) if func in _SHAPED_BY_VALUES else None
         if real is None:
             return None
         with unset_fake_temporarily():
-            rows, columns = real.nonzero().shape
-        return torch.empty((rows, columns), dtype=torch.int64, device=args[0].device)
+            found = func(real, *args[1:], **kwargs)
+        return tree_map(lambda part: torch.empty(part.shape, dtype=part.dtype, device=args[0].device), found)
 
     def _numbered(self, index: Sequence[Any]) -> list[Any]:
         """Return an index with the numbers of what its masks choose, as ATen does (expandTensors), where its values are known."""

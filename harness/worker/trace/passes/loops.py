@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from harness.worker.trace.workload import Trace
 
-KEPT = 2  # rounds
+ROUNDS_KEPT = 2  # rounds
 LEAST_ROUNDS = 3  # fewer are no loop
 
 
@@ -88,6 +88,6 @@ def _tokens(trace: Trace, start: int, end: int) -> list[object]:
 def _frees_itself(trace: Trace, loop: Loop) -> bool:
     """Say whether all that the rounds before the last two make is gone when the last is done."""
     end = loop.start + loop.rounds * loop.period
-    early = trace.events[loop.start : end - KEPT * loop.period]
+    early = trace.events[loop.start : end - ROUNDS_KEPT * loop.period]
     gone = {~event for event in trace.events[loop.start : end] if event < 0}
     return all(event in gone for event in early if event >= 0)

@@ -26,7 +26,7 @@ def timed(planner: Planner, one: Plan) -> LoadTime | None:
     return load_time(work, footprint.workload, planner.machine, footprint.calibration)
 
 
-def advice(planner: Planner, one: Plan) -> str | None:
+def speed_up(planner: Planner, one: Plan) -> str | None:
     """Say in a sentence what to change where a load is slow and one thing makes it so."""
     footprint, time = planner.footprints.get(one.case.id), timed(planner, one)
     if footprint is None or time is None or time.cold_s.best < SLOW_S:

@@ -1,0 +1,1 @@
+"""How files are loaded: in which order their tensors come, and what the seconds go to."""
