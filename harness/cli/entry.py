@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 import harness
-from harness.cli import calibrate, chat, compare, hardware, inspect, plan, publish, report, synth
+from harness.cli import calibrate, chat, compare, fleet, hardware, inspect, plan, publish, report, synth
 from harness.cli.options import CommandParser
 from harness.cli.plan_args import USAGE
-from harness.core.errors import HarnessError, did_you_mean
+from harness.core.errors import HarnessError
 from harness.core.text import line
 
 Command = Callable[[argparse.Namespace], int]
@@ -53,8 +53,6 @@ def _run(words: Sequence[str]) -> int:
     if not words:
         parser.print_help()
         return 0
-    if words[0] not in COMMANDS and not words[0].startswith("-"):
-        parser.error(f"no command {words[0]!r}: {did_you_mean(words[0], COMMANDS)}")
     given = parser.parse_args(words)
     command: Command = given.command
     return command(given)
@@ -99,5 +97,6 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "synth": (synth.HELP, synth.add_arguments, synth.run),
     "report": (report.HELP, report.add_arguments, report.run),
     "publish": (publish.HELP, publish.add_arguments, publish.run),
+    "fleet": (fleet.HELP, fleet.add_arguments, fleet.run),
     "compare": (compare.HELP, compare.add_arguments, compare.run),
 }
