@@ -362,7 +362,7 @@ def _wind_up(session: pytest.Session, ours: Session) -> None:
     settled = settle(ours.store)
     try:
         if shard := session.config.stash.get(_SHARD, None):
-            shard.end(int(session.exitstatus))
+            shard.end(int(session.exitstatus), settled)
         page = ours.render()
     except (HarnessError, OSError) as error:
         raise pytest.UsageError("; ".join(filter(None, [settled, _said(error)]))) from None

@@ -19,10 +19,14 @@ from harness.fleet.contract import utc
 LEASE = "FITMATRIX_LEASE"  #: environment variable with the path of the lease, for machines that several users share
 
 
-def lease_file() -> Path:
-    """Return where the lease of this machine lies: one place for all who may measure on it as this user."""
+def lease_file(node: str = "") -> Path:
+    """Return where the lease of this machine lies: one place for all who may measure on it as this user.
+
+    `{node}` in the variable becomes `node`: nodes of a cluster that are simulated on one machine have a lease each.
+    """
     user = os.getuid() if hasattr(os, "getuid") else 0
-    return Path(os.environ.get(LEASE) or Path(tempfile.gettempdir()) / f"fitmatrix-{user}.lease")
+    given = os.environ.get(LEASE, "").replace("{node}", node)
+    return Path(given or Path(tempfile.gettempdir()) / f"fitmatrix-{user}.lease")
 
 
 @contextmanager

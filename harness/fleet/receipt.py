@@ -21,7 +21,8 @@ from harness.results import store
 class Receipt(Record, frozen=True, kw_only=True):
     """What became of a shard so far. `ended_at` is None while it runs, and for ever if the machine died.
 
-    `results` has, by key, the SHA-256 of the line in `file`, which lies beside the receipt. `problem` is why nothing more came.
+    `results` has, by key, the SHA-256 of the line in `file`, which lies beside the receipt. `problem` is why nothing more came,
+    `threads` what OMP_NUM_THREADS held torch to, empty if to nothing.
     """
 
     schema: int = CONTRACT_SCHEMA
@@ -33,6 +34,7 @@ class Receipt(Record, frozen=True, kw_only=True):
     identity: str
     described: Machine
     versions: dict[str, str]
+    threads: str = ""
     started_at: str
     heard_at: str
     ended_at: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
@@ -48,6 +49,7 @@ class ShardRun:
             identity=conformity.machine_identity(self.shard.contract),
             described=machine,
             versions=dict(versions),
+            threads=os.environ.get("OMP_NUM_THREADS", ""),
             started_at=now,
             heard_at=now,
             results=self._digests(),
@@ -79,13 +81,17 @@ class ShardRun:
             self._receipt.results[self.shard.key(result.case)] = digest_of_line(encode_record(result))
             self._write()
 
-    def end(self, exit_status: int) -> None:
-        """Write the last receipt, with all that is in the file by now, and give the machine back. Raises OSError: no room."""
+    def end(self, exit_status: int, problem: str | None) -> None:
+        """Write the last receipt, with all that is in the file by now, and give the machine back; `problem` is one of the disk.
+
+        Raises:
+            OSError: there is no room for the receipt.
+        """
         with self._held:
             if self._receipt is None:
                 return
             self._receipt = replace(self._receipt, results=self._digests())
-            self._write(ended_at=utc(), exit_status=exit_status)
+            self._write(ended_at=utc(), exit_status=exit_status, problem=problem or self._receipt.problem)
 
     def _digests(self) -> dict[str, str]:
         """Return, by key, the digest of each case's last line in the file of results that is not older than the contract."""

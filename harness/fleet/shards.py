@@ -87,8 +87,11 @@ def write_issued(path: Path, contract: Contract, shards: Iterable[Shard]) -> lis
 
 
 def read_shard(path: Path) -> Shard:
-    """Read a shard file. Raises UsageError: it is none. OSError: it cannot be read."""
-    return read_record(path, Shard, "shard")
+    """Read a shard file. Raises UsageError: it is none, or names files elsewhere. OSError: it cannot be read."""
+    shard = read_record(path, Shard, "shard")
+    if Path(shard.name).name != shard.name:
+        raise UsageError(f"{path}: {shard.name[:80]!r} is no name of a shard; fetch it again from where it was written")
+    return shard
 
 
 def run_options(shard: Shard, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def run_options(shard: Shard, given: Mapping[str, Any]) -> dict[str, Any]:
     for option in OPTIONS:
         if option.name not in OWN_OPTIONS and given.get(option.key) is not None:
             raise UsageError(f"{option.flag} stands beside --shard, and shard {shard.name} decides it: leave {option.flag} out")
-    asked = {name.replace("-", "_"): value for name, value in shard.options.items()}
+    asked = {name.replace("-", "_"): value for name, value in shard.options.items() if name not in OWN_OPTIONS}
     own = {name: given[name] for name in OWN_OPTIONS if given.get(name) is not None}
     named = {"precision": "precision", "placement": "placement", "kv": "kv", "attention": "attention"}
     crossed = {key: list(dict.fromkeys(getattr(case, field) for case in shard.cases)) for key, field in named.items()}

@@ -63,12 +63,18 @@ def _of_shard(contract: Contract, issued: Issued, deliveries: Iterable[Delivery]
     )
 
 
-def to_hand_out(contract: Contract, collected: Collected, now: datetime) -> tuple[list[str], list[str]]:
+def to_hand_out(
+    contract: Contract, collected: Collected, now: datetime, *, nothing_runs: bool = False
+) -> tuple[list[str], list[str]]:
     """Return the keys to hand out once more, and those that are missing but have had all their attempts.
 
-    What a running shard has still to bring is neither.
+    What a running shard has still to bring is neither, unless whoever asks knows that none runs any more.
     """
-    running = {one.shard for one in progress(contract, collected.deliveries, now) if one.state is State.RUNNING}
+    running = (
+        set()
+        if nothing_runs
+        else {one.shard for one in progress(contract, collected.deliveries, now) if one.state is State.RUNNING}
+    )
     pending = {key for one in contract.issued if one.shard in running for key in one.keys}
     missing = [key for key in collected.missing if key not in pending]
     issued = contract.by_key()

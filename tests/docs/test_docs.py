@@ -22,6 +22,8 @@ OTHERS = {"--junit-xml", "--collect-only", "--benchmark-json", "--no-build-isola
 OTHERS |= {"--catalog", "--missing", "--against"}
 # Of Slurm, in a fleet file.
 OTHERS |= {"--partition", "--gres"}
+# Of ray start.
+OTHERS |= {"--head", "--num-cpus", "--address", "--resources"}
 
 
 def text_of(path: Path) -> str:

@@ -85,6 +85,40 @@ def test_what_a_crash_left_out_is_resumed_and_the_rest_kept(place: Path, capsys:
     assert main(["fleet", "collect", "fleet", "sent"]) == 0
 
 
+FULL = """
+
+from harness.results import store
+
+_APPEND = store._append
+
+
+def _full(descriptor, line):
+    if b"other/int8" in line:
+        raise OSError(28, "No space left on device")
+    _APPEND(descriptor, line)
+
+
+store._append = _full
+"""
+
+
+def test_a_disk_that_fills_is_told_in_the_receipt_and_what_was_written_counts(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conftest = place / "conftest.py"
+    conftest.write_text(conftest.read_text(encoding="utf-8") + FULL, encoding="utf-8")
+    monkeypatch.setenv("TMPDIR", str(place.parent))
+    plan()
+    assert measure(place).returncode == 1
+    said = "cannot append the result of other/int8/cpu: the disk is full"
+    assert said in read_receipt(place / "sent/receipt-small-1.json").problem
+    capsys.readouterr()
+    assert main(["fleet", "collect", "fleet", "sent", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["counted"]) == 3
+    assert [(one["kind"], one["of"]) for one in found["findings"]] == [("ended", "small-1"), ("missing", "small:other/int8/cpu")]
+
+
 def test_options_beside_the_shard_are_one_sentence(place: Path) -> None:
     plan()
     done = measure(place, "--batch", "4")

@@ -13,7 +13,7 @@ from harness.core.errors import UsageError
 from harness.core.options import OPTIONS
 from harness.fleet import shards, status
 from harness.fleet.collect import collect
-from harness.fleet.contract import CONTRACT, Contract, digest_of, read_contract
+from harness.fleet.contract import CONTRACT, Contract, digest_of, read_contract, write_record
 from harness.fleet.status import State, progress, to_hand_out
 from tests.support.fleets import NOW, contract, deliver, machine_class, measured
 
@@ -94,6 +94,15 @@ def test_a_shard_decides_every_option_but_a_machine_s_own() -> None:
         if option.name not in shards.OWN_OPTIONS:
             with pytest.raises(UsageError, match=f"{option.flag} stands beside --shard, and shard small-1 decides it"):
                 shards.run_options(shard, given | {option.key: ["x"] if option.repeat else "x"})
+
+
+def test_a_shard_names_no_file_of_the_machine(tmp_path: Path) -> None:
+    """Neither its receipt's place nor where results and page go."""
+    _, (shard,) = contract(options={"results": "/elsewhere", "html": "/elsewhere/x.html"})
+    assert not {"results", "html"} & shards.run_options(shard, {}).keys()
+    write_record(tmp_path / "shard.json", replace(shard, name="../../elsewhere"))
+    with pytest.raises(UsageError, match="is no name of a shard"):
+        shards.read_shard(tmp_path / "shard.json")
 
 
 def test_a_machine_s_own_file_decides_only_what_is_its_own() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from harness.cli.fleet import collect, emit, plan, resume, status
+from harness.cli.fleet import collect, emit, plan, resume, run_live, status
 
 HELP = "Measure one matrix on many machines: nothing lost, nothing twice."
 
-FLEET_COMMANDS = {"plan": plan, "status": status, "collect": collect, "resume": resume, "emit": emit}
+FLEET_COMMANDS = {"plan": plan, "status": status, "collect": collect, "resume": resume, "run": run_live, "emit": emit}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
