@@ -112,19 +112,20 @@ class _Collector:
         if receipt.problem:
             self.note(Amiss.ENDED, shard.shard, receipt.problem)
         place = Path(delivery.path).with_name(receipt.file)
+        asked = set(shard.keys)
+        for key in receipt.results.keys() - asked:
+            self.note(Amiss.UNEXPECTED, key, f"shard {shard.shard} does not ask for it ({delivery.path})")
+        left = {digest: key for key, digest in receipt.results.items() if key in asked}
         try:
-            lines = {found.digest: found for found in read_results(place)} if receipt.results else {}
+            for found in read_results(place) if left else ():
+                key = left.pop(found.digest, None)
+                if key is not None and self._is_agreed(key, found, delivery):
+                    self._count(_counted(key, found, delivery, place))
         except StoreError as error:
             self.note(Amiss.UNREADABLE, shard.shard, str(error))
             return
-        asked = set(shard.keys)
-        for key, digest in receipt.results.items():
-            if key not in asked:
-                self.note(Amiss.UNEXPECTED, key, f"shard {shard.shard} does not ask for it ({delivery.path})")
-            elif digest not in lines:
-                self.note(Amiss.ALTERED, key, f"{place} has no line of it with the SHA-256 {digest[:12]} of the receipt")
-            elif self._is_agreed(key, lines[digest], delivery):
-                self._count(_counted(key, lines[digest], delivery, place))
+        for digest, key in left.items():
+            self.note(Amiss.ALTERED, key, f"{place} has no line of it with the SHA-256 {digest[:12]} of the receipt")
 
     def _is_agreed(self, key: str, found: Line, delivery: Delivery) -> bool:
         """Say whether a result is what was asked for, and note why not; the receipt's own word on that is worth nothing."""

@@ -35,17 +35,20 @@ def _differences(kind: MachineClass, machine: Machine) -> Iterator[str]:
         yield f"has {plural(len(found), 'GPU')}{why}, and class {kind.name} {len(wanted) or 'none'}"
     for asked, text, card in zip(wanted, kind.gpus, found, strict=False):
         if not _is_card(asked, card):
-            yield f"{card.name} is {card.model or 'a GPU'} of {_size(card.total_bytes)}, and of class {kind.name} {text}"
+            seen = f"{card.model or 'a GPU'} of {_size(card.total_bytes)}"
+            yield f"{card.name} is {seen}, and of class {kind.name} {asked.model or text}"
     cpu = machine.tier("cpu")
     if kind.ram_bytes is not None and cpu is not None and not _about(cpu.total_bytes, kind.ram_bytes):
         yield f"has {_size(cpu.total_bytes)} of RAM, and class {kind.name} {format_size(kind.ram_bytes)}"
 
 
 def _is_card(asked: Tier, card: Tier) -> bool:
-    if asked.model is None:
-        return _about(card.total_bytes, asked.total_bytes)
-    known = gpus.card_of(card)
-    return known is not None and known.name == asked.model
+    """Say whether a card is the one asked for; a part of it, as MIG makes them, has its name and less memory."""
+    if asked.model is not None:
+        known = gpus.card_of(card)
+        if known is None or known.name != asked.model:
+            return False
+    return asked.shared or _about(card.total_bytes, asked.total_bytes)
 
 
 def _about(found: int | None, wanted: int | None) -> bool:

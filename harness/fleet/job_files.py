@@ -74,7 +74,8 @@ jobs:
         env:
           SHARD: ${{{{ matrix.shard }}}}
           {machine}: ${{{{ runner.name }}}}
-        run: pytest cases/ --shard {folder}/shards/"$SHARD".json --results results/"$SHARD"
+        run: |
+          pytest cases/ --shard {folder}/shards/"$SHARD".json --results results/"$SHARD"
       - uses: {upload}
         if: always()
         with:
@@ -100,7 +101,8 @@ jobs:
         with:
           path: receipts
       - name: Collect
-        run: fitmatrix fleet collect {folder}/{contract} receipts --to results
+        run: |
+          fitmatrix fleet collect {folder}/{contract} receipts --to results
       - uses: {upload}
         if: always()
         with:

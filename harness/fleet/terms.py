@@ -28,6 +28,8 @@ def agree(fleet: Fleet, asked: Words, attempts: int, now: datetime | None = None
     models = ModelSet(options.model, synthetic=options.weights == "synthetic", trust=bool(options.trust_remote_code))
     if models.faults:
         raise UsageError(next(iter(models.faults.values())))
+    if len(models.sources) < len(options.model):
+        raise UsageError(f"--model {' '.join(options.model)}: two of these are one model; name it once")
     cases = [Expected(machine_class=kind.name, case=case) for kind in fleet.classes for case in _cases_of(kind, options, models)]
     terms = Terms(
         made_at=utc(now or datetime.now(timezone.utc)),

@@ -36,7 +36,8 @@ def test_every_card_of_the_table_is_itself_by_the_name_that_the_class_gives_it()
         (with_card("NVIDIA GeForce RTX 3060", int(11.8 * GIB)), None),
         (with_card("NVIDIA GeForce RTX 3060", int(11.8 * GIB), ram_bytes=int(15.5 * GIB)), None),
         (with_card("NVIDIA GeForce RTX 3060", 8 * GIB), "gpu:0 is NVIDIA GeForce RTX 3060 of 8.00 GiB"),
-        (with_card("NVIDIA GeForce RTX 3060 Ti", 8 * GIB), "of class card RTX 3060 12GB"),
+        (with_card("NVIDIA GeForce RTX 3060 Laptop GPU", 6 * GIB), "gpu:0 is NVIDIA GeForce RTX 3060 Laptop GPU of 6.00 GiB"),
+        (with_card("NVIDIA GeForce RTX 3060 Ti", 8 * GIB), "of class card GeForce RTX 3060 12 GB"),
         (with_card("NVIDIA GeForce RTX 3060", 12 * GIB, ram_bytes=64 * GIB), "has 64.0 GiB of RAM, and class card 16.0 GiB"),
         (builders.machine(), "has 0 GPUs, and class card 1"),
         (replace(builders.machine(), gpu_problem="torch is for the CPU only"), "has 0 GPUs (torch is for the CPU only)"),
@@ -45,6 +46,13 @@ def test_every_card_of_the_table_is_itself_by_the_name_that_the_class_gives_it()
 def test_a_machine_is_held_against_its_class(found: Machine, said: str | None) -> None:
     why = conformity.not_of_class(machine_class("card", gpus=("RTX 3060 12GB",)), found)
     assert why is None if said is None else said in (why or "")
+
+
+def test_a_part_of_a_card_is_not_the_card() -> None:
+    kind = machine_class(gpus=("A100 SXM 40GB",))
+    assert conformity.not_of_class(kind, with_card("NVIDIA A100-SXM4-40GB", int(39.4 * GIB))) is None
+    part = with_card("NVIDIA A100-SXM4-40GB MIG 3g.20gb", int(19.5 * GIB))
+    assert "gpu:0 is NVIDIA A100-SXM4-40GB MIG 3g.20gb of 19.5 GiB" in (conformity.not_of_class(kind, part) or "")
 
 
 def test_a_class_by_size_takes_any_card_of_about_that_size() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from harness.cli.entry import build_parser
 from harness.core.errors import UsageError
 from harness.fleet import job_files, shards
 from harness.fleet.contract import Contract
@@ -21,7 +22,7 @@ from tests.test_workflows import PINNED, WORKFLOWS
 CARD = machine_class(
     "rtx3060", machines=("lab-1", "lab-2"), runs_on=("self-hosted", "rtx3060"), sbatch=("--partition=gpu", "--gres=gpu:1")
 )
-FOLDER = Path("our fleet")
+FOLDER = Path("our: fleet #1")  # YAML and the shell both have an opinion on it
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_task_runs_its_shard(made: Contract, tmp_path: Path, task: str, shard:
     told = subprocess.run(["bash", tmp_path / "job"], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
     assert told[:2] == ["node7", "none"]
     assert told[2:] == [
-        "cases/", "--shard", f"our fleet/shards/{shard}.json", "--results", f"our fleet/results/{shard}", "--resume",
+        "cases/", "--shard", f"{FOLDER}/shards/{shard}.json", "--results", f"{FOLDER}/results/{shard}", "--resume",
     ]  # fmt: skip
 
 
@@ -123,6 +124,15 @@ def test_the_workflow_is_as_careful_as_our_own(made: Contract) -> None:
 def test_the_workflow_installs_what_was_agreed_on(made: Contract) -> None:
     (install,) = [step["run"] for step in workflow(made)[1]["jobs"]["measure"]["steps"] if step.get("name") == "Install"]
     assert install.splitlines()[-1].endswith("install . torch==2.13.0")
+
+
+def test_the_steps_are_what_a_user_would_type(made: Contract) -> None:
+    steps = {step.get("name"): step["run"] for job in workflow(made)[1]["jobs"].values() for step in job["steps"] if "run" in step}
+    measure = ["pytest", "cases/", "--shard", f"{FOLDER}/shards/$SHARD.json", "--results", "results/$SHARD"]
+    assert shlex.split(steps["Measure"]) == measure
+    command = shlex.split(steps["Collect"])
+    assert command == ["fitmatrix", "fleet", "collect", f"{FOLDER}/contract.json", "receipts", "--to", "results"]
+    assert build_parser().parse_args(command[1:]).to == Path("results")
 
 
 def test_a_class_without_labels_is_refused() -> None:
