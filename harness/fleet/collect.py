@@ -118,8 +118,10 @@ class _Collector:
         left = {digest: key for key, digest in receipt.results.items() if key in asked}
         try:
             for found in read_results(place) if left else ():
-                key = left.pop(found.digest, None)
-                if key is not None and self._is_agreed(key, found, delivery):
+                if found.digest not in left:
+                    continue
+                key = left.pop(found.digest)
+                if self._is_agreed(key, found, delivery):
                     self._count(_counted(key, found, delivery, place))
         except StoreError as error:
             self.note(Amiss.UNREADABLE, shard.shard, str(error))
