@@ -16,6 +16,8 @@ from harness.core.errors import HarnessError, UsageError
 from harness.core.options import OPTIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict
 from harness.core.text import line
+from harness.fleet.shard_run import ShardRun
+from harness.fleet.shards import own_config, read_shard, run_options
 from harness.machine import atomic
 from harness.results.store import settle
 from harness.run.case_result import CaseEnded
@@ -23,10 +25,11 @@ from harness.run.live import LiveLine, summary
 from harness.run.options import Options, read_config
 from harness.run.resume import Kept, since
 from harness.run.runner import Run
-from harness.run.session import Session
+from harness.run.session import CaseSubset, Session
 
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
 _LIVE: pytest.StashKey[LiveLine] = pytest.StashKey()
+_SHARD: pytest.StashKey[ShardRun] = pytest.StashKey()
 _LEAST_ROOM = 30  # columns for a verdict behind its case
 
 # What a test shows if its case ended: category of the summary, letter and word. The others fail or are skipped as usual.
@@ -45,7 +48,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     given = {option.key: config.getoption(f"fitmatrix_{option.key}") for option in OPTIONS}
     with _sentence(pytest.UsageError):
-        config.stash[SESSION] = Session(Options(config=read_config(config.rootpath), given=given))
+        own = read_config(config.rootpath)
+        if given["shard"] is None:
+            config.stash[SESSION] = Session(Options(config=own, given=given))
+            return
+        shard = read_shard(Path(given["shard"]))
+        options = Options(config=own_config(own), given=run_options(shard, given))
+        config.stash[SESSION] = session = Session(options, CaseSubset(cases=frozenset(shard.cases), since=shard.since))
+        config.stash[_SHARD] = run = ShardRun(shard, options.results)
+        session.on_result = run.add
 
 
 @contextmanager
@@ -113,7 +124,11 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if config.pluginmanager.has_plugin("terminalreporter"):
         live = LiveLine(config.get_terminal_writer()._file, total=len({case.id for case in cases}))
         ours.on_sample = config.stash[_LIVE] = live
-    with _sentence(pytest.UsageError):
+    shard = config.stash.get(_SHARD, None)
+    with (
+        _sentence(pytest.UsageError),
+        shard.begun(ours.machine, ours.context.environment, ours.cases()) if shard else nullcontext(),
+    ):
         ours.prepare(cases)
     reporter: TerminalReporter | None = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
@@ -346,6 +361,8 @@ def _wind_up(session: pytest.Session, ours: Session) -> None:
     ours.close()
     settled = settle(ours.store)
     try:
+        if shard := session.config.stash.get(_SHARD, None):
+            shard.end(int(session.exitstatus), settled)
         page = ours.render()
     except (HarnessError, OSError) as error:
         raise pytest.UsageError("; ".join(filter(None, [settled, _said(error)]))) from None

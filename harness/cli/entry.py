@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Container, Sequence
 
 import harness
-from harness.cli import calibrate, chat, compare, hardware, inspect, plan, publish, report, synth
+from harness.cli import calibrate, chat, compare, fleet, hardware, inspect, plan, publish, report, synth
 from harness.cli.options import CommandParser, add_options
 from harness.cli.plan_args import USAGE
-from harness.core.errors import HarnessError, did_you_mean
+from harness.core.errors import HarnessError
 from harness.core.text import line
 from harness.live import command as live
 
@@ -54,8 +54,6 @@ def _run(words: Sequence[str]) -> int:
     if not words:
         parser.print_help()
         return 0
-    if words[0] not in COMMANDS and not words[0].startswith("-"):
-        parser.error(f"no command {words[0]!r}: {did_you_mean(words[0], COMMANDS)}")
     given = parser.parse_args(words)
     command: Command = given.command
     return command(given)
@@ -107,5 +105,6 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "report": (report.HELP, report.add_arguments, report.run),
     "publish": (publish.HELP, publish.add_arguments, publish.run),
     "share": (publish.SHARE_HELP, publish.add_share_arguments, publish.run_share),
+    "fleet": (fleet.HELP, fleet.add_arguments, fleet.run),
     "compare": (compare.HELP, compare.add_arguments, compare.run),
 }

@@ -198,7 +198,7 @@ class CommandParser(argparse.ArgumentParser):
         """Return the parsed words and no others: what is not known is a mistake."""
         words = sys.argv[1:] if args is None else args
         if self._subparsers:
-            return super().parse_known_args([self._known(words[0]), *words[1:]], namespace)
+            return super().parse_known_args([self._command(words), *words[1:]], namespace)
         given, left = super().parse_known_args(self._options_first(words), namespace)
         if left:
             self.error(f"{left[0]!r} is one word too many")
@@ -208,6 +208,15 @@ class CommandParser(argparse.ArgumentParser):
         """Print the sentence and exit with status 2."""
         print(f"{self.prog}: {line(message)} ({self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+    def _command(self, words: Sequence[str]) -> str:
+        """Return the first word, which is a command or an option of ours."""
+        (commands,) = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        if not words:
+            self.error(f"say which: {', '.join(commands.choices)}")
+        if words[0] not in commands.choices and not words[0].startswith("-"):
+            self.error(f"no command {words[0]!r}: {did_you_mean(words[0], commands.choices)}")
+        return self._known(words[0])
 
     def _options_first(self, words: Sequence[str]) -> list[str]:
         options, others, left = list[str](), list[str](), deque(words)

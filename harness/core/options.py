@@ -305,6 +305,13 @@ OPTIONS: tuple[Option, ...] = (
         switch=True,
         default=False,
     ),
+    Option(
+        name="shard",
+        help="run this part of a fleet's contract, a file of fitmatrix fleet plan, which decides all other options but --results, "
+        "--html, --baseline and --resume",
+        parse=Path,
+        metavar="FILE",
+    ),
     Option(name="fail-on-oom", help="fail the test if a case runs out of memory", switch=True, default=False),
 )
 

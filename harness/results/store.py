@@ -32,7 +32,7 @@ NAME = "results.jsonl"
 
 # The most that a line takes, all but always less: the log's tail, each byte of it escaped, and timeline, phases, maps, answers.
 _LINE_BYTES = 320 * KIB
-_LONGEST_BYTES = 64 * MIB  # what a day's run takes is some MiB; what is longer is no line of ours
+LONGEST_BYTES = 64 * MIB  # what a day's run takes is some MiB; what is longer is no line of ours
 _MOST_TORN = 100  # whole results behind torn ones on one line
 _MOST_TOLD = 10  # lines that are no results, each told by itself
 _SAMPLE_BYTES = 24  # a float, written out
@@ -270,10 +270,10 @@ def read(path: Path) -> tuple[list[Result], list[StoreError]]:
 def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, Result | str]]:
     """Yield each result with the number of its line, and for each line that is none why; never more than one line is held."""
     number = 0
-    while line := stream.readline(_LONGEST_BYTES):
+    while line := stream.readline(LONGEST_BYTES):
         number += 1
-        if len(line) == _LONGEST_BYTES:
-            yield number, f"is longer than {format_size(_LONGEST_BYTES)}, and nothing behind it was read"
+        if len(line) == LONGEST_BYTES:
+            yield number, f"is longer than {format_size(LONGEST_BYTES)}, and nothing behind it was read"
             return
         ones = read_line(line)
         yield from ((number, one) for one in ones if isinstance(one, Result))

@@ -70,6 +70,7 @@ class Options:
             "html",
             "resume",
             "baseline",
+            "shard",
         }
         words: list[str] = []
         for option in OPTIONS:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
 from harness.core.errors import UsageError
 from harness.core.progress import show_progress
-from harness.core.records import Case, Interference, Machine, Plan, Result
+from harness.core.records import Case, Interference, Machine, Plan, Record, Result
 from harness.machine import accelerators, probe
 from harness.machine.scratch import Scratch
 from harness.machine.signals import Interrupts
@@ -33,11 +33,18 @@ from harness.run.runner import Run
 from harness.run.worker_process import WorkerMain
 
 
+class CaseSubset(Record, frozen=True, kw_only=True):
+    """What a run measures of the cases that its options name; results from before `since` are none of it."""
+
+    cases: frozenset[Case]
+    since: str
+
+
 class Session:
     """All state of a run. The plugin asks it, and it asks everything else."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options, subset: CaseSubset | None = None) -> None:
+        self.options, self._subset = options, subset
         self.models = ModelSet(options.model, synthetic=options.weights == "synthetic", trust=bool(options.trust_remote_code))
         self.added = 0  #: results of this run, which are on the disk
         self.kept: dict[Case, Result] = {}  #: results of earlier runs that stand for a case
@@ -46,6 +53,7 @@ class Session:
         self._matrix = CaseMatrix(options, self.models, lambda: self.machine, self.store, device_map)
         self.html = options.html or options.results / "index.html"
         self.on_sample: LiveLine | None = None
+        self.on_result: Callable[[Result], None] | None = None  #: hears of each result that is on the disk
         self.worker_main: WorkerMain | None = None
         self.page: Path | None = None
         self.current: Run | None = None
@@ -89,7 +97,8 @@ class Session:
 
     def cases(self) -> list[Case]:
         """Return model x precision x placement x size of GPU in the order they run: the widest precision first, as reference."""
-        return self._matrix.cases()
+        cases = self._matrix.cases()
+        return [case for case in cases if case in self._subset.cases] if self._subset else cases
 
     def plan(self, case: Case) -> Plan:
         """Plan a case; before its model is fetched, only what no model could do here is known."""
@@ -110,7 +119,8 @@ class Session:
         self.models.fetch(runnable, self._matrix.check_model)
         runnable = [name for name in runnable if name not in self.models.faults]
         if self.options.resume:
-            self._earlier = selection.last_on(self.machine, self.store.read()[0])
+            since = self._subset.since if self._subset else ""
+            self._earlier = selection.last_on(self.machine, [one for one in self.store.read()[0] if one.at >= since])
         if self.worker_main is None and self.machine.gpus:
             with show_progress() as report:  # the run has torch anyway, and is held against its plans
                 self._untraced = self._matrix.trace([case for case in asked if self._matrix.files_of(case) in runnable], report)
@@ -218,6 +228,8 @@ class Session:
         self._last, self._recorded = result, self._recorded + 1
         self.store.append(result)
         self.added = self._recorded
+        if self.on_result is not None:
+            self.on_result(result)
 
     def render(self) -> Path | None:
         """Write the page from everything in the store, and what it could not take, if this run came to any case."""

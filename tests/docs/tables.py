@@ -48,13 +48,18 @@ def table(name: str) -> str:
 
 def flags(command: str) -> set[str]:
     """Return the options that a command of `fitmatrix` takes, such as "--gpu"."""
-    actions = _subparsers()[command]._option_string_actions
-    return {flag for flag in actions if flag.startswith("--")}
+    return {flag for flag in actions(command) if flag.startswith("--")}
 
 
 def actions(command: str) -> Mapping[str, argparse.Action]:
-    """Return what a command of `fitmatrix` makes of each of its options, by the option."""
-    return _subparsers()[command]._option_string_actions
+    """Return what a command of `fitmatrix` makes of each of its options and of those of its own commands, by the option."""
+    parser = _subparsers()[command]
+    found = dict(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for own in action.choices.values():
+                found |= own._option_string_actions
+    return found
 
 
 def positionals(command: str) -> list[argparse.Action]:

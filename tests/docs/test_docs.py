@@ -20,6 +20,10 @@ FENCE = re.compile(r"^```\w*\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 OTHERS = {"--junit-xml", "--collect-only", "--benchmark-json", "--no-build-isolation"}
 # Of commands for developers that are no commands of fitmatrix.
 OTHERS |= {"--catalog", "--missing", "--against"}
+# Of Slurm, in a fleet file.
+OTHERS |= {"--partition", "--gres"}
+# Of ray start.
+OTHERS |= {"--head", "--num-cpus", "--address", "--resources"}
 
 
 def text_of(path: Path) -> str:

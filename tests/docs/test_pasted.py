@@ -23,7 +23,7 @@ from tests.docs.test_messages import NAMED, texts
 VALUES = {"MODEL": "smollm2-135m", "X": "smollm2-135m", "DIR": "results", "FILE": "page.html", "RESULTS": "results", "NAME": "main"}
 FOLDERS = ("results", "baseline", "BEFORE", "AFTER", "artifacts", "first-contact")
 # Loads, downloads, measures or serves: these are read, not run.
-HEAVY = {"chat", "synth", "calibrate"}
+HEAVY = {"chat", "synth", "calibrate", "fleet"}
 HEAVY_OPTIONS = {"--prove-min-ram", "--measure", "--file", "--help"}
 MADE_BEFORE = {"chatglm-6b-hollow"}  # by the command on the line above
 # Where the machine has no such cards: exit status 2 and one sentence.

@@ -218,7 +218,7 @@ def test_a_line_of_many_pieces_is_no_flood(tmp_path: Path) -> None:
 
 
 def test_an_endless_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_LONGEST_BYTES", len(LINE) + 1)
+    monkeypatch.setattr(store, "LONGEST_BYTES", len(LINE) + 1)
     file = kept(tmp_path / "results.jsonl", LINE + b"x" * 2 * len(LINE) + b"\n" + LINE)
     read = list(collect.read(collect.find_artifacts([file])[0]))
     assert [(number, type(one)) for number, one in read] == [(1, Result), (2, str)]

@@ -39,6 +39,7 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "trust-remote-code": ("true", True, True, True),
     "resume": ("false", False, True, True),
     "run-all": ("false", False, True, True),
+    "shard": ('"shard.json"', Path("shard.json"), "gpu-1.json", Path("gpu-1.json")),
     "fail-on-oom": ("true", True, True, True),
 }
 EVERY = pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

@@ -1,0 +1,72 @@
+"""`fitmatrix fleet plan`: a contract over the classes of a fleet file, and a shard file for each machine that shares the work."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from harness.cli.options import add_options
+from harness.cli.plan_args import USAGE
+from harness.core.options import OPTION, whole_number
+
+HELP = "Write the contract of a matrix over a fleet, and a shard file for each part of it."
+
+ASKED = (
+    "model", "weights", "precision", "placement", "kv", "attention", "prompt-tokens", "new-tokens", "batch", "repeats", "vram",
+    "case-timeout", "phase-timeout", "trust-remote-code", "run-all", "fail-on-oom",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add_options(parser, "fleet", *ASKED)
+    parser.add_argument(
+        "--fleet", type=Path, default=Path("fleet.toml"), metavar="FILE", help="the classes of machines (default fleet.toml)"
+    )
+    parser.add_argument(
+        "--attempts", default="3", metavar="N", help="how often a case is handed out until it has come back (default 3)"
+    )
+    parser.add_argument("--to", type=Path, default=Path("fleet"), metavar="DIR", help="directory of the contract (default fleet)")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Write contract and shards. Returns 0, or 2 if a class of the fleet file is wrong; the others are planned all the same.
+
+    Raises:
+        UsageError, CheckpointError, OSError: nothing can be planned or written, or there is a contract already.
+    """
+    from harness.core.errors import UsageError
+    from harness.core.text import line, plural
+    from harness.fleet import shards, terms
+    from harness.fleet.contract import CONTRACT
+    from harness.fleet.fleet_file import read_fleet
+
+    place = given.to / CONTRACT
+    if place.exists():
+        raise UsageError(f"{place} is there already, and receipts may come for it; name another directory with --to")
+    attempts = whole_number(1, 100)(given.attempts)
+    contract = terms.agree(read_fleet(given.fleet), _words(given), attempts)
+    contract, cut = shards.issue(contract, [one.key for one in contract.terms.cases])
+    for shard, path in zip(cut, shards.write_issued(place, contract, cut), strict=True):
+        print(f"{line(str(path))}: {plural(len(shard.cases), 'case')} for {line(shard.machine_class.name)}")
+    print(f"contract: {line(str(place))} ({plural(len(contract.terms.cases), 'case')}, {contract.digest[:12]})")
+    for name, why in contract.terms.faults.items():
+        print(f"fitmatrix: {line(f'{given.fleet}: class {name}: {why}')}", file=sys.stderr)
+    return USAGE if contract.terms.faults else 0
+
+
+def _words(given: argparse.Namespace) -> dict[str, str | list[str] | bool]:
+    """Return the options of the run as they were typed, for every machine to read again."""
+    words: dict[str, str | list[str] | bool] = {}
+    for name, typed in getattr(given, "typed", ()):
+        _, *value = shlex.split(typed)
+        if OPTION[name].switch:
+            words[name] = True
+        elif OPTION[name].repeat:
+            earlier = words.get(name, [])
+            words[name] = [*(earlier if isinstance(earlier, list) else []), *value]
+        else:
+            words[name] = value[0]
+    return words

@@ -1,0 +1,258 @@
+"""A matrix over simulated nodes of Ray: what the engine costs, and that kills lose nothing and count nothing twice.
+
+Run by `tox run -e fleet`. FLEET_MODELS and FLEET_KILLS say how much: each model is a shard of 10 cases.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness.core.units import format_size
+from harness.fleet.collect import Amiss, Collected, collect
+from harness.fleet.contract import parse_utc, read_contract
+from harness.fleet.receipt import find_receipts, read_receipt
+from tests.support import ray_runs
+from tests.support.reporting import Figure, gathered
+
+pytest.importorskip("ray", reason="needs ray, the extra fleet")
+
+MODELS, KILLS = int(os.environ.get("FLEET_MODELS", "10")), int(os.environ.get("FLEET_KILLS", "20"))
+NODES, PLACEMENTS = 5, ("cpu", "auto")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+_TAKEN = re.compile(r"^\S+ (taken|given back) by process (\d+)")
+
+
+@pytest.fixture
+def costs(request: pytest.FixtureRequest) -> Iterator[list[Figure]]:
+    for section in gathered(request, "fleet.md", "Many machines", "tox run -e fleet", "costs"):
+        yield section.figures
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> Iterator[list[Figure]]:
+    for section in gathered(request, "fleet.md", "Many machines", "tox run -e fleet", "kills"):
+        yield section.figures
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fr-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder) / "f"
+
+
+class Nodes:
+    """A cluster of nodes on this machine, each with a lease of its own."""
+
+    def __init__(self, path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        from ray.cluster_utils import Cluster
+
+        for name, value in ray_runs.environment(path).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000})
+        self.nodes: list[Any] = [self.add() for _ in range(count)]
+
+    def add(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, resources={"machine": 1}, object_store_memory=80_000_000)
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+
+def planned(path: Path, models: int, *words: str, **behaviours: str) -> list[str]:
+    """Plan a fleet over so many models in ten ways each."""
+    names = [f"m{number}" for number in range(models)]
+    ray_runs.folder(path, names, [f"node-{number}" for number in range(models)], **behaviours)
+    ray_runs.plan(path, names, PRECISIONS, "--placement", "auto", *words)
+    return names
+
+
+def held(path: Path) -> Collected:
+    from datetime import datetime, timezone
+
+    contract = read_contract(path / "fleet")
+    found = collect(contract, find_receipts([path / "fleet/results"]), datetime.now(timezone.utc))
+    assert sorted([*found.counted, *found.missing]) == sorted(one.key for one in contract.terms.cases)
+    return found
+
+
+def overlaps(path: Path) -> tuple[int, int]:
+    """Count the times that a lease was taken while another process that still lived had it, and how often leases were taken."""
+    wrong = taken = 0
+    for log in path.glob("*.lease.log"):
+        holder = ""
+        for line in log.read_text(encoding="utf-8").splitlines():
+            found = _TAKEN.match(line)
+            assert found, line
+            if found[1] == "taken":
+                taken += 1
+                holder = found[2]
+            else:
+                wrong += holder != found[2]  # given back by another than took it last: two had it
+    return wrong, taken
+
+
+def ours(path: Path) -> list[psutil.Process]:
+    """Return the processes that run in a folder's temporary files."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd().startswith(str(path / "tmp")) or "shard.json" in process.cmdline():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_what_the_engine_costs(place: Path, costs: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = planned(place, MODELS)
+    cases = len(names) * len(PRECISIONS) * len(PLACEMENTS)
+    nodes = Nodes(place, 1, monkeypatch)
+    try:
+        one_s, _ = _over_ray(place, nodes, "one")
+        for _ in range(NODES - 1):
+            nodes.add()
+        many_s, rss = _over_ray(place, nodes, "many")
+    finally:
+        nodes.cluster.shutdown()
+    overhead = (one_s - _measuring_s(place / "one")) / cases
+    costs += [
+        Figure(
+            what="the engine's own time a case on one node, starts of Ray and pytest in it",
+            rows=cases,
+            found=f"{overhead:.2f} s",
+            wanted="1 s",
+        ),
+        Figure(what="all cases on one node", rows=cases, found=f"{one_s:.0f} s", wanted=""),
+        Figure(what=f"all cases on {NODES} nodes of this machine", rows=cases, found=f"{many_s:.0f} s", wanted=""),
+        Figure(what="the driver's resident memory at most", rows=cases, found=format_size(rss), wanted="500 MiB"),
+    ]
+    assert overhead <= 1
+    assert rss <= 500 << 20
+
+
+def _measuring_s(folder: Path) -> float:
+    """Return the seconds that runs took by their receipts, from the first word of each to its last."""
+    receipts = [read_receipt(path) for path in find_receipts([folder])]
+    return sum((parse_utc(one.ended_at or one.heard_at) - parse_utc(one.started_at)).total_seconds() for one in receipts)
+
+
+def _over_ray(path: Path, nodes: Nodes, folder: str) -> tuple[float, int]:
+    """Measure a contract anew over a cluster; return the seconds and the most that the driver held."""
+    started, most = time.monotonic(), 0
+    words = ["run", "fleet", "--ray", nodes.address, "--without-token", "--results", folder]
+    with (path / f"{folder}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "harness", "fleet", *words], cwd=path, env=ray_runs.environment(path), stdout=log, stderr=log
+        )
+        while process.poll() is None:
+            try:
+                most = max(most, psutil.Process(process.pid).memory_info().rss)
+            except psutil.Error:
+                break
+            time.sleep(0.2)
+    assert process.wait() == 0, (path / f"{folder}.log").read_text()
+    return time.monotonic() - started, most
+
+
+def test_kills_lose_nothing_and_count_nothing_twice(place: Path, kills: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of workers, runs, actors, nodes and the driver, at random moments; then what is left runs through."""
+    chance = random.Random(19)
+    planned(place, MODELS, "--attempts", "100", **dict.fromkeys(PRECISIONS, "brisk"))
+    nodes = Nodes(place, 3, monkeypatch)
+    killed: dict[str, int] = defaultdict(int)
+    command = ["run", "fleet", "--ray", nodes.address, "--without-token"]
+    try:
+        process = ray_runs.start(place, *command)
+        while sum(killed.values()) < KILLS:
+            time.sleep(chance.uniform(0.5, 4))
+            if process.poll() is not None:
+                ray_runs.finish(process)
+                if not held(place).missing:
+                    break
+                process = ray_runs.start(place, *command)
+                continue
+            what = chance.choice(("worker", "run", "actor", "driver", "node"))
+            if what == "node" and ours(place):
+                nodes.cluster.remove_node(nodes.nodes.pop(0), allow_graceful=False)
+                nodes.nodes.append(nodes.add())
+            elif what == "node" or not _kill(what, process.pid, place):
+                continue
+            killed[what] += 1
+        if process.poll() is None:
+            process.kill()
+        ray_runs.finish(process)
+        status, said = ray_runs.finish(ray_runs.start(place, *command), timeout_s=900)
+        assert status == 0, said
+    finally:
+        nodes.cluster.shutdown()
+    found = held(place)
+    deadline = time.monotonic() + 30
+    while (left := ours(place)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    wrong, taken = overlaps(place)
+    kinds = {one.kind for one in found.findings}
+    files = [one.name for one in (place / "tmp").iterdir() if one.name.startswith("fitmatrix-")]
+    told = ", ".join(f"{count} {what}" for what, count in sorted(killed.items()))
+    kills += [
+        Figure(what=f"kills ({told})", found=str(sum(killed.values())), wanted=str(KILLS)),
+        Figure(
+            what="cases with one counted result",
+            found=f"{len(found.counted)} of {len(found.counted) + len(found.missing)}",
+            wanted="all",
+        ),
+        Figure(what="overlaps by the log of the leases", rows=taken, found=str(wrong), wanted="0"),
+        Figure(what="processes left", found=str(len(left)), wanted="0"),
+        Figure(what="folders left that the next run does not remove", found=str(_left_behind(place)), wanted="0"),
+    ]
+    assert not found.missing
+    assert kinds <= {Amiss.TWICE, Amiss.ENDED}
+    assert (wrong, left) == (0, [])
+    assert len(files) <= sum(killed.values())
+
+
+def _kill(what: str, driver: int, path: Path) -> bool:
+    """Kill a process of a kind with SIGKILL; say whether there was one."""
+    if what == "driver":
+        is_measuring = bool(ours(path))
+        if is_measuring:
+            psutil.Process(driver).kill()
+        return is_measuring
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            is_run = "shard.json" in words and process.cwd().startswith(str(path))
+            if what == "run" and is_run:
+                process.kill()
+                return True
+            if what == "actor" and words and words[0].startswith("ray::HeldMachine"):
+                process.kill()
+                return True
+            if what == "worker" and is_run and (below := process.children(recursive=True)):
+                below[-1].kill()
+                return True
+        except psutil.Error:
+            continue
+    return False
+
+
+def _left_behind(path: Path) -> int:
+    """Count the folders of runs that are left once another run has swept."""
+    from harness.machine.scratch import sweep
+
+    sweep(path / "tmp")
+    return sum(one.name.startswith("fitmatrix-") for one in (path / "tmp").iterdir())

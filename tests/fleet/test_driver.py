@@ -1,0 +1,241 @@
+"""What the driver makes of what machines send, over a cluster that is scripted: it needs no Ray, and no case is measured."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from harness.core.errors import UsageError
+from harness.core.records import encode_record
+from harness.core.units import GIB
+from harness.fleet import shards
+from harness.fleet.collect import Amiss, Collected
+from harness.fleet.contract import CONTRACT, Shard, read_contract, utc
+from harness.fleet.ray_engine import driver
+from harness.fleet.ray_engine.cluster import MachineLost
+from harness.fleet.ray_engine.machine import Described, MachineEvent
+from harness.fleet.receipt import digest_of_line, read_receipt
+from tests.support import builders
+from tests.support.fleets import VERSIONS, contract, deliver, machine_class, measured
+
+
+class ScriptedActor:
+    """A machine that does with each shard what its node's script says next: whole, half, lost, full, silent."""
+
+    def __init__(self, cluster: ScriptedCluster, node: str, name: str) -> None:
+        self.cluster, self.node, self.name = cluster, node, name
+        self.events: deque[MachineEvent | MachineLost] = deque()
+        self.is_ended = False
+
+    def description(self) -> Described:
+        if self.cluster.scripts[self.node][:1] == ["unreachable"]:
+            self.cluster.scripts[self.node].pop(0)
+            raise MachineLost("the node died")
+        return self.cluster.described[self.node]
+
+    def start(self, shard: Shard, cases: Mapping[str, str]) -> None:
+        assert cases == {"test_load.py": ""}
+        script = self.cluster.scripts[self.node]
+        how = script.pop(0) if script else "whole"
+        self.cluster.began.append((self.node, shard.name, how))
+        self.events = deque(self.cluster.events(shard, how))
+
+    def next_event(self) -> MachineEvent | None:
+        if not self.events:
+            return None
+        event = self.events.popleft()
+        if isinstance(event, MachineLost):
+            raise event
+        return event
+
+    def end(self) -> None:
+        self.is_ended = True
+
+
+class ScriptedCluster:
+    """Stands in the place of `ray_engine.cluster`."""
+
+    def __init__(self, folder: Path, scripts: Mapping[str, Sequence[str]]) -> None:
+        self.folder = folder
+        self.scripts = {node: [*script] for node, script in scripts.items()}
+        here = Described(machine=builders.machine(), versions={**VERSIONS}, clock=utc(), ray_bytes=GIB)
+        self.described = dict.fromkeys(scripts, here)
+        self.began: list[tuple[str, str, str]] = []
+        self.actors: list[ScriptedActor] = []
+        self.alive = [*scripts]
+
+    def machines(self) -> list[str]:
+        return self.alive
+
+    def name_of_node(self, node: str) -> str:
+        return f"node {node}"
+
+    def Actor(self, node: str, name: str) -> ScriptedActor:  # noqa: N802 - as the class is called
+        self.actors.append(ScriptedActor(self, node, name))
+        return self.actors[-1]
+
+    def wait(self, actors: Sequence[ScriptedActor], timeout_s: float) -> list[ScriptedActor]:
+        assert actors, "nothing to wait for: the driver would spin"
+        assert timeout_s > 0
+        return [*actors]
+
+    def events(self, shard: Shard, how: str) -> list[MachineEvent | MachineLost]:
+        """Return what a machine sends of a shard."""
+        if how == "silent":
+            return []
+        cases = {"full": shard.cases[:1], "half": shard.cases[:1], "lost": shard.cases[:1]}.get(how, shard.cases)
+        lines = [encode_record(measured(case, at=utc())) for case in cases]
+        path = deliver(self.folder / "sent", shard, [], problem="the disk is full" if how == "full" else "", ended_at=None)
+        receipt = read_receipt(path)
+        sent: list[MachineEvent | MachineLost] = []
+        for case, line in zip(cases, lines, strict=True):
+            receipt = replace(receipt, results=receipt.results | {shard.key(case): digest_of_line(line)})
+            sent += [MachineEvent("result", line + b"\n"), MachineEvent("beat"), MachineEvent("receipt", encode_record(receipt))]
+        if how == "lost":
+            # Lines whose receipt did not come any more.
+            unvouched = [MachineEvent("result", encode_record(measured(case, at=utc())) + b"\n") for case in shard.cases[1:]]
+            return [*sent, *unvouched, MachineLost("the actor died")]
+        return [*sent, MachineEvent("receipt", encode_record(replace(receipt, ended_at=utc()))), MachineEvent("log", b"the end")]
+
+
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripts: Mapping[str, Sequence[str]], **described: Any
+) -> tuple[driver.Driver, Collected, ScriptedCluster]:
+    """Run two shards of two cases each over scripted nodes; `described` changes what the first node is."""
+    if not (tmp_path / CONTRACT).exists():
+        made, cut = contract(machine_class(machines=("1", "2")), models=("a", "b"), made_at=utc())
+        shards.write_issued(tmp_path / CONTRACT, made, cut)
+    cluster = ScriptedCluster(tmp_path, scripts)
+    first = next(iter(scripts))
+    cluster.described[first] = replace(cluster.described[first], **described)
+    monkeypatch.setattr(driver, "cluster", cluster)
+    driven = driver.Driver(tmp_path, tmp_path / "results", {"test_load.py": ""}, lambda *_: None)
+    found = driven.run()
+    assert all(actor.is_ended for actor in cluster.actors)
+    assert sorted([*found.counted, *found.missing]) == sorted(one.key for one in read_contract(tmp_path).terms.cases)
+    return driven, found, cluster
+
+
+def test_shards_go_to_machines_as_they_become_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driven, found, cluster = run(tmp_path, monkeypatch, {"x": [], "y": []})
+    assert cluster.began == [("x", "small-1", "whole"), ("y", "small-2", "whole")]
+    assert len(found.counted) == 4
+    assert not found.findings
+    assert not driven.notes
+    assert (tmp_path / "results/small-1/log").read_bytes() == b"the end"
+
+
+def test_one_machine_takes_one_shard_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [name for _, name, _ in run(tmp_path, monkeypatch, {"x": []})[2].began] == ["small-1", "small-2"]
+
+
+@pytest.mark.parametrize("how", ["half", "lost"])
+def test_what_is_lost_is_handed_out_again_and_nothing_else(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that came without its receipt counts for nothing, so its case is measured again, and counted once."""
+    driven, found, cluster = run(tmp_path, monkeypatch, {"x": [how]})
+    assert not found.missing
+    (again,) = [one for one in driven.contract.issued if one.attempt == 2]
+    assert again.keys == ("small:a/int8/cpu",)
+    assert [found.counted[key].attempt for key in again.keys] == [2]
+    assert [how for _, _, how in cluster.began] == [how, "whole", "whole"]
+    assert len(driven.notes) == 1
+
+
+def test_a_machine_whose_disk_is_full_gets_no_more_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driven, found, cluster = run(tmp_path, monkeypatch, {"x": ["full"], "y": []})
+    assert [node for node, name, _ in cluster.began if name != "small-1"] == ["y", "y"]
+    assert not found.missing
+    assert driven.notes == ["node x: small-1: the disk is full"]
+    assert {one.kind for one in found.findings} == {Amiss.ENDED}
+
+
+def test_a_machine_that_leaves_no_receipt_gets_no_more_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driven, found, cluster = run(tmp_path, monkeypatch, {"x": ["silent"], "y": []})
+    assert [(node, how) for node, _, how in cluster.began] == [("x", "silent"), ("y", "whole"), ("y", "whole")]
+    assert not found.missing
+    assert driven.notes == ["node x: small-1: it left no receipt"]
+
+
+def test_attempts_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driven, found, cluster = run(tmp_path, monkeypatch, {"x": ["lost"] * 9, "y": []})
+    assert [how for _, _, how in cluster.began].count("lost") <= 3
+    assert all(len(issued) <= 3 for issued in driven.contract.by_key().values())
+    assert len(found.counted) >= 3
+
+
+def test_a_node_that_dies_again_and_again_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found, cluster = run(tmp_path, monkeypatch, {"x": ["unreachable"] * 99, "y": []})
+    assert not found.missing
+    assert len([actor for actor in cluster.actors if actor.node == "x"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        ({"machine": builders.machine(ram_bytes=8 * GIB)}, "can serve no class: has 8.00 GiB of RAM"),
+        ({"versions": {"torch": "2.12.0"}}, "can serve no class: torch is 2.12.0, and the contract says 2.13.0"),
+        ({"clock": "2019-01-01T00:00:00Z"}, "can serve no class: its clock: 2019-01-01T00:00:00Z is before the contract"),
+    ],
+)
+def test_a_machine_that_is_not_as_agreed_gets_nothing(
+    described: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driven, found, cluster = run(tmp_path, monkeypatch, {"x": [], "y": []}, **described)
+    assert {node for node, _, _ in cluster.began} == {"y"}
+    assert not found.missing
+    assert said in driven.notes[0]
+    assert driven.notes[0].startswith("node x ")
+
+
+def test_without_a_machine_of_the_class_it_ends_and_the_next_run_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found, _ = run(tmp_path, monkeypatch, {"x": []}, versions={})
+    assert len(found.missing) == 4
+    _, found, cluster = run(tmp_path, monkeypatch, {"x": []})
+    assert not found.missing
+    assert [name for _, name, _ in cluster.began] == ["small-1", "small-2"]
+
+
+def test_what_has_come_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, monkeypatch, {"x": []})
+    driven, found, cluster = run(tmp_path, monkeypatch, {"x": []})
+    assert not cluster.began
+    assert len(found.counted) == 4
+    assert len(driven.contract.issued) == 2
+
+
+def test_a_shard_that_nobody_began_is_not_run_once_its_cases_have_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `fleet resume` on a shard that was lost: two shards with the same cases wait."""
+    made, cut = contract(machine_class(machines=("1", "2")), models=("a", "b"), made_at=utc())
+    made, again = shards.issue(made, [one.key for one in made.terms.cases])
+    shards.write_issued(tmp_path / CONTRACT, made, [*cut, *again])
+    _, found, cluster = run(tmp_path, monkeypatch, {"x": []})
+    assert len(cluster.began) == 2
+    assert not found.findings
+
+
+def test_a_node_that_comes_later_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_GREET_S", 0.0)
+    alive = ["x"]
+    monkeypatch.setattr(ScriptedCluster, "machines", lambda self: [*alive, *(["y"] if self.began else [])])
+    _, found, cluster = run(tmp_path, monkeypatch, {"x": ["lost"], "y": []})
+    assert not found.missing
+    assert "y" in {node for node, _, _ in cluster.began}
+
+
+def test_two_drivers_of_one_folder_are_one_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driven, _, _ = run(tmp_path, monkeypatch, {"x": []})
+    with driven._alone(), pytest.raises(UsageError, match="another fitmatrix fleet run writes to"):
+        run(tmp_path, monkeypatch, {"x": []})
+
+
+def test_a_cluster_without_machines_says_how_to_start_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScriptedCluster, "machines", lambda _: [])
+    with pytest.raises(UsageError, match="no node of the cluster is a machine of a fleet"):
+        run(tmp_path, monkeypatch, {"x": []})

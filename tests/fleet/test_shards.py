@@ -1,0 +1,121 @@
+"""Contracts, shards and what is handed out again: cut by models, known by their digests, numbered by attempts."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from harness.core.errors import UsageError
+from harness.core.options import OPTIONS
+from harness.fleet import shards, status
+from harness.fleet.collect import collect
+from harness.fleet.contract import CONTRACT, Contract, digest_of, read_contract, write_record
+from harness.fleet.status import State, progress, to_hand_out
+from tests.support.fleets import NOW, contract, deliver, machine_class, measured
+
+
+def test_the_cases_of_a_model_stay_on_one_machine() -> None:
+    made, cut = contract(machine_class(machines=("1", "2")), models=("a", "b", "c"))
+    assert [sorted({case.model for case in shard.cases}) for shard in cut] == [["a", "c"], ["b"]]
+    assert sorted(shard.key(case) for shard in cut for case in shard.cases) == sorted(one.key for one in made.terms.cases)
+    assert [shard.models for shard in cut] == [{"a": "./a", "c": "./c"}, {"b": "./b"}]
+
+
+def test_there_are_no_more_shards_than_machines_or_models() -> None:
+    assert len(contract(machine_class(machines=("1", "2", "3")), models=("a", "b"))[1]) == 2
+    assert len(contract(machine_class(), models=("a", "b"))[1]) == 1
+
+
+def test_a_contract_is_read_back_and_refused_once_its_terms_were_changed(tmp_path: Path) -> None:
+    made, cut = contract()
+    (place,) = shards.write_issued(tmp_path / CONTRACT, made, cut)
+    assert read_contract(tmp_path) == made
+    assert digest_of(shards.read_shard(place)) == made.issued[0].digest
+    text = (tmp_path / CONTRACT).read_text(encoding="utf-8")
+    (tmp_path / CONTRACT).write_text(text.replace('"attempts": 3', '"attempts": 9'), encoding="utf-8")
+    with pytest.raises(UsageError, match="it was changed; plan it again"):
+        read_contract(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 99}', "\x00"])
+def test_what_is_no_contract_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / CONTRACT).write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as wrong:
+        read_contract(tmp_path)
+    assert str(tmp_path) in str(wrong.value)
+
+
+def test_what_is_missing_is_handed_out_again_until_the_attempts_are_used_up(tmp_path: Path) -> None:
+    made, (first,) = contract()
+    paths = [deliver(tmp_path / "1", first, [measured(first.cases[0])])]
+    for attempt in (2, 3):
+        keys, spent = to_hand_out(made, collect(made, paths, NOW), NOW)
+        assert (keys, spent) == ([first.key(first.cases[1])], [])
+        made, (again,) = shards.issue(made, keys)
+        assert (again.name, again.attempt, again.cases) == (f"small-1-try{attempt}", attempt, first.cases[1:])
+    assert to_hand_out(made, collect(made, paths, NOW), NOW) == ([], [first.key(first.cases[1])])
+
+
+def test_what_still_runs_is_not_handed_out_again(tmp_path: Path) -> None:
+    made, (shard,) = contract(case_timeout_s=1800.0)
+    path = deliver(tmp_path, shard, [measured(shard.cases[0])], ended_at=None)
+    heard = collect(made, [path], NOW)
+    just = NOW - timedelta(hours=2, minutes=50)
+    assert to_hand_out(made, heard, just) == ([], [])
+    assert to_hand_out(made, heard, NOW)[0] == [shard.key(shard.cases[1])]
+    assert [one.state for one in progress(made, heard.deliveries, just)] == [State.RUNNING]
+    assert [one.state for one in progress(made, heard.deliveries, NOW)] == [State.SILENT]
+
+
+def test_progress_tells_every_state(tmp_path: Path) -> None:
+    made, cut = contract(*(machine_class(name) for name in "abc"))
+    heard = collect(made, [deliver(tmp_path / "a", cut[0]), deliver(tmp_path / "b", cut[1], [], problem="no room")], NOW)
+    found = status.progress(made, heard.deliveries, NOW)
+    assert [(one.state, one.done, one.cases) for one in found] == [
+        (State.ENDED, 2, 2),
+        (State.STOPPED, 0, 2),
+        (State.WAITING, 0, 2),
+    ]
+
+
+def test_a_shard_decides_every_option_but_a_machine_s_own() -> None:
+    _, (shard,) = contract(options={"new-tokens": "3", "vram": ["8GiB"]})
+    given = dict.fromkeys((option.key for option in OPTIONS), None)
+    found = shards.run_options(shard, given | {"results": "there", "resume": True})
+    assert found == {
+        "new_tokens": "3", "vram": ["8GiB"], "results": "there", "resume": True, "model": ["./tiny"],
+        "precision": ["bf16", "int8"], "placement": ["cpu"], "kv": ["dynamic"], "attention": [],
+    }  # fmt: skip
+    for option in OPTIONS:
+        if option.name not in shards.OWN_OPTIONS:
+            with pytest.raises(UsageError, match=f"{option.flag} stands beside --shard, and shard small-1 decides it"):
+                shards.run_options(shard, given | {option.key: ["x"] if option.repeat else "x"})
+
+
+def test_a_shard_names_no_file_of_the_machine(tmp_path: Path) -> None:
+    """Neither its receipt's place nor where results and page go."""
+    _, (shard,) = contract(options={"results": "/elsewhere", "html": "/elsewhere/x.html"})
+    assert not {"results", "html"} & shards.run_options(shard, {}).keys()
+    write_record(tmp_path / "shard.json", replace(shard, name="../../elsewhere"))
+    with pytest.raises(UsageError, match="is no name of a shard"):
+        shards.read_shard(tmp_path / "shard.json")
+
+
+def test_a_machine_s_own_file_decides_only_what_is_its_own() -> None:
+    assert shards.own_config({"batch": 4, "results": "x", "gate": {}, "fail_on_oom": True, "html": "y"}) == {
+        "results": "x",
+        "gate": {},
+        "html": "y",
+    }
+
+
+def test_digests_follow_from_what_a_record_says_and_not_from_the_order_of_its_words() -> None:
+    made, _ = contract(models=("a", "b"))
+    turned = replace(made.terms, models=dict(reversed(made.terms.models.items())))
+    assert digest_of(turned) == digest_of(made.terms)
+    assert digest_of(replace(made.terms, attempts=4)) != digest_of(made.terms)
+    assert msgspec.json.decode(msgspec.json.encode(made), type=Contract) == made
