@@ -11,7 +11,7 @@ import torch
 from harness.architecture.traced_memory import chunk_start, monomials, value
 from harness.worker.trace.ledger import CARD, Allocation, fake_card
 from harness.worker.trace.passes.fit import by_chunk, passes_of
-from harness.worker.trace.passes.loops import cut
+from harness.worker.trace.passes.loops import cut_loops
 from harness.worker.trace.workload import Trace
 
 
@@ -44,7 +44,7 @@ def peak(trace: Trace) -> int:
 @pytest.mark.parametrize("rounds", [1, 3, 4, 7, 40])
 def test_a_loop_that_is_cut_holds_what_it_held(rounds: int) -> None:
     whole = walked(rounds)
-    short = cut(whole)
+    short = cut_loops(whole)
     assert peak(short) == peak(whole) == whole.peak_bytes
     if rounds > 3:
         assert len(short.events) < len(whole.events)
@@ -63,7 +63,7 @@ def test_the_cache_that_a_loop_leaves_is_still_there() -> None:
 
 def test_a_loop_that_keeps_what_it_makes_is_left() -> None:
     whole = walked(9, kept=True)
-    assert cut(whole).events == whole.events
+    assert cut_loops(whole).events == whole.events
 
 
 def test_what_is_made_before_a_loop_may_be_gone_in_its_first_round() -> None:
@@ -72,7 +72,7 @@ def test_what_is_made_before_a_loop_may_be_gone_in_its_first_round() -> None:
     allocations = [made] * 8
     # 0 before the loop; each round makes one and frees the one before it; the first frees it late
     events = [0, 1, 2, ~0, ~1, 3, ~2, 4, ~3, 5, ~4, 6, ~5, 7, ~6]
-    short = cut(Trace(allocations, events, [0], [[()]], 0, 0))
+    short = cut_loops(Trace(allocations, events, [0], [[()]], 0, 0))
     alive = set()
     for event in short.events:
         if event >= 0:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.architecture.traced_memory import AFTER, BEFORE, MomentRow, Polynomial, TensorPart, monomials
-from harness.worker.trace.passes.loops import cut
+from harness.worker.trace.passes.loops import cut_loops
 from harness.worker.trace.workload import Trace
 
 TracedPoint = tuple[int, int]  # batch, length
@@ -47,10 +47,10 @@ class Pass(NamedTuple):
 def passes_of(trace: Trace, point: TracedPoint, loops_cut: bool = False) -> list[Pass]:
     """Take a trace apart into its passes, with the storages of each numbered from 0.
 
-    With `loops_cut` a loop shows twice however often it ran (`loops.cut`), so that lengths of many chunks can be compared.
+    With `loops.cut_loops` a loop shows twice however often it ran (`loops.cut`), so that lengths of many chunks can be compared.
     """
     if loops_cut:
-        trace = cut(trace)
+        trace = cut_loops(trace)
     ends = [*trace.passes[1:], len(trace.events)]
     live: dict[int, None] = {}
     found: list[Pass] = []

@@ -24,7 +24,7 @@ class Loop(NamedTuple):
     rounds: int
 
 
-def cut(trace: Trace) -> Trace:
+def cut_loops(trace: Trace) -> Trace:
     """Leave out all but the first and the last round of every loop of a trace.
 
     What the last round frees of the round before it, it then frees of the first.
