@@ -154,9 +154,9 @@ def of_run(folder: Path, ended: Ended) -> Iterator[str]:
 PRECISIONS = [part for name in ("bf16", "fp32", "fp16") for part in ("--precision", name)]
 RUN = ["-m", "pytest", "cases", "--model", "./tiny", *PRECISIONS, "--placement", "cpu", "--new-tokens", "3", "--repeats", "2"]
 SCENES = (
-    Scene("plan", prepare_plan, ["-m", "harness", "plan", "./tiny", "--ram", "8GiB", "--json"], ("", "1<"), of_plan, share=160),
-    Scene("report", prepare_report, ["-m", "harness", "report", "results"], ("", "1<"), of_report, share=400),
-    Scene("publish", prepare_publish, ["-m", "harness", "publish", "in", "--to", "site"], ("", "1<"), of_publish, share=400),
+    Scene("plan", prepare_plan, ["-m", "harness", "plan", "./tiny", "--ram", "8GiB", "--json"], ("", "1<"), of_plan, share=270),
+    Scene("report", prepare_report, ["-m", "harness", "report", "results"], ("", "1<"), of_report, share=270),
+    Scene("publish", prepare_publish, ["-m", "harness", "publish", "in", "--to", "site"], ("", "1<"), of_publish, share=420),
     Scene("run", prepare_run, RUN, ("fitmatrix-results", "t/", "cache", "tiny"), of_run, (0, 1, 2, 4), 40),
 )
 
