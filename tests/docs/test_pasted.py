@@ -99,6 +99,7 @@ RUN = [
     and words[1] not in HEAVY
     and not {*words} & (HEAVY_OPTIONS | MADE_BEFORE)
     and words != ("fitmatrix", "hardware")
+    and (words[1] != "watch" or "--once" in words)  # which else goes on until the user ends it
 ]
 
 
