@@ -29,7 +29,7 @@ _LOCK = "pyodide-lock.json"
 _NOTICE = f"// Pyodide {PYODIDE} (MPL-2.0, https://github.com/pyodide/pyodide) and msgspec (BSD-3-Clause), as published, gzipped."
 FOLDER, RUNTIME, PROGRAM = "planner", "python.js", "fitmatrix.js"
 # The rooms that planning needs, with the commands; what a command imports when it runs stays behind.
-_ROOMS = ("core", "machine", "checkpoint", "catalog", "architecture", "planning", "cli", "report/terminal", "report/export")
+_ROOMS = ("core", "machine", "checkpoint", "catalog", "architecture", "planning", "live", "cli", "report/terminal", "report/export")
 _UNREAD = frozenset({"zh.toml", "zh_site.toml", "zh_planner.toml"})
 _DATE = (2024, 1, 1, 0, 0, 0)  # of what is packed, so that the same sources make the same bytes
 
