@@ -41,7 +41,8 @@ def many(cases: int) -> list[Result]:
     for i in range(cases):
         result = golden[i % len(golden)]
         case = replace(result.case, model=f"{result.case.model}-{i // len(golden)}")
-        metrics = {key: value * chance.uniform(0.9, 1.1) for key, value in result.metrics.items()}
+        changed = {key: value * chance.uniform(0.9, 1.1) for key, value in result.metrics.items()}
+        metrics = {key: float(round(value)) if key.endswith("_bytes") else value for key, value in changed.items()}
         found.append(replace(result, case=case, metrics=metrics))
     return found
 

@@ -107,6 +107,17 @@
         return tongue.inEnglish(this.link, "aria-label")?.split(", ").at(-1) ?? one("span", this.cell).textContent;
       }
     }
+    // What is drawn of each case in the charts.
+    const marked = (element) => {
+      const marks = new Map();
+      for (const drawn of all(".overview :is(a, [data-of])", element)) {
+        const anchor = drawn.dataset.of ?? drawn.getAttribute("href").slice(1);
+        const mark = drawn.closest("li") ?? drawn;
+        if (marks.has(anchor)) marks.get(anchor).push(mark);
+        else marks.set(anchor, [mark]);
+      }
+      return marks;
+    };
     const indexed = (element) => {
       const block = element.closest(".block");
       const model = one("h2 bdi", block).textContent;
@@ -133,13 +144,7 @@
         return new Item(cell, cell.firstElementChild, { model, precision, placement: place.split("@")[0] });
       });
       const packed = Boolean(one(".packed", element));
-      const marks = new Map();
-      for (const drawn of all(".overview :is(a, [data-of])", element)) {
-        const anchor = drawn.dataset.of ?? drawn.getAttribute("href").slice(1);
-        const mark = drawn.closest("li") ?? drawn;
-        if (marks.has(anchor)) marks.get(anchor).push(mark);
-        else marks.set(anchor, [mark]);
-      }
+      const marks = marked(element);
       return { element, block, table, rows, columns, heads, limited: Boolean(limits), folds, marks, packed, cases: [...cases, ...folded] };
     };
     let index;
@@ -290,8 +295,11 @@
         packed.innerHTML = html;
         tongue.translated(packed);
         const part = index?.find((part) => part.element === workload);
-        if (part) part.packed = false;
-        for (const item of part?.cases ?? []) hide(document.getElementById(item.anchor), item.off);
+        if (part) [part.packed, part.marks] = [false, marked(workload)];
+        for (const item of part?.cases ?? []) {
+          hide(document.getElementById(item.anchor), item.off);
+          for (const mark of part.marks.get(item.anchor) ?? []) mark.classList.toggle("off", item.x !== undefined && Boolean(item.off));
+        }
       } catch {
         packed.textContent = say("unreadable");
       }
