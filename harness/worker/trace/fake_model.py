@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +159,9 @@ def representatives(kinds: Sequence[int]) -> list[int]:
     return sorted({kinds.index(kind) for kind in last} | set(last.values()))
 
 
+_NUMBERED_BY = ("layer_idx", "layer_id", "layer_number")  # what layers call their own number in transformers
+
+
 def keep(model: Any, layers: Layers, chosen: Sequence[int]) -> Layers:
     """Leave only the chosen layers in a model, numbered anew; what its config lists by layer is cut alike."""
     _cut_lists(model.config, len(layers.kinds), chosen)
@@ -165,9 +169,9 @@ def keep(model: Any, layers: Layers, chosen: Sequence[int]) -> Layers:
     del layers.held[:]
     layers.held.extend(kept)
     for index, layer in enumerate(kept):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = index  # type: ignore[assignment]
+        for module, name in product(layer.modules(), _NUMBERED_BY):
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, index)
     return Layers(layers.held, layers.path, tuple(layers.kinds[index] for index in chosen))
 
 
