@@ -362,7 +362,7 @@ def _of_config(source: Source) -> ModelSpec:
     shape = skeleton_source.shipped(config)
     if shape is None and (missing := _missing("torch", "transformers")):
         what = f"no model of the catalog has the shape of this {quote(str(config.get('model_type')))}"
-        raise UsageError(f"{what}, and {missing} to build it: plan it where they are, by 'fitmatrix plan DIR/{CONFIG}'")
+        raise UsageError(f"{what}, and {missing} to build it: plan it where they are, by 'fitmatrix plan DIR/config.json'")
     return _of_shape(source.name, source.location, config, shape or skeleton_source.build(config, cache_dir()), None)
 
 

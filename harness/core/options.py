@@ -308,7 +308,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="shard",
         help="run this part of a fleet's contract, a file of fitmatrix fleet plan, which decides all other options but --results, "
-        "--html, --baseline and --resume",
+        "--html, --baseline and --resume (default none)",
         parse=Path,
         metavar="FILE",
     ),

@@ -217,11 +217,9 @@ def test_how_a_worker_ended_is_said(does: str, told: str, tmp_path: Path, monkey
 
 
 # What has no record: no class in transformers, or sizes that are no polynomials of batch and length; plans of these go by formulas.
-NOT_TRACED = {"baichuan", "internlm2", "minimax_m2", "nemotron_h", "gpt_neo", "qwen3_next"}
-NOT_TRACED |= {
-    "qwen3_5",
-    "qwen3_5_moe",
-}  # linear attention, as Qwen3-Next has: it loops over the prompt in Python, for hours in a trace
+NOT_TRACED = {"baichuan", "internlm2", "minimax_m2", "gpt_neo"}  # by model_type
+# Others of their kind are; each takes a quarter of an hour.
+NOT_YET_TRACED = {"nvidia/Nemotron-H-56B-Base-8K", "Qwen/Qwen3.5-122B-A10B", "Qwen/Qwen3.5-397B-A17B"}
 
 
 def test_shipped_records_are_of_the_transformers_that_is_pinned() -> None:
@@ -239,4 +237,4 @@ def test_shipped_records_are_of_the_transformers_that_is_pinned() -> None:
 def test_every_model_of_the_catalog_comes_with_its_records_or_is_known_to_have_none(name: str) -> None:
     config = catalog()[name].config
     missing = [precision for precision in ("bf16", "int8", "int4") if traces.shipped_trace(config, precision) is None]
-    assert bool(missing) == (config["model_type"] in NOT_TRACED), missing
+    assert bool(missing) == (config["model_type"] in NOT_TRACED or name in NOT_YET_TRACED), missing

@@ -34,7 +34,7 @@ TIER_KEYS = {
 }  # fmt: skip
 PLAN_KEYS = {
     "case", "precision", "placement", "kv", "attention", "verdict", "why", "needs", "tiers", "load_s", "first_token_s",
-    "decode_tok_s", "bound_by", "quality_kept", "quality_from", "device_map", "max_memory", "max_context_tokens", "code",
+    "decode_tok_s", "load", "bound_by", "quality_kept", "quality_from", "device_map", "max_memory", "max_context_tokens", "code",
 }  # fmt: skip
 
 Said = Callable[..., tuple[int, str, str]]
@@ -193,7 +193,13 @@ def test_explain_names_every_term_and_where_its_constants_come_from(say: Said) -
     assert not [word for word in (*terms, "gpu_bandwidth_share_quantised", "published") if word not in out]
     assert len(out.splitlines()) <= 20
     whole = say("chatglm-6b", *PROFILE, "--explain", "int8/direct", "--all")[1]
-    assert not [word for word in (*terms, "allocated by torch", "gpu_context_bytes", "published: vLLM's int4") if word not in whole]
+    assert "quantize" in whole
+    assert "of a cold load is reading 12.5 GiB" in " ".join(whole.split())
+    assert not [
+        word
+        for word in (*terms, "load again", "load cold", "allocated by torch", "gpu_context_bytes", "published: vLLM's int4")
+        if word not in whole
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ that are made while the program runs are pasted in tests/cli/test_plan.py, tests
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -15,23 +16,25 @@ from pathlib import Path
 
 import pytest
 
+from harness.catalog import shipped
 from tests.docs import blocks, tables
 from tests.docs.test_docs import code_of
 from tests.docs.test_messages import NAMED, texts
 
 # What stands in our texts for what a user has.
-VALUES = {"MODEL": "smollm2-135m", "X": "smollm2-135m", "DIR": "results", "FILE": "page.html", "RESULTS": "results", "NAME": "main"}
+VALUES = {"MODEL": "smollm2-135m", "X": "smollm2-135m", "DIR": "results", "FILE": "page.html", "RESULTS": "results"}
+VALUES |= {"NAME": "main", "N": "2"}
 FOLDERS = ("results", "baseline", "BEFORE", "AFTER", "artifacts", "first-contact")
 # Loads, downloads, measures or serves: these are read, not run.
 HEAVY = {"chat", "synth", "calibrate", "fleet"}
-HEAVY_OPTIONS = {"--prove-min-ram", "--measure", "--file", "--help"}
+HEAVY_OPTIONS = {"--prove-min-ram", "--measure", "--file", "--help", "--planner", "--images"}
 MADE_BEFORE = {"chatglm-6b-hollow"}  # by the command on the line above
 # Where the machine has no such cards: exit status 2 and one sentence.
 CARDS = {"fitmatrix plan smollm2-135m --code bf16/tp", "fitmatrix plan chatglm-6b --code int8/direct"}
 
 
 def filled(word: str) -> str:
-    return VALUES.get(word, word).replace("X/X", "bf16/cpu")
+    return VALUES.get(word, word).replace("X/X", "bf16/cpu").replace("DIR/", "results/")
 
 
 def pasted(text: str) -> Iterator[tuple[str, ...]]:
@@ -131,10 +134,12 @@ def test_pytest_takes_it_with_its_values(words: tuple[str, ...], request: pytest
 
 @pytest.fixture
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with results under each name that our texts give them."""
+    """A folder with results under each name that our texts give them, and a model's config."""
     for name in FOLDERS:
         (tmp_path / name).mkdir()
         shutil.copy(blocks.ROOT / "reports/smollm2-135m/results.jsonl", tmp_path / name)
+    config = shipped.catalog()["HuggingFaceTB/SmolLM2-135M-Instruct"].config
+    (tmp_path / "results/config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
 
 

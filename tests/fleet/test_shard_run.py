@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -102,12 +104,19 @@ store._append = _full
 """
 
 
+@pytest.fixture
+def short() -> Iterator[str]:
+    """A folder for what is rescued, whose name is short enough for a socket's."""
+    with TemporaryDirectory(prefix="f") as name:
+        yield name
+
+
 def test_a_disk_that_fills_is_told_in_the_receipt_and_what_was_written_counts(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path, short: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conftest = place / "conftest.py"
     conftest.write_text(conftest.read_text(encoding="utf-8") + FULL, encoding="utf-8")
-    monkeypatch.setenv("TMPDIR", str(place.parent))
+    monkeypatch.setenv("TMPDIR", short)
     plan()
     assert measure(place).returncode == 1
     said = "cannot append the result of other/int8/cpu: the disk is full"

@@ -48,8 +48,8 @@ def explain_plan(recommendation: Recommendation, *, whole: bool = False) -> None
         return
     alive = _largest(recommendation, one, None if whole else 1)
     load = seconds.timed(recommendation.planner, one)
-    figures = Group(verdict, _terms(one.estimate, whole), tables.facts(_seconds(one.estimate, load)), *alive)
-    if (slow := seconds.speed_up(recommendation.planner, one)) is not None:
+    figures = Group(verdict, _terms(one.estimate, whole), tables.facts(_seconds(one.estimate, load, whole)), *alive)
+    if whole and (slow := seconds.speed_up(recommendation.planner, one)) is not None:
         notes.append(tables.said(f"{slow}."))
     rest = [] if whole else [tables.said("All terms and constants, and where each comes from: add --all.")]
     tables.show(figures, *notes, Group(_constants(recommendation, one, whole), *rest))
@@ -71,27 +71,27 @@ def _terms(expected: Estimate, whole: bool) -> Table:
     return table
 
 
-def _seconds(expected: Estimate, load: LoadTime | None) -> Iterator[tuple[str, str]]:
+def _seconds(expected: Estimate, load: LoadTime | None, whole: bool) -> Iterator[tuple[str, str]]:
     if load is None:
         yield "load", _interval(expected.load_s, "s")
     else:
-        yield from _loading(load)
+        yield from _loading(load, whole)
     yield "first token", _interval(expected.first_token_s, "s")
     yield "decode", _interval(expected.decode_tok_s, "tokens/s") + (f"; {expected.bound_by}" if expected.bound_by else "")
     if expected.corrections:
         yield "corrected", f"{', '.join(expected.corrections)}: measured on this machine, see below"
 
 
-def _loading(load: LoadTime) -> Iterator[tuple[str, str]]:
-    """Yield what loading takes with the files in RAM and not, and what it does meanwhile."""
-    done = ", ".join(f"{name} {significant(spent)}" for name, spent in load.by_phase.items())
-    if not load.read_s.high:  # what is mapped is read by the first token
-        yield "load", f"{_interval(load.cold_s, 's')}: {done}"
+def _loading(load: LoadTime, whole: bool) -> Iterator[tuple[str, str]]:
+    """Yield what loading takes with the files in RAM and not, and if asked for all what it does meanwhile."""
+    cold = _interval(load.cold_s, "s")
+    if not whole:
+        yield "load", f"{_interval(load.warm_s, 's')}; cold {cold}" if load.warm_s is not None and load.read_s.high else cold
         return
+    done = ", ".join(f"{name} {significant(spent)}" for name, spent in load.by_phase.items())
     if load.warm_s is not None:
         yield "load again", f"{_interval(load.warm_s, 's')}: {done}"
-    read = f"read {significant(load.read_s.best)}"
-    yield "load cold", f"{_interval(load.cold_s, 's')}: {read}{'' if load.warm_s is not None else f', {done}'}"
+    yield "load cold", f"{cold}: read {significant(load.read_s.best)}{'' if load.warm_s is not None else f', {done}'}"
 
 
 def _interval(span: Span, unit: str) -> str:
