@@ -13,11 +13,12 @@ from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Plan, Verdict, Workload
 from harness.machine.gpus import profile
+from harness.planning.choice.recommend import advise_best
 from harness.planning.choice.search import Searched, search
 from harness.planning.planner import Planner
 from harness.planning.quality import quality_kept
 from tests.support.every_way import PAIRS as EVERY_PAIR
-from tests.support.every_way import Pair, held
+from tests.support.every_way import Pair, answered, held
 
 GIB = 1 << 30
 PAIRS = [
@@ -119,3 +120,14 @@ def test_the_winner_is_as_fast_as_any_way_that_keeps_as_much(pair: Pair) -> None
     assert found.lost_to_auto <= 1 / 0.95
     assert found.usual is not None
     assert found.usual.case == found.searched.case
+
+
+def test_plain_plan_answers_where_only_another_attention_fits() -> None:
+    """No usual way of gpt-oss fits 16 GB with 32,768 tokens; flash attention does, and `plan` and `--best` both say so."""
+    (pair,) = [one for one in EVERY_PAIR if one.model == "gpt-oss-20b" and one.workload.prompt_tokens > 30_000]
+    found = answered(pair)
+    assert found is not None
+    assert found.case.attention == "flash_attention_2"
+    searched = advise_best(resolve.resolve(pair.model), pair.planner(), pair.workload).best
+    assert searched is not None
+    assert found.case == searched.case

@@ -168,15 +168,21 @@ def speed(one: Plan | None) -> float:
     return one.estimate.decode_tok_s.best if one is not None and one.estimate is not None else 0.0
 
 
-def held(pair: Pair) -> Held:
-    """Search for the best way of a pair, and hold it against every way."""
+def answered(pair: Pair) -> Plan | None:
+    """Return what `plan` without options answers for a pair."""
     source, planner = resolve.resolve(pair.model), pair.planner()
-    stored = defaults(planner.spec.stored_as, ("bf16",))[-1]
     usual = [
         _case(pair, precision, place)
         for precision in defaults(planner.spec.stored_as)
         for place in distinct(PLACEMENTS, len(planner.machine.gpus))
     ]
+    return advise_usual(source, planner, usual).best
+
+
+def held(pair: Pair) -> Held:
+    """Search for the best way of a pair, and hold it against every way."""
+    source, planner = resolve.resolve(pair.model), pair.planner()
+    stored = defaults(planner.spec.stored_as, ("bf16",))[-1]
     searched = advise_best(source, planner, pair.workload).best
     every = [one for one, _ in every_way(pair)]
     good = [one for one in every if one.verdict is Verdict.FITS] or [one for one in every if one.verdict.is_good]
@@ -184,7 +190,7 @@ def held(pair: Pair) -> Held:
     return Held(
         pair=pair,
         searched=searched,
-        usual=advise_usual(source, pair.planner(), usual).best,
+        usual=answered(pair),
         best=max(good, key=worth, default=None),
         fastest=max(kept, key=speed, default=None),
         autos={one.case.precision: one for one in every if one.case.place == "auto"},

@@ -47,9 +47,11 @@ class _Way(NamedTuple):
 
 
 def best_way(planner: Planner, workload: Workload, choose: Callable[[Sequence[Plan]], Plan | None]) -> Plan | None:
-    """Return the way that `choose` takes of those that a search plans, without what only longer contexts would ask for."""
+    """Return the way that `choose` takes of those that a search plans; what longer contexts ask for only if there is no other."""
     usual = _usual(planner, workload)
-    return choose(_good([*usual, *_varied_of(planner, [one for one in _leading(planner, usual) if _may_gain(planner, one)])]))
+    leading = _leading(planner, usual)
+    found = choose(_good([*usual, *_varied_of(planner, [one for one in leading if _may_gain(planner, one)])]))
+    return found or choose(_good(_varied_of(planner, [one for one in leading if _asks_for_longer(planner, one)])))
 
 
 def search(
@@ -62,8 +64,7 @@ def search(
     usual = _usual(planner, workload)
     leading = _leading(planner, usual)
     sure = [*usual, *_varied_of(planner, [one for one in leading if _may_gain(planner, one)])]  # as in `best_way`
-    longer = [one for one in leading if not _may_gain(planner, one) and not _has_all(planner, one)]
-    plans = [*sure, *_varied_of(planner, longer)]
+    plans = [*sure, *_varied_of(planner, [one for one in leading if _asks_for_longer(planner, one)])]
     fast = [one for one in _good(plans) if _speed(one) >= least_tok_s]
     best = choose([one for one in _good(sure) if _speed(one) >= least_tok_s]) or choose(fast)
     front = _front(planner, fast, best)
@@ -138,8 +139,10 @@ def _may_gain(planner: Planner, one: Plan) -> bool:
     return _adapts(one) and sum(saved.values()) > SPEED_ALIKE * off
 
 
-def _has_all(planner: Planner, one: Plan) -> bool:
-    return one.verdict is Verdict.FITS and planner.holds(one, planner.spec.context_length)
+def _asks_for_longer(planner: Planner, one: Plan) -> bool:
+    """Say whether another cache or attention would do no more than let a longer context fit, as far as can be told."""
+    has_all = one.verdict is Verdict.FITS and planner.holds(one, planner.spec.context_length)
+    return not _may_gain(planner, one) and not has_all
 
 
 def _is_as_good(one: Plan, other: Plan) -> bool:
