@@ -40,6 +40,33 @@ def test_the_phases_are_the_load(precision: str, placement: str) -> None:
     assert all(spent > 0 for spent in time.by_phase.values())
 
 
+@pytest.mark.parametrize(
+    ("precision", "placement", "phases"),
+    [
+        ("bf16", "cpu", set()),
+        ("bf16", "direct", {"send to GPU"}),
+        ("fp32", "cpu", {"cast"}),
+        ("int4", "cpu", {"cast", "quantize"}),
+        ("int4", "direct", {"quantize", "send to GPU"}),
+    ],
+)
+def test_each_way_does_what_it_must(precision: str, placement: str, phases: set[str]) -> None:
+    time = seconds.timed(*planned("qwen2.5-0.5b-instruct", precision, placement))
+    assert time is not None
+    assert time.by_phase.keys() == {"start", "open tensors"} | phases
+
+
+def test_sending_takes_the_weights_over_the_link() -> None:
+    planner, one = planned("qwen2.5-0.5b-instruct", "bf16", "direct")
+    time = seconds.timed(planner, one)
+    assert time is not None
+    assert one.estimate is not None
+    link = MACHINE.gpus[0].link_bytes_per_s
+    assert link is not None
+    weights = one.estimate.tiers["gpu:0"].weights_bytes
+    assert time.by_phase["send to GPU"] == pytest.approx(weights / (link * planner.constants["link_share"].best), rel=0.01)
+
+
 def test_files_larger_than_the_ram_are_never_in_it() -> None:
     planner, one = planned("meta-llama-3-70b-instruct", "bf16", "disk")
     time = seconds.timed(planner, one)
