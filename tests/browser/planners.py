@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -38,8 +40,12 @@ def answered(driver: Chrome) -> str:
 
 
 def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """Plan as the page does: with nothing in a cache, where a model that was made or downloaded would be planned from its files."""
     capsys.readouterr()
-    assert cli.main(["plan", *words, "--json"]) in (0, 1)
+    with pytest.MonkeyPatch.context() as here, tempfile.TemporaryDirectory() as empty:
+        here.setenv("FITMATRIX_CACHE", empty)
+        here.setattr(constants, "HF_HUB_CACHE", empty)
+        assert cli.main(["plan", *words, "--json"]) in (0, 1)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
