@@ -83,7 +83,8 @@ def bounded_session(largest_bytes: int | None = None) -> Any:
     client = get_session()
     hooks = {name: [hook for hook in found if not isinstance(hook, _Bound)] for name, found in client.event_hooks.items()}
     asking = [hook for hook in hooks["request"] if hook is not _ask_plainly]
-    client.event_hooks = {"request": [*asking, _ask_plainly], "response": [*hooks["response"], _Bound(largest_bytes)]}
+    bound: Any = _Bound(largest_bytes)
+    client.event_hooks = {"request": [*asking, _ask_plainly], "response": [*hooks["response"], bound]}
     return client
 
 
