@@ -13,11 +13,12 @@ from msgspec.structs import replace
 from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS, defaults
-from harness.core.records import USUAL_KV, Case, Plan, Verdict, Workload
+from harness.core.records import USUAL_KV, Case, Plan, TierEstimate, Verdict, Workload
 from harness.core.units import significant
 from harness.planning.device_map.experts import experts_of
 from harness.planning.planner import Planner
 from harness.planning.quality import quality_kept
+from harness.planning.verdict import misplaced
 
 # Speeds and contexts that are nearer to each other than this are alike: then the plainer way stays.
 SPEED_ALIKE, _CONTEXT_ALIKE = 0.05, 0.1
@@ -96,16 +97,16 @@ def _varied_of(planner: Planner, plans: Iterable[Plan]) -> Iterator[Plan]:
 
 
 def _varied(planner: Planner, one: Plan) -> Iterator[Plan]:
-    """Yield a plan with other attention where that takes less memory, and with every other KV cache."""
-    kinds: list[str | None] = [None]
+    """Yield a plan with other attention where that takes less memory, and with every other KV cache that could help either."""
+    kinds = [one]
     for name in _FLASH if planner.machine.gpus else ():
         other = planner.plan(replace(one.case, attention=name))
         if other.estimate is not None and _needs(other) < _needs(one):
             yield other
-            kinds.append(name)
-    yield from (
-        planner.plan(replace(one.case, kv=kv, attention=attention)) for attention in kinds for kv in KV_FORMS if kv != USUAL_KV
-    )
+            kinds.append(other)
+    for kind in kinds:
+        if kind.verdict.is_good or _would_fit(planner, kind):
+            yield from (planner.plan(replace(kind.case, kv=kv)) for kv in KV_FORMS if kv != USUAL_KV)
 
 
 def _precisions(planner: Planner) -> list[str]:
@@ -128,15 +129,29 @@ def _leading(planner: Planner, usual: Sequence[Plan]) -> list[Plan]:
 def _may_gain(planner: Planner, one: Plan) -> bool:
     """Say whether all that another cache or attention could save makes this fit, or brings enough weights back to the GPUs."""
     assert one.estimate is not None
-    tiers = one.estimate.tiers
-    saved = {name: tier.kv_bytes + tier.activation_bytes for name, tier in tiers.items()}
     if one.verdict is not Verdict.FITS:
-        return all(
-            tier.capacity_bytes is None or tier.needed_high_bytes - saved[name] <= tier.capacity_bytes
-            for name, tier in tiers.items()
-        )
+        return _would_fit(planner, one)
+    tiers = one.estimate.tiers
     off = sum(tier.weights_bytes for name, tier in tiers.items() if not name.startswith("gpu")) if planner.machine.gpus else 0
-    return _adapts(one) and sum(saved.values()) > SPEED_ALIKE * off
+    return _adapts(one) and sum(map(_saved, tiers.values())) > SPEED_ALIKE * off
+
+
+def _saved(tier: TierEstimate) -> int:
+    return tier.kv_bytes + tier.activation_bytes
+
+
+def _would_fit(planner: Planner, one: Plan) -> bool:
+    """Say whether a plan could fit without any cache and activations; a map that adapts brings the room of one tier to another."""
+    assert one.estimate is not None
+    tiers, precision = one.estimate.tiers, planner.spec.adapted(PRECISIONS[one.case.precision])
+    barred, _ = misplaced(precision, PLACEMENTS[one.case.placement], planner.footprints[one.case.id])
+    lacking = [sum(tiers[name].weights_bytes for name in barred)]
+    lacking += [
+        tier.needed_high_bytes - _saved(tier) - tier.capacity_bytes
+        for name, tier in tiers.items()
+        if tier.capacity_bytes is not None and name not in barred
+    ]
+    return sum(lacking) <= 0 if _adapts(one) else max(lacking) <= 0
 
 
 def _asks_for_longer(planner: Planner, one: Plan) -> bool:
