@@ -49,7 +49,7 @@ class _Way(NamedTuple):
 
 def best_way(planner: Planner, workload: Workload, choose: Callable[[Sequence[Plan]], Plan | None]) -> Plan | None:
     """Return the way that `choose` takes of those that a search plans; what longer contexts ask for only if there is no other."""
-    usual = _usual(planner, workload)
+    usual = [one for precision in _precisions(planner) for one in _promising(planner, _cases(planner, workload, precision))]
     leading = _leading(planner, usual)
     found = choose(_good([*usual, *_varied_of(planner, [one for one in leading if _may_gain(planner, one)])]))
     return found or choose(_good(_varied_of(planner, [one for one in leading if _asks_for_longer(planner, one)])))
@@ -80,15 +80,26 @@ def _good(plans: Iterable[Plan]) -> list[Plan]:
 
 def _usual(planner: Planner, workload: Workload) -> list[Plan]:
     """Plan every precision wherever it can go, with the usual KV cache and attention."""
+    return [planner.plan(case) for precision in _precisions(planner) for case in _cases(planner, workload, precision)]
+
+
+def _promising(planner: Planner, cases: Iterable[Case]) -> Iterator[Plan]:
+    """Plan the cases of one precision that could be the best way: what fits the only GPU gains nothing by leaving it."""
+    fits = False
+    for case in cases:
+        devices = PLACEMENTS[case.placement].devices
+        if (fits and "gpu" in devices) or not planner.can_hold(case):
+            continue
+        one = planner.plan(case)
+        fits |= one.verdict is Verdict.FITS and devices == ("gpu",) and len(planner.machine.gpus) == 1
+        yield one
+
+
+def _cases(planner: Planner, workload: Workload, precision: str) -> list[Case]:
     gpus = len(planner.machine.gpus)
     asked = [name for name in distinct(PLACEMENTS, gpus) if not PLACEMENTS[name].lacks_gpus(gpus)]
     asked += [row.name for row in PLACEMENTS.values() if row.experts_in_ram and gpus and experts_of(planner.spec.skeleton)]
-    model = planner.spec.name
-    return [
-        planner.plan(Case(model=model, precision=precision, placement=placement, workload=workload))
-        for precision in _precisions(planner)
-        for placement in asked
-    ]
+    return [Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload) for placement in asked]
 
 
 def _varied_of(planner: Planner, plans: Iterable[Plan]) -> Iterator[Plan]:
