@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import re
 import socket
@@ -56,6 +57,8 @@ SECRET = re.compile(r"TOKEN(?!S|IZER)|KEY|SECRET|PASS|AUTH(?!OR)|CRED|COOKIE", r
 LEAST_VALUE, LEAST_SECRET, LEAST_NAME = 8, 6, 3
 # A text of so many letters may have been cut in the middle of a value; so much of it must be left to be found.
 CUT_TEXT, LEAST_CUT = 500, 6
+
+_NUMBERS = frozenset({int, float, bool, type(None)})
 
 Cleaner = Callable[[str], str]
 
@@ -110,8 +113,9 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(key)
             yield from texts_in(inner)
     elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from texts_in(inner)
+        if not _NUMBERS.issuperset(map(type, value)):  # samples and timelines, most of what a result holds
+            for inner in value:
+                yield from texts_in(inner)
     elif isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
             yield from texts_in(getattr(value, name))
@@ -166,6 +170,13 @@ def _surroundings() -> tuple[object, ...]:
     with contextlib.suppress(OSError):  # the directory one stands in may be gone
         here = str(Path.cwd())
     return tuple(os.environ.items()), here, sys.prefix, tempfile.tempdir, socket.gethostname()
+
+
+def surroundings_digest() -> str:
+    """Return a digest of all that is private on this machine: what was cleaned with another is not known to be clean."""
+    known = _known(_surroundings())
+    names = [(pattern.pattern, mark) for pattern, mark in known.names]
+    return hashlib.sha256(repr((known.places, known.values, names)).encode(errors="surrogateescape")).hexdigest()
 
 
 @functools.lru_cache(maxsize=4)

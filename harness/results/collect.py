@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 import zlib
@@ -141,6 +142,20 @@ def read(artifact: Artifact) -> Iterator[tuple[int, Result | str]]:
                 raise StoreError(
                     artifact.where, f"has {wrong:,} lines that are no results, and nothing behind line {number:,} was read"
                 )
+
+
+def contents_digest(artifact: Artifact) -> str | None:
+    """Return what tells the contents of a file of results, and its place in an archive, from others; None if it cannot be read."""
+    if artifact.damage:
+        return None
+    try:
+        with open_regular(Path(artifact.path)) as file:
+            found = hashlib.sha256((artifact.member or "").encode(errors="surrogateescape") + b"\0")
+            while piece := file.read(MIB):
+                found.update(piece)
+    except OSError:
+        return None
+    return found.hexdigest()
 
 
 @contextmanager
