@@ -30,7 +30,7 @@ _PLANNER = "planner.html.j2"
 # Points of a line in a chart: raw results have all of them.
 _MOST_POINTS = 120
 # Ways to run a model that stand on the front door as they are: the others are compressed.
-_MOST_WAYS = 300
+MOST_WAYS = 300
 # Lines of a list on one page, by what they take, so that no page is larger than a megabyte.
 MOST_LISTED: Mapping[str, int] = {
     "models": 250,
@@ -195,7 +195,7 @@ def _index(
         "facts": facts,
         "known_cards": known_cards(),
         "ways": [row for model in models for row in model.ways],
-        "most_ways": _MOST_WAYS,
+        "most_ways": MOST_WAYS,
         "names": "\n".join(f"{_one_line(link.name)}\t{link.page}" for link in links) if is_cut else "",
         **also,
     }
