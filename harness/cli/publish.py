@@ -79,6 +79,9 @@ def _build_by(
     file: Path | None, given: argparse.Namespace, found: Sequence[Artifact], now: datetime, runtime: Runtime | None
 ) -> tuple[Joined, str, int]:
     """Build the site; return what is published, what was refused, and how many pages there are. Raises _Refused."""
+    import sqlite3
+    from contextlib import suppress
+
     from harness.machine import atomic
     from harness.report.site import build, intake, state
     from harness.report.site.tasks import Old
@@ -91,7 +94,8 @@ def _build_by(
             if joined.refusals and given.strict:
                 raise _Refused(refused)
             pages = build.write_site(joined, folder, now, kept, old, runtime)
-        build.saved(given.to, kept)
+        with suppress(sqlite3.Error):  # the site is there, and what is not kept is made again
+            build.saved(given.to, kept)
     return joined, refused, pages
 
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import msgspec
 
@@ -144,18 +144,30 @@ def read(artifact: Artifact) -> Iterator[tuple[int, Result | str]]:
                 )
 
 
-def contents_digest(artifact: Artifact) -> str | None:
-    """Return what tells the contents of a file of results, and its place in an archive, from others; None if it cannot be read."""
-    if artifact.damage:
-        return None
+class Contents(NamedTuple):
+    """What a file held when it was looked at, and what the system said of it then, by which a change is noticed."""
+
+    digest: str
+    stamp: tuple[int, int, int]
+
+
+def contents(path: str) -> Contents | None:
+    """Look at what a file holds; None if it cannot be read."""
     try:
-        with open_regular(Path(artifact.path)) as file:
-            found = hashlib.sha256((artifact.member or "").encode(errors="surrogateescape") + b"\0")
+        stamp = stamp_of(path)
+        with open_regular(Path(path)) as file:
+            found = hashlib.sha256()
             while piece := file.read(MIB):
                 found.update(piece)
     except OSError:
         return None
-    return found.hexdigest()
+    return Contents(found.hexdigest(), stamp)
+
+
+def stamp_of(path: str) -> tuple[int, int, int]:
+    """Return what changes when a file is written: its size, its time and which file it is. Raises OSError."""
+    found = Path(path).stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @contextmanager

@@ -13,23 +13,15 @@ from harness.core.errors import StoreError
 from harness.core.records import Result, encode_record
 from harness.core.redact import cleaner
 from harness.core.text import plural
-from harness.report.site.state import SiteState
+from harness.report.site.state import SiteState, keyed
 from harness.report.site.tasks import Old, link, shared
 from harness.results import audit, collect, register
-from harness.results.collect import Artifact
+from harness.results.collect import Artifact, Contents
 from harness.results.register import Entry, Joined, Refusal
 
 # Refused lines of a file that are told one by one.
 _MOST_TOLD = 20
 _LINKS = 5_000  # in one piece of work
-
-
-class _Taken(msgspec.Struct, frozen=True):
-    """What came of a file of results: its entries, encoded, what was refused, and what tells its contents from others."""
-
-    entries: bytes
-    refused: list[Refusal]
-    digest: str | None
 
 
 def gather(found: Sequence[Artifact], folder: Path, now: datetime, state: SiteState, old: Old) -> Joined:
@@ -39,27 +31,22 @@ def gather(found: Sequence[Artifact], folder: Path, now: datetime, state: SiteSt
     is a result at a time, and the register.
     """
     (folder / "raw").mkdir()
-    with shared(collect.contents_digest, found) as asked:
-        digests = list(asked)
-    known = state.kept("sources", [digest for digest in digests if digest], list[Entry])
-    entries: list[Entry] = []
-    refusals: list[Refusal] = []
-    fresh: list[tuple[int, Artifact, str | None]] = []
-    for number, (artifact, digest) in enumerate(zip(found, digests, strict=True)):
-        kept = known.get(digest or "")
-        if kept is not None and old.has_all({f"raw/{entry.digest}.json": entry.size for entry in kept}):
-            entries += [msgspec.structs.replace(entry, source=number) for entry in kept]
-        else:
-            fresh.append((number, artifact, digest))
+    paths = list(dict.fromkeys(artifact.path for artifact in found if not artifact.damage))
+    with shared(collect.contents, paths) as looked:
+        contents = dict(zip(paths, looked, strict=True))
+    keys = [_key(artifact, contents.get(artifact.path)) for artifact in found]
+    known = state.kept("sources", list(filter(None, keys)), list[Entry])
+    usable = {key: kept for key, kept in known.items() if old.has_all({f"raw/{one.digest}.json": one.size for one in kept})}
+    fresh = [(number, artifact) for number, artifact in enumerate(found) if keys[number] not in usable]
+    entries = [_from(number, entry) for number, key in enumerate(keys) for entry in usable.get(key, ())]
     reused = {entry.digest for entry in entries}
+    refusals: list[Refusal] = []
     with shared(functools.partial(_take, folder=folder / "raw", now=now), fresh) as taken:
-        for (number, _, _), one in zip(fresh, taken, strict=True):
-            if one.digest is not None:
-                state.keep("sources", one.digest, one.entries)
-            entries += [
-                msgspec.structs.replace(entry, source=number) for entry in msgspec.json.decode(one.entries, type=list[Entry])
-            ]
-            refusals += one.refused
+        for (number, artifact), (encoded, refused) in zip(fresh, taken, strict=True):
+            if keys[number] and not refused and _is_unchanged(artifact, contents[artifact.path]):
+                state.keep("sources", keys[number], encoded)
+            entries += (_from(number, entry) for entry in msgspec.json.decode(encoded, type=list[Entry]))
+            refusals += refused
     entries.sort(key=lambda entry: (entry.source, entry.line))
 
     def read(entry: Entry) -> Result:
@@ -69,6 +56,23 @@ def gather(found: Sequence[Artifact], folder: Path, now: datetime, state: SiteSt
     joined = register.join([artifact.name for artifact in found], entries, refusals, read)
     _keep_only(joined, folder, old, reused)
     return joined
+
+
+def _key(artifact: Artifact, contents: Contents | None) -> str:
+    """Return what the entries of a file of results are kept under; empty if it cannot be read."""
+    return keyed([contents.digest, artifact.member or ""]) if contents else ""
+
+
+def _is_unchanged(artifact: Artifact, contents: Contents | None) -> bool:
+    """Tell whether a file is still what was looked at: of one that grows while it is read more was taken than its digest tells."""
+    try:
+        return contents is not None and collect.stamp_of(artifact.path) == contents.stamp
+    except OSError:
+        return False
+
+
+def _from(number: int, entry: Entry) -> Entry:
+    return msgspec.structs.replace(entry, source=number)
 
 
 def _keep_only(joined: Joined, folder: Path, old: Old, reused: set[str]) -> None:
@@ -90,9 +94,9 @@ def _link(names: Sequence[str], old: str, new: str) -> None:
         link(f"{old}/{name}", f"{new}/{name}")
 
 
-def _take(asked: tuple[int, Artifact, str | None], folder: Path, now: datetime) -> _Taken:
-    """Write each sound result of a file into `folder`; return what is to know of each, and what was refused."""
-    number, artifact, digest = asked
+def _take(asked: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[bytes, list[Refusal]]:
+    """Write each sound result of a file into `folder`; return what is to know of each, encoded, and what was refused."""
+    number, artifact = asked
     entries: list[Entry] = []
     refused: list[Refusal] = []
     clean = cleaner()
@@ -114,6 +118,4 @@ def _take(asked: tuple[int, Artifact, str | None], folder: Path, now: datetime) 
         refused.append(Refusal(source=number, line=None, why=clean(why)))
     if untold:
         refused.append(Refusal(source=number, line=None, why=f"refused as well: {plural(untold, 'more line')}", lines=untold))
-    # A file that grew meanwhile is not the one that was asked about.
-    same = digest is not None and not refused and collect.contents_digest(artifact) == digest
-    return _Taken(msgspec.json.encode(entries), refused, digest if same else None)
+    return msgspec.json.encode(entries), refused
