@@ -184,7 +184,7 @@ class _Comparison:
 
         Only those are replaced by modules that unpack; some are subclasses of torch's Linear (FalconLinear).
         """
-        if self.packed is None or self.layout is None or self.naming is None:
+        if self.packed is None or self.layout is None or self.layout.anywhere or self.naming is None:
             return
         for module in self.found.root.walk():
             kind = module.block.class_name
