@@ -197,19 +197,19 @@ def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
 def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:
     """Return how a model of this config would be stored for a precision that reads one form only; None if it cannot be.
 
-    GPTQ and AWQ in groups of 128, as nearly all are published. ChatGLM-6B's form and MXFP4 are of one architecture each.
+    In groups as nearly all are published, and in a form of one architecture only for that.
     """
     title, family = precision.stored or "", family_of(config)
     name = title.partition(" ")[0]
     of_family = family is not None and family.method == name
-    only = {"mxfp4": "gpt_oss", CHATGLM.method: CHATGLM.model_type}.get(name)
-    if (name not in LAYOUTS and name != "mxfp8") or only not in (None, config.get("model_type")):
+    method = METHODS.get(name) or OWN.get(name)
+    if method is None or _layout_name(name, {}) not in LAYOUTS or method.only_of not in (None, config.get("model_type")):
         return None
-    group, bits = 128 if name in ("gptq", "awq") else 0, re.search(r"(\d+)-bit", title)
+    group, bits = method.group, re.search(r"(\d+)-bit", title)
     return Packed(
         title=f"{title}, groups of {group}" if group else title,
         name=family.model_type if family is not None and of_family else name,
-        bits=int(bits[1]) if bits else METHODS[name].bits,
+        bits=int(bits[1]) if bits else method.bits,
         group=group,
         stored_by=name,
     )
@@ -268,7 +268,8 @@ def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTen
 
 def tensors_tell(config: Mapping[str, Any]) -> bool:
     """Say whether shapes decide the bits of packed weights, as those of MOSS: one of its published configs is wrong."""
-    return settings_of(config) is None and (family_of(config) is MOSS or bits_said(config) > 0)
+    family = family_of(config)
+    return settings_of(config) is None and ((family is not None and family.shapes_decide_bits) or bits_said(config) > 0)
 
 
 def bits_said(config: Mapping[str, Any]) -> int:

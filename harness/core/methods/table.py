@@ -36,9 +36,13 @@ class Method(Record, frozen=True, kw_only=True):
     bits: int = 4  #: of a weight, where the config does not say
     packs_linears: bool = True  #: Linear weights are packed
     packs_experts: bool = False  #: stacked experts of a mixture are
+    stacks_pass: bool = False  #: a stack of experts that is unpacked passes through larger integers
     counts_scales: bool = True  #: scales count when a device map is inferred; they may come into their module afterwards
     wide_bias: bool = False  #: the biases of packed experts are in float32
     blocks: bool = False  #: a scale is for a block of outputs x inputs
+    group: int = 0  #: inputs that share a scale in nearly all that are published; 0: the method has no groups of its own
+    only_of: str | None = None  #: the only `model_type` that is stored so
+    on_cards: bool = False  #: a row of PACKED_KERNELS multiplies the weights on a card
     writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
@@ -107,6 +111,8 @@ _ROWS = (
         dtypes=("float16",),
         refuses=_STORED,
         held="int32",
+        group=128,
+        on_cards=True,
         writes={"zero_point": True, "version": "gemm"},
     ),
     Method(
@@ -134,6 +140,8 @@ _ROWS = (
         dtypes=("float16",),
         refuses=_STORED,
         held="int32",
+        group=128,
+        on_cards=True,
         writes={"sym": True, "desc_act": False},
     ),
     Method(
@@ -280,6 +288,8 @@ _ROWS = (
         refuses=_STORED,
         packs_linears=False,
         packs_experts=True,
+        stacks_pass=True,
+        only_of="gpt_oss",
         counts_scales=False,
         wide_bias=True,
     ),
@@ -305,7 +315,7 @@ _ROWS = (
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
 # What the layers of `harness.models` read, by the `model_type` of the family; no package does.
 OWN: Mapping[str, Method] = {
-    "chatglm": Method(name="chatglm", title="ChatGLM-6B's own", refuses=_STORED, held="int8", copies=True),
+    "chatglm": Method(name="chatglm", title="ChatGLM-6B's own", refuses=_STORED, held="int8", only_of="chatglm", copies=True),
     "moss": Method(name="moss", title="MOSS's GPTQ", refuses=_STORED, held="int32", copies=True),
 }
 
