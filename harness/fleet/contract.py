@@ -22,6 +22,8 @@ from harness.machine.regular import read_regular
 CONTRACT_SCHEMA = 1
 CONTRACT, SHARDS = "contract.json", "shards"
 
+MAP = "device-map"  #: the option whose value in a contract is the map itself, as JSON, and not the name of a file
+
 CLOCK_SLACK = timedelta(minutes=5)  # clocks that are kept by NTP differ by less than a second
 _MOST_BYTES = 256 * MIB  # a contract of a million cases
 _R = TypeVar("_R", bound=Record)
