@@ -200,7 +200,7 @@ def test_a_search_finds_the_release_keeps_all_and_goes_on_where_it_was(place: Pa
     assert "changed from 1.0 to 1.2 by the gate's rule" in capsys.readouterr().out
     assert main(words("--figure", "ram_needed_bytes", bad="1.2")) == 1
     assert "by the gate's rule" in capsys.readouterr().out
-    kept_before = {path: path.read_bytes() for path in place.glob("bisect/planted-*/results.jsonl")}
+    kept_before = {path: path.read_bytes() for path in place.glob("fitmatrix-bisect/planted-*/results.jsonl")}
     assert {path.parent.name for path in kept_before} == {"planted-1.0", "planted-1.2", "planted-1.4"}
     assert main(words("--json")) == 1
     shown = capsys.readouterr()
@@ -217,7 +217,7 @@ def test_a_search_finds_the_release_keeps_all_and_goes_on_where_it_was(place: Pa
     assert "changed after planted 1.2 and no later than with 1.4; the releases between were skipped" in shown.out
     assert "1.3 was skipped: pytest brought no result of it: " in shown.out
     assert main(words("--batch", "2")) == 2
-    assert "bisect has a bisect of --model" in capsys.readouterr().err
+    assert "fitmatrix-bisect has a bisect of --model" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_nothing_running(place: Path, 
         [sys.executable, "-m", "harness", *words()], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not (place / "bisect/planted-1.0/results.jsonl").exists() and time.monotonic() < deadline:
+    while not (place / "fitmatrix-bisect/planted-1.0/results.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
@@ -253,7 +253,7 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_nothing_running(place: Path, 
     assert not left
     sweep(short)  # as the next run does: a folder whose removal was interrupted is nobody's
     assert not [one for one in short.iterdir() if one.name.startswith("fitmatrix-")]
-    assert (place / "bisect/planted-1.0/results.jsonl").read_bytes().count(b"\n") == 1
+    assert (place / "fitmatrix-bisect/planted-1.0/results.jsonl").read_bytes().count(b"\n") == 1
 
 
 def question(**changes: object) -> kept.BisectQuestion:

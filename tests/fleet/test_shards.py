@@ -14,7 +14,7 @@ from harness.core.errors import UsageError
 from harness.core.options import OPTIONS
 from harness.fleet import shards, status
 from harness.fleet.collect import collect
-from harness.fleet.contract import CONTRACT, Contract, digest_of, read_contract, write_record
+from harness.fleet.contract import CONTRACT, Contract, digest_of, read_contract, utc, write_record
 from harness.fleet.status import State, progress, to_hand_out
 from tests.support.fleets import NOW, contract, deliver, machine_class, measured
 
@@ -74,6 +74,24 @@ def test_what_still_runs_is_not_handed_out_again(tmp_path: Path) -> None:
     assert to_hand_out(made, heard, NOW)[0] == [shard.key(shard.cases[1])]
     assert [one.state for one in progress(made, heard.deliveries, just)] == [State.RUNNING]
     assert [one.state for one in progress(made, heard.deliveries, NOW)] == [State.SILENT]
+
+
+@pytest.mark.parametrize(
+    ("started_min", "heard_min", "state"),
+    [
+        (10, 1, State.RUNNING),
+        (10, 3, State.SILENT),  # longer than two cases may take
+        (40, 1, State.SILENT),  # past its deadline of half an hour and a minute for each case
+    ],
+)
+def test_a_shard_is_silent_when_it_was_quiet_for_two_cases_or_is_overdue(
+    started_min: int, heard_min: int, state: State, tmp_path: Path
+) -> None:
+    made, (shard,) = contract(case_timeout_s=60.0)
+    moments = {"started_at": utc(NOW - timedelta(minutes=started_min)), "heard_at": utc(NOW - timedelta(minutes=heard_min))}
+    heard = collect(made, [deliver(tmp_path, shard, [], ended_at=None, machine="lab-1", **moments)], NOW)
+    (found,) = progress(made, heard.deliveries, NOW)
+    assert (found.state, found.machine) == (state, "lab-1")
 
 
 def test_progress_tells_every_state(tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results",
         type=Path,
-        default=Path("bisect"),
+        default=Path("fitmatrix-bisect"),
         metavar="DIR",
-        help="keep results here, a directory for each release, and go on with what is there (default bisect)",
+        help="keep results here, a directory for each release, and go on with what is there (default fitmatrix-bisect)",
     )
     add_options(parser, "fleet", *OF_THE_CASE, "json")
 
