@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from harness.catalog.listing import KnownModel
     from harness.checkpoint.reader import Checkpoint
 
-HELP = "Show what a checkpoint contains: files, parameters, dtypes, blocks, tied weights. Reads headers, never weights."
-MODELS_HELP = "List the models that are known offline: names, stored form, parameters, context."
 MODELS_SCHEMA = 1
 MOST_FILES = 8
 MOST_SIZE_ROWS = 60

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from harness.results.audit import Joined
     from harness.results.collect import Artifact
 
-HELP = "Build a static site from the results of many machines; invalid results are refused with a reason."
-SHARE_HELP = "Prepare results as a pull request, cleaned and checked."
 REFUSED = 1
 REPOSITORY = "fitmatrix/fitmatrix"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,38}/[A-Za-z0-9_.][A-Za-z0-9_.-]{0,99}")

@@ -6,8 +6,6 @@ import argparse
 
 from harness.cli.fleet import bisect, collect, emit, plan, resume, run_live, status
 
-HELP = "Measure one matrix on many machines: nothing lost, nothing twice."
-
 FLEET_COMMANDS = {
     "plan": plan,
     "status": status,
