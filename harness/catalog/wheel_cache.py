@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -242,6 +241,8 @@ def _convert(source: Path, directory: Path) -> None:
 
 def _run(command: list[str], log: Path, watch: Callable[[], None], settings: dict[str, str]) -> tuple[int, str]:
     """Run a child to its end, looking at it five times a second; return its status and output. It ends when we do."""
+    import subprocess  # which plans of a model do without
+
     environment, child = {**os.environ, **settings}, None
     with log.open("wb") as output:
         try:

@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote as quote_url
 
 import msgspec
@@ -83,8 +84,7 @@ def bounded_session(largest_bytes: int | None = None) -> Any:
     client = get_session()
     hooks = {name: [hook for hook in found if not isinstance(hook, _Bound)] for name, found in client.event_hooks.items()}
     asking = [hook for hook in hooks["request"] if hook is not _ask_plainly]
-    bound: Any = _Bound(largest_bytes)
-    client.event_hooks = {"request": [*asking, _ask_plainly], "response": [*hooks["response"], bound]}
+    client.event_hooks = {"request": [*asking, _ask_plainly], "response": [*hooks["response"], _Bound(largest_bytes)]}
     return client
 
 
@@ -93,7 +93,8 @@ def _ask_plainly(request: Any) -> None:
     request.headers["accept-encoding"] = "identity"
 
 
-class _Bound(NamedTuple):
+@dataclass(frozen=True)
+class _Bound:
     """Bounds what an answer may be. What an error says is not read at all: its status and headers tell enough."""
 
     largest_bytes: int | None

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from harness.planning.evidence import Observation
     from harness.planning.fit import Fit
 
-HELP = "Correct the estimates by what was measured on this machine, from now on."
 CALIBRATE_SCHEMA = 1
 _MEASURE = "measure some: fitmatrix calibrate --measure, or pytest cases/ --model MODEL"
 # Large enough that tokens wait for memory, small enough that six cases end within a minute.

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from harness.core.records import Case, Machine, Plan
     from harness.planning.choice.recommend import Recommendation
 
-HELP = "Chat with a model in the browser on this machine, loaded as the plan recommends."
 
 _PORTS = 100
 _LONGEST = 8192  # tokens of a conversation, unless more are asked for: what is read anew for each answer takes time

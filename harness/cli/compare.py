@@ -13,7 +13,6 @@ from harness.report.terminal import output
 if TYPE_CHECKING:
     from harness.core.records import Result
 
-HELP = "Compare two sets of results: memory, load time, speed, quality; exit status 1 if something got worse."
 COMPARE_SCHEMA = 1
 GOT_WORSE = 1
 

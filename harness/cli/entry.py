@@ -6,17 +6,15 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
+from importlib import import_module
+from typing import NamedTuple
 
 import harness
-from harness.cli import calibrate, chat, compare, fleet, hardware, inspect, plan, publish, report, synth
 from harness.cli.options import CommandParser, add_options
 from harness.cli.plan_args import USAGE
 from harness.core.errors import HarnessError
 from harness.core.text import line
-from harness.live import command as live
-
-Command = Callable[[argparse.Namespace], int]
 
 UNWRITTEN = 1
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -55,8 +53,8 @@ def _run(words: Sequence[str]) -> int:
         parser.print_help()
         return 0
     given = parser.parse_args(words)
-    command: Command = given.command
-    return command(given)
+    status: int = given.command(given)
+    return status
 
 
 def _drop_output() -> None:
@@ -73,11 +71,12 @@ def build_parser(called: Container[str] | None = None) -> argparse.ArgumentParse
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, (help_text, add_arguments, command) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help_text, description=help_text)
+    for name, row in COMMANDS.items():
+        sub = commands.add_parser(name, help=row.help, description=row.help)
         if called is None or name in called:
-            add_arguments(sub)
-        sub.set_defaults(command=command)
+            module = import_module(row.module)
+            getattr(module, row.add_arguments)(sub)
+            sub.set_defaults(command=getattr(module, row.run))
     return parser
 
 
@@ -89,22 +88,59 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _watch(given: argparse.Namespace) -> int:
-    return live.run(given.pid, once=given.once, as_json=given.json)
+def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `fitmatrix watch`."""
+    add_options(parser, "watch", "pid", "once", "json")
 
 
-COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
-    "hardware": (hardware.HELP, hardware.add_arguments, hardware.run),
-    "inspect": (inspect.HELP, inspect.add_arguments, inspect.run),
-    "models": (inspect.MODELS_HELP, inspect.add_models_arguments, inspect.run_models),
-    "plan": (plan.HELP, plan.add_arguments, plan.run),
-    "calibrate": (calibrate.HELP, calibrate.add_arguments, calibrate.run),
-    "chat": (chat.HELP, chat.add_arguments, chat.run),
-    "watch": (live.HELP, lambda parser: add_options(parser, "watch", "pid", "once", "json"), _watch),
-    "synth": (synth.HELP, synth.add_arguments, synth.run),
-    "report": (report.HELP, report.add_arguments, report.run),
-    "publish": (publish.HELP, publish.add_arguments, publish.run),
-    "share": (publish.SHARE_HELP, publish.add_share_arguments, publish.run_share),
-    "fleet": (fleet.HELP, fleet.add_arguments, fleet.run),
-    "compare": (compare.HELP, compare.add_arguments, compare.run),
+def run_watch(given: argparse.Namespace) -> int:
+    """Run `fitmatrix watch`."""
+    from harness.live import command
+
+    return command.run(given.pid, once=given.once, as_json=given.json)
+
+
+class _Row(NamedTuple):
+    """A command; its module is imported only when it is called, as each brings others that the rest do without."""
+
+    help: str
+    module: str
+    add_arguments: str = "add_arguments"
+    run: str = "run"
+
+
+COMMANDS = {
+    "hardware": _Row("Show memory, bandwidth and links of this machine, or of one that you describe.", "harness.cli.hardware"),
+    "inspect": _Row(
+        "Show what a checkpoint contains: files, parameters, dtypes, blocks, tied weights. Reads headers, never weights.",
+        "harness.cli.inspect",
+    ),
+    "models": _Row(
+        "List the models that are known offline: names, stored form, parameters, context.",
+        "harness.cli.inspect",
+        "add_models_arguments",
+        "run_models",
+    ),
+    "plan": _Row("Predict which ways of loading a model fit, before loading or even downloading it.", "harness.cli.plan"),
+    "calibrate": _Row("Correct the estimates by what was measured on this machine, from now on.", "harness.cli.calibrate"),
+    "chat": _Row("Chat with a model in the browser on this machine, loaded as the plan recommends.", "harness.cli.chat"),
+    "watch": _Row(
+        "Watch memory by component while a case runs, with room in tokens.", __name__, "add_watch_arguments", "run_watch"
+    ),
+    "synth": _Row(
+        "Write a checkpoint with random weights in a model's true shapes, files and dtype, to measure it before downloading.",
+        "harness.cli.synth",
+    ),
+    "report": _Row("Render the results in a directory as a page, Markdown, JSON, CSV or badges.", "harness.cli.report"),
+    "publish": _Row(
+        "Build a static site from the results of many machines; invalid results are refused with a reason.", "harness.cli.publish"
+    ),
+    "share": _Row(
+        "Prepare results as a pull request, cleaned and checked.", "harness.cli.publish", "add_share_arguments", "run_share"
+    ),
+    "fleet": _Row("Measure one matrix on many machines: nothing lost, nothing twice.", "harness.cli.fleet"),
+    "compare": _Row(
+        "Compare two sets of results: memory, load time, speed, quality; exit status 1 if something got worse.",
+        "harness.cli.compare",
+    ),
 }

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from harness.machine.accelerators import TorchReport
     from harness.machine.probe import Link
 
-HELP = "Show memory, bandwidth and links of this machine, or of one that you describe."
 HARDWARE_SCHEMA = 1
 UNKNOWN = "-"
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from harness.catalog.listing import KnownModel
     from harness.checkpoint.reader import Checkpoint
 
-HELP = "Show what a checkpoint contains: files, parameters, dtypes, blocks, tied weights. Reads headers, never weights."
-MODELS_HELP = "List the models that are known offline: names, stored form, parameters, context."
 MODELS_SCHEMA = 1
 MOST_FILES = 8
 MOST_SIZE_ROWS = 60
@@ -90,7 +88,7 @@ def _look_up(model: str, file: str | None, revision: str | None) -> Inspection:
     from harness.architecture import model_spec
     from harness.architecture.inspection import inspect
     from harness.architecture.shipped_checkpoint import NOTE, describe_shipped
-    from harness.catalog import resolve
+    from harness.catalog import resolve, shipped
     from harness.catalog.names import read_name
     from harness.checkpoint.reader import read, read_hub
 
@@ -104,7 +102,7 @@ def _look_up(model: str, file: str | None, revision: str | None) -> Inspection:
     here = model_spec.local(source) if full is not None else None
     if full is not None and here is None:
         shown = inspect(describe_shipped(full), name=source.name, kind=source.kind, source=where, history=known)
-        return msgspec.structs.replace(shown, notes=(NOTE, *shown.notes))
+        return msgspec.structs.replace(shown, notes=(NOTE, *shipped.catalog()[full].doubts, *shown.notes))
     found = read(here) if here is not None else read_hub(where, revision, file)
     return inspect(found, name=source.name, kind=source.kind, source=where, history=known, skeleton=_skeleton(found))
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from harness.planning.choice.recommend import Recommendation
     from harness.planning.device_map.infer import Device
 
-HELP = "Predict which ways of loading a model fit, before loading or even downloading it."
 
 # Options that do not apply to training.
 _ABOUT_RUNNING = (

@@ -15,7 +15,6 @@ from harness.report.terminal import output
 if TYPE_CHECKING:
     from harness.core.records import Result
 
-HELP = "Render the results in a directory as a page, Markdown, JSON, CSV or badges."
 DETAILS = (
     "Without options this writes the page. Exit status: 0 if everything was written, whatever the results say, 2 for a usage "
     "error; `fitmatrix compare` and pytest have exit statuses for CI."

@@ -10,8 +10,6 @@ from harness.cli.options import add_options
 from harness.core.errors import UsageError
 from harness.core.units import format_size
 
-HELP = "Write a checkpoint with random weights in a model's true shapes, files and dtype, to measure it before downloading."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""

@@ -11,7 +11,6 @@ from harness.core.errors import UsageError
 if TYPE_CHECKING:
     from harness.live.stream import Stream
 
-HELP = "Watch memory by component while a case runs, with room in tokens."
 _EVERY_S = 1.0
 
 

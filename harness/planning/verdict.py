@@ -122,9 +122,9 @@ class Judge(Record, frozen=True, kw_only=True):
 
     def verdict(self, case: Case, placement: Placement, expected: Estimate, footprint: Footprint) -> tuple[Verdict, str | None]:
         """Say whether a case fits, and why not or how narrowly."""
-        refused = self._spill_refusal(self.spec.adapted(PRECISIONS[case.precision]), placement, footprint)
-        if refused:
-            return Verdict.TOO_BIG, refused
+        where, reason = misplaced(self.spec.adapted(PRECISIONS[case.precision]), placement, footprint)
+        if where:
+            return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on {' and '.join(where)}; {reason}"
         unknown = [
             name
             for name, tier in expected.tiers.items()
@@ -149,16 +149,6 @@ class Judge(Record, frozen=True, kw_only=True):
         )
         tokens = "tokens and no positions beyond" if self.spec.skeleton.looks_up_positions(most) else "tokens"
         return Verdict.INVALID, f"{self.spec.name} has a context of {most:,} {tokens}, and {asked}: ask for {most:,} at most."
-
-    def _spill_refusal(self, precision: Precision, placement: Placement, footprint: Footprint) -> str | None:
-        """Say why weights must not lie where this case would spill them."""
-        spilled = [tier for tier in footprint.weights if tier == "disk" or (tier == "cpu" and footprint.gpus)]
-        if spilled and "offloads_to_cpu" in precision.incompatible and not leaves_off_gpu(precision, placement):
-            where, reason = " and ".join(spilled), precision.incompatible["offloads_to_cpu"]
-            return f"too big for {placement.name}: weights would lie on {where}; {reason}"
-        if "disk" in spilled and "offloads" in precision.incompatible:
-            return f"too big for {placement.name}: weights would lie on disk; {precision.incompatible['offloads']}"
-        return None
 
     def _fit(self, case: Case, expected: Estimate) -> tuple[Verdict, str | None]:
         """Compare what each tier needs, at best and at worst, with what it has."""
@@ -265,6 +255,16 @@ class Judge(Record, frozen=True, kw_only=True):
             f"too big for cpu: {largest[0]} has {format_size(largest[1])}, and Linux maps no file larger than {format_size(most)}"
         )
         return f"{what} for torch here: add swap, set vm.overcommit_memory to 1, or take a copy in several files."
+
+
+def misplaced(precision: Precision, placement: Placement, footprint: Footprint) -> tuple[list[str], str]:
+    """Return the tiers on which weights would lie that must not be there in this precision, and why they must not."""
+    spilled = [tier for tier in footprint.weights if tier == "disk" or (tier == "cpu" and footprint.gpus)]
+    if "offloads_to_cpu" in precision.incompatible and not leaves_off_gpu(precision, placement):
+        return spilled, precision.incompatible["offloads_to_cpu"]
+    return [tier for tier in spilled if tier == "disk"] if "offloads" in precision.incompatible else [], precision.incompatible.get(
+        "offloads", ""
+    )
 
 
 def generating_refusal(spec: ModelSpec, machine: Machine, case: Case, placement: Placement) -> tuple[Verdict, str] | None:

@@ -207,6 +207,9 @@ def _differences(before: Result, after: Result) -> Iterable[str]:
         yield f"another machine: {before.machine.name}, now {after.machine.name}"
     if before.case.workload.repeats != after.case.workload.repeats:
         yield f"repeats {before.case.workload.repeats}, now {after.case.workload.repeats}"
+    threads = [result.loaded and result.loaded.threads for result in (before, after)]
+    if all(threads) and threads[0] != threads[1]:
+        yield f"threads {threads[0]}, now {threads[1]}"
     for package in sorted(before.environment.keys() | after.environment.keys()):
         old, new = before.environment.get(package), after.environment.get(package)
         if old != new:

@@ -212,6 +212,11 @@ class CaseMatrix:
         return kept_calibration.corrected(self._store.read()[0], self._machine)
 
 
+def asked_map(options: Options) -> dict[str, Device] | None:
+    """Return the device map of `--device-map`, None if there is none. Raises UsageError: it cannot be read, or is missed."""
+    return user_map.asked(options.device_map, named_placements(options))
+
+
 def named_placements(options: Options) -> Sequence[str] | None:
     """Return the placements that the user named, None if the default applies."""
     return options.placement if "placement" in options.origin else None

@@ -19,7 +19,6 @@ from harness.machine.signals import Interrupts
 from harness.measure import interference
 from harness.measure.sampler import Gpus
 from harness.planning import code
-from harness.planning.device_map import user_map
 from harness.report.page import render as page
 from harness.results import compare, selection, store
 from harness.results.store import Store
@@ -50,8 +49,7 @@ class Session:
         self.added = 0  #: results of this run, which are on the disk
         self.kept: dict[Case, Result] = {}  #: results of earlier runs that stand for a case
         self.store = Store(options.results)
-        device_map = user_map.asked(options.device_map, cases.named_placements(options))
-        self._matrix = CaseMatrix(options, self.models, lambda: self.machine, self.store, device_map)
+        self._matrix = CaseMatrix(options, self.models, lambda: self.machine, self.store, cases.asked_map(options))
         self.html = options.html or options.results / "index.html"
         self.on_sample: LiveLine | None = None
         self.on_result: Callable[[Result], None] | None = None  #: hears of each result that is on the disk

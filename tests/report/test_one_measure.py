@@ -28,8 +28,8 @@ from harness.report.planner.page import page_data
 from harness.report.site.rows import rows_of
 from harness.report.site.sitedata import Data
 from harness.results import selection, store
-from harness.results.audit import PublishedResult
 from harness.results.needed import VRAM, completed, need_of, predicted_need, ram_needed, scarcest
+from harness.results.register import PublishedResult
 from harness.run import live
 from tests.report.test_page import Node, rendered
 from tests.support import builders
@@ -136,7 +136,7 @@ def test_json_csv_site_and_the_terminal_say_the_same(results: list[Result]) -> N
 
 
 def published(results: list[Result]) -> list[PublishedResult]:
-    return [PublishedResult(result=one, digest=f"{n:032x}", source=0, line=n) for n, one in enumerate(results)]
+    return [PublishedResult(result=one, digest=f"{n:032x}") for n, one in enumerate(results)]
 
 
 def test_the_planner_s_page_shows_each_sound_result_with_its_figures(results: list[Result]) -> None:
@@ -194,7 +194,7 @@ def test_the_memory_of_a_card_is_the_whole_process_s_or_says_what_it_is_derived_
 def test_a_derived_figure_says_so_on_page_and_site(known: str) -> None:
     found = selection.newest(of_cards(known))
     marks = [mark.attrs["title"] for mark in rendered(found).all("em", look="doubt") if mark.text == "derived"]
-    rows = rows_of([PublishedResult(result=one, digest=f"{n:032x}", source=0, line=n) for n, one in enumerate(found)])
+    rows = rows_of(published(found))
     on_site = [row.measured.need.derived for row in rows if row.measured and row.measured.need.derived]
     derived = [need.how for one in found if (need := need_of(one)) and need.how]
     assert len(on_site) == len(derived)

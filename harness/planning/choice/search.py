@@ -13,11 +13,12 @@ from msgspec.structs import replace
 from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS, defaults
-from harness.core.records import USUAL_KV, Case, Plan, Verdict, Workload
+from harness.core.records import USUAL_KV, Case, Plan, TierEstimate, Verdict, Workload
 from harness.core.units import significant
 from harness.planning.device_map.experts import experts_of
 from harness.planning.planner import Planner
 from harness.planning.quality import quality_kept
+from harness.planning.verdict import misplaced
 
 # Speeds and contexts that are nearer to each other than this are alike: then the plainer way stays.
 SPEED_ALIKE, _CONTEXT_ALIKE = 0.05, 0.1
@@ -48,7 +49,7 @@ class _Way(NamedTuple):
 
 def best_way(planner: Planner, workload: Workload, choose: Callable[[Sequence[Plan]], Plan | None]) -> Plan | None:
     """Return the way that `choose` takes of those that a search plans; what longer contexts ask for only if there is no other."""
-    usual = _usual(planner, workload)
+    usual = [one for precision in _precisions(planner) for one in _promising(planner, _cases(planner, workload, precision))]
     leading = _leading(planner, usual)
     found = choose(_good([*usual, *_varied_of(planner, [one for one in leading if _may_gain(planner, one)])]))
     return found or choose(_good(_varied_of(planner, [one for one in leading if _asks_for_longer(planner, one)])))
@@ -79,15 +80,26 @@ def _good(plans: Iterable[Plan]) -> list[Plan]:
 
 def _usual(planner: Planner, workload: Workload) -> list[Plan]:
     """Plan every precision wherever it can go, with the usual KV cache and attention."""
+    return [planner.plan(case) for precision in _precisions(planner) for case in _cases(planner, workload, precision)]
+
+
+def _promising(planner: Planner, cases: Iterable[Case]) -> Iterator[Plan]:
+    """Plan the cases of one precision that could be the best way: what fits the only GPU gains nothing by leaving it."""
+    fits = False
+    for case in cases:
+        devices = PLACEMENTS[case.placement].devices
+        if (fits and "gpu" in devices) or not planner.can_hold(case):
+            continue
+        one = planner.plan(case)
+        fits |= one.verdict is Verdict.FITS and devices == ("gpu",) and len(planner.machine.gpus) == 1
+        yield one
+
+
+def _cases(planner: Planner, workload: Workload, precision: str) -> list[Case]:
     gpus = len(planner.machine.gpus)
     asked = [name for name in distinct(PLACEMENTS, gpus) if not PLACEMENTS[name].lacks_gpus(gpus)]
     asked += [row.name for row in PLACEMENTS.values() if row.experts_in_ram and gpus and experts_of(planner.spec.skeleton)]
-    model = planner.spec.name
-    return [
-        planner.plan(Case(model=model, precision=precision, placement=placement, workload=workload))
-        for precision in _precisions(planner)
-        for placement in asked
-    ]
+    return [Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload) for placement in asked]
 
 
 def _varied_of(planner: Planner, plans: Iterable[Plan]) -> Iterator[Plan]:
@@ -96,16 +108,16 @@ def _varied_of(planner: Planner, plans: Iterable[Plan]) -> Iterator[Plan]:
 
 
 def _varied(planner: Planner, one: Plan) -> Iterator[Plan]:
-    """Yield a plan with other attention where that takes less memory, and with every other KV cache."""
-    kinds: list[str | None] = [None]
+    """Yield a plan with other attention where that takes less memory, and with every other KV cache that could help either."""
+    kinds = [one]
     for name in _FLASH if planner.machine.gpus else ():
         other = planner.plan(replace(one.case, attention=name))
         if other.estimate is not None and _needs(other) < _needs(one):
             yield other
-            kinds.append(name)
-    yield from (
-        planner.plan(replace(one.case, kv=kv, attention=attention)) for attention in kinds for kv in KV_FORMS if kv != USUAL_KV
-    )
+            kinds.append(other)
+    for kind in kinds:
+        if kind.verdict.is_good or _would_fit(planner, kind):
+            yield from (planner.plan(replace(kind.case, kv=kv)) for kv in KV_FORMS if kv != USUAL_KV)
 
 
 def _precisions(planner: Planner) -> list[str]:
@@ -128,15 +140,29 @@ def _leading(planner: Planner, usual: Sequence[Plan]) -> list[Plan]:
 def _may_gain(planner: Planner, one: Plan) -> bool:
     """Say whether all that another cache or attention could save makes this fit, or brings enough weights back to the GPUs."""
     assert one.estimate is not None
-    tiers = one.estimate.tiers
-    saved = {name: tier.kv_bytes + tier.activation_bytes for name, tier in tiers.items()}
     if one.verdict is not Verdict.FITS:
-        return all(
-            tier.capacity_bytes is None or tier.needed_high_bytes - saved[name] <= tier.capacity_bytes
-            for name, tier in tiers.items()
-        )
+        return _would_fit(planner, one)
+    tiers = one.estimate.tiers
     off = sum(tier.weights_bytes for name, tier in tiers.items() if not name.startswith("gpu")) if planner.machine.gpus else 0
-    return _adapts(one) and sum(saved.values()) > SPEED_ALIKE * off
+    return _adapts(one) and sum(map(_saved, tiers.values())) > SPEED_ALIKE * off
+
+
+def _saved(tier: TierEstimate) -> int:
+    return tier.kv_bytes + tier.activation_bytes
+
+
+def _would_fit(planner: Planner, one: Plan) -> bool:
+    """Say whether a plan could fit without any cache and activations; a map that adapts brings the room of one tier to another."""
+    assert one.estimate is not None
+    tiers, precision = one.estimate.tiers, planner.spec.adapted(PRECISIONS[one.case.precision])
+    barred, _ = misplaced(precision, PLACEMENTS[one.case.placement], planner.footprints[one.case.id])
+    lacking = [sum(tiers[name].weights_bytes for name in barred)]
+    lacking += [
+        tier.needed_high_bytes - _saved(tier) - tier.capacity_bytes
+        for name, tier in tiers.items()
+        if tier.capacity_bytes is not None and name not in barred
+    ]
+    return sum(lacking) <= 0 if _adapts(one) else max(lacking) <= 0
 
 
 def _asks_for_longer(planner: Planner, one: Plan) -> bool:

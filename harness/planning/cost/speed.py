@@ -7,6 +7,8 @@ Weights beside the GPU need no special case: their path is the link, or the disk
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from harness.core.records import Machine, Record, Span, Workload
 from harness.core.units import format_gib
 from harness.planning.calibration import Calibration
@@ -123,12 +125,12 @@ class _Timing:
 
     def token(self, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
-        host, moved = self._host(), sum(self._moved(first).values()) + self._unpacked_anew() + self._attended()
+        host, moved = self._host, sum(self._moved(first).values()) + self._unpacked_anew + self._attended
         return max(host, moved) if self.gpu and not self.work.handed_over else host + moved
 
     def bound_by(self) -> str:
         """Say what a token waits for: the host, where it is behind a GPU, else the longest of what is moved and unpacked."""
-        host, moved, unpacking, attended = self._host(), self._moved(), self._unpacked_anew(), self._attended()
+        host, moved, unpacking, attended = self._host, self._moved(), self._unpacked_anew, self._attended
         waits = self.gpu is not None and not self.work.handed_over  # or each takes its turn
         longest = max(*moved.values(), unpacking, attended)
         if host >= (sum(moved.values()) + unpacking + attended if waits else longest):
@@ -150,6 +152,7 @@ class _Timing:
             return f"reads {size} GiB a token from RAM over the link" if brought else f"reads {size} GiB a token from RAM"
         return f"reads {size} GiB a token from GPU memory"
 
+    @cached_property
     def _unpacked_anew(self) -> float:
         """Return the seconds of unpacking every weight: a processor's cores compute it, the memory of a GPU is passed over."""
         if not self.work.anew:
@@ -160,6 +163,7 @@ class _Timing:
         passed = self.work.anew * self.rates.cost(f"gpu_unpacked_bytes_per_element{self.suffix}")
         return passed / self.rates.known(self.gpu, "gpu_bytes_per_s", "gpu_bandwidth_share")
 
+    @cached_property
     def _host(self) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
         in_ram = self.work.operations.experts * self.work.experts_in_ram * self.rates.cost("cpu_s_per_operation")
@@ -175,6 +179,7 @@ class _Timing:
         started = counted.others + LINEAR * (counted.linears - quantized) + each * quantized
         return started + (0 if self.gpu else counted.experts) + self.work.handed_over
 
+    @cached_property
     def _attended(self) -> float:
         """Return the seconds in which a GPU attends to what is cached; a processor reads that as fast as anything."""
         return self.work.attended / self.rates.attention() if self.gpu else 0.0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from harness.architecture.skeleton import Piece, Skeleton, is_stacked
 from harness.planning.cost.inventory import is_expert
 from harness.planning.device_map.infer import Device
 
 
-def experts_of(skeleton: Skeleton) -> dict[str, str]:
+@lru_cache(maxsize=16)  # every case of a search asks for the same
+def experts_of(skeleton: Skeleton) -> Mapping[str, str]:
     """Return the modules that hold routed experts, stacked as transformers 5 does, and the block of each; none of a dense model."""
     inside = ((piece, weight) for piece in skeleton.pieces for part in piece.like.inside for weight in part.weights)
     stacked = ((piece, weight.path) for piece, weight in inside if is_stacked(weight) and is_expert(weight.path))

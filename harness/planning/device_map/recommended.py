@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from msgspec.structs import replace
+
 from harness.architecture.skeleton import Skeleton
 from harness.core.records import Record
 from harness.core.units import format_size
@@ -78,27 +80,29 @@ class Recommender:
         self._skeleton, self._budgets = skeleton, budgets
         self._plain = widths._replace(weights=None)  # "auto" counts no bytes but its own
         self._parts = _parts(skeleton, widths.weights or measure(skeleton, self._plain), kv_bytes)
-        self._by_room: dict[tuple[int, ...], _Placed] = {}
+        self._by_room: dict[tuple[int, ...], tuple[_Placed, RecommendedMap]] = {}
 
     def recommend(self, reserve: Mapping[Device, int], *, explain: bool) -> RecommendedMap:
         """Fill the devices but for what must stay free; without `explain` the words are left out."""
         room = {device: size - reserve.get(device, 0) for device, size in self._budgets.items() if device != "disk"}
-        placed = self._placed(room)
+        key = tuple(room.values())
+        if key not in self._by_room:
+            placed = _place_parts(self._parts, room)
+            self._by_room[key] = placed, self._map(placed)
+        placed, found = self._by_room[key]
+        return replace(found, why=_compare(placed, self._auto, room, self._budgets)) if explain else found
+
+    def _map(self, placed: _Placed) -> RecommendedMap:
+        off = _off(placed)
         return RecommendedMap(
             device_map=merge({path: device for part, device in placed.items() for path in part.paths}),
             weights_bytes=_weights_by_device(placed),
             kv_bytes=_kv_by_device(placed),
             blocks=sum(part.block for part in self._parts),
-            blocks_off=sum(part.block for part in _off(placed)),
-            bytes_off=int(sum(part.weights for part in _off(placed))),
-            why=_compare(placed, self._auto, room, self._budgets) if explain else "",
+            blocks_off=sum(part.block for part in off),
+            bytes_off=int(sum(part.weights for part in off)),
+            why="",
         )
-
-    def _placed(self, room: Mapping[Device, int]) -> _Placed:
-        key = tuple(room.values())
-        if key not in self._by_room:
-            self._by_room[key] = _place_parts(self._parts, room)
-        return self._by_room[key]
 
     def _auto(self, limits: Mapping[Device, int]) -> _Placed:
         return _placed_by(infer(self._skeleton, self._plain, max_memory=limits), self._parts)
