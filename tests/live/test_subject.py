@@ -18,7 +18,7 @@ from harness.live.subject import WatchTarget, case_folder, running
 from harness.machine.scratch import Scratch
 from harness.measure import beacon
 from harness.measure.beacon import Announced
-from harness.measure.system_counters import LINUX
+from harness.measure.system_counters import LINUX, tree
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="looks into /proc")
 
@@ -175,7 +175,7 @@ def test_what_a_worker_has_started_in_its_folder_is_no_worker(case: Path, start:
 
 
 def tree_of(pid: int) -> list[int]:
-    return [int(one) for one in subject.tree(pid)]
+    return [int(one) for one in tree(pid)]
 
 
 def test_a_process_that_has_ended_and_was_not_waited_for_is_over(case: Path, start: Starter) -> None:
