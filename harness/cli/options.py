@@ -270,6 +270,12 @@ def add_options(parser: argparse._ActionsContainer, command: str, *names: str) -
         parser.add_argument(row.flag, dest=row.key, action=_Read, row=row, default=False if row.switch else None)
 
 
+def add_run_options(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Add options as `pytest cases/` means them, whatever a command of ours means by the same name."""
+    for row in map(OPTION.__getitem__, names):
+        parser.add_argument(row.flag, dest=row.key, action=_Read, row=row, default=False if row.switch else None)
+
+
 def given_or_default(given: argparse.Namespace, command: str, name: str) -> Any:
     """Return what an option was given, or its default in this command."""
     row = (_OWN.get(name) or OPTION[name]).of_command(command)

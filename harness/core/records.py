@@ -257,9 +257,8 @@ class Plan(Record, frozen=True, kw_only=True):
 class Phase(Record, frozen=True, kw_only=True):
     """One phase of a case on the timeline, with the exact peaks that kernel and torch kept for it.
 
-    `name` is import, load, cold, warm or score. `ram_peak_bytes` is the kernel's high-water mark (sampled on systems that
-    keep none: `sampled`); `vram` maps a tier's name to torch's peak of allocated and of reserved bytes. `disk_read_bytes` came
-    from the disk meanwhile, pages of mapped weights among them; None if the system does not count.
+    `name` is import, load, cold, warm or score. `ram_peak_bytes` is the kernel's high-water mark (`sampled` where none is kept);
+    `vram` maps a tier's name to torch's peaks. `disk_read_bytes` came from the disk, mapped weights too; None if not counted.
     """
 
     name: str
@@ -352,6 +351,7 @@ class Loaded(Record, frozen=True, kw_only=True):
     rank_bytes: list[int] = []  #: bytes of each process
     mapped_bytes: int | None = None  #: of those in RAM, pages of a file that every token reads; None if the system does not tell
     library_bytes: int | None = None  #: pages of libraries that are resident beside them
+    threads: int | None = None  #: that torch computes with on the processor, in each process; None in older results
 
 
 class Result(Record, frozen=True, kw_only=True):

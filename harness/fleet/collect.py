@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
@@ -39,6 +39,7 @@ class Amiss(str, Enum):
     WRONG_MACHINE = "wrong machine"
     OTHER_VERSION = "other version"
     WRONG_TIME = "wrong time"
+    OTHER_THREADS = "other threads"
     ONE_NAME = "one name"  # of two machines
     ENDED = "ended"  # a machine said why nothing more came
     UNREADABLE = "unreadable"
@@ -66,6 +67,7 @@ class CountedResult(Record, frozen=True, kw_only=True):
     path: str
     offset: int
     length: int
+    threads: int | None = None
 
     @property
     def rank(self) -> tuple[bool, int, str, str]:
@@ -144,6 +146,8 @@ class _Collector:
             yield Amiss.WRONG_MACHINE, f"the machine {other}"
         if other := conformity.other_version(terms.versions, result.environment):
             yield Amiss.OTHER_VERSION, other
+        if other := conformity.other_threads(self._contract.machine_class(issued.machine_class), result):
+            yield Amiss.OTHER_THREADS, other
         if wrong := conformity.wrong_time(result.at, terms.made_at, self._now):
             yield Amiss.WRONG_TIME, f"{wrong}: its clock is wrong, or it was not measured for this contract"
 
@@ -169,6 +173,7 @@ def _counted(key: str, found: Line, delivery: Delivery, place: Path) -> CountedR
         path=str(place),
         offset=found.offset,
         length=found.length,
+        threads=conformity.threads_of(found.result),
     )
 
 
@@ -194,6 +199,7 @@ def collect(contract: Contract, paths: Iterable[Path], now: datetime) -> Collect
             counted[key] = collector.counted[key]
         else:
             collector.note(Amiss.MISSING, key, _why_missing(key, issued, heard, contract.terms.attempts))
+    _note_threads(contract, counted, collector)
     return Collected(counted=counted, deliveries=tuple(deliveries), findings=tuple(collector.findings))
 
 
@@ -228,6 +234,21 @@ def _note_names(deliveries: Sequence[Delivery], collector: _Collector) -> None:
     for name, identities in owners.items():
         if len(identities) > 1:
             collector.note(Amiss.ONE_NAME, name, f"{len(identities)} machines go by this name: {', '.join(sorted(identities))}")
+
+
+def _note_threads(contract: Contract, counted: Mapping[str, CountedResult], collector: _Collector) -> None:
+    """Note the results with another number of threads than most of their class that no number is agreed on for; they count."""
+    for kind in contract.terms.classes:
+        told = [
+            (one.key, found.threads)
+            for one in contract.terms.cases
+            if one.machine_class == kind.name and (found := counted.get(one.key)) is not None and found.threads is not None
+        ]
+        usual = Counter(threads for _, threads in told).most_common(1)
+        for key, threads in told:
+            if kind.threads is None and threads != usual[0][0]:
+                others = f"most results of class {kind.name} with {usual[0][0]}"
+                collector.note(Amiss.OTHER_THREADS, key, f"measured with {plural(threads, 'thread')}, and {others}")
 
 
 def _why_missing(key: str, issued: Sequence[Issued], heard: Mapping[str, Sequence[Delivery]], attempts: int) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
-from harness.core.records import Machine, Tier
+from harness.core.placements import PLACEMENTS
+from harness.core.records import Machine, Result, Tier
 from harness.core.text import plural
 from harness.core.units import format_size
 from harness.fleet.contract import CLOCK_SLACK, MachineClass, parse_utc
@@ -66,6 +67,19 @@ def other_version(wanted: Mapping[str, str], found: Mapping[str, str]) -> str | 
         if here.partition("+")[0] != version.partition("+")[0]:
             return f"{name} is {here}, and the contract says {version}"
     return None
+
+
+def threads_of(result: Result) -> int | None:
+    """Return how many threads torch computed with; None if it is not told, or processes shared the threads among them."""
+    return None if result.loaded is None or PLACEMENTS[result.case.placement].parallel else result.loaded.threads
+
+
+def other_threads(kind: MachineClass, result: Result) -> str | None:
+    """Say with how many threads a result was measured, if its class has another number; None if not."""
+    found = threads_of(result)
+    if kind.threads in (None, found) or found is None:
+        return None
+    return f"measured with {plural(found, 'thread')}, and class {kind.name} has {kind.threads}: OMP_NUM_THREADS decides"
 
 
 def wrong_time(moment: str, since: str, now: datetime) -> str | None:

@@ -22,6 +22,8 @@ from harness.machine.regular import read_regular
 CONTRACT_SCHEMA = 1
 CONTRACT, SHARDS = "contract.json", "shards"
 
+MAP = "device-map"  #: the option whose value in a contract is the map itself, as JSON, and not the name of a file
+
 CLOCK_SLACK = timedelta(minutes=5)  # clocks that are kept by NTP differ by less than a second
 _MOST_BYTES = 256 * MIB  # a contract of a million cases
 _R = TypeVar("_R", bound=Record)
@@ -32,11 +34,13 @@ class MachineClass(Record, frozen=True, kw_only=True):
     """A kind of machine: its cards by name or size, its RAM, and how the engines reach one.
 
     `machines` are names that its machines go by; `runs_on` are labels of a GitHub runner, `sbatch` options of Slurm's sbatch.
+    `threads` are those that torch computes with there; None: as many as in most results of the class.
     """
 
     name: str
     gpus: tuple[str, ...] = ()
     ram_bytes: int | None = None
+    threads: int | None = None
     machines: tuple[str, ...] = ()
     runs_on: tuple[str, ...] = ()
     sbatch: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ else:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")  # it becomes part of names of files, jobs and artifacts
 _LISTS = {"gpu": "gpus", "machines": "machines", "runs-on": "runs_on", "sbatch": "sbatch"}
-_KEYS = (*_LISTS, "ram")
+_KEYS = (*_LISTS, "ram", "threads")
 _TABLES = ("class", "versions")
 ANY = "any"
 
@@ -89,8 +89,11 @@ def _class(name: str, table: Any) -> MachineClass:
         raise UsageError("neither gpu nor ram says what its machines have; add one of them")
     lists = {field: _texts(key, table.get(key, [])) for key, field in _LISTS.items()}
     ram = parse_capacity(str(table["ram"])) if "ram" in table else None
+    threads = table.get("threads")
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise UsageError(f"threads = {threads!r} is no number of threads; write one such as 8")
     gpus.profile(lists["gpus"], ram)  # refuses unknown cards
-    return MachineClass(name=name, ram_bytes=ram, **lists)
+    return MachineClass(name=name, ram_bytes=ram, threads=threads, **lists)
 
 
 def _texts(key: str, value: Any) -> tuple[str, ...]:

@@ -10,12 +10,14 @@ from typing import Any
 from msgspec.structs import replace
 
 from harness.core.errors import UsageError
-from harness.core.options import OPTIONS
+from harness.core.options import OPTION, OPTIONS
 from harness.core.records import Case
-from harness.fleet.contract import SHARDS, Contract, Expected, Issued, Shard, Terms, digest_of, read_record, utc, write_record
+from harness.fleet.contract import MAP, SHARDS, Contract, Expected, Issued, Shard, Terms, digest_of, read_record, utc, write_record
+from harness.machine import atomic
 
 # What a machine decides for itself; the contract decides the rest.
 OWN_OPTIONS = ("shard", "results", "html", "baseline", "resume")
+CONTRACT_OPTIONS = tuple(option.name for option in OPTIONS if option.name not in OWN_OPTIONS)
 _START_S = 1800.0  # for the models to come
 
 
@@ -97,13 +99,20 @@ def read_shard(path: Path) -> Shard:
 def run_options(shard: Shard, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a shard's run as the command line would give them, with what the machine decides for itself.
 
+    A device map of the shard is written beside the file that `--shard` names, for a run reads it from one.
+
     Raises:
         UsageError: the command line gives an option that the shard decides.
+        OSError: the device map cannot be written.
     """
-    for option in OPTIONS:
-        if option.name not in OWN_OPTIONS and given.get(option.key) is not None:
-            raise UsageError(f"{option.flag} stands beside --shard, and shard {shard.name} decides it: leave {option.flag} out")
+    for name in CONTRACT_OPTIONS:
+        if given.get(OPTION[name].key) is not None:
+            raise UsageError(f"--{name} stands beside --shard, and shard {shard.name} decides it: leave --{name} out")
     asked = {name.replace("-", "_"): value for name, value in shard.options.items() if name not in OWN_OPTIONS}
+    if (text := shard.options.get(MAP)) is not None:
+        place = Path(given["shard"]).with_name(f"{shard.name}.{MAP}.json")
+        atomic.write_text(place, str(text))
+        asked[OPTION[MAP].key] = str(place)
     own = {name: given[name] for name in OWN_OPTIONS if given.get(name) is not None}
     named = {"precision": "precision", "placement": "placement", "kv": "kv", "attention": "attention"}
     crossed = {key: list(dict.fromkeys(getattr(case, field) for case in shard.cases)) for key, field in named.items()}

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
+import msgspec
+
 from harness.core.errors import UsageError
 from harness.core.records import Case
 from harness.fleet.conformity import PINNED
-from harness.fleet.contract import Contract, Expected, MachineClass, Terms, Words, digest_of, utc
+from harness.fleet.contract import MAP, Contract, Expected, MachineClass, Terms, Words, digest_of, utc
 from harness.fleet.fleet_file import ANY, Fleet
 from harness.machine import gpus, probe
 from harness.results.store import Store
-from harness.run.cases import CaseMatrix
+from harness.run.cases import CaseMatrix, asked_map
 from harness.run.model_set import ModelSet
 from harness.run.options import Options
 
@@ -30,7 +32,14 @@ def agree(fleet: Fleet, asked: Words, attempts: int, now: datetime | None = None
         raise UsageError(next(iter(models.faults.values())))
     if len(models.sources) < len(options.model):
         raise UsageError(f"--model {' '.join(options.model)}: two of these are one model; name it once")
-    cases = [Expected(machine_class=kind.name, case=case) for kind in fleet.classes for case in _cases_of(kind, options, models)]
+    device_map = asked_map(options)
+    if device_map is not None:  # the file is here alone
+        asked = {**asked, MAP: msgspec.json.encode(device_map).decode()}
+    cases = [
+        Expected(machine_class=kind.name, case=case)
+        for kind in fleet.classes
+        for case in _cases_of(kind, options, models, device_map)
+    ]
     terms = Terms(
         made_at=utc(now or datetime.now(timezone.utc)),
         classes=fleet.classes,
@@ -45,10 +54,10 @@ def agree(fleet: Fleet, asked: Words, attempts: int, now: datetime | None = None
     return Contract(digest=digest_of(terms), terms=terms)
 
 
-def _cases_of(kind: MachineClass, options: Options, models: ModelSet) -> list[Case]:
+def _cases_of(kind: MachineClass, options: Options, models: ModelSet, device_map: Mapping[str, str | int] | None) -> list[Case]:
     """Return what `pytest cases/` would run on a machine of this class."""
     machine = gpus.profile(kind.gpus, kind.ram_bytes)
-    return CaseMatrix(options, models, lambda: machine, Store(Path()), None).cases()
+    return CaseMatrix(options, models, lambda: machine, Store(Path()), device_map).cases()
 
 
 def _versions(asked: Mapping[str, str]) -> dict[str, str]:

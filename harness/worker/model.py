@@ -235,6 +235,7 @@ def loaded_facts(model: Model) -> Loaded:
         device_map=model.device_map or {"": _tier_of_device(model.device)},
         mapped_bytes=None if files is None else mapped,
         library_bytes=None if files is None else file_pages.library_bytes(files),
+        threads=torch.get_num_threads(),
     )
 
 

@@ -23,6 +23,7 @@ RECORDS = [each for each in vars(records).values() if isinstance(each, type) and
 NO_UNIT = {"prompt_tokens", "new_tokens", "images", "batch", "repeats", "cores", "schema", "max_memory", "corrections"} | {
     "cpus",
     "cpu_throttles",
+    "threads",
 }
 UNITS = ("_bytes", "_s", "_tok_s", "_j", "_cores", "_mhz", "_share")
 

@@ -20,11 +20,13 @@ from typing import Any
 import psutil
 import pytest
 
+from harness.core.records import Outcome, Result
 from harness.core.units import format_size
 from harness.fleet.collect import Amiss, Collected, collect
 from harness.fleet.contract import parse_utc, read_contract
 from harness.fleet.receipt import find_receipts, read_receipt
-from tests.support import ray_runs
+from harness.results import store
+from tests.support import ray_runs, small_models
 from tests.support.reporting import Figure, gathered
 
 pytest.importorskip("ray", reason="needs ray, the extra fleet")
@@ -51,6 +53,12 @@ def kills(request: pytest.FixtureRequest) -> Iterator[list[Figure]]:
 def place() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fr-", ignore_cleanup_errors=True) as folder:
         yield Path(folder) / "f"
+
+
+@pytest.fixture
+def alike(request: pytest.FixtureRequest) -> Iterator[list[Figure]]:
+    for section in gathered(request, "fleet.md", "Many machines", "tox run -e fleet", "alike"):
+        yield section.figures
 
 
 class Nodes:
@@ -223,6 +231,56 @@ def test_kills_lose_nothing_and_count_nothing_twice(place: Path, kills: list[Fig
     assert kinds <= {Amiss.TWICE, Amiss.ENDED}
     assert (wrong, left) == (0, [])
     assert len(files) <= sum(killed.values())
+
+
+def test_a_case_over_ray_is_as_by_pytest_alone(place: Path, alike: list[Figure]) -> None:
+    """Measured by pytest, over Ray, and by pytest again, so that a machine that drifts is seen by it."""
+    ray_runs.folder(place, [], ["one"])
+    (place / "cases/conftest.py").unlink()  # its workers are scripted
+    small_models.save("llama", place / "mid", hidden_size=1024, intermediate_size=2816, num_hidden_layers=8)
+    small_models.write_letters(place / "mid", 1500)
+    way = ("--precision", "bf16", "--placement", "cpu", "--new-tokens", "48", "--repeats", "7")
+    status, said = ray_runs.finish(ray_runs.start(place, "plan", "--model", str(place / "mid"), *way))
+    assert status == 0, said
+    first = _by_pytest(place, "first", *way)
+    status, said = ray_runs.finish(ray_runs.start(place, "run", "fleet", "--to", "over-ray"))
+    assert status == 0, said
+    over_ray, last = _only_result(place / "over-ray"), _by_pytest(place, "last", *way)
+    assert first.loaded is not None
+    assert over_ray.loaded is not None
+    assert over_ray.loaded.threads == first.loaded.threads
+    is_noisy = any("decode_tok_s" in one.noisy for one in (first, over_ray, last))
+    ratios = {}
+    for key, what, wanted in (("ram_needed_bytes", "RAM needed", 0.02), ("decode_tok_s", "tokens/s", 0.05)):
+        ratios[key] = over_ray.metrics[key] / ((first.metrics[key] + last.metrics[key]) / 2)
+        drift = abs(last.metrics[key] / first.metrics[key] - 1)
+        others = ", others took cores meanwhile" if is_noisy and key == "decode_tok_s" else ""
+        told = f"{ratios[key]:.3f} (by pytest twice: {drift:.1%} apart{others})"
+        alike.append(Figure(what=f"{what} over Ray / by pytest alone", found=told, wanted=f"within {wanted:.0%}"))
+    alike.append(
+        Figure(
+            what="threads of torch over Ray, by pytest", found=f"{over_ray.loaded.threads}, {first.loaded.threads}", wanted="equal"
+        )
+    )
+    assert abs(ratios["ram_needed_bytes"] - 1) <= 0.02
+    if is_noisy:
+        pytest.skip("others took cores meanwhile: the figure is in the report, and says nothing of Ray")
+    assert abs(ratios["decode_tok_s"] - 1) <= 0.05
+
+
+def _by_pytest(path: Path, folder: str, *way: str) -> Result:
+    """Measure the model of a folder by pytest alone, with the options of a shard's run."""
+    words = ["-p", "harness.plugin", "-p", "no:cacheprovider", "-o", "markers=stage(n): the order", "cases"]
+    command = [sys.executable, "-m", "pytest", *words, "--model", str(path / "mid"), *way, "--results", folder]
+    done = subprocess.run(command, cwd=path, env=ray_runs.environment(path), capture_output=True, text=True, check=False)
+    assert (path / folder / "results.jsonl").is_file(), done.stdout + done.stderr
+    return _only_result(path / folder)
+
+
+def _only_result(folder: Path) -> Result:
+    (found,) = store.read(folder / store.NAME)[0]
+    assert found.outcome is Outcome.OK, found.why
+    return found
 
 
 def _kill(what: str, driver: int, path: Path) -> bool:

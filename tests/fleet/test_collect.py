@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from harness.core.records import Outcome, encode_record
+from harness.core.placements import PLACEMENTS
+from harness.core.records import Case, Outcome, Result, encode_record
 from harness.core.units import GIB
-from harness.fleet import shards
+from harness.fleet import conformity, shards
 from harness.fleet.collect import Amiss, Collected, collect, write_counted
 from harness.fleet.contract import Contract, Shard
 from harness.fleet.receipt import find_receipts
@@ -132,6 +133,34 @@ def test_two_machines_of_one_name_are_named(tmp_path: Path) -> None:
     found = held(made, *paths)
     assert len(found.counted) == 4
     assert kinds(found) == {"lab-1": Amiss.ONE_NAME}
+
+
+def with_threads(case: Case, threads: int | None) -> Result:
+    return measured(case, loaded=replace(builders.loaded(), threads=threads))
+
+
+def test_a_result_with_other_threads_than_its_class_does_not_count(tmp_path: Path) -> None:
+    """As one that a worker of Ray measured in the environment that Ray gives it, with one OpenMP thread."""
+    made, (shard,) = contract(machine_class(threads=8))
+    found = held(made, deliver(tmp_path, shard, [with_threads(shard.cases[0], 1), with_threads(shard.cases[1], 8)]))
+    assert list(found.counted) == [INT8]
+    (why,) = [one.why for one in found.findings if one.kind is Amiss.OTHER_THREADS]
+    assert why == "measured with 1 thread, and class small has 8: OMP_NUM_THREADS decides (shard small-1)"
+
+
+def test_a_result_with_other_threads_than_most_of_its_class_is_named_and_counts(tmp_path: Path) -> None:
+    made, (shard,) = contract(precisions=("fp32", "bf16", "int8", "int4"))
+    told = [with_threads(case, threads) for case, threads in zip(shard.cases, (8, 1, 8, None), strict=True)]
+    found = held(made, deliver(tmp_path, shard, told))
+    assert len(found.counted) == 4
+    assert {one.of: one.why for one in found.findings} == {BF16: "measured with 1 thread, and most results of class small with 8"}
+
+
+def test_processes_that_share_a_model_share_its_threads() -> None:
+    made, (shard,) = contract(machine_class(threads=8))
+    parallel = next(name for name, row in PLACEMENTS.items() if row.parallel)
+    of = replace(shard.cases[0], placement=parallel)
+    assert conformity.other_threads(made.terms.classes[0], with_threads(of, 1)) is None
 
 
 def test_a_class_that_the_fleet_file_has_wrong_is_named_again() -> None:

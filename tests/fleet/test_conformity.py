@@ -61,6 +61,16 @@ def test_a_class_by_size_takes_any_card_of_about_that_size() -> None:
     assert "of class small 8GiB" in (conformity.not_of_class(kind, with_card("Whatever", 12 * GIB)) or "")
 
 
+def test_a_card_without_memory_of_its_own_is_known_by_its_name_alone() -> None:
+    """Its total is the part of the RAM that firmware gives it, which differs from machine to machine."""
+    shared = [gpu for gpu in gpus.gpu_table() if gpus.profile([gpu.short_name], 16 * GIB).gpus[0].shared]
+    assert shared
+    for gpu in shared:
+        asked = gpus.profile([gpu.short_name], 16 * GIB).gpus[0]
+        found = replace(with_card(str(asked.model), 2 * GIB).gpus[0], shared=True)
+        assert conformity.not_of_class(machine_class(gpus=(gpu.short_name,)), builders.machine(found)) is None, gpu.name
+
+
 def test_a_build_for_a_device_is_the_same_version() -> None:
     assert conformity.other_version({"torch": "2.13.0+cpu"}, {"torch": "2.13.0+cu128"}) is None
     assert conformity.other_version({"torch": "2.13.0"}, {"torch": "2.13.1"}) == "torch is 2.13.1, and the contract says 2.13.0"

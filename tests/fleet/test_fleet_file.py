@@ -26,13 +26,14 @@ def test_a_class_has_cards_ram_names_and_what_engines_need(tmp_path: Path) -> No
         [class.rtx3060]
         gpu = ["RTX 3060 12GB", "8GiB"]
         ram = "32GiB"
+        threads = 8
         machines = ["lab-1", "lab-2"]
         runs-on = "self-hosted"
         sbatch = ["--partition=gpu"]
         """,
     )
     (kind,) = found.classes
-    assert (kind.name, kind.gpus, kind.ram_bytes) == ("rtx3060", ("RTX 3060 12GB", "8GiB"), 32 * GIB)
+    assert (kind.name, kind.gpus, kind.ram_bytes, kind.threads) == ("rtx3060", ("RTX 3060 12GB", "8GiB"), 32 * GIB, 8)
     assert (kind.machines, kind.runs_on, kind.sbatch) == (("lab-1", "lab-2"), ("self-hosted",), ("--partition=gpu",))
     assert found.versions == {"torch": "any"}
 
@@ -43,6 +44,10 @@ def test_a_class_has_cards_ram_names_and_what_engines_need(tmp_path: Path) -> No
         ('[class.bad]\ngpu = "RTX 9999"', "no card is called 'RTX 9999'"),
         ("[class.bad]\ngpu = 12", "gpu = 12 is neither a text nor a list of texts"),
         ('[class.bad]\nram = "lots"', "lots"),
+        *(
+            (f'[class.bad]\nram = "8GiB"\nthreads = {wrong}', f"threads = {said} is no number of threads; write one such as 8")
+            for wrong, said in (("0", "0"), ('"8"', "'8'"), ("true", "True"))
+        ),
         ('[class.bad]\nmachines = ["a"]', "neither gpu nor ram says what its machines have"),
         ('[class.bad]\nram = "8GiB"\ngpus = "T4"', "unknown key 'gpus': did you mean 'gpu'?"),
         ('[class."../bad"]\nram = "8GiB"', "is no name for a class"),

@@ -89,10 +89,27 @@ def test_a_machine_of_no_class_gets_nothing_and_is_named(place: Path) -> None:
 
 
 @over_ray
-def test_a_cluster_without_tokens_is_refused_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_a_cluster_is_asked_itself_whether_it_wants_a_token(mode: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own environment says nothing of it: here it is always that of who has a token."""
+    with ray_runs.cluster(place, mode) as address:
+        for name, value in ray_runs.token("token").items():
+            monkeypatch.setenv(name, value)
+        if mode == "token":
+            assert cluster._wants_token(address)
+            return
+        with (
+            pytest.raises(UsageError, match=r"this cluster lets in who has no token, .* or say --without-token"),
+            cluster.cluster_at(address, without_token=False),
+        ):
+            pass
+
+
+@over_ray
+def test_an_address_where_nobody_answers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_ANSWER_S", 20)
     with (
-        pytest.raises(UsageError, match="whoever reaches a cluster without tokens runs code on it"),
+        pytest.raises(UsageError, match=r"--ray 127\.0\.0\.1:1: no cluster"),
         cluster.cluster_at("127.0.0.1:1", without_token=False),
     ):
         pass

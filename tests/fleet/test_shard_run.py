@@ -164,6 +164,29 @@ def test_another_version_measures_nothing(place: Path) -> None:
     assert "and the contract says 1.0; install that version" in measure(place).stderr
 
 
+def test_limits_and_a_device_map_travel_with_the_shard(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The map itself: its file is on the machine that plans alone."""
+    (place / "map.toml").write_text('"" = "cpu"\n', encoding="utf-8")
+    words = ["--ram", "8GiB", "--device-map", "map.toml", "--placement", "file"]
+    assert main(["fleet", "plan", "--model", "./tiny", *ASKED[2:], *words]) == 0
+    (place / "map.toml").unlink()
+    done = measure(place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for line in (place / "sent/results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [one["id"] for one in found] == ["tiny/int8/cpu@ram8GiB", "tiny/int8/file@ram8GiB"]
+    assert {(one["case"]["ram_bytes"], one["outcome"]) for one in found} == {(8 << 30, "ok")}
+    assert json.loads((place / "fleet/shards/small-1.device-map.json").read_text(encoding="utf-8")) == {"": "cpu"}
+    capsys.readouterr()
+    assert main(["fleet", "collect", "fleet", "sent"]) == 0
+
+
+def test_a_device_map_that_is_none_is_refused_when_the_fleet_is_planned(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "map.json").write_text('{"model": "moon"}', encoding="utf-8")
+    assert plan("--device-map", "map.json") == 2
+    assert "'model' is on 'moon', which is no device" in capsys.readouterr().err
+    assert not (place / "fleet").exists()
+
+
 def test_a_second_attempt_never_runs_beside_a_first(place: Path) -> None:
     plan()
     with lease.leased("shard small-1", place.parent / "lease"):

@@ -9,13 +9,18 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from harness.cli.entry import build_parser
 from harness.core.errors import UsageError
 from harness.core.options import OPTIONS
 from harness.fleet import shards, status
 from harness.fleet.collect import collect
-from harness.fleet.contract import CONTRACT, Contract, digest_of, read_contract, write_record
+from harness.fleet.contract import CONTRACT, Contract, digest_of, read_contract, utc, write_record
 from harness.fleet.status import State, progress, to_hand_out
 from tests.support.fleets import NOW, contract, deliver, machine_class, measured
+
+# A value for each option of a run that does not take a 1.
+GIVEN = {"weights": "real", "precision": "bf16", "placement": "cpu", "kv": "dynamic", "attention": "eager", "new-tokens": "2"}
+GIVEN |= {"vram": "8GiB", "ram": "8GiB"}
 
 
 def test_the_cases_of_a_model_stay_on_one_machine() -> None:
@@ -71,6 +76,24 @@ def test_what_still_runs_is_not_handed_out_again(tmp_path: Path) -> None:
     assert [one.state for one in progress(made, heard.deliveries, NOW)] == [State.SILENT]
 
 
+@pytest.mark.parametrize(
+    ("started_min", "heard_min", "state"),
+    [
+        (10, 1, State.RUNNING),
+        (10, 3, State.SILENT),  # longer than two cases may take
+        (40, 1, State.SILENT),  # past its deadline of half an hour and a minute for each case
+    ],
+)
+def test_a_shard_is_silent_when_it_was_quiet_for_two_cases_or_is_overdue(
+    started_min: int, heard_min: int, state: State, tmp_path: Path
+) -> None:
+    made, (shard,) = contract(case_timeout_s=60.0)
+    moments = {"started_at": utc(NOW - timedelta(minutes=started_min)), "heard_at": utc(NOW - timedelta(minutes=heard_min))}
+    heard = collect(made, [deliver(tmp_path, shard, [], ended_at=None, machine="lab-1", **moments)], NOW)
+    (found,) = progress(made, heard.deliveries, NOW)
+    assert (found.state, found.machine) == (state, "lab-1")
+
+
 def test_progress_tells_every_state(tmp_path: Path) -> None:
     made, cut = contract(*(machine_class(name) for name in "abc"))
     heard = collect(made, [deliver(tmp_path / "a", cut[0]), deliver(tmp_path / "b", cut[1], [], problem="no room")], NOW)
@@ -91,9 +114,22 @@ def test_a_shard_decides_every_option_but_a_machine_s_own() -> None:
         "precision": ["bf16", "int8"], "placement": ["cpu"], "kv": ["dynamic"], "attention": [],
     }  # fmt: skip
     for option in OPTIONS:
-        if option.name not in shards.OWN_OPTIONS:
+        if option.name not in ("shard", "results", "html", "baseline", "resume"):
             with pytest.raises(UsageError, match=f"{option.flag} stands beside --shard, and shard small-1 decides it"):
                 shards.run_options(shard, given | {option.key: ["x"] if option.repeat else "x"})
+
+
+def test_a_fleet_is_planned_with_every_option_of_a_run_that_no_machine_decides() -> None:
+    """As pytest means them: --ram of fitmatrix plan describes another machine's, that of a run limits this one's."""
+    for option in OPTIONS:
+        words = ["fleet", "plan", option.flag, *([] if option.switch else [GIVEN.get(option.name, "1")])]
+        if option.name in ("shard", "results", "html", "baseline", "resume"):
+            with pytest.raises(SystemExit):
+                build_parser().parse_args(words)
+        else:
+            assert getattr(build_parser().parse_args(words), option.key) == option.read(
+                True if option.switch else [words[-1]] if option.repeat else words[-1]
+            )
 
 
 def test_a_shard_names_no_file_of_the_machine(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from harness.core.records import Case, Machine, Outcome, Quality, Result, Tier, 
 from harness.report.export import changes
 from harness.results import compare, store
 from harness.results.compare import RULES, Call
+from tests.support import builders
 
 HERE = Machine(name="2 cores, 16 GiB RAM", tiers=(Tier(name="cpu", kind="cpu", total_bytes=16 << 30),), cpu="Xeon", cores=2)
 GOLDEN = Path(__file__).parents[1] / "data" / "results-v1.jsonl"
@@ -91,6 +92,15 @@ def test_broken_answers_are_a_failure() -> None:
     sound, broken = (made(quality=Quality(probe="1", verdict=word, why="because")) for word in ("intact", "broken"))
     said = "m/int8/cpu 64+16x1: answers were intact, and now are broken: because"
     assert compare.compare([sound], [broken]).failures == (said,)
+
+
+def test_other_threads_are_named_where_both_results_tell_them() -> None:
+    def with_threads(threads: int | None) -> Result:
+        return msgspec.structs.replace(made(), loaded=msgspec.structs.replace(builders.loaded(), threads=threads))
+
+    assert "threads 8, now 1" in compare.compare([with_threads(8)], [with_threads(1)]).pairs[0].notes
+    for before, after in ((8, 8), (None, 8), (8, None)):
+        assert not compare.compare([with_threads(before)], [with_threads(after)]).pairs[0].notes
 
 
 def test_speed_of_another_machine_is_shown_and_stops_nothing() -> None:

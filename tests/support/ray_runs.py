@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -50,6 +52,42 @@ def environment(path: Path) -> dict[str, str]:
     own = {"PYTHONPATH": str(runs.ROOT), "FITMATRIX_LEASE": str(path / "{node}.lease"), "TMPDIR": str(path / "tmp")}
     kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return kept | own | {"RAY_TMPDIR": tempfile.gettempdir()}  # sockets have short paths
+
+
+_CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000})
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+def token(mode: str) -> dict[str, str]:
+    """Return the variables of who has the token of a cluster, or of one that knows none."""
+    return {"RAY_AUTH_MODE": mode} | ({"RAY_AUTH_TOKEN": "a" * 64} if mode == "token" else {})
+
+
+@contextmanager
+def cluster(path: Path, mode: str) -> Iterator[str]:
+    """Lend the address of a cluster of a head alone, which wants a token or does not; it ends with its use."""
+    own = {"RAY_TMPDIR": str(path), "HOME": str(path), "RAY_USAGE_STATS_ENABLED": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CLUSTER],
+        env={**os.environ, **own, **token(mode)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        lines = iter(process.stdout.readline, "")
+        yield next(line.strip() for line in lines if re.fullmatch(r"[\w.]+:\d+\s*", line))
+    finally:
+        process.communicate("")
 
 
 def start(path: Path, *words: str) -> subprocess.Popen[str]:

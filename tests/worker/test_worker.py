@@ -102,6 +102,16 @@ def test_tied_weights_count_once(loaded: Model) -> None:
     assert total == sum(parameter.numel() for parameter in loaded.module.parameters()) * 4
 
 
+def test_a_result_tells_the_threads_that_torch_computes_with(loaded: Model) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert work.loaded_facts(loaded).threads == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_steps_of_loading_are_timed_apart(tiny: Path) -> None:
     _, seconds, phases = load(tiny, "int8")
     assert phases.names == ["import", "load"]

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from harness.cli.fleet import collect, emit, plan, resume, run_live, status
+from harness.cli.fleet import bisect, collect, emit, plan, resume, run_live, status
 
-FLEET_COMMANDS = {"plan": plan, "status": status, "collect": collect, "resume": resume, "run": run_live, "emit": emit}
+FLEET_COMMANDS = {
+    "plan": plan,
+    "status": status,
+    "collect": collect,
+    "resume": resume,
+    "run": run_live,
+    "emit": emit,
+    "bisect": bisect,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

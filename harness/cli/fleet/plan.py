@@ -7,21 +7,18 @@ import shlex
 import sys
 from pathlib import Path
 
-from harness.cli.options import add_options
+from harness.cli.options import add_run_options
 from harness.cli.plan_args import USAGE
 from harness.core.options import OPTION, whole_number
 
 HELP = "Write the contract of a matrix over a fleet, and a shard file for each part of it."
 
-ASKED = (
-    "model", "weights", "precision", "placement", "kv", "attention", "prompt-tokens", "new-tokens", "batch", "repeats", "vram",
-    "case-timeout", "phase-timeout", "trust-remote-code", "run-all", "fail-on-oom",
-)  # fmt: skip
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the command."""
-    add_options(parser, "fleet", *ASKED)
+    """Declare the options of the command: all of a run but those that a machine decides for itself."""
+    from harness.fleet.shards import CONTRACT_OPTIONS
+
+    add_run_options(parser, *CONTRACT_OPTIONS)
     parser.add_argument(
         "--fleet", type=Path, default=Path("fleet.toml"), metavar="FILE", help="the classes of machines (default fleet.toml)"
     )

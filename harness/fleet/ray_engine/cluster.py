@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,8 @@ MACHINE = "machine"  #: the resource that each machine of a fleet has one of: ra
 # Nothing runs twice by itself: attempts are the contract's, and numbered.
 _ONCE = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": 0}
 _DRIVER_STORE_BYTES = 80_000_000
+_ANSWER_S = 60
+_TURNED_AWAY = "AuthenticationError"  # the class that Ray raises; a test holds it against a cluster with tokens
 _QUIET = {"RAY_memory_monitor_refresh_ms": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -40,9 +44,9 @@ def cluster_at(address: str | None, *, without_token: bool) -> Iterator[None]:
         UsageError: there is none, it has another version of Ray or Python, or whoever reaches its ports could run code on it.
     """
     ray = ray_module()
-    if address is not None and os.environ.get("RAY_AUTH_MODE") != "token" and not without_token:
+    if address is not None and not without_token and not _wants_token(address):
         raise UsageError(
-            f"--ray {address}: whoever reaches a cluster without tokens runs code on it; start it and this with "
+            f"--ray {address}: this cluster lets in who has no token, and whoever reaches it runs code on it; start its nodes with "
             "RAY_AUTH_MODE=token, or say --without-token"
         )
     if ray.is_initialized():
@@ -52,6 +56,10 @@ def cluster_at(address: str | None, *, without_token: bool) -> Iterator[None]:
     alone = {"resources": {MACHINE: 1}, "object_store_memory": _DRIVER_STORE_BYTES, "include_dashboard": False}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="error", **({} if address else alone))
+    except getattr(ray.exceptions, "AuthenticationError", ()):
+        raise UsageError(
+            f"--ray {address or 'local'}: the cluster wants a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to its file"
+        ) from None
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UsageError(f"--ray {address or 'local'}: no cluster can be reached there ({first})") from None
@@ -59,6 +67,29 @@ def cluster_at(address: str | None, *, without_token: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _wants_token(address: str) -> bool:
+    """Ask a cluster as a stranger would, whatever our own environment says: whether it turns away who has no token.
+
+    Raises:
+        UsageError: nobody answers there.
+    """
+    where = [] if address == "auto" else ["--address", address]
+    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")} | {
+        "RAY_AUTH_MODE": "disabled"
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", *where]
+    try:
+        done = subprocess.run(command, env=stranger, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise UsageError(
+            f"--ray {address}: no cluster answers there within {_ANSWER_S} s; is it the address of its head?"
+        ) from None
+    if done.returncode and _TURNED_AWAY not in done.stderr:
+        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise UsageError(f"--ray {address}: no cluster can be reached there ({last})")
+    return done.returncode != 0
 
 
 def machines() -> list[str]:

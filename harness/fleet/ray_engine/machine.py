@@ -7,7 +7,6 @@ with its actor, by a signal on which it keeps what it has, and until then it has
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import psutil
 from harness.core.errors import HarnessError
 from harness.core.records import Machine, Record, encode_record
 from harness.core.units import KIB
-from harness.fleet import conformity, lease
+from harness.fleet import conformity, lease, pytest_run
 from harness.fleet.contract import Shard, utc
 from harness.fleet.receipt import file_name
 from harness.machine import accelerators, probe
@@ -29,14 +28,7 @@ from harness.results.store import NAME
 
 _POLL_S, _BEAT_S, _PATIENCE_S = 0.1, 5.0, 600.0
 _LOG_BYTES = 8 * KIB
-_MARKER = "stage(n): the order of the tests of one case"  # here is no pyproject.toml to say so
 _OF_RAY = ("raylet", "gcs_server", "ray::", "log_monitor.py", "dashboard.py", "dashboard/agent.py", "runtime_env/agent/main.py")
-# Started in the place of pytest: asks the kernel for SIGTERM should the actor die, sees that it has not yet, and becomes pytest.
-_DIES_WITH_PARENT = (
-    "import ctypes, os, signal, sys; parent = int(sys.argv[1]); "
-    "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
-    "os.getppid() == parent and os.execv(sys.executable, [sys.executable, '-m', 'pytest', *sys.argv[2:]])"
-)
 
 
 class MachineEvent(NamedTuple):
@@ -78,41 +70,16 @@ class HeldMachine:
             time.sleep(_POLL_S * 5)
         try:
             with Scratch() as folder:
-                _lay_out(folder, shard, cases)
+                pytest_run.lay_out(folder, cases)
+                (folder / "shard.json").write_bytes(encode_record(shard))
                 yield from self._measure(folder, shard)
         except HarnessError as error:
             yield MachineEvent("log", str(error).encode())
 
     def _measure(self, folder: Path, shard: Shard) -> Iterator[MachineEvent]:
-        words = [
-            "-p",
-            "harness.plugin",
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            f"markers={_MARKER}",
-            "cases",
-            "--shard",
-            "shard.json",
-            "--results",
-            "results",
-        ]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _DIES_WITH_PARENT, str(os.getpid()), *words],
-                cwd=folder,
-                env=self._environment(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            yield from _followed(process, folder / "results", file_name(shard.name))
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-        yield MachineEvent("log", (folder / "log").read_bytes()[-_LOG_BYTES:])
+        with pytest_run.measuring(sys.executable, folder, ["--shard", "shard.json"], self._environment()) as process:
+            yield from _followed(process, folder / pytest_run.RUN_RESULTS, file_name(shard.name))
+        yield MachineEvent("log", (folder / pytest_run.RUN_LOG).read_bytes()[-_LOG_BYTES:])
 
     def _environment(self) -> dict[str, str]:
         """Return the environment of the node's daemon, which Ray's workers no longer have, without what is Ray's own."""
@@ -122,13 +89,6 @@ class HeldMachine:
             found = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
         kept = {name: value for name, value in found.items() if not name.startswith("RAY_")}
         return kept | {conformity.MACHINE_NAME: self._name, lease.LEASE: str(self._lease), "PYTHONUNBUFFERED": "1"}
-
-
-def _lay_out(folder: Path, shard: Shard, cases: Mapping[str, str]) -> None:
-    (folder / "cases").mkdir()
-    for name, text in cases.items():
-        (folder / "cases" / Path(name).name).write_text(text, encoding="utf-8")
-    (folder / "shard.json").write_bytes(encode_record(shard))
 
 
 def _followed(process: subprocess.Popen[bytes], results: Path, receipt: str) -> Iterator[MachineEvent]:
