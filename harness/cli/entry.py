@@ -124,7 +124,9 @@ COMMANDS = {
     "plan": _Row("Predict which ways of loading a model fit, before loading or even downloading it.", "harness.cli.plan"),
     "calibrate": _Row("Correct the estimates by what was measured on this machine, from now on.", "harness.cli.calibrate"),
     "chat": _Row("Chat with a model in the browser on this machine, loaded as the plan recommends.", "harness.cli.chat"),
-    "watch": _Row("Watch memory by component while a case runs, with room in tokens.", __name__, "add_watch_arguments", "run_watch"),
+    "watch": _Row(
+        "Watch memory by component while a case runs, with room in tokens.", __name__, "add_watch_arguments", "run_watch"
+    ),
     "synth": _Row(
         "Write a checkpoint with random weights in a model's true shapes, files and dtype, to measure it before downloading.",
         "harness.cli.synth",
