@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
+from harness.core.methods.table import METHODS, OWN
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "harness"
 
@@ -235,3 +237,54 @@ if __name__ == "__main__":
         f"{len(SOURCES)} modules in {len({room(name) for name in SOURCES})} rooms, {len(joined_rooms())} pairs joined by an import,"
     )
     print(f"{len(arrows_up())} arrows up, {len(circles())} circles")
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------------
+
+# Who reads configs and files in a method's own words, or imitates its kernels; all others ask its row.
+SPEAKS_OF_METHODS = {
+    "core.methods.kernels",
+    "checkpoint.quantization",
+    "checkpoint.settings_check",
+    "core.attention",  # hqq as a package that stores a cache
+    "worker.build_skeleton",  # gguf as the key of a request
+    "worker.trace.fake_model",
+    "worker.trace.load",
+    "worker.trace.quantized_kernels",
+}
+
+
+def method_comparisons(tree: ast.AST) -> list[str]:
+    """Return the places where code goes by the name of a method, of a family or of a format: `== "gguf"`, `is MOSS`."""
+    names = {*METHODS, *OWN}
+    records = {"GGUF", "CHATGLM", "MOSS"}
+    found = []
+    for node in ast.walk(tree):
+        asked: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("startswith", "endswith"):
+            asked = node.args
+        elif isinstance(node, ast.MatchValue):
+            asked = [node.value]
+        flat = [part for one in asked for part in (one.elts if isinstance(one, ast.Tuple | ast.List | ast.Set) else [one])]
+        said = {part.value for part in flat if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+        said |= {part.id for part in flat if isinstance(part, ast.Name)} & records
+        found += [f"{ast.unparse(node)}" for name in said if name in names | records]
+    return found
+
+
+def test_a_comparison_with_a_method_is_seen() -> None:
+    seen = "a == 'gguf'; b in ('moss', 'x'); c.startswith('gptq'); d is CHATGLM; e = 'awq'; f == 'other'"
+    assert len(method_comparisons(ast.parse(seen))) == 4
+
+
+def test_behavior_of_a_method_stands_in_its_row() -> None:
+    """Planning, inspecting, verifying, synthesizing, printed code and the page know no method, family or format by its name."""
+    found = {
+        name.removeprefix("harness."): places
+        for name, path in SOURCES.items()
+        if (places := method_comparisons(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert {name: places for name, places in found.items() if name not in SPEAKS_OF_METHODS} == {}
+    assert found.keys() >= SPEAKS_OF_METHODS, "the list names a module that needs it no more"

@@ -351,7 +351,9 @@ def _hub_folder(hub_id: str) -> Path:
 
 
 def _of_catalog(source: Source, known: str) -> ModelSpec:
-    return _of_shape(source.name, known, shipped.catalog()[known].config, skeleton_source.named(known), published(known))
+    entry = shipped.catalog()[known]
+    spec = _of_shape(source.name, known, entry.config, skeleton_source.named(known), published(known))
+    return replace(spec, notes=entry.doubts)
 
 
 def _of_config(source: Source) -> ModelSpec:

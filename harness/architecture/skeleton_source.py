@@ -39,7 +39,7 @@ _SHAPELESS = frozenset((
 ))
 # Where positions are computed, the context length has no tensor.
 _ROTARY = frozenset((
-    "deepseek_v2", "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "gpt_oss", "internlm2", "internlm3", "llama",
+    "deepseek_v2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "gpt_oss", "internlm2", "internlm3", "llama",
     "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe",
 ))
 # fmt: on

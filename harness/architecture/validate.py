@@ -147,7 +147,7 @@ class _Comparison:
         packed = [stored for stored in _stored_weights(self.read, self.layout) if stored.packed]
         if packed:
             self._raise_partless(packed)
-        elif any(weight.quantizes for weight, _ in self.found.tally) or not self.packed.name.startswith("bitsandbytes"):
+        elif any(weight.quantizes for weight, _ in self.found.tally):
             what = f"says {self.packed.title}, and no tensor of the files is packed so ({self.layout.main})"
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
 
@@ -184,7 +184,7 @@ class _Comparison:
 
         Only those are replaced by modules that unpack; some are subclasses of torch's Linear (FalconLinear).
         """
-        if self.packed is None or self.layout is None or self.naming is None:
+        if self.packed is None or self.layout is None or self.layout.anywhere or self.naming is None:
             return
         for module in self.found.root.walk():
             kind = module.block.class_name

@@ -124,6 +124,7 @@ def _download(hub_id: str, report: Report, trust_remote_code: bool) -> Path:
     hub.bounded_session()
     info = hub.model_files(hub_id)
     sizes = {name: size or 0 for name, size in info.sizes.items()}
+    hub.bounded_session(None if None in info.sizes.values() else max(sizes.values(), default=0))
     names = _needed(hub_id, sizes, trust_remote_code)
     index = choose_weights(sizes)
     if index and index.endswith(".index.json"):

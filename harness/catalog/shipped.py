@@ -16,6 +16,14 @@ from harness.data import DATA
 _START = re.compile(rb'^"([^"]+)": ', re.MULTILINE)
 
 
+_UNREAD = "not confirmed: no public file that could be read says"
+# What a plan rests on, by the field that `source` calls from memory or not confirmed.
+_UNSURE = {
+    "torch_dtype": f"dtype {_UNREAD} {{}}, and the bytes of its files are counted by it",
+    "max_position_embeddings": f"context {_UNREAD} how many tokens it takes in all, and {{}} are planned at most",
+}
+
+
 class ShippedModel(Record, frozen=True, kw_only=True):
     """A model of the catalog: its config, and how many parameters that makes, tied ones once.
 
@@ -27,6 +35,12 @@ class ShippedModel(Record, frozen=True, kw_only=True):
     published_by: str
     source: str
     config: dict[str, Any]
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Say which fields of the config no public file that was read gives, as far as a figure rests on them."""
+        unsure = (field for field in _UNSURE if f"{field} from memory" in self.source or f"{field} not confirmed" in self.source)
+        return tuple(_UNSURE[field].format(self.config.get(field)) for field in unsure)
 
 
 class _Lines(Mapping[str, ShippedModel]):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote as quote_url
 
 import msgspec
@@ -75,12 +75,15 @@ def model_files(repo_id: str, revision: str | None = None) -> ModelFiles:
     return msgspec.json.decode(_within(WHOLE_S, ask), type=ModelFiles)
 
 
-def bounded_session() -> Any:
-    """Return huggingface_hub's HTTP client, whose answers are bounded from now on, in its own requests as well as in ours."""
+def bounded_session(largest_bytes: int | None = None) -> Any:
+    """Return huggingface_hub's HTTP client, whose answers are bounded from now on, in its own requests as well as in ours.
+
+    A file is no longer than `largest_bytes`, which the list of a repository's files says, where that is known.
+    """
     client = get_session()
-    if _bound not in client.event_hooks["response"]:
-        hooks = client.event_hooks
-        client.event_hooks = {"request": [*hooks["request"], _ask_plainly], "response": [*hooks["response"], _bound]}
+    hooks = {name: [hook for hook in found if not isinstance(hook, _Bound)] for name, found in client.event_hooks.items()}
+    asking = [hook for hook in hooks["request"] if hook is not _ask_plainly]
+    client.event_hooks = {"request": [*asking, _ask_plainly], "response": [*hooks["response"], _Bound(largest_bytes)]}
     return client
 
 
@@ -89,14 +92,24 @@ def _ask_plainly(request: Any) -> None:
     request.headers["accept-encoding"] = "identity"
 
 
-def _bound(response: Any) -> None:
-    """Bound what an answer may be. What an error says is not read at all: its status and headers tell enough."""
-    of_api = "/api/" in response.url.path
+class _Bound(NamedTuple):
+    """Bounds what an answer may be. What an error says is not read at all: its status and headers tell enough."""
+
+    largest_bytes: int | None
+
+    def __call__(self, response: Any) -> None:
+        of_api = "/api/" in response.url.path
+        _refuse_tricks(response, of_api)
+        unsaid = None if "content-length" in response.headers else LIST_BYTES
+        most = LIST_BYTES if of_api else unsaid if self.largest_bytes is None else self.largest_bytes
+        response.stream = _Bounded(response.stream, 0 if response.status_code >= 300 else most)
+
+
+def _refuse_tricks(response: Any, of_api: bool) -> None:
     if response.headers.get("content-encoding", "identity") != "identity":
         raise UsageError(f"what answered sends packed what was asked for plain, {_NO_HUB}")
     if of_api and 300 <= response.status_code < 400 and "/api/" not in response.headers.get("location", "/api/"):
         raise UsageError(f"what answered sends its list of files by another place, {_NO_HUB}")
-    response.stream = _Bounded(response.stream, 0 if response.status_code >= 300 else LIST_BYTES if of_api else None)
 
 
 class _Bounded(_HTTP.SyncByteStream):  # type: ignore[misc]  # one of two libraries'

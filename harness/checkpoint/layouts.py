@@ -44,6 +44,7 @@ class Layout(Record, frozen=True, kw_only=True):
     scales: tuple[str, ...] = ()  #: parts of which a weight has at least one: without it nothing unpacks it
     groups: tuple[int, ...] = ()  #: the inputs that may share a scale, beside all of them; empty: any number
     whole: bool = False  #: only whole groups of inputs are packed
+    anywhere: bool = False  #: embeddings may be packed as well as Linear modules
 
     def split(self, name: str, dtype: str) -> tuple[str | None, str]:
         """Return the module that a tensor is a part of, and which part; None for one that is not packed."""
@@ -166,8 +167,13 @@ _COMPRESSED = (
 _FP8_SCALES = (".weight_scale_inv", ".scale", ".qscale_weight")
 FP8_SCALES = (*_FP8_SCALES, ".weight_scale")
 _EIGHT = ("int8", "float8")
+_ANY_BITS = tuple(range(1, 17))
+_QUARK = tuple(f".{of}_{what}" for of in ("weight", "input", "output", "bias") for what in ("scale", "zero_point", "scale_2"))
+# transformers' TorchAoHfQuantizer.serialized_names, without the values.
+TORCHAO_PARTS = tuple(f"._weight_{part}" for part in ("scale_and_zero", "per_tensor_scale", "scale", "zero_point", "act_pre_scale"))
 # What is known of how quantizers store weights, by `Packed.stored_by`: AutoGPTQ's and MOSS's, AutoAWQ's "gemm", ChatGLM-6B's own,
-# bitsandbytes as transformers saves it, the formats of compressed-tensors, DeepSeek's FP8, Metal's, BitNet's, GPT-OSS's stacks.
+# bitsandbytes as transformers saves it, the formats of compressed-tensors, DeepSeek's FP8, Metal's, BitNet's, GPT-OSS's stacks, and
+# what AQLM, Quark and torchao call their parts.
 LAYOUTS: Mapping[str, Layout] = {
     "gptq": Layout(
         main=".qweight",
@@ -235,6 +241,24 @@ LAYOUTS: Mapping[str, Layout] = {
         main=".weight", beside=(".weight_scale",), scales=(".weight_scale",), shapes=_bitnet, bits=(2,), dtypes=("uint8",)
     ),
     "mxfp4": Layout(main="_blocks", beside=("_scales",), shapes=_unknown, bits=(4,), scales=("_scales",)),
+    "aqlm": Layout(main=".codes", beside=(".codebooks", ".scales"), shapes=_unknown, bits=_ANY_BITS, scales=(".scales",)),
+    "quark": Layout(
+        main=".weight",
+        beside=_QUARK,
+        shapes=_unknown,
+        bits=_ANY_BITS,
+        dtypes=(*_INTEGERS, "float8"),
+        scales=(".weight_scale",),
+        anywhere=True,
+    ),
+    "torchao": Layout(
+        main="._weight_qdata",
+        beside=TORCHAO_PARTS,
+        shapes=_unknown,
+        bits=_ANY_BITS,
+        scales=("._weight_scale", "._weight_scale_and_zero"),
+        anywhere=True,
+    ),
     "compressed-tensors pack-quantized": _compressed(".weight_packed", _words, (2, 3, 4, 5, 6, 7, 8), ("int32",)),
     "compressed-tensors nvfp4-pack-quantized": _compressed(".weight_packed", _halves, (4,), ("uint8",)),
     "compressed-tensors mxfp4-pack-quantized": _compressed(".weight_packed", _halves, (4,), ("uint8",)),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from harness.checkpoint.layouts import LAYOUTS, Layout, Sides
+from harness.checkpoint.layouts import LAYOUTS, TORCHAO_PARTS, Layout, Sides
+from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
 from harness.core.families import CHATGLM, GGUF, MOSS, family_of
 from harness.core.methods.table import METHODS, OWN, Method, foreign, method_name, settings_of
 from harness.core.precisions import Precision, row_of
@@ -21,17 +23,22 @@ if TYPE_CHECKING:
 # Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
 _BESIDE = re.compile(
     r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format|qzeros|scales|qbiases|g_idx|weight_scale|weight_global_scale|input_global_scale|weight_scale_2"
-    r"|weight_scale_inv|weight_shape|weight_zero_point|weight_g_idx|input_scale|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
-    r"|position_ids)$|\.quant_state\.|_scales$"
+    r"|weight_scale_inv|weight_shape|weight_zero_point|weight_g_idx|input_scale|input_zero_point|output_scale|output_zero_point"
+    r"|bias_scale|bias_zero_point|codebooks|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
+    r"|position_ids)$|\.quant_state\.|_scales$|\.meta\.(scale|zero)"
 )
 _ATTENTION_MASK = re.compile(r"(attn|attention)\.bias$")
 _PACKED_SUFFIXES = (".qweight", ".weight_packed")
 
+# Methods whose layout goes by a version or a format, or is that of 16 bits.
+_WITH_VARIANTS = ("gptq", "awq", "bitsandbytes_4bit", "bitnet")
 # quant_method of transformers -> the key in its config that gives the bits
-_BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits")
-# Methods that pack several weights into a byte under the name of the weight, beside a ".weight_scale".
-_BYTES_OF_BITS = ("bitnet", "gemma")
+_BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits", "nbits")
+# Methods that pack several weights into an integer under the name of the weight, beside a ".weight_scale".
+_WORDS_OF_BITS = ("bitnet", "gemma", "quark")
 _GROUP_KEYS = ("group_size", "q_group_size")
+# ... that tell modules apart whose bits are others
+_VARY_KEYS = ("dynamic", "extra_config", "layer_quant_config")
 # ... that say which modules are packed, where those are not all Linears but the head
 _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head")
 
@@ -47,6 +54,10 @@ class Packed(Record, frozen=True, kw_only=True):
     varies: bool = False  #: bits differ from module to module
     selects: bool = False  #: the config names modules that are packed, or that are not
     scales: str | None = None  #: the dtype of its scales, if the headers were read
+    held: str | None = None  #: the dtype of most of what is packed, if the headers were read; what stays packed keeps it
+    floats: tuple[int, int] = (0, 0)  #: elements and bytes of the scales and codebooks in the files
+    dtype: str | None = None  #: what the config says of the rest, where nothing else runs
+    packing: str = ""  #: how AutoRound says that it is packed
     stored_by: str | None = None  #: the row of LAYOUTS; None: how its files hold weights is not known
 
     @property
@@ -70,6 +81,11 @@ class Packed(Record, frozen=True, kw_only=True):
         row = row_of(self.title)
         return row.name if row else None
 
+    def float_growth(self, dtype: str) -> int:
+        """Return by how many bytes scales and codebooks are larger in memory than in the files, in a model of this dtype."""
+        kept, (elements, size) = self.method.floats if self.method else "stored", self.floats
+        return 0 if kept == "stored" else elements * DTYPE_BYTES[dtype if kept == "asked" else kept] - size
+
     def unpacks(self, precision: Precision) -> bool:
         """Say whether loading with a precision makes 16- or 32-bit weights of what is stored."""
         return self.method is not None and self.method.unpacked is not None and precision.name != self.precision
@@ -86,6 +102,10 @@ class Packed(Record, frozen=True, kw_only=True):
         plain = not precision.quantizes and precision.requires_checkpoint is None
         if plain and self.precision is None and method_dtypes and precision.dtype not in method_dtypes:
             return f"transformers runs {self.method.title} with the rest in {' or '.join(method_dtypes)} only"
+        if plain and self.dtype is not None and precision.dtype != self.dtype:
+            return (
+                f"products of {self.method.title}'s {self.held} weights are in {self.dtype}, and so is all else: use {self.dtype}"
+            )
         if plain and self.method.scales_decide and self.scales not in (None, precision.dtype):
             return f"transformers unpacks {self.method.title} weights to the dtype of their scales, which is {self.scales} here"
         if plain and (self.precision is None or self.method.unpacked is not None):
@@ -100,8 +120,8 @@ class Packed(Record, frozen=True, kw_only=True):
         if self.unpacks(precision):
             return replace(precision, quantization=method.unpacked, needs=method.needs, incompatible=dict(method.refuses))
         refuses = dict(method.refuses)
-        if "cpu" not in method.packs_on and "ram" not in refuses:
-            refuses["ram"] = f"transformers unpacks {method.title} on a processor: use --precision bf16, fp16 or fp32"
+        if "ram" not in refuses and (why := self._no_layers(precision)):
+            refuses["ram"] = why
         return replace(
             precision,
             quantization=None,
@@ -110,8 +130,18 @@ class Packed(Record, frozen=True, kw_only=True):
             min_compute_capability=method.packs_from or precision.min_compute_capability,
             incompatible=refuses,
             off_gpu=None,
-            linear_dtype=precision.linear_dtype if precision.name == self.precision else method.held,
+            linear_dtype=precision.linear_dtype if precision.name == self.precision else self.held or method.held,
         )
+
+    def _no_layers(self, precision: Precision) -> str | None:
+        """Say why a processor does not keep it packed, with the rest in a precision's dtype; None if it does."""
+        method = self.method
+        assert method is not None
+        if "cpu" not in method.packs_on:
+            return f"transformers unpacks {method.title} on a processor: use --precision bf16, fp16 or fp32"
+        if method.cpu_dtypes and precision.dtype not in method.cpu_dtypes:
+            return f"{method.title} runs on a processor with the rest in {' or '.join(method.cpu_dtypes)} only"
+        return next((why for end, why in method.cpu_lacks.items() if self.packing.endswith(end)), None)
 
 
 def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> Packed | None:
@@ -125,17 +155,37 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     own = family.model_type if family else MOSS.model_type
     name = method_name(settings) if settings else GGUF.name if title.startswith(GGUF.name) else own
     known = METHODS.get(name) or OWN.get(name)
+    stored_by = _layout_name(name, settings) if settings else family.method if family else MOSS.method
+    held, floats = _parts_of(LAYOUTS.get(stored_by or ""), tensors)
     return Packed(
         title=title,
         name=name,
         bits=int(bits[1]) if bits else known.bits if known else 4,
         group=int(group[1]) if group else 0,
         block=_block(name, settings or {}),
-        varies=bool((settings or {}).get("dynamic")),
+        varies=any((settings or {}).get(key) for key in _VARY_KEYS),
         selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
         scales=next((tensor.dtype for tensor in tensors if tensor.name.endswith((".scales", "_scale"))), None),
-        stored_by=_layout_name(name, settings) if settings else family.method if family else MOSS.method,
+        held=held,
+        floats=floats,
+        dtype=config.get("torch_dtype") or config.get("dtype") if known is not None and held in known.bound else None,
+        packing=str((settings or {}).get("packing_format", "")),
+        stored_by=stored_by,
     )
+
+
+def _parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[str | None, tuple[int, int]]:
+    """Return the dtype of most of what is packed, and how many floats of 16 bits and more stand beside it, in how many bytes."""
+    sizes: Counter[str] = Counter()
+    elements = size = 0
+    for tensor in tensors if layout is not None else ():
+        assert layout is not None
+        part = layout.split(tensor.name, tensor.dtype)[1]
+        if part == layout.main:
+            sizes[tensor.dtype] += tensor.bytes
+        elif part and tensor.dtype in ("float16", "bfloat16", "float32"):
+            elements, size = elements + math.prod(tensor.shape), size + tensor.bytes
+    return (max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None), (elements, size)
 
 
 def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -147,19 +197,19 @@ def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
 def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:
     """Return how a model of this config would be stored for a precision that reads one form only; None if it cannot be.
 
-    GPTQ and AWQ in groups of 128, as nearly all are published. ChatGLM-6B's form and MXFP4 are of one architecture each.
+    In groups as nearly all are published, and in a form of one architecture only for that.
     """
     title, family = precision.stored or "", family_of(config)
     name = title.partition(" ")[0]
     of_family = family is not None and family.method == name
-    only = {"mxfp4": "gpt_oss", CHATGLM.method: CHATGLM.model_type}.get(name)
-    if (name not in LAYOUTS and name != "mxfp8") or only not in (None, config.get("model_type")):
+    method = METHODS.get(name) or OWN.get(name)
+    if method is None or _layout_name(name, {}) not in LAYOUTS or method.only_of not in (None, config.get("model_type")):
         return None
-    group, bits = 128 if name in ("gptq", "awq") else 0, re.search(r"(\d+)-bit", title)
+    group, bits = method.group, re.search(r"(\d+)-bit", title)
     return Packed(
         title=f"{title}, groups of {group}" if group else title,
         name=family.model_type if family is not None and of_family else name,
-        bits=int(bits[1]) if bits else METHODS[name].bits,
+        bits=int(bits[1]) if bits else method.bits,
         group=group,
         stored_by=name,
     )
@@ -179,12 +229,16 @@ def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
     """Return the row of LAYOUTS that a quantization_config means; None where it names a layout that its method has not usually."""
     if method == "compressed-tensors":
         return f"{method} {settings.get('format')}"
+    if "packing_format" in settings:  # AutoRound's: that of another package, which it names at the end
+        return {"gptq": "gptq", "awq": "awq"}.get(str(settings["packing_format"]).rpartition("_")[2])
+    if method not in _WITH_VARIANTS:
+        return {"mxfp8": "fp8"}.get(method, method)
     keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
     formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
     if settings.get("quantization_mode") == "online":  # of BitNet: stored in 16 bits
         return None
     usual = not settings.get("is_marlin_format") and formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
-    return {"mxfp8": "fp8"}.get(method, method) if usual else None
+    return method if usual else None
 
 
 def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str | None:
@@ -214,7 +268,8 @@ def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTen
 
 def tensors_tell(config: Mapping[str, Any]) -> bool:
     """Say whether shapes decide the bits of packed weights, as those of MOSS: one of its published configs is wrong."""
-    return settings_of(config) is None and (family_of(config) is MOSS or bits_said(config) > 0)
+    family = family_of(config)
+    return settings_of(config) is None and ((family is not None and family.shapes_decide_bits) or bits_said(config) > 0)
 
 
 def bits_said(config: Mapping[str, Any]) -> int:
@@ -253,8 +308,17 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
         return elements * 32 // (_bits_of(name.removesuffix(".qweight"), shapes) or said)
     if tensor.dtype == "uint32" and f"{name.removesuffix('.weight')}.scales" in shapes:
         return elements * 32 // said
-    if tensor.dtype == "uint8" and method in _BYTES_OF_BITS and f"{name}_scale" in shapes:
-        return elements * 8 // (_bits(settings) or METHODS[method].bits)
+    if name.endswith(".codes") and f"{name.removesuffix('.codes')}.codebooks" in shapes:  # AQLM: one of each book for a vector
+        books, _, *vector = shapes[f"{name.removesuffix('.codes')}.codebooks"]
+        return elements * math.prod(vector) // max(books, 1)
+    if method in _WORDS_OF_BITS and f"{name}_scale" in shapes and "float" not in tensor.dtype:
+        return elements * DTYPE_BITS.get(tensor.dtype, 8) // (_bits(settings) or METHODS[method].bits)
+    if name.endswith(".W_q"):
+        return elements * 8 // said
+    if "._weight_" in name and name.endswith(TORCHAO_PARTS):
+        return 0
+    if name.endswith("._weight_qdata") and "int4" in _torchao(settings).casefold():
+        return elements * DTYPE_BITS.get(tensor.dtype, 8) // 4
     nibbles = (
         tensor.dtype == "uint8"
         and (f"{name}.absmax" in shapes or f"{name}_scale_2" in shapes or name.endswith(("_blocks", ".weight_packed")))
@@ -263,8 +327,14 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
 
 
 def _bits(settings: Mapping[str, Any]) -> int:
-    """Return the bits of a quantization_config, 0 where it does not say: its own, or those of its first group of layers."""
-    return next((bits for source in _sources(settings) for key in _BITS_KEYS if (bits := _positive(source.get(key)))), 0)
+    """Return the bits of a quantization_config, 0 where it does not say: its own, or those of its first group of layers.
+
+    Quark names a dtype: "int4", "fp8_e4m3", for all but what it lists beside.
+    """
+    said = next((bits for source in _sources(settings) for key in _BITS_KEYS if (bits := _positive(source.get(key)))), 0)
+    weight = _weight_of(settings.get("global_quant_config"))
+    named = re.match(r"[a-z]+(\d+)", str(weight.get("mx_element_dtype") or weight.get("dtype") or ""))
+    return said or (_positive(int(named[1])) if named else 0)
 
 
 def _group_size(settings: Mapping[str, Any]) -> Any:
@@ -277,7 +347,13 @@ def _sources(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     groups = settings.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
     weights = first.get("weights") if isinstance(first, dict) else None
-    return (settings, weights) if isinstance(weights, dict) else (settings,)
+    return (settings, *(one for one in (weights, _weight_of(settings.get("global_quant_config"))) if isinstance(one, dict)))
+
+
+def _weight_of(layers: Any) -> Mapping[str, Any]:
+    """Return what Quark says of the weights of layers."""
+    weight = layers.get("weight") if isinstance(layers, dict) else None
+    return weight if isinstance(weight, dict) else {}
 
 
 def _bitsandbytes(settings: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ SUFFIXES: Mapping[str, str] = {
 PARALLEL_REQUESTS = 8
 LARGEST_SIZE = 1 << 32
 MOST_LAYERS = 4096
+MOST_SHARDS = 8192  # DeepSeek-V3 comes in 163, and each is looked for on the disk
 
 LAYER_KEYS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers"})
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "n_ctx")
@@ -283,7 +284,10 @@ def _index(folder: Folder, index: str) -> dict[str, str]:
     with closing(folder.open(index)) as blob:
         listed = read_index(blob)
         where = blob.where
-    for name in sorted(set(listed.values())):
+    names = sorted(set(listed.values()))
+    if len(names) > MOST_SHARDS:
+        raise CheckpointError(where, f"names {len(names):,} shards, and no model has more than {MOST_SHARDS:,}: correct the index")
+    for name in names:
         check_enclosed(folder, where, f"the shard {quote(name)}", name)
         if Path(name).suffix not in SUFFIXES or name.endswith(GGUF.suffix):
             raise CheckpointError(

@@ -88,7 +88,7 @@ def _look_up(model: str, file: str | None, revision: str | None) -> Inspection:
     from harness.architecture import model_spec
     from harness.architecture.inspection import inspect
     from harness.architecture.shipped_checkpoint import NOTE, describe_shipped
-    from harness.catalog import resolve
+    from harness.catalog import resolve, shipped
     from harness.catalog.names import read_name
     from harness.checkpoint.reader import read, read_hub
 
@@ -102,7 +102,7 @@ def _look_up(model: str, file: str | None, revision: str | None) -> Inspection:
     here = model_spec.local(source) if full is not None else None
     if full is not None and here is None:
         shown = inspect(describe_shipped(full), name=source.name, kind=source.kind, source=where, history=known)
-        return msgspec.structs.replace(shown, notes=(NOTE, *shown.notes))
+        return msgspec.structs.replace(shown, notes=(NOTE, *shipped.catalog()[full].doubts, *shown.notes))
     found = read(here) if here is not None else read_hub(where, revision, file)
     return inspect(found, name=source.name, kind=source.kind, source=where, history=known, skeleton=_skeleton(found))
 

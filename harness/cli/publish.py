@@ -14,8 +14,11 @@ from harness.core.errors import UsageError
 from harness.report.terminal import output
 
 if TYPE_CHECKING:
-    from harness.results.audit import Joined
+    from datetime import datetime
+
+    from harness.report.planner.bundle import Runtime
     from harness.results.collect import Artifact
+    from harness.results.register import Joined
 
 REFUSED = 1
 REPOSITORY = "fitmatrix/fitmatrix"
@@ -40,26 +43,58 @@ def run(given: argparse.Namespace) -> int:
     from datetime import datetime, timezone
 
     from harness.core.text import line, plural
-    from harness.machine import atomic
     from harness.report.planner.bundle import find_runtime
-    from harness.report.site import build
 
     runtime = find_runtime(given.planner) if given.planner else None
     found, now = _artifacts(given.places), datetime.now(timezone.utc)
     try:
-        with atomic.replace_directory(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
-            joined = build.gather(found, folder, now)
-            refused = _told(joined, found, "publish")
-            if joined.refusals and given.strict:
-                raise _Refused
-            pages = build.write_site(joined, folder, now, runtime)
-    except _Refused:
-        print(f"fitmatrix: {refused}, so nothing was written; without --strict the rest is published", file=sys.stderr)
+        joined, refused, pages = _build(given, found, now, runtime)
+    except _Refused as error:
+        print(f"fitmatrix: {error}, so nothing was written; without --strict the rest is published", file=sys.stderr)
         return REFUSED
     print(
         f"site: {line(str(given.to / 'index.html'))} ({plural(len(joined.entries), 'result')}, {plural(pages, 'page')}, {refused})"
     )
     return 0
+
+
+def _build(given: argparse.Namespace, found: Sequence[Artifact], now: datetime, runtime: Runtime | None) -> tuple[Joined, str, int]:
+    """Build the site by what is kept of the last build, or without it if that cannot be used."""
+    import sqlite3
+
+    from harness.report.site import state
+
+    file = state.file_for(given.to)
+    try:
+        return _build_by(file, given, found, now, runtime)
+    except (sqlite3.Error, OSError) as error:
+        if isinstance(error, sqlite3.Error) and "locked" not in str(error):  # by another that builds the same site
+            state.forget_state(file)
+        return _build_by(None, given, found, now, runtime)
+
+
+def _build_by(
+    file: Path | None, given: argparse.Namespace, found: Sequence[Artifact], now: datetime, runtime: Runtime | None
+) -> tuple[Joined, str, int]:
+    """Build the site; return what is published, what was refused, and how many pages there are. Raises _Refused."""
+    import sqlite3
+    from contextlib import suppress
+
+    from harness.machine import atomic
+    from harness.report.site import build, intake, state
+    from harness.report.site.tasks import Old
+
+    with state.opened(file) as kept:
+        with atomic.replace_directory(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
+            old = Old(given.to.resolve()) if (given.to / build.MARKER).is_file() else Old()
+            joined = intake.gather(found, folder, now, kept, old)
+            refused = _told(joined, found, "publish")
+            if joined.refusals and given.strict:
+                raise _Refused(refused)
+            pages = build.write_site(joined, folder, now, kept, old, runtime)
+        with suppress(sqlite3.Error):  # the site is there, and what is not kept is made again
+            build.saved(given.to, kept)
+    return joined, refused, pages
 
 
 class _Refused(Exception):
@@ -88,13 +123,15 @@ def run_share(given: argparse.Namespace) -> int:
     from harness.core.text import line, plural
     from harness.machine import atomic
     from harness.report.export import submission
-    from harness.report.site import build
+    from harness.report.site import intake, state
+    from harness.report.site.tasks import Old
 
     if not _REPOSITORY.fullmatch(given.repository):
         raise UsageError(f"--repository {given.repository!r} is no repository on GitHub: write OWNER/NAME, such as {REPOSITORY}")
     found, now = _artifacts(given.places), datetime.now(timezone.utc)
-    with atomic.replace_directory(given.to, marker=submission.SHARE_MARKER, ours=submission.CONTENTS, option="--to") as folder:
-        joined = build.gather(found, folder, now)
+    place = atomic.replace_directory(given.to, marker=submission.SHARE_MARKER, ours=submission.CONTENTS, option="--to")
+    with state.opened(None) as nothing, place as folder:
+        joined = intake.gather(found, folder, now, nothing, Old())
         refused = _told(joined, found, "share")
         sent = submission.write_submission(joined, folder / "raw", folder)
         shutil.rmtree(folder / "raw")
@@ -123,7 +160,7 @@ def _artifacts(places: Sequence[Path]) -> list[Artifact]:
 def _told(joined: Joined, found: Sequence[Artifact], what: str) -> str:
     """Print why lines are refused, and return how many; raises UsageError if nothing is left to `what`."""
     from harness.core.text import line, plural
-    from harness.results.audit import format_place
+    from harness.results.register import format_place
 
     for refusal in joined.refusals:
         where = format_place(found[refusal.source].where, refusal.line)

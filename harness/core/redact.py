@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import re
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,10 @@ LEAST_VALUE, LEAST_SECRET, LEAST_NAME = 8, 6, 3
 # A text of so many letters may have been cut in the middle of a value; so much of it must be left to be found.
 CUT_TEXT, LEAST_CUT = 500, 6
 
+_NUMBERS = frozenset({int, float, bool, type(None)})
+# Texts that are remembered as harmless, and how long they are at most: a hundred megabytes.
+_MOST_SEEN, _LONG = 50_000, 2_000
+
 Cleaner = Callable[[str], str]
 
 
@@ -74,10 +79,33 @@ def is_clean(result: Result) -> bool:
 
     Short texts are looked at together, long ones alone, because a value may be cut off at either end of them.
     """
-    texts = [text for name in result.__struct_fields__ if not KEPT.fullmatch(name) for text in texts_in(getattr(result, name))]
+    fields = (getattr(result, name) for name in result.__struct_fields__ if not KEPT.fullmatch(name))
+    known = _known(_surroundings())
+    # What is public of this result may be private in another, where it is not its name.
+    seen = known.seen if known.hides_nothing_of(result.id) else _Seen()
+    texts = seen.new_of(text for field in fields for text in texts_in(field))
     cleaned = cleaner(public=result.id)
     together = ["\0".join(text for text in texts if len(text) < CUT_TEXT)]
-    return all(cleaned(text) == text for text in together + [text for text in texts if len(text) >= CUT_TEXT])
+    found = all(cleaned(text) == text for text in together + [text for text in texts if len(text) >= CUT_TEXT])
+    if found:
+        seen.add(texts)
+    return found
+
+
+class _Seen:
+    """Texts in which nothing was found: results of one program say the same again and again."""
+
+    def __init__(self) -> None:
+        self._texts: set[str] = set()
+
+    def new_of(self, texts: Iterable[str]) -> list[str]:
+        """Return those of some texts that were not looked at before, each once."""
+        return [text for text in dict.fromkeys(texts) if text not in self._texts]
+
+    def add(self, texts: Iterable[str]) -> None:
+        if len(self._texts) > _MOST_SEEN:
+            self._texts.clear()
+        self._texts.update(text for text in texts if len(text) < _LONG)
 
 
 def clean_text(text: str) -> str:
@@ -98,23 +126,37 @@ def gives_away(value: Any) -> str | None:
 
     For what `clean` must keep as it is, and for results of other machines, whose names and variables nobody here knows.
     """
-    return looks.private("\n".join(texts_in(value)))
+    texts = _HARMLESS.new_of(texts_in(value))
+    said = looks.private("\n".join(texts))
+    if said is None:
+        _HARMLESS.add(texts)
+    return said
 
 
-def texts_in(value: Any) -> Iterator[str]:
-    """Yield the texts in a field of a result as they are read, keys of tables included."""
+def texts_in(value: Any) -> list[str]:
+    """Return the texts in a field of a result as they are read, keys of tables included."""
+    found: list[str] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[str]) -> None:
     if isinstance(value, str):
-        yield value
+        found.append(value)
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from texts_in(key)
-            yield from texts_in(inner)
+            _collect(key, found)
+            if type(inner) not in _NUMBERS:
+                _collect(inner, found)
     elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from texts_in(inner)
+        if not _NUMBERS.issuperset(map(type, value)):  # samples and timelines, most of what a result holds
+            for inner in value:
+                _collect(inner, found)
     elif isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
-            yield from texts_in(getattr(value, name))
+            inner = getattr(value, name)
+            if type(inner) not in _NUMBERS:
+                _collect(inner, found)
 
 
 def _walk(value: Any, texts: Cleaner) -> Any:
@@ -129,6 +171,9 @@ def _walk(value: Any, texts: Cleaner) -> Any:
     if isinstance(value, msgspec.Struct):
         return msgspec.structs.replace(value, **{name: _walk(getattr(value, name), texts) for name in value.__struct_fields__})
     return value
+
+
+_HARMLESS = _Seen()  # by their look, whoever's they are
 
 
 def cleaner(public: str = "", model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
@@ -153,11 +198,20 @@ def cleaner(public: str = "", model: Path | None = None, *, secrets_only: bool =
 
 
 class _Known(NamedTuple):
-    """What is private on this machine: directories, values of variables and whether they are secrets, names; the longest first."""
+    """What is private on this machine: directories, values of variables and whether they are secrets, names; the longest first.
+
+    `seen` are texts in which nothing of it was found.
+    """
 
     places: list[tuple[str, str]]
     values: list[tuple[str, str, bool]]
     names: list[tuple[re.Pattern[str], str]]
+    seen: _Seen
+
+    def hides_nothing_of(self, public: str) -> bool:
+        """Tell whether nothing that is private here stands in what is public."""
+        values = any(f"/{value}/" in f"/{public}/" for value, _, _ in self.values)
+        return not values and not any(pattern.search(public) for pattern, _ in self.names)
 
 
 def _surroundings() -> tuple[object, ...]:
@@ -168,11 +222,18 @@ def _surroundings() -> tuple[object, ...]:
     return tuple(os.environ.items()), here, sys.prefix, tempfile.tempdir, socket.gethostname()
 
 
+def surroundings_digest() -> str:
+    """Return a digest of all that is private on this machine: what was cleaned with another is not known to be clean."""
+    known = _known(_surroundings())
+    names = [(pattern.pattern, mark) for pattern, mark in known.names]
+    return hashlib.sha256(repr((known.places, known.values, names)).encode(errors="surrogateescape")).hexdigest()
+
+
 @functools.lru_cache(maxsize=4)
 def _known(_: tuple[object, ...]) -> _Known:
     places = sorted(_places(), key=lambda place: -len(place[0]))
     values = sorted(_values(), key=lambda one: -len(one[0]))
-    return _Known(places, values, [(_word(name), mark) for name, mark in _names()])
+    return _Known(places, values, [(_word(name), mark) for name, mark in _names()], _Seen())
 
 
 def _without(text: str, value: str, mark: str) -> str:

@@ -1,4 +1,4 @@
-"""Results of many machines, joined to be published: what is counted once, what is refused and why, where each one comes from.
+"""What may be published of a result: nothing that is private, and nothing that cannot be.
 
 A result is evidence only if it can be: `doubt` refuses what no run of ours can have written. It holds a result against itself and
 its machine, and so finds damage and careless forgery; whoever invents all of a result without a contradiction is not found.
@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from statistics import median
 
-import msgspec
-
 from harness.checkpoint.formats.files import quote
 from harness.core import redact
 from harness.core.metrics import METRICS, format_metric
-from harness.core.records import Machine, Record, Result
+from harness.core.records import Machine, Result
 from harness.core.units import format_size
 from harness.measure import aggregate
 
@@ -48,65 +46,6 @@ _RAM = ("ram_needed_bytes", "ram_peak_bytes", "ram_anon_peak_bytes", "load_ram_p
 _VRAM = ("vram_peak_bytes", "vram_process_peak_bytes", "load_vram_peak_bytes")
 
 
-class PublishedResult(Record, frozen=True, kw_only=True):
-    """A result that is published. `digest` is that of the whole result, `result` lacks what only its own page shows.
-
-    `source` is the number of the file it was read from and `line` its line there; `cleaned` tells whether anything private was
-    taken out of it here.
-    """
-
-    result: Result
-    digest: str
-    source: int
-    line: int
-    cleaned: bool = False
-
-
-class Refusal(Record, frozen=True, kw_only=True):
-    """A line that is not published, and why; `line` is None where it is a whole file, or all of `lines` that are not told alone."""
-
-    source: int
-    line: int | None
-    why: str
-    lines: int = 1
-
-
-class ResultsFile(Record, frozen=True, kw_only=True):
-    """A file of results: its name, how many of its results are published, were there already or refused, and what ran."""
-
-    name: str
-    results: int = 0
-    repeated: int = 0
-    refused: int = 0
-    cleaned: int = 0
-    runs: tuple[str, ...] = ()
-    first: str = ""
-    last: str = ""
-    versions: tuple[str, ...] = ()
-
-
-class Joined(Record, frozen=True, kw_only=True):
-    """What is published, oldest first, what is not, and the files that both come from."""
-
-    entries: tuple[PublishedResult, ...]
-    refusals: tuple[Refusal, ...]
-    sources: tuple[ResultsFile, ...]
-
-    @property
-    def refused(self) -> int:
-        """How many lines are not published."""
-        return sum(refusal.lines for refusal in self.refusals)
-
-    def where(self, refusal: Refusal) -> str:
-        """Name the place of a refused line: "artifacts/gpu-1/results.jsonl:3"."""
-        return format_place(self.sources[refusal.source].name, refusal.line)
-
-
-def format_place(name: str, line: int | None) -> str:
-    """Name a line of a file."""
-    return name if line is None else f"{name}:{line}"
-
-
 def identity(machine: Machine) -> str:
     """Tell a machine from others of its name by its hardware; not by what was free, limited or installed that day."""
     cards = [f"{card.name} {card.model} {_size(card.total_bytes)}" for card in machine.gpus]
@@ -129,94 +68,19 @@ def cleaned(result: Result) -> Result | str:
         return f"holds {length:,} letters, and no result has more than {_MOST_TEXT:,}"
     is_clean = redact.is_clean(result)
     clean = result if is_clean else redact.clean(result)
-    for name in clean.__struct_fields__:
-        if is_clean and not redact.KEPT.fullmatch(name):
-            continue
-        # Packages have versions of four numbers, which are nobody's address.
-        told = [f"{package}=={version}" for package, version in clean.environment.items()] if name == "environment" else None
-        if said := redact.gives_away(told or getattr(clean, name)):
-            return f"tells {said} in its {name}, which cannot be taken out: measure again without it"
+    told = {name: getattr(clean, name) for name in clean.__struct_fields__ if not is_clean or redact.KEPT.fullmatch(name)}
+    if "environment" in told:  # packages have versions of four numbers, which are nobody's address
+        told["environment"] = [f"{package}=={version}" for package, version in clean.environment.items()]
+    if redact.gives_away(list(told.values())):
+        for name, value in told.items():
+            if said := redact.gives_away(value):
+                return f"tells {said} in its {name}, which cannot be taken out: measure again without it"
     return clean
 
 
 def digest(line: bytes) -> str:
     """Return what tells the contents of a result, as `encode` writes it, from any other's; as a name of a file it is plain."""
     return hashlib.sha256(line).hexdigest()[:32]
-
-
-def light(result: Result) -> Result:
-    """Leave out what pages of many results do not show: samples, timeline, maps, logs; phases tell the fullest of several GPUs."""
-    return msgspec.structs.replace(
-        result,
-        samples={},
-        interference=[],
-        phases=result.phases if len(result.machine.gpus) > 1 else [],
-        timeline=None,
-        loaded=None,
-        device_map=None,
-        code=None,
-        log_tail="",
-        quality=msgspec.structs.replace(result.quality, answers=[]) if result.quality else None,
-    )
-
-
-def join(sources: Sequence[str], entries: Iterable[PublishedResult], refusals: Iterable[Refusal]) -> Joined:
-    """Count what is there twice once, refuse what contradicts another, and say of each source what came of it.
-
-    Two results are the same if all they say is. Two results of one case in one run on one machine, with weights of one kind, that
-    are not the same contradict each other: nothing tells which is true, so neither is published.
-    """
-    by_digest: dict[str, PublishedResult] = {}
-    repeated = [0] * len(sources)
-    for entry in entries:
-        if by_digest.setdefault(entry.digest, entry) is not entry:
-            repeated[entry.source] += 1
-    by_case: dict[object, list[PublishedResult]] = {}
-    for entry in by_digest.values():
-        result = entry.result
-        by_case.setdefault((identity(result.machine), result.run, result.case, result.weights), []).append(entry)
-    kept = sorted((group[0] for group in by_case.values() if len(group) == 1), key=lambda entry: (entry.result.at, entry.result.id))
-    wrong = [*refusals, *(one for group in by_case.values() if len(group) > 1 for one in _contradictions(sources, group))]
-    wrong.sort(key=lambda refusal: (refusal.source, refusal.line or 0))
-    found = tuple(_source(number, name, kept, wrong, repeated[number]) for number, name in enumerate(sources))
-    return Joined(entries=tuple(kept), refusals=tuple(wrong), sources=found)
-
-
-def _contradictions(sources: Sequence[str], group: Sequence[PublishedResult]) -> Iterator[Refusal]:
-    for entry, other in zip(group, [*group[1:], group[0]], strict=True):
-        where, difference = format_place(sources[other.source], other.line), _difference(entry.result, other.result)
-        why = f"contradicts {where}, the same case of the same run ({quote(entry.result.id)}): {difference}; neither is published"
-        yield Refusal(source=entry.source, line=entry.line, why=why)
-
-
-def _difference(one: Result, other: Result) -> str:
-    for key in sorted(one.metrics.keys() | other.metrics.keys()):
-        here, there = one.metrics.get(key), other.metrics.get(key)
-        if here != there:
-            return f"{quote(key)} is {here} here and {there} there"
-    names = [name for name in one.__struct_fields__ if getattr(one, name) != getattr(other, name)]
-    return f"they differ in {', '.join(names[:3]) or 'their samples or log'}"
-
-
-def _source(number: int, name: str, kept: Sequence[PublishedResult], wrong: Sequence[Refusal], repeated: int) -> ResultsFile:
-    ours = [entry for entry in kept if entry.source == number]
-    results = [entry.result for entry in ours]
-    versions = {f"{name} {result.environment[name]}" for result in results for name in VERSIONS if name in result.environment}
-    return ResultsFile(
-        name=name,
-        results=len(ours),
-        repeated=repeated,
-        refused=sum(refusal.lines for refusal in wrong if refusal.source == number),
-        cleaned=sum(entry.cleaned for entry in ours),
-        runs=tuple(dict.fromkeys(result.run for result in results)),
-        first=min((result.at for result in results), default=""),
-        last=max((result.at for result in results), default=""),
-        versions=tuple(sorted(versions)),
-    )
-
-
-# The packages whose versions decide how a model loads and runs.
-VERSIONS = ("fitmatrix", "torch", "transformers", "accelerate", "bitsandbytes")
 
 
 def doubt(result: Result, now: datetime) -> str | None:

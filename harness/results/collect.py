@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import msgspec
 
@@ -141,6 +142,32 @@ def read(artifact: Artifact) -> Iterator[tuple[int, Result | str]]:
                 raise StoreError(
                     artifact.where, f"has {wrong:,} lines that are no results, and nothing behind line {number:,} was read"
                 )
+
+
+class Contents(NamedTuple):
+    """What a file held when it was looked at, and what the system said of it then, by which a change is noticed."""
+
+    digest: str
+    stamp: tuple[int, int, int]
+
+
+def contents(path: str) -> Contents | None:
+    """Look at what a file holds; None if it cannot be read."""
+    try:
+        stamp = stamp_of(path)
+        with open_regular(Path(path)) as file:
+            found = hashlib.sha256()
+            while piece := file.read(MIB):
+                found.update(piece)
+    except OSError:
+        return None
+    return Contents(found.hexdigest(), stamp)
+
+
+def stamp_of(path: str) -> tuple[int, int, int]:
+    """Return what changes when a file is written: its size, its time and which file it is. Raises OSError."""
+    found = Path(path).stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from msgspec.structs import replace
 
 from harness.core.records import Case, Machine, Outcome, Result
 
+SEARCH = "search"  #: the stage of a result that no case of a run is of
+
 # What a disturbance may take from a speed that is not slower.
 _AS_FAST = 0.85
 
@@ -15,6 +17,22 @@ _AS_FAST = 0.85
 def ran(result: Result) -> bool:
     """Tell whether a worker was started: a combination that cannot work is "unsupported" without having run."""
     return result.outcome is not Outcome.SKIPPED and result.stage != "plan"
+
+
+def is_foretold(result: Result) -> bool:
+    """Tell whether this is no case of a run but what a search found best when it ended (`run.cases.CaseMatrix.foretold`)."""
+    return result.stage == SEARCH and result.outcome is Outcome.SKIPPED and result.estimate is not None
+
+
+def foretold(results: Iterable[Result]) -> list[Result]:
+    """Return what the newest run found best and did not measure, one for each pair of limits.
+
+    What an earlier run foretold does not count: a newer one has searched with what was measured since, or has measured it.
+    """
+    newest: dict[tuple[int | None, int | None], Result] = {}
+    for one in sorted(results, key=lambda one: (one.at, is_foretold(one))):  # a search comes last, if in the same second
+        newest[one.case.vram_bytes, one.case.ram_bytes] = one
+    return [one for one in newest.values() if is_foretold(one)]
 
 
 def faults(result: Result) -> list[str]:

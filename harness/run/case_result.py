@@ -152,11 +152,11 @@ def announcement(plan: Plan, model: CaseModel, context: RunContext, loaded: Load
     )
 
 
-def not_run(plan: Plan, model: CaseModel, context: RunContext) -> Result:
+def not_run(plan: Plan, model: CaseModel, context: RunContext, stage: str = "plan") -> Result:
     """Return the result of a case that is not run, from its plan."""
     outcome = Outcome.UNSUPPORTED if plan.verdict is Verdict.INVALID else Outcome.SKIPPED
     common = _common(plan, model, context, datetime.now(timezone.utc))
-    return model.cleaned(Result(**common, outcome=outcome, stage="plan", why=plan.why))
+    return model.cleaned(Result(**common, outcome=outcome, stage=stage, why=plan.why))
 
 
 def _common(plan: Plan, model: CaseModel, context: RunContext, at: datetime) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from msgspec.structs import replace
 
 from harness.catalog import download
 from harness.catalog.resolve import Source
@@ -18,21 +18,24 @@ from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.placements import FILE, PLACEMENTS, distinct, named
 from harness.core.precisions import PRECISIONS
 from harness.core.progress import Report
-from harness.core.records import USUAL_KV, Case, Machine, Plan, Verdict, Workload
+from harness.core.records import USUAL_KV, Case, Machine, Plan, Result, Verdict, Workload
 from harness.core.units import exact_size
 from harness.machine import probe
 from harness.measure.beacon import NO_OUTLOOK, Outlook
 from harness.planning import feasibility, kept_calibration, verdict
 from harness.planning.calibration import Calibration
+from harness.planning.choice.recommend import advise_usual
 from harness.planning.device_map import user_map
 from harness.planning.device_map.infer import Device
 from harness.planning.outlook import kv_growth, lighter
 from harness.planning.planner import Planner
+from harness.planning.quality import measured_quality
 from harness.results.store import Store
 from harness.run import forkserver
 from harness.run.model_set import ModelSet
 from harness.run.options import Options
 
+_NAMES_WAYS = ("precision", "placement", "kv", "attention", "device_map")
 RUNNABLE = (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN)
 
 _Limits = tuple[str, int | None, int | None]  # what the files go by, VRAM, RAM
@@ -65,15 +68,12 @@ class CaseMatrix:
     def cases(self) -> list[Case]:
         """Return the cases in the order they run: the widest precision first, as reference."""
         options = self._options
-        workload = Workload(
-            prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens, batch=options.batch, repeats=options.repeats
-        )
         return [
             Case(
                 model=name,
                 precision=precision,
                 placement=placement,
-                workload=workload,
+                workload=self._workload,
                 vram_bytes=vram,
                 ram_bytes=options.ram,
                 kv=kv,
@@ -86,6 +86,11 @@ class CaseMatrix:
             for kv in _in_order(options.kv, KV_FORMS)
             for attention in _in_order(options.attention, ATTENTIONS) or (None,)
         ]
+
+    @cached_property
+    def _workload(self) -> Workload:
+        asked = self._options
+        return Workload(prompt_tokens=asked.prompt_tokens, new_tokens=asked.new_tokens, batch=asked.batch, repeats=asked.repeats)
 
     @cached_property
     def _placements(self) -> list[str]:
@@ -153,6 +158,37 @@ class CaseMatrix:
         kv = kv_growth(footprint, context) if footprint else {}
         return Outlook(kv=kv, lighter=lighter(one, others), context_length=context)
 
+    def foretold(self) -> list[Plan]:
+        """Search each model that is here for the best way under each of its limits; return those that are none of the cases.
+
+        It is what `fitmatrix plan` answers first, by all that is measured by now; nothing where ways of loading were named.
+        """
+        if any(name in self._options.origin for name in _NAMES_WAYS):
+            return []
+        known = self._store.read()[0]
+        models = [name for name in self._models.sources if self._models.fetched(name)]
+        found = [self._search(name, vram, known) for name in models for vram in self._options.vram or (None,)]
+        plans = {one.case.id: one for one in found if one is not None}
+        self._plans |= plans
+        return list(plans.values())
+
+    def _search(self, model: str, vram: int | None, known: Sequence[Result]) -> Plan | None:
+        """Return the best way of loading a model with so much of each GPU, None if it is among the cases or nothing fits."""
+        usual = [replace(case, vram_bytes=None, ram_bytes=None) for case in self.cases() if case.model == model]
+        within = Case(
+            model=model, precision="", placement="", workload=self._workload, vram_bytes=vram, ram_bytes=self._options.ram
+        )
+        spec, trust = self._models.spec(model), bool(self._options.trust_remote_code)
+        constants = kept_calibration.corrected(known, self._machine)
+        planner = Planner(spec, probe.limited(self._machine, within), constants=constants, trust=trust)
+        planner.measured = measured_quality(known, spec)
+        found = advise_usual(self._models.sources[model], planner, list(dict.fromkeys(usual)))
+        if found.best is None or not found.is_found:
+            return None
+        on_gpu = "gpu" in PLACEMENTS[found.best.case.placement].devices
+        limits = {"vram_bytes": vram if on_gpu else None, "ram_bytes": self._options.ram}
+        return planner.plan(replace(found.best.case, **limits))
+
     def _planner(self, case: Case) -> Planner:
         """Return the planner of all cases that share a model and limits."""
         limits = self._limits(case)
@@ -196,7 +232,7 @@ def _only_planned(one: Plan) -> Plan:
     if not parallel or forkserver.METHOD == "forkserver" or one.verdict not in (*RUNNABLE, Verdict.TOO_BIG):
         return one
     why = "processes that share a model are measured on Linux alone: run the code that fitmatrix plan --code prints, by torchrun"
-    return msgspec.structs.replace(one, verdict=Verdict.UNAVAILABLE, why=why, code=None)
+    return replace(one, verdict=Verdict.UNAVAILABLE, why=why, code=None)
 
 
 def with_free_disk(decided: Plan, free_bytes: int) -> Plan:
@@ -204,7 +240,7 @@ def with_free_disk(decided: Plan, free_bytes: int) -> Plan:
     short = verdict.short_of_disk(decided.estimate, free_bytes)
     if short is None or decided.verdict not in RUNNABLE:
         return decided
-    return msgspec.structs.replace(decided, verdict=Verdict.TOO_BIG, why=short)
+    return replace(decided, verdict=Verdict.TOO_BIG, why=short)
 
 
 def command_of(case: Case, source: Source, options: Options) -> str:

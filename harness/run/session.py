@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
-from harness.core.errors import UsageError
+from harness.core.errors import StoreError, UsageError
 from harness.core.progress import show_progress
 from harness.core.records import Case, Interference, Machine, Plan, Record, Result
 from harness.machine import accelerators, probe
@@ -230,9 +231,15 @@ class Session:
             self.on_result(result)
 
     def render(self) -> Path | None:
-        """Write the page from everything in the store, and what it could not take, if this run came to any case."""
+        """Write the page from everything in the store, and what it could not take, if this run came to any case.
+
+        What a search foretells beyond the cases is a result as well, one that was planned and not run.
+        """
         if self._last is None:
             return None
+        for one in self._matrix.foretold() if self._subset is None and not self.interrupted else ():
+            with suppress(StoreError):  # the page has it, and what was measured is safe or was told of
+                self._record(case_result.not_run(one, self.case_model(one.case), self.context, selection.SEARCH))
         results, problems = self.store.read()
         results += self.store.unwritten
         self.added = self._recorded - len(self.store.unwritten)

@@ -239,6 +239,10 @@ def loaded_facts(model: Model) -> Loaded:
     )
 
 
+# GPTQ's and AWQ's, everybody's, AQLM's.
+_MAIN = ("qweight", "weight", "codes")
+
+
 def _looked_up(module: PreTrainedModel) -> int | None:
     """Return the address of the embedding, of which a token reads a row; None if the head multiplies with all of it."""
     embedding = getattr(module.get_input_embeddings(), "weight", None)
@@ -251,7 +255,7 @@ def _weights(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters()
     for path, part in module.named_modules():
         own = dict(part.named_buffers(recurse=False))
-        if own.keys() & {"qweight", "weight"}:
+        if own.keys() & set(_MAIN):
             yield from ((f"{path}.{name}", buffer) for name, buffer in part.named_buffers(recurse=False))
 
 
@@ -277,14 +281,21 @@ def _linear_bytes(module: PreTrainedModel) -> dict[str, int]:
         if ".lora_" in path or hasattr(part, "base_layer"):  # of an adapter, which no precision is about
             continue
         if (isinstance(part, (torch.nn.Linear, Conv1D)) or hasattr(part, "in_features")) and part is not head:
-            packed = getattr(part, "qweight", None)
-            weight = packed if isinstance(packed, torch.Tensor) else part.weight  # a parameter, or a buffer
-            assert isinstance(weight, torch.Tensor)
+            weight = _main_tensor(part)
+            if weight is None:
+                continue
             values = max(plain(weight), key=lambda tensor: tensor.nbytes)
             if quantized and type(weight) is torch.nn.Parameter and _is_derived(part) and values.dtype is module.dtype:
                 continue
             by_dtype[_scheme(weight) or _dtype(values)] += values.numel() * values.element_size()
     return dict(by_dtype)
+
+
+def _main_tensor(part: torch.nn.Module) -> torch.Tensor | None:
+    """Return what a module multiplies by, a parameter or a buffer, under the names that packages give it; None if it has none."""
+    own = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+    found = {name: tensor for name, tensor in own if name in _MAIN}
+    return next((found[name] for name in _MAIN if name in found), None)
 
 
 def _is_derived(part: torch.nn.Module) -> bool:

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from harness.core.records import Machine, Result
 from harness.core.units import GIB
-from tests.accuracy import chart
+from harness.machine import probe
+from tests.accuracy import chart, local_runs
 from tests.accuracy.chart import Pair
 from tests.support.reporting import REPORTS, Figure, Section, gathered, table
 
 HEADING = "How good the estimates are"
+
+
+@pytest.fixture(scope="session")
+def here() -> Machine:
+    return probe.probe(measure=True)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The default model and twelve of random weights."""
+    return local_runs.make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def results(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    """Every model, run once in every way of `local_runs.WAYS`."""
+    return list(local_runs.run_all(models, here, tmp_path_factory.mktemp("scratch")))
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +47,14 @@ def figures(section: Section) -> list[Figure]:
 
 @pytest.fixture(scope="module")
 def pairs(request: pytest.FixtureRequest, section: Section) -> Iterator[list[Pair]]:
-    """Estimated and measured values, case by case: for the charts beside the report, and for the table below the figures."""
+    """Estimated and measured values, case by case: all of one unit: for the chart beside the report, and for the table below."""
     found: list[Pair] = []
     yield found
     if not found or request.config.option.keyword:
         return
-    section.notes.extend(["![memory](accuracy-memory.svg) ![speed](accuracy-speed.svg)", details(found)])
-    for name, unit, scale in (("memory", "GiB", float(GIB)), ("speed", "tokens/s", 1.0)):
-        chosen = [pair for pair in found if ("tokens/s" in pair.figure) == (name == "speed")]
-        chart.write(REPORTS / f"accuracy-{name}.svg", chosen, unit, scale)
+    name, unit, scale = ("speed", "tokens/s", 1.0) if "tokens/s" in found[0].figure else ("memory", "GiB", float(GIB))
+    section.notes.extend([f"![{name}](accuracy-{name}.svg)", details(found)])
+    chart.write(REPORTS / f"accuracy-{name}.svg", found, unit, scale)
 
 
 def details(found: list[Pair]) -> str:

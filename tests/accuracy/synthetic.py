@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     CodeGenConfig,
     Gemma2Config,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
@@ -50,6 +56,32 @@ MODELS: dict[str, tuple[torch.dtype, type[PretrainedConfig], dict[str, Any]]] = 
         LlamaConfig,
         {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
          "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False},
+    ),
+    "gpt2": (torch.float32, GPT2Config, {"n_embd": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 50257}),
+    "opt": (
+        torch.float16,
+        OPTConfig,
+        {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 50272,
+         "word_embed_proj_dim": 1024},
+    ),
+    "bloom": (torch.float16, BloomConfig, {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 100352}),
+    "qwen3": (
+        torch.bfloat16,
+        Qwen3Config,
+        {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True},
+    ),
+    "phi3": (
+        torch.bfloat16,
+        Phi3Config,
+        {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
+         "num_key_value_heads": 16, "vocab_size": 32064},
+    ),
+    "olmo2": (
+        torch.float32,
+        Olmo2Config,
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
+         "num_key_value_heads": 16, "vocab_size": 100352},
     ),
 }  # fmt: skip
 

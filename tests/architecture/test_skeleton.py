@@ -55,6 +55,19 @@ def test_a_config_stands_in_a_public_repository(name: str) -> None:
     assert set(re.findall(r"(\S+) from memory", source)) <= {"torch_dtype", "rope_theta"}
 
 
+def test_what_no_public_file_says_is_told_where_a_user_reads_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from harness.cli.entry import main
+
+    unsure = [name for name, entry in CATALOG.items() if entry.doubts]
+    assert unsure == [name for name in CATALOG if re.search(r"torch_dtype from memory|not confirmed", CATALOG[name].source)]
+    for model, said in (("phi-1_5", "dtype not confirmed"), ("olmo-3-1025-7b", "context not confirmed")):
+        for command in (["plan", model, "--gpu", "RTX 3060 12GB", "--ram", "32GiB"], ["inspect", model]):
+            main(command)
+            assert said in capsys.readouterr().out
+    main(["inspect", "qwen2.5-7b-instruct"])
+    assert "not confirmed" not in capsys.readouterr().out
+
+
 def test_catalog_has_its_models_under_short_names_too() -> None:
     assert len(CATALOG) >= 150
     assert shipped.hub_id("qwen2.5-7b-instruct") == "Qwen/Qwen2.5-7B-Instruct"

@@ -22,7 +22,7 @@ from harness.report.page.tradeoff import Panel, panels
 from harness.report.page.view import Cell, blocks
 from harness.report.site.rows import rows_of
 from harness.report.site.trends import Trend, spark, trends_of
-from harness.results.audit import PublishedResult
+from harness.results.register import PublishedResult
 from tests.bench.bench_page import many
 from tests.support.reporting import Figure, Section
 
@@ -103,7 +103,7 @@ def trends(results: Sequence[Result]) -> list[Trend]:
     again = [
         replace(result, environment=result.environment | {"torch": torch}) for torch in ("2.6", "2.7", "2.8") for result in results
     ]
-    entries = [PublishedResult(result=result, digest=str(line), source=0, line=line) for line, result in enumerate(again)]
+    entries = [PublishedResult(result=result, digest=str(line)) for line, result in enumerate(again)]
     return [trend for trend in trends_of(rows_of(entries)) if spark(trend)]
 
 

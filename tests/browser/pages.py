@@ -20,6 +20,7 @@ from harness.core.records import Answer, Quality, Result
 
 SCRIPT = "<script>window.owned = 1; alert('owned')</script><img src=x onerror='window.owned = 1'>"
 LONG = "x" * 10_000
+WIDTHS = (360, 768, 1280, 1920)  # a telephone, a tablet, a laptop, a wide screen
 Open = Callable[..., Chrome]
 # Every rule of the levels A and AA, and those that are off unless named.
 RULES = {
@@ -112,6 +113,19 @@ def hostile(result: Result) -> Result:
         environment={SCRIPT: LONG},
         log_tail=f"</pre>{SCRIPT}\n{LONG}\x1b[31m\u2067",
     )
+
+
+def cut(browser: Chrome) -> list[str]:
+    """List the texts of which a part is out of sight, with no way to bring it there."""
+    script = """
+    const hides = (style) => ["hidden", "clip"].includes(style.overflowX) || style.textOverflow === "ellipsis";
+    const cut = (one) => one.scrollWidth > one.clientWidth + 1 && hides(getComputedStyle(one));
+    const parts = [...document.querySelectorAll("body *")].filter((one) => one.textContent.trim() && !one.closest("svg, .sr"));
+    const seen = parts.filter((one) => one.checkVisibility({ visibilityProperty: true }) && one.clientWidth);
+    return seen.filter(cut).map((one) => one.outerHTML.slice(0, 300));
+    """
+    found: list[str] = browser.execute_script(script)
+    return found
 
 
 def requested(browser: Chrome) -> list[str]:

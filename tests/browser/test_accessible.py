@@ -15,6 +15,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from harness.cli import entry
 from harness.core.records import Result, encode_record
 from harness.core.units import GIB
+from harness.report.site import pages
 from harness.results import store
 from tests.browser.pages import Open, cell, many, settled, violations
 
@@ -199,16 +200,21 @@ def test_the_timeline_names_the_phases(show: Open, results: list[Result]) -> Non
     assert [label.text for label in drawing.find_elements(By.CSS_SELECTOR, ".phase")][:1] == ["load"]
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
+@pytest.mark.parametrize(("scheme", "width", "most"), [("light", 1280, 500), ("dark", 360, 1)])
 def test_axe_core_finds_nothing_in_a_site(
-    browser: Chrome, few: list[Result], axe: str, media: Any, scheme: str, width: int, tmp_path: Path
+    browser: Chrome, few: list[Result], axe: str, media: Any, scheme: str, width: int, most: int, tmp_path: Path
 ) -> None:
+    """As it is, and with lists that go on on further pages."""
     media(scheme)
     past = [msgspec.structs.replace(result, at=result.at.replace("2026", "2024")) for result in few]
     (tmp_path / store.NAME).write_bytes(b"".join(encode_record(result) + b"\n" for result in past))
-    assert entry.main(["publish", str(tmp_path), "--to", str(tmp_path / "site")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "MOST_LISTED", dict.fromkeys(pages.MOST_LISTED, most))
+        assert entry.main(["publish", str(tmp_path), "--to", str(tmp_path / "site")]) == 0
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    for file in sorted((tmp_path / "site").rglob("*.html")):
+    files = sorted((tmp_path / "site").rglob("*.html"))
+    assert any("~" in file.name for file in files) == (most == 1)
+    for file in files:
         browser.get(file.as_uri())
         assert violations(browser, axe) == [], file.name

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.browser
 
 # Texts and attributes as a reader gets them, but for what is quoted.
 SEEN = """
-const quoted = "bdi, code, pre, q, data, script, style, noscript, .strip, .names, [translate=no]";
+const quoted = "bdi, code, pre, q, data, datalist, script, style, noscript, .strip, .names, [translate=no]";
 const found = new Set();
 const walk = (element) => {
   if (element.matches(quoted)) return;
@@ -31,8 +31,9 @@ return [...found];
 """
 # What Chinese engineers write as it is.
 KEPT = (
-    "fitmatrix|[KMGT]iB|bytes|tokens?|tokens/s|ms|min|GB|GB/s|MHz|CPU|GPU|KV|KL|NVML|PCIe|dtype|Linear|device map|nats?|batch|"
-    "float32|bfloat16|bitsandbytes|LLM|int8|nf4|fp4|torchao|optimum|quanto|accelerate|transformers|torch|GPTQ|AWQ|HQQ|GGUF|ChatGLM-6B|"
+    r"fitmatrix|publish|JSON|UTC|id|config\.json|[KMGT]iB|bytes|tokens?|tokens/s|ms|min|GB|GB/s|MHz|CPU|GPU|KV|KL|NVML|PCIe|dtype|"
+    "Linear|device map|nats?|batch|float32|bfloat16|bitsandbytes|LLM|int8|nf4|fp4|torchao|optimum|quanto|accelerate|transformers|"
+    "torch|GPTQ|AWQ|HQQ|GGUF|ChatGLM-6B|"
     "VmHWM|smaps|load_s|first_token_s|generate|Ctrl|CUDA|Linux|"
     r"gpu:\d|cpu|python|fp32|bf16|fp16|int4|\d+x"
 )
@@ -55,6 +56,7 @@ def choose(browser: Chrome, language: str) -> None:
 def in_english(browser: Chrome, results: list[Result]) -> list[str]:
     """List what the page says in English: words that are neither names in the results nor kept by Chinese readers."""
     names = {result.case.model for result in results} | {result.machine.name for result in results}
+    names |= {gpu.model for result in results for gpu in result.machine.gpus if gpu.model}
     names |= {name for result in results for name in (result.case.place, result.case.precision, *result.environment)}
     names |= {reason for result in results for reason in result.noisy.values()}
     names_first = sorted(map(re.escape, names), key=len, reverse=True)

@@ -13,8 +13,9 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from harness.catalog import shipped
 from harness.core import units
-from tests.browser.pages import logged, requested, violations
+from tests.browser.pages import WIDTHS, cut, logged, requested, violations
 from tests.browser.planners import ASK, PATIENCE_S, answered, close, planned
+from tests.browser.test_language import in_english
 
 pytestmark = pytest.mark.browser
 
@@ -210,6 +211,18 @@ def test_it_speaks_chinese_and_back(fresh: Chrome) -> None:
     assert "此模型还没有实测结果" in fresh.find_element(By.ID, "answer").text
     fresh.find_element(By.CSS_SELECTOR, "[data-lang=en]").click()
     assert "No measurement of this model yet" in fresh.find_element(By.ID, "answer").text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_chinese_is_whole_at_every_width(fresh: Chrome, axe: str, width: int, scheme: str) -> None:
+    fresh.find_element(By.CSS_SELECTOR, "[data-lang=zh]").click()
+    show(fresh, width, scheme)
+    scrolled = fresh.execute_script("const all = document.documentElement; return all.scrollWidth - all.clientWidth")
+    assert scrolled <= 0
+    assert cut(fresh) == []
+    assert in_english(fresh, []) == []
+    assert violations(fresh, axe) == []
 
 
 def test_files_that_are_missing_beside_the_page_are_told(planner: Chrome, planner_site: Path, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import msgspec
 import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 from harness.cli import entry as cli
 from harness.core.records import Result, encode_record
+from harness.report.site import pages
 from harness.results import store
 from tests.browser.pages import SCRIPT, logged, requested
 from tests.support.builders import GOLDEN
@@ -207,3 +209,30 @@ while (walker.nextNode()) {
 }
 return wrong;
 """
+
+
+def test_what_has_no_line_on_the_front_page_is_found_by_its_name(
+    browser: Chrome, results: list[Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a list of two lines a page the third machine stands on the next, and the search leads to its own."""
+    monkeypatch.setattr(pages, "MOST_LISTED", dict.fromkeys(pages.MOST_LISTED, 2))
+    monkeypatch.setattr(pages, "MOST_WAYS", 1)
+    one = next(one for one in reversed(results) if one.case.id == "chatglm-6b/int4/direct")
+    named = [replace(one, machine=replace(one.machine, name=name)) for name in ("Anna's", "Berta's", f"Emil's {SCRIPT}")]
+    (tmp_path / store.NAME).write_bytes(b"".join(encode_record(found) + b"\n" for found in [*results, *named]))
+    assert cli.main(["publish", str(tmp_path / store.NAME), "--to", str(tmp_path / "site")]) == 0
+    browser.get((tmp_path / "site/index.html").as_uri())
+    listed = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#machines ~ .scroll tbody th")]
+    assert (len(listed), listed[1]) == (2, "Anna's")
+    browser.find_element(By.ID, "filter").send_keys("emil's")
+    link = WebDriverWait(browser, 5).until(lambda _: browser.find_element(By.CSS_SELECTOR, "#elsewhere a"))
+    assert link.text.startswith("Emil's <script>")
+    link.click()
+    assert browser.find_element(By.TAG_NAME, "h1").text.startswith("Emil's <script>")
+    browser.back()
+    written = (tmp_path / "site/index.html").read_text(encoding="utf-8").count("<tr data-of=")
+    rows = WebDriverWait(browser, 5).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "table.ways tbody tr")[1:])
+    assert (written, len(rows) > 3) == (1, True)
+    browser.find_element(By.CSS_SELECTOR, ".ways-on a").click()
+    assert browser.find_element(By.CSS_SELECTOR, ".ways-on b").text
+    assert not logged(browser, "browser")

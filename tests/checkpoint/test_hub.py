@@ -58,7 +58,7 @@ def ask(hub: HubServer, home: Path, how: str, names: list[str]) -> dict[str, dic
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     root = tmp_path_factory.mktemp("hub")
-    for name in [*NASTY, "fine", "slow-file"]:
+    for name in [*NASTY, "fine", "slow-file", "endless-file"]:
         folder = root / "o" / name
         folder.mkdir(parents=True)
         config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "vocab_size": 16}
@@ -77,7 +77,8 @@ def test_whatever_answers_is_one_sentence_in_bounded_time_and_memory(hub: HubSer
         assert len(answer["said"].splitlines()) == 1, answer
         assert answer["seconds"] < 20, answer
         assert answer["grown"] < 400 << 20, answer
-        assert ("64.0 MiB" in answer["said"]) == (name == "endless"), answer
+        too_much = "64.0 MiB" in answer["said"] or "TimeoutError" in answer["said"]  # on a busy machine time is up before
+        assert too_much if name == "endless" else "64.0 MiB" not in answer["said"], answer
 
 
 def test_what_drips_is_given_up(hub: HubServer, tmp_path: Path) -> None:
@@ -89,6 +90,12 @@ def test_what_drips_is_given_up(hub: HubServer, tmp_path: Path) -> None:
     assert "sends its list of files by another place" in found["away"]["said"]
     assert "the server sent no whole answer in 1 s" in found["slow-file"]["said"]
     assert found["fine"]["error"] == "", "an honest hub is read as before"
+
+
+def test_a_file_that_never_ends_does_not_fill_the_disk(hub: HubServer, tmp_path: Path) -> None:
+    answer = ask(hub, tmp_path, "fetch", ["endless-file"])["endless-file"]
+    assert "what answered sends more than" in answer["said"]
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 1 << 20
 
 
 def test_a_collection_asks_no_more_than_it_needs(hub: HubServer, tmp_path: Path) -> None:

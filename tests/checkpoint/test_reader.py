@@ -15,6 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from harness.checkpoint import reader
+from harness.checkpoint.formats.files import Directory
 from harness.checkpoint.reader import Checkpoint, StoredTensor, read
 from harness.core.errors import CheckpointError, UsageError
 from tests.support.gguf_files import small_gguf
@@ -269,6 +271,14 @@ def test_a_link_that_an_index_names_must_not_leave(tmp_path: Path) -> None:
     safetensors.torch.save_file({"t0": torch.zeros(1)}, folder / "sub" / "b.safetensors")
     (folder / "a.safetensors").symlink_to("sub/b.safetensors")
     assert read(folder).bytes == 4
+
+
+def test_an_index_of_endlessly_many_shards_is_refused_before_one_is_looked_for(tmp_path: Path) -> None:
+    where = {f"t{number}": f"{number}.safetensors" for number in range(reader.MOST_SHARDS + 1)}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(CheckpointError, match=r"names 8,193 shards, and no model has more than 8,192: correct the index"):
+        reader.shard_names(Directory(tmp_path), "model.safetensors.index.json")
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness.cli import entry
+from harness.cli import entry, hardware, inspect, report
 from harness.cli.entry import COMMANDS, build_parser, main
 from harness.cli.options import _OWN
 from harness.core.errors import UsageError
@@ -64,8 +64,8 @@ def test_help_lists_every_command_and_says_how_to_measure(capsys: pytest.Capture
         main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "pytest cases/ --model MODEL" in shown
-    for name, (text, _, _) in COMMANDS.items():
-        assert f"{name} {text}" in shown
+    for name, row in COMMANDS.items():
+        assert f"{name} {row.help}" in shown
 
 
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,16 +223,24 @@ def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatc
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    text, arguments, _ = COMMANDS["hardware"]
-    monkeypatch.setitem(entry.COMMANDS, "hardware", (text, arguments, interrupted))
+    monkeypatch.setattr(hardware, "run", interrupted)
     assert main(["hardware"]) == 130
     assert capsys.readouterr() == ("", "")
 
 
 def test_every_command_knows_what_it_runs() -> None:
     parser = build_parser()
-    assert parser.parse_args(["report", "x"]).command is COMMANDS["report"][2]
-    assert parser.parse_args(["hardware"]).command is COMMANDS["hardware"][2]
+    assert parser.parse_args(["report", "x"]).command is report.run
+    assert parser.parse_args(["hardware"]).command is hardware.run
+    assert parser.parse_args(["models"]).command is inspect.run_models
+
+
+def test_a_command_imports_no_other(tmp_path: Path) -> None:
+    """Each brings modules of its own, and a plan shall begin at once."""
+    code = f"import sys; from harness.cli.entry import main; main(['report', {str(tmp_path)!r}]); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    commands = {row.module for row in COMMANDS.values()} - {entry.__name__}
+    assert commands & set(found) == {"harness.cli.report"}
 
 
 # Names and messages are text

@@ -38,7 +38,7 @@ PAGE = ("page.html.j2", "parts.html.j2", "overview.html.j2")
 NAMES = {"fitmatrix", "CPU", "GiB", "tokens/s", "EN", "bfloat16", "Ctrl", "· fitmatrix", "GiB, tokens/s"}
 SLOT = re.compile(r"\{(\w+)\}")
 SAID = table(CHINESE)
-SITE = ("site_parts", "site_index", "site_model", "site_card", "site_machine", "site_provenance")
+SITE = ("site_parts", "site_lists", "site_more", "site_index", "site_model", "site_card", "site_machine", "site_provenance")
 # Without what only results of earlier versions say.
 NOW = tomllib.loads((DATA / "zh.toml").read_text(encoding="utf-8").partition("\n# Reasons as results of earlier versions")[0])
 

@@ -25,8 +25,8 @@ from harness.report.page import figures, view
 from harness.report.site.rows import rows_of
 from harness.report.site.sitedata import Data
 from harness.results import selection, store
-from harness.results.audit import PublishedResult
 from harness.results.needed import VRAM, completed, need_of, predicted_need, ram_needed, scarcest
+from harness.results.register import PublishedResult
 from harness.run import live
 from tests.report.test_page import Node, rendered
 from tests.support import builders
@@ -114,7 +114,7 @@ def test_the_details_give_it_first_beside_the_plan_s(results: list[Result], root
 def test_json_csv_site_and_the_terminal_say_the_same(results: list[Result]) -> None:
     exported = json.loads(data.render_json(results))
     table = list(csv.DictReader(io.StringIO(data.render_csv(results))))
-    rows = rows_of([PublishedResult(result=one, digest=f"{n:032x}", source=0, line=n) for n, one in enumerate(results)])
+    rows = rows_of([PublishedResult(result=one, digest=f"{n:032x}") for n, one in enumerate(results)])
     for result, plain, row, line in zip(results, exported["cases"], rows, table, strict=True):
         need = need_of(result)
         size = int(need.bytes) if need else None
@@ -159,7 +159,7 @@ def test_the_memory_of_a_card_is_the_whole_process_s_or_says_what_it_is_derived_
 def test_a_derived_figure_says_so_on_page_and_site(known: str) -> None:
     found = selection.newest(of_cards(known))
     marks = [mark.attrs["title"] for mark in rendered(found).all("em", look="doubt") if mark.text == "derived"]
-    rows = rows_of([PublishedResult(result=one, digest=f"{n:032x}", source=0, line=n) for n, one in enumerate(found)])
+    rows = rows_of([PublishedResult(result=one, digest=f"{n:032x}") for n, one in enumerate(found)])
     on_site = [row.measured.need.derived for row in rows if row.measured and row.measured.need.derived]
     derived = [need.how for one in found if (need := need_of(one)) and need.how]
     assert len(on_site) == len(derived)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from harness.cli import entry as cli
 from harness.core.records import Case, Machine, Outcome, Result, Tier, Verdict, encode_record
 from harness.core.units import GIB
-from harness.report.site import atlas, build, rows
+from harness.report.site import atlas, pages, rows, tasks
 from harness.report.site.sitedata import Data
 from harness.results import audit, store
+from harness.results.register import Joined, PublishedResult, entry_of
 from tests.report.test_page import Node, programs, read
 from tests.support import builders
 
@@ -102,7 +103,7 @@ def built(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def pages(place: Path) -> dict[Path, Node]:
+def read_pages(place: Path) -> dict[Path, Node]:
     return {file: read(file.read_text(encoding="utf-8")) for file in sorted(place.rglob("*.html"))}
 
 
@@ -112,7 +113,7 @@ def targets(root: Node) -> list[str]:
 
 def check_links(place: Path) -> int:
     """Follow every link of every page and of every JSON; return how many there are."""
-    found, seen = pages(place), 0
+    found, seen = read_pages(place), 0
     ids = {file: {node.attrs["id"] for node in root.below() if "id" in node.attrs} for file, root in found.items()}
     for file, root in found.items():
         for target in targets(root):
@@ -148,7 +149,7 @@ def test_every_link_leads_to_a_file_of_the_site(built: Path) -> None:
 
 
 def test_every_page_can_be_reached_from_the_index(built: Path) -> None:
-    found, reached, todo = pages(built), set[Path](), [built / "index.html"]
+    found, reached, todo = read_pages(built), set[Path](), [built / "index.html"]
     while todo:
         file = todo.pop()
         if file in reached or file not in found:
@@ -159,7 +160,7 @@ def test_every_page_can_be_reached_from_the_index(built: Path) -> None:
 
 
 def test_every_figure_leads_to_its_case_on_a_page_and_from_there_to_the_result_that_holds_it(built: Path) -> None:
-    found, seen = pages(built), 0
+    found, seen = read_pages(built), 0
     for file, root in found.items():
         for link in root.all("a", look="raw"):
             seen += same_figures(link, store.decode((file.parent / link.attrs["href"]).read_bytes()), file)
@@ -204,7 +205,7 @@ def test_the_json_of_a_machine_holds_its_results_as_the_store_does(built: Path, 
     seen = set()
     for file in (built / "machines").glob("*.json"):
         told = json.loads(file.read_text())
-        assert told["schema"] == build.SITE_SCHEMA
+        assert told["schema"] == pages.SITE_SCHEMA
         for one in told["results"]:
             line = (file.parent / one["raw"]).read_bytes()
             result = store.decode(line)
@@ -218,12 +219,12 @@ def test_the_json_of_a_machine_holds_its_results_as_the_store_does(built: Path, 
 def test_beside_every_page_lies_its_data(built: Path) -> None:
     for file in built.rglob("*.html"):
         told = json.loads(file.with_suffix(".json").read_text())
-        assert told["schema"] == build.SITE_SCHEMA
+        assert told["schema"] == pages.SITE_SCHEMA
         assert file.with_suffix(".json").name in targets(read(file.read_text(encoding="utf-8")))
 
 
 def test_no_page_may_load_or_run_anything_else(built: Path) -> None:
-    for file, root in pages(built).items():
+    for file, root in read_pages(built).items():
         text = file.read_text(encoding="utf-8")
         (policy,) = root.all("meta", http_equiv="Content-Security-Policy")
         assert policy.attrs["content"].startswith("default-src 'none';")
@@ -233,7 +234,7 @@ def test_no_page_may_load_or_run_anything_else(built: Path) -> None:
 
 
 def test_pages_are_read_in_order_with_a_title_heads_and_captions(built: Path) -> None:
-    for file, root in pages(built).items():
+    for file, root in read_pages(built).items():
         levels = [int(node.tag[1]) for node in root.below() if re.fullmatch("h[1-6]", node.tag)]
         assert levels[0] == 1, file
         assert levels.count(1) == 1
@@ -361,7 +362,7 @@ def test_no_name_becomes_a_path_or_markup(tmp_path: Path) -> None:
     assert len({file.casefold() for file in files}) == len(files)
     assert all(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", file, re.ASCII) for file in files)
     assert len(list((place / "models").glob("*.html"))) == len(HOSTILE)
-    for file, root in pages(place).items():
+    for file, root in read_pages(place).items():
         assert len(programs(root)) == 1, file
         assert not root.all("img")
         assert not set(file.read_text(encoding="utf-8")) & set("\u202e\u2066\x00\x1b")
@@ -499,23 +500,30 @@ def test_machines_of_one_name_and_other_hardware_have_pages_of_their_own(tmp_pat
 
 
 def test_many_files_are_shared_among_processes_and_keep_their_order(tmp_path: Path) -> None:
-    for number in range(build._WORTH_SHARING + 1):
+    for number in range(tasks.WORTH_SHARING + 1):
         machine = replace(builders.machine(), name=f"machine {number}")
         save(tmp_path / f"in/{number:03}", [builders.result(at="2024-05-01T00:00:00Z", run=f"{number}", machine=machine)])
     command = [sys.executable, "-W", "error", "-m", "harness", "publish", str(tmp_path / "in"), "--to", str(tmp_path / "site")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert f"({build._WORTH_SHARING + 1} results, " in done.stdout
+    assert f"({tasks.WORTH_SHARING + 1} results, " in done.stdout
     assert done.stderr == ""
     sources = json.loads((tmp_path / "site/provenance.json").read_text())["sources"]
-    assert [source["runs"] for source in sources] == [[f"{number}"] for number in range(build._WORTH_SHARING + 1)]
+    assert [source["runs"] for source in sources] == [[f"{number}"] for number in range(tasks.WORTH_SHARING + 1)]
 
 
-def drawn(*results: Result) -> atlas.Atlas:
-    entries = [
-        audit.PublishedResult(result=result, digest=audit.digest(encode_record(result)), source=0, line=i)
-        for i, result in enumerate(results)
-    ]
-    return atlas.draw(entries)
+class Drawn(NamedTuple):
+    models: list[atlas.ModelPage]
+    lines: list[atlas.ModelLine]
+    machines: list[atlas.MachineLine]
+
+
+def drawn(*results: Result) -> Drawn:
+    published = [PublishedResult(result=result, digest=audit.digest(encode_record(result))) for result in results]
+    of_machine = rows.grouped(published, lambda one: audit.identity(one.result.machine)).values()
+    lines, shares = zip(*(atlas.shares_of(rows.rows_of(some)) for some in of_machine), strict=True)
+    names = sorted({name for found in shares for name in found})
+    models = [atlas.model_page([found[name] for found in shares if name in found]) for name in names]
+    return Drawn(models, [atlas.line_of(model) for model in models], list(lines))
 
 
 def of(machine: Machine, precision: str, placement: str, run: str = "1", **changes: Any) -> Result:
@@ -548,14 +556,16 @@ def test_a_line_about_a_model_is_of_one_case_and_the_same_on_both_pages() -> Non
     (model,) = found.models
     assert model.shown is not None
     assert (model.shown.result.case.precision, model.shown.speed.value) == ("int8", "5")
-    line = Data("").model_line(model)
+    line = Data("").model_line(found.lines[0])
     assert (line["smallest_card_bytes"], line["predicted_card_bytes"]) == (8 * GIB, 6 * GIB)
     assert line["best"]["needed_bytes"] == 7 * GIB
     assert line["best"]["metrics"]["decode_tok_s"] == 5.0
-    entries = tuple(row.entry for row in model.rows)
-    joined = audit.Joined(entries=entries, refusals=(), sources=())
-    pages = {page.link: read(page.html()) for page in build._pages(found, joined, datetime(2026, 1, 1, tzinfo=timezone.utc))}
-    index, about = pages["index.html"].all("table", look="list")[0].text, pages[model.link.page].all("div", look="answer")[0].text
+    entries = tuple(entry_of(row.result, encode_record(row.result), 0, 1) for row in model.rows)
+    joined, now = Joined(entries=entries, refusals=(), sources=()), datetime(2026, 1, 1, tzinfo=timezone.utc)
+    cards = atlas.draw_cards(found.lines, found.machines)
+    front = pages.front_pages(joined, now, found.lines, cards, found.machines, has_planner=False)
+    told = {page.link: read(page.html()) for page in [*front, *pages.model_pages(model, has_planner=False)]}
+    index, about = told["index.html"].all("table", look="list")[0].text, told[model.link.page].all("div", look="answer")[0].text
     assert all("6 GiB" in text and "8 GiB" in text and "5.00 tokens/s" in text for text in (index, about))
     assert "90.0" not in index
 

@@ -16,7 +16,7 @@ from harness.report.page import render
 from harness.report.page.figures import STATUSES, status
 from harness.report.page.view import blocks
 from harness.report.site.rows import rows_of
-from harness.results.audit import PublishedResult
+from harness.results.register import PublishedResult
 from harness.run import live
 from tests.report.test_page import read
 from tests.support import builders
@@ -82,7 +82,7 @@ def test_json_and_csv_say_it(word: str) -> None:
 
 @WORDS
 def test_a_site_does_not_count_it_among_what_works(word: str) -> None:
-    (row,) = rows_of([PublishedResult(result=made(word), digest="0" * 8, source=0, line=1, cleaned=False)])
+    (row,) = rows_of([PublishedResult(result=made(word), digest="0" * 8)])
     assert (row.works, row.status.word) == (False, word)
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from harness.core.records import Answer, Interference, Phase, Quality, Result, Timeline, Workload, encode_record
 from harness.core.units import GIB
-from harness.results import audit, store
-from harness.results.audit import PublishedResult, Refusal
+from harness.results import audit, register, store
+from harness.results.register import Entry, Refusal, ResultsFile
 from tests.support import builders
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,17 @@ def sound(**changes: Any) -> Result:
     return builders.result(case, **given | changes)
 
 
-def entry(result: Result, source: int = 0, line: int = 1) -> PublishedResult:
-    return PublishedResult(result=audit.light(result), digest=audit.digest(encode_record(result)), source=source, line=line)
+WRITTEN: dict[str, Result] = {}
+
+
+def entry(result: Result, source: int = 0, line: int = 1) -> Entry:
+    entered = register.entry_of(result, encode_record(result), source, line)
+    WRITTEN[entered.digest] = result
+    return entered
+
+
+def join(sources: list[str], entries: list[Entry], refusals: list[Refusal]) -> register.Joined:
+    return register.join(sources, entries, refusals, lambda one: WRITTEN[one.digest])
 
 
 def with_metrics(**metrics: float) -> Callable[[Result], Result]:
@@ -220,7 +229,7 @@ def test_where_rounds_were_disturbed_the_median_is_of_the_others() -> None:
 
 
 def test_the_same_result_counts_once_wherever_it_lies() -> None:
-    joined = audit.join(["a", "b"], [entry(sound()), entry(sound(), 1, 7)], [])
+    joined = join(["a", "b"], [entry(sound()), entry(sound(), 1, 7)], [])
     assert [(source.results, source.repeated, source.refused) for source in joined.sources] == [(1, 0, 0), (0, 1, 0)]
     assert len(joined.entries) == 1
     assert not joined.refusals
@@ -228,7 +237,7 @@ def test_the_same_result_counts_once_wherever_it_lies() -> None:
 
 def test_results_that_contradict_are_refused_both_and_say_where_and_how() -> None:
     other = with_metrics(decode_tok_s=9.5)(sound())
-    joined = audit.join(["a/results.jsonl", "b/results.jsonl"], [entry(sound(), 0, 3), entry(other, 1, 4)], [])
+    joined = join(["a/results.jsonl", "b/results.jsonl"], [entry(sound(), 0, 3), entry(other, 1, 4)], [])
     assert joined.entries == ()
     assert [joined.where(refusal) for refusal in joined.refusals] == ["a/results.jsonl:3", "b/results.jsonl:4"]
     assert joined.refusals[0].why == (
@@ -240,7 +249,7 @@ def test_results_that_contradict_are_refused_both_and_say_where_and_how() -> Non
 
 def test_another_run_of_a_case_contradicts_nothing() -> None:
     later = replace(with_metrics(decode_tok_s=9.5)(sound()), run="20261125T080000Z-ffffff", at="2026-11-24T09:00:00Z")
-    assert len(audit.join(["a"], [entry(sound()), entry(later, 0, 2)], []).entries) == 2
+    assert len(join(["a"], [entry(sound()), entry(later, 0, 2)], []).entries) == 2
 
 
 @given(seed=st.integers())
@@ -249,7 +258,7 @@ def test_the_order_of_files_decides_nothing(seed: int) -> None:
     against = with_metrics(kl=0.05)(three[2])
     entries = [entry(result, number % 2, number + 1) for number, result in enumerate([*three, three[0], against])]
     random.Random(seed).shuffle(entries)
-    joined = audit.join(["a", "b"], entries, [])
+    joined = join(["a", "b"], entries, [])
     assert {one.digest for one in joined.entries} == {audit.digest(encode_record(result)) for result in three[:2]}
     assert len(joined.refusals) == 2
 
@@ -270,8 +279,8 @@ def test_machines_of_one_name_are_told_apart_by_their_hardware_alone() -> None:
 
 def test_a_source_tells_what_came_of_it() -> None:
     refused = [Refusal(source=0, line=9, why="not a result")]
-    (source,) = audit.join(["a"], [entry(sound()), entry(sound(), 0, 2)], refused).sources
-    assert source == audit.ResultsFile(
+    (source,) = join(["a"], [entry(sound()), entry(sound(), 0, 2)], refused).sources
+    assert source == ResultsFile(
         name="a",
         results=1,
         repeated=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import json
 import re
 import threading
@@ -47,6 +48,9 @@ class Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = "HTTP/1.1"
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if "broken" in path and "resolve" in path:
@@ -55,6 +59,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
         if model := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/([^/]+))?", path):
             return self.model_info(model[1], model[3])
+        if listed := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
+            return self.tree(self.server.root / listed[1])
+        if "endless-file" in path and "resolve" in path and self.command == "GET":
+            return _endless(self)
         if "slow-file" in path and "resolve" in path:
             return _drip_body(self)
         if file := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
@@ -78,6 +86,13 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path.relative_to(folder).as_posix(), "size": path.stat().st_size} for path in files]
         return self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
 
+    def tree(self, folder: Path) -> None:
+        """List the files as a download of all of them asks for them."""
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        facts = [{"size": path.stat().st_size, "oid": hashlib.sha1(path.read_bytes()).hexdigest()} for path in files]
+        listed = [{"type": "file", "path": path.relative_to(folder).as_posix()} for path in files]
+        self.answer(200, json.dumps([one | fact for one, fact in zip(listed, facts, strict=True)]).encode())
+
     def resolve(self, name: str, file: str) -> None:
         path = self.server.root / name / file
         if not path.is_file():
@@ -97,13 +112,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, file: Path | None = None) -> None:
         if file is not None:
-            self.server.requests.append((file.name, self.headers["Range"] or "", len(body)))
+            tag = {"ETag": f'"{hashlib.sha256(file.read_bytes()).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            headers = {**(headers or {}), **tag}
+            sent = 0 if self.command == "HEAD" else len(body)
+            self.server.requests.append((file.name, self.headers["Range"] or "", sent))
         try:
             self.send_response(status)
             for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(b"" if self.command == "HEAD" else body)
         except (BrokenPipeError, ConnectionResetError):  # the reader had enough of a whole file
             self.close_connection = True
 

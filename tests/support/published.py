@@ -21,13 +21,9 @@ NOT_DENSE = frozenset(("Qwen3-30B-A3B",))
 SHARE = 0.9  #: of what is measured, how much an interval is to hold
 
 
-class Speed(Record, frozen=True, kw_only=True):
-    """Tokens/s of one published row, and what is planned."""
+class Prediction(Record, frozen=True, kw_only=True):
+    """A figure that was measured, and what is planned."""
 
-    card: str
-    model: str
-    quantization: str
-    prompt: int
     measured: float
     planned: Span
 
@@ -42,6 +38,15 @@ class Speed(Record, frozen=True, kw_only=True):
     @property
     def width(self) -> float:
         return self.planned.high / self.planned.low
+
+
+class Speed(Prediction, frozen=True, kw_only=True):
+    """Tokens/s of one published row."""
+
+    card: str
+    model: str
+    quantization: str
+    prompt: int
 
 
 @cache
@@ -70,7 +75,7 @@ def _speeds() -> Iterator[Speed]:
         )
 
 
-def interval_score(speeds: Iterable[Speed]) -> float:
+def interval_score(speeds: Iterable[Prediction]) -> float:
     """Return Winkler's score of the intervals as a factor: their mean width, and for each miss 2 / 0.1 times by how much.
 
     Of logarithms, so that 1 is perfect and twice too wide is as bad at any speed (Gneiting and Raftery 2007, section 6.2).
@@ -84,13 +89,13 @@ def score_of(planned: Span, measured: float) -> float:
     return math.log(planned.high / planned.low) + 2 / (1 - SHARE) * missed
 
 
-def median_error(speeds: Sequence[Speed]) -> float:
+def median_error(speeds: Sequence[Prediction]) -> float:
     return statistics.median(abs(one.error) for one in speeds)
 
 
-def share_inside(speeds: Sequence[Speed]) -> float:
+def share_inside(speeds: Sequence[Prediction]) -> float:
     return statistics.fmean(one.is_inside for one in speeds)
 
 
-def median_width(speeds: Sequence[Speed]) -> float:
+def median_width(speeds: Sequence[Prediction]) -> float:
     return statistics.median(one.width for one in speeds)

@@ -7,7 +7,7 @@ release that adds a method, drops one, or treats it otherwise makes a test fail.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from harness.core.precisions import Config
 from harness.core.records import Record
@@ -28,13 +28,21 @@ class Method(Record, frozen=True, kw_only=True):
     margin: bool = False  #: a tenth of the memory is kept free when a device map is inferred
     refuses: Mapping[str, str] = {}  #: trait of a placement -> why weights that are stored so cannot be loaded that way
     copies: bool = False  #: every product makes a 16-bit copy of its weight
-    held: str = "uint8"  #: the dtype that Linear weights have in memory
+    held: str = "uint8"  #: the dtype that Linear weights have in memory, where the headers of the files were not read
+    floats: Literal["stored", "asked", "float32"] = "stored"  #: the dtype that scales and codebooks have in memory
+    cpu_dtypes: tuple[str, ...] = ()  #: the only dtypes that the rest may be in on a processor; empty: any
+    cpu_lacks: Mapping[str, str] = {}  #: end of the config's `packing_format` -> why a processor has no layers for it
+    bound: tuple[str, ...] = ()  #: dtypes of weights that leave the rest of the model no dtype but the config's own
     bits: int = 4  #: of a weight, where the config does not say
     packs_linears: bool = True  #: Linear weights are packed
     packs_experts: bool = False  #: stacked experts of a mixture are
+    stacks_pass: bool = False  #: a stack of experts that is unpacked passes through larger integers
     counts_scales: bool = True  #: scales count when a device map is inferred; they may come into their module afterwards
     wide_bias: bool = False  #: the biases of packed experts are in float32
     blocks: bool = False  #: a scale is for a block of outputs x inputs
+    group: int = 0  #: inputs that share a scale in nearly all that are published; 0: the method has no groups of its own
+    only_of: str | None = None  #: the only `model_type` that is stored so
+    on_cards: bool = False  #: a row of PACKED_KERNELS multiplies the weights on a card
     writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
@@ -103,6 +111,8 @@ _ROWS = (
         dtypes=("float16",),
         refuses=_STORED,
         held="int32",
+        group=128,
+        on_cards=True,
         writes={"zero_point": True, "version": "gemm"},
     ),
     Method(
@@ -130,9 +140,20 @@ _ROWS = (
         dtypes=("float16",),
         refuses=_STORED,
         held="int32",
+        group=128,
+        on_cards=True,
         writes={"sym": True, "desc_act": False},
     ),
-    Method(name="aqlm", title="AQLM", needs=("aqlm",), refuses=_STORED, held="int16"),
+    Method(
+        name="aqlm",
+        title="AQLM",
+        needs=("aqlm",),
+        refuses=_STORED,
+        held="int16",
+        bits=2,
+        floats="asked",
+        cpu_dtypes=("float32",),
+    ),
     Method(
         name="quanto",
         title="optimum-quanto",
@@ -142,7 +163,7 @@ _ROWS = (
         unsupported="transformers saves no quanto weights and loads none: quantize the 16-bit checkpoint while loading, "
         "--precision quanto-int8 or quanto-int4",
     ),
-    Method(name="quark", title="Quark", needs=("quark",), refuses=_STORED, copies=True),
+    Method(name="quark", title="Quark", needs=("quark",), refuses=_STORED, floats="float32", copies=True),
     Method(name="fouroversix", title="Four Over Six", needs=("fouroversix",), refuses=_STORED),
     Method(
         name="fp_quant",
@@ -198,6 +219,7 @@ _ROWS = (
         bits=8,
         refuses={**_STORED, "offloads": 'transformers does no disk offload with stored torchao weights ("not supported yet")'},
         held="int8",
+        bound=("float8_e4m3fn",),
     ),
     Method(
         name="bitnet",
@@ -207,7 +229,14 @@ _ROWS = (
         bits=2,
         copies=True,
     ),
-    Method(name="vptq", title="VPTQ", needs=("vptq",), packs_on=_GPU, refuses={**_STORED, "ram": _NO_GPU.format("VPTQ")}),
+    Method(
+        name="vptq",
+        title="VPTQ",
+        needs=("vptq",),
+        packs_on=_GPU,
+        unsupported="transformers 5 puts no VPTQ layer into a model (it looks for nested modules at the top, a KeyError): "
+        "use the vptq package by itself, with transformers 4",
+    ),
     Method(
         name="spqr",
         title="SpQR",
@@ -238,7 +267,17 @@ _ROWS = (
         "vLLM and TensorRT-LLM do",
     ),
     _derived(_FP8, name="mxfp8", title="MXFP8"),
-    Method(name="auto-round", title="AutoRound", needs=("auto_round",), refuses=_STORED, held="int32"),
+    Method(
+        name="auto-round",
+        title="AutoRound",
+        needs=("auto_round",),
+        refuses=_STORED,
+        held="int32",
+        cpu_lacks={
+            "awq": "auto-round has no layer for its AWQ packing on a processor and fills one with random numbers: "
+            "take a checkpoint in its own packing, or a GPU"
+        },
+    ),
     Method(
         name="mxfp4",
         title="MXFP4",
@@ -249,6 +288,8 @@ _ROWS = (
         refuses=_STORED,
         packs_linears=False,
         packs_experts=True,
+        stacks_pass=True,
+        only_of="gpt_oss",
         counts_scales=False,
         wide_bias=True,
     ),
@@ -265,7 +306,8 @@ _ROWS = (
         name="sinq",
         title="SINQ",
         needs=("sinq",),
-        refuses={**_STORED, "offloads_to_cpu": 'transformers runs SINQ on a single device ("multi-GPU device_map detected")'},
+        unsupported="transformers 5 leaves out what sinq 0.2 saves (the parts of its meta), and sinq's own loader multiplies "
+        "float32 by bfloat16: use the 16-bit checkpoint, or the sinq package by itself",
     ),
     Method(name="gemma", title="Gemma's own", refuses=_STORED, copies=True),
 )
@@ -273,7 +315,7 @@ _ROWS = (
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
 # What the layers of `harness.models` read, by the `model_type` of the family; no package does.
 OWN: Mapping[str, Method] = {
-    "chatglm": Method(name="chatglm", title="ChatGLM-6B's own", refuses=_STORED, held="int8", copies=True),
+    "chatglm": Method(name="chatglm", title="ChatGLM-6B's own", refuses=_STORED, held="int8", only_of="chatglm", copies=True),
     "moss": Method(name="moss", title="MOSS's GPTQ", refuses=_STORED, held="int32", copies=True),
 }
 

@@ -34,7 +34,7 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFo
     assert spec.packed is not None
     method = spec.packed.method
     assert method is not None
-    bits, experts = packed_bits(spec)
+    bits, experts = packed_bits(spec, dtype)
     return WeightFormat(
         dtype=dtype,
         packed_bits=bits,
@@ -49,7 +49,7 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFo
     )
 
 
-def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
+def packed_bits(spec: ModelSpec, dtype: str) -> tuple[float, bool]:
     """Return bits per quantized weight, scales and zeros included, and whether stacked experts are quantized as well.
 
     From the headers if they were read: the experts are if the files are too small for them in 16 bits. Else part by part, as its
@@ -72,7 +72,8 @@ def packed_bits(spec: ModelSpec) -> tuple[float, bool]:
         plain, quantized = plain - 2 * experts, quantized + experts
     else:
         experts = 0
-    return max(8.0 * (spec.tensor_bytes - plain) / max(quantized, 1), 1.0), bool(experts)
+    held = spec.tensor_bytes + packed.float_growth(dtype) - plain
+    return max(8.0 * held / max(quantized, 1), 1.0), bool(experts)
 
 
 def estimate(footprint: Footprint, precision: str, machine: Machine) -> Estimate:

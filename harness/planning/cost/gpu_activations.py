@@ -8,9 +8,10 @@ from harness.architecture import traces
 from harness.architecture.card_kernels import FLASH_SINCE, kernels_of
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.traced_memory import Gaps, TracedMemory, TracedPeak, evaluate
+from harness.checkpoint.quantization import config_in
 from harness.core.errors import UsageError
 from harness.core.methods import kernels
-from harness.core.methods.kernels import PackedProduct, PackedScheme
+from harness.core.methods.kernels import PackedProduct
 from harness.core.methods.table import settings_of
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Workload
@@ -54,10 +55,9 @@ class GpuActivations:
     def _product(self) -> PackedProduct | None:
         """Return what multiplies weights that are stored as GPTQ or AWQ, as the config or the form of the checkpoint says."""
         packed = self._spec.packed
-        if self._fmt.packed_bits is None or packed is None or packed.own or packed.name not in ("gptq", "awq"):
+        if self._fmt.packed_bits is None or packed is None or packed.method is None or not packed.method.on_cards:
             return None
-        usual = PackedScheme(method=packed.name, bits=packed.bits, group=packed.group, symmetric=packed.name == "gptq")
-        scheme = kernels.scheme_of(self._config) if settings_of(self._config) else usual
+        scheme = kernels.scheme_of(self._config if settings_of(self._config) else config_in(packed, self._config))
         card = kernels_of(self._capability)
         kernel = kernels.kernel_for(scheme, card.capability[0] + card.capability[1] / 10) if scheme is not None else None
         return None if kernel is None or scheme is None else PackedProduct(kernel=kernel, scheme=scheme, processors=card.processors)
@@ -68,7 +68,7 @@ class GpuActivations:
         if self.product is not None:
             return self.product.said
         packed = self._spec.packed
-        if self._fmt.packed_bits is not None and packed is not None and packed.name in ("gptq", "awq"):
+        if self._fmt.packed_bits is not None and packed is not None and packed.method is not None and packed.method.on_cards:
             return kernels.NO_KERNEL
         return kernels.MXFP4_KERNEL if self._formulas.packs_experts else ""
 

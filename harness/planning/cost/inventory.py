@@ -160,8 +160,8 @@ class Inventory:
             scheme = SCHEMES[self.fmt.quantizer]
             taken = scheme.in_flight + (scheme.turned if owner.linear == "conv1d" else 0.0)
             most = max(most, 2 * weight.elements * taken if held < plain else 0.0)  # what is left as it is costs nothing
-        packed = self.spec.packed
-        if packed is not None and packed.name == "mxfp4" and self.fmt.packed_bits is None and skeleton.is_stacked(weight):
+        method = self.spec.packed.method if self.spec.packed else None
+        if method is not None and method.stacks_pass and self.fmt.packed_bits is None and skeleton.is_stacked(weight):
             most = unpacked_mxfp4(weight.elements)
         return most
 

@@ -6,18 +6,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from harness.core.units import exact_size
 from harness.report.page.view import Block, Cell, Matrix
 from harness.results.selection import best_result
 
 
 @dataclass(frozen=True)
 class PublishedAnswer:
-    """What may be used of one model, on one machine, under one pair of limits; `best` is None if nothing works."""
+    """What may be used of one model, on one machine, under one pair of limits.
+
+    `best` is None if nothing works; `foretold` is what a search found best beyond the cases that ran, None if that is one of them.
+    """
 
     block: Block
     matrix: Matrix
     cells: tuple[Cell, ...]
     best: Cell | None
+    foretold: Cell | None
 
     @property
     def vram_bytes(self) -> int | None:
@@ -30,12 +35,15 @@ class PublishedAnswer:
     @property
     def limits(self) -> str:
         """The limits as the name of a case tells them, `vram8GiB`; empty if there are none."""
-        return self.cells[0].result.case.place.partition("@")[2].replace("@", ", ")
+        sizes = (("vram", self.vram_bytes), ("ram", self.ram_bytes))
+        return ", ".join(f"{kind}{exact_size(size)}" for kind, size in sizes if size is not None)
 
     @property
     def sentence(self) -> str:
         """Say what to use, or that nothing works."""
-        return _use(self.best) if self.best else _nothing(self.cells)
+        if self.best:
+            return _use(self.best)
+        return _expect(self.foretold) if self.foretold else _nothing(self.cells)
 
 
 def answers(block: Block) -> Iterator[PublishedAnswer]:
@@ -45,7 +53,8 @@ def answers(block: Block) -> Iterator[PublishedAnswer]:
         for cell in every(matrix):
             by_limits.setdefault((cell.result.case.vram_bytes, cell.result.case.ram_bytes), []).append(cell)
         for cells in by_limits.values():
-            yield PublishedAnswer(block, matrix, tuple(cells), best_of(cells))
+            found = next((cell for cell in cells if cell.foretold), None)
+            yield PublishedAnswer(block, matrix, tuple(cells), best_of(cells), found)
 
 
 def every(matrix: Matrix) -> tuple[Cell, ...]:
@@ -61,10 +70,15 @@ def best_of(cells: Sequence[Cell]) -> Cell | None:
 
 def sentences(matrix: Matrix) -> Iterator[str]:
     """Say the answer of a whole matrix, and what takes less memory or comes nearest to fitting."""
-    yield _use(matrix.best) if matrix.best else matrix.sentence
+    if matrix.best:
+        yield _use(matrix.best)
+    if matrix.foretold:
+        yield _expect(matrix.foretold)
+    if not matrix.best:
+        yield matrix.sentence
     if matrix.least:
         yield f"Uses the least memory: {named(matrix.least)}, {held(matrix.least)}, {matrix.least.speed.text}."
-    if matrix.nearest and not matrix.best:
+    if matrix.nearest and not (matrix.best or matrix.foretold):
         yield f"Closest to fitting: {named(matrix.nearest)}, predicted to need {held(matrix.nearest)}."
 
 
@@ -90,6 +104,13 @@ def _use(best: Cell) -> str:
     figures = [held(best), f"ready in {best.ready.text}" if best.ready.value else "", speed(best) if best.speed.value else ""]
     said = ", ".join(figure for figure in (*figures, f"answers {best.quality or 'not checked'}") if figure)
     return f"Use {named(best)}: {said}."
+
+
+def _expect(cell: Cell) -> str:
+    """Name what a search found best, with what it is predicted to take."""
+    assert cell.foretold is not None
+    memory = f"{held(cell)}, " if cell.memory else ""
+    return f"Predicted to be best, not measured yet: {named(cell)}, {memory}{cell.foretold.text}."
 
 
 def _nothing(cells: Sequence[Cell]) -> str:

@@ -21,7 +21,7 @@ from harness.core.records import Result, Workload
 from harness.core.text import line
 from harness.report.export.answers import PublishedAnswer, answers
 from harness.report.page.figures import predictions, status
-from harness.report.page.view import blocks
+from harness.report.page.view import Cell, blocks
 from harness.results import selection
 
 EXPORT_SCHEMA = 1
@@ -46,7 +46,8 @@ _RESULT = (
 def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
     """Write one object: schema, fitmatrix, answers, cases, machines, problems.
 
-    An answer is of one model, machine, kind of weights, workload and pair of limits; its `case` is null if nothing works.
+    An answer is of one model, machine, kind of weights, workload and pair of limits; its `case` is null if nothing works, its
+    `predicted` is what a search found best and nothing measured.
     What is not a finite number is null.
     """
     arranged = blocks(results)
@@ -83,6 +84,23 @@ def _answer(answer: PublishedAnswer) -> dict[str, Any]:
         "decode_tok_s": best.result.metrics.get("decode_tok_s") if best else None,
         "quality": best.result.quality.verdict if best and best.result.quality else None,
         "code": best.result.code if best else None,
+        "predicted": _foretold(answer.foretold),
+    }
+
+
+def _foretold(cell: Cell | None) -> dict[str, Any] | None:
+    """Return what a search found best, with what its plan says; null where that is among what was measured."""
+    if cell is None or cell.foretold is None:
+        return None
+    return {
+        "case": cell.result.id,
+        "verdict": cell.result.verdict,
+        "tier": cell.memory.tier if cell.memory else None,
+        "needed_bytes": int(cell.memory.need.number) if cell.memory else None,
+        "capacity_bytes": int(cell.memory.capacity.value) if cell.memory and cell.memory.capacity else None,
+        "decode_tok_s": cell.foretold.number,
+        "code": cell.result.code,
+        "command": cell.result.command,
     }
 
 

@@ -14,7 +14,8 @@ from harness.core.text import line, plural
 from harness.report.export.markdown import code
 from harness.report.export.summary import render_summary
 from harness.report.site.rows import slug
-from harness.results.audit import CHECKED, Joined, identity
+from harness.results.audit import CHECKED, identity
+from harness.results.register import Joined
 from harness.results.store import NAME
 
 SHARE_MARKER = "fitmatrix-share"
@@ -42,7 +43,7 @@ def write_submission(joined: Joined, raw: Path, folder: Path) -> Submission:
     results = [msgspec.json.decode(data, type=Result) for data in lines]
     machines = list({identity(result.machine): result.machine.name for result in results}.values())
     newest = joined.entries[-1]
-    name = f"{newest.result.at[:10]}-{slug(machines[0], newest.digest)}"
+    name = f"{newest.at[:10]}-{slug(machines[0], newest.digest)}"
     title = f"Results of {line(machines[0], 60)}" + (f" and {plural(len(machines) - 1, 'other machine')}" if machines[1:] else "")
     file, text = folder / SUBMITTED / name / NAME, folder / TEXT
     file.parent.mkdir(parents=True)

@@ -14,7 +14,7 @@ from harness.core.records import Estimate, Outcome, Result, Span, Verdict
 from harness.core.text import plural, visible
 from harness.report.page import charts
 from harness.results import needed
-from harness.results.selection import faults, is_broken, ran
+from harness.results.selection import faults, is_broken, is_foretold, ran
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -42,9 +42,10 @@ _NOT_RUN: Mapping[Verdict, Status] = {
     Verdict.UNAVAILABLE: Status("unavailable", "unavailable"),
 }
 _SKIPPED = Status("skipped", "skipped")
+_FORETOLD = Status("predicted to fit", "foretold")
 # What came to its end, and is not what was asked for.
 _BROKEN, _FAULT = Status("answers broken", "broken"), Status("check failed", "fault")
-STATUSES = (_ENDED[Outcome.OK], _BROKEN, _FAULT, *tuple(_ENDED.values())[1:], *_NOT_RUN.values(), _SKIPPED)
+STATUSES = (_ENDED[Outcome.OK], _BROKEN, _FAULT, *tuple(_ENDED.values())[1:], _FORETOLD, *_NOT_RUN.values(), _SKIPPED)
 
 PLANNED: Mapping[Verdict, str] = {
     Verdict.FITS: "fits",
@@ -58,6 +59,8 @@ PLANNED: Mapping[Verdict, str] = {
 
 def status(result: Result) -> Status:
     """Say how a case ended, or why it was not run; "works" is what loaded as asked for and still answers."""
+    if is_foretold(result):
+        return _FORETOLD
     if not ran(result):
         return _NOT_RUN.get(result.verdict, _SKIPPED)
     if result.outcome is Outcome.OK and is_broken(result):
@@ -134,6 +137,14 @@ def _absent(result: Result, value: float | None) -> str:
     if result.outcome is not Outcome.OK:
         return f"not measured: {status(result).word} during {result.stage}"
     return "not recorded in this run"
+
+
+def planned_speed(result: Result) -> Figure | None:
+    """Return the speed that a case is predicted to have; None if that has no estimate."""
+    if result.estimate is None:
+        return None
+    speed = result.estimate.decode_tok_s.best
+    return known("", "predicted", speed, format_metric("decode_tok_s", speed))
 
 
 class MemoryFigure(msgspec.Struct, frozen=True):

@@ -25,14 +25,15 @@ from harness.report.page.figures import (
     known,
     memory,
     metric,
+    planned_speed,
     status,
     surprise,
 )
-from harness.results.selection import best_result, faults, is_sound, newest, ran
+from harness.results.selection import best_result, faults, foretold, is_foretold, is_sound, newest, ran
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """One case in the matrix. `anchor` leads to its details."""
+    """One case in the matrix. `anchor` leads to its details; `foretold` is the planned speed of what a search found best."""
 
     result: Result
     anchor: str
@@ -45,6 +46,7 @@ class Cell(msgspec.Struct, frozen=True):
     surprise: str
     faults: tuple[str, ...]
     ran: bool
+    foretold: Figure | None = None
     best: bool = False
 
 
@@ -68,7 +70,8 @@ class Fold:
 class Matrix:
     """Precision by placement for one workload; a cell is None if there is no result.
 
-    `groups` are the placements, each with the number of its columns: more than one if it ran under several limits.
+    `groups` are the placements, each with the number of its columns: more than one if it ran under several limits. `foretold` is
+    what a search found best and did not run.
     """
 
     caption: str
@@ -81,6 +84,7 @@ class Matrix:
     best_title: str
     least: Cell | None
     nearest: Cell | None
+    foretold: Cell | None
     too_big: int
     sentence: str
 
@@ -92,8 +96,8 @@ class Matrix:
     @property
     def drops_pages(self) -> bool:
         """Whether a bar shows pages of files beside what is needed."""
-        memories = [cell.memory for cell in self.cells if cell.memory and cell.memory.resident]
-        return any(memory.resident and memory.resident.number > memory.need.number for memory in memories)
+        memories = [cell.memory for cell in self.cells if cell.memory]
+        return any(one.resident is not None and one.resident.number > one.need.number for one in memories)
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -238,8 +242,8 @@ def _quality(result: Result) -> str:
 
 
 def _matrix(cells: Sequence[Cell]) -> Matrix:
-    best = best_result(cell.result for cell in cells)
-    placed = {(cell.result.case.precision, cell.result.case.place): _marked(cell, best) for cell in cells}
+    best, found = best_result(cell.result for cell in cells), foretold(cell.result for cell in cells)
+    placed = {(cell.result.case.precision, cell.result.case.place): _marked(cell, best, found) for cell in cells}
     rows = ordered({row for row, _ in placed}, PRECISIONS)
     columns = _columns([cell.result.case for cell in cells])
     limits = {cell.result.case.place: _limits(cell.result.case) for cell in cells}
@@ -260,13 +264,19 @@ def _matrix(cells: Sequence[Cell]) -> Matrix:
         best_title=_placement_title(chosen.result.case.placement) if chosen else "",
         least=_least(marked, chosen),
         nearest=_nearest(marked),
+        foretold=max(marked, key=_foretold_speed) if found else None,
         too_big=sum(cell.status.look in ("too-big", "oom") for cell in marked),
-        sentence=_sentence(marked),
+        sentence=_sentence([cell for cell in marked if not is_foretold(cell.result)]),
     )
 
 
-def _marked(cell: Cell, best: Result | None) -> Cell:
-    return msgspec.structs.replace(cell, best=True) if cell.result is best else cell
+def _marked(cell: Cell, best: Result | None, found: Sequence[Result]) -> Cell:
+    speed = planned_speed(cell.result) if any(cell.result is one for one in found) else None
+    return msgspec.structs.replace(cell, best=cell.result is best, foretold=speed)
+
+
+def _foretold_speed(cell: Cell) -> float:
+    return cell.foretold.number if cell.foretold else 0.0
 
 
 def _columns(cases: Iterable[Case]) -> dict[str, str]:
@@ -348,9 +358,10 @@ def _nearest(cells: Sequence[Cell]) -> Cell | None:
 
 def _sentence(cells: Sequence[Cell]) -> str:
     """Say in words that nothing can be recommended, and how the cases ended."""
-    broken = sum(cell.status.look == "broken" for cell in cells)
-    if broken:
+    if broken := sum(cell.status.look == "broken" for cell in cells):
         return f"{plural(broken, 'case')} can be loaded here, but the answers are broken."
+    if not cells:
+        return "No case was measured."
     if len(cells) == 1:
         return f"The only case does not work here: {cells[0].status.word}."
     ends = [f"{count:,} × {entry.word}" for entry, count in _counts(cells)]

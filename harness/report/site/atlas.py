@@ -1,7 +1,9 @@
 """What the pages of a site say, decided before they are laid out: models, cards, machines.
 
 Everything rests on published results (`results.audit`). What is measured names its result; what is concluded from it is called
-predicted, and says from what.
+predicted, and says from what. A machine says once what it has to say of each model (`ModelShare`); the pages of models are drawn
+from shares, and the front door and the pages of cards from the lines of models and machines, so that one machine more is little
+work.
 """
 
 from __future__ import annotations
@@ -12,24 +14,47 @@ from dataclasses import dataclass
 
 from harness.core.records import Workload
 from harness.report.site.needs import Need, Rung, fitting, needs_of, rungs_of, ways_of
-from harness.report.site.rows import Card, Row, RowLink, best, current, grouped, rows_of
-from harness.report.site.trends import Trend, trends_of
-from harness.results.audit import PublishedResult
+from harness.report.site.rows import Card, Row, RowLink, best, current, grouped, slim
+from harness.report.site.trends import Trend, brief, sorted_by_change, trends_of
+
+# Trends that are kept of a model, and versions of each: the files of its machines have all results.
+MOST_TRENDS, _MOST_VERSIONS = 40, 8
+# Receipts of one way to run a model that stand beside plans.
+_MOST_RECEIPTS = 8
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Rows that belong together, the best of them, and how many work."""
+    """Cases that belong together: how many there are and work, the best of them, the last, and the date of the newest."""
 
     link: RowLink
-    rows: tuple[Row, ...]
-    best: Row | None
+    cases: int
     works: int
+    best: Row | None
+    last: Row | None
+    newest: str
     need: Need | None = None
 
+
+@dataclass(frozen=True)
+class ModelShare:
+    """What one machine has to say of one model: the newest result of each case, and how cases changed over versions."""
+
+    rows: tuple[Row, ...]
+    trends: tuple[Trend, ...]
+    more_trends: int = 0
+
+
+@dataclass(frozen=True)
+class MachineLine:
+    """What lists say of a machine: its cases, and the cards that it has."""
+
+    tally: Tally
+    cards: tuple[Card, ...]
+
     @property
-    def newest(self) -> str:
-        return max((row.result.at for row in self.rows), default="")[:10]
+    def link(self) -> RowLink:
+        return self.tally.link
 
 
 @dataclass(frozen=True)
@@ -44,6 +69,7 @@ class ModelPage:
     needs: tuple[Need, ...]
     machines: tuple[Tally, ...]
     trends: tuple[Trend, ...]
+    more_trends: int
     rows: tuple[Row, ...]
     best: Row | None
     ways: tuple[Row, ...]
@@ -75,6 +101,24 @@ class ModelPage:
 
 
 @dataclass(frozen=True)
+class ModelLine:
+    """What the front door and the pages of cards say of a model, which is all that is kept of its page."""
+
+    link: RowLink
+    synthetic: bool
+    smallest: Rung | None
+    least: Need | None
+    shown: Row | None
+    machines: int
+    cases: int
+    works: int
+    ways: tuple[Row, ...]
+    needs: tuple[Need, ...]
+    on_cards: tuple[tuple[Card, Tally], ...]
+    receipts: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
 class OnCard:
     """The page of a card: each model that was tried on it or should fit, and the machines that have it."""
 
@@ -88,60 +132,38 @@ class OnCard:
 
     @property
     def tried(self) -> tuple[Tally, ...]:
-        return tuple(tally for tally in self.models if tally.rows)
+        return tuple(tally for tally in self.models if tally.cases)
 
     @property
     def predicted(self) -> tuple[Tally, ...]:
-        return tuple(tally for tally in self.models if not tally.rows)
+        return tuple(tally for tally in self.models if not tally.cases)
 
     @property
     def works(self) -> int:
         return sum(tally.works > 0 for tally in self.models)
 
 
-@dataclass(frozen=True)
-class Atlas:
-    """Everything that a site shows; `history` are all results of a machine by its page, also those that newer ones replaced."""
-
-    models: tuple[ModelPage, ...]
-    cards: tuple[OnCard, ...]
-    machines: tuple[Tally, ...]
-    history: Mapping[str, tuple[Row, ...]]
-
-
-def draw(entries: Sequence[PublishedResult]) -> Atlas:
-    """Arrange published results, oldest first, by model, by card and by machine."""
-    rows = rows_of(entries)
+def shares_of(rows: Sequence[Row]) -> tuple[MachineLine, dict[str, ModelShare]]:
+    """Return what one machine, whose results these all are, oldest first, says of itself and of each model."""
     shown = current(rows)
-    by_model = grouped(shown, lambda row: row.result.case.model)
-    history = grouped(rows, lambda row: row.result.case.model)
-    models = tuple(_model(by_model[name], history[name]) for name in sorted(by_model, key=str.casefold))
-    return Atlas(
-        models=models,
-        cards=tuple(_cards(shown, models)),
-        machines=tuple(_tally(found[0].machine, found) for found in _by_name(shown, lambda row: row.machine)),
-        history={page: tuple(found) for page, found in grouped(rows, lambda row: row.machine.page).items()},
-    )
+    by_model, history = (grouped(found, lambda row: row.result.case.model) for found in (shown, rows))
+    cards = {row.card.link.page: row.card for row in shown if row.card}
+    line = MachineLine(_slim_tally(rows[0].machine, shown), tuple(cards.values()))
+    return line, {model: _share(found, history[model]) for model, found in by_model.items()}
 
 
-def of_machine(entries: Sequence[PublishedResult]) -> tuple[Tally, list[Row]]:
-    """Return the current results of one machine, and all of them."""
-    rows = rows_of(entries)
-    return _tally(rows[0].machine, current(rows)), rows
+def _share(rows: Iterable[Row], history: Iterable[Row]) -> ModelShare:
+    found = trends_of(history)
+    kept = tuple(brief(trend, _MOST_VERSIONS) for trend in found[:MOST_TRENDS])
+    return ModelShare(tuple(map(slim, rows)), kept, len(found) - len(kept))
 
 
-def _by_name(rows: Iterable[Row], link: Callable[[Row], RowLink]) -> list[list[Row]]:
-    found = grouped(rows, link)
-    return [found[key] for key in sorted(found, key=lambda key: (key.name.casefold(), key.page))]
-
-
-def _tally(link: RowLink, rows: Sequence[Row], need: Need | None = None) -> Tally:
-    return Tally(link, tuple(rows), best(rows), sum(row.works for row in rows), need)
-
-
-def _model(rows: Sequence[Row], history: Sequence[Row]) -> ModelPage:
+def model_page(shares: Sequence[ModelShare]) -> ModelPage:
+    """Draw the page of the model that all these shares are of."""
+    rows = sorted((row for share in shares for row in share.rows), key=lambda row: (row.result.at, row.result.id, row.entry.digest))
     ours = _of_most(rows)
     needs = needs_of(ours)
+    trends = sorted_by_change(trend for share in shares for trend in share.trends)
     return ModelPage(
         link=rows[0].model,
         workload=ours[0].result.case.workload,
@@ -149,27 +171,81 @@ def _model(rows: Sequence[Row], history: Sequence[Row]) -> ModelPage:
         synthetic=any(row.result.weights == "synthetic" for row in ours),
         rungs=tuple(rungs_of(ours, needs)),
         needs=needs,
-        machines=tuple(_tally(found[0].machine, _of_most(found)) for found in _by_name(rows, lambda row: row.machine)),
-        trends=trends_of(history),
+        machines=tuple(tally_of(found[0].machine, _of_most(found)) for found in _by_name(rows, lambda row: row.machine)),
+        trends=tuple(trends[:MOST_TRENDS]),
+        more_trends=len(trends[MOST_TRENDS:]) + sum(share.more_trends for share in shares),
         rows=tuple(rows),
         best=best(ours),
         ways=ways_of(ours),
     )
 
 
+def line_of(page: ModelPage) -> ModelLine:
+    """Return what is kept of the page of a model for others."""
+    on_cards = grouped((row for row in page.rows if row.card), lambda row: row.card.link.page if row.card else "")
+    return ModelLine(
+        link=page.link,
+        synthetic=page.synthetic,
+        smallest=page.smallest,
+        least=page.least,
+        shown=page.shown,
+        machines=len(page.machines),
+        cases=len(page.rows),
+        works=page.works,
+        ways=page.ways,
+        needs=page.needs,
+        on_cards=tuple((found[0].card, tally_of(page.link, found)) for found in on_cards.values() if found[0].card),
+        receipts=tuple(_receipts(page.rows)),
+    )
+
+
+def _receipts(rows: Iterable[Row]) -> Iterable[Row]:
+    """Pick what stands beside plans: of each way the fastest on each card or machine, on a few of these."""
+    sound = [row for row in rows if row.works and row.measured and row.answers_well]
+    for found in grouped(sound, lambda row: row.way).values():
+        places = grouped(found, lambda row: row.card.name if row.card else row.machine.name)
+        fastest = (max(at, key=lambda row: float(row.speed.value or 0)) for at in places.values())
+        yield from sorted(fastest, key=lambda row: -float(row.speed.value or 0))[:_MOST_RECEIPTS]
+
+
+def draw_cards(models: Sequence[ModelLine], machines: Iterable[MachineLine]) -> list[OnCard]:
+    """Draw the page of each card, smallest first: what was tried on it, and what should fit by what other cards showed."""
+    having: dict[str, list[RowLink]] = {}
+    for machine in machines:
+        for card in machine.cards:
+            having.setdefault(card.link.page, []).append(machine.link)
+    tried: dict[str, dict[str, Tally]] = {}
+    cards: dict[str, Card] = {}
+    for model in models:
+        for card, tally in model.on_cards:
+            cards.setdefault(card.link.page, card)
+            tried.setdefault(card.link.page, {})[model.link.page] = tally
+    found = [_on_card(card, tried[page], models, having[page]) for page, card in cards.items()]
+    return sorted(found, key=lambda on: (on.card.size, on.card.name))
+
+
+def _on_card(card: Card, tried: Mapping[str, Tally], models: Iterable[ModelLine], machines: Iterable[RowLink]) -> OnCard:
+    rows = ((tried.get(model.link.page) or tally_of(model.link, ()), fitting(model.needs, card), model.link) for model in models)
+    tallies = (Tally(link, one.cases, one.works, one.best, one.last, one.newest, need) for one, need, link in rows)
+    return OnCard(card, tuple(tally for tally in tallies if tally.cases or tally.need), tuple(machines))
+
+
+def tally_of(link: RowLink, rows: Sequence[Row]) -> Tally:
+    """Count rows that belong together."""
+    newest = max((row.result.at for row in rows), default="")[:10]
+    return Tally(link, len(rows), sum(row.works for row in rows), best(rows), rows[-1] if rows else None, newest)
+
+
+def _slim_tally(link: RowLink, rows: Sequence[Row]) -> Tally:
+    return tally_of(link, [slim(row) for row in rows])
+
+
+def _by_name(rows: Iterable[Row], link: Callable[[Row], RowLink]) -> list[list[Row]]:
+    found = grouped(rows, link)
+    return [found[key] for key in sorted(found, key=lambda key: (key.name.casefold(), key.page))]
+
+
 def _of_most(rows: Sequence[Row]) -> list[Row]:
     """Keep those of the workload that most have: figures of others do not compare."""
     ((workload, _),) = Counter(row.result.case.workload.asked for row in rows).most_common(1)
     return [row for row in rows if row.result.case.workload.asked == workload]
-
-
-def _cards(rows: Iterable[Row], models: Sequence[ModelPage]) -> list[OnCard]:
-    found = grouped(((row.card, row) for row in rows if row.card), lambda pair: pair[0].link.page)
-    cards = [_on_card(pairs[0][0], [row for _, row in pairs], models) for pairs in found.values()]
-    return sorted(cards, key=lambda one: (one.card.size, one.card.name))
-
-
-def _on_card(card: Card, rows: Sequence[Row], models: Sequence[ModelPage]) -> OnCard:
-    of_model = grouped(rows, lambda row: row.model.page)
-    tallies = [_tally(model.link, of_model.get(model.link.page, ()), fitting(model.needs, card)) for model in models]
-    return OnCard(card, tuple(t for t in tallies if t.rows or t.need), tuple(dict.fromkeys(row.machine for row in rows)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from harness.core import units
 from harness.core.placements import PLACEMENTS
@@ -98,13 +100,22 @@ def _need(row: Row, size: float, *, planned: bool, basis: str) -> Need:
 def ways_of(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Return the ways that work and are worth choosing: none needs less of the same memory, is as fast and answers as well."""
     found = [row for row in rows if row.works and row.measured and row.speed.value]
-    return tuple(row for row in found if not any(_is_better(other, row) for other in found))
+    kept: set[int] = set()
+    for same in grouped(found, lambda row: row.measured.kind if row.measured else "").values():
+        kept |= _worth_choosing(same)
+    return tuple(row for row in found if id(row) in kept)
 
 
-def _is_better(one: Row, other: Row) -> bool:
-    ours, theirs = _weighed(one), _weighed(other)
-    same = one.measured is not None and other.measured is not None and one.measured.kind == other.measured.kind
-    return same and ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+def _worth_choosing(rows: Iterable[Row]) -> set[int]:
+    """Find rows than which none is better, in one walk from the least memory: what is better than a row stands before it."""
+    kept: set[int] = set()
+    fastest = fastest_sound = -math.inf
+    for (_, slowness, unsound), alike in groupby(sorted(rows, key=_weighed), key=_weighed):
+        if max(fastest_sound, fastest if unsound else -math.inf) < -slowness:
+            kept |= {id(row) for row in alike}
+        fastest = max(fastest, -slowness)
+        fastest_sound = fastest_sound if unsound else max(fastest_sound, -slowness)
+    return kept
 
 
 def _weighed(row: Row) -> tuple[float, float, bool]:

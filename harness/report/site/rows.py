@@ -6,16 +6,19 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import msgspec
 
 from harness.core import units
 from harness.core.placements import PLACEMENTS
-from harness.core.records import Result
+from harness.core.records import Machine, Result
 from harness.core.units import GIB
 from harness.report.page.figures import Figure, MemoryFigure, Status, memory, metric, status
 from harness.results import selection
-from harness.results.audit import PublishedResult, identity
+from harness.results.audit import identity
+from harness.results.register import PublishedResult
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -156,6 +159,31 @@ def _row(entry: PublishedResult, machines: Mapping[str, RowLink]) -> Row:
         quality=result.quality.verdict.replace("_", " ") if result.quality else "",
         raw=f"raw/{entry.digest}.json",
     )
+
+
+def slim(row: Row) -> Row:
+    """Return a row whose result holds what pages of many results say, and no more: a site has a hundred thousand of them."""
+    result = row.result
+    kept = msgspec.structs.replace(
+        result,
+        machine=Machine(name=result.machine.name, tiers=()),
+        samples={},
+        interference=[],
+        phases=[],
+        timeline=None,
+        estimate=None if row.works else result.estimate,  # what it should need counts where it did not work
+        loaded=None,
+        device_map=None,
+        quality=msgspec.structs.replace(result.quality, answers=[], why="") if result.quality else None,
+        code=None,
+        command=None,
+        environment={},
+        remote_code=[],
+        log_tail="",
+        allowed_s={},
+        failed=[],
+    )
+    return replace(row, entry=msgspec.structs.replace(row.entry, result=kept))
 
 
 def card_of(result: Result) -> Card | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from harness.core.records import to_builtins
-from harness.report.site.atlas import ModelPage, OnCard, Tally
+from harness.report.site.atlas import MachineLine, ModelLine, ModelPage, OnCard, Tally
 from harness.report.site.needs import Need, Rung
 from harness.report.site.rows import Row, RowLink
 from harness.report.site.trends import Trend
-from harness.results.audit import Joined
+from harness.results.register import Joined, Refusal, ResultsFile
 
 Plain = dict[str, Any]
 
@@ -56,10 +57,14 @@ class Data:
         return {**said, "metrics": result.metrics, "raw": self.up + row.raw}
 
     def tally(self, tally: Tally) -> Plain:
-        return {**self.link(tally.link), "best": self.brief(tally.best), "cases": len(tally.rows), "works": tally.works}
+        return {**self.link(tally.link), "best": self.brief(tally.best), "cases": tally.cases, "works": tally.works}
 
-    def machine_line(self, tally: Tally) -> Plain:
-        return {**self.tally(tally), "newest": tally.newest}
+    def run(self, tally: Tally) -> Plain:
+        """Return how a model runs on a machine, and where all results of that machine are told."""
+        return {**self.tally(tally), "data": f"{self.up}{tally.link.page.removesuffix('.html')}.json"}
+
+    def machine_line(self, machine: MachineLine) -> Plain:
+        return {**self.tally(machine.tally), "newest": machine.tally.newest}
 
     def need(self, need: Need | None) -> Plain | None:
         if need is None:
@@ -76,29 +81,28 @@ class Data:
             {"changed": list(one.changed), "at": one.row.result.at, **(self.brief(one.row) or {})} for one in trend.versions
         ]
         machine = self.link(trend.row.machine)
-        return {"id": trend.row.result.id, "machine": machine, "change": trend.change, "versions": versions}
+        told = {"id": trend.row.result.id, "machine": machine, "change": trend.change}
+        return {**told, "left_out": trend.between, "versions": versions}
 
-    def model_line(self, model: ModelPage) -> Plain:
-        smallest = model.smallest
+    def model_line(self, model: ModelLine) -> Plain:
         return {
             **self.link(model.link),
-            "smallest_card_bytes": smallest.size if smallest else None,
+            "smallest_card_bytes": model.smallest.size if model.smallest else None,
             "predicted_card_bytes": model.least.card if model.least else None,
             "best": self.brief(model.shown),
-            "machines": len(model.machines),
-            "cases": len(model.rows),
+            "machines": model.machines,
+            "cases": model.cases,
             "works": model.works,
         }
 
     def model(self, model: ModelPage) -> Plain:
+        """Return what the page of a model says, but for its machines."""
         return {
             "model": model.link.name,
             "workload": to_builtins(model.workload),
             "cards": [self.rung(rung) for rung in model.rungs],
             "needs": [self.need(need) for need in model.needs],
-            "machines": [self.tally(tally) for tally in model.machines],
             "trends": [self.trend(trend) for trend in model.trends],
-            "results": [self.result(row) for row in model.rows],
         }
 
     def card_line(self, on: OnCard) -> Plain:
@@ -106,9 +110,8 @@ class Data:
         told = {"card": card.model, "bytes": card.size, "emulated": card.emulated, "count": card.count}
         return {**self.link(on.link), **told, "tried": len(on.tried), "works": on.works, "predicted": len(on.predicted)}
 
-    def card(self, on: OnCard) -> Plain:
-        models = [{**self.tally(tally), "predicted": self.need(tally.need)} for tally in on.models]
-        return {**self.card_line(on), "machines": [self.link(link) for link in on.machines], "models": models}
+    def on_card(self, tally: Tally) -> Plain:
+        return {**self.tally(tally), "predicted": self.need(tally.need)}
 
 
 def _need(row: Row) -> Plain:
@@ -117,7 +120,11 @@ def _need(row: Row) -> Plain:
     return {"tier": found.tier if found else None, "needed_bytes": int(found.need.number) if found else None}
 
 
-def of_sources(joined: Joined) -> Plain:
-    """Return what is known of the sources, and each refusal with its place."""
-    refusals = [{"where": joined.where(refusal), "why": refusal.why} for refusal in joined.refusals]
-    return {"sources": [to_builtins(source) for source in joined.sources], "refused": refusals}
+def of_sources(sources: Iterable[ResultsFile]) -> list[Plain]:
+    """Return what is known of sources."""
+    return [to_builtins(source) for source in sources]
+
+
+def of_refusals(joined: Joined, refusals: Iterable[Refusal]) -> list[Plain]:
+    """Return each refusal with its place."""
+    return [{"where": joined.where(refusal), "why": refusal.why} for refusal in refusals]

@@ -7,14 +7,14 @@ By Altair the small lines of speed would be no shorter to write, and take 9 ms a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
 from harness.core.records import Result
 from harness.report.page.axes import short
-from harness.report.site.rows import Row, grouped
-from harness.results.audit import VERSIONS
+from harness.report.site.rows import Row, grouped, slim
+from harness.results.register import VERSIONS
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Trend:
     row: Row
     versions: tuple[Version, ...]
     change: float | None
+    between: int = 0  #: versions behind the first that are left out
 
     @property
     def broke(self) -> bool:
@@ -44,14 +45,25 @@ class Trend:
         return next((version.row for version in self.versions if version.row.speed.value), None)
 
 
+def brief(trend: Trend, most: int) -> Trend:
+    """Return a trend with its first version and the newest, `most` in all, of which only what pages of many results say is kept."""
+    kept = trend.versions if len(trend.versions) <= most else (trend.versions[0], *trend.versions[1 - most :])
+    versions = tuple(replace(version, row=slim(version.row)) for version in kept)
+    return replace(trend, row=slim(trend.row), versions=versions, between=len(trend.versions) - len(kept))
+
+
+def sorted_by_change(trends: Iterable[Trend]) -> list[Trend]:
+    """Put first what works no more, then the largest changes of speed."""
+    return sorted(trends, key=lambda trend: (not trend.broke, -abs(trend.change or 0)))
+
+
 def trends_of(rows: Iterable[Row]) -> tuple[Trend, ...]:
-    """Find the cases that ran in several environments: first those that work no more, then the largest changes of speed."""
+    """Find the cases that ran in several environments, in the order of `sorted_by_change`."""
     by_case = grouped(
         (row for row in rows if row.status.measured or row.status.look in ("oom", "timeout", "crash")),
         lambda row: (row.machine, row.result.case, row.result.weights),
     )
-    found = [trend for group in by_case.values() if (trend := _trend(group))]
-    return tuple(sorted(found, key=lambda trend: (not trend.broke, -abs(trend.change or 0))))
+    return tuple(sorted_by_change(trend for group in by_case.values() if (trend := _trend(group))))
 
 
 def _trend(rows: Sequence[Row]) -> Trend | None:

@@ -1,5 +1,5 @@
-// Filters the tables of the index by what is typed, and leaves of the ways to run a model the best that fits a card. Without it all
-// rows are there. The theme and the language are chosen as on the page of a machine.
+// Filters the tables of the index by what is typed, and leaves of the ways to run a model the best that fits a card. What has no line
+// on the index of a site of many is found by its name all the same. Without it all rows are there, some on further pages. The theme and the language are chosen as on the page of a machine.
 (() => {
   "use strict";
   const SAY = {
@@ -11,6 +11,7 @@
   };
   const GIB = 2 ** 30;
   const MIB = 2 ** 20;
+  const FOUND = 50; // names of other pages that are shown at most
   const THEMES = ["auto", "light", "dark"];
   const root = document.documentElement;
   root.classList.add("scripted-page");
@@ -47,10 +48,36 @@
         tongue.speak(choice.dataset.lang, retell);
       });
     filterRows(say, tellers);
-    openDoor(say, tellers);
+    openDoor(say, tellers, tongue);
     if (typeof openPlanner === "function") openPlanner(tongue, tellers); // of the page that has it
     tongue.speak(/[#&]lang=(en|zh)(?=&|$)/.exec(location.hash)?.[1] ?? "", retell);
     retell();
+  };
+
+  const unpacked = async (block) => {
+    const bytes = Uint8Array.from(atob(block.textContent), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+    return new Response(stream).text();
+  };
+
+  // The pages of all that is listed, read when something is first looked for.
+  let names;
+  const lookElsewhere = async (words) => {
+    const [list, block] = ["elsewhere", "names"].map((id) => document.getElementById(id));
+    if (!block) return;
+    names ??= unpacked(block).then((text) => text.split("\n").map((line) => line.split("\t")));
+    const found = words.length ? (await names).filter(([name]) => words.every((word) => name.toLowerCase().includes(word))) : [];
+    list.hidden = !found.length;
+    list.replaceChildren(
+      ...found.slice(0, FOUND).map(([name, page]) => {
+        const [item, link, text] = ["li", "a", "bdi"].map((tag) => document.createElement(tag));
+        link.href = page;
+        text.textContent = name;
+        link.append(text);
+        item.append(link);
+        return item;
+      }),
+    );
   };
 
   const filterRows = (say, tellers) => {
@@ -66,6 +93,7 @@
         shown += !row.hidden;
       }
       said.textContent = words.length ? say("rows", { n: shown, n1: rows.length }) : "";
+      lookElsewhere(words);
     };
     field.parentElement.hidden = false;
     field.addEventListener("input", filter);
@@ -75,11 +103,21 @@
   // What the driver keeps of a card, as harness.machine.gpus.reserve counts it.
   const free = (size) => size - Math.min(Math.max(size * 0.015, 256 * MIB), 768 * MIB);
 
-  const openDoor = (say, tellers) => {
+  const openDoor = async (say, tellers, tongue) => {
     const door = document.getElementById("door");
     if (!door) return;
     const [card, vram, ram] = ["card", "vram", "ram"].map((name) => document.getElementById(name));
     const said = door.querySelector("output");
+    const rest = document.getElementById("more-ways");
+    const ways = document.querySelector("table.ways tbody");
+    if (rest) {
+      try {
+        const more = document.createElement("template");
+        more.innerHTML = await unpacked(rest);
+        ways.append(more.content);
+        tongue.translated(ways);
+      } catch {} // too old a browser: the pages of the models list all
+    }
     const byModel = new Map();
     for (const row of document.querySelectorAll("table.ways tbody tr")) byModel.set(row.dataset.of, [...(byModel.get(row.dataset.of) ?? []), row]);
     const bytes = (field) => (field.value === "" ? undefined : Number(field.value) * GIB);
@@ -109,6 +147,7 @@
     door.addEventListener("submit", (event) => event.preventDefault());
     door.hidden = false;
     tellers.push(update);
+    if (rest) update();
   };
 
   if (document.readyState === "loading") addEventListener("DOMContentLoaded", start);

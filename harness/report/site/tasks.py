@@ -1,0 +1,75 @@
+"""Work on many pieces in as many processes as there are cores, and files that an old site spares a new one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+# Fewer pieces of work than these are done before other processes have started.
+WORTH_SHARING = 32
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def shared(work: Callable[[T], R], pieces: Sequence[T], few: int = WORTH_SHARING) -> Iterator[Iterator[R]]:
+    """Do pieces of work, if they are not few in as many processes as there are cores; give what comes of each, in their order."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(pieces) < few or cores < 2:
+        yield map(work, pieces)
+        return
+    pool = ProcessPoolExecutor(cores, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield pool.map(work, pieces, chunksize=max(len(pieces) // (cores * 8), 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Old:
+    """The site that a new one takes the place of, whose files are taken where they would be the same; None if there is none."""
+
+    place: Path | None = None
+
+    def if_marked(self, marker: str, mark: str) -> Old:
+        """Return the site if it is the one that was marked so, else none: another one has other pages of the same names."""
+        try:
+            ours = self.place is not None and mark != "" and (self.place / marker).read_text(encoding="utf-8") == mark
+        except (OSError, UnicodeDecodeError):
+            ours = False
+        return self if ours else Old()
+
+    def has_all(self, files: Mapping[str, int]) -> bool:
+        """Tell whether the old site has these files, as large as they were."""
+        if self.place is None:
+            return False
+        old = str(self.place)  # of a hundred thousand files each path object counts
+        try:
+            return all(os.stat(f"{old}/{name}").st_size == size for name, size in files.items())  # noqa: PTH116
+        except OSError:
+            return False
+
+    def take(self, files: Mapping[str, int], folder: Path) -> bool:
+        """Put files of the old site, given with their sizes, into a new one; tell whether all are there, as large as they were."""
+        if not self.has_all(files):
+            return False
+        for name in files:
+            link(f"{self.place}/{name}", f"{folder}/{name}")
+        return True
+
+
+def link(old: str, new: str) -> None:
+    """Give a file a second name, or copy it where the file system has no such names. Raises OSError."""
+    try:
+        os.link(old, new)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(old, new)

@@ -1,0 +1,55 @@
+"""What is planned of models after one of them has calibrated, beside what was measured of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from harness.core.options import DEFAULT_MODEL
+from harness.core.records import Machine, Result
+from harness.core.units import format_share
+from harness.planning import fit
+from tests.accuracy.local_runs import planner_of
+from tests.support.published import Prediction, interval_score, median_width, share_inside
+
+MEASURED = ("decode_tok_s", "first_token_s", "load_s")
+
+
+class Forecast(Prediction, frozen=True, kw_only=True):
+    """One figure of one case."""
+
+    case: str
+    placement: str
+    figure: str
+
+
+def forecasts(results: Sequence[Result], here: Machine, models: dict[str, Path]) -> Iterator[Forecast]:
+    """Plan the cases of all models but the default one by constants that only its results corrected."""
+    constants = fit.correct([one for one in results if one.case.model == DEFAULT_MODEL], here)
+    for one in results:
+        name = one.case.model
+        if name == DEFAULT_MODEL:
+            continue
+        estimate = planner_of(name, models[name], here, constants).plan(one.case).estimate
+        assert estimate is not None
+        for figure in MEASURED:
+            measured = 1 / one.metrics["token_p50_s"] if figure == "decode_tok_s" else one.metrics[figure]
+            planned = getattr(estimate, figure)
+            yield Forecast(case=one.id, placement=one.case.placement, figure=figure, planned=planned, measured=measured)
+
+
+def mean_error(rows: Sequence[Forecast]) -> float:
+    """Return the mean size of the errors."""
+    return statistics.fmean(abs(one.error) for one in rows)
+
+
+def share_within(rows: Sequence[Forecast], most: float) -> float:
+    """Return the share of rows whose error is at most this."""
+    return statistics.fmean(abs(one.error) <= most for one in rows)
+
+
+def said(rows: Sequence[Forecast]) -> str:
+    """Say how good the rows are, as the report does."""
+    inside, score = format_share(share_inside(rows)), interval_score(rows)
+    return f"mean error {format_share(mean_error(rows))}, {inside} inside, median width {median_width(rows):.2f}, score {score:.2f}"
