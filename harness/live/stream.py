@@ -37,8 +37,6 @@ class Stream:
         said = self._sensors.announced(self.subject)
         self.results = Path(said.results) if said and said.results else self.results
         now = self._sensors.read(self.subject)
-        if self._readings and self._readings[-1].pid != now.pid:
-            self._readings.clear()
         self._readings.append(now)
         return frame(list(self._readings), said)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def _beyond(tier: TierFrame) -> str:
 
 
 def _try(tier: TierFrame, announced: Announced) -> str:
-    model = announced.case.partition("/")[0]
+    model = shlex.quote(announced.typed or announced.case.partition("/")[0])
     return announced.outlook.lighter.get(tier.name) or f"fitmatrix plan {model} --best shows ways that take less."
 
 

@@ -38,13 +38,14 @@ NO_OUTLOOK = Outlook()
 
 
 class Announced(Record, frozen=True, kw_only=True):
-    """What a case is, before it loads and again once it has.
+    """What a case is, before it loads and again once it has; `typed` is how a command names its model, empty if unknown.
 
     `weights_bytes` by tier are what was loaded, empty before. `limits_bytes` are those of the case. `uncounted_bytes` of the RAM
     are pages of libraries, which the limit of a control group is lowered by. `results` is the folder that the result goes to.
     """
 
     case: str
+    typed: str = ""
     workload: Workload
     tiers: dict[str, TierEstimate] = {}
     outlook: Outlook = NO_OUTLOOK

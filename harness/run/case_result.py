@@ -62,6 +62,7 @@ class CaseModel:
     native: bool = False  #: `harness.models` has its architecture
     code_head: str = ""  #: the lines of the printed program that locate the model
     command: str = ""  #: the command that repeats the case
+    typed: str = ""  #: how a command names the model
     reference: quality.Reference | None = None
     reference_file: Path | None = None  #: the predictions of the reference
     outlook: Outlook = NO_OUTLOOK  #: what its plan says to who watches
@@ -142,6 +143,7 @@ def announcement(plan: Plan, model: CaseModel, context: RunContext, loaded: Load
     planned = {path: str(tier) for path, tier in plan.device_map.items()} if isinstance(plan.device_map, dict) else {}
     return Announced(
         case=case.id,
+        typed=model.typed,
         workload=case.workload,
         tiers=plan.estimate.tiers if plan.estimate else {},
         outlook=model.outlook,

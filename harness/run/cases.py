@@ -245,7 +245,7 @@ def with_free_disk(decided: Plan, free_bytes: int) -> Plan:
 
 def command_of(case: Case, source: Source, options: Options) -> str:
     """Return the command that runs a case of this run alone."""
-    words = ["pytest", "cases/", "--model", _format_source(source), "--precision", case.precision, "--placement", case.placement]
+    words = ["pytest", "cases/", "--model", typed(source), "--precision", case.precision, "--placement", case.placement]
     words += ["--device-map", _relative(options.device_map)] if case.placement == FILE else []
     words += ["--kv", case.kv] if case.kv != USUAL_KV else []
     words += ["--attention", case.attention] if case.attention else []
@@ -254,7 +254,7 @@ def command_of(case: Case, source: Source, options: Options) -> str:
     return f"{shlex.join(words)} {options.command()}".strip()
 
 
-def _format_source(source: Source) -> str:
+def typed(source: Source) -> str:
     """Write the model for a command: a directory relative to the current one, or by its name alone if its path would be private."""
     place = Path(source.location) / (source.file or "")
     return source.name if not source.is_local else _relative(place, source.name)

@@ -148,6 +148,7 @@ class Session:
             fingerprint=self.models.fingerprint(files),
             code_head=code.code_head(source, case.placement, self.models.form_of(files)),
             command=cases.command_of(case, source, self.options),
+            typed=cases.typed(source),
             reference=reference.reference if reference else None,
             reference_file=reference.file if reference else None,
             outlook=self._matrix.outlook(case),

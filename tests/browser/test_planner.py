@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from harness.core import units
 from tests.browser.pages import WIDTHS, cut, logged, requested, violations
 from tests.browser.planners import ASK, PATIENCE_S, answered, close, planned
 from tests.browser.test_language import in_english
+from tests.docs import tables
 
 pytestmark = pytest.mark.browser
 
@@ -211,6 +213,20 @@ def test_it_speaks_chinese_and_back(fresh: Chrome) -> None:
     assert "此模型还没有实测结果" in fresh.find_element(By.ID, "answer").text
     fresh.find_element(By.CSS_SELECTOR, "[data-lang=en]").click()
     assert "No measurement of this model yet" in fresh.find_element(By.ID, "answer").text
+
+
+def test_the_commands_that_it_shows_can_be_pasted(fresh: Chrome, request: pytest.FixtureRequest) -> None:
+    ask(fresh, model="qwen2.5-0.5b", card="RTX 4060 8GB", ram="16", context="2048")
+    codes = [part.get_property("textContent") for part in fresh.find_elements(By.CSS_SELECTOR, "#answer code")]
+    lines = [line for code in codes for line in str(code).splitlines() if line.startswith(("fitmatrix ", "pytest "))]
+    programs = {" ".join(line.split()[:2]) for line in lines}
+    assert programs == {"fitmatrix plan", "fitmatrix share", "pytest cases/"}
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "fitmatrix":
+            assert callable(tables.parsed(words[1:]).command), line
+        else:
+            assert request.config._parser.parse_known_and_unknown_args(words[1:])[1] == [], line
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -134,6 +134,8 @@ def test_a_tier_that_holds_more_than_the_plan_said_at_worst_says_so() -> None:
     what, way = frame([now], moments.announced(outlook=Outlook())).words[0].split(". ")
     assert what == "gpu:0 holds more than planned: 20.0 GiB, peak planned 9.00 GiB"
     assert way == "fitmatrix plan chatglm-6b --best shows ways that take less."
+    mine = frame([now], moments.announced(outlook=Outlook(), typed="./my models/chatglm-6b")).words[0]
+    assert "fitmatrix plan './my models/chatglm-6b' --best shows" in mine  # what is pasted finds a directory, too
 
 
 def test_a_card_that_answers_no_more_is_gone() -> None:
@@ -184,3 +186,10 @@ def test_a_split_gives_no_more_than_there_is(whole: int, wanted: list[int]) -> N
     found = split(whole, [(str(number), size) for number, size in enumerate(wanted)])
     assert sum(found.values()) == whole
     assert all(0 <= found[str(number)] <= max(size, 0) for number, size in enumerate(wanted))
+
+
+def test_a_rate_is_of_the_last_seconds() -> None:
+    """A minute at one token a second, then a quarter of one at ten."""
+    tokens = [*range(60), *(60 + 10 * second for second in range(16))]
+    readings = [moments.reading(float(second), beat=moments.beat(count, float(second))) for second, count in enumerate(tokens, 1)]
+    assert frame(readings, moments.announced()).tokens_per_s == pytest.approx(10)

@@ -112,3 +112,10 @@ def test_points_are_those_of_the_present_text_and_count_the_tokens_since_the_las
 
 def test_growth_of_one_point_is_what_is_planned() -> None:
     assert growth([(10, 5)], 2.0) == (5, 2.0, False)
+
+
+def test_a_few_readings_say_nothing_of_growth_however_steep() -> None:
+    few = [(float(tokens), tokens * 64 * MIB) for tokens in range(1, 6)]
+    assert growth(few, float(MIB)).slope == MIB
+    many = [(float(tokens), tokens * 64 * MIB) for tokens in range(1, 13)]
+    assert growth(many, float(MIB)).is_measured

@@ -114,3 +114,31 @@ def test_a_card_that_vanishes_is_gone_from_then_on() -> None:
     assert next(one.name for one in frame([sensors.read(None)]).tiers if not one.is_gone) == "gpu:0"
     for _ in range(2):
         assert frame([sensors.read(None)]).tiers[0].is_gone
+
+
+class SlowClock:
+    """A clock that the tests move; what is slept is noted."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, list[float]()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_a_machine_that_slept_is_not_caught_up_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SlowClock()
+    monkeypatch.setattr("harness.live.stream.time", clock)
+
+    class Sleeper:
+        def next_frame(self) -> None:
+            clock.now += 60.0 if not clock.slept else 0.0
+
+    shown = frames(Sleeper(), 1.0)  # type: ignore[arg-type]  # a stream without sensors
+    for _ in range(4):
+        next(shown)
+    assert clock.slept == [0.0, 1.0, 1.0]

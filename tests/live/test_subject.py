@@ -165,3 +165,14 @@ def test_what_a_case_announces_is_read_again_when_it_says_more(case: Path, start
         again = sensors.announced(found)
         assert again is not None
         assert again.weights_bytes == {"cpu": 5}
+
+
+def test_what_a_worker_has_started_in_its_folder_is_no_worker(case: Path, start: Starter) -> None:
+    worker = start(case, f"import subprocess, sys; subprocess.run([sys.executable, '-c', {_WAITS!r}])")
+    below = tree_of(worker.pid)
+    assert len(below) == 2
+    assert [pid for pid in running() if pid in below] == [worker.pid]
+
+
+def tree_of(pid: int) -> list[int]:
+    return [int(one) for one in subject.tree(pid)]

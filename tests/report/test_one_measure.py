@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from harness.core.records import Phase, Result, Verdict
+from harness.core.metrics import format_metric
+from harness.core.records import Phase, Result, Verdict, encode_record
+from harness.core.redact import clean
 from harness.core.units import GIB, KIB, format_size
 from harness.measure import file_pages
 from harness.report.export import data, summary
 from harness.report.page import figures, view
+from harness.report.planner.page import page_data
 from harness.report.site.rows import rows_of
 from harness.report.site.sitedata import Data
 from harness.results import selection, store
@@ -114,7 +117,7 @@ def test_the_details_give_it_first_beside_the_plan_s(results: list[Result], root
 def test_json_csv_site_and_the_terminal_say_the_same(results: list[Result]) -> None:
     exported = json.loads(data.render_json(results))
     table = list(csv.DictReader(io.StringIO(data.render_csv(results))))
-    rows = rows_of([PublishedResult(result=one, digest=f"{n:032x}") for n, one in enumerate(results)])
+    rows = rows_of(published(results))
     for result, plain, row, line in zip(results, exported["cases"], rows, table, strict=True):
         need = need_of(result)
         size = int(need.bytes) if need else None
@@ -130,6 +133,38 @@ def test_json_csv_site_and_the_terminal_say_the_same(results: list[Result]) -> N
         chosen = [result for result in results if result.id == answer["case"] and result.machine.name == answer["machine"]]
         sizes = {int(need.bytes) for one in chosen if (need := need_of(one))}
         assert answer["case"] is None or answer["needed_bytes"] in sizes
+
+
+def published(results: list[Result]) -> list[PublishedResult]:
+    return [PublishedResult(result=one, digest=f"{n:032x}") for n, one in enumerate(results)]
+
+
+def test_the_planner_s_page_shows_each_sound_result_with_its_figures(results: list[Result]) -> None:
+    rows = rows_of(published(results))
+    receipts = {one["page"]: one for one in page_data(rows)["measured"]}
+    sound = {row.page: row.result for row in rows if selection.is_sound(row.result) and need_of(row.result)}
+    assert receipts.keys() == sound.keys()
+    for page, result in sound.items():
+        need, receipt = need_of(result), receipts[page]
+        assert need
+        speed = result.metrics.get("decode_tok_s")
+        assert receipt["memory"] == format_size(need.bytes)
+        assert receipt["kind"] == ("RAM" if need.tier == "cpu" else "VRAM")
+        assert receipt["speed"] == ("" if speed is None else format_metric("decode_tok_s", speed))
+        assert (receipt["model"], receipt["precision"], receipt["placement"]) == (
+            result.case.model,
+            result.case.precision,
+            result.case.placement,
+        )
+
+
+def test_what_is_shared_says_the_same_as_what_was_measured(results: list[Result]) -> None:
+    """What `share` sends and a site publishes is cleaned, and is read again from its line."""
+    for result in results:
+        sent = store.decode(encode_record(clean(result, Path("nowhere"))))
+        assert (need_of(sent), figures.status(sent)) == (need_of(result), figures.status(result))
+        assert sent.metrics == result.metrics
+        assert selection.is_sound(sent) == selection.is_sound(result)
 
 
 def test_markdown_says_the_same(results: list[Result]) -> None:
@@ -159,7 +194,7 @@ def test_the_memory_of_a_card_is_the_whole_process_s_or_says_what_it_is_derived_
 def test_a_derived_figure_says_so_on_page_and_site(known: str) -> None:
     found = selection.newest(of_cards(known))
     marks = [mark.attrs["title"] for mark in rendered(found).all("em", look="doubt") if mark.text == "derived"]
-    rows = rows_of([PublishedResult(result=one, digest=f"{n:032x}") for n, one in enumerate(found)])
+    rows = rows_of(published(found))
     on_site = [row.measured.need.derived for row in rows if row.measured and row.measured.need.derived]
     derived = [need.how for one in found if (need := need_of(one)) and need.how]
     assert len(on_site) == len(derived)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from harness.catalog import resolve
 from harness.cli.entry import main
 from harness.cli.plan_args import PlanQuestion, advise_on, constants
 from harness.core.errors import StoreError
+from harness.core.options import OPTIONS
 from harness.core.records import Case, Result
 from harness.core.units import GIB, format_size
 from harness.machine.gpus import profile
@@ -91,6 +93,18 @@ def test_a_run_records_what_plan_answers_first(make: Make) -> None:
     assert last.case not in session.cases()
     assert "--placement experts-in-ram" in str(last.command)
     assert "device_map" in str(last.code)
+
+
+def test_the_command_that_measures_it_can_be_pasted(make: Make, request: pytest.FixtureRequest) -> None:
+    last = come_to_an_end(make(vram=["20GiB"]))[-1]
+    words = shlex.split(str(last.command))
+    assert words[0] == "pytest"
+    given, unknown = request.config._parser.parse_known_and_unknown_args(words[1:])
+    assert not unknown
+    asked = {option.key: getattr(given, f"fitmatrix_{option.key}") for option in OPTIONS}
+    assert Session(Options(given=asked)).models.sources.keys() == {MODEL}
+    session = make(**{key: value for key, value in asked.items() if value is not None and key not in ("model", "results")})
+    assert session.cases() == [last.case]
 
 
 def test_page_markdown_json_csv_and_site_say_the_same(make: Make, tmp_path: Path) -> None:

@@ -596,7 +596,7 @@ def test_a_case_says_what_it_is_before_it_loads_and_where_its_weights_are_once_i
     case = replaced(builders.case("bf16", "cpu"), workload=WORKLOAD, ram_bytes=None)
     outlook = Outlook(kv={"cpu": [(1, 5)]}, context_length=64)
     plan = replaced(planned(), case=case)
-    run = Run(plan, CaseModel(location=Path("tiny"), outlook=outlook), context)
+    run = Run(plan, CaseModel(location=Path("tiny"), outlook=outlook, typed="./tiny"), context)
     bench.runs.append(run)
     (folder,) = bench.scratch.glob("case-*")
     assert beacon.announced(folder) is None
@@ -606,5 +606,5 @@ def test_a_case_says_what_it_is_before_it_loads_and_where_its_weights_are_once_i
     said = beacon.announced(folder)
     assert said is not None
     assert said.weights_bytes == {"cpu": 8000}
-    assert said.outlook == outlook
+    assert (said.outlook, said.typed) == (outlook, "./tiny")
     assert said.results == str(Path("results").absolute())
