@@ -193,3 +193,12 @@ def test_a_rate_is_of_the_last_seconds() -> None:
     tokens = [*range(60), *(60 + 10 * second for second in range(16))]
     readings = [moments.reading(float(second), beat=moments.beat(count, float(second))) for second, count in enumerate(tokens, 1)]
     assert frame(readings, moments.announced()).tokens_per_s == pytest.approx(10)
+
+
+def test_what_a_file_system_reads_by_the_way_makes_no_token_slow() -> None:
+    def words(read_bytes: int) -> str:
+        at = [moments.reading(float(s), beat=moments.beat(1 + 5 * s, float(s)), read_bytes=s * read_bytes) for s in (0, 1)]
+        return " ".join(frame(at, moments.announced()).words)
+
+    assert "a token from disk" in words(50 * MIB)
+    assert "a token from disk" not in words(MIB)

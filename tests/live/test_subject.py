@@ -176,3 +176,12 @@ def test_what_a_worker_has_started_in_its_folder_is_no_worker(case: Path, start:
 
 def tree_of(pid: int) -> list[int]:
     return [int(one) for one in subject.tree(pid)]
+
+
+def test_a_process_that_has_ended_and_was_not_waited_for_is_over(case: Path, start: Starter) -> None:
+    worker = start(case)
+    target = WatchTarget(worker.pid)
+    worker.kill()
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it stays in the table of processes
+    with pytest.raises(ProcessLookupError):
+        target.look()
