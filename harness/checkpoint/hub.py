@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote as quote_url
 
 import msgspec
@@ -92,7 +93,8 @@ def _ask_plainly(request: Any) -> None:
     request.headers["accept-encoding"] = "identity"
 
 
-class _Bound(NamedTuple):
+@dataclass(frozen=True)
+class _Bound:
     """Bounds what an answer may be. What an error says is not read at all: its status and headers tell enough."""
 
     largest_bytes: int | None
