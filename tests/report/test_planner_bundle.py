@@ -52,6 +52,12 @@ def test_what_is_packed_plans_alone_as_the_command_line_does(
     assert json.loads(done.stdout) == json.loads(capsys.readouterr().out)
 
 
+def test_what_the_program_does_not_read_is_not_packed(unpacked: Path) -> None:
+    packed = {path.name for path in (unpacked / "harness/data").iterdir()}
+    assert {"catalog.toml", "skeletons.jsonl", "traces.jsonl"} <= packed
+    assert not [name for name in packed if name.startswith("zh")]  # which the page itself holds
+
+
 def test_the_same_sources_make_the_same_bytes() -> None:
     assert bundle.program() == bundle.program()
 
