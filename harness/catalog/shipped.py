@@ -16,11 +16,11 @@ from harness.data import DATA
 _START = re.compile(rb'^"([^"]+)": ', re.MULTILINE)
 
 
-_UNREAD = "not confirmed: no public file that could be read says"
 # What a plan rests on, by the field that `source` calls from memory or not confirmed.
 _UNSURE = {
-    "torch_dtype": f"dtype {_UNREAD} {{}}, and the bytes of its files are counted by it",
-    "max_position_embeddings": f"context {_UNREAD} how many tokens it takes in all, and {{}} are planned at most",
+    "torch_dtype": "dtype not confirmed: no public file that could be read says {}, and the bytes of its files are counted by it",
+    "max_position_embeddings": "context not confirmed: no public file that could be read says how many tokens it takes in all, and "
+    "{} are planned at most",
 }
 
 

@@ -103,9 +103,7 @@ class Packed(Record, frozen=True, kw_only=True):
         if plain and self.precision is None and method_dtypes and precision.dtype not in method_dtypes:
             return f"transformers runs {self.method.title} with the rest in {' or '.join(method_dtypes)} only"
         if plain and self.dtype is not None and precision.dtype != self.dtype:
-            return (
-                f"products of {self.method.title}'s {self.held} weights are in {self.dtype}, and so is all else: use {self.dtype}"
-            )
+            return f"products of {self.method.title}'s {self.held} weights are in {self.dtype}: use a precision of that dtype"
         if plain and self.method.scales_decide and self.scales not in (None, precision.dtype):
             return f"transformers unpacks {self.method.title} weights to the dtype of their scales, which is {self.scales} here"
         if plain and (self.precision is None or self.method.unpacked is not None):

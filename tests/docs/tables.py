@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -30,8 +30,8 @@ __all__ = [
     "figures",
     "flags",
     "main",
+    "needed",
     "parsed",
-    "positionals",
 ]
 __all__ += ["run_options", "table"]
 
@@ -62,9 +62,19 @@ def actions(command: str) -> Mapping[str, argparse.Action]:
     return found
 
 
-def positionals(command: str) -> list[argparse.Action]:
-    """Return what a command of `fitmatrix` makes of its names."""
-    return [action for action in _subparsers()[command]._actions if not action.option_strings]
+def needed(words: Sequence[str]) -> tuple[int, list[str], list[str]]:
+    """Return what a command of `fitmatrix`, or one of its own commands, must be given: how many names, and which options.
+
+    The last are the words behind the names of the commands.
+    """
+    (first, *rest), parsers = words, _subparsers()
+    parser = parsers[first]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and rest and rest[0] in action.choices:
+            parser, rest = action.choices[rest[0]], rest[1:]
+    named = [action for action in parser._actions if not action.option_strings]
+    asked = [action.option_strings[0] for action in parser._actions if action.option_strings and action.required]
+    return sum(action.nargs not in ("?", "*") for action in named), asked, rest
 
 
 def parsed(words: Iterable[str]) -> argparse.Namespace:

@@ -86,12 +86,13 @@ def in_documents() -> Iterator[tuple[str, ...]]:
 
 
 def is_whole(words: Sequence[str]) -> bool:
-    """Tell whether a command has the names that it needs: `fitmatrix plan` alone is what the command is called."""
+    """Tell whether a command has the names and options that it needs: `fitmatrix plan` alone is what the command is called."""
     if words[0] == "pytest" or "--help" in words:
         return True
     taking = {flag for flag, takes_value in _options_of(words[1]) if takes_value}
-    names = [word for before, word in pairwise(words[1:]) if not word.startswith("--") and before not in taking]
-    return len(names) >= sum(action.nargs not in ("?", "*") for action in tables.positionals(words[1]))
+    count, options, rest = tables.needed(words[1:])
+    names = [word for before, word in pairwise(["", *rest]) if not word.startswith("--") and before not in taking]
+    return len(names) >= count and {*options} <= {*rest}
 
 
 ALL = sorted({words for words in (*in_messages(), *in_documents()) if is_whole(words)})

@@ -57,7 +57,7 @@ def found(place: Path, *words: str) -> tuple[Mapping[str, Any], float]:
 
 def told(what: str, answer: Mapping[str, Any], seconds: float, wanted: str) -> Figure:
     tried = f"{len(answer['tried'])} releases tried in {seconds:.0f} s"
-    return Figure(what=f"{what}: {answer['said']} ({tried})", found=f"{answer['last_good']} | {answer['first_bad']}", wanted=wanted)
+    return Figure(what=f"{what}: {answer['said']} ({tried})", found=f"{answer['last_good']}, {answer['first_bad']}", wanted=wanted)
 
 
 def test_a_real_change_among_five_releases_is_found(tmp_path: Path, figures: list[Figure]) -> None:
@@ -65,7 +65,7 @@ def test_a_real_change_among_five_releases_is_found(tmp_path: Path, figures: lis
     small_models.save("llama", tmp_path / "tiny")
     small_models.write_letters(tmp_path / "tiny", 1500)
     answer, seconds = found(tmp_path, "--package", "transformers", "--good", "5.4", "--bad", "5.0", "--model", "tiny")
-    figures.append(told("transformers 5.4 to 5.0, 5 releases", answer, seconds, "5.2.0 | 5.1.0"))
+    figures.append(told("transformers 5.4 to 5.0, 5 releases", answer, seconds, "5.2.0, 5.1.0"))
     assert (answer["figure"], answer["last_good"], answer["first_bad"]) == ("end", "5.2.0", "5.1.0")
 
 
@@ -84,5 +84,5 @@ def test_a_change_planted_in_a_wheel_of_ours_is_found(tmp_path: Path, figures: l
     words = ("--package", "fitmatrix", "--find-links", "wheels", "--good", "9.0", "--bad", f"9.{VERSIONS - 1}", "--model", "tiny")
     answer, seconds = found(tmp_path, *words)
     wanted = f"9.{PLANTED_FROM - 1}", f"9.{PLANTED_FROM}"
-    figures.append(told("100 MiB planted in one of 8 wheels of ours", answer, seconds, " | ".join(wanted)))
+    figures.append(told("100 MiB planted in one of 8 wheels of ours", answer, seconds, ", ".join(wanted)))
     assert (answer["figure"], answer["last_good"], answer["first_bad"]) == ("ram_needed_bytes", *wanted)

@@ -307,7 +307,7 @@ _ROWS = (
         title="SINQ",
         needs=("sinq",),
         unsupported="transformers 5 leaves out what sinq 0.2 saves (the parts of its meta), and sinq's own loader multiplies "
-        "float32 by bfloat16: use the 16-bit checkpoint, or the sinq package by itself",
+        "float32 by bfloat16: use the 16-bit checkpoint with --precision int4",
     ),
     Method(name="gemma", title="Gemma's own", refuses=_STORED, copies=True),
 )
