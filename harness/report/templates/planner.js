@@ -343,7 +343,7 @@ gc.freeze()
         rows.set(key, row);
       }
       const [good, big] = [[...rows.values()].filter((row) => row.verdict !== "too_big"), [...rows.values()].filter((row) => row.verdict === "too_big")];
-      const head = [SAY.precision, SAY.placement, SAY.verdict, ...tiers.map((name) => (name === "cpu" ? "RAM, GiB" : `${tierName(name)}, GiB`)), SAY.until, SAY.rate];
+      const head = [SAY.precision, SAY.placement, SAY.verdict, ...tiers.map((name) => `${tierName(name)}, GiB`), SAY.until, SAY.rate];
       const drawn = (chosen) => {
         const heads = head.map((text, i) => make("th", { scope: "col", className: i < 3 ? "words" : "" }, text));
         const lines = chosen.map((row) => {
