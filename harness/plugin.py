@@ -189,7 +189,8 @@ class _ByCase:
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
     """Refuse to measure cases in parallel. pytest-xdist calls this in the only process that can still report it."""
     cases = [case.id.encode("unicode_escape").decode() for case in node.config.stash[SESSION].cases()]  # as pytest writes an id
-    if any(case in name for name in ids for case in cases):
+    ours = re.compile(rf"[\[-]({'|'.join(map(re.escape, cases))})[-\]]")  # and not as a part of one
+    if cases and any(map(ours.search, ids)):
         raise pytest.UsageError("cases cannot be measured in parallel: run pytest cases/ without -n (pytest-xdist)")
 
 

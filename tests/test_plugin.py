@@ -741,10 +741,11 @@ def test_cases_are_not_measured_side_by_side(project: Project, words: tuple[str,
     assert "cases cannot be measured in parallel: run pytest cases/ without -n" in usage_error(done)
 
 
-def test_tests_that_name_a_case_of_another_model_run_side_by_side(project: Project) -> None:
-    project.pytester.makepyfile("import pytest\n\n@pytest.mark.parametrize('name', ['other/fp32/cpu'])\ndef test_it(name): pass\n")
+def test_tests_that_name_a_case_run_side_by_side(project: Project) -> None:
+    names = ["other/fp32/cpu", "--case tiny/fp32/cpu"]
+    project.pytester.makepyfile(f"import pytest\n\n@pytest.mark.parametrize('name', {names})\ndef test_it(name): pass\n")
     words = project.words("-n", "1")[1:]
-    project.pytester.runpytest_subprocess("-p", "xdist", "--ignore=cases", *words).assert_outcomes(passed=1)
+    project.pytester.runpytest_subprocess("-p", "xdist", "--ignore=cases", *words).assert_outcomes(passed=2)
     assert not project.has_results
 
 

@@ -60,6 +60,15 @@ def _size(size: int | None) -> str:
     return "unknown size" if size is None else format_size(size)
 
 
+def other_label(kind: MachineClass, labels: Mapping[str, str]) -> str | None:
+    """Name the first label of a class that a node does not carry as its class asks; None if it carries all."""
+    for name, values in kind.labels.items():
+        if labels.get(name) not in values:
+            found = f"is {labels[name]!r}" if name in labels else "is missing"
+            return f"its label {name} {found}, and class {kind.name} asks for {' or '.join(map(repr, values))}"
+    return None
+
+
 def other_version(wanted: Mapping[str, str], found: Mapping[str, str]) -> str | None:
     """Name the first package of another version than agreed on, None if there is none; what is built for a device is the same."""
     for name, version in wanted.items():

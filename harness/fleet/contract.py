@@ -33,7 +33,8 @@ Words = dict[str, str | list[str] | bool]  #: options of a run by name, as they 
 class MachineClass(Record, frozen=True, kw_only=True):
     """A kind of machine: its cards by name or size, its RAM, and how the engines reach one.
 
-    `machines` are names that its machines go by; `runs_on` are labels of a GitHub runner, `sbatch` options of Slurm's sbatch.
+    `machines` are names that its machines go by; `runs_on` are labels of a GitHub runner, `sbatch` options of Slurm's sbatch,
+    `labels` what a node of Ray must be labeled with, by key one value or one of several.
     `threads` are those that torch computes with there; None: as many as in most results of the class.
     """
 
@@ -44,6 +45,7 @@ class MachineClass(Record, frozen=True, kw_only=True):
     machines: tuple[str, ...] = ()
     runs_on: tuple[str, ...] = ()
     sbatch: tuple[str, ...] = ()
+    labels: dict[str, tuple[str, ...]] = {}
 
 
 class Expected(Record, frozen=True, kw_only=True):

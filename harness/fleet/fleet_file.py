@@ -21,7 +21,7 @@ else:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")  # it becomes part of names of files, jobs and artifacts
 _LISTS = {"gpu": "gpus", "machines": "machines", "runs-on": "runs_on", "sbatch": "sbatch"}
-_KEYS = (*_LISTS, "ram", "threads")
+_KEYS = (*_LISTS, "ram", "threads", "labels")
 _TABLES = ("class", "versions")
 ANY = "any"
 
@@ -93,7 +93,13 @@ def _class(name: str, table: Any) -> MachineClass:
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise UsageError(f"threads = {threads!r} is no number of threads; write one such as 8")
     gpus.profile(lists["gpus"], ram)  # refuses unknown cards
-    return MachineClass(name=name, ram_bytes=ram, threads=threads, **lists)
+    return MachineClass(name=name, ram_bytes=ram, threads=threads, labels=_labels(table.get("labels", {})), **lists)
+
+
+def _labels(table: Any) -> dict[str, tuple[str, ...]]:
+    if not isinstance(table, dict):
+        raise UsageError(f'labels = {table!r} is no table; write one such as {{"ray.io/accelerator-type" = "A100"}}')
+    return {name: _texts(f"labels: {name}", value) for name, value in table.items()}
 
 
 def _texts(key: str, value: Any) -> tuple[str, ...]:

@@ -65,6 +65,7 @@ class ScriptedCluster:
         self.scripts = {node: [*script] for node, script in scripts.items()}
         here = Described(machine=builders.machine(), versions={**VERSIONS}, clock=utc(), ray_bytes=GIB)
         self.described = dict.fromkeys(scripts, here)
+        self.labels: dict[str, dict[str, str]] = {}
         self.began: list[tuple[str, str, str]] = []
         self.actors: list[ScriptedActor] = []
         self.alive = [*scripts]
@@ -74,6 +75,9 @@ class ScriptedCluster:
 
     def name_of_node(self, node: str) -> str:
         return f"node {node}"
+
+    def labels_of_node(self, node: str) -> dict[str, str]:
+        return self.labels.get(node, {})
 
     def Actor(self, node: str, name: str) -> ScriptedActor:  # noqa: N802 - as the class is called
         self.actors.append(ScriptedActor(self, node, name))
@@ -104,13 +108,18 @@ class ScriptedCluster:
 
 
 def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripts: Mapping[str, Sequence[str]], **described: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scripts: Mapping[str, Sequence[str]],
+    labels: Mapping[str, dict[str, str]] | None = None,
+    **described: Any,
 ) -> tuple[driver.Driver, Collected, ScriptedCluster]:
-    """Run two shards of two cases each over scripted nodes; `described` changes what the first node is."""
+    """Run a contract, else two shards of two cases each, over scripted nodes; `described` changes what the first node is."""
     if not (tmp_path / CONTRACT).exists():
         made, cut = contract(machine_class(machines=("1", "2")), models=("a", "b"), made_at=utc())
         shards.write_issued(tmp_path / CONTRACT, made, cut)
     cluster = ScriptedCluster(tmp_path, scripts)
+    cluster.labels = {**(labels or {})}
     first = next(iter(scripts))
     cluster.described[first] = replace(cluster.described[first], **described)
     monkeypatch.setattr(driver, "cluster", cluster)
@@ -192,6 +201,17 @@ def test_a_machine_that_is_not_as_agreed_gets_nothing(
     assert not found.missing
     assert said in driven.notes[0]
     assert driven.notes[0].startswith("node x ")
+
+
+def test_a_class_takes_the_nodes_that_are_labeled_as_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [machine_class("new", labels={"card": ("A100", "H100")}), machine_class("old", labels={"card": ("T4",)})]
+    made, cut = contract(*kinds, made_at=utc())
+    shards.write_issued(tmp_path / CONTRACT, made, cut)
+    labels = {"x": {"card": "T4"}, "y": {"card": "H100"}, "z": {}}
+    driven, found, cluster = run(tmp_path, monkeypatch, {node: [] for node in labels}, labels=labels)
+    assert not found.missing
+    assert sorted((node, name.partition("-")[0]) for node, name, _ in cluster.began) == [("x", "old"), ("y", "new")]
+    assert driven.notes == ["node z can serve no class: its label card is missing, and class new asks for 'A100' or 'H100'"]
 
 
 def test_without_a_machine_of_the_class_it_ends_and_the_next_run_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

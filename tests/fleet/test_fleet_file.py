@@ -30,11 +30,13 @@ def test_a_class_has_cards_ram_names_and_what_engines_need(tmp_path: Path) -> No
         machines = ["lab-1", "lab-2"]
         runs-on = "self-hosted"
         sbatch = ["--partition=gpu"]
+        labels = {"ray.io/accelerator-type" = ["A100", "H100"], rack = "7"}
         """,
     )
     (kind,) = found.classes
     assert (kind.name, kind.gpus, kind.ram_bytes, kind.threads) == ("rtx3060", ("RTX 3060 12GB", "8GiB"), 32 * GIB, 8)
     assert (kind.machines, kind.runs_on, kind.sbatch) == (("lab-1", "lab-2"), ("self-hosted",), ("--partition=gpu",))
+    assert kind.labels == {"ray.io/accelerator-type": ("A100", "H100"), "rack": ("7",)}
     assert found.versions == {"torch": "any"}
 
 
@@ -48,6 +50,8 @@ def test_a_class_has_cards_ram_names_and_what_engines_need(tmp_path: Path) -> No
             (f'[class.bad]\nram = "8GiB"\nthreads = {wrong}', f"threads = {said} is no number of threads; write one such as 8")
             for wrong, said in (("0", "0"), ('"8"', "'8'"), ("true", "True"))
         ),
+        ('[class.bad]\nram = "8GiB"\nlabels = "A100"', "labels = 'A100' is no table; write one such as"),
+        ('[class.bad]\nram = "8GiB"\nlabels = {rack = 7}', "labels: rack = 7 is neither a text nor a list of texts"),
         ('[class.bad]\nmachines = ["a"]', "neither gpu nor ram says what its machines have"),
         ('[class.bad]\nram = "8GiB"\ngpus = "T4"', "unknown key 'gpus': did you mean 'gpu'?"),
         ('[class."../bad"]\nram = "8GiB"', "is no name for a class"),

@@ -78,13 +78,21 @@ def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(place: Path) -> Non
 
 
 @over_ray
-def test_a_machine_of_no_class_gets_nothing_and_is_named(place: Path) -> None:
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        ('ram = "9TiB"', "has .* of RAM, and class here 9.00 TiB"),
+        ('ram = "9TiB"\nlabels = {"ray.io/accelerator-type" = "A100"}', "its label ray.io/accelerator-type is missing"),
+        ('ram = "9TiB"\nlabels = {"ray.io/node-id" = "other"}', "its label ray.io/node-id is '[0-9a-f]+', and class here asks"),
+    ],
+)
+def test_a_machine_of_no_class_gets_nothing_and_is_named(table: str, why: str, place: Path) -> None:
     path = ray_runs.folder(place / "f", ["a"], ["one"])
-    (path / "fleet.toml").write_text('[class.here]\nram = "9TiB"\n', encoding="utf-8")
+    (path / "fleet.toml").write_text(f"[class.here]\n{table}\n", encoding="utf-8")
     ray_runs.plan(path, ["a"], ["bf16"])
     status, said = ray_runs.finish(ray_runs.start(path, "run", "fleet"))
     assert status == 1
-    assert re.search(r"can serve no class: has .* of RAM, and class here 9.00 TiB", said)
+    assert re.search(f"can serve no class: {why}", said)
     assert not list((path / "fleet/results").glob("here*"))
 
 

@@ -104,6 +104,12 @@ def name_of_node(node: str) -> str:
     return next((str(one.get("NodeName") or node[:12]) for one in ray.nodes() if one["NodeID"] == node), node[:12])
 
 
+def labels_of_node(node: str) -> dict[str, str]:
+    """Return what a node is labeled with, by `ray start --labels` and by Ray itself, which names the first card."""
+    ray = ray_module()
+    return next(({**one.get("Labels", {})} for one in ray.nodes() if one["NodeID"] == node), {})
+
+
 class Actor:
     """A machine, held by an actor on its node."""
 

@@ -180,7 +180,11 @@ class Driver:
         wrong = conformity.other_version(self.contract.terms.versions, found.versions)
         late = conformity.wrong_time(found.clock, self.contract.terms.made_at, now)
         wrong = wrong or (f"its clock: {late}" if late else None)
-        differs = {kind.name: wrong or conformity.not_of_class(kind, found.machine) for kind in self.contract.terms.classes}
+        labels = cluster.labels_of_node(one.actor.node)
+        differs = {
+            kind.name: wrong or conformity.other_label(kind, labels) or conformity.not_of_class(kind, found.machine)
+            for kind in self.contract.terms.classes
+        }
         one.refused = {name for name, why in differs.items() if why}
         if len(one.refused) == len(differs):
             self.notes.append(f"{one.actor.name} can serve no class: {next(iter(differs.values()))}")
