@@ -23,7 +23,7 @@ OTHERS |= {"--catalog", "--missing", "--against"}
 # Of Slurm, in a fleet file.
 OTHERS |= {"--partition", "--gres"}
 # Of ray start.
-OTHERS |= {"--head", "--num-cpus", "--address", "--resources"}
+OTHERS |= {"--head", "--num-cpus", "--address", "--resources", "--labels"}
 
 
 def text_of(path: Path) -> str:
