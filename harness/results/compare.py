@@ -17,7 +17,7 @@ from harness.core.errors import UsageError, did_you_mean
 from harness.core.metrics import METRICS
 from harness.core.records import Outcome, Record, Result
 from harness.core.units import format_share
-from harness.results.selection import is_foretold
+from harness.results.selection import is_proposed
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -150,9 +150,9 @@ def compare(before: Iterable[Result], after: Iterable[Result], limits: Mapping[s
 def _newest(results: Iterable[Result]) -> dict[str, Result]:
     """Return the last result of each case; a case is its id and what makes its figures comparable at all.
 
-    What a run foretold beyond its cases is none of them.
+    What a run proposed beyond its cases is none of them.
     """
-    return {_name(result): result for result in results if not is_foretold(result)}
+    return {_name(result): result for result in results if not is_proposed(result)}
 
 
 def _name(result: Result) -> str:

@@ -19,20 +19,20 @@ def ran(result: Result) -> bool:
     return result.outcome is not Outcome.SKIPPED and result.stage != "plan"
 
 
-def is_foretold(result: Result) -> bool:
-    """Tell whether this is no case of a run but what a search found best when it ended (`run.cases.CaseMatrix.foretold`)."""
+def is_proposed(result: Result) -> bool:
+    """Tell whether this is no case of a run but what a search found best when it ended (`run.cases.CaseMatrix.proposed`)."""
     return result.stage == SEARCH and result.outcome is Outcome.SKIPPED and result.estimate is not None
 
 
-def foretold(results: Iterable[Result]) -> list[Result]:
+def proposed(results: Iterable[Result]) -> list[Result]:
     """Return what the newest run found best and did not measure, one for each pair of limits.
 
-    What an earlier run foretold does not count: a newer one has searched with what was measured since, or has measured it.
+    What an earlier run proposed does not count: a newer one has searched with what was measured since, or has measured it.
     """
     newest: dict[tuple[int | None, int | None], Result] = {}
-    for one in sorted(results, key=lambda one: (one.at, is_foretold(one))):  # a search comes last, if in the same second
+    for one in sorted(results, key=lambda one: (one.at, is_proposed(one))):  # a search comes last, if in the same second
         newest[one.case.vram_bytes, one.case.ram_bytes] = one
-    return [one for one in newest.values() if is_foretold(one)]
+    return [one for one in newest.values() if is_proposed(one)]
 
 
 def faults(result: Result) -> list[str]:

@@ -158,7 +158,7 @@ class CaseMatrix:
         kv = kv_growth(footprint, context) if footprint else {}
         return Outlook(kv=kv, lighter=lighter(one, others), context_length=context)
 
-    def foretold(self) -> list[Plan]:
+    def proposed(self) -> list[Plan]:
         """Search each model that is here for the best way under each of its limits; return those that are none of the cases.
 
         It is what `fitmatrix plan` answers first, by all that is measured by now; nothing where ways of loading were named.

@@ -234,11 +234,11 @@ class Session:
     def render(self) -> Path | None:
         """Write the page from everything in the store, and what it could not take, if this run came to any case.
 
-        What a search foretells beyond the cases is a result as well, one that was planned and not run.
+        What a search proposes beyond the cases is a result as well, one that was planned and not run.
         """
         if self._last is None:
             return None
-        for one in self._matrix.foretold() if self._subset is None and not self.interrupted else ():
+        for one in self._matrix.proposed() if self._subset is None and not self.interrupted else ():
             with suppress(StoreError):  # the page has it, and what was measured is safe or was told of
                 self._record(case_result.not_run(one, self.case_model(one.case), self.context, selection.SEARCH))
         results, problems = self.store.read()

@@ -15,14 +15,14 @@ from harness.results.selection import best_result
 class PublishedAnswer:
     """What may be used of one model, on one machine, under one pair of limits.
 
-    `best` is None if nothing works; `foretold` is what a search found best beyond the cases that ran, None if that is one of them.
+    `best` is None if nothing works; `proposed` is what a search found best beyond the cases that ran, None if that is one of them.
     """
 
     block: Block
     matrix: Matrix
     cells: tuple[Cell, ...]
     best: Cell | None
-    foretold: Cell | None
+    proposed: Cell | None
 
     @property
     def vram_bytes(self) -> int | None:
@@ -43,7 +43,7 @@ class PublishedAnswer:
         """Say what to use, or that nothing works."""
         if self.best:
             return _use(self.best)
-        return _expect(self.foretold) if self.foretold else _nothing(self.cells)
+        return _expect(self.proposed) if self.proposed else _nothing(self.cells)
 
 
 def answers(block: Block) -> Iterator[PublishedAnswer]:
@@ -53,7 +53,7 @@ def answers(block: Block) -> Iterator[PublishedAnswer]:
         for cell in every(matrix):
             by_limits.setdefault((cell.result.case.vram_bytes, cell.result.case.ram_bytes), []).append(cell)
         for cells in by_limits.values():
-            found = next((cell for cell in cells if cell.foretold), None)
+            found = next((cell for cell in cells if cell.proposed), None)
             yield PublishedAnswer(block, matrix, tuple(cells), best_of(cells), found)
 
 
@@ -72,13 +72,13 @@ def sentences(matrix: Matrix) -> Iterator[str]:
     """Say the answer of a whole matrix, and what takes less memory or comes nearest to fitting."""
     if matrix.best:
         yield _use(matrix.best)
-    if matrix.foretold:
-        yield _expect(matrix.foretold)
+    if matrix.proposed:
+        yield _expect(matrix.proposed)
     if not matrix.best:
         yield matrix.sentence
     if matrix.least:
         yield f"Uses the least memory: {named(matrix.least)}, {held(matrix.least)}, {matrix.least.speed.text}."
-    if matrix.nearest and not (matrix.best or matrix.foretold):
+    if matrix.nearest and not (matrix.best or matrix.proposed):
         yield f"Closest to fitting: {named(matrix.nearest)}, predicted to need {held(matrix.nearest)}."
 
 
@@ -108,9 +108,9 @@ def _use(best: Cell) -> str:
 
 def _expect(cell: Cell) -> str:
     """Name what a search found best, with what it is predicted to take."""
-    assert cell.foretold is not None
+    assert cell.proposed is not None
     memory = f"{held(cell)}, " if cell.memory else ""
-    return f"Predicted to be best, not measured yet: {named(cell)}, {memory}{cell.foretold.text}."
+    return f"Predicted to be best, not measured yet: {named(cell)}, {memory}{cell.proposed.text}."
 
 
 def _nothing(cells: Sequence[Cell]) -> str:

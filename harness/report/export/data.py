@@ -84,13 +84,13 @@ def _answer(answer: PublishedAnswer) -> dict[str, Any]:
         "decode_tok_s": best.result.metrics.get("decode_tok_s") if best else None,
         "quality": best.result.quality.verdict if best and best.result.quality else None,
         "code": best.result.code if best else None,
-        "predicted": _foretold(answer.foretold),
+        "predicted": _proposed(answer.proposed),
     }
 
 
-def _foretold(cell: Cell | None) -> dict[str, Any] | None:
+def _proposed(cell: Cell | None) -> dict[str, Any] | None:
     """Return what a search found best, with what its plan says; null where that is among what was measured."""
-    if cell is None or cell.foretold is None:
+    if cell is None or cell.proposed is None:
         return None
     return {
         "case": cell.result.id,
@@ -98,7 +98,7 @@ def _foretold(cell: Cell | None) -> dict[str, Any] | None:
         "tier": cell.memory.tier if cell.memory else None,
         "needed_bytes": int(cell.memory.need.number) if cell.memory else None,
         "capacity_bytes": int(cell.memory.capacity.value) if cell.memory and cell.memory.capacity else None,
-        "decode_tok_s": cell.foretold.number,
+        "decode_tok_s": cell.proposed.number,
         "code": cell.result.code,
         "command": cell.result.command,
     }

@@ -14,7 +14,7 @@ from harness.core.records import Estimate, Outcome, Result, Span, Verdict
 from harness.core.text import plural, visible
 from harness.report.page import charts
 from harness.results import needed
-from harness.results.selection import faults, is_broken, is_foretold, ran
+from harness.results.selection import faults, is_broken, is_proposed, ran
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -42,10 +42,10 @@ _NOT_RUN: Mapping[Verdict, Status] = {
     Verdict.UNAVAILABLE: Status("unavailable", "unavailable"),
 }
 _SKIPPED = Status("skipped", "skipped")
-_FORETOLD = Status("predicted to fit", "foretold")
+_PROPOSED = Status("predicted to fit", "proposed")
 # What came to its end, and is not what was asked for.
 _BROKEN, _FAULT = Status("answers broken", "broken"), Status("check failed", "fault")
-STATUSES = (_ENDED[Outcome.OK], _BROKEN, _FAULT, *tuple(_ENDED.values())[1:], _FORETOLD, *_NOT_RUN.values(), _SKIPPED)
+STATUSES = (_ENDED[Outcome.OK], _BROKEN, _FAULT, *tuple(_ENDED.values())[1:], _PROPOSED, *_NOT_RUN.values(), _SKIPPED)
 
 PLANNED: Mapping[Verdict, str] = {
     Verdict.FITS: "fits",
@@ -59,8 +59,8 @@ PLANNED: Mapping[Verdict, str] = {
 
 def status(result: Result) -> Status:
     """Say how a case ended, or why it was not run; "works" is what loaded as asked for and still answers."""
-    if is_foretold(result):
-        return _FORETOLD
+    if is_proposed(result):
+        return _PROPOSED
     if not ran(result):
         return _NOT_RUN.get(result.verdict, _SKIPPED)
     if result.outcome is Outcome.OK and is_broken(result):

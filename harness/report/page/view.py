@@ -29,11 +29,11 @@ from harness.report.page.figures import (
     status,
     surprise,
 )
-from harness.results.selection import best_result, faults, foretold, is_foretold, is_sound, newest, ran
+from harness.results.selection import best_result, faults, is_proposed, is_sound, newest, proposed, ran
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """One case in the matrix. `anchor` leads to its details; `foretold` is the planned speed of what a search found best."""
+    """One case in the matrix. `anchor` leads to its details; `proposed` is the planned speed of what a search found best."""
 
     result: Result
     anchor: str
@@ -46,7 +46,7 @@ class Cell(msgspec.Struct, frozen=True):
     surprise: str
     faults: tuple[str, ...]
     ran: bool
-    foretold: Figure | None = None
+    proposed: Figure | None = None
     best: bool = False
 
 
@@ -70,7 +70,7 @@ class Fold:
 class Matrix:
     """Precision by placement for one workload; a cell is None if there is no result.
 
-    `groups` are the placements, each with the number of its columns: more than one if it ran under several limits. `foretold` is
+    `groups` are the placements, each with the number of its columns: more than one if it ran under several limits. `proposed` is
     what a search found best and did not run.
     """
 
@@ -84,7 +84,7 @@ class Matrix:
     best_title: str
     least: Cell | None
     nearest: Cell | None
-    foretold: Cell | None
+    proposed: Cell | None
     too_big: int
     sentence: str
 
@@ -242,7 +242,7 @@ def _quality(result: Result) -> str:
 
 
 def _matrix(cells: Sequence[Cell]) -> Matrix:
-    best, found = best_result(cell.result for cell in cells), foretold(cell.result for cell in cells)
+    best, found = best_result(cell.result for cell in cells), proposed(cell.result for cell in cells)
     placed = {(cell.result.case.precision, cell.result.case.place): _marked(cell, best, found) for cell in cells}
     rows = ordered({row for row, _ in placed}, PRECISIONS)
     columns = _columns([cell.result.case for cell in cells])
@@ -264,19 +264,19 @@ def _matrix(cells: Sequence[Cell]) -> Matrix:
         best_title=_placement_title(chosen.result.case.placement) if chosen else "",
         least=_least(marked, chosen),
         nearest=_nearest(marked),
-        foretold=max(marked, key=_foretold_speed) if found else None,
+        proposed=max(marked, key=_proposed_speed) if found else None,
         too_big=sum(cell.status.look in ("too-big", "oom") for cell in marked),
-        sentence=_sentence([cell for cell in marked if not is_foretold(cell.result)]),
+        sentence=_sentence([cell for cell in marked if not is_proposed(cell.result)]),
     )
 
 
 def _marked(cell: Cell, best: Result | None, found: Sequence[Result]) -> Cell:
     speed = planned_speed(cell.result) if any(cell.result is one for one in found) else None
-    return msgspec.structs.replace(cell, best=cell.result is best, foretold=speed)
+    return msgspec.structs.replace(cell, best=cell.result is best, proposed=speed)
 
 
-def _foretold_speed(cell: Cell) -> float:
-    return cell.foretold.number if cell.foretold else 0.0
+def _proposed_speed(cell: Cell) -> float:
+    return cell.proposed.number if cell.proposed else 0.0
 
 
 def _columns(cases: Iterable[Case]) -> dict[str, str]:

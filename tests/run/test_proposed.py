@@ -1,4 +1,4 @@
-"""What a run foretells beyond its cases: the answer of the search, which page, Markdown, JSON and site headline as predicted."""
+"""What a run proposes beyond its cases: the answer of the search, which page, Markdown, JSON and site headline as predicted."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def come_to_an_end(session: Session) -> list[Result]:
     return session.store.read()[0]
 
 
-def beside(foretold: Result, case: Case) -> Result:
+def beside(proposed: Result, case: Case) -> Result:
     """A result of the same run, machine and weights that was measured."""
-    alike = {name: getattr(foretold, name) for name in ("run", "machine", "weights", "environment")}
+    alike = {name: getattr(proposed, name) for name in ("run", "machine", "weights", "environment")}
     return builders.result(case, **alike)
 
 
@@ -87,7 +87,7 @@ def plans_answer(session: Session) -> tuple[str, float]:
 def test_a_run_records_what_plan_answers_first(make: Make) -> None:
     session = make()
     last = come_to_an_end(session)[-1]
-    assert selection.is_foretold(last)
+    assert selection.is_proposed(last)
     assert last.estimate
     assert (last.id, last.estimate.decode_tok_s.best) == plans_answer(session)
     assert last.case not in session.cases()
@@ -140,12 +140,12 @@ def test_page_markdown_json_csv_and_site_say_the_same(make: Make, tmp_path: Path
 
 
 def test_where_ways_were_named_nothing_is_searched(make: Make) -> None:
-    assert not any(map(selection.is_foretold, come_to_an_end(make(precision=["bf16"]))))
-    assert not any(map(selection.is_foretold, come_to_an_end(make(placement=["direct"]))))
+    assert not any(map(selection.is_proposed, come_to_an_end(make(precision=["bf16"]))))
+    assert not any(map(selection.is_proposed, come_to_an_end(make(placement=["direct"]))))
 
 
 def test_under_a_limit_the_search_stays_within_it_and_so_does_its_case(make: Make) -> None:
-    found = [one for one in come_to_an_end(make(vram=["16GiB"], ram="60GiB")) if selection.is_foretold(one)]
+    found = [one for one in come_to_an_end(make(vram=["16GiB"], ram="60GiB")) if selection.is_proposed(one)]
     for one in found:
         assert (one.case.vram_bytes, one.case.ram_bytes) == (16 * GIB, 60 * GIB)
         assert one.estimate
@@ -155,12 +155,12 @@ def test_under_a_limit_the_search_stays_within_it_and_so_does_its_case(make: Mak
 
 def test_the_answer_of_the_newest_run_counts(make: Make) -> None:
     last = come_to_an_end(make())[-1]
-    assert selection.foretold([last]) == [last]
+    assert selection.proposed([last]) == [last]
     measured = replace(beside(last, replace(last.case, precision="int4", placement="auto")), run="later", at="2999-01-01T00:00:00Z")
-    assert selection.foretold([last, measured]) == []
-    assert selection.foretold([replace(measured, at=last.at), last]) == [last]  # a search comes last, if in the same second
+    assert selection.proposed([last, measured]) == []
+    assert selection.proposed([replace(measured, at=last.at), last]) == [last]  # a search comes last, if in the same second
     limited = replace(last, case=replace(last.case, vram_bytes=8 * GIB))
-    assert selection.foretold([limited, last]) == [limited, last]
+    assert selection.proposed([limited, last]) == [limited, last]
     assert SENTENCE not in rendered([last, measured]).text
 
 
@@ -175,7 +175,7 @@ def test_beside_what_was_measured_the_prediction_comes_second(make: Make) -> Non
     assert (found["case"], found["predicted"]["case"]) == (measured.id, last.id)
 
 
-def test_what_was_foretold_and_is_measured_then_is_no_prediction_any_more(make: Make) -> None:
+def test_what_was_proposed_and_is_measured_then_is_no_prediction_any_more(make: Make) -> None:
     last = come_to_an_end(make())[-1]
     measured = beside(last, last.case)
     assert selection.newest([last, measured]) == [measured]
