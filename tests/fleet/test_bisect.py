@@ -90,7 +90,7 @@ def test_uv_looks_for_packages_where_pip_does(tmp_path: Path, monkeypatch: pytes
     overlay.pip_settings.cache_clear()
     assert found["UV_DEFAULT_INDEX"] == "https://d.invalid/simple"
     assert found["UV_INDEX"] == "https://b.invalid/x https://c.invalid/x"
-    assert found["UV_CONSTRAINT"] == "pins.txt"
+    assert "UV_CONSTRAINT" not in found  # which may name the very release that is not to run
     assert found["UV_INDEX_STRATEGY"] == "unsafe-best-match"
     assert "UV_FIND_LINKS" not in found
 
@@ -213,9 +213,9 @@ def test_a_search_finds_the_release_keeps_all_and_goes_on_where_it_was(place: Pa
     assert "about 3 steps" in shown.err
     assert {path: path.read_bytes() for path in kept_before} == kept_before  # nothing that was there was measured again
     assert main(words()) == 1
-    shown = capsys.readouterr()
-    assert "changed after planted 1.2 and no later than with 1.4; the releases between were skipped" in shown.out
-    assert "1.3 was skipped: pytest brought no result of it: " in shown.out
+    shown_text = " ".join(capsys.readouterr().out.split())
+    assert "changed after planted 1.2 and no later than with 1.4; the releases between were skipped" in shown_text
+    assert "1.3 was skipped: pytest brought no result of it: " in shown_text
     assert main(words("--batch", "2")) == 2
     assert "fitmatrix-bisect has a bisect of --model" in capsys.readouterr().err
 

@@ -37,12 +37,11 @@ class _Setting(Record, frozen=True, kw_only=True):
     between: str = " "
 
 
-# pip's settings that say where packages come from.
+# pip's settings that say where packages come from. Not its constraints: they hold the environment that runs to other releases.
 _SETTINGS = {
     "index-url": _Setting(variable="UV_DEFAULT_INDEX"),
     "extra-index-url": _Setting(variable="UV_INDEX"),
     "find-links": _Setting(variable="UV_FIND_LINKS", between=","),
-    "constraint": _Setting(variable="UV_CONSTRAINT"),
     "trusted-host": _Setting(variable="UV_INSECURE_HOST"),
     "proxy": _Setting(variable="ALL_PROXY"),
     "cert": _Setting(variable="SSL_CERT_FILE"),
