@@ -44,9 +44,10 @@ def run_all(models: dict[str, Path], here: Machine, scratch: Path, ways: Iterabl
     context = running(here, scratch)
     for name, location in models.items():
         cases = [Case(model=name, precision=precision, placement=placement, workload=WORK) for precision, placement in ways]
-        for plan in planner_of(name, location, here).plans(cases):
+        planner = planner_of(name, location, here)
+        for plan in planner.plans(cases):
             if plan.verdict.is_good:
-                yield run_plan(plan, location, context)
+                yield run_plan(planner.made_up(plan), location, context)
 
 
 def running(here: Machine, scratch: Path) -> RunContext:
