@@ -262,9 +262,9 @@ def misplaced(precision: Precision, placement: Placement, footprint: Footprint) 
     spilled = [tier for tier in footprint.weights if tier == "disk" or (tier == "cpu" and footprint.gpus)]
     if "offloads_to_cpu" in precision.incompatible and not leaves_off_gpu(precision, placement):
         return spilled, precision.incompatible["offloads_to_cpu"]
-    return [tier for tier in spilled if tier == "disk"] if "offloads" in precision.incompatible else [], precision.incompatible.get(
-        "offloads", ""
-    )
+    if "offloads" in precision.incompatible:
+        return [tier for tier in spilled if tier == "disk"], precision.incompatible["offloads"]
+    return [], ""
 
 
 def generating_refusal(spec: ModelSpec, machine: Machine, case: Case, placement: Placement) -> tuple[Verdict, str] | None:

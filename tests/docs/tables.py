@@ -108,8 +108,8 @@ def _options() -> Rows:
 
 
 def _commands() -> Rows:
-    for name, (help_text, *_) in COMMANDS.items():
-        yield f"`fitmatrix {name}`", help_text
+    for name, row in COMMANDS.items():
+        yield f"`fitmatrix {name}`", row.help
 
 
 def _precisions() -> Rows:

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Search and show what was found. Returns 1 if nothing changed, or only a range of releases can be told.
+    """Search and show what was found. Returns 1 if nothing changed, or if only a range of releases is known.
 
     Raises:
         UsageError, OSError: the question cannot be answered: no such release, package or case, or an end does not run.
