@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
+from msgspec.structs import replace
 
 from harness.architecture.model_spec import read_spec
 from harness.catalog import resolve
 from harness.core.attention import KV_FORMS
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS
-from harness.core.records import Case, Plan, Verdict, Workload
+from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.machine.gpus import profile
-from harness.planning.choice.recommend import advise_best
-from harness.planning.choice.search import Searched, search
+from harness.planning.choice.recommend import advise_best, choose_best
+from harness.planning.choice.search import Searched, best_way, search
 from harness.planning.planner import Planner
 from harness.planning.quality import quality_kept
 from tests.support.every_way import PAIRS as EVERY_PAIR
@@ -131,3 +133,33 @@ def test_plain_plan_answers_where_only_another_attention_fits() -> None:
     searched = advise_best(resolve.resolve(pair.model), pair.planner(), pair.workload).best
     assert searched is not None
     assert found.case == searched.case
+
+
+def with_bandwidths(cards: list[str], **bytes_per_s: float) -> Machine:
+    """A described machine whose tiers are as fast as given, by tier: `gpu_0` is gpu:0."""
+    machine = profile(cards, ram=64 * GIB)
+    speeds = {name.replace("_", ":"): speed for name, speed in bytes_per_s.items()}
+    tiers = [replace(tier, bytes_per_s=speeds.get(tier.name, tier.bytes_per_s)) for tier in machine.tiers]
+    return replace(machine, tiers=tiers)
+
+
+@pytest.mark.parametrize(
+    ("machine", "tiers"),
+    [
+        (with_bandwidths(["RTX 4090"], gpu_0=5e9, cpu=200e9), {"cpu"}),
+        (with_bandwidths(["RTX 4060 Ti 16GB", "RTX 4090"], gpu_0=2e12, gpu_1=50e9), {"gpu:0"}),
+    ],
+    ids=["RAM is faster than the card", "the smaller card is the faster one"],
+)
+def test_what_fits_a_card_may_be_faster_elsewhere_and_the_plain_answer_sees_it(machine: Machine, tiers: set[str]) -> None:
+    def choose(plans: Sequence[Plan]) -> Plan | None:
+        chosen = choose_best(plans)
+        return chosen[0] if chosen else None
+
+    planner = Planner(read_spec(resolve.resolve("smollm2-1.7b-instruct")), machine, here=False)
+    plain, searched = best_way(planner, Workload(), choose), search(planner, Workload(), choose=choose).best
+    assert plain is not None
+    assert searched is not None
+    assert plain.case == searched.case
+    assert plain.estimate is not None
+    assert {name for name, tier in plain.estimate.tiers.items() if tier.weights_bytes} == tiers
