@@ -11,7 +11,7 @@ from harness.architecture.skeleton import Skeleton
 from harness.core.units import GIB
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.device_map.infer import Device, Widths, device_of, infer, measure
-from harness.planning.device_map.recommended import RecommendedMap, recommend_map
+from harness.planning.device_map.recommended import RecommendedMap, Recommender, recommend_map
 from tests.support.builders import weight_bytes
 
 NOTHING_FITS = "No GPU can hold a block beside what inference needs."
@@ -137,3 +137,15 @@ def test_weights_can_be_given_by_tensor() -> None:
     model = skeleton_source.named("qwen2.5-7b-instruct")
     half = {path: size / 2 for path, size in measure(model).items()}
     assert recommend_map(model, {0: 9 * GIB, "cpu": 64 * GIB}, Widths(weights=half)).device_map == {"": 0}
+
+
+def test_what_is_kept_of_one_reserve_is_not_taken_for_another() -> None:
+    model, widths = skeleton_source.named("qwen2.5-7b-instruct"), Widths()
+    budgets: dict[Device, int] = {0: 12 * GIB, "cpu": 64 * GIB}
+    recommender = Recommender(model, budgets, widths)
+    for gib in (1, 6, 1):
+        for explain in (False, True, False):
+            reserve: dict[Device, int] = {0: gib * GIB}
+            found = recommender.recommend(reserve, explain=explain)
+            assert found == recommend_map(model, budgets, widths, reserve=reserve, explain=explain)
+            assert bool(found.why) is explain

@@ -28,7 +28,7 @@ from harness.results import compare, selection
 from harness.results.needed import predicted_need, scarcest
 from harness.run.cases import RUNNABLE
 from harness.run.options import Options
-from harness.run.session import Session
+from harness.run.session import CaseSubset, Session
 from tests.report.test_page import read, rendered
 from tests.support import builders, scripted
 
@@ -47,7 +47,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     sessions: list[Session] = []
 
     def made(**options: Any) -> Session:
-        session = Session(Options(given={"model": [MODEL], "results": "results", **options}))
+        session = Session(Options(given={"model": [MODEL], "results": "results"} | options))
         session.machine = profile(["RTX 4090"], ram=64 * GIB)
         session.worker_main = scripted.by_model
         sessions.append(session)
@@ -142,6 +142,16 @@ def test_page_markdown_json_csv_and_site_say_the_same(make: Make, tmp_path: Path
 def test_where_ways_were_named_nothing_is_searched(make: Make) -> None:
     assert not any(map(selection.is_proposed, come_to_an_end(make(precision=["bf16"]))))
     assert not any(map(selection.is_proposed, come_to_an_end(make(placement=["direct"]))))
+
+
+def test_a_run_that_was_interrupted_and_a_shard_propose_nothing(make: Make) -> None:
+    session = make()
+    come = session.cases()
+    session.interrupted = True
+    assert not [one for one in come_to_an_end(session) if selection.is_proposed(one)]
+    session = make(results="shard")
+    session._subset = CaseSubset(cases=frozenset(come), since="")
+    assert not [one for one in come_to_an_end(session) if selection.is_proposed(one)]
 
 
 def test_under_a_limit_the_search_stays_within_it_and_so_does_its_case(make: Make) -> None:
