@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.cli.entry import main
 from harness.core.units import GIB
 from harness.machine import accelerators, bandwidth, cgroup
 from harness.machine.accelerators import Seen, TorchBuild, TorchDevice
 from tests.machine.test_probe import Nvml, card
+from tests.support.spoken import Said, saying
 
 ROOT = Path(__file__).parents[2]
 TIER_KEYS = {"name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s"}
@@ -56,19 +56,10 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Nvml:
     return library
 
 
-Said = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Said:
     """Run the command; return exit status, standard output, standard error."""
-
-    def said(*arguments: str) -> tuple[int, str, str]:
-        status = main(["hardware", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return said
+    return saying(capsys, "hardware")
 
 
 def row(text: str, tier: str) -> list[str]:

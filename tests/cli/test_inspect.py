@@ -24,24 +24,17 @@ from harness.cli.entry import main
 from tests.checkpoint.test_reader import CONFIG, total, weights, write_config, write_index, write_sharded
 from tests.support.gguf_files import small_gguf
 from tests.support.hub_server import HubServer, serving
+from tests.support.spoken import Said, saying
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"name", "source", "architecture", "parameters", "bytes", "dtype_bytes", "files", "quantization", "context_length"}
-
-Said = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Said:
     """Run the command; return exit status, standard output, standard error."""
     monkeypatch.setenv("COLUMNS", "80")
-
-    def said(*arguments: str | Path) -> tuple[int, str, str]:
-        status = main(["inspect", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return said
+    return saying(capsys, "inspect")
 
 
 def shown(say: Said, *arguments: str | Path) -> dict[str, Any]:

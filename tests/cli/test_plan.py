@@ -9,14 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.catalog import resolve, shipped
-from harness.cli.entry import main
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS
 from harness.core.units import MIB
@@ -25,6 +24,7 @@ from tests.machine.test_probe import Nvml, card
 from tests.support import small_models
 from tests.support.bad_models import BAD, write_bad
 from tests.support.packed_files import write_plain
+from tests.support.spoken import Said, saying
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ("--gpu", "RTX 3060 12GB", "--ram", "32GiB")
@@ -37,8 +37,6 @@ PLAN_KEYS = {
     "decode_tok_s", "load", "bound_by", "quality_kept", "quality_from", "device_map", "max_memory", "max_context_tokens", "code",
 }  # fmt: skip
 
-Said = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
@@ -46,13 +44,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-
-    def said(*arguments: str) -> tuple[int, str, str]:
-        status = main(["plan", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return said
+    return saying(capsys, "plan")
 
 
 def planned(say: Said, *arguments: str) -> dict[str, Any]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from harness.catalog import resolve
-from harness.cli.entry import main
 from harness.cli.plan_args import PlanQuestion, advise_on
 from harness.core.records import Workload
 from harness.machine.gpus import profile
+from tests.support.spoken import Said, saying
 
-Said = Callable[..., tuple[int, str, str]]
 GIB = 1 << 30
 
 
@@ -23,13 +21,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     """Run `fitmatrix plan` in an empty directory; return exit status, standard output, standard error."""
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
-
-    def said(*arguments: str) -> tuple[int, str, str]:
-        status = main(["plan", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return said
+    return saying(capsys, "plan")
 
 
 def test_the_command_answers_with_the_search(say: Said) -> None:

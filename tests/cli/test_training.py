@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.cli.entry import main
 from harness.core.units import GIB
 from harness.planning.training import zero
 from harness.planning.training.zero import Trained
 from tests.support import small_models
+from tests.support.spoken import Said, saying
 
 TWO = ("--gpu", "24GiB", "--gpu", "24GiB")
-Said = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -24,13 +22,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     """Run the command in an empty directory; return exit status, standard output, standard error."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
-
-    def said(*arguments: str) -> tuple[int, str, str]:
-        status = main(["plan", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return said
+    return saying(capsys, "plan")
 
 
 def found(say: Said, *arguments: str) -> tuple[int, dict[str, Any]]:

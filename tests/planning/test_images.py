@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from PIL import Image
 
 from harness.architecture.vision.image_trace import ImageTrace
 from harness.catalog.resolve import resolve
-from harness.cli.entry import main
 from harness.core.attention import KV_FORMS
 from harness.core.records import Workload
 from harness.planning import images
@@ -24,23 +22,17 @@ from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
 from tests.support.seeing_models import save_llava
+from tests.support.spoken import Said, saying
 
 ROOT = Path(__file__).parents[2]
 MODEL, CARD = "qwen3-vl-2b", ("--gpu", "RTX 3060 12GB", "--ram", "32GiB")
-Said = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-
-    def said(*arguments: str) -> tuple[int, str, str]:
-        status = main(["plan", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return said
+    return saying(capsys, "plan")
 
 
 def of_case(say: Said, *arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from harness.architecture.model_spec import read_spec
 from harness.catalog import resolve
-from harness.cli.entry import main
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Loaded, Outcome, Result, Span, TierEstimate, encode_record
 from harness.core.records import Estimate as Expected
 from harness.planning.quality import ON_MODEL, ON_SIMILAR, measured_quality
 from tests.support.builders import case, result
+from tests.support.spoken import Said, saying
 
 MODEL = "qwen2.5-7b-instruct"
 SPAN = Span(low=1.0, best=1.0, high=1.0)
 GIVEN = dict.fromkeys(TierEstimate.__struct_fields__, 0)
-Said = Callable[..., tuple[int, str, str]]
 
 
 def scored(of: Case, share: float, *, kind: str = "Qwen2ForCausalLM", weights_bytes: int = 5 << 30, **changes: object) -> Result:
@@ -60,13 +58,7 @@ def test_what_says_nothing_of_a_model_is_left_out(of_another: Result) -> None:
 def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-
-    def said(*arguments: str) -> tuple[int, str, str]:
-        status = main(["plan", MODEL, "--gpu", "RTX 3060 12GB", "--ram", "32GiB", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return said
+    return saying(capsys, "plan", MODEL, "--gpu", "RTX 3060 12GB", "--ram", "32GiB")
 
 
 def test_an_answer_goes_by_results_and_says_so(say: Said, tmp_path: Path) -> None:
