@@ -23,6 +23,8 @@ settings.load_profile("untimed")
 
 # What leads to caches and settings of the user beside HOME.
 _LEADS = ("FITMATRIX_", "HF_", "HUGGINGFACE_", "TORCH_HOME", "XDG_")
+# How a question is asked outside of tests.
+_STARTS = ask_worker._run
 _GIVEN: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 
 
@@ -76,14 +78,19 @@ def _signals_as_a_terminal_leaves_them() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
 
 
-@pytest.fixture(scope="session")
-def _answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[asked.Answer]:
-    with asked.answering(tmp_path_factory.mktemp("asked")) as answer:
-        yield answer
+@pytest.fixture(scope="session", autouse=True)
+def _asked_of_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let a process that has imported transformers fork for each question to it, which else imports it again.
+
+    For the whole session: fixtures of modules ask as well, and a test that undoes its own changes does not undo this.
+    """
+    with asked.answering(tmp_path_factory.mktemp("asked")) as answer, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ask_worker, "_run", answer)
+        yield
 
 
 @pytest.fixture(autouse=True)
-def _asked_of_forks(request: pytest.FixtureRequest, _answer: asked.Answer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a process that has imported transformers fork for each question to it, which else imports it again."""
-    if request.node.get_closest_marker("starts_workers") is None:
-        monkeypatch.setattr(ask_worker, "_run", _answer)
+def _workers_of_their_own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a process for each question where a test says that it asks so."""
+    if request.node.get_closest_marker("starts_workers") is not None:
+        monkeypatch.setattr(ask_worker, "_run", _STARTS)
