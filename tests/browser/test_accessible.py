@@ -43,8 +43,7 @@ def few(results: list[Result]) -> list[Result]:
     ]
 
 
-@pytest.mark.parametrize("width", [1280, 360])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
 def test_axe_core_finds_nothing(show: Open, few: list[Result], axe: str, media: Any, scheme: str, width: int) -> None:
     media(scheme)
     browser = show(few, width=width)

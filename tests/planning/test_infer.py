@@ -42,6 +42,8 @@ BUILT: dict[str, dict[str, Any]] = {
     "opt": {"model_type": "opt", "num_hidden_layers": 4},
 }
 PRECISIONS = (("bfloat16", None), ("float16", "int8"), ("bfloat16", "int4"), ("float32", None))
+# Each architecture in two of them, each of them in half of the architectures.
+PAIRS = [(name, *PRECISIONS[(at + more) % len(PRECISIONS)]) for at, name in enumerate(MODELS) for more in (0, 1)]
 
 
 def imported(name: str) -> Any:
@@ -91,8 +93,7 @@ def as_loaded(config: dict[str, Any], dtype: str, quantizer: str | None, folder:
     return model, found
 
 
-@pytest.mark.parametrize(("dtype", "quantizer"), PRECISIONS, ids=lambda value: str(value))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype", "quantizer"), PAIRS, ids=lambda value: str(value))
 def test_map_is_transformers_own(name: str, dtype: str, quantizer: str | None, tmp_path: Path) -> None:
     theirs = imported("transformers.integrations.accelerate")
     config, ours = described(name)
@@ -121,14 +122,19 @@ def test_module_that_holds_a_weight_tied_to_an_earlier_one_is_split() -> None:
             assert infer(ours, strategy=strategy, max_memory=memory) == expected, f"{strategy} {memory}"
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Skeleton]:
+    """A model as it is while its map is made, and ours of it."""
+    config, ours = described("smollm2-135m-instruct")
+    return as_loaded(config, "bfloat16", None, tmp_path_factory.mktemp("small"))[0], ours
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("gpus", [(), (0.4,), (0.97,), (1.05,), (1.3,), (0.3, 0.4), (0.6, 0.6, 0.6), (0, 1.02)])
 def test_margins_of_free_memory_are_transformers_own(
-    strategy: str, gpus: tuple[float, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    strategy: str, gpus: tuple[float, ...], monkeypatch: pytest.MonkeyPatch, small: tuple[Any, Skeleton]
 ) -> None:
-    theirs = imported("transformers.integrations.accelerate")
-    config, ours = described("smollm2-135m-instruct")
-    model, _ = as_loaded(config, "bfloat16", None, tmp_path)
+    theirs, (model, ours) = imported("transformers.integrations.accelerate"), small
     total = measure(ours)[""]
     free: dict[Device, int] = {gpu: int(total * share) for gpu, share in enumerate(gpus)} | {"cpu": int(total * 0.5)}
     asked = theirs.accelerate_max_memory
