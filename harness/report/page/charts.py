@@ -27,7 +27,6 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 12, 24, 24
 # What a letter of a label takes, in the units of the drawing.
 _LETTER = 6.5
 _MOST_BYTES = 1 << 80
-_WIDE = '<svg class="{}" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
 _BLOCK = re.compile(r"(.*?)(\d+)((?:\.\D*)?)")
 
 
@@ -103,16 +102,17 @@ def bar(size: float, capacity: float, *, firm: float | None = None, predicted: b
     """
     full = max(size, capacity, 1)
     width = short(100 * size / full)
-    parts = ['<rect class="track" width="100" height="8"/>']
+    parts = ['<rect class="track" width="100%"/>']
     if predicted:
-        parts.append(f'<path class="hatch" d="M0 4H{width}"/><rect class="guess" width="{width}" height="8"/>')
-    else:
-        parts.append(f'<rect class="all" width="{width}" height="8"/>')
+        parts.append(f'<line class="hatch" x2="{width}%" y1="50%" y2="50%"/><rect class="guess" width="{width}%"/>')
+    elif firm is None or firm < size:
+        parts.append(f'<rect class="all" width="{width}%"/>')
     if firm is not None:
-        parts.append(f'<rect class="firm" width="{short(100 * min(firm, size) / full)}" height="8"/>')
+        parts.append(f'<rect class="firm" width="{short(100 * min(firm, size) / full)}%"/>')
     if size > capacity:
-        parts.append(f'<path class="limit" d="M{short(100 * capacity / full)} -2V10"/>')
-    return Markup(f"{_WIDE.format('bar')}{''.join(parts)}</svg>")
+        tick = short(100 * capacity / full)
+        parts.append(f'<line class="limit" x1="{tick}%" x2="{tick}%" y1="-25%" y2="125%"/>')
+    return Markup(f'<svg class="bar" aria-hidden="true">{"".join(parts)}</svg>')
 
 
 def groups(device_map: Mapping[str, str]) -> list[Group]:
@@ -134,10 +134,10 @@ def strip(found: Sequence[Group]) -> Markup:
     for group in found:
         width = 100 * group.count / total
         title = escape(f"{visible(group.modules)}: {visible(group.tier)}")
-        where = f'x="{short(at)}" width="{short(width)}" height="8"'
+        where = f'x="{short(at)}%" width="{short(width)}%"'
         parts.append(f'<rect class="t-{group.look}" {where}><title>{title}</title></rect>')
         at += width
-    return Markup(f"{_WIDE.format('strip')}{''.join(parts)}</svg>")
+    return Markup(f'<svg class="strip" aria-hidden="true">{"".join(parts)}</svg>')
 
 
 def _block_of(item: tuple[str, str]) -> tuple[str | None, str, str]:
