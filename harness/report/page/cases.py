@@ -12,7 +12,7 @@ from markupsafe import Markup
 from harness.core.records import Answer
 from harness.core.text import MORE
 from harness.report.page.details import Details, details
-from harness.report.page.figures import escaped, icon
+from harness.report.page.figures import as_html, icon
 from harness.report.page.view import Cell, Matrix
 
 _BAD_ANSWERS = ("broken", "degraded")
@@ -28,7 +28,7 @@ def write_cases(matrix: Matrix, up: str, *, points: int) -> str:
     found = [_case(cell, up, points) for cell in matrix.cells]
     for fold in matrix.folds:
         inside = "".join([_case(cell, up, points) for cell in fold.cells])
-        summary = f"<summary>{escaped(fold.text)}</summary>"
+        summary = f"<summary>{as_html(fold.text)}</summary>"
         found.append(f'<details class="case group">{summary}<div class="folded">\n{inside}</div></details>\n')
     return "".join(found)
 
@@ -38,15 +38,15 @@ def write_code(text: str, label: str, *, fold: bool = False) -> Markup:
     lines = len(text.strip().splitlines())
     whole = fold and lines > _FOLDED_LINES
     rest = f'<details class="whole"><summary>show all {lines} lines</summary></details>' if whole else ""
-    button = f'<button type="button" class="copy" aria-label="copy {escaped(label)}">copy</button>'
-    return Markup(f'<div class="code">{button}<pre><code>{escaped(text)}</code></pre>{rest}</div>\n')
+    button = f'<button type="button" class="copy" aria-label="copy {as_html(label)}">copy</button>'
+    return Markup(f'<div class="code">{button}<pre><code>{as_html(text)}</code></pre>{rest}</div>\n')
 
 
 def write_cell(c: Cell) -> Markup:
     """Write the cell of a case in the matrix."""
     look, case = c.status.look, c.result.case
     marks = ("" if c.ran else " plan") + " best" * c.best + " unsound" * (look in ("broken", "fault"))
-    label = escaped(f"{c.status.word}: {case.precision}, {case.place}")
+    label = as_html(f"{c.status.word}: {case.precision}, {case.place}")
     tag = ""
     if c.best:
         tag = f'<span class="tag star">{icon("best")}best</span>\n'
@@ -56,7 +56,7 @@ def write_cell(c: Cell) -> Markup:
     shown = "".join([f"<div{where}><dt>{term}</dt><dd{look}>{value}</dd></div>" for where, term, look, value in _terms(c)])
     told = f"<dl>{shown}</dl>\n" if shown else ""
     return Markup(
-        f'<td class="cell s-{look}{marks}">\n<a href="#{escaped(c.anchor)}" aria-label="{label}">{icon(look)}{c.status.word}</a>\n'
+        f'<td class="cell s-{look}{marks}">\n<a href="#{as_html(c.anchor)}" aria-label="{label}">{icon(look)}{c.status.word}</a>\n'
         f"{tag}{bar}{told}{_why(c)}</td>"
     )
 
@@ -73,7 +73,7 @@ def _terms(c: Cell) -> Iterator[tuple[str, str, str, str]]:
             yield "", "ready", "", c.ready.__html__()
         if c.speed.value:
             yield ' class="speed"', "speed", "", c.speed.__html__()
-        yield "", "answers", bad if c.quality in _BAD_ANSWERS else "", escaped(c.quality or "not checked")
+        yield "", "answers", bad if c.quality in _BAD_ANSWERS else "", as_html(c.quality or "not checked")
     if c.proposed:
         yield "", "speed", "", c.proposed.__html__()
     if not (c.memory or c.status.measured or c.status.look in _ENDED_EARLY):
@@ -96,7 +96,7 @@ def _why(c: Cell) -> str:
     said += f"Predicted: {c.planned}."
     for figure in (c.ready, c.speed):
         if figure.noisy:
-            said += f" <span>Noisy, {escaped(figure.label)}: {_quoted(_cut(figure.noisy, _MOST_DOUBT))}.</span>"
+            said += f" <span>Noisy, {as_html(figure.label)}: {_quoted(_cut(figure.noisy, _MOST_DOUBT))}.</span>"
     doubts = [*c.faults]
     if c.quality in _BAD_ANSWERS and c.result.quality:
         doubts.append(c.result.quality.why)
@@ -110,7 +110,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    return f"<bdi>{escaped(text)}</bdi>"
+    return f"<bdi>{as_html(text)}</bdi>"
 
 
 def _case(c: Cell, up: str, points: int) -> str:
@@ -118,23 +118,23 @@ def _case(c: Cell, up: str, points: int) -> str:
     need = f"{c.memory.need.__html__()} <small>{c.memory.kind}</small>" if c.memory and not c.memory.predicted else ""
     ready = f"{c.ready.__html__()} <small>ready</small>" if c.ready.value else ""
     speed = c.speed.__html__() if c.speed.value else ""
-    anchor = escaped(c.anchor)
+    anchor = as_html(c.anchor)
     return (
         f'<details class="case s-{look}" id="{anchor}">\n<summary>\n'
-        f'<bdi class="name"><b>{escaped(r.case.precision)}</b> {escaped(r.case.place)}</bdi>\n'
+        f'<bdi class="name"><b>{as_html(r.case.precision)}</b> {as_html(r.case.place)}</bdi>\n'
         f'<span class="ends">{icon(look)}{c.status.word}{" " + _BEST if c.best else ""}</span>\n'
         f'<span class="num">{need}</span>\n<span class="num">{ready}</span>\n<span class="num">{speed}</span>\n</summary>\n'
         f'<div class="body">\n{_lead(c)}{_chart(d)}{_figures(d)}<div class="side">\n{_side(c, d)}</div>\n{"".join(_wide(c, d))}'
-        f'<p class="wide muted"><span>Case <code>{escaped(r.case.id)}</code>, {escaped(r.weights)} weights, '
-        f"run <code>{escaped(r.run)}</code> at {escaped(r.at)}.</span>\n{_quoted(d.versions)}\n"
-        f'<a href="#{anchor}">Link to this case</a> · <a href="#{escaped(up)}">Back to the matrix</a></p>\n</div>\n</details>\n'
+        f'<p class="wide muted"><span>Case <code>{as_html(r.case.id)}</code>, {as_html(r.weights)} weights, '
+        f"run <code>{as_html(r.run)}</code> at {as_html(r.at)}.</span>\n{_quoted(d.versions)}\n"
+        f'<a href="#{anchor}">Link to this case</a> · <a href="#{as_html(up)}">Back to the matrix</a></p>\n</div>\n</details>\n'
     )
 
 
 def _lead(c: Cell) -> str:
     """Write what was planned and what became of it."""
     wrong = f" (a {c.surprise})" if c.surprise else ""
-    during = "" if c.status.measured else f" during <b>{escaped(c.result.stage)}</b>"
+    during = "" if c.status.measured else f" during <b>{as_html(c.result.stage)}</b>"
     ended = f"Outcome: <b>{c.status.word}</b>{during}." if c.ran else "Not run."
     why = f"<br>{_quoted(c.result.why)}" if c.result.why else ""
     return f'<p class="lead"><span>Plan: <b>{c.planned}</b>{wrong}.</span> <span>{ended}</span>\n{why}</p>\n'
@@ -143,7 +143,7 @@ def _lead(c: Cell) -> str:
 def _chart(d: Details) -> str:
     if not d.chart:
         return ""
-    keys = "".join([f'<span class="key"><i class="k-{look}"></i><span>{escaped(name)}</span></span>' for look, name in d.lines])
+    keys = "".join([f'<span class="key"><i class="k-{look}"></i><span>{as_html(name)}</span></span>' for look, name in d.lines])
     return (
         f'<figure class="wide"><figcaption><span>Memory over time, by phase</span> {keys}</figcaption>\n'
         f'<div class="scroll" tabindex="0" role="group" aria-label="Memory over time">{d.chart}</div></figure>\n'
@@ -158,7 +158,7 @@ def _table(name: str, heads: str, rows: str) -> str:
 
 
 def _head(name: str) -> str:
-    return f'<th scope="col">{escaped(name)}</th>'
+    return f'<th scope="col">{as_html(name)}</th>'
 
 
 def _figures(d: Details) -> str:
@@ -179,7 +179,7 @@ def _side(c: Cell, d: Details) -> str:
     if d.map:
         title = "Where the modules are" if d.map.loaded else "Where the modules were planned"
         groups = [
-            f'<li><i class="t-{escaped(one.look)}"></i><code>{escaped(one.modules)}</code> <span>{escaped(one.tier)}</span></li>'
+            f'<li><i class="t-{as_html(one.look)}"></i><code>{as_html(one.modules)}</code> <span>{as_html(one.tier)}</span></li>'
             for one in d.map.groups
         ]
         found.append(f'<figure><figcaption>{title}</figcaption>\n{d.map.strip}\n<ul class="map">{"".join(groups)}</ul></figure>\n')
@@ -197,19 +197,19 @@ def _wide(c: Cell, d: Details) -> Iterator[str]:
         judged = f'{_quoted(r.quality.why)} <span class="muted">Probe: {_quoted(r.quality.probe)}{compared}.</span>'
         answers = "".join(map(_answer, r.quality.answers))
         listed = f'\n<ul class="answers">{answers}</ul>\n' if answers else ""
-        yield f'<div class="wide"><h5>Answers: {escaped(c.quality)}</h5>\n<p class="judged">{judged}</p>{listed}</div>\n'
+        yield f'<div class="wide"><h5>Answers: {as_html(c.quality)}</h5>\n<p class="judged">{judged}</p>{listed}</div>\n'
     if r.checks:
         bad = ' class="bad"'
         checks = [f"<li{'' if said == 'ok' else bad}>{_quoted(f'{name}: {said}')}</li>" for name, said in r.checks.items()]
         yield _listed("Checks", checks)
     if d.disturbances:
-        yield _listed("Interference", [f"<li><span>{escaped(name)}</span>: {_quoted(why)}</li>" for name, why in d.disturbances])
+        yield _listed("Interference", [f"<li><span>{as_html(name)}</span>: {_quoted(why)}</li>" for name, why in d.disturbances])
     if r.code:
         yield f'<div class="wide"><h5>Loading code</h5>{write_code(r.code, "the loading code")}</div>\n'
     if r.command:
         yield f'<div class="wide"><h5>Command to rerun</h5>{write_code(r.command, "the command")}</div>\n'
     if r.log_tail:
-        log = f'<pre class="log" dir="auto" tabindex="0">{escaped(r.log_tail)}</pre>'
+        log = f'<pre class="log" dir="auto" tabindex="0">{as_html(r.log_tail)}</pre>'
         yield f'<div class="wide"><h5>End of the log</h5>{log}</div>\n'
     if r.remote_code:
         yield _listed("Remote code that ran", [f"<li>{_quoted(name)}</li>" for name in r.remote_code])
@@ -217,7 +217,7 @@ def _wide(c: Cell, d: Details) -> Iterator[str]:
 
 def _answer(one: Answer) -> str:
     word = "right" if one.correct else "wrong"
-    said = f'{_quoted(one.question)}<q dir="auto">{escaped(one.answer)}</q>'
+    said = f'{_quoted(one.question)}<q dir="auto">{as_html(one.answer)}</q>'
     return f'<li class="{word}"><span class="sr">{word}: </span>{said}</li>'
 
 

@@ -12,7 +12,7 @@ from harness.core import units
 from harness.core.records import Phase, Result
 from harness.measure import interference
 from harness.report.page import charts
-from harness.report.page.figures import Compared, Figure, compared, escaped, known
+from harness.report.page.figures import Compared, Figure, as_html, compared, known
 
 
 class Map(msgspec.Struct, frozen=True):
@@ -87,11 +87,11 @@ def _figure_row(row: Compared, measured: bool, predicted: bool, why: str) -> str
         cells += f"<td>{shown}{_notes(row.spread, why)}</td>"
     if predicted:
         cells += f"<td>{row.best.__html__()}{_notes(row.interval)}</td>" if row.best else "<td></td>"
-    return f'<tr><th scope="row">{escaped(row.figure.label)}</th>{cells}</tr>\n'
+    return f'<tr><th scope="row">{as_html(row.figure.label)}</th>{cells}</tr>\n'
 
 
 def _notes(*texts: str) -> str:
-    return "".join([f"<small>{escaped(text)}</small>" for text in texts if text])
+    return "".join([f"<small>{as_html(text)}</small>" for text in texts if text])
 
 
 def _phase_rows(phases: Sequence[Phase], columns: Sequence[Sequence[int | None]]) -> Iterator[str]:
@@ -103,7 +103,7 @@ def _phase_rows(phases: Sequence[Phase], columns: Sequence[Sequence[int | None]]
         peaks = [max([size for i in same if (size := column[i]) is not None], default=None) for column in columns]
         cells = "".join(["<td></td>" if size is None else f"<td>{units.format_size(size)}</td>" for size in peaks])
         label = f"{name} ×{len(same)}" if len(same) > 1 else name
-        yield f'<tr><th scope="row">{escaped(label)}</th><td>{" to ".join(times)}</td>{cells}</tr>\n'
+        yield f'<tr><th scope="row">{as_html(label)}</th><td>{" to ".join(times)}</td>{cells}</tr>\n'
 
 
 def _phase_name(phase: Phase) -> str:

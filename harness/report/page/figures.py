@@ -100,13 +100,13 @@ class Figure(msgspec.Struct, frozen=True):
 
     def __html__(self) -> str:
         if not self.value:
-            return f'<span class="none">{escaped(self.text)}</span>'
-        doubts = f'<em class="doubt" title="{escaped(self.noisy)}">noisy</em> ' if self.noisy else ""
+            return f'<span class="none">{as_html(self.text)}</span>'
+        doubts = f'<em class="doubt" title="{as_html(self.noisy)}">noisy</em> ' if self.noisy else ""
         if self.derived:
-            doubts += f'<em class="doubt" title="{escaped(self.derived)}">derived</em> '
+            doubts += f'<em class="doubt" title="{as_html(self.derived)}">derived</em> '
         if self.sampled:
             doubts += '<em class="doubt" title="sampled: the true peak may be higher">sampled</em> '
-        key = f' data-key="{escaped(self.key)}"' if self.key else ""
+        key = f' data-key="{as_html(self.key)}"' if self.key else ""
         return f'{doubts}<data value="{self.value}"{key}>{self.text}</data>'
 
 
@@ -114,13 +114,13 @@ class Figure(msgspec.Struct, frozen=True):
 _MOST_REMEMBERED = 200
 
 
-def escaped(text: str) -> str:
+def as_html(text: str) -> str:
     """Write a text as HTML, in an element or a quoted attribute, with what cannot be seen in it spelled out."""
-    return _escaped(text) if len(text) <= _MOST_REMEMBERED else str(escape(visible(text)))
+    return _as_html(text) if len(text) <= _MOST_REMEMBERED else str(escape(visible(text)))
 
 
 @functools.lru_cache(8192)
-def _escaped(text: str) -> str:
+def _as_html(text: str) -> str:
     return str(escape(visible(text)))
 
 

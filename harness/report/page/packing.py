@@ -22,14 +22,14 @@ _SLOT = re.compile(r"(\d[\d.,]*)")
 _LEAST_LETTERS, _MOST_LETTERS = 8, 2_000
 
 
-class Packed(NamedTuple):
+class PackedParts(NamedTuple):
     """Parts, each of which can be unpacked by itself, with the patterns that they share."""
 
     patterns: Markup
     parts: list[Markup]
 
 
-def pack(parts: Sequence[str]) -> Packed:
+def pack_parts(parts: Sequence[str]) -> PackedParts:
     """Pack parts of a page for blocks of data in it: base64 has no letter that ends one."""
     lines = [part.split("\n") for part in parts]
     counts = Counter(line for part in lines for line in part if len(line) >= _LEAST_LETTERS)
@@ -42,7 +42,7 @@ def pack(parts: Sequence[str]) -> Packed:
     for line, pieces in split.items():
         if pattern := known.get(_MARK.join(pieces[::2])):
             short[line] = _MARK.join([pattern, *pieces[1::2]])
-    return Packed(_deflated("\n".join(patterns)), [_deflated(_shortened(part, short)) for part in lines])
+    return PackedParts(_deflated("\n".join(patterns)), [_deflated(_shortened(part, short)) for part in lines])
 
 
 def _shortened(lines: Sequence[str], short: Mapping[str, str]) -> str:

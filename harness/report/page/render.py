@@ -83,7 +83,7 @@ def render(
     facts = _facts(results, problems)
     measured = {key for result in results for key in result.metrics}
     told = [_told(matrix, block, points) for block in found for matrix in block.matrices]
-    packed = packing.pack(told) if facts.shown > _MOST_UNPACKED else None
+    packed = packing.pack_parts(told) if facts.shown > _MOST_UNPACKED else None
     parts = iter(packed.parts if packed else map(Markup, told))
     return template("page.html.j2", *frame.styles).render(
         title=title or _title(found),
