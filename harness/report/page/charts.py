@@ -91,7 +91,7 @@ def decimate(times: Sequence[float], values: Sequence[int], limit: int) -> list[
         return list(zip(times, values, strict=False))
     stretches = max(limit - 2, 1)
     edges = [1 + (last - 1) * i // stretches for i in range(stretches + 1)]
-    highest = (max(range(low, high), key=values.__getitem__) for low, high in itertools.pairwise(edges) if high > low)
+    highest = [values.index(max(values[low:high]), low, high) for low, high in itertools.pairwise(edges) if high > low]
     return [(times[i], values[i]) for i in (0, *highest, last)]
 
 
@@ -218,17 +218,18 @@ def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> st
     # Both axes are linear: two of their places give all, for each point counts on a page of thousands of drawings.
     left, bottom = scale.x(0), scale.y(0)
     wide, high = scale.x(1) - left, (scale.y(units.GIB) - bottom) / units.GIB
-    drawn = _without_flat([(f"{left + wide * t:.1f}", f"{bottom + high * size:.1f}") for t, size in points])
-    path = "M" + "L".join([f"{x} {y}" for x, y in drawn])
+    heights = [f"{bottom + high * size:.1f}" for _, size in points]
+    drawn = [f"{left + wide * points[i][0]:.1f} {heights[i]}" for i in _corners(heights)]
+    path = "M" + "L".join(drawn)
     if line.filled:
-        path += f"V{HEIGHT - BOTTOM}H{drawn[0][0]}Z"
+        path += f"V{HEIGHT - BOTTOM}H{drawn[0].partition(' ')[0]}Z"
     return f'<path class="{line.look}" d="{path}"/>'
 
 
-def _without_flat(points: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Leave out the points in the middle of a level stretch: most of a model's life is one."""
-    last = len(points) - 1
-    return [point for i, point in enumerate(points) if i in (0, last) or not (points[i - 1][1] == point[1] == points[i + 1][1])]
+def _corners(heights: Sequence[str]) -> list[int]:
+    """Choose the points of a line but those in the middle of a level stretch: most of a model's life is one."""
+    last = len(heights) - 1
+    return [i for i, height in enumerate(heights) if i in (0, last) or not (heights[i - 1] == height == heights[i + 1])]
 
 
 def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:

@@ -143,7 +143,8 @@ def metric(result: Result, key: str) -> Figure:
         return Figure(key=key, label=label, text="not measured", why=_absent(result, value))
     stored = known(key, label, value, format_metric(key, value) if key in METRICS else units.significant(value))
     sampled = key in ("ram_needed_bytes", "ram_peak_bytes", "load_ram_peak_bytes") and any(phase.sampled for phase in result.phases)
-    return msgspec.structs.replace(stored, noisy=result.noisy.get(key, ""), sampled=sampled)
+    noisy = result.noisy.get(key, "")
+    return msgspec.structs.replace(stored, noisy=noisy, sampled=sampled) if noisy or sampled else stored
 
 
 def _absent(result: Result, value: float | None) -> str:

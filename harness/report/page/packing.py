@@ -11,15 +11,16 @@ import base64
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 _MARK = "\1"
 _SLOT = re.compile(r"(\d[\d.,]*)")
-# Shorter lines are no longer than what would stand for them; longer ones are drawings, no two of which have as many points.
-_LEAST_LETTERS, _MOST_LETTERS = 8, 2_000
+# Letters of a line that is written so: what stands for a shorter one is no shorter, and no two drawings have as many points.
+_LEAST, _MOST = 8, 2_000
 
 
 class PackedParts(NamedTuple):
@@ -30,25 +31,21 @@ class PackedParts(NamedTuple):
 
 
 def pack_parts(parts: Sequence[str]) -> PackedParts:
-    """Pack parts of a page for blocks of data in it: base64 has no letter that ends one."""
+    """Pack parts of a page for blocks of data in it."""
     lines = [part.split("\n") for part in parts]
-    counts = Counter(line for part in lines for line in part if len(line) >= _LEAST_LETTERS)
-    split = {line: _SLOT.split(line) for line, count in counts.items() if count == 1 and len(line) <= _MOST_LETTERS}
+    counts = Counter(chain.from_iterable(lines))
+    split = {line: _SLOT.split(line) for line, count in counts.items() if count == 1 and _LEAST < len(line) < _MOST}
     alike = Counter(_MARK.join(pieces[::2]) for pieces in split.values())
-    common = Counter({text: count for found in (counts, alike) for text, count in found.items() if count > 1})
-    patterns = [pattern for pattern, _ in common.most_common()]
-    known = {pattern: f"{_MARK}{number:x}" for number, pattern in enumerate(patterns)}
-    short = {line: known[line] for line in counts if line in known}
+    common = {text: count for found in (counts, alike) for text, count in found.items() if count > 1 and len(text) > _LEAST}
+    patterns = sorted(common, key=common.__getitem__, reverse=True)
+    short = {pattern: f"{_MARK}{number:x}" for number, pattern in enumerate(patterns)}
     for line, pieces in split.items():
-        if pattern := known.get(_MARK.join(pieces[::2])):
+        if pattern := short.get(_MARK.join(pieces[::2])):
             short[line] = _MARK.join([pattern, *pieces[1::2]])
-    return PackedParts(_deflated("\n".join(patterns)), [_deflated(_shortened(part, short)) for part in lines])
+    return PackedParts(deflated("\n".join(patterns)), [deflated("\n".join(map(short.get, part, part))) for part in lines])
 
 
-def _shortened(lines: Sequence[str], short: Mapping[str, str]) -> str:
-    return "\n".join([short.get(line, line) for line in lines])
-
-
-def _deflated(text: str) -> Markup:
+def deflated(text: str) -> Markup:
+    """Deflate a text for a block of data, whose script unpacks it; base64 has no letter that ends one."""
     deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     return Markup(base64.b64encode(deflate.compress(text.encode()) + deflate.flush()).decode())

@@ -159,6 +159,7 @@ def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS, r
     )
     environment.filters.update(
         clip=_clip,
+        pack=packing.deflated,
         plural=plural,
         size=units.format_size,
         count=units.format_count,
