@@ -15,7 +15,7 @@ import re
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,21 +74,27 @@ def clean(result: Result, model: Path | None = None) -> Result:
     return msgspec.structs.replace(result, **changed)
 
 
-def is_clean(result: Result) -> bool:
+def texts_of(result: Result) -> dict[str, list[str]]:
+    """Return the texts in each field of a result."""
+    return {name: texts_in(getattr(result, name)) for name in result.__struct_fields__}
+
+
+def is_clean(result: Result, texts: Mapping[str, Sequence[str]] | None = None) -> bool:
     """Tell whether `clean` would leave a result as it is, in less than half the time: most results are.
 
-    Short texts are looked at together, long ones alone, because a value may be cut off at either end of them.
+    `texts` are those of its fields, if they are known. Short ones are looked at together, long ones alone, because a value may be
+    cut off at either end of them.
     """
-    fields = (getattr(result, name) for name in result.__struct_fields__ if not KEPT.fullmatch(name))
+    texts = texts_of(result) if texts is None else texts
     known = _known(_surroundings())
     # What is public of this result may be private in another, where it is not its name.
     seen = known.seen if known.hides_nothing_of(result.id) else _Seen()
-    texts = seen.new_of(text for field in fields for text in texts_in(field))
-    cleaned = cleaner(public=result.id)
-    together = ["\0".join(text for text in texts if len(text) < CUT_TEXT)]
-    found = all(cleaned(text) == text for text in together + [text for text in texts if len(text) >= CUT_TEXT])
+    new = seen.new_of(text for name, said in texts.items() if not KEPT.fullmatch(name) for text in said)
+    cleaned = _cleaner_by(known, result.id)
+    together = ["\0".join(text for text in new if len(text) < CUT_TEXT)]
+    found = all(cleaned(text) == text for text in together + [text for text in new if len(text) >= CUT_TEXT])
     if found:
-        seen.add(texts)
+        seen.add(new)
     return found
 
 
@@ -126,10 +132,15 @@ def gives_away(value: Any) -> str | None:
 
     For what `clean` must keep as it is, and for results of other machines, whose names and variables nobody here knows.
     """
-    texts = _HARMLESS.new_of(texts_in(value))
-    said = looks.private("\n".join(texts))
+    return private_in(texts_in(value))
+
+
+def private_in(texts: Iterable[str]) -> str | None:
+    """Say what in texts is private by its look; None if nothing is."""
+    new = _HARMLESS.new_of(texts)
+    said = looks.private("\n".join(new))
     if said is None:
-        _HARMLESS.add(texts)
+        _HARMLESS.add(new)
     return said
 
 
@@ -178,7 +189,10 @@ _HARMLESS = _Seen()  # by their look, whoever's they are
 
 def cleaner(public: str = "", model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
     """Make a function that cleans texts; the parts of `public`, between its slashes, and its words are no secrets of anybody's."""
-    known = _known(_surroundings())
+    return _cleaner_by(_known(_surroundings()), public, model, secrets_only=secrets_only)
+
+
+def _cleaner_by(known: _Known, public: str, model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
     places = [*_written(str(model), "<model>"), *known.places] if model and model.is_absolute() else known.places
     values = [(value, mark) for value, mark, secret in known.values if secret or not secrets_only]
     values = [(value, mark) for value, mark in values if f"/{value}/" not in f"/{public}/"]

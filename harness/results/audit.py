@@ -6,6 +6,7 @@ its machine, and so finds damage and careless forgery; whoever invents all of a 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -64,17 +65,18 @@ def examine(result: Result, now: datetime) -> Result | str:
 
 def cleaned(result: Result) -> Result | str:
     """Return a result without what is private, or say what of it is private and cannot be taken out."""
-    if (length := sum(map(len, redact.texts_in(result)))) > _MOST_TEXT:
+    texts = redact.texts_of(result)
+    if (length := sum(len(text) for said in texts.values() for text in said)) > _MOST_TEXT:
         return f"holds {length:,} letters, and no result has more than {_MOST_TEXT:,}"
-    is_clean = redact.is_clean(result)
+    is_clean = redact.is_clean(result, texts)
     clean = result if is_clean else redact.clean(result)
-    told = {name: getattr(clean, name) for name in clean.__struct_fields__ if not is_clean or redact.KEPT.fullmatch(name)}
+    told = {name: said for name, said in texts.items() if redact.KEPT.fullmatch(name)} if is_clean else redact.texts_of(clean)
     if "environment" in told:  # packages have versions of four numbers, which are nobody's address
         told["environment"] = [f"{package}=={version}" for package, version in clean.environment.items()]
-    if redact.gives_away(list(told.values())):
-        for name, value in told.items():
-            if said := redact.gives_away(value):
-                return f"tells {said} in its {name}, which cannot be taken out: measure again without it"
+    if redact.private_in(text for said in told.values() for text in said):
+        for name, said in told.items():
+            if what := redact.private_in(said):
+                return f"tells {what} in its {name}, which cannot be taken out: measure again without it"
     return clean
 
 
@@ -114,6 +116,7 @@ def _dates(result: Result, now: datetime) -> Iterator[str]:
         yield f"is dated {result.at}, before its run began: {quote(result.run)}"
 
 
+@functools.lru_cache(4096)  # results of a run say one moment, when it began
 def moment(text: str, form: str = "%Y-%m-%dT%H:%M:%SZ") -> datetime | None:
     """Read a date as results write it; None if it is none."""
     try:

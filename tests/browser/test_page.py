@@ -34,7 +34,7 @@ def test_a_cell_says_the_figures_of_its_record(show: Open, results: list[Result]
 
 def test_the_bar_is_as_long_as_the_peak_is_of_the_capacity(show: Open, results: list[Result]) -> None:
     shown = cell(show(results), "int4", "direct")
-    track, filled = (shown.find_element(By.CSS_SELECTOR, f".bar .{name}").rect["width"] for name in ("track", "all"))
+    track, filled = (shown.find_element(By.CSS_SELECTOR, f".bar .{name}").rect["width"] for name in ("track", "firm"))
     result = case_of(results, "chatglm-6b/int4/direct")
     gpu = result.machine.tier("gpu:0")
     assert gpu

@@ -87,6 +87,21 @@ def test_every_text_of_a_template_is_in_the_table(name: str) -> None:
     assert [text for text in sorted(found) if text not in words] == []
 
 
+def test_every_text_of_a_case_is_in_the_table() -> None:
+    words = "\n".join(map(in_words, SAID)) + "\n" + "\n".join(map(in_words, PIECES))
+    tree = ast.parse((ROOT / "harness/report/page/cases.py").read_text(encoding="utf-8"))
+    inside = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part is not node}
+    written = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) and node not in inside]
+    found = {text for node in written for text in map(in_words, fragments(plain(node)))}
+    assert len(found) > 30
+    assert [text for text in sorted(found) if text not in words] == []
+
+
+def plain(written: ast.JoinedStr) -> str:
+    """Return what is between the values of an f-string, as a template has it."""
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "{{ }}" for part in written.values)
+
+
 @pytest.mark.parametrize("name", SITE)
 def test_every_text_of_a_site_is_in_its_table(name: str) -> None:
     keys = [form for key in table(CHINESE, "site") for form in (key.replace("(s)", ""), key.replace("(s)", "s"))]

@@ -97,7 +97,7 @@ def test_a_cell_its_bar_and_what_the_filter_reads_are_what_is_needed(results: li
         memory = cell.memory
         if memory and size is not None and memory.capacity and not memory.predicted:
             most = max(size, memory.resident.number if memory.resident else 0, memory.capacity.number)
-            firm = float(part.all("rect", look="firm")[0].attrs["width"])
+            firm = float(part.all("rect", look="firm")[0].attrs["width"].rstrip("%"))
             assert firm == pytest.approx(100 * size / most, abs=0.06), cell.result.id
 
 

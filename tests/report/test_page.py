@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tests.support import builders
 
 GOLDEN = Path(__file__).parents[1] / "data/results-v1.jsonl"
 GPU_MODEL, CPU_MODEL = "chatglm-6b", "smollm2-135m"
-VOID = {"meta", "link", "br", "use", "path", "rect", "input"}
+VOID = {"meta", "link", "br", "use", "path", "rect", "line", "input"}
 replace = msgspec.structs.replace
 
 
@@ -518,7 +518,7 @@ def test_a_case_that_was_too_big_shows_what_it_needs(golden: list[Result], root:
     values = [int(figure.attrs["value"]) for figure in cell.all("data")]
     assert values == [needed.predicted_need(tier).best, tier.capacity_bytes]
     assert cell.all("rect", look="guess")
-    assert cell.all("path", look="limit")
+    assert cell.all("line", look="limit")
 
 
 def test_a_surprise_is_counted_and_named(golden: list[Result], root: Node) -> None:
@@ -667,8 +667,20 @@ def many(results: list[Result], cases: int) -> list[Result]:
 
 def unpacked(html: str) -> str:
     """Put packed details in their place, as the script of the page does."""
+
+    def inflated(data: str) -> str:
+        return zlib.decompress(base64.b64decode(data), -zlib.MAX_WBITS).decode()
+
+    def whole(line: str) -> str:
+        if not line.startswith("\1"):
+            return line
+        _, number, *slots = line.split("\1")
+        return "".join(piece + slot for piece, slot in zip_longest(patterns[int(number, 16)].split("\1"), slots, fillvalue=""))
+
+    (shared,) = re.findall(r'<script type="application/octet-stream" id="patterns">([^<]*)</script>', html)
+    patterns = inflated(shared).split("\n")
     block = re.compile(r'<button[^>]*>[^<]*</button><script type="application/octet-stream">([^<]*)</script>')
-    return block.sub(lambda match: zlib.decompress(base64.b64decode(match[1]), -zlib.MAX_WBITS).decode(), html)
+    return block.sub(lambda match: "\n".join(map(whole, inflated(match[1]).split("\n"))), html)
 
 
 def test_a_page_of_500_results_stays_below_2_megabytes(golden: list[Result]) -> None:
@@ -679,7 +691,7 @@ def test_a_page_of_500_results_stays_below_2_megabytes(golden: list[Result]) -> 
 
 def test_packed_details_are_those_of_a_small_page(golden: list[Result]) -> None:
     packed = render.render([*golden, *many(golden, 58)])
-    assert packed.count("application/octet-stream") == 4
+    assert packed.count("application/octet-stream") == 4 + 1  # and what they share
     assert "<h5>Loading code" not in packed
     small, large = (rendered(golden), read(unpacked(packed)))
     for result in selection.newest(golden):
@@ -747,9 +759,15 @@ def test_consecutive_blocks_of_one_tier_become_one_group() -> None:
 
 def test_a_bar_never_leaves_its_frame() -> None:
     drawn = read(charts.bar(15, 10, firm=20))
-    assert [rect.attrs["width"] for rect in drawn.all("rect")] == ["100", "100", "100"]
-    assert drawn.all("path", look="limit")[0].attrs["d"].startswith("M66.7 ")
-    assert not read(charts.bar(5, 10)).all("path")
+    assert [rect.attrs["width"] for rect in drawn.all("rect")] == ["100%", "100%"]
+    (tick,) = drawn.all("line", look="limit")
+    assert tick.attrs["x1"] == tick.attrs["x2"] == "66.7%"
+    assert not read(charts.bar(5, 10)).all("line")
+
+
+def test_a_bar_tells_what_must_fit_from_what_may_be_dropped() -> None:
+    widths = {rect.attrs["class"]: rect.attrs["width"] for rect in read(charts.bar(6, 10, firm=4)).all("rect")}
+    assert widths == {"track": "100%", "all": "60%", "firm": "40%"}
 
 
 def test_unknown_tables_do_not_break_an_old_result(result: Result) -> None:

@@ -27,7 +27,6 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 12, 24, 24
 # What a letter of a label takes, in the units of the drawing.
 _LETTER = 6.5
 _MOST_BYTES = 1 << 80
-_WIDE = '<svg class="{}" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
 _BLOCK = re.compile(r"(.*?)(\d+)((?:\.\D*)?)")
 
 
@@ -92,7 +91,7 @@ def decimate(times: Sequence[float], values: Sequence[int], limit: int) -> list[
         return list(zip(times, values, strict=False))
     stretches = max(limit - 2, 1)
     edges = [1 + (last - 1) * i // stretches for i in range(stretches + 1)]
-    highest = (max(range(low, high), key=values.__getitem__) for low, high in itertools.pairwise(edges) if high > low)
+    highest = [values.index(max(values[low:high]), low, high) for low, high in itertools.pairwise(edges) if high > low]
     return [(times[i], values[i]) for i in (0, *highest, last)]
 
 
@@ -103,16 +102,17 @@ def bar(size: float, capacity: float, *, firm: float | None = None, predicted: b
     """
     full = max(size, capacity, 1)
     width = short(100 * size / full)
-    parts = ['<rect class="track" width="100" height="8"/>']
+    parts = ['<rect class="track" width="100%"/>']
     if predicted:
-        parts.append(f'<path class="hatch" d="M0 4H{width}"/><rect class="guess" width="{width}" height="8"/>')
-    else:
-        parts.append(f'<rect class="all" width="{width}" height="8"/>')
+        parts.append(f'<line class="hatch" x2="{width}%" y1="50%" y2="50%"/><rect class="guess" width="{width}%"/>')
+    elif firm is None or firm < size:
+        parts.append(f'<rect class="all" width="{width}%"/>')
     if firm is not None:
-        parts.append(f'<rect class="firm" width="{short(100 * min(firm, size) / full)}" height="8"/>')
+        parts.append(f'<rect class="firm" width="{short(100 * min(firm, size) / full)}%"/>')
     if size > capacity:
-        parts.append(f'<path class="limit" d="M{short(100 * capacity / full)} -2V10"/>')
-    return Markup(f"{_WIDE.format('bar')}{''.join(parts)}</svg>")
+        tick = short(100 * capacity / full)
+        parts.append(f'<line class="limit" x1="{tick}%" x2="{tick}%" y1="-25%" y2="125%"/>')
+    return Markup(f'<svg class="bar" aria-hidden="true">{"".join(parts)}</svg>')
 
 
 def groups(device_map: Mapping[str, str]) -> list[Group]:
@@ -134,10 +134,10 @@ def strip(found: Sequence[Group]) -> Markup:
     for group in found:
         width = 100 * group.count / total
         title = escape(f"{visible(group.modules)}: {visible(group.tier)}")
-        where = f'x="{short(at)}" width="{short(width)}" height="8"'
+        where = f'x="{short(at)}%" width="{short(width)}%"'
         parts.append(f'<rect class="t-{group.look}" {where}><title>{title}</title></rect>')
         at += width
-    return Markup(f"{_WIDE.format('strip')}{''.join(parts)}</svg>")
+    return Markup(f'<svg class="strip" aria-hidden="true">{"".join(parts)}</svg>')
 
 
 def _block_of(item: tuple[str, str]) -> tuple[str | None, str, str]:
@@ -218,17 +218,18 @@ def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> st
     # Both axes are linear: two of their places give all, for each point counts on a page of thousands of drawings.
     left, bottom = scale.x(0), scale.y(0)
     wide, high = scale.x(1) - left, (scale.y(units.GIB) - bottom) / units.GIB
-    drawn = _without_flat([(f"{left + wide * t:.1f}", f"{bottom + high * size:.1f}") for t, size in points])
-    path = "M" + "L".join([f"{x} {y}" for x, y in drawn])
+    heights = [f"{bottom + high * size:.1f}" for _, size in points]
+    drawn = [f"{left + wide * points[i][0]:.1f} {heights[i]}" for i in _corners(heights)]
+    path = "M" + "L".join(drawn)
     if line.filled:
-        path += f"V{HEIGHT - BOTTOM}H{drawn[0][0]}Z"
+        path += f"V{HEIGHT - BOTTOM}H{drawn[0].partition(' ')[0]}Z"
     return f'<path class="{line.look}" d="{path}"/>'
 
 
-def _without_flat(points: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Leave out the points in the middle of a level stretch: most of a model's life is one."""
-    last = len(points) - 1
-    return [point for i, point in enumerate(points) if i in (0, last) or not (points[i - 1][1] == point[1] == points[i + 1][1])]
+def _corners(heights: Sequence[str]) -> list[int]:
+    """Choose the points of a line but those in the middle of a level stretch: most of a model's life is one."""
+    last = len(heights) - 1
+    return [i for i, height in enumerate(heights) if i in (0, last) or not (heights[i - 1] == height == heights[i + 1])]
 
 
 def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:

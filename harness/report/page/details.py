@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, groupby
 
 import msgspec
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from harness.core import units
 from harness.core.records import Phase, Result
-from harness.core.text import visible
 from harness.measure import interference
 from harness.report.page import charts
-from harness.report.page.figures import Compared, Figure, compared, known
+from harness.report.page.figures import Compared, Figure, as_html, compared, known
 
 
 class Map(msgspec.Struct, frozen=True):
@@ -27,13 +26,13 @@ class Map(msgspec.Struct, frozen=True):
 class Details(msgspec.Struct, frozen=True):
     """The details of one case. `figures` and `phases` are rows of tables, which are most of a page and so are written at once."""
 
-    figures: Markup
+    figures: str
     measured: bool
     predicted: bool
     chart: Markup | None
     lines: tuple[tuple[str, str], ...]
     columns: tuple[str, ...]
-    phases: Markup
+    phases: str
     map: Map | None
     held: tuple[tuple[str, tuple[Figure, ...]], ...]
     disturbances: tuple[tuple[str, str], ...]
@@ -45,13 +44,13 @@ def details(result: Result, *, points: int) -> Details:
     peaks, rows = _peaks(result.phases), compared(result)
     measured, predicted = any(row.figure.value for row in rows), any(row.best for row in rows)
     return Details(
-        figures=Markup("".join([_figure_row(row, measured, predicted, why) for row, why in _with_doubts(rows)])),
+        figures="".join([_figure_row(row, measured, predicted, why) for row, why in _with_doubts(rows)]),
         measured=measured,
         predicted=predicted,
         chart=charts.timeline(result.timeline, result.phases, points=points),
         lines=_lines(result),
         columns=tuple(peaks),
-        phases=Markup("".join(_phase_rows(result.phases, tuple(peaks.values())))),
+        phases="".join(_phase_rows(result.phases, tuple(peaks.values()))),
         map=_map(result),
         held=_loaded_tables(result),
         disturbances=_disturbances(result),
@@ -88,11 +87,11 @@ def _figure_row(row: Compared, measured: bool, predicted: bool, why: str) -> str
         cells += f"<td>{shown}{_notes(row.spread, why)}</td>"
     if predicted:
         cells += f"<td>{row.best.__html__()}{_notes(row.interval)}</td>" if row.best else "<td></td>"
-    return f'<tr><th scope="row">{escape(visible(row.figure.label))}</th>{cells}</tr>\n'
+    return f'<tr><th scope="row">{as_html(row.figure.label)}</th>{cells}</tr>\n'
 
 
 def _notes(*texts: str) -> str:
-    return "".join([f"<small>{escape(visible(text))}</small>" for text in texts if text])
+    return "".join([f"<small>{as_html(text)}</small>" for text in texts if text])
 
 
 def _phase_rows(phases: Sequence[Phase], columns: Sequence[Sequence[int | None]]) -> Iterator[str]:
@@ -104,7 +103,7 @@ def _phase_rows(phases: Sequence[Phase], columns: Sequence[Sequence[int | None]]
         peaks = [max([size for i in same if (size := column[i]) is not None], default=None) for column in columns]
         cells = "".join(["<td></td>" if size is None else f"<td>{units.format_size(size)}</td>" for size in peaks])
         label = f"{name} ×{len(same)}" if len(same) > 1 else name
-        yield f'<tr><th scope="row">{escape(visible(label))}</th><td>{" to ".join(times)}</td>{cells}</tr>\n'
+        yield f'<tr><th scope="row">{as_html(label)}</th><td>{" to ".join(times)}</td>{cells}</tr>\n'
 
 
 def _phase_name(phase: Phase) -> str:

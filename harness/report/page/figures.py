@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -99,18 +100,34 @@ class Figure(msgspec.Struct, frozen=True):
 
     def __html__(self) -> str:
         if not self.value:
-            return f'<span class="none">{_attribute(self.text)}</span>'
-        doubts = f'<em class="doubt" title="{_attribute(self.noisy)}">noisy</em> ' if self.noisy else ""
+            return f'<span class="none">{as_html(self.text)}</span>'
+        doubts = f'<em class="doubt" title="{as_html(self.noisy)}">noisy</em> ' if self.noisy else ""
         if self.derived:
-            doubts += f'<em class="doubt" title="{_attribute(self.derived)}">derived</em> '
+            doubts += f'<em class="doubt" title="{as_html(self.derived)}">derived</em> '
         if self.sampled:
             doubts += '<em class="doubt" title="sampled: the true peak may be higher">sampled</em> '
-        key = f' data-key="{_attribute(self.key)}"' if self.key else ""
+        key = f' data-key="{as_html(self.key)}"' if self.key else ""
         return f'{doubts}<data value="{self.value}"{key}>{self.text}</data>'
 
 
-def _attribute(text: str) -> str:
-    return escape(visible(text))
+# Longer texts are hardly ever said twice.
+_MOST_REMEMBERED = 200
+
+
+def as_html(text: str) -> str:
+    """Write a text as HTML, in an element or a quoted attribute, with what cannot be seen in it spelled out."""
+    return _as_html(text) if len(text) <= _MOST_REMEMBERED else str(escape(visible(text)))
+
+
+@functools.lru_cache(8192)
+def _as_html(text: str) -> str:
+    return str(escape(visible(text)))
+
+
+@functools.cache
+def icon(look: str) -> Markup:
+    """Return the icon of a status, or of what is best, by its look."""
+    return Markup(f'<svg class="icon" aria-hidden="true"><use href="#i-{escape(look)}"/></svg>')
 
 
 def known(key: str, label: str, value: float, text: str) -> Figure:
@@ -126,7 +143,8 @@ def metric(result: Result, key: str) -> Figure:
         return Figure(key=key, label=label, text="not measured", why=_absent(result, value))
     stored = known(key, label, value, format_metric(key, value) if key in METRICS else units.significant(value))
     sampled = key in ("ram_needed_bytes", "ram_peak_bytes", "load_ram_peak_bytes") and any(phase.sampled for phase in result.phases)
-    return msgspec.structs.replace(stored, noisy=result.noisy.get(key, ""), sampled=sampled)
+    noisy = result.noisy.get(key, "")
+    return msgspec.structs.replace(stored, noisy=noisy, sampled=sampled) if noisy or sampled else stored
 
 
 def _absent(result: Result, value: float | None) -> str:

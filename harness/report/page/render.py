@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from harness.core.records import Result
 from harness.core.redact import clean_text
 from harness.core.text import line, plural, visible
 from harness.machine import atomic
-from harness.report.page import charts, language, view
-from harness.report.page.details import details
-from harness.report.page.figures import surprise
+from harness.report.page import charts, language, packing, view
+from harness.report.page.cases import write_cases, write_cell, write_code
+from harness.report.page.figures import icon, surprise
 from harness.report.page.overview import overview
 from harness.results import selection
 
@@ -83,19 +82,28 @@ def render(
     found = view.blocks(results)
     facts = _facts(results, problems)
     measured = {key for result in results for key in result.metrics}
+    told = [_told(matrix, block, points) for block in found for matrix in block.matrices]
+    packed = packing.pack_parts(told) if facts.shown > _MOST_UNPACKED else None
+    parts = iter(packed.parts if packed else map(Markup, told))
     return template("page.html.j2", *frame.styles).render(
         title=title or _title(found),
         named=title,
         # What is fine is a line each, above what is worth a look.
         blocks=sorted(found, key=lambda block: bool(block.doubts)),
-        details=functools.partial(details, points=points),
+        cases={block.anchor: [next(parts) for _ in block.matrices] for block in found},
+        patterns=packed and packed.patterns,
         choices=view.choices(found),
-        packed=facts.shown > _MOST_UNPACKED,
         how=[(key, entry) for key, entry in METRICS.items() if key in measured],
         facts=facts,
         above=frame.above,
         below=frame.below,
     )
+
+
+def _told(matrix: view.Matrix, block: view.Block, points: int) -> str:
+    """Write all that is told of the cases of a matrix beside itself: most of a page, of which hardly any is read."""
+    at_a_glance = template("overview.html.j2").render(over=overview(matrix.cells))
+    return f'<div class="cases">{write_cases(matrix, block.anchor, points=points)}</div>\n{at_a_glance}'
 
 
 def most_bytes(cases: int, stored_bytes: int) -> int:
@@ -151,7 +159,7 @@ def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS, r
     )
     environment.filters.update(
         clip=_clip,
-        pack=_pack,
+        pack=packing.deflated,
         plural=plural,
         size=units.format_size,
         count=units.format_count,
@@ -159,21 +167,17 @@ def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS, r
     )
     # These two are ours and hold no text of a result, so they go in as they are; nothing else may apply or run.
     style = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in ("style.css", *styles))
-    code = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in scripts)
+    script = "".join((_TEMPLATES / file).read_text(encoding="utf-8") for file in scripts)
     environment.globals |= {
         "style_css": Markup(style),
-        "page_js": Markup(code),
+        "page_js": Markup(script),
         "chinese": language.block(language.CHINESE, *(Path(file).stem for file in styles)),
-        "policy": _policy(style, code) + _PYTHON * runs_python,
-        "overview": overview,
+        "policy": _policy(style, script) + _PYTHON * runs_python,
+        "cell": write_cell,
+        "code": write_code,
+        "icon": icon,
     }
     return environment.get_template(name)
-
-
-def _pack(html: str) -> Markup:
-    """Deflate a part of the page for a block of data that the script unpacks; base64 has no letter that ends the block."""
-    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    return Markup(base64.b64encode(deflate.compress(html.encode()) + deflate.flush()).decode())
 
 
 def _policy(style: str, script: str) -> str:

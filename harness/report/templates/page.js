@@ -281,15 +281,30 @@
       button.textContent = say("more", { left: queue.length });
     };
 
-    // Details: unpacked when one of them is first asked for, and moved beside its card in an order of one's own.
+    // Details: unpacked when one of them is first asked for, and moved beside its card in an order of one's own. A line that begins
+    // with a mark is the number of a pattern and what stands in its slots.
+    const MARK = "\u0001";
+    const inflated = async (block) => {
+      const bytes = Uint8Array.from(atob(block.textContent), (letter) => letter.charCodeAt(0));
+      return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"))).text();
+    };
+    let patterns;
+    const unpacked = async (block) => {
+      patterns ??= inflated(one("#patterns")).then((text) => text.split("\n").map((pattern) => pattern.split(MARK)));
+      const [text, known] = await Promise.all([inflated(block), patterns]);
+      const whole = (line) => {
+        if (!line.startsWith(MARK)) return line;
+        const [, number, ...slots] = line.split(MARK);
+        return known[parseInt(number, 16)].map((piece, i) => piece + (slots[i] ?? "")).join("");
+      };
+      return text.split("\n").map(whole).join("\n");
+    };
     const unpack = async (workload) => {
       const packed = workload && one(".packed", workload);
       if (!packed) return;
       finishSome(Infinity);
       try {
-        const bytes = Uint8Array.from(atob(one("script", packed).textContent), (letter) => letter.charCodeAt(0));
-        const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-        const html = await new Response(stream).text();
+        const html = await unpacked(one("script", packed));
         if (!packed.classList.contains("packed")) return; // asked for twice at once
         packed.classList.remove("packed");
         packed.innerHTML = html;
