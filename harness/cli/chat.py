@@ -125,8 +125,10 @@ def _free_port(host: str, port: int | None) -> int:
         except OSError as error:
             if error.errno == errno.EADDRINUSE and not port:
                 continue
-            what = f"--port {tried}" if error.errno in (errno.EADDRINUSE, errno.EACCES) else f"--host {host!r}"
-            raise UsageError(f"{what}: {error.strerror}") from None
+            of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            what = f"--port {tried}" if of_port else f"--host {host!r}"
+            instead = "another port" if of_port else "an address of this machine, such as 127.0.0.1"
+            raise UsageError(f"{what}: {error.strerror}; give {instead}") from None
     raise UsageError(f"no port from {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} is free: pass --port")
 
 

@@ -65,4 +65,4 @@ def _write(path: Path, data: bytes) -> None:
     try:
         atomic.write_bytes(path, data)
     except OSError as error:
-        raise UsageError(f"--junit {path}: cannot be written: {error.strerror}") from None
+        raise UsageError(f"--junit {path}: cannot be written: {error.strerror}; choose another place") from None

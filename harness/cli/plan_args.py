@@ -48,9 +48,11 @@ def asked_case(text: str) -> AskedCase:
     kv = next((name for name in KV_FORMS if f"kv-{name}" in more), None)
     attention = next((name for name in ATTENTIONS if name in more), None)
     unknown = [word for word in more if word not in (f"kv-{kv}", attention)]
-    for given, table in ((precision, PRECISIONS), (placement, PLACEMENTS)):
+    if "/" not in text:
+        raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT, such as int4/cpu")
+    for what, given, table in (("precision", precision, PRECISIONS), ("placement", placement, PLACEMENTS)):
         if given not in table:
-            raise UsageError(f"no case {text!r}: write PRECISION/PLACEMENT; {did_you_mean(given, table)}")
+            raise UsageError(f"no case {text!r}: unknown {what} {given!r}: {did_you_mean(given, table)}")
     if unknown:
         known = [*(f"kv-{name}" for name in KV_FORMS), *ATTENTIONS]
         raise UsageError(f"no case {text!r}: after @ comes how it generates; {did_you_mean(unknown[0], known)}")

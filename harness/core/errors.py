@@ -47,13 +47,13 @@ class WorkerError(HarnessError):
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """Say which known names resemble `value`, else list them all.
+    """Say which known names resemble `value`, else list them all; the dashes that all options begin with are no resemblance.
 
     Returns a phrase to end a sentence with, such as ``did you mean 'int4'?``.
     """
     names = sorted(known)
-    folded = {name.casefold(): name for name in names}
-    close = difflib.get_close_matches(value.casefold(), folded, n=3, cutoff=0.6)
+    folded = {name.casefold().lstrip("-"): name for name in names}
+    close = difflib.get_close_matches(value.casefold().lstrip("-"), folded, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(folded[name]) for name in close) + "?"
     return "known: " + ", ".join(names)

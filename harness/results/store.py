@@ -259,6 +259,8 @@ def read(path: Path) -> tuple[list[Result], list[StoreError]]:
                     problems.append(StoreError(path, one, number))
     except FileNotFoundError:
         raise StoreError(path, "no results here; run: pytest cases/ --results DIR") from None
+    except NotADirectoryError:
+        raise StoreError(path.parent, f"is a file: name the directory that holds {NAME}") from None
     except OSError as error:
         raise StoreError(path, f"cannot be read: {error.strerror or error}") from None
     if wrong > _MOST_TOLD:

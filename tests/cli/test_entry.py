@@ -89,7 +89,7 @@ def test_without_a_command_it_shows_what_it_can_do(capsys: pytest.CaptureFixture
         ("plna", "fitmatrix: no command 'plna': did you mean 'plan'?"),
         ("--vesion", "fitmatrix: no option --vesion: did you mean '--version'?"),
         ("plan chatglm-6b --precison int4", "fitmatrix plan: no option --precison: did you mean '--precision'"),
-        ("plan chatglm-6b --gqu 8GiB", "fitmatrix plan: no option --gqu: did you mean '--gpu' or '--cpu'?"),
+        ("plan chatglm-6b --gqu 8GiB", "fitmatrix plan: no option --gqu: did you mean '--gpu'?"),
         ("hardware --meassure", "fitmatrix hardware: no option --meassure: did you mean '--measure'?"),
         ("hardware --fast", "fitmatrix hardware: no option --fast: known: --cpu, --disk, --gpu,"),
         ("plan chatglm-6b --pr 8", "fitmatrix plan: --pr can mean --precision or --prompt-tokens or --prove-min-ram:"),

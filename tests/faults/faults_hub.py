@@ -24,7 +24,7 @@ import pytest
 
 from harness.core.units import MIB, format_size
 from tests.faults.faults_files import save_one
-from tests.support.hub_server import Handler, HubServer
+from tests.support.hub_server import Handler, HubServer, drip, go_on
 from tests.support.reporting import Figure
 
 ROOT = Path(__file__).parents[2]
@@ -110,15 +110,12 @@ def other_bytes(handler: Handler, answer: Answer) -> None:
 
 def endless(handler: Handler, answer: Answer) -> None:
     begin(handler, answer, None)
-    while True:
-        handler.wfile.write(answer[1] or b" " * 1000)
+    go_on(handler, answer[1] or b" " * 1000)
 
 
-def drip(handler: Handler, answer: Answer) -> None:
+def dripping(handler: Handler, answer: Answer) -> None:
     begin(handler, answer, None)
-    for byte in answer[1] * 100:
-        handler.wfile.write(bytes([byte]))
-        time.sleep(0.05)
+    drip(handler, answer[1])
 
 
 def bomb(handler: Handler, answer: Answer) -> None:
@@ -158,7 +155,7 @@ FAULTS: Mapping[str, Callable[[Handler, Answer], None]] = {
     "too-long": too_long,
     "other-bytes": other_bytes,
     "unending": endless,
-    "dripping": drip,
+    "dripping": dripping,
     "packed": bomb,
     "silent": silent,
     "hung-up": hung_up,

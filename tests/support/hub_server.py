@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 COMMIT = "c" * 40
+ENDLESS_BYTES, DRIPS_S = 256 << 20, 15.0  # what never ends goes on for so long: several times what any bound lets through
 
 
 class HubServer(ThreadingHTTPServer):
@@ -135,30 +136,40 @@ class Handler(BaseHTTPRequestHandler):
         """Keep quiet."""
 
 
-def _endless(handler: Handler) -> None:
-    """Go on and on, as fast as the reader takes it."""
-    handler.send_response(200)
-    handler.end_headers()
-    handler.wfile.write(b'{"siblings": [')
-    while True:
-        handler.wfile.write(b'{"rfilename": "model.safetensors", "size": 1},' * 10_000)
+def go_on(handler: Handler, piece: bytes) -> None:
+    """Repeat a piece far beyond every bound, as fast as the reader takes it; not for ever: a reader without a bound is to fail."""
+    handler.close_connection = True  # the end of what has no length
+    many = piece * (1 + (64 << 10) // len(piece))
+    for _ in range(ENDLESS_BYTES // len(many)):
+        handler.wfile.write(many)
 
 
-def _drip(handler: Handler, data: bytes) -> None:
-    """A byte at a time, each in time for any time limit of a socket."""
+def drip(handler: Handler, data: bytes) -> None:
+    """Send a byte at a time, each in time for any time limit of a socket; not for ever, as above."""
+    handler.close_connection = True
+    begun_s = time.monotonic()
     for byte in data * 100:
         handler.wfile.write(bytes([byte]))
         time.sleep(0.05)
+        if time.monotonic() - begun_s > DRIPS_S:
+            return
+
+
+def _endless(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(b'{"siblings": [')
+    go_on(handler, b'{"rfilename": "model.safetensors", "size": 1},' * 10_000)
 
 
 def _drip_body(handler: Handler) -> None:
     handler.send_response(200)
     handler.end_headers()
-    _drip(handler, b" ")
+    drip(handler, b" ")
 
 
 def _drip_headers(handler: Handler) -> None:
-    _drip(handler, b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100)
+    drip(handler, b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100)
 
 
 def _bomb(handler: Handler) -> None:

@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, Device]:
         return _entries(found, path)
     except OSError as error:
         what = f"more than a device map can need, {_MOST_BYTES >> 20} MiB" if error.errno == errno.EFBIG else error.strerror
-        raise UsageError(f"--device-map {path}: {what}") from None
+        raise UsageError(f"--device-map {path}: {what}; name a file of JSON or TOML that gives each module a device") from None
     except (ValueError, RecursionError) as error:  # of JSON, TOML and UTF-8; or too deep, or a number too long to be written
         kind = "TOML" if path.suffix == ".toml" else "JSON"
         raise UsageError(f"--device-map {path} is not {kind}: {error}") from None
