@@ -198,7 +198,7 @@ def test_damaged_model_is_refused_before_anything_runs(project: Project) -> None
 
 
 def test_a_case_that_needs_more_than_its_ram_is_out_of_memory(project: Project) -> None:
-    project.behave(fp32="hoard")
+    project.behave(fp32="hoard_and_hang")
     done = project.run("--ram", "300MiB", "--run-all")
     (result,) = project.results
     assert (result.id, result.outcome) == ("tiny/fp32/cpu@ram300MiB", Outcome.OOM)

@@ -95,7 +95,7 @@ def run(scratch: Path, behaviour: str, ram_bytes: int | None = None) -> Result:
 
 def test_without_a_group_the_guard_holds_a_case_to_its_ram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "group", lambda _: None)
-    result = run(tmp_path, "hoard", 300 * MIB)
+    result = run(tmp_path, "hoard_and_hang", 300 * MIB)
     assert (result.outcome, result.stage) == (Outcome.OOM, "load")
     assert result.why is not None
     assert "that cannot be dropped, and --ram allows 300 MiB" in result.why
@@ -106,7 +106,7 @@ def test_without_a_group_the_guard_holds_a_case_to_its_ram(tmp_path: Path, monke
 
 @pytest.mark.skipif(not cgroup.is_allowed(), reason="no control group can be made here")
 def test_in_a_group_the_kernel_holds_a_case_to_its_ram(tmp_path: Path) -> None:
-    result = run(tmp_path, "hoard", 300 * MIB)
+    result = run(tmp_path, "hoard_and_hang", 300 * MIB)
     assert (result.outcome, result.why) == (Outcome.OOM, "out of memory during load: it needed more than --ram 300MiB allows")
     assert result.id.endswith("cpu@ram300MiB")
     folder = next(cgroup._parents(cgroup.ROOT))[0]
@@ -120,7 +120,7 @@ def test_what_fits_its_limit_runs(tmp_path: Path) -> None:
 def test_the_machine_s_last_memory_ends_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = headroom.available()()
     monkeypatch.setattr(headroom, "floor_bytes", lambda: before - 200 * MIB)
-    result = run(tmp_path, "hoard")
+    result = run(tmp_path, "hoard_and_hang")
     assert result.outcome is Outcome.OOM
     assert result.why is not None
     assert "it was ended when the machine had only" in result.why

@@ -322,7 +322,7 @@ BEHAVIOURS: Mapping[str, Mapping[str, Step]] = {
     "hang_in_load": {"load": do(hang)},
     "hang_in_cold": {"cold": do(hang)},
     "hang_in_score": {"score": do(hang)},
-    "hoard": {"load": do(hoard)},
+    "hoard_and_hang": {"load": do(hoard)},
     "noise": {"load": do(make_noise), "cold": do(make_noise)},
     "nonsense": {"load": do(send(framed=b"Loading checkpoint shards: 100%"), hang)},
     "unknown_message": {"load": do(send(framed=b'{"kind":"loading","percent":3}'), hang)},
