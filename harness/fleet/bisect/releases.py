@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +12,9 @@ from packaging.version import InvalidVersion, Version
 
 from harness.core.errors import UsageError
 from harness.core.records import Record
+
+# The line of `pip index versions` that lists them: the pip of a new environment of Python 3.11 has no --json for it.
+_AVAILABLE = re.compile(r"^Available versions: (.+)$", re.M)
 
 
 class ReleaseRange(Record, frozen=True, kw_only=True):
@@ -48,13 +51,13 @@ def _listed(package: str, wheels: Path | None) -> list[str]:
     if wheels is not None and not wheels.is_dir():
         raise UsageError(f"--find-links {wheels}: there is no such directory; name one with wheels of {package}")
     where = ["--no-index", "--find-links", str(wheels)] if wheels else []
-    command = [sys.executable, "-m", "pip", "index", "versions", package, "--json", "--pre", *where]
+    command = [sys.executable, "-m", "pip", "index", "versions", package, "--pre", *where]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         raise UsageError(f"--package {package}: pip lists no releases of it ({said[-1]}); check the name, and pip config list")
-    versions: list[str] = json.loads(done.stdout)["versions"]
-    return versions
+    found = _AVAILABLE.search(done.stdout)
+    return found[1].split(", ") if found else []
 
 
 def _known(flag: str, text: str, package: str, known: Sequence[Version]) -> Version:
