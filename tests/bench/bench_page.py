@@ -19,6 +19,8 @@ from tests.support.builders import GOLDEN
 from tests.support.reporting import Figure
 
 ROUNDS = 5
+# Of processor time, which neighbors on the other core make longer: what is wanted on a quiet machine, and what holds beside others.
+AIM_S, LIMIT_S = 3.0, 6.0
 # Fields of the filter bar and what is chosen in each, one after the other.
 CHOICES = (("precision", "int4"), ("precision", ""), ("fits", "8"), ("outcome", "oom"), ("fits", ""), ("outcome", ""))
 CHOOSE = """
@@ -54,8 +56,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     driver.quit()
 
 
-@pytest.mark.parametrize(("cases", "seconds", "megabytes"), [(500, 1.0, 2.0), (10_000, 5.0, None)])
-def test_renders(figures: list[Figure], cases: int, seconds: float, megabytes: float | None) -> None:
+@pytest.mark.parametrize(("cases", "wanted_s", "limit_s", "megabytes"), [(500, 1.0, 1.0, 2.0), (10_000, AIM_S, LIMIT_S, 12.0)])
+def test_renders(figures: list[Figure], cases: int, wanted_s: float, limit_s: float, megabytes: float) -> None:
     results, taken = many(cases), []
     render.render(results[:1])  # compiles the templates
     for _ in range(ROUNDS):
@@ -63,11 +65,10 @@ def test_renders(figures: list[Figure], cases: int, seconds: float, megabytes: f
         html = render.render(results)
         taken.append(time.process_time() - begun)
     took, size = statistics.median(taken), len(html.encode()) / 1e6
-    wanted = f"{megabytes:.0f} MB" if megabytes else ""
-    figures.append(Figure(what=f"page of {cases:,} results", found=f"{size:.2f} MB", wanted=wanted, rows=1))
-    figures.append(Figure(what="rendered in processor time of", found=f"{took:.2f} s", wanted=f"{seconds:.0f} s", rows=ROUNDS))
-    assert took <= seconds
-    assert megabytes is None or size <= megabytes
+    figures.append(Figure(what=f"page of {cases:,} results", found=f"{size:.2f} MB", wanted=f"{megabytes:.0f} MB", rows=1))
+    figures.append(Figure(what="rendered in processor time of", found=f"{took:.2f} s", wanted=f"{wanted_s:.0f} s", rows=ROUNDS))
+    assert took <= limit_s
+    assert size <= megabytes
 
 
 def test_paints_and_filters(browser: Chrome, figures: list[Figure], tmp_path: Path) -> None:

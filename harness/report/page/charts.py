@@ -218,18 +218,20 @@ def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> st
     # Both axes are linear: two of their places give all, for each point counts on a page of thousands of drawings.
     left, bottom = scale.x(0), scale.y(0)
     wide, high = scale.x(1) - left, (scale.y(units.GIB) - bottom) / units.GIB
-    heights = [f"{bottom + high * size:.1f}" for _, size in points]
-    drawn = [f"{left + wide * points[i][0]:.1f} {heights[i]}" for i in _corners(heights)]
-    path = "M" + "L".join(drawn)
+    drawn = _corners([(left + wide * t, bottom + high * size) for t, size in points])
+    # All numbers in one format: it takes half the time of one after the other.
+    path = "M" + "L".join(["%.1f %.1f"] * len(drawn)) % tuple(itertools.chain.from_iterable(drawn))
     if line.filled:
-        path += f"V{HEIGHT - BOTTOM}H{drawn[0].partition(' ')[0]}Z"
+        path += f"V{HEIGHT - BOTTOM}H{drawn[0][0]:.1f}Z"
     return f'<path class="{line.look}" d="{path}"/>'
 
 
-def _corners(heights: Sequence[str]) -> list[int]:
-    """Choose the points of a line but those in the middle of a level stretch: most of a model's life is one."""
-    last = len(heights) - 1
-    return [i for i, height in enumerate(heights) if i in (0, last) or not (heights[i - 1] == height == heights[i + 1])]
+def _corners(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Leave out the points in the middle of a stretch that is level to a tenth: most of a model's life is one."""
+    tenths = [int(10 * y + 0.5) for _, y in points]
+    inner = range(1, len(points) - 1)
+    corners = [points[i] for i in inner if not tenths[i - 1] == tenths[i] == tenths[i + 1]]
+    return [points[0], *corners, *points[1:][-1:]]
 
 
 def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
