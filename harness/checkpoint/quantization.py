@@ -271,9 +271,10 @@ def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
     if method == "compressed-tensors":
         return f"{method} {settings.get('format')}"
     if "packing_format" in settings:  # AutoRound's: that of another package, which it names at the end
-        return {"gptq": "gptq", "awq": "awq"}.get(str(settings["packing_format"]).rpartition("_")[2])
+        end = str(settings["packing_format"]).rpartition("_")[2]
+        return end if end in METHODS and METHODS[end].on_cards else None
     if method not in _WITH_VARIANTS:
-        return {"mxfp8": "fp8"}.get(method, method)
+        return METHODS[method].layout or method if method in METHODS else method
     keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
     formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
     if settings.get("quantization_mode") == "online":  # of BitNet: stored in 16 bits

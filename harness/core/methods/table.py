@@ -44,6 +44,7 @@ class Method(Record, frozen=True, kw_only=True):
     only_of: str | None = None  #: the only `model_type` that is stored so
     keeps_dtype: bool = False  #: what is not packed keeps the dtype of the files, whichever is asked for; only biases take that
     on_cards: bool = False  #: a row of PACKED_KERNELS multiplies the weights on a card
+    layout: str | None = None  #: whose row of LAYOUTS its files follow, where it is another method's
     writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
@@ -269,7 +270,7 @@ _ROWS = (
         unsupported='transformers 5 reads no stored NVFP4 ("Loading pre-quantized NVFP4 checkpoints is not supported yet"): '
         "vLLM and TensorRT-LLM do",
     ),
-    _derived(_FP8, name="mxfp8", title="MXFP8"),
+    _derived(_FP8, name="mxfp8", title="MXFP8", layout="fp8"),
     Method(
         name="auto-round",
         title="AutoRound",
