@@ -247,15 +247,41 @@ SPEAKS_OF_METHODS = {
     "checkpoint.quantization",
     "checkpoint.settings_check",
     "core.attention",  # hqq as a package that stores a cache
-    "worker.build_skeleton",  # gguf as the key of a request
+    "architecture.skeleton_source",  # gguf as the key of a request
+    "worker.build_skeleton",  # the same, read
+    "planning.other_form",  # a sentence on experts that takes its figures from two rows
     "worker.trace.fake_model",
     "worker.trace.load",
     "worker.trace.quantized_kernels",
 }
 
 
+# Who reads the record of a family or format for what it says; that they are few shows that it says enough.
+ASKS_A_RECORD = {
+    "GGUF": {
+        "architecture.model_spec",
+        "catalog.download",
+        "catalog.resolve",
+        "checkpoint.quantization",
+        "checkpoint.reader",
+        "planning.code",
+        "worker.gguf.metadata",
+    },
+    "CHATGLM": {"checkpoint.quantization"},
+    "MOSS": {"checkpoint.quantization", "models.moss"},
+}
+LOOKUPS = ("get", "pop", "setdefault", "startswith", "endswith")
+
+
+def dicts_in_functions(tree: ast.AST) -> Iterator[ast.Dict]:
+    """Yield the tables that functions make for themselves; those of modules are rows."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            yield from (node for node in ast.walk(function) if isinstance(node, ast.Dict))
+
+
 def method_comparisons(tree: ast.AST) -> list[str]:
-    """Return the places where code goes by the name of a method, of a family or of a format: `== "gguf"`, `is MOSS`."""
+    """Return the places where code goes by the name of a method, of a family or of a format: `== "gguf"`, `is MOSS`, `x["awq"]`."""
     names = {*METHODS, *OWN}
     records = {"GGUF", "CHATGLM", "MOSS"}
     found = []
@@ -263,20 +289,25 @@ def method_comparisons(tree: ast.AST) -> list[str]:
         asked: list[ast.expr] = []
         if isinstance(node, ast.Compare):
             asked = [node.left, *node.comparators]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("startswith", "endswith"):
-            asked = node.args
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOOKUPS:
+            asked = node.args[:1]
+        elif isinstance(node, ast.Subscript):
+            asked = [node.slice]
         elif isinstance(node, ast.MatchValue):
             asked = [node.value]
         flat = [part for one in asked for part in (one.elts if isinstance(one, ast.Tuple | ast.List | ast.Set) else [one])]
         said = {part.value for part in flat if isinstance(part, ast.Constant) and isinstance(part.value, str)}
         said |= {part.id for part in flat if isinstance(part, ast.Name)} & records
         found += [f"{ast.unparse(node)}" for name in said if name in names | records]
-    return found
+    keys = (key.value for table in dicts_in_functions(tree) for key in table.keys if isinstance(key, ast.Constant))
+    return found + [f"{{{key!r}: ...}}" for key in keys if key in names]
 
 
 def test_a_comparison_with_a_method_is_seen() -> None:
     seen = "a == 'gguf'; b in ('moss', 'x'); c.startswith('gptq'); d is CHATGLM; e = 'awq'; f == 'other'"
+    looked_up = "g['fp8']; h.get('awq', 1); i = {'gptq': 1}\ndef j(): return {'mxfp4': 1}[k]"
     assert len(method_comparisons(ast.parse(seen))) == 4
+    assert len(method_comparisons(ast.parse(looked_up))) == 3
 
 
 def test_behavior_of_a_method_stands_in_its_row() -> None:
@@ -288,3 +319,14 @@ def test_behavior_of_a_method_stands_in_its_row() -> None:
     }
     assert {name: places for name, places in found.items() if name not in SPEAKS_OF_METHODS} == {}
     assert found.keys() >= SPEAKS_OF_METHODS, "the list names a module that needs it no more"
+
+
+def test_few_read_the_records_of_families_and_formats() -> None:
+    """A module more on the list is a behavior that had better be a field of the record."""
+    reads: dict[str, set[str]] = {name: set() for name in ASKS_A_RECORD}
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "harness.core.families":
+                for alias in node.names:
+                    reads.get(alias.name, set()).add(module)
+    assert reads == ASKS_A_RECORD

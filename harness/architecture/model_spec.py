@@ -232,7 +232,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         # Masks beside the weights are not loaded.
         tensor_bytes=sum(tensor.bytes for tensor in read.distinct if tensor.dtype != "bool") if packed else None,
         as_held=_as_held(found, names),
-        repeated=frozenset(found.tied.keys() & names),
+        repeated=frozenset(name for name, source in found.tied.items() if {name, source} <= names),
         largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=tokenizer,
         notes=tuple(filter(None, (note, *notes, untied, None if tokenizer else _NO_TOKENIZER))),

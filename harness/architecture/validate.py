@@ -84,6 +84,8 @@ class _Comparison:
         self.layout = packed.layout if packed else None
         self.silent = packed is not None and self.layout is None
         self.naming = found.naming
+        turned = (module for module in found.root.walk() if module.block.linear == "conv1d")
+        self.turned = frozenset(weight.path for module in turned for weight in module.weights)
         self.names = frozenset(tensor.name for tensor in read.tensors)
         self.wanted = {} if self.silent else {w.path: w for w in found.weights if w.tensor.kind != "unsaved"}
         self.arrived: dict[str, list[StoredWeight]] = defaultdict(list)
@@ -238,7 +240,7 @@ class _Comparison:
     def _fault(self, stored: StoredWeight, weight: Weight) -> str | None:
         shape, tensor = weight.tensor.shape, stored.tensor
         if stored.packed:
-            return self._packed_fault(stored, shape)
+            return self._packed_fault(stored, shape[::-1] if stored.name in self.turned else shape)
         if tensor.shape != shape and not self._converts(stored, shape):
             return f"{shown(tensor.name)} is {_by(tensor.shape)}, the config asks for {_by(shape)}"
         if self.packed is None and tensor.dtype.startswith("float8") and (scale := _scale_of(tensor.name, self.names)):
@@ -286,10 +288,10 @@ class _Comparison:
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
         name = missing[0]
         if self._is_headless(missing):
-            what = f"holds all of {self.found.model_class} but its output head ({shown(name)})"
-            raise self._error(
-                self.read.files[0].name, f"{what}, as embedding models do: it continues no text, and AutoModel loads it"
-            )
+            other = next((one.name for one in self.lost if one.name.startswith("score.")), None)
+            kind = "as embedding models do" if other is None else f"and {shown(other)} instead, as models that judge texts do"
+            what = f"holds all of {self.found.model_class} but its output head ({shown(name)}), {kind}"
+            raise self._error(self.read.files[0].name, f"{what}: it continues no text, and AutoModel loads it")
         listed = self.read.listed.get(name)
         if listed is not None:
             what = f"does not hold {shown(name)}{more(missing)}, which the index says it does"

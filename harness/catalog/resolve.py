@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -272,7 +273,9 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
     if "config.json" not in names and any(name.endswith(GGUF.suffix) for name in names):
         return  # a GGUF file has its config within
     if "config.json" not in names:
-        way_out = "give the directory that save_pretrained wrote or that was downloaded whole"
+        inside = ", ".join(quote(name) for name in _models_inside(path))
+        written = "the directory that save_pretrained wrote or that was downloaded whole"
+        way_out = f"give the model inside: {inside}" if inside else f"give {written}"
         raise refuse(Directory(path), sorted(names), f"no config.json: {way_out}{_namesake(path.name)}")
     if not weights:
         return
@@ -281,6 +284,13 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
         shards(Directory(path), chosen)
     elif not any(name.endswith((".safetensors", ".bin", GGUF.suffix)) for name in names):
         raise refuse(Directory(path), sorted(names), f"no weights ({WEIGHTS[0]} or {WEIGHTS[2]}): download the model again, whole")
+
+
+def _models_inside(path: Path) -> list[str]:
+    """Name the folders one level down that hold a model, or the hub's cache of one; a few of them."""
+    found = (child for child in sorted(path.iterdir()) if child.is_dir())
+    models = (child.name for child in found if (child / CONFIG).is_file() or (child / "snapshots").is_dir())
+    return list(itertools.islice(models, 4))
 
 
 def _namesake(name: str) -> str:

@@ -22,6 +22,7 @@ from harness.core.records import Record
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODULE = "peft"  # what transformers' load_adapter asks to be installed
 _CONFIG = "config.json"
+_TASK = "CAUSAL_LM"
 _MERGE = "merge it into a copy of its base (merge_and_unload of peft), and give that"
 _LEFT_OFF = "transformers fills no adapter of layers that lie outside of the memory they run in, and answers wrongly"
 # What loading refuses, by the trait of a placement.
@@ -149,6 +150,10 @@ def _check_kind(folder: Folder, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise _fault(folder, ADAPTER, f"is an adapter of the type {quote(kind)}, and LORA is what can be planned: {_MERGE}")
+    task = config.get("task_type")
+    if task not in (None, _TASK):
+        what = f"is an adapter for the task {quote(task)}, and only models are measured that continue a text ({_TASK})"
+        raise _fault(folder, ADAPTER, f"{what}: peft's own classes load it")
     more = next((key for key in _MORE if config.get(key)), None)
     if more is not None:
         raise _fault(folder, ADAPTER, f"sets {more}, so it is more than LoRA beside Linear modules: {_MERGE}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from harness.checkpoint import settings_check
 from harness.checkpoint.formats.files import Blob, Folder, check_enclosed, quote
 from harness.checkpoint.formats.safetensors_header import marks, parse_config, read_index
 from harness.core.errors import CheckpointError
@@ -29,10 +30,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CUSTOM_GENERATE = "custom_generate/generate.py"
 TEMPLATES = "additional_chat_templates"  # whose *.jinja transformers reads as well
 ADAPTER = "adapter_config.json"
+GENERATION = "generation_config.json"
 
 # The configs that transformers and the packages of quantizers open; what else is called so is nobody's.
 CONFIGS = frozenset((
-    "audio_tokenizer_config.json", "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "audio_tokenizer_config.json", "config.json", GENERATION, "preprocessor_config.json", "processor_config.json",
     "quant_config.json", "quantize_config.json", "special_tokens_map.json", TOKENIZER_CONFIG, "video_preprocessor_config.json",
 ))  # fmt: skip
 _TEXT = re.compile(r".*\.(txt|model|jinja|tiktoken)|(.*tokenizer.*|.*vocab.*|added_tokens|chat_template|tekken|merges)\.json")
@@ -151,7 +153,10 @@ def _check_text(folder: Folder, name: str) -> None:
         return  # an empty file holds nothing; whoever needs it says so
     with closing(folder.open(name)) as blob:
         if name in CONFIGS:
-            _check_paths(folder, blob.where, parse_config(blob))
+            config = parse_config(blob)
+            _check_paths(folder, blob.where, config)
+            if name == GENERATION and (fault := settings_check.generation_fault(config)):
+                raise CheckpointError(blob.where, f"{fault}: correct it, or take the file away")
         else:
             _check_bounds(blob)
 

@@ -44,12 +44,21 @@ def _fixed(what: str, way: str) -> Callable[[Folder, str], str]:
     return lambda _, name: f"is {what} ({quote(name)}), not a model of transformers: {way}"
 
 
+def _variant(_: Folder, name: str) -> str:
+    """Say that files are those of a variant, which a loader asks for by name."""
+    variant = next(part for part in name.split(".")[1:] if part not in ("index", "safetensors", "bin", "json"))
+    way = f"from_pretrained finds it by variant={variant!r}; here rename its files to those without it"
+    return f"has its weights as a variant ({quote(name)}) alone: {way}"
+
+
+_VARIANTS = ("model.*.safetensors", "model.safetensors.index.*.json", "pytorch_model.*.bin", "pytorch_model.bin.index.*.json")
 _OF_MAKERS = ("a model as its makers' own code keeps it", "take the copy for transformers, which has a config.json")
 FOREIGN_FOLDERS = (
     ForeignFolder(ADAPTER, _adapter),
     ForeignFolder("model_index.json", _fixed("a pipeline of diffusers, which makes images or sound", "DiffusionPipeline loads it")),
     ForeignFolder("params.json", _fixed(*_OF_MAKERS)),
     ForeignFolder("consolidated*", _fixed(*_OF_MAKERS)),
+    *(ForeignFolder(pattern, _variant) for pattern in _VARIANTS),
     ForeignFolder("ggml-*.bin", _fixed("a file of llama.cpp from before GGUF", "convert it by an older llama.cpp, or take a GGUF")),
     ForeignFolder("openvino_model.xml", _fixed("an export for OpenVINO", "optimum-intel loads it; here take the original")),
     ForeignFolder("*.engine", _fixed("an engine of TensorRT-LLM", "TensorRT-LLM runs it on the card that it was built for")),

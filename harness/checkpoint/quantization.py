@@ -11,6 +11,17 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from harness.checkpoint.layouts import LAYOUTS, TORCHAO_PARTS, Layout, Sides
+from harness.checkpoint.quantization_words import (
+    believable_bits,
+    bits_in,
+    bits_of,
+    bitsandbytes_type,
+    differ,
+    group_in,
+    is_of_experts,
+    schemes_in,
+    torchao_type,
+)
 from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
 from harness.core.families import CHATGLM, GGUF, MOSS, family_of
 from harness.core.methods.table import METHODS, OWN, Method, foreign, method_name, settings_of
@@ -23,24 +34,23 @@ if TYPE_CHECKING:
 # Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
 _BESIDE = re.compile(
     r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format|qzeros|scales|qbiases|g_idx|weight_scale|weight_global_scale|input_global_scale|weight_scale_2"
-    r"|weight_scale_inv|weight_shape|weight_zero_point|weight_g_idx|input_scale|input_zero_point|output_scale|output_zero_point"
+    r"|weight_scale_inv|activation_scale|weight_shape|weight_zero_point|weight_g_idx|input_scale|input_zero_point|output_scale|output_zero_point"
     r"|bias_scale|bias_zero_point|codebooks|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
     r"|position_ids)$|\.quant_state\.|_scales$|\.meta\.(scale|zero)"
 )
 _ATTENTION_MASK = re.compile(r"(attn|attention)\.bias$")
 _PACKED_SUFFIXES = (".qweight", ".weight_packed")
+_WEIGHTS = (*_PACKED_SUFFIXES, ".weight")
+_FLOATS = ("float16", "bfloat16", "float32")
 
 # Methods whose layout goes by a version or a format, or is that of 16 bits.
 _WITH_VARIANTS = ("gptq", "awq", "bitsandbytes_4bit", "bitnet")
-# quant_method of transformers -> the key in its config that gives the bits
-_BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits", "nbits")
 # Methods that pack several weights into an integer under the name of the weight, beside a ".weight_scale".
 _WORDS_OF_BITS = ("bitnet", "gemma", "quark")
-_GROUP_KEYS = ("group_size", "q_group_size")
 # ... that tell modules apart whose bits are others
 _VARY_KEYS = ("dynamic", "extra_config", "layer_quant_config")
 # ... that say which modules are packed, where those are not all Linears but the head
-_SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head")
+_SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head", "llm_int8_skip_modules")
 
 
 class Packed(Record, frozen=True, kw_only=True):
@@ -53,8 +63,11 @@ class Packed(Record, frozen=True, kw_only=True):
     block: tuple[int, int] | None = None  #: outputs and inputs that share a scale, of methods that scale blocks
     varies: bool = False  #: bits differ from module to module
     selects: bool = False  #: the config names modules that are packed, or that are not
+    apart: bool = False  #: modules outside of experts are packed in several ways, and transformers unpacks in one while it loads
     scales: str | None = None  #: the dtype of its scales, if the headers were read
     held: str | None = None  #: the dtype of most of what is packed, if the headers were read; what stays packed keeps it
+    rest: str | None = None  #: the dtype of most of what is not packed, if the headers were read
+    scheme: str | None = None  #: what bitsandbytes calls weights of 4 bits that are stored so
     floats: tuple[int, int] = (0, 0)  #: elements and bytes of the scales and codebooks in the files
     dtype: str | None = None  #: what the config says of the rest, where nothing else runs
     packing: str = ""  #: how AutoRound says that it is packed
@@ -90,6 +103,15 @@ class Packed(Record, frozen=True, kw_only=True):
         """Say whether loading with a precision makes 16- or 32-bit weights of what is stored."""
         return self.method is not None and self.method.unpacked is not None and precision.name != self.precision
 
+    def in_part(self, precision: Precision) -> bool:
+        """Say whether only some Linear weights have the dtype of the packed ones, in a model loaded in a precision."""
+        return self.apart if self.unpacks(precision) else self.selects or self.varies
+
+    def holds_all(self, precision: Precision) -> bool:
+        """Say whether bitsandbytes holds the weights as it would have packed them while loading with a precision, all of them."""
+        by_it = self.method is not None and "bitsandbytes" in self.method.needs
+        return by_it and precision.name == self.precision and not self.selects
+
     def refusal(self, precision: Precision) -> str | None:
         """Say why it is not held this way; None if it is: it stays what it is or is unpacked, and nothing else is made of it."""
         if self.method is None:
@@ -116,19 +138,24 @@ class Packed(Record, frozen=True, kw_only=True):
         method = self.method
         assert method is not None
         if self.unpacks(precision):
-            return replace(precision, quantization=method.unpacked, needs=method.needs, incompatible=dict(method.refuses))
+            asked, dtype = (None, self.held or method.held) if self.apart else (method.unpacked, precision.linear_dtype)
+            row = replace(precision, quantization=asked, linear_dtype=dtype)
+            return replace(row, needs=method.needs, incompatible=dict(method.refuses))
         refuses = dict(method.refuses)
         if "ram" not in refuses and (why := self._no_layers(precision)):
             refuses["ram"] = why
+        stored = self.rest if method.keeps_dtype else None
         return replace(
             precision,
+            dtype=stored or precision.dtype,
+            dtype_before_cc80=None if stored else precision.dtype_before_cc80,
             quantization=None,
             quantization_on_cpu=None,
             needs=(*method.needs, *method.packs_with),
             min_compute_capability=method.packs_from or precision.min_compute_capability,
             incompatible=refuses,
             off_gpu=None,
-            linear_dtype=precision.linear_dtype if precision.name == self.precision else self.held or method.held,
+            linear_dtype=(self.scheme or precision.linear_dtype) if precision.name == self.precision else self.held or method.held,
         )
 
     def _no_layers(self, precision: Precision) -> str | None:
@@ -154,17 +181,21 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     name = method_name(settings) if settings else GGUF.name if title.startswith(GGUF.name) else own
     known = METHODS.get(name) or OWN.get(name)
     stored_by = _layout_name(name, settings) if settings else family.method if family else MOSS.method
-    held, floats = _parts_of(LAYOUTS.get(stored_by or ""), tensors)
+    held, rest, floats = _parts_of(LAYOUTS.get(stored_by or ""), tensors)
+    schemes = schemes_in(settings or {})
     return Packed(
         title=title,
         name=name,
         bits=int(bits[1]) if bits else known.bits if known else 4,
         group=int(group[1]) if group else 0,
         block=_block(name, settings or {}),
-        varies=any((settings or {}).get(key) for key in _VARY_KEYS),
+        varies=differ(schemes) or any((settings or {}).get(key) for key in _VARY_KEYS),
         selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
         scales=next((tensor.dtype for tensor in tensors if tensor.name.endswith((".scales", "_scale"))), None),
+        apart=differ([scheme for scheme in schemes if not is_of_experts(scheme)]),
         held=held,
+        rest=rest,
+        scheme=title.rpartition("4-bit ")[2].replace(",", "") if name == "bitsandbytes_4bit" else None,
         floats=floats,
         dtype=config.get("torch_dtype") or config.get("dtype") if known is not None and held in known.bound else None,
         packing=str((settings or {}).get("packing_format", "")),
@@ -172,18 +203,30 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     )
 
 
-def _parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[str | None, tuple[int, int]]:
-    """Return the dtype of most of what is packed, and how many floats of 16 bits and more stand beside it, in how many bytes."""
+def _parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[str | None, str | None, tuple[int, int]]:
+    """Return the dtype of most of what is packed and of most of the rest, and how many floats scales have, in how many bytes.
+
+    Where no row of LAYOUTS says what a part is, integers and floats of 8 bits are taken for packed.
+    """
     sizes: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     elements = size = 0
-    for tensor in tensors if layout is not None else ():
-        assert layout is not None
-        part = layout.split(tensor.name, tensor.dtype)[1]
-        if part == layout.main:
+    for tensor in tensors:
+        part = layout.split(tensor.name, tensor.dtype)[1] if layout is not None else ""
+        if (layout is not None and part == layout.main) or (
+            layout is None and tensor.name.endswith(_WEIGHTS) and _is_packed(tensor)
+        ):
             sizes[tensor.dtype] += tensor.bytes
-        elif part and tensor.dtype in ("float16", "bfloat16", "float32"):
+        elif tensor.dtype in _FLOATS and part:
             elements, size = elements + math.prod(tensor.shape), size + tensor.bytes
-    return (max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None), (elements, size)
+        elif tensor.dtype in _FLOATS:
+            others[tensor.dtype] += tensor.bytes
+    held, rest = (next((dtype for dtype, _ in counted.most_common(1)), None) for counted in (sizes, others))
+    return held, rest, (elements, size)
+
+
+def _is_packed(tensor: StoredTensor) -> bool:
+    return tensor.dtype.startswith(("int", "uint", "float8")) and len(tensor.shape) > 1
 
 
 def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -228,9 +271,10 @@ def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
     if method == "compressed-tensors":
         return f"{method} {settings.get('format')}"
     if "packing_format" in settings:  # AutoRound's: that of another package, which it names at the end
-        return {"gptq": "gptq", "awq": "awq"}.get(str(settings["packing_format"]).rpartition("_")[2])
+        end = str(settings["packing_format"]).rpartition("_")[2]
+        return end if end in METHODS and METHODS[end].on_cards else None
     if method not in _WITH_VARIANTS:
-        return {"mxfp8": "fp8"}.get(method, method)
+        return METHODS[method].layout or method if method in METHODS else method
     keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
     formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
     if settings.get("quantization_mode") == "online":  # of BitNet: stored in 16 bits
@@ -253,13 +297,13 @@ def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTen
     if settings is not None:
         method = settings.get("quant_method") or method_name(settings)
         words = [method if isinstance(method, str) and method.isprintable() and 0 < len(method) <= 40 else "unknown method"]
-        words += [_bitsandbytes(settings)] if method == "bitsandbytes" else []
-        words += [_torchao(settings)] if method == "torchao" else []
-        return _sentence(words, _bits(settings), _group_size(settings))
+        words += [bitsandbytes_type(settings)] if method == "bitsandbytes" else []
+        words += [torchao_type(settings)] if method == "torchao" else []
+        return _sentence(words, bits_in(settings), group_in(settings))
     if tensors_tell(config):
         bits = first_packed(tensors)[1] if tensors else bits_said(config)
         return _sentence([MOSS.method], bits, config.get(MOSS.group_key, MOSS.group)) if bits else None
-    if _positive(config.get(CHATGLM.bits_key)):
+    if believable_bits(config.get(CHATGLM.bits_key)):
         return _sentence([CHATGLM.method], config[CHATGLM.bits_key], None)
     return None
 
@@ -272,7 +316,7 @@ def tensors_tell(config: Mapping[str, Any]) -> bool:
 
 def bits_said(config: Mapping[str, Any]) -> int:
     """Return the bits that a config like MOSS's says its weights are packed in; 0 if it says none, or 32 as of float16."""
-    bits = _positive(config.get(MOSS.bits_key))
+    bits = believable_bits(config.get(MOSS.bits_key))
     return bits if bits < 16 else 0
 
 
@@ -288,7 +332,7 @@ def first_packed(tensors: Iterable[StoredTensor]) -> tuple[StoredTensor | None, 
 def _bits_of(module: str, shapes: Mapping[str, Sides]) -> int:
     """Return the bits of a module's weights, which its zeros are packed with as well; 0 where the shapes do not tell."""
     zeros, scales = shapes.get(f"{module}.qzeros", ()), shapes.get(f"{module}.scales", ())
-    return _positive(zeros[1] * 32 // scales[1]) if len(zeros) == len(scales) == 2 and scales[1] else 0
+    return believable_bits(zeros[1] * 32 // scales[1]) if len(zeros) == len(scales) == 2 and scales[1] else 0
 
 
 def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mapping[str, Any]) -> int:
@@ -301,78 +345,29 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
     if _BESIDE.search(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
         return 0
     settings = settings_of(config) or {}
-    method, said = method_name(settings), _bits(settings) or _positive(config.get(MOSS.bits_key)) or 4
+    method, said = method_name(settings), bits_in(settings) or believable_bits(config.get(MOSS.bits_key)) or 4
     if name.endswith(_PACKED_SUFFIXES) and tensor.dtype == "int32":
-        return elements * 32 // (_bits_of(name.removesuffix(".qweight"), shapes) or said)
+        module = name.rpartition(".")[0]
+        return elements * 32 // (_bits_of(module, shapes) or bits_of(settings, module) or said)
+    if f"{name}.absmax" in shapes:  # bitsandbytes' 4 bits, in whichever integers or floats
+        return elements * DTYPE_BITS.get(tensor.dtype, 8) // 4
     if tensor.dtype == "uint32" and f"{name.removesuffix('.weight')}.scales" in shapes:
         return elements * 32 // said
     if name.endswith(".codes") and f"{name.removesuffix('.codes')}.codebooks" in shapes:  # AQLM: one of each book for a vector
         books, _, *vector = shapes[f"{name.removesuffix('.codes')}.codebooks"]
         return elements * math.prod(vector) // max(books, 1)
     if method in _WORDS_OF_BITS and f"{name}_scale" in shapes and "float" not in tensor.dtype:
-        return elements * DTYPE_BITS.get(tensor.dtype, 8) // (_bits(settings) or METHODS[method].bits)
+        return elements * DTYPE_BITS.get(tensor.dtype, 8) // (bits_in(settings) or METHODS[method].bits)
     if name.endswith(".W_q"):
         return elements * 8 // said
     if "._weight_" in name and name.endswith(TORCHAO_PARTS):
         return 0
-    if name.endswith("._weight_qdata") and "int4" in _torchao(settings).casefold():
+    if name.endswith("._weight_qdata") and "int4" in torchao_type(settings).casefold():
         return elements * DTYPE_BITS.get(tensor.dtype, 8) // 4
-    nibbles = (
-        tensor.dtype == "uint8"
-        and (f"{name}.absmax" in shapes or f"{name}_scale_2" in shapes or name.endswith(("_blocks", ".weight_packed")))
-    ) or (tensor.dtype == "int8" and f"{name}_scale" in shapes and config.get(CHATGLM.bits_key) == 4)
+    nibbles = (tensor.dtype == "uint8" and (f"{name}_scale_2" in shapes or name.endswith(("_blocks", ".weight_packed")))) or (
+        tensor.dtype == "int8" and f"{name}_scale" in shapes and config.get(CHATGLM.bits_key) == 4
+    )
     return elements * 2 if nibbles else elements
-
-
-def _bits(settings: Mapping[str, Any]) -> int:
-    """Return the bits of a quantization_config, 0 where it does not say: its own, or those of its first group of layers.
-
-    Quark names a dtype: "int4", "fp8_e4m3", for all but what it lists beside.
-    """
-    said = next((bits for source in _sources(settings) for key in _BITS_KEYS if (bits := _positive(source.get(key)))), 0)
-    weight = _weight_of(settings.get("global_quant_config"))
-    named = re.match(r"[a-z]+(\d+)", str(weight.get("mx_element_dtype") or weight.get("dtype") or ""))
-    return said or (_positive(int(named[1])) if named else 0)
-
-
-def _group_size(settings: Mapping[str, Any]) -> Any:
-    """Return the group size of a quantization_config, wherever it says it."""
-    return next((source[key] for source in _sources(settings) for key in _GROUP_KEYS if source.get(key)), None)
-
-
-def _sources(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Return where a quantization_config may describe the weights: at its top, and in its first group of layers."""
-    groups = settings.get("config_groups")
-    first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
-    weights = first.get("weights") if isinstance(first, dict) else None
-    return (settings, *(one for one in (weights, _weight_of(settings.get("global_quant_config"))) if isinstance(one, dict)))
-
-
-def _weight_of(layers: Any) -> Mapping[str, Any]:
-    """Return what Quark says of the weights of layers."""
-    weight = layers.get("weight") if isinstance(layers, dict) else None
-    return weight if isinstance(weight, dict) else {}
-
-
-def _bitsandbytes(settings: Mapping[str, Any]) -> str:
-    if settings.get("load_in_8bit") is True:
-        return "8-bit"
-    kind = settings.get("bnb_4bit_quant_type")
-    nested = ", nested" if settings.get("bnb_4bit_use_double_quant") is True else ""
-    return f"4-bit {kind}{nested}" if kind in ("nf4", "fp4") else "4-bit"
-
-
-def _torchao(settings: Mapping[str, Any]) -> str:
-    """Name the class of torchao's config, as `TorchAoConfig.to_dict` writes it."""
-    given = settings.get("quant_type")
-    inner = given.get("default") if isinstance(given, dict) else None
-    kind = inner.get("_type") if isinstance(inner, dict) else None
-    return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 60 else "of unknown type"
-
-
-def _positive(value: Any) -> int:
-    """Return a believable number of bits, else 0: configs are read before anyone has checked them."""
-    return value if type(value) is int and 0 < value <= 32 else 0
 
 
 def _sentence(words: list[str], bits: int, group: Any) -> str:

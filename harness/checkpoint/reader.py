@@ -24,11 +24,13 @@ from harness.checkpoint.quantization import describe_quantization, weights_in
 from harness.checkpoint.tied_head import other_head
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.families import GGUF
+from harness.core.methods.table import settings_of
 from harness.core.records import Record
 
 __all__ = ["Checkpoint", "FileInfo", "StoredTensor", "read", "read_hub"]
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"  # what NVIDIA ModelOpt writes, and transformers never opens
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SUFFIXES: Mapping[str, str] = {
     ".safetensors": "safetensors",
@@ -193,8 +195,19 @@ def _read(folder: Folder, file: str | None, path: str) -> Checkpoint:
         remote_code=remote_code(folder, config),
         listed=listed,
         duplicates=tuple(duplicates),
-        other_head=None if config.get("tie_word_embeddings") is False else other_head(folder, tensors.values()),
+        other_head=other_head(folder, tensors.values()) if _may_tie(config) else None,
     )
+
+
+def _may_tie(config: Mapping[str, Any]) -> bool:
+    """Say whether a config leaves it open that head and embedding are one; that of the language model inside may say so as well."""
+    said = [part["tie_word_embeddings"] for part in _with_inner(config) if "tie_word_embeddings" in part]
+    return True in said or False not in said
+
+
+def _with_inner(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a config and those of the language models inside."""
+    return [config, *(inner for key in INNER_CONFIGS if isinstance(inner := config.get(key), dict))]
 
 
 def _read_files(folder: Folder, names: list[str]) -> list[tuple[FileInfo, list[StoredTensor]]]:
@@ -319,16 +332,24 @@ def read_config(folder: Folder) -> dict[str, Any]:
     with closing(folder.open(CONFIG)) as blob:
         config = parse_config(blob)
         where = blob.where
-    for inner in (config, *(config.get(key) for key in INNER_CONFIGS)):
-        if isinstance(inner, dict):
-            _check_sizes(where, inner)
-            if not isinstance(inner.get("model_type"), str | None):
-                what = f"gives 'model_type' as {quote(inner['model_type'])}; it must be text"
-                raise CheckpointError(where, f"{what}: use the config.json that belongs to the weights")
+    for inner in _with_inner(config):
+        _check_sizes(where, inner)
+        if not isinstance(inner.get("model_type"), str | None):
+            what = f"gives 'model_type' as {quote(inner['model_type'])}; it must be text"
+            raise CheckpointError(where, f"{what}: use the config.json that belongs to the weights")
     refused = settings_check.fault(config)
     if refused is not None:
         raise CheckpointError(where, f"{refused}: use the config.json that belongs to the weights")
-    return config
+    return _with_own_file(folder, config)
+
+
+def _with_own_file(folder: Folder, config: dict[str, Any]) -> dict[str, Any]:
+    """Add what ModelOpt says in a file of its own, where the config says nothing of quantization. Raises CheckpointError."""
+    if settings_of(config) is not None or folder.size(MODELOPT) is None:
+        return config
+    with closing(folder.open(MODELOPT)) as blob:
+        said = parse_config(blob).get("quantization")
+    return {**config, settings_check.KEY: {"quant_method": "modelopt", **said}} if isinstance(said, dict) and said else config
 
 
 def _check_sizes(where: str, config: Mapping[str, Any]) -> None:
@@ -349,18 +370,13 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 
 def stated_dtype(config: Mapping[str, Any]) -> str:
     """Return the dtype that a config, or that of its language model, says its weights have; float16 if neither does."""
-    sources = [config, *(inner for key in INNER_CONFIGS if isinstance(inner := config.get(key), dict))]
-    said = (source.get(key) for source in sources for key in ("torch_dtype", "dtype"))
+    said = (source.get(key) for source in _with_inner(config) for key in ("torch_dtype", "dtype"))
     return next((str(dtype) for dtype in said if dtype), "float16")
 
 
 def _find_size(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    for source in (config, *(config.get(key) for key in INNER_CONFIGS)):
-        if isinstance(source, dict):
-            for key in keys:
-                if type(source.get(key)) is int and source[key] > 0:
-                    return int(source[key])
-    return None
+    values = (source.get(key) for source in _with_inner(config) for key in keys)
+    return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def _some(names: list[str], most: int = 8) -> str:

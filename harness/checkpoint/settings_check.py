@@ -57,6 +57,22 @@ def _faults(settings: Mapping[str, Any]) -> Iterator[str]:
             yield f"gives {KEY}.{one.key} as {quote(settings[one.key])}, and {wants}"
 
 
+def generation_fault(config: Mapping[str, Any]) -> str | None:
+    """Say what of a generation_config.json transformers does not take when it loads a model; None if it takes all."""
+    end, pad = config.get("eos_token_id"), config.get("pad_token_id")
+    if not isinstance(end, int | None) and not (isinstance(end, list) and all(isinstance(one, int) for one in end)):
+        return f"gives eos_token_id as {quote(end)}, which is no number nor a list of them"
+    if not isinstance(pad, int | None):
+        return f"gives pad_token_id as {quote(pad)}, which is no number"
+    answers, beams = config.get("num_return_sequences") or 1, config.get("num_beams") or 1
+    if not isinstance(answers, int) or not isinstance(beams, int) or answers <= beams:
+        return None
+    if beams == 1:
+        what = f"asks for {answers} answers of one beam without do_sample, and transformers refuses that"
+        return None if config.get("do_sample") else what
+    return f"asks for {answers} answers of {beams} beams, and transformers gives as many as there are beams at most"
+
+
 class PackedTables(NamedTuple):
     """Tables of settings, one of which says what is packed and how; `otherwise` is what transformers does without any."""
 

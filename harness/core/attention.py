@@ -59,6 +59,12 @@ _IMPLEMENTATIONS = (
 ATTENTIONS: Mapping[str, Implementation] = {row.name: row for row in _IMPLEMENTATIONS}
 
 
+def own_attention(config: Mapping[str, Any]) -> str | None:
+    """Return the implementation that a config.json names, which transformers then takes; None if it names none of the table."""
+    said = (config.get(key) for key in ("attn_implementation", "_attn_implementation"))
+    return next((name for name in said if isinstance(name, str) and name in ATTENTIONS), None)
+
+
 @cache
 def _lacking() -> Mapping[str, list[str]]:
     """Read which classes of transformers lack which implementation (`python -m harness.worker.attention_support` writes it)."""

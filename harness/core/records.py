@@ -151,10 +151,9 @@ class Machine(Record, frozen=True, kw_only=True, dict=True):
 
     @property
     def fuses_4bit(self) -> bool | None:
-        """Whether bitsandbytes multiplies with 4-bit weights in RAM as they are; None if that depends on an unknown processor.
+        """Whether bitsandbytes multiplies with 4-bit weights in RAM as they are; None: it depends on an unknown processor.
 
-        It loads one library, for CUDA or for processors, and only the latter has that product, for AVX-512 with bfloat16
-        (bitsandbytes 0.50, cextension.py, `get_native_library`); otherwise weights are unpacked for every token.
+        Of its libraries only that for processors has the product, for AVX-512 with bfloat16 (bitsandbytes 0.50, cextension.py).
         """
         return False if self.gpus else self.avx512_bf16
 
@@ -249,6 +248,7 @@ class Plan(Record, frozen=True, kw_only=True):
     trusted: bool = False  #: whether it may
     needs: list[str] = []  #: what pip is asked for, beside what comes with this package
     needs_checkpoint: str | None = None  #: the form that the weights would have to be stored in, where they are not
+    partly: bool = False  #: whether the checkpoint says that only some Linear weights are held so
     linear_dtype: str | None = None  #: what Linear weights must be after loading, where that is not what the precision says
     expandable_segments: bool = False  #: whether torch's allocator has to use them on the GPUs
     kept_share: float | None = None  #: the share of quality that was measured for it; None: the rule of thumb holds

@@ -32,7 +32,7 @@ def _precision(plan: Plan, loaded: Loaded) -> str:
     share = dtype_share(loaded, wanted)
     placed = map(str, plan.device_map.values()) if isinstance(plan.device_map, dict) else ()
     divided = precision.off_gpu is not None and len(_kinds_of(placed)) > 1  # what lies off the GPUs keeps its dtype
-    if share >= _HELD_LEAST or (divided and share > 0):
+    if share >= _HELD_LEAST or ((divided or plan.partly) and share > 0):
         return OK
     found = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sorted(loaded.linear_dtype_bytes.items()))
     return f"{precision.name} did not take effect: {format_share(share)} of the Linear weights are {wanted} ({found})"

@@ -30,6 +30,7 @@ class Facts(NamedTuple):
     #: Whether the model's own code may run; None if it has none. Left out, transformers would ask at the terminal.
     trusted: bool | None = None
     attention: str | None = None  #: the implementation that is asked for; None is what transformers chooses
+    tuples: bool = False  #: whether config.json asks for tuples of outputs, which `generate` cannot read
     adapter: bool = False  #: whether ADAPTER is loaded on top, which takes peft
 
 
@@ -113,6 +114,8 @@ def loading_code(
         arguments["trust_remote_code"] = facts.trusted
     if facts.attention is not None:
         arguments["attn_implementation"] = facts.attention
+    if facts.tuples:
+        arguments["return_dict"] = True
     if placement.experts_in_ram:
         given = (*given, *(f"from accelerate.hooks import {name}" for name in _HOOKS))
     tamed = [*_TAME_HEAP, ""] if precision.quantizes and not on_gpu else []

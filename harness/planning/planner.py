@@ -149,6 +149,7 @@ class Planner:
             remote_code=code,
             trusted=self.trust and bool(code),
             needs=asked_of_pip((*precision.needs, *modules_for(case.kv, case.attention))),
+            partly=self.spec.packed is not None and self.spec.packed.in_part(row),
             linear_dtype=None if precision.linear_dtype == PRECISIONS[case.precision].linear_dtype else precision.linear_dtype,
             expandable_segments=footprint.loading.expandable,
         )
@@ -349,6 +350,7 @@ def _facts(spec: ModelSpec, case: Case, trust: bool) -> Facts:
         auto_class=spec.skeleton.auto_class,
         trusted=trust if spec.remote_code else None,
         attention=case.attention,
+        tuples=spec.config.get("return_dict") is False,
         adapter=spec.adapter is not None,
     )
 

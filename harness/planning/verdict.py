@@ -10,22 +10,19 @@ from msgspec.structs import replace
 from harness.architecture.model_spec import ModelSpec
 from harness.checkpoint.adapter import MOVED
 from harness.checkpoint.formats.files import quote
-from harness.core.attention import ATTENTIONS, GROUP, KV_FORMS, lacks
 from harness.core.placements import Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
-from harness.core.records import USUAL_KV, Case, Estimate, Machine, Record, Tier, TierEstimate, Verdict
+from harness.core.records import Case, Estimate, Machine, Record, Tier, TierEstimate, Verdict
 from harness.core.units import format_gib, format_size
 from harness.machine import headroom
 from harness.planning.cost import estimate, memory, tensor_parallel
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import MAPPED
-from harness.planning.device_map.experts import experts_of
+from harness.planning.generating import generating_refusal
 
 # Classes that take the weight of this Linear and multiply by it themselves, whatever bitsandbytes has made of it.
 _TAKES_WEIGHTS = {"MambaForCausalLM": "dt_proj"}
-# Classes whose `generate` makes no Cache (transformers 5.24, `_supports_default_dynamic_cache`).
-NO_CACHE = frozenset(("ReformerModelWithLMHead", "MiniMaxForCausalLM", "XLNetLMHeadModel", "RwkvForCausalLM", "xLSTMForCausalLM"))
 _MOST_TOKENS = 1 << 20  # where a config does not say how many its model knows
 _NOT_ON_WINDOWS = "It would fit with expandable segments, which torch does not have on Windows."
 
@@ -71,14 +68,14 @@ class Judge(Record, frozen=True, kw_only=True):
         packed, gguf = self.spec.packed, self.spec.gguf
         if gguf is not None:
             return gguf.refusal(precision, placement)
-        if packed is not None:
-            return packed.refusal(precision)
-        if precision.scheme is not None:
+        if packed is not None and (why := packed.refusal(precision)):
+            return why
+        if precision.scheme is not None and (packed is None or packed.holds_all(precision)):
             scheme, off_gpu = SCHEMES[precision.scheme], not self.machine.gpus or "gpu" not in placement.devices
             why = self._passed_by(precision.scheme) or (self._unpackable(scheme) if off_gpu else None)
             if why is not None:
                 return why
-        if precision.requires_checkpoint is not None:
+        if precision.requires_checkpoint is not None and packed is None:
             return f"needs {with_article(precision.requires_checkpoint)} checkpoint, and this one is {self.spec.stored_dtype}"
         return None
 
@@ -265,81 +262,6 @@ def misplaced(precision: Precision, placement: Placement, footprint: Footprint) 
     if "offloads" in precision.incompatible:
         return [tier for tier in spilled if tier == "disk"], precision.incompatible["offloads"]
     return [], ""
-
-
-def generating_refusal(spec: ModelSpec, machine: Machine, case: Case, placement: Placement) -> tuple[Verdict, str] | None:
-    """Say why a model does not keep its KV cache, or compute attention, as a case asks for; None if it does."""
-    return (
-        _experts_refusal(spec, case, placement)
-        or _kv_refusal(spec, machine, case, placement)
-        or _attention_refusal(spec, machine, case, placement)
-    )
-
-
-def _experts_refusal(spec: ModelSpec, case: Case, placement: Placement) -> tuple[Verdict, str] | None:
-    """Say why routed experts cannot stay behind in RAM; None if they can."""
-    if not placement.experts_in_ram:
-        return None
-    if not experts_of(spec.skeleton):
-        return Verdict.INVALID, f"{spec.skeleton.model_class} has no routed experts that could stay in RAM: take gpu+cpu"
-    if PRECISIONS[case.precision].scheme is not None or spec.packed is not None or spec.gguf is not None:
-        return Verdict.INVALID, f"experts stay in RAM as they are computed, and {case.precision} packs weights for one device"
-    return None
-
-
-def _kv_refusal(spec: ModelSpec, machine: Machine, case: Case, placement: Placement) -> tuple[Verdict, str] | None:
-    """Say why transformers keeps the KV cache of this model in no such form; None if it does."""
-    form, found = KV_FORMS[case.kv], spec.skeleton
-    if case.kv == USUAL_KV:
-        return None
-    if found.model_class in NO_CACHE:
-        return Verdict.INVALID, f"{found.model_class} keeps what it remembers in a way of its own, not in a KV cache: drop --kv"
-    if form.in_ram and "gpu" not in placement.devices:
-        return Verdict.INVALID, f"with placement {placement.name} the KV cache lies in RAM already: drop --kv {form.name}"
-    if form.in_ram and not machine.gpus:
-        why = machine.gpu_problem or "no NVIDIA GPU detected"
-        return Verdict.UNAVAILABLE, f"--kv {form.name} brings the KV cache from RAM to a GPU: {why}"
-    odd = next((kind for kind in found.attention if kind.window or kind.keeps_state), None)
-    if form.full_attention_only and odd is not None:
-        has = f"a sliding window of {odd.window:,} tokens" if odd.window else "states of fixed size"
-        what = f"transformers quantizes the KV cache of full attention alone, and {found.model_class} has layers with {has}"
-        return Verdict.INVALID, f"{what}: drop --kv {form.name}"
-    widths = [kind.heads * size for kind in found.attention for size in (kind.key_dim, kind.value_dim) if size]
-    if form.grouped and any(width % GROUP for width in widths):
-        what = f"{form.title} shares a scale among {GROUP} elements, and keys and values have {min(widths):,} in a token"
-        return Verdict.INVALID, f"{what}: take --kv fp8 or leave it"
-    odd_groups = [width // GROUP for width in widths if case.workload.batch * width // GROUP % 2]
-    if form.in_pairs and odd_groups:
-        what = (
-            f"{form.title} packs groups of {GROUP} elements in pairs, and a token has {odd_groups[0]}: odd prompts end in an error"
-        )
-        return Verdict.INVALID, f"{what}: take --kv hqq-int8 or quanto-int4"
-    return None
-
-
-def _attention_refusal(spec: ModelSpec, machine: Machine, case: Case, placement: Placement) -> tuple[Verdict, str] | None:
-    """Say why a model does not compute attention so, or this machine does not; None if both do."""
-    if case.attention is None:
-        return None
-    row, found = ATTENTIONS[case.attention], spec.skeleton
-    if spec.native:
-        return Verdict.INVALID, f"{found.model_class} has attention of its own: drop --attention {row.name}"
-    if lacks(found.model_class, row.name):
-        return Verdict.INVALID, f"{found.model_class} of transformers has no {row.name}: take --attention eager or leave it"
-    if row.gpu_only and not (machine.gpus and "gpu" in placement.devices):
-        why = "no part of this case" if machine.gpus else machine.gpu_problem or "no NVIDIA GPU detected"
-        return Verdict.INVALID if machine.gpus else Verdict.UNAVAILABLE, f"{row.name} runs on NVIDIA GPUs alone: {why}"
-    old = [gpu for gpu in machine.gpus if float(gpu.compute_capability or "inf") < row.least_capability]
-    if old:
-        has = f"{old[0].model or old[0].name} has {old[0].compute_capability}"
-        return Verdict.UNAVAILABLE, f"{row.name} needs compute capability {row.least_capability}, and {has}"
-    width = max((max(kind.key_dim, kind.value_dim) for kind in found.attention), default=0)
-    if row.most_head_dim is not None and width > row.most_head_dim:
-        return Verdict.INVALID, f"{row.name} takes heads of {row.most_head_dim} at most, and {found.model_class} has {width}"
-    dtype = spec.adapted(PRECISIONS[case.precision]).dtype
-    if row.dtypes and dtype not in row.dtypes:
-        return Verdict.INVALID, f"{row.name} computes in {' or '.join(row.dtypes)}, and {case.precision} in {dtype}"
-    return None
 
 
 def pooled(tiers: Mapping[str, TierEstimate], machine: Machine) -> dict[str, TierEstimate]:

@@ -145,7 +145,7 @@ def read_model_config(config: Mapping[str, Any]) -> Any:
 def _read(native: Mapping[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(native))
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, return_dict=True)  # or layers cannot read each other
 
 
 def construct(auto: Any, config: Any, dtype: torch.dtype = torch.bfloat16, **chosen: Any) -> Any:

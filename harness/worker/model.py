@@ -239,8 +239,8 @@ def loaded_facts(model: Model) -> Loaded:
     )
 
 
-# GPTQ's and AWQ's, everybody's, AQLM's.
-_MAIN = ("qweight", "weight", "codes")
+# GPTQ's and AWQ's, everybody's, AQLM's, compressed-tensors'.
+_MAIN = ("qweight", "weight", "codes", "weight_packed")
 
 
 def _looked_up(module: PreTrainedModel) -> int | None:

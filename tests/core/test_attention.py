@@ -16,7 +16,7 @@ from harness.core.attention import ATTENTIONS, GROUP, KV_FORMS, RESIDUAL_TOKENS,
 from harness.core.records import USUAL_KV
 from harness.data import DATA
 from harness.models.cache_argument import kv_cache_of
-from harness.planning.verdict import NO_CACHE
+from harness.planning.generating import NO_CACHE
 from harness.worker.attention_support import support
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 32

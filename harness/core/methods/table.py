@@ -42,7 +42,9 @@ class Method(Record, frozen=True, kw_only=True):
     blocks: bool = False  #: a scale is for a block of outputs x inputs
     group: int = 0  #: inputs that share a scale in nearly all that are published; 0: the method has no groups of its own
     only_of: str | None = None  #: the only `model_type` that is stored so
+    keeps_dtype: bool = False  #: what is not packed keeps the dtype of the files, whichever is asked for; only biases take that
     on_cards: bool = False  #: a row of PACKED_KERNELS multiplies the weights on a card
+    layout: str | None = None  #: whose row of LAYOUTS its files follow, where it is another method's
     writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
@@ -122,6 +124,7 @@ _ROWS = (
         counted=0.5,
         margin=True,
         refuses=_BNB_REFUSES,
+        keeps_dtype=True,
     ),
     Method(
         name="bitsandbytes_8bit",
@@ -130,6 +133,7 @@ _ROWS = (
         counted=1,
         margin=True,
         refuses=_BNB_REFUSES,
+        keeps_dtype=True,
         held="int8",
         bits=8,
     ),
@@ -266,7 +270,7 @@ _ROWS = (
         unsupported='transformers 5 reads no stored NVFP4 ("Loading pre-quantized NVFP4 checkpoints is not supported yet"): '
         "vLLM and TensorRT-LLM do",
     ),
-    _derived(_FP8, name="mxfp8", title="MXFP8"),
+    _derived(_FP8, name="mxfp8", title="MXFP8", layout="fp8"),
     Method(
         name="auto-round",
         title="AutoRound",
@@ -323,6 +327,7 @@ OWN: Mapping[str, Method] = {
 FOREIGN: Mapping[str, Foreign] = {
     "modelopt": Foreign(title="NVIDIA ModelOpt", readers="vLLM, SGLang and TensorRT-LLM"),
     "modelopt_fp4": Foreign(title="NVIDIA ModelOpt", readers="vLLM, SGLang and TensorRT-LLM"),
+    "modelopt_mixed": Foreign(title="NVIDIA ModelOpt", readers="vLLM, SGLang and TensorRT-LLM"),
     "mlx": Foreign(title="MLX", readers="mlx-lm, on Apple silicon"),
     "exl2": Foreign(title="ExLlamaV2", readers="exllamav2 and TabbyAPI"),
     "exl3": Foreign(title="ExLlamaV3", readers="exllamav3 and TabbyAPI"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
+from harness.core.dtypes import DTYPE_BYTES
 from harness.core.precisions import Precision
 from harness.core.records import Estimate, Machine, Tier, TierEstimate
 from harness.planning.calibration import Calibration
@@ -61,7 +62,8 @@ def packed_bits(spec: ModelSpec, dtype: str) -> tuple[float, bool]:
     linears = packed.method is None or packed.method.packs_linears
     quantized = sum(elements for weight, elements in saved if linears and weight.quantizes)
     experts = sum(elements for weight, elements in saved if skeleton.is_stacked(weight))
-    plain = 2 * (sum(elements for _, elements in saved) - quantized)
+    width = DTYPE_BYTES[packed.rest or dtype]
+    plain = width * (sum(elements for _, elements in saved) - quantized)
     if spec.tensor_bytes is None and linears and quantized and packed.layout is not None and packed.layout.parts:
         held = sum(skeleton.packed_weight_bytes(one, packed) * count for one, count in spec.skeleton.tally if one.quantizes)
         return 8.0 * held / quantized, bool(experts)
@@ -69,7 +71,7 @@ def packed_bits(spec: ModelSpec, dtype: str) -> tuple[float, bool]:
         group = 32 if not linears else packed.group
         return packed.bits + ((8 if not linears else 16 + packed.bits) / group if group else 0.0), bool(experts)
     if experts and spec.tensor_bytes < plain:
-        plain, quantized = plain - 2 * experts, quantized + experts
+        plain, quantized = plain - width * experts, quantized + experts
     else:
         experts = 0
     held = spec.tensor_bytes + packed.float_growth(dtype) - plain

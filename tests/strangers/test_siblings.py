@@ -1,0 +1,414 @@
+"""Siblings of what strangers brought: the same kinds in other architectures, dtypes, nestings and layouts of files.
+
+What plan, inspect and verify say of each is held against what loading it by the code of the plan takes, or against how
+transformers fails with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from msgspec.structs import replace
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
+
+from harness.architecture import model_spec, skeleton_source
+from harness.architecture.inspection import inspect
+from harness.catalog import resolve
+from harness.checkpoint import quantization_words, reader
+from harness.core.errors import HarnessError
+from harness.core.methods.packages import lacking
+from harness.core.records import Machine, Verdict
+from harness.machine import probe
+from harness.measure import verify
+from harness.measure.protocol import Load
+from harness.planning.planner import Planner
+from harness.worker import build_skeleton as worker
+from harness.worker import model as work
+from tests.strangers import architectures
+from tests.strangers.stored_forms import BF16, F8, FORMS, I32, I64, SMALL, Form, Tensors, save_form, save_tensors, tensors_of
+from tests.support import strangers
+from tests.support.builders import case, machine
+from tests.support.small_models import held_bytes
+
+NEAR = 0.01
+MAIN = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Weights = dict[str, torch.Tensor]
+Make = Callable[[Path], object]
+Parts = Callable[[int, int], Tensors]
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build skeletons here: a worker costs seconds."""
+    monkeypatch.setattr(skeleton_source, "build", lambda config, _: worker.build_skeleton(config))
+    transformers.logging.disable_progress_bar()
+
+
+def here() -> Machine:
+    return replace(machine(), avx512_bf16=probe.probe().avx512_bf16)
+
+
+# ---- makers ----------------------------------------------------------------------------------------------------------------
+
+
+def llama(change: Callable[[Weights], Weights] = dict, **config: Any) -> Make:
+    """Make a small Llama whose weights and config are changed; a value of ... takes the key away."""
+
+    def make(folder: Path) -> None:
+        strangers.save_llama(folder)
+        save_file(change(load_file(folder / MAIN)), folder / MAIN, metadata={"format": "pt"})
+        rewrite(folder / "config.json", **config)
+
+    return make
+
+
+def rewrite(file: Path, **changed: Any) -> None:
+    config = {**json.loads(file.read_text()), **changed}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def seeing(name: str, top: Any, text: Any) -> Make:
+    """Make a vision-language model with a head of its own that its two configs tie, or not."""
+
+    def make(folder: Path) -> None:
+        architectures.save(name, folder)
+        config = json.loads((folder / "config.json").read_text())
+        rewrite(folder / "config.json", tie_word_embeddings=top, text_config={**config["text_config"], "tie_word_embeddings": text})
+
+    return make
+
+
+def bitsandbytes(name: str, *, below: bool = False, **settings: Any) -> Make:
+    """Quantize an architecture by bitsandbytes and save it; `below` leaves what is said of that to the config of the text model."""
+
+    def make(folder: Path) -> None:
+        plain = folder.parent / "plain"
+        architectures.save(name, plain)
+        asked = BitsAndBytesConfig(**settings)
+        auto = architectures.auto_class(name)
+        auto.from_pretrained(plain, dtype="bfloat16", quantization_config=asked, device_map={"": "cpu"}).save_pretrained(folder)
+        if below:
+            config = json.loads((folder / "config.json").read_text())
+            text = {**config["text_config"], "quantization_config": config["quantization_config"]}
+            rewrite(folder / "config.json", quantization_config=..., text_config=text)
+
+    return make
+
+
+def packed(rule: Callable[[str], Parts], settings: Mapping[str, Any], inspected: Mapping[str, Any] = SMALL) -> Make:
+    """Make a small Llama each of whose Linear modules lies in the parts that a rule gives for its path."""
+
+    def make(folder: Path) -> None:
+        tensors, linears = tensors_of(inspected, Form(lambda *_: {}, {}))
+        for module, (outputs, inputs) in linears.items():
+            tensors |= {f"{module}{part}": kind for part, kind in rule(module)(outputs, inputs).items()}
+        save_tensors(folder, {**inspected, "quantization_config": dict(settings)}, tensors, linears)
+
+    return make
+
+
+def plain(outputs: int, inputs: int) -> Tensors:
+    return {".weight": (BF16, (outputs, inputs))}
+
+
+def words(bits: int, group: int) -> Parts:
+    return lambda o, i: {
+        ".weight_packed": (I32, (o, i * bits // 32)),
+        ".weight_scale": (BF16, (o, i // group if group else 1)),
+        ".weight_shape": (I64, (2,)),
+    }
+
+
+def compressed(kind: str, *groups: Mapping[str, Any], ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, Any]:
+    numbered = {f"group_{number}": group for number, group in enumerate(groups)}
+    said = {"quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed"}
+    return {**said, "ignore": list(ignore), "config_groups": numbered}
+
+
+def group(*targets: str, form: str | None = None, **weights: Any) -> dict[str, Any]:
+    said = {"symmetric": True, "dynamic": False, "type": "int", **weights}
+    given = {"targets": list(targets), "weights": said, "input_activations": None, "output_activations": None}
+    return given | ({"format": form} if form else {})
+
+
+def in_attention(module: str) -> bool:
+    return "self_attn" in module
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+NF4: Mapping[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+W4: Mapping[str, Any] = {"num_bits": 4, "strategy": "group", "group_size": 128}
+W8: Mapping[str, Any] = {"num_bits": 8, "strategy": "channel"}
+
+
+def static(o: int, i: int) -> Tensors:
+    return {".weight": (F8, (o, i)), ".weight_scale_inv": (BF16, ()), ".activation_scale": (BF16, ())}
+
+
+def in_bins(metadata: bool) -> Make:
+    def make(folder: Path) -> None:
+        weights = load_file(strangers.save_llama(folder) / MAIN)
+        (folder / MAIN).unlink()
+        files = {name: f"pytorch_model-{1 + (name > 'model.layers.1'):05}-of-00002.bin" for name in weights}
+        for file in set(files.values()):
+            torch.save({name: weights[name] for name in weights if files[name] == file}, folder / file)
+        index = {"weight_map": files, **({"metadata": {"total_size": 1}} if metadata else {})}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+    return make
+
+
+def beside(file: str, text: str = "{}") -> Make:
+    def make(folder: Path) -> None:
+        strangers.save_llama(folder)
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(text)
+
+    return make
+
+
+def renamed(file: str) -> Make:
+    return lambda folder: (strangers.save_llama(folder) / MAIN).rename(folder / file)
+
+
+def below(where: str) -> Make:
+    return lambda folder: strangers.save_llama(folder / where)
+
+
+# ---- what runs -------------------------------------------------------------------------------------------------------------
+
+RUNS: Mapping[str, Make] = {
+    # a head of its own, whatever the config ties
+    "head in float32": llama(lambda w: {**w, HEAD: torch.randn(96, 64)}, tie_word_embeddings=True),
+    "head in float32, the same": llama(lambda w: {**w, HEAD: w[EMBEDDING].float()}, tie_word_embeddings=True),
+    "head in float16": llama(lambda w: {**w, HEAD: torch.randn(96, 64).half()}, tie_word_embeddings=True),
+    "head alone": llama(lambda w: {name: w[name] for name in w if name != EMBEDDING}, tie_word_embeddings=True),
+    "tied in the text config alone": seeing("llava", False, True),
+    "tied at the top alone": seeing("qwen2_vl", True, False),
+    "tied in the text config, nothing at the top": seeing("qwen2_5_vl", ..., True),
+    # bitsandbytes
+    "nf4 but for paths": bitsandbytes("llama", **NF4, llm_int8_skip_modules=["model.layers.0.mlp", "lm_head"]),
+    "nf4 but for last names": bitsandbytes("llama", **NF4, llm_int8_skip_modules=["down_proj"]),
+    "nf4 of the head as well": bitsandbytes("llama", **NF4, llm_int8_skip_modules=[]),
+    "nf4 stored as bfloat16": bitsandbytes("llama", **NF4, bnb_4bit_quant_storage=torch.bfloat16),
+    "fp4 nested": bitsandbytes("llama", load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True),
+    "nf4 said in the text config": bitsandbytes("llava", below=True, **NF4, llm_int8_skip_modules=["vision_tower", "lm_head"]),
+    "int8 of Conv1D": bitsandbytes("short context", load_in_8bit=True),
+    "int8 with biases": bitsandbytes("opt", load_in_8bit=True),
+    "int8 of states": bitsandbytes("rwkv", load_in_8bit=True),
+    "int8 of a hybrid": bitsandbytes("jamba", load_in_8bit=True),
+    # FP8
+    "fp8 static, a scale for all": packed(lambda _: static, {**FP8, "weight_block_size": None, "activation_scheme": "static"}),
+    "fp8 but for a pattern": packed(
+        lambda m: plain if in_attention(m) else FORMS["fp8-blocks"].parts,
+        {**FP8, "modules_to_not_convert": [r"model.layers.\d+.self_attn", "lm_head"]},
+    ),
+    "fp8 but for a layer": packed(
+        lambda m: plain if ".1." in m else FORMS["fp8-blocks"].parts,
+        {**FP8, "modules_to_not_convert": ["model.layers.1", "lm_head"]},
+    ),
+    # compressed-tensors, where its package is installed
+    "4 bits but for a pattern": packed(
+        lambda m: plain if in_attention(m) else words(4, 128),
+        compressed("pack-quantized", group("Linear", **W4), ignore=("lm_head", "re:.*self_attn.*")),
+    ),
+    "4 and 8 bits": packed(
+        lambda m: words(8, 0) if in_attention(m) else words(4, 128),
+        compressed("pack-quantized", group("re:.*self_attn.*", **W8), group("re:.*mlp.*", **W4)),
+    ),
+    "4 bits and fp8": packed(
+        lambda m: FORMS["ct-fp8"].parts if in_attention(m) else words(4, 128),
+        compressed(
+            "mixed-precision",
+            group("re:.*mlp.*", form="pack-quantized", **W4),
+            group("re:.*self_attn.*", form="float-quantized", **{**W8, "type": "float"}),
+        ),
+    ),
+    # layouts of files
+    "shards of bin": in_bins(metadata=True),
+    "weights in two formats": lambda folder: strangers.add_pickle(strangers.save_llama(folder), folder / "never"),
+    "a variant beside": lambda folder: shutil.copy(strangers.save_llama(folder) / MAIN, folder / "model.fp16.safetensors"),
+    "an index of nothing beside": beside("model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors"}}'),
+    "a mirror in original/": beside("original/params.json"),
+    "params.json": beside("params.json", "[]"),
+    "a list for a config of data": beside("train_config.json", "[]"),
+    "a trainer's state": beside("trainer_state.json", "[]"),
+    "float64": llama(lambda w: {name: w[name].double() for name in w}),
+    "norms in float32": llama(lambda w: {name: w[name].float() if "norm" in name else w[name] for name in w}),
+    "a value head": llama(lambda w: {**w, "v_head.summary.weight": torch.zeros(1, 64)}),
+    "no prefix": llama(lambda w: {name.removeprefix("model."): w[name] for name in w}),
+    # settings of configs that others' code reads
+    "tuples for outputs": llama(return_dict=False),
+    "old settings of generation": llama(num_beams=4, do_sample=True, num_return_sequences=2, max_length=5),
+    "eager by the config": llama(attn_implementation="eager"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_said_of_a_sibling_is_what_loading_it_takes(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    RUNS[name](folder)
+    spec = model_spec.read_spec(resolve.resolve(str(folder)))
+    absent = lacking(spec.packed.method.needs) if spec.packed and spec.packed.method else ()
+    if absent:
+        pytest.skip(f"{absent[0]} is not installed")
+    keeps = spec.packed is not None and spec.packed.method is not None and spec.packed.method.unpacked is None
+    precision = str(spec.packed.precision) if spec.packed is not None and keeps else "bf16"
+    plan = Planner(spec, here(), here=True).plan(case(precision, "cpu", prompt_tokens=3, new_tokens=2))
+    assert plan.verdict is Verdict.FITS, plan.why
+    assert plan.code is not None
+    model = work.load(Load(model=str(folder), code=plan.code, tokenizer=False), lambda _: contextlib.nullcontext())[0]
+    assert set(verify.checks(plan, work.loaded_facts(model)).values()) == {verify.OK}
+    held = held_bytes(model.module)
+    model.module.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+    assert plan.estimate is not None
+    planned = sum(tier.weights_bytes for tier in plan.estimate.tiers.values())
+    assert planned == pytest.approx(max(held, held_bytes(model.module)), rel=NEAR)  # 4 bits lose bytes, others gain them
+    seen = inspect(reader.read(folder), name=name, kind="directory", source=name)
+    repeated = sum(weight.elements for weight in spec.skeleton.weights if weight.path in spec.repeated)
+    extra = 64 if name == "a value head" else 0
+    assert seen.parameters == pytest.approx(spec.skeleton.parameters + repeated + extra, rel=0.001)
+
+
+# ---- what does not ---------------------------------------------------------------------------------------------------------
+
+
+def own_file_of_modelopt(form: str, algorithm: str) -> Make:
+    def make(folder: Path) -> None:
+        save_form(folder, form)
+        rewrite(folder / "config.json", quantization_config=...)
+        said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}}
+        (folder / "hf_quant_config.json").write_text(json.dumps(said))
+
+    return make
+
+
+def generating(**settings: Any) -> Make:
+    return lambda folder: (strangers.save_llama(folder) / "generation_config.json").write_text(json.dumps(settings))
+
+
+def judging(named: str) -> Make:
+    def make(folder: Path) -> None:
+        transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**strangers.SIZES)).save_pretrained(folder)  # type: ignore[arg-type]
+        rewrite(folder / "config.json", architectures=[named])
+
+    return make
+
+
+SIDES = "bitsandbytes multiplies 4 bits on this processor by 32 outputs and 64 inputs"
+OLD_NAMES = {"quant_method": "fp8", "weight_block_size": None}
+# What is made, what is said of it, and of transformers whether it fails as well.
+REFUSED: Mapping[str, tuple[Make, str]] = {
+    "ModelOpt's own file, nvfp4": (own_file_of_modelopt("modelopt-nvfp4", "NVFP4"), "method 'modelopt' of NVIDIA ModelOpt: vLLM"),
+    "ModelOpt's own file, fp8": (own_file_of_modelopt("modelopt-fp8", "FP8"), "method 'modelopt' of NVIDIA ModelOpt: vLLM"),
+    "a method in capitals": (packed(lambda _: FORMS["ct-fp8"].parts, {"quant_method": "FP8"}), "does not know .* 'FP8'"),
+    "a method of vLLM": (packed(lambda _: FORMS["ct-fp8"].parts, {"quant_method": "ptpc_fp8"}), "does not know .* 'ptpc_fp8'"),
+    "fp8 with scales of vLLM": (packed(lambda _: FORMS["ct-fp8"].parts, OLD_NAMES), "without its .*weight_scale_inv"),
+    "a variant alone": (renamed("model.fp16.safetensors"), "a variant .*finds it by variant='fp16'; here rename"),
+    "a variant in bin alone": (renamed("pytorch_model.fp16.bin"), "a variant .*finds it by variant='fp16'; here rename"),
+    "the makers' file alone": (renamed("consolidated.safetensors"), "as its makers' own code keeps it"),
+    "shards of bin without metadata": (in_bins(metadata=False), 'has no "metadata"'),
+    "a trainer's folder": (below("checkpoint-500"), "no config.json: give the model inside: 'checkpoint-500'"),
+    "sentence-transformers": (below("0_Transformer"), "no config.json: give the model inside: '0_Transformer'"),
+    "a hub's cache": (below("models--org--tiny/snapshots/0123"), "give the model inside: 'models--org--tiny'"),
+    "a compiled model's names": (llama(lambda w: {f"_orig_mod.{name}": w[name] for name in w}), "none of them, but '_orig_mod"),
+    "a larger head than vocabulary": (llama(lambda w: {**w, HEAD: torch.zeros(128, 64)}), "is 128 x 64, the config asks for 96"),
+    "a judge that says it writes": (judging("LlamaForCausalLM"), "and 'score.weight' instead, as models that judge texts do"),
+    "a judge of a name of its own": (judging("LlamaForRewardModel"), "and 'score.weight' instead, as models that judge texts do"),
+    "a judge": (judging("LlamaForSequenceClassification"), "sequence classification, which AutoModelForSequenceClassification"),
+    "answers without beams": (generating(num_return_sequences=3), "asks for 3 answers of one beam without do_sample"),
+    "a word that ends a text": (generating(eos_token_id="</s>"), "gives eos_token_id as '</s>', which is no number"),
+    "two tokens to pad with": (generating(pad_token_id=[0, 1]), "gives pad_token_id as a list, which is no number"),
+    "flash attention by the config": (llama(attn_implementation="flash_attention_2"), "config.json asks for flash_attention_2"),
+    "4 bits of odd sides": (bitsandbytes("jamba", **NF4), SIDES),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_sibling_that_transformers_cannot_run_is_told(name: str, tmp_path: Path) -> None:
+    make, said = REFUSED[name]
+    if said == SIDES and not here().avx512_bf16:
+        pytest.skip("the processor has no AVX512_BF16")
+    make(tmp_path / "model")
+    try:
+        plan = Planner(model_spec.read_spec(resolve.resolve(str(tmp_path / "model"))), here(), here=True).plan(
+            case("int4" if said == SIDES else "bf16", "cpu")
+        )
+    except HarnessError as error:
+        told = str(error)
+    else:
+        assert plan.verdict in (Verdict.INVALID, Verdict.UNAVAILABLE), plan.verdict
+        told = plan.why or ""
+    assert re.search(said, told), told
+    assert not runs(tmp_path / "model")
+
+
+def runs(folder: Path) -> bool:
+    """Say whether transformers loads all that the files hold, nothing else, and writes with it."""
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", output_loading_info=True)
+        loaded[0].generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
+    except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, ImportError):
+        return False
+    return not any(loaded[1].values())
+
+
+# ---- settings in their own words -------------------------------------------------------------------------------------------
+
+
+def test_bits_of_a_module_are_those_of_the_group_that_names_it() -> None:
+    settings = compressed("pack-quantized", group("re:.*self_attn.*", **W8), group("Linear", **W4), group("re:(", **W4))
+    assert quantization_words.bits_of(settings, "model.layers.0.self_attn.q_proj") == 8
+    assert quantization_words.bits_of(settings, "model.layers.0.mlp.up_proj") == 8  # by class: as the first group says
+    assert quantization_words.differ(quantization_words.schemes_in(settings))
+
+
+@pytest.mark.parametrize(("targets", "apart"), [(["re:.*experts.*"], False), (["re:.*mlp.*"], True)])
+def test_what_is_unpacked_in_one_way_is_what_the_library_says(targets: list[str], apart: bool) -> None:
+    """Of several groups transformers takes the first that singles out no experts, for all modules outside of them."""
+    source = Path(transformers.__file__).parent / "integrations" / "compressed_tensors.py"
+    assert 'target.startswith("re:") and "experts" in target' in source.read_text(encoding="utf-8")
+    from harness.checkpoint.quantization import packed as read
+
+    found = read({"quantization_config": compressed("mixed-precision", group("Linear", **W8), group(*targets, **W4))})
+    assert found is not None
+    assert (found.varies, found.apart) == (True, apart)
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes_4bit", "bitsandbytes_8bit"])
+def test_what_keeps_its_dtype_is_what_the_library_collects(name: str) -> None:
+    """What goes through the library's own operation is not cast, and that collects all that is called a weight."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    from harness.core.methods.table import METHODS
+
+    kind: Any = AUTO_QUANTIZER_MAPPING[name]
+    assert METHODS[name].keeps_dtype == (
+        "weight" in kind.serialized_names["weight"] and "deserialize" in kind.get_load_operations(kind)
+    )
+
+
+@pytest.mark.parametrize("answers", [1, 2, 4])
+@pytest.mark.parametrize("beams", [1, 2, 4])
+@pytest.mark.parametrize("samples", [True, False])
+def test_settings_of_generation_that_are_refused_are_those_of_the_library(answers: int, beams: int, samples: bool) -> None:
+    from harness.checkpoint.settings_check import generation_fault
+
+    settings = {"num_return_sequences": answers, "num_beams": beams, "do_sample": samples}
+    with (
+        contextlib.nullcontext() if generation_fault(settings) is None else pytest.raises(ValueError, match="num_return_sequences")
+    ):
+        transformers.GenerationConfig(**settings)
