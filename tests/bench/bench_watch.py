@@ -28,6 +28,7 @@ from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Case, Workload
 from harness.core.units import GIB, KIB, MIB
 from harness.machine import probe
+from harness.machine.scratch import Scratch
 from harness.measure.aggregate import decode_tok_s
 from harness.measure.beacon import Pulse
 from harness.measure.protocol import GenerateDone
@@ -103,20 +104,21 @@ def test_a_watched_run_measures_the_same(tmp_path: Path, figures: list[Figure]) 
     work = Workload(prompt_tokens=64, new_tokens=64, repeats=5)
     location = download.fetch(DEFAULT_MODEL)
     plan = decide(Case(model=DEFAULT_MODEL, precision="bf16", placement="cpu", workload=work), probed, reader.read(location))
-    context = RunContext(
-        run="bench",
-        machine=probed,
-        environment=probe.versions(),
-        scratch=tmp_path,
-        worker_main=worker_process.torch_worker,
-        timeout_s=3600,
-    )
-    run = Run(plan, CaseModel(location=location), context)
-    try:
-        run.round()
-        pairs = watched_pairs(run)
-    finally:
-        result = run.finish()
+    with Scratch(tmp_path) as scratch:
+        context = RunContext(
+            run="bench",
+            machine=probed,
+            environment=probe.versions(),
+            scratch=scratch,
+            worker_main=worker_process.torch_worker,
+            timeout_s=3600,
+        )
+        run = Run(plan, CaseModel(location=location), context)
+        try:
+            run.round()
+            pairs = watched_pairs(run)
+        finally:
+            result = run.finish()
     assert result.outcome == "ok"
     for name, ratios in pairs.items():
         low, middle, high = (f"{ratio - 1:+.2%}" for ratio in median_interval(ratios))
