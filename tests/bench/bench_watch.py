@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pty
+import signal
+import statistics
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fcntl import ioctl
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +22,28 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness.catalog import download
+from harness.checkpoint import reader
+from harness.core.options import DEFAULT_MODEL
+from harness.core.records import Case, Workload
 from harness.core.units import GIB, KIB, MIB
+from harness.machine import probe
+from harness.machine.scratch import Scratch
+from harness.measure.aggregate import decode_tok_s
 from harness.measure.beacon import Pulse
+from harness.measure.protocol import GenerateDone
+from harness.planning.feasibility import decide
+from harness.run import worker_process
+from harness.run.case_result import CaseModel, RunContext
+from harness.run.runner import Run
 from tests.live.growing import growing_worker
 from tests.support.reporting import Figure
 from tests.support.runs import ROOT
 
 SECONDS, SETTLED_S = 20.0, 4.0
 MOST_SHARE, MOST_BYTES = 0.005, 60 * MIB
+MOST_CHANGE = 0.005  # of a figure of a run that is watched
+LEAST_PAIRS, MOST_PAIRS = 20, 150  # of rounds of some two seconds
 
 
 @contextlib.contextmanager
@@ -76,6 +93,79 @@ def test_watching_costs_little(tmp_path: Path, figures: list[Figure], words: tup
     figures.append(Figure(what=f"{what}, memory", found=f"{peak / MIB:.0f} MiB", wanted=f"{MOST_BYTES / MIB:.0f} MiB"))
     assert share <= MOST_SHARE
     assert peak <= MOST_BYTES
+
+
+def test_a_watched_run_measures_the_same(tmp_path: Path, figures: list[Figure]) -> None:
+    """Rounds of one worker, in pairs: one while the watcher runs and one while it is stopped, the first of a pair in turn.
+
+    A stopped watcher takes nothing but its memory, so that the pairs differ by what it does alone, and no round pays for its start.
+    """
+    probed = probe.probe()
+    work = Workload(prompt_tokens=64, new_tokens=64, repeats=5)
+    location = download.fetch(DEFAULT_MODEL)
+    plan = decide(Case(model=DEFAULT_MODEL, precision="bf16", placement="cpu", workload=work), probed, reader.read(location))
+    with Scratch(tmp_path) as scratch:
+        context = RunContext(
+            run="bench",
+            machine=probed,
+            environment=probe.versions(),
+            scratch=scratch,
+            worker_main=worker_process.torch_worker,
+            timeout_s=3600,
+        )
+        run = Run(plan, CaseModel(location=location), context)
+        try:
+            run.round()
+            pairs = watched_pairs(run)
+        finally:
+            result = run.finish()
+    assert result.outcome == "ok"
+    for name, ratios in pairs.items():
+        low, middle, high = (f"{ratio - 1:+.2%}" for ratio in median_interval(ratios))
+        figures.append(
+            Figure(what=f"{name}, watched against not", rows=len(ratios), found=f"{middle} ({low} to {high})", wanted="0.5 %")
+        )
+    for ratios in pairs.values():
+        low, _, high = median_interval(ratios)
+        assert low >= 1 - MOST_CHANGE
+        assert high <= 1 + MOST_CHANGE
+
+
+def watched_pairs(run: Run) -> dict[str, list[float]]:
+    """Return the ratios of watched rounds to those beside them, until they tell the change well enough or are MOST_PAIRS."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "harness", "watch", "--json"]
+    found: dict[str, list[float]] = {"decode tokens/s": [], "seconds to the first token": []}
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env) as watcher:
+        assert watcher.stdout is not None
+        try:
+            assert b"smollm2" in watcher.stdout.readline(), "it watches another run"
+            threading.Thread(target=watcher.stdout.read, daemon=True).start()
+            while len(found["decode tokens/s"]) < MOST_PAIRS and not all(map(_is_told, found.values())):
+                pair = dict[bool, GenerateDone]()
+                for watched in (True, False) if len(found["decode tokens/s"]) % 2 else (False, True):
+                    watcher.send_signal(signal.SIGCONT if watched else signal.SIGSTOP)
+                    pair[watched] = run.round()
+                found["decode tokens/s"].append(decode_tok_s(pair[True]) / decode_tok_s(pair[False]))
+                found["seconds to the first token"].append(pair[True].token_s[0] / pair[False].token_s[0])
+        finally:
+            watcher.kill()
+    return found
+
+
+def _is_told(ratios: Sequence[float]) -> bool:
+    if len(ratios) < LEAST_PAIRS:
+        return False
+    low, _, high = median_interval(ratios)
+    return high - low < MOST_CHANGE
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median and the 95 % interval around it, by order statistics (Conover, Practical Nonparametric Statistics, 3.2)."""
+    ordered, count = sorted(values), len(values)
+    reach = 1.96 * math.sqrt(count) / 2
+    low, high = max(0, math.floor(count / 2 - reach) - 1), min(count - 1, math.ceil(count / 2 + reach))
+    return ordered[low], statistics.median(ordered), ordered[high]
 
 
 def test_a_beat_costs_a_worker_next_to_nothing(tmp_path: Path, figures: list[Figure]) -> None:

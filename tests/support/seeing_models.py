@@ -30,7 +30,7 @@ _TOWER = {
 _GRID = {"hidden_size": 32, "depth": 2, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64, "spatial_merge_size": 2}
 _POOLED = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "head_dim": 16, "global_head_dim": 16, "patch_size": 16, "pooling_kernel_size": 3,
+    "head_dim": 16, "global_head_dim": 16, "patch_size": 16, "pooling_kernel_size": 4,
 }  # fmt: skip
 
 # model type -> config: fixed sizes, tiles, grids of any size, pooled ones.
@@ -49,6 +49,16 @@ SEEING: Mapping[str, Mapping[str, Any]] = {
     "qwen2_5_vl": {"text_config": _TURNED, "vision_config": {**_GRID, "patch_size": 14}},
     "qwen3_vl": {"text_config": _TURNED, "vision_config": {**_GRID, "patch_size": 16, "deepstack_visual_indexes": [0]}},
     "gemma4": {"text_config": _TEXT, "vision_config": _POOLED},
+    "llama4": {
+        "text_config": {**_TEXT, "num_local_experts": 2, "intermediate_size_mlp": 128},
+        "vision_config": {
+            **_TOWER, "intermediate_size": 128, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
+        },
+    },
+    "lfm2_vl": {
+        "text_config": {**_TEXT, "model_type": "lfm2"},
+        "vision_config": {**_TOWER, "patch_size": 16, "num_patches": 16, "model_type": "siglip2_vision_model"},
+    },
 }  # fmt: skip
 
 

@@ -77,6 +77,7 @@ class Ledger(TorchDispatchMode):
         self.peak: dict[torch.device, int] = defaultdict(int)
         self.guesses: Counter[str] = Counter()
         self.path, self.layer = "", -1
+        self.most_shadowed = MOST_SHADOWED
         self._condition: str | None = None
         self._operator: str | None = None
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
@@ -191,7 +192,7 @@ class Ledger(TorchDispatchMode):
         """Compute small tensors for real beside the fake, where all that they are computed from is known."""
         for leaf in made:
             self._shadows.pop(leaf, None)
-        if not made or any(leaf.numel() > MOST_SHADOWED for leaf in made) or "empty" in func.name():
+        if not made or any(leaf.numel() > self.most_shadowed for leaf in made) or "empty" in func.name():
             return
         if func in (_aten.argmax.default, _aten.topk.default) and self.real(args[0]) is None:
             self._choose(made[-1], args[0].shape[args[2] if len(args) > 2 else -1] if func is _aten.topk.default else None)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import inspect
 import io
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from harness.worker.trace.record import source
 
 # More than processors let through: square, and as cameras make them. What is left of it is the most that an image can be.
 SIDES = ((4096, 4096), (4096, 3072))
+MOST_SHADOWED = 1 << 25  # of patches by the tokens that they are pooled to, of two images: what is padding follows from them
 
 
 class _Seen(NamedTuple):
@@ -53,17 +55,23 @@ def trace_image(config: Mapping[str, Any], settings: Mapping[str, Any] | None = 
         raise ValueError(f"transformers has no class for model_type {read.model_type!r} that reads images and writes text")
     processor, model = processor_of(read, settings), construct(AutoModelForImageTextToText, read)
     if not hasattr(model, "get_image_features"):
-        raise ValueError(f"{type(model).__name__} has no get_image_features, which a trace follows")
+        raise ValueError(f"{type(model).__name__} takes no images as tokens of a prompt: it has no get_image_features")
     model.tie_weights()
-    shapes, card = [processed(processor, *side) for side in SIDES], kernels_of(WITH_FLASH)
+    return trace_inputs(model, [processed(processor, *side) for side in SIDES], getattr(processor, "patch_size", None))
+
+
+def trace_inputs(model: Any, shapes: Sequence[Mapping[str, torch.Tensor]], patch: int | None = None) -> ImageTrace:
+    """Trace the one of these inputs of an image that makes the most tokens; where they have a grid, it is of patches so wide."""
+    card = kernels_of(WITH_FLASH)
     with fake_card({}, card.capability) as ledger, kernels.chosen_as_on(card, ledger, whole=False):
-        ledger.rules = _all_real(ledger)
+        ledger.rules, ledger.most_shadowed = _rules(ledger), MOST_SHADOWED
         place_on_card(model)
+        model.requires_grad_(True)  # as loaded: for such weights a product copies what is not contiguous (should_fold in ATen)
         firsts = [_see(ledger, model, inputs, 1) for inputs in shapes]
         one = max(firsts, key=lambda seen: seen.tokens)
         inputs = shapes[firsts.index(one)]
         two = _see(ledger, model, inputs, 2)
-    width, height = _size(inputs, processor.patch_size) if "image_grid_thw" in inputs else (None, None)
+    width, height = _size(inputs, patch) if patch and "image_grid_thw" in inputs else (None, None)
     return ImageTrace(
         tokens=one.tokens,
         pixels_bytes=one.pixels,
@@ -111,13 +119,29 @@ def _class_for(kind: str) -> str:
 def _settings_by(config: Any) -> dict[str, Any]:
     """Return what a config says of the images that its tower takes, by the names that image processors have for it."""
     tower = getattr(config, "vision_config", config)
-    side, patch = getattr(tower, "image_size", None), getattr(tower, "patch_size", None)
+    side, patch = getattr(tower, "image_size", None) or _side_of_timm(tower), getattr(tower, "patch_size", None)
     said = {
         "patch_size": patch,
+        "encoder_patch_size": patch,
+        "downsample_factor": getattr(config, "downsample_factor", None),
         "temporal_patch_size": getattr(tower, "temporal_patch_size", None),
         "merge_size": getattr(tower, "spatial_merge_size", None),
+        "pooling_kernel_size": getattr(tower, "pooling_kernel_size", None),
     }
     return {name: value for name, value in said.items() if value is not None} | _sides(config, side)
+
+
+def _side_of_timm(tower: Any) -> tuple[int, int] | None:
+    """Return the height and width of the images that a tower of timm was trained on, which timm knows by its name."""
+    name = getattr(tower, "architecture", None)
+    if name is None:
+        return None
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise ValueError(f"its vision tower {name} is one of timm: pip install timm") from error
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return tuple(known.input_size[1:]) if known is not None else None
 
 
 def _sides(config: Any, side: Any) -> dict[str, Any]:
@@ -156,11 +180,11 @@ def _see(ledger: Ledger, model: Any, inputs: Mapping[str, torch.Tensor], images:
     before = ledger.live[CARD]
     given = {name: _on_card(torch.cat([value] * images)) for name, value in inputs.items() if name in taken}
     pixels, counter = ledger.live[CARD] - before, FlopCounterMode(display=False)
-    with counter:
+    with counter, torch.no_grad():
         out = model.get_image_features(**given)
     gc.collect()
     left, peak = ledger.live[CARD] - before, ledger.peak[CARD] - before
-    return _Seen(rows(getattr(out, "pooler_output", out)), peak, left, pixels, counter.get_total_flops() / images)
+    return _Seen(rows(out), peak, left, pixels, counter.get_total_flops() / images)
 
 
 def _on_card(tensor: torch.Tensor) -> torch.Tensor:
@@ -170,8 +194,8 @@ def _on_card(tensor: torch.Tensor) -> torch.Tensor:
     return torch.tensor(tensor.tolist(), dtype=tensor.dtype, device=CARD)
 
 
-def _all_real(ledger: Ledger) -> Rules:
-    """Return the rule by which values that nobody knows are other than any number: pixels are a picture, not padding."""
+def _rules(ledger: Ledger) -> Rules:
+    """Return the rules for pixels: they are a picture, other than any number of padding, and a card unfolds them into one piece."""
 
     def differs(tensor: torch.Tensor, other: float) -> torch.Tensor:
         if ledger.real(tensor) is None:
@@ -179,13 +203,20 @@ def _all_real(ledger: Ledger) -> Rules:
         with swapped(ledger, "rules", {}):
             return tensor != other
 
-    return {torch.ops.aten.ne.Scalar: differs}
+    def unfolded(tensor: torch.Tensor, *how: Sequence[int]) -> torch.Tensor:
+        return tensor.new_empty(torch.ops.aten.im2col.default(tensor.to("meta"), *how).shape)
+
+    return {torch.ops.aten.ne.Scalar: differs, torch.ops.aten.im2col.default: unfolded}
 
 
-def rows(features: Any) -> int:
-    if isinstance(features, (list, tuple)):
-        return sum(map(rows, features))
-    return int(features.numel() // features.shape[-1])
+def rows(out: Any) -> int:
+    """Count the tokens among what `get_image_features` returns: features, or what a tower puts out, pooled where it pools."""
+    if isinstance(out, (list, tuple)):
+        return sum(map(rows, out))
+    if isinstance(out, torch.Tensor):
+        return out.numel() // out.shape[-1]
+    pooled = getattr(out, "pooler_output", None)
+    return rows(out.last_hidden_state if pooled is None else pooled)
 
 
 def _size(inputs: Mapping[str, torch.Tensor], patch: int) -> tuple[int, int]:
