@@ -19,12 +19,13 @@ class PublishedResult(Record, frozen=True, kw_only=True):
     digest: str
 
 
-class Entry(Record, frozen=True, kw_only=True, array_like=True):
+class Entry(Record, frozen=True, kw_only=True, array_like=True, gc=False):
     """A published result in the register of a site: all that joining needs of it, and where the rest lies.
 
     `digest` and `size` are those of the whole result as it is published. `source` is the number of the file it was read from and
     `line` its line there; `cleaned` tells whether anything private was taken out of it here. `machine` tells its machine from
-    others, `claim` what it is a result of: two of one claim that differ contradict each other.
+    others, `claim` what it is a result of: two of one claim that differ contradict each other. There are a hundred thousand, and
+    Python need not search them for cycles.
     """
 
     digest: str

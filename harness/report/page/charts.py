@@ -30,7 +30,7 @@ _MOST_BYTES = 1 << 80
 _BLOCK = re.compile(r"(.*?)(\d+)((?:\.\D*)?)")
 
 
-class Series(msgspec.Struct, frozen=True):
+class Series(msgspec.Struct, frozen=True, gc=False):
     """One line of the chart. `look` is its class in the style sheet."""
 
     name: str
@@ -54,7 +54,7 @@ class Scale:
         return self.sizes.at(size)
 
 
-class Group(msgspec.Struct, frozen=True):
+class Group(msgspec.Struct, frozen=True, gc=False):
     """Consecutive modules of a device map that lie in one tier."""
 
     modules: str

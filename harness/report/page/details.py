@@ -15,7 +15,7 @@ from harness.report.page import charts
 from harness.report.page.figures import Compared, Figure, as_html, compared, known
 
 
-class Map(msgspec.Struct, frozen=True):
+class Map(msgspec.Struct, frozen=True, gc=False):
     """Where the modules are, as loaded or as planned."""
 
     loaded: bool
@@ -23,7 +23,7 @@ class Map(msgspec.Struct, frozen=True):
     groups: tuple[charts.Group, ...]
 
 
-class Details(msgspec.Struct, frozen=True):
+class Details(msgspec.Struct, frozen=True, gc=False):
     """The details of one case. `figures` and `phases` are rows of tables, which are most of a page and so are written at once."""
 
     figures: str

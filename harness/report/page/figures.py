@@ -18,7 +18,7 @@ from harness.results import needed
 from harness.results.selection import faults, is_broken, is_proposed, ran
 
 
-class Status(msgspec.Struct, frozen=True):
+class Status(msgspec.Struct, frozen=True, gc=False):
     """How a case stands, in a word; `look` names its colour and its icon."""
 
     word: str
@@ -78,7 +78,7 @@ def surprise(result: Result) -> str:
     return ""
 
 
-class Figure(msgspec.Struct, frozen=True):
+class Figure(msgspec.Struct, frozen=True, gc=False):
     """One figure, which a template writes by its name; `key` is that of its metric, if it is one.
 
     `value` is the stored number as text, empty when there is none; `why` then says why not, and `text` in two words.
@@ -165,7 +165,7 @@ def planned_speed(result: Result) -> Figure | None:
     return known("", "predicted", speed, format_metric("decode_tok_s", speed))
 
 
-class MemoryFigure(msgspec.Struct, frozen=True):
+class MemoryFigure(msgspec.Struct, frozen=True, gc=False):
     """What a case needs of the tier that decides (`harness.results.needed`), against what it may use there.
 
     `resident` is what was there at most beside it, of the RAM: the kernel may drop the difference.
@@ -235,7 +235,7 @@ def _memory(
     return MemoryFigure(tier, kind, need, limit, resident if resident and resident.value else None, predicted)
 
 
-class Compared(msgspec.Struct, frozen=True):
+class Compared(msgspec.Struct, frozen=True, gc=False):
     """One row of a case's figures: measured, the spread of its samples, and predicted."""
 
     figure: Figure

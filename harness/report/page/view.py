@@ -32,7 +32,7 @@ from harness.report.page.figures import (
 from harness.results.selection import best_result, faults, is_proposed, is_sound, newest, proposed, ran
 
 
-class Cell(msgspec.Struct, frozen=True):
+class Cell(msgspec.Struct, frozen=True, gc=False):
     """One case in the matrix. `anchor` leads to its details; `proposed` is the planned speed of what a search found best."""
 
     result: Result
@@ -50,7 +50,7 @@ class Cell(msgspec.Struct, frozen=True):
     best: bool = False
 
 
-class Heading(msgspec.Struct, frozen=True):
+class Heading(msgspec.Struct, frozen=True, gc=False):
     """The head of a row or a column: the name to type and what it means, and of a column its limits."""
 
     name: str
@@ -147,7 +147,7 @@ def _place_of(result: Result) -> tuple[str, str, str]:
     return result.machine.name, result.case.model, result.weights
 
 
-class Choices(msgspec.Struct, frozen=True):
+class Choices(msgspec.Struct, frozen=True, gc=False):
     """What the cases of a page can be filtered by, in the order of the tables; `outcomes` are all that occur."""
 
     models: tuple[str, ...]
