@@ -271,11 +271,12 @@ def test_what_is_said_of_a_sibling_is_what_loading_it_takes(name: str, tmp_path:
     assert plan.code is not None
     model = work.load(Load(model=str(folder), code=plan.code, tokenizer=False), lambda _: contextlib.nullcontext())[0]
     assert set(verify.checks(plan, work.loaded_facts(model)).values()) == {verify.OK}
-    held = held_bytes(model.module)
-    model.module.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+    module: Any = model.module
+    held = held_bytes(module)
+    module.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
     assert plan.estimate is not None
     planned = sum(tier.weights_bytes for tier in plan.estimate.tiers.values())
-    assert planned == pytest.approx(max(held, held_bytes(model.module)), rel=NEAR)  # 4 bits lose bytes, others gain them
+    assert planned == pytest.approx(max(held, held_bytes(module)), rel=NEAR)  # 4 bits lose bytes, others gain them
     seen = inspect(reader.read(folder), name=name, kind="directory", source=name)
     repeated = sum(weight.elements for weight in spec.skeleton.weights if weight.path in spec.repeated)
     extra = 64 if name == "a value head" else 0
@@ -301,7 +302,8 @@ def generating(**settings: Any) -> Make:
 
 def judging(named: str) -> Make:
     def make(folder: Path) -> None:
-        transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**strangers.SIZES)).save_pretrained(folder)  # type: ignore[arg-type]
+        sizes: Any = strangers.SIZES
+        transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes)).save_pretrained(folder)
         rewrite(folder / "config.json", architectures=[named])
 
     return make
