@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
 
 from harness.core.records import Result
 from harness.results import store
 from tests.browser.pages import Open, settled
+from tests.browser.planners import answered
 from tests.support.reporting import REPORTS
 
 pytestmark = pytest.mark.browser
@@ -53,6 +55,14 @@ ENGLISH = PAGES | PARTS
 VIEWS = ENGLISH | {f"{name}-zh": picture for name, picture in ENGLISH.items()}
 
 
+PLANNER = {
+    f"planner{size}-{theme}{language}": Picture(theme, *SIZES[size])
+    for size in ("", "-phone")
+    for theme in ("light", "dark")
+    for language in ("", "-zh")
+}
+
+
 @functools.cache
 def measured(of: str) -> list[Result]:
     return [store.decode(line) for line in (REPORTS / of / "results.jsonl").read_bytes().splitlines()]
@@ -66,11 +76,30 @@ def fonts() -> str:
 @pytest.mark.parametrize("name", VIEWS)
 def test_it_looks_as_it_did(show: Open, name: str) -> None:
     is_chinese, picture = name.endswith("-zh"), VIEWS[name]
+    need_fonts(is_chinese)
+    compare(name, taken(show(measured(picture.of), picture.width, "lang=zh" if is_chinese else "lang=en"), picture))
+
+
+@pytest.mark.parametrize("name", PLANNER)
+def test_the_planner_looks_as_it_did(planner: Chrome, name: str) -> None:
+    is_chinese, picture = name.endswith("-zh"), PLANNER[name]
+    need_fonts(is_chinese)
+    size = {"width": picture.width, "height": picture.height, "deviceScaleFactor": 1, "mobile": False}
+    planner.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    planner.find_element(By.CSS_SELECTOR, f"[data-lang={'zh' if is_chinese else 'en'}]").click()
+    planner.execute_script("document.getElementById('said').style.visibility = 'hidden'")  # how long it took
+    answered(planner)
+    compare(name, taken(planner, picture))
+
+
+def need_fonts(is_chinese: bool) -> None:
     for font in (FONT, CHINESE) if is_chinese else (FONT,):
         if font not in fonts():
             pytest.skip(f"the picture was taken with {font}, which is not installed here")
-    browser = show(measured(picture.of), picture.width, "lang=zh" if is_chinese else "lang=en")
-    seen = taken(browser, picture)
+
+
+def compare(name: str, seen: Image.Image) -> None:
+    """Fail if a picture is not as it is kept, or was not kept and now is."""
     path = PICTURES / f"{name}.png"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ from harness.worker.trace.record import source
 
 # More than processors let through: square, and as cameras make them. What is left of it is the most that an image can be.
 SIDES = ((4096, 4096), (4096, 3072))
-MOST_SHADOWED = 1 << 25  # of patches by the tokens that they are pooled to, of two images: what is padding follows from them
+MOST_POOLED = 1 << 25  # of patches by the tokens that they are pooled to, of two images: what is padding follows from them
 
 
 class _Seen(NamedTuple):
@@ -64,7 +64,7 @@ def trace_inputs(model: Any, shapes: Sequence[Mapping[str, torch.Tensor]], patch
     """Trace the one of these inputs of an image that makes the most tokens; where they have a grid, it is of patches so wide."""
     card = kernels_of(WITH_FLASH)
     with fake_card({}, card.capability) as ledger, kernels.chosen_as_on(card, ledger, whole=False):
-        ledger.rules, ledger.most_shadowed = _rules(ledger), MOST_SHADOWED
+        ledger.rules, ledger.most_shadowed = _rules(ledger), MOST_POOLED
         place_on_card(model)
         model.requires_grad_(True)  # as loaded: for such weights a product copies what is not contiguous (should_fold in ATen)
         firsts = [_see(ledger, model, inputs, 1) for inputs in shapes]
