@@ -1,4 +1,4 @@
-"""Speeds of models that nobody has run here: one model calibrates, the others are predicted"""
+"""Speeds of models that nobody has run here: one model and products timed without any calibrate, the others are predicted"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from harness.core.records import Machine, Result
 from harness.core.units import format_share
+from harness.planning import kernel_times
 from tests.accuracy.chart import Pair
 from tests.accuracy.held_out import Forecast, forecasts, mean_error, said, share_within
 from tests.support.published import median_width, share_inside
@@ -21,7 +22,7 @@ INSIDE, WIDEST = 0.7, 13.0
 
 @pytest.fixture(scope="module")
 def predicted(results: list[Result], here: Machine, models: dict[str, Path]) -> list[Forecast]:
-    return list(forecasts(results, here, models))
+    return list(forecasts(results, here, models, kernel_times.time_products(here)))
 
 
 @pytest.mark.parametrize("placement", WIDTHS)
