@@ -84,7 +84,7 @@ class Timing:
         return self.token() + (flops / self.rates.flops() + self._beside_products(rows) if rows > 1 else 0.0)
 
     def _beside_products(self, rows: int) -> float:
-        """Return the seconds of norms, activations and sums on so many rows; a GPU has passed over them when the next is started."""
+        """Return the seconds of norms, activations and sums on so many rows; a GPU does that while the host starts others."""
         return 0.0 if self.gpu else self.work.operations.others * rows * self.work.width / self.rates.rate("cpu_elements_per_s")
 
     def load(self) -> float:
@@ -141,7 +141,8 @@ class Timing:
 
     def token(self, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
-        host, moved = self._host, sum(self._moved(first).values()) + self._unpacked_anew + self._attended + self._turned
+        host, moved = self._host, sum(self._moved(first).values()) + self._unpacked_anew + self._attended
+        moved += 2.0 * self.work.turned * self.workload.batch / self.rates.turned_flops()
         return max(host, moved) if self.gpu and not self.work.handed_over else host + moved
 
     def bound_by(self) -> str:
@@ -201,11 +202,6 @@ class Timing:
         """Return the seconds of opening what lies on the disk, tensor by tensor, and of casting what is stored otherwise."""
         opened = self.work.brought * self.rates.cost("offload_s_per_tensor")
         return opened + self.work.cast / self.rates.rate("offload_cast_bytes_per_s")
-
-    @cached_property
-    def _turned(self) -> float:
-        """Return the seconds of one row by weights that lie inputs by outputs, where they have a kernel of their own."""
-        return 2.0 * self.work.turned * self.workload.batch / self.rates.turned_flops()
 
     @cached_property
     def _attended(self) -> float:
