@@ -43,4 +43,4 @@ def test_each_precision_is_timed(precision: str, done: set[str], bytes_per_weigh
 def test_once_the_time_is_over_what_is_left_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "STACKS_S", -1.0)
     with torch.inference_mode():
-        assert [one.done for one in products.time_products_of([PRECISIONS["bf16"], PRECISIONS["fp32"]])] == ["cast"]
+        assert not list(products.time_products_of([PRECISIONS["bf16"], PRECISIONS["fp32"]]))
