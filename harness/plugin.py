@@ -124,13 +124,13 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if config.pluginmanager.has_plugin("terminalreporter"):
         live = LiveLine(config.get_terminal_writer()._file, total=len({case.id for case in cases}))
         ours.on_sample = config.stash[_LIVE] = live
+    reporter: TerminalReporter | None = config.pluginmanager.get_plugin("terminalreporter")
     shard = config.stash.get(_SHARD, None)
     with (
         _sentence(pytest.UsageError),
         shard.begun(ours.machine, ours.context.environment, ours.cases()) if shard else nullcontext(),
     ):
-        ours.prepare(cases)
-    reporter: TerminalReporter | None = config.pluginmanager.get_plugin("terminalreporter")
+        ours.prepare(cases, lambda said: reporter.write_line(line(said)) if reporter is not None else None)
     if reporter is not None:
         for notice in ours.notices():
             reporter.write_line(line(notice))

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -661,8 +661,8 @@ def test_what_prepares_a_run_knows_the_live_line(project: Project, monkeypatch: 
     """Resuming settles all that cases share while it prepares, so a line that came later would never be spec."""
     prepare, seen = Session.prepare, []
 
-    def settled(self: Session, cases: Sequence[Case]) -> None:
-        prepare(self, cases)
+    def settled(self: Session, cases: Sequence[Case], tell: Callable[[str], None]) -> None:
+        prepare(self, cases, tell)
         seen.append(self.context.on_sample)
 
     monkeypatch.setattr(Session, "prepare", settled)

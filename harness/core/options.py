@@ -312,6 +312,14 @@ OPTIONS: tuple[Option, ...] = (
         parse=Path,
         metavar="FILE",
     ),
+    Option(
+        name="calibrate",
+        help="measure this processor once, for a minute at most, before the first run here (once) or not (never); not with "
+        "--resume, in a shard, or where a case has less than ten minutes (default once)",
+        parse=one_of("once", "never"),
+        default="once",
+        metavar="WHEN",
+    ),
     Option(name="fail-on-oom", help="fail the test if a case runs out of memory", switch=True, default=False),
 )
 

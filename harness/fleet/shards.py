@@ -16,7 +16,7 @@ from harness.fleet.contract import MAP, SHARDS, Contract, Expected, Issued, Shar
 from harness.machine import atomic
 
 # What a machine decides for itself; the contract decides the rest.
-OWN_OPTIONS = ("shard", "results", "html", "baseline", "resume")
+OWN_OPTIONS = ("shard", "results", "html", "baseline", "resume", "calibrate")
 CONTRACT_OPTIONS = tuple(option.name for option in OPTIONS if option.name not in OWN_OPTIONS)
 _START_S = 1800.0  # for the models to come
 

@@ -17,24 +17,31 @@ from harness.planning.calibration import device_of
 class Measure(NamedTuple):
     """A figure that results measure and plans estimate."""
 
-    metric: str  #: where a result has what was measured
+    metric: str  #: where a result has what was measured; empty of what is timed without a model (`planning.kernel_times`)
     disturbed: str  #: the metric whose mark says that others disturbed it
     noise: float  #: by how much it differs between runs of one case, the standard deviation of its logarithm
     chance: float = 0.0  #: what is added to both before they are compared: so much is chance
+    phase: str = ""  #: that says nothing where files came from the disk in it, if they were planned to come from the page cache
 
 
 # The median token rather than the mean speed: another process that took the machine for a moment is no property of it. A load
-# differs by about a second from run to run: one of a tenth of it must not make that of a large model ten times as long.
+# differs by some tenths of a second from run to run: one of a tenth must not make that of a large model ten times as long.
 FIGURES = {
-    "load_s": Measure("load_s", "load_s", 0.2, 1.0),
-    "first_token_s": Measure("first_token_s", "first_token_s", 0.3, 0.05),
+    "load_s": Measure("load_s", "load_s", 0.2, 0.3, "load"),
+    "first_token_s": Measure("first_token_s", "first_token_s", 0.3, 0.05, "cold"),
     "token_s": Measure("token_p50_s", "decode_tok_s", 0.12),
+    "product_s": Measure("", "", 0.12),
+    "turned_s": Measure("", "", 0.2),
+    "pack_s": Measure("", "", 0.2),
+    "quantize_s": Measure("", "", 0.2),
+    "cast_s": Measure("", "", 0.3),
     "ram_anon_bytes": Measure("ram_anon_peak_bytes", "", 0.1),
     "vram_allocated_bytes": Measure("vram_peak_bytes", "", 0.01),
     "vram_process_bytes": Measure("vram_process_peak_bytes", "", 0.02),
 }
 # A ratio beyond this is another kind of trouble (a busy machine, swapping), not a property of the machine.
 BOUND = 16.0
+_FROM_DISK = 0.1  # of the weights
 
 
 class Observation(Record, frozen=True, kw_only=True):
@@ -84,11 +91,20 @@ def _of_result(result: Result, digest: str) -> Iterator[Observation]:
         figure = FIGURES.get(name)
         measured = result.metrics.get(figure.metric) if figure else None
         if figure and measured:
+            if figure.phase and came_from_disk(result, figure.phase):
+                continue
             disturbed = figure.disturbed in result.noisy
             who = f"{result.run} {result.case.id} {result.at}"
             one = Observation(result=who, case=case, figure=name, measured=measured, makeup=makeup, disturbed=disturbed)
             if one.is_plausible:
                 yield one
+
+
+def came_from_disk(result: Result, phase: str) -> bool:
+    """Say whether much of the weights in RAM came from the disk in a phase: how fast that is says nothing of what is done then."""
+    held = result.loaded.tier_bytes.get("cpu", 0) if result.loaded else 0
+    read = sum(one.disk_read_bytes or 0 for one in result.phases if one.name == phase)
+    return read > _FROM_DISK * held > 0
 
 
 def _lay_elsewhere(loaded: Loaded, estimate: Estimate) -> bool:

@@ -6,7 +6,7 @@ another version of the constants counts for nothing, and says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from harness.core.records import Machine, Record, Result
 from harness.machine import atomic, probe
 from harness.machine.cache import MOST_BYTES, cache_dir
 from harness.machine.regular import read_regular
-from harness.planning import calibration, evidence, fit
+from harness.planning import calibration, evidence, fit, kernel_times
 from harness.planning.calibration import Calibration
 from harness.planning.evidence import Observation
 
@@ -98,6 +98,40 @@ def forget(machine: Machine) -> bool:
         return False
     _write(_File(machines=others))
     return True
+
+
+def is_due(machine: Machine) -> bool:
+    """Say whether nothing is kept for this machine that counts for these constants."""
+    try:
+        kept = kept_evidence(machine)
+    except StoreError:
+        return False  # plans say so, and what is there is not overwritten
+    return kept is None or kept.digest != calibration.default().digest
+
+
+def calibrate_once(machine: Machine, scratch: Path, tell: Callable[[str], None]) -> Machine:
+    """Time products and keep what they say, if nothing is kept yet; return the machine, with the speeds of RAM and disk.
+
+    `tell` hears of it before, and why where nothing came of it.
+    """
+    if not is_due(machine):
+        return machine
+    tell(f"Measuring this processor once, for {kernel_times.MOST_S:.0f} s at most; --calibrate never leaves it out.")
+    machine = with_bandwidths(machine, scratch)
+    try:
+        keep_evidence(machine, kernel_times.time_products(machine))
+    except (UsageError, StoreError) as error:
+        tell(f"Not calibrated: {error}")
+    return machine
+
+
+def with_bandwidths(machine: Machine, scratch: Path) -> Machine:
+    """Measure how fast RAM and the disk of `scratch` are read where nobody has: products tell shares of that."""
+    if all(tier.bytes_per_s for tier in machine.tiers if tier.kind != "gpu"):
+        return machine
+    found = {tier.name: tier.bytes_per_s for tier in probe.probe(scratch=scratch, measure=True).tiers}
+    tiers = (tier if tier.kind == "gpu" else replace(tier, bytes_per_s=found.get(tier.name)) for tier in machine.tiers)
+    return replace(machine, tiers=tuple(tiers))
 
 
 def corrected(results: Iterable[Result], machine: Machine) -> Calibration:

@@ -71,6 +71,7 @@ class Options:
             "resume",
             "baseline",
             "shard",
+            "calibrate",
         }
         words: list[str] = []
         for option in OPTIONS:

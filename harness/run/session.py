@@ -18,7 +18,7 @@ from harness.machine.scratch import Scratch
 from harness.machine.signals import Interrupts
 from harness.measure import interference
 from harness.measure.sampler import Gpus
-from harness.planning import code
+from harness.planning import code, kept_calibration
 from harness.report.page import render as page
 from harness.results import compare, selection, store
 from harness.results.store import Store
@@ -31,6 +31,8 @@ from harness.run.references import References
 from harness.run.resume import Kept
 from harness.run.runner import Run
 from harness.run.worker_process import WorkerMain
+
+LEAST_LIMIT_S = 600.0  # a run that gives its cases less has no minute to calibrate
 
 
 class CaseSubset(Record, frozen=True, kw_only=True):
@@ -103,8 +105,10 @@ class Session:
         """Plan a case; before its model is fetched, only what no model could do here is known."""
         return self._matrix.plan(case)
 
-    def prepare(self, asked: Sequence[Case]) -> None:
+    def prepare(self, asked: Sequence[Case], tell: Callable[[str], None] | None = None) -> None:
         """Have everything at hand that the cases need, before the first is measured: store, models, worker.
+
+        With `tell`, which hears of it, this machine is calibrated first if nothing was kept of it.
 
         Raises:
             UsageError, CheckpointError, StoreError: something is missing; nothing was measured.
@@ -117,6 +121,9 @@ class Session:
         runnable = sorted({self._matrix.files_of(case) for case in asked if self._matrix.may_run(case)})
         self.models.fetch(runnable, self._matrix.check_model)
         runnable = [name for name in runnable if name not in self.models.faults]
+        whole = self._subset is None and self.worker_main is None
+        if tell is not None and whole and runnable and may_calibrate(self.options):
+            self.machine = kept_calibration.calibrate_once(self.machine, self._scratch.path, tell)
         if self.options.resume:
             since = self._subset.since if self._subset else ""
             self._earlier = selection.last_on(self.machine, [one for one in self.store.read()[0] if one.at >= since])
@@ -270,3 +277,8 @@ def _prepare_page(path: Path, need_bytes: int) -> None:
     if path.is_dir():
         raise UsageError(f"--html {path} is a directory; name a file, such as {path / 'index.html'}")
     store.check_room(path.parent, need_bytes, "the page", "--html")
+
+
+def may_calibrate(options: Options) -> bool:
+    """Say whether a run may measure the processor first: not one that goes on with another, nor a hasty one."""
+    return bool(options.calibrate == "once" and not options.resume and options.case_timeout >= LEAST_LIMIT_S)

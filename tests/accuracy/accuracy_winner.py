@@ -9,8 +9,11 @@ import msgspec
 import pytest
 
 from harness.catalog.resolve import resolve
+from harness.cli.entry import main
 from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Case, Machine, Outcome, Plan, Span
+from harness.planning import kept_calibration
+from harness.planning.calibration import Calibration
 from harness.planning.choice.recommend import advise_best, worth
 from tests.accuracy.local_runs import WAYS, WORK, planner_of, run_plan, running
 from tests.support.reporting import Figure
@@ -20,10 +23,22 @@ NOISE = 0.05
 NEXT = 2
 
 
+@pytest.fixture(scope="module")
+def calibrated(here: Machine, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    """The constants that plans take after `fitmatrix calibrate --measure`, in a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FITMATRIX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        assert main(["calibrate", "--measure"]) == 0
+        return kept_calibration.corrected([], here)
+
+
 @pytest.mark.parametrize("name", [DEFAULT_MODEL, "qwen2", "moe"])
-def test_the_winner_wins(name: str, models: dict[str, Path], here: Machine, figures: list[Figure], tmp_path: Path) -> None:
+def test_the_winner_wins(
+    name: str, models: dict[str, Path], here: Machine, calibrated: Calibration, figures: list[Figure], tmp_path: Path
+) -> None:
     location = models[name]
-    planner = planner_of(name, location, here)
+    planner = planner_of(name, location, here, calibrated)
     best = advise_best(resolve(str(location)), planner, WORK).best
     assert best is not None
     usual = [Case(model=name, precision=precision, placement=placement, workload=WORK) for precision, placement in WAYS]

@@ -9,7 +9,10 @@ from pathlib import Path
 from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Machine, Result
 from harness.core.units import format_share
-from harness.planning import fit
+from harness.planning import evidence, fit
+from harness.planning.calibration import default
+from harness.planning.evidence import Observation
+from harness.planning.loading import seconds
 from tests.accuracy.local_runs import planner_of
 from tests.support.published import Prediction, interval_score, median_width, share_inside
 
@@ -24,19 +27,31 @@ class Forecast(Prediction, frozen=True, kw_only=True):
     figure: str
 
 
-def forecasts(results: Sequence[Result], here: Machine, models: dict[str, Path]) -> Iterator[Forecast]:
-    """Plan the cases of all models but the default one by constants that only its results corrected."""
-    constants = fit.correct([one for one in results if one.case.model == DEFAULT_MODEL], here)
+def forecasts(
+    results: Sequence[Result],
+    here: Machine,
+    models: dict[str, Path],
+    timed: Sequence[Observation] = (),
+    calibrates: str = DEFAULT_MODEL,
+) -> Iterator[Forecast]:
+    """Plan the cases of all models but one by constants that only its results, and products `timed` without a model, corrected."""
+    base = default()
+    own = evidence.observations([one for one in results if one.case.model == calibrates], base.digest, here)
+    constants = fit.fit_constants(base, [*own, *timed]).calibration
     for one in results:
         name = one.case.model
-        if name == DEFAULT_MODEL:
+        if name == calibrates:
             continue
-        estimate = planner_of(name, models[name], here, constants).plan(one.case).estimate
+        planner = planner_of(name, models[name], here, constants)
+        plan = planner.plan(one.case)
+        load, estimate = seconds.timed(planner, plan), plan.estimate
+        assert load is not None
         assert estimate is not None
+        spent = load.warm_s if load.warm_s is not None and not evidence.came_from_disk(one, "load") else load.cold_s
+        planned = {"decode_tok_s": estimate.decode_tok_s, "first_token_s": estimate.first_token_s, "load_s": spent}
         for figure in MEASURED:
             measured = 1 / one.metrics["token_p50_s"] if figure == "decode_tok_s" else one.metrics[figure]
-            planned = getattr(estimate, figure)
-            yield Forecast(case=one.id, placement=one.case.placement, figure=figure, planned=planned, measured=measured)
+            yield Forecast(case=one.id, placement=one.case.placement, figure=figure, planned=planned[figure], measured=measured)
 
 
 def mean_error(rows: Sequence[Forecast]) -> float:

@@ -114,7 +114,7 @@ def test_a_shard_decides_every_option_but_a_machine_s_own() -> None:
         "precision": ["bf16", "int8"], "placement": ["cpu"], "kv": ["dynamic"], "attention": [],
     }  # fmt: skip
     for option in OPTIONS:
-        if option.name not in ("shard", "results", "html", "baseline", "resume"):
+        if option.name not in ("shard", "results", "html", "baseline", "resume", "calibrate"):
             with pytest.raises(UsageError, match=f"{option.flag} stands beside --shard, and shard small-1 decides it"):
                 shards.run_options(shard, given | {option.key: ["x"] if option.repeat else "x"})
 
@@ -123,7 +123,7 @@ def test_a_fleet_is_planned_with_every_option_of_a_run_that_no_machine_decides()
     """As pytest means them: --ram of fitmatrix plan describes another machine's, that of a run limits this one's."""
     for option in OPTIONS:
         words = ["fleet", "plan", option.flag, *([] if option.switch else [GIVEN.get(option.name, "1")])]
-        if option.name in ("shard", "results", "html", "baseline", "resume"):
+        if option.name in ("shard", "results", "html", "baseline", "resume", "calibrate"):
             with pytest.raises(SystemExit):
                 build_parser().parse_args(words)
         else:

@@ -40,6 +40,7 @@ SAMPLES: dict[str, tuple[str, Any, Any, Any]] = {
     "resume": ("false", False, True, True),
     "run-all": ("false", False, True, True),
     "shard": ('"shard.json"', Path("shard.json"), "gpu-1.json", Path("gpu-1.json")),
+    "calibrate": ('"never"', "never", "never", "never"),
     "fail-on-oom": ("true", True, True, True),
 }
 EVERY = pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
@@ -217,7 +218,16 @@ def test_a_run_by_default_needs_no_option() -> None:
 def test_the_command_gives_back_what_was_changed(option: Option) -> None:
     _, _, given, value = SAMPLES[option.name]
     words = shlex.split(Options(given={option.key: given}).command())
-    if option.name in ("ram", "results", "html", "resume", "device-map", "baseline", "shard"):  # a limit is said of each case
+    if option.name in (
+        "ram",
+        "results",
+        "html",
+        "resume",
+        "device-map",
+        "baseline",
+        "shard",
+        "calibrate",
+    ):  # a limit is said of each case
         assert words == []
     elif option.switch:
         assert words == [option.flag]

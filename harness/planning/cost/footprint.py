@@ -95,6 +95,9 @@ class Footprint:
         self.main = self.gpus[0] if self.gpus else "cpu"
         self.overhead = Overhead(inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
         self._copied_at_once: dict[tuple[str, ...], int] = {}
+        away = self.sums.get("disk") or TensorTotals()
+        #: bytes that are made for each token of what transformers left in the checkpoint, which holds another dtype
+        self.cast_each_token = 0.0 if self._writes_all or self.gpus else away.made - away.joined
 
     def _sums_by_tier(self) -> dict[str, TensorTotals]:
         inventory, tiers, count = self.inventory, self.tiers, self.processes
@@ -276,8 +279,7 @@ class Footprint:
         casts what it left in the checkpoint: on the GPU if there is one.
         """
         away = self.sums.get("disk") or TensorTotals()
-        casts = not self._writes_all and not self.gpus and away.made - away.joined > away.held / 2
-        return bool(away.held) and (self.loading.rewrites or casts)
+        return bool(away.held) and (self.loading.rewrites or self.cast_each_token > away.held / 2)
 
     @property
     def _heap_of_brought(self) -> Bytes:

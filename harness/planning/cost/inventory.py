@@ -49,6 +49,7 @@ class TensorTotals:
     twice: float = 0  #: tied weights that the files store again, until transformers 5 finds both equal and ties them
     compared: float = 0  #: read from the file for that comparison, if both are views of it
     passed_by: float = 0  #: of `held`, what no token reads of a tensor that it does: experts not chosen, rows not looked up
+    tensors: float = 0  #: how many
 
     def add(self, other: TensorTotals) -> None:
         """Add another sum to this one, field by field; a loop over their names takes three times as long."""
@@ -66,6 +67,7 @@ class TensorTotals:
         self.twice += other.twice
         self.compared += other.compared
         self.passed_by += other.passed_by
+        self.tensors += other.tensors
 
     def times(self, factor: float) -> TensorTotals:
         """Return every field multiplied by `factor`."""
@@ -228,6 +230,7 @@ class Inventory:
             joined=size if self._stacks(weight) else 0,
             kept_copies=copies if weight.elements * 4 < HEAP_LIMIT else 0,
             passed_by=size - read if skeleton.is_stacked(weight) or weight.path not in self.per_token else 0,
+            tensors=1,
         )
 
     def _repeated(self, weight: Weight) -> TensorTotals:
@@ -264,6 +267,13 @@ class Inventory:
         if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
             return 0.0
         return size if self._casts(weight) and self.fmt.quantizer is None else size / 3
+
+
+def turned_weights(inventory: Inventory) -> int:
+    """Return how many weights lie in Conv1D: inputs by outputs, so that their products are not those of a Linear."""
+    pieces = (piece.like for piece in inventory.skeleton.pieces)
+    turned = (inside for kind in pieces for inside in kind.inside if inside.block.linear == "conv1d")
+    return sum(weight.elements for inside in turned for weight in inside.weights if weight.quantizes)
 
 
 def experts_apart(inventory: Inventory, blocks: Collection[str]) -> tuple[TensorTotals, TensorTotals]:

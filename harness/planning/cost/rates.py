@@ -102,14 +102,25 @@ class Rates:
         return self.cost(f"{kind}_s_per_operation", pick)
 
     def flops(self) -> float:
-        """Return the floating-point operations per second of what computes."""
+        """Return the floating-point operations per second of what computes; a processor's kernels differ by what they multiply."""
         if self.gpu is None:
-            return (self.machine.cores or 4) * self.rate("cpu_flops_per_core")
+            return (self.machine.cores or 4) * self.rate("cpu_flops_per_core", f"cpu_flops_share_{self._multiplied()}")
         card = _card(self.gpu)
         sheet = card.fp16_flops if card else None
         if sheet is None:
             return self.known(self.gpu, "gpu_bytes_per_s", "gpu_flops_per_byte", "gpu_flops_share")
         return sheet * self.rate("gpu_flops_share")
+
+    def _multiplied(self) -> str:
+        """Name what is multiplied: a quantized form if its products were measured, else the dtype that it is unpacked to."""
+        like = self.work.like
+        return like if like and f"cpu_flops_share_{like}" in self.calibration.constants else self.work.dtype
+
+    def turned_flops(self) -> float:
+        """Return the floating-point operations per second of products with weights that lie inputs by outputs, on a processor."""
+        name = f"cpu_turned_flops_share_{self.work.dtype}"
+        own = (name,) if name in self.calibration.constants else ()
+        return (self.machine.cores or 4) * self.rate("cpu_flops_per_core", *own) if own else math.inf
 
     def cost(self, name: str, pick: str = "") -> float:
         """Return a constant of which more takes longer, at this end of the seconds or at another."""

@@ -42,7 +42,7 @@ class Seconds(Record, frozen=True, kw_only=True):
 
 def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> Seconds:
     """Return load seconds, seconds to the first token, and tokens/s."""
-    timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+    timings = [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
     return Seconds(
         load_s=_span([timing.load() for timing in timings]),
         first_token_s=_span([timing.first_token() for timing in timings]),
@@ -53,7 +53,7 @@ def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: 
 
 def load_time(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> LoadTime:
     """Return what the seconds of loading go to."""
-    timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+    timings = [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
     done = [timing.load_phases() for timing in timings]
     once = [sum(phases.values()) for phases in done]
     reading = [timing.reading() for timing in timings]
@@ -70,13 +70,22 @@ def _span(values: list[float]) -> Span:
     return Span(low=values[0], best=values[1], high=values[2])
 
 
-class _Timing:
+class Timing:
     """The seconds of one case, at the end of the intervals that its rates stand for."""
 
     def __init__(self, work: TokenWork, workload: Workload, rates: Rates) -> None:
         self.work, self.workload, self.rates = work, workload, rates
         self.machine, self.gpu = rates.machine, rates.gpu
         self.suffix = f"_{work.like}" if work.like else ""
+
+    def product(self, rows: int) -> float:
+        """Return the seconds of a pass of so many rows over what a token passes, of which nothing is on the disk."""
+        flops = 2.0 * self.work.parameters * rows
+        return self.token() + (flops / self.rates.flops() + self._beside_products(rows) if rows > 1 else 0.0)
+
+    def _beside_products(self, rows: int) -> float:
+        """Return the seconds of norms, activations and sums on so many rows; a GPU does that while the host starts others."""
+        return 0.0 if self.gpu else self.work.operations.others * rows * self.work.width / self.rates.rate("cpu_elements_per_s")
 
     def load(self) -> float:
         """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantize, send."""
@@ -108,8 +117,15 @@ class _Timing:
         """Bring what is still on the disk, compute the prompt, and one pass over the weights."""
         tokens = self.workload.batch * self.workload.prompt_tokens
         flops = 2.0 * self.work.parameters * tokens + self.work.scored + self.work.seen
-        computed = self.rates.cost("first_token_s") + flops / self.rates.flops() + self._packed_anew()
-        return computed + self.token(first=not self.work.written) + self.rates.from_disk(self._unread())
+        turned = 2.0 * self.work.turned * (tokens - self.workload.batch)  # one row is that of `token`
+        computed = flops / self.rates.flops() + turned / self.rates.turned_flops() + self.packed_anew()
+        computed += self._beside_products(tokens)
+        return self.rates.cost("first_token_s") + computed + self.token(first=not self.work.written) + self._touched()
+
+    def _touched(self) -> float:
+        """Return the seconds in which mapped pages come into reach of the process: from the disk, or from the page cache."""
+        unread = self._unread()
+        return self.rates.from_disk(unread) or unread / self.rates.rate("page_cache_bytes_per_s")
 
     def _unread(self) -> int:
         """Return the bytes that are mapped and that no token has read yet, where `token` takes them for cached."""
@@ -117,7 +133,7 @@ class _Timing:
             return 0
         return self.work.checkpoint_bytes if "disk" not in self.work.read or self.rates.stays_cached() else 0
 
-    def _packed_anew(self) -> float:
+    def packed_anew(self) -> float:
         """Return the seconds that the first pass takes to pack weights for the processor, where a library does it then."""
         name = f"first_pass_elements_per_s_cpu{self.suffix}"
         is_measured = not self.gpu and name in self.rates.calibration.constants
@@ -126,6 +142,7 @@ class _Timing:
     def token(self, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
         host, moved = self._host, sum(self._moved(first).values()) + self._unpacked_anew + self._attended
+        moved += 2.0 * self.work.turned * self.workload.batch / self.rates.turned_flops()
         return max(host, moved) if self.gpu and not self.work.handed_over else host + moved
 
     def bound_by(self) -> str:
@@ -176,8 +193,15 @@ class _Timing:
         device, kernel = ("gpu", self.work.stored or self.work.like) if self.gpu else ("cpu", self.work.like)
         each = self.rates.cost(f"{device}_operations_per_linear_{kernel}", pick) if quantized else 0.0
         each += self.work.starts if self.gpu else 0.0
-        started = counted.others + LINEAR * (counted.linears - quantized) + each * quantized
+        plain = LINEAR if self.gpu else self.rates.cost(f"cpu_operations_per_linear_{self.work.dtype}", pick)
+        started = counted.others + plain * (counted.linears - quantized) + each * quantized
         return started + (0 if self.gpu else counted.experts) + self.work.handed_over
+
+    @cached_property
+    def _brought(self) -> float:
+        """Return the seconds of opening what lies on the disk, tensor by tensor, and of casting what is stored otherwise."""
+        opened = self.work.brought * self.rates.cost("offload_s_per_tensor")
+        return opened + self.work.cast / self.rates.rate("offload_cast_bytes_per_s")
 
     @cached_property
     def _attended(self) -> float:
@@ -186,7 +210,8 @@ class _Timing:
 
     def _moved(self, first: bool = False) -> dict[str, float]:
         """Return the seconds by tier of bringing what a token reads."""
-        return {name: size / self.rates.path(name) if size else 0.0 for name, size in self._bytes_moved(first).items()}
+        moved = {name: size / self.rates.path(name) if size else 0.0 for name, size in self._bytes_moved(first).items()}
+        return moved | {"disk": moved["disk"] + self._brought} if self.work.brought else moved
 
     def _bytes_moved(self, first: bool) -> dict[str, float]:
         """Count what a token brings. A page cache that is too small for all of it drops first what comes next, and keeps little."""

@@ -8,7 +8,7 @@ from harness.core.records import Machine, Record
 from harness.planning.calibration import device_of
 from harness.planning.cost import memory
 from harness.planning.cost.footprint import Footprint
-from harness.planning.cost.inventory import Inventory
+from harness.planning.cost.inventory import Inventory, turned_weights
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.device_map.experts import blocks_of_experts
@@ -39,6 +39,10 @@ class TokenWork(Record, frozen=True, kw_only=True):
     quantized: int  #: weights quantized while loading
     to_gpu_bytes: int
     anew: int  #: weights that are unpacked for each token
+    width: int = 0  #: elements that an operation beside the products has of each token
+    brought: float = 0.0  #: tensors that a token brings from the disk, each by opening its file
+    cast: float = 0.0  #: bytes made of them in RAM, where files hold another dtype
+    turned: int = 0  #: weights in Conv1D that are multiplied as they are, inputs by outputs
     handed_over: int = 0  #: times that a token goes from the GPU to experts in RAM or back
     experts_in_ram: float = 0.0  #: the share of the blocks with experts whose experts are there
 
@@ -77,6 +81,10 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         written=footprint.written,
         quantized=int(sum(sums.quantized for sums in footprint.sums.values()) / 2),
         anew=inventory.quantizable if anew or footprint.fmt.unpacking else 0,
+        width=footprint.skeleton.hidden_size,
+        brought=footprint.sums["disk"].tensors if "disk" in footprint.weights else 0.0,
+        cast=footprint.cast_each_token,
+        turned=0 if footprint.gpus or footprint.fmt.quantizer else turned_weights(inventory),
         handed_over=2 * len(footprint.loading.experts_in_ram),
         experts_in_ram=_share_of_experts(footprint),
         to_gpu_bytes=sum(footprint.weights[gpu] for gpu in footprint.gpus),

@@ -1,0 +1,1 @@
+"""Times products as decoding does them, in a process of its own."""
