@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from harness.core.records import Machine, Result
-    from harness.planning.evidence import Observation
-    from harness.planning.fit import Fit
+    from harness.planning.calibrating.evidence import Observation
+    from harness.planning.calibrating.fit import Fit
 
 CALIBRATE_SCHEMA = 1
 _MEASURE = "measure some: fitmatrix calibrate --measure, or pytest cases/ --model MODEL"
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     machine = accelerators.usable(probe.probe(), ask=False)
     if args.reset:
         return _reset(args, machine)
-    from harness.planning import calibration, fit, kept_calibration, kernel_times
+    from harness.planning import calibration
+    from harness.planning.calibrating import fit, kept_calibration, kernel_times
 
     if args.measure or not (args.results or RESULTS.exists()):
         machine = kept_calibration.with_bandwidths(machine, Path.cwd())
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reset(args: argparse.Namespace, machine: Machine) -> int:
-    from harness.planning import kept_calibration
+    from harness.planning.calibrating import kept_calibration
 
     if args.results or args.dry_run or args.measure:
         raise UsageError(
@@ -99,7 +100,8 @@ def _evidence(places: Sequence[Path], machine: Machine) -> list[Observation]:
 
 
 def _said(results: Sequence[Result], machine: Machine, where: str) -> list[Observation]:
-    from harness.planning import calibration, evidence
+    from harness.planning import calibration
+    from harness.planning.calibrating import evidence
 
     found = evidence.observations(results, calibration.default().digest, machine)
     if not found:
@@ -141,7 +143,8 @@ def _measured() -> list[Result]:
 
 def _why_nothing(results: Sequence[Result], machine: Machine) -> str:
     from harness.core.records import Outcome
-    from harness.planning import calibration, evidence
+    from harness.planning import calibration
+    from harness.planning.calibrating import evidence
 
     if not results:
         return "no results"
@@ -183,7 +186,7 @@ def _error(ratios: Sequence[float]) -> float:
 
 
 def _show(fitted: Fit, machine: Machine, found: Sequence[Observation], *, kept: bool) -> None:
-    from harness.planning import kept_calibration
+    from harness.planning.calibrating import kept_calibration
     from harness.report.terminal import tables
 
     results, figures = plural(len({one.result for one in found}), "result"), plural(len(fitted.groups), "figure")

@@ -98,7 +98,7 @@ def _torch(machine: Machine, is_here: bool) -> TorchReport | None:
 
 def _estimates(machine: Machine) -> str:
     """Say what the estimates of this machine rest on: what was calibrated here, or the package alone."""
-    from harness.planning import kept_calibration
+    from harness.planning.calibrating import kept_calibration
 
     found = kept_calibration.corrected((), machine)
     said = found.note or "by the constants of the package: fitmatrix calibrate corrects them by results"

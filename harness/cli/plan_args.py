@@ -77,7 +77,7 @@ def earlier_results(named: Path | None) -> list[Result]:
 
 def constants(results: Sequence[Result], machine: Machine) -> Calibration:
     """Return the constants by what was calibrated on this machine and by earlier results of it."""
-    from harness.planning import kept_calibration
+    from harness.planning.calibrating import kept_calibration
 
     return kept_calibration.corrected(results, machine)
 

@@ -22,7 +22,8 @@ from harness.core.records import USUAL_KV, Case, Machine, Plan, Result, Verdict,
 from harness.core.units import exact_size
 from harness.machine import probe
 from harness.measure.beacon import NO_OUTLOOK, Outlook
-from harness.planning import feasibility, kept_calibration, verdict
+from harness.planning import feasibility, verdict
+from harness.planning.calibrating import kept_calibration
 from harness.planning.calibration import Calibration
 from harness.planning.choice.recommend import advise_usual
 from harness.planning.device_map import user_map

@@ -18,7 +18,8 @@ from harness.machine.scratch import Scratch
 from harness.machine.signals import Interrupts
 from harness.measure import interference
 from harness.measure.sampler import Gpus
-from harness.planning import code, kept_calibration
+from harness.planning import code
+from harness.planning.calibrating import kept_calibration
 from harness.report.page import render as page
 from harness.results import compare, selection, store
 from harness.results.store import Store

@@ -8,8 +8,8 @@ import pytest
 
 from harness.core.records import Machine, Result
 from harness.core.units import format_share
-from harness.planning import kernel_times
-from harness.planning.evidence import Observation
+from harness.planning.calibrating import kernel_times
+from harness.planning.calibrating.evidence import Observation
 from tests.accuracy.chart import Pair
 from tests.accuracy.held_out import Forecast, forecasts, mean_error, said, share_within
 from tests.support.published import median_width, share_inside

@@ -12,7 +12,7 @@ from harness.catalog.resolve import resolve
 from harness.cli.entry import main
 from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Case, Machine, Outcome, Plan, Span
-from harness.planning import kept_calibration
+from harness.planning.calibrating import kept_calibration
 from harness.planning.calibration import Calibration
 from harness.planning.choice.recommend import advise_best, worth
 from tests.accuracy.local_runs import WAYS, WORK, planner_of, run_plan, running

@@ -9,9 +9,9 @@ from pathlib import Path
 from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Machine, Result
 from harness.core.units import format_share
-from harness.planning import evidence, fit
+from harness.planning.calibrating import evidence, fit
+from harness.planning.calibrating.evidence import Observation
 from harness.planning.calibration import default
-from harness.planning.evidence import Observation
 from harness.planning.loading import seconds
 from tests.accuracy.local_runs import planner_of
 from tests.support.published import Prediction, interval_score, median_width, share_inside

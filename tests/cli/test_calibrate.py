@@ -16,7 +16,7 @@ from harness.cli.entry import main
 from harness.cli.plan_args import constants, earlier_results
 from harness.core.records import Case, Machine, Outcome, Result, Tier
 from harness.machine import accelerators, probe
-from harness.planning import evidence, kept_calibration, kernel_times
+from harness.planning.calibrating import evidence, kept_calibration, kernel_times
 from harness.planning.calibration import default
 from harness.results import store
 from harness.run import min_ram

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from harness.core.records import Outcome, Result
 from harness.core.units import format_size, significant
-from harness.planning import evidence, fit
+from harness.planning.calibrating import evidence, fit
 from harness.planning.calibration import default
 from harness.report.export.markdown import code, escaped, table
 from harness.results import store

@@ -17,7 +17,8 @@ from harness.architecture import skeleton_source, traces
 from harness.core.records import Machine
 from harness.machine import bandwidth
 from harness.machine.cache import cache_dir, keep, kept, kept_names
-from harness.planning import calibration, kept_calibration
+from harness.planning import calibration
+from harness.planning.calibrating import kept_calibration
 
 Figures = dict[str, float]
 

@@ -11,10 +11,10 @@ from msgspec.structs import replace
 
 from harness.core.records import Case, Estimate, Machine, Makeup, Outcome, Result, Span, TierEstimate
 from harness.core.units import GIB
-from harness.planning import evidence
+from harness.planning.calibrating import evidence
+from harness.planning.calibrating.fit import correct, fit_constants, predicted
 from harness.planning.calibration import Calibration, _digest, default, device_of, gpu_context, with_context
 from harness.planning.device_map.infer import free_bytes
-from harness.planning.fit import correct, fit_constants, predicted
 from tests.support import builders
 
 HERE = builders.machine()

@@ -14,9 +14,9 @@ from harness.core.records import Case, Machine, Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
 from harness.machine.products import ROWS, STACKS, ProductTime
-from harness.planning import fit
+from harness.planning.calibrating import fit
+from harness.planning.calibrating.kernel_times import TIMED, told_by_products
 from harness.planning.calibration import Calibration, default
-from harness.planning.kernel_times import TIMED, told_by_products
 from harness.planning.planner import Planner
 
 _BARE = profile([], ram=64 * GIB)

@@ -10,10 +10,10 @@ import pytest
 from harness.architecture import model_spec
 from harness.catalog import resolve
 from harness.core.records import Case, Makeup
+from harness.planning.calibrating.evidence import FIGURES
+from harness.planning.calibrating.fit import predicted
 from harness.planning.calibration import default
 from harness.planning.cost.makeup import makeup
-from harness.planning.evidence import FIGURES
-from harness.planning.fit import predicted
 from harness.planning.planner import Planner
 from tests.support import builders
 

@@ -9,8 +9,8 @@ import pytest
 
 from harness.core.errors import UsageError
 from harness.core.records import Makeup
-from harness.planning import kept_calibration, kernel_times
-from harness.planning.evidence import Observation
+from harness.planning.calibrating import kept_calibration, kernel_times
+from harness.planning.calibrating.evidence import Observation
 from harness.run import forkserver
 from harness.run.options import Options
 from harness.run.session import CaseSubset, Session, may_calibrate

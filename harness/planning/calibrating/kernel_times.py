@@ -13,6 +13,7 @@ from harness.core.precisions import PRECISIONS
 from harness.core.records import Machine, Workload
 from harness.machine.products import ProductTime
 from harness.planning import calibration
+from harness.planning.calibrating.evidence import Observation
 from harness.planning.calibration import Calibration
 from harness.planning.cost.kernel_launches import RMS_NORM, Operations
 from harness.planning.cost.makeup import slopes
@@ -20,7 +21,6 @@ from harness.planning.cost.memory import WeightFormat
 from harness.planning.cost.rates import Rates
 from harness.planning.cost.speed import Timing
 from harness.planning.cost.work import TokenWork, constants_like, multiplies_4bit_in_ram
-from harness.planning.evidence import Observation
 
 MOST_S = 60.0  # torch's import with them
 TIMED = ("bf16", "fp16", "fp32", "int8", "int4")  # precisions: first those whose weights need no quantizing, which takes longest

@@ -18,9 +18,10 @@ from harness.core.records import Machine, Record, Result
 from harness.machine import atomic, probe
 from harness.machine.cache import MOST_BYTES, cache_dir
 from harness.machine.regular import read_regular
-from harness.planning import calibration, evidence, fit, kernel_times
+from harness.planning import calibration
+from harness.planning.calibrating import evidence, fit, kernel_times
+from harness.planning.calibrating.evidence import Observation
 from harness.planning.calibration import Calibration
-from harness.planning.evidence import Observation
 
 FILE_NAME = "calibration.json"
 KEPT_SCHEMA = 1

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from harness.core.records import Machine, Makeup, Record, Result
+from harness.planning.calibrating.evidence import FIGURES, Observation, observations
 from harness.planning.calibration import Calibration, Constant, Fitted, default
-from harness.planning.evidence import FIGURES, Observation, observations
 
 # Of 90 of 100 machines: 1.645 standard deviations to each side.
 _NINETY = 1.645
