@@ -17,7 +17,7 @@ from harness.planning.calibration import device_of
 class Measure(NamedTuple):
     """A figure that results measure and plans estimate."""
 
-    metric: str  #: where a result has what was measured; empty of what is timed without a model (`planning.kernel_times`)
+    metric: str  #: where a result has what was measured; empty of what is timed without a model (`kernel_times`)
     disturbed: str  #: the metric whose mark says that others disturbed it
     noise: float  #: by how much it differs between runs of one case, the standard deviation of its logarithm
     chance: float = 0.0  #: what is added to both before they are compared: so much is chance
