@@ -231,9 +231,7 @@ class Estimate(Record, frozen=True, kw_only=True):
     corrections: dict[str, float] = {}  #: factors that results of this machine gave to constants; of older results, to figures
     fixed_token_s: float = 0.0  #: of older results: the part of a token's seconds that was not corrected
     constants: str = ""  #: digest of the constants it was made by (`calibration.Calibration`); empty if unknown
-    makeup: dict[
-        str, Makeup
-    ] = {}  #: by figure (`calibrating.evidence.FIGURES`), without corrections; empty of what is not measured
+    makeup: dict[str, Makeup] = {}  #: by figure (`evidence.FIGURES`), without corrections; empty of what is not measured
 
 
 class Plan(Record, frozen=True, kw_only=True):
