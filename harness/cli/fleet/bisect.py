@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.cli.fleet.case_files import add_case_files, read_case_files
 from harness.cli.options import add_options, typed_options
 from harness.cli.plan_args import asked_case
 from harness.core.errors import UsageError
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--find-links", type=Path, metavar="DIR", help="take the releases from the wheels in DIR (default: pip's index)"
     )
-    parser.add_argument("--cases", type=Path, default=Path("cases"), metavar="DIR", help="test files to run (default cases)")
+    add_case_files(parser)
     parser.add_argument(
         "--results",
         type=Path,
@@ -70,9 +71,7 @@ def run(given: argparse.Namespace) -> int:
     from harness.results.compare import thresholds
     from harness.run.options import read_config
 
-    files = {path.name: path.read_text(encoding="utf-8") for path in sorted(given.cases.glob("*.py"))}
-    if not files:
-        raise UsageError(f"--cases {given.cases}: has no test files; name the directory cases/ of a clone")
+    files = read_case_files(given.cases)
     words, limits = tuple(_words(given)), thresholds(read_config(Path.cwd()).get("gate", {}))
     uv_program()
     found = releases.releases_between(given.package, given.good, given.bad, given.find_links)

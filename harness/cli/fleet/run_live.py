@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.cli.fleet.case_files import add_case_files, read_case_files
 from harness.cli.fleet.collect import INCOMPLETE, show_collected
-from harness.core.errors import UsageError
 
 if TYPE_CHECKING:
     from harness.fleet.ray_engine.driver import Tell
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("contract", type=Path, metavar="CONTRACT", help="the contract, or its directory")
     parser.add_argument("--ray", metavar="ADDRESS", help="address of the cluster, or auto (default: one of this machine alone)")
     parser.add_argument("--without-token", action="store_true", help="use a cluster that lets in whoever reaches its ports")
-    parser.add_argument("--cases", type=Path, default=Path("cases"), metavar="DIR", help="test files to run (default cases)")
+    add_case_files(parser)
     parser.add_argument(
         "--results",
         type=Path,
@@ -45,9 +45,7 @@ def run(given: argparse.Namespace) -> int:
     from harness.fleet.ray_engine.driver import Driver
 
     folder = given.contract if given.contract.is_dir() else given.contract.parent
-    files = {path.name: path.read_text(encoding="utf-8") for path in sorted(given.cases.glob("*.py"))}
-    if not files:
-        raise UsageError(f"--cases {given.cases}: has no test files; name the directory cases/ of a clone")
+    files = read_case_files(given.cases)
     with _progress() as tell:
         driver = Driver(given.contract, given.results or folder / "results", files, tell)
         try:
