@@ -27,7 +27,7 @@ from tests.support import strangers
 ROOT = Path(__file__).parent.parent
 ON_CPU = [name for name, row in PLACEMENTS.items() if not row.needs_gpu and not row.parallel and not row.prints_map]
 TOKEN = "hf_" + "PlantedTokenOfATest" * 2
-SHORT = ("--precision", "fp32", "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1")
+SHORT = ("--precision", "fp32", "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "--calibrate", "never")
 
 # Prints whatever it can find out; a model that says so in its config fails with it as well.
 NOSY = """

@@ -133,7 +133,12 @@ class Runs:
         env = {**os.environ, "FAKE_CARDS": cards, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **settings}  # tensors are tiny
         command = [sys.executable, "-m", "pytest", "cases", "-q", "--model", str(model), "--results", str(self.folder / name)]
         done = subprocess.run(
-            [*command, "--precision", "bf16", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800
+            [*command, "--precision", "bf16", "--calibrate", "never", *words],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=1800,
         )
         (self.folder / f"{name}.json").write_text(json.dumps([done.stdout + done.stderr, done.returncode]), encoding="utf-8")
 

@@ -297,10 +297,11 @@ def project(tmp_path: Path) -> Path:
 
 def pytest_in(project: Path, output: TextIO | int, *words: str) -> subprocess.Popen[bytes]:
     options = ["--model", "tiny", "--precision", "fp32", "--precision", "bf16", "--placement", "cpu", "--repeats", "1"]
+    options += ["--new-tokens", "2", "--calibrate", "never"]
     # A worker of xdist says how wide its own output is.
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     environment |= {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TERM": "xterm"}
-    command = [sys.executable, "-m", "pytest", "cases", *options, "--new-tokens", "2", "-k", "load or quality", *words]
+    command = [sys.executable, "-m", "pytest", "cases", *options, "-k", "load or quality", *words]
     return subprocess.Popen(command, cwd=project, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 

@@ -36,6 +36,7 @@ class KeptEvidence(Record, frozen=True, kw_only=True):
     at: str
     observations: tuple[Observation, ...]
     versions: dict[str, str] = {}
+    failed: str = ""  #: why a run that would have measured could not; it is not tried again by itself
 
     @property
     def results(self) -> int:
@@ -64,8 +65,8 @@ def kept_evidence(machine: Machine) -> KeptEvidence | None:
     return next((kept for kept in _read().machines if kept.machine == evidence.machine_kind(machine)), None)
 
 
-def keep_evidence(machine: Machine, observations: Iterable[Observation]) -> KeptEvidence:
-    """Keep the observations for a kind of machine, instead of what was kept.
+def keep_evidence(machine: Machine, observations: Iterable[Observation], failed: str = "") -> KeptEvidence:
+    """Keep the observations for a kind of machine, or why there are none, instead of what was kept.
 
     Raises:
         StoreError: the file is damaged.
@@ -77,6 +78,7 @@ def keep_evidence(machine: Machine, observations: Iterable[Observation]) -> Kept
         at=f"{datetime.now(timezone.utc):%Y-%m-%d}",
         observations=tuple(observations),
         versions=_versions(),
+        failed=failed,
     )
     others = tuple(other for other in _read().machines if other.machine != kept.machine)
     _write(_File(machines=(*others, kept)))
@@ -113,16 +115,22 @@ def is_due(machine: Machine) -> bool:
 def calibrate_once(machine: Machine, scratch: Path, tell: Callable[[str], None]) -> Machine:
     """Time products and keep what they say, if nothing is kept yet; return the machine, with the speeds of RAM and disk.
 
-    `tell` hears of it before, and why where nothing came of it.
+    `tell` hears of it before, and why where nothing came of it: that is kept too, for what fails takes its time in every run.
     """
     if not is_due(machine):
         return machine
     tell(f"Measuring this processor once, for {kernel_times.MOST_S:.0f} s at most; --calibrate never leaves it out.")
     machine = with_bandwidths(machine, scratch)
+    timed, failed = [], ""
     try:
-        keep_evidence(machine, kernel_times.time_products(machine))
+        timed = kernel_times.time_products(machine)
+    except UsageError as error:
+        failed = str(error)
+        tell(f"Not calibrated: {failed}")
+    try:
+        keep_evidence(machine, timed, failed)
     except (UsageError, StoreError) as error:
-        tell(f"Not calibrated: {error}")
+        tell(f"Not kept: {error}")
     return machine
 
 
@@ -152,6 +160,8 @@ def corrected(results: Iterable[Result], machine: Machine) -> Calibration:
 def _note(kept: KeptEvidence, digest: str) -> str:
     if kept.digest != digest:
         return f"What fitmatrix calibrate kept on {kept.at} is for other constants and does not count: calibrate again"
+    if kept.failed:
+        return f"Not calibrated on {kept.at}: {kept.failed}; fitmatrix calibrate measures again"
     said = f"Calibrated on {kept.at} by {kept.results} results of this machine"
     now = _versions()
     others = [f"{name} {was} (now {now.get(name, 'none')})" for name, was in kept.versions.items() if now.get(name) != was]
