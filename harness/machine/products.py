@@ -15,7 +15,7 @@ class ProductTime(Record, frozen=True, kw_only=True):
     """The median seconds of something done to `layers` square weights of `width` inputs.
 
     `done` is "product", of `rows` rows; "turned", the same by weights that lie inputs by outputs; "pack", what a first product
-    takes beyond later ones; "quantize"; or "cast", to `dtype`.
+    takes beyond later ones; "quantize"; or "cast", to the dtype of the precision.
     """
 
     precision: str

@@ -61,7 +61,8 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def _norms_and(made: list[torch.nn.Module], width: int, dtype: torch.dtype) -> torch.nn.Module:
+def _norms_and(made: Iterable[torch.nn.Module], width: int, dtype: torch.dtype) -> torch.nn.Module:
+    """Return modules in a row, each behind a norm."""
     return torch.nn.Sequential(*(part for one in made for part in (LlamaRMSNorm(width).to(dtype), one)))
 
 
@@ -72,7 +73,7 @@ def _of_stack(asked: Precision, width: int, layers: int) -> Iterator[ProductTime
     make = partial(_quantized, asked) if asked.quantization else _plain
     make(weight)  # what is imported, or compiled, at the first of them is no part of it
     spent = _timed(lambda: made.extend(make(weight) for _ in range(layers)))
-    stack = torch.nn.Sequential(*(part for one in made for part in (LlamaRMSNorm(width).to(dtype), one))).eval()
+    stack = _norms_and(made, width, dtype)
     known = ProductTime(precision=asked.name, done="product", width=width, layers=layers, held_bytes=_held(made), seconds=0.0)
     first, later = _passes(stack, torch.randn(1, 1, width).to(dtype))
     yield replace(known, seconds=later)
