@@ -1,7 +1,6 @@
 """`fitmatrix calibrate [RESULTS...]`: correct the constants of the estimates by what was measured here, and keep that.
 
-Without results it measures: products in every precision, which takes half a minute, and the cases of a small model of random
-weights, as every case is measured, until their minute is over.
+Without results it measures: the cases of a small model of random weights, as every case is measured, until its minute is over.
 """
 
 from __future__ import annotations
@@ -52,14 +51,12 @@ def run(args: argparse.Namespace) -> int:
     if args.reset:
         return _reset(args, machine)
     from harness.planning import calibration
-    from harness.planning.calibrating import fit, kept_calibration, kernel_times
+    from harness.planning.calibrating import fit, kept_calibration
 
     if args.measure or not (args.results or RESULTS.exists()):
-        machine = kept_calibration.with_bandwidths(machine, Path.cwd())
-        timed = kernel_times.time_products(machine)
         measured = _measured()
         machine = measured[0].machine if measured else machine
-        found = [*timed, *_said(measured, machine, f"what was measured of {MODEL}")]
+        found = _said(measured, machine, f"what was measured of {MODEL}")
     else:
         found = _evidence(args.results or [RESULTS], machine)
     kept = kept_calibration.kept_evidence(machine)

@@ -314,7 +314,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="calibrate",
-        help="measure this processor once, for a minute at most, before the first run here (once) or not (never); not with "
+        help="measure this machine once, for about a minute, before the first run here (once) or not (never); not with "
         "--resume, in a shard, or where a case has less than ten minutes (default once)",
         parse=one_of("once", "never"),
         default="once",

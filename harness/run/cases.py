@@ -55,14 +55,14 @@ class CaseMatrix:
     ) -> None:
         """Cross what the options name; `device_map` is that of `--device-map`, and results in `store` correct the estimates.
 
-        `machine` is called when something depends on what is here.
+        `machine` is called once, when something depends on what is here.
         """
         self._options, self._models, self._probe, self._store = options, models, machine, store
         self._device_map = device_map
         self._plans: dict[str, Plan] = {}
         self._planners: dict[_Limits, Planner] = {}
 
-    @property
+    @cached_property
     def _machine(self) -> Machine:
         return self._probe()
 

@@ -124,7 +124,7 @@ class Session:
         runnable = [name for name in runnable if name not in self.models.faults]
         whole = self._subset is None and self.worker_main is None
         if tell is not None and whole and runnable and may_calibrate(self.options):
-            self.machine = kept_calibration.calibrate_once(self.machine, self._scratch.path, tell)
+            kept_calibration.calibrate_once(self.machine, tell)
         if self.options.resume:
             since = self._subset.since if self._subset else ""
             self._earlier = selection.last_on(self.machine, [one for one in self.store.read()[0] if one.at >= since])

@@ -1,4 +1,4 @@
-"""Speeds of models that nobody has run here: one model and products timed without any calibrate, the others are predicted"""
+"""Speeds of models that nobody has run here: one model calibrates, the others are predicted"""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import pytest
 
 from harness.core.records import Machine, Result
 from harness.core.units import format_share
-from harness.planning.calibrating import kernel_times
-from harness.planning.calibrating.evidence import Observation
 from tests.accuracy.chart import Pair
 from tests.accuracy.held_out import Forecast, forecasts, mean_error, said, share_within
 from tests.support.published import median_width, share_inside
@@ -23,14 +21,8 @@ OTHERS = ("qwen2", "codegen")  # that calibrate in its stead, so that nothing is
 
 
 @pytest.fixture(scope="module")
-def products(results: list[Result], here: Machine) -> list[Observation]:
-    assert results  # products are timed once nothing else runs
-    return kernel_times.time_products(here)
-
-
-@pytest.fixture(scope="module")
-def predicted(results: list[Result], here: Machine, models: dict[str, Path], products: list[Observation]) -> list[Forecast]:
-    return list(forecasts(results, here, models, products))
+def predicted(results: list[Result], here: Machine, models: dict[str, Path]) -> list[Forecast]:
+    return list(forecasts(results, here, models))
 
 
 @pytest.mark.parametrize("placement", WIDTHS)
@@ -57,10 +49,9 @@ def test_another_model_calibrates(
     results: list[Result],
     here: Machine,
     models: dict[str, Path],
-    products: list[Observation],
     figures: list[Figure],
     calibrates: str,
 ) -> None:
-    rows = [one for one in forecasts(results, here, models, products, calibrates) if one.figure == "decode_tok_s"]
+    rows = [one for one in forecasts(results, here, models, calibrates) if one.figure == "decode_tok_s"]
     figures.append(Figure(what=f"decode tokens/s, calibrated by {calibrates}", rows=len(rows), found=said(rows), wanted=""))
     assert share_inside(rows) >= INSIDE

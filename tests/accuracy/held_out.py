@@ -10,7 +10,6 @@ from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Machine, Result
 from harness.core.units import format_share
 from harness.planning.calibrating import evidence, fit
-from harness.planning.calibrating.evidence import Observation
 from harness.planning.calibration import default
 from harness.planning.loading import seconds
 from tests.accuracy.local_runs import planner_of
@@ -31,13 +30,12 @@ def forecasts(
     results: Sequence[Result],
     here: Machine,
     models: dict[str, Path],
-    timed: Sequence[Observation] = (),
     calibrates: str = DEFAULT_MODEL,
 ) -> Iterator[Forecast]:
-    """Plan the cases of all models but one by constants that only its results, and products `timed` without a model, corrected."""
+    """Plan the cases of all models but one by constants that only its results corrected."""
     base = default()
     own = evidence.observations([one for one in results if one.case.model == calibrates], base.digest, here)
-    constants = fit.fit_constants(base, [*own, *timed]).calibration
+    constants = fit.fit_constants(base, own).calibration
     for one in results:
         name = one.case.model
         if name == calibrates:

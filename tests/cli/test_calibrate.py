@@ -16,7 +16,7 @@ from harness.cli.entry import main
 from harness.cli.plan_args import constants, earlier_results
 from harness.core.records import Case, Machine, Outcome, Result, Tier
 from harness.machine import accelerators, probe
-from harness.planning.calibrating import evidence, kept_calibration, kernel_times
+from harness.planning.calibrating import evidence, kept_calibration
 from harness.planning.calibration import default
 from harness.results import store
 from harness.run import min_ram
@@ -31,8 +31,6 @@ NAME = "cpu_s_per_operation"
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kernel_times, "time_products", lambda _: [])  # tests/worker/test_products.py times some
-    monkeypatch.setattr(kept_calibration, "with_bandwidths", lambda machine, _: machine)
     return accelerators.usable(probe.probe(), ask=False)
 
 

@@ -6,6 +6,8 @@ another version of the constants counts for nothing, and says so.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,16 +17,18 @@ from msgspec.structs import replace
 
 from harness.core.errors import StoreError, UsageError
 from harness.core.records import Machine, Record, Result
+from harness.data import DATA
 from harness.machine import atomic, probe
 from harness.machine.cache import MOST_BYTES, cache_dir
 from harness.machine.regular import read_regular
 from harness.planning import calibration
-from harness.planning.calibrating import evidence, fit, kernel_times
+from harness.planning.calibrating import evidence, fit
 from harness.planning.calibrating.evidence import Observation
 from harness.planning.calibration import Calibration
 
 FILE_NAME = "calibration.json"
 KEPT_SCHEMA = 1
+_LIMIT_S = 300.0  # a minute of cases, the weights made before, and torch imported for each
 _DECIDE = ("torch", "bitsandbytes", "torchao", "optimum-quanto", "gptqmodel")  # with another of these, speeds are others
 
 
@@ -112,35 +116,35 @@ def is_due(machine: Machine) -> bool:
     return kept is None or kept.digest != calibration.default().digest
 
 
-def calibrate_once(machine: Machine, scratch: Path, tell: Callable[[str], None]) -> Machine:
-    """Time products and keep what they say, if nothing is kept yet; return the machine, with the speeds of RAM and disk.
+def calibrate_once(machine: Machine, tell: Callable[[str], None]) -> None:
+    """Have `fitmatrix calibrate --measure` measure this machine and keep what it finds, if nothing is kept yet.
 
-    `tell` hears of it before, and why where nothing came of it: that is kept too, for what fails takes its time in every run.
+    In a process of its own, so that nothing of it is left in this one. `tell` hears of it before, and why where nothing came of it:
+    that is kept too, for what fails takes its time in every run.
     """
     if not is_due(machine):
-        return machine
-    tell(f"Measuring this processor once, for {kernel_times.MOST_S:.0f} s at most; --calibrate never leaves it out.")
-    machine = with_bandwidths(machine, scratch)
-    timed, failed = [], ""
+        return
+    tell("Measuring this machine once, for about a minute; --calibrate never leaves it out.")
+    if not (failed := _measure()):
+        return
+    tell(f"Not calibrated: {failed}")
     try:
-        timed = kernel_times.time_products(machine)
-    except UsageError as error:
-        failed = str(error)
-        tell(f"Not calibrated: {failed}")
-    try:
-        keep_evidence(machine, timed, failed)
+        keep_evidence(machine, (), failed)
     except (UsageError, StoreError) as error:
         tell(f"Not kept: {error}")
-    return machine
 
 
-def with_bandwidths(machine: Machine, scratch: Path) -> Machine:
-    """Measure how fast RAM and the disk of `scratch` are read where nobody has: products tell shares of that."""
-    if all(tier.bytes_per_s for tier in machine.tiers if tier.kind != "gpu"):
-        return machine
-    found = {tier.name: tier.bytes_per_s for tier in probe.probe(scratch=scratch, measure=True).tiers}
-    tiers = (tier if tier.kind == "gpu" else replace(tier, bytes_per_s=found.get(tier.name)) for tier in machine.tiers)
-    return replace(machine, tiers=tuple(tiers))
+def _measure() -> str:
+    """Measure in a process of its own; return why it could not, an empty text if it could."""
+    command = [sys.executable, "-m", DATA.parent.name, "calibrate", "--measure"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_LIMIT_S, check=False, cwd=DATA.parent.parent
+        )
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {_LIMIT_S:.0f} s"
+    said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+    return said[-1].removeprefix("fitmatrix: ") if done.returncode else ""
 
 
 def corrected(results: Iterable[Result], machine: Machine) -> Calibration:

@@ -42,7 +42,7 @@ class Seconds(Record, frozen=True, kw_only=True):
 
 def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> Seconds:
     """Return load seconds, seconds to the first token, and tokens/s."""
-    timings = [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+    timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
     return Seconds(
         load_s=_span([timing.load() for timing in timings]),
         first_token_s=_span([timing.first_token() for timing in timings]),
@@ -53,7 +53,7 @@ def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: 
 
 def load_time(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> LoadTime:
     """Return what the seconds of loading go to."""
-    timings = [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+    timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
     done = [timing.load_phases() for timing in timings]
     once = [sum(phases.values()) for phases in done]
     reading = [timing.reading() for timing in timings]
@@ -70,18 +70,13 @@ def _span(values: list[float]) -> Span:
     return Span(low=values[0], best=values[1], high=values[2])
 
 
-class Timing:
+class _Timing:
     """The seconds of one case, at the end of the intervals that its rates stand for."""
 
     def __init__(self, work: TokenWork, workload: Workload, rates: Rates) -> None:
         self.work, self.workload, self.rates = work, workload, rates
         self.machine, self.gpu = rates.machine, rates.gpu
         self.suffix = f"_{work.like}" if work.like else ""
-
-    def product(self, rows: int) -> float:
-        """Return the seconds of a pass of so many rows over what a token passes, of which nothing is on the disk."""
-        flops = 2.0 * self.work.parameters * rows
-        return self.token() + (flops / self.rates.flops() + self._beside_products(rows) if rows > 1 else 0.0)
 
     def _beside_products(self, rows: int) -> float:
         """Return the seconds of norms, activations and sums on so many rows; a GPU does that while the host starts others."""
@@ -118,7 +113,7 @@ class Timing:
         tokens = self.workload.batch * self.workload.prompt_tokens
         flops = 2.0 * self.work.parameters * tokens + self.work.scored + self.work.seen
         turned = 2.0 * self.work.turned * (tokens - self.workload.batch)  # one row is that of `token`
-        computed = flops / self.rates.flops() + turned / self.rates.turned_flops() + self.packed_anew()
+        computed = flops / self.rates.flops() + turned / self.rates.turned_flops() + self._packed_anew()
         computed += self._beside_products(tokens)
         return self.rates.cost("first_token_s") + computed + self.token(first=not self.work.written) + self._touched()
 
@@ -133,7 +128,7 @@ class Timing:
             return 0
         return self.work.checkpoint_bytes if "disk" not in self.work.read or self.rates.stays_cached() else 0
 
-    def packed_anew(self) -> float:
+    def _packed_anew(self) -> float:
         """Return the seconds that the first pass takes to pack weights for the processor, where a library does it then."""
         name = f"first_pass_elements_per_s_cpu{self.suffix}"
         is_measured = not self.gpu and name in self.rates.calibration.constants
@@ -141,13 +136,13 @@ class Timing:
 
     def token(self, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
-        host, moved = self._host, sum(self._moved(first).values()) + self._unpacked_anew + self._attended
+        host, moved = self._host, sum(self._moved(first).values()) + self._un_packed_anew + self._attended
         moved += 2.0 * self.work.turned * self.workload.batch / self.rates.turned_flops()
         return max(host, moved) if self.gpu and not self.work.handed_over else host + moved
 
     def bound_by(self) -> str:
         """Say what a token waits for: the host, where it is behind a GPU, else the longest of what is moved and unpacked."""
-        host, moved, unpacking, attended = self._host, self._moved(), self._unpacked_anew, self._attended
+        host, moved, unpacking, attended = self._host, self._moved(), self._un_packed_anew, self._attended
         waits = self.gpu is not None and not self.work.handed_over  # or each takes its turn
         longest = max(*moved.values(), unpacking, attended)
         if host >= (sum(moved.values()) + unpacking + attended if waits else longest):
@@ -170,7 +165,7 @@ class Timing:
         return f"reads {size} GiB a token from GPU memory"
 
     @cached_property
-    def _unpacked_anew(self) -> float:
+    def _un_packed_anew(self) -> float:
         """Return the seconds of unpacking every weight: a processor's cores compute it, the memory of a GPU is passed over."""
         if not self.work.anew:
             return 0.0

@@ -1,1 +1,0 @@
-"""Times products as decoding does them, in a process of its own."""
