@@ -13,7 +13,7 @@ from harness.core.records import Outcome, Result, Verdict
 from harness.results import store
 
 ROOT = Path(__file__).parents[2]
-FAST = ("--prompt-tokens", "32", "--new-tokens", "8", "--repeats", "2")
+FAST = ("--prompt-tokens", "32", "--new-tokens", "8", "--repeats", "2", "--calibrate", "never")
 
 pytestmark = pytest.mark.browser
 
