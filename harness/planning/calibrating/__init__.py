@@ -1,1 +1,1 @@
-"""What was measured, fitted: figures of results and of timed products, the constants that follow, and what is kept of them."""
+"""What was measured, fitted: figures of results, the constants that follow, and what is kept of them."""
