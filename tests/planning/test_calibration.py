@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from harness.core.records import Case, Estimate, Machine, Makeup, Outcome, Result, Span, TierEstimate
+from harness.core.records import Case, Estimate, Loaded, Machine, Makeup, Outcome, Phase, Result, Span, TierEstimate
 from harness.core.units import GIB
 from harness.planning.calibrating import evidence
 from harness.planning.calibrating.fit import correct, fit_constants, predicted
@@ -138,6 +138,15 @@ def test_the_median_of_the_runs_of_a_case_counts() -> None:
 def test_the_same_result_counts_once() -> None:
     observed = evidence.observations([ran(0.2)], default().digest)
     assert fit_constants(default(), [*observed, *observed]) == fit_constants(default(), observed)
+
+
+@pytest.mark.parametrize(("read_share", "teaches"), [(0.0, True), (0.05, True), (0.5, False)])
+def test_a_load_whose_files_came_from_the_disk_teaches_nothing_of_loading(read_share: float, teaches: bool) -> None:
+    one, held = ran(load_s=4.0), GIB
+    loaded = Loaded(model_class="LlamaForCausalLM", tier_bytes={"cpu": held}, dtype_bytes={}, linear_dtype_bytes={}, device_map={})
+    phases = [Phase(name="load", start_s=0.0, end_s=4.0, disk_read_bytes=int(read_share * held))]
+    found = evidence.observations([replace(one, loaded=loaded, phases=phases)], default().digest)
+    assert {observed.figure for observed in found} == ({"load_s", "token_s"} if teaches else {"token_s"})
 
 
 def test_what_a_process_settles_anew_is_no_property_of_the_machine() -> None:

@@ -136,13 +136,13 @@ class _Timing:
 
     def token(self, first: bool = False) -> float:
         """Return the seconds of a token; before the `first` nothing was read."""
-        host, moved = self._host, sum(self._moved(first).values()) + self._un_packed_anew + self._attended
+        host, moved = self._host, sum(self._moved(first).values()) + self._unpacked_anew + self._attended
         moved += 2.0 * self.work.turned * self.workload.batch / self.rates.turned_flops()
         return max(host, moved) if self.gpu and not self.work.handed_over else host + moved
 
     def bound_by(self) -> str:
         """Say what a token waits for: the host, where it is behind a GPU, else the longest of what is moved and unpacked."""
-        host, moved, unpacking, attended = self._host, self._moved(), self._un_packed_anew, self._attended
+        host, moved, unpacking, attended = self._host, self._moved(), self._unpacked_anew, self._attended
         waits = self.gpu is not None and not self.work.handed_over  # or each takes its turn
         longest = max(*moved.values(), unpacking, attended)
         if host >= (sum(moved.values()) + unpacking + attended if waits else longest):
@@ -165,7 +165,7 @@ class _Timing:
         return f"reads {size} GiB a token from GPU memory"
 
     @cached_property
-    def _un_packed_anew(self) -> float:
+    def _unpacked_anew(self) -> float:
         """Return the seconds of unpacking every weight: a processor's cores compute it, the memory of a GPU is passed over."""
         if not self.work.anew:
             return 0.0
