@@ -99,7 +99,7 @@ def test_a_watched_run_measures_the_same(tmp_path: Path, figures: list[Figure]) 
     """Rounds of one worker, in pairs: one while the watcher runs and one while it is stopped, the first of a pair in turn.
 
     A stopped watcher takes nothing but its memory, so that the pairs differ by what it does alone, and no round pays for its start.
-    A change fails when the pairs show it: on a machine whose rounds differ by 5 % the interval of 150 pairs is 3 % wide, in 20 minutes.
+    Only a change that the pairs show fails: where rounds differ by 5 % among themselves, the interval of 150 pairs is 3 % wide.
     """
     probed = probe.probe()
     work = Workload(prompt_tokens=64, new_tokens=64, repeats=5)
