@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from harness.core import units
 from harness.core.records import Record
 
+#: How much slower a case may be that needs much less memory: nobody reads a tenth faster, and memory is what runs out.
+UNNOTICED = 0.1
+
 
 class Metric(Record, frozen=True, kw_only=True):
     """One row of the table."""

@@ -368,6 +368,17 @@ def test_of_two_that_are_as_fast_the_undisturbed_is_recommended(result: Result) 
     assert selection.best_result([half, loud]) is loud
 
 
+def test_what_is_a_little_slower_in_much_less_memory_is_recommended(result: Result) -> None:
+    wide = variant(result, "fp32", metrics=speed(10.0))
+    half = variant(result, "bf16", metrics={**speed(9.4), "vram_peak_bytes": 2 << 30})
+    assert selection.best_result([wide, half]) is half
+    for slower, bytes_needed in ((8.8, 2 << 30), (9.4, (4 << 30) - 1)):
+        other = variant(result, "bf16", metrics={**speed(slower), "vram_peak_bytes": bytes_needed})
+        assert selection.best_result([wide, other]) is wide
+    loud = variant(result, "bf16", metrics={**speed(9.4), "vram_peak_bytes": 2 << 30}, noisy={"decode_tok_s": "others"})
+    assert selection.best_result([wide, loud]) is wide
+
+
 def test_the_answer_comes_first_with_its_figures_and_the_code(result: Result) -> None:
     root = rendered([variant(result, "fp16", metrics=speed(5.0)), result])
     answer = root.all("div", look="answer")[0]

@@ -9,6 +9,7 @@ from harness.architecture.model_spec import ModelSpec
 from harness.catalog.resolve import Source
 from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.methods.packages import quoted
+from harness.core.metrics import UNNOTICED
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict, Workload
@@ -72,7 +73,7 @@ def _is_as_fast(one: Plan, other: Plan) -> bool:
 
 
 def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
-    """Return what keeps more quality in fewer bits where `best` is faster inside its doubt; or as much, where both are as fast."""
+    """Return what keeps more quality in fewer bits where `best` is faster inside its doubt; or as much, nearly as fast."""
     assert best.estimate is not None
     row = PRECISIONS[best.case.precision]
     alike = [
@@ -82,7 +83,7 @@ def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
         and PRECISIONS[one.case.precision].bits < row.bits
         and quality_kept(one) >= quality_kept(best)
         and one.case.placement == best.case.placement
-        and (_speed(one) >= (1 - SPEED_ALIKE) * _speed(best) or _keeps_more_in_doubt(one, best))
+        and (_speed(one) >= (1 - UNNOTICED) * _speed(best) or _keeps_more_in_doubt(one, best))
     ]
     return max(alike, key=worth, default=best)
 
