@@ -26,8 +26,18 @@ from harness.worker.trace.whole import stand_ins
 from tests.oracle.oracle_peaks import planner, spec
 from tests.support.reporting import Figure, Section, table
 
-# With and without grouped heads, sliding windows, experts, scores in memory.
-MODELS = ("llama-3.1-8b-instruct", "gemma-3-4b-it", "qwen3-30b-a3b", "phi-2", "codegen-6b-mono", "glm-4-9b-chat-hf")
+# With and without grouped heads, sliding windows, experts, latent or linear attention, scores in memory.
+MODELS = (
+    "llama-3.1-8b-instruct",
+    "gemma-3-4b-it",
+    "qwen3-30b-a3b",
+    "phi-2",
+    "codegen-6b-mono",
+    "glm-4-9b-chat-hf",
+    "gemma-2-9b-it",
+    "deepseek-v2-lite-chat",
+    "qwen3.5-27b",
+)
 SIZES = ((1, 1900), (3, 2048), (8, 900))  # batch, prompt: none of those in `reserve`
 WITHIN = {"median": 0.01, "90th percentile": 0.05}
 

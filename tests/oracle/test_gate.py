@@ -126,8 +126,15 @@ def test_intervals_that_are_wider_or_miss_more_fail(
 ) -> None:
     change(tree / "harness/planning/cost/speed.py", "low=values[0], best=values[1], high=values[2]", wider)
     assert gate.compare("HEAD", placed[:8]) == gate.WORSE
-    (failing,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith("WORSE")]
-    assert failing.startswith("interval  tokens_per_s, published      138")
+    failing = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith("WORSE")]
+    assert {*failing} == {"interval", "card", "held in"}  # speeds alone, whatever memory they need
+
+
+def test_speeds_that_are_planned_no_more_fail(tree: Path, placed: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
+    change(tree / gate.SPEEDS, 'if "published" in asked:', 'if "published" in asked and asked["published"]["gpu"] == "A100-80GB":')
+    change(tree / gate.SPEEDS, "    return measured(", '    return None if "published" in asked else measured(')
+    assert gate.compare("HEAD", placed[:8]) == gate.WORSE
+    assert "36 rows are planned no more, the first is Qwen3-0.6B BF16 H20-96GB" in capsys.readouterr().out
 
 
 def test_rows_that_are_planned_no_more_fail(tree: Path, some: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +174,39 @@ def answers(some: list[Row], error: float, but: Mapping[str, float] | None = Non
 def test_noise_passes_and_growth_does_not(some: list[Row], before: float, after: float, fails: bool) -> None:
     found = gate.parts(some, answers(some, before), answers(some, after))
     assert any(one.fails for one in found) is fails
+
+
+def intervals(width: float, but: Mapping[str, float] | None = None) -> list[gate.Spans | None]:
+    """Intervals that hold what is real and are so wide, and others in some of the columns of what was published."""
+    found: list[gate.Spans | None] = []
+    for asked in gate.questions():
+        if "published" in asked:
+            row, real = asked["published"], float(asked["published"]["tokens_per_s"])
+            wide = next((value for name, value in (but or {}).items() if name in (row["gpu"], row["quant"])), width)
+            found.append({"tokens_per_s": (real, real, real * wide)})
+        else:
+            real = asked["result"]["metrics"]["load_s"]
+            found.append({"load_s": (real, real, real * width)})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("after", "but", "failing"),
+    [
+        (2.0, {}, set()),
+        (2.0**1.04, {}, set()),
+        (2.0**1.07, {}, {gate.EVERY_INTERVAL}),
+        (1.9, {"H20-96GB": 2.0**1.2}, {("card", "H20-96GB")}),
+        (1.9, {"AWQ": 2.0**1.2}, {("held in", "AWQ")}),
+    ],
+)
+def test_intervals_may_grow_a_little_and_no_part_of_them_much(
+    after: float, but: Mapping[str, float], failing: set[gate.Part]
+) -> None:
+    found = gate.scores(intervals(2.0), intervals(after, but))
+    assert failing <= {one.part for one in found if one.fails}
+    assert (gate.EVERY_INTERVAL in failing) is any(one.fails for one in found if one.part == gate.EVERY_INTERVAL)
+    assert bool(failing) is any(one.fails for one in found)
 
 
 def test_a_part_may_not_pay_for_the_others(some: list[Row]) -> None:
