@@ -82,7 +82,7 @@ class _Comparison:
     def __init__(self, read: Checkpoint, found: Skeleton, packed: Packed | None) -> None:
         self.read, self.found, self.packed = read, found, packed
         self.layout = packed.layout if packed else None
-        self.silent = packed is not None and self.layout is None
+        self.silent = packed is not None and self.layout is None and not packed.plain
         self.naming = found.naming
         turned = (module for module in found.root.walk() if module.block.linear == "conv1d")
         self.turned = frozenset(weight.path for module in turned for weight in module.weights)
@@ -243,7 +243,11 @@ class _Comparison:
             return self._packed_fault(stored, shape[::-1] if stored.name in self.turned else shape)
         if tensor.shape != shape and not self._converts(stored, shape):
             return f"{shown(tensor.name)} is {_by(tensor.shape)}, the config asks for {_by(shape)}"
-        if self.packed is None and tensor.dtype.startswith("float8") and (scale := _scale_of(tensor.name, self.names)):
+        if (
+            (self.packed is None or self.packed.plain)
+            and tensor.dtype.startswith("float8")
+            and (scale := _scale_of(tensor.name, self.names))
+        ):
             what = f"{shown(tensor.name)} is {tensor.dtype} with {shown(scale)} beside it"
             return f"{what}, which transformers leaves out: the config says nothing of packed weights"
         numbers = weight.tensor.dtype is None or "float" in weight.tensor.dtype
@@ -372,8 +376,7 @@ def _block_fault(stored: StoredWeight, shape: Shape, block: Shape) -> str | None
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
-    joined = "|".join(f"({pattern})" for pattern in patterns)
-    return re.compile(joined) if joined else None
+    return re.compile(joined) if (joined := "|".join(f"({pattern})" for pattern in patterns)) else None
 
 
 def _by(shape: Shape) -> str:

@@ -72,6 +72,10 @@ class Packed(Record, frozen=True, kw_only=True):
     dtype: str | None = None  #: what the config says of the rest, where nothing else runs
     packing: str = ""  #: how AutoRound says that it is packed
     stored_by: str | None = None  #: the row of LAYOUTS; None: how its files hold weights is not known
+    plain: bool = False  #: the files hold weights in 16 bits, with scales beside them
+    beside: int = 0  #: bytes of scales and of all else that the files hold beside weights
+    keeps_beside: bool = False  #: these stay in memory beside 16-bit weights
+    fault: str | None = None  #: why the method's package does not take the config
 
     @property
     def method(self) -> Method | None:
@@ -101,7 +105,7 @@ class Packed(Record, frozen=True, kw_only=True):
 
     def unpacks(self, precision: Precision) -> bool:
         """Say whether loading with a precision makes 16- or 32-bit weights of what is stored."""
-        return self.method is not None and self.method.unpacked is not None and precision.name != self.precision
+        return self.plain or (self.method is not None and self.method.unpacked is not None and precision.name != self.precision)
 
     def in_part(self, precision: Precision) -> bool:
         """Say whether only some Linear weights have the dtype of the packed ones, in a model loaded in a precision."""
@@ -116,8 +120,8 @@ class Packed(Record, frozen=True, kw_only=True):
         """Say why it is not held this way; None if it is: it stays what it is or is unpacked, and nothing else is made of it."""
         if self.method is None:
             return foreign(self.name)
-        if self.method.unsupported is not None:
-            return self.method.unsupported
+        if self.method.unsupported is not None or self.fault is not None:
+            return self.method.unsupported or self.fault
         method_dtypes = () if self.method.unpacked else self.method.dtypes
         if precision.name == self.precision:
             return None
@@ -138,7 +142,9 @@ class Packed(Record, frozen=True, kw_only=True):
         method = self.method
         assert method is not None
         if self.unpacks(precision):
-            asked, dtype = (None, self.held or method.held) if self.apart else (method.unpacked, precision.linear_dtype)
+            # Until the first forward pass what transformers does not unpack while it loads is packed.
+            asked = None if self.keeps_beside else method.unpacked
+            dtype = self.held or method.held if self.keeps_beside and not self.plain else precision.linear_dtype
             row = replace(precision, quantization=asked, linear_dtype=dtype)
             return replace(row, needs=method.needs, incompatible=dict(method.refuses))
         refuses = dict(method.refuses)
@@ -181,8 +187,11 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     name = method_name(settings) if settings else GGUF.name if title.startswith(GGUF.name) else own
     known = METHODS.get(name) or OWN.get(name)
     stored_by = _layout_name(name, settings) if settings else family.method if family else MOSS.method
+    plain = settings is not None and known is not None and known.is_plain(settings) and not _any_packed(stored_by, tensors)
     held, rest, floats = _parts_of(LAYOUTS.get(stored_by or ""), tensors)
     schemes = schemes_in(settings or {})
+    apart = differ([scheme for scheme in schemes if not is_of_experts(scheme)])
+    whole = known is None or known.unpacks_format is None or known.unpacks_format(settings or {})
     return Packed(
         title=title,
         name=name,
@@ -192,15 +201,27 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         varies=differ(schemes) or any((settings or {}).get(key) for key in _VARY_KEYS),
         selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
         scales=next((tensor.dtype for tensor in tensors if tensor.name.endswith((".scales", "_scale"))), None),
-        apart=differ([scheme for scheme in schemes if not is_of_experts(scheme)]),
+        apart=apart,
         held=held,
         rest=rest,
         scheme=title.rpartition("4-bit ")[2].replace(",", "") if name == "bitsandbytes_4bit" else None,
         floats=floats,
         dtype=config.get("torch_dtype") or config.get("dtype") if known is not None and held in known.bound else None,
         packing=str((settings or {}).get("packing_format", "")),
-        stored_by=stored_by,
+        stored_by=None if plain else stored_by,
+        plain=plain,
+        beside=sum(tensor.bytes for tensor in tensors if _BESIDE.search(tensor.name)),
+        keeps_beside=plain or apart or not whole,
+        fault=known.faults(settings) if known is not None and known.faults is not None and settings is not None else None,
     )
+
+
+def _any_packed(stored_by: str | None, tensors: Iterable[StoredTensor]) -> bool:
+    """Say whether any weight of the files is packed: by the row of LAYOUTS, or where there is none by its dtype."""
+    layout = LAYOUTS.get(stored_by or "")
+    if layout is None:
+        return any(tensor.name.endswith(_WEIGHTS) and _is_packed(tensor) for tensor in tensors)
+    return any(layout.split(tensor.name, tensor.dtype)[1] == layout.main for tensor in tensors)
 
 
 def _parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[str | None, str | None, tuple[int, int]]:
@@ -277,8 +298,6 @@ def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
         return METHODS[method].layout or method if method in METHODS else method
     keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
     formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
-    if settings.get("quantization_mode") == "online":  # of BitNet: stored in 16 bits
-        return None
     usual = not settings.get("is_marlin_format") and formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
     return method if usual else None
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.core.methods.compressed import preset
+
 # quant_method of transformers -> the key in its config that gives the bits
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits", "nbits")
 _GROUP_KEYS = ("group_size", "q_group_size")
@@ -28,8 +30,13 @@ def bits_in(settings: Mapping[str, Any]) -> int:
 def schemes_in(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the groups of layers of a quantization_config that say how their weights are packed: compressed-tensors has them."""
     groups = settings.get("config_groups")
-    listed = groups.values() if isinstance(groups, dict) else ()
+    listed = [_whole(name, group) for name, group in groups.items()] if isinstance(groups, dict) else []
     return [group for group in listed if isinstance(group, dict) and isinstance(group.get("weights"), dict)]
+
+
+def _whole(name: str, group: Any) -> Any:
+    """Return a group with its weights, which one that lists targets alone has from its name."""
+    return {"targets": group, "weights": preset(name)} if isinstance(group, list) else group
 
 
 def differ(schemes: Sequence[Mapping[str, Any]]) -> bool:
@@ -72,9 +79,7 @@ def group_in(settings: Mapping[str, Any]) -> Any:
 
 def _sources(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Return where a quantization_config may describe the weights: at its top, and in its first group of layers."""
-    groups = settings.get("config_groups")
-    first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
-    weights = first.get("weights") if isinstance(first, dict) else None
+    weights = next((group["weights"] for group in schemes_in(settings)), None)
     return (settings, *(one for one in (weights, _weight_of(settings.get("global_quant_config"))) if isinstance(one, dict)))
 
 

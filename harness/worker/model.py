@@ -299,7 +299,9 @@ def _main_tensor(part: torch.nn.Module) -> torch.Tensor | None:
 
 
 def _is_derived(part: torch.nn.Module) -> bool:
-    return isinstance(part, torch.nn.Linear) and type(part).__module__.startswith("transformers.models.")
+    """Say whether a class of the architecture's or of torch's own is derived from Linear (torch's attention has one)."""
+    kind, linear = type(part), torch.nn.Linear
+    return kind is not linear and issubclass(kind, linear) and kind.__module__.startswith(("transformers.models.", "torch.nn."))
 
 
 def _scheme(weight: torch.Tensor) -> str | None:

@@ -22,6 +22,7 @@ from harness.core.precisions import PRECISIONS
 from harness.core.quantizers import SCHEMES
 from harness.core.records import Verdict
 from harness.machine import probe
+from harness.measure import verify
 from harness.measure.protocol import Generate, Load
 from harness.planning import planner
 from harness.planning.code import greedy, loading_code
@@ -285,3 +286,22 @@ def test_a_case_and_its_printed_code_write_the_same_whatever_the_model_asks_for(
     ids = torch.tensor([model.prompt(8)])
     output = fresh.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=6, max_new_tokens=6, pad_token_id=0)
     assert model.tokenizer.decode(output[0, 8:], skip_special_tokens=True) == wanted
+
+
+# Linear modules of a class of their own
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_torch_s_own_attention_is_left_alone_by_its_class(precision: str, tmp_path: Path) -> None:
+    """Of SigLIP's head, in Gemma 3: what it projects by is derived from Linear, which quantizers go by."""
+    folder = architectures.save("gemma3", tmp_path / "gemma")
+    spec = model_spec.read_spec(resolve.resolve(str(folder)))
+    plan = planner.Planner(spec, machine(), here=True).plan(case(precision, prompt_tokens=3, new_tokens=2))
+    assert plan.verdict is Verdict.FITS, plan.why
+    assert plan.code is not None
+    model = work.load(Load(model=str(folder), code=plan.code, tokenizer=False), lambda _: contextlib.nullcontext())[0]
+    kinds = {type(part).__name__ for part in model.module.modules()}
+    assert "NonDynamicallyQuantizableLinear" in kinds
+    assert set(verify.checks(plan, work.loaded_facts(model)).values()) == {verify.OK}
+    assert plan.estimate is not None
+    assert sum(tier.weights_bytes for tier in plan.estimate.tiers.values()) == small_models.held_bytes(model.module)

@@ -35,7 +35,7 @@ from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
 from tests.strangers import architectures
-from tests.strangers.stored_forms import BF16, F8, FORMS, I32, I64, SMALL, Form, Tensors, save_form, save_tensors, tensors_of
+from tests.strangers.stored_forms import BF16, F8, FORMS, I8, I32, I64, SMALL, Form, Tensors, save_form, save_tensors, tensors_of
 from tests.support import strangers
 from tests.support.builders import case, machine
 from tests.support.small_models import held_bytes
@@ -156,6 +156,19 @@ def static(o: int, i: int) -> Tensors:
     return {".weight": (F8, (o, i)), ".weight_scale_inv": (BF16, ()), ".activation_scale": (BF16, ())}
 
 
+# What the files hold before a checkpoint is compressed, and after it was taken apart again.
+PLAIN = ("initialized", "calibration", "frozen", "decompressed")
+
+
+def plain_with_scales(o: int, i: int) -> Tensors:
+    return {".weight": (BF16, (o, i)), ".weight_scale": (BF16, (o, i // 128)), ".weight_zero_point": (I8, (o, i // 128))}
+
+
+def unpacked(status: str) -> dict[str, Any]:
+    said = group("Linear", **{**W4, "symmetric": False})
+    return {**compressed("pack-quantized", said), "quantization_status": status}
+
+
 def in_bins(metadata: bool) -> Make:
     def make(folder: Path) -> None:
         weights = load_file(strangers.save_llama(folder) / MAIN)
@@ -234,6 +247,20 @@ RUNS: Mapping[str, Make] = {
             group("re:.*mlp.*", form="pack-quantized", **W4),
             group("re:.*self_attn.*", form="float-quantized", **{**W8, "type": "float"}),
         ),
+    ),
+    **{f"4 bits, {status}": packed(lambda _: plain_with_scales, unpacked(status)) for status in PLAIN},
+    "4 bits of a format that nobody knows": packed(
+        lambda _: words(4, 32), compressed("my-own", group("Linear", num_bits=4, strategy="group", group_size=32))
+    ),
+    "4 bits by the name of a scheme": packed(
+        lambda _: words(4, 128), {**compressed("pack-quantized"), "config_groups": {"W4A16": ["Linear"]}}
+    ),
+    "4 bits without a status": packed(
+        lambda _: words(4, 128),
+        {key: value for key, value in compressed("pack-quantized", group("Linear", **W4)).items() if key != "quantization_status"},
+    ),
+    "4 bits of an order that is not kept": packed(
+        lambda _: words(4, 128), compressed("pack-quantized", group("Linear", **W4, actorder="weight"))
     ),
     # layouts of files
     "shards of bin": in_bins(metadata=True),
@@ -318,6 +345,29 @@ REFUSED: Mapping[str, tuple[Make, str]] = {
     "a method in capitals": (packed(lambda _: FORMS["ct-fp8"].parts, {"quant_method": "FP8"}), "does not know .* 'FP8'"),
     "a method of vLLM": (packed(lambda _: FORMS["ct-fp8"].parts, {"quant_method": "ptpc_fp8"}), "does not know .* 'ptpc_fp8'"),
     "fp8 with scales of vLLM": (packed(lambda _: FORMS["ct-fp8"].parts, OLD_NAMES), "without its .*weight_scale_inv"),
+    "4 bits in the order of their groups": (
+        packed(lambda _: words(4, 128), compressed("pack-quantized", group("Linear", **W4, actorder="group"))),
+        r"compressed-tensors 0\.20 does not take config_groups\.group_0\.weights\.actorder = \"group\"",
+    ),
+    "4 bits of no group": (
+        packed(lambda _: words(4, 128), compressed("pack-quantized", group("Linear", num_bits=4, strategy="group"))),
+        "strategy group requires group_size to be set to a positive value",
+    ),
+    "4 bits at a status of no one": (
+        packed(lambda _: words(4, 128), {**compressed("pack-quantized", group("Linear", **W4)), "quantization_status": "done"}),
+        r"does not take quantization_status = \"done\"",
+    ),
+    "inputs scaled by channels": (
+        packed(
+            lambda _: FORMS["ct-int8"].parts,
+            compressed("int-quantized", {**group("Linear", **W8), "input_activations": {"num_bits": 8, "strategy": "channel"}}),
+        ),
+        "Using channel strategy is not supported for activation quantization",
+    ),
+    "a scheme of no one": (
+        packed(lambda _: words(4, 128), {**compressed("pack-quantized"), "config_groups": {"W4A17": ["Linear"]}}),
+        "no scheme that is known by its name",
+    ),
     "a variant alone": (renamed("model.fp16.safetensors"), "a variant .*finds it by variant='fp16'; here rename"),
     "a variant in bin alone": (renamed("pytorch_model.fp16.bin"), "a variant .*finds it by variant='fp16'; here rename"),
     "the makers' file alone": (renamed("consolidated.safetensors"), "as its makers' own code keeps it"),

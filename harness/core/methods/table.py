@@ -6,9 +6,10 @@ release that adds a method, drops one, or treats it otherwise makes a test fail.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from harness.core.methods import compressed
 from harness.core.precisions import Config
 from harness.core.records import Record
 
@@ -46,8 +47,15 @@ class Method(Record, frozen=True, kw_only=True):
     on_cards: bool = False  #: a row of PACKED_KERNELS multiplies the weights on a card
     layout: str | None = None  #: whose row of LAYOUTS its files follow, where it is another method's
     writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
+    plain_when: Mapping[str, tuple[Any, ...]] = {}  #: key of the config -> values (None: no word) of 16-bit weights in the files
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
+    faults: Callable[[Mapping[str, Any]], str | None] | None = None  #: says why its package does not take a config
+    unpacks_format: Callable[[Mapping[str, Any]], bool] | None = None  #: says whether transformers can unpack while it loads
+
+    def is_plain(self, settings: Mapping[str, Any]) -> bool:
+        """Say whether a config means 16-bit weights in the files, with scales beside them that nothing is multiplied by yet."""
+        return any(settings.get(key) in values for key, values in self.plain_when.items())
 
     def unpacks_on(self, kind: str, capability: float | None) -> bool:
         """Say whether weights become 16-bit for lack of hardware on a "cpu" or "gpu" of this compute capability (None: unknown)."""
@@ -201,6 +209,9 @@ _ROWS = (
         packs_on=frozenset(),  # until the first forward pass, which unpacks all of it
         unpacked=_dequantize("CompressedTensorsConfig"),
         refuses=_STORED,
+        plain_when={"quantization_status": (None, "initialized", "calibration", "frozen", "decompressed")},
+        faults=compressed.settings_refusal,
+        unpacks_format=compressed.unpacks_format,
     ),
     Method(
         name="fbgemm_fp8",
@@ -232,6 +243,7 @@ _ROWS = (
         refuses={**_STORED, "offloads_to_cpu": _OFFLOADS.format("BitNet")},
         bits=2,
         copies=True,
+        plain_when={"quantization_mode": ("online",)},
     ),
     Method(
         name="vptq",

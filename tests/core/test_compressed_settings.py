@@ -1,0 +1,80 @@
+"""What is said of a quantization_config of compressed-tensors against the library's own classes."""
+
+from __future__ import annotations
+
+import json
+import random
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from harness.core.methods import compressed
+from harness.core.methods.table import METHODS
+from tests.support import compressed_settings
+
+KEPT: dict[str, Any] = json.loads(compressed_settings.RECORDED.read_text())
+installed = pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed")
+# What people write in each place, right and wrong.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "num_bits": (1, 2, 4, 6, 8, 12),
+    "type": ("int", "float", "INT", "Float", "fp", None, True),
+    "strategy": (None, "tensor", "channel", "group", "Group", "block", "token", "tensor_group", "attn_head", "row", True),
+    "group_size": (None, -1, 0, 16, 128, -2),
+    "block_structure": (None, [128, 128]),
+    "dynamic": (False, True, "local", "LOCAL", None, "no"),
+    "actorder": (None, False, True, "weight", "static", "group", "GROUP", "dynamic", "act"),
+    "zp_dtype": (None, "torch.int8"),
+    "reorder": (1,),
+}
+GROUPS = (
+    {"targets": ["Linear"]},
+    {"targets": ["Linear"], "format": "pack-quantized"},
+    {"targets": ["Linear"], "format": "mixed-precision"},
+    {"targets": ["Linear"], "format": "own"},
+    {"targets": ["Linear"], "name": "a"},
+)
+
+
+def asked(seed: int) -> dict[str, Any]:
+    """Make settings of a few keys, most of them right, so that each is refused by one thing or by none."""
+    draw = random.Random(seed)
+    given = {key: draw.choice(VALUES[key]) for key in draw.sample(sorted(VALUES), k=draw.randint(1, 4))}
+    group: dict[str, Any] = {**draw.choice(GROUPS[:2] if seed % 4 else GROUPS), "weights": {"num_bits": 4, **given}}
+    if seed % 3 == 0:
+        group["input_activations"] = {key: value for key, value in given.items() if key in ("strategy", "dynamic", "group_size")}
+    status = draw.choice(("compressed", "frozen")) if seed % 5 else draw.choice(("COMPRESSED", "done", None))
+    return {"quant_method": "compressed-tensors", "quantization_status": status, "config_groups": {"group_0": group}}
+
+
+@installed
+def test_what_is_kept_is_what_the_library_answers() -> None:
+    """`python -m tests.support.compressed_settings` asks a new release."""
+    assert compressed_settings.answers() == KEPT
+
+
+@installed
+def test_what_is_refused_is_what_the_library_refuses() -> None:
+    made = import_module("compressed_tensors.quantization").QuantizationConfig.model_validate
+    told, found = {}, {}
+    for seed in range(3000):
+        settings = asked(seed)
+        told[seed] = compressed.settings_refusal(settings) is None
+        found[seed] = compressed_settings.reason(made, settings) is None
+    wrong = {seed: asked(seed)["config_groups"]["group_0"] for seed in told if told[seed] != found[seed]}
+    assert not wrong, next(iter(wrong.items()))
+    assert 300 < sum(told.values()) < 2700
+
+
+def test_what_was_removed_is_told_with_the_library_s_reason() -> None:
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 128, "actorder": "group"}
+    said = compressed.settings_refusal({"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}})
+    assert said is not None
+    assert "Consider using actorder='weight'" in said
+    assert said.startswith(f"compressed-tensors {KEPT['version'].rpartition('.')[0]} does not take")
+
+
+def test_every_status_means_16_bit_weights_or_packed_ones() -> None:
+    statuses = {json.loads(word) for word, why in KEPT["statuses"].items() if why is None}
+    assert {*METHODS["compressed-tensors"].plain_when["quantization_status"]} == (statuses - {"compressed"}) | {None}
