@@ -91,6 +91,7 @@ class Planner:
         self._rows: dict[tuple[str, str], _Row] = {}
         self._alike: dict[tuple[object, ...], Footprint] = {}
         self._estimates: dict[tuple[Footprint, str], Estimate] = {}
+        self._contexts: dict[tuple[Footprint, int | None], int | None] = {}
         known = [gpu.compute_capability for gpu in machine.gpus if gpu.compute_capability]
         self._capability = min(known, key=float, default=None)
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
@@ -122,6 +123,7 @@ class Planner:
             said += [one.why_formulas] * one.lacks_trace
         self._recommended.clear()
         self._estimates.clear()
+        self._contexts.clear()
         self._plans.clear()
         return list(dict.fromkeys(said))
 
@@ -363,7 +365,10 @@ class Planner:
         footprint = self.footprints.get(one.case.id)
         if one.estimate is None or footprint is None or not one.verdict.is_good:
             return None
-        return self.judge.max_context(footprint, one.case)
+        key = (footprint, one.case.ram_bytes)
+        if key not in self._contexts:
+            self._contexts[key] = self.judge.max_context(footprint, one.case)
+        return self._contexts[key]
 
 
 def _looks_for_itself(placement: Placement, machine: Machine) -> bool:
