@@ -55,9 +55,18 @@ def packed_key(config: Mapping[str, Any], precision: str) -> str:
 
 def shipped_records(key: str) -> Records:
     """Return the records that are shipped under a key (`key_of`); unpacks one line."""
-    lines = SHIPPED.read_bytes() if SHIPPED.exists() else b""
+    if not SHIPPED.exists():
+        return {}
+    found = SHIPPED.stat()
+    return _shipped_records(key, (found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=8)  # every precision and every card asks for the records of the same model
+def _shipped_records(key: str, _: tuple[int, int]) -> Records:
+    """Return what lies under a key in a file that was written at this time, and is of this size."""
+    lines = SHIPPED.read_bytes()
     start = lines.find(b'["%s",' % key.encode())
-    return _unpacked(lines[start : lines.index(b"\n", start)])[1] if start >= 0 else {}
+    return unpack(lines[start : lines.index(b"\n", start)])[1] if start >= 0 else {}
 
 
 def pack(key: str, records: Records) -> bytes:
@@ -72,18 +81,20 @@ def unpack(line: bytes) -> tuple[str, Records]:
     return key, msgspec.json.decode(zlib.decompress(binascii.a2b_base64(packed)), type=Records)
 
 
-# Every precision and every card asks for the line of the same model.
-_unpacked = lru_cache(maxsize=4)(unpack)
-
-
 def record_name(precision: str, capability: str | None) -> str:
     """Return what the record of a precision for cards of a compute capability goes by."""
     return f"{precision} {family(kernels_of(capability), precision)}"
 
 
-def shipped_trace(config: Mapping[str, Any], precision: str, capability: str | None = None) -> TracedMemory | None:
-    """Return the record that is shipped for this config and cards of this compute capability, if any."""
-    return find(shipped_records(packed_key(config, precision)), precision, capability)
+def shipped_trace(
+    config: Mapping[str, Any], precision: str, capability: str | None = None, attention: str | None = None
+) -> TracedMemory | None:
+    """Return the record that is shipped for this config and cards of this compute capability, if any.
+
+    `attention` is the implementation that is asked for; None is what transformers chooses.
+    """
+    found = find(shipped_records(packed_key(config, precision)), precision, capability)
+    return found if found is not None and attention in (None, found.attention) else None
 
 
 def find(records: Records, precision: str, capability: str | None = None) -> TracedMemory | None:
@@ -109,10 +120,15 @@ def record_for(
     `attention` is the implementation that is asked for; None is what transformers chooses. None if there is none; planning then
     uses its formulas (`planning.cost.activations`).
     """
+    shipped = shipped_trace(config, precision, capability, attention)
+    return built_trace(config, precision, cache, capability, attention) if shipped is None else shipped
+
+
+def built_trace(
+    config: Mapping[str, Any], precision: str, cache: Path, capability: str | None = None, attention: str | None = None
+) -> TracedMemory | None:
+    """Return the record that was built for this config before, and is kept in `cache`, if any; starts nothing."""
     cards, key = _cards(precision, capability, attention), packed_key(config, precision)
-    shipped = find(shipped_records(key), precision, capability)
-    if shipped is not None and attention in (None, shipped.attention):
-        return shipped
     if (built := _BUILT.get((key, precision, cards))) is not None:
         return built
     end = f"-{key}-{precision}-{cards}.json"

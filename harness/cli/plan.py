@@ -225,10 +225,12 @@ def _print(
 
 
 def _show(recommendations: Sequence[Recommendation], args: argparse.Namespace, machine: Machine) -> None:
-    from harness.report.terminal import explain, plans
+    from harness.report.terminal import plans
     from harness.report.terminal.next_steps import Asked
 
     if args.explain:
+        from harness.report.terminal import explain
+
         explain.explain_plan(recommendations[0], whole=args.all)
         return
     of_machine = typed_options(args, "gpu", "cpu", "ram", "disk", "results", *_OF_WORKLOAD)

@@ -28,6 +28,7 @@ class Counted:
 
     def sizes(self, fmt: WeightFormat) -> Sizes:
         """Return the bytes of its blocks, and of what lies outside of them, as a placement's own limits go by them."""
+        fmt = fmt if fmt.packed_bits is not None else WeightFormat(dtype=fmt.dtype)  # limits go by what is stored
         if fmt not in self._sizes:
             self._weights = self._weights or _weights_by_path(self.spec.skeleton)
             stock = Stock([Named(path, weight.tensor.shape) for path, weight in self._weights.items()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 import msgspec
 
@@ -14,7 +15,7 @@ from harness.core.methods.packages import asked_of_pip
 from harness.core.placements import FILE, PLACEMENTS, Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report
-from harness.core.records import Case, Machine, Plan, Verdict
+from harness.core.records import Case, Estimate, Machine, Plan, Verdict
 from harness.planning import calibration, feasibility, other_form
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
@@ -44,6 +45,26 @@ _MAYBE_FUSED = "4-bit weights in RAM are taken to be multiplied as they are: wit
 _TRIES = 4
 
 
+class _Row:
+    """A precision and a placement as they load one checkpoint on one machine."""
+
+    def __init__(self, spec: ModelSpec, machine: Machine, precision: Precision, placement: Placement) -> None:
+        self._spec, self._machine = spec, machine
+        self.precision = spec.adapted(precision)
+        self.placement = feasibility.row_on(machine, placement, self.precision)
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype of what is not quantized, by the GPU that it is for."""
+        on_gpu = self.placement.devices[0] == "gpu" and self._machine.gpus
+        return self.precision.dtype_on(self._machine.gpus[self.placement.gpu].compute_capability if on_gpu else None)
+
+    @cached_property
+    def fmt(self) -> WeightFormat:
+        """The format of the weights in memory."""
+        return estimate.weight_format(self.precision, self.dtype, self._spec)
+
+
 class Planner:
     """Plans cases of one model on one machine; what they share is counted once.
 
@@ -67,6 +88,10 @@ class Planner:
         self.judge = Judge(spec=self.spec, machine=machine, here=here, trust=trust)
         rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
         self._placements = dict(rows)
+        self._rows: dict[tuple[str, str], _Row] = {}
+        self._alike: dict[tuple[object, ...], Footprint] = {}
+        self._estimates: dict[tuple[Footprint, str], Estimate] = {}
+        self._contexts: dict[tuple[Footprint, int | None], int | None] = {}
         known = [gpu.compute_capability for gpu in machine.gpus if gpu.compute_capability]
         self._capability = min(known, key=float, default=None)
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
@@ -97,6 +122,8 @@ class Planner:
             one.build()
             said += [one.why_formulas] * one.lacks_trace
         self._recommended.clear()
+        self._estimates.clear()
+        self._contexts.clear()
         self._plans.clear()
         return list(dict.fromkeys(said))
 
@@ -116,13 +143,13 @@ class Planner:
         refused = self.judge.refusal(case, self._placements[case.placement])
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
-        precision, placement = self.spec.adapted(row), self._placement(case)
+        loaded = self._row(case)
+        precision, placement = loaded.precision, loaded.placement
         refused = feasibility.gate(case, self.machine, self.here, placement, precision)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         code = [str(one) for one in self.spec.remote_code]
-        dtype = _dtype(precision, placement, self.machine)
-        fmt = estimate.weight_format(precision, dtype, self.spec)
+        dtype, fmt = loaded.dtype, loaded.fmt
         limits = max_memory.max_memory(placement, self.machine, lambda: self.counted.sizes(fmt))
         ours = self._recommendation(case, fmt) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
@@ -131,7 +158,10 @@ class Planner:
         apart = self._apart(case, fmt, placement.gpu) if placement.experts_in_ram else ()
         footprint = self._footprint(case, fmt, placed, apart)
         footprint = footprint.with_expandable_segments() if ours and ours.expandable else footprint
-        expected, verdict, why, footprint = self.judge.judge(case, placement, footprint)
+        if (footprint, case.precision) not in self._estimates:
+            self._estimates[footprint, case.precision] = estimate.estimate(footprint, case.precision, self.machine)
+        judged = self.judge.judge(case, placement, footprint, self._estimates[footprint, case.precision])
+        expected, verdict, why, footprint = judged
         self.footprints[case.id] = footprint
         mapped = experts_map(self.spec.skeleton, placement.gpu, apart) if apart else placed
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in mapped.items()}
@@ -156,12 +186,11 @@ class Planner:
 
     def can_hold(self, case: Case) -> bool:
         """Say whether the memory of known size that a placement fills is as large as the weights: if not, no plan of it fits."""
-        placement, precision = self._placement(case), self.spec.adapted(PRECISIONS[case.precision])
-        fmt = estimate.weight_format(precision, _dtype(precision, placement, self.machine), self.spec)
-        filled = [tier for tier in tiers.fillable(self.machine) if tier.kind in placement.devices]
-        if "disk" in placement.devices and all(tier.capacity_bytes is not None for tier in filled):
+        loaded = self._row(case)
+        filled = [tier for tier in tiers.fillable(self.machine) if tier.kind in loaded.placement.devices]
+        if "disk" in loaded.placement.devices and all(tier.capacity_bytes is not None for tier in filled):
             return True
-        return self.counted.inventory(fmt).total.held <= sum(tier.capacity_bytes or 0 for tier in filled)
+        return self.counted.inventory(loaded.fmt).total.held <= sum(tier.capacity_bytes or 0 for tier in filled)
 
     def _in_another_form(self, case: Case, form: Packed) -> Plan:
         """Plan a case for a checkpoint that is not there: with figures, and the published ones that the catalog knows."""
@@ -181,9 +210,12 @@ class Planner:
         verdict = one.verdict if one.verdict in (Verdict.TOO_BIG, Verdict.INVALID) else Verdict.UNAVAILABLE
         return msgspec.structs.replace(one, verdict=verdict, why=f"{what}{known}{then}", code=None, needs_checkpoint=needed)
 
-    def _placement(self, case: Case) -> Placement:
-        """Return the row of a case as it loads this checkpoint on this machine."""
-        return feasibility.row_on(self.machine, self._placements[case.placement], self.spec.adapted(PRECISIONS[case.precision]))
+    def _row(self, case: Case) -> _Row:
+        """Return the rows of a case as they load this checkpoint on this machine."""
+        key = (case.precision, case.placement)
+        if key not in self._rows:
+            self._rows[key] = _Row(self.spec, self.machine, PRECISIONS[case.precision], self._placements[case.placement])
+        return self._rows[key]
 
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
         key = (placement.name, fmt)
@@ -266,23 +298,27 @@ class Planner:
         return blocks[-least:]
 
     def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device], apart: tuple[str, ...] = ()) -> Footprint:
-        gguf, placement = self.spec.gguf, self._placement(case)
-        plain_off_gpu = leaves_off_gpu(self.spec.adapted(PRECISIONS[case.precision]), placement)
+        """Count a case; placements that come to the same are counted once."""
+        gguf, placement = self.spec.gguf, self._row(case).placement
+        plain_off_gpu = leaves_off_gpu(self._row(case).precision, placement)
+        on_tiers = tiers.tiers(self.spec.skeleton, placed)
+        begins = [gpu.name for gpu in self.machine.gpus if gpu.name != on_tiers]
         loading = Loading(
             through_ram=placement.moves_after_loading or (gguf is not None and gguf.through_ram),
             experts_in_ram=apart,
             rewrites=placement.rewrites_offloaded,
             off_gpu=self.counted.inventory(WeightFormat(dtype=fmt.dtype)) if plain_off_gpu else None,
             processes=placement.ranks(len(self.machine.gpus)),
-            begins_on=tuple(gpu.name for gpu in self.machine.gpus) if _looks_for_itself(placement, self.machine) else (),
+            begins_on=tuple(begins) if _looks_for_itself(placement, self.machine) else (),
             attention=case.attention,
             capability=self._capability,
         )
-        on_tiers = tiers.tiers(self.spec.skeleton, placed)
-        kept = KV_FORMS[case.kv]
-        footprint = Footprint(self.counted.inventory(fmt), on_tiers, case.workload, self.constants, loading, kept)
-        self.footprints[case.id] = footprint
-        return footprint
+        key = (fmt, on_tiers if isinstance(on_tiers, str) else tuple(on_tiers.values()), case.workload, case.kv, loading)
+        if key not in self._alike:
+            kept = KV_FORMS[case.kv]
+            self._alike[key] = Footprint(self.counted.inventory(fmt), on_tiers, case.workload, self.constants, loading, kept)
+        self.footprints[case.id] = self._alike[key]
+        return self._alike[key]
 
     def used(self, one: Plan) -> dict[str, Constant]:
         """Return the constants that a plan rests on: those of its kind of device."""
@@ -329,18 +365,16 @@ class Planner:
         footprint = self.footprints.get(one.case.id)
         if one.estimate is None or footprint is None or not one.verdict.is_good:
             return None
-        return self.judge.max_context(footprint, one.case)
+        key = (footprint, one.case.ram_bytes)
+        if key not in self._contexts:
+            self._contexts[key] = self.judge.max_context(footprint, one.case)
+        return self._contexts[key]
 
 
 def _looks_for_itself(placement: Placement, machine: Machine) -> bool:
     """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""
     is_limited = any(tier.limit_bytes is not None for tier in machine.tiers if tier.kind in ("gpu", "cpu"))
     return placement.device_map in STRATEGIES and placement.limits is None and not is_limited
-
-
-def _dtype(precision: Precision, placement: Placement, machine: Machine) -> str:
-    on_gpu = placement.devices[0] == "gpu" and machine.gpus
-    return precision.dtype_on(machine.gpus[placement.gpu].compute_capability if on_gpu else None)
 
 
 def _facts(spec: ModelSpec, case: Case, trust: bool) -> Facts:

@@ -165,9 +165,8 @@ class Judge(Record, frozen=True, kw_only=True):
                 tight = f"tight on {self._memory(name)}: needs {_format_need(tier)}, up to {most} at worst, {free}."
         return (Verdict.TIGHT, tight) if tight else (Verdict.FITS, None)
 
-    def judge(self, case: Case, placement: Placement, footprint: Footprint) -> Judgment:
-        """Estimate a case and judge it: by torch's expandable segments if it surely fits by them alone, and its system has them."""
-        expected = estimate.estimate(footprint, case.precision, self.machine)
+    def judge(self, case: Case, placement: Placement, footprint: Footprint, expected: Estimate) -> Judgment:
+        """Judge a case: by torch's expandable segments if it surely fits by them alone, and its system has them."""
         verdict, why = self.verdict(case, placement, expected, footprint)
         usual = Judgment(expected, verdict, why, footprint)
         if verdict not in (Verdict.TIGHT, Verdict.TOO_BIG) or not footprint.gpus:

@@ -6,7 +6,6 @@ Run by `tox run -e bench` on a quiet machine; its report shows the limits beside
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from harness.planning.feasibility import decide
 from harness.run import forkserver, worker_process
 from harness.run.case_result import CaseModel, RunContext
 from harness.run.runner import Run
+from tests.bench.cold_start import ColdStart
 from tests.support.reporting import Figure
 
 PLAIN = Path(__file__).parent / "plain.py"
@@ -198,17 +198,11 @@ def test_plans_of_the_catalog(benchmark: BenchmarkFixture, figures: list[Figure]
     assert spent[0] <= 4
 
 
-def test_one_plan_from_a_cold_start(benchmark: BenchmarkFixture, figures: list[Figure]) -> None:
+def test_one_plan_from_a_cold_start(benchmark: BenchmarkFixture, figures: list[Figure], tmp_path: Path) -> None:
     """`fitmatrix plan` of a model of the catalog, the interpreter's start included: seconds of the processor."""
+    start, words = ColdStart(tmp_path), ("plan", "qwen2.5-7b-instruct", "--gpu", CARDS[0])
+    start.processor_s(*words)
     spent: list[float] = []
-
-    def once() -> None:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "harness", "plan", "qwen2.5-7b-instruct", "--gpu", CARDS[0]]
-        subprocess.run(command, check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-
-    benchmark.pedantic(once, rounds=5)
+    benchmark.pedantic(lambda: spent.append(start.processor_s(*words)), rounds=5)
     figures.append(Figure(what="one plan from a cold start", found=f"{statistics.median(spent):.2f} s", wanted="0.3 s"))
     assert statistics.median(spent) <= 0.3

@@ -128,4 +128,7 @@ class GpuActivations:
     def _at_hand(self) -> TracedMemory | None:
         if self.precision is None:
             return None
-        return traces.record_for(self._config, self.precision, cache_dir(), self._capability, self._attention)
+        shipped = traces.shipped_trace(self._config, self.precision, self._capability, self._attention)
+        if shipped is not None:  # of most models: then no cache is looked for
+            return shipped
+        return traces.built_trace(self._config, self.precision, cache_dir(), self._capability, self._attention)

@@ -18,7 +18,7 @@ from harness.planning.cost.activations import Activations, with_attention
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.loading.order import LoadRun, LoadStep, conversion_of, copies, load_rows, runs_of, unpacked_mxfp4
+from harness.planning.loading.order import LoadRun, conversion_of, copies, load_order, runs_of, unpacked_mxfp4
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -148,8 +148,7 @@ class Inventory:
         }
         if not any(passing.values()):
             return []
-        rows = load_rows(self.skeleton, as_held=self.spec.as_held)
-        return runs_of(LoadStep(piece, self.sizes[path], passing[path]) for _, piece, path in rows)
+        return runs_of(load_order(self.skeleton, as_held=self.spec.as_held), self.sizes, passing)
 
     def _passing(self, weight: Weight, owner: Block) -> float:
         """Return what is on a GPU beside a tensor while it is made: the parts of a stack, what a quantizer takes."""

@@ -132,9 +132,10 @@ class Rates:
         They are independent of each other: that all are at their ends at once is rarer than that one is, so the logarithms of
         what they are off by add up in squares.
         """
-        constants, end = [self.calibration[name] for name in names], _SPEED_AT[self.pick]
-        if len(constants) == 1:
-            return float(getattr(constants[0], end))
+        end = _SPEED_AT[self.pick]
+        if len(names) == 1:
+            return float(getattr(self.calibration[names[0]], end))
+        constants = [self.calibration[name] for name in names]
         return joined(math.prod(one.best for one in constants), *(getattr(one, end) / one.best for one in constants))
 
 

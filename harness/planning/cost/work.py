@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from harness.architecture.skeleton import Skeleton
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Machine, Record
@@ -106,7 +108,8 @@ def _asked(skeleton: Skeleton, seen: float) -> float:
         for kind in skeleton.attention
     ]
     tokens = [min(seen, kind.window or seen) for kind in skeleton.attention]
-    return float(sum(widths[kind] * tokens[kind] for kind in skeleton.layers))
+    layers = map(skeleton.layers.count, range(len(skeleton.attention)))
+    return float(sum(map(math.prod, zip(layers, widths, tokens, strict=True))))
 
 
 def _stored(fmt: WeightFormat) -> str | None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
-from operator import attrgetter
+from operator import itemgetter
 from typing import NamedTuple
 
 from harness.architecture.key_mapping import Conversion, Naming
@@ -33,14 +33,6 @@ _MX_ROWS, _MX_WEIGHTS = 32768 * 1024, 32
 SortKey = tuple[tuple[int | str, ...], ...]
 
 
-class LoadStep(NamedTuple):
-    """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them, in a piece of a device map."""
-
-    piece: str
-    held: int
-    passing: float
-
-
 class LoadRun(NamedTuple):
     """Tensors of one piece that are loaded one after the other: bytes that stay, and at most at once beside them.
 
@@ -54,18 +46,20 @@ class LoadRun(NamedTuple):
 
 
 @lru_cache(maxsize=4)  # all formats of a model's weights go through the same
-def load_rows(skeleton: Skeleton, *, as_held: bool) -> list[tuple[SortKey, str, str]]:
+def load_order(skeleton: Skeleton, *, as_held: bool) -> list[tuple[str, tuple[str, ...]]]:
     """Return the tensors of a model in the order of their stored names, which are the model's own where files hold it `as_held`.
 
-    Of each its key, the piece that it lies in, and its path in the first piece of that kind.
+    Those of one piece of a device map that follow each other stand together: the piece, and their paths in the first piece of its
+    kind.
     """
     naming = None if as_held else skeleton.naming
     inside = {kind: [weight.path for module in kind.inside for weight in module.weights] for kind in skeleton.kinds}
-    return sorted(
+    rows = sorted(
         (sort_key(stored_name(f"{piece.path}{path.removeprefix(piece.like.path)}", naming)), piece.path, path)
         for piece in skeleton.pieces
         for path in inside[piece.like]
     )
+    return [(piece, tuple(path for _, _, path in run)) for piece, run in groupby(rows, key=itemgetter(1))]
 
 
 def sort_key(name: str) -> SortKey:
@@ -117,16 +111,21 @@ def unpacked_mxfp4(elements: int) -> float:
     return packed + scales + max(min(rows, _MX_ROWS) * _MX_WEIGHTS / 2 * (4 + 2), elements * 2)
 
 
-def runs_of(steps: Iterable[LoadStep]) -> list[LoadRun]:
-    """Join the steps of one piece that follow each other: what a placement does not split."""
-    found = []
-    for piece, run in groupby(steps, key=attrgetter("piece")):
-        held, beyond, passing = 0, -math.inf, 0.0
-        for step in reversed(list(run)):
-            beyond, passing = max(beyond, step.passing - held), max(passing, step.passing)
-            held += step.held
-        found.append(LoadRun(piece, held, beyond, passing))
-    return found
+def runs_of(order: Sequence[tuple[str, tuple[str, ...]]], held: Mapping[str, int], passing: Mapping[str, float]) -> list[LoadRun]:
+    """Return the runs of a model that is loaded in an order, by the bytes of each tensor that stay, and at most beside them."""
+    alike: dict[tuple[str, ...], LoadRun] = {}  # a layer is loaded as the one before
+    for piece, paths in order:
+        if paths not in alike:
+            alike[paths] = _run(piece, paths, held, passing)
+    return [alike[paths]._replace(piece=piece) for piece, paths in order]
+
+
+def _run(piece: str, paths: Sequence[str], held: Mapping[str, int], passing: Mapping[str, float]) -> LoadRun:
+    later, beyond, most = 0, -math.inf, 0.0
+    for path in reversed(paths):
+        beyond, most = max(beyond, passing[path] - later), max(most, passing[path])
+        later += held[path]
+    return LoadRun(piece, later, beyond, most)
 
 
 def on_card(runs: Sequence[LoadRun], pieces: Iterable[str] | None, sequential: bool) -> Bytes:
