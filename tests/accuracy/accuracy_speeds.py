@@ -14,9 +14,10 @@ from tests.support.published import median_width, share_inside
 from tests.support.reporting import Figure
 
 WIDTHS = {"cpu": 1.5, "disk": 2.0}
-# What is reached so far, and must not get worse: the most mean error, of all figures the least share inside and the most width.
-REACHED = {"cpu": 0.3, "disk": 0.3}
-INSIDE, WIDEST = 0.8, 11.0
+# What is reached so far, and must not get worse: the most mean error, of seconds the most width, and of all the least share inside.
+REACHED = {"cpu": 0.25, "disk": 0.25}
+WIDEST = {"first_token_s": 7.0, "load_s": 4.5}
+INSIDE = 0.85
 OTHERS = ("qwen2", "codegen")  # that calibrate in its stead, so that nothing is tuned to the default model
 
 
@@ -41,7 +42,7 @@ def test_seconds(predicted: list[Forecast], figures: list[Figure], figure: str) 
     found = f"{format_share(share_within(rows, 0.25))} within 25 %, {said(rows)}"
     figures.append(Figure(what=f"{figure}, held-out models", rows=len(rows), found=found, wanted="90 % within 25 %"))
     assert share_inside(rows) >= INSIDE
-    assert median_width(rows) < WIDEST
+    assert median_width(rows) < WIDEST[figure]
 
 
 @pytest.mark.parametrize("calibrates", OTHERS)

@@ -18,6 +18,7 @@ from harness.core.quantizers import UNPACKINGS
 from harness.core.records import Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
+from harness.models import packed
 from harness.models.packed import GroupScaledLinear, RowScaledLinear
 from harness.planning.calibration import default
 from harness.planning.cost import estimate
@@ -136,28 +137,51 @@ def test_it_takes_no_more_than_the_plan_says(name: str, tokens: int) -> None:
         peak = peak_bytes(lambda: layer(states))
     planned = UNPACKINGS[name].temporary_bytes(4096 * 12288, "cpu", tokens)
     sums = tokens * 12288 * (4 + 2 + 2)  # in float32, a part of them, and in float16
-    assert 0.8 * planned < peak < 1.1 * planned + sums
+    assert 0.6 * planned < peak < 1.1 * planned + sums  # what oneDNN multiplies in 16 bits is there in them as well
     assert peak < 4096 * 12288 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "native"), [(1, False), (1, True), (20, False), (20, True)])
+def test_only_a_prompt_is_multiplied_in_16_bits_and_where_the_processor_can(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int, native: bool
+) -> None:
+    """torch's own loop for float16 took 8 times as long as float32 for a prompt of 64 tokens."""
+    monkeypatch.setattr(packed, "_has_products", lambda _: native)
+    found = multiplied(random_layer("gptq-int4", 256, 64).to(dtype), torch.randn(tokens, 256).to(dtype))
+    assert found.dtypes == {dtype if native and tokens > 1 else torch.float32}
+
+
+def test_a_processor_has_products_of_floats_alone() -> None:
+    assert not packed._has_products(torch.int8)
+    assert not packed._has_products(torch.float32)  # unpacked in it anyway
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_every_weight_is_unpacked_once_for_a_token(name: str) -> None:
     """What `speed_cost` charges for: weights that are multiplied with, whatever the blocks."""
-    layer, counter = random_layer(name, 1024, 2080).half(), Multiplied()  # type: ignore[no-untyped-call]  # torch's class
-    with torch.no_grad(), counter:
-        layer(torch.randn(1, 1024).half())
-    assert counter.weights == 1024 * 2080
+    assert multiplied(random_layer(name, 1024, 2080).half(), torch.randn(1, 1024).half()).weights == 1024 * 2080
 
 
 class Multiplied(TorchDispatchMode):
-    """Counts the elements of the matrices that a token is multiplied with."""
+    """Counts the elements of the matrices that a token is multiplied with, and the dtypes that they have."""
 
     weights = 0
+    dtypes: frozenset[torch.dtype] = frozenset()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             self.weights += args[-1].numel()
+            self.dtypes |= {args[-1].dtype}
         return func(*args, **(kwargs or {}))
+
+
+def multiplied(layer: Layer, states: torch.Tensor) -> Multiplied:
+    """Return what a layer multiplies some states with."""
+    counter = Multiplied()  # type: ignore[no-untyped-call]  # torch's class
+    with torch.no_grad(), counter:
+        layer(states)
+    return counter
 
 
 # ---- what the plan says ----------------------------------------------------------------------------------------------------------

@@ -16,10 +16,8 @@ import msgspec
 
 from harness.core.records import Machine, Makeup, Record, Result
 from harness.planning.calibrating.evidence import FIGURES, Observation, observations
-from harness.planning.calibration import Calibration, Constant, Fitted, default
+from harness.planning.calibration import NINETY, Calibration, Constant, Fitted, default
 
-# Of 90 of 100 machines: 1.645 standard deviations to each side.
-_NINETY = 1.645
 # Intervals are what somebody thought likely. Half again as wide they still give way to what was measured.
 _DOUBT = 1.5
 # What a corrected constant may still be off by for another model, learnt from one case and from many. Memory, which decides what
@@ -147,7 +145,7 @@ def _spreads(constants: Mapping[str, Constant], groups: Iterable[CaseFigure]) ->
     for name in names:
         one = constants[name]
         ends = [math.log(one.high / one.best), *([math.log(one.best / one.low)] if one.low > 0 else [])]
-        spreads[name] = max(_DOUBT * sum(ends) / len(ends) / _NINETY, 0.05)
+        spreads[name] = max(_DOUBT * sum(ends) / len(ends) / NINETY, 0.05)
     return spreads
 
 
@@ -215,7 +213,7 @@ def _corrected(one: Constant, found: Fitted, variance: float) -> Constant:
     """Return a constant with its interval as the results leave it, no wider than it was."""
     best = one.best * found.factor
     spread = math.log(SPREAD_MANY if found.cases >= _MANY else SPREAD_ONE)
-    open_still = math.exp(math.hypot(spread, _NINETY * math.sqrt(variance)))
+    open_still = math.exp(math.hypot(spread, NINETY * math.sqrt(variance)))
     low, high = max(best / open_still, one.low * found.factor), min(best * open_still, one.high * found.factor)
     plural = "" if found.results == 1 else "s"
     origin = f"measured: {found.results} result{plural} of this machine, {found.factor:.3g} times the {one.best:g} of the package"

@@ -112,9 +112,13 @@ class Rates:
         return sheet * self.rate("gpu_flops_share")
 
     def _multiplied(self) -> str:
-        """Name what is multiplied: a quantized form if its products were measured, else the dtype that it is unpacked to."""
-        like = self.work.like
-        return like if like and f"cpu_flops_share_{like}" in self.calibration.constants else self.work.dtype
+        """Name what is multiplied: a quantized form if its products were measured, else the dtype that it is unpacked to.
+
+        Of bfloat16 whether the processor has instructions for it makes a factor of several.
+        """
+        like, dtype = self.work.like, self.work.dtype
+        native = f"{dtype}_native" if dtype == "bfloat16" and self.machine.avx512_bf16 else dtype
+        return like if like and f"cpu_flops_share_{like}" in self.calibration.constants else native
 
     def turned_flops(self) -> float:
         """Return the floating-point operations per second of products with weights that lie inputs by outputs, on a processor."""

@@ -7,11 +7,13 @@ Weights beside the GPU need no special case: their path is the link, or the disk
 
 from __future__ import annotations
 
-from functools import cached_property
+import math
+from functools import cached_property, partial
 
 from harness.core.records import Machine, Record, Span, Workload
 from harness.core.units import format_gib
-from harness.planning.calibration import Calibration
+from harness.planning.calibrating.evidence import FIGURES
+from harness.planning.calibration import NINETY, Calibration
 from harness.planning.cost.kernel_launches import LINEAR
 from harness.planning.cost.rates import Rates, joined
 from harness.planning.cost.work import TokenWork
@@ -43,10 +45,12 @@ class Seconds(Record, frozen=True, kw_only=True):
 def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> Seconds:
     """Return load seconds, seconds to the first token, and tokens/s."""
     timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+    span = partial(_sum_span, is_measured=timings[0].is_measured())
+    token = span("token_s", [timing.token() for timing in timings])
     return Seconds(
-        load_s=_span([timing.load() for timing in timings]),
-        first_token_s=_span([timing.first_token() for timing in timings]),
-        decode_tok_s=_span([workload.batch / timing.token() for timing in reversed(timings)]),
+        load_s=span("load_s", [timing.load() for timing in timings]),
+        first_token_s=span("first_token_s", [timing.first_token() for timing in timings]),
+        decode_tok_s=_span([workload.batch / spent for spent in (token.high, token.best, token.low)]),
         bound_by=timings[PICKS.index("best")].bound_by(),
     )
 
@@ -55,19 +59,37 @@ def load_time(work: TokenWork, workload: Workload, machine: Machine, calibration
     """Return what the seconds of loading go to."""
     timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
     done = [timing.load_phases() for timing in timings]
-    once = [sum(phases.values()) for phases in done]
+    once = [list(phases.values()) for phases in done]
     reading = [timing.reading() for timing in timings]
     fits = work.checkpoint_bytes < timings[0].rates.room()
+    span = partial(_sum_span, "load_s", is_measured=timings[0].is_measured())
     return LoadTime(
         by_phase={name: spent for name, spent in done[PICKS.index("best")].items() if spent},
         read_s=_span(reading),
-        warm_s=_span(once) if fits else None,
-        cold_s=_span([spent + read for spent, read in zip(once, reading, strict=True)]),
+        warm_s=span(once) if fits else None,
+        cold_s=span([[*spent, read] for spent, read in zip(once, reading, strict=True)]),
     )
 
 
 def _span(values: list[float]) -> Span:
     return Span(low=values[0], best=values[1], high=values[2])
+
+
+def _sum_span(figure: str, ends: list[list[float]], *, is_measured: bool) -> Span:
+    """Return the interval of a sum of parts, given at the low, best and high end of each.
+
+    Of a machine that nobody has measured all parts may be off to one side, for a fast one is fast in all of them. What a measured
+    one leaves open differs from constant to constant: that all are at their ends at once is rarer than that one is, so what they
+    are off by adds up in squares, and with it what the figure differs by from run to run.
+    """
+    low, best, high = ends
+    whole = sum(best)
+    if not is_measured:
+        return Span(low=sum(low), best=whole, high=sum(high))
+    chance = math.exp(NINETY * FIGURES[figure].noise)
+    down = math.hypot(*(middle - end for middle, end in zip(best, low, strict=True)))
+    up = math.hypot(*(end - middle for middle, end in zip(best, high, strict=True)))
+    return Span(low=joined(whole, 1 - down / whole, 1 / chance), best=whole, high=joined(whole, 1 + up / whole, chance))
 
 
 class _Timing:
@@ -78,13 +100,17 @@ class _Timing:
         self.machine, self.gpu = rates.machine, rates.gpu
         self.suffix = f"_{work.like}" if work.like else ""
 
+    def is_measured(self) -> bool:
+        """Say whether results of this machine corrected a constant of what computes."""
+        return any(name.startswith("gpu_" if self.gpu else ("cpu_", "ram_bandwidth")) for name in self.rates.calibration.fitted)
+
     def _beside_products(self, rows: int) -> float:
         """Return the seconds of norms, activations and sums on so many rows; a GPU does that while the host starts others."""
         return 0.0 if self.gpu else self.work.operations.others * rows * self.work.width / self.rates.rate("cpu_elements_per_s")
 
-    def load(self) -> float:
-        """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantize, send."""
-        return sum(self.load_phases().values()) + self.rates.from_disk(self._wanted())
+    def load(self) -> list[float]:
+        """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantize, send; in parts."""
+        return [*self.load_phases().values(), self.rates.from_disk(self._wanted())]
 
     def reading(self) -> float:
         """Return the seconds that the bytes wanted while loading take from the disk, where the page cache has none of them."""
@@ -108,14 +134,18 @@ class _Timing:
         work = self.work
         return work.checkpoint_bytes if work.copied_bytes or work.quantized or work.to_gpu_bytes else work.written
 
-    def first_token(self) -> float:
-        """Bring what is still on the disk, compute the prompt, and one pass over the weights."""
+    def first_token(self) -> list[float]:
+        """Bring what is still on the disk, compute the prompt, and one pass over the weights; in parts."""
         tokens = self.workload.batch * self.workload.prompt_tokens
         flops = 2.0 * self.work.parameters * tokens + self.work.scored + self.work.seen
         turned = 2.0 * self.work.turned * (tokens - self.workload.batch)  # one row is that of `token`
-        computed = flops / self.rates.flops() + turned / self.rates.turned_flops() + self._packed_anew()
-        computed += self._beside_products(tokens)
-        return self.rates.cost("first_token_s") + computed + self.token(first=not self.work.written) + self._touched()
+        computed = [
+            flops / self.rates.flops(),
+            turned / self.rates.turned_flops(),
+            self._packed_anew(),
+            self._beside_products(tokens),
+        ]
+        return [self.rates.cost("first_token_s"), *computed, *self.token(first=not self.work.written), self._touched()]
 
     def _touched(self) -> float:
         """Return the seconds in which mapped pages come into reach of the process: from the disk, or from the page cache."""
@@ -134,11 +164,11 @@ class _Timing:
         is_measured = not self.gpu and name in self.rates.calibration.constants
         return self.work.quantized / self.rates.rate(name) if is_measured else 0.0
 
-    def token(self, first: bool = False) -> float:
-        """Return the seconds of a token; before the `first` nothing was read."""
-        host, moved = self._host, sum(self._moved(first).values()) + self._unpacked_anew + self._attended
-        moved += 2.0 * self.work.turned * self.workload.batch / self.rates.turned_flops()
-        return max(host, moved) if self.gpu and not self.work.handed_over else host + moved
+    def token(self, first: bool = False) -> list[float]:
+        """Return the seconds of a token, in parts that follow one another; before the `first` nothing was read."""
+        turned = 2.0 * self.work.turned * self.workload.batch / self.rates.turned_flops()
+        moved = [*self._moved(first).values(), self._unpacked_anew, self._attended, turned]
+        return [max(self._host, sum(moved))] if self.gpu and not self.work.handed_over else [self._host, *moved]
 
     def bound_by(self) -> str:
         """Say what a token waits for: the host, where it is behind a GPU, else the longest of what is moved and unpacked."""
