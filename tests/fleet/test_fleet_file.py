@@ -84,6 +84,11 @@ def test_a_file_of_which_nothing_can_be_used_is_one_sentence(tmp_path: Path, tex
     assert "\n" not in str(wrong.value).strip()
 
 
+def test_what_is_no_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read: Is a directory; name a file of TOML"):
+        read_fleet(tmp_path)
+
+
 def test_no_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such file"):
         read_fleet(tmp_path / "fleet.toml")
