@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from harness.core.errors import StoreError, UsageError
 from harness.core.records import encode_record
 from harness.fleet import contract as contracts
+from harness.fleet import shards
 from harness.fleet.contract import CONTRACT, read_contract
 from harness.fleet.receipt import digest_of_line, find_receipts, read_receipt, read_results
 from harness.results import store
@@ -103,9 +104,13 @@ def test_results_count_from_a_little_before_the_contract_on() -> None:
 
 
 def test_the_shards_of_a_case_are_told_oldest_first() -> None:
-    from harness.fleet import shards
-
     made, _ = contract(precisions=("bf16",))
     for _ in range(2):
         made, _ = shards.issue(made, [one.key for one in made.terms.cases])
     assert [[one.attempt for one in issued] for issued in made.by_key().values()] == [[1, 2, 3]]
+
+
+def test_a_directory_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as wrong:
+        shards.read_shard(tmp_path)
+    assert (wrong.value.filename, wrong.value.strerror) == (str(tmp_path), "Is a directory")
