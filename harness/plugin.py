@@ -15,7 +15,7 @@ from _pytest.terminal import TerminalReporter
 from harness.core.errors import HarnessError, UsageError
 from harness.core.options import OPTIONS
 from harness.core.records import Case, Machine, Outcome, Plan, Result, Verdict
-from harness.core.text import line
+from harness.core.text import line, plural
 from harness.fleet.shard_run import ShardRun
 from harness.fleet.shards import own_config, read_shard, run_options
 from harness.machine import atomic
@@ -379,5 +379,5 @@ def _wind_up(session: pytest.Session, ours: Session) -> None:
             reporter.write_line(line(resumed))
         if disturbed := ours.disturbed():
             reporter.write_line(line(disturbed), yellow=True)
-        reporter.write_line(f"{ours.added + len(ours.kept)} results in {line(str(ours.store.path))}")
+        reporter.write_line(f"{plural(ours.added + len(ours.kept), 'result')} in {line(str(ours.store.path))}")
         reporter.write_line(f"page: {line(str(page))}")

@@ -260,6 +260,15 @@ def test_nothing_is_held_against_a_baseline_without_one(project: Project) -> Non
     assert "test_baseline" not in project.run("--collect-only", "-q").stdout.str()
 
 
+@pytest.mark.parametrize("text", [b"", b"\0\xff no results\n"])
+def test_a_baseline_without_results_is_refused_before_anything_runs(text: bytes, project: Project) -> None:
+    (project.path / "empty.jsonl").write_bytes(text)
+    done = project.run("--baseline", "empty.jsonl")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--baseline empty.jsonl: has no results to compare with; name others, or leave it out" in done.stderr.str()
+    assert not (project.path / "fitmatrix-results/results.jsonl").exists()
+
+
 def test_what_is_as_good_as_the_baseline_passes(project: Project) -> None:
     project.run()
     baseline = baseline_of(project, samples={})

@@ -168,6 +168,13 @@ _ROWS = (
         parse=whole_number(1, 65535),
         metavar="N",
     ),
+    Option(
+        name="attempts",
+        help="how often a case is handed out until it has come back (default 3)",
+        default=3,
+        parse=whole_number(1, 100),
+        metavar="N",
+    ),
     Option(name="shard", help="largest size of a file (default: as published)", parse=parse_capacity, metavar="SIZE"),
 )
 _OWN = {row.name: row for row in _ROWS}

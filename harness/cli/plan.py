@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
         return prove_plans(args, precisions, named(args.placement, args.device_map is not None) or ["cpu"], workload)
     machine, here = described(args)
-    asked = [asked_case(text) for text in (args.code, args.explain) if text]
+    asked = [asked_case(text) for text in (args.code, args.explain) if text is not None]
     if asked and (len(args.models) > 1 or args.json):
         raise UsageError("--code and --explain show one case: give one MODEL and no --json")
     device_map = _device_map(args, [one.placement for one in asked])
@@ -217,7 +217,7 @@ def _print(
         objects = [as_json(recommendation, machine) for recommendation in recommendations]
         several = {"schema": PLAN_SCHEMA, "models": objects, **({"faults": dict(faults)} if faults else {})}
         output.print_json(objects[0] if len(args.models) == 1 else several)
-    elif args.code:
+    elif args.code is not None:
         _print_code(recommendations[0], gpus_differ=machine.gpus_differ)
     else:
         _show(recommendations, args, machine)
@@ -228,7 +228,7 @@ def _show(recommendations: Sequence[Recommendation], args: argparse.Namespace, m
     from harness.report.terminal import plans
     from harness.report.terminal.next_steps import Asked
 
-    if args.explain:
+    if args.explain is not None:
         from harness.report.terminal import explain
 
         explain.explain_plan(recommendations[0], whole=args.all)

@@ -237,7 +237,7 @@ def _note_names(deliveries: Sequence[Delivery], collector: _Collector) -> None:
 
 
 def _note_threads(contract: Contract, counted: Mapping[str, CountedResult], collector: _Collector) -> None:
-    """Note the results with another number of threads than most of their class that no number is agreed on for; they count."""
+    """Note the results with another number of threads than most of their class; they count: where one is agreed on all have it."""
     for kind in contract.terms.classes:
         told = [
             (one.key, found.threads)
@@ -246,7 +246,7 @@ def _note_threads(contract: Contract, counted: Mapping[str, CountedResult], coll
         ]
         usual = Counter(threads for _, threads in told).most_common(1)
         for key, threads in told:
-            if kind.threads is None and threads != usual[0][0]:
+            if threads != usual[0][0]:
                 others = f"most results of class {kind.name} with {usual[0][0]}"
                 collector.note(Amiss.OTHER_THREADS, key, f"measured with {plural(threads, 'thread')}, and {others}")
 

@@ -44,6 +44,8 @@ def read_fleet(path: Path) -> Fleet:
         plain = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"--fleet {path}: there is no such file; write one with a table [class.NAME] for each kind") from None
+    except OSError as error:
+        raise UsageError(f"--fleet {path} cannot be read: {error.strerror or error}; name a file of TOML") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--fleet {path} is not TOML: {error}") from None
     if unknown := [name for name in plain if name not in _TABLES]:

@@ -17,7 +17,8 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> IO[bytes]:
     kind = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(kind):
         os.close(descriptor)
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) if stat.S_ISDIR(kind) else OSError(errno.EINVAL, _STRANGE)
+        code, said = (errno.EISDIR, os.strerror(errno.EISDIR)) if stat.S_ISDIR(kind) else (errno.EINVAL, _STRANGE)
+        raise OSError(code, said, str(path))
     return os.fdopen(descriptor, "rb")
 
 
@@ -26,5 +27,5 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
     with open_regular(path) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
-        raise OSError(errno.EFBIG, f"it holds more than {most_bytes:,} bytes")
+        raise OSError(errno.EFBIG, f"it holds more than {most_bytes:,} bytes", str(path))
     return data

@@ -116,6 +116,10 @@ class Session:
         """
         if self.options.baseline is not None:
             self._baseline = store.read(store.file_of(self.options.baseline))[0]
+            if not self._baseline:
+                raise UsageError(
+                    f"--baseline {self.options.baseline}: has no results to compare with; name others, or leave it out"
+                )
         to_come = sum(map(store.most_bytes, asked))
         self.store.prepare(to_come)
         _prepare_page(self.html, page.most_bytes(len(asked), self.store.path.stat().st_size))

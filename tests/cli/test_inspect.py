@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -19,8 +20,10 @@ import torch
 
 from harness.architecture import skeleton_source
 from harness.catalog import resolve, shipped
+from harness.catalog.listing import known_models
 from harness.checkpoint.reader import read
 from harness.cli.entry import main
+from harness.report.terminal import tables
 from tests.checkpoint.test_reader import CONFIG, total, weights, write_config, write_index, write_sharded
 from tests.support.gguf_files import small_gguf
 from tests.support.hub_server import HubServer, serving
@@ -471,3 +474,19 @@ def test_a_filter_that_nothing_matches_is_one_sentence(capsys: pytest.CaptureFix
     said = capsys.readouterr().err
     assert "no model that is known offline has 'qwen3-5b'" in said
     assert "did you mean 'qwen3-" in said
+
+
+def test_names_are_whole_on_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is too long goes on in the next line."""
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(tables.Console, "is_terminal", True)
+    for command, heading, names in (
+        (("models",), "form", [row.name for row in known_models("")]),
+        (("inspect", "smollm2-135m"), "kind", ["outside", "model.layers.0-29"]),
+    ):
+        out = re.sub(r"\x1b\[[\d;]*m", "", saying(capsys, *command)()[1])
+        assert "\N{HORIZONTAL ELLIPSIS}" not in out
+        lines = out.splitlines()
+        rows = lines[next(number for number, row in enumerate(lines) if re.match(rf"(?:name|block) .*{heading}", row)) :]
+        text = "".join(row[: rows[0].index(heading)].strip() for row in rows)
+        assert [name for name in names if name not in text] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,11 @@ def test_what_contradicts_a_search_is_one_sentence(words: tuple[str, ...], told:
     status, _, err = say("smollm2-135m-instruct", *words)
     assert status == 2
     assert told in err
+
+
+@pytest.mark.parametrize("columns", [40, 47, 60, 66])
+def test_no_line_ends_between_a_figure_and_its_unit(columns: int, say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words in (("--best",), (), ("--explain", "int4/cpu")):
+        out = say("chatglm-6b", "--gpu", "RTX 3060 12GB", "--ram", "32GiB", *words)[1]
+        assert not re.findall(r"\d *\n *(?:GiB|MiB|GB/s|tokens|tokens/s|ms|s|%)(?!\w).*", out)

@@ -1,19 +1,24 @@
 """A matrix over simulated nodes of Ray: what the engine costs, and that kills lose nothing and count nothing twice.
 
-Run by `tox run -e fleet`. FLEET_MODELS and FLEET_KILLS say how much: each model is a shard of 10 cases.
+Run by `tox run -e fleet`. FLEET_NODES, FLEET_MODELS and FLEET_KILLS say how much: each model is a shard of 10 cases, and a node
+that measures holds some 250 MiB.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from datetime import datetime, timezone
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +26,23 @@ import psutil
 import pytest
 
 from harness.core.records import Outcome, Result
-from harness.core.units import format_size
+from harness.core.units import KIB, format_size
+from harness.fleet import shards
 from harness.fleet.collect import Amiss, Collected, collect
-from harness.fleet.contract import parse_utc, read_contract
+from harness.fleet.contract import CONTRACT, parse_utc, read_contract, utc
+from harness.fleet.ray_engine import driver
 from harness.fleet.receipt import find_receipts, read_receipt
 from harness.results import store
 from tests.support import ray_runs, small_models
+from tests.support.fleets import contract, machine_class
 from tests.support.reporting import Figure, gathered
+from tests.support.scripted_cluster import ScriptedCluster
 
 pytest.importorskip("ray", reason="needs ray, the extra fleet")
 
 MODELS, KILLS = int(os.environ.get("FLEET_MODELS", "10")), int(os.environ.get("FLEET_KILLS", "20"))
-NODES, PLACEMENTS = 5, ("cpu", "auto")
+NODES, PLACEMENTS = int(os.environ.get("FLEET_NODES", "5")), ("cpu", "auto")
+MACHINES, GROWING = 50, (100, 300, 1000)  # of the driver alone: machines that are scripted, shards of 10 cases that they share
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 _TAKEN = re.compile(r"^\S+ (taken|given back) by process (\d+)")
 
@@ -40,6 +50,12 @@ _TAKEN = re.compile(r"^\S+ (taken|given back) by process (\d+)")
 @pytest.fixture
 def costs(request: pytest.FixtureRequest) -> Iterator[list[Figure]]:
     for section in gathered(request, "fleet.md", "Many machines", "tox run -e fleet", "costs"):
+        yield section.figures
+
+
+@pytest.fixture
+def growth(request: pytest.FixtureRequest) -> Iterator[list[Figure]]:
+    for section in gathered(request, "fleet.md", "Many machines", "tox run -e fleet", "driver"):
         yield section.figures
 
 
@@ -71,10 +87,16 @@ class Nodes:
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000})
-        self.nodes: list[Any] = [self.add() for _ in range(count)]
+        self.nodes: list[Any] = []
+        self.grow(count)
 
-    def add(self) -> Any:
-        return self.cluster.add_node(num_cpus=1, resources={"machine": 1}, object_store_memory=80_000_000)
+    def add(self, *, wait: bool = True) -> Any:
+        return self.cluster.add_node(num_cpus=0, resources={"machine": 1}, object_store_memory=80_000_000, wait=wait)
+
+    def grow(self, count: int) -> None:
+        """Add nodes side by side, until there are so many."""
+        self.nodes += [self.add(wait=False) for _ in range(count - len(self.nodes))]
+        self.cluster.wait_for_nodes(timeout=30 + 10 * count)
 
     @property
     def address(self) -> str:
@@ -89,12 +111,10 @@ def planned(path: Path, models: int, *words: str, **behaviours: str) -> list[str
     return names
 
 
-def held(path: Path) -> Collected:
-    from datetime import datetime, timezone
-
-    contract = read_contract(path / "fleet")
-    found = collect(contract, find_receipts([path / "fleet/results"]), datetime.now(timezone.utc))
-    assert sorted([*found.counted, *found.missing]) == sorted(one.key for one in contract.terms.cases)
+def held(path: Path, folder: str = "fleet/results") -> Collected:
+    agreed = read_contract(path / "fleet")
+    found = collect(agreed, find_receipts([path / folder]), datetime.now(timezone.utc))
+    assert sorted([*found.counted, *found.missing]) == sorted(one.key for one in agreed.terms.cases)
     return found
 
 
@@ -127,30 +147,83 @@ def ours(path: Path) -> list[psutil.Process]:
 
 
 def test_what_the_engine_costs(place: Path, costs: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
-    names = planned(place, MODELS)
-    cases = len(names) * len(PRECISIONS) * len(PLACEMENTS)
+    """On one node, where everything that is not measuring is the engine's; then on many at once, which share the cores of this."""
+    few = len(planned(place, min(MODELS, 10))) * len(PRECISIONS) * len(PLACEMENTS)
+    many = len(planned(place.with_name("many"), MODELS)) * len(PRECISIONS) * len(PLACEMENTS)
     nodes = Nodes(place, 1, monkeypatch)
     try:
         one_s, _ = _over_ray(place, nodes, "one")
-        for _ in range(NODES - 1):
-            nodes.add()
-        many_s, rss = _over_ray(place, nodes, "many")
+        nodes.grow(NODES)
+        many_s, rss = _over_ray(place.with_name("many"), nodes, "all")
     finally:
         nodes.cluster.shutdown()
-    overhead = (one_s - _measuring_s(place / "one")) / cases
+    overhead = (one_s - _measuring_s(place / "one")) / few
     costs += [
         Figure(
             what="the engine's own time a case on one node, starts of Ray and pytest in it",
-            rows=cases,
+            rows=few,
             found=f"{overhead:.2f} s",
             wanted="1 s",
         ),
-        Figure(what="all cases on one node", rows=cases, found=f"{one_s:.0f} s", wanted=""),
-        Figure(what=f"all cases on {NODES} nodes of this machine", rows=cases, found=f"{many_s:.0f} s", wanted=""),
-        Figure(what="the driver's resident memory at most", rows=cases, found=format_size(rss), wanted="500 MiB"),
+        Figure(what="time a case on one node", rows=few, found=f"{one_s / few:.2f} s", wanted=""),
+        Figure(what=f"time a case over {NODES} nodes of this machine", rows=many, found=f"{many_s / many:.2f} s", wanted=""),
+        Figure(what=f"cases collected from {NODES} nodes", rows=many, found=str(_counted(place.with_name("many"))), wanted="all"),
+        Figure(what="the driver's resident memory at most", rows=many, found=format_size(rss), wanted="500 MiB"),
     ]
     assert overhead <= 1
     assert rss <= 500 << 20
+
+
+def _counted(path: Path) -> int:
+    """Return how many cases have a result that counts, once none is missing."""
+    found = held(path, "all")
+    assert not found.missing
+    return len(found.counted)
+
+
+def test_the_driver_s_share_grows_as_the_cases_do(place: Path, growth: list[Figure]) -> None:
+    """The driver alone, over machines that are scripted: what it takes of the processor to hand out, keep and collect."""
+    found = [_driver_alone(place.with_name(str(models)), models) for models in GROWING]
+    for models, (seconds, rss) in zip(GROWING, found, strict=True):
+        cases = models * len(_MANY)
+        what = f"processor time a case of the driver alone, over {MACHINES} scripted machines"
+        growth.append(Figure(what=what, rows=cases, found=f"{seconds / cases * 1e3:.2f} ms", wanted=""))
+        growth.append(Figure(what="its resident memory at most", rows=cases, found=format_size(rss), wanted="500 MiB"))
+    each = [seconds / models for models, (seconds, _) in zip(GROWING, found, strict=True)]
+    growth.append(Figure(what="time a case, most cases / fewest", found=f"{each[-1] / each[0]:.2f}", wanted="below 2"))
+    assert each[-1] / each[0] < 2
+    assert max(rss for _, rss in found) <= 500 << 20
+
+
+_MANY = ("fp32", "bf16", "fp16", "int8", "int4", "fp8", "fp4", "nf4-dq", "quanto-int8", "quanto-int4")
+
+
+def _driver_alone(path: Path, models: int) -> tuple[float, int]:
+    """Return the processor time of a driver and the most that its process held, the scripted machines' in both."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_drive, args=(path, models, theirs))
+    process.start()
+    theirs.close()
+    found: tuple[float, int] = ours.recv()
+    process.join()
+    return found
+
+
+def _drive(path: Path, models: int, pipe: Connection) -> None:
+    """Run a contract with a shard for each model; the machines send every result and receipt at once."""
+    made, cut = contract(
+        machine_class(machines=tuple(map(str, range(models)))),
+        models=[f"m{number}" for number in range(models)],
+        precisions=_MANY,
+        made_at=utc(),
+    )
+    shards.write_issued(path / CONTRACT, made, cut)
+    pytest.MonkeyPatch().setattr(driver, "cluster", ScriptedCluster(path, {str(number): () for number in range(MACHINES)}))
+    driven = driver.Driver(path, path / "results", lambda *_: None)
+    started = time.process_time()
+    assert len(driven.run({"test_load.py": ""}).counted) == models * len(_MANY)
+    pipe.send((time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB))
 
 
 def _measuring_s(folder: Path) -> float:

@@ -59,7 +59,7 @@ def test_releases_are_those_between_in_order_without_pre_releases(wheels: Path) 
         ("1.0", "3", "--bad 3: .* next to it is 1.2"),
         ("1.1rc1", "1.2", "pre-releases and yanked ones do not count"),
         ("1.0", "1.0.0", "are one release of planted"),
-        ("new", "1.2", "--good new: is no version; write one such as 1.2"),
+        ("new", "1.2", "--good 'new': is no version; write one such as 1.2"),
     ],
 )
 def test_what_is_no_release_is_one_sentence(good: str, bad: str, said: str, wheels: Path) -> None:
@@ -70,6 +70,9 @@ def test_what_is_no_release_is_one_sentence(good: str, bad: str, said: str, whee
 def test_a_package_that_pip_does_not_find_is_one_sentence(wheels: Path) -> None:
     with pytest.raises(UsageError, match=r"--package other: pip lists no releases of it \(ERROR: No matching distribution"):
         releases_between("other", "1", "2", wheels)
+    for name in ("", "../other", "--help", "a b"):
+        with pytest.raises(UsageError, match=f"--package '{name}': is no name of a package; write one such as transformers"):
+            releases_between(name, "1", "2", wheels)
     with pytest.raises(UsageError, match="there is no such directory; name one with wheels of planted"):
         releases_between("planted", "1", "2", wheels / "none")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from harness.core.errors import UsageError
 from harness.core.records import Outcome, Quality, Result, Verdict
 from harness.core.units import MIB
-from harness.fleet.bisect.search import ATTEMPTS, END, BisectAnswer, Bisection, Side, Unmeasured
+from harness.fleet.bisect.search import ATTEMPTS, END, BisectAnswer, Bisection, Side, Unmeasured, known_figure
 from harness.results.compare import thresholds
 from tests.support import builders
 
@@ -95,8 +95,9 @@ def test_a_figure_that_is_named_is_followed_and_the_others_are_told() -> None:
     answer, asked = searched(needs(100, 104), figure="ram_needed_bytes")
     assert answer.said == "ram_needed_bytes did not change from 1.0 to 1.11 by the gate's rule"
     assert [one.value for one in answer.tried] == [100 * MIB, 104 * MIB]
-    with pytest.raises(UsageError, match="did you mean 'perplexity'"):
-        searched(figures, figure="perplexty")
+    with pytest.raises(UsageError, match="--figure perplexty: did you mean 'perplexity'"):
+        known_figure("perplexty")
+    assert [known_figure(name) for name in (None, END, "perplexity")] == [None, END, "perplexity"]
 
 
 @pytest.mark.parametrize("middle", ["wrong", "crash"])

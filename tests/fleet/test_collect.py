@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from harness.core.errors import UsageError
 from harness.core.placements import PLACEMENTS
 from harness.core.records import Case, Outcome, Result, encode_record
 from harness.core.units import GIB
@@ -71,6 +72,9 @@ def test_a_worker_cannot_authorize_itself(agreed: tuple[Contract, Shard], tmp_pa
         str(other): Amiss.UNEXPECTED,
         "small:tiny/int4/cpu": Amiss.UNEXPECTED,
     }
+    why = {one.of: one.why for one in found.findings}
+    assert why[str(own)] == "is a receipt for a shard 'small-1' that this contract did not hand out"
+    assert why[str(other)] == f"is a receipt for contract ffffffffffff, and this is {made.digest[:12]}"
 
 
 def test_a_changed_line_is_altered_and_does_not_count(agreed: tuple[Contract, Shard], tmp_path: Path) -> None:
@@ -225,3 +229,56 @@ def test_the_results_that_count_are_written_as_they_came(agreed: tuple[Contract,
 def test_receipts_are_found_below_directories_and_once(agreed: tuple[Contract, Shard], tmp_path: Path) -> None:
     path = deliver(tmp_path / "deep" / "er", agreed[1])
     assert find_receipts([tmp_path, path]) == [path.resolve()]
+
+
+def missing(found: Collected) -> dict[str, str]:
+    return {one.of: one.why for one in found.findings if one.kind is Amiss.MISSING}
+
+
+def test_machines_without_a_name_are_not_of_one_name(tmp_path: Path) -> None:
+    made, cut = contract(machine_class(machines=("1", "2")), models=("tiny", "other"))
+    paths = [deliver(tmp_path / str(number), shard, identity=f"machine-{number}") for number, shard in enumerate(cut)]
+    assert not held(made, *paths).findings
+
+
+def test_what_is_missing_is_told_by_the_shard_that_was_handed_out_last(tmp_path: Path) -> None:
+    made, (first,) = contract(precisions=("bf16",), attempts=2)
+    made, (second,) = shards.issue(made, [BF16])
+    assert missing(held(made)) == {BF16: "shard small-1-try2 was never heard of; given up after 2 attempts"}
+    ended = deliver(tmp_path / "ended", second, [])
+    runs = deliver(tmp_path / "runs", second, [], ended_at=None)
+    came = deliver(tmp_path / "came", second, [measured(first.cases[0], environment={})])
+    assert "try2 was last heard of at 2026-11-24T09:00:00Z: it runs, or its machine died;" in missing(held(made, runs))[BF16]
+    assert "try2 ended without it;" in missing(held(made, runs, ended))[BF16]
+    assert "what shard small-1-try2 brought does not count;" in missing(held(made, ended, came))[BF16]
+
+
+def test_a_case_that_no_shard_had_says_so() -> None:
+    made, _ = contract(precisions=("bf16",))
+    assert missing(held(replace(made, issued=()))) == {BF16: "no shard with it was handed out"}
+
+
+def test_results_that_cannot_be_read_are_named_once(agreed: tuple[Contract, Shard], tmp_path: Path) -> None:
+    path = deliver(tmp_path, agreed[1])
+    (tmp_path / NAME).unlink()
+    assert [one.kind for one in held(agreed[0], path).findings] == [Amiss.UNREADABLE, Amiss.MISSING, Amiss.MISSING]
+
+
+def test_lines_stay_apart_though_a_file_does_not_end_its_last(tmp_path: Path) -> None:
+    made, cut = contract(machine_class(machines=("1", "2")), models=("a", "b"))
+    paths = [deliver(tmp_path / shard.name, shard) for shard in cut]
+    for path in paths:
+        path.with_name(NAME).write_bytes(path.with_name(NAME).read_bytes().strip())
+    assert len(store.read(write_counted(held(made, *paths), tmp_path / "all"))[0]) == 4
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(agreed: tuple[Contract, Shard], tmp_path: Path) -> None:
+    path = deliver(tmp_path / "sent", agreed[1])
+    found = held(agreed[0], path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--to .*/file is a file; name a directory"):
+        write_counted(found, tmp_path / "file")
+    path.with_name(NAME).unlink()
+    with pytest.raises(FileNotFoundError):
+        write_counted(found, tmp_path / "all")
+    assert not [*(tmp_path / "all").iterdir()]

@@ -81,6 +81,7 @@ def test_clocks_may_differ_by_minutes_and_not_by_hours() -> None:
     made = "2026-11-24T08:00:00Z"
     assert conformity.wrong_time("2026-11-24T07:58:00Z", made, now) is None
     assert "before the contract" in (conformity.wrong_time("2026-11-24T07:00:00Z", made, now) or "")
+    assert conformity.wrong_time("2026-11-24T12:03:00Z", made, now) is None
     assert "in the future" in (conformity.wrong_time("2026-11-24T13:00:00Z", made, now) or "")
     assert "is no moment" in (conformity.wrong_time("yesterday", made, now) or "")
 
@@ -94,4 +95,14 @@ def test_a_machine_is_itself_within_a_contract_and_nobody_in_another(monkeypatch
         assert conformity.machine_identity("a") != one
         one = conformity.machine_identity("a")
     monkeypatch.setattr(conformity, "_MACHINE_ID", tmp_path / "none")
-    assert conformity.machine_identity("a") == conformity.machine_identity("a") != one
+    for node in (1, 2):
+        monkeypatch.setattr(conformity.uuid, "getnode", lambda node=node: node)
+        assert conformity.machine_identity("a") == conformity.machine_identity("a") != one
+        one = conformity.machine_identity("a")
+
+
+def test_a_node_is_of_a_class_by_its_labels() -> None:
+    kind = machine_class(labels={"card": ("A100", "H100"), "rack": ("7",)})
+    assert conformity.other_label(kind, {"card": "H100", "rack": "7", "more": "x"}) is None
+    assert conformity.other_label(kind, {"card": "T4"}) == "its label card is 'T4', and class small asks for 'A100' or 'H100'"
+    assert conformity.other_label(kind, {"card": "A100"}) == "its label rack is missing, and class small asks for '7'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,100 +10,14 @@ import pytest
 from msgspec.structs import replace
 
 from harness.core.errors import UsageError
-from harness.core.records import encode_record
 from harness.core.units import GIB
 from harness.fleet import shards
 from harness.fleet.collect import Amiss, Collected
-from harness.fleet.contract import CONTRACT, Shard, read_contract, utc
+from harness.fleet.contract import CONTRACT, read_contract, utc
 from harness.fleet.ray_engine import driver
-from harness.fleet.ray_engine.cluster import MachineLost
-from harness.fleet.ray_engine.machine import Described, MachineEvent
-from harness.fleet.receipt import digest_of_line, read_receipt
 from tests.support import builders
-from tests.support.fleets import VERSIONS, contract, deliver, machine_class, measured
-
-
-class ScriptedActor:
-    """A machine that does with each shard what its node's script says next: whole, half, lost, full, silent."""
-
-    def __init__(self, cluster: ScriptedCluster, node: str, name: str) -> None:
-        self.cluster, self.node, self.name = cluster, node, name
-        self.events: deque[MachineEvent | MachineLost] = deque()
-        self.is_ended = False
-
-    def description(self) -> Described:
-        if self.cluster.scripts[self.node][:1] == ["unreachable"]:
-            self.cluster.scripts[self.node].pop(0)
-            raise MachineLost("the node died")
-        return self.cluster.described[self.node]
-
-    def start(self, shard: Shard, cases: Mapping[str, str]) -> None:
-        assert cases == {"test_load.py": ""}
-        script = self.cluster.scripts[self.node]
-        how = script.pop(0) if script else "whole"
-        self.cluster.began.append((self.node, shard.name, how))
-        self.events = deque(self.cluster.events(shard, how))
-
-    def next_event(self) -> MachineEvent | None:
-        if not self.events:
-            return None
-        event = self.events.popleft()
-        if isinstance(event, MachineLost):
-            raise event
-        return event
-
-    def end(self) -> None:
-        self.is_ended = True
-
-
-class ScriptedCluster:
-    """Stands in the place of `ray_engine.cluster`."""
-
-    def __init__(self, folder: Path, scripts: Mapping[str, Sequence[str]]) -> None:
-        self.folder = folder
-        self.scripts = {node: [*script] for node, script in scripts.items()}
-        here = Described(machine=builders.machine(), versions={**VERSIONS}, clock=utc(), ray_bytes=GIB)
-        self.described = dict.fromkeys(scripts, here)
-        self.labels: dict[str, dict[str, str]] = {}
-        self.began: list[tuple[str, str, str]] = []
-        self.actors: list[ScriptedActor] = []
-        self.alive = [*scripts]
-
-    def machines(self) -> list[str]:
-        return self.alive
-
-    def name_of_node(self, node: str) -> str:
-        return f"node {node}"
-
-    def labels_of_node(self, node: str) -> dict[str, str]:
-        return self.labels.get(node, {})
-
-    def Actor(self, node: str, name: str) -> ScriptedActor:  # noqa: N802 - as the class is called
-        self.actors.append(ScriptedActor(self, node, name))
-        return self.actors[-1]
-
-    def wait(self, actors: Sequence[ScriptedActor], timeout_s: float) -> list[ScriptedActor]:
-        assert actors, "nothing to wait for: the driver would spin"
-        assert timeout_s > 0
-        return [*actors]
-
-    def events(self, shard: Shard, how: str) -> list[MachineEvent | MachineLost]:
-        """Return what a machine sends of a shard."""
-        if how == "silent":
-            return []
-        cases = {"full": shard.cases[:1], "half": shard.cases[:1], "lost": shard.cases[:1]}.get(how, shard.cases)
-        lines = [encode_record(measured(case, at=utc())) for case in cases]
-        path = deliver(self.folder / "sent", shard, [], problem="the disk is full" if how == "full" else "", ended_at=None)
-        receipt = read_receipt(path)
-        sent: list[MachineEvent | MachineLost] = []
-        for case, line in zip(cases, lines, strict=True):
-            receipt = replace(receipt, results=receipt.results | {shard.key(case): digest_of_line(line)})
-            sent += [MachineEvent("result", line + b"\n"), MachineEvent("beat"), MachineEvent("receipt", encode_record(receipt))]
-        if how == "lost":
-            # Lines whose receipt did not come any more.
-            unvouched = [MachineEvent("result", encode_record(measured(case, at=utc())) + b"\n") for case in shard.cases[1:]]
-            return [*sent, *unvouched, MachineLost("the actor died")]
-        return [*sent, MachineEvent("receipt", encode_record(replace(receipt, ended_at=utc()))), MachineEvent("log", b"the end")]
+from tests.support.fleets import contract, machine_class
+from tests.support.scripted_cluster import ScriptedCluster
 
 
 def run(
@@ -123,8 +36,8 @@ def run(
     first = next(iter(scripts))
     cluster.described[first] = replace(cluster.described[first], **described)
     monkeypatch.setattr(driver, "cluster", cluster)
-    driven = driver.Driver(tmp_path, tmp_path / "results", {"test_load.py": ""}, lambda *_: None)
-    found = driven.run()
+    driven = driver.Driver(tmp_path, tmp_path / "results", lambda *_: None)
+    found = driven.run({"test_load.py": ""})
     assert all(actor.is_ended for actor in cluster.actors)
     assert sorted([*found.counted, *found.missing]) == sorted(one.key for one in read_contract(tmp_path).terms.cases)
     return driven, found, cluster
@@ -253,6 +166,20 @@ def test_two_drivers_of_one_folder_are_one_too_many(tmp_path: Path, monkeypatch:
     driven, _, _ = run(tmp_path, monkeypatch, {"x": []})
     with driven._alone(), pytest.raises(UsageError, match="another fitmatrix fleet run writes to"):
         run(tmp_path, monkeypatch, {"x": []})
+
+
+def test_a_driver_that_waited_goes_on_from_what_another_handed_out_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, cut = contract(made_at=utc())
+    shards.write_issued(tmp_path / CONTRACT, made, cut)
+    waiting = driver.Driver(tmp_path, tmp_path / "results", lambda *_: None)
+    _, _, cluster = run(tmp_path, monkeypatch, {"x": ["half"]})
+    before, began = read_contract(tmp_path), [*cluster.began]
+    assert [one.attempt for one in before.issued] == [1, 2]
+    waiting.run({"test_load.py": ""})
+    assert (read_contract(tmp_path), cluster.began) == (before, began)
+    assert waiting.collected().missing == []
 
 
 def test_a_cluster_without_machines_says_how_to_start_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,12 @@ def test_a_class_has_cards_ram_names_and_what_engines_need(tmp_path: Path) -> No
         ('[class.bad]\nram = "8GiB"\nlabels = {rack = 7}', "labels: rack = 7 is neither a text nor a list of texts"),
         ('[class.bad]\nmachines = ["a"]', "neither gpu nor ram says what its machines have"),
         ('[class.bad]\nram = "8GiB"\ngpus = "T4"', "unknown key 'gpus': did you mean 'gpu'?"),
-        ('[class."../bad"]\nram = "8GiB"', "is no name for a class"),
+        *((f'[class."{name}"]\nram = "8GiB"', "is no name for a class") for name in ("../bad", "a b", "a" * 61, "-a")),
+        ("[class]\nbad = 3", "[class.bad] is no table; write its keys below it: gpu"),
+        *(
+            (f'[class.bad]\nram = "8GiB"\nmachines = ["{name}"]', "is neither a text nor a list of texts")
+            for name in ("\\u001b[2J", " ", "")
+        ),
         ('[class.bad]\nram = "8GiB"\nmachines = ["lab-1"]', "two machines are called 'lab-1', in good and in bad"),
         ('[class.bad]\nram = "8GiB"\nmachines = ["lab-2", "lab-2"]', "two machines are called 'lab-2'"),
     ],
@@ -82,6 +87,17 @@ def test_a_file_of_which_nothing_can_be_used_is_one_sentence(tmp_path: Path, tex
     assert said in str(wrong.value)
     assert "fleet.toml" in str(wrong.value)
     assert "\n" not in str(wrong.value).strip()
+
+
+def test_what_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "fleet.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"fleet\.toml is not TOML: 'utf-8' codec can't decode byte 0xff"):
+        read_fleet(tmp_path / "fleet.toml")
+
+
+def test_what_is_no_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read: Is a directory; name a file of TOML"):
+        read_fleet(tmp_path)
 
 
 def test_no_file_is_one_sentence(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,21 @@ def test_a_task_runs_its_shard(made: Contract, tmp_path: Path, task: str, shard:
     ]  # fmt: skip
 
 
-def test_what_is_no_option_of_sbatch_is_refused() -> None:
-    made, _ = contract(machine_class(sbatch=("rm -rf /",)))
+def test_a_job_without_its_array_measures_nothing(made: Contract, tmp_path: Path) -> None:
+    """As when the file is run by hand: it would measure the first shard, which a task of the array measures as well."""
+    (tmp_path / "job").write_text(job_files.slurm(made, "rtx3060", FOLDER)[1], encoding="utf-8")
+    program = tmp_path / "pytest"
+    program.write_text("#!/bin/bash\necho measured\n", encoding="utf-8")
+    program.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURMD_NODENAME": "node7"}
+    done = subprocess.run(["bash", tmp_path / "job"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("option", ["rm -rf /", "--partition=gpu\nrm -rf /"])
+def test_what_is_no_option_of_sbatch_is_refused(option: str) -> None:
+    made, _ = contract(machine_class(sbatch=(option,)))
     with pytest.raises(UsageError, match="is no option of sbatch, such as --partition=gpu"):
         job_files.slurm(made, "small", FOLDER)
 
@@ -76,6 +90,19 @@ def test_only_what_was_handed_out_last_is_emitted(made: Contract) -> None:
     again, _ = shards.issue(made, [one.key for one in made.terms.cases if one.machine_class == "rtx3060"][:1])
     assert "shards=(rtx3060-1-try2)" in job_files.slurm(again, "rtx3060", FOLDER)[1]
     assert "shards=(small-1)" in job_files.slurm(again, "small", FOLDER)[1]
+
+
+def test_a_task_has_the_time_of_the_longest_shard_in_whole_minutes() -> None:
+    made, cut = contract(machine_class(machines=("1", "2")), models=("a", "b", "c"), case_timeout_s=50.0)
+    assert [shard.deadline_s for shard in cut] == [2000.0, 1900.0]
+    assert "--time=34" in directives(job_files.slurm(made, "small", FOLDER)[1])  # 33.3 minutes
+
+
+@pytest.mark.parametrize("write", [job_files.slurm, lambda made, _, folder: job_files.github(made, folder, "3.12")])
+def test_a_class_without_cases_has_no_job(write: Callable[[Contract, str, Path], object]) -> None:
+    made, _ = contract(machine_class(runs_on=("x",)), precisions=())
+    with pytest.raises(UsageError, match="no shard of class small was handed out: its precisions and placements name no case"):
+        write(made, "small", FOLDER)
 
 
 def workflow(made: Contract) -> tuple[str, dict[str, Any]]:
@@ -121,9 +148,34 @@ def test_the_workflow_is_as_careful_as_our_own(made: Contract) -> None:
     assert all(step["with"]["persist-credentials"] is False for step in steps if "checkout" in step.get("uses", ""))
 
 
-def test_the_workflow_installs_what_was_agreed_on(made: Contract) -> None:
-    (install,) = [step["run"] for step in workflow(made)[1]["jobs"]["measure"]["steps"] if step.get("name") == "Install"]
-    assert install.splitlines()[-1].endswith("install . torch==2.13.0")
+def test_what_one_shard_does_stops_no_other_and_all_is_collected(made: Contract) -> None:
+    jobs = workflow(made)[1]["jobs"]
+    measure, collect = jobs["measure"], jobs["collect"]
+    assert measure["strategy"]["fail-fast"] is False
+    assert measure["timeout-minutes"] == "${{ matrix.minutes }}"
+    assert (collect["needs"], collect["if"]) == ("measure", "always()")
+    uploads = [step for job in (measure, collect) for step in job["steps"] if "upload" in step.get("uses", "")]
+    assert [step["if"] for step in uploads] == ["always()", "always()"]
+    (step,) = [step for step in measure["steps"] if step.get("name") == "Measure"]
+    assert step["env"] == {"SHARD": "${{ matrix.shard }}", "FITMATRIX_MACHINE": "${{ runner.name }}"}
+
+
+def test_the_workflow_installs_what_was_agreed_on() -> None:
+    """Of no build for a device, by the Python of the contract, in an environment that an earlier job has left nothing in."""
+    versions = {"torch": "2.13.0+cpu", "fitmatrix": "0.1.0", "python": "3.11.7", "transformers": "5.24.0"}
+    made, _ = contract(machine_class(runs_on=("x",)), versions=versions)
+    jobs = workflow(made)[1]["jobs"]
+    (install,) = [step["run"].splitlines() for step in jobs["measure"]["steps"] if step.get("name") == "Install"]
+    assert install[0] == 'python -m venv --clear "$RUNNER_TEMP/venv"'
+    assert install[-1].endswith("install . torch==2.13.0 transformers==5.24.0")
+    pythons = [step["with"]["python-version"] for job in jobs.values() for step in job["steps"] if "setup-python" in str(step)]
+    assert pythons == ["3.11.7", "3.11.7"]
+    assert "3.12" in {
+        step["with"]["python-version"]
+        for job in workflow(contract(machine_class(runs_on=("x",)))[0])[1]["jobs"].values()
+        for step in job["steps"]
+        if "setup-python" in str(step)
+    }
 
 
 def test_the_steps_are_what_a_user_would_type(made: Contract) -> None:

@@ -128,6 +128,6 @@ def test_a_shard_file_that_was_changed_is_not_run(place: Path) -> None:
     ray_runs.plan(path, ["a"], ["bf16"])
     file = path / "fleet/shards/here-1.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"repeats": "2"', '"repeats": "9"'), encoding="utf-8")
-    changed = driver.Driver(path / "fleet", path / "sent", {}, lambda *_: None)
+    changed = driver.Driver(path / "fleet", path / "sent", lambda *_: None)
     with pytest.raises(UsageError, match="its file is not the shard that was handed out"):
-        changed.run()
+        changed.run({})

@@ -14,8 +14,9 @@ from harness.core.errors import UsageError
 from harness.core.options import OPTIONS
 from harness.fleet import shards, status
 from harness.fleet.collect import collect
-from harness.fleet.contract import CONTRACT, Contract, digest_of, read_contract, utc, write_record
+from harness.fleet.contract import CONTRACT, Contract, Expected, digest_of, read_contract, utc, write_record
 from harness.fleet.status import State, progress, to_hand_out
+from tests.support import builders
 from tests.support.fleets import NOW, contract, deliver, machine_class, measured
 
 # A value for each option of a run that does not take a 1.
@@ -33,6 +34,31 @@ def test_the_cases_of_a_model_stay_on_one_machine() -> None:
 def test_there_are_no_more_shards_than_machines_or_models() -> None:
     assert len(contract(machine_class(machines=("1", "2", "3")), models=("a", "b"))[1]) == 2
     assert len(contract(machine_class(), models=("a", "b"))[1]) == 1
+
+
+def test_the_largest_models_are_dealt_first() -> None:
+    made, _ = contract(machine_class(machines=("1", "2")), models=("a", "b"))
+    terms = replace(
+        made.terms, cases=tuple(one for one in made.terms.cases if one.case.model == "b" or one.case.precision == "int8")
+    )
+    more = Expected(machine_class="small", case=builders.case("int8", model="aa"))
+    cut = shards.cut(terms, made.digest, "small", [*terms.cases[:1], more, *terms.cases[1:]], 1)
+    assert [[case.model for case in shard.cases] for shard in cut] == [["b", "b"], ["a", "aa"]]
+
+
+def test_attempts_are_counted_for_each_class() -> None:
+    made, _ = contract(machine_class("a"), machine_class("b"))
+    for name, attempt in (("a", 2), ("a", 3), ("b", 2)):
+        made, (again,) = shards.issue(made, [one.key for one in made.terms.cases if one.machine_class == name])
+        assert (again.name, again.attempt) == (f"{name}-1-try{attempt}", attempt)
+
+
+def test_a_contract_knows_no_shard_that_could_not_be_written(tmp_path: Path) -> None:
+    made, cut = contract()
+    (tmp_path / "shards").touch()
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        shards.write_issued(tmp_path / CONTRACT, made, cut)
+    assert not (tmp_path / CONTRACT).exists()
 
 
 def test_a_contract_is_read_back_and_refused_once_its_terms_were_changed(tmp_path: Path) -> None:
@@ -80,18 +106,28 @@ def test_what_still_runs_is_not_handed_out_again(tmp_path: Path) -> None:
     ("started_min", "heard_min", "state"),
     [
         (10, 1, State.RUNNING),
+        (10, 1.5, State.RUNNING),
         (10, 3, State.SILENT),  # longer than two cases may take
         (40, 1, State.SILENT),  # past its deadline of half an hour and a minute for each case
     ],
 )
 def test_a_shard_is_silent_when_it_was_quiet_for_two_cases_or_is_overdue(
-    started_min: int, heard_min: int, state: State, tmp_path: Path
+    started_min: int, heard_min: float, state: State, tmp_path: Path
 ) -> None:
     made, (shard,) = contract(case_timeout_s=60.0)
     moments = {"started_at": utc(NOW - timedelta(minutes=started_min)), "heard_at": utc(NOW - timedelta(minutes=heard_min))}
     heard = collect(made, [deliver(tmp_path, shard, [], ended_at=None, machine="lab-1", **moments)], NOW)
     (found,) = progress(made, heard.deliveries, NOW)
     assert (found.state, found.machine) == (state, "lab-1")
+
+
+def test_a_shard_that_was_begun_again_is_where_its_last_receipt_says(tmp_path: Path) -> None:
+    made, (shard,) = contract()
+    first = deliver(tmp_path / "1", shard, [measured(shard.cases[0])], heard_at="2026-11-24T09:00:00Z", problem="no room")
+    second = deliver(tmp_path / "2", shard, heard_at="2026-11-24T10:00:00Z")
+    for paths in ([first, second], [second, first]):
+        (found,) = progress(made, collect(made, paths, NOW).deliveries, NOW)
+        assert (found.state, found.done, found.heard_at) == (State.ENDED, 2, "2026-11-24T10:00:00Z")
 
 
 def test_progress_tells_every_state(tmp_path: Path) -> None:

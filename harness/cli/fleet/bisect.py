@@ -65,21 +65,22 @@ def run(given: argparse.Namespace) -> int:
     from harness.fleet import lease
     from harness.fleet.bisect import kept, releases
     from harness.fleet.bisect.overlay import uv_program
-    from harness.fleet.bisect.search import Bisection
+    from harness.fleet.bisect.search import Bisection, known_figure
     from harness.fleet.conformity import PINNED
     from harness.machine import probe
     from harness.results.compare import thresholds
     from harness.run.options import read_config
 
+    words, figure = tuple(_words(given)), known_figure(given.figure)
+    limits = thresholds(read_config(Path.cwd()).get("gate", {}))
     files = read_case_files(given.cases)
-    words, limits = tuple(_words(given)), thresholds(read_config(Path.cwd()).get("gate", {}))
     uv_program()
     found = releases.releases_between(given.package, given.good, given.bad, given.find_links)
     versions = {name: version for name, version in probe.versions().items() if name in PINNED and name != given.package}
     with lease.leased(f"bisect of {given.package}"):
         question = kept.BisectQuestion(package=given.package, words=words, versions=versions)
         measured = kept.Measurements(question, given.results, files, given.find_links)
-        search = Bisection(found.releases, measured.measure, limits, given.figure, _tell)
+        search = Bisection(found.releases, measured.measure, limits, figure, _tell)
         try:
             answer = search.run()
         except KeyboardInterrupt:

@@ -7,9 +7,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from harness.cli.options import add_run_options
+from harness.cli.options import add_options, add_run_options, given_or_default
 from harness.cli.plan_args import USAGE
-from harness.core.options import OPTION, whole_number
+from harness.core.options import OPTION
 
 HELP = "Write the contract of a matrix over a fleet, and a shard file for each part of it."
 
@@ -22,9 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fleet", type=Path, default=Path("fleet.toml"), metavar="FILE", help="the classes of machines (default fleet.toml)"
     )
-    parser.add_argument(
-        "--attempts", default="3", metavar="N", help="how often a case is handed out until it has come back (default 3)"
-    )
+    add_options(parser, "fleet", "attempts")
     parser.add_argument("--to", type=Path, default=Path("fleet"), metavar="DIR", help="directory of the contract (default fleet)")
 
 
@@ -41,10 +39,11 @@ def run(given: argparse.Namespace) -> int:
     from harness.fleet.fleet_file import read_fleet
 
     place = given.to / CONTRACT
+    if given.to.is_file():
+        raise UsageError(f"--to {given.to} is a file; name a directory")
     if place.exists():
         raise UsageError(f"{place} is there already, and receipts may come for it; name another directory with --to")
-    attempts = whole_number(1, 100)(given.attempts)
-    contract = terms.agree(read_fleet(given.fleet), _words(given), attempts)
+    contract = terms.agree(read_fleet(given.fleet), _words(given), given_or_default(given, "fleet", "attempts"))
     contract, cut = shards.issue(contract, [one.key for one in contract.terms.cases])
     for shard, path in zip(cut, shards.write_issued(place, contract, cut), strict=True):
         print(f"{line(str(path))}: {plural(len(shard.cases), 'case')} for {line(shard.machine_class.name)}")
@@ -56,8 +55,12 @@ def run(given: argparse.Namespace) -> int:
 
 def _words(given: argparse.Namespace) -> dict[str, str | list[str] | bool]:
     """Return the options of the run as they were typed, for every machine to read again."""
+    from harness.fleet.shards import CONTRACT_OPTIONS
+
     words: dict[str, str | list[str] | bool] = {}
     for name, typed in getattr(given, "typed", ()):
+        if name not in CONTRACT_OPTIONS:
+            continue
         _, *value = shlex.split(typed)
         if OPTION[name].switch:
             words[name] = True

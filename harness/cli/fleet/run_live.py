@@ -45,12 +45,12 @@ def run(given: argparse.Namespace) -> int:
     from harness.fleet.ray_engine.driver import Driver
 
     folder = given.contract if given.contract.is_dir() else given.contract.parent
-    files = read_case_files(given.cases)
     with _progress() as tell:
-        driver = Driver(given.contract, given.results or folder / "results", files, tell)
+        driver = Driver(given.contract, given.results or folder / "results", tell)
+        files = read_case_files(given.cases)
         try:
             with cluster.cluster_at(given.ray, without_token=given.without_token):
-                driver.run()
+                driver.run(files)
         except KeyboardInterrupt:
             print("fitmatrix: stopped; what came is kept, and the same command goes on with the rest", file=sys.stderr)
     found = driver.collected()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from harness.core.errors import UsageError
@@ -31,8 +32,12 @@ def releases_between(package: str, good: str, bad: str, wheels: Path | None = No
     Those that were yanked pip itself leaves out. `wheels` is a directory, which is then asked instead of the index.
 
     Raises:
-        UsageError: pip finds none, or not these two.
+        UsageError: this is no name of a package, or pip finds no releases of it, or not these two.
     """
+    try:
+        canonicalize_name(package, validate=True)
+    except InvalidName:
+        raise UsageError(f"--package {package!r}: is no name of a package; write one such as transformers") from None
     found = sorted(map(Version, _listed(package, wheels)))
     final = [one for one in found if not one.is_prerelease]
     first, last = (_known(flag, text, package, final) for flag, text in (("--good", good), ("--bad", bad)))
@@ -64,7 +69,7 @@ def _known(flag: str, text: str, package: str, known: Sequence[Version]) -> Vers
     try:
         asked = Version(text)
     except InvalidVersion:
-        raise UsageError(f"{flag} {text}: is no version; write one such as {known[-1] if known else '1.0'}") from None
+        raise UsageError(f"{flag} {text!r}: is no version; write one such as {known[-1] if known else '1.0'}") from None
     if asked in known:
         return asked
     near = [*[one for one in known if one < asked][-1:], *[one for one in known if one > asked][:1]]

@@ -25,6 +25,13 @@ _SURE = (Call.WORSE, Call.BETTER)
 _FIGURES = (END, *(key for rule in RULES.values() for key in rule.keys))
 
 
+def known_figure(name: str | None) -> str | None:
+    """Return a figure that can be followed, or None, as it was given. Raises UsageError: there is none of this name."""
+    if name is not None and name not in _FIGURES:
+        raise UsageError(f"--figure {name}: {did_you_mean(name, _FIGURES)}")
+    return name
+
+
 class Unmeasured(Exception):
     """A release has no result; the text is why."""
 
@@ -80,13 +87,7 @@ class Bisection:
         figure: str | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Take at least two releases.
-
-        Raises:
-            UsageError: there is no such figure.
-        """
-        if figure is not None and figure not in _FIGURES:
-            raise UsageError(f"--figure {figure}: {did_you_mean(figure, _FIGURES)}")
+        """Take at least two releases, and a figure that `known_figure` has passed."""
         self._releases, self._measure, self._limits, self._tell = [*releases], measure, limits, tell
         self._asked = self.figure = figure
         self._is_worse = True

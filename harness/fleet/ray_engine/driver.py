@@ -47,10 +47,12 @@ class FleetMachine:
 class Driver:
     """Runs the shards of a contract over a cluster; what came is in `folder`, a directory for each shard."""
 
-    def __init__(self, place: Path, folder: Path, cases: Mapping[str, str], tell: Tell) -> None:
+    def __init__(self, place: Path, folder: Path, tell: Tell) -> None:
+        """Read the contract. Raises UsageError, OSError: there is none."""
         self.place = place / CONTRACT if place.is_dir() else place
         self.contract: Contract = read_contract(self.place)
-        self.folder, self._cases, self._tell = folder, cases, tell
+        self.folder, self._tell = folder, tell
+        self._cases: Mapping[str, str] = {}
         self.notes: list[str] = []  #: what is amiss with machines, a sentence each
         self._queue: deque[Shard] = deque()
         self._held: list[FleetMachine] = []
@@ -58,14 +60,16 @@ class Driver:
         self._left_alone: set[str] = set()
         self._greeted_s = -_GREET_S
 
-    def run(self) -> Collected:
-        """Measure until every case has its result, or has had its attempts, or no machine is left that could show it.
+    def run(self, cases: Mapping[str, str]) -> Collected:
+        """Measure by test files until every case has its result or its attempts, or no machine is left that could show it.
 
         Raises:
             UsageError: no machine of the cluster is of a class of the contract.
             KeyboardInterrupt: what came until then is kept, and the next run goes on with the rest.
         """
+        self._cases = cases
         with self._alone():
+            self.contract = read_contract(self.place)  # another driver may have handed out shards until now
             self._fill()
             return self._run()
 

@@ -40,7 +40,6 @@ def show_changes(comparison: Comparison, everything: bool) -> None:
     parts += [Text(f"  {tables.line(failure)}") for failure in comparison.failures]
     if rows:
         made = tables.table("case", "figure", "before", "now", "change", "", left=2)
-        made.columns[0].overflow = "fold"  # a name that is cut cannot be run again
         for pair, change in rows:
             style = _STYLES[change.call]
             made.add_row(*map(tables.line, _cells(pair, change)), Text(change.call.value, style=style))

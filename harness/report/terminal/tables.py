@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -23,6 +24,8 @@ WIDEST = 100
 NARROWEST = 40
 _GAP = 2  # between columns
 _ENDLESS = 1 << 16
+_IN_FIGURE = re.compile(r"(?<=\d) (?=(?:[KMGT]i?B(?:/s)?|bytes|tokens(?:/s)?|m?s|min|h|B|M)\b|%)")  # before the unit of a figure
+_TIE = "\ue000"  # stands for such a blank until lines are broken; no text has it, `visible` spells it out
 
 # The colours of Okabe and Ito that the pages use, by kind of module.
 KIND_COLOURS = {
@@ -59,13 +62,13 @@ def show(*parts: RenderableType, console: Console | None = None) -> None:
             console.width = max(width, _fixed_width(part))  # a terminal wraps what rich would cut
             console.print("\n" if number else "", end="")
             console.print(part, end="" if isinstance(part, (Group, Table)) else "\n")
-    text = captured.get()
+    text = captured.get().replace(_TIE, " ")
     sys.stdout.write(text if console.is_terminal else "".join(f"{row.rstrip()}\n" for row in text.splitlines()))
 
 
 def said(text: str) -> Text:
-    """Write sentences, which may quote a file or a library."""
-    return Text(visible(text))
+    """Write sentences, which may quote a file or a library; no line ends between a figure and its unit."""
+    return Text(_IN_FIGURE.sub(_TIE, visible(text)))
 
 
 def commands(text: str) -> Text:
@@ -75,15 +78,18 @@ def commands(text: str) -> Text:
 
 def title(text: str) -> Text:
     """Write the name of what is shown."""
-    return Text(line(text), style="bold")
+    return Text(_IN_FIGURE.sub(_TIE, line(text)), style="bold")
 
 
 def table(*columns: str, left: int = 1) -> Table:
-    """Make a table without lines; the first `left` columns are words, the others figures. A heading may have two lines."""
+    """Make a table without lines; the first `left` columns are words, the others figures. A heading may have two lines.
+
+    A word that is too long for a narrow screen goes on in the next line: a name that is cut cannot be typed.
+    """
     made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
     for number, heading in enumerate(columns):
         is_word = number < left
-        made.add_column(heading, justify="left" if is_word else "right", no_wrap=not is_word)
+        made.add_column(heading, justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
     return made
 
 
