@@ -255,11 +255,7 @@ class Planner:
         self, recommender: Recommender, case: Case, fmt: WeightFormat, capacities: Mapping[str, int], *, expandable: bool
     ) -> dict[Device, int]:
         """Return the bytes of each device that its map must leave, with torch's usual segments or with expandable ones."""
-        reserve = {
-            tiers.device(name): self._reserve(name, fmt, case, size, expandable=expandable) for name, size in capacities.items()
-        }
-        if self.machine.shares_ram:
-            reserve[0] += self._reserve("cpu", fmt, case, 0, expandable=expandable)
+        reserve = self._reserve(fmt, case, capacities, expandable=expandable)
         for attempt in range(_TRIES):
             found = recommender.recommend(reserve, explain=False)
             footprint = self._footprint(case, fmt, found.device_map)
@@ -272,14 +268,20 @@ class Planner:
             reserve |= {tiers.device(name): reserve[tiers.device(name)] + size * 4**attempt for name, size in short.items()}
         return reserve
 
-    def _reserve(self, name: str, fmt: WeightFormat, case: Case, capacity: int, *, expandable: bool) -> int:
-        """Return the bytes of a tier that generating needs beside weights and KV cache, at worst."""
-        on = name if name.startswith("gpu") else self.machine.gpus[0].name
-        inventory = self.counted.inventory(fmt)
+    def _reserve(self, fmt: WeightFormat, case: Case, capacities: Mapping[str, int], *, expandable: bool) -> dict[Device, int]:
+        """Return the bytes of each device that generating needs beside weights and KV cache, at worst."""
+        inventory, kept = self.counted.inventory(fmt), KV_FORMS[case.kv]
         loading = Loading(attention=case.attention, capability=self._capability, expandable=expandable)
-        terms = Footprint(inventory, on, case.workload, self.constants, loading, KV_FORMS[case.kv]).terms()[name]
+        footprints = [Footprint(inventory, gpu.name, case.workload, self.constants, loading, kept) for gpu in self.machine.gpus]
+        terms = {name: found for footprint in reversed(footprints) for name, found in footprint.terms().items()}
         doubt = estimate.ROUGH_SHARE if self.spec.rough else estimate.KNOWN_SHARE
-        return int(estimate.beside_weights(terms) + doubt * min(inventory.total.held, capacity))
+        reserve = {
+            tiers.device(name): int(estimate.beside_weights(terms[name]) + doubt * min(inventory.total.held, size))
+            for name, size in capacities.items()
+        }
+        if self.machine.shares_ram:
+            reserve[0] += int(estimate.beside_weights(terms["cpu"]))
+        return reserve
 
     def _apart(self, case: Case, fmt: WeightFormat, gpu: int) -> tuple[str, ...]:
         """Return the last blocks whose experts stay in RAM: as few as the GPU surely leaves no room for, one at least."""

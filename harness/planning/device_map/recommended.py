@@ -136,8 +136,9 @@ def _place_parts(parts: list[_Part], room: Mapping[Device, int]) -> _Placed:
     sets = [gpus[first:] for first in range(len(gpus))] + [[]]
     best: _Placed = dict.fromkeys(parts, "disk")
     least = float("inf")
+    wanted: Bytes = sum(part.weights for part in parts) + sum(part.kv for part in parts)
     for some, order in product(sets, _orders(parts)):
-        placed = _spill_first(parts, order, room, some)
+        placed = _spill_first(order, room, some, parts=parts, wanted=wanted)
         if placed and _bytes_away(placed, bool(gpus)) < least:
             best, least = placed, _bytes_away(placed, bool(gpus))
         if least == 0:
@@ -159,12 +160,14 @@ def _orders(parts: list[_Part]) -> Iterator[list[_Part]]:
         yield [*first, *blocks, *(part for part in others if part not in first)]
 
 
-def _spill_first(parts: list[_Part], order: list[_Part], room: Mapping[Device, int], gpus: list[Device]) -> _Placed | None:
-    """Spill as few as can be in this order; None if these GPUs, or the first of them, would only pass weights through."""
+def _spill_first(
+    order: list[_Part], room: Mapping[Device, int], gpus: list[Device], *, parts: list[_Part], wanted: Bytes
+) -> _Placed | None:
+    """Spill as few as can be in this order; None if these GPUs, or the first of them, would only pass weights through.
+
+    `wanted` are the bytes of all parts and of their KV cache; what is spilled leaves its cache and takes the room of a copy.
+    """
     near = gpus or ["cpu"]
-    blocks = sum(part.block for part in parts)
-    wanted: Bytes = sum(part.weights for part in parts)  # what stays, KV cache of all, and the copy of what does not
-    wanted += sum(part.kv for part in parts)
     most, largest = sum(room.get(device, 0) for device in near), 0
     for count in range(len(order) + 1):
         if count:
@@ -176,7 +179,8 @@ def _spill_first(parts: list[_Part], order: list[_Part], room: Mapping[Device, i
         free = {device: room.get(device, 0) for device in near}
         free[near[0]] -= sum(part.kv for part in spilled) + largest
         kept = _fill({part: part.weights + part.kv for part in parts if part not in away}, free)
-        useful = kept and gpus[0] in kept.values() and (not blocks or any(part.block for part in kept)) if gpus else True
+        lacks_blocks = kept and not any(part.block for part in kept) and any(part.block for part in parts)
+        useful = kept and gpus[0] in kept.values() and not lacks_blocks if gpus else True
         if kept is not None and useful:
             placed = kept | _spill(spilled, room["cpu"] if gpus and "cpu" in room else 0)
             return {part: placed[part] for part in parts}
