@@ -122,7 +122,7 @@ class Planner:
             return Plan(case=case, verdict=refused[0], why=refused[1])
         code = [str(one) for one in self.spec.remote_code]
         dtype = _dtype(precision, placement, self.machine)
-        fmt = estimate.weight_format(precision, dtype, self.spec)
+        fmt = _format(precision, placement, self.machine, self.spec)
         limits = max_memory.max_memory(placement, self.machine, lambda: self.counted.sizes(fmt))
         ours = self._recommendation(case, fmt) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
@@ -157,7 +157,7 @@ class Planner:
     def can_hold(self, case: Case) -> bool:
         """Say whether the memory of known size that a placement fills is as large as the weights: if not, no plan of it fits."""
         placement, precision = self._placement(case), self.spec.adapted(PRECISIONS[case.precision])
-        fmt = estimate.weight_format(precision, _dtype(precision, placement, self.machine), self.spec)
+        fmt = _format(precision, placement, self.machine, self.spec)
         filled = [tier for tier in tiers.fillable(self.machine) if tier.kind in placement.devices]
         if "disk" in placement.devices and all(tier.capacity_bytes is not None for tier in filled):
             return True
@@ -336,6 +336,12 @@ def _looks_for_itself(placement: Placement, machine: Machine) -> bool:
     """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""
     is_limited = any(tier.limit_bytes is not None for tier in machine.tiers if tier.kind in ("gpu", "cpu"))
     return placement.device_map in STRATEGIES and placement.limits is None and not is_limited
+
+
+def _format(precision: Precision, placement: Placement, machine: Machine, spec: ModelSpec) -> WeightFormat:
+    """Return how weights are held in a precision, where a placement can put them on this machine."""
+    on_cards = bool(machine.gpus) and "gpu" in placement.devices
+    return estimate.weight_format(precision, _dtype(precision, placement, machine), spec, on_cards=on_cards)
 
 
 def _dtype(precision: Precision, placement: Placement, machine: Machine) -> str:

@@ -34,23 +34,29 @@ SortKey = tuple[tuple[int | str, ...], ...]
 
 
 class LoadStep(NamedTuple):
-    """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them, in a piece of a device map."""
+    """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them, in a piece of a device map.
+
+    `grows` are those of its bytes that are not there when it is copied ahead: the most of a weight that is unpacked afterwards.
+    """
 
     piece: str
     held: int
     passing: float
+    grows: float = 0.0
 
 
 class LoadRun(NamedTuple):
     """Tensors of one piece that are loaded one after the other: bytes that stay, and at most at once beside them.
 
-    `beyond` is the most beside them less those of the run that come later; `passing` the most of any.
+    `beyond` is the most beside them less those of the run that come later; `passing` the most less only what these will have grown
+    by. `grows` is how much all of them do.
     """
 
     piece: str
     held: int
     beyond: float
     passing: float
+    grows: float = 0.0
 
 
 @lru_cache(maxsize=4)  # all formats of a model's weights go through the same
@@ -121,11 +127,11 @@ def runs_of(steps: Iterable[LoadStep]) -> list[LoadRun]:
     """Join the steps of one piece that follow each other: what a placement does not split."""
     found = []
     for piece, run in groupby(steps, key=attrgetter("piece")):
-        held, beyond, passing = 0, -math.inf, 0.0
+        held, grows, beyond, passing = 0, 0.0, -math.inf, -math.inf
         for step in reversed(list(run)):
-            beyond, passing = max(beyond, step.passing - held), max(passing, step.passing)
-            held += step.held
-        found.append(LoadRun(piece, held, beyond, passing))
+            beyond, passing = max(beyond, step.passing - held), max(passing, step.passing - grows)
+            held, grows = held + step.held, grows + step.grows
+        found.append(LoadRun(piece, held, beyond, passing, grows))
     return found
 
 
@@ -133,13 +139,12 @@ def on_card(runs: Sequence[LoadRun], pieces: Iterable[str] | None, sequential: b
     """Return the bytes beyond the final ones at the worst moment of loading, for the pieces of one GPU; None means all.
 
     One thread sets tensors in order. Unless it quantizes, or something goes to the disk, four more copy ahead of it: at worst all
-    is on the card while the first stack is made.
+    is on the card, as it is stored, while the first stack is made or the first weight unpacked.
     """
     there = None if pieces is None else frozenset(pieces)
-    rest, most = 0.0, 0.0
-    mine = [run for run in runs if there is None or run.piece in there]
-    for run in reversed(mine):
-        most = max(most, run.beyond - rest)
-        rest += run.held
-    ahead = most if sequential else max((run.passing for run in mine), default=0.0)
-    return Bytes(low=most, best=ahead, high=ahead)
+    rest, grows, most, ahead = 0.0, 0.0, 0.0, 0.0
+    for run in reversed([run for run in runs if there is None or run.piece in there]):
+        most, ahead = max(most, run.beyond - rest), max(ahead, run.passing - grows)
+        rest, grows = rest + run.held, grows + run.grows
+    found = most if sequential else ahead
+    return Bytes(low=most, best=found, high=found)
