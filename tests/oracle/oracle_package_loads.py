@@ -30,6 +30,7 @@ for package in ("torchao", "optimum.quanto", "compressed_tensors"):
     pytest.importorskip(package)
 
 __all__ = ["quiet"]  # a fixture
+COMMAND = "tox run -e oracle-packages"
 QUANTIZING = ("torchao-int8", "torchao-int8-dynamic", "torchao-int4", "quanto-int8")
 MODELS = {  # and the dtype of their files
     "llama-3.1-8b-instruct": "bfloat16",
