@@ -45,6 +45,9 @@ class Layout(Record, frozen=True, kw_only=True):
     groups: tuple[int, ...] = ()  #: the inputs that may share a scale, beside all of them; empty: any number
     whole: bool = False  #: only whole groups of inputs are packed
     anywhere: bool = False  #: embeddings may be packed as well as Linear modules
+    # By bits, the bytes that a card takes at most for each weight beside its 16 bits, while transformers unpacks it on loading, as
+    # traced (tests/oracle/oracle_loads.py).
+    unpacking: Mapping[int, float] = {}
 
     def split(self, name: str, dtype: str) -> tuple[str | None, str]:
         """Return the module that a tensor is a part of, and which part; None for one that is not packed."""
@@ -139,9 +142,19 @@ def _unknown(_: int, __: int, ___: int, ____: int) -> Mapping[str, Sides]:
     return {}
 
 
-def _compressed(main: str, shapes: Shapes, bits: tuple[int, ...], dtypes: tuple[str, ...] = ()) -> Layout:
+def _compressed(
+    main: str, shapes: Shapes, bits: tuple[int, ...], dtypes: tuple[str, ...] = (), unpacking: Mapping[int, float] | None = None
+) -> Layout:
     """Return a layout of compressed-tensors, whose parts are named alike."""
-    return Layout(main=main, beside=_COMPRESSED, shapes=shapes, bits=bits, dtypes=dtypes, scales=(".weight_scale",))
+    return Layout(
+        main=main,
+        beside=_COMPRESSED,
+        shapes=shapes,
+        bits=bits,
+        dtypes=dtypes,
+        scales=(".weight_scale",),
+        unpacking=unpacking or {},
+    )
 
 
 _INTEGERS = ("int", "uint")
@@ -227,6 +240,7 @@ LAYOUTS: Mapping[str, Layout] = {
         bits=(8,),
         dtypes=("float8",),
         scales=_FP8_SCALES,
+        unpacking={8: 9.0},
     ),
     "metal": Layout(
         main=".weight",
@@ -236,6 +250,7 @@ LAYOUTS: Mapping[str, Layout] = {
         bits=(2, 4, 8),
         dtypes=("uint32",),
         whole=True,
+        unpacking={4: 11.0},
     ),
     "bitnet": Layout(
         main=".weight", beside=(".weight_scale",), scales=(".weight_scale",), shapes=_bitnet, bits=(2,), dtypes=("uint8",)
@@ -259,10 +274,10 @@ LAYOUTS: Mapping[str, Layout] = {
         scales=("._weight_scale", "._weight_scale_and_zero"),
         anywhere=True,
     ),
-    "compressed-tensors pack-quantized": _compressed(".weight_packed", _words, (2, 3, 4, 5, 6, 7, 8), ("int32",)),
+    "compressed-tensors pack-quantized": _compressed(".weight_packed", _words, (2, 3, 4, 5, 6, 7, 8), ("int32",), {4: 3.5, 8: 8.0}),
     "compressed-tensors nvfp4-pack-quantized": _compressed(".weight_packed", _halves, (4,), ("uint8",)),
     "compressed-tensors mxfp4-pack-quantized": _compressed(".weight_packed", _halves, (4,), ("uint8",)),
-    "compressed-tensors float-quantized": _compressed(".weight", _whole, (8,), _EIGHT),
-    "compressed-tensors int-quantized": _compressed(".weight", _whole, (8,), _EIGHT),
-    "compressed-tensors naive-quantized": _compressed(".weight", _whole, (8,), _EIGHT),
+    "compressed-tensors float-quantized": _compressed(".weight", _whole, (8,), _EIGHT, {8: 3.0}),
+    "compressed-tensors int-quantized": _compressed(".weight", _whole, (8,), _EIGHT, {8: 3.0}),
+    "compressed-tensors naive-quantized": _compressed(".weight", _whole, (8,), _EIGHT, {8: 3.0}),
 }

@@ -32,6 +32,7 @@ class Precision(Record, frozen=True, kw_only=True):
     quantization: Mapping[str, Any] | Config | None = None  #: the `quantization_config`
     quantization_on_cpu: Config | None = None  #: the same without a GPU, where it differs
     scheme: str | None = None  #: the row of `core.quantizers` that sizes what is quantized while loading
+    scheme_on_cpu: str | None = None  #: the same without a GPU, where it differs
     needs: tuple[str, ...] = ()  #: modules that must be importable
     extra: str | None = None  #: the extra of this package that installs them
     min_compute_capability: float = 0.0
@@ -327,6 +328,7 @@ _ROWS = (
         quantization_on_cpu=_TORCHAO_INT4_ON_CPU,
         quantization=_torchao_config('Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")'),
         scheme="torchao-int4",
+        scheme_on_cpu="torchao-int4-on-cpu",
         stored="torchao Int4WeightOnlyConfig",
         **_TORCHAO,
     ),

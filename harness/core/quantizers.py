@@ -18,6 +18,8 @@ NESTED_BLOCK = 256
 NESTED_CODE_BYTES = 1024
 # torchao: a float32 scale and a byte of zero point for each output in int8; in int4 a scale and a zero of 16 bits for each group.
 TORCHAO_GROUP = 64
+# On a card its inputs are padded, to whole tiles of the kernel (torchao 0.18: int4_tile_packed_to_4d_tensor.py).
+TORCHAO_TILE = 1024
 # quanto: a scale of the dtype for each output in int8, a scale and a shift for each group in int4, and two float32 a module.
 QUANTO_GROUP, QUANTO_LEAST = 128, 32
 QUANTO_MODULE_BYTES = 8
@@ -44,6 +46,7 @@ class Scheme(Record, frozen=True, kw_only=True):
     # How many 16-bit copies of a weight are on a GPU, beside what stays, while it is quantized there (`worker.trace.load`), and how
     # many more of a Conv1D, which is transposed first.
     in_flight: float = 2.0
+    padded: int = 1  #: inputs are filled up to a multiple of it, on a GPU
     turned: float = 0.0
 
 
@@ -67,6 +70,11 @@ def _torchao_int8(outputs: int, inputs: int, _: int) -> int:
 
 
 def _torchao_int4(outputs: int, inputs: int, width: int) -> int:
+    whole = inputs if inputs % TORCHAO_GROUP else -(-inputs // TORCHAO_TILE) * TORCHAO_TILE
+    return _torchao_int4_on_cpu(outputs, whole, width)
+
+
+def _torchao_int4_on_cpu(outputs: int, inputs: int, width: int) -> int:
     if inputs % TORCHAO_GROUP:  # left as it is
         return outputs * inputs * width
     return outputs * inputs // 2 + 2 * width * outputs * (inputs // TORCHAO_GROUP)
@@ -104,17 +112,27 @@ _BNB_4BIT: Mapping[str, Any] = {
     "fused": (32, NF4_BLOCK),  # bitsandbytes 0.50: functional.py, _convert_weight_packed_for_cpu
 }
 
+# What the rows of torchao share.
+_TORCHAO: Mapping[str, Any] = {"library": "torchao", "derived": True}
+
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True, flat=True, in_flight=2),
     "int4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
     "fp4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
     # Scales are unpacked and moved by their mean before each product (bitsandbytes 0.50: functional.py, gemv_4bit).
     "nf4-dq": Scheme(size=_nested, starts=2, in_flight=1 + 4 / NF4_BLOCK, **_BNB_4BIT),
-    "torchao-int8": Scheme(size=_torchao_int8, counted=1, like="torchao_int8", library="torchao", derived=True),
-    "torchao-int8-dynamic": Scheme(size=_torchao_int8, counted=1, like="torchao_dynamic", library="torchao", derived=True),
-    "torchao-int4": Scheme(size=_torchao_int4, counted=0.5, like="torchao_int4", library="torchao", derived=True, rows=16),
-    "quanto-int8": Scheme(size=_quanto_int8, counted=1, like="quanto_int8", library="quanto", derived=True),
-    "quanto-int4": Scheme(size=_quanto_int4, counted=0.5, like="quanto_int4", library="quanto", derived=True, rows=16),
+    # torchao 0.18 rounds in float32; to 4 bits it packs integers of 32 bits, beside what is padded.
+    "torchao-int8": Scheme(size=_torchao_int8, counted=1, like="torchao_int8", in_flight=4.5, **_TORCHAO),
+    "torchao-int8-dynamic": Scheme(size=_torchao_int8, counted=1, like="torchao_dynamic", in_flight=4.5, **_TORCHAO),
+    "torchao-int4": Scheme(
+        size=_torchao_int4, counted=0.5, like="torchao_int4", rows=16, in_flight=5.72, padded=TORCHAO_TILE, **_TORCHAO
+    ),
+    "torchao-int4-on-cpu": Scheme(size=_torchao_int4_on_cpu, counted=0.5, like="torchao_int4", rows=16, **_TORCHAO),
+    "quanto-int8": Scheme(size=_quanto_int8, counted=1, like="quanto_int8", library="quanto", derived=True, in_flight=3),
+    # Read in quanto 0.2.7, TinyGemmPackedTensor.pack, where integers of 32 bits are packed; its class takes no fake tensor.
+    "quanto-int4": Scheme(
+        size=_quanto_int4, counted=0.5, like="quanto_int4", library="quanto", derived=True, rows=16, in_flight=5.25
+    ),
     "fp8": Scheme(size=_fp8, counted=1, like="int8", library="bitsandbytes", experts=True, in_flight=7),
 }
 

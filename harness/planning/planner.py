@@ -62,7 +62,8 @@ class _Row:
     @cached_property
     def fmt(self) -> WeightFormat:
         """The format of the weights in memory."""
-        return estimate.weight_format(self.precision, self.dtype, self._spec)
+        on_cards = bool(self._machine.gpus) and "gpu" in self.placement.devices
+        return estimate.weight_format(self.precision, self.dtype, self._spec, on_cards=on_cards)
 
 
 class Planner:

@@ -13,7 +13,7 @@ HEADING = "What a GPU would allocate, without a GPU: plans against traces of the
 
 @pytest.fixture(scope="module")
 def section(request: pytest.FixtureRequest) -> Iterator[Section]:
-    yield from gathered(request, "oracle.md", HEADING, "tox run -e oracle")
+    yield from gathered(request, "oracle.md", HEADING, getattr(request.module, "COMMAND", "tox run -e oracle"))
 
 
 @pytest.fixture(scope="module")

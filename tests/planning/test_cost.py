@@ -154,9 +154,9 @@ def test_every_estimate_is_in_order(name: str, machine: Machine) -> None:
         if plan.needs_checkpoint or "fp32_cpu_offload" in str(plan.code):
             continue  # other forms are held against files in tests/strangers, maps of two against a loader in test_load_peak_gpu
         held = sum(found.weights_bytes for found in plan.estimate.tiers.values())
-        kept = estimate.weight_format(
-            PRECISIONS[plan.case.precision], "float32" if plan.case.precision == "fp32" else "float16", spec
-        )
+        dtype = "float32" if plan.case.precision == "fp32" else "float16"
+        on_cards = any(tier.startswith("gpu") for tier in plan.estimate.tiers)
+        kept = estimate.weight_format(PRECISIONS[plan.case.precision], dtype, spec, on_cards=on_cards)
         assert held == pytest.approx(weights(name, kept), rel=0.001)
 
 

@@ -29,6 +29,7 @@ from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker.trace.ledger import GRAIN
 from harness.worker.trace.load import Cards, trace_load
+from tests.strangers import stored_forms
 from tests.support import hollow
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048}
@@ -99,6 +100,34 @@ def over(tier: TierEstimate) -> int:
 def rounding(folder: Path) -> int:
     """What the allocator's rounding of each tensor may add up to, of the few parts that a quantizer makes of one as well."""
     return 4 * GRAIN * len(spec_of(folder).skeleton.weights)
+
+
+@pytest.mark.parametrize("precision", ["torchao-int8", "torchao-int8-dynamic", "torchao-int4", "quanto-int8"])
+@pytest.mark.parametrize("model", ["wide", "tied"])
+def test_the_plan_holds_what_packages_take(folders: dict[str, Path], model: str, precision: str) -> None:
+    """Their tensors are classes of their own around others, which are counted. In 4 bits torchao pads inputs to 1,024."""
+    pytest.importorskip(PRECISIONS[precision].needs[0])
+    (found,) = trace_load(folders[model], precision, {"": 0}, Cards(capability="9.0"))
+    tier = planned(folders[model], precision)["gpu:0"]
+    assert tier.weights_bytes == pytest.approx(found.held_bytes, rel=0.02)
+    assert over(tier) == pytest.approx(found.over_bytes, rel=0.01)
+
+
+def test_what_quanto_packs_of_no_fake_tensor_is_not_traced(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="no trace of loading in quanto-int4: optimum-quanto packs tensors of torch's own class"):
+        trace_load(folders["llama"], "quanto-int4", {"": 0})
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # which is how transformers is asked to unpack
+@pytest.mark.parametrize("form", ["fp8-blocks", "metal"])
+def test_weights_that_are_unpacked_on_the_card_pass_through_wider_ones(form: str, tmp_path: Path) -> None:
+    """One at a time, beside those that threads copied ahead as they are stored."""
+    folder = stored_forms.save_hollow(tmp_path, form)
+    (alone,) = trace_load(folder, "bf16", {"": 0})
+    (ahead,) = trace_load(folder, "bf16", {"": 0}, ahead=True)
+    found = over(planned(folder, "bf16")["gpu:0"])
+    assert found == pytest.approx(ahead.over_bytes, rel=0.02)
+    assert found > alone.over_bytes > 400 << 20
 
 
 @pytest.mark.parametrize(("model", "precision"), ROWS)

@@ -71,6 +71,20 @@ def test_models_are_small_and_of_every_kind() -> None:
     assert sum(attention.expanded is not None for one in built.values() for attention in one.attention) >= 2
 
 
+def test_torchao_fills_inputs_up_on_a_card_alone() -> None:
+    """The widths of Gemma 2 2B: whole tiles of 1,024 hold a third more, in 4 bits with a scale and a zero for 64."""
+    size = SCHEMES["torchao-int4"].size
+    assert size(9216, 2304, 2) == size(9216, 3072, 2) == 9216 * 3072 * 9 // 16
+    assert SCHEMES["torchao-int4-on-cpu"].size(9216, 2304, 2) == 9216 * 2304 * 9 // 16
+    assert size(9216, 2300, 2) == 9216 * 2300 * 2  # no whole groups: left as it is
+    known = resolve.resolve("gemma-2-2b-it")
+    held = {
+        on_cards: estimate.weight_format(PRECISIONS["torchao-int4"], "bfloat16", model_spec.read_spec(known), on_cards=on_cards)
+        for on_cards in (True, False)
+    }
+    assert {on_cards: fmt.quantizer for on_cards, fmt in held.items()} == {True: "torchao-int4", False: "torchao-int4-on-cpu"}
+
+
 # ---- quantized already -------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -271,11 +272,13 @@ def save_form(folder: Path, name: str) -> Path:
 
 
 def save_hollow(folder: Path, name: str) -> Path:
-    """Write one of a real size, whose data is a hole."""
+    """Write one of a real size, whose data is a hole but for the shapes of what is packed."""
+    linears: Mapping[str, tuple[int, int]] = {}
     if name == "mxfp4":
         config, tensors = {**LARGE_GPT_OSS, "quantization_config": MXFP4}, experts_of(LARGE_GPT_OSS)
     else:
-        config, tensors = {**LARGE, FORMS[name].where: FORMS[name].settings}, tensors_of(LARGE, FORMS[name])[0]
+        config = {**LARGE, FORMS[name].where: FORMS[name].settings}
+        tensors, linears = tensors_of(LARGE, FORMS[name])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -287,6 +290,10 @@ def save_hollow(folder: Path, name: str) -> Path:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+        for module, sides in linears.items():
+            if (stored := header.get(f"{module}.weight_shape")) is not None:
+                file.seek(8 + len(text) + stored["data_offsets"][0])
+                file.write(struct.pack("<2q", *sides))
     return folder
 
 

@@ -120,7 +120,7 @@ def load(folder: Path, way: Precision) -> PreTrainedModel:
 def estimated(skeleton: Skeleton, way: Precision) -> int:
     """Return the bytes of weights that the planner counts for a model that is not quantized yet."""
     spec = ModelSpec(name="small", source="small", skeleton=skeleton, stored={}, checkpoint_bytes=0)
-    return sum(weight_bytes(skeleton, estimate.weight_format(way, way.dtype, spec)).values())
+    return sum(weight_bytes(skeleton, estimate.weight_format(way, way.dtype, spec, on_cards=False)).values())
 
 
 def held_bytes(model: torch.nn.Module) -> int:

@@ -26,12 +26,13 @@ from harness.planning.cost.work import count_work
 ROUGH_SHARE, KNOWN_SHARE = 0.10, 0.005
 
 
-def weight_format(precision: Precision, dtype: str, spec: ModelSpec) -> WeightFormat:
+def weight_format(precision: Precision, dtype: str, spec: ModelSpec, *, on_cards: bool = True) -> WeightFormat:
     """Return the format of a model's weights in a precision: a quantized checkpoint stays so, except a GGUF that is unpacked."""
     if not spec.keeps_packed(precision):
         beside = spec.packed.beside if spec.packed is not None and spec.packed.keeps_beside else 0
         taken = sum(weight.elements * count for weight, count in spec.skeleton.tally if weight.quantizes) if beside else 0
-        quantizer = precision.scheme if spec.stored_as is None else None
+        scheme = precision.scheme if on_cards else precision.scheme_on_cpu or precision.scheme
+        quantizer = scheme if spec.stored_as is None else None
         return WeightFormat(dtype=dtype, quantizer=quantizer, beside_bits=8 * beside / max(taken, 1))
     if spec.gguf is not None:
         return WeightFormat(dtype=dtype, packed_bits=spec.gguf.packed_bits, packed_experts=True, packed_embeddings=True)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
@@ -18,7 +19,7 @@ from harness.planning.cost.activations import Activations, with_attention
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.loading.order import LoadRun, conversion_of, copies, load_order, runs_of, unpacked_mxfp4
+from harness.planning.loading.order import LoadRun, LoadStep, conversion_of, copies, load_order, runs_of, unpacked_mxfp4
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -140,15 +141,18 @@ class Inventory:
     @cached_property
     def load_runs(self) -> list[LoadRun]:
         """What loading onto a GPU makes, in its order; nothing if it never holds more than what stays."""
+        unpacked = _unpacked(self)
         passing = {
-            weight.path: self._passing(weight, inside.block)
+            weight.path: max(self._passing(weight, inside.block), unpacked.get(weight.path, _NOT_UNPACKED).passing)
             for kind in self.skeleton.kinds
             for inside in kind.inside
             for weight in inside.weights
         }
         if not any(passing.values()):
             return []
-        return runs_of(load_order(self.skeleton, as_held=self.spec.as_held), self.sizes, passing)
+        grows = {path: one.grows for path, one in unpacked.items()}
+        steps = {path: LoadStep(self.sizes[path], most, grows.get(path, 0.0)) for path, most in passing.items()}
+        return runs_of(load_order(self.skeleton, as_held=self.spec.as_held), steps)
 
     def _passing(self, weight: Weight, owner: Block) -> float:
         """Return what is on a GPU beside a tensor while it is made: the parts of a stack, what a quantizer takes."""
@@ -160,7 +164,9 @@ class Inventory:
         if self.fmt.quantizer is not None and memory.narrows(weight, self.fmt.quantizer, owner):
             scheme = SCHEMES[self.fmt.quantizer]
             taken = scheme.in_flight + (scheme.turned if owner.linear == "conv1d" else 0.0)
-            most = max(most, 2 * weight.elements * taken if held < plain else 0.0)  # what is left as it is costs nothing
+            inputs = weight.tensor.shape[-1]
+            filled = weight.elements / inputs * -(-inputs // scheme.padded) * scheme.padded
+            most = max(most, 2 * filled * taken if held < plain else 0.0)  # what is left as it is costs nothing
         method = self.spec.packed.method if self.spec.packed else None
         if method is not None and method.stacks_pass and self.fmt.packed_bits is None and skeleton.is_stacked(weight):
             most = unpacked_mxfp4(weight.elements)
@@ -266,6 +272,30 @@ class Inventory:
         if not self._stacks(weight) or size / weight.tensor.shape[0] >= HEAP_LIMIT:
             return 0.0
         return size if self._casts(weight) and self.fmt.quantizer is None else size / 3
+
+
+class _Unpacked(NamedTuple):
+    """What a weight takes that is unpacked on loading: the bytes that it grows by, and at most at once beside it."""
+
+    grows: float
+    passing: float
+
+
+_NOT_UNPACKED = _Unpacked(0.0, 0.0)
+
+
+def _unpacked(inventory: Inventory) -> dict[str, _Unpacked]:
+    """Return what unpacking takes by the path of each weight; nothing where it was not traced."""
+    packed = inventory.spec.packed
+    if packed is None or inventory.fmt.packed_bits is not None or packed.layout is None:
+        return {}
+    if (passing := packed.layout.unpacking.get(packed.bits)) is None:
+        return {}
+    return {
+        weight.path: _Unpacked(inventory.sizes[weight.path] - weight.elements * packed.bits / 8, weight.elements * passing)
+        for weight, _ in inventory.skeleton.tally
+        if weight.quantizes and not weight.tied_to
+    }
 
 
 def turned_weights(inventory: Inventory) -> int:

@@ -33,16 +33,29 @@ _MX_ROWS, _MX_WEIGHTS = 32768 * 1024, 32
 SortKey = tuple[tuple[int | str, ...], ...]
 
 
+class LoadStep(NamedTuple):
+    """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them.
+
+    `grows` are those of its bytes that are not there when it is copied ahead: the most of a weight that is unpacked afterwards.
+    """
+
+    held: int
+    passing: float
+    grows: float = 0.0
+
+
 class LoadRun(NamedTuple):
     """Tensors of one piece that are loaded one after the other: bytes that stay, and at most at once beside them.
 
-    `beyond` is the most beside them less those of the run that come later; `passing` the most of any.
+    `beyond` is the most beside them less those of the run that come later; `passing` the most less only what these will have grown
+    by. `grows` is how much all of them do.
     """
 
     piece: str
     held: int
     beyond: float
     passing: float
+    grows: float = 0.0
 
 
 @lru_cache(maxsize=4)  # all formats of a model's weights go through the same
@@ -111,34 +124,33 @@ def unpacked_mxfp4(elements: int) -> float:
     return packed + scales + max(min(rows, _MX_ROWS) * _MX_WEIGHTS / 2 * (4 + 2), elements * 2)
 
 
-def runs_of(order: Sequence[tuple[str, tuple[str, ...]]], held: Mapping[str, int], passing: Mapping[str, float]) -> list[LoadRun]:
-    """Return the runs of a model that is loaded in an order, by the bytes of each tensor that stay, and at most beside them."""
+def runs_of(order: Sequence[tuple[str, tuple[str, ...]]], steps: Mapping[str, LoadStep]) -> list[LoadRun]:
+    """Return the runs of a model that is loaded in an order, by what each tensor takes: what a placement does not split."""
     alike: dict[tuple[str, ...], LoadRun] = {}  # a layer is loaded as the one before
     for piece, paths in order:
         if paths not in alike:
-            alike[paths] = _run(piece, paths, held, passing)
+            alike[paths] = _run(piece, [steps[path] for path in paths])
     return [alike[paths]._replace(piece=piece) for piece, paths in order]
 
 
-def _run(piece: str, paths: Sequence[str], held: Mapping[str, int], passing: Mapping[str, float]) -> LoadRun:
-    later, beyond, most = 0, -math.inf, 0.0
-    for path in reversed(paths):
-        beyond, most = max(beyond, passing[path] - later), max(most, passing[path])
-        later += held[path]
-    return LoadRun(piece, later, beyond, most)
+def _run(piece: str, steps: Sequence[LoadStep]) -> LoadRun:
+    held, grows, beyond, passing = 0, 0.0, -math.inf, -math.inf
+    for step in reversed(steps):
+        beyond, passing = max(beyond, step.passing - held), max(passing, step.passing - grows)
+        held, grows = held + step.held, grows + step.grows
+    return LoadRun(piece, held, beyond, passing, grows)
 
 
 def on_card(runs: Sequence[LoadRun], pieces: Iterable[str] | None, sequential: bool) -> Bytes:
     """Return the bytes beyond the final ones at the worst moment of loading, for the pieces of one GPU; None means all.
 
     One thread sets tensors in order. Unless it quantizes, or something goes to the disk, four more copy ahead of it: at worst all
-    is on the card while the first stack is made.
+    is on the card, as it is stored, while the first stack is made or the first weight unpacked.
     """
     there = None if pieces is None else frozenset(pieces)
-    rest, most = 0.0, 0.0
-    mine = [run for run in runs if there is None or run.piece in there]
-    for run in reversed(mine):
-        most = max(most, run.beyond - rest)
-        rest += run.held
-    ahead = most if sequential else max((run.passing for run in mine), default=0.0)
-    return Bytes(low=most, best=ahead, high=ahead)
+    rest, grows, most, ahead = 0.0, 0.0, 0.0, 0.0
+    for run in reversed([run for run in runs if there is None or run.piece in there]):
+        most, ahead = max(most, run.beyond - rest), max(ahead, run.passing - grows)
+        rest, grows = rest + run.held, grows + run.grows
+    found = most if sequential else ahead
+    return Bytes(low=most, best=found, high=found)

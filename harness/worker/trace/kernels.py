@@ -321,7 +321,7 @@ def chosen_as_on(card: CardKernels, ledger: Ledger, whole: bool) -> Iterator[Non
 
     with (
         swapped(modeling_flash_attention_utils, "lazy_import_flash_attention", _flash_package(ledger)),
-        swapped(ledger, "rules", rules(ledger, card, whole)),
+        swapped(ledger, "rules", {**ledger.rules, **rules(ledger, card, whole)}),
         swapped(F, "scaled_dot_product_attention", AttentionCall(ledger, card, whole)),
         in_place_of_hub_kernels(),
         in_place_of_packages(ledger, card, whole),

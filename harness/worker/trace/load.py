@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,17 +28,25 @@ import transformers.integrations.accelerate
 import transformers.utils.import_utils
 from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedModel, modeling_utils
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    PreTrainedModel,
+    QuantoConfig,
+    modeling_utils,
+)
 
 from harness.architecture.card_kernels import kernels_of
 from harness.core.methods.table import METHODS, method_name, settings_of
-from harness.core.precisions import PRECISIONS
+from harness.core.precisions import PRECISIONS, Config
 from harness.core.records import Record
 from harness.worker.trace import kernels
-from harness.worker.trace.ledger import Allocation, Ledger, fake_card
+from harness.worker.trace.ledger import Allocation, Ledger, Rules, fake_card
 
 CARD_BYTES = 1 << 40  # so large that nothing is refused, unless a test of "auto" says otherwise
 _LARGEST = 6
+_MOST_SIDES = 4  # of a shape that is stored beside what is packed
 
 
 class LoadPeak(Record, frozen=True, kw_only=True):
@@ -123,7 +132,7 @@ def _counted(cards: Cards, found: list[Ledger], counting: contextlib.ExitStack) 
 
     def loads(*given: Any, **named: Any) -> Any:
         """Load the files, and count from here on."""
-        ledger = counting.enter_context(fake_card({}, card.capability))
+        ledger = counting.enter_context(fake_card(_written_in_python(), card.capability))
         counting.enter_context(kernels.chosen_as_on(card, ledger, whole=False))
         counting.enter_context(_named(ledger))
         found.append(ledger)
@@ -148,15 +157,24 @@ def _arguments(directory: Path, precision: str, device_map: Any) -> dict[str, An
     if row.quantization is None:
         return {"dtype": dtype, **_unpacking(directory)}
     if not isinstance(row.quantization, Mapping):
-        raise ValueError(f"no trace of loading in {precision}: its tensors are of a class that no fake can be")
+        return {"dtype": dtype, "quantization_config": _evaluated(row.quantization)}
     settings = {name: value for name, value in row.quantization.items() if name != "quant_method"}
     if row.quantization["quant_method"] == "fp8":
         return {"dtype": dtype, "quantization_config": FineGrainedFP8Config(**settings)}
+    if row.quantization["quant_method"] == "quanto" and settings["weights"] == "int8":
+        return {"dtype": dtype, "quantization_config": QuantoConfig(**settings)}
     if row.quantization["quant_method"] == "bitsandbytes":
         off_gpu = row.off_gpu if is_divided and row.off_gpu else {}
         compute = {"bnb_4bit_compute_dtype": dtype} if settings.get("load_in_4bit") else {}
         return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**settings, **compute, **off_gpu)}
-    raise ValueError(f"no trace of loading in {precision}: what its quantizer allocates is not known")
+    why = _NOT_TRACED.get(precision, "what its quantizer allocates is not known")
+    raise ValueError(f"no trace of loading in {precision}: {why}")
+
+
+# Why what a package quantizes cannot be followed with fake tensors.
+_NOT_TRACED = {
+    "quanto-int4": "optimum-quanto packs tensors of torch's own class alone (tensor/weights/qbits.py), and a fake is none"
+}
 
 
 def _unpacking(directory: Path) -> dict[str, Any]:
@@ -165,9 +183,14 @@ def _unpacking(directory: Path) -> dict[str, Any]:
     method = METHODS.get(method_name(settings)) if settings else None
     if method is None or method.unpacked is None:
         return {}
+    return {"quantization_config": _evaluated(method.unpacked)}
+
+
+def _evaluated(config: Config) -> Any:
+    """Return the object that a row of our own tables writes as code."""
     names = dict[str, Any]()
-    exec("\n".join(method.unpacked.imports), names)  # of our own table
-    return {"quantization_config": eval(method.unpacked.expression, names)}
+    exec("\n".join(config.imports), names)
+    return eval(config.expression, names)
 
 
 def _peak(ledger: Ledger, device: torch.device) -> LoadPeak:
@@ -295,11 +318,28 @@ def _transformers(loader: Loader) -> Iterator[tuple[Any, str, Any]]:
         yield bitsandbytes.nn, name, functools.partial(_Quantized, getattr(bitsandbytes.nn, name))
 
 
+def _written_in_python() -> Rules:
+    """Return the operators of packages whose kernels are Python: run step by step, so that what they take on the way is counted."""
+    try:
+        import optimum.quanto  # noqa: F401 registers its operators
+    except ImportError:
+        return {}
+    own = (torch.ops.quanto.quantize_symmetric.default, torch.ops.quanto.quantize_affine.default)
+    return {operator: functools.partial(operator._op_dk, _IN_PYTHON) for operator in own}
+
+
+_IN_PYTHON = torch._C.DispatchKey.CompositeExplicitAutograd
+
+
 def _materialize_copy(tensor: Any, device: Any = None, dtype: Any = None) -> torch.Tensor:
-    """Copy a stored tensor, of which its header says enough."""
+    """Copy a stored tensor, of which its header says enough, but where whole numbers may be the shape of another."""
     if not isinstance(tensor, torch.Tensor):
-        named = modeling_utils.str_to_torch_dtype[tensor.get_dtype()]
-        tensor = torch.empty(tensor.get_shape(), dtype=named, device="cpu")
+        named, shape = modeling_utils.str_to_torch_dtype[tensor.get_dtype()], tensor.get_shape()
+        if named.is_floating_point or math.prod(shape) > _MOST_SIDES:
+            tensor = torch.empty(shape, dtype=named, device="cpu")
+        else:
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                tensor = tensor[...]
     moved: torch.Tensor = tensor.to(device=device, dtype=dtype)
     return moved
 
