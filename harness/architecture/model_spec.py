@@ -18,6 +18,7 @@ from harness.architecture import skeleton, skeleton_source, validate
 from harness.architecture.ask_worker import NotMeasured, RefusedConfig, UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Skeleton
+from harness.architecture.stored.storages import Storages, storages_of
 from harness.architecture.vision.image_trace import ImageTrace
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
@@ -90,6 +91,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     checkpoint_bytes: int
     context_length: int | None = None
     file_format: str = "safetensors"
+    storages: Storages = Storages()
     packed: Packed | None = None
     tensor_bytes: int | None = None  #: stored bytes of a checkpoint that is quantized already and whose headers were read
     as_held: bool = False  #: whether the files, whose headers were read, name every tensor as the model does: no stack is made
@@ -177,7 +179,6 @@ def read_spec(source: Source) -> ModelSpec:
         raise UsageError(
             f"{source.name} is not on this machine yet: run pytest cases/ --model {source.name} once, or name a directory"
         )
-
     return of_checkpoint(source.name, source.location, reader.read_hub(source.hub_id, file=source.file), None)
 
 
@@ -228,6 +229,7 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         checkpoint_bytes=read.bytes,
         context_length=read.context_length,
         file_format=read.files[0].format if read.files else "safetensors",
+        storages=storages_of(read.tensors, found),
         packed=packed,
         # Masks beside the weights are not loaded.
         tensor_bytes=sum(tensor.bytes for tensor in read.distinct if tensor.dtype != "bool") if packed else None,
@@ -255,8 +257,7 @@ def _untied(found: Skeleton, read: Checkpoint) -> tuple[Skeleton, str | None]:
     if read.other_head is None or not found.tied:
         return found, None
     wanted = {weight.path: weight for weight in found.weights}
-    placed = (found.naming or Naming()).place(read.other_head, wanted).name
-    head = read.other_head if read.other_head in wanted else placed
+    head = read.other_head if read.other_head in wanted else (found.naming or Naming()).place(read.other_head, wanted).name
     if head not in found.tied:
         return found, None
     rest = {name: source for name, source in found.tied.items() if name != head}
@@ -286,8 +287,7 @@ def _gguf(read: Checkpoint, why: str | None) -> Gguf:
 def _has_class(config: Mapping[str, Any], found: Skeleton) -> bool:
     """Say whether the skeleton was built with a class that is registered for the config's own name, and so loads the model too.
 
-    Its name may add to that of the config: "gemma3_text", "chatglm2". Where the skeleton is that of another class with the same
-    shapes, nothing but the model's own code loads it.
+    Its name may add to it: "gemma3_text", "chatglm2". One of another class with the same shapes only the model's own code loads.
     """
     kind = config.get("model_type")
     return found.source.startswith("transformers") and bool(kind) and found.model_type.startswith(str(kind))

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 
 from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
+from harness.architecture.stored.packed_check import block_fault, lacking_part, left_in_16_bits, scale_of, sides
 from harness.checkpoint.adapter import Adapter, LoraModule
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.layouts import FP8_SCALES, Layout
+from harness.checkpoint.layouts import Layout
 from harness.checkpoint.quantization import Packed, bits_said, first_packed, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
@@ -158,8 +159,8 @@ class _Comparison:
         assert self.layout is not None
         for stored in packed:
             self._raise_other_type(stored)
-            if self.layout.scales and not stored.parts.keys() & set(self.layout.scales):
-                name = f"{stored.name.removesuffix('.weight')}{self.layout.scales[0]}"
+            if lacked := lacking_part(self.layout, stored.parts.keys()):
+                name = f"{stored.name.removesuffix('.weight')}{lacked}"
                 raise self._error(
                     stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
                 )
@@ -204,11 +205,12 @@ class _Comparison:
         """Say what is wrong with the parts of a packed weight of this shape."""
         assert self.packed is not None
         assert self.layout is not None
-        if len(shape) != 2 or self.packed.varies:
+        whole = self.packed.method is not None and self.packed.method.whole_blocks is not None
+        if len(shape) != 2 or (self.packed.varies and not whole):
             return None
         bits, group = self.packed.bits, self.packed.group
         if self.packed.block is not None:
-            return _block_fault(stored, shape, self.packed.block)
+            return block_fault(stored.parts, shape, self.packed.block)
         if self.layout.groups and group not in (0, shape[1], *self.layout.groups) and not self.packed.own:
             known = ", ".join(map(str, self.layout.groups))
             return f"{shown(stored.tensor.name)} is packed in groups of {group} by the config, and kernels know {known}"
@@ -218,7 +220,7 @@ class _Comparison:
         if wrong is None:
             return None
         part, asked = wrong
-        what = f"{shown(stored.parts[part].name)} is {_by(stored.parts[part].shape)}"
+        what = f"{shown(stored.parts[part].name)} is {sides(stored.parts[part].shape)}"
         for other in self.layout.bits:
             if other != bits and self.layout.fault(stored.parts, shape, other, group) is None:
                 return f"{what}, which means {other} bits, and the config says {bits}"
@@ -226,7 +228,7 @@ class _Comparison:
         for other in {-(-shape[1] // max(count, 1)) for count in groups} - {group}:
             if self.layout.fault(stored.parts, shape, bits, other) is None:
                 return f"{what}, which means groups of {other}, and the config says {group or 'none'}"
-        return f"{what}, the config asks for {_by(asked)}"
+        return f"{what}, the config asks for {sides(asked)}"
 
     # ---- shapes ----
 
@@ -241,12 +243,14 @@ class _Comparison:
         shape, tensor = weight.tensor.shape, stored.tensor
         if stored.packed:
             return self._packed_fault(stored, shape[::-1] if stored.name in self.turned else shape)
+        if left := left_in_16_bits(self.packed, self.read.config, tensor, weight):
+            return left
         if tensor.shape != shape and not self._converts(stored, shape):
-            return f"{shown(tensor.name)} is {_by(tensor.shape)}, the config asks for {_by(shape)}"
+            return f"{shown(tensor.name)} is {sides(tensor.shape)}, the config asks for {sides(shape)}"
         if (
             (self.packed is None or self.packed.plain)
             and tensor.dtype.startswith("float8")
-            and (scale := _scale_of(tensor.name, self.names))
+            and (scale := scale_of(tensor.name, self.names))
         ):
             what = f"{shown(tensor.name)} is {tensor.dtype} with {shown(scale)} beside it"
             return f"{what}, which transformers leaves out: the config says nothing of packed weights"
@@ -270,7 +274,7 @@ class _Comparison:
             wanted = [self.wanted[path].tensor.shape for path in made if path in self.wanted]
             shapes = {source: [stored.tensor.shape for stored in group] for source, group in sources.items()}
             if step.fault(shapes, wanted):
-                asked = " and ".join(_by(shape) for shape in wanted)
+                asked = " and ".join(sides(shape) for shape in wanted)
                 count = f"{len(everything)} tensors" if len(everything) > 1 else "one tensor"
                 first = everything[0]
                 what = f"{shown(first.name)} and what belongs to it, {count}, do not make {shown(name)}, {asked} by the config"
@@ -360,27 +364,8 @@ def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[StoredW
             yield from (StoredWeight(tensor.name, {"": tensor}) for tensor in parts.values())
 
 
-def _scale_of(name: str, names: Set[str]) -> str | None:
-    """Return which of the tensors scales a weight of 8 bits, None if none does."""
-    return next((scale for part in FP8_SCALES if (scale := f"{name.removesuffix('.weight')}{part}") in names), None)
-
-
-def _block_fault(stored: StoredWeight, shape: Shape, block: Shape) -> str | None:
-    """Say that a weight has not one scale for each block that its config speaks of."""
-    scale = next((tensor for part, tensor in stored.parts.items() if part in FP8_SCALES), None)
-    asked = tuple(-(-side // by) for side, by in zip(shape, block, strict=True))
-    if scale is None or scale.shape == asked:
-        return None
-    what = f"{shown(scale.name)} is {_by(scale.shape)}"
-    return f"{what}, and blocks of {_by(block)}, as the config says, have {_by(asked)} scales"
-
-
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile(joined) if (joined := "|".join(f"({pattern})" for pattern in patterns)) else None
-
-
-def _by(shape: Shape) -> str:
-    return " x ".join(str(side) for side in shape) or "a single number"
 
 
 def modules_of(adapter: Adapter, skeleton: Skeleton) -> dict[str, LoraModule]:

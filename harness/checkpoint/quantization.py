@@ -49,6 +49,7 @@ _WITH_VARIANTS = ("gptq", "awq", "bitsandbytes_4bit", "bitnet")
 _WORDS_OF_BITS = ("bitnet", "gemma", "quark")
 # ... that tell modules apart whose bits are others
 _VARY_KEYS = ("dynamic", "extra_config", "layer_quant_config")
+_PACKING_KEYS = ("packing_format", "version")
 # ... that say which modules are packed, where those are not all Linears but the head
 _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head", "llm_int8_skip_modules")
 
@@ -70,7 +71,7 @@ class Packed(Record, frozen=True, kw_only=True):
     scheme: str | None = None  #: what bitsandbytes calls weights of 4 bits that are stored so
     floats: tuple[int, int] = (0, 0)  #: elements and bytes of the scales and codebooks in the files
     dtype: str | None = None  #: what the config says of the rest, where nothing else runs
-    packing: str = ""  #: how AutoRound says that it is packed
+    packing: str = ""  #: how AutoRound or AWQ says that it is packed
     stored_by: str | None = None  #: the row of LAYOUTS; None: how its files hold weights is not known
     plain: bool = False  #: the files hold weights in 16 bits, with scales beside them
     beside: int = 0  #: bytes of scales and of all else that the files hold beside weights
@@ -207,7 +208,7 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         scheme=title.rpartition("4-bit ")[2].replace(",", "") if name == "bitsandbytes_4bit" else None,
         floats=floats,
         dtype=config.get("torch_dtype") or config.get("dtype") if known is not None and held in known.bound else None,
-        packing=str((settings or {}).get("packing_format", "")),
+        packing=str(next(filter(None, map((settings or {}).get, _PACKING_KEYS)), "")).casefold(),
         stored_by=None if plain else stored_by,
         plain=plain,
         beside=sum(tensor.bytes for tensor in tensors if _BESIDE.search(tensor.name)),

@@ -70,6 +70,11 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:,.{min(max(digits - 1 - power, 0), 15)}f}"
 
 
+def significant_step(value: float, digits: int = 3) -> float:
+    """Return what the last digit is worth that `significant` writes of a value above 0: 0.01 of 1.23."""
+    return float(10.0 ** (int(f"{value:.{digits - 1}e}".partition("e")[2]) - digits + 1))
+
+
 def format_gib(size: float) -> str:
     """Write bytes as a bare number of GiB, for places that name the unit once."""
     return significant(size / GIB)

@@ -574,7 +574,8 @@ def test_packing_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
     """Other versions of AWQ's layout, other bits for some modules, weights of bitsandbytes stored as other numbers."""
     assert odd(spec(packed(tmp_path / "a", "awq", version="gemv"))) == ()
     assert odd(spec(packed(tmp_path / "m", "gptq", bits=8, is_marlin_format=True))) == ()
-    assert odd(spec(packed(tmp_path / "b", "gptq", bits=8, dynamic={"+:.*q_proj.*": {"bits": 4}}))) == ()
+    with pytest.raises(CheckpointError, match="which means 4 bits, and the config says 8"):  # whatever rules say: none is read
+        spec(packed(tmp_path / "b", "gptq", bits=8, dynamic={"+:.*q_proj.*": {"bits": 4}}))
     settings = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.report.page.axes import Axis, percent, short, text_width, tick_texts
+from harness.report.page.axes import Axis, percent, rounded, short, text_width, tick_texts
 
 POSITIVE = st.floats(1e-12, 1e15)
 
@@ -32,6 +32,17 @@ def test_ticks_are_round_lie_on_the_axis_and_are_about_as_many_as_asked(low: flo
     else:
         assert len(ticks) >= about / 3 - 1
         assert all(step == pytest.approx(ticks[1] - ticks[0]) for step in (after - before for before, after in pairwise(ticks)))
+
+
+@given(POSITIVE, st.floats(0, 1e3), st.floats(0.01, 1), st.integers(2, 12))
+def test_ends_are_round_hold_the_values_and_span_what_they_must(low: float, times: float, share: float, about: int) -> None:
+    high, least = low * (1 + times), low * share
+    start, end = rounded(low, high, about, least=least)
+    assert 0 <= start <= low * (1 + 1e-9)
+    assert end >= high * (1 - 1e-9)
+    assert end - start >= min(least, low + least / 2) * (1 - 1e-9)
+    ticks = Axis(low=start, high=end, start=0, end=1).ticks(about)
+    assert all(any(math.isclose(one, tick, abs_tol=end * 1e-9) for tick in ticks) for one in (start, end)) or len(ticks) >= 2
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,17 @@ def test_speeds_that_are_near_each_other_are_not_drawn_by_their_logarithm() -> N
     assert "log scale" in panel(case("a", GIB, 10), case("b", GIB, 101)).drawing
 
 
+def test_sizes_that_are_written_alike_lie_beside_each_other() -> None:
+    """A ten-thousandth of a GiB apart, they were at both ends of the drawing."""
+    found = panel(case("a", int(1.7301 * GIB), 10), case("b", int(1.7302 * GIB), 20))
+    (left, _), (right, _) = (places(found.drawing)[f"{name}/cpu"] for name in "ab")
+    assert 0 <= right - left < 1
+    assert 25 < left < 75
+    marks = re.findall(r'<text class="middle" x="(.+?)%" y=".+?">(.+?)<', found.drawing)
+    assert {marks[0][0], marks[-1][0]} == {"0", "100"}
+    assert all(len(text) <= len("1.75") for _, text in marks)
+
+
 def test_ram_and_vram_never_share_an_axis() -> None:
     mixed = [case(f"r{i}", (i + 1) * GIB, 1 + i) for i in range(3)]
     mixed = [replace(result, machine=builders.machine(builders.gpu())) for result in mixed]
@@ -364,8 +375,9 @@ def test_hostile_names_stay_text_and_are_cut() -> None:
 
 def test_a_point_takes_few_bytes() -> None:
     few, many = (
-        overview(cells(*(case(f"int4-{i}", GIB + i, 10 + i) for i in range(count)))) for count in (tradeoff.MOST_NAMES, 216)
+        overview(cells(*(case(f"int4-{i}", GIB + i * (GIB >> 7), 10 + i) for i in range(count))))
+        for count in (tradeoff.MOST_NAMES, 216)
     )
     assert few
     assert many
-    assert (len(many.panels[0].drawing) - len(few.panels[0].drawing)) / (216 - tradeoff.MOST_NAMES) < 150
+    assert (len(many.panels[0].drawing) - len(few.panels[0].drawing)) / (216 - tradeoff.MOST_NAMES) < 155

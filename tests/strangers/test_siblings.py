@@ -36,7 +36,7 @@ from harness.worker import build_skeleton as worker
 from harness.worker import model as work
 from tests.strangers import architectures
 from tests.strangers.stored_forms import BF16, F8, FORMS, I8, I32, I64, SMALL, Form, Tensors, save_form, save_tensors, tensors_of
-from tests.support import strangers
+from tests.support import packed_files, strangers
 from tests.support.builders import case, machine
 from tests.support.small_models import held_bytes
 
@@ -199,6 +199,54 @@ def below(where: str) -> Make:
     return lambda folder: strangers.save_llama(folder / where)
 
 
+def quantized_with(folder: Path, **said: Any) -> None:
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    rewrite(folder / "config.json", quantization_config={**settings, **said})
+
+
+def gptq(plain_ones: str = "", **said: Any) -> Make:
+    """Make a Llama in GPTQ with settings, and with some of its modules in 16 bits."""
+
+    def make(folder: Path) -> None:
+        meant, weights = packed_files.save_gptq(folder, 4, 128), load_file(folder / MAIN)
+        for name, weight in meant.items() if plain_ones else ():
+            if re.search(plain_ones, name):
+                base = name.removesuffix("weight")
+                weights = {key: tensor for key, tensor in weights.items() if not key.startswith(base)} | {name: weight.half()}
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / MAIN, {"format": "pt"})
+        quantized_with(folder, **said)
+
+    return make
+
+
+def gptq_of_two_widths(folder: Path) -> None:
+    other = folder.parent / "other"
+    packed_files.save_gptq(folder, 4, 128)
+    packed_files.save_gptq(other, 8, 128)
+    narrow, wide = load_file(folder / MAIN), load_file(other / MAIN)
+    save_file({name: (wide if ".1." in name else narrow)[name] for name in narrow}, folder / MAIN, {"format": "pt"})
+    quantized_with(folder, dynamic={r"+:.*layers\.1\..*": {"bits": 8}})
+
+
+def awq(version: str) -> Make:
+    def make(folder: Path) -> None:
+        packed_files.save_awq(folder, 128)
+        quantized_with(folder, version=version)
+
+    return make
+
+
+def without_part(save: Callable[..., Any], bits: int | None, part: str) -> Make:
+    """Make a Llama without a part of its packed weights."""
+
+    def make(folder: Path) -> None:
+        save(folder, *(() if bits is None else (bits,)), 128)
+        kept = {name: tensor for name, tensor in load_file(folder / MAIN).items() if not name.endswith(part)}
+        save_file(kept, folder / MAIN, {"format": "pt"})
+
+    return make
+
+
 # ---- what runs -------------------------------------------------------------------------------------------------------------
 
 RUNS: Mapping[str, Make] = {
@@ -262,6 +310,9 @@ RUNS: Mapping[str, Make] = {
     "4 bits of an order that is not kept": packed(
         lambda _: words(4, 128), compressed("pack-quantized", group("Linear", **W4, actorder="weight"))
     ),
+    # GPTQ, where gptqmodel and optimum are installed
+    "GPTQ with rules that change nothing": gptq(dynamic={r"-:.*vision.*": {}, r"+:.*layers\.1\..*": {"desc_act": True}}),
+    "GPTQ of named modules": gptq("self_attn", modules_in_block_to_quantize=[["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]]),
     # layouts of files
     "shards of bin": in_bins(metadata=True),
     "weights in two formats": lambda folder: strangers.add_pickle(strangers.save_llama(folder), folder / "never"),
@@ -368,6 +419,14 @@ REFUSED: Mapping[str, tuple[Make, str]] = {
         packed(lambda _: words(4, 128), {**compressed("pack-quantized"), "config_groups": {"W4A17": ["Linear"]}}),
         "no scheme that is known by its name",
     ),
+    "GPTQ that leaves modules out": (
+        gptq(r"layers\.0\.self_attn", dynamic={r"-:.*layers\.0\.self_attn.*": {}}),
+        "is float16, and optimum packs every Linear of the blocks, whatever 'dynamic' says",
+    ),
+    "GPTQ of two widths": (gptq_of_two_widths, "which means 8 bits, and the config says 4"),
+    "GPTQ without its order": (without_part(packed_files.save_gptq, 4, ".g_idx"), r"without its 'model\.layers.*g_idx'"),
+    "AWQ without its zeros": (without_part(packed_files.save_awq, None, ".qzeros"), r"without its 'model\.layers.*qzeros'"),
+    **{f"AWQ, {version}": (awq(version), f"no layer for AWQ's {version} packing") for version in ("gemv", "gemv_fast", "llm-awq")},
     "a variant alone": (renamed("model.fp16.safetensors"), "a variant .*finds it by variant='fp16'; here rename"),
     "a variant in bin alone": (renamed("pytorch_model.fp16.bin"), "a variant .*finds it by variant='fp16'; here rename"),
     "the makers' file alone": (renamed("consolidated.safetensors"), "as its makers' own code keeps it"),
@@ -397,7 +456,7 @@ def test_a_sibling_that_transformers_cannot_run_is_told(name: str, tmp_path: Pat
     make(tmp_path / "model")
     try:
         plan = Planner(model_spec.read_spec(resolve.resolve(str(tmp_path / "model"))), here(), here=True).plan(
-            case("int4" if said == SIDES else "bf16", "cpu")
+            case("int4" if said == SIDES else "awq-int4" if name.startswith("AWQ,") else "bf16", "cpu")
         )
     except HarnessError as error:
         told = str(error)
@@ -413,7 +472,7 @@ def runs(folder: Path) -> bool:
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", output_loading_info=True)
         loaded[0].generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
-    except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, ImportError):
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError, OSError, ImportError):
         return False
     return not any(loaded[1].values())
 

@@ -20,6 +20,7 @@ PACKAGE = "compressed-tensors"
 WIDTHS = range(1, 17)
 GROUPS = (None, -2, -1, 0, 128)
 BLOCKS = (None, [128, 128])
+DYNAMIC: tuple[bool | str, ...] = (False, True, "local")
 # Of each key with words: what is said beside it, so that the word alone decides.
 BESIDE: Mapping[str, Mapping[str, Any]] = {"actorder": {"strategy": "group", "group_size": 128}}
 
@@ -54,7 +55,7 @@ def answers() -> dict[str, Any]:
     library = import_module("compressed_tensors.quantization")
     made, group = library.QuantizationArgs.model_validate, library.QuantizationScheme.model_validate
     strategies = [None, *(one.value for one in library.QuantizationStrategy)]
-    whole = product(strategies, GROUPS, BLOCKS, (False, True, "local"))
+    whole = product(strategies, GROUPS, BLOCKS, DYNAMIC)
     presets = import_module("compressed_tensors.quantization.quant_scheme").PRESET_SCHEMES
     return {
         "version": version(PACKAGE),

@@ -28,10 +28,11 @@ def read_bin(blob: Blob) -> list[StoredTensor]:
     """
     check_present(blob)
     magic = blob.read(0, min(4, blob.size))
-    views = _read_zip(blob) if magic == b"PK\x03\x04" else _read_legacy(blob)
+    is_zip = magic == b"PK\x03\x04"
+    views = _read_zip(blob) if is_zip else _read_legacy(blob)
     if not views:
         raise CheckpointError(blob.where, f"holds no tensors by name at its top level, so it is not a state dict: {CONVERT}")
-    return [_tensor(blob, name, view) for name, view in views.items()]
+    return [_tensor(blob, name, view, mapped=is_zip) for name, view in views.items()]
 
 
 def _read_zip(blob: Blob) -> dict[str, View]:
@@ -83,6 +84,14 @@ def _named_views(value: Any) -> dict[str, View]:
     return {name: view for name, view in value.items() if type(name) is str and type(view) is View}
 
 
-def _tensor(blob: Blob, name: str, view: View) -> StoredTensor:
-    shared = f"{view.storage.key}:{view.offset}:{view.bytes}"
-    return StoredTensor(name=name, dtype=view.dtype, shape=view.shape, bytes=view.bytes, file=blob.name, storage=shared)
+def _tensor(blob: Blob, name: str, view: View, *, mapped: bool) -> StoredTensor:
+    return StoredTensor(
+        name=name,
+        dtype=view.dtype,
+        shape=view.shape,
+        bytes=view.bytes,
+        file=blob.name,
+        storage=f"{view.storage.key}:{view.offset}:{view.bytes}",
+        storage_bytes=view.storage.bytes,
+        mapped=mapped,
+    )

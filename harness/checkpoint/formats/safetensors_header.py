@@ -68,6 +68,8 @@ class StoredTensor(Record, frozen=True, kw_only=True):
     file: str
     storage: str | None = None
     offset: int | None = None  #: where its bytes begin in the file, of safetensors
+    storage_bytes: int | None = None  #: of all that `storage` is a view of, where a format can share bytes
+    mapped: bool = True  #: whether torch maps its file; older ones of `.bin` are read
 
 
 class _Entry(msgspec.Struct, frozen=True):

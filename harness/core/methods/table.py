@@ -32,7 +32,7 @@ class Method(Record, frozen=True, kw_only=True):
     held: str = "uint8"  #: the dtype that Linear weights have in memory, where the headers of the files were not read
     floats: Literal["stored", "asked", "float32"] = "stored"  #: the dtype that scales and codebooks have in memory
     cpu_dtypes: tuple[str, ...] = ()  #: the only dtypes that the rest may be in on a processor; empty: any
-    cpu_lacks: Mapping[str, str] = {}  #: end of the config's `packing_format` -> why a processor has no layers for it
+    cpu_lacks: Mapping[str, str] = {}  #: end of the config's `packing_format` or version -> why a processor has no layers for it
     bound: tuple[str, ...] = ()  #: dtypes of weights that leave the rest of the model no dtype but the config's own
     bits: int = 4  #: of a weight, where the config does not say
     packs_linears: bool = True  #: Linear weights are packed
@@ -48,6 +48,7 @@ class Method(Record, frozen=True, kw_only=True):
     layout: str | None = None  #: whose row of LAYOUTS its files follow, where it is another method's
     writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
     plain_when: Mapping[str, tuple[Any, ...]] = {}  #: key of the config -> values (None: no word) of 16-bit weights in the files
+    whole_blocks: str | None = None  #: why no Linear in the blocks may be left in 16 bits, but those that the config does not name
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
     faults: Callable[[Mapping[str, Any]], str | None] | None = None  #: says why its package does not take a config
@@ -113,6 +114,10 @@ def _derived(row: Method, **changed: Any) -> Method:
     return Method(**(fields | changed))
 
 
+_AWQ_ON_CARDS = {
+    version: f"gptqmodel has no layer for AWQ's {version} packing on a processor: take one that is packed as gemm, or a GPU"
+    for version in ("gemv", "gemv_fast", "llm-awq")
+}
 _ROWS = (
     Method(
         name="awq",
@@ -123,6 +128,7 @@ _ROWS = (
         held="int32",
         group=128,
         on_cards=True,
+        cpu_lacks=_AWQ_ON_CARDS,
         writes={"zero_point": True, "version": "gemm"},
     ),
     Method(
@@ -154,6 +160,7 @@ _ROWS = (
         held="int32",
         group=128,
         on_cards=True,
+        whole_blocks="optimum packs every Linear of the blocks, whatever 'dynamic' says: use the gptqmodel package by itself",
         writes={"sym": True, "desc_act": False},
     ),
     Method(

@@ -241,11 +241,11 @@ class Footprint:
         if self._reads_files:
             return self._read_whole(here, elsewhere, runs, brought)
         return TierTerms(
-            weights=self.weights.get("cpu", 0),
+            weights=self.weights.get("cpu", 0) + _kept_by_views(self, here),
             copied=int(here.made),
             # Tensors that stay views keep their file mapped, and with it the pages that were read to make the others.
             mapped=_exact(touched + file) + self._kept_mapped(beyond) if here.viewed else Bytes(),
-            read=int(here.viewed_used),
+            read=int(here.viewed_used) + _kept_by_views(self, here),
             brought=0 if self._copies_brought else brought,
             kv=self.kv.get("cpu", 0),
             activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(brought if self._copies_brought else 0),
@@ -288,16 +288,20 @@ class Footprint:
 
     @property
     def _reads_files(self) -> bool:
-        """Whether files are read into the RAM one by one instead of mapped: accelerate's own dispatch does so with .bin."""
-        return self.loading.rewrites and self.spec.file_format == "bin"
+        """Whether files are read into the RAM instead of mapped: by accelerate's own dispatch any .bin, by torch older ones."""
+        return (self.loading.rewrites and self.spec.file_format == "bin") or not self.spec.storages.mapped
 
     def _read_whole(self, here: TensorTotals, elsewhere: float, runs: float, brought: int) -> TierTerms:
-        """Return the terms of the RAM while a file is there whole, until what went elsewhere and what was cast is freed."""
-        largest = self.spec.largest_file
-        gone = elsewhere + here.made_from + here.twice
+        """Return the terms of the RAM while a file is there whole, until what went elsewhere and what was cast is freed.
+
+        accelerate's own dispatch has one file there at a time, transformers all; views keep their storages.
+        """
+        largest = self.spec.largest_file if self.loading.rewrites else None
+        kept = _kept_by_views(self, here)
+        gone = elsewhere + here.made_from + here.twice + self.spec.storages.beyond - kept
         return TierTerms(
-            weights=self.weights.get("cpu", 0),
-            copied=int(here.held),
+            weights=self.weights.get("cpu", 0) + kept,
+            copied=int(here.held) + kept,
             kv=self.kv.get("cpu", 0),
             activation=self.calibration["cpu_activation_share"].amount(runs) + _exact(brought),
             overhead=self.overhead.anonymous,
@@ -327,6 +331,11 @@ def _activations(of: Footprint, computed: GpuActivations | Activations, tier: st
         return max(prefill, decode, 0)
     looking = image.peak_bytes(images, element) - of.kv.get(tier, 0)
     return max(looking, prefill + image.kept_bytes(images, element), decode + images * image.pixels_bytes * element // 2, 0)
+
+
+def _kept_by_views(of: Footprint, here: TensorTotals) -> int:
+    """Return the bytes of storages that weights in the RAM keep beyond their own."""
+    return of.spec.storages.beyond if here.viewed and of.tiers == "cpu" and not of.fmt.quantizer else 0
 
 
 def _gpus(count: int) -> list[str]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from harness.core import units
 
+_ROUNDING = 1e-9  # of a step: an end that is round is marked, whatever a division makes of it
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -41,11 +43,25 @@ class Axis:
         return _log_ticks(self.low, self.high, about) if self.log else _ticks(self.low, self.high, unit, about)
 
 
+def rounded(low: float, high: float, about: int, unit: float = 1, least: float = 0.0) -> tuple[float, float]:
+    """Return round ends about these values, about as many steps apart; at least `least`, however near each other they are."""
+    middle, half = (low + high) / 2, max(high - low, least) / 2
+    low, high = (max(0.0, middle - half), middle + half) if low >= 0 else (middle - half, middle + half)
+    ends, step = (0.0, 0.0), 0.0
+    while step != (step := _step(low, high, unit, about)):  # wider ends may ask for wider steps
+        ends = low, high = math.floor(low / step + _ROUNDING) * step, math.ceil(high / step - _ROUNDING) * step
+    return ends
+
+
 def _ticks(low: float, high: float, unit: float, about: int) -> list[float]:
+    step = _step(low, high, unit, about)
+    return [step * i for i in range(math.ceil(low / step - _ROUNDING), math.floor(high / step + _ROUNDING) + 1)]
+
+
+def _step(low: float, high: float, unit: float, about: int) -> float:
     rough = (high - low) / unit / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough) * unit
-    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - _ROUNDING)) * unit
 
 
 def _log_ticks(low: float, high: float, about: int) -> list[float]:

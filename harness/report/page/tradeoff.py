@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from harness.core.text import line
-from harness.core.units import GIB, format_gib, format_size, significant
+from harness.core.units import GIB, format_gib, format_size, significant, significant_step
 from harness.report.page import labels
-from harness.report.page.axes import Axis, is_drawable, percent, short, text_width, tick_texts
+from harness.report.page.axes import Axis, is_drawable, percent, rounded, short, text_width, tick_texts
 from harness.report.page.figures import MemoryFigure
 from harness.report.page.view import Cell
 from harness.results.selection import is_sound
 
 PANEL_HEIGHT = 300
 HEIGHT_OF_SEVERAL = 210
+# Marks on the axis of memory, about; and how many steps of the last figure that is written the axis spans at least.
+TICKS, LEAST_STEPS = 4, 20
 # Speeds that differ by more than this factor are drawn on a log scale.
 MOST_LINEAR = 10
 # More names than these make a drawing unreadable.
@@ -129,11 +131,16 @@ def _speeds(speeds: Sequence[float], height: float) -> Axis:
 
 
 def _sizes(sizes: Sequence[float], capacities: Iterable[float]) -> Axis:
-    """Lay out sizes; a capacity that is not far beyond them is taken in as well."""
+    """Lay out sizes between round ends; a capacity that is not far beyond them is taken in as well.
+
+    Sizes that are written alike lie beside each other: the axis spans as many steps of the last figure as make it wide.
+    """
     low, high = min(sizes), max(sizes)
     high = max([high, *(size for size in capacities if size < 1.3 * high)])
-    margin = 0.08 * (high - low or high)
-    return Axis(low=0 if low < 0.4 * high else low - margin, high=high + margin, start=0, end=1)
+    margin = 0.08 * (high - low)
+    low, high = 0 if low < 0.4 * high else low - margin, high + margin
+    low, high = rounded(low, high, TICKS, GIB, LEAST_STEPS * significant_step(max(sizes) / GIB) * GIB)
+    return Axis(low=low, high=high, start=0, end=1)
 
 
 def _panel(kind: str, points: Sequence[Point], speeds: Axis) -> Panel:
@@ -150,7 +157,7 @@ def _panel(kind: str, points: Sequence[Point], speeds: Axis) -> Panel:
 
 
 def _grid(kind: str, scales: Scales) -> Iterable[str]:
-    speeds, sizes = scales.speeds.ticks(5), [size / GIB for size in scales.sizes.ticks(4, GIB)]
+    speeds, sizes = scales.speeds.ticks(5), [size / GIB for size in scales.sizes.ticks(TICKS, GIB)]
     bottom, log = scales.height, ", log scale" if scales.speeds.log else ""
     yield '<g class="axes" aria-hidden="true">'
     for speed, text in zip(speeds, tick_texts(scales.speeds, speeds), strict=True):

@@ -1,0 +1,53 @@
+"""Rules of single methods for the tensors of packed weights, where a shape alone does not tell what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+from harness.architecture.key_mapping import Shape
+from harness.architecture.skeleton import Weight
+from harness.checkpoint.formats.safetensors_header import StoredTensor
+from harness.checkpoint.layouts import FP8_SCALES, Layout
+from harness.checkpoint.quantization import Packed
+from harness.checkpoint.shard_check import shown
+from harness.core.methods.table import settings_of
+
+_NAMED = "modules_in_block_to_quantize"
+
+
+def lacking_part(layout: Layout, parts: Set[str]) -> str | None:
+    """Return a part without which nothing unpacks a weight, None if all are there: libraries leave it as memory happens to be."""
+    if layout.scales and not parts & set(layout.scales):
+        return layout.scales[0]
+    return next((part for part in layout.parts if part not in parts), None)
+
+
+def left_in_16_bits(packed: Packed | None, config: Mapping[str, Any], tensor: StoredTensor, weight: Weight) -> str | None:
+    """Say that a Linear is in 16 bits where the method's library makes a packed layer of it, and why; None if it does not."""
+    why = packed.method.whole_blocks if packed is not None and packed.method is not None else None
+    if why is None or not weight.quantizes or not any(part.isdecimal() for part in weight.path.split(".")):
+        return None
+    named = [name for group in (settings_of(config) or {}).get(_NAMED) or () for name in group]
+    module = weight.path.removesuffix(".weight")
+    return None if named and not module.endswith(tuple(named)) else f"{shown(tensor.name)} is {tensor.dtype}, and {why}"
+
+
+def scale_of(name: str, names: Set[str]) -> str | None:
+    """Return which of the tensors scales a weight of 8 bits, None if none does."""
+    return next((scale for part in FP8_SCALES if (scale := f"{name.removesuffix('.weight')}{part}") in names), None)
+
+
+def block_fault(parts: Mapping[str, StoredTensor], shape: Shape, block: Shape) -> str | None:
+    """Say that a weight has not one scale for each block that its config speaks of."""
+    scale = next((tensor for part, tensor in parts.items() if part in FP8_SCALES), None)
+    asked = tuple(-(-side // by) for side, by in zip(shape, block, strict=True))
+    if scale is None or scale.shape == asked:
+        return None
+    what = f"{shown(scale.name)} is {sides(scale.shape)}"
+    return f"{what}, and blocks of {sides(block)}, as the config says, have {sides(asked)} scales"
+
+
+def sides(shape: Shape) -> str:
+    """Write a shape: 4096 x 128."""
+    return " x ".join(str(side) for side in shape) or "a single number"
