@@ -1,6 +1,7 @@
 """`fitmatrix calibrate [RESULTS...]`: correct the constants of the estimates by what was measured here, and keep that.
 
-Without results it measures: the cases of a small model of random weights, as every case is measured, until its minute is over.
+Without results it measures: the cases of a small model of random weights, as every case is measured, until its minute is over, and
+layers whose weights are stored packed.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.measure or not (args.results or RESULTS.exists()):
         measured = _measured()
         machine = measured[0].machine if measured else machine
-        found = _said(measured, machine, f"what was measured of {MODEL}")
+        found = [*_said(measured, machine, f"what was measured of {MODEL}"), *_packed(machine)]
     else:
         found = _evidence(args.results or [RESULTS], machine)
     kept = kept_calibration.kept_evidence(machine)
@@ -136,6 +137,21 @@ def _measured() -> list[Result]:
         finally:
             session.close()
     return found
+
+
+def _packed(machine: Machine) -> list[Observation]:
+    """Time the layers of this package whose weights are stored packed, which no small model has; nothing where that fails."""
+    import sys
+
+    from harness.planning.calibrating import packed_times
+    from harness.report.terminal.tables import line
+
+    print(line("measuring layers whose weights are stored packed"), file=sys.stderr)
+    try:
+        return packed_times.time_packed(machine)
+    except UsageError as error:  # the cases say enough without them
+        print(line(str(error)), file=sys.stderr)
+        return []
 
 
 def _why_nothing(results: Sequence[Result], machine: Machine) -> str:

@@ -150,7 +150,7 @@ _ROWS = (
         help="measure the read bandwidth of RAM and disk again (1 to 3 s)",
         switch=True,
         in_command={
-            "calibrate": Meaning(help="measure a small model of random weights here (a minute), whatever results there are")
+            "calibrate": Meaning(help="measure a small model and packed layers here (a minute), whatever results there are")
         },
     ),
     Option(name="dry-run", help="show what the results say and keep nothing", switch=True),

@@ -156,6 +156,17 @@ class Unpacking(Record, frozen=True, kw_only=True):
         return int(block * (self.cpu_bytes if device == "cpu" else self.gpu_bytes) + elements * self.beside)
 
 
+class ProductTime(Record, frozen=True, kw_only=True):
+    """The seconds of one product of `rows` tokens by a layer whose weights are stored packed, as a worker timed it here."""
+
+    precision: str  #: the row of UNPACKINGS
+    rows: int
+    elements: int  #: weights of the layer
+    held_bytes: int  #: that it takes in memory
+    seconds: float
+    disturbed: bool = False  #: whether others were at work meanwhile
+
+
 # MOSS was published in groups of 128, whose zeros and scales are there in 32 bits.
 _GROUP_BYTES = 8 / 128
 

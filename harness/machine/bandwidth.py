@@ -104,7 +104,7 @@ def _remembered(key: str, measure: Callable[[], float | None] | None) -> float |
     known = before.get(key, before.get(marked))
     if measure is None:
         return known
-    with _OthersAtWork() as others:
+    with OthersAtWork() as others:
         figure = measure()
     if figure is None:
         return None
@@ -117,10 +117,10 @@ def _remembered(key: str, measure: Callable[[], float | None] | None) -> float |
     return figure
 
 
-class _OthersAtWork:
+class OthersAtWork:
     """Watches, while it is entered, which share of all processors other processes take."""
 
-    def __enter__(self) -> _OthersAtWork:
+    def __enter__(self) -> OthersAtWork:
         self._begun_s, self._busy_s, self._own_s = time.monotonic(), _busy_s(), time.process_time()
         return self
 

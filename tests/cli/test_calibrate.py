@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
+from typing import NoReturn
 
 import msgspec
 import pytest
@@ -14,9 +15,11 @@ import pytest
 from harness.cli import calibrate
 from harness.cli.entry import main
 from harness.cli.plan_args import constants, earlier_results
+from harness.core.errors import UsageError
+from harness.core.quantizers import UNPACKINGS
 from harness.core.records import Case, Machine, Outcome, Result, Tier
 from harness.machine import accelerators, probe
-from harness.planning.calibrating import evidence, kept_calibration
+from harness.planning.calibrating import evidence, kept_calibration, packed_times
 from harness.planning.calibration import default
 from harness.results import store
 from harness.run import min_ram
@@ -193,14 +196,18 @@ def test_without_results_a_small_model_is_measured(
     small_models.save("llama", tmp_path / "tiny")
     monkeypatch.setattr(calibrate, "MODEL", str(tmp_path / "tiny"))
     monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    monkeypatch.setattr(packed_times, "LAYER_SHAPES", ((256, 64),))
     assert main(["calibrate", "--json"]) == 0
     told = capsys.readouterr()
     assert "measuring 1 of 5: tiny/bf16/cpu" in told.err
     assert "left out, for the minute is over: tiny/int4/cpu, tiny/int8/cpu, tiny/fp32/cpu, tiny/fp16/cpu" in told.err
+    assert "layers whose weights are stored packed" in told.err
     assert json.loads(told.out)["figures"] > 0
     kept = kept_calibration.kept_evidence(here)
     assert kept is not None
     assert kept.results == 1
+    timed = [one for one in kept.observations if one.figure == packed_times.FIGURE]
+    assert {one.case.partition(" ")[0] for one in timed} <= UNPACKINGS.keys()
     assert not list(tmp_path.glob("fitmatrix-results*"))
 
 
@@ -217,10 +224,16 @@ def test_all_precisions_are_measured_where_there_is_time(
         result = ran(here, 2.0, len(seen))
         return msgspec.structs.replace(result, case=msgspec.structs.replace(result.case, precision=case.precision))
 
+    def fails(_: Machine) -> NoReturn:
+        raise UsageError("packed layers were not timed: no room")
+
     monkeypatch.setattr(min_ram, "measure", measure)
-    assert main(["calibrate", "--measure"]) == 0
+    monkeypatch.setattr(packed_times, "time_packed", fails)
+    assert main(["calibrate", "--measure"]) == 0  # the cases say enough without them
     assert seen == ["bf16", "int4", "int8", "fp32", "fp16"]
-    assert "5 results" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "5 results" in told.out
+    assert "packed layers were not timed: no room" in told.err
 
 
 @pytest.mark.parametrize("words", [["--reset", "results"], ["--reset", "--dry-run"], ["--reset", "--measure"], ["missing"]])

@@ -104,7 +104,7 @@ def test_what_was_measured_under_load_is_marked_and_measured_again(monkeypatch: 
 
 def test_a_busy_processor_is_noticed() -> None:
     """The processors' times are the system's: those of all of them, in which our own are included."""
-    with bandwidth._OthersAtWork() as others:
+    with bandwidth.OthersAtWork() as others:
         pass
     assert not others.are_many
     assert bandwidth._busy_s() > 0

@@ -17,7 +17,7 @@ from harness.planning.calibration import device_of
 class Measure(NamedTuple):
     """A figure that results measure and plans estimate."""
 
-    metric: str  #: where a result has what was measured
+    metric: str  #: where a result has what was measured; empty of what is timed without a model (`packed_times`)
     disturbed: str  #: the metric whose mark says that others disturbed it
     noise: float  #: by how much it differs between runs of one case, the standard deviation of its logarithm
     chance: float = 0.0  #: what is added to both before they are compared: so much is chance
@@ -30,6 +30,7 @@ FIGURES = {
     "load_s": Measure("load_s", "load_s", 0.2, 0.3, "load"),
     "first_token_s": Measure("first_token_s", "first_token_s", 0.3, 0.05, "cold"),
     "token_s": Measure("token_p50_s", "decode_tok_s", 0.12),
+    "product_s": Measure("", "", 0.12),
     "ram_anon_bytes": Measure("ram_anon_peak_bytes", "", 0.1),
     "vram_allocated_bytes": Measure("vram_peak_bytes", "", 0.01),
     "vram_process_bytes": Measure("vram_process_peak_bytes", "", 0.02),

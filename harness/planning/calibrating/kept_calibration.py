@@ -23,7 +23,7 @@ from harness.machine.cache import MOST_BYTES, cache_dir
 from harness.machine.regular import read_regular
 from harness.planning import calibration
 from harness.planning.calibrating import evidence, fit
-from harness.planning.calibrating.evidence import Observation
+from harness.planning.calibrating.evidence import FIGURES, Observation
 from harness.planning.calibration import Calibration
 
 FILE_NAME = "calibration.json"
@@ -45,7 +45,7 @@ class KeptEvidence(Record, frozen=True, kw_only=True):
     @property
     def results(self) -> int:
         """How many results they come from."""
-        return len({one.result for one in self.observations})
+        return len({one.result for one in self.observations if FIGURES[one.figure].metric})
 
 
 class _File(Record, frozen=True, kw_only=True):

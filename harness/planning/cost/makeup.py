@@ -6,7 +6,7 @@ token on a GPU waits for, only the longer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -22,12 +22,17 @@ _LEAST = 1e-3
 
 def makeup(footprint: Footprint, precision: str, machine: Machine, base: Calibration, names: Iterable[str]) -> dict[str, Makeup]:
     """Return by figure what each of the constants `names` has a part in, with the constants of `base`."""
-    whole = _figures(footprint, precision, machine, base)
+    return slopes(lambda constants: _figures(footprint, precision, machine, constants), base, names)
+
+
+def slopes(figures: Callable[[Calibration], dict[str, float]], base: Calibration, names: Iterable[str]) -> dict[str, Makeup]:
+    """Return by figure what each of the constants `names` has a part in; `figures` makes them of constants."""
+    whole = figures(base)
     parts: dict[str, dict[str, float]] = {figure: {} for figure in whole}
     for name in names:
         larger = msgspec.structs.replace(base[name], best=base[name].best * (1 + _STEP))
         changed = msgspec.structs.replace(base, constants={**base.constants, name: larger})
-        for figure, value in _figures(footprint, precision, machine, changed).items():
+        for figure, value in figures(changed).items():
             part = (value - whole[figure]) / _STEP
             if abs(part) > _LEAST * whole[figure]:
                 parts[figure][name] = part if part > 0 else part * (1 + _STEP)  # a speed divides

@@ -44,8 +44,8 @@ class Seconds(Record, frozen=True, kw_only=True):
 
 def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> Seconds:
     """Return load seconds, seconds to the first token, and tokens/s."""
-    timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
-    span = partial(_sum_span, is_measured=timings[0].is_measured())
+    timings = [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+    span = partial(_sum_span, is_measured=_is_measured(timings[0]))
     token = span("token_s", [timing.token() for timing in timings])
     return Seconds(
         load_s=span("load_s", [timing.load() for timing in timings]),
@@ -57,12 +57,12 @@ def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: 
 
 def load_time(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> LoadTime:
     """Return what the seconds of loading go to."""
-    timings = [_Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+    timings = [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
     done = [timing.load_phases() for timing in timings]
     once = [list(phases.values()) for phases in done]
     reading = [timing.reading() for timing in timings]
     fits = work.checkpoint_bytes < timings[0].rates.room()
-    span = partial(_sum_span, "load_s", is_measured=timings[0].is_measured())
+    span = partial(_sum_span, "load_s", is_measured=_is_measured(timings[0]))
     return LoadTime(
         by_phase={name: spent for name, spent in done[PICKS.index("best")].items() if spent},
         read_s=_span(reading),
@@ -92,7 +92,13 @@ def _sum_span(figure: str, ends: list[list[float]], *, is_measured: bool) -> Spa
     return Span(low=joined(whole, 1 - down / whole, 1 / chance), best=whole, high=joined(whole, 1 + up / whole, chance))
 
 
-class _Timing:
+def _is_measured(timing: Timing) -> bool:
+    """Say whether results of this machine corrected a constant of what computes."""
+    kinds = "gpu_" if timing.gpu else ("cpu_", "ram_bandwidth")
+    return any(name.startswith(kinds) for name in timing.rates.calibration.fitted)
+
+
+class Timing:
     """The seconds of one case, at the end of the intervals that its rates stand for."""
 
     def __init__(self, work: TokenWork, workload: Workload, rates: Rates) -> None:
@@ -100,9 +106,9 @@ class _Timing:
         self.machine, self.gpu = rates.machine, rates.gpu
         self.suffix = f"_{work.like}" if work.like else ""
 
-    def is_measured(self) -> bool:
-        """Say whether results of this machine corrected a constant of what computes."""
-        return any(name.startswith("gpu_" if self.gpu else ("cpu_", "ram_bandwidth")) for name in self.rates.calibration.fitted)
+    def product(self, rows: int) -> float:
+        """Return the seconds of so many rows passing what a token passes, without a look at what comes between."""
+        return sum(self.token()) + (2.0 * self.work.parameters * rows / self.rates.flops() if rows > 1 else 0.0)
 
     def _beside_products(self, rows: int) -> float:
         """Return the seconds of norms, activations and sums on so many rows; a GPU does that while the host starts others."""

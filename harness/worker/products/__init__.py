@@ -1,0 +1,1 @@
+"""Products by layers whose weights are stored packed, timed on this processor."""
