@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_a_machine_is_itself_within_a_contract_and_nobody_in_another(monkeypatch
         one = conformity.machine_identity("a")
     monkeypatch.setattr(conformity, "_MACHINE_ID", tmp_path / "none")
     for node in (1, 2):
-        monkeypatch.setattr(conformity.uuid, "getnode", lambda node=node: node)
+        monkeypatch.setattr(uuid, "getnode", lambda node=node: node)
         assert conformity.machine_identity("a") == conformity.machine_identity("a") != one
         one = conformity.machine_identity("a")
 
