@@ -518,7 +518,7 @@ def test_last_line_names_the_page(project: Project, words: tuple[str, ...]) -> N
 
 def test_results_and_page_go_where_they_are_told_to(project: Project) -> None:
     done = project.run("--results", "there", "--html", "page.html", "-k", "load")
-    done.stdout.fnmatch_lines(["1 results in there/results.jsonl", "page: page.html"])
+    done.stdout.fnmatch_lines(["1 result in there/results.jsonl", "page: page.html"])
     assert (project.path / "page.html").is_file()
     assert not project.has_results
 

@@ -128,6 +128,42 @@ def cut(browser: Chrome) -> list[str]:
     return found
 
 
+def overlapping(browser: Chrome) -> list[str]:
+    """List the neighbors of which one is written over the other; what is placed so on purpose is left out."""
+    script = """
+    const placed = (one) => ["absolute", "fixed", "sticky"].includes(getComputedStyle(one).position);
+    const moves = (one) => ["auto", "scroll", "hidden"].includes(getComputedStyle(one).overflowX);
+    const apart = (one, top) => { while (one !== top && !placed(one) && !moves(one)) one = one.parentElement; return one !== top; };
+    const shown = (one) => one.checkVisibility({ visibilityProperty: true }) && one.textContent.trim() && !placed(one);
+    const boxes = (one) => {
+      if (moves(one)) return [...one.getClientRects()];
+      const walk = document.createTreeWalker(one, NodeFilter.SHOW_TEXT), found = [];
+      while (walk.nextNode()) {
+        const holder = walk.currentNode.parentElement, range = document.createRange();
+        if (!walk.currentNode.data.trim() || !shown(holder) || holder.closest("svg, .sr") || apart(holder, one)) continue;
+        range.selectNodeContents(walk.currentNode);
+        found.push(...range.getClientRects());
+      }
+      return found;
+    };
+    const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1.5
+      && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1.5;
+    const blocks = (one) => getComputedStyle(one).display !== "inline" && getComputedStyle(one).display !== "contents";
+    const found = [];
+    for (const parent of document.querySelectorAll("body, body *:not(svg *)")) {
+      const ones = [...parent.children].filter((one) => !one.closest("svg, .sr") && shown(one) && blocks(one));
+      for (let i = 1; i < ones.length; i += 1) {
+        const [before, after] = [ones[i - 1], ones[i]];
+        if (boxes(before).some((a) => boxes(after).some((b) => meet(a, b))))
+          found.push(`${before.outerHTML.slice(0, 150)} | ${after.outerHTML.slice(0, 150)}`);
+      }
+    }
+    return found;
+    """
+    found: list[str] = browser.execute_script(script)
+    return found
+
+
 def requested(browser: Chrome) -> list[str]:
     """Return the addresses that the page asked for since it was opened."""
     events = [json.loads(entry["message"])["message"] for entry in logged(browser, "performance")]

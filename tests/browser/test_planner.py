@@ -14,7 +14,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from harness.catalog import shipped
 from harness.core import units
-from tests.browser.pages import WIDTHS, cut, logged, requested, violations
+from tests.browser.pages import WIDTHS, cut, logged, overlapping, requested, violations
 from tests.browser.planners import ASK, PATIENCE_S, answered, close, planned
 from tests.browser.test_language import in_english
 from tests.docs import tables
@@ -196,6 +196,7 @@ def test_an_answer_has_an_address(planner: Chrome, planner_site: Path) -> None:
 def test_axe_core_finds_nothing_and_a_narrow_screen_shows_all(fresh: Chrome, axe: str, scheme: str, width: int) -> None:
     show(fresh, width, scheme)
     assert violations(fresh, axe) == []
+    assert [*cut(fresh), *overlapping(fresh)] == []
     scrolled, visible = fresh.execute_script("const page = document.documentElement; return [page.scrollWidth, page.clientWidth]")
     assert scrolled <= visible
     for control in fresh.find_elements(By.CSS_SELECTOR, "button, select, input, summary"):

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from rich.console import Console
 
 from harness.architecture import skeleton_source
 from harness.catalog import resolve, shipped
 from harness.catalog.listing import known_models
 from harness.checkpoint.reader import read
 from harness.cli.entry import main
-from harness.report.terminal import tables
 from tests.checkpoint.test_reader import CONFIG, total, weights, write_config, write_index, write_sharded
 from tests.support.gguf_files import small_gguf
 from tests.support.hub_server import HubServer, serving
@@ -479,7 +479,7 @@ def test_a_filter_that_nothing_matches_is_one_sentence(capsys: pytest.CaptureFix
 def test_names_are_whole_on_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is too long goes on in the next line."""
     monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setattr(tables.Console, "is_terminal", True)
+    monkeypatch.setattr(Console, "is_terminal", True)
     for command, heading, names in (
         (("models",), "form", [row.name for row in known_models("")]),
         (("inspect", "smollm2-135m"), "kind", ["outside", "model.layers.0-29"]),

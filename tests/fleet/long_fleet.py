@@ -6,11 +6,9 @@ that measures holds some 250 MiB.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +23,14 @@ import psutil
 import pytest
 
 from harness.core.records import Outcome, Result
-from harness.core.units import KIB, format_size
-from harness.fleet import shards
+from harness.core.units import format_size
 from harness.fleet.collect import Amiss, Collected, collect
-from harness.fleet.contract import CONTRACT, parse_utc, read_contract, utc
-from harness.fleet.ray_engine import driver
+from harness.fleet.contract import parse_utc, read_contract
 from harness.fleet.receipt import find_receipts, read_receipt
 from harness.results import store
 from tests.support import ray_runs, small_models
-from tests.support.fleets import contract, machine_class
 from tests.support.reporting import Figure, gathered
-from tests.support.scripted_cluster import ScriptedCluster
+from tests.support.scripted_cluster import WAYS, alone
 
 pytest.importorskip("ray", reason="needs ray, the extra fleet")
 
@@ -183,47 +177,16 @@ def _counted(path: Path) -> int:
 
 def test_the_driver_s_share_grows_as_the_cases_do(place: Path, growth: list[Figure]) -> None:
     """The driver alone, over machines that are scripted: what it takes of the processor to hand out, keep and collect."""
-    found = [_driver_alone(place.with_name(str(models)), models) for models in GROWING]
+    found = [alone(place.with_name(str(models)), models, MACHINES) for models in GROWING]
     for models, (seconds, rss) in zip(GROWING, found, strict=True):
-        cases = models * len(_MANY)
+        cases = models * len(WAYS)
         what = f"processor time a case of the driver alone, over {MACHINES} scripted machines"
         growth.append(Figure(what=what, rows=cases, found=f"{seconds / cases * 1e3:.2f} ms", wanted=""))
-        growth.append(Figure(what="its resident memory at most", rows=cases, found=format_size(rss), wanted="500 MiB"))
+        growth.append(Figure(what="its resident memory at the end", rows=cases, found=format_size(rss), wanted="500 MiB"))
     each = [seconds / models for models, (seconds, _) in zip(GROWING, found, strict=True)]
     growth.append(Figure(what="time a case, most cases / fewest", found=f"{each[-1] / each[0]:.2f}", wanted="below 2"))
     assert each[-1] / each[0] < 2
     assert max(rss for _, rss in found) <= 500 << 20
-
-
-_MANY = ("fp32", "bf16", "fp16", "int8", "int4", "fp8", "fp4", "nf4-dq", "quanto-int8", "quanto-int4")
-
-
-def _driver_alone(path: Path, models: int) -> tuple[float, int]:
-    """Return the processor time of a driver and the most that its process held, the scripted machines' in both."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_drive, args=(path, models, theirs))
-    process.start()
-    theirs.close()
-    found: tuple[float, int] = ours.recv()
-    process.join()
-    return found
-
-
-def _drive(path: Path, models: int, pipe: Connection) -> None:
-    """Run a contract with a shard for each model; the machines send every result and receipt at once."""
-    made, cut = contract(
-        machine_class(machines=tuple(map(str, range(models)))),
-        models=[f"m{number}" for number in range(models)],
-        precisions=_MANY,
-        made_at=utc(),
-    )
-    shards.write_issued(path / CONTRACT, made, cut)
-    pytest.MonkeyPatch().setattr(driver, "cluster", ScriptedCluster(path, {str(number): () for number in range(MACHINES)}))
-    driven = driver.Driver(path, path / "results", lambda *_: None)
-    started = time.process_time()
-    assert len(driven.run({"test_load.py": ""}).counted) == models * len(_MANY)
-    pipe.send((time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB))
 
 
 def _measuring_s(folder: Path) -> float:

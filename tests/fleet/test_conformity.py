@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def test_every_card_of_the_table_is_itself_by_the_name_that_the_class_gives_it()
         (with_card("NVIDIA GeForce RTX 3060 Laptop GPU", 6 * GIB), "gpu:0 is NVIDIA GeForce RTX 3060 Laptop GPU of 6.00 GiB"),
         (with_card("NVIDIA GeForce RTX 3060 Ti", 8 * GIB), "of class card GeForce RTX 3060 12 GB"),
         (with_card("NVIDIA GeForce RTX 3060", 12 * GIB, ram_bytes=64 * GIB), "has 64.0 GiB of RAM, and class card 16.0 GiB"),
+        (with_card("NVIDIA GeForce RTX 4070", 12 * GIB), "gpu:0 is NVIDIA GeForce RTX 4070 of 12.0 GiB, and of class card"),
         (builders.machine(), "has 0 GPUs, and class card 1"),
         (replace(builders.machine(), gpu_problem="torch is for the CPU only"), "has 0 GPUs (torch is for the CPU only)"),
     ],
@@ -96,7 +98,7 @@ def test_a_machine_is_itself_within_a_contract_and_nobody_in_another(monkeypatch
         one = conformity.machine_identity("a")
     monkeypatch.setattr(conformity, "_MACHINE_ID", tmp_path / "none")
     for node in (1, 2):
-        monkeypatch.setattr(conformity.uuid, "getnode", lambda node=node: node)
+        monkeypatch.setattr(uuid, "getnode", lambda node=node: node)
         assert conformity.machine_identity("a") == conformity.machine_identity("a") != one
         one = conformity.machine_identity("a")
 

@@ -92,7 +92,25 @@ def test_attempts_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found.counted) >= 3
 
 
+def test_attempts_are_those_of_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, cut = contract(made_at=utc(), attempts=1)
+    shards.write_issued(tmp_path / CONTRACT, made, cut)
+    driven, found, cluster = run(tmp_path, monkeypatch, {"x": ["half"]})
+    assert (len(cluster.began), len(driven.contract.issued), len(found.missing)) == (1, 1, 1)
+
+
+def test_a_node_that_is_gone_gets_no_other_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ScriptedCluster, "machines", lambda self: ["y"] if any(how == "lost" for *_, how in self.began) else ["x", "y"]
+    )
+    _, found, cluster = run(tmp_path, monkeypatch, {"x": ["lost"], "y": []})
+    assert not found.missing
+    assert [actor.node for actor in cluster.actors] == ["x", "y"]
+
+
 def test_a_node_that_dies_again_and_again_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is seen to live each time that the driver looks for machines."""
+    monkeypatch.setattr(driver, "_GREET_S", 0.0)
     _, found, cluster = run(tmp_path, monkeypatch, {"x": ["unreachable"] * 99, "y": []})
     assert not found.missing
     assert len([actor for actor in cluster.actors if actor.node == "x"]) == 6

@@ -128,6 +128,7 @@ def test_a_shard_that_was_begun_again_is_where_its_last_receipt_says(tmp_path: P
     for paths in ([first, second], [second, first]):
         (found,) = progress(made, collect(made, paths, NOW).deliveries, NOW)
         assert (found.state, found.done, found.heard_at) == (State.ENDED, 2, "2026-11-24T10:00:00Z")
+        assert found.machine == "machine-1"  # which was given no name
 
 
 def test_progress_tells_every_state(tmp_path: Path) -> None:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
+import pytest
 from msgspec.structs import replace
 
 from harness.core.records import encode_record
 from harness.core.units import GIB
-from harness.fleet.contract import Shard, utc
+from harness.fleet import shards
+from harness.fleet.contract import CONTRACT, Shard, utc
+from harness.fleet.ray_engine import driver
 from harness.fleet.ray_engine.cluster import MachineLost
 from harness.fleet.ray_engine.machine import Described, MachineEvent
 from harness.fleet.receipt import digest_of_line, read_receipt
 from tests.support import builders
-from tests.support.fleets import VERSIONS, deliver, measured
+from tests.support.fleets import VERSIONS, contract, deliver, machine_class, measured
+
+WAYS = ("fp32", "bf16", "fp16", "int8", "int4", "fp8", "fp4", "nf4-dq", "quanto-int8", "quanto-int4")
 
 
 class ScriptedActor:
@@ -99,3 +108,29 @@ class ScriptedCluster:
             unvouched = [MachineEvent("result", encode_record(measured(case, at=utc())) + b"\n") for case in shard.cases[1:]]
             return [*sent, *unvouched, MachineLost("the actor died")]
         return [*sent, MachineEvent("receipt", encode_record(replace(receipt, ended_at=utc()))), MachineEvent("log", b"the end")]
+
+
+def alone(path: Path, models: int, machines: int) -> tuple[float, int]:
+    """Run a contract with a shard for each model over so many scripted machines, which send all at once, in a process of its own.
+
+    Return the seconds of its processor and the bytes that it holds at the end, those of the scripted machines among them.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_drive, args=(path, models, machines, theirs))
+    process.start()
+    theirs.close()
+    found: tuple[float, int] = ours.recv()
+    process.join()
+    return found
+
+
+def _drive(path: Path, models: int, machines: int, pipe: Connection) -> None:
+    names = [f"m{number}" for number in range(models)]
+    made, cut = contract(machine_class(machines=tuple(names)), models=names, precisions=WAYS, made_at=utc())
+    shards.write_issued(path / CONTRACT, made, cut)
+    pytest.MonkeyPatch().setattr(driver, "cluster", ScriptedCluster(path, {str(number): () for number in range(machines)}))
+    driven = driver.Driver(path, path / "results", lambda *_: None)
+    started = time.process_time()
+    assert len(driven.run({"test_load.py": ""}).counted) == models * len(WAYS)
+    pipe.send((time.process_time() - started, psutil.Process().memory_info().rss))
