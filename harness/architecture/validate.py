@@ -156,10 +156,11 @@ class _Comparison:
 
     def _raise_partless(self, packed: list[StoredWeight]) -> None:
         """Raise for a packed weight without scales, or that lacks a part which most others have: some libraries write more."""
+        assert self.packed is not None
         assert self.layout is not None
         for stored in packed:
             self._raise_other_type(stored)
-            if lacked := lacking_part(self.layout, stored.parts.keys()):
+            if lacked := lacking_part(self.packed, self.layout, stored.parts.keys()):
                 name = f"{stored.name.removesuffix('.weight')}{lacked}"
                 raise self._error(
                     stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"

@@ -9,7 +9,6 @@ from typing import Any
 import gguf
 import pytest
 import transformers
-from transformers import AutoModelForCausalLM
 
 from harness.architecture import skeleton_source
 from harness.architecture.skeleton import Skeleton
@@ -18,6 +17,7 @@ from harness.checkpoint import reader
 from harness.core.units import format_share
 from harness.planning.cost.memory import WeightFormat
 from harness.worker import build_skeleton as worker
+from harness.worker.auto_class import auto_class_of
 from tests.support import small_models
 from tests.support.builders import weight_bytes
 from tests.support.gguf_files import GGUF_KINDS, small_gguf_of
@@ -68,7 +68,8 @@ def test_weights_of_full_size_models(figures: list[Figure]) -> None:
     """Every skeleton that is shipped against the model that transformers builds on the meta device, in bfloat16."""
     errors, parameters = [], []
     for name, config in full_size().items():
-        ours, model = skeleton_source.named(name), worker.construct(AutoModelForCausalLM, worker.read_model_config(config))
+        read, named = worker.read_model_config(config), worker._named(shipped.catalog()[name].config)
+        ours, model = skeleton_source.named(name), worker.construct(auto_class_of(read, named), read)
         estimated = sum(weight_bytes(ours, WeightFormat(dtype="bfloat16")).values())
         errors.append(estimated / small_models.held_bytes(model) - 1)
         parameters.append(ours.parameters / sum(parameter.numel() for parameter in model.parameters()) - 1)

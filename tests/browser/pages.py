@@ -129,8 +129,13 @@ def cut(browser: Chrome) -> list[str]:
 
 
 def overlapping(browser: Chrome) -> list[str]:
-    """List the neighbors of which one is written over the other; what is placed so on purpose is left out."""
+    """List the neighbors of which one is written over the other; what is placed so on purpose is left out.
+
+    What is out of sight, which a browser lays out by a guess of its height, is laid out meanwhile.
+    """
     script = """
+    const guessed = [...document.querySelectorAll("body *")].filter((one) => getComputedStyle(one).contentVisibility === "auto");
+    for (const one of guessed) one.style.contentVisibility = "visible";
     const placed = (one) => ["absolute", "fixed", "sticky"].includes(getComputedStyle(one).position);
     const moves = (one) => ["auto", "scroll", "hidden"].includes(getComputedStyle(one).overflowX);
     const apart = (one, top) => { while (one !== top && !placed(one) && !moves(one)) one = one.parentElement; return one !== top; };
@@ -158,6 +163,7 @@ def overlapping(browser: Chrome) -> list[str]:
           found.push(`${before.outerHTML.slice(0, 150)} | ${after.outerHTML.slice(0, 150)}`);
       }
     }
+    for (const one of guessed) one.style.contentVisibility = "";
     return found;
     """
     found: list[str] = browser.execute_script(script)

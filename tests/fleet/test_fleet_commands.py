@@ -14,8 +14,6 @@ from harness.results import store
 from tests.support.fleets import contract, deliver, machine_class, measured
 from tests.support.spoken import Said, saying
 
-NOW = utc(datetime.now(timezone.utc))
-
 
 @pytest.fixture
 def fleet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
@@ -27,14 +25,16 @@ def fleet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 @pytest.fixture
 def made(tmp_path: Path) -> tuple[Contract, list[Shard]]:
     """A contract made now over a class with two shards of two cases, in the directory fleet."""
-    made, cut = contract(machine_class(machines=("1", "2")), models=("a", "b"), made_at=NOW, attempts=2)
+    made, cut = contract(machine_class(machines=("1", "2")), models=("a", "b"), made_at=utc(datetime.now(timezone.utc)), attempts=2)
     shards.write_issued(tmp_path / "fleet" / CONTRACT, made, cut)
     return made, cut
 
 
 def send(shard: Shard, name: str, cases: int = 2, **changes: object) -> Path:
-    moments = {"started_at": NOW, "heard_at": NOW, "ended_at": NOW}
-    return deliver(Path("sent") / name, shard, [measured(case, at=NOW) for case in shard.cases[:cases]], **{**moments, **changes})
+    """Write what a machine would send this moment: results of so many cases of a shard, and the receipt."""
+    now = utc(datetime.now(timezone.utc))
+    moments = {"started_at": now, "heard_at": now, "ended_at": now}
+    return deliver(Path("sent") / name, shard, [measured(case, at=now) for case in shard.cases[:cases]], **{**moments, **changes})
 
 
 def test_collect_counts_by_class_and_ends_with_1_as_long_as_a_case_is_missing(

@@ -100,7 +100,7 @@ def test_what_lies_in_ram_has_two_layers_on_the_card() -> None:
 
 
 def test_smaller_caches_have_longer_contexts() -> None:
-    spec, machine = read_spec(resolve.resolve("qwen2.5-7b-instruct")), profile(["RTX 4080"], ram=64 << 30)
+    spec, machine = read_spec(resolve.resolve("qwen2.5-7b-instruct")), profile(["RTX 4070"], ram=64 << 30)
     most = {}
     for kv in ("dynamic", "fp8", "quanto-int4"):
         planner = Planner(spec, machine, here=False)

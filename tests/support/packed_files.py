@@ -21,6 +21,8 @@ from harness.planning.cost import estimate
 from tests.support import small_models
 from tests.support.builders import weight_bytes
 
+_IN_A_FILE = 100_000  # tensors, whose header is then of a size that readers take
+
 
 def spec(folder: Path) -> ModelSpec:
     """Draw the spec of a checkpoint from its headers."""
@@ -37,7 +39,7 @@ def estimated(one: ModelSpec, precision: str = "fp16", *, saved: bool = True) ->
 def packed_layout(built: Skeleton, bits: int, group: int, method: str = "gptq") -> dict[str, tuple[str, tuple[int, ...]]]:
     """Lay a model out as GPTQ or AWQ does: every Linear but the head packed, along its inputs or outputs, each expert by itself."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for weight in built.weights:
+    for owner, weight in ((module, weight) for module in built.root.walk() for weight in module.weights):
         shape = weight.tensor.shape
         if weight.tied_to or weight.tensor.kind == "unsaved":
             continue
@@ -46,7 +48,8 @@ def packed_layout(built: Skeleton, bits: int, group: int, method: str = "gptq") 
             parts = [f"{weight.path}.{expert}.w{half}" for expert in range(shape[0]) for half in range(halves)]
             outputs, inputs = shape[1] // halves, shape[2]
         elif weight.quantizes:
-            parts, (outputs, inputs) = [weight.path.removesuffix(".weight")], shape
+            parts = [weight.path.removesuffix(".weight")]
+            outputs, inputs = reversed(shape) if owner.block.linear == "conv1d" else shape
         else:
             tensors[weight.path] = ("F16", shape)
             continue
@@ -74,13 +77,29 @@ def write_hollow(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
     return end
 
 
+def write_shards(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Write a hollow model in as many files as their headers need, with an index if that is more than one; return its bytes."""
+    names = list(tensors)
+    pieces = [names[at : at + _IN_A_FILE] for at in range(0, len(names), _IN_A_FILE)]
+    if len(pieces) == 1:
+        return write_hollow(folder / "model.safetensors", tensors)
+    files = [f"model-{number:05}-of-{len(pieces):05}.safetensors" for number in range(1, len(pieces) + 1)]
+    written = [
+        write_hollow(folder / file, {name: tensors[name] for name in some}) for file, some in zip(files, pieces, strict=True)
+    ]
+    places = {name: file for file, some in zip(files, pieces, strict=True) for name in some}
+    index = {"metadata": {"total_size": sum(written)}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return sum(written)
+
+
 def write_plain(folder: Path, name: str) -> Path:
     """Write a model of the catalog in bfloat16, its data a hole; return the folder."""
     config, shape = shipped.catalog()[shipped.hub_id(name)].config, skeleton_source.named(name)
     saved = [weight for weight in shape.weights if not weight.tied_to and weight.tensor.kind != "unsaved"]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_hollow(folder / "model.safetensors", {weight.path: ("BF16", weight.tensor.shape) for weight in saved})
+    write_shards(folder, {weight.path: ("BF16", weight.tensor.shape) for weight in saved})
     return folder
 
 
@@ -92,7 +111,7 @@ def write_packed(folder: Path, name: str, bits: int, group: int, method: str = "
         config["quantization_config"] |= {"version": "gemm", "zero_point": True}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return write_hollow(folder / "model.safetensors", packed_layout(skeleton_source.named(name), bits, group, method))
+    return write_shards(folder, packed_layout(skeleton_source.named(name), bits, group, method))
 
 
 def save_gptq(folder: Path, bits: int, group: int) -> dict[str, torch.Tensor]:

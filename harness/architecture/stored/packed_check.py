@@ -16,11 +16,12 @@ from harness.core.methods.table import settings_of
 _NAMED = "modules_in_block_to_quantize"
 
 
-def lacking_part(layout: Layout, parts: Set[str]) -> str | None:
+def lacking_part(packed: Packed, layout: Layout, parts: Set[str]) -> str | None:
     """Return a part without which nothing unpacks a weight, None if all are there: libraries leave it as memory happens to be."""
     if layout.scales and not parts & set(layout.scales):
         return layout.scales[0]
-    return next((part for part in layout.parts if part not in parts), None)
+    spared = packed.method.spares if packed.method is not None else ()
+    return next((part for part in layout.parts if part not in parts and part not in spared), None)
 
 
 def left_in_16_bits(packed: Packed | None, config: Mapping[str, Any], tensor: StoredTensor, weight: Weight) -> str | None:

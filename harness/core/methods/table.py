@@ -48,6 +48,7 @@ class Method(Record, frozen=True, kw_only=True):
     layout: str | None = None  #: whose row of LAYOUTS its files follow, where it is another method's
     writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
     plain_when: Mapping[str, tuple[Any, ...]] = {}  #: key of the config -> values (None: no word) of 16-bit weights in the files
+    spares: tuple[str, ...] = ()  #: parts of its layout that its files need not hold
     whole_blocks: str | None = None  #: why no Linear in the blocks may be left in 16 bits, but those that the config does not name
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
@@ -296,6 +297,7 @@ _ROWS = (
         needs=("auto_round",),
         refuses=_STORED,
         held="int32",
+        spares=(".g_idx",),
         cpu_lacks={
             "awq": "auto-round has no layer for its AWQ packing on a processor and fills one with random numbers: "
             "take a checkpoint in its own packing, or a GPU"

@@ -73,17 +73,23 @@ def _is_as_fast(one: Plan, other: Plan) -> bool:
 
 
 def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
-    """Return what keeps more quality in fewer bits where `best` is faster inside its doubt; or as much, nearly as fast."""
+    """Return what keeps more quality in fewer bits where `best` is faster inside its doubt; or as much, nearly as fast.
+
+    As many bits that keep more are nearly as fast, too: bfloat16 of a model that is stored so, before float16.
+    """
     assert best.estimate is not None
-    row = PRECISIONS[best.case.precision]
+    bits, kept = PRECISIONS[best.case.precision].bits, quality_kept(best)
     alike = [
         one
         for one in fitting
         if one.estimate is not None
-        and PRECISIONS[one.case.precision].bits < row.bits
-        and quality_kept(one) >= quality_kept(best)
         and one.case.placement == best.case.placement
-        and (_speed(one) >= (1 - UNNOTICED) * _speed(best) or _keeps_more_in_doubt(one, best))
+        and (
+            _speed(one) >= (1 - UNNOTICED) * _speed(best)
+            or (PRECISIONS[one.case.precision].bits < bits and _keeps_more_in_doubt(one, best))
+        )
+        and (PRECISIONS[one.case.precision].bits, -quality_kept(one)) < (bits, -kept)
+        and quality_kept(one) >= kept
     ]
     return max(alike, key=worth, default=best)
 
