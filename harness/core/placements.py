@@ -150,14 +150,14 @@ _ROWS = (
     ),
     Placement(
         name="auto",
-        title="auto",
+        title="GPU first, then RAM",
         help='device_map="auto" without max_memory: GPUs first, then RAM, then disk',
         device_map="auto",
         devices=("gpu", "cpu", "disk"),
     ),
     Placement(
         name="balanced",
-        title="balanced",
+        title="an even share for each GPU",
         help='device_map="balanced": an even share of the weights for each GPU; identical to auto in transformers 5',
         device_map="balanced",
         devices=("gpu", "cpu", "disk"),
