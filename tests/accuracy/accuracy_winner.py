@@ -9,10 +9,8 @@ import msgspec
 import pytest
 
 from harness.catalog.resolve import resolve
-from harness.cli.entry import main
 from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Case, Machine, Outcome, Plan, Span
-from harness.planning.calibrating import kept_calibration
 from harness.planning.calibration import Calibration
 from harness.planning.choice.recommend import advise_best, worth
 from tests.accuracy.local_runs import WAYS, WORK, planner_of, run_plan, running
@@ -21,16 +19,6 @@ from tests.support.reporting import Figure
 ROUNDS = 3  # of each way, in turn, so that a busy minute meets all of them
 NOISE = 0.05
 NEXT = 2
-
-
-@pytest.fixture(scope="module")
-def calibrated(here: Machine, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
-    """The constants that plans take after `fitmatrix calibrate --measure`, in a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FITMATRIX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.chdir(tmp_path_factory.mktemp("empty"))
-        assert main(["calibrate", "--measure"]) == 0
-        return kept_calibration.corrected([], here)
 
 
 @pytest.mark.parametrize("name", [DEFAULT_MODEL, "qwen2", "moe"])

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from harness.cli.entry import main
 from harness.core.records import Machine, Result
 from harness.core.units import GIB
 from harness.machine import probe
+from harness.planning.calibrating import kept_calibration
+from harness.planning.calibration import Calibration
 from tests.accuracy import chart, local_runs
 from tests.accuracy.chart import Pair
 from tests.support.reporting import REPORTS, Figure, Section, gathered, table
@@ -32,6 +35,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def results(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     """Every model, run once in every way of `local_runs.WAYS`."""
     return list(local_runs.run_all(models, here, tmp_path_factory.mktemp("scratch")))
+
+
+@pytest.fixture(scope="session")
+def calibrated(here: Machine, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    """The constants that plans take after `fitmatrix calibrate --measure`, in a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_WAIT_POLICY", raising=False)  # that of tests
+        patch.setenv("FITMATRIX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        assert main(["calibrate", "--measure"]) == 0
+        return kept_calibration.corrected([], here)
 
 
 @pytest.fixture(scope="module")
