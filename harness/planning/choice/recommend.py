@@ -78,17 +78,14 @@ def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
     As many bits that keep more are nearly as fast, too: bfloat16 of a model that is stored so, before float16.
     """
     assert best.estimate is not None
-    bits, kept = PRECISIONS[best.case.precision].bits, quality_kept(best)
+    bits, kept = _bits(best), quality_kept(best)
     alike = [
         one
         for one in fitting
         if one.estimate is not None
         and one.case.placement == best.case.placement
-        and (
-            _speed(one) >= (1 - UNNOTICED) * _speed(best)
-            or (PRECISIONS[one.case.precision].bits < bits and _keeps_more_in_doubt(one, best))
-        )
-        and (PRECISIONS[one.case.precision].bits, -quality_kept(one)) < (bits, -kept)
+        and (_bits(one), -quality_kept(one)) < (bits, -kept)
+        and (_speed(one) >= (1 - UNNOTICED) * _speed(best) or (_bits(one) < bits and _keeps_more_in_doubt(one, best)))
         and quality_kept(one) >= kept
     ]
     return max(alike, key=worth, default=best)
@@ -221,6 +218,10 @@ def _named(case: Case) -> str:
     )
 
 
+def _bits(one: Plan) -> float:
+    return PRECISIONS[one.case.precision].bits
+
+
 def _speed(one: Plan) -> float:
     return one.estimate.decode_tok_s.best if one.estimate else 0.0
 
@@ -248,8 +249,8 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     assert best.estimate is not None
     if best.verdict is Verdict.TIGHT:
         return "nothing fits with room to spare; this comes closest"
-    bits = min(PRECISIONS[best.case.precision].bits, 16)
-    wider = [one for one in fitting if PRECISIONS[one.case.precision].bits > bits and quality_kept(one) > quality_kept(best)]
+    bits = min(_bits(best), 16)
+    wider = [one for one in fitting if _bits(one) > bits and quality_kept(one) > quality_kept(best)]
     if not wider or bits == 16:
         return "highest quality that fits, and the fastest at that quality"
     rival = max(wider, key=worth)
