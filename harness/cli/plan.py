@@ -322,7 +322,7 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         "load": _load_json(recommendation, one),
         "bound_by": expected.bound_by if expected else None,
         "quality_kept": quality_kept(one),
-        "quality_from": known[1] if (known := recommendation.planner.measured.of(one.case)) else "rule of thumb",
+        "quality_from": known[1] if (known := recommendation.planner.known_quality.of(one.case)) else "rule of thumb",
         "device_map": one.device_map,
         "max_memory": one.max_memory,
         "max_context_tokens": recommendation.contexts.get(one.case.id) or recommendation.planner.max_context(one),

@@ -134,9 +134,9 @@ def advise_on(
     here = calibration is not None
     planner = Planner(spec, machine, here=here, constants=calibration, trust=question.trust, device_map=question.device_map)
     if question.results:
-        from harness.planning.quality import measured_quality
+        from harness.planning.quality import known_quality
 
-        planner.measured = measured_quality(question.results, planner.spec)
+        planner.known_quality = known_quality(planner.spec, question.results)
     if question.search:
         return advise_best(source, planner, workload, question.least_tok_s)
     places = question.placements or distinct(PLACEMENTS, len(machine.gpus))

@@ -251,7 +251,7 @@ class Plan(Record, frozen=True, kw_only=True):
     partly: bool = False  #: whether the checkpoint says that only some Linear weights are held so
     linear_dtype: str | None = None  #: what Linear weights must be after loading, where that is not what the precision says
     expandable_segments: bool = False  #: whether torch's allocator has to use them on the GPUs
-    kept_share: float | None = None  #: the share of quality that was measured for it; None: the rule of thumb holds
+    kept_share: float | None = None  #: of quality, where more is known of it than the rule of thumb
 
 
 class Phase(Record, frozen=True, kw_only=True):

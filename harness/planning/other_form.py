@@ -23,6 +23,14 @@ from harness.core.units import format_count, significant
 _WORTH_A_WORD = 0.1
 
 
+def stored_for(spec: ModelSpec, precision: Precision) -> ModelSpec | None:
+    """Return the spec of the same model as a precision reads it; None if it is stored packed already, or any form will do."""
+    if spec.stored_as is not None or precision.requires_checkpoint is None:
+        return None
+    form = quantization.form_for(precision, spec.config or {"model_type": spec.skeleton.model_type})
+    return in_form(spec, form) if form is not None else None
+
+
 @lru_cache(maxsize=16)
 def in_form(spec: ModelSpec, form: Packed) -> ModelSpec:
     """Return the spec of the same model as it would be if it were stored in another form."""

@@ -8,8 +8,6 @@ from functools import cached_property
 import msgspec
 
 from harness.architecture.model_spec import ModelSpec
-from harness.checkpoint import quantization
-from harness.checkpoint.quantization import Packed
 from harness.core.attention import KV_FORMS, modules_for
 from harness.core.methods.packages import asked_of_pip
 from harness.core.placements import FILE, PLACEMENTS, Placement
@@ -31,7 +29,7 @@ from harness.planning.device_map.experts import blocks_of_experts, experts_map
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
 from harness.planning.device_map.recommended import RecommendedMap, Recommender
 from harness.planning.outlook import with_hint
-from harness.planning.quality import MeasuredQuality
+from harness.planning.quality import known_quality
 from harness.planning.verdict import Judge, is_windows, leaves_off_gpu, pooled, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
@@ -99,7 +97,7 @@ class Planner:
         self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
         self._other_forms: dict[str, Planner] = {}
         self._plans: dict[Case, Plan] = {}
-        self.measured = MeasuredQuality()
+        self.known_quality = known_quality(self.spec)
         self._expert_blocks = tuple(blocks_of_experts(self.spec.skeleton))
         self.footprints: dict[str, Footprint] = {}
 
@@ -131,16 +129,15 @@ class Planner:
     def plan(self, case: Case) -> Plan:
         """Plan one case; one that reads another form of checkpoint as if the model were stored so."""
         if case not in self._plans:
-            one, found = self._planned(case), self.measured.of(case)
-            self._plans[case] = one if found is None else msgspec.structs.replace(one, kept_share=found[0])
+            known = self.known_quality.of(case)
+            self._plans[case] = msgspec.structs.replace(self._planned(case), kept_share=known[0] if known else None)
         return self._plans[case]
 
     def _planned(self, case: Case) -> Plan:
         row = PRECISIONS[case.precision]
-        if self.spec.stored_as is None and row.requires_checkpoint is not None:
-            form = quantization.form_for(row, self.spec.config or {"model_type": self.spec.skeleton.model_type})
-            if form is not None:
-                return self._in_another_form(case, form)
+        other = other_form.stored_for(self.spec, row)
+        if other is not None:
+            return self._in_another_form(case, other)
         refused = self.judge.refusal(case, self._placements[case.placement])
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
@@ -193,11 +190,10 @@ class Planner:
             return True
         return self.counted.inventory(loaded.fmt).total.held <= sum(tier.capacity_bytes or 0 for tier in filled)
 
-    def _in_another_form(self, case: Case, form: Packed) -> Plan:
+    def _in_another_form(self, case: Case, other: ModelSpec) -> Plan:
         """Plan a case for a checkpoint that is not there: with figures, and the published ones that the catalog knows."""
         row = PRECISIONS[case.precision]
         if case.precision not in self._other_forms:
-            other = other_form.in_form(self.spec, form)
             constants, trust = self.constants, self.trust
             self._other_forms[case.precision] = Planner(other, self.machine, here=self.here, constants=constants, trust=trust)
         one = self._other_forms[case.precision].plan(case)

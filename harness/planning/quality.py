@@ -1,7 +1,8 @@
 """How much quality a way of loading keeps: measured on the model itself, else on similar ones, else by the tables' rule of thumb.
 
 What a run measures is the share of next tokens that agree with those of its 16-bit reference (`top1_agreement`). Only what packs
-weights or the KV cache is looked up: wider forms differ by rounding alone.
+weights or the KV cache is looked up: wider forms differ by rounding alone. Weights that stay packed as the checkpoint stores them
+lose nothing, for the wider forms of it are unpacked from the same.
 """
 
 from __future__ import annotations
@@ -16,34 +17,32 @@ from harness.core.records import USUAL_KV, Case, Outcome, Plan, Record, Result
 
 AGREEMENT = "top1_agreement"
 SIMILAR = 4.0  # models of one class whose sizes differ by less lose about as much
-ON_MODEL, ON_SIMILAR = "measured", "similar models"
+ON_MODEL, ON_SIMILAR, AS_STORED = "measured", "similar models", "as stored"
 
 _Way = tuple[str, str]  # precision and form of the KV cache
 
 
-class MeasuredQuality(Record, frozen=True, kw_only=True):
-    """Shares of next tokens that stay as they were: of `own` by ways of this model, of `others` by those of similar ones."""
+class KnownQuality(Record, frozen=True, kw_only=True):
+    """Shares of next tokens that stay as they were: of `own` by ways of this model, of `others` by those of similar ones.
+
+    `stored` are the precisions that keep the weights as the checkpoint packs them.
+    """
 
     own: Mapping[_Way, float] = {}
     others: Mapping[_Way, float] = {}
-
-    def __bool__(self) -> bool:
-        """Say whether anything was measured."""
-        return bool(self.own or self.others)
+    stored: frozenset[str] = frozenset()
 
     def of(self, case: Case) -> tuple[float, str] | None:
-        """Return the share that a case keeps and where it was measured; of a cache that was not the rule, beside such weights."""
+        """Return the share that a case keeps and how that is known; of a cache that was not the rule, beside such weights."""
         for way, beside in (((case.precision, case.kv), 1.0), ((case.precision, USUAL_KV), KV_FORMS[case.kv].quality_kept)):
             for found, where in ((self.own, ON_MODEL), (self.others, ON_SIMILAR)):
                 if way in found:
                     return found[way] * beside, where
-        return None
+        return (KV_FORMS[case.kv].quality_kept, AS_STORED) if case.precision in self.stored else None
 
 
-def measured_quality(results: Iterable[Result], spec: ModelSpec) -> MeasuredQuality:
-    """Return what results say of the quality that ways of loading a model keep; the median where there are several."""
-    from statistics import median  # slow to import
-
+def known_quality(spec: ModelSpec, results: Iterable[Result] = ()) -> KnownQuality:
+    """Return what is known of the quality that ways of loading a model keep: by results, the median where there are several."""
     own, others = defaultdict[_Way, list[float]](list), defaultdict[_Way, list[float]](list)
     for result in results:
         share, way = result.metrics.get(AGREEMENT), (result.case.precision, result.case.kv)
@@ -53,13 +52,20 @@ def measured_quality(results: Iterable[Result], spec: ModelSpec) -> MeasuredQual
             own[way].append(share)
         elif _is_similar(result, spec):
             others[way].append(share)
-    return MeasuredQuality(
-        own={way: median(shares) for way, shares in own.items()}, others={way: median(shares) for way, shares in others.items()}
-    )
+    stored = frozenset(name for name, row in PRECISIONS.items() if row.bits < 16 and spec.keeps_packed(row))
+    return KnownQuality(own=_medians(own), others=_medians(others), stored=stored)
+
+
+def _medians(shares: Mapping[_Way, list[float]]) -> dict[_Way, float]:
+    if not shares:
+        return {}
+    from statistics import median  # slow to import
+
+    return {way: median(each) for way, each in shares.items()}
 
 
 def quality_kept(one: Plan) -> float:
-    """Return the share of the answers that stay right: as measured, else by the rules of thumb of the tables."""
+    """Return the share of the answers that stay right: as is known of it, else by the rules of thumb of the tables."""
     return (
         one.kept_share
         if one.kept_share is not None

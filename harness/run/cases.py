@@ -30,7 +30,7 @@ from harness.planning.device_map import user_map
 from harness.planning.device_map.infer import Device
 from harness.planning.outlook import kv_growth, lighter
 from harness.planning.planner import Planner
-from harness.planning.quality import measured_quality
+from harness.planning.quality import known_quality
 from harness.results.store import Store
 from harness.run import forkserver
 from harness.run.model_set import ModelSet
@@ -182,7 +182,7 @@ class CaseMatrix:
         spec, trust = self._models.spec(model), bool(self._options.trust_remote_code)
         constants = kept_calibration.corrected(known, self._machine)
         planner = Planner(spec, probe.limited(self._machine, within), constants=constants, trust=trust)
-        planner.measured = measured_quality(known, spec)
+        planner.known_quality = known_quality(spec, known)
         found = advise_usual(self._models.sources[model], planner, list(dict.fromkeys(usual)))
         if found.best is None or not found.is_found:
             return None

@@ -13,6 +13,7 @@ from harness.core.quantizers import SCHEMES
 from harness.core.records import Machine, Verdict
 from harness.core.units import GIB
 from harness.machine.gpus import profile
+from harness.planning.choice.nearest import SLOW_TOK_S
 from harness.planning.choice.recommend import Recommendation, advise
 from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
@@ -51,6 +52,29 @@ def test_else_the_hardware_whose_cards_hold_every_weight(name: str, ways: int) -
         assert plan.estimate is not None
         assert plan.estimate.tiers["cpu"].weights_bytes == 0
         assert "disk" not in plan.estimate.tiers
+
+
+def test_beside_what_is_too_slow_to_use_stands_what_is_not() -> None:
+    """The disk holds a mixture of experts whose 4-bit form is in RAM: such a checkpoint is named first, then cards."""
+    small = profile(["RTX 3060 12GB"], ram=32 * GIB)
+    found = advised("Qwen/Qwen3-30B-A3B", small, ("bf16", "disk"))
+    assert found.best is not None
+    assert found.faster is not None
+    said = re.search(
+        r": (\S+)/(\S+) fits with an? (\w+) checkpoint \(([\d.]+) tokens/s\) and bf16/direct fits a card", found.faster
+    )
+    assert said is not None, found.faster
+    precision, placement, form, speed = said.groups()
+    plan = Planner(found.spec, small, here=False).plan(case(precision, placement, model=found.spec.name))
+    assert plan.estimate is not None
+    assert plan.needs_checkpoint == f"{'an' if form[0] == 'A' else 'a'} {form} checkpoint"
+    assert float(speed) >= SLOW_TOK_S
+    assert plan.estimate.decode_tok_s.best == pytest.approx(float(speed), rel=0.05)
+    assert found.faster in found.notes
+
+
+def test_a_way_that_is_fast_enough_is_enough() -> None:
+    assert advised("qwen2.5-7b-instruct", profile(["RTX 4090"]), ("bf16", "direct")).faster is None
 
 
 def test_a_model_is_counted_once_for_all_machines() -> None:

@@ -12,7 +12,9 @@ from harness.catalog import resolve
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Loaded, Outcome, Result, Span, TierEstimate, encode_record
 from harness.core.records import Estimate as Expected
-from harness.planning.quality import ON_MODEL, ON_SIMILAR, measured_quality
+from harness.machine.gpus import profile
+from harness.planning.planner import Planner
+from harness.planning.quality import AS_STORED, ON_MODEL, ON_SIMILAR, known_quality
 from tests.support.builders import case, result
 from tests.support.spoken import Said, saying
 
@@ -33,7 +35,7 @@ def test_what_was_measured_on_the_model_comes_before_others_and_the_rule() -> No
     spec = read_spec(resolve.resolve(MODEL))
     others = [scored(case("int4", model="qwen2.5-14b-instruct"), 0.8), scored(case("nf4-dq", model="qwen2.5-14b-instruct"), 0.7)]
     own = [scored(case("int4", model=MODEL), share) for share in (0.91, 0.95, 0.93)]
-    found = measured_quality([*others, *own], spec)
+    found = known_quality(spec, [*others, *own])
     assert found.of(case("int4", model=MODEL)) == (0.93, ON_MODEL)
     assert found.of(case("nf4-dq", model=MODEL)) == (0.7, ON_SIMILAR)
     assert found.of(case("int8", model=MODEL)) is None
@@ -51,7 +53,23 @@ def test_what_was_measured_on_the_model_comes_before_others_and_the_rule() -> No
     ],
 )
 def test_what_says_nothing_of_a_model_is_left_out(of_another: Result) -> None:
-    assert not measured_quality([of_another], read_spec(resolve.resolve(MODEL)))
+    found = known_quality(read_spec(resolve.resolve(MODEL)), [of_another])
+    assert (found.own, found.others) == ({}, {})
+
+
+def test_what_stays_as_it_is_stored_loses_nothing_to_what_is_unpacked_from_it(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = read_spec(resolve.resolve("openai/gpt-oss-20b"))
+    known = known_quality(spec)
+    assert known.of(case("mxfp4", model=spec.name)) == (1.0, AS_STORED)
+    assert known.of(Case(model=spec.name, precision="mxfp4", placement="cpu", kv="fp8")) == (0.995, AS_STORED)
+    assert known.of(case("bf16", model=spec.name)) is None
+    _, out, _ = saying(capsys, "plan", spec.name, "--gpu", "RTX 3060 12GB", "--ram", "32GiB")()
+    assert out.startswith(f"Best for {spec.name}: mxfp4/recommended, highest quality that fits")
+
+
+def test_a_form_that_a_model_is_not_stored_in_keeps_what_the_rule_says() -> None:
+    planner = Planner(read_spec(resolve.resolve(MODEL)), profile(["RTX 4090"], ram=64 << 30), here=False)
+    assert planner.plan(Case(model=MODEL, precision="gptq-int4", placement="direct")).kept_share is None
 
 
 @pytest.fixture

@@ -1,20 +1,29 @@
-"""Where nothing fits: the nearest way that works, by another precision or placement, with a package, or on other hardware."""
+"""Where nothing fits, or only what is too slow to use: the nearest way that works.
+
+By another precision or placement, with a package, with a checkpoint of another form, or on other hardware.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Set
 from functools import lru_cache
 
+from msgspec.structs import replace
+
 from harness.core.methods.packages import how_to_install, lacking
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS, defaults
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
+from harness.core.units import significant
 from harness.machine.gpus import profile
+from harness.planning.other_form import published_in, stored_for
 from harness.planning.planner import Planner
+from harness.planning.verdict import with_article
 
 # Cards that people can get, smallest first; the last more than once.
 _CARDS = ("RTX 3060 12GB", "RTX 4060 Ti 16GB", "RTX 4090", "RTX 5090", "L40S", "A100 80GB", "H100 PCIe 80GB", "H200 SXM")
 _MOST_CARDS = 8
+SLOW_TOK_S = 1.0  # below it nobody waits for an answer
 _HOST_RAM = 1 << 40  # enough that only the cards decide
 
 
@@ -34,7 +43,40 @@ def nearest_way(planner: Planner, plans: Sequence[Plan], choose: Choose) -> str 
     workload = plans[0].case.workload
     # On a machine that is only described no package is asked for: what was planned and does not fit, does not.
     known = set() if planner.here else {one.case for one in plans}
-    return _here(planner, workload, choose, known) or _elsewhere(planner, workload)
+    return _here(planner, workload, choose, known) or _otherwise(planner, workload, choose)
+
+
+def faster_way(planner: Planner, best: Plan, choose: Choose) -> str | None:
+    """Say in a sentence what would make a model faster than SLOW_TOK_S whose best way here is slower; None if nothing is known."""
+    if best.estimate is None or best.estimate.decode_tok_s.best >= SLOW_TOK_S:
+        return None
+    ways = _otherwise(planner, best.case.workload, choose, SLOW_TOK_S)
+    return f"Faster than {SLOW_TOK_S:g} token a second: {ways}." if ways else None
+
+
+def _otherwise(planner: Planner, workload: Workload, choose: Choose, least_tok_s: float = 0.0) -> str | None:
+    """Say what else than this checkpoint on this machine would do."""
+    ways = filter(None, (_stored_otherwise(planner, workload, choose, least_tok_s), _elsewhere(planner, workload)))
+    return " and ".join(ways) or None
+
+
+def _stored_otherwise(planner: Planner, workload: Workload, choose: Choose, least_tok_s: float) -> str | None:
+    """Say in which form this machine would hold the model if it were stored so, how fast that is, and who publishes it."""
+    planned = []
+    for row in PRECISIONS.values():
+        other = stored_for(planner.spec, row)
+        if other is not None:
+            there = Planner(other, planner.machine, here=False, constants=planner.constants, trust=planner.trust)
+            # How much quality it keeps is by the rule, for this model is the measure of it.
+            planned += [replace(there.plan(case), kept_share=None) for case in _cases(there, [row.name], workload)]
+    chosen = choose([one for one in planned if one.estimate and one.estimate.decode_tok_s.best >= least_tok_s])
+    if chosen is None or chosen[0].verdict is not Verdict.FITS or chosen[0].estimate is None:
+        return None
+    case, speed = chosen[0].case, chosen[0].estimate.decode_tok_s.best
+    row = PRECISIONS[case.precision]
+    published = published_in(planner.spec, row)
+    who = f", published as {published[0]}" if published else ""
+    return f"{case.way} fits with {with_article(str(row.requires_checkpoint))} checkpoint ({significant(speed, 2)} tokens/s{who})"
 
 
 def _here(planner: Planner, workload: Workload, choose: Choose, known: Set[Case]) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from msgspec.structs import replace
+
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.resolve import Source
 from harness.core.attention import ATTENTIONS, KV_FORMS
@@ -14,7 +16,7 @@ from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict, Workload
 from harness.core.units import significant
-from harness.planning.choice.nearest import nearest_way
+from harness.planning.choice.nearest import faster_way, nearest_way
 from harness.planning.choice.search import SPEED_ALIKE, best_way, search
 from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
@@ -118,6 +120,7 @@ class Recommendation(Record, frozen=True, kw_only=True):
     best: Plan | None
     reason: str
     nearest: str | None = None  #: where nothing fits, what comes closest
+    faster: str | None = None  #: where what fits is slow, what would not be
     is_found: bool = False  #: whether the best is none of the cases that were asked about, but was searched for
     contexts: Mapping[str, int] = {}  #: of a search, by case: the most tokens with which each way that stays fits
 
@@ -149,7 +152,7 @@ class Recommendation(Record, frozen=True, kw_only=True):
             f"{', '.join(sorted(who)) if len(who) <= _NAMED else self.spec.name} needs pip install {quoted(what)}"
             for what, who in asked.items()
         ]
-        return [*self.spec.notes, *needs, *([wide] if wide else []), *self._slower()]
+        return [*self.spec.notes, *needs, *filter(None, [self.faster, wide]), *self._slower()]
 
     def _slower(self) -> list[str]:
         """Say of the precision in the fewest bits that it is slower than a wider one where both go the way of the best, and why."""
@@ -169,8 +172,7 @@ def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommend
     """Plan the cases of one model and choose the best."""
     plans = planner.plans(cases)
     best, reason = choose_best(plans) or (None, "nothing fits")
-    nearest = nearest_way(planner, plans, choose_best) if best is None else None
-    return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, nearest=nearest)
+    return _advised(source, planner, plans, best, reason)
 
 
 def advise_usual(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
@@ -178,19 +180,12 @@ def advise_usual(source: Source, planner: Planner, cases: Sequence[Case]) -> Rec
     plans = planner.plans(cases)
     found = best_way(planner, cases[0].workload, _best_of)
     if found is None:
-        return Recommendation(
-            source=source,
-            planner=planner,
-            plans=plans,
-            best=None,
-            reason="nothing fits",
-            nearest=nearest_way(planner, plans, choose_best),
-        )
+        return _advised(source, planner, plans, None, "nothing fits")
     is_found = found.case not in cases
     plans += [found] * is_found
     best = next(one for one in plans if one.case == found.case)
     reason = _reason(best, _surest(plans))
-    return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, is_found=is_found)
+    return replace(_advised(source, planner, plans, best, reason), is_found=is_found)
 
 
 def advise_best(source: Source, planner: Planner, workload: Workload, least_tok_s: float = 0.0) -> Recommendation:
@@ -198,10 +193,14 @@ def advise_best(source: Source, planner: Planner, workload: Workload, least_tok_
     found = search(planner, workload, least_tok_s, _best_of)
     best = found.best
     reason = _reason(best, _surest(found.plans)) if best else "nothing fits"
-    nearest = nearest_way(planner, found.plans, choose_best) if best is None else None
-    return Recommendation(
-        source=source, planner=planner, plans=found.plans, best=best, reason=reason, nearest=nearest, contexts=found.contexts
-    )
+    return replace(_advised(source, planner, found.plans, best, reason), contexts=found.contexts)
+
+
+def _advised(source: Source, planner: Planner, plans: list[Plan], best: Plan | None, reason: str) -> Recommendation:
+    """Put a recommendation together, with what comes nearest where there is no best way or a slow one."""
+    nearest = nearest_way(planner, plans, choose_best) if best is None else None
+    faster = faster_way(planner, best, choose_best) if best is not None else None
+    return Recommendation(source=source, planner=planner, plans=plans, best=best, reason=reason, nearest=nearest, faster=faster)
 
 
 def _best_of(plans: Sequence[Plan]) -> Plan | None:

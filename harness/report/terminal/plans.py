@@ -10,7 +10,7 @@ from harness.catalog.resolve import history
 from harness.core.records import Plan, Verdict
 from harness.planning.choice.recommend import Recommendation
 from harness.planning.images import of_images
-from harness.planning.quality import ON_MODEL, ON_SIMILAR
+from harness.planning.quality import AS_STORED, ON_MODEL, ON_SIMILAR
 from harness.report.terminal import plan_table, tables
 from harness.report.terminal.answer import answer, code_or_command, main_reason
 from harness.report.terminal.next_steps import Asked, code_command, plan_command, proof_command
@@ -18,7 +18,7 @@ from harness.report.terminal.subject import assumed, by_formulas, machine_line, 
 
 _SHORT = 4
 _BY_RULE = "Quality is the share of the answers that stay right, by rule of thumb; context is the most tokens that fit."
-_WHERE = {ON_MODEL: "on this model", ON_SIMILAR: "on similar models"}
+_WHERE = {ON_MODEL: "measured on this model", ON_SIMILAR: "measured on similar models", AS_STORED: "keeps what is stored"}
 
 
 def show_plans(recommendations: Sequence[Recommendation], asked: Asked) -> None:
@@ -59,14 +59,16 @@ def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableT
 
 def _quality(recommendation: Recommendation) -> str:
     """Say where the quality of the ways comes from: of a search always, else where some was measured."""
-    measured, ways = recommendation.planner.measured, dict[str, dict[str, None]]()
+    known, ways = recommendation.planner.known_quality, dict[str, dict[str, None]]()
     for one in recommendation.plans:
-        found = measured.of(one.case) if one.verdict.is_good else None
+        found = known.of(one.case) if one.verdict.is_good else None
         if found is not None:
             ways.setdefault(found[1], {})[one.case.precision] = None
+    if not (recommendation.contexts or ways.keys() - {AS_STORED}):
+        return ""
     if not ways:
-        return _BY_RULE if recommendation.contexts else ""
-    said = "; ".join(f"{', '.join(names)} measured {_WHERE[where]}" for where, names in ways.items())
+        return _BY_RULE
+    said = "; ".join(f"{', '.join(names)} {_WHERE[where]}" for where, names in ways.items())
     context = "; context is the most tokens that fit" if recommendation.contexts else ""
     return f"Quality is the share of the next tokens that stay as in 16 bits: {said}, others by rule of thumb{context}."
 
