@@ -35,7 +35,6 @@ from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Attention, Block, Child, ParameterSpec, Skeleton
 from harness.catalog import shipped
 from harness.checkpoint.auxiliary_files import KERNEL_KEYS
-from harness.core.families import CHATGLM, FAMILIES
 from harness.data import DATA
 from harness.models.cache_argument import kv_cache_of
 from harness.worker.auto_class import auto_class_of
@@ -47,7 +46,7 @@ _WAY_OUT = "correct 'model_type' in config.json, or try a newer transformers"
 _STATUSES = {UnknownType: UNKNOWN_TYPE, NotMeasured: NO_DECODER, RefusedConfig: CONFIG_REFUSED}
 # What transformers' configs and models raise for sizes that contradict each other.
 _CONTRADICTIONS = (StrictDataclassError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError)
-_NOT_OF_THE_SHAPE = frozenset(("architectures", "quantization_config", *(family.bits_key for family in FAMILIES.values())))
+_NOT_OF_THE_SHAPE = frozenset(("architectures", "quantization_config", "quantization_bit", "wbits"))
 
 
 def build_skeleton(config: Mapping[str, Any], naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
@@ -113,7 +112,7 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give a published config the names of the native class that holds the same model, with weights that are not packed."""
     kind = config.get("model_type")
     config = _without_code(config)
-    dropped = _NOT_OF_THE_SHAPE - {CHATGLM.bits_key} if skeleton_source.is_integer_chatglm2(config) else _NOT_OF_THE_SHAPE
+    dropped = _NOT_OF_THE_SHAPE - {"quantization_bit"} if skeleton_source.is_integer_chatglm2(config) else _NOT_OF_THE_SHAPE
     rest = {key: value for key, value in config.items() if key not in dropped}
     if kind == "internlm3":
         biases = {"attention_bias": config.get("qkv_bias", False), "mlp_bias": config.get("bias", False)}
