@@ -10,12 +10,12 @@ neither stacked experts nor converted tensors, of a file with its config within 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
-from harness.architecture.stored.packed_check import block_fault, lacking_part, left_in_16_bits, scale_of, sides
+from harness.architecture.stored.packed_check import block_fault, lacking_part, left_in_16_bits, scale_of, sides, uneven_part
 from harness.checkpoint.adapter import Adapter, LoraModule
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
@@ -155,23 +155,21 @@ class _Comparison:
             raise self._error(CONFIG, f"{what}: {_TOGETHER}")
 
     def _raise_partless(self, packed: list[StoredWeight]) -> None:
-        """Raise for a packed weight without scales, or that lacks a part which most others have: some libraries write more."""
+        """Raise for a packed weight without scales, or that lacks a part which most others like it have."""
         assert self.packed is not None
         assert self.layout is not None
         for stored in packed:
             self._raise_other_type(stored)
             if lacked := lacking_part(self.packed, self.layout, stored.parts.keys()):
-                name = f"{stored.name.removesuffix('.weight')}{lacked}"
-                raise self._error(
-                    stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
-                )
-        usual = Counter(frozenset(stored.parts) for stored in packed).most_common(1)[0][0]
-        for stored in packed:
-            for part in sorted(usual - stored.parts.keys()):
-                name = f"{stored.name.removesuffix('.weight')}{part}"
-                raise self._error(
-                    stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}"
-                )
+                raise self._partless(stored, lacked)
+        lacks = uneven_part({stored.name: stored.parts.keys() for stored in packed}, settings_of(self.read.config) or {})
+        if lacks is not None:
+            stored = next(one for one in packed if one.name == lacks[0])
+            raise self._partless(stored, lacks[1])
+
+    def _partless(self, stored: StoredWeight, part: str) -> CheckpointError:
+        name = f"{stored.name.removesuffix('.weight')}{part}"
+        return self._error(stored.tensor.file, f"holds {shown(stored.tensor.name)} without its {shown(name)}: {DOWNLOAD_AGAIN}")
 
     def _raise_other_type(self, stored: StoredWeight) -> None:
         """Raise for a weight of bitsandbytes whose state is that of another type than the config's."""

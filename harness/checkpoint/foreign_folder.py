@@ -29,6 +29,11 @@ def what_it_is(folder: Folder, names: Sequence[str]) -> str | None:
     return None
 
 
+def is_model_file(name: str) -> bool:
+    """Say whether a GGUF may be a whole model by its name, not what lies beside one."""
+    return not any(fnmatchcase(name, pattern) for pattern in _BESIDE_GGUF)
+
+
 def _adapter(folder: Folder, name: str) -> str:
     """Say which model an adapter belongs to, and how large it is beside it."""
     with closing(folder.open(name)) as blob:
@@ -53,9 +58,16 @@ def _variant(_: Folder, name: str) -> str:
 
 _VARIANTS = ("model.*.safetensors", "model.safetensors.index.*.json", "pytorch_model.*.bin", "pytorch_model.bin.index.*.json")
 _OF_MAKERS = ("a model as its makers' own code keeps it", "take the copy for transformers, which has a config.json")
+# What lies beside a model for llama.cpp, which may be a GGUF as well.
+_BESIDE_GGUF = {
+    "*mmproj*.gguf": "the part of a model that sees, as llama.cpp loads it beside the model",
+    "*imatrix*": "what llama.cpp counted to quantize a model by",
+}
 FOREIGN_FOLDERS = (
     ForeignFolder(ADAPTER, _adapter),
     ForeignFolder("model_index.json", _fixed("a pipeline of diffusers, which makes images or sound", "DiffusionPipeline loads it")),
+    ForeignFolder("diffusion_pytorch_model*", _fixed("a part of a pipeline of diffusers", "the pipeline around it loads it")),
+    ForeignFolder("pytorch_lora_weights.*", _fixed("an adapter for diffusers", "load_lora_weights of its pipeline loads it")),
     ForeignFolder("params.json", _fixed(*_OF_MAKERS)),
     ForeignFolder("consolidated*", _fixed(*_OF_MAKERS)),
     *(ForeignFolder(pattern, _variant) for pattern in _VARIANTS),
@@ -65,6 +77,7 @@ FOREIGN_FOLDERS = (
     ForeignFolder("*.onnx", _fixed("an export to ONNX", "onnxruntime or optimum load it; here take the original")),
     ForeignFolder("tf_model.h5", _fixed("a checkpoint of TensorFlow", "transformers 5 reads none: take one with safetensors")),
     ForeignFolder("flax_model.msgpack", _fixed("a checkpoint of Flax", "transformers 5 reads none: take one with safetensors")),
+    *(ForeignFolder(pattern, _fixed(what, "take the GGUF of the model itself")) for pattern, what in _BESIDE_GGUF.items()),
     ForeignFolder("*.nemo", _fixed("an archive of NeMo", "NeMo loads it; here take the copy for transformers")),
 )  # fmt: skip
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from harness.core.dtypes import DTYPE_BYTES
+from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
 from harness.core.records import Record
 
 if TYPE_CHECKING:
     from harness.checkpoint.formats.safetensors_header import StoredTensor
 
 Sides = tuple[int, ...]
+
+# Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
+BESIDE = re.compile(
+    r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format|qzeros|scales|qbiases|g_idx|weight_scale|weight_global_scale|input_global_scale|weight_scale_2"
+    r"|weight_scale_inv|activation_scale|weight_shape|weight_zero_point|weight_g_idx|input_scale|input_zero_point|output_scale|output_zero_point"
+    r"|bias_scale|bias_zero_point|codebooks|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
+    r"|position_ids)$|\.quant_state\.|_scales$|\.meta\.(scale|zero)"
+)
+PACKED_SUFFIXES = (".qweight", ".weight_packed")
+_WEIGHTS = (*PACKED_SUFFIXES, ".weight")
+FLOATS = ("float16", "bfloat16", "float32")
 
 _WORD = 32  # bits of the integers that weights are packed into
 
@@ -281,3 +294,47 @@ LAYOUTS: Mapping[str, Layout] = {
     "compressed-tensors int-quantized": _compressed(".weight", _whole, (8,), _EIGHT, {8: 3.0}),
     "compressed-tensors naive-quantized": _compressed(".weight", _whole, (8,), _EIGHT, {8: 3.0}),
 }
+
+
+def count_beside(tensors: Iterable[StoredTensor], narrow: str | None) -> tuple[tuple[str, int], ...]:
+    """Return how many elements the files hold beside weights, by dtype; a `narrow` one is that which scales of 8 bits get."""
+    counted: Counter[str] = Counter()
+    for tensor in tensors:
+        if BESIDE.search(tensor.name):
+            is_narrow = tensor.name.endswith(".weight_scale") and DTYPE_BITS.get(tensor.dtype) == 8
+            counted[narrow if narrow and is_narrow else tensor.dtype] += math.prod(tensor.shape)
+    return tuple(counted.items())
+
+
+def any_packed(stored_by: str | None, tensors: Iterable[StoredTensor]) -> bool:
+    """Say whether any weight of the files is packed: by the row of LAYOUTS, or where there is none by its dtype."""
+    layout = LAYOUTS.get(stored_by or "")
+    if layout is None:
+        return any(tensor.name.endswith(_WEIGHTS) and _is_packed(tensor) for tensor in tensors)
+    return any(layout.split(tensor.name, tensor.dtype)[1] == layout.main for tensor in tensors)
+
+
+def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[str | None, str | None, tuple[int, int]]:
+    """Return the dtype of most of what is packed and of most of the rest, and how many floats scales have, in how many bytes.
+
+    Where no row of LAYOUTS says what a part is, integers and floats of 8 bits are taken for packed.
+    """
+    sizes: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    elements = size = 0
+    for tensor in tensors:
+        part = layout.split(tensor.name, tensor.dtype)[1] if layout is not None else ""
+        if (layout is not None and part == layout.main) or (
+            layout is None and tensor.name.endswith(_WEIGHTS) and _is_packed(tensor)
+        ):
+            sizes[tensor.dtype] += tensor.bytes
+        elif tensor.dtype in FLOATS and part:
+            elements, size = elements + math.prod(tensor.shape), size + tensor.bytes
+        elif tensor.dtype in FLOATS:
+            others[tensor.dtype] += tensor.bytes
+    held, rest = (next((dtype for dtype, _ in counted.most_common(1)), None) for counted in (sizes, others))
+    return held, rest, (elements, size)
+
+
+def _is_packed(tensor: StoredTensor) -> bool:
+    return tensor.dtype.startswith(("int", "uint", "float8")) and len(tensor.shape) > 1

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from harness.checkpoint.layouts import LAYOUTS, TORCHAO_PARTS, Layout, Sides
+from harness.checkpoint.layouts import (
+    BESIDE,
+    FLOATS,
+    LAYOUTS,
+    PACKED_SUFFIXES,
+    TORCHAO_PARTS,
+    Layout,
+    Sides,
+    any_packed,
+    count_beside,
+    parts_of,
+)
 from harness.checkpoint.quantization_words import (
     believable_bits,
     bits_in,
     bits_of,
     bitsandbytes_type,
-    differ,
     group_in,
-    is_of_experts,
-    schemes_in,
     torchao_type,
 )
 from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
 from harness.core.families import CHATGLM, GGUF, MOSS, family_of
+from harness.core.methods.compressed import FormatLoading, differ, schemes_in
 from harness.core.methods.table import METHODS, OWN, Method, foreign, method_name, settings_of
 from harness.core.precisions import Precision, row_of
 from harness.core.records import Record
@@ -31,18 +39,7 @@ from harness.core.records import Record
 if TYPE_CHECKING:
     from harness.checkpoint.formats.safetensors_header import StoredTensor
 
-# Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
-_BESIDE = re.compile(
-    r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format|qzeros|scales|qbiases|g_idx|weight_scale|weight_global_scale|input_global_scale|weight_scale_2"
-    r"|weight_scale_inv|activation_scale|weight_shape|weight_zero_point|weight_g_idx|input_scale|input_zero_point|output_scale|output_zero_point"
-    r"|bias_scale|bias_zero_point|codebooks|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
-    r"|position_ids)$|\.quant_state\.|_scales$|\.meta\.(scale|zero)"
-)
 _ATTENTION_MASK = re.compile(r"(attn|attention)\.bias$")
-_PACKED_SUFFIXES = (".qweight", ".weight_packed")
-_WEIGHTS = (*_PACKED_SUFFIXES, ".weight")
-_FLOATS = ("float16", "bfloat16", "float32")
-
 # Methods whose layout goes by a version or a format, or is that of 16 bits.
 _WITH_VARIANTS = ("gptq", "awq", "bitsandbytes_4bit", "bitnet")
 # Methods that pack several weights into an integer under the name of the weight, beside a ".weight_scale".
@@ -65,7 +62,6 @@ class Packed(Record, frozen=True, kw_only=True):
     varies: bool = False  #: bits differ from module to module
     selects: bool = False  #: the config names modules that are packed, or that are not
     apart: bool = False  #: modules outside of experts are packed in several ways, and transformers unpacks in one while it loads
-    scales: str | None = None  #: the dtype of its scales, if the headers were read
     held: str | None = None  #: the dtype of most of what is packed, if the headers were read; what stays packed keeps it
     rest: str | None = None  #: the dtype of most of what is not packed, if the headers were read
     scheme: str | None = None  #: what bitsandbytes calls weights of 4 bits that are stored so
@@ -74,8 +70,9 @@ class Packed(Record, frozen=True, kw_only=True):
     packing: str = ""  #: how AutoRound or AWQ says that it is packed
     stored_by: str | None = None  #: the row of LAYOUTS; None: how its files hold weights is not known
     plain: bool = False  #: the files hold weights in 16 bits, with scales beside them
-    beside: int = 0  #: bytes of scales and of all else that the files hold beside weights
+    beside: tuple[tuple[str, int], ...] = ()  #: elements of scales and of all else that the files hold beside weights, by dtype
     keeps_beside: bool = False  #: these stay in memory beside 16-bit weights
+    unpacked_dtype: str | None = None  #: the only dtype that its weights are unpacked to
     fault: str | None = None  #: why the method's package does not take the config
 
     @property
@@ -101,8 +98,19 @@ class Packed(Record, frozen=True, kw_only=True):
 
     def float_growth(self, dtype: str) -> int:
         """Return by how many bytes scales and codebooks are larger in memory than in the files, in a model of this dtype."""
-        kept, (elements, size) = self.method.floats if self.method else "stored", self.floats
-        return 0 if kept == "stored" else elements * DTYPE_BYTES[dtype if kept == "asked" else kept] - size
+        elements, size = self.floats
+        kept = self._floats_in(dtype)
+        return 0 if kept is None else elements * DTYPE_BYTES[kept] - size
+
+    def beside_bytes(self, dtype: str) -> float:
+        """Return the bytes of scales and of all else that stays in memory beside 16-bit weights, in a model of this dtype."""
+        kept = self._floats_in(dtype) if self.keeps_beside else None
+        return sum(count * DTYPE_BITS[(kept or one) if one in FLOATS else one] / 8 for one, count in self.beside)
+
+    def _floats_in(self, dtype: str) -> str | None:
+        """Return the dtype that scales and codebooks have in a model of this dtype, None if they keep that of the files."""
+        kept = self.method.floats if self.method else "stored"
+        return None if kept == "stored" else dtype if kept == "asked" else kept
 
     def unpacks(self, precision: Precision) -> bool:
         """Say whether loading with a precision makes 16- or 32-bit weights of what is stored."""
@@ -131,8 +139,9 @@ class Packed(Record, frozen=True, kw_only=True):
             return f"transformers runs {self.method.title} with the rest in {' or '.join(method_dtypes)} only"
         if plain and self.dtype is not None and precision.dtype != self.dtype:
             return f"products of {self.method.title}'s {self.held} weights are in {self.dtype}: use a precision of that dtype"
-        if plain and self.method.scales_decide and self.scales not in (None, precision.dtype):
-            return f"transformers unpacks {self.method.title} weights to the dtype of their scales, which is {self.scales} here"
+        if plain and self.unpacked_dtype not in (None, precision.dtype):
+            what = f"{self.method.title} weights of this checkpoint are unpacked to {self.unpacked_dtype}, whatever is asked for"
+            return f"{what}: use a precision of that dtype"
         if plain and (self.precision is None or self.method.unpacked is not None):
             return None
         ways = [*([] if self.precision and not self.method.unpacked else ["bf16", "fp16"]), *filter(None, [self.precision])]
@@ -187,22 +196,21 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     own = family.model_type if family else MOSS.model_type
     name = method_name(settings) if settings else GGUF.name if title.startswith(GGUF.name) else own
     known = METHODS.get(name) or OWN.get(name)
-    stored_by = _layout_name(name, settings) if settings else family.method if family else MOSS.method
-    plain = settings is not None and known is not None and known.is_plain(settings) and not _any_packed(stored_by, tensors)
-    held, rest, floats = _parts_of(LAYOUTS.get(stored_by or ""), tensors)
-    schemes = schemes_in(settings or {})
-    apart = differ([scheme for scheme in schemes if not is_of_experts(scheme)])
-    whole = known is None or known.unpacks_format is None or known.unpacks_format(settings or {})
+    loading = _loading(name, known, settings or {}, tensors)
+    form = f"{name} {loading.stored}" if loading else _layout_name(name, settings) if settings else None
+    stored_by = form if settings else family.method if family else MOSS.method
+    plain = settings is not None and known is not None and known.is_plain(settings) and not any_packed(stored_by, tensors)
+    held, rest, floats = parts_of(LAYOUTS.get(stored_by or ""), tensors)
+    keeps = loading is not None and not loading.whole
     return Packed(
         title=title,
         name=name,
         bits=int(bits[1]) if bits else known.bits if known else 4,
         group=int(group[1]) if group else 0,
         block=_block(name, settings or {}),
-        varies=differ(schemes) or any((settings or {}).get(key) for key in _VARY_KEYS),
+        varies=differ(schemes_in(settings or {})) or any((settings or {}).get(key) for key in _VARY_KEYS),
         selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
-        scales=next((tensor.dtype for tensor in tensors if tensor.name.endswith((".scales", "_scale"))), None),
-        apart=apart,
+        apart=loading is not None and loading.apart,
         held=held,
         rest=rest,
         scheme=title.rpartition("4-bit ")[2].replace(",", "") if name == "bitsandbytes_4bit" else None,
@@ -211,44 +219,34 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         packing=str(next(filter(None, map((settings or {}).get, _PACKING_KEYS)), "")).casefold(),
         stored_by=None if plain else stored_by,
         plain=plain,
-        beside=sum(tensor.bytes for tensor in tensors if _BESIDE.search(tensor.name)),
-        keeps_beside=plain or apart or not whole,
-        fault=known.faults(settings) if known is not None and known.faults is not None and settings is not None else None,
+        beside=count_beside(tensors, loading.scales if loading and keeps and not plain else None),
+        keeps_beside=plain or keeps,
+        unpacked_dtype=None if plain else _unpacked_dtype(known, loading if keeps else None, tensors),
+        fault=_fault(known, settings or {}, None if plain else loading),
     )
 
 
-def _any_packed(stored_by: str | None, tensors: Iterable[StoredTensor]) -> bool:
-    """Say whether any weight of the files is packed: by the row of LAYOUTS, or where there is none by its dtype."""
-    layout = LAYOUTS.get(stored_by or "")
-    if layout is None:
-        return any(tensor.name.endswith(_WEIGHTS) and _is_packed(tensor) for tensor in tensors)
-    return any(layout.split(tensor.name, tensor.dtype)[1] == layout.main for tensor in tensors)
+def _loading(
+    name: str, known: Method | None, settings: Mapping[str, Any], tensors: tuple[StoredTensor, ...]
+) -> FormatLoading | None:
+    """Return what becomes of the weights on loading, of a method whose formats the config names; None of others."""
+    if known is None or known.loading is None:
+        return None
+    return known.loading(settings, (lambda form: any_packed(f"{name} {form}", tensors)) if tensors else None)
 
 
-def _parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[str | None, str | None, tuple[int, int]]:
-    """Return the dtype of most of what is packed and of most of the rest, and how many floats scales have, in how many bytes.
-
-    Where no row of LAYOUTS says what a part is, integers and floats of 8 bits are taken for packed.
-    """
-    sizes: Counter[str] = Counter()
-    others: Counter[str] = Counter()
-    elements = size = 0
-    for tensor in tensors:
-        part = layout.split(tensor.name, tensor.dtype)[1] if layout is not None else ""
-        if (layout is not None and part == layout.main) or (
-            layout is None and tensor.name.endswith(_WEIGHTS) and _is_packed(tensor)
-        ):
-            sizes[tensor.dtype] += tensor.bytes
-        elif tensor.dtype in _FLOATS and part:
-            elements, size = elements + math.prod(tensor.shape), size + tensor.bytes
-        elif tensor.dtype in _FLOATS:
-            others[tensor.dtype] += tensor.bytes
-    held, rest = (next((dtype for dtype, _ in counted.most_common(1)), None) for counted in (sizes, others))
-    return held, rest, (elements, size)
+def _fault(known: Method | None, settings: Mapping[str, Any], loading: FormatLoading | None) -> str | None:
+    """Say why a method's package does not take a config, or cannot load what it says; None if it does."""
+    refused = known.faults(settings) if known is not None and known.faults is not None else None
+    return refused or (loading.fault if loading is not None else None)
 
 
-def _is_packed(tensor: StoredTensor) -> bool:
-    return tensor.dtype.startswith(("int", "uint", "float8")) and len(tensor.shape) > 1
+def _unpacked_dtype(known: Method | None, kept: FormatLoading | None, tensors: Iterable[StoredTensor]) -> str | None:
+    """Return the only dtype that weights are unpacked to, whichever is asked for; None if it is that one."""
+    if kept is not None:
+        return kept.dtype
+    decide = known is not None and known.scales_decide
+    return next((tensor.dtype for tensor in tensors if decide and tensor.name.endswith((".scales", "_scale"))), None)
 
 
 def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -290,8 +288,6 @@ def config_in(form: Packed, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
     """Return the row of LAYOUTS that a quantization_config means; None where it names a layout that its method has not usually."""
-    if method == "compressed-tensors":
-        return f"{method} {settings.get('format')}"
     if "packing_format" in settings:  # AutoRound's: that of another package, which it names at the end
         end = str(settings["packing_format"]).rpartition("_")[2]
         return end if end in METHODS and METHODS[end].on_cards else None
@@ -362,11 +358,11 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
     tensors of the checkpoint: a packed tensor is known by what stands beside it.
     """
     name, elements = tensor.name, math.prod(tensor.shape)
-    if _BESIDE.search(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
+    if BESIDE.search(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
         return 0
     settings = settings_of(config) or {}
     method, said = method_name(settings), bits_in(settings) or believable_bits(config.get(MOSS.bits_key)) or 4
-    if name.endswith(_PACKED_SUFFIXES) and tensor.dtype == "int32":
+    if name.endswith(PACKED_SUFFIXES) and tensor.dtype == "int32":
         module = name.rpartition(".")[0]
         return elements * 32 // (_bits_of(module, shapes) or bits_of(settings, module) or said)
     if f"{name}.absmax" in shapes:  # bitsandbytes' 4 bits, in whichever integers or floats

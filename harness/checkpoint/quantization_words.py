@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from harness.core.methods.compressed import preset
+from harness.core.methods.compressed import scheme_number, schemes_in
 
 # quant_method of transformers -> the key in its config that gives the bits
 _BITS_KEYS = ("bits", "w_bit", "num_bits", "weight_bits", "nbits")
 _GROUP_KEYS = ("group_size", "q_group_size")
-# What tells schemes of compressed-tensors apart that are stored otherwise.
-_SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size")
-_PATTERN = "re:"
 
 
 def bits_in(settings: Mapping[str, Any]) -> int:
@@ -27,49 +24,11 @@ def bits_in(settings: Mapping[str, Any]) -> int:
     return said or (believable_bits(int(named[1])) if named else 0)
 
 
-def schemes_in(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the groups of layers of a quantization_config that say how their weights are packed: compressed-tensors has them."""
-    groups = settings.get("config_groups")
-    listed = [_whole(name, group) for name, group in groups.items()] if isinstance(groups, dict) else []
-    return [group for group in listed if isinstance(group, dict) and isinstance(group.get("weights"), dict)]
-
-
-def _whole(name: str, group: Any) -> Any:
-    """Return a group with its weights, which one that lists targets alone has from its name."""
-    return {"targets": group, "weights": preset(name)} if isinstance(group, list) else group
-
-
-def differ(schemes: Sequence[Mapping[str, Any]]) -> bool:
-    """Say whether groups of layers are packed in more than one way."""
-    ways = {tuple(str(one["weights"].get(key)) for key in _SCHEME_KEYS) for one in schemes}
-    return len(ways) > 1
-
-
-def is_of_experts(scheme: Mapping[str, Any]) -> bool:
-    """Say whether a group of layers singles out the experts of a mixture (transformers' `get_dense_scheme`)."""
-    return any(target.startswith(_PATTERN) and "experts" in target for target in _targets(scheme))
-
-
 def bits_of(settings: Mapping[str, Any], module: str) -> int:
     """Return the bits of one module: of the group that names its path, else as `bits_in` says, which is of the first."""
-    named = (scheme for scheme in schemes_in(settings) if any(_meets(target, module) for target in _targets(scheme)))
-    found = next((bits for scheme in named if (bits := believable_bits(scheme["weights"].get("num_bits")))), 0)
-    return found or bits_in(settings)
-
-
-def _targets(scheme: Mapping[str, Any]) -> list[str]:
-    targets = scheme.get("targets")
-    return [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else []
-
-
-def _meets(target: str, module: str) -> bool:
-    """Say whether a target names a module by its path, or by a pattern of it."""
-    if not target.startswith(_PATTERN):
-        return target == module
-    try:
-        return re.match(target.removeprefix(_PATTERN), module) is not None
-    except re.error:
-        return False
+    number = scheme_number(settings, module)
+    said = schemes_in(settings)[number]["weights"].get("num_bits") if number is not None else None
+    return believable_bits(said) or bits_in(settings)
 
 
 def group_in(settings: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ import msgspec
 
 from harness.checkpoint import settings_check
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
-from harness.checkpoint.foreign_folder import refuse
+from harness.checkpoint.foreign_folder import is_model_file, refuse
 from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor, check_metadata, parse_config, read_index, read_safetensors
 from harness.checkpoint.quantization import describe_quantization, weights_in
@@ -271,7 +271,7 @@ def _weight_files(folder: Folder, file: str | None) -> tuple[list[str], dict[str
 
 def _only_gguf(folder: Folder) -> str:
     names = folder.names()
-    found = [name for name in names if name.endswith(GGUF.suffix) and not name.startswith("mmproj")]
+    found = [name for name in names if name.endswith(GGUF.suffix) and is_model_file(name)]
     whole = [name for name in found if not _SPLIT.fullmatch(name) or "-00001-of-" in name]
     if len(whole) == 1:
         return whole[0]

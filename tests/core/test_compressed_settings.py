@@ -78,3 +78,50 @@ def test_what_was_removed_is_told_with_the_library_s_reason() -> None:
 def test_every_status_means_16_bit_weights_or_packed_ones() -> None:
     statuses = {json.loads(word) for word, why in KEPT["statuses"].items() if why is None}
     assert {*METHODS["compressed-tensors"].plain_when["quantization_status"]} == (statuses - {"compressed"}) | {None}
+
+
+def scheme(form: str | None = None, **said: Any) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, **said}
+    return {"targets": ["Linear"], "weights": weights, "input_activations": None, "format": form}
+
+
+def settings_of(top: str | None, *schemes: dict[str, Any]) -> dict[str, Any]:
+    return {"format": top, "config_groups": {f"group_{number}": one for number, one in enumerate(schemes)}}
+
+
+@pytest.mark.parametrize("top", [*KEPT["unpacked"], "dense", "marlin-24", "my-own", None])
+@pytest.mark.parametrize("own", ["pack-quantized", None])
+def test_the_format_at_the_top_counts_only_where_groups_have_none_and_files_are_in_it(top: str | None, own: str | None) -> None:
+    found = compressed.loading(settings_of(top, scheme(own)), lambda form: form == "pack-quantized")
+    assert (found.stored, found.fault, found.apart) == ("pack-quantized", None, False)
+    assert found.whole == (own is not None or top == "pack-quantized")
+
+
+def test_formats_that_one_function_unpacks_are_one() -> None:
+    whole = {"num_bits": 8, "strategy": "channel", "group_size": None}
+    for top in ("int-quantized", "naive-quantized", "float-quantized"):
+        assert compressed.loading(settings_of(top, scheme(None, **whole)), lambda form: form != "pack-quantized").whole
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        scheme("pack-quantized", symmetric=False),
+        scheme("pack-quantized", num_bits=8),
+        scheme("int-quantized"),
+        scheme("pack-quantized", strategy="block", group_size=None, block_structure=[64, 64]),
+    ],
+)
+def test_what_is_unpacked_otherwise_is_not_unpacked_while_loading(other: dict[str, Any]) -> None:
+    assert compressed.loading(settings_of("pack-quantized", scheme(), scheme("pack-quantized"))).whole
+    found = compressed.loading(settings_of("pack-quantized", scheme(), other))
+    assert (found.apart, found.whole) == (True, False)
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
+def test_zero_points_that_find_no_room_are_those_of_the_library(strategy: str) -> None:
+    known: dict[str, dict[str, Any]] = {"group": {"group_size": 128}, "block": {"block_structure": [64, 64]}}
+    zeros = scheme("pack-quantized", **{"group_size": None, "strategy": strategy, "symmetric": False, **known.get(strategy, {})})
+    assert compressed.loading(settings_of("pack-quantized", zeros)).fault is None
+    mixed = compressed.loading(settings_of("pack-quantized", zeros, scheme(num_bits=8)))
+    assert (mixed.fault is not None) == (["pack-quantized", strategy] in KEPT["unfilled"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from harness.checkpoint import auxiliary_files, foreign_folder, reader, tied_hea
 from harness.checkpoint.formats.files import Directory
 from harness.core.errors import CheckpointError
 from harness.worker.auto_class import auto_class_of
-from tests.support import strangers
+from tests.support import gguf_files, strangers
 
 TEXT: dict[str, Any] = {
     "vocab_size": 128,
@@ -137,6 +138,8 @@ def test_a_repository_with_an_adapter_is_told(tmp_path: Path, config: dict[str, 
     ("files", "said"),
     [
         ({"model_index.json": {}}, "DiffusionPipeline loads it"),
+        ({"pytorch_lora_weights.safetensors": {}}, "load_lora_weights of its pipeline"),
+        ({"imatrix.dat": {}}, "take the GGUF of the model itself"),
         ({"params.json": {}, "consolidated.00.pth": {}}, "take the copy for transformers"),
         ({"config.json": {}, "model.onnx": {}}, "onnxruntime"),
         ({"config.json": {}, "tf_model.h5": {}}, "a checkpoint of TensorFlow"),
@@ -149,6 +152,28 @@ def test_folders_of_others_are_told(tmp_path: Path, files: dict[str, Any], said:
         resolve.resolve(str(tmp_path))
     with pytest.raises(CheckpointError, match=said):
         reader.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("config.json", "diffusion_pytorch_model.safetensors"), "a part of a pipeline of diffusers"),
+        (("mmproj-F16.gguf",), "the part of a model that sees"),
+        (("tiny.imatrix.gguf", "README.md"), "what llama.cpp counted"),
+    ],
+)
+def test_files_of_others_that_end_as_weights_do_are_told_when_they_are_read(tmp_path: Path, names: list[str], said: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=said):
+        spec_of(tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["mmproj-F16.gguf", "tiny.mmproj-f16.gguf", "imatrix.gguf", "tiny-imatrix.gguf"])
+def test_what_lies_beside_a_gguf_is_no_second_model(beside: str, tmp_path: Path) -> None:
+    model = gguf_files.small_gguf(tmp_path / "tiny-Q8_0.gguf")
+    shutil.copy(model, tmp_path / beside)
+    assert [file.name for file in reader.read(tmp_path).files] == [model.name]
 
 
 def test_a_folder_of_nobody_knows_what_keeps_its_sentence(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from harness.architecture.inspection import inspect
 from harness.catalog import resolve
 from harness.checkpoint import quantization_words, reader
 from harness.core.errors import HarnessError
+from harness.core.methods import compressed as compressed_tensors
 from harness.core.methods.packages import lacking
+from harness.core.precisions import PRECISIONS
 from harness.core.records import Machine, Verdict
 from harness.machine import probe
 from harness.measure import verify
@@ -35,7 +37,22 @@ from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
 from tests.strangers import architectures
-from tests.strangers.stored_forms import BF16, F8, FORMS, I8, I32, I64, SMALL, Form, Tensors, save_form, save_tensors, tensors_of
+from tests.strangers.stored_forms import (
+    BF16,
+    F8,
+    F32,
+    FORMS,
+    I8,
+    I32,
+    I64,
+    SMALL,
+    U8,
+    Form,
+    Tensors,
+    save_form,
+    save_tensors,
+    tensors_of,
+)
 from tests.support import packed_files, strangers
 from tests.support.builders import case, machine
 from tests.support.small_models import held_bytes
@@ -130,6 +147,20 @@ def words(bits: int, group: int) -> Parts:
     }
 
 
+def zeros(bits: int, size: int) -> Parts:
+    """Return packed words of groups beside packed zero points."""
+    return lambda o, i: {**words(bits, size)(o, i), ".weight_zero_point": (I32, (o * bits // 32, i // size))}
+
+
+def zeros_for_all(o: int, i: int) -> Tensors:
+    return {**words(4, 0)(o, i), ".weight_scale": (BF16, (1,)), ".weight_zero_point": (I8, (1,))}
+
+
+def nvfp4(o: int, i: int) -> Tensors:
+    scales: Tensors = {".weight_scale": (F8, (o, i // 16)), ".weight_global_scale": (F32, (1,))}
+    return {".weight_packed": (U8, (o, i // 2)), **scales}
+
+
 def compressed(kind: str, *groups: Mapping[str, Any], ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, Any]:
     numbered = {f"group_{number}": group for number, group in enumerate(groups)}
     said = {"quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed"}
@@ -150,6 +181,8 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 NF4: Mapping[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 W4: Mapping[str, Any] = {"num_bits": 4, "strategy": "group", "group_size": 128}
 W8: Mapping[str, Any] = {"num_bits": 8, "strategy": "channel"}
+NVFP4: Mapping[str, Any] = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+INPUTS: Mapping[str, Any] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 
 
 def static(o: int, i: int) -> Tensors:
@@ -296,6 +329,40 @@ RUNS: Mapping[str, Make] = {
             group("re:.*self_attn.*", form="float-quantized", **{**W8, "type": "float"}),
         ),
     ),
+    "4 bits and nvfp4, whose scales grow": packed(
+        lambda m: nvfp4 if in_attention(m) else words(4, 128),
+        compressed(
+            "mixed-precision",
+            group("re:.*mlp.*", form="pack-quantized", **W4),
+            group("re:.*self_attn.*", form="nvfp4-pack-quantized", **NVFP4),
+        ),
+    ),
+    "8 bits in two formats": packed(
+        lambda m: FORMS["ct-int8"].parts if in_attention(m) else words(8, 0),
+        compressed(
+            "mixed-precision",
+            group("re:.*mlp.*", form="pack-quantized", **W8),
+            {**group("re:.*self_attn.*", form="int-quantized", **W8), "input_activations": INPUTS},
+        ),
+    ),
+    "4 bits, some about a zero point": packed(
+        lambda m: zeros_for_all if in_attention(m) else words(4, 128),
+        compressed(
+            "pack-quantized",
+            group("re:.*mlp.*", **W4),
+            group("re:.*self_attn.*", num_bits=4, strategy="tensor", symmetric=False),
+        ),
+    ),
+    "4 bits about zero points of groups": packed(
+        lambda _: zeros(4, 128), compressed("pack-quantized", group("Linear", **W4, symmetric=False))
+    ),
+    **{
+        f"4 bits, {said} at the top, {form} in the group": packed(
+            lambda _: words(4, 128), compressed(said, group("Linear", form=form, **W4))
+        )
+        for said in ("int-quantized", "marlin-24", "dense")
+        for form in ("pack-quantized", None)
+    },
     **{f"4 bits, {status}": packed(lambda _: plain_with_scales, unpacked(status)) for status in PLAIN},
     "4 bits of a format that nobody knows": packed(
         lambda _: words(4, 32), compressed("my-own", group("Linear", num_bits=4, strategy="group", group_size=32))
@@ -415,6 +482,30 @@ REFUSED: Mapping[str, tuple[Make, str]] = {
         ),
         "Using channel strategy is not supported for activation quantization",
     ),
+    "zero points of two schemes": (
+        packed(
+            lambda m: words(8, 0) if in_attention(m) else zeros(4, 128),
+            compressed(
+                "pack-quantized", group("re:.*mlp.*", **W4, symmetric=False), group("re:.*self_attn.*", **W8)
+            ),
+        ),
+        "makes modules for other zero points than pack-quantized stores",
+    ),
+    "a group without its zero points": (
+        packed(
+            lambda m: words(4, 128) if "layers.1.mlp.up" in m else zeros(4, 128),
+            compressed("pack-quantized", group("re:.*mlp.*", **W4, symmetric=False), group("re:.*attn.*", **W4, symmetric=False)),
+        ),
+        r"without its 'model\.layers\.1\.mlp\.up_proj\.weight_zero_point'",
+    ),
+    "4 bits in a group of another format": (
+        packed(lambda _: words(4, 128), compressed("pack-quantized", group("Linear", form="int-quantized", **W4))),
+        r"no tensor of the files is packed so \(\.weight\)",
+    ),
+    "4 bits in a group of no format": (
+        packed(lambda _: words(4, 128), compressed("pack-quantized", group("Linear", form="dense", **W4))),
+        'unpacks no weights of the format "dense"',
+    ),
     "a scheme of no one": (
         packed(lambda _: words(4, 128), {**compressed("pack-quantized"), "config_groups": {"W4A17": ["Linear"]}}),
         "no scheme that is known by its name",
@@ -484,7 +575,7 @@ def test_bits_of_a_module_are_those_of_the_group_that_names_it() -> None:
     settings = compressed("pack-quantized", group("re:.*self_attn.*", **W8), group("Linear", **W4), group("re:(", **W4))
     assert quantization_words.bits_of(settings, "model.layers.0.self_attn.q_proj") == 8
     assert quantization_words.bits_of(settings, "model.layers.0.mlp.up_proj") == 8  # by class: as the first group says
-    assert quantization_words.differ(quantization_words.schemes_in(settings))
+    assert compressed_tensors.differ(compressed_tensors.schemes_in(settings))
 
 
 @pytest.mark.parametrize(("targets", "apart"), [(["re:.*experts.*"], False), (["re:.*mlp.*"], True)])
@@ -497,6 +588,21 @@ def test_what_is_unpacked_in_one_way_is_what_the_library_says(targets: list[str]
     found = read({"quantization_config": compressed("mixed-precision", group("Linear", **W8), group(*targets, **W4))})
     assert found is not None
     assert (found.varies, found.apart) == (True, apart)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_what_is_unpacked_at_the_first_pass_has_one_dtype_and_scales_of_it(precision: str, tmp_path: Path) -> None:
+    """FP4 is unpacked to bfloat16 whatever the model is in, other formats to the dtype of their scales, which the model decides."""
+    for name, only in (("4 bits and nvfp4, whose scales grow", "bf16"), ("4 and 8 bits", precision)):
+        folder = tmp_path / name
+        RUNS[name](folder)
+        spec = model_spec.read_spec(resolve.resolve(str(folder)))
+        assert spec.packed is not None
+        refused = spec.packed.refusal(PRECISIONS[precision])
+        assert (refused is None) == (precision == only), refused
+        scales = sum(tensor.bytes for tensor in reader.read(folder).tensors if tensor.name.endswith(".weight_scale"))
+        grown = spec.packed.beside_bytes(PRECISIONS[precision].dtype) - spec.packed.beside_bytes("bfloat16")
+        assert grown == (scales if precision == "fp32" and only == precision else 0) or refused
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes_4bit", "bitsandbytes_8bit"])

@@ -21,6 +21,26 @@ WIDTHS = range(1, 17)
 GROUPS = (None, -2, -1, 0, 128)
 BLOCKS = (None, [128, 128])
 DYNAMIC: tuple[bool | str, ...] = (False, True, "local")
+SIZES = (16, 32, 128)  # 128: any other, or no groups
+# Of each format weights that it is for, and of each strategy of weights what it asks for.
+_WHOLE = {"num_bits": 8, "strategy": "channel"}
+_MX = {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+OF: Mapping[str, Mapping[str, Any]] = {
+    "pack-quantized": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+    "int-quantized": {**_WHOLE, "type": "int"},
+    "naive-quantized": {**_WHOLE, "type": "int"},
+    "float-quantized": {**_WHOLE, "type": "float"},
+    "nvfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    "mxfp4-pack-quantized": {**_MX, "num_bits": 4},
+    "mxfp6-pack-quantized": {**_MX, "num_bits": 6},
+    "mxfp8-quantized": {**_MX, "num_bits": 8},
+}
+STRATEGIES: Mapping[str, Mapping[str, Any]] = {
+    "tensor": {"strategy": "tensor"},
+    "channel": {"strategy": "channel"},
+    "group": {"strategy": "group", "group_size": 32},
+    "block": {"strategy": "block", "block_structure": [32, 32]},
+}
 # Of each key with words: what is said beside it, so that the word alone decides.
 BESIDE: Mapping[str, Mapping[str, Any]] = {"actorder": {"strategy": "group", "group_size": 128}}
 
@@ -67,7 +87,9 @@ def answers() -> dict[str, Any]:
         },
         "statuses": {json.dumps(word): reason(whole_config, {"quantization_status": word}) for word in statuses()},
         "formats": {json.dumps(word): reason(group, {"targets": [], "format": word}) for word in formats()},
-        "unpacked": unpacked(),
+        "unpacked": {name: unpacked(name) for name in unpackers()},
+        "inferred": [[*one, inferred(*one)] for one in told_apart()],
+        "unfilled": [[name, strategy] for name, strategy in product(unpackers(), STRATEGIES) if is_unfilled(name, strategy)],
         "widths": {
             kind: [bits for bits in WIDTHS if reason(made, {"num_bits": bits, "type": kind}) is None] for kind in ("int", "float")
         },
@@ -85,11 +107,66 @@ def answers() -> dict[str, Any]:
     }
 
 
-def unpacked() -> list[str]:
+def unpackers() -> list[str]:
     """Return the formats that a class of the library unpacks; that of "dense" hands on what it is given."""
     library = import_module("compressed_tensors.compressors")
     classes = {name: library.BaseCompressor.get_value_from_registry(name) for name in library.BaseCompressor.registered_names()}
     return sorted(name for name, one in classes.items() if one is not library.DenseCompressor)
+
+
+def unpacked(name: str) -> dict[str, str]:
+    """Return by which functions a format is unpacked, and the dtypes of weight and scales in a module of float16 thereafter."""
+    one, module = _compressor(name), packed_module("cpu", name, OF[name])
+    found = one.decompress(dict(module.named_parameters()), module.quantization_scheme)
+    dtypes = {part: str(found[part].dtype).removeprefix("torch.") for part in ("weight", "weight_scale")}
+    ways = (getattr(one, way, None) for way in ("decompress", "_decompress_scale"))
+    return {"by": " ".join(way.__qualname__ for way in ways if way is not None), **dtypes}
+
+
+def packed_module(device: str, name: str, said: Mapping[str, Any]) -> Any:
+    """Return a Linear of float16 in a format, as the library makes it of one that is not packed."""
+    torch = import_module("torch")
+    module = torch.nn.Linear(64, 64, bias=False, dtype=torch.float16, device=device)
+    lifecycle = import_module("compressed_tensors.quantization.lifecycle.initialize")
+    lifecycle.initialize_module_for_quantization(module, scheme(**said))
+    for part, tensor in module.named_parameters():
+        if part != "weight" and device != "meta":
+            tensor.data.fill_(1)
+    _compressor(name).compress_module(module)
+    return module
+
+
+def _compressor(name: str) -> Any:
+    return import_module("compressed_tensors.compressors").BaseCompressor.get_value_from_registry(name)
+
+
+def scheme(inputs: str | None = None, **weights: Any) -> Any:
+    library = import_module("compressed_tensors.quantization")
+    taken = library.QuantizationArgs(num_bits=8, type=inputs, dynamic=True, strategy="token") if inputs else None
+    return library.QuantizationScheme(targets=["Linear"], weights=library.QuantizationArgs(**weights), input_activations=taken)
+
+
+def told_apart() -> Iterator[tuple[Any, ...]]:
+    """Return what of a scheme may decide on a format: type, bits, size of a group, type of the inputs, dtype of the scales."""
+    kinds = [*(("int", bits) for bits in range(1, 9)), ("float", 4), ("float", 6), ("float", 8)]
+    for kind, bits in kinds:
+        yield from product([kind], [bits], SIZES, (None, "int", "float"), (None, "torch.uint8"))
+
+
+def inferred(kind: str, bits: int, size: int, inputs: str | None, scale: str | None) -> str:
+    """Return the format that the library takes for Linear weights whose group has none of its own."""
+    made = scheme(inputs, num_bits=bits, type=kind, strategy="group", group_size=size, scale_dtype=scale)
+    infer = import_module("compressed_tensors.compressors.format").infer_module_format
+    return str(infer(import_module("torch").nn.Linear, made).value)
+
+
+def is_unfilled(name: str, strategy: str) -> bool:
+    """Say whether zero points are of other shapes in a file than in a module that transformers makes for it, on the meta device."""
+    said = {**OF[name], "symmetric": False, "group_size": None, **STRATEGIES[strategy]}
+    if said["type"] != "int":
+        return False
+    made, filled = (packed_module(device, name, said).weight_zero_point for device in ("cpu", "meta"))
+    return (made.shape, made.dtype) != (filled.shape, filled.dtype)
 
 
 def statuses() -> list[Any]:

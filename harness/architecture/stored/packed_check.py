@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -11,6 +12,7 @@ from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.layouts import FP8_SCALES, Layout
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.shard_check import shown
+from harness.core.methods.compressed import scheme_number
 from harness.core.methods.table import settings_of
 
 _NAMED = "modules_in_block_to_quantize"
@@ -22,6 +24,19 @@ def lacking_part(packed: Packed, layout: Layout, parts: Set[str]) -> str | None:
         return layout.scales[0]
     spared = packed.method.spares if packed.method is not None else ()
     return next((part for part in layout.parts if part not in parts and part not in spared), None)
+
+
+def uneven_part(parts: Mapping[str, Set[str]], settings: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return a weight that lacks a part which most others of its scheme have, and which: libraries write more than LAYOUTS asks."""
+    alike: dict[int | None, list[str]] = defaultdict(list)
+    for name in parts:
+        alike[scheme_number(settings, name.removesuffix(".weight"))].append(name)
+    for names in alike.values():
+        usual = Counter(frozenset(parts[name]) for name in names).most_common(1)[0][0]
+        found = next(((name, part) for name in names for part in sorted(usual - parts[name])), None)
+        if found is not None:
+            return found
+    return None
 
 
 def left_in_16_bits(packed: Packed | None, config: Mapping[str, Any], tensor: StoredTensor, weight: Weight) -> str | None:

@@ -53,7 +53,8 @@ class Method(Record, frozen=True, kw_only=True):
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
     faults: Callable[[Mapping[str, Any]], str | None] | None = None  #: says why its package does not take a config
-    unpacks_format: Callable[[Mapping[str, Any]], bool] | None = None  #: says whether transformers can unpack while it loads
+    # Says from a config, and from whether the files hold weights in a format, what becomes of them on loading.
+    loading: Callable[[Mapping[str, Any], Callable[[str], bool] | None], compressed.FormatLoading] | None = None
 
     def is_plain(self, settings: Mapping[str, Any]) -> bool:
         """Say whether a config means 16-bit weights in the files, with scales beside them that nothing is multiplied by yet."""
@@ -218,8 +219,9 @@ _ROWS = (
         unpacked=_dequantize("CompressedTensorsConfig"),
         refuses=_STORED,
         plain_when={"quantization_status": (None, "initialized", "calibration", "frozen", "decompressed")},
+        floats="asked",
         faults=compressed.settings_refusal,
-        unpacks_format=compressed.unpacks_format,
+        loading=compressed.loading,
     ),
     Method(
         name="fbgemm_fp8",

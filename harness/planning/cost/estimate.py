@@ -29,7 +29,7 @@ ROUGH_SHARE, KNOWN_SHARE = 0.10, 0.005
 def weight_format(precision: Precision, dtype: str, spec: ModelSpec, *, on_cards: bool = True) -> WeightFormat:
     """Return the format of a model's weights in a precision: a quantized checkpoint stays so, except a GGUF that is unpacked."""
     if not spec.keeps_packed(precision):
-        beside = spec.packed.beside if spec.packed is not None and spec.packed.keeps_beside else 0
+        beside = spec.packed.beside_bytes(dtype) if spec.packed is not None and spec.packed.keeps_beside else 0
         taken = sum(weight.elements * count for weight, count in spec.skeleton.tally if weight.quantizes) if beside else 0
         scheme = precision.scheme if on_cards else precision.scheme_on_cpu or precision.scheme
         quantizer = scheme if spec.stored_as is None else None
