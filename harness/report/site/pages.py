@@ -191,12 +191,13 @@ def _index(
     }
     links = [one.link for things in (models, cards, machines) for one in things]
     is_cut = any(len(cut) > 1 for cut in found.values())
+    choices = [row for model in models for row in model.choices]
     says = {
         **{name: cut[0] for name, cut in found.items()},
         "facts": facts,
         "known_cards": known_cards(),
-        "ways": [row for model in models for row in model.ways],
-        "most_ways": MOST_WAYS,
+        "choices": Markup("".join(choices[:MOST_WAYS])),
+        "more_choices": choices[MOST_WAYS:],
         "names": "\n".join(f"{_one_line(link.name)}\t{link.page}" for link in links) if is_cut else "",
         **also,
     }
