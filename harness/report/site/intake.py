@@ -14,7 +14,7 @@ import msgspec
 
 from harness.core.errors import StoreError
 from harness.core.records import Result, encode_record
-from harness.core.redact import cleaner
+from harness.core.redact import cleaner, private_here
 from harness.core.text import plural
 from harness.report.site.rows import grouped, raw_file
 from harness.report.site.state import SiteState, keyed
@@ -151,12 +151,12 @@ def _take(asked: tuple[int, Artifact], folder: Path, now: datetime) -> tuple[byt
     entries: list[Entry] = []
     written: set[str] = set()
     refused: list[Refusal] = []
-    clean = cleaner()
+    clean, here = cleaner(), private_here()
     untold = 0
     with (folder / str(number)).open("wb") as file:
         try:
             for line, read in collect.read(artifact):
-                result = audit.examine(read, now) if isinstance(read, Result) else read
+                result = audit.examine(read, now, here) if isinstance(read, Result) else read
                 if isinstance(result, Result):
                     data = encode_record(result)
                     entries.append(register.entry_of(result, data, number, line, cleaned=result is not read))
