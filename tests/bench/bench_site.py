@@ -28,7 +28,7 @@ MACHINES, RESULTS = 2_000, 50
 # Of all processes, so that neighbors count little: a minute on two cores, and five seconds.
 AIM_S, AIM_MORE_S = 120, 5
 # What holds so far, where neighbors take half of each core.
-LIMIT_S, LIMIT_MORE_S = 400, 15
+LIMIT_S, LIMIT_MORE_S = 400, 10
 LIMIT_BYTES, LIMIT_PAGE_BYTES = GIB, MIB
 replace = msgspec.structs.replace
 
