@@ -82,11 +82,10 @@ def _build_by(
 
     from harness.machine import atomic
     from harness.report.site import build, intake, state
-    from harness.report.site.tasks import Old
 
     with state.opened(file) as kept:
         with atomic.replace_directory(given.to, marker=build.MARKER, ours=build.NAMES, option="--to") as folder:
-            old = Old(given.to.resolve()) if (given.to / build.MARKER).is_file() else Old()
+            old = build.old_site(given.to, kept)
             joined = intake.gather(found, folder, now, kept, old)
             refused = _told(joined, found, "publish")
             if joined.refusals and given.strict:
@@ -133,7 +132,7 @@ def run_share(given: argparse.Namespace) -> int:
     with state.opened(None) as nothing, place as folder:
         joined = intake.gather(found, folder, now, nothing, Old())
         refused = _told(joined, found, "share")
-        sent = submission.write_submission(joined, folder / "raw", folder)
+        sent = submission.write_submission(joined, folder)
         shutil.rmtree(folder / "raw")
         shown = (folder / sent.text).read_text(encoding="utf-8")
     cleaned = sum(entry.cleaned for entry in joined.entries)

@@ -79,14 +79,14 @@ def texts_of(result: Result) -> dict[str, list[str]]:
     return {name: texts_in(getattr(result, name)) for name in result.__struct_fields__}
 
 
-def is_clean(result: Result, texts: Mapping[str, Sequence[str]] | None = None) -> bool:
+def is_clean(result: Result, texts: Mapping[str, Sequence[str]] | None = None, here: Private | None = None) -> bool:
     """Tell whether `clean` would leave a result as it is, in less than half the time: most results are.
 
-    `texts` are those of its fields, if they are known. Short ones are looked at together, long ones alone, because a value may be
-    cut off at either end of them.
+    `texts` are those of its fields and `here` is what `private_here` says, if they are known. Short ones are looked at together,
+    long ones alone, because a value may be cut off at either end of them.
     """
     texts = texts_of(result) if texts is None else texts
-    known = _known(_surroundings())
+    known = here or private_here()
     # What is public of this result may be private in another, where it is not its name.
     seen = known.seen if known.hides_nothing_of(result.id) else _Seen()
     new = seen.new_of(text for name, said in texts.items() if not KEPT.fullmatch(name) for text in said)
@@ -189,10 +189,10 @@ _HARMLESS = _Seen()  # by their look, whoever's they are
 
 def cleaner(public: str = "", model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
     """Make a function that cleans texts; the parts of `public`, between its slashes, and its words are no secrets of anybody's."""
-    return _cleaner_by(_known(_surroundings()), public, model, secrets_only=secrets_only)
+    return _cleaner_by(private_here(), public, model, secrets_only=secrets_only)
 
 
-def _cleaner_by(known: _Known, public: str, model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
+def _cleaner_by(known: Private, public: str, model: Path | None = None, *, secrets_only: bool = False) -> Cleaner:
     places = [*_written(str(model), "<model>"), *known.places] if model and model.is_absolute() else known.places
     values = [(value, mark) for value, mark, secret in known.values if secret or not secrets_only]
     values = [(value, mark) for value, mark in values if f"/{value}/" not in f"/{public}/"]
@@ -211,7 +211,7 @@ def _cleaner_by(known: _Known, public: str, model: Path | None = None, *, secret
     return cleaned
 
 
-class _Known(NamedTuple):
+class Private(NamedTuple):
     """What is private on this machine: directories, values of variables and whether they are secrets, names; the longest first.
 
     `seen` are texts in which nothing of it was found.
@@ -228,6 +228,11 @@ class _Known(NamedTuple):
         return not values and not any(pattern.search(public) for pattern, _ in self.names)
 
 
+def private_here() -> Private:
+    """Return what is private on this machine now; who checks a hundred thousand results of a moment asks once."""
+    return _known(_surroundings())
+
+
 def _surroundings() -> tuple[object, ...]:
     """Return what all that is private on this machine follows from, so that it is looked up once and not for every text."""
     here = ""
@@ -238,16 +243,16 @@ def _surroundings() -> tuple[object, ...]:
 
 def surroundings_digest() -> str:
     """Return a digest of all that is private on this machine: what was cleaned with another is not known to be clean."""
-    known = _known(_surroundings())
+    known = private_here()
     names = [(pattern.pattern, mark) for pattern, mark in known.names]
     return hashlib.sha256(repr((known.places, known.values, names)).encode(errors="surrogateescape")).hexdigest()
 
 
 @functools.lru_cache(maxsize=4)
-def _known(_: tuple[object, ...]) -> _Known:
+def _known(_: tuple[object, ...]) -> Private:
     places = sorted(_places(), key=lambda place: -len(place[0]))
     values = sorted(_values(), key=lambda one: -len(one[0]))
-    return _Known(places, values, [(_word(name), mark) for name, mark in _names()], _Seen())
+    return Private(places, values, [(_word(name), mark) for name, mark in _names()], _Seen())
 
 
 def _without(text: str, value: str, mark: str) -> str:

@@ -58,17 +58,17 @@ def _size(size: int | None) -> str:
     return "?" if size is None else format_size(size)
 
 
-def examine(result: Result, now: datetime) -> Result | str:
-    """Return a result as it may be published, without what is private, or say why it may not be."""
-    return doubt(result, now) or cleaned(result)
+def examine(result: Result, now: datetime, here: redact.Private | None = None) -> Result | str:
+    """Return a result as it may be published, without what is private (`here`, if it is known), or say why it may not be."""
+    return doubt(result, now) or cleaned(result, here)
 
 
-def cleaned(result: Result) -> Result | str:
+def cleaned(result: Result, here: redact.Private | None = None) -> Result | str:
     """Return a result without what is private, or say what of it is private and cannot be taken out."""
     texts = redact.texts_of(result)
     if (length := sum(len(text) for said in texts.values() for text in said)) > _MOST_TEXT:
         return f"holds {length:,} letters, and no result has more than {_MOST_TEXT:,}"
-    is_clean = redact.is_clean(result, texts)
+    is_clean = redact.is_clean(result, texts, here)
     clean = result if is_clean else redact.clean(result)
     told = {name: said for name, said in texts.items() if redact.KEPT.fullmatch(name)} if is_clean else redact.texts_of(clean)
     if "environment" in told:  # packages have versions of four numbers, which are nobody's address

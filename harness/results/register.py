@@ -13,10 +13,11 @@ VERSIONS = ("fitmatrix", "torch", "transformers", "accelerate", "bitsandbytes")
 
 
 class PublishedResult(Record, frozen=True, kw_only=True):
-    """A result that is published. `digest` is that of the whole result, `result` may lack what only its own page shows."""
+    """A result that is published: on which line of its machine's file, and the digest of that; `result` may lack much of it."""
 
     result: Result
     digest: str
+    line: int
 
 
 class Entry(Record, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -86,6 +87,11 @@ def format_place(name: str, line: int | None) -> str:
     return name if line is None else f"{name}:{line}"
 
 
+def machine_key(identity: str) -> str:
+    """Return what an entry tells the machine by that has this `audit.identity`; as a name of a file it is plain."""
+    return digest(identity.encode())
+
+
 def entry_of(result: Result, data: bytes, source: int, line: int, cleaned: bool = False) -> Entry:
     """Enter a result into the register; `data` is what is published of it."""
     machine = identity(result.machine)
@@ -99,7 +105,7 @@ def entry_of(result: Result, data: bytes, source: int, line: int, cleaned: bool 
         at=result.at,
         id=result.id,
         run=result.run,
-        machine=digest(machine.encode()),
+        machine=machine_key(machine),
         claim=digest(claim.encode()),
         versions=tuple(f"{name} {result.environment[name]}" for name in VERSIONS if name in result.environment),
     )

@@ -103,7 +103,7 @@ def trends(results: Sequence[Result]) -> list[Trend]:
     again = [
         replace(result, environment=result.environment | {"torch": torch}) for torch in ("2.6", "2.7", "2.8") for result in results
     ]
-    entries = [PublishedResult(result=result, digest=str(line)) for line, result in enumerate(again)]
+    entries = [PublishedResult(result=result, digest=str(line), line=line) for line, result in enumerate(again, 1)]
     return [trend for trend in trends_of(rows_of(entries)) if spark(trend)]
 
 

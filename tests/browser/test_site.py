@@ -65,8 +65,10 @@ def test_the_way_from_the_index_to_a_raw_result(show: Open, results: list[Result
     browser.find_element(By.CSS_SELECTOR, "#where").find_element(By.XPATH, "..").find_element(By.CSS_SELECTOR, "tbody th a").click()
     assert browser.find_elements(By.CSS_SELECTOR, "table.matrix")
     row = next(row for row in browser.find_elements(By.CSS_SELECTOR, "#raw ~ .scroll tbody tr") if "int8, direct" in row.text)
-    row.find_element(By.LINK_TEXT, "raw").click()
-    told = json.loads(browser.find_element(By.TAG_NAME, "body").text)
+    raw = row.find_element(By.CSS_SELECTOR, "a.raw")
+    number = int(raw.text.removeprefix("line "))
+    raw.click()
+    told = json.loads(browser.find_element(By.TAG_NAME, "body").text.splitlines()[number - 1])
     result = next(one for one in reversed(results) if one.case.id == "chatglm-6b/int8/direct")
     assert told["metrics"] == result.metrics
     browser.back()

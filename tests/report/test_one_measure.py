@@ -136,7 +136,7 @@ def test_json_csv_site_and_the_terminal_say_the_same(results: list[Result]) -> N
 
 
 def published(results: list[Result]) -> list[PublishedResult]:
-    return [PublishedResult(result=one, digest=f"{n:032x}") for n, one in enumerate(results)]
+    return [PublishedResult(result=one, digest=f"{n:032x}", line=1) for n, one in enumerate(results)]
 
 
 def test_the_planner_s_page_shows_each_sound_result_with_its_figures(results: list[Result]) -> None:

@@ -127,10 +127,9 @@ def check_links(place: Path) -> int:
             assert not fragment or fragment in ids.get(leads, ids.get(file, set())), f"{file}: {target}"
             seen += 1
     for file in place.rglob("*.json"):
-        if file.parent.name != "raw":
-            for target in json_links(json.loads(file.read_text())):
-                assert (file.parent / target).is_file(), f"{file}: {target}"
-                seen += 1
+        for target in json_links(json.loads(file.read_text())):
+            assert (file.parent / target).is_file(), f"{file}: {target}"
+            seen += 1
     return seen
 
 
@@ -163,21 +162,28 @@ def test_every_figure_leads_to_its_case_on_a_page_and_from_there_to_the_result_t
     found, seen = read_pages(built), 0
     for file, root in found.items():
         for link in root.all("a", look="raw"):
-            seen += same_figures(link, store.decode((file.parent / link.attrs["href"]).read_bytes()), file)
+            seen += same_figures(link, store.decode(raw_line(file, link)), file)
         for link in root.all("a", look="fig"):
             page, _, mark = link.attrs["href"].partition("#")
             there = (file.parent / page).resolve()
             line = next(row for row in found[there].all("tr") if row.attrs.get("id") == mark)
             raw = next(one for one in line.all("a", look="raw") if one.attrs.get("aria-label", "").startswith("raw result of"))
-            seen += same_figures(link, store.decode((there.parent / raw.attrs["href"]).read_bytes()), file)
+            result = store.decode(raw_line(there, raw))
+            seen += same_figures(link, result, file) + same_figures(line, result, there)
         if file.parent.name != "machines":
             linked = {id(figure) for look in ("raw", "fig") for link in root.all("a", look=look) for figure in link.all("data")}
             assert all(id(figure) in linked for figure in root.all("data") if "data-key" in figure.attrs), file
     assert seen > 100
 
 
+def raw_line(file: Path, link: Node) -> bytes:
+    """Return the line that a link to a raw result names, in the file that it leads to."""
+    (number,) = re.findall(r"^line (\d+)$", link.attrs.get("title") or link.text)
+    return (file.parent / link.attrs["href"]).read_bytes().splitlines()[int(number) - 1]
+
+
 def same_figures(link: Node, result: Result, file: Path) -> int:
-    """Hold the figures of a link against a result; return how many there are."""
+    """Hold the figures of a link, or of a row, against a result; return how many there are."""
     figures = [figure for figure in link.all("data") if figure.attrs.get("data-key")]
     for figure in figures:
         assert result.metrics[figure.attrs["data-key"]] == float(figure.attrs["value"]), f"{file}: {result.id}"
@@ -200,19 +206,21 @@ def test_the_front_door_lists_each_way_that_is_worth_choosing(built: Path) -> No
 
 def test_the_json_of_a_machine_holds_its_results_as_the_store_does(built: Path, artifacts: Path) -> None:
     given = {encode_record(one) for file in artifacts.rglob(store.NAME) for one in store.read(file)[0]}
-    raw = {store.decode(file.read_bytes()) and file.read_bytes().rstrip(b"\n") for file in (built / "raw").iterdir()}
-    assert raw == given
+    files = list((built / "raw").iterdir())
+    assert len(files) == len(list((built / "machines").glob("*.html")))
+    raw = [line for file in files for line in file.read_bytes().splitlines() if store.decode(line)]
+    assert (len(raw), set(raw)) == (len(given), given)
     seen = set()
     for file in (built / "machines").glob("*.json"):
         told = json.loads(file.read_text())
         assert told["schema"] == pages.SITE_SCHEMA
         for one in told["results"]:
-            line = (file.parent / one["raw"]).read_bytes()
+            line = (file.parent / one["raw"]).read_bytes().splitlines()[one["line"] - 1]
             result = store.decode(line)
             assert one["metrics"] == result.metrics
             assert (one["id"], one["run"], one["outcome"]) == (result.id, result.run, result.outcome.value)
             assert one["environment"] == result.environment
-            seen.add(line.rstrip(b"\n"))
+            seen.add(line)
     assert seen == given
 
 
@@ -518,7 +526,7 @@ class Drawn(NamedTuple):
 
 
 def drawn(*results: Result) -> Drawn:
-    published = [PublishedResult(result=result, digest=audit.digest(encode_record(result))) for result in results]
+    published = [PublishedResult(result=one, digest=audit.digest(encode_record(one)), line=at) for at, one in enumerate(results, 1)]
     of_machine = rows.grouped(published, lambda one: audit.identity(one.result.machine)).values()
     lines, shares = zip(*(atlas.shares_of(rows.rows_of(some)) for some in of_machine), strict=True)
     names = sorted({name for found in shares for name in found})

@@ -55,8 +55,8 @@ def test_what_is_shared_is_to_the_byte_what_a_site_publishes(tmp_path: Path) -> 
     told = sound(log_tail=f"File /home/alice/models/x.py {SECRET}\n")
     file = share(tmp_path, sound(run="another"), told)
     assert cli.main(["publish", str(tmp_path / "in"), "--to", str(tmp_path / "site")]) == 0
-    raw = sorted(path.read_bytes() for path in (tmp_path / "site/raw").iterdir())
-    assert sorted(file.read_bytes().splitlines(keepends=True)) == raw
+    (raw,) = (tmp_path / "site/raw").iterdir()
+    assert file.read_bytes() == raw.read_bytes()
     assert b"alice" not in file.read_bytes()
     assert SECRET.encode() not in file.read_bytes()
 
@@ -76,7 +76,8 @@ def test_what_is_shared_passes_the_audit_of_the_workflow_that_takes_it_in(tmp_pa
     file = share(tmp_path, sound(), sound(run="told", log_tail="File /home/alice/models/x.py\n"))
     arguments = audit_step(tmp_path / "share")
     assert cli.main([*arguments, "--to", str(tmp_path / "site")]) == 0
-    assert {path.read_bytes() for path in (tmp_path / "site/raw").iterdir()} == set(file.read_bytes().splitlines(keepends=True))
+    (raw,) = (tmp_path / "site/raw").iterdir()
+    assert file.read_bytes() == raw.read_bytes()
 
 
 def test_the_workflow_refuses_a_forgery_with_the_sentence_of_publish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def test_json_and_csv_say_it(word: str) -> None:
 
 @WORDS
 def test_a_site_does_not_count_it_among_what_works(word: str) -> None:
-    (row,) = rows_of([PublishedResult(result=made(word), digest="0" * 8)])
+    (row,) = rows_of([PublishedResult(result=made(word), digest="0" * 8, line=1)])
     assert (row.works, row.status.word) == (False, word)
 
 

@@ -13,7 +13,7 @@ from harness.core.records import Result
 from harness.core.text import line, plural
 from harness.report.export.markdown import code
 from harness.report.export.summary import render_summary
-from harness.report.site.rows import slug
+from harness.report.site.rows import raw_file, slug
 from harness.results.audit import CHECKED, identity
 from harness.results.register import Joined
 from harness.results.store import NAME
@@ -34,12 +34,16 @@ class Submission(NamedTuple):
     text: Path
 
 
-def write_submission(joined: Joined, raw: Path, folder: Path) -> Submission:
-    """Write sound results, each of which lies in `raw` by its digest, as one file of results, and the text that presents them.
+def write_submission(joined: Joined, folder: Path) -> Submission:
+    """Write sound results, which `folder`/raw has by machine, as one file of results, and the text that presents them.
 
     The file holds the very bytes that a site publishes, so what is read there is all that is sent.
     """
-    lines = [(raw / f"{entry.digest}.json").read_bytes() for entry in joined.entries]
+    of_machine = {
+        machine: iter((folder / raw_file(machine)).read_bytes().splitlines(keepends=True))
+        for machine in {entry.machine for entry in joined.entries}
+    }
+    lines = [next(of_machine[entry.machine]) for entry in joined.entries]
     results = [msgspec.json.decode(data, type=Result) for data in lines]
     machines = list({identity(result.machine): result.machine.name for result in results}.values())
     newest = joined.entries[-1]

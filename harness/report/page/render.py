@@ -149,6 +149,12 @@ def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS, r
     `styles` are files that add to the style, with what their pages say in other languages; `scripts` are all that may run,
     beside Python and what it runs in a page that `runs_python`.
     """
+    return _environment(styles, scripts, runs_python).get_template(name)
+
+
+@functools.cache
+def _environment(styles: Sequence[str], scripts: Sequence[str], runs_python: bool) -> jinja2.Environment:
+    """Return where templates find each other, so that the parts that several of them share are compiled once."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -177,7 +183,7 @@ def template(name: str, *styles: str, scripts: tuple[str, ...] = PAGE_SCRIPTS, r
         "code": write_code,
         "icon": icon,
     }
-    return environment.get_template(name)
+    return environment
 
 
 def _policy(style: str, script: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.core.records import Workload
+from harness.report.site.choices import write_choice
 from harness.report.site.needs import Need, Rung, fitting, needs_of, rungs_of, ways_of
 from harness.report.site.rows import Card, Row, RowLink, best, current, grouped, slim
 from harness.report.site.trends import Trend, brief, sorted_by_change, trends_of
@@ -112,7 +113,7 @@ class ModelLine:
     machines: int
     cases: int
     works: int
-    ways: tuple[Row, ...]
+    choices: tuple[str, ...]  #: its rows on the front door, as HTML
     needs: tuple[Need, ...]
     on_cards: tuple[tuple[Card, Tally], ...]
     receipts: tuple[Row, ...]
@@ -192,7 +193,7 @@ def line_of(page: ModelPage) -> ModelLine:
         machines=len(page.machines),
         cases=len(page.rows),
         works=page.works,
-        ways=page.ways,
+        choices=tuple(map(write_choice, page.ways)),
         needs=page.needs,
         on_cards=tuple((found[0].card, tally_of(page.link, found)) for found in on_cards.values() if found[0].card),
         receipts=tuple(_receipts(page.rows)),

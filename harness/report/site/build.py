@@ -8,11 +8,11 @@
     models/         which card a model needs, what runs it where, what changed over library versions
     cards/          what runs on a card, or on the part of one that --vram allowed
     machines/       the page of `fitmatrix report` for one machine
-    raw/            each result as a file of its own, which every figure leads to
+    raw/            of each machine a file of its results, one a line, to which every figure leads
     provenance.html the files that all of it comes from, and what was refused
 
 Beside each page lies its data, with the ending .json: one object with `schema`, whose links (`page`, `raw`, `data`) are relative
-to itself, as those of the page are. So a site works from any folder, path and server, and from disk.
+to itself, as those of the page are, and `line` is that of `raw`. So a site works from any folder, path and server, and from disk.
 
 A long list goes on on pages with a tilde in their names. What has not changed since the last build is taken from the old site,
 by links of the file system: the page of a machine follows from its results, that of a model from what its machines say of it
@@ -34,7 +34,7 @@ from harness.report.planner import bundle
 from harness.report.planner.bundle import Runtime
 from harness.report.site import pages
 from harness.report.site.atlas import MachineLine, ModelLine, OnCard, draw_cards
-from harness.report.site.rows import grouped
+from harness.report.site.rows import grouped, raw_file
 from harness.report.site.state import SiteState, keyed
 from harness.report.site.tasks import Old, shared
 from harness.results.register import Entry, Joined
@@ -80,12 +80,12 @@ class _Site:
 def write_site(joined: Joined, folder: Path, now: datetime, state: SiteState, old: Old, runtime: Runtime | None = None) -> int:
     """Write all pages of a site into a folder that `intake.gather` has begun; return how many there are.
 
-    `runtime` is Python for browsers, by which the site has a planner. Of the `old` site only pages that `state` is of are used.
+    `runtime` is Python for browsers, by which the site has a planner. The `old` site must be the one that `state` is of.
     """
     (folder / ".nojekyll").touch()  # GitHub's own generator would leave files out
     for name in ("models", "cards", "machines"):  # whose files an old site may have
         (folder / name).mkdir(exist_ok=True)
-    site = _Site(folder, old.if_marked(MARKER, state.site), state, runtime is not None)
+    site = _Site(folder, old, state, runtime is not None)
     machines = _machines(site, joined.entries)
     models = _models(site, machines)
     lines = sorted((one.line for one in machines.values()), key=lambda one: (one.link.name.casefold(), one.link.page))
@@ -102,6 +102,15 @@ def write_site(joined: Joined, folder: Path, now: datetime, state: SiteState, ol
     return sum(name.endswith(".html") for found in files for name in found)
 
 
+def old_site(place: Path, state: SiteState) -> Old:
+    """Return the site in a directory if `state` is of it, else none: another one has other files of the same names."""
+    try:
+        mark = (place / MARKER).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return Old()
+    return Old(place.resolve() if mark and mark == state.site else None)
+
+
 def saved(folder: Path, state: SiteState) -> None:
     """Save what is known of a site that has taken its place."""
     state.save((folder / MARKER).read_text(encoding="utf-8"))
@@ -109,15 +118,15 @@ def saved(folder: Path, state: SiteState) -> None:
 
 def _machines(site: _Site, entries: Sequence[Entry]) -> dict[str, _KeptMachine]:
     """Write the pages of all machines; return what is kept of them by their keys."""
-    digests = {
-        keyed([site.kind], [entry.digest for entry in ours]): [entry.digest for entry in ours]
-        for ours in grouped(entries, lambda entry: entry.machine).values()
+    results = {
+        keyed([site.kind], [entry.digest for entry in ours]): (raw_file(machine), [entry.digest for entry in ours])
+        for machine, ours in grouped(entries, lambda entry: entry.machine).items()
     }
-    known = site.state.kept("machines", list(digests), _KeptMachine)
+    known = site.state.kept("machines", list(results), _KeptMachine)
     found = {key: kept for key, kept in known.items() if site.old.take(kept.files, site.folder)}
-    fresh = [key for key in digests if key not in found]
+    fresh = [key for key in results if key not in found]
     work = functools.partial(_machine, folder=site.folder, has_planner=site.has_planner)
-    with shared(work, [digests[key] for key in fresh]) as made:
+    with shared(work, [results[key] for key in fresh]) as made:
         for key, (line, files, shares) in zip(fresh, made, strict=True):
             for model, share in shares.items():
                 site.state.keep_share(model, key, share)
@@ -125,12 +134,15 @@ def _machines(site: _Site, entries: Sequence[Entry]) -> dict[str, _KeptMachine]:
             kept = _KeptMachine(line=msgspec.json.decode(line, type=MachineLine), files=files, marks=marks)
             site.state.keep("machines", key, msgspec.json.encode(kept))
             found[key] = kept
-    return {key: found[key] for key in digests}
+    return {key: found[key] for key in results}
 
 
-def _machine(digests: Sequence[str], folder: Path, *, has_planner: bool) -> tuple[bytes, dict[str, int], dict[str, bytes]]:
-    """Write the page of the machine that these are all results of; all it needs are their files."""
-    page, line, shares = pages.of_machine(digests, folder, has_planner=has_planner)
+def _machine(
+    results: tuple[str, Sequence[str]], folder: Path, *, has_planner: bool
+) -> tuple[bytes, dict[str, int], dict[str, bytes]]:
+    """Write the page of a machine, of which a file, seen from the root of the site, has the results of these digests."""
+    file, digests = results
+    page, line, shares = pages.of_machine(digests, folder / file, has_planner=has_planner)
     encoded = {model: msgspec.json.encode(share) for model, share in shares.items()}
     return msgspec.json.encode(line), pages.write_page(folder, page), encoded
 

@@ -24,7 +24,7 @@ from harness.report.site.trends import spark
 from harness.results import audit
 from harness.results.register import Joined, PublishedResult
 
-SITE_SCHEMA = 2
+SITE_SCHEMA = 3
 _STYLES = ("site.css",)
 _PLANNER = "planner.html.j2"
 # Points of a line in a chart: raw results have all of them.
@@ -116,11 +116,12 @@ class _List:
         return {self.key: [self.tell(data, thing) for thing in part.things], **more}
 
 
-def of_machine(digests: Sequence[str], folder: Path, *, has_planner: bool) -> tuple[Page, MachineLine, dict[str, ModelShare]]:
-    """Make the page of the machine that these are all results of, oldest first, from their files in `folder`."""
-    read = ((folder / "raw" / f"{digest}.json").read_bytes() for digest in digests)
-    results = [msgspec.json.decode(data, type=Result) for data in read]
-    rows = rows_of([PublishedResult(result=result, digest=digest) for digest, result in zip(digests, results, strict=True)])
+def of_machine(digests: Sequence[str], file: Path, *, has_planner: bool) -> tuple[Page, MachineLine, dict[str, ModelShare]]:
+    """Make the page of the machine that these are all results of, oldest first, from the file that has them in this order."""
+    with file.open("rb") as lines:
+        results = [msgspec.json.decode(line, type=Result) for line in lines]
+    found = enumerate(zip(digests, results, strict=True), 1)
+    rows = rows_of([PublishedResult(result=result, digest=digest, line=line) for line, (digest, result) in found])
     line, shares = atlas.shares_of(rows)
     shown, link = current(rows), line.link.page
     parts_of: Any = render.template("site_machine.html.j2", *_STYLES).module
@@ -190,12 +191,13 @@ def _index(
     }
     links = [one.link for things in (models, cards, machines) for one in things]
     is_cut = any(len(cut) > 1 for cut in found.values())
+    choices = [row for model in models for row in model.choices]
     says = {
         **{name: cut[0] for name, cut in found.items()},
         "facts": facts,
         "known_cards": known_cards(),
-        "ways": [row for model in models for row in model.ways],
-        "most_ways": MOST_WAYS,
+        "choices": Markup("".join(choices[:MOST_WAYS])),
+        "more_choices": choices[MOST_WAYS:],
         "names": "\n".join(f"{_one_line(link.name)}\t{link.page}" for link in links) if is_cut else "",
         **also,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ from harness.core.units import GIB
 from harness.report.page.figures import Figure, MemoryFigure, Status, memory, metric, status
 from harness.results import selection
 from harness.results.audit import identity
-from harness.results.register import PublishedResult
+from harness.results.register import PublishedResult, machine_key
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -80,7 +80,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Row:
-    """One result as a line of a table. `raw` is its own file, seen from the root of the site."""
+    """One result as a line of a table. `raw` is the file that has it on line `entry.line`, seen from the root of the site."""
 
     entry: PublishedResult
     model: RowLink
@@ -129,35 +129,35 @@ class Row:
 
 def rows_of(entries: Sequence[PublishedResult]) -> list[Row]:
     """Return a line for each result, in their order."""
-    machines = _machine_links(entries)
-    return [_row(entry, machines) for entry in entries]
+    keys = [identity(entry.result.machine) for entry in entries]
+    links = {key: _machine_link(entry.result.machine, key) for key, entry in zip(keys, entries, strict=True)}
+    files = {key: raw_file(machine_key(key)) for key in links}
+    return [_row(entry, links[key], files[key]) for key, entry in zip(keys, entries, strict=True)]
 
 
-def _machine_links(entries: Iterable[PublishedResult]) -> dict[str, RowLink]:
-    found = {identity(entry.result.machine): entry.result.machine for entry in entries}
-    return {
-        key: RowLink(
-            machine.name,
-            f"machines/{slug(machine.name, key)}.html",
-            ", ".join(filter(None, [machine.cpu, units.format_count(machine.cores) + " cores" if machine.cores else None])),
-        )
-        for key, machine in found.items()
-    }
+def raw_file(machine: str) -> str:
+    """Return the file of all results of a machine, one a line, seen from the root of the site; `machine` is its key."""
+    return f"raw/{machine}.jsonl"
 
 
-def _row(entry: PublishedResult, machines: Mapping[str, RowLink]) -> Row:
+def _machine_link(machine: Machine, key: str) -> RowLink:
+    about = ", ".join(filter(None, [machine.cpu, units.format_count(machine.cores) + " cores" if machine.cores else None]))
+    return RowLink(machine.name, f"machines/{slug(machine.name, key)}.html", about)
+
+
+def _row(entry: PublishedResult, machine: RowLink, raw: str) -> Row:
     result, card = entry.result, card_of(entry.result)
     return Row(
         entry=entry,
         model=RowLink(result.case.model, f"models/{slug(result.case.model)}.html"),
-        machine=machines[identity(result.machine)],
+        machine=machine,
         card=card,
         status=status(result),
         memory=memory(result),
         ready=metric(result, "ready_s"),
         speed=metric(result, "decode_tok_s"),
         quality=result.quality.verdict.replace("_", " ") if result.quality else "",
-        raw=f"raw/{entry.digest}.json",
+        raw=raw,
     )
 
 

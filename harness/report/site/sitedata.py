@@ -45,8 +45,12 @@ class Data:
             "noisy": result.noisy,
             "answers": row.quality or None,
             "environment": result.environment,
-            "raw": self.up + row.raw,
+            **self.evidence(row),
         }
+
+    def evidence(self, row: Row) -> Plain:
+        """Return where the whole result lies: the file of its machine, and its line there."""
+        return {"raw": self.up + row.raw, "line": row.entry.line}
 
     def brief(self, row: Row | None) -> Plain | None:
         """Return the figures of a result and name the rest of it."""
@@ -54,7 +58,7 @@ class Data:
             return None
         result = row.result
         said = {"id": result.id, "machine": self.link(row.machine), **_need(row)}
-        return {**said, "metrics": result.metrics, "raw": self.up + row.raw}
+        return {**said, "metrics": result.metrics, **self.evidence(row)}
 
     def tally(self, tally: Tally) -> Plain:
         return {**self.link(tally.link), "best": self.brief(tally.best), "cases": tally.cases, "works": tally.works}
@@ -70,7 +74,7 @@ class Data:
         if need is None:
             return None
         told = {"precision": need.precision, "placement": need.placement, "vram_bytes": int(need.bytes), "card_bytes": need.card}
-        return {**told, "measured": not need.planned, "basis": need.basis, "raw": self.up + need.row.raw}
+        return {**told, "measured": not need.planned, "basis": need.basis, **self.evidence(need.row)}
 
     def rung(self, rung: Rung) -> Plain:
         known = {"card_bytes": rung.size, "measured": rung.row is not None, "works": rung.row.works if rung.row else True}

@@ -22,8 +22,8 @@ import msgspec
 from harness.core import redact
 from harness.machine.cache import cache_dir
 
-_FORMAT = 1
-_TABLES = ("sources", "machines", "models", "cards")
+_FORMAT = 2
+_TABLES = ("sources", "raw", "machines", "models", "cards")
 _PACKAGE = Path(__file__).parents[2]
 _MOST_ASKED = 500  # keys in one question
 Kept = TypeVar("Kept")
@@ -56,6 +56,7 @@ class SiteState:
 
     def keep(self, table: str, key: str, data: bytes) -> None:
         """Keep data under a key."""
+        self._used.setdefault(table, set()).add(key)
         self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, _packed(data)))
 
     def keep_share(self, model: str, machine: str, data: bytes) -> None:

@@ -38,14 +38,6 @@ class Old:
 
     place: Path | None = None
 
-    def if_marked(self, marker: str, mark: str) -> Old:
-        """Return the site if it is the one that was marked so, else none: another one has other pages of the same names."""
-        try:
-            ours = self.place is not None and mark != "" and (self.place / marker).read_text(encoding="utf-8") == mark
-        except (OSError, UnicodeDecodeError):
-            ours = False
-        return self if ours else Old()
-
     def has_all(self, files: Mapping[str, int]) -> bool:
         """Tell whether the old site has these files, as large as they were."""
         if self.place is None:
@@ -61,15 +53,19 @@ class Old:
         if not self.has_all(files):
             return False
         for name in files:
-            link(f"{self.place}/{name}", f"{folder}/{name}")
+            self.lend(name, folder)
         return True
 
+    def lend(self, name: str, folder: Path) -> None:
+        """Give a file of the old site a second name in a new one, or copy it where the file system has no such names.
 
-def link(old: str, new: str) -> None:
-    """Give a file a second name, or copy it where the file system has no such names. Raises OSError."""
-    try:
-        os.link(old, new)
-    except FileExistsError:
-        raise
-    except OSError:
-        shutil.copyfile(old, new)
+        Raises:
+            OSError: it is not there, or one of its name is in the new one.
+        """
+        old, new = f"{self.place}/{name}", f"{folder}/{name}"
+        try:
+            os.link(old, new)
+        except FileExistsError:
+            raise
+        except OSError:
+            shutil.copyfile(old, new)
