@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError, StoreError: there is nothing to calibrate by, or a file cannot be read or written; exit status 2.
     """
-    from harness.machine import accelerators, probe
+    from harness.machine import accelerators, probe, signals
 
     machine = accelerators.usable(probe.probe(), ask=False)
     if args.reset:
@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
         found = list({(one.result, one.figure): one for one in (*kept.observations, *found)}.values())
     fitted = fit.fit_constants(calibration.default(), found)
     if not args.dry_run:
-        kept_calibration.keep_evidence(machine, found)
+        with signals.deferred():
+            kept_calibration.keep_evidence(machine, found)
+            args.kept = "what was measured is kept, and plans go by it"
     if args.json:
         output.print_json(_as_json(fitted, machine, kept=not args.dry_run))
     else:
@@ -74,13 +76,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reset(args: argparse.Namespace, machine: Machine) -> int:
+    from harness.machine import signals
     from harness.planning.calibrating import kept_calibration
 
     if args.results or args.dry_run or args.measure:
         raise UsageError(
             "--reset forgets what was kept, and takes neither RESULTS nor --dry-run nor --measure: drop those, or --reset"
         )
-    had = kept_calibration.forget(machine)
+    with signals.deferred():
+        had = kept_calibration.forget(machine)
+        args.kept = "what was kept for this machine is forgotten"
     print("Forgotten: plans rest on the constants of the package." if had else "Nothing was kept for this machine.")
     return 0
 

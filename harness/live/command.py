@@ -19,6 +19,7 @@ def run(pid: int | None, *, once: bool, as_json: bool) -> int:
 
     Raises:
         UsageError: no such process, or Textual is missing for the live screen.
+        KeyboardInterrupt: Ctrl-C, which the live screen reads as a key.
     """
     from harness.live import reading
     from harness.live.stream import Stream
@@ -96,9 +97,12 @@ def _screen(stream: Stream) -> int:
 
     if find_spec("textual") is None:
         raise UsageError("the live screen needs the package textual: pip install fitmatrix[watch]; --once and --json do without")
-    from harness.live.screen import Screen
+    from harness.live.screen import INTERRUPTED, Screen
 
-    why = Screen(stream).run()
+    screen = Screen(stream)
+    why = screen.run()
+    if screen.return_code == INTERRUPTED:
+        raise KeyboardInterrupt
     if why:
         print(f"fitmatrix: {why}", file=sys.stderr)
     return 0

@@ -67,7 +67,7 @@ def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(place: Path) -> Non
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     status, said = ray_runs.finish(process)
-    assert status == 1, said
+    assert status == 130, said
     assert "stopped; what came is kept" in said
     before = results.read_bytes()
     status, said = ray_runs.finish(ray_runs.start(path, "run", "fleet", "--to", "all"))

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Measure, show what came back, and return 1 if a case is missing.
+    """Measure, show what came back, and return 1 if a case is missing, 130 after Ctrl-C.
 
     Raises:
         UsageError, OSError: contract, cluster or test files are not as they must be; nothing was measured.
@@ -43,21 +43,23 @@ def run(given: argparse.Namespace) -> int:
     from harness.fleet.collect import write_counted
     from harness.fleet.ray_engine import cluster
     from harness.fleet.ray_engine.driver import Driver
+    from harness.machine import signals
 
-    folder = given.contract if given.contract.is_dir() else given.contract.parent
+    folder, status = given.contract if given.contract.is_dir() else given.contract.parent, 0
     with _progress() as tell:
         driver = Driver(given.contract, given.results or folder / "results", tell)
         files = read_case_files(given.cases)
         try:
             with cluster.cluster_at(given.ray, without_token=given.without_token):
                 driver.run(files)
-        except KeyboardInterrupt:
-            print("fitmatrix: stopped; what came is kept, and the same command goes on with the rest", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            signals.say_stopped("what came is kept, and the same command goes on with the rest")
+            status = signals.exit_status(stop)
     found = driver.collected()
     show_collected(driver.contract, found, write_counted(found, given.to) if given.to else None)
     for note in driver.notes:
         print(f"fitmatrix: {line(note)}", file=sys.stderr)
-    return INCOMPLETE if found.missing else 0
+    return status or (INCOMPLETE if found.missing else 0)
 
 
 @contextmanager
