@@ -14,7 +14,7 @@ import harness
 from harness.cli.options import CommandParser, add_options
 from harness.cli.plan_args import USAGE
 from harness.core.errors import HarnessError
-from harness.core.text import line
+from harness.core.text import print_note
 from harness.machine import signals
 
 UNWRITTEN = 1
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:  # closed before we began
                 sys.stdout.flush()
     except HarnessError as error:
-        print(f"fitmatrix: {line(str(error))}", file=sys.stderr)
+        print_note(str(error))
         return USAGE
     except BrokenPipeError:  # the reader closed the pipe
         _drop_output()
@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITTEN:  # what fails to open has a name
             where = f"{error.filename}: " if error.filename else ""
-            print(f"fitmatrix: {line(f'{where}{error.strerror or error}')}", file=sys.stderr)
+            print_note(f"{where}{error.strerror or error}")
             return USAGE
         _drop_output()
-        print(f"fitmatrix: standard output cannot be written ({error.strerror or error})", file=sys.stderr)
+        print_note(f"standard output cannot be written ({error.strerror or error})")
         return UNWRITTEN
     except KeyboardInterrupt as stop:
         return _stopped(stop, _KEPT_NOTHING)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness.core.errors import did_you_mean
 from harness.core.options import OPTION, Meaning, Option, name_in, positive_number, whole_number
-from harness.core.text import line
+from harness.core.text import print_note
 from harness.core.training.setup import DEFAULT_OPTIMIZER, OPTIMIZERS, TRAINING_METHODS
 from harness.core.units import parse_capacity
 from harness.planning.training.zero import STAGES
@@ -213,7 +213,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the sentence and exit with status 2."""
-        print(f"{self.prog}: {line(message)} ({self.prog} --help)", file=sys.stderr)
+        print_note(f"{message} ({self.prog} --help)", name=f"{self.prog}: ")
         sys.exit(2)
 
     def _command(self, words: Sequence[str]) -> str:

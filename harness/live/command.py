@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from harness.core.errors import UsageError
+from harness.core.text import print_note
 
 if TYPE_CHECKING:
     from harness.live.stream import Stream
@@ -67,7 +68,7 @@ def _lines(stream: Stream, pid: int | None, *, as_json: bool) -> int:
     from harness.live.stream import frames
 
     if not as_json:
-        print("fitmatrix: this is no terminal: a line a second (--json for programs, --once for one look)", file=sys.stderr)
+        print_note("this is no terminal: a line a second (--json for programs, --once for one look)")
     for frame in frames(stream, _EVERY_S):
         if as_json:
             _print_json(frame)
@@ -88,7 +89,7 @@ def _print_json(frame: object) -> None:
 
 
 def _ended(pid: int | None) -> int:
-    print(f"fitmatrix: process {pid} has ended", file=sys.stderr)
+    print_note(f"process {pid} has ended")
     return 0
 
 
@@ -104,5 +105,5 @@ def _screen(stream: Stream) -> int:
     if screen.return_code == INTERRUPTED:
         raise KeyboardInterrupt
     if why:
-        print(f"fitmatrix: {why}", file=sys.stderr)
+        print_note(why)
     return 0

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from harness.core.text import print_note
+
 # What ends a run in order. SIGHUP: its terminal was closed. Windows has the first two.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -25,8 +27,9 @@ def exit_status(stop: KeyboardInterrupt) -> int:
 
 def say_stopped(kept: str) -> None:
     """Say on standard error that the program was stopped and what was kept, behind the ^C that a terminal shows."""
-    if sys.stderr is not None:
-        print(f"{chr(10) * sys.stderr.isatty()}fitmatrix: stopped; {kept}", file=sys.stderr, flush=True)
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(file=sys.stderr)
+    print_note(f"stopped; {kept}")
 
 
 def end_on_interrupt(kept: str, end: Callable[[], object]) -> Callable[[], None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from harness.cli.options import add_options, typed_options
 from harness.cli.plan_args import asked_case
 from harness.core.errors import UsageError
 from harness.core.records import USUAL_KV
-from harness.core.text import line
+from harness.core.text import print_note
 from harness.report.terminal import output
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def _words(given: argparse.Namespace) -> Iterator[str]:
 
 
 def _tell(said: str) -> None:
-    print(line(said), file=sys.stderr, flush=True)
+    print_note(said, name="")
 
 
 def _show(package: str, found: ReleaseRange, answer: BisectAnswer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from harness.cli.fleet.case_files import add_case_files, read_case_files
 from harness.cli.fleet.collect import INCOMPLETE, show_collected
+from harness.core.text import print_note
 
 if TYPE_CHECKING:
     from harness.fleet.ray_engine.driver import Tell
@@ -39,7 +39,6 @@ def run(given: argparse.Namespace) -> int:
     Raises:
         UsageError, OSError: contract, cluster or test files are not as they must be; nothing was measured.
     """
-    from harness.core.text import line
     from harness.fleet.collect import write_counted
     from harness.fleet.ray_engine import cluster
     from harness.fleet.ray_engine.driver import Driver
@@ -58,7 +57,7 @@ def run(given: argparse.Namespace) -> int:
     found = driver.collected()
     show_collected(driver.contract, found, write_counted(found, given.to) if given.to else None)
     for note in driver.notes:
-        print(f"fitmatrix: {line(note)}", file=sys.stderr)
+        print_note(note)
     return status or (INCOMPLETE if found.missing else 0)
 
 
