@@ -25,12 +25,12 @@ _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a usage error is one sentence on standard error and exit status 2."""
+    _open_closed()
     try:
         try:
             return _run(sys.argv[1:] if arguments is None else arguments)
         finally:  # after the parser's own help as well
-            if sys.stdout is not None:  # closed before we began
-                sys.stdout.flush()
+            sys.stdout.flush()
     except HarnessError as error:
         print_note(str(error))
         return USAGE
@@ -66,6 +66,13 @@ def _run(words: Sequence[str]) -> int:
 def _stopped(stop: KeyboardInterrupt, kept: str) -> int:
     signals.say_stopped(kept)
     return signals.exit_status(stop)
+
+
+def _open_closed() -> None:
+    """Let what was closed before we began lead nowhere: else the first file that is opened takes its place, and gets the output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _drop_output() -> None:

@@ -17,6 +17,8 @@ from harness.core.units import parse_capacity
 from harness.planning.training.zero import STAGES
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
     from harness.machine.described.memory import Disk, Ram
     from harness.machine.described.processors import Processor
 
@@ -210,6 +212,10 @@ class CommandParser(argparse.ArgumentParser):
         if left:
             self.error(f"{left[0]!r} is one word too many")
         return given, left
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Write help; argparse's own says nothing of what cannot be written."""
+        (file or sys.stdout).write(message)
 
     def error(self, message: str) -> NoReturn:
         """Print the sentence and exit with status 2."""

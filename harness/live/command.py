@@ -58,8 +58,10 @@ def _once(stream: Stream, pid: int | None, *, as_json: bool) -> int:
     drawn = render.lines(frame, console.width)
     if console.options.ascii_only:
         render.in_ascii(drawn)
-    for line in drawn:
-        console.print(line)
+    with console.capture() as captured:  # rich's own print ends the program when a reader leaves
+        for line in drawn:
+            console.print(line)
+    sys.stdout.write(captured.get())
     return 0
 
 
