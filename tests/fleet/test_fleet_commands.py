@@ -54,6 +54,7 @@ def test_collect_counts_by_class_and_ends_with_1_as_long_as_a_case_is_missing(
     (Path("sent") / "receipt-x.json").unlink()
     status, out, _ = fleet("collect", "fleet", "sent")
     assert (status, "missing " in out.splitlines()[-1]) == (0, False)
+    assert "small      4        4        0" in out
 
 
 def test_status_says_why_a_shard_stopped_and_what_is_no_receipt_of_this_contract(
