@@ -67,7 +67,9 @@ def test_status_says_why_a_shard_stopped_and_what_is_no_receipt_of_this_contract
     assert "lab-1" in out
     assert "small-1: the disk is full" in out
     assert "two/receipt-small-2.json: is a receipt for contract ffffffffffff" in out
-    told = json.loads(fleet("status", "fleet", "sent", "--json")[1])
+    status, out, _ = fleet("status", "fleet", "sent", "--json")
+    assert status == 0
+    told = json.loads(out)
     assert [(one["shard"], one["state"], one["done"], one["cases"]) for one in told["shards"]] == [
         ("small-1", "stopped", 1, 2), ("small-2", "not heard of", 0, 2),
     ]  # fmt: skip
