@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def test_status_says_why_a_shard_stopped_and_what_is_no_receipt_of_this_contract
     status, out, _ = fleet("status", "fleet", "sent")
     assert status == 0
     assert "lab-1" in out
+    assert re.search(r"^small-1 +stopped +lab-1 +1 of 2 +20\d\d-\d\d-\d\dT", out, re.MULTILINE)
+    assert re.search(r"^small-2 +not heard of +0 of 2$", out, re.MULTILINE)
     assert "small-1: the disk is full" in out
     assert "two/receipt-small-2.json: is a receipt for contract ffffffffffff" in out
     status, out, _ = fleet("status", "fleet", "sent", "--json")
