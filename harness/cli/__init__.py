@@ -2,3 +2,18 @@
 
 All of these modules are imported to build the parser, so slow imports are made in `run`.
 """
+
+from __future__ import annotations
+
+
+def main() -> int:
+    """Run the command line; Ctrl-C is answered while what it stands on is imported as well. Returns the exit status."""
+    import os
+
+    from harness.machine import signals
+
+    heed = signals.end_on_interrupt("nothing was changed", lambda: os._exit(130))  # an exception is lost in what compiles
+    from harness.cli import entry
+
+    heed()
+    return entry.main()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness.cli.options import add_options
 from harness.core.errors import UsageError
 from harness.core.options import RESULTS
-from harness.core.text import plural
+from harness.core.text import plural, print_note
 from harness.report.terminal import output
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError, StoreError: there is nothing to calibrate by, or a file cannot be read or written; exit status 2.
     """
-    from harness.machine import accelerators, probe
+    from harness.machine import accelerators, probe, signals
 
     machine = accelerators.usable(probe.probe(), ask=False)
     if args.reset:
@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
         found = list({(one.result, one.figure): one for one in (*kept.observations, *found)}.values())
     fitted = fit.fit_constants(calibration.default(), found)
     if not args.dry_run:
-        kept_calibration.keep_evidence(machine, found)
+        with signals.deferred():
+            kept_calibration.keep_evidence(machine, found)
+            args.kept = "what was measured is kept, and plans go by it"
     if args.json:
         output.print_json(_as_json(fitted, machine, kept=not args.dry_run))
     else:
@@ -74,13 +76,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reset(args: argparse.Namespace, machine: Machine) -> int:
+    from harness.machine import signals
     from harness.planning.calibrating import kept_calibration
 
     if args.results or args.dry_run or args.measure:
         raise UsageError(
             "--reset forgets what was kept, and takes neither RESULTS nor --dry-run nor --measure: drop those, or --reset"
         )
-    had = kept_calibration.forget(machine)
+    with signals.deferred():
+        had = kept_calibration.forget(machine)
+        args.kept = "what was kept for this machine is forgotten"
     print("Forgotten: plans rest on the constants of the package." if had else "Nothing was kept for this machine.")
     return 0
 
@@ -109,11 +114,9 @@ def _said(results: Sequence[Result], machine: Machine, where: str) -> list[Obser
 
 def _measured() -> list[Result]:
     """Measure the small model in every precision that works here, the most common first, for as long as a minute lasts."""
-    import sys
     import time
     from tempfile import TemporaryDirectory
 
-    from harness.report.terminal.tables import line
     from harness.run import min_ram
     from harness.run.options import Options
     from harness.run.session import Session
@@ -128,11 +131,11 @@ def _measured() -> list[Result]:
             cases.sort(key=lambda case: _PRECISIONS.index(case.precision))
             begun = time.monotonic()
             for number, case in enumerate(cases, 1):
-                print(line(f"measuring {number} of {len(cases)}: {case.id}"), file=sys.stderr)
+                print_note(f"measuring {number} of {len(cases)}: {case.id}", name="")
                 found.append(min_ram.measure(session, case))
                 spent = time.monotonic() - begun
                 if spent + spent / number > SECONDS and number < len(cases):
-                    print(line(f"left out, for the minute is over: {', '.join(one.id for one in cases[number:])}"), file=sys.stderr)
+                    print_note(f"left out, for the minute is over: {', '.join(one.id for one in cases[number:])}", name="")
                     break
         finally:
             session.close()
@@ -141,16 +144,14 @@ def _measured() -> list[Result]:
 
 def _packed(machine: Machine) -> list[Observation]:
     """Time the layers of this package whose weights are stored packed, which no small model has; nothing where that fails."""
-    import sys
 
     from harness.planning.calibrating import packed_times
-    from harness.report.terminal.tables import line
 
-    print(line("measuring layers whose weights are stored packed"), file=sys.stderr)
+    print_note("measuring layers whose weights are stored packed", name="")
     try:
         return packed_times.time_packed(machine)
     except UsageError as error:  # the cases say enough without them
-        print(line(str(error)), file=sys.stderr)
+        print_note(str(error), name="")
         return []
 
 

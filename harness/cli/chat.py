@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import FIRST_PORT, add_options, given_or_default
@@ -12,6 +11,7 @@ from harness.cli.plan_args import NOTHING_FITS, AskedCase, PlanQuestion, advise_
 from harness.core.errors import UsageError
 from harness.core.placements import FILE, PLACEMENTS
 from harness.core.records import Verdict, Workload
+from harness.core.text import print_note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,9 +148,8 @@ def _refuse(args: argparse.Namespace, one: Plan) -> int:
 
 
 def _say(sentence: str) -> int:
-    from harness.core.text import line
 
-    print(f"fitmatrix: {line(sentence)}", file=sys.stderr)
+    print_note(sentence)
     return NOTHING_FITS
 
 

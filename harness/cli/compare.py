@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.core.errors import UsageError
+from harness.core.text import print_note
 from harness.report.terminal import output
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _read(place: Path) -> list[Result]:
 
     results, problems = store.read(store.file_of(place))
     for problem in problems:
-        print(f"fitmatrix: {problem}", file=sys.stderr)
+        print_note(str(problem))
     return results
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli.options import add_options
 from harness.core.errors import UsageError
+from harness.core.text import print_note
 from harness.core.units import format_bandwidth, format_gib, significant
 from harness.report.terminal import output
 
@@ -65,7 +65,7 @@ def _here(measure: bool) -> Machine:
     if not measure and not lacking:
         return machine
     once = "" if measure else ", once" if any(tier.bytes_per_s is None for tier in lacking) else " again"
-    print(f"measuring the read bandwidth of RAM and disk{once} (1 to 3 s) ...", file=sys.stderr, flush=True)
+    print_note(f"measuring the read bandwidth of RAM and disk{once} (1 to 3 s) ...", name="")
     return probe(measure=True)
 
 

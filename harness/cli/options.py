@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness.core.errors import did_you_mean
 from harness.core.options import OPTION, Meaning, Option, name_in, positive_number, whole_number
-from harness.core.text import line
+from harness.core.text import print_note
 from harness.core.training.setup import DEFAULT_OPTIMIZER, OPTIMIZERS, TRAINING_METHODS
 from harness.core.units import parse_capacity
 from harness.planning.training.zero import STAGES
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
     from harness.machine.described.memory import Disk, Ram
     from harness.machine.described.processors import Processor
 
@@ -211,9 +213,13 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"{left[0]!r} is one word too many")
         return given, left
 
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Write help; argparse's own says nothing of what cannot be written."""
+        (file or sys.stdout).write(message)
+
     def error(self, message: str) -> NoReturn:
         """Print the sentence and exit with status 2."""
-        print(f"{self.prog}: {line(message)} ({self.prog} --help)", file=sys.stderr)
+        print_note(f"{message} ({self.prog} --help)", name=f"{self.prog}: ")
         sys.exit(2)
 
     def _command(self, words: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from harness.core.errors import CheckpointError, UsageError
 from harness.core.placements import named
 from harness.core.precisions import PRECISIONS
 from harness.core.records import USUAL_KV, Workload
-from harness.core.text import line
+from harness.core.text import line, print_note
 from harness.report.terminal import output
 from harness.report.terminal.output import PLAN_SCHEMA
 
@@ -115,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     recommendations, faults = _advised(args, machine, workload, question, calibration)
     status = _print(recommendations, args, machine, faults)
     for fault in faults.values():
-        print(f"fitmatrix: {line(fault)}", file=sys.stderr)
+        print_note(fault)
     return USAGE if faults else status
 
 

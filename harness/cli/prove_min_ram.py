@@ -11,6 +11,7 @@ from typing import Any
 from harness.cli.plan_args import FITS, NOTHING_FITS
 from harness.core.errors import UsageError
 from harness.core.records import Result, Workload
+from harness.core.text import print_note
 from harness.core.units import format_gib, format_share
 from harness.machine import cgroup
 from harness.report.terminal import output, tables
@@ -57,7 +58,7 @@ def _found_json(one: Minimum) -> dict[str, Any]:
 def tell(result: Result) -> None:
     """Report on standard error, if it is a terminal, how a case ended under a limit."""
     if sys.stderr.isatty():
-        print(tables.line(f"{result.id}  {failed(result) or 'works'}"), file=sys.stderr)
+        print_note(f"{result.id}  {failed(result) or 'works'}", name="")
 
 
 def show_minimums(found: Sequence[Minimum]) -> None:

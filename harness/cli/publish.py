@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.core.errors import UsageError
+from harness.core.text import print_note
 from harness.report.terminal import output
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run(given: argparse.Namespace) -> int:
     try:
         joined, refused, pages = _build(given, found, now, runtime)
     except _Refused as error:
-        print(f"fitmatrix: {error}, so nothing was written; without --strict the rest is published", file=sys.stderr)
+        print_note(f"{error}, so nothing was written; without --strict the rest is published")
         return REFUSED
     print(
         f"site: {line(str(given.to / 'index.html'))} ({plural(len(joined.entries), 'result')}, {plural(pages, 'page')}, {refused})"
@@ -158,12 +158,12 @@ def _artifacts(places: Sequence[Path]) -> list[Artifact]:
 
 def _told(joined: Joined, found: Sequence[Artifact], what: str) -> str:
     """Print why lines are refused, and return how many; raises UsageError if nothing is left to `what`."""
-    from harness.core.text import line, plural
+    from harness.core.text import plural
     from harness.results.register import format_place
 
     for refusal in joined.refusals:
         where = format_place(found[refusal.source].where, refusal.line)
-        print(f"fitmatrix: {line(f'{where}: {refusal.why}')}", file=sys.stderr)
+        print_note(f"{where}: {refusal.why}")
     refused = plural(joined.refused, "line") + " refused"
     if not joined.entries:
         raise UsageError(f"nothing to {what}: no result in {plural(len(found), 'file')}, {refused}")

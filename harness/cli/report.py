@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.core.errors import UsageError
+from harness.core.text import print_note
 from harness.report.export.formats import FORMATS
 from harness.report.terminal import output
 
@@ -64,13 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Render what was asked for, write it and print its path; raises StoreError, UsageError."""
-    from harness.core.text import line
     from harness.results.store import Store
 
     targets = list(_targets(given))
     results, problems = Store(given.directory).read()
     for problem in problems:
-        print(f"fitmatrix: {line(str(problem))}", file=sys.stderr)
+        print_note(str(problem))
     texts = [*_rendered(targets, results, [str(problem) for problem in problems]), *_badges(given.badge, results)]
     _write(texts)
     return 0

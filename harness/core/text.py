@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import textwrap
 import unicodedata
 
 # Colours and cursor moves of a terminal say nothing on a page.
@@ -27,6 +30,16 @@ def line(text: str, most: int = 0) -> str:
         return shown
     tail = (most - len(MORE)) // 2
     return shown[: most - len(MORE) - tail] + MORE + shown[len(shown) - tail :]
+
+
+def print_note(text: str, name: str = "fitmatrix: ") -> None:
+    """Print a sentence on standard error: in one line, which a terminal breaks at blanks, never in the midst of a word."""
+    if sys.stderr is None:  # closed before we began
+        return
+    said = line(f"{name}{text}")
+    if sys.stderr.isatty() and len(said) >= (columns := os.get_terminal_size(sys.stderr.fileno()).columns) > 0:
+        said = textwrap.fill(said, columns, break_long_words=False, break_on_hyphens=False)
+    print(said, file=sys.stderr, flush=True)
 
 
 def _spelled(char: str) -> str:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from harness.core.errors import UsageError
+from harness.core.text import print_note
 
 if TYPE_CHECKING:
     from harness.live.stream import Stream
@@ -19,6 +20,7 @@ def run(pid: int | None, *, once: bool, as_json: bool) -> int:
 
     Raises:
         UsageError: no such process, or Textual is missing for the live screen.
+        KeyboardInterrupt: Ctrl-C, which the live screen reads as a key.
     """
     from harness.live import reading
     from harness.live.stream import Stream
@@ -56,8 +58,10 @@ def _once(stream: Stream, pid: int | None, *, as_json: bool) -> int:
     drawn = render.lines(frame, console.width)
     if console.options.ascii_only:
         render.in_ascii(drawn)
-    for line in drawn:
-        console.print(line)
+    with console.capture() as captured:  # rich's own print ends the program when a reader leaves
+        for line in drawn:
+            console.print(line)
+    sys.stdout.write(captured.get())
     return 0
 
 
@@ -66,7 +70,7 @@ def _lines(stream: Stream, pid: int | None, *, as_json: bool) -> int:
     from harness.live.stream import frames
 
     if not as_json:
-        print("fitmatrix: this is no terminal: a line a second (--json for programs, --once for one look)", file=sys.stderr)
+        print_note("this is no terminal: a line a second (--json for programs, --once for one look)")
     for frame in frames(stream, _EVERY_S):
         if as_json:
             _print_json(frame)
@@ -87,7 +91,7 @@ def _print_json(frame: object) -> None:
 
 
 def _ended(pid: int | None) -> int:
-    print(f"fitmatrix: process {pid} has ended", file=sys.stderr)
+    print_note(f"process {pid} has ended")
     return 0
 
 
@@ -96,9 +100,12 @@ def _screen(stream: Stream) -> int:
 
     if find_spec("textual") is None:
         raise UsageError("the live screen needs the package textual: pip install fitmatrix[watch]; --once and --json do without")
-    from harness.live.screen import Screen
+    from harness.live.screen import INTERRUPTED, Screen
 
-    why = Screen(stream).run()
+    screen = Screen(stream)
+    why = screen.run()
+    if screen.return_code == INTERRUPTED:
+        raise KeyboardInterrupt
     if why:
-        print(f"fitmatrix: {why}", file=sys.stderr)
+        print_note(why)
     return 0

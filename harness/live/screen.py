@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.text import Text
 from textual.app import App, ComposeResult
+from textual.binding import Binding
 from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
@@ -19,6 +20,7 @@ from harness.live.render import lines
 from harness.live.stream import Recording, Stream
 from harness.measure.beacon import LOG
 
+INTERRUPTED = 130
 EVERY_S = 2.5  # as often as half a percent of a core allows: a frame takes Textual some milliseconds
 _KEYS = "q quit  l log  s save"
 _LOG_BYTES, _LOG_LINES = 8192, 12
@@ -51,7 +53,7 @@ class Screen(App[str]):
     """Shows frames until `q`, or until the process ends; returns why it ended, in a sentence, if not by a key."""
 
     CSS = "#log { display: none; border-top: solid grey; }"
-    BINDINGS = [("q", "quit", "quit"), ("l", "log", "log"), ("s", "save", "save")]
+    BINDINGS = [("q", "quit", "quit"), ("l", "log", "log"), ("s", "save", "save"), Binding("ctrl+c", "stop", priority=True)]
     ENABLE_COMMAND_PALETTE = False
 
     def __init__(self, stream: Stream, every_s: float = EVERY_S) -> None:
@@ -65,6 +67,10 @@ class Screen(App[str]):
         yield Lines()
         yield Static(id="log", markup=False)
         yield Static(_KEYS, id="keys", markup=False)
+
+    def action_stop(self) -> None:
+        """End as Ctrl-C ends any command; Textual's own key asks for another one."""
+        self.exit(return_code=INTERRUPTED)
 
     async def on_mount(self) -> None:
         """Begin to read."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+from harness.core.text import print_note
 
 # What ends a run in order. SIGHUP: its terminal was closed. Windows has the first two.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -15,6 +18,41 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 class Terminated(KeyboardInterrupt):
     """Somebody else than the keyboard asked the run to end."""
+
+
+def exit_status(stop: KeyboardInterrupt) -> int:
+    """Return 128 + the number of the signal that stopped a program, as shells say it."""
+    return 128 + (signal.Signals[str(stop)] if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+def say_stopped(kept: str) -> None:
+    """Say on standard error that the program was stopped and what was kept, behind the ^C that a terminal shows."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(file=sys.stderr)
+    print_note(f"stopped; {kept}")
+
+
+def end_on_interrupt(kept: str, end: Callable[[], object]) -> Callable[[], None]:
+    """Let Ctrl-C say what was kept and call `end`, until the function that is returned is called.
+
+    For the time of imports, which leave nothing behind and whose KeyboardInterrupt nobody answers. What is ignored, or heard
+    already, stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(*_: object) -> None:
+        say_stopped(kept)
+        end()
+
+    def heed() -> None:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+    return heed
 
 
 @contextlib.contextmanager

@@ -455,6 +455,6 @@ def test_a_turn_is_answered_over_http_on_this_machine_alone_until_ctrl_c(folder:
         assert not config["analytics_enabled"]
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (130, "", "")
+        assert (process.returncode, out, err) == (130, "", "fitmatrix: stopped; nothing of the chat is kept\n")
         _, left = psutil.wait_procs(tree, timeout=10)
         assert not left

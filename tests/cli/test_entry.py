@@ -219,15 +219,6 @@ def test_a_reader_who_has_seen_enough_is_no_mistake(
     assert run.returncode == 0
 
 
-def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: object) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(hardware, "run", interrupted)
-    assert main(["hardware"]) == 130
-    assert capsys.readouterr() == ("", "")
-
-
 def test_every_command_knows_what_it_runs() -> None:
     parser = build_parser()
     assert parser.parse_args(["report", "x"]).command is report.run

@@ -29,7 +29,7 @@ from tests.faults.injected import ROOT, Command, Ended, Injection, fresh, inject
 from tests.support import builders, runs, scripted
 from tests.support.reporting import Figure, Section, gathered, table
 
-INJECTIONS, SEED, LANES = 1000, 20261129, 3
+INJECTIONS, SEED, LANES = 1000, 20261130, 3
 pytestmark = pytest.mark.skipif(
     shutil.which("strace") is None or platform.machine() != "x86_64", reason="needs strace, and the calls of x86_64"
 )

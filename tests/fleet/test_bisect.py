@@ -247,7 +247,7 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_nothing_running(place: Path, 
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
+    assert process.returncode == 130, err
     assert "stopped; what was measured is kept, and the same command goes on from there" in err
     assert "no end was measured yet" in out
     deadline = time.monotonic() + 30

@@ -68,6 +68,17 @@ def test_it_says_the_figure_and_how_it_changed() -> None:
     assert bad.change == pytest.approx(0.1)
 
 
+def test_it_tells_how_many_releases_are_left_and_in_how_many_steps_they_are_searched() -> None:
+    told: list[str] = []
+    Bisection(RELEASES, ScriptedReleases(needs(*[100] * 4, 110)), LIMITS, None, told.append).run()
+    assert [one for one in told if "left" in one] == [
+        "10 left between 1.0 and 1.11, about 4 steps",
+        "4 left between 1.0 and 1.5, about 3 steps",
+        "2 left between 1.2 and 1.5, about 2 steps",
+        "1 left between 1.3 and 1.5, about 1 step",
+    ]
+
+
 def test_ends_that_are_alike_by_the_gates_rule_end_it() -> None:
     answer, asked = searched(needs(100, 104))
     assert asked == [RELEASES[0], RELEASES[-1]]

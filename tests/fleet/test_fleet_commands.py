@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def test_collect_counts_by_class_and_ends_with_1_as_long_as_a_case_is_missing(
     (Path("sent") / "receipt-x.json").unlink()
     status, out, _ = fleet("collect", "fleet", "sent")
     assert (status, "missing " in out.splitlines()[-1]) == (0, False)
+    assert "small      4        4        0" in out
 
 
 def test_status_says_why_a_shard_stopped_and_what_is_no_receipt_of_this_contract(
@@ -64,9 +66,13 @@ def test_status_says_why_a_shard_stopped_and_what_is_no_receipt_of_this_contract
     status, out, _ = fleet("status", "fleet", "sent")
     assert status == 0
     assert "lab-1" in out
+    assert re.search(r"^small-1 +stopped +lab-1 +1 of 2 +20\d\d-\d\d-\d\dT", out, re.MULTILINE)
+    assert re.search(r"^small-2 +not heard of +0 of 2$", out, re.MULTILINE)
     assert "small-1: the disk is full" in out
     assert "two/receipt-small-2.json: is a receipt for contract ffffffffffff" in out
-    told = json.loads(fleet("status", "fleet", "sent", "--json")[1])
+    status, out, _ = fleet("status", "fleet", "sent", "--json")
+    assert status == 0
+    told = json.loads(out)
     assert [(one["shard"], one["state"], one["done"], one["cases"]) for one in told["shards"]] == [
         ("small-1", "stopped", 1, 2), ("small-2", "not heard of", 0, 2),
     ]  # fmt: skip

@@ -215,6 +215,7 @@ def test_planning_goes_on_without_a_class_that_is_wrong_and_never_over_a_contrac
     assert plan() == 2
     shown = capsys.readouterr()
     assert "4 cases for small" in shown.out
+    assert "contract: fleet/contract.json (4 cases, " in shown.out
     assert "fleet.toml: class bad: no card is called 'RTX 9999'" in shown.err
     assert plan() == 2
     assert "is there already, and receipts may come for it" in capsys.readouterr().err

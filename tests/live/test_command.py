@@ -108,14 +108,14 @@ def test_a_reader_that_leaves_ends_it_quietly() -> None:
         assert child.stderr.read() == ""
 
 
-def test_ctrl_c_ends_it_quietly() -> None:
+def test_ctrl_c_ends_it_in_a_sentence() -> None:
     with started("--json") as child:
         assert child.stdout is not None
         assert child.stderr is not None
         assert json.loads(child.stdout.readline())["schema"] == 1
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=30) == 130
-        assert child.stderr.read() == ""
+        assert child.stderr.read() == "fitmatrix: stopped; what was watched goes on, and only saved frames are kept\n"
 
 
 @pytest.mark.parametrize(

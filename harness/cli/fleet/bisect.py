@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from harness.cli.options import add_options, typed_options
 from harness.cli.plan_args import asked_case
 from harness.core.errors import UsageError
 from harness.core.records import USUAL_KV
-from harness.core.text import line
+from harness.core.text import print_note
 from harness.report.terminal import output
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Search and show what was found. Returns 1 if nothing changed, or if only a range of releases is known.
+    """Search and show what was found. Returns 1 if nothing changed, or if only a range of releases is known; 130 after Ctrl-C.
 
     Raises:
         UsageError, OSError: the question cannot be answered: no such release, package or case, or an end does not run.
@@ -67,11 +66,11 @@ def run(given: argparse.Namespace) -> int:
     from harness.fleet.bisect.overlay import uv_program
     from harness.fleet.bisect.search import Bisection, known_figure
     from harness.fleet.conformity import PINNED
-    from harness.machine import probe
+    from harness.machine import probe, signals
     from harness.results.compare import thresholds
     from harness.run.options import read_config
 
-    words, figure = tuple(_words(given)), known_figure(given.figure)
+    words, figure, status = tuple(_words(given)), known_figure(given.figure), 0
     limits = thresholds(read_config(Path.cwd()).get("gate", {}))
     files = read_case_files(given.cases)
     uv_program()
@@ -83,14 +82,14 @@ def run(given: argparse.Namespace) -> int:
         search = Bisection(found.releases, measured.measure, limits, figure, _tell)
         try:
             answer = search.run()
-        except KeyboardInterrupt:
-            print("fitmatrix: stopped; what was measured is kept, and the same command goes on from there", file=sys.stderr)
-            answer = search.answer()
+        except KeyboardInterrupt as stop:
+            signals.say_stopped("what was measured is kept, and the same command goes on from there")
+            answer, status = search.answer(), signals.exit_status(stop)
     if given.json:
         output.print_json({"schema": BISECT_SCHEMA, "package": given.package, "left_out": found.left_out, "answer": answer})
     else:
         _show(given.package, found, answer)
-    return FOUND if answer.is_exact else OPEN
+    return status or (FOUND if answer.is_exact else OPEN)
 
 
 def _words(given: argparse.Namespace) -> Iterator[str]:
@@ -116,7 +115,7 @@ def _words(given: argparse.Namespace) -> Iterator[str]:
 
 
 def _tell(said: str) -> None:
-    print(line(said), file=sys.stderr, flush=True)
+    print_note(said, name="")
 
 
 def _show(package: str, found: ReleaseRange, answer: BisectAnswer) -> None:

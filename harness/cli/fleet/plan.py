@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
 from harness.cli.options import add_options, add_run_options, given_or_default
 from harness.cli.plan_args import USAGE
 from harness.core.options import OPTION
+from harness.core.text import print_note
 
 HELP = "Write the contract of a matrix over a fleet, and a shard file for each part of it."
 
@@ -49,7 +49,7 @@ def run(given: argparse.Namespace) -> int:
         print(f"{line(str(path))}: {plural(len(shard.cases), 'case')} for {line(shard.machine_class.name)}")
     print(f"contract: {line(str(place))} ({plural(len(contract.terms.cases), 'case')}, {contract.digest[:12]})")
     for name, why in contract.terms.faults.items():
-        print(f"fitmatrix: {line(f'{given.fleet}: class {name}: {why}')}", file=sys.stderr)
+        print_note(f"{given.fleet}: class {name}: {why}")
     return USAGE if contract.terms.faults else 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from harness.core.text import print_note
 
 HELP = "Write shard files with what is missing, and enter them in the contract as the next attempt."
 NOTHING_LEFT = 1
@@ -42,5 +43,5 @@ def run(given: argparse.Namespace) -> int:
     running = len(found.missing) - len(keys) - len(spent)
     print(f"{plural(len(keys), 'case')} handed out again, {running} still to come from shards that run")
     for key in spent:
-        print(f"fitmatrix: {line(key)}: given up after {plural(contract.terms.attempts, 'attempt')}", file=sys.stderr)
+        print_note(f"{key}: given up after {plural(contract.terms.attempts, 'attempt')}")
     return NOTHING_LEFT if spent else 0

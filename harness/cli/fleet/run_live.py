@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from harness.cli.fleet.case_files import add_case_files, read_case_files
 from harness.cli.fleet.collect import INCOMPLETE, show_collected
+from harness.core.text import print_note
 
 if TYPE_CHECKING:
     from harness.fleet.ray_engine.driver import Tell
@@ -34,30 +34,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Measure, show what came back, and return 1 if a case is missing.
+    """Measure, show what came back, and return 1 if a case is missing, 130 after Ctrl-C.
 
     Raises:
         UsageError, OSError: contract, cluster or test files are not as they must be; nothing was measured.
     """
-    from harness.core.text import line
     from harness.fleet.collect import write_counted
     from harness.fleet.ray_engine import cluster
     from harness.fleet.ray_engine.driver import Driver
+    from harness.machine import signals
 
-    folder = given.contract if given.contract.is_dir() else given.contract.parent
+    folder, status = given.contract if given.contract.is_dir() else given.contract.parent, 0
     with _progress() as tell:
         driver = Driver(given.contract, given.results or folder / "results", tell)
         files = read_case_files(given.cases)
         try:
             with cluster.cluster_at(given.ray, without_token=given.without_token):
                 driver.run(files)
-        except KeyboardInterrupt:
-            print("fitmatrix: stopped; what came is kept, and the same command goes on with the rest", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            signals.say_stopped("what came is kept, and the same command goes on with the rest")
+            status = signals.exit_status(stop)
     found = driver.collected()
     show_collected(driver.contract, found, write_counted(found, given.to) if given.to else None)
     for note in driver.notes:
-        print(f"fitmatrix: {line(note)}", file=sys.stderr)
-    return INCOMPLETE if found.missing else 0
+        print_note(note)
+    return status or (INCOMPLETE if found.missing else 0)
 
 
 @contextmanager

@@ -48,7 +48,6 @@ class Measurements:
             raise UsageError(f"{place}: is no bisect of this version; name another directory with --results") from None
         if earlier != question:
             raise UsageError(f"{folder} has {_differs(earlier, question)}; name another directory with --results")
-        folder.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(place, msgspec.json.encode(question) + b"\n")
 
     def measure(self, release: str, attempt: int) -> Result:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
@@ -46,18 +47,42 @@ class _Layout(NamedTuple):
     rate: Callable[[Span], str] = _range_of
     marked: bool = True  #: whether the best way has a mark; the answer above names it
     fullest: bool = False  #: one column for all GPUs, of the one with least to spare
-    lacks: str = ""  #: what a wider table shows in addition
+    compared: Container[str] = ("quality", "context")  #: what is shown of what ways are compared by
+    longest_name: int = 0  #: columns; else it goes on in another line, at each @ and at hyphens; 0 for any
     contexts: Mapping[str, int] = {}  #: the most tokens of each way, by case, where that is compared
-    quality: bool = False  #: whether what each keeps of the answers is shown
+    quality: bool = False  #: whether what each keeps of the answers is compared
+
+    @property
+    def compares(self) -> tuple[str, ...]:
+        """Return the headings of what ways are compared by."""
+        asked = {"quality": self.quality, "context": bool(self.contexts)}
+        return tuple(name for name, is_asked in asked.items() if is_asked and name in self.compared)
+
+    def lacks(self, gpus: int) -> str:
+        """Say what a wider table shows in addition."""
+        parts = {
+            "each GPU": self.fullest and gpus > 1,
+            "the upper bound of each tier": self.amount is _best_of and self.rate is _range_of,
+            "the time until ready": not self.ready,
+            "every interval": self.rate is _middle_of,
+            "the quality": self.quality and "quality" not in self.compared,
+            "the longest context": bool(self.contexts) and "context" not in self.compared,
+        }
+        *most, last = [part for part, is_lacking in parts.items() if is_lacking] or [""]
+        return f"{', '.join(most)} and {last}" if most else last
 
 
 # The first that is not too wide is shown, the last in any case.
 _LAYOUTS = (
     _Layout(_span_of, ready=True),
-    _Layout(ready=True, lacks="the upper bound of each tier"),
-    _Layout(lacks="the upper bound of each tier and the time until ready"),
-    _Layout(fullest=True, lacks="each GPU, the upper bound of each tier and the time until ready"),
-    _Layout(fullest=True, rate=_middle_of, marked=False, lacks="each GPU, the time until ready and every interval"),
+    _Layout(ready=True),
+    _Layout(),
+    _Layout(fullest=True),
+    *(
+        _Layout(fullest=True, rate=_middle_of, marked=False, compared=compared, longest_name=longest)
+        for compared in (("quality", "context"), ("quality",), ())
+        for longest in (0, 18, 12)
+    ),
 )
 
 
@@ -89,23 +114,30 @@ def _fitting(rows: Callable[[_Layout], Sequence[Way]], recommendation: Recommend
     longest, is_search = recommendation.longest, bool(recommendation.contexts)
     for layout in (row._replace(contexts=longest, quality=is_search) for row in _LAYOUTS):
         table = _drawn(rows(layout), recommendation.best, machine, layout)
-        if tables.has_room_for(table, wrapping=_WRAPPING):
+        if tables.has_room_for(table, wrapping=_WRAPPING, folding=layout.longest_name > 0):
             break
-    return table, layout.lacks
+    return table, layout.lacks(len(machine.gpus))
 
 
 def _drawn(rows: Sequence[Way], best: Plan | None, machine: Machine, layout: _Layout) -> Table:
     ready = ["ready"] if layout.ready else []
     words = [f"\n{name}" for name in ("precision", "placement", "verdict")]
-    compared = [*["quality"] * layout.quality, *(["context"] if layout.contexts else [])]
-    figures = [f"\n{name}" for name in (*ready, "tokens/s" if layout.marked else "tok/s", *compared, *[""] * layout.marked)]
+    rate = "tokens/s" if layout.marked else "tok/s"
+    figures = [f"\n{name}" for name in (*ready, rate, *layout.compares, *[""] * layout.marked)]
     table = tables.table(*words, *_heads(machine, layout), *figures, left=3)
     for way in rows:
         verdict, *cells = _cells(way.one, machine, layout)
         shown = Text(verdict, style=COLOURS.get(way.one.verdict, ""))
         mark = [_MARK if way.one is best else ""] * layout.marked
-        table.add_row(", ".join(way.precisions), way.where, shown, *cells, *mark)
+        names = [", ".join(way.precisions), way.where]
+        broken = [_broken(name, layout.longest_name) for name in names] if layout.longest_name else names
+        table.add_row(*broken, shown, *cells, *mark)
     return table
+
+
+def _broken(names: str, width: int) -> str:
+    parts = names.replace("@", "\n@").split("\n")
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, width, break_long_words=False))
 
 
 def _heads(machine: Machine, layout: _Layout) -> list[str]:
@@ -130,9 +162,9 @@ def _cells(one: Plan, machine: Machine, layout: _Layout) -> list[str]:
     works = one.verdict.is_good
     ready = [format_seconds(one.estimate.load_s.best + one.estimate.first_token_s.best) if works else ""] * layout.ready
     longest = layout.contexts.get(one.case.id)
-    compared = [f"{quality_kept(one):.1%}"] * layout.quality
-    compared += [f"{longest:,}" if longest is not None else ""] if layout.contexts else []
-    return [word(one), *amounts, *ready, layout.rate(one.estimate.decode_tok_s) if works else "", *compared]
+    compared = {"quality": f"{quality_kept(one):.1%}", "context": f"{longest:,}" if longest is not None else ""}
+    figures = [*amounts, *ready, layout.rate(one.estimate.decode_tok_s) if works else ""]
+    return [word(one), *figures, *(compared[name] for name in layout.compares)]
 
 
 def fullest_gpu(expected: Estimate, machine: Machine) -> Tier | None:

@@ -23,6 +23,7 @@ from harness.core.text import visible
 WIDEST = 100
 NARROWEST = 40
 _GAP = 2  # between columns
+_FOLDED = 10  # columns that a folded name has at least
 _ENDLESS = 1 << 16
 _IN_FIGURE = re.compile(r"(?<=\d) (?=(?:[KMGT]i?B(?:/s)?|bytes|tokens(?:/s)?|m?s|min|h|B|M)\b|%)")  # before the unit of a figure
 _TIE = "\ue000"  # stands for such a blank until lines are broken; no text has it, `visible` spells it out
@@ -98,15 +99,17 @@ def width_of(part: Table) -> int:
     return sum(_widths(part)) + _GAP * (len(part.columns) - 1)
 
 
-def has_room_for(part: Table, *, wrapping: Sequence[int] = ()) -> bool:
+def has_room_for(part: Table, *, wrapping: Sequence[int] = (), folding: bool = False) -> bool:
     """Fix the columns of a table, and say whether the screen is wide enough to show it without cutting anything.
 
-    The columns of these numbers may be wrapped at their blanks, the first one first; else nothing is.
+    The columns of these numbers may be wrapped at their blanks, the first one first, and for `folding` words of them that are
+    longer than the screen has room for; else nothing is.
     """
     widths, room = _widths(part), screen().width - _GAP * (len(part.columns) - 1)
     for number in wrapping:
         cells = (part.columns[number].header, *part.columns[number].cells)
         longest = max(cell_len(word) for cell in cells for word in str(cell).split())
+        longest = min(longest, _FOLDED) if folding else longest
         widths[number] = max(widths[number] - max(sum(widths) - room, 0), longest)
     for column, width in zip(part.columns, widths, strict=True):
         column.width = width  # else rich lays out every cell once more to find it, and cuts figures
