@@ -136,7 +136,7 @@ def _drawn(rows: Sequence[Way], best: Plan | None, machine: Machine, layout: _La
 
 
 def _broken(names: str, width: int) -> str:
-    parts = names.replace("@", "\n@").split("\n")
+    parts = names.replace("@", "@\n").split("\n")
     return "\n".join(line for part in parts for line in textwrap.wrap(part, width, break_long_words=False))
 
 
