@@ -36,10 +36,18 @@ def print_note(text: str, name: str = "fitmatrix: ") -> None:
     """Print a sentence on standard error: in one line, which a terminal breaks at blanks, never in the midst of a word."""
     if sys.stderr is None:  # closed before we began
         return
-    said = line(f"{name}{text}")
-    if sys.stderr.isatty() and len(said) >= (columns := os.get_terminal_size(sys.stderr.fileno()).columns) > 0:
+    said, columns = line(f"{name}{text}"), _columns()
+    if len(said) >= columns > 0:
         said = textwrap.fill(said, columns, break_long_words=False, break_on_hyphens=False)
     print(said, file=sys.stderr, flush=True)
+
+
+def _columns() -> int:
+    """Return how wide the terminal behind standard error is; 0 if there is none, or it does not tell."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    except OSError:
+        return 0
 
 
 def _spelled(char: str) -> str:
