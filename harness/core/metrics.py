@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from harness.core import units
 from harness.core.records import Record
 
-#: How much slower a case may be that needs much less memory: nobody reads a tenth faster, and memory is what runs out.
+#: How much slower a case may be that needs much less memory or a plainer call: nobody reads a tenth faster, and memory runs out.
 UNNOTICED = 0.1
 
 

@@ -270,6 +270,12 @@ _ROWS = (
 PLACEMENTS: Mapping[str, Placement] = {row.name: row for row in _ROWS}
 
 
+def plainness(placement: str) -> int:
+    """Return the place of a placement among those that do the same: the plainest call comes first, what is no longer known last."""
+    order = ("direct", "cpu", "auto", *PLACEMENTS)
+    return order.index(placement) if placement in PLACEMENTS else len(order)
+
+
 def distinct(names: Iterable[str], gpus: int) -> list[str]:
     """Leave out the placements that are identical to another on a machine with this number of GPUs, and those on request."""
     rows = [PLACEMENTS[name] for name in names]

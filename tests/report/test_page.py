@@ -379,6 +379,22 @@ def test_what_is_a_little_slower_in_much_less_memory_is_recommended(result: Resu
     assert selection.best_result([wide, loud]) is wide
 
 
+def test_a_plainer_call_for_the_same_is_recommended(result: Result) -> None:
+    held = builders.loaded(tiers={"gpu:0": 1008})
+    longer = variant(result, "fp16", "dispatch", metrics=speed(10.0), loaded=held)
+    plain = variant(result, "fp16", "direct", metrics=speed(9.4), loaded=held)
+    assert selection.best_result([longer, plain]) is plain
+    split = builders.loaded(tiers={"gpu:0": 500, "cpu": 508})
+    for other in (
+        variant(result, "fp16", "direct", metrics=speed(8.8), loaded=held),
+        variant(result, "fp16", "direct", metrics=speed(9.4), loaded=split),
+        variant(result, "bf16", "direct", metrics=speed(9.4), loaded=held),
+        variant(result, "fp16", "direct", metrics={**speed(9.4), "vram_peak_bytes": 6 << 30}, loaded=held),
+        variant(result, "fp16", "direct", metrics=speed(9.4), loaded=held, noisy={"decode_tok_s": "others"}),
+    ):
+        assert selection.best_result([longer, other]) is longer
+
+
 def test_the_answer_comes_first_with_its_figures_and_the_code(result: Result) -> None:
     root = rendered([variant(result, "fp16", metrics=speed(5.0)), result])
     answer = root.all("div", look="answer")[0]

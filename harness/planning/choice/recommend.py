@@ -12,7 +12,7 @@ from harness.catalog.resolve import Source
 from harness.core.attention import ATTENTIONS, KV_FORMS
 from harness.core.methods.packages import quoted
 from harness.core.metrics import UNNOTICED
-from harness.core.placements import PLACEMENTS
+from harness.core.placements import PLACEMENTS, plainness
 from harness.core.precisions import PRECISIONS
 from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict, Workload
 from harness.core.units import significant
@@ -235,7 +235,7 @@ def worth(one: Plan) -> tuple[float, int]:
 def _order(one: Plan) -> int:
     """Return the place of a plan among those that do the same: the plainest call comes first."""
     plain = 0 if one.case.kv == USUAL_KV and one.case.attention is None else len(PLACEMENTS)
-    return plain + ("direct", "cpu", "auto", *PLACEMENTS).index(one.case.placement)
+    return plain + plainness(one.case.placement)
 
 
 def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
