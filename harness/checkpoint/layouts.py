@@ -309,9 +309,7 @@ def count_beside(tensors: Iterable[StoredTensor], narrow: str | None) -> tuple[t
 def any_packed(stored_by: str | None, tensors: Iterable[StoredTensor]) -> bool:
     """Say whether any weight of the files is packed: by the row of LAYOUTS, or where there is none by its dtype."""
     layout = LAYOUTS.get(stored_by or "")
-    if layout is None:
-        return any(tensor.name.endswith(_WEIGHTS) and _is_packed(tensor) for tensor in tensors)
-    return any(layout.split(tensor.name, tensor.dtype)[1] == layout.main for tensor in tensors)
+    return any(_is_packed(layout, tensor) for tensor in tensors)
 
 
 def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[str | None, str | None, tuple[int, int]]:
@@ -323,12 +321,9 @@ def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[st
     others: Counter[str] = Counter()
     elements = size = 0
     for tensor in tensors:
-        part = layout.split(tensor.name, tensor.dtype)[1] if layout is not None else ""
-        if (layout is not None and part == layout.main) or (
-            layout is None and tensor.name.endswith(_WEIGHTS) and _is_packed(tensor)
-        ):
+        if _is_packed(layout, tensor):
             sizes[tensor.dtype] += tensor.bytes
-        elif tensor.dtype in FLOATS and part:
+        elif tensor.dtype in FLOATS and layout is not None and layout.split(tensor.name, tensor.dtype)[1]:
             elements, size = elements + math.prod(tensor.shape), size + tensor.bytes
         elif tensor.dtype in FLOATS:
             others[tensor.dtype] += tensor.bytes
@@ -336,5 +331,7 @@ def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[st
     return held, rest, (elements, size)
 
 
-def _is_packed(tensor: StoredTensor) -> bool:
-    return tensor.dtype.startswith(("int", "uint", "float8")) and len(tensor.shape) > 1
+def _is_packed(layout: Layout | None, tensor: StoredTensor) -> bool:
+    if layout is not None:
+        return layout.split(tensor.name, tensor.dtype)[1] == layout.main
+    return tensor.name.endswith(_WEIGHTS) and tensor.dtype.startswith(("int", "uint", "float8")) and len(tensor.shape) > 1

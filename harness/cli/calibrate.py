@@ -144,7 +144,6 @@ def _measured() -> list[Result]:
 
 def _packed(machine: Machine) -> list[Observation]:
     """Time the layers of this package whose weights are stored packed, which no small model has; nothing where that fails."""
-
     from harness.planning.calibrating import packed_times
 
     print_note("measuring layers whose weights are stored packed", name="")

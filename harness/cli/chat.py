@@ -148,7 +148,6 @@ def _refuse(args: argparse.Namespace, one: Plan) -> int:
 
 
 def _say(sentence: str) -> int:
-
     print_note(sentence)
     return NOTHING_FITS
 

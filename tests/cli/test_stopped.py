@@ -16,6 +16,7 @@ import pytest
 
 from harness.cli import calibrate
 from harness.cli.entry import COMMANDS, main
+from harness.core.records import Machine
 from harness.machine.signals import Terminated
 from harness.planning.calibrating import kept_calibration
 from tests.support.runs import ROOT
@@ -75,10 +76,10 @@ def test_what_was_forgotten_already_is_not_called_unchanged(
     monkeypatch.setenv("FITMATRIX_CACHE", str(tmp_path))
     before, forgets = kept_calibration.forget, []
 
-    def forget(machine: object) -> bool:
+    def forget(machine: Machine) -> bool:
         os.kill(os.getpid(), signal.SIGINT)
         forgets.append(machine)
-        return before(machine)  # type: ignore[arg-type]
+        return before(machine)
 
     monkeypatch.setattr(kept_calibration, "forget", forget)
     assert main(["calibrate", "--reset"]) == 130

@@ -149,7 +149,7 @@ def _inferred(scheme: Mapping[str, Any]) -> str:
 
 
 def _strategy(weights: Mapping[str, Any]) -> str:
-    """Return a strategy; one that is not said is told by the size of the groups, as in the library."""
+    """Return the strategy of weights; where the config names none, the group size implies it, as in the library."""
     said, size = _folded(weights.get("strategy")), weights.get("group_size")
     return str(said or ("tensor" if size is None else "group" if isinstance(size, int) and size > 0 else "channel"))
 

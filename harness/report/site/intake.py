@@ -25,7 +25,7 @@ from harness.results.register import Entry, Joined, Refusal
 
 # Refused lines of a file that are told one by one.
 _MOST_TOLD = 20
-# Where sound results lie until it is known which of them are published; it is no part of a site.
+# Sound results wait here until it is known which of them are published; no finished site has it.
 _TAKEN = ".taken"
 
 

@@ -16,6 +16,7 @@ from harness.report.page import render
 from harness.report.planner import page as planner_page
 from harness.report.site import atlas
 from harness.report.site.atlas import MachineLine, ModelLine, ModelPage, ModelShare, OnCard
+from harness.report.site.choices import SITE_STYLES
 from harness.report.site.needs import known_cards
 from harness.report.site.parts import ListPart, parts
 from harness.report.site.rows import current, gib, rows_of
@@ -25,7 +26,6 @@ from harness.results import audit
 from harness.results.register import Joined, PublishedResult
 
 SITE_SCHEMA = 3
-_STYLES = ("site.css",)
 _PLANNER = "planner.html.j2"
 # Points of a line in a chart: raw results have all of them.
 _MOST_POINTS = 120
@@ -60,7 +60,7 @@ class Page:
         if self.template == _PLANNER:
             found = render.template(_PLANNER, *planner_page.STYLES, scripts=planner_page.SCRIPTS, runs_python=True)
             return found.render(says)
-        return render.template(self.template, *_STYLES, scripts=("language.js", "site.js")).render(says)
+        return render.template(self.template, *SITE_STYLES, scripts=("language.js", "site.js")).render(says)
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def of_machine(digests: Sequence[str], file: Path, *, has_planner: bool) -> tupl
     rows = rows_of([PublishedResult(result=result, digest=digest, line=line) for line, (digest, result) in found])
     line, shares = atlas.shares_of(rows)
     shown, link = current(rows), line.link.page
-    parts_of: Any = render.template("site_machine.html.j2", *_STYLES).module
+    parts_of: Any = render.template("site_machine.html.j2", *SITE_STYLES).module
     above, below = Markup(parts_of.above(has_planner)), Markup(parts_of.below(shown, _data_beside(link)))
-    html = render.render(results, title=line.link.name, frame=render.Frame(above, below, _STYLES, _MOST_POINTS))
+    html = render.render(results, title=line.link.name, frame=render.Frame(above, below, SITE_STYLES, _MOST_POINTS))
     data = Data(up(link))
     told = {"machine": to_builtins(results[-1].machine), "results": [data.result(row) for row in rows]}
     return _Written(link, "", {}, told, text=html), line, shares

@@ -73,8 +73,8 @@ class Data:
     def need(self, need: Need | None) -> Plain | None:
         if need is None:
             return None
-        told = {"precision": need.precision, "placement": need.placement, "vram_bytes": int(need.bytes), "card_bytes": need.card}
-        return {**told, "measured": not need.planned, "basis": need.basis, **self.evidence(need.row)}
+        case = {"precision": need.precision, "placement": need.placement, "vram_bytes": int(need.bytes), "card_bytes": need.card}
+        return {**case, "measured": not need.planned, "basis": need.basis, **self.evidence(need.row)}
 
     def rung(self, rung: Rung) -> Plain:
         known = {"card_bytes": rung.size, "measured": rung.row is not None, "works": rung.row.works if rung.row else True}
