@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from harness.cli import entry as cli
 from harness.core.records import Case, Machine, Outcome, Result, Tier, Verdict, encode_record
 from harness.core.units import GIB
-from harness.report.site import atlas, pages, rows, tasks
+from harness.report.site import atlas, choices, pages, rows, tasks
 from harness.report.site.sitedata import Data
 from harness.results import audit, store
 from harness.results.register import Joined, PublishedResult, entry_of
@@ -188,6 +188,17 @@ def same_figures(link: Node, result: Result, file: Path) -> int:
     for figure in figures:
         assert result.metrics[figure.attrs["data-key"]] == float(figure.attrs["value"]), f"{file}: {result.id}"
     return len(figures)
+
+
+@pytest.mark.parametrize(("verdict", "is_sound"), [("intact", True), ("degraded", False), ("broken", False)])
+def test_a_way_on_the_front_door_is_sound_where_its_answers_are(golden: list[Result], verdict: str, is_sound: bool) -> None:
+    result = next(one for one in golden if one.outcome is Outcome.OK and one.quality)
+    assert result.quality is not None
+    judged = replace(result, quality=replace(result.quality, verdict=verdict))
+    (row,) = rows.rows_of([PublishedResult(result=judged, digest="0", line=1)])
+    (shown,) = read(choices.write_choice(row)).all("tr")
+    assert ("data-sound" in shown.attrs) is is_sound
+    assert verdict in shown.text
 
 
 def test_the_front_door_lists_each_way_that_is_worth_choosing(built: Path) -> None:
