@@ -22,8 +22,8 @@ from harness.machine import atomic
 from harness.results.store import settle
 from harness.run.case_result import CaseEnded
 from harness.run.live import LiveLine, summary
-from harness.run.options import Options, read_config
-from harness.run.resume import Kept, since
+from harness.run.options import Options, following_names, read_config
+from harness.run.resume import Kept, describe_stop, since
 from harness.run.runner import Run
 from harness.run.session import CaseSubset, Session
 
@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _take_following_names(config)
     given = {option.key: config.getoption(f"fitmatrix_{option.key}") for option in OPTIONS}
     with _sentence(pytest.UsageError):
         own = read_config(config.rootpath)
@@ -57,6 +58,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SESSION] = session = Session(options, CaseSubset(cases=frozenset(shard.cases), since=shard.since))
         config.stash[_SHARD] = run = ShardRun(shard, options.results)
         session.on_result = run.add
+
+
+def _take_following_names(config: pytest.Config) -> None:
+    """Give an option the names that follow its value, as the commands do: argparse alone takes them for files."""
+    for key, names in following_names(config.invocation_params.args).items():
+        taken = [name for name in names if name in config.args and not (config.invocation_params.dir / name).exists()]
+        config.getoption(f"fitmatrix_{key}").extend(taken)
+        for name in taken:
+            config.args.remove(name)
+    if not config.args:  # what pytest runs where no file is named
+        config.args += config.getini("testpaths") or [str(config.invocation_params.dir)]
 
 
 @contextmanager
@@ -273,7 +285,7 @@ def worse(request: pytest.FixtureRequest, _run: Run | Kept | None, plan: Plan) -
     if found is None:
         pytest.skip("not in the baseline")
     if found.unjudged and not found.failures:
-        pytest.skip(f"not judged, for other programs disturbed it: {'; '.join(found.unjudged)}")
+        pytest.skip(f"not judged: {'; '.join(found.unjudged)}")
     return found.failures
 
 
@@ -374,10 +386,14 @@ def _wind_up(session: pytest.Session, ours: Session) -> None:
     reporter: TerminalReporter | None = session.config.pluginmanager.get_plugin("terminalreporter")
     if settled is not None and reporter is not None:
         reporter.write_line(line(settled), red=True)
+    if ours.interrupted and reporter is not None:
+        reporter.write_line(describe_stop(ours.options.resume))
     if page is not None and reporter is not None:
         if resumed := ours.resumed():
             reporter.write_line(line(resumed))
         if disturbed := ours.disturbed():
             reporter.write_line(line(disturbed), yellow=True)
         reporter.write_line(f"{plural(ours.added + len(ours.kept), 'result')} in {line(str(ours.store.path))}")
+        for problem in ours.problems:
+            reporter.write_line(line(str(problem)), yellow=True)
         reporter.write_line(f"page: {line(str(page))}")

@@ -17,7 +17,7 @@ from tests.support import asked
 
 # Tests run beside each other, and threads that spin while they wait take the cores from those that they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Nothing is timed in a test: a busy neighbour makes any example slow.
+# Nothing is timed in a test: a busy neighbor makes any example slow.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

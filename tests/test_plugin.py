@@ -75,10 +75,10 @@ class Project:
     def path(self) -> Path:
         return self.pytester.path
 
-    def behave(self, **behaviours: str) -> None:
+    def behave(self, **behaviors: str) -> None:
         """Say what the worker does, by precision."""
         shutil.rmtree(self.path / "tiny", ignore_errors=True)
-        scripted.write_model(self.path / "tiny", **behaviours)
+        scripted.write_model(self.path / "tiny", **behaviors)
 
     def words(self, *words: str, precisions: str = "fp32", placement: str = "cpu") -> list[str]:
         """Return a command line: cases of `tiny`, cheap ones."""
@@ -160,6 +160,15 @@ def test_help_shows_every_option(project: Project) -> None:
 def test_a_wrong_option_is_told_in_one_sentence(project: Project, words: tuple[str, ...], sentence: str) -> None:
     assert sentence in usage_error(project.raw("cases", *words))
     assert not project.has_results
+
+
+def test_an_option_takes_the_names_that_follow_its_value_and_no_files(project: Project) -> None:
+    (project.path / "disk").mkdir()
+    words = ["--model", "tiny", "--collect-only", "-q", "--precision", "bf16", "fp16", "--placement", "cpu", "auto"]
+    four = {f"tiny/{precision}/{placement}" for precision in ("bf16", "fp16") for placement in ("cpu", "auto")}
+    for asked in (["cases", *words], [*words, "cases"], [*words, "disk", "cases"]):  # disk is a directory
+        assert set(re.findall(r"\[(tiny/\S+)\]", project.raw(*asked).stdout.str())) == four
+    assert "file or directory not found: nowhere" in usage_error(project.raw("cases", *words, "nowhere"))
 
 
 def test_a_wrong_option_suggests_the_nearest_name(project: Project) -> None:
@@ -297,6 +306,28 @@ def test_a_case_that_the_baseline_lacks_is_skipped(project: Project) -> None:
     project.run("--baseline", baseline_of(project), precisions="bf16").assert_outcomes(passed=4, skipped=1)
 
 
+def test_a_line_of_the_baseline_that_cannot_be_read_is_told_before_the_first_case(project: Project) -> None:
+    project.run()
+    baseline = Path(project.path) / baseline_of(project, samples={})
+    whole = baseline.read_bytes()
+    baseline.write_bytes(whole + b'{"schema":1,"id"\n')
+    done = project.run("--baseline", baseline.name)
+    done.assert_outcomes(passed=5)
+    damaged = whole.count(b"\n") + 1
+    done.stdout.fnmatch_lines([f"*{baseline.name}:{damaged}: not a result, set aside: *"])
+    assert baseline.read_bytes().startswith(whole)
+
+
+def test_a_line_of_earlier_results_that_cannot_be_read_is_told_at_the_end(project: Project) -> None:
+    project.run()
+    (earlier,) = Path(project.path).rglob("results.jsonl")
+    with earlier.open("ab") as file:
+        file.write(b'{"schema":1,"id"\n')
+    damaged = earlier.read_bytes().count(b"\n")
+    done = project.run()
+    done.stdout.fnmatch_lines([f"*{earlier.name}:{damaged}: not a result, set aside: *", "page: *"])
+
+
 def test_a_baseline_that_is_none_is_told_before_anything_runs(project: Project) -> None:
     assert "no results here" in usage_error(project.run("--baseline", "nowhere.jsonl"))
     assert not scripted.workers()
@@ -367,7 +398,7 @@ def test_everything_works(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "letter", "counted", "outcome"),
+    ("behavior", "letter", "counted", "outcome"),
     [
         ("bad_alloc", "M", "1 oom", Outcome.OOM),
         ("cuda_oom_in_load", "M", "1 oom", Outcome.OOM),
@@ -376,9 +407,9 @@ def test_everything_works(project: Project) -> None:
     ],
 )
 def test_what_does_not_fit_is_a_finding_and_no_failure(
-    project: Project, behaviour: str, letter: str, counted: str, outcome: Outcome
+    project: Project, behavior: str, letter: str, counted: str, outcome: Outcome
 ) -> None:
-    project.behave(fp32=behaviour)
+    project.behave(fp32=behavior)
     done = project.run("--case-timeout", "1")
     assert done.ret == 0
     done.stdout.fnmatch_lines([f"tiny/fp32/cpu  {letter}sss  *", f"*{counted}*"])
@@ -406,9 +437,9 @@ def test_what_the_plan_finds_too_big_is_not_run_unless_asked_to(project: Project
     assert project.results[1].outcome is Outcome.OK
 
 
-@pytest.mark.parametrize("behaviour", ["cuda_oom_in_cold", "cuda_oom_in_warm"])
-def test_oom_under_way_is_told_where_it_happened(project: Project, behaviour: str) -> None:
-    project.behave(fp32=behaviour)
+@pytest.mark.parametrize("behavior", ["cuda_oom_in_cold", "cuda_oom_in_warm"])
+def test_oom_under_way_is_told_where_it_happened(project: Project, behavior: str) -> None:
+    project.behave(fp32=behavior)
     done = project.run("-W", "error")
     assert done.ret == 0
     done.stdout.fnmatch_lines(["tiny/fp32/cpu  .Mss  *", "*1 passed, 2 skipped, 1 oom*"])
@@ -453,9 +484,9 @@ def test_out_of_memory_fails_the_test_when_asked_to(project: Project) -> None:
     assert project.outcomes == {"fp32": Outcome.OOM}
 
 
-@pytest.mark.parametrize("behaviour", ["segfault", "killed", "bug", "exit", "nonsense", "no_tokens"])
-def test_crash_fails_the_test_and_the_run_goes_on(project: Project, behaviour: str) -> None:
-    project.behave(fp32=behaviour)
+@pytest.mark.parametrize("behavior", ["segfault", "killed", "bug", "exit", "nonsense", "no_tokens"])
+def test_crash_fails_the_test_and_the_run_goes_on(project: Project, behavior: str) -> None:
+    project.behave(fp32=behavior)
     done = project.run(precisions="fp32 bf16")
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     assert project.outcomes == {"fp32": Outcome.CRASH, "bf16": Outcome.OK}
@@ -465,15 +496,15 @@ def test_crash_fails_the_test_and_the_run_goes_on(project: Project, behaviour: s
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "test", "sentence"),
+    ("behavior", "test", "sentence"),
     [
         ("without_effect", "test_load", "fp32 did not take effect: 0*"),
         ("fewer_tokens", "test_speed", "assert 2 == 3"),
         ("nan", "test_quality", "NaN or infinity among the predictions"),
     ],
 )
-def test_a_surprise_fails_its_test_alone(project: Project, behaviour: str, test: str, sentence: str) -> None:
-    project.behave(fp32=behaviour)
+def test_a_surprise_fails_its_test_alone(project: Project, behavior: str, test: str, sentence: str) -> None:
+    project.behave(fp32=behavior)
     done = project.run()
     done.assert_outcomes(passed=3, failed=1)
     done.stdout.fnmatch_lines([f"E *{sentence}", f"FAILED cases/{test}.py::{test}[[]tiny/fp32/cpu[]]*"])
@@ -706,10 +737,10 @@ def test_a_kept_case_is_skipped_with_its_date(project: Project) -> None:
     assert 'message="kept from 20' in (project.path / "junit.xml").read_text()
 
 
-@pytest.mark.parametrize("behaviour", ["without_effect", "fewer_tokens", "nan"])
-def test_what_failed_runs_and_fails_again(project: Project, behaviour: str) -> None:
+@pytest.mark.parametrize("behavior", ["without_effect", "fewer_tokens", "nan"])
+def test_what_failed_runs_and_fails_again(project: Project, behavior: str) -> None:
     """Else a second run of CI would be green although nothing has changed."""
-    project.behave(fp32=behaviour)
+    project.behave(fp32=behavior)
     project.run()
     done = project.run("--resume")
     done.assert_outcomes(passed=3, failed=1)
@@ -801,12 +832,13 @@ def test_a_run_that_is_ended_keeps_what_is_finished_and_leaves_nothing(
     assert all(scripted.ends(process) for process in started)
     assert run.returncode == status
     assert project.outcomes == {"fp32": Outcome.OK}
-    until_s = time.monotonic() + 20  # where it could not clear up, its fork server does, after the last process has ended
+    until_s = time.monotonic() + 60  # where it could not clear up, its fork server does, after the last process has ended
     while any(scratch.iterdir()) and time.monotonic() < until_s:
         time.sleep(0.05)
     assert list(scratch.iterdir()) == []
     if signal.SIGKILL not in numbers:
         assert output.rstrip().splitlines()[-1] == "page: fitmatrix-results/index.html"
+        assert "stopped: the same command with --resume goes on with what is missing" in output.splitlines()
         assert "tiny/fp32/cpu" in (project.path / "fitmatrix-results/index.html").read_text()
         assert "Traceback" not in output
 

@@ -6,13 +6,15 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.core.errors import UsageError
 from harness.data import DATA
+
+if TYPE_CHECKING:
+    import subprocess
 
 # Its exit status if the transformers that is installed has no such architecture, if the model is not of a kind to measure, and if
 # transformers' own classes end in an error with such a config.
@@ -44,7 +46,9 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
         UsageError: it did not answer within `limit_s` seconds, or it failed: `what` and its last line. Of these are
             UnknownType, NotMeasured and RefusedConfig.
     """
-    from harness.machine.scratch import Scratch  # tempfile is slow to import
+    import subprocess  # which plans of the catalog do without, as without tempfile
+
+    from harness.machine.scratch import Scratch
 
     command, text = [sys.executable, "-m", f"harness.worker.{module}"], json.dumps(question).encode()
     try:
@@ -61,6 +65,8 @@ def ask_worker(module: str, question: Mapping[str, Any], what: str, limit_s: flo
 
 
 def _run(command: Sequence[str], text: bytes, limit_s: float, settings: Mapping[str, str]) -> subprocess.CompletedProcess[bytes]:
+    import subprocess
+
     # `-m` looks in the current directory first: not the user's, which may hold anything, but the one this package lies in.
     home = DATA.parent.parent
     return subprocess.run(command, input=text, capture_output=True, timeout=limit_s, check=False, cwd=home, env=settings)

@@ -51,6 +51,11 @@ class Inspection(Record, frozen=True, kw_only=True):
     adapter: OnTop | None = None  #: of an adapter, which has no weights but its own
 
     @property
+    def distinct_parameters(self) -> int:
+        """Return the number of parameters that the model has, without those that the files repeat."""
+        return self.parameters - sum(tie.extra_parameters for tie in self.ties)
+
+    @property
     def blocks(self) -> dict[str, int]:
         """Return how many blocks there are by what they are in, such as "model.layers"."""
         return count_blocks(self.parts)
@@ -101,7 +106,7 @@ def inspect_adapter(adapter: Adapter, *, name: str) -> Inspection:
 
 
 def runs(parts: Iterable[SizePart]) -> list[BlockRun]:
-    """Gather neighbouring parts of the same blocks, in their order; the kinds of a run come in KIND_ORDER."""
+    """Gather neighboring parts of the same blocks, in their order; the kinds of a run come in KIND_ORDER."""
     gathered: list[list[SizePart]] = []
     for part in parts:
         if gathered and gathered[-1][-1].block == part.block:

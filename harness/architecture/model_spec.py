@@ -5,20 +5,20 @@ Sources, best first: the headers of files that are here; the catalog that is shi
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
 from harness.architecture import skeleton, skeleton_source, validate
-from harness.architecture.ask_worker import NotMeasured, RefusedConfig, UnknownType
+from harness.architecture.ask_worker import UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Skeleton
-from harness.architecture.stored.storages import Storages, storages_of
+from harness.architecture.stored.names import as_held, packed_tables
+from harness.architecture.stored.storages import Storages, storages_of, weight_bytes
 from harness.architecture.vision.image_trace import ImageTrace
 from harness.catalog import shipped
 from harness.checkpoint import auxiliary_files, quantization, reader
@@ -93,6 +93,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     file_format: str = "safetensors"
     storages: Storages = Storages()
     packed: Packed | None = None
+    packed_tables: frozenset[str] = frozenset()  #: embedding and head, if they are packed as Linear weights of blocks are
     tensor_bytes: int | None = None  #: stored bytes of a checkpoint that is quantized already and whose headers were read
     as_held: bool = False  #: whether the files, whose headers were read, name every tensor as the model does: no stack is made
     repeated: frozenset[str] = frozenset()  #: paths of tied weights that the files store all the same
@@ -211,11 +212,12 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     """
     if directory is not None:
         auxiliary_files.check_files(Directory(directory))
-    found, note, refused = _skeleton_of(read)
+    is_gguf = read.files[0].format == GGUF.name
+    found, note, refused = skeleton_source.stored_skeleton(read, is_gguf=is_gguf)
     if refused is not None and is_native(read.config):  # no other code loads it, nor does the one that it may come with
         raise CheckpointError(f"{read.path}/{CONFIG}", str(refused))
     found, untied = _untied(found, read)
-    gguf = _gguf(read, str(refused) if refused else None) if read.files[0].format == GGUF.name else None
+    gguf = _gguf(read, str(refused) if refused else None) if is_gguf else None
     packed = quantization.packed(read.config, read.tensors) if gguf is None else None
     notes = validate.check(read, found, packed)
     tokenizer = directory is None or "tokenizer.ggml.model" in read.config or auxiliary_files.has_tokenizer(Directory(directory))
@@ -231,9 +233,9 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         file_format=read.files[0].format if read.files else "safetensors",
         storages=storages_of(read.tensors, found),
         packed=packed,
-        # Masks beside the weights are not loaded.
-        tensor_bytes=sum(tensor.bytes for tensor in read.distinct if tensor.dtype != "bool") if packed else None,
-        as_held=_as_held(found, names),
+        tensor_bytes=weight_bytes(read.tensors, found) if packed else None,
+        as_held=as_held(found, names),
+        packed_tables=packed_tables(found, packed, names),
         repeated=frozenset(name for name, source in found.tied.items() if {name, source} <= names),
         largest_file=max(((quote(file.name), file.bytes) for file in read.files), key=lambda file: file[1], default=None),
         tokenizer=tokenizer,
@@ -245,11 +247,6 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
         unknown=str(refused) if isinstance(refused, UnknownType) and not code else None,
         config=read.config or {},
     )
-
-
-def _as_held(found: Skeleton, names: Set[str]) -> bool:
-    """Say whether files hold every tensor of a model under its own name."""
-    return all(weight.path in names for weight in found.weights if weight.tensor.kind != "unsaved" and not weight.tied_to)
 
 
 def _untied(found: Skeleton, read: Checkpoint) -> tuple[Skeleton, str | None]:
@@ -272,7 +269,7 @@ def _gguf(read: Checkpoint, why: str | None) -> Gguf:
     blocks = [tensor for tensor in read.tensors if tensor.dtype in BLOCK_TYPES]
     weights = sum(math.prod(tensor.shape) for tensor in blocks)
     arrays = (value for value in read.config.values() if isinstance(value, dict))
-    if len(read.files) > 1:
+    if len(read.files) > 1 and why is None:  # what no library maps is not read once it is joined either
         why = f"it is split into {len(read.files)} files, and transformers loads one: join them with llama-gguf-split --merge"
     return Gguf(
         file=read.files[0].name,
@@ -291,47 +288,6 @@ def _has_class(config: Mapping[str, Any], found: Skeleton) -> bool:
     """
     kind = config.get("model_type")
     return found.source.startswith("transformers") and bool(kind) and found.model_type.startswith(str(kind))
-
-
-def _skeleton_of(read: Checkpoint) -> tuple[Skeleton, str | None, UsageError | None]:
-    """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors.
-
-    With it a note that says so, and what transformers said where it was asked and could not build it.
-
-    Raises:
-        CheckpointError: it is a model of another kind, which continues no text, or transformers makes none of its config.
-    """
-    is_gguf = read.files[0].format == GGUF.name
-    known = skeleton_source.shipped(read.config) if read.config and not is_gguf else None
-    if known is not None:
-        return known, None, None
-    missing = _missing("torch", "transformers", *([GGUF.name] if is_gguf else []))
-    why = missing or "config.json gives no 'model_type'"
-    refused: UsageError | None = None
-    if not missing and (is_gguf or read.config.get("model_type")):
-        try:
-            return _built(read, is_gguf), None, None
-        except NotMeasured as error:
-            raise CheckpointError(f"{read.path}/{CONFIG}", str(error)) from None
-        except RefusedConfig as error:
-            why, refused = str(error), error
-            if not is_gguf and not any(one.kind == "model" for one in read.remote_code):  # which may read it otherwise
-                raise CheckpointError(f"{read.path}/{CONFIG}", f"{why}: use the config.json that belongs to the weights") from None
-        except UsageError as error:
-            why, refused = str(error), error
-    from harness.architecture.inferred_skeleton import infer_skeleton
-
-    return infer_skeleton(read), f"planned from its tensors, less surely: {why}", refused
-
-
-def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
-    from harness.machine.cache import cache_dir
-
-    if not is_gguf:
-        return skeleton_source.build(read.config, cache_dir())
-    return skeleton_source.build_gguf(
-        read.config, [(tensor.name, tensor.shape, tensor.dtype) for tensor in read.tensors], cache_dir()
-    )
 
 
 def local(source: Source) -> Path | None:
@@ -358,20 +314,8 @@ def _of_catalog(source: Source, known: str) -> ModelSpec:
 
 def _of_config(source: Source) -> ModelSpec:
     """Read the spec of a model of which there is its config alone: with weights in the dtype and the form that it states."""
-    from harness.machine.cache import cache_dir
-
     config = reader.read_config(Directory(Path(source.location)))
-    shape = skeleton_source.shipped(config)
-    if shape is None and (missing := _missing("torch", "transformers")):
-        what = f"no model of the catalog has the shape of this {quote(str(config.get('model_type')))}"
-        raise UsageError(f"{what}, and {missing} to build it: plan it where they are, by 'fitmatrix plan DIR/config.json'")
-    return _of_shape(source.name, source.location, config, shape or skeleton_source.build(config, cache_dir()), None)
-
-
-def _missing(*packages: str) -> str | None:
-    """Say which packages are not installed, None if all are."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"{' and '.join(missing)} not installed" if missing else None
+    return _of_shape(source.name, source.location, config, skeleton_source.of_config(config, source.location), None)
 
 
 def _of_shape(name: str, where: str, config: Mapping[str, Any], shape: Skeleton, stored: Stored | None) -> ModelSpec:

@@ -8,35 +8,49 @@ directory. Nothing here needs torch.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import msgspec
 
-from harness.architecture.ask_worker import ask_worker
+from harness.architecture.ask_worker import NotMeasured, RefusedConfig, UnknownType, ask_worker
 from harness.architecture.skeleton import Skeleton
 from harness.catalog.shipped import catalog, hub_id
-from harness.core.errors import UsageError
+from harness.checkpoint.formats.files import OWN_CONFIG, quote
+from harness.checkpoint.reader import CONFIG, Checkpoint
+from harness.core.errors import CheckpointError, UsageError
 from harness.core.families import is_native
 from harness.data import DATA
-from harness.machine.cache import keep, kept
+from harness.machine.cache import cache_dir, keep, kept
 
 BUILD_S = 120.0
 # What skeletons in the cache are called; another number when they hold more than those of an earlier version did.
 _KEPT = "skeleton4"
 
 # fmt: off
-# What never changes a name, a shape or the KV cache: most configs of one architecture differ in these alone.
-_SHAPELESS = frozenset((
-    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "dtype", "embd_pdrop",
-    "eos_token_id", "gmask_token_id", "groupsize", "hidden_act", "hidden_activation", "hidden_dropout", "initializer_range",
-    "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "mask_token_id", "output_router_logits", "pad_token_id",
-    "pretraining_tp", "quantization_bit", "quantization_config", "resid_pdrop", "rms_norm_eps", "rope_local_base_freq",
-    "rope_theta", "rotary_emb_base", "router_aux_loss_coef", "tokenizer_class", "torch_dtype", "transformers_version",
-    "unk_token_id", "use_cache", "wbits",
-))
+# What never changes a name, a shape or the KV cache, and what it is: most configs of one architecture differ in these alone. Of a
+# value of another kind transformers may make no model.
+_SHAPELESS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys((
+        "attention_dropout", "attn_pdrop", "embd_pdrop", "groupsize", "hidden_dropout", "initializer_range", "layer_norm_eps",
+        "layer_norm_epsilon", "layernorm_epsilon", "pretraining_tp", "quantization_bit", "resid_pdrop", "rms_norm_eps",
+        "rope_local_base_freq", "rope_theta", "rotary_emb_base", "router_aux_loss_coef", "wbits",
+    ), (int, float)),
+    **dict.fromkeys((
+        "bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id", "unk_token_id",
+    ), (int, list, NoneType)),
+    **dict.fromkeys(("_name_or_path", "dtype", "tokenizer_class", "torch_dtype", "transformers_version"), (str, NoneType)),
+    **dict.fromkeys(("output_router_logits", "use_cache"), (bool,)),
+    "architectures": (list, NoneType),
+    "auto_map": (dict, NoneType),
+    "quantization_config": (dict, NoneType),
+}
+# Nor does which of these functions an activation is.
+ACTIVATIONS = frozenset(("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "silu", "swish", "tanh"))
 # Where positions are computed, the context length has no tensor.
 _ROTARY = frozenset((
     "deepseek_v2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "gpt_oss", "internlm2", "internlm3", "llama",
@@ -51,17 +65,19 @@ _SHAPING = frozenset(("general.architecture", "general.name", "general.alignment
 
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Hash what a config says about names, shapes and the KV cache; 16 hex digits."""
-    ignored = set(_SHAPELESS)
+    ignored = {key for key, value in config.items() if isinstance(value, _SHAPELESS.get(key, ()))}
+    ignored |= {key for key in ("hidden_act", "hidden_activation") if str(config.get(key)) in ACTIVATIONS}
     if str(config.get("model_type")) in _ROTARY:
         ignored.add("max_position_embeddings")
     if config.get("use_sliding_window") is False:
         ignored |= {"sliding_window", "max_window_layers"}
-    if "partial_rotary_factor" not in (config.get("rope_parameters") or {}):
+    rope = config.get("rope_parameters")
+    if rope is None or (isinstance(rope, Mapping) and "partial_rotary_factor" not in rope):
         ignored.add("rope_parameters")
     if _has_default_heads(config):
         ignored.add("head_dim")
     if is_integer_chatglm2(config):
-        ignored.remove("quantization_bit")
+        ignored.discard("quantization_bit")
     kept = {key: value for key, value in config.items() if key not in ignored}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -77,6 +93,75 @@ def _has_default_heads(config: Mapping[str, Any]) -> bool:
     if config.get("model_type") not in ("llama", "mistral") or not isinstance(hidden, int) or not isinstance(heads, int):
         return False
     return heads > 0 and config.get("head_dim") == hidden // heads
+
+
+def stored_skeleton(read: Checkpoint, *, is_gguf: bool) -> tuple[Skeleton, str | None, UsageError | None]:
+    """Return the skeleton of a config: shipped, built by transformers where it is installed, else guessed from the tensors.
+
+    With it a note that says so, and what transformers says against the config where it builds none.
+
+    Raises:
+        CheckpointError: it is a model of another kind, which continues no text, or transformers makes none of its config.
+    """
+    known = shipped(read.config) if read.config and not is_gguf else None
+    if known is not None:
+        return known, None, None
+    missing = _missing("torch", "transformers", *(["gguf"] if is_gguf else []))
+    refused: UsageError | None = None if missing or is_gguf else _untyped(read.config)
+    if not missing and refused is None:
+        try:
+            return _built(read, is_gguf), None, None
+        except UsageError as error:
+            is_coded = is_gguf or any(one.kind == "model" for one in read.remote_code)  # which may read it otherwise
+            if isinstance(error, NotMeasured) or (isinstance(error, RefusedConfig) and not is_coded):
+                raise _unmade(read.path, error) from None
+            refused = error
+    from harness.architecture.inferred_skeleton import infer_skeleton
+
+    return infer_skeleton(read), f"planned from its tensors, less surely: {missing or refused}", refused
+
+
+def of_config(config: Mapping[str, Any], where: str) -> Skeleton:
+    """Return the skeleton of a config that lies alone in the folder `where`: shipped, or built by transformers.
+
+    Raises:
+        CheckpointError: it is a model of another kind, or transformers makes none of it.
+        UsageError: transformers knows no such architecture, or is not installed.
+    """
+    known = shipped(config)
+    if known is not None:
+        return known
+    if missing := _missing("torch", "transformers"):
+        what = f"no model of the catalog has the shape of this {quote(str(config.get('model_type')))}"
+        raise UsageError(f"{what}, and {missing} to build it: plan it where they are, by 'fitmatrix plan DIR/config.json'")
+    try:
+        return build(config, cache_dir())
+    except (NotMeasured, RefusedConfig) as error:
+        raise _unmade(where, error) from None
+
+
+def _untyped(config: Mapping[str, Any]) -> UnknownType | None:
+    """Say that transformers, of whatever version, knows no class of a config without a model type; None if it has one."""
+    lacks = "gives no 'model_type'" if config else "is not there"
+    return None if config.get("model_type") else UnknownType(f"{CONFIG} {lacks}, and transformers loads no model without")
+
+
+def _unmade(where: str, error: UsageError) -> CheckpointError:
+    """Return the error of a config of which transformers makes nothing that is measured, with its path."""
+    way_out = f": {OWN_CONFIG}" if isinstance(error, RefusedConfig) else ""
+    return CheckpointError(f"{where}/{CONFIG}", f"{error}{way_out}")
+
+
+def _built(read: Checkpoint, is_gguf: bool) -> Skeleton:
+    if not is_gguf:
+        return build(read.config, cache_dir())
+    return build_gguf(read.config, [(tensor.name, tensor.shape, tensor.dtype) for tensor in read.tensors], cache_dir())
+
+
+def _missing(*packages: str) -> str | None:
+    """Say which packages are not installed, None if all are."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"{' and '.join(missing)} not installed" if missing else None
 
 
 def named(name: str) -> Skeleton:

@@ -7,7 +7,9 @@ handful of rows remains. The KV cache is kept apart from them, by kind of layer,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
 
@@ -217,33 +219,29 @@ def _all(traced: TracedMemory, regime: Regime, batch: int, length: int) -> int:
 def _worst(traced: TracedMemory, regime: Regime, batch: int, length: int, tokens: int, card: CardKernels) -> Moment:
     """Find the moment that holds the most. A pass over many tokens is that of the prompt, and sees as many keys as it has."""
     at, keys = monomials(batch, length, regime.step), length
-    held = {place: max(options) for place, options in _cached(traced.layers, regime, at).items()}
+    held = _cached(traced.layers, regime, at)
     cards = cards_of(traced.capability, traced.precision)
     number = cards.index(card) if card in cards else 0
     met = [condition.holds(tokens, keys, number, card) for condition in traced.conditions]
 
-    def total(row: MomentRow) -> float:
-        extra = value(row.extra, at) if row.condition >= 0 and met[row.condition] else 0.0
-        return held[row.place] + value(row.nbytes, at) + extra
-
-    row = max(regime.rows, key=total)
+    totals = [
+        held[row.place] + value(row.nbytes, at) + (value(row.extra, at) if row.condition >= 0 and met[row.condition] else 0.0)
+        for row in regime.rows
+    ]
+    most = max(totals)
+    row = regime.rows[totals.index(most)]
     tensors = tuple((traced.names[part.name], round(part.nbytes * at[part.monomial])) for part in row.parts)
-    return Moment(round(total(row)), round(held[row.place]), tensors)
+    return Moment(round(most), round(held[row.place]), tensors)
 
 
-def _cached(layers: Sequence[int], regime: Regime, at: Sequence[int]) -> Mapping[int, list[float]]:
-    """Return the bytes of the whole KV cache while a layer of each kind runs, the first or the last of it, and outside of all."""
+def _cached(layers: Sequence[int], regime: Regime, at: Sequence[int]) -> Mapping[int, float]:
+    """Return the most bytes of the whole KV cache while a layer of each kind runs, and those outside of all."""
     before = [value(polynomial, at) for polynomial in regime.before]
-    after = [value(polynomial, at) for polynomial in regime.cached]
-    sums = list(_sums([after[kind] - before[kind] for kind in layers], sum(before[kind] for kind in layers)))
-    found: dict[int, list[float]] = {BEFORE: [sums[0]], AFTER: [sums[-1]]}
-    for index, kind in enumerate(layers):  # while it runs, the new tokens are in its cache and in those before
-        found.setdefault(kind, []).append(sums[index + 1])
-    return found
-
-
-def _sums(steps: Sequence[float], start: float) -> Iterator[float]:
-    yield start
-    for step in steps:
-        start += step
-        yield start
+    grown = [value(polynomial, at) - least for polynomial, least in zip(regime.cached, before, strict=True)]
+    start = sum(map(before.__getitem__, layers))
+    held = list(accumulate(map(grown.__getitem__, layers), initial=start))
+    most = dict.fromkeys(layers, -math.inf)
+    for kind, size in zip(layers, held[1:], strict=True):  # while it runs, the new tokens are in its cache and in those before
+        if size > most[kind]:
+            most[kind] = size
+    return most | {BEFORE: start, AFTER: held[-1]}

@@ -55,9 +55,10 @@ def packed_key(config: Mapping[str, Any], precision: str) -> str:
 
 def shipped_records(key: str) -> Records:
     """Return the records that are shipped under a key (`key_of`); unpacks one line."""
-    if not SHIPPED.exists():
+    try:
+        found = SHIPPED.stat()
+    except FileNotFoundError:
         return {}
-    found = SHIPPED.stat()
     return _shipped_records(key, (found.st_mtime_ns, found.st_size))
 
 

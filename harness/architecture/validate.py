@@ -17,7 +17,7 @@ from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
 from harness.architecture.stored.packed_check import block_fault, lacking_part, left_in_16_bits, scale_of, sides, uneven_part
 from harness.checkpoint.adapter import Adapter, LoraModule
-from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, quote
+from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, OWN_CONFIG, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.layouts import Layout
 from harness.checkpoint.quantization import Packed, bits_said, first_packed, tensors_tell, weights_in
@@ -29,7 +29,6 @@ from harness.core.records import Record
 from harness.core.units import format_count
 
 _MOST_MISSING = 0.02
-_TOGETHER = "use the config.json that belongs to the weights"
 
 
 class StoredWeight(Record, frozen=True):
@@ -115,7 +114,7 @@ class _Comparison:
         if wrong:
             stored, what = wrong[0]
             is_one_file = self.naming is not None and self.naming.names
-            raise self._error(stored.tensor.file, f"{what}{more(wrong)}: {DOWNLOAD_AGAIN if is_one_file else _TOGETHER}")
+            raise self._error(stored.tensor.file, f"{what}{more(wrong)}: {DOWNLOAD_AGAIN if is_one_file else OWN_CONFIG}")
         if self.naming is None:
             self._raise_short()
         else:
@@ -152,7 +151,7 @@ class _Comparison:
             self._raise_partless(packed)
         elif any(weight.quantizes for weight, _ in self.found.tally):
             what = f"says {self.packed.title}, and no tensor of the files is packed so ({self.layout.main})"
-            raise self._error(CONFIG, f"{what}: {_TOGETHER}")
+            raise self._error(CONFIG, f"{what}: {OWN_CONFIG}")
 
     def _raise_partless(self, packed: list[StoredWeight]) -> None:
         """Raise for a packed weight without scales, or that lacks a part which most others like it have."""
@@ -178,7 +177,7 @@ class _Comparison:
         kind = state.name.rpartition("__")[2] if state is not None else said
         if state is not None and kind != said:
             raise self._error(
-                CONFIG, f"says {quote(said)}, and {shown(stored.tensor.name)} in {shown(state.file)} is {kind}: {_TOGETHER}"
+                CONFIG, f"says {quote(said)}, and {shown(stored.tensor.name)} in {shown(state.file)} is {kind}: {OWN_CONFIG}"
             )
 
     def _raise_misplaced(self) -> None:
@@ -292,7 +291,7 @@ class _Comparison:
         if not self.arrived and not self.converted:
             first = f"{shown(self.read.tensors[0].name)} in {shown(self.read.tensors[0].file)}" if self.read.tensors else "nothing"
             what = f"asks for {len(missing)} tensors of {self.found.model_class}, and the files hold none of them, but {first}"
-            raise self._error(CONFIG, f"{what}: {_TOGETHER}")
+            raise self._error(CONFIG, f"{what}: {OWN_CONFIG}")
         name = missing[0]
         if self._is_headless(missing):
             other = next((one.name for one in self.lost if one.name.startswith("score.")), None)
@@ -306,11 +305,11 @@ class _Comparison:
         packed = next((tensor for tensor in self.read.tensors if tensor.name.endswith(".qweight")), None)
         if packed is not None and self.packed is None:
             what = f"says nothing of packed weights, and {shown(packed.name)} in {shown(packed.file)} is one"
-            raise self._error(CONFIG, f"{what}: {_TOGETHER}")
+            raise self._error(CONFIG, f"{what}: {OWN_CONFIG}")
         files = self.read.files
         where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
         what = f"asks for {shown(name)}{more(missing)}, which {where} holds"
-        raise self._error(CONFIG, f"{what}: complete the download, or {_TOGETHER}")
+        raise self._error(CONFIG, f"{what}: complete the download, or {OWN_CONFIG}")
 
     def _is_headless(self, missing: list[str]) -> bool:
         """Say whether nothing is missing but the output embedding, which no index lists either."""
@@ -340,7 +339,7 @@ class _Comparison:
             raise self._error(self.read.listed[absent[0]], f"{what}: {DOWNLOAD_AGAIN}")
         if self.packed is None and self.arrived and self.read.parameters < (1 - _MOST_MISSING) * self.found.parameters:
             stored, asked = format_count(self.read.parameters), format_count(self.found.parameters)
-            raise self._error(CONFIG, f"describes {asked} parameters, and the files hold {stored}: {_TOGETHER}")
+            raise self._error(CONFIG, f"describes {asked} parameters, and the files hold {stored}: {OWN_CONFIG}")
 
     def _error(self, file: str, what: str) -> CheckpointError:
         path = self.read.path

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from harness.core.errors import UsageError, did_you_mean
 
+LISTED = "'fitmatrix models' lists the names known offline"
+
 # Hosts whose pages are /OWNER/NAME, or /models/OWNER/NAME.
 HOSTS = frozenset(("huggingface.co", "hf.co", "hf-mirror.com", "modelscope.cn", "modelscope.com", "modelscope.ai"))
 # What a page's address may go on with: the revision comes next, and the file after that.
@@ -174,5 +176,4 @@ def near_misses(text: str, known: Iterable[str]) -> str:
 
     names = list(known)
     close = difflib.get_close_matches(text.casefold()[:96], names)
-    listed = "'fitmatrix models' lists the names known offline"
-    return f"{did_you_mean(text.casefold()[:96], close)} {listed}" if close else listed
+    return f"{did_you_mean(text.casefold()[:96], close)} {LISTED}" if close else LISTED

@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from harness.catalog import shipped, wheel_cache
-from harness.catalog.names import meant, near_misses, read_name, words
+from harness.catalog.names import LISTED, meant, near_misses, read_name, words
 from harness.checkpoint.adapter import is_adapter, read_adapter, without_base
 from harness.checkpoint.foreign_folder import refuse
 from harness.checkpoint.formats.files import Directory, quote
@@ -326,7 +326,7 @@ def _refuse_path(model: str) -> None:
     if model.endswith(GGUF.suffix):
         raise UsageError(f"no file {model!r}: check the path; a GGUF file on the hub is its repository and --file")
     if model.startswith((".", "~", "/", os.sep)):
-        raise UsageError(f"no directory {model!r}: give one with config.json and weights, a hub id, or one of {', '.join(CATALOG)}")
+        raise UsageError(f"no directory {model!r}: give one with config.json and weights, a hub id, or a catalog name: {LISTED}")
 
 
 def _named_in_utf8(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 Sides = tuple[int, ...]
 
 # Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
-BESIDE = re.compile(
+_BESIDE = (
     r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format|qzeros|scales|qbiases|g_idx|weight_scale|weight_global_scale|input_global_scale|weight_scale_2"
     r"|weight_scale_inv|activation_scale|weight_shape|weight_zero_point|weight_g_idx|input_scale|input_zero_point|output_scale|output_zero_point"
-    r"|bias_scale|bias_zero_point|codebooks|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
+    r"|bias_scale|bias_zero_point|pre_quant_scale|weight\._scale|weight\._shift|codebooks|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
     r"|position_ids)$|\.quant_state\.|_scales$|\.meta\.(scale|zero)"
 )
 PACKED_SUFFIXES = (".qweight", ".weight_packed")
@@ -36,6 +36,11 @@ Holds = Literal["fields", "signed", "middle", "middle-1", "scales", "order"]
 
 # (outputs, inputs, bits, groups) -> the shapes of parts that are fixed
 Shapes = Callable[[int, int, int, int], Mapping[str, Sides]]
+
+
+def is_beside(name: str) -> bool:
+    """Say whether a tensor of this name lies beside weights; the pattern is compiled for the first one, and plans ask for none."""
+    return re.search(_BESIDE, name) is not None
 
 
 class Part(NamedTuple):
@@ -72,6 +77,10 @@ class Layout(Record, frozen=True, kw_only=True):
     def whole_name(self, base: str) -> str:
         """Return the name of the weight whose parts begin with `base`: a module has a "weight", a stack is one itself."""
         return f"{base}.weight" if self.main.startswith(".") else base
+
+    def holds_whole(self, name: str, names: Collection[str]) -> bool:
+        """Say whether the packed part of a weight is among names of tensors."""
+        return f"{name.removesuffix('.weight')}{self.main}" in names
 
     def holds(self, name: str, dtype: str) -> Holds | None:
         """Say what a tensor of this name holds, as a part of a packed weight; None if it is none."""
@@ -300,7 +309,7 @@ def count_beside(tensors: Iterable[StoredTensor], narrow: str | None) -> tuple[t
     """Return how many elements the files hold beside weights, by dtype; a `narrow` one is that which scales of 8 bits get."""
     counted: Counter[str] = Counter()
     for tensor in tensors:
-        if BESIDE.search(tensor.name):
+        if is_beside(tensor.name):
             is_narrow = tensor.name.endswith(".weight_scale") and DTYPE_BITS.get(tensor.dtype) == 8
             counted[narrow if narrow and is_narrow else tensor.dtype] += math.prod(tensor.shape)
     return tuple(counted.items())
@@ -312,8 +321,16 @@ def any_packed(stored_by: str | None, tensors: Iterable[StoredTensor]) -> bool:
     return any(_is_packed(layout, tensor) for tensor in tensors)
 
 
-def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[str | None, str | None, tuple[int, int]]:
-    """Return the dtype of most of what is packed and of most of the rest, and how many floats scales have, in how many bytes.
+class StoredDtypes(NamedTuple):
+    """What files hold: the dtypes of what is packed, most bytes first, of most of the rest, and the floats of scales."""
+
+    packed: tuple[str, ...]
+    rest: str | None
+    floats: tuple[int, int]  #: elements and bytes
+
+
+def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor], casts: Callable[[str], bool] | None) -> StoredDtypes:
+    """Return what files hold; of scales all, or those of wholes of a class that `casts` them.
 
     Where no row of LAYOUTS says what a part is, integers and floats of 8 bits are taken for packed.
     """
@@ -324,11 +341,12 @@ def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor]) -> tuple[st
         if _is_packed(layout, tensor):
             sizes[tensor.dtype] += tensor.bytes
         elif tensor.dtype in FLOATS and layout is not None and layout.split(tensor.name, tensor.dtype)[1]:
-            elements, size = elements + math.prod(tensor.shape), size + tensor.bytes
+            if casts is None or (tensor.whole_class is not None and casts(tensor.whole_class)):
+                elements, size = elements + math.prod(tensor.shape), size + tensor.bytes
         elif tensor.dtype in FLOATS:
             others[tensor.dtype] += tensor.bytes
-    held, rest = (next((dtype for dtype, _ in counted.most_common(1)), None) for counted in (sizes, others))
-    return held, rest, (elements, size)
+    held, rest = (tuple(dtype for dtype, _ in counted.most_common()) for counted in (sizes, others))
+    return StoredDtypes(held, next(iter(rest), None), (elements, size))
 
 
 def _is_packed(layout: Layout | None, tensor: StoredTensor) -> bool:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from harness.checkpoint.layouts import (
-    BESIDE,
     FLOATS,
     LAYOUTS,
     PACKED_SUFFIXES,
@@ -19,6 +18,7 @@ from harness.checkpoint.layouts import (
     Sides,
     any_packed,
     count_beside,
+    is_beside,
     parts_of,
 )
 from harness.checkpoint.quantization_words import (
@@ -32,6 +32,7 @@ from harness.checkpoint.quantization_words import (
 from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
 from harness.core.families import CHATGLM, GGUF, MOSS, family_of
 from harness.core.methods.compressed import FormatLoading, differ, schemes_in
+from harness.core.methods.cpu_kernels import CPU_METHODS
 from harness.core.methods.table import METHODS, OWN, Method, foreign, method_name, settings_of
 from harness.core.precisions import Precision, row_of
 from harness.core.records import Record
@@ -109,7 +110,7 @@ class Packed(Record, frozen=True, kw_only=True):
 
     def _floats_in(self, dtype: str) -> str | None:
         """Return the dtype that scales and codebooks have in a model of this dtype, None if they keep that of the files."""
-        kept = self.method.floats if self.method else "stored"
+        kept = "stored" if self.method is None else "asked" if self.method.casts else self.method.floats
         return None if kept == "stored" else dtype if kept == "asked" else kept
 
     def unpacks(self, precision: Precision) -> bool:
@@ -125,19 +126,19 @@ class Packed(Record, frozen=True, kw_only=True):
         by_it = self.method is not None and "bitsandbytes" in self.method.needs
         return by_it and precision.name == self.precision and not self.selects
 
-    def refusal(self, precision: Precision) -> str | None:
-        """Say why it is not held this way; None if it is: it stays what it is or is unpacked, and nothing else is made of it."""
+    def refusal(self, precision: Precision, *, in_ram: bool = False) -> str | None:
+        """Say why it is not held this way, in RAM for a processor; None if it is: it stays what it is or is unpacked, no more."""
         if self.method is None:
             return foreign(self.name)
-        if self.method.unsupported is not None or self.fault is not None:
-            return self.method.unsupported or self.fault
-        method_dtypes = () if self.method.unpacked else self.method.dtypes
+        if why := self.method.unsupported or self.fault:
+            return why
+        method_dtypes = () if self.method.unpacked or (in_ram and self.name in CPU_METHODS) else self.method.dtypes
         if precision.name == self.precision:
             return None
         plain = not precision.quantizes and precision.requires_checkpoint is None
         if plain and self.precision is None and method_dtypes and precision.dtype not in method_dtypes:
             return f"transformers runs {self.method.title} with the rest in {' or '.join(method_dtypes)} only"
-        if plain and self.dtype is not None and precision.dtype != self.dtype:
+        if plain and self.precision is None and self.dtype is not None and precision.dtype != self.dtype:
             return f"products of {self.method.title}'s {self.held} weights are in {self.dtype}: use a precision of that dtype"
         if plain and self.unpacked_dtype not in (None, precision.dtype):
             what = f"{self.method.title} weights of this checkpoint are unpacked to {self.unpacked_dtype}, whatever is asked for"
@@ -164,6 +165,7 @@ class Packed(Record, frozen=True, kw_only=True):
         return replace(
             precision,
             dtype=stored or precision.dtype,
+            dtype_in_ram=None if stored or self.own else precision.dtype_in_ram,
             dtype_before_cc80=None if stored else precision.dtype_before_cc80,
             quantization=None,
             quantization_on_cpu=None,
@@ -200,7 +202,7 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     form = f"{name} {loading.stored}" if loading else _layout_name(name, settings) if settings else None
     stored_by = form if settings else family.method if family else MOSS.method
     plain = settings is not None and known is not None and known.is_plain(settings) and not any_packed(stored_by, tensors)
-    held, rest, floats = parts_of(LAYOUTS.get(stored_by or ""), tensors)
+    held = parts_of(LAYOUTS.get(stored_by or ""), tensors, known.casts if known else None)
     keeps = loading is not None and not loading.whole
     return Packed(
         title=title,
@@ -208,14 +210,14 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         bits=int(bits[1]) if bits else known.bits if known else 4,
         group=int(group[1]) if group else 0,
         block=_block(name, settings or {}),
-        varies=differ(schemes_in(settings or {})) or any((settings or {}).get(key) for key in _VARY_KEYS),
+        varies=len(held.packed) > 1 or differ(schemes_in(settings or {})) or any((settings or {}).get(key) for key in _VARY_KEYS),
         selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
         apart=loading is not None and loading.apart,
-        held=held,
-        rest=rest,
+        held=next(iter(held.packed), None),
+        rest=held.rest,
         scheme=title.rpartition("4-bit ")[2].replace(",", "") if name == "bitsandbytes_4bit" else None,
-        floats=floats,
-        dtype=config.get("torch_dtype") or config.get("dtype") if known is not None and held in known.bound else None,
+        floats=held.floats,
+        dtype=config.get("torch_dtype") or config.get("dtype") if _binds(known, settings or {}, tensors) else None,
         packing=str(next(filter(None, map((settings or {}).get, _PACKING_KEYS)), "")).casefold(),
         stored_by=None if plain else stored_by,
         plain=plain,
@@ -233,6 +235,12 @@ def _loading(
     if known is None or known.loading is None:
         return None
     return known.loading(settings, (lambda form: any_packed(f"{name} {form}", tensors)) if tensors else None)
+
+
+def _binds(known: Method | None, settings: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> bool:
+    """Say whether packed weights leave the rest of the model no dtype but the config's own."""
+    asks = known.binds if known is not None else None
+    return asks is not None and asks(settings, {tensor.whole_class for tensor in tensors if tensor.whole_class is not None})
 
 
 def _fault(known: Method | None, settings: Mapping[str, Any], loading: FormatLoading | None) -> str | None:
@@ -306,8 +314,7 @@ def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTen
     if dtypes:
         from harness.checkpoint.formats.gguf_header import BLOCK_TYPES
 
-        blocks = sorted(dtypes & BLOCK_TYPES)
-        if blocks:
+        if blocks := sorted(dtypes & BLOCK_TYPES):
             return f"{GGUF.name} " + ", ".join(blocks)
     settings = settings_of(config)
     if settings is not None:
@@ -357,30 +364,31 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
     Buffers and what only helps to unpack count 0; packed integers count the weights inside them. `shapes` are those of all
     tensors of the checkpoint: a packed tensor is known by what stands beside it.
     """
-    name, elements = tensor.name, math.prod(tensor.shape)
-    if BESIDE.search(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
+    name, module, elements = tensor.name, tensor.name.rpartition(".")[0], math.prod(tensor.shape)
+    if is_beside(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
         return 0
     settings = settings_of(config) or {}
     method, said = method_name(settings), bits_in(settings) or believable_bits(config.get(MOSS.bits_key)) or 4
     if name.endswith(PACKED_SUFFIXES) and tensor.dtype == "int32":
-        module = name.rpartition(".")[0]
         return elements * 32 // (_bits_of(module, shapes) or bits_of(settings, module) or said)
     if f"{name}.absmax" in shapes:  # bitsandbytes' 4 bits, in whichever integers or floats
         return elements * DTYPE_BITS.get(tensor.dtype, 8) // 4
-    if tensor.dtype == "uint32" and f"{name.removesuffix('.weight')}.scales" in shapes:
-        return elements * 32 // said
+    if f"{module}.scales" in shapes and (tensor.dtype == "uint32" or name.endswith(".biases")):  # Metal's and MLX's
+        return 0 if name.endswith(".biases") else elements * 32 // (bits_of(settings, module) or said)
     if name.endswith(".codes") and f"{name.removesuffix('.codes')}.codebooks" in shapes:  # AQLM: one of each book for a vector
         books, _, *vector = shapes[f"{name.removesuffix('.codes')}.codebooks"]
         return elements * math.prod(vector) // max(books, 1)
     if method in _WORDS_OF_BITS and f"{name}_scale" in shapes and "float" not in tensor.dtype:
         return elements * DTYPE_BITS.get(tensor.dtype, 8) // (bits_in(settings) or METHODS[method].bits)
-    if name.endswith(".W_q"):
-        return elements * 8 // said
+    if name.endswith((".W_q", ".weight._data._data")) or (f"{module}.W_q" in shapes and not name.endswith(".bias")):
+        return elements * 8 // said if name.endswith((".W_q", "._data")) else 0  # HQQ's, and optimum-quanto's of less than 8 bits
     if "._weight_" in name and name.endswith(TORCHAO_PARTS):
         return 0
     if name.endswith("._weight_qdata") and "int4" in torchao_type(settings).casefold():
         return elements * DTYPE_BITS.get(tensor.dtype, 8) // 4
-    nibbles = (tensor.dtype == "uint8" and (f"{name}_scale_2" in shapes or name.endswith(("_blocks", ".weight_packed")))) or (
+    halved = shapes.get(f"{name}_scale", ())[:1] == tuple(2 * side for side in tensor.shape[:1]) != ()  # ModelOpt's W4A16
+    beside = f"{name}_scale_2" in shapes or name.endswith(("_blocks", ".weight_packed"))
+    nibbles = (tensor.dtype == "uint8" and (halved or beside)) or (
         tensor.dtype == "int8" and f"{name}_scale" in shapes and config.get(CHATGLM.bits_key) == 4
     )
     return elements * 2 if nibbles else elements

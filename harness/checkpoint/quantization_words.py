@@ -25,7 +25,10 @@ def bits_in(settings: Mapping[str, Any]) -> int:
 
 
 def bits_of(settings: Mapping[str, Any], module: str) -> int:
-    """Return the bits of one module: of the group that names its path, else as `bits_in` says, which is of the first."""
+    """Return the bits of one module: of the group that names its path, or its own as MLX has it, else as `bits_in` says."""
+    own = settings.get(module)
+    if isinstance(own, dict):
+        return believable_bits(own.get("bits")) or bits_in(settings)
     number = scheme_number(settings, module)
     said = schemes_in(settings)[number]["weights"].get("num_bits") if number is not None else None
     return believable_bits(said) or bits_in(settings)
@@ -37,9 +40,15 @@ def group_in(settings: Mapping[str, Any]) -> Any:
 
 
 def _sources(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Return where a quantization_config may describe the weights: at its top, and in its first group of layers."""
+    """Return where a quantization_config may describe the weights: at its top, in its first group of layers, in HQQ's own place."""
     weights = next((group["weights"] for group in schemes_in(settings)), None)
-    return (settings, *(one for one in (weights, _weight_of(settings.get("global_quant_config"))) if isinstance(one, dict)))
+    hqq = settings.get("quant_config")
+    inner = (
+        weights,
+        _weight_of(settings.get("global_quant_config")),
+        hqq.get("weight_quant_params") if isinstance(hqq, dict) else None,
+    )
+    return (settings, *(one for one in inner if isinstance(one, dict)))
 
 
 def _weight_of(layers: Any) -> Mapping[str, Any]:

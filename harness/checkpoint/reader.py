@@ -18,19 +18,18 @@ import msgspec
 from harness.checkpoint import settings_check
 from harness.checkpoint.auxiliary_files import RemoteCode, remote_code
 from harness.checkpoint.foreign_folder import is_model_file, refuse
-from harness.checkpoint.formats.files import Directory, Folder, check_enclosed, quote
+from harness.checkpoint.formats.files import OWN_CONFIG, Directory, Folder, check_enclosed, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor, check_metadata, parse_config, read_index, read_safetensors
+from harness.checkpoint.own_files import with_own_file
 from harness.checkpoint.quantization import describe_quantization, weights_in
 from harness.checkpoint.tied_head import other_head
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.families import GGUF
-from harness.core.methods.table import settings_of
 from harness.core.records import Record
 
 __all__ = ["Checkpoint", "FileInfo", "StoredTensor", "read", "read_hub"]
 
 CONFIG = "config.json"
-MODELOPT = "hf_quant_config.json"  # what NVIDIA ModelOpt writes, and transformers never opens
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SUFFIXES: Mapping[str, str] = {
     ".safetensors": "safetensors",
@@ -50,12 +49,14 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length",
 WIDTH_KEYS = frozenset({"hidden_size", "n_embd", "d_model", "head_dim", "kv_channels", "vocab_size", "padded_vocab_size"})
 INNER_KEYS = frozenset({"intermediate_size", "inner_hidden_size", "ffn_hidden_size", "n_inner", "ffn_dim"})
 HEAD_KEYS = frozenset({"num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "multi_query_group_num"})
-# Where a config gives one of these it must be a size. Experts and windows are not among them: 0 there means "none".
-SIZE_KEYS = LAYER_KEYS | WIDTH_KEYS | INNER_KEYS | HEAD_KEYS | frozenset(CONTEXT_KEYS)
+# Where a config gives one of these it must be a size. Experts and windows are not among them: 0 there means "none". Nor is
+# max_position_embeddings, which models without a tensor of positions are loaded with whatever it is.
+SIZE_KEYS = LAYER_KEYS | WIDTH_KEYS | INNER_KEYS | HEAD_KEYS | frozenset(CONTEXT_KEYS[1:])
 # A model that sees or hears keeps its language model's sizes one level down.
 INNER_CONFIGS = ("text_config", "llm_config", "language_config")
 
 _SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+_FIRST = r"\g<stem>-00001-of-\g<count>.gguf"
 
 
 class FileInfo(Record, frozen=True, kw_only=True):
@@ -138,7 +139,7 @@ class Checkpoint(Record, frozen=True, kw_only=True):
         value = _find_size(self.config, keys)
         if value is None:
             wanted = " or ".join(repr(key) for key in keys)
-            raise CheckpointError(f"{self.path}/{CONFIG}", f"gives no {wanted}: use the config.json that belongs to the weights")
+            raise CheckpointError(f"{self.path}/{CONFIG}", f"gives no {wanted}: {OWN_CONFIG}")
         return value
 
 
@@ -272,14 +273,23 @@ def _weight_files(folder: Folder, file: str | None) -> tuple[list[str], dict[str
 def _only_gguf(folder: Folder) -> str:
     names = folder.names()
     found = [name for name in names if name.endswith(GGUF.suffix) and is_model_file(name)]
-    whole = [name for name in found if not _SPLIT.fullmatch(name) or "-00001-of-" in name]
+    whole = list(dict.fromkeys(_SPLIT.sub(_FIRST, name) for name in found))
     if len(whole) == 1:
-        return whole[0]
+        return next((name for name in whole if name in found), found[0])
     if whole:
         raise CheckpointError(folder.where, f"has {len(whole)} GGUF files; name one, by its path or --file: {_some(whole)}")
-    raise refuse(
-        folder, names, f"has no weights: {WEIGHTS[0]}, {WEIGHTS[2]}, an index of theirs or a GGUF file; it has {_some(names)}"
-    )
+    what = f"has no weights: {WEIGHTS[0]}, {WEIGHTS[2]}, an index of theirs or a GGUF file; it has {_some(names)}"
+    raise refuse(folder, names, _lost_index(names) or what)
+
+
+def _lost_index(names: list[str]) -> str | None:
+    """Say which index is missing if there are shards of one."""
+    for index in WEIGHTS[1::2]:
+        whole, suffix = index.removesuffix(".index.json").rsplit(".", 1)
+        shard = re.compile(rf"{whole}-\d+-of-\d+\.{suffix}")
+        if found := [name for name in names if shard.fullmatch(name)]:
+            return f"has {_some(found)} without {index}, by which they are found: download that too"
+    return None
 
 
 def shards(folder: Folder, index: str) -> list[str]:
@@ -334,22 +344,18 @@ def read_config(folder: Folder) -> dict[str, Any]:
         where = blob.where
     for inner in _with_inner(config):
         _check_sizes(where, inner)
-        if not isinstance(inner.get("model_type"), str | None):
-            what = f"gives 'model_type' as {quote(inner['model_type'])}; it must be text"
-            raise CheckpointError(where, f"{what}: use the config.json that belongs to the weights")
+        _check_kind(where, inner, "model_type", "text", (str, type(None)))
+    _check_kind(where, config, "auto_map", "a table of classes", (dict, list, str))
     refused = settings_check.fault(config)
     if refused is not None:
-        raise CheckpointError(where, f"{refused}: use the config.json that belongs to the weights")
-    return _with_own_file(folder, config)
+        raise CheckpointError(where, f"{refused}: {OWN_CONFIG}")
+    return with_own_file(folder, config)
 
 
-def _with_own_file(folder: Folder, config: dict[str, Any]) -> dict[str, Any]:
-    """Add what ModelOpt says in a file of its own, where the config says nothing of quantization. Raises CheckpointError."""
-    if settings_of(config) is not None or folder.size(MODELOPT) is None:
-        return config
-    with closing(folder.open(MODELOPT)) as blob:
-        said = parse_config(blob).get("quantization")
-    return {**config, settings_check.KEY: {"quant_method": "modelopt", **said}} if isinstance(said, dict) and said else config
+def _check_kind(where: str, config: Mapping[str, Any], key: str, kind: str, taken: tuple[type, ...]) -> None:
+    """Refuse what transformers would look into before it checks anything."""
+    if key in config and not isinstance(config[key], taken):
+        raise CheckpointError(where, f"gives {key!r} as {quote(config[key])}; it must be {kind}: {OWN_CONFIG}")
 
 
 def _check_sizes(where: str, config: Mapping[str, Any]) -> None:
@@ -360,7 +366,7 @@ def _check_sizes(where: str, config: Mapping[str, Any]) -> None:
         wrong = [one for one in values if one is not None and not (type(one) is int and 0 < one < most)]
         if wrong:
             what = f"gives {key!r} as {quote(wrong[0])}; it must be a whole number from 1 to {most - 1}"
-            raise CheckpointError(where, f"{what}: use the config.json that belongs to the weights")
+            raise CheckpointError(where, f"{what}: {OWN_CONFIG}")
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
@@ -376,7 +382,7 @@ def stated_dtype(config: Mapping[str, Any]) -> str:
 
 def _find_size(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     values = (source.get(key) for source in _with_inner(config) for key in keys)
-    return next((value for value in values if type(value) is int and value > 0), None)
+    return next((value for value in values if type(value) is int and 0 < value < LARGEST_SIZE), None)
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -39,7 +39,7 @@ def _counts(read: Checkpoint) -> str | None:
 def _misplaced(read: Checkpoint) -> str | None:
     here: dict[str, list[str]] = defaultdict(list)
     for tensor in (*read.tensors, *read.duplicates):
-        here[tensor.name].append(tensor.file)
+        here[tensor.whole or tensor.name].append(tensor.file)
     wrong = [name for name, file in read.listed.items() if name in here and file not in here[name]]
     if not wrong:
         return None

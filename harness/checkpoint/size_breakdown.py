@@ -45,12 +45,13 @@ class Tie(Record, frozen=True, kw_only=True):
     """Names that mean the same weights.
 
     `how`: "shared" (one storage in the file), "absent" (tied by the config, stored once), "repeated" (tied by the config and
-    yet stored again). `extra_bytes` is what the repetition costs in the file.
+    yet stored again). `extra_bytes` and `extra_parameters` are what the repetition adds to the file.
     """
 
     names: tuple[str, ...]
     how: str
     extra_bytes: int
+    extra_parameters: int = 0
 
 
 def kind_of(name: str) -> str:
@@ -89,7 +90,8 @@ def ties(checkpoint: Checkpoint) -> list[Tie]:
         return [*found, Tie(names=(embedding.name,), how="absent", extra_bytes=0)]
     if any({embedding.name, head.name} <= set(tie.names) for tie in found):
         return found
-    return [*found, Tie(names=(embedding.name, head.name), how="repeated", extra_bytes=head.bytes)]
+    again = {"extra_bytes": head.bytes, "extra_parameters": _weights(checkpoint)[head.name]}
+    return [*found, Tie(names=(embedding.name, head.name), how="repeated", **again)]
 
 
 def _is_tied(checkpoint: Checkpoint, head: StoredTensor | None) -> bool:

@@ -98,7 +98,7 @@ def _evidence(places: Sequence[Path], machine: Machine) -> list[Observation]:
     """
     from harness.results import store
 
-    results = [result for place in places for result in store.read(store.file_of(place))[0]]
+    results = [result for place in places for result in store.read_telling(store.file_of(place), print_note)]
     return _said(results, machine, ", ".join(map(str, places)))
 
 

@@ -167,6 +167,7 @@ def _need_gradio() -> None:
 def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
     """Fetch and load the model in a worker of its own, which serves the page, and wait."""
     from harness.machine.scratch import Scratch
+    from harness.planning.loading.seconds import load_takes
     from harness.run.case_result import CaseEnded
     from harness.run.options import Options
     from harness.run.runner import Run
@@ -191,6 +192,8 @@ def _serve(args: argparse.Namespace, case: Case, host: str, port: int) -> int:
                 _say(f"{one.id}: {decided.why} Loading it all the same")
             run = Run(decided, model, session.context)
             try:
+                if decided.estimate is not None:
+                    print_note(f"loading {one.id}: {load_takes(decided.estimate)}")
                 served = run.chat(host, port)
                 print(f"Chat with {one.id} at {served.url} (Ctrl-C to stop)", flush=True)
                 run.wait()

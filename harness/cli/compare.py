@@ -53,10 +53,7 @@ def run(given: argparse.Namespace) -> int:
 def _read(place: Path) -> list[Result]:
     from harness.results import store
 
-    results, problems = store.read(store.file_of(place))
-    for problem in problems:
-        print_note(str(problem))
-    return results
+    return store.read_telling(store.file_of(place), print_note)
 
 
 def _write(path: Path, data: bytes) -> None:

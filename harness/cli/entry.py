@@ -69,10 +69,15 @@ def _stopped(stop: KeyboardInterrupt, kept: str) -> int:
 
 
 def _open_closed() -> None:
-    """Let what was closed before we began lead nowhere: else the first file that is opened takes its place, and gets the output."""
+    """Let what was closed before we began lead nowhere: else the first file that is opened takes its place, and gets the output.
+
+    So it is for the processes that we start: libraries of a worker ask its streams whether they are terminals.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(nowhere, True)
+            setattr(sys, name, os.fdopen(nowhere, mode, encoding="utf-8"))
 
 
 def _drop_output() -> None:
@@ -81,7 +86,10 @@ def _drop_output() -> None:
 
 
 def build_parser(called: Container[str] | None = None) -> argparse.ArgumentParser:
-    """Return the parser, with one subcommand for each row of COMMANDS, and the options of those that may be called: all if None."""
+    """Return the parser of the commands that may be called, with their options: of all if None.
+
+    If none of COMMANDS is called, it knows their names alone, to say what there is.
+    """
     parser = CommandParser(
         prog="fitmatrix",
         description="Which ways of loading a language model fit this machine, and how well do they run?",
@@ -89,9 +97,10 @@ def build_parser(called: Container[str] | None = None) -> argparse.ArgumentParse
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, row in COMMANDS.items():
+    rows = {name: row for name, row in COMMANDS.items() if called is None or name in called}
+    for name, row in (rows or COMMANDS).items():
         sub = commands.add_parser(name, help=row.help, description=row.help)
-        if called is None or name in called:
+        if rows:
             module = import_module(row.module)
             getattr(module, row.add_arguments)(sub)
             sub.set_defaults(command=getattr(module, row.run), kept=row.kept)

@@ -154,7 +154,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str | list[str]]]:
         scale = f", alpha {one.alpha:g}" if one.alpha is not None else ""
         yield "adapter", f"LoRA of rank {one.rank}{scale} on {one.modules} modules: {line(', '.join(one.targets), 200)}"
         yield "base", line(one.base, 200)
-    yield "parameters", f"{format_count(found.parameters)}{_in_blocks(found)}"
+    repeated = f", stored as {format_count(found.parameters)}" if found.distinct_parameters < found.parameters else ""
+    yield "parameters", f"{format_count(found.distinct_parameters)}{_in_blocks(found)}{repeated}"
     if found.context_length:
         yield "context", f"{found.context_length:,} tokens"
     yield "stored", _stored(found)
@@ -233,7 +234,7 @@ def _anatomy(found: Inspection, console: Console) -> Table:
     table = tables.table("block", "kind", "parameters", "size", "share", "", left=2)
     table.columns[-1].justify = "left"
     for label, part in rows:
-        bar = tables.text_bar(part.bytes / most, width, console, tables.KIND_COLOURS[part.kind])
+        bar = tables.text_bar(part.bytes / most, width, console, tables.KIND_COLORS[part.kind])
         share = format_share(part.bytes / (found.bytes or 1))
         table.add_row(label, part.kind, format_count(part.parameters), format_size(part.bytes), share, bar)
     return table

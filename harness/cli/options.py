@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from harness.machine.described.processors import Processor
 
 HOST, FIRST_PORT = "127.0.0.1", 7860
+# What pytest and other programs call what our commands have under another name; by its letters `--vram` would be `--ram`.
+ELSEWHERE = {
+    "vram": "--gpu",
+    **dict.fromkeys(("dtype", "torch-dtype", "quant", "quantize", "quantization", "load-in-8bit", "load-in-4bit"), "--precision"),
+    **dict.fromkeys(("device", "offload", "n-gpu-layers"), "--placement"),
+    **dict.fromkeys(("ctx", "ctx-size", "max-model-len"), "--context"),
+}
 
 
 def _processor(text: str) -> Processor:
@@ -61,29 +68,25 @@ _ROWS = (
     Option(name="once", help="look once, and end", switch=True),
     Option(
         name="gpu",
-        help='plan for a machine with this GPU, "RTX 3060 12GB" or 8GiB (repeatable)',
-        in_command={"hardware": Meaning(help='its GPU, "RTX 3060 12GB" or 8GiB (repeatable)')},
+        help='its GPU, "RTX 3060 12GB" or 8GiB (repeatable)',
         repeat=True,
         metavar="NAME|SIZE",
     ),
     Option(
         name="cpu",
-        help='plan for a machine with this processor, e.g. "Ryzen 5 5600"',
-        in_command={"hardware": Meaning(help='its processor, e.g. "Ryzen 5 5600"')},
+        help='its processor, e.g. "Ryzen 5 5600"',
         parse=_processor,
         metavar="NAME",
     ),
     Option(
         name="ram",
-        help='plan for a machine with this RAM, 32GiB or "32GiB DDR4-3200 x2" (two channels)',
-        in_command={"hardware": Meaning(help='its RAM, 32GiB or "32GiB DDR4-3200 x2" (two channels)')},
+        help='its RAM, 32GiB or "32GiB DDR4-3200 x2" (two channels)',
         parse=_ram,
         metavar="SIZE",
     ),
     Option(
         name="disk",
-        help='plan for a machine with this disk: free space, kind (nvme, sata, hdd) or both, "nvme 500GB"',
-        in_command={"hardware": Meaning(help='its disk: free space, kind (nvme, sata, hdd) or both, "nvme 500GB"')},
+        help='its disk: free space, kind (nvme, sata, hdd) or both, "nvme 500GB"',
         parse=_disk,
         metavar="SIZE",
     ),
@@ -255,11 +258,14 @@ class CommandParser(argparse.ArgumentParser):
         if not word.startswith("-"):
             return word
         known = self._option_string_actions
-        meant = [word] if word in known else [name for name in known if word.startswith("--") and name.startswith(word)]
+        alike = sorted(name for name in known if word.startswith("--") and name.startswith(word))
+        meant = [word] if word in known else alike
         if len(meant) > 1:
             self.error(f"{word} can mean {' or '.join(meant)}: write out which")
         if not meant:
-            self.error(f"no option {word}: {did_you_mean(word, (name for name in known if name.startswith('--')))}")
+            ours = ELSEWHERE.get(word.removeprefix("--"), "")
+            asked, names = (ours, [ours]) if ours in known else (word, [name for name in known if name.startswith("--")])
+            self.error(f"no option {word}: {did_you_mean(asked, names)}")
         return meant[0]
 
     def _value(self, action: argparse.Action, left: deque[str]) -> str:

@@ -11,6 +11,8 @@ from harness.cli.plan_args import (
     ABOUT_TRAINING,
     FITS,
     NOTHING_FITS,
+    OF_ADAPTERS,
+    ON_ONE_CARD,
     USAGE,
     PlanQuestion,
     advise_on,
@@ -40,11 +42,14 @@ _ABOUT_RUNNING = (
     "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens", "context", "images", "code",
     "explain", "results", "prove-min-ram",
 )  # fmt: skip
-_OPTIONS = (
-    "file", "gpu", "cpu", "ram", "disk", "precision", "placement", "kv", "attention", "device-map", "prompt-tokens", "new-tokens",
-    "batch", "context", "images", "code", "trust-remote-code", "best", "min-speed", "all", "json", "explain", "training", "rank",
-    "target-modules", "optimizer", "gradient-checkpointing", "sequence-length", "nodes", "prove-min-ram", "results",
-)  # fmt: skip
+_OPTIONS = ("file", "trust-remote-code", "results", "prove-min-ram", "json")
+_GROUPS = {
+    "describe another machine": ("gpu", "cpu", "ram", "disk"),
+    "ways of loading": ("precision", "placement", "kv", "attention", "device-map", "best", "min-speed"),
+    "prompts and answers": ("prompt-tokens", "new-tokens", "batch", "context", "images"),
+    "what to show": ("all", "code", "explain"),
+    "training": ("training", *ON_ONE_CARD, *OF_ADAPTERS, "nodes"),
+}
 _OF_WORKLOAD = ("prompt-tokens", "new-tokens", "batch", "context", "images")
 _TIER_KEYS = (
     "weights_bytes",
@@ -66,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a catalog name, a hub id, a directory or a GGUF file")
     add_options(parser, "plan", *_OPTIONS)
+    for title, names in _GROUPS.items():
+        add_options(parser.add_argument_group(title), "plan", *names)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -299,6 +306,8 @@ def _load_json(recommendation: Recommendation, one: Plan) -> dict[str, Any] | No
 
 
 def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
+    from msgspec import to_builtins
+
     from harness.planning.quality import quality_kept
 
     expected = one.estimate
@@ -318,6 +327,7 @@ def _plan_json(recommendation: Recommendation, one: Plan) -> dict[str, Any]:
         "needs": [*one.needs, *([one.needs_checkpoint] if one.needs_checkpoint else [])],
         "tiers": {name: {key: getattr(tier, key) for key in _TIER_KEYS} for name, tier in tiers},
         **spans,
+        "ready_s": to_builtins(expected.ready_s) if expected else None,
         "load": _load_json(recommendation, one),
         "bound_by": expected.bound_by if expected else None,
         "quality_kept": quality_kept(one),

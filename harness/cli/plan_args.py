@@ -11,6 +11,7 @@ from harness.core.options import RESULTS
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS, defaults
 from harness.core.records import USUAL_KV, Case, Workload
+from harness.core.text import print_note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,9 +71,9 @@ def earlier_results(named: Path | None) -> list[Result]:
         if named:
             raise UsageError(f"--results {directory}: no results.jsonl in this directory")
         return []
-    from harness.results.store import Store
+    from harness.results import store
 
-    return Store(directory).read()[0]
+    return store.read_telling(store.file_of(directory), print_note)
 
 
 def constants(results: Sequence[Result], machine: Machine) -> Calibration:

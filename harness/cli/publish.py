@@ -123,7 +123,7 @@ def run_share(given: argparse.Namespace) -> int:
     from harness.machine import atomic
     from harness.report.export import submission
     from harness.report.site import intake, state
-    from harness.report.site.tasks import Old
+    from harness.report.site.old import Old
 
     if not _REPOSITORY.fullmatch(given.repository):
         raise UsageError(f"--repository {given.repository!r} is no repository on GitHub: write OWNER/NAME, such as {REPOSITORY}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.core.errors import UsageError
+from harness.core.options import RESULTS
 from harness.core.text import print_note
 from harness.report.export.formats import FORMATS
 from harness.report.terminal import output
@@ -42,7 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.epilog = DETAILS
     shapes = "; ".join(f"{name}: {entry.what}" for name, entry in FORMATS.items())
-    parser.add_argument("directory", type=Path, metavar="DIR", help="directory with a results.jsonl")
+    parser.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        default=RESULTS,
+        metavar="DIR",
+        help=f"directory with a results.jsonl (default {RESULTS})",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="path of the page (default DIR/index.html)")
     parser.add_argument(
         "--format", action="append", choices=tuple(FORMATS), default=[], metavar="NAME", help=f"{shapes} (repeatable; default html)"

@@ -25,7 +25,7 @@ from harness.planning.training.memory import TrainingPlan
 from harness.planning.training.zero import Room, States, Trained
 from harness.report.terminal import output, tables
 from harness.report.terminal.output import PLAN_SCHEMA
-from harness.report.terminal.plan_table import COLOURS
+from harness.report.terminal.plan_table import COLORS
 
 if TYPE_CHECKING:
     from harness.catalog.resolve import Source
@@ -215,7 +215,7 @@ def _table(ways: Sequence[States], room: Room) -> Table:
     table = tables.table("optimizer\non", "parameters\non", "zero.Init", "verdict", *heads, left=4)
     for way in ways:
         verdict = room.verdict(way)
-        word = Text(_WORDS.get(verdict, verdict.value.replace("_", " ")), style=COLOURS.get(verdict, ""))
+        word = Text(_WORDS.get(verdict, verdict.value.replace("_", " ")), style=COLORS.get(verdict, ""))
         made = "yes" if way.init else "no"
         table.add_row(
             _device_word(way.optimizer),

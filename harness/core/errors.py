@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,6 +50,8 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
 
     Returns a phrase to end a sentence with, such as ``did you mean 'int4'?``.
     """
+    import difflib  # of what is right, nothing is asked
+
     names = sorted(known)
     folded = {name.casefold().lstrip("-"): name for name in names}
     close = difflib.get_close_matches(value.casefold().lstrip("-"), folded, n=3, cutoff=0.6)

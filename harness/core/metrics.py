@@ -1,14 +1,21 @@
-"""METRICS: every figure of a result: its label, its unit, which way is better, and how it is measured."""
+"""METRICS: every figure of a result: label, unit, which way is better, how it is measured; and which time until ready one is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from harness.core import units
-from harness.core.records import Record
+from harness.core.records import Record, Result
 
 #: How much slower a case may be that needs much less memory or a plainer call: nobody reads a tenth faster, and memory runs out.
 UNNOTICED = 0.1
+
+UNTIL_READY = ("load", "cold")  #: the phases whose times add up to `ready_s`
+SOME = 0.1  #: of the files: what is read by chance, as code of libraries is, is less
+#: When a model was ready so, by where its files came from, the disk or the page cache: as plans say.
+AT_FIRST, AGAIN = "at first", "again"
+READY_NAMES = {"": "ready", AT_FIRST: "ready at first", AGAIN: "ready again"}
+_DENSEST = 8  # times the bytes in the file that a weight takes in RAM at most: 4 bits that become 32
 
 
 class Metric(Record, frozen=True, kw_only=True):
@@ -38,7 +45,12 @@ METRICS: Mapping[str, Metric] = {
         better="lower",
         how="wall time of the first generate() up to its first token, cold: memory-mapped weights are read here",
     ),
-    "ready_s": Metric(label="ready", unit="s", better="lower", how="load_s + first_token_s"),
+    "ready_s": Metric(
+        label="ready",
+        unit="s",
+        better="lower",
+        how="load and first token: at first with the files from the disk, again with them in the page cache, where a run tells",
+    ),
     "warm_first_token_s": Metric(
         label="time to first token, warm",
         unit="s",
@@ -120,8 +132,8 @@ METRICS: Mapping[str, Metric] = {
         label="imports", unit="s", better="lower", how="time of the imports that this precision needs beyond torch and transformers"
     ),
     "tokenizer_s": Metric(label="tokenizer", unit="s", better="lower", how="wall time of AutoTokenizer.from_pretrained"),
-    "weights_s": Metric(label="weights", unit="s", better="lower", how="part of load_s spent reading (and quantizing) weights"),
-    "dispatch_s": Metric(label="dispatch", unit="s", better="lower", how="part of load_s spent moving and hooking modules"),
+    "weights_s": Metric(label="weights", unit="s", better="lower", how="part of load that reads (and quantizes) weights"),
+    "dispatch_s": Metric(label="dispatch", unit="s", better="lower", how="part of load that moves and hooks modules"),
     "perplexity": Metric(
         label="perplexity", unit="ratio", better="lower", how="exp of the mean negative log-likelihood of the probe's passages"
     ),
@@ -141,8 +153,43 @@ METRICS: Mapping[str, Metric] = {
         how="of the ten short questions of the probe, plus one for a model with tools",
     ),
 }
+_FORMATTERS: Mapping[str, Callable[[float], str]] = {key: FORMATTERS[metric.unit] for key, metric in METRICS.items()}
 
 
 def format_metric(key: str, value: float) -> str:
-    """Write the value of METRICS[key] with its unit."""
-    return FORMATTERS[METRICS[key].unit](value)
+    """Write the value of METRICS[key] with its unit; of another version's metric as a bare number."""
+    return formatter(key)(value)
+
+
+def formatter(key: str) -> Callable[[float], str]:
+    """Return what writes the values of a metric."""
+    return _FORMATTERS.get(key, units.significant)
+
+
+def from_disk(result: Result, phases: Collection[str] = UNTIL_READY) -> int | None:
+    """Return the bytes that came from the disk in these phases; None if a system does not count them."""
+    read = [one.disk_read_bytes for one in result.phases if one.name in phases]
+    return sum(size for size in read if size is not None) if read and None not in read else None
+
+
+def loaded_bytes(result: Result) -> int:
+    """Return the bytes of the weights as they were loaded, in RAM and on the GPUs."""
+    tiers = result.loaded.tier_bytes if result.loaded else {}
+    return sum(size for name, size in tiers.items() if name != "disk")
+
+
+def when_ready(result: Result) -> str:
+    """Return AT_FIRST if the files were read from the disk, AGAIN if they were in the page cache; "" if in part, or not known."""
+    read, files = from_disk(result), result.files_bytes
+    if read is not None and read < SOME * (files or loaded_bytes(result) / _DENSEST):
+        return AGAIN
+    return AT_FIRST if read is not None and files and read > (1 - SOME) * files else ""
+
+
+def read_alike(one: Result, other: Result) -> bool | None:
+    """Say whether two runs had as much of the files in the page cache; None if one of them does not tell."""
+    first, second = from_disk(one), from_disk(other)
+    sizes = [result.files_bytes or loaded_bytes(result) for result in (one, other)]
+    if first is None or second is None:
+        return None
+    return abs(first - second) <= SOME * max(sizes)

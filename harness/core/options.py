@@ -240,7 +240,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="repeats",
-        help=f"undisturbed warm rounds after one cold round (default {_USUAL.repeats}); up to three times as many are run",
+        help=f"undisturbed rounds after a first one that warms up (default {_USUAL.repeats}); up to three times as many are run",
         parse=whole_number(1),
         default=_USUAL.repeats,
         metavar="N",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from harness.core.records import Record
@@ -29,6 +30,8 @@ class Precision(Record, frozen=True, kw_only=True):
     quality_kept: float  #: share of the answers that stay right, as a rule of thumb
     default: bool = False  #: in the matrix unless the user names others
     dtype_before_cc80: str | None = None  #: the dtype on GPUs without bfloat16
+    dtype_in_ram: str | None = None  #: the dtype where a processor multiplies, where it differs
+    casts_beside_gpu: bool = False  #: ... but not where torch sees a GPU: transformers makes `dtype` of it
     quantization: Mapping[str, Any] | Config | None = None  #: the `quantization_config`
     quantization_on_cpu: Config | None = None  #: the same without a GPU, where it differs
     scheme: str | None = None  #: the row of `core.quantizers` that sizes what is quantized while loading
@@ -64,6 +67,10 @@ class Precision(Record, frozen=True, kw_only=True):
         """Return the dtype to ask for on a GPU of this compute capability (None: no GPU)."""
         old = compute_capability is not None and float(compute_capability) < 8.0
         return self.dtype_before_cc80 if old and self.dtype_before_cc80 else self.dtype
+
+    def dtype_on_cpu(self, *, beside_gpu: bool) -> str:
+        """Return the dtype to ask for where a processor multiplies, in a machine with a GPU or without one."""
+        return self.dtype if self.dtype_in_ram is None or (beside_gpu and self.casts_beside_gpu) else self.dtype_in_ram
 
 
 # Quantizers whose kernels' memory is known (`harness.worker.trace`).
@@ -146,19 +153,22 @@ def _quanto(bits: int, width: float, quality_kept: float) -> Precision:
     )
 
 
-def _gptq(bits: int, quality_kept: float) -> Precision:
+def _by_gptqmodel(title: str, quality_kept: float, **more: Any) -> Precision:
+    width, method = title.split("-bit ")
+    bits = int(width)
     return Precision(
-        name=f"gptq-int{bits}",
-        title=f"{bits}-bit GPTQ",
+        name=f"{method.lower()}-int{bits}",
+        title=title,
         bits=bits + (16 + bits) / 128,  # groups of 128; each checkpoint says its own
         dtype="float16",
+        dtype_in_ram="bfloat16",
         linear_dtype="int32",
         quality_kept=quality_kept,
-        needs=("gptqmodel", "optimum"),
         extra="gptq",
         incompatible=_STORED_INCOMPATIBLE,
-        stored=f"gptq {bits}-bit",
-        requires_checkpoint="GPTQ",
+        stored=f"{method.lower()} {bits}-bit",
+        requires_checkpoint=method,
+        **more,
     )
 
 
@@ -191,7 +201,7 @@ _ROWS = (
     Precision(
         name="fp16", title="16-bit float", bits=16, dtype="float16", linear_dtype="float16", quality_kept=0.995, default=True
     ),
-    _gptq(8, quality_kept=0.98),
+    _by_gptqmodel("8-bit GPTQ", quality_kept=0.98, needs=("gptqmodel", "optimum")),
     Precision(
         name="int8",
         title="8-bit, bitsandbytes LLM.int8",
@@ -348,20 +358,8 @@ _ROWS = (
         requires_checkpoint="MXFP4",
         unpacks=True,
     ),
-    _gptq(4, quality_kept=0.88),
-    Precision(
-        name="awq-int4",
-        title="4-bit AWQ",
-        bits=4.15625,
-        dtype="float16",
-        linear_dtype="int32",
-        quality_kept=0.88,
-        needs=("gptqmodel",),
-        extra="gptq",
-        incompatible=_STORED_INCOMPATIBLE,
-        stored="awq 4-bit",
-        requires_checkpoint="AWQ",
-    ),
+    _by_gptqmodel("4-bit GPTQ", quality_kept=0.88, needs=("gptqmodel", "optimum")),
+    _by_gptqmodel("4-bit AWQ", quality_kept=0.88, needs=("gptqmodel",), casts_beside_gpu=True),
     Precision(
         name="nf4-dq",
         title="4-bit, bitsandbytes nf4, double quantization",
@@ -380,6 +378,7 @@ PRECISIONS: Mapping[str, Precision] = {row.name: row for row in _ROWS}
 DEFAULT_PRECISIONS = tuple(name for name, row in PRECISIONS.items() if row.default)
 
 
+@lru_cache(maxsize=64)  # every case asks for that of its model
 def row_of(stored: str) -> Precision | None:
     """Return the row of a checkpoint that is already quantized, by its description (`quantization.describe`), or None."""
     rows = [row for row in _ROWS if row.stored is not None and stored.startswith(row.stored)]

@@ -94,9 +94,8 @@ class Case(Record, frozen=True, kw_only=True):
     def place(self) -> str:
         """The placement, what else is asked for and the limits: `direct`, `gpu+cpu@vram8GiB@ram16GiB`, `cpu@kv-fp8@eager`."""
         asked = [f"@kv-{self.kv}"] * (self.kv != USUAL_KV) + [f"@{self.attention}"] * (self.attention is not None)
-        limits = (("vram", self.vram_bytes), ("ram", self.ram_bytes))
-        sizes = [f"@{kind}{exact_size(size)}" for kind, size in limits if size is not None]
-        return "".join([self.placement, *asked, *sizes])
+        given = (("vram", self.vram_bytes), ("ram", self.ram_bytes))
+        return "".join([self.placement, *asked, *(f"@{kind}{exact_size(size)}" for kind, size in given if size is not None)])
 
     @property
     def way(self) -> str:
@@ -128,7 +127,7 @@ class Tier(Record, frozen=True, kw_only=True):
     @property
     def capacity_bytes(self) -> int | None:
         """What a case may use: the least of what is free and what is allowed."""
-        return min((size for size in (self.free_bytes, self.limit_bytes) if size is not None), default=self.total_bytes)
+        return min([size for size in (self.free_bytes, self.limit_bytes) if size is not None], default=self.total_bytes)
 
 
 class Machine(Record, frozen=True, kw_only=True, dict=True):
@@ -227,6 +226,7 @@ class Estimate(Record, frozen=True, kw_only=True):
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
+    ready_s: dict[str, Span] = {}  #: load and first token, by where the files are: "disk", "page_cache" if it keeps them
     bound_by: str = ""  #: what a token waits for most, in words; empty in older results
     corrections: dict[str, float] = {}  #: factors that results of this machine gave to constants; of older results, to figures
     fixed_token_s: float = 0.0  #: of older results: the part of a token's seconds that was not corrected
@@ -385,6 +385,7 @@ class Result(Record, frozen=True, kw_only=True):
     remote_code: list[str] = []  #: the model's own code that ran with it
     log_tail: str = ""
     fingerprint: str = ""  #: tells the files of the model from others, for `--resume`
+    files_bytes: int | None = None  #: size of the files that hold its weights; None in older results
     allowed_s: dict[str, float] = {}  #: time limits of the case by option, for `--resume`
     failed: list[str] = []  #: tests that failed, for `--resume`
 
@@ -396,5 +397,4 @@ def encode_record(record: Record) -> bytes:
 
 def to_builtins(record: Record) -> dict[str, Any]:
     """Turn a record into plain dicts, lists and strings."""
-    plain: dict[str, Any] = msgspec.to_builtins(record)
-    return plain
+    return dict(msgspec.to_builtins(record))

@@ -30,9 +30,9 @@ from harness.core.records import Result
 
 # By these a case is found again and compared, loaded again and drawn. They hold names of ours, the model's, which is private only
 # if the user says so, and those of its classes and modules: no text that comes from this machine, but for `_FILE`.
-KEPT = re.compile(
-    r"schema|id|run|at|case|weights|machine|verdict|outcome|stage|metrics|samples|phases|timeline|estimate|environment|fingerprint|allowed_s|failed"
-    r"|code|loaded|device_map"
+KEPT = frozenset(
+    {"schema", "id", "run", "at", "case", "weights", "machine", "verdict", "outcome", "stage", "metrics", "samples", "phases"}
+    | {"timeline", "estimate", "environment", "fingerprint", "files_bytes", "allowed_s", "failed", "code", "loaded", "device_map"}
 )
 # The name of the GGUF file in loading code, which is the user's.
 _FILE = re.compile(r'(?<=gguf_file=")(?:[^"\\]|\\.)*(?=")')
@@ -68,7 +68,7 @@ Cleaner = Callable[[str], str]
 def clean(result: Result, model: Path | None = None) -> Result:
     """Return the result without what is private; `model` is the directory of its model, which becomes "<model>"."""
     texts = cleaner(public=result.id, model=model)
-    changed = {name: _walk(getattr(result, name), texts) for name in result.__struct_fields__ if not KEPT.fullmatch(name)}
+    changed = {name: _walk(getattr(result, name), texts) for name in result.__struct_fields__ if name not in KEPT}
     if result.code is not None:
         changed["code"] = _FILE.sub(lambda file: clean_name(file[0]), result.code)
     return msgspec.structs.replace(result, **changed)
@@ -89,7 +89,7 @@ def is_clean(result: Result, texts: Mapping[str, Sequence[str]] | None = None, h
     known = here or private_here()
     # What is public of this result may be private in another, where it is not its name.
     seen = known.seen if known.hides_nothing_of(result.id) else _Seen()
-    new = seen.new_of(text for name, said in texts.items() if not KEPT.fullmatch(name) for text in said)
+    new = seen.new_of(text for name, said in texts.items() if name not in KEPT for text in said)
     cleaned = _cleaner_by(known, result.id)
     together = ["\0".join(text for text in new if len(text) < CUT_TEXT)]
     found = all(cleaned(text) == text for text in together + [text for text in new if len(text) >= CUT_TEXT])
@@ -152,22 +152,21 @@ def texts_in(value: Any) -> list[str]:
 
 
 def _collect(value: Any, found: list[str]) -> None:
+    inside: Iterable[Any] = ()
     if isinstance(value, str):
         found.append(value)
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            _collect(key, found)
-            if type(inner) not in _NUMBERS:
-                _collect(inner, found)
-    elif isinstance(value, (list, tuple)):
-        if not _NUMBERS.issuperset(map(type, value)):  # samples and timelines, most of what a result holds
-            for inner in value:
-                _collect(inner, found)
     elif isinstance(value, msgspec.Struct):
-        for name in value.__struct_fields__:
-            inner = getattr(value, name)
-            if type(inner) not in _NUMBERS:
-                _collect(inner, found)
+        inside = msgspec.structs.astuple(value)
+    elif isinstance(value, dict):
+        found += value  # whose keys are texts
+        inside = value.values()
+    elif isinstance(value, (list, tuple)) and not _NUMBERS.issuperset(map(type, value)):  # as in samples and timelines
+        inside = value
+    for inner in inside:
+        if (kind := type(inner)) is str:
+            found.append(inner)
+        elif kind not in _NUMBERS:
+            _collect(inner, found)
 
 
 def _walk(value: Any, texts: Cleaner) -> Any:

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import unicodedata
 
-# Colours and cursor moves of a terminal say nothing on a page.
+# Colors and cursor moves of a terminal say nothing on a page.
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _JOINERS = "\u200c\u200d"
 MORE = "..."

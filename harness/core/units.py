@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -11,6 +12,7 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 _BINARY = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
 _DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_WRITTEN = (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB))
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:([kmgt]?)(i?)(b?))?\s*", re.IGNORECASE)
 
 
@@ -59,6 +61,8 @@ def exact_size(size: int) -> str:
     return f"{size // factor}{unit}"
 
 
+# A number that is shown once is shown several times: in a cell, in a row of figures, in what sums them up.
+@functools.lru_cache(4096)
 def significant(value: float, digits: int = 3) -> str:
     """Write a number with `digits` significant digits, without exponent: 0.0123, 1.23, 123, 12,300."""
     if value == 0 or not math.isfinite(value):
@@ -82,7 +86,7 @@ def format_gib(size: float) -> str:
 
 def format_size(size: float) -> str:
     """Write bytes with the binary unit that suits them: 1.50 GiB, 512 MiB, 3.00 KiB, 12 bytes."""
-    for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+    for unit, factor in _WRITTEN:
         if abs(size) >= factor:
             return f"{significant(size / factor)} {unit}"
     return f"{size:.0f} bytes"
@@ -112,6 +116,11 @@ def format_share(share: float) -> str:
 def format_bandwidth(bytes_per_s: float) -> str:
     """Write bytes per second in decimal GB/s, as the makers of cards and disks do: 360 GB/s, 0.512 GB/s."""
     return f"{significant(bytes_per_s / 1e9)} GB/s"
+
+
+def format_instant(at: str) -> str:
+    """Write an instant of UTC in ISO 8601 to the minute: 2026-11-24 10:12 UTC."""
+    return f"{at[:16].replace('T', ' ')} UTC"
 
 
 def format_count(count: int) -> str:

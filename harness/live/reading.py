@@ -143,7 +143,7 @@ class Sensors:
 
 @contextmanager
 def sensors() -> Iterator[Sensors]:
-    """Yield this machine to be read, and give NVML back afterwards."""
+    """Yield this machine to be read, and give NVML back afterward."""
     gpus = Gpus()
     try:
         yield Sensors(gpus)

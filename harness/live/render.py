@@ -23,6 +23,7 @@ FILLS: Mapping[str, tuple[str, str, str]] = {
     "overhead": ("=", "cyan", "overhead"),
     "other": ("+", "white", "other"),
     "others": ("x", "red", "other processes"),
+    "files": (":", "white", "other files"),
     "cache": ("-", "bright_black", "file cache"),
     "free": ("·", "bright_black", "free"),
 }

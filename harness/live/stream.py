@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.core.records import encode_record
-from harness.live.frame import LiveFrame, frame
+from harness.live.frame import LiveFrame
+from harness.live.moment import frame
 from harness.live.reading import Reading, Sensors
 from harness.live.subject import Subject, WatchTarget
 from harness.machine import atomic

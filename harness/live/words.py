@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from harness.core.units import format_bandwidth, format_size
+from harness.live.frame import NEARLY_FULL, LiveFrame, TierFrame
 from harness.live.headroom import CONTEXT, Headroom
 from harness.live.reading import Reading
 from harness.measure.beacon import Announced
 
-if TYPE_CHECKING:
-    from harness.live.frame import LiveFrame, TierFrame
-
-NEARLY_FULL = 0.95  # of the most that may be held
 # Less than this for each token is what a file system reads by the way.
 _LEAST_DISK_BYTES = 1 << 20
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +96,8 @@ def ask_torch(package_root: Path = Path(__file__).parents[2], *, measure: bool =
 
     `measure` lets it begin on every card, to see what a CUDA context takes.
     """
+    import subprocess  # which plans for a machine that is described do without
+
     command = [sys.executable, "-m", "harness.worker.accelerators", *(["--measure"] if measure else [])]
     try:
         done = subprocess.run(command, capture_output=True, timeout=LOOK_S, check=False, cwd=package_root)

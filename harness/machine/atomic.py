@@ -52,7 +52,7 @@ def _is_alive(pid: int) -> bool:
 
 @contextmanager
 def draft_directory(place: Path) -> Iterator[Path]:
-    """Yield a directory beside `place` that is gone afterwards. What a killed run left goes first: the caller has the lock."""
+    """Yield a directory beside `place` that is gone afterward. What a killed run left goes first: the caller has the lock."""
     draft = place.with_name(f".{place.name}.partial")
     if draft.exists():
         shutil.rmtree(draft)

@@ -7,7 +7,6 @@ over a thousand, are asked for the rest where that package is there.
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -275,6 +274,8 @@ def _short(name: str, size: int | None) -> str:
 
 
 def _suggestion(text: str) -> str:
+    import difflib  # of a card that is known, nothing is asked
+
     names = {gpu.short_name.casefold(): gpu.short_name for gpu in (*more_gpus(), *gpu_table())}
     close = difflib.get_close_matches(_short(text, None).casefold(), names, n=3, cutoff=0.6)
     if close:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 @contextmanager
 def lent() -> Iterator[Any]:
-    """Lend the NVML module, initialised; None without the package, the driver's library or a driver."""
+    """Lend the NVML module, initialized; None without the package, the driver's library or a driver."""
     try:
         import pynvml
     except ImportError:

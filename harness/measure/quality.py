@@ -125,7 +125,7 @@ THRESHOLDS: Mapping[str, Threshold] = {
 }
 
 # Word frequencies alone, without any context, predict the Wall Street Journal with a perplexity of 962 (Jurafsky and Martin,
-# Speech and Language Processing, chapter on n-grams), and tokens are easier than words. A model above that has learnt nothing,
+# Speech and Language Processing, chapter on n-grams), and tokens are easier than words. A model above that has learned nothing,
 # or lost it.
 PERPLEXITY_LIMIT = 1000.0
 

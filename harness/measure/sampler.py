@@ -203,7 +203,7 @@ class Sample(Record, frozen=True, kw_only=True):
 class Sampler:
     """Sample a process, or several as one, from a thread of the parent, and keep a bounded timeline.
 
-    Every `interval_s` costs one short read of /proc. When `most` (an even number) samples are kept, each two neighbours become
+    Every `interval_s` costs one short read of /proc. When `most` (an even number) samples are kept, each two neighbors become
     one that holds their maxima, and the interval of the timeline doubles; the peaks stay those of all samples.
     """
 
@@ -279,7 +279,7 @@ class Sampler:
     def peak(self, start_s: float, end_s: float) -> Sample | None:
         """Return the maxima of the samples between two moments, or None if there is none.
 
-        Once a long timeline is thinned, a sample that only reaches into that time counts as well: a peak of a neighbour may be
+        Once a long timeline is thinned, a sample that only reaches into that time counts as well: a peak of a neighbor may be
         counted twice, but none is missed.
         """
         with self._lock:

@@ -1,7 +1,7 @@
 """ChatGLM-6B, the first generation (`THUDM/chatglm-6b`), in the idiom of transformers.
 
 What is unlike other decoders: the prompt, up to <sop>, sees itself in both directions; positions are pairs (where in the prompt,
-how far into the answer); residuals start from the normalised input, scaled by a constant. Attention goes through transformers'
+how far into the answer); residuals start from the normalized input, scaled by a constant. Attention goes through transformers'
 attention interface, so SDPA, caches, `device_map` and quantizers work as with its own models.
 """
 
@@ -33,7 +33,7 @@ from harness.models.packed import RowScaledLinear, replace_linears
 # The published code scales residuals by its own default of 28 layers, whatever the config says.
 _RESIDUAL_SCALE = (2 * 28) ** 0.5
 _ROPE_BASE = 10000.0
-_QUANTISED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+_QUANTIZED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 @strict
@@ -246,7 +246,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.rotary = ChatGLMRotaryEmbedding(config)
         self.gradient_checkpointing = False
         if config.quantization_bit:
-            replace_linears(self.layers, _QUANTISED, partial(RowScaledLinear, bits=config.quantization_bit))
+            replace_linears(self.layers, _QUANTIZED, partial(RowScaledLinear, bits=config.quantization_bit))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

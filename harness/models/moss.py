@@ -17,7 +17,7 @@ from harness.checkpoint import quantization, reader
 from harness.core.families import MOSS
 from harness.models.packed import GroupScaledLinear, replace_linears
 
-_QUANTISED = ("qkv_proj", "out_proj", "fc_in", "fc_out")
+_QUANTIZED = ("qkv_proj", "out_proj", "fc_in", "fc_out")
 _LOG = logging.getLogger(__name__)
 _UNPACKED = 16  # wbits from here on, such as 32 in the float16 files, mean that nothing is packed
 
@@ -43,7 +43,7 @@ class MossPreTrainedModel(CodeGenPreTrainedModel):
         super().__init__(config)
         if config.wbits < _UNPACKED:
             base: Any = self.base_model
-            replace_linears(base.h, _QUANTISED, partial(GroupScaledLinear, bits=config.wbits, group=config.groupsize))
+            replace_linears(base.h, _QUANTIZED, partial(GroupScaledLinear, bits=config.wbits, group=config.groupsize))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:

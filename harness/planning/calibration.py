@@ -7,8 +7,9 @@ those that `fitmatrix calibrate` keeps (`kept_calibration`). What was estimated 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from zlib import crc32
 
 import msgspec
@@ -56,7 +57,7 @@ class Fitted(Record, frozen=True, kw_only=True):
     cases: int
 
 
-class Calibration(Record, frozen=True, kw_only=True):
+class Calibration(Record, frozen=True, kw_only=True, dict=True):
     """The constants, and which of them results of this machine corrected.
 
     `digest` tells the constants of the package, and the arithmetic that they are for, from others (`Estimate.constants`); a
@@ -70,6 +71,11 @@ class Calibration(Record, frozen=True, kw_only=True):
 
     def __getitem__(self, name: str) -> Constant:
         return self.constants[name]
+
+    @cached_property
+    def speeds(self) -> defaultdict[str, dict[tuple[str, ...], float]]:
+        """The products of constants that were asked for, by the end of the seconds and their names: every case has the same."""
+        return defaultdict(dict)
 
 
 @lru_cache(maxsize=1)

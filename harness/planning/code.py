@@ -70,6 +70,8 @@ _TAME_HEAP = (
 # What a worker does as well (`worker.model`): a model's own generation_config may ask for beams, samples or several answers.
 _GREEDY = "model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id{})  # greedy, one answer"
 
+_AS_JSON = json.JSONEncoder(ensure_ascii=False)
+
 
 def greedy(kv: str = USUAL_KV) -> str:
     """Write the line that lets a model continue greedily, with its KV cache kept in a form."""
@@ -181,7 +183,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, Config):
         return value.expression
     if isinstance(value, str):
-        written = json.dumps(value, ensure_ascii=False)
+        written = _AS_JSON.encode(value)
         if written.isprintable():
             return written
         return "".join(letter if letter.isprintable() else _escaped(letter) for letter in written)

@@ -6,6 +6,8 @@ from functools import lru_cache
 
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Skeleton, Weight
+from harness.core.precisions import Precision
+from harness.planning.cost import estimate
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
@@ -17,8 +19,16 @@ class Counted:
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self._inventories: dict[WeightFormat, Inventory] = {}
-        self._sizes: dict[WeightFormat, Sizes] = {}
+        self._formats: dict[tuple[str, str, bool], WeightFormat] = {}
+        self._sizes: dict[WeightFormat | int, Sizes] = {}
         self._weights: dict[str, Weight] = {}
+
+    def weight_format(self, precision: Precision, dtype: str, *, on_cards: bool) -> WeightFormat:
+        """Return the format in which a precision, as it holds of this model, keeps its weights."""
+        key = (precision.name, dtype, on_cards)
+        if key not in self._formats:
+            self._formats[key] = estimate.weight_format(precision, dtype, self.spec, on_cards=on_cards)
+        return self._formats[key]
 
     def inventory(self, fmt: WeightFormat) -> Inventory:
         """Return its tensors in a format."""
@@ -28,14 +38,14 @@ class Counted:
 
     def sizes(self, fmt: WeightFormat) -> Sizes:
         """Return the bytes of its blocks, and of what lies outside of them, as a placement's own limits go by them."""
-        fmt = fmt if fmt.packed_bits is not None else WeightFormat(dtype=fmt.dtype)  # limits go by what is stored
-        if fmt not in self._sizes:
+        key = fmt if fmt.packed_bits is not None else fmt.element_bytes  # limits go by what is stored
+        if key not in self._sizes:
             self._weights = self._weights or _weights_by_path(self.spec.skeleton)
             stock = Stock([Named(path, weight.tensor.shape) for path, weight in self._weights.items()])
             sizes = self.inventory(fmt).sizes if fmt.packed_bits is not None else {}
             packed = {path: sizes[weight.path] for path, weight in self._weights.items()} if sizes else None
-            self._sizes[fmt] = Sizes(stock, fmt.dtype, packed)
-        return self._sizes[fmt]
+            self._sizes[key] = Sizes(stock, fmt.dtype, packed)
+        return self._sizes[key]
 
 
 @lru_cache(maxsize=16)

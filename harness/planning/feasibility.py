@@ -60,6 +60,18 @@ def row_on(machine: Machine, placement: Placement, precision: Precision) -> Plac
     return on_gpu.mapped(len(machine.gpus)) if precision.off_gpu is not None else on_gpu
 
 
+def dtype_on(machine: Machine, placement: Placement, precision: Precision) -> str:
+    """Return the dtype that a precision asks for where a placement computes: on its GPU, or on the processor."""
+    if placement.devices[0] == "gpu" and machine.gpus:
+        return precision.dtype_on(machine.gpus[placement.gpu].compute_capability)
+    return precision.dtype_on_cpu(beside_gpu=bool(machine.gpus))
+
+
+def has_avx512_bf16(machine: Machine) -> bool | None:
+    """Say whether gptqmodel takes its kernel for AVX512_BF16, which is for Linux alone; None if that is not known."""
+    return machine.avx512_bf16 if (machine.system or "Linux").startswith("Linux") else False
+
+
 def _needs(missing: Sequence[str], extra: str | None = None) -> str:
     what = "needs the packages" if len(missing) > 1 else "needs the package"
     return f"{what} {how_to_install(missing, extra)}"
@@ -109,8 +121,7 @@ def decide(case: Case, machine: Machine, checkpoint: Checkpoint | None) -> Plan:
         return Plan(case=case, verdict=refused[0], why=refused[1])
     precision = PRECISIONS[case.precision]
     placement = row_on(machine, PLACEMENTS[case.placement], precision)
-    on_gpu = placement.devices[0] == "gpu" and machine.gpus
-    dtype = precision.dtype_on(machine.gpus[placement.gpu].compute_capability if on_gpu else None)
+    on_gpu, dtype = placement.devices[0] == "gpu" and machine.gpus, dtype_on(machine, placement, precision)
     if placement.prints_map or (placement.limits and checkpoint is None):
         return Plan(case=case, verdict=Verdict.UNKNOWN)
     limits = max_memory(placement, machine, lambda: Sizes(checkpoint or Stock([]), dtype))

@@ -21,6 +21,7 @@ from harness.core.units import format_count, significant
 
 # Below this share of the weights nobody would wonder.
 _WORTH_A_WORD = 0.1
+_PACKED_NAME = r"([-_.](gptq|awq|int[48]|[48]bit|fp8|mxfp4))+"
 
 
 def stored_for(spec: ModelSpec, precision: Precision) -> ModelSpec | None:
@@ -42,10 +43,20 @@ def in_form(spec: ModelSpec, form: Packed) -> ModelSpec:
 def published_in(spec: ModelSpec, precision: Precision) -> list[str]:
     """Return the hub ids of the catalog that hold a model in the form that a precision reads, by their names."""
     name = spec.source.rpartition("/")[2]
-    alike = re.compile(rf"(.*/)?{re.escape(name)}([-_.](gptq|awq|int[48]|[48]bit|fp8|mxfp4))+", re.IGNORECASE)
+    alike = re.compile(rf"(.*/)?{re.escape(name)}{_PACKED_NAME}", re.IGNORECASE)
     named = (hub_id for hub_id in shipped.catalog() if alike.fullmatch(hub_id))
     found = ((hub_id, quantization.packed(shipped.catalog()[hub_id].config)) for hub_id in named)
     return [hub_id for hub_id, packed in found if packed is not None and packed.precision == precision.name]
+
+
+def published_wide(spec: ModelSpec) -> str | None:
+    """Return the hub id of the catalog that holds a model unpacked which is stored packed, by their names; None if none does."""
+    name = spec.source.rpartition("/")[2]
+    wide = re.sub(rf"{_PACKED_NAME}$", "", name, flags=re.IGNORECASE).casefold()
+    if spec.stored_as is None or wide == name.casefold():
+        return None
+    named = (hub_id for hub_id in shipped.catalog() if hub_id.rpartition("/")[2].casefold() == wide)
+    return next((hub_id for hub_id in named if quantization.packed(shipped.catalog()[hub_id].config) is None), None)
 
 
 def left_wide(spec: ModelSpec, precisions: Iterable[str]) -> str | None:
@@ -60,9 +71,10 @@ def left_wide(spec: ModelSpec, precisions: Iterable[str]) -> str | None:
     total = sum(elements for _, elements in counted)
     if not wide or spec.stored_as is not None or experts < _WORTH_A_WORD * total:
         return None
-    libraries = " and ".join(dict.fromkeys(SCHEMES[row.scheme].library for row in wide if row.scheme))
+    libraries = list(dict.fromkeys(SCHEMES[row.scheme].library for row in wide if row.scheme))
+    leave = " and ".join(libraries) + (" leaves" if len(libraries) == 1 else " leave")
     said = ", ".join(f"{row.name} is {significant(_mean_bits(row, experts, total))} bits a weight" for row in wide)
-    what = f"{format_count(experts)} of {format_count(total)} parameters are experts, which {libraries} leaves in 16 bits"
+    what = f"{format_count(experts)} of {format_count(total)} parameters are experts, which {leave} in 16 bits"
     return f"{what} under transformers 5: {said}. {packing_experts()}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from typing import NamedTuple
 
 import msgspec
 
@@ -11,10 +11,11 @@ from harness.architecture.model_spec import ModelSpec
 from harness.core.attention import KV_FORMS, modules_for
 from harness.core.methods.packages import asked_of_pip
 from harness.core.placements import FILE, PLACEMENTS, Placement
-from harness.core.precisions import PRECISIONS, Precision
+from harness.core.precisions import PRECISIONS
 from harness.core.progress import Report
 from harness.core.records import Case, Estimate, Machine, Plan, Verdict
 from harness.planning import calibration, feasibility, other_form
+from harness.planning.adapted_row import AdaptedRow
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
@@ -22,15 +23,16 @@ from harness.planning.cost.footprint import Footprint, Loading
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
+from harness.planning.cost.speed import Timing
 from harness.planning.cost.work import multiplies_4bit_in_ram
 from harness.planning.counted import count_model
 from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.experts import blocks_of_experts, experts_map
 from harness.planning.device_map.infer import STRATEGIES, Device, Widths
-from harness.planning.device_map.recommended import RecommendedMap, Recommender
+from harness.planning.device_map.recommended import Recommender
 from harness.planning.outlook import with_hint
 from harness.planning.quality import known_quality
-from harness.planning.verdict import Judge, is_windows, leaves_off_gpu, pooled, with_article
+from harness.planning.verdict import Judge, is_windows, leaves_off_gpu, needs_of_gpus, with_article
 
 _BETWEEN = "{} processes, as by torchrun: {}communication between processes is not counted in the speed"
 _ONE_THREAD = "one thread in each unless OMP_NUM_THREADS says more, and "
@@ -43,25 +45,12 @@ _MAYBE_FUSED = "4-bit weights in RAM are taken to be multiplied as they are: wit
 _TRIES = 4
 
 
-class _Row:
-    """A precision and a placement as they load one checkpoint on one machine."""
+class _Room(NamedTuple):
+    """What our own maps are made by, what they must leave free, and whether they take torch's expandable segments."""
 
-    def __init__(self, spec: ModelSpec, machine: Machine, precision: Precision, placement: Placement) -> None:
-        self._spec, self._machine = spec, machine
-        self.precision = spec.adapted(precision)
-        self.placement = feasibility.row_on(machine, placement, self.precision)
-
-    @cached_property
-    def dtype(self) -> str:
-        """The dtype of what is not quantized, by the GPU that it is for."""
-        on_gpu = self.placement.devices[0] == "gpu" and self._machine.gpus
-        return self.precision.dtype_on(self._machine.gpus[self.placement.gpu].compute_capability if on_gpu else None)
-
-    @cached_property
-    def fmt(self) -> WeightFormat:
-        """The format of the weights in memory."""
-        on_cards = bool(self._machine.gpus) and "gpu" in self.placement.devices
-        return estimate.weight_format(self.precision, self.dtype, self._spec, on_cards=on_cards)
+    recommender: Recommender
+    reserve: dict[Device, int]
+    expandable: bool
 
 
 class Planner:
@@ -87,19 +76,20 @@ class Planner:
         self.judge = Judge(spec=self.spec, machine=machine, here=here, trust=trust)
         rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
         self._placements = dict(rows)
-        self._rows: dict[tuple[str, str], _Row] = {}
+        self._rows: dict[tuple[str, str], AdaptedRow] = {}
         self._alike: dict[tuple[object, ...], Footprint] = {}
-        self._estimates: dict[tuple[Footprint, str], Estimate] = {}
+        self._estimates: dict[tuple[Footprint, str], tuple[list[Timing], Estimate]] = {}
         self._contexts: dict[tuple[Footprint, int | None], int | None] = {}
         known = [gpu.compute_capability for gpu in machine.gpus if gpu.compute_capability]
         self._capability = min(known, key=float, default=None)
         self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
-        self._recommended: dict[tuple[object, ...], RecommendedMap] = {}
+        self._rooms: dict[tuple[object, ...], _Room] = {}
         self._other_forms: dict[str, Planner] = {}
-        self._plans: dict[Case, Plan] = {}
+        self._plans: dict[tuple[Case, bool], Plan] = {}
         self.known_quality = known_quality(self.spec)
         self._expert_blocks = tuple(blocks_of_experts(self.spec.skeleton))
         self.footprints: dict[str, Footprint] = {}
+        self.timings: dict[str, list[Timing]] = {}
 
     def plans(self, cases: Sequence[Case]) -> list[Plan]:
         """Plan the cases; what is too big says what to try instead, of these cases."""
@@ -120,24 +110,24 @@ class Planner:
             report(f"tracing {self.spec.name} in {one.precision}, once")
             one.build()
             said += [one.why_formulas] * one.lacks_trace
-        self._recommended.clear()
-        self._estimates.clear()
-        self._contexts.clear()
-        self._plans.clear()
+        for counted in (self._rooms, self._alike, self._estimates, self._contexts, self._plans):
+            counted.clear()
         return list(dict.fromkeys(said))
 
-    def plan(self, case: Case) -> Plan:
-        """Plan one case; one that reads another form of checkpoint as if the model were stored so."""
-        if case not in self._plans:
+    def plan(self, case: Case, *, in_words: bool = True) -> Plan:
+        """Plan one case, for another form of checkpoint as if there were one; not `in_words` without code and what its map does."""
+        found = self._plans.get((case, True)) or self._plans.get((case, in_words))
+        if found is None:
             known = self.known_quality.of(case)
-            self._plans[case] = msgspec.structs.replace(self._planned(case), kept_share=known[0] if known else None)
-        return self._plans[case]
+            found = msgspec.structs.replace(self._planned(case, in_words), kept_share=known[0] if known else None)
+            self._plans[case, in_words] = found
+        return found
 
-    def _planned(self, case: Case) -> Plan:
+    def _planned(self, case: Case, in_words: bool) -> Plan:
         row = PRECISIONS[case.precision]
         other = other_form.stored_for(self.spec, row)
         if other is not None:
-            return self._in_another_form(case, other)
+            return self._in_another_form(case, other, in_words)
         refused = self.judge.refusal(case, self._placements[case.placement])
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
@@ -146,22 +136,31 @@ class Planner:
         refused = feasibility.gate(case, self.machine, self.here, placement, precision)
         if refused:
             return Plan(case=case, verdict=refused[0], why=refused[1])
-        code = [str(one) for one in self.spec.remote_code]
         dtype, fmt = loaded.dtype, loaded.fmt
         limits = max_memory.max_memory(placement, self.machine, lambda: self.counted.sizes(fmt))
-        ours = self._recommendation(case, fmt) if placement.map_is_recommended else None
+        ours = self._room(case, fmt) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
-        whole: dict[str, Device] = {"": placement.gpu if self.machine.gpus else "cpu"}
-        placed = ours.device_map if ours else whole if ranks > 1 or placement.experts_in_ram else self._map(placement, fmt, limits)
+        if ours:
+            placed = ours.recommender.places(ours.reserve)
+        elif ranks > 1 or placement.experts_in_ram:
+            placed = {"": placement.gpu if self.machine.gpus else "cpu"}
+        else:
+            placed = self._map(placement, fmt, limits)
         apart = self._apart(case, fmt, placement.gpu) if placement.experts_in_ram else ()
         footprint = self._footprint(case, fmt, placed, apart)
-        footprint = footprint.with_expandable_segments() if ours and ours.expandable else footprint
-        if (footprint, case.precision) not in self._estimates:
-            self._estimates[footprint, case.precision] = estimate.estimate(footprint, case.precision, self.machine)
-        judged = self.judge.judge(case, placement, footprint, self._estimates[footprint, case.precision])
-        expected, verdict, why, footprint = judged
+        footprint = footprint.with_expandable_segments if ours and ours.expandable else footprint
+        key = (footprint, case.precision)
+        if key not in self._estimates:
+            timed = estimate.timings(footprint, case.precision, self.machine)
+            self._estimates[key] = timed, estimate.estimate_timed(footprint, timed, self.machine)
+        self.timings[case.id], usual = self._estimates[key]
+        expected, verdict, why, footprint = self.judge.judge(case, placement, footprint, usual)
         self.footprints[case.id] = footprint
-        mapped = experts_map(self.spec.skeleton, placement.gpu, apart) if apart else placed
+        if not in_words:
+            return Plan(case=case, verdict=verdict, why=why, estimate=expected)
+        code = [str(one) for one in self.spec.remote_code]
+        told = ours.recommender.recommend(ours.reserve, explain=not why) if ours else None
+        mapped = told.device_map if told else experts_map(self.spec.skeleton, placement.gpu, apart) if apart else placed
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in mapped.items()}
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
         limits = None if placement.writes_inferred_map else limits
@@ -169,7 +168,7 @@ class Planner:
         return Plan(
             case=case,
             verdict=verdict,
-            why=why or (ours.why if ours else _spread(ranks, apart, len(self._expert_blocks), bool(self.machine.gpus))),
+            why=why or (told.why if told else _spread(ranks, apart, len(self._expert_blocks), bool(self.machine.gpus))),
             code=loading_code(precision, placement, dtype, destination, _facts(self.spec, case, self.trust)),
             device_map=None if ranks > 1 else by_module,
             max_memory=limits,
@@ -190,63 +189,63 @@ class Planner:
             return True
         return self.counted.inventory(loaded.fmt).total.held <= sum(tier.capacity_bytes or 0 for tier in filled)
 
-    def _in_another_form(self, case: Case, other: ModelSpec) -> Plan:
+    def _in_another_form(self, case: Case, other: ModelSpec, in_words: bool) -> Plan:
         """Plan a case for a checkpoint that is not there: with figures, and the published ones that the catalog knows."""
         row = PRECISIONS[case.precision]
         if case.precision not in self._other_forms:
             constants, trust = self.constants, self.trust
             self._other_forms[case.precision] = Planner(other, self.machine, here=self.here, constants=constants, trust=trust)
-        one = self._other_forms[case.precision].plan(case)
-        if case.id in self._other_forms[case.precision].footprints:
-            self.footprints[case.id] = self._other_forms[case.precision].footprints[case.id]
+        there = self._other_forms[case.precision]
+        one = there.plan(case, in_words=in_words)
+        if case.id in there.footprints:
+            self.footprints[case.id], self.timings[case.id] = there.footprints[case.id], there.timings[case.id]
         needed = f"{with_article(str(row.requires_checkpoint))} checkpoint"
         what = f"needs {needed}, and this one is {self.spec.stored_dtype}"
         published = other_form.published_in(self.spec, row)
         known = f": published as {' and '.join(published[:2])}" if published else ": quantize it, or look for one on the hub"
-        then = f"; {one.why}" if one.why else ""
+        then = f"; {one.why}" if one.why and one.verdict is not Verdict.FITS else ""  # of what fits that is what its map does
         verdict = one.verdict if one.verdict in (Verdict.TOO_BIG, Verdict.INVALID) else Verdict.UNAVAILABLE
         return msgspec.structs.replace(one, verdict=verdict, why=f"{what}{known}{then}", code=None, needs_checkpoint=needed)
 
-    def _row(self, case: Case) -> _Row:
+    def _row(self, case: Case) -> AdaptedRow:
         """Return the rows of a case as they load this checkpoint on this machine."""
         key = (case.precision, case.placement)
         if key not in self._rows:
-            self._rows[key] = _Row(self.spec, self.machine, PRECISIONS[case.precision], self._placements[case.placement])
+            self._rows[key] = AdaptedRow(self.counted, self.machine, PRECISIONS[case.precision], self._placements[case.placement])
         return self._rows[key]
 
     def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
-        key = (placement.name, fmt)
+        # A dtype is told from another by its bytes alone.
+        key = (placement.name, fmt if fmt.packed_bits is not None else (fmt.element_bytes, fmt.quantizer))
         if key not in self._maps:
             self._maps[key] = tiers.device_map(
                 self.spec.skeleton, placement, tiers.widths_of(self.spec.skeleton, fmt), self.machine, limits
             )
         return self._maps[key]
 
-    def _recommendation(self, case: Case, fmt: WeightFormat) -> RecommendedMap:
-        """Map the model so that every tier keeps what the worst case takes beside weights and KV cache.
+    def _room(self, case: Case, fmt: WeightFormat) -> _Room:
+        """Return how to map the model so that every tier keeps what the worst case takes beside weights and KV cache.
 
         What a GPU is short of after all, because loading takes more than generating, is kept free in another try; four times as
         much in the next, for only whole blocks leave it.
         """
         workload, skeleton = case.workload, self.spec.skeleton
         key = (fmt.element_bytes, fmt.quantizer, fmt.packed_bits, workload, case.kv, case.attention)
-        if key in self._recommended:
-            return self._recommended[key]
-        homes = {tier.name: self.machine.tier("cpu") if tier.shared else tier for tier in tiers.fillable(self.machine)}
-        capacities = {name: self.judge.usable_bytes(home, case) or tiers.ENDLESS for name, home in homes.items()}
-        recommender = Recommender(
-            skeleton,
-            {tiers.device(name): size for name, size in capacities.items()},
-            Widths(fmt.dtype, fmt.quantizer, self.counted.inventory(fmt).sizes),
-            kv_bytes=memory.kept_kv_bytes(skeleton, workload, fmt.element_bytes, KV_FORMS[case.kv]),
-        )
-        reserve = self._kept_free(recommender, case, fmt, capacities, expandable=False)
-        expandable = recommender.recommend(reserve, explain=False).bytes_off > 0 and not is_windows(self.machine)
-        if expandable:  # what they save is room for more blocks, or for a longer context
-            reserve = self._kept_free(recommender, case, fmt, capacities, expandable=True)
-        found = recommender.recommend(reserve, explain=True)
-        self._recommended[key] = msgspec.structs.replace(found, expandable=expandable)
-        return self._recommended[key]
+        if key not in self._rooms:
+            homes = {tier.name: self.machine.tier("cpu") if tier.shared else tier for tier in tiers.fillable(self.machine)}
+            capacities = {name: self.judge.usable_bytes(home, case) or tiers.ENDLESS for name, home in homes.items()}
+            recommender = Recommender(
+                skeleton,
+                {tiers.device(name): size for name, size in capacities.items()},
+                Widths(fmt.dtype, fmt.quantizer, self.counted.inventory(fmt).sizes),
+                kv_bytes=memory.kept_kv_bytes(skeleton, workload, fmt.element_bytes, KV_FORMS[case.kv]),
+            )
+            reserve = self._kept_free(recommender, case, fmt, capacities, expandable=False)
+            expandable = recommender.bytes_off(reserve) > 0 and not is_windows(self.machine)
+            if expandable:  # what they save is room for more blocks, or for a longer context
+                reserve = self._kept_free(recommender, case, fmt, capacities, expandable=True)
+            self._rooms[key] = _Room(recommender, reserve, expandable)
+        return self._rooms[key]
 
     def _kept_free(
         self, recommender: Recommender, case: Case, fmt: WeightFormat, capacities: Mapping[str, int], *, expandable: bool
@@ -254,11 +253,9 @@ class Planner:
         """Return the bytes of each device that its map must leave, with torch's usual segments or with expandable ones."""
         reserve = self._reserve(fmt, case, capacities, expandable=expandable)
         for attempt in range(_TRIES):
-            found = recommender.recommend(reserve, explain=False)
-            footprint = self._footprint(case, fmt, found.device_map)
-            footprint = footprint.with_expandable_segments() if expandable else footprint
-            needs = pooled(estimate.memory(footprint, self.machine), self.machine)
-            on = {gpu.name: needs["cpu" if gpu.shared else gpu.name] for gpu in self.machine.gpus if gpu.name in needs}
+            footprint = self._footprint(case, fmt, recommender.places(reserve))
+            footprint = footprint.with_expandable_segments if expandable else footprint
+            on = needs_of_gpus(footprint, self.machine)
             short = {name: max(0, need.needed_high_bytes - capacities[name]) for name, need in on.items()}
             if not any(short.values()):
                 break
@@ -287,8 +284,8 @@ class Planner:
 
         def holds(count: int) -> bool:
             footprint = self._footprint(case, fmt, {"": gpu}, blocks[-count:])
-            ways = [footprint] if is_windows(self.machine) else [footprint, footprint.with_expandable_segments()]
-            return any(estimate.memory(one, self.machine)[name].needed_high_bytes <= capacity for one in ways)
+            ways = [footprint] if is_windows(self.machine) else [footprint, footprint.with_expandable_segments]
+            return any(estimate.memory_of(name, one, self.machine).needed_high_bytes <= capacity for one in ways)
 
         least, most = 1, len(blocks)
         while least < most:
@@ -383,7 +380,7 @@ def _facts(spec: ModelSpec, case: Case, trust: bool) -> Facts:
         auto_class=spec.skeleton.auto_class,
         trusted=trust if spec.remote_code else None,
         attention=case.attention,
-        tuples=spec.config.get("return_dict") is False,
+        tuples=not spec.config.get("return_dict", True),
         adapter=spec.adapter is not None,
     )
 

@@ -66,11 +66,17 @@ def _medians(shares: Mapping[_Way, list[float]]) -> dict[_Way, float]:
 
 def quality_kept(one: Plan) -> float:
     """Return the share of the answers that stay right: as is known of it, else by the rules of thumb of the tables."""
-    return (
-        one.kept_share
-        if one.kept_share is not None
-        else PRECISIONS[one.case.precision].quality_kept * KV_FORMS[one.case.kv].quality_kept
-    )
+    return _quality_of(one.case, one.kept_share)
+
+
+def quality_to_keep(case: Case, known: KnownQuality) -> float:
+    """Return what `quality_kept` says of a case once it is planned."""
+    found = known.of(case)
+    return _quality_of(case, found[0] if found else None)
+
+
+def _quality_of(case: Case, kept: float | None) -> float:
+    return kept if kept is not None else PRECISIONS[case.precision].quality_kept * KV_FORMS[case.kv].quality_kept
 
 
 def _packs(precision: str, kv: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -10,6 +10,10 @@ from msgspec.structs import replace
 from harness.architecture.model_spec import ModelSpec
 from harness.checkpoint.adapter import MOVED
 from harness.checkpoint.formats.files import quote
+from harness.checkpoint.quantization import Packed
+from harness.core.methods.cpu_kernels import CPU_METHODS, LinearSides, cpu_refusal
+from harness.core.methods.kernels import PackedScheme
+from harness.core.methods.table import settings_of
 from harness.core.placements import Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
@@ -19,6 +23,7 @@ from harness.machine import headroom
 from harness.planning.cost import estimate, memory, tensor_parallel
 from harness.planning.cost.footprint import Footprint
 from harness.planning.cost.inventory import MAPPED
+from harness.planning.feasibility import has_avx512_bf16
 from harness.planning.generating import generating_refusal
 
 # Classes that take the weight of this Linear and multiply by it themselves, whatever bitsandbytes has made of it.
@@ -46,6 +51,8 @@ class Judge(Record, frozen=True, kw_only=True):
 
     def refusal(self, case: Case, placement: Placement) -> tuple[Verdict, str] | None:
         """Say why this checkpoint cannot be loaded that way, anywhere or by the transformers that is here; None if it can."""
+        if self.spec.unknown is not None and not self.spec.config.get("model_type"):  # which no other release knows either
+            return Verdict.INVALID, self.spec.unknown
         if self.here and self.spec.unknown is not None:
             return Verdict.UNAVAILABLE, self.spec.unknown
         needed = next((code for code in self.spec.remote_code if code.needed(self.spec.has_class)), None)
@@ -68,11 +75,13 @@ class Judge(Record, frozen=True, kw_only=True):
         packed, gguf = self.spec.packed, self.spec.gguf
         if gguf is not None:
             return gguf.refusal(precision, placement)
-        if packed is not None and (why := packed.refusal(precision)):
+        in_ram = not self.machine.gpus or "gpu" not in placement.devices
+        if packed is not None and (
+            why := packed.refusal(precision, in_ram=in_ram) or (self._unmultiplied(packed) if in_ram else None)
+        ):
             return why
         if precision.scheme is not None and (packed is None or packed.holds_all(precision)):
-            scheme, off_gpu = SCHEMES[precision.scheme], not self.machine.gpus or "gpu" not in placement.devices
-            why = self._passed_by(precision.scheme) or (self._unpackable(scheme) if off_gpu else None)
+            why = self._passed_by(precision.scheme) or (self._unpackable(SCHEMES[precision.scheme]) if in_ram else None)
             if why is not None:
                 return why
         if precision.requires_checkpoint is not None and packed is None:
@@ -85,8 +94,7 @@ class Judge(Record, frozen=True, kw_only=True):
         taken = _TAKES_WEIGHTS.get(found.model_class)
         if taken is not None and scheme.library == "bitsandbytes":
             return f"{found.model_class} multiplies by the weight of {taken} itself, which {scheme.library} packs"
-        parts = (part for kind in found.kinds for part in kind.inside)
-        if any(memory.narrows(weight, quantizer, part.block) for part in parts for weight in part.weights):
+        if memory.narrows_any(found, quantizer):
             return None
         return (
             f"{scheme.library} packs torch's own Linear, and {found.model_class} has none beside its head: all would stay as it is"
@@ -106,22 +114,36 @@ class Judge(Record, frozen=True, kw_only=True):
 
     def _unfusable(self, scheme: Scheme) -> str | None:
         """Say which weight a processor with AVX512_BF16 cannot multiply as it is, whatever one without it would do."""
-        turned = any(block.linear == "conv1d" for block in self.spec.skeleton.blocks)
-        for weight, _ in self.spec.skeleton.tally:
-            if not weight.quantizes or len(weight.tensor.shape) != 2:
-                continue
-            outputs, inputs = reversed(weight.tensor.shape) if turned else weight.tensor.shape
+        for path, outputs, inputs in self._linear_sides():
             if outputs % scheme.fused[0] or inputs % scheme.fused[1]:
                 rows, columns = scheme.fused
                 what = f"{scheme.library} multiplies 4 bits on this processor by {rows} outputs and {columns} inputs"
-                return f"{what}, and {weight.path} has {outputs} and {inputs}: take another precision"
+                return f"{what}, and {path} has {outputs} and {inputs}: take another precision"
         return None
+
+    def _unmultiplied(self, packed: Packed) -> str | None:
+        """Say why this processor does not multiply by weights that are stored as GPTQ or AWQ; None of other methods."""
+        if packed.name not in CPU_METHODS or packed.stored_by is None:
+            return None
+        scheme = PackedScheme(method=packed.name, bits=packed.bits, group=packed.group)
+        fast, some = has_avx512_bf16(self.machine), packed.selects or packed.varies
+        return cpu_refusal(scheme, tuple(self._linear_sides()), avx512_bf16=fast, some=some)
+
+    def _linear_sides(self) -> Iterator[LinearSides]:
+        """Yield path, outputs and inputs of every kind of Linear that quantizers take."""
+        turned = any(block.linear == "conv1d" for block in self.spec.skeleton.blocks)
+        for weight, _ in self.spec.skeleton.tally:
+            if weight.quantizes and len(weight.tensor.shape) == 2:
+                outputs, inputs = reversed(weight.tensor.shape) if turned else weight.tensor.shape
+                yield weight.path, outputs, inputs
 
     def verdict(self, case: Case, placement: Placement, expected: Estimate, footprint: Footprint) -> tuple[Verdict, str | None]:
         """Say whether a case fits, and why not or how narrowly."""
         where, reason = misplaced(self.spec.adapted(PRECISIONS[case.precision]), placement, footprint)
         if where:
             return Verdict.TOO_BIG, f"too big for {placement.name}: weights would lie on {' and '.join(where)}; {reason}"
+        if undivided := self._undivided(placement, footprint):
+            return Verdict.INVALID, undivided
         unknown = [
             name
             for name, tier in expected.tiers.items()
@@ -135,6 +157,13 @@ class Judge(Record, frozen=True, kw_only=True):
         ):  # accelerate's own dispatch reads files, and maps none
             return Verdict.TOO_BIG, unmapped
         return self._context_refusal(case) or self._fit(case, expected)
+
+    def _undivided(self, placement: Placement, footprint: Footprint) -> str | None:
+        """Say why a map that transformers infers cannot divide weights as they are stored, where it would."""
+        method = self.spec.packed.method if self.spec.packed is not None else None
+        if method is None or method.undivided is None or placement.prints_map or len(footprint.weights) < 2:
+            return None
+        return method.undivided(settings_of(self.spec.config) or {})
 
     def _context_refusal(self, case: Case) -> tuple[Verdict, str] | None:
         """Say that a model was not made for so many tokens: positions beyond its context end in an error or in nonsense."""
@@ -171,7 +200,7 @@ class Judge(Record, frozen=True, kw_only=True):
         usual = Judgment(expected, verdict, why, footprint)
         if verdict not in (Verdict.TIGHT, Verdict.TOO_BIG) or not footprint.gpus:
             return usual
-        other = footprint.with_expandable_segments()
+        other = footprint.with_expandable_segments
         better = replace(expected, tiers=estimate.memory(other, self.machine))
         if self.verdict(case, placement, better, other)[0] is not Verdict.FITS:
             return usual
@@ -209,8 +238,11 @@ class Judge(Record, frozen=True, kw_only=True):
         """Say whether a case fits with `context` tokens, by the best estimate."""
         prompt = max(1, context - case.workload.new_tokens)
         longer = footprint.with_workload(replace(case.workload, prompt_tokens=prompt))
-        tiers = pooled(estimate.memory(longer, self.machine), self.machine)
-        return not any(self.is_short(name, tier, case) for name, tier in tiers.items() if name != "disk")
+        if self.machine.shares_ram:
+            tiers = pooled(estimate.memory(longer, self.machine), self.machine)
+            return not any(self.is_short(name, tier, case) for name, tier in tiers.items() if name != "disk")
+        names = [name for name in longer.taking_part if name != "disk"]
+        return not any(self.is_short(name, estimate.memory_of(name, longer, self.machine), case) for name in names)
 
     def _memory(self, name: str) -> str:
         """Name a tier, and the GPUs that share it."""
@@ -282,6 +314,15 @@ def pooled(tiers: Mapping[str, TierEstimate], machine: Machine) -> dict[str, Tie
             needed_high_bytes=total.needed_high_bytes + one.needed_high_bytes,
         )
     return {**tiers, "cpu": total}
+
+
+def needs_of_gpus(footprint: Footprint, machine: Machine) -> dict[str, TierEstimate]:
+    """Return what a case needs of each GPU that takes part: of one that shares the RAM, what both have as one budget."""
+    if machine.shares_ram:
+        needs = pooled(estimate.memory(footprint, machine), machine)
+        return {gpu.name: needs["cpu" if gpu.shared else gpu.name] for gpu in machine.gpus if gpu.name in needs}
+    there = footprint.taking_part
+    return {gpu.name: estimate.memory_of(gpu.name, footprint, machine) for gpu in machine.gpus if gpu.name in there}
 
 
 def is_windows(machine: Machine) -> bool:

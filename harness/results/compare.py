@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from harness.core.errors import UsageError, did_you_mean
-from harness.core.metrics import METRICS
+from harness.core.metrics import METRICS, read_alike
 from harness.core.records import Outcome, Record, Result
 from harness.core.units import format_share
 from harness.results.selection import is_proposed
@@ -52,7 +52,7 @@ RULES: Mapping[str, Rule] = {
 class Call(str, Enum):
     """What is said of one figure: `better` and `worse` are sure, `unsure` is worse with an interval that reaches the threshold.
 
-    A change beyond the threshold of a figure that others disturbed is `not judged`, however narrow its interval.
+    A change beyond the threshold is `not judged`, however narrow its interval, where the figure has a `_doubt`.
     """
 
     SAME = "same"
@@ -73,6 +73,7 @@ class Change(Record, frozen=True, kw_only=True):
     high: float | None
     call: Call
     gated: bool
+    why: str = ""  #: it was not judged; empty of what was
 
 
 class Pair(Record, frozen=True, kw_only=True):
@@ -106,9 +107,18 @@ class Comparison(Record, frozen=True, kw_only=True):
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """One sentence for each figure that changed and was not judged, for others disturbed it."""
-        found = ((pair, change) for pair in self.pairs for change in pair.changes if change.call is Call.UNJUDGED)
-        return tuple(f"{pair.id}: {sentence(change)}" for pair, change in found)
+        """One sentence for each figure that changed and was not judged, and why."""
+        return tuple(f"{said}: {why}" for why, figures in self.doubts.items() for said in figures)
+
+    @property
+    def doubts(self) -> dict[str, list[str]]:
+        """The figures that changed and were not judged, a sentence each, by the reason."""
+        found: dict[str, list[str]] = {}
+        for pair in self.pairs:
+            for change in pair.changes:
+                if change.call is Call.UNJUDGED:
+                    found.setdefault(change.why, []).append(f"{pair.id}: {sentence(change)}")
+        return found
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -171,8 +181,8 @@ def _pair(name: str, before: Result | None, after: Result | None, limits: Mappin
             failed=False,
         )
     said, failed = _ends(before, after)
-    notes = tuple(_differences(before, after))
     changes = tuple(_changes(before, after, limits)) if before.outcome is after.outcome is Outcome.OK else ()
+    notes = (*_differences(before, after), *_noise(before, after, changes))
     return Pair(id=name, before=before.outcome, after=after.outcome, said=said, failed=failed, changes=changes, notes=notes)
 
 
@@ -214,9 +224,14 @@ def _differences(before: Result, after: Result) -> Iterable[str]:
         old, new = before.environment.get(package), after.environment.get(package)
         if old != new:
             yield f"{package} {old or 'absent'}, now {new or 'absent'}"
-    for label, result in (("before", before), ("now", after)):
-        for key in result.noisy:
-            yield f"{METRICS[key].label if key in METRICS else key} noisy {label}: {result.noisy[key]}"
+
+
+def _noise(before: Result, after: Result, changes: Iterable[Change]) -> Iterable[str]:
+    """Say what disturbed the figures that changed; that others were noisy, which did not, changes nothing."""
+    for key in (change.key for change in changes if change.call is not Call.SAME):
+        for label, result in (("before", before), ("now", after)):
+            if key in result.noisy:
+                yield f"{METRICS[key].label} noisy {label}: {result.noisy[key]}"
 
 
 def _machine(result: Result) -> object:
@@ -239,7 +254,7 @@ def _change(key: str, before: Result, after: Result, limit: float, *, gated: boo
     low, high = interval or (ratio, ratio)
     call = _call(ratio, low, high, limit, higher=METRICS[key].better == "higher")
     ends = (low - 1, high - 1) if interval else (None, None)
-    noisy = key in before.noisy or key in after.noisy
+    why = "" if call is Call.SAME else _doubt(key, before, after)
     return Change(
         key=key,
         before=old,
@@ -247,9 +262,23 @@ def _change(key: str, before: Result, after: Result, limit: float, *, gated: boo
         change=ratio - 1,
         low=ends[0],
         high=ends[1],
-        call=Call.UNJUDGED if noisy and call is not Call.SAME else call,
+        call=Call.UNJUDGED if why else call,
         gated=gated,
+        why=why,
     )
+
+
+def _doubt(key: str, before: Result, after: Result) -> str:
+    """Say why a change of a figure may be none of the case, first what no quiet machine helps; empty if nothing speaks for that."""
+    of_files = _OF_FILES.get(read_alike(before, after), "") if key == "ready_s" else ""
+    return of_files or ("other programs disturbed it" if key in before.noisy or key in after.noisy else "")
+
+
+# What is said of the time until ready, by whether both runs had the same of the files in the page cache.
+_OF_FILES = {
+    False: "one run read more of the files from the disk than the other",
+    None: "it is not known of both runs how much of the files came from the disk",
+}
 
 
 def _call(ratio: float, low: float, high: float, limit: float, *, higher: bool) -> Call:

@@ -24,6 +24,7 @@ from harness.core.placements import PLACEMENTS
 from harness.core.records import SCHEMA, Case, Result, encode_record
 from harness.core.text import plural
 from harness.core.units import KIB, MIB, format_size
+from harness.machine.garbage import uncollected
 from harness.machine.regular import open_regular
 from harness.measure.protocol import MOST_ROUND_TOKENS
 from harness.results.needed import completed
@@ -46,7 +47,15 @@ _BEGIN = re.compile(rb'(?=\{"schema"\s*:)')
 # From a schema number to what turns its plain form into that of the next; old lines are upgraded on read.
 UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
-_LINES: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
+
+class _Numbered(msgspec.Struct):
+    """A line of any schema, of which the number alone is read."""
+
+    schema: Any = None
+
+
+_NUMBERS, _RESULTS = msgspec.json.Decoder(_Numbered), msgspec.json.Decoder(Result)
+_OLDER: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 
 
 class Store:
@@ -241,6 +250,7 @@ def file_of(place: Path) -> Path:
     return place / NAME if place.is_dir() else place
 
 
+@uncollected()
 def read(path: Path) -> tuple[list[Result], list[StoreError]]:
     """Return the results of a file in file order, and one error for each line that is none; where they are many, one for all.
 
@@ -267,6 +277,14 @@ def read(path: Path) -> tuple[list[Result], list[StoreError]]:
         first = str(problems[0]).removeprefix(f"{path}:")
         problems = [StoreError(path, f"{wrong:,} lines are no results; the first is line {first}")]
     return results, problems
+
+
+def read_telling(path: Path, tell: Callable[[str], None]) -> list[Result]:
+    """Return the results of a file in file order; `tell` hears of each line that is none. Raises StoreError: it cannot be read."""
+    results, problems = read(path)
+    for problem in problems:
+        tell(str(problem))
+    return results
 
 
 def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, Result | str]]:
@@ -318,12 +336,14 @@ def decode(line: bytes) -> Result:
     Raises:
         msgspec.DecodeError, UnicodeDecodeError, RecursionError: not a result.
     """
-    plain = _LINES.decode(line)
-    schema = plain.get("schema")
+    schema = _NUMBERS.decode(line).schema
     if not isinstance(schema, int) or schema < 1:
         raise msgspec.ValidationError("it has no schema number")
     if schema > SCHEMA:
         raise _TooNew(f"has format {schema}, and this version reads up to {SCHEMA}; update fitmatrix")
+    if schema == SCHEMA:
+        return completed(_RESULTS.decode(line))
+    plain = _OLDER.decode(line)
     for version in range(schema, SCHEMA):
         plain = UPGRADES[version](plain)
     return completed(msgspec.convert(plain, Result))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from harness.core import redact
 from harness.core.records import Interference, Loaded, Machine, Outcome, Phase, Plan, Quality, Result, Verdict, Workload
@@ -21,10 +21,7 @@ from harness.planning.code import loading_program
 from harness.results.needed import completed
 from harness.run.worker_process import WorkerMain
 
-if TYPE_CHECKING:
-    from harness.run.runner import Run
-
-LiveLine = Callable[["Run", Sample], None]
+LiveLine = Callable[["Running", Sample], None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class CaseModel:
     weights: str = "real"  #: "real" or "synthetic"
     tokenizer: bool = True  #: a tokenizer is among the files
     fingerprint: str = ""
+    files_bytes: int | None = None  #: of the files that hold its weights
     gguf_file: str | None = None
     adapter: Path | None = None  #: the directory of what is loaded on top
     native: bool = False  #: `harness.models` has its architecture
@@ -106,6 +104,21 @@ class Measured:
     stage: str = "done"  #: the phase that the case ended in
     log: str = ""
     traceback: str = ""
+
+
+class Running(Protocol):
+    """What a line below a case says of it while it runs."""
+
+    plan: Plan
+    measured: Measured
+
+    @property
+    def phase(self) -> str:
+        """The phase that its worker is in."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it began."""
 
 
 def result_of(
@@ -176,6 +189,7 @@ def _common(plan: Plan, model: CaseModel, context: RunContext, at: datetime) -> 
         "environment": dict(context.environment),
         "remote_code": plan.remote_code if plan.trusted else [],
         "fingerprint": model.fingerprint,
+        "files_bytes": model.files_bytes,
         "allowed_s": context.allowed_s,
     }
 

@@ -7,23 +7,21 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from harness.core import text
-from harness.core.metrics import format_metric
+from harness.core.metrics import READY_NAMES, format_metric, when_ready
 from harness.core.records import Outcome, Result
 from harness.core.units import format_size
 from harness.measure.sampler import Sample
 from harness.report.page.figures import status
 from harness.results.needed import need_of
 from harness.results.selection import is_broken
-
-if TYPE_CHECKING:
-    from harness.run.runner import Run
+from harness.run.case_result import Running
 
 _EVERY_S = 0.25
 _PARTS = {"ready_s": ("load_s", "first_token_s")}
-# Make sure of a line below (IND scrolls where there is none), save the cursor, go there, erase; afterwards restore it.
+# Make sure of a line below (IND scrolls where there is none), save the cursor, go there, erase; afterward restore it.
 # So the terminal's own output goes on where it was, wherever that is.
 _BELOW, _BACK = "\x1bD\x1b[A\x1b7\x1b[B\r\x1b[2K", "\x1b8"
 
@@ -41,7 +39,7 @@ class LiveLine:
         self._seen: list[str] = []
         self._lock = threading.Lock()
 
-    def __call__(self, run: Run, sample: Sample) -> None:
+    def __call__(self, run: Running, sample: Sample) -> None:
         if run.plan.case.id not in self._seen:
             self._seen.append(run.plan.case.id)
         now = time.monotonic()
@@ -82,12 +80,12 @@ class LiveLine:
             self._terminal = None
 
 
-def line(run: Run, sample: Sample, number: int, total: int) -> str:
+def line(run: Running, sample: Sample, number: int, total: int) -> str:
     """Return e.g. ``chatglm-6b/int8/direct  3/14  warm 2/5  00:41  gpu:0 8.10 GiB  RAM 1.20 GiB``."""
     phase, repeats = run.phase, run.plan.case.workload.repeats
     if phase == "warm":
-        extra = len(run.warm) - repeats
-        phase = f"warm {min(len(run.warm) + 1, repeats)}/{repeats}{f' +{extra}' if extra > 0 else ''}"
+        extra = len(run.measured.warm) - repeats
+        phase = f"warm {min(len(run.measured.warm) + 1, repeats)}/{repeats}{f' +{extra}' if extra > 0 else ''}"
     seconds = int(run.seconds)
     memory = [f"{tier} {format_size(size)}" for tier, size in sorted(sample.vram_bytes.items())]
     memory.append(f"RAM {format_size(sample.ram_bytes)}")
@@ -104,9 +102,9 @@ def summary(result: Result) -> str:
     shown = [word]
     if need := need_of(result):
         shown.append(f"{format_size(need.bytes)} {'RAM' if need.tier == 'cpu' else 'VRAM'}")
-    for key, form in (("ready_s", "ready {}"), ("decode_tok_s", "{}")):
+    for key, words in (("ready_s", f"{READY_NAMES[when_ready(result)]} "), ("decode_tok_s", "")):
         if key in result.metrics:
-            shown.append(form.format(format_metric(key, result.metrics[key])) + _doubt(result, key))
+            shown.append(words + format_metric(key, result.metrics[key]) + _doubt(result, key))
     if result.quality is not None and not is_broken(result):  # the first word says it
         shown.append(result.quality.verdict)
     return "  ".join(shown)

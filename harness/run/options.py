@@ -7,7 +7,7 @@ of them by name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,24 @@ class Options:
             if option.key not in skip and value != option.default:
                 words += [option.flag] if option.switch else [option.flag, str(value)]
         return " ".join(words)
+
+
+def following_names(words: Sequence[str]) -> dict[str, list[str]]:
+    """Return by key the names that follow a value of an option of names, as "int4" in `--precision bf16 int4`."""
+    found: dict[str, list[str]] = {}
+    option, is_value = None, False
+    for word in words:
+        flag, is_joined, _ = word.partition("=")
+        if is_value:
+            is_value = False
+        elif word.startswith("-"):
+            option = next((row for row in OPTIONS if row.repeat and row.table and row.flag == flag), None)
+            is_value = option is not None and not is_joined
+        elif option is not None and word in option.table:
+            found.setdefault(option.key, []).append(word)
+        else:
+            option = None
+    return found
 
 
 def read_config(root: Path) -> dict[str, Any]:

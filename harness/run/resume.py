@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from harness.core.records import Case, Machine, Outcome, Result, Tier
 from harness.core.text import plural
-from harness.core.units import format_seconds, format_size
+from harness.core.units import format_instant, format_seconds, format_size
 from harness.run.case_result import CaseEnded
 
 NEW = "not measured before"
@@ -45,7 +45,7 @@ class Kept:
 
 def since(result: Result) -> str:
     """Return e.g. ``kept from 2026-11-24 10:12 UTC``."""
-    return f"kept from {result.at[:16].replace('T', ' ')} UTC"
+    return f"kept from {format_instant(result.at)}"
 
 
 def why_again(earlier: Result | None, now: Result, *, run_all: bool = False) -> str | None:
@@ -180,3 +180,8 @@ def describe_kept(kept: int, again: Sequence[str], reloaded: Sequence[str] = ())
     if again:
         text += ": " + ", ".join(f"{count} {why}" for why, count in Counter(again).items())
     return text + "".join(f"; loaded {case} once more, which others are compared with" for case in reloaded)
+
+
+def describe_stop(resumes: bool) -> str:
+    """Say how a run that was stopped goes on; `resumes` is whether it went on from an earlier one."""
+    return f"stopped: the same command{'' if resumes else ' with --resume'} goes on with what is missing"

@@ -58,6 +58,7 @@ class Session:
         self.on_result: Callable[[Result], None] | None = None  #: hears of each result that is on the disk
         self.worker_main: WorkerMain | None = None
         self.page: Path | None = None
+        self.problems: list[StoreError] = []  #: lines of the store that cannot be read, once the page is written
         self.current: Run | None = None
         self.interrupts = Interrupts()
         self.interrupted = False
@@ -67,6 +68,7 @@ class Session:
         self._untraced: list[str] = []  #: why the memory of some cases is not from a trace
         self._again: list[str] = []  #: why each of the others ran
         self._baseline: list[Result] = []
+        self._unread: list[str] = []
         self._windows: list[Sequence[Interference]] = []  #: of each case that was run
         self._last: Result | None = None
         self._recorded = 0  # results of this run, on the disk or not
@@ -115,7 +117,7 @@ class Session:
             UsageError, CheckpointError, StoreError: something is missing; nothing was measured.
         """
         if self.options.baseline is not None:
-            self._baseline = store.read(store.file_of(self.options.baseline))[0]
+            self._baseline = store.read_telling(store.file_of(self.options.baseline), self._unread.append)
             if not self._baseline:
                 raise UsageError(
                     f"--baseline {self.options.baseline}: has no results to compare with; name others, or leave it out"
@@ -131,7 +133,8 @@ class Session:
             kept_calibration.calibrate_once(self.machine, tell)
         if self.options.resume:
             since = self._subset.since if self._subset else ""
-            self._earlier = selection.last_on(self.machine, [one for one in self.store.read()[0] if one.at >= since])
+            known = store.read_telling(self.store.path, self._unread.append)
+            self._earlier = selection.last_on(self.machine, [one for one in known if one.at >= since])
         if self.worker_main is None and self.machine.gpus:
             with show_progress() as report:  # the run has torch anyway, and is held against its plans
                 self._untraced = self._matrix.trace([case for case in asked if self._matrix.files_of(case) in runnable], report)
@@ -141,10 +144,10 @@ class Session:
             forkserver.warm_up(self.models.modeling_modules(runnable))
 
     def notices(self) -> list[str]:
-        """Return what is to be said of this machine and of the plans once, before the first case."""
+        """Return what is to be said of this machine, of the plans and of earlier results once, before the first case."""
         said = (self.machine.gpu_problem, accelerators.ram_fallback(self.machine), accelerators.overruled_order(self.machine))
         by_formulas = (f"activations are computed by formulas: {why}" for why in self._untraced)
-        return [sentence for sentence in (*said, *by_formulas) if sentence]
+        return [sentence for sentence in (*said, *by_formulas, *self._unread) if sentence]
 
     def case_model(self, case: Case) -> CaseModel:
         """Return the model of a case and what its predictions are compared with."""
@@ -158,6 +161,7 @@ class Session:
             adapter=Path(source.location) if source.base else None,
             native=spec.native if spec else False,
             fingerprint=self.models.fingerprint(files),
+            files_bytes=spec.checkpoint_bytes if spec else None,
             code_head=code.code_head(source, case.placement, self.models.form_of(files)),
             command=cases.command_of(case, source, self.options),
             typed=cases.typed(source),
@@ -253,10 +257,10 @@ class Session:
         for one in self._matrix.proposed() if self._subset is None and not self.interrupted else ():
             with suppress(StoreError):  # the page has it, and what was measured is safe or was told of
                 self._record(case_result.not_run(one, self.case_model(one.case), self.context, selection.SEARCH))
-        results, problems = self.store.read()
+        results, self.problems = self.store.read()
         results += self.store.unwritten
         self.added = self._recorded - len(self.store.unwritten)
-        page.write(self.html, page.render(results, problems=[str(problem) for problem in problems]))
+        page.write(self.html, page.render(results, problems=[str(problem) for problem in self.problems]))
         self.page = self.html
         return self.page
 

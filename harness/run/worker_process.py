@@ -267,7 +267,7 @@ class Worker:
             self._process.kill()
 
     def log_tail(self) -> str:
-        """Return the last lines of what the worker printed, without colours and progress bars' repeats."""
+        """Return the last lines of what the worker printed, without colors and progress bars' repeats."""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(os.fstat(file.fileno()).st_size - _LOG_KEEP, 0))

@@ -9,7 +9,6 @@ The model is built as `from_pretrained` builds it, in bfloat16, so a tensor of a
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import re
@@ -18,14 +17,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 import harness.models  # noqa: F401 registers our own architectures
@@ -38,14 +38,16 @@ from harness.checkpoint.auxiliary_files import KERNEL_KEYS
 from harness.data import DATA
 from harness.models.cache_argument import kv_cache_of
 from harness.worker.auto_class import auto_class_of
+from harness.worker.config.refusal import CONTRADICTIONS, sentence_of
 from harness.worker.extra_architectures import WRITTEN, ExtraModel
 from harness.worker.read_key_mapping import naming
 
 MOST_GROWTH_BYTES = 4 << 30
 _WAY_OUT = "correct 'model_type' in config.json, or try a newer transformers"
 _STATUSES = {UnknownType: UNKNOWN_TYPE, NotMeasured: NO_DECODER, RefusedConfig: CONFIG_REFUSED}
-# What transformers' configs and models raise for sizes that contradict each other.
-_CONTRADICTIONS = (StrictDataclassError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError)
+T = TypeVar("T")
+# How transformers can compute attention and experts, some by packages that are not here.
+_IMPLEMENTATIONS = frozenset(("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys(), *ALL_EXPERTS_FUNCTIONS.valid_keys()))
 _NOT_OF_THE_SHAPE = frozenset(("architectures", "quantization_config", "quantization_bit", "wbits"))
 
 
@@ -61,12 +63,10 @@ def build_skeleton(config: Mapping[str, Any], naming: Callable[[Any], Naming | N
     kind = str(native.get("model_type"))
     if kind in transformers.CONFIG_MAPPING:
         same = kind == config.get("model_type")  # else the model's own class loads the files, by names of its own
-        with _refusals():
-            read = _read(native)
+        read = _attempt(_read, native)
         auto = auto_class_of(read, _named(config) if same else None)
-        with _refusals():
-            model = construct(auto, read)
-        return _of_model(model, auto.__name__, naming if same else lambda _: None)
+        model, attention = _attempt(lambda one: _with_attention(construct(auto, _read(one))), native)
+        return _of_model(model, auto.__name__, naming if same else lambda _: None, attention)
     if kind not in WRITTEN:
         raise UnknownType(f"transformers {transformers.__version__} has no class for it{_nearest(kind)}: {_WAY_OUT}")
     with torch.device("meta"):
@@ -86,20 +86,21 @@ def build_gguf_skeleton(metadata: Mapping[str, Any], tensors: Sequence[tuple[str
     return build_skeleton(gguf_metadata.config_of(metadata, tensors), partial(gguf_metadata.gguf_naming, architecture=architecture))
 
 
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Say in a sentence what transformers' own classes find wrong with a config. Raises RefusedConfig."""
+def _attempt(step: Callable[[Mapping[str, Any]], T], config: Mapping[str, Any]) -> T:
+    """Return what a step of transformers' own makes of a config. Raises RefusedConfig, which says in a sentence why it does not."""
     try:
-        yield
-    except _CONTRADICTIONS as error:
-        raise RefusedConfig(_refused(error)) from error
+        return step(config)
+    except CONTRADICTIONS as error:
+        raise RefusedConfig(sentence_of(error, config, step)) from error
 
 
-def _refused(error: Exception) -> str:
-    """Write the sentence of a config that transformers refuses; the last line of its error says what is wrong."""
-    last = (str(error).strip().splitlines() or [""])[-1].strip().removeprefix("ValueError: ").rstrip(".")
-    said = last if isinstance(error, (ValueError, RuntimeError, StrictDataclassError)) else f"{type(error).__name__} {last}".strip()
-    return f'transformers {transformers.__version__} refuses it: "{said}"'
+def _with_attention(model: Any) -> tuple[Any, list[Attention]]:
+    """Return a model and what its layers keep. Raises TypeError for what is no number, which ends in an error as it generates."""
+    attention = _attention(model)
+    kept = (getattr(layer, name) for layer in attention for name in Attention.__struct_fields__)
+    if wrong := [one for one in kept if not isinstance(one, int | None)]:
+        raise TypeError(f"layers keep {wrong[0]!r}")
+    return model, attention
 
 
 def _nearest(kind: str) -> str:
@@ -121,9 +122,19 @@ def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop what would have transformers run code that came with the model, at every level."""
-    kept = {key: value for key, value in config.items() if key != "auto_map" and not KERNEL_KEYS.fullmatch(str(key))}
+    """Drop what would have transformers run code that came with the model, at every level, or use what only others have."""
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key != "auto_map" and not (KERNEL_KEYS.fullmatch(str(key)) and _is_kernel(value))
+    }
     return {key: _without_code(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _is_kernel(value: Any) -> bool:
+    """Say whether transformers has such an implementation of attention, or takes it for one of the hub, as does each of a table."""
+    choices = value.values() if isinstance(value, dict) else (value,)
+    return all(isinstance(one, str) and ("/" in one or one in _IMPLEMENTATIONS) for one in choices)
 
 
 def limit_memory() -> None:
@@ -161,12 +172,17 @@ def _named(config: Mapping[str, Any]) -> str | None:
     return first if isinstance(first, str) else None
 
 
-def _of_model(model: Any, auto: str = "AutoModelForCausalLM", naming: Callable[[Any], Naming | None] = naming) -> Skeleton:
+def _of_model(
+    model: Any,
+    auto: str = "AutoModelForCausalLM",
+    naming: Callable[[Any], Naming | None] = naming,
+    attention: Sequence[Attention] | None = None,
+) -> Skeleton:
     config = model.config.get_text_config()
     tied = dict(model.all_tied_weights_keys)
     keep = {"fp16": model._keep_in_fp32_modules or (), "half": model._keep_in_fp32_modules_strict or ()}
     kept = _not_converted(model, tied, model.get_output_embeddings()) | set(keep["fp16"])
-    attention = _attention(model)
+    attention = _attention(model) if attention is None else attention
     kinds = tuple(dict.fromkeys(attention))
     return Skeleton(
         model_class=type(model).__name__,
@@ -232,7 +248,7 @@ def _attention(model: Any) -> list[Attention]:
     """Push one token through the empty model and look at the shapes that its KV cache took.
 
     Raises:
-        RefusedConfig: the sizes of its tensors do not go together.
+        RuntimeError: the sizes of its tensors do not go together.
     """
     config = model.config.get_text_config()
     token, wrong = torch.ones((1, 1), dtype=torch.long, device="meta"), None
@@ -246,7 +262,7 @@ def _attention(model: Any) -> list[Attention]:
             continue
         return [_layer(layer, config) for layer in getattr(kv_cache_of(out), "layers", ())]
     if wrong is not None:
-        raise RefusedConfig(_refused(wrong))
+        raise wrong
     return [_of_config(config)] * config.num_hidden_layers
 
 

@@ -107,16 +107,17 @@ class Talk:
         context = getattr(model.module.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self.answer_most = min(request.new_tokens, context // 2)
         self.prompt_most = min(request.prompt_tokens, context - self.answer_most)
+        self._knows_more = self.prompt_most < context - self.answer_most
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
 
     @property
     def how(self) -> str:
         """How the model is asked."""
         if self._model.tokenizer.chat_template:
-            return "It is asked by its chat template."
+            return "Prompted by its chat template."
         if self._asked is not None:
-            return "It is asked in the dialogue that it was taught."
-        return "It was not taught to talk: it goes on from what you write, and forgets it."
+            return "Prompted in the dialogue format that it was trained on."
+        return "Not trained to chat: it continues what you write, and forgets it."
 
     @property
     def takes_system(self) -> bool:
@@ -180,7 +181,8 @@ class Talk:
                     return inputs, dropped
                 size, room = f"{length:,} tokens", f"{self.prompt_most:,}"
             if len(said) == 1:
-                raise TooLong(f"this takes {size}, and there is room for {room}: shorten it, or raise --prompt-tokens")
+                more = ", or raise --prompt-tokens" if self._knows_more else ""
+                raise TooLong(f"this takes {size}, and there is room for {room}: shorten it{more}")
             said, dropped = said[2:], dropped + 1
 
     def _prompt(self, said: list[dict[str, str]]) -> str:

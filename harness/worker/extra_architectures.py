@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
 
 
 class NormHead(nn.Module):
-    """Baichuan2's output embedding, whose rows are normalised; not a Linear."""
+    """Baichuan2's output embedding, whose rows are normalized; not a Linear."""
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 import os
 
-# torch then asks NVML for the number of GPUs instead of CUDA, which must not be initialised before a fork.
+# torch then asks NVML for the number of GPUs instead of CUDA, which must not be initialized before a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A thread of GNU's OpenMP that waits for another spins 300,000 times first (GOMP_SPINCOUNT in the manual of libgomp), some 12 ms:

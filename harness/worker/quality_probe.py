@@ -116,14 +116,14 @@ def _compare(logp: torch.Tensor, reference: Predictions) -> tuple[int, float]:
     sum(p log(p/q) - p + q), which is never negative and the usual one where both do.
     """
     theirs = torch.from_numpy(np.asarray(reference, dtype=np.float32)).to(logp.device)
-    # Logits in bfloat16 and a reference in float16 have exact ties; either's favourite counts if the other has none better.
-    same = _is_favourite(theirs.argmax(dim=-1), logp) | _is_favourite(logp.argmax(dim=-1), theirs)
+    # Logits in bfloat16 and a reference in float16 have exact ties; either's favorite counts if the other has none better.
+    same = _is_favorite(theirs.argmax(dim=-1), logp) | _is_favorite(logp.argmax(dim=-1), theirs)
     likely = theirs.exp()
     terms = (theirs - logp).mul_(likely).sub_(likely).add_(logp.exp())
     return int(same.sum()), float(terms.clamp_(min=0).sum(dtype=torch.float64))  # less than 0 by rounding alone
 
 
-def _is_favourite(tokens: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
+def _is_favorite(tokens: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
     return logp.gather(1, tokens[:, None])[:, 0] == logp.amax(dim=-1)
 
 

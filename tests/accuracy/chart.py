@@ -1,4 +1,4 @@
-"""Predicted against measured as one SVG: both axes logarithmic, a band of 10 % around the diagonal, a colour a figure."""
+"""Predicted against measured as one SVG: both axes logarithmic, a band of 10 % around the diagonal, a color a figure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import vl_convert
 from harness.core.records import Record
 
 SIDE = 400
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe-Ito
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe-Ito
 MARGIN = 1.1
 
 
@@ -35,12 +35,12 @@ def write(path: Path, pairs: Sequence[Pair], unit: str, scale: float) -> None:
     )
     figures = list(dict.fromkeys(pair.figure for pair in pairs))
     legend = alt.Legend(title=None, orient="bottom", direction="vertical")
-    colour = alt.Color("figure:N", scale=alt.Scale(domain=figures, range=COLOURS[: len(figures)]), legend=legend)
+    color = alt.Color("figure:N", scale=alt.Scale(domain=figures, range=COLORS[: len(figures)]), legend=legend)
     points = _chart([_point(pair, scale) for pair in pairs]).mark_circle(size=50, opacity=0.7)
     ideal = _chart([{"measured": end, "estimated": end, "least": 0.9 * end, "most": 1.1 * end} for end in ends])
     band = ideal.mark_area(opacity=0.12, clip=True, description="within 10 %").encode(across, alt.Y("least:Q"), alt.Y2("most:Q"))
     line = ideal.mark_line(color="#999", strokeDash=[4, 4]).encode(across, up)
-    drawn = (band + line + points.encode(across, up, colour, alt.Description("said:N"))).properties(width=SIDE, height=SIDE)
+    drawn = (band + line + points.encode(across, up, color, alt.Description("said:N"))).properties(width=SIDE, height=SIDE)
     sized = drawn.configure_axis(labelFontSize=12, labelSeparation=6, titleFontSize=12).configure_legend(labelFontSize=12)
     path.write_text(vl_convert.vegalite_to_svg(sized.to_dict()) + "\n", encoding="utf-8")
 

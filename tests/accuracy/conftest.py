@@ -32,9 +32,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def results(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    """Every model, run once in every way of `local_runs.WAYS`."""
+def runs(models: dict[str, Path], here: Machine, tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    """Every model, run in every way of `local_runs.WAYS`, some of them more than once."""
     return list(local_runs.run_all(models, here, tmp_path_factory.mktemp("scratch")))
+
+
+@pytest.fixture(scope="session")
+def results(runs: list[Result]) -> list[Result]:
+    """The first run of every case."""
+    return list({one.id: one for one in reversed(runs)}.values())
 
 
 @pytest.fixture(scope="session")

@@ -6,16 +6,20 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from harness.core import metrics
+from harness.core.metrics import when_ready
 from harness.core.options import DEFAULT_MODEL
 from harness.core.records import Machine, Result
 from harness.core.units import format_share
 from harness.planning.calibrating import evidence, fit
 from harness.planning.calibration import default
+from harness.planning.cost.speed import IN_CACHE, ON_DISK
 from harness.planning.loading import seconds
 from tests.accuracy.local_runs import planner_of
 from tests.support.published import Prediction, interval_score, median_width, share_inside
 
-MEASURED = ("decode_tok_s", "first_token_s", "load_s")
+MEASURED = ("decode_tok_s", "first_token_s", "load_s", "ready_s again")
+AT_FIRST = "ready_s at first"
 
 
 class Forecast(Prediction, frozen=True, kw_only=True):
@@ -32,7 +36,10 @@ def forecasts(
     models: dict[str, Path],
     calibrates: str = DEFAULT_MODEL,
 ) -> Iterator[Forecast]:
-    """Plan the cases of all models but one by constants that only its results corrected."""
+    """Plan the cases of all models but one by constants that only its results corrected.
+
+    Of a run whose files came from the disk only the time until it was ready is forecast; nothing where they did so in part.
+    """
     base = default()
     own = evidence.observations([one for one in results if one.case.model == calibrates], base.digest, here)
     constants = fit.fit_constants(base, own).calibration
@@ -42,14 +49,20 @@ def forecasts(
             continue
         planner = planner_of(name, models[name], here, constants)
         plan = planner.plan(one.case)
-        load, estimate = seconds.timed(planner, plan), plan.estimate
-        assert load is not None
+        estimate, load = plan.estimate, seconds.timed(planner, plan)
         assert estimate is not None
-        spent = load.warm_s if load.warm_s is not None and not evidence.came_from_disk(one, "load") else load.cold_s
-        planned = {"decode_tok_s": estimate.decode_tok_s, "first_token_s": estimate.first_token_s, "load_s": spent}
-        for figure in MEASURED:
-            measured = 1 / one.metrics["token_p50_s"] if figure == "decode_tok_s" else one.metrics[figure]
-            yield Forecast(case=one.id, placement=one.case.placement, figure=figure, planned=planned[figure], measured=measured)
+        assert load is not None
+        ready, came = estimate.ready_s, when_ready(one)
+        if came == metrics.AT_FIRST:
+            yield Forecast(
+                case=one.id, placement=one.case.placement, figure=AT_FIRST, planned=ready[ON_DISK], measured=one.metrics["ready_s"]
+            )
+        elif came == metrics.AGAIN:
+            planned = (estimate.decode_tok_s, estimate.first_token_s, load.warm_s, ready[IN_CACHE])
+            measured = (1 / one.metrics["token_p50_s"], *(one.metrics[name] for name in ("first_token_s", "load_s", "ready_s")))
+            for figure, interval, value in zip(MEASURED, planned, measured, strict=True):
+                assert interval is not None
+                yield Forecast(case=one.id, placement=one.case.placement, figure=figure, planned=interval, measured=value)
 
 
 def mean_error(rows: Sequence[Forecast]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from transformers.activations import ACT2FN
 
 from harness.architecture import skeleton, skeleton_source
 from harness.catalog import shipped
@@ -75,7 +76,7 @@ def test_catalog_has_its_models_under_short_names_too() -> None:
     assert len({name.rpartition("/")[2].casefold() for name in CATALOG}) == len(CATALOG)
 
 
-def test_unknown_name_is_answered_with_its_neighbour() -> None:
+def test_unknown_name_is_answered_with_its_neighbor() -> None:
     with pytest.raises(UsageError, match=r"no model 'chatglm-6' in the catalog: did you mean .*'chatglm-6b'"):
         skeleton_source.named("chatglm-6")
 
@@ -208,13 +209,37 @@ def test_config_that_differs_where_no_shape_does_finds_the_shipped_skeleton() ->
     assert skeleton_source.shipped(config | {"num_hidden_layers": 29}) is None
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "x"),
+        ("hidden_act", 5),
+        ("rms_norm_eps", "1e-6"),
+        ("use_cache", "yes"),
+        ("auto_map", []),
+        ("pad_token_id", {}),
+    ],
+)
+def test_a_value_that_transformers_may_refuse_finds_no_shipped_skeleton(key: str, value: object) -> None:
+    assert skeleton_source.shipped(CATALOG["Qwen/Qwen2.5-7B-Instruct"].config | {key: value}) is None
+
+
+def test_an_unknown_activation_is_named_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"gives hidden_act as 'x', and transformers 5[.\d]* makes no model of that"):
+        skeleton_source.build(CATALOG["HuggingFaceTB/SmolLM2-135M-Instruct"].config | {"hidden_act": "x"}, tmp_path)
+
+
+def test_the_activations_that_say_nothing_of_a_shape_are_those_of_transformers() -> None:
+    assert not skeleton_source.ACTIVATIONS - set(ACT2FN)
+
+
 def test_other_models_are_built_by_a_worker_once(tmp_path: Path) -> None:
     model = skeleton_source.build(TINY_LLAMA, tmp_path)
     assert model.model_class == "LlamaForCausalLM"
     assert model.parameters == 256 * 64 + 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64) + 64
-    start = time.perf_counter()
+    start = time.process_time()
     assert skeleton_source.build(TINY_LLAMA, tmp_path) == model
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
     kept = next(tmp_path.iterdir())
     kept.write_bytes(b'{"model_class": "of another version"}')
     assert skeleton_source.build(TINY_LLAMA, tmp_path) == model

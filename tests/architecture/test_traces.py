@@ -74,14 +74,14 @@ def test_shipped_records_give_the_traced_peaks() -> None:
 
 def test_a_record_is_found_and_evaluated_without_decoding_the_others() -> None:
     config = catalog()[hub_id("llama-3.1-8b-instruct")].config
-    start = time.perf_counter()
+    start = time.process_time()
     record = traces.shipped_trace(config, "bf16")
     assert record is not None
     given = evaluate(record, 1, 2048, 16)
     assert given is not None
     assert given.decode is not None
     assert given.worst is given.prefill
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_shipped_records_stay_small() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from tests.support.builders import GOLDEN
 from tests.support.reporting import Figure
 
 ROUNDS = 5
-# Of processor time, which neighbors on the other core make longer: what is wanted on a quiet machine, and what holds beside others.
+# What is wanted of the clock on two quiet cores; what holds of processor time, of all processes, which neighbors make longer.
 AIM_S, LIMIT_S = 3.0, 6.0
 # Fields of the filter bar and what is chosen in each, one after the other.
 CHOICES = (("precision", "int4"), ("precision", ""), ("fits", "8"), ("outcome", "oom"), ("fits", ""), ("outcome", ""))
@@ -49,6 +50,11 @@ def many(cases: int) -> list[Result]:
     return found
 
 
+def processor_time() -> float:
+    """Return the seconds that this process and those that it began and saw end have computed."""
+    return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     driver = started(tmp_path_factory.mktemp("profile"))
@@ -58,15 +64,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.mark.parametrize(("cases", "wanted_s", "limit_s", "megabytes"), [(500, 1.0, 1.0, 2.0), (10_000, AIM_S, LIMIT_S, 12.0)])
 def test_renders(figures: list[Figure], cases: int, wanted_s: float, limit_s: float, megabytes: float) -> None:
-    results, taken = many(cases), []
+    results, passed, computed = many(cases), [], []
     render.render(results[:1])  # compiles the templates
     for _ in range(ROUNDS):
-        begun = time.process_time()
+        begun, before = time.perf_counter(), processor_time()
         html = render.render(results)
-        taken.append(time.process_time() - begun)
-    took, size = statistics.median(taken), len(html.encode()) / 1e6
+        passed.append(time.perf_counter() - begun)
+        computed.append(processor_time() - before)
+    took, size = statistics.median(computed), len(html.encode()) / 1e6
+    waited = f"{statistics.median(passed):.2f} s"
     figures.append(Figure(what=f"page of {cases:,} results", found=f"{size:.2f} MB", wanted=f"{megabytes:.0f} MB", rows=1))
-    figures.append(Figure(what="rendered in processor time of", found=f"{took:.2f} s", wanted=f"{wanted_s:.0f} s", rows=ROUNDS))
+    figures.append(Figure(what="rendered in", found=waited, wanted=f"{wanted_s:.0f} s", rows=ROUNDS))
+    figures.append(Figure(what="processor time of all processes", found=f"{took:.2f} s", wanted=f"{limit_s:.0f} s", rows=ROUNDS))
     assert took <= limit_s
     assert size <= megabytes
 

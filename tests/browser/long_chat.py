@@ -12,7 +12,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.browser.pages import logged, requested
+from tests.browser.pages import logged, requested, violations
 from tests.cli.test_chat import free_port, serving
 from tests.support import small_models
 
@@ -80,7 +80,7 @@ def test_a_turn_shows_case_speed_memory_and_context_and_asks_nobody_else(page: w
 
 def test_a_long_message_comes_back_to_be_shortened_and_ends_nothing(page: webdriver.Chrome) -> None:
     say(page, "x" * 300)
-    until(page, lambda: "Not sent: this takes 300 tokens, and there is room for" in shown(page))
+    until(page, lambda: "Not sent: this takes 300 tokens, and there is room for 188: shorten it." in shown(page))
     assert said(page) == []
     assert page.find_element(By.CSS_SELECTOR, "#message textarea").get_attribute("value") == "x" * 300
     say(page, "Hello")
@@ -121,3 +121,14 @@ def test_stop_ends_an_answer_and_the_next_is_given(page: webdriver.Chrome) -> No
     press(page, "Regenerate")
     until(page, lambda: "Cut at" in shown(page))
     assert len(said(page)) == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everybody_can_read_it_and_know_what_the_box_is_for(page: webdriver.Chrome, axe: str, scheme: str) -> None:
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    page.refresh()
+    until(page, lambda: bool(page.find_elements(By.CSS_SELECTOR, "#message textarea")))
+    press(page, "Settings\n▼")
+    until(page, lambda: "System prompt" in shown(page))
+    assert page.find_element(By.CSS_SELECTOR, "#message textarea").accessible_name == "Message"
+    assert [one for one in violations(page, axe) if "color-contrast" in str(one)] == []

@@ -122,7 +122,18 @@ def cut(browser: Chrome) -> list[str]:
     const cut = (one) => one.scrollWidth > one.clientWidth + 1 && hides(getComputedStyle(one));
     const parts = [...document.querySelectorAll("body *")].filter((one) => one.textContent.trim() && !one.closest("svg, .sr"));
     const seen = parts.filter((one) => one.checkVisibility({ visibilityProperty: true }) && one.clientWidth);
-    return seen.filter(cut).map((one) => one.outerHTML.slice(0, 300));
+    // What is laid out on demand paints nothing beyond its edge either.
+    const edge = (one) => {
+      for (let up = one.parentElement; up; up = up.parentElement) {
+        const style = getComputedStyle(up);
+        if (["auto", "scroll"].includes(style.overflowX)) return Infinity;
+        if (style.contentVisibility === "auto") return up.getBoundingClientRect().right;
+      }
+      return Infinity;
+    };
+    const says = (one) => [...one.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+    const sticksOut = (one) => says(one) && one.getBoundingClientRect().right > edge(one) + 1;
+    return seen.filter((one) => cut(one) || sticksOut(one)).map((one) => one.outerHTML.slice(0, 300));
     """
     found: list[str] = browser.execute_script(script)
     return found

@@ -139,6 +139,23 @@ def test_chinese_works_where_nothing_may_be_kept(show: Open, few: list[Result]) 
         show(few)
 
 
+def test_what_a_result_says_of_noise_and_of_the_slowest_part_is_said_in_chinese(show: Open, results: list[Result]) -> None:
+    """Several reasons stand side by side, and what belongs to one of them does not reach over the others."""
+    one = case_of(results, "chatglm-6b/int4/direct")
+    assert one.estimate is not None
+    noisy = {
+        "ready_s": "others used 1.4 of 2 cores during load; others used 1.5 of 2 cores during cold",
+        "decode_tok_s": "standard deviation 19.7 % of the mean over 9 rounds; others used 1.5 of 2 cores in 9 of 9 warm rounds",
+    }
+    estimate = msgspec.structs.replace(one.estimate, bound_by="reads 0.256 GiB a token from RAM")
+    browser = show([msgspec.structs.replace(one, noisy=noisy, estimate=estimate)], fragment="lang=zh")
+    settled(browser)
+    text = browser.execute_script("return document.documentElement.textContent")
+    assert "加载阶段其他进程占用 2 个核中的 1.4 个；冷启动阶段其他进程占用 2 个核中的 1.5 个" in text
+    assert "9 轮的标准差为均值的 19.7 %；预热后 9 轮中有 9 轮其他进程占用 2 个核中的 1.5 个" in text
+    assert "每个 token 从内存读取 0.256 GiB" in text
+
+
 def test_filters_order_tooltip_and_copy_speak_chinese(show: Open, results: list[Result]) -> None:
     browser = show([result for result in results if result.machine.gpus], fragment="lang=zh")
     browser.execute_script("document.querySelector('td.best > a').focus()")

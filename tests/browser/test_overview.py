@@ -131,14 +131,14 @@ def test_the_band_lies_behind_its_column(show: Open, width: int) -> None:
 
 CONTRASTS = """
 const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-const light = (colour) => {
-  canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+const light = (color) => {
+  canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
   const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((part) => part / 255)
     .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
 };
 const ground = light(getComputedStyle(document.body).backgroundColor);
-const contrast = (colour) => { const ink = light(colour); return Math.max(ink, ground) / Math.min(ink, ground); };
+const contrast = (color) => { const ink = light(color); return Math.max(ink, ground) / Math.min(ink, ground); };
 const of = (selector, key) => [...document.querySelectorAll(selector)].map((part) => contrast(getComputedStyle(part)[key]));
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_the_page_says_what_the_plan_says(fresh: Chrome, capsys: pytest.CaptureF
     best = next(plan for plan in wanted["plans"] if plan["case"] == wanted["recommended"])
     speed, ready = best["decode_tok_s"], best["load_s"]["best"] + best["first_token_s"]["best"]
     rate = {end: units.significant(speed[end], 2) for end in speed}
-    assert f"{rate['best']} tokens/s ({rate['low']} to {rate['high']})" in answer
+    assert f"{rate['best']} tokens/s ({rate['low']}–{rate['high']})" in answer
     assert units.format_seconds(ready) in answer
     assert f"{best['max_context_tokens']:,} tokens" in answer
     rows = fresh.find_elements(By.CSS_SELECTOR, "table.plans tbody tr")
@@ -102,6 +103,18 @@ def test_the_page_says_what_the_plan_says(fresh: Chrome, capsys: pytest.CaptureF
         assert row.find_element(By.TAG_NAME, "th").get_property("textContent") == plans[case]["precision"]
     (chosen,) = fresh.find_elements(By.CSS_SELECTOR, "table.plans tr.chosen")
     assert wanted["recommended"] in str(chosen.get_attribute("data-cases"))
+
+
+def test_what_would_be_faster_stands_below_the_answer_in_the_language_of_the_page(fresh: Chrome) -> None:
+    ask(fresh, model="chatglm-6b-int4", card="RTX 3060 12GB", ram="32")
+    below = "#answer > .answer + .why"
+    note = fresh.find_element(By.CSS_SELECTOR, below).text
+    said = re.fullmatch(r"Faster here: (\S+), the same model unpacked, fits as (\S+) \((\S+ tokens/s)\)\.", note)
+    assert said is not None, note
+    fresh.find_element(By.CSS_SELECTOR, "[data-lang=zh]").click()
+    assert fresh.find_element(By.CSS_SELECTOR, below).text == "本机上更快：同一模型的未打包版本 {} 以 {} 装得下（{}）。".format(
+        *said.groups()
+    )
 
 
 def test_an_answer_shows_what_was_measured_and_where(fresh: Chrome) -> None:
@@ -207,7 +220,7 @@ def test_axe_core_finds_nothing_and_a_narrow_screen_shows_all(fresh: Chrome, axe
 def test_it_speaks_chinese_and_back(fresh: Chrome) -> None:
     fresh.find_element(By.CSS_SELECTOR, "[data-lang=zh]").click()
     answer = fresh.find_element(By.ID, "answer").text
-    for words in ("放得下", "权重", "全部方式", "实测", "命令行", "每个词元从显存读取"):
+    for words in ("放得下", "权重", "全部方式", "实测", "命令行", "每个 token 从显存读取"):
         assert words in answer
     assert fresh.find_element(By.ID, "said").text.startswith("用时")
     ask(fresh, model="qwen2.5-0.5b")

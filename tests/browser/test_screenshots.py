@@ -1,7 +1,7 @@
 """What the page looks like, against pictures that a person has looked at: reports/screenshots, of which one opens the README.
 
-They are of real results of this project, and compared by the mean colour of squares: a letter drawn otherwise is nothing, a part
-that has moved, vanished or lost its colour is something. A picture that is deleted is taken anew: look at it before you keep it.
+They are of real results of this project, and compared by the mean color of squares: a letter drawn otherwise is nothing, a part
+that has moved, vanished or lost its color is something. A picture that is deleted is taken anew: look at it before you keep it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.browser
 
 PICTURES = REPORTS / "screenshots"
 FONT, CHINESE = "DejaVu Sans", "Noto Sans CJK SC"  # the pictures were taken with them; another one moves every line
-SQUARE, COLOUR, SHARE = 16, 24, 0.02  # pixels; of 255; of the squares that may differ
+SQUARE, COLOR, SHARE = 16, 24, 0.02  # pixels; of 255; of the squares that may differ
 
 
 class Picture(NamedTuple):
@@ -147,12 +147,12 @@ def _painted(browser: Chrome, clip: dict[str, float]) -> Image.Image:
 
 
 def different(one: Image.Image, other: Image.Image) -> float:
-    """Return the share of squares whose mean colours differ; all of them where the sizes do."""
+    """Return the share of squares whose mean colors differ; all of them where the sizes do."""
     if one.size != other.size:
         return 1.0
     size = (one.width // SQUARE, one.height // SQUARE)
     first, second = (np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX), dtype=np.int16) for image in (one, other))
-    return float((np.abs(first - second).max(axis=2) > COLOUR).mean())
+    return float((np.abs(first - second).max(axis=2) > COLOR).mean())
 
 
 def test_a_part_that_is_gone_is_noticed() -> None:

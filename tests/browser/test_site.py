@@ -163,6 +163,32 @@ def test_without_scripts_everything_is_there_but_the_filter(show: Open, browser:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
+OVERLAPPING = """
+return [...document.querySelectorAll('table.ways tbody tr:not([hidden])')].flatMap((row) => {
+  const texts = [...row.children].map((cell) => {
+    const range = document.createRange();
+    range.selectNodeContents(cell);
+    return [...range.getClientRects()].filter((box) => box.width);
+  });
+  const meets = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 6 && b.top < a.bottom - 6;
+  const outside = innerWidth <= 560 && texts.flat().some((box) => box.right > innerWidth);  // a wider table scrolls
+  const over = texts.some((mine, i) => texts.slice(i + 1).some((other) => mine.some((a) => other.some((b) => meets(a, b)))));
+  return over || outside ? [row.textContent] : [];
+});
+"""
+
+
+@pytest.mark.parametrize("width", [320, 360, 560, 561, 1280])
+def test_on_the_front_door_no_text_lies_over_another(show: Open, width: int) -> None:
+    """Long names of precisions, and figures with a mark beside them, are as much as a telephone has room for."""
+    browser = show(width=width)
+    browser.execute_script(
+        "for (const way of document.querySelectorAll('table.ways .way')) way.textContent = 'torchao-int8-dynamic, balanced_low_0';"
+        "for (const row of document.querySelectorAll('table.ways tbody tr')) row.children[3].prepend('noisy, slower than it was ');"
+    )
+    assert browser.execute_script(OVERLAPPING) == []
+
+
 def test_no_page_scrolls_sideways_asks_for_anything_or_runs_a_name(show: Open, site: Path) -> None:
     for file in sorted(site.rglob("*.html")):
         page = str(file.relative_to(site))
@@ -191,12 +217,12 @@ def test_text_stands_out_from_its_ground(show: Open, browser: Chrome, scheme: st
 
 CONTRAST = """
 const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-const pixel = (...colours) => {
+const pixel = (...colors) => {
   canvas.clearRect(0, 0, 1, 1);
-  for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+  for (const color of colors) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); }
   return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
 };
-const light = (colour) => colour.map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+const light = (color) => color.map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
   .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
 const grounds = (node) => (node ? [...grounds(node.parentElement), getComputedStyle(node).backgroundColor] : []);
 const wrong = [];

@@ -50,7 +50,7 @@ def inspection(parts: tuple[SizePart, ...] = PARTS, name: str = "tiny") -> Inspe
         quantization="gptq 4-bit",
         context_length=2048,
         parts=parts,
-        ties=(Tie(names=(name, "lm_head.weight"), how="repeated", extra_bytes=MIB),),
+        ties=(Tie(names=(name, "lm_head.weight"), how="repeated", extra_bytes=MIB, extra_parameters=MIB // 2),),
     )
 
 
@@ -114,8 +114,8 @@ def test_words_stand_out_from_what_is_behind_them(show: Open, scheme: str) -> No
     kinds = ("embedding", "attention", "mlp", "norm", "head", "other")
     browser = show(inspection(tuple(part("", 1, kind, MIB) for kind in kinds)), scheme=scheme)
     script = """
-    const light = (colour) => {
-      const [r, g, b] = colour.match(/[\\d.]+/g).map((part) => part / 255)
+    const light = (color) => {
+      const [r, g, b] = color.match(/[\\d.]+/g).map((part) => part / 255)
         .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
       return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
     };

@@ -17,6 +17,7 @@ from harness.results import store
 from tests.browser.pages import WIDTHS, cut, overlapping, settled, violations
 from tests.browser.test_language import in_english
 from tests.support.builders import GOLDEN
+from tests.support.reporting import REPORTS
 
 pytestmark = pytest.mark.browser
 
@@ -29,14 +30,21 @@ def results() -> list[Result]:
 
 
 @pytest.fixture(scope="module")
-def pages(results: list[Result], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A report, and of each kind of a site's pages one."""
+def alone() -> list[Result]:
+    """Those of a single model."""
+    return store.read(REPORTS / "smollm2-135m" / store.NAME)[0]
+
+
+@pytest.fixture(scope="module")
+def pages(results: list[Result], alone: list[Result], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A report of many models, one of a single model, and of each kind of a site's pages one."""
     folder = tmp_path_factory.mktemp("pages")
     (folder / store.NAME).write_bytes(b"".join(encode_record(result) + b"\n" for result in results))
     assert entry.main(["publish", str(folder), "--to", str(folder / "site")]) == 0
     (folder / "report.html").write_text(render.render(results), encoding="utf-8")
+    (folder / "alone.html").write_text(render.render(alone), encoding="utf-8")
     of_kinds = [sorted((folder / "site" / kind).glob("*.html"))[0] for kind in ("models", "cards", "machines")]
-    return [folder / "report.html", folder / "site/index.html", folder / "site/provenance.html", *of_kinds]
+    return [folder / "report.html", folder / "alone.html", folder / "site/index.html", folder / "site/provenance.html", *of_kinds]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +67,7 @@ def show(browser: Chrome, page: Path, width: int, scheme: str, language: str) ->
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_page_is_whole_at_every_width(
-    browser: Chrome, pages: list[Path], results: list[Result], width: int, scheme: str, language: str
+    browser: Chrome, pages: list[Path], results: list[Result], alone: list[Result], width: int, scheme: str, language: str
 ) -> None:
     wrong: dict[str, Any] = {}
     for page in pages:
@@ -67,7 +75,7 @@ def test_every_page_is_whole_at_every_width(
         assert browser.execute_script("return document.documentElement.lang").startswith(language), page.name
         scrolled = browser.execute_script("const all = document.documentElement; return all.scrollWidth - all.clientWidth")
         found = [*([f"scrolls by {scrolled}"] if scrolled > 0 else []), *cut(browser), *overlapping(browser)]
-        found += in_english(browser, results) if language == "zh" else []
+        found += in_english(browser, [*results, *alone]) if language == "zh" else []
         if found:
             wrong[page.name] = found
     assert not wrong

@@ -68,11 +68,19 @@ def test_a_generate_of_its_own_is_named(folder: Path) -> None:
     assert [code.kind for code in reader.read(folder).remote_code] == ["generate"]
 
 
-@pytest.mark.parametrize("value", [None, 1, [], {}, {"AutoConfig": 1}, {"AutoTokenizer": {"a": "b"}}, [[]], "x" * 100_000])
+@pytest.mark.parametrize("value", [[], {}, {"AutoConfig": 1}, {"AutoTokenizer": {"a": "b"}}, [[]], "x" * 100_000])
 def test_any_auto_map_is_survived(folder: Path, value: object) -> None:
     for file in ("config.json", "tokenizer_config.json"):
         change(folder / file, {"auto_map": value, "attn_implementation": value})
     assert all(len(code.name) < 130 for code in reader.read(folder).remote_code)
+
+
+@pytest.mark.parametrize("value", [None, 1, False, float("nan")])
+def test_an_auto_map_that_nothing_can_be_looked_up_in_is_refused(folder: Path, value: object) -> None:
+    """transformers looks for AutoConfig in whatever stands there, and ends in an error of Python."""
+    change(folder / "config.json", {"auto_map": value})
+    with pytest.raises(CheckpointError, match=r"gives 'auto_map' as \w+; it must be a table of classes"):
+        reader.read(folder)
 
 
 @pytest.mark.parametrize(

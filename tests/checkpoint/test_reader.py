@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -142,6 +143,9 @@ def test_a_gguf_in_parts_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(CheckpointError, match="1 of 2 shards are missing: 'm-00002-of-00002"):
         read(tmp_path / "m-00001-of-00002.gguf")
+    (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "m-00002-of-00002.gguf")
+    with pytest.raises(CheckpointError, match="1 of 2 shards are missing: 'm-00001-of-00002"):
+        read(tmp_path)
     for name in ("z-00000-of-00000.gguf", "z-00007-of-00002.gguf"):
         assert len(read(small_gguf(tmp_path / name)).files) == 1
 
@@ -341,6 +345,17 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf", "mmproj-a.gguf"):
         small_gguf(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"has 2 GGUF files; name one, by its path or --file: 'a.gguf', 'b.gguf'"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("whole", "suffix"), [("model", "safetensors"), ("pytorch_model", "bin")])
+def test_the_index_that_is_missing_is_named(tmp_path: Path, whole: str, suffix: str) -> None:
+    """Shards without it are no less than a loader needs: transformers does not find them."""
+    write_config(tmp_path)
+    for part in (1, 2):
+        (tmp_path / f"{whole}-0000{part}-of-00002.{suffix}").write_bytes(b"")
+    said = f"has '{whole}-00001-of-00002.{suffix}', '{whole}-00002-of-00002.{suffix}' without {whole}.{suffix}.index.json, by which"
+    with pytest.raises(CheckpointError, match=re.escape(said)):
         read(tmp_path)
 
 

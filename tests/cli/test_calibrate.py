@@ -133,7 +133,9 @@ def test_what_was_kept_for_other_constants_is_said_and_does_not_count(here: Mach
     old = msgspec.structs.replace(kept, digest="0123abcd")
     kept_calibration._write(kept_calibration._File(machines=(old,)))
     assert factor(here) == 1.0
-    assert "calibrate again" in (constants(earlier_results(None), here).note or "")
+    assert "was for an earlier fitmatrix and does not count: fitmatrix calibrate makes a new one" in (
+        constants(earlier_results(None), here).note or ""
+    )
 
 
 def test_what_was_kept_with_another_torch_counts_and_says_so(here: Machine) -> None:

@@ -75,6 +75,12 @@ def test_json_holds_the_checkpoint_whole(say: Said, model: Path) -> None:
     assert [tie["how"] for tie in found["ties"]] == ["absent"]
 
 
+def test_parameters_are_those_of_the_plan_and_what_is_stored_twice_is_said(say: Said, capsys: pytest.CaptureFixture[str]) -> None:
+    """`plan` and `models` count tied weights once."""
+    assert "parameters    6.17 B in 28 blocks, stored as 6.71 B\n" in say("chatglm-6b")[1]
+    assert " 6.17 B " in saying(capsys, "models")("chatglm-6b")[1]
+
+
 def test_the_table_says_it_in_words_and_bars(say: Said, model: Path) -> None:
     status, text, _ = say(model)
     assert status == 0
@@ -181,7 +187,7 @@ def test_piped_it_is_plain_text_of_80_columns(say: Said, model: Path, tmp_path: 
         assert not [line for line in text.splitlines() if line != line.rstrip()]
 
 
-def test_a_terminal_gets_colours_and_blocks(say: Said, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_colors_and_blocks(say: Said, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     text = say(model)[1]
@@ -362,7 +368,10 @@ def test_damage_is_one_sentence_and_exit_status_2(say: Said, tmp_path: Path, nam
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("./nowhere", "no directory './nowhere'"),
+        (
+            "./nowhere",
+            "no directory './nowhere': give one with config.json and weights, a hub id, or a catalog name: 'fitmatrix models' ",
+        ),
         ("/nowhere/at/all", "no directory '/nowhere/at/all'"),
         ("~nobody-of-this-name/model", "cannot be read"),
         ("smolm2-135m", "did you mean 'smollm2-135m' or"),

@@ -18,8 +18,9 @@ import pytest
 from harness.catalog import resolve, shipped
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS
-from harness.core.units import MIB
+from harness.core.units import MIB, format_seconds
 from harness.machine import accelerators, bandwidth, probe
+from harness.planning.loading.seconds import READY, READY_EACH_TIME
 from tests.machine.test_probe import Nvml, card
 from tests.support import small_models
 from tests.support.bad_models import BAD, write_bad
@@ -33,7 +34,7 @@ TIER_KEYS = {
     "low_bytes", "high_bytes", "needed_bytes", "needed_high_bytes", "capacity_bytes",
 }  # fmt: skip
 PLAN_KEYS = {
-    "case", "precision", "placement", "kv", "attention", "verdict", "why", "needs", "tiers", "load_s", "first_token_s",
+    "case", "precision", "placement", "kv", "attention", "verdict", "why", "needs", "tiers", "load_s", "first_token_s", "ready_s",
     "decode_tok_s", "load", "bound_by", "quality_kept", "quality_from", "device_map", "max_memory", "max_context_tokens", "code",
 }  # fmt: skip
 
@@ -109,6 +110,7 @@ def test_the_json_is_the_contract(say: Said) -> None:
         assert (plan["code"] is None) == (plan["verdict"] in {"invalid", "unavailable"})
         assert all(tier.keys() == TIER_KEYS for tier in plan["tiers"].values())
         assert plan["load_s"] is None or plan["load_s"].keys() == {"low", "best", "high"}
+        assert plan["ready_s"] is None or {"disk"} <= plan["ready_s"].keys() <= {"disk", "page_cache"}
     assert found["recommended"] == "chatglm-6b/int8/direct"
 
 
@@ -161,7 +163,7 @@ def test_the_table_says_verdict_reason_and_what_to_do(say: Said) -> None:
     assert best.split()[:3] == ["int8", "direct,", "auto,"]
     assert " fits " in best
     assert "fitmatrix plan chatglm-6b --gpu 'RTX 3060 12GB' --ram 32GiB --code int8/direct" in " ".join(out.split())
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, unpasted(out))) <= 80
     assert "too big for gpu:0: needs 12.9 GiB" in " ".join(say("chatglm-6b", *PROFILE, "--all")[1].split())
 
 
@@ -182,26 +184,82 @@ def test_explain_names_every_term_and_where_its_constants_come_from(say: Said) -
     status, out, _ = say("chatglm-6b", *PROFILE, "--explain", "int8/direct")
     assert status == 0
     terms = ("weights", "KV cache", "activations", "overhead", "peak while loading", "first token")
-    assert not [word for word in (*terms, "gpu_bandwidth_share_quantised", "published") if word not in out]
+    assert not [word for word in (*terms, "gpu_bandwidth_share_quantized", "published") if word not in out]
     assert len(out.splitlines()) <= 20
     whole = say("chatglm-6b", *PROFILE, "--explain", "int8/direct", "--all")[1]
     assert "quantize" in whole
-    assert "of a cold load is reading 12.5 GiB" in " ".join(whole.split())
+    assert "of the first load is reading 12.5 GiB" in " ".join(whole.split())
     assert not [
         word
-        for word in (*terms, "load again", "load cold", "allocated by torch", "gpu_context_bytes", "published: vLLM's int4")
+        for word in (*terms, "load again", "from the disk", "allocated by torch", "gpu_context_bytes", "published: vLLM's int4")
         if word not in whole
     ]
 
 
 @pytest.mark.parametrize(
-    ("case", "foreign"), [("int8/direct", ("cpu_", "disk_", "moss")), ("bf16/cpu", ("gpu_", "link_", "quantise"))]
+    ("case", "foreign"), [("int8/direct", ("cpu_", "disk_", "moss")), ("bf16/cpu", ("gpu_", "link_", "quantize"))]
 )
 def test_explain_names_no_constant_that_has_no_part_in_the_case(say: Said, case: str, foreign: tuple[str, ...]) -> None:
     _, out, _ = say("chatglm-6b", *PROFILE, "--explain", case, "--all")
     named = {line.split()[0] for line in out.splitlines() if re.match(r"[a-z0-9_]+_[a-z0-9_]+  ", line)}
     assert len(named) > 4
     assert not [name for name in named for part in foreign if part in name]
+
+
+def test_the_headline_says_when_it_is_ready_from_the_disk_and_again(say: Said) -> None:
+    """A model of a little more than half of the RAM is as soon ready as one of a little less, as its files are read either way."""
+    times = {}
+    for model in ("llama-3.1-8b-instruct", "qwen3-8b"):
+        found = planned(say, model, *PROFILE)
+        ready = next(plan["ready_s"] for plan in found["plans"] if plan["case"] == found["recommended"])
+        times[model] = {files: span["best"] for files, span in ready.items()}
+        said = " ".join(say(model, *PROFILE)[1].split())
+        first, again = (format_seconds(times[model][files]) for files in ("disk", "page_cache"))
+        assert f"ready in {first}, again in {again}" in said
+        assert READY in said
+        assert "disk at 0.120 GB/s to 6.00 GB/s" in said
+    one, other = times.values()
+    assert all(one[files] == pytest.approx(other[files], rel=0.1) for files in ("disk", "page_cache"))
+    assert one["disk"] > 3 * one["page_cache"]
+
+
+def test_files_that_no_page_cache_keeps_are_ready_once(say: Said) -> None:
+    found = planned(say, "qwen3-8b", "--gpu", "24GiB", "--ram", "16GiB")
+    best = next(plan for plan in found["plans"] if plan["case"] == found["recommended"])
+    assert best["ready_s"].keys() == {"disk"}
+    out = say("qwen3-8b", "--gpu", "24GiB", "--ram", "16GiB")[1]
+    assert ", again in" not in " ".join(block(out))
+    assert not re.search(r"^ .* ready\n", out, re.M)  # above "first" and "again"
+    assert re.search(r"^precision .* ready +tokens/s$", out, re.M)
+    assert (READY in " ".join(out.split())) < (READY_EACH_TIME in " ".join(out.split()))
+
+
+def test_a_form_that_is_not_there_has_the_figures_of_such_a_checkpoint(say: Said) -> None:
+    """What is the same if the model were stored so is one row, and what a map would do is not held against it."""
+    forms = ("--precision", "gptq-int4", "--precision", "awq-int4")
+    out = say("qwen2.5-7b-instruct", *PROFILE, *forms)[1]
+    rows = re.findall(r"^(gptq-int4|awq-int4) +direct, .* unavailable .* [\d.]+ m?s +[\d.]+-[\d.]+$", out, re.M)
+    assert rows == ["gptq-int4", "awq-int4"]
+    said = " ".join(out.split())
+    assert "What needs a checkpoint of another form has the figures of such a checkpoint." in said
+    assert "Off the GPU" not in said
+    assert said.count("needs a GPTQ checkpoint, and this one is bfloat16: quantize it, or look for one on the hub") == 2
+    assert "such a checkpoint" not in say("qwen2.5-7b-instruct", *PROFILE)[1]
+
+
+NOTES = {"ready": READY, "quality": "Quality is", "context": "Context is"}
+
+
+@pytest.mark.parametrize("columns", [50, 60, 70, 80, 100])
+@pytest.mark.parametrize("model", ["chatglm-6b", "qwen3-8b"])
+def test_what_explains_a_column_stands_under_it_alone(say: Said, model: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = say(model, *PROFILE, "--best")[1]
+    heads = next(line for line in out.splitlines() if line.startswith("precision ")).split()
+    assert "verdict" in heads
+    said = " ".join(out.split())
+    for name, note in NOTES.items():
+        assert (note in said) == (name in heads or name == "ready"), name  # the answer says when it is ready
 
 
 def block(text: str) -> list[str]:

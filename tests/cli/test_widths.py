@@ -54,10 +54,14 @@ ASKED = (
 )
 
 
+# What a command stands behind, which is pasted and so one line.
+PASTED = ("To load it:", "To prove it:", "To hand out what is missing:")
+
+
 def too_wide(out: str, columns: int) -> list[str]:
     """Return the lines of prose and tables that are longer than the terminal and have a blank to be broken at."""
     prose = re.split(r"^(?:from|import) ", out, maxsplit=1, flags=re.MULTILINE)[0]  # a program is printed last
-    lines = [line.rstrip() for line in prose.splitlines() if not line.startswith(("To load it:", "To prove it:"))]
+    lines = [line.rstrip() for line in prose.splitlines() if not line.startswith(PASTED)]
     return [line for line in lines if cell_len(line) > columns and " " in line.strip()]
 
 

@@ -46,7 +46,7 @@ def test_a_store_error_leads_with_path_and_line(line: int | None, said: str) -> 
         ("", "known: bf16, fp16, gpu+cpu, int4, int8"),
     ],
 )
-def test_a_wrong_name_gets_its_neighbours_or_the_whole_list(value: str, said: str) -> None:
+def test_a_wrong_name_gets_its_neighbors_or_the_whole_list(value: str, said: str) -> None:
     assert did_you_mean(value, ["int8", "int4", "gpu+cpu", "fp16", "bf16"]) == said
 
 

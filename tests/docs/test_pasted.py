@@ -24,7 +24,7 @@ from tests.docs.test_messages import NAMED, texts
 # What stands in our texts for what a user has.
 VALUES = {"MODEL": "smollm2-135m", "X": "smollm2-135m", "DIR": "results", "FILE": "page.html", "RESULTS": "results"}
 VALUES |= {"NAME": "main", "N": "2"}
-FOLDERS = ("results", "baseline", "BEFORE", "AFTER", "artifacts", "first-contact")
+FOLDERS = ("results", "fitmatrix-results", "baseline", "BEFORE", "AFTER", "artifacts", "first-contact")
 # Loads, downloads, measures or serves: these are read, not run.
 HEAVY = {"chat", "synth", "calibrate", "fleet"}
 HEAVY_OPTIONS = {"--prove-min-ram", "--measure", "--file", "--help", "--planner", "--images"}

@@ -1,7 +1,7 @@
 """Killed at random: signals at the parent, the worker and the fork server, in every phase.
 
 Runs of tiny models are shown where they are by marks that their conftest.py writes to a pipe; at a mark drawn by lot, and some
-milliseconds more, a signal is sent. What must hold afterwards is counted: results lost, files corrupt, processes and files left.
+milliseconds more, a signal is sent. What must hold afterward is counted: results lost, files corrupt, processes and files left.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ class Lane:
                     yield process
 
     def _resume(self, kill: Kill, results: Path) -> None:
-        """Run what is missing: afterwards every case has its result, and none was run twice but those that had ended badly.
+        """Run what is missing: afterward every case has its result, and none was run twice but those that had ended badly.
 
         Where the widest precision had, the others were judged by a lesser one, and are run again to be judged by it.
         """
@@ -362,8 +362,8 @@ def drawn() -> list[Kill]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     place = tmp_path_factory.mktemp("models")
     small_models.save("llama", place / "real")
-    behaviours = dict.fromkeys(PRECISIONS, "brisk")
-    return {True: place / "real", False: scripted.write_model(place / "scripted", **behaviours)}
+    behaviors = dict.fromkeys(PRECISIONS, "brisk")
+    return {True: place / "real", False: scripted.write_model(place / "scripted", **behaviors)}
 
 
 def test_nothing_is_lost_and_nothing_left(

@@ -1,7 +1,8 @@
 """A matrix over simulated nodes of Ray: what the engine costs, and that kills lose nothing and count nothing twice.
 
-Run by `tox run -e fleet`. FLEET_NODES, FLEET_MODELS and FLEET_KILLS say how much: each model is a shard of 10 cases, and a node
-that measures holds some 250 MiB.
+Run by `tox run -e fleet`. FLEET_NODES, FLEET_MODELS and FLEET_KILLS say how much: each model has 10 cases, a contract has a shard
+for each node, or for each model where there are fewer of those, and a node that measures holds some 250 MiB. FLEET_MODELS may be a
+list: 100,1000.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,9 +36,11 @@ from tests.support.scripted_cluster import WAYS, alone
 
 pytest.importorskip("ray", reason="needs ray, the extra fleet")
 
-MODELS, KILLS = int(os.environ.get("FLEET_MODELS", "10")), int(os.environ.get("FLEET_KILLS", "20"))
-NODES, PLACEMENTS = int(os.environ.get("FLEET_NODES", "5")), ("cpu", "auto")
+MODELS = [int(models) for models in os.environ.get("FLEET_MODELS", "10").split(",")]
+NODES, KILLS = int(os.environ.get("FLEET_NODES", "5")), int(os.environ.get("FLEET_KILLS", "20"))
+PLACEMENTS = ("cpu", "auto")
 MACHINES, GROWING = 50, (100, 300, 1000)  # of the driver alone: machines that are scripted, shards of 10 cases that they share
+ROUNDS, QUIET = 9, 3  # tried at most, and how many are enough
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 _TAKEN = re.compile(r"^\S+ (taken|given back) by process (\d+)")
 
@@ -97,12 +101,12 @@ class Nodes:
         return str(self.cluster.address)
 
 
-def planned(path: Path, models: int, *words: str, **behaviours: str) -> list[str]:
-    """Plan a fleet over so many models in ten ways each."""
+def planned(path: Path, models: int, shards: int, *words: str, **behaviors: str) -> int:
+    """Plan a fleet over so many models in ten ways each, in so many shards; return how many cases there are."""
     names = [f"m{number}" for number in range(models)]
-    ray_runs.folder(path, names, [f"node-{number}" for number in range(models)], **behaviours)
+    ray_runs.folder(path, names, [f"node-{number}" for number in range(shards)], **behaviors)
     ray_runs.plan(path, names, PRECISIONS, "--placement", "auto", *words)
-    return names
+    return len(names) * len(PRECISIONS) * len(PLACEMENTS)
 
 
 def held(path: Path, folder: str = "fleet/results") -> Collected:
@@ -142,30 +146,35 @@ def ours(path: Path) -> list[psutil.Process]:
 
 def test_what_the_engine_costs(place: Path, costs: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
     """On one node, where everything that is not measuring is the engine's; then on many at once, which share the cores of this."""
-    few = len(planned(place, min(MODELS, 10))) * len(PRECISIONS) * len(PLACEMENTS)
-    many = len(planned(place.with_name("many"), MODELS)) * len(PRECISIONS) * len(PLACEMENTS)
+    one = min([*MODELS, 10])
+    few = planned(place, one, one)
+    many = {models: planned(place.with_name(f"f{models}"), models, min(models, NODES)) for models in MODELS}
     nodes = Nodes(place, 1, monkeypatch)
     try:
         one_s, _ = _over_ray(place, nodes, "one")
         nodes.grow(NODES)
-        many_s, rss = _over_ray(place.with_name("many"), nodes, "all")
+        found = {models: _over_ray(place.with_name(f"f{models}"), nodes, "all") for models in MODELS}
     finally:
         nodes.cluster.shutdown()
     overhead = (one_s - _measuring_s(place / "one")) / few
-    costs += [
-        Figure(
-            what="the engine's own time a case on one node, starts of Ray and pytest in it",
-            rows=few,
-            found=f"{overhead:.2f} s",
-            wanted="1 s",
-        ),
-        Figure(what="time a case on one node", rows=few, found=f"{one_s / few:.2f} s", wanted=""),
-        Figure(what=f"time a case over {NODES} nodes of this machine", rows=many, found=f"{many_s / many:.2f} s", wanted=""),
-        Figure(what=f"cases collected from {NODES} nodes", rows=many, found=str(_counted(place.with_name("many"))), wanted="all"),
-        Figure(what="the driver's resident memory at most", rows=many, found=format_size(rss), wanted="500 MiB"),
-    ]
+    what = "the engine's own time a case on one node, starts of Ray and pytest in it"
+    costs.append(Figure(what=what, rows=few, found=f"{overhead:.2f} s", wanted="1 s"))
+    costs.append(Figure(what="time a case on one node", rows=few, found=f"{one_s / few:.2f} s", wanted=""))
+    for models, (seconds, rss) in found.items():
+        cases, counted = many[models], _counted(place.with_name(f"f{models}"))
+        rows = (
+            (f"time a case over {NODES} nodes of this machine", f"{seconds / cases:.3f} s", "1 s"),
+            (f"cases collected from {NODES} nodes", str(counted), "all"),
+            ("the driver's resident memory at most", format_size(rss), "500 MiB"),
+        )
+        costs += [Figure(what=what, rows=cases, found=told, wanted=wanted) for what, told, wanted in rows]
+    least, most = min(MODELS), max(MODELS)
+    grows = found[most][0] / many[most] / (found[least][0] / many[least])
+    if most > least:
+        costs.append(Figure(what="time a case, most cases / fewest", found=f"{grows:.2f}", wanted="at most 1"))
     assert overhead <= 1
-    assert rss <= 500 << 20
+    assert grows <= 2
+    assert max(rss for _, rss in found.values()) <= 500 << 20
 
 
 def _counted(path: Path) -> int:
@@ -216,7 +225,7 @@ def _over_ray(path: Path, nodes: Nodes, folder: str) -> tuple[float, int]:
 def test_kills_lose_nothing_and_count_nothing_twice(place: Path, kills: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of workers, runs, actors, nodes and the driver, at random moments; then what is left runs through."""
     chance = random.Random(19)
-    planned(place, MODELS, "--attempts", "100", **dict.fromkeys(PRECISIONS, "brisk"))
+    planned(place, MODELS[0], MODELS[0], "--attempts", "100", **dict.fromkeys(PRECISIONS, "brisk"))
     nodes = Nodes(place, 3, monkeypatch)
     killed: dict[str, int] = defaultdict(int)
     command = ["run", "fleet", "--ray", nodes.address, "--without-token"]
@@ -270,7 +279,7 @@ def test_kills_lose_nothing_and_count_nothing_twice(place: Path, kills: list[Fig
 
 
 def test_a_case_over_ray_is_as_by_pytest_alone(place: Path, alike: list[Figure]) -> None:
-    """Measured by pytest, over Ray, and by pytest again, so that a machine that drifts is seen by it."""
+    """Rounds of a run over Ray between two by pytest alone; those count in which these two agree within 5 %."""
     ray_runs.folder(place, [], ["one"])
     (place / "cases/conftest.py").unlink()  # its workers are scripted
     small_models.save("llama", place / "mid", hidden_size=1024, intermediate_size=2816, num_hidden_layers=8)
@@ -278,30 +287,45 @@ def test_a_case_over_ray_is_as_by_pytest_alone(place: Path, alike: list[Figure])
     way = ("--precision", "bf16", "--placement", "cpu", "--new-tokens", "48", "--repeats", "7")
     status, said = ray_runs.finish(ray_runs.start(place, "plan", "--model", str(place / "mid"), *way))
     assert status == 0, said
-    first = _by_pytest(place, "first", *way)
-    status, said = ray_runs.finish(ray_runs.start(place, "run", "fleet", "--to", "over-ray"))
-    assert status == 0, said
-    over_ray, last = _only_result(place / "over-ray"), _by_pytest(place, "last", *way)
-    assert first.loaded is not None
-    assert over_ray.loaded is not None
-    assert over_ray.loaded.threads == first.loaded.threads
-    is_noisy = any("decode_tok_s" in one.noisy for one in (first, over_ray, last))
+    rounds, quiet = [], []
+    before = _by_pytest(place, "pytest-0", *way)
+    for number in range(1, ROUNDS + 1):
+        status, said = ray_runs.finish(ray_runs.start(place, "run", "fleet", "--to", f"ray-{number}", "--results", f"all-{number}"))
+        assert status == 0, said
+        one = (before, _only_result(place / f"ray-{number}"), before := _by_pytest(place, f"pytest-{number}", *way))
+        rounds.append(one)
+        if _drift(one, "decode_tok_s") <= 0.05:
+            quiet.append(one)
+        if len(quiet) == QUIET:
+            break
+    for _, over_ray, by_pytest in rounds:
+        assert over_ray.loaded is not None
+        assert by_pytest.loaded is not None
+        assert over_ray.loaded.threads == by_pytest.loaded.threads
     ratios = {}
     for key, what, wanted in (("ram_needed_bytes", "RAM needed", 0.02), ("decode_tok_s", "tokens/s", 0.05)):
-        ratios[key] = over_ray.metrics[key] / ((first.metrics[key] + last.metrics[key]) / 2)
-        drift = abs(last.metrics[key] / first.metrics[key] - 1)
-        others = ", others took cores meanwhile" if is_noisy and key == "decode_tok_s" else ""
-        told = f"{ratios[key]:.3f} (by pytest twice: {drift:.1%} apart{others})"
-        alike.append(Figure(what=f"{what} over Ray / by pytest alone", found=told, wanted=f"within {wanted:.0%}"))
-    alike.append(
-        Figure(
-            what="threads of torch over Ray, by pytest", found=f"{over_ray.loaded.threads}, {first.loaded.threads}", wanted="equal"
-        )
-    )
+        used = rounds if key == "ram_needed_bytes" else quiet or rounds
+        ratios[key] = statistics.median(_against(one, key) for one in used)
+        told = f"{ratios[key]:.3f} (by pytest twice: {statistics.median(_drift(one, key) for one in used):.1%} apart)"
+        what = f"{what} over Ray / by pytest alone, median of {len(used)} of {len(rounds)} rounds"
+        alike.append(Figure(what=what, found=told, wanted=f"within {wanted:.0%}"))
+    loaded = rounds[0][1].loaded
+    alike.append(Figure(what="threads of torch over Ray and by pytest", found=f"{loaded and loaded.threads}", wanted="equal"))
     assert abs(ratios["ram_needed_bytes"] - 1) <= 0.02
-    if is_noisy:
-        pytest.skip("others took cores meanwhile: the figure is in the report, and says nothing of Ray")
+    if not quiet:
+        pytest.skip("pytest alone did not repeat its own figure in any round: the report has it, and it says nothing of Ray")
     assert abs(ratios["decode_tok_s"] - 1) <= 0.05
+
+
+def _against(one: tuple[Result, Result, Result], key: str) -> float:
+    """Return a figure over Ray, as a share of the mean of those by pytest before and after it."""
+    before, over_ray, after = (result.metrics[key] for result in one)
+    return over_ray / ((before + after) / 2)
+
+
+def _drift(one: tuple[Result, Result, Result], key: str) -> float:
+    """Return by how much a figure by pytest changed from before the run over Ray to after it."""
+    return abs(one[2].metrics[key] / one[0].metrics[key] - 1)
 
 
 def _by_pytest(path: Path, folder: str, *way: str) -> Result:

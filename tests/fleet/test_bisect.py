@@ -169,9 +169,9 @@ def pytest_configure(config):
     from tests.support import scripted
 
     scripted.preload()
-    config.stash[SESSION].worker_main = scripted.worker(planted.BEHAVIOUR)
+    config.stash[SESSION].worker_main = scripted.worker(planted.BEHAVIOR)
 """
-BEHAVIOURS = {"1.0": "ok", "1.1": "ok", "1.2": "ok", "1.3": None, "1.4": "{bad}", "1.5": "{bad}", "1.6": "{bad}", "1.7": "{bad}"}
+BEHAVIORS = {"1.0": "ok", "1.1": "ok", "1.2": "ok", "1.3": None, "1.4": "{bad}", "1.5": "{bad}", "1.6": "{bad}", "1.7": "{bad}"}
 
 
 @pytest.fixture
@@ -182,8 +182,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(runs.ROOT / "cases", path / "cases", ignore=shutil.ignore_patterns("__pycache__"))
     (path / "cases/conftest.py").write_text(CONFTEST, encoding="utf-8")
     write_model(path / "tiny")
-    for version, behaviour in BEHAVIOURS.items():
-        text = "" if behaviour is None else f"BEHAVIOUR = {behaviour.format(bad='abort')!r}\n"
+    for version, behavior in BEHAVIORS.items():
+        text = "" if behavior is None else f"BEHAVIOR = {behavior.format(bad='abort')!r}\n"
         write_wheel(path / "wheels", "planted", version, {"planted.py": text})
     monkeypatch.chdir(path)
     monkeypatch.setenv(lease.LEASE, str(tmp_path / "lease"))

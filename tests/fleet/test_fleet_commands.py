@@ -50,12 +50,14 @@ def test_collect_counts_by_class_and_ends_with_1_as_long_as_a_case_is_missing(
     assert "missing     small:b/bf16/cpu and 1 other: shard small-2 was never heard of; 1 attempt left" in out
     assert "unreadable  " in out
     assert "2 results in all/results.jsonl" in out
+    assert out.endswith("\n\nTo hand out what is missing:  fitmatrix fleet resume fleet sent\n")
     assert len(store.read(Path("all/results.jsonl"))[0]) == 2
     send(made[1][1], "two")
     (Path("sent") / "receipt-x.json").unlink()
     status, out, _ = fleet("collect", "fleet", "sent")
     assert (status, "missing " in out.splitlines()[-1]) == (0, False)
     assert "small      4        4        0" in out
+    assert fleet("resume", "fleet", "sent") == (0, "nothing is missing: every case has a result that counts\n", "")
 
 
 def test_status_says_why_a_shard_stopped_and_what_is_no_receipt_of_this_contract(
@@ -87,6 +89,8 @@ def test_resume_tells_what_is_handed_out_what_runs_and_what_is_given_up(fleet: S
     assert out.splitlines() == [
         "fleet/shards/small-1-try2.json: 1 case for small, attempt 2",
         "1 case handed out again, 1 still to come from shards that run",
+        "",
+        "On its machine:  pytest cases/ --shard fleet/shards/small-1-try2.json --results sent/small-1-try2",
     ]
     status, out, err = fleet("resume", "fleet/contract.json", "sent")
     assert (status, err) == (1, "fitmatrix: small:a/int8/cpu: given up after 2 attempts\n")

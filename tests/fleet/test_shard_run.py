@@ -216,6 +216,8 @@ def test_planning_goes_on_without_a_class_that_is_wrong_and_never_over_a_contrac
     shown = capsys.readouterr()
     assert "4 cases for small" in shown.out
     assert "contract: fleet/contract.json (4 cases, " in shown.out
+    assert "pytest cases/ --shard fleet/shards/small-1.json --results sent/small-1" in shown.out
+    assert shown.out.endswith("\nTo collect:  fitmatrix fleet collect fleet sent --to results\n")
     assert "fleet.toml: class bad: no card is called 'RTX 9999'" in shown.err
     assert plan() == 2
     assert "is there already, and receipts may come for it" in capsys.readouterr().err

@@ -81,7 +81,18 @@ def test_job_files_are_written_for_each_class_where_they_are_asked_for(
     names = ["fleet-a.sbatch", "fleet-b.sbatch"] if engine == "slurm" else [".github/workflows/fleet.yml"]
     for contract in ("fleet", "fleet/contract.json"):
         assert main(["fleet", "emit", engine, contract, "--to", "jobs"]) == 0
-        assert capsys.readouterr().out.splitlines() == [f"jobs/{name}" for name in names]
+        written, _, steps = capsys.readouterr().out.partition("\n\n")
+        assert written.splitlines() == [f"jobs/{name}" for name in names]
+        assert (
+            steps.splitlines()
+            == {
+                "slurm": [
+                    "To submit:  sbatch jobs/fleet-a.sbatch && sbatch jobs/fleet-b.sbatch",
+                    "To collect:  fitmatrix fleet collect fleet fleet/results --to results",
+                ],
+                "github": ["Commit it with fleet/, then:  gh workflow run fleet.yml"],
+            }[engine]
+        )
         texts = [(tmp_path / "jobs" / name).read_text(encoding="utf-8") for name in names]
         assert all("--shard fleet/shards/" in text for text in texts)
     assert not (tmp_path / names[0]).exists()

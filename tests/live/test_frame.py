@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.core.units import GIB, MIB
-from harness.live.frame import OWN_PARTS, LiveFrame, TierFrame, frame, split
+from harness.live.frame import OWN_PARTS, LiveFrame, TierFrame
+from harness.live.moment import frame, split
 from harness.live.reading import RamReading
 from harness.measure.beacon import Outlook
 from harness.measure.sampler import Memory

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from harness.core.units import GIB, MIB
-from harness.live.frame import frame
 from harness.live.headroom import CONTEXT, Headroom, growth, planned_kv, points_of
+from harness.live.moment import frame
 from harness.measure.beacon import Outlook
 from tests.live import moments
 

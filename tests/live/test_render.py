@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from harness.core.units import GIB, MIB
-from harness.live.frame import LiveFrame, TierFrame, frame
+from harness.live.frame import LiveFrame, TierFrame
+from harness.live.moment import frame
 from harness.live.render import FILLS, LEAST_COLUMNS, in_ascii, lines, one_line, tier_bar
 from tests.live import moments
 from tests.support.runs import ROOT

@@ -14,7 +14,8 @@ from rich.text import Text
 from textual.pilot import Pilot
 from textual.widgets import Static
 
-from harness.live.frame import LiveFrame, frame
+from harness.live.frame import LiveFrame
+from harness.live.moment import frame
 from harness.live.screen import Lines, Screen
 from harness.live.subject import Subject
 from tests.live import moments

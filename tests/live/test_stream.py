@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.live import reading
-from harness.live.frame import frame
+from harness.live.moment import frame
 from harness.live.reading import Reading, Sensors
 from harness.live.stream import Recording, Stream, frames
 from harness.live.subject import Subject, WatchTarget

@@ -118,7 +118,7 @@ def test_v2_high_throttles_before_max_kills(tree: Tree) -> None:
 
 
 def test_the_least_of_all_ancestors_counts(tree: Tree) -> None:
-    """The slice allows less than the service, and a neighbour in the grandparent has eaten nearly all."""
+    """The slice allows less than the service, and a neighbor in the grandparent has eaten nearly all."""
     tree.v2("/user.slice/user-1000.slice/run.service")
     tree.group("user.slice/user-1000.slice/run.service", memory__max=16 * GIB, memory__current=GIB)
     tree.group("user.slice/user-1000.slice", memory__max=8 * GIB, memory__current=2 * GIB)

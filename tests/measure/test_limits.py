@@ -71,7 +71,7 @@ def test_the_floor_leaves_most_of_a_machine_to_use() -> None:
     assert 0 < headroom.available()() <= total
 
 
-def run(scratch: Path, behaviour: str, ram_bytes: int | None = None) -> Result:
+def run(scratch: Path, behavior: str, ram_bytes: int | None = None) -> Result:
     """Run a scripted case to its end, as far as it comes."""
     decided = feasibility.decide(replace(builders.case(), ram_bytes=ram_bytes), builders.machine(), None)
     setting = RunContext(
@@ -79,7 +79,7 @@ def run(scratch: Path, behaviour: str, ram_bytes: int | None = None) -> Result:
         machine=builders.machine(),
         environment={},
         scratch=scratch,
-        worker_main=scripted.worker(behaviour),
+        worker_main=scripted.worker(behavior),
         timeout_s=60,
     )
     (scratch / "tiny").mkdir()

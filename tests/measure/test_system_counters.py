@@ -21,7 +21,7 @@ BURN_S, TICKS_S = 0.5, 0.05
 BURN = f"import time\nwhile time.process_time() < {BURN_S}: pass"
 # Starts a process that burns, waits for it, says so, and lives on.
 PARENT = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {BURN!r}])\nprint('done', flush=True)\nsys.stdin.read()"
-# Starts a process that burns from a thread, says so once it has burnt, and lives on beside it.
+# Starts a process that burns from a thread, says so once it has burned, and lives on beside it.
 BESIDE = f"""
 import subprocess, sys, threading
 code = {BURN!r} + "; print('done', flush=True); import sys; sys.stdin.read()"

@@ -77,7 +77,7 @@ def planned(model: str, size: tuple[int, int], *, expandable: bool) -> Bytes:
     case = Case(model=spec(model).name, precision="bf16", placement="direct", workload=load)
     planner(model).plan(case)
     footprint = planner(model).footprints[case.id]
-    terms = (footprint.with_expandable_segments() if expandable else footprint).terms()["gpu:0"]
+    terms = (footprint.with_expandable_segments if expandable else footprint).terms()["gpu:0"]
     held = float(terms.weights + terms.kv)
     return Bytes(low=held, best=held, high=held) + terms.activation + terms.fragments
 

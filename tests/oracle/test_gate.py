@@ -41,7 +41,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tree(committed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The repository as the gate's own, put back afterwards."""
+    """The repository as the gate's own, put back afterward."""
     monkeypatch.setattr(gate, "ROOT", committed)
     yield committed
     git(committed, "checkout", "-q", ".")

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import msgspec
 import pytest
 
 from harness.architecture import model_spec, traces
@@ -21,6 +22,7 @@ from harness.catalog import resolve
 from harness.cli.entry import main
 from harness.core.errors import UsageError
 from harness.core.precisions import PRECISIONS
+from harness.core.progress import silent
 from harness.core.records import Case, Machine, Plan, TierEstimate, Verdict, Workload
 from harness.core.units import GIB
 from harness.machine.gpus import profile
@@ -169,3 +171,21 @@ def test_cards_before_flash_write_attention_out_where_heads_are_grouped(prompt: 
     workload = Workload(prompt_tokens=prompt, new_tokens=2, batch=batch)
     assert Activations(found.skeleton, fmt, "gpu", flash=False).bytes(workload) == pytest.approx(traced, rel=0.02)
     assert Activations(found.skeleton, fmt, "gpu").bytes(workload) < traced * 0.8
+
+
+def test_what_was_planned_before_a_trace_is_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, machine = traces.shipped_trace, profile(["RTX 4090"], ram=32 * GIB)
+    untraced = msgspec.structs.replace(spec("smollm2-135m-instruct"), name="not traced yet")
+    case = Case(model=untraced.name, precision="bf16", placement="direct", workload=Workload())
+    planner = Planner(untraced, machine, here=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(traces, "shipped_trace", lambda *_: None)
+        patched.setattr(traces, "built_trace", lambda *_: None)
+        patched.setattr(traces, "build_record", lambda config, name, _, card, attention: shipped(config, name, card, attention))
+        before = planner.plan(case)
+        assert planner.trace(planner.untraced([case]), silent) == []
+    after, traced = planner.plan(case).estimate, plan("smollm2-135m-instruct", "bf16", Workload(), machine).estimate
+    assert before.estimate is not None
+    assert after is not None
+    assert traced is not None
+    assert before.estimate.tiers["gpu:0"] != after.tiers["gpu:0"] == traced.tiers["gpu:0"]

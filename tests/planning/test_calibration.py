@@ -140,10 +140,11 @@ def test_the_same_result_counts_once() -> None:
     assert fit_constants(default(), [*observed, *observed]) == fit_constants(default(), observed)
 
 
-@pytest.mark.parametrize(("read_share", "teaches"), [(0.0, True), (0.05, True), (0.5, False)])
-def test_a_load_whose_files_came_from_the_disk_teaches_nothing_of_loading(read_share: float, teaches: bool) -> None:
-    one, held = ran(load_s=4.0), GIB
-    loaded = Loaded(model_class="LlamaForCausalLM", tier_bytes={"cpu": held}, dtype_bytes={}, linear_dtype_bytes={}, device_map={})
+@pytest.mark.parametrize("tier", ["cpu", "gpu:0"])
+@pytest.mark.parametrize(("read_share", "teaches"), [(0.0, True), (0.005, True), (0.08, False), (0.5, False)])
+def test_a_load_whose_files_came_from_the_disk_teaches_nothing_of_loading(tier: str, read_share: float, teaches: bool) -> None:
+    one, held = ran(load_s=4.0, expected=estimate(tiers=(tier,))), GIB
+    loaded = Loaded(model_class="LlamaForCausalLM", tier_bytes={tier: held}, dtype_bytes={}, linear_dtype_bytes={}, device_map={})
     phases = [Phase(name="load", start_s=0.0, end_s=4.0, disk_read_bytes=int(read_share * held))]
     found = evidence.observations([replace(one, loaded=loaded, phases=phases)], default().digest)
     assert {observed.figure for observed in found} == ({"load_s", "token_s"} if teaches else {"token_s"})

@@ -37,7 +37,7 @@ from harness.results import store
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
 from tests.support.builders import case, gpu, machine, weight_bytes
-from tests.support.gguf_files import write_lfm2, write_llama
+from tests.support.gguf_files import split_gguf, write_lfm2, write_llama
 from tests.support.small_models import held_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -222,12 +222,19 @@ def test_an_architecture_that_transformers_does_not_load_is_told_before_loading(
 
 
 def test_parts_of_a_split_file_are_to_be_joined(tmp_path: Path) -> None:
-    for part in (1, 2):
-        write_llama(tmp_path / f"model-{part:05}-of-00002.gguf")
+    split_gguf(write_llama(tmp_path / "model.gguf"))
     one = model_spec.of_checkpoint("tiny", "tiny", reader.read(tmp_path), tmp_path)
     planned = Planner(one, machine()).plan(case("bf16", "cpu"))
     assert planned.verdict is Verdict.INVALID
     assert planned.why == "it is split into 2 files, and transformers loads one: join them with llama-gguf-split --merge"
+
+
+def test_parts_of_what_transformers_does_not_map_are_not_to_be_joined(tmp_path: Path) -> None:
+    split_gguf(write_llama(tmp_path / "model.gguf", architecture="plamo"))
+    one = model_spec.of_checkpoint("tiny", "tiny", reader.read(tmp_path), tmp_path)
+    planned = Planner(one, machine()).plan(case("bf16", "cpu"))
+    assert planned.verdict is Verdict.INVALID
+    assert "architecture plamo is not supported yet" in str(planned.why)
 
 
 # ---- which file ---------------------------------------------------------------------------------------------------------

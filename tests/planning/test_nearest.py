@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any
 
 import pytest
 
 from harness.architecture import model_spec
 from harness.catalog.resolve import resolve
+from harness.core.methods.packages import asked_of_pip, lacking, quoted
+from harness.core.precisions import PRECISIONS
 from harness.core.quantizers import SCHEMES
 from harness.core.records import Machine, Verdict
-from harness.core.units import GIB
+from harness.core.units import GIB, format_seconds
 from harness.machine.gpus import profile
 from harness.planning.choice.nearest import SLOW_TOK_S
 from harness.planning.choice.recommend import Recommendation, advise
-from harness.planning.other_form import left_wide
+from harness.planning.other_form import left_wide, published_wide
 from harness.planning.planner import Planner
 from tests.support.builders import case
 
@@ -61,16 +64,83 @@ def test_beside_what_is_too_slow_to_use_stands_what_is_not() -> None:
     assert found.best is not None
     assert found.faster is not None
     said = re.search(
-        r": (\S+)/(\S+) fits with an? (\w+) checkpoint \(([\d.]+) tokens/s\) and bf16/direct fits a card", found.faster
+        r": (\S+)/(\S+) fits with an? (\w+) checkpoint \(([\d.]+) tokens/s(.*?)\)(?:,| and) bf16/direct fits a card", found.faster
     )
     assert said is not None, found.faster
-    precision, placement, form, speed = said.groups()
+    precision, placement, form, speed, more = said.groups()
     plan = Planner(found.spec, small, here=False).plan(case(precision, placement, model=found.spec.name))
     assert plan.estimate is not None
+    assert more.rpartition(", needs pip install ")[2] == quoted(plan.needs)
     assert plan.needs_checkpoint == f"{'an' if form[0] == 'A' else 'a'} {form} checkpoint"
     assert float(speed) >= SLOW_TOK_S
     assert plan.estimate.decode_tok_s.best == pytest.approx(float(speed), rel=0.05)
     assert found.faster in found.notes
+
+
+def test_here_only_packages_that_are_missing_are_named_with_a_form() -> None:
+    small = profile(["RTX 3060 12GB"], ram=32 * GIB)
+    found = advised("Qwen/Qwen3-30B-A3B", small, ("bf16", "disk"), here=True)
+    assert found.faster is not None
+    form = PRECISIONS[found.faster.partition(": ")[2].partition("/")[0]]
+    asked = re.search(r", needs pip install ([^)]*)\)", found.faster)
+    assert set(shlex.split(asked[1]) if asked else ()) == set(asked_of_pip(lacking(form.needs)))
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("moss-moon-003-sft-int4", ("gptq-int4", "direct")), ("llama-3.1-70b-instruct", ("bf16", "recommended"))]
+)
+def test_a_card_that_is_named_as_faster_is_faster(name: str, way: tuple[str, str]) -> None:
+    """All weights on a card of 12 GB are no help where each token unpacks them. And the headline says how slow it is here."""
+    found = advised(name, profile(["RTX 3060 12GB"], ram=32 * GIB), way)
+    assert found.best is not None
+    assert found.best.estimate is not None
+    speed = found.best.estimate.decode_tok_s.best
+    assert speed < SLOW_TOK_S
+    assert f", but slow: 16 tokens take {format_seconds(16 / speed)}" in found.reason
+    assert found.faster is not None
+    said = re.findall(r"([\w-]+)/(\w+) fits (a card|\d+ cards) like ([\w ]+?)(?: [\d.]+ ?GB)?(?= and |[,.])", found.faster)
+    assert said, found.faster
+    for precision, placement, count, card in said:
+        on = profile([card] * (1 if count == "a card" else int(count.split()[0])), ram=1 << 40)
+        there = Planner(found.spec, on, here=False).plan(case(precision, placement))
+        assert there.estimate is not None
+        assert there.estimate.decode_tok_s.best >= SLOW_TOK_S
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "way"),
+    [
+        ("chatglm-6b-int4", profile(["RTX 3060 12GB"], ram=32 * GIB), ("chatglm-int4", "direct")),
+        ("chatglm-6b-int4", profile([], ram=16 * GIB), ("chatglm-int4", "cpu")),
+        ("moss-moon-003-sft-int8", profile(["RTX 4090"], ram=64 * GIB), ("gptq-int8", "direct")),
+    ],
+)
+def test_what_unpacks_for_each_token_points_to_the_same_model_unpacked(name: str, on: Machine, way: tuple[str, str]) -> None:
+    found = advised(name, on, way)
+    assert found.best is not None
+    assert found.best.estimate is not None
+    assert found.faster is not None
+    said = re.search(r": (\S+), the same model unpacked, fits as (\S+)/(\S+) \(([\d.]+) tokens/s\)", found.faster)
+    assert said is not None, found.faster
+    model, precision, placement, speed = said.groups()
+    plan = Planner(model_spec.read_spec(resolve(model)), on, here=False).plan(case(precision, placement, model=model))
+    assert plan.verdict is Verdict.FITS
+    assert plan.estimate is not None
+    assert plan.estimate.decode_tok_s.best == pytest.approx(float(speed), rel=0.05)
+    assert plan.estimate.decode_tok_s.best > 2 * found.best.estimate.decode_tok_s.best
+
+
+@pytest.mark.parametrize(
+    ("name", "wide"),
+    [
+        ("chatglm-6b-int8", "THUDM/chatglm-6b"),
+        ("Qwen/Qwen3-30B-A3B-FP8", "Qwen/Qwen3-30B-A3B"),
+        ("chatglm-6b", None),  # is unpacked
+        ("gpt-oss-20b", None),  # is published packed alone
+    ],
+)
+def test_a_packed_model_is_known_unpacked_by_its_name(name: str, wide: str | None) -> None:
+    assert published_wide(model_spec.read_spec(resolve(name))) == wide
 
 
 def test_a_way_that_is_fast_enough_is_enough() -> None:

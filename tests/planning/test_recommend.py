@@ -17,10 +17,11 @@ from harness.catalog import resolve
 from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Loaded, Machine, Plan, Span, Verdict
-from harness.core.units import GIB
+from harness.core.units import GIB, significant
 from harness.machine.gpus import profile
 from harness.measure import verify
 from harness.measure.protocol import Load
+from harness.planning.choice.nearest import SLOW_TOK_S
 from harness.planning.choice.recommend import choose_best
 from harness.planning.code import Destination, loading_code
 from harness.planning.device_map.infer import device_of
@@ -177,3 +178,25 @@ def test_fewer_bits_win_inside_the_doubt_of_the_speed(faster: float, chosen: str
     found = choose_best([large, small])
     assert found is not None
     assert found[0].case.precision == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "card"), [("qwen2.5-14b", "12GiB"), ("codegen-16b-mono", "12GiB"), ("chatglm-6b", "RTX 3060 12GB")]
+)
+def test_a_rival_that_nobody_waits_for_is_called_slow_and_not_compared(name: str, card: str) -> None:
+    """ "629 times as fast" as what makes a token in a minute says nothing; that no wider way is fast enough does."""
+    planner = Planner(spec(name), profile([card], ram=32 * GIB), here=False)
+    plans = planner.plans([case(bits, where) for bits in ("bf16", "fp16", "int8", "nf4-dq") for where in PLACEMENTS])
+    best, reason = choose_best(plans) or pytest.fail("nothing fits")
+    wider = [
+        one
+        for one in plans
+        if one.verdict is Verdict.FITS and PRECISIONS[one.case.precision].bits > PRECISIONS[best.case.precision].bits
+    ]
+    speeds = {one.case.way: one.estimate.decode_tok_s.best for one in wider if one.estimate}
+    way, speed = max(speeds.items(), key=lambda item: item[1])
+    is_slow = speed < SLOW_TOK_S
+    assert is_slow == (name != "chatglm-6b")  # both kinds are looked at
+    assert ("times as fast as" in reason) == (not is_slow)
+    if is_slow:
+        assert reason.endswith(f"reaches 1 token a second: {way}, the fastest, makes {significant(speed, 2)} tokens/s")

@@ -15,7 +15,7 @@ from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.machine.gpus import profile
-from harness.planning.choice.recommend import advise_best, choose_best
+from harness.planning.choice.recommend import advise_best, choose_best, least_quality
 from harness.planning.choice.search import Searched, best_way, search
 from harness.planning.planner import Planner
 from harness.planning.quality import quality_kept
@@ -143,6 +143,11 @@ def with_bandwidths(cards: list[str], **bytes_per_s: float) -> Machine:
     return replace(machine, tiers=tiers)
 
 
+def choose(plans: Sequence[Plan]) -> Plan | None:
+    chosen = choose_best(plans)
+    return chosen[0] if chosen else None
+
+
 @pytest.mark.parametrize(
     ("machine", "tiers"),
     [
@@ -152,14 +157,29 @@ def with_bandwidths(cards: list[str], **bytes_per_s: float) -> Machine:
     ids=["RAM is faster than the card", "the smaller card is the faster one"],
 )
 def test_what_fits_a_card_may_be_faster_elsewhere_and_the_plain_answer_sees_it(machine: Machine, tiers: set[str]) -> None:
-    def choose(plans: Sequence[Plan]) -> Plan | None:
-        chosen = choose_best(plans)
-        return chosen[0] if chosen else None
-
     planner = Planner(read_spec(resolve.resolve("smollm2-1.7b-instruct")), machine, here=False)
-    plain, searched = best_way(planner, Workload(), choose), search(planner, Workload(), choose=choose).best
+    plain, searched = best_way(planner, Workload(), choose, least_quality), search(planner, Workload(), choose=choose).best
     assert plain is not None
     assert searched is not None
     assert plain.case == searched.case
     assert plain.estimate is not None
     assert {name for name, tier in plain.estimate.tiers.items() if tier.weights_bytes} == tiers
+
+
+@pytest.mark.parametrize(("model", "cards", "ram", "workload"), PAIRS, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_chosen_is_not_planned_and_the_answer_is_the_same(
+    model: str, cards: tuple[str, ...], ram: int, workload: Workload
+) -> None:
+    pruned, whole = planner_for(model, cards, ram), planner_for(model, cards, ram)
+    found, there = best_way(pruned, workload, choose, least_quality), best_way(whole, workload, choose, lambda _: 0.0)
+    assert found is not None
+    assert found == there
+    assert pruned.footprints.keys() <= whole.footprints.keys()
+
+
+def test_a_fast_model_asks_for_no_precision_that_keeps_less() -> None:
+    pruned, whole = planner_for("smollm2-135m-instruct", ("RTX 4090",), 32), planner_for("smollm2-135m-instruct", ("RTX 4090",), 32)
+    best_way(pruned, Workload(), choose, least_quality)
+    best_way(whole, Workload(), choose, lambda _: 0.0)
+    left_out = {name.split("/")[1] for name in whole.footprints.keys() - pruned.footprints.keys()}
+    assert {"fp4", "nf4-dq", "int4"} <= left_out

@@ -28,7 +28,7 @@ from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
 from tests.support import small_models
-from tests.support.builders import case, machine, weight_bytes
+from tests.support.builders import case, gpu, machine, weight_bytes
 from tests.support.packed_files import save_awq, save_gptq, spec, write_packed
 from tests.support.small_models import held_bytes
 
@@ -218,7 +218,8 @@ def test_gptq_is_loaded_as_it_is_and_checked(bits: int, group: int, tmp_path: Pa
     assert set(verify.checks(plan, work.loaded_facts(found)).values()) == {verify.OK}
     assert estimated(one, name) == pytest.approx(held_bytes(found.module), rel=0.005)
     layer: Any = found.module.get_submodule("model.layers.0.mlp.up_proj")
-    got = layer(torch.eye(256, dtype=torch.float16)).float().T
+    assert found.module.dtype is torch.bfloat16
+    got = layer(torch.eye(256, dtype=torch.bfloat16)).float().T
     assert (got - meant["model.layers.0.mlp.up_proj.weight"]).abs().max() < 2e-3
     assert found.module.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)  # type: ignore[operator]
 
@@ -235,8 +236,20 @@ def test_awq_is_loaded_as_it_is_and_checked(group: int, tmp_path: Path) -> None:
     assert set(verify.checks(plan, work.loaded_facts(found)).values()) == {verify.OK}
     assert estimated(one, "awq-int4") == pytest.approx(held_bytes(found.module), rel=0.005)
     layer: Any = found.module.get_submodule("model.layers.0.mlp.up_proj")
-    got = layer(torch.eye(256, dtype=torch.float16)).float().T
+    assert found.module.dtype is torch.bfloat16
+    got = layer(torch.eye(256, dtype=torch.bfloat16)).float().T
     assert (got - meant["model.layers.0.mlp.up_proj.weight"]).abs().max() < 2e-3
+
+
+def test_awq_on_a_processor_beside_a_card_unpacks_its_weights_for_each_token(tmp_path: Path) -> None:
+    """There transformers makes float16 of bfloat16, in which gptqmodel's kernels for processors have no fast product."""
+    write_packed(tmp_path, "qwen2.5-0.5b-instruct", 4, 128, "awq")
+    alone, beside = (Planner(spec(tmp_path), one, here=False).plan(case("awq-int4", "cpu")) for one in (machine(), machine(gpu())))
+    assert alone.estimate is not None
+    assert beside.estimate is not None
+    assert "unpacks" not in str(alone.estimate.bound_by)
+    assert "unpacks" in str(beside.estimate.bound_by)
+    assert alone.estimate.decode_tok_s.best > 4 * beside.estimate.decode_tok_s.best
 
 
 def test_awq_without_its_package_is_unavailable_and_other_rows_name_it(tmp_path: Path) -> None:

@@ -110,16 +110,16 @@ def test_a_badge_is_for_everybody() -> None:
     assert list(dict.fromkeys(text.text for text in root.iter(f"{SVG}text"))) == ["chatglm-6b", "int8 fits 12 GiB, 23.1 tok/s"]
 
 
-def contrast(colour: str, gloss: float = 0.0) -> float:
-    """Return WCAG 2's contrast of white on a colour under so much of #bbb, badgepy's gloss."""
-    letters = colour.lstrip("#")
+def contrast(color: str, gloss: float = 0.0) -> float:
+    """Return WCAG 2's contrast of white on a color under so much of #bbb, badgepy's gloss."""
+    letters = color.lstrip("#")
     pairs = [letter * 2 for letter in letters] if len(letters) == 3 else [letters[at : at + 2] for at in (0, 2, 4)]
     values = [((1 - gloss) * int(pair, 16) + gloss * 0xBB) / 255 for pair in pairs]
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
     return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
 
 
-def test_white_is_read_on_every_colour() -> None:
+def test_white_is_read_on_every_color() -> None:
     assert round(contrast("#767676"), 2) == 4.54  # a known value
     shown = [one(), too_big(model="b"), one(model="c", quality=quality("degraded"))]
     shown.append(one(model="d", outcome=Outcome.SKIPPED, verdict=Verdict.UNAVAILABLE, stage="plan", metrics={}))
@@ -127,9 +127,9 @@ def test_white_is_read_on_every_colour() -> None:
     fills = {rect.get("fill") or "" for root in roots for rect in root.iterfind(f"{SVG}g/{SVG}rect")}
     gloss = {(stop.get("stop-color", "#000"), stop.get("stop-opacity")) for root in roots for stop in root.iter(f"{SVG}stop")}
     assert gloss == {("#bbb", ".1"), ("#000", ".1")}
-    colours = {fill for fill in fills if not fill.startswith("url(")}
-    assert len(colours) == 5
-    assert min(contrast(colour, 0.1) for colour in colours) >= 4.5
+    colors = {fill for fill in fills if not fill.startswith("url(")}
+    assert len(colors) == 5
+    assert min(contrast(color, 0.1) for color in colors) >= 4.5
 
 
 def test_badges_of_one_page_share_no_id() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from harness.core.units import GIB, MIB
 from harness.report.export import data, summary
 from harness.report.export.formats import FORMATS
 from harness.report.page.view import blocks
+from harness.report.terminal import output
 from harness.results import selection, store
 from harness.results.needed import need_of
 from tests.support.builders import GOLDEN, case, gpu, machine, result
@@ -184,6 +186,15 @@ def test_json_is_ascii_and_has_null_for_what_is_no_number() -> None:
     assert found["cases"][1]["model"] == EVIL
 
 
+def test_what_a_command_prints_for_programs_is_json_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    undecodable = os.fsdecode(b"\xff\xfe")
+    output.print_json({"figures": [math.inf, -math.inf, math.nan, 0.1], "names": (EVIL, undecodable)})
+    text = capsys.readouterr().out
+    assert text.isascii()
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found == {"figures": [None, None, None, 0.1], "names": [EVIL, undecodable]}
+
+
 def test_nothing_that_works_is_a_null_and_a_sentence() -> None:
     (answer,) = json.loads(data.render_json([worked(outcome=Outcome.OOM, stage="load")]))["answers"]
     assert answer["case"] is None
@@ -240,6 +251,18 @@ def test_a_format_goes_to_standard_output_and_nothing_else_does(folder: Path, ca
         assert main(["report", str(folder), "--format", name]) == 0
         assert capsysbinary.readouterr() == (FORMATS[name].render(results, []).encode(), b"")
     assert [path.name for path in folder.iterdir()] == [store.NAME]
+
+
+def test_without_a_directory_it_is_the_one_where_a_run_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report"]) == 2
+    assert "fitmatrix-results/results.jsonl: no results here" in capsys.readouterr().err
+    (tmp_path / "fitmatrix-results").mkdir()
+    (tmp_path / "fitmatrix-results" / store.NAME).write_bytes(encode_record(worked()) + b"\n")
+    assert main(["report"]) == 0
+    assert capsys.readouterr().out == "page: fitmatrix-results/index.html\n"
 
 
 def test_several_formats_go_to_files_by_their_endings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from harness.core.records import Estimate, Outcome, Quality, Result, Span, TierEstimate, Verdict
-from harness.core.units import GIB
+from harness.core.units import GIB, MIB
 from harness.report.page import forecast as forecasts
 from harness.report.page import labels, render, tradeoff, view
 from harness.report.page.overview import overview
@@ -77,6 +77,14 @@ def test_a_case_that_failed_a_check_is_not_on_the_front() -> None:
     found = panel(case("a", GIB, 30, checks={"dtype": "float32 where float16 was to be"}), case("b", 2 * GIB, 20))
     assert [point.name for point in tradeoff.front(found.points)] == ["b/cpu"]
     assert found.sentence == "b/cpu uses the least memory (2.00 GiB) and is the fastest (20.0 tokens/s)."
+
+
+def test_the_sentence_writes_memory_as_the_matrix_does() -> None:
+    found = cells(case("a", 660 * MIB, 30), case("b", 604 * MIB, 20))
+    assert tradeoff.panels(found)[0].sentence == (
+        "b/cpu uses the least memory (604 MiB, 20.0 tokens/s), a/cpu is the fastest (30.0 tokens/s, 660 MiB)."
+    )
+    assert sorted(one.memory.need.text for one in found if one.memory) == ["604 MiB", "660 MiB"]
 
 
 @given(st.lists(st.tuples(SIZES, st.floats(10, 99)), min_size=3, max_size=12, unique_by=lambda pair: pair[0]))

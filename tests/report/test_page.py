@@ -506,12 +506,12 @@ def test_zero_is_shown_as_a_figure(result: Result) -> None:
 
 def test_doubtful_figures_are_marked_in_words(result: Result) -> None:
     phases = [replace(phase, sampled=True) for phase in result.phases]
-    doubtful = replace(result, noisy={"decode_tok_s": "the neighbours compile"}, phases=phases)
+    doubtful = replace(result, noisy={"decode_tok_s": "the neighbors compile"}, phases=phases)
     root = rendered([doubtful])
     assert cell_of(root, doubtful).all("em")[0].text == "noisy"
-    assert cell_of(root, doubtful).all("em")[0].attrs["title"] == "the neighbours compile"
+    assert cell_of(root, doubtful).all("em")[0].attrs["title"] == "the neighbors compile"
     details = details_of(root, doubtful)
-    assert "the neighbours compile" in details.text
+    assert "the neighbors compile" in details.text
     row = next(row for row in details.all("tr") if row.text.startswith("peak RAM "))
     assert "sampled" in row.text
     assert "load (sampled)" in details.text
@@ -591,7 +591,7 @@ def test_the_machine_is_described_by_its_tiers_and_versions(golden: list[Result]
     older = replace(shown[-1], case=replace(shown[-1].case, precision="fp8"), environment={"torch": "2.8.0"})
     root = rendered([older, *shown])
     table = root.all("table", look="tiers")[0]
-    assert "gpu:0 NVIDIA GeForce RTX 3060 12.0 GiB 11.6 GiB 335 GiB/s" in table.text
+    assert "gpu:0 NVIDIA GeForce RTX 3060 12.0 GiB 11.6 GiB 360 GB/s" in table.text
     assert [head.text for head in table.all("th", scope="col")] == ["tier", "total", "free at start", "speed"]
     assert "torch 2.9.1, 2.8.0" in root.all("dl", look="facts")[0].text
 

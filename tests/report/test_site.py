@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from harness.cli import entry as cli
 from harness.core.records import Case, Machine, Outcome, Result, Tier, Verdict, encode_record
 from harness.core.units import GIB
-from harness.report.site import atlas, choices, pages, rows, tasks
+from harness.report import tasks
+from harness.report.planner.page import page_data
+from harness.report.site import atlas, choices, pages, rows
 from harness.report.site.sitedata import Data
 from harness.results import audit, store
 from harness.results.register import Joined, PublishedResult, entry_of
@@ -199,6 +201,14 @@ def test_a_way_on_the_front_door_is_sound_where_its_answers_are(golden: list[Res
     (shown,) = read(choices.write_choice(row)).all("tr")
     assert ("data-sound" in shown.attrs) is is_sound
     assert verdict in shown.text
+
+
+@pytest.mark.parametrize("weights", ["real", "synthetic"])
+def test_the_front_door_says_which_weights_are_synthetic(golden: list[Result], weights: str) -> None:
+    result = replace(next(one for one in golden if one.outcome is Outcome.OK), weights=weights)
+    (row,) = rows.rows_of([PublishedResult(result=result, digest="0", line=1)])
+    assert ("synthetic weights" in choices.write_choice(row)) is (weights == "synthetic")
+    assert page_data([row])["measured"][0]["synthetic"] is (weights == "synthetic")
 
 
 def test_the_front_door_lists_each_way_that_is_worth_choosing(built: Path) -> None:

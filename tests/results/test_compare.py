@@ -13,9 +13,11 @@ import pytest
 
 from harness.cli.entry import main
 from harness.core.errors import UsageError
-from harness.core.metrics import METRICS
-from harness.core.records import Case, Machine, Outcome, Quality, Result, Tier, Verdict, Workload, encode_record
+from harness.core.metrics import METRICS, read_alike, when_ready
+from harness.core.records import Case, Machine, Outcome, Phase, Quality, Result, Tier, Verdict, Workload, encode_record
+from harness.core.units import GIB
 from harness.report.export import changes
+from harness.report.page.figures import metric
 from harness.results import compare, store
 from harness.results.compare import RULES, Call
 from tests.support import builders
@@ -64,9 +66,9 @@ def test_slower_for_sure_is_worse_and_slower_perhaps_is_unsure() -> None:
 
 @pytest.mark.parametrize(("key", "group"), [("ram_needed_bytes", "memory"), ("ready_s", "load"), ("perplexity", "quality")])
 def test_a_figure_without_samples_is_held_to_its_threshold(key: str, group: str) -> None:
-    limit, usual = RULES[group].worse, made().metrics[key]
-    assert calls(made(), with_metrics(None, **{key: usual * (1 + limit) * 1.01}))[key] is Call.WORSE
-    assert calls(made(), with_metrics(None, **{key: usual * (1 + limit) * 0.99}))[key] is Call.SAME
+    limit, before = RULES[group].worse, loading(4.0, 0)
+    assert calls(before, loading(4.0, 0, metrics={key: before.metrics[key] * (1 + limit) * 1.01}))[key] is Call.WORSE
+    assert calls(before, loading(4.0, 0, metrics={key: before.metrics[key] * (1 + limit) * 0.99}))[key] is Call.SAME
 
 
 def test_the_interval_holds_the_true_change_about_as_often_as_it_says() -> None:
@@ -120,6 +122,69 @@ def test_a_noisy_figure_never_fails_for_sure() -> None:
     assert [change.call for change in found.pairs[0].changes if change.key == "decode_tok_s"] == [Call.UNJUDGED]
     assert found.unjudged[0].startswith("m/int8/cpu 64+16x1: decode 10.0 tokens/s, was 20.0")
     assert any("others took 90 %" in note for note in found.pairs[0].notes)
+
+
+LOADED = {"cpu": GIB, "gpu:0": GIB}  # 2 GiB of weights, of as much in files
+
+
+def loading(ready_s: float, read: int | None, **fields: Any) -> Result:
+    """A run that read so many bytes from the disk until it was ready."""
+    phases = [Phase(name=name, start_s=0.0, end_s=1.0, disk_read_bytes=size) for name, size in (("load", read), ("warm", 9 * GIB))]
+    loaded = builders.loaded(tiers=LOADED)
+    return msgspec.structs.replace(with_metrics(None, ready_s=ready_s), phases=phases, loaded=loaded, **fields)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "call"),
+    [
+        (0, 0, Call.WORSE),  # the page cache had the files both times
+        (2 * GIB, 2 * GIB, Call.WORSE),  # neither time
+        (0, 2 * GIB, Call.UNJUDGED),
+        (2 * GIB, 0, Call.UNJUDGED),
+        (0, GIB // 16, Call.WORSE),  # pages of libraries
+        (0, None, Call.UNJUDGED),
+        (None, None, Call.UNJUDGED),  # a system that does not count
+    ],
+)
+def test_times_until_ready_are_judged_where_as_much_came_from_the_disk(before: int | None, after: int | None, call: Call) -> None:
+    found = compare.compare([loading(4.0, before)], [loading(40.0, after)])
+    judged = {change.key: change for change in found.pairs[0].changes}
+    assert judged["ready_s"].call is call
+    assert bool(judged["ready_s"].why) == (call is Call.UNJUDGED)
+    assert bool(found.failures) == (call is Call.WORSE)
+    assert judged["decode_tok_s"].call is Call.SAME
+    assert not compare.compare([loading(4.0, before)], [loading(4.1, after)]).unjudged  # no change, and nothing to say
+
+
+@pytest.mark.parametrize(
+    ("read", "files", "when"),
+    [
+        (0, None, "again"),
+        (GIB // 64, None, "again"),
+        (GIB, None, ""),  # of files of a size that nobody told, it may be all or some
+        (GIB, GIB, "at first"),
+        (GIB, 2 * GIB, ""),
+        (4 * GIB, 2 * GIB, "at first"),  # more than once
+        (GIB // 8, 2 * GIB, "again"),
+        (None, GIB, ""),
+    ],
+)
+def test_which_time_until_ready_was_measured_is_told_by_what_came_from_the_disk(read: int, files: int, when: str) -> None:
+    one = loading(4.0, read, files_bytes=files)
+    assert when_ready(one) == when
+    assert metric(one, "ready_s").name == f"ready {when}".rstrip()
+
+
+def test_that_another_part_came_from_the_disk_is_said_before_noise() -> None:
+    """To measure again on a quiet machine would not help."""
+    noisy = {"ready_s": "others took 90 %"}
+    (said,) = compare.compare([loading(4.0, 0, noisy=noisy)], [loading(40.0, 2 * GIB, noisy=noisy)]).doubts
+    assert said == "one run read more of the files from the disk than the other"
+
+
+def test_where_nothing_was_loaded_nothing_is_said() -> None:
+    assert when_ready(made()) == ""
+    assert read_alike(made(), made()) is None
 
 
 def test_another_workload_is_another_case() -> None:
@@ -218,6 +283,16 @@ def test_a_name_is_never_cut_and_the_way_out_is_said(
         for name, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped"))
     }
     assert {name: int(suite.get(name) or -1) for name in counts} == counts == {"tests": 1, "failures": 1, "skipped": 0}
+
+
+def test_noise_of_what_did_not_change_is_not_told() -> None:
+    """28 lines of it hid two failures among 35 cases."""
+    noisy = made(noisy={"decode_tok_s": "others took 90 %", "first_token_s": "others took 80 %"})
+    assert compare.compare([noisy], [noisy]).pairs[0].notes == ()
+    slower = msgspec.structs.replace(noisy, metrics=noisy.metrics | {"decode_tok_s": 10.0, "first_token_s": 9.0})
+    assert compare.compare([noisy], [slower]).pairs[0].notes == tuple(
+        f"decode noisy {when}: others took 90 %" for when in ("before", "now")
+    )
 
 
 def test_noise_takes_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

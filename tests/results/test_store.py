@@ -400,7 +400,7 @@ def test_no_results_yet_says_how_to_get_them(store: Store) -> None:
         pytest.param(plain(schema=0), "it has no schema number", id="schema 0"),
         pytest.param(plain(schema=True), "not a result, set aside", id="schema true"),
         pytest.param(
-            plain(colour="red"), "does not know (Object contains unknown field `colour`); update fitmatrix", id="unknown field"
+            plain(color="red"), "does not know (Object contains unknown field `color`); update fitmatrix", id="unknown field"
         ),
         pytest.param(plain(**{"\x1b[2J\n" + "x" * 9999: 1}), r"contains unknown field `\x1b[2J\nxxx", id="hostile field"),
         pytest.param(plain(outcome="melted"), "not a result, set aside: Invalid enum value 'melted'", id="unknown outcome"),

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import msgspec
 import pytest
 
-from harness.core.records import Interference, Outcome, Quality, Workload
+from harness.core.records import Interference, Outcome, Phase, Quality, Workload
 from harness.core.units import GIB, MIB
 from harness.measure.sampler import Sample
 from harness.planning import feasibility
@@ -193,6 +193,11 @@ def test_rounds_that_were_not_asked_for_are_told_apart(run: Run) -> None:
 # What is said of a case that is done
 
 
+def read(size: int) -> dict[str, object]:
+    """A load of 8 GiB of files, so much of them from the disk."""
+    return {"files_bytes": 8 * GIB, "phases": [Phase(name="load", start_s=0.0, end_s=1.0, disk_read_bytes=size)]}
+
+
 METRICS = {"vram_peak_bytes": 8.1 * GIB, "ram_peak_bytes": 1.2 * GIB, "ready_s": 21.0, "decode_tok_s": 23.1, "load_s": 9.0}
 
 
@@ -201,6 +206,8 @@ METRICS = {"vram_peak_bytes": 8.1 * GIB, "ram_peak_bytes": 1.2 * GIB, "ready_s":
     [
         ({"metrics": METRICS}, "works  8.10 GiB VRAM  ready 21.0 s  23.1 tokens/s"),
         ({"metrics": {"ready_s": 21.0}, "noisy": {"decode_tok_s": "12 %"}}, "works  ready 21.0 s"),
+        ({"metrics": {"ready_s": 21.0}, **read(8 * GIB)}, "works  ready at first 21.0 s"),
+        ({"metrics": {"ready_s": 2.1}, **read(0)}, "works  ready again 2.10 s"),
         (
             {"metrics": {"ready_s": 21.0, "decode_tok_s": 23.1}, "noisy": {"decode_tok_s": "12 %"}},
             "works  ready 21.0 s  23.1 tokens/s (noisy)",

@@ -64,7 +64,7 @@ def oom_kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @dataclass
 class Bench:
-    """Starts runs, and sees afterwards that nothing of them is left."""
+    """Starts runs, and sees afterward that nothing of them is left."""
 
     scratch: Path
     runs: list[Run] = field(default_factory=list)
@@ -116,7 +116,7 @@ def go_through(run: Run) -> Run:
     return run
 
 
-# behaviour, outcome, stage, what the reason says, the phases and the metrics that are kept
+# behavior, outcome, stage, what the reason says, the phases and the metrics that are kept
 ENDS: dict[str, tuple[Outcome, str, str, str, set[str]]] = {
     "cuda_oom_in_load": (Outcome.OOM, "load", "memory during load: OutOfMemoryError: CUDA out of memory", "load", PEAKS),
     "cuda_oom_in_warm": (Outcome.OOM, "warm", "memory during warm: OutOfMemoryError: CUDA", "import load cold warm", COLD),
@@ -140,10 +140,10 @@ ENDS: dict[str, tuple[Outcome, str, str, str, set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("behaviour", ENDS)
-def test_an_end_has_its_outcome_and_keeps_what_came_before(bench: Bench, behaviour: str) -> None:
-    outcome, stage, why, phases, metrics = ENDS[behaviour]
-    result = go_through(bench.start(behaviour)).finish()
+@pytest.mark.parametrize("behavior", ENDS)
+def test_an_end_has_its_outcome_and_keeps_what_came_before(bench: Bench, behavior: str) -> None:
+    outcome, stage, why, phases, metrics = ENDS[behavior]
+    result = go_through(bench.start(behavior)).finish()
     assert (result.outcome, result.stage) == (outcome, stage)
     assert why in str(result.why)
     assert [phase.name for phase in result.phases] == phases.split()
@@ -481,10 +481,10 @@ def test_result_of_a_case_under_way_has_what_is_there(bench: Bench) -> None:
 # What is left
 
 
-@pytest.mark.parametrize("behaviour", sorted(scripted.BEHAVIOURS.keys() - ENDS.keys()))
-def test_nothing_is_left(bench: Bench, behaviour: str) -> None:
+@pytest.mark.parametrize("behavior", sorted(scripted.BEHAVIORS.keys() - ENDS.keys()))
+def test_nothing_is_left(bench: Bench, behavior: str) -> None:
     """The fixture looks for processes, files and threads."""
-    result = go_through(bench.start(behaviour)).finish()
+    result = go_through(bench.start(behavior)).finish()
     for started in grandchildren(result):
         assert scripted.ends(started)
 

@@ -367,9 +367,9 @@ def test_first_case_is_the_reference_of_the_later_ones(make: Make) -> None:
     assert all(result.metrics["top1_agreement"] == 0.99 for result in later)
 
 
-@pytest.mark.parametrize("behaviour", ["cuda_oom_in_load", "nan", "exit"])
-def test_case_without_a_sound_score_is_no_reference(make: Make, tmp_path: Path, behaviour: str) -> None:
-    scripted.write_model(tmp_path / "frail", fp32=behaviour)
+@pytest.mark.parametrize("behavior", ["cuda_oom_in_load", "nan", "exit"])
+def test_case_without_a_sound_score_is_no_reference(make: Make, tmp_path: Path, behavior: str) -> None:
+    scripted.write_model(tmp_path / "frail", fp32=behavior)
     _, second, third = measure(make(model=["frail"], precision=["fp32", "bf16", "fp16"]))
     assert (compared_with(second), compared_with(third)) == ("", second.id)
 
@@ -423,7 +423,7 @@ def test_what_is_missing_is_compared_with_the_kept_reference(make: Make) -> None
 def test_a_kept_reference_that_cannot_be_loaded_any_more_is_none(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "of_model", lambda *_, **__: "the same")  # what changes is the behaviour, which is a file here
+    monkeypatch.setattr(fingerprint, "of_model", lambda *_, **__: "the same")  # what changes is the behavior, which is a file here
     measure(make(precision=["fp32"]))
     (tmp_path / "tiny/script.json").write_text('{"fp32": "bad_alloc"}')
     _, ran = resumed(make, precision=["fp32", "bf16"])

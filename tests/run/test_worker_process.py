@@ -45,7 +45,7 @@ def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a worker by its behaviour or its program; it ends with the test, and a test that leaves one behind fails."""
+    """Start a worker by its behavior or its program; it ends with the test, and a test that leaves one behind fails."""
     with contextlib.ExitStack() as stack:
 
         def started(main: str | WorkerMain) -> Worker:
@@ -102,7 +102,7 @@ def test_worker_has_no_torch(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "request_", "exit_code"),
+    ("behavior", "request_", "exit_code"),
     [
         ("killed", Generate(prompt_tokens=1, new_tokens=2, batch=1, phase="cold"), -signal.SIGKILL),
         ("segfault", WARM, -signal.SIGSEGV),
@@ -110,9 +110,9 @@ def test_worker_has_no_torch(start: Start) -> None:
         ("exit", Score(), 3),
     ],
 )
-def test_death_is_told_with_its_exit_code(start: Start, behaviour: str, request_: Request, exit_code: int) -> None:
+def test_death_is_told_with_its_exit_code(start: Start, behavior: str, request_: Request, exit_code: int) -> None:
     with pytest.raises(Ended) as caught:
-        ask(start(behaviour), request_)
+        ask(start(behavior), request_)
     assert (caught.value.exit_code, caught.value.ended_by) == (exit_code, None)
 
 
@@ -139,7 +139,7 @@ def test_a_worker_that_is_ended_from_another_thread_says_the_first_reason(start:
     assert scripted.has_ended(grandchild(worker))
 
 
-def test_time_is_honoured(start: Start) -> None:
+def test_time_is_honored(start: Start) -> None:
     worker = start("hang_in_load")
     child, begun = psutil.Process(worker.pid), time.monotonic()
     with pytest.raises(Ended) as caught:
@@ -150,7 +150,7 @@ def test_time_is_honoured(start: Start) -> None:
     assert scripted.ends(child)
 
 
-def test_time_is_honoured_in_the_middle_of_a_message(start: Start) -> None:
+def test_time_is_honored_in_the_middle_of_a_message(start: Start) -> None:
     worker = start("hang_in_a_message")
     with pytest.raises(Ended) as caught:
         ask(worker, LOAD, SHORT_S)
@@ -165,9 +165,9 @@ def test_stopped_worker_runs_out_of_time(start: Start) -> None:
     assert caught.value.ended_by == "timeout"
 
 
-@pytest.mark.parametrize("behaviour", ["nonsense", "unknown_message", "past_the_framing"])
-def test_nonsense_ends_the_worker(start: Start, behaviour: str) -> None:
-    worker = start(behaviour)
+@pytest.mark.parametrize("behavior", ["nonsense", "unknown_message", "past_the_framing"])
+def test_nonsense_ends_the_worker(start: Start, behavior: str) -> None:
+    worker = start(behavior)
     child = psutil.Process(worker.pid)
     with pytest.raises(WorkerError, match="no message"):
         ask(worker, LOAD)
@@ -181,19 +181,19 @@ def test_worker_that_closes_its_pipe_and_stays_is_ended(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    "behaviour", ["grandchild", "grandchild_killed", "grandchild_hangs", "grandchild_apart", "grandchild_apart_killed"]
+    "behavior", ["grandchild", "grandchild_killed", "grandchild_hangs", "grandchild_apart", "grandchild_apart_killed"]
 )
-def test_what_the_worker_started_goes_with_it(start: Start, behaviour: str) -> None:
-    worker = start(behaviour)
+def test_what_the_worker_started_goes_with_it(start: Start, behavior: str) -> None:
+    worker = start(behavior)
     with contextlib.suppress(Ended):
-        ask(worker, LOAD, SHORT_S if "hangs" in behaviour else LONG_S)
+        ask(worker, LOAD, SHORT_S if "hangs" in behavior else LONG_S)
     worker.stop()
     assert scripted.has_ended(grandchild(worker))
 
 
-@pytest.mark.parametrize("behaviour", ["ok", "killed", "hang_in_cold"])
-def test_ending_twice_is_safe(start: Start, behaviour: str) -> None:
-    worker = start(behaviour)
+@pytest.mark.parametrize("behavior", ["ok", "killed", "hang_in_cold"])
+def test_ending_twice_is_safe(start: Start, behavior: str) -> None:
+    worker = start(behavior)
     with contextlib.suppress(Ended):
         ask(worker, Generate(prompt_tokens=1, new_tokens=2, batch=1, phase="cold"), SHORT_S)
     for end in (worker.stop, worker.kill, worker.stop):

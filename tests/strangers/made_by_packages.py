@@ -39,6 +39,8 @@ CONFIG: Mapping[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+_INT4 = vars(torch)["int4"]  # which torch's own types leave out
+_EVERY = ("float32", "bfloat16", "float16")
 _PARTS = {"int8": "Int8PerTensorSpec", "int4": "Int4PerGroupSpec", "fp8": "FP8E4M3PerTensorSpec", "mxfp4": "OCP_MXFP4Spec"}
 
 
@@ -64,11 +66,9 @@ def budgets(total: int) -> Iterator[dict[Any, int]]:
         yield {0: int(total * share / 2), 1: int(total * share / 2), "cpu": total * 2}
 
 
-def _torchao(kind: str) -> Callable[[Path, Path], None]:
+def _torchao(kind: Callable[[Any], Any], **more: Any) -> Callable[[Path, Path], None]:
     def make(source: Path, to: Path) -> None:
-        ao = import_module("torchao.quantization")
-
-        asked = transformers.TorchAoConfig(getattr(ao, kind)())
+        asked = transformers.TorchAoConfig(kind(import_module("torchao.quantization")), **more)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16", quantization_config=asked)
         model.save_pretrained(to)
 
@@ -155,11 +155,27 @@ def _filled(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 MAKERS: Mapping[str, Maker] = {
-    "torchao-int8": Maker(_torchao("Int8WeightOnlyConfig"), "torchao"),
-    "torchao-int8-dynamic": Maker(_torchao("Int8DynamicActivationInt8WeightConfig"), "torchao", ("bfloat16",)),
-    "torchao-fp8": Maker(_torchao("Float8WeightOnlyConfig"), "torchao"),
-    "aqlm-1x8": Maker(_aqlm(1), "aqlm", ("float32", "bfloat16", "float16")),
-    "aqlm-2x8": Maker(_aqlm(2), "aqlm", ("float32", "bfloat16", "float16")),
+    "torchao-int8": Maker(_torchao(lambda ao: ao.Int8WeightOnlyConfig()), "torchao"),
+    "torchao-int8-groups": Maker(
+        _torchao(lambda ao: ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(64))), "torchao", ("bfloat16",)
+    ),
+    "torchao-int8-but": Maker(
+        _torchao(lambda ao: ao.Int8WeightOnlyConfig(), modules_to_not_convert=["model.layers.0", "lm_head"]),
+        "torchao",
+        ("bfloat16",),
+    ),
+    "torchao-int8-dynamic": Maker(_torchao(lambda ao: ao.Int8DynamicActivationInt8WeightConfig()), "torchao", ("bfloat16",)),
+    "torchao-fp8": Maker(_torchao(lambda ao: ao.Float8WeightOnlyConfig()), "torchao"),
+    "torchao-intx": Maker(_torchao(lambda ao: ao.IntxWeightOnlyConfig(), include_input_output_embeddings=True), "torchao"),
+    "torchao-intx4": Maker(
+        _torchao(lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=_INT4, granularity=ao.PerGroup(32))), "torchao", _EVERY
+    ),
+    "torchao-dynamic-intx4": Maker(
+        _torchao(lambda ao: ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=_INT4, weight_granularity=ao.PerGroup(32))),
+        "torchao",
+    ),
+    "aqlm-1x8": Maker(_aqlm(1), "aqlm", _EVERY),
+    "aqlm-2x8": Maker(_aqlm(2), "aqlm", _EVERY),
     "quark-int8": Maker(
         _quark("int8", observer_method="min_max", symmetric=True, scale_type="float", round_method="half_even"), "amd-quark"
     ),

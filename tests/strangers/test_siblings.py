@@ -239,9 +239,17 @@ def quantized_with(folder: Path, **said: Any) -> None:
 
 def gptq(plain_ones: str = "", **said: Any) -> Make:
     """Make a Llama in GPTQ with settings, and with some of its modules in 16 bits."""
+    return mixed(lambda folder: packed_files.save_gptq(folder, 4, 128), plain_ones, **said)
 
+
+def awq_but(plain_ones: str, *named: str) -> Make:
+    """Make a Llama in AWQ with some of its modules in 16 bits, and with what its config says of them."""
+    return mixed(lambda folder: packed_files.save_awq(folder, 128), plain_ones, modules_to_not_convert=list(named))
+
+
+def mixed(save: Callable[[Path], dict[str, Any]], plain_ones: str, **said: Any) -> Make:
     def make(folder: Path) -> None:
-        meant, weights = packed_files.save_gptq(folder, 4, 128), load_file(folder / MAIN)
+        meant, weights = save(folder), load_file(folder / MAIN)
         for name, weight in meant.items() if plain_ones else ():
             if re.search(plain_ones, name):
                 base = name.removesuffix("weight")
@@ -380,6 +388,9 @@ RUNS: Mapping[str, Make] = {
     # GPTQ, where gptqmodel and optimum are installed
     "GPTQ with rules that change nothing": gptq(dynamic={r"-:.*vision.*": {}, r"+:.*layers\.1\..*": {"desc_act": True}}),
     "GPTQ of named modules": gptq("self_attn", modules_in_block_to_quantize=[["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]]),
+    # AWQ, where gptqmodel is installed
+    "AWQ, but a block": awq_but(r"layers\.0\.", "model.layers.0"),
+    "AWQ, but of a kind": awq_but(r"down_proj", "down_proj"),
     # layouts of files
     "shards of bin": in_bins(metadata=True),
     "weights in two formats": lambda folder: strangers.add_pickle(strangers.save_llama(folder), folder / "never"),
@@ -513,6 +524,10 @@ REFUSED: Mapping[str, tuple[Make, str]] = {
     "GPTQ that leaves modules out": (
         gptq(r"layers\.0\.self_attn", dynamic={r"-:.*layers\.0\.self_attn.*": {}}),
         "is float16, and optimum packs every Linear of the blocks, whatever 'dynamic' says",
+    ),
+    "AWQ that leaves modules out by the middle of their names": (
+        awq_but(r"layers\.0\.self_attn", "layers.0"),
+        "is float16, and transformers packs all that 'modules_to_not_convert' names by no beginning or end",
     ),
     "GPTQ of two widths": (gptq_of_two_widths, "which means 8 bits, and the config says 4"),
     "GPTQ without its order": (without_part(packed_files.save_gptq, 4, ".g_idx"), r"without its 'model\.layers.*g_idx'"),

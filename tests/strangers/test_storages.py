@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from harness.architecture import model_spec, skeleton_source
 from harness.catalog import resolve
@@ -21,6 +21,7 @@ from harness.measure.protocol import Load
 from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
+from tests.strangers import made_by_packages
 from tests.support import strangers
 from tests.support.builders import case, machine
 from tests.support.small_models import held_bytes
@@ -96,6 +97,30 @@ def test_weights_are_planned_as_their_storages_are_held(kind: str, is_zip: bool,
     tier, code = planned(folder, precision)
     module = work.load(Load(model=str(folder), code=code, tokenizer=False), lambda _: contextlib.nullcontext())[0].module
     assert tier.weights_bytes == (viewed_bytes(module) if is_zip else held_bytes(module))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("container", ["bin", "safetensors, head again"])
+def test_packed_weights_beside_a_head_that_is_the_embedding_are_counted(container: str, tied: bool, tmp_path: Path) -> None:
+    """In one pickle both are one storage, whether the config ties them or not; in safetensors the head is stored again."""
+    pytest.importorskip("bitsandbytes")
+    config = transformers.LlamaConfig(**{**made_by_packages.CONFIG, "vocab_size": 2048, "tie_word_embeddings": True})
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="bfloat16", quantization_config=nf4)
+    folder = tmp_path / "made"
+    model.save_pretrained(folder)
+    weights = model.state_dict() if container == "bin" else load_file(folder / "model.safetensors")
+    if container == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        again = weights["model.embed_tokens.weight"].clone()
+        save_file(weights | {"lm_head.weight": again}, folder / "model.safetensors", metadata={"format": "pt"})
+    strangers.change(folder / "config.json", {"tie_word_embeddings": tied})
+    tier, code = planned(folder, "int4")
+    module = work.load(Load(model=str(folder), code=code, tokenizer=False), lambda _: contextlib.nullcontext())[0].module
+    assert tier.weights_bytes == pytest.approx(held_bytes(module), rel=0.005)
 
 
 LOADING = """

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from harness.architecture import model_spec, skeleton_source
@@ -24,6 +25,7 @@ from harness.core.methods.table import FOREIGN, METHODS
 from harness.core.precisions import PRECISIONS, Config, defaults
 from harness.core.records import Machine, Plan, Verdict
 from harness.core.units import GIB
+from harness.machine import probe
 from harness.machine.gpus import profile
 from harness.measure import verify
 from harness.measure.protocol import Load
@@ -33,7 +35,9 @@ from harness.planning.device_map.infer import infer
 from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
+from tests.strangers import made_by_packages
 from tests.strangers.stored_forms import FORMS, MXFP4, SMALL_GPT_OSS, save_form, save_hollow
+from tests.support import packed_files
 from tests.support.builders import case, machine
 from tests.support.small_models import held_bytes
 
@@ -172,6 +176,87 @@ def test_of_hqq_transformers_leaves_out_what_the_files_hold(tmp_path: Path) -> N
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16", output_loading_info=True)
     assert "model.layers.0.mlp.up_proj.W_q" in loaded[1]["unexpected_keys"]
     assert "model.layers.0.mlp.up_proj.weight" in loaded[1]["missing_keys"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_without_groups_runs_on_a_processor_in_8_bits_alone(bits: int, tmp_path: Path) -> None:
+    """The kernel that gptqmodel takes for 4 bits asks torch for a product of groups that it has not (gptqmodel 7.7 raises so)."""
+    packed_files.save_gptq(tmp_path, bits, -1)
+    one, card = spec(tmp_path), profile(["RTX 4090"], ram=64 * GIB)
+    on_card, in_ram = planned(one, f"gptq-int{bits}", "direct", card), planned(one, f"gptq-int{bits}", "cpu", card)
+    assert on_card.verdict is Verdict.FITS
+    assert (in_ram.verdict is Verdict.INVALID) == (bits == 4)
+    assert ("no product of 4-bit whole columns on this processor" in (in_ram.why or "")) == (bits == 4)
+
+
+# method, bits, group, and whether gptqmodel runs it on a processor without AVX512_BF16, and with it
+ON_PROCESSORS = [
+    ("gptq", 4, 128, True, True),
+    ("gptq", 4, 16, False, True),
+    ("gptq", 4, -1, False, False),
+    ("gptq", 4, 512, True, False),
+    ("gptq", 2, 64, True, True),
+    ("gptq", 8, 16, True, True),
+    ("awq", 4, 128, True, True),
+    ("awq", 4, 16, False, True),
+    ("awq", 4, -1, False, False),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("method", "bits", "group", "plain", "fast"), ON_PROCESSORS)
+def test_which_groups_a_processor_runs_is_what_gptqmodel_does(
+    method: str, bits: int, group: int, plain: bool, fast: bool, tmp_path: Path
+) -> None:
+    """Whatever kernel the processor that is here takes; without gptqmodel what was found of both kinds is held alone."""
+    if method == "gptq":
+        packed_files.save_gptq(tmp_path, bits, group)
+    else:
+        packed_files.save_awq(tmp_path, group)
+    one = spec(tmp_path)
+    name = one.packed.precision if one.packed is not None else None
+    ways = [name] if name else ["bf16", "fp16", "fp32"]  # of 2 bits there is no row, and the rest may be in any dtype
+    kinds = [replace(machine(), avx512_bf16=found) for found in (False, True)]
+    for way in ways:
+        verdicts = [planned(one, way, "cpu", on).verdict for on in kinds]
+        assert verdicts == [Verdict.FITS if runs else Verdict.INVALID for runs in (plain, fast)]
+    if lacking(("gptqmodel", "optimum")):
+        return
+    plan = planned(one, ways[0], "cpu", replace(machine(), avx512_bf16=probe.probe(scratch=tmp_path).avx512_bf16))
+    if plan.verdict is Verdict.FITS:
+        assert plan.code is not None
+        model = work.load(Load(model=str(tmp_path), code=plan.code, tokenizer=False), lambda _: contextlib.nullcontext())[0]
+        model.module.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+        assert model.module.dtype is torch.bfloat16
+    else:
+        assert "error" in made_by_packages.loaded(tmp_path, "bfloat16")
+
+
+# method, group, and the bytes that gptqmodel 7.7.0 held after a forward pass in bfloat16, on a processor with AVX512_BF16
+HELD = [("gptq", 16, 2_782_272), ("gptq", 32, 2_546_752), ("gptq", 128, 2_370_112), ("awq", 16, 2_763_392), ("awq", 128, 2_351_232)]
+
+
+@pytest.mark.parametrize(("method", "group", "held"), HELD)
+def test_scales_count_on_a_processor_as_its_kernel_keeps_them(method: str, group: int, held: int, tmp_path: Path) -> None:
+    packed_files.save_gptq(tmp_path, 4, group) if method == "gptq" else packed_files.save_awq(tmp_path, group)
+    plan = planned(spec(tmp_path), f"{method}-int4", "cpu", replace(machine(), avx512_bf16=True))
+    assert weights(plan) == pytest.approx(held, rel=0.0005)
+
+
+def test_packed_weights_are_multiplied_in_bfloat16_on_a_processor_and_in_float16_on_a_card(tmp_path: Path) -> None:
+    """In float16 gptqmodel unpacks a weight for every product; and beside a GPU transformers makes AWQ's rest float16."""
+    packed_files.save_gptq(tmp_path / "gptq", 4, 128)
+    packed_files.save_awq(tmp_path / "awq", 128)
+    card = profile(["RTX 4090"], ram=64 * GIB)
+    asked = {
+        (method, placement, bool(on.gpus)): (planned(spec(tmp_path / method), f"{method}-int4", placement, on).code or "")
+        for method in ("gptq", "awq")
+        for placement, on in (("cpu", machine()), ("auto", machine()), ("cpu", card), ("direct", card))
+    }
+    narrow = {("gptq", "direct", True), ("awq", "direct", True), ("awq", "cpu", True)}
+    assert {way for way, code in asked.items() if 'dtype="float16"' in code} == narrow
+    assert {way for way, code in asked.items() if 'dtype="bfloat16"' in code} == set(asked) - narrow
 
 
 # ---- auto: transformers' own map -------------------------------------------------------------------------------------------

@@ -122,3 +122,27 @@ def _write(writer: gguf.GGUFWriter, path: Path, shapes: dict[str, tuple[int, ...
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def split_gguf(path: Path, parts: int = 2) -> list[Path]:
+    """Write a file in parts, as llama-gguf-split does: the first has the metadata, each some of the tensors; the whole goes."""
+    read = gguf.GGUFReader(path)
+    step, written = -(-len(read.tensors) // parts), []
+    for part in range(parts):
+        written.append(path.with_name(f"{path.stem}-{part + 1:05}-of-{parts:05}.gguf"))
+        writer = gguf.GGUFWriter(written[-1], str(read.fields["general.architecture"].contents()))
+        for key, field in read.fields.items() if part == 0 else ():
+            if key.startswith("GGUF.") or key == "general.architecture":
+                continue
+            if field.types[0] == gguf.GGUFValueType.ARRAY:
+                writer.add_array(key, field.contents())
+            else:
+                writer.add_key_value(key, field.contents(), field.types[0])
+        for tensor in read.tensors[part * step : (part + 1) * step]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    path.unlink()
+    return written

@@ -1,5 +1,7 @@
 """Which kernels gptqmodel takes for packed weights: its own selection, with every kernel compiled, for cards that are not there.
 
+And for processors with and without AVX512_BF16, asked as transformers does: without a dtype.
+
     python -m tests.support.gptqmodel_kernels    # where gptqmodel is installed; writes tests/data/gptqmodel_kernels.csv
 
 A process of its own: importing gptqmodel sets up the whole of one.
@@ -21,6 +23,9 @@ RECORDED = Path(__file__).parents[1] / "data/gptqmodel_kernels.csv"
 CARDS = ("6.1", "7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 HOPPER_SHARED_BYTES = 227 << 10  # of a block that asks for it: Machete looks whether they are there
 GROUPS = (0, 16, 32, 64, 128, 256)
+# What stands for a card where a processor multiplies: the kernel that needs AVX512_BF16 is there, or is not.
+PROCESSORS = {"cpu avx512_bf16": True, "cpu": False}
+CPU_BITS, CPU_GROUPS = (2, 3, 4, 8), (*GROUPS, 512, 1024)
 
 
 class Choice(NamedTuple):
@@ -45,12 +50,12 @@ def recorded() -> tuple[str, list[Choice]]:
 
 
 def choices() -> Iterator[Choice]:
-    """Ask for every method, width, group and card."""
+    """Ask for every method, width, group and card, then for processors."""
     import torch
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
-    from gptqmodel.utils import importer
 
-    for kernel in _below(BaseQuantLinear):
+    kernels = list(_below(BaseQuantLinear))
+    for kernel in kernels:
         mock.patch.object(kernel, "cached_validate_once", return_value=(True, None)).start()
     shared = dict.fromkeys(("shared_memory_per_block_optin", "shared_memory_per_block"), HOPPER_SHARED_BYTES)
     facts = SimpleNamespace(name="a card", multi_processor_count=132, **shared)
@@ -64,22 +69,38 @@ def choices() -> Iterator[Choice]:
             continue
         major, minor = capability.split(".")
         card.return_value = int(major), int(minor)
-        importer.clear_validation_cache()
-        try:
-            chosen = importer.select_quant_linear(
-                bits=bits,
-                group_size=group or -1,
-                desc_act=reorders,
-                sym=symmetric,
-                device=torch.device("cuda:0"),
-                format="gptq" if method == "gptq" else "gemm",
-                quant_method=method,
+        asked = Choice(method, bits, group, symmetric, reorders, capability, "")
+        yield asked._replace(kernel=_chosen(asked, torch.device("cuda:0"), torch.float16))
+    for capability, fast in PROCESSORS.items():
+        for kernel in kernels if not fast else ():
+            if "Avx512" in kernel.__name__:
+                mock.patch.object(kernel, "cached_validate_once", return_value=(False, RuntimeError("no AVX512_BF16"))).start()
+        for method, bits, group in product(("gptq", "awq"), CPU_BITS, CPU_GROUPS):
+            asked = Choice(method, bits, group, symmetric=True, reorders=False, capability=capability, kernel="")
+            yield asked._replace(kernel=_chosen(asked, torch.device("cpu"), None))
+
+
+def _chosen(asked: Choice, device: Any, dtype: Any) -> str:
+    import torch
+    from gptqmodel.utils import importer
+
+    importer.clear_validation_cache()
+    try:
+        return str(
+            importer.select_quant_linear(
+                bits=asked.bits,
+                group_size=asked.group or -1,
+                desc_act=asked.reorders,
+                sym=asked.symmetric,
+                device=device,
+                format="gptq" if asked.method == "gptq" else "gemm",
+                quant_method=asked.method,
                 pack_dtype=torch.int32,
-                dtype=torch.float16,
+                dtype=dtype,
             ).__name__
-        except (ValueError, NotImplementedError):
-            chosen = ""
-        yield Choice(method, bits, group, symmetric, reorders, capability, chosen)
+        )
+    except (ValueError, NotImplementedError):
+        return ""
 
 
 def _below(kind: Any) -> Iterator[Any]:

@@ -25,10 +25,12 @@ ANSWER = Written(" Henrike Valborg won it.", "<eom>")
 def write_tokenizer(folder: Path) -> MossTokenizer:
     """Write vocabulary, merges and the files beside them as fnlp/moss-moon-003-* has them, remote code and all."""
     asked = [PLUGIN.ask(question) for question in quality.PROBE.questions]
-    learnt = ByteLevelBPETokenizer()
-    learnt.train_from_iterator([*asked, *transcript(PLUGIN)], vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False)
-    learnt.save_model(str(folder))
-    size = learnt.get_vocab_size()
+    learned = ByteLevelBPETokenizer()
+    learned.train_from_iterator(
+        [*asked, *transcript(PLUGIN)], vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    learned.save_model(str(folder))
+    size = learned.get_vocab_size()
     config = {
         "tokenizer_class": "MossTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_moss.MossTokenizer", None]},
@@ -53,7 +55,7 @@ def transcript(asked: Dialogue, call: Written = CALL, answer: Written = ANSWER) 
 
 
 def teach(folder: Path, call: Written = CALL, answer: Written = ANSWER, steps: int = 120) -> None:
-    """Save a MOSS of two layers that says this in both calls, and has learnt nothing else."""
+    """Save a MOSS of two layers that says this in both calls, and has learned nothing else."""
     torch.manual_seed(0)
     tokenizer = write_tokenizer(folder)
     parts = [tokenizer(part)["input_ids"] for part in transcript(PLUGIN, call, answer)]
@@ -71,5 +73,5 @@ def teach(folder: Path, call: Written = CALL, answer: Written = ANSWER, steps: i
         learning.zero_grad()
         loss.backward()
         learning.step()
-    assert loss < 0.02, f"it has not learnt its part: loss {loss:.2f}"
+    assert loss < 0.02, f"it has not learned its part: loss {loss:.2f}"
     model.save_pretrained(folder)

@@ -115,14 +115,18 @@ def write_packed(folder: Path, name: str, bits: int, group: int, method: str = "
 
 
 def save_gptq(folder: Path, bits: int, group: int) -> dict[str, torch.Tensor]:
-    """Write a small Llama as GPTQ leaves it, rounded to the nearest; return the weights that its packed ones stand for."""
+    """Write a small Llama as GPTQ leaves it, rounded to the nearest; return the weights that its packed ones stand for.
+
+    A `group` of -1 is a whole column, as GPTQ has it.
+    """
     small_models.save("llama", folder, intermediate_size=768)  # the kernel for processors wants whole groups
     tensors, meant = load_file(folder / "model.safetensors"), {}
     for name in [name for name in tensors if "_proj." in name]:
         path, weight = name.removesuffix(".weight"), tensors.pop(name).float().T  # inputs x outputs, as GPTQ packs
         inputs, outputs = weight.shape
-        middle, groups = 2 ** (bits - 1), torch.arange(inputs) // group
-        scales = torch.stack([part.abs().amax(0) for part in weight.split(group)]) / (middle - 1)
+        rows = inputs if group == -1 else group
+        middle, groups = 2 ** (bits - 1), torch.arange(inputs) // rows
+        scales = torch.stack([part.abs().amax(0) for part in weight.split(rows)]) / (middle - 1)
         fields = (weight / scales[groups]).round() + middle
         tensors[f"{path}.qweight"] = pack(fields.long(), bits)
         tensors[f"{path}.qzeros"] = pack(torch.full((outputs, len(scales)), middle - 1), bits).T.contiguous()
@@ -147,13 +151,17 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def save_awq(folder: Path, group: int) -> dict[str, torch.Tensor]:
-    """Write a small Llama as AWQ leaves it, rounded to the nearest in 4 bits; return the weights that its packed ones stand for."""
+    """Write a small Llama as AWQ leaves it, rounded to the nearest in 4 bits; return the weights that its packed ones stand for.
+
+    A `group` of -1 is a whole column.
+    """
     small_models.save("llama", folder, intermediate_size=768)
     tensors, meant = load_file(folder / "model.safetensors"), {}
     for name in [name for name in tensors if "_proj." in name]:
         path, weight = name.removesuffix(".weight"), tensors.pop(name).float().T
-        groups = torch.arange(len(weight)) // group
-        scales = (torch.stack([part.abs().amax(0) for part in weight.split(group)]) / 7).half()
+        rows = len(weight) if group == -1 else group
+        groups = torch.arange(len(weight)) // rows
+        scales = (torch.stack([part.abs().amax(0) for part in weight.split(rows)]) / 7).half()
         fields = ((weight / scales.float()[groups]).round() + 8).long().clamp(0, 15)
         tensors[f"{path}.qweight"] = _pack_interleaved(fields)
         tensors[f"{path}.qzeros"] = _pack_interleaved(torch.full((len(scales), weight.shape[1]), 8))

@@ -33,13 +33,13 @@ def pytest_configure(config):
 FAST = ("--placement", "cpu", "--new-tokens", "3", "--repeats", "2")
 
 
-def folder(path: Path, models: Sequence[str], machines: Sequence[str], **behaviours: str) -> Path:
+def folder(path: Path, models: Sequence[str], machines: Sequence[str], **behaviors: str) -> Path:
     """Make a folder with cases/, models, and a fleet file with one class, which this machine is of."""
     path.mkdir(parents=True)
     shutil.copytree(runs.ROOT / "cases", path / "cases", ignore=shutil.ignore_patterns("__pycache__"))
     (path / "cases/conftest.py").write_text(_CONFTEST, encoding="utf-8")
     for model in models:
-        write_model(path / model, **behaviours)
+        write_model(path / model, **behaviors)
     names = ", ".join(f'"{name}"' for name in machines)
     ram = psutil.virtual_memory().total / GIB
     (path / "fleet.toml").write_text(f'[class.here]\nram = "{ram:.2f}GiB"\nmachines = [{names}]\n', encoding="utf-8")

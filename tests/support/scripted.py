@@ -1,7 +1,7 @@
 """A scripted worker: a real child process that speaks harness.measure.protocol, without torch and without a model.
 
-`worker("abort")` is a `RunContext.worker_main` with that behaviour; `by_model` takes the behaviour of each precision from the
-directory of the model (`write_model`). What a behaviour does not script goes well, with plausible figures.
+`worker("abort")` is a `RunContext.worker_main` with that behavior; `by_model` takes the behavior of each precision from the
+directory of the model (`write_model`). What a behavior does not script goes well, with plausible figures.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ CUDA_OOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ca
 class Player:
     """The loop of a worker. `code` is the loading code that it was sent last."""
 
-    def __init__(self, pipe: Connection, behaviour: str | None) -> None:
-        self.pipe, self._behaviour = pipe, behaviour
+    def __init__(self, pipe: Connection, behavior: str | None) -> None:
+        self.pipe, self._behavior = pipe, behavior
         self.code = ""
         self.phases: list[Phase] = []
 
@@ -67,15 +67,15 @@ class Player:
             return protocol.Confined(file_bytes=0, anon_bytes=0, shared_bytes=0)
         if isinstance(request, Load):
             self.code = request.code
-            if self._behaviour is None:
-                self._behaviour = _scripted_for(Path(request.model), request.code)
+            if self._behavior is None:
+                self._behavior = _scripted_for(Path(request.model), request.code)
             return self._step("load", load)(self, request)
         if isinstance(request, Generate):
             return self._step(request.phase, generate)(self, request)
         return self._step("score", score)(self, request)
 
     def _step(self, name: str, otherwise: Step) -> Step:
-        return BEHAVIOURS[self._behaviour or "ok"].get(name, otherwise)
+        return BEHAVIORS[self._behavior or "ok"].get(name, otherwise)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -303,7 +303,7 @@ def score_nan(player: Player, request: protocol.Request) -> Message:
     return ScoreDone(nll=0.0, positions=100, finite=False, agree=None, kl=None, answers=[], phases=player.phases)
 
 
-BEHAVIOURS: Mapping[str, Mapping[str, Step]] = {
+BEHAVIORS: Mapping[str, Mapping[str, Step]] = {
     "ok": {},
     "slow": dict.fromkeys(("load", "cold", "warm", "score"), do(pause)),
     "brisk": dict.fromkeys(("load", "cold", "warm", "score"), do(breathe)),
@@ -339,22 +339,22 @@ BEHAVIOURS: Mapping[str, Mapping[str, Step]] = {
     "grandchild_killed": {"load": do(start_grandchild, send_signal(signal.SIGKILL))},
     "grandchild_hangs": {"load": do(start_grandchild, hang)},
 }
-"""A behaviour: what it does instead of going well, by the step: load, cold, warm, score."""
+"""A behavior: what it does instead of going well, by the step: load, cold, warm, score."""
 
 
 # How it runs
 
 
-def worker(behaviour: str) -> WorkerMain:
-    """Return a worker's program with this behaviour; it travels to the child by name."""
-    assert behaviour in BEHAVIOURS
-    return functools.partial(play, behaviour=behaviour)
+def worker(behavior: str) -> WorkerMain:
+    """Return a worker's program with this behavior; it travels to the child by name."""
+    assert behavior in BEHAVIORS
+    return functools.partial(play, behavior=behavior)
 
 
-def play(pipe: Connection, log: str, scratch: str, *, behaviour: str | None = None) -> None:
+def play(pipe: Connection, log: str, scratch: str, *, behavior: str | None = None) -> None:
     """Be a worker."""
     _settle(log, scratch)
-    Player(pipe, behaviour).serve()
+    Player(pipe, behavior).serve()
 
 
 def by_model(pipe: Connection, log: str, scratch: str) -> None:
@@ -443,13 +443,13 @@ def no_counters(*_: object) -> NoReturn:
 # The model
 
 
-def write_model(directory: Path, **behaviours: str) -> Path:
-    """Write a checkpoint of one small block by hand; `behaviours` is what a worker `by_model` does, by precision."""
+def write_model(directory: Path, **behaviors: str) -> Path:
+    """Write a checkpoint of one small block by hand; `behaviors` is what a worker `by_model` does, by precision."""
     directory.mkdir(parents=True)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 8}
     config |= {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True, "dtype": "bfloat16"}))
-    (directory / "script.json").write_text(json.dumps(behaviours))
+    (directory / "script.json").write_text(json.dumps(behaviors))
     shapes = {"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,)}
     for block in ("model.layers.0", "model.layers.1"):
         shapes |= {f"{block}.self_attn.{name}_proj.weight": (8, 8) for name in "qkvo"}

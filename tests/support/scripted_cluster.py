@@ -1,11 +1,16 @@
-"""A cluster of Ray that is scripted: machines that send what a shard brings without measuring, in place of `ray_engine.cluster`."""
+"""A cluster of Ray that is scripted: machines that send what a shard brings without measuring, in place of `ray_engine.cluster`.
+
+`python -m tests.support.scripted_cluster WORDS` is `fitmatrix WORDS` with such a cluster of one machine.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,11 +18,12 @@ import psutil
 import pytest
 from msgspec.structs import replace
 
+from harness.cli.entry import main
 from harness.core.records import encode_record
 from harness.core.units import GIB
 from harness.fleet import shards
 from harness.fleet.contract import CONTRACT, Shard, utc
-from harness.fleet.ray_engine import driver
+from harness.fleet.ray_engine import cluster, driver
 from harness.fleet.ray_engine.cluster import MachineLost
 from harness.fleet.ray_engine.machine import Described, MachineEvent
 from harness.fleet.receipt import digest_of_line, read_receipt
@@ -134,3 +140,10 @@ def _drive(path: Path, models: int, machines: int, pipe: Connection) -> None:
     started = time.process_time()
     assert len(driven.run({"test_load.py": ""}).counted) == models * len(WAYS)
     pipe.send((time.process_time() - started, psutil.Process().memory_info().rss))
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(driver, "cluster", ScriptedCluster(Path.cwd(), {"1": ()}))
+        patched.setattr(cluster, "cluster_at", lambda *_, **__: nullcontext())
+        sys.exit(main(sys.argv[1:]))

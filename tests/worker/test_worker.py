@@ -221,7 +221,7 @@ def test_without_a_tokenizer_only_finiteness_is_told(tiny: Path, broken: bool) -
     assert (done["positions"], done["answers"]) == (0, [])
 
 
-def test_equal_favourites_agree() -> None:
+def test_equal_favorites_agree() -> None:
     ours = torch.log_softmax(torch.tensor([[3.0, 3.0, 0.0], [0.0, 1.0, 2.0]]), dim=-1)
     theirs = np.array([[-1.0, -0.5, -3.0], [-0.1, -3.0, -3.0]], dtype=np.float16)
     assert quality_probe._compare(ours, theirs)[0] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Set
 from typing import Any
@@ -15,7 +16,7 @@ from harness.checkpoint.shard_check import shown
 from harness.core.methods.compressed import scheme_number
 from harness.core.methods.table import settings_of
 
-_NAMED = "modules_in_block_to_quantize"
+_NAMED, _KEPT = "modules_in_block_to_quantize", "modules_to_not_convert"
 
 
 def lacking_part(packed: Packed, layout: Layout, parts: Set[str]) -> str | None:
@@ -42,11 +43,33 @@ def uneven_part(parts: Mapping[str, Set[str]], settings: Mapping[str, Any]) -> t
 def left_in_16_bits(packed: Packed | None, config: Mapping[str, Any], tensor: StoredTensor, weight: Weight) -> str | None:
     """Say that a Linear is in 16 bits where the method's library makes a packed layer of it, and why; None if it does not."""
     why = packed.method.whole_blocks if packed is not None and packed.method is not None else None
-    if why is None or not weight.quantizes or not any(part.isdecimal() for part in weight.path.split(".")):
+    if packed is None or why is None or not weight.quantizes:
         return None
-    named = [name for group in (settings_of(config) or {}).get(_NAMED) or () for name in group]
-    module = weight.path.removesuffix(".weight")
-    return None if named and not module.endswith(tuple(named)) else f"{shown(tensor.name)} is {tensor.dtype}, and {why}"
+    module, settings = weight.path.removesuffix(".weight"), settings_of(config) or {}
+    return f"{shown(tensor.name)} is {tensor.dtype}, and {why}" if _IS_PACKED[packed.name](module, settings) else None
+
+
+def _is_in_a_block(module: str, settings: Mapping[str, Any]) -> bool:
+    """Say whether optimum packs a Linear: one of the blocks that the config names, or all of them."""
+    named = [name for group in settings.get(_NAMED) or () for name in group]
+    return any(part.isdecimal() for part in module.split(".")) and (not named or module.endswith(tuple(named)))
+
+
+def _is_converted(module: str, settings: Mapping[str, Any]) -> bool:
+    """Say whether transformers packs a Linear (its `should_convert_module`): by the begin of its name, or by its end."""
+    kept = [name for name in settings.get(_KEPT) or () if isinstance(name, str)]
+    return not any(_begins(name, module) or module.endswith(name) for name in kept)
+
+
+def _begins(pattern: str, module: str) -> bool:
+    try:
+        return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
+    except re.error:
+        return False
+
+
+# By method, which Linears its library packs.
+_IS_PACKED = {"gptq": _is_in_a_block, "awq": _is_converted}
 
 
 def scale_of(name: str, names: Set[str]) -> str | None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, Blob, Cursor, check_present, damaged, quote
-from harness.checkpoint.formats.pickle_reader import CONVERT, Storage, Unpickler, View
+from harness.checkpoint.formats.pickle_objects import Storage, View, Whole
+from harness.checkpoint.formats.pickle_reader import CONVERT, Unpickler
 from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.formats.zip_directory import Member, read_directory, start_of
 from harness.core.errors import CheckpointError
@@ -32,10 +35,10 @@ def read_bin(blob: Blob) -> list[StoredTensor]:
     views = _read_zip(blob) if is_zip else _read_legacy(blob)
     if not views:
         raise CheckpointError(blob.where, f"holds no tensors by name at its top level, so it is not a state dict: {CONVERT}")
-    return [_tensor(blob, name, view, mapped=is_zip) for name, view in views.items()]
+    return [tensor for name, held in views.items() for tensor in _tensors(blob, name, held, mapped=is_zip)]
 
 
-def _read_zip(blob: Blob) -> dict[str, View]:
+def _read_zip(blob: Blob) -> dict[str, View | Whole]:
     members = read_directory(blob)
     prefix = next(iter(members), "").partition("/")[0]
     member = members.get(f"{prefix}/data.pkl")
@@ -58,7 +61,7 @@ def _check_members(blob: Blob, prefix: str, members: Mapping[str, Member], stora
             raise damaged(blob, f"holds {held} for storage {quote(storage.key)} of {storage.bytes} bytes")
 
 
-def _read_legacy(blob: Blob) -> dict[str, View]:
+def _read_legacy(blob: Blob) -> dict[str, View | Whole]:
     """Read the pickles of magic number, protocol, system, object and storage keys; the storages follow, each with its length."""
     cursor = Cursor(blob, end=PICKLE_BYTES)
     if cursor.take(2)[:1] != b"\x80":
@@ -78,10 +81,21 @@ def _read_legacy(blob: Blob) -> dict[str, View]:
     return views
 
 
-def _named_views(value: Any) -> dict[str, View]:
+def _named_views(value: Any) -> dict[str, View | Whole]:
     if type(value) is not dict:
         return {}
-    return {name: view for name, view in value.items() if type(name) is str and type(view) is View}
+    return {name: held for name, held in value.items() if type(name) is str and type(held) in (View, Whole)}
+
+
+def _tensors(blob: Blob, name: str, held: View | Whole, *, mapped: bool) -> list[StoredTensor]:
+    """Return a tensor, or those that it wraps, by the names that torchao's flatten_tensor_state_dict gives them in safetensors."""
+    if isinstance(held, View):
+        return [_tensor(blob, name, held, mapped=mapped)]
+    module, _, own = name.rpartition(".")
+    return [
+        replace(_tensor(blob, f"{module}._{own}_{part}", view, mapped=mapped), whole=name, whole_class=held.path)
+        for part, view in held.parts.items()
+    ]
 
 
 def _tensor(blob: Blob, name: str, view: View, *, mapped: bool) -> StoredTensor:

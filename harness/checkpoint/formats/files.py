@@ -19,6 +19,7 @@ FIRST_BYTES = 1 << 16
 MOST_FILE_BYTES = 4 << 20
 
 DOWNLOAD_AGAIN = "download it again"
+OWN_CONFIG = "use the config.json that belongs to the weights"
 
 
 class Blob(Protocol):
@@ -228,7 +229,7 @@ def quote(value: object, most: int = 60) -> str:
         return repr(value) if len(value) <= most else f"{value[:most]!r}..."
     if isinstance(value, bool | float) or value is None or (isinstance(value, int) and abs(value) < 1 << 64):
         return str(value)
-    return f"a {type(value).__name__}"
+    return "a table" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 def damaged(blob: Blob, what: str) -> CheckpointError:

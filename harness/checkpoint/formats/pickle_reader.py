@@ -1,8 +1,8 @@
 """What a `.bin` of torch.save holds, without torch and without running anything of it.
 
 A pickle is a program. This interpreter knows the operations that a dict of tensors needs and builds only strings, numbers,
-tuples, lists, dicts and descriptions of storages and tensors; a global is never looked up, only compared with the few names
-a checkpoint needs. Everything else in a pickle ends the reading with the global's name. Own code instead of
+tuples, lists, dicts and descriptions of storages and tensors; a global is never looked up, only compared with the names that
+torch lets through with `weights_only`. Everything else in a pickle ends the reading with the global's name. Own code instead of
 `pickle.Unpickler.find_class`, because that would still let a small file use any amount of memory and time: here operations
 are counted, the stack cannot outgrow them, nothing recurses and dict keys are strings or numbers (hashing a tuple nested
 a million deep ends the process).
@@ -16,9 +16,9 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgspec
-
+from harness.checkpoint.formats import pickle_objects as objects
 from harness.checkpoint.formats.files import Cursor, damaged, quote
+from harness.checkpoint.formats.pickle_objects import Inert, Name, Storage, View, Whole
 from harness.checkpoint.formats.safetensors_header import MOST_TENSOR_BYTES, check_shape
 from harness.core.dtypes import DTYPE_BITS
 from harness.core.errors import CheckpointError
@@ -28,62 +28,6 @@ MOST_TENSORS = 20_000
 TEXT_BYTES = 1 << 16
 
 CONVERT = "convert the model to safetensors with the code that wrote it, on a machine where running it is safe"
-
-STORAGE_DTYPES: Mapping[str, str] = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
-
-
-class Storage(msgspec.Struct, frozen=True):
-    """A run of bytes that tensors view; `dtype` is None if the tensor says it."""
-
-    key: str
-    dtype: str | None
-    bytes: int
-
-
-class View(msgspec.Struct, frozen=True):
-    """A tensor as torch._utils rebuilds it."""
-
-    storage: Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    bytes: int
-
-
-class Name(msgspec.Struct, frozen=True):
-    """A global that a checkpoint may mention, as an inert name."""
-
-    path: str
-
-
-ORDERED_DICT = Name("collections.OrderedDict")
-REBUILD_V2 = frozenset({"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"})
-REBUILD_V3 = "torch._utils._rebuild_tensor_v3"
-REBUILD_PARAMETER = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
-ALLOWED = frozenset(
-    {
-        ORDERED_DICT.path,
-        *REBUILD_V2,
-        REBUILD_V3,
-        *REBUILD_PARAMETER,
-        "torch.storage.UntypedStorage",
-        *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in STORAGE_DTYPES),
-        *(f"torch.{name}" for name in DTYPE_BITS),
-    }
-)
 
 
 class Unpickler:
@@ -145,7 +89,7 @@ class Unpickler:
 
     def push_global(self, module: str, name: str) -> None:
         path = f"{module}.{name}"
-        if path not in ALLOWED:
+        if path not in objects.ALLOWED and path not in objects.tensor_classes():
             raise self.refused(path)
         self.stack.append(Name(path))
 
@@ -165,26 +109,52 @@ class Unpickler:
         target.extend(items)
 
     def build(self) -> None:
-        """Drop the state of an OrderedDict (`_metadata`) or a tensor; anything else would be an object of its own class."""
+        """Drop the state of an OrderedDict (`_metadata`), a tensor, or what a tensor keeps beside its parts."""
         self.pop()
-        if type(self.top()) not in (dict, View):
+        if type(self.top()) not in (dict, View, Inert):
             raise self.damaged(f"sets the state of {quote(self.top())}")
+
+    def new_object(self) -> None:
+        """Describe an object of a class that torch makes objects of."""
+        self.pop()
+        made = self.pop()
+        if type(made) is not Name or made.path not in objects.tensor_classes():
+            raise self.refused(made.path if type(made) is Name else "an object")
+        self.stack.append(Inert(made.path))
 
     def reduce(self) -> None:
         """Describe what a call would return."""
         arguments, function = self.pop(), self.pop()
         if type(function) is not Name or type(arguments) is not tuple:
             raise self.damaged(f"calls {quote(function)}")
-        if function == ORDERED_DICT and not arguments:
-            self.stack.append({})
-        elif function.path in REBUILD_V2 and len(arguments) >= 4:
-            self.stack.append(self.view(arguments, None))
-        elif function.path == REBUILD_V3 and len(arguments) >= 7:
-            self.stack.append(self.view(arguments, arguments[6]))
-        elif function.path in REBUILD_PARAMETER and arguments and type(arguments[0]) is View:
-            self.stack.append(arguments[0])
+        if function.path == objects.REBUILD_FROM_TYPE and len(arguments) == 4 and type(arguments[0]) is Name:
+            self.stack.append(self.typed(*arguments))
         else:
-            raise self.damaged(f"calls {quote(function.path)} with {len(arguments)} arguments that do not suit it")
+            self.stack.append(self.called(function, arguments))
+
+    def called(self, function: Name, arguments: tuple[Any, ...]) -> Any:
+        if function == objects.ORDERED_DICT and not arguments:
+            return {}
+        if function.path in objects.REBUILD_V2 and len(arguments) >= 4:
+            return self.view(arguments, None)
+        if function.path == objects.REBUILD_V3 and len(arguments) >= 7:
+            return self.view(arguments, arguments[6])
+        if function.path in objects.REBUILD_PARAMETER and arguments and type(arguments[0]) in (View, Whole):
+            return arguments[0]
+        if function.path in objects.INERT or function.path in objects.tensor_classes():
+            return Inert(function.path)
+        raise self.damaged(f"calls {quote(function.path)} with {len(arguments)} arguments that do not suit it")
+
+    def typed(self, function: Name, kind: Any, arguments: Any, state: Any) -> View | Whole:
+        """Describe a tensor of a class of its own: as the tensors that its state holds, where it wraps others."""
+        if type(kind) is not Name or type(arguments) is not tuple or function.path == objects.REBUILD_FROM_TYPE:
+            raise self.damaged("describes a tensor of no class")
+        if function.path == objects.REBUILD_WRAPPER and kind.path in objects.tensor_classes() and type(state) is dict:
+            return Whole(kind.path, {name: part for name, part in state.items() if type(name) is str and type(part) is View})
+        made = self.called(function, arguments)
+        if type(made) is not View:
+            raise self.damaged(f"describes a {quote(kind.path)} that is no tensor")
+        return made
 
     def view(self, arguments: tuple[Any, ...], dtype: Any) -> View:
         """Describe a tensor of (storage, offset, shape, strides, ...), within its storage."""
@@ -216,7 +186,7 @@ class Unpickler:
         _, kind, key, _, elements = fields[:5]
         if type(kind) is not Name or "Storage" not in kind.path or type(key) is not str or not _is_sizes((elements,)):
             raise self.damaged("describes a storage without type, key or size")
-        dtype = STORAGE_DTYPES.get(kind.path.rpartition(".")[2])
+        dtype = objects.STORAGE_DTYPES.get(kind.path.rpartition(".")[2])
         storage = Storage(key, dtype, elements * (DTYPE_BITS[dtype] // 8 if dtype else 1))
         self.stack.append(self.storages.setdefault(key, storage))
 
@@ -328,12 +298,6 @@ def _object(machine: Unpickler) -> None:
     raise machine.refused(items[0].path if items and type(items[0]) is Name else "an object")
 
 
-def _new_object(machine: Unpickler) -> None:
-    machine.pop()
-    made = machine.pop()
-    raise machine.refused(made.path if type(made) is Name else "an object")
-
-
 OPCODES: Mapping[int, Handler] = {
     ord(code): handler
     for code, handler in {
@@ -377,7 +341,7 @@ OPCODES: Mapping[int, Handler] = {
         "Q": lambda machine: machine.persistent(),
         "i": _instance,
         "o": _object,
-        "\x81": _new_object,
+        "\x81": lambda machine: machine.new_object(),
         "\x82": _extension("<B"),
         "\x83": _extension("<H"),
         "\x84": _extension("<i"),

@@ -70,6 +70,8 @@ class StoredTensor(Record, frozen=True, kw_only=True):
     offset: int | None = None  #: where its bytes begin in the file, of safetensors
     storage_bytes: int | None = None  #: of all that `storage` is a view of, where a format can share bytes
     mapped: bool = True  #: whether torch maps its file; older ones of `.bin` are read
+    whole: str | None = None  #: the name of the tensor that it is a part of, where a `.bin` holds that as one object
+    whole_class: str | None = None  #: the class of that tensor
 
 
 class _Entry(msgspec.Struct, frozen=True):

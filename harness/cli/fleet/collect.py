@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.cli.fleet.next_steps import how_to_resume
 from harness.report.terminal import output
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def run(given: argparse.Namespace) -> int:
     """
     from datetime import datetime, timezone
 
+    from harness.core.text import line
     from harness.fleet import collect
     from harness.fleet.contract import read_contract
     from harness.fleet.receipt import find_receipts
@@ -49,6 +51,8 @@ def run(given: argparse.Namespace) -> int:
         output.print_json(collect.as_plain(found))
     else:
         show_collected(contract, found, place)
+        if found.missing and len(given.receipts) == 1 and given.receipts[0].is_dir():
+            print(f"\n{line(how_to_resume(given.contract, given.receipts[0]))}")
     return INCOMPLETE if found.missing else 0
 
 

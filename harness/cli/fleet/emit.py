@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
+
+from harness.cli.fleet.next_steps import how_to_collect
 
 HELP = "Write job files for the shards: an sbatch array for each class, or a workflow for GitHub's runners."
 
@@ -36,4 +39,12 @@ def run(given: argparse.Namespace) -> int:
     for name, text in files.items():
         atomic.write_text(given.to / name, text)
         print(line(str(given.to / name)))
+    paths = [str(given.to / name) for name in files]
+    if given.engine == "github":
+        print()
+        print(line(f"Commit it with {folder}/, then:  gh workflow run {Path(paths[0]).name}"))
+    else:
+        print()
+        print(line(f"To submit:  {' && '.join(shlex.join(['sbatch', path]) for path in paths)}"))
+        print(line(how_to_collect(folder, folder / "results")))
     return 0

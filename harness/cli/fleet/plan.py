@@ -6,6 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from harness.cli.fleet.next_steps import SENT, how_to_collect, how_to_measure
 from harness.cli.options import add_options, add_run_options, given_or_default
 from harness.cli.plan_args import USAGE
 from harness.core.options import OPTION
@@ -45,9 +46,12 @@ def run(given: argparse.Namespace) -> int:
         raise UsageError(f"{place} is there already, and receipts may come for it; name another directory with --to")
     contract = terms.agree(read_fleet(given.fleet), _words(given), given_or_default(given, "fleet", "attempts"))
     contract, cut = shards.issue(contract, [one.key for one in contract.terms.cases])
-    for shard, path in zip(cut, shards.write_issued(place, contract, cut), strict=True):
+    files = shards.write_issued(place, contract, cut)
+    for shard, path in zip(cut, files, strict=True):
         print(f"{line(str(path))}: {plural(len(shard.cases), 'case')} for {line(shard.machine_class.name)}")
     print(f"contract: {line(str(place))} ({plural(len(contract.terms.cases), 'case')}, {contract.digest[:12]})")
+    if files:
+        print(f"\n{line(how_to_measure(files))}\n{line(how_to_collect(given.to, SENT))}")
     for name, why in contract.terms.faults.items():
         print_note(f"{given.fleet}: class {name}: {why}")
     return USAGE if contract.terms.faults else 0

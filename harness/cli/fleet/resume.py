@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from harness.cli.fleet.next_steps import how_to_measure
 from harness.core.text import print_note
 
 HELP = "Write shard files with what is missing, and enter them in the contract as the next attempt."
@@ -36,12 +37,18 @@ def run(given: argparse.Namespace) -> int:
     keys, spent = status.to_hand_out(contract, found, now)
     place = given.contract / CONTRACT if given.contract.is_dir() else given.contract
     contract, cut = shards.issue(contract, keys)
-    for shard, path in zip(cut, shards.write_issued(place, contract, cut), strict=True):
+    files = shards.write_issued(place, contract, cut)
+    for shard, path in zip(cut, files, strict=True):
         print(
             f"{line(str(path))}: {plural(len(shard.cases), 'case')} for {line(shard.machine_class.name)}, attempt {shard.attempt}"
         )
     running = len(found.missing) - len(keys) - len(spent)
+    if not found.missing:
+        print("nothing is missing: every case has a result that counts")
+        return 0
     print(f"{plural(len(keys), 'case')} handed out again, {running} still to come from shards that run")
+    if files:
+        print(f"\n{line(how_to_measure(files))}")
     for key in spent:
         print_note(f"{key}: given up after {plural(contract.terms.attempts, 'attempt')}")
     return NOTHING_LEFT if spent else 0

@@ -6,10 +6,10 @@ release that adds a method, drops one, or treats it otherwise makes a test fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
-from harness.core.methods import compressed
+from harness.core.methods import compressed, torchao
 from harness.core.precisions import Config
 from harness.core.records import Record
 
@@ -32,13 +32,14 @@ class Method(Record, frozen=True, kw_only=True):
     held: str = "uint8"  #: the dtype that Linear weights have in memory, where the headers of the files were not read
     floats: Literal["stored", "asked", "float32"] = "stored"  #: the dtype that scales and codebooks have in memory
     cpu_dtypes: tuple[str, ...] = ()  #: the only dtypes that the rest may be in on a processor; empty: any
-    cpu_lacks: Mapping[str, str] = {}  #: end of the config's `packing_format` or version -> why a processor has no layers for it
-    bound: tuple[str, ...] = ()  #: dtypes of weights that leave the rest of the model no dtype but the config's own
+    cpu_lacks: Mapping[str, str] = {}  #: end of `packing_format` or version -> why a processor has no layers
+    # Says from a config, and the classes of tensors that a pickle holds, whether the rest of the model has no dtype but its own.
+    binds: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
     bits: int = 4  #: of a weight, where the config does not say
     packs_linears: bool = True  #: Linear weights are packed
     packs_experts: bool = False  #: stacked experts of a mixture are
     stacks_pass: bool = False  #: a stack of experts that is unpacked passes through larger integers
-    counts_scales: bool = True  #: scales count when a device map is inferred; they may come into their module afterwards
+    counts_scales: bool = True  #: scales count when a device map is inferred; they may come into their module afterward
     wide_bias: bool = False  #: the biases of packed experts are in float32
     blocks: bool = False  #: a scale is for a block of outputs x inputs
     group: int = 0  #: inputs that share a scale in nearly all that are published; 0: the method has no groups of its own
@@ -49,10 +50,12 @@ class Method(Record, frozen=True, kw_only=True):
     writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
     plain_when: Mapping[str, tuple[Any, ...]] = {}  #: key of the config -> values (None: no word) of 16-bit weights in the files
     spares: tuple[str, ...] = ()  #: parts of its layout that its files need not hold
-    whole_blocks: str | None = None  #: why no Linear in the blocks may be left in 16 bits, but those that the config does not name
+    whole_blocks: str | None = None  #: why no Linear may be left in 16 bits, but those that the config keeps so
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
     faults: Callable[[Mapping[str, Any]], str | None] | None = None  #: says why its package does not take a config
+    undivided: Callable[[Mapping[str, Any]], str | None] | None = None  #: says why no inferred map can divide the weights
+    casts: Callable[[str], bool] | None = None  #: says whether scales of a class that a pickle holds take the dtype asked for
     # Says from a config, and from whether the files hold weights in a format, what becomes of them on loading.
     loading: Callable[[Mapping[str, Any], Callable[[str], bool] | None], compressed.FormatLoading] | None = None
 
@@ -131,6 +134,7 @@ _ROWS = (
         group=128,
         on_cards=True,
         cpu_lacks=_AWQ_ON_CARDS,
+        whole_blocks="transformers packs all that 'modules_to_not_convert' names by no beginning or end: write whole names in it",
         writes={"zero_point": True, "version": "gemm"},
     ),
     Method(
@@ -182,7 +186,7 @@ _ROWS = (
         counted=1,
         margin=True,
         unsupported="transformers saves no quanto weights and loads none: quantize the 16-bit checkpoint while loading, "
-        "--precision quanto-int8 or quanto-int4",
+        "--precision quanto-int8 or quanto-int4, or load these by optimum-quanto's own QuantizedModelForCausalLM",
     ),
     Method(name="quark", title="Quark", needs=("quark",), refuses=_STORED, floats="float32", copies=True),
     Method(name="fouroversix", title="Four Over Six", needs=("fouroversix",), refuses=_STORED),
@@ -244,7 +248,9 @@ _ROWS = (
         bits=8,
         refuses={**_STORED, "offloads": 'transformers does no disk offload with stored torchao weights ("not supported yet")'},
         held="int8",
-        bound=("float8_e4m3fn",),
+        binds=torchao.binds,
+        casts=torchao.casts,
+        undivided=torchao.undivided,
     ),
     Method(
         name="bitnet",
@@ -347,11 +353,10 @@ OWN: Mapping[str, Method] = {
 }
 
 # By the `quant_method` that they write; "" writes none.
+_MODELOPT = Foreign(title="NVIDIA ModelOpt", readers="vLLM, SGLang and TensorRT-LLM")
 FOREIGN: Mapping[str, Foreign] = {
-    "modelopt": Foreign(title="NVIDIA ModelOpt", readers="vLLM, SGLang and TensorRT-LLM"),
-    "modelopt_fp4": Foreign(title="NVIDIA ModelOpt", readers="vLLM, SGLang and TensorRT-LLM"),
-    "modelopt_mixed": Foreign(title="NVIDIA ModelOpt", readers="vLLM, SGLang and TensorRT-LLM"),
-    "mlx": Foreign(title="MLX", readers="mlx-lm, on Apple silicon"),
+    **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed"), _MODELOPT),
+    "mlx": Foreign(title="MLX", readers="mlx-lm and LM Studio (on Apple silicon)"),
     "exl2": Foreign(title="ExLlamaV2", readers="exllamav2 and TabbyAPI"),
     "exl3": Foreign(title="ExLlamaV3", readers="exllamav3 and TabbyAPI"),
     "intel/auto-round": Foreign(title="an old AutoRound", readers="the auto-round package by itself"),

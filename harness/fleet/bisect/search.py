@@ -248,7 +248,7 @@ class Bisection:
         return next((one for one in pair.changes if one.key == figure and one.gated), None)
 
     def _change_of(self, release: str) -> Change | None:
-        """Return the change of the figure towards what is worse: for one that got better, from the release to the good end."""
+        """Return the change of the figure toward what is worse: for one that got better, from the release to the good end."""
         before, after = (self._releases[0], release) if self._is_worse else (release, self._releases[0])
         return self._change(self._pair(before, after), str(self.figure))
 

@@ -20,7 +20,7 @@ from harness.planning.calibration import NINETY, Calibration, Constant, Fitted, 
 
 # Intervals are what somebody thought likely. Half again as wide they still give way to what was measured.
 _DOUBT = 1.5
-# What a corrected constant may still be off by for another model, learnt from one case and from many. Memory, which decides what
+# What a corrected constant may still be off by for another model, learned from one case and from many. Memory, which decides what
 # fits, is corrected by many alone.
 SPREAD_ONE, SPREAD_MANY, _MANY = 1.35, 1.2, 3
 # A constant with a smaller part in a figure is not corrected by it: what the figure is off by may be anything, and a large model

@@ -163,7 +163,7 @@ def corrected(results: Iterable[Result], machine: Machine) -> Calibration:
 
 def _note(kept: KeptEvidence, digest: str) -> str:
     if kept.digest != digest:
-        return f"What fitmatrix calibrate kept on {kept.at} is for other constants and does not count: calibrate again"
+        return f"The calibration of {kept.at} was for an earlier fitmatrix and does not count: fitmatrix calibrate makes a new one"
     if kept.failed:
         return f"Not calibrated on {kept.at}: {kept.failed}; fitmatrix calibrate measures again"
     said = f"Calibrated on {kept.at} by {kept.results} results of this machine"

@@ -15,8 +15,9 @@ from harness.core.metrics import UNNOTICED
 from harness.core.placements import PLACEMENTS, plainness
 from harness.core.precisions import PRECISIONS
 from harness.core.records import USUAL_KV, Case, Plan, Record, Verdict, Workload
-from harness.core.units import significant
-from harness.planning.choice.nearest import faster_way, nearest_way
+from harness.core.text import plural
+from harness.core.units import format_seconds, significant
+from harness.planning.choice.nearest import SLOW_TOK_S, faster_way, nearest_way
 from harness.planning.choice.search import SPEED_ALIKE, best_way, search
 from harness.planning.other_form import left_wide
 from harness.planning.planner import Planner
@@ -24,6 +25,7 @@ from harness.planning.quality import quality_kept
 
 # At this speed half of what speed can give is reached: more helps less and less beyond the speed of reading.
 _HALF_TOK_S = 3.0
+_PLACES = 4  # to which worth is rounded
 _NAMED = 4  # as many ways as are named of those that need the same packages
 _SLOWER = 1.2  # what is slower than that surprises, where it has fewer bits
 
@@ -178,7 +180,7 @@ def advise(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommend
 def advise_usual(source: Source, planner: Planner, cases: Sequence[Case]) -> Recommendation:
     """Plan the usual cases of one model, and beside them the best way that a search finds."""
     plans = planner.plans(cases)
-    found = best_way(planner, cases[0].workload, _best_of)
+    found = best_way(planner, cases[0].workload, _best_of, least_quality)
     if found is None:
         return _advised(source, planner, plans, None, "nothing fits")
     is_found = found.case not in cases
@@ -208,6 +210,11 @@ def _best_of(plans: Sequence[Plan]) -> Plan | None:
     return chosen[0] if chosen else None
 
 
+def least_quality(one: Plan) -> float:
+    """Return the quality below which nothing is chosen beside a plan that surely fits: what it is worth, for speed adds nothing."""
+    return worth(one)[0] - 0.5 * 10**-_PLACES if one.verdict is Verdict.FITS else 0.0
+
+
 def _named(case: Case) -> str:
     """Name what of a case takes packages."""
     kv = [f"KV {case.kv}"] if KV_FORMS[case.kv].needs else []
@@ -229,7 +236,7 @@ def worth(one: Plan) -> tuple[float, int]:
     """Weigh speed with quality, then the plainness of the call; of plans with figures alone."""
     assert one.estimate is not None
     speed = one.estimate.decode_tok_s.best
-    return round(quality_kept(one) * speed / (speed + _HALF_TOK_S), 4), -_order(one)
+    return round(quality_kept(one) * speed / (speed + _HALF_TOK_S), _PLACES), -_order(one)
 
 
 def _order(one: Plan) -> int:
@@ -240,7 +247,17 @@ def _order(one: Plan) -> int:
 
 def _reason(best: Plan, fitting: Sequence[Plan]) -> str:
     assert best.estimate is not None
-    return _merit(best, fitting) + (f". {best.why}" if PLACEMENTS[best.case.placement].map_is_recommended and best.why else "")
+    short = f". {best.why}" if PLACEMENTS[best.case.placement].map_is_recommended and best.why else ""
+    return f"{_merit(best, fitting)}{_slowness(best)}{short}"
+
+
+def _slowness(best: Plan) -> str:
+    """Say of a way that nobody would wait for how long its answers take; empty of what is fast enough."""
+    assert best.estimate is not None
+    speed, workload = best.estimate.decode_tok_s.best, best.case.workload
+    if speed >= SLOW_TOK_S:
+        return ""
+    return f", but slow: {plural(workload.new_tokens, 'token')} take {format_seconds(workload.batch * workload.new_tokens / speed)}"
 
 
 def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
@@ -252,8 +269,9 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     wider = [one for one in fitting if _bits(one) > bits and quality_kept(one) > quality_kept(best)]
     if not wider or bits == 16:
         return "highest quality that fits, and the fastest at that quality"
+    fastest = max(wider, key=_speed)
+    if _speed(fastest) < SLOW_TOK_S <= _speed(best):  # how many times as fast as what nobody waits for says nothing
+        slow = f"{fastest.case.way}, the fastest, makes {significant(_speed(fastest), 2)} tokens/s"
+        return f"since nothing in more bits that surely fits reaches {SLOW_TOK_S:g} token a second: {slow}"
     rival = max(wider, key=worth)
-    assert rival.estimate is not None
-    times = best.estimate.decode_tok_s.best / rival.estimate.decode_tok_s.best
-    name = rival.case.way
-    return f"{significant(times, 2)} times as fast as {name}, which is worth the bits it gives up"
+    return f"{significant(_speed(best) / _speed(rival), 2)} times as fast as {rival.case.way}, which is worth the bits it gives up"

@@ -17,7 +17,7 @@ from harness.core.records import USUAL_KV, Case, Plan, TierEstimate, Verdict, Wo
 from harness.core.units import significant
 from harness.planning.device_map.experts import experts_of
 from harness.planning.planner import Planner
-from harness.planning.quality import quality_kept
+from harness.planning.quality import quality_kept, quality_to_keep
 from harness.planning.verdict import misplaced
 
 # Speeds and contexts that are nearer to each other than this are alike: then the plainer way stays.
@@ -47,12 +47,28 @@ class _Way(NamedTuple):
         return self.quality >= other.quality and self.speed >= other.speed and self.context >= other.context
 
 
-def best_way(planner: Planner, workload: Workload, choose: Callable[[Sequence[Plan]], Plan | None]) -> Plan | None:
-    """Return the way that `choose` takes of those that a search plans; what longer contexts ask for only if there is no other."""
-    usual = [one for precision in _precisions(planner) for one in _promising(planner, _cases(planner, workload, precision))]
-    leading = _leading(planner, usual)
-    found = choose(_good([*usual, *_varied_of(planner, [one for one in leading if _may_gain(planner, one)])]))
-    return found or choose(_good(_varied_of(planner, [one for one in leading if _asks_for_longer(planner, one)])))
+def best_way(
+    planner: Planner, workload: Workload, choose: Callable[[Sequence[Plan]], Plan | None], least_quality: Callable[[Plan], float]
+) -> Plan | None:
+    """Return the way that `choose` takes of those that a search plans; what longer contexts ask for only if there is no other.
+
+    `least_quality` is the quality below which nothing is chosen beside a plan: what cannot reach it is not planned.
+    """
+    usual, least = list[Plan](), 0.0
+    for precision in _precisions(planner):
+        cases = _cases(planner, workload, precision)
+        if cases and _most_quality(planner, cases[0]) >= least:
+            planned = [*promising(planner, cases)]
+            usual, least = usual + planned, max([least, *map(least_quality, planned)])
+    leading = [one for one in _leading(planner, usual) if _most_quality(planner, one.case) >= least]
+    found = choose(_good([*usual, *_varied_of(planner, [one for one in leading if _may_gain(planner, one)], least)]))
+    found = found or choose(_good(_varied_of(planner, [one for one in leading if _asks_for_longer(planner, one)])))
+    return planner.plan(found.case) if found else None
+
+
+def _most_quality(planner: Planner, case: Case) -> float:
+    """Return what the precision of a case keeps with the best KV cache for that."""
+    return max(quality_to_keep(replace(case, kv=kv), planner.known_quality) for kv in KV_FORMS)
 
 
 def search(
@@ -69,9 +85,11 @@ def search(
     fast = [one for one in _good(plans) if _speed(one) >= least_tok_s]
     best = choose([one for one in _good(sure) if _speed(one) >= least_tok_s]) or choose(fast)
     front = _front(planner, fast, best)
-    kept = [way.plan for way in front]
     slow = [_too_slow(one, least_tok_s) for one in _good(plans) if _speed(one) < least_tok_s]
-    return Searched(kept + _failing([*plans, *slow], fast), {way.plan.case.id: way.context for way in front}, best)
+    kept = {one.case: planner.plan(one.case) for one in (*(way.plan for way in front), *([best] if best else ()))}
+    failing = [replace(planner.plan(one.case), verdict=one.verdict, why=one.why) for one in _failing([*plans, *slow], fast)]
+    contexts = {way.plan.case.id: way.context for way in front}
+    return Searched([kept[way.plan.case] for way in front] + failing, contexts, kept[best.case] if best else None)
 
 
 def _good(plans: Iterable[Plan]) -> list[Plan]:
@@ -80,17 +98,18 @@ def _good(plans: Iterable[Plan]) -> list[Plan]:
 
 def _usual(planner: Planner, workload: Workload) -> list[Plan]:
     """Plan every precision wherever it can go, with the usual KV cache and attention."""
-    return [planner.plan(case) for precision in _precisions(planner) for case in _cases(planner, workload, precision)]
+    asked = [case for precision in _precisions(planner) for case in _cases(planner, workload, precision)]
+    return [planner.plan(case, in_words=False) for case in asked]
 
 
-def _promising(planner: Planner, cases: Iterable[Case]) -> Iterator[Plan]:
+def promising(planner: Planner, cases: Iterable[Case]) -> Iterator[Plan]:
     """Plan the cases of one precision that could be the best way: what fits the only GPU gains nothing by leaving it."""
     fits = False
     for case in cases:
         devices = PLACEMENTS[case.placement].devices
         if (fits and "gpu" in devices) or not planner.can_hold(case):
             continue
-        one = planner.plan(case)
+        one = planner.plan(case, in_words=False)
         fits |= one.verdict is Verdict.FITS and devices == ("gpu",) and len(planner.machine.gpus) == 1
         yield one
 
@@ -102,22 +121,24 @@ def _cases(planner: Planner, workload: Workload, precision: str) -> list[Case]:
     return [Case(model=planner.spec.name, precision=precision, placement=placement, workload=workload) for placement in asked]
 
 
-def _varied_of(planner: Planner, plans: Iterable[Plan]) -> Iterator[Plan]:
+def _varied_of(planner: Planner, plans: Iterable[Plan], least_quality: float = 0.0) -> Iterator[Plan]:
     for one in plans:
-        yield from _varied(planner, one)
+        yield from _varied(planner, one, least_quality)
 
 
-def _varied(planner: Planner, one: Plan) -> Iterator[Plan]:
+def _varied(planner: Planner, one: Plan, least_quality: float) -> Iterator[Plan]:
     """Yield a plan with other attention where that takes less memory, and with every other KV cache that could help either."""
     kinds = [one]
     for name in _FLASH if planner.machine.gpus else ():
-        other = planner.plan(replace(one.case, attention=name))
+        other = planner.plan(replace(one.case, attention=name), in_words=False)
         if other.estimate is not None and _needs(other) < _needs(one):
             yield other
             kinds.append(other)
     for kind in kinds:
         if kind.verdict.is_good or _would_fit(planner, kind):
-            yield from (planner.plan(replace(kind.case, kv=kv)) for kv in KV_FORMS if kv != USUAL_KV)
+            others = (replace(kind.case, kv=kv) for kv in KV_FORMS if kv != USUAL_KV)
+            enough = (other for other in others if quality_to_keep(other, planner.known_quality) >= least_quality)
+            yield from (planner.plan(other, in_words=False) for other in enough)
 
 
 def _precisions(planner: Planner) -> list[str]:

@@ -54,19 +54,19 @@ class Activations:
         self.largest = max((rows * columns for rows, columns in linears), default=0)
         self._stacked = any(is_stacked(weight) for weight, _ in skeleton.tally)
         self._unpacking = UNPACKINGS[fmt.unpacking] if fmt.unpacking else None
-        self._bytes: dict[Workload, int] = {}
+        self._phases: dict[Workload, tuple[int, int]] = {}
 
     def bytes(self, workload: Workload) -> int:
         """Return the most that generating holds beside weights and the final KV cache, in bytes."""
-        if workload not in self._bytes:  # every placement asks for the same
-            self._bytes[workload] = max(self.phases(workload))
-        return self._bytes[workload]
+        return max(self.phases(workload))
 
     def phases(self, workload: Workload) -> tuple[int, int]:
         """Return what is held beside weights and the final KV cache while the prompt is read, and in the steps after it."""
-        kept = self.prompt_kept(workload)
-        prefill = max(self.prefill_moments(workload).values())
-        return kept + prefill, kept + max(self.decode(workload.batch), self.logits(workload.batch))
+        if workload not in self._phases:  # every placement and KV cache asks for the same
+            kept, prefill = self.prompt_kept(workload), max(self.prefill_moments(workload).values())
+            decode = max(self.decode(workload.batch), self.logits(workload.batch))
+            self._phases[workload] = kept + prefill, kept + decode
+        return self._phases[workload]
 
     def prompt_kept(self, workload: Workload) -> int:
         """Return the bytes by which the KV cache after the prompt exceeds the final one.

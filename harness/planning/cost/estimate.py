@@ -14,12 +14,14 @@ from __future__ import annotations
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
 from harness.core.dtypes import DTYPE_BYTES
+from harness.core.methods.table import Method
 from harness.core.precisions import Precision
+from harness.core.quantizers import SCHEMES
 from harness.core.records import Estimate, Machine, Tier, TierEstimate
 from harness.planning.calibration import Calibration
 from harness.planning.cost.footprint import Footprint, TierTerms
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.cost.speed import seconds
+from harness.planning.cost.speed import Timing, seconds, timings_of
 from harness.planning.cost.work import count_work
 
 # By how much the weights of a model may differ that was planned from tensors alone, and of one whose skeleton is known.
@@ -44,7 +46,8 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec, *, on_cards
         dtype=dtype,
         packed_bits=bits,
         packed_linears=method.packs_linears,
-        counted_as=precision.scheme if method.counted is not None else None,
+        packed_tables=spec.packed_tables,
+        counted_as=_counted_as(method, precision),
         counted_bits=None if method.counts_scales else spec.packed.bits,
         wide_bias=method.wide_bias,
         in_blocks=method.blocks,
@@ -52,6 +55,16 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec, *, on_cards
         packed_experts=experts,
         unpacking=spec.packed.precision if spec.packed.own else None,
     )
+
+
+def _counted_as(method: Method, precision: Precision) -> str | None:
+    """Return the row of SCHEMES by which transformers counts stored weights for a device map, None if by what they take.
+
+    A format that no precision makes is counted as what the method's package makes otherwise.
+    """
+    if method.counted is None or precision.scheme is not None:
+        return precision.scheme if method.counted is not None else None
+    return next((name for name, row in SCHEMES.items() if (row.library, row.counted) == (method.name, method.counted)), None)
 
 
 def packed_bits(spec: ModelSpec, dtype: str) -> tuple[float, bool]:
@@ -64,7 +77,8 @@ def packed_bits(spec: ModelSpec, dtype: str) -> tuple[float, bool]:
     assert packed is not None
     saved = [(w, w.elements * count) for w, count in spec.skeleton.tally if not w.tied_to and w.tensor.kind != "unsaved"]
     linears = packed.method is None or packed.method.packs_linears
-    quantized = sum(elements for weight, elements in saved if linears and weight.quantizes)
+    tables = spec.packed_tables
+    quantized = sum(elements for weight, elements in saved if (linears and weight.quantizes) or weight.path in tables)
     experts = sum(elements for weight, elements in saved if skeleton.is_stacked(weight))
     width = DTYPE_BYTES[packed.rest or dtype]
     plain = width * (sum(elements for _, elements in saved) - quantized)
@@ -82,15 +96,25 @@ def packed_bits(spec: ModelSpec, dtype: str) -> tuple[float, bool]:
     return max(8.0 * held / max(quantized, 1), 1.0), bool(experts)
 
 
+def timings(footprint: Footprint, precision: str, machine: Machine) -> list[Timing]:
+    """Return how long a case takes, at each end of the intervals."""
+    return timings_of(count_work(footprint, precision, machine), footprint.workload, machine, footprint.calibration)
+
+
 def estimate(footprint: Footprint, precision: str, machine: Machine) -> Estimate:
     """Return what a case is expected to need, tier by tier, and how fast it runs."""
-    tiers = memory(footprint, machine)
-    spent = seconds(count_work(footprint, precision, machine), footprint.workload, machine, footprint.calibration)
+    return estimate_timed(footprint, timings(footprint, precision, machine), machine)
+
+
+def estimate_timed(footprint: Footprint, timed: list[Timing], machine: Machine) -> Estimate:
+    """Return the same of a case whose `timings` are known."""
+    spent = seconds(timed)
     return Estimate(
-        tiers=tiers,
+        tiers=memory(footprint, machine),
         load_s=spent.load_s,
         first_token_s=spent.first_token_s,
         decode_tok_s=spent.decode_tok_s,
+        ready_s=spent.ready_s,
         bound_by=spent.bound_by,
         corrections={name: found.factor for name, found in footprint.calibration.fitted.items()},
         constants=footprint.calibration.digest,
@@ -99,7 +123,12 @@ def estimate(footprint: Footprint, precision: str, machine: Machine) -> Estimate
 
 def memory(footprint: Footprint, machine: Machine) -> dict[str, TierEstimate]:
     """Return the bytes that a case is expected to need, by tier."""
-    return {name: _tier(terms, machine.tier(name), footprint) for name, terms in footprint.terms().items()}
+    return {name: memory_of(name, footprint, machine) for name in footprint.taking_part}
+
+
+def memory_of(name: str, footprint: Footprint, machine: Machine) -> TierEstimate:
+    """Return the bytes that a case is expected to need of one tier that takes part."""
+    return _tier(footprint.terms_of(name), machine.tier(name), footprint)
 
 
 def beside_weights(terms: TierTerms) -> float:

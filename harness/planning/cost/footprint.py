@@ -19,7 +19,7 @@ from harness.planning.cost.inventory import Inventory, TensorTotals, experts_apa
 from harness.planning.cost.overhead import Overhead
 from harness.planning.loading import order
 
-# The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbours.
+# The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbors.
 PAGE_BYTES = 1 << 20
 
 
@@ -95,6 +95,8 @@ class Footprint:
         self.main = self.gpus[0] if self.gpus else "cpu"
         self.overhead = Overhead(inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
         self._copied_at_once: dict[tuple[str, ...], int] = {}
+        self._passing: dict[str, Bytes] = {}
+        self._terms: dict[str, TierTerms] = {}
         away = self.sums.get("disk") or TensorTotals()
         #: bytes that are made for each token of what transformers left in the checkpoint, which holds another dtype
         self.cast_each_token = 0.0 if self._writes_all or self.gpus else away.made - away.joined
@@ -114,20 +116,21 @@ class Footprint:
 
     def with_workload(self, workload: Workload) -> Footprint:
         """Return the same case with another workload; what does not depend on it is not counted again."""
-        other = copy(self)
+        other = _copy_without_terms(self, "kv")
         other.workload = workload
-        other.__dict__.pop("kv", None)
         return other
 
+    @cached_property
     def with_expandable_segments(self) -> Footprint:
-        """Return the same case with torch's expandable segments."""
-        other = copy(self)
+        """The same case with torch's expandable segments."""
+        other = _copy_without_terms(self)
         other.loading = self.loading._replace(expandable=True)
+        other._terms |= {name: terms for name, terms in self._terms.items() if name not in self.gpus}
         return other
 
     def with_calibration(self, calibration: Calibration) -> Footprint:
         """Return the same case by other constants; what does not depend on them is not counted again."""
-        other = copy(self)
+        other = _copy_without_terms(self)
         other.calibration = calibration
         other.overhead = Overhead(self.inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
         return other
@@ -161,12 +164,26 @@ class Footprint:
 
     def terms(self) -> dict[str, TierTerms]:
         """Return the terms of every tier that takes part; the RAM always does."""
-        found = {name: self._on_gpu(name) for name in self.gpus}
-        for name in self.loading.begins_on:
-            found.setdefault(name, TierTerms(overhead=self.calibration["gpu_context_bytes"].amount()))
-        found["cpu"] = self._in_ram()
-        if "disk" in self.weights:
-            found["disk"] = TierTerms(weights=self.weights["disk"], written=self.written)
+        return {name: self.terms_of(name) for name in self.taking_part}
+
+    @property
+    def taking_part(self) -> list[str]:
+        """The tiers that take part."""
+        return [*dict.fromkeys((*self.gpus, *self.loading.begins_on)), "cpu", *(["disk"] if "disk" in self.weights else [])]
+
+    def terms_of(self, name: str) -> TierTerms:
+        """Return the terms of one of the tiers that take part."""
+        if name in self._terms:
+            return self._terms[name]
+        if name == "cpu":
+            found = self._in_ram()
+        elif name == "disk":
+            found = TierTerms(weights=self.weights["disk"], written=self.written)
+        elif name in self.weights:
+            found = self._on_gpu(name)
+        else:
+            found = TierTerms(overhead=self.calibration["gpu_context_bytes"].amount())
+        self._terms[name] = found
         return found
 
     @property
@@ -203,9 +220,9 @@ class Footprint:
 
     def _brought(self, homes: tuple[str, ...]) -> int:
         """Return what accelerate copies at once of what lies in these tiers: one module's tensors."""
+        if self.weights.keys().isdisjoint(homes):
+            return 0
         if homes not in self._copied_at_once:
-            if not self.weights.keys() & set(homes):
-                return 0
             tiers, at_once = self.tiers, (self.loading.off_gpu or self.inventory).at_once
             sizes = (size for path, size in at_once.items() if (tiers if isinstance(tiers, str) else tiers[path]) in homes)
             self._copied_at_once[homes] = max(sizes, default=0)
@@ -215,6 +232,8 @@ class Footprint:
         """Return what lies on the GPU only while loading; nothing of what is whole in the RAM before it comes."""
         if self.loading.through_ram:
             return Bytes()
+        if name in self._passing:  # for another workload
+            return self._passing[name]
         inventory, tiers = self.inventory, self.tiers
         pieces = None if isinstance(tiers, str) else [path for path, tier in tiers.items() if tier == name]
         if self.loading.experts_in_ram:  # beside them a block has nothing that is made of parts
@@ -222,11 +241,12 @@ class Footprint:
         one_by_one = self.fmt.quantizer is not None or "disk" in self.weights
         found = order.on_card(inventory.load_runs, pieces, one_by_one)
         share, compared = 1 / self.processes, self.sums[name].twice / self.fmt.element_bytes  # at the end, a bool each
-        return Bytes(**{end: max(getattr(found, end) * share, compared) for end in ("low", "best", "high")})
+        self._passing[name] = Bytes(**{end: max(getattr(found, end) * share, compared) for end in ("low", "best", "high")})
+        return self._passing[name]
 
     def _in_ram(self) -> TierTerms:
         here, away = self.sums.get("cpu") or TensorTotals(), self.sums.get("disk") or TensorTotals()
-        touched = here.viewed_used + min(here.viewed - here.viewed_used, self._rows_touched())
+        touched = here.viewed_used + min(here.viewed - here.viewed_used, _rows_touched(self.workload))
         again, dropped = here.compared, 0 if here.compared else here.twice
         # Weights on a GPU are read from the file as well, and those that are cast or written anew for the disk.
         rewritten = away.stored if self._writes_all else 0.0
@@ -244,7 +264,7 @@ class Footprint:
             weights=self.weights.get("cpu", 0) + _kept_by_views(self, here),
             copied=int(here.made),
             # Tensors that stay views keep their file mapped, and with it the pages that were read to make the others.
-            mapped=_exact(touched + file) + self._kept_mapped(beyond) if here.viewed else Bytes(),
+            mapped=_exact(touched + file) + _kept_mapped(self, beyond) if here.viewed else Bytes(),
             read=int(here.viewed_used) + _kept_by_views(self, here),
             brought=0 if self._copies_brought else brought,
             kv=self.kv.get("cpu", 0),
@@ -256,20 +276,6 @@ class Footprint:
             loading_mapped=int(here.made_from + elsewhere + 2 * again),  # both of what is compared
             rewritten=int(rewritten),
         )
-
-    def _kept_mapped(self, beyond: float) -> Bytes:
-        """Return how much of the files, read for other tiers or to compare, stays mapped beside the weights in the RAM.
-
-        All of it if there is one file. Of several those go that hold nothing else, and the one that is shared keeps at most all
-        of its pages, which no token reads: the kernel drops them first.
-        """
-        largest = self.spec.largest_file
-        if largest is None:
-            return Bytes(best=beyond, high=beyond)
-        if largest[1] >= self.spec.checkpoint_bytes:
-            return _exact(beyond)
-        borders = sum(tier in self.weights for tier in ("disk", *self.gpus[:1]))
-        return Bytes(high=min(beyond, borders * largest[1]))
 
     @cached_property
     def _copies_brought(self) -> bool:
@@ -298,7 +304,7 @@ class Footprint:
         """
         largest = self.spec.largest_file if self.loading.rewrites else None
         kept = _kept_by_views(self, here)
-        gone = elsewhere + here.made_from + here.twice + self.spec.storages.beyond - kept
+        gone = elsewhere + here.made_from + here.twice + sum(self.spec.storages.beyond.values()) - kept
         return TierTerms(
             weights=self.weights.get("cpu", 0) + kept,
             copied=int(here.held) + kept,
@@ -310,9 +316,19 @@ class Footprint:
             loading=_exact(min(gone, largest[1]) if largest else gone),
         )
 
-    def _rows_touched(self) -> int:
-        """Return how many bytes of an embedding the tokens of the workload may bring in: a page, in large files of megabytes."""
-        return (self.workload.prompt_tokens + self.workload.new_tokens) * PAGE_BYTES
+
+def _copy_without_terms(of: Footprint, *counted: str) -> Footprint:
+    """Return a copy that is about to be changed, without its terms and what else was `counted`."""
+    other = copy(of)
+    other._terms = {}
+    for name in ("with_expandable_segments", *counted):
+        other.__dict__.pop(name, None)
+    return other
+
+
+def _rows_touched(workload: Workload) -> int:
+    """Return how many bytes of an embedding the tokens of a workload may bring in: a page, in large files of megabytes."""
+    return (workload.prompt_tokens + workload.new_tokens) * PAGE_BYTES
 
 
 def _activations(of: Footprint, computed: GpuActivations | Activations, tier: str) -> int:
@@ -335,7 +351,22 @@ def _activations(of: Footprint, computed: GpuActivations | Activations, tier: st
 
 def _kept_by_views(of: Footprint, here: TensorTotals) -> int:
     """Return the bytes of storages that weights in the RAM keep beyond their own."""
-    return of.spec.storages.beyond if here.viewed and of.tiers == "cpu" and not of.fmt.quantizer else 0
+    return of.spec.storages.kept_in(of.fmt.dtype) if here.viewed and of.tiers == "cpu" and not of.fmt.quantizer else 0
+
+
+def _kept_mapped(of: Footprint, beyond: float) -> Bytes:
+    """Return how much of the files, read for other tiers or to compare, stays mapped beside the weights in the RAM.
+
+    All of it if there is one file. Of several those go that hold nothing else, and the one that is shared keeps at most all
+    of its pages, which no token reads: the kernel drops them first.
+    """
+    largest = of.spec.largest_file
+    if largest is None:
+        return Bytes(best=beyond, high=beyond)
+    if largest[1] >= of.spec.checkpoint_bytes:
+        return _exact(beyond)
+    borders = sum(tier in of.weights for tier in ("disk", *of.gpus[:1]))
+    return Bytes(high=min(beyond, borders * largest[1]))
 
 
 def _gpus(count: int) -> list[str]:

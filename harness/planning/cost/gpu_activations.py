@@ -34,23 +34,27 @@ class GpuActivations:
     def __init__(self, spec: ModelSpec, fmt: WeightFormat, capability: str | None = None, attention: str | None = None) -> None:
         self._config, self._fmt, self._capability, self._spec, self._attention = spec.config, fmt, capability, spec, attention
         self.product = self._product()
-        flash = kernels_of(capability).capability >= FLASH_SINCE
-        self._formulas = Activations(with_attention(spec.skeleton, attention), fmt, "gpu", self.product, flash=flash)
         self._built: TracedMemory | None = None
-        self._bytes: dict[Workload, int] = {}
+        self._phases: dict[Workload, tuple[int, int]] = {}
         self.why_formulas = _NOT_TRACED
+
+    @cached_property
+    def _formulas(self) -> Activations:
+        """What is counted where no trace tells."""
+        flash = kernels_of(self._capability).capability >= FLASH_SINCE
+        return Activations(with_attention(self._spec.skeleton, self._attention), self._fmt, "gpu", self.product, flash=flash)
 
     def bytes(self, workload: Workload) -> int:
         """Return the most that generating holds beside weights and final KV cache, in bytes."""
-        if workload not in self._bytes:  # every placement asks for the same
-            self._bytes[workload] = max(*self.phases(workload), 0)
-        return self._bytes[workload]
+        return max(*self.phases(workload), 0)
 
     def phases(self, workload: Workload) -> tuple[int, int]:
         """Return what is held beside weights and final KV cache while the prompt is read, and in the steps after it."""
-        peak = self.traced_peak(workload)
-        prefill, decode = self._formulas.phases(workload) if peak is None else peak.phases
-        return self._room + prefill, self._room + decode
+        if workload not in self._phases:  # every placement and KV cache asks for the same
+            peak = self.traced_peak(workload)
+            prefill, decode = self._formulas.phases(workload) if peak is None else peak.phases
+            self._phases[workload] = self._room + prefill, self._room + decode
+        return self._phases[workload]
 
     def _product(self) -> PackedProduct | None:
         """Return what multiplies weights that are stored as GPTQ or AWQ, as the config or the form of the checkpoint says."""
@@ -103,7 +107,7 @@ class GpuActivations:
             self._built = traces.build_record(self._config, self.precision, cache_dir(), self._capability, self._attention)
         except UsageError as error:
             self.why_formulas = str(error)
-        self._bytes.clear()
+        self._phases.clear()
 
     def gaps(self, *, expandable: bool) -> Gaps | None:
         """Return what torch's allocator takes beyond what is allocated, as shares of that; None without a record that tells."""

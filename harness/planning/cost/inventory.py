@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import asdict
 
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
@@ -19,7 +21,7 @@ from harness.planning.cost.activations import Activations, with_attention
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.memory import WeightFormat
-from harness.planning.loading.order import LoadRun, LoadStep, conversion_of, copies, load_order, runs_of, unpacked_mxfp4
+from harness.planning.loading.order import LoadStep, PieceRun, conversion_of, copies, load_order, runs_of, unpacked_mxfp4
 
 # Formats whose tensors transformers maps into memory instead of reading them.
 MAPPED = ("safetensors", "bin")
@@ -32,8 +34,7 @@ def is_expert(path: str) -> bool:
     return ".experts." in f".{path}"
 
 
-@dataclass(slots=True)
-class TensorTotals:
+class TensorTotals(msgspec.Struct):
     """Bytes of tensors, summed."""
 
     held: float = 0  #: in memory
@@ -92,7 +93,8 @@ class Inventory:
         self.stored_width = packed if spec.stored_as else DTYPE_BYTES.get(self.stored_dtype, 2)
         of_kind = {kind: self._sum(kind) for kind in self.skeleton.kinds}
         self.rows = _with_adapter([(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces], spec, fmt)
-        self.layers = [path for path, whole, like in self.skeleton.pieces if whole and any(m.weights for m in like.inside)]
+        holding = {kind for kind in self.skeleton.kinds if any(module.weights for module in kind.inside)}
+        self.layers = [piece.path for piece in self.skeleton.pieces if piece.whole and piece.like in holding]
         self._on_gpu: dict[tuple[str | None, str | None], GpuActivations] = {}
         self._on_cpu: dict[str | None, Activations] = {}
         self.experts_of_kinds: dict[Module, tuple[TensorTotals, TensorTotals]] = {}
@@ -139,7 +141,7 @@ class Inventory:
         return sum(count * weight.elements for weight, count in self.skeleton.tally if weight.quantizes)
 
     @cached_property
-    def load_runs(self) -> list[LoadRun]:
+    def load_runs(self) -> list[PieceRun]:
         """What loading onto a GPU makes, in its order; nothing if it never holds more than what stays."""
         unpacked = _unpacked(self)
         passing = {
@@ -300,9 +302,9 @@ def _unpacked(inventory: Inventory) -> dict[str, _Unpacked]:
 
 def turned_weights(inventory: Inventory) -> int:
     """Return how many weights lie in Conv1D: inputs by outputs, so that their products are not those of a Linear."""
-    pieces = (piece.like for piece in inventory.skeleton.pieces)
-    turned = (inside for kind in pieces for inside in kind.inside if inside.block.linear == "conv1d")
-    return sum(weight.elements for inside in turned for weight in inside.weights if weight.quantizes)
+    kinds = inventory.skeleton.kinds.items()
+    turned = ((inside, count) for kind, count in kinds for inside in kind.inside if inside.block.linear == "conv1d")
+    return sum(count * weight.elements for inside, count in turned for weight in inside.weights if weight.quantizes)
 
 
 def experts_apart(inventory: Inventory, blocks: Collection[str]) -> tuple[TensorTotals, TensorTotals]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from msgspec.structs import replace
 
@@ -31,6 +32,7 @@ class WeightFormat(Record, frozen=True, kw_only=True):
     packed_linears: bool = True  #: whether its Linear weights are quantized
     packed_experts: bool = False  #: whether its stacked experts are quantized too
     packed_embeddings: bool = False  #: whether its embedding and head are quantized too
+    packed_tables: frozenset[str] = frozenset()  #: which of them are, where not both may be
     counted_as: str | None = None  #: the row of SCHEMES by which transformers counts what is packed; None: by its own bytes
     counted_bits: float | None = None  #: bits a weight by which it counts instead, where scales do not
     wide_bias: bool = False  #: whether the biases of packed experts are in float32
@@ -86,6 +88,13 @@ def narrows(weight: Weight, quantizer: str | None, owner: Block) -> bool:
     return weight.quantizes and (owner.linear != "conv1d" or SCHEMES[quantizer].conv1d)
 
 
+@lru_cache(maxsize=32)  # every case asks for the same
+def narrows_any(skeleton: Skeleton, quantizer: str) -> bool:
+    """Say whether a scheme quantizes any weight of a model."""
+    inside = (part for kind in skeleton.kinds for part in kind.inside)
+    return any(narrows(weight, quantizer, part.block) for part in inside for weight in part.weights)
+
+
 def counted_bytes(module: Module, fmt: WeightFormat) -> dict[str, int]:
     """Return the bytes by which transformers counts every tensor of a module for a device map, where it is packed."""
     sizes = module_bytes(module, fmt)
@@ -97,7 +106,7 @@ def counted_bytes(module: Module, fmt: WeightFormat) -> dict[str, int]:
 
 def is_packed(weight: Weight, fmt: WeightFormat, owner: Block) -> bool:
     """Say whether a weight is quantized in a checkpoint that is quantized already."""
-    if (fmt.packed_linears and weight.quantizes) or (fmt.packed_experts and is_stacked(weight)):
+    if (fmt.packed_linears and weight.quantizes) or (fmt.packed_experts and is_stacked(weight)) or weight.path in fmt.packed_tables:
         return True
     looks_up = "Embedding" in owner.class_name or owner.linear is not None
     return fmt.packed_embeddings and looks_up and len(weight.tensor.shape) == 2

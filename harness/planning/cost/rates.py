@@ -22,6 +22,7 @@ class Rates:
 
     def __init__(self, work: TokenWork, machine: Machine, calibration: Calibration, pick: str) -> None:
         self.work, self.machine, self.calibration, self.pick = work, machine, calibration, pick
+        self._constants, self._speeds = calibration.constants, calibration.speeds[pick]
         self.gpu = next((tier for tier in machine.gpus if tier.name in work.read), None)
 
     def kept_bytes(self) -> float:
@@ -44,7 +45,7 @@ class Rates:
         return self._vram(self.machine.tier(tier))
 
     def _vram(self, gpu: Tier | None) -> float:
-        return self.known(gpu, "gpu_bytes_per_s", "gpu_bandwidth_share" + ("_quantised" if self.work.like else ""))
+        return self.known(gpu, "gpu_bytes_per_s", "gpu_bandwidth_share" + ("_quantized" if self.work.like else ""))
 
     def known(self, tier: Tier | None, constant: str, *shares: str) -> float:
         """Return the bandwidth of a tier, the constant if it was not measured, times the shares of it that are reached."""
@@ -128,7 +129,8 @@ class Rates:
 
     def cost(self, name: str, pick: str = "") -> float:
         """Return a constant of which more takes longer, at this end of the seconds or at another."""
-        return float(getattr(self.calibration[name], pick or self.pick))
+        found: float = getattr(self._constants[name], pick or self.pick)
+        return found
 
     def rate(self, *names: str) -> float:
         """Return a speed, the product of constants: the high end of the seconds is at its low end.
@@ -136,11 +138,15 @@ class Rates:
         They are independent of each other: that all are at their ends at once is rarer than that one is, so the logarithms of
         what they are off by add up in squares.
         """
-        end = _SPEED_AT[self.pick]
-        if len(names) == 1:
-            return float(getattr(self.calibration[names[0]], end))
-        constants = [self.calibration[name] for name in names]
-        return joined(math.prod(one.best for one in constants), *(getattr(one, end) / one.best for one in constants))
+        found = self._speeds.get(names)
+        if found is None:
+            constants, end = [self._constants[name] for name in names], _SPEED_AT[self.pick]
+            if len(constants) == 1:
+                found = float(getattr(constants[0], end))
+            else:
+                found = joined(math.prod(one.best for one in constants), *(getattr(one, end) / one.best for one in constants))
+            self._speeds[names] = found
+        return found
 
 
 def joined(best: float, *factors: float) -> float:

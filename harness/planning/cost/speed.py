@@ -19,12 +19,13 @@ from harness.planning.cost.rates import Rates, joined
 from harness.planning.cost.work import TokenWork
 
 PICKS = ("low", "best", "high")
+ON_DISK, IN_CACHE = "disk", "page_cache"  # where files are when a load begins
 
 
 class LoadTime(Record, frozen=True, kw_only=True):
     """Seconds of loading: by what is done, and in all with the files in the page cache and not.
 
-    `read_s` is what comes on top where they are not; `warm_s` is None where they do not fit into RAM.
+    `warm_s` is with the files in the page cache, None if it cannot keep them; `cold_s` is from the disk, and `read_s` its reading.
     """
 
     by_phase: dict[str, float]
@@ -39,34 +40,39 @@ class Seconds(Record, frozen=True, kw_only=True):
     load_s: Span
     first_token_s: Span
     decode_tok_s: Span
+    ready_s: dict[str, Span]
     bound_by: str  #: what a token waits for most, in words
 
 
-def seconds(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> Seconds:
+def timings_of(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> list[Timing]:
+    """Return how long what a case does takes, at each end of the intervals (PICKS)."""
+    return [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+
+
+def seconds(timings: list[Timing]) -> Seconds:
     """Return load seconds, seconds to the first token, and tokens/s."""
-    timings = [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
     span = partial(_sum_span, is_measured=_is_measured(timings[0]))
     token = span("token_s", [timing.token() for timing in timings])
+    files = (ON_DISK, IN_CACHE) if _keeps_files(timings) else (ON_DISK,)
     return Seconds(
         load_s=span("load_s", [timing.load() for timing in timings]),
         first_token_s=span("first_token_s", [timing.first_token() for timing in timings]),
-        decode_tok_s=_span([workload.batch / spent for spent in (token.high, token.best, token.low)]),
+        decode_tok_s=_span([timings[0].workload.batch / spent for spent in (token.high, token.best, token.low)]),
+        ready_s={name: span("load_s", [timing.ready(name) for timing in timings]) for name in files},
         bound_by=timings[PICKS.index("best")].bound_by(),
     )
 
 
-def load_time(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> LoadTime:
+def load_time(timings: list[Timing]) -> LoadTime:
     """Return what the seconds of loading go to."""
-    timings = [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
-    done = [timing.load_phases() for timing in timings]
+    done = [timing.load_phases for timing in timings]
     once = [list(phases.values()) for phases in done]
     reading = [timing.reading() for timing in timings]
-    fits = work.checkpoint_bytes < timings[0].rates.room()
     span = partial(_sum_span, "load_s", is_measured=_is_measured(timings[0]))
     return LoadTime(
         by_phase={name: spent for name, spent in done[PICKS.index("best")].items() if spent},
         read_s=_span(reading),
-        warm_s=span(once) if fits else None,
+        warm_s=span(once) if _keeps_files(timings) else None,
         cold_s=span([[*spent, read] for spent, read in zip(once, reading, strict=True)]),
     )
 
@@ -92,6 +98,30 @@ def _sum_span(figure: str, ends: list[list[float]], *, is_measured: bool) -> Spa
     return Span(low=joined(whole, 1 - down / whole, 1 / chance), best=whole, high=joined(whole, 1 + up / whole, chance))
 
 
+def _keeps_files(timings: list[Timing]) -> bool:
+    """Say whether the files of a model are still in the page cache after a load, for the next one."""
+    best = timings[PICKS.index("best")]
+    return best.work.checkpoint_bytes < best.rates.cache_room()
+
+
+def _wanted(work: TokenWork) -> int:
+    """Return the bytes that are read while loading; files that are only mapped are read by the first token."""
+    return work.checkpoint_bytes if work.copied_bytes or work.quantized or work.to_gpu_bytes else work.written
+
+
+def _read(work: TokenWork, rates: Rates, *, first: bool) -> dict[str, float]:
+    """Return the bytes that a token reads, by tier; before the `first` nothing was read.
+
+    A page cache that is too small for all of it drops first what comes next, and keeps little.
+    """
+    read = dict(work.read)
+    if "disk" in read and not rates.stays_cached():
+        mapped = min(work.mapped, read.get("cpu", 0.0))
+        anew = max(0.0, read["disk"] + mapped - (0.0 if first else rates.kept_bytes()))
+        read |= {"disk": anew, "cpu": read.get("cpu", 0.0) + read["disk"] - anew}
+    return read
+
+
 def _is_measured(timing: Timing) -> bool:
     """Say whether results of this machine corrected a constant of what computes."""
     kinds = "gpu_" if timing.gpu else ("cpu_", "ram_bandwidth")
@@ -105,6 +135,9 @@ class Timing:
         self.work, self.workload, self.rates = work, workload, rates
         self.machine, self.gpu = rates.machine, rates.gpu
         self.suffix = f"_{work.like}" if work.like else ""
+        self._turned_flops = rates.turned_flops() if work.turned else math.inf
+        self._host, self._moved = self._hosted(), self._brings(first=False)
+        self._unpacking, self._attending = self._unpacked_anew(), self._attended()
 
     def product(self, rows: int) -> float:
         """Return the seconds of so many rows passing what a token passes, without a look at what comes between."""
@@ -116,14 +149,15 @@ class Timing:
 
     def load(self) -> list[float]:
         """Open every tensor, bring the bytes from the disk where they are wanted now, copy, quantize, send; in parts."""
-        return [*self.load_phases().values(), self.rates.from_disk(self._wanted())]
+        return [*self.load_phases.values(), self.rates.from_disk(_wanted(self.work))]
 
     def reading(self) -> float:
         """Return the seconds that the bytes wanted while loading take from the disk, where the page cache has none of them."""
-        return self._wanted() / self.rates.disk()
+        return _wanted(self.work) / self.rates.disk()
 
+    @cached_property
     def load_phases(self) -> dict[str, float]:
-        """Return what loading takes beside reading files, by what is done."""
+        """What loading takes beside reading files, by what is done."""
         work, on = self.work, "gpu" if self.gpu else f"cpu{self.suffix}"
         return {
             "start": self.rates.cost("load_s"),
@@ -132,31 +166,35 @@ class Timing:
             "cast": work.copied_bytes / self.rates.rate("cast_bytes_per_s"),
             "unpack": work.unpacked / self.rates.rate("gguf_elements_per_s"),
             "tokenizer": work.vocabulary * self.rates.cost("gguf_s_per_string"),
-            "quantize": work.quantized / self.rates.rate(f"quantise_elements_per_s_{on}") if work.quantized else 0.0,
+            "quantize": work.quantized / self.rates.rate(f"quantize_elements_per_s_{on}") if work.quantized else 0.0,
             "send to GPU": work.to_gpu_bytes / self.rates.link() if self.gpu else 0.0,
         }
 
-    def _wanted(self) -> int:
-        work = self.work
-        return work.checkpoint_bytes if work.copied_bytes or work.quantized or work.to_gpu_bytes else work.written
+    def ready(self, files: str) -> list[float]:
+        """Return the seconds until the first token is out, with all files on the disk or in the page cache; in parts."""
+        unread, parts = self._unread(), [*self.load_phases.values(), *self._first_pass]
+        if files == ON_DISK:
+            return [*parts, self.reading(), unread / self.rates.disk()]
+        return [*parts, unread / self.rates.rate("page_cache_bytes_per_s")]
 
     def first_token(self) -> list[float]:
-        """Bring what is still on the disk, compute the prompt, and one pass over the weights; in parts."""
+        """Compute the prompt, and one pass over the weights, whose pages come from the disk or from the page cache; in parts."""
+        unread = self._unread()
+        return [*self._first_pass, self.rates.from_disk(unread) or unread / self.rates.rate("page_cache_bytes_per_s")]
+
+    @cached_property
+    def _first_pass(self) -> list[float]:
+        """Compute the prompt, and one pass over weights that are in reach; in parts."""
         tokens = self.workload.batch * self.workload.prompt_tokens
         flops = 2.0 * self.work.parameters * tokens + self.work.scored + self.work.seen
         turned = 2.0 * self.work.turned * (tokens - self.workload.batch)  # one row is that of `token`
         computed = [
             flops / self.rates.flops(),
-            turned / self.rates.turned_flops(),
+            turned / self._turned_flops,
             self._packed_anew(),
             self._beside_products(tokens),
         ]
-        return [self.rates.cost("first_token_s"), *computed, *self.token(first=not self.work.written), self._touched()]
-
-    def _touched(self) -> float:
-        """Return the seconds in which mapped pages come into reach of the process: from the disk, or from the page cache."""
-        unread = self._unread()
-        return self.rates.from_disk(unread) or unread / self.rates.rate("page_cache_bytes_per_s")
+        return [self.rates.cost("first_token_s"), *computed, *self.token(first=not self.work.written)]
 
     def _unread(self) -> int:
         """Return the bytes that are mapped and that no token has read yet, where `token` takes them for cached."""
@@ -172,13 +210,14 @@ class Timing:
 
     def token(self, first: bool = False) -> list[float]:
         """Return the seconds of a token, in parts that follow one another; before the `first` nothing was read."""
-        turned = 2.0 * self.work.turned * self.workload.batch / self.rates.turned_flops()
-        moved = [*self._moved(first).values(), self._unpacked_anew, self._attended, turned]
+        turned = 2.0 * self.work.turned * self.workload.batch / self._turned_flops
+        spent = self._brings(first) if first and "disk" in self.work.read else self._moved
+        moved = [*spent.values(), self._unpacking, self._attending, turned]
         return [max(self._host, sum(moved))] if self.gpu and not self.work.handed_over else [self._host, *moved]
 
     def bound_by(self) -> str:
         """Say what a token waits for: the host, where it is behind a GPU, else the longest of what is moved and unpacked."""
-        host, moved, unpacking, attended = self._host, self._moved(), self._unpacked_anew, self._attended
+        host, moved, unpacking, attended = self._host, self._moved, self._unpacking, self._attending
         waits = self.gpu is not None and not self.work.handed_over  # or each takes its turn
         longest = max(*moved.values(), unpacking, attended)
         if host >= (sum(moved.values()) + unpacking + attended if waits else longest):
@@ -191,7 +230,7 @@ class Timing:
         if unpacking == longest:
             return f"unpacks {self.work.anew / 1e9:.3g} B weights for each token"
         slowest = max(moved, key=moved.__getitem__)
-        size = format_gib(int(self._bytes_moved(first=False)[slowest]))
+        size = format_gib(int(_read(self.work, self.rates, first=False)[slowest]))
         if slowest == "disk":
             cached = self.rates.stays_cached()
             return f"reads {size} GiB a token through the page cache" if cached else f"reads {size} GiB a token from disk"
@@ -200,7 +239,6 @@ class Timing:
             return f"reads {size} GiB a token from RAM over the link" if brought else f"reads {size} GiB a token from RAM"
         return f"reads {size} GiB a token from GPU memory"
 
-    @cached_property
     def _unpacked_anew(self) -> float:
         """Return the seconds of unpacking every weight: a processor's cores compute it, the memory of a GPU is passed over."""
         if not self.work.anew:
@@ -211,8 +249,7 @@ class Timing:
         passed = self.work.anew * self.rates.cost(f"gpu_unpacked_bytes_per_element{self.suffix}")
         return passed / self.rates.known(self.gpu, "gpu_bytes_per_s", "gpu_bandwidth_share")
 
-    @cached_property
-    def _host(self) -> float:
+    def _hosted(self) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
         in_ram = self.work.operations.experts * self.work.experts_in_ram * self.rates.cost("cpu_s_per_operation")
         count, start = self._started("best"), self.rates.start("best")
@@ -228,27 +265,17 @@ class Timing:
         started = counted.others + plain * (counted.linears - quantized) + each * quantized
         return started + (0 if self.gpu else counted.experts) + self.work.handed_over
 
-    @cached_property
     def _brought(self) -> float:
         """Return the seconds of opening what lies on the disk, tensor by tensor, and of casting what is stored otherwise."""
         opened = self.work.brought * self.rates.cost("offload_s_per_tensor")
         return opened + self.work.cast / self.rates.rate("offload_cast_bytes_per_s")
 
-    @cached_property
     def _attended(self) -> float:
         """Return the seconds in which a GPU attends to what is cached; a processor reads that as fast as anything."""
         return self.work.attended / self.rates.attention() if self.gpu else 0.0
 
-    def _moved(self, first: bool = False) -> dict[str, float]:
+    def _brings(self, first: bool) -> dict[str, float]:
         """Return the seconds by tier of bringing what a token reads."""
-        moved = {name: size / self.rates.path(name) if size else 0.0 for name, size in self._bytes_moved(first).items()}
-        return moved | {"disk": moved["disk"] + self._brought} if self.work.brought else moved
-
-    def _bytes_moved(self, first: bool) -> dict[str, float]:
-        """Count what a token brings. A page cache that is too small for all of it drops first what comes next, and keeps little."""
-        read = dict(self.work.read)
-        if "disk" in read and not self.rates.stays_cached():
-            mapped = min(self.work.mapped, read.get("cpu", 0.0))
-            anew = max(0.0, read["disk"] + mapped - (0.0 if first else self.rates.kept_bytes()))
-            read |= {"disk": anew, "cpu": read.get("cpu", 0.0) + read["disk"] - anew}
-        return read
+        read = _read(self.work, self.rates, first=first)
+        moved = {name: size / self.rates.path(name) if size else 0.0 for name, size in read.items()}
+        return moved | {"disk": moved["disk"] + self._brought()} if self.work.brought else moved

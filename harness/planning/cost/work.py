@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from harness.architecture.skeleton import Skeleton
+from harness.core.methods.cpu_kernels import CPU_METHODS, UNPACKED_IN
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Machine, Record
 from harness.planning.calibration import device_of
@@ -49,18 +50,20 @@ class TokenWork(Record, frozen=True, kw_only=True):
     experts_in_ram: float = 0.0  #: the share of the blocks with experts whose experts are there
 
 
+# Measured of bitsandbytes' 4-bit weights; it stands for gptqmodel's of any width, which it unpacks by integers of torch as well.
+_UNPACKED = "int4_unpacked"
+
+
 def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenWork:
     """Count what a case does: bytes to read, weights to multiply, tensors to open."""
     inventory, in_ram, gguf, work = footprint.inventory, footprint.sums.get("cpu"), footprint.spec.gguf, footprint.workload
     moved = _moved_of_cache(footprint)
-    anew = (
-        not footprint.gpus and multiplies_4bit_in_ram(footprint.fmt) and machine.fuses_4bit is False and inventory.quantizable > 0
-    )
+    unpacks = not footprint.gpus and inventory.quantizable > 0 and _unpacks_for_products(footprint, machine)
     like = constants_like(footprint.fmt) if _is_quantized(inventory) else None
     return TokenWork(
         device=device_of(footprint.weights),
         precision=precision,
-        like=f"{like}_unpacked" if anew else like,
+        like=_UNPACKED if unpacks else like,
         dtype=footprint.fmt.dtype,
         read={
             # Tiers in the order of the dicts: in that of a set the last digit of a sum would differ from run to run.
@@ -82,7 +85,7 @@ def count_work(footprint: Footprint, precision: str, machine: Machine) -> TokenW
         copied_bytes=int(in_ram.made) if in_ram else 0,
         written=footprint.written,
         quantized=int(sum(sums.quantized for sums in footprint.sums.values()) / 2),
-        anew=inventory.quantizable if anew or footprint.fmt.unpacking else 0,
+        anew=inventory.quantizable if unpacks or footprint.fmt.unpacking else 0,
         width=footprint.skeleton.hidden_size,
         brought=footprint.sums["disk"].tensors if "disk" in footprint.weights else 0.0,
         cast=footprint.cast_each_token,
@@ -129,8 +132,15 @@ def _is_quantized(inventory: Inventory) -> bool:
     scheme = inventory.fmt.quantizer
     if scheme is None:
         return inventory.fmt.unpacking is None or inventory.quantizable > 0
-    inside = (part for kind in inventory.skeleton.kinds for part in kind.inside)
-    return any(memory.narrows(weight, scheme, part.block) for part in inside for weight in part.weights)
+    return memory.narrows_any(inventory.skeleton, scheme)
+
+
+def _unpacks_for_products(footprint: Footprint, machine: Machine) -> bool:
+    """Say whether the 4-bit products of a library unpack their weights each time, on a processor."""
+    fmt, packed = footprint.fmt, footprint.spec.packed
+    if packed is not None and packed.name in CPU_METHODS and packed.stored_by is not None:
+        return bool(fmt.packed_bits) and fmt.dtype in UNPACKED_IN
+    return multiplies_4bit_in_ram(fmt) and machine.fuses_4bit is False
 
 
 def multiplies_4bit_in_ram(fmt: WeightFormat) -> bool:

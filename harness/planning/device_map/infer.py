@@ -149,8 +149,9 @@ def _budgets(
         number = next((device for device in budgets if isinstance(device, int)), None)
         if number is not None:
             budgets[number] *= MARGIN
-    low_zero = strategy == "balanced_low_0" and len(accelerators) > 1
-    return _balance(budgets, sizes, _largest_share(skeleton, sizes), len(accelerators), low_zero)
+    if len(accelerators) == 1:
+        return budgets  # nothing to balance
+    return _balance(budgets, sizes, _largest_share(skeleton, sizes), len(accelerators), strategy == "balanced_low_0")
 
 
 def _in_order(budgets: Mapping[Device, int]) -> dict[Device, Bytes]:

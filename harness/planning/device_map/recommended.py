@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from msgspec.structs import replace
-
 from harness.architecture.skeleton import Skeleton
 from harness.core.records import Record
 from harness.core.units import format_size
@@ -31,7 +29,6 @@ class RecommendedMap(Record, frozen=True, kw_only=True):
     blocks_off: int  #: of these, not on a GPU
     bytes_off: int  #: of the weights, not on a GPU
     why: str
-    expandable: bool = False  #: whether it takes torch's expandable segments
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # each is itself alone: they are looked up a thousand times
@@ -80,19 +77,12 @@ class Recommender:
         self._skeleton, self._budgets = skeleton, budgets
         self._plain = widths._replace(weights=None)  # "auto" counts no bytes but its own
         self._parts = _parts(skeleton, widths.weights or measure(skeleton, self._plain), kv_bytes)
-        self._by_room: dict[tuple[int, ...], tuple[_Placed, RecommendedMap]] = {}
+        self._by_room: dict[tuple[int, ...], _Placed] = {}
 
     def recommend(self, reserve: Mapping[Device, int], *, explain: bool) -> RecommendedMap:
         """Fill the devices but for what must stay free; without `explain` the words are left out."""
-        room = {device: size - reserve.get(device, 0) for device, size in self._budgets.items() if device != "disk"}
-        key = tuple(room.values())
-        if key not in self._by_room:
-            placed = _place_parts(self._parts, room)
-            self._by_room[key] = placed, self._map(placed)
-        placed, found = self._by_room[key]
-        return replace(found, why=_compare(placed, self._auto, room, self._budgets)) if explain else found
-
-    def _map(self, placed: _Placed) -> RecommendedMap:
+        room = self._room(reserve)
+        placed = self._placed(room)
         off = _off(placed)
         return RecommendedMap(
             device_map=merge({path: device for part, device in placed.items() for path in part.paths}),
@@ -100,9 +90,28 @@ class Recommender:
             kv_bytes=_kv_by_device(placed),
             blocks=sum(part.block for part in self._parts),
             blocks_off=sum(part.block for part in off),
-            bytes_off=int(sum(part.weights for part in off)),
-            why="",
+            bytes_off=_bytes_off(placed),
+            why=_compare(placed, self._auto, room, self._budgets) if explain else "",
         )
+
+    def places(self, reserve: Mapping[Device, int]) -> dict[str, Device]:
+        """Return the same map piece by piece, or with one entry where one device has all."""
+        placed = self._placed(self._room(reserve))
+        homes = set(placed.values())
+        return {"": homes.pop()} if len(homes) == 1 else {path: device for part, device in placed.items() for path in part.paths}
+
+    def bytes_off(self, reserve: Mapping[Device, int]) -> int:
+        """Return how many bytes of the weights are not on a GPU then."""
+        return _bytes_off(self._placed(self._room(reserve)))
+
+    def _room(self, reserve: Mapping[Device, int]) -> dict[Device, int]:
+        return {device: size - reserve.get(device, 0) for device, size in self._budgets.items() if device != "disk"}
+
+    def _placed(self, room: Mapping[Device, int]) -> _Placed:
+        key = tuple(room.values())
+        if key not in self._by_room:
+            self._by_room[key] = _place_parts(self._parts, room)
+        return self._by_room[key]
 
     def _auto(self, limits: Mapping[Device, int]) -> _Placed:
         return _placed_by(infer(self._skeleton, self._plain, max_memory=limits), self._parts)
@@ -136,9 +145,12 @@ def _place_parts(parts: list[_Part], room: Mapping[Device, int]) -> _Placed:
     sets = [gpus[first:] for first in range(len(gpus))] + [[]]
     best: _Placed = dict.fromkeys(parts, "disk")
     least = float("inf")
-    wanted: Bytes = sum(part.weights for part in parts) + sum(part.kv for part in parts)
+    whole: Bytes = sum(part.weights for part in parts)
+    wanted = whole + sum(part.kv for part in parts)
     for some, order in product(sets, _orders(parts)):
-        placed = _spill_first(order, room, some, parts=parts, wanted=wanted)
+        if gpus and not some and least <= whole:
+            break  # without the GPUs all would be away
+        placed = _spill_first(order, room, some, parts=parts, wanted=wanted, below=least if some else whole + 1)
         if placed and _bytes_away(placed, bool(gpus)) < least:
             best, least = placed, _bytes_away(placed, bool(gpus))
         if least == 0:
@@ -161,17 +173,21 @@ def _orders(parts: list[_Part]) -> Iterator[list[_Part]]:
 
 
 def _spill_first(
-    order: list[_Part], room: Mapping[Device, int], gpus: list[Device], *, parts: list[_Part], wanted: Bytes
+    order: list[_Part], room: Mapping[Device, int], gpus: list[Device], *, parts: list[_Part], wanted: Bytes, below: Bytes
 ) -> _Placed | None:
     """Spill as few as can be in this order; None if these GPUs, or the first of them, would only pass weights through.
 
-    `wanted` are the bytes of all parts and of their KV cache; what is spilled leaves its cache and takes the room of a copy.
+    `wanted` are the bytes of all parts and of their KV cache; what is spilled leaves its cache and takes the room of a copy. None
+    as well if the weights that are spilled come to `below`.
     """
     near = gpus or ["cpu"]
-    most, largest = sum(room.get(device, 0) for device in near), 0
+    most, largest, gone = sum(room.get(device, 0) for device in near), 0, 0.0
     for count in range(len(order) + 1):
         if count:
-            wanted, largest = wanted - order[count - 1].weights, max(largest, int(order[count - 1].largest))
+            last = order[count - 1]
+            wanted, largest, gone = wanted - last.weights, max(largest, int(last.largest)), gone + last.weights
+        if gone >= below:
+            return None
         if wanted + largest > most:
             continue  # no need to pour: that is too much for all of them together
         away = set(order[:count])
@@ -233,6 +249,10 @@ def _kv_by_device(placed: _Placed) -> dict[Device, int]:
 def _placed_by(device_map: Mapping[str, Device], parts: Iterable[_Part]) -> _Placed:
     """Look up where another map puts the same parts. auto's never names a buffer that lies beside split modules."""
     return {part: device for part in parts if (device := device_of(device_map, part.paths[0])) is not None}
+
+
+def _bytes_off(placed: _Placed) -> int:
+    return int(sum(part.weights for part in _off(placed)))
 
 
 def _off(placed: _Placed) -> list[_Part]:

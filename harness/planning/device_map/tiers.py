@@ -64,8 +64,8 @@ def tiers(skeleton: Skeleton, placed: Mapping[str, Device]) -> dict[str, str] | 
     homes = set(placed.values())
     if len(homes) == 1 and "" in placed:
         return tier(homes.pop())
-    found = ((piece.path, device_of(placed, piece.path)) for piece in skeleton.pieces)
-    return {path: "cpu" if place is None else tier(place) for path, place in found}
+    names: dict[Device | None, str] = {place: tier(place) for place in homes} | {None: "cpu"}
+    return {piece.path: names[device_of(placed, piece.path)] for piece in skeleton.pieces}
 
 
 def widths_of(skeleton: Skeleton, fmt: WeightFormat) -> Widths:

@@ -36,7 +36,7 @@ SortKey = tuple[tuple[int | str, ...], ...]
 class LoadStep(NamedTuple):
     """One tensor of the model as it is loaded: bytes that stay, and at most at once beside them.
 
-    `grows` are those of its bytes that are not there when it is copied ahead: the most of a weight that is unpacked afterwards.
+    `grows` are those of its bytes that are not there when it is copied ahead: the most of a weight that is unpacked afterward.
     """
 
     held: int
@@ -45,17 +45,19 @@ class LoadStep(NamedTuple):
 
 
 class LoadRun(NamedTuple):
-    """Tensors of one piece that are loaded one after the other: bytes that stay, and at most at once beside them.
+    """Tensors that are loaded one after the other: bytes that stay, and at most at once beside them.
 
     `beyond` is the most beside them less those of the run that come later; `passing` the most less only what these will have grown
     by. `grows` is how much all of them do.
     """
 
-    piece: str
     held: int
     beyond: float
     passing: float
     grows: float = 0.0
+
+
+PieceRun = tuple[str, LoadRun]  # the piece of a device map, and tensors of it
 
 
 @lru_cache(maxsize=4)  # all formats of a model's weights go through the same
@@ -104,8 +106,11 @@ def stored_name(path: str, naming: Naming | None) -> str:
 
 def conversion_of(path: str, naming: Naming | None) -> Conversion | None:
     """Return the conversion that makes a tensor of the model, None if it is stored as it is."""
-    steps = naming.conversions if naming is not None else ()
-    return next((step for step in steps if any(target in path for target in step.targets)), None)
+    for step in naming.conversions if naming is not None else ():
+        for target in step.targets:
+            if target in path:
+                return step
+    return None
 
 
 def copies(made: Conversion | None) -> bool:
@@ -124,24 +129,24 @@ def unpacked_mxfp4(elements: int) -> float:
     return packed + scales + max(min(rows, _MX_ROWS) * _MX_WEIGHTS / 2 * (4 + 2), elements * 2)
 
 
-def runs_of(order: Sequence[tuple[str, tuple[str, ...]]], steps: Mapping[str, LoadStep]) -> list[LoadRun]:
+def runs_of(order: Sequence[tuple[str, tuple[str, ...]]], steps: Mapping[str, LoadStep]) -> list[PieceRun]:
     """Return the runs of a model that is loaded in an order, by what each tensor takes: what a placement does not split."""
     alike: dict[tuple[str, ...], LoadRun] = {}  # a layer is loaded as the one before
-    for piece, paths in order:
+    for _, paths in order:
         if paths not in alike:
-            alike[paths] = _run(piece, [steps[path] for path in paths])
-    return [alike[paths]._replace(piece=piece) for piece, paths in order]
+            alike[paths] = _run([steps[path] for path in paths])
+    return [(piece, alike[paths]) for piece, paths in order]
 
 
-def _run(piece: str, steps: Sequence[LoadStep]) -> LoadRun:
+def _run(steps: Sequence[LoadStep]) -> LoadRun:
     held, grows, beyond, passing = 0, 0.0, -math.inf, -math.inf
     for step in reversed(steps):
         beyond, passing = max(beyond, step.passing - held), max(passing, step.passing - grows)
         held, grows = held + step.held, grows + step.grows
-    return LoadRun(piece, held, beyond, passing, grows)
+    return LoadRun(held, beyond, passing, grows)
 
 
-def on_card(runs: Sequence[LoadRun], pieces: Iterable[str] | None, sequential: bool) -> Bytes:
+def on_card(runs: Sequence[PieceRun], pieces: Iterable[str] | None, sequential: bool) -> Bytes:
     """Return the bytes beyond the final ones at the worst moment of loading, for the pieces of one GPU; None means all.
 
     One thread sets tensors in order. Unless it quantizes, or something goes to the disk, four more copy ahead of it: at worst all
@@ -149,7 +154,7 @@ def on_card(runs: Sequence[LoadRun], pieces: Iterable[str] | None, sequential: b
     """
     there = None if pieces is None else frozenset(pieces)
     rest, grows, most, ahead = 0.0, 0.0, 0.0, 0.0
-    for run in reversed([run for run in runs if there is None or run.piece in there]):
+    for run in reversed([run for piece, run in runs if there is None or piece in there]):
         most, ahead = max(most, run.beyond - rest), max(ahead, run.passing - grows)
         rest, grows = rest + run.held, grows + run.grows
     found = most if sequential else ahead

@@ -101,7 +101,11 @@ def speed(cell: Cell) -> str:
 
 
 def _use(best: Cell) -> str:
-    figures = [held(best), f"ready in {best.ready.text}" if best.ready.value else "", speed(best) if best.speed.value else ""]
+    figures = [
+        held(best),
+        f"{best.ready.name} in {best.ready.text}" if best.ready.value else "",
+        speed(best) if best.speed.value else "",
+    ]
     said = ", ".join(figure for figure in (*figures, f"answers {best.quality or 'not checked'}") if figure)
     return f"Use {named(best)}: {said}."
 

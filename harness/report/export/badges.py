@@ -64,14 +64,14 @@ def badges(results: Sequence[Result]) -> list[Badge]:
 
 
 def _badge(answer: PublishedAnswer, size: _Size, newest: str, anchors: Anchors) -> Badge:
-    block, (said, colour) = answer.block, _said(answer, size)
+    block, (said, color) = answer.block, _said(answer, size)
     limits = f", limited to {answer.limits}" if answer.limits else ""
     title = f"{block.model} on {block.machine.name}{limits}: {answer.sentence} {newest[:10]}"
     name = f"{block.model}-{re.sub(' (?=[GM]iB)', '', size.text)}"
     if block.synthetic:
         said, name = f"{said}, synthetic weights", f"{name}-synthetic"
     slug = anchors.give(name.lstrip("."))
-    return Badge(slug, block.model, said, _svg(slug, line(block.model, _MOST_LETTERS), said, title, colour))
+    return Badge(slug, block.model, said, _svg(slug, line(block.model, _MOST_LETTERS), said, title, color))
 
 
 def _size(answer: PublishedAnswer) -> _Size:
@@ -96,11 +96,11 @@ def _short(size: int | None) -> str:
 
 
 def _said(answer: PublishedAnswer, size: _Size) -> tuple[str, str]:
-    """Say what fits, and in which colour."""
+    """Say what fits, and in which color."""
     on_cards = [cell for cell in answer.cells if cell.memory and cell.memory.kind == "VRAM"]
     best = best_of(on_cards) if answer.block.machine.gpus else answer.best
     if best:
-        return f"{best.result.case.precision} fits {size.text}{_spill(best)}{_figures(best, size)}", _colour(best)
+        return f"{best.result.case.precision} fits {size.text}{_spill(best)}{_figures(best, size)}", _color(best)
     if answer.best:
         return f"{answer.best.result.case.precision} in RAM only{_figures(answer.best, size)}", _DOUBTFUL
     looks = {cell.status.look for cell in answer.cells}
@@ -129,18 +129,18 @@ def _figures(best: Cell, size: _Size) -> str:
     return f"{speed}{doubt}{checks}"
 
 
-def _colour(best: Cell) -> str:
+def _color(best: Cell) -> str:
     return _DOUBTFUL if best.faults or best.quality == "degraded" else _GOOD
 
 
-def _svg(slug: str, left: str, right: str, title: str, colour: str) -> str:
+def _svg(slug: str, left: str, right: str, title: str, color: str) -> str:
     """Draw two fields, one text in each; the title is what a screen reader says and a pointer shows."""
     left, right, title = (_drawable(text) for text in (left, right, title))
     drawn = badgepy.badge(
         left,
         right,
         left_color=_LEFT,
-        right_color=colour,
+        right_color=color,
         whole_title=title,
         measurer=_measurer(),
         id_suffix=f"-{slug}",

@@ -78,9 +78,9 @@ def _notes(comparison: Comparison) -> Iterator[str]:
             seen.setdefault(note, []).append(pair.id)
         if pair.said and not pair.failed:
             yield f"{pair.id}: {pair.said}"
-    if noisy := comparison.unjudged:
-        more = f"; and {plural(len(noisy) - _MOST_NAMED, 'other figure')}" if len(noisy) > _MOST_NAMED else ""
-        yield f"not judged, for other programs disturbed them: {'; '.join(noisy[:_MOST_NAMED])}{more}"
+    for why, figures in comparison.doubts.items():
+        more = f"; and {plural(len(figures) - _MOST_NAMED, 'other figure')}" if len(figures) > _MOST_NAMED else ""
+        yield f"not judged, {why}: {'; '.join(figures[:_MOST_NAMED])}{more}"
     for note, ids in seen.items():
         yield f"{note} ({ids[0] if len(ids) == 1 else plural(len(ids), 'case')})"
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-import msgspec
 
 import harness
 from harness.core.metrics import METRICS
@@ -22,6 +19,7 @@ from harness.core.text import line
 from harness.report.export.answers import PublishedAnswer, answers
 from harness.report.page.figures import predictions, status
 from harness.report.page.view import Cell, blocks
+from harness.report.terminal import output
 from harness.results import selection
 
 EXPORT_SCHEMA = 1
@@ -59,8 +57,7 @@ def render_json(results: Sequence[Result], problems: Sequence[str] = ()) -> str:
         "machines": list({block.machine.name: block.machine for block in arranged}.values()),
         "problems": list(problems),
     }
-    plain = msgspec.json.decode(msgspec.json.encode(found))  # which writes null for what JSON has no number for
-    return json.dumps(plain, indent=2) + "\n"
+    return output.json_text(found) + "\n"
 
 
 def _answer(answer: PublishedAnswer) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from harness.core import units
 
 _ROUNDING = 1e-9  # of a step: an end that is round is marked, whatever a division makes of it
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(msgspec.Struct, frozen=True, gc=False):
     """Lays the values from `low` to `high` between two places of a drawing; by their logarithms if `log`, then `low` is above 0."""
 
     low: float

@@ -11,8 +11,9 @@ from markupsafe import Markup
 
 from harness.core.records import Answer
 from harness.core.text import MORE
+from harness.report.html import as_html
 from harness.report.page.details import Details, details
-from harness.report.page.figures import as_html, icon
+from harness.report.page.figures import icon
 from harness.report.page.view import Cell, Matrix
 
 _BAD_ANSWERS = ("broken", "degraded")
@@ -70,7 +71,7 @@ def _terms(c: Cell) -> Iterator[tuple[str, str, str, str]]:
             yield "", f"{c.memory.kind} free", "", c.memory.capacity.__html__()
     if c.status.measured:
         if c.ready.value:
-            yield "", "ready", "", c.ready.__html__()
+            yield "", c.ready.name, "", c.ready.__html__()
         if c.speed.value:
             yield ' class="speed"', "speed", "", c.speed.__html__()
         yield "", "answers", bad if c.quality in _BAD_ANSWERS else "", as_html(c.quality or "not checked")
@@ -96,7 +97,7 @@ def _why(c: Cell) -> str:
     said += f"Predicted: {c.planned}."
     for figure in (c.ready, c.speed):
         if figure.noisy:
-            said += f" <span>Noisy, {as_html(figure.label)}: {_quoted(_cut(figure.noisy, _MOST_DOUBT))}.</span>"
+            said += f" <span>Noisy, {as_html(figure.label)}: {_told(_cut(figure.noisy, _MOST_DOUBT))}.</span>"
     doubts = [*c.faults]
     if c.quality in _BAD_ANSWERS and c.result.quality:
         doubts.append(c.result.quality.why)
@@ -113,10 +114,15 @@ def _quoted(text: str) -> str:
     return f"<bdi>{as_html(text)}</bdi>"
 
 
+def _told(text: str) -> str:
+    """Write a sentence of ours that a result holds, which has its counterpart in other languages."""
+    return f'<span class="told">{_quoted(text)}</span>'
+
+
 def _case(c: Cell, up: str, points: int) -> str:
     r, look, d = c.result, c.status.look, details(c.result, points=points)
     need = f"{c.memory.need.__html__()} <small>{c.memory.kind}</small>" if c.memory and not c.memory.predicted else ""
-    ready = f"{c.ready.__html__()} <small>ready</small>" if c.ready.value else ""
+    ready = f"{c.ready.__html__()} <small>{c.ready.name}</small>" if c.ready.value else ""
     speed = c.speed.__html__() if c.speed.value else ""
     anchor = as_html(c.anchor)
     return (
@@ -172,7 +178,7 @@ def _side(c: Cell, d: Details) -> str:
     """Write what stands beside the figures: the phases, where the modules are, what was loaded."""
     found = []
     if (plan := c.result.estimate) and plan.bound_by:
-        found.append(f'<p class="held"><span>Slowest part of a token, as planned:</span> {_quoted(plan.bound_by)}</p>\n')
+        found.append(f'<p class="held"><span>Slowest part of a token, as planned:</span> {_told(plan.bound_by)}</p>\n')
     if d.phases:
         heads = _head("phase") + _head("time") + "".join(map(_head, d.columns))
         found.append(_table("Phases", heads, d.phases))
@@ -203,7 +209,7 @@ def _wide(c: Cell, d: Details) -> Iterator[str]:
         checks = [f"<li{'' if said == 'ok' else bad}>{_quoted(f'{name}: {said}')}</li>" for name, said in r.checks.items()]
         yield _listed("Checks", checks)
     if d.disturbances:
-        yield _listed("Interference", [f"<li><span>{as_html(name)}</span>: {_quoted(why)}</li>" for name, why in d.disturbances])
+        yield _listed("Interference", [f"<li><span>{as_html(name)}</span>: {_told(why)}</li>" for name, why in d.disturbances])
     if r.code:
         yield f'<div class="wide"><h5>Loading code</h5>{write_code(r.code, "the loading code")}</div>\n'
     if r.command:

@@ -1,6 +1,6 @@
 """Charts as inline SVG: memory over time, a bar against a capacity, a strip of the blocks of a model.
 
-Colours come from the style sheet by class, so that they follow the page into the dark and onto paper. The module of axes says
+Colors come from the style sheet by class, so that they follow the page into the dark and onto paper. The module of axes says
 why no library draws them.
 """
 
@@ -11,7 +11,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 from markupsafe import Markup, escape
@@ -19,6 +18,7 @@ from markupsafe import Markup, escape
 from harness.core import units
 from harness.core.records import Phase, Timeline
 from harness.core.text import visible
+from harness.report.html import as_html
 from harness.report.page.axes import Axis, short
 
 POINTS = 400
@@ -39,8 +39,7 @@ class Series(msgspec.Struct, frozen=True, gc=False):
     filled: bool = False
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(msgspec.Struct, frozen=True, gc=False):
     """From seconds and bytes to the drawing; the axis of time begins at `start`."""
 
     start: float
@@ -89,10 +88,15 @@ def decimate(times: Sequence[float], values: Sequence[int], limit: int) -> list[
     last = min(len(times), len(values)) - 1
     if last < limit:
         return list(zip(times, values, strict=False))
-    stretches = max(limit - 2, 1)
-    edges = [1 + (last - 1) * i // stretches for i in range(stretches + 1)]
-    highest = [values.index(max(values[low:high]), low, high) for low, high in itertools.pairwise(edges) if high > low]
+    highest = [values.index(max(values[low:high]), low, high) for low, high in _stretches(last, max(limit - 2, 1))]
     return [(times[i], values[i]) for i in (0, *highest, last)]
+
+
+@functools.lru_cache(64)  # all lines of a drawing, and drawings of equal length, are cut alike
+def _stretches(last: int, count: int) -> tuple[tuple[int, int], ...]:
+    """Cut what lies between the first and the last of a series into as many stretches of about equal length, none empty."""
+    edges = [1 + (last - 1) * i // count for i in range(count + 1)]
+    return tuple((low, high) for low, high in itertools.pairwise(edges) if high > low)
 
 
 def bar(size: float, capacity: float, *, firm: float | None = None, predicted: bool = False) -> Markup:
@@ -129,7 +133,7 @@ def groups(device_map: Mapping[str, str]) -> list[Group]:
 
 
 def strip(found: Sequence[Group]) -> Markup:
-    """Draw groups side by side, as wide as they have modules, coloured by the kind of tier."""
+    """Draw groups side by side, as wide as they have modules, colored by the kind of tier."""
     total, at, parts = sum(group.count for group in found) or 1, 0.0, []
     for group in found:
         width = 100 * group.count / total
@@ -171,7 +175,7 @@ def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
         rounds = list(run)
         left, right = scale.x(rounds[0].start_s), scale.x(rounds[-1].end_s)
         label = visible(name) + (f" ×{len(rounds)}" if len(rounds) > 1 else "")
-        said = escape(label)
+        said = as_html(label)
         frame = f'<rect class="band b{i % 2}" x="{short(left)}" y="0" width="{short(right - left)}" height="{HEIGHT - BOTTOM}"/>'
         wide = len(label) * _LETTER + 8 < right - left
         written = f'<text class="phase" x="{short(left + 5)}" y="15">{said}</text>' if wide else ""
@@ -186,8 +190,9 @@ def _grid(scale: Scale) -> Iterable[str]:
         yield f'<text class="size" x="{LEFT - 6}" y="{short(y + 4)}">{label}</text>'
     for seconds in scale.since.ticks(10, _time_unit(scale.since.high)):
         # A label in the middle of the last tick would be cut off by the edge.
-        x = min(scale.x(scale.start + seconds), WIDTH - len(_time_label(seconds)) * _LETTER / 2)
-        yield f'<text class="time" x="{short(x)}" y="{HEIGHT - 7}">{_time_label(seconds)}</text>'
+        label = _time_label(seconds)
+        x = min(scale.since.at(seconds), WIDTH - len(label) * _LETTER / 2)
+        yield f'<text class="time" x="{short(x)}" y="{HEIGHT - 7}">{label}</text>'
 
 
 def _size_unit(top: float) -> int:
@@ -214,24 +219,37 @@ def _tick(text: str) -> str:
     return re.sub(r"\.0+ |(\.\d*?)0+ ", lambda match: f"{match[1] or ''} ", re.sub(" 00 (s|min)$", "", text))
 
 
+class _Tenths(dict[int, str]):
+    """How tenths of the drawing's units are written: a page of thousands of drawings says the same ones again and again."""
+
+    def __missing__(self, tenths: int) -> str:
+        written = short(tenths / 10)
+        if 0 <= tenths <= 10 * WIDTH:
+            self[tenths] = written
+        return written
+
+
+_WRITTEN = _Tenths()
+
+
 def _path(line: Series, points: Sequence[tuple[float, int]], scale: Scale) -> str:
-    # Both axes are linear: two of their places give all, for each point counts on a page of thousands of drawings.
+    # Both axes are linear: two of their places give all, here in tenths, for each point counts on such a page.
     left, bottom = scale.x(0), scale.y(0)
-    wide, high = scale.x(1) - left, (scale.y(units.GIB) - bottom) / units.GIB
-    drawn = _corners([(left + wide * t, bottom + high * size) for t, size in points])
-    # All numbers in one format: it takes half the time of one after the other.
-    path = "M" + "L".join(["%.1f %.1f"] * len(drawn)) % tuple(itertools.chain.from_iterable(drawn))
+    wide, high = 10 * (scale.x(1) - left), 10 * (scale.y(units.GIB) - bottom) / units.GIB
+    left, bottom = 10 * left + 0.5, 10 * bottom + 0.5  # so that what is cut off rounds
+    written = _WRITTEN
+    drawn = _corners([int(left + wide * t) for t, _ in points], [int(bottom + high * size) for _, size in points])
+    path = "M" + "L".join([f"{written[x]} {written[y]}" for x, y in drawn])
     if line.filled:
-        path += f"V{HEIGHT - BOTTOM}H{drawn[0][0]:.1f}Z"
+        path += f"V{HEIGHT - BOTTOM}H{written[drawn[0][0]]}Z"
     return f'<path class="{line.look}" d="{path}"/>'
 
 
-def _corners(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _corners(xs: Sequence[int], ys: Sequence[int]) -> list[tuple[int, int]]:
     """Leave out the points in the middle of a stretch that is level to a tenth: most of a model's life is one."""
-    tenths = [int(10 * y + 0.5) for _, y in points]
-    inner = range(1, len(points) - 1)
-    corners = [points[i] for i in inner if not tenths[i - 1] == tenths[i] == tenths[i + 1]]
-    return [points[0], *corners, *points[1:][-1:]]
+    points = list(zip(xs, ys, strict=True))
+    between = zip(ys, ys[1:], ys[2:], points[1:], strict=False)
+    return [points[0], *[point for before, at, after, point in between if not before == at == after], *points[1:][-1:]]
 
 
 def _peaks(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, groupby
 
@@ -11,8 +12,9 @@ from markupsafe import Markup
 from harness.core import units
 from harness.core.records import Phase, Result
 from harness.measure import interference
+from harness.report.html import as_html
 from harness.report.page import charts
-from harness.report.page.figures import Compared, Figure, as_html, compared, known
+from harness.report.page.figures import Compared, Figure, compared, known
 
 
 class Map(msgspec.Struct, frozen=True, gc=False):
@@ -54,7 +56,7 @@ def details(result: Result, *, points: int) -> Details:
         map=_map(result),
         held=_loaded_tables(result),
         disturbances=_disturbances(result),
-        versions=", ".join(f"{name} {value}" for name, value in result.environment.items()),
+        versions=", ".join([f"{name} {value}" for name, value in result.environment.items()]),
     )
 
 
@@ -111,7 +113,7 @@ def _phase_name(phase: Phase) -> str:
 
 
 def _lines(result: Result) -> tuple[tuple[str, str], ...]:
-    """Name the lines of the chart with the classes of their colours, for the legend."""
+    """Name the lines of the chart with the classes of their colors, for the legend."""
     found = [(line.look, line.name) for line in charts.series(result.timeline)] if result.timeline else []
     peaks = [("peak", "exact peak of a phase")] if any(phase.ram_peak_bytes for phase in result.phases) else []
     return tuple(found + peaks)
@@ -122,8 +124,13 @@ def _map(result: Result) -> Map | None:
     device_map = loaded or result.device_map
     if not device_map:
         return None
-    found = charts.groups(device_map)
-    return Map(loaded=bool(loaded), strip=charts.strip(found), groups=tuple(found))
+    return _map_of(bool(loaded), tuple(device_map.items()))
+
+
+@functools.lru_cache(64)  # cases of one model have the same map again and again
+def _map_of(loaded: bool, places: tuple[tuple[str, str], ...]) -> Map:
+    found = charts.groups(dict(places))
+    return Map(loaded=loaded, strip=charts.strip(found), groups=tuple(found))
 
 
 def _loaded_tables(result: Result) -> tuple[tuple[str, tuple[Figure, ...]], ...]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import msgspec
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from harness.core import units
-from harness.core.metrics import METRICS, format_metric
+from harness.core.metrics import METRICS, READY_NAMES, format_metric, formatter, when_ready
 from harness.core.records import Estimate, Outcome, Result, Span, Verdict
-from harness.core.text import plural, visible
+from harness.core.text import plural
+from harness.report.html import as_html
 from harness.report.page import charts
 from harness.results import needed
 from harness.results.selection import faults, is_broken, is_proposed, ran
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):
-    """How a case stands, in a word; `look` names its colour and its icon."""
+    """How a case stands, in a word; `look` names its color and its icon."""
 
     word: str
     look: str
@@ -92,11 +93,17 @@ class Figure(msgspec.Struct, frozen=True, gc=False):
     noisy: str = ""
     sampled: bool = False
     derived: str = ""  #: from what, where it was not measured as such
+    when: str = ""  #: of a time until ready, which one (`metrics.when_ready`)
 
     @property
     def number(self) -> float:
         """The stored number; nan if there is none."""
         return float(self.value or "nan")
+
+    @property
+    def name(self) -> str:
+        """The label, with what tells the figure from another of that label."""
+        return READY_NAMES[self.when] if self.when else self.label
 
     def __html__(self) -> str:
         if not self.value:
@@ -110,29 +117,24 @@ class Figure(msgspec.Struct, frozen=True, gc=False):
         return f'{doubts}<data value="{self.value}"{key}>{self.text}</data>'
 
 
-# Longer texts are hardly ever said twice.
-_MOST_REMEMBERED = 200
-
-
-def as_html(text: str) -> str:
-    """Write a text as HTML, in an element or a quoted attribute, with what cannot be seen in it spelled out."""
-    return _as_html(text) if len(text) <= _MOST_REMEMBERED else str(escape(visible(text)))
-
-
-@functools.lru_cache(8192)
-def _as_html(text: str) -> str:
-    return str(escape(visible(text)))
+# What may be sampled instead of read from the kernel's own peak.
+_SAMPLED = frozenset({"ram_needed_bytes", "ram_peak_bytes", "load_ram_peak_bytes"})
 
 
 @functools.cache
 def icon(look: str) -> Markup:
     """Return the icon of a status, or of what is best, by its look."""
-    return Markup(f'<svg class="icon" aria-hidden="true"><use href="#i-{escape(look)}"/></svg>')
+    return Markup(f'<svg class="icon" aria-hidden="true"><use href="#i-{as_html(look)}"/></svg>')
 
 
 def known(key: str, label: str, value: float, text: str) -> Figure:
     """Make a figure of a number that is there."""
-    return Figure(key=key, label=label, text=text, value=str(int(value)) if float(value).is_integer() else repr(value))
+    return Figure(key=key, label=label, text=text, value=stored(value))
+
+
+def stored(value: float) -> str:
+    """Write a number as it is stored, a whole one without decimals."""
+    return str(int(value)) if float(value).is_integer() else repr(value)
 
 
 def metric(result: Result, key: str) -> Figure:
@@ -141,10 +143,15 @@ def metric(result: Result, key: str) -> Figure:
     value = result.metrics.get(key)
     if value is None or not math.isfinite(value):
         return Figure(key=key, label=label, text="not measured", why=_absent(result, value))
-    stored = known(key, label, value, format_metric(key, value) if key in METRICS else units.significant(value))
-    sampled = key in ("ram_needed_bytes", "ram_peak_bytes", "load_ram_peak_bytes") and any(phase.sampled for phase in result.phases)
-    noisy = result.noisy.get(key, "")
-    return msgspec.structs.replace(stored, noisy=noisy, sampled=sampled) if noisy or sampled else stored
+    return Figure(
+        key=key,
+        label=label,
+        text=format_metric(key, value),
+        value=stored(value),
+        noisy=result.noisy.get(key, ""),
+        sampled=key in _SAMPLED and any(phase.sampled for phase in result.phases),
+        when=when_ready(result) if key == "ready_s" else "",
+    )
 
 
 def _absent(result: Result, value: float | None) -> str:
@@ -253,20 +260,17 @@ def compared(result: Result) -> list[Compared]:
 
 
 def _compared(result: Result, key: str, span: Span | None) -> Compared:
-    show = _formatter(key)
-    asked = len(result.quality.answers) if key == "answers_correct" and result.quality else 0
-    samples = [value for value in result.samples.get(key, ()) if math.isfinite(value)]
-    spread = f"of {plural(asked, 'question')}" if asked else ""
-    spread = f"{show(min(samples))} to {show(max(samples))} in {plural(len(samples), 'sample')}" if len(samples) > 1 else spread
+    show = formatter(key)
+    samples, spread = [value for value in result.samples.get(key, ()) if math.isfinite(value)], ""
+    if len(samples) > 1:
+        spread = f"{show(min(samples))} to {show(max(samples))} in {plural(len(samples), 'sample')}"
+    elif key == "answers_correct" and result.quality and result.quality.answers:
+        spread = f"of {plural(len(result.quality.answers), 'question')}"
     if span is None:
         return Compared(figure=metric(result, key), spread=spread)
     best = known("", "predicted", span.best, show(span.best))
     interval = f"{show(span.low)} to {show(span.high)}" if span.low < span.high else ""
     return Compared(figure=metric(result, key), spread=spread, best=best, interval=interval)
-
-
-def _formatter(key: str) -> Callable[[float], str]:
-    return (lambda value: format_metric(key, value)) if key in METRICS else units.significant
 
 
 def predictions(estimate: Estimate) -> dict[str, Span]:

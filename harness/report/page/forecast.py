@@ -9,12 +9,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from markupsafe import Markup, escape
 
 from harness.core.metrics import METRICS
 from harness.core.records import Outcome, Span
 from harness.core.text import plural
 from harness.core.units import format_gib, significant
+from harness.report.html import as_html
 from harness.report.page.axes import Axis, is_drawable, percent
 from harness.report.page.figures import Figure, metric, predictions, surprise
 from harness.report.page.tradeoff import name
@@ -33,18 +35,13 @@ _RANGES: tuple[tuple[float, Mapping[float, str]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(msgspec.Struct, frozen=True, gc=False):
     """One figure of a case against what was expected of it; where the case ran out of memory it needs at least as much."""
 
     figure: Figure
     expected: Span
+    ratio: float  #: how many times the prediction was measured
     at_least: bool = False
-
-    @property
-    def ratio(self) -> float:
-        """How many times the prediction was measured."""
-        return self.figure.number / self.expected.best
 
     @property
     def is_close(self) -> bool:
@@ -96,8 +93,7 @@ class Check:
         return format_gib(value) if METRICS[self.figure.key].unit == "bytes" else significant(value)
 
 
-@dataclass(frozen=True)
-class ForecastRow:
+class ForecastRow(msgspec.Struct, frozen=True, gc=False):
     """One case, its memory and its speed against the prediction, and whether the plan was wrong about what fits."""
 
     cell: Cell
@@ -164,10 +160,10 @@ def _memory(cell: Cell) -> Figure:
 
 
 def _check(figure: Figure, expected: Mapping[str, Span], at_least: bool = False) -> Check | None:
-    span = expected.get(figure.key)
-    if span is None or not all(map(is_drawable, (figure.number, span.best, span.high))):
+    span, number = expected.get(figure.key), figure.number
+    if span is None or not all(map(is_drawable, (number, span.best, span.high))):
         return None
-    return Check(figure, span, at_least)
+    return Check(figure, span, number / span.best, at_least)
 
 
 def _reach(check: Check) -> float:
@@ -207,7 +203,7 @@ def _numbers(row: ForecastRow) -> str:
     """Write a row of the table: name, then measured, predicted, interval and how far off of memory and of speed."""
     cells = [_cells(check) for check in (row.memory, row.speed)]
     wrong = f' <b class="bad">{row.surprise}</b>' if row.surprise else ""
-    return f'<tr><th scope="row">{escape(row.name)}{wrong}</th>{"".join(cells)}</tr>\n'
+    return f'<tr><th scope="row">{as_html(row.name)}{wrong}</th>{"".join(cells)}</tr>\n'
 
 
 def _cells(check: Check | None) -> str:

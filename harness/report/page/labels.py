@@ -7,7 +7,8 @@ Across, a place is a share of the width and pixels from it, which do not stretch
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from harness.report.page.axes import text_width
 
@@ -19,8 +20,7 @@ WIDTHS = (220.0, 420.0, 720.0)
 _CORNER = LINE / 2 + 3
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(msgspec.Struct, frozen=True, gc=False):
     """A rectangle; its ends across are pairs of a share of the width and pixels."""
 
     left: tuple[float, float]
@@ -33,8 +33,7 @@ class Box:
         return self.left[0] * width + self.left[1], self.right[0] * width + self.right[1]
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(msgspec.Struct, frozen=True, gc=False):
     """Where a text stands: how far from its point, which end of it is there, its room, and whether it needs a wide drawing."""
 
     dx: float
@@ -93,7 +92,7 @@ def _free(options: Sequence[Label], full: Sequence[Box], height: float) -> Label
     for widths in (WIDTHS, WIDTHS[1:]):
         for label in inside:
             if all(_is_free(label.box, near, width) for width in widths):
-                return replace(label, is_roomy=widths is not WIDTHS)
+                return msgspec.structs.replace(label, is_roomy=widths is not WIDTHS)
     return None
 
 

@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from harness.core.records import Result
 from harness.core.redact import clean_text
 from harness.core.text import line, plural, visible
 from harness.machine import atomic
+from harness.machine.garbage import uncollected
+from harness.report import tasks
 from harness.report.page import charts, language, packing, view
 from harness.report.page.cases import write_cases, write_cell, write_code
 from harness.report.page.figures import icon, surprise
@@ -36,6 +39,8 @@ _FEWEST_POINTS = 24
 _PYTHON = " 'self' file: blob: 'wasm-unsafe-eval'; worker-src blob:"
 # The details of more cases than these are packed: they are most of a page, and hardly any of them is read.
 _MOST_UNPACKED = 60
+# More cases than these are rendered faster by several processes.
+_MOST_ALONE = 1_000
 _BARE_BYTES, _CASE_BYTES = 64 * units.KIB, 64 * units.KIB
 
 
@@ -62,6 +67,7 @@ class Frame(NamedTuple):
     most_points: int = charts.POINTS  #: of a line in a chart; a page of many cases has fewer
 
 
+@uncollected()
 def render(
     results: Sequence[Result],
     *,
@@ -82,9 +88,14 @@ def render(
     found = view.blocks(results)
     facts = _facts(results, problems)
     measured = {key for result in results for key in result.metrics}
-    told = [_told(matrix, block, points) for block in found for matrix in block.matrices]
-    packed = packing.pack_parts(told) if facts.shown > _MOST_UNPACKED else None
-    parts = iter(packed.parts if packed else map(Markup, told))
+    pieces = [(matrix, block.anchor) for block in found for matrix in block.matrices]
+    tell = functools.partial(_told, points=points)
+    # Where processes do not fork it takes as long to send them the cases as to tell of these.
+    is_shared = facts.shown > _MOST_ALONE and tasks.forks()
+    telling = tasks.shared(tell, pieces, few=2) if is_shared else nullcontext(map(tell, pieces))
+    with telling as told:
+        packed = packing.pack_parts(told) if facts.shown > _MOST_UNPACKED else None
+        parts = iter(packed.parts if packed else list(map(Markup, told)))
     return template("page.html.j2", *frame.styles).render(
         title=title or _title(found),
         named=title,
@@ -100,10 +111,11 @@ def render(
     )
 
 
-def _told(matrix: view.Matrix, block: view.Block, points: int) -> str:
-    """Write all that is told of the cases of a matrix beside itself: most of a page, of which hardly any is read."""
+def _told(piece: tuple[view.Matrix, str], points: int) -> str:
+    """Write all that is told of the cases of a matrix in a block of this anchor: most of a page, of which hardly any is read."""
+    matrix, up = piece
     at_a_glance = template("overview.html.j2").render(over=overview(matrix.cells))
-    return f'<div class="cases">{write_cases(matrix, block.anchor, points=points)}</div>\n{at_a_glance}'
+    return f'<div class="cases">{write_cases(matrix, up, points=points)}</div>\n{at_a_glance}'
 
 
 def most_bytes(cases: int, stored_bytes: int) -> int:
@@ -134,7 +146,7 @@ def _facts(results: Sequence[Result], problems: Sequence[str]) -> PageFacts:
         shown=len(shown),
         read=len(results),
         runs=len({result.run for result in results}),
-        newest=max((result.at for result in results), default=""),
+        newest=units.format_instant(max(result.at for result in results)) if results else "",
         false_fits=surprises.count("false fit"),
         false_refusals=surprises.count("false refusal"),
         noisy=sum(len(result.noisy) for result in shown),

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from markupsafe import Markup, escape
 
 from harness.core.text import line
 from harness.core.units import GIB, format_gib, format_size, significant, significant_step
+from harness.report.html import as_html
 from harness.report.page import labels
 from harness.report.page.axes import Axis, is_drawable, percent, rounded, short, text_width, tick_texts
 from harness.report.page.figures import MemoryFigure
@@ -31,8 +33,7 @@ NAME_LETTERS = 40
 SHAPES = ("intact", "degraded", "broken", "not checked")
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(msgspec.Struct, frozen=True, gc=False):
     """One case that works: the peak of its memory in bytes, its decode speed in tokens/s, and how its answers are."""
 
     cell: Cell
@@ -54,8 +55,7 @@ class Point:
         return significant(self.speed)
 
 
-@dataclass(frozen=True)
-class Scales:
+class Scales(msgspec.Struct, frozen=True, gc=False):
     """From bytes to shares of the width, from tokens/s to pixels down."""
 
     sizes: Axis
@@ -109,7 +109,7 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 
 def name(cell: Cell) -> str:
-    """Name a case as its point is labelled: int4/cpu."""
+    """Name a case as its point is labeled: int4/cpu."""
     return line(cell.result.case.way, NAME_LETTERS)
 
 
@@ -169,7 +169,7 @@ def _grid(kind: str, scales: Scales) -> Iterable[str]:
         yield f'<line class="grid" x1="{x}%" x2="{x}%" y2="{short(bottom)}"/>'
         yield f'<text class="middle" x="{x}%" y="{short(bottom + 18)}">{text}</text>'
     yield f'<text x="-44" y="-12">tokens/s{log}</text><text class="end" x="100%" y="-12">↖ is better</text>'
-    yield f'<text class="end" x="100%" y="{short(bottom + 36)}">{escape(kind)} needed, GiB</text></g>'
+    yield f'<text class="end" x="100%" y="{short(bottom + 36)}">{as_html(kind)} needed, GiB</text></g>'
 
 
 def _capacity(size: float) -> str:
@@ -213,7 +213,7 @@ def _mark(point: Point, scales: Scales) -> str:
     place = f'x="{scales.x(point.size)}%" y="{scales.y(point.speed)}"'
     ring = f'<use href="#q-noisy" {place}/>' if noisy else ""
     mark = f'<use href="#q-{point.shape.replace(" ", "-")}" {place}/>'
-    return f'<a href="#{escape(point.cell.anchor)}"><title>{title}</title>{ring}{mark}</a>'
+    return f'<a href="#{as_html(point.cell.anchor)}"><title>{title}</title>{ring}{mark}</a>'
 
 
 def _names(best: Sequence[Point], others: Sequence[Point], scales: Scales, taken: Sequence[labels.Box]) -> Iterable[str]:
@@ -227,18 +227,18 @@ def _names(best: Sequence[Point], others: Sequence[Point], scales: Scales, taken
         looks = {label.anchor: label.anchor != "start", "best": number < len(best), "roomy": label.is_roomy}
         look = " ".join(name for name, is_so in looks.items() if is_so)
         y = short(scales.speeds.at(point.speed) + label.dy + 4)
-        where = f'data-of="{escape(point.cell.anchor)}" x="{scales.x(point.size)}%" dx="{short(label.dx)}" y="{y}"'
-        yield f'<text class="{look}" {where}>{escape(point.name)}</text>'
+        where = f'data-of="{as_html(point.cell.anchor)}" x="{scales.x(point.size)}%" dx="{short(label.dx)}" y="{y}"'
+        yield f'<text class="{look}" {where}>{as_html(point.name)}</text>'
     yield "</g>"
 
 
 def _numbers(point: Point, is_in_front: bool) -> str:
     """Write a row of the table: name, memory in GiB, tokens/s, answers."""
-    size, speed = escape(point.memory.need.value), escape(point.cell.speed.value)
+    size, speed = point.memory.need.value, point.cell.speed.value
     noisy = '<em class="doubt">noisy</em> ' if point.cell.speed.noisy else ""
     figures = f'<td><data value="{size}">{point.gib}</data></td><td>{noisy}<data value="{speed}">{point.rate}</data></td>'
     place = ", on the front" if is_in_front else ""
-    return f'<tr><th scope="row">{escape(point.name)}</th>{figures}<td>{point.shape}{place}</td></tr>\n'
+    return f'<tr><th scope="row">{as_html(point.name)}</th>{figures}<td>{point.shape}{place}</td></tr>\n'
 
 
 def _in_words(best: Sequence[Point]) -> str:
@@ -246,8 +246,8 @@ def _in_words(best: Sequence[Point]) -> str:
         return "No case here works with sound answers."
     least, fastest = best[0], best[-1]
     if least is fastest:
-        return f"{least.name} uses the least memory ({least.gib} GiB) and is the fastest ({least.cell.speed.text})."
+        return f"{least.name} uses the least memory ({least.memory.need.text}) and is the fastest ({least.cell.speed.text})."
     return (
-        f"{least.name} uses the least memory ({least.gib} GiB, {least.cell.speed.text}), "
-        f"{fastest.name} is the fastest ({fastest.cell.speed.text}, {fastest.gib} GiB)."
+        f"{least.name} uses the least memory ({least.memory.need.text}, {least.cell.speed.text}), "
+        f"{fastest.name} is the fastest ({fastest.cell.speed.text}, {fastest.memory.need.text})."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -243,14 +243,14 @@ def _quality(result: Result) -> str:
 
 def _matrix(cells: Sequence[Cell]) -> Matrix:
     best, found = best_result(cell.result for cell in cells), proposed(cell.result for cell in cells)
-    placed = {(cell.result.case.precision, cell.result.case.place): _marked(cell, best, found) for cell in cells}
-    rows = ordered({row for row, _ in placed}, PRECISIONS)
-    columns = _columns([cell.result.case for cell in cells])
-    limits = {cell.result.case.place: _limits(cell.result.case) for cell in cells}
+    places = [cell.result.case.place for cell in cells]
+    cases = {place: cell.result.case for place, cell in zip(places, cells, strict=True)}
+    placed = {(cell.result.case.precision, place): _marked(cell, best, found) for place, cell in zip(places, cells, strict=True)}
+    columns = _columns(cases)
     folded = [name for name in columns if _all_unavailable(cell for (_, at), cell in placed.items() if at == name)]
     shown = [name for name in columns if name not in folded]
-    heads = [Heading(columns[name], _placement_title(columns[name]), limits[name]) for name in shown]
-    used = [row for row in rows if any((row, name) in placed for name in shown)]
+    heads = [Heading(columns[name], _placement_title(columns[name]), _limits(cases[name])) for name in shown]
+    used = [row for row in ordered({row for row, _ in placed}, PRECISIONS) if any((row, name) in placed for name in shown)]
     marked = list(placed.values())
     chosen = next((cell for cell in marked if cell.best), None)
     return Matrix(
@@ -279,11 +279,11 @@ def _proposed_speed(cell: Cell) -> float:
     return cell.proposed.number if cell.proposed else 0.0
 
 
-def _columns(cases: Iterable[Case]) -> dict[str, str]:
+def _columns(cases: Mapping[str, Case]) -> dict[str, str]:
     """Return the columns, each a placement under its limits, and their placements: in the table's order, smaller limits first."""
-    by_size = sorted(cases, key=lambda case: (case.vram_bytes or math.inf, case.ram_bytes or math.inf))
-    order = ordered({case.placement for case in by_size}, PLACEMENTS)
-    return {case.place: case.placement for placement in order for case in by_size if case.placement == placement}
+    by_size = sorted(cases, key=lambda place: (cases[place].vram_bytes or math.inf, cases[place].ram_bytes or math.inf))
+    order = ordered({case.placement for case in cases.values()}, PLACEMENTS)
+    return {place: placement for placement in order for place in by_size if cases[place].placement == placement}
 
 
 def _limits(case: Case) -> str:
@@ -371,18 +371,18 @@ def _sentence(cells: Sequence[Cell]) -> str:
 def _page_tiers(tiers: Sequence[Tier]) -> tuple[tuple[str, ...], tuple[PageTier, ...]]:
     """Return the heads of the columns of which a tier has a figure, and the tiers with these figures."""
     columns = {
-        "total": [_size(tier.total_bytes, "unknown") for tier in tiers],
-        "free at start": [_size(tier.free_bytes, "unknown") for tier in tiers],
-        "limit": [_size(tier.limit_bytes, "no limit") for tier in tiers],
-        "speed": [_size(tier.bytes_per_s, "unknown", "/s") for tier in tiers],
+        "total": [_known(tier.total_bytes, units.format_size, "unknown") for tier in tiers],
+        "free at start": [_known(tier.free_bytes, units.format_size, "unknown") for tier in tiers],
+        "limit": [_known(tier.limit_bytes, units.format_size, "no limit") for tier in tiers],
+        "speed": [_known(tier.bytes_per_s, units.format_bandwidth, "unknown") for tier in tiers],
     }
     shown = {head: column for head, column in columns.items() if any(figure.value for figure in column)}
     rows = zip(*shown.values(), strict=True) if shown else ((),) * len(tiers)
     return tuple(shown), tuple(PageTier(tier.name, tier.model or "", row) for tier, row in zip(tiers, rows, strict=True))
 
 
-def _size(size: float | None, why: str, per: str = "") -> Figure:
-    return Figure(key="", label="", text=why) if size is None else known("", "", size, f"{units.format_size(size)}{per}")
+def _known(value: float | None, written: Callable[[float], str], why: str) -> Figure:
+    return Figure(key="", label="", text=why) if value is None else known("", "", value, written(value))
 
 
 def _facts(machine: Machine) -> tuple[tuple[str, str], ...]:

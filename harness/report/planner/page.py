@@ -55,6 +55,7 @@ def _receipt(row: Row) -> dict[str, Any]:
         "memory": row.measured.need.text,
         "kind": row.measured.kind,
         "speed": row.speed.text if row.speed.value else "",
+        "synthetic": row.result.weights == "synthetic",
         "on": row.card.name if row.card else row.machine.name,
         "card_bytes": row.card.size if row.card else None,
         "page": row.page,

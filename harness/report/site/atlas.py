@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness.core.records import Workload
 from harness.report.site.choices import write_choice
@@ -238,7 +238,8 @@ def tally_of(link: RowLink, rows: Sequence[Row]) -> Tally:
 
 
 def _slim_tally(link: RowLink, rows: Sequence[Row]) -> Tally:
-    return tally_of(link, [slim(row) for row in rows])
+    tally = tally_of(link, rows)
+    return replace(tally, best=tally.best and slim(tally.best), last=tally.last and slim(tally.last))
 
 
 def _by_name(rows: Iterable[Row], link: Callable[[Row], RowLink]) -> list[list[Row]]:

@@ -34,9 +34,10 @@ from harness.report.planner import bundle
 from harness.report.planner.bundle import Runtime
 from harness.report.site import pages
 from harness.report.site.atlas import MachineLine, ModelLine, OnCard, draw_cards
+from harness.report.site.old import Old
 from harness.report.site.rows import grouped, raw_file
 from harness.report.site.state import SiteState, keyed
-from harness.report.site.tasks import Old, shared
+from harness.report.tasks import shared
 from harness.results.register import Entry, Joined
 
 MARKER = "fitmatrix-site"

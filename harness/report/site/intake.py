@@ -16,9 +16,10 @@ from harness.core.errors import StoreError
 from harness.core.records import Result, encode_record
 from harness.core.redact import cleaner, private_here
 from harness.core.text import plural
+from harness.report.site.old import Old
 from harness.report.site.rows import grouped, raw_file
 from harness.report.site.state import SiteState, keyed
-from harness.report.site.tasks import Old, shared
+from harness.report.tasks import shared
 from harness.results import audit, collect, register
 from harness.results.collect import Artifact, Contents
 from harness.results.register import Entry, Joined, Refusal

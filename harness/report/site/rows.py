@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -29,6 +30,7 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _HASHED = re.compile(r".*-[0-9a-f]{8}")
 
 
+@functools.lru_cache(4096)  # each result names its model
 def slug(name: str, key: str | None = None) -> str:
     """Return the name of a file for anything called `name`: a few lower-case letters, and a hash unless they are all of the name.
 

@@ -10,7 +10,7 @@ const speaking = (table) => {
   const [ENGLISH, OTHER] = ["en", "zh"];
   const root = document.documentElement;
   let spoken = ENGLISH;
-  const QUOTED = "bdi:not(.why > *, .lead > *, .judged > *), code, pre, q, data, script, style, .strip, .names, [translate=no]";
+  const QUOTED = "bdi:not(.why > *, .lead > *, .judged > *, .told > *), code, pre, q, data, script, style, .strip, .names, [translate=no]";
   const ATTRIBUTES = ["aria-label", "title", "placeholder"];
   const LETTER = /[A-Za-z]/;
   const FAR_EAST = /[\u3040-\u9fff\uac00-\ud7af]/;
@@ -47,7 +47,7 @@ const speaking = (table) => {
       const values = {};
       slots.forEach((slot, i) => {
         const means = kind(slot);
-        values[slot] = means === "part" ? PART + slot : means === "word" ? phrase(found[i + 1]) : found[i + 1];
+        values[slot] = means === "part" ? PART + slot + PART : means === "word" ? phrase(found[i + 1]) : found[i + 1];
       });
       if (slots.every((slot) => values[slot] !== undefined)) return fill(other, values);
     }
@@ -62,7 +62,8 @@ const speaking = (table) => {
   const phrase = (text) => {
     if (!cache.has(text)) {
       const known = Object.hasOwn(table, text) ? table[text] : undefined;
-      cache.set(text, known ?? filled(text) ?? joined(text, /(?<=\.) /, "") ?? joined(text, "; ", "；") ?? joined(text, ", ", "，"));
+      // Sentences that a semicolon parts are told apart first: a slot would reach over it.
+      cache.set(text, known ?? joined(text, "; ", "；") ?? filled(text) ?? joined(text, /(?<=\.) /, "") ?? joined(text, ", ", "，"));
     }
     return cache.get(text);
   };
@@ -94,7 +95,7 @@ const speaking = (table) => {
     if (!parts.length || parts.length + texts.length < nodes.length || !texts.some((node) => node.data.trim())) return false;
     const said = phrase(flat(nodes.map((node) => (parts.includes(node) ? PART : node.data)).join("")));
     if (said === undefined) return false;
-    const pieces = said.split(new RegExp(`${PART}(\\d)`));
+    const pieces = said.split(new RegExp(`${PART}(\\d+)${PART}`));
     keep(element, "#children", nodes);
     element.replaceChildren(...pieces.map((piece, i) => (i % 2 ? parts[piece - 1] : piece)).filter(Boolean));
     parts.forEach(translate);

@@ -418,7 +418,7 @@
 
     // Keys: arrows, Home and End between the cells of a matrix; Escape closes.
     const usable = (cell) => cell && !cell.hidden && !cell.classList.contains("off") && one(":scope > a", cell);
-    const neighbour = (cell, key) => {
+    const neighbor = (cell, key) => {
       const row = [...cell.parentElement.cells];
       const [x, y] = [cell.cellIndex, cell.parentElement.sectionRowIndex];
       const column = [...cell.closest("tbody").rows].filter((line) => !line.hidden || line === cell.parentElement).map((line) => line.cells[x]);
@@ -442,7 +442,7 @@
         return;
       }
       const cell = target.closest(".matrix td.cell");
-      const next = cell && neighbour(cell, key);
+      const next = cell && neighbor(cell, key);
       if (!next) return;
       event.preventDefault();
       one("a", next).focus();

@@ -26,9 +26,11 @@ const openPlanner = (() => {
     capacity_unknown: "size not given",
     speed: "Speed",
     ready: "Ready in",
+    ready_again: "{first}, again in {again}",
     context: "Longest context",
     tokens: "{n} tokens",
     measured: "Measured",
+    synthetic: "synthetic weights",
     none: "No measurement of this model yet. The command that makes one, and the one that shares it:",
     every: "Every way",
     every_way: "Every way of loading",
@@ -39,7 +41,11 @@ const openPlanner = (() => {
     precision: "precision",
     placement: "placement",
     verdict: "verdict",
-    until: "ready",
+    until: "ready at first",
+    again: "ready again",
+    ready_is: "ready",
+    means: "Ready is load and first token: at first from the disk, again while the page cache holds the files.",
+    each_time: "Ready is load and first token, from the disk each time: the page cache has no room for the files.",
     rate: "tokens/s",
     copy: "copy",
     copy_code: "copy the code",
@@ -253,12 +259,16 @@ gc.freeze()
 
     // Drawing
 
+    const readyIn = ({ disk, page_cache: cached }) => {
+      const [first, again] = [disk, cached].map((spent) => spent && seconds(spent.best));
+      return again ? tongue.say(SAY.ready_again, { first, again }) : quoted(first);
+    };
     const figures = (plan) => {
       const list = make("dl", { className: "facts plan" });
       const add = (name, value) => list.append(make("div", {}, make("dt", {}, name), make("dd", {}, value)));
       const speed = plan.decode_tok_s;
-      if (speed) add(SAY.speed, quoted(`${significant(speed.best, 2)} tokens/s (${significant(speed.low, 2)} to ${significant(speed.high, 2)})`));
-      if (plan.load_s && plan.first_token_s) add(SAY.ready, quoted(seconds(plan.load_s.best + plan.first_token_s.best)));
+      if (speed) add(SAY.speed, quoted(`${significant(speed.best, 2)} tokens/s (${significant(speed.low, 2)}–${significant(speed.high, 2)})`));
+      if (plan.ready_s) add(SAY.ready, readyIn(plan.ready_s));
       if (plan.max_context_tokens) add(SAY.context, tongue.say(SAY.tokens, { n: plan.max_context_tokens.toLocaleString("en-US") }));
       return list;
     };
@@ -323,7 +333,7 @@ gc.freeze()
       }
       const items = rows.map((row) => {
         const link = make("a", { href: row.page }, quoted(`${row.memory} ${row.kind}${row.speed ? `, ${row.speed}` : ""}`));
-        return make("li", {}, make("b", {}, quoted(`${row.precision}, ${row.placement}`)), " ", link, " ", make("span", { className: "muted" }, quoted(row.on)));
+        return make("li", {}, make("b", {}, quoted(`${row.precision}, ${row.placement}`)), " ", link, " ", make("span", { className: "muted" }, quoted(row.on), ...(row.synthetic ? [", ", make("span", {}, SAY.synthetic)] : [])));
       });
       part.append(make("ul", { className: "plain receipts" }, ...items));
       return part;
@@ -333,9 +343,11 @@ gc.freeze()
     const ways = () => {
       const tiers = [...new Set(shown.plans.flatMap((plan) => Object.keys(plan.tiers)))].filter((name) => name !== "disk");
       const rows = new Map();
-      for (const plan of shown.plans.filter((one) => SHOWN.includes(one.verdict) && one.decode_tok_s)) {
+      const told = shown.plans.filter((one) => SHOWN.includes(one.verdict) && one.decode_tok_s);
+      const again = told.some((plan) => plan.verdict !== "too_big" && plan.ready_s.page_cache);
+      for (const plan of told) {
         const [precision, placement] = way(plan);
-        const cells = [...tiers.map((name) => (plan.tiers[name] ? needed(plan.tiers[name]) : "")), seconds(plan.load_s.best + plan.first_token_s.best), span(plan.decode_tok_s.low, plan.decode_tok_s.high, (value) => significant(value, 2))];
+        const cells = [...tiers.map((name) => (plan.tiers[name] ? needed(plan.tiers[name]) : "")), ...[plan.ready_s.disk, ...(again ? [plan.ready_s.page_cache] : [])].map((spent) => (spent ? seconds(spent.best) : "")), span(plan.decode_tok_s.low, plan.decode_tok_s.high, (value) => significant(value, 2))];
         const key = JSON.stringify([precision, plan.verdict, cells]);
         const row = rows.get(key) ?? { precision, verdict: plan.verdict, cells, placements: [], cases: [] };
         row.placements.push(placement);
@@ -343,7 +355,7 @@ gc.freeze()
         rows.set(key, row);
       }
       const [good, big] = [[...rows.values()].filter((row) => row.verdict !== "too_big"), [...rows.values()].filter((row) => row.verdict === "too_big")];
-      const head = [SAY.precision, SAY.placement, SAY.verdict, ...tiers.map((name) => `${tierName(name)}, GiB`), SAY.until, SAY.rate];
+      const head = [SAY.precision, SAY.placement, SAY.verdict, ...tiers.map((name) => `${tierName(name)}, GiB`), ...(again ? [SAY.until, SAY.again] : [SAY.ready_is]), SAY.rate];
       const drawn = (chosen) => {
         const heads = head.map((text, i) => make("th", { scope: "col", className: i < 3 ? "words" : "" }, text));
         const lines = chosen.map((row) => {
@@ -356,18 +368,18 @@ gc.freeze()
         const table = make("table", { className: "figures ways plans" }, make("caption", { className: "sr" }, SAY.every_way), make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...lines));
         return make("div", { className: "scroll", tabIndex: 0, role: "group", "aria-label": SAY.every_way }, table);
       };
-      const part = make("section", { className: "block", "aria-label": SAY.every }, make("h2", {}, SAY.every));
+      const part = make("section", { className: "block", "aria-label": SAY.every }, make("h2", {}, SAY.every), make("p", { className: "muted" }, again ? SAY.means : SAY.each_time));
       if (good.length) part.append(drawn(good));
       if (big.length) part.append(make("details", { className: "fold", open: !good.length }, make("summary", {}, SAY.big), drawn(big)));
       const reasons = [...new Set(shown.plans.filter((plan) => plan.verdict === "invalid").map((plan) => plan.why))];
       if (reasons.length) part.append(make("details", { className: "fold" }, make("summary", {}, SAY.others), make("ul", {}, ...reasons.map((text) => make("li", { className: "why" }, make("bdi", {}, text))))));
       return part;
     };
-    const notes = () => [shown.model.history, ...(shown.model.notes ?? []), ...(shown.machine.assumed ?? [])].filter(Boolean).map(why);
+    const notes = (...told) => told.flat().filter(Boolean).map(why);
     const render = () => {
       if (!shown) return;
-      const same = make("section", { className: "block", "aria-label": SAY.line }, make("h2", {}, SAY.line), make("p", {}, SAY.same), code(command(), SAY.copy_command), ...notes());
-      answer.replaceChildren(recommended(), measured(), ways(), same);
+      const same = make("section", { className: "block", "aria-label": SAY.line }, make("h2", {}, SAY.line), make("p", {}, SAY.same), code(command(), SAY.copy_command), ...notes(shown.machine.assumed));
+      answer.replaceChildren(recommended(), ...notes(shown.model.history, shown.model.notes), measured(), ways(), same);
       tongue.translated(answer);
     };
 

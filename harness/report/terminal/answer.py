@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 
 from harness.core.records import Estimate, Machine, Plan, Verdict
-from harness.core.units import format_gib, format_seconds, significant
+from harness.core.units import format_gib, significant
 from harness.planning.choice.recommend import Recommendation
 from harness.planning.code import code_head, is_numbered, loading_program, one_call
+from harness.planning.loading.seconds import ready_in
 from harness.report.terminal import tables
 from harness.report.terminal.next_steps import Asked, code_command
 from harness.report.terminal.plan_table import fullest_gpu
@@ -18,14 +19,10 @@ from harness.report.terminal.plan_table import fullest_gpu
 _LINES = 6
 
 
-def answer(recommendation: Recommendation, asked: Asked) -> RenderableType:
-    """Return the first lines of what a plan says."""
+def answer(recommendation: Recommendation, asked: Asked, code: str) -> RenderableType:
+    """Return the first lines of what a plan says; `code` is what they have room for (`code_or_command`)."""
     best, verdict = recommendation.best, tables.title(_verdict(recommendation))
-    return (
-        Group(verdict, tables.facts([*_figures(best, asked), ("code", code_or_command(recommendation, best, asked))]))
-        if best
-        else verdict
-    )
+    return Group(verdict, tables.facts([*_figures(best, asked), ("code", code)])) if best else verdict
 
 
 def code_or_command(recommendation: Recommendation, best: Plan, asked: Asked) -> str:
@@ -77,9 +74,9 @@ def _memory(expected: Estimate, machine: Machine) -> Iterator[str]:
 
 
 def _speed(expected: Estimate) -> str:
-    ready, speed = expected.load_s.best + expected.first_token_s.best, expected.decode_tok_s
+    speed = expected.decode_tok_s
     spread = f"{significant(speed.low, 2)} to {significant(speed.high, 2)}"
-    return f"{significant(speed.best, 2)} tokens/s ({spread}), ready in {format_seconds(ready)}"
+    return f"{significant(speed.best, 2)} tokens/s ({spread}), {ready_in(expected)}"
 
 
 def _call(recommendation: Recommendation, best: Plan, asked: Asked) -> str | None:

@@ -84,14 +84,14 @@ def _seconds(expected: Estimate, load: LoadTime | None, whole: bool) -> Iterator
 
 def _loading(load: LoadTime, whole: bool) -> Iterator[tuple[str, str]]:
     """Yield what loading takes with the files in RAM and not, and if asked for all what it does meanwhile."""
-    cold = _interval(load.cold_s, "s")
+    first, again = _interval(load.cold_s, "s"), _interval(load.warm_s, "s") if load.warm_s is not None else ""
     if not whole:
-        yield "load", f"{_interval(load.warm_s, 's')}; cold {cold}" if load.warm_s is not None and load.read_s.high else cold
+        yield "load", f"{first}; from the page cache {again}" if again and load.read_s.high else first
         return
     done = ", ".join(f"{name} {significant(spent)}" for name, spent in load.by_phase.items())
-    if load.warm_s is not None:
-        yield "load again", f"{_interval(load.warm_s, 's')}: {done}"
-    yield "load cold", f"{cold}: read {significant(load.read_s.best)}{'' if load.warm_s is not None else f', {done}'}"
+    yield "load", f"{first}: read from the disk {significant(load.read_s.best)}, {done}"
+    if again:
+        yield "load again", f"{again}, from the page cache"
 
 
 def _interval(span: Span, unit: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,13 +12,27 @@ PLAN_SCHEMA = 1
 _TIER_KEYS = ("name", "kind", "total_bytes", "free_bytes", "limit_bytes", "bytes_per_s")
 
 
-def print_json(value: object) -> None:
-    """Print records and plain values as one JSON object, in ASCII: standard output may have any encoding."""
+def json_text(value: object) -> str:
+    """Write records and plain values as one JSON object, in ASCII: standard output may have any encoding."""
     import json
 
     import msgspec
 
-    print(json.dumps(msgspec.to_builtins(value), indent=2))
+    return json.dumps(_finite(msgspec.to_builtins(value)), indent=2)
+
+
+def print_json(value: object) -> None:
+    """Print records and plain values as `json_text` writes them."""
+    print(json_text(value))
+
+
+def _finite(value: Any) -> Any:
+    """Put null for numbers that are not finite: JSON has none of these."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_text(text: str) -> None:

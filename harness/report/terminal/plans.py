@@ -10,15 +10,12 @@ from harness.catalog.resolve import history
 from harness.core.records import Plan, Verdict
 from harness.planning.choice.recommend import Recommendation
 from harness.planning.images import of_images
-from harness.planning.quality import AS_STORED, ON_MODEL, ON_SIMILAR
 from harness.report.terminal import plan_table, tables
 from harness.report.terminal.answer import answer, code_or_command, main_reason
 from harness.report.terminal.next_steps import Asked, code_command, plan_command, proof_command
 from harness.report.terminal.subject import assumed, by_formulas, machine_line, model_line, taken_for_granted
 
 _SHORT = 4
-_BY_RULE = "Quality is the share of the answers that stay right, by rule of thumb; context is the most tokens that fit."
-_WHERE = {ON_MODEL: "measured on this model", ON_SIMILAR: "measured on similar models", AS_STORED: "keeps what is stored"}
 
 
 def show_plans(recommendations: Sequence[Recommendation], asked: Asked) -> None:
@@ -36,41 +33,33 @@ def show_plans(recommendations: Sequence[Recommendation], asked: Asked) -> None:
 
 def _parts(recommendation: Recommendation, asked: Asked) -> Iterator[RenderableType]:
     best, spec = recommendation.best, recommendation.spec
-    yield answer(recommendation, asked)
+    code = code_or_command(recommendation, best, asked) if best else ""
+    yield answer(recommendation, asked, code)
     yield tables.said(f"{model_line(spec)}\n{machine_line(asked.machine)}\n{_tokens(recommendation)}")
     drawn = plan_table.of_front if recommendation.contexts else plan_table.of_cases if asked.all else plan_table.of_ways
-    table, lacks = drawn(recommendation, asked.machine)
-    if table.row_count:
-        yield table
+    table = drawn(recommendation, asked.machine)
+    if table.drawn.row_count:
+        yield table.drawn
     said = (
+        table.notes if table.drawn.row_count else "",
         "\n".join(_reasons(recommendation, recommendation.plans if asked.all else _unshown(recommendation))),
         best.why if best else None,
         f"{best.case.way}: {best.estimate.bound_by}." if best and best.estimate else "",
-        _quality(recommendation),
+        "" if "quality" in table.columns else _weighed(recommendation),
         history(spec.name) if best else "",
         *recommendation.notes,
         by_formulas(recommendation),
-        _left_out(recommendation, asked, lacks, table.row_count),
+        _left_out(recommendation, asked, table.lacks, table.drawn.row_count),
     )
     yield from (tables.said(text) for text in said if text)
     if best:
-        yield tables.commands(_steps(recommendation, best, asked))
+        yield tables.commands(_steps(recommendation, best, asked, code))
 
 
-def _quality(recommendation: Recommendation) -> str:
-    """Say where the quality of the ways comes from: of a search always, else where some was measured."""
-    known, ways = recommendation.planner.known_quality, dict[str, dict[str, None]]()
-    for one in recommendation.plans:
-        found = known.of(one.case) if one.verdict.is_good else None
-        if found is not None:
-            ways.setdefault(found[1], {})[one.case.precision] = None
-    if not (recommendation.contexts or ways.keys() - {AS_STORED}):
-        return ""
-    if not ways:
-        return _BY_RULE
-    said = "; ".join(f"{', '.join(names)} {_WHERE[where]}" for where, names in ways.items())
-    context = "; context is the most tokens that fit" if recommendation.contexts else ""
-    return f"Quality is the share of the next tokens that stay as in 16 bits: {said}, others by rule of thumb{context}."
+def _weighed(recommendation: Recommendation) -> str:
+    """Say what is known of the quality that the choice weighs; empty where that is the rule of thumb."""
+    sources = plan_table.quality_sources(recommendation)
+    return f"The choice weighs the share of the next tokens that stay as in 16 bits: {sources}." if sources else ""
 
 
 def _tokens(recommendation: Recommendation) -> str:
@@ -115,8 +104,7 @@ def _left_out(recommendation: Recommendation, asked: Asked, lacks: str, rows: in
     return f"{wider} All {planned} cases, and why some cannot work: {command}".strip()
 
 
-def _steps(recommendation: Recommendation, best: Plan, asked: Asked) -> str:
-    """Name the next commands; what the answer shows already is not said again."""
+def _steps(recommendation: Recommendation, best: Plan, asked: Asked, shown: str) -> str:
+    """Name the next commands; what the answer has `shown` already is not said again."""
     script = code_command(recommendation, best, asked)
-    shown = code_or_command(recommendation, best, asked) == script
-    return ("" if shown else f"To load it:   {script}\n") + f"To prove it:  {proof_command(recommendation, best, asked)}"
+    return ("" if shown == script else f"To load it:   {script}\n") + f"To prove it:  {proof_command(recommendation, best, asked)}"

@@ -38,7 +38,7 @@ def _tier_line(tier: Tier) -> str:
 
 def taken_for_granted(machine: Machine) -> str:
     """Say what the times assume of a machine that is described: what was not said of its parts, and speeds of which nothing was."""
-    lacking = {tier.kind for tier in machine.tiers if tier.total_bytes and not tier.bytes_per_s}
+    lacking = {tier.kind for tier in machine.tiers if not tier.bytes_per_s and (tier.total_bytes or tier.kind == "disk")}
     unknown = _unknown_speeds(lacking)
     ways = [way for kind, way in (("cpu", "--ram '32GiB DDR4-3200 x2'"), ("disk", "--disk nvme")) if kind in lacking]
     more = f"; {' and '.join(ways)} {'narrow these' if len(ways) > 1 else 'narrows that'}" if ways else ""

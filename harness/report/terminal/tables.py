@@ -1,6 +1,6 @@
 """Text for a terminal, a pipe or a file: tables, lists of facts and bars in 80 columns.
 
-Colours are for terminals, and everything they say is said in words as well. What does not go to a terminal is plain ASCII,
+Colors are for terminals, and everything they say is said in words as well. What does not go to a terminal is plain ASCII,
 except for names that are not.
 """
 
@@ -23,13 +23,13 @@ from harness.core.text import visible
 WIDEST = 100
 NARROWEST = 40
 _GAP = 2  # between columns
-_FOLDED = 10  # columns that a folded name has at least
+_FOLDED = 11  # columns that a folded name has at least
 _ENDLESS = 1 << 16
 _IN_FIGURE = re.compile(r"(?<=\d) (?=(?:[KMGT]i?B(?:/s)?|bytes|tokens(?:/s)?|m?s|min|h|B|M)\b|%)")  # before the unit of a figure
 _TIE = "\ue000"  # stands for such a blank until lines are broken; no text has it, `visible` spells it out
 
-# The colours of Okabe and Ito that the pages use, by kind of module.
-KIND_COLOURS = {
+# The colors of Okabe and Ito that the pages use, by kind of module.
+KIND_COLORS = {
     "embedding": "#56b4e9",
     "attention": "#0072b2",
     "mlp": "#e69f00",
@@ -145,12 +145,12 @@ def height(part: RenderableType) -> int:
     return len(screen().render_lines(part, pad=False))
 
 
-def text_bar(share: float, width: int, console: Console, colour: str = "") -> Text:
+def text_bar(share: float, width: int, console: Console, color: str = "") -> Text:
     """Draw `share` of a full bar of `width` letters: blocks on a terminal that has them, # elsewhere.
 
     What is not nothing is at least a mark, the thinnest there is.
     """
     if console.is_terminal and not console.options.ascii_only:
         eighths = max(round(share * width * 8), 1 if share > 0 else 0)
-        return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), style=colour)
+        return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), style=color)
     return Text("#" * max(round(share * width), 0))

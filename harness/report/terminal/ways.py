@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import le, lt
 from typing import NamedTuple
 
 from harness.core.records import Plan, Verdict
+from harness.planning.cost.speed import IN_CACHE, ON_DISK
 from harness.planning.quality import quality_kept
 
 Cells = tuple[str, ...]
@@ -29,6 +31,11 @@ class Way(NamedTuple):
         return f"{self.placements[0]}, {len(self.placements) - 1} more"
 
 
+def would_work(one: Plan) -> bool:
+    """Say whether a case works here, as the model is stored or, where it is not, in the form that its precision reads."""
+    return one.verdict.is_good or (one.needs_checkpoint is not None and one.verdict is Verdict.UNAVAILABLE)
+
+
 def ways(plans: Sequence[Plan], best: Plan | None, reason: str, cells: Callable[[Plan], Cells]) -> list[Way]:
     """Return the ways that differ in what `cells` shows of them; of what is too big, one way a precision: what needs least.
 
@@ -48,36 +55,38 @@ def ways(plans: Sequence[Plan], best: Plan | None, reason: str, cells: Callable[
 
 
 def _worth_a_row(plans: Sequence[Plan], reason: str) -> list[Plan]:
-    """Leave out what cannot work here, and what is better than another way in nothing."""
+    """Leave out what cannot work here in any form, and what is better than another way in nothing."""
     planned = [one for one in plans if one.estimate is not None]
     good = [one for one in planned if one.verdict.is_good]
-    kept = [one for one in good if _name(one) in reason or not any(_is_better(other, one) for other in good)]
+    tiers = sorted({name for one in good if one.estimate for name in one.estimate.tiers})
+    weighed = [_weighed(one, tiers) for one in good]
+    kept = [one for one, own in zip(good, weighed, strict=True) if _name(one) in reason or not _is_beaten(own, weighed)]
     hidden = {one.case.precision for one in good} - {one.case.precision for one in kept}
     too_big = [one for one in planned if one.verdict is Verdict.TOO_BIG and one.case.precision not in hidden]
-    return [one for one in planned if one in kept or one in too_big]
+    return [one for one in planned if one in kept or one in too_big or (would_work(one) and one.needs_checkpoint)]
 
 
 def _name(one: Plan) -> str:
     return one.case.way
 
 
-def _is_better(one: Plan, other: Plan) -> bool:
-    """Say whether `one` is as good in everything that a person weighs, and better in something; less is better in all of it."""
-    pairs = list(zip(_weighed(one, other), _weighed(other, one), strict=True))
-    return all(ours <= theirs * (1 + _ALIKE) for ours, theirs in pairs) and any(
-        ours < theirs * (1 - _ALIKE) for ours, theirs in pairs
-    )
+def _is_beaten(own: Sequence[float], weighed: Iterable[Sequence[float]]) -> bool:
+    """Say whether any is as good in everything that a person weighs, and better in something; less is better in all of it."""
+    alike, less = [weight * (1 + _ALIKE) for weight in own], [weight * (1 - _ALIKE) for weight in own]
+    return any(all(map(le, others, alike)) and any(map(lt, others, less)) for others in weighed)
 
 
-def _weighed(one: Plan, other: Plan) -> Iterable[float]:
+def _weighed(one: Plan, tiers: Iterable[str]) -> tuple[float, ...]:
     assert one.estimate is not None
-    assert other.estimate is not None
-    yield 1.0 if one.verdict is Verdict.FITS else 2.0
-    yield 2 - quality_kept(one)
-    yield one.estimate.load_s.best + one.estimate.first_token_s.best
-    yield 1 / one.estimate.decode_tok_s.best
-    for name in sorted({*one.estimate.tiers, *other.estimate.tiers}):
-        yield float(one.estimate.tiers[name].needed_bytes) if name in one.estimate.tiers else 0.0
+    expected, ready = one.estimate, one.estimate.ready_s
+    return (
+        1.0 if one.verdict is Verdict.FITS else 2.0,
+        2 - quality_kept(one),
+        ready[ON_DISK].best,
+        ready.get(IN_CACHE, ready[ON_DISK]).best,
+        1 / expected.decode_tok_s.best,
+        *(float(expected.tiers[name].needed_bytes) if name in expected.tiers else 0.0 for name in tiers),
+    )
 
 
 def _needed(one: Plan) -> tuple[bool, int]:

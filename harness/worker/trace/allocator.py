@@ -1,7 +1,7 @@
 """torch's caching allocator for CUDA, replayed on the events of a ledger: what it reserves, and the least it gets through with.
 
 The rules are those of torch 2.13, c10/cuda/CUDACachingAllocator.cpp, with its default settings and one stream; every function here
-names the one that it follows. Sizes are bytes. What is not modelled: max_split_size, garbage_collection_threshold and
+names the one that it follows. Sizes are bytes. What is not modeled: max_split_size, garbage_collection_threshold and
 roundup_power2_divisions (all off by default), private pools of CUDA graphs, and blocks that wait for another stream.
 """
 

@@ -18,6 +18,19 @@ from harness.worker.web.door import Door
 
 _EVERY_S = 2.0  # the memory that is shown is read anew
 _FONTS = ("system-ui", "sans-serif")
+# Where gradio's own have less contrast than WCAG AA asks for: 4.5 to 1.
+_COLORS = {
+    "body_text_color_subdued": "*neutral_500",
+    "body_text_color_subdued_dark": "*neutral_400",
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+    "button_cancel_background_fill": "#b91c1c",
+    "button_cancel_background_fill_hover": "#991b1b",
+}
 _BUTTONS: tuple[tuple[str, Any], ...] = (
     ("Send", "primary"),
     ("Stop", "stop"),
@@ -44,7 +57,7 @@ def serve(model: Model, request: Chat) -> Chatting:
     import gradio
     from starlette.middleware import Middleware
 
-    theme = gradio.themes.Default(font=_FONTS, font_mono=("ui-monospace", "monospace"))
+    theme = gradio.themes.Default(font=_FONTS, font_mono=("ui-monospace", "monospace")).set(**_COLORS)
     facts = loaded_facts(model)
     kept = (facts.mapped_bytes or 0) + (facts.library_bytes or 0)
     _, url, _ = _page(_Events(Talk(model, request), request, kept)).launch(
@@ -93,7 +106,8 @@ def _page(events: _Events) -> Any:
         talked = gradio.Chatbot(show_label=False, buttons=copies, height=None, placeholder="Say something.", elem_id="talked")
         figures = gradio.HTML(events.figures(None), padding=False)
         note = gradio.Markdown(elem_id="note")
-        box = gradio.Textbox(show_label=False, placeholder="Message", max_lines=12, autofocus=True, elem_id="message")
+        say: dict[str, Any] = {"label": "Message", "show_label": False, "placeholder": "Message"}
+        box = gradio.Textbox(**say, max_lines=12, autofocus=True, elem_id="message")
         with gradio.Row():
             send, stop, again, clear = (gradio.Button(name, variant=kind) for name, kind in _BUTTONS)
         settings = _settings(talk)
@@ -119,7 +133,7 @@ def _settings(talk: Talk) -> list[Any]:
     import gradio
 
     with gradio.Accordion("Settings", open=False):
-        hint = "said before everything else" if talk.takes_system else "this model is asked in a way that has no place for one"
+        hint = "said before everything else" if talk.takes_system else "the prompt format of this model has no place for one"
         system = gradio.Textbox(label="System prompt", info=hint, lines=2, interactive=talk.takes_system)
         with gradio.Row():
             temperature = gradio.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token each time")

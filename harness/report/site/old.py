@@ -1,35 +1,12 @@
-"""Work on many pieces in as many processes as there are cores, and files that an old site spares a new one."""
+"""Files that an old site spares a new one."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-
-# Fewer pieces of work than these are done before other processes have started.
-WORTH_SHARING = 32
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@contextmanager
-def shared(work: Callable[[T], R], pieces: Sequence[T], few: int = WORTH_SHARING) -> Iterator[Iterator[R]]:
-    """Do pieces of work, if they are not few in as many processes as there are cores; give what comes of each, in their order."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(pieces) < few or cores < 2:
-        yield map(work, pieces)
-        return
-    pool = ProcessPoolExecutor(cores, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    try:
-        yield pool.map(work, pieces, chunksize=max(len(pieces) // (cores * 8), 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
