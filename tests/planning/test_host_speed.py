@@ -28,7 +28,8 @@ def width(found: Span) -> float:
     return found.high / found.low
 
 
-@pytest.mark.parametrize(("placement", "narrower", "at_most"), [("cpu", 2, 4), ("disk", 10, 12)])
+# What is on the disk comes from the page cache at best and from the disk at worst, which is 16 times slower here.
+@pytest.mark.parametrize(("placement", "narrower", "at_most"), [("cpu", 2, 4), ("disk", 10, 18)])
 def test_parts_that_are_named_narrow_what_is_read_from_them(placement: str, narrower: float, at_most: float) -> None:
     named, unnamed = (width(speed("qwen2.5-14b-instruct", machine, placement)) for machine in (NAMED, UNNAMED))
     assert named < at_most
