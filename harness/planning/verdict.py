@@ -17,7 +17,7 @@ from harness.core.methods.table import settings_of
 from harness.core.placements import Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
-from harness.core.records import Case, Estimate, Machine, Record, Tier, TierEstimate, Verdict
+from harness.core.records import Case, Estimate, Machine, Record, Tier, TierEstimate, Verdict, Workload
 from harness.core.units import format_gib, format_size
 from harness.machine import headroom
 from harness.planning.cost import estimate, memory, tensor_parallel
@@ -156,7 +156,7 @@ class Judge(Record, frozen=True, kw_only=True):
             unmapped := self._unmapped()
         ):  # accelerate's own dispatch reads files, and maps none
             return Verdict.TOO_BIG, unmapped
-        return self._context_refusal(case) or self._fit(case, expected)
+        return self.context_refusal(case.workload) or self._fit(case, expected)
 
     def _undivided(self, placement: Placement, footprint: Footprint) -> str | None:
         """Say why a map that transformers infers cannot divide weights as they are stored, where it would."""
@@ -165,9 +165,9 @@ class Judge(Record, frozen=True, kw_only=True):
             return None
         return method.undivided(settings_of(self.spec.config) or {})
 
-    def _context_refusal(self, case: Case) -> tuple[Verdict, str] | None:
+    def context_refusal(self, load: Workload) -> tuple[Verdict, str] | None:
         """Say that a model was not made for so many tokens: positions beyond its context end in an error or in nonsense."""
-        most, load = self.spec.context_length, case.workload
+        most = self.spec.context_length
         if most is None or load.prompt_tokens + load.new_tokens <= most:
             return None
         asked = (

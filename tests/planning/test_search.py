@@ -15,6 +15,7 @@ from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Case, Machine, Plan, Verdict, Workload
 from harness.machine.gpus import profile
+from harness.planning.choice.nearest import nearest_way
 from harness.planning.choice.recommend import advise_best, choose_best, least_quality
 from harness.planning.choice.search import Searched, best_way, search
 from harness.planning.planner import Planner
@@ -183,3 +184,14 @@ def test_a_fast_model_asks_for_no_precision_that_keeps_less() -> None:
     best_way(whole, Workload(), choose, lambda _: 0.0)
     left_out = {name.split("/")[1] for name in whole.footprints.keys() - pruned.footprints.keys()}
     assert {"fp4", "nf4-dq", "int4"} <= left_out
+
+
+def test_for_more_tokens_than_a_model_knows_nothing_is_searched() -> None:
+    workload, large = Workload(prompt_tokens=8192), planner_for("llama-7b", ("H200 SXM",), 512)
+    assert everything(large, workload) == []
+    asked = planner_for("llama-7b", ("RTX 3060 12GB",), 32)
+    plans = asked.plans([Case(model=asked.spec.name, precision="int8", placement="direct", workload=workload)])
+    known = {*asked.footprints}
+    assert best_way(asked, workload, choose, least_quality) is None
+    assert nearest_way(asked, plans, choose_best) is None
+    assert asked.footprints.keys() == known

@@ -195,6 +195,11 @@ def test_what_a_command_prints_for_programs_is_json_whatever_is_in_it(capsys: py
     assert found == {"figures": [None, None, None, 0.1], "names": [EVIL, undecodable]}
 
 
+def test_json_has_the_letters_that_python_writes() -> None:
+    value = {"none": [[], {}, ""], "small": [1e-05, -0.0, 1e16, 1 / 3], EVIL: {"": [{"deep": [None, True, '\u2028"\\']}]}}
+    assert output.json_text(value) == json.dumps(value, indent=2)
+
+
 def test_nothing_that_works_is_a_null_and_a_sentence() -> None:
     (answer,) = json.loads(data.render_json([worked(outcome=Outcome.OOM, stage="load")]))["answers"]
     assert answer["case"] is None

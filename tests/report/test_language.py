@@ -199,7 +199,7 @@ SPEAKERS = {
     "machine/accelerators.py": {"PROBLEMS", "hidden", "title"},
     "measure/interference.py": {"power_capped", "_gpu_others", "_gpu_clock", "_gpu_throttles"},
     "planning/feasibility.py": {"gate", "decide", "_beyond", "_too_old"},
-    "planning/verdict.py": {"verdict", "_unmapped", "_passed_by", "_unpackable", "_unfusable", "_context_refusal"},
+    "planning/verdict.py": {"verdict", "_unmapped", "_passed_by", "_unpackable", "_unfusable", "context_refusal"},
     "planning/cost/tensor_parallel.py": {"refusal"},
     "worker/auto_class.py": {"NOUNS", "_sentence"},
     "run/case_result.py": {"_process_vram", "noise"},

@@ -44,7 +44,7 @@ def nearest_way(planner: Planner, plans: Sequence[Plan], choose: Choose) -> str 
     reasons = {one.why for one in plans if one.verdict is Verdict.INVALID}
     if planner.spec.packed is not None and len(reasons) == 1 and all(one.verdict is Verdict.INVALID for one in plans):
         return None  # no hardware helps, and the reason says what reads it
-    if not plans:
+    if not plans or planner.judge.context_refusal(plans[0].case.workload):
         return None
     workload = plans[0].case.workload
     # On a machine that is only described no package is asked for: what was planned and does not fit, does not.

@@ -54,6 +54,8 @@ def best_way(
 
     `least_quality` is the quality below which nothing is chosen beside a plan: what cannot reach it is not planned.
     """
+    if planner.judge.context_refusal(workload):  # of every way
+        return None
     usual, least = list[Plan](), 0.0
     for precision in _precisions(planner):
         cases = _cases(planner, workload, precision)

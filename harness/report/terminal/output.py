@@ -18,7 +18,11 @@ def json_text(value: object) -> str:
 
     import msgspec
 
-    return json.dumps(_finite(msgspec.to_builtins(value)), indent=2)
+    plain = msgspec.to_builtins(value)
+    try:
+        return json.dumps(plain, indent=2, allow_nan=False)
+    except ValueError:  # looked for only where there is one: that takes longer than writing
+        return json.dumps(_finite(plain), indent=2)
 
 
 def print_json(value: object) -> None:
