@@ -26,6 +26,7 @@ from harness.checkpoint.quantization_words import (
     bits_in,
     bits_of,
     bitsandbytes_type,
+    block_in,
     group_in,
     torchao_type,
 )
@@ -75,6 +76,7 @@ class Packed(Record, frozen=True, kw_only=True):
     keeps_beside: bool = False  #: these stay in memory beside 16-bit weights
     unpacked_dtype: str | None = None  #: the only dtype that its weights are unpacked to
     fault: str | None = None  #: why the method's package does not take the config
+    undivided: str | None = None  #: why weights are not unpacked whose sides are no whole blocks, where it was looked at
 
     @property
     def method(self) -> Method | None:
@@ -135,6 +137,8 @@ class Packed(Record, frozen=True, kw_only=True):
         method_dtypes = () if self.method.unpacked or (in_ram and self.name in CPU_METHODS) else self.method.dtypes
         if precision.name == self.precision:
             return None
+        if self.undivided is not None and self.unpacks(precision):
+            return self.undivided
         plain = not precision.quantizes and precision.requires_checkpoint is None
         if plain and self.precision is None and method_dtypes and precision.dtype not in method_dtypes:
             return f"transformers runs {self.method.title} with the rest in {' or '.join(method_dtypes)} only"
@@ -181,7 +185,7 @@ class Packed(Record, frozen=True, kw_only=True):
         method = self.method
         assert method is not None
         if "cpu" not in method.packs_on:
-            return f"transformers unpacks {method.title} on a processor: use --precision bf16, fp16 or fp32"
+            return self.undivided or f"transformers unpacks {method.title} on a processor: use --precision bf16, fp16 or fp32"
         if method.cpu_dtypes and precision.dtype not in method.cpu_dtypes:
             return f"{method.title} runs on a processor with the rest in {' or '.join(method.cpu_dtypes)} only"
         return next((why for end, why in method.cpu_lacks.items() if self.packing.endswith(end)), None)
@@ -204,12 +208,13 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     plain = settings is not None and known is not None and known.is_plain(settings) and not any_packed(stored_by, tensors)
     held = parts_of(LAYOUTS.get(stored_by or ""), tensors, known.casts if known else None)
     keeps = loading is not None and not loading.whole
+    block = block_in(settings or {}) if known is not None and known.blocks else None
     return Packed(
         title=title,
         name=name,
         bits=int(bits[1]) if bits else known.bits if known else 4,
         group=int(group[1]) if group else 0,
-        block=_block(name, settings or {}),
+        block=block,
         varies=len(held.packed) > 1 or differ(schemes_in(settings or {})) or any((settings or {}).get(key) for key in _VARY_KEYS),
         selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
         apart=loading is not None and loading.apart,
@@ -255,12 +260,6 @@ def _unpacked_dtype(known: Method | None, kept: FormatLoading | None, tensors: I
         return kept.dtype
     decide = known is not None and known.scales_decide
     return next((tensor.dtype for tensor in tensors if decide and tensor.name.endswith((".scales", "_scale"))), None)
-
-
-def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the sides of the blocks that are scaled, which settings without a word take for 128 x 128; None: no such blocks."""
-    sides = settings.get("weight_block_size", (128, 128)) if METHODS.get(method) and METHODS[method].blocks else None
-    return (int(sides[0]), int(sides[1])) if sides else None
 
 
 def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:
