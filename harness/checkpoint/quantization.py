@@ -48,7 +48,7 @@ _WITH_VARIANTS = ("gptq", "awq", "bitsandbytes_4bit", "bitnet")
 _WORDS_OF_BITS = ("bitnet", "gemma", "quark")
 # ... that tell modules apart whose bits are others
 _VARY_KEYS = ("dynamic", "extra_config", "layer_quant_config")
-_PACKING_KEYS = ("packing_format", "version")
+_PACKING_KEYS = ("packing_format", "version", "checkpoint_format", "format")
 # ... that say which modules are packed, where those are not all Linears but the head
 _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head", "llm_int8_skip_modules")
 
@@ -69,7 +69,7 @@ class Packed(Record, frozen=True, kw_only=True):
     scheme: str | None = None  #: what bitsandbytes calls weights of 4 bits that are stored so
     floats: tuple[int, int] = (0, 0)  #: elements and bytes of the scales and codebooks in the files
     dtype: str | None = None  #: what the config says of the rest, where nothing else runs
-    packing: str = ""  #: how AutoRound or AWQ says that it is packed
+    packing: str = ""  #: how AutoRound, AWQ or GPTQ says that it is packed
     stored_by: str | None = None  #: the row of LAYOUTS; None: how its files hold weights is not known
     plain: bool = False  #: the files hold weights in 16 bits, with scales beside them
     beside: tuple[tuple[str, int], ...] = ()  #: elements of scales and of all else that the files hold beside weights, by dtype

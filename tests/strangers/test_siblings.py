@@ -279,10 +279,10 @@ def gptq_of_two_widths(folder: Path) -> None:
     quantized_with(folder, dynamic={r"+:.*layers\.1\..*": {"bits": 8}})
 
 
-def awq(version: str) -> Make:
+def awq(version: str | None, **said: Any) -> Make:
     def make(folder: Path) -> None:
         packed_files.save_awq(folder, 128)
-        quantized_with(folder, version=version)
+        quantized_with(folder, version=version, **said)
 
     return make
 
@@ -479,6 +479,7 @@ def judging(named: str) -> Make:
 
 
 SIDES = "bitsandbytes multiplies 4 bits on this processor by 32 outputs and 64 inputs"
+KEPT = {"AWQ": "awq-int4", "GPTQ": "gptq-int4"}
 CUT = r"where they do not divide a weight, as 'model\.layers.* keep them as they are, with --precision fp8 on a GPU"
 OLD_NAMES = {"quant_method": "fp8", "weight_block_size": None}
 # What is made, what is said of it, and of transformers whether it fails as well.
@@ -549,6 +550,11 @@ REFUSED: Mapping[str, tuple[Make, str]] = {
     "GPTQ of two widths": (gptq_of_two_widths, "which means 8 bits, and the config says 4"),
     "GPTQ without its order": (without_part(packed_files.save_gptq, 4, ".g_idx"), r"without its 'model\.layers.*g_idx'"),
     "AWQ without its zeros": (without_part(packed_files.save_awq, None, ".qzeros"), r"without its 'model\.layers.*qzeros'"),
+    "AWQ, gemv by its new key": (awq(None, format="gemv"), "no layer for AWQ's gemv packing"),
+    **{
+        f"GPTQ, {form} as {key}": (gptq(**{"checkpoint_format": None, key: form}), f"no layer for GPTQ's {form.lower()} packing")
+        for form, key in (("marlin", "checkpoint_format"), ("bitblas", "format"), ("MARLIN", "checkpoint_format"))
+    },
     **{f"AWQ, {version}": (awq(version), f"no layer for AWQ's {version} packing") for version in ("gemv", "gemv_fast", "llm-awq")},
     "a variant alone": (renamed("model.fp16.safetensors"), "a variant .*finds it by variant='fp16'; here rename"),
     "a variant in bin alone": (renamed("pytorch_model.fp16.bin"), "a variant .*finds it by variant='fp16'; here rename"),
@@ -579,7 +585,7 @@ def test_a_sibling_that_transformers_cannot_run_is_told(name: str, tmp_path: Pat
     make(tmp_path / "model")
     try:
         plan = Planner(model_spec.read_spec(resolve.resolve(str(tmp_path / "model"))), here(), here=True).plan(
-            case("int4" if said == SIDES else "awq-int4" if name.startswith("AWQ,") else "bf16", "cpu")
+            case("int4" if said == SIDES else KEPT.get(name.partition(",")[0], "bf16"), "cpu")
         )
     except HarnessError as error:
         told = str(error)

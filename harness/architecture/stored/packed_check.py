@@ -95,10 +95,10 @@ def with_blocks(packed: Packed, weights: Iterable[tuple[str, Shape]]) -> Packed:
     cut = next(((name, shape) for name, shape in weights if leaves_rest(shape[-2:], block)), None) if block else None
     if method is None or block is None or cut is None:
         return packed
-    what = "transformers unpacks blocks wrongly, or not at all, where they do not divide a weight"
+    rest = f"{shown(cut[0])} of {sides(cut[1])} in blocks of {sides(block)}"
+    what = f"transformers unpacks blocks wrongly, or not at all, where they do not divide a weight, as {rest}"
     keeps = f"--precision {method.name} on a GPU of compute capability {method.packs_from:g} on"
-    shown_cut = f"{shown(cut[0])} of {sides(cut[1])} in blocks of {sides(block)}"
-    return replace(packed, undivided=f"{what}, as {shown_cut}: keep them as they are, with {keeps}")
+    return replace(packed, undivided=f"{what}: keep them as they are, with {keeps}")
 
 
 def leaves_rest(shape: Shape, block: Shape) -> bool:
