@@ -247,7 +247,7 @@ def quantized_with(folder: Path, **said: Any) -> None:
     rewrite(folder / "config.json", quantization_config={**settings, **said})
 
 
-def gptq(plain_ones: str = "", **said: Any) -> Make:
+def gptq(plain_ones: str = "", /, **said: Any) -> Make:
     """Make a Llama in GPTQ with settings, and with some of its modules in 16 bits."""
     return mixed(lambda folder: packed_files.save_gptq(folder, 4, 128), plain_ones, **said)
 
@@ -552,7 +552,10 @@ REFUSED: Mapping[str, tuple[Make, str]] = {
     "AWQ without its zeros": (without_part(packed_files.save_awq, None, ".qzeros"), r"without its 'model\.layers.*qzeros'"),
     "AWQ, gemv by its new key": (awq(None, format="gemv"), "no layer for AWQ's gemv packing"),
     **{
-        f"GPTQ, {form} as {key}": (gptq(**{"checkpoint_format": None, key: form}), f"no layer for GPTQ's {form.lower()} packing")
+        f"GPTQ, {form} as {key}": (
+            gptq("", **{"checkpoint_format": None, key: form}),
+            f"no layer for GPTQ's {form.lower()} packing",
+        )
         for form, key in (("marlin", "checkpoint_format"), ("bitblas", "format"), ("MARLIN", "checkpoint_format"))
     },
     **{f"AWQ, {version}": (awq(version), f"no layer for AWQ's {version} packing") for version in ("gemv", "gemv_fast", "llm-awq")},
