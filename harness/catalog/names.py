@@ -24,6 +24,14 @@ _MAIN = frozenset(("main", "master"))
 
 _SCHEME = re.compile(r"(?P<web>https?://)|hf://|(?:hf|huggingface|modelscope|ms):/{0,2}", re.IGNORECASE)
 _CACHE_FOLDER = re.compile(r"models--(?P<owner>[^-/]+(?:-[^-/]+)*)--(?P<name>[^/]+)")
+# What people copy with a name: the command that takes it, a link of Markdown, an address of git by ssh.
+_COMMAND = re.compile(
+    r"(?:\$ )?(?:(?:ollama|lms|docker model) (?:run|pull|show|get)|vllm serve|(?:hf|huggingface-cli|modelscope) download"
+    r"|git (?:lfs )?clone|llama-(?:cli|server))\s(?P<words>.+)",
+    re.DOTALL,
+)
+_LINK = re.compile(r"\[[^]]*\]\((?P<address>\S+)\)")
+_BY_SSH = re.compile(r"(?:ssh://)?git@(?P<host>[\w.-]+)[:/]")
 # Around what is copied from a text or a shell.
 _AROUND = " \t\n\r\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb<>,;"
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"), "-")
@@ -57,7 +65,7 @@ def read_name(text: str, hub_host: str | None = None) -> WrittenName:
     Raises:
         UsageError: it is the address of something else.
     """
-    name = unicodedata.normalize("NFKC", text.translate(_DASHES)).translate(_DASHES).translate(_UNSEEN).strip(_AROUND)
+    name = _copied(unicodedata.normalize("NFKC", text.translate(_DASHES)).translate(_DASHES).translate(_UNSEEN).strip(_AROUND))
     scheme = _SCHEME.match(name)
     rest = name[scheme.end() :] if scheme else name
     host, _, path = rest.partition("/")
@@ -71,6 +79,15 @@ def read_name(text: str, hub_host: str | None = None) -> WrittenName:
     return _without_tag(text, rest.rstrip("/"))
 
 
+def _copied(text: str) -> str:
+    """Return the name or address in what was copied: of a command the word with an owner, or the first that is no option."""
+    if command := _COMMAND.fullmatch(text):
+        given = [word for word in command["words"].split() if not word.startswith("-")]
+        text = next((word for word in given if "/" in word), given[0] if given else text).strip(_AROUND)
+    link = _LINK.fullmatch(text)
+    return _BY_SSH.sub(r"\g<host>/", link["address"] if link else text)
+
+
 def _of_address(text: str, path: str) -> WrittenName:
     """Read the path of an address on a hub."""
     from urllib.parse import unquote
@@ -82,10 +99,10 @@ def _of_address(text: str, path: str) -> WrittenName:
         raise UsageError(f"{text!r} is the address of {_NOT_MODELS[parts[0]]}, not of a model: give that of the model's page")
     if not parts:
         raise UsageError(f"{text!r} names no model: give the address of the model's page, or its hub id (owner/name)")
-    where = next((place for place in (2, 3) if len(parts) > place + 1 and parts[place] in _REVISION_FOLLOWS), None)
-    revision = parts[where + 1] if where else None
+    where = next((place for place in (1, 2, 3) if len(parts) > place + 1 and parts[place] in _REVISION_FOLLOWS), None)
+    revision = parts[where + 1] if where else None  # an old model has no owner, and the word stands second: gpt2/tree/main
     file = "/".join(parts[where + 2 :]) if where else ""
-    found = _without_tag(text, "/".join(parts[:2]))
+    found = _without_tag(text, "/".join(parts[: min(where or 2, 2)]))
     return found._replace(
         revision=found.revision if revision in (None, *_MAIN) else revision, file=file if file.endswith(".gguf") else None
     )
@@ -99,7 +116,7 @@ def _without_tag(text: str, name: str) -> WrittenName:
     rest, _, tag = rest.partition(":")
     if tag and not tag.isdecimal():
         raise UsageError(f"{text!r} names a file by {tag!r}: write {owner}/{rest} and the file's name with --file")
-    rest, _, revision = rest.partition("@")
+    rest, _, revision = rest.removesuffix(".git").partition("@")
     return WrittenName(f"{owner}/{rest}", None if revision in ("", *_MAIN) else revision)
 
 

@@ -24,6 +24,9 @@ MODULE = "peft"  # what transformers' load_adapter asks to be installed
 _CONFIG = "config.json"
 _TASK = "CAUSAL_LM"
 _MERGE = "merge it into a copy of its base (merge_and_unload of peft), and give that"
+# Types of peft without merge_and_unload: what they learned is put before a prompt or into attention, not into weights.
+_UNMERGED = ("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+_BY_PEFT = "peft itself loads it onto its base (PeftModel.from_pretrained), and no copy of the base can hold it"
 _LEFT_OFF = "transformers fills no adapter of layers that lie outside of the memory they run in, and answers wrongly"
 # What loading refuses, by the trait of a placement.
 REFUSES: Mapping[str, str] = {
@@ -149,7 +152,8 @@ def _check_kind(folder: Folder, config: Mapping[str, Any]) -> None:
     """Refuse what is no LoRA, and what is more than that. Raises CheckpointError."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise _fault(folder, ADAPTER, f"is an adapter of the type {quote(kind)}, and LORA is what can be planned: {_MERGE}")
+        way = _BY_PEFT if kind in _UNMERGED else _MERGE
+        raise _fault(folder, ADAPTER, f"is an adapter of the type {quote(kind)}, and LORA is what can be planned: {way}")
     task = config.get("task_type")
     if task not in (None, _TASK):
         what = f"is an adapter for the task {quote(task)}, and only models are measured that continue a text ({_TASK})"

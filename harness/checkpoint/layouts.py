@@ -74,6 +74,10 @@ class Layout(Record, frozen=True, kw_only=True):
                 return name.removesuffix(part), part
         return None, ""
 
+    def packed(self, name: str, dtype: str) -> bool:
+        """Say whether a tensor of this name holds packed weights."""
+        return self.split(name, dtype)[1] == self.main
+
     def whole_name(self, base: str) -> str:
         """Return the name of the weight whose parts begin with `base`: a module has a "weight", a stack is one itself."""
         return f"{base}.weight" if self.main.startswith(".") else base
@@ -351,5 +355,5 @@ def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor], casts: Call
 
 def _is_packed(layout: Layout | None, tensor: StoredTensor) -> bool:
     if layout is not None:
-        return layout.split(tensor.name, tensor.dtype)[1] == layout.main
+        return layout.packed(tensor.name, tensor.dtype)
     return tensor.name.endswith(_WEIGHTS) and tensor.dtype.startswith(("int", "uint", "float8")) and len(tensor.shape) > 1

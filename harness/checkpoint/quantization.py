@@ -26,6 +26,7 @@ from harness.checkpoint.quantization_words import (
     bits_in,
     bits_of,
     bitsandbytes_type,
+    block_in,
     group_in,
     torchao_type,
 )
@@ -47,7 +48,7 @@ _WITH_VARIANTS = ("gptq", "awq", "bitsandbytes_4bit", "bitnet")
 _WORDS_OF_BITS = ("bitnet", "gemma", "quark")
 # ... that tell modules apart whose bits are others
 _VARY_KEYS = ("dynamic", "extra_config", "layer_quant_config")
-_PACKING_KEYS = ("packing_format", "version")
+_PACKING_KEYS = ("packing_format", "version", "checkpoint_format", "format")
 # ... that say which modules are packed, where those are not all Linears but the head
 _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head", "llm_int8_skip_modules")
 
@@ -68,13 +69,14 @@ class Packed(Record, frozen=True, kw_only=True):
     scheme: str | None = None  #: what bitsandbytes calls weights of 4 bits that are stored so
     floats: tuple[int, int] = (0, 0)  #: elements and bytes of the scales and codebooks in the files
     dtype: str | None = None  #: what the config says of the rest, where nothing else runs
-    packing: str = ""  #: how AutoRound or AWQ says that it is packed
+    packing: str = ""  #: how AutoRound, AWQ or GPTQ says that it is packed
     stored_by: str | None = None  #: the row of LAYOUTS; None: how its files hold weights is not known
     plain: bool = False  #: the files hold weights in 16 bits, with scales beside them
     beside: tuple[tuple[str, int], ...] = ()  #: elements of scales and of all else that the files hold beside weights, by dtype
     keeps_beside: bool = False  #: these stay in memory beside 16-bit weights
     unpacked_dtype: str | None = None  #: the only dtype that its weights are unpacked to
     fault: str | None = None  #: why the method's package does not take the config
+    undivided: str | None = None  #: why weights are not unpacked whose sides are no whole blocks, where it was looked at
 
     @property
     def method(self) -> Method | None:
@@ -135,6 +137,8 @@ class Packed(Record, frozen=True, kw_only=True):
         method_dtypes = () if self.method.unpacked or (in_ram and self.name in CPU_METHODS) else self.method.dtypes
         if precision.name == self.precision:
             return None
+        if self.undivided is not None and self.unpacks(precision):
+            return self.undivided
         plain = not precision.quantizes and precision.requires_checkpoint is None
         if plain and self.precision is None and method_dtypes and precision.dtype not in method_dtypes:
             return f"transformers runs {self.method.title} with the rest in {' or '.join(method_dtypes)} only"
@@ -181,7 +185,7 @@ class Packed(Record, frozen=True, kw_only=True):
         method = self.method
         assert method is not None
         if "cpu" not in method.packs_on:
-            return f"transformers unpacks {method.title} on a processor: use --precision bf16, fp16 or fp32"
+            return self.undivided or f"transformers unpacks {method.title} on a processor: use --precision bf16, fp16 or fp32"
         if method.cpu_dtypes and precision.dtype not in method.cpu_dtypes:
             return f"{method.title} runs on a processor with the rest in {' or '.join(method.cpu_dtypes)} only"
         return next((why for end, why in method.cpu_lacks.items() if self.packing.endswith(end)), None)
@@ -204,12 +208,13 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     plain = settings is not None and known is not None and known.is_plain(settings) and not any_packed(stored_by, tensors)
     held = parts_of(LAYOUTS.get(stored_by or ""), tensors, known.casts if known else None)
     keeps = loading is not None and not loading.whole
+    block = block_in(settings or {}) if known is not None and known.blocks else None
     return Packed(
         title=title,
         name=name,
         bits=int(bits[1]) if bits else known.bits if known else 4,
         group=int(group[1]) if group else 0,
-        block=_block(name, settings or {}),
+        block=block,
         varies=len(held.packed) > 1 or differ(schemes_in(settings or {})) or any((settings or {}).get(key) for key in _VARY_KEYS),
         selects=any((settings or {}).get(key) for key in _SELECT_KEYS),
         apart=loading is not None and loading.apart,
@@ -255,12 +260,6 @@ def _unpacked_dtype(known: Method | None, kept: FormatLoading | None, tensors: I
         return kept.dtype
     decide = known is not None and known.scales_decide
     return next((tensor.dtype for tensor in tensors if decide and tensor.name.endswith((".scales", "_scale"))), None)
-
-
-def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the sides of the blocks that are scaled, which settings without a word take for 128 x 128; None: no such blocks."""
-    sides = settings.get("weight_block_size", (128, 128)) if METHODS.get(method) and METHODS[method].blocks else None
-    return (int(sides[0]), int(sides[1])) if sides else None
 
 
 def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:

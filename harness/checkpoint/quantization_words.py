@@ -39,6 +39,12 @@ def group_in(settings: Mapping[str, Any]) -> Any:
     return next((source[key] for source in _sources(settings) for key in _GROUP_KEYS if source.get(key)), None)
 
 
+def block_in(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the sides of the blocks that are scaled, which settings without a word take for 128 x 128; None: no such blocks."""
+    sides = settings.get("weight_block_size", (128, 128))
+    return (int(sides[0]), int(sides[1])) if sides else None
+
+
 def _sources(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Return where a quantization_config may describe the weights: at its top, in its first group of layers, in HQQ's own place."""
     weights = next((group["weights"] for group in schemes_in(settings)), None)

@@ -14,7 +14,7 @@ from harness.architecture import model_spec
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog import fingerprint, resolve
 from harness.checkpoint import reader
-from harness.checkpoint.adapter import MODULE, ON_OTHERS, read_adapter
+from harness.checkpoint.adapter import _UNMERGED, MODULE, ON_OTHERS, read_adapter
 from harness.cli import entry
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.methods.packages import lacking
@@ -126,6 +126,9 @@ def test_quantizers_that_it_was_not_tried_on_are_refused(precision: str, adapter
     ("settings", "said"),
     [
         ({"peft_type": "IA3"}, "of the type 'IA3', and LORA is what can be planned: merge it"),
+        ({"peft_type": "PROMPT_TUNING"}, "of the type 'PROMPT_TUNING', and LORA is what can be planned: peft itself loads it"),
+        ({"peft_type": "PREFIX_TUNING"}, "and no copy of the base can hold it"),
+        ({"peft_type": "P_TUNING"}, "and no copy of the base can hold it"),
         ({"peft_type": None}, "of the type None"),
         ({"modules_to_save": ["lm_head"]}, "sets modules_to_save, so it is more than LoRA"),
         ({"use_dora": True}, "sets use_dora"),
@@ -259,3 +262,10 @@ def test_an_adapter_is_measured(base: Path, tmp_path: Path) -> None:
     assert sum(found["loaded"]["tier_bytes"].values()) == pytest.approx(predicted, rel=1e-4)
     assert 'ADAPTER = "lora"' in found["code"]
     assert str(tmp_path) not in line
+
+
+@WITHOUT
+def test_what_cannot_be_merged_is_what_peft_has_no_method_for() -> None:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    assert {kind.value for kind, one in PEFT_TYPE_TO_TUNER_MAPPING.items() if not hasattr(one, "merge_and_unload")} == {*_UNMERGED}

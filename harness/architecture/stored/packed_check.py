@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
+
+from msgspec.structs import replace
 
 from harness.architecture.key_mapping import Shape
 from harness.architecture.skeleton import Weight
@@ -85,6 +87,23 @@ def block_fault(parts: Mapping[str, StoredTensor], shape: Shape, block: Shape) -
         return None
     what = f"{shown(scale.name)} is {sides(scale.shape)}"
     return f"{what}, and blocks of {sides(block)}, as the config says, have {sides(asked)} scales"
+
+
+def with_blocks(packed: Packed, weights: Iterable[tuple[str, Shape]]) -> Packed:
+    """Return what is packed with the reason why some of its weights, by name and shape, are not unpacked."""
+    method, block = packed.method, packed.block
+    cut = next(((name, shape) for name, shape in weights if leaves_rest(shape[-2:], block)), None) if block else None
+    if method is None or block is None or cut is None:
+        return packed
+    rest = f"{shown(cut[0])} of {sides(cut[1])} in blocks of {sides(block)}"
+    what = f"transformers unpacks blocks wrongly, or not at all, where they do not divide a weight, as {rest}"
+    keeps = f"--precision {method.name} on a GPU of compute capability {method.packs_from:g} on"
+    return replace(packed, undivided=f"{what}: keep them as they are, with {keeps}")
+
+
+def leaves_rest(shape: Shape, block: Shape) -> bool:
+    """Say whether blocks leave a rest of a weight that has several: transformers takes all that it unpacks for equal."""
+    return any(side > by and side % by for side, by in zip(shape, block, strict=True))
 
 
 def sides(shape: Shape) -> str:

@@ -32,7 +32,7 @@ class Method(Record, frozen=True, kw_only=True):
     held: str = "uint8"  #: the dtype that Linear weights have in memory, where the headers of the files were not read
     floats: Literal["stored", "asked", "float32"] = "stored"  #: the dtype that scales and codebooks have in memory
     cpu_dtypes: tuple[str, ...] = ()  #: the only dtypes that the rest may be in on a processor; empty: any
-    cpu_lacks: Mapping[str, str] = {}  #: end of `packing_format` or version -> why a processor has no layers
+    cpu_lacks: Mapping[str, str] = {}  #: end of the format that weights are packed in -> why a processor has no layers
     # Says from a config, and the classes of tensors that a pickle holds, whether the rest of the model has no dtype but its own.
     binds: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
     bits: int = 4  #: of a weight, where the config does not say
@@ -119,10 +119,9 @@ def _derived(row: Method, **changed: Any) -> Method:
     return Method(**(fields | changed))
 
 
-_AWQ_ON_CARDS = {
-    version: f"gptqmodel has no layer for AWQ's {version} packing on a processor: take one that is packed as gemm, or a GPU"
-    for version in ("gemv", "gemv_fast", "llm-awq")
-}
+_NO_LAYER = "gptqmodel has no layer for {}'s {} packing on a processor: take one that is packed as {}, or a GPU"
+_AWQ_ON_CARDS = {version: _NO_LAYER.format("AWQ", version, "gemm") for version in ("gemv", "gemv_fast", "llm-awq")}
+_GPTQ_ON_CARDS = {version: _NO_LAYER.format("GPTQ", version, "gptq") for version in ("marlin", "bitblas")}
 _ROWS = (
     Method(
         name="awq",
@@ -166,6 +165,7 @@ _ROWS = (
         held="int32",
         group=128,
         on_cards=True,
+        cpu_lacks=_GPTQ_ON_CARDS,
         whole_blocks="optimum packs every Linear of the blocks, whatever 'dynamic' says: use the gptqmodel package by itself",
         writes={"sym": True, "desc_act": False},
     ),
