@@ -46,7 +46,7 @@ _KINDS: Mapping[str, str] = {
     "Sequence": "a list",
     "dict": "a table",
 }
-MOST_NAMED = 3
+_MOST_KEYS = 3
 Attempt = Callable[[Mapping[str, Any]], object]
 _WHO = f"transformers {transformers.__version__}"
 
@@ -55,7 +55,9 @@ def is_of_the_pass(error: Exception, decoder: nn.Module) -> bool:
     """Tell whether an error says no more than that meta tensors have no values, or that an input lacks, as does an image."""
     said = str(error)
     lacking = (name for name in inspect.signature(decoder.forward).parameters if name not in ("self", "kwargs"))
-    return isinstance(error, NotImplementedError) or "meta tensor" in said or any(re.search(rf"\b{name}\b", said) for name in lacking)
+    return (
+        isinstance(error, NotImplementedError) or "meta tensor" in said or any(re.search(rf"\b{name}\b", said) for name in lacking)
+    )
 
 
 def sentence_of(error: Exception, config: Mapping[str, Any], attempt: Attempt) -> str:
@@ -65,7 +67,7 @@ def sentence_of(error: Exception, config: Mapping[str, Any], attempt: Attempt) -
     if path and (wanted := _wanted(error)):
         return f"gives {_given(config, path)}, and {_WHO} takes {wanted}"
     words = _words(error)
-    paths = (_read_culprits(error, config, attempt) or _culprits(config, attempt, words))[:MOST_NAMED]
+    paths = (_read_culprits(error, config, attempt) or _culprits(config, attempt, words))[:_MOST_KEYS]
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
     given = " and ".join(_given(config, path) for path in paths)
     if type(cause) is ValueError:
@@ -112,7 +114,7 @@ def _wanted(error: BaseException) -> str | None:
 
 
 def _read_culprits(error: Exception, config: Mapping[str, Any], attempt: Attempt) -> list[tuple[str, ...]]:
-    """Return the path of each key that the module reads in which an error rose, and that changes what is said; else of one around it.
+    """Return the path of each key that the module reads in which an error rose, and that changes it; else of one around that.
 
     A size is tried without the key, and as 1: what is usual may contradict the others as well.
     """
@@ -150,9 +152,7 @@ def _names(config: Mapping[str, Any], path: Sequence[str]) -> set[str]:
     return {key, others.get(key, key), *(name for name, other in others.items() if other == key)}
 
 
-def _culprits(
-    config: Mapping[str, Any], attempt: Attempt, words: str, within: tuple[str, ...] = ()
-) -> list[tuple[str, ...]]:
+def _culprits(config: Mapping[str, Any], attempt: Attempt, words: str, within: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Return the path of each key, as deep inside as it gets, without which the attempt succeeds; none if there is no such key.
 
     Values that contradict each other are several. Where a second fault lies behind, the first without which it is that one.
