@@ -37,7 +37,8 @@ _KEPT = "skeleton4"
 _SHAPELESS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys((
         "groupsize", "initializer_range", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "pretraining_tp",
-        "quantization_bit", "rms_norm_eps", "rope_local_base_freq", "rope_theta", "rotary_emb_base", "router_aux_loss_coef", "wbits",
+        "quantization_bit", "rms_norm_eps", "rope_local_base_freq", "rope_theta", "rotary_emb_base", "router_aux_loss_coef",
+        "wbits",
     ), (int, float)),
     **dict.fromkeys((
         "bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id", "unk_token_id",
