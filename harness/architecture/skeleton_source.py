@@ -36,9 +36,9 @@ _KEPT = "skeleton4"
 # value of another kind transformers may make no model.
 _SHAPELESS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys((
-        "attention_dropout", "attn_pdrop", "embd_pdrop", "groupsize", "hidden_dropout", "initializer_range", "layer_norm_eps",
-        "layer_norm_epsilon", "layernorm_epsilon", "pretraining_tp", "quantization_bit", "resid_pdrop", "rms_norm_eps",
-        "rope_local_base_freq", "rope_theta", "rotary_emb_base", "router_aux_loss_coef", "wbits",
+        "groupsize", "initializer_range", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "pretraining_tp",
+        "quantization_bit", "rms_norm_eps", "rope_local_base_freq", "rope_theta", "rotary_emb_base", "router_aux_loss_coef",
+        "wbits",
     ), (int, float)),
     **dict.fromkeys((
         "bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id", "unk_token_id",
@@ -49,6 +49,8 @@ _SHAPELESS: Mapping[str, tuple[type, ...]] = {
     "auto_map": (dict, NoneType),
     "quantization_config": (dict, NoneType),
 }
+# Nor do these, from 0 to 1: of others torch makes no dropout.
+_PROBABILITIES = frozenset(("attention_dropout", "attn_pdrop", "embd_pdrop", "hidden_dropout", "resid_pdrop"))
 # Nor does which of these functions an activation is.
 ACTIVATIONS = frozenset(("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "silu", "swish", "tanh"))
 # Where positions are computed, the context length has no tensor.
@@ -66,6 +68,7 @@ _SHAPING = frozenset(("general.architecture", "general.name", "general.alignment
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Hash what a config says about names, shapes and the KV cache; 16 hex digits."""
     ignored = {key for key, value in config.items() if isinstance(value, _SHAPELESS.get(key, ()))}
+    ignored |= {key for key in _PROBABILITIES if isinstance(share := config.get(key), int | float) and 0 <= share <= 1}
     ignored |= {key for key in ("hidden_act", "hidden_activation") if str(config.get(key)) in ACTIVATIONS}
     if str(config.get("model_type")) in _ROTARY:
         ignored.add("max_position_embeddings")

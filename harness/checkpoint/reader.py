@@ -23,6 +23,7 @@ from harness.checkpoint.formats.safetensors_header import StoredTensor, check_me
 from harness.checkpoint.own_files import with_own_file
 from harness.checkpoint.quantization import describe_quantization, weights_in
 from harness.checkpoint.tied_head import other_head
+from harness.core.dtypes import FLOAT_NAMES
 from harness.core.errors import CheckpointError, UsageError, did_you_mean
 from harness.core.families import GGUF
 from harness.core.records import Record
@@ -346,7 +347,7 @@ def read_config(folder: Folder) -> dict[str, Any]:
         _check_sizes(where, inner)
         _check_kind(where, inner, "model_type", "text", (str, type(None)))
     _check_kind(where, config, "auto_map", "a table of classes", (dict, list, str))
-    refused = settings_check.fault(config)
+    refused = settings_check.fault(config) or next(filter(None, map(settings_check.loading_fault, _with_inner(config))), None)
     if refused is not None:
         raise CheckpointError(where, f"{refused}: {OWN_CONFIG}")
     return with_own_file(folder, config)
@@ -377,7 +378,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 def stated_dtype(config: Mapping[str, Any]) -> str:
     """Return the dtype that a config, or that of its language model, says its weights have; float16 if neither does."""
     said = (source.get(key) for source in _with_inner(config) for key in ("torch_dtype", "dtype"))
-    return next((str(dtype) for dtype in said if dtype), "float16")
+    return next((FLOAT_NAMES.get(dtype, dtype) for dtype in said if isinstance(dtype, str) and dtype), "float16")
 
 
 def _find_size(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from harness.checkpoint.formats.files import quote
+from harness.core.dtypes import FLOAT_NAMES
 from harness.core.methods.table import METHODS, TEXT_CONFIGS, method_name
 
 KEY = "quantization_config"
@@ -55,6 +56,19 @@ def _faults(settings: Mapping[str, Any]) -> Iterator[str]:
                 yield f"gives no {KEY}.{one.key}, which {wants}"
         elif not one.takes(settings[one.key]):
             yield f"gives {KEY}.{one.key} as {quote(settings[one.key])}, and {wants}"
+
+
+def loading_fault(config: Mapping[str, Any]) -> str | None:
+    """Say what of a config, or of that of its text model, transformers does not take as it finds dtype and class; else None."""
+    for key in ("dtype", "torch_dtype"):
+        said = config.get(key)
+        if said is not None and not isinstance(said, dict) and not (isinstance(said, str) and said in FLOAT_NAMES):
+            return f"gives {key} as {quote(said)}, and torch has no floating dtype of that name, as is bfloat16"
+    classes = config.get("auto_map")
+    if not isinstance(classes, dict):
+        return "gives auto_map as no table, and transformers looks into it for a class" if "Auto" in str(classes) else None
+    wrong = next((name for name, place in classes.items() if not isinstance(place, str | list | dict)), None)
+    return f"gives auto_map.{wrong} as {quote(classes[wrong])}, and transformers takes the name of a class" if wrong else None
 
 
 def generation_fault(config: Mapping[str, Any]) -> str | None:

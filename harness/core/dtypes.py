@@ -32,3 +32,11 @@ DTYPE_BITS: Mapping[str, int] = {
 }
 # Bytes of one element, of the dtypes whose elements are whole bytes.
 DTYPE_BYTES: Mapping[str, int] = {name: bits // 8 for name, bits in DTYPE_BITS.items() if bits % 8 == 0}
+# The names that torch has for what weights are computed in, which a config may say, by those of the table.
+FLOAT_NAMES: Mapping[str, str] = {
+    **{name: name for name in DTYPE_BITS if name.startswith(("float16", "float32", "float64", "bfloat16", "float8"))},
+    "float4_e2m1fn_x2": "float4_e2m1",
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+}

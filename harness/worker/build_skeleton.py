@@ -38,7 +38,7 @@ from harness.checkpoint.auxiliary_files import KERNEL_KEYS
 from harness.data import DATA
 from harness.models.cache_argument import kv_cache_of
 from harness.worker.auto_class import auto_class_of
-from harness.worker.config.refusal import CONTRADICTIONS, sentence_of
+from harness.worker.config.refusal import CONTRADICTIONS, is_of_the_pass, sentence_of
 from harness.worker.extra_architectures import WRITTEN, ExtraModel
 from harness.worker.read_key_mapping import naming
 
@@ -248,7 +248,7 @@ def _attention(model: Any) -> list[Attention]:
     """Push one token through the empty model and look at the shapes that its KV cache took.
 
     Raises:
-        RuntimeError: the sizes of its tensors do not go together.
+        RuntimeError, TypeError, ValueError: what the config says ends in an error as the model generates.
     """
     config = model.config.get_text_config()
     token, wrong = torch.ones((1, 1), dtype=torch.long, device="meta"), None
@@ -257,8 +257,7 @@ def _attention(model: Any) -> list[Attention]:
             with torch.no_grad():
                 out = decoder(input_ids=token, use_cache=True)
         except (RuntimeError, TypeError, ValueError) as error:
-            # Multimodal models look at values, and a meta tensor has none; their text model does without.
-            wrong = error if type(error) is RuntimeError and "meta tensor" not in str(error) else None
+            wrong = None if is_of_the_pass(error, decoder) else error
             continue
         return [_layer(layer, config) for layer in getattr(kv_cache_of(out), "layers", ())]
     if wrong is not None:

@@ -225,7 +225,7 @@ def test_a_value_that_transformers_may_refuse_finds_no_shipped_skeleton(key: str
 
 
 def test_an_unknown_activation_is_named_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"gives hidden_act as 'x', and transformers 5[.\d]* makes no model of that"):
+    with pytest.raises(UsageError, match=r"gives hidden_act as 'x', and transformers 5[.\d]* makes no working model of that"):
         skeleton_source.build(CATALOG["HuggingFaceTB/SmolLM2-135M-Instruct"].config | {"hidden_act": "x"}, tmp_path)
 
 

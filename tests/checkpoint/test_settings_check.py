@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import integrations
+from transformers import AutoModelForCausalLM, LlamaConfig, integrations
 from transformers.utils import quantization_config
 
-from harness.checkpoint.settings_check import NEEDS, SETTINGS, fault
+from harness.checkpoint.settings_check import NEEDS, SETTINGS, fault, loading_fault
+from harness.core.dtypes import DTYPE_BITS, FLOAT_NAMES
 
 # Values that people write, right and wrong, for every key that is checked.
 VALUES: tuple[Any, ...] = (
@@ -129,3 +132,61 @@ def test_torchao_without_a_type_makes_no_config() -> None:
 def test_settings_are_found_where_transformers_looks(config: dict[str, Any], said: str | None) -> None:
     found = fault(config)
     assert found == said if said is None else said in str(found)
+
+
+def test_the_floats_are_those_of_torch() -> None:
+    named = {name: one for name, one in vars(torch).items() if isinstance(one, torch.dtype) and one.is_floating_point}
+    assert set(FLOAT_NAMES) == set(named)
+    assert [name for name, one in named.items() if "_x2" not in name and str(one) != f"torch.{FLOAT_NAMES[name]}"] == []
+    assert not set(FLOAT_NAMES.values()) - set(DTYPE_BITS)
+
+
+DTYPES = (
+    "bfloat16",
+    "half",
+    "float",
+    "float64",
+    None,
+    "bfloat17",
+    "int",
+    "int8",
+    "torch.float16",
+    "auto",
+    "",
+    "nn",
+    7,
+    True,
+    ["x"],
+)
+CLASSES: tuple[Any, ...] = (
+    {}, {"AutoModelForCausalLM": "a.B"}, {"AutoModelForCausalLM": {"a": "b"}}, {"AutoModelForCausalLM": ["a.B", None]}, [], "x",
+    {"AutoModelForCausalLM": 7},
+    {"AutoModelForCausalLM": None}, {"AutoConfig": 7}, ["AutoConfig"],
+)  # fmt: skip
+LOADED = (
+    [("dtype", value) for value in DTYPES] + [("torch_dtype", value) for value in DTYPES] + [("auto_map", one) for one in CLASSES]
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    sizes: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 16)
+    AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("key", "value"), LOADED, ids=str)
+def test_a_dtype_or_a_class_is_told_where_transformers_loads_no_model(key: str, value: Any, small: Path) -> None:
+    file = small / "config.json"
+    config = {name: one for name, one in json.loads(file.read_text()).items() if name not in ("dtype", "torch_dtype", "auto_map")}
+    changed = {**config, key: value}
+    file.write_text(json.dumps(changed))
+    try:
+        AutoModelForCausalLM.from_pretrained(small)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        said = loading_fault(changed)
+        assert said is not None
+        assert said.startswith(f"gives {key}")
+    else:
+        assert loading_fault(changed) is None

@@ -199,6 +199,7 @@ SPEAKERS = {
     "core/methods/torchao.py": {"UNDIVIDED"},
     "machine/accelerators.py": {"PROBLEMS", "hidden", "title"},
     "measure/interference.py": {"power_capped", "_gpu_others", "_gpu_clock", "_gpu_throttles"},
+    "planning/choice/nearest.py": {"faster_way", "_stored_otherwise", "_unpacked", "_elsewhere", "_named"},
     "planning/feasibility.py": {"gate", "decide", "_beyond", "_too_old"},
     "planning/verdict.py": {"verdict", "_unmapped", "_passed_by", "_unpackable", "_unfusable", "context_refusal"},
     "planning/cost/tensor_parallel.py": {"refusal"},

@@ -19,6 +19,7 @@ from harness.core.errors import CheckpointError, UsageError
 from harness.worker import build_skeleton as worker
 from harness.worker.config.refusal import CONTRADICTIONS
 from tests.strangers.stored_forms import SMALL
+from tests.worker.test_config_refusal import SOUND
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # Words in which Python, and what transformers checks its configs by, speak of an error.
@@ -40,7 +41,7 @@ GPT2: Mapping[str, Any] = {
     "n_positions": 64,
     "vocab_size": 128,
 }
-KINDS = {"llama": SMALL, "llava": LLAVA, "gpt2": GPT2}
+KINDS = {"llama": SMALL, "llava": LLAVA, "gpt2": GPT2, **{kind: {"model_type": kind, **config} for kind, config in SOUND.items()}}
 # Beside the keys of each: what somebody writes by hand or a script leaves behind.
 KEYS = (
     "text_config", "vision_config", "quantization_config", "rope_scaling", "rope_parameters", "dtype", "auto_map", "layer_types",
@@ -50,8 +51,8 @@ VALUES: tuple[Any, ...] = (None, "x", "32", 0, -1, 1.5, True, False, [], ["x"], 
 
 
 LARGE = 100_000_000  # parameters of what is made of what the config does not say
-# What only a pass with an image, an odd number or a prompt beyond the sizes would show.
-UNSEEN = {("pad_token_id", "nan")}
+# What only a pass with an image, an odd number or a prompt beyond the sizes would show; a size below 1, which some never read.
+UNSEEN = {("pad_token_id", "nan"), ("num_key_value_heads", "-1")}
 
 
 @pytest.fixture(autouse=True)
