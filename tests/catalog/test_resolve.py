@@ -241,7 +241,6 @@ def test_an_index_that_is_none_is_refused(index: str, said: str, tmp_path: Path)
         ("", "a hub id such as org/name"),
         ("a/b/c", "unknown model 'a/b/c'"),
         ("org/mo--del", "unknown model 'org/mo--del'"),
-        ("org/model.git", "a hub id such as org/name"),
         ("org/-model", "a hub id such as org/name"),
         ("../nowhere", "no directory '../nowhere'"),
         ("~nobody-of-this-name/model", "cannot be read"),

@@ -114,7 +114,7 @@ def test_torchao_without_a_type_makes_no_config() -> None:
         ({"quantization_config": "int4"}, "gives quantization_config as 'int4', which is no table"),
         ({"quantization_config": ["int4"]}, "as a list, which is no table"),
         ({"quantization_config": 4}, "as 4, which is no table"),
-        ({"quantization_config": False}, "as False, which is no table"),
+        ({"quantization_config": False}, "as false, which is no table"),
         ({"quantization_config": ""}, "as '', which is no table"),
         ({"quantization_config": {}}, "an empty table"),
         ({"text_config": {"quantization_config": {}}}, "an empty table"),

@@ -45,11 +45,11 @@ SOUND: Mapping[str, Mapping[str, Any]] = {
 }
 DROPOUT = "dropout probability has to be between 0 and 1"
 ODD: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("deepseek_v3", {"n_group": None}, r"gives n_group as None, and .* of that \(without the key it takes 8\)"),
-    ("deepseek_v3", {"topk_group": None}, r"gives topk_group as None, and .* of that \(without the key it takes 4\)"),
+    ("deepseek_v3", {"n_group": None}, r"gives n_group as null, and .* of that \(without the key it takes 8\)"),
+    ("deepseek_v3", {"topk_group": None}, r"gives topk_group as null, and .* of that \(without the key it takes 4\)"),
     ("deepseek_v3", {"num_experts_per_tok": 20}, "gives n_routed_experts as 8 and num_experts_per_tok as 20, .* together"),
-    ("gemma3_text", {"sliding_window": None}, r"gives sliding_window as None, and .* of that \(without the key it takes 4096\)"),
-    ("gpt_oss", {"sliding_window": None}, r"gives sliding_window as None, and .* of that \(without the key it takes 128\)"),
+    ("gemma3_text", {"sliding_window": None}, r"gives sliding_window as null, and .* of that \(without the key it takes 4096\)"),
+    ("gpt_oss", {"sliding_window": None}, r"gives sliding_window as null, and .* of that \(without the key it takes 128\)"),
     ("gpt_oss", {"num_experts_per_tok": 9}, "gives num_local_experts as 4 and num_experts_per_tok as 9, .* together"),
     ("qwen3_moe", {"num_experts_per_tok": 9}, "gives num_experts as 4 and num_experts_per_tok as 9, .* together"),
     ("mixtral", {"num_experts_per_tok": 9}, "gives num_experts_per_tok as 9, and .* of that"),

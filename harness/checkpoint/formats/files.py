@@ -224,10 +224,12 @@ class Cursor:
 
 
 def quote(value: object, most: int = 60) -> str:
-    """Show a value out of a file in an error: on one line, without control characters, and short."""
+    """Show a value out of a file in an error: on one line, without control characters, and short; in JSON's words."""
     if isinstance(value, str):
         return repr(value) if len(value) <= most else f"{value[:most]!r}..."
-    if isinstance(value, bool | float) or value is None or (isinstance(value, int) and abs(value) < 1 << 64):
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 64):
         return str(value)
     return "a table" if isinstance(value, dict) else f"a {type(value).__name__}"
 
