@@ -10,6 +10,17 @@ from harness.core.records import Record, Result
 #: How much slower a case may be that needs much less memory or a plainer call: nobody reads a tenth faster, and memory runs out.
 UNNOTICED = 0.1
 
+#: What a case does, phase by phase, in words; what keeps the short names are records.
+PHASES = {
+    "start": "starting",
+    "import": "importing libraries",
+    "tokenizer": "reading the tokenizer",
+    "load": "loading",
+    "cold": "cold round",
+    "warm": "warm round",
+    "score": "quality probe",
+    "chat": "chatting",
+}
 UNTIL_READY = ("load", "cold")  #: the phases whose times add up to `ready_s`
 SOME = 0.1  #: of the files: what is read by chance, as code of libraries is, is less
 #: When a model was ready so, by where its files came from, the disk or the page cache: as plans say.

@@ -41,7 +41,7 @@ def read_fleet(path: Path) -> Fleet:
         UsageError: it is no fleet file, or no class in it can be used.
     """
     try:
-        plain = tomllib.loads(path.read_text(encoding="utf-8"))
+        plain = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UsageError(f"--fleet {path}: there is no such file; write one with a table [class.NAME] for each kind") from None
     except OSError as error:

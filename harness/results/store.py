@@ -6,6 +6,7 @@ dies, so a lock file that was left behind locks nobody out. Whatever a file hold
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import re
@@ -292,6 +293,11 @@ def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, Result | str]]:
     number = 0
     while line := stream.readline(LONGEST_BYTES):
         number += 1
+        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            yield number, "is in UTF-16, as an editor or a shell of Windows saves it, and nothing was read: save it as UTF-8"
+            return
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if len(line) == LONGEST_BYTES:
             yield number, f"is longer than {format_size(LONGEST_BYTES)}, and nothing behind it was read"
             return

@@ -10,6 +10,7 @@ from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.browser.pages import logged, requested, violations
@@ -61,7 +62,7 @@ def say(page: webdriver.Chrome, words: str) -> None:
 
 
 def press(page: webdriver.Chrome, name: str) -> None:
-    next(one for one in page.find_elements(By.TAG_NAME, "button") if one.text == name).click()
+    button(page, name).click()
 
 
 def test_a_turn_shows_case_speed_memory_and_context_and_asks_nobody_else(page: webdriver.Chrome, url: str) -> None:
@@ -113,14 +114,45 @@ def test_every_button_does_something(page: webdriver.Chrome) -> None:
     until(page, lambda: said(page) == [] and "0 of 200 tokens of context" in shown(page))
 
 
+def button(page: webdriver.Chrome, name: str) -> WebElement:
+    return next(one for one in page.find_elements(By.TAG_NAME, "button") if one.text == name)
+
+
+# Keep each look that the button which ends an answer has had, frame by frame: an answer of a small model is there at once.
+LOOKS = """
+window.looks = []
+const note = () => {
+  const stop = [...document.querySelectorAll('button')].find(one => one.innerText === 'Stop')
+  const now = stop.disabled ? 'idle' : stop.classList.contains('stop') ? 'red' : 'another'
+  if (window.looks.at(-1) !== now) window.looks.push(now)
+  requestAnimationFrame(note)
+}
+note()
+"""
+
+
+def test_stop_can_be_pressed_and_is_red_only_while_an_answer_is_written(page: webdriver.Chrome) -> None:
+    def looks() -> list[str]:
+        return list(page.execute_script("return window.looks"))
+
+    page.execute_script(LOOKS)
+    say(page, "Hello")
+    until(page, lambda: looks() == ["idle", "red", "idle"])
+    assert "Cut at" in shown(page)
+    press(page, "Regenerate")
+    until(page, lambda: looks() == ["idle", "red", "idle", "red", "idle"])
+    say(page, "x" * 300)
+    until(page, lambda: "Not sent" in shown(page) and looks()[-1] == "idle")
+    assert set(looks()) == {"idle", "red"}
+
+
 def test_stop_ends_an_answer_and_the_next_is_given(page: webdriver.Chrome) -> None:
     say(page, "Hello")
     until(page, lambda: len(said(page)) == 2)
     press(page, "Stop")
     until(page, lambda: "Stopped." in shown(page) or "Cut at" in shown(page))
     press(page, "Regenerate")
-    until(page, lambda: "Cut at" in shown(page))
-    assert len(said(page)) == 2
+    until(page, lambda: "Cut at" in shown(page) and len(said(page)) == 2)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

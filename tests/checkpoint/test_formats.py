@@ -25,6 +25,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -445,6 +446,21 @@ def test_what_stands_in_for_a_file_is_named(tmp_path: Path, read: Reader) -> Non
 def test_config_that_is_none(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         parse_bytes(tmp_path, text if isinstance(text, bytes) else text.encode(), parse_config)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_config_is_read_in_the_encodings_of_transformers_alone(tmp_path: Path, encoding: str) -> None:
+    """What json guesses of bytes, a byte order mark or two bytes a letter, the library ends at: a plan that fits would not load."""
+    data = '{"model_type": "llama", "a": "\u00e9"}'.encode(encoding)
+    (tmp_path / "config.json").write_bytes(data)
+    try:
+        transformers.PretrainedConfig.get_config_dict(tmp_path)
+    except OSError:
+        with pytest.raises(CheckpointError, match="cannot be understood as JSON"):
+            parse_bytes(tmp_path, data, parse_config)
+    else:
+        assert encoding == "utf-8"
+        assert parse_bytes(tmp_path, data, parse_config)["a"] == "\u00e9"
 
 
 def test_config_may_hold_infinity(tmp_path: Path) -> None:

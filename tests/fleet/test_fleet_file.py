@@ -40,6 +40,11 @@ def test_a_class_has_cards_ram_names_and_what_engines_need(tmp_path: Path) -> No
     assert found.versions == {"torch": "any"}
 
 
+def test_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
+    (kind,) = read(tmp_path, '\ufeff[class.small]\r\nram = "8GiB"\r\n').classes
+    assert (kind.name, kind.ram_bytes) == ("small", 8 * GIB)
+
+
 @pytest.mark.parametrize(
     ("table", "said"),
     [

@@ -70,7 +70,7 @@ def test_a_worker_that_grows_is_told_by_component_and_its_end_foreseen(growing: 
 def test_once_shows_the_words_of_a_terminal(growing: int) -> None:
     done = watch("--pid", str(growing), "--once")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("tiny/bf16/cpu  warm ")
+    assert done.stdout.startswith("tiny/bf16/cpu  warm round, ")
     assert "limit 400 MiB" in done.stdout
     assert "more tokens, then RAM ends" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -87,7 +87,7 @@ def test_forty_columns_and_ascii_are_enough(growing: int) -> None:
 def test_a_pipe_gets_lines_and_ends_with_the_process(growing: int) -> None:
     with started("--pid", str(growing)) as child:
         assert child.stdout is not None
-        assert "  tiny/bf16/cpu  warm " in child.stdout.readline()
+        assert "  tiny/bf16/cpu  warm round, " in child.stdout.readline()
         os.kill(growing, signal.SIGKILL)
         rest, said = child.communicate(timeout=30)
     assert all("tiny/bf16/cpu" in one or str(growing) in one for one in rest.splitlines())

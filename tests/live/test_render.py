@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from rich.console import Console
 from rich.text import Text
 
+from harness.core.metrics import PHASES
 from harness.core.units import GIB, MIB
 from harness.live.frame import LiveFrame, TierFrame
 from harness.live.moment import frame
@@ -54,6 +55,19 @@ def test_a_frame_looks_as_it_is_kept(width: int) -> None:
 
 def test_the_documentation_shows_what_is_drawn() -> None:
     assert f"```\n{drawn(busy(), 80)}```\n" in (ROOT / "docs/watch.md").read_text(encoding="utf-8")
+
+
+def test_what_a_case_does_is_said_in_words_that_the_documentation_explains() -> None:
+    """Every phase that a worker tells has its words; a name of a later version stands for itself."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "harness").rglob("*.py"))
+    told = set(re.findall(r"\bphase\(\"(\w+)\"\)|\.begin\(\"(\w+)\"\)|_generate\(\"(\w+)\"", source))
+    names = {name for groups in told for name in groups if name} | {"start"}
+    assert names == PHASES.keys()
+    explained = (ROOT / "docs/watch.md").read_text(encoding="utf-8").partition("## How to read it")[2]
+    for name, words in PHASES.items():
+        assert f"*{words}" in " ".join(explained.split())
+        assert f"  {words}, " in one_line(replace(busy(), phase=name))
+    assert "  thinking, " in one_line(replace(busy(), phase="thinking"))
 
 
 @pytest.mark.parametrize("width", [1, LEAST_COLUMNS, 33, 40, 79, 200])
@@ -108,7 +122,7 @@ def test_what_is_urgent_stands_out() -> None:
 
 def test_a_pipe_gets_one_line() -> None:
     assert one_line(busy()) == (
-        "2026-11-29T12:00:00+00:00  chatglm-6b/int8/gpu+cpu  warm 2.00 s  520 tokens  4.00 tokens/s  disk 1.07 GB/s"
+        "2026-11-29T12:00:00+00:00  chatglm-6b/int8/gpu+cpu  warm round, 2.00 s  520 tokens  4.00 tokens/s  disk 1.07 GB/s"
         "  gpu:0 8.00 GiB  RAM 5.00 GiB  gpu:2 gone  gpu:2 is gone: NVML does not answer for it any more."
     )
 

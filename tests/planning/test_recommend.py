@@ -180,6 +180,26 @@ def test_fewer_bits_win_inside_the_doubt_of_the_speed(faster: float, chosen: str
     assert found[0].case.precision == chosen
 
 
+@pytest.mark.parametrize(("waits", "chosen"), [(6.0, "bf16"), (1.0, "fp16")])
+def test_as_many_bits_that_lose_less_win_where_the_whole_answer_comes_no_later(waits: float, chosen: str) -> None:
+    """float16 decodes faster on many processors and reads a long prompt far slower; what is chosen is no "highest quality" then."""
+    planner = Planner(spec("smollm2-135m"), profile([], ram=32 * GIB), here=False)
+    exact, fast = planner.plans([case(name, "cpu", prompt_tokens=1024, new_tokens=64) for name in ("bf16", "fp16")])
+    assert exact.estimate is not None
+    answer = exact.estimate
+    speed = Span(low=1, best=1.3 * answer.decode_tok_s.best, high=1e3)
+    first = Span(low=0, best=waits * answer.first_token_s.best, high=1e3)
+    fast = replace(fast, estimate=replace(answer, decode_tok_s=speed, first_token_s=first))
+    for plans in ([exact, fast], [fast, exact]):
+        best, reason = choose_best(plans) or pytest.fail("nothing fits")
+        assert best.case.precision == chosen
+        said = {
+            "bf16": "highest quality that fits",
+            "fp16": "1.3 times as fast as bf16/cpu, which is worth the exactness it gives up",
+        }
+        assert reason.startswith(said[chosen])
+
+
 @pytest.mark.parametrize(
     ("name", "card"), [("qwen2.5-14b", "12GiB"), ("codegen-16b-mono", "12GiB"), ("chatglm-6b", "RTX 3060 12GB")]
 )

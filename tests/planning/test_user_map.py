@@ -47,7 +47,9 @@ def test_json_and_toml_say_the_same(tmp_path: Path) -> None:
     assert user_map.read(write(tmp_path, text)) == expected
     toml = 'lm_head = "disk"\n[model]\nembed_tokens = 0\n"layers.0" = "cuda:1"\nlayers.1 = 1\nnorm = "cpu"\n'
     assert user_map.read(write(tmp_path, toml, "map.toml")) == expected
-    assert user_map.read(write(tmp_path, '"" = "cpu"', "all.toml")) == {"": "cpu"}
+    for mark in ("", "\ufeff"):  # which editors of Windows put before it
+        assert user_map.read(write(tmp_path, mark + '"" = "cpu"', "all.toml")) == {"": "cpu"}
+        assert user_map.read(write(tmp_path, mark + '{"": "cpu"}')) == {"": "cpu"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import os
@@ -432,6 +433,18 @@ def test_a_line_that_is_no_result_is_named_and_the_others_survive(store: Store, 
     assert said in str(problem)
     assert str(problem).isprintable()
     assert len(str(problem)) < 600
+
+
+def test_what_windows_saves_is_read_or_named_once(store: Store) -> None:
+    lines = b"".join(encode_record(result(run=name)) + b"\r\n" for name in "ab")
+    store.path.write_bytes(codecs.BOM_UTF8 + lines)
+    results, problems = store.read()
+    assert ([each.run for each in results], problems) == (["a", "b"], [])
+    for encoding in ("utf-16-le", "utf-16-be"):
+        store.path.write_bytes(("\ufeff" + lines.decode()).encode(encoding))
+        results, (problem,) = store.read()
+        assert (results, str(problem).partition(", as ")[0]) == ([], f"{store.path}:1: is in UTF-16")
+        assert str(problem).endswith("save it as UTF-8")
 
 
 def test_blank_lines_and_foreign_line_ends_are_no_problem(store: Store) -> None:

@@ -153,16 +153,16 @@ def terminal() -> Iterator[Terminal]:
 
 def test_line_tells_case_number_phase_time_and_memory(run: Run) -> None:
     said = live.line(run, replaced(vram={"gpu:0": 8 * GIB, "gpu:1": GIB}), number=3, total=14)
-    assert re.fullmatch(r"tiny/bf16/cpu  3/14  start  00:\d\d  gpu:0 8.00 GiB  gpu:1 1.00 GiB  RAM 1.20 GiB", said)
+    assert re.fullmatch(r"tiny/bf16/cpu  3/14  starting  00:\d\d  gpu:0 8.00 GiB  gpu:1 1.00 GiB  RAM 1.20 GiB", said)
 
 
 def test_line_follows_the_case(run: Run) -> None:
     run.load()
-    assert "  load  " in live.line(run, SAMPLE, 1, 1)
+    assert "  loading  " in live.line(run, SAMPLE, 1, 1)
     run.first_round()
-    assert "  cold  " in live.line(run, SAMPLE, 1, 1)
+    assert "  cold round  " in live.line(run, SAMPLE, 1, 1)
     run.round()
-    assert f"  warm 2/{Workload().repeats}  " in live.line(run, SAMPLE, 1, 1)
+    assert f"  warm round 2/{Workload().repeats}  " in live.line(run, SAMPLE, 1, 1)
 
 
 def replaced(vram: dict[str, int]) -> Sample:
@@ -181,13 +181,13 @@ def test_line_says_that_something_took_time_from_the_last_request(run: Run) -> N
 def test_last_warm_round_is_not_followed_by_another(run: Run) -> None:
     for _ in range(Workload().repeats):
         run.round()
-    assert f"  warm {Workload().repeats}/{Workload().repeats}  " in live.line(run, SAMPLE, 1, 1)
+    assert f"  warm round {Workload().repeats}/{Workload().repeats}  " in live.line(run, SAMPLE, 1, 1)
 
 
 def test_rounds_that_were_not_asked_for_are_told_apart(run: Run) -> None:
     for _ in range(Workload().repeats + 2):
         run.round()
-    assert f"  warm {Workload().repeats}/{Workload().repeats} +2  " in live.line(run, SAMPLE, 1, 1)
+    assert f"  warm round {Workload().repeats}/{Workload().repeats} +2  " in live.line(run, SAMPLE, 1, 1)
 
 
 # What is said of a case that is done
@@ -236,7 +236,7 @@ def test_line_appears_below_the_cursor_and_goes_without_a_trace(run: Run, termin
         line(run, SAMPLE)
         shown = terminal.show(terminal.read_now())
     assert shown[0] == before[0]
-    assert shown[1].startswith("tiny/bf16/cpu  1/7  start  00:")
+    assert shown[1].startswith("tiny/bf16/cpu  1/7  starting  00:")
     assert terminal.show(terminal.read_now()) == before
     assert (terminal.row, terminal.column) == (0, len("cases/test_load.py "))
     line.close()
@@ -318,8 +318,8 @@ def test_pytest_s_own_output_stays_intact(project: Path, words: str, rows: int) 
     with pytest_in(project, terminal.file, *words.split()):
         raw = terminal.read()
     os.close(terminal.master)
-    assert re.search(r"tiny/fp32/cpu  1/2  load  00:\d\d  RAM", raw)
-    assert re.search(r"tiny/bf16/cpu  2/2  score  00:\d\d  RAM", raw)
+    assert re.search(r"tiny/fp32/cpu  1/2  loading  00:\d\d  RAM", raw)
+    assert re.search(r"tiny/bf16/cpu  2/2  quality probe  00:\d\d  RAM", raw)
     lines = terminal.show(raw)
     assert not [line for line in lines if "  RAM " in line]
     assert [line for line in lines if line.startswith(("cases/", "tiny/"))] == expected(words)

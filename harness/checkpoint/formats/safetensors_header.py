@@ -96,7 +96,7 @@ def parse_config(blob: Blob) -> dict[str, Any]:
     """Read a config.json: an object of bounded size and depth. NaN and Infinity pass, as they do in transformers."""
     data = _read_json(blob, CONFIG_BYTES, CONFIG_MARKS)
     try:
-        config = json.loads(data)
+        config = json.loads(data.decode())  # of bytes it would guess the encoding, which transformers does not
     except (ValueError, RecursionError) as error:
         raise _not_json(blob, error) from error
     if not isinstance(config, dict):

@@ -79,7 +79,8 @@ def _is_as_fast(one: Plan, other: Plan) -> bool:
 def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
     """Return what keeps more quality in fewer bits where `best` is faster inside its doubt; or as much, nearly as fast.
 
-    As many bits that keep more are nearly as fast, too: bfloat16 of a model that is stored so, before float16.
+    As many bits that keep more are nearly as fast, too, or give the whole answer no later: bfloat16 before float16, which many
+    processors multiply so much slower that a long prompt takes what its tokens save.
     """
     assert best.estimate is not None
     bits, kept = _bits(best), quality_kept(best)
@@ -89,7 +90,11 @@ def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
         if one.estimate is not None
         and one.case.placement == best.case.placement
         and (_bits(one), -quality_kept(one)) < (bits, -kept)
-        and (_speed(one) >= (1 - UNNOTICED) * _speed(best) or (_bits(one) < bits and _keeps_more_in_doubt(one, best)))
+        and (
+            _speed(one) >= (1 - UNNOTICED) * _speed(best)
+            or (_bits(one) < bits and _keeps_more_in_doubt(one, best))
+            or _answer_s(one) <= _answer_s(best)
+        )
         and quality_kept(one) >= kept
     ]
     return max(alike, key=worth, default=best)
@@ -98,6 +103,13 @@ def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
 def _keeps_more_in_doubt(one: Plan, other: Plan) -> bool:
     assert other.estimate is not None
     return quality_kept(one) > quality_kept(other) and _speed(one) >= other.estimate.decode_tok_s.low
+
+
+def _answer_s(one: Plan) -> float:
+    """Return the seconds from the prompt to the last token of the answer."""
+    assert one.estimate is not None
+    workload = one.case.workload
+    return one.estimate.first_token_s.best + workload.batch * (workload.new_tokens - 1) / one.estimate.decode_tok_s.best
 
 
 def _usual_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
@@ -266,12 +278,20 @@ def _merit(best: Plan, fitting: Sequence[Plan]) -> str:
     if best.verdict is Verdict.TIGHT:
         return "nothing fits with room to spare; this comes closest"
     bits = min(_bits(best), 16)
-    wider = [one for one in fitting if _bits(one) > bits and quality_kept(one) > quality_kept(best)]
-    if not wider or bits == 16:
+    better = [one for one in fitting if _bits(one) >= bits and quality_kept(one) > quality_kept(best)]
+    if not better:
         return "highest quality that fits, and the fastest at that quality"
+    wider = [one for one in better if _bits(one) > bits]
+    if not wider:
+        rival = max(better, key=worth)
+        return f"{_times(best, rival)} times as fast as {rival.case.way}, which is worth the exactness it gives up"
     fastest = max(wider, key=_speed)
     if _speed(fastest) < SLOW_TOK_S <= _speed(best):  # how many times as fast as what nobody waits for says nothing
         slow = f"{fastest.case.way}, the fastest, makes {significant(_speed(fastest), 2)} tokens/s"
         return f"since nothing in more bits that surely fits reaches {SLOW_TOK_S:g} token a second: {slow}"
     rival = max(wider, key=worth)
-    return f"{significant(_speed(best) / _speed(rival), 2)} times as fast as {rival.case.way}, which is worth the bits it gives up"
+    return f"{_times(best, rival)} times as fast as {rival.case.way}, which is worth the bits it gives up"
+
+
+def _times(best: Plan, rival: Plan) -> str:
+    return significant(_speed(best) / _speed(rival), 2)

@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, Device]:
         UsageError: no such file, neither JSON nor TOML, no map, or something that is no device.
     """
     try:
-        text = read_regular(path, _MOST_BYTES).decode()
+        text = read_regular(path, _MOST_BYTES).decode("utf-8-sig")  # as editors of Windows save it
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, object_pairs_hook=_unrepeated)
         return _entries(found, path)
     except OSError as error:

@@ -31,11 +31,14 @@ _COLORS = {
     "button_cancel_background_fill": "#b91c1c",
     "button_cancel_background_fill_hover": "#991b1b",
 }
-_BUTTONS: tuple[tuple[str, Any], ...] = (
-    ("Send", "primary"),
-    ("Stop", "stop"),
-    ("Regenerate", "secondary"),
-    ("New conversation", "secondary"),
+# How the button that ends an answer is while one is written, and while none is.
+_ENDS: dict[str, Any] = {"variant": "stop", "interactive": True}
+_IDLE: dict[str, Any] = {"variant": "secondary", "interactive": False}
+_BUTTONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("Send", {"variant": "primary"}),
+    ("Stop", _IDLE),
+    ("Regenerate", {"variant": "secondary"}),
+    ("New conversation", {"variant": "secondary"}),
 )
 _STYLE = """
 .figures { display: flex; flex-wrap: wrap; gap: 0.25rem 1.5rem; font-variant-numeric: tabular-nums; }
@@ -109,20 +112,24 @@ def _page(events: _Events) -> Any:
         say: dict[str, Any] = {"label": "Message", "show_label": False, "placeholder": "Message"}
         box = gradio.Textbox(**say, max_lines=12, autofocus=True, elem_id="message")
         with gradio.Row():
-            send, stop, again, clear = (gradio.Button(name, variant=kind) for name, kind in _BUTTONS)
+            send, stop, again, clear = (gradio.Button(name, **look) for name, look in _BUTTONS)
         settings = _settings(talk)
-        written: dict[str, Any] = {"inputs": [talked, *settings], "outputs": [talked, figures, note, box], **private}
-        said = gradio.on([send.click, box.submit], events.put, [box, talked], [box, talked], queue=False, **private)
-        answers = [
-            said.success(events.write, **written),
-            again.click(events.take_back, talked, talked, queue=False, **private).success(events.write, **written),
+        at_once: dict[str, Any] = {"queue": False, **private}
+        written: dict[str, Any] = {"inputs": [talked, *settings], "outputs": [talked, figures, note, box, stop], **private}
+        begun = [
+            gradio.on([send.click, box.submit], events.put, [box, talked], [box, talked], **at_once),
+            again.click(events.take_back, talked, talked, **at_once),
         ]
+        for one in begun:  # a long prompt is read before the first word
+            one.success(lambda: gradio.Button(**_ENDS), None, stop, **at_once)
+        answers = [one.success(events.write_until_stopped, **written) for one in begun]
+        for one in answers:
+            one.then(lambda: gradio.Button(**_IDLE), None, stop, **at_once)
         # What is written is cancelled first, else its next word would come after what these show.
-        cancelling: dict[str, Any] = {"fn": None, "cancels": answers, "queue": False, **private}
-        stop.click(**cancelling).then(lambda: "Stopped.", None, note, queue=False, **private)
-        clear.click(**cancelling).then(
-            lambda: ([], events.figures(None), ""), None, [talked, figures, note], queue=False, **private
-        )
+        cancelling: dict[str, Any] = {"fn": None, "cancels": answers, **at_once}
+        stop.click(**cancelling).then(lambda: ("Stopped.", gradio.Button(**_IDLE)), None, [note, stop], **at_once)
+        anew: list[Any] = [talked, figures, note, stop]
+        clear.click(**cancelling).then(lambda: ([], events.figures(None), "", gradio.Button(**_IDLE)), None, anew, **at_once)
         gradio.Timer(_EVERY_S).tick(events.memory, None, memory, queue=False, **private)
         api(events.answer, api_name="chat")
     return page
@@ -189,6 +196,13 @@ class _Events:
         except NoAnswer as error:
             why = escape(str(error).removesuffix("."))
             yield said, gradio.skip(), f"No answer: {why}. Shorten the conversation and try again.", gradio.skip()
+
+    def write_until_stopped(self, said: list[Said], *wanted: Any) -> Iterator[tuple[Any, ...]]:
+        """Write as `write` does, and keep the button that ends it in reach."""
+        import gradio
+
+        for shown in self.write(said, *wanted):
+            yield (*shown, gradio.Button(**_ENDS))
 
     def memory(self) -> str:
         """Say what is loaded, and what it takes now beside what was planned."""
