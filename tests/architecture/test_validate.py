@@ -424,7 +424,7 @@ KINDS = (
     "deepseek_v3", "olmoe", "mixtral", "lfm2", "falcon_h1",
 )  # fmt: skip
 # Which of four layers attends: hybrids whose usual pattern first does so later, without which transformers generates nothing.
-ATTENDS = {"jamba": {"attn_layer_offset": 3}, "bamba": {"attn_layer_indices": [3]}}
+ATTENDS: dict[str, dict[str, Any]] = {"jamba": {"attn_layer_offset": 3}, "bamba": {"attn_layer_indices": [3]}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
