@@ -112,7 +112,7 @@ def test_a_terminal_of_ascii_gets_letters_in_the_same_places() -> None:
     assert [len(one.plain) for one in after] == [len(one.plain) for one in before]
     assert [one.spans for one in after] == [one.spans for one in before]
     assert all(one.plain.isascii() for one in after)
-    assert after[3].plain.startswith("WWWW")
+    assert any(one.plain.startswith("WWWW") for one in after)
 
 
 def test_what_is_urgent_stands_out() -> None:
