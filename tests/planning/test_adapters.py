@@ -129,7 +129,7 @@ def test_quantizers_that_it_was_not_tried_on_are_refused(precision: str, adapter
         ({"peft_type": "PROMPT_TUNING"}, "of the type 'PROMPT_TUNING', and LORA is what can be planned: peft itself loads it"),
         ({"peft_type": "PREFIX_TUNING"}, "and no copy of the base can hold it"),
         ({"peft_type": "P_TUNING"}, "and no copy of the base can hold it"),
-        ({"peft_type": None}, "of the type None"),
+        ({"peft_type": None}, "of the type null"),
         ({"modules_to_save": ["lm_head"]}, "sets modules_to_save, so it is more than LoRA"),
         ({"use_dora": True}, "sets use_dora"),
         ({"layer_replication": [[0, 2]]}, "sets layer_replication"),
