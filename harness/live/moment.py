@@ -1,7 +1,7 @@
 """What a moment shows, from readings alone, as a frame.
 
-The components of a tier add up to what is held there. What a case of ours holds is told by what torch and the plan know of it; what
-neither explains is "other", and of any other process only the whole is known.
+The components of a tier add up to what is held there. For a case of ours they come from torch's counters and from its plan, and
+what neither explains is "other"; of any other process only the whole is known.
 """
 
 from __future__ import annotations

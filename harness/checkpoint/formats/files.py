@@ -7,6 +7,7 @@ and leaves the parsers, as a `CheckpointError` that names it.
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from contextlib import suppress
@@ -227,10 +228,8 @@ def quote(value: object, most: int = 60) -> str:
     """Show a value out of a file in an error: on one line, without control characters, and short; in JSON's words."""
     if isinstance(value, str):
         return repr(value) if len(value) <= most else f"{value[:most]!r}..."
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 64):
-        return str(value)
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 64):
+        return json.dumps(value)
     return "a table" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 

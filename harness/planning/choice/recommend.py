@@ -79,8 +79,8 @@ def _is_as_fast(one: Plan, other: Plan) -> bool:
 def _smallest_alike(best: Plan, fitting: Iterable[Plan]) -> Plan:
     """Return what keeps more quality in fewer bits where `best` is faster inside its doubt; or as much, nearly as fast.
 
-    As many bits that keep more are nearly as fast, too, or give the whole answer no later: bfloat16 before float16, which many
-    processors multiply so much slower that a long prompt takes what its tokens save.
+    As many bits that keep more are nearly as fast, too, or give the whole answer no later: bfloat16 before float16
+    where the prompt, which many processors compute far slower in float16, costs more than faster tokens save.
     """
     assert best.estimate is not None
     bits, kept = _bits(best), quality_kept(best)
