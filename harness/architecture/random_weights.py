@@ -1,7 +1,9 @@
 """What the tensors of a synthetic checkpoint hold: numbers of sane scale, in pieces of bounded size.
 
 Weights are generated once, some megabytes, and repeated from place to place: their values do not matter to memory or speed, as long
-as nothing overflows. Those of a packed layout have the spread of plain ones once they are unpacked.
+as nothing overflows and next to no activation is above 6, from where LLM.int8() multiplies in 16 bits what trained models have in
+at most 7 of their columns (Dettmers and others, 2022, section 4). Those of a packed layout have the spread of plain ones once they
+are unpacked.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from harness.core.dtypes import DTYPE_BYTES
 _PIECE_BYTES = 16 << 20
 _STEP_BYTES = 4096  # where a tensor begins in the pool is a multiple of this
 _STD = 0.02  # the usual initializer_range: activations neither vanish nor overflow float16
+# What norms are scaled by: where they stand behind the layers (OLMo 2), 256 of them add up to numbers of deviation 1.
+NORM_SCALE = 1 / 16
 _SEED = 20230314
+FILLING = f"{_STD} {NORM_SCALE} {_SEED}"  # what tells this filling from another
 
 
 def contents(tensor: TensorToWrite, packed: Packed | None = None) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor: ones for scales of norms, zeros for biases, masks that let all pass, else random weights.
+    """Yield the bytes of a tensor: one number for scales of norms, zeros for biases, masks that let all pass, else random weights.
 
     They follow from its name, or from that of the tensor that it repeats: transformers 5 ties only what is equal in the files. Of a
     checkpoint that is `packed`, parts of packed weights hold what their layout says.
@@ -49,7 +54,7 @@ def _filling(tensor: TensorToWrite) -> str:
         return "mask"
     if len(tensor.shape) > 1:
         return "weights"
-    return "zeros" if tensor.name.endswith("bias") else "ones"
+    return "zeros" if tensor.name.endswith("bias") else "scales"
 
 
 @lru_cache(maxsize=8)
@@ -64,7 +69,7 @@ def _pool(dtype: str, filling: str) -> memoryview:
     if filling == "weights":
         values = np.random.default_rng(_SEED).standard_normal(count, dtype=np.float32) * np.float32(_STD)
     else:
-        values = np.full(count, filling == "ones", dtype=np.float32)
+        values = np.full(count, NORM_SCALE if filling == "scales" else 0, dtype=np.float32)
     if dtype == "bfloat16":
         return memoryview((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
     return memoryview(values.astype(np.dtype(dtype)).tobytes())

@@ -60,8 +60,8 @@ class Synthetic(Record, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """What tells this checkpoint from every other: 16 hex digits."""
-        return sha256(msgspec.json.encode(self)).hexdigest()[:16]
+        """What tells this checkpoint from every other, and its filling from that of another release: 16 hex digits."""
+        return sha256(msgspec.json.encode(self) + random_weights.FILLING.encode()).hexdigest()[:16]
 
 
 def describe(

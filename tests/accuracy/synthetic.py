@@ -24,6 +24,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from harness.architecture.random_weights import NORM_SCALE
+
 # name -> dtype of the file, shape. Tied and untied heads, biases, grouped heads, explicit head_dim, experts; 0.16 to 1.1 B.
 MODELS: dict[str, tuple[torch.dtype, type[PretrainedConfig], dict[str, Any]]] = {
     "neox": (
@@ -91,7 +93,12 @@ def main() -> None:
     dtype, config, sizes = MODELS[name]
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(Path(directory) / name)
+    model = AutoModelForCausalLM.from_config(config(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1 and parameter.eq(1).all():  # scales of norms, as synthetic checkpoints have them
+                parameter.fill_(NORM_SCALE)
+    model.save_pretrained(Path(directory) / name)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,28 @@ def test_it_loads_and_computes_finite_numbers(name: str, kind: str, tmp_path: Pa
     assert logits.std() > 0
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "glm", "gpt_neox", "mixtral", "bloom"])
+def test_activations_have_as_few_outliers_for_int8_as_those_of_trained_models(name: str, tmp_path: Path) -> None:
+    """Norms before, behind and around layers: LLM.int8() takes every column with a number above 6 in 16 bits, which is slow."""
+    settings = {"n_layer": 32} if name == "bloom" else {"num_hidden_layers": 32}
+    small_models.save(name, tmp_path / "real", **settings)
+    there = synthetic.write_synthetic(synthetic.describe(resolve.resolve(str(tmp_path / "real"))), tmp_path / "twin")
+    model, columns, outliers = AutoModelForCausalLM.from_pretrained(there), 0, 0
+
+    def count(_module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        nonlocal columns, outliers
+        highest = given[0].reshape(-1, given[0].shape[-1]).abs().amax(dim=0)
+        columns, outliers = columns + len(highest), outliers + int((highest > 6).sum())
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            module.register_forward_pre_hook(count)
+    with torch.inference_mode():
+        model(torch.arange(3, 67)[None])
+    assert columns > 10_000
+    assert outliers <= columns / 1000
+
+
 def test_a_head_that_is_stored_again_is_tied_as_in_the_real_files(tmp_path: Path) -> None:
     small_models.save("llama", tmp_path / "real", tie_word_embeddings=True)
     once = synthetic.describe(resolve.resolve(str(tmp_path / "real")))
