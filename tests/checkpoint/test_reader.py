@@ -22,6 +22,7 @@ from harness.checkpoint.reader import Checkpoint, StoredTensor, read
 from harness.core.errors import CheckpointError, UsageError
 from tests.support.gguf_files import small_gguf
 from tests.support.hub_server import COMMIT, HubServer, serving
+from tests.support.packed_files import write_packed
 
 ROOT = Path(__file__).parents[2]
 
@@ -275,6 +276,12 @@ def test_a_link_that_an_index_names_must_not_leave(tmp_path: Path) -> None:
     safetensors.torch.save_file({"t0": torch.zeros(1)}, folder / "sub" / "b.safetensors")
     (folder / "a.safetensors").symlink_to("sub/b.safetensors")
     assert read(folder).bytes == 4
+
+
+def test_the_index_of_the_most_experts_that_are_published_is_read(tmp_path: Path) -> None:
+    """Four parts of each of 92,160 experts' weights in GPTQ."""
+    stored = write_packed(tmp_path, "Qwen3.5-397B-A17B", 4, 128)
+    assert reader.read(tmp_path).bytes == stored
 
 
 def test_an_index_of_endlessly_many_shards_is_refused_before_one_is_looked_for(tmp_path: Path) -> None:

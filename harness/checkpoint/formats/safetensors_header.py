@@ -16,12 +16,12 @@ from harness.core.records import Record
 from harness.core.units import format_size
 
 CONFIG_BYTES = 4 << 20
-INDEX_BYTES = 32 << 20
+INDEX_BYTES = 96 << 20  # 512 experts a layer in GPTQ's four parts each (Qwen3.5-397B-A17B) take 38 MiB
 HEADER_BYTES = 25_000_000  # as huggingface_hub's own parser
 
 # Memory is bounded by what a document can hold: every value but the first stands behind one of , : [ {
 CONFIG_MARKS = 300_000
-INDEX_MARKS = 700_000
+INDEX_MARKS = 2_000_000  # two a tensor
 HEADER_MARKS = 1_500_000
 
 CONFIG_DEPTH = 64
