@@ -9,14 +9,14 @@ import ast
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from harness.core.methods.table import METHODS, OWN
+from harness.core.methods.table import FOREIGN, METHODS, OWN
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "harness"
@@ -239,18 +239,14 @@ if __name__ == "__main__":
 
 # ---- methods ---------------------------------------------------------------------------------------------------------------
 
-# Who reads configs and files in a method's own words, or imitates its kernels; all others ask its row.
-SPEAKS_OF_METHODS = {
-    "core.methods.kernels",
-    "checkpoint.quantization",
-    "checkpoint.settings_check",
-    "core.attention",  # hqq as a package that stores a cache
-    "architecture.skeleton_source",  # gguf as the key of a request
-    "worker.build_skeleton",  # the same, read
-    "planning.other_form",  # a sentence on experts that takes its figures from two rows
-    "worker.trace.fake_model",
-    "worker.trace.load",
-    "worker.trace.quantized_kernels",
+# Names that are methods' as well and mean another thing in a module: what.
+OTHER_TABLES = {
+    "core.quantizers": {"fp8"},  # rows of SCHEMES, which the rows of PRECISIONS name
+    "architecture.skeleton_source": {"gemma"},  # a model_type
+    "planning.calibrating.kept_calibration": {
+        "bitsandbytes",
+        "torchao",
+    },  # packages, with other versions of which speeds are others
 }
 
 
@@ -268,55 +264,93 @@ ASKS_A_RECORD = {
     "CHATGLM": {"checkpoint.quantization"},
     "MOSS": {"checkpoint.quantization", "models.moss"},
 }
-LOOKUPS = ("get", "pop", "setdefault", "startswith", "endswith")
+LOOKUPS = ("get", "pop", "setdefault", "startswith", "endswith", "fromkeys")
+RECORDS = {"GGUF", "CHATGLM", "MOSS"}
+TABLE = "harness.core.methods."
 
 
-def dicts_in_functions(tree: ast.AST) -> Iterator[ast.Dict]:
-    """Yield the tables that functions make for themselves; those of modules are rows."""
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef):
-            yield from (node for node in ast.walk(function) if isinstance(node, ast.Dict))
+def method_names() -> set[str]:
+    """Return what configs, transformers and the table call methods, those that transformers lacks as well."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    return {*METHODS, *OWN, *FOREIGN, *AUTO_QUANTIZER_MAPPING, *(one.value for one in QuantizationMethod)}
 
 
-def method_comparisons(tree: ast.AST) -> list[str]:
-    """Return the places where code goes by the name of a method, of a family or of a format: `== "gguf"`, `is MOSS`, `x["awq"]`."""
-    names = {*METHODS, *OWN}
-    records = {"GGUF", "CHATGLM", "MOSS"}
+def constants_of(tree: ast.Module) -> dict[str, ast.expr]:
+    """Return what a module gives names to at its top: comparing with such a name is comparing with what it holds."""
+    found: dict[str, ast.expr] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            found |= {target.id: node.value for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            found[node.target.id] = node.value
+    return found
+
+
+def method_comparisons(tree: ast.Module, names: set[str]) -> list[tuple[str, str]]:
+    """Return where code goes by the name of a method, of a family or of a format, and by which.
+
+    `== "gguf"`, `is MOSS`, `in ("awq", ...)` or in a constant that holds it, `x["awq"]`, `case "awq"`, `{"awq": ...}`.
+    """
+    constants = constants_of(tree)
     found = []
     for node in ast.walk(tree):
-        asked: list[ast.expr] = []
+        asked: list[ast.expr | None] = []
         if isinstance(node, ast.Compare):
             asked = [node.left, *node.comparators]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOOKUPS:
-            asked = node.args[:1]
+            asked = [*node.args[:1]]
         elif isinstance(node, ast.Subscript):
             asked = [node.slice]
         elif isinstance(node, ast.MatchValue):
             asked = [node.value]
-        flat = [part for one in asked for part in (one.elts if isinstance(one, ast.Tuple | ast.List | ast.Set) else [one])]
-        said = {part.value for part in flat if isinstance(part, ast.Constant) and isinstance(part.value, str)}
-        said |= {part.id for part in flat if isinstance(part, ast.Name)} & records
-        found += [f"{ast.unparse(node)}" for name in said if name in names | records]
-    keys = (key.value for table in dicts_in_functions(tree) for key in table.keys if isinstance(key, ast.Constant))
-    return found + [f"{{{key!r}: ...}}" for key in keys if key in names]
+        elif isinstance(node, ast.Dict):
+            asked = [*node.keys]
+        found += [(ast.unparse(node)[:120], name) for name in names_in(asked, constants) if name in names | RECORDS]
+    return found
 
 
-def test_a_comparison_with_a_method_is_seen() -> None:
-    seen = "a == 'gguf'; b in ('moss', 'x'); c.startswith('gptq'); d is CHATGLM; e = 'awq'; f == 'other'"
-    looked_up = "g['fp8']; h.get('awq', 1); i = {'gptq': 1}\ndef j(): return {'mxfp4': 1}[k]"
-    assert len(method_comparisons(ast.parse(seen))) == 4
-    assert len(method_comparisons(ast.parse(looked_up))) == 3
+def names_in(asked: Iterable[ast.expr | None], constants: Mapping[str, ast.expr]) -> set[str]:
+    """Return the strings that are compared with, those inside of tuples, sets and constants of the module too; records by name."""
+    said: set[str] = set()
+    for one in asked:
+        held = constants.get(one.id, one) if isinstance(one, ast.Name) else one
+        while isinstance(held, ast.Call) and held.args and ast.unparse(held.func) in ("frozenset", "set", "tuple", "list"):
+            held = held.args[0]
+        parts = held.elts if isinstance(held, ast.Tuple | ast.List | ast.Set) else [held]
+        said |= {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+        said |= {part.id for part in (*parts, one) if isinstance(part, ast.Name)} & RECORDS
+    return said
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("a == 'gguf'; b in ('moss', 'x'); c.startswith('gptq'); d is CHATGLM; e = 'awq'; f == 'other'", 4),
+        ("g['fp8']; h.get('awq', 1); i = {'gptq': 1}\ndef j(): return {'mxfp4': 1}[k]", 4),
+        ("BOTH = ('gptq', 'awq')\nONE: set[str] = frozenset(('mxfp4',))\na in BOTH; b not in ONE; c in OTHER", 3),
+        ("match a:\n    case 'bitsandbytes': b\n    case 'nvfp4': c\n    case _: d", 2),
+        ("dict.fromkeys(('modelopt', 'x')); a != 'mlx'", 2),
+        ("needs = ('gguf',); said = {'quant_method': 'gptq'}; f('awq'); g(method='awq')", 0),
+    ],
+)
+def test_a_comparison_with_a_method_is_seen(code: str, count: int) -> None:
+    assert len(method_comparisons(ast.parse(code), method_names())) == count
 
 
 def test_behavior_of_a_method_stands_in_its_row() -> None:
-    """Planning, inspecting, verifying, synthesizing, printed code and the page know no method, family or format by its name."""
+    """No module outside of the table's folder knows a method, family or format by its name: all ask its row."""
+    names = method_names()
     found = {
-        name.removeprefix("harness."): places
-        for name, path in SOURCES.items()
-        if (places := method_comparisons(ast.parse(path.read_text(encoding="utf-8"))))
+        module.removeprefix("harness."): places
+        for module, path in SOURCES.items()
+        if not f"harness.{module.removeprefix('harness.')}".startswith(TABLE)
+        if (places := method_comparisons(ast.parse(path.read_text(encoding="utf-8")), names))
     }
-    assert {name: places for name, places in found.items() if name not in SPEAKS_OF_METHODS} == {}
-    assert found.keys() >= SPEAKS_OF_METHODS, "the list names a module that needs it no more"
+    others = {module: {name for _, name in places} for module, places in found.items() if module in OTHER_TABLES}
+    assert {module: places for module, places in found.items() if others.get(module) != OTHER_TABLES.get(module, ())} == {}
+    assert others == OTHER_TABLES, "the list names what is there no more"
 
 
 def test_few_read_the_records_of_families_and_formats() -> None:

@@ -191,7 +191,7 @@ def on_top(adapter: Adapter, source: Source, base: ModelSpec) -> ModelSpec:
         CheckpointError: it belongs to another model, or nothing loads it onto weights that are stored so.
     """
     method = base.packed.method if base.packed else None
-    if base.gguf is not None or (base.packed is not None and (method is None or "bitsandbytes" not in method.needs)):
+    if base.gguf is not None or (base.packed is not None and (method is None or not method.kept_as_made)):
         way = "name the 16-bit model as base_model_name_or_path"
         raise CheckpointError(source.location, f"is an adapter on {base.stored_as} weights, and that is not measured here: {way}")
     placed = replace(adapter, modules=validate.modules_of(adapter, base.skeleton))

@@ -14,9 +14,9 @@ from functools import lru_cache
 from hashlib import sha256
 
 from harness.checkpoint.formats.tensor_writer import TensorToWrite
-from harness.checkpoint.layouts import Holds
 from harness.checkpoint.quantization import Packed
 from harness.core.dtypes import DTYPE_BYTES
+from harness.core.methods.layouts import Holds
 
 _PIECE_BYTES = 16 << 20
 _STEP_BYTES = 4096  # where a tensor begins in the pool is a multiple of this

@@ -225,7 +225,7 @@ def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[i
     header = {"metadata": said, "tensors": tensors}
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
     name = f"{_KEPT}-{_version()}-gguf-{key}"
-    return _cached(name, cache, {"gguf": header}, f"GGUF of {metadata.get('general.architecture')!r}")
+    return _cached(name, cache, {"header": header}, f"GGUF of {metadata.get('general.architecture')!r}")
 
 
 def _name(config: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from harness.architecture.ask_worker import ask_worker
 from harness.architecture.card_kernels import family, kernels_of
 from harness.architecture.skeleton_source import fingerprint
 from harness.architecture.traced_memory import TracedMemory
-from harness.core.methods.table import settings_of
+from harness.core.methods.config import settings_of
 from harness.core.precisions import PRECISIONS
 from harness.data import DATA
 from harness.machine.cache import keep, kept, kept_names

@@ -19,12 +19,12 @@ from harness.architecture.stored.packed_check import block_fault, lacking_part, 
 from harness.checkpoint.adapter import Adapter, LoraModule
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, OWN_CONFIG, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.layouts import Layout
 from harness.checkpoint.quantization import Packed, bits_said, first_packed, tensors_tell, weights_in
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.checkpoint.shard_check import more, odd, shown
 from harness.core.errors import CheckpointError
-from harness.core.methods.table import settings_of
+from harness.core.methods.config import settings_of
+from harness.core.methods.layouts import Layout
 from harness.core.records import Record
 from harness.core.units import format_count
 
@@ -214,17 +214,18 @@ class _Comparison:
             return f"{shown(stored.tensor.name)} is packed in groups of {group} by the config, and kernels know {known}"
         if self.layout.whole and group and shape[1] % group:
             return f"{shown(stored.tensor.name)} is of {shape[1]} inputs, which groups of {group} do not divide"
-        wrong = self.layout.fault(stored.parts, shape, bits, group)
+        shapes = {part: tensor.shape for part, tensor in stored.parts.items()}
+        wrong = self.layout.fault(shapes, shape, bits, group)
         if wrong is None:
             return None
         part, asked = wrong
         what = f"{shown(stored.parts[part].name)} is {sides(stored.parts[part].shape)}"
         for other in self.layout.bits:
-            if other != bits and self.layout.fault(stored.parts, shape, other, group) is None:
+            if other != bits and self.layout.fault(shapes, shape, other, group) is None:
                 return f"{what}, which means {other} bits, and the config says {bits}"
         groups = stored.parts[".scales"].shape[:1] if ".scales" in stored.parts else ()
         for other in {-(-shape[1] // max(count, 1)) for count in groups} - {group}:
-            if self.layout.fault(stored.parts, shape, bits, other) is None:
+            if self.layout.fault(shapes, shape, bits, other) is None:
                 return f"{what}, which means groups of {other}, and the config says {group or 'none'}"
         return f"{what}, the config asks for {sides(asked)}"
 

@@ -17,6 +17,7 @@ from harness.checkpoint.formats.files import Directory, Folder, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor, parse_config, read_safetensors
 from harness.core.errors import CheckpointError, HarnessError
 from harness.core.precisions import Precision
+from harness.core.quantizers import SCHEMES
 from harness.core.records import Record
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -91,7 +92,7 @@ class Adapter(Record, frozen=True, kw_only=True):
 
 def under_adapter(row: Precision) -> Precision:
     """Return the row of a precision as it holds of weights that an adapter is loaded onto."""
-    others = row.quantizes and "bitsandbytes" not in row.needs
+    others = row.quantizes and not (row.scheme is not None and SCHEMES[row.scheme].adapted)
     return replace(
         row,
         needs=(*row.needs, MODULE),

@@ -10,7 +10,7 @@ from typing import Any
 from harness.checkpoint import settings_check
 from harness.checkpoint.formats.files import Folder
 from harness.checkpoint.formats.safetensors_header import parse_config
-from harness.core.methods.table import settings_of
+from harness.core.methods.config import settings_of
 
 Read = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 

@@ -9,32 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from harness.checkpoint.layouts import (
-    FLOATS,
-    LAYOUTS,
-    PACKED_SUFFIXES,
-    TORCHAO_PARTS,
-    Layout,
-    Sides,
-    any_packed,
-    count_beside,
-    is_beside,
-    parts_of,
-)
+from harness.checkpoint.packed_tensors import FLOATS, PACKED_SUFFIXES, any_packed, count_beside, is_beside, parts_of
 from harness.checkpoint.quantization_words import (
     believable_bits,
     bits_in,
     bits_of,
-    bitsandbytes_type,
     block_in,
     group_in,
-    torchao_type,
 )
 from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
 from harness.core.families import CHATGLM, GGUF, MOSS, family_of
+from harness.core.methods import torchao
 from harness.core.methods.compressed import FormatLoading, differ, schemes_in
-from harness.core.methods.cpu_kernels import CPU_METHODS
-from harness.core.methods.table import METHODS, OWN, Method, foreign, method_name, settings_of
+from harness.core.methods.config import method_name, settings_of
+from harness.core.methods.layouts import LAYOUTS, TORCHAO_PARTS, Layout, Sides, layout_name
+from harness.core.methods.method import Method
+from harness.core.methods.table import METHODS, OWN, foreign
 from harness.core.precisions import Precision, row_of
 from harness.core.records import Record
 
@@ -42,14 +32,11 @@ if TYPE_CHECKING:
     from harness.checkpoint.formats.safetensors_header import StoredTensor
 
 _ATTENTION_MASK = re.compile(r"(attn|attention)\.bias$")
-# Methods whose layout goes by a version or a format, or is that of 16 bits.
-_WITH_VARIANTS = ("gptq", "awq", "bitsandbytes_4bit", "bitnet")
-# Methods that pack several weights into an integer under the name of the weight, beside a ".weight_scale".
-_WORDS_OF_BITS = ("bitnet", "gemma", "quark")
-# ... that tell modules apart whose bits are others
+# What tells modules apart whose bits are others
 _VARY_KEYS = ("dynamic", "extra_config", "layer_quant_config")
+# ... how they are packed
 _PACKING_KEYS = ("packing_format", "version", "checkpoint_format", "format")
-# ... that say which modules are packed, where those are not all Linears but the head
+# ... which are packed, where those are not all Linears but the head
 _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head", "llm_int8_skip_modules")
 
 
@@ -89,6 +76,11 @@ class Packed(Record, frozen=True, kw_only=True):
         return self.name in OWN
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether rows of PACKED_KERNELS and CPU_KERNELS multiply its weights."""
+        return self.method is not None and self.method.has_kernels
+
+    @property
     def layout(self) -> Layout | None:
         """How its weights lie in the files, None if that is not known."""
         return LAYOUTS.get(self.stored_by) if self.stored_by else None
@@ -125,8 +117,7 @@ class Packed(Record, frozen=True, kw_only=True):
 
     def holds_all(self, precision: Precision) -> bool:
         """Say whether bitsandbytes holds the weights as it would have packed them while loading with a precision, all of them."""
-        by_it = self.method is not None and "bitsandbytes" in self.method.needs
-        return by_it and precision.name == self.precision and not self.selects
+        return self.method is not None and self.method.kept_as_made and precision.name == self.precision and not self.selects
 
     def refusal(self, precision: Precision, *, in_ram: bool = False) -> str | None:
         """Say why it is not held this way, in RAM for a processor; None if it is: it stays what it is or is unpacked, no more."""
@@ -134,7 +125,7 @@ class Packed(Record, frozen=True, kw_only=True):
             return foreign(self.name)
         if why := self.method.unsupported or self.fault:
             return why
-        method_dtypes = () if self.method.unpacked or (in_ram and self.name in CPU_METHODS) else self.method.dtypes
+        method_dtypes = () if self.method.unpacked or (in_ram and self.has_kernels) else self.method.dtypes
         if precision.name == self.precision:
             return None
         if self.undivided is not None and self.unpacks(precision):
@@ -203,7 +194,7 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
     name = method_name(settings) if settings else GGUF.name if title.startswith(GGUF.name) else own
     known = METHODS.get(name) or OWN.get(name)
     loading = _loading(name, known, settings or {}, tensors)
-    form = f"{name} {loading.stored}" if loading else _layout_name(name, settings) if settings else None
+    form = f"{name} {loading.stored}" if loading else layout_name(name, settings) if settings else None
     stored_by = form if settings else family.method if family else MOSS.method
     plain = settings is not None and known is not None and known.is_plain(settings) and not any_packed(stored_by, tensors)
     held = parts_of(LAYOUTS.get(stored_by or ""), tensors, known.casts if known else None)
@@ -220,7 +211,7 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         apart=loading is not None and loading.apart,
         held=next(iter(held.packed), None),
         rest=held.rest,
-        scheme=title.rpartition("4-bit ")[2].replace(",", "") if name == "bitsandbytes_4bit" else None,
+        scheme=title.rpartition("4-bit ")[2].replace(",", "") if known and known.kept_as_made and known.bits == 4 else None,
         floats=held.floats,
         dtype=config.get("torch_dtype") or config.get("dtype") if _binds(known, settings or {}, tensors) else None,
         packing=str(next(filter(None, map((settings or {}).get, _PACKING_KEYS)), "")).casefold(),
@@ -271,7 +262,7 @@ def form_for(precision: Precision, config: Mapping[str, Any]) -> Packed | None:
     name = title.partition(" ")[0]
     of_family = family is not None and family.method == name
     method = METHODS.get(name) or OWN.get(name)
-    if method is None or _layout_name(name, {}) not in LAYOUTS or method.only_of not in (None, config.get("model_type")):
+    if method is None or layout_name(name, {}) not in LAYOUTS or method.only_of not in (None, config.get("model_type")):
         return None
     group, bits = method.group, re.search(r"(\d+)-bit", title)
     return Packed(
@@ -293,19 +284,6 @@ def config_in(form: Packed, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "quantization_config": {**said, **(form.method.writes if form.method else {})}}
 
 
-def _layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
-    """Return the row of LAYOUTS that a quantization_config means; None where it names a layout that its method has not usually."""
-    if "packing_format" in settings:  # AutoRound's: that of another package, which it names at the end
-        end = str(settings["packing_format"]).rpartition("_")[2]
-        return end if end in METHODS and METHODS[end].on_cards else None
-    if method not in _WITH_VARIANTS:
-        return METHODS[method].layout or method if method in METHODS else method
-    keys = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
-    formats = {str(settings[key]).casefold() for key in keys if settings.get(key)}
-    usual = not settings.get("is_marlin_format") and formats <= {"gemm", "gptq", "gptq_v2", "uint8"}
-    return method if usual else None
-
-
 def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str | None:
     """Say in a few words how the stored weights are quantized: "gptq 4-bit, groups of 128"; None if they are not."""
     tensors = tuple(tensors)
@@ -317,10 +295,11 @@ def describe_quantization(config: Mapping[str, Any], tensors: Iterable[StoredTen
             return f"{GGUF.name} " + ", ".join(blocks)
     settings = settings_of(config)
     if settings is not None:
-        method = settings.get("quant_method") or method_name(settings)
-        words = [method if isinstance(method, str) and method.isprintable() and 0 < len(method) <= 40 else "unknown method"]
-        words += [bitsandbytes_type(settings)] if method == "bitsandbytes" else []
-        words += [torchao_type(settings)] if method == "torchao" else []
+        name = method_name(settings)
+        row = METHODS.get(name)
+        method = (row.written if row is not None else None) or name
+        words = [method if method.isprintable() and 0 < len(method) <= 40 else "unknown method"]
+        words += [row.variant(settings)] if row is not None and row.variant is not None else []
         return _sentence(words, bits_in(settings), group_in(settings))
     if tensors_tell(config):
         bits = first_packed(tensors)[1] if tensors else bits_said(config)
@@ -377,13 +356,13 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
     if name.endswith(".codes") and f"{name.removesuffix('.codes')}.codebooks" in shapes:  # AQLM: one of each book for a vector
         books, _, *vector = shapes[f"{name.removesuffix('.codes')}.codebooks"]
         return elements * math.prod(vector) // max(books, 1)
-    if method in _WORDS_OF_BITS and f"{name}_scale" in shapes and "float" not in tensor.dtype:
+    if method in METHODS and METHODS[method].in_words and f"{name}_scale" in shapes and "float" not in tensor.dtype:
         return elements * DTYPE_BITS.get(tensor.dtype, 8) // (bits_in(settings) or METHODS[method].bits)
     if name.endswith((".W_q", ".weight._data._data")) or (f"{module}.W_q" in shapes and not name.endswith(".bias")):
         return elements * 8 // said if name.endswith((".W_q", "._data")) else 0  # HQQ's, and optimum-quanto's of less than 8 bits
     if "._weight_" in name and name.endswith(TORCHAO_PARTS):
         return 0
-    if name.endswith("._weight_qdata") and "int4" in torchao_type(settings).casefold():
+    if name.endswith("._weight_qdata") and "int4" in torchao.config_class(settings).casefold():
         return elements * DTYPE_BITS.get(tensor.dtype, 8) // 4
     halved = shapes.get(f"{name}_scale", ())[:1] == tuple(2 * side for side in tensor.shape[:1]) != ()  # ModelOpt's W4A16
     beside = f"{name}_scale_2" in shapes or name.endswith(("_blocks", ".weight_packed"))

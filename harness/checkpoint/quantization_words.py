@@ -63,23 +63,6 @@ def _weight_of(layers: Any) -> Mapping[str, Any]:
     return weight if isinstance(weight, dict) else {}
 
 
-def bitsandbytes_type(settings: Mapping[str, Any]) -> str:
-    """Name the bits and the type of bitsandbytes; where 4 bits have no type, transformers takes fp4."""
-    if settings.get("load_in_8bit") is True:
-        return "8-bit"
-    kind = settings.get("bnb_4bit_quant_type", "fp4")
-    nested = ", nested" if settings.get("bnb_4bit_use_double_quant") is True else ""
-    return f"4-bit {kind}{nested}" if kind in ("nf4", "fp4") else "4-bit"
-
-
-def torchao_type(settings: Mapping[str, Any]) -> str:
-    """Name the class of torchao's config, as `TorchAoConfig.to_dict` writes it."""
-    given = settings.get("quant_type")
-    inner = given.get("default") if isinstance(given, dict) else None
-    kind = inner.get("_type") if isinstance(inner, dict) else None
-    return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 60 else "of unknown type"
-
-
 def believable_bits(value: Any) -> int:
     """Return a believable number of bits, else 0: configs are read before anyone has checked them."""
     return value if type(value) is int and 0 < value <= 32 else 0

@@ -130,7 +130,7 @@ def _quantized(backend: str, **settings: Any) -> dict[str, Any]:
     return {"cache_implementation": "quantized", "cache_config": {"backend": backend, **settings}}
 
 
-def _in_groups(name: str, package: str, module: str, *, quality_kept: float, **settings: int) -> KvForm:
+def _in_groups(name: str, package: str, module: str, *, quality_kept: float, in_pairs: bool = False, **settings: int) -> KvForm:
     """Return a row of integers that share a scale and a zero point in groups."""
     bits = settings["nbits"]
     return KvForm(
@@ -140,7 +140,7 @@ def _in_groups(name: str, package: str, module: str, *, quality_kept: float, **s
         arguments=_quantized(name.partition("-")[0], **settings),
         bits=bits,
         grouped=True,
-        in_pairs=module == "hqq" and bits == 4,  # hqq 0.2.8, core/bitpack.py, pack_4bit_u8
+        in_pairs=in_pairs,
         needs=(module,),
         full_attention_only=True,
         temporary_bytes=4.7,
@@ -177,7 +177,8 @@ _FORMS = (
         quality_kept=0.995,
     ),
     _in_groups("hqq-int8", "HQQ", "hqq", quality_kept=0.999, nbits=8, axis_key=1, axis_value=1),
-    _in_groups("hqq-int4", "HQQ", "hqq", quality_kept=0.98, nbits=4, axis_key=1, axis_value=1),
+    # hqq 0.2.8, core/bitpack.py, pack_4bit_u8
+    _in_groups("hqq-int4", "HQQ", "hqq", quality_kept=0.98, in_pairs=True, nbits=4, axis_key=1, axis_value=1),
     _in_groups("quanto-int4", "optimum-quanto", "optimum.quanto", quality_kept=0.98, nbits=4),
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from harness.core.quantizers import SCHEMES
 from harness.core.records import Record
 
 # What `--precision` takes for every row.
@@ -54,8 +55,7 @@ class Precision(Record, frozen=True, kw_only=True):
     @property
     def is_traceable(self) -> bool:
         """Whether what its kernels allocate is known, so that a trace of it can be made (`harness.worker.trace.kernels`)."""
-        quantization = self.quantization
-        known = quantization is None or (isinstance(quantization, Mapping) and quantization["quant_method"] in _TRACED_METHODS)
+        known = self.quantization is None or (self.scheme is not None and SCHEMES[self.scheme].traced)
         return known and self.requires_checkpoint in (None, *_TRACED_FORMS)
 
     @property
@@ -73,8 +73,6 @@ class Precision(Record, frozen=True, kw_only=True):
         return self.dtype if self.dtype_in_ram is None or (beside_gpu and self.casts_beside_gpu) else self.dtype_in_ram
 
 
-# Quantizers whose kernels' memory is known (`harness.worker.trace`).
-_TRACED_METHODS = ("bitsandbytes", "fp8")
 # Forms of checkpoints whose kernels' memory is (`harness.core.methods.kernels`).
 _TRACED_FORMS = ("GPTQ", "AWQ", "MXFP4")
 _DISPATCHES = "load_checkpoint_and_dispatch loads weights as they are stored and does not quantize"

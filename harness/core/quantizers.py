@@ -39,6 +39,10 @@ class Scheme(Record, frozen=True, kw_only=True):
     conv1d: bool = False  #: GPT-2's Conv1D is quantized as well as Linear
     derived: bool = False  #: and what is derived from Linear
     experts: bool = False  #: the stacked experts of a mixture are quantized as well
+    traced: bool = False  #: what its kernels allocate on a card is known (`harness.worker.trace`)
+    adapted: bool = False  #: adapters that peft puts on top are measured here
+    packs_weight: bool = False  #: it packs the weight of a module where it is, for whoever multiplies by it without its module
+    as_packed: bool = False  #: its kernels take no 16-bit copy of a weight
     rows: int = 1  #: on a processor the outputs must be a multiple of it
     fused: tuple[int, int] = (1, 1)  #: ... and outputs and inputs, where the processor multiplies the weights as they are
     starts: float = 0.0  #: operations that a GPU starts for a product beyond those of what it is like
@@ -108,6 +112,9 @@ _BNB_4BIT: Mapping[str, Any] = {
     "like": "int4",
     "library": "bitsandbytes",
     "conv1d": True,
+    "traced": True,
+    "adapted": True,
+    "packs_weight": True,
     "turned": 1,
     "fused": (32, NF4_BLOCK),  # bitsandbytes 0.50: functional.py, _convert_weight_packed_for_cpu
 }
@@ -116,7 +123,21 @@ _BNB_4BIT: Mapping[str, Any] = {
 _TORCHAO: Mapping[str, Any] = {"library": "torchao", "derived": True}
 
 SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(size=_int8, counted=1, like="int8", library="bitsandbytes", conv1d=True, flat=True, in_flight=2),
+    # LLM.int8 of bitsandbytes, and the kernels of fp8 quantize their input as they go (transformers 5.24,
+    # integrations/finegrained_fp8.py, fp8_linear).
+    "int8": Scheme(
+        size=_int8,
+        counted=1,
+        like="int8",
+        library="bitsandbytes",
+        conv1d=True,
+        traced=True,
+        adapted=True,
+        packs_weight=True,
+        as_packed=True,
+        flat=True,
+        in_flight=2,
+    ),
     "int4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
     "fp4": Scheme(size=_nf4, in_flight=1, **_BNB_4BIT),
     # Scales are unpacked and moved by their mean before each product (bitsandbytes 0.50: functional.py, gemv_4bit).
@@ -133,7 +154,17 @@ SCHEMES: Mapping[str, Scheme] = {
     "quanto-int4": Scheme(
         size=_quanto_int4, counted=0.5, like="quanto_int4", library="quanto", derived=True, rows=16, in_flight=5.25
     ),
-    "fp8": Scheme(size=_fp8, counted=1, like="int8", library="bitsandbytes", experts=True, in_flight=7),
+    "fp8": Scheme(
+        size=_fp8,
+        counted=1,
+        like="int8",
+        library="bitsandbytes",
+        experts=True,
+        traced=True,
+        packs_weight=True,
+        as_packed=True,
+        in_flight=7,
+    ),
 }
 
 

@@ -6,8 +6,8 @@ from functools import cached_property
 
 from msgspec.structs import replace
 
-from harness.core.methods.cpu_kernels import CPU_METHODS, growth_bits
-from harness.core.methods.kernels import PackedScheme
+from harness.core.methods.cpu_kernels import growth_bits
+from harness.core.methods.scheme import PackedScheme
 from harness.core.placements import Placement
 from harness.core.precisions import Precision
 from harness.core.records import Machine
@@ -34,7 +34,7 @@ class AdaptedRow:
         """The format of the weights in memory."""
         on_cards = bool(self._machine.gpus) and "gpu" in self.placement.devices
         fmt, packed = self._counted.weight_format(self.precision, self.dtype, on_cards=on_cards), self._counted.spec.packed
-        if on_cards or fmt.packed_bits is None or packed is None or packed.name not in CPU_METHODS or fmt.dtype == "float32":
+        if on_cards or fmt.packed_bits is None or packed is None or not packed.has_kernels or fmt.dtype == "float32":
             return fmt
         scheme = PackedScheme(method=packed.name, bits=packed.bits, group=packed.group)
         more = growth_bits(scheme, avx512_bf16=feasibility.has_avx512_bf16(self._machine))

@@ -85,8 +85,9 @@ def _mean_bits(row: Precision, experts: int, total: int) -> float:
 
 def packing_experts() -> str:
     """Say which forms pack experts, and where."""
-    fp8, mxfp4 = METHODS["fp8"], METHODS["mxfp4"]
+    made = next(row for row in PRECISIONS.values() if row.scheme is not None and SCHEMES[row.scheme].experts)
+    own = next(row for row in METHODS.values() if row.packs_experts and row.only_of is not None)
     return (
-        f"Experts are packed by --precision fp8 (GPUs of compute capability {fp8.packs_from} or higher), "
-        f"and in checkpoints that are stored as FP8 or, of GPT-OSS, as {mxfp4.title} ({mxfp4.packs_from} or higher)."
+        f"Experts are packed by --precision {made.name} (GPUs of compute capability {made.min_compute_capability} or higher), "
+        f"and in checkpoints that are stored as {made.name.upper()} or, of GPT-OSS, as {own.title} ({own.packs_from} or higher)."
     )

@@ -11,9 +11,9 @@ from harness.architecture.model_spec import ModelSpec
 from harness.checkpoint.adapter import MOVED
 from harness.checkpoint.formats.files import quote
 from harness.checkpoint.quantization import Packed
-from harness.core.methods.cpu_kernels import CPU_METHODS, LinearSides, cpu_refusal
-from harness.core.methods.kernels import PackedScheme
-from harness.core.methods.table import settings_of
+from harness.core.methods.config import settings_of
+from harness.core.methods.cpu_kernels import LinearSides, cpu_refusal
+from harness.core.methods.scheme import PackedScheme
 from harness.core.placements import Placement
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.quantizers import SCHEMES, Scheme
@@ -92,7 +92,7 @@ class Judge(Record, frozen=True, kw_only=True):
         """Say that a library replaces no Linear of a model, as it goes by the class of a module, or that the model passes it by."""
         found, scheme = self.spec.skeleton, SCHEMES[quantizer]
         taken = _TAKES_WEIGHTS.get(found.model_class)
-        if taken is not None and scheme.library == "bitsandbytes":
+        if taken is not None and scheme.packs_weight:
             return f"{found.model_class} multiplies by the weight of {taken} itself, which {scheme.library} packs"
         if memory.narrows_any(found, quantizer):
             return None
@@ -123,7 +123,7 @@ class Judge(Record, frozen=True, kw_only=True):
 
     def _unmultiplied(self, packed: Packed) -> str | None:
         """Say why this processor does not multiply by weights that are stored as GPTQ or AWQ; None of other methods."""
-        if packed.name not in CPU_METHODS or packed.stored_by is None:
+        if not packed.has_kernels or packed.stored_by is None:
             return None
         scheme = PackedScheme(method=packed.name, bits=packed.bits, group=packed.group)
         fast, some = has_avx512_bf16(self.machine), packed.selects or packed.varies

@@ -1,7 +1,7 @@
 """Build skeletons from configs, on the meta device with transformers' own classes.
 
     python -m harness.worker.build_skeleton < config.json > skeleton.json
-    python -m harness.worker.build_skeleton < {"gguf": {"metadata": ..., "tensors": [[name, shape, dtype], ...]}}
+    python -m harness.worker.build_skeleton < {"header": {"metadata": ..., "tensors": [[name, shape, dtype], ...]}}
     python -m harness.worker.build_skeleton --catalog        # rewrites harness/data/skeletons.jsonl from harness/data/configs.json
 
 The model is built as `from_pretrained` builds it, in bfloat16, so a tensor of any other dtype is one whose dtype the model fixes.
@@ -382,7 +382,7 @@ def main() -> None:
     limit_memory()
     asked = json.load(sys.stdin)
     try:
-        built = build_gguf_skeleton(**asked["gguf"]) if "gguf" in asked else build_skeleton(asked)
+        built = build_gguf_skeleton(**asked["header"]) if "header" in asked else build_skeleton(asked)
     except tuple(_STATUSES) as error:
         print(error, file=sys.stderr)
         sys.exit(_STATUSES[type(error)])

@@ -14,15 +14,19 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, integrations
 from transformers.utils import quantization_config
 
-from harness.checkpoint.settings_check import NEEDS, SETTINGS, fault, loading_fault
+from harness.checkpoint.settings_check import fault, loading_fault
 from harness.core.dtypes import DTYPE_BITS, FLOAT_NAMES
+from harness.core.methods.table import METHODS
+
+SETTINGS = {name: row.settings for name, row in METHODS.items() if row.settings}
+NEEDS = {name: row.tables for name, row in METHODS.items() if row.tables}
 
 # Values that people write, right and wrong, for every key that is checked.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, 2, 3, 4, 5, 7, 8, 16, 64, 100, 128, -1, -2, 6.0, "4", "128", "", "dynamic", "STATIC", "float", "ue8m0",
     "fp8", "fp4", "nf4", "gemm", "GEMV", "marlin", "bitlinear", "offline", "sinq", [], [128, 128], [0, 128], [128], [1, 32], {},
 )  # fmt: skip
-# What NEEDS asks for.
+# What rows ask for.
 NEEDED: dict[str, dict[str, Any]] = {
     "compressed-tensors": {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}},
     "vptq": {"shared_layer_config": {"q_proj": {"vector_lens": [-1, 8]}}},

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from harness.core.methods import packages
+from harness.core.methods.config import method_name, settings_of
+from harness.core.methods.cpu_kernels import CPU_KERNELS
+from harness.core.methods.kernels import PACKED_KERNELS
+from harness.core.methods.method import Method
 from harness.core.methods.packages import REQUIREMENTS, how_to_install, lacking
-from harness.core.methods.table import FOREIGN, METHODS, OWN, Method, foreign, method_name, settings_of
+from harness.core.methods.table import FOREIGN, METHODS, OWN, foreign
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS, Config, row_of
 
@@ -228,6 +232,37 @@ def test_what_is_here_lacks_nothing() -> None:
 )
 def test_settings_are_taken_as_transformers_takes_them(settings: dict[str, Any], name: str) -> None:
     assert method_name(settings) == name
+
+
+@ROWS
+def test_a_config_writes_what_transformers_calls_the_method(row: Method) -> None:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    word = row.written or row.name
+    assert word in {one.value for one in QuantizationMethod}
+    assert (row.written is None) == (row.name in {one.value for one in QuantizationMethod})
+    if row.written is not None:
+        said = {"quant_method": word, f"load_in_{row.bits}bit": True}
+        assert AutoQuantizationConfig.from_dict(dict(said)).quant_method == word
+        assert method_name(said) == row.name
+
+
+def test_who_has_kernels_is_in_their_tables() -> None:
+    those = {name for name, row in METHODS.items() if row.has_kernels}
+    assert those == {name for kernel in PACKED_KERNELS for name in kernel.since}
+    assert those == {name for kernel in CPU_KERNELS for name in kernel.groups}
+    assert {name: METHODS[name].scheme({}).method for name in those} == {name: name for name in those}  # type: ignore[union-attr,misc]
+
+
+def test_what_is_packed_in_blocks_is_what_optimum_s_quantizer_packs() -> None:
+    """transformers hands GPTQ's modules to optimum, and replaces those of AWQ by itself, by `should_convert_module`."""
+    by_optimum = {name for name, row in METHODS.items() if "optimum" in row.needs}
+    assert {name for name, row in METHODS.items() if row.by_blocks} == by_optimum
+    assert "optimum_quantizer" in source_of(METHODS["gptq"], "_process_model_before_weight_loading")
+    for row in METHODS.values():
+        if row.has_kernels and not row.by_blocks:
+            assert "replace_with_awq_linear" in source_of(row, "_process_model_before_weight_loading")
 
 
 def test_settings_stand_at_the_top_or_at_the_text_model() -> None:

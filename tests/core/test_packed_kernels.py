@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from harness.core.methods.cpu_kernels import CPU_KERNELS, INT4_GROUPS, INT4_OUTPUTS, cpu_kernel_for, cpu_refusal
-from harness.core.methods.kernels import PACKAGE, PACKED_KERNELS, PackedScheme, kernel_for
+from harness.core.methods.kernels import PACKAGE, PACKED_KERNELS, kernel_for
+from harness.core.methods.scheme import PackedScheme
 from tests.support.gptqmodel_kernels import PROCESSORS, RECORDED, Choice, recorded
 
 NAMES = {kernel.name.casefold(): kernel.name for kernel in PACKED_KERNELS}

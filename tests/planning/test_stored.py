@@ -12,11 +12,13 @@ import pytest
 import torch
 import transformers
 from msgspec.structs import replace
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from harness.architecture import model_spec, skeleton_source
 from harness.architecture.model_spec import ModelSpec
 from harness.catalog.download import stored_as
 from harness.catalog.resolve import resolve
+from harness.checkpoint import quantization
 from harness.core.precisions import DEFAULT_PRECISIONS, PRECISIONS, defaults, row_of
 from harness.core.records import Plan, Verdict
 from harness.core.units import GIB
@@ -79,6 +81,16 @@ def test_a_quantized_checkpoint_is_one_row(stored: str, row: str) -> None:
     assert found is not None
     assert found.name == row
     assert defaults(stored)[-1] == row
+
+
+@pytest.mark.parametrize(("flag", "title", "row"), [("4bit", "4-bit nf4", "int4"), ("8bit", "8-bit", "int8")])
+def test_a_flag_without_a_quant_method_means_bitsandbytes(flag: str, title: str, row: str) -> None:
+    """As AutoQuantizationConfig takes it."""
+    said = {f"load_in_{flag}": True, "bnb_4bit_quant_type": "nf4"}
+    found = quantization.packed({"quantization_config": said})
+    assert found is not None
+    assert (found.title, found.precision) == (f"bitsandbytes {title}", row)
+    assert AutoQuantizationConfig.from_dict(dict(said)).quant_method == "bitsandbytes"
 
 
 @pytest.mark.parametrize("stored", ["gptq 3-bit", "compressed-tensors 4-bit", "aqlm"])

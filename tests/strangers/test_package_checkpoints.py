@@ -164,7 +164,7 @@ def test_transformers_reads_other_names_than_sinq_saves() -> None:
 def test_torchao_s_parts_are_those_that_transformers_groups() -> None:
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-    from harness.checkpoint.layouts import TORCHAO_PARTS
+    from harness.core.methods.layouts import TORCHAO_PARTS
 
     asked: Any = SimpleNamespace(pre_quantized=True, _discover_quantized_param_names=lambda: {"weight"})
     names = TorchAoHfQuantizer.serialized_names.fget(asked)["weight"]  # type: ignore[attr-defined]

@@ -12,11 +12,11 @@ from msgspec.structs import replace
 from harness.architecture.key_mapping import Shape
 from harness.architecture.skeleton import Weight
 from harness.checkpoint.formats.safetensors_header import StoredTensor
-from harness.checkpoint.layouts import FP8_SCALES, Layout
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.shard_check import shown
 from harness.core.methods.compressed import scheme_number
-from harness.core.methods.table import settings_of
+from harness.core.methods.config import settings_of
+from harness.core.methods.layouts import FP8_SCALES, Layout
 
 _NAMED, _KEPT = "modules_in_block_to_quantize", "modules_to_not_convert"
 
@@ -48,7 +48,8 @@ def left_in_16_bits(packed: Packed | None, config: Mapping[str, Any], tensor: St
     if packed is None or why is None or not weight.quantizes:
         return None
     module, settings = weight.path.removesuffix(".weight"), settings_of(config) or {}
-    return f"{shown(tensor.name)} is {tensor.dtype}, and {why}" if _IS_PACKED[packed.name](module, settings) else None
+    is_packed = _is_in_a_block if packed.method is not None and packed.method.by_blocks else _is_converted
+    return f"{shown(tensor.name)} is {tensor.dtype}, and {why}" if is_packed(module, settings) else None
 
 
 def _is_in_a_block(module: str, settings: Mapping[str, Any]) -> bool:
@@ -68,10 +69,6 @@ def _begins(pattern: str, module: str) -> bool:
         return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
     except re.error:
         return False
-
-
-# By method, which Linears its library packs.
-_IS_PACKED = {"gptq": _is_in_a_block, "awq": _is_converted}
 
 
 def scale_of(name: str, names: Set[str]) -> str | None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from harness.core.methods.kernels import PACKAGE, PackedScheme
+from harness.core.methods.kernels import PACKAGE
+from harness.core.methods.scheme import PackedScheme
 from harness.core.records import Record
 
 # What torch's product of 4-bit weights takes (aten/src/ATen/native/LinearAlgebra.cpp, `_weight_int4pack_mm_cpu`).
 INT4_GROUPS, INT4_OUTPUTS = (32, 64, 128, 256), 16
 _AWAY: str = "take a GPU, or a checkpoint in groups of 128"
 _COLUMNS = 0  # for a group: a whole column
+_BOTH = ("gptq", "awq")
 LinearSides = tuple[str, int, int]  # the path of a weight, its outputs and its inputs
 
 
@@ -48,14 +50,13 @@ class CpuKernel(Record, frozen=True, kw_only=True):
         return None
 
 
-CPU_METHODS = ("gptq", "awq")
 UNPACKED_IN = ("float16",)  # where each kernel unpacks a whole weight for a product, or has a loop that takes as long
 CPU_KERNELS = (
     CpuKernel(
         name="TorchCpuAvx512",
         source="gptqmodel/nn_modules/qlinear/torch_cpu_avx512.py",
         bits=(4,),
-        groups=dict.fromkeys(CPU_METHODS, (16, 32, 64, 128, 256, 512)),
+        groups=dict.fromkeys(_BOTH, (16, 32, 64, 128, 256, 512)),
         avx512_bf16=True,
         outputs=32,
         whole_groups=True,
@@ -65,7 +66,7 @@ CPU_KERNELS = (
         name="TorchAten",
         source="gptqmodel/nn_modules/qlinear/torch_aten_kernel.py",
         bits=(4,),
-        groups=dict.fromkeys(CPU_METHODS, INT4_GROUPS),
+        groups=dict.fromkeys(_BOTH, INT4_GROUPS),
         outputs=INT4_OUTPUTS,
         whole_groups=True,
         by_torch=True,
@@ -75,7 +76,7 @@ CPU_KERNELS = (
         name="TorchFused",
         source="gptqmodel/nn_modules/qlinear/torch_fused.py",
         bits=(4,),
-        groups=dict.fromkeys(CPU_METHODS, (_COLUMNS, 16, 32, 64, 128)),
+        groups=dict.fromkeys(_BOTH, (_COLUMNS, 16, 32, 64, 128)),
         outputs=INT4_OUTPUTS,
         whole_groups=True,
         by_torch=True,

@@ -14,7 +14,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from harness.core.methods.table import method_name, settings_of
+from harness.core.methods.config import method_name, settings_of
+from harness.core.methods.scheme import PackedScheme
+from harness.core.methods.table import METHODS
 from harness.core.records import Record
 
 PACKAGE = "gptqmodel 7.7"
@@ -23,19 +25,6 @@ MXFP4_KERNEL = "experts are taken to be multiplied as they are stored by gpt-oss
 # Marlin adds up in float32: for each multiprocessor a tile of at most so many rows, which come 16 at a time, and so many columns
 # (gptqmodel_ext/marlin/marlin_scratch.cuh, marlin.cuh).
 TILE_ROWS, TILE_STEP, TILE_COLUMNS = 64, 16, 256
-# ExLlamaV2 keeps room for the largest weight in 16 bits and for products of so many rows, for GPTQ and for AWQ
-# (nn_modules/qlinear/exllamav2.py and exllamav2_awq.py, `scratch_space_fixed`; utils/model.py, `gptqmodel_post_init`).
-_KEPT_ROWS = {"gptq": 2048 * 8, "awq": 2048}
-
-
-class PackedScheme(Record, frozen=True, kw_only=True):
-    """How the Linear weights of a checkpoint are packed, as far as kernels are chosen by it."""
-
-    method: str
-    bits: int
-    group: int  #: inputs that share a scale; 0: all
-    symmetric: bool = True  #: without zero points
-    reorders: bool = False  #: inputs are sorted before the product (act-order)
 
 
 class PackedKernel(Record, frozen=True, kw_only=True):
@@ -47,20 +36,23 @@ class PackedKernel(Record, frozen=True, kw_only=True):
     before: float = math.inf  #: the compute capability of the first cards that take it no more
     bits: tuple[int, ...] = (4, 8)
     groups: tuple[int, ...] = (0, 32, 64, 128)
-    symmetric_gptq: bool = False  #: GPTQ with zero points is not taken
+    symmetric: tuple[str, ...] = ()  #: methods of which it takes no zero points
     plain_8_bits: bool = False  #: neither are 8 bits with zero points or in another order
     multiple: tuple[int, int] = (1, 1)  #: of which outputs and inputs must be multiples
     reduces: bool = False  #: sums up in float32 beside its product
     unpacks_from: Mapping[int, int] = {}  #: by bits, the rows from which on it makes a 16-bit copy of the weight
-    keeps_room: bool = False  #: keeps the room for such a copy as long as the model is there
+    # By method, for products of how many rows it keeps room as long as the model is there, beside that for the largest weight in
+    # 16 bits; none: it keeps no room.
+    kept_rows: Mapping[str, int] = {}
     sorts: bool = True  #: copies its input in order, where that is asked
-    keeps_zeros: bool = True  #: packed zero points stay in memory, even where they say nothing
+    # Methods of which packed zero points stay in memory, even where they say nothing.
+    keeps_zeros: tuple[str, ...] = ("gptq", "awq")
 
     def takes(self, scheme: PackedScheme, capability: float) -> bool:
         """Say whether it is for weights packed so, on a card of this compute capability."""
         since = self.since.get(scheme.method)
         known = since is not None and since <= capability < self.before
-        zeros = self.symmetric_gptq and scheme.method == "gptq" and not scheme.symmetric
+        zeros = scheme.method in self.symmetric and not scheme.symmetric
         odd = self.plain_8_bits and scheme.bits == 8 and (scheme.reorders or not scheme.symmetric)
         return known and scheme.bits in self.bits and scheme.group in self.groups and not zeros and not odd
 
@@ -79,7 +71,8 @@ class PackedKernel(Record, frozen=True, kw_only=True):
 
     def kept_bytes(self, method: str, outputs: int, inputs: int) -> int:
         """Return the room that it keeps for a weight of these sides; a model keeps the most that one of its weights asks for."""
-        return 2 * outputs * inputs + 4 * outputs * _KEPT_ROWS[method] + 256 if self.keeps_room else 0
+        rows = self.kept_rows.get(method)
+        return 0 if rows is None else 2 * outputs * inputs + 4 * outputs * rows + 256
 
 
 class PackedProduct(Record, frozen=True, kw_only=True):
@@ -113,7 +106,7 @@ _SWORDFISH = PackedKernel(
     plain_8_bits=True,
     multiple=(64, 64),
     unpacks_from={4: 4096, 8: 1024},  # dense_tier_min_m, of cards with 100 multiprocessors and more
-    keeps_zeros=False,
+    keeps_zeros=(),
 )
 _MACHETE = PackedKernel(
     name="Machete",
@@ -122,7 +115,7 @@ _MACHETE = PackedKernel(
     before=9.1,
     groups=(0, 64, 128),
     multiple=(128, 64),
-    keeps_zeros=False,
+    keeps_zeros=(),
 )
 PACKED_KERNELS = (
     _SWORDFISH,
@@ -133,9 +126,9 @@ PACKED_KERNELS = (
         name="Marlin",
         source="gptqmodel_ext/marlin/gptq_marlin.cu",
         since={"gptq": 7.5, "awq": 8.0},
-        symmetric_gptq=True,
+        symmetric=("gptq",),
         reduces=True,
-        keeps_zeros=False,
+        keeps_zeros=("awq",),
     ),
     PackedKernel(
         name="ExLlamaV2",
@@ -144,7 +137,8 @@ PACKED_KERNELS = (
         bits=(4,),
         multiple=(32, 32),
         sorts=False,
-        keeps_room=True,
+        # nn_modules/qlinear/exllamav2.py and exllamav2_awq.py, `scratch_space_fixed`; utils/model.py, `gptqmodel_post_init`
+        kept_rows={"gptq": 2048 * 8, "awq": 2048},
     ),
     PackedKernel(
         name="Triton",
@@ -164,17 +158,7 @@ def kernel_for(scheme: PackedScheme, capability: float) -> PackedKernel | None:
 
 
 def scheme_of(config: Mapping[str, Any]) -> PackedScheme | None:
-    """Return how a config says that GPTQ or AWQ weights are packed; None of other forms, and of AWQ's other layouts."""
+    """Return how a config says that weights are packed which these kernels multiply; None of all others."""
     settings = settings_of(config) or {}
-    method = method_name(settings)
-    if method not in _KEPT_ROWS or (str(settings.get("version", "gemm")).lower() != "gemm" and method == "awq"):
-        return None
-    group = settings.get("group_size", settings.get("q_group_size", 128))
-    awq = method == "awq"
-    return PackedScheme(
-        method=method,
-        bits=int(settings.get("bits", settings.get("w_bit", 4))),
-        group=max(0, int(group)),
-        symmetric=not settings.get("zero_point", True) if awq else bool(settings.get("sym", True)),
-        reorders=not awq and bool(settings.get("desc_act", False)) and int(group) > 0,
-    )
+    row = METHODS.get(method_name(settings))
+    return row.scheme(settings) if row is not None and row.scheme is not None else None

@@ -6,82 +6,20 @@ release that adds a method, drops one, or treats it otherwise makes a test fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-from harness.core.methods import compressed, torchao
+from harness.core.methods import compressed, settings, torchao
+from harness.core.methods.config import bitsandbytes_type
+from harness.core.methods.method import Foreign, Method
+from harness.core.methods.scheme import awq_scheme, gptq_scheme
 from harness.core.precisions import Config
-from harness.core.records import Record
-
-
-class Method(Record, frozen=True, kw_only=True):
-    """One row of the table: what transformers does with a checkpoint whose weights are stored by a method."""
-
-    name: str  #: the key of transformers' AUTO_QUANTIZER_MAPPING
-    title: str
-    needs: tuple[str, ...] = ()  #: modules that it cannot be loaded without (REQUIREMENTS)
-    packs_on: frozenset[str] = frozenset(("gpu", "cpu"))  #: kinds of device that weights stay packed on
-    packs_with: tuple[str, ...] = ()  #: modules that it needs for that: without them it unpacks
-    packs_from: float = 0.0  #: the compute capability from which on they stay packed
-    unpacked: Config | None = None  #: the `quantization_config` that asks for 16- or 32-bit weights; None: it keeps what is stored
-    dtypes: tuple[str, ...] = ()  #: the only dtypes that the rest of the model may be in; empty: any
-    counted: float | None = None  #: bytes of an element when a device map is inferred; None: those of the tensors as replaced
-    margin: bool = False  #: a tenth of the memory is kept free when a device map is inferred
-    refuses: Mapping[str, str] = {}  #: trait of a placement -> why weights that are stored so cannot be loaded that way
-    copies: bool = False  #: every product makes a 16-bit copy of its weight
-    held: str = "uint8"  #: the dtype that Linear weights have in memory, where the headers of the files were not read
-    floats: Literal["stored", "asked", "float32"] = "stored"  #: the dtype that scales and codebooks have in memory
-    cpu_dtypes: tuple[str, ...] = ()  #: the only dtypes that the rest may be in on a processor; empty: any
-    cpu_lacks: Mapping[str, str] = {}  #: end of the format that weights are packed in -> why a processor has no layers
-    # Says from a config, and the classes of tensors that a pickle holds, whether the rest of the model has no dtype but its own.
-    binds: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
-    bits: int = 4  #: of a weight, where the config does not say
-    packs_linears: bool = True  #: Linear weights are packed
-    packs_experts: bool = False  #: stacked experts of a mixture are
-    stacks_pass: bool = False  #: a stack of experts that is unpacked passes through larger integers
-    counts_scales: bool = True  #: scales count when a device map is inferred; they may come into their module afterward
-    wide_bias: bool = False  #: the biases of packed experts are in float32
-    blocks: bool = False  #: a scale is for a block of outputs x inputs
-    group: int = 0  #: inputs that share a scale in nearly all that are published; 0: the method has no groups of its own
-    only_of: str | None = None  #: the only `model_type` that is stored so
-    keeps_dtype: bool = False  #: what is not packed keeps the dtype of the files, whichever is asked for; only biases take that
-    on_cards: bool = False  #: a row of PACKED_KERNELS multiplies the weights on a card
-    layout: str | None = None  #: whose row of LAYOUTS its files follow, where it is another method's
-    writes: Mapping[str, Any] = {}  #: what its config says beside bits and groups, of a checkpoint that is made here
-    plain_when: Mapping[str, tuple[Any, ...]] = {}  #: key of the config -> values (None: no word) of 16-bit weights in the files
-    spares: tuple[str, ...] = ()  #: parts of its layout that its files need not hold
-    whole_blocks: str | None = None  #: why no Linear may be left in 16 bits, but those that the config keeps so
-    scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
-    unsupported: str | None = None  #: why nothing that is stored so can be loaded
-    faults: Callable[[Mapping[str, Any]], str | None] | None = None  #: says why its package does not take a config
-    undivided: Callable[[Mapping[str, Any]], str | None] | None = None  #: says why no inferred map can divide the weights
-    casts: Callable[[str], bool] | None = None  #: says whether scales of a class that a pickle holds take the dtype asked for
-    # Says from a config, and from whether the files hold weights in a format, what becomes of them on loading.
-    loading: Callable[[Mapping[str, Any], Callable[[str], bool] | None], compressed.FormatLoading] | None = None
-
-    def is_plain(self, settings: Mapping[str, Any]) -> bool:
-        """Say whether a config means 16-bit weights in the files, with scales beside them that nothing is multiplied by yet."""
-        return any(settings.get(key) in values for key, values in self.plain_when.items())
-
-    def unpacks_on(self, kind: str, capability: float | None) -> bool:
-        """Say whether weights become 16-bit for lack of hardware on a "cpu" or "gpu" of this compute capability (None: unknown)."""
-        old = kind == "gpu" and capability is not None and capability < self.packs_from
-        return self.unpacked is not None and (kind not in self.packs_on or old)
-
-
-class Foreign(Record, frozen=True, kw_only=True):
-    """A method that transformers does not know, and what reads it."""
-
-    title: str
-    readers: str
 
 
 def _dequantize(name: str) -> Config:
     return Config(imports=(f"from transformers import {name}",), expression=f"{name}(dequantize=True)")
 
 
-# Where a config keeps that of its text model (transformers' get_text_config).
-TEXT_CONFIGS = ("decoder", "generator", "text_config")
 _GPU = frozenset(("gpu",))
 _DISPATCHES = "load_checkpoint_and_dispatch builds the model without its packed modules"
 _ALONE = "tensor parallelism is untested with these weights: use bf16 or fp16"
@@ -102,6 +40,7 @@ _BNB_REFUSES = {
 }
 _FP8 = Method(
     name="fp8",
+    settings=settings.FP8,
     title="FP8 in blocks",
     packs_on=_GPU,
     packs_from=8.9,
@@ -125,21 +64,28 @@ _GPTQ_ON_CARDS = {version: _NO_LAYER.format("GPTQ", version, "gptq") for version
 _ROWS = (
     Method(
         name="awq",
+        settings=settings.AWQ,
         title="AWQ",
         needs=("gptqmodel",),
         dtypes=("float16",),
         refuses=_STORED,
         held="int32",
         group=128,
-        on_cards=True,
+        scheme=awq_scheme,
+        formats=frozenset(("gemm",)),
         cpu_lacks=_AWQ_ON_CARDS,
         whole_blocks="transformers packs all that 'modules_to_not_convert' names by no beginning or end: write whole names in it",
         writes={"zero_point": True, "version": "gemm"},
     ),
     Method(
         name="bitsandbytes_4bit",
+        settings=settings.BITSANDBYTES,
         title="bitsandbytes 4-bit",
+        written="bitsandbytes",
+        variant=bitsandbytes_type,
         needs=("bitsandbytes",),
+        formats=frozenset(("uint8",)),
+        kept_as_made=True,
         counted=0.5,
         margin=True,
         refuses=_BNB_REFUSES,
@@ -147,8 +93,12 @@ _ROWS = (
     ),
     Method(
         name="bitsandbytes_8bit",
+        settings=settings.BITSANDBYTES,
         title="bitsandbytes 8-bit",
+        written="bitsandbytes",
+        variant=bitsandbytes_type,
         needs=("bitsandbytes",),
+        kept_as_made=True,
         counted=1,
         margin=True,
         refuses=_BNB_REFUSES,
@@ -158,19 +108,23 @@ _ROWS = (
     ),
     Method(
         name="gptq",
+        settings=settings.GPTQ,
         title="GPTQ",
         needs=("optimum", "gptqmodel"),
         dtypes=("float16",),
         refuses=_STORED,
         held="int32",
         group=128,
-        on_cards=True,
+        scheme=gptq_scheme,
+        formats=frozenset(("gptq", "gptq_v2")),
+        by_blocks=True,
         cpu_lacks=_GPTQ_ON_CARDS,
         whole_blocks="optimum packs every Linear of the blocks, whatever 'dynamic' says: use the gptqmodel package by itself",
         writes={"sym": True, "desc_act": False},
     ),
     Method(
         name="aqlm",
+        settings=settings.AQLM,
         title="AQLM",
         needs=("aqlm",),
         refuses=_STORED,
@@ -188,7 +142,7 @@ _ROWS = (
         unsupported="transformers saves no quanto weights and loads none: quantize the 16-bit checkpoint while loading, "
         "--precision quanto-int8 or quanto-int4, or load these by optimum-quanto's own QuantizedModelForCausalLM",
     ),
-    Method(name="quark", title="Quark", needs=("quark",), refuses=_STORED, floats="float32", copies=True),
+    Method(name="quark", title="Quark", needs=("quark",), in_words=True, refuses=_STORED, floats="float32", copies=True),
     Method(name="fouroversix", title="Four Over Six", needs=("fouroversix",), refuses=_STORED),
     Method(
         name="fp_quant",
@@ -202,6 +156,7 @@ _ROWS = (
     Method(name="eetq", title="EETQ", needs=("kernels",), packs_on=_GPU, refuses=_on_gpus("EETQ"), held="int8", bits=8),
     Method(
         name="higgs",
+        settings=settings.HIGGS,
         title="HIGGS",
         needs=("flute", "fast_hadamard_transform"),
         packs_on=_GPU,
@@ -217,6 +172,7 @@ _ROWS = (
     ),
     Method(
         name="compressed-tensors",
+        tables=settings.PackedTables(("config_groups",), "takes no layer for packed and fills all that are with random numbers"),
         title="compressed-tensors",
         needs=("compressed_tensors",),
         packs_on=frozenset(),  # until the first forward pass, which unpacks all of it
@@ -241,7 +197,9 @@ _ROWS = (
     ),
     Method(
         name="torchao",
+        tables=settings.PackedTables(("quant_type",), "makes no config of the settings"),
         title="torchao",
+        variant=torchao.config_class,
         needs=("torchao",),
         counted=1,
         margin=True,
@@ -254,7 +212,9 @@ _ROWS = (
     ),
     Method(
         name="bitnet",
+        settings=settings.BITNET,
         title="BitNet",
+        in_words=True,
         margin=True,
         refuses={**_STORED, "offloads_to_cpu": _OFFLOADS.format("BitNet")},
         bits=2,
@@ -263,6 +223,9 @@ _ROWS = (
     ),
     Method(
         name="vptq",
+        tables=settings.PackedTables(
+            ("config_for_layers", "shared_layer_config"), "knows the code books of no layer, and ends in an error"
+        ),
         title="VPTQ",
         needs=("vptq",),
         packs_on=_GPU,
@@ -271,6 +234,8 @@ _ROWS = (
     ),
     Method(
         name="spqr",
+        tables=settings.PackedTables(("shapes",), "knows the size of no packed layer, and ends in an error"),
+        settings=settings.SPQR,
         title="SpQR",
         needs=("spqr_quant",),
         packs_on=_GPU,
@@ -301,6 +266,7 @@ _ROWS = (
     _derived(_FP8, name="mxfp8", title="MXFP8", layout="fp8"),
     Method(
         name="auto-round",
+        settings=settings.AUTO_ROUND,
         title="AutoRound",
         needs=("auto_round",),
         refuses=_STORED,
@@ -328,6 +294,7 @@ _ROWS = (
     ),
     Method(
         name="metal",
+        settings=settings.METAL,
         title="Metal affine",
         packs_on=frozenset(),  # but Apple's GPU
         unpacked=_dequantize("MetalConfig"),
@@ -337,12 +304,13 @@ _ROWS = (
     ),
     Method(
         name="sinq",
+        settings=settings.SINQ,
         title="SINQ",
         needs=("sinq",),
         unsupported="transformers 5 leaves out what sinq 0.2 saves (the parts of its meta), and sinq's own loader multiplies "
         "float32 by bfloat16: use the 16-bit checkpoint with --precision int4",
     ),
-    Method(name="gemma", title="Gemma's own", refuses=_STORED, copies=True),
+    Method(name="gemma", title="Gemma's own", in_words=True, refuses=_STORED, copies=True),
 )
 
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
@@ -361,30 +329,6 @@ FOREIGN: Mapping[str, Foreign] = {
     "exl3": Foreign(title="ExLlamaV3", readers="exllamav3 and TabbyAPI"),
     "intel/auto-round": Foreign(title="an old AutoRound", readers="the auto-round package by itself"),
 }
-
-
-def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a config says of quantization, where transformers looks: at the top, then in the config of the text model.
-
-    MLX writes a key of its own, which transformers passes over.
-    """
-    places = (config, *(config.get(name) for name in TEXT_CONFIGS))
-    for place in places:
-        settings = place.get("quantization_config") if isinstance(place, Mapping) else None
-        if isinstance(settings, Mapping) and settings:
-            return settings
-    own = config.get("quantization")
-    return {"quant_method": "mlx", **own} if isinstance(own, Mapping) and "bits" in own else None
-
-
-def method_name(settings: Mapping[str, Any]) -> str:
-    """Return the key of METHODS that transformers takes settings for; what it does not know as it is written, "" for nothing."""
-    if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
-        return "bitsandbytes_4bit" if settings.get("load_in_4bit") else "bitsandbytes_8bit"
-    name = settings.get("quant_method")
-    if name is None and "group_size" in settings and "bits" in settings:
-        return "mlx"
-    return name if isinstance(name, str) else ""
 
 
 def foreign(name: str) -> str | None:

@@ -70,6 +70,14 @@ def undivided(settings: Mapping[str, Any]) -> str | None:
     return UNDIVIDED if by_name else None
 
 
+def config_class(settings: Mapping[str, Any]) -> str:
+    """Name the class of torchao's config, as `TorchAoConfig.to_dict` writes it."""
+    given = settings.get("quant_type")
+    inner = given.get("default") if isinstance(given, dict) else None
+    kind = inner.get("_type") if isinstance(inner, dict) else None
+    return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 60 else "of unknown type"
+
+
 def _kinds(said: Any) -> Iterator[str]:
     """Yield the kinds of configs in what `TorchAoConfig.to_dict` wrote."""
     if isinstance(said, Mapping):

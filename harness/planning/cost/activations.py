@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from harness.architecture.skeleton import Skeleton, is_stacked
 from harness.core.families import FAMILIES
 from harness.core.methods.kernels import PackedProduct
-from harness.core.quantizers import UNPACKINGS
+from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Workload
 from harness.planning.cost.memory import PLAIN_GELU, WeightFormat, kv_bytes
 
@@ -26,9 +26,6 @@ FP32_ROUTER = frozenset(("deepseek_v2", "deepseek_v3", "glm4_moe"))
 PREFIX_MASK = frozenset(name for name, family in FAMILIES.items() if family.prefix_mask)
 # Up to so many rows bitsandbytes multiplies 4-bit weights as they are; more are multiplied with an unpacked copy.
 _ROWS_UNPACKED_BEYOND = 4
-# Kernels for these take no 16-bit copy: LLM.int8 of bitsandbytes, and those of fp8, which quantize their input as they go
-# (transformers 5.24, integrations/finegrained_fp8.py, fp8_linear).
-_MULTIPLIED_AS_THEY_ARE = frozenset(("int8", "fp8"))
 _PAIR_BYTES = 18  # of a token and an expert: two orders, where its product goes, and its weight
 _INDICES_BYTES = 24  # a token's id, position and mask, 8 bytes each
 
@@ -116,7 +113,7 @@ class Activations:
             return 0
         if self._unpacking is not None:
             return self._unpacking.temporary_bytes(self.largest, self.device, rows)
-        if self._fmt.quantizer in _MULTIPLIED_AS_THEY_ARE and self.device == "gpu":
+        if self._fmt.quantizer is not None and SCHEMES[self._fmt.quantizer].as_packed and self.device == "gpu":
             return 0
         if self._fmt.quantizer is None and self._fmt.packed_bits is None:
             return 0

@@ -14,7 +14,7 @@ from __future__ import annotations
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
 from harness.core.dtypes import DTYPE_BYTES
-from harness.core.methods.table import Method
+from harness.core.methods.method import Method
 from harness.core.precisions import Precision
 from harness.core.quantizers import SCHEMES
 from harness.core.records import Estimate, Machine, Tier, TierEstimate

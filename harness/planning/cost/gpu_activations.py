@@ -11,8 +11,8 @@ from harness.architecture.traced_memory import Gaps, TracedMemory, TracedPeak, e
 from harness.checkpoint.quantization import config_in
 from harness.core.errors import UsageError
 from harness.core.methods import kernels
+from harness.core.methods.config import settings_of
 from harness.core.methods.kernels import PackedProduct
-from harness.core.methods.table import settings_of
 from harness.core.precisions import PRECISIONS
 from harness.core.records import Workload
 from harness.machine.cache import cache_dir
@@ -59,7 +59,7 @@ class GpuActivations:
     def _product(self) -> PackedProduct | None:
         """Return what multiplies weights that are stored as GPTQ or AWQ, as the config or the form of the checkpoint says."""
         packed = self._spec.packed
-        if self._fmt.packed_bits is None or packed is None or packed.method is None or not packed.method.on_cards:
+        if self._fmt.packed_bits is None or packed is None or not packed.has_kernels:
             return None
         scheme = kernels.scheme_of(self._config if settings_of(self._config) else config_in(packed, self._config))
         card = kernels_of(self._capability)
@@ -72,7 +72,7 @@ class GpuActivations:
         if self.product is not None:
             return self.product.said
         packed = self._spec.packed
-        if self._fmt.packed_bits is not None and packed is not None and packed.method is not None and packed.method.on_cards:
+        if self._fmt.packed_bits is not None and packed is not None and packed.has_kernels:
             return kernels.NO_KERNEL
         return kernels.MXFP4_KERNEL if self._formulas.packs_experts else ""
 

@@ -14,7 +14,7 @@ from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Block, Module, Weight
 from harness.core.dtypes import DTYPE_BYTES
-from harness.core.methods.table import settings_of
+from harness.core.methods.config import settings_of
 from harness.core.quantizers import SCHEMES
 from harness.planning.cost import kernel_launches, memory, tensor_parallel
 from harness.planning.cost.activations import Activations, with_attention

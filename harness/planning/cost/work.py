@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from harness.architecture.skeleton import Skeleton
-from harness.core.methods.cpu_kernels import CPU_METHODS, UNPACKED_IN
+from harness.core.methods.cpu_kernels import UNPACKED_IN
 from harness.core.quantizers import SCHEMES, UNPACKINGS
 from harness.core.records import Machine, Record
 from harness.planning.calibration import device_of
@@ -138,7 +138,7 @@ def _is_quantized(inventory: Inventory) -> bool:
 def _unpacks_for_products(footprint: Footprint, machine: Machine) -> bool:
     """Say whether the 4-bit products of a library unpack their weights each time, on a processor."""
     fmt, packed = footprint.fmt, footprint.spec.packed
-    if packed is not None and packed.name in CPU_METHODS and packed.stored_by is not None:
+    if packed is not None and packed.has_kernels and packed.stored_by is not None:
         return bool(fmt.packed_bits) and fmt.dtype in UNPACKED_IN
     return multiplies_4bit_in_ram(fmt) and machine.fuses_4bit is False
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import FineGrainedFP8Config
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from harness.architecture.card_kernels import WITH_FLASH, kernels_of
 from harness.core.precisions import PRECISIONS
@@ -56,9 +57,11 @@ def build_fake(config: Mapping[str, Any], precision: str, attention: str | None 
         return _packed(model, config, precision, capability)
     if not isinstance(row.quantization, Mapping):
         return model
-    if row.quantization["quant_method"] == "fp8":
-        return quantized_to_fp8(model, getattr(torch, dtype))
-    return _quantized(model, row.quantization, dtype)
+    compute = {"bnb_4bit_compute_dtype": dtype} if row.quantization.get("load_in_4bit") else {}
+    asked = AutoQuantizationConfig.from_dict({**row.quantization, **compute})
+    if isinstance(asked, FineGrainedFP8Config):
+        return quantized_to_fp8(model, asked, getattr(torch, dtype))
+    return _quantized(model, asked, dtype)
 
 
 def _packed(model: Any, config: Mapping[str, Any], precision: str, capability: str) -> Any:
@@ -78,15 +81,12 @@ def _keep_in_float32(model: Any, dtype: str) -> None:
             parameter.data = parameter.data.float()
 
 
-def _quantized(model: Any, settings: Mapping[str, Any], dtype: str) -> Any:
+def _quantized(model: Any, asked: Any, dtype: str) -> Any:
     """Replace the Linears that bitsandbytes takes, as its quantizer in transformers does before loading."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    compute = {"bnb_4bit_compute_dtype": dtype} if settings.get("load_in_4bit") else {}
-    given = {name: value for name, value in settings.items() if name != "quant_method"}
     kept = get_keys_to_not_convert(model)
-    asked = BitsAndBytesConfig(**given, **compute)
     quantized = replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=asked).eval()
     for module in quantized.modules():
         if type(module).__name__ in ("Linear8bitLt", "Linear4bit") and module.bias is not None:

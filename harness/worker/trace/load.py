@@ -30,15 +30,14 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    FineGrainedFP8Config,
     PreTrainedModel,
-    QuantoConfig,
     modeling_utils,
 )
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from harness.architecture.card_kernels import kernels_of
-from harness.core.methods.table import METHODS, method_name, settings_of
+from harness.core.methods.config import method_name, settings_of
+from harness.core.methods.table import METHODS
 from harness.core.precisions import PRECISIONS, Config
 from harness.core.records import Record
 from harness.worker.trace import kernels
@@ -158,17 +157,12 @@ def _arguments(directory: Path, precision: str, device_map: Any) -> dict[str, An
         return {"dtype": dtype, **_unpacking(directory)}
     if not isinstance(row.quantization, Mapping):
         return {"dtype": dtype, "quantization_config": _evaluated(row.quantization)}
-    settings = {name: value for name, value in row.quantization.items() if name != "quant_method"}
-    if row.quantization["quant_method"] == "fp8":
-        return {"dtype": dtype, "quantization_config": FineGrainedFP8Config(**settings)}
-    if row.quantization["quant_method"] == "quanto" and settings["weights"] == "int8":
-        return {"dtype": dtype, "quantization_config": QuantoConfig(**settings)}
-    if row.quantization["quant_method"] == "bitsandbytes":
-        off_gpu = row.off_gpu if is_divided and row.off_gpu else {}
-        compute = {"bnb_4bit_compute_dtype": dtype} if settings.get("load_in_4bit") else {}
-        return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**settings, **compute, **off_gpu)}
-    why = _NOT_TRACED.get(precision, "what its quantizer allocates is not known")
-    raise ValueError(f"no trace of loading in {precision}: {why}")
+    if row.scheme is None or precision in _NOT_TRACED:
+        why = _NOT_TRACED.get(precision, "what its quantizer allocates is not known")
+        raise ValueError(f"no trace of loading in {precision}: {why}")
+    off_gpu = row.off_gpu if is_divided and row.off_gpu else {}
+    compute = {"bnb_4bit_compute_dtype": dtype} if row.quantization.get("load_in_4bit") else {}
+    return {"dtype": dtype, "quantization_config": AutoQuantizationConfig.from_dict({**row.quantization, **compute, **off_gpu})}
 
 
 # Why what a package quantizes cannot be followed with fake tensors.

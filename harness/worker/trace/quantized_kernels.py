@@ -28,17 +28,19 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import Mxfp4Config
 
 from harness.architecture.card_kernels import CardKernels
-from harness.core.methods.kernels import TILE_STEP, PackedKernel, PackedScheme, kernel_for, scheme_of
-from harness.core.methods.table import settings_of
+from harness.core.methods.config import settings_of
+from harness.core.methods.kernels import TILE_STEP, PackedKernel, kernel_for, scheme_of
+from harness.core.methods.layouts import LAYOUTS
+from harness.core.methods.scheme import PackedScheme
+from harness.core.methods.table import METHODS
 from harness.worker.trace.ledger import Ledger, swapped
 
 REDUCTION = "rows beyond one step of a tile"  # the condition of what Marlin takes for more rows than TILE_STEP
 _MANY_ROWS = 1 << 20
 
 
-def quantized_to_fp8(model: Any, dtype: torch.dtype) -> Any:
+def quantized_to_fp8(model: Any, config: FineGrainedFP8Config, dtype: torch.dtype) -> Any:
     """Replace what transformers quantizes to fp8 in a model on meta by its modules, as they are after loading."""
-    config = FineGrainedFP8Config()
     made = finegrained_fp8.replace_with_fp8_linear(model, get_keys_to_not_convert(model), config)
     rows, columns = config.weight_block_size
     for module in made.modules():
@@ -63,11 +65,11 @@ class PackedLinear(nn.Module):
         groups = -(-inputs // (scheme.group or inputs))
         held: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"scales": ((groups, outputs), torch.float16)}
         held["qweight"] = ((inputs * scheme.bits // 32, outputs), torch.int32)
-        if kernel.keeps_zeros or (kernel.reduces and scheme.method == "awq"):
+        if scheme.method in kernel.keeps_zeros:
             held["qzeros"] = ((groups, outputs * scheme.bits // 32), torch.int32)
         elif not scheme.symmetric:
             held["qzeros"] = ((groups, outputs), torch.float16)  # multiplied with their scales
-        if scheme.reorders or (kernel.keeps_zeros and scheme.method == "gptq"):
+        if scheme.reorders or (scheme.method in kernel.keeps_zeros and ".g_idx" in LAYOUTS[scheme.method].parts):
             held["g_idx"] = ((inputs,), torch.int32)
         if kernel.reduces:
             held["workspace"] = ((max(processors, 128),), torch.int32)  # gptqmodel/utils/marlin.py, marlin_make_workspace_new
@@ -112,12 +114,12 @@ def _packed_paths(model: Any, scheme: PackedScheme, settings: Mapping[str, Any],
         raise ValueError(f"no trace of stacked experts in {scheme.method}: what multiplies them packed is not known")
     kept = [*get_keys_to_not_convert(model), *(settings.get("modules_to_not_convert") or ())]
     inside = [name for group in settings.get("modules_in_block_to_quantize") or () for name in group]
-    found = []
+    found, by_blocks = [], METHODS[scheme.method].by_blocks
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D) if scheme.method == "gptq" else nn.Linear):
+        if not isinstance(module, (nn.Linear, Conv1D) if by_blocks else nn.Linear):
             continue
-        gptq = path.startswith(f"{layers}.") and (not inside or path.endswith(tuple(inside)))
-        if gptq if scheme.method == "gptq" else should_convert_module(path, kept):
+        in_block = path.startswith(f"{layers}.") and (not inside or path.endswith(tuple(inside)))
+        if in_block if by_blocks else should_convert_module(path, kept):
             found.append(path)
     return found
 

@@ -1,31 +1,16 @@
-"""LAYOUTS: how quantizers store a weight in the files: under which names, in which dtypes and shapes."""
+"""LAYOUTS: how quantizers store a weight in the files: under which names, in which dtypes and shapes; which a config means."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, NamedTuple
 
-from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
+from harness.core.dtypes import DTYPE_BYTES
+from harness.core.methods.table import METHODS
 from harness.core.records import Record
 
-if TYPE_CHECKING:
-    from harness.checkpoint.formats.safetensors_header import StoredTensor
-
 Sides = tuple[int, ...]
-
-# Stored beside the weights without being weights: scales, zeros, orders and formats of quantized layers, and buffers.
-_BESIDE = (
-    r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format|qzeros|scales|qbiases|g_idx|weight_scale|weight_global_scale|input_global_scale|weight_scale_2"
-    r"|weight_scale_inv|activation_scale|weight_shape|weight_zero_point|weight_g_idx|input_scale|input_zero_point|output_scale|output_zero_point"
-    r"|bias_scale|bias_zero_point|pre_quant_scale|weight\._scale|weight\._shift|codebooks|k_scale|v_scale|inv_freq|causal_mask|masked_bias"
-    r"|position_ids)$|\.quant_state\.|_scales$|\.meta\.(scale|zero)"
-)
-PACKED_SUFFIXES = (".qweight", ".weight_packed")
-_WEIGHTS = (*PACKED_SUFFIXES, ".weight")
-FLOATS = ("float16", "bfloat16", "float32")
 
 _WORD = 32  # bits of the integers that weights are packed into
 
@@ -36,11 +21,6 @@ Holds = Literal["fields", "signed", "middle", "middle-1", "scales", "order"]
 
 # (outputs, inputs, bits, groups) -> the shapes of parts that are fixed
 Shapes = Callable[[int, int, int, int], Mapping[str, Sides]]
-
-
-def is_beside(name: str) -> bool:
-    """Say whether a tensor of this name lies beside weights; the pattern is compiled for the first one, and plans ask for none."""
-    return re.search(_BESIDE, name) is not None
 
 
 class Part(NamedTuple):
@@ -106,10 +86,10 @@ class Layout(Record, frozen=True, kw_only=True):
         words = any(side * bits % _WORD for side in shape)
         return words or bool(self.whole and group and shape[1] % group)
 
-    def fault(self, parts: Mapping[str, StoredTensor], shape: Sides, bits: int, group: int) -> tuple[str, Sides] | None:
+    def fault(self, parts: Mapping[str, Sides], shape: Sides, bits: int, group: int) -> tuple[str, Sides] | None:
         """Return a part that is not as a weight of `shape` has it, and how it should be; None if all are."""
         asked = self._shapes(shape, bits, group)
-        return next(((part, asked[part]) for part in asked if part in parts and parts[part].shape != asked[part]), None)
+        return next(((part, asked[part]) for part in asked if part in parts and tuple(parts[part]) != asked[part]), None)
 
     def _shapes(self, shape: Sides, bits: int, group: int) -> Mapping[str, Sides]:
         outputs, inputs = shape
@@ -308,52 +288,17 @@ LAYOUTS: Mapping[str, Layout] = {
     "compressed-tensors naive-quantized": _compressed(".weight", _whole, (8,), _EIGHT, {8: 3.0}),
 }
 
-
-def count_beside(tensors: Iterable[StoredTensor], narrow: str | None) -> tuple[tuple[str, int], ...]:
-    """Return how many elements the files hold beside weights, by dtype; a `narrow` one is that which scales of 8 bits get."""
-    counted: Counter[str] = Counter()
-    for tensor in tensors:
-        if is_beside(tensor.name):
-            is_narrow = tensor.name.endswith(".weight_scale") and DTYPE_BITS.get(tensor.dtype) == 8
-            counted[narrow if narrow and is_narrow else tensor.dtype] += math.prod(tensor.shape)
-    return tuple(counted.items())
+# Keys of a config that say which version or format weights are packed in.
+_FORMAT_KEYS = ("version", "format", "checkpoint_format", "bnb_4bit_quant_storage")
 
 
-def any_packed(stored_by: str | None, tensors: Iterable[StoredTensor]) -> bool:
-    """Say whether any weight of the files is packed: by the row of LAYOUTS, or where there is none by its dtype."""
-    layout = LAYOUTS.get(stored_by or "")
-    return any(_is_packed(layout, tensor) for tensor in tensors)
-
-
-class StoredDtypes(NamedTuple):
-    """What files hold: the dtypes of what is packed, most bytes first, of most of the rest, and the floats of scales."""
-
-    packed: tuple[str, ...]
-    rest: str | None
-    floats: tuple[int, int]  #: elements and bytes
-
-
-def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor], casts: Callable[[str], bool] | None) -> StoredDtypes:
-    """Return what files hold; of scales all, or those of wholes of a class that `casts` them.
-
-    Where no row of LAYOUTS says what a part is, integers and floats of 8 bits are taken for packed.
-    """
-    sizes: Counter[str] = Counter()
-    others: Counter[str] = Counter()
-    elements = size = 0
-    for tensor in tensors:
-        if _is_packed(layout, tensor):
-            sizes[tensor.dtype] += tensor.bytes
-        elif tensor.dtype in FLOATS and layout is not None and layout.split(tensor.name, tensor.dtype)[1]:
-            if casts is None or (tensor.whole_class is not None and casts(tensor.whole_class)):
-                elements, size = elements + math.prod(tensor.shape), size + tensor.bytes
-        elif tensor.dtype in FLOATS:
-            others[tensor.dtype] += tensor.bytes
-    held, rest = (tuple(dtype for dtype, _ in counted.most_common()) for counted in (sizes, others))
-    return StoredDtypes(held, next(iter(rest), None), (elements, size))
-
-
-def _is_packed(layout: Layout | None, tensor: StoredTensor) -> bool:
-    if layout is not None:
-        return layout.packed(tensor.name, tensor.dtype)
-    return tensor.name.endswith(_WEIGHTS) and tensor.dtype.startswith(("int", "uint", "float8")) and len(tensor.shape) > 1
+def layout_name(method: str, settings: Mapping[str, Any]) -> str | None:
+    """Return the row of LAYOUTS that a quantization_config means; None where it names a layout that its method has not usually."""
+    if "packing_format" in settings:  # AutoRound's: that of another package, which it names at the end
+        end = str(settings["packing_format"]).rpartition("_")[2]
+        return end if end in METHODS and METHODS[end].has_kernels else None
+    row = METHODS.get(method)
+    formats = {str(settings[key]).casefold() for key in _FORMAT_KEYS if settings.get(key)}
+    if row is not None and row.formats is not None and (settings.get("is_marlin_format") or not formats <= row.formats):
+        return None
+    return (row.layout if row is not None else None) or method
