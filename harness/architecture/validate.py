@@ -15,7 +15,14 @@ from collections.abc import Iterable, Iterator
 
 from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
-from harness.architecture.stored.packed_check import block_fault, lacking_part, left_in_16_bits, scale_of, sides, uneven_part
+from harness.architecture.stored.packed_check import (
+    block_fault,
+    lacking_part,
+    of_other_form,
+    scale_of,
+    sides,
+    uneven_part,
+)
 from harness.checkpoint.adapter import Adapter, LoraModule
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, OWN_CONFIG, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
@@ -110,6 +117,9 @@ class _Comparison:
             return
         self._raise_unpacked()
         self._raise_misplaced()
+        linears = ((path, one.tensor, one.packed) for path, group in self.arrived.items() for one in group)
+        if other := of_other_form(self.packed, self.read.config, self.found, linears):
+            raise self._error(other[0][0].file, f"{other[0][1]}{more(other)}")
         wrong = [*self._misshapen(), *self._misconverted()]
         if wrong:
             stored, what = wrong[0]
@@ -241,8 +251,6 @@ class _Comparison:
         shape, tensor = weight.tensor.shape, stored.tensor
         if stored.packed:
             return self._packed_fault(stored, shape[::-1] if stored.name in self.turned else shape)
-        if left := left_in_16_bits(self.packed, self.read.config, tensor, weight):
-            return left
         if tensor.shape != shape and not self._converts(stored, shape):
             return f"{shown(tensor.name)} is {sides(tensor.shape)}, the config asks for {sides(shape)}"
         if (
@@ -357,7 +365,7 @@ def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[StoredW
             packed.setdefault(base, {})[part] = tensor
     for base, parts in packed.items():
         if layout is not None and layout.main in parts:
-            yield StoredWeight(layout.whole_name(base), parts, packed=True)
+            yield StoredWeight(layout.whole_name(base), {layout.main: parts[layout.main], **parts}, packed=True)
         else:  # a scale, or what is called so, without a packed weight
             yield from (StoredWeight(tensor.name, {"": tensor}) for tensor in parts.values())
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from harness.architecture.key_mapping import Shape
-from harness.architecture.skeleton import Weight
+from harness.architecture.skeleton import Module, Skeleton, Weight, is_stacked
 from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.layouts import FP8_SCALES, Layout
 from harness.checkpoint.quantization import Packed
@@ -19,6 +19,18 @@ from harness.core.methods.compressed import scheme_number
 from harness.core.methods.table import settings_of
 
 _NAMED, _KEPT = "modules_in_block_to_quantize", "modules_to_not_convert"
+# Where optimum looks for the blocks of a model, in this order (its BLOCK_PATTERNS).
+OPTIMUM_BLOCKS = (
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "model.language_model.layers",
+    "h",
+    "decoder.layers",
+    "layers",
+)
+_ONE_BY_ONE = ("auto-round",)  # whose package takes the experts of a mixture apart before it loads them
 
 
 def lacking_part(packed: Packed, layout: Layout, parts: Set[str]) -> str | None:
@@ -42,25 +54,60 @@ def uneven_part(parts: Mapping[str, Set[str]], settings: Mapping[str, Any]) -> t
     return None
 
 
-def left_in_16_bits(packed: Packed | None, config: Mapping[str, Any], tensor: StoredTensor, weight: Weight) -> str | None:
-    """Say that a Linear is in 16 bits where the method's library makes a packed layer of it, and why; None if it does not."""
-    why = packed.method.whole_blocks if packed is not None and packed.method is not None else None
-    if packed is None or why is None or not weight.quantizes:
-        return None
-    module, settings = weight.path.removesuffix(".weight"), settings_of(config) or {}
-    return f"{shown(tensor.name)} is {tensor.dtype}, and {why}" if _IS_PACKED[packed.name](module, settings) else None
+class PackedLayers(NamedTuple):
+    """The weights, by their paths, that a method's library makes packed layers for: all of these, and at most those."""
+
+    all_of: Set[str]
+    at_most: Set[str]
 
 
-def _is_in_a_block(module: str, settings: Mapping[str, Any]) -> bool:
-    """Say whether optimum packs a Linear: one of the blocks that the config names, or all of them."""
+def of_other_form(
+    packed: Packed | None, config: Mapping[str, Any], found: Skeleton, stored: Iterable[tuple[str, StoredTensor, bool]]
+) -> list[tuple[StoredTensor, str]]:
+    """Return what is stored otherwise than the library makes its layer, and why; of path, tensor, and whether it is packed.
+
+    Of methods whose library leaves no Linear but those that the config keeps.
+    """
+    if packed is None or packed.method is None or packed.plain or packed.name not in _PACKED_LAYERS or found.naming is None:
+        return []
+    linears = [(module, weight) for module in found.root.walk() for weight in module.weights if weight.tensor.name == "weight"]
+    layers, wrong = _PACKED_LAYERS[packed.name](settings_of(config) or {}, linears), []
+    for path, tensor, is_packed in stored:
+        if is_packed and path not in layers.at_most:
+            wrong.append((tensor, f"{shown(tensor.name)} is packed, and {_TAKES[packed.name]}"))
+        elif not is_packed and path in layers.all_of:
+            wrong.append((tensor, f"{shown(tensor.name)} is {tensor.dtype}, and {packed.method.whole_blocks}"))
+    return wrong
+
+
+_Linears = list[tuple[Module, Weight]]
+
+
+def _in_blocks(settings: Mapping[str, Any], linears: _Linears) -> PackedLayers:
+    """Return what optimum packs: Linear and Conv1D in the blocks that the config names, or that it finds by their names."""
     named = [name for group in settings.get(_NAMED) or () for name in group]
-    return any(part.isdecimal() for part in module.split(".")) and (not named or module.endswith(tuple(named)))
+    found = next((name for name in OPTIMUM_BLOCKS if any(module.path.startswith(name) for module, _ in linears)), None)
+    block = settings.get("block_name_to_quantize") or found
+    inside = [(module, weight) for module, weight in linears if isinstance(block, str) and module.path.startswith(block)]
+    taken = {
+        weight.path
+        for module, weight in inside
+        if module.block.linear is not None and (not named or module.path.endswith(tuple(named)))
+    }
+    return PackedLayers(taken, taken)
 
 
-def _is_converted(module: str, settings: Mapping[str, Any]) -> bool:
-    """Say whether transformers packs a Linear (its `should_convert_module`): by the begin of its name, or by its end."""
+def _converted(settings: Mapping[str, Any], linears: _Linears) -> PackedLayers:
+    """Return what transformers packs (its `should_convert_module`): not what is named by the begin of its name, or by its end."""
     kept = [name for name in settings.get(_KEPT) or () if isinstance(name, str)]
-    return not any(_begins(name, module) or module.endswith(name) for name in kept)
+    left = [
+        (module, weight)
+        for module, weight in linears
+        if not any(_begins(name, module.path) or module.path.endswith(name) for name in kept)
+    ]
+    # What is derived from torch's Linear is one for it, and only the name of its class is known here.
+    derived = {weight.path for module, weight in left if "Linear" in module.block.class_name and not module.block.exempt}
+    return PackedLayers({weight.path for _, weight in left if weight.quantizes}, derived)
 
 
 def _begins(pattern: str, module: str) -> bool:
@@ -70,8 +117,13 @@ def _begins(pattern: str, module: str) -> bool:
         return False
 
 
-# By method, which Linears its library packs.
-_IS_PACKED = {"gptq": _is_in_a_block, "awq": _is_converted}
+# By method, which Linears its library packs; and what it makes of a weight that is packed though it does not.
+_PACKED_LAYERS = {"gptq": _in_blocks, "awq": _converted}
+_TAKES = {
+    "gptq": "optimum makes packed layers of torch's own Linear alone, in blocks that it knows by their names (model.layers, "
+    "transformer.h and such) or by block_name_to_quantize: use the gptqmodel package by itself",
+    "awq": "'modules_to_not_convert' keeps it in 16 bits: take it out of there",
+}
 
 
 def scale_of(name: str, names: Set[str]) -> str | None:
@@ -99,6 +151,28 @@ def with_blocks(packed: Packed, weights: Iterable[tuple[str, Shape]]) -> Packed:
     what = f"transformers unpacks blocks wrongly, or not at all, where they do not divide a weight, as {rest}"
     keeps = f"--precision {method.name} on a GPU of compute capability {method.packs_from:g} on"
     return replace(packed, undivided=f"{what}: keep them as they are, with {keeps}")
+
+
+def with_experts(packed: Packed, found: Skeleton, names: Iterable[str] | None = None) -> Packed:
+    """Return what is packed with the reason why its experts reach none of the stacks that transformers joins them to.
+
+    It joins what it unpacks while it loads, and what a stack has room for as it is. `names` are those of the packed weights in the
+    files; None: there are no files, and a method that packs whole blocks packs experts as well.
+    """
+    method = packed.method
+    if method is None or packed.own or packed.fault is not None or not method.packs_linears or found.naming is None:
+        return packed
+    if method.unpacked is not None or method.packs_experts or method.name in _ONE_BY_ONE:
+        return packed
+    stacks = {weight.path: None for weight in found.weights if is_stacked(weight)}
+    taken = (found.naming.place(name, stacks).name for name in names) if names is not None else stacks
+    stack = next((path for path in taken if path in stacks), None)
+    if stack is None or (names is None and method.whole_blocks is None):
+        return packed
+    what = (
+        f"transformers 5 joins the experts of a layer to one tensor, as {shown(stack)}, and joins none that {method.title} packed"
+    )
+    return replace(packed, fault=f"{what}: it fills it with random numbers, or stops; take an FP8 checkpoint, or the 16-bit one")
 
 
 def leaves_rest(shape: Shape, block: Shape) -> bool:
