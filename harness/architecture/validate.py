@@ -10,8 +10,8 @@ neither stacked experts nor converted tensors, of a file with its config within 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
@@ -314,6 +314,9 @@ class _Comparison:
         if packed is not None and self.packed is None:
             what = f"says nothing of packed weights, and {shown(packed.name)} in {shown(packed.file)} is one"
             raise self._error(CONFIG, f"{what}: {OWN_CONFIG}")
+        if other := _of_shapes(self.lost, (self.wanted[path].tensor.shape for path in missing)):
+            what = f"asks for {shown(name)}{more(missing)}, and the files hold as many by other names, as {shown(other)}"
+            raise self._error(CONFIG, f"{what}: {OWN_CONFIG}")
         files = self.read.files
         where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
         what = f"asks for {shown(name)}{more(missing)}, which {where} holds"
@@ -368,6 +371,11 @@ def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[StoredW
             yield StoredWeight(layout.whole_name(base), {layout.main: parts[layout.main], **parts}, packed=True)
         else:  # a scale, or what is called so, without a packed weight
             yield from (StoredWeight(tensor.name, {"": tensor}) for tensor in parts.values())
+
+
+def _of_shapes(lost: Sequence[StoredWeight], shapes: Iterable[Shape]) -> str | None:
+    """Name the first tensor without a place where there is one of each of these shapes: nothing was lost on the way."""
+    return lost[0].name if lost and Counter(shapes) <= Counter(one.tensor.shape for one in lost) else None
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:

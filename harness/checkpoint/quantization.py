@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from harness.checkpoint.layouts import (
     FLOATS,
+    FP8_SCALES,
     LAYOUTS,
     PACKED_SUFFIXES,
     TORCHAO_PARTS,
@@ -46,8 +47,7 @@ _ATTENTION_MASK = re.compile(r"(attn|attention)\.bias$")
 _WITH_VARIANTS = ("gptq", "awq", "bitsandbytes_4bit", "bitnet")
 # Methods that pack several weights into an integer under the name of the weight, beside a ".weight_scale".
 _WORDS_OF_BITS = ("bitnet", "gemma", "quark")
-# ... that tell modules apart whose bits are others
-_VARY_KEYS = ("dynamic", "extra_config", "layer_quant_config")
+_VARY_KEYS = ("dynamic", "extra_config", "layer_quant_config")  # ... that tell modules apart whose bits are others
 _PACKING_KEYS = ("packing_format", "version", "checkpoint_format", "format")
 # ... that say which modules are packed, where those are not all Linears but the head
 _SELECT_KEYS = ("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head", "llm_int8_skip_modules")
@@ -364,10 +364,11 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
     tensors of the checkpoint: a packed tensor is known by what stands beside it.
     """
     name, module, elements = tensor.name, tensor.name.rpartition(".")[0], math.prod(tensor.shape)
-    if is_beside(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
-        return 0
     settings = settings_of(config) or {}
     method, said = method_name(settings), bits_in(settings) or believable_bits(config.get(MOSS.bits_key)) or 4
+    scales = method in METHODS and METHODS[method].blocks and name.endswith(FP8_SCALES)
+    if scales or is_beside(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
+        return 0
     if name.endswith(PACKED_SUFFIXES) and tensor.dtype == "int32":
         return elements * 32 // (_bits_of(module, shapes) or bits_of(settings, module) or said)
     if f"{name}.absmax" in shapes:  # bitsandbytes' 4 bits, in whichever integers or floats

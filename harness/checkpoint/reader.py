@@ -317,6 +317,10 @@ def _index(folder: Folder, index: str) -> dict[str, str]:
             raise CheckpointError(
                 where, f"names the shard {quote(name)}, which is neither .safetensors nor .bin: correct the index"
             )
+    if len(kinds := sorted({Path(name).suffix for name in names})) > 1:
+        raise CheckpointError(
+            where, f"names shards in {' and in '.join(kinds)}, and transformers reads all by one: correct the index"
+        )
     return listed
 
 

@@ -285,6 +285,14 @@ def test_an_index_of_endlessly_many_shards_is_refused_before_one_is_looked_for(t
         reader.shard_names(Directory(tmp_path), "model.safetensors.index.json")
 
 
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_shards_of_two_kinds_are_refused_as_transformers_reads_all_by_one(tmp_path: Path, index: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.bin"}}))
+    with pytest.raises(CheckpointError, match=r"names shards in \.bin and in \.safetensors, and transformers reads all by one"):
+        reader.shard_names(Directory(tmp_path), index)
+
+
 def test_missing_shards_are_named(tmp_path: Path) -> None:
     folder = write_index(tmp_path / "model", *(f"{n}.safetensors" for n in range(20)))
     with pytest.raises(
