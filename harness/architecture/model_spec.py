@@ -18,7 +18,7 @@ from harness.architecture.ask_worker import UnknownType
 from harness.architecture.key_mapping import Naming
 from harness.architecture.skeleton import Skeleton
 from harness.architecture.stored.names import as_held, packed_tables
-from harness.architecture.stored.packed_check import with_blocks
+from harness.architecture.stored.packed_check import with_blocks, with_experts
 from harness.architecture.stored.storages import Storages, storages_of, weight_bytes
 from harness.architecture.vision.image_trace import ImageTrace
 from harness.catalog import shipped
@@ -223,7 +223,9 @@ def of_checkpoint(name: str, where: str, read: Checkpoint, directory: Path | Non
     notes = validate.check(read, found, packed)
     if packed is not None and packed.layout is not None:
         layout = packed.layout
-        packed = with_blocks(packed, ((one.name, one.shape) for one in read.tensors if layout.packed(one.name, one.dtype)))
+        mains = [one for one in read.tensors if layout.packed(one.name, one.dtype)]
+        packed = with_blocks(packed, ((one.name, one.shape) for one in mains))
+        packed = with_experts(packed, found, (layout.whole_name(one.name.removesuffix(layout.main)) for one in mains))
     tokenizer = directory is None or "tokenizer.ggml.model" in read.config or auxiliary_files.has_tokenizer(Directory(directory))
     code = any(one.kind == "model" for one in read.remote_code)
     names = {tensor.name for tensor in read.tensors}
@@ -327,7 +329,7 @@ def _of_shape(name: str, where: str, config: Mapping[str, Any], shape: Skeleton,
     dtype, packed = stated_dtype(config), quantization.packed(config)
     if packed is not None:
         taken = (weight for weight, _ in shape.tally if weight.quantizes or skeleton.is_stacked(weight))
-        packed = with_blocks(packed, ((weight.path, weight.tensor.shape) for weight in taken))
+        packed = with_experts(with_blocks(packed, ((weight.path, weight.tensor.shape) for weight in taken)), shape)
     size = skeleton.packed_model_bytes(shape, packed) if packed else shape.parameters * DTYPE_BYTES.get(dtype, 2)
     return ModelSpec(
         name=name,

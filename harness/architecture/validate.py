@@ -10,12 +10,19 @@ neither stacked experts nor converted tensors, of a file with its config within 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 from harness.architecture.key_mapping import Naming, Place, Shape
 from harness.architecture.skeleton import Skeleton, Weight
-from harness.architecture.stored.packed_check import block_fault, lacking_part, left_in_16_bits, scale_of, sides, uneven_part
+from harness.architecture.stored.packed_check import (
+    block_fault,
+    lacking_part,
+    of_other_form,
+    scale_of,
+    sides,
+    uneven_part,
+)
 from harness.checkpoint.adapter import Adapter, LoraModule
 from harness.checkpoint.formats.files import DOWNLOAD_AGAIN, OWN_CONFIG, quote
 from harness.checkpoint.formats.safetensors_header import StoredTensor
@@ -110,6 +117,9 @@ class _Comparison:
             return
         self._raise_unpacked()
         self._raise_misplaced()
+        linears = ((path, one.tensor, one.packed) for path, group in self.arrived.items() for one in group)
+        if other := of_other_form(self.packed, self.read.config, self.found, linears):
+            raise self._error(other[0][0].file, f"{other[0][1]}{more(other)}")
         wrong = [*self._misshapen(), *self._misconverted()]
         if wrong:
             stored, what = wrong[0]
@@ -242,8 +252,6 @@ class _Comparison:
         shape, tensor = weight.tensor.shape, stored.tensor
         if stored.packed:
             return self._packed_fault(stored, shape[::-1] if stored.name in self.turned else shape)
-        if left := left_in_16_bits(self.packed, self.read.config, tensor, weight):
-            return left
         if tensor.shape != shape and not self._converts(stored, shape):
             return f"{shown(tensor.name)} is {sides(tensor.shape)}, the config asks for {sides(shape)}"
         if (
@@ -307,6 +315,9 @@ class _Comparison:
         if packed is not None and self.packed is None:
             what = f"says nothing of packed weights, and {shown(packed.name)} in {shown(packed.file)} is one"
             raise self._error(CONFIG, f"{what}: {OWN_CONFIG}")
+        if other := _of_shapes(self.lost, (self.wanted[path].tensor.shape for path in missing)):
+            what = f"asks for {shown(name)}{more(missing)}, and the files hold as many by other names, as {shown(other)}"
+            raise self._error(CONFIG, f"{what}: {OWN_CONFIG}")
         files = self.read.files
         where = f"none of the {len(files)} files" if len(files) > 1 else "no file"
         what = f"asks for {shown(name)}{more(missing)}, which {where} holds"
@@ -358,9 +369,14 @@ def _stored_weights(read: Checkpoint, layout: Layout | None) -> Iterator[StoredW
             packed.setdefault(base, {})[part] = tensor
     for base, parts in packed.items():
         if layout is not None and layout.main in parts:
-            yield StoredWeight(layout.whole_name(base), parts, packed=True)
+            yield StoredWeight(layout.whole_name(base), {layout.main: parts[layout.main], **parts}, packed=True)
         else:  # a scale, or what is called so, without a packed weight
             yield from (StoredWeight(tensor.name, {"": tensor}) for tensor in parts.values())
+
+
+def _of_shapes(lost: Sequence[StoredWeight], shapes: Iterable[Shape]) -> str | None:
+    """Name the first tensor without a place where there is one of each of these shapes: nothing was lost on the way."""
+    return lost[0].name if lost and Counter(shapes) <= Counter(one.tensor.shape for one in lost) else None
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:

@@ -22,7 +22,7 @@ from harness.core.families import CHATGLM, GGUF, MOSS, family_of
 from harness.core.methods import torchao
 from harness.core.methods.compressed import FormatLoading, differ, schemes_in
 from harness.core.methods.config import method_name, settings_of
-from harness.core.methods.layouts import LAYOUTS, TORCHAO_PARTS, Layout, Sides, layout_name
+from harness.core.methods.layouts import FP8_SCALES, LAYOUTS, TORCHAO_PARTS, Layout, Sides, layout_name
 from harness.core.methods.method import Method
 from harness.core.methods.table import METHODS, OWN, foreign
 from harness.core.precisions import Precision, row_of
@@ -343,10 +343,11 @@ def weights_in(tensor: StoredTensor, shapes: Mapping[str, Sides], config: Mappin
     tensors of the checkpoint: a packed tensor is known by what stands beside it.
     """
     name, module, elements = tensor.name, tensor.name.rpartition(".")[0], math.prod(tensor.shape)
-    if is_beside(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
-        return 0
     settings = settings_of(config) or {}
     method, said = method_name(settings), bits_in(settings) or believable_bits(config.get(MOSS.bits_key)) or 4
+    scales = method in METHODS and METHODS[method].blocks and name.endswith(FP8_SCALES)
+    if scales or is_beside(name) or tensor.dtype == "bool" or (_ATTENTION_MASK.search(name) and len(tensor.shape) == 4):
+        return 0
     if name.endswith(PACKED_SUFFIXES) and tensor.dtype == "int32":
         return elements * 32 // (_bits_of(module, shapes) or bits_of(settings, module) or said)
     if f"{name}.absmax" in shapes:  # bitsandbytes' 4 bits, in whichever integers or floats

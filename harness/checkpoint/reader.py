@@ -317,6 +317,10 @@ def _index(folder: Folder, index: str) -> dict[str, str]:
             raise CheckpointError(
                 where, f"names the shard {quote(name)}, which is neither .safetensors nor .bin: correct the index"
             )
+    other = next((name for name in names if not name.endswith(".safetensors")), None)
+    if names and names[0].endswith(".safetensors") and other is not None:  # after a first in .bin each is read by its own ending
+        what = f"names the shards {quote(names[0])} and {quote(other)}, and transformers reads all as it does the first"
+        raise CheckpointError(where, f"{what}: correct the index")
     return listed
 
 

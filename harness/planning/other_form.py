@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from harness.architecture import skeleton
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import is_stacked
+from harness.architecture.stored.packed_check import with_experts
 from harness.catalog import shipped
 from harness.checkpoint import quantization
 from harness.checkpoint.quantization import Packed
@@ -29,7 +30,7 @@ def stored_for(spec: ModelSpec, precision: Precision) -> ModelSpec | None:
     if spec.stored_as is not None or precision.requires_checkpoint is None:
         return None
     form = quantization.form_for(precision, spec.config or {"model_type": spec.skeleton.model_type})
-    return in_form(spec, form) if form is not None else None
+    return in_form(spec, with_experts(form, spec.skeleton)) if form is not None else None
 
 
 @lru_cache(maxsize=16)

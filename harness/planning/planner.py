@@ -203,6 +203,7 @@ class Planner:
         what = f"needs {needed}, and this one is {self.spec.stored_dtype}"
         published = other_form.published_in(self.spec, row)
         known = f": published as {' and '.join(published[:2])}" if published else ": quantize it, or look for one on the hub"
+        known = "" if other.packed is not None and other.packed.fault else known  # none of which would load
         then = f"; {one.why}" if one.why and one.verdict is not Verdict.FITS else ""  # of what fits that is what its map does
         verdict = one.verdict if one.verdict in (Verdict.TOO_BIG, Verdict.INVALID) else Verdict.UNAVAILABLE
         return msgspec.structs.replace(one, verdict=verdict, why=f"{what}{known}{then}", code=None, needs_checkpoint=needed)

@@ -107,7 +107,15 @@ DAMAGES: Mapping[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "renamed": (
         lambda tensors: renamed(tensors, UP, f"{UP}s"),
-        f"config.json: asks for '{UP}', which {{where}} holds: {COMPLETE}",
+        f"config.json: asks for '{UP}', and the files hold as many by other names, as '{UP}s': {BELONGS}",
+    ),
+    "another model's names": (
+        lambda tensors: renamed(tensors, "model.layers", "transformer.layers"),
+        "(and 269 more), and the files hold as many by other names, as 'transformer.layers.0.self_attn.q_proj.weight'",
+    ),
+    "some renamed, one missing": (
+        lambda tensors: renamed(without(tensors, UP), "model.layers.2", "layer.2"),
+        f"which {{where}} holds: {COMPLETE}",
     ),
     "another model": (
         lambda tensors: renamed(tensors, "model.", "decoder."),

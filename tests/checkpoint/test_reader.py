@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.checkpoint import reader
 from harness.checkpoint.formats.files import Directory
@@ -290,6 +291,36 @@ def test_an_index_of_endlessly_many_shards_is_refused_before_one_is_looked_for(t
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises(CheckpointError, match=r"names 8,193 shards, and no model has more than 8,192: correct the index"):
         reader.shard_names(Directory(tmp_path), "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize(("kinds", "reads"), [("bin bin", True), ("bin safetensors", True), ("safetensors bin", False)])
+def test_shards_of_two_kinds_are_refused_where_transformers_cannot_read_them(
+    index: str, kinds: str, reads: bool, tmp_path: Path
+) -> None:
+    names, files = ("model.norm.weight", "lm_head.weight"), [f"{number}.{kind}" for number, kind in enumerate(kinds.split())]
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=0, num_attention_heads=1, vocab_size=8)
+    weights = dict(LlamaForCausalLM(config).state_dict())
+    config.save_pretrained(tmp_path)
+    where = {name: files[name in names] for name in weights}
+    for file in files:
+        part = {name: weights[name].clone() for name in weights if where[name] == file}
+        if file.endswith("safetensors"):
+            safetensors.torch.save_file(part, tmp_path / file, metadata={"format": "pt"})
+        else:
+            torch.save(part, tmp_path / file)
+    (tmp_path / index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    try:
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    except safetensors.SafetensorError:
+        assert not reads
+        with pytest.raises(
+            CheckpointError, match=r"'0\.safetensors' and '1\.bin', and transformers reads all as .* first"
+        ):
+            reader.shard_names(Directory(tmp_path), index)
+    else:
+        assert reads
+        assert reader.shard_names(Directory(tmp_path), index) == files
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:

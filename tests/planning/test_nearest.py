@@ -58,9 +58,9 @@ def test_else_the_hardware_whose_cards_hold_every_weight(name: str, ways: int) -
 
 
 def test_beside_what_is_too_slow_to_use_stands_what_is_not() -> None:
-    """The disk holds a mixture of experts whose 4-bit form is in RAM: such a checkpoint is named first, then cards."""
+    """The disk holds a model whose 4-bit form is on the card: such a checkpoint is named first, then cards."""
     small = profile(["RTX 3060 12GB"], ram=32 * GIB)
-    found = advised("Qwen/Qwen3-30B-A3B", small, ("bf16", "disk"))
+    found = advised("Qwen/Qwen2.5-14B-Instruct", small, ("bf16", "disk"))
     assert found.best is not None
     assert found.faster is not None
     said = re.search(
@@ -79,7 +79,7 @@ def test_beside_what_is_too_slow_to_use_stands_what_is_not() -> None:
 
 def test_here_only_packages_that_are_missing_are_named_with_a_form() -> None:
     small = profile(["RTX 3060 12GB"], ram=32 * GIB)
-    found = advised("Qwen/Qwen3-30B-A3B", small, ("bf16", "disk"), here=True)
+    found = advised("Qwen/Qwen2.5-14B-Instruct", small, ("bf16", "disk"), here=True)
     assert found.faster is not None
     form = PRECISIONS[found.faster.partition(": ")[2].partition("/")[0]]
     asked = re.search(r", needs pip install ([^)]*)\)", found.faster)

@@ -191,7 +191,7 @@ def test_every_word_of_our_tables_is_in_the_table(texts: list[str]) -> None:
 # What speaks on a page of cards and of models that are refused: reasons of cases, disturbances, doubts. Of a module all of it, or
 # what is called so in it.
 SPEAKERS = {
-    "architecture/stored/packed_check.py": {"with_blocks"},
+    "architecture/stored/packed_check.py": {"with_blocks", "with_experts"},
     "checkpoint/quantization.py": {"refusal", "_no_layers"},
     "core/methods/compressed.py": {"settings_refusal", "_ANOTHER", "_unloadable"},
     "core/methods/cpu_kernels.py": {"fault", "_refusal", "_said", "_AWAY"},

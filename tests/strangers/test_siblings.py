@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -626,6 +627,14 @@ def test_blocks_that_are_refused_are_those_that_transformers_unpacks_wrongly(
     except ValueError:
         right = False
     assert leaves_rest((rows, columns), block) != right
+
+
+@pytest.mark.parametrize("name", [".weight_scale_inv", ".scale", ".qscale_weight", ".weight_scale"])
+def test_scales_of_fp8_are_no_parameters_by_any_name(name: str, tmp_path: Path) -> None:
+    many = packed(lambda _: lambda o, i: {".weight": (F8, (o, i)), name: (F32, (o, i // 4))}, {**FP8, "weight_block_size": [1, 4]})
+    many(tmp_path)
+    asked = sum(math.prod(shape) for _, shape in tensors_of(SMALL, Form(plain, {}))[0].values())
+    assert reader.read(tmp_path).parameters == asked
 
 
 def test_blocks_are_looked_at_where_no_file_is_here_as_well() -> None:

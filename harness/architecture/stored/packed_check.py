@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from harness.architecture.key_mapping import Shape
-from harness.architecture.skeleton import Weight
+from harness.architecture.skeleton import Module, Skeleton, Weight, is_stacked
 from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.shard_check import shown
@@ -19,6 +19,17 @@ from harness.core.methods.config import settings_of
 from harness.core.methods.layouts import FP8_SCALES, Layout
 
 _NAMED, _KEPT = "modules_in_block_to_quantize", "modules_to_not_convert"
+# Where optimum looks for the blocks of a model, in this order (its BLOCK_PATTERNS).
+OPTIMUM_BLOCKS = (
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "model.language_model.layers",
+    "h",
+    "decoder.layers",
+    "layers",
+)
 
 
 def lacking_part(packed: Packed, layout: Layout, parts: Set[str]) -> str | None:
@@ -42,26 +53,61 @@ def uneven_part(parts: Mapping[str, Set[str]], settings: Mapping[str, Any]) -> t
     return None
 
 
-def left_in_16_bits(packed: Packed | None, config: Mapping[str, Any], tensor: StoredTensor, weight: Weight) -> str | None:
-    """Say that a Linear is in 16 bits where the method's library makes a packed layer of it, and why; None if it does not."""
-    why = packed.method.whole_blocks if packed is not None and packed.method is not None else None
-    if packed is None or why is None or not weight.quantizes:
-        return None
-    module, settings = weight.path.removesuffix(".weight"), settings_of(config) or {}
-    is_packed = _is_in_a_block if packed.method is not None and packed.method.by_blocks else _is_converted
-    return f"{shown(tensor.name)} is {tensor.dtype}, and {why}" if is_packed(module, settings) else None
+class PackedLayers(NamedTuple):
+    """The weights, by their paths, that a method's library makes packed layers for: all of these, and at most those."""
+
+    all_of: Set[str]
+    at_most: Set[str]
 
 
-def _is_in_a_block(module: str, settings: Mapping[str, Any]) -> bool:
-    """Say whether optimum packs a Linear: one of the blocks that the config names, or all of them."""
+def of_other_form(
+    packed: Packed | None, config: Mapping[str, Any], found: Skeleton, stored: Iterable[tuple[str, StoredTensor, bool]]
+) -> list[tuple[StoredTensor, str]]:
+    """Return what is stored otherwise than the library makes its layer, and why; of path, tensor, and whether it is packed.
+
+    Of methods whose library leaves no Linear but those that the config keeps.
+    """
+    method = packed.method if packed is not None and not packed.plain else None
+    if method is None or method.whole_blocks is None or found.naming is None:
+        return []
+    linears = [(module, weight) for module in found.root.walk() for weight in module.weights if weight.tensor.name == "weight"]
+    layers, wrong = (_in_blocks if method.by_blocks else _converted)(settings_of(config) or {}, linears), []
+    for path, tensor, is_packed in stored:
+        if is_packed and path not in layers.at_most:
+            wrong.append((tensor, f"{shown(tensor.name)} is packed, and {method.not_packed}"))
+        elif not is_packed and path in layers.all_of:
+            wrong.append((tensor, f"{shown(tensor.name)} is {tensor.dtype}, and {method.whole_blocks}"))
+    return wrong
+
+
+_Linears = list[tuple[Module, Weight]]
+
+
+def _in_blocks(settings: Mapping[str, Any], linears: _Linears) -> PackedLayers:
+    """Return what optimum packs: Linear and Conv1D in the blocks that the config names, or that it finds by their names."""
     named = [name for group in settings.get(_NAMED) or () for name in group]
-    return any(part.isdecimal() for part in module.split(".")) and (not named or module.endswith(tuple(named)))
+    found = next((name for name in OPTIMUM_BLOCKS if any(module.path.startswith(name) for module, _ in linears)), None)
+    block = settings.get("block_name_to_quantize") or found
+    inside = [(module, weight) for module, weight in linears if isinstance(block, str) and module.path.startswith(block)]
+    taken = {
+        weight.path
+        for module, weight in inside
+        if module.block.linear is not None and (not named or module.path.endswith(tuple(named)))
+    }
+    return PackedLayers(taken, taken)
 
 
-def _is_converted(module: str, settings: Mapping[str, Any]) -> bool:
-    """Say whether transformers packs a Linear (its `should_convert_module`): by the begin of its name, or by its end."""
+def _converted(settings: Mapping[str, Any], linears: _Linears) -> PackedLayers:
+    """Return what transformers packs (its `should_convert_module`): not what is named by the begin of its name, or by its end."""
     kept = [name for name in settings.get(_KEPT) or () if isinstance(name, str)]
-    return not any(_begins(name, module) or module.endswith(name) for name in kept)
+    left = [
+        (module, weight)
+        for module, weight in linears
+        if not any(_begins(name, module.path) or module.path.endswith(name) for name in kept)
+    ]
+    # What is derived from torch's Linear is one for it, and only the name of its class is known here.
+    derived = {weight.path for module, weight in left if "Linear" in module.block.class_name and not module.block.exempt}
+    return PackedLayers({weight.path for _, weight in left if weight.quantizes}, derived)
 
 
 def _begins(pattern: str, module: str) -> bool:
@@ -96,6 +142,28 @@ def with_blocks(packed: Packed, weights: Iterable[tuple[str, Shape]]) -> Packed:
     what = f"transformers unpacks blocks wrongly, or not at all, where they do not divide a weight, as {rest}"
     keeps = f"--precision {method.name} on a GPU of compute capability {method.packs_from:g} on"
     return replace(packed, undivided=f"{what}: keep them as they are, with {keeps}")
+
+
+def with_experts(packed: Packed, found: Skeleton, names: Iterable[str] | None = None) -> Packed:
+    """Return what is packed with the reason why its experts reach none of the stacks that transformers joins them to.
+
+    It joins what it unpacks while it loads, and what a stack has room for as it is. `names` are those of the packed weights in the
+    files; None: there are no files, and a method that packs whole blocks packs experts as well.
+    """
+    method = packed.method
+    if method is None or packed.own or packed.fault is not None or not method.packs_linears or found.naming is None:
+        return packed
+    if method.unpacked is not None or method.packs_experts or method.takes_experts_apart:
+        return packed
+    stacks = {weight.path: None for weight in found.weights if is_stacked(weight)}
+    taken = (found.naming.place(name, stacks).name for name in names) if names is not None else stacks
+    stack = next((path for path in taken if path in stacks), None)
+    if stack is None or (names is None and method.whole_blocks is None):
+        return packed
+    what = (
+        f"transformers 5 joins the experts of a layer to one tensor, as {shown(stack)}, and joins none that {method.title} packed"
+    )
+    return replace(packed, fault=f"{what}: it fills it with random numbers, or stops; take an FP8 checkpoint, or the 16-bit one")
 
 
 def leaves_rest(shape: Shape, block: Shape) -> bool:

@@ -57,6 +57,8 @@ class Method(Record, frozen=True, kw_only=True):
     by_blocks: bool = False  #: Linears and Conv1Ds of the blocks are packed (optimum); else Linears that a config does not keep
     kept_as_made: bool = False  #: stored weights lie in memory as those that its library packs while loading, and peft adapts them
     whole_blocks: str | None = None  #: why no Linear may be left in 16 bits, but those that the config keeps so
+    not_packed: str | None = None  #: ... and what its library does, which packs no other, where the files hold one packed
+    takes_experts_apart: bool = False  #: its package does so with a mixture before it loads the weights
     scales_decide: bool = False  #: unpacked weights are in the dtype of their scales, whichever is asked for
     unsupported: str | None = None  #: why nothing that is stored so can be loaded
     faults: Callable[[Mapping[str, Any]], str | None] | None = None  #: says why its package does not take a config

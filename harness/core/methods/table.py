@@ -75,6 +75,7 @@ _ROWS = (
         formats=frozenset(("gemm",)),
         cpu_lacks=_AWQ_ON_CARDS,
         whole_blocks="transformers packs all that 'modules_to_not_convert' names by no beginning or end: write whole names in it",
+        not_packed="'modules_to_not_convert' keeps it in 16 bits: take it out of there",
         writes={"zero_point": True, "version": "gemm"},
     ),
     Method(
@@ -120,6 +121,8 @@ _ROWS = (
         by_blocks=True,
         cpu_lacks=_GPTQ_ON_CARDS,
         whole_blocks="optimum packs every Linear of the blocks, whatever 'dynamic' says: use the gptqmodel package by itself",
+        not_packed="optimum makes packed layers of torch's own Linear alone, in blocks that it knows by their names (model.layers, "
+        "transformer.h and such) or by block_name_to_quantize: use the gptqmodel package by itself",
         writes={"sym": True, "desc_act": False},
     ),
     Method(
@@ -276,6 +279,7 @@ _ROWS = (
             "awq": "auto-round has no layer for its AWQ packing on a processor and fills one with random numbers: "
             "take a checkpoint in its own packing, or a GPU"
         },
+        takes_experts_apart=True,
     ),
     Method(
         name="mxfp4",
