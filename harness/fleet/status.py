@@ -24,7 +24,7 @@ class State(str, Enum):
 
 
 #: The states in which a shard may still bring something.
-OPEN = (State.RUNNING, State.WAITING)
+UNFINISHED = (State.RUNNING, State.WAITING)
 
 
 class Progress(Record, frozen=True, kw_only=True):
@@ -77,13 +77,13 @@ class ToHandOut(NamedTuple):
     waiting: list[str]
 
 
-def to_hand_out(contract: Contract, collected: Collected, now: datetime, *, expected: Collection[State] = OPEN) -> ToHandOut:
+def to_hand_out(contract: Contract, collected: Collected, now: datetime, *, expected: Collection[State] = UNFINISHED) -> ToHandOut:
     """Sort the keys of what is missing by what becomes of them.
 
     What a shard has still to bring is not handed out again as long as it is in one of the states `expected`. A shard that was
     never heard of is expected until its deadline has passed since it was handed out: it may stand in a queue.
     """
-    pending: dict[State, set[str]] = {state: set() for state in OPEN}
+    pending: dict[State, set[str]] = {state: set() for state in UNFINISHED}
     for issued, one in zip(contract.issued, progress(contract, collected.deliveries, now), strict=True):
         late = one.state is State.WAITING and now > parse_utc(issued.at) + timedelta(seconds=issued.deadline_s)
         if one.state in expected and not late:

@@ -37,7 +37,7 @@ def run(given: argparse.Namespace) -> int:
 
     contract, now = read_contract(given.contract), datetime.now(timezone.utc)
     found = collect(contract, find_receipts([given.results]), now)
-    left = status.to_hand_out(contract, found, now, expected=(status.State.RUNNING,) if given.unheard else status.OPEN)
+    left = status.to_hand_out(contract, found, now, expected=(status.State.RUNNING,) if given.unheard else status.UNFINISHED)
     place = given.contract / CONTRACT if given.contract.is_dir() else given.contract
     contract, cut = shards.issue(contract, left.again)
     files = shards.write_issued(place, contract, cut)
