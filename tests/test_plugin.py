@@ -421,7 +421,7 @@ def test_running_out_of_memory_fails_where_the_plan_promised_that_it_fits(projec
     project.behave(fp32="bad_alloc")
     done = project.run()
     assert done.ret == pytest.ExitCode.TESTS_FAILED
-    done.stdout.fnmatch_lines(["*out of memory during load*; the plan predicted that it fits"])
+    done.stdout.fnmatch_lines(["*out of memory during loading*; the plan predicted that it fits"])
     assert [(result.verdict.value, result.outcome) for result in project.results] == [("fits", Outcome.OOM)]
 
 
@@ -480,7 +480,7 @@ def test_out_of_memory_fails_the_test_when_asked_to(project: Project) -> None:
     project.behave(fp32="bad_alloc")
     done = project.run("--fail-on-oom")
     assert done.ret == pytest.ExitCode.TESTS_FAILED
-    done.stdout.fnmatch_lines(["*out of memory during load: a library aborted*"])
+    done.stdout.fnmatch_lines(["*out of memory during loading: a library aborted*"])
     assert project.outcomes == {"fp32": Outcome.OOM}
 
 
@@ -577,7 +577,7 @@ def test_junit_xml_has_reasons_and_outcomes(project: Project) -> None:
     oom, crash = cases["test_load[tiny/fp32/cpu]"], cases["test_load[tiny/bf16/cpu]"]
     skipped = oom.find("skipped")
     assert skipped is not None
-    assert str(skipped.get("message")).startswith("out of memory during load")
+    assert str(skipped.get("message")).startswith("out of memory during loading")
     assert [one.get("value") for one in oom.iter("property")] == ["oom"]
     assert [one.get("value") for one in crash.iter("property")] == ["crash"]
     assert crash.find("error") is not None or crash.find("failure") is not None
@@ -754,7 +754,7 @@ def test_a_kept_out_of_memory_that_was_to_fit_fails_again(project: Project) -> N
     project.run()
     done = project.run("--resume")
     assert done.ret == pytest.ExitCode.TESTS_FAILED
-    done.stdout.fnmatch_lines(["kept from *: out of memory during load*; the plan predicted that it fits"])
+    done.stdout.fnmatch_lines(["kept from *: out of memory during loading*; the plan predicted that it fits"])
     assert len(project.results) == 1
 
 

@@ -172,7 +172,7 @@ def test_results_to_publish_tell_nothing(
     assert fails
     for result in fails:
         assert result.outcome is Outcome.CRASH
-        assert "load failed: ValueError" in str(result.why)
+        assert "loading failed: ValueError" in str(result.why)
     # It did print: the names are there, the values are not.
     assert all("HF_TOKEN=<$HF_TOKEN>" in result.log_tail for result in results)
     private = [TOKEN, TOKEN[:12], "trillian", "sesame-open", "overlord", str(place), environment["HOME"]]

@@ -21,6 +21,13 @@ PHASES = {
     "score": "quality probe",
     "chat": "chatting",
 }
+
+
+def phase_title(name: str) -> str:
+    """Say in words what a case does; a phase of a later version is called as it says."""
+    return PHASES.get(name, name)
+
+
 UNTIL_READY = ("load", "cold")  #: the phases whose times add up to `ready_s`
 SOME = 0.1  #: of the files: what is read by chance, as code of libraries is, is less
 #: When a model was ready so, by where its files came from, the disk or the page cache: as plans say.

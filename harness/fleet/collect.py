@@ -212,7 +212,7 @@ def hear(contract: Contract, paths: Iterable[Path]) -> tuple[list[Delivery], lis
         try:
             receipt = read_receipt(path)
         except (HarnessError, OSError) as error:
-            strange.append(Finding(kind=Amiss.UNREADABLE, of=str(path), why=str(error)))
+            strange.append(Finding(kind=Amiss.UNREADABLE, of=str(path), why=_without(path, error)))
             continue
         issued = known.get(receipt.shard_digest)
         if issued is not None and receipt.contract == contract.digest:
@@ -223,6 +223,13 @@ def hear(contract: Contract, paths: Iterable[Path]) -> tuple[list[Delivery], lis
             what = f"contract {receipt.contract[:12]}, and this is {contract.digest[:12]}"
         strange.append(Finding(kind=Amiss.UNEXPECTED, of=str(path), why=f"is a receipt for {what}"))
     return deliveries, strange
+
+
+def _without(path: Path, error: HarnessError | OSError) -> str:
+    """Say what is wrong with a file that is named already."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    return str(error).removeprefix(f"{path}: ")
 
 
 def _note_names(deliveries: Sequence[Delivery], collector: _Collector) -> None:

@@ -6,6 +6,7 @@ theirs; `issued` grows with each attempt. A shard repeats what a machine needs o
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -168,7 +169,8 @@ def read_record(path: Path, kind: type[_R], what: str) -> _R:
         OSError: it cannot be read.
     """
     try:
-        plain: dict[str, Any] = msgspec.json.decode(read_regular(path, _MOST_BYTES), type=dict[str, Any])
+        text = read_regular(path, _MOST_BYTES).removeprefix(codecs.BOM_UTF8)  # as editors of Windows save it
+        plain: dict[str, Any] = msgspec.json.decode(text, type=dict[str, Any])
         if (schema := plain.get("schema")) != CONTRACT_SCHEMA:
             raise UsageError(f"{path}: has format {schema!r}, and this version reads {CONTRACT_SCHEMA}; is it a {what}?")
         return msgspec.convert(plain, kind)

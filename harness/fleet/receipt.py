@@ -6,6 +6,7 @@ measured; whether the shard was asked for at all, the contract alone says.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -73,6 +74,8 @@ def read_results(path: Path) -> Iterator[Line]:
         with open_regular(path) as stream:
             offset = 0
             while line := stream.readline(store.LONGEST_BYTES):
+                if not offset and line.startswith(codecs.BOM_UTF8):  # as editors of Windows save it
+                    offset, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
                 match store.read_line(line):
                     case [Result() as one]:
                         yield Line(one, offset, len(line), digest_of_line(line))

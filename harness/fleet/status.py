@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
 from enum import Enum
+from typing import NamedTuple
 
 from harness.core.records import Record
 from harness.fleet.collect import Collected, Delivery
@@ -20,6 +21,10 @@ class State(str, Enum):
     SILENT = "silent"  # no case takes as long as it has been quiet, or its deadline has passed
     ENDED = "ended"
     STOPPED = "stopped"  # its machine said why
+
+
+#: The states in which a shard may still bring something.
+UNFINISHED = (State.RUNNING, State.WAITING)
 
 
 class Progress(Record, frozen=True, kw_only=True):
@@ -63,20 +68,35 @@ def _of_shard(contract: Contract, issued: Issued, deliveries: Iterable[Delivery]
     )
 
 
-def to_hand_out(
-    contract: Contract, collected: Collected, now: datetime, *, nothing_runs: bool = False
-) -> tuple[list[str], list[str]]:
-    """Return the keys to hand out once more, and those that are missing but have had all their attempts.
+class ToHandOut(NamedTuple):
+    """The keys of what is missing: to be handed out once more, out of attempts, and still to come from shards that run or wait."""
 
-    What a running shard has still to bring is neither, unless whoever asks knows that none runs any more.
+    again: list[str]
+    spent: list[str]
+    running: list[str]
+    waiting: list[str]
+
+
+def to_hand_out(contract: Contract, collected: Collected, now: datetime, *, expected: Collection[State] = UNFINISHED) -> ToHandOut:
+    """Sort the keys of what is missing by what becomes of them.
+
+    What a shard has still to bring is not handed out again as long as it is in one of the states `expected`. A shard that was
+    never heard of is expected until its deadline has passed since it was handed out: it may stand in a queue.
     """
-    running = (
-        set()
-        if nothing_runs
-        else {one.shard for one in progress(contract, collected.deliveries, now) if one.state is State.RUNNING}
-    )
-    pending = {key for one in contract.issued if one.shard in running for key in one.keys}
-    missing = [key for key in collected.missing if key not in pending]
-    issued = contract.by_key()
-    left = [key for key in missing if len(issued[key]) < contract.terms.attempts]
-    return left, [key for key in missing if len(issued[key]) >= contract.terms.attempts]
+    pending: dict[State, set[str]] = {state: set() for state in UNFINISHED}
+    for issued, one in zip(contract.issued, progress(contract, collected.deliveries, now), strict=True):
+        late = one.state is State.WAITING and now > parse_utc(issued.at) + timedelta(seconds=issued.deadline_s)
+        if one.state in expected and not late:
+            pending[one.state] |= set(issued.keys)
+    found = ToHandOut([], [], [], [])
+    tried = contract.by_key()
+    for key in collected.missing:
+        if key in pending[State.RUNNING]:
+            found.running.append(key)
+        elif key in pending[State.WAITING]:
+            found.waiting.append(key)
+        elif len(tried[key]) < contract.terms.attempts:
+            found.again.append(key)
+        else:
+            found.spent.append(key)
+    return found

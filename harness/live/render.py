@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from rich.text import Text
 
-from harness.core.metrics import PHASES
+from harness.core.metrics import phase_title
 from harness.core.text import line, plural
 from harness.core.units import format_bandwidth, format_rate, format_seconds, format_size
 from harness.live.frame import OWN_PARTS, LiveFrame, TierFrame
@@ -59,7 +59,7 @@ def _head(frame: LiveFrame) -> list[tuple[str, str]]:
     who = frame.case or (f"{frame.program or 'process'} {frame.pid}" if frame.pid is not None else "this machine")
     said = [line(who)]
     if frame.phase:
-        doing = PHASES.get(frame.phase, frame.phase)
+        doing = phase_title(frame.phase)
         said.append(doing if frame.phase_s is None else f"{doing}, {format_seconds(frame.phase_s)}")
     said += [plural(frame.tokens, "token")] if frame.tokens is not None else []
     said += [format_rate(frame.tokens_per_s)] if frame.tokens_per_s is not None else []

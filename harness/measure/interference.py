@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 from msgspec.structs import replace
 
+from harness.core.metrics import phase_title
 from harness.core.records import GpuInterference, Interference
 from harness.core.units import format_share, format_size
 from harness.machine import cgroup
@@ -385,5 +386,7 @@ def _describe(windows: Sequence[Interference]) -> str:
         if hit and windows[0].phase == "warm":
             said.append(f"{check(hit)} in {len(hit)} of {len(windows)} warm rounds")
         elif windows and (text := check(hit or windows)):
-            said.append(f"{text} during {windows[0].phase}" if windows[0].phase != "warm" else f"{text} over the warm rounds")
+            said.append(
+                f"{text} during {phase_title(windows[0].phase)}" if windows[0].phase != "warm" else f"{text} over the warm rounds"
+            )
     return ", ".join(said)

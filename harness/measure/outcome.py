@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Callable
 
+from harness.core.metrics import phase_title
 from harness.core.records import Outcome, Record
 from harness.core.units import exact_size, format_seconds, format_size
 from harness.measure.limits import OVER_AT_START, Breach
@@ -30,7 +31,8 @@ class Evidence(Record, frozen=True, kw_only=True):
     @property
     def where(self) -> str:
         """The phase, and in which of several processes."""
-        return self.phase if self.rank is None else f"{self.phase} on rank {self.rank}"
+        doing = phase_title(self.phase)
+        return doing if self.rank is None else f"{doing} on rank {self.rank}"
 
 
 _OOM_TYPES = {"OutOfMemoryError", "MemoryError"}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from harness.core import text
-from harness.core.metrics import PHASES, READY_NAMES, format_metric, when_ready
+from harness.core.metrics import READY_NAMES, format_metric, phase_title, when_ready
 from harness.core.records import Outcome, Result
 from harness.core.units import format_size
 from harness.measure.sampler import Sample
@@ -82,7 +82,7 @@ class LiveLine:
 
 def line(run: Running, sample: Sample, number: int, total: int) -> str:
     """Return e.g. ``chatglm-6b/int8/direct  3/14  warm round 2/5  00:41  gpu:0 8.10 GiB  RAM 1.20 GiB``."""
-    phase, repeats = PHASES.get(run.phase, run.phase), run.plan.case.workload.repeats
+    phase, repeats = phase_title(run.phase), run.plan.case.workload.repeats
     if run.phase == "warm":
         extra = len(run.measured.warm) - repeats
         phase = f"{phase} {min(len(run.measured.warm) + 1, repeats)}/{repeats}{f' +{extra}' if extra > 0 else ''}"

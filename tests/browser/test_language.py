@@ -144,7 +144,7 @@ def test_what_a_result_says_of_noise_and_of_the_slowest_part_is_said_in_chinese(
     one = case_of(results, "chatglm-6b/int4/direct")
     assert one.estimate is not None
     noisy = {
-        "ready_s": "others used 1.4 of 2 cores during load; others used 1.5 of 2 cores during cold",
+        "ready_s": "others used 1.4 of 2 cores during loading; others used 1.5 of 2 cores during cold round",
         "decode_tok_s": "standard deviation 19.7 % of the mean over 9 rounds; others used 1.5 of 2 cores in 9 of 9 warm rounds",
     }
     estimate = msgspec.structs.replace(one.estimate, bound_by="reads 0.256 GiB a token from RAM")

@@ -121,7 +121,7 @@ def of_every_word() -> Result:
     """A result in which words of ours stand wherever they can."""
     answers = [Answer(question=item.prompt, answer="Paris", correct=True) for item in quality.PROBE.questions]
     return builders.result(
-        why="out of memory during warm: the kernel killed the process",
+        why="out of memory during warm round: the kernel killed the process",
         noisy=dict.fromkeys(METRICS, "only torch enforced the limit: the rounds spread by 9 %"),
         quality=Quality(probe="1", verdict="intact", why="all answers are right", answers=answers),
         phases=[Phase(name=name, start_s=0, end_s=1) for name in ("load", "cold", "warm", "score")],

@@ -264,6 +264,21 @@ def test_results_that_cannot_be_read_are_named_once(agreed: tuple[Contract, Shar
     assert [one.kind for one in held(agreed[0], path).findings] == [Amiss.UNREADABLE, Amiss.MISSING, Amiss.MISSING]
 
 
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"schema": 1}', b'{"schema": 9}', "a folder", "a receipt of another file"])
+def test_a_receipt_that_cannot_be_read_is_named_once(text: bytes | str, agreed: tuple[Contract, Shard], tmp_path: Path) -> None:
+    path = tmp_path / "receipt-x.json"
+    if text == "a folder":
+        path.mkdir()
+    elif isinstance(text, bytes):
+        path.write_bytes(text)
+    else:
+        deliver(tmp_path, agreed[1], file="../x").rename(path)
+    (wrong,) = [one for one in held(agreed[0], path).findings if one.kind is Amiss.UNREADABLE]
+    assert wrong.of == str(path)
+    assert wrong.why
+    assert str(path) not in wrong.why
+
+
 def test_lines_stay_apart_though_a_file_does_not_end_its_last(tmp_path: Path) -> None:
     made, cut = contract(machine_class(machines=("1", "2")), models=("a", "b"))
     paths = [deliver(tmp_path / shard.name, shard) for shard in cut]

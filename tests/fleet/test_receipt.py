@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from harness.core.errors import StoreError, UsageError
 from harness.core.records import encode_record
 from harness.fleet import contract as contracts
 from harness.fleet import shards
-from harness.fleet.contract import CONTRACT, read_contract
+from harness.fleet.collect import collect, write_counted
+from harness.fleet.contract import CONTRACT, read_contract, write_record
 from harness.fleet.receipt import digest_of_line, find_receipts, read_receipt, read_results
 from harness.results import store
 from harness.results.store import NAME
 from tests.support import builders
-from tests.support.fleets import contract, deliver, measured
+from tests.support.fleets import NOW, contract, deliver, measured
 
 CASES = [builders.case(precision) for precision in ("fp32", "bf16", "int8", "int4")]
 
@@ -87,6 +89,19 @@ def test_what_is_no_contract_says_what_it_is(text: bytes | None, said: str, tmp_
         read_contract(tmp_path / CONTRACT)
     assert said in str(wrong.value)
     assert len(str(wrong.value)) < 600
+
+
+def test_what_an_editor_of_windows_saved_is_read_as_it_was(tmp_path: Path) -> None:
+    """Contract, receipt and results, each with a byte order mark before it: the mark is no part of what was vouched for."""
+    made, (shard,) = contract()
+    path = deliver(tmp_path / "sent", shard)
+    write_record(tmp_path / CONTRACT, made)
+    before = read_receipt(path), read_contract(tmp_path), write_counted(collect(made, [path], NOW), tmp_path / "1").read_bytes()
+    for file in (path, path.with_name(NAME), tmp_path / CONTRACT):
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    found = collect(made, [path], NOW)
+    assert not found.findings
+    assert (read_receipt(path), read_contract(tmp_path), write_counted(found, tmp_path / "2").read_bytes()) == before
 
 
 def test_a_contract_is_read_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from harness.core.errors import UsageError
 from harness.core.options import OPTIONS
 from harness.fleet import shards, status
 from harness.fleet.collect import collect
-from harness.fleet.contract import CONTRACT, Contract, Expected, digest_of, read_contract, utc, write_record
+from harness.fleet.contract import CONTRACT, Contract, Expected, digest_of, parse_utc, read_contract, utc, write_record
 from harness.fleet.status import State, progress, to_hand_out
 from tests.support import builders
 from tests.support.fleets import NOW, contract, deliver, machine_class, measured
@@ -84,11 +84,24 @@ def test_what_is_missing_is_handed_out_again_until_the_attempts_are_used_up(tmp_
     made, (first,) = contract()
     paths = [deliver(tmp_path / "1", first, [measured(first.cases[0])])]
     for attempt in (2, 3):
-        keys, spent = to_hand_out(made, collect(made, paths, NOW), NOW)
-        assert (keys, spent) == ([first.key(first.cases[1])], [])
-        made, (again,) = shards.issue(made, keys)
+        found = to_hand_out(made, collect(made, paths, NOW), NOW, expected=())
+        assert (found.again, found.spent) == ([first.key(first.cases[1])], [])
+        made, (again,) = shards.issue(made, found.again)
         assert (again.name, again.attempt, again.cases) == (f"small-1-try{attempt}", attempt, first.cases[1:])
-    assert to_hand_out(made, collect(made, paths, NOW), NOW) == ([], [first.key(first.cases[1])])
+    assert to_hand_out(made, collect(made, paths, NOW), NOW, expected=()) == ([], [first.key(first.cases[1])], [], [])
+
+
+def test_what_was_just_handed_out_is_waited_for_until_it_is_due(tmp_path: Path) -> None:
+    """Whoever asks twice does not hand out twice; what is due, or is known not to come, is handed out again."""
+    made, (first,) = contract(case_timeout_s=60.0)
+    key = first.key(first.cases[1])
+    heard = collect(made, [deliver(tmp_path / "1", first, [measured(first.cases[0])])], NOW)
+    made, _ = shards.issue(made, [key])
+    at = parse_utc(made.issued[-1].at)
+    assert to_hand_out(made, heard, at) == ([], [], [], [key])
+    assert to_hand_out(made, heard, at + timedelta(minutes=31)) == ([], [], [], [key])
+    assert to_hand_out(made, heard, at + timedelta(minutes=31, seconds=1)) == ([key], [], [], [])
+    assert to_hand_out(made, heard, at, expected=(State.RUNNING,)) == ([key], [], [], [])
 
 
 def test_what_still_runs_is_not_handed_out_again(tmp_path: Path) -> None:
@@ -96,8 +109,8 @@ def test_what_still_runs_is_not_handed_out_again(tmp_path: Path) -> None:
     path = deliver(tmp_path, shard, [measured(shard.cases[0])], ended_at=None)
     heard = collect(made, [path], NOW)
     just = NOW - timedelta(hours=2, minutes=50)
-    assert to_hand_out(made, heard, just) == ([], [])
-    assert to_hand_out(made, heard, NOW)[0] == [shard.key(shard.cases[1])]
+    assert to_hand_out(made, heard, just) == ([], [], [shard.key(shard.cases[1])], [])
+    assert to_hand_out(made, heard, NOW).again == [shard.key(shard.cases[1])]
     assert [one.state for one in progress(made, heard.deliveries, just)] == [State.RUNNING]
     assert [one.state for one in progress(made, heard.deliveries, NOW)] == [State.SILENT]
 

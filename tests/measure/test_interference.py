@@ -377,7 +377,7 @@ def test_each_phase_spoils_its_figures() -> None:
 
 def test_what_rests_on_two_phases_tells_of_both() -> None:
     said = noise([window("load", 1.0), window("cold", 0.5)])["ready_s"]
-    assert said == "others used 1 of 2 cores during load; others used 0.5 of 2 cores during cold"
+    assert said == "others used 1 of 2 cores during loading; others used 0.5 of 2 cores during cold round"
 
 
 def test_it_says_how_many_rounds_and_what_became_of_them() -> None:

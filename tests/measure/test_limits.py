@@ -107,7 +107,7 @@ def test_without_a_group_the_guard_holds_a_case_to_its_ram(tmp_path: Path, monke
 @pytest.mark.skipif(not cgroup.is_allowed(), reason="no control group can be made here")
 def test_in_a_group_the_kernel_holds_a_case_to_its_ram(tmp_path: Path) -> None:
     result = run(tmp_path, "hoard_and_hang", 300 * MIB)
-    assert (result.outcome, result.why) == (Outcome.OOM, "out of memory during load: it needed more than --ram 300MiB allows")
+    assert (result.outcome, result.why) == (Outcome.OOM, "out of memory during loading: it needed more than --ram 300MiB allows")
     assert result.id.endswith("cpu@ram300MiB")
     folder = next(cgroup._parents(cgroup.ROOT))[0]
     assert not list(folder.glob(f"fitmatrix-{os.getpid()}-*"))

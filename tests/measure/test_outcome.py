@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from harness.core.metrics import phase_title
 from harness.core.records import Outcome
 from harness.core.units import GIB
 from harness.measure import limits
@@ -38,28 +39,28 @@ ENDS = [
         0,
         Evidence(phase="load", ended_by="timeout", limit_s=1800, exit_code=-9),
         Outcome.TIMEOUT,
-        "load was not done when the case had taken 30 min 00 s (--case-timeout)",
+        "loading was not done when the case had taken 30 min 00 s (--case-timeout)",
         id="timeout",
     ),
     pytest.param(
         0,
         Evidence(phase="warm", ended_by="timeout", limit_s=60, exit_code=-9, oom_kills=1),
         Outcome.TIMEOUT,
-        "warm was not done when the case had taken 60.0 s (--case-timeout)",
+        "warm round was not done when the case had taken 60.0 s (--case-timeout)",
         id="timeout, though the kernel killed something meanwhile",
     ),
     pytest.param(
         1,
         Evidence(phase="cold", ended_by="phase timeout", limit_s=900, exit_code=-9),
         Outcome.TIMEOUT,
-        "cold was not done after 15 min 00 s (--phase-timeout)",
+        "cold round was not done after 15 min 00 s (--phase-timeout)",
         id="timeout of a phase",
     ),
     pytest.param(
         2,
         Evidence(phase="cold", ended_by="protocol", exit_code=-9),
         Outcome.CRASH,
-        "worker protocol error during cold",
+        "worker protocol error during cold round",
         id="nonsense on the pipe",
     ),
     *(
@@ -73,7 +74,7 @@ ENDS = [
                 breach=Breach(rule=rule, limit_bytes=2 * GIB, value_bytes=GIB, held_bytes=3 * GIB),
             ),
             Outcome.OOM,
-            f"out of memory during load: {said}",
+            f"out of memory during loading: {said}",
             id=rule,
         )
         for rule, said in (
@@ -91,57 +92,57 @@ ENDS = [
         4,
         Evidence(phase="cold", exit_code=-9, oom_kills=1, group_kills=1, ram_bytes=512 << 20),
         Outcome.OOM,
-        "out of memory during cold: it needed more than --ram 512MiB allows",
+        "out of memory during cold round: it needed more than --ram 512MiB allows",
         id="the kernel, at the limit of the case",
     ),
     pytest.param(
         5,
         raised("OutOfMemoryError", "RuntimeError", message=CUDA_OOM),
         Outcome.OOM,
-        f"out of memory during load: OutOfMemoryError: {CUDA_OOM}",
+        f"out of memory during loading: OutOfMemoryError: {CUDA_OOM}",
         id="torch, CUDA",
     ),
-    pytest.param(5, raised("MemoryError"), Outcome.OOM, "out of memory during load: MemoryError: no message", id="Python"),
+    pytest.param(5, raised("MemoryError"), Outcome.OOM, "out of memory during loading: MemoryError: no message", id="Python"),
     pytest.param(
         5,
         raised("RuntimeError", message=CPU_OOM, phase="cold"),
         Outcome.OOM,
-        f"out of memory during cold: RuntimeError: {CPU_OOM}",
+        f"out of memory during cold round: RuntimeError: {CPU_OOM}",
         id="torch, CPU",
     ),
     pytest.param(
         5,
         raised("AcceleratorError", "RuntimeError", message="CUDA error: out of memory\nCUDA kernel errors might be ..."),
         Outcome.OOM,
-        "out of memory during load: AcceleratorError: CUDA error: out of memory CUDA kernel errors might be ...",
+        "out of memory during loading: AcceleratorError: CUDA error: out of memory CUDA kernel errors might be ...",
         id="CUDA's own error",
     ),
     pytest.param(
         5,
         raised("RuntimeError", message="CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", phase="warm"),
         Outcome.OOM,
-        "out of memory during warm: RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "out of memory during warm round: RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         id="cuBLAS",
     ),
     pytest.param(
         5,
         raised("OSError", message="[Errno 12] Cannot allocate memory"),
         Outcome.OOM,
-        "out of memory during load: OSError: [Errno 12] Cannot allocate memory",
+        "out of memory during loading: OSError: [Errno 12] Cannot allocate memory",
         id="mmap",
     ),
     pytest.param(
         6,
         died(signal.SIGKILL, oom_kills=1, phase="cold"),
         Outcome.OOM,
-        "out of memory during cold: the kernel killed the process",
+        "out of memory during cold round: the kernel killed the process",
         id="the kernel's OOM killer",
     ),
     pytest.param(
         7,
         died(signal.SIGABRT, log_tail="terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc"),
         Outcome.OOM,
-        "out of memory during load: a library aborted because it could not allocate",
+        "out of memory during loading: a library aborted because it could not allocate",
         id="C++ bad_alloc",
     ),
     pytest.param(
@@ -155,21 +156,22 @@ ENDS = [
         9,
         raised("ImportError", message="Using `bitsandbytes` 4-bit quantization requires bitsandbytes", phase="import"),
         Outcome.UNSUPPORTED,
-        "not supported, says the library during import: ImportError: Using `bitsandbytes` 4-bit quantization requires bitsandbytes",
+        "not supported, says the library during importing libraries: ImportError: "
+        "Using `bitsandbytes` 4-bit quantization requires bitsandbytes",
         id="a package is missing",
     ),
     pytest.param(
         9,
         raised("ModuleNotFoundError", "ImportError", message="No module named 'einops'"),
         Outcome.UNSUPPORTED,
-        "not supported, says the library during load: ModuleNotFoundError: No module named 'einops'",
+        "not supported, says the library during loading: ModuleNotFoundError: No module named 'einops'",
         id="a module is missing",
     ),
     pytest.param(
         9,
         raised("NotImplementedError", "RuntimeError", message="Could not run 'aten::foo' with arguments from the 'CUDA' backend"),
         Outcome.UNSUPPORTED,
-        "not supported, says the library during load: NotImplementedError: "
+        "not supported, says the library during loading: NotImplementedError: "
         "Could not run 'aten::foo' with arguments from the 'CUDA' backend",
         id="not implemented",
     ),
@@ -177,14 +179,14 @@ ENDS = [
         9,
         raised("ValueError", message="`.to` is not supported for `8-bit` bitsandbytes models."),
         Outcome.UNSUPPORTED,
-        "not supported, says the library during load: ValueError: `.to` is not supported for `8-bit` bitsandbytes models.",
+        "not supported, says the library during loading: ValueError: `.to` is not supported for `8-bit` bitsandbytes models.",
         id="in words",
     ),
     pytest.param(
         9,
         raised("ValueError", message="The checkpoint has model type `x` but Transformers does not recognize this architecture."),
         Outcome.UNSUPPORTED,
-        "not supported, says the library during load: ValueError: "
+        "not supported, says the library during loading: ValueError: "
         "The checkpoint has model type `x` but Transformers does not recognize this architecture.",
         id="unknown architecture",
     ),
@@ -192,89 +194,101 @@ ENDS = [
         11,
         raised("KeyError", "LookupError", message="'lm_head'", phase="score"),
         Outcome.CRASH,
-        "score failed: KeyError: 'lm_head'",
+        "quality probe failed: KeyError: 'lm_head'",
         id="any other exception",
     ),
     pytest.param(
         14,
         died(signal.SIGSEGV, phase="warm"),
         Outcome.CRASH,
-        "the process died during warm: segmentation fault (SIGSEGV)",
+        "the process died during warm round: segmentation fault (SIGSEGV)",
         id="segmentation fault",
     ),
     pytest.param(
         14,
         died(signal.SIGILL),
         Outcome.CRASH,
-        "the process died during load: illegal instruction: a library was built for another processor (SIGILL)",
+        "the process died during loading: illegal instruction: a library was built for another processor (SIGILL)",
         id="illegal instruction",
     ),
     pytest.param(
         13,
         died(signal.SIGABRT, log_tail="double free or corruption\nFatal Python error: Aborted\n\nCurrent thread"),
         Outcome.CRASH,
-        "the process died during load: aborted (SIGABRT), and said last: double free or corruption",
+        "the process died during loading: aborted (SIGABRT), and said last: double free or corruption",
         id="abort without a word of memory",
     ),
     pytest.param(
         14,
         died(signal.SIGKILL, log_tail=CUDA_OOM),
         Outcome.CRASH,
-        "the process died during load: killed from outside (SIGKILL)",
+        "the process died during loading: killed from outside (SIGKILL)",
         id="killed, and not by the kernel",
     ),
     pytest.param(
-        14, died(signal.SIGTERM), Outcome.CRASH, "the process died during load: killed from outside (SIGTERM)", id="terminated"
+        14, died(signal.SIGTERM), Outcome.CRASH, "the process died during loading: killed from outside (SIGTERM)", id="terminated"
     ),
     pytest.param(
-        14, died(200), Outcome.CRASH, "the process died during load: killed from outside (signal 200)", id="a signal without a name"
+        14,
+        died(200),
+        Outcome.CRASH,
+        "the process died during loading: killed from outside (signal 200)",
+        id="a signal without a name",
     ),
     pytest.param(
-        15, Evidence(phase="load", exit_code=1), Outcome.CRASH, "the process ended during load with exit code 1", id="exit status"
+        15,
+        Evidence(phase="load", exit_code=1),
+        Outcome.CRASH,
+        "the process ended during loading with exit code 1",
+        id="exit status",
     ),
     pytest.param(
-        15, Evidence(phase="start", exit_code=0), Outcome.CRASH, "the process ended during start with exit code 0", id="quiet exit"
+        15,
+        Evidence(phase="start", exit_code=0),
+        Outcome.CRASH,
+        "the process ended during starting with exit code 0",
+        id="quiet exit",
     ),
     pytest.param(
         6,
         Evidence(phase="warm", exit_code=255, ended_by="fork server", oom_kills=1),
         Outcome.OOM,
-        "out of memory during warm: the kernel killed the process",
+        "out of memory during warm round: the kernel killed the process",
         id="the kernel's OOM killer took the fork server",
     ),
     pytest.param(
         7,
         Evidence(phase="load", exit_code=1, log_tail="Error out of memory at line 380 in file /src/csrc/ops.cu"),
         Outcome.OOM,
-        "out of memory during load: a library aborted because it could not allocate",
+        "out of memory during loading: a library aborted because it could not allocate",
         id="bitsandbytes",
     ),
     pytest.param(
         7,
         died(signal.SIGABRT, log_tail="memory allocation of 8589934592 bytes failed"),
         Outcome.OOM,
-        "out of memory during load: a library aborted because it could not allocate",
+        "out of memory during loading: a library aborted because it could not allocate",
         id="Rust",
     ),
     pytest.param(
         10,
         raised("OSError", message="[Errno 28] No space left on device"),
         Outcome.CRASH,
-        "the disk is full, load failed: OSError: [Errno 28] No space left on device; set TMPDIR to a directory on a larger disk",
+        "the disk is full, loading failed: OSError: [Errno 28] No space left on device; set TMPDIR to a directory on a larger disk",
         id="disk full",
     ),
     pytest.param(
         12,
         Evidence(phase="warm", exit_code=255, ended_by="fork server"),
         Outcome.CRASH,
-        "the process died during warm: its fork server was killed from outside",
+        "the process died during warm round: its fork server was killed from outside",
         id="fork server killed",
     ),
     pytest.param(
         15,
         Evidence(phase="load", exit_code=1, log_tail="OMP: Error #15: Initializing libiomp5.so\n"),
         Outcome.CRASH,
-        "the process ended during load with exit code 1, and said last: OMP: Error #15: Initializing libiomp5.so",
+        "the process ended during loading with exit code 1, and said last: OMP: Error #15: Initializing libiomp5.so",
         id="exit with last words",
     ),
 ]
@@ -374,11 +388,11 @@ def test_a_long_message_is_cut() -> None:
 
 
 def test_an_exception_without_a_name_is_still_told() -> None:
-    assert classify(raised(message="boom")) == (Outcome.CRASH, "load failed: error: boom")
+    assert classify(raised(message="boom")) == (Outcome.CRASH, "loading failed: error: boom")
 
 
 def test_the_phase_is_the_one_that_failed() -> None:
     """Not one that an earlier row would name."""
     for phase in ("start", "import", "load", "cold", "warm", "score"):
         for evidence in (raised("ValueError", phase=phase), died(signal.SIGBUS, phase=phase), raised("MemoryError", phase=phase)):
-            assert phase in classify(evidence)[1]
+            assert phase_title(phase) in classify(evidence)[1]

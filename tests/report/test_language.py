@@ -15,11 +15,13 @@ from msgspec.structs import replace
 from harness.catalog.resolve import CATALOG
 from harness.checkpoint.adapter import MOVED, ON_OTHERS, REFUSES
 from harness.core.methods.table import FOREIGN, METHODS, OWN, foreign
-from harness.core.metrics import METRICS
+from harness.core.metrics import METRICS, PHASES
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import PRECISIONS
 from harness.data import DATA
 from harness.machine import accelerators
+from harness.measure.outcome import Evidence, classify
+from harness.measure.protocol import Failed
 from harness.planning.loading.seconds import READY
 from harness.report.page.figures import PLANNED, STATUSES
 from harness.report.page.language import CHINESE, block, table
@@ -156,6 +158,7 @@ def test_every_text_of_the_script_is_in_the_table() -> None:
         [status.word for status in STATUSES],
         [*PLANNED.values(), *SHAPES],
         [metric.label for metric in METRICS.values()],
+        [*PHASES.values()],
         [metric.how for metric in METRICS.values()],
         [precision.title for precision in PRECISIONS.values()],
         [placement.title for placement in PLACEMENTS.values()],
@@ -174,6 +177,7 @@ def test_every_text_of_the_script_is_in_the_table() -> None:
         "outcomes",
         "plans",
         "figures",
+        "phases",
         "how",
         "precisions",
         "placements",
@@ -199,6 +203,7 @@ SPEAKERS = {
     "core/methods/torchao.py": {"UNDIVIDED"},
     "machine/accelerators.py": {"PROBLEMS", "hidden", "title"},
     "measure/interference.py": {"power_capped", "_gpu_others", "_gpu_clock", "_gpu_throttles"},
+    "measure/outcome.py": {"TABLE", "_BREACHES", "_SIGNALS", "_last_words"},
     "planning/choice/nearest.py": {"faster_way", "_stored_otherwise", "_unpacked", "_elsewhere", "_named"},
     "planning/feasibility.py": {"gate", "decide", "_beyond", "_too_old"},
     "planning/verdict.py": {"verdict", "_unmapped", "_passed_by", "_unpackable", "_unfusable", "context_refusal"},
@@ -208,7 +213,7 @@ SPEAKERS = {
     "results/needed.py": {"need_of"},
 }
 # All that the page quotes: others' words, and names.
-QUOTED = {"Intel GPUs, SYCL", "ROCm's HIP", "gpu SIZE", "ram SIZE"}
+QUOTED = {"Fatal Python error", "phase timeout", "Intel GPUs, SYCL", "ROCm's HIP", "gpu SIZE", "ram SIZE"}
 
 
 def sentences(module: str, owners: set[str]) -> Iterator[str]:
@@ -233,6 +238,31 @@ def test_every_sentence_about_a_card_or_a_refusal_has_its_chinese(module: str) -
     found = set(sentences(module, SPEAKERS[module]))
     assert found, f"nothing in {module} is called {SPEAKERS[module]}"
     assert sorted(text for text in found - QUOTED if text not in known) == []
+
+
+ENDS = [
+    Evidence(phase="load", ended_by="protocol"),
+    Evidence(phase="load", exit_code=3, log_tail="no way"),
+    Evidence(phase="load", exit_code=0),
+    Evidence(phase="load", ended_by="fork server"),
+    *(Evidence(phase="load", exit_code=-number, log_tail=said) for number in (4, 6, 7, 8, 9, 11, 15) for said in ("", "no way")),
+    *(
+        Evidence(phase="load", failed=Failed(phase="load", types=(name,), message="no", traceback=""))
+        for name in ("ValueError", "ModelFault")
+    ),
+    Evidence(
+        phase="score", rank=1, failed=Failed(phase="score", types=("OSError",), message="No space left on device", traceback="")
+    ),
+]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: classify(end)[1][:60])
+def test_how_a_case_ended_is_said_in_chinese(end: Evidence) -> None:
+    """The sentence, and what of ours is put into it."""
+    why = classify(end)[1]
+    assert is_said(why)
+    inside = re.fullmatch(r"the process died during \w+: (.*)", why)
+    assert inside is None or is_said(inside[1])
 
 
 MACHINE = builders.machine(builders.gpu())

@@ -463,7 +463,7 @@ def test_a_figure_that_is_missing_everywhere_is_left_out_and_one_that_was_predic
     died = replace(result, metrics={"load_s": 3.0}, outcome=Outcome.TIMEOUT, stage="cold")
     rows = {row.all("th")[0].text: row.text for row in details_of(rendered([died]), died).all("tr") if row.all("td")}
     assert "perplexity" not in rows
-    assert "not measured: timed out during cold" in rows["time to first token"]
+    assert "not measured: timed out during cold round" in rows["time to first token"]
     assert "not measured" not in rows["decode"]  # said once
 
 
@@ -485,9 +485,9 @@ def test_phases_of_one_name_are_one_row(result: Result) -> None:
     rows = [row.text for row in details_of(rendered([shown]), shown).all("table", look="figures")[1].all("tr")]
     assert rows == [
         "phase time peak RAM, resident",
-        "load 2.00 s 1.00 GiB",
-        "warm ×2 1.00 s to 3.00 s 2.00 GiB",
-        "score 1.00 s 1.00 GiB",
+        "loading 2.00 s 1.00 GiB",
+        "warm round ×2 1.00 s to 3.00 s 2.00 GiB",
+        "quality probe 1.00 s 1.00 GiB",
     ]
 
 
@@ -514,7 +514,7 @@ def test_doubtful_figures_are_marked_in_words(result: Result) -> None:
     assert "the neighbors compile" in details.text
     row = next(row for row in details.all("tr") if row.text.startswith("peak RAM "))
     assert "sampled" in row.text
-    assert "load (sampled)" in details.text
+    assert "loading (sampled)" in details.text
 
 
 def test_disturbed_rounds_are_listed_by_their_number(result: Result) -> None:
@@ -523,7 +523,7 @@ def test_disturbed_rounds_are_listed_by_their_number(result: Result) -> None:
     windows = [Interference(phase=name, start_s=0, end_s=1, why=why) for name, why in zip(names, whys, strict=True)]
     shown = details_of(rendered([replace(result, interference=windows)]), result).text
     assert "warm round 2: others used <b>0.9 of 2 cores" in shown
-    assert "score: 4.00 GiB were swapped" in shown
+    assert "quality probe: 4.00 GiB were swapped" in shown
     assert "warm round 1:" not in shown
     assert "Disturbed" not in details_of(rendered([result]), result).text
 
@@ -564,7 +564,7 @@ def test_what_was_found_wrong_after_loading_shows_in_the_cell(golden: list[Resul
 def test_the_details_hold_reason_code_command_answers_map_and_log(golden: list[Result], root: Node) -> None:
     died = next(r for r in golden if r.case.id == f"{GPU_MODEL}/bf16/direct")
     text = details_of(root, died).text
-    for said in (died.why, died.command, died.environment["torch"], died.run, died.at, "during cold"):
+    for said in (died.why, died.command, died.environment["torch"], died.run, died.at, "during cold round"):
         assert said
         assert said in text
     assert died.log_tail.rstrip() in "".join(str(child) for child in details_of(root, died).all("pre")[-1].children)
@@ -749,7 +749,7 @@ def test_the_timeline_names_phases_peaks_and_axes() -> None:
     samples = Timeline(t_s=[0.0, 3.5, 7.0], ram_bytes=[1 << 30, 2 << 30, 2 << 30], vram_bytes={"gpu:0": [0, 1 << 30, 1 << 30]})
     drawn = read(charts.timeline(samples, phases) or "")
     assert drawn.all("title")[0].text == "Memory over 7.00 s: RAM up to 2.00 GiB, gpu:0 up to 1.00 GiB"
-    assert [text.text for text in drawn.all("text", look="phase")] == ["load", "warm ×3"]
+    assert [text.text for text in drawn.all("text", look="phase")] == ["loading", "warm round ×3"]
     assert [text.text for text in drawn.all("text", look="size")] == ["0", "1 GiB", "2 GiB", "3 GiB"]
     assert [text.text for text in drawn.all("text", look="time")] == ["0 s", *(f"{i} s" for i in range(1, 8))]
     assert len(drawn.all("path", look="peak")) == 1

@@ -83,9 +83,9 @@ def test_the_interval_holds_the_true_change_about_as_often_as_it_says() -> None:
 
 
 def test_what_worked_and_does_not_is_a_failure_whatever_the_thresholds() -> None:
-    gone = made(outcome=Outcome.OOM, why="out of memory during load")
+    gone = made(outcome=Outcome.OOM, why="out of memory during loading")
     found = compare.compare([made()], [gone], dict.fromkeys(RULES, 9.0))
-    assert found.failures == ("m/int8/cpu 64+16x1: worked, and now oom: out of memory during load",)
+    assert found.failures == ("m/int8/cpu 64+16x1: worked, and now oom: out of memory during loading",)
     assert not compare.compare([gone], [made()]).failures
     assert not compare.compare([gone], [gone]).failures
 

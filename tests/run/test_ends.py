@@ -63,72 +63,76 @@ ENDS: dict[str, tuple[str, Outcome, str]] = {
     "torch.OutOfMemoryError": (
         "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')",
         Outcome.OOM,
-        "out of memory during warm: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "out of memory during warm round: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
     ),
     "cuBLAS": (
         "raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')",
         Outcome.OOM,
-        "out of memory during warm: RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+        "out of memory during warm round: RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
     ),
-    "MemoryError": ("little_memory(); bytearray(1 << 32)", Outcome.OOM, "out of memory during warm: MemoryError"),
+    "MemoryError": ("little_memory(); bytearray(1 << 32)", Outcome.OOM, "out of memory during warm round: MemoryError"),
     "torch's CPU allocator": (
         "little_memory(); torch.empty(1 << 32)",
         Outcome.OOM,
-        "out of memory during warm: RuntimeError: [enforce fail at alloc_cpu",
+        "out of memory during warm round: RuntimeError: [enforce fail at alloc_cpu",
     ),
     "bad_alloc": (
         "ctypes.CDLL('libstdc++.so.6')._Znwm(ctypes.c_size_t(1 << 62))",
         Outcome.OOM,
-        "out of memory during warm: a library aborted because it could not allocate",
+        "out of memory during warm round: a library aborted because it could not allocate",
     ),
     "bitsandbytes": (
         "print('Error out of memory at line 380 in file /src/csrc/ops.cu', flush=True); os._exit(1)",
         Outcome.OOM,
-        "out of memory during warm: a library aborted",
+        "out of memory during warm round: a library aborted",
     ),
-    "segmentation fault": ("ctypes.string_at(0)", Outcome.CRASH, "died during warm: segmentation fault (SIGSEGV)"),
+    "segmentation fault": ("ctypes.string_at(0)", Outcome.CRASH, "died during warm round: segmentation fault (SIGSEGV)"),
     "illegal instruction": (
         f"page = mmap.mmap(-1, 4096, prot=7); page.write({UD2.get(os.uname().machine, b'')!r})\n"
         "ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()",
         Outcome.CRASH,
-        "died during warm: illegal instruction: a library was built for another processor (SIGILL)",
+        "died during warm round: illegal instruction: a library was built for another processor (SIGILL)",
     ),
     "abort": (
         "print('double free or corruption', flush=True); os.abort()",
         Outcome.CRASH,
-        "died during warm: aborted (SIGABRT), and said last: double free or corruption",
+        "died during warm round: aborted (SIGABRT), and said last: double free or corruption",
     ),
     "bus error": (
         "file = open('cut', 'w+b'); file.truncate(4096); page = mmap.mmap(file.fileno(), 4096)\nfile.truncate(0); page[0]",
         Outcome.CRASH,
-        "died during warm: bus error: a mapped file was cut short, or its disk is full (SIGBUS)",
+        "died during warm round: bus error: a mapped file was cut short, or its disk is full (SIGBUS)",
     ),
-    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", Outcome.CRASH, "died during warm: killed from outside (SIGKILL)"),
-    "terminated": ("os.kill(os.getpid(), signal.SIGTERM)", Outcome.CRASH, "died during warm: killed from outside (SIGTERM)"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", Outcome.CRASH, "died during warm round: killed from outside (SIGKILL)"),
+    "terminated": ("os.kill(os.getpid(), signal.SIGTERM)", Outcome.CRASH, "died during warm round: killed from outside (SIGTERM)"),
     "fork server killed": (
         "os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)",
         Outcome.CRASH,
-        "died during warm: its fork server was killed from outside",
+        "died during warm round: its fork server was killed from outside",
     ),
-    "exit": ("os._exit(3)", Outcome.CRASH, "ended during warm with exit code 3, and said last: the end is near"),
-    "missing package": ("import nothing_of_this_name", Outcome.UNSUPPORTED, "says the library during warm: ModuleNotFoundError"),
+    "exit": ("os._exit(3)", Outcome.CRASH, "ended during warm round with exit code 3, and said last: the end is near"),
+    "missing package": (
+        "import nothing_of_this_name",
+        Outcome.UNSUPPORTED,
+        "says the library during warm round: ModuleNotFoundError",
+    ),
     "not implemented": (
         "torch.zeros(2, 2, dtype=torch.float8_e4m3fn).to('meta') @ torch.zeros(2, 2).to_sparse()",
         Outcome.UNSUPPORTED,
-        "not supported, says the library during warm",
+        "not supported, says the library during warm round",
     ),
-    "the library's own error": ("{}['lm_head']", Outcome.CRASH, "warm failed: KeyError: 'lm_head'"),
+    "the library's own error": ("{}['lm_head']", Outcome.CRASH, "warm round failed: KeyError: 'lm_head'"),
     "disk full": (
         "open('/dev/full', 'wb', buffering=0).write(b'weights')",
         Outcome.CRASH,
-        "the disk is full, warm failed: OSError: [Errno 28] No space left on device; set TMPDIR",
+        "the disk is full, warm round failed: OSError: [Errno 28] No space left on device; set TMPDIR",
     ),
-    "hang": ("time.sleep(600)", Outcome.TIMEOUT, "warm was not done after 2.00 s (--phase-timeout)"),
-    "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", Outcome.TIMEOUT, "warm was not done after 2.00 s (--phase-timeout)"),
+    "hang": ("time.sleep(600)", Outcome.TIMEOUT, "warm round was not done after 2.00 s (--phase-timeout)"),
+    "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", Outcome.TIMEOUT, "warm round was not done after 2.00 s (--phase-timeout)"),
     "stopped with what it started": (
         "subprocess.Popen(['sleep', '600'], start_new_session=True); os.kill(os.getpid(), signal.SIGSTOP)",
         Outcome.TIMEOUT,
-        "warm was not done after 2.00 s (--phase-timeout)",
+        "warm round was not done after 2.00 s (--phase-timeout)",
     ),
 }
 
@@ -190,7 +194,7 @@ def assert_kept(result: Result) -> None:
 
 def test_the_whole_case_has_a_limit_too(model: Path, context: RunContext) -> None:
     result = run_to_the_end(model, replace(context, timeout_s=8.0, phase_timeout_s=60.0), "time.sleep(60)")
-    assert result.why == "warm was not done when the case had taken 8.00 s (--case-timeout)"
+    assert result.why == "warm round was not done when the case had taken 8.00 s (--case-timeout)"
     assert_kept(result)
 
 
@@ -225,7 +229,7 @@ def small_group() -> Iterator[Path]:
 def test_the_kernel_s_kill_for_want_of_memory_is_told(model: Path, context: RunContext, small_group: Path) -> None:
     end = f"open('{small_group}/cgroup.procs', 'w').write(str(os.getpid()))\nkept = [b'x' * (16 << 20) for _ in range(256)]"
     result = run_to_the_end(model, context, end)
-    assert (result.outcome, result.why) == (Outcome.OOM, "out of memory during warm: the kernel killed the process")
+    assert (result.outcome, result.why) == (Outcome.OOM, "out of memory during warm round: the kernel killed the process")
     assert_kept(result)
 
 
@@ -242,4 +246,4 @@ def test_the_kernel_takes_the_child_and_what_it_started_first(model: Path, conte
 def test_what_a_worker_sees_of_signals_is_usual(model: Path, context: RunContext) -> None:
     """The fork server is deaf to what ends a run; its children are not."""
     result = run_to_the_end(model, context, "os.kill(os.getpid(), signal.SIGHUP)")
-    assert result.why == f"the process died during warm: killed from outside ({signal.SIGHUP.name})"
+    assert result.why == f"the process died during warm round: killed from outside ({signal.SIGHUP.name})"

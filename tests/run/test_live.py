@@ -218,7 +218,7 @@ METRICS = {"vram_peak_bytes": 8.1 * GIB, "ram_peak_bytes": 1.2 * GIB, "ready_s":
         ),
         ({"quality": Quality(probe="1", verdict="intact", why="")}, "works  intact"),
         ({"outcome": Outcome.OOM, "why": "no room for weights", "metrics": METRICS}, "out of memory: no room for weights"),
-        ({"outcome": Outcome.TIMEOUT, "why": "load was not done"}, "timed out: load was not done"),
+        ({"outcome": Outcome.TIMEOUT, "why": "loading was not done"}, "timed out: loading was not done"),
         ({"outcome": Outcome.CRASH}, "crashed"),
     ],
 )

@@ -76,7 +76,7 @@ def test_what_works_nowhere_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, None),
         ({"metrics": {"token_disk_bytes": 10.0}}, None),
         ({"metrics": {"token_disk_bytes": 500.0}}, "too little for what every token reads: 500 bytes came from the disk for each"),
-        ({"outcome": Outcome.TIMEOUT, "why": "cold was not done"}, "cold was not done"),
+        ({"outcome": Outcome.TIMEOUT, "why": "cold round was not done"}, "cold round was not done"),
     ],
 )
 def test_what_rereads_its_weights_does_not_work(changes: dict[str, Any], why: str | None) -> None:

@@ -203,9 +203,9 @@ def test_a_kept_case_ends_every_test_with_when_it_was_measured() -> None:
 
 
 def test_a_kept_out_of_memory_is_told_once() -> None:
-    kept = Kept(earlier(outcome=Outcome.OOM, why="out of memory during load"))
+    kept = Kept(earlier(outcome=Outcome.OOM, why="out of memory during loading"))
     end = kept.end()
-    assert (end.outcome, str(end)) == (Outcome.OOM, "kept from 2026-11-24 08:00 UTC: out of memory during load")
+    assert (end.outcome, str(end)) == (Outcome.OOM, "kept from 2026-11-24 08:00 UTC: out of memory during loading")
     assert kept.ended is end
 
 

@@ -118,24 +118,24 @@ def go_through(run: Run) -> Run:
 
 # behavior, outcome, stage, what the reason says, the phases and the metrics that are kept
 ENDS: dict[str, tuple[Outcome, str, str, str, set[str]]] = {
-    "cuda_oom_in_load": (Outcome.OOM, "load", "memory during load: OutOfMemoryError: CUDA out of memory", "load", PEAKS),
-    "cuda_oom_in_warm": (Outcome.OOM, "warm", "memory during warm: OutOfMemoryError: CUDA", "import load cold warm", COLD),
-    "memory_error": (Outcome.OOM, "load", "out of memory during load: MemoryError: no message", "load", PEAKS),
+    "cuda_oom_in_load": (Outcome.OOM, "load", "memory during loading: OutOfMemoryError: CUDA out of memory", "load", PEAKS),
+    "cuda_oom_in_warm": (Outcome.OOM, "warm", "memory during warm round: OutOfMemoryError: CUDA", "import load cold warm", COLD),
+    "memory_error": (Outcome.OOM, "load", "out of memory during loading: MemoryError: no message", "load", PEAKS),
     "bad_alloc": (Outcome.OOM, "load", "a library aborted because it could not allocate", "", set()),
-    "abort": (Outcome.CRASH, "cold", "the process died during cold: aborted (SIGABRT)", "import load", LOAD),
-    "killed": (Outcome.CRASH, "cold", "died during cold: killed from outside (SIGKILL)", "import load", LOAD),
-    "segfault": (Outcome.CRASH, "warm", "died during warm: segmentation fault (SIGSEGV)", "import load cold", COLD),
-    "exit": (Outcome.CRASH, "score", "ended during score with exit code 3", "import load cold warm warm", WARM),
-    "bug": (Outcome.CRASH, "load", "load failed: KeyError: 'model.embed_tokens.weight'", "load", PEAKS),
+    "abort": (Outcome.CRASH, "cold", "the process died during cold round: aborted (SIGABRT)", "import load", LOAD),
+    "killed": (Outcome.CRASH, "cold", "died during cold round: killed from outside (SIGKILL)", "import load", LOAD),
+    "segfault": (Outcome.CRASH, "warm", "died during warm round: segmentation fault (SIGSEGV)", "import load cold", COLD),
+    "exit": (Outcome.CRASH, "score", "ended during quality probe with exit code 3", "import load cold warm warm", WARM),
+    "bug": (Outcome.CRASH, "load", "loading failed: KeyError: 'model.embed_tokens.weight'", "load", PEAKS),
     "import_error": (Outcome.UNSUPPORTED, "load", "No module named 'flash_attn'", "load", PEAKS),
     "not_supported": (Outcome.UNSUPPORTED, "load", "fp8 is not supported on this device", "load", PEAKS),
     "hang_in_load": (Outcome.TIMEOUT, "load", "s (--case-timeout)", "", set()),
-    "hang_in_cold": (Outcome.TIMEOUT, "cold", "cold was not done when", "import load", LOAD),
-    "hang_in_score": (Outcome.TIMEOUT, "score", "score was not done when", "import load cold warm warm", WARM),
-    "hang_in_a_message": (Outcome.TIMEOUT, "load", "load was not done when", "", set()),
-    "nonsense": (Outcome.CRASH, "load", "worker protocol error during load", "", set()),
-    "past_the_framing": (Outcome.CRASH, "load", "worker protocol error during load", "", set()),
-    "closed_pipe": (Outcome.CRASH, "load", "worker protocol error during load", "", set()),
+    "hang_in_cold": (Outcome.TIMEOUT, "cold", "cold round was not done when", "import load", LOAD),
+    "hang_in_score": (Outcome.TIMEOUT, "score", "quality probe was not done when", "import load cold warm warm", WARM),
+    "hang_in_a_message": (Outcome.TIMEOUT, "load", "loading was not done when", "", set()),
+    "nonsense": (Outcome.CRASH, "load", "worker protocol error during loading", "", set()),
+    "past_the_framing": (Outcome.CRASH, "load", "worker protocol error during loading", "", set()),
+    "closed_pipe": (Outcome.CRASH, "load", "worker protocol error during loading", "", set()),
     "no_tokens": (Outcome.CRASH, "warm", "timed none of 5 tokens", "import load cold warm", COLD),
 }
 
@@ -233,7 +233,7 @@ def test_killed_while_the_kernel_ran_out_of_memory(bench: Bench, oom_kills: list
     oom_kills[0] += 1
     result = go_through(run).finish()
     assert result.outcome is Outcome.OOM
-    assert result.why == "out of memory during cold: the kernel killed the process"
+    assert result.why == "out of memory during cold round: the kernel killed the process"
 
 
 def test_ram_that_the_parent_saw_counts_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

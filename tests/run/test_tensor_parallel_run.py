@@ -155,36 +155,36 @@ ENDS: dict[str, tuple[str, str, Outcome, str]] = {
         "{1}",
         "os.kill(os.getpid(), signal.SIGKILL)",
         Outcome.CRASH,
-        "the process died during warm on rank 1: killed from outside (SIGKILL)",
+        "the process died during warm round on rank 1: killed from outside (SIGKILL)",
     ),
     "the first rank is killed": (
         "{0}",
         "os.kill(os.getpid(), signal.SIGKILL)",
         Outcome.CRASH,
-        "the process died during warm on rank 0: killed from outside (SIGKILL)",
+        "the process died during warm round on rank 0: killed from outside (SIGKILL)",
     ),
-    "a rank is out of memory": ("{1}", "bytearray(1 << 62)", Outcome.OOM, "out of memory during warm on rank 1: MemoryError"),
-    "all are out of memory": ("{0, 1}", "torch.empty(1 << 50)", Outcome.OOM, "out of memory during warm on rank "),
+    "a rank is out of memory": ("{1}", "bytearray(1 << 62)", Outcome.OOM, "out of memory during warm round on rank 1: MemoryError"),
+    "all are out of memory": ("{0, 1}", "torch.empty(1 << 50)", Outcome.OOM, "out of memory during warm round on rank "),
     "a library fails": ("{0}", "{}['q_proj']", Outcome.CRASH, "warm on rank 0 failed: KeyError: 'q_proj'"),
-    "a rank exits": ("{1}", "os._exit(3)", Outcome.CRASH, "the process ended during warm on rank 1 with exit code 3"),
-    "code exits": ("{1}", "sys.exit(4)", Outcome.CRASH, "the process ended during warm on rank 1 with exit code 4"),
+    "a rank exits": ("{1}", "os._exit(3)", Outcome.CRASH, "the process ended during warm round on rank 1 with exit code 3"),
+    "code exits": ("{1}", "sys.exit(4)", Outcome.CRASH, "the process ended during warm round on rank 1 with exit code 4"),
     "code exits with words": (
         "{1}",
         "sys.exit('no way')",
         Outcome.CRASH,
-        "the process ended during warm on rank 1 with exit code 1, and said last: no way",
+        "the process ended during warm round on rank 1 with exit code 1, and said last: no way",
     ),
     "a rank hangs": (
         "{1}",
         "os.kill(os.getpid(), signal.SIGSTOP)",
         Outcome.TIMEOUT,
-        "warm was not done after 8.00 s (--phase-timeout): rank 0 was sleeping, rank 1 was stopped",
+        "warm round was not done after 8.00 s (--phase-timeout): rank 0 was sleeping, rank 1 was stopped",
     ),
     "what leads them is killed": (
         "{1}",
         "time.sleep(0.5); os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)",
         Outcome.CRASH,
-        "the process died during warm: killed from outside (SIGKILL)",
+        "the process died during warm round: killed from outside (SIGKILL)",
     ),
 }
 
@@ -241,7 +241,7 @@ def test_a_rank_that_cannot_load_is_named(silent: Path, context: RunContext) -> 
     with pytest.raises(CaseEnded):
         case.load()
     result = case.finish()
-    assert (result.outcome, result.why) == (Outcome.OOM, "out of memory during load on rank 1: MemoryError: no room")
+    assert (result.outcome, result.why) == (Outcome.OOM, "out of memory during loading on rank 1: MemoryError: no room")
     (phase,) = result.phases
     assert phase.sampled
     assert phase.ram_peak_bytes is not None

@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.add_argument("contract", type=Path, metavar="CONTRACT", help="the contract, or its directory")
     parser.add_argument("results", type=Path, metavar="DIR", help="where the shards' directories of results lie")
+    parser.add_argument(
+        "--unheard", action="store_true", help="hand out again also what shards have that were never heard of, before they are due"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
@@ -34,21 +37,23 @@ def run(given: argparse.Namespace) -> int:
 
     contract, now = read_contract(given.contract), datetime.now(timezone.utc)
     found = collect(contract, find_receipts([given.results]), now)
-    keys, spent = status.to_hand_out(contract, found, now)
+    left = status.to_hand_out(contract, found, now, expected=(status.State.RUNNING,) if given.unheard else status.UNFINISHED)
     place = given.contract / CONTRACT if given.contract.is_dir() else given.contract
-    contract, cut = shards.issue(contract, keys)
+    contract, cut = shards.issue(contract, left.again)
     files = shards.write_issued(place, contract, cut)
     for shard, path in zip(cut, files, strict=True):
         print(
             f"{line(str(path))}: {plural(len(shard.cases), 'case')} for {line(shard.machine_class.name)}, attempt {shard.attempt}"
         )
-    running = len(found.missing) - len(keys) - len(spent)
     if not found.missing:
         print("nothing is missing: every case has a result that counts")
         return 0
-    print(f"{plural(len(keys), 'case')} handed out again, {running} still to come from shards that run")
+    waiting = f", {len(left.waiting)} from shards that were not heard of yet" if left.waiting else ""
+    print(f"{plural(len(left.again), 'case')} handed out again, {len(left.running)} still to come from shards that run{waiting}")
     if files:
         print(f"\n{line(how_to_measure(files))}")
-    for key in spent:
+    if left.waiting:
+        print_note("a shard that was not heard of is waited for until it is due; if its machine will not run it, add --unheard")
+    for key in left.spent:
         print_note(f"{key}: given up after {plural(contract.terms.attempts, 'attempt')}")
-    return NOTHING_LEFT if spent else 0
+    return NOTHING_LEFT if left.spent else 0

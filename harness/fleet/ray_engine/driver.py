@@ -133,7 +133,7 @@ class Driver:
                 self._queue.append(self._read(issued))
                 left.difference_update(issued.keys)
         coming = {shard.key(case) for shard in self._queue for case in shard.cases}
-        self._hand_out(key for key in status.to_hand_out(self.contract, found, now, nothing_runs=True)[0] if key not in coming)
+        self._hand_out(key for key in status.to_hand_out(self.contract, found, now, expected=()).again if key not in coming)
 
     def _read(self, issued: Issued) -> Shard:
         shard = shards.read_shard(self.place.parent / SHARDS / f"{issued.shard}.json")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from markupsafe import Markup
 
+from harness.core.metrics import phase_title
 from harness.core.records import Answer
 from harness.core.text import MORE
 from harness.report.html import as_html
@@ -140,7 +141,7 @@ def _case(c: Cell, up: str, points: int) -> str:
 def _lead(c: Cell) -> str:
     """Write what was planned and what became of it."""
     wrong = f" (a {c.surprise})" if c.surprise else ""
-    during = "" if c.status.measured else f" during <b>{as_html(c.result.stage)}</b>"
+    during = "" if c.status.measured else f" during <b>{as_html(phase_title(c.result.stage))}</b>"
     ended = f"Outcome: <b>{c.status.word}</b>{during}." if c.ran else "Not run."
     why = f"<br>{_quoted(c.result.why)}" if c.result.why else ""
     return f'<p class="lead"><span>Plan: <b>{c.planned}</b>{wrong}.</span> <span>{ended}</span>\n{why}</p>\n'

@@ -16,6 +16,7 @@ import msgspec
 from markupsafe import Markup, escape
 
 from harness.core import units
+from harness.core.metrics import phase_title
 from harness.core.records import Phase, Timeline
 from harness.core.text import visible
 from harness.report.html import as_html
@@ -174,7 +175,7 @@ def _bands(phases: Sequence[Phase], scale: Scale) -> Iterable[str]:
     for i, (name, run) in enumerate(itertools.groupby(phases, key=lambda phase: phase.name)):
         rounds = list(run)
         left, right = scale.x(rounds[0].start_s), scale.x(rounds[-1].end_s)
-        label = visible(name) + (f" ×{len(rounds)}" if len(rounds) > 1 else "")
+        label = visible(phase_title(name)) + (f" ×{len(rounds)}" if len(rounds) > 1 else "")
         said = as_html(label)
         frame = f'<rect class="band b{i % 2}" x="{short(left)}" y="0" width="{short(right - left)}" height="{HEIGHT - BOTTOM}"/>'
         wide = len(label) * _LETTER + 8 < right - left

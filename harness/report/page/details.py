@@ -10,6 +10,7 @@ import msgspec
 from markupsafe import Markup
 
 from harness.core import units
+from harness.core.metrics import phase_title
 from harness.core.records import Phase, Result
 from harness.measure import interference
 from harness.report.html import as_html
@@ -109,7 +110,7 @@ def _phase_rows(phases: Sequence[Phase], columns: Sequence[Sequence[int | None]]
 
 
 def _phase_name(phase: Phase) -> str:
-    return f"{phase.name} (sampled)" if phase.sampled else phase.name
+    return f"{phase_title(phase.name)} (sampled)" if phase.sampled else phase_title(phase.name)
 
 
 def _lines(result: Result) -> tuple[tuple[str, str], ...]:
@@ -155,7 +156,7 @@ def _disturbances(result: Result) -> tuple[tuple[str, str], ...]:
     """List which phases and which of the warm rounds others disturbed, and how."""
     found, rounds = [], count(1)
     for window in result.interference:
-        name = f"warm round {next(rounds)}" if window.phase == "warm" else window.phase
+        name = f"{phase_title(window.phase)} {next(rounds)}" if window.phase == "warm" else phase_title(window.phase)
         if window.why:
             found.append((name, window.why))
     if capped := interference.power_capped(result.interference):

@@ -10,7 +10,7 @@ import msgspec
 from markupsafe import Markup
 
 from harness.core import units
-from harness.core.metrics import METRICS, READY_NAMES, format_metric, formatter, when_ready
+from harness.core.metrics import METRICS, READY_NAMES, format_metric, formatter, phase_title, when_ready
 from harness.core.records import Estimate, Outcome, Result, Span, Verdict
 from harness.core.text import plural
 from harness.report.html import as_html
@@ -160,7 +160,7 @@ def _absent(result: Result, value: float | None) -> str:
     if not ran(result):
         return f"not run: {status(result).word}"
     if result.outcome is not Outcome.OK:
-        return f"not measured: {status(result).word} during {result.stage}"
+        return f"not measured: {status(result).word} during {phase_title(result.stage)}"
     return "not recorded in this run"
 
 
