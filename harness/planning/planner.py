@@ -29,7 +29,7 @@ from harness.planning.cost.work import multiplies_4bit_in_ram
 from harness.planning.counted import count_model
 from harness.planning.device_map import max_memory, tiers
 from harness.planning.device_map.experts import blocks_of_experts, experts_map
-from harness.planning.device_map.infer import STRATEGIES, Device, Widths
+from harness.planning.device_map.infer import Device, Widths
 from harness.planning.device_map.recommended import Recommender
 from harness.planning.outlook import with_hint
 from harness.planning.quality import known_quality
@@ -314,7 +314,7 @@ class Planner:
             rewrites=placement.rewrites_offloaded,
             off_gpu=self.counted.inventory(WeightFormat(dtype=fmt.dtype)) if leaves_off_gpu(row.precision, placement) else None,
             processes=placement.ranks(len(self.machine.gpus)),
-            begins_on=tuple(begins) if _looks_for_itself(placement, self.machine) else (),
+            begins_on=tuple(begins) if max_memory.looks_for_itself(placement, self.machine) else (),
             attention=case.attention,
             capability=self._capability if any(tier.startswith("gpu") for tier in there) else None,
         )
@@ -374,12 +374,6 @@ class Planner:
 
 def _placed(skeleton: Skeleton, device_map: Mapping[str, Device]) -> _Placed:
     return _Placed(device_map, tiers.tiers(skeleton, device_map))
-
-
-def _looks_for_itself(placement: Placement, machine: Machine) -> bool:
-    """Say whether a library asks every GPU what is free, which begins on it (`max_memory.max_memory` gives no limits)."""
-    is_limited = any(tier.limit_bytes is not None for tier in machine.tiers if tier.kind in ("gpu", "cpu"))
-    return placement.device_map in STRATEGIES and placement.limits is None and not is_limited
 
 
 def _facts(spec: ModelSpec, case: Case, trust: bool) -> Facts:

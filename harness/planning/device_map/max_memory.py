@@ -96,3 +96,9 @@ LIMITS: Mapping[str, Callable[[Sizes, Machine], dict[str, int]]] = {
     "spill-to-cpu": _spill_to_cpu,
     "spill-to-disk": _spill_to_disk,
 }
+
+
+def looks_for_itself(placement: Placement, machine: Machine) -> bool:
+    """Say whether a library asks every GPU what is free, which begins on it (`max_memory` gives no limits)."""
+    is_limited = any(tier.limit_bytes is not None for tier in machine.tiers if tier.kind in ("gpu", "cpu"))
+    return placement.device_map in STRATEGIES and placement.limits is None and not is_limited
