@@ -62,6 +62,8 @@ class Packed(Record, frozen=True, kw_only=True):
     beside: tuple[tuple[str, int], ...] = ()  #: elements of scales and of all else that the files hold beside weights, by dtype
     keeps_beside: bool = False  #: these stay in memory beside 16-bit weights
     unpacked_dtype: str | None = None  #: the only dtype that its weights are unpacked to
+    filled: tuple[int, int] | None = None  #: outputs and inputs whose multiples weights fill once they are unpacked ...
+    filled_in: str | None = None  #: ... to this dtype alone
     fault: str | None = None  #: why the method's package does not take the config
     undivided: str | None = None  #: why weights are not unpacked whose sides are no whole blocks, where it was looked at
 
@@ -220,6 +222,8 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         beside=count_beside(tensors, loading.scales if loading and keeps and not plain else None),
         keeps_beside=plain or keeps,
         unpacked_dtype=None if plain else _unpacked_dtype(known, loading if keeps else None, tensors),
+        filled=loading.filled if loading is not None and not plain else None,
+        filled_in=held.scales or config.get("torch_dtype") or config.get("dtype"),
         fault=_fault(known, settings or {}, None if plain else loading),
     )
 

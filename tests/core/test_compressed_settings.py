@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 
 from harness.core.methods import compressed
 from harness.core.methods.table import METHODS
@@ -116,6 +118,31 @@ def test_what_is_unpacked_otherwise_is_not_unpacked_while_loading(other: dict[st
     assert compressed.loading(settings_of("pack-quantized", scheme(), scheme("pack-quantized"))).whole
     found = compressed.loading(settings_of("pack-quantized", scheme(), other))
     assert (found.apart, found.whole) == (True, False)
+
+
+@installed
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(160, 200), (256, 384), (64, 128)])
+def test_what_blocks_leave_of_a_weight_is_a_view_that_fills_whole_blocks(shape: tuple[int, int], scales: torch.dtype) -> None:
+    """Only a cast to another dtype copies what is used of it."""
+    blocks = scheme("float-quantized", num_bits=8, type="float", strategy="block", group_size=None, block_structure=[128, 128])
+    filled = compressed.loading(settings_of("float-quantized", blocks)).filled
+    assert filled == (128, 128)
+    given = import_module("compressed_tensors.quantization").QuantizationArgs(**blocks["weights"])
+    sides = [-(-side // by) for side, by in zip(shape, filled, strict=True)]
+    unpack = import_module("compressed_tensors.quantization.lifecycle.forward").dequantize
+    weight = unpack(torch.ones(shape).to(torch.float8_e4m3fn), torch.ones(sides, dtype=scales), args=given)
+    assert (weight.shape, weight.dtype) == (shape, scales)
+    whole = math.prod(side * by for side, by in zip(sides, filled, strict=True))
+    assert weight.untyped_storage().nbytes() == whole * weight.element_size()
+    cast = weight.to(torch.float16)
+    assert cast.untyped_storage().nbytes() == math.prod(shape) * cast.element_size()
+
+
+def test_other_strategies_fill_nothing_up() -> None:
+    assert compressed.loading(settings_of("pack-quantized", scheme())).filled is None
+    blocks = scheme("float-quantized", num_bits=8, type="float", strategy="block", group_size=None, block_structure=[128, 0])
+    assert compressed.loading(settings_of("float-quantized", blocks)).filled is None
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])

@@ -38,6 +38,9 @@ class FormatLoading(Record, frozen=True, kw_only=True):
     whole: bool = True  #: all can be unpacked while loading; else the first forward pass does it
     dtype: str | None = None  #: the only dtype that weights have after the first forward pass
     scales: str | None = None  #: the dtype that scales of 8 bits have then
+    # Outputs and inputs whose multiples unpacked weights fill, where their scales have the dtype asked for: the library pads them
+    # to whole blocks, and what it returns is a view (quantization/lifecycle/forward.py, `_process_block`).
+    filled: tuple[int, int] | None = None
     fault: str | None = None  #: why that does not work
 
 
@@ -106,6 +109,7 @@ def loading(settings: Mapping[str, Any], holds: Callable[[str], bool] | None = N
         whole=whole,
         dtype=next(iter(sorted(narrow)), None),
         scales=next((one.weight_scale for one in kept if one.weight_scale != _PROBED), None),
+        filled=next((block for one in schemes if whole and (block := _block(one["weights"])) is not None), None),
         fault=next(_unloadable(schemes, stored, [] if whole else inferred, holds), None),
     )
 
@@ -152,6 +156,15 @@ def _strategy(weights: Mapping[str, Any]) -> str:
     """Return the strategy of weights; where the config names none, the group size implies it, as in the library."""
     said, size = _folded(weights.get("strategy")), weights.get("group_size")
     return str(said or ("tensor" if size is None else "group" if isinstance(size, int) and size > 0 else "channel"))
+
+
+def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the sides of the blocks that weights are scaled in; None of other strategies."""
+    sides = weights.get("block_structure")
+    if _strategy(weights) != "block" or not isinstance(sides, list) or len(sides) != 2:
+        return None
+    outputs, inputs = sides
+    return (outputs, inputs) if type(outputs) is int and type(inputs) is int and min(sides) > 0 else None
 
 
 def _way(scheme: Mapping[str, Any]) -> tuple[str, ...]:
