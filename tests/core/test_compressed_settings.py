@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from harness.checkpoint import settings_check
+from harness.checkpoint.quantization import packed
 from harness.core.methods import compressed
 from harness.core.methods.table import METHODS
 from tests.support import compressed_settings
@@ -152,3 +154,27 @@ def test_zero_points_that_find_no_room_are_those_of_the_library(strategy: str) -
     assert compressed.loading(settings_of("pack-quantized", zeros)).fault is None
     mixed = compressed.loading(settings_of("pack-quantized", zeros, scheme(num_bits=8)))
     assert (mixed.fault is not None) == (["pack-quantized", strategy] in KEPT["unfilled"])
+
+
+# ---- sparse weights --------------------------------------------------------------------------------------------------------
+
+
+@installed
+def test_who_reads_a_format_is_said_of_those_that_the_library_names_and_does_not_unpack() -> None:
+    named = {one.value for one in import_module("compressed_tensors.config").CompressionFormat}
+    known = import_module("compressed_tensors.compressors").BaseCompressor.registered_names()
+    assert set(compressed.READERS) == named - {*known, "mixed-precision"}
+
+
+@pytest.mark.parametrize("form", compressed.READERS)
+def test_a_format_of_sparse_weights_is_refused_by_its_name_with_its_reader(form: str) -> None:
+    at_the_top = compressed.loading(settings_of(form, scheme(form)), lambda _: True).fault
+    beside = compressed.settings_refusal({"format": "dense", "sparsity_config": {"format": form, "targets": ["Linear"]}})
+    for said in (at_the_top, beside):
+        assert said is not None
+        assert f'"{form}"' in said
+        assert compressed.READERS[form] in said
+    assert compressed.settings_refusal({"format": "dense", "sparsity_config": {"format": "dense"}}) is None
+    config = {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": form}}
+    assert settings_check.fault({"quantization_config": config}) is None  # the plan refuses it, by its format
+    assert (packed({"quantization_config": config}) or pytest.fail("not seen")).fault == beside

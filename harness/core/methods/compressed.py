@@ -27,6 +27,13 @@ _PROBED = "float16"  # the dtype of the module that was asked how it is unpacked
 _SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size")
 _UNPACKING_KEYS = (*_SCHEME_KEYS, "symmetric", "block_structure", "scale_dtype")
 _PATTERN = "re:"
+# Formats of sparse weights that the library names and has no class for, and what read them: vLLM took its kernels out (its pull
+# requests 32688 and 36799).
+READERS: Mapping[str, str] = {
+    "sparse-bitmask": "compressed-tensors of 2025",
+    "sparse-24-bitmask": "vLLM of 2025",
+    "marlin-24": "vLLM of 2025",
+}
 _ANOTHER = "take another checkpoint, or the 16-bit one"
 
 
@@ -121,7 +128,8 @@ def _unloadable(
     known = _answers()
     for form in stored:
         if form not in known.unpacked and (holds is None or holds(form)):
-            yield f"{_library()} unpacks no weights of the format {line(json.dumps(form), _SHOWN)}: {_ANOTHER}"
+            what = f"{_library()} unpacks no weights of the format {line(json.dumps(form), _SHOWN)}"
+            yield f"{what}, which {READERS[form]} reads: {_ANOTHER}" if form in READERS else f"{what}: {_ANOTHER}"
     for one, form, by in zip(schemes, stored, unpacked_by, strict=False):
         weights = one["weights"]
         if not _is_unpacked_alike(by, form):
@@ -242,6 +250,10 @@ def _faults(settings: Mapping[str, Any]) -> Iterator[_Fault]:
             yield from _of_group(where, group)
         else:
             yield where, group, "it is neither a scheme nor a list of targets"
+    sparsity = settings.get("sparsity_config")
+    form = sparsity.get("format") if isinstance(sparsity, Mapping) else None
+    if isinstance(form, str) and form in READERS:
+        yield "sparsity_config.format", form, f"it unpacks none such, and {READERS[form]} reads them"
     cache_scheme = settings.get("kv_cache_scheme")
     if isinstance(cache_scheme, Mapping):
         yield from _of_arguments("kv_cache_scheme", cache_scheme)
