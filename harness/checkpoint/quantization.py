@@ -21,7 +21,7 @@ from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
 from harness.core.families import CHATGLM, GGUF, MOSS, family_of
 from harness.core.methods import torchao
 from harness.core.methods.compressed import FormatLoading, differ, schemes_in
-from harness.core.methods.config import method_name, settings_of
+from harness.core.methods.config import CountedByName, method_name, settings_of
 from harness.core.methods.layouts import LAYOUTS, TORCHAO_PARTS, Layout, Sides, layout_name
 from harness.core.methods.method import Method
 from harness.core.methods.table import METHODS, OWN, foreign
@@ -64,6 +64,7 @@ class Packed(Record, frozen=True, kw_only=True):
     unpacked_dtype: str | None = None  #: the only dtype that its weights are unpacked to
     filled: tuple[int, int] | None = None  #: outputs and inputs whose multiples weights fill once they are unpacked ...
     filled_in: str | None = None  #: ... to this dtype alone
+    counted: CountedByName | None = None  #: what counts as packed when a device map is inferred, if names decide it
     fault: str | None = None  #: why the method's package does not take the config
     undivided: str | None = None  #: why weights are not unpacked whose sides are no whole blocks, where it was looked at
 
@@ -224,6 +225,7 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         unpacked_dtype=None if plain else _unpacked_dtype(known, loading if keeps else None, tensors),
         filled=loading.filled if loading is not None and not plain else None,
         filled_in=held.scales or config.get("torch_dtype") or config.get("dtype"),
+        counted=CountedByName.read(settings) if settings and known is not None and known.counts_by_name else None,
         fault=_fault(known, settings or {}, None if plain else loading),
     )
 

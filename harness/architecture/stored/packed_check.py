@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
@@ -15,7 +14,7 @@ from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.shard_check import shown
 from harness.core.methods.compressed import scheme_number
-from harness.core.methods.config import settings_of
+from harness.core.methods.config import is_converted, settings_of
 from harness.core.methods.layouts import FP8_SCALES, Layout
 
 _NAMED, _KEPT = "modules_in_block_to_quantize", "modules_to_not_convert"
@@ -61,14 +60,7 @@ def _is_in_a_block(module: str, settings: Mapping[str, Any]) -> bool:
 def _is_converted(module: str, settings: Mapping[str, Any]) -> bool:
     """Say whether transformers packs a Linear (its `should_convert_module`): by the begin of its name, or by its end."""
     kept = [name for name in settings.get(_KEPT) or () if isinstance(name, str)]
-    return not any(_begins(name, module) or module.endswith(name) for name in kept)
-
-
-def _begins(pattern: str, module: str) -> bool:
-    try:
-        return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
-    except re.error:
-        return False
+    return is_converted(module, kept)
 
 
 def scale_of(name: str, names: Set[str]) -> str | None:

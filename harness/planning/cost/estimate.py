@@ -50,6 +50,7 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec, *, on_cards
         packed_linears=method.packs_linears,
         packed_tables=spec.packed_tables,
         counted_as=_counted_as(method, precision),
+        counted_names=spec.packed.counted,
         counted_bits=None if method.counts_scales else spec.packed.bits,
         wide_bias=method.wide_bias,
         in_blocks=method.blocks,

@@ -12,6 +12,7 @@ from harness.architecture.skeleton import Attention, Block, Module, ParameterSpe
 from harness.core.attention import KV_FORMS, KvForm
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.families import FAMILIES
+from harness.core.methods.config import CountedByName
 from harness.core.quantizers import SCHEMES
 from harness.core.records import USUAL_KV, Record, Workload
 
@@ -35,6 +36,7 @@ class WeightFormat(Record, frozen=True, kw_only=True):
     packed_embeddings: bool = False  #: whether its embedding and head are quantized too
     packed_tables: frozenset[str] = frozenset()  #: which of them are, where not both may be
     counted_as: str | None = None  #: the row of SCHEMES by which transformers counts what is packed; None: by its own bytes
+    counted_names: CountedByName | None = None  #: which tensors it counts so, if names decide it
     counted_bits: float | None = None  #: bits a weight by which it counts instead, where scales do not
     wide_bias: bool = False  #: whether the biases of packed experts are in float32
     margin: bool = False  #: whether transformers keeps a tenth of the memory free for what is packed
