@@ -53,6 +53,7 @@ class StoredDtypes(NamedTuple):
     packed: tuple[str, ...]
     rest: str | None
     floats: tuple[int, int]  #: elements and bytes
+    scales: str | None  #: the dtype of most of these
 
 
 def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor], casts: Callable[[str], bool] | None) -> StoredDtypes:
@@ -62,6 +63,7 @@ def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor], casts: Call
     """
     sizes: Counter[str] = Counter()
     others: Counter[str] = Counter()
+    beside: Counter[str] = Counter()
     elements = size = 0
     for tensor in tensors:
         if _is_packed(layout, tensor):
@@ -69,10 +71,11 @@ def parts_of(layout: Layout | None, tensors: Iterable[StoredTensor], casts: Call
         elif tensor.dtype in FLOATS and layout is not None and layout.split(tensor.name, tensor.dtype)[1]:
             if casts is None or (tensor.whole_class is not None and casts(tensor.whole_class)):
                 elements, size = elements + math.prod(tensor.shape), size + tensor.bytes
+                beside[tensor.dtype] += tensor.bytes
         elif tensor.dtype in FLOATS:
             others[tensor.dtype] += tensor.bytes
-    held, rest = (tuple(dtype for dtype, _ in counted.most_common()) for counted in (sizes, others))
-    return StoredDtypes(held, next(iter(rest), None), (elements, size))
+    held, rest, scales = (tuple(dtype for dtype, _ in counted.most_common()) for counted in (sizes, others, beside))
+    return StoredDtypes(held, next(iter(rest), None), (elements, size), next(iter(scales), None))
 
 
 def _is_packed(layout: Layout | None, tensor: StoredTensor) -> bool:

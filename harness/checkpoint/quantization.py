@@ -21,7 +21,7 @@ from harness.core.dtypes import DTYPE_BITS, DTYPE_BYTES
 from harness.core.families import CHATGLM, GGUF, MOSS, family_of
 from harness.core.methods import torchao
 from harness.core.methods.compressed import FormatLoading, differ, schemes_in
-from harness.core.methods.config import method_name, settings_of
+from harness.core.methods.config import CountedByName, method_name, settings_of
 from harness.core.methods.layouts import FP8_SCALES, LAYOUTS, TORCHAO_PARTS, Layout, Sides, layout_name
 from harness.core.methods.method import Method
 from harness.core.methods.table import METHODS, OWN, foreign
@@ -62,6 +62,9 @@ class Packed(Record, frozen=True, kw_only=True):
     beside: tuple[tuple[str, int], ...] = ()  #: elements of scales and of all else that the files hold beside weights, by dtype
     keeps_beside: bool = False  #: these stay in memory beside 16-bit weights
     unpacked_dtype: str | None = None  #: the only dtype that its weights are unpacked to
+    filled: tuple[int, int] | None = None  #: outputs and inputs whose multiples weights fill once they are unpacked ...
+    filled_in: str | None = None  #: ... to this dtype alone
+    counted: CountedByName | None = None  #: what counts as packed when a device map is inferred, if names decide it
     fault: str | None = None  #: why the method's package does not take the config
     undivided: str | None = None  #: why weights are not unpacked whose sides are no whole blocks, where it was looked at
 
@@ -220,6 +223,9 @@ def packed(config: Mapping[str, Any], tensors: Iterable[StoredTensor] = ()) -> P
         beside=count_beside(tensors, loading.scales if loading and keeps and not plain else None),
         keeps_beside=plain or keeps,
         unpacked_dtype=None if plain else _unpacked_dtype(known, loading if keeps else None, tensors),
+        filled=loading.filled if loading is not None and not plain else None,
+        filled_in=held.scales or config.get("torch_dtype") or config.get("dtype"),
+        counted=CountedByName.read(settings) if settings and known is not None and known.counts_by_name else None,
         fault=_fault(known, settings or {}, None if plain else loading),
     )
 

@@ -40,7 +40,7 @@ def _faults(settings: Mapping[str, Any]) -> Iterator[str]:
     method = METHODS.get(method_name(settings))
     if method is None:
         return
-    need = method.tables
+    need = None if method.faults is not None and method.faults(settings) else method.tables  # which says more
     if need is not None and not any(isinstance(value := settings.get(key), Mapping) and value for key in need.keys):
         yield f"gives no {KEY}.{' or '.join(need.keys)}, without which transformers {need.otherwise}"
     for one in method.settings:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 
+from harness.checkpoint import settings_check
+from harness.checkpoint.quantization import packed
 from harness.core.methods import compressed
 from harness.core.methods.table import METHODS
 from tests.support import compressed_settings
@@ -118,6 +122,31 @@ def test_what_is_unpacked_otherwise_is_not_unpacked_while_loading(other: dict[st
     assert (found.apart, found.whole) == (True, False)
 
 
+@installed
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(160, 200), (256, 384), (64, 128)])
+def test_what_blocks_leave_of_a_weight_is_a_view_that_fills_whole_blocks(shape: tuple[int, int], scales: torch.dtype) -> None:
+    """Only a cast to another dtype copies what is used of it."""
+    blocks = scheme("float-quantized", num_bits=8, type="float", strategy="block", group_size=None, block_structure=[128, 128])
+    filled = compressed.loading(settings_of("float-quantized", blocks)).filled
+    assert filled == (128, 128)
+    given = import_module("compressed_tensors.quantization").QuantizationArgs(**blocks["weights"])
+    sides = [-(-side // by) for side, by in zip(shape, filled, strict=True)]
+    unpack = import_module("compressed_tensors.quantization.lifecycle.forward").dequantize
+    weight = unpack(torch.ones(shape).to(torch.float8_e4m3fn), torch.ones(sides, dtype=scales), args=given)
+    assert (weight.shape, weight.dtype) == (shape, scales)
+    whole = math.prod(side * by for side, by in zip(sides, filled, strict=True))
+    assert weight.untyped_storage().nbytes() == whole * weight.element_size()
+    cast = weight.to(torch.float16)
+    assert cast.untyped_storage().nbytes() == math.prod(shape) * cast.element_size()
+
+
+def test_other_strategies_fill_nothing_up() -> None:
+    assert compressed.loading(settings_of("pack-quantized", scheme())).filled is None
+    blocks = scheme("float-quantized", num_bits=8, type="float", strategy="block", group_size=None, block_structure=[128, 0])
+    assert compressed.loading(settings_of("float-quantized", blocks)).filled is None
+
+
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
 def test_zero_points_that_find_no_room_are_those_of_the_library(strategy: str) -> None:
     known: dict[str, dict[str, Any]] = {"group": {"group_size": 128}, "block": {"block_structure": [64, 64]}}
@@ -125,3 +154,27 @@ def test_zero_points_that_find_no_room_are_those_of_the_library(strategy: str) -
     assert compressed.loading(settings_of("pack-quantized", zeros)).fault is None
     mixed = compressed.loading(settings_of("pack-quantized", zeros, scheme(num_bits=8)))
     assert (mixed.fault is not None) == (["pack-quantized", strategy] in KEPT["unfilled"])
+
+
+# ---- sparse weights --------------------------------------------------------------------------------------------------------
+
+
+@installed
+def test_who_reads_a_format_is_said_of_those_that_the_library_names_and_does_not_unpack() -> None:
+    named = {one.value for one in import_module("compressed_tensors.config").CompressionFormat}
+    known = import_module("compressed_tensors.compressors").BaseCompressor.registered_names()
+    assert set(compressed.READERS) == named - {*known, "mixed-precision"}
+
+
+@pytest.mark.parametrize("form", compressed.READERS)
+def test_a_format_of_sparse_weights_is_refused_by_its_name_with_its_reader(form: str) -> None:
+    at_the_top = compressed.loading(settings_of(form, scheme(form)), lambda _: True).fault
+    beside = compressed.settings_refusal({"format": "dense", "sparsity_config": {"format": form, "targets": ["Linear"]}})
+    for said in (at_the_top, beside):
+        assert said is not None
+        assert f'"{form}"' in said
+        assert compressed.READERS[form] in said
+    assert compressed.settings_refusal({"format": "dense", "sparsity_config": {"format": "dense"}}) is None
+    config = {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": form}}
+    assert settings_check.fault({"quantization_config": config}) is None  # the plan refuses it, by its format
+    assert (packed({"quantization_config": config}) or pytest.fail("not seen")).fault == beside

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from harness.core.methods import packages
-from harness.core.methods.config import method_name, settings_of
+from harness.core.methods.config import is_converted, method_name, settings_of
 from harness.core.methods.cpu_kernels import CPU_KERNELS
 from harness.core.methods.kernels import PACKED_KERNELS
 from harness.core.methods.method import Method
@@ -263,6 +263,40 @@ def test_what_is_packed_in_blocks_is_what_optimum_s_quantizer_packs() -> None:
     for row in METHODS.values():
         if row.has_kernels and not row.by_blocks:
             assert "replace_with_awq_linear" in source_of(row, "_process_model_before_weight_loading")
+
+
+@ROWS
+def test_who_counts_by_name_asks_should_convert_module_for_an_element(row: Method) -> None:
+    """transformers asks `param_needs_quantization` for each element where a quantizer has a size of its own for it."""
+    by_name = row.counted is not None and "should_convert_module(param_name" in source_of(row, "param_needs_quantization")
+    assert row.counts_by_name == by_name
+
+
+NAMES = (
+    "model.layers.0.mlp.down_proj.weight",
+    "model.layers.10.self_attn.q_proj",
+    "lm_head.weight",
+    "lm_head",
+    "model.embed_tokens.weight",
+)
+KEPT_OUT = (
+    "model.layers.0",
+    "model.layers.1",
+    "down_proj",
+    "lm_head",
+    r"model\.layers\.\d+\.mlp",
+    "head",
+    "weight",
+    "model.layers.*.mlp",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kept", KEPT_OUT)
+def test_what_a_config_keeps_out_is_transformers_own(name: str, kept: str) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    assert is_converted(name, [kept]) == should_convert_module(name, [kept])
 
 
 def test_settings_stand_at_the_top_or_at_the_text_model() -> None:

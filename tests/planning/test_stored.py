@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 import transformers
 from msgspec.structs import replace
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from harness.architecture import model_spec, skeleton_source
@@ -26,6 +29,9 @@ from harness.machine.gpus import profile
 from harness.measure import verify
 from harness.measure.protocol import Load
 from harness.planning.cost import estimate
+from harness.planning.cost.memory import module_bytes
+from harness.planning.device_map.infer import Widths
+from harness.planning.device_map.tiers import widths_of
 from harness.planning.planner import Planner
 from harness.worker import build_skeleton as worker
 from harness.worker import model as work
@@ -101,6 +107,53 @@ def test_what_has_no_row_runs_in_the_plain_ones(stored: str) -> None:
 
 def test_a_plain_checkpoint_has_the_usual_matrix_and_no_more() -> None:
     assert defaults(None) == list(DEFAULT_PRECISIONS) == ["fp32", "bf16", "fp16", "int8", "int4"]
+
+
+# Blocks of 128 x 128 divide none of its Linears.
+BLOCKS_LEAVE_A_REST: dict[str, Any] = {
+    "hidden_size": 160,
+    "intermediate_size": 200,
+    "vocab_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("scales", "asked", "filled"),
+    [("bfloat16", "bf16", True), ("bfloat16", "fp16", False), ("float32", "bf16", False), ("float32", "fp32", True)],
+)
+def test_weights_scaled_in_blocks_fill_whole_ones_where_nothing_casts_them(
+    scales: str, asked: str, filled: bool, tmp_path: Path
+) -> None:
+    """What compressed-tensors unpacks is a view of them (tests/core/test_compressed_settings.py); a device map goes by shapes."""
+    made = LlamaForCausalLM(LlamaConfig(**BLOCKS_LEAVE_A_REST)).bfloat16().state_dict()
+    tensors = {name: one.clone() for name, one in made.items() if "proj" not in name}
+    for name, one in made.items():
+        if "proj" in name:
+            tensors[name] = one.to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = torch.ones([-(-side // 128) for side in one.shape], dtype=getattr(torch, scales))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    blocks = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    said = {"format": "float-quantized", "quantization_status": "compressed", "ignore": ["lm_head"]}
+    groups = {"group_0": {"targets": ["Linear"], "weights": blocks}}
+    quantized = {"quant_method": "compressed-tensors", **said, "config_groups": groups}
+    config = {**LlamaConfig(**BLOCKS_LEAVE_A_REST).to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantized}))
+    one = model_spec.read_spec(resolve(str(tmp_path)))
+    row = PRECISIONS[asked]
+    fmt = estimate.weight_format(row, row.dtype, one)
+    sizes = {path: size for kind in one.skeleton.kinds for path, size in module_bytes(kind, fmt).items()}
+    plain = {weight.path: weight.elements * fmt.element_bytes for weight, _ in one.skeleton.tally if weight.quantizes}
+    whole = {
+        weight.path: math.prod(-(-side // 128) * 128 for side in weight.tensor.shape) * fmt.element_bytes
+        for weight, _ in one.skeleton.tally
+        if weight.quantizes
+    }
+    assert {path: sizes[path] for path in plain} == (whole if filled else plain)
+    assert widths_of(one.skeleton, fmt) == Widths(fmt.dtype)  # shapes alone
+    assert sum(whole.values()) > 1.5 * sum(plain.values())
 
 
 # The published files that are quantized, one .bin each, and what is known of them: GB, how near, the row.

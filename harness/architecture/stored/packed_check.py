@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from harness.checkpoint.formats.safetensors_header import StoredTensor
 from harness.checkpoint.quantization import Packed
 from harness.checkpoint.shard_check import shown
 from harness.core.methods.compressed import scheme_number
-from harness.core.methods.config import settings_of
+from harness.core.methods.config import is_converted, settings_of
 from harness.core.methods.layouts import FP8_SCALES, Layout
 
 _NAMED, _KEPT = "modules_in_block_to_quantize", "modules_to_not_convert"
@@ -100,21 +99,10 @@ def _in_blocks(settings: Mapping[str, Any], linears: _Linears) -> PackedLayers:
 def _converted(settings: Mapping[str, Any], linears: _Linears) -> PackedLayers:
     """Return what transformers packs (its `should_convert_module`): not what is named by the begin of its name, or by its end."""
     kept = [name for name in settings.get(_KEPT) or () if isinstance(name, str)]
-    left = [
-        (module, weight)
-        for module, weight in linears
-        if not any(_begins(name, module.path) or module.path.endswith(name) for name in kept)
-    ]
+    left = [(module, weight) for module, weight in linears if is_converted(module.path, kept)]
     # What is derived from torch's Linear is one for it, and only the name of its class is known here.
     derived = {weight.path for module, weight in left if "Linear" in module.block.class_name and not module.block.exempt}
     return PackedLayers({weight.path for _, weight in left if weight.quantizes}, derived)
-
-
-def _begins(pattern: str, module: str) -> bool:
-    try:
-        return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
-    except re.error:
-        return False
 
 
 def scale_of(name: str, names: Set[str]) -> str | None:

@@ -27,6 +27,13 @@ _PROBED = "float16"  # the dtype of the module that was asked how it is unpacked
 _SCHEME_KEYS = ("num_bits", "type", "strategy", "group_size")
 _UNPACKING_KEYS = (*_SCHEME_KEYS, "symmetric", "block_structure", "scale_dtype")
 _PATTERN = "re:"
+# Formats of sparse weights that the library names and has no class for, and what read them: vLLM took its kernels out (its pull
+# requests 32688 and 36799).
+READERS: Mapping[str, str] = {
+    "sparse-bitmask": "compressed-tensors of 2025",
+    "sparse-24-bitmask": "vLLM of 2025",
+    "marlin-24": "vLLM of 2025",
+}
 _ANOTHER = "take another checkpoint, or the 16-bit one"
 
 
@@ -38,6 +45,9 @@ class FormatLoading(Record, frozen=True, kw_only=True):
     whole: bool = True  #: all can be unpacked while loading; else the first forward pass does it
     dtype: str | None = None  #: the only dtype that weights have after the first forward pass
     scales: str | None = None  #: the dtype that scales of 8 bits have then
+    # Outputs and inputs whose multiples unpacked weights fill, where their scales have the dtype asked for: the library pads them
+    # to whole blocks, and what it returns is a view (quantization/lifecycle/forward.py, `_process_block`).
+    filled: tuple[int, int] | None = None
     fault: str | None = None  #: why that does not work
 
 
@@ -106,6 +116,7 @@ def loading(settings: Mapping[str, Any], holds: Callable[[str], bool] | None = N
         whole=whole,
         dtype=next(iter(sorted(narrow)), None),
         scales=next((one.weight_scale for one in kept if one.weight_scale != _PROBED), None),
+        filled=next((block for one in schemes if whole and (block := _block(one["weights"])) is not None), None),
         fault=next(_unloadable(schemes, stored, [] if whole else inferred, holds), None),
     )
 
@@ -117,7 +128,8 @@ def _unloadable(
     known = _answers()
     for form in stored:
         if form not in known.unpacked and (holds is None or holds(form)):
-            yield f"{_library()} unpacks no weights of the format {line(json.dumps(form), _SHOWN)}: {_ANOTHER}"
+            what = f"{_library()} unpacks no weights of the format {line(json.dumps(form), _SHOWN)}"
+            yield f"{what}, which {READERS[form]} reads: {_ANOTHER}" if form in READERS else f"{what}: {_ANOTHER}"
     for one, form, by in zip(schemes, stored, unpacked_by, strict=False):
         weights = one["weights"]
         if not _is_unpacked_alike(by, form):
@@ -152,6 +164,15 @@ def _strategy(weights: Mapping[str, Any]) -> str:
     """Return the strategy of weights; where the config names none, the group size implies it, as in the library."""
     said, size = _folded(weights.get("strategy")), weights.get("group_size")
     return str(said or ("tensor" if size is None else "group" if isinstance(size, int) and size > 0 else "channel"))
+
+
+def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the sides of the blocks that weights are scaled in; None of other strategies."""
+    sides = weights.get("block_structure")
+    if _strategy(weights) != "block" or not isinstance(sides, list) or len(sides) != 2:
+        return None
+    outputs, inputs = sides
+    return (outputs, inputs) if type(outputs) is int and type(inputs) is int and min(sides) > 0 else None
 
 
 def _way(scheme: Mapping[str, Any]) -> tuple[str, ...]:
@@ -229,6 +250,10 @@ def _faults(settings: Mapping[str, Any]) -> Iterator[_Fault]:
             yield from _of_group(where, group)
         else:
             yield where, group, "it is neither a scheme nor a list of targets"
+    sparsity = settings.get("sparsity_config")
+    form = sparsity.get("format") if isinstance(sparsity, Mapping) else None
+    if isinstance(form, str) and form in READERS:
+        yield "sparsity_config.format", form, f"it unpacks none such, and {READERS[form]} reads them"
     cache_scheme = settings.get("kv_cache_scheme")
     if isinstance(cache_scheme, Mapping):
         yield from _of_arguments("kv_cache_scheme", cache_scheme)

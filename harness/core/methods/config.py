@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 # Where a config keeps that of its text model (transformers' get_text_config).
 TEXT_CONFIGS = ("decoder", "generator", "text_config")
@@ -40,3 +41,38 @@ def bitsandbytes_type(settings: Mapping[str, Any]) -> str:
     kind = settings.get("bnb_4bit_quant_type", "fp4")
     nested = ", nested" if settings.get("bnb_4bit_use_double_quant") is True else ""
     return f"4-bit {kind}{nested}" if kind in ("nf4", "fp4") else "4-bit"
+
+
+class CountedByName(NamedTuple):
+    """Which tensors count as packed: all Linears but those that are kept out, and tables where that is asked for."""
+
+    kept: tuple[str, ...] | None  #: names that the config keeps out; None: the head, where tables are not asked for
+    tables: bool
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> CountedByName:
+        """Read from a config's settings."""
+        kept = settings.get("modules_to_not_convert")
+        names = tuple(name for name in kept if isinstance(name, str)) if isinstance(kept, list) else None
+        return cls(names, bool(settings.get("include_input_output_embeddings")))
+
+    def takes(self, path: str, *, quantizes: bool, head: bool, table: bool) -> bool:
+        """Say whether a tensor counts: a Linear that quantizers take, the head, the embedding, or none of them."""
+        if self.tables and (head or table):
+            return True
+        return (quantizes or (head and self.kept is not None)) and is_converted(path, self.kept or ())
+
+
+def is_converted(name: str, kept: Iterable[str]) -> bool:
+    """Say whether none of the names that a config keeps out is meant by one: by its beginning, a pattern, or by its end.
+
+    transformers' `should_convert_module`.
+    """
+    return not any(_begins(one, name) or name.endswith(one) for one in kept)
+
+
+def _begins(pattern: str, module: str) -> bool:
+    try:
+        return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
+    except re.error:
+        return False

@@ -43,6 +43,9 @@ class Method(Record, frozen=True, kw_only=True):
     packs_experts: bool = False  #: stacked experts of a mixture are
     stacks_pass: bool = False  #: a stack of experts that is unpacked passes through larger integers
     counts_scales: bool = True  #: scales count when a device map is inferred; they may come into their module afterward
+    counts_by_name: bool = (
+        False  #: what its config keeps out by name counts as it is when a device map is inferred, and tables may not
+    )
     wide_bias: bool = False  #: the biases of packed experts are in float32
     blocks: bool = False  #: a scale is for a block of outputs x inputs
     group: int = 0  #: inputs that share a scale in nearly all that are published; 0: the method has no groups of its own

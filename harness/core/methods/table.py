@@ -203,6 +203,7 @@ _ROWS = (
         tables=settings.PackedTables(("quant_type",), "makes no config of the settings"),
         title="torchao",
         variant=torchao.config_class,
+        counts_by_name=True,
         needs=("torchao",),
         counted=1,
         margin=True,

@@ -35,7 +35,9 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec, *, on_cards
         taken = sum(weight.elements * count for weight, count in spec.skeleton.tally if weight.quantizes) if beside else 0
         scheme = precision.scheme if on_cards else precision.scheme_on_cpu or precision.scheme
         quantizer = scheme if spec.stored_as is None else None
-        return WeightFormat(dtype=dtype, quantizer=quantizer, beside_bits=8 * beside / max(taken, 1))
+        unpacked = spec.packed if spec.packed is not None and spec.packed.filled_in == dtype else None
+        filled = unpacked.filled if unpacked is not None else None
+        return WeightFormat(dtype=dtype, quantizer=quantizer, beside_bits=8 * beside / max(taken, 1), filled=filled)
     if spec.gguf is not None:
         return WeightFormat(dtype=dtype, packed_bits=spec.gguf.packed_bits, packed_experts=True, packed_embeddings=True)
     assert spec.packed is not None
@@ -48,6 +50,7 @@ def weight_format(precision: Precision, dtype: str, spec: ModelSpec, *, on_cards
         packed_linears=method.packs_linears,
         packed_tables=spec.packed_tables,
         counted_as=_counted_as(method, precision),
+        counted_names=spec.packed.counted,
         counted_bits=None if method.counts_scales else spec.packed.bits,
         wide_bias=method.wide_bias,
         in_blocks=method.blocks,

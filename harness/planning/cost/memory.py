@@ -12,6 +12,7 @@ from harness.architecture.skeleton import Attention, Block, Module, ParameterSpe
 from harness.core.attention import KV_FORMS, KvForm
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.families import FAMILIES
+from harness.core.methods.config import CountedByName
 from harness.core.quantizers import SCHEMES
 from harness.core.records import USUAL_KV, Record, Workload
 
@@ -29,11 +30,13 @@ class WeightFormat(Record, frozen=True, kw_only=True):
     quantizer: str | None = None  #: the row of SCHEMES that quantizes while loading
     packed_bits: float | None = None  #: bits a weight, scales included, of a checkpoint that is quantized already
     beside_bits: float = 0.0  #: of scales that stay beside a Linear weight in 16 bits, for each of its elements
+    filled: tuple[int, int] | None = None  #: outputs and inputs whose multiples its Linear weights fill, a view being what is used
     packed_linears: bool = True  #: whether its Linear weights are quantized
     packed_experts: bool = False  #: whether its stacked experts are quantized too
     packed_embeddings: bool = False  #: whether its embedding and head are quantized too
     packed_tables: frozenset[str] = frozenset()  #: which of them are, where not both may be
     counted_as: str | None = None  #: the row of SCHEMES by which transformers counts what is packed; None: by its own bytes
+    counted_names: CountedByName | None = None  #: which tensors it counts so, if names decide it
     counted_bits: float | None = None  #: bits a weight by which it counts instead, where scales do not
     wide_bias: bool = False  #: whether the biases of packed experts are in float32
     margin: bool = False  #: whether transformers keeps a tenth of the memory free for what is packed
@@ -64,6 +67,8 @@ def _tensor_bytes(weight: Weight, fmt: WeightFormat, owner: Block) -> int:
     if fmt.wide_bias and "experts" in weight.path and tensor.name.endswith("_bias"):
         return elements * 4
     if not narrows(weight, fmt.quantizer, owner) or fmt.quantizer is None:
+        if fmt.filled is not None and weight.quantizes and len(tensor.shape) == 2:
+            elements = math.prod(-(-side // by) * by for side, by in zip(tensor.shape, fmt.filled, strict=True))
         return elements * _width(tensor, fmt.dtype) + (int(elements * fmt.beside_bits / 8) if weight.quantizes else 0)
     *experts, outputs, inputs = reversed(tensor.shape) if owner.linear == "conv1d" else tensor.shape
     return math.prod(experts) * SCHEMES[fmt.quantizer].size(outputs, inputs, fmt.element_bytes)

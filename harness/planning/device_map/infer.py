@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from harness.architecture.skeleton import Module, Skeleton, Weight
+from harness.architecture.skeleton import Module, Piece, Skeleton, Weight
 from harness.core.dtypes import DTYPE_BYTES
 from harness.core.errors import UsageError, did_you_mean
+from harness.core.methods.config import CountedByName
 from harness.core.quantizers import SCHEMES
 from harness.core.records import Tier
 from harness.core.units import parse_size
@@ -36,6 +37,7 @@ class Widths(NamedTuple):
     quantizer: str | None = None  #: a row of SCHEMES
     weights: Mapping[str, Bytes] | None = None  #: bytes by path, if modules are replaced before transformers infers: what is packed
     margin: bool | None = None  #: whether a tenth of everything is kept free for a quantizer; None: where one is at work
+    names: CountedByName | None = None  #: which tensors the quantizer takes, if their names decide it
 
 
 BFLOAT16 = Widths()
@@ -87,7 +89,7 @@ def measure(skeleton: Skeleton, widths: Widths = BFLOAT16) -> Mapping[str, Bytes
 
 
 def _measure(skeleton: Skeleton, widths: Widths) -> dict[str, Bytes]:
-    dtype, quantizer, weights, _ = widths
+    dtype, quantizer, weights, _, names = widths
     plain, scheme = DTYPE_BYTES[dtype], SCHEMES[quantizer] if quantizer is not None else None
     sizes: dict[str, Bytes] = {}
     for weight, _ in skeleton.tally:
@@ -97,9 +99,25 @@ def _measure(skeleton: Skeleton, widths: Widths) -> dict[str, Bytes]:
         sizes[weight.path] = 0 if weight.tied_to else weights[weight.path] if weights else weight.elements * width
     of_kind = {kind: sum(_owned(module, sizes) for module in kind.inside) for kind in skeleton.kinds}
     sizes |= {piece.path: of_kind[piece.like] for piece in skeleton.pieces}
+    if names is not None and scheme is not None:
+        sizes |= {piece.path: _by_name(piece, names, plain, scheme.counted) for piece in skeleton.pieces}
     for module in reversed(skeleton.frame):  # children before parents
         sizes[module.path] = _owned(module, sizes) + sum(sizes[child.path] for child in module.children)
     return sizes
+
+
+def _by_name(piece: Piece, names: CountedByName, plain: int, counted: float) -> Bytes:
+    """Return what a piece counts where a quantizer goes by the names of its tensors."""
+    total: Bytes = 0
+    for inside in piece.like.inside:
+        for weight in inside.weights:
+            path, block = piece.path + weight.path.removeprefix(piece.like.path), inside.block
+            head, table = block.linear is not None and not weight.quantizes, "Embedding" in block.class_name
+            is_matrix = len(weight.tensor.shape) == 2
+            taken = names.takes(path, quantizes=weight.quantizes, head=head and is_matrix, table=table and is_matrix)
+            width = counted if taken else DTYPE_BYTES[weight.tensor.dtype] if weight.tensor.dtype else plain
+            total += 0 if weight.tied_to else weight.elements * width
+    return total
 
 
 _measure_plain = lru_cache(maxsize=16)(_measure)  # every placement asks for the same; no weights of their own, so hashable

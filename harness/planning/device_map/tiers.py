@@ -77,4 +77,4 @@ def widths_of(skeleton: Skeleton, fmt: WeightFormat) -> Widths:
         return Widths(fmt.dtype, fmt.quantizer)
     kinds = skeleton.kinds if fmt.counted_as is None else ()
     sizes = {path: size for kind in kinds for path, size in counted_bytes(kind, fmt).items()}
-    return Widths(fmt.dtype, fmt.counted_as, sizes or None, fmt.margin)
+    return Widths(fmt.dtype, fmt.counted_as, sizes or None, fmt.margin, fmt.counted_names)
