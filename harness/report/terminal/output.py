@@ -19,9 +19,9 @@ def json_text(value: object) -> str:
     import msgspec
 
     plain = msgspec.to_builtins(value)
-    try:
-        return json.dumps(plain, indent=2, allow_nan=False)
-    except ValueError:  # looked for only where there is one: that takes longer than writing
+    try:  # json itself indents in Python, which takes several times as long
+        return msgspec.json.format(json.dumps(plain, allow_nan=False), indent=2)
+    except (ValueError, msgspec.DecodeError):  # a number that is not finite, or a file's name that is no Unicode
         return json.dumps(_finite(plain), indent=2)
 
 
