@@ -10,8 +10,9 @@ def main() -> int:
     """Run the command line; Ctrl-C is answered while what it stands on is imported as well. Returns the exit status."""
     import os
 
-    from harness.machine import signals
+    from harness.machine import garbage, signals
 
+    garbage.collect_seldom()
     heed = signals.end_on_interrupt("nothing was changed", lambda: os._exit(130))  # an exception is lost in what compiles
     from harness.cli import entry
 

@@ -12,6 +12,7 @@ from harness.core.placements import PLACEMENTS, distinct
 from harness.core.precisions import PRECISIONS, defaults
 from harness.core.records import USUAL_KV, Case, Workload
 from harness.core.text import print_note
+from harness.machine.garbage import uncollected
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,6 +107,7 @@ class PlanQuestion(NamedTuple):
         return not any(named) and (*self.kv, *self.attention) == (USUAL_KV, None)
 
 
+@uncollected()
 def advise_on(
     source: Source,
     machine: Machine,

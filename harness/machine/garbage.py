@@ -6,6 +6,14 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Python's own is 700 in most versions. What modules, tables and plans of a command are made of stays until its end.
+_MANY = 50_000
+
+
+def collect_seldom() -> None:
+    """Look for cycles behind many new objects only, in a process that is a command from its start."""
+    gc.set_threshold(_MANY)
+
 
 @contextmanager
 def uncollected() -> Iterator[None]:
