@@ -78,7 +78,7 @@ class Workload(Record, frozen=True, kw_only=True):
         return self.prompt_tokens + self.new_tokens - 1
 
 
-class Case(Record, frozen=True, kw_only=True):
+class Case(Record, frozen=True, kw_only=True, dict=True):
     """One way of loading one model, by names, and what memory it may use: `vram_bytes` on each GPU, `ram_bytes`; None is all."""
 
     model: str
@@ -102,13 +102,13 @@ class Case(Record, frozen=True, kw_only=True):
         """`precision/placement`, with what else is asked for and the limits where there are any."""
         return f"{self.precision}/{self.place}"
 
-    @property
+    @cached_property
     def id(self) -> str:
         """`model/precision/placement`, with what else is asked for and the limits where there are any."""
         return f"{self.model}/{self.way}"
 
 
-class Tier(Record, frozen=True, kw_only=True):
+class Tier(Record, frozen=True, kw_only=True, dict=True):
     """One level of memory: a GPU, the RAM or the disk. Unknown figures are None."""
 
     name: str  #: "gpu:0", "cpu" or "disk"
@@ -124,7 +124,7 @@ class Tier(Record, frozen=True, kw_only=True):
     shared: bool = False  #: a GPU without memory of its own: what lies in it lies in the RAM, and both are one budget
     context_bytes: int | None = None  #: what a CUDA context takes of a card, once it was measured
 
-    @property
+    @cached_property
     def capacity_bytes(self) -> int | None:
         """What a case may use: the least of what is free and what is allowed."""
         return min([size for size in (self.free_bytes, self.limit_bytes) if size is not None], default=self.total_bytes)

@@ -72,6 +72,14 @@ class Calibration(Record, frozen=True, kw_only=True, dict=True):
     def __getitem__(self, name: str) -> Constant:
         return self.constants[name]
 
+    def __hash__(self) -> int:
+        """Hash what speeds and sizes go by; what is made of these constants is kept by it."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self.constants.values()))
+
     @cached_property
     def speeds(self) -> defaultdict[str, dict[tuple[str, ...], float]]:
         """The products of constants that were asked for, by the end of the seconds and their names: every case has the same."""

@@ -6,11 +6,18 @@ from functools import lru_cache
 
 from harness.architecture.model_spec import ModelSpec
 from harness.architecture.skeleton import Skeleton, Weight
+from harness.core.attention import KV_FORMS
 from harness.core.precisions import Precision
+from harness.core.records import Workload
+from harness.planning.calibration import Calibration
 from harness.planning.cost import estimate
+from harness.planning.cost.footprint import Footprint, Loading, Tiers
 from harness.planning.cost.inventory import Inventory
 from harness.planning.cost.memory import WeightFormat
 from harness.planning.device_map.max_memory import Named, Sizes, Stock
+
+# Of a model in some precisions on some cards, by a few contexts.
+_MOST_FOOTPRINTS = 1024
 
 
 class Counted:
@@ -22,6 +29,8 @@ class Counted:
         self._formats: dict[tuple[str, str, bool], WeightFormat] = {}
         self._sizes: dict[WeightFormat | int, Sizes] = {}
         self._weights: dict[str, Weight] = {}
+        #: what a case takes, whatever the machine has; to be cleared once its activations are traced
+        self.footprint = lru_cache(maxsize=_MOST_FOOTPRINTS)(self._footprint)
 
     def weight_format(self, precision: Precision, dtype: str, *, on_cards: bool) -> WeightFormat:
         """Return the format in which a precision, as it holds of this model, keeps its weights."""
@@ -35,6 +44,13 @@ class Counted:
         if fmt not in self._inventories:
             self._inventories[fmt] = Inventory(self.spec, fmt)
         return self._inventories[fmt]
+
+    def _footprint(
+        self, fmt: WeightFormat, tiers: Tiers, workload: Workload, calibration: Calibration, loading: Loading, kv: str
+    ) -> Footprint:
+        inventory = self.inventory(fmt)
+        placed = tiers if isinstance(tiers, str) else dict(zip(inventory.paths, tiers, strict=True))
+        return Footprint(inventory, placed, workload, calibration, loading, KV_FORMS[kv])
 
     def sizes(self, fmt: WeightFormat) -> Sizes:
         """Return the bytes of its blocks, and of what lies outside of them, as a placement's own limits go by them."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from harness.architecture.model_spec import ModelSpec
+from harness.architecture.skeleton import Skeleton
 from harness.core.attention import KV_FORMS, modules_for
 from harness.core.methods.packages import asked_of_pip
 from harness.core.placements import FILE, PLACEMENTS, Placement
@@ -19,7 +20,7 @@ from harness.planning.adapted_row import AdaptedRow
 from harness.planning.calibration import Calibration, Constant
 from harness.planning.code import Destination, Facts, loading_code
 from harness.planning.cost import estimate, memory
-from harness.planning.cost.footprint import Footprint, Loading
+from harness.planning.cost.footprint import Footprint, Loading, Tiers
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.makeup import makeup
 from harness.planning.cost.memory import WeightFormat
@@ -43,6 +44,13 @@ _UNFUSED = "4-bit weights in RAM are unpacked for every token: {} the product fo
 _MAYBE_FUSED = "4-bit weights in RAM are taken to be multiplied as they are: without AVX512_BF16 it is tens of times slower"
 # How often our device map is computed again with more room; mostly once; a block may be larger than what is short.
 _TRIES = 4
+
+
+class _Placed(NamedTuple):
+    """Where a call puts a model: its device map, and by it the tier of each piece or of all."""
+
+    device_map: Mapping[str, Device]
+    tiers: Tiers
 
 
 class _Room(NamedTuple):
@@ -77,12 +85,11 @@ class Planner:
         rows = {**PLACEMENTS, FILE: PLACEMENTS[FILE].filled(device_map)} if device_map else PLACEMENTS
         self._placements = dict(rows)
         self._rows: dict[tuple[str, str], AdaptedRow] = {}
-        self._alike: dict[tuple[object, ...], Footprint] = {}
         self._estimates: dict[tuple[Footprint, str], tuple[list[Timing], Estimate]] = {}
         self._contexts: dict[tuple[Footprint, int | None], int | None] = {}
         known = [gpu.compute_capability for gpu in machine.gpus if gpu.compute_capability]
         self._capability = min(known, key=float, default=None)
-        self._maps: dict[tuple[object, ...], dict[str, Device]] = {}
+        self._maps: dict[tuple[object, ...], _Placed] = {}
         self._rooms: dict[tuple[object, ...], _Room] = {}
         self._other_forms: dict[str, Planner] = {}
         self._plans: dict[tuple[Case, bool], Plan] = {}
@@ -110,7 +117,8 @@ class Planner:
             report(f"tracing {self.spec.name} in {one.precision}, once")
             one.build()
             said += [one.why_formulas] * one.lacks_trace
-        for counted in (self._rooms, self._alike, self._estimates, self._contexts, self._plans):
+        self.counted.footprint.cache_clear()
+        for counted in (self._rooms, self._estimates, self._contexts, self._plans):
             counted.clear()
         return list(dict.fromkeys(said))
 
@@ -141,13 +149,13 @@ class Planner:
         ours = self._room(case, fmt) if placement.map_is_recommended else None
         ranks = placement.ranks(len(self.machine.gpus))
         if ours:
-            placed = ours.recommender.places(ours.reserve)
+            placed = _placed(self.spec.skeleton, ours.recommender.places(ours.reserve))
         elif ranks > 1 or placement.experts_in_ram:
-            placed = {"": placement.gpu if self.machine.gpus else "cpu"}
+            placed = _placed(self.spec.skeleton, {"": placement.gpu if self.machine.gpus else "cpu"})
         else:
             placed = self._map(placement, fmt, limits)
         apart = self._apart(case, fmt, placement.gpu) if placement.experts_in_ram else ()
-        footprint = self._footprint(case, fmt, placed, apart)
+        footprint = self._footprint(case, fmt, placed.tiers, apart)
         footprint = footprint.with_expandable_segments if ours and ours.expandable else footprint
         key = (footprint, case.precision)
         if key not in self._estimates:
@@ -160,7 +168,7 @@ class Planner:
             return Plan(case=case, verdict=verdict, why=why, estimate=expected)
         code = [str(one) for one in self.spec.remote_code]
         told = ours.recommender.recommend(ours.reserve, explain=not why) if ours else None
-        mapped = told.device_map if told else experts_map(self.spec.skeleton, placement.gpu, apart) if apart else placed
+        mapped = told.device_map if told else experts_map(self.spec.skeleton, placement.gpu, apart) if apart else placed.device_map
         by_module: dict[str, str | int] = {path: tiers.tier(place) for path, place in mapped.items()}
         on_gpu = any(tier.startswith("gpu") for tier in footprint.weights)
         limits = None if placement.writes_inferred_map else limits
@@ -214,13 +222,13 @@ class Planner:
             self._rows[key] = AdaptedRow(self.counted, self.machine, PRECISIONS[case.precision], self._placements[case.placement])
         return self._rows[key]
 
-    def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> dict[str, Device]:
+    def _map(self, placement: Placement, fmt: WeightFormat, limits: Mapping[str, int] | None) -> _Placed:
         # A dtype is told from another by its bytes alone.
         key = (placement.name, fmt if fmt.packed_bits is not None else (fmt.element_bytes, fmt.quantizer))
         if key not in self._maps:
-            self._maps[key] = tiers.device_map(
-                self.spec.skeleton, placement, tiers.widths_of(self.spec.skeleton, fmt), self.machine, limits
-            )
+            skeleton = self.spec.skeleton
+            mapped = tiers.device_map(skeleton, placement, tiers.widths_of(skeleton, fmt), self.machine, limits)
+            self._maps[key] = _placed(skeleton, mapped)
         return self._maps[key]
 
     def _room(self, case: Case, fmt: WeightFormat) -> _Room:
@@ -253,7 +261,7 @@ class Planner:
         """Return the bytes of each device that its map must leave, with torch's usual segments or with expandable ones."""
         reserve = self._reserve(fmt, case, capacities, expandable=expandable)
         for attempt in range(_TRIES):
-            footprint = self._footprint(case, fmt, recommender.places(reserve))
+            footprint = self._footprint(case, fmt, tiers.tiers(self.spec.skeleton, recommender.places(reserve)))
             footprint = footprint.with_expandable_segments if expandable else footprint
             on = needs_of_gpus(footprint, self.machine)
             short = {name: max(0, need.needed_high_bytes - capacities[name]) for name, need in on.items()}
@@ -264,9 +272,10 @@ class Planner:
 
     def _reserve(self, fmt: WeightFormat, case: Case, capacities: Mapping[str, int], *, expandable: bool) -> dict[Device, int]:
         """Return the bytes of each device that generating needs beside weights and KV cache, at worst."""
-        inventory, kept = self.counted.inventory(fmt), KV_FORMS[case.kv]
-        loading = Loading(attention=case.attention, capability=self._capability, expandable=expandable)
-        footprints = [Footprint(inventory, gpu.name, case.workload, self.constants, loading, kept) for gpu in self.machine.gpus]
+        inventory, loading = self.counted.inventory(fmt), Loading(attention=case.attention, capability=self._capability)
+        asked = case.workload, self.constants, loading, case.kv
+        footprints = [self.counted.footprint(fmt, gpu.name, *asked) for gpu in self.machine.gpus]
+        footprints = [one.with_expandable_segments if expandable else one for one in footprints]
         terms = {name: found for footprint in reversed(footprints) for name, found in footprint.terms().items()}
         doubt = estimate.ROUGH_SHARE if self.spec.rough else estimate.KNOWN_SHARE
         reserve = {
@@ -283,7 +292,7 @@ class Planner:
         capacity = self.judge.usable_bytes(self.machine.gpus[gpu], case) or tiers.ENDLESS
 
         def holds(count: int) -> bool:
-            footprint = self._footprint(case, fmt, {"": gpu}, blocks[-count:])
+            footprint = self._footprint(case, fmt, name, blocks[-count:])
             ways = [footprint] if is_windows(self.machine) else [footprint, footprint.with_expandable_segments]
             return any(estimate.memory_of(name, one, self.machine).needed_high_bytes <= capacity for one in ways)
 
@@ -293,28 +302,23 @@ class Planner:
             least, most = (least, middle) if holds(middle) else (middle + 1, most)
         return blocks[-least:]
 
-    def _footprint(self, case: Case, fmt: WeightFormat, placed: Mapping[str, Device], apart: tuple[str, ...] = ()) -> Footprint:
-        """Count a case; placements that come to the same are counted once."""
-        gguf, placement = self.spec.gguf, self._row(case).placement
-        plain_off_gpu = leaves_off_gpu(self._row(case).precision, placement)
-        on_tiers = tiers.tiers(self.spec.skeleton, placed)
+    def _footprint(self, case: Case, fmt: WeightFormat, on_tiers: Tiers, apart: tuple[str, ...] = ()) -> Footprint:
+        """Count a case; placements that come to the same are counted once, whatever machine they are on."""
+        gguf, row = self.spec.gguf, self._row(case)
+        placement, there = row.placement, {on_tiers} if isinstance(on_tiers, str) else {*on_tiers}
         begins = [gpu.name for gpu in self.machine.gpus if gpu.name != on_tiers]
         loading = Loading(
             through_ram=placement.moves_after_loading or (gguf is not None and gguf.through_ram),
             experts_in_ram=apart,
             rewrites=placement.rewrites_offloaded,
-            off_gpu=self.counted.inventory(WeightFormat(dtype=fmt.dtype)) if plain_off_gpu else None,
+            off_gpu=self.counted.inventory(WeightFormat(dtype=fmt.dtype)) if leaves_off_gpu(row.precision, placement) else None,
             processes=placement.ranks(len(self.machine.gpus)),
             begins_on=tuple(begins) if _looks_for_itself(placement, self.machine) else (),
             attention=case.attention,
-            capability=self._capability,
+            capability=self._capability if any(tier.startswith("gpu") for tier in there) else None,
         )
-        key = (fmt, on_tiers if isinstance(on_tiers, str) else tuple(on_tiers.values()), case.workload, case.kv, loading)
-        if key not in self._alike:
-            kept = KV_FORMS[case.kv]
-            self._alike[key] = Footprint(self.counted.inventory(fmt), on_tiers, case.workload, self.constants, loading, kept)
-        self.footprints[case.id] = self._alike[key]
-        return self._alike[key]
+        self.footprints[case.id] = self.counted.footprint(fmt, on_tiers, case.workload, self.constants, loading, case.kv)
+        return self.footprints[case.id]
 
     def used(self, one: Plan) -> dict[str, Constant]:
         """Return the constants that a plan rests on: those of its kind of device."""
@@ -365,6 +369,10 @@ class Planner:
         if key not in self._contexts:
             self._contexts[key] = self.judge.max_context(footprint, one.case)
         return self._contexts[key]
+
+
+def _placed(skeleton: Skeleton, device_map: Mapping[str, Device]) -> _Placed:
+    return _Placed(device_map, tiers.tiers(skeleton, device_map))
 
 
 def _looks_for_itself(placement: Placement, machine: Machine) -> bool:

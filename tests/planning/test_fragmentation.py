@@ -22,7 +22,7 @@ def plan(gpu_bytes: int, system: str | None = None, of: str = "bf16/direct") -> 
     """Plan a workload whose KV cache is large, on a card of this size."""
     gpu = Tier(name="gpu:0", kind="gpu", total_bytes=gpu_bytes, free_bytes=gpu_bytes)
     bare = profile([], ram=64 * GIB)
-    machine = replace(bare, tiers=[gpu, *bare.tiers], cores=2, system=system)
+    machine = replace(bare, tiers=(gpu, *bare.tiers), cores=2, system=system)
     asked = case(of)
     load = replace(asked.workload, batch=LOAD[0], prompt_tokens=LOAD[1])
     return planner(machine=machine).plan(replace(asked, workload=load))

@@ -19,7 +19,7 @@ from harness.planning.calibrating.evidence import Observation
 from harness.planning.calibration import Calibration
 from harness.planning.cost.kernel_launches import Operations
 from harness.planning.cost.makeup import slopes
-from harness.planning.cost.rates import Rates
+from harness.planning.cost.rates import Rates, computing
 from harness.planning.cost.speed import Timing
 from harness.planning.cost.work import TokenWork
 
@@ -57,7 +57,7 @@ def told_by_products(times: Iterable[ProductTime], machine: Machine) -> list[Obs
 
 def _figures(one: ProductTime, machine: Machine, constants: Calibration) -> dict[str, float]:
     work = _work(one)
-    timing = Timing(work, Workload(prompt_tokens=1, new_tokens=1), Rates(work, machine, constants, "best"))
+    timing = Timing(work, Workload(prompt_tokens=1, new_tokens=1), Rates(computing(work, machine), machine, constants, "best"))
     return {FIGURE: timing.product(one.rows)}
 
 

@@ -16,7 +16,7 @@ from harness.planning.cost.activations import Activations
 from harness.planning.cost.fragmentation import fragmentation
 from harness.planning.cost.gpu_activations import GpuActivations
 from harness.planning.cost.inventory import Inventory, TensorTotals, experts_apart
-from harness.planning.cost.overhead import Overhead
+from harness.planning.cost.overhead import overhead_of
 from harness.planning.loading import order
 
 # The kernel maps a file by folios of up to 2 MiB, so a row that is read brings its neighbors.
@@ -55,10 +55,11 @@ class Loading(NamedTuple):
     experts_in_ram: tuple[str, ...] = ()  #: the blocks whose routed experts stay in RAM and are multiplied there
     expandable: bool = False  #: whether torch's allocator uses expandable segments
     attention: str | None = None  #: the implementation that is asked for
-    capability: str | None = None  #: the compute capability of the oldest GPU: which kernels run goes by it
+    capability: str | None = None  #: that of the oldest GPU, which decides on kernels; None if no GPU takes part
 
 
 PLAIN_LOADING = Loading()
+Tiers = tuple[str, ...] | str  # the tier of each piece in order, or the one tier of all
 GROWING = KV_FORMS[USUAL_KV]
 
 
@@ -93,7 +94,7 @@ class Footprint:
         self.read = {tier: size for tier, size in read.items() if size}
         # The device that computes what lies on no GPU.
         self.main = self.gpus[0] if self.gpus else "cpu"
-        self.overhead = Overhead(inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
+        self.overhead = overhead_of(inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
         self._copied_at_once: dict[tuple[str, ...], int] = {}
         self._passing: dict[str, Bytes] = {}
         self._terms: dict[str, TierTerms] = {}
@@ -132,7 +133,7 @@ class Footprint:
         """Return the same case by other constants; what does not depend on them is not counted again."""
         other = _copy_without_terms(self)
         other.calibration = calibration
-        other.overhead = Overhead(self.inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
+        other.overhead = overhead_of(self.inventory, calibration, on_gpu=bool(self.gpus), processes=self.processes)
         return other
 
     @cached_property

@@ -95,6 +95,8 @@ class Inventory:
         self.rows = _with_adapter([(piece.path, of_kind[piece.like]) for piece in self.skeleton.pieces], spec, fmt)
         holding = {kind for kind in self.skeleton.kinds if any(module.weights for module in kind.inside)}
         self.layers = [piece.path for piece in self.skeleton.pieces if piece.whole and piece.like in holding]
+        self.paths = [path for path, _ in self.rows]
+        self._by_tiers: dict[tuple[str, ...], dict[str, TensorTotals]] = {}
         self._on_gpu: dict[tuple[str | None, str | None], GpuActivations] = {}
         self._on_cpu: dict[str | None, Activations] = {}
         self.experts_of_kinds: dict[Module, tuple[TensorTotals, TensorTotals]] = {}
@@ -188,10 +190,13 @@ class Inventory:
         """Add the rows up by the tier of each piece, or take all for one tier."""
         if isinstance(tiers, str):
             return {tiers: self.total}
-        found: dict[str, TensorTotals] = defaultdict(TensorTotals)
-        for path, sums in self.rows:
-            found[tiers[path]].add(sums)
-        return dict(found)
+        key = tuple([tiers[path] for path in self.paths])
+        if key not in self._by_tiers:  # several calls end up with the same map, and every KV cache asks for it
+            found: dict[str, TensorTotals] = defaultdict(TensorTotals)
+            for tier, (_, sums) in zip(key, self.rows, strict=True):
+                found[tier].add(sums)
+            self._by_tiers[key] = dict(found)
+        return dict(self._by_tiers[key])
 
     def cut(self, count: int) -> TensorTotals:
         """Return the share of the model on each of `count` GPUs under tensor parallelism."""

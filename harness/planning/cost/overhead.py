@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from harness.core.quantizers import SCHEMES
 from harness.planning.calibration import Bytes, Calibration
@@ -74,3 +74,9 @@ class Overhead:
         total += self.calibration[f"heap_share_{like}"].amount(in_ram.kept_copies)
         large = self.calibration.constants.get(f"heap_share_large_{like}")
         return total + large.amount(in_ram.quantized - in_ram.kept_copies) if large else total
+
+
+@lru_cache(maxsize=64)  # every placement of a model in a weight format has the same
+def overhead_of(inventory: Inventory, calibration: Calibration, *, on_gpu: bool, processes: int) -> Overhead:
+    """Return what the processes of a case take."""
+    return Overhead(inventory, calibration, on_gpu=on_gpu, processes=processes)

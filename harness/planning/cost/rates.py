@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from harness.core.records import Machine, Tier
 from harness.machine.described.processors import known_processor, usual_host
@@ -11,41 +12,61 @@ from harness.machine.gpus import card_of
 from harness.planning.calibration import Calibration
 from harness.planning.cost.work import TokenWork
 
+PICKS = ("low", "best", "high")  # ends of an interval
 # Slow speeds make the high end of the seconds.
 _SPEED_AT = {"low": "high", "best": "best", "high": "low"}
 
 _card = lru_cache(maxsize=64)(card_of)
 
 
+class Computing(NamedTuple):
+    """What tells the speeds of a case from those of others on the same machine."""
+
+    gpu: str | None  #: the first that computes, None where the processor does
+    like: str | None  #: names the constants of what is quantized
+    dtype: str
+    unpacks: bool  #: whether weights are unpacked for each token
+    hands_over: bool  #: whether the processor multiplies with what lies in RAM beside a GPU
+
+
+def computing(work: TokenWork, machine: Machine) -> Computing:
+    """Return what the speeds of a case go by."""
+    gpu = next((tier.name for tier in machine.gpus if tier.name in work.read), None)
+    return Computing(gpu, work.like, work.dtype, work.anew > 0, work.handed_over > 0)
+
+
+@lru_cache(maxsize=256)  # most cases of a model compute alike, and models do
+def rates_of(alike: Computing, machine: Machine, calibration: Calibration) -> tuple[Rates, ...]:
+    """Return the speeds of cases that compute alike, at each end of their intervals (PICKS)."""
+    return tuple(Rates(alike, machine, calibration, pick) for pick in PICKS)
+
+
 class Rates:
-    """The speeds of one case at the low, best or high end of its seconds (`pick`): slow ones make the high end."""
+    """The speeds of cases that compute alike, at one end of their seconds (`pick`): slow ones make the high end."""
 
-    def __init__(self, work: TokenWork, machine: Machine, calibration: Calibration, pick: str) -> None:
-        self.work, self.machine, self.calibration, self.pick = work, machine, calibration, pick
+    def __init__(self, alike: Computing, machine: Machine, calibration: Calibration, pick: str) -> None:
+        self.alike, self.machine, self.calibration, self.pick = alike, machine, calibration, pick
         self._constants, self._speeds = calibration.constants, calibration.speeds[pick]
-        self.gpu = next((tier for tier in machine.gpus if tier.name in work.read), None)
-
-    def kept_bytes(self) -> float:
-        """Return the bytes that a page cache which is too small keeps from token to token: none if a limit makes it too small."""
-        cpu = self.machine.tier("cpu")
-        limited = cpu is not None and cpu.limit_bytes is not None and cpu.capacity_bytes == cpu.limit_bytes
-        return 0.0 if limited else self.rate("page_cache_kept_share") * self.cache_room()
-
-    def cache_room(self) -> float:
-        """Return the bytes that pages of files may take beside what is made in the RAM."""
-        return max(0.0, self.room() - self.work.copied_bytes)
+        self.gpu = machine.tier(alike.gpu) if alike.gpu else None
 
     def path(self, tier: str) -> float:
         """Return the bytes per second from a tier to what computes: no faster than the tiers that they pass on the way."""
         if tier == "disk":
-            faults = self.known(self.machine.tier("disk"), "disk_bytes_per_s", "disk_fault_share")
-            return min(self.rate("page_cache_bytes_per_s") if self.stays_cached() else faults, self.path("cpu"))
-        if tier == "cpu":
-            return min(self.link(), self._vram(self.gpu)) if self.gpu and not self.work.handed_over else self._ram()
-        return self._vram(self.machine.tier(tier))
+            return min(self.known(self.machine.tier("disk"), "disk_bytes_per_s", "disk_fault_share"), self.ram_path)
+        return self.ram_path if tier == "cpu" else self._vram(self.machine.tier(tier))
+
+    @cached_property
+    def ram_path(self) -> float:
+        """Bytes per second from the RAM to what computes."""
+        return min(self.link, self._vram(self.gpu)) if self.gpu and not self.alike.hands_over else self._ram()
+
+    @cached_property
+    def cached_path(self) -> float:
+        """Bytes per second from files in the page cache to what computes."""
+        return min(self.rate("page_cache_bytes_per_s"), self.ram_path)
 
     def _vram(self, gpu: Tier | None) -> float:
-        return self.known(gpu, "gpu_bytes_per_s", "gpu_bandwidth_share" + ("_quantized" if self.work.like else ""))
+        return self.known(gpu, "gpu_bytes_per_s", "gpu_bandwidth_share" + ("_quantized" if self.alike.like else ""))
 
     def known(self, tier: Tier | None, constant: str, *shares: str) -> float:
         """Return the bandwidth of a tier, the constant if it was not measured, times the shares of it that are reached."""
@@ -55,55 +76,59 @@ class Rates:
 
     def _ram(self) -> float:
         # What is unpacked for each token takes the time that it takes to unpack, and the rest of the model is read as its dtype is.
-        kind = self.work.dtype if self.work.anew else self.work.like or self.work.dtype
+        kind = self.alike.dtype if self.alike.unpacks else self.alike.like or self.alike.dtype
         return self.known(self.machine.tier("cpu"), "ram_bytes_per_s", f"ram_bandwidth_share_{kind}")
 
+    @cached_property
     def disk(self) -> float:
-        """Return the bytes per second that files are read with from the disk."""
+        """Bytes per second that files are read with from the disk."""
         return self.known(self.machine.tier("disk"), "disk_bytes_per_s")
 
     def from_disk(self, size: int) -> float:
         """Return the seconds of reading files: none if they fit the page cache; at the high end they always come from the disk."""
-        return 0.0 if self._is_cached(size) else size / self.disk()
+        is_cached = self.pick == "low" or (self.pick == "best" and size * 2 < self.room)
+        return 0.0 if is_cached else size / self.disk
 
-    def stays_cached(self) -> bool:
-        """Say whether the pages of files that every token reads stay in RAM, beside what is made there; not at the high end."""
-        wanted = self.work.read["disk"] + self.work.mapped
-        return self.pick != "high" and wanted < self.cache_room() * (1.0 if self.pick == "low" else 0.9)
-
-    def _is_cached(self, size: float) -> bool:
-        return self.pick == "low" or (self.pick == "best" and size * 2 < self.room())
-
+    @cached_property
     def room(self) -> int:
-        """Return the bytes of RAM that a case may use."""
+        """Bytes of RAM that a case may use."""
         cpu = self.machine.tier("cpu")
         return (cpu.capacity_bytes if cpu else None) or 0
 
+    @cached_property
+    def kept_share(self) -> float:
+        """The share of a page cache that is too small which it keeps from token to token: nothing if a limit makes it too small."""
+        cpu = self.machine.tier("cpu")
+        limited = cpu is not None and cpu.limit_bytes is not None and cpu.capacity_bytes == cpu.limit_bytes
+        return 0.0 if limited else self.rate("page_cache_kept_share")
+
+    @cached_property
     def link(self) -> float:
-        """Return the bytes per second from the RAM to the GPU."""
+        """Bytes per second from the RAM to the GPU."""
         sheet = self.gpu.link_bytes_per_s if self.gpu else None
         return sheet * self.rate("link_share") if sheet else self.rate("link_bytes_per_s", "link_share")
 
+    @cached_property
     def attention(self) -> float:
-        """Return the bytes per second that a GPU attends to one token's keys and values with.
+        """Bytes per second that a GPU attends to one token's keys and values with.
 
         One query keeps few of its cores busy, so the kernel is as fast on a card of twice the bandwidth; a slow card bounds it.
         """
         return min(self.rate("gpu_attention_bytes_per_s"), self.known(self.gpu, "gpu_bytes_per_s", "gpu_bandwidth_share"))
 
-    def start(self, pick: str = "") -> float:
-        """Return the seconds in which the host starts an operation: by what its core does in a second, where that is known."""
-        kind = "gpu" if self.gpu else "cpu"
-        host = known_processor(self.machine.cpu)
-        if host:
-            return self.cost(f"{kind}_clocks_per_operation", pick) / host.clocks_per_s
-        usual = usual_host(self.gpu.model) if self.gpu and not self.machine.cpu else None
-        if usual:
-            return self.cost("gpu_clocks_per_operation_assumed", pick) / usual.clocks_per_s
-        return self.cost(f"{kind}_s_per_operation", pick)
+    @cached_property
+    def start(self) -> float:
+        """Seconds in which the host starts an operation."""
+        return _start(self, self.pick)
 
+    @cached_property
+    def usual_start(self) -> float:
+        """The same at the best end."""
+        return _start(self, "best")
+
+    @cached_property
     def flops(self) -> float:
-        """Return the floating-point operations per second of what computes; a processor's kernels differ by what they multiply."""
+        """Floating-point operations per second of what computes; a processor's kernels differ by what they multiply."""
         if self.gpu is None:
             return (self.machine.cores or 4) * self.rate("cpu_flops_per_core", f"cpu_flops_share_{self._multiplied()}")
         card = _card(self.gpu)
@@ -117,13 +142,14 @@ class Rates:
 
         Of bfloat16 whether the processor has instructions for it makes a factor of several.
         """
-        like, dtype = self.work.like, self.work.dtype
+        like, dtype = self.alike.like, self.alike.dtype
         native = f"{dtype}_native" if dtype == "bfloat16" and self.machine.avx512_bf16 else dtype
         return like if like and f"cpu_flops_share_{like}" in self.calibration.constants else native
 
+    @cached_property
     def turned_flops(self) -> float:
-        """Return the floating-point operations per second of products with weights that lie inputs by outputs, on a processor."""
-        name = f"cpu_turned_flops_share_{self.work.dtype}"
+        """Floating-point operations per second of products with weights that lie inputs by outputs, on a processor."""
+        name = f"cpu_turned_flops_share_{self.alike.dtype}"
         own = (name,) if name in self.calibration.constants else ()
         return (self.machine.cores or 4) * self.rate("cpu_flops_per_core", *own) if own else math.inf
 
@@ -147,6 +173,18 @@ class Rates:
                 found = joined(math.prod(one.best for one in constants), *(getattr(one, end) / one.best for one in constants))
             self._speeds[names] = found
         return found
+
+
+def _start(rates: Rates, pick: str) -> float:
+    """Return the seconds of starting an operation: by what a core of the host does in a second, where that is known."""
+    kind = "gpu" if rates.gpu else "cpu"
+    host = known_processor(rates.machine.cpu)
+    if host:
+        return rates.cost(f"{kind}_clocks_per_operation", pick) / host.clocks_per_s
+    usual = usual_host(rates.gpu.model) if rates.gpu and not rates.machine.cpu else None
+    if usual:
+        return rates.cost("gpu_clocks_per_operation_assumed", pick) / usual.clocks_per_s
+    return rates.cost(f"{kind}_s_per_operation", pick)
 
 
 def joined(best: float, *factors: float) -> float:

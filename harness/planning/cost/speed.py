@@ -15,10 +15,9 @@ from harness.core.units import format_gib
 from harness.planning.calibrating.evidence import FIGURES
 from harness.planning.calibration import NINETY, Calibration
 from harness.planning.cost.kernel_launches import LINEAR
-from harness.planning.cost.rates import Rates, joined
+from harness.planning.cost.rates import PICKS, Rates, computing, joined, rates_of
 from harness.planning.cost.work import TokenWork
 
-PICKS = ("low", "best", "high")
 ON_DISK, IN_CACHE = "disk", "page_cache"  # where files are when a load begins
 
 
@@ -46,7 +45,7 @@ class Seconds(Record, frozen=True, kw_only=True):
 
 def timings_of(work: TokenWork, workload: Workload, machine: Machine, calibration: Calibration) -> list[Timing]:
     """Return how long what a case does takes, at each end of the intervals (PICKS)."""
-    return [Timing(work, workload, Rates(work, machine, calibration, pick)) for pick in PICKS]
+    return [Timing(work, workload, rates) for rates in rates_of(computing(work, machine), machine, calibration)]
 
 
 def seconds(timings: list[Timing]) -> Seconds:
@@ -101,7 +100,7 @@ def _sum_span(figure: str, ends: list[list[float]], *, is_measured: bool) -> Spa
 def _keeps_files(timings: list[Timing]) -> bool:
     """Say whether the files of a model are still in the page cache after a load, for the next one."""
     best = timings[PICKS.index("best")]
-    return best.work.checkpoint_bytes < best.rates.cache_room()
+    return best.work.checkpoint_bytes < best.cache_room
 
 
 def _wanted(work: TokenWork) -> int:
@@ -109,23 +108,23 @@ def _wanted(work: TokenWork) -> int:
     return work.checkpoint_bytes if work.copied_bytes or work.quantized or work.to_gpu_bytes else work.written
 
 
-def _read(work: TokenWork, rates: Rates, *, first: bool) -> dict[str, float]:
-    """Return the bytes that a token reads, by tier; before the `first` nothing was read.
-
-    A page cache that is too small for all of it drops first what comes next, and keeps little.
-    """
-    read = dict(work.read)
-    if "disk" in read and not rates.stays_cached():
-        mapped = min(work.mapped, read.get("cpu", 0.0))
-        anew = max(0.0, read["disk"] + mapped - (0.0 if first else rates.kept_bytes()))
-        read |= {"disk": anew, "cpu": read.get("cpu", 0.0) + read["disk"] - anew}
-    return read
-
-
 def _is_measured(timing: Timing) -> bool:
     """Say whether results of this machine corrected a constant of what computes."""
     kinds = "gpu_" if timing.gpu else ("cpu_", "ram_bandwidth")
     return any(name.startswith(kinds) for name in timing.rates.calibration.fitted)
+
+
+def _read(timing: Timing, *, first: bool) -> dict[str, float]:
+    """Return the bytes that a token reads, by tier; before the `first` nothing was read.
+
+    A page cache that is too small for all of it drops first what comes next, and keeps little.
+    """
+    read = dict(timing.work.read)
+    if "disk" in read and not timing.stays_cached:
+        mapped = min(timing.work.mapped, read.get("cpu", 0.0))
+        anew = max(0.0, read["disk"] + mapped - (0.0 if first else timing.rates.kept_share * timing.cache_room))
+        read |= {"disk": anew, "cpu": read.get("cpu", 0.0) + read["disk"] - anew}
+    return read
 
 
 class Timing:
@@ -135,13 +134,26 @@ class Timing:
         self.work, self.workload, self.rates = work, workload, rates
         self.machine, self.gpu = rates.machine, rates.gpu
         self.suffix = f"_{work.like}" if work.like else ""
-        self._turned_flops = rates.turned_flops() if work.turned else math.inf
+        self._turned_flops = rates.turned_flops if work.turned else math.inf
         self._host, self._moved = self._hosted(), self._brings(first=False)
-        self._unpacking, self._attending = self._unpacked_anew(), self._attended()
+        self._unpacking = self._unpacked_anew()
+        # A GPU attends to what is cached; a processor reads that as fast as anything.
+        self._attending = work.attended / rates.attention if self.gpu else 0.0
+
+    @cached_property
+    def cache_room(self) -> float:
+        """Bytes that pages of files may take beside what is made in the RAM."""
+        return max(0.0, self.rates.room - self.work.copied_bytes)
+
+    @cached_property
+    def stays_cached(self) -> bool:
+        """Whether the pages of files that every token reads stay in RAM, beside what is made there; not at the high end."""
+        wanted, pick = self.work.read["disk"] + self.work.mapped, self.rates.pick
+        return pick != "high" and wanted < self.cache_room * (1.0 if pick == "low" else 0.9)
 
     def product(self, rows: int) -> float:
         """Return the seconds of so many rows passing what a token passes, without a look at what comes between."""
-        return sum(self.token()) + (2.0 * self.work.parameters * rows / self.rates.flops() if rows > 1 else 0.0)
+        return sum(self.token()) + (2.0 * self.work.parameters * rows / self.rates.flops if rows > 1 else 0.0)
 
     def _beside_products(self, rows: int) -> float:
         """Return the seconds of norms, activations and sums on so many rows; a GPU does that while the host starts others."""
@@ -153,7 +165,7 @@ class Timing:
 
     def reading(self) -> float:
         """Return the seconds that the bytes wanted while loading take from the disk, where the page cache has none of them."""
-        return _wanted(self.work) / self.rates.disk()
+        return _wanted(self.work) / self.rates.disk
 
     @cached_property
     def load_phases(self) -> dict[str, float]:
@@ -167,14 +179,14 @@ class Timing:
             "unpack": work.unpacked / self.rates.rate("gguf_elements_per_s"),
             "tokenizer": work.vocabulary * self.rates.cost("gguf_s_per_string"),
             "quantize": work.quantized / self.rates.rate(f"quantize_elements_per_s_{on}") if work.quantized else 0.0,
-            "send to GPU": work.to_gpu_bytes / self.rates.link() if self.gpu else 0.0,
+            "send to GPU": work.to_gpu_bytes / self.rates.link if self.gpu else 0.0,
         }
 
     def ready(self, files: str) -> list[float]:
         """Return the seconds until the first token is out, with all files on the disk or in the page cache; in parts."""
         unread, parts = self._unread(), [*self.load_phases.values(), *self._first_pass]
         if files == ON_DISK:
-            return [*parts, self.reading(), unread / self.rates.disk()]
+            return [*parts, self.reading(), unread / self.rates.disk]
         return [*parts, unread / self.rates.rate("page_cache_bytes_per_s")]
 
     def first_token(self) -> list[float]:
@@ -189,7 +201,7 @@ class Timing:
         flops = 2.0 * self.work.parameters * tokens + self.work.scored + self.work.seen
         turned = 2.0 * self.work.turned * (tokens - self.workload.batch)  # one row is that of `token`
         computed = [
-            flops / self.rates.flops(),
+            flops / self.rates.flops,
             turned / self._turned_flops,
             self._packed_anew(),
             self._beside_products(tokens),
@@ -200,7 +212,7 @@ class Timing:
         """Return the bytes that are mapped and that no token has read yet, where `token` takes them for cached."""
         if self.gpu or self.work.copied_bytes or self.work.quantized:
             return 0
-        return self.work.checkpoint_bytes if "disk" not in self.work.read or self.rates.stays_cached() else 0
+        return self.work.checkpoint_bytes if "disk" not in self.work.read or self.stays_cached else 0
 
     def _packed_anew(self) -> float:
         """Return the seconds that the first pass takes to pack weights for the processor, where a library does it then."""
@@ -230,9 +242,9 @@ class Timing:
         if unpacking == longest:
             return f"unpacks {self.work.anew / 1e9:.3g} B weights for each token"
         slowest = max(moved, key=moved.__getitem__)
-        size = format_gib(int(_read(self.work, self.rates, first=False)[slowest]))
+        size = format_gib(int(_read(self, first=False)[slowest]))
         if slowest == "disk":
-            cached = self.rates.stays_cached()
+            cached = self.stays_cached
             return f"reads {size} GiB a token through the page cache" if cached else f"reads {size} GiB a token from disk"
         if slowest == "cpu":
             brought = self.gpu and not self.work.handed_over
@@ -252,8 +264,8 @@ class Timing:
     def _hosted(self) -> float:
         """Start what a token takes; a processor starts the products of all experts in turn, a GPU one kernel for them."""
         in_ram = self.work.operations.experts * self.work.experts_in_ram * self.rates.cost("cpu_s_per_operation")
-        count, start = self._started("best"), self.rates.start("best")
-        return joined(count * start, self._started() / count, self.rates.start() / start) + in_ram
+        count, start = self._started("best"), self.rates.usual_start
+        return joined(count * start, self._started() / count, self.rates.start / start) + in_ram
 
     def _started(self, pick: str = "") -> float:
         counted = self.work.operations
@@ -270,12 +282,10 @@ class Timing:
         opened = self.work.brought * self.rates.cost("offload_s_per_tensor")
         return opened + self.work.cast / self.rates.rate("offload_cast_bytes_per_s")
 
-    def _attended(self) -> float:
-        """Return the seconds in which a GPU attends to what is cached; a processor reads that as fast as anything."""
-        return self.work.attended / self.rates.attention() if self.gpu else 0.0
-
     def _brings(self, first: bool) -> dict[str, float]:
         """Return the seconds by tier of bringing what a token reads."""
-        read = _read(self.work, self.rates, first=first)
+        read = _read(self, first=first)
         moved = {name: size / self.rates.path(name) if size else 0.0 for name, size in read.items()}
+        if read.get("disk") and self.stays_cached:
+            moved["disk"] = read["disk"] / self.rates.cached_path
         return moved | {"disk": moved["disk"] + self._brought()} if self.work.brought else moved

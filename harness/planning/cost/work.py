@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from harness.architecture.skeleton import Skeleton
 from harness.core.methods.cpu_kernels import CPU_METHODS, UNPACKED_IN
@@ -104,6 +105,7 @@ def _moved_of_cache(footprint: Footprint) -> dict[str, float]:
     return {tier: size * form.moved_per_byte for tier, size in footprint.kv.items()}
 
 
+@lru_cache(maxsize=32)  # every case of a model asks for the same
 def _asked(skeleton: Skeleton, seen: float) -> float:
     """Return the elements of keys and values that a token attends to among `seen` tokens, counted once for each query head."""
     widths = [

@@ -59,13 +59,16 @@ def tier(device: Device) -> str:
     return f"gpu:{device}" if isinstance(device, int) else device
 
 
-def tiers(skeleton: Skeleton, placed: Mapping[str, Device]) -> dict[str, str] | str:
-    """Return the tier of every piece, or the one tier of all. What a map leaves out (buffers beside split modules) is in RAM."""
+def tiers(skeleton: Skeleton, placed: Mapping[str, Device]) -> tuple[str, ...] | str:
+    """Return the tier of every piece, in order, or the one tier of all.
+
+    What a map leaves out (buffers beside split modules) is in RAM.
+    """
     homes = set(placed.values())
     if len(homes) == 1 and "" in placed:
         return tier(homes.pop())
     names: dict[Device | None, str] = {place: tier(place) for place in homes} | {None: "cpu"}
-    return {piece.path: names[device_of(placed, piece.path)] for piece in skeleton.pieces}
+    return tuple([names[device_of(placed, piece.path)] for piece in skeleton.pieces])
 
 
 def widths_of(skeleton: Skeleton, fmt: WeightFormat) -> Widths:
