@@ -17,4 +17,7 @@ def main() -> int:
     from harness.cli import entry
 
     heed()
-    return entry.main()
+    try:
+        return entry.main()
+    finally:
+        garbage.leave_uncollected()

@@ -8,7 +8,6 @@ the first GPU keeps room for what running them there copies at once: one Linear,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 
 from harness.architecture.skeleton import Skeleton
@@ -31,15 +30,16 @@ class RecommendedMap(Record, frozen=True, kw_only=True):
     why: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # each is itself alone: they are looked up a thousand times
 class _Part:
-    """What goes to one device. `largest` is the most that one of its modules owns: accelerate copies spilled ones one by one."""
+    """What goes to one device. `largest` is the most that one of its modules owns: accelerate copies spilled ones one by one.
 
-    paths: tuple[str, ...]
-    weights: Bytes
-    largest: Bytes
-    kv: int
-    block: bool
+    Each is itself alone, so that it is looked up by no more than its identity: a thousand times.
+    """
+
+    __slots__ = ("block", "kv", "largest", "paths", "weights")
+
+    def __init__(self, paths: tuple[str, ...], weights: Bytes, largest: Bytes, kv: int, block: bool) -> None:
+        self.paths, self.weights, self.largest, self.kv, self.block = paths, weights, largest, kv, block
 
 
 _Placed = dict[_Part, Device]
