@@ -140,7 +140,7 @@ def with_bandwidths(cards: list[str], **bytes_per_s: float) -> Machine:
     """A described machine whose tiers are as fast as given, by tier: `gpu_0` is gpu:0."""
     machine = profile(cards, ram=64 * GIB)
     speeds = {name.replace("_", ":"): speed for name, speed in bytes_per_s.items()}
-    tiers = [replace(tier, bytes_per_s=speeds.get(tier.name, tier.bytes_per_s)) for tier in machine.tiers]
+    tiers = tuple(replace(tier, bytes_per_s=speeds.get(tier.name, tier.bytes_per_s)) for tier in machine.tiers)
     return replace(machine, tiers=tiers)
 
 
