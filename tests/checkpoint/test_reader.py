@@ -314,9 +314,7 @@ def test_shards_of_two_kinds_are_refused_where_transformers_cannot_read_them(
         LlamaForCausalLM.from_pretrained(tmp_path)
     except safetensors.SafetensorError:
         assert not reads
-        with pytest.raises(
-            CheckpointError, match=r"'0\.safetensors' and '1\.bin', and transformers reads all as .* first"
-        ):
+        with pytest.raises(CheckpointError, match=r"'0\.safetensors' and '1\.bin', and transformers reads all as .* first"):
             reader.shard_names(Directory(tmp_path), index)
     else:
         assert reads
