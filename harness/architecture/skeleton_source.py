@@ -24,6 +24,7 @@ from harness.checkpoint.formats.files import OWN_CONFIG, quote
 from harness.checkpoint.reader import CONFIG, Checkpoint
 from harness.core.errors import CheckpointError, UsageError
 from harness.core.families import is_native
+from harness.core.text import as_written
 from harness.data import DATA
 from harness.machine.cache import cache_dir, keep, kept
 
@@ -210,7 +211,7 @@ def build(config: Mapping[str, Any], cache: Path) -> Skeleton:
     found = shipped(config)
     if found is not None:
         return found
-    return _cached(_name(config), cache, config, f"model_type {config.get('model_type')!r}")
+    return _cached(_name(config), cache, config, f"model_type {as_written(config.get('model_type'))}")
 
 
 def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], str]], cache: Path) -> Skeleton:
@@ -225,7 +226,7 @@ def build_gguf(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[i
     header = {"metadata": said, "tensors": tensors}
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
     name = f"{_KEPT}-{_version()}-gguf-{key}"
-    return _cached(name, cache, {"header": header}, f"GGUF of {metadata.get('general.architecture')!r}")
+    return _cached(name, cache, {"header": header}, f"GGUF of {as_written(metadata.get('general.architecture'))}")
 
 
 def _name(config: Mapping[str, Any]) -> str:

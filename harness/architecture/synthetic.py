@@ -32,6 +32,7 @@ from harness.core.errors import UsageError
 from harness.core.precisions import PRECISIONS, Precision
 from harness.core.progress import Report, silent
 from harness.core.records import Record
+from harness.core.text import as_written
 from harness.machine import atomic
 from harness.machine.cache import cache_dir
 
@@ -81,7 +82,9 @@ def describe(
     packed = quantization.packed(config)
     dtype = stored.dtype or stated_dtype(config)
     if dtype not in _FLOATS:
-        raise UsageError(f"{source.name}: its config says torch_dtype {dtype!r}; synthetic weights are {', '.join(_FLOATS)}")
+        raise UsageError(
+            f"{source.name}: its config says torch_dtype {as_written(dtype)}; synthetic weights are {', '.join(_FLOATS)}"
+        )
     found = skeleton_source.build(config, cache_dir())
     if packed is not None and precision is not None and (why := unwritten(found, packed)):
         raise UsageError(f"{source.name} cannot be written for --precision {precision}: {why}")

@@ -24,6 +24,7 @@ from harness.architecture.skeleton_source import fingerprint
 from harness.architecture.traced_memory import TracedMemory
 from harness.core.methods.config import settings_of
 from harness.core.precisions import PRECISIONS
+from harness.core.text import as_written
 from harness.data import DATA
 from harness.machine.cache import keep, kept, kept_names
 
@@ -150,7 +151,7 @@ def build_record(
     if found is not None:
         return found
     cards, of = _cards(precision, capability, attention), family(kernels_of(capability), precision)
-    what = f"no trace for model_type {config.get('model_type')!r} in {precision}"
+    what = f"no trace for model_type {as_written(config.get('model_type'))} in {precision}"
     asked = {"config": config, "precision": precision, "capability": of, "attention": attention}
     text = ask_worker("trace", asked, what, TRACE_S)
     keep(cache / _name(config, precision, cards), text)

@@ -17,6 +17,7 @@ from harness.core.errors import UsageError, did_you_mean
 from harness.core.placements import PLACEMENTS
 from harness.core.precisions import ALL, DEFAULT_PRECISIONS, PRECISIONS
 from harness.core.records import USUAL_KV, Record, Workload
+from harness.core.text import as_written
 from harness.core.units import parse_capacity
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -73,16 +74,16 @@ class Option(Record, frozen=True, kw_only=True):
     def _read(self, value: Any) -> Any:
         if self.switch:
             if not isinstance(value, bool):
-                raise UsageError(f"{value!r} is neither true nor false")
+                raise UsageError(f"{as_written(value)} is neither true nor false")
             return value
         if self.repeat:
             several = [value] if isinstance(value, str) else value
             if not isinstance(several, (list, tuple)):
-                raise UsageError(f"{value!r} is neither a name nor a list of names")
+                raise UsageError(f"{as_written(value)} is neither a name nor a list of names")
             names = (self.every if self.every and one == ALL else (self.parse(str(one)),) for one in several)
             return tuple(name for group in names for name in group)
         if isinstance(value, (list, dict, bool)):
-            raise UsageError(f"{value!r} is not one value")
+            raise UsageError(f"{as_written(value)} is not one value")
         return self.parse(str(value))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import textwrap
 import unicodedata
+from typing import Any
 
 # Colors and cursor moves of a terminal say nothing on a page.
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
@@ -30,6 +32,11 @@ def line(text: str, most: int = 0) -> str:
         return shown
     tail = (most - len(MORE)) // 2
     return shown[: most - len(MORE) - tail] + MORE + shown[len(shown) - tail :]
+
+
+def as_written(value: Any) -> str:
+    """Quote a value as the file of JSON or TOML has it that it comes from, so that it is found there: true, not True."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def print_note(text: str, name: str = "fitmatrix: ") -> None:

@@ -16,6 +16,7 @@ import msgspec
 
 from harness.core.errors import UsageError
 from harness.core.records import Case, Record
+from harness.core.text import as_written
 from harness.core.units import MIB
 from harness.machine import atomic
 from harness.machine.regular import read_regular
@@ -172,7 +173,7 @@ def read_record(path: Path, kind: type[_R], what: str) -> _R:
         text = read_regular(path, _MOST_BYTES).removeprefix(codecs.BOM_UTF8)  # as editors of Windows save it
         plain: dict[str, Any] = msgspec.json.decode(text, type=dict[str, Any])
         if (schema := plain.get("schema")) != CONTRACT_SCHEMA:
-            raise UsageError(f"{path}: has format {schema!r}, and this version reads {CONTRACT_SCHEMA}; is it a {what}?")
+            raise UsageError(f"{path}: has format {as_written(schema)}, and this version reads {CONTRACT_SCHEMA}; is it a {what}?")
         return msgspec.convert(plain, kind)
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no {what} here; fitmatrix fleet plan writes them") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.records import Record
+from harness.core.text import as_written
 from harness.core.units import parse_capacity
 from harness.fleet.contract import MachineClass
 from harness.machine import gpus
@@ -93,19 +94,19 @@ def _class(name: str, table: Any) -> MachineClass:
     ram = parse_capacity(str(table["ram"])) if "ram" in table else None
     threads = table.get("threads")
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-        raise UsageError(f"threads = {threads!r} is no number of threads; write one such as 8")
+        raise UsageError(f"threads = {as_written(threads)} is no number of threads; write one such as 8")
     gpus.profile(lists["gpus"], ram)  # refuses unknown cards
     return MachineClass(name=name, ram_bytes=ram, threads=threads, labels=_labels(table.get("labels", {})), **lists)
 
 
 def _labels(table: Any) -> dict[str, tuple[str, ...]]:
     if not isinstance(table, dict):
-        raise UsageError(f'labels = {table!r} is no table; write one such as {{"ray.io/accelerator-type" = "A100"}}')
+        raise UsageError(f'labels = {as_written(table)} is no table; write one such as {{"ray.io/accelerator-type" = "A100"}}')
     return {name: _texts(f"labels: {name}", value) for name, value in table.items()}
 
 
 def _texts(key: str, value: Any) -> tuple[str, ...]:
     several = [value] if isinstance(value, str) else value
     if not isinstance(several, list) or not all(isinstance(one, str) and one.strip() and one.isprintable() for one in several):
-        raise UsageError(f"{key} = {value!r} is neither a text nor a list of texts")
+        raise UsageError(f"{key} = {as_written(value)} is neither a text nor a list of texts")
     return tuple(several)

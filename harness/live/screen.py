@@ -46,7 +46,8 @@ class Lines(ScrollView):
     def render_line(self, y: int) -> Strip:
         """Return a line of the widget, blank below the last."""
         row, width = y + self.scroll_offset.y, self.size.width
-        return self.strips[row].adjust_cell_length(width) if row < len(self.strips) else Strip.blank(width)
+        strip = self.strips[row].adjust_cell_length(width) if row < len(self.strips) else Strip.blank(width)
+        return strip.apply_style(self.rich_style)  # a piece without any style ends Textual where NO_COLOR is set
 
 
 class Screen(App[str]):

@@ -10,6 +10,8 @@ from transformers.core_model_loading import Split, WeightConverter, WeightRenami
 from transformers.models.glm.configuration_glm import GlmConfig
 from transformers.models.glm.modeling_glm import GlmForCausalLM, GlmModel
 
+from harness.core.text import as_written
+
 # Fields that stand for what Glm always does; a config that says otherwise describes another network.
 _FIXED = {
     "rmsnorm": True,
@@ -56,10 +58,9 @@ class ChatGLM2Config(GlmConfig):
             ValueError: it describes a network that Glm is not.
         """
         for key, value in _FIXED.items():
-            if published.get(key, value) != value:
-                raise ValueError(
-                    f"{key} is {published[key]!r}: only {value!r}, as ChatGLM2-6B and ChatGLM3-6B have it, is supported"
-                )
+            if (found := published.get(key, value)) != value:
+                wrong = f"{key} is {as_written(found)}: only {as_written(value)}"
+                raise ValueError(f"{wrong}, as ChatGLM2-6B and ChatGLM3-6B have it, is supported")
         if published.get("quantization_bit"):
             raise ValueError(
                 f"quantization_bit is {published['quantization_bit']}: ChatGLM2's own integer files are not supported; "

@@ -73,10 +73,10 @@ def left_wide(spec: ModelSpec, precisions: Iterable[str]) -> str | None:
     if not wide or spec.stored_as is not None or experts < _WORTH_A_WORD * total:
         return None
     libraries = list(dict.fromkeys(SCHEMES[row.scheme].library for row in wide if row.scheme))
-    leave = " and ".join(libraries) + (" leaves" if len(libraries) == 1 else " leave")
-    said = ", ".join(f"{row.name} is {significant(_mean_bits(row, experts, total))} bits a weight" for row in wide)
-    what = f"{format_count(experts)} of {format_count(total)} parameters are experts, which {leave} in 16 bits"
-    return f"{what} under transformers 5: {said}. {packing_experts()}"
+    leave = "leaves in 16 bits under transformers 5" if len(libraries) == 1 else "leave in 16 bits under transformers 5"
+    said = ", ".join(f"{row.name} {significant(_mean_bits(row, experts, total))}" for row in wide)
+    what = f"{format_count(experts)} of {format_count(total)} parameters are experts, which {' and '.join(libraries)} {leave}"
+    return f"{what}; bits a weight: {said}. {packing_experts()}"
 
 
 def _mean_bits(row: Precision, experts: int, total: int) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 from harness.core.errors import UsageError, did_you_mean
 from harness.core.metrics import METRICS, read_alike
 from harness.core.records import Outcome, Record, Result
+from harness.core.text import as_written
 from harness.core.units import format_share
 from harness.results.selection import is_proposed
 
@@ -138,13 +139,13 @@ def thresholds(config: Any) -> dict[str, float]:
         UsageError: an unknown group, or no share.
     """
     if not isinstance(config, Mapping):
-        raise UsageError(f"[tool.fitmatrix]: gate = {config!r} is not a table: write [tool.fitmatrix.gate]")
+        raise UsageError(f"[tool.fitmatrix]: gate = {as_written(config)} is not a table: write [tool.fitmatrix.gate]")
     found = {name: rule.worse for name, rule in RULES.items()}
     for name, value in config.items():
         if name not in RULES:
             raise UsageError(f"[tool.fitmatrix.gate]: unknown group {name!r}: {did_you_mean(name, RULES)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 10:
-            raise UsageError(f"[tool.fitmatrix.gate]: {name} = {value!r} is no share: write 0.05 for 5 %")
+            raise UsageError(f"[tool.fitmatrix.gate]: {name} = {as_written(value)} is no share: write 0.05 for 5 %")
         found[name] = float(value)
     return found
 

@@ -41,6 +41,7 @@ _SAMPLE_BYTES = 24  # a float, written out
 _PATIENCE_S = 60.0  # another run holds the lock for some milliseconds a result
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ZIP = b"PK\x03\x04"
 _ELSEWHERE = "choose another directory with --results"
 # Where a result begins. In the text of another one the quotes would be escaped.
 _BEGIN = re.compile(rb'(?=\{"schema"\s*:)')
@@ -295,6 +296,9 @@ def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, Result | str]]:
         number += 1
         if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             yield number, "is in UTF-16, as an editor or a shell of Windows saves it, and nothing was read: save it as UTF-8"
+            return
+        if number == 1 and line.startswith(_ZIP):
+            yield number, "is a zip archive, and nothing was read: unpack it, and name what was in it"
             return
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)

@@ -639,7 +639,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
             {"quantization_bit": 4},
             "quantization_bit is 4: ChatGLM2's own integer files are not supported; load the 16",
         ),
-        ("chatglm2-6b", {"add_bias_linear": True}, "add_bias_linear is True: only False"),
+        ("chatglm2-6b", {"add_bias_linear": True}, "add_bias_linear is true: only false"),
         ("chatglm-6b", {"pre_seq_len": 128}, "pre_seq_len 128: P-Tuning prefixes are not supported; load the model without its"),
     ],
 )

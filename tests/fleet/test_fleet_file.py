@@ -53,7 +53,7 @@ def test_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
         ('[class.bad]\nram = "lots"', "lots"),
         *(
             (f'[class.bad]\nram = "8GiB"\nthreads = {wrong}', f"threads = {said} is no number of threads; write one such as 8")
-            for wrong, said in (("0", "0"), ('"8"', "'8'"), ("true", "True"))
+            for wrong, said in (("0", "0"), ('"8"', "'8'"), ("true", "true"))
         ),
         ('[class.bad]\nram = "8GiB"\nlabels = "A100"', "labels = 'A100' is no table; write one such as"),
         ('[class.bad]\nram = "8GiB"\nlabels = {rack = 7}', "labels: rack = 7 is neither a text nor a list of texts"),

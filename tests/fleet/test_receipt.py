@@ -75,7 +75,7 @@ def test_a_receipt_names_no_file_elsewhere(tmp_path: Path) -> None:
     ("text", "said"),
     [
         (b'{"schema": 99}', "has format 99, and this version reads 1; is it a contract"),
-        (b"{}", "has format None, and this version reads 1"),
+        (b"{}", "has format null, and this version reads 1"),
         (b'{"schema": "\xff"}', "is no contract"),
         (b'{"schema": ' + b"[" * 200_000, "is no contract"),
         (b"\xff\xfe", "is no contract"),

@@ -169,3 +169,18 @@ def test_a_frame_with_fewer_lines_leaves_none_behind() -> None:
         assert frame_of(app).split() == ["one"]
 
     played(Script(), steps)
+
+
+def test_it_shows_frames_where_no_colors_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Textual takes the colors out of every piece of a line, and ends where one has no style at all."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    seen: list[str] = []
+
+    async def steps(app: Screen, pilot: Pilot[str]) -> None:
+        await pilot.pause()
+        seen.append(frame_of(app))
+        await pilot.press("q")
+
+    app = played(Script(), steps)
+    assert "weights" in seen[0]
+    assert app.return_code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 
 from harness.catalog.resolve import CATALOG
 from harness.checkpoint.adapter import MOVED, ON_OTHERS, REFUSES
+from harness.cli.entry import main
 from harness.core.methods.table import FOREIGN, METHODS, OWN, foreign
 from harness.core.metrics import METRICS, PHASES
 from harness.core.placements import PLACEMENTS
@@ -28,6 +30,7 @@ from harness.report.page.language import CHINESE, block, table
 from harness.report.page.tradeoff import SHAPES
 from harness.results.audit import CHECKED
 from tests.support import builders
+from tests.support.spoken_chinese import Phrases
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,19 +53,13 @@ def flat(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def shape(key: str) -> re.Pattern[str]:
-    """Return what a text of the table matches, its slots filled with anything."""
-    parts = re.split(r"(\{\w+\}|\(s\))", key)
-    return re.compile("".join(".+" if SLOT.fullmatch(part) else "s?" if part == "(s)" else re.escape(part) for part in parts))
-
-
-SHAPES_OF_KEYS = [shape(key) for key in SAID]
+PAGE_SAYS = Phrases(SAID)
 # The texts between the slots, with and without the plural's s.
 PIECES = {flat(piece) for key in SAID for form in ("", "s") for piece in SLOT.split(key.replace("(s)", form))[::2]}
 
 
 def is_said(text: str) -> bool:
-    return text in NAMES or any(pattern.fullmatch(text) for pattern in SHAPES_OF_KEYS)
+    return text in NAMES or PAGE_SAYS.phrase(text) is not None
 
 
 def fragments(source: str) -> Iterator[str]:
@@ -238,6 +235,49 @@ def test_every_sentence_about_a_card_or_a_refusal_has_its_chinese(module: str) -
     found = set(sentences(module, SPEAKERS[module]))
     assert found, f"nothing in {module} is called {SPEAKERS[module]}"
     assert sorted(text for text in found - QUOTED if text not in known) == []
+
+
+# Small, large, a mixture, packed, coded natively; on a processor, on cards that hold all, some and next to nothing.
+PLANNED_MODELS = (
+    "chatglm-6b",
+    "gpt2",
+    "openai/gpt-oss-20b",
+    "qwen3-30b-a3b",
+    "meta-llama/Llama-3.3-70B-Instruct",
+    "codegen-16b-mono",
+)
+PLANNED_FOR = (
+    "--ram 8GiB",
+    "--ram 256GiB",
+    "--gpu 2GiB --ram 16GiB",
+    "--gpu 8GiB --ram 64GiB",
+    "--gpu 24GiB --ram 64GiB",
+    "--gpu 80GiB --gpu 80GiB --ram 256GiB",
+)
+
+
+@pytest.mark.parametrize("machine", PLANNED_FOR)
+@pytest.mark.parametrize("model", PLANNED_MODELS)
+def test_every_sentence_of_a_plan_is_said_in_chinese(model: str, machine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Notes, reasons and what comes nearest, as the planner's page gets them: whoever writes a new one need not be listed here."""
+    main(["plan", model, *machine.split(), "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    said = [*plan["model"].get("notes", ()), plan["model"]["history"], plan.get("nearest"), *plan["machine"].get("assumed", ())]
+    said += [one["why"] for one in plan["plans"]]
+    planner = Phrases(table(CHINESE, "site", "planner"))
+    assert any(said)
+    assert [text for text in said if text and planner.phrase(flat(text)) is None] == []
+
+
+def test_a_slot_takes_what_the_page_lets_it_take() -> None:
+    """A table of patterns that match anything would call every sentence known."""
+    known = Phrases(
+        {"ready in {n}": "{n} 就绪", "ready": "就绪", "{word}: {n}": "{word}：{n}", "{name} ends": "{name} 结束", "yes": "是"}
+    )
+    assert known.phrase("ready in 3.00 s") == "3.00 s 就绪"
+    assert known.phrase("ready: 12") == "就绪：12"
+    assert known.phrase("yes; gpu:0 ends, ready") == "是；gpu:0 结束，就绪"
+    assert [known.phrase(text) for text in ("ready in a moment", "late: 12", "ready: late", "yes, no")] == [None] * 4
 
 
 ENDS = [

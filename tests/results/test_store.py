@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -445,6 +446,15 @@ def test_what_windows_saves_is_read_or_named_once(store: Store) -> None:
         results, (problem,) = store.read()
         assert (results, str(problem).partition(", as ")[0]) == ([], f"{store.path}:1: is in UTF-16")
         assert str(problem).endswith("save it as UTF-8")
+
+
+def test_an_archive_in_the_place_of_results_is_named_once(store: Store) -> None:
+    with zipfile.ZipFile(store.path, "w") as archive:
+        archive.writestr("run/results.jsonl", b"\n".join(encode_record(result(run=name)) for name in "ab"))
+    results, (problem,) = store.read()
+    assert (results, str(problem)) == (
+        [], f"{store.path}:1: is a zip archive, and nothing was read: unpack it, and name what was in it",
+    )  # fmt: skip
 
 
 def test_blank_lines_and_foreign_line_ends_are_no_problem(store: Store) -> None:

@@ -18,6 +18,7 @@ from harness.architecture.ask_worker import ask_worker
 from harness.architecture.skeleton import Skeleton, reads_text
 from harness.architecture.skeleton_source import fingerprint
 from harness.core.records import Record
+from harness.core.text import as_written
 from harness.data import DATA
 from harness.machine.cache import cache_dir, keep, kept
 
@@ -74,7 +75,7 @@ def image_trace(config: Mapping[str, Any], settings: Mapping[str, Any] | None = 
     found = kept(place, ImageTrace)
     if found is not None:
         return found
-    what = f"no image was traced for model_type {config.get('model_type')!r}"
+    what = f"no image was traced for model_type {as_written(config.get('model_type'))}"
     text = ask_worker("vision", {"config": config, "settings": settings}, what, _LIMIT_S)
     keep(place, text)
     return msgspec.json.decode(text, type=ImageTrace)

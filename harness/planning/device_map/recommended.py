@@ -276,12 +276,12 @@ def _against_auto(ours: _Placed, here: list[_Part], auto: _Auto, room: Mapping[D
     if not here and not there:
         return "All of it is on the GPU."
     total = sum(part.block for part in ours)
-    words = f"Off the GPU: {_format_parts(here, total)}; auto, told to leave the same room for inference, has"
+    words = f"Off the GPU: {_format_parts(here, total)}; auto, told to leave the same room for inference,"
     more = sum(part.weights for part in here) - sum(part.weights for part in there)
     if more == 0:
-        return f"{words} as much there."
+        return f"{words} has as much there."
     short = _shortage(theirs, room) if more > 0 else ""
-    return f"{words} {_format_parts(there, total)} there{short and ', and would leave it ' + short}."
+    return f"{words} has {_format_parts(there, total)} there{short and ', and would leave it ' + short}."
 
 
 def _format_parts(parts: list[_Part], total: int) -> str:
@@ -303,8 +303,9 @@ def _shortage(placed: _Placed, room: Mapping[Device, int]) -> str:
     """Say how much too little a map leaves for inference on the worst GPU; nothing if it leaves enough."""
     needs = {device: size - room.get(device, 0) for device, size in _needs(placed).items() if device not in _SPILL}
     device, short = max(needs.items(), key=lambda item: item[1], default=("", 0))
-    name = f"gpu:{device}" if isinstance(device, int) else device
-    return f"{format_size(short)} short on {name}" if short > 0 else ""
+    if short <= 0:
+        return ""
+    return f"{format_size(short)} short on gpu:{device}" if isinstance(device, int) else f"{format_size(short)} short on {device}"
 
 
 def _needs(placed: _Placed) -> dict[Device, int]:
