@@ -108,4 +108,4 @@ def _screen(stream: Stream) -> int:
         raise KeyboardInterrupt
     if why:
         print_note(why)
-    return 0
+    return screen.return_code or 0  # Textual prints what ended it

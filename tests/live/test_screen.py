@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from rich.text import Text
 from textual.pilot import Pilot
 from textual.widgets import Static
 
+from harness.live import command
 from harness.live.frame import LiveFrame
 from harness.live.moment import frame
 from harness.live.screen import Lines, Screen
@@ -184,3 +186,13 @@ def test_it_shows_frames_where_no_colors_are_wanted(monkeypatch: pytest.MonkeyPa
     app = played(Script(), steps)
     assert "weights" in seen[0]
     assert app.return_code == 0
+
+
+def test_a_mistake_of_ours_is_no_success(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    class Wrong(Script):
+        def next_frame(self) -> LiveFrame:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(Screen, "run", functools.partialmethod(Screen.run, headless=True))
+    assert command._screen(Wrong()) == 1  # type: ignore[arg-type]  # what a screen needs of a stream
+    assert "ZeroDivisionError" in capfd.readouterr().err
