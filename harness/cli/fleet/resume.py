@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("contract", type=Path, metavar="CONTRACT", help="the contract, or its directory")
     parser.add_argument("results", type=Path, metavar="DIR", help="where the shards' directories of results lie")
     parser.add_argument(
-        "--unheard", action="store_true", help="hand out again also what shards have that were never heard of, before they are due"
+        "--wait", action="store_true", help="leave out what shards have that were not heard of yet, until they are due"
     )
 
 
@@ -37,7 +37,8 @@ def run(given: argparse.Namespace) -> int:
 
     contract, now = read_contract(given.contract), datetime.now(timezone.utc)
     found = collect(contract, find_receipts([given.results]), now)
-    left = status.to_hand_out(contract, found, now, expected=(status.State.RUNNING,) if given.unheard else status.UNFINISHED)
+    left = status.to_hand_out(contract, found, now, expected=status.UNFINISHED if given.wait else (status.State.RUNNING,))
+    early = set(left.again).intersection(status.to_hand_out(contract, found, now).waiting)
     place = given.contract / CONTRACT if given.contract.is_dir() else given.contract
     contract, cut = shards.issue(contract, left.again)
     files = shards.write_issued(place, contract, cut)
@@ -52,8 +53,9 @@ def run(given: argparse.Namespace) -> int:
     print(f"{plural(len(left.again), 'case')} handed out again, {len(left.running)} still to come from shards that run{waiting}")
     if files:
         print(f"\n{line(how_to_measure(files))}")
-    if left.waiting:
-        print_note("a shard that was not heard of is waited for until it is due; if its machine will not run it, add --unheard")
+    if early:
+        what = f"{len(early)} of them {'was' if len(early) == 1 else 'were'} handed out before to shards that are not due yet"
+        print_note(f"{what} and were not heard of; --wait leaves such cases to them")
     for key in left.spent:
         print_note(f"{key}: given up after {plural(contract.terms.attempts, 'attempt')}")
     return NOTHING_LEFT if left.spent else 0
