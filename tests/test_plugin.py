@@ -473,7 +473,7 @@ def test_a_line_a_case_with_its_figures(project: Project) -> None:
 def test_words_instead_of_letters(project: Project) -> None:
     project.behave(fp32="bad_alloc", bf16="hang_in_load")
     done = project.run("-v", "--case-timeout", "1", precisions="fp32 bf16")
-    done.stdout.fnmatch_lines(["*test_load*fp32*OOM (out of mem*", "*test_load*bf16*TIMEOUT (load was *"])
+    done.stdout.fnmatch_lines(["*test_load*fp32*OOM (out of mem*", "*test_load*bf16*TIMEOUT (loading was *"])
 
 
 def test_out_of_memory_fails_the_test_when_asked_to(project: Project) -> None:

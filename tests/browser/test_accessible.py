@@ -196,7 +196,7 @@ def test_the_timeline_names_the_phases(show: Open, results: list[Result]) -> Non
     browser = show(results, fragment="case-chatglm-6b-int4-direct")
     settled(browser)
     drawing = browser.find_element(By.CSS_SELECTOR, "#case-chatglm-6b-int4-direct .timeline")
-    assert [label.text for label in drawing.find_elements(By.CSS_SELECTOR, ".phase")][:1] == ["load"]
+    assert [label.text for label in drawing.find_elements(By.CSS_SELECTOR, ".phase")][:1] == ["loading"]
 
 
 @pytest.mark.parametrize(("scheme", "width", "most"), [("light", 1280, 500), ("dark", 360, 1)])

@@ -165,7 +165,7 @@ ENDS: dict[str, tuple[str, str, Outcome, str]] = {
     ),
     "a rank is out of memory": ("{1}", "bytearray(1 << 62)", Outcome.OOM, "out of memory during warm round on rank 1: MemoryError"),
     "all are out of memory": ("{0, 1}", "torch.empty(1 << 50)", Outcome.OOM, "out of memory during warm round on rank "),
-    "a library fails": ("{0}", "{}['q_proj']", Outcome.CRASH, "warm on rank 0 failed: KeyError: 'q_proj'"),
+    "a library fails": ("{0}", "{}['q_proj']", Outcome.CRASH, "warm round on rank 0 failed: KeyError: 'q_proj'"),
     "a rank exits": ("{1}", "os._exit(3)", Outcome.CRASH, "the process ended during warm round on rank 1 with exit code 3"),
     "code exits": ("{1}", "sys.exit(4)", Outcome.CRASH, "the process ended during warm round on rank 1 with exit code 4"),
     "code exits with words": (
